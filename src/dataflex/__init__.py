@@ -1,3 +1,39 @@
-"""DataFlex: data-centric dynamic training of LLMs on LLaMA-Factory."""
+"""DataFlex: data-centric dynamic training of LLMs on LLaMA-Factory.
+
+What a component of your own needs is here; everything else is reached through ``dataflex-cli``.
+"""
+
+from dataflex.components import (
+    ComponentParams,
+    Group,
+    Mixer,
+    MixerParams,
+    Order,
+    RoundContext,
+    Selection,
+    Selector,
+    SelectorParams,
+    StepStatistics,
+    Weighter,
+    WeighterParams,
+)
+from dataflex.registry import register
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ComponentParams",
+    "Group",
+    "Mixer",
+    "MixerParams",
+    "Order",
+    "RoundContext",
+    "Selection",
+    "Selector",
+    "SelectorParams",
+    "StepStatistics",
+    "Weighter",
+    "WeighterParams",
+    "__version__",
+    "register",
+]

@@ -1,0 +1,313 @@
+"""What a data decision is written against: the four families of components and what they are given.
+
+A component is a small class with a parameter model, one method that decides and, where it has state,
+``state_dict`` and ``load_state_dict``. The framework keeps the promises around it: decisions between optimizer
+steps, the same on any number of processes, exact resume, and a record of every one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from dataflex.data.sampling import IndexArray, PassSampler
+from dataflex.errors import ComponentError
+from dataflex.selection import ScoreArray, sample_without_replacement, top_k
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dataflex.data.pool import Pool
+
+State = dict[str, Any]
+"""A component's state: JSON values and numpy arrays, nested in dicts."""
+
+
+class ComponentParams(BaseModel):
+    """Base of every component's parameters: typed, with defaults, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Probe(Protocol):
+    """Model-dependent measurements, on all ranks together: every rank makes the same calls in the same order."""
+
+    def losses(self, indices: IndexArray) -> ScoreArray:
+        """Return the token-mean loss of each sample, shape (n,), float32; NaN where no token is trained on."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """What the optimizer step just made showed, over the whole global batch (all micro-batches, all ranks)."""
+
+    step: int
+    """Optimizer steps done, this one included."""
+    losses: NDArray[np.float64]
+    """Token-mean training loss of each domain, unweighted, shape (K,); NaN where the batch had none of it."""
+    tokens: NDArray[np.int64]
+    """Tokens that count in the loss, of each domain, shape (K,)."""
+    samples: NDArray[np.int64]
+    """Samples of each domain, shape (K,)."""
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What a decision may depend on."""
+
+    pool: Pool
+    probe: Probe
+    rng: np.random.Generator
+    """Keyed by (seed, component, round): the same numbers on every rank and after a resume."""
+    round: int
+    """Number of the round being planned, from 0."""
+    update: int
+    """Number of the decision, from 0; warm-up rounds have none (0 there)."""
+    num_updates: int
+    """Decisions in the whole run."""
+    start_step: int
+    """Optimizer steps done so far."""
+    steps: int
+    """Optimizer steps the plan is for."""
+    size: int
+    """Samples the plan is for: ``steps`` times the global batch size."""
+    total_steps: int
+    """Optimizer steps of the whole run."""
+
+
+@dataclass
+class Group:
+    """A contiguous range of the pool out of which ``budget`` samples are wanted: the whole pool, or one domain."""
+
+    name: str
+    start: int
+    stop: int
+    budget: int
+    sampler: PassSampler
+    """Where this group's passes stand; shared by all rounds of the run."""
+
+    @property
+    def size(self) -> int:
+        """Number of samples in the group."""
+        return self.stop - self.start
+
+    @property
+    def candidates(self) -> IndexArray:
+        """Pool indices of the group, ascending, shape (size,)."""
+        return np.arange(self.start, self.stop, dtype=np.int64)
+
+    def draw(self, count: int) -> IndexArray:
+        """Return the next ``count`` pool indices of the group's running pass."""
+        return self.sampler.draw(count) + self.start
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The samples a selector chose.
+
+    Attributes:
+        indices: pool indices, shape (budget,).
+        scores: their scores in the same order, or None where the selector has none.
+        unscored: candidates left out because they have no score (no token to train on).
+    """
+
+    indices: IndexArray
+    scores: ScoreArray | None = None
+    unscored: int = 0
+
+
+class Component:
+    """Base of all components. ``register`` sets :attr:`family` and :attr:`name`."""
+
+    family: ClassVar[str]
+    name: ClassVar[str]
+    Params: ClassVar[type[ComponentParams]] = ComponentParams
+
+    def __init__(self, params: ComponentParams) -> None:
+        self.params: Any = params
+
+    def on_step(self, statistics: StepStatistics) -> None:
+        """Hear what the optimizer step just made showed; called after every step on every rank."""
+
+    def state_dict(self) -> State:
+        """Return what the component needs to go on exactly: JSON values and numpy arrays."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what :meth:`state_dict` returned."""
+
+
+class SelectorParams(ComponentParams):
+    """Parameters of selectors that turn one score per sample into a selection."""
+
+    rule: Literal["top_k", "sample"] = Field(
+        "top_k",
+        description="top_k: the best scores; sample: draw without replacement, p ~ exp(z / temperature).",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="For rule 'sample': of the standardised scores z; larger is flatter."
+    )
+
+
+class Selector(Component):
+    """Chooses which samples of the pool are in the next plan.
+
+    Write :meth:`score` (higher is better) and leave the choice to the ``rule`` parameter, or override :meth:`choose`.
+    """
+
+    Params: ClassVar[type[ComponentParams]] = SelectorParams
+    may_exceed_pool: ClassVar[bool] = False
+    """Whether a round longer than the pool makes sense (whole passes, then a choice for the rest)."""
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return one number per candidate, shape (n,); higher is chosen first."""
+        raise NotImplementedError(f"selector {self.name!r} defines neither score() nor choose()")
+
+    def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
+        """Return ``count`` distinct candidates, ``count`` at most their number."""
+        scores = check_scores(self, self.score(ctx, candidates), candidates)
+        if self.params.rule == "top_k":
+            chosen = top_k(scores, count)
+        else:
+            spread = float(scores.std()) or 1.0
+            logits = (scores - scores.max()) / (spread * self.params.temperature)
+            chosen = sample_without_replacement(np.exp(logits.astype(np.float64)), count, ctx.rng)
+        return Selection(candidates[chosen], scores[chosen])
+
+    def select(self, ctx: RoundContext, group: Group) -> Selection:
+        """Return ``group.budget`` samples: whole passes while the budget exceeds the group, then a choice."""
+        passes, rest = divmod(group.budget, group.size)
+        if not passes:
+            return self.choose(ctx, group.candidates, rest)
+        whole = np.tile(group.candidates, passes)
+        if not rest:
+            return Selection(whole)
+        chosen = self.choose(ctx, group.candidates, rest)
+        if chosen.scores is None:
+            return Selection(np.concatenate([whole, chosen.indices]), None, chosen.unscored)
+        blank = np.full(whole.size, np.nan, dtype=np.float32)
+        return Selection(
+            np.concatenate([whole, chosen.indices]), np.concatenate([blank, chosen.scores]), chosen.unscored
+        )
+
+
+def check_scores(component: Component, scores: ScoreArray, candidates: IndexArray) -> ScoreArray:
+    """Return ``scores`` as float32 after checking one finite number per candidate.
+
+    Raises:
+        ComponentError: naming the component and the first offending samples.
+    """
+    values = np.asarray(scores, dtype=np.float32)
+    label = f"{component.family} {component.name!r}"
+    if values.shape != candidates.shape:
+        raise ComponentError(
+            f"{label} returned scores of shape {values.shape} for {candidates.size} candidates; "
+            "one number per candidate is needed."
+        )
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        raise ComponentError(
+            f"{label} returned {bad.size} scores that are NaN or infinite (pool indices "
+            f"{', '.join(map(str, candidates[bad[:5]]))}{', ...' if bad.size > 5 else ''}). "
+            "Return a finite number for every candidate."
+        )
+    return values
+
+
+class MixerParams(ComponentParams):
+    """Parameters all mixers have."""
+
+    initial_proportions: list[float] | None = Field(
+        None, description="Shares of the domains in warm-up rounds, in data set order; none: by size."
+    )
+
+
+class Mixer(Component):
+    """Chooses the domain proportions of the next plan."""
+
+    Params: ClassVar[type[ComponentParams]] = MixerParams
+
+    def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
+        """Return the proportions of warm-up rounds, shape (K,): the given ones, or the share of samples in the pool."""
+        if self.params.initial_proportions is not None:
+            return np.asarray(self.params.initial_proportions, dtype=np.float64)
+        return ctx.pool.domain_sizes.astype(np.float64)
+
+    def check_domains(self, names: tuple[str, ...]) -> str | None:
+        """Return what is wrong with the parameters for these domains, or None. Called before a model is loaded."""
+        return proportions_problem(self.params.initial_proportions, names)
+
+    def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
+        """Return non-negative proportions with a positive sum, shape (K,); the framework normalises them."""
+        raise NotImplementedError(f"mixer {self.name!r} does not define mix()")
+
+
+def proportions_problem(proportions: list[float] | None, names: tuple[str, ...]) -> str | None:
+    """Return what is wrong with given shares of the domains ``names``, or None."""
+    if proportions is None:
+        return None
+    if len(proportions) != len(names):
+        return f"has {len(proportions)} numbers for {len(names)} domains ({', '.join(names)})."
+    if any(not np.isfinite(share) or share < 0 for share in proportions):
+        return f"must be finite and not negative, got {proportions}."
+    if sum(proportions) <= 0:
+        return f"must have a positive sum, got {proportions}."
+    return None
+
+
+class Order(Component):
+    """Arranges the samples of a plan."""
+
+    def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
+        """Return the positions of ``selection.indices`` in training order: a permutation of ``range(n)``."""
+        raise NotImplementedError(f"order {self.name!r} does not define arrange()")
+
+
+class WeighterParams(ComponentParams):
+    """Parameters all weighters have."""
+
+    normalization: Literal["token", "sample"] = Field(
+        "token",
+        description="token: the Trainer's own token mean, weighted; sample: weighted mean of per-sample means.",
+    )
+
+
+class Weighter(Component):
+    """Scales the loss of each sample inside a step."""
+
+    Params: ClassVar[type[ComponentParams]] = WeighterParams
+
+    def weigh(self, losses: Tensor, step: int) -> Tensor:
+        """Return one weight per sample, shape (n,), non-negative; 1 everywhere is plain training.
+
+        Args:
+            losses: token-mean losses of the micro-batch of all ranks together, shape (n,), float32, detached.
+            step: optimizer steps done so far.
+        """
+        raise NotImplementedError(f"weighter {self.name!r} does not define weigh()")
+
+
+@dataclass
+class Components:
+    """The components of one run, at most one of each family."""
+
+    select: Selector | None = None
+    mix: Mixer | None = None
+    order: Order | None = None
+    weight: Weighter | None = None
+    names: dict[str, str] = field(default_factory=dict)
+    """Configuration key of each present family -> registered name."""
+
+    def items(self) -> list[tuple[str, Component]]:
+        """Return the present components with their configuration keys, in the order they act."""
+        pairs = [("select", self.select), ("mix", self.mix), ("order", self.order), ("weight", self.weight)]
+        return [(key, component) for key, component in pairs if component is not None]
+
+    @property
+    def plans_data(self) -> bool:
+        """Whether the data path is ours: anything but ``weight`` alone."""
+        return any((self.select, self.mix, self.order))

@@ -1,0 +1,171 @@
+"""The configuration: one LLaMA-Factory YAML with a ``dataflex:`` section, and ``key=value`` overrides.
+
+Loading splits the file: LLaMA-Factory's keys stay as they are, ours become a validated :class:`DataFlexConfig`. Nothing
+here imports torch or LLaMA-Factory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from dataflex import legacy, registry
+from dataflex.components import Component, ComponentParams, Components
+from dataflex.errors import ConfigError, Problem, unknown
+from dataflex.yaml_file import read_yaml
+
+SECTION = "dataflex"
+
+
+class DataFlexConfig(BaseModel):
+    """The ``dataflex:`` section."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps on a uniform draw before the first decision.")
+    update_steps: int | None = Field(
+        None, ge=1, description="Length of a round in optimizer steps; none: one pass over the pool."
+    )
+    updates: int = Field(-1, description="Decisions in a cycle; -1: until training ends.")
+    train_steps: int | None = Field(None, ge=1, description="Total optimizer steps; wins over num_train_epochs.")
+    seed: int = Field(42, ge=0, description="Seed of every decision.")
+    probe_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens in one forward of a probe; none: four training micro-batches of cutoff_len.",
+    )
+    plugins: list[str] = Field(default_factory=list, description="Python files that register components.")
+    select: dict[str, Any] | None = Field(None, description="The selector: {method: name, ...parameters}.")
+    mix: dict[str, Any] | None = Field(None, description="The mixer: {method: name, ...parameters}.")
+    order: dict[str, Any] | None = Field(None, description="The order: {method: name, ...parameters}.")
+    weight: dict[str, Any] | None = Field(None, description="The weighter: {method: name, ...parameters}.")
+
+    @field_validator("updates")
+    @classmethod
+    def _updates_positive_or_open(cls, value: int) -> int:
+        if value == 0 or value < -1:
+            raise ValueError("must be at least 1, or -1 for 'until training ends'")
+        return value
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A loaded configuration.
+
+    Attributes:
+        llamafactory: LLaMA-Factory's own keys, untouched.
+        dataflex: our section, or None where nothing of LLaMA-Factory is to be replaced.
+        params: parameters of each present family, by configuration key.
+        source: the file it came from, for messages.
+        notes: what the user should be told before the run starts.
+    """
+
+    llamafactory: dict[str, Any]
+    dataflex: DataFlexConfig | None
+    params: dict[str, tuple[type[Component], ComponentParams]] = field(default_factory=dict)
+    source: str = ""
+    notes: tuple[str, ...] = ()
+
+    def build_components(self) -> Components:
+        """Return fresh components of this configuration."""
+        built = Components()
+        for key, (cls, params) in self.params.items():
+            setattr(built, key, cls(params))
+        return built
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the whole configuration with every default filled in, as plain data."""
+        ours: dict[str, Any] | None = None
+        if self.dataflex is not None:
+            ours = self.dataflex.model_dump(exclude={"select", "mix", "order", "weight"})
+            for key, (cls, params) in self.params.items():
+                ours[key] = {"method": cls.name, **params.model_dump(mode="json")}
+        return {"llamafactory": self.llamafactory, SECTION: ours}
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Load, translate, split and validate a configuration file.
+
+    Raises:
+        ConfigError: with every problem of the ``dataflex:`` section together.
+    """
+    return split_config(read_yaml(path, overrides or []), source=str(path), base=path.resolve().parent)
+
+
+def split_config(raw: dict[str, Any], source: str = "", base: Path | None = None) -> RunConfig:
+    """Split a merged mapping into LLaMA-Factory's keys and ours, and validate ours.
+
+    Args:
+        raw: the whole mapping; not changed.
+        source: file name for messages.
+        base: folder for relative plugin and component files.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems: list[Problem] = []
+    rest, section, notes = legacy.translate(raw, base, problems)
+    if section is None:
+        if problems:
+            raise ConfigError(problems=problems, source=source)
+        return RunConfig(rest, None, source=source, notes=tuple(notes))
+    if not isinstance(section, dict):
+        raise ConfigError(f"{SECTION}: must be a mapping, got {section!r}.", source=source)
+    config = _validate(DataFlexConfig, section, SECTION, problems)
+    params = _validate_components(section, base, problems)
+    if problems:
+        raise ConfigError(problems=problems, source=source)
+    assert isinstance(config, DataFlexConfig)
+    if not params:
+        notes.append(f"{SECTION}: has none of select, mix, order, weight; this is a plain LLaMA-Factory run.")
+        return RunConfig(rest, None, source=source, notes=tuple(notes))
+    return RunConfig(rest, config, params, source, tuple(notes))
+
+
+def _validate_components(
+    section: dict[str, Any], base: Path | None, problems: list[Problem]
+) -> dict[str, tuple[type[Component], ComponentParams]]:
+    plugins = section.get("plugins") or []
+    try:
+        registry.load_components(plugins if isinstance(plugins, list) else [], base)
+    except ConfigError as error:
+        problems.append(Problem(SECTION, str(error)))
+        return {}
+    found = {}
+    for key, family in registry.CONFIG_KEYS.items():
+        given = section.get(key)
+        if given is None:
+            continue
+        prefix = f"{SECTION}.{key}"
+        if not isinstance(given, dict) or not isinstance(given.get("method"), str):
+            names = ", ".join(registry.available(family))
+            problems.append(Problem(f"{prefix}.method", f"needed, the name of a {family}. Known: {names}."))
+            continue
+        try:
+            cls = registry.get(family, given["method"])
+        except ConfigError as error:
+            problems.append(Problem(f"{prefix}.method", str(error)))
+            continue
+        params = _validate(cls.Params, {k: v for k, v in given.items() if k != "method"}, prefix, problems)
+        if params is not None:
+            found[key] = (cls, params)
+    return found
+
+
+def _validate(model: type[BaseModel], data: dict[str, Any], prefix: str, problems: list[Problem]) -> Any:
+    """Return ``model`` built from ``data``, or None after adding one problem per bad key."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        for item in error.errors():
+            key = ".".join([prefix, *(str(part) for part in item["loc"])])
+            if item["type"] == "extra_forbidden":
+                known = [name for name in model.model_fields]
+                message = unknown("key", str(item["loc"][-1]), known)
+            else:
+                message = f"{item['msg'].removeprefix('Value error, ')}, got {item['input']!r}."
+            problems.append(Problem(key, message))
+        return None

@@ -1,0 +1,1 @@
+"""The pool, the plans made from it, and the loader that trains them."""

@@ -1,0 +1,216 @@
+"""From decisions to plans: the planner asks the components, in the order select, mix, order, for each round.
+
+A plan has exactly ``steps x global batch size`` indices. Domain counts come from the mixer's proportions by largest
+remainder. Where nothing selects, samples are drawn in passes: every sample of the pool (or of a domain, with a mixer)
+once, in a fresh order, before any comes again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.components import Component, Components, Group, Probe, RoundContext, Selection, State
+from dataflex.data.pool import Pool
+from dataflex.data.sampling import IndexArray, KeyedPermutation, PassSampler, apportion
+from dataflex.errors import ComponentError
+from dataflex.rng import derive_rng, key_of
+from dataflex.schedule import RoundSlot, Schedule
+from dataflex.selection import ScoreArray
+
+Arrangement = Literal["shuffle", "sequential", "group_by_length"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The samples of one round, in training order, and where they came from."""
+
+    slot: RoundSlot
+    indices: IndexArray
+    """Pool indices, shape (steps * global batch size,)."""
+    scores: ScoreArray | None = None
+    """The selector's score of each, in the same order; NaN where it has none."""
+    proportions: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """The domain shares decided (with a mixer) or found in the plan, shape (K,)."""
+    unscored: int = 0
+    """Candidates left out because they have no score."""
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the indices in order, as little-endian int64."""
+        return hashlib.sha256(self.indices.astype("<i8").tobytes()).hexdigest()
+
+
+class Planner:
+    """Makes the plan of each round. Its calls are the same on every rank.
+
+    Args:
+        pool: the samples.
+        components: the run's components; a weighter among them is not used here.
+        schedule: the rounds.
+        seed: the run's seed.
+        global_batch_size: samples of one optimizer step.
+        arrangement: what orders a plan without an ``order`` component.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        components: Components,
+        schedule: Schedule,
+        *,
+        seed: int,
+        global_batch_size: int,
+        arrangement: Arrangement = "shuffle",
+    ) -> None:
+        self.pool, self.components, self.schedule = pool, components, schedule
+        self.seed, self.global_batch_size, self.arrangement = seed, global_batch_size, arrangement
+        shuffle = arrangement != "sequential"
+        self._pool_sampler = PassSampler(pool.size, seed=seed, name="pool", shuffle=shuffle)
+        self._domain_samplers = [
+            PassSampler(int(size), seed=seed, name=f"domain/{name}", shuffle=shuffle)
+            for name, size in zip(pool.domains, pool.domain_sizes, strict=True)
+        ]
+
+    def plan(self, slot: RoundSlot, probe: Probe) -> Plan:
+        """Return the plan of a round. May probe the model, on all ranks together.
+
+        Raises:
+            ComponentError: if a component returns something no plan can be made of.
+        """
+        groups, decided = self._groups(slot, probe)
+        selection = _join([self._select(slot, probe, group) for group in groups])
+        arranged = self._arrange(slot, probe, selection)
+        indices = selection.indices[arranged]
+        scores = selection.scores[arranged] if selection.scores is not None else None
+        if decided is None:
+            counts = np.bincount(self.pool.domain_ids(indices), minlength=len(self.pool.domains))
+            decided = counts / counts.sum()
+        return Plan(slot, indices, scores, decided, selection.unscored)
+
+    def state_dict(self) -> State:
+        """Return how far each pass has come."""
+        return {
+            "pool": self._pool_sampler.drawn,
+            "domains": {
+                name: sampler.drawn for name, sampler in zip(self.pool.domains, self._domain_samplers, strict=True)
+            },
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self._pool_sampler.drawn = int(state["pool"])
+        for name, sampler in zip(self.pool.domains, self._domain_samplers, strict=True):
+            sampler.drawn = int(state["domains"][name])
+
+    def context(self, component: Component, slot: RoundSlot, probe: Probe) -> RoundContext:
+        """Return what ``component`` may base its part of a round on."""
+        return RoundContext(
+            pool=self.pool,
+            probe=probe,
+            rng=derive_rng(self.seed, component.family, component.name, slot.number),
+            round=slot.number,
+            update=slot.update or 0,
+            num_updates=self.schedule.num_updates,
+            start_step=slot.start_step,
+            steps=slot.steps,
+            size=slot.steps * self.global_batch_size,
+            total_steps=self.schedule.total_steps,
+        )
+
+    def _groups(self, slot: RoundSlot, probe: Probe) -> tuple[list[Group], NDArray[np.float64] | None]:
+        """Return the ranges samples are wanted from, and the decided proportions where a mixer decides."""
+        size = slot.steps * self.global_batch_size
+        mixer = self.components.mix
+        if mixer is None:
+            return [Group("pool", 0, self.pool.size, size, self._pool_sampler)], None
+        ctx = self.context(mixer, slot, probe)
+        given = mixer.initial(ctx) if slot.update is None else mixer.mix(ctx)
+        proportions = check_proportions(mixer, given, self.pool)
+        counts = apportion(proportions, size)
+        bounds = zip(self.pool.domains, self.pool.offsets[:-1], self.pool.offsets[1:], counts, strict=True)
+        groups = [
+            Group(name, int(start), int(stop), int(count), sampler)
+            for (name, start, stop, count), sampler in zip(bounds, self._domain_samplers, strict=True)
+            if count
+        ]
+        return groups, proportions
+
+    def _select(self, slot: RoundSlot, probe: Probe, group: Group) -> Selection:
+        selector = self.components.select
+        if selector is None or slot.update is None:
+            return Selection(group.draw(group.budget))
+        selection = selector.select(self.context(selector, slot, probe), group)
+        self._check_selection(selection, group)
+        return selection
+
+    def _check_selection(self, selection: Selection, group: Group) -> None:
+        label = f"selector {self.components.select.name!r}" if self.components.select else "selector"
+        indices = selection.indices
+        if indices.shape != (group.budget,) or not np.issubdtype(indices.dtype, np.integer):
+            raise ComponentError(
+                f"{label} returned {indices.dtype} indices of shape {indices.shape}; {group.budget} integers are needed."
+            )
+        if indices.min() < group.start or indices.max() >= group.stop:
+            raise ComponentError(f"{label} returned indices outside {group.name!r} [{group.start}, {group.stop}).")
+        if selection.scores is not None and selection.scores.shape != indices.shape:
+            raise ComponentError(f"{label} returned {selection.scores.shape} scores for {indices.shape} indices.")
+
+    def _arrange(self, slot: RoundSlot, probe: Probe, selection: Selection) -> IndexArray:
+        """Return the permutation that puts a selection into training order."""
+        size = selection.indices.size
+        order = self.components.order
+        if order is not None and slot.update is not None:
+            positions = np.asarray(order.arrange(self.context(order, slot, probe), selection))
+            if positions.shape != (size,) or not np.array_equal(np.sort(positions), np.arange(size)):
+                raise ComponentError(f"order {order.name!r} did not return a permutation of {size} positions.")
+            return positions
+        if self.arrangement == "sequential":
+            return np.arange(size, dtype=np.int64)
+        if self.arrangement == "group_by_length":
+            return self._group_by_length(slot, selection.indices)
+        return KeyedPermutation(size, key_of(self.seed, "shuffle", slot.number))(np.arange(size, dtype=np.int64))
+
+    def _group_by_length(self, slot: RoundSlot, indices: IndexArray) -> IndexArray:
+        """Return the Trainer's own length grouping of a plan, in global batches."""
+        import torch
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        generator = torch.Generator().manual_seed(key_of(self.seed, "group_by_length", slot.number) % 2**63)
+        lengths = self.pool.lengths[indices].tolist()
+        return np.asarray(
+            get_length_grouped_indices(lengths, self.global_batch_size, generator=generator), dtype=np.int64
+        )
+
+
+def _join(parts: list[Selection]) -> Selection:
+    if len(parts) == 1:
+        return parts[0]
+    indices = np.concatenate([part.indices for part in parts])
+    unscored = sum(part.unscored for part in parts)
+    if all(part.scores is None for part in parts):
+        return Selection(indices, None, unscored)
+    scores = [
+        part.scores if part.scores is not None else np.full(part.indices.size, np.nan, dtype=np.float32)
+        for part in parts
+    ]
+    return Selection(indices, np.concatenate(scores), unscored)
+
+
+def check_proportions(component: Component, given: NDArray[np.float64], pool: Pool) -> NDArray[np.float64]:
+    """Return proportions scaled to sum 1.
+
+    Raises:
+        ComponentError: if they are not K finite, non-negative numbers with a positive sum.
+    """
+    values = np.asarray(given, dtype=np.float64)
+    if values.shape != (len(pool.domains),) or not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
+        raise ComponentError(
+            f"mixer {component.name!r} returned proportions {values.tolist()}; needed are {len(pool.domains)} finite, "
+            f"non-negative numbers with a positive sum, one for each of {', '.join(pool.domains)}."
+        )
+    return values / values.sum()

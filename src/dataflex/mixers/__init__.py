@@ -1,0 +1,1 @@
+"""The built-in mixers, one method per file."""

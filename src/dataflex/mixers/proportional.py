@@ -1,0 +1,40 @@
+"""Proportions from the domains' sizes, flattened by a temperature: p_i ~ n_i ** (1 / T).
+
+T = 1 is the pool's own mixture, T -> infinity the uniform one. Multilingual pre-training uses exponents of 0.3 to 0.7
+(XLM, Conneau and Lample 2019; mT5, Xue et al. 2021), which are T = 3.3 to 1.4. Cost: none.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from dataflex.components import Mixer, MixerParams, RoundContext
+from dataflex.registry import register
+
+
+class ProportionalParams(MixerParams):
+    """Parameters of the proportional mixer."""
+
+    temperature: float = Field(1.0, gt=0, description="T in n_i ** (1 / T); 1: by size, large: uniform.")
+    size: Literal["samples", "tokens"] = Field("samples", description="What n_i counts.")
+
+
+@register("mixer", "proportional")
+class ProportionalMixer(Mixer):
+    """Shares by size, with a temperature."""
+
+    Params = ProportionalParams
+
+    def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
+        """Return the given initial proportions, or the mixer's own."""
+        return super().initial(ctx) if self.params.initial_proportions is not None else self.mix(ctx)
+
+    def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
+        """Return n_i ** (1 / T), scaled to sum 1."""
+        sizes = ctx.pool.domain_tokens if self.params.size == "tokens" else ctx.pool.domain_sizes
+        flattened = (sizes / sizes.max()) ** (1.0 / self.params.temperature)
+        return flattened / flattened.sum()

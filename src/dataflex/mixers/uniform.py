@@ -1,0 +1,25 @@
+"""The same share for every domain, whatever its size. Cost: none."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.components import Mixer, MixerParams, RoundContext
+from dataflex.registry import register
+
+
+@register("mixer", "uniform")
+class UniformMixer(Mixer):
+    """Equal shares."""
+
+    Params = MixerParams
+
+    def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
+        """Return the given initial proportions, or equal ones."""
+        return super().initial(ctx) if self.params.initial_proportions is not None else self.mix(ctx)
+
+    def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
+        """Return 1 / K for each of K domains."""
+        count = len(ctx.pool.domains)
+        return np.full(count, 1.0 / count)

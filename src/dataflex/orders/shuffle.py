@@ -1,0 +1,20 @@
+"""A random order, fresh for every round: what a run without ``order:`` does. Cost: none."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dataflex.components import Order, RoundContext, Selection
+from dataflex.data.sampling import IndexArray, KeyedPermutation
+from dataflex.registry import register
+
+
+@register("order", "shuffle")
+class ShuffleOrder(Order):
+    """Shuffles the plan."""
+
+    def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
+        """Return a random permutation."""
+        key = int.from_bytes(ctx.rng.bytes(16), "little")
+        size = selection.indices.size
+        return KeyedPermutation(size, key)(np.arange(size, dtype=np.int64))

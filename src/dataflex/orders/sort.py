@@ -1,0 +1,52 @@
+"""Curriculum by sorting each round's samples by a score, easy to hard or the reverse.
+
+The score is the loss under the current model (a forward pass over the plan), the token length, or what the selector
+scored. Ties keep a random order, so a constant score is a shuffle.
+Source: the classic curriculum (Bengio et al. 2009); the "sorting" pattern of arXiv 2605.30334.
+Cost: ``loss``: one forward pass over the plan per update; otherwise none.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from dataflex.components import ComponentParams, Order, RoundContext, Selection, check_scores
+from dataflex.data.sampling import IndexArray, KeyedPermutation
+from dataflex.errors import ComponentError
+from dataflex.registry import register
+from dataflex.selection import ScoreArray
+
+
+class SortParams(ComponentParams):
+    """Parameters of the sorted order."""
+
+    by: Literal["loss", "length", "selection"] = Field("loss", description="The score that is sorted by.")
+    descending: bool = Field(False, description="Largest score first.")
+
+
+@register("order", "sort")
+class SortOrder(Order):
+    """Sorts the plan by a score."""
+
+    Params = SortParams
+
+    def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
+        """Return the sorting permutation."""
+        scores = check_scores(self, self._scores(ctx, selection), selection.indices)
+        key = int.from_bytes(ctx.rng.bytes(16), "little")
+        shuffled = KeyedPermutation(scores.size, key)(np.arange(scores.size, dtype=np.int64))
+        ranked = -scores if self.params.descending else scores
+        return shuffled[np.argsort(ranked[shuffled], kind="stable")]
+
+    def _scores(self, ctx: RoundContext, selection: Selection) -> ScoreArray:
+        if self.params.by == "length":
+            return ctx.pool.lengths[selection.indices].astype(np.float32)
+        if self.params.by == "loss":
+            distinct, inverse = np.unique(selection.indices, return_inverse=True)
+            return ctx.probe.losses(distinct)[inverse]
+        if selection.scores is None:
+            raise ComponentError("order.by: selection needs a selector that scores; this one gave no scores.")
+        return selection.scores

@@ -1,0 +1,1 @@
+"""Model-dependent measurements a component may ask for between optimizer steps."""

@@ -1,0 +1,48 @@
+"""From scores to a selection: the rules that selectors share. Pure functions on numpy arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.data.sampling import IndexArray
+
+ScoreArray = NDArray[np.float32]
+
+
+def top_k(scores: NDArray[np.floating], count: int) -> IndexArray:
+    """Return the positions of the ``count`` largest scores, ascending; ties go to the lower position. O(N)."""
+    if count >= scores.size:
+        return np.arange(scores.size, dtype=np.int64)
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
+    threshold = np.partition(scores, scores.size - count)[scores.size - count]
+    above = np.flatnonzero(scores > threshold)
+    ties = np.flatnonzero(scores == threshold)[: count - above.size]
+    return np.sort(np.concatenate([above, ties])).astype(np.int64)
+
+
+def sample_without_replacement(weights: NDArray[np.floating], count: int, rng: np.random.Generator) -> IndexArray:
+    """Draw ``count`` positions one after another, each in proportion to the weights that are left. O(N).
+
+    Gumbel top-k: the positions of the ``count`` largest ``log w + G`` (Vieira 2014; Kool et al. 2019). Positions of
+    weight zero are never drawn.
+
+    Args:
+        weights: non-negative, shape (N,), any scale.
+        count: at most the number of positive weights.
+        rng: the source of the draw.
+
+    Returns:
+        Distinct positions, ascending, shape (count,).
+
+    Raises:
+        ValueError: if fewer than ``count`` weights are positive.
+    """
+    positive = int(np.count_nonzero(weights > 0))
+    if positive < count:
+        raise ValueError(f"cannot draw {count} samples without replacement from {positive} of positive weight")
+    keys = -np.log(rng.standard_exponential(weights.size, dtype=np.float32))
+    with np.errstate(divide="ignore"):
+        keys += np.log(weights)
+    return top_k(keys, count)

@@ -1,0 +1,1 @@
+"""The built-in selectors, one method per file."""

@@ -1,0 +1,23 @@
+"""All data: passes over the pool, every sample once before any comes again. The plain-training baseline.
+
+With ``disable_shuffling: true`` the samples come in the order of the data sets, as in LLaMA-Factory. A run's last step
+is filled from the next pass where the number of samples is not a multiple of the global batch size.
+Cost: none.
+"""
+
+from __future__ import annotations
+
+from dataflex.components import ComponentParams, Group, RoundContext, Selection, Selector
+from dataflex.registry import register
+
+
+@register("selector", "full")
+class FullSelector(Selector):
+    """Goes on with the running pass over the group."""
+
+    Params = ComponentParams
+    may_exceed_pool = True
+
+    def select(self, ctx: RoundContext, group: Group) -> Selection:
+        """Return the next ``group.budget`` samples of the pass."""
+        return Selection(group.draw(group.budget))

@@ -1,0 +1,28 @@
+"""Uniform selection: the control every other selector has to beat.
+
+Each round draws its samples from the whole pool, without replacement and independently of the rounds before, so it
+differs from a scored selector only in the scores. For passes over the data use ``full``.
+Cost: none.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dataflex.components import ComponentParams, RoundContext, Selection, Selector
+from dataflex.data.sampling import IndexArray, KeyedPermutation
+from dataflex.registry import register
+
+
+@register("selector", "random")
+class RandomSelector(Selector):
+    """Draws every round uniformly, without replacement."""
+
+    Params = ComponentParams
+    may_exceed_pool = True
+
+    def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
+        """Return ``count`` distinct candidates, ascending."""
+        key = int.from_bytes(ctx.rng.bytes(16), "little")
+        chosen = KeyedPermutation(candidates.size, key)(np.arange(count, dtype=np.int64))
+        return Selection(candidates[np.sort(chosen)])

@@ -1,0 +1,1 @@
+"""The trainer mixin: rounds, weighted loss, step statistics and checkpoint state."""

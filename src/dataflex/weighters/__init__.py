@@ -1,0 +1,1 @@
+"""The built-in weighters, one method per file."""

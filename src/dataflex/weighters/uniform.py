@@ -1,0 +1,22 @@
+"""Weight 1 for every sample: plain training, the control for weighters that decide. Cost: none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dataflex.components import Weighter, WeighterParams
+from dataflex.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register("weighter", "uniform")
+class UniformWeighter(Weighter):
+    """Every sample counts the same."""
+
+    Params = WeighterParams
+
+    def weigh(self, losses: Tensor, step: int) -> Tensor:
+        """Return ones."""
+        return losses.new_ones(losses.shape)

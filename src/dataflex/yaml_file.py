@@ -1,0 +1,37 @@
+"""Reading one YAML or JSON file with ``key=value`` overrides, merged as LLaMA-Factory merges them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dataflex.errors import ConfigError
+
+
+def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """Return the file (.yaml, .yml or .json) merged with ``key=value`` overrides, as LLaMA-Factory merges them.
+
+    Raises:
+        ConfigError: if the file is missing, is not a mapping, or an override has no ``=``.
+    """
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise ConfigError(f"expected a .yaml, .yml or .json file, got {str(path)!r}.")
+    if not path.is_file():
+        raise ConfigError(f"no such file: {path}")
+    for override in overrides:
+        if "=" not in override.lstrip("-"):
+            raise ConfigError(f"override {override!r} is not of the form key=value (dataflex.select.method=loss).")
+    try:
+        text = path.read_text(encoding="utf-8")
+        loaded = OmegaConf.create(json.loads(text)) if path.suffix == ".json" else OmegaConf.create(text)
+        merged = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_cli(overrides)), resolve=True)
+    except (YAMLError, OmegaConfBaseException, json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(merged, dict):
+        raise ConfigError(f"{path}: the top level must be a mapping of keys to values.")
+    return {str(key): value for key, value in merged.items()}
