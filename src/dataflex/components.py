@@ -237,9 +237,10 @@ class Mixer(Component):
             return np.asarray(self.params.initial_proportions, dtype=np.float64)
         return ctx.pool.domain_sizes.astype(np.float64)
 
-    def check_domains(self, names: tuple[str, ...]) -> str | None:
-        """Return what is wrong with the parameters for these domains, or None. Called before a model is loaded."""
-        return proportions_problem(self.params.initial_proportions, names)
+    def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
+        """Return a parameter and what is wrong with it for these domains, or None. Called before a model is loaded."""
+        problem = proportions_problem(self.params.initial_proportions, names)
+        return None if problem is None else ("initial_proportions", problem)
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return non-negative proportions with a positive sum, shape (K,); the framework normalises them."""

@@ -153,7 +153,7 @@ class Planner:
         indices = selection.indices
         if indices.shape != (group.budget,) or not np.issubdtype(indices.dtype, np.integer):
             raise ComponentError(
-                f"{label} returned {indices.dtype} indices of shape {indices.shape}; {group.budget} integers are needed."
+                f"{label} returned {indices.dtype} indices of shape {indices.shape}, not {group.budget} integers."
             )
         if indices.min() < group.start or indices.max() >= group.stop:
             raise ComponentError(f"{label} returned indices outside {group.name!r} [{group.start}, {group.stop}).")

@@ -91,4 +91,4 @@ class Pool:
 
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
         """Return samples as the collator takes them."""
-        return [self.dataset[int(index)] for index in indices]
+        return self.dataset.__getitems__([int(index) for index in indices])

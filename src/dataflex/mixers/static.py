@@ -30,6 +30,7 @@ class StaticMixer(Mixer):
         """Return the given proportions."""
         return self.initial(ctx)
 
-    def check_domains(self, names: tuple[str, ...]) -> str | None:
+    def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Check length, sign and sum of the proportions."""
-        return proportions_problem(self.params.proportions, names)
+        problem = proportions_problem(self.params.proportions, names)
+        return None if problem is None else ("proportions", problem)

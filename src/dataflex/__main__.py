@@ -1,0 +1,8 @@
+"""``python -m dataflex`` is ``dataflex-cli``."""
+
+import sys
+
+from dataflex.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

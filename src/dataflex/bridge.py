@@ -1,0 +1,170 @@
+"""The seam to LLaMA-Factory: the only module that knows its insides.
+
+A dynamic run is LLaMA-Factory's own ``run_exp``, so its callbacks, evaluation, prediction, plotting and saving are its
+own. For the time of the run three names are replaced, and put back afterwards:
+
+    llamafactory.train.{sft,pt}.workflow.CustomSeq2SeqTrainer / CustomTrainer   our mixin over the same class
+    llamafactory.train.{sft,pt}.workflow.get_dataset                            the same, once per data set
+    llamafactory.train.tuner.get_train_args                                     its errors told as configuration errors
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from dataflex.config import RunConfig
+from dataflex.data.pool import Pool
+from dataflex.errors import ConfigError
+from dataflex.trainer.mixin import DynamicTrainerMixin
+from dataflex.trainer.run import DynamicRun
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+GetDataset = Callable[..., dict[str, Any]]
+
+
+def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> None:
+    """Train: LLaMA-Factory's run of the configuration, with our parts in it where there is a ``dataflex:`` section.
+
+    Args:
+        config: the loaded configuration.
+        callbacks: Trainer callbacks to add, as ``run_exp`` takes them.
+
+    Raises:
+        DataFlexError: for what a user can mend; LLaMA-Factory's own errors in arguments come as ConfigError.
+    """
+    from llamafactory.train import tuner
+
+    with replaced(tuner, "get_train_args", partial(_get_train_args, tuner.get_train_args)):
+        if config.dataflex is None:
+            tuner.run_exp(dict(config.llamafactory), callbacks)
+            return
+        with installed(DynamicRun(config)):
+            tuner.run_exp(dict(config.llamafactory), callbacks)
+
+
+def _get_train_args(original: Callable[..., Any], args: Any) -> Any:
+    try:
+        return original(args)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"LLaMA-Factory does not accept these arguments: {error}") from error
+
+
+@contextmanager
+def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Set a module's name for a while."""
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+@contextmanager
+def installed(dynamic: DynamicRun) -> Iterator[None]:
+    """Put a run's trainer and data loading in LLaMA-Factory's workflows for a while."""
+    from llamafactory.train.pt import workflow as pt
+    from llamafactory.train.sft import workflow as sft
+
+    class DynamicSeq2SeqTrainer(DynamicTrainerMixin, sft.CustomSeq2SeqTrainer):
+        """LLaMA-Factory's sft trainer, training rounds."""
+
+    class DynamicTrainer(DynamicTrainerMixin, pt.CustomTrainer):
+        """LLaMA-Factory's pt trainer, training rounds."""
+
+    with (
+        replaced(sft, "CustomSeq2SeqTrainer", partial(DynamicSeq2SeqTrainer, dataflex=dynamic)),
+        replaced(pt, "CustomTrainer", partial(DynamicTrainer, dataflex=dynamic)),
+        replaced(sft, "get_dataset", partial(load_pool, sft.get_dataset, dynamic)),
+        replaced(pt, "get_dataset", partial(load_pool, pt.get_dataset, dynamic)),
+    ):
+        yield
+
+
+def load_pool(
+    get_dataset: GetDataset,
+    dynamic: DynamicRun,
+    template: Any,
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    stage: str,
+    **tokenizer_module: Any,
+) -> dict[str, Any]:
+    """Return LLaMA-Factory's dataset module; where the data path is ours, its training set is the run's pool.
+
+    Called by the workflow before the model is loaded.
+
+    Raises:
+        ConfigError: if a data set cannot be loaded, is empty, or does not fit the rounds.
+    """
+    load = partial(
+        get_dataset,
+        template,
+        model_args,
+        training_args=training_args,
+        stage=stage,
+        **tokenizer_module,
+    )
+    if not (dynamic.plans_data and training_args.do_train):
+        return load(data_args=data_args)
+    names = tuple(dict.fromkeys(data_args.dataset))
+    module = _load_one(load, data_args, names[0]) if len(names) == 1 else _load_each(load, data_args, names)
+    parts = module.pop("parts")
+    dynamic.pool = Pool.concatenate(parts)
+    dynamic.set_steps(copy.copy(training_args))  # problems of the rounds show before a model is loaded
+    return {**module, "train_dataset": dynamic.pool.dataset}
+
+
+def _load_one(load: GetDataset, data_args: Any, name: str) -> dict[str, Any]:
+    module = _load_named(load, data_args, name)
+    return {**module, "parts": {name: module.pop("train_dataset")}}
+
+
+def _load_each(load: GetDataset, data_args: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """Load every data set on its own, so that packing never crosses a domain."""
+    from datasets import concatenate_datasets
+    from llamafactory.extras.misc import has_tokenized_data
+
+    root = data_args.tokenized_path
+    if root is not None and has_tokenized_data(root):
+        raise ConfigError(
+            f"tokenized_path: {root} holds one merged data set, whose domains cannot be told apart. Name an empty "
+            "folder; every data set is saved in a folder of its own there."
+        )
+    parts, held_out = {}, []
+    for name in names:
+        only = copy.copy(data_args)
+        only.dataset, only.eval_dataset, only.interleave_probs = [name], None, None
+        only.tokenized_path = None if root is None else str(Path(root) / name)
+        module = _load_named(load, only, name)
+        parts[name] = module["train_dataset"]
+        if "eval_dataset" in module:
+            held_out.append(module["eval_dataset"])
+    result: dict[str, Any] = {"parts": parts}
+    if held_out:
+        result["eval_dataset"] = concatenate_datasets(held_out)
+    if data_args.eval_dataset is not None:
+        only = copy.copy(data_args)
+        only.dataset, only.val_size = None, 0.0
+        only.tokenized_path = None if root is None else str(Path(root) / "eval")
+        result["eval_dataset"] = load(data_args=only)["eval_dataset"]
+    return result
+
+
+def _load_named(load: GetDataset, data_args: Any, name: str) -> dict[str, Any]:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load(data_args=data_args)
+    except (ValueError, RuntimeError, OSError, StopIteration, DatasetsError) as error:
+        detail = str(error) or "it is empty"
+        raise ConfigError(f"dataset: {name!r} cannot be used: {detail}") from error

@@ -1,0 +1,202 @@
+"""What can be said about a run before anything is loaded: LLaMA-Factory's keys, the data sets, and what goes together.
+
+Nothing here imports torch or LLaMA-Factory; the names of LLaMA-Factory's arguments are read from its source files.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dataflex.config import SECTION, RunConfig
+from dataflex.errors import Problem, did_you_mean, unknown
+
+STAGES = ("sft", "pt")
+_LLAMAFACTORY_FILES = (
+    "model_args.py",
+    "data_args.py",
+    "training_args.py",
+    "finetuning_args.py",
+    "generating_args.py",
+)
+_TRANSFORMERS_FILES = ("training_args.py", "training_args_seq2seq.py")
+
+SPECIAL_LOSSES = {
+    "use_dft_loss": "its token weights already change the loss",
+    "use_eaft_loss": "its token weights already change the loss",
+    "use_asft_loss": "it computes the loss against a reference model",
+    "label_smoothing_factor": "the Trainer's smoothed loss is a mean per micro-batch, not the token mean weights scale",
+    "enable_liger_kernel": "its fused head and loss give no loss per sample",
+    "use_liger_kernel": "its fused head and loss give no loss per sample",
+    "use_unsloth": "its fused loss gives no loss per sample",
+}
+"""LLaMA-Factory keys that give the loss a path of its own -> why weights cannot join it."""
+
+
+def problems_of(config: RunConfig) -> list[Problem]:
+    """Return every problem that shows without loading anything."""
+    found = [*_unknown_keys(config), *_folders(config), *_datasets(config)]
+    if config.dataflex is not None:
+        found += [*_stage(config), *_data_path(config), *_domains(config), *_loss(config)]
+    return found
+
+
+def _truthy(config: RunConfig, key: str) -> bool:
+    value = config.llamafactory.get(key)
+    return bool(value) and str(value).lower() not in ("false", "0", "0.0", "none", "no")
+
+
+def dataset_names(config: RunConfig, key: str = "dataset") -> tuple[str, ...]:
+    """Return the data sets named under ``key``, in order, each once."""
+    value = config.llamafactory.get(key)
+    parts = value.split(",") if isinstance(value, str) else list(value or [])
+    return tuple(dict.fromkeys(str(part).strip() for part in parts if str(part).strip()))
+
+
+@cache
+def llamafactory_keys() -> frozenset[str]:
+    """Return the names of LLaMA-Factory's training arguments, read from the source of the installed packages."""
+    names = {"ray_num_workers", "ray_init_kwargs", "master_addr", "master_port"}
+    for package, subfolder, files in (
+        ("llamafactory", "hparams", _LLAMAFACTORY_FILES),
+        ("transformers", "", _TRANSFORMERS_FILES),
+    ):
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            return frozenset()
+        for file in files:
+            names.update(_field_names(Path(spec.origin).parent / subfolder / file))
+    return frozenset(names)
+
+
+def _field_names(path: Path) -> Iterator[str]:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            for item in node.body:
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                    yield item.target.id
+
+
+def _unknown_keys(config: RunConfig) -> Iterator[Problem]:
+    known = llamafactory_keys()
+    if not known or os.environ.get("ALLOW_EXTRA_ARGS", "").lower() in ("1", "true", "y"):
+        return
+    for key in config.llamafactory:
+        if key not in known:
+            hint = did_you_mean(key, known) or did_you_mean(key, [SECTION]) or "."
+            yield Problem(key, f"not a LLaMA-Factory argument{hint}")
+
+
+def _folders(config: RunConfig) -> Iterator[Problem]:
+    model = config.llamafactory.get("model_name_or_path")
+    if not model:
+        yield Problem("model_name_or_path", "needed: a model folder or hub name.")
+    elif str(model).startswith(("/", "./", "../", "~")) and not (Path(model).expanduser() / "config.json").is_file():
+        yield Problem("model_name_or_path", f"no model in {str(model)!r} (there is no config.json).")
+    output = config.llamafactory.get("output_dir")
+    if output is None:
+        yield Problem("output_dir", "needed: the folder the run writes to.")
+        return
+    existing = Path(output).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        yield Problem("output_dir", f"{str(output)!r} cannot be made: {existing} is a file.")
+    elif not os.access(existing, os.W_OK):
+        yield Problem("output_dir", f"{str(output)!r} cannot be written to: {existing} is read-only.")
+
+
+def _datasets(config: RunConfig) -> Iterator[Problem]:
+    if _truthy(config, "do_train") and not dataset_names(config):
+        yield Problem("dataset", "needed for training: the names of one or more data sets.")
+    folder = str(config.llamafactory.get("dataset_dir", "data"))
+    if folder == "ONLINE" or folder.startswith("REMOTE:") or config.llamafactory.get("tokenized_path"):
+        return
+    path = Path(folder) / "dataset_info.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        yield Problem("dataset_dir", f"{folder!r} has no dataset_info.json.")
+        return
+    except ValueError as error:
+        yield Problem("dataset_dir", f"{path} is not valid JSON: {error}")
+        return
+    for key in ("dataset", "eval_dataset"):
+        for name in dataset_names(config, key):
+            yield from _dataset(key, name, info, Path(folder))
+
+
+def _dataset(key: str, name: str, info: dict[str, Any], folder: Path) -> Iterator[Problem]:
+    if name not in info:
+        yield Problem(key, f"{unknown('data set', name, info)} (from {folder / 'dataset_info.json'})")
+        return
+    file_name = info[name].get("file_name")
+    remote = any(source in info[name] for source in ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url"))
+    if file_name and not remote and not (folder / file_name).exists():
+        yield Problem(key, f"the file of data set {name!r} does not exist: {folder / file_name}")
+
+
+def _stage(config: RunConfig) -> Iterator[Problem]:
+    stage = config.llamafactory.get("stage", "sft")
+    if stage not in STAGES:
+        yield Problem("stage", f"{stage!r} is not supported with {SECTION}:; use one of {', '.join(STAGES)}.")
+    for key in ("use_hyper_parallel", "auto_find_batch_size"):
+        if _truthy(config, key):
+            yield Problem(key, f"is not supported with {SECTION}: (rounds need LLaMA-Factory's standard trainer).")
+    for name in ("USE_RAY", "USE_MCA", "USE_V1"):
+        if os.environ.get(name, "").lower() in ("1", "true", "y"):
+            yield Problem(f"environment variable {name}", f"is not supported with {SECTION}:.")
+    settings = config.dataflex
+    if (
+        settings is not None
+        and settings.train_steps is not None
+        and int(config.llamafactory.get("max_steps") or -1) > 0
+    ):
+        yield Problem(f"{SECTION}.train_steps", "and max_steps both set the total number of steps; keep one.")
+
+
+def _data_path(config: RunConfig) -> Iterator[Problem]:
+    """Keys that say where samples come from, against decisions about samples."""
+    plans = [key for key in ("select", "mix", "order") if key in config.params]
+    if not plans:
+        return
+    who = f"{SECTION}.{plans[0]}"
+    if _truthy(config, "streaming"):
+        yield Problem("streaming", f"{who} needs to see the whole pool, and a stream has no length; set it to false.")
+    if str(config.llamafactory.get("mix_strategy", "concat")) != "concat":
+        yield Problem("mix_strategy", f"interleaving fixes the mixture before training; use {SECTION}.mix instead.")
+    sequential = _truthy(config, "disable_shuffling")
+    strategy = config.llamafactory.get("train_sampling_strategy", "random")
+    if "mix" in config.params and (sequential or strategy == "sequential"):
+        key = "disable_shuffling" if sequential else "train_sampling_strategy"
+        yield Problem(key, "a mixture has no natural order, samples of the domains are shuffled; remove it.")
+    if "order" in config.params and (sequential or strategy != "random"):
+        key = "disable_shuffling" if sequential else "train_sampling_strategy"
+        yield Problem(key, f"{SECTION}.order decides the order of samples; keep one of the two.")
+    val_size = float(config.llamafactory.get("val_size") or 0)
+    if val_size > 1 and len(dataset_names(config)) > 1:
+        yield Problem(
+            "val_size", "a number of samples cannot be split over data sets; give a fraction or eval_dataset."
+        )
+
+
+def _domains(config: RunConfig) -> Iterator[Problem]:
+    mixer = config.build_components().mix
+    if mixer is not None and dataset_names(config):
+        problem = mixer.check_domains(dataset_names(config))
+        if problem is not None:
+            yield Problem(f"{SECTION}.mix.{problem[0]}", problem[1])
+
+
+def _loss(config: RunConfig) -> Iterator[Problem]:
+    if "weight" not in config.params:
+        return
+    for key, reason in SPECIAL_LOSSES.items():
+        if _truthy(config, key):
+            yield Problem(key, f"cannot be combined with {SECTION}.weight: {reason}.")

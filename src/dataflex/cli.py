@@ -1,0 +1,162 @@
+"""The command line: parse, call, print. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dataflex import __version__
+from dataflex.errors import ConfigError, DataFlexError, did_you_mean
+
+if TYPE_CHECKING:
+    from dataflex.config import RunConfig
+
+BAD_INPUT = 2
+"""Exit status for what the user can mend."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 2 for bad input, or a failing worker's status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    known = sorted(_COMMANDS)
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
+        hint = did_you_mean(arguments[0], known) or "."
+        print(f"unknown command {arguments[0]!r}{hint} Commands: {', '.join(known)}.", file=sys.stderr)
+        return BAD_INPUT
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return BAD_INPUT
+    try:
+        return _COMMANDS[options.command](options)
+    except DataFlexError as error:
+        from dataflex.launch import report_error
+
+        report_error(f"dataflex: {error}")
+        return BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dataflex-cli",
+        description="Select, mix, order and weight the training data of a LLaMA-Factory run while it trains.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in (
+        ("train", "train a YAML"),
+        ("check", "validate a YAML without loading a model, and report all problems"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("config", type=Path, help="a LLaMA-Factory YAML or JSON file, with a dataflex: section")
+        command.add_argument("overrides", nargs="*", help="key=value, e.g. dataflex.select.method=loss")
+    listing = commands.add_parser("list", help="families, methods, and their parameters with defaults")
+    listing.add_argument("name", nargs="?", help="a family or a method; none: everything")
+    listing.add_argument("--plugins", nargs="*", default=[], help="Python files that register components")
+    commands.add_parser("version", help="versions of DataFlex and of what it runs on")
+    report = commands.add_parser("report", help="one HTML page and a table about one or several runs")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
+    report.add_argument("--output", type=Path, help="the HTML file")
+    assets = commands.add_parser("assets", help="the demo's model and data, by name")
+    assets.add_argument("name", nargs="?", help="which to fetch; none: list them")
+    demo = commands.add_parser("demo", help="train a small model with and without selection, and compare")
+    demo.add_argument("--output", type=Path, help="folder of the demo's files and runs")
+    return parser
+
+
+def _checked_config(options: argparse.Namespace) -> RunConfig:
+    """Load the configuration, print its notes, and raise every problem together."""
+    from dataflex import checks
+    from dataflex.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    problems = checks.problems_of(config)
+    if problems:
+        raise ConfigError(problems=problems, source=str(options.config))
+    return config
+
+
+def _print_notes(config: RunConfig) -> None:
+    for note in config.notes:
+        print(f"dataflex: note: {note}", file=sys.stderr)
+
+
+def _check(options: argparse.Namespace) -> int:
+    config = _checked_config(options)
+    _print_notes(config)
+    acting = ", ".join(f"{key}: {cls.name}" for key, (cls, _) in config.params.items())
+    print(f"{options.config}: no problems ({acting or 'plain LLaMA-Factory'})")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from dataflex import launch
+
+    config = _checked_config(options)
+    if launch.is_worker():
+        return _train_here(config)
+    _print_notes(config)
+    if launch.wants_many():
+        return launch.run_many([str(options.config), *options.overrides])
+    return _train_here(config)
+
+
+def _train_here(config: RunConfig) -> int:
+    from dataflex import bridge
+
+    bridge.run(config)
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from dataflex.listing import render
+
+    print(render(options.name, options.plugins))
+    return 0
+
+
+def _version(options: argparse.Namespace) -> int:
+    from dataflex.record.versions import installed_versions
+
+    for package, version in installed_versions().items():
+        print(f"{package} {version}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from dataflex.record.report import report
+
+    print(f"report: {report(options.runs, options.output)}")
+    return 0
+
+
+def _assets(options: argparse.Namespace) -> int:
+    from dataflex import assets
+
+    if options.name is None:
+        for asset in assets.ASSETS.values():
+            print(f"asset:{asset.name}  ({asset.kind})  {asset.help}")
+        return 0
+    print(assets.fetch(options.name))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from dataflex import demo
+
+    return demo.run(options.output)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": _train,
+    "check": _check,
+    "list": _list,
+    "version": _version,
+    "report": _report,
+    "assets": _assets,
+    "demo": _demo,
+}

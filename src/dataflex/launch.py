@@ -1,0 +1,97 @@
+"""Starting a run in one process or many, after LLaMA-Factory's convention and environment variables.
+
+``FORCE_TORCHRUN``, ``NNODES``, ``NODE_RANK``, ``NPROC_PER_NODE``, ``MASTER_ADDR``, ``MASTER_PORT`` and, for elastic
+jobs, ``RDZV_ID``, ``MIN_NNODES``, ``MAX_NNODES``, ``MAX_RESTARTS``. On a machine without an accelerator the workers
+use gloo, and what accelerate and DeepSpeed need there is set.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ERROR_FOLDER = "DATAFLEX_ERROR_FOLDER"
+"""Where workers leave the text of an error, so that the launcher prints it once."""
+
+
+def is_worker() -> bool:
+    """Return whether this process was started by torchrun."""
+    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def wants_many() -> bool:
+    """Return whether LLaMA-Factory's launcher would start several processes here."""
+    from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt, use_ray
+
+    return is_env_enabled("FORCE_TORCHRUN") or (get_device_count() > 1 and not use_ray() and not use_kt())
+
+
+def run_many(arguments: list[str]) -> int:
+    """Start ``dataflex train`` under torchrun and return the first failing worker's exit status, or 0."""
+    from llamafactory.extras.misc import find_available_port, get_device_count
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser
+    from torch.distributed.run import run as torchrun
+
+    processes = os.environ.get("NPROC_PER_NODE") or str(max(1, get_device_count()))
+    port = os.environ.get("MASTER_PORT") or str(find_available_port())
+    options = _rendezvous(os.environ.get("MASTER_ADDR", "127.0.0.1"), port)
+    options += ["--nproc_per_node", processes, "-m", "dataflex", "train", *arguments]
+    _set_environment(int(processes) if processes.isdigit() else 1, accelerator=get_device_count() > 0)
+    with tempfile.TemporaryDirectory(prefix="dataflex-") as folder:
+        os.environ[ERROR_FOLDER] = folder
+        try:
+            torchrun(get_args_parser().parse_args(options))
+        except ChildFailedError as error:
+            _, failure = error.get_first_failure()
+            _print_errors(Path(folder))
+            return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        finally:
+            del os.environ[ERROR_FOLDER]
+    return 0
+
+
+def _rendezvous(address: str, port: str) -> list[str]:
+    nodes = os.environ.get("NNODES", "1")
+    rdzv_id = os.environ.get("RDZV_ID")
+    if rdzv_id is None:
+        node_rank = os.environ.get("NODE_RANK", "0")
+        return ["--nnodes", nodes, "--node_rank", node_rank, "--master_addr", address, "--master_port", port]
+    fewest, most = os.environ.get("MIN_NNODES"), os.environ.get("MAX_NNODES")
+    elastic = f"{fewest}:{most}" if fewest and most else nodes
+    options = ["--nnodes", elastic, "--rdzv-id", rdzv_id, "--rdzv-backend", "c10d"]
+    return [*options, "--rdzv-endpoint", f"{address}:{port}", "--max-restarts", os.environ.get("MAX_RESTARTS", "0")]
+
+
+def _set_environment(processes: int, accelerator: bool) -> None:
+    """Set what workers need and the user has not set."""
+    bin_folder = str(Path(sys.executable).parent)
+    if bin_folder not in os.environ.get("PATH", "").split(os.pathsep):
+        # DeepSpeed builds its operators with the ninja beside this Python.
+        os.environ["PATH"] = os.pathsep.join([bin_folder, os.environ.get("PATH", "")])
+    if accelerator:
+        if os.environ.get("OPTIM_TORCH", "1").lower() in ("1", "true", "y"):
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+            os.environ.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, processes))))
+    # Without it accelerate names the device cpu:<rank>, which torch.load cannot map a checkpoint to.
+    os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def report_error(text: str) -> None:
+    """Print an error once: a worker leaves it for the launcher, any other process prints it."""
+    folder = os.environ.get(ERROR_FOLDER)
+    if folder is None or not is_worker():
+        print(text, file=sys.stderr)
+        return
+    (Path(folder) / f"{int(os.environ.get('RANK', '0')):06d}").write_text(text, encoding="utf-8")
+
+
+def _print_errors(folder: Path) -> None:
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())]
+    for text in dict.fromkeys(texts):
+        print(text, file=sys.stderr)

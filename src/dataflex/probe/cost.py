@@ -1,0 +1,16 @@
+"""What decisions cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Cost:
+    """Time and model computation spent on decisions."""
+
+    seconds: float = 0.0
+    samples: int = 0
+    """Samples run through a model."""
+    tokens: int = 0
+    """Their tokens, padding not counted."""

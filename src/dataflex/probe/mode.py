@@ -1,0 +1,35 @@
+"""Measuring without leaving a trace: evaluation mode, no gradients, and every random stream put back."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+
+@contextlib.contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Put Python's, numpy's, torch's and the devices' random states back at the end."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - saved, not used
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def probe_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module's mode and every random stream is as before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with preserved_rng(), torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

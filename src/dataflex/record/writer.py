@@ -1,0 +1,121 @@
+"""Writing the run record: ``<output_dir>/dataflex/`` with every decision of a run and what it cost.
+
+    config.yaml                  the resolved configuration and the versions of what ran it
+    rounds.jsonl                 one line per round
+    plans/round-NNNNN.parquet    the samples of a round: position, index, domain, score
+    summary.json                 what the run took, at its end
+
+Written by the main process. A resumed run keeps the rounds up to its checkpoint and goes on after them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from dataflex.data.plan import Plan
+from dataflex.data.pool import Pool
+from dataflex.errors import ConfigError
+from dataflex.files import write_atomically
+from dataflex.probe.cost import Cost
+from dataflex.record.versions import installed_versions
+
+FOLDER = "dataflex"
+
+
+class RunWriter:
+    """Writes one run's record.
+
+    Args:
+        output_dir: LLaMA-Factory's output folder of the run.
+
+    Raises:
+        ConfigError: if the folder cannot be written to.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.folder = output_dir / FOLDER
+        try:
+            (self.folder / "plans").mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / ".writable", b"")
+            (self.folder / ".writable").unlink()
+        except OSError as error:
+            raise ConfigError(f"output_dir: {output_dir} cannot be written to ({error.strerror or error}).") from error
+
+    def begin(self, resolved: dict[str, Any], kept_rounds: int | None) -> None:
+        """Start or go on with the record.
+
+        Args:
+            resolved: the configuration.
+            kept_rounds: rounds a resumed run keeps; None for a new run, which sets an earlier record aside.
+        """
+        if kept_rounds is None:
+            self._set_aside()
+        else:
+            self._truncate(kept_rounds)
+        text = yaml.safe_dump({**resolved, "versions": installed_versions()}, sort_keys=False, allow_unicode=True)
+        write_atomically(self.folder / "config.yaml", text.encode())
+
+    def _set_aside(self) -> None:
+        """Move the record of an earlier run in the same folder to a name of its own."""
+        if not (self.folder / "config.yaml").exists():
+            return
+        number = 1
+        while (aside := self.folder.with_name(f"{FOLDER}-earlier-{number}")).exists():
+            number += 1
+        self.folder.rename(aside)
+        (self.folder / "plans").mkdir(parents=True)
+
+    def _truncate(self, kept_rounds: int) -> None:
+        """Drop what was recorded after the checkpoint: those rounds are made again, the same."""
+        path = self.folder / "rounds.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines[:kept_rounds] if line.strip()]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+
+    def round(self, plan: Plan, pool: Pool, components: dict[str, str], cost: Cost) -> None:
+        """Record a round before it is trained: its plan first, then its line."""
+        ids = pool.domain_ids(plan.indices)
+        counts = np.bincount(ids, minlength=len(pool.domains))
+        self._write_plan(plan, pool, ids)
+        line: dict[str, Any] = {
+            "round": plan.slot.number,
+            "start_step": plan.slot.start_step,
+            "steps": plan.slot.steps,
+            "size": int(plan.indices.size),
+            "plan_sha256": plan.sha256,
+            "domains": {name: int(count) for name, count in zip(pool.domains, counts, strict=True)},
+            "proportions": {name: float(share) for name, share in zip(pool.domains, plan.proportions, strict=True)},
+            "components": components,
+            "cost": asdict(cost),
+        }
+        if plan.slot.update is None:
+            line["warmup"] = True
+        if plan.unscored:
+            line["unscored"] = plan.unscored
+        with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def _write_plan(self, plan: Plan, pool: Pool, ids: np.ndarray) -> None:
+        columns = {
+            "position": pa.array(np.arange(plan.indices.size, dtype=np.int64)),
+            "index": pa.array(plan.indices),
+            "domain": pa.DictionaryArray.from_arrays(ids.astype(np.int32), list(pool.domains)),
+        }
+        if plan.scores is not None:
+            columns["score"] = pa.array(plan.scores, from_pandas=True)
+        path = self.folder / "plans" / f"round-{plan.slot.number:05d}.parquet"
+        temporary = path.with_suffix(".tmp")
+        pq.write_table(pa.table(columns), temporary)
+        temporary.replace(path)
+
+    def summary(self, values: dict[str, Any]) -> None:
+        """Write what the run took."""
+        write_atomically(self.folder / "summary.json", (json.dumps(values, indent=2) + "\n").encode())

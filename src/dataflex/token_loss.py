@@ -1,0 +1,32 @@
+"""Token cross entropy under the Hugging Face shift convention, shared by training and probing."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Return, for each position, the label the model predicts there: (B, T) -> (B, T), last column ignored."""
+    return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the float32 cross entropy of every position, (B, T); 0 where the target is ignored.
+
+    Args:
+        logits: (B, T, V).
+        targets: already shifted labels, (B, T).
+    """
+    flat = logits.float().view(-1, logits.size(-1))
+    targets = targets.to(logits.device)
+    losses = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORE_INDEX, reduction="none")
+    return losses.view(targets.shape)
+
+
+def sample_means(sums: Tensor, counts: Tensor) -> Tensor:
+    """Return ``sums / counts``, NaN where nothing was counted; all (B,)."""
+    return torch.where(counts > 0, sums / counts.clamp(min=1), torch.nan)

@@ -1,0 +1,141 @@
+"""The training loss with per-sample weights, inside the model's own forward.
+
+While a training step's forward runs, the model's ``loss_function`` is ours. Everything around it (auxiliary losses,
+the scaling by processes, gradient accumulation) stays the Trainer's, so weight 1 everywhere is the plain run: the
+token losses are the same cross entropy, summed and divided by the same ``num_items_in_batch``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dataflex import distributed
+from dataflex.components import Weighter
+from dataflex.errors import ComponentError
+from dataflex.token_loss import IGNORE_INDEX, sample_means, shifted, token_losses
+
+
+@dataclass
+class BatchLosses:
+    """What one micro-batch showed: token-loss sums and token counts of its samples, (B,), detached."""
+
+    sums: Tensor
+    counts: Tensor
+
+
+@dataclass
+class WeightedLoss:
+    """A ``loss_function`` for Hugging Face causal language models.
+
+    Attributes:
+        weighter: scales the samples, or None.
+        samples_per_step: samples of one optimizer step on all processes, for ``normalization: sample``.
+        observe: called with each micro-batch's losses.
+    """
+
+    weighter: Weighter | None
+    samples_per_step: int
+    observe: Callable[[BatchLosses], None]
+    step: int = 0
+    """Optimizer steps done so far."""
+    active: bool = True
+    """False in warm-up rounds: every weight is 1."""
+    last_weights: Tensor | None = None
+    """Weights of the last micro-batch on all processes, (n,)."""
+    calls: int = 0
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Return the micro-batch's loss, as ``transformers.loss.loss_utils.ForCausalLMLoss`` would with weights."""
+        self.calls += 1
+        targets = (shifted(labels) if shift_labels is None else shift_labels).to(logits.device)
+        per_token = token_losses(logits, targets)
+        counts = (targets != ignore_index).sum(1)
+        sums = per_token.sum(1)
+        self.observe(BatchLosses(sums.detach(), counts))
+        if self.weighter is None or not self.active:
+            return _divide(per_token.sum(), counts.sum(), num_items_in_batch)
+        means = sample_means(sums.detach(), counts)
+        weights = self._weights(self.weighter, means)
+        if self.weighter.params.normalization == "token":
+            return _divide((weights * sums).sum(), counts.sum(), num_items_in_batch)
+        weighted = (weights * sums / counts.clamp(min=1)).sum()
+        return weighted / (means.numel() if num_items_in_batch is None else self.samples_per_step)
+
+    def _weights(self, weighter: Weighter, means: Tensor) -> Tensor:
+        """Return the weights of this process's samples, decided over all processes; 1 for samples without tokens."""
+        everyone = distributed.all_gather(means)
+        scored = ~torch.isnan(everyone)
+        weights = torch.ones_like(everyone)
+        if scored.any():
+            given = weighter.weigh(everyone[scored], self.step)
+            check_weights(weighter, given, int(scored.sum()))
+            weights[scored] = given.to(weights)
+        self.last_weights = weights
+        begin = distributed.rank() * means.numel()
+        return weights[begin : begin + means.numel()]
+
+
+def _divide(total: Tensor, tokens: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    if num_items_in_batch is None:
+        return total / tokens
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+def check_weights(weighter: Weighter, weights: Tensor, count: int) -> None:
+    """Check one finite, non-negative weight per sample.
+
+    Raises:
+        ComponentError: naming the weighter and what it returned.
+    """
+    if weights.shape != (count,):
+        raise ComponentError(
+            f"weighter {weighter.name!r} returned weights of shape {tuple(weights.shape)} for {count} samples."
+        )
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ComponentError(
+            f"weighter {weighter.name!r} returned weights that are NaN, infinite or negative: {weights.tolist()}"
+        )
+
+
+@contextmanager
+def loss_function(model: torch.nn.Module, function: WeightedLoss) -> Iterator[None]:
+    """Make ``function`` the loss function of a Hugging Face model for the time of a forward.
+
+    Raises:
+        ComponentError: if a weighter is set and the model's forward did not call it.
+    """
+    own = model.__dict__.get("_loss_function", _ABSENT)
+    before = function.calls
+    model.loss_function = function
+    try:
+        yield
+    finally:
+        if own is _ABSENT:
+            del model._loss_function
+        else:
+            model.loss_function = own
+    if function.weighter is not None and function.calls == before:
+        raise ComponentError(
+            f"{type(model).__name__} computes its loss without its loss_function, so no weight can reach it; "
+            "remove weight: or use a model class of transformers."
+        )
+
+
+_ABSENT: Literal["absent"] = "absent"

@@ -1,0 +1,235 @@
+"""The trainer: a mixin over LLaMA-Factory's trainer of the stage.
+
+The training loop is the Hugging Face Trainer's. Overridden are the training loader, the loss of a training step, the
+log, the checkpoint and the start of training; a callback hears the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, rotate_checkpoints
+
+from dataflex import distributed
+from dataflex.data.plan import Arrangement
+from dataflex.probe.losses import ModelProbe
+from dataflex.trainer import checkpoint
+from dataflex.trainer.loss import WeightedLoss, loss_function
+from dataflex.trainer.rounds import INDEX_KEY, RoundStream
+from dataflex.trainer.run import DynamicRun
+from dataflex.trainer.statistics import StepAccumulator
+
+if TYPE_CHECKING:
+    from llamafactory.hparams import FinetuningArguments
+
+_PROBE_MICRO_BATCHES = 4
+
+
+class DynamicTrainerMixin(Trainer):
+    """Trains the rounds of a :class:`DynamicRun`; goes before LLaMA-Factory's trainer class in the bases."""
+
+    finetuning_args: FinetuningArguments
+
+    def __init__(self, *, dataflex: DynamicRun, args: TrainingArguments, **kwargs: Any) -> None:
+        self.dataflex = dataflex
+        self._resumed_state: dict[str, Any] | None = None
+        if args.do_train:
+            dataflex.set_steps(args)
+        super().__init__(args=args, **kwargs)
+        self.step_accumulator = StepAccumulator(dataflex.offsets, args.device)
+        self.step_loss = WeightedLoss(
+            weighter=dataflex.components.weight,
+            samples_per_step=self._samples_per_step(),
+            observe=self.step_accumulator.add,
+        )
+        self.add_callback(DynamicCallback(self))
+
+    def _samples_per_step(self) -> int:
+        """Return the samples that ``normalization: sample`` divides by, given what the Trainer multiplies by."""
+        size = self.dataflex.global_batch_size
+        return size if self.args.average_tokens_across_devices else size // self.args.world_size
+
+    @property
+    def own_loss(self) -> bool:
+        """Whether training steps use our loss function; LLaMA-Factory's special losses keep their own path."""
+        return self.compute_loss_func is None and self.label_smoother is None
+
+    def raw_model(self) -> torch.nn.Module:
+        """Return the module whose forward may be run between steps without touching the wrapper's state."""
+        if self.is_fsdp_enabled:
+            return self.model_wrapped
+        return self.accelerator.unwrap_model(self.model_wrapped)
+
+    def causal_model(self) -> torch.nn.Module:
+        """Return the Hugging Face model itself, under any adapter."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if _is_peft(model) else model
+
+    def get_train_dataloader(self) -> Any:
+        """Return the rounds, or LLaMA-Factory's own loader where only weights are decided."""
+        return RoundStream(self) if self.dataflex.plans_data else super().get_train_dataloader()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, resuming from the last complete checkpoint where a resume is asked for."""
+        run = self.dataflex
+        explicit = run.config.llamafactory.get("resume_from_checkpoint") not in (None, False)
+        folder, state = distributed.on_main(partial(_load_state, resume_from_checkpoint, explicit, self.args))
+        run.probe = self._make_probe() if run.pool is not None else None
+        self._resumed_state = state
+        return super().train(resume_from_checkpoint=folder, **kwargs)
+
+    def _make_probe(self) -> ModelProbe:
+        run = self.dataflex
+        assert run.pool is not None
+        cutoff = int(run.pool.lengths.max())
+        return ModelProbe(
+            pool=run.pool,
+            model=self.raw_model,
+            collate=self.data_collator,
+            autocast=self.accelerator.autocast,
+            device=self.args.device,
+            batch_tokens=run.settings.probe_batch_tokens
+            or _PROBE_MICRO_BATCHES * self.args.per_device_train_batch_size * cutoff,
+            progress=self.args.process_index == 0 and not self.args.disable_tqdm,
+        )
+
+    def arrangement(self) -> Arrangement:
+        """Return what the user's keys say about the order of samples."""
+        strategy = self.args.train_sampling_strategy
+        if self.finetuning_args.disable_shuffling or strategy == "sequential":
+            return "sequential"
+        return "group_by_length" if strategy == "group_by_length" else "shuffle"
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute a training step's loss with weights and statistics; evaluation stays as it is."""
+        indices = inputs.pop(INDEX_KEY, None)
+        if not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self.step_accumulator.add_tokens(inputs)
+        if not self.own_loss:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self.step_accumulator.indices = indices
+        with ExitStack() as stack:
+            stack.enter_context(loss_function(self.causal_model(), self.step_loss))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the round and the domains to a training log."""
+        if "loss" in logs:
+            logs.update(self._dataflex_logs())
+        super().log(logs, *args, **kwargs)
+
+    def _dataflex_logs(self) -> dict[str, float]:
+        run, logs = self.dataflex, {}
+        if run.statistics is not None and self.own_loss:
+            for name, loss in zip(run.domains, run.statistics.losses.tolist(), strict=True):
+                if loss == loss:  # a domain the batch had none of is NaN
+                    logs[f"dataflex/loss/{name}"] = loss
+        if run.plan is not None:
+            logs["dataflex/round"] = run.plan.slot.number
+            for name, share in zip(run.domains, run.plan.proportions.tolist(), strict=True):
+                logs[f"dataflex/proportion/{name}"] = share
+            logs["dataflex/decision_seconds"] = run.decision_seconds
+        if self.step_loss.last_weights is not None:
+            logs["dataflex/weight_min"] = self.step_loss.last_weights.min().item()
+            logs["dataflex/weight_max"] = self.step_loss.last_weights.max().item()
+        return logs
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint whose last file is the marker; only then delete older ones."""
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
+        main = self.args.process_index == 0
+        if main:
+            checkpoint.unmark(folder)
+        distributed.barrier()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        state = self.dataflex.state_dict(self.state.global_step)
+        distributed.barrier()
+        if main:
+            checkpoint.write_state(folder, state)
+            checkpoint.mark_complete(folder)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        distributed.barrier()
+
+
+def _is_peft(model: torch.nn.Module) -> bool:
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def _load_state(
+    requested: str | bool | None, explicit: bool, args: TrainingArguments
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Return the checkpoint to resume from and its state."""
+    folder, left = checkpoint.resolve(requested, explicit, Path(args.output_dir))
+    for line in left:
+        _warn(line)
+    return (None, None) if folder is None else (str(folder), checkpoint.read_state(folder))
+
+
+def _warn(line: str) -> None:
+    from llamafactory.extras import logging
+
+    logging.get_logger(__name__).warning_rank0(line)
+
+
+class DynamicCallback(TrainerCallback):
+    """Hears the Trainer's events for the run."""
+
+    def __init__(self, trainer: DynamicTrainerMixin) -> None:
+        self.trainer = trainer
+        self._began = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Make the planner and take back a checkpoint's state."""
+        run = self.trainer.dataflex
+        run.prepare(args, state.max_steps, self.trainer.arrangement(), self.trainer._resumed_state)
+        self.trainer._resumed_state = None
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Tell the loss which step it is in."""
+        self._began = time.perf_counter()
+        loss = self.trainer.step_loss
+        loss.step = state.global_step
+        loss.active = self.trainer.dataflex.schedule.slot_at(state.global_step).update is not None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Gather the step's statistics, and keep the epoch count and epoch-wise actions right."""
+        trainer, run = self.trainer, self.trainer.dataflex
+        statistics, tokens = trainer.step_accumulator.finish(state.global_step)
+        run.train_seconds += time.perf_counter() - self._began
+        run.end_of_step(statistics, tokens)
+        if run.pool is None:
+            return
+        passes = state.global_step * run.global_batch_size / run.pool.size
+        state.epoch = passes
+        if int(passes) > int((state.global_step - 1) * run.global_batch_size / run.pool.size):
+            control.should_save |= args.save_strategy == SaveStrategy.EPOCH
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH
+            control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the summary and say what the decisions cost."""
+        summary = self.trainer.dataflex.finish()
+        if args.process_index == 0:
+            print(
+                f"dataflex: training {summary['train_seconds']:.1f} s, decisions {summary['decision_seconds']:.1f} s "
+                f"({100 * summary['overhead_fraction']:.1f} %), {summary['rounds']} rounds, {summary['tokens']} tokens"
+            )

@@ -1,0 +1,130 @@
+"""The training data loader: one fresh loader per round, opened exactly between two optimizer steps.
+
+The Trainer pulls the micro-batches of one optimizer step together, so the code behind a round's last batch runs when
+the next step asks for data: after the optimizer step, its callbacks, evaluation and checkpoint. Prefetching, workers
+and accelerate's look-ahead stay inside a round's own loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers.trainer_utils import seed_worker
+
+from dataflex.data.plan import Plan
+from dataflex.data.sampling import IndexArray
+from dataflex.rng import key_of
+
+if TYPE_CHECKING:
+    from dataflex.trainer.mixin import DynamicTrainerMixin
+
+INDEX_KEY = "dataflex_index"
+"""Key of the pool indices in a training batch; taken out before the model sees it."""
+
+Row = dict[str, Any]
+_CHUNK = 4096
+
+
+class IndexedDataset(Dataset):
+    """Rows of a map-style data set together with their index."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, Row]]:
+        """Return several rows at once."""
+        return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
+
+
+class IndexedCollator:
+    """The training collator on the rows, with their indices added to the batch."""
+
+    def __init__(self, collate: Callable[[list[Row]], Row]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[tuple[int, Row]]) -> Row:
+        """Return the collated batch."""
+        batch = self.collate([row for _, row in rows])
+        batch[INDEX_KEY] = torch.tensor([index for index, _ in rows], dtype=torch.int64)
+        return batch
+
+
+class IndexSampler(Sampler[int]):
+    """Yields given indices, without turning them into Python objects before they are due."""
+
+    def __init__(self, indices: IndexArray) -> None:
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return self.indices.size
+
+    def __iter__(self) -> Iterator[int]:
+        for begin in range(0, self.indices.size, _CHUNK):
+            yield from self.indices[begin : begin + _CHUNK].tolist()
+
+
+class RoundStream:
+    """What ``get_train_dataloader`` returns: all micro-batches of this process, round after round.
+
+    Its length is that of the whole run, so the Trainer sees one epoch of ``max_steps`` updates.
+    """
+
+    def __init__(self, trainer: DynamicTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def __len__(self) -> int:
+        args = self._trainer.args
+        return args.max_steps * args.gradient_accumulation_steps
+
+    @property
+    def dataset(self) -> Any:
+        """The pool's samples; the Trainer reads their number for its log."""
+        return self._trainer.train_dataset
+
+    def __iter__(self) -> Iterator[Row]:
+        trainer = self._trainer
+        while trainer.state.global_step < trainer.args.max_steps:
+            plan = trainer.dataflex.plan_for(trainer.state.global_step)
+            skipped = trainer.state.global_step - plan.slot.start_step
+            wanted = (plan.slot.steps - skipped) * trainer.args.gradient_accumulation_steps
+            delivered = 0
+            for batch in self._open(plan, skipped):
+                delivered += 1
+                yield batch
+            if delivered != wanted:
+                raise RuntimeError(f"round {plan.slot.number} gave {delivered} micro-batches, {wanted} are needed")
+
+    def _open(self, plan: Plan, skipped: int) -> Iterator[Row]:
+        """Yield this process's micro-batches of a plan, without its first ``skipped`` optimizer steps."""
+        trainer, args = self._trainer, self._trainer.args
+        workers = args.dataloader_num_workers
+        indices = plan.indices[skipped * trainer.dataflex.global_batch_size :]
+        # A generator of its own: a loader draws its workers' base seed when iterated, and from the global stream that
+        # would make a resumed run differ from an uninterrupted one.
+        generator = torch.Generator().manual_seed(key_of(args.seed, "loader", plan.slot.number) % 2**63)
+        loader = trainer.accelerator.prepare(
+            DataLoader(
+                IndexedDataset(trainer.train_dataset),
+                batch_size=trainer._train_batch_size,
+                sampler=IndexSampler(indices),
+                collate_fn=IndexedCollator(trainer.data_collator),
+                num_workers=workers,
+                pin_memory=args.dataloader_pin_memory,
+                prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+                worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
+                generator=generator,
+            )
+        )
+        try:
+            yield from loader
+        finally:
+            # prepare() keeps every loader for the life of the accelerator.
+            loaders = trainer.accelerator._dataloaders
+            loaders[:] = [other for other in loaders if other is not loader]

@@ -1,0 +1,272 @@
+"""One dynamic run: its pool, its rounds, its components and its record, apart from any trainer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dataflex import distributed
+from dataflex.components import StepStatistics
+from dataflex.config import DataFlexConfig, RunConfig
+from dataflex.data.plan import Arrangement, Plan, Planner
+from dataflex.data.pool import Pool
+from dataflex.errors import CheckpointError, ConfigError
+from dataflex.probe.cost import Cost
+from dataflex.record.writer import RunWriter
+from dataflex.schedule import RoundSlot, Schedule, steps_per_pass, total_steps
+from dataflex.trainer.checkpoint import STATE_VERSION
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from dataflex.components import State
+    from dataflex.probe.losses import ModelProbe
+
+logger = logging.getLogger(__name__)
+
+
+class DynamicRun:
+    """The decisions of one run and what they are made from.
+
+    The bridge fills in the pool, the trainer the probe; :meth:`plan_for` is what training calls.
+
+    Args:
+        config: the loaded configuration, with a ``dataflex:`` section.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        if config.dataflex is None:
+            raise ValueError("a DynamicRun needs a dataflex: section")
+        self.config = config
+        self.settings: DataFlexConfig = config.dataflex
+        self.components = config.build_components()
+        self.names = {key: component.name for key, component in self.components.items()}
+        self.pool: Pool | None = None
+        self.planner: Planner | None = None
+        self.probe: ModelProbe | None = None
+        self.writer: RunWriter | None = None
+        self.schedule = Schedule(self.settings.warmup_steps, self.settings.update_steps or 1, self.settings.updates, 1)
+        self.global_batch_size = 1
+        self.plan: Plan | None = None
+        self.statistics: StepStatistics | None = None
+        self.train_seconds = 0.0
+        self.decision_seconds = 0.0
+        self.tokens = 0
+
+    @property
+    def plans_data(self) -> bool:
+        """Whether the data path is ours; with ``weight`` alone it stays LLaMA-Factory's."""
+        return self.components.plans_data
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains statistics are kept for."""
+        return self.pool.domains if self.pool is not None else ("all",)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """First pool index of each domain and the end, shape (K + 1,)."""
+        return self.pool.offsets if self.pool is not None else np.array([0, 1])
+
+    def set_steps(self, args: TrainingArguments) -> None:
+        """Fix the run's total steps in ``args.max_steps``, before the trainer makes its schedules from it.
+
+        Raises:
+            ConfigError: if the rounds do not fit the pool.
+        """
+        settings = self.settings
+        self.global_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if not self.plans_data:
+            if settings.train_steps is not None:
+                args.max_steps = settings.train_steps
+            elif settings.updates > 0 and settings.update_steps is not None and args.max_steps <= 0:
+                cycle = settings.warmup_steps + settings.update_steps * settings.updates
+                args.max_steps = int(np.ceil(args.num_train_epochs * cycle))
+            return
+        assert self.pool is not None
+        update_steps = settings.update_steps or steps_per_pass(self.pool.size, self.global_batch_size)
+        args.max_steps = total_steps(
+            train_steps=settings.train_steps,
+            max_steps=args.max_steps,
+            epochs=args.num_train_epochs,
+            warmup_steps=settings.warmup_steps,
+            update_steps=update_steps,
+            updates=settings.updates,
+            num_samples=self.pool.size,
+            global_batch_size=self.global_batch_size,
+        )
+        self.schedule = Schedule(settings.warmup_steps, update_steps, settings.updates, args.max_steps)
+        self._check_rounds(update_steps)
+        # The Trainer must not skip batches on its own when it resumes: the stream starts where the run stopped.
+        args.ignore_data_skip = True
+
+    def _check_rounds(self, update_steps: int) -> None:
+        assert self.pool is not None
+        selector = self.components.select
+        longest = min(update_steps, self.schedule.total_steps) * self.global_batch_size
+        if selector is None or selector.may_exceed_pool or self.components.mix is not None:
+            return
+        if longest > self.pool.size:
+            raise ConfigError(
+                f"dataflex.update_steps: a round of {update_steps} steps needs {longest} samples, but the pool has "
+                f"{self.pool.size}: selector {selector.name!r} would have nothing to choose. Use at most "
+                f"{max(1, self.pool.size // self.global_batch_size)}."
+            )
+
+    def prepare(self, args: TrainingArguments, num_steps: int, arrangement: Arrangement, resumed: State | None) -> None:
+        """Make the planner, take back a checkpoint's state, and start the record. Called when training begins.
+
+        Raises:
+            CheckpointError: if the checkpoint was written by a run that does not match this one.
+        """
+        if not self.plans_data:
+            length = self.settings.update_steps
+            updates = self.settings.updates if length else -1
+            self.schedule = Schedule(self.settings.warmup_steps, length or 1, updates, num_steps)
+        if self.pool is not None:
+            self.planner = Planner(
+                self.pool,
+                self.components,
+                self.schedule,
+                seed=self.settings.seed,
+                global_batch_size=self.global_batch_size,
+                arrangement=arrangement,
+            )
+        kept = None
+        if resumed is not None:
+            self.load_state_dict(resumed)
+            kept = 0 if self.plan is None else self.plan.slot.number + 1
+        distributed.on_main(partial(self._start_record, Path(args.output_dir), kept))
+
+    def _start_record(self, output_dir: Path, kept_rounds: int | None) -> None:
+        self.writer = RunWriter(output_dir)
+        self.writer.begin(self.config.resolved(), kept_rounds)
+
+    def plan_for(self, step: int) -> Plan:
+        """Return the plan of the round in which optimizer step ``step`` (from 0) is trained, made at most once."""
+        slot = self.schedule.slot_at(step)
+        if self.plan is None or self.plan.slot != slot:
+            self.plan = self._decide(slot)
+        return self.plan
+
+    def _decide(self, slot: RoundSlot) -> Plan:
+        assert self.planner is not None
+        assert self.pool is not None
+        assert self.probe is not None
+        began = time.perf_counter()
+        before = replace(self.probe.cost)
+        plan = self.planner.plan(slot, self.probe)
+        distributed.require_equal(plan.sha256, f"the plan of round {slot.number}")
+        seconds = time.perf_counter() - began
+        self.decision_seconds += seconds
+        cost = Cost(seconds, self.probe.cost.samples - before.samples, self.probe.cost.tokens - before.tokens)
+        if self.writer is not None:
+            acting = self.names if slot.update is not None else {}
+            self.writer.round(plan, self.pool, acting, cost)
+        return plan
+
+    def end_of_step(self, statistics: StepStatistics, tokens: int) -> None:
+        """Hand an optimizer step's statistics to the components."""
+        self.statistics = statistics
+        self.tokens += tokens
+        for _, component in self.components.items():
+            component.on_step(statistics)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the summary and return it."""
+        overhead = self.decision_seconds / self.train_seconds if self.train_seconds else 0.0
+        summary = {
+            "train_seconds": round(self.train_seconds, 3),
+            "decision_seconds": round(self.decision_seconds, 3),
+            "overhead_fraction": round(overhead, 6),
+            "rounds": 0 if self.plan is None else self.plan.slot.number + 1,
+            "tokens": self.tokens,
+        }
+        if self.writer is not None:
+            self.writer.summary(summary)
+        return summary
+
+    def state_dict(self, step: int) -> State:
+        """Return everything the run needs to go on exactly."""
+        return {
+            "version": STATE_VERSION,
+            "step": step,
+            "identity": self._identity(),
+            "pool_fingerprint": self.pool.fingerprint if self.pool is not None else None,
+            "plan": self._plan_state(),
+            "planner": self.planner.state_dict() if self.planner is not None else None,
+            "components": {key: component.state_dict() for key, component in self.components.items()},
+            "train_seconds": self.train_seconds,
+            "decision_seconds": self.decision_seconds,
+            "tokens": self.tokens,
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be equal for a checkpoint to be this run's, key by key for the message."""
+        return {
+            "components": self.names,
+            "dataflex.seed": self.settings.seed,
+            "dataflex.warmup_steps": self.schedule.warmup_steps,
+            "dataflex.update_steps": self.schedule.update_steps if self.plans_data else None,
+            "dataflex.updates": self.schedule.updates,
+            "global batch size (per device x accumulation x processes)": self.global_batch_size,
+        }
+
+    def _plan_state(self) -> State | None:
+        if self.plan is None:
+            return None
+        slot = self.plan.slot
+        state: State = {
+            "number": slot.number,
+            "start_step": slot.start_step,
+            "steps": slot.steps,
+            "update": slot.update,
+            "indices": self.plan.indices,
+            "proportions": self.plan.proportions,
+            "unscored": self.plan.unscored,
+        }
+        return state if self.plan.scores is None else {**state, "scores": self.plan.scores}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what :meth:`state_dict` returned.
+
+        Raises:
+            CheckpointError: naming what differs between the checkpoint and this run.
+        """
+        for key, now in self._identity().items():
+            then = state["identity"][key]
+            if then != now:
+                raise CheckpointError(
+                    f"the checkpoint of step {state['step']} was written with {key} = {then!r}, this run has {now!r}. "
+                    "Use the same settings, or another output_dir for a new run."
+                )
+        if self.pool is not None and state["pool_fingerprint"] != self.pool.fingerprint:
+            raise CheckpointError(
+                f"the checkpoint of step {state['step']} was written for other training data (fingerprint "
+                f"{state['pool_fingerprint'][:12]}, this run's pool has {self.pool.fingerprint[:12]})."
+            )
+        if self.planner is not None:
+            self.planner.load_state_dict(state["planner"])
+        for key, component in self.components.items():
+            component.load_state_dict(state["components"][key])
+        self.train_seconds = float(state["train_seconds"])
+        self.decision_seconds = float(state["decision_seconds"])
+        self.tokens = int(state["tokens"])
+        stored = state["plan"]
+        if stored is not None:
+            slot = RoundSlot(stored["number"], stored["start_step"], stored["steps"], stored["update"])
+            if state["step"] < slot.start_step + slot.steps and slot != self.schedule.slot_at(slot.start_step):
+                raise CheckpointError(
+                    f"the checkpoint of step {state['step']} is inside a round of {slot.steps} steps that this run's "
+                    f"total of {self.schedule.total_steps} steps would cut differently. Keep the total, or resume from "
+                    "a checkpoint at a round's end."
+                )
+            self.plan = Plan(
+                slot, stored["indices"], stored.get("scores"), stored["proportions"], int(stored["unscored"])
+            )
