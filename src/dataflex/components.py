@@ -281,12 +281,15 @@ class Weighter(Component):
     """Scales the loss of each sample inside a step."""
 
     Params: ClassVar[type[ComponentParams]] = WeighterParams
+    elementwise: ClassVar[bool] = False
+    """Whether a sample's weight depends on nothing but its own loss; then no batch has to be gathered first."""
 
     def weigh(self, losses: Tensor, step: int) -> Tensor:
         """Return one weight per sample, shape (n,), non-negative; 1 everywhere is plain training.
 
         Args:
-            losses: token-mean losses of the micro-batch of all ranks together, shape (n,), float32, detached.
+            losses: token-mean losses of the step's whole global batch (all micro-batches, all ranks), shape (n,),
+                float32, detached. Any part of it where the weighter is elementwise.
             step: optimizer steps done so far.
         """
         raise NotImplementedError(f"weighter {self.name!r} does not define weigh()")

@@ -7,9 +7,10 @@ token losses are the same cross entropy, summed and divided by the same ``num_it
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -46,8 +47,10 @@ class WeightedLoss:
     """Optimizer steps done so far."""
     active: bool = True
     """False in warm-up rounds: every weight is 1."""
+    decided: deque[Tensor] = field(default_factory=deque)
+    """Weights of the step's micro-batches on this process, each (B,), where they were decided before the forward."""
     last_weights: Tensor | None = None
-    """Weights of the last micro-batch on all processes, (n,)."""
+    """The weights decided last, (n,)."""
     calls: int = 0
 
     def __call__(
@@ -70,15 +73,20 @@ class WeightedLoss:
         if self.weighter is None or not self.active:
             return _divide(per_token.sum(), counts.sum(), num_items_in_batch)
         means = sample_means(sums.detach(), counts)
-        weights = self._weights(self.weighter, means)
+        weights = self.decided.popleft() if self.decided else self.decide(self.weighter, means)
         if self.weighter.params.normalization == "token":
             return _divide((weights * sums).sum(), counts.sum(), num_items_in_batch)
         weighted = (weights * sums / counts.clamp(min=1)).sum()
         return weighted / (means.numel() if num_items_in_batch is None else self.samples_per_step)
 
-    def _weights(self, weighter: Weighter, means: Tensor) -> Tensor:
-        """Return the weights of this process's samples, decided over all processes; 1 for samples without tokens."""
-        everyone = distributed.all_gather(means)
+    def decide(self, weighter: Weighter, means: Tensor) -> Tensor:
+        """Return the weights of this process's samples, (B,), decided over all processes; 1 where nothing is trained.
+
+        Args:
+            weighter: the run's weighter.
+            means: this process's token-mean losses, (B,), NaN where no token is trained on.
+        """
+        everyone = means if weighter.elementwise else distributed.all_gather(means)
         scored = ~torch.isnan(everyone)
         weights = torch.ones_like(everyone)
         if scored.any():
@@ -86,7 +94,7 @@ class WeightedLoss:
             check_weights(weighter, given, int(scored.sum()))
             weights[scored] = given.to(weights)
         self.last_weights = weights
-        begin = distributed.rank() * means.numel()
+        begin = 0 if weighter.elementwise else distributed.rank() * means.numel()
         return weights[begin : begin + means.numel()]
 
 

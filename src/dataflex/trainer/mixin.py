@@ -18,7 +18,9 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, rotate_ch
 
 from dataflex import distributed
 from dataflex.data.plan import Arrangement
-from dataflex.probe.losses import ModelProbe
+from dataflex.probe.losses import ModelProbe, full_forward
+from dataflex.probe.mode import probe_mode
+from dataflex.token_loss import shifted
 from dataflex.trainer import checkpoint
 from dataflex.trainer.loss import WeightedLoss, loss_function
 from dataflex.trainer.rounds import INDEX_KEY, RoundStream
@@ -105,6 +107,30 @@ class DynamicTrainerMixin(Trainer):
         if self.finetuning_args.disable_shuffling or strategy == "sequential":
             return "sequential"
         return "group_by_length" if strategy == "group_by_length" else "shuffle"
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Fetch the micro-batches of the next optimizer step, and decide their weights where that takes all of them."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        loss, schedule = self.step_loss, self.dataflex.schedule
+        loss.step = self.state.global_step
+        loss.active = schedule.slot_at(min(loss.step, schedule.total_steps - 1)).update is not None
+        loss.decided.clear()
+        if loss.active and loss.weighter is not None and not loss.weighter.elementwise and len(samples) > 1:
+            began = time.perf_counter()
+            sizes = [batch["labels"].size(0) for batch in samples]
+            loss.decided.extend(loss.decide(loss.weighter, self._losses_of(samples)).split(sizes))
+            self.dataflex.decision_seconds += time.perf_counter() - began
+        return samples, num_items
+
+    def _losses_of(self, samples: list[dict[str, Any]]) -> torch.Tensor:
+        """Return this process's token-mean losses of several micro-batches, (n,), without a trace of the forwards."""
+        model, parts = self.raw_model(), []
+        with probe_mode(model), self.accelerator.autocast():
+            for batch in samples:
+                inputs = {key: value for key, value in self._prepare_inputs(batch).items() if key != INDEX_KEY}
+                targets = shifted(inputs.pop("labels"))
+                parts.append(full_forward(model, inputs, targets))
+        return torch.cat(parts)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute a training step's loss with weights and statistics; evaluation stays as it is."""
@@ -204,11 +230,8 @@ class DynamicCallback(TrainerCallback):
         self.trainer._resumed_state = None
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tell the loss which step it is in."""
+        """Start the step's clock."""
         self._began = time.perf_counter()
-        loss = self.trainer.step_loss
-        loss.step = state.global_step
-        loss.active = self.trainer.dataflex.schedule.slot_at(state.global_step).update is not None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Gather the step's statistics, and keep the epoch count and epoch-wise actions right."""

@@ -1,6 +1,6 @@
 """Loss-based reweighting (Sow et al., ICLR 2025, arXiv 2502.06733).
 
-Over the n samples of a micro-batch on all ranks, with losses l_i:
+Over the n samples of an optimizer step (all micro-batches, all ranks), with losses l_i:
 
     h_i = delta (2 l_i - l_max - l_min) / (l_max - l_min)          in [-delta, delta]
     f_i = min(h_i + delta, delta)  linupper;  1 - h_i^2 / delta^2  quadratic;  |h_i|  extremes;  constant  uniform
@@ -11,9 +11,9 @@ prefers the middle, ``extremes`` both ends. r is large early in the paper's sche
 unweighted (its burn-in), and ``temperature_end`` moves r linearly from ``temperature`` over ``temperature_steps``.
 
 Differs from the paper: weights have mean 1, so that the learning rate keeps its meaning, and multiply the Trainer's
-token mean; ``normalization: sample`` is the paper's mean of per-sample means. With gradient accumulation the weights
-are computed in each micro-batch (over all ranks), not over the accumulated batch.
-Cost: one gather of n numbers per micro-batch.
+token mean; ``normalization: sample`` is the paper's mean of per-sample means.
+Cost: one gather of n numbers per step; with gradient accumulation also a forward pass over the step's samples, because
+the first micro-batch's weights depend on the losses of the last.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ class UniformWeighter(Weighter):
     """Every sample counts the same."""
 
     Params = WeighterParams
+    elementwise = True
 
     def weigh(self, losses: Tensor, step: int) -> Tensor:
         """Return ones."""

@@ -1,0 +1,94 @@
+"""What a report shows of a run beyond its small files: statistics over the plans, read once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.record.reader import Coverage, RunRecord
+
+LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+"""Quantiles of the scores of a round."""
+
+SCORE_ROUNDS = 200
+"""Rounds whose scores are read, at most; evenly spread, with the first and the last."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ScoreQuantiles:
+    """The distribution of the scores in some of a run's plans."""
+
+    rounds: list[int]
+    values: NDArray[np.float64]
+    """Shape (rounds, LEVELS)."""
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """A run, the name it goes by in a report, and the statistics of its plans."""
+
+    label: str
+    record: RunRecord
+    coverage: Coverage | None
+    scores: ScoreQuantiles | None
+
+    @property
+    def domains(self) -> list[str]:
+        """Domains of the plans and of the logged losses, in the order of their first mention."""
+        named = [name for each in self.record.rounds for name in each.domains]
+        return list(dict.fromkeys([*named, *self.record.domain_loss]))
+
+    @property
+    def domain_samples(self) -> dict[str, int]:
+        """Samples of each domain in all plans together."""
+        counts = dict.fromkeys(self.domains, 0)
+        for each in self.record.rounds:
+            for name, count in each.domains.items():
+                counts[name] += count
+        return counts
+
+
+def measure(records: Sequence[RunRecord]) -> list[MeasuredRun]:
+    """Read the plans of the runs and name the runs apart."""
+    labels = _labels([record.path for record in records])
+    return [
+        MeasuredRun(label, record, record.coverage(), _score_quantiles(record))
+        for label, record in zip(labels, records, strict=True)
+    ]
+
+
+def evenly(items: Sequence[T], limit: int) -> list[T]:
+    """Return at most ``limit`` (>= 2) of the items, evenly spread, with the first and the last."""
+    if len(items) <= limit:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Name each run by as many of its path's last parts as tell all of them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for depth in range(1, max(len(each) for each in parts) + 1):
+        labels = [str(Path(*each[-depth:])) for each in parts]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def _score_quantiles(record: RunRecord) -> ScoreQuantiles | None:
+    if not record.has_plans:
+        return None
+    rounds: list[int] = []
+    values: list[NDArray[np.float64]] = []
+    for each in evenly([each for each in record.rounds if not each.warmup], SCORE_ROUNDS):
+        scores = record.plan_scores(each.round)
+        if scores is not None:
+            rounds.append(each.round)
+            values.append(np.quantile(scores.astype(np.float64), LEVELS))
+    return ScoreQuantiles(rounds, np.stack(values)) if values else None

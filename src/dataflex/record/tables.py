@@ -1,0 +1,177 @@
+"""The numbers of a report as tables of text, for the terminal and the page alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dataflex.record.measure import LEVELS, MeasuredRun
+from dataflex.record.trainer_log import Curve
+
+NOTHING = "-"
+"""Shown where a run has no such number."""
+
+DOMAIN_ROWS = 40
+"""Rows of the table of domains, at most; shared by the runs, with at least three for each."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells ready to print; the first ``text_columns`` are words, the others numbers."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    text_columns: int
+    notes: tuple[str, ...] = ()
+
+
+def tables(runs: Sequence[MeasuredRun]) -> list[Table]:
+    """Return the tables that have something to show: runs, domains, scores."""
+    return [table for table in (run_table(runs), domain_table(runs), score_table(runs)) if table.rows]
+
+
+def run_table(runs: Sequence[MeasuredRun]) -> Table:
+    """One row per run; columns in which no run has a number are left out."""
+    eval_names = list(dict.fromkeys(name for run in runs for name in run.record.eval_loss))
+    header = ["run", "components", "rounds", "steps", "samples", "distinct", "overlap", "tokens", "train loss"]
+    for name in eval_names:
+        header += ["eval loss", "eval best"] if name == "eval" else [f"{name} loss", f"{name} best"]
+    header += ["train s", "decide s", "overhead"]
+    rows = [_run_row(run, eval_names) for run in runs]
+    kept = [i for i in range(len(header)) if i < 2 or any(row[i] != NOTHING for row in rows)]
+    unfinished = tuple(
+        f"{run.label}: not finished (no summary.json), its numbers are those so far."
+        for run in runs
+        if run.record.summary is None
+    )
+    return Table("Runs", [header[i] for i in kept], [[row[i] for i in kept] for row in rows], 2, unfinished)
+
+
+def _run_row(run: MeasuredRun, eval_names: Sequence[str]) -> list[str]:
+    record, coverage, summary = run.record, run.coverage, run.record.summary
+    row = [
+        run.label,
+        " ".join(f"{family}={name}" for family, name in record.components.items()) or NOTHING,
+        _count(len(record.rounds)),
+        _count(record.steps),
+        _count(sum(each.size for each in record.rounds)) if record.rounds else NOTHING,
+        _count(coverage.distinct) if coverage else NOTHING,
+        _share(coverage.mean_overlap) if coverage else NOTHING,
+        _count(summary.tokens) if summary else NOTHING,
+        _last(record.train_loss),
+    ]
+    for name in eval_names:
+        curve = record.eval_loss.get(name, [])
+        row += [_last(curve), _lowest(curve)]
+    return [
+        *row,
+        _seconds(summary.train_seconds) if summary else NOTHING,
+        _seconds(record.decision_seconds) if summary or record.rounds else NOTHING,
+        f"{100 * summary.overhead_fraction:.1f} %" if summary else NOTHING,
+    ]
+
+
+def domain_table(runs: Sequence[MeasuredRun]) -> Table:
+    """One row per run and domain: samples, share in all, the first and the last plan, first and last loss."""
+    header = ["run", "domain", "samples", "share", "first round", "last round", "first loss", "last loss"]
+    rows: list[list[str]] = []
+    limit = max(3, DOMAIN_ROWS // len(runs))
+    for run in runs:
+        counts = run.domain_samples
+        shown = set(sorted(counts, key=lambda name: -counts[name])[:limit])
+        rows += [_domain_row(run, name, counts) for name in counts if name in shown]
+    cut = any(len(run.domains) > limit for run in runs)
+    notes = (f"Only the {limit} domains with the most samples are listed of each run.",) if cut else ()
+    return Table("Domains", header, rows, 2, notes)
+
+
+def _domain_row(run: MeasuredRun, name: str, counts: dict[str, int]) -> list[str]:
+    rounds = run.record.rounds
+    total = sum(counts.values())
+    loss = run.record.domain_loss.get(name, [])
+    return [
+        run.label,
+        name,
+        _count(counts[name]) if rounds else NOTHING,
+        _share(counts[name] / total) if total else NOTHING,
+        _share(rounds[0].shares.get(name, 0.0)) if rounds else NOTHING,
+        _share(rounds[-1].shares.get(name, 0.0)) if rounds else NOTHING,
+        _loss(loss[0][1]) if loss else NOTHING,
+        _last(loss),
+    ]
+
+
+def score_table(runs: Sequence[MeasuredRun]) -> Table:
+    """Two rows per run that scores samples: the distribution in its first and its last scored plan."""
+    names = {0.0: "min", 0.5: "median", 1.0: "max"}
+    header = ["run", "round", *(names.get(level, f"{level:.0%}") for level in LEVELS)]
+    rows: list[list[str]] = []
+    for run in runs:
+        if run.scores:
+            for i in sorted({0, len(run.scores.rounds) - 1}):
+                numbers = [f"{value:.4g}" for value in run.scores.values[i]]
+                rows.append([run.label, str(run.scores.rounds[i]), *numbers])
+    return Table("Scores of the selected samples", header, rows, 1)
+
+
+def to_text(table: Table, width: int) -> str:
+    """Return the table in aligned columns, in blocks one below the other where ``width`` is too small."""
+    header = [_printable(cell) for cell in table.header]
+    rows = [[_printable(cell) for cell in row] for row in table.rows]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [table.title]
+    for block in _blocks(widths, width):
+        lines.append("")
+        for row in [header, *rows]:
+            cells = [_pad(row[i], widths[i], left=i < table.text_columns) for i in block]
+            lines.append("  ".join(cells).rstrip())
+    lines += ["", *(_printable(note) for note in table.notes)] if table.notes else []
+    return "\n".join(lines) + "\n"
+
+
+def _blocks(widths: Sequence[int], width: int) -> list[list[int]]:
+    """Split the columns into groups that fit; each begins with the first column."""
+    blocks = [[0]]
+    used = widths[0]
+    for i in range(1, len(widths)):
+        if used + 2 + widths[i] > width and len(blocks[-1]) > 1:
+            blocks.append([0])
+            used = widths[0]
+        blocks[-1].append(i)
+        used += 2 + widths[i]
+    return blocks
+
+
+def _pad(text: str, width: int, *, left: bool) -> str:
+    return text.ljust(width) if left else text.rjust(width)
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+def _share(value: float | None) -> str:
+    return NOTHING if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.1f}"
+
+
+def _last(curve: Curve) -> str:
+    return _loss(curve[-1][1]) if curve else NOTHING
+
+
+def _lowest(curve: Curve) -> str:
+    values = [value for _, value in curve if not math.isnan(value)]
+    return _loss(min(values)) if values else NOTHING

@@ -1,0 +1,98 @@
+"""The loss curves of a run, from what the Hugging Face Trainer and LLaMA-Factory logged."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from dataflex.errors import ConfigError
+from dataflex.record.files import json_lines, read_object
+
+Curve = list[tuple[int, float]]
+"""Optimizer step (or round number) and value, ascending, one value per step."""
+
+Entry = dict[str, Any]
+"""One log entry; ``step`` is an int."""
+
+_EVAL_LOSS = r"eval_(?:(.+)_)?loss"
+
+
+def read_log(path: Path, *, finished: bool) -> tuple[list[Entry], int]:
+    """Return the log entries of a run folder and the optimizer steps done.
+
+    A finished run has ``trainer_state.json``. Until then the newest checkpoint's holds the log up to its step,
+    and LLaMA-Factory's ``trainer_log.jsonl`` the losses since; a ``trainer_state.json`` is an earlier run's.
+    """
+    final = path / "trainer_state.json"
+    if finished and final.is_file():
+        return _read_state(final)
+    newest = _newest_checkpoint_state(path)
+    entries, reached = _read_state(newest) if newest else ([], 0)
+    lines = json_lines(path / "trainer_log.jsonl")
+    later = [_entry(value, "current_steps", where) for where, value in lines]
+    entries += [entry for entry in later if entry["step"] > reached]
+    return entries, max([reached, *(entry["step"] for entry in entries)])
+
+
+def _read_state(file: Path) -> tuple[list[Entry], int]:
+    state = read_object(file) or {}
+    history, global_step = state.get("log_history", []), state.get("global_step", 0)
+    if not isinstance(history, list) or not isinstance(global_step, int):
+        raise ConfigError(f"{file}: expected a list 'log_history' and an integer 'global_step'.")
+    entries = [_entry(value, "step", file) for value in history]
+    return entries, max([global_step, *(entry["step"] for entry in entries)])
+
+
+def train_curve(log: list[Entry]) -> Curve:
+    """Return the logged training loss."""
+    return curves(log, r"(loss)").get("loss", [])
+
+
+def eval_curves(log: list[Entry], results: dict[str, Any], last_step: int) -> dict[str, Curve]:
+    """Return the loss of each evaluation set, ``eval`` where the set has no name.
+
+    Args:
+        log: the Trainer's entries.
+        results: ``all_results.json``, the only place of an evaluation made after training.
+        last_step: the step that evaluation belongs to.
+    """
+    found = curves(log, _EVAL_LOSS)
+    for name, final in curves([{**results, "step": last_step}], _EVAL_LOSS).items():
+        curve = found.setdefault(name, [])
+        if not curve or curve[-1][0] < last_step:
+            curve += final
+    return {name or "eval": curve for name, curve in found.items()}
+
+
+def curves(log: list[Entry], pattern: str) -> dict[str, Curve]:
+    """Return a curve for every log key that ``pattern`` matches, named by its group.
+
+    Where a step was logged twice the last value wins.
+    """
+    regex = re.compile(pattern)
+    matches = {key: regex.fullmatch(key) for key in dict.fromkeys(key for entry in log for key in entry)}
+    names = {key: match.group(1) or "" for key, match in matches.items() if match}
+    found: dict[str, dict[int, float]] = {}
+    for entry in log:
+        for key in names.keys() & entry.keys():
+            if isinstance(entry[key], int | float):
+                found.setdefault(names[key], {})[entry["step"]] = float(entry[key])
+    return {name: sorted(found[name].items()) for name in names.values() if name in found}
+
+
+def _newest_checkpoint_state(path: Path) -> Path | None:
+    files = [file for file in path.glob("checkpoint-*/trainer_state.json") if _checkpoint_step(file) >= 0]
+    return max(files, key=_checkpoint_step, default=None)
+
+
+def _checkpoint_step(file: Path) -> int:
+    number = file.parent.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else -1
+
+
+def _entry(value: object, step_key: str, where: Path | str) -> Entry:
+    """Return a log entry with its step under ``step``."""
+    if not isinstance(value, dict) or not isinstance(value.get(step_key), int):
+        raise ConfigError(f"{where}: a log entry has no integer {step_key!r}: {str(value)[:80]}")
+    return {**value, "step": value[step_key]}

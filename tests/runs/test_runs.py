@@ -1,0 +1,202 @@
+"""Whole runs through LLaMA-Factory on a tiny model: what a run with a ``dataflex:`` section promises.
+
+All trainings happen in two starts, one of two processes and one of one (see runner.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.launch
+
+PLUGIN = str(Path(__file__).with_name("plugin.py"))
+TWO_SETS = {"dataset": "alpha,beta"}
+PT = {"stage": "pt", "finetuning_type": "full", "dataset": "texts", "cutoff_len": 16}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "select": {"select": {"method": "loss", "focus": "high"}},
+    "delta": {"select": {"method": "delta_loss"}},
+    "mix": {"mix": {"method": "random"}},
+    "order": {"order": {"method": "sort", "by": "loss"}},
+    "weight": {"weight": {"method": "loss"}},
+    "composed": {
+        "select": {"method": "loss"},
+        "mix": {"method": "proportional", "temperature": 2.0},
+        "order": {"method": "sort", "by": "length"},
+        "weight": {"method": "loss"},
+    },
+}
+
+
+def section(**parts: Any) -> dict[str, Any]:
+    return {"dataflex": {"warmup_steps": 1, "update_steps": 3, **parts}}
+
+
+def resumable(family: str, accumulation: int = 2) -> dict[str, Any]:
+    """A run of 8 steps with checkpoints at 3 and 6 and dropout, whose rounds are 1 + 3 + 3 + 1 steps long."""
+    return {
+        **TWO_SETS,
+        **section(**FAMILIES[family]),
+        "dropout": True,
+        "gradient_accumulation_steps": accumulation,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "dataloader_num_workers": 2 if family in ("select", "mix") else 0,
+    }
+
+
+def add_uniform_pair(workshop: Any, name: str, processes: int, **changes: Any) -> None:
+    workshop.add(f"{name}-plain-{processes}", plain=True, **changes)
+    workshop.add(f"{name}-uniform-{processes}", dataflex={"weight": {"method": "uniform"}}, **changes)
+
+
+UNIFORM_CASES = {
+    "sft-lora-1": {"gradient_accumulation_steps": 1, **TWO_SETS},
+    "sft-lora-4": {"gradient_accumulation_steps": 4, **TWO_SETS, "max_steps": 4},
+    "sft-full-1": {"finetuning_type": "full", **TWO_SETS, "max_steps": 4},
+    "pt-full-1": {**PT, "max_steps": 4},
+    "pt-full-4": {**PT, "gradient_accumulation_steps": 4, "max_steps": 2},
+}
+
+
+def add_boundaries(workshop: Any, processes: int) -> None:
+    for accumulation in (1, 2):
+        for workers in (0, 2):
+            workshop.add(
+                f"boundary-{accumulation}-{workers}-{processes}",
+                **TWO_SETS,
+                **section(select={"method": "random"}),
+                gradient_accumulation_steps=accumulation,
+                dataloader_num_workers=workers,
+            )
+
+
+def add_families(workshop: Any, families: list[str], processes: int) -> None:
+    for family in families:
+        run = resumable(family)
+        workshop.add(f"{family}-whole-{processes}", **run)
+        workshop.add(f"{family}-cut-{processes}", stop_at=5, **run)
+        workshop.add(f"{family}-resumed-{processes}", into=f"{family}-cut-{processes}", **run)
+
+
+@pytest.fixture(scope="session")
+def runs(workshop: Any) -> Any:
+    for name, changes in UNIFORM_CASES.items():
+        add_uniform_pair(workshop, name, 2, **changes)
+    add_boundaries(workshop, 2)
+    add_families(workshop, ["select", "mix", "order", "weight"], 2)
+    elastic = {**resumable("composed", accumulation=1), "dropout": False}
+    workshop.add("elastic-whole", **elastic)
+    workshop.add("elastic-cut", stop_at=5, **elastic)
+    workshop.add("one-or-two-2", **TWO_SETS, **section(select={"method": "loss"}), per_device_train_batch_size=2)
+    workshop.start(2)
+
+    workshop.copy("elastic-cut", "elastic-resumed")
+    workshop.add("elastic-resumed", **{**elastic, "gradient_accumulation_steps": 2})
+    workshop.add("one-or-two-1", **TWO_SETS, **section(select={"method": "loss"}), per_device_train_batch_size=4)
+    workshop.add("no-section-lora", **UNIFORM_CASES["sft-lora-1"])
+    workshop.add("no-section-pt", **UNIFORM_CASES["pt-full-1"])
+    for name, changes in UNIFORM_CASES.items():
+        add_uniform_pair(workshop, name, 1, **changes)
+    passes = {**TWO_SETS, "max_steps": -1, "num_train_epochs": 1.0, "per_device_train_batch_size": 4}
+    passes |= {"gradient_accumulation_steps": 2, "disable_shuffling": True}
+    workshop.add("sequential-plain", plain=True, **passes)
+    workshop.add("sequential-full", dataflex={"update_steps": 4, "select": {"method": "full"}}, **passes)
+    add_boundaries(workshop, 1)
+    add_families(workshop, list(FAMILIES), 1)
+    for look in (False, True):
+        selector = {"select": {"method": "test_blind", "look": look}, "plugins": [PLUGIN]}
+        workshop.add(f"probe-{look}", **TWO_SETS, **section(**selector), dropout=True)
+    workshop.start(1)
+    return workshop
+
+
+@pytest.mark.parametrize(("ours", "plain"), [("no-section-lora", "sft-lora-1"), ("no-section-pt", "pt-full-1")])
+def test_without_a_section_the_run_is_llamafactorys(runs: Any, ours: str, plain: str) -> None:
+    assert runs.trace(ours)["weights"] == runs.trace(f"{plain}-plain-1")["weights"]
+    assert not (runs.root / ours / "dataflex").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("case", UNIFORM_CASES)
+def test_uniform_weights_are_plain_training(runs: Any, case: str, processes: int) -> None:
+    plain = runs.trace(f"{case}-plain-{processes}")
+    ours = runs.trace(f"{case}-uniform-{processes}")
+    assert len(plain["losses"]) >= 2
+    assert ours["losses"] == pytest.approx(plain["losses"], abs=1e-6)
+    assert not ours["micro_batches"]  # the data path is LLaMA-Factory's own: batches carry no index
+
+
+def test_full_in_order_is_llamafactory_without_shuffling(runs: Any) -> None:
+    assert runs.trace("sequential-full")["weights"] == runs.trace("sequential-plain")["weights"]
+    assert len(runs.rounds("sequential-full")) == 3
+
+
+def trained(runs: Any, name: str, processes: int) -> list[tuple[int, list[int]]]:
+    """Return (step, indices) of every micro-batch of the whole group, in training order."""
+    per_rank = [runs.trace(name, rank)["micro_batches"] for rank in range(processes)]
+    assert len({len(batches) for batches in per_rank}) == 1
+    return [(step, indices) for parts in zip(*per_rank, strict=True) for step, indices in parts]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_rounds_train_exactly_their_plans(runs: Any, accumulation: int, workers: int, processes: int) -> None:
+    name = f"boundary-{accumulation}-{workers}-{processes}"
+    global_batch = 2 * accumulation * processes
+    batches = trained(runs, name, processes)
+    for line in runs.rounds(name):
+        table = pq.read_table(runs.root / name / "dataflex" / "plans" / f"round-{line['round']:05d}.parquet")
+        planned = table.column("index").to_pylist()
+        assert len(planned) == line["size"] == line["steps"] * global_batch
+        steps = range(line["start_step"], line["start_step"] + line["steps"])
+        assert [index for step, indices in batches if step in steps for index in indices] == planned
+    assert {step for step, _ in batches} == set(range(8))
+    for rank in range(processes):
+        decisions = runs.trace(name, rank)["decisions"]
+        assert decisions == [[number, start, start] for number, start in enumerate([0, 1, 4, 7])]
+
+
+@pytest.mark.parametrize(
+    ("family", "processes"),
+    [(family, 1) for family in FAMILIES] + [(family, 2) for family in ("select", "mix", "order", "weight")],
+)
+def test_killed_and_resumed_is_never_killed(runs: Any, family: str, processes: int) -> None:
+    whole = f"{family}-whole-{processes}"
+    resumed = f"{family}-cut-{processes}"
+    first, second = runs.trace(whole), runs.trace(resumed)
+    assert second["error"] is None
+    assert second["weights"] == first["weights"]
+    assert second["losses"] == first["losses"]
+    if family != "weight":
+        assert [line["round"] for line in runs.rounds(resumed)] == [0, 1, 2, 3]
+        assert runs.plan_digests(resumed) == runs.plan_digests(whole)
+        trained_again = [step for step, _ in second["micro_batches"]]
+        assert min(trained_again) == 3  # it went on at the checkpoint, not at the start
+
+
+def test_two_processes_resumed_by_one(runs: Any) -> None:
+    assert runs.plan_digests("elastic-resumed") == runs.plan_digests("elastic-whole")
+    whole = load_file(runs.root / "elastic-whole" / "adapter_model.safetensors")
+    resumed = load_file(runs.root / "elastic-resumed" / "adapter_model.safetensors")
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-5)
+
+
+def test_one_process_and_two_make_the_same_plans(runs: Any) -> None:
+    assert runs.plan_digests("one-or-two-1") == runs.plan_digests("one-or-two-2")
+    assert any("score" in pq.read_schema(path).names for path in (runs.root / "one-or-two-1").rglob("*.parquet"))
+
+
+def test_a_probe_leaves_no_trace(runs: Any) -> None:
+    looking, blind = runs.trace("probe-True"), runs.trace("probe-False")
+    assert looking["weights"] == blind["weights"]
+    assert looking["rng"] == blind["rng"]
+    assert runs.rounds("probe-True")[1]["cost"]["samples"] > 0 == runs.rounds("probe-False")[1]["cost"]["samples"]

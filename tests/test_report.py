@@ -1,0 +1,524 @@
+"""The report: read run folders back, the numbers in the terminal, the page."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+
+from dataflex.errors import ConfigError
+from dataflex.record.charts import BARS, DOMAINS, Chart, charts
+from dataflex.record.measure import MeasuredRun, evenly, measure
+from dataflex.record.page import page
+from dataflex.record.reader import read_run
+from dataflex.record.report import report
+from dataflex.record.tables import Table, domain_table, run_table, score_table, tables, to_text
+from dataflex.record.traces import smooth, thin
+
+# Three plans of six samples from a pool of ten: 8 distinct samples; consecutive sets share 2 of 10 and 5 of 6.
+PLANS = ([0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 6, 7], [4, 5, 6, 7, 4, 4])
+DOMAIN_OF = ["math"] * 5 + ["<script>"] * 5
+
+
+def write_plan(run: Path, number: int, indices: Sequence[int], scores: Sequence[float | None] | None) -> None:
+    columns: dict[str, Any] = {
+        "position": pyarrow.array(range(len(indices)), pyarrow.int64()),
+        "index": pyarrow.array(indices, pyarrow.int64()),
+        "domain": pyarrow.array([DOMAIN_OF[i % 10] for i in indices]).dictionary_encode(),
+    }
+    if scores is not None:
+        columns["score"] = pyarrow.array(scores, pyarrow.float32())
+    folder = run / "dataflex" / "plans"
+    folder.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"round-{number:05d}.parquet")
+
+
+def round_line(number: int, domains: dict[str, int], **changes: Any) -> dict[str, Any]:
+    size = sum(domains.values())
+    return {
+        "round": number,
+        "start_step": 3 * number,
+        "steps": 3,
+        "size": size,
+        "plan_sha256": "0" * 64,
+        "domains": domains,
+        "proportions": {name: count / size for name, count in domains.items()},
+        "components": {"select": "loss", "mix": "odm"},
+        "cost": {"seconds": 0.5 * number, "samples": 10, "tokens": 100},
+        **({"warmup": True} if number == 0 else {}),
+        **changes,
+    }
+
+
+def write_config(run: Path, **components: str) -> Path:
+    (run / "dataflex").mkdir(parents=True)
+    section = {family: {"method": method} for family, method in components.items()}
+    config = {"llamafactory": {"stage": "sft"}, "dataflex": section, "versions": {"torch": "2.11.0"}}
+    (run / "dataflex" / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+def write_rounds(run: Path, lines: Sequence[dict[str, Any]], tail: str = "") -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run / "dataflex" / "rounds.jsonl").write_text(text + tail)
+
+
+def write_state(folder: Path, history: Sequence[dict[str, Any]], global_step: int) -> None:
+    folder.mkdir(exist_ok=True)
+    state = {"global_step": global_step, "log_history": history}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
+def history(steps: int, **extra: float) -> list[dict[str, Any]]:
+    """Losses 2.9, 2.8, ...; an evaluation every third step, 1 above."""
+    entries: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        entries.append({"step": step, "epoch": 0.1, "loss": 3 - step / 10, **extra})
+        if step % 3 == 0:
+            entries.append({"step": step, "eval_loss": 4 - step / 10, "eval_held_out_loss": 2.0 + (step == 9)})
+    return entries
+
+
+def write_summary(run: Path, **changes: Any) -> None:
+    summary = {"train_seconds": 100.0, "decision_seconds": 1.5, "overhead_fraction": 0.015, "rounds": 3}
+    (run / "dataflex" / "summary.json").write_text(json.dumps({**summary, "tokens": 123456, **changes}))
+
+
+def finished_run(run: Path) -> Path:
+    write_config(run, select="loss", mix="odm")
+    counts = [{"math": 5, "<script>": 1}, {"math": 1, "<script>": 5}, {"math": 3, "<script>": 3}]
+    write_rounds(run, [round_line(number, domains) for number, domains in enumerate(counts)])
+    write_plan(run, 0, PLANS[0], None)
+    write_plan(run, 1, PLANS[1], [1, 2, 3, 4, 5, None])
+    write_plan(run, 2, PLANS[2], [0.5, 0.5, 0.5, 0.5, 0.5, float("nan")])
+    write_state(run, history(9, **{"dataflex/loss/math": 1.0, "dataflex/loss/<script>": 2.0}), 9)
+    write_summary(run)
+    return run
+
+
+def weight_run(run: Path) -> Path:
+    write_config(run, weight="loss")
+    write_state(run, history(9, **{"dataflex/weight_min": 0.5, "dataflex/weight_max": 1.5}), 9)
+    write_summary(run, rounds=0, decision_seconds=0.0, overhead_fraction=0.0)
+    return run
+
+
+def measured(*paths: Path) -> list[MeasuredRun]:
+    return measure([read_run(path) for path in paths])
+
+
+def column(table: Table, name: str) -> list[str]:
+    i = table.header.index(name)
+    return [row[i] for row in table.rows]
+
+
+def chart(found: Sequence[Chart], title: str) -> Chart:
+    return next(each for each in found if each.title == title)
+
+
+# Reading
+
+
+def test_reader_gives_the_curves_and_the_rounds(tmp_path: Path) -> None:
+    record = read_run(finished_run(tmp_path / "run"))
+    assert record.name == "run"
+    assert record.components == {"select": "loss", "mix": "odm"}
+    assert record.steps == 9
+    assert record.train_loss == [(step, pytest.approx(3 - step / 10)) for step in range(1, 10)]
+    assert record.eval_loss["held_out"] == [(3, 2.0), (6, 2.0), (9, 3.0)]
+    assert set(record.domain_loss) == {"math", "<script>"}
+    assert [each.warmup for each in record.rounds] == [True, False, False]
+    assert record.rounds[1].shares == {"math": 1 / 6, "<script>": 5 / 6}
+
+
+def test_plans_are_counted(tmp_path: Path) -> None:
+    record = read_run(finished_run(tmp_path / "run"))
+    coverage = record.coverage()
+    assert coverage is not None
+    assert (coverage.samples, coverage.distinct) == (18, 8)
+    assert coverage.overlap == [(1, 2 / 8), (2, 4 / 4)]
+    assert record.plan_indices(1).tolist() == PLANS[1]
+    assert record.plan_scores(0) is None
+    scores = record.plan_scores(1)
+    assert scores is not None
+    assert scores.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_sequence_of_plans_that_grows_is_counted(tmp_path: Path) -> None:
+    run = write_config(tmp_path / "run", select="loss")
+    write_rounds(run, [round_line(number, {"math": 2}) for number in range(3)])
+    for number, indices in enumerate(([1, 2], [100, 2], [5000, 5001])):
+        write_plan(run, number, indices, None)
+    coverage = read_run(run).coverage()
+    assert coverage is not None
+    assert coverage.distinct == 5
+    assert coverage.overlap == [(1, 1 / 3), (2, 0.0)]
+
+
+def test_cut_off_last_line_is_ignored(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    lines = [round_line(number, {"math": 6}) for number in range(3)]
+    write_rounds(run, lines, tail=json.dumps(round_line(3, {"m\u00e4th": 6}), ensure_ascii=False)[:75])
+    assert len(read_run(run).rounds) == 3
+
+
+def test_complete_last_line_without_newline_counts(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    write_rounds(run, [round_line(0, {"math": 6})], tail=json.dumps(round_line(1, {"math": 6})))
+    assert len(read_run(run).rounds) == 2
+
+
+def test_round_planned_again_counts_once(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    write_rounds(run, [round_line(0, {"math": 6}), round_line(1, {"math": 6}), round_line(1, {"math": 4})])
+    assert [each.size for each in read_run(run).rounds] == [6, 4]
+
+
+def test_broken_line_is_named(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    good = json.dumps(round_line(0, {"math": 6}))
+    (run / "dataflex" / "rounds.jsonl").write_text(f"{good}\n{good[:20]}\n{good}\n")
+    with pytest.raises(ConfigError, match=r"rounds\.jsonl, line 2 is not readable JSON"):
+        read_run(run)
+
+
+def test_wrong_value_in_a_line_is_named(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    write_rounds(run, [round_line(0, {"math": 6}), round_line(1, {"math": 6}, cost={"seconds": "long"})])
+    with pytest.raises(ConfigError, match=r"line 2: 'cost\.seconds'"):
+        read_run(run)
+
+
+def test_unfinished_run_reads_the_newest_checkpoint_and_the_log_since(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    (run / "dataflex" / "summary.json").unlink()
+    write_state(run, [{"step": 500, "loss": 0.1}], 500)  # an earlier run's, in the same folder
+    (run / "all_results.json").write_text(json.dumps({"eval_loss": 0.1}))
+    write_state(run / "checkpoint-3", history(3), 3)
+    write_state(run / "checkpoint-10", history(10), 10)
+    (run / "checkpoint-11").mkdir()
+    log = [{"current_steps": step, "total_steps": 30, "loss": 7.0, "lr": 0.1} for step in range(1, 13)]
+    log.append({"current_steps": 12, "eval_loss": 6.0})
+    (run / "trainer_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log) + '{"current_st')
+    record = read_run(run)
+    assert record.summary is None
+    assert record.steps == 12
+    assert record.train_loss[-3:] == [(10, 2.0), (11, 7.0), (12, 7.0)]
+    assert record.eval_loss["eval"][-1] == (12, 6.0)
+    assert record.decision_seconds == pytest.approx(1.5)
+
+
+def test_run_that_has_just_begun_has_no_numbers_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_config(tmp_path / "run", select="loss")
+    record = read_run(run)
+    assert (record.steps, record.train_loss, record.rounds) == (0, [], [])
+    assert record.coverage() is None
+    text = report([run]).read_text()
+    assert "not finished" in capsys.readouterr().out
+    assert "no training loss is logged yet" in text
+
+
+def test_evaluation_after_training_is_the_last_point(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    write_state(run, [{"step": 8, "loss": 1.0, "eval_loss": 2.0}], 9)
+    (run / "all_results.json").write_text(json.dumps({"train_loss": 1.5, "eval_loss": 1.25}))
+    assert read_run(run).eval_loss == {"eval": [(8, 2.0), (9, 1.25)]}
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "dataflex/summary.json", "all_results.json"])
+def test_half_written_file_is_named(tmp_path: Path, name: str) -> None:
+    run = finished_run(tmp_path / "run")
+    (run / name).write_text('{"log_history": [{"step"')
+    with pytest.raises(ConfigError, match=re.escape(name)):
+        read_run(run)
+
+
+def test_half_written_or_missing_plan_is_named(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    plan = run / "dataflex" / "plans" / "round-00001.parquet"
+    plan.write_bytes(plan.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=r"round-00001\.parquet is not readable Parquet"):
+        read_run(run).coverage()
+    plan.unlink()
+    with pytest.raises(ConfigError, match=r"round-00001\.parquet is missing"):
+        read_run(run).coverage()
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a folder"):
+        report([tmp_path / "nowhere"])
+    with pytest.raises(ConfigError, match=r"config\.yaml is missing"):
+        report([tmp_path])
+    run = write_config(tmp_path / "run")
+    (run / "dataflex" / "config.yaml").write_text("stage: sft\n")
+    with pytest.raises(ConfigError, match="sections llamafactory and dataflex"):
+        report([run])
+
+
+# Tables
+
+
+def test_run_table_has_the_hand_computed_numbers(tmp_path: Path) -> None:
+    table = run_table(measured(finished_run(tmp_path / "run")))
+    assert dict(zip(table.header, table.rows[0], strict=True)) == {
+        "run": "run",
+        "components": "select=loss mix=odm",
+        "rounds": "3",
+        "steps": "9",
+        "samples": "18",
+        "distinct": "8",
+        "overlap": "0.625",
+        "tokens": "123,456",
+        "train loss": "2.1000",
+        "eval loss": "3.1000",
+        "eval best": "3.1000",
+        "held_out loss": "3.0000",
+        "held_out best": "2.0000",
+        "train s": "100.0",
+        "decide s": "1.5",
+        "overhead": "1.5 %",
+    }
+    assert table.notes == ()
+
+
+def test_domain_table_has_the_shares(tmp_path: Path) -> None:
+    table = domain_table(measured(finished_run(tmp_path / "run")))
+    assert table.rows == [
+        ["run", "math", "9", "0.500", "0.833", "0.500", "1.0000", "1.0000"],
+        ["run", "<script>", "9", "0.500", "0.167", "0.500", "2.0000", "2.0000"],
+    ]
+
+
+def test_score_table_has_the_quantiles_of_the_first_and_last_scored_round(tmp_path: Path) -> None:
+    table = score_table(measured(finished_run(tmp_path / "run")))
+    assert table.header == ["run", "round", "min", "5%", "25%", "median", "75%", "95%", "max"]
+    assert table.rows == [
+        ["run", "1", "1", "1.2", "2", "3", "4", "4.8", "5"],
+        ["run", "2", *["0.5"] * 7],
+    ]
+
+
+def test_runs_are_compared_side_by_side(tmp_path: Path) -> None:
+    one, two = finished_run(tmp_path / "one" / "run"), weight_run(tmp_path / "two" / "run")
+    table = run_table(measured(one, two))
+    assert column(table, "run") == ["one/run", "two/run"]
+    assert column(table, "components") == ["select=loss mix=odm", "weight=loss"]
+    assert column(table, "distinct") == ["8", "-"]
+    assert column(table, "samples") == ["18", "-"]
+
+
+def test_weight_only_run_leaves_out_what_it_has_not(tmp_path: Path) -> None:
+    runs = measured(weight_run(tmp_path / "run"))
+    assert [table.title for table in tables(runs)] == ["Runs"]
+    assert not {"samples", "distinct", "overlap"} & set(run_table(runs).header)
+    found = charts(runs)
+    assert chart(found, "Sample weights").figure is not None
+    for title in ("Proportions: run", "Scores of the selected samples: run", "Overlap of consecutive rounds"):
+        assert chart(found, title).figure is None
+        assert chart(found, title).caption
+
+
+def test_text_fits_the_width_in_aligned_columns() -> None:
+    header = ["run", "components", "rounds", "eval loss"]
+    table = Table("Runs", header, [["a", "mix=odm", "3", "1.5"], ["b\x1b[31m", "-", "12", "-"]], 2, ("A note.",))
+    assert to_text(table, 80).splitlines() == [
+        "Runs",
+        "",
+        "run     components  rounds  eval loss",
+        "a       mix=odm          3        1.5",
+        "b?[31m  -               12          -",
+        "",
+        "A note.",
+    ]
+    narrow = to_text(table, 30).splitlines()
+    assert max(len(text) for text in narrow) <= 30
+    assert narrow[2:8] == [
+        "run     components  rounds",
+        "a       mix=odm          3",
+        "b?[31m  -               12",
+        "",
+        "run     eval loss",
+        "a             1.5",
+    ]
+
+
+# The page
+
+
+def test_page_is_self_contained_and_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished_run(tmp_path / "run")
+    output = report([run])
+    assert output == run / "dataflex" / "report.html"
+    assert "select=loss mix=odm" in capsys.readouterr().out
+    text = output.read_text()
+    assert text.count("* plotly.js v") == 1
+    ours = re.sub(r"<script>/\*\*.*?</script>", "", text, flags=re.DOTALL)
+    assert len(ours) < 100_000
+    assert not re.search(r"https?://", ours)
+    assert not re.search(r"<(link|img|iframe)\b|\b(src|href)\s*=|@import|url\(", ours)
+    assert "default-src 'none'" in ours
+    assert "&lt;script&gt;" in ours
+    assert ours.count("<script") == 2
+    assert list(output.parent.glob(".*")) == []
+
+
+def test_page_names_what_is_missing() -> None:
+    found = [Chart("Loss", "Training <loss>", "none of <it>.", None)]
+    text = page("a <title>", [], found, "js</script>")
+    assert "Not drawn - Training &lt;loss&gt;: none of &lt;it&gt;." in text
+    assert "a &lt;title&gt;" in text
+    assert "js</script></script>" not in text
+
+
+def test_figures_are_valid_plotly(tmp_path: Path) -> None:
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    runs = measured(finished_run(tmp_path / "a$x$"), weight_run(tmp_path / "b%{y}"), many_domains(tmp_path / "c"))
+    figures = [each.figure for each in charts(runs) if each.figure is not None]
+    assert len(figures) == 12
+    for figure in figures:
+        graph_objects.Figure(figure)
+        assert figure["data"]
+    assert "<script>" not in json.dumps(figures)
+    assert "$" not in json.dumps(figures).replace("&#36;", "")
+
+
+def many_domains(run: Path) -> Path:
+    """A run of more rounds and domains than are drawn one by one."""
+    write_config(run, mix="odm")
+    counts = {f"domain-{i}": i + 1 for i in range(DOMAINS + 8)}
+    write_rounds(run, [round_line(number, counts) for number in range(BARS + 1)])
+    write_state(run, history(9, **{f"dataflex/loss/{name}": 1.0 for name in counts}), 9)
+    write_summary(run)
+    return run
+
+
+def test_logged_loss_is_drawn_behind_its_mean_for_few_runs(tmp_path: Path) -> None:
+    paths = [write_config(tmp_path / name, select="loss") for name in "abcd"]
+    for path in paths:
+        write_state(path, history(120), 120)
+        write_summary(path)
+    few, many = (chart(charts(measured(*chosen)), "Training loss") for chosen in (paths[:3], paths))
+    assert few.figure is not None
+    assert many.figure is not None
+    assert [trace["mode"] for trace in few.figure["data"]] == ["lines"] * 6
+    assert [trace.get("opacity", 1) for trace in few.figure["data"]] == [0.3, 0.3, 0.3, 1, 1, 1]
+    assert len(many.figure["data"]) == 4
+
+
+def test_small_domains_are_added_up(tmp_path: Path) -> None:
+    runs = measured(many_domains(tmp_path / "run"))
+    figure = chart(charts(runs), "Proportions: run").figure
+    assert figure is not None
+    names = [trace["name"] for trace in figure["data"]]
+    assert names == [*(f"domain-{i}" for i in range(8, 20)), "other domains"]
+    shares = [unpacked(trace["y"]) for trace in figure["data"]]
+    np.testing.assert_allclose(np.sum(shares, axis=0), 1, rtol=1e-6)
+    np.testing.assert_allclose(shares[-1], sum(range(1, 9)) / sum(range(1, 21)), rtol=1e-6)
+
+
+def unpacked(values: dict[str, str]) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
+
+
+def test_several_runs_are_written_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = report([finished_run(tmp_path / "one"), weight_run(tmp_path / "two"), Path("one")])
+    assert output == Path("dataflex-report.html")
+    assert "<h1>2 runs - DataFlex report</h1>" in output.read_text()
+
+
+def test_only_an_earlier_report_is_replaced(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    output = tmp_path / "page.html"
+    report([run], output)
+    report([run], output)
+    output.write_text("<html>my own page</html>")
+    with pytest.raises(ConfigError, match="is not a DataFlex report"):
+        report([run], output)
+    assert output.read_text() == "<html>my own page</html>"
+    with pytest.raises(ConfigError, match="is a folder"):
+        report([run], tmp_path)
+    with pytest.raises(ConfigError, match="is not a folder"):
+        report([run], tmp_path / "nowhere" / "page.html")
+
+
+def test_numbers_are_printed_without_plotly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ConfigError, match=r'pip install "dataflex\[report\]"'):
+        report([run])
+    assert "123,456" in capsys.readouterr().out
+    assert not (run / "dataflex" / "report.html").exists()
+
+
+def test_report_is_imported_without_the_heavy_libraries() -> None:
+    code = "import sys, dataflex.record.report as _; print({'torch', 'pandas', 'plotly'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# Size
+
+
+def test_long_curve_keeps_its_ends_and_extremes() -> None:
+    rng = np.random.default_rng(0)
+    curve = [(step, float(value)) for step, value in enumerate(rng.normal(size=100_001))]
+    curve[500] = (500, float("nan"))
+    thinned = thin(curve, 2000)
+    assert len(thinned) <= 2000
+    assert (thinned[0], thinned[-1]) == (curve[0], curve[-1])
+    known = [value for step, value in curve if step != 500]
+    values = [value for _, value in thinned]
+    assert (np.nanmin(values), np.nanmax(values)) == (min(known), max(known))
+    assert thin(curve[:2000], 2000) == curve[:2000]
+
+
+def test_running_mean_is_that_of_a_window_around_the_point() -> None:
+    curve = [(step, float(step % 3)) for step in range(150)]
+    curve[76] = (76, float("nan"))
+    means = dict(smooth(curve))
+    assert means[60] == pytest.approx(1.0)
+    assert means[0] == pytest.approx((0 + 1) / 2)
+    assert means[75] == pytest.approx((2 + 0) / 2)
+    assert smooth(curve[:99]) == curve[:99]
+
+
+def test_rounds_are_picked_evenly_with_both_ends() -> None:
+    assert evenly(range(10), 4) == [0, 3, 6, 9]
+    assert evenly(range(3), 4) == [0, 1, 2]
+
+
+def test_ten_million_rows_are_read_one_plan_at_a_time(tmp_path: Path) -> None:
+    run = write_config(tmp_path / "run", select="loss")
+    size, num_rounds = 10_000, 1000
+    write_rounds(run, [round_line(number, {"math": size}) for number in range(num_rounds)])
+    for number in range(4):
+        write_plan(run, number, range(number * size // 2, number * size // 2 + size), np.arange(size))
+    plans = run / "dataflex" / "plans"
+    for number in range(4, num_rounds):
+        (plans / f"round-{number:05d}.parquet").hardlink_to(plans / f"round-{number % 4:05d}.parquet")
+    tracemalloc.start()
+    (found,) = measured(run)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.coverage is not None
+    assert (found.coverage.samples, found.coverage.distinct) == (size * num_rounds, 5 * size // 2)
+    assert found.coverage.overlap[:4] == [(1, 1 / 3), (2, 1 / 3), (3, 1 / 3), (4, 0.0)]
+    assert found.scores is not None
+    assert len(found.scores.rounds) == 200
+    assert peak < 20e6
