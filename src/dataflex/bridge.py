@@ -11,6 +11,7 @@ own. For the time of the run three names are replaced, and put back afterwards:
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from dataflex.config import RunConfig
 from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError
+from dataflex.record.writer import RunWriter
 from dataflex.trainer.mixin import DynamicTrainerMixin
 from dataflex.trainer.run import DynamicRun
 
@@ -46,6 +48,8 @@ def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> No
         if config.dataflex is None:
             tuner.run_exp(dict(config.llamafactory), callbacks)
             return
+        if os.environ.get("RANK", "0") == "0":
+            RunWriter(Path(str(config.llamafactory["output_dir"])))  # a folder that cannot be written to shows now
         with installed(DynamicRun(config)):
             tuner.run_exp(dict(config.llamafactory), callbacks)
 
@@ -53,7 +57,7 @@ def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> No
 def _get_train_args(original: Callable[..., Any], args: Any) -> Any:
     try:
         return original(args)
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError, AssertionError, ImportError) as error:
         raise ConfigError(f"LLaMA-Factory does not accept these arguments: {error}") from error
 
 

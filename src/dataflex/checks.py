@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dataflex.config import SECTION, RunConfig
+from dataflex import assets
+from dataflex.config import ASSET_KEYS, SECTION, RunConfig
 from dataflex.errors import Problem, did_you_mean, unknown
 
 STAGES = ("sft", "pt")
@@ -41,7 +42,7 @@ SPECIAL_LOSSES = {
 
 def problems_of(config: RunConfig) -> list[Problem]:
     """Return every problem that shows without loading anything."""
-    found = [*_unknown_keys(config), *_folders(config), *_datasets(config)]
+    found = [*_unknown_keys(config), *_assets(config), *_folders(config), *_datasets(config)]
     if config.dataflex is not None:
         found += [*_stage(config), *_data_path(config), *_domains(config), *_loss(config)]
     return found
@@ -89,8 +90,15 @@ def _unknown_keys(config: RunConfig) -> Iterator[Problem]:
         return
     for key in config.llamafactory:
         if key not in known:
-            hint = did_you_mean(key, known) or did_you_mean(key, [SECTION]) or "."
+            hint = did_you_mean(key, [*known, SECTION]) or "."
             yield Problem(key, f"not a LLaMA-Factory argument{hint}")
+
+
+def _assets(config: RunConfig) -> Iterator[Problem]:
+    for key in ASSET_KEYS:
+        value = str(config.llamafactory.get(key) or "")
+        if value.startswith(assets.PREFIX) and value.removeprefix(assets.PREFIX) not in assets.ASSETS:
+            yield Problem(key, unknown("asset", value.removeprefix(assets.PREFIX), assets.ASSETS))
 
 
 def _folders(config: RunConfig) -> Iterator[Problem]:
@@ -116,6 +124,11 @@ def _datasets(config: RunConfig) -> Iterator[Problem]:
     if _truthy(config, "do_train") and not dataset_names(config):
         yield Problem("dataset", "needed for training: the names of one or more data sets.")
     folder = str(config.llamafactory.get("dataset_dir", "data"))
+    if folder.startswith(assets.PREFIX):
+        name = folder.removeprefix(assets.PREFIX)
+        if not (name in assets.ASSETS and assets.is_cached(name)):
+            return
+        folder = assets.resolve(folder)
     if folder == "ONLINE" or folder.startswith("REMOTE:") or config.llamafactory.get("tokenized_path"):
         return
     path = Path(folder) / "dataset_info.json"

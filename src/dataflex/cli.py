@@ -69,12 +69,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _checked_config(options: argparse.Namespace) -> RunConfig:
-    """Load the configuration, print its notes, and raise every problem together."""
+    """Load the configuration, and raise every problem together."""
     from dataflex import checks
-    from dataflex.config import load_config
+    from dataflex.config import parse_config
+    from dataflex.yaml_file import read_yaml
 
-    config = load_config(options.config, options.overrides)
-    problems = checks.problems_of(config)
+    raw = read_yaml(options.config, options.overrides)
+    config, problems = parse_config(raw, str(options.config), options.config.resolve().parent)
+    problems += checks.problems_of(config)
     if problems:
         raise ConfigError(problems=problems, source=str(options.config))
     return config
@@ -96,7 +98,7 @@ def _check(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from dataflex import launch
 
-    config = _checked_config(options)
+    config = _checked_config(options).with_assets()
     if launch.is_worker():
         return _train_here(config)
     _print_notes(config)

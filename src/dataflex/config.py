@@ -6,7 +6,7 @@ here imports torch or LLaMA-Factory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.yaml_file import read_yaml
 
 SECTION = "dataflex"
+ASSET_KEYS = ("model_name_or_path", "dataset_dir")
+"""LLaMA-Factory keys whose value may be ``asset:NAME``."""
 
 
 class DataFlexConfig(BaseModel):
@@ -69,6 +71,17 @@ class RunConfig:
     source: str = ""
     notes: tuple[str, ...] = ()
 
+    def with_assets(self) -> RunConfig:
+        """Return the configuration with ``asset:NAME`` values replaced by paths, fetching what is not there yet.
+
+        Raises:
+            ConfigError: if an asset is unknown or cannot be fetched.
+        """
+        from dataflex import assets
+
+        named = {key: assets.resolve(str(self.llamafactory[key])) for key in ASSET_KEYS if self.llamafactory.get(key)}
+        return replace(self, llamafactory={**self.llamafactory, **named})
+
     def build_components(self) -> Components:
         """Return fresh components of this configuration."""
         built = Components()
@@ -106,23 +119,29 @@ def split_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     Raises:
         ConfigError: with every problem found.
     """
+    config, problems = parse_config(raw, source, base)
+    if problems:
+        raise ConfigError(problems=problems, source=source)
+    return config
+
+
+def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None) -> tuple[RunConfig, list[Problem]]:
+    """Do what :func:`split_config` does, but return the problems; with any, the section is left out."""
     problems: list[Problem] = []
     rest, section, notes = legacy.translate(raw, base, problems)
-    if section is None:
-        if problems:
-            raise ConfigError(problems=problems, source=source)
-        return RunConfig(rest, None, source=source, notes=tuple(notes))
+    plain = RunConfig(rest, None, source=source, notes=tuple(notes))
+    if section is None or problems:
+        return plain, problems
     if not isinstance(section, dict):
-        raise ConfigError(f"{SECTION}: must be a mapping, got {section!r}.", source=source)
+        return plain, [Problem(SECTION, f"must be a mapping, got {section!r}.")]
     config = _validate(DataFlexConfig, section, SECTION, problems)
     params = _validate_components(section, base, problems)
     if problems:
-        raise ConfigError(problems=problems, source=source)
-    assert isinstance(config, DataFlexConfig)
+        return plain, problems
     if not params:
-        notes.append(f"{SECTION}: has none of select, mix, order, weight; this is a plain LLaMA-Factory run.")
-        return RunConfig(rest, None, source=source, notes=tuple(notes))
-    return RunConfig(rest, config, params, source, tuple(notes))
+        note = f"{SECTION}: has none of select, mix, order, weight; this is a plain LLaMA-Factory run."
+        return replace(plain, notes=(*notes, note)), []
+    return RunConfig(rest, config, params, source, tuple(notes)), []
 
 
 def _validate_components(

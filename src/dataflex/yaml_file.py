@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -29,9 +29,10 @@ def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         loaded = OmegaConf.create(json.loads(text)) if path.suffix == ".json" else OmegaConf.create(text)
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{path}: the top level must be a mapping of keys to values.")
         merged = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_cli(overrides)), resolve=True)
     except (YAMLError, OmegaConfBaseException, json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(merged, dict):
-        raise ConfigError(f"{path}: the top level must be a mapping of keys to values.")
+    assert isinstance(merged, dict)
     return {str(key): value for key, value in merged.items()}

@@ -60,6 +60,7 @@ class RunWriter:
             self._set_aside()
         else:
             self._truncate(kept_rounds)
+        (self.folder / "summary.json").unlink(missing_ok=True)  # it speaks of a finished run
         text = yaml.safe_dump({**resolved, "versions": installed_versions()}, sort_keys=False, allow_unicode=True)
         write_atomically(self.folder / "config.yaml", text.encode())
 

@@ -1,0 +1,304 @@
+"""Every bad input gives one clear paragraph, exit status 2 and no traceback, and nothing existing is overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import tiny
+from dataflex import cli
+
+HERE = Path(__file__).parent
+SELECT = {"update_steps": 2, "select": {"method": "loss"}}
+TWO = {"dataset": "alpha,beta"}
+
+
+def mix(**params: Any) -> dict[str, Any]:
+    return {**TWO, "dataflex": {"update_steps": 2, "mix": params}}
+
+
+# name -> (changes to a good configuration, words that the message must contain)
+BEFORE_LOADING: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown key of ours": ({"dataflex": {**SELECT, "update_step": 3}}, ["update_step", "'update_steps'"]),
+    "unknown key of LLaMA-Factory": ({"lerning_rate": 1}, ["lerning_rate", "'learning_rate'"]),
+    "section misspelt": ({"datafex": SELECT}, ["datafex", "'dataflex'"]),
+    "wrong type": ({"dataflex": {**SELECT, "update_steps": "many"}}, ["dataflex.update_steps", "integer", "'many'"]),
+    "section is no mapping": ({"dataflex": "loss"}, ["dataflex", "mapping", "'loss'"]),
+    "unknown method": ({"dataflex": {"select": {"method": "los"}}}, ["dataflex.select.method", "'loss'"]),
+    "no method": ({"dataflex": {"select": {"focus": "high"}}}, ["dataflex.select.method", "needed", "delta_loss"]),
+    "unknown parameter": (
+        {"dataflex": {"select": {"method": "loss", "fokus": "high"}}},
+        ["dataflex.select.fokus", "'focus'"],
+    ),
+    "wrong choice": (
+        {"dataflex": {"select": {"method": "loss", "focus": "hi"}}},
+        ["dataflex.select.focus", "'high'", "'medium'", "'low'"],
+    ),
+    "quantiles descend": (
+        {"dataflex": {"select": {"method": "loss", "quantiles": [0.7, 0.3]}}},
+        ["dataflex.select", "quantiles"],
+    ),
+    "update_steps 0": ({"dataflex": {**SELECT, "update_steps": 0}}, ["dataflex.update_steps", "1", "got 0"]),
+    "updates 0": ({"dataflex": {**SELECT, "updates": 0}}, ["dataflex.updates", "-1", "got 0"]),
+    "negative warm-up": ({"dataflex": {**SELECT, "warmup_steps": -1}}, ["dataflex.warmup_steps", "got -1"]),
+    "missing data set": ({"dataset": "alpa", "dataflex": SELECT}, ["dataset", "'alpa'", "'alpha'"]),
+    "missing data file": ({"dataset": "gone", "dataflex": SELECT}, ["dataset", "gone.json", "does not exist"]),
+    "no dataset_info": ({"dataset_dir": "/nowhere", "dataflex": SELECT}, ["dataset_dir", "dataset_info.json"]),
+    "missing model": ({"model_name_or_path": "/nowhere/model"}, ["model_name_or_path", "config.json"]),
+    "unknown asset": ({"model_name_or_path": "asset:smolm2"}, ["model_name_or_path", "smollm2-135m-instruct"]),
+    "too few proportions": (mix(method="static", proportions=[1.0]), ["dataflex.mix.proportions", "1", "2 domains"]),
+    "proportions sum to zero": (mix(method="static", proportions=[0, 0]), ["dataflex.mix.proportions", "positive sum"]),
+    "negative proportion": (mix(method="static", proportions=[2, -1]), ["dataflex.mix.proportions", "negative"]),
+    "no proportions": (mix(method="static"), ["dataflex.mix.proportions", "required"]),
+    "initial proportions": (
+        mix(method="random", initial_proportions=[1, 1, 1]),
+        ["dataflex.mix.initial_proportions", "3", "2 domains"],
+    ),
+    "stage": ({"stage": "dpo", "dataflex": SELECT}, ["stage", "'dpo'", "sft"]),
+    "streaming": ({"streaming": True, "dataflex": SELECT}, ["streaming", "pool"]),
+    "interleave": ({**TWO, "mix_strategy": "interleave_over", "dataflex": SELECT}, ["mix_strategy", "dataflex.mix"]),
+    "mixture in order": ({**mix(method="uniform"), "disable_shuffling": True}, ["disable_shuffling", "mixture"]),
+    "two orders": (
+        {"disable_shuffling": True, "dataflex": {"order": {"method": "sort"}}},
+        ["disable_shuffling", "dataflex.order"],
+    ),
+    "two totals": ({"max_steps": 5, "dataflex": {**SELECT, "train_steps": 5}}, ["train_steps", "max_steps"]),
+    "weights and dft": ({"use_dft_loss": True, "dataflex": {"weight": {"method": "loss"}}}, ["use_dft_loss", "weight"]),
+    "weights and smoothing": (
+        {"label_smoothing_factor": 0.1, "dataflex": {"weight": {"method": "loss"}}},
+        ["label_smoothing_factor", "weight"],
+    ),
+    "held-out count over data sets": ({**TWO, "val_size": 10, "dataflex": SELECT}, ["val_size", "fraction"]),
+    "output is a file": ({"output_dir": "FILE/run", "dataflex": SELECT}, ["output_dir", "is a file"]),
+    "plugin missing": ({"dataflex": {**SELECT, "plugins": ["gone.py"]}}, ["plugins", "gone.py"]),
+    "plugin broken": ({"dataflex": {**SELECT, "plugins": ["broken.py"]}}, ["broken.py", "ZeroDivisionError"]),
+    "flat keys and section": ({"train_type": "dynamic_select", "dataflex": SELECT}, ["train_type", "dataflex"]),
+    "unknown train_type": ({"train_type": "dynamic_weighting"}, ["train_type", "'dynamic_weight'"]),
+    "flat without component": ({"train_type": "dynamic_mix", "update_step": 2}, ["component_name"]),
+    "flat update_step 0": (
+        {"train_type": "dynamic_select", "component_name": "loss", "update_step": 0},
+        ["update_step", "at least 1"],
+    ),
+}
+
+# The ones that show only when the data or the model is there.
+WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "round longer than the data": (
+        {"dataflex": {"update_steps": 40, "select": {"method": "loss"}}, "max_steps": 40},
+        ["dataflex.update_steps", "80 samples", "pool has 48", "24"],
+    ),
+    "an empty data set": ({"dataset": "alpha,empty", "dataflex": SELECT}, ["dataset", "'empty'"]),
+    "a malformed data file": ({"dataset": "alpha,malformed", "dataflex": SELECT}, ["dataset", "'malformed'"]),
+    "NaN scores": (
+        {"dataflex": {"update_steps": 2, "select": {"method": "test_nan"}, "plugins": ["bad_plugin.py"]}},
+        ["selector 'test_nan'", "NaN", "pool indices"],
+    ),
+    "scores of the wrong shape": (
+        {"dataflex": {"update_steps": 2, "select": {"method": "test_short"}, "plugins": ["bad_plugin.py"]}},
+        ["selector 'test_short'", "shape", "48"],
+    ),
+    "proportions that are NaN": (
+        {**TWO, "dataflex": {"update_steps": 2, "mix": {"method": "test_nan"}, "plugins": ["bad_plugin.py"]}},
+        ["mixer 'test_nan'", "nan", "alpha, beta"],
+    ),
+    "negative weights": (
+        {"dataflex": {"weight": {"method": "test_negative"}, "plugins": ["bad_plugin.py"]}},
+        ["weighter 'test_negative'", "negative"],
+    ),
+    "a value LLaMA-Factory refuses": ({"finetuning_type": "lorra", "dataflex": SELECT}, ["LLaMA-Factory", "lorra"]),
+    "a corrupt checkpoint": (
+        {"resume_from_checkpoint": "CORRUPT", "dataflex": SELECT},
+        ["resume_from_checkpoint", "another size", "last complete checkpoint"],
+    ),
+    "a checkpoint of other data": (
+        {"resume_from_checkpoint": "GOOD", "dataset": "beta", "dataflex": SELECT},
+        ["training data", "fingerprint"],
+    ),
+    "a checkpoint of another batch size": (
+        {"resume_from_checkpoint": "GOOD", "per_device_train_batch_size": 4, "dataflex": SELECT},
+        ["global batch size", "2", "4"],
+    ),
+    "a checkpoint of another method": (
+        {"resume_from_checkpoint": "GOOD", "dataflex": {"update_steps": 2, "select": {"method": "random"}}},
+        ["components", "random", "loss"],
+    ),
+    "no such checkpoint": ({"resume_from_checkpoint": "nowhere/checkpoint-1", "dataflex": SELECT}, ["no such folder"]),
+    "a read-only output folder": ({"output_dir": "/proc/dataflex/run", "dataflex": SELECT}, ["output_dir", "/proc"]),
+}
+
+BAD_PLUGIN = """
+import numpy as np
+from dataflex import Mixer, Selector, Weighter, register
+
+
+@register("selector", "test_nan")
+class NanSelector(Selector):
+    def score(self, ctx, candidates):
+        return np.full(candidates.size, np.nan)
+
+
+@register("selector", "test_short")
+class ShortSelector(Selector):
+    def score(self, ctx, candidates):
+        return np.zeros(3)
+
+
+@register("mixer", "test_nan")
+class NanMixer(Mixer):
+    def mix(self, ctx):
+        return np.array([np.nan, 1.0])
+
+
+@register("weighter", "test_negative")
+class NegativeWeighter(Weighter):
+    def weigh(self, losses, step):
+        return -losses
+"""
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bad")
+    tiny.make_model(root / "model")
+    tiny.make_data(root / "data")
+    (root / "data" / "empty.json").write_text("[]")
+    (root / "data" / "malformed.json").write_text('[{"instruction": ')
+    info = json.loads((root / "data" / "dataset_info.json").read_text())
+    info |= {name: {"file_name": f"{name}.json"} for name in ("empty", "malformed", "gone")}
+    (root / "data" / "dataset_info.json").write_text(json.dumps(info))
+    (root / "broken.py").write_text("1 / 0\n")
+    (root / "bad_plugin.py").write_text(BAD_PLUGIN)
+    (root / "FILE").write_text("precious")
+    return root
+
+
+def write(root: Path, name: str, changes: dict[str, Any]) -> Path:
+    stem = name.replace(" ", "-").replace("/", "-")
+    args = tiny.arguments(root / "model", root / "data", root / "out" / stem, **changes)
+    if "train_steps" in str(changes) or "num_train_epochs" in changes:
+        args["max_steps"] = changes.get("max_steps", -1)
+    if str(args["output_dir"]).startswith("FILE"):
+        args["output_dir"] = str(root / args["output_dir"])
+    path = root / f"{stem}.yaml"
+    path.write_text(yaml.safe_dump(args))
+    return path
+
+
+@pytest.mark.parametrize("name", BEFORE_LOADING)
+def test_found_before_anything_is_loaded(inputs: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    changes, words = BEFORE_LOADING[name]
+    path = write(inputs, name, changes)
+    assert cli.main(["check", str(path)]) == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    assert text.count("\n") == 1, text  # one problem, one paragraph
+    for word in [path.name, *words]:
+        assert word in text, text
+    assert (inputs / "FILE").read_text() == "precious"
+
+
+def test_all_problems_are_told_together(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"lerning_rate": 1, "dataset": "alpa", "dataflex": {"update_steps": 0, "select": {"method": "los"}}}
+    assert cli.main(["check", str(write(inputs, "several", changes))]) == 2
+    text = capsys.readouterr().err
+    assert "4 problems" in text
+    for key in ("lerning_rate", "dataset", "dataflex.update_steps", "dataflex.select.method"):
+        assert f"  {key}: " in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["chekc", "run.yaml"], ["chekc", "'check'"]),
+        (["check", "nowhere.yaml"], ["no such file", "nowhere.yaml"]),
+        (["check", "run.txt"], [".yaml", "run.txt"]),
+        (["list", "los"], ["'los'", "'loss'"]),
+        (["report", "nowhere"], ["nowhere"]),
+        (["assets", "smolm2"], ["smolm2"]),
+    ],
+)
+def test_bad_arguments(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    for word in words:
+        assert word in text
+
+
+def test_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("a: [1, 2\nb: {")
+    assert cli.main(["check", str(tmp_path / "run.yaml")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    assert cli.main(["check", str(tmp_path / "list.yaml")]) == 2
+    assert "mapping" in capsys.readouterr().err
+
+
+RUN_ALL = """
+import contextlib, io, json, os, sys
+os.environ["LLAMAFACTORY_VERBOSITY"] = "WARN"
+from dataflex import cli
+results = {}
+for name, arguments in json.load(open(sys.argv[1])).items():
+    stream = io.StringIO()
+    with contextlib.redirect_stderr(stream):
+        try:
+            status = cli.main(arguments)
+        except BaseException as error:
+            status = f"{type(error).__name__}: {error}"
+    results[name] = [status, stream.getvalue()]
+json.dump(results, open(sys.argv[2], "w"))
+"""
+
+
+@pytest.fixture(scope="session")
+def outcomes(inputs: Path) -> dict[str, tuple[Any, str]]:
+    """Run a good training with checkpoints, damage one, then run every bad input, all in one process."""
+    good = {"dataflex": SELECT, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    commands = {"good": ["train", str(write(inputs, "good", good))]}
+    script = inputs / "run_all.py"
+    script.write_text(RUN_ALL)
+
+    def run(items: dict[str, list[str]], label: str) -> dict[str, tuple[Any, str]]:
+        spec, result = inputs / f"{label}-in.json", inputs / f"{label}-out.json"
+        spec.write_text(json.dumps(items))
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        done = subprocess.run(
+            [sys.executable, str(script), str(spec), str(result)],
+            cwd=inputs,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return json.loads(result.read_text())
+
+    assert run(commands, "good")["good"][0] == 0
+    folder = inputs / "out" / "good"
+    corrupt = folder / "checkpoint-4" / "optimizer.pt"
+    corrupt.write_bytes(corrupt.read_bytes()[:-100])
+    items = {}
+    for name, (changes, _) in WHILE_RUNNING.items():
+        named = {"CORRUPT": str(folder / "checkpoint-4"), "GOOD": str(folder / "checkpoint-2")}
+        filled = {key: named.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
+        items[name] = ["train", str(write(inputs, name, filled))]
+    return run(items, "bad")
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", WHILE_RUNNING)
+def test_found_while_running(outcomes: dict[str, tuple[Any, str]], name: str) -> None:
+    status, text = outcomes[name]
+    assert status == 2, (status, text)
+    assert "Traceback" not in text
+    paragraph = text[text.index("dataflex: ") :]
+    for word in WHILE_RUNNING[name][1]:
+        assert word in paragraph, paragraph
