@@ -112,7 +112,10 @@ WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"dataflex": {"weight": {"method": "test_negative"}, "plugins": ["bad_plugin.py"]}},
         ["weighter 'test_negative'", "negative"],
     ),
-    "a value LLaMA-Factory refuses": ({"finetuning_type": "lorra", "dataflex": SELECT}, ["LLaMA-Factory", "lorra"]),
+    "a value LLaMA-Factory refuses": (
+        {"finetuning_type": "lorra", "dataflex": SELECT},
+        ["LLaMA-Factory", "fine-tuning method"],
+    ),
     "a corrupt checkpoint": (
         {"resume_from_checkpoint": "CORRUPT", "dataflex": SELECT},
         ["resume_from_checkpoint", "another size", "last complete checkpoint"],
