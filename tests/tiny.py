@@ -7,7 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-WORDS = "the cat dog sun moon tree river sees likes finds makes red blue old new small big house road bird fish".split()
+WORDS = tuple(
+    "the cat dog sun moon tree river sees likes finds makes red blue old new small big house road bird".split()
+)
 
 
 def sentence(rng: random.Random, low: int = 3, high: int = 12) -> str:
@@ -24,7 +26,6 @@ def make_model(folder: Path, *, dropout: float = 0.0, hidden: int = 32) -> Path:
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     vocab = {token: number for number, token in enumerate(dict.fromkeys([*specials, *characters, *WORDS]))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"

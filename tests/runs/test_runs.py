@@ -5,12 +5,14 @@ All trainings happen in two starts, one of two processes and one of one (see run
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.launch
@@ -113,8 +115,27 @@ def runs(workshop: Any) -> Any:
     for look in (False, True):
         selector = {"select": {"method": "test_blind", "look": look}, "plugins": [PLUGIN]}
         workshop.add(f"probe-{look}", **TWO_SETS, **section(**selector), dropout=True)
+    add_variants(workshop)
     workshop.start(1)
     return workshop
+
+
+def add_variants(workshop: Any) -> None:
+    """Runs with one of LLaMA-Factory's own settings each, to see that it keeps its meaning."""
+    mixed = section(mix={"method": "uniform"})
+    workshop.add("packed", **TWO_SETS, **mixed, packing=True)
+    workshop.add("pretraining", **{**PT, "dataset": "texts,pages"}, **section(select={"method": "loss"}))
+    grouped = section(select={"method": "random"})
+    workshop.add("grouped", **TWO_SETS, **grouped, train_sampling_strategy="group_by_length", max_steps=13)
+    workshop.add("held-out", **TWO_SETS, **mixed, val_size=0.25, eval_strategy="steps", eval_steps=4)
+    passes = {"max_steps": -1, "num_train_epochs": 2.0, "per_device_train_batch_size": 8, "save_strategy": "epoch"}
+    workshop.add("passes", dataflex={"select": {"method": "full"}}, **passes)
+    cycles = {"warmup_steps": 1, "update_steps": 2, "updates": 2, "select": {"method": "random"}}
+    workshop.add("cycles", dataflex=cycles, max_steps=-1, num_train_epochs=2.0)
+    flat = {"train_type": "dynamic_select", "component_name": "loss", "warmup_step": 1, "update_step": 3}
+    workshop.add("flat-keys", **TWO_SETS, **flat, update_times=-1)
+    workshop.add("native-keys", **TWO_SETS, **section(select={"method": "loss"}))
+    workshop.add("sample-means", dataflex={"weight": {"method": "uniform", "normalization": "sample"}}, max_steps=2)
 
 
 @pytest.mark.parametrize(("ours", "plain"), [("no-section-lora", "sft-lora-1"), ("no-section-pt", "pt-full-1")])
@@ -200,3 +221,89 @@ def test_a_probe_leaves_no_trace(runs: Any) -> None:
     assert looking["weights"] == blind["weights"]
     assert looking["rng"] == blind["rng"]
     assert runs.rounds("probe-True")[1]["cost"]["samples"] > 0 == runs.rounds("probe-False")[1]["cost"]["samples"]
+
+
+def test_domain_losses_are_logged_and_do_not_depend_on_processes(runs: Any) -> None:
+    one, two = (runs.trace(name)["history"] for name in ("one-or-two-1", "one-or-two-2"))
+    keys = {key for entry in one for key in entry if key.startswith("dataflex/")}
+    assert {"dataflex/loss/alpha", "dataflex/loss/beta", "dataflex/round", "dataflex/proportion/alpha"} <= keys
+    compared = 0
+    for first, second in zip(one, two, strict=True):
+        for key in ("dataflex/loss/alpha", "dataflex/loss/beta"):
+            assert (key in first) == (key in second)
+            if key in first:
+                assert first[key] == pytest.approx(second[key], abs=1e-4)
+                compared += 1
+    assert compared > 8
+
+
+def test_packing_and_pretraining_select_and_mix(runs: Any) -> None:
+    for name in ("packed", "pretraining"):
+        for line in runs.rounds(name):
+            assert sum(line["domains"].values()) == line["size"] == 2 * line["steps"]
+    assert runs.rounds("packed")[1]["domains"] == {"alpha": 3, "beta": 3}
+
+
+def test_length_grouping_stays_inside_a_plan(runs: Any) -> None:
+    batches = [indices for _, indices in trained(runs, "grouped", 1)]
+    planned = [index for line in runs.rounds("grouped") for index in plan_of(runs, "grouped", line["round"])]
+    assert [index for indices in batches for index in indices] == planned
+
+
+def plan_of(runs: Any, name: str, number: int) -> list[int]:
+    table = pq.read_table(runs.root / name / "dataflex" / "plans" / f"round-{number:05d}.parquet")
+    return table.column("index").to_pylist()
+
+
+def test_a_fraction_is_held_out_of_every_data_set(runs: Any) -> None:
+    history = runs.trace("held-out")["history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [4, 8]
+    highest = max(index for line in runs.rounds("held-out") for index in plan_of(runs, "held-out", line["round"]))
+    assert highest < 36 + 24  # a quarter of 48 and of 32 samples is not in the pool
+
+
+def test_full_trains_every_sample_once_a_pass_and_saves_at_its_end(runs: Any) -> None:
+    assert [line["steps"] for line in runs.rounds("passes")] == [6, 6]
+    for number in (0, 1):
+        assert sorted(plan_of(runs, "passes", number)) == list(range(48))
+    assert plan_of(runs, "passes", 0) != plan_of(runs, "passes", 1)
+    assert sorted(path.name for path in (runs.root / "passes").glob("checkpoint-*")) == [
+        "checkpoint-12",
+        "checkpoint-6",
+    ]
+
+
+def test_epochs_repeat_the_cycle(runs: Any) -> None:
+    lines = runs.rounds("cycles")
+    assert [(line["start_step"], line["steps"], line.get("warmup", False)) for line in lines] == [
+        (0, 1, True), (1, 2, False), (3, 2, False), (5, 1, True), (6, 2, False), (8, 2, False),
+    ]  # fmt: skip
+
+
+def test_flat_keys_are_the_native_run(runs: Any) -> None:
+    assert runs.plan_digests("flat-keys") == runs.plan_digests("native-keys")
+    assert runs.trace("flat-keys")["weights"] == runs.trace("native-keys")["weights"]
+
+
+def test_sample_means_are_another_normalisation(runs: Any) -> None:
+    assert runs.trace("sample-means")["losses"] != pytest.approx(
+        runs.trace("sft-lora-1-plain-1")["losses"][:2], abs=1e-4
+    )
+
+
+def test_the_record_is_complete(runs: Any) -> None:
+    folder = runs.root / "composed-whole-1" / "dataflex"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["rounds"] == len(runs.rounds("composed-whole-1")) == 4
+    assert summary["overhead_fraction"] == pytest.approx(
+        summary["decision_seconds"] / summary["train_seconds"], rel=0.01
+    )
+    assert summary["tokens"] > 0
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["dataflex"]["select"]["focus_weight"] == 5.0  # defaults are filled in
+    assert config["llamafactory"]["lora_rank"] == 4
+    assert {"dataflex", "llamafactory", "torch"} <= set(config["versions"])
+    line = runs.rounds("composed-whole-1")[1]
+    assert line["components"] == {"select": "loss", "mix": "proportional", "order": "sort", "weight": "loss"}
+    assert line["cost"]["samples"] == 80
+    assert line["cost"]["tokens"] > 80
