@@ -48,6 +48,15 @@ def problems_of(config: RunConfig) -> list[Problem]:
     return found
 
 
+def _number(config: RunConfig, key: str, default: float) -> float:
+    """Return a numeric argument; one that is no number is LLaMA-Factory's to refuse."""
+    value = config.llamafactory.get(key)
+    try:
+        return default if value is None else float(value)
+    except (TypeError, ValueError):
+        return default
+
+
 def _truthy(config: RunConfig, key: str) -> bool:
     value = config.llamafactory.get(key)
     return bool(value) and str(value).lower() not in ("false", "0", "0.0", "none", "no")
@@ -166,11 +175,7 @@ def _stage(config: RunConfig) -> Iterator[Problem]:
         if os.environ.get(name, "").lower() in ("1", "true", "y"):
             yield Problem(f"environment variable {name}", f"is not supported with {SECTION}:.")
     settings = config.dataflex
-    if (
-        settings is not None
-        and settings.train_steps is not None
-        and int(config.llamafactory.get("max_steps") or -1) > 0
-    ):
+    if settings is not None and settings.train_steps is not None and _number(config, "max_steps", -1) > 0:
         yield Problem(f"{SECTION}.train_steps", "and max_steps both set the total number of steps; keep one.")
 
 
@@ -192,7 +197,7 @@ def _data_path(config: RunConfig) -> Iterator[Problem]:
     if "order" in config.params and (sequential or strategy != "random"):
         key = "disable_shuffling" if sequential else "train_sampling_strategy"
         yield Problem(key, f"{SECTION}.order decides the order of samples; keep one of the two.")
-    val_size = float(config.llamafactory.get("val_size") or 0)
+    val_size = _number(config, "val_size", 0.0)
     if val_size > 1 and len(dataset_names(config)) > 1:
         yield Problem(
             "val_size", "a number of samples cannot be split over data sets; give a fraction or eval_dataset."

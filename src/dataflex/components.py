@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dataflex.data.sampling import IndexArray, PassSampler
 from dataflex.errors import ComponentError
-from dataflex.selection import ScoreArray, sample_without_replacement, top_k
+from dataflex.selection import ScoreArray, sample_softmax, top_k
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,11 +113,13 @@ class Selection:
         indices: pool indices, shape (budget,).
         scores: their scores in the same order, or None where the selector has none.
         unscored: candidates left out because they have no score (no token to train on).
+        shuffled: whether the indices are in random order already.
     """
 
     indices: IndexArray
     scores: ScoreArray | None = None
     unscored: int = 0
+    shuffled: bool = False
 
 
 class Component:
@@ -174,8 +176,7 @@ class Selector(Component):
             chosen = top_k(scores, count)
         else:
             spread = float(scores.std()) or 1.0
-            logits = (scores - scores.max()) / (spread * self.params.temperature)
-            chosen = sample_without_replacement(np.exp(logits.astype(np.float64)), count, ctx.rng)
+            chosen = sample_softmax(scores.astype(np.float64) / (spread * self.params.temperature), count, ctx.rng)
         return Selection(candidates[chosen], scores[chosen])
 
     def select(self, ctx: RoundContext, group: Group) -> Selection:

@@ -125,6 +125,8 @@ def _mixture(flat: dict[str, Any], component: dict[str, Any], problems: list[Pro
         known = ["mixture", "stratified", "uniform"]
         problems.append(Problem("mixture_sample_rule", unknown("rule", str(rule), known)))
         return
+    if rule in ("stratified", "uniform") and proportions is not None:
+        notes.append(f"init_mixture_proportions has no effect with mixture_sample_rule: {rule}.")
     if rule in ("stratified", "uniform") and component["method"] == "static":
         component.clear()
         component["method"] = "proportional" if rule == "stratified" else "uniform"

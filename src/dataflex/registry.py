@@ -80,7 +80,10 @@ def load_components(plugins: list[str], base: Path | None = None) -> None:
         for info in pkgutil.iter_modules(module.__path__):
             importlib.import_module(f"dataflex.{package}.{info.name}")
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        point.load()
+        try:
+            point.load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"the entry point {point.name} = {point.value} cannot be loaded: {error}") from error
     for plugin in plugins:
         _load_plugin(_find_plugin(plugin, base))
 
@@ -105,6 +108,7 @@ def _load_plugin(path: Path) -> None:
     try:
         spec.loader.exec_module(module)
     except ConfigError:
+        del sys.modules[name]
         raise
     except Exception as error:
         del sys.modules[name]

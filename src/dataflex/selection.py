@@ -25,11 +25,8 @@ def top_k(scores: NDArray[np.floating], count: int) -> IndexArray:
 def sample_without_replacement(weights: NDArray[np.floating], count: int, rng: np.random.Generator) -> IndexArray:
     """Draw ``count`` positions one after another, each in proportion to the weights that are left. O(N).
 
-    Gumbel top-k: the positions of the ``count`` largest ``log w + G`` (Vieira 2014; Kool et al. 2019). Positions of
-    weight zero are never drawn.
-
     Args:
-        weights: non-negative, shape (N,), any scale.
+        weights: non-negative, shape (N,), any scale; positions of weight zero are never drawn.
         count: at most the number of positive weights.
         rng: the source of the draw.
 
@@ -42,7 +39,21 @@ def sample_without_replacement(weights: NDArray[np.floating], count: int, rng: n
     positive = int(np.count_nonzero(weights > 0))
     if positive < count:
         raise ValueError(f"cannot draw {count} samples without replacement from {positive} of positive weight")
-    keys = -np.log(rng.standard_exponential(weights.size, dtype=np.float32))
     with np.errstate(divide="ignore"):
-        keys += np.log(weights)
+        return sample_softmax(np.log(weights), count, rng)
+
+
+def sample_softmax(logits: NDArray[np.floating], count: int, rng: np.random.Generator) -> IndexArray:
+    """Draw ``count`` positions one after another in proportion to ``exp(logits)`` of those that are left. O(N).
+
+    Gumbel top-k: the positions of the ``count`` largest ``logit - log E`` with exponential E (Vieira 2014; Kool et al.
+    2019).
+
+    Returns:
+        Distinct positions, ascending, shape (count,).
+    """
+    keys = rng.standard_exponential(logits.size, dtype=np.float32)
+    np.maximum(keys, np.finfo(np.float32).tiny, out=keys)
+    np.log(keys, out=keys)
+    np.subtract(logits, keys, out=keys, casting="same_kind")
     return top_k(keys, count)

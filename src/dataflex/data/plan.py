@@ -107,12 +107,12 @@ class Planner:
         for name, sampler in zip(self.pool.domains, self._domain_samplers, strict=True):
             sampler.drawn = int(state["domains"][name])
 
-    def context(self, component: Component, slot: RoundSlot, probe: Probe) -> RoundContext:
-        """Return what ``component`` may base its part of a round on."""
+    def context(self, component: Component, slot: RoundSlot, probe: Probe, group: str = "pool") -> RoundContext:
+        """Return what ``component`` may base its part of a round on; every group has random numbers of its own."""
         return RoundContext(
             pool=self.pool,
             probe=probe,
-            rng=derive_rng(self.seed, component.family, component.name, slot.number),
+            rng=derive_rng(self.seed, component.family, component.name, slot.number, group),
             round=slot.number,
             update=slot.update or 0,
             num_updates=self.schedule.num_updates,
@@ -143,8 +143,8 @@ class Planner:
     def _select(self, slot: RoundSlot, probe: Probe, group: Group) -> Selection:
         selector = self.components.select
         if selector is None or slot.update is None:
-            return Selection(group.draw(group.budget))
-        selection = selector.select(self.context(selector, slot, probe), group)
+            return Selection(group.draw(group.budget), shuffled=True)
+        selection = selector.select(self.context(selector, slot, probe, group.name), group)
         self._check_selection(selection, group)
         return selection
 
@@ -169,7 +169,7 @@ class Planner:
             if positions.shape != (size,) or not np.array_equal(np.sort(positions), np.arange(size)):
                 raise ComponentError(f"order {order.name!r} did not return a permutation of {size} positions.")
             return positions
-        if self.arrangement == "sequential":
+        if self.arrangement == "sequential" or (self.arrangement == "shuffle" and selection.shuffled):
             return np.arange(size, dtype=np.int64)
         if self.arrangement == "group_by_length":
             return self._group_by_length(slot, selection.indices)

@@ -14,7 +14,7 @@ from dataflex.rng import key_of
 
 IndexArray = NDArray[np.int64]
 
-_ROUNDS = 6
+_ROUNDS = 4
 _CHUNK = 1 << 16
 """Positions permuted at a time, so that the work arrays stay in the processor's cache."""
 
@@ -24,7 +24,7 @@ class KeyedPermutation:
 
     Large sizes: a generalised Feistel network over the mixed-radix digits ``(x // b, x % b)`` with ``a * b >= size``,
     followed by cycle walking for the few values that fall outside (Black and Rogaway, "Ciphers with arbitrary finite
-    domains", 2002). Six rounds of a 32-bit finalizer hash. Sizes up to 2**62; the memory is that of one chunk.
+    domains", 2002). Four rounds of a 32-bit finalizer hash. Sizes up to 2**62; the memory is that of one chunk.
     Small sizes (one chunk): a stored Fisher-Yates shuffle, which reaches every permutation.
 
     Args:
@@ -56,31 +56,40 @@ class KeyedPermutation:
         return out.reshape(np.shape(positions))
 
     def _encrypt(self, values: IndexArray) -> IndexArray:
-        left, right = np.divmod(values.astype(np.uint64), np.uint64(self._b))
+        # Both digits are below 2**31, so a digit fits 32 bits and a sum of two of them does too.
+        left, right = np.empty(values.size, dtype=np.uint32), np.empty(values.size, dtype=np.uint32)
+        quotient = values // self._b
+        left[:] = quotient
+        right[:] = values - quotient * self._b
+        hashed, scaled = np.empty_like(left), np.empty(values.size, dtype=np.uint64)
         for number, key in enumerate(self._keys):
             if number % 2 == 0:
-                left = _add_modulo(left, right, key, self._a)
+                _add_modulo(left, right, key, self._a, hashed, scaled)
             else:
-                right = _add_modulo(right, left, key, self._b)
-        return (left * np.uint64(self._b) + right).astype(np.int64)
+                _add_modulo(right, left, key, self._b, hashed, scaled)
+        return left.astype(np.int64) * self._b + right
 
 
 def _add_modulo(
-    target: NDArray[np.uint64], source: NDArray[np.uint64], key: np.uint32, modulus: int
-) -> NDArray[np.uint64]:
-    """Return ``(target + hash(source, key)) mod modulus``; both operands are below 2**32."""
-    x = source.astype(np.uint32)
-    x ^= key
-    x *= np.uint32(0x85EBCA6B)
-    x ^= x >> np.uint32(15)
-    x *= np.uint32(0xC2B2AE35)
-    x ^= x >> np.uint32(13)
-    scaled = x.astype(np.uint64)
-    scaled *= np.uint64(modulus)
+    target: NDArray[np.uint32],
+    source: NDArray[np.uint32],
+    key: np.uint32,
+    modulus: int,
+    hashed: NDArray[np.uint32],
+    scaled: NDArray[np.uint64],
+) -> None:
+    """Set ``target`` to ``(target + hash(source, key)) mod modulus``; the last two arguments are work space."""
+    np.bitwise_xor(source, key, out=hashed)
+    hashed *= np.uint32(0x85EBCA6B)
+    hashed ^= hashed >> np.uint32(15)
+    hashed *= np.uint32(0xC2B2AE35)
+    hashed ^= hashed >> np.uint32(13)
+    np.multiply(hashed, np.uint64(modulus), out=scaled)
     scaled >>= np.uint64(32)
-    scaled += target
-    scaled -= np.uint64(modulus) * (scaled >= np.uint64(modulus))
-    return scaled
+    target += scaled.astype(np.uint32)
+    # Below the modulus the difference wraps around to something larger than the sum.
+    np.subtract(target, np.uint32(modulus), out=hashed)
+    np.minimum(target, hashed, out=target)
 
 
 class PassSampler:

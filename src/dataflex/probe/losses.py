@@ -3,8 +3,8 @@
 Batches are sorted by length and cut under a token budget, the same ones on any number of processes; each process runs
 its share, and all run the same number of forwards (a repeated batch is thrown away), because under ZeRO-3 and FSDP a
 forward is collective. The language-model head runs inside the model's own forward on the positions that count, in
-chunks, so that the (tokens x vocabulary) logits never exist at once. On the first batch that is compared with the
-model's own logits; a model that changes its logits after the head is probed through them instead.
+chunks, so that the (tokens x vocabulary) logits never exist at once. Two samples of every call are compared with the
+model's own logits; a model that changes its logits after the head is probed through them from then on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _HEAD_CHUNK = 1024
 """Positions the head is applied to at a time."""
+_COMPARED_SAMPLES = 2
+"""Samples of every call whose losses are also taken from the model's own logits."""
 _AGREEMENT = 2e-3
 _AGREEMENT_LOW_PRECISION = 2e-2
 
@@ -68,8 +70,8 @@ class ModelProbe:
         values = torch.zeros(indices.size, dtype=torch.float32, device=self.device)
         model = self.model()
         with probe_mode(model), self.autocast():
-            if self._chunked_head is None and mine:
-                self._chunked_head = self._head_agrees(model, indices[mine[-1]])
+            if mine and self._chunked_head is not False:
+                self._chunked_head = self._head_agrees(model, indices[mine[-1][:_COMPARED_SAMPLES]])
             bar = tqdm(mine, desc="Scoring", unit="batch", disable=not self.progress, leave=False)
             for number, batch in enumerate(bar):
                 losses = self._batch_losses(model, indices[batch])
@@ -87,7 +89,8 @@ class ModelProbe:
             return chunked_forward(model, inputs, targets)
         return full_forward(model, inputs, targets)
 
-    def _head_agrees(self, model: torch.nn.Module, indices: IndexArray) -> bool:
+    def _head_agrees(self, model: torch.nn.Module, indices: IndexArray) -> bool | None:
+        """Return whether the chunked head gives the model's own losses; None where no sample has a loss."""
         inputs = {key: _to(value, self.device) for key, value in self.collate(self.pool.rows(indices)).items()}
         targets = shifted(inputs.pop("labels"))
         chunked = chunked_forward(model, inputs, targets)
@@ -95,8 +98,11 @@ class ModelProbe:
         full_precision = next(model.parameters()).dtype in (torch.float32, torch.float64)
         low = torch.is_autocast_enabled(self.device.type) or not full_precision
         tolerance = _AGREEMENT_LOW_PRECISION if low else _AGREEMENT
-        agrees = torch.allclose(chunked, plain, rtol=tolerance, atol=tolerance, equal_nan=True)
+        scored = ~torch.isnan(plain)
+        agrees = torch.allclose(chunked[scored], plain[scored], rtol=tolerance, atol=tolerance)
         agrees = distributed.everywhere(agrees, self.device)
+        if distributed.everywhere(not scored.any(), self.device):
+            return None
         if not agrees:
             logger.info("The model changes its logits after the head: losses are taken from its full logits.")
         return agrees

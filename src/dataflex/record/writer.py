@@ -78,7 +78,7 @@ class RunWriter:
         """Drop what was recorded after the checkpoint: those rounds are made again, the same."""
         path = self.folder / "rounds.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines[:kept_rounds] if line.strip()]
+        kept = [line for line in lines if _round_of(line) < kept_rounds]
         write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
     def round(self, plan: Plan, pool: Pool, components: dict[str, str], cost: Cost) -> None:
@@ -120,3 +120,11 @@ class RunWriter:
     def summary(self, values: dict[str, Any]) -> None:
         """Write what the run took."""
         write_atomically(self.folder / "summary.json", (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _round_of(line: str) -> float:
+    """Return the number of a round's line; infinity for one whose writing was cut off."""
+    try:
+        return json.loads(line)["round"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -20,4 +20,4 @@ class FullSelector(Selector):
 
     def select(self, ctx: RoundContext, group: Group) -> Selection:
         """Return the next ``group.budget`` samples of the pass."""
-        return Selection(group.draw(group.budget))
+        return Selection(group.draw(group.budget), shuffled=True)

@@ -54,16 +54,20 @@ class LossSelector(Selector):
         return Selection(candidates[chosen], losses[chosen], int(np.isnan(losses).sum()))
 
 
-def focus_weights(losses: ScoreArray, params: LossParams) -> NDArray[np.float64]:
+def focus_weights(losses: ScoreArray, params: LossParams) -> NDArray[np.float32]:
     """Return the draw weight of every sample, shape (N,); 0 where the loss is NaN."""
-    scored = ~np.isnan(losses)
-    low, high = np.quantile(losses[scored], params.quantiles) if scored.any() else (0.0, 0.0)
-    part = np.where(losses <= low, "low", np.where(losses <= high, "medium", "high"))
-    weights = np.where(part == params.focus, params.focus_weight, 1.0) ** (1.0 / params.temperature)
-    return np.where(scored, weights, 0.0)
+    unscored = np.isnan(losses)
+    weights = np.ones(losses.size, dtype=np.float32)
+    weights[unscored] = 0.0
+    if unscored.all():
+        return weights
+    low, high = np.nanquantile(losses, params.quantiles) if unscored.any() else np.quantile(losses, params.quantiles)
+    focused = {"low": losses <= low, "medium": (losses > low) & (losses <= high), "high": losses > high}[params.focus]
+    weights[focused] = params.focus_weight ** (1.0 / params.temperature)
+    return weights
 
 
-def draw_scored(weights: NDArray[np.float64], count: int, rng: np.random.Generator) -> IndexArray:
+def draw_scored(weights: NDArray[np.floating], count: int, rng: np.random.Generator) -> IndexArray:
     """Draw ``count`` positions of positive weight without replacement.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dataflex.components import State
-from dataflex.errors import CheckpointError
+from dataflex.errors import CheckpointError, ComponentError
 from dataflex.files import write_atomically
 
 STATE_FILE = "dataflex_state.npz"
@@ -52,7 +52,7 @@ def read_state(folder: Path) -> State:
     try:
         with np.load(path, allow_pickle=False) as stored:
             state = _join(json.loads(str(stored[_TREE_KEY])), stored)
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
     if state.get("version") != STATE_VERSION:
         raise CheckpointError(f"{path} has version {state.get('version')}, this release reads {STATE_VERSION}.")
@@ -62,6 +62,8 @@ def read_state(folder: Path) -> State:
 def _split(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     """Return ``value`` with every array replaced by a reference into ``arrays``."""
     if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:
+            raise ComponentError(f"state_dict() holds an array of {value.dtype}; use JSON values and numeric arrays.")
         key = f"array_{len(arrays)}"
         arrays[key] = value
         return {_TREE_KEY: key}

@@ -90,7 +90,7 @@ class DynamicRun:
                 args.max_steps = int(np.ceil(args.num_train_epochs * cycle))
             return
         assert self.pool is not None
-        update_steps = settings.update_steps or steps_per_pass(self.pool.size, self.global_batch_size)
+        update_steps = settings.update_steps or self._steps_of_pass(self.pool.size)
         args.max_steps = total_steps(
             train_steps=settings.train_steps,
             max_steps=args.max_steps,
@@ -105,6 +105,13 @@ class DynamicRun:
         self._check_rounds(update_steps)
         # The Trainer must not skip batches on its own when it resumes: the stream starts where the run stopped.
         args.ignore_data_skip = True
+
+    def _steps_of_pass(self, num_samples: int) -> int:
+        """Return the steps of one pass over the pool; where a selector chooses, no more than the pool can give."""
+        selector = self.components.select
+        if selector is None or selector.may_exceed_pool:
+            return steps_per_pass(num_samples, self.global_batch_size)
+        return max(1, num_samples // self.global_batch_size)
 
     def _check_rounds(self, update_steps: int) -> None:
         assert self.pool is not None
@@ -261,7 +268,9 @@ class DynamicRun:
         stored = state["plan"]
         if stored is not None:
             slot = RoundSlot(stored["number"], stored["start_step"], stored["steps"], stored["update"])
-            if state["step"] < slot.start_step + slot.steps and slot != self.schedule.slot_at(slot.start_step):
+            inside = state["step"] < slot.start_step + slot.steps
+            fits = slot.start_step < self.schedule.total_steps and slot == self.schedule.slot_at(slot.start_step)
+            if inside and not fits:
                 raise CheckpointError(
                     f"the checkpoint of step {state['step']} is inside a round of {slot.steps} steps that this run's "
                     f"total of {self.schedule.total_steps} steps would cut differently. Keep the total, or resume from "
