@@ -106,9 +106,9 @@ def test_failed_build_leaves_nothing_and_can_be_repeated(cache: Path, monkeypatc
 # --- python-docs ----------------------------------------------------------------------------------
 
 PACKAGES = {
-    "accelerate", "aiohttp", "anyio", "attrs", "av", "click", "contourpy", "datasets", "dill", "fastapi", "fire",
-    "fsspec", "gradio", "h11", "httpx", "huggingface-hub", "jinja2", "matplotlib", "mpmath", "networkx", "numpy",
-    "omegaconf", "orjson", "packaging", "pandas", "pydantic", "requests", "sympy", "torch", "tqdm", "typer",
+    "anyio", "attrs", "charset-normalizer", "click", "gradio", "httpx", "jinja2", "networkx", "opentelemetry-api",
+    "orjson", "packaging", "pillow", "platformdirs", "psutil", "pycparser", "pytz", "requests", "uvicorn",
+    "virtualenv", "websockets",
 }  # fmt: skip
 
 
@@ -118,7 +118,6 @@ def _build_docs(target: Path, monkeypatch: pytest.MonkeyPatch, useless_share: fl
     target.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(python_docs, "_packages", lambda: found)
-        patch.setattr(python_docs, "FILES_PER_PACKAGE", 12)
         patch.setattr(python_docs, "USELESS_SHARE", useless_share)
         python_docs.build(target)
     return target
@@ -156,7 +155,8 @@ def test_answers_are_shuffled_in_the_marked_rows_only(docs: tuple[Path, Path], d
     real, clean = _rows(docs[0], domain), _rows(docs[1], domain)
     marked = json.loads((docs[0] / "useless.json").read_text())[domain]
     assert marked == [index for index, row in enumerate(real) if row["useless"]]
-    assert len(marked) == round(0.4 * len(real))
+    for rows in (40, 100, len(real)):
+        assert sum(index < rows for index in marked) == pytest.approx(0.4 * rows, abs=1)
     for index, (row, original) in enumerate(zip(real, clean, strict=True)):
         assert (row["instruction"], row["input"]) == (original["instruction"], original["input"])
         assert (row["output"] != original["output"]) == (index in marked)
@@ -201,7 +201,7 @@ class Ring:
     def area(
         self, scale: float = 1.0
     ) -> float:
-        """Return the area between the inner and the outer circle of the ring."""
+        """Return the area between two circles of one centre, times scale."""
         # of both circles
 
         outer, inner = self.outer ** 2, self.inner ** 2
@@ -209,14 +209,14 @@ class Ring:
 '''
     source = python_docs.Source("rings", "rings.core", text, ast.parse(text))
     (found,) = python_docs._functions(source)
-    assert found.doc == "Return the area between the inner and the outer circle of the ring."
+    assert found.doc == "Return the area between two circles of one centre, times scale."
     assert found.signature == "def area(\n    self, scale: float = 1.0\n) -> float:"
     assert found.code == (
         f"{found.signature}\n    # of both circles\n    outer, inner = self.outer ** 2, self.inner ** 2\n"
         "    return scale * 3.14159 * (outer - inner)"
     )
     assert python_docs._docs_to_code(found).input == (
-        f'# rings.core\n{found.signature}\n    """Return the area between the inner and the outer circle of the ring."""'
+        f'# rings.core\n{found.signature}\n    """Return the area between two circles of one centre, times scale."""'
     )
 
 
@@ -280,7 +280,7 @@ def test_tokenizer_ids(tokenizer: Any) -> None:
     known = {
         "In 2024, 3.5 of 10": [788, 216, 34, 32, 34, 36, 28, 216, 35, 30, 37, 282, 216, 33, 32],
         "a\n  42": [81, 11181, 36, 34],
-        "<|im_start|>user\nhi<|im_end|>": [1, 4093, 198, 5112, 2],
+        "<|im_start|>user\nhi<|im_end|>": [1, 4093, 198, 6004, 2],
     }
     for text, ids in known.items():
         assert tokenizer(text).input_ids == ids
@@ -296,7 +296,7 @@ def test_tokenizer_is_the_original(tokenizer: Any) -> None:
 
     reference = AutoTokenizer.from_pretrained(REFERENCE)
     texts = [PROSE, NUMBERS, Path(__file__).read_text(encoding="utf-8"), "<repo_name>a<empty_output>b<|endoftext|>"]
-    texts += ["日本語 １２３ ٣٤ ½ ² é e\u0301 👩‍👩‍👧", "\r\n\x00\t 1 000,5\n   7", "  12  \n\n 3a4", ""]
+    texts += ["日本語 \uff11\uff12 ٣٤ ½ ² é e\u0301 👩‍👩‍👧", "\r\n\x00\t 1 000,5\n   7", "  12  \n\n 3a4", ""]
     for text in texts:
         assert tokenizer(text).input_ids == reference(text).input_ids
     turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]

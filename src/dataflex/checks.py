@@ -44,7 +44,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
     """Return every problem that shows without loading anything."""
     found = [*_unknown_keys(config), *_assets(config), *_folders(config), *_datasets(config)]
     if config.dataflex is not None:
-        found += [*_stage(config), *_data_path(config), *_domains(config), *_loss(config)]
+        found += [*_stage(config), *_data_path(config), *_domains(config), *_order(config), *_loss(config)]
     return found
 
 
@@ -210,6 +210,14 @@ def _domains(config: RunConfig) -> Iterator[Problem]:
         problem = mixer.check_domains(dataset_names(config))
         if problem is not None:
             yield Problem(f"{SECTION}.mix.{problem[0]}", problem[1])
+
+
+def _order(config: RunConfig) -> Iterator[Problem]:
+    components = config.build_components()
+    if components.order is None or components.order.params.model_dump().get("by") != "selection":
+        return
+    if components.select is None or not components.select.scores_samples:
+        yield Problem(f"{SECTION}.order.by", "selection needs a selector that scores, e.g. select: {method: loss}.")
 
 
 def _loss(config: RunConfig) -> Iterator[Problem]:

@@ -164,6 +164,8 @@ class Selector(Component):
     Params: ClassVar[type[ComponentParams]] = SelectorParams
     may_exceed_pool: ClassVar[bool] = False
     """Whether a round longer than the pool makes sense (whole passes, then a choice for the rest)."""
+    scores_samples: ClassVar[bool] = True
+    """Whether its selections carry scores."""
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return one number per candidate, shape (n,); higher is chosen first."""
@@ -182,18 +184,26 @@ class Selector(Component):
     def select(self, ctx: RoundContext, group: Group) -> Selection:
         """Return ``group.budget`` samples: whole passes while the budget exceeds the group, then a choice."""
         passes, rest = divmod(group.budget, group.size)
-        if not passes:
-            return self.choose(ctx, group.candidates, rest)
         whole = np.tile(group.candidates, passes)
         if not rest:
             return Selection(whole)
         chosen = self.choose(ctx, group.candidates, rest)
+        self._check_distinct(chosen, group)
+        if not passes:
+            return chosen
         if chosen.scores is None:
             return Selection(np.concatenate([whole, chosen.indices]), None, chosen.unscored)
         blank = np.full(whole.size, np.nan, dtype=np.float32)
         return Selection(
             np.concatenate([whole, chosen.indices]), np.concatenate([blank, chosen.scores]), chosen.unscored
         )
+
+    def _check_distinct(self, chosen: Selection, group: Group) -> None:
+        inside = chosen.indices[(chosen.indices >= group.start) & (chosen.indices < group.stop)]
+        seen = np.zeros(group.size, dtype=bool)
+        seen[inside - group.start] = True
+        if np.count_nonzero(seen) < inside.size:
+            raise ComponentError(f"{self.family} {self.name!r} chose a sample of {group.name!r} more than once.")
 
 
 def check_scores(component: Component, scores: ScoreArray, candidates: IndexArray) -> ScoreArray:

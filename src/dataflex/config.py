@@ -37,7 +37,7 @@ class DataFlexConfig(BaseModel):
     probe_batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="Tokens in one forward of a probe; none: four training micro-batches of cutoff_len.",
+        description="Tokens in one forward of a probe; none: four training micro-batches of the longest sample.",
     )
     plugins: list[str] = Field(default_factory=list, description="Python files that register components.")
     select: dict[str, Any] | None = Field(None, description="The selector: {method: name, ...parameters}.")

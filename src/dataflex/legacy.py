@@ -40,7 +40,7 @@ FLAT_KEYS = (
 METHOD_NAMES = {"order": {"sorting": "sort"}}
 """Methods whose name changed, by configuration key."""
 
-UNUSED_PARAMETERS = ("cache_dir", "score_batch_size", "replacement", "save_interval")
+UNUSED_PARAMETERS = ("cache_dir", "score_batch_size", "replacement", "save_interval", "score_field", "window")
 """Parameters of the earlier release that nothing here needs; accepted, with a note."""
 
 
@@ -161,8 +161,10 @@ def _parameters(
         notes.append(f"components_cfg_file: {path} has no {bucket}.{method}; it runs with its defaults.")
         return {}
     params = dict(entry.get("params") or {}) if isinstance(entry, dict) else {}
+    if "polarity" in params:
+        params["descending"] = params.pop("polarity") != "higher_later"
     for name in UNUSED_PARAMETERS:
-        if params.pop(name, None) is not None:
+        if params.pop(name, None):
             notes.append(f"{bucket}.{method}.params.{name} is accepted and has no effect: nothing here needs it.")
     return params
 

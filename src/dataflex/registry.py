@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import pkgutil
@@ -82,7 +83,9 @@ def load_components(plugins: list[str], base: Path | None = None) -> None:
     for point in entry_points(group=ENTRY_POINT_GROUP):
         try:
             point.load()
-        except (ImportError, AttributeError) as error:
+        except ConfigError:
+            raise
+        except Exception as error:
             raise ConfigError(f"the entry point {point.name} = {point.value} cannot be loaded: {error}") from error
     for plugin in plugins:
         _load_plugin(_find_plugin(plugin, base))
@@ -96,9 +99,8 @@ def _find_plugin(plugin: str, base: Path | None) -> Path:
 
 
 def _load_plugin(path: Path) -> None:
-    name = f"dataflex_plugin_{path.stem}"
-    loaded = sys.modules.get(name)
-    if loaded is not None and loaded.__file__ == str(path):
+    name = f"dataflex_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -79,7 +79,7 @@ class Schedule:
             return RoundSlot(number, begin, min(self.warmup_steps, self.total_steps - begin), None)
         in_cycle = (offset - self.warmup_steps) // self.update_steps
         start = begin + self.warmup_steps + in_cycle * self.update_steps
-        end = min(start + self.update_steps, begin + self.cycle_steps, self.total_steps)
+        end = min(start + self.update_steps, self.total_steps)
         update = cycle * self._updates_within(self.cycle_steps) + in_cycle
         return RoundSlot(number + bool(self.warmup_steps) + in_cycle, start, end - start, update)
 

@@ -22,13 +22,16 @@ def top_k(scores: NDArray[np.floating], count: int) -> IndexArray:
     return np.sort(np.concatenate([above, ties])).astype(np.int64)
 
 
-def sample_without_replacement(weights: NDArray[np.floating], count: int, rng: np.random.Generator) -> IndexArray:
-    """Draw ``count`` positions one after another, each in proportion to the weights that are left. O(N).
+def sample_without_replacement(
+    weights: NDArray[np.floating], count: int, rng: np.random.Generator, temperature: float = 1.0
+) -> IndexArray:
+    """Draw ``count`` positions one by one, in proportion to ``weights ** (1 / temperature)`` of those left. O(N).
 
     Args:
         weights: non-negative, shape (N,), any scale; positions of weight zero are never drawn.
         count: at most the number of positive weights.
         rng: the source of the draw.
+        temperature: larger is flatter, > 0.
 
     Returns:
         Distinct positions, ascending, shape (count,).
@@ -37,10 +40,12 @@ def sample_without_replacement(weights: NDArray[np.floating], count: int, rng: n
         ValueError: if fewer than ``count`` weights are positive.
     """
     positive = int(np.count_nonzero(weights > 0))
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
     if positive < count:
         raise ValueError(f"cannot draw {count} samples without replacement from {positive} of positive weight")
     with np.errstate(divide="ignore"):
-        return sample_softmax(np.log(weights), count, rng)
+        return sample_softmax(np.log(weights) / temperature, count, rng)
 
 
 def sample_softmax(logits: NDArray[np.floating], count: int, rng: np.random.Generator) -> IndexArray:
@@ -55,5 +60,6 @@ def sample_softmax(logits: NDArray[np.floating], count: int, rng: np.random.Gene
     keys = rng.standard_exponential(logits.size, dtype=np.float32)
     np.maximum(keys, np.finfo(np.float32).tiny, out=keys)
     np.log(keys, out=keys)
-    np.subtract(logits, keys, out=keys, casting="same_kind")
+    # Relative to the largest, so that single precision is enough for the noise.
+    np.subtract(logits - logits.max(), keys, out=keys, casting="same_kind")
     return top_k(keys, count)

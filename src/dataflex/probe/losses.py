@@ -34,6 +34,8 @@ _HEAD_CHUNK = 1024
 """Positions the head is applied to at a time."""
 _COMPARED_SAMPLES = 2
 """Samples of every call whose losses are also taken from the model's own logits."""
+_LOOKED_AT = 64
+"""Samples among which those are looked for."""
 _AGREEMENT = 2e-3
 _AGREEMENT_LOW_PRECISION = 2e-2
 
@@ -71,7 +73,7 @@ class ModelProbe:
         model = self.model()
         with probe_mode(model), self.autocast():
             if mine and self._chunked_head is not False:
-                self._chunked_head = self._head_agrees(model, indices[mine[-1][:_COMPARED_SAMPLES]])
+                self._chunked_head = self._head_agrees(model, self._labelled(indices))
             bar = tqdm(mine, desc="Scoring", unit="batch", disable=not self.progress, leave=False)
             for number, batch in enumerate(bar):
                 losses = self._batch_losses(model, indices[batch])
@@ -88,6 +90,12 @@ class ModelProbe:
         if self._chunked_head:
             return chunked_forward(model, inputs, targets)
         return full_forward(model, inputs, targets)
+
+    def _labelled(self, indices: IndexArray) -> IndexArray:
+        """Return a few short samples with a token to train on, or just short ones where there are none near."""
+        shortest = indices[np.argsort(self.pool.lengths[indices], kind="stable")[:_LOOKED_AT]]
+        trained = [any(label != IGNORE_INDEX for label in _labels(row)[1:]) for row in self.pool.rows(shortest)]
+        return shortest[np.argsort(~np.array(trained), kind="stable")[:_COMPARED_SAMPLES]]
 
     def _head_agrees(self, model: torch.nn.Module, indices: IndexArray) -> bool | None:
         """Return whether the chunked head gives the model's own losses; None where no sample has a loss."""
@@ -106,6 +114,11 @@ class ModelProbe:
         if not agrees:
             logger.info("The model changes its logits after the head: losses are taken from its full logits.")
         return agrees
+
+
+def _labels(row: dict[str, Any]) -> list[int]:
+    """Return the labels of a sample; a collator of plain text makes them from its tokens."""
+    return row["labels"] if "labels" in row else row["input_ids"]
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -56,7 +56,8 @@ class DeltaLossSelector(Selector):
         if np.isnan(first).all():
             self._baseline[candidates] = losses
             chosen = draw_scored((~np.isnan(losses)).astype(np.float64), count, ctx.rng)
-            return Selection(candidates[chosen], None, int(np.isnan(losses).sum()))
+            fallen = np.zeros(chosen.size, dtype=np.float32)
+            return Selection(candidates[chosen], fallen, int(np.isnan(losses).sum()))
         delta = (first - losses) / first if self.params.relative else first - losses
         weights = window_weights(delta, ctx.update + 1, ctx.num_updates, self.params)
         chosen = draw_scored(weights, count, ctx.rng)

@@ -17,6 +17,7 @@ class FullSelector(Selector):
 
     Params = ComponentParams
     may_exceed_pool = True
+    scores_samples = False
 
     def select(self, ctx: RoundContext, group: Group) -> Selection:
         """Return the next ``group.budget`` samples of the pass."""

@@ -50,7 +50,7 @@ class LossSelector(Selector):
         """Return ``count`` candidates drawn by the weight of their part."""
         losses = ctx.probe.losses(candidates)
         weights = focus_weights(losses, self.params)
-        chosen = draw_scored(weights, count, ctx.rng)
+        chosen = draw_scored(weights, count, ctx.rng, self.params.temperature)
         return Selection(candidates[chosen], losses[chosen], int(np.isnan(losses).sum()))
 
 
@@ -63,11 +63,13 @@ def focus_weights(losses: ScoreArray, params: LossParams) -> NDArray[np.float32]
         return weights
     low, high = np.nanquantile(losses, params.quantiles) if unscored.any() else np.quantile(losses, params.quantiles)
     focused = {"low": losses <= low, "medium": (losses > low) & (losses <= high), "high": losses > high}[params.focus]
-    weights[focused] = params.focus_weight ** (1.0 / params.temperature)
+    weights[focused] = params.focus_weight
     return weights
 
 
-def draw_scored(weights: NDArray[np.floating], count: int, rng: np.random.Generator) -> IndexArray:
+def draw_scored(
+    weights: NDArray[np.floating], count: int, rng: np.random.Generator, temperature: float = 1.0
+) -> IndexArray:
     """Draw ``count`` positions of positive weight without replacement.
 
     Raises:
@@ -79,4 +81,4 @@ def draw_scored(weights: NDArray[np.floating], count: int, rng: np.random.Genera
             f"{count} samples are wanted but only {scored} of {weights.size} have a loss (the others have no token "
             "to train on). Shorten update_steps or check the data."
         )
-    return sample_without_replacement(weights, count, rng)
+    return sample_without_replacement(weights, count, rng, temperature)

@@ -20,6 +20,7 @@ class RandomSelector(Selector):
 
     Params = ComponentParams
     may_exceed_pool = True
+    scores_samples = False
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return ``count`` distinct candidates, ascending."""

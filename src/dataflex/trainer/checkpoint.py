@@ -103,7 +103,7 @@ def problem_of(folder: Path) -> str | None:
     if not folder.is_dir():
         return "there is no such folder"
     try:
-        files = json.loads((folder / MARKER_FILE).read_text())["files"]
+        files = dict(json.loads((folder / MARKER_FILE).read_text())["files"])
     except FileNotFoundError:
         return f"it has no {MARKER_FILE}, so it was cut off while it was written (or not by a DataFlex run)"
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,0 +1,290 @@
+"""Instruction data from the Python packages installed on this machine: real text that needs no download.
+
+Three domains, each a LLaMA-Factory data set in alpaca format with a held-out set of its own:
+
+- ``docs_to_code``: a function's signature and docstring; the answer is its source.
+- ``code_to_docs``: a function's source; the answer is its docstring.
+- ``prose``: the beginning of a paragraph of a README or of a module's or class's docstring; the answer is the rest.
+
+The held-out sets come from other packages than the training sets. In the training sets the answers of half of the
+rows are shuffled among themselves, so these rows are useless: they look right, and teach nothing. Each row says so
+in its column ``useless``, which LLaMA-Factory does not read, and ``useless.json`` lists the row numbers.
+
+The same installed packages give the same files.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from dataflex.errors import ConfigError
+
+SEED = 20240
+TRAIN_ROWS = 500
+HELD_OUT_ROWS = 48
+USELESS_SHARE = 0.5
+BLOCK = 20
+
+FILES_PER_PACKAGE = 32
+ROWS_PER_PACKAGE = 32
+"""Of one domain; keeps the large packages from being all there is."""
+
+FILE_BYTES = (400, 60_000)
+DOC_CHARS = (60, 180)
+CODE_CHARS = (90, 270)
+PARAGRAPH_CHARS = (140, 460)
+
+SKIPPED_PACKAGES = {"dataflex"}
+SKIPPED_FOLDERS = {"tests", "test", "testing", "_vendor", "vendor", "vendored", "third_party", "extern", "_pytest"}
+
+ABOUT = """# python-docs
+
+Made by DataFlex from the documentation and the source of the Python packages installed on this machine, for use on
+this machine: the texts keep the licences of their packages (column `package`). `useless.json` lists the training
+rows whose answer belongs to another row.
+"""
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample in alpaca format, with where it is from and whether its answer belongs to another row."""
+
+    instruction: str
+    input: str
+    output: str
+    package: str
+    useless: bool = False
+
+
+@dataclass(frozen=True)
+class Documented:
+    """A function found in a package: its source without the docstring, its signature and its docstring."""
+
+    package: str
+    module: str
+    signature: str
+    code: str
+    doc: str
+
+
+def build(target: Path) -> None:
+    """Write the data sets, ``dataset_info.json`` and ``useless.json`` into ``target``.
+
+    Raises:
+        ConfigError: If the installed packages do not have enough documentation.
+    """
+    pools: dict[str, list[Row]] = {"docs_to_code": [], "code_to_docs": [], "prose": []}
+    for package in _packages():
+        sources = list(_sources(package))
+        functions = [item for source in sources for item in _functions(source)]
+        pools["docs_to_code"] += [_docs_to_code(item) for item in functions if _key(item.code) % 2]
+        pools["code_to_docs"] += [_code_to_docs(item) for item in functions if not _key(item.code) % 2]
+        docstrings = (doc for source in sources for doc in _long_docstrings(source))
+        pools["prose"] += list(_prose(package, [_description(package), *docstrings]))
+    useless: dict[str, list[int]] = {}
+    info: dict[str, dict[str, str]] = {}
+    for number, (domain, pool) in enumerate(pools.items()):
+        rng = np.random.default_rng([SEED, number])
+        train, held_out = _split(domain, pool, rng)
+        train = _shuffle_answers(train, rng)
+        useless[domain] = [index for index, row in enumerate(train) if row.useless]
+        for name, rows in ((domain, train), (f"{domain}_val", held_out)):
+            _write_json(target / f"{name}.json", [vars(row) for row in rows])
+            info[name] = {"file_name": f"{name}.json"}
+    _write_json(target / "dataset_info.json", info)
+    _write_json(target / "useless.json", useless)
+    (target / "README.md").write_text(ABOUT, encoding="utf-8")
+
+
+def _packages() -> list[importlib.metadata.Distribution]:
+    """Return the installed distributions, one per name, by name."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    for package in importlib.metadata.distributions():
+        found.setdefault(_name(package), package)
+    return [found[name] for name in sorted(found) if name not in SKIPPED_PACKAGES]
+
+
+def _name(package: importlib.metadata.Distribution) -> str:
+    """Return the normalised name of a distribution."""
+    return re.sub(r"[-_.]+", "-", package.metadata["Name"] or "unnamed").lower()
+
+
+def _key(text: str) -> int:
+    """Return a number that depends on ``text`` alone."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source file: the package and module it is, its text, its syntax tree."""
+
+    package: str
+    module: str
+    text: str
+    tree: ast.Module
+
+
+def _sources(package: importlib.metadata.Distribution) -> Iterator[Source]:
+    """Yield some of the package's source files, the same ones each time."""
+    paths = [
+        path
+        for path in package.files or []
+        if path.suffix == ".py" and not path.name.startswith("test_") and not SKIPPED_FOLDERS & set(path.parts)
+    ]
+    chosen = sorted(paths, key=lambda path: _key(path.as_posix()))[:FILES_PER_PACKAGE]
+    for path in sorted(chosen, key=lambda path: path.as_posix()):
+        if read := _read(Path(str(package.locate_file(path)))):
+            module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+            yield Source(_name(package), module, *read)
+
+
+def _read(path: Path) -> tuple[str, ast.Module] | None:
+    """Return text and syntax tree of a source file, if it has an ordinary size and this Python can read it."""
+    try:
+        if not FILE_BYTES[0] <= path.stat().st_size <= FILE_BYTES[1]:
+            return None
+        text = path.read_text(encoding="utf-8")
+        return text, ast.parse(text)
+    except (OSError, ValueError, SyntaxError, RecursionError):
+        return None
+
+
+def _functions(source: Source) -> Iterator[Documented]:
+    """Yield the short documented functions and methods of a source file."""
+    lines = source.text.splitlines()
+    for node in ast.walk(source.tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (found := _documented(node, lines, source)):
+            yield found
+
+
+def _long_docstrings(source: Source) -> Iterator[str]:
+    """Yield the docstrings of a source file's module and classes."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, (ast.Module, ast.ClassDef)) and (doc := ast.get_docstring(node)):
+            yield doc
+
+
+def _documented(node: Function, lines: list[str], source: Source) -> Documented | None:
+    """Return the parts of a function if it has a docstring and a body, both of ordinary length."""
+    doc = (ast.get_docstring(node) or "").strip()
+    if len(doc) > DOC_CHARS[1]:
+        doc = doc.split("\n\n")[0].strip()
+    if not _fits(doc, DOC_CHARS) or len(node.body) < 2:
+        return None
+    first, last = node.body[0], node.body[-1]
+    if first.lineno == node.lineno or last.end_lineno is None or first.end_lineno is None:
+        return None
+    signature = textwrap.dedent("\n".join(lines[node.lineno - 1 : first.lineno - 1])).rstrip()
+    code_lines = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : last.end_lineno]
+    code = textwrap.dedent("\n".join(line.rstrip() for line in code_lines if line.strip())).strip()
+    if not _fits(code, CODE_CHARS) or not code.startswith(("def ", "async def ")):
+        return None
+    return Documented(source.package, source.module, signature, code, doc)
+
+
+def _fits(text: str, limits: tuple[int, int]) -> bool:
+    """Tell whether the length of ``text`` is within ``limits`` and it is ordinary (mostly ASCII) text."""
+    return limits[0] <= len(text) <= limits[1] and sum(char > "\x7f" for char in text) < len(text) // 20
+
+
+def _docs_to_code(item: Documented) -> Row:
+    """Return the sample that asks for the source of a function."""
+    prompt = f"# {item.module}\n{item.signature}\n" + textwrap.indent(f'"""{item.doc}"""', "    ")
+    return Row("Write this Python function.", prompt, item.code, item.package)
+
+
+def _code_to_docs(item: Documented) -> Row:
+    """Return the sample that asks for the docstring of a function."""
+    return Row("Write the docstring of this Python function.", f"# {item.module}\n{item.code}", item.doc, item.package)
+
+
+def _prose(package: importlib.metadata.Distribution, texts: Iterable[str]) -> Iterator[Row]:
+    """Yield the prose paragraphs in ``texts``, each cut in two at the end of a sentence or a word."""
+    name = package.metadata["Name"]
+    for paragraph in (paragraph for text in texts for paragraph in _paragraphs(text)):
+        beginning, rest = _cut(paragraph)
+        if len(beginning) >= 50 and len(rest) >= 70:
+            instruction = f"Continue this paragraph from the documentation of the Python package {name}."
+            yield Row(instruction, beginning, rest, _name(package))
+
+
+def _description(package: importlib.metadata.Distribution) -> str:
+    """Return the README that a distribution carries in its metadata."""
+    return package.metadata["Description"] or "" if "Description" in package.metadata else ""
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """Yield the paragraphs of ``text`` that are prose: no code, tables, lists, badges or links."""
+    for block in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", text.replace("\r\n", "\n"), flags=re.DOTALL)):
+        if block.startswith((" ", "\t", "#", "|", "..", "<", "*", "-", "+", ">", "[", "!")) or "http" in block:
+            continue
+        paragraph = " ".join(block.split())
+        letters = sum(char.isalpha() or char == " " for char in paragraph)
+        if _fits(paragraph, PARAGRAPH_CHARS) and letters > 0.88 * len(paragraph):
+            yield paragraph
+
+
+def _cut(paragraph: str) -> tuple[str, str]:
+    """Cut a paragraph at the sentence end nearest to 40 % of it, else at the word nearest to that."""
+    wanted = 0.4 * len(paragraph)
+    sentences = [match.end() for match in re.finditer(r"[.:;!?] ", paragraph[:-60])]
+    words = [match.end() for match in re.finditer(" ", paragraph)]
+    near = [place for place in sentences if abs(place - wanted) < 0.2 * len(paragraph)] or words
+    place = min(near, key=lambda end: abs(end - wanted))
+    return paragraph[:place].strip(), paragraph[place:].strip()
+
+
+def _split(domain: str, pool: list[Row], rng: np.random.Generator) -> tuple[list[Row], list[Row]]:
+    """Return shuffled training and held-out rows from different packages, without repeated inputs or answers."""
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    seen: set[str] = set()
+    counts: Counter[str] = Counter()
+    for index in rng.permutation(len(pool)):
+        row = pool[index]
+        texts = {_normal(row.input), _normal(row.output)}
+        if counts[row.package] >= ROWS_PER_PACKAGE or texts & seen:
+            continue
+        seen |= texts
+        counts[row.package] += 1
+        sides[_key(row.package) % 6 == 0].append(row)
+    train, held_out = sides[0][:TRAIN_ROWS], sides[1][:HELD_OUT_ROWS]
+    if min(len(train), len(held_out)) < 20:
+        raise ConfigError(f"the installed packages have too little documentation for the data set {domain!r}")
+    return train, held_out
+
+
+def _normal(text: str) -> str:
+    """Return ``text`` without what makes copies of the same text look different."""
+    return re.sub(r"\W+", " ", text).lower()
+
+
+def _shuffle_answers(rows: list[Row], rng: np.random.Generator) -> list[Row]:
+    """Give a share of the rows the answer of another of them, and mark them.
+
+    They are spread evenly, so that the first N rows hold the same share of them as all.
+    """
+    blocks = [np.arange(start, min(start + BLOCK, len(rows))) for start in range(0, len(rows), BLOCK)]
+    chosen = np.concatenate([rng.permutation(block)[: round(USELESS_SHARE * len(block))] for block in blocks])
+    chosen = rng.permutation(chosen)
+    shuffled = list(rows)
+    for index, other in zip(chosen, np.roll(chosen, 1), strict=True):
+        shuffled[index] = replace(rows[index], output=rows[other].output, useless=True)
+    return shuffled
+
+
+def _write_json(path: Path, content: object) -> None:
+    """Write ``content`` as readable JSON."""
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,117 @@
+"""Stand-ins for what a component is given, so that one part is tested at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.components import Component, Components, Group, RoundContext, Selector
+from dataflex.data.plan import Plan, Planner
+from dataflex.data.pool import Pool
+from dataflex.data.sampling import IndexArray, PassSampler
+from dataflex.rng import derive_rng
+from dataflex.schedule import Schedule
+
+
+class FakeDataset:
+    """Rows in a list, read as a ``datasets.Dataset`` is."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [self.rows[index] for index in indices]
+
+
+def make_pool(sizes: dict[str, int], lengths: Sequence[int] | None = None, rows: Sequence[Any] = ()) -> Pool:
+    """Return a pool of the given domain sizes; every sample has length 7 where no lengths are given."""
+    pool = Pool(FakeDataset(rows), tuple(sizes), np.array(list(sizes.values())))  # type: ignore[arg-type]
+    values = np.full(pool.size, 7) if lengths is None else np.asarray(lengths)
+    assert values.shape == (pool.size,)
+    pool.__dict__["lengths"] = values.astype(np.int32)  # in place of the cached property
+    return pool
+
+
+class FakeProbe:
+    """Returns the losses it was given, and remembers what it was asked for."""
+
+    def __init__(self, losses: Sequence[float] | NDArray[Any] = ()) -> None:
+        self.values = np.asarray(losses, dtype=np.float32)
+        self.asked: list[IndexArray] = []
+
+    def losses(self, indices: IndexArray) -> NDArray[np.float32]:
+        self.asked.append(np.asarray(indices))
+        return self.values[indices]
+
+
+def context(pool: Pool, losses: Sequence[float] | NDArray[Any] = (), **changes: Any) -> RoundContext:
+    """Return a context of the first decision of one; ``round`` also keys its random numbers."""
+    number = int(changes.get("round", 0))
+    given = RoundContext(
+        pool=pool,
+        probe=FakeProbe(losses),
+        rng=derive_rng(int(changes.pop("seed", 1)), "test", number),
+        round=number,
+        update=0,
+        num_updates=1,
+        start_step=0,
+        steps=1,
+        size=1,
+        total_steps=1,
+    )
+    return dataclasses.replace(given, **changes)
+
+
+def group_of(pool: Pool, budget: int, start: int = 0, stop: int | None = None) -> Group:
+    """Return a group over a range of the pool (all of it by default)."""
+    stop = pool.size if stop is None else stop
+    return Group("pool", start, stop, budget, PassSampler(stop - start, seed=1, name="pool"))
+
+
+def build(cls: type[Component], /, **params: Any) -> Any:
+    """Return a component with the given parameters."""
+    return cls(cls.Params(**params))
+
+
+def make_planner(
+    pool: Pool, steps: int = 2, batch: int = 4, rounds: int = 10, warmup: int = 0, seed: int = 42, **given: Any
+) -> Planner:
+    """Return a planner of ``rounds`` rounds of ``steps`` steps; ``given`` has components and the arrangement."""
+    arrangement = given.pop("arrangement", "shuffle")
+    schedule = Schedule(warmup, steps, -1, warmup + steps * rounds)
+    return Planner(pool, Components(**given), schedule, seed=seed, global_batch_size=batch, arrangement=arrangement)
+
+
+def plans(planner: Planner, count: int, probe: Any = None, first: int = 0) -> list[Plan]:
+    """Return the plans of ``count`` rounds from number ``first`` on."""
+    made: list[Plan] = []
+    step = 0
+    for number in range(first + count):
+        slot = planner.schedule.slot_at(step)
+        step = slot.start_step + slot.steps
+        if number >= first:
+            made.append(planner.plan(slot, probe or FakeProbe()))
+    return made
+
+
+class ScoreSelector(Selector):
+    """A selector whose scores are whatever a function of the candidates says."""
+
+    family, name = "selector", "scores"
+
+    def __init__(self, score: Callable[[IndexArray], Any], **params: Any) -> None:
+        super().__init__(self.Params(**params))
+        self.function = score
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> Any:
+        return self.function(candidates)

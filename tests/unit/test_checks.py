@@ -1,0 +1,182 @@
+"""Checks before anything is loaded: LLaMA-Factory's keys, folders, data sets, and what does not go together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataflex import checks
+from dataflex.config import split_config
+
+SELECT = {"select": {"method": "loss"}}
+MIX = {"mix": {"method": "uniform"}}
+ORDER = {"order": {"method": "shuffle"}}
+WEIGHT = {"weight": {"method": "loss"}}
+
+
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """LLaMA-Factory's keys of a run without a problem."""
+    for name in ("USE_RAY", "USE_MCA", "USE_V1", "ALLOW_EXTRA_ARGS"):
+        monkeypatch.delenv(name, raising=False)
+    data = tmp_path / "data"
+    data.mkdir()
+    info = {"a": {"file_name": "a.json"}, "b": {"file_name": "b.json"}, "hub": {"hf_hub_url": "x/y", "file_name": "z"}}
+    (data / "dataset_info.json").write_text(json.dumps({**info, "lost": {"file_name": "lost.json"}}))
+    for name in ("a.json", "b.json"):
+        (data / name).write_text("[]")
+    return {
+        "model_name_or_path": "org/model",
+        "stage": "sft",
+        "do_train": True,
+        "dataset": "a, b",
+        "dataset_dir": str(data),
+        "output_dir": str(tmp_path / "out"),
+        "learning_rate": 1e-4,
+    }
+
+
+def found(keys: dict[str, Any], section: dict[str, Any] | None, **changes: Any) -> dict[str, str]:
+    raw = {name: value for name, value in {**keys, **changes}.items() if value is not None}
+    config = split_config({**raw, "dataflex": section} if section is not None else raw)
+    return {problem.key: problem.message for problem in checks.problems_of(config)}
+
+
+@pytest.mark.parametrize("section", [None, SELECT, MIX, ORDER, WEIGHT, {**SELECT, **MIX, **ORDER, **WEIGHT}])
+def test_a_good_run_has_no_problem(keys: dict[str, Any], section: dict[str, Any] | None) -> None:
+    assert found(keys, section) == {}
+
+
+def test_a_remote_data_set_needs_no_file(keys: dict[str, Any]) -> None:
+    assert found(keys, SELECT, dataset="hub,a") == {}
+    assert found(keys, SELECT, dataset_dir="ONLINE", dataset="org/data") == {}
+    assert found(keys, SELECT, dataset_dir="/nowhere", tokenized_path="/tmp/tokens") == {}
+
+
+def test_a_model_folder_has_a_config(keys: dict[str, Any], tmp_path: Path) -> None:
+    assert "config.json" in found(keys, None, model_name_or_path=str(tmp_path))["model_name_or_path"]
+    (tmp_path / "config.json").write_text("{}")
+    assert found(keys, None, model_name_or_path=str(tmp_path)) == {}
+
+
+@pytest.mark.parametrize(
+    "changes, key, text",
+    [
+        ({"model_name_or_path": None}, "model_name_or_path", "needed"),
+        ({"output_dir": None}, "output_dir", "needed"),
+        ({"dataset": None}, "dataset", "needed"),
+        ({"dataset": "a,c"}, "dataset", "unknown data set 'c'"),
+        ({"dataset": "a,lost"}, "dataset", "lost.json"),
+        ({"eval_dataset": "held"}, "eval_dataset", "unknown data set 'held'"),
+        ({"dataset_dir": "/nowhere"}, "dataset_dir", "no dataset_info.json"),
+        ({"lerning_rate": 1}, "lerning_rate", "did you mean 'learning_rate'"),
+        ({"dataflx": {}}, "dataflx", "did you mean 'dataflex'"),
+    ],
+)
+def test_problems_of_any_run(keys: dict[str, Any], changes: dict[str, Any], key: str, text: str) -> None:
+    for section in (None, SELECT):
+        problems = found(keys, section, **changes)
+        assert set(problems) == {key}
+        assert text in problems[key]
+
+
+def test_an_output_dir_below_a_file_is_refused(keys: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "is a file" in found(keys, None, output_dir=str(tmp_path / "file" / "run"))["output_dir"]
+
+
+def test_a_broken_dataset_info_is_told(keys: dict[str, Any]) -> None:
+    (Path(keys["dataset_dir"]) / "dataset_info.json").write_text("{")
+    assert "not valid JSON" in found(keys, SELECT)["dataset_dir"]
+
+
+def test_extra_arguments_can_be_allowed(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
+    assert found(keys, None, lerning_rate=1) == {}
+
+
+def test_keys_of_llamafactory_and_of_the_trainer_are_known() -> None:
+    known = checks.llamafactory_keys()
+    assert {"cutoff_len", "lora_rank", "stage", "template", "num_beams", "per_device_train_batch_size", "seed"} <= known
+    assert {"predict_with_generate", "model_name_or_path", "quantization_bit", "ray_num_workers"} <= known
+    assert "dataflex" not in known
+
+
+EVERY = [SELECT, MIX, ORDER, WEIGHT]
+PLANNING = [SELECT, MIX, ORDER]
+
+
+@pytest.mark.parametrize(
+    "changes, refused",
+    [
+        ({"stage": "rm"}, EVERY),
+        ({"stage": "dpo"}, EVERY),
+        ({"stage": "pt"}, []),
+        ({"use_hyper_parallel": True}, EVERY),
+        ({"auto_find_batch_size": True}, EVERY),
+        ({"auto_find_batch_size": False}, []),
+        ({"streaming": True}, PLANNING),
+        ({"mix_strategy": "interleave_under"}, PLANNING),
+        ({"mix_strategy": "concat"}, []),
+        ({"disable_shuffling": True}, [MIX, ORDER]),
+        ({"train_sampling_strategy": "sequential"}, [MIX, ORDER]),
+        ({"train_sampling_strategy": "group_by_length"}, [ORDER]),
+        ({"train_sampling_strategy": "random"}, []),
+        ({"val_size": 100}, PLANNING),
+        ({"val_size": 0.1}, []),
+        ({"val_size": 100, "dataset": "a"}, []),
+        *[({key: True}, [WEIGHT]) for key in checks.SPECIAL_LOSSES if key != "label_smoothing_factor"],
+        ({"label_smoothing_factor": 0.1}, [WEIGHT]),
+        ({"label_smoothing_factor": 0.0}, []),
+    ],
+)
+def test_what_goes_together(keys: dict[str, Any], changes: dict[str, Any], refused: list[dict[str, Any]]) -> None:
+    (name,) = [key for key in changes if key != "dataset"] or ["dataset"]
+    assert found(keys, None, **changes) == {}
+    for section in EVERY:
+        problems = found(keys, section, **changes)
+        assert set(problems) == ({name} if section in refused else set())
+
+
+@pytest.mark.parametrize("name", ["USE_RAY", "USE_MCA", "USE_V1"])
+def test_other_trainers_are_refused(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    assert set(found(keys, SELECT)) == {f"environment variable {name}"}
+    assert found(keys, None) == {}
+    monkeypatch.setenv(name, "0")
+    assert found(keys, SELECT) == {}
+
+
+def test_steps_are_set_in_one_place(keys: dict[str, Any]) -> None:
+    section = {**SELECT, "train_steps": 10}
+    assert set(found(keys, section, max_steps=5)) == {"dataflex.train_steps"}
+    assert found(keys, section, max_steps=-1) == {}
+    assert found(keys, SELECT, max_steps=5) == {}
+
+
+def test_proportions_must_fit_the_data_sets(keys: dict[str, Any]) -> None:
+    static = {"mix": {"method": "static", "proportions": [1, 2, 3]}}
+    assert "3 numbers for 2 domains (a, b)" in found(keys, static)["dataflex.mix.proportions"]
+    assert found(keys, static, dataset="a,b,hub") == {}
+    uniform = {"mix": {"method": "uniform", "initial_proportions": [0, 0]}}
+    assert "positive sum" in found(keys, uniform)["dataflex.mix.initial_proportions"]
+
+
+def test_all_problems_are_found_together(keys: dict[str, Any]) -> None:
+    changes = {"stage": "rm", "dataset": "c", "lerning_rate": 1, "streaming": True, "output_dir": None}
+    assert set(found(keys, SELECT, **changes)) == {"stage", "dataset", "lerning_rate", "streaming", "output_dir"}
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": "many"}, {"val_size": "a tenth"}])
+def test_a_value_that_is_no_number_is_no_crash(keys: dict[str, Any], changes: dict[str, Any]) -> None:
+    found(keys, {**SELECT, "train_steps": 3}, **changes)  # LLaMA-Factory's own parser explains it
+
+
+def test_data_set_names_are_read_as_llamafactory_reads_them() -> None:
+    for value in ("a,b", "a, b", " a ,b,", ["a", "b"], "a,b,a"):
+        assert checks.dataset_names(split_config({"dataset": value})) == ("a", "b")
+    assert checks.dataset_names(split_config({})) == ()
+    assert checks.dataset_names(split_config({"eval_dataset": "x"}), "eval_dataset") == ("x",)

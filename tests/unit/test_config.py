@@ -1,0 +1,376 @@
+"""Loading one YAML: splitting, validating, overriding, and finding every problem at once."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from dataflex import registry
+from dataflex.components import ComponentParams, Mixer, Selector
+from dataflex.config import RunConfig, load_config, split_config
+from dataflex.errors import ConfigError
+from dataflex.yaml_file import read_yaml
+
+FLAT = {"model_name_or_path": "some/model", "learning_rate": 1e-4, "dataset": "a,b"}
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget afterwards what a test registers."""
+    registry.load_components([])
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+
+
+def load(folder: Path, section: Any, *overrides: str, **keys: Any) -> RunConfig:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**FLAT, **keys, "dataflex": section}))
+    return load_config(path, list(overrides))
+
+
+def problems(folder: Path, section: Any, *overrides: str) -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        load(folder, section, *overrides)
+    assert "run.yaml" in str(caught.value)
+    return {problem.key: problem.message for problem in caught.value.problems}
+
+
+def test_a_section_becomes_settings_and_components(tmp_path: Path) -> None:
+    section = {
+        "warmup_steps": 20,
+        "update_steps": 50,
+        "updates": 4,
+        "train_steps": 300,
+        "seed": 7,
+        "select": {"method": "loss", "focus": "high"},
+        "mix": {"method": "static", "proportions": [0.7, 0.3]},
+        "order": {"method": "sort", "by": "length"},
+        "weight": {"method": "loss", "temperature": 0.4},
+    }
+    config = load(tmp_path, section)
+    assert config.llamafactory == FLAT
+    assert config.dataflex is not None
+    ours = config.dataflex
+    assert (ours.warmup_steps, ours.update_steps, ours.updates, ours.train_steps, ours.seed) == (20, 50, 4, 300, 7)
+    built = config.build_components()
+    assert [(key, component.name) for key, component in built.items()] == [
+        ("select", "loss"),
+        ("mix", "static"),
+        ("order", "sort"),
+        ("weight", "loss"),
+    ]
+    assert built.select.params.focus == "high"
+    assert built.select.params.focus_weight == 5
+    assert built.mix.params.proportions == [0.7, 0.3]
+    assert built.weight.params.temperature == 0.4
+    assert built.plans_data
+    assert config.build_components().select is not built.select  # fresh ones, with no state in common
+
+
+def test_defaults(tmp_path: Path) -> None:
+    ours = load(tmp_path, {"select": {"method": "random"}}).dataflex
+    assert ours is not None
+    assert ours.model_dump(include={"warmup_steps", "update_steps", "updates", "train_steps", "seed"}) == {
+        "warmup_steps": 0,
+        "update_steps": None,
+        "updates": -1,
+        "train_steps": None,
+        "seed": 42,
+    }
+
+
+def test_weight_alone_leaves_the_data_path(tmp_path: Path) -> None:
+    assert not load(tmp_path, {"weight": {"method": "loss"}}).build_components().plans_data
+
+
+def test_no_section_is_a_plain_run() -> None:
+    config = split_config(dict(FLAT))
+    assert config.dataflex is None
+    assert config.llamafactory == FLAT
+    assert config.resolved() == {"llamafactory": FLAT, "dataflex": None}
+
+
+def test_a_section_without_components_is_a_plain_run_with_a_note(tmp_path: Path) -> None:
+    config = load(tmp_path, {"warmup_steps": 3})
+    assert config.dataflex is None
+    assert "select, mix, order, weight" in config.notes[0]
+
+
+def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        {"select": {"method": "random"}, "updates": 2},
+        "dataflex.select.method=loss",
+        "dataflex.select.focus=low",
+        "dataflex.update_steps=5",
+        "dataflex.mix.method=static",
+        "dataflex.mix.proportions=[0.2,0.8]",
+        "learning_rate=3e-5",
+        "new_key=true",
+    )
+    built = config.build_components()
+    assert built.select.name == "loss"
+    assert built.select.params.focus == "low"
+    assert built.mix.params.proportions == [0.2, 0.8]
+    assert config.dataflex.update_steps == 5
+    assert config.dataflex.updates == 2
+    assert config.llamafactory["learning_rate"] == 3e-5
+    assert config.llamafactory["new_key"] is True
+
+
+def test_resolved_has_every_default_and_loads_again(tmp_path: Path) -> None:
+    section = {"select": {"method": "loss"}, "mix": {"method": "proportional", "temperature": 2.0}}
+    resolved = load(tmp_path, section).resolved()
+    assert resolved["dataflex"]["select"] == {
+        "method": "loss",
+        "focus": "medium",
+        "focus_weight": 5.0,
+        "quantiles": [0.33, 0.66],
+        "temperature": 1.0,
+    }
+    assert resolved["dataflex"]["seed"] == 42
+    text = yaml.safe_dump(resolved)
+    again = split_config({**resolved["llamafactory"], "dataflex": yaml.safe_load(text)["dataflex"]})
+    assert again.resolved() == resolved
+
+
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path,
+        {
+            "warmup_steps": -1,
+            "update_step": 50,
+            "updates": 0,
+            "seed": "many",
+            "select": {"method": "los"},
+            "mix": {"method": "static"},
+            "order": {"by": "length"},
+            "weight": {"method": "loss", "temperatures": 1, "delta": 0},
+        },
+    )
+    assert set(found) == {
+        "dataflex.warmup_steps",
+        "dataflex.update_step",
+        "dataflex.updates",
+        "dataflex.seed",
+        "dataflex.select.method",
+        "dataflex.mix.proportions",
+        "dataflex.order.method",
+        "dataflex.weight.temperatures",
+        "dataflex.weight.delta",
+    }
+    assert "did you mean 'update_steps'?" in found["dataflex.update_step"]
+    assert "did you mean 'loss'?" in found["dataflex.select.method"]
+    assert "delta_loss" in found["dataflex.select.method"]  # all known names
+    assert "did you mean 'temperature'?" in found["dataflex.weight.temperatures"]
+    assert "at least 1, or -1" in found["dataflex.updates"]
+    assert "0" in found["dataflex.weight.delta"]
+    assert "sort" in found["dataflex.order.method"]
+
+
+@pytest.mark.parametrize("updates", [-2, 0, 1.5])
+def test_updates_are_positive_or_open(tmp_path: Path, updates: float) -> None:
+    assert set(problems(tmp_path, {"updates": updates, "select": {"method": "loss"}})) == {"dataflex.updates"}
+
+
+@pytest.mark.parametrize("section", [[1, 2], "select", 3])
+def test_a_section_that_is_no_mapping_is_an_error(tmp_path: Path, section: Any) -> None:
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        load(tmp_path, section)
+
+
+@pytest.mark.parametrize("given", ["loss", ["loss"], {}, {"method": None}, {"method": 3}])
+def test_a_component_without_a_method_lists_the_known_ones(tmp_path: Path, given: Any) -> None:
+    found = problems(tmp_path, {"select": given})
+    assert any("delta_loss" in message and "random" in message for message in found.values())
+
+
+def test_values_that_are_no_number_are_refused(tmp_path: Path) -> None:
+    for value in (float("nan"), float("inf")):
+        section = {"select": {"method": "loss", "focus_weight": value}}
+        assert set(problems(tmp_path, section)) == {"dataflex.select.focus_weight"}
+
+
+# Reading the file
+
+
+def test_missing_files_and_bad_overrides(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such file: .*nothing\.yaml"):
+        read_yaml(tmp_path / "nothing.yaml", [])
+    with pytest.raises(ConfigError, match=r"\.yaml, \.yml or \.json"):
+        read_yaml(tmp_path / "run.toml", [])
+    path = tmp_path / "run.yaml"
+    path.write_text("a: 1\n")
+    with pytest.raises(ConfigError, match=r"'dataflex.seed' is not of the form key=value"):
+        read_yaml(path, ["dataflex.seed"])
+    assert read_yaml(path, ["a=2", "b.c=x"]) == {"a": 2, "b": {"c": "x"}}
+
+
+@pytest.mark.parametrize("text", ["a: [1\n", "a: 1\n  b: 2\n", "- 1\n- 2\n", "a: ${b}\n", "\x00"])
+def test_unreadable_yaml_is_a_configuration_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        read_yaml(path, [])
+
+
+def test_json_is_read_like_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({**FLAT, "dataflex": {"select": {"method": "loss"}}}))
+    config = load_config(path, ["dataflex.seed=1"])
+    assert config.llamafactory == FLAT
+    assert config.dataflex.seed == 1
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=r"run\.json cannot be read"):
+        read_yaml(path, [])
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1e-5\n")
+    assert read_yaml(path, ["x=2e-3"]) == {"learning_rate": 1e-5, "x": 2e-3}
+
+
+# Components from elsewhere
+
+PLUGIN = """
+from dataflex import Selector, SelectorParams, register
+
+class Params(SelectorParams):
+    sign: int = 1
+
+@register("selector", "{name}")
+class Mine(Selector):
+    Params = Params
+
+    def score(self, ctx, candidates):
+        return self.params.sign * candidates
+"""
+
+
+def test_a_plugin_file_is_found_beside_the_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beside_plugin.py").write_text(PLUGIN.format(name="beside"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    section = {"plugins": ["beside_plugin.py"], "select": {"method": "beside", "sign": -1, "rule": "sample"}}
+    component = load(tmp_path, section).build_components().select
+    assert component.name == "beside"
+    assert component.family == "selector"
+    assert component.params.sign == -1
+    assert load(tmp_path, section).build_components().select.name == "beside"  # loading twice is no clash
+
+
+def test_a_plugin_file_is_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "here_plugin.py").write_text(PLUGIN.format(name="here"))
+    monkeypatch.chdir(here)
+    section = {"plugins": ["here_plugin.py"], "select": {"method": "here"}}
+    assert load(tmp_path, section).build_components().select.name == "here"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "no file 'broken_plugin.py'"),
+        ("import nothing_of_that_name", "ModuleNotFoundError.*nothing_of_that_name"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("def", "SyntaxError"),
+        (PLUGIN.format(name="loss"), "selector 'loss' is already registered by dataflex.selectors.loss.LossSelector"),
+    ],
+)
+def test_a_plugin_that_cannot_be_used_says_why(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "broken_plugin.py").write_text(text)
+    for _ in range(2):  # and again: a failed import leaves nothing behind
+        found = problems(tmp_path, {"plugins": ["broken_plugin.py"], "select": {"method": "loss"}})
+        with pytest.raises(AssertionError, match=message):
+            raise AssertionError(found)
+
+
+def test_entry_points_of_installed_packages_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_package() -> None:
+        @registry.register("mixer", "packaged")
+        class Packaged(Mixer):
+            pass
+
+    asked = []
+
+    def points(group: str) -> list[SimpleNamespace]:
+        asked.append(group)
+        return [SimpleNamespace(name="x", value="package.module", load=load_package)]
+
+    monkeypatch.setattr(registry, "entry_points", points)
+    config = load(tmp_path, {"mix": {"method": "packaged", "initial_proportions": [1, 2]}})
+    assert config.build_components().mix.params.initial_proportions == [1, 2]
+    assert set(asked) == {"dataflex.components"}
+
+
+def test_an_entry_point_that_cannot_be_loaded_names_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = EntryPoint("their_methods", "their_package.methods", registry.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    found = problems(tmp_path, {"select": {"method": "loss"}})
+    assert "their_methods" in str(found)
+    assert "No module named 'their_package'" in str(found)
+
+
+def test_registering_needs_a_fitting_class() -> None:
+    with pytest.raises(ConfigError, match=r"'selectr'; did you mean 'selector'\?"):
+        registry.register("selectr", "x")
+    with pytest.raises(ConfigError, match=r"Wrong is registered as mixer but does not extend Mixer"):
+
+        @registry.register("mixer", "wrong")
+        class Wrong(Selector):
+            pass
+
+    with pytest.raises(ConfigError, match="Params must extend"):
+
+        @registry.register("selector", "bare")
+        class Bare(Selector):
+            class Params:
+                pass
+
+    assert "wrong" not in registry.available("mixer")
+    assert "bare" not in registry.available("selector")
+
+
+def test_a_name_is_taken_once_per_family() -> None:
+    @registry.register("selector", "mine")
+    class First(Selector):
+        Params = ComponentParams
+
+    registry.register("selector", "mine")(First)  # the same class again is fine
+    with pytest.raises(ConfigError, match=r"selector 'mine' is already registered by .*First"):
+
+        @registry.register("selector", "mine")
+        class Second(Selector):
+            Params = ComponentParams
+
+    assert registry.get("selector", "mine") is First
+
+    @registry.register("mixer", "mine")
+    class Other(Mixer):
+        pass
+
+    assert registry.get("mixer", "mine") is Other
+
+
+def test_unknown_methods_are_told_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"mixer 'proportionl'; did you mean 'proportional'\?.*random.*static"):
+        registry.get("mixer", "proportionl")
+
+
+def test_built_in_methods() -> None:
+    names = {family: set(registry.available(family)) for family in registry.FAMILIES}
+    assert names["selector"] >= {"random", "full", "loss", "delta_loss"}
+    assert names["mixer"] >= {"static", "proportional", "uniform", "random"}
+    assert names["order"] >= {"shuffle", "sort"}
+    assert names["weighter"] >= {"uniform", "loss"}

@@ -1,0 +1,145 @@
+"""The documentation against the code: every method, parameter, key and default, and examples that load."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from dataflex import registry
+from dataflex.checks import SPECIAL_LOSSES, STAGES
+from dataflex.config import DataFlexConfig, split_config
+from dataflex.legacy import FLAT_KEYS, TRAIN_TYPES, UNUSED_PARAMETERS
+
+DOCS = Path(__file__).parents[2] / "docs"
+METHODS = DOCS / "methods"
+registry.load_components([])
+BUILT_IN = [
+    (key, name, cls)
+    for key, family in registry.CONFIG_KEYS.items()
+    for name, cls in registry.available(family).items()
+    if cls.__module__.startswith("dataflex.")
+]
+HEADINGS = (
+    "Formula",
+    "Example",
+    "Parameters",
+    "Source and settings",
+    "Cost",
+    "Pitfalls",
+    "Differences from the source",
+)
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Return the cells of every table row whose first cell is a name in backticks."""
+    found = {}
+    for line in text.splitlines():
+        match = re.fullmatch(r"\| `(\w+)` \|(.*)\|", line)
+        if match:
+            found[match[1]] = [cell.strip() for cell in match[2].split("|")]
+    return found
+
+
+def shown(default: Any) -> str:
+    """Return a default as it is written in YAML."""
+    if default is PydanticUndefined:
+        return "required"
+    value = list(default) if isinstance(default, tuple) else default
+    return f"`{yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}`"
+
+
+def check_table(model: type[BaseModel], text: str) -> None:
+    table = rows(text)
+    assert set(table) == set(model.model_fields)
+    for name, field in model.model_fields.items():
+        values, default, meaning = table[name]
+        given = field.default_factory() if field.default_factory else field.default  # type: ignore[call-arg]
+        assert default == shown(given), name
+        assert values, name
+        assert meaning.endswith("."), name
+
+
+def examples(text: str) -> list[dict[str, Any]]:
+    return [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)]
+
+
+@pytest.mark.parametrize("key, name, cls", BUILT_IN, ids=[f"{key}-{name}" for key, name, _ in BUILT_IN])
+def test_every_method_has_a_page(key: str, name: str, cls: Any) -> None:
+    text = (METHODS / f"{key}-{name}.md").read_text()
+    assert text.startswith(f"# {key}: {name}\n")
+    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == list(HEADINGS)
+    if cls.Params.model_fields:
+        check_table(cls.Params, text)
+    else:
+        assert "## Parameters\n\nNone.\n" in text
+    (example,) = examples(text)
+    assert split_config(example).params[key][0] is cls
+
+
+def test_no_page_is_of_nothing() -> None:
+    pages = {path.stem for path in METHODS.glob("*.md")} - {"README"}
+    assert pages == {f"{key}-{name}" for key, name, _ in BUILT_IN}
+
+
+def test_the_index_lists_every_method() -> None:
+    text = (METHODS / "README.md").read_text()
+    for key, name, _ in BUILT_IN:
+        assert re.search(rf"^\| `{key}` \| \[`{name}`\]\({key}-{name}\.md\) \| .+ \| .+ \|$", text, flags=re.MULTILINE)
+
+
+def test_every_key_of_the_section_is_documented() -> None:
+    text = (DOCS / "configuration.md").read_text()
+    section = text.split("## Keys of the section")[1].split("\n## ")[0]
+    check_table(DataFlexConfig, section)
+    (example,) = examples(text)
+    assert set(split_config(example).params) == set(registry.CONFIG_KEYS)
+
+
+def test_every_refused_key_is_documented() -> None:
+    text = (DOCS / "configuration.md").read_text().split("Refused before")[1].split("\n## ")[0]
+    for key in SPECIAL_LOSSES:
+        assert re.search(rf"^\| [^|]*`{key}`[^|]*\| `weight` \|", text, flags=re.MULTILINE), key
+    for stage in STAGES:
+        assert f"`{stage}`" in text
+
+
+def test_every_environment_variable_of_the_launcher_is_documented() -> None:
+    source = (DOCS.parent / "src" / "dataflex" / "launch.py").read_text()
+    used = set(re.findall(r"(?:environ\.get|setdefault)\(\"([A-Z_]+)\"", source)) - {"PATH", "RANK", "LOCAL_RANK"}
+    text = (DOCS / "configuration.md").read_text().split("## Several processes")[1].split("\n## ")[0]
+    assert len(used) > 10
+    for name in used:
+        assert f"`{name}" in text, name
+
+
+def test_every_flat_key_is_documented() -> None:
+    text = (DOCS / "legacy.md").read_text()
+    table = rows(text)
+    for name in FLAT_KEYS:
+        assert name in table
+    for train_type, (key, bucket) in TRAIN_TYPES.items():
+        assert f"`{train_type}` -> `{key}`" in table["train_type"][0]
+        assert f"`{bucket}`" in table["components_cfg_file"][0]
+    for name in UNUSED_PARAMETERS:
+        assert f"`{name}`" in text
+
+
+def test_the_two_examples_of_flat_keys_are_the_same_run(tmp_path: Path) -> None:
+    flat, native = examples((DOCS / "legacy.md").read_text())
+    (tmp_path / "configs").mkdir()
+    components = {"selectors": {"loss": {"params": {"focus": "high"}}}}
+    (tmp_path / flat["components_cfg_file"]).write_text(yaml.safe_dump(components))
+    assert split_config(flat, base=tmp_path).resolved() == split_config(native).resolved()
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.rglob("*.md")), ids=lambda path: path.stem)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", path.read_text()):
+        if target and "://" not in target:
+            assert (path.parent / target).exists(), target

@@ -1,0 +1,261 @@
+"""Flat keys of the earlier release: every one of them, and what they become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dataflex.config import RunConfig, split_config
+from dataflex.errors import ConfigError
+from dataflex.legacy import FLAT_KEYS
+
+COMPONENTS = {
+    "selectors": {
+        "loss": {
+            "name": "loss",
+            "params": {"cache_dir": "../saves", "focus": "high", "focus_weight": 3, "score_batch_size": 8},
+        },
+        "random": {"params": {"seed": 7, "replacement": False}},
+        "delta_loss": {"name": "delta_loss"},
+    },
+    "mixers": {"static": {"params": {"proportions": [0.5, 0.5]}}, "random": {"params": {"seed": 5}}},
+    "weighters": {"loss": {"params": {"strategy": "quadratic", "delta": 2.0}}},
+    "reorders": {"sorting": {"params": {}}, "shuffle": {"params": {"seed": 9}}},
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "components.yaml").write_text(yaml.safe_dump(COMPONENTS))
+    return tmp_path
+
+
+def split(base: Path, **keys: Any) -> RunConfig:
+    return split_config({"stage": "sft", "dataset": "a,b", **keys}, source="run.yaml", base=base)
+
+
+def section(config: RunConfig, *without: str) -> dict[str, Any]:
+    """Return the translated section; every key is checked, those of ``without`` aside."""
+    assert config.llamafactory == {"stage": "sft", "dataset": "a,b"}  # no flat key reaches LLaMA-Factory
+    resolved = config.resolved()["dataflex"]
+    assert resolved is not None
+    return {key: value for key, value in resolved.items() if key not in {"plugins", "probe_batch_tokens", *without}}
+
+
+def problems(base: Path, **keys: Any) -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        split(base, **keys)
+    return {problem.key: problem.message for problem in caught.value.problems}
+
+
+LOSS = {"method": "loss", "focus": "medium", "focus_weight": 5.0, "quantiles": [0.33, 0.66], "temperature": 1.0}
+
+
+def test_dynamic_select(base: Path) -> None:
+    config = split(
+        base,
+        train_type="dynamic_select",
+        component_name="loss",
+        components_cfg_file="configs/components.yaml",
+        warmup_step=10,
+        update_step=20,
+        update_times=3,
+    )
+    assert section(config) == {
+        "warmup_steps": 10,
+        "update_steps": 20,
+        "updates": 3,
+        "train_steps": None,
+        "seed": 42,
+        "select": {**LOSS, "focus": "high", "focus_weight": 3.0},
+    }
+    # what has no meaning here is said, not dropped in silence
+    assert any("cache_dir" in note for note in config.notes)
+    assert any("score_batch_size" in note for note in config.notes)
+
+
+def test_the_same_run_in_the_native_form(base: Path) -> None:
+    schedule = {"warmup_step": 4, "update_step": 2, "update_times": -1}
+    flat = split(base, train_type="dynamic_select", component_name="loss", **schedule)
+    native = split(base, dataflex={"warmup_steps": 4, "update_steps": 2, "updates": -1, "select": {"method": "loss"}})
+    assert flat.resolved() == native.resolved()
+
+
+def test_static_is_a_plain_run(base: Path) -> None:
+    for keys in ({"train_type": "static"}, {"warmup_step": 5, "components_cfg_file": "configs/components.yaml"}):
+        config = split(base, **keys)
+        assert config.dataflex is None
+        assert config.llamafactory == {"stage": "sft", "dataset": "a,b"}
+
+
+def test_train_step_and_the_seed_of_a_method(base: Path) -> None:
+    config = split(
+        base,
+        train_type="dynamic_select",
+        component_name="random",
+        components_cfg_file="configs/components.yaml",
+        update_step=5,
+        update_times=-1,
+        train_step=100,
+    )
+    assert section(config) == {
+        "warmup_steps": 0,
+        "update_steps": 5,
+        "updates": -1,
+        "train_steps": 100,
+        "seed": 7,
+        "select": {"method": "random"},
+    }
+
+
+def test_defaults_of_the_schedule_keys(base: Path) -> None:
+    found = section(split(base, train_type="dynamic_select", component_name="loss", update_step=5, train_step=0))
+    assert (found["warmup_steps"], found["updates"], found["train_steps"]) == (0, 1, None)
+    found = section(split(base, train_type="dynamic_select", component_name="loss"))
+    assert found["update_steps"] is None
+
+
+def test_dynamic_weight_and_reorder(base: Path) -> None:
+    file = {"components_cfg_file": "configs/components.yaml"}
+    weight = section(split(base, train_type="dynamic_weight", component_name="loss", **file))["weight"]
+    assert (weight["method"], weight["strategy"], weight["delta"]) == ("loss", "quadratic", 2.0)
+    assert section(split(base, train_type="dynamic_reorder", component_name="sorting", **file))["order"] == {
+        "method": "sort",
+        "by": "loss",
+        "descending": False,
+    }
+    shuffled = section(split(base, train_type="dynamic_reorder", component_name="shuffle", **file))
+    assert shuffled["order"] == {"method": "shuffle"}
+    assert shuffled["seed"] == 9
+
+
+STATIC = {"train_type": "dynamic_mix", "component_name": "odm", "static_mix": True}
+
+
+@pytest.mark.parametrize(
+    "keys, mix",
+    [
+        (
+            {"component_name": "random", "init_mixture_proportions": [0.7, 0.3]},
+            {"method": "random", "initial_proportions": [0.7, 0.3], "concentration": 1.0},
+        ),
+        (
+            {"component_name": "random", "init_mixture_proportions": "0.7, 0.3", "mixture_sample_rule": "mixture"},
+            {"method": "random", "initial_proportions": [0.7, 0.3], "concentration": 1.0},
+        ),
+        ({"component_name": "random"}, {"method": "random", "initial_proportions": None, "concentration": 1.0}),
+        (
+            {"component_name": "static", "init_mixture_proportions": "[0.7,0.3]"},
+            {"method": "static", "proportions": [0.7, 0.3]},
+        ),
+        ({**STATIC, "init_mixture_proportions": [0.9, 0.1]}, {"method": "static", "proportions": [0.9, 0.1]}),
+        (
+            {**STATIC, "init_mixture_proportions": [0.9, 0.1], "mixture_sample_rule": "mixture"},
+            {"method": "static", "proportions": [0.9, 0.1]},
+        ),
+        (
+            {**STATIC, "components_cfg_file": "configs/components.yaml"},
+            {"method": "static", "proportions": [0.5, 0.5]},
+        ),
+        (STATIC, {"method": "uniform", "initial_proportions": None}),
+        ({**STATIC, "mixture_sample_rule": "uniform"}, {"method": "uniform", "initial_proportions": None}),
+        (
+            {**STATIC, "mixture_sample_rule": "stratified", "init_mixture_proportions": [0.9, 0.1]},
+            {"method": "proportional", "initial_proportions": None, "temperature": 1.0, "size": "samples"},
+        ),
+    ],
+)
+def test_dynamic_mix(base: Path, keys: dict[str, Any], mix: dict[str, Any]) -> None:
+    assert section(split(base, **{"train_type": "dynamic_mix", **keys}))["mix"] == mix
+
+
+@pytest.mark.parametrize(
+    "keys, word",
+    [
+        ({"mixer_eval_dataset": "held"}, "mixer_eval_dataset"),
+        ({"mixture_sample_rule": "uniform"}, "mixture_sample_rule"),
+        ({"freeze_gate": True}, "freeze_gate"),
+        ({"early_stopping_min_delta": 0.1}, "early_stopping_min_delta"),
+        ({"components_cfg_file": "configs/absent.yaml"}, "configs/absent.yaml"),
+        ({"components_cfg_file": "configs/components.yaml", "component_name": "proportional"}, "mixers.proportional"),
+    ],
+)
+def test_a_key_without_effect_leaves_a_note(base: Path, keys: dict[str, Any], word: str) -> None:
+    config = split(base, **{"train_type": "dynamic_mix", "component_name": "random", **keys})
+    assert len(config.notes) == 1
+    assert word in config.notes[0]
+
+
+def test_initial_proportions_that_a_rule_makes_useless_leave_a_note(base: Path) -> None:
+    config = split(
+        base,
+        train_type="dynamic_mix",
+        component_name="random",
+        mixture_sample_rule="uniform",
+        init_mixture_proportions=[0.9, 0.1],
+    )
+    assert section(config)["mix"]["initial_proportions"] is None
+    assert any("init_mixture_proportions" in note for note in config.notes)
+
+
+def test_mixture_keys_of_another_family_leave_a_note(base: Path) -> None:
+    config = split(
+        base,
+        train_type="dynamic_select",
+        component_name="loss",
+        init_mixture_proportions=[1, 1],
+        mixture_sample_rule="mixture",
+        mixer_eval_dataset="held",
+    )
+    for name in ("init_mixture_proportions", "mixture_sample_rule", "mixer_eval_dataset"):
+        assert any(name in note for note in config.notes)
+
+
+@pytest.mark.parametrize(
+    "keys, key, text",
+    [
+        ({"train_type": "dynamic_selct"}, "train_type", "did you mean 'dynamic_select'"),
+        ({"train_type": "dynamic_lego"}, "train_type", "dynamic_mix"),
+        ({"train_type": "dynamic_select"}, "component_name", "needed"),
+        ({"train_type": "dynamic_select", "component_name": "Loss"}, "dataflex.select.method", "did you mean 'loss'"),
+        ({"train_type": "dynamic_select", "component_name": "loss", "update_step": 0}, "update_step", "at least 1"),
+        ({"train_type": "dynamic_select", "component_name": "loss", "update_times": 0}, "dataflex.updates", "1, or -1"),
+        ({"train_type": "dynamic_mix", "component_name": "random", "mixture_sample_rule": "mixtre"},
+         "mixture_sample_rule", "did you mean 'mixture'"),
+        ({"train_type": "dynamic_mix", "component_name": "random", "init_mixture_proportions": "a,b"},
+         "init_mixture_proportions", "list of numbers"),
+        ({"train_type": "dynamic_select", "component_name": "loss", "dataflex": {}}, "train_type", "be combined"),
+    ],
+)  # fmt: skip
+def test_problems_name_the_key_the_user_wrote(base: Path, keys: dict[str, Any], key: str, text: str) -> None:
+    found = problems(base, **keys)
+    assert set(found) == {key}
+    assert text in found[key]
+
+
+def test_problems_of_flat_keys_are_reported_together(base: Path) -> None:
+    (base / "bad.yaml").write_text("a: [")
+    found = problems(
+        base,
+        train_type="dynamic_mix",
+        component_name="random",
+        components_cfg_file="bad.yaml",
+        update_step=0,
+        mixture_sample_rule="mixtre",
+    )
+    assert set(found) == {"components_cfg_file", "update_step", "mixture_sample_rule"}
+
+
+def test_unknown_parameters_in_the_components_file_are_problems(base: Path) -> None:
+    (base / "own.yaml").write_text(yaml.safe_dump({"selectors": {"loss": {"params": {"focus_wieght": 3}}}}))
+    found = problems(base, train_type="dynamic_select", component_name="loss", components_cfg_file="own.yaml")
+    assert "did you mean 'focus_weight'" in found["dataflex.select.focus_wieght"]
+
+
+def test_all_flat_keys_are_ours() -> None:
+    raw = {"stage": "sft", **dict.fromkeys(FLAT_KEYS), "train_type": "static"}
+    assert split_config(raw).llamafactory == {"stage": "sft"}

@@ -1,0 +1,262 @@
+"""Plans: exact sizes and counts, passes without repeats, and the same plans after a resume."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dataflex.components import ComponentParams, Mixer, RoundContext, Selection, Selector
+from dataflex.errors import ComponentError
+from dataflex.mixers.static import StaticMixer
+from dataflex.mixers.uniform import UniformMixer
+from dataflex.orders.shuffle import ShuffleOrder
+from dataflex.selectors.full import FullSelector
+from dataflex.selectors.loss import LossSelector
+from dataflex.selectors.random import RandomSelector
+from unit.fakes import FakeProbe, ScoreSelector, build, make_planner, make_pool, plans
+
+LOSSES = np.random.default_rng(3).random(100)
+
+
+def make(**given):
+    """Return a planner over 60 + 30 + 10 samples, 2 steps of 4 per round."""
+    return make_planner(make_pool({"a": 60, "b": 30, "c": 10}), **given)
+
+
+COMPONENTS = {
+    "nothing": {},
+    "random": {"select": RandomSelector},
+    "full": {"select": FullSelector},
+    "loss": {"select": LossSelector},
+    "mix": {"mix": UniformMixer},
+    "mix and loss": {"mix": UniformMixer, "select": LossSelector},
+    "all": {"mix": UniformMixer, "select": LossSelector, "order": ShuffleOrder},
+}
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_every_plan_has_exactly_its_size(name: str) -> None:
+    components = {key: build(cls) for key, cls in COMPONENTS[name].items()}
+    planner = make(steps=3, batch=5, warmup=2, rounds=3, **components)
+    made = plans(planner, 4, FakeProbe(LOSSES))
+    assert [plan.indices.size for plan in made] == [10, 15, 15, 15]
+    for plan in made:
+        assert plan.indices.dtype == np.int64
+        assert plan.indices.min() >= 0
+        assert plan.indices.max() < 100
+        assert plan.scores is None or plan.scores.shape == plan.indices.shape
+        if name in ("loss", "mix and loss", "all") and plan.slot.update is not None:
+            np.testing.assert_allclose(plan.scores, LOSSES[plan.indices].astype(np.float32))
+
+
+def test_counts_of_the_domains_are_by_largest_remainder() -> None:
+    # quotas of 8 are 5.2, 1.6 and 1.2
+    planner = make(mix=build(StaticMixer, proportions=[0.65, 0.2, 0.15]))
+    for plan in plans(planner, 3):
+        assert np.bincount(planner.pool.domain_ids(plan.indices)).tolist() == [5, 2, 1]
+        np.testing.assert_allclose(plan.proportions, [0.65, 0.2, 0.15])
+
+
+def test_a_domain_of_share_zero_gives_no_sample() -> None:
+    planner = make(mix=build(StaticMixer, proportions=[0, 1, 1]))
+    (plan,) = plans(planner, 1)
+    assert np.bincount(planner.pool.domain_ids(plan.indices)).tolist() == [0, 4, 4]
+
+
+def test_without_a_mixer_the_record_shows_what_was_found() -> None:
+    planner = make(steps=25)
+    (plan,) = plans(planner, 1)  # one whole pass
+    assert plan.proportions.tolist() == [0.6, 0.3, 0.1]
+
+
+def test_samples_repeat_only_when_the_pool_is_exhausted() -> None:
+    seen = np.zeros(100, dtype=int)
+    for plan in plans(make(steps=3, batch=5, rounds=20), 20):
+        seen += np.bincount(plan.indices, minlength=100)
+        assert np.ptp(seen) <= 1
+    assert seen.tolist() == [3] * 100
+
+
+def test_samples_of_a_domain_repeat_only_when_it_is_exhausted() -> None:
+    planner = make(mix=build(StaticMixer, proportions=[1, 1, 2]))
+    made = [plan.indices for plan in plans(planner, 5)]
+    for count in range(1, 6):
+        seen = np.bincount(np.concatenate(made[:count]), minlength=100)
+        assert seen[:60].max() == 1
+        assert seen[60:90].max() == 1
+        assert seen[90:].max() - seen[90:].min() <= 1
+    assert seen[90:].sum() == 20
+
+
+def test_warm_up_draws_uniformly_whatever_selects() -> None:
+    pool = make_pool({"a": 40})
+    counts = np.zeros(40)
+    seeds = 1000
+    for seed in range(seeds):
+        selector = ScoreSelector(lambda candidates: candidates.astype(float))
+        planner = make_planner(pool, warmup=1, seed=seed, select=selector)
+        warm, decided = plans(planner, 2)
+        assert warm.scores is None
+        assert np.unique(warm.indices).size == 4
+        assert sorted(decided.indices.tolist()) == list(range(32, 40))
+        counts[warm.indices] += 1
+    assert stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_warm_up_uses_the_initial_proportions() -> None:
+    class Only(Mixer):
+        family, name = "mixer", "only"
+
+        def mix(self, ctx: RoundContext) -> np.ndarray:
+            return np.array([1.0, 0, 0])
+
+    planner = make(warmup=5, mix=build(Only, initial_proportions=[0, 1, 1]))
+    warm, decided = plans(planner, 2)
+    assert np.bincount(planner.pool.domain_ids(warm.indices), minlength=3).tolist() == [0, 10, 10]
+    assert np.bincount(planner.pool.domain_ids(decided.indices), minlength=3).tolist() == [8, 0, 0]
+    by_size = make(warmup=5, mix=build(Only))
+    (warm,) = plans(by_size, 1)
+    assert np.bincount(by_size.pool.domain_ids(warm.indices), minlength=3).tolist() == [12, 6, 2]
+
+
+def test_warm_up_and_decided_rounds_share_the_passes() -> None:
+    made = plans(make(warmup=5, steps=5, rounds=4, select=build(FullSelector)), 5)
+    assert np.bincount(np.concatenate([plan.indices for plan in made])).tolist() == [1] * 100
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("done", [1, 3])
+def test_a_restored_planner_makes_the_same_plans(name: str, done: int) -> None:
+    components = {key: build(cls) for key, cls in COMPONENTS[name].items()}
+    first = make(warmup=1, **components)
+    expected = plans(first, 6, FakeProbe(LOSSES))
+    half = make(warmup=1, **components)
+    plans(half, done, FakeProbe(LOSSES))
+    second = make(warmup=1, **components)
+    second.load_state_dict(half.state_dict())
+    for plan, again in zip(expected[done:], plans(second, 6 - done, FakeProbe(LOSSES), first=done), strict=True):
+        assert np.array_equal(plan.indices, again.indices)
+        assert np.array_equal(plan.proportions, again.proportions)
+
+
+def test_plans_depend_on_the_seed() -> None:
+    for name, classes in COMPONENTS.items():
+        one, two = (
+            plans(make(seed=seed, **{key: build(cls) for key, cls in classes.items()}), 1, FakeProbe(LOSSES))[0]
+            for seed in (1, 2)
+        )
+        assert not np.array_equal(one.indices, two.indices), name
+        assert one.sha256 != two.sha256
+
+
+def test_the_same_selection_is_shuffled_anew_in_every_round() -> None:
+    selector = ScoreSelector(lambda candidates: candidates.astype(float))
+    made = [plan.indices.tolist() for plan in plans(make(select=selector), 5)]
+    assert {tuple(sorted(indices)) for indices in made} == {tuple(range(92, 100))}
+    assert len(set(map(tuple, made))) == 5
+
+
+def test_sequential_arrangement_keeps_the_order_of_the_data() -> None:
+    made = plans(make(arrangement="sequential", rounds=13), 13)
+    assert np.concatenate([plan.indices for plan in made]).tolist() == [*range(100), *range(4)]
+
+
+def test_sequential_arrangement_with_a_selector_trains_in_its_order() -> None:
+    (plan,) = plans(make(arrangement="sequential", select=build(RandomSelector)), 1)
+    assert plan.indices.tolist() == sorted(plan.indices.tolist())
+
+
+def test_group_by_length_puts_similar_lengths_together() -> None:
+    lengths = np.random.default_rng(1).integers(1, 1000, 4000)
+    pool = make_pool({"a": 3000, "b": 1000}, lengths=lengths)
+    grouped, next_pass = plans(make_planner(pool, steps=500, batch=8, arrangement="group_by_length"), 2)
+    shuffled, _ = plans(make_planner(pool, steps=500, batch=8), 2)
+    for plan in (grouped, next_pass, shuffled):
+        assert np.array_equal(np.sort(plan.indices), np.arange(4000))
+
+    def spread(indices: np.ndarray) -> float:
+        return float(np.ptp(lengths[indices].reshape(-1, 8), axis=1).mean())
+
+    assert spread(grouped.indices) < 0.1 * spread(shuffled.indices)
+    assert lengths[grouped.indices[0]] == lengths.max()  # the longest first, so that it runs out of memory soon
+    assert not np.array_equal(grouped.indices, next_pass.indices)
+    again = plans(make_planner(pool, steps=500, batch=8, arrangement="group_by_length"), 1)[0]
+    assert np.array_equal(grouped.indices, again.indices)
+
+
+def test_domains_are_mixed_within_a_plan() -> None:
+    planner = make(steps=10, batch=10, mix=build(UniformMixer))
+    (plan,) = plans(planner, 1)
+    ids = planner.pool.domain_ids(plan.indices)
+    changes = int((np.diff(ids) != 0).sum())
+    assert 50 <= changes <= 80  # 99 neighbours differ with probability 2/3
+
+
+def test_selections_in_different_domains_are_independent() -> None:
+    pool = make_pool({"a": 200, "b": 200})
+    for selector in (RandomSelector, LossSelector):
+        common = 0
+        for seed in range(10):
+            planner = make_planner(pool, steps=1, batch=80, seed=seed, mix=build(UniformMixer), select=build(selector))
+            (plan,) = plans(planner, 1, FakeProbe(np.tile(np.arange(200), 2)))
+            first = plan.indices[plan.indices < 200]
+            second = plan.indices[plan.indices >= 200] - 200
+            common += np.intersect1d(first, second).size
+        # 40 of 200 twice: 8 in common by chance, 14 at the loss selector's weights
+        assert common / 10 < 20, selector.name
+
+
+def test_the_digest_is_of_the_indices_in_order() -> None:
+    (plan,) = plans(make(), 1)
+    packed = b"".join(struct.pack("<q", index) for index in plan.indices.tolist())
+    assert plan.sha256 == hashlib.sha256(packed).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "selection, text",
+    [
+        (Selection(np.arange(7)), "7,.*not 8"),
+        (Selection(np.arange(8.0)), "float64.*not 8 integers"),
+        (Selection(np.arange(93, 101)), r"outside 'pool' \[0, 100\)"),
+        (Selection(np.arange(-1, 7)), r"outside 'pool' \[0, 100\)"),
+        (Selection(np.arange(8), np.zeros(7, dtype=np.float32)), "scores"),
+    ],
+)
+def test_a_selection_no_plan_can_be_made_of_names_the_selector(selection: Selection, text: str) -> None:
+    class Broken(Selector):
+        family, name = "selector", "broken"
+        Params = ComponentParams
+
+        def select(self, ctx, group):
+            return selection
+
+    with pytest.raises(ComponentError, match=f"selector 'broken' .*{text}"):
+        plans(make(select=build(Broken)), 1)
+
+
+def test_what_a_component_is_told_about_a_round() -> None:
+    seen: list[RoundContext] = []
+
+    class Watching(Selector):
+        family, name = "selector", "watching"
+        Params = ComponentParams
+
+        def choose(self, ctx, candidates, count):
+            seen.append(ctx)
+            return Selection(candidates[:count])
+
+    plans(make(warmup=3, steps=2, rounds=2, select=build(Watching)), 3)
+    facts = [(c.round, c.update, c.num_updates, c.start_step, c.steps, c.size, c.total_steps) for c in seen]
+    assert facts == [(1, 0, 2, 3, 2, 8, 7), (2, 1, 2, 5, 2, 8, 7)]
+    assert seen[0].rng.integers(2**62) != seen[1].rng.integers(2**62)
+
+
+def test_domains_and_tokens_of_a_pool() -> None:
+    pool = make_pool({"a": 2, "b": 3}, lengths=[1, 2, 4, 8, 16])
+    assert pool.size == 5
+    assert pool.domain_ids(np.array([0, 1, 2, 4])).tolist() == [0, 0, 1, 1]
+    assert pool.domain_tokens.tolist() == [3, 28]

@@ -1,0 +1,371 @@
+"""The loss probe: batches and shares, the chunked head against full logits and a loop, and no trace of a probe."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dataflex import distributed
+from dataflex.data.pool import Pool
+from dataflex.probe import losses as probe_losses
+from dataflex.probe.losses import (
+    ModelProbe,
+    chunked_forward,
+    full_forward,
+    length_batches,
+    replaced_forward,
+    share_of,
+)
+from dataflex.probe.mode import probe_mode
+from dataflex.token_loss import shifted
+from unit.fakes import make_pool
+
+VOCAB = 29
+IGNORED = -100
+
+
+# Batches and shares
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_batches_hold_every_position_once_under_the_budget(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 60, rng.integers(1, 300)).astype(np.int32)
+    budget = int(rng.integers(1, 400))
+    batches = length_batches(lengths, budget)
+    assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(lengths.size))
+    widest = [int(lengths[batch].max()) for batch in batches]
+    for batch, width in zip(batches, widest, strict=True):
+        assert batch.size == 1 or batch.size * width <= budget
+    assert widest == sorted(widest, reverse=True)
+    # none is split without need: the first sample of a batch does not fit into the one before
+    for before, batch in pairwise(batches):
+        assert (before.size + 1) * int(lengths[before].max()) > budget
+        assert lengths[before].min() >= lengths[batch].max()
+
+
+def test_no_sample_no_batch() -> None:
+    assert length_batches(np.empty(0, dtype=np.int32), 100) == []
+    assert share_of([], 0, 2) == ([], 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 30])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_shares_cover_every_batch_once_and_are_of_equal_number(count: int, world_size: int) -> None:
+    batches = [np.array([number]) for number in range(count)]
+    shares = [share_of(batches, rank, world_size) for rank in range(world_size)]
+    assert len({len(mine) for mine, _ in shares}) == 1
+    assert len(shares[0][0]) == -(-count // world_size)
+    useful = [int(batch[0]) for mine, number in shares for batch in mine[:number]]
+    assert sorted(useful) == list(range(count))
+
+
+def test_shares_are_balanced_by_tokens() -> None:
+    lengths = np.random.default_rng(0).integers(1, 500, 4000)
+    batches = length_batches(lengths, 2000)
+    work = [sum(int(lengths[batch].sum()) for batch in share_of(batches, rank, 4)[0]) for rank in range(4)]
+    assert max(work) < 1.02 * min(work)
+
+
+# Losses
+
+
+def config(**changes: Any) -> LlamaConfig:
+    given = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    return LlamaConfig(**{**given, **heads, "initializer_range": 0.5, "attention_dropout": 0.3, **changes})
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config()).train()
+
+
+class ScaledLlama(LlamaForCausalLM):
+    """Scales its logits after the head, as several model families do."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 0.25
+        return output
+
+
+@pytest.fixture(scope="module")
+def scaled(model: LlamaForCausalLM) -> ScaledLlama:
+    other = ScaledLlama(config())
+    other.load_state_dict(model.state_dict())
+    return other.train()
+
+
+def rows_of(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Return samples with masked prompts; some have nothing to train on."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        length = int(rng.integers(2, 20))
+        ids = rng.integers(0, VOCAB, length)
+        labels = np.where(rng.random(length) < 0.3, IGNORED, ids)
+        if number % 7 == 3:
+            labels[:] = IGNORED
+        rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    return rows
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    width = max(len(row["input_ids"]) for row in rows)
+    filled = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    batch = {key: torch.full((len(rows), width), value) for key, value in filled.items()}
+    for number, row in enumerate(rows):
+        length = len(row["input_ids"])
+        batch["input_ids"][number, :length] = torch.tensor(row["input_ids"])
+        batch["attention_mask"][number, :length] = 1
+        batch["labels"][number, :length] = torch.tensor(row["labels"])
+    return batch
+
+
+def by_hand(model: torch.nn.Module, rows: list[dict[str, Any]]) -> np.ndarray:
+    """Return each sample's mean token loss, one unpadded forward per sample and a loop over its tokens."""
+    means = []
+    with probe_mode(model):
+        for row in rows:
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
+            values = [
+                float(torch.logsumexp(logits[position], 0) - logits[position, label])
+                for position, label in enumerate(row["labels"][1:])
+                if label != IGNORED
+            ]
+            means.append(sum(values) / len(values) if values else np.nan)
+    return np.array(means)
+
+
+ROWS = rows_of(40)
+
+
+def pool_of(rows: list[dict[str, Any]]) -> Pool:
+    return make_pool({"a": len(rows)}, lengths=[len(row["input_ids"]) for row in rows], rows=rows)
+
+
+def probe_of(model: torch.nn.Module, rows: list[dict[str, Any]] = ROWS, budget: int = 64, **changes: Any) -> ModelProbe:
+    return ModelProbe(
+        pool=pool_of(rows),
+        model=lambda: model,
+        collate=collate,
+        autocast=changes.pop("autocast", contextlib.nullcontext),
+        device=torch.device("cpu"),
+        batch_tokens=budget,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1024])
+def test_chunked_head_equals_full_logits(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(probe_losses, "_HEAD_CHUNK", chunk)
+    inputs = collate(ROWS[:10])
+    targets = shifted(inputs.pop("labels"))
+    with probe_mode(model):
+        chunked = chunked_forward(model, dict(inputs), targets)
+        full = full_forward(model, dict(inputs), targets)
+    assert chunked.dtype == torch.float32
+    torch.testing.assert_close(chunked, full, equal_nan=True)
+    np.testing.assert_allclose(chunked.numpy(), by_hand(model, ROWS[:10]), rtol=1e-4)
+    assert torch.isnan(chunked).nonzero().flatten().tolist() == [3]
+
+
+def test_losses_are_taken_in_full_precision_from_a_low_precision_head(model: LlamaForCausalLM) -> None:
+    low = LlamaForCausalLM(config()).bfloat16()
+    low.load_state_dict(model.state_dict())
+    inputs = collate(ROWS[:10])
+    targets = shifted(inputs.pop("labels"))
+    with probe_mode(low):
+        chunked = chunked_forward(low, dict(inputs), targets)
+        logits = low(**inputs).logits.double()
+    for row, value in enumerate(chunked.tolist()):
+        counted = targets[row] != IGNORED
+        exact = torch.nn.functional.cross_entropy(logits[row, counted], targets[row, counted])
+        assert value == pytest.approx(exact.item(), abs=2e-3, nan_ok=True)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_probe_equals_one_forward_per_sample(model: LlamaForCausalLM, budget: int) -> None:
+    probe = probe_of(model, budget=budget)
+    indices = np.random.default_rng(1).permutation(40)[:25]
+    values = probe.losses(indices)
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values, by_hand(model, [ROWS[index] for index in indices]), rtol=1e-4)
+    assert np.isnan(values).any()
+    assert probe._chunked_head
+    assert probe.cost.samples == 25
+    assert probe.cost.tokens == sum(len(ROWS[index]["input_ids"]) for index in indices)
+    probe.losses(indices[:5])
+    assert probe.cost.samples == 30
+
+
+def test_probe_of_nothing(model: LlamaForCausalLM) -> None:
+    assert probe_of(model).losses(np.empty(0, dtype=np.int64)).shape == (0,)
+
+
+def test_a_model_that_changes_its_logits_is_probed_through_them(scaled: ScaledLlama) -> None:
+    probe = probe_of(scaled)
+    values = probe.losses(np.arange(40))
+    assert probe._chunked_head is False
+    np.testing.assert_allclose(values, by_hand(scaled, ROWS), rtol=1e-4)
+
+
+def test_a_first_batch_without_labels_proves_nothing_about_the_head(scaled: ScaledLlama) -> None:
+    unlabelled = [{"input_ids": [1], "labels": [IGNORED]} for _ in range(64)]  # the shortest: a batch of their own
+    rows = [*ROWS, *unlabelled]
+    values = probe_of(scaled, rows).losses(np.arange(len(rows)))
+    np.testing.assert_allclose(values[:40], by_hand(scaled, ROWS), rtol=1e-4)
+
+
+def test_a_cap_that_matters_only_later_is_noticed_later(model: LlamaForCausalLM) -> None:
+    class CappedLlama(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = 30 * torch.tanh(output.logits / 30)
+            return output
+
+    capped = CappedLlama(config())
+    capped.load_state_dict(model.state_dict())
+    weight = capped.lm_head.weight
+    probe = probe_of(capped)
+    with torch.no_grad():
+        weight.mul_(0.02)  # as after random initialisation
+    np.testing.assert_allclose(probe.losses(np.arange(40)), by_hand(capped, ROWS), rtol=1e-3)
+    with torch.no_grad():
+        weight.mul_(500)  # as after training
+    np.testing.assert_allclose(probe.losses(np.arange(40)), by_hand(capped, ROWS), rtol=1e-3)
+
+
+def test_autocast_is_used_and_still_close(model: LlamaForCausalLM) -> None:
+    entered = []
+
+    @contextlib.contextmanager
+    def autocast():
+        entered.append(True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+
+    values = probe_of(model, autocast=autocast).losses(np.arange(40))
+    assert entered
+    exact = by_hand(model, ROWS)
+    np.testing.assert_allclose(values, exact, rtol=0.1)
+    assert np.nanmax(np.abs(values - exact)) > 1e-5  # lower precision was in use
+
+
+def test_processes_share_the_work(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    indices = np.arange(40)
+    whole = probe_of(model).losses(indices)
+    assert len(length_batches(probe_of(model).pool.lengths, 64)) % 4 != 0  # so that some process repeats a batch
+    parts, forwards = [], []
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda values: values)
+    monkeypatch.setattr(distributed, "everywhere", lambda value, device: value)
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        probe = probe_of(model, _chunked_head=True)
+        calls = []
+        hook = model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        parts.append(np.nan_to_num(probe.losses(indices), nan=1e6))
+        hook.remove()
+        forwards.append(len(calls))
+    assert len(set(forwards)) == 1  # under ZeRO-3 and FSDP a forward is collective
+    for part in parts:
+        assert (part == 0).sum() > 15
+    np.testing.assert_allclose(sum(parts), np.nan_to_num(whole, nan=1e6), rtol=1e-5)
+
+
+# No trace
+
+
+def everything_of(model: torch.nn.Module) -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002
+        "torch": torch.get_rng_state().tolist(),
+        "training": [module.training for module in model.modules()],
+        "attributes": [sorted(module.__dict__) for module in model.modules()],
+        "forwards": ["forward" in module.__dict__ for module in model.modules()],
+        "hooks": [len(module._forward_hooks) for module in model.modules()],
+        "weights": [parameter.detach().clone() for parameter in model.parameters()],
+        "gradients": [parameter.grad for parameter in model.parameters()],
+        "wants": [parameter.requires_grad for parameter in model.parameters()],
+        "grad mode": torch.is_grad_enabled(),
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("which", ["model", "scaled"])
+def test_a_probe_leaves_no_trace(request: pytest.FixtureRequest, which: str) -> None:
+    model = request.getfixturevalue(which)
+    model.train()
+    model.model.layers[1].eval()  # mixed modes come back as they were
+    gradient = torch.ones_like(model.lm_head.weight)
+    model.lm_head.weight.grad = gradient
+    before = everything_of(model)
+
+    def noisy(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        random.random()
+        np.random.rand()  # noqa: NPY002
+        torch.rand(1)
+        return collate(rows)
+
+    probe = probe_of(model)
+    probe.collate = noisy
+    first = probe.losses(np.arange(40))
+    after = everything_of(model)
+    model.train()
+    model.lm_head.weight.grad = None
+    for key, value in before.items():
+        assert same(value, after[key]), key
+    assert torch.equal(gradient, torch.ones_like(gradient))
+    np.testing.assert_array_equal(first, probe.losses(np.arange(40)))  # no dropout
+
+
+def test_a_probe_that_fails_leaves_no_trace(model: LlamaForCausalLM) -> None:
+    before = everything_of(model)
+    broken = [{"input_ids": [VOCAB + 5, 1], "labels": [1, 1]}]
+    with pytest.raises(IndexError):
+        probe_of(model, broken).losses(np.array([0]))
+    after = everything_of(model)
+    for key, value in before.items():
+        assert same(value, after[key]), key
+
+
+def test_a_replaced_forward_is_put_back_whoever_had_set_it() -> None:
+    module = torch.nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    plain = module(x)
+    heard = []
+    module.register_forward_hook(lambda *_: heard.append(True))
+    with replaced_forward(module, lambda original, x: original(x) + 1):
+        torch.testing.assert_close(module(x), plain + 1)
+    assert heard  # hooks run, as under ZeRO-3
+    assert "forward" not in module.__dict__
+    mine = SimpleNamespace(calls=0)
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        mine.calls += 1
+        return x
+
+    module.forward = counted
+    with replaced_forward(module, lambda original, x: original(x) * 2):
+        torch.testing.assert_close(module(x), x * 2)
+    assert module.forward is counted
+    assert mine.calls == 1

@@ -1,0 +1,135 @@
+"""The run record: what is written, what a resumed run keeps, and that an earlier record is never lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from dataflex.data.plan import Plan
+from dataflex.errors import ConfigError
+from dataflex.probe.cost import Cost
+from dataflex.record.writer import RunWriter
+from dataflex.schedule import RoundSlot
+from unit.fakes import make_pool
+
+POOL = make_pool({"a": 6, "b\u00e9": 4})
+COST = Cost(1.5, 10, 70)
+
+
+def plan(number: int, indices: list[int], scores: list[float] | None = None, **changes) -> Plan:
+    slot = RoundSlot(number, 2 * number, 2, changes.pop("update", number))
+    array = None if scores is None else np.array(scores, dtype=np.float32)
+    return Plan(slot, np.array(indices), array, np.array([0.25, 0.75]), **changes)
+
+
+def rounds(output: Path, folder: str = "dataflex") -> list[int]:
+    lines = (output / folder / "rounds.jsonl").read_text().splitlines()
+    return [json.loads(line)["round"] for line in lines]
+
+
+def write(output: Path, first: int, stop: int, kept: int | None) -> RunWriter:
+    """Train rounds from ``first`` to ``stop`` in a run that was started or resumed."""
+    writer = RunWriter(output)
+    writer.begin({"dataflex": {"seed": first}}, kept)
+    for number in range(first, stop):
+        writer.round(plan(number, [number, 9]), POOL, {"select": "loss"}, COST)
+    return writer
+
+
+def test_a_round_is_one_line_and_one_table(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    writer.begin({"llamafactory": {"stage": "sft"}, "dataflex": {"seed": 3}}, None)
+    writer.round(plan(0, [3, 7, 7, 0], update=None), POOL, {}, Cost())
+    writer.round(plan(1, [9, 1, 1, 2], [0.5, np.nan, 2, -1], unscored=3), POOL, {"select": "loss"}, COST)
+    first, second = map(json.loads, (tmp_path / "dataflex" / "rounds.jsonl").read_text().splitlines())
+    assert first["warmup"] is True
+    assert first["domains"] == {"a": 2, "b\u00e9": 2}
+    assert first["components"] == {}
+    assert "unscored" not in first
+    assert second == {
+        "round": 1,
+        "start_step": 2,
+        "steps": 2,
+        "size": 4,
+        "plan_sha256": plan(1, [9, 1, 1, 2]).sha256,
+        "domains": {"a": 3, "b\u00e9": 1},
+        "proportions": {"a": 0.25, "b\u00e9": 0.75},
+        "components": {"select": "loss"},
+        "cost": {"seconds": 1.5, "samples": 10, "tokens": 70},
+        "unscored": 3,
+    }
+    table = pq.read_table(tmp_path / "dataflex" / "plans" / "round-00001.parquet").to_pydict()
+    assert table == {
+        "position": [0, 1, 2, 3],
+        "index": [9, 1, 1, 2],
+        "domain": ["b\u00e9", "a", "a", "a"],
+        "score": [0.5, None, 2.0, -1.0],
+    }
+    assert "score" not in pq.read_table(tmp_path / "dataflex" / "plans" / "round-00000.parquet").column_names
+
+
+def test_configuration_versions_and_summary(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    writer.begin({"llamafactory": {"stage": "sft"}, "dataflex": {"mix": {"proportions": [0.5, 0.5]}}}, None)
+    written = yaml.safe_load((tmp_path / "dataflex" / "config.yaml").read_text())
+    assert written["llamafactory"] == {"stage": "sft"}
+    assert written["dataflex"] == {"mix": {"proportions": [0.5, 0.5]}}
+    assert {"dataflex", "torch", "llamafactory"} <= set(written["versions"])
+    writer.summary({"rounds": 3})
+    assert json.loads((tmp_path / "dataflex" / "summary.json").read_text()) == {"rounds": 3}
+    assert sorted(path.name for path in (tmp_path / "dataflex").iterdir()) == ["config.yaml", "plans", "summary.json"]
+
+
+def test_a_resumed_run_has_every_round_once(tmp_path: Path) -> None:
+    write(tmp_path, 0, 5, None)
+    write(tmp_path, 2, 7, 2)  # from a checkpoint in round 1
+    assert rounds(tmp_path) == list(range(7))
+    write(tmp_path, 7, 8, 7)  # from the last checkpoint
+    assert rounds(tmp_path) == list(range(8))
+    tables = sorted(path.name for path in (tmp_path / "dataflex" / "plans").iterdir())
+    assert tables == [f"round-{number:05d}.parquet" for number in range(8)]
+    assert yaml.safe_load((tmp_path / "dataflex" / "config.yaml").read_text())["dataflex"] == {"seed": 7}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataflex"]
+
+
+def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+    write(tmp_path, 0, 3, None)
+    path = tmp_path / "dataflex" / "rounds.jsonl"
+    path.write_text(path.read_text()[:-20])
+    write(tmp_path, 2, 4, 2)
+    assert rounds(tmp_path) == list(range(4))
+
+
+def test_a_run_resumed_into_a_new_folder_stays_without_duplicates(tmp_path: Path) -> None:
+    write(tmp_path, 5, 9, 5)  # the checkpoint came from elsewhere: rounds 0 to 4 are recorded there
+    assert rounds(tmp_path) == [5, 6, 7, 8]
+    write(tmp_path, 7, 10, 7)
+    assert rounds(tmp_path) == [5, 6, 7, 8, 9]
+
+
+def test_a_new_run_sets_an_earlier_record_aside(tmp_path: Path) -> None:
+    for count in (3, 2, 4):
+        write(tmp_path, 0, count, None).summary({"rounds": count})
+    assert rounds(tmp_path) == [0, 1, 2, 3]
+    assert rounds(tmp_path, "dataflex-earlier-1") == [0, 1, 2]
+    assert rounds(tmp_path, "dataflex-earlier-2") == [0, 1]
+    for name, count in [("dataflex", 4), ("dataflex-earlier-1", 3), ("dataflex-earlier-2", 2)]:
+        assert len(list((tmp_path / name / "plans").glob("*.parquet"))) == count
+        assert json.loads((tmp_path / name / "summary.json").read_text()) == {"rounds": count}
+
+
+def test_a_resumed_run_has_no_summary_of_the_run_before(tmp_path: Path) -> None:
+    write(tmp_path, 0, 3, None).summary({"rounds": 3})
+    write(tmp_path, 3, 4, 3)
+    assert not (tmp_path / "dataflex" / "summary.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_configuration_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output_dir: .*cannot be written to"):
+        RunWriter(tmp_path / "file")

@@ -1,0 +1,228 @@
+"""Rules that turn scores into a selection: top-k and weighted draws without replacement."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+
+from dataflex.components import ComponentParams, RoundContext, Selection, Selector
+from dataflex.data.sampling import IndexArray
+from dataflex.errors import ComponentError
+from dataflex.selection import sample_without_replacement, top_k
+from unit.fakes import ScoreSelector, build, context, group_of, make_pool
+
+
+def best(scores: np.ndarray, count: int) -> list[int]:
+    """The ``count`` largest by a full sort, ties to the lower position."""
+    return sorted(sorted(range(scores.size), key=lambda i: (-scores[i], i))[:count])
+
+
+def test_top_k_equals_a_full_sort() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        size = int(rng.integers(1, 40))
+        scores = rng.integers(0, rng.integers(2, 30), size).astype(np.float32)  # few values: many ties
+        count = int(rng.integers(0, size + 3))
+        chosen = top_k(scores, count)
+        assert chosen.dtype == np.int64
+        assert chosen.tolist() == best(scores, count)
+
+
+def test_top_k_with_infinite_scores() -> None:
+    scores = np.array([-np.inf, 3, np.inf, -np.inf, -np.inf])
+    assert top_k(scores, 2).tolist() == [1, 2]
+    assert top_k(scores, 4).tolist() == [0, 1, 2, 3]
+
+
+def inclusion(weights: list[float], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exact probabilities that successive sampling draws each position, and each pair, by enumeration."""
+    size = len(weights)
+    single, pair = np.zeros(size), np.zeros((size, size))
+    for order in permutations(range(size), count):
+        probability, left = 1.0, sum(weights)
+        for position in order:
+            probability *= weights[position] / left
+            left -= weights[position]
+        single[list(order)] += probability
+        for i in order:
+            for j in order:
+                pair[i, j] += probability
+    return single, pair
+
+
+@pytest.mark.parametrize("weights, count", [([1.0, 2.0, 3.0, 4.0], 2), ([5.0, 1.0, 1.0, 0.1, 2.0], 3)])
+def test_draws_have_the_probabilities_of_successive_sampling(weights: list[float], count: int) -> None:
+    draws = 10_000
+    single, pair = inclusion(weights, count)
+    assert single.sum() == pytest.approx(count)
+    rng = np.random.default_rng(2)
+    scale = np.array(weights) * 37.0  # any scale
+    chosen = np.stack([sample_without_replacement(scale, count, rng) for _ in range(draws)])
+    member = np.zeros((draws, len(weights)))
+    np.put_along_axis(member, chosen, 1, axis=1)
+    deviation = np.sqrt(single * (1 - single) / draws)
+    assert np.all(np.abs(member.mean(0) - single) < 4 * deviation)
+    both = member.T @ member / draws
+    assert np.all(np.abs(both - pair) < 4 * np.sqrt(pair * (1 - pair) / draws) + 1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-60, 1e-30, 1.0, 1e30, 1e60])
+def test_the_scale_of_the_weights_does_not_matter(scale: float) -> None:
+    weights = np.array([0.0, 1.0, 2.0, 3.0, 4.0])
+    single, _ = inclusion(weights[1:].tolist(), 2)
+    rng, draws, counts = np.random.default_rng(4), 2000, np.zeros(5)
+    for _ in range(draws):
+        counts[sample_without_replacement(weights * scale, 2, rng)] += 1
+    assert counts[0] == 0
+    assert np.all(np.abs(counts[1:] / draws - single) < 4 * np.sqrt(single * (1 - single) / draws))
+
+
+def test_weights_of_very_different_sizes_come_in_their_order() -> None:
+    weights = np.array([0.0, 1e-100, 0.0, 1.0, 1e-50])
+    rng = np.random.default_rng(5)
+    for count, expected in [(1, [3]), (2, [3, 4]), (3, [1, 3, 4])]:
+        for _ in range(20):
+            assert sample_without_replacement(weights, count, rng).tolist() == expected
+
+
+def test_draws_are_distinct_ascending_and_leave_out_zero_weights() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        weights = rng.random(50) * (rng.random(50) < 0.4)
+        count = int(rng.integers(0, np.count_nonzero(weights) + 1))
+        chosen = sample_without_replacement(weights, count, rng)
+        assert chosen.shape == (count,)
+        assert np.all(np.diff(chosen) > 0)
+        assert np.all(weights[chosen] > 0)
+
+
+def test_drawing_more_than_there_are_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"3 .*from 2"):
+        sample_without_replacement(np.array([0.0, 1.0, 2.0]), 3, np.random.default_rng(0))
+
+
+class ZeroExponential(np.random.Generator):
+    """Gives the exponential variate 0 at the first position, as a float32 generator does once in 2**23 draws."""
+
+    def standard_exponential(self, size=None, dtype=np.float64, **_):
+        values = super().standard_exponential(size, dtype=dtype)
+        values[0] = 0
+        return values
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("first", [0.0, 1.0])
+def test_an_exponential_of_zero_changes_nothing(first: float) -> None:
+    weights = np.array([first, 1.0, 2.0, 3.0, 4.0])
+    chosen = sample_without_replacement(weights, 3, ZeroExponential(np.random.Philox(1)))
+    assert chosen.shape == (3,)
+    assert (0 in chosen.tolist()) == (first > 0)
+
+
+# The base class of selectors
+
+
+def test_rule_top_k_takes_the_best_of_the_candidates() -> None:
+    pool = make_pool({"a": 10})
+    selector = ScoreSelector(lambda candidates: -((candidates - 6.0) ** 2))
+    selection = selector.select(context(pool), group_of(pool, 3, start=4))
+    assert selection.indices.tolist() == [5, 6, 7]
+    assert selection.scores.tolist() == [-1, 0, -1]
+    assert selection.unscored == 0
+
+
+def test_rule_sample_prefers_high_scores_as_the_formula_says() -> None:
+    scores = np.array([0.0, 1.0, 2.0, 5.0])
+    z = (scores - scores.mean()) / scores.std()
+    for temperature in (1.0, 3.0):
+        single, _ = inclusion(list(np.exp(z / temperature)), 2)
+        pool = make_pool({"a": 4})
+        selector = ScoreSelector(lambda candidates: scores[candidates], rule="sample", temperature=temperature)
+        draws = 3000
+        counts = np.zeros(4)
+        rng = np.random.default_rng(4)
+        for _ in range(draws):
+            counts[selector.select(context(pool, rng=rng), group_of(pool, 2)).indices] += 1
+        assert np.all(np.abs(counts / draws - single) < 4 * np.sqrt(single * (1 - single) / draws))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3e4, 2.0**40])
+def test_rule_sample_works_with_equal_scores(value: float) -> None:
+    pool = make_pool({"a": 30})
+    selector = ScoreSelector(lambda candidates: np.full(candidates.size, value), rule="sample")
+    first = selector.select(context(pool), group_of(pool, 10)).indices
+    second = selector.select(context(pool, round=1), group_of(pool, 10)).indices
+    assert np.unique(first).size == 10
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, selector.select(context(pool), group_of(pool, 10)).indices)
+
+
+def test_rule_sample_at_a_low_temperature_is_nearly_top_k() -> None:
+    pool = make_pool({"a": 100})
+    selector = ScoreSelector(lambda candidates: candidates.astype(float), rule="sample", temperature=1e-3)
+    selection = selector.select(context(pool), group_of(pool, 60))
+    assert selection.indices.min() >= 30
+    assert np.unique(selection.indices).size == 60
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_no_number_names_the_component(bad: float) -> None:
+    pool = make_pool({"a": 10})
+    selector = ScoreSelector(lambda candidates: np.where(candidates == 7, bad, 1.0))
+    with pytest.raises(ComponentError, match=r"selector 'scores' .*1 scores.*indices 7\b"):
+        selector.select(context(pool), group_of(pool, 3, start=2))
+
+
+def test_scores_of_the_wrong_shape_name_the_component() -> None:
+    pool = make_pool({"a": 10})
+    for shape in ((9,), (10, 1), ()):
+        selector = ScoreSelector(lambda candidates, shape=shape: np.zeros(shape))
+        with pytest.raises(ComponentError, match=r"selector 'scores' .*10 candidates"):
+            selector.select(context(pool), group_of(pool, 3))
+
+
+def test_a_budget_above_the_group_is_whole_passes_and_the_best_for_the_rest() -> None:
+    pool = make_pool({"a": 3, "b": 5})
+    selector = ScoreSelector(lambda candidates: candidates.astype(float))
+    selection = selector.select(context(pool), group_of(pool, 12, start=3))
+    counts = np.bincount(selection.indices, minlength=8)
+    assert counts.tolist() == [0, 0, 0, 2, 2, 2, 3, 3]
+    scored = ~np.isnan(selection.scores)
+    assert sorted(selection.indices[scored].tolist()) == [6, 7]
+    assert selection.scores[scored].tolist() == selection.indices[scored].tolist()
+
+
+def test_a_budget_of_whole_passes_asks_for_no_scores() -> None:
+    pool = make_pool({"a": 4})
+
+    def fail(candidates: IndexArray) -> None:
+        raise AssertionError("scored for nothing")
+
+    selection = ScoreSelector(fail).select(context(pool), group_of(pool, 8))
+    assert np.bincount(selection.indices).tolist() == [2, 2, 2, 2]
+
+
+def test_a_selector_may_choose_without_scores() -> None:
+    class Last(Selector):
+        family, name = "selector", "last"
+        Params = ComponentParams
+
+        def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
+            return Selection(candidates[candidates.size - count :])
+
+    pool = make_pool({"a": 5})
+    assert build(Last).select(context(pool), group_of(pool, 2)).indices.tolist() == [3, 4]
+    more = build(Last).select(context(pool), group_of(pool, 7))
+    assert np.bincount(more.indices).tolist() == [1, 1, 1, 2, 2]
+    assert more.scores is None
+
+
+def test_a_selector_without_any_method_says_so() -> None:
+    class Empty(Selector):
+        family, name = "selector", "empty"
+
+    pool = make_pool({"a": 5})
+    with pytest.raises(NotImplementedError, match="'empty'"):
+        build(Empty).select(context(pool), group_of(pool, 2))
