@@ -125,10 +125,10 @@ def _build_docs(target: Path, monkeypatch: pytest.MonkeyPatch, useless_share: fl
 
 @pytest.fixture(scope="module")
 def docs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The data twice: as it is, and with no answer shuffled."""
+    """The data twice: as it is, and with no row spoilt."""
     root = tmp_path_factory.mktemp("docs")
     with pytest.MonkeyPatch.context() as patch:
-        return _build_docs(root / "real", patch, 0.4), _build_docs(root / "clean", patch, 0.0)
+        return _build_docs(root / "real", patch, 0.5), _build_docs(root / "clean", patch, 0.0)
 
 
 def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -151,16 +151,24 @@ def test_data_sets_are_registered_and_no_row_is_empty(docs: tuple[Path, Path]) -
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_answers_are_shuffled_in_the_marked_rows_only(docs: tuple[Path, Path], domain: str) -> None:
+def test_answers_are_spoilt_in_the_marked_rows_only(docs: tuple[Path, Path], domain: str) -> None:
     real, clean = _rows(docs[0], domain), _rows(docs[1], domain)
     marked = json.loads((docs[0] / "useless.json").read_text())[domain]
     assert marked == [index for index, row in enumerate(real) if row["useless"]]
     for rows in (40, 100, len(real)):
-        assert sum(index < rows for index in marked) == pytest.approx(0.4 * rows, abs=1)
-    for index, (row, original) in enumerate(zip(real, clean, strict=True)):
+        assert sum(index < rows for index in marked) == pytest.approx(0.5 * rows, abs=1)
+    answers = {row["output"] for row in clean}
+    for row, original in zip(real, clean, strict=True):
         assert (row["instruction"], row["input"]) == (original["instruction"], original["input"])
-        assert (row["output"] != original["output"]) == (index in marked)
-    assert sorted(row["output"] for row in real) == sorted(row["output"] for row in clean)
+        if row["useless"] == "swapped":
+            assert row["output"] in answers - {original["output"]}
+        elif row["useless"] == "scrambled":
+            assert row["output"] not in answers
+            assert sorted(row["output"].split()) == sorted(original["output"].split())
+        else:
+            assert row == original
+    kinds = [row["useless"] for row in real]
+    assert kinds.count("swapped") == pytest.approx(kinds.count("scrambled"), abs=1)
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -183,7 +191,7 @@ def test_no_function_is_in_two_domains(docs: tuple[Path, Path]) -> None:
 
 
 def test_same_packages_same_files(docs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    again = _build_docs(tmp_path / "again", monkeypatch, 0.4)
+    again = _build_docs(tmp_path / "again", monkeypatch, 0.5)
     for path in docs[0].iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes()
 

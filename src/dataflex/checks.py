@@ -197,6 +197,9 @@ def _data_path(config: RunConfig) -> Iterator[Problem]:
     if "order" in config.params and (sequential or strategy != "random"):
         key = "disable_shuffling" if sequential else "train_sampling_strategy"
         yield Problem(key, f"{SECTION}.order decides the order of samples; keep one of the two.")
+    accelerator = config.llamafactory.get("accelerator_config")
+    if isinstance(accelerator, dict) and (accelerator.get("split_batches") or accelerator.get("dispatch_batches")):
+        yield Problem("accelerator_config", "split_batches and dispatch_batches change who trains what; remove.")
     val_size = _number(config, "val_size", 0.0)
     if val_size > 1 and len(dataset_names(config)) > 1:
         yield Problem(

@@ -24,8 +24,8 @@ from dataflex.record.reader import RunRecord, read_run
 MODEL = "smollm2-135m-instruct"
 DATA = "python-docs"
 DOMAINS = ("docs_to_code", "code_to_docs")
-ROWS_PER_DOMAIN = 120
-STEPS = 24
+ROWS_PER_DOMAIN = 80
+STEPS = 16
 
 SELECTION: dict[str, dict[str, Any]] = {
     "uniform": {"method": "random"},
@@ -158,8 +158,8 @@ def configuration(name: str, output_dir: Path) -> dict[str, Any]:
         "per_device_eval_batch_size": 8,
         "dataflex": {
             "train_steps": STEPS,
-            "warmup_steps": 4,
-            "update_steps": 10,
+            "warmup_steps": 2,
+            "update_steps": 7,
             "updates": -1,
             "seed": 42,
             "mix": {"method": "uniform"},

@@ -6,9 +6,9 @@ Three domains, each a LLaMA-Factory data set in alpaca format with a held-out se
 - ``code_to_docs``: a function's source; the answer is its docstring.
 - ``prose``: the beginning of a paragraph of a README or of a module's or class's docstring; the answer is the rest.
 
-The held-out sets come from other packages than the training sets. In the training sets the answers of half of the
-rows are shuffled among themselves, so these rows are useless: they look right, and teach nothing. Each row says so
-in its column ``useless``, which LLaMA-Factory does not read, and ``useless.json`` lists the row numbers.
+The held-out sets come from other packages than the training sets. Half of the rows of the training sets are made
+useless: one half of those have the answer of another row, the other half the words of their own in random order. The
+column ``useless`` says which (LLaMA-Factory does not read it), and ``useless.json`` lists the row numbers.
 
 The same installed packages give the same files.
 """
@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from dataflex.errors import ConfigError
 
 SEED = 20240
 TRAIN_ROWS = 500
-HELD_OUT_ROWS = 48
+HELD_OUT_ROWS = 32
 USELESS_SHARE = 0.5
 BLOCK = 20
 
@@ -51,8 +52,8 @@ SKIPPED_FOLDERS = {"tests", "test", "testing", "_vendor", "vendor", "vendored", 
 ABOUT = """# python-docs
 
 Made by DataFlex from the documentation and the source of the Python packages installed on this machine, for use on
-this machine: the texts keep the licences of their packages (column `package`). `useless.json` lists the training
-rows whose answer belongs to another row.
+this machine: the texts keep the licences of their packages (column `package`). Half of the training rows are useless
+on purpose (column `useless`, and `useless.json`): their answer belongs to another row, or has its words scrambled.
 """
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -60,13 +61,13 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Row:
-    """One sample in alpaca format, with where it is from and whether its answer belongs to another row."""
+    """One sample in alpaca format, with where it is from and what makes it useless, if anything."""
 
     instruction: str
     input: str
     output: str
     package: str
-    useless: bool = False
+    useless: Literal["", "swapped", "scrambled"] = ""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def build(target: Path) -> None:
     for number, (domain, pool) in enumerate(pools.items()):
         rng = np.random.default_rng([SEED, number])
         train, held_out = _split(domain, pool, rng)
-        train = _shuffle_answers(train, rng)
+        train = _spoil(train, rng)
         useless[domain] = [index for index, row in enumerate(train) if row.useless]
         for name, rows in ((domain, train), (f"{domain}_val", held_out)):
             _write_json(target / f"{name}.json", [vars(row) for row in rows])
@@ -271,18 +272,24 @@ def _normal(text: str) -> str:
     return re.sub(r"\W+", " ", text).lower()
 
 
-def _shuffle_answers(rows: list[Row], rng: np.random.Generator) -> list[Row]:
-    """Give a share of the rows the answer of another of them, and mark them.
+def _spoil(rows: list[Row], rng: np.random.Generator) -> list[Row]:
+    """Make a share of the rows useless: give half of them each other's answers, scramble the words of the others.
 
     They are spread evenly, so that the first N rows hold the same share of them as all.
     """
     blocks = [np.arange(start, min(start + BLOCK, len(rows))) for start in range(0, len(rows), BLOCK)]
-    chosen = np.concatenate([rng.permutation(block)[: round(USELESS_SHARE * len(block))] for block in blocks])
-    chosen = rng.permutation(chosen)
-    shuffled = list(rows)
-    for index, other in zip(chosen, np.roll(chosen, 1), strict=True):
-        shuffled[index] = replace(rows[index], output=rows[other].output, useless=True)
-    return shuffled
+    chosen = [rng.permutation(block)[: round(USELESS_SHARE * len(block))] for block in blocks]
+    swapped = np.concatenate([part[::2] for part in chosen])
+    scrambled = np.concatenate([part[1::2] for part in chosen])
+    spoilt = list(rows)
+    cycle = rng.permutation(swapped)
+    for index, other in zip(cycle, np.roll(cycle, 1), strict=True):
+        spoilt[index] = replace(rows[index], output=rows[other].output, useless="swapped")
+    for index in scrambled:
+        words = rows[index].output.split()
+        output = " ".join(words[place] for place in rng.permutation(len(words)))
+        spoilt[index] = replace(rows[index], output=output, useless="scrambled")
+    return spoilt
 
 
 def _write_json(path: Path, content: object) -> None:
