@@ -102,7 +102,9 @@ class Group:
 
     def draw(self, count: int) -> IndexArray:
         """Return the next ``count`` pool indices of the group's running pass."""
-        return self.sampler.draw(count) + self.start
+        drawn = self.sampler.draw(count)
+        drawn += self.start
+        return drawn
 
 
 @dataclass(frozen=True)

@@ -85,10 +85,12 @@ class Planner:
         groups, decided = self._groups(slot, probe)
         selection = _join([self._select(slot, probe, group) for group in groups])
         arranged = self._arrange(slot, probe, selection)
-        indices = selection.indices[arranged]
-        scores = selection.scores[arranged] if selection.scores is not None else None
+        indices, scores = selection.indices, selection.scores
+        if arranged is not None:
+            indices = indices[arranged]
+            scores = scores[arranged] if scores is not None else None
         if decided is None:
-            counts = np.bincount(self.pool.domain_ids(indices), minlength=len(self.pool.domains))
+            counts = self.pool.domain_counts(indices)
             decided = counts / counts.sum()
         return Plan(slot, indices, scores, decided, selection.unscored)
 
@@ -160,8 +162,8 @@ class Planner:
         if selection.scores is not None and selection.scores.shape != indices.shape:
             raise ComponentError(f"{label} returned {selection.scores.shape} scores for {indices.shape} indices.")
 
-    def _arrange(self, slot: RoundSlot, probe: Probe, selection: Selection) -> IndexArray:
-        """Return the permutation that puts a selection into training order."""
+    def _arrange(self, slot: RoundSlot, probe: Probe, selection: Selection) -> IndexArray | None:
+        """Return the permutation that puts a selection into training order; None where it is in it."""
         size = selection.indices.size
         order = self.components.order
         if order is not None and slot.update is not None:
@@ -170,7 +172,7 @@ class Planner:
                 raise ComponentError(f"order {order.name!r} did not return a permutation of {size} positions.")
             return positions
         if self.arrangement == "sequential" or (self.arrangement == "shuffle" and selection.shuffled):
-            return np.arange(size, dtype=np.int64)
+            return None
         if self.arrangement == "group_by_length":
             return self._group_by_length(slot, selection.indices)
         return KeyedPermutation(size, key_of(self.seed, "shuffle", slot.number))(np.arange(size, dtype=np.int64))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _FINGERPRINT_ROWS = 512
 _SCAN_ROWS = 10_000
+_COUNTED = 1 << 16
 
 
 class Pool:
@@ -59,6 +60,14 @@ class Pool:
     def domain_ids(self, indices: IndexArray) -> NDArray[np.int64]:
         """Return the domain number of each sample, same shape as ``indices``."""
         return np.searchsorted(self.offsets, indices, side="right") - 1
+
+    def domain_counts(self, indices: IndexArray) -> NDArray[np.int64]:
+        """Return how many of ``indices`` lie in each domain, shape (K,)."""
+        counts = np.zeros(len(self.domains), dtype=np.int64)
+        for begin in range(0, indices.size, _COUNTED):
+            ids = self.domain_ids(indices[begin : begin + _COUNTED])
+            counts += np.bincount(ids, minlength=len(self.domains))
+        return counts
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:

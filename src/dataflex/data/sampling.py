@@ -118,7 +118,7 @@ class PassSampler:
             parts.append(self._order(number)(positions) if self.shuffle else positions)
             self.drawn += take
             count -= take
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
     def _order(self, number: int) -> KeyedPermutation:
         return KeyedPermutation(self.size, key_of(self.seed, "pass", self.name, number))
