@@ -7,7 +7,6 @@ log, the checkpoint and the start of training; a callback hears the rest.
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,8 +140,7 @@ class DynamicTrainerMixin(Trainer):
         if not self.own_loss:
             return super().compute_loss(model, inputs, *args, **kwargs)
         self.step_accumulator.indices = indices
-        with ExitStack() as stack:
-            stack.enter_context(loss_function(self.causal_model(), self.step_loss))
+        with loss_function(self.causal_model(), self.step_loss):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -241,9 +239,9 @@ class DynamicCallback(TrainerCallback):
         run.end_of_step(statistics, tokens)
         if run.pool is None:
             return
-        passes = state.global_step * run.global_batch_size / run.pool.size
-        state.epoch = passes
-        if int(passes) > int((state.global_step - 1) * run.global_batch_size / run.pool.size):
+        trained = state.global_step * run.global_batch_size
+        state.epoch = trained / run.pool.size
+        if trained // run.pool.size > (trained - run.global_batch_size) // run.pool.size:
             control.should_save |= args.save_strategy == SaveStrategy.EPOCH
             control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH
             control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
