@@ -80,3 +80,11 @@ def test_argument_names_read_from_source_are_the_parsers() -> None:
     parsed = {field.name for cls in _TRAIN_ARGS for field in cls.__dataclass_fields__.values() if field.init}
     assert HfArgumentParser(_TRAIN_ARGS) is not None
     assert parsed <= llamafactory_keys()
+
+
+def test_template_names_read_from_source_are_the_registered_ones() -> None:
+    from llamafactory.data.template import TEMPLATES
+
+    from dataflex.checks import templates
+
+    assert set(TEMPLATES) == templates()

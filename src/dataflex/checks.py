@@ -28,6 +28,15 @@ _LLAMAFACTORY_FILES = (
 )
 _TRANSFORMERS_FILES = ("training_args.py", "training_args_seq2seq.py")
 
+_MODEL_FILES = (
+    "adapter_model.bin",
+    "adapter_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+
 SPECIAL_LOSSES = {
     "use_dft_loss": "its token weights already change the loss",
     "use_eaft_loss": "its token weights already change the loss",
@@ -42,7 +51,7 @@ SPECIAL_LOSSES = {
 
 def problems_of(config: RunConfig) -> list[Problem]:
     """Return every problem that shows without loading anything."""
-    found = [*_unknown_keys(config), *_assets(config), *_folders(config), *_datasets(config)]
+    found = [*_unknown_keys(config), *_values(config), *_assets(config), *_folders(config), *_datasets(config)]
     if config.dataflex is not None:
         found += [*_stage(config), *_data_path(config), *_domains(config), *_order(config), *_loss(config)]
     return found
@@ -70,27 +79,52 @@ def dataset_names(config: RunConfig, key: str = "dataset") -> tuple[str, ...]:
 
 
 @cache
-def llamafactory_keys() -> frozenset[str]:
-    """Return the names of LLaMA-Factory's training arguments, read from the source of the installed packages."""
-    names = {"ray_num_workers", "ray_init_kwargs", "master_addr", "master_port"}
+def llamafactory_fields() -> dict[str, ast.expr]:
+    """Return LLaMA-Factory's training arguments and their annotations, read from the installed packages' source."""
+    fields: dict[str, ast.expr] = {}
     for package, subfolder, files in (
-        ("llamafactory", "hparams", _LLAMAFACTORY_FILES),
         ("transformers", "", _TRANSFORMERS_FILES),
+        ("llamafactory", "hparams", _LLAMAFACTORY_FILES),
     ):
-        spec = find_spec(package)
-        if spec is None or spec.origin is None:
-            return frozenset()
+        folder = _package_folder(package)
+        if folder is None:
+            return {}
         for file in files:
-            names.update(_field_names(Path(spec.origin).parent / subfolder / file))
+            fields.update(_annotated_fields(folder / subfolder / file))
+    return fields
+
+
+def llamafactory_keys() -> frozenset[str]:
+    """Return the names of LLaMA-Factory's training arguments."""
+    return frozenset(llamafactory_fields())
+
+
+@cache
+def templates() -> frozenset[str]:
+    """Return the names of LLaMA-Factory's templates."""
+    folder = _package_folder("llamafactory")
+    if folder is None:
+        return frozenset()
+    names = set()
+    for node in ast.parse((folder / "data" / "template.py").read_text(encoding="utf-8")).body:
+        call = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register_template":
+            given = [word.value for word in call.keywords if word.arg == "name"]
+            names |= {str(value.value) for value in given if isinstance(value, ast.Constant)}
     return frozenset(names)
 
 
-def _field_names(path: Path) -> Iterator[str]:
+def _package_folder(package: str) -> Path | None:
+    spec = find_spec(package)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def _annotated_fields(path: Path) -> Iterator[tuple[str, ast.expr]]:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef):
             for item in node.body:
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                    yield item.target.id
+                    yield item.target.id, item.annotation
 
 
 def _unknown_keys(config: RunConfig) -> Iterator[Problem]:
@@ -101,6 +135,31 @@ def _unknown_keys(config: RunConfig) -> Iterator[Problem]:
         if key not in known:
             hint = did_you_mean(key, [*known, SECTION]) or "."
             yield Problem(key, f"not a LLaMA-Factory argument{hint}")
+
+
+def _values(config: RunConfig) -> Iterator[Problem]:
+    """Values that LLaMA-Factory's annotations rule out, and unknown templates."""
+    for key, annotation in llamafactory_fields().items():
+        value = config.llamafactory.get(key)
+        if value is None:
+            continue
+        names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)} - {"Optional", "Union"}
+        choices = [node.value for node in ast.walk(annotation) if isinstance(node, ast.Constant) and node.value]
+        if names == {"Literal"} and value not in choices:
+            yield Problem(key, unknown("value", str(value), [str(choice) for choice in choices]))
+        elif names in ({"int"}, {"float"}) and not _is_number(value):
+            yield Problem(key, f"must be a number, got {value!r}.")
+    template = config.llamafactory.get("template")
+    if template is not None and templates() and template not in templates():
+        yield Problem("template", f"unknown template {template!r}{did_you_mean(str(template), templates()) or '.'}")
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _assets(config: RunConfig) -> Iterator[Problem]:
@@ -127,6 +186,20 @@ def _folders(config: RunConfig) -> Iterator[Problem]:
         yield Problem("output_dir", f"{str(output)!r} cannot be made: {existing} is a file.")
     elif not os.access(existing, os.W_OK):
         yield Problem("output_dir", f"{str(output)!r} cannot be written to: {existing} is read-only.")
+    elif _holds_finished_run(config, Path(output)):
+        yield Problem(
+            "output_dir",
+            f"{str(output)!r} holds a trained model and no checkpoint to go on from; choose another folder, or set "
+            "overwrite_output_dir: true (the record of the earlier run is kept under another name).",
+        )
+
+
+def _holds_finished_run(config: RunConfig, output: Path) -> bool:
+    """Return whether LLaMA-Factory would refuse to train into the folder."""
+    free = _truthy(config, "overwrite_output_dir") or _truthy(config, "resume_from_checkpoint")
+    if free or not _truthy(config, "do_train") or not output.is_dir() or any(output.glob("checkpoint-*")):
+        return False
+    return any((output / name).is_file() for name in _MODEL_FILES)
 
 
 def _datasets(config: RunConfig) -> Iterator[Problem]:

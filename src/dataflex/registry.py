@@ -92,10 +92,11 @@ def load_components(plugins: list[str], base: Path | None = None) -> None:
 
 
 def _find_plugin(plugin: str, base: Path | None) -> Path:
-    for folder in (Path.cwd(), base):
-        if folder is not None and (folder / plugin).is_file():
+    folders = list(dict.fromkeys(folder for folder in (Path.cwd(), base) if folder is not None))
+    for folder in folders:
+        if (folder / plugin).is_file():
             return (folder / plugin).resolve()
-    raise ConfigError(f"plugins: no file {plugin!r} in {Path.cwd()}{f' or {base}' if base else ''}.")
+    raise ConfigError(f"plugins: no file {plugin!r} in {' or '.join(map(str, folders))}.")
 
 
 def _load_plugin(path: Path) -> None:

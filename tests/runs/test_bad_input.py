@@ -28,6 +28,10 @@ def mix(**params: Any) -> dict[str, Any]:
 BEFORE_LOADING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown key of ours": ({"dataflex": {**SELECT, "update_step": 3}}, ["update_step", "'update_steps'"]),
     "unknown key of LLaMA-Factory": ({"lerning_rate": 1}, ["lerning_rate", "'learning_rate'"]),
+    "unknown value of LLaMA-Factory": ({"finetuning_type": "lorra"}, ["finetuning_type", "'lorra'", "'lora'"]),
+    "no number for LLaMA-Factory": ({"cutoff_len": "many"}, ["cutoff_len", "number", "'many'"]),
+    "unknown template": ({"template": "defualt"}, ["template", "'defualt'", "'default'"]),
+    "a finished run's folder": ({"output_dir": "FINISHED", "dataflex": SELECT}, ["output_dir", "overwrite_output_dir"]),
     "section misspelt": ({"datafex": SELECT}, ["datafex", "'dataflex'"]),
     "wrong type": ({"dataflex": {**SELECT, "update_steps": "many"}}, ["dataflex.update_steps", "integer", "'many'"]),
     "section is no mapping": ({"dataflex": "loss"}, ["dataflex", "mapping", "'loss'"]),
@@ -113,8 +117,8 @@ WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["weighter 'test_negative'", "negative"],
     ),
     "a value LLaMA-Factory refuses": (
-        {"finetuning_type": "lorra", "dataflex": SELECT},
-        ["LLaMA-Factory", "fine-tuning method"],
+        {**{"stage": "pt", "dataset": "texts", "neat_packing": True}, "dataflex": SELECT},
+        ["LLaMA-Factory", "neat_packing"],
     ),
     "a corrupt checkpoint": (
         {"resume_from_checkpoint": "CORRUPT", "dataflex": SELECT},
@@ -179,6 +183,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "broken.py").write_text("1 / 0\n")
     (root / "bad_plugin.py").write_text(BAD_PLUGIN)
     (root / "FILE").write_text("precious")
+    (root / "FINISHED").mkdir()
+    (root / "FINISHED" / "adapter_model.safetensors").write_text("precious")
     return root
 
 
@@ -187,7 +193,7 @@ def write(root: Path, name: str, changes: dict[str, Any]) -> Path:
     args = tiny.arguments(root / "model", root / "data", root / "out" / stem, **changes)
     if "train_steps" in str(changes) or "num_train_epochs" in changes:
         args["max_steps"] = changes.get("max_steps", -1)
-    if str(args["output_dir"]).startswith("FILE"):
+    if str(args["output_dir"]).startswith(("FILE", "FINISHED")):
         args["output_dir"] = str(root / args["output_dir"])
     path = root / f"{stem}.yaml"
     path.write_text(yaml.safe_dump(args))

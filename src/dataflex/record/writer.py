@@ -72,6 +72,7 @@ class RunWriter:
         while (aside := self.folder.with_name(f"{FOLDER}-earlier-{number}")).exists():
             number += 1
         self.folder.rename(aside)
+        print(f"dataflex: the record of an earlier run in this folder is kept as {aside}")
         (self.folder / "plans").mkdir(parents=True)
 
     def _truncate(self, kept_rounds: int) -> None:
