@@ -7,7 +7,7 @@ steps, the same on any number of processes, exact resume, and a record of every 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -186,10 +186,11 @@ class Selector(Component):
     def select(self, ctx: RoundContext, group: Group) -> Selection:
         """Return ``group.budget`` samples: whole passes while the budget exceeds the group, then a choice."""
         passes, rest = divmod(group.budget, group.size)
-        whole = np.tile(group.candidates, passes)
+        candidates = group.candidates
+        whole = np.tile(candidates, passes)
         if not rest:
             return Selection(whole)
-        chosen = self.choose(ctx, group.candidates, rest)
+        chosen = self.choose(ctx, candidates, rest)
         self._check_distinct(chosen, group)
         if not passes:
             return chosen
@@ -316,8 +317,6 @@ class Components:
     mix: Mixer | None = None
     order: Order | None = None
     weight: Weighter | None = None
-    names: dict[str, str] = field(default_factory=dict)
-    """Configuration key of each present family -> registered name."""
 
     def items(self) -> list[tuple[str, Component]]:
         """Return the present components with their configuration keys, in the order they act."""

@@ -85,11 +85,15 @@ class ModelProbe:
         return result
 
     def _batch_losses(self, model: torch.nn.Module, indices: IndexArray) -> Tensor:
-        inputs = {key: _to(value, self.device) for key, value in self.collate(self.pool.rows(indices)).items()}
-        targets = shifted(inputs.pop("labels"))
+        inputs, targets = self._collated(indices)
         if self._chunked_head:
             return chunked_forward(model, inputs, targets)
         return full_forward(model, inputs, targets)
+
+    def _collated(self, indices: IndexArray) -> tuple[dict[str, Any], Tensor]:
+        """Return a batch's model inputs on the device, and its shifted labels (B, T)."""
+        inputs = {key: _to(value, self.device) for key, value in self.collate(self.pool.rows(indices)).items()}
+        return inputs, shifted(inputs.pop("labels"))
 
     def _labelled(self, indices: IndexArray) -> IndexArray:
         """Return a few short samples with a token to train on, or just short ones where there are none near."""
@@ -99,8 +103,7 @@ class ModelProbe:
 
     def _head_agrees(self, model: torch.nn.Module, indices: IndexArray) -> bool | None:
         """Return whether the chunked head gives the model's own losses; None where no sample has a loss."""
-        inputs = {key: _to(value, self.device) for key, value in self.collate(self.pool.rows(indices)).items()}
-        targets = shifted(inputs.pop("labels"))
+        inputs, targets = self._collated(indices)
         chunked = chunked_forward(model, inputs, targets)
         plain = full_forward(model, inputs, targets)
         full_precision = next(model.parameters()).dtype in (torch.float32, torch.float64)

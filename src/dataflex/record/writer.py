@@ -85,7 +85,7 @@ class RunWriter:
     def round(self, plan: Plan, pool: Pool, components: dict[str, str], cost: Cost) -> None:
         """Record a round before it is trained: its plan first, then its line."""
         ids = pool.domain_ids(plan.indices)
-        counts = pool.domain_counts(plan.indices)
+        counts = np.bincount(ids, minlength=len(pool.domains))
         self._write_plan(plan, pool, ids)
         line: dict[str, Any] = {
             "round": plan.slot.number,

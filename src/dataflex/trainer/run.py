@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import replace
 from functools import partial
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
     from dataflex.components import State
     from dataflex.probe.losses import ModelProbe
-
-logger = logging.getLogger(__name__)
 
 
 class DynamicRun:
