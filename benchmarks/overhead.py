@@ -116,7 +116,8 @@ def probe(model: str, samples: int, repeats: int) -> dict[str, Any]:
 
     from dataflex import assets
     from dataflex.data.pool import Pool
-    from dataflex.probe.losses import ModelProbe, length_batches
+    from dataflex.probe.batches import length_batches
+    from dataflex.probe.model import ModelProbe
 
     path = assets.resolve(model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

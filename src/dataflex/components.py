@@ -33,12 +33,94 @@ class ComponentParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Probe(Protocol):
-    """Model-dependent measurements, on all ranks together: every rank makes the same calls in the same order."""
+@dataclass(frozen=True)
+class GradientSettings:
+    """What is made of the gradient of a sample's loss.
 
-    def losses(self, indices: IndexArray) -> ScoreArray:
+    Attributes:
+        preconditioner: ``none`` (SGD), ``adam`` (the running optimizer's own direction, bias-corrected) or
+            ``adam_less`` (LESS's code: epsilon 1e-8 inside the root, no correction).
+        sketch: the random linear map to ``dim`` numbers; ``identity`` keeps all of them.
+        dim: length of a feature, k.
+        seed: of the map; features are comparable only under one seed.
+        reduction: gradient of the token-mean or of the token-summed loss.
+        normalize: scale every feature to length 1.
+        unsupported: what to do with trainable parameters whose kind has no per-sample rule.
+    """
+
+    preconditioner: Literal["none", "adam", "adam_less"] = "none"
+    sketch: Literal["count", "rademacher", "kronecker", "identity"] = "count"
+    dim: int = 8192
+    seed: int = 0
+    reduction: Literal["mean", "sum"] = "mean"
+    normalize: bool = True
+    unsupported: Literal["error", "ignore"] = "error"
+
+
+class Probe(Protocol):
+    """Model-dependent measurements, on all ranks together: every rank makes the same calls in the same order.
+
+    Indices are of the run's pool, or of ``pool`` where one is given (a validation set, generated samples).
+    """
+
+    def losses(self, indices: IndexArray, pool: Pool | None = None) -> ScoreArray:
         """Return the token-mean loss of each sample, shape (n,), float32; NaN where no token is trained on."""
         ...
+
+    def error_norms(self, indices: IndexArray) -> ScoreArray:
+        """Return each sample's token mean of ||softmax - one-hot||_2, shape (n,), float32; NaN as for losses."""
+        ...
+
+    def embeddings(self, indices: IndexArray) -> ScoreArray:
+        """Return mean-pooled hidden states of the last layer scaled to length 1, shape (n, hidden), float32."""
+        ...
+
+    def gradient_norms(self, indices: IndexArray, settings: GradientSettings) -> ScoreArray:
+        """Return the exact length of each sample's direction, before any sketch, shape (n,), float32."""
+        ...
+
+    def gradients(self, indices: IndexArray, settings: GradientSettings, pool: Pool | None = None) -> ScoreArray:
+        """Return the features of a few samples, shape (n, k), float32; zero where no token is trained on."""
+        ...
+
+    def similarities(self, indices: IndexArray, settings: GradientSettings, targets: ScoreArray) -> ScoreArray:
+        """Return the inner products of each sample's feature with ``targets`` (S, k), shape (n, S), float32.
+
+        Features are made, used and dropped block by block, so their number does not matter. NaN where no token of the
+        sample is trained on.
+        """
+        ...
+
+    def products(
+        self, groups: list[IndexArray], settings: GradientSettings, targets: IndexArray, target_pool: Pool
+    ) -> list[ScoreArray]:
+        """Return the exact inner products of directions within each group, without a sketch.
+
+        Each group is one forward and backward of its samples and the samples ``targets`` of ``target_pool``. Returns
+        per group (b, b + m): of its samples with its samples, then with the targets.
+        """
+        ...
+
+    def generate(self, prompts: list[list[int]], settings: GenerationSettings, seed: int) -> list[list[list[int]]]:
+        """Return ``settings.samples`` responses (token ids, prompt left out) of the model to each prompt."""
+        ...
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of token ids, special tokens left out."""
+        ...
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How responses are sampled from the model in training."""
+
+    samples: int = 4
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    backend: Literal["hf", "vllm"] = "hf"
 
 
 @dataclass(frozen=True)
@@ -77,6 +159,8 @@ class RoundContext:
     """Samples the plan is for: ``steps`` times the global batch size."""
     total_steps: int
     """Optimizer steps of the whole run."""
+    targets: Pool | None = None
+    """The validation samples, one domain for each sub-task, where the component asked for them."""
 
 
 @dataclass

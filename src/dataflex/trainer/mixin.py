@@ -17,7 +17,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, rotate_ch
 
 from dataflex import distributed
 from dataflex.data.plan import Arrangement
-from dataflex.probe.losses import ModelProbe, full_forward
+from dataflex.probe.losses import full_forward
+from dataflex.probe.model import ModelProbe
 from dataflex.probe.mode import probe_mode
 from dataflex.token_loss import shifted
 from dataflex.trainer import checkpoint

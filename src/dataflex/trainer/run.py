@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from dataflex.components import State
-    from dataflex.probe.losses import ModelProbe
+    from dataflex.probe.model import ModelProbe
 
 
 class DynamicRun:

@@ -1,0 +1,471 @@
+"""Per-sample gradients of a batch from one forward and one backward.
+
+Hooks on the layers that own trainable parameters catch what goes in and the gradient of what comes out; the product of
+the two is each sample's gradient (``layers``). Autograd is asked for the gradient of layer outputs only, never of a
+parameter, so no ``.grad`` is written and no reducer of DDP, DeepSpeed or FSDP fires (they hang on the parameters'
+accumulation nodes). A parameter's gradients are handed on as soon as its last use has been seen, and dropped.
+
+The raw module must be run, not the wrapper. Under ZeRO-3 the hooks go before DeepSpeed's own, so that the order in
+which it fetches parameters stays the one it recorded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dataflex.errors import ComponentError
+from dataflex.probe.layers import (
+    Contribution,
+    Lookup,
+    NormRecipe,
+    Outer,
+    Whole,
+    at_least_float32,
+    by_sample,
+    dora_sum,
+    flat_rows,
+    is_dora,
+    is_experts,
+    norm_recipe,
+    normalized,
+    summed_over_tokens,
+)
+from dataflex.probe.losses import HEAD_CHUNK, replaced_forward
+from dataflex.token_loss import IGNORE_INDEX, sample_means
+
+Emit = Callable[[str, list[Contribution]], None]
+"""Takes one parameter's name and all its uses in a batch; none where it had none."""
+
+_FLOAT16_SCALE = 2.0**14
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+
+
+class RoutedRows(Exception):  # noqa: N818 - asks for another batch, is no error
+    """A layer saw rows that cannot be told apart by sample; run the samples one at a time."""
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """Return a name for every trainable parameter by ``id``, the same under every wrapper; tied ones have one name."""
+    return {id(value): canonical(name) for name, value in model.named_parameters() if value.requires_grad}
+
+
+def canonical(name: str) -> str:
+    """Return a parameter's name without what DDP, FSDP, checkpointing and compilation put in front of it."""
+    return _WRAPPERS.sub("", name)
+
+
+class GradientPass:
+    """Runs batches and hands on the per-sample gradients of every trainable parameter.
+
+    Args:
+        model: the raw module, in evaluation mode.
+        emit: called once a batch for every trainable parameter.
+        reduction: gradient of each sample's token mean or token sum.
+        chunked_head: apply the head chunk by chunk on the positions that count, inside the model's own forward.
+        unsupported: whether trainable parameters of a kind without a rule end the run or are left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        emit: Emit,
+        reduction: Literal["mean", "sum"],
+        chunked_head: bool,
+        unsupported: Literal["error", "ignore"],
+    ) -> None:
+        self.model, self.emit = model, emit
+        self.reduction, self.chunked_head, self.unsupported = reduction, chunked_head, unsupported
+        self.names = parameter_names(model)
+        self.left_out: set[str] = set()
+        if not self.names:
+            raise ComponentError("the model has no trainable parameter a gradient could be taken of.")
+        half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+        device = next(model.parameters()).device.type
+        half |= torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        self._scale = _FLOAT16_SCALE if half else 1.0
+        self._batch = 0
+        self._head_names: dict[str, str] = {}
+        self._roots: list[Tensor] = []
+        self._uses: dict[str, int] = {}
+        self._parts: dict[str, list[Contribution]] = {}
+        self._done: set[str] = set()
+        self._norms: dict[str, NormRecipe] = {}
+
+    def run(self, inputs: dict[str, Any], targets: Tensor) -> Tensor:
+        """Run a batch and return its token-mean losses, (B,), NaN where no token counts.
+
+        Args:
+            inputs: what the model's forward takes, without labels.
+            targets: shifted labels, (B, T).
+
+        Raises:
+            RoutedRows: if the batch has several samples and a layer mixes their rows.
+            ComponentError: naming trainable parameters of a kind without a rule.
+        """
+        self._batch = targets.shape[0]
+        self._clear()
+        counts = (targets != IGNORE_INDEX).sum(1)
+        with torch.enable_grad(), self._hooks():
+            objective, sums = self._forward(inputs, targets, counts)
+            if objective.requires_grad:
+                torch.autograd.grad(objective, self._roots, allow_unused=True)
+        for name in self.names.values():
+            if name not in self._done and name not in self.left_out:
+                self._hand_on(name)
+        self._clear()
+        return sample_means(sums, counts)
+
+    def _clear(self) -> None:
+        self._roots, self._uses, self._parts, self._done = [], {}, {}, set()
+
+    def _forward(self, inputs: dict[str, Any], targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is differentiated, and each sample's summed loss (B,)."""
+        rows, columns = torch.nonzero(targets != IGNORE_INDEX, as_tuple=True)
+        labels = targets[rows, columns]
+        per_token = torch.ones_like(counts) if self.reduction == "sum" else 1.0 / counts.clamp(min=1).double()
+        weights = (per_token * self._scale)[rows]
+        if not self.chunked_head:
+            logits = at_least_float32(self.model(**inputs, use_cache=False).logits[rows, columns])
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            return (losses * weights.to(losses.dtype)).sum(), _sums(losses, rows, self._batch)
+        head = self.model.get_output_embeddings()
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def run_head(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+            picked = hidden[rows, columns]
+            found.append(self._head(apply, picked, labels, rows, weights))
+            return hidden[..., :1]
+
+        with replaced_forward(head, run_head):
+            self.model(**inputs, use_cache=False)
+        (objective, losses) = found[0]
+        return objective, _sums(losses, rows, self._batch)
+
+    def _head(
+        self,
+        apply: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        labels: Tensor,
+        rows: Tensor,
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return a stand-in whose gradient in ``hidden`` is the loss's, and every position's loss.
+
+        Each chunk of logits is differentiated and dropped before the next is made.
+        """
+        trained = self._head_names
+        starts = range(0, hidden.shape[0], HEAD_CHUNK)
+        for name in trained.values():
+            self._expect(name, len(starts))
+        gradient, losses = torch.zeros_like(hidden), []
+        for begin in starts:
+            part = slice(begin, begin + HEAD_CHUNK)
+            chunk = hidden[part].detach().requires_grad_()
+            logits = apply(chunk)
+            loss = F.cross_entropy(at_least_float32(logits), labels[part], reduction="none")
+            losses.append(loss.detach())
+            wanted = [chunk, logits] if trained else [chunk]
+            gradients = torch.autograd.grad((loss * weights[part].to(loss.dtype)).sum(), wanted)
+            gradient[part] = gradients[0]
+            for key, name in trained.items():
+                scaled = self._unscaled(gradients[1])
+                padded = by_sample(scaled, rows[part], self._batch)
+                made: Contribution = Whole(summed_over_tokens(padded, self._batch))
+                if key == "weight":
+                    made = Outer(by_sample(chunk.detach(), rows[part], self._batch), padded)
+                self._arrived(name, made)
+        objective = (hidden * gradient).sum()
+        return objective, torch.cat(losses) if losses else hidden.new_zeros(0)
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        head = self.model.get_output_embeddings() if self.chunked_head else None
+        self._head_names = self._own(head) if head is not None else {}
+        embedding = self.model.get_input_embeddings()
+        handles, restore = [], []
+        try:
+            handles.append(embedding.register_forward_hook(self._root, prepend=True))
+            for name, module in self.model.named_modules():
+                own = self._own(module)
+                if not own or module is head:
+                    continue
+                # A subclass with a forward of its own may do more than its base: its products are watched instead.
+                if type(module).forward in (nn.Linear.forward, nn.Embedding.forward) or is_dora(module):
+                    hook = partial(self._after_layer, own=own, path=name)
+                    handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+                else:
+                    restore.append(self._watch(module, own))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for undo in restore:
+                undo()
+
+    def _own(self, module: nn.Module) -> dict[str, str]:
+        """Return the trainable parameters a module owns itself: key to name. Under FSDP2 not to be asked in a forward."""
+        return {key: self.names[id(value)] for key, value in module._parameters.items() if id(value) in self.names}
+
+    def _root(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Make everything after the token embedding differentiable, and ask for the gradient there."""
+        if not output.requires_grad:
+            output.requires_grad_()
+        self._roots.append(output)
+
+    def _after_layer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, own: Any, path: str
+    ) -> None:
+        """Catch a layer's input now and its output's gradient later."""
+        inputs = args[0].detach()
+        if not output.requires_grad:
+            return
+        if not args[0].requires_grad:
+            self._roots.append(output)
+        for name in own.values():
+            self._expect(name, 1)
+        if is_dora(module):
+            base = kwargs["base_result"]
+            bias = kwargs["base_layer"].bias
+            base = base.detach() if bias is None else base.detach() - bias.detach()
+            inputs = dora_sum(output.detach(), base, module._parameters["weight"].detach())  # type: ignore[union-attr]
+
+        def arrived(gradient: Tensor) -> None:
+            gradient = self._unscaled(gradient)
+            self._check_rows(gradient, path)
+            for key, name in own.items():
+                self._arrived(name, self._rule(module, key, inputs, gradient))
+
+        output.register_hook(arrived)
+
+    def _rule(self, module: nn.Module, key: str, inputs: Tensor, gradient: Tensor) -> Contribution:
+        batch = self._batch
+        if isinstance(module, nn.Embedding):
+            ids = inputs.reshape(batch, -1)
+            return Lookup(ids, flat_rows(gradient, batch), module.num_embeddings, module.padding_idx)
+        if is_dora(module):
+            return Whole(summed_over_tokens(gradient * inputs, batch))
+        if key == "weight":
+            return Outer(flat_rows(inputs, batch), flat_rows(gradient, batch))
+        return Whole(summed_over_tokens(gradient, batch))
+
+    def _watch(self, module: nn.Module, own: dict[str, str]) -> Callable[[], None]:
+        """Catch the matrix products and normalisations inside a module of an unknown kind; returns how to undo it."""
+        original = module.forward
+        had = "forward" in module.__dict__
+        config = module.__dict__.get("config") if is_experts(module) else None
+        implementation = getattr(config, "_experts_implementation", None)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            seen: set[str] = set()
+            after_linear = partial(self._after_product, module, own, seen, args, kwargs)
+            with watched("linear", after_linear), watched("embedding", partial(self._after_lookup, module, own, seen)):
+                output = original(*args, **kwargs)
+            self._after_norm(module, own, seen, args, output)
+            return output
+
+        module.forward = forward
+        if config is not None:
+            config._experts_implementation = "eager"
+
+        def undo() -> None:
+            if had:
+                module.forward = original
+            else:
+                del module.forward
+            if config is not None:
+                config._experts_implementation = implementation
+
+        return undo
+
+    def _after_product(
+        self,
+        module: nn.Module,
+        own: dict[str, str],
+        seen: set[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> None:
+        """Catch a product inside a module, with the parameter, or the expert's part of one, that it was made with."""
+        for key, name in own.items():
+            parameter = module._parameters[key]
+            assert parameter is not None
+            if bias is parameter:
+                seen.add(name)
+                self._expect(name, 1)
+                output.register_hook(partial(self._bias_arrived, name))
+                if not inputs.requires_grad:
+                    self._roots.append(output)
+                continue
+            place = _place_in(parameter, weight)
+            if place is None:
+                continue
+            seen.add(name)
+            self._expect(name, 1)
+            samples = None
+            if is_experts(module):
+                samples = self._routed(args, kwargs, place // max(1, weight.shape[0]))
+                seen.update(other for other in own.values())
+            if not inputs.requires_grad:
+                self._roots.append(output)
+            kept, rows = inputs.detach(), parameter.numel() // parameter.shape[-1]
+            output.register_hook(partial(self._product_arrived, name, kept, place, rows, samples))
+
+    def _after_lookup(
+        self,
+        module: nn.Module,
+        own: dict[str, str],
+        seen: set[str],
+        output: Tensor,
+        ids: Tensor,
+        weight: Tensor,
+        *options: Any,
+        **named: Any,
+    ) -> None:
+        """Catch an embedding lookup inside a module."""
+        for key, name in own.items():
+            if module._parameters[key] is not weight:
+                continue
+            seen.add(name)
+            self._expect(name, 1)
+            self._roots.append(output)
+            padding_idx = options[0] if options else named.get("padding_idx")
+
+            def arrived(gradient: Tensor, name: str = name) -> None:
+                gradient = self._unscaled(gradient)
+                self._check_rows(gradient, name)
+                flat = flat_rows(gradient, self._batch)
+                self._arrived(name, Lookup(ids.reshape(self._batch, -1), flat, weight.shape[0], padding_idx))
+
+            output.register_hook(arrived)
+
+    def _routed(self, args: tuple[Any, ...], kwargs: dict[str, Any], expert: int) -> Tensor:
+        """Return the sample of every row expert ``expert`` works on, in the order of stock Transformers."""
+        index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+        _, tokens = torch.where((index == expert).T)
+        return tokens // (index.shape[0] // self._batch)
+
+    def _product_arrived(
+        self, name: str, inputs: Tensor, first: int, rows: int, samples: Tensor | None, gradient: Tensor
+    ) -> None:
+        gradient = self._unscaled(gradient)
+        if samples is not None:
+            inputs, gradient = by_sample(inputs, samples, self._batch), by_sample(gradient, samples, self._batch)
+        else:
+            self._check_rows(gradient, name)
+            inputs, gradient = flat_rows(inputs, self._batch), flat_rows(gradient, self._batch)
+        self._arrived(name, Outer(inputs, gradient, first, rows))
+
+    def _bias_arrived(self, name: str, gradient: Tensor) -> None:
+        self._check_rows(gradient, name)
+        self._arrived(name, Whole(summed_over_tokens(self._unscaled(gradient), self._batch)))
+
+    def _after_norm(
+        self, module: nn.Module, own: dict[str, str], seen: set[str], args: tuple[Any, ...], output: Any
+    ) -> None:
+        """Catch a normalisation layer; what then has no rule is an error or left out."""
+        rest = {key: name for key, name in own.items() if name not in seen}
+        if not rest:
+            return
+        path = next(iter(rest.values()))
+        if path not in self._norms:
+            recipe = None
+            if isinstance(output, Tensor) and args and set(rest) <= {"weight", "bias"}:
+                recipe = norm_recipe(module, args[0].detach(), output.detach())
+            if recipe is None:
+                self._refuse(module, rest)
+                return
+            self._norms[path] = recipe
+        kept = normalized(args[0].detach(), self._norms[path])
+        if not args[0].requires_grad:
+            self._roots.append(output)
+        for name in rest.values():
+            self._expect(name, 1)
+
+        def arrived(gradient: Tensor) -> None:
+            gradient = self._unscaled(gradient)
+            self._check_rows(gradient, path)
+            for key, name in rest.items():
+                values = gradient * kept if key == "weight" else gradient
+                self._arrived(name, Whole(summed_over_tokens(values, self._batch)))
+
+        output.register_hook(arrived)
+
+    def _refuse(self, module: nn.Module, rest: dict[str, str]) -> None:
+        if self.unsupported == "error":
+            names = ", ".join(sorted(rest.values()))
+            raise ComponentError(
+                f"there is no per-sample gradient rule for {names} (a parameter of {type(module).__name__}). Supported "
+                "are linear layers, embeddings, normalisation layers, LoRA and DoRA, routers and stacked experts. Set "
+                "unsupported_parameters: ignore to leave such parameters out of the features, or freeze them."
+            )
+        self.left_out.update(rest.values())
+
+    def _check_rows(self, gradient: Tensor, path: str) -> None:
+        """Make sure the rows of a gradient belong to the samples in order."""
+        if self._batch == 1 or (gradient.dim() > 2 and gradient.shape[0] == self._batch):
+            return
+        flattened = gradient.dim() == 2 and gradient.shape[0] % self._batch == 0
+        if not flattened or ".experts." in path:
+            raise RoutedRows(path)
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        return gradient if self._scale == 1.0 else gradient.float() / self._scale
+
+    def _expect(self, name: str, uses: int) -> None:
+        self._uses[name] = self._uses.get(name, 0) + uses
+
+    def _arrived(self, name: str, part: Contribution) -> None:
+        self._parts.setdefault(name, []).append(part)
+        self._uses[name] -= 1
+        if not self._uses[name]:
+            self._hand_on(name)
+
+    def _hand_on(self, name: str) -> None:
+        self._done.add(name)
+        self.emit(name, self._parts.pop(name, []))
+
+
+@contextmanager
+def watched(name: str, after: Callable[..., None]) -> Iterator[None]:
+    """Call ``after(output, *args, **kwargs)`` behind every ``torch.nn.functional.<name>`` for a while."""
+    original = getattr(F, name)
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        after(output, *args, **kwargs)
+        return output
+
+    setattr(F, name, function)
+    try:
+        yield
+    finally:
+        setattr(F, name, original)
+
+
+def _place_in(parameter: Tensor, weight: Tensor) -> int | None:
+    """Return the first row of ``parameter`` that ``weight`` is, or a part of; None if it is none of it."""
+    if weight is parameter:
+        return 0
+    if parameter.dim() != 3 or weight.shape != parameter.shape[1:] or weight.dtype != parameter.dtype:
+        return None
+    offset = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+    if offset < 0 or offset >= parameter.numel() or offset % weight.numel():
+        return None
+    return offset // parameter.shape[-1]
+
+
+def _sums(losses: Tensor, rows: Tensor, batch: int) -> Tensor:
+    """Return per-sample sums of per-position losses, (B,)."""
+    return losses.new_zeros(batch).index_add_(0, rows, losses.detach())

@@ -1,0 +1,254 @@
+"""Per-sample gradients of a layer's parameters, from what went into the layer and the gradient of what came out.
+
+The samples of a batch do not meet in a forward pass, so row b of an output's gradient belongs to sample b alone, and a
+sample's parameter gradient is a small product of that row and the layer's input. A :class:`Contribution` holds these
+two factors and multiplies them out for a block of the parameter's rows at a time, so that the gradients of a whole
+batch never exist at once.
+
+Every parameter is seen as a matrix of rows: a vector has one row, a stack of expert matrices is one matrix of all
+their rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_LOW = (torch.float16, torch.bfloat16)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return ``values`` in float32, or as they are where they are float64."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+class Contribution(ABC):
+    """What one use of a parameter adds to its per-sample gradients.
+
+    Attributes:
+        batch: samples, B.
+        rows: rows of the whole parameter.
+        columns: its columns.
+        first: the first row this use touches.
+        count: how many rows it touches.
+    """
+
+    batch: int
+    rows: int
+    columns: int
+    first: int = 0
+    count: int
+
+    @abstractmethod
+    def block(self, begin: int, end: int) -> Tensor:
+        """Return rows ``begin`` to ``end`` (absolute, inside its own) of the gradients, (B, end - begin, columns)."""
+
+
+class Outer(Contribution):
+    """A matrix product: sum over tokens of (output gradient) x (input).
+
+    Args:
+        inputs: (B, T, in).
+        gradients: (B, T, out).
+        first: first row of the parameter this product touches; with ``rows``, for one expert of several.
+        rows: rows of the whole parameter; none: out.
+    """
+
+    def __init__(self, inputs: Tensor, gradients: Tensor, first: int = 0, rows: int | None = None) -> None:
+        self.inputs, self.gradients = inputs, gradients
+        self.batch, self.columns = inputs.shape[0], inputs.shape[-1]
+        self.first, self.count = first, gradients.shape[-1]
+        self.rows = self.count if rows is None else rows
+
+    @property
+    def small(self) -> bool:
+        """Whether Gram matrices over tokens cost less than the products themselves."""
+        tokens = self.inputs.shape[1]
+        return self.batch * tokens * (self.columns + self.count) < self.columns * self.count
+
+    def gram(self) -> Tensor:
+        """Return the inner products of all pairs of samples, (B, B), without making the gradients.
+
+        <sum_t g_t x_t', sum_s h_s y_s'> = sum_ts (g_t . h_s)(x_t . y_s): the "ghost" inner product (GREATS, Wang et
+        al. 2024).
+        """
+        batch, tokens = self.inputs.shape[:2]
+        inputs, gradients = (at_least_float32(part).flatten(0, 1) for part in (self.inputs, self.gradients))
+        both = (inputs @ inputs.T) * (gradients @ gradients.T)
+        return both.view(batch, tokens, batch, tokens).sum((1, 3))
+
+    def block(self, begin: int, end: int) -> Tensor:
+        """Return rows ``begin`` to ``end`` of the products."""
+        part = self.gradients[..., begin - self.first : end - self.first].transpose(1, 2)
+        return product(part, self.inputs)
+
+
+class Lookup(Contribution):
+    """An embedding: the output gradient of every token, added to its row.
+
+    Args:
+        ids: (B, T), the rows looked up.
+        gradients: (B, T, H).
+        rows: rows of the table.
+        padding_idx: a row that gets no gradient.
+    """
+
+    def __init__(self, ids: Tensor, gradients: Tensor, rows: int, padding_idx: int | None) -> None:
+        if padding_idx is not None:
+            gradients = gradients * (ids != padding_idx).unsqueeze(-1)
+        self.ids, self.gradients = ids, gradients
+        self.batch, self.columns = gradients.shape[0], gradients.shape[-1]
+        self.rows = self.count = rows
+
+    def block(self, begin: int, end: int) -> Tensor:
+        """Return rows ``begin`` to ``end`` of the table's gradients."""
+        values = at_least_float32(self.gradients)
+        out = values.new_zeros(self.batch, end - begin, self.columns)
+        sample, position = torch.nonzero((self.ids >= begin) & (self.ids < end), as_tuple=True)
+        row = sample * (end - begin) + self.ids[sample, position] - begin
+        out.view(-1, self.columns).index_add_(0, row, values[sample, position])
+        return out
+
+
+class Whole(Contribution):
+    """A vector's gradients, already summed over tokens: (B, n)."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.batch, self.columns = values.shape
+        self.rows = self.count = 1
+
+    def block(self, begin: int, end: int) -> Tensor:
+        """Return the gradients as one row, (B, 1, n)."""
+        return at_least_float32(self.values).unsqueeze(1)
+
+
+class Zeros(Contribution):
+    """Nothing, where a rule needs every element of a parameter to be visited."""
+
+    def __init__(self, batch: int, rows: int, columns: int, device: torch.device) -> None:
+        self.batch, self.rows, self.columns, self.device = batch, rows, columns, device
+        self.count = rows
+
+    def block(self, begin: int, end: int) -> Tensor:
+        """Return zeros."""
+        return torch.zeros(self.batch, end - begin, self.columns, device=self.device)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the batched matrix product with single-precision accumulation and result, (B, m, T) x (B, T, n)."""
+    if left.is_cuda and left.dtype in _LOW and left.dtype == right.dtype:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+    return torch.bmm(left.to(wide), right.to(wide))
+
+
+def blocks(parts: list[Contribution], elements: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield a parameter's per-sample gradients in blocks of whole rows: (first element, (B, n)).
+
+    Rows no part touches are skipped.
+
+    Args:
+        parts: every use of the parameter; what they add is summed.
+        elements: numbers in a block, of all samples together; at least one row is yielded at a time.
+    """
+    batch, rows, columns = parts[0].batch, parts[0].rows, parts[0].columns
+    step = max(1, elements // (batch * columns))
+    edges = sorted({edge for part in parts for edge in (part.first, part.first + part.count)})
+    for low, high in zip(edges, edges[1:], strict=False):
+        inside = [part for part in parts if part.first <= low and high <= part.first + part.count]
+        for begin in range(low, high if inside else low, step):
+            end = min(begin + step, high)
+            total = inside[0].block(begin, end)
+            for part in inside[1:]:
+                total = total + part.block(begin, end)
+            yield begin * columns, total.reshape(batch, -1)
+    assert edges[-1] <= rows
+
+
+def by_sample(values: Tensor, samples: Tensor, batch: int) -> Tensor:
+    """Return rows sorted out by the sample they belong to, padded with zeros: (R, d) -> (B, most rows, d).
+
+    Args:
+        values: (R, d).
+        samples: the sample of each row, (R,), in any order.
+        batch: number of samples.
+    """
+    counts = torch.bincount(samples, minlength=batch)
+    order = torch.argsort(samples, stable=True)
+    slots = torch.arange(samples.numel(), device=samples.device) - (counts.cumsum(0) - counts)[samples[order]]
+    out = values.new_zeros(batch, max(1, int(counts.max())), values.shape[-1])
+    out[samples[order], slots] = values[order]
+    return out
+
+
+@dataclass(frozen=True)
+class NormRecipe:
+    """How a normalisation layer scales its input before it multiplies it with its weight."""
+
+    epsilon: float
+    centred: bool
+    """Whether the mean is taken off first (LayerNorm) or not (RMSNorm)."""
+
+
+def normalized(inputs: Tensor, recipe: NormRecipe) -> Tensor:
+    """Return what a normalisation layer multiplies its weight with, same shape as ``inputs``."""
+    values = at_least_float32(inputs)
+    if recipe.centred:
+        values = values - values.mean(-1, keepdim=True)
+    return values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + recipe.epsilon)
+
+
+def norm_recipe(module: nn.Module, inputs: Tensor, output: Tensor) -> NormRecipe | None:
+    """Return the recipe that gives the layer's own output, with its weight or 1 plus it (Gemma); None if none does."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if weight is None or weight.dim() != 1 or weight.shape[0] != inputs.shape[-1]:
+        return None
+    tolerance = 2e-2 if output.dtype in _LOW or inputs.dtype in _LOW else 1e-4
+    shift = 0.0 if bias is None else at_least_float32(bias.detach())
+    for recipe in (NormRecipe(epsilon, centred) for epsilon in _epsilons(module) for centred in (False, True)):
+        scaled = normalized(inputs, recipe)
+        for factor in (weight.detach(), weight.detach() + 1):
+            expected = scaled * at_least_float32(factor) + shift
+            if torch.allclose(expected, at_least_float32(output), rtol=tolerance, atol=tolerance):
+                return recipe
+    return None
+
+
+def _epsilons(module: nn.Module) -> list[float]:
+    """Return the numbers a normalisation layer may add under its root."""
+    found = [value for name in ("variance_epsilon", "eps", "epsilon") if (value := module.__dict__.get(name))]
+    return [float(value) for value in found] or [1e-6, 1e-5]
+
+
+def summed_over_tokens(values: Tensor, batch: int) -> Tensor:
+    """Return (B * T or B, ..., n) summed to (B, n)."""
+    return at_least_float32(values).reshape(batch, -1, values.shape[-1]).sum(1)
+
+
+def flat_rows(values: Tensor, batch: int) -> Tensor:
+    """Return (B, ..., n) or (B * T, n) as (B, T, n)."""
+    return values.reshape(batch, -1, values.shape[-1])
+
+
+def dora_sum(output: Tensor, base_result: Tensor, magnitude: Tensor) -> Tensor:
+    """Return what PEFT's DoRA layer multiplies each magnitude's gradient with, same shape as ``output``.
+
+    With s = magnitude / norm (the norm is a constant to autograd) the layer returns (s - 1) base + s lora, whose
+    derivative in the magnitude is (base + lora) / norm = (output + base) / magnitude.
+    """
+    return (at_least_float32(output) + at_least_float32(base_result)) / at_least_float32(magnitude)
+
+
+def is_dora(module: nn.Module) -> bool:
+    """Return whether the module holds PEFT's DoRA magnitudes of a linear layer."""
+    return type(module).__name__ == "DoraLinearLayer"
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Return whether the module holds stacked expert matrices, routed by (hidden, index, weights)."""
+    return any(parameter is not None and parameter.dim() == 3 for parameter in module._parameters.values())

@@ -1,0 +1,429 @@
+"""The probe: what a decision may measure on the model in training, on all processes together, without a trace.
+
+Batches are sorted by length and cut under a token budget, the same ones on any number of processes; each process runs
+its share, and all run the same number of forwards (a repeated batch is thrown away), because under ZeRO-3 and FSDP a
+forward is collective. The raw module is run in evaluation mode under the training precision; modes and random streams
+are put back.
+
+What is particular to a model is found out once, on two short samples: whether the head may be applied chunk by chunk
+(a model that changes its logits after the head is probed through its own logits), and whether the samples of a batch
+keep apart in its layers (routed rows do not; such a model's gradients are taken one sample at a time).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dataflex import distributed
+from dataflex.components import GenerationSettings, GradientSettings
+from dataflex.data.pool import Pool
+from dataflex.data.sampling import IndexArray
+from dataflex.errors import ComponentError
+from dataflex.probe.batches import length_batches, share_of
+from dataflex.probe.cost import Cost
+from dataflex.probe.features import GramSink, NormSink, Sink, SketchSink, make_preconditioner, make_sketch
+from dataflex.probe.generation import generate_responses
+from dataflex.probe.gradients import GradientPass, RoutedRows, canonical, parameter_names
+from dataflex.probe.losses import Statistic, chunked_forward, cross_entropy, error_norm, full_forward, replaced_forward
+from dataflex.probe.mode import probe_mode
+from dataflex.probe.moments import Moments
+from dataflex.selection import ScoreArray
+from dataflex.token_loss import IGNORE_INDEX, shifted
+
+logger = logging.getLogger(__name__)
+
+_COMPARED_SAMPLES = 2
+"""Samples whose losses and gradients are compared with the model's own, once."""
+_LOOKED_AT = 64
+"""Samples among which those are looked for."""
+_AGREEMENT = 2e-3
+_AGREEMENT_LOW_PRECISION = 2e-2
+_GRADIENT_AGREEMENT = 1e-2
+_GRADIENT_AGREEMENT_LOW_PRECISION = 0.2
+
+Consume = Callable[[IndexArray, Tensor], None]
+"""Takes the positions of a batch in the caller's list and what was measured, (B, ...)."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What generation needs of the tokenizer."""
+
+    pad: int
+    eos: tuple[int, ...]
+    decode: Callable[[list[int]], str]
+
+
+@dataclass
+class ModelProbe:
+    """Measurements on the model in training.
+
+    Attributes:
+        pool: the samples.
+        model: returns the module to run (the raw one; the wrapper's own forward belongs to training).
+        collate: the training collator, on rows of the pool.
+        autocast: the training precision.
+        device: where the model lives.
+        batch_tokens: tokens, padding counted, of one forward.
+        gradient_batch_tokens: the same, of one forward and backward; none: ``batch_tokens``.
+        moments: returns the optimizer's moments by parameter name.
+        tokens: the tokenizer's part in generation.
+        sharded: whether a forward is collective (ZeRO-3, FSDP).
+        after_backward: called after every backward; under ZeRO-3 it releases what DeepSpeed still holds.
+        progress: whether to show a progress bar.
+    """
+
+    pool: Pool
+    model: Callable[[], torch.nn.Module]
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    autocast: Callable[[], AbstractContextManager[Any]]
+    device: torch.device
+    batch_tokens: int
+    gradient_batch_tokens: int | None = None
+    moments: Callable[[], dict[str, Moments]] | None = None
+    tokens: Tokens | None = None
+    sharded: bool = False
+    after_backward: Callable[[], None] = lambda: None
+    progress: bool = False
+    cost: Cost = field(default_factory=Cost)
+    _chunked_head: bool | None = None
+    _samples_apart: bool | None = None
+    _most_tokens: int | None = None
+    """A lower token budget, once a device ran out of memory."""
+
+    def losses(self, indices: IndexArray, pool: Pool | None = None) -> ScoreArray:
+        """Return the token-mean loss of each sample, shape (n,), float32; NaN where no token is trained on."""
+        return self._token_means(indices, pool or self.pool, cross_entropy)
+
+    def error_norms(self, indices: IndexArray) -> ScoreArray:
+        """Return each sample's token mean of ||softmax - one-hot||_2, shape (n,), float32; NaN as for losses."""
+        return self._token_means(indices, self.pool, error_norm)
+
+    def _token_means(self, indices: IndexArray, pool: Pool, statistic: Statistic) -> ScoreArray:
+        model, values = self.model(), torch.zeros(indices.size, dtype=torch.float32, device=self.device)
+
+        def run(rows: IndexArray) -> Tensor:
+            inputs, targets = self._collated(pool, rows)
+            forward = chunked_forward if self._chunked_head else full_forward
+            return forward(model, inputs, targets, statistic)
+
+        with probe_mode(model), self.autocast():
+            self._look_at_head(model, pool, indices)
+            self._each(pool, indices, self.batch_tokens, run, partial(_store, values))
+        return distributed.all_reduce_sum(values).cpu().numpy()
+
+    def embeddings(self, indices: IndexArray) -> ScoreArray:
+        """Return mean-pooled hidden states of the last layer scaled to length 1, shape (n, hidden), float32."""
+        model = self.model()
+        width = model.get_input_embeddings().embedding_dim
+        values = torch.zeros(indices.size, width, dtype=torch.float32, device=self.device)
+        with probe_mode(model), self.autocast():
+            self._each(self.pool, indices, self.batch_tokens, partial(self._pooled, model), partial(_store, values))
+        return distributed.all_reduce_sum(values).cpu().numpy()
+
+    def _pooled(self, model: torch.nn.Module, rows: IndexArray) -> Tensor:
+        inputs, targets = self._collated(self.pool, rows)
+        mask = inputs.get("attention_mask")
+        if mask is None or mask.dim() != 2:
+            mask = torch.ones_like(targets)
+        found: list[Tensor] = []
+
+        def keep(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+            found.append(hidden.float())
+            return hidden[..., :1]
+
+        with replaced_forward(model.get_output_embeddings(), keep):
+            model(**inputs, use_cache=False)
+        mask = (mask != 0).unsqueeze(-1)
+        return torch.nn.functional.normalize((found[0] * mask).sum(1) / mask.sum(1), dim=-1)
+
+    def gradients(self, indices: IndexArray, settings: GradientSettings, pool: Pool | None = None) -> ScoreArray:
+        """Return the features of a few samples, shape (n, k), float32; zero where no token is trained on."""
+        size = sum(self.parameter_sizes().values()) if settings.sketch == "identity" else settings.dim
+        values = torch.zeros(indices.size, size, dtype=torch.float32, device=self.device)
+
+        def consume(batch: IndexArray, features: Tensor, losses: Tensor) -> None:
+            _store(values, batch, features.masked_fill(torch.isnan(losses).unsqueeze(1), 0.0))
+
+        self.stream(indices, settings, consume, pool)
+        return distributed.all_reduce_sum(values).cpu().numpy()
+
+    def similarities(self, indices: IndexArray, settings: GradientSettings, targets: ScoreArray) -> ScoreArray:
+        """Return the inner products of each sample's feature with ``targets`` (S, k), shape (n, S), float32."""
+        matrix = torch.from_numpy(np.ascontiguousarray(targets.T)).to(self.device)
+        values = torch.zeros(indices.size, matrix.shape[1], dtype=torch.float32, device=self.device)
+
+        def consume(batch: IndexArray, features: Tensor, losses: Tensor) -> None:
+            scores = features.float() @ matrix
+            scores[torch.isnan(losses)] = torch.nan
+            _store(values, batch, scores)
+
+        self.stream(indices, settings, consume)
+        return distributed.all_reduce_sum(values).cpu().numpy()
+
+    def gradient_norms(self, indices: IndexArray, settings: GradientSettings) -> ScoreArray:
+        """Return the exact length of each sample's direction, before any sketch, shape (n,), float32."""
+        values = torch.zeros(indices.size, dtype=torch.float32, device=self.device)
+
+        def consume(batch: IndexArray, squares: Tensor, losses: Tensor) -> None:
+            _store(values, batch, torch.where(torch.isnan(losses), torch.nan, squares.sqrt()).float())
+
+        preconditioner = make_preconditioner(settings, self._moments(settings))
+        self._measure(self.pool, indices, settings, NormSink(preconditioner, self.device), consume)
+        return distributed.all_reduce_sum(values).cpu().numpy()
+
+    def products(
+        self, groups: list[IndexArray], settings: GradientSettings, targets: IndexArray, target_pool: Pool
+    ) -> list[ScoreArray]:
+        """Return the exact inner products of each group with itself and with validation samples."""
+        model, results = self.model(), [np.zeros((group.size, group.size + targets.size)) for group in groups]
+        sink = GramSink(make_preconditioner(settings, self._moments(settings)), self.device)
+        mine, useful = share_of(
+            [np.array([number]) for number in range(len(groups))], distributed.rank(), distributed.world_size()
+        )
+        with probe_mode(model), self.autocast():
+            self._look_at_head(model, self.pool, np.concatenate(groups))
+            probe = self._pass(model, settings, sink)
+            for turn, (number,) in enumerate(mine):
+                group = groups[number]
+                rows = self.pool.rows(group) + target_pool.rows(targets)
+                inputs, labels = self._inputs(rows)
+                sink.begin(len(rows), torch.float32)
+                try:
+                    probe.run(inputs, labels)
+                except RoutedRows as error:
+                    raise ComponentError(
+                        f"inner products of whole batches cannot be taken: {error} mixes the rows of its samples."
+                    ) from error
+                self.after_backward()
+                if turn < useful:
+                    results[number] = sink.result[: group.size].double().cpu().numpy()
+        sizes = [result.shape for result in results]
+        flat = torch.from_numpy(np.concatenate([result.ravel() for result in results])).float().to(self.device)
+        whole = distributed.all_reduce_sum(flat).cpu().numpy()
+        self._count(self.pool, np.concatenate(groups))
+        ends = np.cumsum([rows * columns for rows, columns in sizes])
+        return [part.reshape(size) for part, size in zip(np.split(whole, ends[:-1]), sizes, strict=True)]
+
+    def generate(self, prompts: list[list[int]], settings: GenerationSettings, seed: int) -> list[list[list[int]]]:
+        """Return ``settings.samples`` responses (token ids, prompt left out) of the model to each prompt."""
+        assert self.tokens is not None
+        model = self.model()
+        with self.autocast():
+            return generate_responses(
+                model,
+                self.tokens.pad,
+                list(self.tokens.eos),
+                prompts,
+                settings,
+                seed,
+                self.batch_tokens,
+                self.device,
+                self.sharded,
+                distributed.rank(),
+                distributed.world_size(),
+            )
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of token ids, special tokens left out."""
+        assert self.tokens is not None
+        return self.tokens.decode(tokens)
+
+    def stream(
+        self,
+        indices: IndexArray,
+        settings: GradientSettings,
+        consume: Callable[[IndexArray, Tensor, Tensor], None],
+        pool: Pool | None = None,
+    ) -> None:
+        """Hand this process's share of the features on, batch by batch: (positions, features (B, k), losses (B,))."""
+        sizes = self.parameter_sizes()
+        sink = SketchSink(
+            make_preconditioner(settings, self._moments(settings)),
+            make_sketch(settings, sizes, self.device),
+            self.device,
+        )
+
+        def scaled(batch: IndexArray, features: Tensor, losses: Tensor) -> None:
+            if settings.normalize:
+                features = torch.nn.functional.normalize(features, dim=1)
+            consume(batch, features, losses)
+
+        self._measure(pool or self.pool, indices, settings, sink, scaled)
+
+    def parameter_sizes(self) -> dict[str, int]:
+        """Return the number of elements of every trainable parameter, by name, sharded or not."""
+        model = self.model()
+        names = parameter_names(model)
+        return {
+            names[id(value)]: int(getattr(value, "ds_numel", value.numel()))
+            for value in model.parameters()
+            if id(value) in names
+        }
+
+    def _moments(self, settings: GradientSettings) -> dict[str, Moments] | None:
+        if settings.preconditioner == "none":
+            return None
+        assert self.moments is not None
+        return {canonical(name): value for name, value in self.moments().items()}
+
+    def _pass(self, model: torch.nn.Module, settings: GradientSettings, sink: Sink) -> GradientPass:
+        return GradientPass(model, sink.take, settings.reduction, bool(self._chunked_head), settings.unsupported)
+
+    def _measure(
+        self,
+        pool: Pool,
+        indices: IndexArray,
+        settings: GradientSettings,
+        sink: Sink,
+        consume: Callable[[IndexArray, Tensor, Tensor], None],
+    ) -> None:
+        """Run this process's share of the gradient batches through a sink."""
+        model = self.model()
+        losses: dict[int, Tensor] = {}
+
+        def run(rows: IndexArray) -> Tensor:
+            parts = [self._gradient_batch(probe, sink, pool, part) for part in self._fitting(pool, rows)]
+            losses[0] = torch.cat([part[1] for part in parts])
+            return torch.cat([part[0] for part in parts])
+
+        with probe_mode(model), self.autocast():
+            self._look_at_head(model, pool, indices)
+            probe = self._pass(model, settings, sink)
+            self._look_at_samples(probe, sink, pool, indices)
+            tokens = 1 if self._samples_apart is False else self.gradient_batch_tokens or self.batch_tokens
+            self._each(pool, indices, tokens, run, lambda batch, values: consume(batch, values, losses[0]))
+        if probe.left_out:
+            logger.warning("Left out of the gradient features: %s.", ", ".join(sorted(probe.left_out)))
+
+    def _gradient_batch(self, probe: GradientPass, sink: Sink, pool: Pool, rows: IndexArray) -> tuple[Tensor, Tensor]:
+        """Return what a sink made of some samples, and their losses; halves the batch while memory runs out."""
+        inputs, targets = self._collated(pool, rows)
+        try:
+            sink.begin(rows.size, _wide_dtype(probe.model))
+            losses = probe.run(inputs, targets)
+        except torch.OutOfMemoryError as error:
+            if rows.size == 1 or self.sharded:
+                raise ComponentError(
+                    f"the device has not the memory for the gradients of {rows.size} samples of "
+                    f"{targets.shape[1]} tokens. Set dataflex.probe_batch_tokens to less than {targets.numel()}"
+                    + (", or shorten cutoff_len." if rows.size == 1 else ".")
+                ) from error
+        else:
+            self.after_backward()
+            return sink.result, losses
+        del inputs
+        torch.cuda.empty_cache()
+        self._most_tokens = targets.numel() // 2
+        logger.warning("Out of memory: gradient batches are cut to %d tokens from now on.", self._most_tokens)
+        halves = [self._gradient_batch(probe, sink, pool, half) for half in np.array_split(rows, 2)]
+        return torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])
+
+    def _fitting(self, pool: Pool, rows: IndexArray) -> list[IndexArray]:
+        """Return a batch, or the parts of it that fit once memory ran out."""
+        if self._most_tokens is None:
+            return [rows]
+        count = max(1, self._most_tokens // max(1, int(pool.lengths[rows].max())))
+        return [rows[begin : begin + count] for begin in range(0, rows.size, count)]
+
+    def _each(
+        self, pool: Pool, indices: IndexArray, tokens: int, run: Callable[[IndexArray], Tensor], consume: Consume
+    ) -> None:
+        """Run this process's batches of samples, and hand on the results that count."""
+        batches = length_batches(pool.lengths[indices], tokens)
+        mine, useful = share_of(batches, distributed.rank(), distributed.world_size())
+        bar = tqdm(mine, desc="Scoring", unit="batch", disable=not self.progress, leave=False)
+        for number, batch in enumerate(bar):
+            values = run(indices[batch])
+            if number < useful:
+                consume(batch, values)
+        self._count(pool, indices)
+
+    def _count(self, pool: Pool, indices: IndexArray) -> None:
+        self.cost.samples += indices.size
+        self.cost.tokens += int(pool.lengths[indices].sum())
+
+    def _collated(self, pool: Pool, indices: IndexArray) -> tuple[dict[str, Any], Tensor]:
+        """Return a batch's model inputs on the device, and its shifted labels (B, T)."""
+        return self._inputs(pool.rows(indices))
+
+    def _inputs(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Tensor]:
+        inputs = {key: _to(value, self.device) for key, value in self.collate(rows).items()}
+        return inputs, shifted(inputs.pop("labels"))
+
+    def _labelled(self, pool: Pool, indices: IndexArray) -> IndexArray:
+        """Return a few short samples with a token to train on, or just short ones where there are none near."""
+        shortest = indices[np.argsort(pool.lengths[indices], kind="stable")[:_LOOKED_AT]]
+        trained = [any(label != IGNORE_INDEX for label in _labels(row)[1:]) for row in pool.rows(shortest)]
+        return shortest[np.argsort(~np.array(trained), kind="stable")[:_COMPARED_SAMPLES]]
+
+    def _low_precision(self, model: torch.nn.Module) -> bool:
+        full = next(model.parameters()).dtype in (torch.float32, torch.float64)
+        return torch.is_autocast_enabled(self.device.type) or not full
+
+    def _look_at_head(self, model: torch.nn.Module, pool: Pool, indices: IndexArray) -> None:
+        """Find out whether the chunked head gives the model's own losses; stays open where no sample has a loss."""
+        if self._chunked_head is False or not indices.size:
+            return
+        inputs, targets = self._collated(pool, self._labelled(pool, indices))
+        chunked = chunked_forward(model, inputs, targets)
+        plain = full_forward(model, inputs, targets)
+        tolerance = _AGREEMENT_LOW_PRECISION if self._low_precision(model) else _AGREEMENT
+        scored = ~torch.isnan(plain)
+        agrees = torch.allclose(chunked[scored], plain[scored], rtol=tolerance, atol=tolerance)
+        agrees = distributed.everywhere(agrees, self.device)
+        if distributed.everywhere(not scored.any(), self.device):
+            return
+        if not agrees:
+            logger.info("The model changes its logits after the head: losses are taken from its full logits.")
+        self._chunked_head = agrees
+
+    def _look_at_samples(self, probe: GradientPass, sink: Sink, pool: Pool, indices: IndexArray) -> None:
+        """Find out whether two samples have the same gradients together as each alone."""
+        if self._samples_apart is not None or not indices.size:
+            return
+        rows = self._labelled(pool, indices)
+        alone = []
+        for row in rows:
+            alone.append(self._gradient_batch(probe, sink, pool, row[None])[0])
+        apart = True
+        try:
+            both = self._gradient_batch(probe, sink, pool, rows)[0]
+        except RoutedRows as error:
+            logger.info("%s mixes the rows of its samples: gradients are taken one sample at a time.", error)
+            apart = False
+        else:
+            single = torch.cat(alone)
+            low = _GRADIENT_AGREEMENT_LOW_PRECISION if self._low_precision(probe.model) else _GRADIENT_AGREEMENT
+            apart = bool((both - single).norm() <= low * single.norm() + 1e-12)
+            if not apart:
+                logger.info("Samples change each other's gradients in a batch: they are taken one at a time.")
+        self.after_backward()
+        self._samples_apart = distributed.everywhere(apart, self.device)
+
+
+def _store(values: Tensor, batch: IndexArray, measured: Tensor) -> None:
+    values[torch.from_numpy(batch).to(values.device)] = measured.to(values.dtype)
+
+
+def _wide_dtype(model: torch.nn.Module) -> torch.dtype:
+    return torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+
+
+def _labels(row: dict[str, Any]) -> list[int]:
+    """Return the labels of a sample; a collator of plain text makes them from its tokens."""
+    return row["labels"] if "labels" in row else row["input_ids"]
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
