@@ -6,6 +6,9 @@ own. For the time of the run three names are replaced, and put back afterwards:
     llamafactory.train.{sft,pt}.workflow.CustomSeq2SeqTrainer / CustomTrainer   our mixin over the same class
     llamafactory.train.{sft,pt}.workflow.get_dataset                            the same, once per data set
     llamafactory.train.tuner.get_train_args                                     its errors told as configuration errors
+
+While validation samples are divided by a column, ``llamafactory.data.loader.align_dataset`` is wrapped, which is where
+the raw columns are still there.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from dataflex.config import RunConfig
 from dataflex.data.pool import Pool
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, unknown
+from dataflex.influence import ValidationParams
 from dataflex.record.writer import RunWriter
 from dataflex.trainer.mixin import DynamicTrainerMixin
 from dataflex.trainer.run import DynamicRun
@@ -125,6 +129,9 @@ def load_pool(
     parts = module.pop("parts")
     dynamic.pool = Pool.concatenate(parts)
     dynamic.set_steps(copy.copy(training_args))  # problems of the rounds show before a model is loaded
+    request = dynamic.validation
+    if request is not None:
+        dynamic.targets = _load_targets(load, data_args, request, module.get("eval_dataset"))
     return {**module, "train_dataset": dynamic.pool.dataset}
 
 
@@ -164,11 +171,65 @@ def _load_each(load: GetDataset, data_args: Any, names: tuple[str, ...]) -> dict
     return result
 
 
-def _load_named(load: GetDataset, data_args: Any, name: str) -> dict[str, Any]:
+def _load_targets(load: GetDataset, data_args: Any, request: ValidationParams, held_out: Any) -> Pool:
+    """Return the validation samples, one domain for each sub-task, preprocessed as training samples are.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    key = "dataflex.select.validation"
+    names = request.validation or data_args.eval_dataset
+    if not names:
+        if held_out is None:
+            raise ConfigError(f"{key}: needed are validation samples; name data sets here, or set eval_dataset.")
+        if request.subtask_column is not None:
+            raise ConfigError("dataflex.select.subtask_column: samples split off by val_size have no columns any more.")
+        return Pool.concatenate({"validation": held_out}, key)
+    parts: dict[str, Any] = {}
+    for name in dict.fromkeys(names):
+        only = copy.copy(data_args)
+        only.dataset, only.eval_dataset, only.interleave_probs = [name], None, None
+        only.val_size, only.packing, only.neat_packing, only.tokenized_path = 0.0, False, False, None
+        if request.subtask_column is None:
+            parts[name] = _load_named(load, only, name, key)["train_dataset"]
+            continue
+        for value, part in _by_column(load, only, name, request.subtask_column, key).items():
+            parts[value if len(names) == 1 else f"{name}/{value}"] = part
+    return Pool.concatenate(parts, key)
+
+
+def _by_column(load: GetDataset, data_args: Any, name: str, column: str, key: str) -> dict[str, Any]:
+    """Return a data set's preprocessed parts, one for each value of a column of the raw data."""
+    from llamafactory.data import loader
+
+    original, values = loader.align_dataset, []
+
+    def note_values(dataset: Any, *args: Any) -> Any:
+        if column not in dataset.column_names:
+            raise ConfigError(
+                f"dataflex.select.subtask_column: {unknown('column', column, dataset.column_names)} (of {name!r})"
+            )
+        values.extend(sorted(map(str, dataset.unique(column))))
+        return original(dataset, *args)
+
+    def only_value(value: str, dataset: Any, *args: Any) -> Any:
+        rows = [row for row, found in enumerate(dataset[column]) if str(found) == value]
+        return original(dataset.select(rows), *args)
+
+    with replaced(loader, "align_dataset", note_values):
+        _load_named(load, data_args, name, key)
+    parts = {}
+    for value in values:
+        with replaced(loader, "align_dataset", partial(only_value, value)):
+            parts[value] = _load_named(load, data_args, name, key)["train_dataset"]
+    return parts
+
+
+def _load_named(load: GetDataset, data_args: Any, name: str, key: str = "dataset") -> dict[str, Any]:
     from datasets.exceptions import DatasetsError
 
     try:
         return load(data_args=data_args)
     except (ValueError, RuntimeError, OSError, StopIteration, DatasetsError) as error:
         detail = str(error) or "it is empty"
-        raise ConfigError(f"dataset: {name!r} cannot be used: {detail}") from error
+        raise ConfigError(f"{key}: {name!r} cannot be used: {detail}") from error

@@ -54,6 +54,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
     found = [*_unknown_keys(config), *_values(config), *_assets(config), *_folders(config), *_datasets(config)]
     if config.dataflex is not None:
         found += [*_stage(config), *_data_path(config), *_domains(config), *_order(config), *_loss(config)]
+        found += [*_components(config), *_validation(config)]
     return found
 
 
@@ -222,8 +223,12 @@ def _datasets(config: RunConfig) -> Iterator[Problem]:
     except ValueError as error:
         yield Problem("dataset_dir", f"{path} is not valid JSON: {error}")
         return
-    for key in ("dataset", "eval_dataset"):
-        for name in dataset_names(config, key):
+    named = {key: dataset_names(config, key) for key in ("dataset", "eval_dataset")}
+    selector = config.build_components().select
+    if selector is not None and selector.needs_validation:
+        named[f"{SECTION}.select.validation"] = tuple(selector.params.validation or ())
+    for key, names in named.items():
+        for name in names:
             yield from _dataset(key, name, info, Path(folder))
 
 
@@ -294,6 +299,24 @@ def _order(config: RunConfig) -> Iterator[Problem]:
         return
     if components.select is None or not components.select.scores_samples:
         yield Problem(f"{SECTION}.order.by", "selection needs a selector that scores, e.g. select: {method: loss}.")
+
+
+def _components(config: RunConfig) -> Iterator[Problem]:
+    for key, component in config.build_components().items():
+        for parameter, message in component.problems(config):
+            yield Problem(f"{SECTION}.{key}.{parameter}", message)
+
+
+def _validation(config: RunConfig) -> Iterator[Problem]:
+    selector = config.build_components().select
+    if selector is None or not selector.needs_validation or selector.params.validation is not None:
+        return
+    if not dataset_names(config, "eval_dataset") and not _number(config, "val_size", 0.0):
+        yield Problem(
+            f"{SECTION}.select.validation",
+            f"{selector.name!r} compares training samples with validation samples: name data sets here, or set "
+            "eval_dataset (or val_size).",
+        )
 
 
 def _loss(config: RunConfig) -> Iterator[Problem]:

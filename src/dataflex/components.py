@@ -7,7 +7,8 @@ steps, the same on any number of processes, exact resume, and a record of every 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from dataflex.selection import ScoreArray, sample_softmax, top_k
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dataflex.config import RunConfig
     from dataflex.data.pool import Pool
 
 State = dict[str, Any]
@@ -161,6 +163,8 @@ class RoundContext:
     """Optimizer steps of the whole run."""
     targets: Pool | None = None
     """The validation samples, one domain for each sub-task, where the component asked for them."""
+    memo: dict[str, Any] = field(default_factory=dict)
+    """What a component keeps for the other groups of the same round."""
 
 
 @dataclass
@@ -214,9 +218,15 @@ class Component:
     family: ClassVar[str]
     name: ClassVar[str]
     Params: ClassVar[type[ComponentParams]] = ComponentParams
+    needs_validation: ClassVar[bool] = False
+    """Whether ``ctx.targets`` is wanted; then its parameters have ``validation`` and ``subtask_column``."""
 
     def __init__(self, params: ComponentParams) -> None:
         self.params: Any = params
+
+    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+        """Yield a parameter and what is wrong with it in this run. Called before anything is loaded."""
+        yield from ()
 
     def on_step(self, statistics: StepStatistics) -> None:
         """Hear what the optimizer step just made showed; called after every step on every rank."""
@@ -252,6 +262,8 @@ class Selector(Component):
     """Whether a round longer than the pool makes sense (whole passes, then a choice for the rest)."""
     scores_samples: ClassVar[bool] = True
     """Whether its selections carry scores."""
+    leaves_out_unscored: ClassVar[bool] = False
+    """Whether :meth:`score` may return NaN for samples without a trained token; they are never chosen."""
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return one number per candidate, shape (n,); higher is chosen first."""
@@ -259,13 +271,20 @@ class Selector(Component):
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return ``count`` distinct candidates, ``count`` at most their number."""
-        scores = check_scores(self, self.score(ctx, candidates), candidates)
+        scores = check_scores(self, self.score(ctx, candidates), candidates, self.leaves_out_unscored)
+        scored = np.flatnonzero(~np.isnan(scores))
+        if scored.size < count:
+            raise ComponentError(
+                f"{count} samples are wanted but only {scored.size} of {candidates.size} have a score (the others have "
+                "no token to train on). Shorten update_steps or check the data."
+            )
+        values = scores[scored]
         if self.params.rule == "top_k":
-            chosen = top_k(scores, count)
+            chosen = top_k(values, count)
         else:
-            spread = float(scores.std()) or 1.0
-            chosen = sample_softmax(scores.astype(np.float64) / (spread * self.params.temperature), count, ctx.rng)
-        return Selection(candidates[chosen], scores[chosen])
+            spread = float(values.std()) or 1.0
+            chosen = sample_softmax(values.astype(np.float64) / (spread * self.params.temperature), count, ctx.rng)
+        return Selection(candidates[scored[chosen]], values[chosen], candidates.size - scored.size)
 
     def select(self, ctx: RoundContext, group: Group) -> Selection:
         """Return ``group.budget`` samples: whole passes while the budget exceeds the group, then a choice."""
@@ -293,8 +312,10 @@ class Selector(Component):
             raise ComponentError(f"{self.family} {self.name!r} chose a sample of {group.name!r} more than once.")
 
 
-def check_scores(component: Component, scores: ScoreArray, candidates: IndexArray) -> ScoreArray:
-    """Return ``scores`` as float32 after checking one finite number per candidate.
+def check_scores(
+    component: Component, scores: ScoreArray, candidates: IndexArray, nan_allowed: bool = False
+) -> ScoreArray:
+    """Return ``scores`` as float32 after checking one finite number (or NaN, where allowed) per candidate.
 
     Raises:
         ComponentError: naming the component and the first offending samples.
@@ -306,7 +327,7 @@ def check_scores(component: Component, scores: ScoreArray, candidates: IndexArra
             f"{label} returned scores of shape {values.shape} for {candidates.size} candidates; "
             "one number per candidate is needed."
         )
-    bad = np.flatnonzero(~np.isfinite(values))
+    bad = np.flatnonzero(np.isinf(values) if nan_allowed else ~np.isfinite(values))
     if bad.size:
         raise ComponentError(
             f"{label} returned {bad.size} scores that are NaN or infinite (pool indices "

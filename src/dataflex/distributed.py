@@ -88,3 +88,12 @@ def require_equal(value: str, what: str) -> None:
             f"{what} differs between processes ({', '.join(map(str, values))}). A component must decide from what its "
             "context gives it (ctx.rng, ctx.probe, ctx.pool), never from global random state or a local file."
         )
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the picklable value of every process, in order of rank, on every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return cast(list[T], values)

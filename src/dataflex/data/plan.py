@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,7 @@ class Planner:
         seed: the run's seed.
         global_batch_size: samples of one optimizer step.
         arrangement: what orders a plan without an ``order`` component.
+        targets: the validation samples, where a component asked for them.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Planner:
         seed: int,
         global_batch_size: int,
         arrangement: Arrangement = "shuffle",
+        targets: Pool | None = None,
     ) -> None:
-        self.pool, self.components, self.schedule = pool, components, schedule
+        self.pool, self.components, self.schedule, self.targets = pool, components, schedule, targets
+        self._memo: dict[str, dict[str, Any]] = {}
         self.seed, self.global_batch_size, self.arrangement = seed, global_batch_size, arrangement
         shuffle = arrangement != "sequential"
         self._pool_sampler = PassSampler(pool.size, seed=seed, name="pool", shuffle=shuffle)
@@ -82,6 +85,7 @@ class Planner:
         Raises:
             ComponentError: if a component returns something no plan can be made of.
         """
+        self._memo = {}
         groups, decided = self._groups(slot, probe)
         selection = _join([self._select(slot, probe, group) for group in groups])
         arranged = self._arrange(slot, probe, selection)
@@ -122,6 +126,8 @@ class Planner:
             steps=slot.steps,
             size=slot.steps * self.global_batch_size,
             total_steps=self.schedule.total_steps,
+            targets=self.targets,
+            memo=self._memo.setdefault(component.family, {}),
         )
 
     def _groups(self, slot: RoundSlot, probe: Probe) -> tuple[list[Group], NDArray[np.float64] | None]:

@@ -37,8 +37,8 @@ class Pool:
         """First index of each domain, and ``N`` last, shape (K + 1,)."""
 
     @classmethod
-    def concatenate(cls, parts: dict[str, Dataset]) -> Pool:
-        """Return the pool of one preprocessed data set per domain.
+    def concatenate(cls, parts: dict[str, Dataset], key: str = "dataset") -> Pool:
+        """Return the pool of one preprocessed data set per domain; ``key`` is the setting named in errors.
 
         Raises:
             ConfigError: if a domain has no sample.
@@ -47,7 +47,7 @@ class Pool:
 
         empty = [name for name, part in parts.items() if len(part) == 0]
         if empty:
-            raise ConfigError(f"dataset: {', '.join(map(repr, empty))} has no sample left after preprocessing.")
+            raise ConfigError(f"{key}: {', '.join(map(repr, empty))} has no sample left after preprocessing.")
         sizes = np.array([len(part) for part in parts.values()], dtype=np.int64)
         merged = next(iter(parts.values())) if len(parts) == 1 else concatenate_datasets(list(parts.values()))
         return cls(merged, tuple(parts), sizes)

@@ -48,7 +48,7 @@ _FLOAT16_SCALE = 2.0**14
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 
 
-class RoutedRows(Exception):  # noqa: N818 - asks for another batch, is no error
+class RoutedRows(Exception):
     """A layer saw rows that cannot be told apart by sample; run the samples one at a time."""
 
 
@@ -211,7 +211,7 @@ class GradientPass:
                 undo()
 
     def _own(self, module: nn.Module) -> dict[str, str]:
-        """Return the trainable parameters a module owns itself: key to name. Under FSDP2 not to be asked in a forward."""
+        """Return the trainable parameters a module owns itself, key to name; under FSDP2 not to be asked in a forward."""
         return {key: self.names[id(value)] for key, value in module._parameters.items() if id(value) in self.names}
 
     def _root(self, module: nn.Module, args: Any, output: Tensor) -> None:
@@ -235,7 +235,7 @@ class GradientPass:
             base = kwargs["base_result"]
             bias = kwargs["base_layer"].bias
             base = base.detach() if bias is None else base.detach() - bias.detach()
-            inputs = dora_sum(output.detach(), base, module._parameters["weight"].detach())  # type: ignore[union-attr]
+            inputs = dora_sum(output.detach(), base, module._parameters["weight"].detach())
 
         def arrived(gradient: Tensor) -> None:
             gradient = self._unscaled(gradient)
@@ -342,7 +342,7 @@ class GradientPass:
             self._roots.append(output)
             padding_idx = options[0] if options else named.get("padding_idx")
 
-            def arrived(gradient: Tensor, name: str = name) -> None:
+            def arrived(gradient: Tensor, name: str = name, padding_idx: int | None = padding_idx) -> None:
                 gradient = self._unscaled(gradient)
                 self._check_rows(gradient, name)
                 flat = flat_rows(gradient, self._batch)

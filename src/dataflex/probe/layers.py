@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +160,7 @@ def blocks(parts: list[Contribution], elements: int) -> Iterator[tuple[int, Tens
     batch, rows, columns = parts[0].batch, parts[0].rows, parts[0].columns
     step = max(1, elements // (batch * columns))
     edges = sorted({edge for part in parts for edge in (part.first, part.first + part.count)})
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         inside = [part for part in parts if part.first <= low and high <= part.first + part.count]
         for begin in range(low, high if inside else low, step):
             end = min(begin + step, high)

@@ -7,8 +7,8 @@ product over seeds is
     (|x|^2 |y|^2 + <x, y>^2 - 2 sum_i x_i^2 y_i^2) / k,
 
 that of a dense Rademacher projection, or less (two numbers of one block never meet).
-``rademacher`` is that dense projection, entries of sign / sqrt(k), made block by block: P x k operations, for comparison
-with published numbers. ``kronecker`` projects a layer's input and output gradient before they are multiplied
+``rademacher`` is that dense projection, entries of sign / sqrt(k), made block by block: P x k operations, for
+comparison with published numbers. ``kronecker`` projects a layer's input and output gradient before they are multiplied
 (LoGra, Choe et al. 2024), which is linear in the gradient, so it serves only without a preconditioner. ``identity``
 keeps everything.
 

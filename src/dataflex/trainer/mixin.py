@@ -18,8 +18,9 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, rotate_ch
 from dataflex import distributed
 from dataflex.data.plan import Arrangement
 from dataflex.probe.losses import full_forward
-from dataflex.probe.model import ModelProbe
 from dataflex.probe.mode import probe_mode
+from dataflex.probe.model import ModelProbe, Tokens
+from dataflex.probe.moments import read_moments
 from dataflex.token_loss import shifted
 from dataflex.trainer import checkpoint
 from dataflex.trainer.loss import WeightedLoss, loss_function
@@ -90,16 +91,30 @@ class DynamicTrainerMixin(Trainer):
         run = self.dataflex
         assert run.pool is not None
         cutoff = int(run.pool.lengths.max())
+        micro_batch = self.args.per_device_train_batch_size * cutoff
+        given = run.settings.probe_batch_tokens
         return ModelProbe(
             pool=run.pool,
             model=self.raw_model,
             collate=self.data_collator,
             autocast=self.accelerator.autocast,
             device=self.args.device,
-            batch_tokens=run.settings.probe_batch_tokens
-            or _PROBE_MICRO_BATCHES * self.args.per_device_train_batch_size * cutoff,
+            batch_tokens=given or _PROBE_MICRO_BATCHES * micro_batch,
+            gradient_batch_tokens=given or micro_batch,
+            moments=lambda: read_moments(self.optimizer, self.raw_model()),
+            tokens=_tokens(self.processing_class),
+            sharded=self.is_fsdp_enabled or self._zero_stage() == 3,
+            after_backward=self._release,
             progress=self.args.process_index == 0 and not self.args.disable_tqdm,
         )
+
+    def _zero_stage(self) -> int:
+        return int(self.accelerator.state.deepspeed_plugin.zero_stage) if self.is_deepspeed_enabled else 0
+
+    def _release(self) -> None:
+        """Have ZeRO-3 let go of the parameters of layers whose backward was not run to its end."""
+        if self._zero_stage() == 3:
+            self.model_wrapped.optimizer.parameter_offload.release_backward_leftovers()
 
     def arrangement(self) -> Arrangement:
         """Return what the user's keys say about the order of samples."""
@@ -191,6 +206,16 @@ class DynamicTrainerMixin(Trainer):
                 use_mtime=True,
             )
         distributed.barrier()
+
+
+def _tokens(processing_class: Any) -> Tokens:
+    """Return what generation needs of a tokenizer, or of a processor's."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return Tokens(
+        pad=int(tokenizer.pad_token_id),
+        eos=(int(tokenizer.eos_token_id),),
+        decode=partial(tokenizer.decode, skip_special_tokens=True),
+    )
 
 
 def _is_peft(model: torch.nn.Module) -> bool:

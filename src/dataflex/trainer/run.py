@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from dataflex.components import State
+    from dataflex.influence import ValidationParams
     from dataflex.probe.model import ModelProbe
 
 
@@ -45,6 +46,7 @@ class DynamicRun:
         self.components = config.build_components()
         self.names = {key: component.name for key, component in self.components.items()}
         self.pool: Pool | None = None
+        self.targets: Pool | None = None
         self.planner: Planner | None = None
         self.probe: ModelProbe | None = None
         self.writer: RunWriter | None = None
@@ -60,6 +62,15 @@ class DynamicRun:
     def plans_data(self) -> bool:
         """Whether the data path is ours; with ``weight`` alone it stays LLaMA-Factory's."""
         return self.components.plans_data
+
+    @property
+    def validation(self) -> ValidationParams | None:
+        """What the selector wants to be told about validation samples; None where it wants none."""
+        selector = self.components.select
+        if selector is None or not selector.needs_validation:
+            return None
+        params: ValidationParams = selector.params
+        return params
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -141,6 +152,7 @@ class DynamicRun:
                 seed=self.settings.seed,
                 global_batch_size=self.global_batch_size,
                 arrangement=arrangement,
+                targets=self.targets,
             )
         kept = None
         if resumed is not None:
@@ -203,6 +215,7 @@ class DynamicRun:
             "step": step,
             "identity": self._identity(),
             "pool_fingerprint": self.pool.fingerprint if self.pool is not None else None,
+            "targets_fingerprint": self.targets.fingerprint if self.targets is not None else None,
             "plan": self._plan_state(),
             "planner": self.planner.state_dict() if self.planner is not None else None,
             "components": {key: component.state_dict() for key, component in self.components.items()},
@@ -254,6 +267,11 @@ class DynamicRun:
             raise CheckpointError(
                 f"the checkpoint of step {state['step']} was written for other training data (fingerprint "
                 f"{state['pool_fingerprint'][:12]}, this run's pool has {self.pool.fingerprint[:12]})."
+            )
+        if self.targets is not None and state["targets_fingerprint"] != self.targets.fingerprint:
+            raise CheckpointError(
+                f"the checkpoint of step {state['step']} was written with another validation set (fingerprint "
+                f"{str(state['targets_fingerprint'])[:12]}, this run's has {self.targets.fingerprint[:12]})."
             )
         if self.planner is not None:
             self.planner.load_state_dict(state["planner"])

@@ -1,0 +1,39 @@
+"""EL2N: samples on which the model's predictions are far from the answer.
+
+    score(x) = mean over trained tokens of || softmax(f(x)_t) - onehot(y_t) ||_2,   in [0, sqrt(2)].
+
+Source: Paul et al., Deep Learning on a Data Diet (NeurIPS 2021, arXiv 2107.07075), definition 2.3, for one prediction;
+here the mean over a sample's tokens, as Marion et al. (2023, arXiv 2309.04564) use it for language models. The paper
+averages over about ten runs; here one model is looked at. ``focus: low`` turns the order round.
+Cost: one forward over the pool per update.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from dataflex.components import ComponentParams, RoundContext, Selector, SelectorParams
+from dataflex.data.sampling import IndexArray
+from dataflex.registry import register
+from dataflex.selection import ScoreArray
+
+
+class El2nParams(SelectorParams):
+    """Parameters of EL2N."""
+
+    focus: Literal["high", "low"] = Field("high", description="Prefer large errors or small ones.")
+
+
+@register("selector", "el2n")
+class El2nSelector(Selector):
+    """Prefers samples with large prediction errors."""
+
+    Params: ClassVar[type[ComponentParams]] = El2nParams
+    leaves_out_unscored: ClassVar[bool] = True
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return the error of every candidate, negative with ``focus: low``; NaN where no token is trained on."""
+        errors = ctx.probe.error_norms(candidates)
+        return errors if self.params.focus == "high" else -errors

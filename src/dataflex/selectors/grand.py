@@ -1,0 +1,39 @@
+"""GraNd: samples with long gradients under the current model.
+
+    score(x) = || grad of l(x) ||_2,   exact, over all trainable parameters.
+
+Source: Paul et al., Deep Learning on a Data Diet (NeurIPS 2021, arXiv 2107.07075), definition 2.1, which averages over
+about ten initialisations of a classifier; here one pre-trained model is looked at.
+``focus: low`` turns the order round.
+Cost: one forward and backward over the pool per update.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from dataflex.components import ComponentParams, RoundContext, SelectorParams
+from dataflex.data.sampling import IndexArray
+from dataflex.influence import GradientParams, GradientSelector
+from dataflex.registry import register
+from dataflex.selection import ScoreArray
+
+
+class GrandParams(SelectorParams, GradientParams):
+    """Parameters of GraNd."""
+
+    focus: Literal["high", "low"] = Field("high", description="Prefer long gradients or short ones.")
+
+
+@register("selector", "grand")
+class GrandSelector(GradientSelector):
+    """Prefers long gradients."""
+
+    Params: ClassVar[type[ComponentParams]] = GrandParams
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return the gradient's length of every candidate, negative with ``focus: low``; NaN without a loss."""
+        lengths = ctx.probe.gradient_norms(candidates, self.params.settings())
+        return lengths if self.params.focus == "high" else -lengths

@@ -1,0 +1,46 @@
+"""LESS: the samples whose next optimizer step would most decrease the loss on a validation set.
+
+With Gamma(z) the direction Adam's next step would take for training sample z alone, g(v) the gradient of validation
+sample v, and both sketched to ``proj_dim`` numbers of length 1,
+
+    score(z) = max over sub-tasks j of  mean over v in V_j of  cos(g(v), Gamma(z)).
+
+Source: Xia et al., LESS: Selecting Influential Data for Targeted Instruction Tuning (ICML 2024, arXiv 2402.04333),
+equation 3 and section 4. The paper scores once, with features of four warm-up checkpoints weighted by their learning
+rates; here every decision scores with the model as it is, and ``dataflex-cli features`` and ``score`` are the paper's
+pipeline.
+Cost: one forward and backward of every candidate and validation sample per update; ``max_overhead`` bounds it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from dataflex.components import ComponentParams, RoundContext
+from dataflex.data.sampling import IndexArray
+from dataflex.influence import InfluenceParams, InfluenceSelector
+from dataflex.registry import register
+from dataflex.selection import ScoreArray
+
+
+class LessParams(InfluenceParams):
+    """Parameters of LESS."""
+
+    preconditioner: Literal["none", "adam", "adam_less"] = Field(
+        "adam", description="Direction of a training sample; validation samples keep their gradient."
+    )
+    aggregation: Literal["max", "mean"] = Field("max", description="Over sub-tasks.")
+
+
+@register("selector", "less")
+class LessSelector(InfluenceSelector):
+    """Prefers samples that would help the validation set most."""
+
+    Params: ClassVar[type[ComponentParams]] = LessParams
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return the influence of every candidate, in [-1, 1]; NaN where no token is trained on."""
+        cosines = ctx.probe.similarities(candidates, self.params.settings(), self.target_features(ctx))
+        return cosines.max(axis=1) if self.params.aggregation == "max" else cosines.mean(axis=1)
