@@ -8,6 +8,7 @@ steps, the same on any number of processes, exact resume, and a record of every 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -111,6 +112,14 @@ class Probe(Protocol):
         """Return the text of token ids, special tokens left out."""
         ...
 
+    def checkpoint(self, folder: str) -> AbstractContextManager[None]:
+        """Measure with the weights (and moments) of a stored checkpoint for a while."""
+        ...
+
+    def learning_rates(self, folders: list[str]) -> list[float]:
+        """Return the mean learning rate of each stored checkpoint's stretch of its run, scaled to sum 1."""
+        ...
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -165,6 +174,8 @@ class RoundContext:
     """The validation samples, one domain for each sub-task, where the component asked for them."""
     memo: dict[str, Any] = field(default_factory=dict)
     """What a component keeps for the other groups of the same round."""
+    learning_rate: float = 0.0
+    """The optimizer's, at the first step of the round."""
 
 
 @dataclass

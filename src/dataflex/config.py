@@ -63,6 +63,7 @@ class RunConfig:
         params: parameters of each present family, by configuration key.
         source: the file it came from, for messages.
         notes: what the user should be told before the run starts.
+        offline: whether the pool is only to be scored, not trained on.
     """
 
     llamafactory: dict[str, Any]
@@ -70,6 +71,7 @@ class RunConfig:
     params: dict[str, tuple[type[Component], ComponentParams]] = field(default_factory=dict)
     source: str = ""
     notes: tuple[str, ...] = ()
+    offline: bool = False
 
     def with_assets(self) -> RunConfig:
         """Return the configuration with ``asset:NAME`` values replaced by paths, fetching what is not there yet.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dataflex.components import ComponentParams, GradientSettings, RoundContext, Selector, SelectorParams
+from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 from dataflex.selection import ScoreArray
 
@@ -76,6 +79,42 @@ class ValidationParams(ComponentParams):
         return [str(name).strip() for name in names] if isinstance(names, list) else names
 
 
+class CheckpointParams(ComponentParams):
+    """Stored checkpoints that stand for the course of a run."""
+
+    checkpoints: list[str] = Field(
+        default_factory=list,
+        description="Checkpoint folders of an earlier run of the same model, in order; none: the model as it is.",
+    )
+    checkpoint_weights: list[float] | None = Field(
+        None, description="Weight of each checkpoint; none: the mean learning rate of its stretch of the run."
+    )
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> Self:
+        weights = self.checkpoint_weights
+        if weights is None:
+            return self
+        if len(weights) != len(self.checkpoints):
+            raise ValueError(f"checkpoint_weights has {len(weights)} numbers for {len(self.checkpoints)} checkpoints")
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"checkpoint_weights must not be negative and not all zero, got {weights}")
+        return self
+
+    def checkpoint_problems(self) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with the folders."""
+        for folder in self.checkpoints:
+            if not Path(folder).is_dir():
+                yield "checkpoints", f"there is no folder {folder!r}."
+            elif not any(Path(folder).glob("*model*.safetensors")) and not any(Path(folder).glob("adapter_model.*")):
+                yield "checkpoints", f"{folder!r} holds no model and no adapter."
+            elif self.checkpoint_weights is None and not (Path(folder) / "trainer_state.json").is_file():
+                yield (
+                    "checkpoints",
+                    f"{folder!r} has no trainer_state.json to take its weight from; set checkpoint_weights.",
+                )
+
+
 class InfluenceParams(SelectorParams, FeatureParams, ValidationParams):
     """Parameters of selectors that compare training samples with validation samples."""
 
@@ -90,7 +129,7 @@ class GradientSelector(Selector):
         yield from super().problems(run)
         if self.params.preconditioner == "none" or run.dataflex is None:
             return
-        if run.dataflex.warmup_steps == 0:
+        if run.dataflex.warmup_steps == 0 and not run.offline:
             yield (
                 "preconditioner",
                 f"{self.params.preconditioner!r} reads the optimizer's moments, and before the first step there are "
@@ -111,22 +150,37 @@ class InfluenceSelector(GradientSelector):
     Params: ClassVar[type[ComponentParams]] = InfluenceParams
     needs_validation: ClassVar[bool] = True
 
-    def target_features(self, ctx: RoundContext) -> ScoreArray:
-        """Return the mean raw-gradient feature of each sub-task, (S, k), float32; made once in a round.
+    def target_features(self, ctx: RoundContext, settings: GradientSettings, checkpoint: str = "") -> ScoreArray:
+        """Return the mean feature of each sub-task, (S, k), float32; made once in a round for a checkpoint.
 
-        Each validation gradient has length 1, so the inner product with a training feature of length 1 is the mean of
-        its cosines with the sub-task's samples.
+        Validation samples keep their raw gradient whatever the preconditioner. Where each has length 1, the inner
+        product with a training feature of length 1 is the mean of its cosines with the sub-task's samples.
 
         Raises:
             ComponentError: if a sub-task has no sample with a trained token.
         """
-        if "target_features" not in ctx.memo:
-            settings = self.params.settings(preconditioner="none")
+        key = f"target_features {checkpoint}"
+        if key not in ctx.memo:
             assert ctx.targets is not None
-            features = ctx.probe.gradients(np.arange(ctx.targets.size), settings, ctx.targets)
-            ctx.memo["target_features"] = subtask_means(features, ctx)
-        means: ScoreArray = ctx.memo["target_features"]
+            raw = replace(settings, preconditioner="none")
+            features = ctx.probe.gradients(np.arange(ctx.targets.size), raw, ctx.targets)
+            ctx.memo[key] = subtask_means(features, ctx)
+        means: ScoreArray = ctx.memo[key]
         return means
+
+    def influence(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
+        """Return each candidate's mean inner product with every sub-task's samples, (n, S), under the model as it is."""
+        return ctx.probe.similarities(candidates, settings, self.target_features(ctx, settings))
+
+    def over_checkpoints(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
+        """Return :meth:`influence` summed over stored checkpoints by their weights, (n, S)."""
+        total = np.zeros((candidates.size, len(ctx.targets.domains)), dtype=np.float32)  # type: ignore[union-attr]
+        weights = self.params.checkpoint_weights or ctx.probe.learning_rates(self.params.checkpoints)
+        for folder, weight in zip(self.params.checkpoints, weights, strict=True):
+            with ctx.probe.checkpoint(folder):
+                targets = self.target_features(ctx, settings, folder)
+                total += np.float32(weight) * ctx.probe.similarities(candidates, settings, targets)
+        return total
 
 
 def subtask_means(features: ScoreArray, ctx: RoundContext) -> ScoreArray:

@@ -8,6 +8,7 @@ once, in a fresh order, before any comes again.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -56,6 +57,7 @@ class Planner:
         global_batch_size: samples of one optimizer step.
         arrangement: what orders a plan without an ``order`` component.
         targets: the validation samples, where a component asked for them.
+        learning_rate: returns the optimizer's present one.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class Planner:
         global_batch_size: int,
         arrangement: Arrangement = "shuffle",
         targets: Pool | None = None,
+        learning_rate: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.pool, self.components, self.schedule, self.targets = pool, components, schedule, targets
+        self.learning_rate = learning_rate
         self._memo: dict[str, dict[str, Any]] = {}
         self.seed, self.global_batch_size, self.arrangement = seed, global_batch_size, arrangement
         shuffle = arrangement != "sequential"
@@ -128,6 +132,7 @@ class Planner:
             total_steps=self.schedule.total_steps,
             targets=self.targets,
             memo=self._memo.setdefault(component.family, {}),
+            learning_rate=self.learning_rate(),
         )
 
     def _groups(self, slot: RoundSlot, probe: Probe) -> tuple[list[Group], NDArray[np.float64] | None]:

@@ -13,10 +13,11 @@ keep apart in its layers (routed rows do not; such a model's gradients are taken
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 from dataflex.probe.batches import length_batches, share_of
+from dataflex.probe.checkpoints import learning_rates, weights_of
 from dataflex.probe.cost import Cost
 from dataflex.probe.features import GramSink, NormSink, Sink, SketchSink, make_preconditioner, make_sketch
 from dataflex.probe.generation import generate_responses
@@ -80,6 +82,7 @@ class ModelProbe:
         tokens: the tokenizer's part in generation.
         sharded: whether a forward is collective (ZeRO-3, FSDP).
         after_backward: called after every backward; under ZeRO-3 it releases what DeepSpeed still holds.
+        saved_moments: returns the moments a checkpoint folder holds.
         progress: whether to show a progress bar.
     """
 
@@ -94,6 +97,7 @@ class ModelProbe:
     tokens: Tokens | None = None
     sharded: bool = False
     after_backward: Callable[[], None] = lambda: None
+    saved_moments: Callable[[Path], dict[str, Moments]] | None = None
     progress: bool = False
     cost: Cost = field(default_factory=Cost)
     _chunked_head: bool | None = None
@@ -238,6 +242,31 @@ class ModelProbe:
         """Return the text of token ids, special tokens left out."""
         assert self.tokens is not None
         return self.tokens.decode(tokens)
+
+    @contextmanager
+    def checkpoint(self, folder: str) -> Iterator[None]:
+        """Measure with the weights (and moments) of a stored checkpoint for a while.
+
+        Raises:
+            ComponentError: if the parameters are spread over processes, or the checkpoint is of another model.
+        """
+        if self.sharded:
+            raise ComponentError(
+                "checkpoints: stored weights cannot be looked at while ZeRO-3 or FSDP spreads the model over processes. "
+                "ZeRO-2 or DDP, or score the pool before with dataflex-cli score."
+            )
+        moments = self.moments
+        with weights_of(self.model(), Path(folder)):
+            if self.saved_moments is not None:
+                self.moments = partial(self.saved_moments, Path(folder))
+            try:
+                yield
+            finally:
+                self.moments = moments
+
+    def learning_rates(self, folders: list[str]) -> list[float]:
+        """Return the mean learning rate of each stored checkpoint's stretch of its run, scaled to sum 1."""
+        return learning_rates([Path(folder) for folder in folders])
 
     def stream(
         self,

@@ -41,7 +41,7 @@ class IconsSelector(InfluenceSelector):
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return votes plus the mean percentile in (0, 1); NaN where no token is trained on."""
-        influence = ctx.probe.similarities(candidates, self.params.settings(), self.target_features(ctx))
+        influence = self.influence(ctx, candidates, self.params.settings())
         return consensus(influence, self.params.vote_share)
 
 

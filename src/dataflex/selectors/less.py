@@ -6,26 +6,30 @@ sample v, and both sketched to ``proj_dim`` numbers of length 1,
     score(z) = max over sub-tasks j of  mean over v in V_j of  cos(g(v), Gamma(z)).
 
 Source: Xia et al., LESS: Selecting Influential Data for Targeted Instruction Tuning (ICML 2024, arXiv 2402.04333),
-equation 3 and section 4. The paper scores once, with features of four warm-up checkpoints weighted by their learning
-rates; here every decision scores with the model as it is, and ``dataflex-cli features`` and ``score`` are the paper's
-pipeline.
+equation 3 and section 4. The paper scores once, summing the cosines of four warm-up ``checkpoints`` weighted by their
+learning rates; without them every decision scores with the model as it is. ``dataflex-cli features`` and ``score`` are
+the paper's pipeline.
 Cost: one forward and backward of every candidate and validation sample per update; ``max_overhead`` bounds it.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from dataflex.components import ComponentParams, RoundContext
 from dataflex.data.sampling import IndexArray
-from dataflex.influence import InfluenceParams, InfluenceSelector
+from dataflex.influence import CheckpointParams, InfluenceParams, InfluenceSelector
 from dataflex.registry import register
 from dataflex.selection import ScoreArray
 
+if TYPE_CHECKING:
+    from dataflex.config import RunConfig
 
-class LessParams(InfluenceParams):
+
+class LessParams(InfluenceParams, CheckpointParams):
     """Parameters of LESS."""
 
     preconditioner: Literal["none", "adam", "adam_less"] = Field(
@@ -40,7 +44,14 @@ class LessSelector(InfluenceSelector):
 
     Params: ClassVar[type[ComponentParams]] = LessParams
 
+    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+        """Yield what shows before a model is loaded."""
+        if not self.params.checkpoints:
+            yield from super().problems(run)
+        yield from self.params.checkpoint_problems()
+
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return the influence of every candidate, in [-1, 1]; NaN where no token is trained on."""
-        cosines = ctx.probe.similarities(candidates, self.params.settings(), self.target_features(ctx))
+        measure = self.over_checkpoints if self.params.checkpoints else self.influence
+        cosines = measure(ctx, candidates, self.params.settings())
         return cosines.max(axis=1) if self.params.aggregation == "max" else cosines.mean(axis=1)

@@ -17,6 +17,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, rotate_ch
 
 from dataflex import distributed
 from dataflex.data.plan import Arrangement
+from dataflex.probe.checkpoints import saved_moments
 from dataflex.probe.losses import full_forward
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe, Tokens
@@ -84,6 +85,7 @@ class DynamicTrainerMixin(Trainer):
         explicit = run.config.llamafactory.get("resume_from_checkpoint") not in (None, False)
         folder, state = distributed.on_main(partial(_load_state, resume_from_checkpoint, explicit, self.args))
         run.probe = self._make_probe() if run.pool is not None else None
+        run.learning_rate = lambda: float(self.lr_scheduler.get_last_lr()[0])
         self._resumed_state = state
         return super().train(resume_from_checkpoint=folder, **kwargs)
 
@@ -105,6 +107,7 @@ class DynamicTrainerMixin(Trainer):
             tokens=_tokens(self.processing_class),
             sharded=self.is_fsdp_enabled or self._zero_stage() == 3,
             after_backward=self._release,
+            saved_moments=lambda folder: saved_moments(folder, self.optimizer, self.raw_model()),
             progress=self.args.process_index == 0 and not self.args.disable_tqdm,
         )
 

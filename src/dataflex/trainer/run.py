@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,7 @@ class DynamicRun:
         self.targets: Pool | None = None
         self.planner: Planner | None = None
         self.probe: ModelProbe | None = None
+        self.learning_rate: Callable[[], float] = lambda: 0.0
         self.writer: RunWriter | None = None
         self.schedule = Schedule(self.settings.warmup_steps, self.settings.update_steps or 1, self.settings.updates, 1)
         self.global_batch_size = 1
@@ -153,6 +155,7 @@ class DynamicRun:
                 global_batch_size=self.global_batch_size,
                 arrangement=arrangement,
                 targets=self.targets,
+                learning_rate=self.learning_rate,
             )
         kept = None
         if resumed is not None:

@@ -1,0 +1,113 @@
+"""Clusters of the pool's samples by the tokens they contain, without a model.
+
+TF-IDF of hashed token ids, reduced by a truncated SVD (latent semantic analysis, Deerwester et al. 1990), scaled to
+length 1 and clustered by mini-batch k-means (Sculley 2010). All of it is fitted on a seeded draw of at most 20 000
+samples; then the pool is read once, a few thousand samples at a time, so memory does not grow with its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.rng import derive_rng, key_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from scipy.sparse import csr_matrix
+
+    from dataflex.data.pool import Pool
+
+_FITTED = 20_000
+"""Samples everything is fitted on."""
+_ROWS = 2_000
+"""Samples read at a time."""
+_BITS = 16
+"""Token ids are hashed to 2**16 columns."""
+_DIM = 64
+"""Dimensions that are clustered."""
+_MAX_SHARE = 0.5
+"""Tokens in a larger share of the samples (special tokens, the template, punctuation) are ignored."""
+_MIN_SAMPLES = 2
+"""Tokens in fewer of the fitted samples are ignored: they make no two samples alike."""
+
+
+def token_clusters(pool: Pool, num_clusters: int, seed: int) -> NDArray[np.int32]:
+    """Return the cluster of every sample, shape (N,), int32, numbered from 0 without gaps.
+
+    There can be fewer clusters than asked for where samples repeat or share no informative token. With ``N`` at most
+    ``num_clusters`` every sample is a cluster of its own. The same pool, seed and number of threads give the same
+    clusters; a run on several processes computes them once and sends them around.
+
+    Args:
+        pool: the samples, read by their ``input_ids``.
+        num_clusters: clusters wanted, >= 1.
+        seed: of the draw, the SVD and k-means.
+
+    Raises:
+        ValueError: if ``num_clusters`` is below 1.
+    """
+    if num_clusters < 1:
+        raise ValueError(f"num_clusters must be at least 1, got {num_clusters}")
+    if pool.size <= num_clusters:
+        return np.arange(pool.size, dtype=np.int32)
+    counts = _fitted_counts(pool, max(_FITTED, 10 * num_clusters), seed)
+    found_in = counts.getnnz(axis=0)
+    columns = np.flatnonzero((found_in >= _MIN_SAMPLES) & (found_in <= _MAX_SHARE * counts.shape[0]))
+    if columns.size < 2:
+        return np.zeros(pool.size, dtype=np.int32)
+    model = _fitted_model(counts[:, columns], num_clusters, seed)
+    tables = pool.dataset.with_format("arrow").iter(batch_size=_ROWS)
+    labels = np.concatenate([model.predict(_token_counts(table)[:, columns]) for table in tables])
+    return np.unique(labels, return_inverse=True)[1].astype(np.int32)
+
+
+def _fitted_counts(pool: Pool, count: int, seed: int) -> csr_matrix:
+    """Return the token counts of a draw of at most ``count`` samples."""
+    from scipy.sparse import vstack
+
+    rows = np.arange(pool.size)
+    if pool.size > count:
+        rows = np.sort(derive_rng(seed, "clusters").choice(pool.size, count, replace=False))
+    return vstack([_token_counts(table) for table in _read(pool, rows)], format="csr")
+
+
+def _read(pool: Pool, rows: NDArray[np.int64]) -> Iterator[pa.Table]:
+    dataset = pool.dataset.with_format("arrow")
+    for begin in range(0, rows.size, _ROWS):
+        yield dataset[rows[begin : begin + _ROWS].tolist()]
+
+
+def _token_counts(table: pa.Table) -> csr_matrix:
+    """Return how often each hashed token occurs in each sample, shape (n, 2**16), float32."""
+    import pyarrow.compute as pc
+    from scipy.sparse import csr_matrix
+
+    column = table.column("input_ids")
+    ends = np.cumsum(pc.list_value_length(column).to_numpy().astype(np.int64))
+    tokens = pc.list_flatten(column).to_numpy().astype(np.uint64)
+    hashed = (tokens * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - _BITS)
+    ones = np.ones(hashed.size, dtype=np.float32)
+    counts = csr_matrix((ones, hashed.astype(np.int32), np.append(0, ends)), shape=(ends.size, 2**_BITS))
+    counts.sum_duplicates()
+    return counts
+
+
+def _fitted_model(counts: csr_matrix, num_clusters: int, seed: int) -> Any:
+    """Return the pipeline from token counts to clusters, fitted."""
+    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfTransformer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import Normalizer
+
+    state = key_of(seed, "clusters") % 2**32
+    return make_pipeline(
+        TfidfTransformer(sublinear_tf=True),
+        TruncatedSVD(min(_DIM, *counts.shape), random_state=state),
+        Normalizer(),
+        MiniBatchKMeans(num_clusters, batch_size=4096, n_init=3, random_state=state),
+    ).fit(counts)

@@ -1,0 +1,252 @@
+"""Responses sampled from the model in training, by Hugging Face's generate or by vLLM.
+
+Prompts are batched by length under a token budget, the same batches on any number of processes, and every batch draws
+from random streams seeded by its own number. So the responses depend on the model, the prompts and the seed alone, and
+the training's random streams are as before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataflex import distributed
+from dataflex.components import GenerationSettings
+from dataflex.errors import ComponentError
+from dataflex.probe.batches import length_batches, share_of
+from dataflex.probe.mode import probe_mode
+from dataflex.rng import key_of
+
+_VLLM_MEMORY = 0.9
+"""Share of the device memory that is free when vLLM starts which it may take."""
+
+
+def generate_responses(
+    model: torch.nn.Module,
+    pad_token_id: int,
+    eos_token_ids: list[int],
+    prompts: list[list[int]],
+    settings: GenerationSettings,
+    seed: int,
+    batch_tokens: int,
+    device: torch.device,
+    synced: bool,
+    rank: int,
+    world_size: int,
+) -> list[list[list[int]]]:
+    """Return ``settings.samples`` responses to each prompt, the same on every rank. Call it on all ranks.
+
+    Run it under the training precision (autocast). A response is the new tokens up to and including the first
+    end-of-sequence token, or ``settings.max_new_tokens`` of them.
+
+    Args:
+        model: a causal language model of transformers, or PEFT's wrapper of one.
+        pad_token_id: fills up the left of shorter prompts.
+        eos_token_ids: tokens that end a response.
+        prompts: token ids of each prompt, at least one each.
+        settings: how to sample.
+        seed: of the samples.
+        batch_tokens: tokens of one batch at most, prompts and responses, padding counted; one prompt is always taken.
+        device: where the model lives.
+        synced: whether a forward is collective (ZeRO-3, FSDP), so that all ranks have to go on until the last is done.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Returns:
+        Token ids: one list per prompt, of one list per response.
+
+    Raises:
+        ComponentError: if a prompt is empty, or vLLM is asked for and cannot run.
+    """
+    empty = [number for number, prompt in enumerate(prompts) if not prompt]
+    if empty:
+        raise ComponentError(f"generation: prompt {empty[0]} has no token.")
+    decoder = _decoder(model)
+    if settings.backend == "vllm":
+        if synced:
+            raise ComponentError("generation: backend vllm needs the whole weights on one process; use backend hf.")
+        return distributed.on_main(lambda: _vllm_responses(model, eos_token_ids, prompts, settings, seed))
+    rows = settings.samples * np.array([len(prompt) + settings.max_new_tokens for prompt in prompts], dtype=np.int64)
+    batches = length_batches(rows, batch_tokens)
+    mine, useful = share_of(batches, rank, world_size)
+    config = _generation_config(settings, pad_token_id, eos_token_ids)
+    found: dict[int, list[list[int]]] = {}
+    with probe_mode(model), _without_own_settings(decoder):
+        for number, batch in enumerate(mine if synced else mine[:useful]):
+            torch.manual_seed(key_of(seed, "generate", rank + number * world_size) % 2**63)
+            inputs = _left_padded([prompts[index] for index in batch], pad_token_id, device)
+            tokens = decoder.generate(**inputs, generation_config=config, synced_gpus=synced)
+            new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+            if number < useful:
+                for place, index in enumerate(batch.tolist()):
+                    own = new[place * settings.samples : (place + 1) * settings.samples]
+                    found[index] = [_ended(response, eos_token_ids) for response in own]
+    for part in distributed.gather_objects(found):
+        found.update(part)
+    return [found[index] for index in range(len(prompts))]
+
+
+def _decoder(model: torch.nn.Module) -> Any:
+    """Return the transformers model, with the adapter's layers in place, whose ``generate`` is used."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _generation_config(settings: GenerationSettings, pad_token_id: int, eos_token_ids: list[int]) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=True,
+        num_return_sequences=settings.samples,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        pad_token_id=pad_token_id,
+        eos_token_id=eos_token_ids,
+        use_cache=True,
+    )
+
+
+@contextmanager
+def _without_own_settings(decoder: Any) -> Iterator[None]:
+    """Leave out the generation settings that came with the model (a repetition penalty, ...) for the time being."""
+    from transformers import GenerationConfig
+
+    own = decoder.generation_config
+    decoder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        decoder.generation_config = own
+
+
+def _left_padded(prompts: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Return ``input_ids`` and ``attention_mask``, both (B, T) on the device."""
+    width = max(len(prompt) for prompt in prompts)
+    tokens = [[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {
+        "input_ids": torch.tensor(tokens, dtype=torch.long, device=device),
+        "attention_mask": torch.tensor(mask, dtype=torch.long, device=device),
+    }
+
+
+def _ended(response: list[int], eos_token_ids: list[int]) -> list[int]:
+    """Return the tokens up to and including the first that ends a response."""
+    for position, token in enumerate(response):
+        if token in eos_token_ids:
+            return response[: position + 1]
+    return response
+
+
+def _vllm_responses(
+    model: torch.nn.Module, eos_token_ids: list[int], prompts: list[list[int]], settings: GenerationSettings, seed: int
+) -> list[list[list[int]]]:
+    """Return what :func:`generate_responses` does, by vLLM in a process of its own on this process's GPU.
+
+    The adapter, or the whole model without one, is saved to a temporary folder; the engine is started for this call
+    and its memory is free afterwards. **This has not been run with vLLM itself**: its tests have a stand-in for it.
+
+    Raises:
+        ComponentError: if vLLM is not installed, there is no GPU, or the engine fails.
+    """
+    if find_spec("vllm") is None:
+        raise ComponentError("generation: backend vllm needs the package vllm (pip install vllm); or use backend hf.")
+    if not torch.cuda.is_available():
+        raise ComponentError("generation: backend vllm needs a CUDA GPU; use backend hf.")
+    from peft import PeftModel
+
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    engine: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "gpu_memory_utilization": _VLLM_MEMORY * free / total,
+        "enforce_eager": True,
+    }
+    with tempfile.TemporaryDirectory(prefix="dataflex_vllm_") as name:
+        folder = Path(name)
+        adapter = None
+        model.save_pretrained(folder / "model")
+        if isinstance(model, PeftModel):
+            adapter = str(folder / "model")
+            config = model.active_peft_config
+            rank = max(8, 1 << (config.r - 1).bit_length())  # vLLM takes powers of two
+            engine |= {"model": config.base_model_name_or_path, "enable_lora": True, "max_lora_rank": rank}
+        else:
+            engine["model"] = str(folder / "model")
+        sampling = {
+            "n": settings.samples,
+            "max_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k or -1,
+            "stop_token_ids": eos_token_ids,
+            "detokenize": False,
+        }
+        seeds = [key_of(seed, "generate", number) % 2**63 for number in range(len(prompts))]
+        request = {"engine": engine, "adapter": adapter, "sampling": sampling, "prompts": prompts, "seeds": seeds}
+        (folder / "request.json").write_text(json.dumps(request))
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, str(folder)],
+            env={key: value for key, value in os.environ.items() if key not in _LAUNCHER_VARIABLES}
+            | {"CUDA_VISIBLE_DEVICES": _visible_device()},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise ComponentError(f"generation: vLLM ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        responses = json.loads((folder / "responses.json").read_text())
+    return [[_ended(response, eos_token_ids) for response in own] for own in responses]
+
+
+_LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""Would make the engine's process think it belongs to the training's group."""
+
+
+def _visible_device() -> str:
+    """Return this process's GPU as ``CUDA_VISIBLE_DEVICES`` names it."""
+    number = torch.cuda.current_device()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[number] if visible else str(number)
+
+
+def _run_vllm(folder: Path) -> None:
+    """Answer ``request.json`` of a folder with ``responses.json``."""
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
+
+    request = json.loads((folder / "request.json").read_text())
+    outputs = LLM(**request["engine"]).generate(
+        [{"prompt_token_ids": prompt} for prompt in request["prompts"]],
+        [SamplingParams(**request["sampling"], seed=seed) for seed in request["seeds"]],
+        lora_request=LoRARequest("current", 1, request["adapter"]) if request["adapter"] else None,
+    )
+    responses = [[list(sample.token_ids) for sample in output.outputs] for output in outputs]
+    (folder / "responses.json").write_text(json.dumps(responses))
+
+
+if __name__ == "__main__":
+    _run_vllm(Path(sys.argv[1]))

@@ -1,0 +1,405 @@
+"""Features of many samples on disk: computed chunk by chunk, picked up again after a kill, scored block by block.
+
+A store is a folder named after a digest of everything its features depend on, so that a changed adapter, data set or
+parameter is another folder. ``manifest.json`` says what that was, ``order.npy`` which sample each row is, and chunk c
+is ``norms-c.bin`` (float32) and ``features-c.bin``, row after row. The features file is written last and marks the
+chunk as done. Every file is renamed into place when it is whole, so processes may write chunks of one store together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataflex import distributed
+from dataflex.data.sampling import IndexArray
+from dataflex.errors import DataFlexError
+from dataflex.files import write_atomically
+from dataflex.selection import ScoreArray
+
+FeatureType = Literal["float16", "bfloat16", "float32"]
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+ORDER_FILE = "order.npy"
+_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_BLOCK_BYTES = 1 << 28
+"""Most a block of features takes on the device, as float32."""
+_LEFTOVER_AGE = 3600.0
+"""Seconds after which a temporary file belongs to a process that was killed."""
+_SHOWN = 80
+"""Characters of a value that an error message shows."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStore:
+    """Features of a list of ``N`` samples; use :meth:`open` to fill one and :meth:`load` to read a finished one.
+
+    Attributes:
+        folder: where the files are.
+        key: what the features depend on, as JSON values.
+        order: row r is the sample at position ``order[r]`` of the caller's list, shape (N,), read-only.
+        dim: length of a feature, k.
+        dtype: how features are stored; they are read as float32.
+        chunks: rows of each chunk.
+    """
+
+    folder: Path
+    key: dict[str, Any]
+    order: IndexArray
+    dim: int
+    dtype: FeatureType
+    chunks: list[int]
+
+    @classmethod
+    def open(
+        cls, root: Path, key: dict[str, Any], order: IndexArray, dim: int, dtype: FeatureType, chunks: Sequence[int]
+    ) -> FeatureStore:
+        """Return the store of exactly these features below ``root``, made if there is none.
+
+        With several processes all of them make this call.
+
+        Args:
+            root: folder of all stores, on a file system that all processes share.
+            key: what the features depend on (digests of model and data, settings, versions), as JSON values.
+            order: a permutation of ``range(N)``, shape (N,).
+            dim: length of a feature, k >= 1.
+            dtype: how features are stored.
+            chunks: rows of each chunk, >= 1; they add up to N.
+
+        Raises:
+            DataFlexError: if the folder is there and is not what its name says, cannot be written, or its disk has
+                less free space than the missing chunks need.
+            TypeError: if ``key`` holds something else than JSON values.
+            ValueError: if ``key`` holds NaN or infinity, or another argument is not as described.
+        """
+        order = np.array(order, dtype=np.int64)
+        order.setflags(write=False)
+        chunks = [int(rows) for rows in chunks]
+        if not np.array_equal(np.sort(order), np.arange(order.size)):
+            raise ValueError("order must be a permutation of range(N)")
+        if min(chunks, default=1) < 1 or sum(chunks) != order.size:
+            raise ValueError(f"chunks must be at least 1 each and add up to {order.size}")
+        if dim < 1 or dtype not in _TYPES:
+            raise ValueError(f"dim must be at least 1 and dtype one of {', '.join(_TYPES)}; got {dim} and {dtype!r}")
+        manifest = _manifest(key, order, int(dim), dtype, chunks)
+        folder = Path(root) / f"features-{manifest['digest'][:16]}"
+        store = cls(folder, manifest["key"], order, int(dim), dtype, chunks)
+        distributed.require_equal(folder.name, "the key of the feature store")
+        distributed.on_main(lambda: store._prepare(manifest))
+        return store
+
+    @classmethod
+    def load(cls, path: Path) -> FeatureStore:
+        """Return the finished store in folder ``path``, known from its manifest alone.
+
+        Raises:
+            DataFlexError: if there is none, it is incomplete or damaged, or another release wrote it.
+        """
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        if manifest.get("format") != FORMAT:
+            raise DataFlexError(f"{folder} has format {manifest.get('format')}, this release reads {FORMAT}.")
+        if manifest.get("digest") != _digest(manifest):
+            raise DataFlexError(f"{folder / MANIFEST_FILE} was changed after it was written. {_remedy(folder)}")
+        order = _read_order(folder, manifest["order"])
+        store = cls(folder, manifest["key"], order, manifest["dim"], manifest["dtype"], manifest["chunks"])
+        store._require_complete()
+        return store
+
+    @property
+    def size(self) -> int:
+        """Number of samples, N."""
+        return self.order.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the finished store takes on disk, the manifest left out."""
+        return self._bytes(self.size) + self.order.nbytes
+
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk is done."""
+        return not self.missing()
+
+    def missing(self) -> list[int]:
+        """Return the chunks to write: those of which a file is absent or not of the right size."""
+        return [
+            chunk
+            for chunk, rows in enumerate(self.chunks)
+            if _file_size(self._features_file(chunk)) != rows * self._row_bytes
+            or _file_size(self._norms_file(chunk)) != rows * 4
+        ]
+
+    def positions(self, chunk: int) -> IndexArray:
+        """Return the positions of a chunk's samples in the caller's list, in the order of its rows, shape (rows,)."""
+        start = sum(self.chunks[:chunk])
+        return self.order[start : start + self.chunks[chunk]].copy()
+
+    def write(self, chunk: int, features: Tensor, norms: Tensor) -> None:
+        """Store a chunk. Several processes may do so at a time, each with chunks of its own.
+
+        Reading waits for all of them: a barrier belongs between the last chunk and :meth:`blocks`.
+
+        Args:
+            chunk: its number.
+            features: shape (rows, dim), any floating type and device; zeros are stored where the norm is NaN.
+            norms: shape (rows,), NaN for a sample of which no token is trained on.
+
+        Raises:
+            DataFlexError: if a feature is not finite once it is stored, or the disk does not take the files.
+            ValueError: if the shapes are not those of the chunk.
+        """
+        rows = self.chunks[chunk]
+        if features.shape != (rows, self.dim) or norms.shape != (rows,):
+            raise ValueError(
+                f"chunk {chunk} takes features ({rows}, {self.dim}) and norms ({rows},), "
+                f"got {tuple(features.shape)} and {tuple(norms.shape)}"
+            )
+        stored = features.detach().to(_TYPES[self.dtype])
+        stored = stored.masked_fill(norms.detach().isnan().to(stored.device)[:, None], 0)
+        if not stored.isfinite().all():
+            raise DataFlexError(
+                f"chunk {chunk} of {self.folder} holds features that are not finite as {self.dtype}. Normalise them "
+                "or store float32; if that does not help, the model's gradients are not finite."
+            )
+        try:
+            write_atomically(self._norms_file(chunk), _bytes_of(norms.detach().float()))
+            write_atomically(self._features_file(chunk), _bytes_of(stored))
+        except OSError as error:
+            raise DataFlexError(f"{self.folder} cannot be written ({error}).") from error
+
+    def blocks(self, device: torch.device | str, rows: int = 4096) -> Iterator[tuple[IndexArray, Tensor]]:
+        """Return an iterator over all features, read from memory maps in the order of the rows.
+
+        Args:
+            device: where the blocks go.
+            rows: most rows of a block; fewer where they would take more than 256 MiB, and at the end of a chunk.
+
+        Returns:
+            Pairs of positions in the caller's list, shape (b,), and their features, shape (b, dim), float32.
+
+        Raises:
+            DataFlexError: if a chunk is missing.
+        """
+        self._require_complete()
+        return self._blocks(device, max(1, min(rows, _BLOCK_BYTES // (4 * self.dim))))
+
+    def norms(self) -> ScoreArray:
+        """Return the norm of every sample by its position in the caller's list, shape (N,), float32.
+
+        Raises:
+            DataFlexError: if a chunk is missing.
+        """
+        self._require_complete()
+        norms = np.empty(self.size, dtype=np.float32)
+        start = 0
+        for chunk, rows in enumerate(self.chunks):
+            norms[self.order[start : start + rows]] = np.fromfile(self._norms_file(chunk), dtype=np.float32)
+            start += rows
+        return norms
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.dim * _TYPES[self.dtype].itemsize
+
+    def _bytes(self, rows: int) -> int:
+        return rows * (self._row_bytes + 4)
+
+    def _features_file(self, chunk: int) -> Path:
+        return self.folder / f"features-{chunk:06d}.bin"
+
+    def _norms_file(self, chunk: int) -> Path:
+        return self.folder / f"norms-{chunk:06d}.bin"
+
+    def _prepare(self, manifest: dict[str, Any]) -> None:
+        """Check the folder against ``manifest``, or make it; see that the missing chunks fit on the disk."""
+        path = self.folder / MANIFEST_FILE
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _require_same(self.folder, _read_manifest(self.folder), manifest)
+                _read_order(self.folder, manifest["order"])
+                self._drop_leftovers()
+            self._require_space()
+            if not path.exists():
+                # Processes that get here together write the same bytes, and the manifest comes last.
+                order = io.BytesIO()
+                np.save(order, self.order)
+                write_atomically(self.folder / ORDER_FILE, order.getvalue())
+                write_atomically(path, json.dumps(manifest, indent=1).encode())
+        except OSError as error:
+            raise DataFlexError(f"{self.folder} cannot be written ({error}).") from error
+
+    def _drop_leftovers(self) -> None:
+        """Delete what killed processes left half written; never what another process is writing now."""
+        for path in self.folder.glob(".*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _LEFTOVER_AGE:
+                    path.unlink()
+
+    def _require_space(self) -> None:
+        needed = sum(self._bytes(self.chunks[chunk]) for chunk in self.missing())
+        free = shutil.disk_usage(self.folder.parent).free
+        if needed > free:
+            raise DataFlexError(
+                f"{self.folder} needs {needed:,} bytes for its features, and {free:,} are free on that disk. Free "
+                "some, choose another folder, a smaller dim or a smaller dtype."
+            )
+
+    def _require_complete(self) -> None:
+        if missing := self.missing():
+            raise DataFlexError(
+                f"{self.folder} is not complete: {len(missing)} of {len(self.chunks)} chunks are missing. Start the "
+                "computation of its features again; it goes on where it was cut."
+            )
+
+    def _blocks(self, device: torch.device | str, rows: int) -> Iterator[tuple[IndexArray, Tensor]]:
+        first = 0
+        for chunk, count in enumerate(self.chunks):
+            shape = (count, self._row_bytes)
+            # Bytes, because numpy has no bfloat16.
+            stored = np.memmap(self._features_file(chunk), dtype=np.uint8, mode="r", shape=shape)
+            for start in range(0, count, rows):
+                stop = min(start + rows, count)
+                block = torch.from_numpy(np.array(stored[start:stop])).view(_TYPES[self.dtype])
+                yield self.order[first + start : first + stop].copy(), block.to(device).float()
+            first += count
+
+
+def similarities(store: FeatureStore, targets: Tensor, device: torch.device | str) -> ScoreArray:
+    """Return the inner products of every feature with each target, block by block.
+
+    Args:
+        store: a complete store.
+        targets: features to compare with, shape (S, k).
+        device: where the products are computed.
+
+    Returns:
+        Products by position in the caller's list, shape (N, S), float32; NaN rows where the norm is NaN.
+
+    Raises:
+        DataFlexError: if the store is not complete, or the targets have another length than its features.
+    """
+    if targets.ndim != 2 or targets.shape[1] != store.dim:
+        raise DataFlexError(
+            f"{store.folder} holds features of length {store.dim}, the targets are of shape {tuple(targets.shape)}."
+        )
+    columns = targets.detach().to(device, torch.float32).T
+    scores = np.empty((store.size, targets.shape[0]), dtype=np.float32)
+    for positions, block in store.blocks(device):
+        scores[positions] = (block @ columns).cpu().numpy()
+    scores[np.isnan(store.norms())] = np.nan
+    return scores
+
+
+def _manifest(key: dict[str, Any], order: IndexArray, dim: int, dtype: str, chunks: list[int]) -> dict[str, Any]:
+    manifest = {
+        "format": FORMAT,
+        "rows": order.size,
+        "dim": dim,
+        "dtype": dtype,
+        "chunks": chunks,
+        "order": _order_digest(order),
+        "key": json.loads(_canonical(key)),
+    }
+    return {**manifest, "digest": _digest(manifest)}
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Return the digest of what names the folder: the format is not in it, so another one is noticed, not ignored."""
+    named = {name: value for name, value in manifest.items() if name not in ("format", "digest")}
+    return hashlib.sha256(_canonical(named).encode()).hexdigest()
+
+
+def _order_digest(order: IndexArray) -> str:
+    return hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise DataFlexError(f"{folder} has no {MANIFEST_FILE}, so it is not a folder of features.")
+    try:
+        manifest = json.loads(path.read_bytes(), parse_constant=_refuse)
+    except (OSError, ValueError) as error:
+        raise DataFlexError(f"{path} cannot be read ({error}). {_remedy(folder)}") from error
+    if not isinstance(manifest, dict):
+        raise DataFlexError(f"{path} is not a manifest. {_remedy(folder)}")
+    return manifest
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _read_order(folder: Path, digest: str) -> IndexArray:
+    path = folder / ORDER_FILE
+    try:
+        order = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataFlexError(f"{path} cannot be read ({error}). {_remedy(folder)}") from error
+    if _order_digest(order) != digest:
+        raise DataFlexError(f"{path} was changed after it was written. {_remedy(folder)}")
+    order.setflags(write=False)
+    return order
+
+
+def _require_same(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
+    there, wanted = _flat(stored), _flat(asked)
+    differences = [
+        f"{name} is {_shown(there.get(name))} there and {_shown(wanted.get(name))} here"
+        for name in sorted({*there, *wanted})
+        if there.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise DataFlexError(
+            f"{folder / MANIFEST_FILE} does not belong to these features: {'; '.join(differences)}. {_remedy(folder)}"
+        )
+
+
+def _flat(value: Any, name: str = "") -> dict[str, str]:
+    """Return the leaves of nested dicts by dotted name, as JSON text."""
+    if not isinstance(value, dict) or not value:
+        return {name: _canonical(value)}
+    leaves: dict[str, str] = {}
+    for key, item in value.items():
+        leaves |= _flat(item, f"{name}.{key}" if name else key)
+    return leaves
+
+
+def _shown(text: str | None) -> str:
+    if text is None:
+        return "absent"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _remedy(folder: Path) -> str:
+    return f"Delete {folder} to make the features again."
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
+def _bytes_of(values: Tensor) -> bytes:
+    return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,119 @@
+"""Cluster-LESS: LESS on a few representatives of each cluster of samples, for a sixteenth of the gradients.
+
+Once, at the first decision, the pool is clustered by k-means on mean-pooled last hidden states of length 1, about
+``cluster_size`` samples in each. Every decision draws ``representatives`` members of each cluster; a cluster's score for
+a sub-task is the mean LESS score of its representatives, every member has its cluster's, and
+
+    score(z) = max over sub-tasks j of  mean over representatives r of z's cluster of  mean over v in V_j of
+               cos(g(v), Gamma(r)).
+
+Members of one cluster are tied; which of them are taken where the budget ends inside a cluster is drawn at random.
+
+Source: the cluster-LESS selector of DataFlex (arXiv 2603.26164), whose sizes these are.
+Differs from it: the mean of the representatives' scores is taken, not the score of their mean gradient, so no gradient
+has to be kept; ties are drawn, not cut by index; clusters are part of the checkpoint.
+Cost: one forward over the pool, once; then ``representatives / cluster_size`` of what LESS costs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from dataflex import distributed
+from dataflex.components import ComponentParams, RoundContext, Selection, State
+from dataflex.data.sampling import IndexArray
+from dataflex.errors import ComponentError
+from dataflex.influence import InfluenceSelector
+from dataflex.registry import register
+from dataflex.selection import ScoreArray, sample_softmax
+from dataflex.selectors.less import LessParams
+
+_EXACT_KMEANS = 50_000
+"""Samples up to which k-means looks at all of them in every iteration."""
+
+
+class ClusterLessParams(LessParams):
+    """Parameters of cluster-LESS."""
+
+    cluster_size: int = Field(64, ge=1, description="Mean number of samples in a cluster.")
+    representatives: int = Field(4, ge=1, description="Members of each cluster whose gradients are taken.")
+    cluster_iterations: int = Field(10, ge=1, description="Iterations of k-means.")
+
+
+@register("selector", "cluster_less")
+class ClusterLessSelector(InfluenceSelector):
+    """Prefers clusters whose representatives would help the validation set most."""
+
+    Params: ClassVar[type[ComponentParams]] = ClusterLessParams
+
+    def __init__(self, params: ClusterLessParams) -> None:
+        super().__init__(params)
+        self._clusters: NDArray[np.int32] | None = None
+        """The cluster of every sample of the pool, shape (N,)."""
+
+    def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
+        """Return ``count`` candidates of the best clusters."""
+        if self._clusters is None:
+            embeddings = ctx.probe.embeddings(np.arange(ctx.pool.size))
+            seed = int.from_bytes(ctx.rng.bytes(4), "little")
+            self._clusters = distributed.on_main(partial(self._cluster, embeddings, seed))
+        scores = self.score(ctx, candidates)
+        scored = np.flatnonzero(~np.isnan(scores))
+        if scored.size < count:
+            raise ComponentError(f"{count} samples are wanted but only {scored.size} are in a cluster with a score.")
+        if self.params.rule == "top_k":
+            ranked = np.lexsort((ctx.rng.random(scored.size), -scores[scored]))[:count]
+        else:
+            spread = float(scores[scored].std()) or 1.0
+            logits = scores[scored].astype(np.float64) / (spread * self.params.temperature)
+            ranked = sample_softmax(logits, count, ctx.rng)
+        chosen = np.sort(scored[ranked])
+        return Selection(candidates[chosen], scores[chosen], candidates.size - scored.size)
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return the score of every candidate's cluster; NaN where no representative has a trained token."""
+        assert self._clusters is not None
+        clusters = self._clusters[candidates]
+        chosen = draw_members(clusters, self.params.representatives, ctx.rng)
+        measure = self.over_checkpoints if self.params.checkpoints else self.influence
+        cosines = measure(ctx, candidates[chosen], self.params.settings())
+        scored = ~np.isnan(cosines).any(axis=1)
+        number, width = int(clusters.max()) + 1, cosines.shape[1]
+        sums, counts = np.zeros((number, width)), np.zeros(number)
+        np.add.at(sums, clusters[chosen[scored]], cosines[scored])
+        np.add.at(counts, clusters[chosen[scored]], 1)
+        with np.errstate(invalid="ignore"):
+            means = sums / counts[:, None]
+        best = means.max(axis=1) if self.params.aggregation == "max" else means.mean(axis=1)
+        scores: ScoreArray = best[clusters].astype(np.float32)
+        return scores
+
+    def _cluster(self, embeddings: ScoreArray, seed: int) -> NDArray[np.int32]:
+        from sklearn.cluster import KMeans, MiniBatchKMeans
+
+        number = -(-embeddings.shape[0] // self.params.cluster_size)
+        kind = KMeans if embeddings.shape[0] <= _EXACT_KMEANS else MiniBatchKMeans
+        model = kind(number, n_init=1, max_iter=self.params.cluster_iterations, random_state=seed)
+        labels: NDArray[np.int32] = model.fit_predict(embeddings).astype(np.int32)
+        return labels
+
+    def state_dict(self) -> State:
+        """Return the clusters."""
+        return {} if self._clusters is None else {"clusters": self._clusters}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back the clusters."""
+        self._clusters = state.get("clusters")
+
+
+def draw_members(clusters: NDArray[np.int32], count: int, rng: np.random.Generator) -> IndexArray:
+    """Return positions of up to ``count`` random members of each cluster, ascending."""
+    order = np.lexsort((rng.random(clusters.size), clusters))
+    starts = np.flatnonzero(np.diff(clusters[order], prepend=-1))
+    place = np.arange(clusters.size) - np.repeat(starts, np.diff(np.append(starts, clusters.size)))
+    return np.sort(order[place < count]).astype(np.int64)

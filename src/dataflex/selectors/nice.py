@@ -1,0 +1,243 @@
+"""NICE: LESS for what cannot be differentiated, by the policy gradient of a reward.
+
+For every validation prompt x the model in training samples S responses y_s, each gets a reward r_s, and the target is
+the gradient of the expected reward, written as that of a loss,
+
+    g(x) = 1/S sum_s a_s grad(-log pi(y_s | x)),    a_s = r_s - mean of the other responses' rewards,
+
+with the log-likelihood summed over the response's tokens. Samples z are scored as in LESS: features of length 1, the
+mean within each sub-task, then score(z) = max over sub-tasks j of <mean_j g(x) / |g(x)|, Gamma(z) / |Gamma(z)|> with
+Gamma the direction the optimizer would take on z.
+
+Source: NICE (Wang et al., ICML 2025; JTWang2000/NICE), whose sampling settings these are (but 8 responses, not 20).
+Differs from it: rewards have a leave-one-out baseline (``baseline: none`` is the source's), prompts without a
+difference in reward are left out, the responses come from the current model at every update.
+Cost: per update one gradient for every sample of the pool and, for every validation prompt, S generated responses,
+their rewards and their gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from dataflex import distributed
+from dataflex.components import GenerationSettings, GradientSettings, Probe, RoundContext, Selector, SelectorParams
+from dataflex.data.pool import Pool
+from dataflex.data.sampling import IndexArray
+from dataflex.errors import ComponentError
+from dataflex.registry import register
+from dataflex.rewards import Reward, RewardChoice
+from dataflex.selection import ScoreArray
+from dataflex.token_loss import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
+
+RewardArray = NDArray[np.float64]
+
+
+class NiceParams(SelectorParams):
+    """Parameters of NICE."""
+
+    reward: RewardChoice = Field(description="exact_match, python, model or judge, or a mapping with type and more.")
+    baseline: Literal["leave_one_out", "none"] = Field(
+        "leave_one_out", description="Subtracted from a reward: the mean of the prompt's other rewards, or nothing."
+    )
+    samples: int = Field(8, ge=1, description="Responses to each validation prompt; the paper has 20.")
+    max_new_tokens: int = Field(256, ge=1, description="Longest response, in tokens.")
+    generation_temperature: float = Field(1.2, gt=0, description="Temperature of the responses.")
+    generation_top_p: float = Field(0.95, gt=0, le=1, description="Nucleus the tokens are drawn from; 1: all.")
+    generation_top_k: int = Field(50, ge=0, description="Likeliest tokens that are drawn from; 0: all.")
+    generation_backend: Literal["hf", "vllm"] = Field("hf", description="What generates.")
+    validation: str | list[str] | None = Field(None, description="Validation data sets; none: those of eval_dataset.")
+    subtask_column: str | None = Field(None, description="Column that names a sample's sub-task; none: its data set.")
+    preconditioner: Literal["none", "adam", "adam_less"] = Field(
+        "adam", description="Direction of a training sample: its gradient, or the optimizer's."
+    )
+    sketch: Literal["count", "rademacher", "kronecker", "identity"] = Field(
+        "count", description="Random map that shortens gradients; identity: none."
+    )
+    proj_dim: int = Field(8192, ge=1, description="Length of a shortened gradient.")
+    projection_seed: int = Field(0, description="Seed of the random map.")
+    unsupported_parameters: Literal["error", "ignore"] = Field(
+        "error", description="What to do with trainable parameters that have no per-sample gradient."
+    )
+
+    @model_validator(mode="after")
+    def _others_exist(self) -> Self:
+        if self.baseline == "leave_one_out" and self.samples < 2:
+            raise ValueError("samples must be at least 2 with baseline leave_one_out")
+        return self
+
+
+@register("selector", "nice")
+class NiceSelector(Selector):
+    """Prefers samples whose training step raises the reward of the model's own responses."""
+
+    Params = NiceParams
+
+    def __init__(self, params: NiceParams) -> None:
+        super().__init__(params)
+        self._reward: Reward = params.reward.build()
+        self._directions: tuple[int, ScoreArray] | None = None
+        """Round and target directions, (J, k): several groups of a round share them."""
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return each candidate's similarity with its nearest sub-task, shape (n,); NaN without a trained token."""
+        if self._directions is None or self._directions[0] != ctx.round:
+            self._directions = (ctx.round, self.target_directions(ctx))
+        settings = self._settings(preconditioner=self.params.preconditioner, reduction="mean", normalize=True)
+        return ctx.probe.similarities(candidates, settings, self._directions[1]).max(axis=1)
+
+    def target_directions(self, ctx: RoundContext) -> ScoreArray:
+        """Return the mean target gradient of each sub-task that has one, shape (J, k), float32.
+
+        Raises:
+            ComponentError: if a validation sample has no prompt or answer, or no prompt has responses of different
+                reward.
+        """
+        if ctx.targets is None:
+            raise ComponentError("selector 'nice' needs validation samples: set validation or eval_dataset.")
+        params = self.params
+        numbers = np.arange(ctx.targets.size, dtype=np.int64)
+        pairs = [prompt_and_reference(row, number) for number, row in enumerate(ctx.targets.rows(numbers))]
+        prompts = [prompt for prompt, _ in pairs]
+        references = [reference for _, reference in pairs]
+        generation = GenerationSettings(
+            samples=params.samples,
+            max_new_tokens=params.max_new_tokens,
+            temperature=params.generation_temperature,
+            top_p=params.generation_top_p,
+            top_k=params.generation_top_k,
+            backend=params.generation_backend,
+        )
+        responses = ctx.probe.generate(prompts, generation, int(ctx.rng.integers(2**62)))
+        rewards = distributed.on_main(lambda: response_rewards(self._reward, ctx.probe, prompts, responses, references))
+        gradients = self._policy_gradients(ctx.probe, prompts, responses, advantages(rewards, params.baseline))
+        lengths = np.linalg.norm(gradients, axis=1)
+        used = lengths > 0
+        logger.info("nice: mean reward %.4f; %d of %d prompts give a gradient.", rewards.mean(), used.sum(), used.size)
+        if not used.any():
+            raise ComponentError(
+                f"selector 'nice': every prompt's {params.samples} responses have the same reward (mean reward "
+                f"{rewards.mean():.4g}), so there is nothing to learn from. Raise generation_temperature or samples, "
+                "or take a finer reward or easier validation prompts."
+            )
+        subtasks = ctx.targets.domain_ids(numbers)
+        units = gradients[used] / lengths[used, None]
+        return np.stack([units[subtasks[used] == subtask].mean(axis=0) for subtask in np.unique(subtasks[used])])
+
+    def _policy_gradients(
+        self, probe: Probe, prompts: list[list[int]], responses: list[list[list[int]]], weights: RewardArray
+    ) -> ScoreArray:
+        """Return 1/S sum_s weights[m, s] grad(-log pi(response s of prompt m)) of each prompt, shape (M, k)."""
+        kept = [
+            (number, sample)
+            for number, own in enumerate(responses)
+            for sample, response in enumerate(own)
+            if response and weights[number, sample]
+        ]
+        if not kept:
+            return np.zeros((len(prompts), 1), dtype=np.float32)
+        pool = response_pool([(prompts[number], responses[number][sample]) for number, sample in kept])
+        settings = self._settings(preconditioner="none", reduction="sum", normalize=False)
+        features = probe.gradients(np.arange(pool.size, dtype=np.int64), settings, pool)
+        gradients = np.zeros((len(prompts), features.shape[1]), dtype=np.float32)
+        for feature, (number, sample) in zip(features, kept, strict=True):
+            gradients[number] += np.float32(weights[number, sample] / weights.shape[1]) * feature
+        return gradients
+
+    def _settings(self, **given: Any) -> GradientSettings:
+        params = self.params
+        return GradientSettings(
+            sketch=params.sketch,
+            dim=params.proj_dim,
+            seed=params.projection_seed,
+            unsupported=params.unsupported_parameters,
+            **given,
+        )
+
+
+def prompt_and_reference(row: dict[str, Any], number: int) -> tuple[list[int], list[int]]:
+    """Return the tokens before the last block of trained tokens, and that block.
+
+    Args:
+        row: ``input_ids`` and ``labels`` of a validation sample.
+        number: of the sample, for messages.
+
+    Raises:
+        ComponentError: if either is missing.
+    """
+    if "labels" not in row:
+        raise ComponentError(
+            "selector 'nice' needs validation samples of prompt and answer (stage sft), not plain text."
+        )
+    labels = list(row["labels"])
+    stop = len(labels)
+    while stop and labels[stop - 1] == IGNORE_INDEX:
+        stop -= 1
+    start = stop
+    while start and labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    if not stop:
+        raise ComponentError(f"selector 'nice': validation sample {number} has no answer left within cutoff_len.")
+    if not start:
+        raise ComponentError(
+            f"selector 'nice': validation sample {number} has no prompt before its answer; train_on_prompt must be off."
+        )
+    return list(row["input_ids"][:start]), labels[start:stop]
+
+
+def response_rewards(
+    reward: Reward,
+    probe: Probe,
+    prompts: list[list[int]],
+    responses: list[list[list[int]]],
+    references: list[list[int]],
+) -> RewardArray:
+    """Return the reward of every response, shape (M, S), float64; responses number m S to (m + 1) S - 1 are prompt m's.
+
+    Raises:
+        ComponentError: if the reward is not one finite number per response.
+    """
+    texts = [text for prompt, own in zip(prompts, responses, strict=True) for text in [probe.decode(prompt)] * len(own)]
+    answers = [probe.decode(response) for own in responses for response in own]
+    wanted = [
+        text for tokens, own in zip(references, responses, strict=True) for text in [probe.decode(tokens)] * len(own)
+    ]
+    values = np.asarray(reward(texts, answers, wanted), dtype=np.float64)
+    if values.shape != (len(answers),) or not np.isfinite(values).all():
+        raise ComponentError(
+            f"selector 'nice': the reward returned shape {values.shape} with {np.isnan(values).sum()} NaN for "
+            f"{len(answers)} responses; one finite number per response is needed."
+        )
+    return values.reshape(len(prompts), -1)
+
+
+def advantages(rewards: RewardArray, baseline: Literal["leave_one_out", "none"]) -> RewardArray:
+    """Return what weighs each response's gradient, shape (M, S); exactly 0 for a prompt of equal rewards.
+
+    Args:
+        rewards: shape (M, S), S at least 2 for ``leave_one_out``.
+        baseline: ``leave_one_out`` subtracts the mean of the prompt's other rewards, ``none`` nothing.
+    """
+    if baseline == "none":
+        return rewards
+    others = (rewards.sum(axis=1, keepdims=True) - rewards) / (rewards.shape[1] - 1)
+    return np.where(np.ptp(rewards, axis=1, keepdims=True) > 0, rewards - others, 0.0)
+
+
+def response_pool(pairs: list[tuple[list[int], list[int]]]) -> Pool:
+    """Return prompts followed by their responses as training samples; the responses' tokens alone are trained on."""
+    from datasets import Dataset
+
+    columns = {
+        "input_ids": [prompt + response for prompt, response in pairs],
+        "attention_mask": [[1] * (len(prompt) + len(response)) for prompt, response in pairs],
+        "labels": [[IGNORE_INDEX] * len(prompt) + response for prompt, response in pairs],
+    }
+    return Pool(Dataset.from_dict(columns), ("responses",), np.array([len(pairs)]))
