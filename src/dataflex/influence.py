@@ -169,7 +169,7 @@ class InfluenceSelector(GradientSelector):
         return means
 
     def influence(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
-        """Return each candidate's mean inner product with every sub-task's samples, (n, S), under the model as it is."""
+        """Return each candidate's mean inner product with every sub-task's samples, (n, S)."""
         return ctx.probe.similarities(candidates, settings, self.target_features(ctx, settings))
 
     def over_checkpoints(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:

@@ -211,7 +211,7 @@ class GradientPass:
                 undo()
 
     def _own(self, module: nn.Module) -> dict[str, str]:
-        """Return the trainable parameters a module owns itself, key to name; under FSDP2 not to be asked in a forward."""
+        """Return the trainable parameters a module owns itself, by key; under FSDP2 not to be asked in a forward."""
         return {key: self.names[id(value)] for key, value in module._parameters.items() if id(value) in self.names}
 
     def _root(self, module: nn.Module, args: Any, output: Tensor) -> None:

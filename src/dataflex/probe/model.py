@@ -252,8 +252,8 @@ class ModelProbe:
         """
         if self.sharded:
             raise ComponentError(
-                "checkpoints: stored weights cannot be looked at while ZeRO-3 or FSDP spreads the model over processes. "
-                "ZeRO-2 or DDP, or score the pool before with dataflex-cli score."
+                "checkpoints: stored weights cannot be looked at while ZeRO-3 or FSDP spreads the model out. "
+                "Use ZeRO-2 or DDP, or score the pool before with dataflex-cli score."
             )
         moments = self.moments
         with weights_of(self.model(), Path(folder)):

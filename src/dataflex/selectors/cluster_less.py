@@ -1,8 +1,8 @@
 """Cluster-LESS: LESS on a few representatives of each cluster of samples, for a sixteenth of the gradients.
 
 Once, at the first decision, the pool is clustered by k-means on mean-pooled last hidden states of length 1, about
-``cluster_size`` samples in each. Every decision draws ``representatives`` members of each cluster; a cluster's score for
-a sub-task is the mean LESS score of its representatives, every member has its cluster's, and
+``cluster_size`` samples in each. Every decision draws ``representatives`` members of each cluster; a cluster's score
+for a sub-task is the mean LESS score of its representatives, every member has its cluster's, and
 
     score(z) = max over sub-tasks j of  mean over representatives r of z's cluster of  mean over v in V_j of
                cos(g(v), Gamma(r)).
