@@ -152,6 +152,8 @@ class ScoreBook:
         standard: their z-scores, shape (N,), float32; NaN likewise.
         scored_at: number of the decision that scored each, shape (N,), int32; ``NEVER`` where none did. With a NaN
             score a sample cannot be scored (no token to train on) and is neither picked nor chosen again.
+        used: whether each was chosen since it was last scored, shape (N,), bool. An old score says nothing new about a
+            sample trained on since, so those come after all others.
     """
 
     def __init__(self, clusters: ClusterArray, budget: Budget) -> None:
@@ -160,6 +162,7 @@ class ScoreBook:
         self.scores = np.full(self.clusters.size, np.nan, dtype=np.float32)
         self.standard = np.full(self.clusters.size, np.nan, dtype=np.float32)
         self.scored_at = np.full(self.clusters.size, NEVER, dtype=np.int32)
+        self.used = np.zeros(self.clusters.size, dtype=bool)
 
     def has_scores(self, candidates: IndexArray) -> bool:
         """Return whether any of ``candidates`` has a score, of whatever age."""
@@ -212,6 +215,7 @@ class ScoreBook:
         self.scores[indices] = values
         self.scored_at[indices] = update
         self.standard[indices] = _standardised(values)
+        self.used[indices] = False
 
     def max_age(self, candidates: IndexArray, wanted: int, update: int) -> int:
         """Return for how many decisions, the present one included, a score is valid.
@@ -260,7 +264,9 @@ class ScoreBook:
         rule: Literal["top_k", "sample"] = "top_k",
         temperature: float = 1.0,
     ) -> tuple[IndexArray, ScoreArray]:
-        """Return the chosen candidates and their estimates.
+        """Return the chosen candidates and their estimates; they are ``used`` from now on.
+
+        Candidates chosen since they were last scored are taken only when the others are too few.
 
         Args:
             candidates: samples to choose from.
@@ -283,13 +289,17 @@ class ScoreBook:
                 f"{count} samples are wanted but only {usable.size} of {candidates.size} can have a score (the others "
                 "have no token to train on)"
             )
-        if rule == "sample":
-            drawn = sample_softmax(estimated[usable].astype(np.float64) / temperature, count, rng)
+        used = self.used[candidates[usable]]
+        fresh, rest = usable[~used], usable[used]
+        missing = count - fresh.size
+        if missing > 0:
+            again = _draw(rest, estimated, missing, rng, rule, temperature)
+            chosen = np.concatenate([fresh, again])
+            self.used[candidates[rest]] = False
         else:
-            usable = rng.permutation(usable)
-            drawn = top_k(estimated[usable], count)
-        chosen = usable[drawn]
+            chosen = _draw(fresh, estimated, count, rng, rule, temperature)
         chosen = chosen[np.argsort(candidates[chosen])]
+        self.used[candidates[chosen]] = True
         return candidates[chosen], estimated[chosen]
 
     def state_dict(self) -> dict[str, Any]:
@@ -299,6 +309,7 @@ class ScoreBook:
             "scores": self.scores.copy(),
             "standard": self.standard.copy(),
             "scored_at": self.scored_at.copy(),
+            "used": self.used.copy(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -313,6 +324,22 @@ class ScoreBook:
         self.scores = np.array(state["scores"], dtype=np.float32)
         self.standard = np.array(state["standard"], dtype=np.float32)
         self.scored_at = np.array(state["scored_at"], dtype=np.int32)
+        self.used = np.array(state["used"], dtype=bool)
+
+
+def _draw(
+    positions: IndexArray,
+    estimated: ScoreArray,
+    count: int,
+    rng: np.random.Generator,
+    rule: Literal["top_k", "sample"],
+    temperature: float,
+) -> IndexArray:
+    """Return ``count`` of ``positions`` by their estimates, ties drawn at random."""
+    if rule == "sample":
+        return positions[sample_softmax(estimated[positions].astype(np.float64) / temperature, count, rng)]
+    shuffled = rng.permutation(positions)
+    return shuffled[top_k(estimated[shuffled], count)]
 
 
 def _standardised(scores: ScoreArray) -> ScoreArray:

@@ -23,6 +23,7 @@ from dataflex.selection import ScoreArray, sample_softmax, top_k
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dataflex.capped import CappedScoring
     from dataflex.config import RunConfig
     from dataflex.data.pool import Pool
 
@@ -176,6 +177,8 @@ class RoundContext:
     """What a component keeps for the other groups of the same round."""
     learning_rate: float = 0.0
     """The optimizer's, at the first step of the round."""
+    capped: CappedScoring | None = None
+    """What scores and chooses in the selector's place where ``max_overhead`` is set."""
 
 
 @dataclass
@@ -260,6 +263,9 @@ class SelectorParams(ComponentParams):
     temperature: float = Field(
         1.0, gt=0, description="For rule 'sample': of the standardised scores z; larger is flatter."
     )
+    max_overhead: float | None = Field(
+        None, gt=0, description="Cap on decision time over training time; none: every candidate is scored every time."
+    )
 
 
 class Selector(Component):
@@ -273,8 +279,14 @@ class Selector(Component):
     """Whether a round longer than the pool makes sense (whole passes, then a choice for the rest)."""
     scores_samples: ClassVar[bool] = True
     """Whether its selections carry scores."""
+    probes: ClassVar[Literal["nothing", "losses", "gradients"]] = "nothing"
+    """What scoring one sample takes, for the estimate of a run's cost."""
     leaves_out_unscored: ClassVar[bool] = False
     """Whether :meth:`score` may return NaN for samples without a trained token; they are never chosen."""
+
+    def scored_samples(self, pool_size: int) -> int:
+        """Return how many samples of the pool one decision scores, for the estimate of a run's cost."""
+        return pool_size
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return one number per candidate, shape (n,); higher is chosen first."""
@@ -282,6 +294,8 @@ class Selector(Component):
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return ``count`` distinct candidates, ``count`` at most their number."""
+        if ctx.capped is not None:
+            return ctx.capped.choose(self, ctx, candidates, count)
         scores = check_scores(self, self.score(ctx, candidates), candidates, self.leaves_out_unscored)
         scored = np.flatnonzero(~np.isnan(scores))
         if scored.size < count:

@@ -170,22 +170,25 @@ def _validate_components(
         except ConfigError as error:
             problems.append(Problem(f"{prefix}.method", str(error)))
             continue
-        params = _validate(cls.Params, {k: v for k, v in given.items() if k != "method"}, prefix, problems)
+        params = _validate(cls.Params, {k: v for k, v in given.items() if k != "method"}, prefix, problems, base)
         if params is not None:
             found[key] = (cls, params)
     return found
 
 
-def _validate(model: type[BaseModel], data: dict[str, Any], prefix: str, problems: list[Problem]) -> Any:
+def _validate(
+    model: type[BaseModel], data: dict[str, Any], prefix: str, problems: list[Problem], base: Path | None = None
+) -> Any:
     """Return ``model`` built from ``data``, or None after adding one problem per bad key."""
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, context={"base": base})
     except ValidationError as error:
         for item in error.errors():
             key = ".".join([prefix, *(str(part) for part in item["loc"])])
-            if item["type"] == "extra_forbidden":
-                known = [name for name in model.model_fields]
-                message = unknown("key", str(item["loc"][-1]), known)
+            if item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
+                message = unknown("key", str(item["loc"][-1]), list(model.model_fields))
+            elif item["type"] == "missing":
+                message = "needed."
             else:
                 message = f"{item['msg'].removeprefix('Value error, ')}, got {item['input']!r}."
             problems.append(Problem(key, message))

@@ -122,6 +122,7 @@ class InfluenceParams(SelectorParams, FeatureParams, ValidationParams):
 class GradientSelector(Selector):
     """Base of selectors that look at per-sample gradients."""
 
+    probes: ClassVar[Literal["nothing", "losses", "gradients"]] = "gradients"
     leaves_out_unscored: ClassVar[bool] = True
 
     def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:

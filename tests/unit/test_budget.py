@@ -233,6 +233,7 @@ def test_the_best_estimates_are_chosen_and_ties_are_random() -> None:
     book.record(np.array([0, 1, 4, 5]), np.array([9, 8, 1, 2], dtype=np.float32), 0)
     drawn = set()
     for seed in range(200):
+        book.used[:] = False
         chosen, estimated = book.choose(np.arange(100), 3, 0, np.random.default_rng(seed))
         assert {0, 1} < set(chosen.tolist())
         assert np.array_equal(chosen, np.unique(chosen))
@@ -273,12 +274,24 @@ def test_samples_without_a_score_are_not_chosen() -> None:
         book.choose(np.arange(10), 8, 0, np.random.default_rng(0))
 
 
+def test_a_sample_is_chosen_once_for_each_of_its_scores() -> None:
+    book = book_of([0] * 10)
+    book.record(np.arange(10), np.arange(10, dtype=np.float32), 0)
+    rng = np.random.default_rng(0)
+    assert book.choose(np.arange(10), 4, 0, rng)[0].tolist() == [6, 7, 8, 9]
+    book.record(np.array([9]), np.float32([3.0]), 1)  # scored anew, so that it counts again
+    assert set(book.choose(np.arange(10), 7, 1, rng)[0].tolist()) == {0, 1, 2, 3, 4, 5, 9}
+    again = book.choose(np.arange(10), 3, 2, rng)[0]  # all are used: the best come again
+    assert set(again.tolist()) <= {6, 7, 8}
+
+
 def decide(book: ScoreBook, truth: np.ndarray, count: int, wanted: int, update: int) -> np.ndarray:
     """One decision as the framework makes it; the model moves and stretches all scores as it trains."""
     rng = np.random.default_rng([7, update])
     everyone = np.arange(truth.size)
     picked = book.pick(everyone, count, rng)
     book.record(picked, (truth[picked] * 0.9**update - update).astype(np.float32), update)
+    book.used[:] = False  # what is asked is how good the estimates are
     return book.choose(everyone, wanted, update, rng)[0]
 
 

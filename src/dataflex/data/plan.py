@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.capped import CappedScoring
 from dataflex.components import Component, Components, Group, Probe, RoundContext, Selection, State
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray, KeyedPermutation, PassSampler, apportion
@@ -39,6 +40,8 @@ class Plan:
     """The domain shares decided (with a mixer) or found in the plan, shape (K,)."""
     unscored: int = 0
     """Candidates left out because they have no score."""
+    budget: dict[str, Any] | None = None
+    """What was scored under ``max_overhead``, and why so much."""
 
     @property
     def sha256(self) -> str:
@@ -58,6 +61,7 @@ class Planner:
         arrangement: what orders a plan without an ``order`` component.
         targets: the validation samples, where a component asked for them.
         learning_rate: returns the optimizer's present one.
+        capped: scores in the selector's place where its cost is capped.
     """
 
     def __init__(
@@ -71,9 +75,10 @@ class Planner:
         arrangement: Arrangement = "shuffle",
         targets: Pool | None = None,
         learning_rate: Callable[[], float] = lambda: 0.0,
+        capped: CappedScoring | None = None,
     ) -> None:
         self.pool, self.components, self.schedule, self.targets = pool, components, schedule, targets
-        self.learning_rate = learning_rate
+        self.learning_rate, self.capped = learning_rate, capped
         self._memo: dict[str, dict[str, Any]] = {}
         self.seed, self.global_batch_size, self.arrangement = seed, global_batch_size, arrangement
         shuffle = arrangement != "sequential"
@@ -100,7 +105,8 @@ class Planner:
         if decided is None:
             counts = self.pool.domain_counts(indices)
             decided = counts / counts.sum()
-        return Plan(slot, indices, scores, decided, selection.unscored)
+        budget = self.capped.notes if self.capped is not None and slot.update is not None else None
+        return Plan(slot, indices, scores, decided, selection.unscored, budget)
 
     def state_dict(self) -> State:
         """Return how far each pass has come."""
@@ -109,6 +115,7 @@ class Planner:
             "domains": {
                 name: sampler.drawn for name, sampler in zip(self.pool.domains, self._domain_samplers, strict=True)
             },
+            "capped": {} if self.capped is None else self.capped.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -116,6 +123,8 @@ class Planner:
         self._pool_sampler.drawn = int(state["pool"])
         for name, sampler in zip(self.pool.domains, self._domain_samplers, strict=True):
             sampler.drawn = int(state["domains"][name])
+        if self.capped is not None:
+            self.capped.load_state_dict(state["capped"])
 
     def context(self, component: Component, slot: RoundSlot, probe: Probe, group: str = "pool") -> RoundContext:
         """Return what ``component`` may base its part of a round on; every group has random numbers of its own."""
@@ -133,6 +142,7 @@ class Planner:
             targets=self.targets,
             memo=self._memo.setdefault(component.family, {}),
             learning_rate=self.learning_rate(),
+            capped=self.capped if component is self.components.select else None,
         )
 
     def _groups(self, slot: RoundSlot, probe: Probe) -> tuple[list[Group], NDArray[np.float64] | None]:

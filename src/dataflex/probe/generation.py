@@ -235,8 +235,8 @@ def _visible_device() -> str:
 
 def _run_vllm(folder: Path) -> None:
     """Answer ``request.json`` of a folder with ``responses.json``."""
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
-    from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     request = json.loads((folder / "request.json").read_text())
     outputs = LLM(**request["engine"]).generate(

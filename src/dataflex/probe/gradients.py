@@ -93,6 +93,9 @@ class GradientPass:
         self._scale = _FLOAT16_SCALE if half else 1.0
         self._batch = 0
         self._head_names: dict[str, str] = {}
+        self._inside_head: set[str] = set()
+        self._rows: Tensor | None = None
+        self._complete = False
         self._roots: list[Tensor] = []
         self._uses: dict[str, int] = {}
         self._parts: dict[str, list[Contribution]] = {}
@@ -116,6 +119,8 @@ class GradientPass:
         with torch.enable_grad(), self._hooks():
             objective, sums = self._forward(inputs, targets, counts)
             if objective.requires_grad:
+                self._check_all_seen(objective)
+                self._complete = True
                 torch.autograd.grad(objective, self._roots, allow_unused=True)
         for name in self.names.values():
             if name not in self._done and name not in self.left_out:
@@ -124,7 +129,7 @@ class GradientPass:
         return sample_means(sums, counts)
 
     def _clear(self) -> None:
-        self._roots, self._uses, self._parts, self._done = [], {}, {}, set()
+        self._roots, self._uses, self._parts, self._done, self._rows = [], {}, {}, set(), None
 
     def _forward(self, inputs: dict[str, Any], targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is differentiated, and each sample's summed loss (B,)."""
@@ -169,9 +174,11 @@ class GradientPass:
         for begin in starts:
             part = slice(begin, begin + HEAD_CHUNK)
             chunk = hidden[part].detach().requires_grad_()
+            self._rows = rows[part]
             logits = apply(chunk)
             loss = F.cross_entropy(at_least_float32(logits), labels[part], reduction="none")
             losses.append(loss.detach())
+            self._check_all_seen(loss)
             wanted = [chunk, logits] if trained else [chunk]
             gradients = torch.autograd.grad((loss * weights[part].to(loss.dtype)).sum(), wanted)
             gradient[part] = gradients[0]
@@ -182,6 +189,10 @@ class GradientPass:
                 if key == "weight":
                     made = Outer(by_sample(chunk.detach(), rows[part], self._batch), padded)
                 self._arrived(name, made)
+        self._rows = None
+        for name in self._uses.keys() & {*trained.values(), *self._inside_head}:
+            if not self._uses[name]:
+                self._hand_on(name)
         objective = (hidden * gradient).sum()
         return objective, torch.cat(losses) if losses else hidden.new_zeros(0)
 
@@ -189,6 +200,8 @@ class GradientPass:
     def _hooks(self) -> Iterator[None]:
         head = self.model.get_output_embeddings() if self.chunked_head else None
         self._head_names = self._own(head) if head is not None else {}
+        below = [] if head is None else [module for module in head.modules() if module is not head]
+        self._inside_head = {name for module in below for name in self._own(module).values()}
         embedding = self.model.get_input_embeddings()
         handles, restore = [], []
         try:
@@ -236,12 +249,12 @@ class GradientPass:
             bias = kwargs["base_layer"].bias
             base = base.detach() if bias is None else base.detach() - bias.detach()
             inputs = dora_sum(output.detach(), base, module._parameters["weight"].detach())
+        samples = self._rows
 
         def arrived(gradient: Tensor) -> None:
-            gradient = self._unscaled(gradient)
-            self._check_rows(gradient, path)
+            caught, gradient = self._sorted_out(inputs, self._unscaled(gradient), samples, path)
             for key, name in own.items():
-                self._arrived(name, self._rule(module, key, inputs, gradient))
+                self._arrived(name, self._rule(module, key, caught, gradient))
 
         output.register_hook(arrived)
 
@@ -304,7 +317,7 @@ class GradientPass:
             if bias is parameter:
                 seen.add(name)
                 self._expect(name, 1)
-                output.register_hook(partial(self._bias_arrived, name))
+                output.register_hook(partial(self._bias_arrived, name, self._rows))
                 if not inputs.requires_grad:
                     self._roots.append(output)
                 continue
@@ -313,7 +326,7 @@ class GradientPass:
                 continue
             seen.add(name)
             self._expect(name, 1)
-            samples = None
+            samples = self._rows
             if is_experts(module):
                 samples = self._routed(args, kwargs, place // max(1, weight.shape[0]))
                 seen.update(other for other in own.values())
@@ -359,17 +372,13 @@ class GradientPass:
     def _product_arrived(
         self, name: str, inputs: Tensor, first: int, rows: int, samples: Tensor | None, gradient: Tensor
     ) -> None:
-        gradient = self._unscaled(gradient)
-        if samples is not None:
-            inputs, gradient = by_sample(inputs, samples, self._batch), by_sample(gradient, samples, self._batch)
-        else:
-            self._check_rows(gradient, name)
-            inputs, gradient = flat_rows(inputs, self._batch), flat_rows(gradient, self._batch)
-        self._arrived(name, Outer(inputs, gradient, first, rows))
+        inputs, gradient = self._sorted_out(inputs, self._unscaled(gradient), samples, name)
+        made = Outer(flat_rows(inputs, self._batch), flat_rows(gradient, self._batch), first, rows)
+        self._arrived(name, made)
 
-    def _bias_arrived(self, name: str, gradient: Tensor) -> None:
-        self._check_rows(gradient, name)
-        self._arrived(name, Whole(summed_over_tokens(self._unscaled(gradient), self._batch)))
+    def _bias_arrived(self, name: str, samples: Tensor | None, gradient: Tensor) -> None:
+        _, gradient = self._sorted_out(gradient, self._unscaled(gradient), samples, name)
+        self._arrived(name, Whole(summed_over_tokens(gradient, self._batch)))
 
     def _after_norm(
         self, module: nn.Module, own: dict[str, str], seen: set[str], args: tuple[Any, ...], output: Any
@@ -392,12 +401,12 @@ class GradientPass:
             self._roots.append(output)
         for name in rest.values():
             self._expect(name, 1)
+        samples = self._rows
 
         def arrived(gradient: Tensor) -> None:
-            gradient = self._unscaled(gradient)
-            self._check_rows(gradient, path)
+            caught, gradient = self._sorted_out(kept, self._unscaled(gradient), samples, path)
             for key, name in rest.items():
-                values = gradient * kept if key == "weight" else gradient
+                values = gradient * caught if key == "weight" else gradient
                 self._arrived(name, Whole(summed_over_tokens(values, self._batch)))
 
         output.register_hook(arrived)
@@ -411,6 +420,28 @@ class GradientPass:
                 "unsupported_parameters: ignore to leave such parameters out of the features, or freeze them."
             )
         self.left_out.update(rest.values())
+
+    def _check_all_seen(self, objective: Tensor) -> None:
+        """Refuse trainable parameters that were used where no hook saw it, once: theirs would count as no gradient."""
+        if self._complete:
+            return
+        used = used_leaves(objective)
+        for module in self.model.modules():
+            own = self._own(module).items()
+            missed = {
+                key: name
+                for key, name in own
+                if id(module._parameters[key]) in used and name not in self._uses and name not in self.left_out
+            }
+            if missed:
+                self._refuse(module, missed)
+
+    def _sorted_out(self, inputs: Tensor, gradient: Tensor, samples: Tensor | None, path: str) -> tuple[Tensor, Tensor]:
+        """Return inputs and gradient with the samples apart; ``samples`` has the one of each row where they are mixed."""
+        if samples is None:
+            self._check_rows(gradient, path)
+            return inputs, gradient
+        return by_sample(inputs, samples, self._batch), by_sample(gradient, samples, self._batch)
 
     def _check_rows(self, gradient: Tensor, path: str) -> None:
         """Make sure the rows of a gradient belong to the samples in order."""
@@ -429,7 +460,8 @@ class GradientPass:
     def _arrived(self, name: str, part: Contribution) -> None:
         self._parts.setdefault(name, []).append(part)
         self._uses[name] -= 1
-        if not self._uses[name]:
+        # What the head holds is complete behind its last chunk.
+        if not self._uses[name] and self._rows is None:
             self._hand_on(name)
 
     def _hand_on(self, name: str) -> None:
@@ -452,6 +484,20 @@ def watched(name: str, after: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         setattr(F, name, original)
+
+
+def used_leaves(output: Tensor) -> set[int]:
+    """Return the ``id`` of every leaf of autograd's graph of ``output``."""
+    leaves, seen, todo = set(), set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        todo += [before for before, _ in node.next_functions]
+    return leaves
 
 
 def _place_in(parameter: Tensor, weight: Tensor) -> int | None:

@@ -100,6 +100,8 @@ class RunWriter:
         }
         if plan.slot.update is None:
             line["warmup"] = True
+        if plan.budget is not None:
+            line["budget"] = plan.budget
         if plan.unscored:
             line["unscored"] = plan.unscored
         with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as stream:

@@ -17,8 +17,9 @@ Cost: one forward over the pool, once; then ``representatives / cluster_size`` o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +29,12 @@ from dataflex import distributed
 from dataflex.components import ComponentParams, RoundContext, Selection, State
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
-from dataflex.influence import InfluenceSelector
 from dataflex.registry import register
 from dataflex.selection import ScoreArray, sample_softmax
-from dataflex.selectors.less import LessParams
+from dataflex.selectors.less import LessParams, LessSelector
+
+if TYPE_CHECKING:
+    from dataflex.config import RunConfig
 
 _EXACT_KMEANS = 50_000
 """Samples up to which k-means looks at all of them in every iteration."""
@@ -46,7 +49,7 @@ class ClusterLessParams(LessParams):
 
 
 @register("selector", "cluster_less")
-class ClusterLessSelector(InfluenceSelector):
+class ClusterLessSelector(LessSelector):
     """Prefers clusters whose representatives would help the validation set most."""
 
     Params: ClassVar[type[ComponentParams]] = ClusterLessParams
@@ -55,6 +58,20 @@ class ClusterLessSelector(InfluenceSelector):
         super().__init__(params)
         self._clusters: NDArray[np.int32] | None = None
         """The cluster of every sample of the pool, shape (N,)."""
+
+    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+        """Yield what shows before a model is loaded."""
+        yield from super().problems(run)
+        if self.params.max_overhead is not None:
+            yield (
+                "max_overhead",
+                "cluster_size and representatives bound what cluster_less costs; use less for a cap.",
+            )
+
+    def scored_samples(self, pool_size: int) -> int:
+        """Return the number of representatives."""
+        clusters = -(-pool_size // self.params.cluster_size)
+        return int(min(pool_size, clusters * self.params.representatives))
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return ``count`` candidates of the best clusters."""

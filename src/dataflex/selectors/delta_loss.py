@@ -16,6 +16,7 @@ Cost: one forward pass over the pool per update.
 from __future__ import annotations
 
 import math
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,7 @@ class DeltaLossSelector(Selector):
     """Prefers a sliding window of samples ranked by how far their loss fell."""
 
     Params = DeltaLossParams
+    probes: ClassVar[Literal["nothing", "losses", "gradients"]] = "losses"
 
     def __init__(self, params: DeltaLossParams) -> None:
         super().__init__(params)

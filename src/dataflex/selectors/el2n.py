@@ -31,6 +31,7 @@ class El2nSelector(Selector):
     """Prefers samples with large prediction errors."""
 
     Params: ClassVar[type[ComponentParams]] = El2nParams
+    probes: ClassVar[Literal["nothing", "losses", "gradients"]] = "losses"
     leaves_out_unscored: ClassVar[bool] = True
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:

@@ -11,7 +11,7 @@ Cost: one forward pass over the pool per update.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,7 @@ class LossSelector(Selector):
     """Draws from loss quantiles."""
 
     Params = LossParams
+    probes: ClassVar[Literal["nothing", "losses", "gradients"]] = "losses"
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return ``count`` candidates drawn by the weight of their part."""

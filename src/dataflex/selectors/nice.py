@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from dataflex import distributed
-from dataflex.components import GenerationSettings, GradientSettings, Probe, RoundContext, Selector, SelectorParams
+from dataflex.components import GenerationSettings, Probe, RoundContext
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
+from dataflex.influence import InfluenceParams, InfluenceSelector
 from dataflex.registry import register
 from dataflex.rewards import Reward, RewardChoice
 from dataflex.selection import ScoreArray
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 RewardArray = NDArray[np.float64]
 
 
-class NiceParams(SelectorParams):
+class NiceParams(InfluenceParams):
     """Parameters of NICE."""
 
     reward: RewardChoice = Field(description="exact_match, python, model or judge, or a mapping with type and more.")
@@ -53,18 +54,8 @@ class NiceParams(SelectorParams):
     generation_top_p: float = Field(0.95, gt=0, le=1, description="Nucleus the tokens are drawn from; 1: all.")
     generation_top_k: int = Field(50, ge=0, description="Likeliest tokens that are drawn from; 0: all.")
     generation_backend: Literal["hf", "vllm"] = Field("hf", description="What generates.")
-    validation: str | list[str] | None = Field(None, description="Validation data sets; none: those of eval_dataset.")
-    subtask_column: str | None = Field(None, description="Column that names a sample's sub-task; none: its data set.")
     preconditioner: Literal["none", "adam", "adam_less"] = Field(
-        "adam", description="Direction of a training sample: its gradient, or the optimizer's."
-    )
-    sketch: Literal["count", "rademacher", "kronecker", "identity"] = Field(
-        "count", description="Random map that shortens gradients; identity: none."
-    )
-    proj_dim: int = Field(8192, ge=1, description="Length of a shortened gradient.")
-    projection_seed: int = Field(0, description="Seed of the random map.")
-    unsupported_parameters: Literal["error", "ignore"] = Field(
-        "error", description="What to do with trainable parameters that have no per-sample gradient."
+        "adam", description="Direction of a training sample; responses keep their gradient."
     )
 
     @model_validator(mode="after")
@@ -75,7 +66,7 @@ class NiceParams(SelectorParams):
 
 
 @register("selector", "nice")
-class NiceSelector(Selector):
+class NiceSelector(InfluenceSelector):
     """Prefers samples whose training step raises the reward of the model's own responses."""
 
     Params = NiceParams
@@ -90,8 +81,7 @@ class NiceSelector(Selector):
         """Return each candidate's similarity with its nearest sub-task, shape (n,); NaN without a trained token."""
         if self._directions is None or self._directions[0] != ctx.round:
             self._directions = (ctx.round, self.target_directions(ctx))
-        settings = self._settings(preconditioner=self.params.preconditioner, reduction="mean", normalize=True)
-        return ctx.probe.similarities(candidates, settings, self._directions[1]).max(axis=1)
+        return ctx.probe.similarities(candidates, self.params.settings(), self._directions[1]).max(axis=1)
 
     def target_directions(self, ctx: RoundContext) -> ScoreArray:
         """Return the mean target gradient of each sub-task that has one, shape (J, k), float32.
@@ -144,22 +134,12 @@ class NiceSelector(Selector):
         if not kept:
             return np.zeros((len(prompts), 1), dtype=np.float32)
         pool = response_pool([(prompts[number], responses[number][sample]) for number, sample in kept])
-        settings = self._settings(preconditioner="none", reduction="sum", normalize=False)
+        settings = self.params.settings(preconditioner="none", reduction="sum", normalize=False)
         features = probe.gradients(np.arange(pool.size, dtype=np.int64), settings, pool)
         gradients = np.zeros((len(prompts), features.shape[1]), dtype=np.float32)
         for feature, (number, sample) in zip(features, kept, strict=True):
             gradients[number] += np.float32(weights[number, sample] / weights.shape[1]) * feature
         return gradients
-
-    def _settings(self, **given: Any) -> GradientSettings:
-        params = self.params
-        return GradientSettings(
-            sketch=params.sketch,
-            dim=params.proj_dim,
-            seed=params.projection_seed,
-            unsupported=params.unsupported_parameters,
-            **given,
-        )
 
 
 def prompt_and_reference(row: dict[str, Any], number: int) -> tuple[list[int], list[int]]:

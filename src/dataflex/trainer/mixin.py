@@ -255,6 +255,9 @@ class DynamicCallback(TrainerCallback):
         run = self.trainer.dataflex
         run.prepare(args, state.max_steps, self.trainer.arrangement(), self.trainer._resumed_state)
         self.trainer._resumed_state = None
+        expected = run.expected_cost()
+        if expected is not None and args.process_index == 0:
+            print(f"dataflex: {expected}")
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the step's clock."""

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataflex import distributed
-from dataflex.components import StepStatistics
+from dataflex.capped import CappedScoring, Spent
+from dataflex.components import GradientSettings, SelectorParams, StepStatistics
 from dataflex.config import DataFlexConfig, RunConfig
 from dataflex.data.plan import Arrangement, Plan, Planner
 from dataflex.data.pool import Pool
 from dataflex.errors import CheckpointError, ConfigError
+from dataflex.influence import GradientParams
 from dataflex.probe.cost import Cost
 from dataflex.record.writer import RunWriter
 from dataflex.schedule import RoundSlot, Schedule, steps_per_pass, total_steps
@@ -28,6 +30,16 @@ if TYPE_CHECKING:
     from dataflex.components import State
     from dataflex.influence import ValidationParams
     from dataflex.probe.model import ModelProbe
+
+
+_CALIBRATION_SAMPLES = 8
+
+
+def _duration(seconds: float) -> str:
+    """Return a time as a person would say it."""
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 class DynamicRun:
@@ -58,6 +70,7 @@ class DynamicRun:
         self.statistics: StepStatistics | None = None
         self.train_seconds = 0.0
         self.decision_seconds = 0.0
+        self._decision_began = 0.0
         self.tokens = 0
 
     @property
@@ -156,12 +169,60 @@ class DynamicRun:
                 arrangement=arrangement,
                 targets=self.targets,
                 learning_rate=self.learning_rate,
+                capped=self._capped(),
             )
         kept = None
         if resumed is not None:
             self.load_state_dict(resumed)
             kept = 0 if self.plan is None else self.plan.slot.number + 1
         distributed.on_main(partial(self._start_record, Path(args.output_dir), kept))
+
+    def expected_cost(self) -> str | None:
+        """Return what the selection is expected to cost, after measuring a few samples; None where nothing is to say.
+
+        A training step is taken for a forward and backward of its samples, or for three forwards.
+        """
+        selector, pool, probe = self.components.select, self.pool, self.probe
+        if selector is None or pool is None or probe is None or selector.probes == "nothing":
+            return None
+        if isinstance(selector.params, SelectorParams) and selector.params.max_overhead is not None:
+            return None
+        began = time.perf_counter()
+        by_length = np.argsort(pool.lengths, kind="stable")
+        some = by_length[np.linspace(0, pool.size - 1, min(pool.size, _CALIBRATION_SAMPLES)).astype(np.int64)]
+        settings = GradientSettings()
+        if isinstance(selector.params, GradientParams):
+            settings = selector.params.settings(preconditioner="none")
+        gradients = selector.probes == "gradients"
+        measure = partial(probe.gradient_norms, settings=settings) if gradients else probe.losses
+        measure(some[:1])  # the first run also pays what is paid once
+        middle = time.perf_counter()
+        measure(some)
+        sample = (time.perf_counter() - middle) / some.size
+        self.decision_seconds += time.perf_counter() - began
+        scored, others = selector.scored_samples(pool.size), 0 if self.targets is None else self.targets.size
+        decisions = self.schedule.num_updates
+        total = (scored + others) * sample * decisions
+        training = sample * (1 if gradients else 3) * self.schedule.total_steps * self.global_batch_size
+        samples = f"{scored} samples" + (f" and {others} validation samples" if others else "")
+        return (
+            f"select {selector.name}: {samples} at each of {decisions} decisions are expected to take "
+            f"{_duration(total)} in all, {total / training:.2g} times the training itself (after {some.size} samples)."
+        )
+
+    def _capped(self) -> CappedScoring | None:
+        """Return what caps the cost of the selector's scores, where its ``max_overhead`` asks for it."""
+        selector = self.components.select
+        if selector is None or not isinstance(selector.params, SelectorParams) or selector.params.max_overhead is None:
+            return None
+        assert self.pool is not None
+        return CappedScoring(
+            self.pool, selector.params.max_overhead, self.settings.seed, self.schedule, self._spent_so_far
+        )
+
+    def _spent_so_far(self) -> Spent:
+        running = time.perf_counter() - self._decision_began
+        return Spent(self.train_seconds, self.decision_seconds + running)
 
     def _start_record(self, output_dir: Path, kept_rounds: int | None) -> None:
         self.writer = RunWriter(output_dir)
@@ -178,11 +239,11 @@ class DynamicRun:
         assert self.planner is not None
         assert self.pool is not None
         assert self.probe is not None
-        began = time.perf_counter()
+        self._decision_began = time.perf_counter()
         before = replace(self.probe.cost)
         plan = self.planner.plan(slot, self.probe)
         distributed.require_equal(plan.sha256, f"the plan of round {slot.number}")
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - self._decision_began
         self.decision_seconds += seconds
         cost = Cost(seconds, self.probe.cost.samples - before.samples, self.probe.cost.tokens - before.tokens)
         if self.writer is not None:

@@ -1,0 +1,196 @@
+"""Selection under ``select.max_overhead``: clocks, calibration and memory around the policy in ``budget``.
+
+A decision first scores two small draws of candidates: the first also pays what every decision pays (the validation
+features), so the difference tells the two costs apart. Then it scores as many more as the cap allows. Seconds are those
+of rank 0, told to all, so that all ranks decide the same; a run with a cap is reproducible given the seconds in its
+record, and a round once planned is kept by checkpoints.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dataflex import distributed
+from dataflex.budget import Budget, Costs, ScoreBook, affordable
+from dataflex.components import RoundContext, Selection, State, check_scores
+from dataflex.data.clusters import token_clusters
+from dataflex.data.sampling import IndexArray
+from dataflex.errors import ComponentError
+from dataflex.selection import ScoreArray
+
+if TYPE_CHECKING:
+    from dataflex.components import Selector
+    from dataflex.data.pool import Pool
+    from dataflex.schedule import Schedule
+
+_CLUSTER_SIZE = 64
+_CLUSTERS = (8, 256)
+"""Fewest and most clusters."""
+_CALIBRATION = 16
+"""Samples in each of the two draws that tell what scoring costs."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds the run has spent so far, of rank 0."""
+
+    train_seconds: float
+    decision_seconds: float
+
+
+class CappedScoring:
+    """Scores some candidates, remembers the scores, and chooses by what is known.
+
+    Args:
+        pool: the samples.
+        max_overhead: cap on decision seconds over training seconds, of the whole run.
+        seed: of the clusters.
+        schedule: the rounds.
+        spent: returns the seconds so far, the running decision's included; called on rank 0.
+    """
+
+    def __init__(
+        self, pool: Pool, max_overhead: float, seed: int, schedule: Schedule, spent: Callable[[], Spent]
+    ) -> None:
+        self.pool, self.budget, self.seed, self.schedule = pool, Budget(max_overhead), seed, schedule
+        self._spent = spent
+        self._book: ScoreBook | None = None
+        self._seconds, self._samples = 0.0, 0
+        self._fixed_seconds, self._fixed_count = 0.0, 0
+        self.notes: dict[str, Any] = {}
+        """What the present decision did, for the record."""
+
+    def choose(self, selector: Selector, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
+        """Return ``count`` of the candidates, scoring no more of them than the cap allows."""
+        book = self._book_now()
+        if "allowed" not in ctx.memo:
+            ctx.memo["allowed"] = self._allowed(ctx, book)
+            self.notes = {"scored": 0, "allowed": ctx.memo["allowed"], "clusters": int(book.clusters.max()) + 1}
+        share = round(ctx.memo["allowed"] * count / ctx.size)
+        if share:
+            self._score(selector, ctx, book, candidates, share)
+        max_age = book.max_age(candidates, count, ctx.update)
+        try:
+            chosen, estimates = book.choose(
+                candidates,
+                count,
+                ctx.update,
+                ctx.rng,
+                rule=selector.params.rule,
+                temperature=selector.params.temperature,
+            )
+        except ValueError as error:
+            raise ComponentError(f"selector {selector.name!r}: {error}") from error
+        fresh = book.scored_at[chosen] > ctx.update - max_age
+        self.notes |= {"max_age": max_age, "chosen_by_own_score": round(float(fresh.mean()), 4)}
+        return Selection(chosen, estimates, int(book.unscorable(candidates).sum()))
+
+    def _book_now(self) -> ScoreBook:
+        if self._book is None:
+            number = int(np.clip(self.pool.size // _CLUSTER_SIZE, *_CLUSTERS))
+            clusters = distributed.on_main(partial(token_clusters, self.pool, number, self.seed))
+            self._book = ScoreBook(clusters, self.budget)
+        return self._book
+
+    def _allowed(self, ctx: RoundContext, book: ScoreBook) -> int:
+        """Return how many samples this decision may score in all."""
+        everyone = np.arange(self.pool.size)
+        if not self._samples:  # nothing is known of the cost yet: the two calibrating draws, then as it turns out
+            return 2 * _CALIBRATION
+        return self._affordable(ctx, book.has_scores(everyone), 0.0)
+
+    def _affordable(self, ctx: RoundContext, has_scores: bool, paid_fixed: float) -> int:
+        spent = distributed.on_main(self._spent)
+        costs = Costs(
+            train_seconds=spent.train_seconds,
+            train_steps=ctx.start_step,
+            decision_seconds=spent.decision_seconds,
+            seconds_per_sample=self._seconds / self._samples,
+            fixed_seconds=max(0.0, self._fixed_seconds / max(1, self._fixed_count) - paid_fixed),
+        )
+        self.notes |= {
+            "seconds_per_sample": round(costs.seconds_per_sample, 6),
+            "fixed_seconds": round(costs.fixed_seconds, 4),
+            "step_seconds": round(costs.expected_step_seconds, 6),
+        }
+        return affordable(
+            costs,
+            self.budget,
+            round_steps=self._steps_to_next(ctx),
+            remaining_steps=ctx.total_steps - ctx.start_step,
+            candidates=self.pool.size,
+            has_scores=has_scores,
+        )
+
+    def _steps_to_next(self, ctx: RoundContext) -> int:
+        """Return the optimizer steps until the next decision, a warm-up round between included."""
+        step = ctx.start_step + ctx.steps
+        while step < ctx.total_steps:
+            slot = self.schedule.slot_at(step)
+            if slot.update is not None:
+                break
+            step += slot.steps
+        return step - ctx.start_step
+
+    def _score(
+        self, selector: Selector, ctx: RoundContext, book: ScoreBook, candidates: IndexArray, share: int
+    ) -> None:
+        """Score up to ``share`` candidates, more at the first decision where the measured costs allow it."""
+        first = not self._samples
+        picked = book.pick(candidates, share, ctx.rng)
+        if not picked.size:
+            return
+        half = picked.size // 2 if first and picked.size > 1 else picked.size
+        order = ctx.rng.permutation(picked.size)
+        lead, rest = np.sort(picked[order[:half]]), np.sort(picked[order[half:]])
+        scores, seconds = self._timed(selector, ctx, lead)
+        done, values = [lead], [scores]
+        if rest.size:
+            more, per_draw = self._timed(selector, ctx, rest)
+            done.append(rest)
+            values.append(more)
+            self._seconds, self._samples = per_draw, rest.size
+            self._fixed_seconds, self._fixed_count = max(0.0, seconds - per_draw * lead.size / rest.size), 1
+            allowed = self._affordable(ctx, False, self._fixed_seconds)
+            ctx.memo["allowed"] = max(ctx.memo["allowed"], allowed)
+            extra = min(round(allowed * candidates.size / self.pool.size), candidates.size - picked.size)
+            if extra > 0:
+                further = np.setdiff1d(book.pick(candidates, extra + picked.size, ctx.rng), picked)[:extra]
+                more, per_draw = self._timed(selector, ctx, further)
+                done.append(further)
+                values.append(more)
+                self._seconds, self._samples = self._seconds + per_draw, self._samples + further.size
+        else:
+            fixed = min(seconds, self._fixed_seconds / max(1, self._fixed_count))
+            self._seconds, self._samples = self._seconds + seconds - fixed, self._samples + lead.size
+        everything = np.concatenate(done)
+        book.record(everything, np.concatenate(values), ctx.update)
+        self.notes["scored"] += int(everything.size)
+
+    def _timed(self, selector: Selector, ctx: RoundContext, indices: IndexArray) -> tuple[ScoreArray, float]:
+        began = time.perf_counter()
+        scores = check_scores(selector, selector.score(ctx, indices), indices, selector.leaves_out_unscored)
+        return scores, distributed.on_main(lambda: time.perf_counter() - began)
+
+    def state_dict(self) -> State:
+        """Return the scores and the measured costs."""
+        if self._book is None:
+            return {}
+        costs = [self._seconds, self._samples, self._fixed_seconds, self._fixed_count]
+        return {"book": self._book.state_dict(), "costs": np.array(costs, dtype=np.float64)}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        if not state:
+            return
+        self._book = ScoreBook(np.asarray(state["book"]["clusters"]), self.budget)
+        self._book.load_state_dict(state["book"])
+        seconds, samples, fixed, count = state["costs"].tolist()
+        self._seconds, self._samples = seconds, int(samples)
+        self._fixed_seconds, self._fixed_count = fixed, int(count)
