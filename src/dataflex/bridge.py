@@ -13,6 +13,7 @@ the raw columns are still there.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError, unknown
 from dataflex.influence import ValidationParams
 from dataflex.record.writer import RunWriter
-from dataflex.trainer.mixin import DynamicTrainerMixin
+from dataflex.trainer.mixin import DynamicTrainerMixin, Finished
 from dataflex.trainer.run import DynamicRun
 
 if TYPE_CHECKING:
@@ -56,6 +57,27 @@ def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> No
             RunWriter(Path(str(config.llamafactory["output_dir"])))  # a folder that cannot be written to shows now
         with installed(DynamicRun(config)):
             tuner.run_exp(dict(config.llamafactory), callbacks)
+
+
+def look(config: RunConfig, instead: Callable[[DynamicRun], None]) -> None:
+    """Load everything as for training, and where that would begin call ``instead`` and leave.
+
+    Raises:
+        DataFlexError: for what a user can mend.
+    """
+    import torch.distributed as dist
+    from llamafactory.train import tuner
+
+    dynamic = DynamicRun(config)
+    dynamic.instead = instead
+    with (
+        replaced(tuner, "get_train_args", partial(_get_train_args, tuner.get_train_args)),
+        installed(dynamic),
+        contextlib.suppress(Finished),
+    ):
+        tuner.run_exp(dict(config.llamafactory))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _get_train_args(original: Callable[..., Any], args: Any) -> Any:
@@ -125,14 +147,31 @@ def load_pool(
     if not (dynamic.plans_data and training_args.do_train):
         return load(data_args=data_args)
     names = tuple(dict.fromkeys(data_args.dataset))
+    if dynamic.instead is not None:
+        load = partial(_noting_raw_rows, load, dynamic.raw)
     module = _load_one(load, data_args, names[0]) if len(names) == 1 else _load_each(load, data_args, names)
     parts = module.pop("parts")
     dynamic.pool = Pool.concatenate(parts)
-    dynamic.set_steps(copy.copy(training_args))  # problems of the rounds show before a model is loaded
+    if dynamic.instead is None:
+        dynamic.set_steps(copy.copy(training_args))  # problems of the rounds show before a model is loaded
     request = dynamic.validation
     if request is not None:
         dynamic.targets = _load_targets(load, data_args, request, module.get("eval_dataset"))
     return {**module, "train_dataset": dynamic.pool.dataset}
+
+
+def _noting_raw_rows(load: GetDataset, raw: dict[str, Any], data_args: Any) -> dict[str, Any]:
+    """Load, and keep the rows of the first data set as they are before LLaMA-Factory brings them into its form."""
+    from llamafactory.data import loader
+
+    original = loader.align_dataset
+
+    def note(dataset: Any, *args: Any) -> Any:
+        raw.setdefault(data_args.dataset[0], dataset)
+        return original(dataset, *args)
+
+    with replaced(loader, "align_dataset", note):
+        return load(data_args=data_args)
 
 
 def _load_one(load: GetDataset, data_args: Any, name: str) -> dict[str, Any]:

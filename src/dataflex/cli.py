@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"unknown command {arguments[0]!r}{hint} Commands: {', '.join(known)}.", file=sys.stderr)
         return BAD_INPUT
     options = parser.parse_args(arguments)
+    options.arguments = arguments
     if options.command is None:
         parser.print_help()
         return BAD_INPUT
@@ -54,6 +56,19 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("config", type=Path, help="a LLaMA-Factory YAML or JSON file, with a dataflex: section")
         command.add_argument("overrides", nargs="*", help="key=value, e.g. dataflex.select.method=loss")
+    for name, text in (
+        ("features", "compute and keep the gradient features of a YAML's data sets, without training"),
+        ("score", "score a YAML's data sets with its selector, without training, and write the best of them"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("config", type=Path, help="a LLaMA-Factory YAML with a dataflex: section and a selector")
+        command.add_argument("overrides", nargs="*", help="key=value")
+        command.add_argument("--features", type=Path, help="folder features are kept in (default: OUTPUT/features)")
+        command.add_argument("--output", type=Path, help="folder to write to (default: output_dir/scores)")
+        if name == "score":
+            amount = command.add_mutually_exclusive_group()
+            amount.add_argument("--fraction", type=_share, default=0.05, help="share of the pool to select (0.05)")
+            amount.add_argument("--count", type=_positive, help="number of samples to select")
     listing = commands.add_parser("list", help="families, methods, and their parameters with defaults")
     listing.add_argument("name", nargs="?", help="a family or a method; none: everything")
     listing.add_argument("--plugins", nargs="*", default=[], help="Python files that register components")
@@ -68,14 +83,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _checked_config(options: argparse.Namespace) -> RunConfig:
-    """Load the configuration, and raise every problem together."""
+def _checked_config(options: argparse.Namespace, offline: bool = False) -> RunConfig:
+    """Load the configuration, and raise every problem together; ``offline``: it is only to score."""
     from dataflex import checks
     from dataflex.config import parse_config
     from dataflex.yaml_file import read_yaml
 
     raw = read_yaml(options.config, options.overrides)
     config, problems = parse_config(raw, str(options.config), options.config.resolve().parent)
+    config = replace(config, offline=offline)
     problems += checks.problems_of(config)
     if problems:
         raise ConfigError(problems=problems, source=str(options.config))
@@ -103,7 +119,7 @@ def _train(options: argparse.Namespace) -> int:
         return _train_here(config)
     _print_notes(config)
     if launch.wants_many():
-        return launch.run_many([str(options.config), *options.overrides])
+        return launch.run_many(["train", str(options.config), *options.overrides])
     return _train_here(config)
 
 
@@ -111,6 +127,35 @@ def _train_here(config: RunConfig) -> int:
     from dataflex import bridge
 
     bridge.run(config)
+    return 0
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _offline(options: argparse.Namespace) -> int:
+    from dataflex import launch, offline
+
+    config = _checked_config(options, offline=True).with_assets()
+    output = options.output or Path(str(config.llamafactory["output_dir"])) / "scores"
+    config = offline.prepared(config, output, options.features or output / "features")
+    if not launch.is_worker():
+        _print_notes(config)
+        if launch.wants_many():
+            return launch.run_many(options.arguments)
+    amount = offline.Amount() if options.command == "features" else offline.Amount(options.fraction, options.count)
+    offline.run(config, options.command, output, amount)
     return 0
 
 
@@ -155,6 +200,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
+    "features": _offline,
+    "score": _offline,
     "check": _check,
     "list": _list,
     "version": _version,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dataflex.capped import CappedScoring
     from dataflex.config import RunConfig
     from dataflex.data.pool import Pool
+    from dataflex.probe.store import FeatureStore
 
 State = dict[str, Any]
 """A component's state: JSON values and numpy arrays, nested in dicts."""
@@ -50,6 +51,7 @@ class GradientSettings:
         reduction: gradient of the token-mean or of the token-summed loss.
         normalize: scale every feature to length 1.
         unsupported: what to do with trainable parameters whose kind has no per-sample rule.
+        store: folder to keep features in; none: they are used and dropped.
     """
 
     preconditioner: Literal["none", "adam", "adam_less"] = "none"
@@ -59,6 +61,7 @@ class GradientSettings:
     reduction: Literal["mean", "sum"] = "mean"
     normalize: bool = True
     unsupported: Literal["error", "ignore"] = "error"
+    store: str | None = None
 
 
 class Probe(Protocol):
@@ -93,6 +96,10 @@ class Probe(Protocol):
         Features are made, used and dropped block by block, so their number does not matter. NaN where no token of the
         sample is trained on.
         """
+        ...
+
+    def extract(self, indices: IndexArray, settings: GradientSettings) -> FeatureStore:
+        """Return the features of samples kept in ``settings.store``, making those that are not there yet."""
         ...
 
     def products(

@@ -17,6 +17,7 @@ from dataflex.selection import ScoreArray
 
 if TYPE_CHECKING:
     from dataflex.config import RunConfig
+    from dataflex.probe.store import FeatureStore
 
 _NO_MOMENTS = {
     "use_galore": "GaLore keeps its moments in a subspace of each gradient",
@@ -53,10 +54,15 @@ class FeatureParams(GradientParams):
     )
     proj_dim: int = Field(8192, ge=1, description="Length of a feature; at most the number of trainable parameters.")
     projection_seed: int = Field(0, ge=0, description="Seed of the map.")
+    feature_dir: str | None = Field(
+        None,
+        description="Folder to keep the pool's features in, so that a killed decision goes on where it was; none: they "
+        "are used and dropped.",
+    )
 
     def settings(self, **changes: Any) -> GradientSettings:
         """Return what the probe is asked for, with ``changes``."""
-        chosen = {"sketch": self.sketch, "dim": self.proj_dim, "seed": self.projection_seed}
+        chosen = {"sketch": self.sketch, "dim": self.proj_dim, "seed": self.projection_seed, "store": self.feature_dir}
         return super().settings(**{**chosen, **changes})
 
 
@@ -172,6 +178,22 @@ class InfluenceSelector(GradientSelector):
     def influence(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
         """Return each candidate's mean inner product with every sub-task's samples, (n, S)."""
         return ctx.probe.similarities(candidates, settings, self.target_features(ctx, settings))
+
+    def extract(self, ctx: RoundContext, candidates: IndexArray) -> list[FeatureStore]:
+        """Make the candidates' features in ``feature_dir``, under every checkpoint or the model as it is."""
+        settings = self.params.settings()
+        if not self.stored_checkpoints:
+            return [ctx.probe.extract(candidates, settings)]
+        stores = []
+        for folder in self.stored_checkpoints:
+            with ctx.probe.checkpoint(folder):
+                stores.append(ctx.probe.extract(candidates, settings))
+        return stores
+
+    @property
+    def stored_checkpoints(self) -> list[str]:
+        """The checkpoint folders whose gradients count; none: the model as it is."""
+        return self.params.checkpoints if isinstance(self.params, CheckpointParams) else []
 
     def over_checkpoints(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
         """Return :meth:`influence` summed over stored checkpoints by their weights, (n, S)."""

@@ -29,7 +29,11 @@ def wants_many() -> bool:
 
 
 def run_many(arguments: list[str]) -> int:
-    """Start ``dataflex train`` under torchrun and return the first failing worker's exit status, or 0."""
+    """Start ``dataflex`` with these arguments (``["train", "run.yaml"]``) under torchrun.
+
+    Returns:
+        The first failing worker's exit status, or 0.
+    """
     from llamafactory.extras.misc import find_available_port, get_device_count
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser
@@ -38,7 +42,7 @@ def run_many(arguments: list[str]) -> int:
     processes = os.environ.get("NPROC_PER_NODE") or str(max(1, get_device_count()))
     port = os.environ.get("MASTER_PORT") or str(find_available_port())
     options = _rendezvous(os.environ.get("MASTER_ADDR", "127.0.0.1"), port)
-    options += ["--nproc_per_node", processes, "-m", "dataflex", "train", *arguments]
+    options += ["--nproc_per_node", processes, "-m", "dataflex", *arguments]
     _set_environment(int(processes) if processes.isdigit() else 1, accelerator=get_device_count() > 0)
     with tempfile.TemporaryDirectory(prefix="dataflex-") as folder:
         os.environ[ERROR_FOLDER] = folder

@@ -98,6 +98,18 @@ class Pool:
             digest.update(np.asarray(self.dataset[int(row)]["input_ids"], dtype=np.int64).data)
         return digest.hexdigest()
 
+    @cached_property
+    def content_digest(self) -> str:
+        """A digest of every token and label of every sample, and of the domains."""
+        digest = hashlib.sha256(repr((self.domains, self.domain_sizes.tolist())).encode())
+        columns = [name for name in ("input_ids", "labels") if name in self.dataset.column_names]
+        for table in self.dataset.with_format("arrow").iter(batch_size=_SCAN_ROWS):
+            for name in columns:
+                column = table.column(name).combine_chunks()
+                digest.update(np.diff(column.offsets.to_numpy()).astype(np.int64).data)
+                digest.update(column.flatten().to_numpy(zero_copy_only=False).astype(np.int64).data)
+        return digest.hexdigest()
+
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
         """Return samples as the collator takes them."""
         return self.dataset.__getitems__([int(index) for index in indices])

@@ -142,17 +142,19 @@ class GradientPass:
             losses = F.cross_entropy(logits, labels, reduction="none")
             return (losses * weights.to(losses.dtype)).sum(), _sums(losses, rows, self._batch)
         head = self.model.get_output_embeddings()
-        found: list[tuple[Tensor, Tensor]] = []
+        found: list[Tensor] = []
 
         def run_head(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-            picked = hidden[rows, columns]
-            found.append(self._head(apply, picked, labels, rows, weights))
-            return hidden[..., :1]
+            """Return, in place of the logits, numbers whose sum has the loss's gradient in ``hidden``."""
+            gradient = torch.zeros_like(hidden)
+            gradient[rows, columns], losses = self._head(apply, hidden[rows, columns], labels, rows, weights)
+            found.append(losses)
+            return (hidden * gradient).sum(-1, keepdim=True)
 
+        # Through the model's output, because ZeRO-3 and FSDP fetch what a backward needs when it comes from there.
         with replaced_forward(head, run_head):
-            self.model(**inputs, use_cache=False)
-        (objective, losses) = found[0]
-        return objective, _sums(losses, rows, self._batch)
+            objective = self.model(**inputs, use_cache=False).logits.sum()
+        return objective, _sums(found[0], rows, self._batch)
 
     def _head(
         self,
@@ -162,7 +164,7 @@ class GradientPass:
         rows: Tensor,
         weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return a stand-in whose gradient in ``hidden`` is the loss's, and every position's loss.
+        """Return the loss's gradient in ``hidden``, and every position's loss.
 
         Each chunk of logits is differentiated and dropped before the next is made.
         """
@@ -193,8 +195,7 @@ class GradientPass:
         for name in self._uses.keys() & {*trained.values(), *self._inside_head}:
             if not self._uses[name]:
                 self._hand_on(name)
-        objective = (hidden * gradient).sum()
-        return objective, torch.cat(losses) if losses else hidden.new_zeros(0)
+        return gradient, torch.cat(losses) if losses else hidden.new_zeros(0)
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,14 @@ from dataflex.errors import ComponentError
 from dataflex.probe.batches import length_batches, share_of
 from dataflex.probe.checkpoints import learning_rates, weights_of
 from dataflex.probe.cost import Cost
+from dataflex.probe.extraction import extract
 from dataflex.probe.features import GramSink, NormSink, Sink, SketchSink, make_preconditioner, make_sketch
 from dataflex.probe.generation import generate_responses
 from dataflex.probe.gradients import GradientPass, RoutedRows, canonical, parameter_names
 from dataflex.probe.losses import Statistic, chunked_forward, cross_entropy, error_norm, full_forward, replaced_forward
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.moments import Moments
+from dataflex.probe.store import FeatureStore, similarities
 from dataflex.selection import ScoreArray
 from dataflex.token_loss import IGNORE_INDEX, shifted
 
@@ -165,6 +167,10 @@ class ModelProbe:
     def similarities(self, indices: IndexArray, settings: GradientSettings, targets: ScoreArray) -> ScoreArray:
         """Return the inner products of each sample's feature with ``targets`` (S, k), shape (n, S), float32."""
         matrix = torch.from_numpy(np.ascontiguousarray(targets.T)).to(self.device)
+        if settings.store is not None:
+            store = self.extract(indices, settings)
+            found = similarities(store, matrix.T, self.device)
+            return found if settings.normalize else found * store.norms()[:, None]
         values = torch.zeros(indices.size, matrix.shape[1], dtype=torch.float32, device=self.device)
 
         def consume(batch: IndexArray, features: Tensor, losses: Tensor) -> None:
@@ -174,6 +180,28 @@ class ModelProbe:
 
         self.stream(indices, settings, consume)
         return distributed.all_reduce_sum(values).cpu().numpy()
+
+    def extract(self, indices: IndexArray, settings: GradientSettings) -> FeatureStore:
+        """Return the samples' features of length 1 in ``settings.store``, making what is not there yet."""
+        assert settings.store is not None
+        return extract(self, self.pool, indices, replace(settings, normalize=True, store=None), Path(settings.store))
+
+    @contextmanager
+    def sketching(
+        self, pool: Pool, indices: IndexArray, settings: GradientSettings
+    ) -> Iterator[Callable[[IndexArray], tuple[Tensor, Tensor]]]:
+        """Give a function from samples of ``pool`` to features of length 1, (B, k), and their lengths before, (B,).
+
+        The length is NaN where a sample has no token that is trained on. ``indices`` are all that will be asked for.
+        """
+        with self._measuring(pool, indices, settings, self._sketch_sink(settings)) as measure:
+
+            def features_of(rows: IndexArray) -> tuple[Tensor, Tensor]:
+                features, losses = measure(rows)
+                lengths = features.norm(dim=1).masked_fill(torch.isnan(losses), torch.nan)
+                return torch.nn.functional.normalize(features, dim=1), lengths
+
+            yield features_of
 
     def gradient_norms(self, indices: IndexArray, settings: GradientSettings) -> ScoreArray:
         """Return the exact length of each sample's direction, before any sketch, shape (n,), float32."""
@@ -215,7 +243,7 @@ class ModelProbe:
         sizes = [result.shape for result in results]
         flat = torch.from_numpy(np.concatenate([result.ravel() for result in results])).float().to(self.device)
         whole = distributed.all_reduce_sum(flat).cpu().numpy()
-        self._count(self.pool, np.concatenate(groups))
+        self.count(self.pool, np.concatenate(groups))
         ends = np.cumsum([rows * columns for rows, columns in sizes])
         return [part.reshape(size) for part, size in zip(np.split(whole, ends[:-1]), sizes, strict=True)]
 
@@ -276,12 +304,7 @@ class ModelProbe:
         pool: Pool | None = None,
     ) -> None:
         """Hand this process's share of the features on, batch by batch: (positions, features (B, k), losses (B,))."""
-        sizes = self.parameter_sizes()
-        sink = SketchSink(
-            make_preconditioner(settings, self._moments(settings)),
-            make_sketch(settings, sizes, self.device),
-            self.device,
-        )
+        sink = self._sketch_sink(settings)
 
         def scaled(batch: IndexArray, features: Tensor, losses: Tensor) -> None:
             if settings.normalize:
@@ -289,6 +312,10 @@ class ModelProbe:
             consume(batch, features, losses)
 
         self._measure(pool or self.pool, indices, settings, sink, scaled)
+
+    def _sketch_sink(self, settings: GradientSettings) -> SketchSink:
+        preconditioner = make_preconditioner(settings, self._moments(settings))
+        return SketchSink(preconditioner, make_sketch(settings, self.parameter_sizes(), self.device), self.device)
 
     def parameter_sizes(self) -> dict[str, int]:
         """Return the number of elements of every trainable parameter, by name, sharded or not."""
@@ -303,6 +330,10 @@ class ModelProbe:
     def _moments(self, settings: GradientSettings) -> dict[str, Moments] | None:
         if settings.preconditioner == "none":
             return None
+        return self.optimizer_moments()
+
+    def optimizer_moments(self) -> dict[str, Moments]:
+        """Return the optimizer's moments of every trainable parameter, under the names features know it by."""
         assert self.moments is not None
         return {canonical(name): value for name, value in self.moments().items()}
 
@@ -318,22 +349,54 @@ class ModelProbe:
         consume: Callable[[IndexArray, Tensor, Tensor], None],
     ) -> None:
         """Run this process's share of the gradient batches through a sink."""
+        losses: list[Tensor] = []
+        with self._measuring(pool, indices, settings, sink) as measure:
+
+            def run(rows: IndexArray) -> Tensor:
+                values, batch_losses = measure(rows)
+                losses[:] = [batch_losses]
+                return values
+
+            self._share(
+                pool,
+                indices,
+                self.gradient_batches(pool, indices),
+                run,
+                lambda batch, values: consume(batch, values, losses[0]),
+            )
+
+    @contextmanager
+    def _measuring(
+        self, pool: Pool, indices: IndexArray, settings: GradientSettings, sink: Sink
+    ) -> Iterator[Callable[[IndexArray], tuple[Tensor, Tensor]]]:
+        """Give a function from samples to what the sink makes of them, (B, ...), and their losses, (B,)."""
         model = self.model()
-        losses: dict[int, Tensor] = {}
-
-        def run(rows: IndexArray) -> Tensor:
-            parts = [self._gradient_batch(probe, sink, pool, part) for part in self._fitting(pool, rows)]
-            losses[0] = torch.cat([part[1] for part in parts])
-            return torch.cat([part[0] for part in parts])
-
         with probe_mode(model), self.autocast():
             self._look_at_head(model, pool, indices)
             probe = self._pass(model, settings, sink)
             self._look_at_samples(probe, sink, pool, indices)
-            tokens = 1 if self._samples_apart is False else self.gradient_batch_tokens or self.batch_tokens
-            self._each(pool, indices, tokens, run, lambda batch, values: consume(batch, values, losses[0]))
+
+            def measure(rows: IndexArray) -> tuple[Tensor, Tensor]:
+                parts = [self._gradient_batch(probe, sink, pool, part) for part in self._fitting(pool, rows)]
+                values, losses = (torch.cat(both) for both in zip(*parts, strict=True))
+                broken = ~torch.isfinite(values.flatten(1) if values.dim() > 1 else values[:, None]).all(1)
+                broken &= ~torch.isnan(losses)
+                if broken.any():
+                    raise ComponentError(
+                        f"the gradient of pool index {rows[broken.cpu().numpy()][0]} is not finite (its loss is "
+                        f"{float(losses[broken][0]):g}): has training diverged?"
+                    )
+                return values, losses
+
+            yield measure
         if probe.left_out:
             logger.warning("Left out of the gradient features: %s.", ", ".join(sorted(probe.left_out)))
+
+    def gradient_batches(self, pool: Pool, indices: IndexArray) -> list[IndexArray]:
+        """Return the batches gradients are taken in, as positions in ``indices``; the same on any processes."""
+        if self._samples_apart is False:
+            return length_batches(pool.lengths[indices], 1)
+        return length_batches(pool.lengths[indices], self.gradient_batch_tokens or self.batch_tokens)
 
     def _gradient_batch(self, probe: GradientPass, sink: Sink, pool: Pool, rows: IndexArray) -> tuple[Tensor, Tensor]:
         """Return what a sink made of some samples, and their losses; halves the batch while memory runs out."""
@@ -369,16 +432,26 @@ class ModelProbe:
         self, pool: Pool, indices: IndexArray, tokens: int, run: Callable[[IndexArray], Tensor], consume: Consume
     ) -> None:
         """Run this process's batches of samples, and hand on the results that count."""
-        batches = length_batches(pool.lengths[indices], tokens)
+        self._share(pool, indices, length_batches(pool.lengths[indices], tokens), run, consume)
+
+    def _share(
+        self,
+        pool: Pool,
+        indices: IndexArray,
+        batches: list[IndexArray],
+        run: Callable[[IndexArray], Tensor],
+        consume: Consume,
+    ) -> None:
         mine, useful = share_of(batches, distributed.rank(), distributed.world_size())
         bar = tqdm(mine, desc="Scoring", unit="batch", disable=not self.progress, leave=False)
         for number, batch in enumerate(bar):
             values = run(indices[batch])
             if number < useful:
                 consume(batch, values)
-        self._count(pool, indices)
+        self.count(pool, indices)
 
-    def _count(self, pool: Pool, indices: IndexArray) -> None:
+    def count(self, pool: Pool, indices: IndexArray) -> None:
+        """Add samples to what was run through the model."""
         self.cost.samples += indices.size
         self.cost.tokens += int(pool.lengths[indices].sum())
 

@@ -7,9 +7,10 @@ log, the checkpoint and the start of training; a callback hears the rest.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 _PROBE_MICRO_BATCHES = 4
 
 
+class Finished(Exception):
+    """There is nothing left to do, and nothing was trained."""
+
+
 class DynamicTrainerMixin(Trainer):
     """Trains the rounds of a :class:`DynamicRun`; goes before LLaMA-Factory's trainer class in the bases."""
 
@@ -43,7 +48,7 @@ class DynamicTrainerMixin(Trainer):
     def __init__(self, *, dataflex: DynamicRun, args: TrainingArguments, **kwargs: Any) -> None:
         self.dataflex = dataflex
         self._resumed_state: dict[str, Any] | None = None
-        if args.do_train:
+        if args.do_train and dataflex.instead is None:
             dataflex.set_steps(args)
         super().__init__(args=args, **kwargs)
         self.step_accumulator = StepAccumulator(dataflex.offsets, args.device)
@@ -82,12 +87,31 @@ class DynamicTrainerMixin(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, resuming from the last complete checkpoint where a resume is asked for."""
         run = self.dataflex
+        if run.instead is not None:
+            self._only_look(run.instead)
         explicit = run.config.llamafactory.get("resume_from_checkpoint") not in (None, False)
         folder, state = distributed.on_main(partial(_load_state, resume_from_checkpoint, explicit, self.args))
         run.probe = self._make_probe() if run.pool is not None else None
         run.learning_rate = lambda: float(self.lr_scheduler.get_last_lr()[0])
         self._resumed_state = state
         return super().train(resume_from_checkpoint=folder, **kwargs)
+
+    def _only_look(self, instead: Callable[[DynamicRun], None]) -> NoReturn:
+        """Do ``instead`` on the model as it was loaded, with the moments saved beside it, and leave."""
+        run = self.dataflex
+        self.create_optimizer()  # for the order of its parameters
+        given = self.finetuning_saved_folder()
+        run.probe = self._make_probe()
+        run.probe.moments = lambda: saved_moments(given, self.optimizer, self.raw_model())
+        instead(run)
+        raise Finished
+
+    def finetuning_saved_folder(self) -> Path:
+        """Return the folder the trained weights came from: the adapter's, or the model's."""
+        given = self.dataflex.config.llamafactory
+        adapters = given.get("adapter_name_or_path")
+        last = adapters.split(",")[-1].strip() if isinstance(adapters, str) else (adapters or [None])[-1]
+        return Path(str(last or given["model_name_or_path"]))
 
     def _make_probe(self) -> ModelProbe:
         run = self.dataflex

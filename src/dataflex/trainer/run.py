@@ -60,6 +60,10 @@ class DynamicRun:
         self.names = {key: component.name for key, component in self.components.items()}
         self.pool: Pool | None = None
         self.targets: Pool | None = None
+        self.raw: dict[str, Any] = {}
+        """The raw rows of every data set, where the pool is only scored."""
+        self.instead: Callable[[DynamicRun], None] | None = None
+        """What is done where training would begin, in its place."""
         self.planner: Planner | None = None
         self.probe: ModelProbe | None = None
         self.learning_rate: Callable[[], float] = lambda: 0.0
