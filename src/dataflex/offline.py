@@ -1,7 +1,7 @@
 """Scoring a pool once, without training: ``dataflex-cli features`` and ``dataflex-cli score``.
 
-The model, the adapter, the data sets and the validation samples are loaded by LLaMA-Factory's own run of the YAML, up to
-where training would begin. There the selector of the ``dataflex:`` section scores the whole pool, with the optimizer
+The model, the adapter, the data sets and the validation samples are loaded by LLaMA-Factory's own run of the YAML, up
+to where training would begin. There the selector of the ``dataflex:`` section scores the whole pool, with the optimizer
 moments saved beside the adapter or the checkpoints where its preconditioner needs them.
 """
 
@@ -96,9 +96,8 @@ def _features(dynamic: DynamicRun) -> list[str]:
 def _scores(dynamic: DynamicRun, output: Path, amount: Amount) -> list[str]:
     found = score_pool(dynamic, output, amount)
     lines = [f"scores of {found['samples']} samples ({found['unscored']} without one): {output / TABLE}"]
-    lines += [
-        f"selected {count} of {found['pool'][name]} samples of {name}" for name, count in found["selected"].items()
-    ]
+    for name, count in found["selected"].items():
+        lines.append(f"selected {count} of {found['pool'][name]} samples of {name}")
     if "tokenized_path" in found:
         names = ", ".join(found["not_row_by_row"])
         lines.append(f"the rows of {names} cannot be told apart after preprocessing, so what is kept is tokenized")

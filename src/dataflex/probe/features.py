@@ -187,7 +187,7 @@ class GramSink(Sink):
             self.result += parts[0].gram()
             return
         for _, values, _ in self.directions(name, parts):
-            self.result.addmm_(values, values.T)
+            self.result += values @ values.T
 
 
 def make_sketch(settings: GradientSettings, sizes: dict[str, int], device: torch.device) -> Sketch | KroneckerSketch:

@@ -88,7 +88,7 @@ class GradientPass:
         if not self.names:
             raise ComponentError("the model has no trainable parameter a gradient could be taken of.")
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-        device = next(model.parameters()).device.type
+        self._device = device = next(model.parameters()).device.type
         half |= torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         self._scale = _FLOAT16_SCALE if half else 1.0
         self._batch = 0
@@ -221,7 +221,7 @@ class GradientPass:
         finally:
             for handle in handles:
                 handle.remove()
-            for undo in restore:
+            for undo in reversed(restore):  # several may have changed the same configuration
                 undo()
 
     def _own(self, module: nn.Module) -> dict[str, str]:
@@ -438,7 +438,7 @@ class GradientPass:
                 self._refuse(module, missed)
 
     def _sorted_out(self, inputs: Tensor, gradient: Tensor, samples: Tensor | None, path: str) -> tuple[Tensor, Tensor]:
-        """Return inputs and gradient with the samples apart; ``samples`` has the one of each row where they are mixed."""
+        """Return inputs and gradient with the samples apart; ``samples``: that of each row, where they are mixed."""
         if samples is None:
             self._check_rows(gradient, path)
             return inputs, gradient
@@ -467,7 +467,8 @@ class GradientPass:
 
     def _hand_on(self, name: str) -> None:
         self._done.add(name)
-        self.emit(name, self._parts.pop(name, []))
+        with torch.autocast(self._device, enabled=False):
+            self.emit(name, self._parts.pop(name, []))
 
 
 @contextmanager
