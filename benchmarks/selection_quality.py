@@ -80,7 +80,8 @@ def write_data(source: Path, folder: Path, model: str, each: int, seed: int) -> 
     tokenizer = AutoTokenizer.from_pretrained(model)
     info = {}
     for kind, file in KINDS.items():
-        samples = [json.loads(line) for line in (source / file).read_text().splitlines()]
+        with (source / file).open(encoding="utf-8") as lines:
+            samples = [json.loads(line) for line in lines]
         random.Random(f"{seed} {kind}").shuffle(samples)
         wanted = each + (VALIDATION + HELD_OUT if kind == "mathematics" else 0)
         kept: list[dict[str, str]] = []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.components import Component, Components, Group, RoundContext, Selector
+from dataflex.components import Component, Components, GradientSettings, Group, RoundContext, Selector
 from dataflex.data.plan import Plan, Planner
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray, PassSampler
@@ -43,15 +43,48 @@ def make_pool(sizes: dict[str, int], lengths: Sequence[int] | None = None, rows:
 
 
 class FakeProbe:
-    """Returns the losses it was given, and remembers what it was asked for."""
+    """Returns what it was given, and remembers what it was asked for.
 
-    def __init__(self, losses: Sequence[float] | NDArray[Any] = ()) -> None:
+    Args:
+        losses: of every sample; also its error norm and the length of its gradient.
+        features: of every sample, (N, k); NaN where none of its tokens is trained on.
+        targets: features of the validation samples.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[float] | NDArray[Any] = (),
+        features: NDArray[Any] | None = None,
+        targets: NDArray[Any] | None = None,
+    ) -> None:
         self.values = np.asarray(losses, dtype=np.float32)
+        self.features, self.targets = features, targets
         self.asked: list[IndexArray] = []
+        self.settings: list[GradientSettings] = []
 
     def losses(self, indices: IndexArray) -> NDArray[np.float32]:
         self.asked.append(np.asarray(indices))
         return self.values[indices]
+
+    error_norms = losses
+
+    def gradient_norms(self, indices: IndexArray, settings: GradientSettings) -> NDArray[np.float32]:
+        self.settings.append(settings)
+        return self.losses(indices)
+
+    def gradients(self, indices: IndexArray, settings: GradientSettings, pool: Pool) -> NDArray[np.float32]:
+        assert self.targets is not None
+        assert pool.size == len(self.targets)
+        self.settings.append(settings)
+        return np.asarray(self.targets[indices], dtype=np.float32)
+
+    def similarities(
+        self, indices: IndexArray, settings: GradientSettings, targets: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        assert self.features is not None
+        self.settings.append(settings)
+        self.asked.append(np.asarray(indices))
+        return np.asarray(self.features[indices] @ targets.T, dtype=np.float32)
 
 
 def context(pool: Pool, losses: Sequence[float] | NDArray[Any] = (), **changes: Any) -> RoundContext:

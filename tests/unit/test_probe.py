@@ -16,15 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dataflex import distributed
 from dataflex.data.pool import Pool
 from dataflex.probe import losses as probe_losses
-from dataflex.probe.losses import (
-    ModelProbe,
-    chunked_forward,
-    full_forward,
-    length_batches,
-    replaced_forward,
-    share_of,
-)
+from dataflex.probe.batches import length_batches, share_of
+from dataflex.probe.losses import chunked_forward, full_forward, replaced_forward
 from dataflex.probe.mode import probe_mode
+from dataflex.probe.model import ModelProbe
 from dataflex.token_loss import shifted
 from unit.fakes import make_pool
 
@@ -168,7 +163,7 @@ def probe_of(model: torch.nn.Module, rows: list[dict[str, Any]] = ROWS, budget: 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1024])
 def test_chunked_head_equals_full_logits(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(probe_losses, "_HEAD_CHUNK", chunk)
+    monkeypatch.setattr(probe_losses, "HEAD_CHUNK", chunk)
     inputs = collate(ROWS[:10])
     targets = shifted(inputs.pop("labels"))
     with probe_mode(model):

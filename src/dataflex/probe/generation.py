@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from dataflex import distributed
 from dataflex.components import GenerationSettings
@@ -83,11 +84,11 @@ def generate_responses(
     mine, useful = share_of(batches, rank, world_size)
     config = _generation_config(settings, pad_token_id, eos_token_ids)
     found: dict[int, list[list[int]]] = {}
-    with probe_mode(model), _without_own_settings(decoder):
+    with probe_mode(model), _without_own_settings(decoder), _generate_of(model, decoder) as generate:
         for number, batch in enumerate(mine if synced else mine[:useful]):
             torch.manual_seed(key_of(seed, "generate", rank + number * world_size) % 2**63)
             inputs = _left_padded([prompts[index] for index in batch], pad_token_id, device)
-            tokens = decoder.generate(**inputs, generation_config=config, synced_gpus=synced)
+            tokens = generate(**inputs, generation_config=config, synced_gpus=synced)
             new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
             if number < useful:
                 for place, index in enumerate(batch.tolist()):
@@ -103,6 +104,20 @@ def _decoder(model: torch.nn.Module) -> Any:
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def _generate_of(model: torch.nn.Module, decoder: Any) -> Iterator[Callable[..., Tensor]]:
+    """Give ``decoder.generate``; under FSDP2 with an adapter in the root's own hooks, whose forward it goes round."""
+    if decoder is model or not isinstance(model, FSDPModule):
+        yield decoder.generate
+        return
+    model._dataflex_generate = decoder.generate
+    register_fsdp_forward_method(model, "_dataflex_generate")
+    try:
+        yield model._dataflex_generate
+    finally:
+        del model._dataflex_generate
 
 
 def _generation_config(settings: GenerationSettings, pad_token_id: int, eos_token_ids: list[int]) -> Any:

@@ -18,7 +18,9 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, rotate_ch
 
 from dataflex import distributed
 from dataflex.data.plan import Arrangement
+from dataflex.influence import FeatureParams
 from dataflex.probe.checkpoints import saved_moments
+from dataflex.probe.features import make_sketch
 from dataflex.probe.losses import full_forward
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe, Tokens
@@ -92,6 +94,7 @@ class DynamicTrainerMixin(Trainer):
         explicit = run.config.llamafactory.get("resume_from_checkpoint") not in (None, False)
         folder, state = distributed.on_main(partial(_load_state, resume_from_checkpoint, explicit, self.args))
         run.probe = self._make_probe() if run.pool is not None else None
+        self._check_features()
         run.learning_rate = lambda: float(self.lr_scheduler.get_last_lr()[0])
         self._resumed_state = state
         return super().train(resume_from_checkpoint=folder, **kwargs)
@@ -134,6 +137,12 @@ class DynamicTrainerMixin(Trainer):
             saved_moments=lambda folder: saved_moments(folder, self.optimizer, self.raw_model()),
             progress=self.args.process_index == 0 and not self.args.disable_tqdm,
         )
+
+    def _check_features(self) -> None:
+        """Have a sketch that does not go with the model show before the first step."""
+        selector, probe = self.dataflex.components.select, self.dataflex.probe
+        if probe is not None and selector is not None and isinstance(selector.params, FeatureParams):
+            make_sketch(selector.params.settings(), probe.parameter_sizes(), probe.device)
 
     def _zero_stage(self) -> int:
         return int(self.accelerator.state.deepspeed_plugin.zero_stage) if self.is_deepspeed_enabled else 0

@@ -1,0 +1,196 @@
+"""What do per-sample gradient features cost? Against the forward and backward no such method can avoid.
+
+    python benchmarks/gradient_features.py            # LoRA and full fine-tuning of SmolLM2-135M
+
+Samples per second of
+
+    floor       forward and backward of the same length-sorted batches, no per-sample gradient
+    features    per-sample gradients in Adam's direction, count-sketched to k = 8192 (this project)
+    kronecker   per-sample gradients without Adam, inputs and output gradients projected before they are multiplied
+    one by one  one backward per sample, Adam's direction, not projected
+    dense       the same, and a dense Rademacher projection to k of 16 gradients at a time
+
+Every variant runs in a process of its own, which also gives its peak memory, and the processes take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from overhead import _sample, machine
+
+VARIANTS = ("floor", "features", "kronecker", "one by one", "dense")
+PROJECTED_TOGETHER = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="asset:smollm2-135m-instruct")
+    parser.add_argument("--tuning", nargs="+", choices=["lora", "full"], default=["lora", "full"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--dim", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 weights, as on an accelerator")
+    parser.add_argument("--output", type=Path, help="JSON file of the results")
+    parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(options)))
+        return
+    results: dict[str, Any] = {}
+    for tuning in options.tuning:
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in options.variants}
+        for repeat in range(options.repeats):
+            for name in options.variants if repeat % 2 == 0 else options.variants[::-1]:
+                if name in ("one by one", "dense") and repeat:
+                    continue  # slow, and far from the others
+                found[name].append(apart(options, tuning, name))
+                print(tuning, name, found[name][-1], flush=True)
+        results[tuning] = summary(found)
+    result = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "results": results}
+    print(json.dumps(results, indent=2))
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def apart(options: argparse.Namespace, tuning: str, name: str) -> dict[str, float]:
+    """Run one variant in a process of its own."""
+    command = [sys.executable, __file__, "--one", name, "--tuning", tuning, "--model", options.model]
+    command += ["--samples", str(options.samples), "--batch-tokens", str(options.batch_tokens)]
+    command += ["--dim", str(options.dim), *(["--bf16"] if options.bf16 else [])]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Return medians, and each variant's speed relative to the floor and to the dense projection."""
+    speed = {name: statistics.median(run["samples_per_second"] for run in runs) for name, runs in found.items() if runs}
+    return {
+        "samples_per_second": speed,
+        "relative_to_floor": {name: value / speed["floor"] for name, value in speed.items() if "floor" in speed},
+        "relative_to_dense": {name: value / speed["dense"] for name, value in speed.items() if "dense" in speed},
+        "peak_memory_gb": {name: max(run["peak_memory_gb"] for run in runs) for name, runs in found.items() if runs},
+        "runs": found,
+    }
+
+
+def one(options: argparse.Namespace) -> dict[str, float]:
+    """Measure one variant here."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+    from dataflex import assets
+    from dataflex.components import GradientSettings
+    from dataflex.data.pool import Pool
+    from dataflex.probe.batches import length_batches
+    from dataflex.probe.model import ModelProbe
+    from dataflex.probe.moments import read_moments
+
+    path = assets.resolve(options.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    if options.tuning[0] == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rng = np.random.default_rng(0)
+    pool = Pool.concatenate(
+        {"samples": Dataset.from_list([_sample(rng, tokenizer.vocab_size) for _ in range(options.samples)])}
+    )
+    collate = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4)
+    everyone = np.arange(options.samples)
+
+    def inputs_of(rows: np.ndarray) -> dict[str, Any]:
+        return {key: value.to(device) for key, value in collate(pool.rows(rows)).items()}
+
+    model(**inputs_of(everyone[:2]), use_cache=False).loss.backward()  # the moments of a first step
+    optimizer.step()
+    optimizer.zero_grad()
+    model.eval()
+    probe = ModelProbe(
+        pool,
+        lambda: model,
+        collate,
+        contextlib.nullcontext,
+        device,
+        options.batch_tokens,
+        moments=lambda: read_moments(optimizer, model),
+    )
+
+    def floor() -> int:
+        for batch in length_batches(pool.lengths, options.batch_tokens):
+            model(**inputs_of(everyone[batch]), use_cache=False).loss.backward()
+            optimizer.zero_grad()
+        return options.samples
+
+    def features(settings: GradientSettings) -> int:
+        probe.stream(everyone, settings, lambda batch, values, losses: None)
+        return options.samples
+
+    def singly(project: bool) -> int:
+        count = PROJECTED_TOGETHER
+        rows = np.argsort(pool.lengths, kind="stable")[np.linspace(0, options.samples - 1, count).astype(int)]
+        from dataflex.probe.features import AdamPreconditioner
+        from dataflex.probe.sketch import RademacherSketch
+
+        direction = AdamPreconditioner(read_moments(optimizer, model), less=False)
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        size = sum(parameter.numel() for parameter in trainable)
+        kept = torch.empty(count if project else 1, size, device=device)
+        for number, row in enumerate(rows):
+            loss = model(**inputs_of(row[None]), use_cache=False).loss
+            begin = 0
+            for name, gradient in zip(names, torch.autograd.grad(loss, trainable), strict=True):
+                end = begin + gradient.numel()
+                kept[number if project else 0, begin:end] = direction(name, 0, gradient.reshape(1, -1).float())
+                begin = end
+        if project:
+            out = torch.zeros(count, options.dim, device=device)
+            RademacherSketch(options.dim, 0, device).add(out, "all", 0, kept, size)
+        return count
+
+    work: dict[str, Callable[[], int]] = {
+        "floor": floor,
+        "features": partial(features, GradientSettings("adam", "count", options.dim)),
+        "kronecker": partial(features, GradientSettings("none", "kronecker", options.dim)),
+        "one by one": partial(singly, False),
+        "dense": partial(singly, True),
+    }
+    if options.one in ("floor", "features", "kronecker"):
+        work[options.one]()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    done = work[options.one]()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    return {"samples_per_second": done / seconds, "peak_memory_gb": round(peak / 1e9, 3)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,584 @@
+"""Per-sample gradients of a batch against one backward for each sample alone."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from dataflex.components import GradientSettings
+from dataflex.errors import ComponentError
+from dataflex.probe import gradients as probe_gradients
+from dataflex.probe.gradients import GradientPass, RoutedRows, canonical, parameter_names
+from dataflex.probe.layers import Contribution, blocks
+from dataflex.probe.mode import probe_mode
+from dataflex.probe.model import ModelProbe
+from dataflex.token_loss import IGNORE_INDEX, shifted
+from unit.fakes import make_pool
+
+pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
+
+VOCAB, PAD = 61, 0
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": PAD,
+    "attention_dropout": 0.3,
+}
+MOE = {"num_experts_per_tok": 2, "experts_implementation": "eager"}  # grouped_mm has no float64
+Model = Any
+Rows = dict[str, Tensor]
+"""Flattened per-sample gradients by parameter, (B, n)."""
+
+
+def llama(**changes: Any) -> Model:
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes}))
+
+
+def mixtral(**changes: Any) -> Model:
+    return MixtralForCausalLM(MixtralConfig(**{**SIZES, "num_experts_per_tok": 2, "num_local_experts": 4, **changes}))
+
+
+def qwen3_moe(**changes: Any) -> Model:
+    sizes = {"head_dim": 4, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**SIZES, **sizes, "norm_topk_prob": True, **changes}))
+
+
+def opt(**changes: Any) -> Model:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"max_position_embeddings": 64, "word_embed_proj_dim": 16, "pad_token_id": PAD, **changes}
+    return OPTForCausalLM(OPTConfig(**sizes, **more))
+
+
+def gpt2() -> Model:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=64))
+
+
+def lora(model: Model | None = None, **changes: Any) -> Model:
+    """Return a model with adapters that do something (PEFT begins with B = 0)."""
+    options = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1, "task_type": "CAUSAL_LM", **changes}
+    adapted = get_peft_model(llama() if model is None else model, LoraConfig(**options))
+    stir(adapted)
+    return adapted
+
+
+def stir(model: Model) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+
+
+def two_adapters() -> Model:
+    model = lora()
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    stir(model)
+    model.base_model.set_adapter(["default", "other"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name and ".other" not in name)
+    return model
+
+
+def only(part: str, model: Model | None = None) -> Model:
+    """Return a model of which only parameters with ``part`` in their names are trained."""
+    model = llama() if model is None else model
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part in name)
+    return model
+
+
+MODELS: dict[str, Callable[[], Model]] = {
+    "llama": llama,
+    "llama tied": lambda: llama(tie_word_embeddings=True),
+    "qwen2, biases": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3, norms of q and k": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=4)),
+    "mixtral": mixtral,
+    "qwen3 moe": qwen3_moe,
+    "opt, learned positions": opt,
+    "lora": lora,
+    "rslora": lambda: lora(use_rslora=True),
+    "dora": lambda: lora(llama(attention_bias=True), use_dora=True),
+    "two adapters, one frozen": two_adapters,
+    "lora and a whole head": lambda: lora(modules_to_save=["lm_head"]),
+    "lora, whole head and embedding": lambda: lora(modules_to_save=["lm_head", "embed_tokens"]),
+    "lora on the head": lambda: lora(target_modules=["q_proj", "lm_head"]),
+    "lora and biases": lambda: lora(llama(attention_bias=True), bias="all", target_modules=["q_proj"]),
+    "lora on experts' attention": lambda: lora(mixtral(), target_modules=["q_proj", "v_proj"]),
+    "freeze": lambda: only("layers.1."),
+    "biases": lambda: only("bias", Qwen2ForCausalLM(Qwen2Config(**SIZES))),
+    "embedding": lambda: only("embed_tokens"),
+    "head": lambda: only("lm_head"),
+    "last norm": lambda: only("model.norm"),
+}
+"""Models whose head may be applied chunk by chunk."""
+
+
+def gemma2() -> Model:
+    """Return a model with a scaled embedding, norms that multiply with 1 + w, and soft-capped logits."""
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=4, query_pre_attn_scalar=4, final_logit_softcapping=2.0))
+
+
+def prepared(model: Model) -> Model:
+    """Return the model in float64, as it is probed."""
+    config = model.config
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"  # grouped_mm has no float64
+    return model.double().eval()
+
+
+def make(maker: Callable[[], Model]) -> Model:
+    torch.manual_seed(0)
+    return prepared(maker())
+
+
+def a_batch(lengths: list[int], side: str = "right", seed: int = 1) -> tuple[dict[str, Tensor], Tensor]:
+    """Return inputs and labels of samples with masked prompts; the pad token also occurs inside them."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids, mask = torch.full((len(lengths), width), PAD), torch.zeros(len(lengths), width, dtype=torch.long)
+    labels = torch.full((len(lengths), width), IGNORE_INDEX)
+    for row, length in enumerate(lengths):
+        place = slice(0, length) if side == "right" else slice(width - length, width)
+        ids[row, place] = torch.randint(0, VOCAB, (length,), generator=generator)
+        mask[row, place] = 1
+        labels[row, place] = ids[row, place]
+        labels[row, place][: max(1, length // 3)] = IGNORE_INDEX
+    return {"input_ids": ids, "attention_mask": mask}, labels
+
+
+LENGTHS = [9, 5, 14, 7, 2]
+
+
+def one_by_one(model: Model, inputs: dict[str, Tensor], labels: Tensor, reduction: str = "mean") -> Rows:
+    """Return each sample's gradients from a backward of its own, without its padding."""
+    names = parameter_names(model)
+    parameters = [parameter for parameter in model.parameters() if id(parameter) in names]
+    rows: dict[str, list[Tensor]] = {names[id(parameter)]: [] for parameter in parameters}
+    for row in range(labels.shape[0]):
+        real = inputs["attention_mask"][row] == 1
+        targets = labels[row][real][1:]
+        logits = model(input_ids=inputs["input_ids"][row][real][None]).logits[0, :-1]
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        if reduction == "mean":
+            loss = loss / max(1, int((targets != IGNORE_INDEX).sum()))
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+        ):
+            filled = torch.zeros_like(parameter) if gradient is None else gradient
+            rows[names[id(parameter)]].append(filled.flatten())
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def whole(parts: list[Contribution], elements: int = 150) -> Tensor:
+    """Return a parameter's gradients, put together from small blocks."""
+    out = torch.zeros(parts[0].batch, parts[0].rows * parts[0].columns, dtype=torch.float64)
+    for start, block in blocks(parts, elements):
+        out[:, start : start + block.shape[1]] += block
+    return out
+
+
+def together(
+    model: Model, inputs: dict[str, Tensor], labels: Tensor, chunked: bool = True, **options: Any
+) -> tuple[Rows, Tensor, GradientPass]:
+    """Return what one pass hands on, its losses, and the pass."""
+    found: Rows = {}
+
+    def emit(name: str, parts: list[Contribution]) -> None:
+        assert name not in found
+        found[name] = whole(parts) if parts else torch.zeros(labels.shape[0], 1, dtype=torch.float64)
+
+    probe = GradientPass(model, emit, options.get("reduction", "mean"), chunked, options.get("unsupported", "error"))
+    losses = probe.run(dict(inputs), shifted(labels))
+    return found, losses, probe
+
+
+def assert_same(found: Rows, expected: Rows, tolerance: float = 1e-5, floor: float = 1e-6) -> None:
+    assert found.keys() == expected.keys()
+    # Some gradients are zero but for rounding (of k_proj.bias: softmax ignores a shift).
+    scale = torch.stack([rows.norm(dim=1) for rows in expected.values()]).norm(dim=0)
+    for name, rows in expected.items():
+        error = (found[name] - rows).norm(dim=1)
+        assert (error <= tolerance * (rows.norm(dim=1) + floor * scale) + 1e-14).all(), (name, error, rows.norm(dim=1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_of_every_sample(name: str) -> None:
+    model = make(MODELS[name])
+    inputs, labels = a_batch(LENGTHS)
+    expected = one_by_one(model, inputs, labels)
+    assert all(rows.any() for key, rows in expected.items() if "embed" not in key)
+    for chunked in (True, False):
+        assert_same(together(model, inputs, labels, chunked)[0], expected)
+
+
+def test_logits_changed_behind_the_head() -> None:
+    model = make(gemma2)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(parameter, std=0.3)
+    inputs, labels = a_batch(LENGTHS)
+    assert_same(together(model, inputs, labels, chunked=False)[0], one_by_one(model, inputs, labels))
+
+
+@pytest.mark.parametrize("name", ["llama tied", "opt, learned positions", "qwen3 moe", "lora"])
+def test_padding_on_the_left(name: str) -> None:
+    model = make(MODELS[name])
+    left, right = a_batch(LENGTHS, "left"), a_batch(LENGTHS)
+    expected = one_by_one(model, *right)
+    assert_same(together(model, *left)[0], expected)
+    assert_same(together(model, *left, chunked=False)[0], expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16])
+def test_a_sample_has_the_same_gradient_in_any_batch(size: int) -> None:
+    model = make(MODELS["llama tied"])
+    inputs, labels = a_batch(np.random.default_rng(0).integers(2, 20, 16).tolist())
+    expected = one_by_one(model, inputs, labels)
+    for begin in range(0, 16, size):
+        part = slice(begin, begin + size)
+        found = together(model, {key: value[part] for key, value in inputs.items()}, labels[part])[0]
+        assert_same(found, {name: rows[part] for name, rows in expected.items()})
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama tied", "lora and a whole head", "lora on the head", "lora, whole head and embedding"]
+)
+def test_a_head_in_many_chunks(monkeypatch: pytest.MonkeyPatch, name: str, chunk: int) -> None:
+    monkeypatch.setattr(probe_gradients, "HEAD_CHUNK", chunk)
+    model = make(MODELS[name])
+    # Samples with equally many labels, and a number of rows their count divides: nothing but order tells them apart.
+    inputs, labels = a_batch([9, 9, 9, 5])
+    assert_same(together(model, inputs, labels)[0], one_by_one(model, inputs, labels))
+
+
+def test_a_dora_head_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_gradients, "HEAD_CHUNK", 5)
+    model = make(lambda: lora(target_modules=["lm_head"], use_dora=True))
+    inputs, labels = a_batch(LENGTHS)
+    assert_same(together(model, inputs, labels)[0], one_by_one(model, inputs, labels))
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_token_sums(chunked: bool) -> None:
+    model = make(llama)
+    inputs, labels = a_batch(LENGTHS)
+    sums = one_by_one(model, inputs, labels, "sum")
+    assert_same(together(model, inputs, labels, chunked, reduction="sum")[0], sums)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_sample_without_a_label(chunked: bool) -> None:
+    model = make(llama)
+    inputs, labels = a_batch(LENGTHS)
+    labels[1] = IGNORE_INDEX
+    found, losses, _ = together(model, inputs, labels, chunked)
+    assert torch.isnan(losses).tolist() == [False, True, False, False, False]
+    assert not any(rows[1].any() for rows in found.values())
+    assert_same(found, one_by_one(model, inputs, labels))
+    nothing, losses, _ = together(model, inputs, torch.full_like(labels, IGNORE_INDEX), chunked)
+    assert torch.isnan(losses).all()
+    assert nothing.keys() == found.keys()
+    assert not any(rows.any() for rows in nothing.values())
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_losses_are_the_models_own(chunked: bool) -> None:
+    model = make(llama)
+    inputs, labels = a_batch(LENGTHS)
+    losses = together(model, inputs, labels, chunked)[1]
+    for row, loss in enumerate(losses.tolist()):
+        part = {key: value[row : row + 1] for key, value in inputs.items()}
+        assert loss == pytest.approx(model(**part, labels=labels[row : row + 1]).loss.item(), rel=1e-6)
+
+
+# Kinds of computation
+
+
+def test_experts_in_their_default_implementation() -> None:
+    torch.manual_seed(0)
+    model = mixtral().eval()
+    default = model.config._experts_implementation
+    inputs, labels = a_batch(LENGTHS)
+    found = together(model, inputs, labels)[0]
+    assert model.config._experts_implementation == default != "eager"
+    expected = one_by_one(copy.deepcopy(model), inputs, labels)
+    assert_same(found, {name: rows.double() for name, rows in expected.items()}, 1e-4, floor=0.01)
+
+
+def test_low_precision_is_close() -> None:
+    torch.manual_seed(0)
+    model = lora(llama(initializer_range=0.2)).eval()
+    inputs, labels = a_batch(LENGTHS)
+    exact = torch.cat(list(together(model, inputs, labels)[0].values()), 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = torch.cat(list(together(model, inputs, labels)[0].values()), 1)
+    cosines = F.cosine_similarity(exact, low)
+    assert (cosines > 0.99).all()
+    assert (cosines < 1 - 1e-7).all()  # it was in use
+
+
+def test_products_are_made_in_full_precision() -> None:
+    model = lora().eval()
+    dtypes = set()
+
+    def emit(name: str, parts: list[Contribution]) -> None:
+        made = torch.ones(1, 1) @ torch.ones(1, 1)
+        dtypes.update({next(blocks(parts, 100))[1].dtype, made.dtype})
+
+    inputs, labels = a_batch(LENGTHS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        GradientPass(model, emit, "mean", True, "error").run(inputs, shifted(labels))
+    assert dtypes == {torch.float32}
+
+
+def test_gradient_checkpointing() -> None:
+    model = make(MODELS["lora"])
+    inputs, labels = a_batch(LENGTHS)
+    expected = one_by_one(model, inputs, labels)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    with probe_mode(model):
+        found = together(model, inputs, labels)[0]
+    assert model.training
+    assert_same(found, expected)
+
+
+def test_attention_implementations_agree() -> None:
+    found = []
+    for implementation in ("eager", "sdpa"):
+        model = make(lambda implementation=implementation: llama(attn_implementation=implementation))
+        assert model.config._attn_implementation == implementation
+        found.append(together(model, *a_batch(LENGTHS))[0])
+    assert_same(*found)
+
+
+def test_a_quantised_base() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = llama(hidden_size=64, intermediate_size=64)
+    for layer in base.model.layers:
+        for holder in (layer.self_attn, layer.mlp):
+            for name, linear in list(holder.named_children()):
+                if isinstance(linear, nn.Linear):
+                    made = bitsandbytes.nn.Linear4bit(
+                        linear.in_features,
+                        linear.out_features,
+                        bias=False,
+                        compute_dtype=torch.float32,
+                        quant_type="nf4",
+                    )
+                    made.load_state_dict(linear.state_dict())
+                    setattr(holder, name, made.to("cpu"))
+    model = lora(base).eval()
+    model.enable_input_require_grads()  # as in training; without, bitsandbytes takes a coarser product
+    assert base.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.uint8
+    inputs, labels = a_batch(LENGTHS)
+    found = together(model, inputs, labels)[0]
+    expected = one_by_one(model, inputs, labels)
+    assert len(found) == 28
+    assert_same(found, {name: rows.double() for name, rows in expected.items()}, 1e-4, floor=0.01)
+
+
+# No trace
+
+
+def trace(model: Model) -> dict[str, Any]:
+    modules = list(model.modules())
+    return {
+        "modes": [module.training for module in modules],
+        "hooks": [(len(module._forward_hooks), len(module._backward_hooks)) for module in modules],
+        "attributes": [sorted(module.__dict__) for module in modules],
+        "gradients": [parameter.grad for parameter in model.parameters()],
+        "wanted": [parameter.requires_grad for parameter in model.parameters()],
+        "versions": [parameter._version for parameter in model.parameters()],
+        "functions": (F.linear, F.embedding),
+        "enabled": torch.is_grad_enabled(),
+        "experts": getattr(model.config, "_experts_implementation", None),
+    }
+
+
+@pytest.mark.parametrize("name", ["llama tied", "mixtral", "dora", "opt, learned positions", "lora and a whole head"])
+@pytest.mark.parametrize("fails", ["never", "in the forward", "in the backward"])
+def test_no_trace(name: str, fails: str) -> None:
+    model = make(MODELS[name])
+    if name == "mixtral":
+        model.config._experts_implementation = "grouped_mm"
+    next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
+    before = trace(model)
+    inputs, labels = a_batch(LENGTHS)
+    if fails == "in the forward":
+        inputs["input_ids"][0, 0] = VOCAB + 1
+
+    def emit(name: str, parts: list[Contribution]) -> None:
+        if fails == "in the backward":
+            raise InterruptedError
+
+    probe = GradientPass(model, emit, "mean", True, "error")
+    with contextlib.nullcontext() if fails == "never" else pytest.raises((InterruptedError, IndexError)):
+        probe.run(inputs, shifted(labels))
+    after = trace(model)
+    gradients = zip(before.pop("gradients"), after.pop("gradients"), strict=True)
+    assert all(one is other for one, other in gradients)
+    assert next(model.parameters()).grad.eq(1).all()
+    assert after == before
+
+
+def test_a_pass_goes_on_after_a_failed_batch() -> None:
+    model = make(llama)
+    inputs, labels = a_batch(LENGTHS)
+    found: Rows = {}
+    probe = GradientPass(model, lambda name, parts: found.update({name: whole(parts)}), "mean", True, "error")
+    with pytest.raises(IndexError):
+        probe.run({**inputs, "input_ids": inputs["input_ids"] + VOCAB}, shifted(labels))
+    probe.run(inputs, shifted(labels))
+    assert_same(found, one_by_one(model, inputs, labels))
+
+
+# What has no rule
+
+
+def test_parameters_of_an_unknown_kind_are_named() -> None:
+    model = make(gpt2)
+    inputs, labels = a_batch(LENGTHS)
+    with pytest.raises(
+        ComponentError, match=r"transformer\.h\.0\.attn\.c_attn\.weight.*Conv1D.*unsupported_parameters"
+    ):
+        together(model, inputs, labels)
+
+
+def test_unsupported_parameters_are_left_out_and_the_others_right() -> None:
+    model = make(gpt2)
+    inputs, labels = a_batch([9])
+    found, _, probe = together(model, inputs, labels, unsupported="ignore")
+    expected = one_by_one(model, inputs, labels)
+    convolutions = {f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert probe.left_out == {f"{name}.{key}" for name in convolutions for key in ("weight", "bias")}
+    assert_same(found, {name: rows for name, rows in expected.items() if name not in probe.left_out})
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_parameters_used_behind_every_hook_are_named(chunked: bool) -> None:
+    model = make(lambda: lora(target_modules=["q_proj", "embed_tokens"]))
+    inputs, labels = a_batch(LENGTHS)
+    with pytest.raises(ComponentError, match=r"lora_embedding_A.*ParameterDict"):
+        together(model, inputs, labels, chunked)
+    found, _, probe = together(model, inputs, labels, chunked, unsupported="ignore")
+    assert len(probe.left_out) == 2
+    expected = one_by_one(model, inputs, labels)
+    assert_same(found, {name: rows for name, rows in expected.items() if name not in probe.left_out})
+
+
+def test_an_unused_parameter_has_no_gradient() -> None:
+    model = make(MODELS["lora"])
+    model.add_adapter("idle", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    inputs, labels = a_batch(LENGTHS)
+    found = together(model, inputs, labels)[0]
+    idle = {name for name in found if ".idle" in name}
+    assert len(idle) == 4
+    assert not any(found[name].any() for name in idle)
+    assert_same({**found, **{name: torch.zeros(5, 1) for name in idle}}, one_by_one(model, inputs, labels))
+
+
+def test_a_frozen_model() -> None:
+    with pytest.raises(ComponentError, match="no trainable parameter"):
+        GradientPass(only("nothing"), lambda name, parts: None, "mean", True, "error")
+
+
+def test_positions_looked_up_once_for_all_samples() -> None:
+    model = make(lambda: only("wpe", gpt2()))
+    with pytest.raises(RoutedRows, match="wpe"):
+        together(model, *a_batch(LENGTHS))
+    alone = a_batch([9])
+    assert_same(together(model, *alone)[0], one_by_one(model, *alone))
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    width = max(len(row["input_ids"]) for row in rows)
+    filled = {"input_ids": PAD, "attention_mask": 0, "labels": IGNORE_INDEX}
+    batch = {key: torch.full((len(rows), width), value) for key, value in filled.items()}
+    for number, row in enumerate(rows):
+        for key in ("input_ids", "labels"):
+            batch[key][number, : len(row[key])] = torch.tensor(row[key])
+        batch["attention_mask"][number, : len(row["input_ids"])] = 1
+    return batch
+
+
+def probe_of(model: Model, inputs: dict[str, Tensor], labels: Tensor, **changes: Any) -> ModelProbe:
+    """Return a probe whose pool holds the samples of a batch."""
+    rows = []
+    for row, mask in enumerate(inputs["attention_mask"] == 1):
+        rows.append({"input_ids": inputs["input_ids"][row][mask].tolist(), "labels": labels[row][mask].tolist()})
+    pool = make_pool({"a": len(rows)}, lengths=[len(row["input_ids"]) for row in rows], rows=rows)
+    given = {"autocast": contextlib.nullcontext, "device": torch.device("cpu"), "batch_tokens": 40, **changes}
+    return ModelProbe(pool=pool, model=lambda: model, collate=collate, **given)
+
+
+def flat(rows: Rows, model: Model) -> np.ndarray:
+    """Return gradients in the order of the identity sketch."""
+    names = [canonical(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return torch.cat([rows[name] for name in names], 1).numpy()
+
+
+EXACT = GradientSettings(sketch="identity", normalize=False)
+
+
+@pytest.mark.parametrize("name", ["llama tied", "lora and a whole head"])
+def test_a_probe_gives_every_sample_its_gradient(name: str) -> None:
+    model = make(MODELS[name]).train()
+    inputs, labels = a_batch(LENGTHS)
+    labels[3] = IGNORE_INDEX
+    probe = probe_of(model, inputs, labels)
+    order = np.array([4, 0, 3, 2, 1])
+    found = probe.gradients(order, EXACT)
+    assert probe._samples_apart
+    expected = flat(one_by_one(model.eval(), inputs, labels), model)
+    np.testing.assert_allclose(found, expected[order], rtol=1e-5, atol=1e-6)
+    assert not found[2].any()
+
+
+def test_a_probe_of_a_model_that_mixes_samples_takes_one_at_a_time() -> None:
+    model = make(lambda: only("w", gpt2()))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("wte" in name or "wpe" in name or "ln" in name)
+    inputs, labels = a_batch(LENGTHS)
+    probe = probe_of(model, inputs, labels)
+    found = probe.gradients(np.arange(5), EXACT)
+    assert probe._samples_apart is False
+    np.testing.assert_allclose(found, flat(one_by_one(model, inputs, labels), model), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ComponentError, match="wpe mixes the rows"):
+        probe.products([np.arange(3)], EXACT, np.arange(1), probe.pool)
