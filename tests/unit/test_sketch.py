@@ -18,7 +18,14 @@ from dataflex.errors import ComponentError
 from dataflex.probe.features import make_sketch
 from dataflex.probe.layers import Lookup, Outer, Whole
 from dataflex.probe.model import ModelProbe
-from dataflex.probe.sketch import CountSketch, IdentitySketch, KroneckerSketch, RademacherSketch, random_signs
+from dataflex.probe.sketch import (
+    CountSketch,
+    IdentitySketch,
+    KroneckerSketch,
+    RademacherSketch,
+    random_signs,
+    rotated_sum,
+)
 from tiny import WORDS, sentence
 from unit.fakes import make_pool
 from unit.test_gradients import collate, llama, lora, whole
@@ -241,3 +248,15 @@ def test_sketched_influence_ranks_as_the_exact_one(probe: ModelProbe, exact: np.
     found = influence(probe, GradientSettings(sketch=sketch, dim=8192))
     assert spearmanr(found, exact).statistic > 0.9
     assert np.abs(found - exact).max() < 5 / 8192**0.5
+
+
+def test_all_blocks_together_are_the_same_sketch() -> None:
+    sketch = CountSketch(37, 3, torch.device("cpu"))
+    for start, size in ((0, 400), (5, 20), (36, 3), (74, 111), (100, 300)):
+        values = torch.randn(4, size, dtype=torch.float64)
+        expected = torch.zeros(4, 37, dtype=torch.float64)
+        sketch.add(expected, "weight", start, values.clone(), 400)
+        signs, rotations, _ = sketch._table("weight", 400)
+        blocks = slice(start // 37, -(-(start + size) // 37))
+        found = rotated_sum(values * signs[start : start + size], start % 37, rotations[blocks], 37)
+        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)

@@ -61,30 +61,52 @@ class CountSketch(Sketch):
 
     def __init__(self, dim: int, seed: int, device: torch.device) -> None:
         super().__init__(dim, seed, device)
-        self._signs: dict[str, Tensor] = {}
-        self._rotations: dict[str, list[int]] = {}
+        self._tables: dict[str, tuple[Tensor, Tensor, list[int]]] = {}
 
     def add(self, out: Tensor, name: str, start: int, values: Tensor, total: int) -> None:
-        """Add a piece, block by block."""
-        size, stop = self.dim, start + values.shape[1]
-        signs, rotations = self._table(name, total)
-        for block in range(start // size, -(-stop // size)):
-            low, high = max(start, block * size), min(stop, (block + 1) * size)
+        """Add a piece: block by block in the processor's cache, all blocks together on an accelerator."""
+        signs, rotations, numbers = self._table(name, total)
+        first, stop = start // self.dim, start + values.shape[1]
+        if self.device.type != "cpu":
+            blocks = slice(first, -(-stop // self.dim))
+            values *= signs[start:stop]
+            out += rotated_sum(values, start - first * self.dim, rotations[blocks], self.dim)
+            return
+        for block in range(first, -(-stop // self.dim)):
+            low, high = max(start, block * self.dim), min(stop, (block + 1) * self.dim)
             piece = values[:, low - start : high - start]
             piece *= signs[low:high]
-            begin = (low - block * size + rotations[block]) % size
-            straight = min(high - low, size - begin)
+            begin = (low - block * self.dim + numbers[block]) % self.dim
+            straight = min(high - low, self.dim - begin)
             out[:, begin : begin + straight] += piece[:, :straight]
             if straight < high - low:
                 out[:, : high - low - straight] += piece[:, straight:]
 
-    def _table(self, name: str, total: int) -> tuple[Tensor, list[int]]:
-        """Return a parameter's signs (int8, one byte for each of its elements) and its blocks' rotations."""
-        if name not in self._signs:
-            self._signs[name] = random_signs(total, key_of(self.seed, "sign", name), self.device)
+    def _table(self, name: str, total: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Return a parameter's signs (int8, one byte for each of its elements) and its blocks' rotations, twice."""
+        if name not in self._tables:
+            signs = random_signs(total, key_of(self.seed, "sign", name), self.device)
             generator = np.random.Generator(np.random.Philox(key=key_of(self.seed, "rotation", name)))
-            self._rotations[name] = generator.integers(self.dim, size=-(-total // self.dim)).tolist()
-        return self._signs[name], self._rotations[name]
+            rotations = generator.integers(self.dim, size=-(-total // self.dim))
+            self._tables[name] = signs, torch.from_numpy(rotations).to(self.device), rotations.tolist()
+        return self._tables[name]
+
+
+def rotated_sum(values: Tensor, lead: int, rotations: Tensor, dim: int) -> Tensor:
+    """Return the sum of blocks after rotating each, (B, dim), in a few operations whatever their number.
+
+    Args:
+        values: (B, n), already signed.
+        lead: place of the first value in the first block.
+        rotations: of the blocks the values lie in, (J,).
+        dim: length of a block.
+    """
+    number = rotations.shape[0]
+    padded = torch.nn.functional.pad(values, (lead, number * dim - lead - values.shape[1]))
+    places = torch.arange(dim, device=values.device)
+    source = (places - rotations.unsqueeze(1)) % dim
+    blocks = padded.view(-1, number, dim)
+    return blocks.gather(2, source.expand(blocks.shape)).sum(1)
 
 
 class RademacherSketch(Sketch):
