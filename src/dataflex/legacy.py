@@ -40,7 +40,29 @@ FLAT_KEYS = (
 METHOD_NAMES = {"order": {"sorting": "sort"}}
 """Methods whose name changed, by configuration key."""
 
-UNUSED_PARAMETERS = ("cache_dir", "score_batch_size", "replacement", "save_interval", "score_field", "window")
+PARAMETER_NAMES = {
+    "gradient_type": "preconditioner",
+    "samples_per_cluster": "representatives",
+    "clustering_max_iter": "cluster_iterations",
+    "mc_samples": "samples",
+}
+"""Parameters whose name changed."""
+
+UNUSED_PARAMETERS = (
+    "cache_dir",
+    "score_batch_size",
+    "replacement",
+    "save_interval",
+    "score_field",
+    "window",
+    "task_boundaries",
+    "clustering_batch_size",
+    "clustering_method",
+    "representative_strategy",
+    "embedding_model",
+    "embedding_layer",
+    "max_prompt_length",
+)
 """Parameters of the earlier release that nothing here needs; accepted, with a note."""
 
 
@@ -163,6 +185,14 @@ def _parameters(
     params = dict(entry.get("params") or {}) if isinstance(entry, dict) else {}
     if "polarity" in params:
         params["descending"] = params.pop("polarity") != "higher_later"
+    for old, new in PARAMETER_NAMES.items():
+        if old in params:
+            params[new] = params.pop(old)
+    if params.get("preconditioner") == "sgd":
+        params["preconditioner"] = "none"
+    if "reward_model_path" in params:
+        params["reward"] = {"type": "model", "path": params.pop("reward_model_path")}
+        params.pop("policy_model_path", None)
     for name in UNUSED_PARAMETERS:
         if params.pop(name, None):
             notes.append(f"{bucket}.{method}.params.{name} is accepted and has no effect: nothing here needs it.")

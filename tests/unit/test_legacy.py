@@ -20,6 +20,9 @@ COMPONENTS = {
         },
         "random": {"params": {"seed": 7, "replacement": False}},
         "delta_loss": {"name": "delta_loss"},
+        "less": {"params": {"gradient_type": "sgd", "proj_dim": 4096, "seed": 5, "save_interval": 16}},
+        "cluster_less": {"params": {"gradient_type": "adam", "samples_per_cluster": 2, "embedding_layer": -1}},
+        "nice": {"params": {"mc_samples": 4, "policy_model_path": "somewhere", "reward_model_path": "REWARD"}},
     },
     "mixers": {"static": {"params": {"proportions": [0.5, 0.5]}}, "random": {"params": {"seed": 5}}},
     "weighters": {"loss": {"params": {"strategy": "quadratic", "delta": 2.0}}},
@@ -50,6 +53,26 @@ def problems(base: Path, **keys: Any) -> dict[str, str]:
     with pytest.raises(ConfigError) as caught:
         split(base, **keys)
     return {problem.key: problem.message for problem in caught.value.problems}
+
+
+def test_gradient_selectors_keep_their_meaning(base: Path, tmp_path: Path) -> None:
+    path = base / "configs" / "components.yaml"
+    path.write_text(path.read_text().replace("REWARD", str(tmp_path)))
+    (tmp_path / "config.json").write_text("{}")
+
+    def chosen(method: str) -> dict[str, Any]:
+        file = "configs/components.yaml"
+        keys = {"train_type": "dynamic_select", "component_name": method, "components_cfg_file": file}
+        resolved = split(base, **keys, warmup_step=2, update_step=4).resolved()["dataflex"]
+        return resolved["select"]
+
+    less = chosen("less")
+    assert (less["preconditioner"], less["proj_dim"]) == ("none", 4096)
+    clustered = chosen("cluster_less")
+    assert (clustered["preconditioner"], clustered["representatives"]) == ("adam", 2)
+    nice = chosen("nice")
+    assert nice["samples"] == 4
+    assert (nice["reward"]["type"], nice["reward"]["path"]) == ("model", str(tmp_path))
 
 
 LOSS = {"method": "loss", "focus": "medium", "focus_weight": 5.0, "quantiles": [0.33, 0.66], "temperature": 1.0}
