@@ -134,6 +134,8 @@ class GradientSelector(Selector):
     def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
         """Yield what shows before a model is loaded: Adam's direction needs an Adam, and a step of it."""
         yield from super().problems(run)
+        if self.params.settings().sketch == "kronecker" and self.params.preconditioner != "none":
+            yield "sketch", "kronecker works on the gradient itself; it needs preconditioner: none."
         if self.params.preconditioner == "none" or run.dataflex is None:
             return
         if run.dataflex.warmup_steps == 0 and not run.offline:

@@ -271,6 +271,14 @@ class ModelProbe:
         assert self.tokens is not None
         return self.tokens.decode(tokens)
 
+    def check(self, settings: GradientSettings) -> None:
+        """Make sure that such features can be made.
+
+        Raises:
+            ComponentError: if they would be longer than the gradient, or the sketch does not fit the preconditioner.
+        """
+        make_sketch(settings, self.parameter_sizes(), torch.device("cpu"))
+
     @contextmanager
     def checkpoint(self, folder: str) -> Iterator[None]:
         """Measure with the weights (and moments) of a stored checkpoint for a while.

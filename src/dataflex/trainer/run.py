@@ -185,18 +185,22 @@ class DynamicRun:
         """Return what the selection is expected to cost, after measuring a few samples; None where nothing is to say.
 
         A training step is taken for a forward and backward of its samples, or for three forwards.
+
+        Raises:
+            ComponentError: if the features asked for cannot be made of this model's gradients.
         """
         selector, pool, probe = self.components.select, self.pool, self.probe
         if selector is None or pool is None or probe is None or selector.probes == "nothing":
             return None
+        settings = GradientSettings()
+        if isinstance(selector.params, GradientParams):
+            settings = selector.params.settings(preconditioner="none")
+            probe.check(selector.params.settings())
         if isinstance(selector.params, SelectorParams) and selector.params.max_overhead is not None:
             return None
         began = time.perf_counter()
         by_length = np.argsort(pool.lengths, kind="stable")
         some = by_length[np.linspace(0, pool.size - 1, min(pool.size, _CALIBRATION_SAMPLES)).astype(np.int64)]
-        settings = GradientSettings()
-        if isinstance(selector.params, GradientParams):
-            settings = selector.params.settings(preconditioner="none")
         gradients = selector.probes == "gradients"
         measure = partial(probe.gradient_norms, settings=settings) if gradients else probe.losses
         measure(some[:1])  # the first run also pays what is paid once
