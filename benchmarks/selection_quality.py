@@ -32,11 +32,11 @@ KINDS = {
     "dialogue": "gpteacher_roleplay.jsonl",
     "general": "alpaca.jsonl",
 }
-TOKENS = 128
-VALIDATION, HELD_OUT = 16, 96
+TOKENS = 96
+VALIDATION, HELD_OUT = 8, 48
 SETTINGS = {
-    "less": {"each": 100, "warmup_steps": 10, "update_steps": 25, "updates": 1, "steps": 35},
-    "budget": {"each": 300, "warmup_steps": 20, "update_steps": 25, "updates": 4, "steps": 120},
+    "less": {"each": 60, "warmup_steps": 8, "update_steps": 15, "updates": 1, "steps": 23},
+    "budget": {"each": 210, "warmup_steps": 12, "update_steps": 18, "updates": 4, "steps": 84},
 }
 BATCH = 4
 

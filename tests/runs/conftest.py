@@ -48,6 +48,7 @@ class Workshop:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "ACCELERATE_TORCH_DEVICE": "cpu",
+            "DS_ACCELERATOR": "cpu",
             "PYTHONWARNINGS": "ignore",
         }
         environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), environment.get("PYTHONPATH", "")])

@@ -1,7 +1,8 @@
 """Runs many short trainings in one process group: ``python runner.py SPEC.json`` or under torchrun.
 
 A specification is a list of ``{"name", "args", "plain", "stop_at"}``. What each run did is written to
-``<output_dir>/trace-<rank>.json``. Starting Python with LLaMA-Factory costs 20 s, so the tests share two starts.
+``<output_dir>/trace-<rank>.json``. Starting Python with LLaMA-Factory costs 20 s, so the tests share their starts.
+DDP, DeepSpeed and FSDP runs may follow each other in one process group.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import hashlib
 import json
 import os
 import sys
+import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,11 @@ os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from llamafactory.train import tuner
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dataflex import bridge
 from dataflex.config import split_config
@@ -50,27 +56,63 @@ class Watch(TrainerCallback):
 
 
 class Trace:
-    """Records the indices of every micro-batch and when every decision was made."""
+    """Records the indices of every micro-batch, when every decision was made, and what the model was wrapped in."""
 
     def __init__(self, watch: Watch) -> None:
         self.micro_batches: list[list[Any]] = []
         self.decisions: list[list[int]] = []
+        self.wrapper: list[str] = []
+        self.targets: dict[str, int] = {}
         compute_loss, decide = DynamicTrainerMixin.compute_loss, DynamicRun._decide
         self._originals = (compute_loss, decide)
 
         def traced_loss(trainer, model, inputs, *args, **kwargs):
+            self.wrapper = wrapper_of(trainer.model_wrapped)
             if INDEX_KEY in inputs and model.training:
                 self.micro_batches.append([trainer.state.global_step, inputs[INDEX_KEY].tolist()])
             return compute_loss(trainer, model, inputs, *args, **kwargs)
 
         def traced_decision(run, slot):
             self.decisions.append([slot.number, slot.start_step, watch.optimizer_steps])
+            if run.targets is not None:
+                self.targets = dict(zip(run.targets.domains, run.targets.domain_sizes.tolist(), strict=True))
             return decide(run, slot)
 
         DynamicTrainerMixin.compute_loss, DynamicRun._decide = traced_loss, traced_decision
 
     def close(self) -> None:
         DynamicTrainerMixin.compute_loss, DynamicRun._decide = self._originals
+
+
+def wrapper_of(model: torch.nn.Module) -> list[str]:
+    """Return the names of a wrapper's classes, and for DeepSpeed the stage of ZeRO."""
+    names = [kind.__name__ for kind in type(model).__mro__]
+    return [*names, f"stage {model.zero_optimization_stage()}"] if "DeepSpeedEngine" in names else names
+
+
+@contextmanager
+def fsdp_on_cpu() -> Iterator[None]:
+    """Have accelerate use FSDP on CPU for a while: of its own it trains with DDP there, and says nothing."""
+    original = tuner.get_train_args
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # else the trained model is not saved in one file
+
+    def get_train_args(args):
+        parsed = original(args)
+        assert parsed[2].device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return parsed
+
+    with bridge.replaced(tuner, "get_train_args", get_train_args):
+        yield
+
+
+def start_deepspeed() -> None:
+    """Start the process group by way of DeepSpeed, without the operation it would compile; gloo does as well."""
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def weights_digest(folder: Path) -> str | None:
@@ -90,10 +132,11 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
     trace = Trace(watch)
     error = None
     try:
-        if item.get("plain"):
-            tuner.run_exp(args, [watch])
-        else:
-            bridge.run(split_config(args), [watch])
+        with fsdp_on_cpu() if args.get("fsdp") else nullcontext():
+            if item.get("plain"):
+                tuner.run_exp(args, [watch])
+            else:
+                bridge.run(split_config(args), [watch])
     except Killed:
         error = "killed"
     except Exception as problem:  # noqa: BLE001 - told to the test that looks at this run
@@ -101,6 +144,8 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
         traceback.print_exc()
     finally:
         trace.close()
+    if dist.is_initialized():
+        dist.barrier()  # the main process writes the files that are read now
     output = Path(args["output_dir"])
     state = output / "trainer_state.json"
     history = json.loads(state.read_text())["log_history"] if state.is_file() and error is None else []
@@ -108,6 +153,8 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
         "error": error,
         "micro_batches": trace.micro_batches,
         "decisions": trace.decisions,
+        "wrapper": trace.wrapper,
+        "targets": trace.targets,
         "losses": [entry["loss"] for entry in history if "loss" in entry],
         "history": history,
         "weights": weights_digest(output) if error is None else None,
@@ -119,14 +166,23 @@ def main() -> None:
     destroy = dist.destroy_process_group
     dist.destroy_process_group = lambda *_: None  # one group for all runs
     rank = int(os.environ.get("RANK", "0"))
-    for item in json.loads(Path(sys.argv[1]).read_text()):
+    items = json.loads(Path(sys.argv[1]).read_text())
+    if any(item["args"].get("deepspeed") for item in items):
+        start_deepspeed()
+    environment = dict(os.environ)
+    for item in items:
         print(f"=== {item['name']}", flush=True)
+        began = time.perf_counter()
         result = train(item)
+        print(f"=== {item['name']}: {time.perf_counter() - began:.1f} s, error: {result['error']}", flush=True)
         folder = Path(item["args"]["output_dir"])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"trace-{rank}.json").write_text(json.dumps(result))
         if dist.is_initialized():
             dist.barrier()
+        unset_hf_deepspeed_config()
+        for key in set(os.environ) - set(environment):
+            del os.environ[key]
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         PartialState._reset_state()

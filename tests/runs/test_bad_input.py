@@ -24,6 +24,11 @@ def mix(**params: Any) -> dict[str, Any]:
     return {**TWO, "dataflex": {"update_steps": 2, "mix": params}}
 
 
+def influence(method: str = "less", *, warmup_steps: int = 1, **params: Any) -> dict[str, Any]:
+    select = {"method": method, "validation": "held", "proj_dim": 64, **params}
+    return {"dataflex": {"warmup_steps": warmup_steps, "update_steps": 2, "select": select}}
+
+
 # name -> (changes to a good configuration, words that the message must contain)
 BEFORE_LOADING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown key of ours": ({"dataflex": {**SELECT, "update_step": 3}}, ["update_step", "'update_steps'"]),
@@ -60,7 +65,7 @@ BEFORE_LOADING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "too few proportions": (mix(method="static", proportions=[1.0]), ["dataflex.mix.proportions", "1", "2 domains"]),
     "proportions sum to zero": (mix(method="static", proportions=[0, 0]), ["dataflex.mix.proportions", "positive sum"]),
     "negative proportion": (mix(method="static", proportions=[2, -1]), ["dataflex.mix.proportions", "negative"]),
-    "no proportions": (mix(method="static"), ["dataflex.mix.proportions", "required"]),
+    "no proportions": (mix(method="static"), ["dataflex.mix.proportions", "needed"]),
     "initial proportions": (
         mix(method="random", initial_proportions=[1, 1, 1]),
         ["dataflex.mix.initial_proportions", "3", "2 domains"],
@@ -83,6 +88,33 @@ BEFORE_LOADING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "output is a file": ({"output_dir": "FILE/run", "dataflex": SELECT}, ["output_dir", "is a file"]),
     "plugin missing": ({"dataflex": {**SELECT, "plugins": ["gone.py"]}}, ["plugins", "gone.py"]),
     "plugin broken": ({"dataflex": {**SELECT, "plugins": ["broken.py"]}}, ["broken.py", "ZeroDivisionError"]),
+    "no validation set": (influence(validation=None), ["dataflex.select.validation", "'less'", "eval_dataset"]),
+    "validation names nothing": (influence(validation=""), ["dataflex.select.validation", "name a data set"]),
+    "unknown validation set": (influence(validation="hold"), ["dataflex.select.validation", "'hold'", "'held'"]),
+    "validation file missing": (influence(validation="gone"), ["dataflex.select.validation", "gone.json"]),
+    "adam before the first step": (
+        influence(warmup_steps=0),
+        ["dataflex.select.preconditioner", "'adam'", "warmup_steps"],
+    ),
+    "adam with sgd": ({"optim": "sgd", **influence()}, ["dataflex.select.preconditioner", "optim: sgd"]),
+    "adam with another optimizer": (
+        {"use_badam": True, **influence("icons", preconditioner="adam_less")},
+        ["dataflex.select.preconditioner", "'adam_less'", "use_badam"],
+    ),
+    "no checkpoints for tracin": (influence("tracin"), ["dataflex.select.checkpoints"]),
+    "missing checkpoint": (
+        influence("tracin", checkpoints=["nowhere/checkpoint-1"]),
+        ["dataflex.select.checkpoints", "nowhere/checkpoint-1"],
+    ),
+    "checkpoint without weights": (
+        influence(checkpoints=["/proc"]),
+        ["dataflex.select.checkpoints", "'/proc'", "no adapter"],
+    ),
+    "a weight too many": (
+        influence(checkpoints=["data"], checkpoint_weights=[0.5, 0.5]),
+        ["dataflex.select", "2 numbers for 1 checkpoints"],
+    ),
+    "proj_dim 0": (influence(proj_dim=0), ["dataflex.select.proj_dim", "got 0"]),
     "flat keys and section": ({"train_type": "dynamic_select", "dataflex": SELECT}, ["train_type", "dataflex"]),
     "unknown train_type": ({"train_type": "dynamic_weighting"}, ["train_type", "'dynamic_weight'"]),
     "flat without component": ({"train_type": "dynamic_mix", "update_step": 2}, ["component_name"]),
@@ -116,6 +148,25 @@ WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"dataflex": {"weight": {"method": "test_negative"}, "plugins": ["bad_plugin.py"]}},
         ["weighter 'test_negative'", "negative"],
     ),
+    "an empty validation set": (influence(validation="empty"), ["dataflex.select.validation", "'empty'"]),
+    "a malformed validation set": (
+        influence(validation="malformed"),
+        ["dataflex.select.validation", "'malformed'"],
+    ),
+    "validation pairs of answers": (influence(validation="pairs"), ["dataflex.select.validation", "'pairs'"]),
+    "unknown sub-task column": (
+        influence(subtask_column="topic"),
+        ["dataflex.select.subtask_column", "'topic'", "instruction", "'held'"],
+    ),
+    "sub-tasks of a split": (
+        {"val_size": 0.2, **influence(validation=None, subtask_column="task")},
+        ["dataflex.select.subtask_column", "val_size"],
+    ),
+    "a feature longer than the gradient": (
+        influence(proj_dim=1_000_000),
+        ["proj_dim", "1000000", "trainable parameters"],
+    ),
+    "kronecker with adam": (influence(sketch="kronecker"), ["sketch: kronecker", "preconditioner: none"]),
     "a value LLaMA-Factory refuses": (
         {**{"stage": "pt", "dataset": "texts", "neat_packing": True}, "dataflex": SELECT},
         ["LLaMA-Factory", "neat_packing"],
@@ -179,6 +230,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "data" / "malformed.json").write_text('[{"instruction": ')
     info = json.loads((root / "data" / "dataset_info.json").read_text())
     info |= {name: {"file_name": f"{name}.json"} for name in ("empty", "malformed", "gone")}
+    pairs = [{"instruction": "the cat", "input": "", "chosen": "sees", "rejected": "likes"}] * 4
+    (root / "data" / "pairs.json").write_text(json.dumps(pairs))
+    columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
+    info["pairs"] = {"file_name": "pairs.json", "ranking": True, "columns": columns}
     (root / "data" / "dataset_info.json").write_text(json.dumps(info))
     (root / "broken.py").write_text("1 / 0\n")
     (root / "bad_plugin.py").write_text(BAD_PLUGIN)
@@ -311,3 +366,10 @@ def test_found_while_running(outcomes: dict[str, tuple[Any, str]], name: str) ->
     paragraph = text[text.index("dataflex: ") :]
     for word in WHILE_RUNNING[name][1]:
         assert word in paragraph, paragraph
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", ["a feature longer than the gradient", "kronecker with adam"])
+def test_found_before_the_first_step(inputs: Path, outcomes: dict[str, tuple[Any, str]], name: str) -> None:
+    assert outcomes[name][0] == 2
+    assert not (inputs / "out" / name.replace(" ", "-") / "dataflex" / "rounds.jsonl").exists()

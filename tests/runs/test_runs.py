@@ -112,9 +112,9 @@ def runs(workshop: Any) -> Any:
     workshop.add("sequential-full", dataflex={"update_steps": 4, "select": {"method": "full"}}, **passes)
     add_boundaries(workshop, 1)
     add_families(workshop, list(FAMILIES), 1)
-    for look in (False, True):
+    for name, look in (("probe-no", []), ("probe-yes", ["losses"])):
         selector = {"select": {"method": "test_blind", "look": look}, "plugins": [PLUGIN]}
-        workshop.add(f"probe-{look}", **TWO_SETS, **section(**selector), dropout=True)
+        workshop.add(name, **TWO_SETS, **section(**selector), dropout=True)
     add_variants(workshop)
     workshop.start(1)
     return workshop
@@ -217,10 +217,10 @@ def test_one_process_and_two_make_the_same_plans(runs: Any) -> None:
 
 
 def test_a_probe_leaves_no_trace(runs: Any) -> None:
-    looking, blind = runs.trace("probe-True"), runs.trace("probe-False")
+    looking, blind = runs.trace("probe-yes"), runs.trace("probe-no")
     assert looking["weights"] == blind["weights"]
     assert looking["rng"] == blind["rng"]
-    assert runs.rounds("probe-True")[1]["cost"]["samples"] > 0 == runs.rounds("probe-False")[1]["cost"]["samples"]
+    assert runs.rounds("probe-yes")[1]["cost"]["samples"] > 0 == runs.rounds("probe-no")[1]["cost"]["samples"]
 
 
 def test_domain_losses_are_logged_and_do_not_depend_on_processes(runs: Any) -> None:

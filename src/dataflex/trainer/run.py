@@ -18,7 +18,7 @@ from dataflex.config import DataFlexConfig, RunConfig
 from dataflex.data.plan import Arrangement, Plan, Planner
 from dataflex.data.pool import Pool
 from dataflex.errors import CheckpointError, ConfigError
-from dataflex.influence import GradientParams
+from dataflex.influence import FeatureParams, GradientParams
 from dataflex.probe.cost import Cost
 from dataflex.record.writer import RunWriter
 from dataflex.schedule import RoundSlot, Schedule, steps_per_pass, total_steps
@@ -195,6 +195,7 @@ class DynamicRun:
         settings = GradientSettings()
         if isinstance(selector.params, GradientParams):
             settings = selector.params.settings(preconditioner="none")
+        if isinstance(selector.params, FeatureParams):
             probe.check(selector.params.settings())
         if isinstance(selector.params, SelectorParams) and selector.params.max_overhead is not None:
             return None
