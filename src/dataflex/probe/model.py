@@ -271,14 +271,6 @@ class ModelProbe:
         assert self.tokens is not None
         return self.tokens.decode(tokens)
 
-    def check(self, settings: GradientSettings) -> None:
-        """Make sure that such features can be made.
-
-        Raises:
-            ComponentError: if they would be longer than the gradient, or the sketch does not fit the preconditioner.
-        """
-        make_sketch(settings, self.parameter_sizes(), torch.device("cpu"))
-
     @contextmanager
     def checkpoint(self, folder: str) -> Iterator[None]:
         """Measure with the weights (and moments) of a stored checkpoint for a while.
@@ -421,7 +413,8 @@ class ModelProbe:
                 ) from error
         else:
             self.after_backward()
-            return sink.result, losses
+            # NaN says that no token counts; a loss that is not a number although some do is told from that.
+            return sink.result, losses.masked_fill(losses.isnan() & (targets != IGNORE_INDEX).any(1), torch.inf)
         del inputs
         torch.cuda.empty_cache()
         self._most_tokens = targets.numel() // 2

@@ -18,7 +18,7 @@ from dataflex.config import DataFlexConfig, RunConfig
 from dataflex.data.plan import Arrangement, Plan, Planner
 from dataflex.data.pool import Pool
 from dataflex.errors import CheckpointError, ConfigError
-from dataflex.influence import FeatureParams, GradientParams
+from dataflex.influence import GradientParams
 from dataflex.probe.cost import Cost
 from dataflex.record.writer import RunWriter
 from dataflex.schedule import RoundSlot, Schedule, steps_per_pass, total_steps
@@ -185,9 +185,6 @@ class DynamicRun:
         """Return what the selection is expected to cost, after measuring a few samples; None where nothing is to say.
 
         A training step is taken for a forward and backward of its samples, or for three forwards.
-
-        Raises:
-            ComponentError: if the features asked for cannot be made of this model's gradients.
         """
         selector, pool, probe = self.components.select, self.pool, self.probe
         if selector is None or pool is None or probe is None or selector.probes == "nothing":
@@ -195,8 +192,6 @@ class DynamicRun:
         settings = GradientSettings()
         if isinstance(selector.params, GradientParams):
             settings = selector.params.settings(preconditioner="none")
-        if isinstance(selector.params, FeatureParams):
-            probe.check(selector.params.settings())
         if isinstance(selector.params, SelectorParams) and selector.params.max_overhead is not None:
             return None
         began = time.perf_counter()

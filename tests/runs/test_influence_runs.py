@@ -1,0 +1,247 @@
+"""Gradient selection through LLaMA-Factory's own run: DDP, ZeRO-2, ZeRO-3 and FSDP2 on two processes equal one process.
+
+All trainings happen in two starts, one of two processes and one of one (see runner.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.launch,
+    pytest.mark.timeout(1200),  # the first test waits for all trainings
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"),
+]
+
+PLUGIN = str(Path(__file__).with_name("plugin.py"))
+WRAPPERS = {
+    "ddp": "DistributedDataParallel",
+    "zero2": "stage 2",
+    "zero3": "stage 3",
+    "fsdp2": "FSDPModule",
+}
+MODES = list(WRAPPERS)
+FSDP2 = {
+    "fsdp": "full_shard auto_wrap",
+    "fsdp_config": {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "cpu_ram_efficient_loading": False,
+    },
+}
+
+
+def less(**params: Any) -> dict[str, Any]:
+    return {"method": "less", "validation": "held", "proj_dim": 256, **params}
+
+
+FULL = {"finetuning_type": "full", "learning_rate": 0.002}
+TWICE = {"gradient_accumulation_steps": 2}
+# name -> (selector, changes to the run, modes of two processes)
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "less-lora-adam": (less(), {}, MODES),
+    "less-lora-none": (less(preconditioner="none"), TWICE, MODES),
+    "less-full-adam": (less(proj_dim=1024), {**FULL, **TWICE}, MODES),
+    "less-full-none": (less(proj_dim=1024, preconditioner="none"), FULL, MODES),
+    "grand": ({"method": "grand"}, {}, ["ddp", "zero3"]),
+    "grand-adam": ({"method": "grand", "preconditioner": "adam"}, FULL, ["zero3"]),
+    "greats": ({"method": "greats", "validation": "held"}, {}, ["ddp", "zero3"]),
+    "icons": ({"method": "icons", "validation": "held,gamma", "proj_dim": 256}, {}, ["ddp", "zero3"]),
+    "cluster_less": (
+        {"method": "cluster_less", "validation": "held", "proj_dim": 256, "cluster_size": 8, "representatives": 2},
+        {},
+        ["ddp", "zero3"],
+    ),
+}
+METHOD_CASES = [(method, mode) for method, (_, _, modes) in METHODS.items() for mode in modes]
+
+LOOKS = ["losses", "error_norms", "embeddings", "norms", "gradients", "similarities", "products", "generate"]
+DROPOUT = {"lora_dropout": 0.1, "dropout": True}
+NEUTRAL: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "lora": ({**DROPOUT, **TWICE}, MODES),
+    "full": ({**FULL, "dropout": True}, ["ddp", "zero3", "fsdp2"]),
+}
+NEUTRAL_CASES = [(kind, mode) for kind, (_, modes) in NEUTRAL.items() for mode in ["one", *modes]]
+
+RESUMED = {
+    "one": DROPOUT,
+    "ddp": DROPOUT,
+    "zero3": DROPOUT,
+    "fsdp2": {**FULL, "dropout": True},  # LLaMA-Factory alone does not take an adapter back there
+}
+CUTS = {"middle": (3, 5), "boundary": (5, 6)}  # saved after, killed before these steps; rounds start at 0, 2, 5, 8
+
+
+def section(select: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    base = {"warmup_steps": 2, "update_steps": 3, "probe_batch_tokens": 400, "select": select, "plugins": [PLUGIN]}
+    return {"dataflex": {**base, **parts}}
+
+
+def add_methods(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
+    for method, (select, changes, modes) in METHODS.items():
+        for mode in settings:
+            if mode in ["one", *modes]:
+                workshop.add(f"{method}-{mode}", **settings[mode], **section(select), **changes)
+
+
+def add_neutral(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
+    for kind, (changes, modes) in NEUTRAL.items():
+        for mode in settings:
+            if mode in ["one", *modes]:
+                for name, look in (("blind", []), ("looking", LOOKS)):
+                    select = {"method": "test_blind", "look": look}
+                    workshop.add(f"{name}-{kind}-{mode}", **settings[mode], **section(select), **changes)
+
+
+def add_resumed(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
+    for mode in settings:
+        if mode in RESUMED:
+            run = {**settings[mode], **section(less()), **RESUMED[mode]}
+            workshop.add(f"whole-{mode}", **run)
+            for cut, (saved, stop) in CUTS.items():
+                run |= {"save_strategy": "steps", "save_steps": saved}
+                workshop.add(f"{cut}-cut-{mode}", stop_at=stop, **run)
+                workshop.add(f"{cut}-resumed-{mode}", into=f"{cut}-cut-{mode}", **run)
+
+
+def add_kept(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
+    for mode in settings:
+        select = {"method": "test_keep", "file": str(workshop.root / f"kept-{mode}.pt")}
+        run = {**settings[mode], **section(select, warmup_steps=0), **FULL, "max_steps": 1}
+        workshop.add(f"kept-{mode}", **run)
+
+
+def zero(folder: Path, stage: int) -> dict[str, Any]:
+    """Write a DeepSpeed configuration and return the argument that names it."""
+    config: dict[str, Any] = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": False},
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": True},
+    }
+    if stage == 3:
+        config["zero_optimization"] |= {
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,  # else parameters this small are never partitioned
+        }
+    path = folder / f"ds_z{stage}_config.json"
+    path.write_text(json.dumps(config))
+    return {"deepspeed": str(path)}
+
+
+def add_tagged_data(folder: Path) -> None:
+    """Add two validation sets whose rows have a task each."""
+    info = json.loads((folder / "dataset_info.json").read_text())
+    for name, source, tasks in (("tagged", "held", ["sums", "rhymes", "sums"]), ("labelled", "gamma", ["sums"])):
+        rows = json.loads((folder / f"{source}.json").read_text())
+        tagged = [{**row, "task": tasks[number % len(tasks)]} for number, row in enumerate(rows)]
+        (folder / f"{name}.json").write_text(json.dumps(tagged))
+        info[name] = {"file_name": f"{name}.json"}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+@pytest.fixture(scope="module")
+def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("deepspeed")
+    add_tagged_data(workshop.data)
+    modes = {"ddp": {}, "zero2": zero(folder, 2), "zero3": zero(folder, 3), "fsdp2": FSDP2}
+    two = {mode: {"dataset": "alpha,beta", "max_steps": 9, **changes} for mode, changes in modes.items()}
+    one = {"one": {"dataset": "alpha,beta", "max_steps": 9, "per_device_train_batch_size": 4}}
+    for settings, processes in ((two, 2), (one, 1)):
+        add_methods(workshop, settings)
+        add_neutral(workshop, settings)
+        add_resumed(workshop, settings)
+        add_kept(workshop, settings)
+        if processes == 1:
+            tagged = {"validation": "tagged", "subtask_column": "task"}
+            workshop.add("by-column", **one["one"], **section(less(**tagged)))
+            workshop.add("by-columns", **one["one"], **section(less(**tagged | {"validation": "tagged,labelled"})))
+        workshop.start(processes)
+    return workshop
+
+
+def plans(runs: Any, name: str) -> list[dict[int, float]]:
+    """Return the score of every sample of each decided round, by index."""
+    found = []
+    for line in runs.rounds(name):
+        if not line.get("warmup"):
+            table = pq.read_table(runs.root / name / "dataflex" / "plans" / f"round-{line['round']:05d}.parquet")
+            found.append(dict(zip(table["index"].to_pylist(), table["score"].to_pylist(), strict=True)))
+    return found
+
+
+@pytest.mark.parametrize(("method", "mode"), METHOD_CASES)
+def test_two_processes_select_what_one_does(runs: Any, method: str, mode: str) -> None:
+    one, two = plans(runs, f"{method}-one"), plans(runs, f"{method}-{mode}")
+    assert len(one) == len(two) == 3
+    for first, second in zip(one, two, strict=True):
+        assert first.keys() == second.keys()
+        expected = np.array([first[index] for index in first])
+        assert np.isfinite(expected).all()
+        scale = min(1.0, np.abs(expected).max())
+        np.testing.assert_allclose([second[index] for index in first], expected, rtol=1e-4, atol=1e-4 * scale)
+    assert runs.plan_digests(f"{method}-{mode}") == runs.plan_digests(f"{method}-one")
+    assert len({frozenset(plan) for plan in one}) == 3  # the model's training changes what is selected
+
+
+@pytest.mark.parametrize(("method", "mode"), METHOD_CASES)
+def test_the_wrapper_is_the_one_meant(runs: Any, method: str, mode: str) -> None:
+    for rank in (0, 1):
+        assert WRAPPERS[mode] in runs.trace(f"{method}-{mode}", rank)["wrapper"]
+
+
+@pytest.mark.parametrize(("kind", "mode"), NEUTRAL_CASES)
+def test_looking_changes_nothing(runs: Any, kind: str, mode: str) -> None:
+    blind, looking = f"blind-{kind}-{mode}", f"looking-{kind}-{mode}"
+    for rank in range(1 if mode == "one" else 2):
+        expected, got = runs.trace(blind, rank), runs.trace(looking, rank)
+        assert expected["weights"] is not None
+        for key in ("weights", "losses", "micro_batches", "rng"):
+            assert got[key] == expected[key], key
+    assert runs.plan_digests(looking) == runs.plan_digests(blind)
+    assert runs.rounds(looking)[1]["cost"]["samples"] > 5 * 80
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("mode", RESUMED)
+def test_killed_and_resumed_is_never_killed(runs: Any, mode: str, cut: str) -> None:
+    whole, resumed = runs.trace(f"whole-{mode}"), runs.trace(f"{cut}-cut-{mode}")
+    assert resumed["error"] is None
+    assert min(step for step, _ in resumed["micro_batches"]) == CUTS[cut][0]
+    assert runs.plan_digests(f"{cut}-cut-{mode}") == runs.plan_digests(f"whole-{mode}")
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["weights"] == whole["weights"]
+
+
+@pytest.mark.parametrize("mode", ["one", *MODES])
+def test_gradients_are_those_of_plain_autograd(runs: Any, mode: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert runs.trace(f"kept-{mode}")["error"] is None
+    kept = torch.load(runs.root / f"kept-{mode}.pt", weights_only=True)
+    model = AutoModelForCausalLM.from_pretrained(runs.model, dtype=torch.float32).eval()
+    for row, got in zip(kept["rows"], kept["gradients"], strict=True):
+        inputs, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
+        loss = model(input_ids=inputs, labels=labels).loss
+        expected = torch.autograd.grad(loss, list(model.parameters()))
+        expected = torch.cat([part.reshape(-1) for part in expected])
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_column_divides_the_validation_set(runs: Any) -> None:
+    assert runs.trace("by-column")["targets"] == {"rhymes": 4, "sums": 8}
+    expected = {"tagged/rhymes": 4, "tagged/sums": 8, "labelled/sums": 16}
+    assert runs.trace("by-columns")["targets"] == expected
+    assert all(np.isfinite(list(plan.values())).all() for plan in plans(runs, "by-columns"))
