@@ -317,6 +317,12 @@ def _validation(config: RunConfig) -> Iterator[Problem]:
             f"{selector.name!r} compares training samples with validation samples: name data sets here, or set "
             "eval_dataset (or val_size).",
         )
+    elif not dataset_names(config, "eval_dataset") and _truthy(config, "predict_with_generate"):
+        yield Problem(
+            "predict_with_generate",
+            f"samples split off by val_size are then prompts only, and {selector.name!r} needs their answers; name "
+            f"validation data sets in {SECTION}.select.validation.",
+        )
 
 
 def _loss(config: RunConfig) -> Iterator[Problem]:

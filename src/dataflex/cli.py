@@ -149,7 +149,7 @@ def _offline(options: argparse.Namespace) -> int:
 
     config = _checked_config(options, offline=True).with_assets()
     output = options.output or Path(str(config.llamafactory["output_dir"])) / "scores"
-    config = offline.prepared(config, output, options.features or output / "features")
+    config = offline.prepared(config, output, options.features)
     if not launch.is_worker():
         _print_notes(config)
         if launch.wants_many():

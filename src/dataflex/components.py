@@ -291,6 +291,10 @@ class Selector(Component):
     leaves_out_unscored: ClassVar[bool] = False
     """Whether :meth:`score` may return NaN for samples without a trained token; they are never chosen."""
 
+    def expected_passes(self, decisions: int) -> int:
+        """Return how often :meth:`scored_samples` are scored in a run, for the estimate of its cost."""
+        return decisions
+
     def scored_samples(self, pool_size: int) -> int:
         """Return how many samples of the pool one decision scores, for the estimate of a run's cost."""
         return pool_size

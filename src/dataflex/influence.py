@@ -107,13 +107,18 @@ class CheckpointParams(ComponentParams):
             raise ValueError(f"checkpoint_weights must not be negative and not all zero, got {weights}")
         return self
 
-    def checkpoint_problems(self) -> Iterator[tuple[str, str]]:
-        """Yield what is wrong with the folders."""
+    def checkpoint_problems(self, moments: bool) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with the folders; ``moments``: whether the optimizer's are wanted."""
         for folder in self.checkpoints:
             if not Path(folder).is_dir():
                 yield "checkpoints", f"there is no folder {folder!r}."
             elif not any(Path(folder).glob("*model*.safetensors")) and not any(Path(folder).glob("adapter_model.*")):
                 yield "checkpoints", f"{folder!r} holds no model and no adapter."
+            elif moments and not (Path(folder) / "optimizer.pt").is_file():
+                yield (
+                    "checkpoints",
+                    f"{folder!r} has no optimizer.pt, which holds Adam's moments; use preconditioner: none.",
+                )
             elif self.checkpoint_weights is None and not (Path(folder) / "trainer_state.json").is_file():
                 yield (
                     "checkpoints",
@@ -131,12 +136,24 @@ class GradientSelector(Selector):
     probes: ClassVar[Literal["nothing", "losses", "gradients"]] = "gradients"
     leaves_out_unscored: ClassVar[bool] = True
 
+    @property
+    def stored_checkpoints(self) -> list[str]:
+        """The checkpoint folders whose gradients count; none: the model as it is."""
+        return self.params.checkpoints if isinstance(self.params, CheckpointParams) else []
+
+    def expected_passes(self, decisions: int) -> int:
+        """Return how often the pool is gone through in a run, for the estimate of its cost."""
+        return decisions * max(1, len(self.stored_checkpoints))
+
     def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
         """Yield what shows before a model is loaded: Adam's direction needs an Adam, and a step of it."""
         yield from super().problems(run)
+        moments = self.params.preconditioner != "none"
+        if isinstance(self.params, CheckpointParams):
+            yield from self.params.checkpoint_problems(moments)
         if self.params.settings().sketch == "kronecker" and self.params.preconditioner != "none":
             yield "sketch", "kronecker works on the gradient itself; it needs preconditioner: none."
-        if self.params.preconditioner == "none" or run.dataflex is None:
+        if self.params.preconditioner == "none" or run.dataflex is None or self.stored_checkpoints:
             return
         if run.dataflex.warmup_steps == 0 and not run.offline:
             yield (
@@ -191,11 +208,6 @@ class InfluenceSelector(GradientSelector):
             with ctx.probe.checkpoint(folder):
                 stores.append(ctx.probe.extract(candidates, settings))
         return stores
-
-    @property
-    def stored_checkpoints(self) -> list[str]:
-        """The checkpoint folders whose gradients count; none: the model as it is."""
-        return self.params.checkpoints if isinstance(self.params, CheckpointParams) else []
 
     def over_checkpoints(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
         """Return :meth:`influence` summed over stored checkpoints by their weights, (n, S)."""

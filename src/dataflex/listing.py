@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from dataflex import registry
 from dataflex.components import Component
@@ -42,5 +41,5 @@ def _method(method: str, cls: type[Component]) -> str:
 def _parameter(name: str, field: FieldInfo) -> str:
     kind = str(field.annotation)
     kind = field.annotation.__name__ if isinstance(field.annotation, type) else kind.replace("typing.", "")
-    default = "required" if field.default is PydanticUndefined else f"default {field.default!r}"
+    default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
     return f"{name} ({kind}, {default}): {field.description or ''}"

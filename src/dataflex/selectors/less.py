@@ -14,8 +14,7 @@ Cost: one forward and backward of every candidate and validation sample per upda
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,9 +23,6 @@ from dataflex.data.sampling import IndexArray
 from dataflex.influence import CheckpointParams, InfluenceParams, InfluenceSelector
 from dataflex.registry import register
 from dataflex.selection import ScoreArray
-
-if TYPE_CHECKING:
-    from dataflex.config import RunConfig
 
 
 class LessParams(InfluenceParams, CheckpointParams):
@@ -43,12 +39,6 @@ class LessSelector(InfluenceSelector):
     """Prefers samples that would help the validation set most."""
 
     Params: ClassVar[type[ComponentParams]] = LessParams
-
-    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
-        """Yield what shows before a model is loaded."""
-        if not self.params.checkpoints:
-            yield from super().problems(run)
-        yield from self.params.checkpoint_problems()
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return the influence of every candidate, in [-1, 1]; NaN where no token is trained on."""

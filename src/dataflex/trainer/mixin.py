@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, rotate_checkpoints
 
@@ -290,7 +291,7 @@ class DynamicCallback(TrainerCallback):
         self.trainer._resumed_state = None
         expected = run.expected_cost()
         if expected is not None and args.process_index == 0:
-            print(f"dataflex: {expected}")
+            tqdm.write(f"dataflex: {expected}")
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the step's clock."""

@@ -205,13 +205,13 @@ class DynamicRun:
         sample = (time.perf_counter() - middle) / some.size
         self.decision_seconds += time.perf_counter() - began
         scored, others = selector.scored_samples(pool.size), 0 if self.targets is None else self.targets.size
-        decisions = self.schedule.num_updates
-        total = (scored + others) * sample * decisions
+        passes = selector.expected_passes(self.schedule.num_updates)
+        total = (scored + others) * sample * passes
         training = sample * (1 if gradients else 3) * self.schedule.total_steps * self.global_batch_size
         samples = f"{scored} samples" + (f" and {others} validation samples" if others else "")
         return (
-            f"select {selector.name}: {samples} at each of {decisions} decisions are expected to take "
-            f"{_duration(total)} in all, {total / training:.2g} times the training itself (after {some.size} samples)."
+            f"select {selector.name}: scoring {samples}, {passes} times in this run, is expected to take "
+            f"{_duration(total)}, {total / training:.2g} times the training itself (after {some.size} samples)."
         )
 
     def _capped(self) -> CappedScoring | None:
