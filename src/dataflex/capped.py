@@ -70,11 +70,12 @@ class CappedScoring:
         """Return ``count`` of the candidates, scoring no more of them than the cap allows."""
         book = self._book_now()
         if "allowed" not in ctx.memo:
+            self.notes = {"scored": 0, "clusters": int(book.clusters.max()) + 1}
             ctx.memo["allowed"] = self._allowed(ctx, book)
-            self.notes = {"scored": 0, "allowed": ctx.memo["allowed"], "clusters": int(book.clusters.max()) + 1}
-        share = round(ctx.memo["allowed"] * count / ctx.size)
-        if share:
+        share = count / ctx.size
+        if round(ctx.memo["allowed"] * share):
             self._score(selector, ctx, book, candidates, share)
+        self.notes["allowed"] = ctx.memo["allowed"]
         max_age = book.max_age(candidates, count, ctx.update)
         try:
             chosen, estimates = book.choose(
@@ -139,14 +140,14 @@ class CappedScoring:
         return step - ctx.start_step
 
     def _score(
-        self, selector: Selector, ctx: RoundContext, book: ScoreBook, candidates: IndexArray, share: int
+        self, selector: Selector, ctx: RoundContext, book: ScoreBook, candidates: IndexArray, share: float
     ) -> None:
-        """Score up to ``share`` candidates, more at the first decision where the measured costs allow it."""
+        """Score ``share`` of what is allowed, more at the first decision where the measured costs allow it."""
         first = not self._samples
-        picked = book.pick(candidates, share, ctx.rng)
-        if not picked.size:
+        picked = book.pick(candidates, max(round(ctx.memo["allowed"] * share), 2 if first else 1), ctx.rng)
+        if picked.size < (2 if first else 1):
             return
-        half = picked.size // 2 if first and picked.size > 1 else picked.size
+        half = picked.size // 2 if first else picked.size
         order = ctx.rng.permutation(picked.size)
         lead, rest = np.sort(picked[order[:half]]), np.sort(picked[order[half:]])
         scores, seconds = self._timed(selector, ctx, lead)
@@ -159,7 +160,7 @@ class CappedScoring:
             self._fixed_seconds, self._fixed_count = max(0.0, seconds - per_draw * lead.size / rest.size), 1
             allowed = self._affordable(ctx, False, self._fixed_seconds)
             ctx.memo["allowed"] = max(ctx.memo["allowed"], allowed)
-            extra = min(round(allowed * candidates.size / self.pool.size), candidates.size - picked.size)
+            extra = min(round(allowed * share), candidates.size - picked.size)
             if extra > 0:
                 further = np.setdiff1d(book.pick(candidates, extra + picked.size, ctx.rng), picked)[:extra]
                 more, per_draw = self._timed(selector, ctx, further)
@@ -167,8 +168,10 @@ class CappedScoring:
                 values.append(more)
                 self._seconds, self._samples = self._seconds + per_draw, self._samples + further.size
         else:
-            fixed = min(seconds, self._fixed_seconds / max(1, self._fixed_count))
+            # Only the first group of a decision pays it.
+            fixed = 0.0 if "paid" in ctx.memo else min(seconds, self._fixed_seconds / max(1, self._fixed_count))
             self._seconds, self._samples = self._seconds + seconds - fixed, self._samples + lead.size
+        ctx.memo["paid"] = True
         everything = np.concatenate(done)
         book.record(everything, np.concatenate(values), ctx.update)
         self.notes["scored"] += int(everything.size)

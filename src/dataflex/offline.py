@@ -70,9 +70,10 @@ def prepared(config: RunConfig, output: Path, feature_dir: Path | None) -> RunCo
         if config.llamafactory.get(key):
             raise ConfigError(f"{key}: scoring without training holds the whole model on every process; leave it out.")
     params = dict(config.params)
-    if feature_dir is not None and isinstance(selector, InfluenceSelector):
+    if isinstance(selector, InfluenceSelector):
         cls, given = params["select"]
-        params["select"] = (cls, given.model_copy(update={"feature_dir": str(feature_dir)}))
+        kept = str(feature_dir or selector.params.feature_dir or output / "features")
+        params["select"] = (cls, given.model_copy(update={"feature_dir": kept}))
     changes = {"do_train": True, "output_dir": str(output), "overwrite_output_dir": True, "report_to": "none"}
     return replace(config, llamafactory={**config.llamafactory, **changes}, params=params, offline=True)
 
@@ -123,6 +124,7 @@ def score_pool(run: DynamicRun, output: Path, amount: Amount) -> dict[str, Any]:
     selector = run.components.select
     assert selector is not None
     assert run.pool is not None
+    amount.of(run.pool.size)  # too many shows before the dear part
     ctx = _context(run, selector)
     everyone = np.arange(run.pool.size)
     scores = check_scores(selector, selector.score(ctx, everyone), everyone, selector.leaves_out_unscored)

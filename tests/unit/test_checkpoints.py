@@ -125,7 +125,7 @@ def test_frozen_parameters_stay_ones_own(tmp_path: Path) -> None:
         (llama, lambda: llama(hidden_size=32), "size mismatch"),
         (lora, lambda: lora(r=8), "size mismatch"),
         (lora, lambda: lora(target_modules=["q_proj"]), "k_proj"),
-        (lambda: lora(target_modules=["q_proj"]), lora, "k_proj"),
+        (lambda: lora(target_modules=["q_proj"]), lora, r"down_proj\.lora_A"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_an_error(tmp_path: Path, mine: Any, theirs: Any, text: str) -> None:
@@ -246,7 +246,7 @@ def test_the_mean_rate_of_each_stretch_scaled_to_one(tmp_path: Path) -> None:
     folders = states(tmp_path, log, [4, 6, 8])
     assert learning_rates(folders) == pytest.approx([2 / 7, 4 / 7, 1 / 7])
     assert learning_rates(folders[:1]) == [1.0]
-    assert learning_rates(folders[1:]) == pytest.approx([16 / 19, 3 / 19])  # the first stretch begins with the run
+    assert learning_rates(folders[1:]) == pytest.approx([14 / 19, 5 / 19])  # the first stretch begins with the run
 
 
 def test_a_stretch_without_an_entry(tmp_path: Path) -> None:

@@ -95,6 +95,8 @@ class Planner:
             ComponentError: if a component returns something no plan can be made of.
         """
         self._memo = {}
+        if self.capped is not None:
+            self.capped.notes = {}
         groups, decided = self._groups(slot, probe)
         selection = _join([self._select(slot, probe, group) for group in groups])
         arranged = self._arrange(slot, probe, selection)
@@ -105,7 +107,7 @@ class Planner:
         if decided is None:
             counts = self.pool.domain_counts(indices)
             decided = counts / counts.sum()
-        budget = self.capped.notes if self.capped is not None and slot.update is not None else None
+        budget = self.capped.notes or None if self.capped is not None else None
         return Plan(slot, indices, scores, decided, selection.unscored, budget)
 
     def state_dict(self) -> State:

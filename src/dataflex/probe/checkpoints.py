@@ -43,15 +43,21 @@ def _load(model: torch.nn.Module, folder: Path) -> None:
     from peft import PeftModel
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-    if isinstance(model, PeftModel):
-        if not any((folder / name).is_file() for name in _ADAPTER):
-            raise ComponentError(f"checkpoints: {folder} holds no adapter, but the model in training has one.")
-        found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), model.active_adapter)
-        unexpected, missing = list(found.unexpected_keys), []
-    else:
-        found = model.load_state_dict(_full_weights(folder), strict=False)
-        trainable = {name for name, value in model.named_parameters() if value.requires_grad}
-        unexpected, missing = list(found.unexpected_keys), [key for key in found.missing_keys if key in trainable]
+    trainable = {name for name, value in model.named_parameters() if value.requires_grad}
+    try:
+        if isinstance(model, PeftModel):
+            if not any((folder / name).is_file() for name in _ADAPTER):
+                raise ComponentError(f"checkpoints: {folder} holds no adapter, but the model in training has one.")
+            found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), model.active_adapter)
+            unexpected = sorted(found.unexpected_keys)
+        else:
+            weights = _full_weights(folder)
+            found = model.load_state_dict({name: weights[name] for name in trainable & weights.keys()}, strict=False)
+            unexpected = sorted(weights.keys() - model.state_dict().keys())
+    except RuntimeError as error:  # torch's, of parameters of another shape, one to a line
+        detail = str(error).splitlines()[-1].strip()
+        raise ComponentError(f"checkpoints: {folder} is not of this model: {detail}") from error
+    missing = [key for key in found.missing_keys if key in trainable]
     if unexpected or missing:
         names = ", ".join((unexpected + missing)[:3])
         raise ComponentError(f"checkpoints: {folder} is not of this model: {names} and others do not match.")
@@ -98,8 +104,11 @@ def saved_moments(folder: Path, optimizer: Any, model: torch.nn.Module) -> dict[
         )
     found = {}
     for value, number, group in zip(ordered, numbers, groups, strict=True):
-        state = stored["state"].get(number, {})
-        if "exp_avg" not in state or state["exp_avg"].shape != value.shape:
+        state = stored["state"].get(number)
+        if state is None and stored["state"]:  # it never had a gradient while others have
+            zeros = torch.zeros_like(value)
+            state = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": 0}
+        if not state or "exp_avg" not in state or state["exp_avg"].shape != value.shape:
             raise ComponentError(f"{path} holds no Adam moments of {names[id(value)]}. {hint}")
         found[names[id(value)]] = Moments(
             exp_avg=state["exp_avg"].to(value.device),

@@ -75,10 +75,6 @@ class ClusterLessSelector(LessSelector):
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return ``count`` candidates of the best clusters."""
-        if self._clusters is None:
-            embeddings = ctx.probe.embeddings(np.arange(ctx.pool.size))
-            seed = int.from_bytes(ctx.rng.bytes(4), "little")
-            self._clusters = distributed.on_main(partial(self._cluster, embeddings, seed))
         scores = self.score(ctx, candidates)
         scored = np.flatnonzero(~np.isnan(scores))
         if scored.size < count:
@@ -94,7 +90,10 @@ class ClusterLessSelector(LessSelector):
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return the score of every candidate's cluster; NaN where no representative has a trained token."""
-        assert self._clusters is not None
+        if self._clusters is None:
+            embeddings = ctx.probe.embeddings(np.arange(ctx.pool.size))
+            seed = int.from_bytes(ctx.rng.bytes(4), "little")
+            self._clusters = distributed.on_main(partial(self._cluster, embeddings, seed))
         clusters = self._clusters[candidates]
         chosen = draw_members(clusters, self.params.representatives, ctx.rng)
         measure = self.over_checkpoints if self.params.checkpoints else self.influence

@@ -13,8 +13,7 @@ Cost: one forward and backward of the pool and the validation samples for every 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -24,9 +23,6 @@ from dataflex.data.sampling import IndexArray
 from dataflex.influence import CheckpointParams, InfluenceParams, InfluenceSelector
 from dataflex.registry import register
 from dataflex.selection import ScoreArray
-
-if TYPE_CHECKING:
-    from dataflex.config import RunConfig
 
 
 class TracinParams(InfluenceParams, CheckpointParams):
@@ -46,20 +42,20 @@ class TracinSelector(InfluenceSelector):
     def __init__(self, params: TracinParams) -> None:
         super().__init__(params)
         self._scores: ScoreArray | None = None
-        """Scores of the pool, shape (N,); NaN where not made yet."""
+        """Scores of the pool, shape (N,); -inf where not made yet, NaN where there is none."""
 
-    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
-        """Yield what shows before a model is loaded."""
-        yield from super().problems(run)
-        yield from self.params.checkpoint_problems()
+    def expected_passes(self, decisions: int) -> int:
+        """Return the number of checkpoints: scores are made once."""
+        return len(self.params.checkpoints)
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return the influence of every candidate; NaN where no token is trained on."""
         if self._scores is None:
-            self._scores = np.full(ctx.pool.size, np.nan, dtype=np.float32)
-        if np.isnan(self._scores[candidates]).all():
+            self._scores = np.full(ctx.pool.size, -np.inf, dtype=np.float32)
+        missing = candidates[np.isneginf(self._scores[candidates])]
+        if missing.size:
             settings = self.params.settings(normalize=False)
-            self._scores[candidates] = self.over_checkpoints(ctx, candidates, settings).max(axis=1)
+            self._scores[missing] = self.over_checkpoints(ctx, missing, settings).max(axis=1)
         return self._scores[candidates]
 
     def state_dict(self) -> State:
