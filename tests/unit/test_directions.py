@@ -187,11 +187,12 @@ def test_a_sketched_influence_is_as_close_as_its_variance_says() -> None:
     dim, seeds = 256, 40
     pair, estimates = torch.stack([x, y]), []
     for seed in range(seeds):
-        out = torch.zeros(2, dim, dtype=torch.float64)
         sketch = CountSketch(dim, seed, CPU)
+        out = torch.zeros(2, sketch.width, dtype=torch.float64)
         for name, piece in zip(sizes, pair.split(list(sizes.values()), dim=1), strict=True):
             sketch.add(out, name, 0, piece.clone(), sizes[name])
-        estimates.append(float(out[0] @ out[1]))
+        first, second = sketch.folded(out)
+        estimates.append(float(first @ second))
     variance = float((x @ x) * (y @ y) + (x @ y) ** 2 - 2 * (x**2 @ y**2)) / dim
     assert abs(np.mean(estimates) - float(x @ y)) < 5 * np.sqrt(variance / seeds)
     assert np.std(estimates) > 0.5 * np.sqrt(variance)
@@ -221,10 +222,11 @@ def test_a_count_sketch_of_the_gradient() -> None:
     model = make(MODELS["mixtral"])
     inputs, labels = a_batch(LENGTHS)
     found = probe_of(model, inputs, labels).gradients(np.arange(5), GradientSettings(dim=128, seed=3, normalize=False))
-    expected, sketch = torch.zeros(5, 128, dtype=torch.float64), CountSketch(128, 3, CPU)
+    sketch = CountSketch(128, 3, CPU)
+    expected = torch.zeros(5, sketch.width, dtype=torch.float64)
     for name, rows in one_by_one(model, inputs, labels).items():
         sketch.add(expected, name, 0, rows.clone(), rows.shape[1])
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found, sketch.folded(expected).numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_lengths_are_exact() -> None:

@@ -38,10 +38,10 @@ def mapped(sketch: Any, rows: Tensor, name: str = "w", pieces: list[int] | None 
     """Return the features of (B, n) gradients of one parameter, given piece by piece."""
     total = rows.shape[1]
     edges = [0, *(pieces or []), total]
-    out = torch.zeros(rows.shape[0], sketch.dim, dtype=rows.dtype)
+    out = torch.zeros(rows.shape[0], sketch.width, dtype=rows.dtype)
     for begin, end in pairwise(edges):
         sketch.add(out, name, begin, rows[:, begin:end].clone(), total)
-    return out
+    return sketch.folded(out)
 
 
 def stated_variance(x: Tensor, y: Tensor, dim: int) -> Tensor:
@@ -140,7 +140,10 @@ def test_shards_add_up(kind: Any) -> None:
     x, _ = pairs("generic", 3, 6000, 64)
     total = torch.zeros(3, 64, dtype=torch.float64)
     for begin, end in ((2000, 5000), (5000, 6000), (0, 2000)):
-        kind(64, 7, CPU).add(total, "w", begin, x[:, begin:end].clone(), 6000)
+        shard = kind(64, 7, CPU)
+        sums = torch.zeros(3, shard.width, dtype=torch.float64)
+        shard.add(sums, "w", begin, x[:, begin:end].clone(), 6000)
+        total += shard.folded(sums)
     torch.testing.assert_close(total, mapped(kind(64, 7, CPU), x))
 
 
@@ -254,8 +257,9 @@ def test_all_blocks_together_are_the_same_sketch() -> None:
     sketch = CountSketch(37, 3, torch.device("cpu"))
     for start, size in ((0, 400), (5, 20), (36, 3), (74, 111), (100, 300)):
         values = torch.randn(4, size, dtype=torch.float64)
-        expected = torch.zeros(4, 37, dtype=torch.float64)
-        sketch.add(expected, "weight", start, values.clone(), 400)
+        sums = torch.zeros(4, sketch.width, dtype=torch.float64)
+        sketch.add(sums, "weight", start, values.clone(), 400)
+        expected = sketch.folded(sums)
         signs, rotations, _ = sketch._table("weight", 400)
         blocks = slice(start // 37, -(-(start + size) // 37))
         found = rotated_sum(values * signs[start : start + size], start % 37, rotations[blocks], 37)

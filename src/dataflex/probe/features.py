@@ -69,16 +69,17 @@ class AdamPreconditioner(Preconditioner):
         average, square, item = self._flat[name]
         part = slice(start, start + gradients.shape[1])
         first, second = (_LESS_BETAS) if self.less else item.betas
-        left, right = 1.0, 1.0
-        if not self.less:
-            left, right = 1 - first ** (item.step + 1), 1 - second ** (item.step + 1)
         average, square = (values[part].to(gradients.dtype) for values in (average, square))
-        denominator = torch.addcmul(square * (second / right), gradients, gradients, value=(1 - second) / right)
+        # The corrections are folded into the denominator, so that the numbers are gone over as few times as possible.
+        left = 1.0 if self.less else 1 - first ** (item.step + 1)
+        right = 1.0 if self.less else 1 - second ** (item.step + 1)
+        scale = left * left / right
+        below = torch.addcmul(square * (second * scale), gradients, gradients, value=(1 - second) * scale)
         if self.less:
-            denominator.add_(_LESS_EPSILON).sqrt_()
+            below.add_(_LESS_EPSILON).sqrt_()
         else:
-            denominator.sqrt_().add_(item.eps)
-        return gradients.mul_((1 - first) / left).add_(average * (first / left)).div_(denominator)
+            below.sqrt_().add_(item.eps * left)
+        return torch.lerp(average, gradients, 1 - first, out=gradients).div_(below)
 
     def everywhere(self, name: str, parts: list[Contribution], batch: int, device: torch.device) -> list[Contribution]:
         """Return ``parts``, with zeros where they leave out rows: the moments move those too."""
@@ -108,12 +109,15 @@ def make_preconditioner(settings: GradientSettings, moments: dict[str, Moments] 
 class Sink(ABC):
     """Takes the gradients of a batch; :meth:`begin`, then :meth:`take` per parameter, then :attr:`result`."""
 
-    result: Tensor
-
     def __init__(self, preconditioner: Preconditioner, device: torch.device) -> None:
         self.preconditioner, self.device = preconditioner, device
         self.batch = 0
         self.block_elements = _CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
+
+    @property
+    @abstractmethod
+    def result(self) -> Tensor:
+        """What was made of the batch, (B, ...)."""
 
     @abstractmethod
     def begin(self, batch: int, dtype: torch.dtype) -> None:
@@ -143,16 +147,21 @@ class SketchSink(Sink):
     def begin(self, batch: int, dtype: torch.dtype) -> None:
         """Start with zero features."""
         self.batch = batch
-        self.result = torch.zeros(batch, self.sketch.dim, dtype=dtype, device=self.device)
+        self._sums = torch.zeros(batch, self.sketch.width, dtype=dtype, device=self.device)
+
+    @property
+    def result(self) -> Tensor:
+        """The features of the batch, (B, k)."""
+        return self.sketch.folded(self._sums)
 
     def take(self, name: str, parts: list[Contribution]) -> None:
         """Add a parameter to the features."""
         if isinstance(self.sketch, KroneckerSketch):
             for part in parts:
-                self.sketch.add_part(self.result, name, part)
+                self.sketch.add_part(self._sums, name, part)
             return
         for start, values, total in self.directions(name, parts):
-            self.sketch.add(self.result, name, start, values, total)
+            self.sketch.add(self._sums, name, start, values, total)
 
 
 class NormSink(Sink):
@@ -161,12 +170,17 @@ class NormSink(Sink):
     def begin(self, batch: int, dtype: torch.dtype) -> None:
         """Start with zero."""
         self.batch = batch
-        self.result = torch.zeros(batch, dtype=dtype, device=self.device)
+        self._squares = torch.zeros(batch, dtype=dtype, device=self.device)
+
+    @property
+    def result(self) -> Tensor:
+        """The squared lengths, (B,)."""
+        return self._squares
 
     def take(self, name: str, parts: list[Contribution]) -> None:
         """Add a parameter's squares."""
         for _, values, _ in self.directions(name, parts):
-            self.result += values.square().sum(1)
+            self._squares += values.square().sum(1)
 
 
 class GramSink(Sink):
@@ -178,16 +192,21 @@ class GramSink(Sink):
     def begin(self, batch: int, dtype: torch.dtype) -> None:
         """Start with zero."""
         self.batch = batch
-        self.result = torch.zeros(batch, batch, dtype=dtype, device=self.device)
+        self._products = torch.zeros(batch, batch, dtype=dtype, device=self.device)
+
+    @property
+    def result(self) -> Tensor:
+        """The inner products, (B, B)."""
+        return self._products
 
     def take(self, name: str, parts: list[Contribution]) -> None:
         """Add a parameter's inner products."""
         plain = isinstance(self.preconditioner, NoPreconditioner)
         if plain and len(parts) == 1 and isinstance(parts[0], Outer) and parts[0].small:
-            self.result += parts[0].gram()
+            self._products += parts[0].gram()
             return
         for _, values, _ in self.directions(name, parts):
-            self.result += values @ values.T
+            self._products += values @ values.T
 
 
 def make_sketch(settings: GradientSettings, sizes: dict[str, int], device: torch.device) -> Sketch | KroneckerSketch:

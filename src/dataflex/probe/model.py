@@ -5,9 +5,9 @@ its share, and all run the same number of forwards (a repeated batch is thrown a
 forward is collective. The raw module is run in evaluation mode under the training precision; modes and random streams
 are put back.
 
-What is particular to a model is found out once, on two short samples: whether the head may be applied chunk by chunk
-(a model that changes its logits after the head is probed through its own logits), and whether the samples of a batch
-keep apart in its layers (routed rows do not; such a model's gradients are taken one sample at a time).
+What is particular to a model is found out on two short samples: at every call whether the head may be applied chunk
+by chunk (a model that changes its logits after the head is probed through its own logits from then on), and once whether
+the samples of a batch keep apart in its layers (routed rows do not; then gradients are taken one sample at a time).
 """
 
 from __future__ import annotations
@@ -475,7 +475,10 @@ class ModelProbe:
         return torch.is_autocast_enabled(self.device.type) or not full
 
     def _look_at_head(self, model: torch.nn.Module, pool: Pool, indices: IndexArray) -> None:
-        """Find out whether the chunked head gives the model's own losses; stays open where no sample has a loss."""
+        """Find out whether the chunked head gives the model's own losses; stays open where no sample has one.
+
+        Asked at every call while it does: a cap on the logits may matter only later in training.
+        """
         if self._chunked_head is False or not indices.size:
             return
         inputs, targets = self._collated(pool, self._labelled(pool, indices))

@@ -42,13 +42,19 @@ class Sketch(ABC):
 
     def __init__(self, dim: int, seed: int, device: torch.device) -> None:
         self.dim, self.seed, self.device = dim, seed, device
+        self.width = dim
+        """Columns of what :meth:`add` adds to."""
+
+    def folded(self, sums: Tensor) -> Tensor:
+        """Return the features, (B, k), when everything has been added to ``sums``."""
+        return sums
 
     @abstractmethod
     def add(self, out: Tensor, name: str, start: int, values: Tensor, total: int) -> None:
         """Add the map of a piece of one parameter's gradients to ``out``.
 
         Args:
-            out: features, (B, k), changed in place.
+            out: (B, width), changed in place.
             name: the parameter.
             start: number of the piece's first element in the parameter, flattened.
             values: the piece, (B, n); may be overwritten.
@@ -61,6 +67,7 @@ class CountSketch(Sketch):
 
     def __init__(self, dim: int, seed: int, device: torch.device) -> None:
         super().__init__(dim, seed, device)
+        self.width = 2 * dim  # a rotated block is added in one piece, and what runs over the end is folded back
         self._tables: dict[str, tuple[Tensor, Tensor, list[int]]] = {}
 
     def add(self, out: Tensor, name: str, start: int, values: Tensor, total: int) -> None:
@@ -70,17 +77,17 @@ class CountSketch(Sketch):
         if self.device.type != "cpu":
             blocks = slice(first, -(-stop // self.dim))
             values *= signs[start:stop]
-            out += rotated_sum(values, start - first * self.dim, rotations[blocks], self.dim)
+            out[:, : self.dim] += rotated_sum(values, start - first * self.dim, rotations[blocks], self.dim)
             return
+        values *= signs[start:stop]
         for block in range(first, -(-stop // self.dim)):
             low, high = max(start, block * self.dim), min(stop, (block + 1) * self.dim)
-            piece = values[:, low - start : high - start]
-            piece *= signs[low:high]
             begin = (low - block * self.dim + numbers[block]) % self.dim
-            straight = min(high - low, self.dim - begin)
-            out[:, begin : begin + straight] += piece[:, :straight]
-            if straight < high - low:
-                out[:, : high - low - straight] += piece[:, straight:]
+            out[:, begin : begin + high - low] += values[:, low - start : high - start]
+
+    def folded(self, sums: Tensor) -> Tensor:
+        """Return the features, (B, k)."""
+        return sums[:, : self.dim] + sums[:, self.dim :]
 
     def _table(self, name: str, total: int) -> tuple[Tensor, Tensor, list[int]]:
         """Return a parameter's signs (int8, one byte for each of its elements) and its blocks' rotations, twice."""
@@ -155,15 +162,22 @@ class KroneckerSketch:
 
     def __init__(self, dim: int, seed: int, device: torch.device) -> None:
         self.dim, self.seed, self.device = dim, seed, device
+        self.width = dim
         self.inner = max(size for size in range(1, math.isqrt(dim) + 1) if dim % size == 0)
         self.outer = dim // self.inner
         self._count = CountSketch(dim, seed, device)
         self._drawn: dict[tuple[str, int], Tensor] = {}
 
+    def folded(self, sums: Tensor) -> Tensor:
+        """Return the features: what was added up."""
+        return sums
+
     def add_part(self, out: Tensor, name: str, part: Contribution) -> None:
         """Add one use of a parameter to ``out``, (B, k); vectors are count-sketched."""
         if isinstance(part, Whole):
-            self._count.add(out, name, 0, at_least_float32(part.values).clone(), part.columns)
+            sums = part.values.new_zeros(part.batch, self._count.width, dtype=out.dtype)
+            self._count.add(sums, name, 0, at_least_float32(part.values).clone(), part.columns)
+            out += self._count.folded(sums)
             return
         assert isinstance(part, Outer | Lookup)
         gradients = at_least_float32(part.gradients)
