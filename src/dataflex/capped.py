@@ -1,9 +1,10 @@
 """Selection under ``select.max_overhead``: clocks, calibration and memory around the policy in ``budget``.
 
-A decision first scores two small draws of candidates: the first also pays what every decision pays (the validation
-features), so the difference tells the two costs apart. Then it scores as many more as the cap allows. Seconds are those
-of rank 0, told to all, so that all ranks decide the same; a run with a cap is reproducible given the seconds in its
-record, and a round once planned is kept by checkpoints.
+A decision first scores a small draw of candidates, which also pays what every decision pays (the validation
+features), then as many more as the cap allows; the difference tells the two costs apart. The very first decision, which
+knows of no cost, scores two small draws before it knows how many more. Seconds are those of rank 0, told to all, so
+that all ranks decide the same; a run with a cap is reproducible given the seconds in its record, and a round once
+planned is kept by checkpoints.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _CLUSTER_SIZE = 64
 _CLUSTERS = (8, 256)
 """Fewest and most clusters."""
 _CALIBRATION = 16
-"""Samples in each of the two draws that tell what scoring costs."""
+"""Samples in the draw that tells what a decision costs whatever it scores."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,12 @@ class CappedScoring:
             )
         except ValueError as error:
             raise ComponentError(f"selector {selector.name!r}: {error}") from error
-        fresh = book.scored_at[chosen] > ctx.update - max_age
-        self.notes |= {"max_age": max_age, "chosen_by_own_score": round(float(fresh.mean()), 4)}
+        # Of all groups of the decision, where a mixer makes several.
+        own, chosen_before = ctx.memo.get("chosen", (0, 0))
+        own += int((book.scored_at[chosen] > ctx.update - max_age).sum())
+        ctx.memo["chosen"] = own, chosen_before + chosen.size
+        self.notes["max_age"] = max(max_age, self.notes.get("max_age", 0))
+        self.notes["chosen_by_own_score"] = round(own / (chosen_before + chosen.size), 4)
         return Selection(chosen, estimates, int(book.unscorable(candidates).sum()))
 
     def _book_now(self) -> ScoreBook:
@@ -108,16 +113,17 @@ class CappedScoring:
 
     def _affordable(self, ctx: RoundContext, has_scores: bool, paid_fixed: float) -> int:
         spent = distributed.on_main(self._spent)
+        fixed = self._fixed_seconds / max(1, self._fixed_count)
         costs = Costs(
             train_seconds=spent.train_seconds,
             train_steps=ctx.start_step,
             decision_seconds=spent.decision_seconds,
             seconds_per_sample=self._seconds / self._samples,
-            fixed_seconds=max(0.0, self._fixed_seconds / max(1, self._fixed_count) - paid_fixed),
+            fixed_seconds=max(0.0, fixed - paid_fixed),
         )
         self.notes |= {
             "seconds_per_sample": round(costs.seconds_per_sample, 6),
-            "fixed_seconds": round(costs.fixed_seconds, 4),
+            "fixed_seconds": round(fixed, 4),
             "step_seconds": round(costs.expected_step_seconds, 6),
         }
         return affordable(
@@ -143,40 +149,39 @@ class CappedScoring:
         self, selector: Selector, ctx: RoundContext, book: ScoreBook, candidates: IndexArray, share: float
     ) -> None:
         """Score ``share`` of what is allowed, more at the first decision where the measured costs allow it."""
-        first = not self._samples
-        picked = book.pick(candidates, max(round(ctx.memo["allowed"] * share), 2 if first else 1), ctx.rng)
-        if picked.size < (2 if first else 1):
+        unknown, paid = not self._samples, "paid" in ctx.memo
+        picked = book.pick(candidates, max(round(ctx.memo["allowed"] * share), 2 if unknown else 1), ctx.rng)
+        if picked.size < (2 if unknown else 1):
             return
-        half = picked.size // 2 if first else picked.size
-        order = ctx.rng.permutation(picked.size)
-        lead, rest = np.sort(picked[order[:half]]), np.sort(picked[order[half:]])
-        scores, seconds = self._timed(selector, ctx, lead)
-        done, values = [lead], [scores]
-        if rest.size:
-            more, per_draw = self._timed(selector, ctx, rest)
-            done.append(rest)
-            values.append(more)
-            self._seconds, self._samples = per_draw, rest.size
-            self._fixed_seconds, self._fixed_count = max(0.0, seconds - per_draw * lead.size / rest.size), 1
-            allowed = self._affordable(ctx, False, self._fixed_seconds)
+        lead, rest = picked[:0], picked
+        if not paid:
+            order = ctx.rng.permutation(picked.size)
+            half = min(_CALIBRATION, (picked.size + 1) // 2)
+            lead, rest = np.sort(picked[order[:half]]), np.sort(picked[order[half:]])
+        scores, fixed = self._timed(selector, ctx, lead)
+        more, seconds = self._timed(selector, ctx, rest)
+        done, values = [lead, rest], [scores, more]
+        self._seconds, self._samples = self._seconds + seconds, self._samples + rest.size
+        if not paid:
+            fixed = max(0.0, fixed - lead.size * self._seconds / self._samples)
+            self._fixed_seconds, self._fixed_count = self._fixed_seconds + fixed, self._fixed_count + 1
+            ctx.memo["paid"] = True
+        if unknown:
+            allowed = self._affordable(ctx, False, fixed)
             ctx.memo["allowed"] = max(ctx.memo["allowed"], allowed)
             extra = min(round(allowed * share), candidates.size - picked.size)
             if extra > 0:
-                further = np.setdiff1d(book.pick(candidates, extra + picked.size, ctx.rng), picked)[:extra]
-                more, per_draw = self._timed(selector, ctx, further)
+                further = book.pick(np.setdiff1d(candidates, picked), extra, ctx.rng)
+                scores, seconds = self._timed(selector, ctx, further)
                 done.append(further)
-                values.append(more)
-                self._seconds, self._samples = self._seconds + per_draw, self._samples + further.size
-        else:
-            # Only the first group of a decision pays it.
-            fixed = 0.0 if "paid" in ctx.memo else min(seconds, self._fixed_seconds / max(1, self._fixed_count))
-            self._seconds, self._samples = self._seconds + seconds - fixed, self._samples + lead.size
-        ctx.memo["paid"] = True
-        everything = np.concatenate(done)
-        book.record(everything, np.concatenate(values), ctx.update)
-        self.notes["scored"] += int(everything.size)
+                values.append(scores)
+                self._seconds, self._samples = self._seconds + seconds, self._samples + further.size
+        book.record(np.concatenate(done), np.concatenate(values), ctx.update)
+        self.notes["scored"] += sum(part.size for part in done)
 
     def _timed(self, selector: Selector, ctx: RoundContext, indices: IndexArray) -> tuple[ScoreArray, float]:
+        if not indices.size:
+            return np.empty(0, dtype=np.float32), 0.0
         began = time.perf_counter()
         scores = check_scores(selector, selector.score(ctx, indices), indices, selector.leaves_out_unscored)
         return scores, distributed.on_main(lambda: time.perf_counter() - began)

@@ -28,7 +28,11 @@ def main(argv: list[str] | None = None) -> int:
         hint = did_you_mean(arguments[0], known) or "."
         print(f"unknown command {arguments[0]!r}{hint} Commands: {', '.join(known)}.", file=sys.stderr)
         return BAD_INPUT
-    options = parser.parse_args(arguments)
+    options, further = parser.parse_known_args(arguments)
+    if further and (not hasattr(options, "overrides") or any(text.startswith("-") for text in further)):
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
+    if further:  # argparse takes the overrides before the first option only
+        options.overrides += further
     options.arguments = arguments
     if options.command is None:
         parser.print_help()

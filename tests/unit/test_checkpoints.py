@@ -218,7 +218,7 @@ def test_moments_of_another_optimizer(tmp_path: Path) -> None:
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    with pytest.raises(ComponentError, match="no Adam moments of model.embed_tokens.weight"):
+    with pytest.raises(ComponentError, match=r"no Adam moments of model\.embed_tokens\.weight"):
         saved_moments(tmp_path, torch.optim.AdamW(groups(model)), model)
 
 

@@ -6,8 +6,9 @@ forward is collective. The raw module is run in evaluation mode under the traini
 are put back.
 
 What is particular to a model is found out on two short samples: at every call whether the head may be applied chunk
-by chunk (a model that changes its logits after the head is probed through its own logits from then on), and once whether
-the samples of a batch keep apart in its layers (routed rows do not; then gradients are taken one sample at a time).
+by chunk (a model that changes its logits after the head is probed through its own logits from then on), and once
+whether the samples of a batch keep apart in its layers (routed rows do not; then gradients are taken one sample at a
+time).
 """
 
 from __future__ import annotations

@@ -1,0 +1,325 @@
+"""Features kept on disk: the same numbers as without, nothing made twice after a kill, and a folder for every cause."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from dataflex.components import GradientSettings
+from dataflex.data.pool import Pool
+from dataflex.errors import ComponentError
+from dataflex.probe import extraction
+from dataflex.probe.model import ModelProbe
+from dataflex.probe.moments import Moments
+from dataflex.probe.store import FeatureStore
+from dataflex.token_loss import IGNORE_INDEX
+
+VOCAB = 41
+SAMPLES = 40
+UNLABELLED = 7
+PLAIN = GradientSettings(dim=96)
+Rows = list[dict[str, list[int]]]
+
+
+def lora() -> Any:
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.3,
+        )
+    )  # fmt: skip
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.2)
+    return model
+
+
+def rows_of(count: int = SAMPLES, seed: int = 0) -> Rows:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        ids = rng.integers(1, VOCAB, rng.integers(3, 13)).tolist()
+        labels = [IGNORE_INDEX, *ids[1:]] if number != UNLABELLED else [IGNORE_INDEX] * len(ids)
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def pool_of(rows: Rows) -> Pool:
+    return Pool(Dataset.from_list(rows), ("a",), np.array([len(rows)]))
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    width = max(len(row["input_ids"]) for row in rows)
+    filled = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
+    batch = {key: torch.full((len(rows), width), value) for key, value in filled.items()}
+    for number, row in enumerate(rows):
+        length = len(row["input_ids"])
+        batch["input_ids"][number, :length] = torch.tensor(row["input_ids"])
+        batch["labels"][number, :length] = torch.tensor(row["labels"])
+        batch["attention_mask"][number, :length] = 1
+    return batch
+
+
+def probe_of(model: Any, rows: Rows | None = None, **changes: Any) -> ModelProbe:
+    return ModelProbe(
+        pool=pool_of(rows or rows_of()),
+        model=lambda: model,
+        collate=collate,
+        autocast=contextlib.nullcontext,
+        device=torch.device("cpu"),
+        **{"batch_tokens": 40, **changes},
+    )
+
+
+def moments_of(model: Any, seed: int = 0) -> Callable[[], dict[str, Moments]]:
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            first, second = (torch.randn(value.shape, generator=generator) * 1e-2 for _ in range(2))
+            made[name] = Moments(first, second**2, 3, (0.9, 0.999), 1e-8)
+    return lambda: made
+
+
+def kept(settings: GradientSettings, root: Path) -> GradientSettings:
+    return GradientSettings(**{**vars(settings), "store": str(root)})
+
+
+def targets_of(count: int = 3, dim: int = 96) -> np.ndarray:
+    rows = np.random.default_rng(1).normal(size=(count, dim)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return lora()
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extraction, "_CHUNK_ROWS", 8)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The samples whose gradients were taken, in order."""
+    indices: list[int] = []
+    original = ModelProbe._gradient_batch
+
+    def noting(self: ModelProbe, probe: Any, sink: Any, pool: Pool, rows: np.ndarray) -> Any:
+        indices.extend(rows.tolist())
+        return original(self, probe, sink, pool, rows)
+
+    monkeypatch.setattr(ModelProbe, "_gradient_batch", noting)
+    return indices
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("preconditioner", ["none", "adam", "adam_less"])
+def test_similarities_are_those_without_a_store(
+    model: Any, tmp_path: Path, preconditioner: Any, normalize: bool
+) -> None:
+    settings = GradientSettings(preconditioner=preconditioner, dim=96, normalize=normalize)
+    indices = np.random.default_rng(2).permutation(SAMPLES)[:30]
+    indices[4] = UNLABELLED
+    indices = np.unique(indices)[::-1].copy()
+    probe = probe_of(model, moments=moments_of(model))
+    plain = probe.similarities(indices, settings, targets_of())
+    stored = probe.similarities(indices, kept(settings, tmp_path), targets_of())
+    assert np.isnan(plain[indices == UNLABELLED]).all()
+    scale = 1.0 if normalize else float(np.nanmax(np.abs(plain)))
+    np.testing.assert_allclose(stored, plain, atol=1e-3 * scale)
+    assert np.nanstd(plain) > 0.02 * scale
+
+
+def test_the_lengths_kept_are_those_of_the_features(model: Any, tmp_path: Path) -> None:
+    probe, everyone = probe_of(model), np.arange(SAMPLES)
+    store = probe.extract(everyone, kept(PLAIN, tmp_path))
+    features = probe.gradients(everyone, GradientSettings(dim=96, normalize=False))
+    lengths = np.linalg.norm(features, axis=1)
+    lengths[UNLABELLED] = np.nan
+    np.testing.assert_allclose(store.norms(), lengths, rtol=1e-4)
+    for positions, block in store.blocks("cpu"):
+        expected = features[positions] / np.maximum(np.linalg.norm(features[positions], axis=1, keepdims=True), 1e-12)
+        np.testing.assert_allclose(block.numpy(), expected, atol=1e-3)
+
+
+def test_what_is_there_is_not_made_again(model: Any, tmp_path: Path, measured: list[int]) -> None:
+    probe, everyone = probe_of(model), np.arange(SAMPLES)
+    first = probe.similarities(everyone, kept(PLAIN, tmp_path), targets_of())
+    assert set(measured) == set(range(SAMPLES))
+    made = probe.cost.samples
+    measured.clear()
+    second = probe.similarities(everyone, kept(PLAIN, tmp_path), targets_of())
+    assert measured == []
+    assert probe.cost.samples == made
+    np.testing.assert_array_equal(first, second)
+
+
+def files(root: Path) -> dict[str, bytes]:
+    (folder,) = root.iterdir()
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("where", ["while writing", "while measuring"])
+def test_a_killed_extraction_goes_on_where_it_was(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int], where: str
+) -> None:
+    everyone = np.arange(SAMPLES)
+    whole = probe_of(model).extract(everyone, kept(PLAIN, tmp_path / "whole"))
+    assert len(whole.chunks) >= 4
+    calls = 0
+
+    def dying(original: Callable[..., Any], after: int) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > after:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if where == "while writing":
+            patch.setattr(FeatureStore, "write", dying(FeatureStore.write, 2))
+        else:
+            chunks = extraction._chunks(probe_of(model).gradient_batches(pool_of(rows_of()), everyone))
+            # The look at two samples takes three passes; then into the third chunk.
+            passes = 3 + len(chunks[0]) + len(chunks[1])
+            patch.setattr(ModelProbe, "_gradient_batch", dying(ModelProbe._gradient_batch, passes))
+        with pytest.raises(KeyboardInterrupt):
+            probe_of(model).extract(everyone, kept(PLAIN, tmp_path / "cut"))
+    (folder,) = (tmp_path / "cut").iterdir()
+    assert len(list(folder.glob("features-*.bin"))) == 2
+    done = {int(index) for chunk in (0, 1) for index in whole.positions(chunk)}
+
+    measured.clear()
+    probe = probe_of(model)
+    probe.extract(everyone, kept(PLAIN, tmp_path / "cut"))
+    looked_at = 4  # two samples, each alone and both together
+    assert sorted(measured[looked_at:]) == sorted(set(range(SAMPLES)) - done)
+    assert probe.cost.samples == SAMPLES - len(done)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("weight", ["lora_A", "embed_tokens"])
+def test_another_weight_is_another_folder(tmp_path: Path, weight: str) -> None:
+    model, everyone = lora(), np.arange(10)
+    first = probe_of(model).extract(everyone, kept(PLAIN, tmp_path)).folder
+    value = next(value for name, value in model.named_parameters() if weight in name)
+    before = value.detach().clone()
+    with torch.no_grad():
+        value[3, 3] += 1e-6
+    assert probe_of(model).extract(everyone, kept(PLAIN, tmp_path)).folder != first
+    with torch.no_grad():
+        value.copy_(before)
+    assert probe_of(model).extract(everyone, kept(PLAIN, tmp_path)).folder == first
+
+
+@pytest.mark.parametrize("column", ["input_ids", "labels"])
+def test_another_token_anywhere_is_another_folder(model: Any, tmp_path: Path, column: str) -> None:
+    # The fingerprint looks at the tokens of 512 samples; what is measured are the features of three others.
+    rows = rows_of(1000)
+    changed = copy.deepcopy(rows)
+    changed[501][column][2] = changed[501][column][2] % (VOCAB - 1) + 1
+    first, second = probe_of(model, rows), probe_of(model, changed)
+    assert first.pool.fingerprint == second.pool.fingerprint
+    indices = np.array([3, 501, 900])
+    found = [probe.extract(indices, kept(PLAIN, tmp_path)) for probe in (first, second)]
+    assert found[0].folder != found[1].folder
+    assert probe_of(model, rows).extract(indices, kept(PLAIN, tmp_path)).folder == found[0].folder
+
+
+def test_other_settings_are_another_folder(model: Any, tmp_path: Path) -> None:
+    indices = np.arange(6)
+    variants = [
+        {"dim": 64}, {"seed": 1}, {"sketch": "rademacher"}, {"sketch": "kronecker"}, {"sketch": "identity"},
+        {"reduction": "sum"}, {"preconditioner": "adam"}, {"preconditioner": "adam_less"},
+    ]  # fmt: skip
+    probe = probe_of(model, moments=moments_of(model))
+    folders = {probe.extract(indices, kept(PLAIN, tmp_path)).folder}
+    for changes in variants:
+        folders.add(probe.extract(indices, kept(GradientSettings(**{"dim": 96, **changes}), tmp_path)).folder)
+    assert len(folders) == 1 + len(variants)
+    # Length and direction are kept apart, so both uses share a folder.
+    probe.extract(indices, kept(GradientSettings(dim=96, normalize=False), tmp_path))
+    assert len(list(tmp_path.iterdir())) == len(folders)
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step", "betas", "eps"])
+def test_other_moments_are_another_folder(model: Any, tmp_path: Path, key: str) -> None:
+    settings, indices = kept(GradientSettings(dim=96, preconditioner="adam"), tmp_path), np.arange(6)
+    moments = moments_of(model)()
+    first = probe_of(model, moments=lambda: moments).extract(indices, settings).folder
+    name = sorted(moments)[5]
+    value = getattr(moments[name], key)
+    changes = {"step": 4, "betas": (0.9, 0.99), "eps": 1e-7}
+    other = value * 1.001 if isinstance(value, torch.Tensor) else changes[key]
+    changed = {**moments, name: Moments(**{**vars(moments[name]), key: other})}
+    assert probe_of(model, moments=lambda: changed).extract(indices, settings).folder != first
+    plain = kept(PLAIN, tmp_path)
+    without = [probe_of(model, moments=lambda m=m: m).extract(indices, plain).folder for m in (moments, changed)]
+    assert without[0] == without[1]
+
+
+@pytest.mark.parametrize("indices", [[0, 1, 2, 3], [0, 1, 2, 3, 4, 6], [0, 1, 2, 3, 5, 4]])
+def test_other_samples_are_another_folder(model: Any, tmp_path: Path, indices: list[int]) -> None:
+    probe = probe_of(model)
+    first = probe.extract(np.arange(6), kept(PLAIN, tmp_path)).folder
+    assert probe.extract(np.array(indices), kept(PLAIN, tmp_path)).folder != first
+
+
+def test_a_model_that_mixes_samples_is_extracted_one_at_a_time(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=32)).eval()
+    for name, value in model.named_parameters():
+        value.requires_grad_("wte" in name or "wpe" in name or "ln" in name)
+    probe, everyone = probe_of(model), np.arange(SAMPLES)
+    stored = probe.similarities(everyone, kept(PLAIN, tmp_path), targets_of())
+    assert probe._samples_apart is False
+    np.testing.assert_allclose(stored, probe.similarities(everyone, PLAIN, targets_of()), atol=1e-3)
+    (folder,) = tmp_path.iterdir()
+    assert FeatureStore.load(folder).chunks == [8] * 5
+
+
+def broken_at(model: Any, token: int) -> Any:
+    """Return a copy whose embedding of one token is NaN, as after training that diverged."""
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[token] = torch.nan
+    return broken
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_a_gradient_that_is_not_finite_is_an_error(model: Any, tmp_path: Path, store: bool) -> None:
+    rows = rows_of()
+    for number, row in enumerate(rows):
+        row["input_ids"] = [token if token != 5 else 6 for token in row["input_ids"]]
+        if number == 23:
+            row["input_ids"][1] = 5
+    settings = kept(PLAIN, tmp_path) if store else PLAIN
+    with pytest.raises(ComponentError, match=r"gradient of pool index 23 is not finite.* diverged"):
+        probe_of(broken_at(model, 5), rows).similarities(np.arange(SAMPLES), settings, targets_of())
+
+
+def test_a_sample_without_a_label_is_no_error(model: Any) -> None:
+    rows = rows_of()
+    rows[UNLABELLED]["input_ids"][0] = 5
+    for number, row in enumerate(rows):
+        if number != UNLABELLED:
+            row["input_ids"] = [token if token != 5 else 6 for token in row["input_ids"]]
+    found = probe_of(broken_at(model, 5), rows).similarities(np.arange(SAMPLES), PLAIN, targets_of())
+    assert np.flatnonzero(np.isnan(found).any(axis=1)).tolist() == [UNLABELLED]

@@ -1,0 +1,150 @@
+"""What shows before anything is loaded: checkpoints, validation sets, caps and parameters of the influence methods."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataflex.checks import problems_of
+from dataflex.config import split_config
+from dataflex.errors import ConfigError
+
+HELD = {"validation": "held"}
+KEYS = {"model_name_or_path": "org/model", "stage": "sft", "do_train": True, "dataset": "a", "output_dir": "out"}
+
+
+def problems(
+    method: str, select: dict[str, Any], warmup_steps: int = 1, offline: bool = False, **changes: Any
+) -> dict[str, str]:
+    section = {"warmup_steps": warmup_steps, "select": {"method": method, **select}}
+    config = split_config({**KEYS, "dataset_dir": "ONLINE", **changes, "dataflex": section})
+    return {problem.key: problem.message for problem in problems_of(replace(config, offline=offline))}
+
+
+def checkpoint(root: Path, name: str, *files: str) -> str:
+    folder = root / name
+    folder.mkdir()
+    for file in files:
+        (folder / file).write_text("{}")
+    return str(folder)
+
+
+STATE, MOMENTS = "trainer_state.json", "optimizer.pt"
+
+
+@pytest.mark.parametrize("method", ["less", "tracin", "cluster_less"])
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin", "model.safetensors"])
+def test_good_checkpoints(tmp_path: Path, method: str, weights: str) -> None:
+    folder = checkpoint(tmp_path, "one", weights, STATE, MOMENTS)
+    for preconditioner in ("none", "adam", "adam_less"):
+        select = {**HELD, "checkpoints": [folder], "preconditioner": preconditioner}
+        # Their moments are read from the checkpoints, so this run needs neither a step nor an Adam.
+        assert problems(method, select, warmup_steps=0, optim="sgd") == {}
+
+
+@pytest.mark.parametrize("method", ["less", "tracin", "cluster_less"])
+def test_bad_checkpoints(tmp_path: Path, method: str) -> None:
+    good = checkpoint(tmp_path, "good", "adapter_model.safetensors", STATE, MOMENTS)
+    empty = checkpoint(tmp_path, "empty", STATE, MOMENTS)
+    unweighted = checkpoint(tmp_path, "unweighted", "model.safetensors", MOMENTS)
+    bare = checkpoint(tmp_path, "bare", "model.safetensors", STATE)
+
+    def message(*folders: str, **more: Any) -> str:
+        given = {**HELD, "preconditioner": "adam", "checkpoints": list(folders), **more}
+        return problems(method, given).get("dataflex.select.checkpoints", "")
+
+    assert "no folder 'gone'" in message(good, "gone")
+    assert "holds no model and no adapter" in message(good, empty)
+    assert "no trainer_state.json" in message(good, unweighted)
+    assert "set checkpoint_weights" in message(unweighted)
+    assert message(good, unweighted, checkpoint_weights=[1.0, 0.0]) == ""
+    assert "no optimizer.pt" in message(good, bare)
+    assert message(good, bare, preconditioner="none") == ""
+
+
+@pytest.mark.parametrize(
+    "weights, text",
+    [
+        ([1.0], "1 numbers for 2 checkpoints"),
+        ([1.0, 1.0, 1.0], "3 numbers for 2 checkpoints"),
+        ([2.0, -1.0], "not be negative"),
+        ([0.0, 0.0], "not all zero"),
+        ([], "0 numbers for 2 checkpoints"),
+        ([1.0, float("nan")], "finite"),
+    ],
+)
+@pytest.mark.parametrize("method", ["less", "tracin"])
+def test_bad_checkpoint_weights(method: str, weights: list[float], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        problems(method, {**HELD, "checkpoints": ["a", "b"], "checkpoint_weights": weights})
+
+
+def test_weights_of_no_checkpoints() -> None:
+    with pytest.raises(ConfigError, match="1 numbers for 0 checkpoints"):
+        problems("less", {**HELD, "checkpoint_weights": [1.0]})
+    with pytest.raises(ConfigError, match=r"dataflex\.select\.checkpoints"):
+        problems("tracin", {**HELD, "checkpoints": []})
+
+
+@pytest.mark.parametrize("method", ["less", "icons", "cluster_less", "greats"])
+def test_validation_samples_are_needed(method: str) -> None:
+    select = {} if method == "greats" else {"preconditioner": "none"}
+    assert method in problems(method, select)["dataflex.select.validation"]
+    assert problems(method, select, eval_dataset="held") == {}
+    assert problems(method, select, val_size=0.2) == {}
+    # What is split off for generation has no answers.
+    assert "answers" in problems(method, select, val_size=0.2, predict_with_generate=True)["predict_with_generate"]
+    assert problems(method, {**select, **HELD}, val_size=0.2, predict_with_generate=True) == {}
+
+
+@pytest.mark.parametrize("validation", [["x", 3], 7, {"x": 1}, ["  "], ","])
+def test_validation_is_a_list_of_names(validation: Any) -> None:
+    if validation == ["x", 3]:
+        assert problems("less", {"validation": validation}) == {}  # a data set may be called 3
+        return
+    with pytest.raises(ConfigError, match=r"dataflex\.select\.validation"):
+        problems("less", {"validation": validation})
+
+
+def test_scoring_without_training_needs_no_warmup() -> None:
+    assert "dataflex.select.preconditioner" in problems("less", HELD, warmup_steps=0)
+    assert problems("less", HELD, warmup_steps=0, offline=True) == {}
+
+
+@pytest.mark.parametrize("cap", [0, -0.1, "much"])
+@pytest.mark.parametrize("method", ["less", "icons", "el2n", "grand"])
+def test_a_cap_is_positive(method: str, cap: Any) -> None:
+    select = HELD if method in ("less", "icons") else {}
+    with pytest.raises(ConfigError, match=r"dataflex\.select\.max_overhead"):
+        problems(method, {**select, "max_overhead": cap})
+    assert problems(method, {**select, "max_overhead": 0.25}) == {}
+
+
+def test_clusters_are_a_cap_already() -> None:
+    found = problems("cluster_less", {**HELD, "max_overhead": 0.5})
+    assert "representatives" in found["dataflex.select.max_overhead"]
+
+
+@pytest.mark.parametrize(
+    "method, wrong",
+    [
+        ("greats", {"candidate_factor": 1.0}),
+        ("greats", {"group_size": 0}),
+        ("greats", {"validation_size": 0}),
+        ("greats", {"learning_rate": 0.0}),
+        ("greats", {"max_overhead": 0.5}),
+        ("cluster_less", {"cluster_size": 0}),
+        ("cluster_less", {"representatives": 0}),
+        ("cluster_less", {"cluster_iterations": 0}),
+        ("less", {"rule": "best"}),
+        ("less", {"temperature": 0}),
+        ("tracin", {"checkpoints": "saves/warm"}),
+    ],
+)
+def test_bad_parameters_are_named(method: str, wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=rf"dataflex\.select\.{name}"):
+        problems(method, {**HELD, **({"checkpoints": ["a"]} if method == "tracin" else {}), **wrong})

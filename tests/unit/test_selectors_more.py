@@ -1,0 +1,404 @@
+"""GREATS, cluster-LESS, TracIn, and LESS over checkpoints, against direct computations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dataflex.components import GradientSettings
+from dataflex.data.pool import Pool
+from dataflex.errors import ComponentError
+from dataflex.selectors.cluster_less import ClusterLessSelector, draw_members
+from dataflex.selectors.greats import GreatsSelector, greedy
+from dataflex.selectors.less import LessSelector
+from dataflex.selectors.tracin import TracinSelector
+from unit.fakes import FakeProbe, build, context, group_of, make_pool
+
+# GREATS
+
+
+def products(gradients: Any, validation: Any) -> np.ndarray:
+    gradients, validation = np.atleast_2d(gradients), np.atleast_2d(validation)
+    return gradients @ np.vstack([gradients, validation]).T
+
+
+def utility(matrix: np.ndarray, chosen: Any, eta: float) -> float:
+    """Return the second-order worth of one step on a set of samples, the Hessian the identity."""
+    number, chosen = len(matrix), list(chosen)
+    linear = matrix[chosen, number:].mean(axis=1).sum()
+    return eta * linear - eta**2 * sum(matrix[one, other] for one, other in combinations(chosen, 2))
+
+
+def test_greedy_by_hand() -> None:
+    matrix = products([(1, 0), (1, 0.1), (0.9, -0.5), (0, 1)], (1, 0))
+    # U before each pick: (.1 .1 .09 0), (- .09 .081 0), (- - .0725 -.001), (- - - .004)
+    picks, values = greedy(matrix, 4, 0.1)
+    assert picks.tolist() == [0, 1, 2, 3]
+    np.testing.assert_allclose(values, [0.1, 0.09, 0.0725, 0.004], rtol=1e-6)
+
+
+def test_a_copy_of_what_was_taken_is_worth_less() -> None:
+    matrix = products([(1, 0), (1, 0), (0, 0.9), (0.2, 0)], (1, 1))
+    assert greedy(matrix, 2, 0.05)[0].tolist() == [0, 1]
+    assert greedy(matrix, 2, 0.5)[0].tolist() == [0, 2]
+    for eta in (0.05, 0.5):
+        best = max(combinations(range(4), 2), key=lambda pair: utility(matrix, pair, eta))
+        assert set(best) == set(greedy(matrix, 2, eta)[0].tolist())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_greedy_finds_the_best_set_where_interactions_are_small(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    matrix = products(rng.normal(size=(8, 5)), rng.normal(size=(3, 5)))
+    linear = np.sort(matrix[:, 8:].mean(axis=1))
+    count = int(rng.integers(1, 8))
+    gap = np.diff(linear).min()
+    eta = 0.5 * gap / (8 * np.abs(matrix[:, :8]).max())
+    best = max(combinations(range(8), count), key=lambda chosen: utility(matrix, chosen, eta))
+    picks, values = greedy(matrix, count, eta)
+    assert set(picks.tolist()) == set(best)
+    assert values.sum() == pytest.approx(utility(matrix, best, eta), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_pick_is_the_best_next_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    matrix = products(rng.normal(size=(7, 4)), rng.normal(size=(2, 4)))
+    picks, values = greedy(matrix, 7, 0.4)
+    assert sorted(picks.tolist()) == list(range(7))
+    for number, (pick, value) in enumerate(zip(picks, values, strict=True)):
+        before = picks[:number].tolist()
+        worth = {
+            z: utility(matrix, [*before, z], 0.4) - utility(matrix, before, 0.4)
+            if before
+            else utility(matrix, [z], 0.4)
+            for z in range(7)
+            if z not in before
+        }
+        assert pick == max(worth, key=worth.__getitem__)
+        assert value == pytest.approx(worth[pick], rel=1e-4, abs=1e-6)
+
+
+def test_a_learning_rate_of_zero_ranks_as_a_vanishing_one() -> None:
+    rng = np.random.default_rng(0)
+    matrix = products(rng.normal(size=(9, 4)), rng.normal(size=(2, 4)))
+    assert greedy(matrix, 9, 0.0)[0].tolist() == np.argsort(-matrix[:, 9:].mean(axis=1)).tolist()
+
+
+class ProductProbe:
+    """Exact inner products of given gradients."""
+
+    def __init__(self, gradients: np.ndarray, validation: np.ndarray) -> None:
+        self.gradients, self.validation = gradients, validation
+        self.groups: list[np.ndarray] = []
+        self.targets: list[np.ndarray] = []
+
+    def products(self, groups: Any, settings: GradientSettings, targets: Any, target_pool: Pool) -> list[np.ndarray]:
+        assert target_pool.size == len(self.validation)
+        self.groups += groups
+        self.targets.append(targets)
+        return [products(self.gradients[group], self.validation[targets]) for group in groups]
+
+
+@pytest.mark.parametrize("budget, sizes", [(8, [8, 8]), (20, [16, 16, 8]), (3, [6]), (17, [16, 16, 2])])
+def test_greats_filters_the_running_pass_group_by_group(budget: int, sizes: list[int]) -> None:
+    rng = np.random.default_rng(1)
+    probe = ProductProbe(rng.normal(size=(50, 6)), rng.normal(size=(5, 6)))
+    pool, held = make_pool({"a": 50}), make_pool({"held": 5})
+    group, same_pass = group_of(pool, budget), group_of(pool, budget)
+    group_size = 4 if budget == 8 else 8
+    selector = build(GreatsSelector, group_size=group_size, learning_rate=0.05)
+    chosen = selector.select(context(pool, probe=probe, targets=held), group)
+    assert [candidates.size for candidates in probe.groups] == sizes
+    assert np.array_equal(np.concatenate(probe.groups), same_pass.draw(sum(sizes)))
+    assert chosen.indices.size == chosen.scores.size == budget
+    assert chosen.shuffled
+    begin = 0
+    for candidates in probe.groups:
+        count = min(group_size, budget - begin)
+        picks, values = greedy(products(probe.gradients[candidates], probe.validation[probe.targets[0]]), count, 0.05)
+        assert chosen.indices[begin : begin + count].tolist() == candidates[picks].tolist()
+        np.testing.assert_allclose(chosen.scores[begin : begin + count], values, rtol=1e-5)
+        begin += count
+    selector.select(context(pool, probe=probe, targets=held, round=1), group)
+    assert np.array_equal(np.concatenate(probe.groups[len(sizes) :]), same_pass.draw(sum(sizes)))
+
+
+def test_greats_draws_its_validation_samples_anew_each_round() -> None:
+    probe = ProductProbe(np.ones((50, 2)), np.ones((30, 2)))
+    pool, held = make_pool({"a": 50}), make_pool({"held": 30})
+    selector = build(GreatsSelector, validation_size=4)
+    for number in range(3):
+        selector.select(context(pool, probe=probe, targets=held, round=number), group_of(pool, 8))
+    assert all(np.unique(targets).size == 4 for targets in probe.targets)
+    assert len({tuple(targets) for targets in probe.targets}) == 3
+    few = ProductProbe(np.ones((50, 2)), np.ones((2, 2)))
+    selector.select(context(pool, probe=few, targets=make_pool({"held": 2})), group_of(pool, 8))
+    assert few.targets[0].tolist() == [0, 1]
+
+
+def test_greats_takes_the_optimizers_learning_rate() -> None:
+    probe = ProductProbe(np.array([(1.0, 0), (1, 0), (0, 0.9), (0.2, 0)]), np.array([(1.0, 1)]))
+    pool, held = make_pool({"a": 4}), make_pool({"held": 1})
+    for eta, expected in ((0.05, {0, 1}), (0.5, {0, 2})):
+        ctx = context(pool, probe=probe, targets=held, learning_rate=eta)
+        assert set(build(GreatsSelector, group_size=2).select(ctx, group_of(pool, 2)).indices.tolist()) == expected
+        given = context(pool, probe=probe, targets=held, learning_rate=0.55 - eta)
+        selector = build(GreatsSelector, group_size=2, learning_rate=eta)
+        assert set(selector.select(given, group_of(pool, 2)).indices.tolist()) == expected
+
+
+# Cluster-LESS
+
+
+N, K = 60, 5
+CLUSTERS = np.repeat(np.arange(6), [4, 20, 3, 13, 1, 19]).astype(np.int32)
+SUBTASKS = {"x": 2, "y": 3}
+
+
+def unit(rng: np.random.Generator, count: int) -> np.ndarray:
+    rows = rng.normal(size=(count, K))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def probe() -> FakeProbe:
+    rng = np.random.default_rng(0)
+    return FakeProbe(features=unit(rng, N), targets=unit(rng, 5))
+
+
+def clustered(**params: Any) -> ClusterLessSelector:
+    selector = build(ClusterLessSelector, **params)
+    selector.load_state_dict({"clusters": CLUSTERS})
+    return selector
+
+
+def ctx_of(probe: Any, **changes: Any) -> Any:
+    return context(make_pool({"a": N}), probe=probe, targets=make_pool(SUBTASKS), **changes)
+
+
+def subtask_cosines(probe: FakeProbe, sample: int) -> list[float]:
+    cosines = [float(np.dot(probe.features[sample], other)) for other in probe.targets]
+    return [np.mean(cosines[:2]), np.mean(cosines[2:])]
+
+
+@pytest.mark.parametrize("aggregation", ["max", "mean"])
+def test_a_members_score_is_the_mean_of_its_clusters_representatives(probe: FakeProbe, aggregation: Any) -> None:
+    scores = clustered(representatives=3, aggregation=aggregation).score(ctx_of(probe), np.arange(N))
+    (asked,) = probe.asked
+    assert [int((CLUSTERS[asked] == number).sum()) for number in range(6)] == [3, 3, 3, 3, 1, 3]
+    for sample in range(N):
+        found = [subtask_cosines(probe, other) for other in asked if CLUSTERS[other] == CLUSTERS[sample]]
+        means = [sum(column) / len(column) for column in zip(*found, strict=True)]
+        expected = max(means) if aggregation == "max" else sum(means) / 2
+        assert scores[sample] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_cluster_of_representatives_alone_is_less_on_averages(probe: FakeProbe) -> None:
+    scores = clustered(representatives=N).score(ctx_of(probe), np.arange(N))
+    table = np.array([subtask_cosines(probe, sample) for sample in range(N)])
+    for number in range(6):
+        np.testing.assert_allclose(scores[number == CLUSTERS], table[number == CLUSTERS].mean(axis=0).max(), atol=1e-6)
+
+
+def test_only_clusters_of_the_candidates_are_looked_at(probe: FakeProbe) -> None:
+    candidates = np.arange(24, 41)
+    chosen = clustered().select(ctx_of(probe), group_of(make_pool({"a": N}), 5, 24, 41))
+    assert np.isin(probe.asked[0], candidates).all()
+    assert np.isin(chosen.indices, candidates).all()
+
+
+def test_whole_clusters_are_taken_best_first_and_the_last_one_in_part(probe: FakeProbe) -> None:
+    for cluster, value in enumerate([0.1, 0.9, 0.5, 0.7, 0.3, 0.8]):
+        probe.features[cluster == CLUSTERS] = value * np.eye(K, dtype=np.float32)[0]
+    probe.targets = np.tile(np.eye(K, dtype=np.float32)[0], (5, 1))
+    drawn = set()
+    for number in range(30):
+        chosen = clustered().select(ctx_of(probe, round=number), group_of(make_pool({"a": N}), 43))
+        parts = {cluster: chosen.indices[CLUSTERS[chosen.indices] == cluster] for cluster in range(6)}
+        assert [part.size for part in parts.values()] == [0, 20, 0, 4, 0, 19]  # 20 + 19, and 4 of 13
+        assert chosen.indices.tolist() == sorted(set(chosen.indices.tolist()))
+        np.testing.assert_allclose(chosen.scores[CLUSTERS[chosen.indices] == 3], 0.7, rtol=1e-6)
+        drawn.add(tuple(parts[3].tolist()))
+        again = clustered().select(ctx_of(probe, round=number), group_of(make_pool({"a": N}), 43))
+        assert np.array_equal(again.indices, chosen.indices)
+    assert len(drawn) > 20
+    assert len({index for part in drawn for index in part}) == 13
+
+
+def test_a_cluster_without_a_trained_token_is_never_chosen(probe: FakeProbe) -> None:
+    probe.features[CLUSTERS == 3] = np.nan
+    probe.features[:3] = np.nan  # of the four in cluster 0
+    scores = clustered().score(ctx_of(probe), np.arange(N))
+    assert np.isnan(scores).tolist() == (CLUSTERS == 3).tolist()
+    np.testing.assert_allclose(scores[:4], max(subtask_cosines(probe, 3)), atol=1e-6)
+    chosen = clustered().select(ctx_of(probe), group_of(make_pool({"a": N}), 47))
+    assert chosen.unscored == 13
+    with pytest.raises(ComponentError, match="48 samples are wanted but only 47"):
+        clustered().select(ctx_of(probe), group_of(make_pool({"a": N}), 48))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_drawn_members(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    clusters = rng.permutation(np.repeat(rng.permutation(9), rng.integers(1, 12, 9))).astype(np.int32)
+    count = int(rng.integers(1, 6))
+    found = draw_members(clusters, count, np.random.default_rng(seed))
+    assert found.tolist() == sorted(set(found.tolist()))
+    for cluster in range(9):
+        assert (clusters[found] == cluster).sum() == min(count, (clusters == cluster).sum())
+    assert np.array_equal(found, draw_members(clusters, count, np.random.default_rng(seed)))
+
+
+def test_every_member_is_drawn_equally_often() -> None:
+    clusters = np.array([0, 1, 0, 1, 1, 0, 1, 2, 1], dtype=np.int32)
+    rng, counts = np.random.default_rng(0), np.zeros(9)
+    for _ in range(3000):
+        counts[draw_members(clusters, 2, rng)] += 1
+    shares = np.where(clusters == 0, 2 / 3, np.where(clusters == 1, 2 / 5, 1.0))
+    np.testing.assert_allclose(counts / 3000, shares, atol=0.04)
+
+
+class EmbeddingProbe(FakeProbe):
+    def embeddings(self, indices: np.ndarray) -> np.ndarray:
+        assert indices.tolist() == list(range(N))
+        self.embedded = getattr(self, "embedded", 0) + 1
+        return self.space[indices]
+
+
+def test_clusters_of_separable_embeddings_are_found_once_and_kept(probe: FakeProbe) -> None:
+    rng = np.random.default_rng(3)
+    truth = rng.permutation(np.repeat(np.arange(5), 12))
+    embedding = EmbeddingProbe(features=probe.features, targets=probe.targets)
+    embedding.space = (10 * np.eye(5)[truth] + 0.1 * rng.normal(size=(N, 5))).astype(np.float32)
+    selector = build(ClusterLessSelector, cluster_size=12, representatives=2)
+    assert selector.scored_samples(N) == 10
+    first = selector.select(ctx_of(embedding), group_of(make_pool({"a": N}), 20))
+    labels = selector.state_dict()["clusters"]
+    assert len({(one, other) for one, other in zip(truth.tolist(), labels.tolist(), strict=True)}) == 5
+    assert np.unique(labels).size == 5
+
+    other = build(ClusterLessSelector, cluster_size=12, representatives=2)
+    assert other.state_dict() == {}
+    other.load_state_dict(selector.state_dict())
+    expected = selector.select(ctx_of(embedding, round=1), group_of(make_pool({"a": N}), 20))
+    resumed = other.select(ctx_of(embedding, round=1), group_of(make_pool({"a": N}), 20))
+    assert embedding.embedded == 1
+    assert np.array_equal(resumed.indices, expected.indices)
+    assert np.array_equal(resumed.scores, expected.scores)
+    assert first.indices.size == 20
+    alone = build(ClusterLessSelector, cluster_size=12).score(ctx_of(embedding), np.arange(N))  # without a choice
+    assert np.unique(alone).size == 5
+
+
+# Stored checkpoints
+
+
+class CheckpointProbe(FakeProbe):
+    """Features that depend on the checkpoint looked at."""
+
+    def __init__(self, features: dict[str, np.ndarray], targets: dict[str, np.ndarray], rates: list[float]) -> None:
+        super().__init__()
+        self.of, self.held, self.rates = features, targets, rates
+        self.looked_at: list[str] = []
+
+    @contextmanager
+    def checkpoint(self, folder: str) -> Iterator[None]:
+        self.looked_at.append(folder)
+        self.features, self.targets = self.of[folder], self.held[folder]
+        yield
+        self.features = self.targets = None
+
+    def learning_rates(self, folders: list[str]) -> list[float]:
+        assert folders == list(self.of)
+        return self.rates
+
+
+@pytest.fixture
+def course() -> CheckpointProbe:
+    rng = np.random.default_rng(5)
+    folders = ["one", "two", "three"]
+    features = {folder: rng.normal(size=(N, K)).astype(np.float32) for folder in folders}
+    features["two"][7] = np.nan
+    return CheckpointProbe(features, {folder: unit(rng, 5) for folder in folders}, [0.5, 0.3, 0.2])
+
+
+def summed(probe: CheckpointProbe, weights: list[float]) -> list[list[float]]:
+    table = []
+    for sample in range(N):
+        row = []
+        for held in (range(2), range(2, 5)):
+            pairs = [
+                sum(
+                    weight * float(np.dot(probe.of[folder][sample], probe.held[folder][other]))
+                    for folder, weight in zip(probe.of, weights, strict=True)
+                )
+                for other in held
+            ]
+            row.append(sum(pairs) / len(pairs))
+        table.append(row)
+    return table
+
+
+GIVEN = [3.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("weights", [None, GIVEN])
+def test_tracin_by_hand(course: CheckpointProbe, weights: Any) -> None:
+    selector = build(TracinSelector, checkpoints=list(course.of), checkpoint_weights=weights)
+    found = selector.score(ctx_of(course), np.arange(N))
+    expected = [max(row) for row in summed(course, weights or course.rates)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert np.flatnonzero(np.isnan(found)).tolist() == [7]
+    assert {asked.normalize for asked in course.settings} == {False}
+
+
+def test_tracin_scores_are_made_once(course: CheckpointProbe) -> None:
+    selector = build(TracinSelector, checkpoints=list(course.of))
+    parts = [np.arange(0, 20), np.arange(10, 40), np.arange(N)]  # each goes on where the others ended
+    found = [selector.score(ctx_of(course), part) for part in parts]
+    asked = np.concatenate(course.asked[::3])
+    assert sorted(asked.tolist()) == list(range(N))
+    whole = build(TracinSelector, checkpoints=list(course.of)).score(ctx_of(course), np.arange(N))
+    for part, scores in zip(parts, found, strict=True):
+        np.testing.assert_array_equal(scores, whole[part])
+    assert len(course.looked_at) == 3 * 4
+
+    resumed = build(TracinSelector, checkpoints=list(course.of))
+    assert resumed.state_dict() == {}
+    resumed.load_state_dict(selector.state_dict())
+    np.testing.assert_array_equal(resumed.score(ctx_of(None), np.arange(N)), whole)
+
+
+@pytest.mark.parametrize("aggregation", ["max", "mean"])
+def test_less_over_checkpoints(course: CheckpointProbe, aggregation: Any) -> None:
+    selector = build(LessSelector, checkpoints=list(course.of), aggregation=aggregation, preconditioner="adam")
+    found = selector.score(ctx_of(course), np.arange(N))
+    table = np.array(summed(course, course.rates))
+    expected = table.max(axis=1) if aggregation == "max" else table.mean(axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert course.looked_at == ["one", "two", "three"]
+    assert [asked.preconditioner for asked in course.settings] == ["none", "adam"] * 3
+    assert {asked.normalize for asked in course.settings} == {True}
+
+
+def test_less_makes_a_checkpoints_validation_features_once_in_a_round(course: CheckpointProbe) -> None:
+    selector, ctx = build(LessSelector, checkpoints=list(course.of)), ctx_of(course)
+    selector.score(ctx, np.arange(10))
+    selector.score(ctx, np.arange(10, 20))
+    assert len(course.settings) == 3 + 2 * 3
+
+
+def test_cluster_less_over_checkpoints(course: CheckpointProbe) -> None:
+    for features in course.of.values():
+        features[7] = 1.0
+    scores = clustered(checkpoints=list(course.of), representatives=N).score(ctx_of(course), np.arange(N))
+    table = np.array(summed(course, course.rates))
+    for number in range(6):
+        expected = table[number == CLUSTERS].mean(axis=0).max()
+        np.testing.assert_allclose(scores[number == CLUSTERS], expected, rtol=1e-4, atol=1e-5)
