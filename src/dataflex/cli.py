@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"unknown command {arguments[0]!r}{hint} Commands: {', '.join(known)}.", file=sys.stderr)
         return BAD_INPUT
     options, further = parser.parse_known_args(arguments)
-    if further and (not hasattr(options, "overrides") or any(text.startswith("-") for text in further)):
+    if further and (options.overrides is None or any(text.startswith("-") for text in further)):
         parser.error(f"unrecognized arguments: {' '.join(further)}")
     if further:  # argparse takes the overrides before the first option only
         options.overrides += further
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Select, mix, order and weight the training data of a LLaMA-Factory run while it trains.",
     )
     parser.add_argument("--version", action="version", version=__version__)
+    parser.set_defaults(overrides=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in (
         ("train", "train a YAML"),
