@@ -147,7 +147,8 @@ def load_pool(
     if not (dynamic.plans_data and training_args.do_train):
         return load(data_args=data_args)
     names = tuple(dict.fromkeys(data_args.dataset))
-    if dynamic.instead is not None:
+    packed = data_args.packing or data_args.neat_packing or stage == "pt"  # then sample i need not be row i
+    if dynamic.instead is not None and not packed:
         load = partial(_noting_raw_rows, load, dynamic.raw)
     module = _load_one(load, data_args, names[0]) if len(names) == 1 else _load_each(load, data_args, names)
     parts = module.pop("parts")
@@ -167,7 +168,8 @@ def _noting_raw_rows(load: GetDataset, raw: dict[str, Any], data_args: Any) -> d
     original = loader.align_dataset
 
     def note(dataset: Any, *args: Any) -> Any:
-        raw.setdefault(data_args.dataset[0], dataset)
+        if data_args.dataset:  # none where evaluation sets are loaded by themselves
+            raw.setdefault(data_args.dataset[0], dataset)
         return original(dataset, *args)
 
     with replaced(loader, "align_dataset", note):

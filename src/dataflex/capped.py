@@ -9,6 +9,7 @@ planned is kept by checkpoints.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,12 @@ _CALIBRATION = 16
 """Samples in the draw that tells what a decision costs whatever it scores."""
 
 
+_CHOICE_ONLY = {"rule", "temperature", "max_overhead"}
+"""Parameters of a selector that its scores do not depend on."""
+
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Spent:
     """Seconds the run has spent so far, of rank 0."""
@@ -62,6 +69,8 @@ class CappedScoring:
         self.pool, self.budget, self.seed, self.schedule = pool, Budget(max_overhead), seed, schedule
         self._spent = spent
         self._book: ScoreBook | None = None
+        self._made_with: dict[str, Any] = {}
+        """The selector's parameters the book's scores depend on."""
         self._seconds, self._samples = 0.0, 0
         self._fixed_seconds, self._fixed_count = 0.0, 0
         self.notes: dict[str, Any] = {}
@@ -69,6 +78,11 @@ class CappedScoring:
 
     def choose(self, selector: Selector, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return ``count`` of the candidates, scoring no more of them than the cap allows."""
+        made_with = selector.params.model_dump(mode="json", exclude=_CHOICE_ONLY)
+        if self._book is not None and made_with != self._made_with:
+            logger.warning("select %s: its parameters changed, so its scores are made again.", selector.name)
+            self._book, self._seconds, self._samples, self._fixed_seconds, self._fixed_count = None, 0.0, 0, 0.0, 0
+        self._made_with = made_with
         book = self._book_now()
         if "allowed" not in ctx.memo:
             self.notes = {"scored": 0, "clusters": int(book.clusters.max()) + 1}
@@ -191,12 +205,17 @@ class CappedScoring:
         if self._book is None:
             return {}
         costs = [self._seconds, self._samples, self._fixed_seconds, self._fixed_count]
-        return {"book": self._book.state_dict(), "costs": np.array(costs, dtype=np.float64)}
+        return {
+            "book": self._book.state_dict(),
+            "costs": np.array(costs, dtype=np.float64),
+            "made_with": self._made_with,
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Take back what :meth:`state_dict` returned."""
         if not state:
             return
+        self._made_with = state["made_with"]
         self._book = ScoreBook(np.asarray(state["book"]["clusters"]), self.budget)
         self._book.load_state_dict(state["book"])
         seconds, samples, fixed, count = state["costs"].tolist()

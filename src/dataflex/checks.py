@@ -54,7 +54,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
     found = [*_unknown_keys(config), *_values(config), *_assets(config), *_folders(config), *_datasets(config)]
     if config.dataflex is not None:
         found += [*_stage(config), *_data_path(config), *_domains(config), *_order(config), *_loss(config)]
-        found += [*_components(config), *_validation(config)]
+        found += [*_components(config), *_validation(config), *_neat_packing(config)]
     return found
 
 
@@ -311,17 +311,47 @@ def _validation(config: RunConfig) -> Iterator[Problem]:
     selector = config.build_components().select
     if selector is None or not selector.needs_validation or selector.params.validation is not None:
         return
-    if not dataset_names(config, "eval_dataset") and not _number(config, "val_size", 0.0):
+    if dataset_names(config, "eval_dataset"):
+        return
+    if not _number(config, "val_size", 0.0):
         yield Problem(
             f"{SECTION}.select.validation",
             f"{selector.name!r} compares training samples with validation samples: name data sets here, or set "
             "eval_dataset (or val_size).",
         )
-    elif not dataset_names(config, "eval_dataset") and _truthy(config, "predict_with_generate"):
+        return
+    if _truthy(config, "predict_with_generate"):
         yield Problem(
             "predict_with_generate",
             f"samples split off by val_size are then prompts only, and {selector.name!r} needs their answers; name "
             f"validation data sets in {SECTION}.select.validation.",
+        )
+        return
+    packing = [key for key in ("packing", "neat_packing") if _truthy(config, key)]
+    if packing and config.llamafactory.get("stage", "sft") == "sft":
+        yield Problem(
+            packing[0],
+            f"samples split off by val_size are then packed too, and {selector.name!r} needs them one by one; name the "
+            f"validation samples with eval_dataset or {SECTION}.select.validation.",
+        )
+
+
+def _neat_packing(config: RunConfig) -> Iterator[Problem]:
+    """What measures several samples together, against a collator that takes one at a time."""
+    if not _truthy(config, "neat_packing") or config.llamafactory.get("flash_attn") != "fa2":
+        return
+    components = config.build_components()
+    select, order = components.select, components.order
+    measuring = []
+    if select is not None and (select.probes != "nothing" or select.needs_validation):
+        measuring.append(f"{SECTION}.select.method: {select.name}")
+    if order is not None and order.params.model_dump().get("by") == "loss":
+        measuring.append(f"{SECTION}.order.by: loss")
+    if measuring:
+        yield Problem(
+            "neat_packing",
+            f"with flash_attn: fa2 LLaMA-Factory's batches are of one sample, and {' and '.join(measuring)} measures "
+            "several samples together. Set flash_attn: sdpa, or packing: true in the place of neat_packing.",
         )
 
 

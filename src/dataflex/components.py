@@ -108,7 +108,8 @@ class Probe(Protocol):
         """Return the exact inner products of directions within each group, without a sketch.
 
         Each group is one forward and backward of its samples and the samples ``targets`` of ``target_pool``. Returns
-        per group (b, b + m): of its samples with its samples, then with the targets.
+        per group (b, b + m): of its samples with its samples, then with the targets; NaN for a sample or target without
+        a token that is trained on.
         """
         ...
 

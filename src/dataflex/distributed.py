@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,10 @@ import torch.distributed as dist
 from dataflex.errors import DataFlexError
 
 T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)
+_waiting_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+"""The group to wait in, by the default group it belongs to: that may be destroyed and made anew."""
 
 
 def world_size() -> int:
@@ -48,21 +54,36 @@ def all_gather(values: torch.Tensor) -> torch.Tensor:
 def on_main(function: Callable[[], T]) -> T:
     """Call ``function`` on rank 0 and return its value on every process.
 
+    It may take longer than ``ddp_timeout``: the others do not wait in a collective of the training's group.
+
     Raises:
         DataFlexError: on every process, if ``function`` raised one.
     """
     if world_size() == 1:
         return function()
+    group = _waiting_group()  # before the others have to wait
     box: list[T | DataFlexError | None] = [None]
     if rank() == 0:
         try:
             box = [function()]
         except DataFlexError as error:
             box = [error]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     if isinstance(box[0], DataFlexError):
         raise box[0]
     return cast(T, box[0])
+
+
+def _waiting_group() -> dist.ProcessGroup:
+    """Return a group of all processes in which one may wait for days; made by all together at the first call.
+
+    Gloo, because NCCL ends a run whose processes wait for more than ``ddp_timeout``, and its waiting keeps the GPU
+    busy.
+    """
+    default = dist.group.WORLD
+    if default not in _waiting_groups:
+        _waiting_groups[default] = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return _waiting_groups[default]
 
 
 def everywhere(value: bool, device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,22 @@ if TYPE_CHECKING:
     from dataflex.config import RunConfig
     from dataflex.probe.store import FeatureStore
 
+_ADAMS = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_apex_fused",
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+)
+"""Values of ``optim`` whose moments ``probe/moments.py`` can read; the Trainer knows many more Adams."""
+_DEEPSPEED_ADAMS = ("adamw_torch", "adamw_torch_fused")
+"""The same, where DeepSpeed flattens the optimizer's state."""
+_DEEPSPEED_OWN_ADAMS = ("adam", "adamw")
+"""The same, of ``optimizer.type`` in a DeepSpeed configuration, which then wins over ``optim``."""
+_OTHER_ORDER = ("galore_", "apollo_", "lomo", "adalomo")
+"""How values of ``optim`` begin whose parameters are in another order than in other optimizers."""
 _NO_MOMENTS = {
     "use_galore": "GaLore keeps its moments in a subspace of each gradient",
     "use_apollo": "APOLLO keeps its moments in a subspace of each gradient",
@@ -26,7 +43,10 @@ _NO_MOMENTS = {
     "use_adam_mini": "Adam-mini keeps one second moment for many parameters",
     "use_muon": "Muon keeps no second moment",
 }
-"""LLaMA-Factory keys that choose an optimizer whose state holds no moment for each parameter."""
+"""LLaMA-Factory keys that choose an optimizer whose state holds no moment for each parameter.
+
+They also have their parameters in another order.
+"""
 
 
 class GradientParams(ComponentParams):
@@ -151,23 +171,70 @@ class GradientSelector(Selector):
         moments = self.params.preconditioner != "none"
         if isinstance(self.params, CheckpointParams):
             yield from self.params.checkpoint_problems(moments)
-        if self.params.settings().sketch == "kronecker" and self.params.preconditioner != "none":
+        if self.stored_checkpoints and not run.offline:
+            yield from self._spread_problems(run, moments)
+        if moments:
+            yield from self._moment_problems(run)
+
+    def _spread_problems(self, run: RunConfig, moments: bool) -> Iterator[tuple[str, str]]:
+        """Yield why stored checkpoints cannot be looked at in a run whose model or optimizer is spread out."""
+        spread = spread_by(run)
+        if spread is not None:
+            others = "Train under DDP (neither deepspeed nor fsdp)" + ("" if moments else " or ZeRO-2")
+            yield (
+                "checkpoints",
+                f"stored weights cannot be looked at while {spread} spreads the model over the processes. {others}, or "
+                "score the pool before with dataflex-cli score, also without them, and train on what it selects.",
+            )
+        elif moments and zero_stage(run) is not None:
+            yield (
+                "checkpoints",
+                f"with preconditioner: {self.params.preconditioner} the moments in each checkpoint's optimizer.pt are "
+                "matched with this run's optimizer parameter by parameter, and DeepSpeed flattens it. Train under DDP "
+                "(no deepspeed), set preconditioner: none, or score the pool before with dataflex-cli score, without "
+                "deepspeed, and train on what it selects.",
+            )
+
+    def _moment_problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+        """Yield why Adam's moments cannot be had in a run."""
+        name, given = self.params.preconditioner, run.llamafactory
+        if self.params.settings().sketch == "kronecker":
             yield "sketch", "kronecker works on the gradient itself; it needs preconditioner: none."
-        if self.params.preconditioner == "none" or run.dataflex is None or self.stored_checkpoints:
+        optimizer = str(given.get("optim") or "adamw_torch")
+        chosen = [key for key in _NO_MOMENTS if str(given.get(key, False)).lower() in ("1", "true", "yes")]
+        if self.stored_checkpoints:
+            if optimizer.startswith(_OTHER_ORDER):
+                chosen.append(f"optim: {optimizer}")
+            for key in chosen:
+                yield (
+                    "preconditioner",
+                    f"{name!r} does not go with {key}: the moments of checkpoints are matched by the order of this "
+                    "run's optimizer, and this one has another order. Use optim: adamw_torch, or preconditioner: none.",
+                )
             return
-        if run.dataflex.warmup_steps == 0 and not run.offline:
+        if run.dataflex is not None and run.dataflex.warmup_steps == 0 and not run.offline:
             yield (
                 "preconditioner",
-                f"{self.params.preconditioner!r} reads the optimizer's moments, and before the first step there are "
-                "none. Set dataflex.warmup_steps to 1 or more (LESS warms up on 5 % of the pool), or preconditioner: "
-                "none.",
+                f"{name!r} reads the optimizer's moments, and before the first step there are none. Set "
+                "dataflex.warmup_steps to 1 or more (LESS warms up on 5 % of the pool), or preconditioner: none.",
             )
-        optimizer = str(run.llamafactory.get("optim", "adamw_torch"))
-        if "adam" not in optimizer.lower():
-            yield "preconditioner", f"{self.params.preconditioner!r} needs an Adam optimizer, got optim: {optimizer}."
-        for key, reason in _NO_MOMENTS.items():
-            if str(run.llamafactory.get(key, False)).lower() in ("1", "true", "yes"):
-                yield "preconditioner", f"{self.params.preconditioner!r} does not go with {key}: {reason}."
+        for key in chosen:
+            yield "preconditioner", f"{name!r} does not go with {key}: {_NO_MOMENTS[key]}."
+        own = _deepspeed_value(run, "optimizer", "type")
+        if own is not None and str(own).lower() not in _DEEPSPEED_OWN_ADAMS:
+            yield (
+                "preconditioner",
+                f"{name!r} reads Adam's moments, and the DeepSpeed configuration has the optimizer {own}; name Adam or "
+                "AdamW there, or set preconditioner: none.",
+            )
+        readable = _ADAMS if zero_stage(run) is None else _DEEPSPEED_ADAMS
+        if own is None and optimizer not in readable:
+            where = "" if readable is _ADAMS else "under DeepSpeed "
+            yield (
+                "preconditioner",
+                f"{name!r} reads Adam's moments, and {where}those of optim: {optimizer} cannot be read; use one of "
+                f"{', '.join(readable)}, or preconditioner: none.",
+            )
 
 
 class InfluenceSelector(GradientSelector):
@@ -238,3 +305,34 @@ def subtask_means(features: ScoreArray, ctx: RoundContext) -> ScoreArray:
             )
         means.append(part.mean(axis=0))
     return np.stack(means).astype(np.float32)
+
+
+def spread_by(run: RunConfig) -> str | None:
+    """Return what spreads the weights of a run over its processes, ``fsdp`` or ``ZeRO-3``, or None."""
+    if run.llamafactory.get("fsdp"):
+        return "fsdp"
+    return "ZeRO-3" if zero_stage(run) == 3 else None
+
+
+def zero_stage(run: RunConfig) -> int | None:
+    """Return the stage in a run's DeepSpeed configuration; None without DeepSpeed."""
+    if not run.llamafactory.get("deepspeed"):
+        return None
+    stage = _deepspeed_value(run, "zero_optimization", "stage")
+    return stage if isinstance(stage, int) else 0
+
+
+def _deepspeed_value(run: RunConfig, *keys: str) -> Any:
+    """Return a value of a run's DeepSpeed configuration, None where there is none.
+
+    One that cannot be read is LLaMA-Factory's to refuse.
+    """
+    given = run.llamafactory.get("deepspeed")
+    if isinstance(given, str):
+        try:
+            given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+    for key in keys:
+        given = given.get(key) if isinstance(given, dict) else None
+    return given

@@ -21,11 +21,12 @@ from dataflex import distributed
 from dataflex.components import RoundContext, Selector, check_scores
 from dataflex.config import RunConfig
 from dataflex.data.sampling import IndexArray
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, DataFlexError
 from dataflex.files import write_atomically
 from dataflex.influence import InfluenceSelector
 from dataflex.rng import derive_rng
-from dataflex.selection import ScoreArray, top_k
+from dataflex.selection import ScoreArray
+from dataflex.selectors.cluster_less import ClusterLessSelector
 
 if TYPE_CHECKING:
     from dataflex.trainer.run import DynamicRun
@@ -44,15 +45,18 @@ class Amount:
     fraction: float = 0.05
     count: int | None = None
 
-    def of(self, size: int) -> int:
-        """Return the number of samples, at least 1.
+    def of(self, scored: int, size: int) -> int:
+        """Return the number of samples, at least 1, of a pool of ``size`` samples of which ``scored`` have a score.
 
         Raises:
-            ConfigError: if the pool has fewer.
+            ConfigError: if fewer have one.
         """
-        if self.count is not None and self.count > size:
-            raise ConfigError(f"--count: {self.count} samples are wanted, the pool has {size}.")
-        return self.count if self.count is not None else max(1, round(self.fraction * size))
+        if self.count is None:
+            return max(1, round(self.fraction * scored))
+        if self.count > scored:
+            there = f"the pool has {size}" if scored == size else f"only {scored} of the pool's {size} have a score"
+            raise ConfigError(f"--count: {self.count} samples are wanted, {there}.")
+        return self.count
 
 
 def prepared(config: RunConfig, output: Path, feature_dir: Path | None) -> RunConfig:
@@ -79,8 +83,20 @@ def prepared(config: RunConfig, output: Path, feature_dir: Path | None) -> RunCo
 
 
 def run(config: RunConfig, command: str, output: Path, amount: Amount) -> None:
-    """Do what ``dataflex-cli features`` or ``score`` does, and print where things are."""
+    """Do what ``dataflex-cli features`` or ``score`` does, and print where things are.
+
+    Raises:
+        ConfigError: for ``features``, if the selector does not read those of the whole pool.
+    """
     from dataflex import bridge
+
+    selector = config.build_components().select
+    reads_all = isinstance(selector, InfluenceSelector) and not isinstance(selector, ClusterLessSelector)
+    if command == "features" and selector is not None and not reads_all:
+        raise ConfigError(
+            f"{config.source}: dataflex.select: features are made for less, icons, tracin, nice and the like; "
+            f"{selector.name!r} does not read those of every sample. Use dataflex-cli score."
+        )
 
     def look(dynamic: DynamicRun) -> None:
         lines = _features(dynamic) if command == "features" else _scores(dynamic, output, amount)
@@ -107,31 +123,42 @@ def _scores(dynamic: DynamicRun, output: Path, amount: Amount) -> list[str]:
 
 
 def make_features(run: DynamicRun) -> list[Path]:
-    """Make the pool's features under every checkpoint (or the model as it is), and return their folders.
-
-    Raises:
-        ConfigError: if the selector uses none.
-    """
+    """Make the pool's features under every checkpoint (or the model as it is), and return their folders."""
     selector = run.components.select
-    if not isinstance(selector, InfluenceSelector):
-        raise ConfigError("dataflex.select: features are made for less, icons, tracin and the like.")
+    assert isinstance(selector, InfluenceSelector)
     ctx = _context(run, selector)
     return [store.folder for store in selector.extract(ctx, np.arange(ctx.pool.size))]
 
 
 def score_pool(run: DynamicRun, output: Path, amount: Amount) -> dict[str, Any]:
-    """Score the pool, write the table and the selected data set under ``output``, and return what was found."""
+    """Score the pool, write the table and the selected data set under ``output``, and return what was found.
+
+    Raises:
+        ConfigError: if more samples are wanted than have a score.
+        DataFlexError: if none has one.
+    """
     selector = run.components.select
     assert selector is not None
     assert run.pool is not None
-    amount.of(run.pool.size)  # too many shows before the dear part
+    size = run.pool.size
+    amount.of(size, size)  # too many shows before the dear part
     ctx = _context(run, selector)
-    everyone = np.arange(run.pool.size)
+    everyone = np.arange(size)
     scores = check_scores(selector, selector.score(ctx, everyone), everyone, selector.leaves_out_unscored)
-    scored = np.flatnonzero(~np.isnan(scores))
-    count = amount.of(scored.size)
-    chosen = scored[top_k(scores[scored], count)]
-    return distributed.on_main(partial(_write, run, output, scores, chosen))
+    scored = int(np.count_nonzero(~np.isnan(scores)))
+    if not scored:
+        raise DataFlexError(
+            f"selector {selector.name!r} has no score for any of the pool's {size} samples: no token of theirs is "
+            "trained on. Check the template, cutoff_len and mask_history."
+        )
+    count = amount.of(scored, size)
+    best = best_first(scores, ctx.rng)
+    return distributed.on_main(partial(_write, run, output, scores, best, count))
+
+
+def best_first(scores: ScoreArray, rng: np.random.Generator) -> IndexArray:
+    """Return all positions by falling score, ties in random order, and last those without one (NaN)."""
+    return np.lexsort((rng.random(scores.size), -scores))
 
 
 def _context(run: DynamicRun, selector: Selector) -> RoundContext:
@@ -152,21 +179,21 @@ def _context(run: DynamicRun, selector: Selector) -> RoundContext:
     )
 
 
-def _write(run: DynamicRun, output: Path, scores: ScoreArray, chosen: IndexArray) -> dict[str, Any]:
+def _write(run: DynamicRun, output: Path, scores: ScoreArray, best: IndexArray, count: int) -> dict[str, Any]:
     pool = run.pool
     assert pool is not None
     output.mkdir(parents=True, exist_ok=True)
     everyone = np.arange(pool.size)
-    ids = pool.domain_ids(everyone)
+    ids, chosen = pool.domain_ids(everyone), np.sort(best[:count])
     ranks = np.empty(pool.size, dtype=np.int64)
-    ranks[np.lexsort((everyone, np.where(np.isnan(scores), np.inf, -scores)))] = everyone
+    ranks[best] = everyone
     columns = {
         "index": pa.array(everyone),
         "dataset": pa.DictionaryArray.from_arrays(ids.astype(np.int32), list(pool.domains)),
         "row": pa.array(everyone - pool.offsets[ids]),
         "score": pa.array(scores, from_pandas=True),
         "rank": pa.array(ranks),
-        "selected": pa.array(np.isin(everyone, chosen)),
+        "selected": pa.array(ranks < count),
         "tokens": pa.array(pool.lengths),
     }
     temporary = output / f".{TABLE}"

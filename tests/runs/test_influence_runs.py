@@ -60,6 +60,8 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         ["ddp"],
     ),
 }
+# A forward alone leaves FSDP2's parameters gathered there.
+GATHERED = {**FSDP2, "fsdp_config": {**FSDP2["fsdp_config"], "reshard_after_forward": False}}
 METHOD_CASES = [(method, mode) for method, (_, _, modes) in METHODS.items() for mode in modes]
 
 LOOKS = ["losses", "error_norms", "embeddings", "norms", "gradients", "similarities", "products", "generate"]
@@ -115,6 +117,8 @@ def add_resumed(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
 
 
 def add_kept(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
+    if "fsdp2" in settings:
+        settings = {**settings, "gathered": {**settings["fsdp2"], **GATHERED}}
     for mode in settings:
         select = {"method": "test_keep", "file": str(workshop.root / f"kept-{mode}.pt")}
         run = {**settings[mode], **section(select, warmup_steps=0), **FULL, "max_steps": 1}
@@ -226,7 +230,7 @@ def test_killed_and_resumed_is_never_killed(runs: Any, cut: str, mode: str) -> N
     assert resumed["weights"] == whole["weights"]
 
 
-@pytest.mark.parametrize("mode", ["one", *MODES])
+@pytest.mark.parametrize("mode", ["one", *MODES, "gathered"])
 def test_gradients_are_those_of_plain_autograd(runs: Any, mode: str) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -26,6 +26,7 @@ from dataflex.probe.store import FeatureStore
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 
 TASKS = ("sums", "rhymes", "sums")
+EVEN, EVEN_WORDS = 56, [29, 33, 28, 36, 31, 35, 30, 34]
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 COMMANDS = """
@@ -122,6 +123,11 @@ def write_inputs(root: Path) -> None:
     held = json.loads((data / "held.json").read_text())
     held = [{**row, "task": TASKS[number % 3]} for number, row in enumerate(held)]
     (data / "held.json").write_text(json.dumps(held))
+    # Any two of these together are longer than EVEN tokens, so each is packed alone, and the longest comes first.
+    even = [{"instruction": " ".join(tiny.WORDS[:1] * count), "input": "", "output": "cat"} for count in EVEN_WORDS]
+    (data / "even.json").write_text(json.dumps(even))
+    info = json.loads((data / "dataset_info.json").read_text())
+    (data / "dataset_info.json").write_text(json.dumps({**info, "even": {"file_name": "even.json"}}))
     (root / "ds.json").write_text("{}")
 
     lora = {"lora_dropout": 0.1, "learning_rate": 0.01, "lr_scheduler_type": "linear"}
@@ -139,9 +145,13 @@ def write_inputs(root: Path) -> None:
     for method in ("grand", "random", "full"):
         section = {"dataflex": {"select": {"method": method}}}
         (root / f"{method}.yaml").write_text(yaml.safe_dump({**select, **section, "output_dir": str(root / method)}))
-    clusters = {"method": "cluster_less", "validation": "held", "proj_dim": 128, "cluster_size": 8}
+    clusters = {"method": "cluster_less", "proj_dim": 128, "cluster_size": 8}  # validation samples: eval_dataset
     section = {"dataflex": {"select": clusters}}
-    adapter = {"adapter_name_or_path": str(root / "warm" / "checkpoint-8"), "output_dir": str(root / "clusters")}
+    adapter = {
+        "adapter_name_or_path": str(root / "warm" / "checkpoint-8"),
+        "output_dir": str(root / "clusters"),
+        "eval_dataset": "held",
+    }
     (root / "clusters.yaml").write_text(yaml.safe_dump({**select, **section, **adapter}))
 
 
@@ -167,6 +177,14 @@ def commands(root: Path) -> dict[str, dict[str, Any]]:
             f"output_dir={root / 'from-tokens'}", "max_steps=2",
         ],
         "clusters": ["score", str(root / "clusters.yaml")],
+        "packed": [
+            "score", str(root / "grand.yaml"), "dataset=even", "packing=true", f"cutoff_len={EVEN}", "--count", "3",
+            "--output", str(root / "packed"),
+        ],
+        "pt": [
+            "score", str(root / "grand.yaml"), "stage=pt", "dataset=texts", "packing=false", "--count", "5",
+            "--output", str(root / "pt"),
+        ],
         "count 0": [*less, "--count", "0"],
         "count a": [*less, "--count", "a"],
         "fraction 0": [*less, "--fraction", "0"],
@@ -176,9 +194,11 @@ def commands(root: Path) -> dict[str, dict[str, Any]]:
         "random": ["score", str(root / "random.yaml")],
         "full": ["score", str(root / "full.yaml")],
         "no features": ["features", str(root / "grand.yaml")],
+        "no features of all": ["features", str(root / "clusters.yaml")],
         "deepspeed": [*less, f"deepspeed={root / 'ds.json'}"],
         "fsdp": [*less, "fsdp=full_shard"],
         "no moments": ["score", str(root / "clusters.yaml"), f"adapter_name_or_path={root / 'final'}"],
+        "other scaling": ["features", select, "lora_alpha=32", "--features", str(root / "other")],
     }  # fmt: skip
     return {name: {"arguments": arguments, "writes": 7 if name == "cut" else None} for name, arguments in made.items()}
 
@@ -345,6 +365,21 @@ def test_the_best_rows_are_written_as_they_were(outcomes: Outcomes) -> None:
     assert lines[-1] == f"dataflex: to train on them: dataset_dir: {folder}, dataset: alpha,beta"
 
 
+def test_rows_of_a_command_with_evaluation_sets(outcomes: Outcomes) -> None:
+    table, folder = outcomes.table("clusters/scores"), outcomes.root / "clusters" / "scores" / "selected"
+    written = []
+    for name in ("alpha", "beta"):
+        raw = json.loads((outcomes.root / "data" / f"{name}.json").read_text())
+        chosen = table["row"][(table["dataset"] == name) & table["selected"].astype(bool)].tolist()
+        path = folder / f"{name}.jsonl"
+        found = [json.loads(line) for line in path.read_text().splitlines()] if chosen else []
+        assert found == [raw[row] for row in chosen]
+        assert path.exists() == bool(chosen)
+        written += [name] if chosen else []
+    last = outcomes.text("clusters").splitlines()[-1]
+    assert last == f"dataflex: to train on them: dataset_dir: {folder}, dataset: {','.join(written)}"
+
+
 def steps_of(folder: Path) -> int:
     return int(json.loads((folder / "trainer_state.json").read_text())["global_step"])
 
@@ -372,6 +407,24 @@ def test_samples_whose_rows_are_not_known_are_kept_tokenized(outcomes: Outcomes)
     assert steps_of(outcomes.root / "from-tokens") == 2
 
 
+@pytest.mark.parametrize("name, source, count", [("packed", "even", 3), ("pt", "texts", 5)])
+def test_as_many_samples_as_rows_need_not_be_the_rows(outcomes: Outcomes, name: str, source: str, count: int) -> None:
+    from datasets import load_from_disk
+
+    folder = outcomes.root / name / "selected" / "tokenized"
+    assert f"to train on them: tokenized_path: {folder}" in outcomes.text(name)
+    pool = json.loads((outcomes.root / name / "samples.json").read_text())["pool"]
+    raw = json.loads((outcomes.root / "data" / f"{source}.json").read_text())
+    assert len(pool) == len(raw)
+    if name == "packed":
+        trained = [sum(token != row["input_ids"][-1] for token in row["input_ids"]) for row in pool]
+        assert trained == sorted(trained, reverse=True)  # not the order of the rows
+    chosen = np.flatnonzero(outcomes.table(name)["selected"].astype(bool))
+    assert chosen.size == count
+    found = load_from_disk(str(folder))["train"]
+    assert [row["input_ids"] for row in found] == [pool[index]["input_ids"] for index in chosen]
+
+
 # What is refused
 
 
@@ -386,10 +439,12 @@ def test_samples_whose_rows_are_not_known_are_kept_tokenized(outcomes: Outcomes)
         ("too many", ["--count", "81", "80"]),
         ("random", ["random.yaml", "dataflex.select", "scores samples"]),
         ("full", ["full.yaml", "dataflex.select", "scores samples"]),
-        ("no features", ["dataflex.select", "less"]),
+        ("no features", ["grand.yaml", "dataflex.select", "less, icons, tracin, nice", "grand"]),
+        ("no features of all", ["clusters.yaml", "dataflex.select", "less, icons, tracin, nice", "cluster_less"]),
         ("deepspeed", ["deepspeed", "leave it out"]),
         ("fsdp", ["fsdp", "leave it out"]),
         ("no moments", ["optimizer.pt", "final", "preconditioner: none"]),
+        ("other scaling", ["checkpoint-4", "lora_alpha = 8", "32", "adapter settings"]),
     ],
 )
 def test_bad_input_is_one_clear_paragraph(outcomes: Outcomes, name: str, words: list[str]) -> None:

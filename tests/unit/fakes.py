@@ -39,6 +39,7 @@ def make_pool(sizes: dict[str, int], lengths: Sequence[int] | None = None, rows:
     values = np.full(pool.size, 7) if lengths is None else np.asarray(lengths)
     assert values.shape == (pool.size,)
     pool.__dict__["lengths"] = values.astype(np.int32)  # in place of the cached property
+    pool.__dict__["trained"] = np.ones(pool.size, dtype=bool)
     return pool
 
 

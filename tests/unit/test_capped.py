@@ -333,6 +333,30 @@ def test_a_resumed_run_decides_as_one_never_cut(done: int) -> None:
         np.testing.assert_array_equal(plan.scores, expected.scores)
 
 
+def test_scores_of_other_parameters_are_made_again(caplog: pytest.LogCaptureFixture) -> None:
+    cut, choice, other = Simulation(warmup=20), Simulation(warmup=20, rule="sample"), Simulation(warmup=20)
+    for _ in range(3):
+        cut.round()
+    known = int(np.concatenate(cut.selector.asked).size)
+
+    class OtherParams(SelectorParams):
+        preconditioner: str = "none"
+
+    other.selector.params = OtherParams(max_overhead=0.25)
+    for resumed in (choice, other):
+        resumed.planner.load_state_dict(cut.planner.state_dict())
+        for name in ("clock", "train", "decided", "step"):
+            setattr(resumed, name, getattr(cut, name))
+    assert known > 32
+    choice.round()
+    assert choice.capped._samples > 32
+    assert caplog.text == ""
+    other.round()
+    assert "select costly: its parameters changed" in caplog.text
+    seen = np.unique(np.concatenate(other.selector.asked)).size
+    assert np.isfinite(other.capped._book.scores).sum() == seen
+
+
 # The estimate of a run without a cap
 
 
@@ -372,7 +396,7 @@ def test_the_expected_cost_of_losses(priced: PricedProbe) -> None:
         "select loss: scoring 160 samples, 3 times in this run, is expected to take 8 min, 0.59 times the training "
         "itself (after 8 samples)."
     )
-    assert seconds == 50 + 1 + 8
+    assert seconds == 50 + 2 + 8
     assert priced.asked[1].tolist() == [0, 22, 45, 68, 90, 113, 136, 159]  # short ones and long ones
 
 

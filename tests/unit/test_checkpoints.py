@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.probe.checkpoints import learning_rates, saved_moments, weights_of
@@ -32,6 +41,15 @@ def llama(**changes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes}))
 
 
+def mixtral(**changes: Any) -> Any:
+    return MixtralForCausalLM(MixtralConfig(**{**SIZES, "num_experts_per_tok": 2, "num_local_experts": 4, **changes}))
+
+
+def qwen3_moe() -> Any:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 8}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**SIZES, **experts}))
+
+
 def lora(base: Any = None, **changes: Any) -> Any:
     options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
     return get_peft_model(llama() if base is None else base, LoraConfig(**options))
@@ -43,10 +61,22 @@ def freeze(model: Any) -> Any:
     return model
 
 
+def in_two_precisions() -> Any:
+    model = freeze(llama().bfloat16())
+    for value in model.parameters():
+        if value.requires_grad:
+            value.data = value.data.float()
+    return model
+
+
 KINDS = {
     "full": llama,
     "tied": lambda: llama(tie_word_embeddings=True),
     "freeze": lambda: freeze(llama()),
+    "freeze in two precisions": in_two_precisions,
+    "mixtral": mixtral,
+    "mixtral, a part": lambda: freeze(mixtral()),
+    "qwen3 moe": qwen3_moe,
     "lora": lora,
     "lora and a whole head": lambda: lora(modules_to_save=["lm_head"]),
     "dora": lambda: lora(use_dora=True),
@@ -123,7 +153,11 @@ def test_frozen_parameters_stay_ones_own(tmp_path: Path) -> None:
         (llama, lambda: llama(num_hidden_layers=3), "layers.2"),
         (lambda: llama(num_hidden_layers=3), llama, "layers.2"),
         (llama, lambda: llama(hidden_size=32), "size mismatch"),
-        (lora, lambda: lora(r=8), "size mismatch"),
+        (mixtral, lambda: mixtral(num_local_experts=8), "size mismatch"),
+        (mixtral, llama, r"layers\.0\.mlp\.down_proj"),
+        (llama, lambda: llama(tie_word_embeddings=True), "lm_head"),
+        (lambda: llama(tie_word_embeddings=True), llama, "lm_head"),
+        (lora, lambda: lora(r=8), r"with r = 8, this run has 4"),
         (lora, lambda: lora(target_modules=["q_proj"]), "k_proj"),
         (lambda: lora(target_modules=["q_proj"]), lora, r"down_proj\.lora_A"),
     ],
@@ -135,6 +169,101 @@ def test_a_checkpoint_of_another_model_is_an_error(tmp_path: Path, mine: Any, th
     with pytest.raises(ComponentError, match=f"checkpoints: .*{text}"), weights_of(model, tmp_path):
         pass
     assert_same(bits(model), before)
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe])
+def test_experts_stored_one_by_one_and_in_several_files(tmp_path: Path, make: Any) -> None:
+    model = make()
+    other = trained(model)
+    other.save_pretrained(tmp_path, max_shard_size="8KB")
+    stored = {name: value for path in tmp_path.glob("*.safetensors") for name, value in load_file(path).items()}
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert any(".experts.3." in name for name in stored)
+    assert not any(".experts." in name and name in stored for name in dict(model.named_parameters()))
+    before = bits(model)
+    with weights_of(model, tmp_path):
+        assert_same(bits(model), bits(other))
+    assert_same(bits(model), before)
+
+
+@pytest.mark.parametrize("make", [llama, mixtral, lora])
+def test_looking_draws_no_random_number(tmp_path: Path, make: Any) -> None:
+    model = make()
+    trained(model).save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    with weights_of(model, tmp_path):
+        pass
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_parameter_that_is_not_there(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    stored = load_file(path)
+    del stored["model.layers.1.mlp.up_proj.weight"]
+    save_file(stored, path, {"format": "pt"})
+    state = torch.get_rng_state()
+    text = r"not of this model: model\.layers\.1\.mlp\.up_proj"
+    with pytest.raises(ComponentError, match=text), weights_of(model, tmp_path):
+        pass
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("damage", ["absent", "cut"])
+def test_a_file_that_cannot_be_read(tmp_path: Path, damage: str) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    path = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(content[:100])
+    before = bits(model)
+    with pytest.raises(ComponentError, match=f"checkpoints: {tmp_path} cannot be read"), weights_of(model, tmp_path):
+        pass
+    assert_same(bits(model), before)
+
+
+@pytest.mark.parametrize(
+    "key, theirs, mine",
+    [
+        ("lora_alpha", 16, 8),
+        ("lora_alpha", 8, 16),
+        ("use_rslora", True, False),
+        ("use_rslora", False, True),
+        ("use_dora", True, False),
+        ("r", 2, 4),
+        ("rank_pattern", {"q_proj": 2}, {}),
+        ("alpha_pattern", {}, {"q_proj": 64}),
+    ],
+)
+def test_an_adapter_of_another_configuration_is_an_error(tmp_path: Path, key: str, theirs: Any, mine: Any) -> None:
+    base = llama()
+    lora(copy.deepcopy(base), **{key: theirs}).save_pretrained(tmp_path)
+    model = lora(base, **{key: mine})
+    before = bits(model)
+    text = re.escape(f"the adapter in {tmp_path} was trained with {key} = {theirs!r}, this run has {mine!r}")
+    with pytest.raises(ComponentError, match=f"checkpoints: {text}"), weights_of(model, tmp_path):
+        pass
+    assert_same(bits(model), before)
+
+
+def test_an_adapter_configuration_of_an_older_peft(tmp_path: Path) -> None:
+    base, path = llama(), tmp_path / "adapter_config.json"
+    model = lora(base)
+    other = trained(model)
+    other.save_pretrained(tmp_path)
+    kept = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    path.write_text(json.dumps(kept))
+    with weights_of(model, tmp_path):
+        assert_same(bits(model), bits(other))
+    path.write_text(json.dumps({**kept, "lora_alpha": 32}))
+    with pytest.raises(ComponentError, match="lora_alpha = 32, this run has 8"), weights_of(model, tmp_path):
+        pass
+    path.unlink()
+    with pytest.raises(ComponentError, match=r"no adapter_config\.json"), weights_of(model, tmp_path):
+        pass
 
 
 # Moments

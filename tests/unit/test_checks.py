@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,43 @@ def test_data_set_names_are_read_as_llamafactory_reads_them() -> None:
         assert checks.dataset_names(split_config({"dataset": value})) == ("a", "b")
     assert checks.dataset_names(split_config({})) == ()
     assert checks.dataset_names(split_config({"eval_dataset": "x"}), "eval_dataset") == ("x",)
+
+
+@pytest.mark.parametrize(
+    "section, looks",
+    [
+        (SELECT, True),
+        ({"select": {"method": "delta_loss"}}, True),
+        ({"select": {"method": "el2n"}}, True),
+        ({"select": {"method": "grand"}}, True),
+        ({"select": {"method": "less", "preconditioner": "none", "validation": "b"}}, True),
+        ({"select": {"method": "greats", "validation": "b"}}, True),
+        ({"order": {"method": "sort", "by": "loss"}}, True),
+        ({"order": {"method": "sort", "by": "length"}}, False),
+        ({"select": {"method": "random"}}, False),
+        ({"select": {"method": "full"}}, False),
+        (MIX, False),
+        (ORDER, False),
+        (WEIGHT, False),
+    ],
+)
+def test_batches_of_one_sample_cannot_be_measured(keys: dict[str, Any], section: dict[str, Any], looks: bool) -> None:
+    problems = found(keys, section, neat_packing=True, flash_attn="fa2")
+    assert set(problems) == ({"neat_packing"} if looks else set())
+    if looks:
+        (family,) = section
+        assert f"dataflex.{family}" in problems["neat_packing"]
+        assert "flash_attn: sdpa" in problems["neat_packing"]
+        assert "packing: true" in problems["neat_packing"]
+    assert found(keys, section, neat_packing=True, flash_attn="sdpa") == {}
+    assert found(keys, section, neat_packing=True) == {}
+    assert found(keys, section, packing=True, flash_attn="fa2") == {}
+    assert found(keys, None, neat_packing=True, flash_attn="fa2") == {}
+
+
+def test_llamafactory_takes_batches_of_one_there() -> None:
+    collator = Path(find_spec("llamafactory").origin).parent / "data" / "collator.py"
+    source = collator.read_text().split("class SFTDataCollatorWith4DAttentionMask")[1].split("\nclass ")[0]
+    called = source.split("def __call__")[1]
+    assert 'if self.neat_packing and self.attn_implementation == "flash_attention_2":' in called
+    assert 'assert features["input_ids"].shape[0] == 1' in called

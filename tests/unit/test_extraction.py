@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Sequence, Value, concatenate_datasets, load_from_disk
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -31,7 +31,7 @@ PLAIN = GradientSettings(dim=96)
 Rows = list[dict[str, list[int]]]
 
 
-def lora() -> Any:
+def lora(**changes: Any) -> Any:
     torch.manual_seed(0)
     base = LlamaForCausalLM(
         LlamaConfig(
@@ -39,7 +39,8 @@ def lora() -> Any:
             num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.3,
         )
     )  # fmt: skip
-    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
+    model = get_peft_model(base, LoraConfig(**options))
     for name, value in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.2)
@@ -178,7 +179,8 @@ def test_a_killed_extraction_goes_on_where_it_was(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int], where: str
 ) -> None:
     everyone = np.arange(SAMPLES)
-    whole = probe_of(model).extract(everyone, kept(PLAIN, tmp_path / "whole"))
+    first = probe_of(model)
+    whole = first.extract(everyone, kept(PLAIN, tmp_path / "whole"))
     assert len(whole.chunks) >= 4
     calls = 0
 
@@ -196,7 +198,7 @@ def test_a_killed_extraction_goes_on_where_it_was(
         if where == "while writing":
             patch.setattr(FeatureStore, "write", dying(FeatureStore.write, 2))
         else:
-            chunks = extraction._chunks(probe_of(model).gradient_batches(pool_of(rows_of()), everyone))
+            chunks = extraction._chunks(first.gradient_batches(first.pool, everyone))
             # The look at two samples takes three passes; then into the third chunk.
             passes = 3 + len(chunks[0]) + len(chunks[1])
             patch.setattr(ModelProbe, "_gradient_batch", dying(ModelProbe._gradient_batch, passes))
@@ -229,10 +231,10 @@ def test_another_weight_is_another_folder(tmp_path: Path, weight: str) -> None:
     assert probe_of(model).extract(everyone, kept(PLAIN, tmp_path)).folder == first
 
 
-@pytest.mark.parametrize("column", ["input_ids", "labels"])
+@pytest.mark.parametrize("column", ["input_ids", "labels", "attention_mask", "position_ids"])
 def test_another_token_anywhere_is_another_folder(model: Any, tmp_path: Path, column: str) -> None:
     # The fingerprint looks at the tokens of 512 samples; what is measured are the features of three others.
-    rows = rows_of(1000)
+    rows = [{**row, "attention_mask": [1] * 3, "position_ids": [0, 1, 2]} for row in rows_of(1000)]
     changed = copy.deepcopy(rows)
     changed[501][column][2] = changed[501][column][2] % (VOCAB - 1) + 1
     first, second = probe_of(model, rows), probe_of(model, changed)
@@ -241,6 +243,76 @@ def test_another_token_anywhere_is_another_folder(model: Any, tmp_path: Path, co
     found = [probe.extract(indices, kept(PLAIN, tmp_path)) for probe in (first, second)]
     assert found[0].folder != found[1].folder
     assert probe_of(model, rows).extract(indices, kept(PLAIN, tmp_path)).folder == found[0].folder
+
+
+def test_anything_the_collator_is_given_is_in_the_digest() -> None:
+    ids = [[5, 6, 7], [8, 9]]
+    variants: list[dict[str, Any]] = [
+        {},
+        {"images": [None, ["a.png"]]},
+        {"images": [["a.png"], None]},
+        {"images": [["a.png"], ["a.png"]]},
+        {"images": [["a.png"], ["b.png"]]},
+        {"images": [["a.png", "b.png"], []]},
+        {"images": [["a.png"], ["b.png", ""]]},
+        {"videos": [None, ["a.png"]]},
+        {"images": [[{"bytes": b"12", "path": None}], [{"bytes": b"3", "path": "a"}]]},
+        {"images": [[{"bytes": b"1", "path": None}], [{"bytes": b"23", "path": "a"}]]},
+        {"images": [[{"bytes": b"1", "path": "a"}], [{"bytes": b"23", "path": None}]]},
+        {"packing_params": [{"boundaries": [0, 2, 3], "ids": [1]}, {"boundaries": [0, 2], "ids": [1]}]},
+        {"packing_params": [{"boundaries": [0, 2], "ids": [3, 1]}, {"boundaries": [0, 2], "ids": [1]}]},
+        {"scale": [0.5, 1.0]},
+        {"scale": [0.5, 1.5]},
+        {"kept": [True, False]},
+        {"kept": [True, True]},
+        {"position_ids": [[0, 1, 2], [0, 1]]},
+        {"position_ids": [[0, 1], [2, 0, 1]]},
+    ]
+    found = [
+        Pool(Dataset.from_dict({"input_ids": ids, **columns}), ("a",), np.array([2])).content_digest
+        for columns in variants
+    ]
+    assert len(set(found)) == len(variants)
+
+
+def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
+    columns = {"input_ids": [[3, 4, 5], [6], [7, 8]], "images": [["x"], None, ["y", "z"]]}
+    longer = {name: [values[2], *values, values[0]] for name, values in columns.items()}
+    plain = Dataset.from_dict(columns)
+    narrow = plain.cast_column("input_ids", Sequence(Value("int32")))
+    Dataset.from_dict(longer).save_to_disk(tmp_path)
+    same = [
+        plain,
+        narrow,
+        Dataset.from_dict(longer).select(range(1, 4)),
+        load_from_disk(tmp_path).select([1, 2, 3]),
+        plain.select_columns(["images", "input_ids"]),
+        concatenate_datasets([plain.select([0]), plain.select([1, 2])]),
+    ]
+    assert len({Pool(dataset, ("a",), np.array([3])).content_digest for dataset in same}) == 1
+    assert Pool(plain, ("a", "b"), np.array([1, 2])).content_digest != Pool(plain, ("a",), np.array([3])).content_digest
+
+
+def test_other_trained_parameters_are_another_folder(tmp_path: Path) -> None:
+    model, everyone = lora(), np.arange(10)
+    first = probe_of(model).extract(everyone, kept(PLAIN, tmp_path)).folder
+    for name, value in model.named_parameters():
+        value.requires_grad_("lora_" in name and "layers.1." not in name)
+    assert probe_of(model).extract(everyone, kept(PLAIN, tmp_path)).folder != first
+    for name, value in model.named_parameters():
+        value.requires_grad_("lora_" in name)
+    assert probe_of(model).extract(everyone, kept(PLAIN, tmp_path)).folder == first
+
+
+@pytest.mark.parametrize("changes", [{"lora_alpha": 32}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}}])
+def test_an_adapter_of_another_scaling_is_another_folder(tmp_path: Path, changes: dict[str, Any]) -> None:
+    one, other, indices = lora(), lora(**changes), np.arange(10)
+    for (name, value), (_, its) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(value, its), name
+    features = [probe_of(model).gradients(indices, PLAIN) for model in (one, other)]
+    assert np.abs(features[0] - features[1]).max() > 1e-3
+    folders = {probe_of(model).extract(indices, kept(PLAIN, tmp_path)).folder for model in (one, other, lora())}
+    assert len(folders) == 2
 
 
 def test_other_settings_are_another_folder(model: Any, tmp_path: Path) -> None:

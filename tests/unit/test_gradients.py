@@ -582,3 +582,91 @@ def test_a_probe_of_a_model_that_mixes_samples_takes_one_at_a_time() -> None:
     np.testing.assert_allclose(found, flat(one_by_one(model, inputs, labels), model), rtol=1e-5, atol=1e-6)
     with pytest.raises(ComponentError, match="wpe mixes the rows"):
         probe.products([np.arange(3)], EXACT, np.arange(1), probe.pool)
+
+
+def test_one_sample_does_not_tell_whether_samples_keep_apart() -> None:
+    model = make(lambda: only("wpe", gpt2()))
+    inputs, labels = a_batch(LENGTHS)
+    probe = probe_of(model, inputs, labels)
+    exact = flat(one_by_one(model, inputs, labels), model)
+    np.testing.assert_allclose(probe.gradients(np.array([2]), EXACT), exact[[2]], rtol=1e-5, atol=1e-6)
+    assert probe._samples_apart is None
+    np.testing.assert_allclose(probe.gradients(np.arange(5), EXACT), exact, rtol=1e-5, atol=1e-6)
+    assert probe._samples_apart is False
+
+
+def test_nor_do_samples_without_a_label() -> None:
+    model = make(lambda: only("wpe", gpt2()))
+    inputs, labels = a_batch(LENGTHS)
+    labels[1:] = IGNORE_INDEX
+    probe = probe_of(model, inputs, labels)
+    exact = flat(one_by_one(model, inputs, labels), model)
+    np.testing.assert_allclose(probe.gradients(np.arange(5), EXACT), exact, rtol=1e-5, atol=1e-6)
+    assert probe._samples_apart is None
+
+
+def test_products_of_samples_without_a_label() -> None:
+    model = make(MODELS["llama tied"])
+    inputs, labels = a_batch(LENGTHS)
+    labels[[1, 4]] = IGNORE_INDEX
+    probe = probe_of(model, inputs, labels)
+    (found,) = probe.products([np.arange(4)], EXACT, np.array([4, 0]), probe.pool)
+    exact = flat(one_by_one(model, inputs, labels), model)
+    exact = exact[:4] @ exact[[0, 1, 2, 3, 4, 0]].T
+    exact[1], exact[:, [1, 4]] = np.nan, np.nan
+    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_products_that_are_not_finite() -> None:
+    model = make(MODELS["llama tied"])
+    inputs, labels = a_batch(LENGTHS)
+    probe = probe_of(model, inputs, labels)
+    probe.products([np.arange(3)], EXACT, np.arange(1), probe.pool)
+    with torch.no_grad():
+        model.lm_head.weight[1] = 1e200  # finite, but its gradients' products are not
+    with pytest.raises(ComponentError, match="has training diverged"):
+        probe.products([np.arange(3)], EXACT, np.arange(1), probe.pool)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ComponentError, match="has training diverged"):
+        probe_of(model, inputs, labels).products([np.arange(3)], EXACT, np.arange(1), probe.pool)
+
+
+def test_no_memory_for_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(MODELS["llama tied"])
+    probe = probe_of(model, *a_batch(LENGTHS))
+
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(GradientPass, "_forward", full)
+    with pytest.raises(ComponentError, match=r"4 samples of .* tokens, which are one batch\. Set a smaller group_size"):
+        probe.products([np.arange(3)], EXACT, np.arange(1), probe.pool)
+
+
+def test_similarities_are_not_made_in_low_precision() -> None:
+    model = make(MODELS["llama tied"]).float()
+    inputs, labels = a_batch(LENGTHS)
+    autocast = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+    probe = probe_of(model, inputs, labels, **autocast)
+    settings = GradientSettings(dim=64, normalize=True)
+    features = probe.gradients(np.arange(5), settings)
+    targets = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+    exact = features.astype(np.float64) @ targets.T
+    np.testing.assert_allclose(probe.similarities(np.arange(5), settings, targets), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_trained_heads_gradients_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long sample among short ones: what is kept of the head's gradients is a row for each token that counts."""
+    monkeypatch.setattr(probe_gradients, "HEAD_CHUNK", 8)
+    model = make(llama)
+    inputs, labels = a_batch([40, 4, 4, 4, 4, 4])
+    kept: list[int] = []
+
+    def emit(name: str, parts: list[Contribution]) -> None:
+        if name == "lm_head.weight":
+            kept.extend(part.gradients.numel() for part in parts)
+
+    probe = GradientPass(model.eval(), emit, "mean", True, "error")
+    probe.run(inputs, shifted(labels))
+    assert sum(kept) == int((shifted(labels) != IGNORE_INDEX).sum()) * VOCAB

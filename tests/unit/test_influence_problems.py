@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from dataflex.checks import problems_of
 from dataflex.config import split_config
 from dataflex.errors import ConfigError
+from dataflex.selectors import nice
 
 HELD = {"validation": "held"}
 KEYS = {"model_name_or_path": "org/model", "stage": "sft", "do_train": True, "dataset": "a", "output_dir": "out"}
@@ -148,3 +150,138 @@ def test_bad_parameters_are_named(method: str, wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(ConfigError, match=rf"dataflex\.select\.{name}"):
         problems(method, {**HELD, **({"checkpoints": ["a"]} if method == "tracin" else {}), **wrong})
+
+
+def deepspeed_file(root: Path, stage: int, **more: Any) -> str:
+    path = root / f"ds_z{stage}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}, **more}))
+    return str(path)
+
+
+@pytest.mark.parametrize("method", ["less", "tracin", "cluster_less"])
+def test_checkpoints_need_a_model_in_one_piece(tmp_path: Path, method: str) -> None:
+    folder = checkpoint(tmp_path, "one", "adapter_model.safetensors", STATE, MOMENTS)
+
+    def message(preconditioner: str, **changes: Any) -> str:
+        given = {**HELD, "checkpoints": [folder], "preconditioner": preconditioner}
+        return problems(method, given, **changes).get("dataflex.select.checkpoints", "")
+
+    stages = [{"deepspeed": deepspeed_file(tmp_path, stage)} for stage in range(4)]
+    for preconditioner in ("none", "adam", "adam_less"):
+        for spread in (stages[3], {"fsdp": "full_shard auto_wrap"}, {"deepspeed": {"zero_optimization": {"stage": 3}}}):
+            text = message(preconditioner, **spread)
+            assert "DDP" in text
+            assert "dataflex-cli score" in text
+            assert ("fsdp" if "fsdp" in spread else "ZeRO-3") + " spreads" in text
+            assert ("ZeRO-2" in text) == (preconditioner == "none")
+    for stage in stages[:3]:
+        assert message("none", **stage) == ""
+        for preconditioner in ("adam", "adam_less"):
+            text = message(preconditioner, **stage)
+            assert "DDP" in text
+            assert "preconditioner: none" in text
+            assert "dataflex-cli score" in text
+    for changes in ({}, {"fsdp": ""}, {"deepspeed": None}):
+        assert message("adam", **changes) == ""
+    # Scoring without training refuses deepspeed and fsdp by itself.
+    assert message("adam", offline=True, **stages[2]) == ""
+
+
+def test_deepspeed_without_checkpoints(tmp_path: Path) -> None:
+    for stage in range(4):
+        for preconditioner in ("none", "adam"):
+            select = {**HELD, "preconditioner": preconditioner}
+            assert problems("less", select, deepspeed=deepspeed_file(tmp_path, stage)) == {}
+    inline = json.dumps({"zero_optimization": {"stage": 2}})
+    assert problems("less", {**HELD, "preconditioner": "adam"}, deepspeed=inline) == {}
+    # A configuration that cannot be read is LLaMA-Factory's to refuse.
+    (tmp_path / "broken.json").write_text("{")
+    for given in (str(tmp_path / "gone.json"), str(tmp_path / "broken.json"), {"zero_optimization": "auto"}):
+        assert problems("less", {**HELD, "preconditioner": "adam"}, deepspeed=given) == {}
+
+
+READABLE = [
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_apex_fused",
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+]
+
+
+def test_moments_are_read_of_adams_that_keep_them_readable(tmp_path: Path) -> None:
+    from transformers.training_args import OptimizerNames
+
+    names = [name.value for name in OptimizerNames]
+    assert set(READABLE) <= set(names)
+    for name in names:
+        found = problems("less", {**HELD, "preconditioner": "adam"}, optim=name)
+        assert set(found) == (set() if name in READABLE else {"dataflex.select.preconditioner"}), name
+        assert problems("less", {**HELD, "preconditioner": "none"}, optim=name) == {}
+        flattened = problems(
+            "less", {**HELD, "preconditioner": "adam"}, optim=name, deepspeed=deepspeed_file(tmp_path, 2)
+        )
+        assert bool(flattened) == (name not in ("adamw_torch", "adamw_torch_fused")), name
+    message = problems("less", {**HELD, "preconditioner": "adam"}, optim="adamw_torch_8bit")
+    assert "optim: adamw_torch_8bit" in message["dataflex.select.preconditioner"]
+    assert "paged_adamw_8bit" in message["dataflex.select.preconditioner"]
+
+
+@pytest.mark.parametrize("kind, fine", [("AdamW", True), ("Adam", True), ("OneBitAdam", False), ("Lion", False)])
+def test_an_optimizer_of_deepspeeds_own_wins(tmp_path: Path, kind: str, fine: bool) -> None:
+    given = deepspeed_file(tmp_path, 2, optimizer={"type": kind, "params": {"lr": "auto"}})
+    found = problems("less", {**HELD, "preconditioner": "adam"}, deepspeed=given, optim="sgd")
+    assert set(found) == (set() if fine else {"dataflex.select.preconditioner"})
+
+
+def test_checkpoints_hide_no_other_problem(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, "one", "adapter_model.safetensors", STATE, MOMENTS)
+    select = {**HELD, "checkpoints": [folder], "preconditioner": "adam"}
+    for changes in ({"use_galore": True}, {"use_badam": True}, {"use_muon": True}, {"optim": "galore_adamw"}):
+        (key,) = changes
+        found = problems("less", select, **changes)
+        assert set(found) == {"dataflex.select.preconditioner"}
+        assert key in found["dataflex.select.preconditioner"]
+        assert problems("less", {**select, "preconditioner": "none"}, **changes) == {}
+    assert set(problems("less", {**select, "sketch": "kronecker"})) == {"dataflex.select.sketch"}
+
+
+NICE = {**HELD, "reward": "exact_match", "generation_backend": "vllm"}
+
+
+def test_vllm_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nice, "find_spec", lambda name: None)
+    assert "pip install vllm" in problems("nice", NICE)["dataflex.select.generation_backend"]
+    assert problems("nice", {**NICE, "generation_backend": "hf"}) == {}
+    monkeypatch.setattr(nice, "find_spec", lambda name: object())
+    assert problems("nice", NICE) == {}
+
+
+def test_vllm_needs_the_model_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nice, "find_spec", lambda name: object())
+    for spread in ({"fsdp": "full_shard"}, {"deepspeed": deepspeed_file(tmp_path, 3)}):
+        assert "generation_backend: hf" in problems("nice", NICE, **spread)["dataflex.select.generation_backend"]
+        assert problems("nice", {**NICE, "generation_backend": "hf"}, **spread) == {}
+    assert problems("nice", NICE, deepspeed=deepspeed_file(tmp_path, 2)) == {}
+
+
+@pytest.mark.parametrize("method", ["less", "icons", "cluster_less", "greats", "nice"])
+@pytest.mark.parametrize("key", ["packing", "neat_packing"])
+def test_validation_samples_are_not_packed(method: str, key: str) -> None:
+    select: dict[str, Any] = {"reward": "exact_match"} if method == "nice" else {}
+    found = problems(method, select, val_size=0.2, **{key: True})
+    assert set(found) == {key}
+    assert "eval_dataset" in found[key]
+    assert "dataflex.select.validation" in found[key]
+    assert problems(method, select, val_size=0.2, **{key: False}) == {}
+    assert problems(method, select, eval_dataset="held", **{key: True}) == {}
+    assert problems(method, {**select, **HELD}, val_size=0.2, **{key: True}) == {}
+    if key == "packing":  # packs are what is trained on there
+        assert problems(method, select, val_size=0.2, packing=True, stage="pt") == {}
+
+
+def test_packing_matters_only_to_validation_samples() -> None:
+    for method in ("loss", "grand", "el2n"):
+        assert problems(method, {}, val_size=0.2, packing=True) == {}

@@ -11,6 +11,7 @@ import pytest
 from dataflex.config import split_config
 from dataflex.data.plan import Planner
 from dataflex.errors import CheckpointError, ConfigError
+from dataflex.trainer.mixin import DynamicTrainerMixin
 from dataflex.trainer.run import DynamicRun
 from unit.fakes import FakeProbe, make_pool
 
@@ -147,3 +148,55 @@ def test_a_total_that_cuts_the_running_round_is_not_gone_on_with(total: int, fin
 def test_a_run_that_only_weights_needs_a_section() -> None:
     with pytest.raises(ValueError, match="dataflex: section"):
         DynamicRun(split_config({}))
+
+
+@pytest.mark.parametrize("method", ["loss", "grand", "less"])
+@pytest.mark.parametrize("size, measured", [(160, 8), (5, 5), (2, 2), (1, 1)])
+def test_a_probe_is_first_given_two_samples(method: str, size: int, measured: int) -> None:
+    """What a probe finds out about a model at its first call it finds out by comparing two."""
+    dynamic = run_of({"a": size}, select={"method": method, **({"validation": "v"} if method == "less" else {})})
+    dynamic.probe = FakeProbe(np.arange(size))
+    assert method in dynamic.expected_cost()
+    warm_up, timed = dynamic.probe.asked
+    assert warm_up.size == min(2, size)
+    assert timed.size == measured
+    assert dynamic.decision_seconds > 0
+
+
+@pytest.mark.parametrize(
+    "sharded, checkpointing, given, expected",
+    [
+        (False, False, None, 4 * 50),
+        (False, True, None, 4 * 50),
+        (True, False, None, 4 * 50),
+        (True, True, None, 50),
+        (True, True, 70, 70),
+        (False, False, 70, 70),
+    ],
+)
+@pytest.mark.parametrize("zero", [False, True])
+def test_tokens_of_a_gradient_batch(
+    sharded: bool, checkpointing: bool, given: int | None, expected: int, zero: bool
+) -> None:
+    """A sharded training that checkpoints activations has no memory to spare, and cannot halve its batches."""
+    dynamic = run_of({"a": 3}, **SELECT, probe_batch_tokens=given)
+    dynamic.pool = make_pool({"a": 3}, lengths=[10, 50, 20])
+    args = SimpleNamespace(per_device_train_batch_size=4, device="cpu", process_index=0, disable_tqdm=True)
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2, decode=lambda tokens, **_: "")
+    trainer: Any = SimpleNamespace(
+        dataflex=dynamic,
+        args=args,
+        is_fsdp_enabled=sharded and not zero,
+        _zero_stage=lambda: 3 if sharded and zero else 2 if zero else 0,
+        causal_model=lambda: SimpleNamespace(is_gradient_checkpointing=checkpointing),
+        raw_model=lambda: None,
+        data_collator=None,
+        accelerator=SimpleNamespace(autocast=None),
+        processing_class=tokenizer,
+        stop_tokens=None,
+        _release=lambda: None,
+    )
+    probe = DynamicTrainerMixin._make_probe(trainer)
+    assert probe.gradient_batch_tokens == expected
+    assert probe.batch_tokens == (given or 4 * 4 * 50)
+    assert probe.sharded == sharded

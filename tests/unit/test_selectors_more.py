@@ -1,23 +1,39 @@
-"""GREATS, cluster-LESS, TracIn, and LESS over checkpoints, against direct computations."""
+"""GREATS, cluster-LESS, TracIn, and LESS over checkpoints, against direct computations; the best of a pool."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, load_from_disk
 
 from dataflex.components import GradientSettings
 from dataflex.data.pool import Pool
-from dataflex.errors import ComponentError
+from dataflex.errors import ComponentError, ConfigError, DataFlexError
+from dataflex.offline import Amount, score_pool
 from dataflex.selectors.cluster_less import ClusterLessSelector, draw_members
 from dataflex.selectors.greats import GreatsSelector, greedy
 from dataflex.selectors.less import LessSelector
 from dataflex.selectors.tracin import TracinSelector
-from unit.fakes import FakeProbe, build, context, group_of, make_pool
+from dataflex.token_loss import IGNORE_INDEX
+from unit import fakes
+from unit.fakes import FakeProbe, ScoreSelector, build, context, group_of
+
+
+def make_pool(sizes: dict[str, int], untrained: Any = ()) -> Pool:
+    """Return a pool of which the samples ``untrained`` have no token to train on."""
+    pool = fakes.make_pool(sizes)
+    pool.__dict__["trained"] = ~np.isin(np.arange(pool.size), untrained)  # in place of the cached property
+    return pool
+
 
 # GREATS
 
@@ -153,6 +169,29 @@ def test_greats_takes_the_optimizers_learning_rate() -> None:
         assert set(selector.select(given, group_of(pool, 2)).indices.tolist()) == expected
 
 
+def test_greats_passes_over_what_has_no_label() -> None:
+    """A sample without a gradient would be taken before those that harm, U = 0."""
+    gradients = -np.ones((40, 2))
+    untrained = np.arange(0, 40, 3)
+    gradients[untrained] = 0.0
+    probe = ProductProbe(gradients, np.ones((3, 2)))
+    pool, held = make_pool({"a": 40}), make_pool({"held": 3})
+    pool.__dict__["trained"][untrained] = False
+    held.__dict__["trained"][:2] = False
+    chosen = build(GreatsSelector).select(context(pool, probe=probe, targets=held), group_of(pool, 8))
+    assert not np.isin(np.concatenate(probe.groups), untrained).any()
+    assert [candidates.size for candidates in probe.groups] == [16]
+    assert chosen.indices.size == 8
+    assert chosen.unscored > 0
+    assert probe.targets[0].tolist() == [2]
+    held.__dict__["trained"][:] = False
+    with pytest.raises(ComponentError, match="no validation sample has a token"):
+        build(GreatsSelector).select(context(pool, probe=probe, targets=held), group_of(pool, 8))
+    pool.__dict__["trained"][:] = False
+    with pytest.raises(ComponentError, match=r"no sample of .* has a token"):
+        build(GreatsSelector).select(context(pool, probe=probe, targets=held), group_of(pool, 8))
+
+
 # Cluster-LESS
 
 
@@ -174,12 +213,12 @@ def probe() -> FakeProbe:
 
 def clustered(**params: Any) -> ClusterLessSelector:
     selector = build(ClusterLessSelector, **params)
-    selector.load_state_dict({"clusters": CLUSTERS})
+    selector.load_state_dict({"clusters": CLUSTERS, "made_with": {"cluster_size": 64, "cluster_iterations": 10}})
     return selector
 
 
-def ctx_of(probe: Any, **changes: Any) -> Any:
-    return context(make_pool({"a": N}), probe=probe, targets=make_pool(SUBTASKS), **changes)
+def ctx_of(probe: Any, untrained: Any = (), **changes: Any) -> Any:
+    return context(make_pool({"a": N}, untrained), probe=probe, targets=make_pool(SUBTASKS), **changes)
 
 
 def subtask_cosines(probe: FakeProbe, sample: int) -> list[float]:
@@ -231,16 +270,51 @@ def test_whole_clusters_are_taken_best_first_and_the_last_one_in_part(probe: Fak
     assert len({index for part in drawn for index in part}) == 13
 
 
-def test_a_cluster_without_a_trained_token_is_never_chosen(probe: FakeProbe) -> None:
+def test_a_sample_without_a_trained_token_is_never_chosen(probe: FakeProbe) -> None:
+    untrained = np.concatenate([np.flatnonzero(CLUSTERS == 3), [0, 1, 2, 30, 59]])  # three of the four in cluster 0
+    probe.features[untrained] = np.nan
+    ctx = ctx_of(probe, untrained)
+    scores = clustered().score(ctx, np.arange(N))
+    assert np.flatnonzero(np.isnan(scores)).tolist() == sorted({*untrained})
+    assert not np.isin(probe.asked[0], untrained).any()
+    assert np.bincount(CLUSTERS[probe.asked[0]], minlength=6).tolist() == [1, 4, 3, 0, 1, 4]
+    assert scores[3] == pytest.approx(max(subtask_cosines(probe, 3)), abs=1e-6)
+    left = N - np.unique(untrained).size
+    chosen = clustered().select(ctx_of(probe, untrained), group_of(make_pool({"a": N}), left))
+    assert chosen.indices.tolist() == np.setdiff1d(np.arange(N), untrained).tolist()
+    assert chosen.unscored == N - left
+    with pytest.raises(ComponentError, match=f"{left + 1} samples are wanted but only {left} of 60 have a score"):
+        clustered().select(ctx_of(probe, untrained), group_of(make_pool({"a": N}), left + 1))
+    asked = len(probe.asked)
+    assert np.isnan(clustered().score(ctx_of(probe, np.arange(N)), np.arange(N))).all()
+    assert len(probe.asked) == asked
+
+
+def test_a_cluster_whose_representatives_have_no_score_has_none(probe: FakeProbe) -> None:
     probe.features[CLUSTERS == 3] = np.nan
-    probe.features[:3] = np.nan  # of the four in cluster 0
     scores = clustered().score(ctx_of(probe), np.arange(N))
     assert np.isnan(scores).tolist() == (CLUSTERS == 3).tolist()
-    np.testing.assert_allclose(scores[:4], max(subtask_cosines(probe, 3)), atol=1e-6)
-    chosen = clustered().select(ctx_of(probe), group_of(make_pool({"a": N}), 47))
-    assert chosen.unscored == 13
-    with pytest.raises(ComponentError, match="48 samples are wanted but only 47"):
-        clustered().select(ctx_of(probe), group_of(make_pool({"a": N}), 48))
+
+
+def labelled(labels: list[list[int]]) -> Pool:
+    columns = {"input_ids": [[7] * len(row) for row in labels], "labels": labels}
+    return Pool(Dataset.from_dict(columns), ("a",), np.array([len(labels)]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_which_samples_have_a_token_to_train_on(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = [rng.choice([IGNORE_INDEX, 0, 5], rng.integers(0, 6), p=[0.7, 0.2, 0.1]).tolist() for _ in range(200)]
+    expected = [any(label != IGNORE_INDEX for label in row[1:]) for row in labels]
+    assert labelled(labels).trained.tolist() == expected
+    assert 20 < sum(expected) < 180
+    part = labelled(labels).dataset.select(range(50, 150))
+    assert Pool(part, ("a",), np.array([100])).trained.tolist() == expected[50:150]
+
+
+def test_of_plain_text_every_token_is_trained_on() -> None:
+    dataset = Dataset.from_dict({"input_ids": [[1], [1, 2], [], [3, 4, 5]]})
+    assert Pool(dataset, ("a",), np.array([4])).trained.tolist() == [False, True, False, True]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -294,6 +368,31 @@ def test_clusters_of_separable_embeddings_are_found_once_and_kept(probe: FakePro
     assert first.indices.size == 20
     alone = build(ClusterLessSelector, cluster_size=12).score(ctx_of(embedding), np.arange(N))  # without a choice
     assert np.unique(alone).size == 5
+
+
+CHANGES = [{"cluster_size": 20}, {"cluster_iterations": 3}]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_clusters_of_other_parameters_are_made_again(probe: FakeProbe, changes: Any, caplog: Any) -> None:
+    embedding = EmbeddingProbe(features=probe.features, targets=probe.targets)
+    embedding.space = unit(np.random.default_rng(3), N)
+    selector = build(ClusterLessSelector, cluster_size=12)
+    selector.score(ctx_of(embedding), np.arange(N))
+    state = selector.state_dict()
+    other = build(ClusterLessSelector, **{"cluster_size": 12, **changes})
+    other.load_state_dict(state)
+    (key,) = changes
+    assert f"clusters were made with another {key}, so they are made again" in caplog.text
+    found = other.score(ctx_of(embedding, round=1), np.arange(N))
+    fresh = build(ClusterLessSelector, **{"cluster_size": 12, **changes})
+    np.testing.assert_array_equal(found, fresh.score(ctx_of(embedding, round=1), np.arange(N)))
+    caplog.clear()
+    same = build(ClusterLessSelector, cluster_size=12, representatives=2, proj_dim=64, aggregation="mean")
+    same.load_state_dict(state)
+    assert not caplog.text
+    same.score(ctx_of(embedding, round=1), np.arange(N))
+    assert embedding.embedded == 3
 
 
 # Stored checkpoints
@@ -375,6 +474,59 @@ def test_tracin_scores_are_made_once(course: CheckpointProbe) -> None:
     np.testing.assert_array_equal(resumed.score(ctx_of(None), np.arange(N)), whole)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"checkpoint_weights": [0.0, 0.0, 1.0]},
+        {"checkpoints": ["three", "two", "one"]},
+        {"preconditioner": "adam"},
+        {"sketch": "rademacher"},
+        {"proj_dim": 64},
+        {"projection_seed": 1},
+        {"unsupported_parameters": "ignore"},
+    ],
+)
+def test_tracin_scores_of_other_parameters_are_made_again(course: CheckpointProbe, changes: Any, caplog: Any) -> None:
+    given = {"checkpoints": list(course.of), "checkpoint_weights": [0.5, 0.3, 0.2]}
+    selector = build(TracinSelector, **given)
+    selector.score(ctx_of(course), np.arange(N))
+    state = json_and_back(selector.state_dict())
+    other = build(TracinSelector, **{**given, **changes})
+    other.load_state_dict(state)
+    (key,) = changes
+    assert f"scores were made with other {key}, so they are made again" in caplog.text
+    course.looked_at.clear()
+    found = other.score(ctx_of(course), np.arange(N))
+    assert len(course.looked_at) == 3
+    np.testing.assert_array_equal(
+        found, build(TracinSelector, **{**given, **changes}).score(ctx_of(course), np.arange(N))
+    )
+    caplog.clear()
+    for harmless in ({"rule": "sample"}, {"temperature": 0.5}, {"feature_dir": "features"}):
+        same = build(TracinSelector, **given, **harmless)
+        same.load_state_dict(state)
+        np.testing.assert_array_equal(same.score(ctx_of(None), np.arange(N)), state["scores"])
+    assert not caplog.text
+
+
+def json_and_back(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state as a checkpoint gives it back."""
+    return {
+        key: value if isinstance(value, np.ndarray) else json.loads(json.dumps(value)) for key, value in state.items()
+    }
+
+
+def test_a_state_that_does_not_tell_its_parameters_is_made_again(course: CheckpointProbe, caplog: Any) -> None:
+    selector = build(TracinSelector, checkpoints=list(course.of))
+    selector.load_state_dict({"scores": np.zeros(N, dtype=np.float32)})
+    assert "made again" in caplog.text
+    assert selector.state_dict() == {}
+    assert np.nanstd(selector.score(ctx_of(course), np.arange(N))) > 0.1
+    clusters = build(ClusterLessSelector)
+    clusters.load_state_dict({"clusters": CLUSTERS})
+    assert clusters.state_dict() == {}
+
+
 @pytest.mark.parametrize("aggregation", ["max", "mean"])
 def test_less_over_checkpoints(course: CheckpointProbe, aggregation: Any) -> None:
     selector = build(LessSelector, checkpoints=list(course.of), aggregation=aggregation, preconditioner="adam")
@@ -402,3 +554,74 @@ def test_cluster_less_over_checkpoints(course: CheckpointProbe) -> None:
     for number in range(6):
         expected = table[number == CLUSTERS].mean(axis=0).max()
         np.testing.assert_allclose(scores[number == CLUSTERS], expected, rtol=1e-4, atol=1e-5)
+
+
+# The best of a pool, without training
+
+
+def scored_run(scores: Any, seed: int = 0, leaves_out: bool = True) -> Any:
+    """Return a run of 2 domains whose selector gives these scores; its rows are not known."""
+    values = np.asarray(scores, dtype=np.float32)
+    selector = ScoreSelector(lambda candidates: values[candidates])
+    selector.leaves_out_unscored = leaves_out  # type: ignore[misc]
+    rows = Dataset.from_dict({"input_ids": [[number, number] for number in range(values.size)]})
+    pool = Pool(rows, ("a", "b"), np.array([values.size - 3, 3]))
+    return SimpleNamespace(
+        components=SimpleNamespace(select=selector), pool=pool, probe=FakeProbe(), targets=None, raw={},
+        settings=SimpleNamespace(seed=seed), config=SimpleNamespace(llamafactory={}),
+    )  # fmt: skip
+
+
+def outcome(folder: Path, scores: Any, amount: Amount, seed: int = 0) -> dict[str, Any]:
+    found = score_pool(scored_run(scores, seed), folder, amount)
+    table = pq.read_table(folder / "scores.parquet")
+    kept = load_from_disk(found["tokenized_path"])["train"]["input_ids"]
+    columns = {name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names}
+    assert [row[0] for row in kept] == np.flatnonzero(columns["selected"].astype(bool)).tolist()
+    return columns
+
+
+def test_ties_at_the_cut_are_drawn(tmp_path: Path) -> None:
+    scores = np.repeat([0.5, np.nan, 2.0, 0.5, -1.0], 8)
+    counts = np.zeros(scores.size)
+    for seed in range(60):
+        table = outcome(tmp_path / str(seed), scores, Amount(count=12), seed)
+        ranks, selected = table["rank"].astype(int), table["selected"].astype(bool)
+        assert sorted(ranks) == list(range(40))
+        assert (selected == (ranks < 12)).all()
+        assert sorted(ranks[16:24]) == list(range(8))  # the best
+        assert sorted(ranks[[*range(8), *range(24, 32)]]) == list(range(8, 24))
+        assert sorted(ranks[32:]) == list(range(24, 32))
+        assert sorted(ranks[8:16]) == list(range(32, 40))  # without a score
+        counts += selected
+    assert (counts[16:24] == 60).all()
+    assert (counts[8:16] == 0).all()
+    tied = counts[[*range(8), *range(24, 32)]]
+    assert tied.sum() == 4 * 60
+    assert tied.min() >= 5  # of 15 expected
+    again = outcome(tmp_path / "again", scores, Amount(count=12), 59)
+    assert (again["rank"] == table["rank"]).all()
+
+
+@pytest.mark.parametrize("fraction, count", [(0.05, 1), (0.5, 4), (1.0, 8)])
+def test_a_share_is_of_the_samples_that_have_a_score(tmp_path: Path, fraction: float, count: int) -> None:
+    table = outcome(tmp_path, [np.nan, np.nan, *range(8)], Amount(fraction))
+    assert np.flatnonzero(table["selected"].astype(bool)).tolist() == list(range(10 - count, 10))
+
+
+def test_more_than_have_a_score(tmp_path: Path) -> None:
+    scores = [1.0, np.nan, 2.0, np.nan, 3.0, np.nan]
+    with pytest.raises(ConfigError, match=r"--count: 4 samples are wanted, only 3 of the pool's 6 have a score"):
+        score_pool(scored_run(scores), tmp_path, Amount(count=4))
+    run = scored_run(scores)
+    run.components.select.function = None  # nothing is scored before it shows
+    with pytest.raises(ConfigError, match=r"--count: 7 samples are wanted, the pool has 6"):
+        score_pool(run, tmp_path, Amount(count=7))
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_sample_has_a_score(tmp_path: Path) -> None:
+    for amount in (Amount(), Amount(count=1)):
+        with pytest.raises(DataFlexError, match=r"'scores' has no score for any of the pool's 6 samples"):
+            score_pool(scored_run([np.nan] * 6), tmp_path, amount)
+    assert not list(tmp_path.iterdir())

@@ -100,16 +100,61 @@ class Pool:
 
     @cached_property
     def content_digest(self) -> str:
-        """A digest of every token and label of every sample, and of the domains."""
+        """A digest of the domains and of all columns of every sample; images and the like count by their path."""
         digest = hashlib.sha256(repr((self.domains, self.domain_sizes.tolist())).encode())
-        columns = [name for name in ("input_ids", "labels") if name in self.dataset.column_names]
         for table in self.dataset.with_format("arrow").iter(batch_size=_SCAN_ROWS):
-            for name in columns:
-                column = table.column(name).combine_chunks()
-                digest.update(np.diff(column.offsets.to_numpy()).astype(np.int64).data)
-                digest.update(column.flatten().to_numpy(zero_copy_only=False).astype(np.int64).data)
+            for name in sorted(table.column_names):
+                digest.update(name.encode())
+                _add(digest, table.column(name).combine_chunks())
         return digest.hexdigest()
+
+    @cached_property
+    def trained(self) -> NDArray[np.bool_]:
+        """Whether each sample has a token that is trained on, shape (N,): a label that counts, after the first."""
+        if "labels" not in self.dataset.column_names:  # plain text: every token is a label
+            return self.lengths > 1
+        import pyarrow.compute as pc
+
+        from dataflex.token_loss import IGNORE_INDEX
+
+        parts = []
+        for table in self.dataset.with_format("arrow").iter(batch_size=_SCAN_ROWS):
+            column = table.column("labels").combine_chunks()
+            lengths = pc.list_value_length(column).to_numpy()
+            ends = np.cumsum(lengths)
+            before = np.concatenate([[0], np.cumsum(column.flatten().to_numpy() != IGNORE_INDEX)])
+            parts.append(before[ends] > before[np.minimum(ends - lengths + 1, ends)])
+        return np.concatenate(parts)
 
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
         """Return samples as the collator takes them."""
         return self.dataset.__getitems__([int(index) for index in indices])
+
+
+def _add(digest: Any, values: Any) -> None:
+    """Add an arrow array: which values are null, and the others, whatever the width of numbers."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = values.storage if isinstance(values, pa.ExtensionArray) else values
+    digest.update(f" {len(values)} {values.null_count} ".encode())
+    if values.null_count:
+        digest.update(values.is_valid().to_numpy(zero_copy_only=False).data)
+        values = values.drop_null()
+    kind = values.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        _add(digest, pc.list_value_length(values))
+        _add(digest, values.flatten())
+    elif pa.types.is_struct(kind):
+        for field, part in zip(kind, values.flatten(), strict=True):
+            digest.update(field.name.encode())
+            _add(digest, part)
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        wide = np.int64 if pa.types.is_integer(kind) else np.float64
+        digest.update(values.to_numpy(zero_copy_only=False).astype(wide).data)
+    elif pa.types.is_binary(kind) or pa.types.is_string(kind):
+        _add(digest, pc.binary_length(values))
+        for value in values:
+            digest.update(value.as_buffer())
+    else:
+        digest.update(repr(values.to_pylist()).encode())

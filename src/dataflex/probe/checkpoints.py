@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dataflex.errors import ComponentError, ConfigError
+from dataflex.probe.mode import preserved_rng
 from dataflex.probe.moments import Moments
 
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
-_INDEX = "model.safetensors.index.json"
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_KEYS = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "oft_block_size", "coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms",
+)  # fmt: skip
+"""What changes an adapter's outputs while its weights stay the same: of LoRA, and of OFT."""
+_FULL = ("model.safetensors", "model.safetensors.index.json")
 
 
 @contextmanager
@@ -39,43 +47,96 @@ def weights_of(model: torch.nn.Module, folder: Path) -> Iterator[None]:
                     value.copy_(kept[name])
 
 
+def adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
+    """Return what the active adapter's configuration adds to its weights, as JSON values; empty without one."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return {}
+    given = model.peft_config[model.active_adapter].to_dict()
+    settings: dict[str, Any] = json.loads(json.dumps({key: given[key] for key in _ADAPTER_KEYS if key in given}))
+    return settings
+
+
 def _load(model: torch.nn.Module, folder: Path) -> None:
     from peft import PeftModel
-    from peft.utils import load_peft_weights, set_peft_model_state_dict
+    from safetensors import SafetensorError
 
-    trainable = {name for name, value in model.named_parameters() if value.requires_grad}
+    load = _load_adapter if isinstance(model, PeftModel) else _load_full
     try:
-        if isinstance(model, PeftModel):
-            if not any((folder / name).is_file() for name in _ADAPTER):
-                raise ComponentError(f"checkpoints: {folder} holds no adapter, but the model in training has one.")
-            found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), model.active_adapter)
-            unexpected = sorted(found.unexpected_keys)
-        else:
-            weights = _full_weights(folder)
-            found = model.load_state_dict({name: weights[name] for name in trainable & weights.keys()}, strict=False)
-            unexpected = sorted(weights.keys() - model.state_dict().keys())
+        strange = load(model, folder)
     except RuntimeError as error:  # torch's, of parameters of another shape, one to a line
         detail = str(error).splitlines()[-1].strip()
         raise ComponentError(f"checkpoints: {folder} is not of this model: {detail}") from error
-    missing = [key for key in found.missing_keys if key in trainable]
-    if unexpected or missing:
-        names = ", ".join((unexpected + missing)[:3])
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ComponentError(f"checkpoints: {folder} cannot be read: {error}") from error
+    if strange:
+        names = ", ".join(strange[:3])
         raise ComponentError(f"checkpoints: {folder} is not of this model: {names} and others do not match.")
 
 
-def _full_weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
+def _load_adapter(model: Any, folder: Path) -> list[str]:
+    """Load an adapter's weights; return the names that only one side has."""
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-    names = ["model.safetensors"]
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-    weights: dict[str, torch.Tensor] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise ComponentError(f"checkpoints: {folder} holds no model weights ({name} is missing).")
-        weights.update(load_file(folder / name))
-    return weights
+    if not any((folder / name).is_file() for name in _ADAPTER):
+        raise ComponentError(f"checkpoints: {folder} holds no adapter, but the model in training has one.")
+    _check_adapter(model, folder)
+    trainable = _trainable(model)
+    found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), model.active_adapter)
+    return sorted(found.unexpected_keys) + [key for key in found.missing_keys if key in trainable]
+
+
+def _check_adapter(model: torch.nn.Module, folder: Path) -> None:
+    """Raise unless the stored weights mean under the present configuration what they meant under their own."""
+    path = folder / _ADAPTER_CONFIG
+    if not path.is_file():
+        raise ComponentError(f"checkpoints: {folder} holds no {_ADAPTER_CONFIG} beside its adapter.")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for key, mine in adapter_settings(model).items():
+        theirs = stored.get(key, type(mine)())  # what an older peft did not write was off
+        if theirs != mine:
+            raise ComponentError(
+                f"checkpoints: the adapter in {folder} was trained with {key} = {theirs!r}, this run has {mine!r}. "
+                "With another value the same weights are another model: use the adapter settings of that run."
+            )
+
+
+def _load_full(model: Any, folder: Path) -> list[str]:
+    """Load a whole model's trainable weights; return the names that only one side has.
+
+    transformers reads the folder into a second model in main memory: it writes some models under other names and in
+    other shapes than they have in memory (each expert by itself), and only its own reading turns that back.
+    """
+    if (folder / _ADAPTER_CONFIG).is_file() or not any((folder / name).is_file() for name in _FULL):
+        raise ComponentError(f"checkpoints: {folder} holds no model weights ({_FULL[0]} is missing).")
+    trainable = _trainable(model)
+    with preserved_rng():
+        stored, found = type(model).from_pretrained(
+            folder,
+            config=model.config,
+            dtype=reduce(torch.promote_types, [value.dtype for value in trainable.values()]),
+            ignore_mismatched_sizes=True,  # told below
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    for name, there, here in sorted(found["mismatched_keys"]):
+        raise ComponentError(
+            f"checkpoints: {folder} is not of this model: size mismatch for {name}, which is {tuple(there)} there and "
+            f"{tuple(here)} in this model."
+        )
+    weights = dict(stored.named_parameters())
+    unexpected = found["unexpected_keys"] | (weights.keys() - dict(model.named_parameters()).keys())
+    missing = trainable.keys() - (weights.keys() - found["missing_keys"])
+    if not unexpected | missing:
+        with torch.no_grad():
+            for name, value in trainable.items():
+                value.copy_(weights[name])
+    return sorted(unexpected) + sorted(missing)
+
+
+def _trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
 def saved_moments(folder: Path, optimizer: Any, model: torch.nn.Module) -> dict[str, Moments]:

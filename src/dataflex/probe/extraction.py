@@ -17,6 +17,7 @@ from dataflex import distributed
 from dataflex.components import GradientSettings
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
+from dataflex.probe.checkpoints import adapter_settings
 from dataflex.probe.moments import Moments
 from dataflex.probe.store import FeatureStore
 
@@ -41,6 +42,8 @@ def extract(probe: ModelProbe, pool: Pool, indices: IndexArray, settings: Gradie
     """
     key = {
         "model": model_digest(probe.model(), probe.sharded),
+        "adapter": adapter_settings(probe.model()),
+        "precision": _precision(probe),
         "moments": None if settings.preconditioner == "none" else moments_digest(probe.optimizer_moments()),
         "data": pool.content_digest,
         "samples": hashlib.sha256(np.ascontiguousarray(indices, dtype="<i8").data).hexdigest(),
@@ -60,6 +63,12 @@ def extract(probe: ModelProbe, pool: Pool, indices: IndexArray, settings: Gradie
             probe.count(pool, indices[made])
     distributed.barrier()
     return store
+
+
+def _precision(probe: ModelProbe) -> str:
+    device = probe.device.type
+    with probe.autocast():
+        return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "as stored"
 
 
 def _make(
@@ -104,10 +113,10 @@ def _chunks(batches: list[IndexArray]) -> list[list[IndexArray]]:
 
 
 def model_digest(model: nn.Module, sharded: bool) -> str:
-    """Return a digest of every parameter and buffer of the model, frozen ones too."""
+    """Return a digest of every parameter and buffer: name, shape, whether it is trained, and every number."""
     digest = hashlib.sha256()
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(name.encode())
+        digest.update(f"{name} {value.requires_grad}".encode())
         _add(digest, value)
     parts = distributed.gather_objects(digest.hexdigest()) if sharded else [digest.hexdigest()]
     return hashlib.sha256("".join(parts).encode()).hexdigest()

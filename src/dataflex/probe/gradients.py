@@ -12,7 +12,7 @@ which it fetches parameters stays the one it recorded.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from dataflex.errors import ComponentError
 from dataflex.probe.layers import (
@@ -27,9 +28,9 @@ from dataflex.probe.layers import (
     Lookup,
     NormRecipe,
     Outer,
+    Rows,
     Whole,
     at_least_float32,
-    by_sample,
     dora_sum,
     flat_rows,
     is_dora,
@@ -95,7 +96,9 @@ class GradientPass:
         self._head_names: dict[str, str] = {}
         self._inside_head: set[str] = set()
         self._rows: Tensor | None = None
+        self._mixed: str | None = None
         self._complete = False
+        self._spread = any(isinstance(module, FSDPModule) for module in model.modules())
         self._roots: list[Tensor] = []
         self._uses: dict[str, int] = {}
         self._parts: dict[str, list[Contribution]] = {}
@@ -114,22 +117,26 @@ class GradientPass:
             ComponentError: naming trainable parameters of a kind without a rule.
         """
         self._batch = targets.shape[0]
-        self._clear()
         counts = (targets != IGNORE_INDEX).sum(1)
-        with torch.enable_grad(), self._hooks():
-            objective, sums = self._forward(inputs, targets, counts)
-            if objective.requires_grad:
-                self._check_all_seen(objective)
-                self._complete = True
-                torch.autograd.grad(objective, self._roots, allow_unused=True)
-        for name in self.names.values():
-            if name not in self._done and name not in self.left_out:
-                self._hand_on(name)
-        self._clear()
+        try:
+            with torch.enable_grad(), self._hooks():
+                objective, sums = self._forward(inputs, targets, counts)
+                if objective.requires_grad:
+                    self._check_all_seen(objective)
+                    self._complete = True
+                    torch.autograd.grad(objective, self._roots, allow_unused=True)
+            if self._mixed is not None:  # not in the backward: FSDP2 must see its end
+                raise RoutedRows(self._mixed)
+            for name in self.names.values():
+                if name not in self._done and name not in self.left_out:
+                    self._hand_on(name)
+        finally:
+            self._clear()
         return sample_means(sums, counts)
 
     def _clear(self) -> None:
-        self._roots, self._uses, self._parts, self._done, self._rows = [], {}, {}, set(), None
+        self._roots, self._uses, self._parts, self._done = [], {}, {}, set()
+        self._rows = self._mixed = None
 
     def _forward(self, inputs: dict[str, Any], targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is differentiated, and each sample's summed loss (B,)."""
@@ -186,10 +193,11 @@ class GradientPass:
             gradient[part] = gradients[0]
             for key, name in trained.items():
                 scaled = self._unscaled(gradients[1])
-                padded = by_sample(scaled, rows[part], self._batch)
-                made: Contribution = Whole(summed_over_tokens(padded, self._batch))
-                if key == "weight":
-                    made = Outer(by_sample(chunk.detach(), rows[part], self._batch), padded)
+                made = (
+                    self._outer(chunk.detach(), scaled, rows[part])
+                    if key == "weight"
+                    else self._whole(scaled, rows[part])
+                )
                 self._arrived(name, made)
         self._rows = None
         for name in self._uses.keys() & {*trained.values(), *self._inside_head}:
@@ -253,22 +261,36 @@ class GradientPass:
         samples = self._rows
 
         def arrived(gradient: Tensor) -> None:
-            caught, gradient = self._sorted_out(inputs, self._unscaled(gradient), samples, path)
-            for key, name in own.items():
-                self._arrived(name, self._rule(module, key, caught, gradient))
+            if self._in_order(gradient, samples, path):
+                for key, name in own.items():
+                    self._arrived(name, self._rule(module, key, inputs, self._unscaled(gradient), samples))
 
         output.register_hook(arrived)
 
-    def _rule(self, module: nn.Module, key: str, inputs: Tensor, gradient: Tensor) -> Contribution:
-        batch = self._batch
+    def _rule(
+        self, module: nn.Module, key: str, inputs: Tensor, gradient: Tensor, samples: Tensor | None
+    ) -> Contribution:
         if isinstance(module, nn.Embedding):
-            ids = inputs.reshape(batch, -1)
-            return Lookup(ids, flat_rows(gradient, batch), module.num_embeddings, module.padding_idx)
+            ids = inputs.reshape(self._batch, -1)
+            return Lookup(ids, flat_rows(gradient, self._batch), module.num_embeddings, module.padding_idx)
         if is_dora(module):
-            return Whole(summed_over_tokens(gradient * inputs, batch))
-        if key == "weight":
-            return Outer(flat_rows(inputs, batch), flat_rows(gradient, batch))
-        return Whole(summed_over_tokens(gradient, batch))
+            return self._whole(gradient * inputs, samples)
+        return self._outer(inputs, gradient, samples) if key == "weight" else self._whole(gradient, samples)
+
+    def _outer(
+        self, inputs: Tensor, gradient: Tensor, samples: Tensor | None, first: int = 0, rows: int | None = None
+    ) -> Outer:
+        """Return a matrix product's contribution; ``samples``: that of each row, where they are mixed."""
+        if samples is None:
+            return Outer(flat_rows(inputs, self._batch), flat_rows(gradient, self._batch), first, rows)
+        return Outer(inputs, gradient, first, rows, Rows.of(samples, self._batch))
+
+    def _whole(self, values: Tensor, samples: Tensor | None) -> Whole:
+        """Return a vector's contribution: ``values`` summed over each sample's tokens."""
+        if samples is None:
+            return Whole(summed_over_tokens(values, self._batch))
+        wide = at_least_float32(values)
+        return Whole(wide.new_zeros(self._batch, wide.shape[-1]).index_add_(0, samples, wide))
 
     def _watch(self, module: nn.Module, own: dict[str, str]) -> Callable[[], None]:
         """Catch the matrix products and normalisations inside a module of an unknown kind; returns how to undo it."""
@@ -357,10 +379,9 @@ class GradientPass:
             padding_idx = options[0] if options else named.get("padding_idx")
 
             def arrived(gradient: Tensor, name: str = name, padding_idx: int | None = padding_idx) -> None:
-                gradient = self._unscaled(gradient)
-                self._check_rows(gradient, name)
-                flat = flat_rows(gradient, self._batch)
-                self._arrived(name, Lookup(ids.reshape(self._batch, -1), flat, weight.shape[0], padding_idx))
+                if self._in_order(gradient, None, name):
+                    flat = flat_rows(self._unscaled(gradient), self._batch)
+                    self._arrived(name, Lookup(ids.reshape(self._batch, -1), flat, weight.shape[0], padding_idx))
 
             output.register_hook(arrived)
 
@@ -373,13 +394,12 @@ class GradientPass:
     def _product_arrived(
         self, name: str, inputs: Tensor, first: int, rows: int, samples: Tensor | None, gradient: Tensor
     ) -> None:
-        inputs, gradient = self._sorted_out(inputs, self._unscaled(gradient), samples, name)
-        made = Outer(flat_rows(inputs, self._batch), flat_rows(gradient, self._batch), first, rows)
-        self._arrived(name, made)
+        if self._in_order(gradient, samples, name):
+            self._arrived(name, self._outer(inputs, self._unscaled(gradient), samples, first, rows))
 
     def _bias_arrived(self, name: str, samples: Tensor | None, gradient: Tensor) -> None:
-        _, gradient = self._sorted_out(gradient, self._unscaled(gradient), samples, name)
-        self._arrived(name, Whole(summed_over_tokens(gradient, self._batch)))
+        if self._in_order(gradient, samples, name):
+            self._arrived(name, self._whole(self._unscaled(gradient), samples))
 
     def _after_norm(
         self, module: nn.Module, own: dict[str, str], seen: set[str], args: tuple[Any, ...], output: Any
@@ -393,8 +413,10 @@ class GradientPass:
             recipe = None
             if isinstance(output, Tensor) and args and set(rest) <= {"weight", "bias"}:
                 recipe = norm_recipe(module, args[0].detach(), output.detach())
+            if recipe is None and isinstance(output, Tensor) and not torch.isfinite(output).all():
+                raise ComponentError(f"what {path} is multiplied into is not finite: has training diverged?")
             if recipe is None:
-                self._refuse(module, rest)
+                self._refuse(f"a parameter of {type(module).__name__}", rest.values())
                 return
             self._norms[path] = recipe
         kept = normalized(args[0].detach(), self._norms[path])
@@ -405,52 +427,51 @@ class GradientPass:
         samples = self._rows
 
         def arrived(gradient: Tensor) -> None:
-            caught, gradient = self._sorted_out(kept, self._unscaled(gradient), samples, path)
-            for key, name in rest.items():
-                values = gradient * caught if key == "weight" else gradient
-                self._arrived(name, Whole(summed_over_tokens(values, self._batch)))
+            if self._in_order(gradient, samples, path):
+                gradient = self._unscaled(gradient)
+                for key, name in rest.items():
+                    self._arrived(name, self._whole(gradient * kept if key == "weight" else gradient, samples))
 
         output.register_hook(arrived)
 
-    def _refuse(self, module: nn.Module, rest: dict[str, str]) -> None:
+    def _refuse(self, what: str, rest: Collection[str]) -> None:
         if self.unsupported == "error":
-            names = ", ".join(sorted(rest.values()))
             raise ComponentError(
-                f"there is no per-sample gradient rule for {names} (a parameter of {type(module).__name__}). Supported "
+                f"there is no per-sample gradient rule for {', '.join(sorted(rest))} ({what}). Supported "
                 "are linear layers, embeddings, normalisation layers, LoRA and DoRA, routers and stacked experts. Set "
                 "unsupported_parameters: ignore to leave such parameters out of the features, or freeze them."
             )
-        self.left_out.update(rest.values())
+        self.left_out.update(rest)
 
     def _check_all_seen(self, objective: Tensor) -> None:
         """Refuse trainable parameters that were used where no hook saw it, once: theirs would count as no gradient."""
         if self._complete:
             return
+        if self._spread:  # autograd's leaves are not the parameters there, so what is not used counts as missed too
+            missed = set(self.names.values()) - self._uses.keys() - self.left_out
+            if missed:
+                self._refuse("not seen in the forward of these samples", missed)
+            return
         used = used_leaves(objective)
         for module in self.model.modules():
             own = self._own(module).items()
             missed = {
-                key: name
+                name
                 for key, name in own
                 if id(module._parameters[key]) in used and name not in self._uses and name not in self.left_out
             }
             if missed:
-                self._refuse(module, missed)
+                self._refuse(f"a parameter of {type(module).__name__}", missed)
 
-    def _sorted_out(self, inputs: Tensor, gradient: Tensor, samples: Tensor | None, path: str) -> tuple[Tensor, Tensor]:
-        """Return inputs and gradient with the samples apart; ``samples``: that of each row, where they are mixed."""
-        if samples is None:
-            self._check_rows(gradient, path)
-            return inputs, gradient
-        return by_sample(inputs, samples, self._batch), by_sample(gradient, samples, self._batch)
-
-    def _check_rows(self, gradient: Tensor, path: str) -> None:
-        """Make sure the rows of a gradient belong to the samples in order."""
-        if self._batch == 1 or (gradient.dim() > 2 and gradient.shape[0] == self._batch):
-            return
+    def _in_order(self, gradient: Tensor, samples: Tensor | None, path: str) -> bool:
+        """Return whether the rows of a gradient belong to the samples in order, or to those that ``samples`` names."""
+        if samples is not None or self._batch == 1 or (gradient.dim() > 2 and gradient.shape[0] == self._batch):
+            return True
         flattened = gradient.dim() == 2 and gradient.shape[0] % self._batch == 0
-        if not flattened or ".experts." in path:
-            raise RoutedRows(path)
+        if flattened and ".experts." not in path:
+            return True
+        self._mixed = path
+        return False
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
         return gradient if self._scale == 1.0 else gradient.float() / self._scale

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -49,27 +50,72 @@ class Contribution(ABC):
         """Return rows ``begin`` to ``end`` (absolute, inside its own) of the gradients, (B, end - begin, columns)."""
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Where rows of several samples, in any order, go when the samples are told apart.
+
+    Attributes:
+        samples: the sample of each row, (R,).
+        slots: its place among the rows of the sample, (R,).
+        batch: number of samples, B.
+        most: rows of the sample that has most, at least 1.
+    """
+
+    samples: Tensor
+    slots: Tensor
+    batch: int
+    most: int
+
+    @staticmethod
+    def of(samples: Tensor, batch: int) -> Rows:
+        """Return the places of rows whose samples are given, (R,)."""
+        counts = torch.bincount(samples, minlength=batch)
+        order = torch.argsort(samples, stable=True)
+        slots = torch.empty_like(samples)
+        numbers = torch.arange(samples.numel(), device=samples.device)
+        slots[order] = numbers - (counts.cumsum(0) - counts)[samples[order]]
+        return Rows(samples, slots, batch, max(1, int(counts.max())))
+
+    def apart(self, values: Tensor) -> Tensor:
+        """Return (R, d) as (B, most, d), padded with zeros."""
+        out = values.new_zeros(self.batch, self.most, values.shape[-1])
+        out[self.samples, self.slots] = values
+        return out
+
+
 class Outer(Contribution):
     """A matrix product: sum over tokens of (output gradient) x (input).
 
     Args:
-        inputs: (B, T, in).
-        gradients: (B, T, out).
+        inputs: (B, T, in), or (R, in) with ``where``.
+        gradients: (B, T, out), or (R, out) with ``where``.
         first: first row of the parameter this product touches; with ``rows``, for one expert of several.
         rows: rows of the whole parameter; none: out.
+        where: the samples of the tokens, where they are not in order; a head's wide gradients are told apart block by
+            block, since padding all of them would take several times their memory.
     """
 
-    def __init__(self, inputs: Tensor, gradients: Tensor, first: int = 0, rows: int | None = None) -> None:
-        self.inputs, self.gradients = inputs, gradients
-        self.batch, self.columns = inputs.shape[0], inputs.shape[-1]
+    def __init__(
+        self, inputs: Tensor, gradients: Tensor, first: int = 0, rows: int | None = None, where: Rows | None = None
+    ) -> None:
+        self.inputs, self.gradients, self.where = inputs, gradients, where
+        self.batch, self.columns = inputs.shape[0] if where is None else where.batch, inputs.shape[-1]
         self.first, self.count = first, gradients.shape[-1]
         self.rows = self.count if rows is None else rows
+
+    def apart(self, values: Tensor) -> Tensor:
+        """Return one number or more of every token, sample by sample: (B, T, d)."""
+        return values if self.where is None else self.where.apart(values)
+
+    @cached_property
+    def _inputs_apart(self) -> Tensor:
+        return self.apart(self.inputs)
 
     @property
     def small(self) -> bool:
         """Whether Gram matrices over tokens cost less than the products themselves."""
-        tokens = self.inputs.shape[1]
-        return self.batch * tokens * (self.columns + self.count) < self.columns * self.count
+        tokens = self.inputs.shape[:-1].numel()
+        return tokens * (self.columns + self.count) < self.columns * self.count
 
     def gram(self) -> Tensor:
         """Return the inner products of all pairs of samples, (B, B), without making the gradients.
@@ -77,15 +123,16 @@ class Outer(Contribution):
         <sum_t g_t x_t', sum_s h_s y_s'> = sum_ts (g_t . h_s)(x_t . y_s): the "ghost" inner product (GREATS, Wang et
         al. 2024).
         """
-        batch, tokens = self.inputs.shape[:2]
-        inputs, gradients = (at_least_float32(part).flatten(0, 1) for part in (self.inputs, self.gradients))
+        batch, tokens = self._inputs_apart.shape[:2]
+        parts = (self._inputs_apart, self.apart(self.gradients))
+        inputs, gradients = (at_least_float32(part).flatten(0, 1) for part in parts)
         both = (inputs @ inputs.T) * (gradients @ gradients.T)
         return both.view(batch, tokens, batch, tokens).sum((1, 3))
 
     def block(self, begin: int, end: int) -> Tensor:
         """Return rows ``begin`` to ``end`` of the products."""
-        part = self.gradients[..., begin - self.first : end - self.first].transpose(1, 2)
-        return product(part, self.inputs)
+        part = self.apart(self.gradients[..., begin - self.first : end - self.first])
+        return product(part.transpose(1, 2), self._inputs_apart)
 
 
 class Lookup(Contribution):
@@ -169,22 +216,6 @@ def blocks(parts: list[Contribution], elements: int) -> Iterator[tuple[int, Tens
                 total = total + part.block(begin, end)
             yield begin * columns, total.reshape(batch, -1)
     assert edges[-1] <= rows
-
-
-def by_sample(values: Tensor, samples: Tensor, batch: int) -> Tensor:
-    """Return rows sorted out by the sample they belong to, padded with zeros: (R, d) -> (B, most rows, d).
-
-    Args:
-        values: (R, d).
-        samples: the sample of each row, (R,), in any order.
-        batch: number of samples.
-    """
-    counts = torch.bincount(samples, minlength=batch)
-    order = torch.argsort(samples, stable=True)
-    slots = torch.arange(samples.numel(), device=samples.device) - (counts.cumsum(0) - counts)[samples[order]]
-    out = values.new_zeros(batch, max(1, int(counts.max())), values.shape[-1])
-    out[samples[order], slots] = values[order]
-    return out
 
 
 @dataclass(frozen=True)

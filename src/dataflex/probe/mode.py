@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 
 @contextlib.contextmanager
@@ -33,3 +34,10 @@ def probe_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Have FSDP2's modules hold their own parameters again, which a forward alone may leave gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

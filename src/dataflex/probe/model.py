@@ -39,7 +39,7 @@ from dataflex.probe.features import GramSink, NormSink, Sink, SketchSink, make_p
 from dataflex.probe.generation import generate_responses
 from dataflex.probe.gradients import GradientPass, RoutedRows, canonical, parameter_names
 from dataflex.probe.losses import Statistic, chunked_forward, cross_entropy, error_norm, full_forward, replaced_forward
-from dataflex.probe.mode import probe_mode
+from dataflex.probe.mode import probe_mode, reshard
 from dataflex.probe.moments import Moments
 from dataflex.probe.store import FeatureStore, similarities
 from dataflex.selection import ScoreArray
@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 _COMPARED_SAMPLES = 2
 """Samples whose losses and gradients are compared with the model's own, once."""
+_SUMMED_ROWS = 65536
+"""Embeddings summed over the processes at a time."""
 _LOOKED_AT = 64
 """Samples among which those are looked for."""
 _AGREEMENT = 2e-3
@@ -133,10 +135,12 @@ class ModelProbe:
         """Return mean-pooled hidden states of the last layer scaled to length 1, shape (n, hidden), float32."""
         model = self.model()
         width = model.get_input_embeddings().embedding_dim
-        values = torch.zeros(indices.size, width, dtype=torch.float32, device=self.device)
+        values = torch.zeros(indices.size, width)  # on the CPU: of a whole pool they may be more than the model
         with probe_mode(model), self.autocast():
             self._each(self.pool, indices, self.batch_tokens, partial(self._pooled, model), partial(_store, values))
-        return distributed.all_reduce_sum(values).cpu().numpy()
+        for part in values.split(_SUMMED_ROWS):
+            part.copy_(distributed.all_reduce_sum(part.to(self.device)))
+        return values.numpy()
 
     def _pooled(self, model: torch.nn.Module, rows: IndexArray) -> Tensor:
         inputs, targets = self._collated(self.pool, rows)
@@ -218,7 +222,10 @@ class ModelProbe:
     def products(
         self, groups: list[IndexArray], settings: GradientSettings, targets: IndexArray, target_pool: Pool
     ) -> list[ScoreArray]:
-        """Return the exact inner products of each group with itself and with validation samples."""
+        """Return the exact inner products of each group with itself and with validation samples.
+
+        Those of a sample without a token that is trained on are NaN.
+        """
         model, results = self.model(), [np.zeros((group.size, group.size + targets.size)) for group in groups]
         sink = GramSink(make_preconditioner(settings, self._moments(settings)), self.device)
         mine, useful = share_of(
@@ -226,27 +233,46 @@ class ModelProbe:
         )
         with probe_mode(model), self.autocast():
             self._look_at_head(model, self.pool, np.concatenate(groups))
+            reshard(model)
             probe = self._pass(model, settings, sink)
             for turn, (number,) in enumerate(mine):
                 group = groups[number]
                 rows = self.pool.rows(group) + target_pool.rows(targets)
-                inputs, labels = self._inputs(rows)
-                sink.begin(len(rows), torch.float32)
-                try:
-                    probe.run(inputs, labels)
-                except RoutedRows as error:
-                    raise ComponentError(
-                        f"inner products of whole batches cannot be taken: {error} mixes the rows of its samples."
-                    ) from error
-                self.after_backward()
+                products = self._whole_products(probe, sink, rows)
                 if turn < useful:
-                    results[number] = sink.result[: group.size].double().cpu().numpy()
+                    results[number] = products[: group.size].double().cpu().numpy()
         sizes = [result.shape for result in results]
         flat = torch.from_numpy(np.concatenate([result.ravel() for result in results])).float().to(self.device)
         whole = distributed.all_reduce_sum(flat).cpu().numpy()
         self.count(self.pool, np.concatenate(groups))
         ends = np.cumsum([rows * columns for rows, columns in sizes])
         return [part.reshape(size) for part, size in zip(np.split(whole, ends[:-1]), sizes, strict=True)]
+
+    def _whole_products(self, probe: GradientPass, sink: GramSink, rows: list[dict[str, Any]]) -> Tensor:
+        """Return the inner products of all pairs of one batch, NaN for samples without a trained token."""
+        inputs, labels = self._inputs(rows)
+        sink.begin(len(rows), _wide_dtype(probe.model))
+        try:
+            losses = probe.run(inputs, labels)
+        except RoutedRows as error:
+            raise ComponentError(
+                f"inner products of whole batches cannot be taken: {error} mixes the rows of its samples."
+            ) from error
+        except torch.OutOfMemoryError as error:
+            raise ComponentError(
+                f"the device has not the memory for the inner products of {len(rows)} samples of {labels.shape[1]} "
+                "tokens, which are one batch. Set a smaller group_size, candidate_factor or validation_size, or "
+                "shorten cutoff_len."
+            ) from error
+        self.after_backward()
+        empty = (labels == IGNORE_INDEX).all(1)
+        products = sink.result.masked_fill(empty.unsqueeze(0) | empty.unsqueeze(1), 0.0)
+        if not torch.isfinite(products).all():
+            raise ComponentError(
+                f"the inner products of a batch are not finite (its largest loss is {float(losses[~empty].max()):g}): "
+                "has training diverged?"
+            )
+        return products.masked_fill(empty.unsqueeze(0) | empty.unsqueeze(1), torch.nan)
 
     def generate(self, prompts: list[list[int]], settings: GenerationSettings, seed: int) -> list[list[list[int]]]:
         """Return ``settings.samples`` responses (token ids, prompt left out) of the model to each prompt."""
@@ -310,7 +336,8 @@ class ModelProbe:
         def scaled(batch: IndexArray, features: Tensor, losses: Tensor) -> None:
             if settings.normalize:
                 features = torch.nn.functional.normalize(features, dim=1)
-            consume(batch, features, losses)
+            with torch.autocast(self.device.type, enabled=False):  # products of features are in full precision
+                consume(batch, features, losses)
 
         self._measure(pool or self.pool, indices, settings, sink, scaled)
 
@@ -374,6 +401,7 @@ class ModelProbe:
         model = self.model()
         with probe_mode(model), self.autocast():
             self._look_at_head(model, pool, indices)
+            reshard(model)
             probe = self._pass(model, settings, sink)
             self._look_at_samples(probe, sink, pool, indices)
 
@@ -395,7 +423,7 @@ class ModelProbe:
 
     def gradient_batches(self, pool: Pool, indices: IndexArray) -> list[IndexArray]:
         """Return the batches gradients are taken in, as positions in ``indices``; the same on any processes."""
-        if self._samples_apart is False:
+        if not self._samples_apart:  # they do not, or no two samples were there to tell
             return length_batches(pool.lengths[indices], 1)
         return length_batches(pool.lengths[indices], self.gradient_batch_tokens or self.batch_tokens)
 
@@ -496,13 +524,17 @@ class ModelProbe:
         self._chunked_head = agrees
 
     def _look_at_samples(self, probe: GradientPass, sink: Sink, pool: Pool, indices: IndexArray) -> None:
-        """Find out whether two samples have the same gradients together as each alone."""
+        """Find out whether two samples have the same gradients together as each alone, when there are two."""
         if self._samples_apart is not None or not indices.size:
             return
         rows = self._labelled(pool, indices)
         alone = []
         for row in rows:
-            alone.append(self._gradient_batch(probe, sink, pool, row[None])[0])
+            values, loss = self._gradient_batch(probe, sink, pool, row[None])
+            if not torch.isnan(loss).any():
+                alone.append(values)
+        if len(alone) < _COMPARED_SAMPLES:  # nothing to compare: the question stays open
+            return
         apart = True
         try:
             both = self._gradient_batch(probe, sink, pool, rows)[0]

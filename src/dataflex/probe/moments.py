@@ -23,6 +23,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from dataflex.errors import ComponentError
+from dataflex.probe.mode import reshard
 
 _ADAMS = {
     "torch": {"Adam", "AdamW"},
@@ -80,6 +81,7 @@ def read_moments(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> di
     inner: Any = optimizer
     while isinstance(inner, AcceleratedOptimizer):
         inner = inner.optimizer
+    reshard(model)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not isinstance(inner, torch.optim.Optimizer):
         return _from_deepspeed(inner, parameters)
@@ -101,7 +103,8 @@ def _from_states(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tens
         group = groups[id(parameter)]
         state = optimizer.state.get(parameter)
         if state:
-            moments[name] = _read(_first(state), _second(state), state, group)
+            pair = _first(state, parameter.device), _second(state, parameter.device)
+            moments[name] = _read(*pair, state, group)
         else:
             zeros = torch.zeros(parameter.shape, device=parameter.device)
             moments[name] = _read(zeros, zeros, {"step": 0}, group)
@@ -177,12 +180,12 @@ def _read(exp_avg: Tensor, exp_avg_sq: Tensor, state: Mapping[str, Any], group: 
     return Moments(exp_avg, exp_avg_sq, int(step), (float(group["betas"][0]), float(group["betas"][1])), group["eps"])
 
 
-def _first(state: Mapping[str, Any]) -> Tensor:
-    return _whole(state["exp_avg"]) if "exp_avg" in state else _dequantised(state, 1)
+def _first(state: Mapping[str, Any], device: torch.device) -> Tensor:
+    return _whole(state["exp_avg"]) if "exp_avg" in state else _dequantised(state, 1, device)
 
 
-def _second(state: Mapping[str, Any]) -> Tensor:
-    return _whole(state["exp_avg_sq"]) if "exp_avg_sq" in state else _dequantised(state, 2)
+def _second(state: Mapping[str, Any], device: torch.device) -> Tensor:
+    return _whole(state["exp_avg_sq"]) if "exp_avg_sq" in state else _dequantised(state, 2, device)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -193,14 +196,20 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.to(tensor.device_mesh.device_type).full_tensor().float()
 
 
-def _dequantised(state: Mapping[str, Any], number: int) -> Tensor:
-    """Return state 1 or 2 of bitsandbytes, which keeps large ones in 8 bits and small ones as they are."""
+def _dequantised(state: Mapping[str, Any], number: int, device: torch.device) -> Tensor:
+    """Return state 1 or 2 of bitsandbytes, which keeps large ones in 8 bits and small ones as they are.
+
+    Paged states lie in memory that CPU and GPU share, as tensors of the CPU.
+    """
     values = state[f"state{number}"]
+    if values.device != device:
+        torch.cuda.synchronize(device)
+        values = values.to(device)
     if values.dtype != torch.uint8:
         return values
     from bitsandbytes.functional import dequantize_blockwise
 
-    absmax, code = state[f"absmax{number}"], state[f"qmap{number}"]
+    absmax, code = state[f"absmax{number}"].to(device), state[f"qmap{number}"].to(device)
     return dequantize_blockwise(values, absmax=absmax, code=code, blocksize=_BITSANDBYTES_BLOCK)
 
 

@@ -186,8 +186,8 @@ class KroneckerSketch:
         if isinstance(part, Outer):
             inputs = at_least_float32(part.inputs)
             # One expert of several has a stretch of all the rows.
-            left = gradients @ rows[part.first : part.first + part.count].to(gradients.dtype)
-            right = inputs @ columns.to(inputs.dtype)
+            left = part.apart(gradients @ rows[part.first : part.first + part.count].to(gradients.dtype))
+            right = part.apart(inputs @ columns.to(inputs.dtype))
         else:
             left = rows[part.ids].to(gradients.dtype)
             right = gradients @ columns.to(gradients.dtype)

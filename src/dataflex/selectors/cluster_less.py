@@ -1,8 +1,9 @@
 """Cluster-LESS: LESS on a few representatives of each cluster of samples, for a sixteenth of the gradients.
 
 Once, at the first decision, the pool is clustered by k-means on mean-pooled last hidden states of length 1, about
-``cluster_size`` samples in each. Every decision draws ``representatives`` members of each cluster; a cluster's score
-for a sub-task is the mean LESS score of its representatives, every member has its cluster's, and
+``cluster_size`` samples in each. Every decision draws ``representatives`` members of each cluster that have a token to
+train on; a cluster's score for a sub-task is the mean LESS score of its representatives, every such member has its
+cluster's, and
 
     score(z) = max over sub-tasks j of  mean over representatives r of z's cluster of  mean over v in V_j of
                cos(g(v), Gamma(r)).
@@ -17,6 +18,7 @@ Cost: one forward over the pool, once; then ``representatives / cluster_size`` o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
@@ -36,8 +38,12 @@ from dataflex.selectors.less import LessParams, LessSelector
 if TYPE_CHECKING:
     from dataflex.config import RunConfig
 
+logger = logging.getLogger(__name__)
+
 _EXACT_KMEANS = 50_000
 """Samples up to which k-means looks at all of them in every iteration."""
+_CLUSTERS_DEPEND_ON = {"cluster_size", "cluster_iterations"}
+"""Parameters; the pool and the seed are compared for every component."""
 
 
 class ClusterLessParams(LessParams):
@@ -78,7 +84,10 @@ class ClusterLessSelector(LessSelector):
         scores = self.score(ctx, candidates)
         scored = np.flatnonzero(~np.isnan(scores))
         if scored.size < count:
-            raise ComponentError(f"{count} samples are wanted but only {scored.size} are in a cluster with a score.")
+            raise ComponentError(
+                f"{count} samples are wanted but only {scored.size} of {candidates.size} have a score (the others have "
+                "no token to train on). Shorten update_steps or check the data."
+            )
         if self.params.rule == "top_k":
             ranked = np.lexsort((ctx.rng.random(scored.size), -scores[scored]))[:count]
         else:
@@ -89,15 +98,19 @@ class ClusterLessSelector(LessSelector):
         return Selection(candidates[chosen], scores[chosen], candidates.size - scored.size)
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return the score of every candidate's cluster; NaN where no representative has a trained token."""
+        """Return the score of every candidate's cluster; NaN where the candidate has no token to train on."""
         if self._clusters is None:
             embeddings = ctx.probe.embeddings(np.arange(ctx.pool.size))
             seed = int.from_bytes(ctx.rng.bytes(4), "little")
             self._clusters = distributed.on_main(partial(self._cluster, embeddings, seed))
-        clusters = self._clusters[candidates]
+        scores: ScoreArray = np.full(candidates.size, np.nan, dtype=np.float32)
+        trained = ctx.pool.trained[candidates]
+        if not trained.any():
+            return scores
+        members, clusters = candidates[trained], self._clusters[candidates[trained]]
         chosen = draw_members(clusters, self.params.representatives, ctx.rng)
         measure = self.over_checkpoints if self.params.checkpoints else self.influence
-        cosines = measure(ctx, candidates[chosen], self.params.settings())
+        cosines = measure(ctx, members[chosen], self.params.settings())
         scored = ~np.isnan(cosines).any(axis=1)
         number, width = int(clusters.max()) + 1, cosines.shape[1]
         sums, counts = np.zeros((number, width)), np.zeros(number)
@@ -106,7 +119,7 @@ class ClusterLessSelector(LessSelector):
         with np.errstate(invalid="ignore"):
             means = sums / counts[:, None]
         best = means.max(axis=1) if self.params.aggregation == "max" else means.mean(axis=1)
-        scores: ScoreArray = best[clusters].astype(np.float32)
+        scores[trained] = best[clusters]
         return scores
 
     def _cluster(self, embeddings: ScoreArray, seed: int) -> NDArray[np.int32]:
@@ -119,12 +132,24 @@ class ClusterLessSelector(LessSelector):
         return labels
 
     def state_dict(self) -> State:
-        """Return the clusters."""
-        return {} if self._clusters is None else {"clusters": self._clusters}
+        """Return the clusters, and the parameters they were made with."""
+        if self._clusters is None:
+            return {}
+        return {"clusters": self._clusters, "made_with": self.params.model_dump(include=_CLUSTERS_DEPEND_ON)}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back the clusters."""
-        self._clusters = state.get("clusters")
+        """Take back the clusters, unless they were made with other parameters."""
+        if not state:
+            return
+        now = self.params.model_dump(include=_CLUSTERS_DEPEND_ON)
+        then = state.get("made_with", {})
+        if changed := [key for key in sorted(now) if key not in then or then[key] != now[key]]:
+            logger.warning(
+                "select cluster_less: the checkpoint's clusters were made with another %s, so they are made again.",
+                ", ".join(changed),
+            )
+            return
+        self._clusters = state["clusters"]
 
 
 def draw_members(clusters: NDArray[np.int32], count: int, rng: np.random.Generator) -> IndexArray:

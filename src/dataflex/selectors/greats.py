@@ -23,10 +23,12 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from dataflex.components import ComponentParams, GradientSettings, Group, RoundContext, Selection, Selector
 from dataflex.data.sampling import IndexArray
+from dataflex.errors import ComponentError
 from dataflex.influence import ValidationParams
 from dataflex.registry import register
 from dataflex.selection import ScoreArray
@@ -61,9 +63,19 @@ class GreatsSelector(Selector):
         assert ctx.targets is not None
         size = self.params.group_size
         wanted = [min(size, group.budget - begin) for begin in range(0, group.budget, size)]
-        groups = [group.draw(int(np.ceil(count * self.params.candidate_factor))) for count in wanted]
-        number = min(self.params.validation_size, ctx.targets.size)
-        targets = np.sort(ctx.rng.choice(ctx.targets.size, number, replace=False))
+        trained = ctx.pool.trained
+        if not trained[group.start : group.stop].any():
+            raise ComponentError(f"no sample of {group.name} has a token that is trained on.")
+        unscored, groups = 0, []
+        for count in wanted:
+            candidates, skipped = _draw(group, int(np.ceil(count * self.params.candidate_factor)), trained)
+            groups.append(candidates)
+            unscored += skipped
+        usable = np.flatnonzero(ctx.targets.trained)
+        if not usable.size:
+            raise ComponentError("no validation sample has a token that is trained on.")
+        number = min(self.params.validation_size, usable.size)
+        targets = np.sort(ctx.rng.choice(usable, number, replace=False))
         settings = GradientSettings(unsupported=self.params.unsupported_parameters)
         products = ctx.probe.products(groups, settings, targets, ctx.targets)
         eta = self.params.learning_rate or ctx.learning_rate
@@ -72,7 +84,18 @@ class GreatsSelector(Selector):
             picks, values = greedy(matrix, count, eta)
             chosen.append(candidates[picks])
             gains.append(values)
-        return Selection(np.concatenate(chosen), np.concatenate(gains), shuffled=True)
+        return Selection(np.concatenate(chosen), np.concatenate(gains), unscored, shuffled=True)
+
+
+def _draw(group: Group, count: int, trained: NDArray[np.bool_]) -> tuple[IndexArray, int]:
+    """Return the next ``count`` samples with a token that is trained on, and how many without one were passed over."""
+    found = [np.empty(0, dtype=np.int64)]
+    drawn = 0
+    while (missing := count - sum(part.size for part in found)) > 0:
+        part = group.draw(missing)
+        drawn += part.size
+        found.append(part[trained[part]])
+    return np.concatenate(found), drawn - count
 
 
 def greedy(products: ScoreArray, count: int, eta: float) -> tuple[IndexArray, ScoreArray]:

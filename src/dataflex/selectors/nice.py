@@ -19,7 +19,9 @@ their rewards and their gradients.
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal, Self
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +32,14 @@ from dataflex.components import GenerationSettings, Probe, RoundContext
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
-from dataflex.influence import InfluenceParams, InfluenceSelector
+from dataflex.influence import InfluenceParams, InfluenceSelector, spread_by
 from dataflex.registry import register
 from dataflex.rewards import Reward, RewardChoice
 from dataflex.selection import ScoreArray
 from dataflex.token_loss import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from dataflex.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +81,21 @@ class NiceSelector(InfluenceSelector):
         self._reward: Reward = params.reward.build()
         self._directions: tuple[int, ScoreArray] | None = None
         """Round and target directions, (J, k): several groups of a round share them."""
+
+    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+        """Yield what shows before a model is loaded: vLLM is a package of its own and needs the whole weights."""
+        yield from super().problems(run)
+        if self.params.generation_backend != "vllm":
+            return
+        if find_spec("vllm") is None:
+            yield "generation_backend", "vllm is not installed; pip install vllm, or set generation_backend: hf."
+        spread = spread_by(run)
+        if spread is not None:
+            yield (
+                "generation_backend",
+                f"vllm needs the whole weights on one process, and {spread} spreads them over all; set "
+                "generation_backend: hf.",
+            )
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return each candidate's similarity with its nearest sub-task, shape (n,); NaN without a trained token."""

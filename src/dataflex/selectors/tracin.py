@@ -3,8 +3,8 @@
     score(z) = max over sub-tasks j of  mean over v in V_j of  sum_i eta_i <g_i(z), g_i(v)>,
 
 with g_i the gradient at checkpoint i and eta_i its learning rate (scaled to sum 1). Inner products, not cosines: long
-gradients, which short samples have, count more. The scores depend on the checkpoints alone, so they are made once, at
-the first decision.
+gradients, which short samples have, count more. The scores do not depend on the model in training, so they are made
+once, at the first decision.
 
 Source: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent (NeurIPS 2020, arXiv 2002.08484),
 equation 1 (TracInCP), with sketched gradients (its appendix on random projections).
@@ -13,6 +13,7 @@ Cost: one forward and backward of the pool and the validation samples for every 
 
 from __future__ import annotations
 
+import logging
 from typing import ClassVar
 
 import numpy as np
@@ -23,6 +24,14 @@ from dataflex.data.sampling import IndexArray
 from dataflex.influence import CheckpointParams, InfluenceParams, InfluenceSelector
 from dataflex.registry import register
 from dataflex.selection import ScoreArray
+
+logger = logging.getLogger(__name__)
+
+_SCORES_DEPEND_ON = {
+    "checkpoints", "checkpoint_weights", "preconditioner", "sketch", "proj_dim", "projection_seed",
+    "unsupported_parameters",
+}  # fmt: skip
+"""Parameters; the pool and the validation samples are compared for every component."""
 
 
 class TracinParams(InfluenceParams, CheckpointParams):
@@ -59,9 +68,21 @@ class TracinSelector(InfluenceSelector):
         return self._scores[candidates]
 
     def state_dict(self) -> State:
-        """Return the scores made so far."""
-        return {} if self._scores is None else {"scores": self._scores}
+        """Return the scores made so far, and the parameters they were made with."""
+        if self._scores is None:
+            return {}
+        return {"scores": self._scores, "made_with": self.params.model_dump(include=_SCORES_DEPEND_ON)}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back the scores."""
-        self._scores = state.get("scores")
+        """Take back the scores, unless they were made with other parameters."""
+        if not state:
+            return
+        now = self.params.model_dump(include=_SCORES_DEPEND_ON)
+        then = state.get("made_with", {})
+        if changed := [key for key in sorted(now) if key not in then or then[key] != now[key]]:
+            logger.warning(
+                "select tracin: the checkpoint's scores were made with other %s, so they are made again.",
+                ", ".join(changed),
+            )
+            return
+        self._scores = state["scores"]

@@ -51,6 +51,8 @@ class DynamicTrainerMixin(Trainer):
     def __init__(self, *, dataflex: DynamicRun, args: TrainingArguments, **kwargs: Any) -> None:
         self.dataflex = dataflex
         self._resumed_state: dict[str, Any] | None = None
+        self.stop_tokens: list[int] | None = (kwargs.get("gen_kwargs") or {}).get("eos_token_id")
+        """What LLaMA-Factory's own generation stops at; None in a stage that generates nothing."""
         if args.do_train and dataflex.instead is None:
             dataflex.set_steps(args)
         super().__init__(args=args, **kwargs)
@@ -123,6 +125,10 @@ class DynamicTrainerMixin(Trainer):
         cutoff = int(run.pool.lengths.max())
         micro_batch = self.args.per_device_train_batch_size * cutoff
         given = run.settings.probe_batch_tokens
+        sharded = self.is_fsdp_enabled or self._zero_stage() == 3
+        # The probe keeps all activations, which a training that checkpoints them may have no memory for; and where the
+        # model is sharded, no process may halve its batches on its own.
+        cautious = sharded and self.causal_model().is_gradient_checkpointing
         return ModelProbe(
             pool=run.pool,
             model=self.raw_model,
@@ -130,10 +136,10 @@ class DynamicTrainerMixin(Trainer):
             autocast=self.accelerator.autocast,
             device=self.args.device,
             batch_tokens=given or _PROBE_MICRO_BATCHES * micro_batch,
-            gradient_batch_tokens=given or micro_batch,
+            gradient_batch_tokens=given or (cutoff if cautious else micro_batch),
             moments=lambda: read_moments(self.optimizer, self.raw_model()),
-            tokens=_tokens(self.processing_class),
-            sharded=self.is_fsdp_enabled or self._zero_stage() == 3,
+            tokens=_tokens(self.processing_class, self.stop_tokens),
+            sharded=sharded,
             after_backward=self._release,
             saved_moments=lambda folder: saved_moments(folder, self.optimizer, self.raw_model()),
             progress=self.args.process_index == 0 and not self.args.disable_tqdm,
@@ -245,12 +251,17 @@ class DynamicTrainerMixin(Trainer):
         distributed.barrier()
 
 
-def _tokens(processing_class: Any) -> Tokens:
-    """Return what generation needs of a tokenizer, or of a processor's."""
+def _tokens(processing_class: Any, stops: list[int] | None) -> Tokens:
+    """Return what generation needs of a tokenizer, or of a processor's.
+
+    Args:
+        processing_class: the tokenizer or processor.
+        stops: tokens that end a response; None: the tokenizer's end-of-sequence token.
+    """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     return Tokens(
         pad=int(tokenizer.pad_token_id),
-        eos=(int(tokenizer.eos_token_id),),
+        eos=tuple(dict.fromkeys(map(int, [tokenizer.eos_token_id] if stops is None else stops))),
         decode=partial(tokenizer.decode, skip_special_tokens=True),
     )
 

@@ -199,7 +199,7 @@ class DynamicRun:
         some = by_length[np.linspace(0, pool.size - 1, min(pool.size, _CALIBRATION_SAMPLES)).astype(np.int64)]
         gradients = selector.probes == "gradients"
         measure = partial(probe.gradient_norms, settings=settings) if gradients else probe.losses
-        measure(some[:1])  # the first run also pays what is paid once
+        measure(some[:2])  # the first run also pays what is paid once; of one sample a probe cannot tell all of that
         middle = time.perf_counter()
         measure(some)
         sample = (time.perf_counter() - middle) / some.size
