@@ -260,9 +260,9 @@ def test_what_vllm_is_given(model: Any, tmp_path: Path, monkeypatch: pytest.Monk
     else:
         assert {"config.json", "model.safetensors"} <= set(seen["files"])
         assert seen["adapter"] is None
-    monkeypatch.setenv("STAND_IN_FAILS", "1")
-    with pytest.raises(ComponentError, match=r"(?s)vLLM ended with 1:.*no memory left"):
-        responses(given, [[5]], settings)
+        monkeypatch.setenv("STAND_IN_FAILS", "1")
+        with pytest.raises(ComponentError, match=r"(?s)vLLM ended with 1:.*no memory left"):
+            responses(given, [[5]], settings)
 
 
 def test_responses_end_where_llamafactorys_own_generation_ends(folder: Path, tmp_path: Path) -> None:

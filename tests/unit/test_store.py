@@ -317,6 +317,7 @@ def write_share(root: Path, number: int, barrier: Any) -> None:
     fill(opened(root), list(range(number, len(CHUNKS), 2)))
 
 
+@pytest.mark.launch
 def test_two_processes_fill_one_store(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(2)
