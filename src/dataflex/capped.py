@@ -122,7 +122,7 @@ class CappedScoring:
         """Return how many samples this decision may score in all."""
         everyone = np.arange(self.pool.size)
         if not self._samples:  # nothing is known of the cost yet: the two calibrating draws, then as it turns out
-            return 2 * _CALIBRATION
+            return min(2 * _CALIBRATION, self.pool.size)
         return self._affordable(ctx, book.has_scores(everyone), 0.0)
 
     def _affordable(self, ctx: RoundContext, has_scores: bool, paid_fixed: float) -> int:
@@ -190,8 +190,25 @@ class CappedScoring:
                 done.append(further)
                 values.append(scores)
                 self._seconds, self._samples = self._seconds + seconds, self._samples + further.size
+            self._warn_if_over(selector, ctx)
         book.record(np.concatenate(done), np.concatenate(values), ctx.update)
         self.notes["scored"] += sum(part.size for part in done)
+
+    def _warn_if_over(self, selector: Selector, ctx: RoundContext) -> None:
+        """Say so where the first decision alone took more than the cap allows the whole run."""
+        spent = distributed.on_main(self._spent)
+        if not ctx.start_step:
+            return
+        whole = spent.train_seconds * ctx.total_steps / ctx.start_step
+        if spent.decision_seconds > self.budget.max_overhead * whole:
+            logger.warning(
+                "select %s: max_overhead of %g allows %.3g s of decisions in the whole run, and finding out what "
+                "scoring costs took %.3g s: the cap is missed, and nothing more is scored.",
+                selector.name,
+                self.budget.max_overhead,
+                self.budget.max_overhead * whole,
+                spent.decision_seconds,
+            )
 
     def _timed(self, selector: Selector, ctx: RoundContext, indices: IndexArray) -> tuple[ScoreArray, float]:
         if not indices.size:

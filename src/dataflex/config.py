@@ -6,6 +6,7 @@ here imports torch or LLaMA-Factory.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dataflex import legacy, registry
 from dataflex.components import Component, ComponentParams, Components
-from dataflex.errors import ConfigError, Problem, unknown
+from dataflex.errors import ConfigError, Problem, did_you_mean, unknown
 from dataflex.yaml_file import read_yaml
 
 SECTION = "dataflex"
@@ -190,6 +191,8 @@ def _validate(
             elif item["type"] == "missing":
                 message = "needed."
             else:
-                message = f"{item['msg'].removeprefix('Value error, ')}, got {item['input']!r}."
+                message = f"{item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
+                known = re.findall(r"'([^']*)'", item["ctx"]["expected"]) if item["type"] == "literal_error" else []
+                message += did_you_mean(str(item["input"]), known) or "."
             problems.append(Problem(key, message))
         return None

@@ -173,6 +173,19 @@ def test_the_first_decision_finds_out_what_scoring_costs() -> None:
     assert following.budget["scored"] == int((0.9 * 0.25 * 20 - 0.6) / 0.04)
 
 
+def test_a_cap_too_small_for_the_first_decision_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    dear = Simulation(per_sample=5.0, fixed=1.0, warmup=20, rounds=2)  # 161 s against a quarter of 60 s
+    dear.round()
+    dear.round()
+    assert "max_overhead of 0.25 allows 15 s of decisions in the whole run" in caplog.text
+    assert "took 161 s" in caplog.text
+    caplog.clear()
+    cheap = Simulation(warmup=20)
+    cheap.round()
+    cheap.round()
+    assert caplog.text == ""
+
+
 def test_before_a_step_was_timed_only_the_cost_is_found_out() -> None:
     simulation = Simulation(per_sample=0.04, fixed=0.6)
     assert simulation.round().budget["scored"] == 32

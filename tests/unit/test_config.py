@@ -374,3 +374,8 @@ def test_built_in_methods() -> None:
     assert names["mixer"] >= {"static", "proportional", "uniform", "random"}
     assert names["order"] >= {"shuffle", "sort"}
     assert names["weighter"] >= {"uniform", "loss"}
+
+
+def test_the_nearest_of_a_few_values_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"select\.sketch: .*'count'.* got 'cout'; did you mean 'count'\?"):
+        split_config({"dataflex": {"select": {"method": "less", "sketch": "cout"}}})
