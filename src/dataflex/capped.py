@@ -36,8 +36,6 @@ _CLUSTERS = (8, 256)
 """Fewest and most clusters."""
 _CALIBRATION = 16
 """Samples in the draw that tells what a decision costs whatever it scores."""
-
-
 _CHOICE_ONLY = {"rule", "temperature", "max_overhead"}
 """Parameters of a selector that its scores do not depend on."""
 

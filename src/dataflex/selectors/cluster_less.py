@@ -141,9 +141,7 @@ class ClusterLessSelector(LessSelector):
         """Take back the clusters, unless they were made with other parameters."""
         if not state:
             return
-        now = self.params.model_dump(include=_CLUSTERS_DEPEND_ON)
-        then = state.get("made_with", {})
-        if changed := [key for key in sorted(now) if key not in then or then[key] != now[key]]:
+        if changed := self.params.differing(state.get("made_with", {}), _CLUSTERS_DEPEND_ON):
             logger.warning(
                 "select cluster_less: the checkpoint's clusters were made with another %s, so they are made again.",
                 ", ".join(changed),

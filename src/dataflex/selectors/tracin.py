@@ -77,9 +77,7 @@ class TracinSelector(InfluenceSelector):
         """Take back the scores, unless they were made with other parameters."""
         if not state:
             return
-        now = self.params.model_dump(include=_SCORES_DEPEND_ON)
-        then = state.get("made_with", {})
-        if changed := [key for key in sorted(now) if key not in then or then[key] != now[key]]:
+        if changed := self.params.differing(state.get("made_with", {}), _SCORES_DEPEND_ON):
             logger.warning(
                 "select tracin: the checkpoint's scores were made with other %s, so they are made again.",
                 ", ".join(changed),
