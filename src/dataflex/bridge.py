@@ -15,9 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +32,7 @@ from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError, unknown
 from dataflex.influence import ValidationParams
 from dataflex.record.writer import RunWriter
+from dataflex.trainer.evaluation import TOKEN_WEIGHTED, UNWEIGHTED
 from dataflex.trainer.mixin import DynamicTrainerMixin, Finished
 from dataflex.trainer.run import DynamicRun
 
@@ -144,21 +149,73 @@ def load_pool(
         stage=stage,
         **tokenizer_module,
     )
-    if not (dynamic.plans_data and training_args.do_train):
+    if data_args.streaming:
         return load(data_args=data_args)
+    if not (dynamic.plans_data and training_args.do_train):
+        module = load(data_args=_train_only(data_args)) if data_args.dataset or _is_stored(data_args) else {}
+        module["eval_dataset"] = _load_evaluation(load, data_args, dynamic, module.pop("eval_dataset", None))
+        if dynamic.has_budget and training_args.do_train:
+            dynamic.lengths = Pool.concatenate({"dataset": module["train_dataset"]}).lengths
+        return {key: value for key, value in module.items() if value is not None}
     names = tuple(dict.fromkeys(data_args.dataset))
     packed = data_args.packing or data_args.neat_packing or stage == "pt"  # then sample i need not be row i
-    if dynamic.instead is not None and not packed:
-        load = partial(_noting_raw_rows, load, dynamic.raw)
-    module = _load_one(load, data_args, names[0]) if len(names) == 1 else _load_each(load, data_args, names)
-    parts = module.pop("parts")
+    load_noting = partial(_noting_raw_rows, load, dynamic.raw) if dynamic.instead is not None and not packed else load
+    loader = _load_one if len(names) == 1 else _load_each
+    parts, held_out = loader(load_noting, _train_only(data_args), names)
+    evaluation = _load_evaluation(load, data_args, dynamic, held_out)
     dynamic.pool = Pool.concatenate(parts)
     if dynamic.instead is None:
         dynamic.set_steps(copy.copy(training_args))  # problems of the rounds show before a model is loaded
     request = dynamic.validation
     if request is not None:
-        dynamic.targets = _load_targets(load, data_args, request, module.get("eval_dataset"))
-    return {**module, "train_dataset": dynamic.pool.dataset}
+        dynamic.targets = _load_targets(load, data_args, request, evaluation)
+    module = {"train_dataset": dynamic.pool.dataset}
+    return module if evaluation is None else {**module, "eval_dataset": evaluation}
+
+
+def _train_only(data_args: Any) -> Any:
+    """Return the arguments that load the training data, and what is split off it, alone."""
+    if _is_stored(data_args):
+        return data_args
+    only = copy.copy(data_args)
+    only.eval_dataset = None
+    return only
+
+
+def _is_stored(data_args: Any) -> bool:
+    """Return whether ``tokenized_path`` holds one tokenized data set, not a folder for each."""
+    root = data_args.tokenized_path
+    return root is not None and any((Path(root) / name).exists() for name in ("dataset_dict.json", "state.json"))
+
+
+def _load_evaluation(load: GetDataset, data_args: Any, dynamic: DynamicRun, found: Any) -> Any:
+    """Return what the Trainer is to evaluate on, and tell the run which sample is from which data set.
+
+    Args:
+        load: LLaMA-Factory's loading.
+        data_args: its arguments.
+        dynamic: the run.
+        found: what was split off the training data or stored with it: a data set, several by name, or None.
+    """
+    parts = found
+    if found is None and data_args.eval_dataset:
+        parts = {}
+        for name in dict.fromkeys(data_args.eval_dataset):
+            only = copy.copy(data_args)
+            only.dataset, only.eval_dataset, only.interleave_probs, only.val_size = None, [name], None, 0.0
+            only.eval_on_each_dataset = False
+            only.tokenized_path = only.tokenized_path and str(Path(only.tokenized_path) / "eval" / name)
+            parts[name] = _load_named(load, only, name, "eval_dataset")["eval_dataset"]
+    if parts is None:
+        return None
+    if not isinstance(parts, dict):
+        names = data_args.eval_dataset or data_args.dataset or []
+        parts = {names[0] if len(names) == 1 else "held_out": parts}
+    for name in (TOKEN_WEIGHTED, UNWEIGHTED):
+        if name in parts:
+            raise ConfigError(f"eval_dataset: {name!r} is the name of a mean over the data sets; name it otherwise.")
+    dynamic.evaluation = Pool.concatenate(parts, "eval_dataset")
+    return parts if data_args.eval_on_each_dataset and data_args.eval_dataset else dynamic.evaluation.dataset
 
 
 def _noting_raw_rows(load: GetDataset, raw: dict[str, Any], data_args: Any) -> dict[str, Any]:
@@ -176,40 +233,32 @@ def _noting_raw_rows(load: GetDataset, raw: dict[str, Any], data_args: Any) -> d
         return load(data_args=data_args)
 
 
-def _load_one(load: GetDataset, data_args: Any, name: str) -> dict[str, Any]:
-    module = _load_named(load, data_args, name)
-    return {**module, "parts": {name: module.pop("train_dataset")}}
+def _load_one(load: GetDataset, data_args: Any, names: tuple[str, ...]) -> tuple[dict[str, Any], Any]:
+    """Return the training data set by name, and what was split off it or stored with it."""
+    module = _load_named(load, data_args, names[0])
+    return {names[0]: module["train_dataset"]}, module.get("eval_dataset")
 
 
-def _load_each(load: GetDataset, data_args: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """Load every data set on its own, so that packing never crosses a domain."""
-    from datasets import concatenate_datasets
-    from llamafactory.extras.misc import has_tokenized_data
-
+def _load_each(
+    load: GetDataset, data_args: Any, names: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Load every data set on its own, so that packing never crosses a domain; return them and what was split off."""
     root = data_args.tokenized_path
-    if root is not None and has_tokenized_data(root):
+    if _is_stored(data_args):
         raise ConfigError(
             f"tokenized_path: {root} holds one merged data set, whose domains cannot be told apart. Name an empty "
             "folder; every data set is saved in a folder of its own there."
         )
-    parts, held_out = {}, []
+    parts, held_out = {}, {}
     for name in names:
         only = copy.copy(data_args)
-        only.dataset, only.eval_dataset, only.interleave_probs = [name], None, None
+        only.dataset, only.interleave_probs = [name], None
         only.tokenized_path = None if root is None else str(Path(root) / name)
         module = _load_named(load, only, name)
         parts[name] = module["train_dataset"]
         if "eval_dataset" in module:
-            held_out.append(module["eval_dataset"])
-    result: dict[str, Any] = {"parts": parts}
-    if held_out:
-        result["eval_dataset"] = concatenate_datasets(held_out)
-    if data_args.eval_dataset is not None:
-        only = copy.copy(data_args)
-        only.dataset, only.val_size = None, 0.0
-        only.tokenized_path = None if root is None else str(Path(root) / "eval")
-        result["eval_dataset"] = load(data_args=only)["eval_dataset"]
-    return result
+            held_out[name] = module["eval_dataset"]
+    return parts, held_out or None
 
 
 def _load_targets(load: GetDataset, data_args: Any, request: ValidationParams, held_out: Any) -> Pool:
@@ -274,3 +323,64 @@ def _load_named(load: GetDataset, data_args: Any, name: str, key: str = "dataset
     except (ValueError, RuntimeError, OSError, StopIteration, DatasetsError) as error:
         detail = str(error) or "it is empty"
         raise ConfigError(f"{key}: {name!r} cannot be used: {detail}") from error
+
+
+_TOKENIZER_KEYS = (
+    "model_name_or_path", "model_revision", "cache_dir", "trust_remote_code", "use_fast_tokenizer",
+    "split_special_tokens", "add_tokens", "add_special_tokens", "new_special_tokens_config", "init_special_tokens",
+    "hf_hub_token", "ms_hub_token", "om_hub_token",
+)  # fmt: skip
+"""LLaMA-Factory's model arguments that its tokenizer depends on."""
+
+
+def pool_of(config: RunConfig) -> tuple[Pool, Any]:
+    """Load the pool of a run and its tokenizer, without the model, printing and logging nothing.
+
+    Only the keys that preprocessing depends on are used, so that it works on a machine that could not train: what says
+    how to train or on what (precision, quantization, DeepSpeed, the output folder) is left out. Nothing is written but
+    what the datasets library keeps in its cache.
+
+    Args:
+        config: the configuration of a run that plans its data; of its section nothing is read.
+
+    Returns:
+        The pool, and the tokenizer as LLaMA-Factory sets it up for the template.
+
+    Raises:
+        ConfigError: if LLaMA-Factory does not accept the arguments, or a data set cannot be loaded or is empty.
+        OSError: if the tokenizer is not there.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+        from llamafactory.extras.misc import has_tokenized_data
+        from llamafactory.hparams import DataArguments, get_train_args
+        from llamafactory.hparams.model_args import ProcessorArguments
+        from llamafactory.model import load_tokenizer
+
+        used = {field.name for part in (DataArguments, ProcessorArguments) for field in fields(part)}
+        used |= {*_TOKENIZER_KEYS, "stage", "seed"}
+        given = {key: value for key, value in config.llamafactory.items() if key in used}
+        unread = io.StringIO()
+        with (
+            contextlib.redirect_stdout(unread),
+            contextlib.redirect_stderr(unread),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            fixed = {"do_train": True, "output_dir": folder, "report_to": "none", "use_cpu": True}
+            model_args, data_args, training_args, finetuning_args, _ = _get_train_args(get_train_args, given | fixed)
+            module = load_tokenizer(model_args)
+            template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+            stage = finetuning_args.stage
+            load = partial(get_dataset, template, model_args, training_args=training_args, stage=stage, **module)
+            names = tuple(dict.fromkeys(data_args.dataset))
+            data_args.eval_dataset = None
+            if (root := data_args.tokenized_path) is not None:
+                kept = [root] if len(names) == 1 else [str(Path(root) / name) for name in names]
+                if not all(map(has_tokenized_data, kept)):  # it would be written there
+                    data_args.tokenized_path = None
+            parts, _ = (_load_one if len(names) == 1 else _load_each)(load, data_args, names)
+    finally:
+        logging.disable(disabled)
+    return Pool.concatenate(parts), module["tokenizer"]

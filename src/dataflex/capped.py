@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dataflex import distributed
 from dataflex.budget import Budget, Costs, ScoreBook, affordable
@@ -24,7 +25,7 @@ from dataflex.components import RoundContext, Selection, State, check_scores
 from dataflex.data.clusters import token_clusters
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
-from dataflex.selection import ScoreArray
+from dataflex.selection import ScoreArray, ranks_among, ranks_of_best
 
 if TYPE_CHECKING:
     from dataflex.components import Selector
@@ -90,6 +91,7 @@ class CappedScoring:
             self._score(selector, ctx, book, candidates, share)
         self.notes["allowed"] = ctx.memo["allowed"]
         max_age = book.max_age(candidates, count, ctx.update)
+        used, estimated = book.used[candidates], book.estimates(candidates, ctx.update, max_age)
         try:
             chosen, estimates = book.choose(
                 candidates,
@@ -107,7 +109,9 @@ class CappedScoring:
         ctx.memo["chosen"] = own, chosen_before + chosen.size
         self.notes["max_age"] = max(max_age, self.notes.get("max_age", 0))
         self.notes["chosen_by_own_score"] = round(own / (chosen_before + chosen.size), 4)
-        return Selection(chosen, estimates, int(book.unscorable(candidates).sum()))
+        ranks = _ranks(estimated, used, np.searchsorted(candidates, chosen), selector.params.rule)
+        unscored = int(book.unscorable(candidates).sum())
+        return Selection(chosen, estimates, unscored, ranks=ranks, ranked=candidates.size - unscored)
 
     def _book_now(self) -> ScoreBook:
         if self._book is None:
@@ -236,3 +240,25 @@ class CappedScoring:
         seconds, samples, fixed, count = state["costs"].tolist()
         self._seconds, self._samples = seconds, int(samples)
         self._fixed_seconds, self._fixed_count = fixed, int(count)
+
+
+def _ranks(
+    estimated: ScoreArray, used: NDArray[np.bool_], chosen: IndexArray, rule: Literal["top_k", "sample"]
+) -> IndexArray:
+    """Return the rank of each chosen position by its estimate, shape (k,); used candidates come after all others.
+
+    Args:
+        estimated: of all candidates; NaN where one cannot be scored.
+        used: whether each was chosen since it was last scored.
+        chosen: positions, ascending.
+        rule: that chose them; ``top_k`` took the best of the first kind, then of the second.
+    """
+    ranks = np.empty(chosen.size, dtype=np.int64)
+    ahead = 0
+    for kind in (~used & ~np.isnan(estimated), used & ~np.isnan(estimated)):
+        among, own = np.flatnonzero(kind), np.flatnonzero(kind[chosen])
+        values = estimated[among]
+        places = np.searchsorted(among, chosen[own])
+        ranks[own] = ahead + (ranks_of_best(values[places]) if rule == "top_k" else ranks_among(values, places))
+        ahead += among.size
+    return ranks

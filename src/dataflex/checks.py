@@ -252,9 +252,34 @@ def _stage(config: RunConfig) -> Iterator[Problem]:
     for name in ("USE_RAY", "USE_MCA", "USE_V1"):
         if os.environ.get(name, "").lower() in ("1", "true", "y"):
             yield Problem(f"environment variable {name}", f"is not supported with {SECTION}:.")
+    yield from _length(config)
+
+
+_LAYERWISE = ("galore_layerwise", "apollo_layerwise")
+
+
+def _length(config: RunConfig) -> Iterator[Problem]:
+    """What says how long training lasts: at most one key, and for a budget what can follow it."""
     settings = config.dataflex
-    if settings is not None and settings.train_steps is not None and _number(config, "max_steps", -1) > 0:
-        yield Problem(f"{SECTION}.train_steps", "and max_steps both set the total number of steps; keep one.")
+    if settings is None:
+        return
+    ours = ("train_steps", "train_tokens", "train_seconds")
+    given = [f"{SECTION}.{key}" for key in ours if getattr(settings, key) is not None]
+    if _number(config, "max_steps", -1) > 0:
+        given.append("max_steps")
+    if len(given) > 1:
+        yield Problem(given[0], f"and {' and '.join(given[1:])} both say how long training lasts; keep one.")
+    if settings.train_tokens is None and settings.train_seconds is None:
+        return
+    budget = f"{SECTION}.train_tokens" if settings.train_tokens is not None else f"{SECTION}.train_seconds"
+    schedule = str(config.llamafactory.get("lr_scheduler_type", "linear"))
+    if schedule in ("reduce_lr_on_plateau", "greedy"):
+        yield Problem("lr_scheduler_type", f"{schedule!r} has no length that could follow {budget}; use cosine, say.")
+    for key in _LAYERWISE:
+        if _truthy(config, key):
+            yield Problem(key, f"has schedules of its own, which do not follow {budget}; use train_steps.")
+    if _truthy(config, "streaming"):
+        yield Problem("streaming", f"{budget} needs the lengths of all samples; set it to false, or use max_steps.")
 
 
 def _data_path(config: RunConfig) -> Iterator[Problem]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dataflex.data.sampling import IndexArray, PassSampler
 from dataflex.errors import ComponentError
-from dataflex.selection import ScoreArray, sample_softmax, top_k
+from dataflex.selection import ScoreArray, ranks_among, ranks_of_best, sample_softmax, top_k
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -231,12 +231,17 @@ class Selection:
         scores: their scores in the same order, or None where the selector has none.
         unscored: candidates left out because they have no score (no token to train on).
         shuffled: whether the indices are in random order already.
+        ranks: the rank of each among the candidates of its group, in the same order, int64: 1 is the best, ties broken
+            as the rule that chose breaks them; 0 for a sample taken without a choice. None where nothing is ranked.
+        ranked: candidates the ranks are among.
     """
 
     indices: IndexArray
     scores: ScoreArray | None = None
     unscored: int = 0
     shuffled: bool = False
+    ranks: IndexArray | None = None
+    ranked: int = 0
 
 
 class Component:
@@ -323,10 +328,18 @@ class Selector(Component):
         values = scores[scored]
         if self.params.rule == "top_k":
             chosen = top_k(values, count)
+            ranks = ranks_of_best(values[chosen])
         else:
             spread = float(values.std()) or 1.0
             chosen = sample_softmax(values.astype(np.float64) / (spread * self.params.temperature), count, ctx.rng)
-        return Selection(candidates[scored[chosen]], values[chosen], candidates.size - scored.size)
+            ranks = ranks_among(values, chosen)
+        return Selection(
+            candidates[scored[chosen]],
+            values[chosen],
+            candidates.size - scored.size,
+            ranks=ranks,
+            ranked=scored.size,
+        )
 
     def select(self, ctx: RoundContext, group: Group) -> Selection:
         """Return ``group.budget`` samples: whole passes while the budget exceeds the group, then a choice."""
@@ -339,12 +352,7 @@ class Selector(Component):
         self._check_distinct(chosen, group)
         if not passes:
             return chosen
-        if chosen.scores is None:
-            return Selection(np.concatenate([whole, chosen.indices]), None, chosen.unscored)
-        blank = np.full(whole.size, np.nan, dtype=np.float32)
-        return Selection(
-            np.concatenate([whole, chosen.indices]), np.concatenate([blank, chosen.scores]), chosen.unscored
-        )
+        return join([Selection(whole), chosen])
 
     def _check_distinct(self, chosen: Selection, group: Group) -> None:
         inside = chosen.indices[(chosen.indices >= group.start) & (chosen.indices < group.stop)]
@@ -352,6 +360,28 @@ class Selector(Component):
         seen[inside - group.start] = True
         if np.count_nonzero(seen) < inside.size:
             raise ComponentError(f"{self.family} {self.name!r} chose a sample of {group.name!r} more than once.")
+
+
+def join(parts: list[Selection]) -> Selection:
+    """Return selections one after another; a sample of a part without scores or ranks has NaN or 0 there."""
+    if len(parts) == 1:
+        return parts[0]
+    scores = ranks = None
+    if any(part.scores is not None for part in parts):
+        scores = np.concatenate(
+            [np.full(part.indices.size, np.nan, np.float32) if part.scores is None else part.scores for part in parts]
+        )
+    if any(part.ranks is not None for part in parts):
+        ranks = np.concatenate(
+            [np.zeros(part.indices.size, np.int64) if part.ranks is None else part.ranks for part in parts]
+        )
+    return Selection(
+        np.concatenate([part.indices for part in parts]),
+        scores,
+        sum(part.unscored for part in parts),
+        ranks=ranks,
+        ranked=sum(part.ranked for part in parts),
+    )
 
 
 def check_scores(

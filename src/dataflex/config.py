@@ -34,6 +34,12 @@ class DataFlexConfig(BaseModel):
     )
     updates: int = Field(-1, description="Decisions in a cycle; -1: until training ends.")
     train_steps: int | None = Field(None, ge=1, description="Total optimizer steps; wins over num_train_epochs.")
+    train_tokens: int | None = Field(
+        None, ge=1, description="Training ends when so many tokens are trained on, in the place of a number of steps."
+    )
+    train_seconds: float | None = Field(
+        None, gt=0, description="Training ends after so many seconds of training and decisions together."
+    )
     seed: int = Field(42, ge=0, description="Seed of every decision.")
     probe_batch_tokens: int | None = Field(
         None,
@@ -142,8 +148,8 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     if problems:
         return plain, problems
     if not params:
-        note = f"{SECTION}: has none of select, mix, order, weight; this is a plain LLaMA-Factory run."
-        return replace(plain, notes=(*notes, note)), []
+        note = f"{SECTION}: has none of select, mix, order, weight; the run trains as LLaMA-Factory does, on record."
+        notes.append(note)
     return RunConfig(rest, config, params, source, tuple(notes)), []
 
 

@@ -9,6 +9,9 @@ from dataflex.data.sampling import IndexArray
 
 ScoreArray = NDArray[np.float32]
 
+_BLOCK = 1 << 20
+"""Scores looked at together where ranks are counted."""
+
 
 def top_k(scores: NDArray[np.floating], count: int) -> IndexArray:
     """Return the positions of the ``count`` largest scores, ascending; ties go to the lower position. O(N)."""
@@ -20,6 +23,48 @@ def top_k(scores: NDArray[np.floating], count: int) -> IndexArray:
     above = np.flatnonzero(scores > threshold)
     ties = np.flatnonzero(scores == threshold)[: count - above.size]
     return np.sort(np.concatenate([above, ties])).astype(np.int64)
+
+
+def ranks_of_best(scores: NDArray[np.floating]) -> IndexArray:
+    """Return the rank of each of the scores :func:`top_k` took, shape (k,): 1 is the best, ties to the lower position.
+
+    They are the best of all, so their ranks among the candidates are those among themselves.
+    """
+    ranks = np.empty(scores.size, dtype=np.int64)
+    ranks[np.argsort(-scores, kind="stable")] = np.arange(1, scores.size + 1)
+    return ranks
+
+
+def ranks_among(scores: NDArray[np.floating], chosen: IndexArray) -> IndexArray:
+    """Return the rank of each chosen position among all scores, shape (k,): 1 is the best, ties to the lower position.
+
+    O(N log k), in blocks: the scores that were not chosen are counted, not sorted.
+
+    Args:
+        scores: of all candidates, not NaN, shape (N,).
+        chosen: distinct positions, ascending, shape (k,).
+    """
+    values, number = np.unique(scores[chosen], return_inverse=True)
+    between = np.zeros(values.size + 1, dtype=np.int64)
+    """Scores above ``values[i - 1]`` and up to ``values[i]``."""
+    equal = np.zeros(values.size, dtype=np.int64)
+    """Scores equal to each value, in the blocks so far."""
+    ranks = np.ones(chosen.size, dtype=np.int64)
+    for begin in range(0, scores.size, _BLOCK):
+        block = scores[begin : begin + _BLOCK]
+        place = np.searchsorted(values, block)
+        between += np.bincount(place, minlength=between.size)
+        tied = np.flatnonzero(values[np.minimum(place, values.size - 1)] == block) if values.size else place[:0]
+        order = tied[np.argsort(place[tied], kind="stable")]
+        counts = np.bincount(place[order], minlength=values.size)
+        before = np.empty(block.size, dtype=np.int64)
+        starts = np.cumsum(counts) - counts
+        before[order] = np.arange(order.size) + (equal - starts)[place[order]]
+        first, last = np.searchsorted(chosen, [begin, begin + block.size])
+        ranks[first:last] += before[chosen[first:last] - begin]
+        equal += counts
+    above = between[::-1].cumsum()[::-1]
+    return ranks + above[number + 1]
 
 
 def sample_without_replacement(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dataflex import capped
+from dataflex.budget import ScoreBook
 from dataflex.capped import CappedScoring, Spent
 from dataflex.components import Components, Mixer, MixerParams, RoundContext, Selector, SelectorParams
 from dataflex.config import split_config
@@ -138,6 +139,49 @@ def test_a_run_ends_under_its_cap(per_sample: float, fixed: float, warmup: int, 
     simulation = Simulation(per_sample=per_sample, fixed=fixed, warmup=warmup, **groups)
     simulation.run()
     assert 0.17 < simulation.overhead <= 0.25
+
+
+@pytest.mark.parametrize("rule", ["top_k", "sample"])
+@pytest.mark.parametrize("case", ["fresh", "used", "mixed"])
+def test_samples_are_ranked_by_their_estimates_and_those_used_come_last(
+    case: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    original = ScoreBook.choose
+
+    def choose(self: ScoreBook, candidates: np.ndarray, count: int, update: int, rng: Any, **given: Any) -> Any:
+        estimates = self.estimates(candidates, update, self.max_age(candidates, count, update))
+        asked.append((candidates, estimates, self.used[candidates]))
+        return original(self, candidates, count, update, rng, **given)
+
+    monkeypatch.setattr(ScoreBook, "choose", choose)
+    changes: dict[str, Any] = {
+        "fresh": {},
+        "used": {"batch": 20, "per_sample": 5.0},
+        "mixed": {**MIXED, "per_sample": 5.0},
+    }[case]
+    simulation = Simulation(rounds=5, rule=rule, **changes)
+    simulation.truth[::9] = np.nan  # all of a cluster, without a token to train on
+    again = 0
+    for _ in range(5):
+        asked.clear()
+        plan = simulation.round()
+        assert sum(plan.candidates.values()) == sum(int((~np.isnan(estimates)).sum()) for _, estimates, _ in asked)
+        for candidates, estimates, used in asked:
+            inside = np.flatnonzero(np.isin(plan.indices, candidates) & (plan.ranks > 0))
+            ranks = dict(zip(plan.indices[inside].tolist(), plan.ranks[inside].tolist(), strict=True))
+            keys = [
+                (bool(late), -float(value)) for value, late in zip(estimates, used, strict=True) if not np.isnan(value)
+            ]
+            for index, rank in ranks.items():
+                place = int(np.searchsorted(candidates, index))
+                key = (bool(used[place]), -float(estimates[place]))
+                better = sum(other < key for other in keys)
+                assert better < rank <= better + sum(other == key for other in keys)
+                again += key[0]
+            if rule == "top_k":
+                assert sorted(ranks.values()) == list(range(1, len(ranks) + 1))
+    assert (again > 0) == (case != "fresh")
 
 
 def test_a_cheap_selector_scores_everything() -> None:

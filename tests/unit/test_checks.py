@@ -221,3 +221,22 @@ def test_llamafactory_takes_batches_of_one_there() -> None:
     called = source.split("def __call__")[1]
     assert 'if self.neat_packing and self.attn_implementation == "flash_attention_2":' in called
     assert 'assert features["input_ids"].shape[0] == 1' in called
+
+
+@pytest.mark.parametrize(
+    ("changes", "section", "key", "text"),
+    [
+        ({}, {**SELECT, "train_steps": 5, "train_tokens": 9}, "dataflex.train_steps", "dataflex.train_tokens"),
+        ({"max_steps": 5}, {"train_seconds": 9}, "dataflex.train_seconds", "max_steps"),
+        ({"max_steps": 5}, {**SELECT, "train_steps": 9}, "dataflex.train_steps", "max_steps"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, {"train_tokens": 9}, "lr_scheduler_type", "train_tokens"),
+        ({"galore_layerwise": True}, {"train_tokens": 9}, "galore_layerwise", "train_tokens"),
+        ({"streaming": True}, {"train_tokens": 9}, "streaming", "lengths"),
+    ],
+)
+def test_what_ends_a_run(
+    keys: dict[str, Any], changes: dict[str, Any], section: dict[str, Any], key: str, text: str
+) -> None:
+    problems = found(keys, section, **changes)
+    assert problems.keys() == {key}
+    assert text in problems[key]

@@ -95,9 +95,10 @@ def test_no_section_is_a_plain_run() -> None:
     assert config.resolved() == {"llamafactory": FLAT, "dataflex": None}
 
 
-def test_a_section_without_components_is_a_plain_run_with_a_note(tmp_path: Path) -> None:
+def test_a_section_without_components_decides_nothing_and_says_so(tmp_path: Path) -> None:
     config = load(tmp_path, {"warmup_steps": 3})
-    assert config.dataflex is None
+    assert config.dataflex is not None
+    assert config.params == {}
     assert "select, mix, order, weight" in config.notes[0]
 
 

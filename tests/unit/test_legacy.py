@@ -93,6 +93,8 @@ def test_dynamic_select(base: Path) -> None:
         "update_steps": 20,
         "updates": 3,
         "train_steps": None,
+        "train_tokens": None,
+        "train_seconds": None,
         "seed": 42,
         "select": {**LOSS, "focus": "high", "focus_weight": 3.0},
     }
@@ -130,6 +132,8 @@ def test_train_step_and_the_seed_of_a_method(base: Path) -> None:
         "update_steps": 5,
         "updates": -1,
         "train_steps": 100,
+        "train_tokens": None,
+        "train_seconds": None,
         "seed": 7,
         "select": {"method": "random"},
     }

@@ -224,6 +224,10 @@ def test_the_digest_is_of_the_indices_in_order() -> None:
         (Selection(np.arange(93, 101)), r"outside 'pool' \[0, 100\)"),
         (Selection(np.arange(-1, 7)), r"outside 'pool' \[0, 100\)"),
         (Selection(np.arange(8), np.zeros(7, dtype=np.float32)), "scores"),
+        (Selection(np.arange(8), ranks=np.arange(7), ranked=100), r"ranks of shape \(7,\)"),
+        (Selection(np.arange(8), ranks=np.arange(8.0), ranked=100), "float64 ranks"),
+        (Selection(np.arange(8), ranks=np.arange(1, 9), ranked=7), r"outside 0 \(none\) to 7"),
+        (Selection(np.arange(8), ranks=np.arange(-1, 7), ranked=100), "outside 0"),
     ],
 )
 def test_a_selection_no_plan_can_be_made_of_names_the_selector(selection: Selection, text: str) -> None:
@@ -236,6 +240,51 @@ def test_a_selection_no_plan_can_be_made_of_names_the_selector(selection: Select
 
     with pytest.raises(ComponentError, match=f"selector 'broken' .*{text}"):
         plans(make(select=build(Broken)), 1)
+
+
+def ranks_within(scores: np.ndarray, start: int, stop: int) -> dict[int, int]:
+    """The rank of each sample of a range by a full sort, ties to the lower index."""
+    ordered = sorted(range(start, stop), key=lambda i: (-scores[i], i))
+    return {index: rank for rank, index in enumerate(ordered, start=1)}
+
+
+@pytest.mark.parametrize("rule", ["top_k", "sample"])
+@pytest.mark.parametrize("order", [{}, {"order": ShuffleOrder}, {"arrangement": "sequential"}])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_ranks_stay_with_their_samples(rule: str, order: dict, mixed: bool) -> None:
+    scores = np.random.default_rng(5).integers(0, 15, 100).astype(np.float32)
+    given = {key: build(value) if key == "order" else value for key, value in order.items()}
+    # with the mixer: 2 of a, 8 of b, and 10 of the 10 samples of c and 5 of them twice
+    given |= {"mix": build(StaticMixer, proportions=[2, 8, 15])} if mixed else {}
+    selector = ScoreSelector(lambda candidates: scores[candidates], rule=rule)
+    planner = make(steps=5, batch=5, warmup=1, select=selector, **given)
+    warm, *made = plans(planner, 4)
+    assert warm.ranks is None
+    assert warm.candidates == {}
+    bounds = {"a": (0, 60), "b": (60, 90), "c": (90, 100)} if mixed else {"pool": (0, 100)}
+    expected = {}
+    for name, (start, stop) in bounds.items():
+        expected |= {name: ranks_within(scores, start, stop)}
+    for plan in made:
+        assert plan.candidates == {name: stop - start for name, (start, stop) in bounds.items()}
+        for index, score, rank in zip(plan.indices.tolist(), plan.scores, plan.ranks.tolist(), strict=True):
+            if rank == 0:  # of the whole pass over c
+                assert mixed
+                assert index >= 90
+                assert np.isnan(score)
+            else:
+                group = "abc"[(index >= 60) + (index >= 90)] if mixed else "pool"
+                assert rank == expected[group][index]
+        assert np.count_nonzero(plan.ranks == 0) == (10 if mixed else 0)
+
+
+def test_a_domain_taken_whole_is_not_ranked() -> None:
+    selector = ScoreSelector(lambda candidates: candidates.astype(float))
+    planner = make(steps=5, batch=4, mix=build(StaticMixer, proportions=[1, 0, 1]), select=selector)
+    (plan,) = plans(planner, 1)
+    assert plan.candidates == {"a": 60}
+    assert np.array_equal(plan.ranks == 0, plan.indices >= 90)
+    assert sorted(plan.ranks[plan.ranks > 0].tolist()) == list(range(1, 11))
 
 
 def test_what_a_component_is_told_about_a_round() -> None:

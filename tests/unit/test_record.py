@@ -45,23 +45,28 @@ def test_a_round_is_one_line_and_one_table(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
     writer.begin({"llamafactory": {"stage": "sft"}, "dataflex": {"seed": 3}}, None)
     writer.round(plan(0, [3, 7, 7, 0], update=None), POOL, {}, Cost())
-    writer.round(plan(1, [9, 1, 1, 2], [0.5, np.nan, 2, -1], unscored=3), POOL, {"select": "loss"}, COST)
+    ranked = {"ranks": np.array([3, 0, 1, 7]), "candidates": {"pool": 7}}
+    writer.round(plan(1, [9, 1, 1, 2], [0.5, np.nan, 2, -1], unscored=3, **ranked), POOL, {"select": "loss"}, COST)
     first, second = map(json.loads, (tmp_path / "dataflex" / "rounds.jsonl").read_text().splitlines())
     assert first["warmup"] is True
     assert first["domains"] == {"a": 2, "b\u00e9": 2}
     assert first["components"] == {}
     assert "unscored" not in first
+    assert "candidates" not in first
+    assert first["pool"] == {"a": 6, "b\u00e9": 4}
     assert second == {
         "round": 1,
         "start_step": 2,
         "steps": 2,
         "size": 4,
         "plan_sha256": plan(1, [9, 1, 1, 2]).sha256,
+        "pool": {"a": 6, "b\u00e9": 4},
         "domains": {"a": 3, "b\u00e9": 1},
         "proportions": {"a": 0.25, "b\u00e9": 0.75},
         "components": {"select": "loss"},
         "cost": {"seconds": 1.5, "samples": 10, "tokens": 70},
         "unscored": 3,
+        "candidates": {"pool": 7},
     }
     table = pq.read_table(tmp_path / "dataflex" / "plans" / "round-00001.parquet").to_pydict()
     assert table == {
@@ -69,8 +74,9 @@ def test_a_round_is_one_line_and_one_table(tmp_path: Path) -> None:
         "index": [9, 1, 1, 2],
         "domain": ["b\u00e9", "a", "a", "a"],
         "score": [0.5, None, 2.0, -1.0],
+        "rank": [3, None, 1, 7],
     }
-    assert "score" not in pq.read_table(tmp_path / "dataflex" / "plans" / "round-00000.parquet").column_names
+    assert not {"score", "rank"} & set(pq.read_schema(tmp_path / "dataflex" / "plans" / "round-00000.parquet").names)
 
 
 def test_configuration_versions_and_summary(tmp_path: Path) -> None:

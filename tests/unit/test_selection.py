@@ -7,10 +7,16 @@ from itertools import permutations
 import numpy as np
 import pytest
 
+from dataflex import selection
 from dataflex.components import ComponentParams, RoundContext, Selection, Selector
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
-from dataflex.selection import sample_without_replacement, top_k
+from dataflex.selection import ranks_among, ranks_of_best, sample_without_replacement, top_k
+from dataflex.selectors.cluster_less import ClusterLessSelector
+from dataflex.selectors.delta_loss import DeltaLossSelector
+from dataflex.selectors.full import FullSelector
+from dataflex.selectors.loss import LossSelector
+from dataflex.selectors.random import RandomSelector
 from unit.fakes import ScoreSelector, build, context, group_of, make_pool
 
 
@@ -226,3 +232,107 @@ def test_a_selector_without_any_method_says_so() -> None:
     pool = make_pool({"a": 5})
     with pytest.raises(NotImplementedError, match="'empty'"):
         build(Empty).select(context(pool), group_of(pool, 2))
+
+
+# Ranks
+
+
+def brute_ranks(scores: np.ndarray) -> np.ndarray:
+    """The place of every score in a full sort, from 1; ties to the lower position, NaN last."""
+    order = sorted(range(scores.size), key=lambda i: (np.isnan(scores[i]), -scores[i], i))
+    ranks = np.empty(scores.size, dtype=np.int64)
+    ranks[order] = np.arange(1, scores.size + 1)
+    return ranks
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_ranks_equal_a_full_sort(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_BLOCK", block)
+    rng = np.random.default_rng(6)
+    for kind in (np.float32, np.float64):
+        for _ in range(150):
+            size = int(rng.integers(1, 40))
+            scores = rng.integers(-3, rng.integers(-2, 30), size).astype(kind)  # few values: many ties
+            scores[rng.random(size) < 0.2] = -np.inf
+            expected = brute_ranks(scores)
+            chosen = np.flatnonzero(rng.random(size) < rng.random())
+            found = ranks_among(scores, chosen)
+            assert found.dtype == np.int64
+            assert found.tolist() == expected[chosen].tolist()
+            best_ones = top_k(scores, int(rng.integers(0, size + 1)))
+            assert ranks_of_best(scores[best_ones]).tolist() == expected[best_ones].tolist()
+
+
+@pytest.mark.parametrize("rule", ["top_k", "sample"])
+def test_the_base_class_ranks_what_it_chose_among_the_scored(rule: str) -> None:
+    rng = np.random.default_rng(7)
+    scores = rng.integers(0, 9, 60).astype(np.float32)
+    scores[rng.random(60) < 0.2] = np.nan
+    pool = make_pool({"a": 20, "b": 40})
+    selector = ScoreSelector(lambda candidates: scores[candidates], rule=rule)
+    selector.leaves_out_unscored = True
+    for number in range(20):
+        chosen = selector.select(context(pool, round=number), group_of(pool, 12, start=20))
+        assert chosen.ranked == int((~np.isnan(scores[20:])).sum())
+        assert chosen.ranks.tolist() == brute_ranks(scores[20:])[chosen.indices - 20].tolist()
+        assert (rule == "top_k") == (sorted(chosen.ranks.tolist()) == list(range(1, 13)))
+
+
+def test_samples_of_whole_passes_have_no_rank() -> None:
+    pool = make_pool({"a": 3, "b": 5})
+    chosen = ScoreSelector(lambda candidates: candidates % 4).select(context(pool), group_of(pool, 12, start=3))
+    assert chosen.ranked == 5
+    assert chosen.ranks.tolist() == [0] * 10 + [1, 2]
+    assert chosen.indices[10:].tolist() == [3, 6 + 1]  # scores 3 of samples 3 and 7
+    whole = ScoreSelector(lambda candidates: candidates).select(context(pool), group_of(pool, 10, start=3))
+    assert (whole.ranks, whole.ranked) == (None, 0)
+
+
+@pytest.mark.parametrize("focus, sign", [("high", 1), ("low", -1)])
+def test_the_loss_selector_ranks_by_its_focus(focus: str, sign: int) -> None:
+    losses = np.random.default_rng(8).integers(0, 12, 50).astype(np.float32)
+    losses[[3, 40]] = np.nan
+    pool = make_pool({"a": 50})
+    chosen = build(LossSelector, focus=focus).select(context(pool, losses), group_of(pool, 20))
+    assert chosen.ranked == 48
+    assert chosen.ranks.tolist() == brute_ranks(sign * losses)[chosen.indices].tolist()
+
+
+def test_delta_loss_ranks_by_the_fall() -> None:
+    rng = np.random.default_rng(9)
+    first, second = rng.random(50).astype(np.float32), rng.random(50).astype(np.float32)
+    second[7] = np.nan
+    pool, selector = make_pool({"a": 50}), build(DeltaLossSelector)
+    before = selector.select(context(pool, first, num_updates=3), group_of(pool, 20))
+    assert before.ranks is None  # drawn uniformly
+    chosen = selector.select(context(pool, second, update=1, num_updates=3, round=1), group_of(pool, 20))
+    assert chosen.ranked == 49
+    assert chosen.ranks.tolist() == brute_ranks(first - second)[chosen.indices].tolist()
+
+
+@pytest.mark.parametrize("selector", [build(LossSelector), build(RandomSelector), build(FullSelector)])
+def test_what_is_no_ranking_has_no_ranks(selector: Selector) -> None:
+    pool = make_pool({"a": 50})
+    chosen = selector.select(context(pool, np.arange(50)), group_of(pool, 20))
+    assert (chosen.ranks, chosen.ranked) == (None, 0)
+
+
+@pytest.mark.parametrize("rule", ["top_k", "sample"])
+def test_cluster_less_ranks_tied_members_in_the_order_they_are_drawn(rule: str) -> None:
+    scores = np.random.default_rng(10).integers(0, 4, 40).astype(np.float32)
+    scores[5:9] = np.nan
+
+    class Fixed(ClusterLessSelector):
+        def score(self, ctx: RoundContext, candidates: IndexArray) -> np.ndarray:
+            return scores[candidates]
+
+    pool = make_pool({"a": 40})
+    for number in range(5):
+        chosen = build(Fixed, rule=rule).select(context(pool, round=number), group_of(pool, 15))
+        assert chosen.ranked == 36
+        if rule == "sample":
+            assert chosen.ranks.tolist() == brute_ranks(scores)[chosen.indices].tolist()
+            continue
+        assert sorted(chosen.ranks.tolist()) == list(range(1, 16))
+        assert np.array_equal(chosen.scores, scores[chosen.indices])
+        assert np.all(np.diff(chosen.scores[np.argsort(chosen.ranks)]) <= 0)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.capped import CappedScoring
-from dataflex.components import Component, Components, Group, Probe, RoundContext, Selection, State
+from dataflex.components import Component, Components, Group, Probe, RoundContext, Selection, State, join
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray, KeyedPermutation, PassSampler, apportion
 from dataflex.errors import ComponentError
@@ -42,6 +42,10 @@ class Plan:
     """Candidates left out because they have no score."""
     budget: dict[str, Any] | None = None
     """What was scored under ``max_overhead``, and why so much."""
+    ranks: IndexArray | None = None
+    """The rank of each among the candidates of its group, in the same order, 1 the best; 0 where it has none."""
+    candidates: dict[str, int] = field(default_factory=dict)
+    """How many candidates were ranked in each group: ``pool``, or the domains where a mixer decides."""
 
     @property
     def sha256(self) -> str:
@@ -62,6 +66,7 @@ class Planner:
         targets: the validation samples, where a component asked for them.
         learning_rate: returns the optimizer's present one.
         capped: scores in the selector's place where its cost is capped.
+        expected_steps: steps the run is expected to take; none: those of the schedule.
     """
 
     def __init__(
@@ -76,9 +81,11 @@ class Planner:
         targets: Pool | None = None,
         learning_rate: Callable[[], float] = lambda: 0.0,
         capped: CappedScoring | None = None,
+        expected_steps: int | None = None,
     ) -> None:
         self.pool, self.components, self.schedule, self.targets = pool, components, schedule, targets
         self.learning_rate, self.capped = learning_rate, capped
+        self.expected = schedule if expected_steps is None else replace(schedule, total_steps=expected_steps)
         self._memo: dict[str, dict[str, Any]] = {}
         self.seed, self.global_batch_size, self.arrangement = seed, global_batch_size, arrangement
         shuffle = arrangement != "sequential"
@@ -98,17 +105,20 @@ class Planner:
         if self.capped is not None:
             self.capped.notes = {}
         groups, decided = self._groups(slot, probe)
-        selection = _join([self._select(slot, probe, group) for group in groups])
+        parts = [self._select(slot, probe, group) for group in groups]
+        selection = join(parts)
         arranged = self._arrange(slot, probe, selection)
-        indices, scores = selection.indices, selection.scores
+        indices, scores, ranks = selection.indices, selection.scores, selection.ranks
         if arranged is not None:
             indices = indices[arranged]
             scores = scores[arranged] if scores is not None else None
+            ranks = ranks[arranged] if ranks is not None else None
         if decided is None:
             counts = self.pool.domain_counts(indices)
             decided = counts / counts.sum()
         budget = self.capped.notes or None if self.capped is not None else None
-        return Plan(slot, indices, scores, decided, selection.unscored, budget)
+        ranked = {group.name: part.ranked for group, part in zip(groups, parts, strict=True) if part.ranks is not None}
+        return Plan(slot, indices, scores, decided, selection.unscored, budget, ranks, ranked)
 
     def state_dict(self) -> State:
         """Return how far each pass has come."""
@@ -136,11 +146,11 @@ class Planner:
             rng=derive_rng(self.seed, component.family, component.name, slot.number, group),
             round=slot.number,
             update=slot.update or 0,
-            num_updates=self.schedule.num_updates,
+            num_updates=max(self.expected.num_updates, (slot.update or 0) + 1),
             start_step=slot.start_step,
             steps=slot.steps,
             size=slot.steps * self.global_batch_size,
-            total_steps=self.schedule.total_steps,
+            total_steps=max(self.expected.total_steps, slot.start_step + slot.steps),
             targets=self.targets,
             memo=self._memo.setdefault(component.family, {}),
             learning_rate=self.learning_rate(),
@@ -184,6 +194,17 @@ class Planner:
             raise ComponentError(f"{label} returned indices outside {group.name!r} [{group.start}, {group.stop}).")
         if selection.scores is not None and selection.scores.shape != indices.shape:
             raise ComponentError(f"{label} returned {selection.scores.shape} scores for {indices.shape} indices.")
+        ranks = selection.ranks
+        if ranks is None:
+            return
+        if ranks.shape != indices.shape or not np.issubdtype(ranks.dtype, np.integer):
+            raise ComponentError(
+                f"{label} returned {ranks.dtype} ranks of shape {ranks.shape} for {indices.shape} indices."
+            )
+        if ranks.min() < 0 or ranks.max() > selection.ranked:
+            raise ComponentError(
+                f"{label} returned ranks outside 0 (none) to {selection.ranked}, the candidates ranked."
+            )
 
     def _arrange(self, slot: RoundSlot, probe: Probe, selection: Selection) -> IndexArray | None:
         """Return the permutation that puts a selection into training order; None where it is in it."""
@@ -210,20 +231,6 @@ class Planner:
         return np.asarray(
             get_length_grouped_indices(lengths, self.global_batch_size, generator=generator), dtype=np.int64
         )
-
-
-def _join(parts: list[Selection]) -> Selection:
-    if len(parts) == 1:
-        return parts[0]
-    indices = np.concatenate([part.indices for part in parts])
-    unscored = sum(part.unscored for part in parts)
-    if all(part.scores is None for part in parts):
-        return Selection(indices, None, unscored)
-    scores = [
-        part.scores if part.scores is not None else np.full(part.indices.size, np.nan, dtype=np.float32)
-        for part in parts
-    ]
-    return Selection(indices, np.concatenate(scores), unscored)
 
 
 def check_proportions(component: Component, given: NDArray[np.float64], pool: Pool) -> NDArray[np.float64]:

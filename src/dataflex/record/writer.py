@@ -2,6 +2,7 @@
 
     config.yaml                  the resolved configuration and the versions of what ran it
     rounds.jsonl                 one line per round
+    evaluations.jsonl            one line per evaluation
     plans/round-NNNNN.parquet    the samples of a round: position, index, domain, score
     summary.json                 what the run took, at its end
 
@@ -49,17 +50,20 @@ class RunWriter:
         except OSError as error:
             raise ConfigError(f"output_dir: {output_dir} cannot be written to ({error.strerror or error}).") from error
 
-    def begin(self, resolved: dict[str, Any], kept_rounds: int | None) -> None:
+    def begin(self, resolved: dict[str, Any], kept_rounds: int | None, step: int = 0) -> None:
         """Start or go on with the record.
 
         Args:
             resolved: the configuration.
             kept_rounds: rounds a resumed run keeps; None for a new run, which sets an earlier record aside.
+            step: optimizer steps done, after which a resumed run goes on.
         """
         if kept_rounds is None:
             self._set_aside()
         else:
-            self._truncate(kept_rounds)
+            # What was recorded after the checkpoint is made again, the same.
+            self._keep("rounds.jsonl", "round", kept_rounds - 1)
+            self._keep("evaluations.jsonl", "step", step)
         (self.folder / "summary.json").unlink(missing_ok=True)  # it speaks of a finished run
         text = yaml.safe_dump({**resolved, "versions": installed_versions()}, sort_keys=False, allow_unicode=True)
         write_atomically(self.folder / "config.yaml", text.encode())
@@ -75,12 +79,13 @@ class RunWriter:
         print(f"dataflex: the record of an earlier run in this folder is kept as {aside}")
         (self.folder / "plans").mkdir(parents=True)
 
-    def _truncate(self, kept_rounds: int) -> None:
-        """Drop what was recorded after the checkpoint: those rounds are made again, the same."""
-        path = self.folder / "rounds.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _round_of(line) < kept_rounds]
-        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+    def _keep(self, name: str, key: str, last: int) -> None:
+        """Keep the lines of a file whose ``key`` is at most ``last``."""
+        path = self.folder / name
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _number(line, key) <= last]
+        if len(kept) < len(lines):
+            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
     def round(self, plan: Plan, pool: Pool, components: dict[str, str], cost: Cost) -> None:
         """Record a round before it is trained: its plan first, then its line."""
@@ -93,6 +98,7 @@ class RunWriter:
             "steps": plan.slot.steps,
             "size": int(plan.indices.size),
             "plan_sha256": plan.sha256,
+            "pool": {name: int(size) for name, size in zip(pool.domains, pool.domain_sizes, strict=True)},
             "domains": {name: int(count) for name, count in zip(pool.domains, counts, strict=True)},
             "proportions": {name: float(share) for name, share in zip(pool.domains, plan.proportions, strict=True)},
             "components": components,
@@ -104,6 +110,8 @@ class RunWriter:
             line["budget"] = plan.budget
         if plan.unscored:
             line["unscored"] = plan.unscored
+        if plan.candidates:
+            line["candidates"] = plan.candidates
         with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
@@ -115,19 +123,26 @@ class RunWriter:
         }
         if plan.scores is not None:
             columns["score"] = pa.array(plan.scores, from_pandas=True)
+        if plan.ranks is not None:
+            columns["rank"] = pa.array(plan.ranks, mask=plan.ranks == 0)
         path = self.folder / "plans" / f"round-{plan.slot.number:05d}.parquet"
         temporary = path.with_suffix(".tmp")
         pq.write_table(pa.table(columns), temporary)
         temporary.replace(path)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """Record what an evaluation found."""
+        with (self.folder / "evaluations.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
 
     def summary(self, values: dict[str, Any]) -> None:
         """Write what the run took."""
         write_atomically(self.folder / "summary.json", (json.dumps(values, indent=2) + "\n").encode())
 
 
-def _round_of(line: str) -> float:
-    """Return the number of a round's line; infinity for one whose writing was cut off."""
+def _number(line: str, key: str) -> float:
+    """Return a number of a line; infinity for one whose writing was cut off."""
     try:
-        return json.loads(line)["round"]
+        return json.loads(line)[key]
     except (ValueError, KeyError, TypeError):
         return float("inf")

@@ -32,7 +32,7 @@ from dataflex.components import ComponentParams, RoundContext, Selection, State
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 from dataflex.registry import register
-from dataflex.selection import ScoreArray, sample_softmax
+from dataflex.selection import ScoreArray, ranks_among, sample_softmax
 from dataflex.selectors.less import LessParams, LessSelector
 
 if TYPE_CHECKING:
@@ -88,14 +88,18 @@ class ClusterLessSelector(LessSelector):
                 f"{count} samples are wanted but only {scored.size} of {candidates.size} have a score (the others have "
                 "no token to train on). Shorten update_steps or check the data."
             )
+        values = scores[scored]
         if self.params.rule == "top_k":
-            ranked = np.lexsort((ctx.rng.random(scored.size), -scores[scored]))[:count]
+            best = np.lexsort((ctx.rng.random(scored.size), -values))[:count]
+            ascending = np.argsort(best)
+            picked, ranks = best[ascending], ascending + 1
         else:
-            spread = float(scores[scored].std()) or 1.0
-            logits = scores[scored].astype(np.float64) / (spread * self.params.temperature)
-            ranked = sample_softmax(logits, count, ctx.rng)
-        chosen = np.sort(scored[ranked])
-        return Selection(candidates[chosen], scores[chosen], candidates.size - scored.size)
+            spread = float(values.std()) or 1.0
+            picked = sample_softmax(values.astype(np.float64) / (spread * self.params.temperature), count, ctx.rng)
+            ranks = ranks_among(values, picked)
+        chosen = scored[picked]
+        unscored = candidates.size - scored.size
+        return Selection(candidates[chosen], scores[chosen], unscored, ranks=ranks, ranked=scored.size)
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return the score of every candidate's cluster; NaN where the candidate has no token to train on."""

@@ -25,7 +25,7 @@ from pydantic import Field
 from dataflex.components import ComponentParams, RoundContext, Selection, Selector, State
 from dataflex.data.sampling import IndexArray
 from dataflex.registry import register
-from dataflex.selection import ScoreArray
+from dataflex.selection import ScoreArray, ranks_among
 from dataflex.selectors.loss import draw_scored
 
 
@@ -63,7 +63,9 @@ class DeltaLossSelector(Selector):
         delta = (first - losses) / first if self.params.relative else first - losses
         weights = window_weights(delta, ctx.update + 1, ctx.num_updates, self.params)
         chosen = draw_scored(weights, count, ctx.rng)
-        return Selection(candidates[chosen], delta[chosen], int(np.isnan(delta).sum()))
+        unscored = int(np.isnan(delta).sum())
+        ranks = ranks_among(np.where(np.isnan(delta), -np.inf, delta), chosen)
+        return Selection(candidates[chosen], delta[chosen], unscored, ranks=ranks, ranked=delta.size - unscored)
 
     def state_dict(self) -> State:
         """Return the first losses."""

@@ -21,7 +21,7 @@ from dataflex.components import ComponentParams, RoundContext, Selection, Select
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 from dataflex.registry import register
-from dataflex.selection import ScoreArray, sample_without_replacement
+from dataflex.selection import ScoreArray, ranks_among, sample_without_replacement
 
 
 class LossParams(ComponentParams):
@@ -52,7 +52,12 @@ class LossSelector(Selector):
         losses = ctx.probe.losses(candidates)
         weights = focus_weights(losses, self.params)
         chosen = draw_scored(weights, count, ctx.rng, self.params.temperature)
-        return Selection(candidates[chosen], losses[chosen], int(np.isnan(losses).sum()))
+        unscored = int(np.isnan(losses).sum())
+        if self.params.focus == "medium":  # neither end is the better one
+            return Selection(candidates[chosen], losses[chosen], unscored)
+        wanted = losses if self.params.focus == "high" else -losses
+        ranks = ranks_among(np.where(np.isnan(losses), -np.inf, wanted), chosen)
+        return Selection(candidates[chosen], losses[chosen], unscored, ranks=ranks, ranked=losses.size - unscored)
 
 
 def focus_weights(losses: ScoreArray, params: LossParams) -> NDArray[np.float32]:

@@ -1,23 +1,27 @@
 """The trainer: a mixin over LLaMA-Factory's trainer of the stage.
 
-The training loop is the Hugging Face Trainer's. Overridden are the training loader, the loss of a training step, the
-log, the checkpoint and the start of training; a callback hears the rest.
+The training loop is the Hugging Face Trainer's. Overridden are the loaders, the loss of a training step, the learning
+rate's schedule where a budget ends the run, the log, the evaluation, the checkpoint and the start of training; a
+callback hears the rest.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, rotate_checkpoints
 
 from dataflex import distributed
+from dataflex.components import StepStatistics
 from dataflex.data.plan import Arrangement
 from dataflex.influence import FeatureParams
 from dataflex.probe.checkpoints import saved_moments
@@ -28,8 +32,9 @@ from dataflex.probe.model import ModelProbe, Tokens
 from dataflex.probe.moments import read_moments
 from dataflex.token_loss import shifted
 from dataflex.trainer import checkpoint
+from dataflex.trainer.evaluation import DomainEvaluation, Numbers, as_logs, means
 from dataflex.trainer.loss import WeightedLoss, loss_function
-from dataflex.trainer.rounds import INDEX_KEY, RoundStream
+from dataflex.trainer.rounds import INDEX_KEY, IndexedCollator, IndexedDataset, RoundStream
 from dataflex.trainer.run import DynamicRun
 from dataflex.trainer.statistics import StepAccumulator
 
@@ -47,22 +52,26 @@ class DynamicTrainerMixin(Trainer):
     """Trains the rounds of a :class:`DynamicRun`; goes before LLaMA-Factory's trainer class in the bases."""
 
     finetuning_args: FinetuningArguments
+    data_collator: Any
 
     def __init__(self, *, dataflex: DynamicRun, args: TrainingArguments, **kwargs: Any) -> None:
         self.dataflex = dataflex
         self._resumed_state: dict[str, Any] | None = None
+        self._evaluated: dict[str, Numbers] = {}
         self.stop_tokens: list[int] | None = (kwargs.get("gen_kwargs") or {}).get("eos_token_id")
         """What LLaMA-Factory's own generation stops at; None in a stage that generates nothing."""
         if args.do_train and dataflex.instead is None:
             dataflex.set_steps(args)
         super().__init__(args=args, **kwargs)
+        self.domain_evaluation = self._make_evaluation()
         self.step_accumulator = StepAccumulator(dataflex.offsets, args.device)
         self.step_loss = WeightedLoss(
             weighter=dataflex.components.weight,
             samples_per_step=self._samples_per_step(),
             observe=self.step_accumulator.add,
         )
-        self.add_callback(DynamicCallback(self))
+        # First, because the progress bar and the logs take the run's length from the state as we leave it.
+        self.callback_handler.callbacks.insert(0, DynamicCallback(self))
 
     def _samples_per_step(self) -> int:
         """Return the samples that ``normalization: sample`` divides by, given what the Trainer multiplies by."""
@@ -85,6 +94,24 @@ class DynamicTrainerMixin(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if _is_peft(model) else model
 
+    def _make_evaluation(self) -> DomainEvaluation | None:
+        """Return what measures every evaluation set; None where there is none, or where responses are generated."""
+        sets = self.dataflex.evaluation
+        if sets is None or getattr(self.args, "predict_with_generate", False):
+            return None
+        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
+        decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return DomainEvaluation(sets, decode, self.args.device)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule of learning rates; where a budget ends the run, it follows the budget."""
+        run = self.dataflex
+        if not run.has_budget:
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(run.expected_steps, optimizer)
+        follow(scheduler, lambda: run.progress * run.expected_steps)
+        return scheduler
+
     def get_train_dataloader(self) -> Any:
         """Return the rounds, or LLaMA-Factory's own loader where only weights are decided."""
         return RoundStream(self) if self.dataflex.plans_data else super().get_train_dataloader()
@@ -100,6 +127,8 @@ class DynamicTrainerMixin(Trainer):
         self._check_features()
         run.learning_rate = lambda: float(self.lr_scheduler.get_last_lr()[0])
         self._resumed_state = state
+        if state is not None and run.is_spent(state):  # nothing to train: the Trainer has no other way to be told so
+            self.args.max_steps = int(state["step"])
         return super().train(resume_from_checkpoint=folder, **kwargs)
 
     def _only_look(self, instead: Callable[[DynamicRun], None]) -> NoReturn:
@@ -194,7 +223,9 @@ class DynamicTrainerMixin(Trainer):
         """Compute a training step's loss with weights and statistics; evaluation stays as it is."""
         indices = inputs.pop(INDEX_KEY, None)
         if not model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            if indices is None or self.domain_evaluation is None:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            return self._evaluation_loss(model, inputs, indices, *args, **kwargs)
         self.step_accumulator.add_tokens(inputs)
         if not self.own_loss:
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -202,10 +233,86 @@ class DynamicTrainerMixin(Trainer):
         with loss_function(self.causal_model(), self.step_loss):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _evaluation_loss(
+        self, model: Any, inputs: dict[str, Any], indices: torch.Tensor, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Return the Trainer's own loss of an evaluation batch, and note the losses of its samples."""
+        assert self.domain_evaluation is not None
+        given = {key: inputs[key] for key in ("input_ids", "labels")}  # the Trainer may take the labels out
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[1]
+        if logits is None or logits.shape[:2] != (len(indices), given["labels"].shape[1]):
+            _warn(
+                f"{type(self.causal_model()).__name__} gives no logits for each sample and token in evaluation, so "
+                "there is no loss of each evaluation set, only the Trainer's eval_loss."
+            )
+            self.domain_evaluation = None
+        else:
+            self.domain_evaluation.add(indices.cpu().numpy(), logits, given["input_ids"], given["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the Trainer's evaluation loader, its batches with the number of each sample."""
+        given = self.eval_dataset
+        own = eval_dataset is None or eval_dataset is given or isinstance(eval_dataset, str)
+        if self.domain_evaluation is None or not own:
+            return super().get_eval_dataloader(eval_dataset)
+        sets = self.domain_evaluation.sets
+        first = int(sets.offsets[sets.domains.index(eval_dataset)]) if isinstance(given, dict) else 0
+        samples = given[eval_dataset] if isinstance(given, dict) else given
+        collate = self.data_collator
+        self.data_collator = IndexedCollator(collate, first)
+        try:
+            return super().get_eval_dataloader(IndexedDataset(samples))
+        finally:
+            self.data_collator = collate
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Return the Trainer's sampler, which may look at the rows."""
+        return super()._get_eval_sampler(getattr(eval_dataset, "dataset", eval_dataset))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the Trainer's evaluation, and add the numbers of each evaluation set to its metrics."""
+        output = super().evaluation_loop(*args, **kwargs)
+        found = self.domain_evaluation.finish() if self.domain_evaluation is not None else None
+        if found is None:
+            return output
+        self._evaluated |= found
+        prefix = str(kwargs.get("metric_key_prefix", "eval"))
+        if isinstance(self.eval_dataset, dict):  # this pass was over one of them, whose name ends the prefix
+            prefix = prefix.removesuffix("_" + next(iter(found)))
+            output.metrics.update(as_logs(found, prefix))
+        else:
+            output.metrics.update(as_logs({**found, **means(found)}, prefix))
+        return output
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as the Trainer does, and put the numbers of each evaluation set on record."""
+        run = self.dataflex
+        if run.evaluation_began is not None:  # one of several data sets, called by the call below
+            return super().evaluate(*args, **kwargs)
+        run.evaluation_began = time.perf_counter()
+        self._evaluated = {}
+        try:
+            metrics = super().evaluate(*args, **kwargs)
+        finally:
+            run.end_of_evaluation()
+        if not self._evaluated:
+            return metrics
+        found = means(self._evaluated)
+        if isinstance(self.eval_dataset, dict):
+            further = as_logs(found, str(kwargs.get("metric_key_prefix", "eval")))
+            self.log(dict(further))
+            metrics.update(further)
+        distributed.on_main(partial(run.record_evaluation, self.state.global_step, self._evaluated, found))
+        return metrics
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the round and the domains to a training log."""
+        """Add how far the run is to every log, and the round and the domains to one of training."""
         if "loss" in logs:
             logs.update(self._dataflex_logs())
+        if "loss" in logs or any(key.startswith("eval_") for key in logs):
+            logs.update(self.dataflex.progress_logs())
         super().log(logs, *args, **kwargs)
 
     def _dataflex_logs(self) -> dict[str, float]:
@@ -218,7 +325,6 @@ class DynamicTrainerMixin(Trainer):
             logs["dataflex/round"] = run.plan.slot.number
             for name, share in zip(run.domains, run.plan.proportions.tolist(), strict=True):
                 logs[f"dataflex/proportion/{name}"] = share
-            logs["dataflex/decision_seconds"] = run.decision_seconds
         if self.step_loss.last_weights is not None:
             logs["dataflex/weight_min"] = self.step_loss.last_weights.min().item()
             logs["dataflex/weight_max"] = self.step_loss.last_weights.max().item()
@@ -282,6 +388,15 @@ def _load_state(
     return (None, None) if folder is None else (str(folder), checkpoint.read_state(folder))
 
 
+def follow(scheduler: Any, position: Callable[[], float]) -> None:
+    """Have a schedule of learning rates read its place from ``position`` in the place of counting its calls."""
+
+    def at_position(rate: Callable[[float], float]) -> Callable[[int], float]:
+        return lambda _: rate(position())
+
+    scheduler.lr_lambdas = [at_position(rate) for rate in scheduler.lr_lambdas]
+
+
 def _warn(line: str) -> None:
     from llamafactory.extras import logging
 
@@ -294,12 +409,15 @@ class DynamicCallback(TrainerCallback):
     def __init__(self, trainer: DynamicTrainerMixin) -> None:
         self.trainer = trainer
         self._began = 0.0
+        self._statistics = StepStatistics(0, np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Make the planner and take back a checkpoint's state."""
         run = self.trainer.dataflex
         run.prepare(args, state.max_steps, self.trainer.arrangement(), self.trainer._resumed_state)
         self.trainer._resumed_state = None
+        if run.has_budget:
+            state.max_steps = max(state.global_step + 1, run.expected_steps)
         expected = run.expected_cost()
         if expected is not None and args.process_index == 0:
             tqdm.write(f"dataflex: {expected}")
@@ -308,12 +426,23 @@ class DynamicCallback(TrainerCallback):
         """Start the step's clock."""
         self._began = time.perf_counter()
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Count the step's tokens before the learning rate is set anew; where a budget is spent, end the run."""
+        run, step = self.trainer.dataflex, state.global_step + 1
+        self._statistics, tokens = self.trainer.step_accumulator.finish(step)
+        run.tokens += tokens
+        if run.has_budget:
+            seconds = run.train_seconds + run.decision_seconds + time.perf_counter() - self._began
+            run.progress = distributed.on_main(partial(run.spent, run.tokens, seconds))
+            state.max_steps = step if run.progress >= 1 else max(step + 1, math.ceil(step / max(run.progress, 1e-9)))
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Gather the step's statistics, and keep the epoch count and epoch-wise actions right."""
-        trainer, run = self.trainer, self.trainer.dataflex
-        statistics, tokens = trainer.step_accumulator.finish(state.global_step)
+        """Hand on the step's statistics, and keep the epoch count and epoch-wise actions right."""
+        run = self.trainer.dataflex
         run.train_seconds += time.perf_counter() - self._began
-        run.end_of_step(statistics, tokens)
+        run.end_of_step(self._statistics)
         if run.pool is None:
             return
         trained = state.global_step * run.global_batch_size
@@ -325,7 +454,7 @@ class DynamicCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the summary and say what the decisions cost."""
-        summary = self.trainer.dataflex.finish()
+        summary = self.trainer.dataflex.finish(state.global_step)
         if args.process_index == 0:
             print(
                 f"dataflex: training {summary['train_seconds']:.1f} s, decisions {summary['decision_seconds']:.1f} s "

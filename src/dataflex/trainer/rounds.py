@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dataflex.trainer.mixin import DynamicTrainerMixin
 
 INDEX_KEY = "dataflex_index"
-"""Key of the pool indices in a training batch; taken out before the model sees it."""
+"""Key of the samples' indices in a batch; taken out before the model sees it."""
 
 Row = dict[str, Any]
 _CHUNK = 4096
@@ -44,15 +44,15 @@ class IndexedDataset(Dataset):
 
 
 class IndexedCollator:
-    """The training collator on the rows, with their indices added to the batch."""
+    """A collator of rows, with their indices, counted from ``first``, added to the batch."""
 
-    def __init__(self, collate: Callable[[list[Row]], Row]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[list[Row]], Row], first: int = 0) -> None:
+        self.collate, self.first = collate, first
 
     def __call__(self, rows: list[tuple[int, Row]]) -> Row:
         """Return the collated batch."""
         batch = self.collate([row for _, row in rows])
-        batch[INDEX_KEY] = torch.tensor([index for index, _ in rows], dtype=torch.int64)
+        batch[INDEX_KEY] = torch.tensor([self.first + index for index, _ in rows], dtype=torch.int64)
         return batch
 
 

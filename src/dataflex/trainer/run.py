@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dataflex import distributed
 from dataflex.capped import CappedScoring, Spent
@@ -30,9 +31,12 @@ if TYPE_CHECKING:
     from dataflex.components import State
     from dataflex.influence import ValidationParams
     from dataflex.probe.model import ModelProbe
+    from dataflex.trainer.evaluation import Numbers
 
 
 _CALIBRATION_SAMPLES = 8
+_MOST_TIMES_NOMINAL = 1000
+"""A run of a number of seconds ends at the latest after so many times the steps the other keys give."""
 
 
 def _duration(seconds: float) -> str:
@@ -76,6 +80,19 @@ class DynamicRun:
         self.decision_seconds = 0.0
         self._decision_began = 0.0
         self.tokens = 0
+        self.evaluation: Pool | None = None
+        """The evaluation samples, one domain for each data set."""
+        self.lengths: NDArray[np.int32] | None = None
+        """Tokens of every training sample, where the run ends by a number of tokens."""
+        self.evaluate_seconds = 0.0
+        self.evaluation_began: float | None = None
+        """When the running evaluation began; None where none is running."""
+        self._last_evaluation: dict[str, Any] | None = None
+        self._finished_at: int | None = None
+        self.progress = 0.0
+        """Share of the budget of tokens or seconds that is spent; 0 without one."""
+        self.expected_steps = 1
+        """Steps the run is expected to take; all it takes, without a budget."""
 
     @property
     def plans_data(self) -> bool:
@@ -115,10 +132,14 @@ class DynamicRun:
             elif settings.updates > 0 and settings.update_steps is not None and args.max_steps <= 0:
                 cycle = settings.warmup_steps + settings.update_steps * settings.updates
                 args.max_steps = int(np.ceil(args.num_train_epochs * cycle))
+            if self.has_budget:
+                assert self.lengths is not None
+                passes = args.num_train_epochs * self.lengths.size / self.global_batch_size
+                self._set_budget(args, args.max_steps if args.max_steps > 0 else int(np.ceil(passes)))
             return
         assert self.pool is not None
         update_steps = settings.update_steps or self._steps_of_pass(self.pool.size)
-        args.max_steps = total_steps(
+        nominal = total_steps(
             train_steps=settings.train_steps,
             max_steps=args.max_steps,
             epochs=args.num_train_epochs,
@@ -128,10 +149,43 @@ class DynamicRun:
             num_samples=self.pool.size,
             global_batch_size=self.global_batch_size,
         )
+        self._set_budget(args, nominal)
         self.schedule = Schedule(settings.warmup_steps, update_steps, settings.updates, args.max_steps)
         self._check_rounds(update_steps)
         # The Trainer must not skip batches on its own when it resumes: the stream starts where the run stopped.
         args.ignore_data_skip = True
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a number of tokens or seconds ends the run, not a number of steps."""
+        return self.settings.train_tokens is not None or self.settings.train_seconds is not None
+
+    def _set_budget(self, args: TrainingArguments, nominal: int) -> None:
+        """Set the most steps the run may take, and those it is expected to take.
+
+        Args:
+            args: whose ``max_steps`` is set.
+            nominal: the steps the other keys give; without a budget the run takes these.
+        """
+        self.expected_steps = args.max_steps = nominal
+        if self.settings.train_tokens is not None:
+            lengths = self.lengths if self.pool is None else self.pool.lengths
+            assert lengths is not None
+            steps = self.settings.train_tokens / self.global_batch_size
+            self.expected_steps = max(1, int(np.ceil(steps / lengths.mean())))
+            args.max_steps = max(1, int(np.ceil(steps / max(1, lengths.min()))))
+        elif self.settings.train_seconds is not None:
+            args.max_steps = nominal * _MOST_TIMES_NOMINAL
+
+    def spent(self, tokens: int, seconds: float) -> float:
+        """Return the share of the budget that is spent, from 0; 1 and more: the run ends."""
+        if self.settings.train_tokens is not None:
+            return tokens / self.settings.train_tokens
+        return seconds / self.settings.train_seconds if self.settings.train_seconds is not None else 0.0
+
+    def is_spent(self, state: State) -> bool:
+        """Return whether nothing is left of the budget in a checkpoint's state."""
+        return self.spent(int(state["tokens"]), float(state["train_seconds"]) + float(state["decision_seconds"])) >= 1
 
     def _steps_of_pass(self, num_samples: int) -> int:
         """Return the steps of one pass over the pool; where a selector chooses, no more than the pool can give."""
@@ -174,12 +228,14 @@ class DynamicRun:
                 targets=self.targets,
                 learning_rate=self.learning_rate,
                 capped=self._capped(),
+                expected_steps=self.expected_steps,
             )
         kept = None
         if resumed is not None:
             self.load_state_dict(resumed)
             kept = 0 if self.plan is None else self.plan.slot.number + 1
-        distributed.on_main(partial(self._start_record, Path(args.output_dir), kept))
+        step = 0 if resumed is None else int(resumed["step"])
+        distributed.on_main(partial(self._start_record, Path(args.output_dir), kept, step))
 
     def expected_cost(self) -> str | None:
         """Return what the selection is expected to cost, after measuring a few samples; None where nothing is to say.
@@ -205,9 +261,10 @@ class DynamicRun:
         sample = (time.perf_counter() - middle) / some.size
         self.decision_seconds += time.perf_counter() - began
         scored, others = selector.scored_samples(pool.size), 0 if self.targets is None else self.targets.size
-        passes = selector.expected_passes(self.schedule.num_updates)
+        expected = replace(self.schedule, total_steps=self.expected_steps)
+        passes = selector.expected_passes(expected.num_updates)
         total = (scored + others) * sample * passes
-        training = sample * (1 if gradients else 3) * self.schedule.total_steps * self.global_batch_size
+        training = sample * (1 if gradients else 3) * self.expected_steps * self.global_batch_size
         samples = f"{scored} samples" + (f" and {others} validation samples" if others else "")
         return (
             f"select {selector.name}: scoring {samples}, {passes} times in this run, is expected to take "
@@ -228,9 +285,9 @@ class DynamicRun:
         running = time.perf_counter() - self._decision_began
         return Spent(self.train_seconds, self.decision_seconds + running)
 
-    def _start_record(self, output_dir: Path, kept_rounds: int | None) -> None:
+    def _start_record(self, output_dir: Path, kept_rounds: int | None, step: int) -> None:
         self.writer = RunWriter(output_dir)
-        self.writer.begin(self.config.resolved(), kept_rounds)
+        self.writer.begin(self.config.resolved(), kept_rounds, step)
 
     def plan_for(self, step: int) -> Plan:
         """Return the plan of the round in which optimizer step ``step`` (from 0) is trained, made at most once."""
@@ -255,23 +312,63 @@ class DynamicRun:
             self.writer.round(plan, self.pool, acting, cost)
         return plan
 
-    def end_of_step(self, statistics: StepStatistics, tokens: int) -> None:
+    def end_of_step(self, statistics: StepStatistics) -> None:
         """Hand an optimizer step's statistics to the components."""
         self.statistics = statistics
-        self.tokens += tokens
         for _, component in self.components.items():
             component.on_step(statistics)
 
-    def finish(self) -> dict[str, Any]:
-        """Write the summary and return it."""
-        overhead = self.decision_seconds / self.train_seconds if self.train_seconds else 0.0
-        summary = {
+    def progress_logs(self) -> dict[str, float]:
+        """Return how far the run is, for a log: tokens trained on, and seconds of each kind so far."""
+        return {f"dataflex/{key}": value for key, value in self._so_far().items()}
+
+    def _so_far(self) -> dict[str, float]:
+        running = 0.0 if self.evaluation_began is None else time.perf_counter() - self.evaluation_began
+        return {
+            "tokens": self.tokens,
             "train_seconds": round(self.train_seconds, 3),
             "decision_seconds": round(self.decision_seconds, 3),
+            "evaluate_seconds": round(self.evaluate_seconds + running, 3),
+        }
+
+    def end_of_evaluation(self) -> None:
+        """Count the seconds of the evaluation that has just ended."""
+        assert self.evaluation_began is not None
+        self.evaluate_seconds += time.perf_counter() - self.evaluation_began
+        self.evaluation_began = None
+
+    def record_evaluation(self, step: int, domains: dict[str, Numbers], groups: dict[str, Numbers]) -> None:
+        """Put the numbers of an evaluation on record; called on the main process."""
+        if self.writer is None or self.evaluation is None:
+            return
+        line = {
+            "step": step,
+            **self._so_far(),
+            "fingerprint": self.evaluation.fingerprint,
+            "domains": domains,
+            **groups,
+        }
+        self.writer.evaluation(line)
+        self._last_evaluation = line
+        if self._finished_at is not None:
+            self.finish(self._finished_at)
+
+    def finish(self, step: int) -> dict[str, Any]:
+        """Write the summary and return it.
+
+        Args:
+            step: optimizer steps done.
+        """
+        self._finished_at = step
+        overhead = self.decision_seconds / self.train_seconds if self.train_seconds else 0.0
+        summary: dict[str, Any] = {
+            **self._so_far(),
             "overhead_fraction": round(overhead, 6),
             "rounds": 0 if self.plan is None else self.plan.slot.number + 1,
-            "tokens": self.tokens,
+            "steps": step,
         }
+        if self._last_evaluation is not None:
+            summary["evaluation"] = self._last_evaluation
         if self.writer is not None:
             self.writer.summary(summary)
         return summary
@@ -290,6 +387,7 @@ class DynamicRun:
             "train_seconds": self.train_seconds,
             "decision_seconds": self.decision_seconds,
             "tokens": self.tokens,
+            "evaluate_seconds": self.evaluate_seconds,
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -348,6 +446,8 @@ class DynamicRun:
         self.train_seconds = float(state["train_seconds"])
         self.decision_seconds = float(state["decision_seconds"])
         self.tokens = int(state["tokens"])
+        self.evaluate_seconds = float(state.get("evaluate_seconds", 0.0))
+        self.progress = self.spent(self.tokens, self.train_seconds + self.decision_seconds)
         stored = state["plan"]
         if stored is not None:
             slot = RoundSlot(stored["number"], stored["start_step"], stored["steps"], stored["update"])

@@ -1,0 +1,112 @@
+"""The numbers of an evaluation: bytes of what is counted, means over domains, samples counted once."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dataflex.trainer.evaluation import DomainEvaluation, as_logs, counted_bytes, means, numbers
+from unit.fakes import make_pool
+
+TEXTS = [
+    "The cat sees a dog.",
+    "Größe über alles, naïve café",
+    "数据 选择",
+    "emoji 🙂🙃 end",
+    "  two  spaces\n\ttab",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: its tokens may be parts of characters."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<pad>", "<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<end>")
+
+
+@pytest.mark.parametrize("response", TEXTS)
+@pytest.mark.parametrize("prompt", ["Say: ", "数 "])
+def test_bytes_are_those_of_the_response(tokenizer: PreTrainedTokenizerFast, prompt: str, response: str) -> None:
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    first, second = tokenizer(prompt).input_ids, tokenizer(response).input_ids
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids = [*first, *second, end, pad, pad]
+    labels = [-100] * len(first) + [*second, end, -100, -100]
+    assert counted_bytes(ids, labels, decode) == len(response.encode())
+    # Two turns: both responses count.
+    twice = [-100] * len(first) + [*second, end]
+    both = counted_bytes([*ids[:-2], *ids], [*twice, *labels], decode)
+    assert both == 2 * len(response.encode())
+
+
+def test_the_first_token_is_never_predicted(tokenizer: PreTrainedTokenizerFast) -> None:
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    ids = tokenizer("abcdefgh").input_ids
+    assert counted_bytes(ids, ids, decode) == 8 - len(decode(ids[:1]))
+
+
+def test_numbers_and_means_of_known_sums() -> None:
+    first, second = numbers(20.0, 10, 40), numbers(3.0, 2, 4)
+    assert first["loss"] == 2.0
+    assert first["perplexity"] == pytest.approx(math.e**2)
+    assert first["bits_per_byte"] == pytest.approx(0.5 / math.log(2))
+    found = means({"a": first, "b": second})
+    assert found["token_weighted"] == pytest.approx(
+        {"loss": 23 / 12, "perplexity": math.exp(23 / 12), "bits_per_byte": 23 / 44 / math.log(2)}
+    )
+    assert found["unweighted"] == pytest.approx(
+        {"loss": 1.75, "perplexity": math.exp(1.75), "bits_per_byte": (0.5 + 0.75) / 2 / math.log(2)}
+    )
+
+
+def test_what_has_no_bytes_or_no_tokens() -> None:
+    silent, empty = numbers(6.0, 3, 0), numbers(0.0, 0, 0)
+    assert silent["bits_per_byte"] is None
+    assert math.isnan(empty["loss"])
+    found = means({"silent": silent, "empty": empty})
+    assert found["token_weighted"] == {"loss": 2.0, "perplexity": pytest.approx(math.exp(2)), "bits_per_byte": None}
+    assert found["unweighted"]["loss"] == 2.0
+    assert as_logs({"silent": silent}, "eval").keys() == {"eval_silent_loss", "eval_silent_perplexity"}
+    assert numbers(1e6, 1, 1)["perplexity"] == math.inf
+
+
+def test_batches_and_repeats_do_not_matter() -> None:
+    rng = np.random.default_rng(0)
+    pool = make_pool({"a": 3, "b": 2})
+    logits = torch.from_numpy(rng.normal(size=(5, 6, 9)))
+    labels = torch.from_numpy(rng.integers(0, 9, size=(5, 6)))
+    labels[:, :2] = -100
+    labels[3] = -100
+    ids = labels.clamp(min=0)
+
+    def decode(tokens: list[int]) -> str:
+        return "x" * len(tokens)
+
+    found = []
+    for batches in ([[0, 1, 2, 3, 4]], [[4, 0], [3], [1, 2], [0, 4]]):
+        measured = DomainEvaluation(pool, decode, torch.device("cpu"))
+        for batch in batches:
+            measured.add(np.array(batch), logits[batch], ids[batch], labels[batch])
+        found.append(measured.finish())
+        assert measured.finish() is None
+    assert found[0].keys() == found[1].keys() == {"a", "b"}
+    probabilities = logits.log_softmax(-1)
+    for name, rows in (("a", [0, 1, 2]), ("b", [4])):
+        each = [-probabilities[row, at - 1, labels[row, at]].item() for row in rows for at in range(2, 6)]
+        for result in found:
+            assert result[name]["loss"] == pytest.approx(np.mean(each), rel=1e-6)
+            assert result[name]["tokens"] == result[name]["bytes"] == len(each)
+    assert [result["b"]["samples"] for result in found] == [2, 2]
