@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +39,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return BAD_INPUT
     try:
-        return _COMMANDS[options.command](options)
+        status = _COMMANDS[options.command](options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail either
+        return 1
     except DataFlexError as error:
         from dataflex.launch import report_error
 
@@ -81,6 +87,38 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="one HTML page and a table about one or several runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
     report.add_argument("--output", type=Path, help="the HTML file")
+    explain = commands.add_parser("explain", help="which samples a run chose, when and why, with their text")
+    explain.add_argument("run", type=Path, metavar="RUN", help="a run's output_dir")
+    asked = explain.add_mutually_exclusive_group()
+    asked.add_argument("--index", type=_not_negative, nargs="+", default=[], metavar="I", help="samples, by pool index")
+    asked.add_argument("--text", metavar="PHRASE", help="samples whose text contains this")
+    asked.add_argument("--top", type=_positive, metavar="N", help="the best N samples of a round")
+    explain.add_argument("--round", type=_not_negative, metavar="R", help="of --top (the last one with a selector)")
+    explain.add_argument("--no-text", action="store_true", help="do not load the data for the samples' texts")
+    explain.add_argument("--full", action="store_true", help="texts whole, with special tokens")
+    explain.add_argument("--json", action="store_true", help="print JSON")
+    evaluation = commands.add_parser("eval", help="run downstream tasks with a model or the result of a run")
+    evaluation.add_argument("model", metavar="MODEL_OR_RUN", help="a run or model folder, asset:NAME or a hub name")
+    evaluation.add_argument(
+        "--tasks", nargs="+", required=True, help=".jsonl files, YAML files of task settings, or tasks of lm-eval"
+    )
+    evaluation.add_argument("--adapter", type=Path, help="folder of an adapter to put on the model")
+    evaluation.add_argument("--output", type=Path, help="folder for the results (default: RUN/dataflex/tasks)")
+    evaluation.add_argument("--fewshot-file", type=Path, help="rows of the same form to take examples from")
+    evaluation.add_argument("--num-fewshot", type=int, help="examples before each question")
+    evaluation.add_argument("--choices", choices=("letters", "text"), help="what of a choice is scored (letters)")
+    evaluation.add_argument("--limit", type=int, help="questions of each task, drawn by the seed")
+    evaluation.add_argument("--batch-size", type=_positive, default=8, help="prompts at once (8)")
+    evaluation.add_argument("--device", help="e.g. cpu or cuda:0 (default: the accelerator if there is one)")
+    evaluation.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights (as stored)"
+    )
+    evaluation.add_argument("--apply-chat-template", action="store_true", help="ask in the model's chat template")
+    evaluation.add_argument("--seed", type=_not_negative, default=42, help="of the draw under --limit (42)")
+    compare = commands.add_parser("compare", help="train variants over seeds and say what their differences support")
+    compare.add_argument("experiment", type=Path, help="a YAML that names the variants, the seeds and the budget")
+    compare.add_argument("--jobs", type=_positive, help="runs at a time (default: one for each CUDA device, else one)")
+    compare.add_argument("--dry-run", action="store_true", help="print what would be run, and what it would cost")
     assets = commands.add_parser("assets", help="the demo's model and data, by name")
     assets.add_argument("name", nargs="?", help="which to fetch; none: list them")
     demo = commands.add_parser("demo", help="train a small model with and without selection, and compare")
@@ -149,6 +187,12 @@ def _positive(text: str) -> int:
     return value
 
 
+def _not_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text}")
+    return int(text)
+
+
 def _offline(options: argparse.Namespace) -> int:
     from dataflex import launch, offline
 
@@ -186,6 +230,52 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _explain(options: argparse.Namespace) -> int:
+    from dataflex.record.explain import Question, explain
+
+    question = Question(
+        indices=tuple(options.index),
+        text=options.text,
+        top=options.top,
+        round=options.round,
+        with_text=not options.no_text,
+        full=options.full,
+    )
+    explain(options.run, question, options.json)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from dataflex.evaluation.command import evaluate
+
+    given = {
+        "fewshot_file": options.fewshot_file and options.fewshot_file.absolute(),
+        "num_fewshot": options.num_fewshot,
+        "choices": options.choices,
+        "limit": options.limit,
+    }
+    folder = evaluate(
+        options.model,
+        options.tasks,
+        adapter=options.adapter,
+        output=options.output,
+        changes={key: value for key, value in given.items() if value is not None},
+        batch_size=options.batch_size,
+        device=options.device,
+        dtype=options.dtype,
+        apply_chat_template=options.apply_chat_template,
+        seed=options.seed,
+    )
+    print(f"results: {folder}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from dataflex.compare.command import compare
+
+    return compare(options.experiment, options.jobs, options.dry_run)
+
+
 def _assets(options: argparse.Namespace) -> int:
     from dataflex import assets
 
@@ -211,6 +301,9 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "list": _list,
     "version": _version,
     "report": _report,
+    "eval": _eval,
+    "explain": _explain,
+    "compare": _compare,
     "assets": _assets,
     "demo": _demo,
 }

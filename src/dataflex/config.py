@@ -143,7 +143,7 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
         return plain, problems
     if not isinstance(section, dict):
         return plain, [Problem(SECTION, f"must be a mapping, got {section!r}.")]
-    config = _validate(DataFlexConfig, section, SECTION, problems)
+    config = validate(DataFlexConfig, section, SECTION, problems)
     params = _validate_components(section, base, problems)
     if problems:
         return plain, problems
@@ -177,13 +177,13 @@ def _validate_components(
         except ConfigError as error:
             problems.append(Problem(f"{prefix}.method", str(error)))
             continue
-        params = _validate(cls.Params, {k: v for k, v in given.items() if k != "method"}, prefix, problems, base)
+        params = validate(cls.Params, {k: v for k, v in given.items() if k != "method"}, prefix, problems, base)
         if params is not None:
             found[key] = (cls, params)
     return found
 
 
-def _validate(
+def validate(
     model: type[BaseModel], data: dict[str, Any], prefix: str, problems: list[Problem], base: Path | None = None
 ) -> Any:
     """Return ``model`` built from ``data``, or None after adding one problem per bad key."""

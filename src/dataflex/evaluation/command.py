@@ -1,0 +1,190 @@
+"""``dataflex-cli eval``: what to evaluate, with which tasks, and where the results go."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dataflex import assets
+from dataflex.errors import ConfigError, Problem
+from dataflex.evaluation.downstream import evaluate_tasks
+from dataflex.evaluation.results import result_tables
+from dataflex.evaluation.tasks import read_settings, task_problems
+from dataflex.record.tables import to_text
+
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is evaluated.
+
+    Attributes:
+        model: a folder with weights, or a name on the hub.
+        adapter: the adapter on it.
+        run: the run folder that was named; None where a model was.
+    """
+
+    model: str
+    adapter: Path | None
+    run: Path | None
+
+
+def resolve_target(named: str, adapter: Path | None = None) -> Target:
+    """Find the model behind a run folder, a model folder, ``asset:NAME`` or a hub name.
+
+    Args:
+        named: what the user named.
+        adapter: an adapter to put on it.
+
+    Raises:
+        ConfigError: where there is nothing of that name, it has no weights, or its training is not finished.
+    """
+    if adapter is not None:
+        _base_of(adapter)
+    if named.startswith(assets.PREFIX):
+        return Target(assets.resolve(named), adapter, None)
+    folder = Path(named).expanduser()
+    if not folder.exists():
+        if not _HUB_NAME.fullmatch(named):
+            raise ConfigError(f"no such run or model folder: {named}")
+        return Target(named, adapter, None)
+    if not folder.is_dir():
+        raise ConfigError(f"{named} is a file; expected a run folder, a model folder, asset:NAME or a hub name.")
+    run = folder if (folder / "dataflex" / "config.yaml").is_file() else None
+    if run is not None:
+        _check_finished(run)
+    if (folder / "adapter_config.json").is_file():
+        if adapter is not None:
+            raise ConfigError(f"--adapter: {named} has an adapter of its own; name its base model instead.")
+        return Target(_base_of(folder), folder, folder)
+    if not (folder / "config.json").is_file() or not _has(folder, _WEIGHTS):
+        raise ConfigError(f"{named} has no weights{_checkpoints_in(folder)}.")
+    return Target(str(folder), adapter, run)
+
+
+def _check_finished(run: Path) -> None:
+    if not (run / "dataflex" / "summary.json").is_file():
+        raise ConfigError(
+            f"{run}: its training has not ended (there is no dataflex/summary.json), so it has no weights to "
+            f"evaluate{_checkpoints_in(run)}."
+        )
+    if not _has(run, _WEIGHTS) and not _has(run, _ADAPTER):
+        raise ConfigError(f"{run} has no weights: they were not saved, or are gone{_checkpoints_in(run)}.")
+    recorded = yaml.safe_load((run / "dataflex" / "config.yaml").read_text(encoding="utf-8"))["llamafactory"]
+    earlier = [name for name in str(recorded.get("adapter_name_or_path") or "").split(",") if name]
+    if len(earlier) > 1 or (earlier and recorded.get("create_new_adapter")):
+        raise ConfigError(
+            f"{run}: its adapter was trained on a base with other adapters merged into it (adapter_name_or_path); "
+            "export the whole model with llamafactory-cli export, and evaluate that."
+        )
+
+
+def _base_of(folder: Path) -> str:
+    """Return the base model of an adapter folder."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no adapter folder: it has no adapter_config.json.")
+    if not _has(folder, _ADAPTER):
+        raise ConfigError(f"{folder} has no adapter weights ({' or '.join(_ADAPTER)}).")
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} names no base model (base_model_name_or_path).") from error
+    base = assets.resolve(str(base))
+    if not Path(base).exists() and not _HUB_NAME.fullmatch(base):
+        raise ConfigError(f"{path}: its base model {base} does not exist; name the base, and this with --adapter.")
+    return base
+
+
+def _has(folder: Path, names: tuple[str, ...]) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
+def _checkpoints_in(folder: Path) -> str:
+    """Return how to evaluate the last checkpoint in a folder, or nothing."""
+    numbers = sorted(
+        int(path.name.removeprefix("checkpoint-"))
+        for path in folder.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    )
+    return f"; its last checkpoint is {folder / f'checkpoint-{numbers[-1]}'}" if numbers else ""
+
+
+def evaluate(
+    named: str,
+    tasks: list[str],
+    *,
+    adapter: Path | None,
+    output: Path | None,
+    changes: dict[str, Any],
+    batch_size: int,
+    device: str | None,
+    dtype: str,
+    apply_chat_template: bool,
+    seed: int,
+) -> Path:
+    """Evaluate, print the tables, and return the folder the results are in.
+
+    Args:
+        named: run folder, model folder, ``asset:NAME`` or hub name.
+        tasks: as `dataflex.evaluation.tasks.read_settings` takes them.
+        adapter: an adapter to put on the model.
+        output: folder of the results; none: ``dataflex/tasks`` of the run.
+        changes: settings that replace those of every task.
+        batch_size: prompts at once.
+        device: where to run; none: the accelerator if there is one.
+        dtype: of the weights.
+        apply_chat_template: show the questions as the model's chat template has them.
+        seed: of every draw.
+
+    Raises:
+        ConfigError: for whatever is wrong with the arguments, the tasks or the model.
+    """
+    problems: list[Problem] = []
+    settings = []
+    try:
+        settings = read_settings(tasks, changes)
+        problems += [problem for each in settings for problem in task_problems(each)]
+    except ConfigError as error:
+        problems += error.problems
+    target = None
+    try:
+        target = resolve_target(named, adapter)
+        if output is None and target.run is not None:
+            output = target.run / "dataflex" / "tasks"
+        if output is None:
+            problems.append(Problem("--output", f"needed, the folder for the results: {named} is not a run folder."))
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems=problems, source="eval")
+    assert target is not None
+    assert output is not None
+    results = evaluate_tasks(
+        target.model,
+        target.adapter,
+        settings,
+        output,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        apply_chat_template=apply_chat_template,
+        seed=seed,
+    )
+    width = shutil.get_terminal_size(fallback=(120, 24)).columns
+    print("\n".join(to_text(table, width) for table in result_tables(results)))
+    return output

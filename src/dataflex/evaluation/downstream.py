@@ -1,0 +1,129 @@
+"""Downstream evaluation: a model, tasks, and one JSON file of results for each task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from dataflex.errors import ConfigError, Problem
+from dataflex.evaluation.results import CHOICE_METRICS, Metric, TaskResult, chance_note, mean_of_subjects
+from dataflex.evaluation.tasks import FileTask, TaskSettings, load_task, task_problems
+from dataflex.files import write_atomically
+from dataflex.record.versions import installed_versions
+
+BATCH_SIZE = 8
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SEED = 42
+
+
+def evaluate_tasks(
+    model: str,
+    adapter: Path | None,
+    tasks: Sequence[TaskSettings],
+    output: Path,
+    *,
+    batch_size: int = BATCH_SIZE,
+    device: str | None = None,
+    dtype: str = "auto",
+    apply_chat_template: bool = False,
+    seed: int = SEED,
+) -> list[TaskResult]:
+    """Run tasks one after another, and write ``NAME.json`` of each as soon as it is done.
+
+    Args:
+        model: a folder with weights, or a name on the hub.
+        adapter: folder of a PEFT adapter on it.
+        tasks: what to run; each name once.
+        output: folder to write to; made where it does not exist. An earlier result of the same name is replaced.
+        batch_size: prompts at once, at least 1.
+        device: where to run; none: the accelerator if there is one.
+        dtype: one of `DTYPES`; ``auto`` is what the weights are stored in.
+        apply_chat_template: show the questions as the model's chat template has them.
+        seed: of the draw under a task's ``limit``, and of what a task of the harness draws.
+
+    Raises:
+        ConfigError: with every problem of the tasks before anything is loaded; where lm-eval is not installed; where
+            a task's data or the model cannot be loaded; where memory runs out.
+    """
+    files: dict[str, FileTask] = {}
+    problems: list[Problem] = []
+    for settings in tasks:
+        if settings.task is not None:
+            problems += task_problems(settings)
+            continue
+        loaded, found = load_task(settings)
+        problems += found
+        if loaded is not None:
+            files[settings.name] = loaded.limited(seed)
+    if problems:
+        raise ConfigError(problems=problems, source="--tasks")
+    if find_spec("lm_eval") is None:
+        raise ConfigError('downstream evaluation needs lm-evaluation-harness: pip install "dataflex[eval]".')
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: {output} cannot be made ({error.strerror or error}).") from error
+    from dataflex.evaluation import harness
+
+    own = harness.harness_tasks([settings.task for settings in tasks if settings.task is not None])
+    lm = harness.load_model(model, adapter, batch_size, device, dtype)
+    versions = {**installed_versions(), "lm_eval": version("lm_eval")}
+    common = {
+        "batch_size": batch_size,
+        "device": str(lm.device),
+        "dtype": dtype,
+        "apply_chat_template": apply_chat_template,
+        "seed": seed,
+    }
+    results = []
+    for settings in tasks:
+        start = time.perf_counter()
+        task = files.get(settings.name)
+        notes = []
+        if apply_chat_template and (note := harness.check_chat_template(lm, task)):
+            notes.append(note)
+        if task is not None:
+            outcome = harness.run_file_task(lm, task, apply_chat_template, seed)
+        else:
+            assert settings.task is not None
+            outcome = harness.run_harness_task(
+                lm, settings.task, own[settings.task], settings, apply_chat_template, seed
+            )
+        if outcome.cut:
+            notes.append(
+                f"{outcome.cut} prompts were longer than the model's context of {lm.max_length} tokens; their "
+                "beginnings were cut off."
+            )
+        notes += _chance_notes(outcome.metrics, outcome.chances)
+        result = TaskResult(
+            task=settings.name,
+            form=outcome.form,
+            file=None if settings.file is None else str(settings.file),
+            samples=outcome.samples,
+            num_fewshot=outcome.num_fewshot,
+            metrics=outcome.metrics,
+            chance=sum(outcome.chances) / len(outcome.chances) if outcome.chances else None,
+            subjects=outcome.subjects,
+            subject_mean=mean_of_subjects(outcome.subjects) if len(outcome.subjects) > 1 else {},
+            notes=notes,
+            model=model,
+            adapter=None if adapter is None else str(adapter),
+            settings={**settings.model_dump(mode="json"), **common},
+            versions=versions,
+            seconds=time.perf_counter() - start,
+        )
+        write_atomically(output / f"{settings.name}.json", (result.model_dump_json(indent=2) + "\n").encode())
+        results.append(result)
+    return results
+
+
+def _chance_notes(metrics: Mapping[str, Metric], chances: Sequence[float]) -> list[str]:
+    """Return a warning for each accuracy that guessing may give; once, where both are one number."""
+    found = {name: metrics[name] for name in CHOICE_METRICS if name in metrics} if chances else {}
+    if found.get("acc") == found.get("acc_norm"):
+        found.pop("acc_norm", None)
+    notes = [chance_note(name, metric, chances) for name, metric in found.items()]
+    return [note for note in notes if note is not None]
