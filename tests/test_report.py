@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
+import os
 import re
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,22 @@ import yaml
 
 from dataflex.errors import ConfigError
 from dataflex.record.charts import BARS, DOMAINS, Chart, charts
+from dataflex.record.described import data
 from dataflex.record.measure import MeasuredRun, evenly, measure
 from dataflex.record.page import page
 from dataflex.record.reader import read_run
-from dataflex.record.report import report
-from dataflex.record.tables import Table, domain_table, run_table, score_table, tables, to_text
-from dataflex.record.traces import smooth, thin
+from dataflex.record.report import report, write_page
+from dataflex.record.tables import (
+    Table,
+    domain_table,
+    evaluation_table,
+    run_table,
+    score_table,
+    tables,
+    task_table,
+    to_text,
+)
+from dataflex.record.traces import figure, line, smooth, style, thin
 
 # Three plans of six samples from a pool of ten: 8 distinct samples; consecutive sets share 2 of 10 and 5 of 6.
 PLANS = ([0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 6, 7], [4, 5, 6, 7, 4, 4])
@@ -126,6 +138,44 @@ def column(table: Table, name: str) -> list[str]:
 
 def chart(found: Sequence[Chart], title: str) -> Chart:
     return next(each for each in found if each.title == title)
+
+
+def costs(step: int, tokens: int) -> dict[str, float]:
+    seconds = {f"dataflex/{name}_seconds": step * factor for name, factor in SECONDS.items()}
+    return {"dataflex/tokens": tokens, **seconds}
+
+
+SECONDS = {"train": 2.0, "decision": 0.5, "evaluate": 0.25}
+
+
+def evaluation_line(step: int, losses: dict[str, float], **changes: Any) -> dict[str, Any]:
+    mean = {"loss": sum(losses.values()) / len(losses), "perplexity": 2.0, "bits_per_byte": None}
+    sizes = {"tokens": 10, "bytes": 40, "samples": 2}
+    return {
+        "step": step,
+        "tokens": 7 * step,
+        **{f"{name}_seconds": step * factor for name, factor in SECONDS.items()},
+        "fingerprint": "ab",
+        "domains": {
+            name: {"loss": loss, "perplexity": 2.0, "bits_per_byte": loss / 3, **sizes} for name, loss in losses.items()
+        },
+        "token_weighted": {**mean, "bits_per_byte": 0.5},
+        "unweighted": mean,
+        **changes,
+    }
+
+
+def write_evaluations(run: Path, lines: Sequence[dict[str, Any]], tail: str = "") -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run / "dataflex" / "evaluations.jsonl").write_text(text + tail)
+
+
+def write_task(run: Path, name: str, **changes: Any) -> None:
+    metrics = {"acc": {"value": 0.3, "stderr": 0.03}, "acc_norm": {"value": 0.5, "stderr": 0.03}}
+    task = {"task": name, "form": "multiple_choice", "file": "x", "samples": 200, "num_fewshot": 5, "metrics": metrics}
+    folder = run / "dataflex" / "tasks"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({**task, "chance": 0.25, "subjects": {}, **changes}))
 
 
 # Reading
@@ -237,6 +287,103 @@ def test_evaluation_after_training_is_the_last_point(tmp_path: Path) -> None:
     assert read_run(run).eval_loss == {"eval": [(8, 2.0), (9, 1.25)]}
 
 
+def test_evaluations_are_read_by_step_and_a_cut_off_line_is_left_out(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    lines = [evaluation_line(3, {"a": 2.0, "b": 1.0}), evaluation_line(9, {"a": float("nan")})]
+    last = evaluation_line(9, {"a": 1.5, "b": 1.0}, evaluate_seconds=4.0)
+    write_evaluations(run, [*lines, last], tail=json.dumps(lines[0])[:50])
+    found = read_run(run).evaluations
+    assert [(each.step, each.tokens) for each in found] == [(3, 21), (9, 63)]
+    assert found[1].domains["a"].loss == 1.5
+    assert found[1].seconds == 9 * 2.5 + 4
+    assert found[1].unweighted.bits_per_byte is None
+
+
+def test_run_that_is_training_has_the_cost_and_tokens_of_its_last_evaluation(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    write_evaluations(run, [evaluation_line(4, {"a": 2.0})])
+    (run / "dataflex" / "summary.json").unlink()
+    record = read_run(run)
+    assert (record.train_seconds, record.evaluate_seconds, record.tokens) == (8.0, 1.0, 28)
+
+
+def test_summary_may_have_the_later_keys_or_not(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    assert read_run(run).evaluate_seconds is None
+    write_summary(run, steps=9, evaluate_seconds=2.5, evaluation=evaluation_line(9, {"a": 1.0}))
+    record = read_run(run)
+    assert record.summary is not None
+    assert record.summary.evaluation is not None
+    assert (record.summary.steps, record.evaluate_seconds, record.summary.evaluation.domains["a"].loss) == (9, 2.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "change"),
+    [
+        ("evaluations.jsonl, line 1", "domains.a.loss", lambda run: write_evaluations(run, [wrong_evaluation()])),
+        ("evaluations.jsonl, line 1", "token_weighted", lambda run: write_evaluations(run, [{"step": 1}])),
+        ("quiz.json", "metrics.acc.value", lambda run: write_task(run, "quiz", metrics={"acc": {"stderr": 1}})),
+        ("quiz.json", "num_fewshot", lambda run: write_task(run, "quiz", num_fewshot="many")),
+        ("summary.json", "evaluate_seconds", lambda run: write_summary(run, evaluate_seconds=-1)),
+        ("rounds.jsonl, line 1", "pool.a", lambda run: write_rounds(run, [round_line(0, {"a": 1}, pool={"a": "x"})])),
+    ],
+)
+def test_record_of_another_shape_is_named(tmp_path: Path, file: str, key: str, change: Callable[[Path], None]) -> None:
+    run = finished_run(tmp_path / "run")
+    change(run)
+    with pytest.raises(ConfigError) as caught:
+        read_run(run)
+    assert file in str(caught.value)
+    if key == "token_weighted":  # the first of several missing keys is named
+        assert "'tokens'" in str(caught.value)
+    else:
+        assert f"'{key}'" in str(caught.value)
+
+
+def wrong_evaluation() -> dict[str, Any]:
+    line = evaluation_line(1, {"a": 1.0})
+    line["domains"]["a"]["loss"] = "low"
+    return line
+
+
+def test_means_are_no_evaluation_sets(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    means = {"eval_token_weighted_loss": 1.0, "eval_unweighted_loss": 2.0}
+    write_state(run, [{"step": 3, "eval_loss": 3.0, **means}], 3)
+    (run / "all_results.json").write_text(json.dumps({**means, "eval_loss": 3.0}))
+    assert set(read_run(run).eval_loss) == {"eval"}
+    write_state(run, [{"step": 3, "eval_unweighted_loss": 2.0}], 3)  # somebody's own set of that name
+    (run / "all_results.json").unlink()
+    assert set(read_run(run).eval_loss) == {"unweighted"}
+
+
+def test_repeats_and_first_sightings_are_counted(tmp_path: Path) -> None:
+    coverage = read_run(finished_run(tmp_path / "run")).coverage()
+    assert coverage is not None
+    # Indices 0..3 are planned once, 4 and 5 five and three times, 6 and 7 three and three.
+    assert coverage.times.tolist() == [0, 4, 0, 3, 0, 1]
+    assert coverage.repeats == [(0, 0.0), (1, pytest.approx(4 / 6)), (2, 1.0)]
+    assert coverage.seen == {"math": [(0, 5), (1, 5), (2, 5)], "<script>": [(0, 1), (1, 3), (2, 3)]}
+
+
+@pytest.mark.parametrize("column", ["index", "domain"])
+def test_plan_of_another_shape_is_named(tmp_path: Path, column: str) -> None:
+    run = finished_run(tmp_path / "run")
+    path = run / "dataflex" / "plans" / "round-00001.parquet"
+    table = pyarrow.parquet.read_table(path)
+    number = table.column_names.index(column)
+    changes = {
+        "has no column": table.drop_columns(column),
+        "has fractions or nulls" if column == "index" else "must hold": table.set_column(
+            number, column, pyarrow.array([0.5] * 6)
+        ),
+    }
+    for message, changed in changes.items():
+        pyarrow.parquet.write_table(changed, path)
+        with pytest.raises(ConfigError, match=rf"round-00001\.parquet.*{message}"):
+            read_run(run).coverage()
+
+
 @pytest.mark.parametrize("name", ["trainer_state.json", "dataflex/summary.json", "all_results.json"])
 def test_half_written_file_is_named(tmp_path: Path, name: str) -> None:
     run = finished_run(tmp_path / "run")
@@ -330,6 +477,19 @@ def test_weight_only_run_leaves_out_what_it_has_not(tmp_path: Path) -> None:
         assert chart(found, title).caption
 
 
+def test_run_without_decisions_has_its_losses_and_cost(tmp_path: Path) -> None:
+    run = write_config(tmp_path / "run")
+    write_state(run, [{"step": step, "loss": 1.0, **costs(step, 5 * step)} for step in range(1, 5)], 4)
+    write_evaluations(run, [evaluation_line(4, {"a": 2.0})])
+    write_summary(run, rounds=0, decision_seconds=0.0, overhead_fraction=0.0, evaluate_seconds=1.0, steps=4)
+    runs = measured(run)
+    assert not {"rounds", "samples", "distinct"} & set(run_table(runs).header)
+    assert column(run_table(runs), "evaluate s") == ["1.0"]
+    drawn = {each.title for each in charts(runs) if each.figure}
+    assert {"Training loss against time", "Evaluation loss by domain", "Seconds by run"} <= drawn
+    assert not any("Proportions" in title or "seen" in title for title in drawn)
+
+
 def test_text_fits_the_width_in_aligned_columns() -> None:
     header = ["run", "components", "rounds", "eval loss"]
     table = Table("Runs", header, [["a", "mix=odm", "3", "1.5"], ["b\x1b[31m", "-", "12", "-"]], 2, ("A note.",))
@@ -363,33 +523,40 @@ def test_page_is_self_contained_and_escaped(tmp_path: Path, capsys: pytest.Captu
     assert output == run / "dataflex" / "report.html"
     assert "select=loss mix=odm" in capsys.readouterr().out
     text = output.read_text()
-    assert text.count("* plotly.js v") == 1
-    ours = re.sub(r"<script>/\*\*.*?</script>", "", text, flags=re.DOTALL)
+    assert "* plotly.js v" in unpacked_script(text, "plotly")
+    ours = re.sub(r'<script type="text/plain".*?</script>', "", text)
     assert len(ours) < 100_000
     assert not re.search(r"https?://", ours)
     assert not re.search(r"<(link|img|iframe)\b|\b(src|href)\s*=|@import|url\(", ours)
     assert "default-src 'none'" in ours
     assert "&lt;script&gt;" in ours
-    assert ours.count("<script") == 2
+    assert ours.count("<script") == 1
+    assert len(text) < 3_000_000
     assert list(output.parent.glob(".*")) == []
+
+
+def unpacked_script(text: str, key: str) -> str:
+    (found,) = re.findall(f'<script type="text/plain" id="{key}">([A-Za-z0-9+/=]*)</script>', text)
+    return gzip.decompress(base64.b64decode(found)).decode()
 
 
 def test_page_names_what_is_missing() -> None:
     found = [Chart("Loss", "Training <loss>", "none of <it>.", None)]
-    text = page("a <title>", [], found, "js</script>")
+    text = page("a <title>", [], found, "js</script>\u00e9")
     assert "Not drawn - Training &lt;loss&gt;: none of &lt;it&gt;." in text
     assert "a &lt;title&gt;" in text
-    assert "js</script></script>" not in text
+    assert "js</script>" not in text
+    assert unpacked_script(text, "plotly") == "js</script>\u00e9"
 
 
 def test_figures_are_valid_plotly(tmp_path: Path) -> None:
     graph_objects = pytest.importorskip("plotly.graph_objects")
     runs = measured(finished_run(tmp_path / "a$x$"), weight_run(tmp_path / "b%{y}"), many_domains(tmp_path / "c"))
     figures = [each.figure for each in charts(runs) if each.figure is not None]
-    assert len(figures) == 12
-    for figure in figures:
-        graph_objects.Figure(figure)
-        assert figure["data"]
+    assert len(figures) == 15
+    for each in figures:
+        graph_objects.Figure(each)
+        assert each["data"]
     assert "<script>" not in json.dumps(figures)
     assert "$" not in json.dumps(figures).replace("&#36;", "")
 
@@ -409,10 +576,10 @@ def test_logged_loss_is_drawn_behind_its_mean_for_few_runs(tmp_path: Path) -> No
     for path in paths:
         write_state(path, history(120), 120)
         write_summary(path)
-    few, many = (chart(charts(measured(*chosen)), "Training loss") for chosen in (paths[:3], paths))
+    few, many = (chart(charts(measured(*chosen)), "Training loss against steps") for chosen in (paths[:3], paths))
     assert few.figure is not None
     assert many.figure is not None
-    assert [trace["mode"] for trace in few.figure["data"]] == ["lines"] * 6
+    assert [trace["mode"] for trace in few.figure["data"]] == ["lines"] * 3 + ["lines+markers"] * 3
     assert [trace.get("opacity", 1) for trace in few.figure["data"]] == [0.3, 0.3, 0.3, 1, 1, 1]
     assert len(many.figure["data"]) == 4
 
@@ -430,6 +597,118 @@ def test_small_domains_are_added_up(tmp_path: Path) -> None:
 
 def unpacked(values: dict[str, str]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
+
+
+def test_older_record_is_drawn_against_steps_with_the_trainers_losses(tmp_path: Path) -> None:
+    found = charts(measured(finished_run(tmp_path / "run")))
+    loss = chart(found, "Training loss against steps").figure
+    assert loss is not None
+    assert unpacked(loss["data"][0]["x"]).tolist() == list(range(1, 10))
+    assert "earlier versions" in chart(found, "Training loss against time").caption
+    assert chart(found, "Trainer's eval_loss: held_out").figure is not None
+    assert chart(found, "Evaluation loss by domain").figure is None
+    share = chart(found, "Share of each domain ever seen: run")
+    assert share.figure is not None
+    assert "does not say" in share.caption
+    assert [unpacked(trace["y"]).tolist() for trace in share.figure["data"]] == [[5, 5, 5], [1, 3, 3]]
+
+
+def test_runs_with_and_without_tokens_share_the_axis_of_steps(tmp_path: Path) -> None:
+    old, new = finished_run(tmp_path / "old"), finished_run(tmp_path / "new")
+    write_state(new, [{"step": step, "loss": 1.0, **costs(step, 5 * step)} for step in range(1, 5)], 4)
+    assert chart(charts(measured(new)), "Training loss against tokens").figure is not None
+    both = charts(measured(old, new))
+    assert chart(both, "Training loss against steps").figure is not None
+    assert "Without data" not in chart(both, "Training loss against time").caption
+    assert "Not known at every step: old" in chart(both, "Training loss against time").caption
+
+
+def test_losses_on_different_data_are_not_compared_silently(tmp_path: Path) -> None:
+    one, two = finished_run(tmp_path / "one"), finished_run(tmp_path / "two")
+    for run, digest in ((one, "ab"), (two, "cd")):
+        write_evaluations(run, [evaluation_line(3, {"a": 2.0}, fingerprint=digest)])
+    title = "Evaluation loss against tokens, token-weighted"
+    assert "cannot be compared" in chart(charts(measured(one, two)), title).caption
+    assert "cannot be compared" not in chart(charts(measured(one)), title).caption
+
+
+def test_evaluation_and_task_tables_have_the_numbers(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    write_evaluations(
+        run, [evaluation_line(3, {"a": 2.0}), evaluation_line(6, {"a": 1.0}), evaluation_line(9, {"a": 1.5})]
+    )
+    write_task(run, "quiz")
+    runs = measured(run)
+    assert evaluation_table(runs).rows == [["run", "a", "2", "10", "2.0000", "1.5000", "1.0000", "2.0000", "0.5000"]]
+    table = task_table(runs)
+    assert table.rows == [
+        ["run", "quiz", "acc", "multiple choice", "200", "5", "0.3000", "0.0300", "0.2500"],
+        ["run", "quiz", "acc_norm", "multiple choice", "200", "5", "0.5000", "0.0300", "0.2500"],
+    ]
+    assert table.notes == ("run, quiz: acc cannot be told from chance (within 2 standard errors).",)
+    assert column(run_table(runs), "token-weighted loss") == ["1.5000"]
+    assert "eval loss" not in run_table(runs).header
+
+
+def test_times_planned_are_put_together_where_they_are_many(tmp_path: Path) -> None:
+    run = write_config(tmp_path / "run", order="sort")
+    write_rounds(run, [round_line(0, {"math": 45}, pool={"math": 9})])
+    write_plan(run, 0, [0] * 30 + [1] * 13 + [2, 3], None)
+    figure = chart(charts(measured(run)), "How often samples were planned").figure
+    assert figure is not None
+    (bars,) = figure["data"]
+    counted = dict(zip(bars["x"], unpacked(bars["y"]).tolist(), strict=True))
+    assert list(counted)[-3:] == ["12", "13 to 25", "26 to 30"]
+    assert {label: count for label, count in counted.items() if count} == {
+        "never": 5,
+        "1": 2,
+        "13 to 25": 1,
+        "26 to 30": 1,
+    }
+
+
+def test_data_below_a_chart_is_thinned_with_both_ends() -> None:
+    one = line([(step, 2.0 * step) for step in range(1000)], "a & b", style(0), 2000)
+    other = line([(step, 1.0) for step in range(0, 1000, 2)], "c", style(1), 2000)
+    shared = data(figure([one], "step", "loss"))
+    assert shared.header == ["step", "a & b"]
+    assert len(shared.rows) == 50
+    assert (shared.rows[0], shared.rows[-1]) == (["0", "0"], ["999", "1,998"])
+    assert shared.note == "50 of 1000 rows."
+    apart = data(figure([one, other], "step", "loss"))
+    assert apart.header == ["", "step", "loss"]
+    assert [row[0] for row in apart.rows] == ["a & b"] * 25 + ["c"] * 25
+    assert apart.rows[-1] == ["c", "998", "1"]
+
+
+def test_rows_and_error_bars_are_in_the_data() -> None:
+    points = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "one",
+        "y": [0.2, 0.8],
+        "marker": {"symbol": ["x", "x-open"]},
+    }
+    whole = {**points, "x": [1.5, 2.5], "error_x": {"array": [0.5, 0.25]}}
+    chart_of = figure([whole], "value", "")
+    chart_of["layout"]["yaxis"] |= {"tickvals": [0, 1], "ticktext": ["first", "second"]}
+    assert data(chart_of).header == ["", "", "value", "error bar"]
+    assert data(chart_of).rows == [["one", "first", "1.5", "+- 0.5"], ["one", "second", "2.5", "+- 0.25"]]
+    whole["error_x"]["arrayminus"] = [1.0, 1.5]
+    assert [row[3] for row in data(chart_of).rows] == ["0.5 to 2", "1 to 2.75"]
+
+
+def test_page_of_given_tables_and_charts_replaces_only_pages(tmp_path: Path) -> None:
+    drawn = Chart("Own", "A chart", "Of ours.", figure([line([(1, 2.0)], "x", style(0), 10)], "a", "b"))
+    output = tmp_path / "page.html"
+    for title in ("First", "Second"):
+        write_page(output, title, [Table("T", ["a"], [["1"]], 1)], [drawn])
+    assert "<h1>Second</h1>" in output.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    output.write_text("mine")
+    with pytest.raises(ConfigError, match="is not a DataFlex report"):
+        write_page(output, "Third", [], [drawn])
+    assert output.read_text() == "mine"
 
 
 def test_several_runs_are_written_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,6 +743,17 @@ def test_numbers_are_printed_without_plotly(
         report([run])
     assert "123,456" in capsys.readouterr().out
     assert not (run / "dataflex" / "report.html").exists()
+
+
+def test_output_into_a_pipe_that_was_closed_is_no_error(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    command = [sys.executable, "-m", "dataflex", "report", str(run)]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert (run / "dataflex" / "report.html").is_file()
 
 
 def test_report_is_imported_without_the_heavy_libraries() -> None:
@@ -506,7 +796,8 @@ def test_rounds_are_picked_evenly_with_both_ends() -> None:
 def test_ten_million_rows_are_read_one_plan_at_a_time(tmp_path: Path) -> None:
     run = write_config(tmp_path / "run", select="loss")
     size, num_rounds = 10_000, 1000
-    write_rounds(run, [round_line(number, {"math": size}) for number in range(num_rounds)])
+    half = {"math": size // 2, "<script>": size // 2}
+    write_rounds(run, [round_line(number, half) for number in range(num_rounds)])
     for number in range(4):
         write_plan(run, number, range(number * size // 2, number * size // 2 + size), np.arange(size))
     plans = run / "dataflex" / "plans"
@@ -521,4 +812,25 @@ def test_ten_million_rows_are_read_one_plan_at_a_time(tmp_path: Path) -> None:
     assert found.coverage.overlap[:4] == [(1, 1 / 3), (2, 1 / 3), (3, 1 / 3), (4, 0.0)]
     assert found.scores is not None
     assert len(found.scores.rounds) == 200
+    assert found.coverage.times.nonzero()[0].tolist() == [250, 500]  # the ends of the pool are in one plan of four
+    assert found.coverage.times[[250, 500]].tolist() == [size, 3 * size // 2]
     assert peak < 20e6
+
+
+def test_page_of_a_large_run_is_small(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    run = write_config(tmp_path / "run", select="loss", mix="odm", weight="loss")
+    names = [f"a domain with quite a long name, number {i}" for i in range(40)]
+    write_rounds(
+        run, [round_line(i, dict(zip(names, rng.integers(1, 99, 40).tolist(), strict=True))) for i in range(1000)]
+    )
+    keys = ["loss", "dataflex/weight_min", "dataflex/weight_max", *(f"dataflex/loss/{name}" for name in names[:20])]
+    noise = rng.normal(size=(4000, len(keys))).round(6).tolist()
+    state = [{"step": i, **costs(i, i), **dict(zip(keys, row, strict=True))} for i, row in enumerate(noise, start=1)]
+    write_state(run, state, 4000)
+    losses = rng.uniform(1, 3, size=(500, 40)).round(6)
+    lines = [evaluation_line(i, dict(zip(names, row.tolist(), strict=True))) for i, row in enumerate(losses, start=1)]
+    write_evaluations(run, lines)
+    write_summary(run)
+    size = report([run]).stat().st_size
+    assert size < 5_000_000

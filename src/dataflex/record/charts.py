@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dataflex.record.measure import LEVELS, MeasuredRun, evenly
-from dataflex.record.reader import Round
+from dataflex.record.reader import DomainMeasures, Evaluation, Measures, Metric, Round, RunRecord
 from dataflex.record.traces import (
+    CHANCE,
     Figure,
+    Points,
     Trace,
     band,
     faint_line,
@@ -38,6 +40,12 @@ RAW_RUNS = 3
 PROPORTION_ROUNDS = 400
 """Rounds whose proportions are drawn, at most."""
 
+RUNS_ONE_BY_ONE = 12
+"""Runs that get charts of their own, at most."""
+
+EXACT_TIMES = 12
+"""Times a sample was planned up to which each number has a bar of its own."""
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -49,47 +57,180 @@ class Chart:
     figure: Figure | None
 
 
+@dataclass(frozen=True)
+class Axis:
+    """What losses are drawn against: a name, and where each logged step of a run is on it."""
+
+    name: str
+    place: Callable[[RunRecord], Mapping[int, float]] | None
+    """None: the step itself."""
+
+    def points(self, record: RunRecord, curve: Curve) -> Points:
+        """Return the curve against this axis, without steps whose place is not known."""
+        if self.place is None:
+            return curve
+        known = self.place(record)
+        return [(known[step], value) for step, value in curve if step in known]
+
+
+STEPS = Axis("step", None)
+TOKENS = Axis("tokens", lambda record: record.tokens_at)
+SECONDS = Axis("seconds", lambda record: record.seconds_at)
+
+
 def charts(runs: Sequence[MeasuredRun]) -> list[Chart]:
     """Return all charts in the order of the page."""
+    axis = TOKENS if all(_is_known(run.record) for run in runs) else STEPS
+    alone = runs[:RUNS_ONE_BY_ONE]
     return [
-        train_loss(runs),
+        train_loss(runs, axis),
+        train_loss(runs, SECONDS),
+        *(domain_loss(run, runs, axis) for run in alone),
+        *eval_means(runs),
+        *eval_domains(runs),
         *eval_loss(runs),
-        *(domain_loss(run, runs) for run in runs),
-        *(proportions(run, runs) for run in runs),
-        *(scores(run, runs) for run in runs),
+        *(proportions(run, runs) for run in alone),
+        *(scores(run, runs) for run in alone),
         overlap(runs),
-        *weights(runs),
+        *(seen(run, runs) for run in alone),
+        repeats(runs),
+        times(runs),
+        *weights(runs, axis),
+        *_more_runs(runs),
         cost(runs),
         decision_seconds(runs),
+        *tasks(runs),
     ]
 
 
-def train_loss(runs: Sequence[MeasuredRun]) -> Chart:
-    """Training loss against the step, all runs."""
+def _more_runs(runs: Sequence[MeasuredRun]) -> list[Chart]:
+    more = len(runs) - RUNS_ONE_BY_ONE
+    reason = f"only the first {RUNS_ONE_BY_ONE} runs have charts of their own; the tables have all."
+    return [Chart("Data", f"Domains and scores of {more} more runs", reason, None)] if more > 0 else []
+
+
+def _is_known(record: RunRecord) -> bool:
+    """Whether the tokens are known at every step with a training loss."""
+    return all(step in record.tokens_at for step, _ in record.train_loss)
+
+
+def train_loss(runs: Sequence[MeasuredRun], axis: Axis) -> Chart:
+    """Training loss against tokens (steps in older records) or time, all runs."""
+    title = f"Training loss against {_AGAINST[axis.name]}"
     limit = points_per_curve(2 * len(runs))
-    curves = [(run.record.train_loss, run.label, style(i)) for i, run in enumerate(runs)]
-    lines = [line(smooth(curve), label, look, limit) for curve, label, look in curves if curve]
+    curves = [(axis.points(run.record, run.record.train_loss), run, style(i)) for i, run in enumerate(runs)]
+    lines = [line(smooth(points), run.label, look, limit) for points, run, look in curves if points]
     if not lines:
-        return Chart("Loss", "Training loss", "no training loss is logged yet (logging_steps).", None)
-    caption = "As logged; long curves as a running mean over a fiftieth of the run."
-    noisy = [(curve, label, look) for curve, label, look in curves if is_smoothed(curve)]
+        reason = "no training loss is logged yet (logging_steps)."
+        if any(run.record.train_loss for run in runs):
+            reason = "the logs have no seconds (dataflex/train_seconds); records of earlier versions lack them."
+        return Chart("Loss", title, reason, None)
+    caption = "As logged; long curves as a running mean over a fiftieth of the run"
+    noisy = [(points, run, look) for points, run, look in curves if is_smoothed(points)]
     if noisy and len(runs) <= RAW_RUNS:
-        lines = [faint_line(curve, label, look, limit) for curve, label, look in noisy] + lines
-        caption = caption.removesuffix(".") + ", the logged values faint."
-    return Chart("Loss", "Training loss", caption, figure(lines, "step", "loss"))
+        lines = [faint_line(points, run.label, look, limit) for points, run, look in noisy] + lines
+        caption += ", the logged values faint"
+    caption += f".{_CLOCK}" if axis is SECONDS else "."
+    partly = [run.label for points, run, _ in curves if len(points) < len(run.record.train_loss)]
+    caption += f" Not known at every step: {', '.join(partly)}." if partly else ""
+    return Chart("Loss", title, caption, figure(lines, axis.name, "loss"))
+
+
+_AGAINST = {"step": "steps", "tokens": "tokens", "seconds": "time"}
+_CLOCK = " Seconds of training, decisions and evaluation together."
+
+
+def eval_means(runs: Sequence[MeasuredRun]) -> list[Chart]:
+    """Loss over all tokens and mean over the evaluation sets, each against tokens and time, all runs."""
+    kinds: list[tuple[str, str, Callable[[Evaluation], Measures]]] = [
+        ("token-weighted", "Over the tokens of all evaluation sets together.", lambda each: each.token_weighted),
+        ("mean of the sets", "Mean over the evaluation sets, each counted once.", lambda each: each.unweighted),
+    ]
+    if not any(run.record.evaluations for run in runs):
+        reason = "no evaluation is on record (eval_dataset or val_size, with eval_steps; evaluations.jsonl)."
+        return [
+            Chart("Evaluation", f"Evaluation loss against {against}, {kind}", reason, None)
+            for kind, _, _ in kinds
+            for against in ("tokens", "time")
+        ]
+    places: list[tuple[str, str, str, Callable[[Evaluation], float]]] = [
+        ("tokens", "tokens", "", lambda each: each.tokens),
+        ("time", "seconds", _CLOCK, lambda each: each.seconds),
+    ]
+    note = _changed_data(runs)
+    return [
+        _lines(
+            runs,
+            Chart("Evaluation", f"Evaluation loss against {against}, {kind}", f"{meaning}{clock}{note}", None),
+            [[(place(each), of(each).loss) for each in run.record.evaluations] for run in runs],
+            (unit, "loss"),
+            2,
+        )
+        for kind, meaning, of in kinds
+        for against, unit, clock, place in places
+    ]
+
+
+def _changed_data(runs: Sequence[MeasuredRun]) -> str:
+    """Warn where losses were measured on different data."""
+    digests = {each.fingerprint for run in runs for each in run.record.evaluations}
+    return " The evaluation data are not the same everywhere: losses cannot be compared." if len(digests) > 1 else ""
+
+
+def eval_domains(runs: Sequence[MeasuredRun]) -> list[Chart]:
+    """Loss and bits per byte of each evaluation set: one chart for a single run, else one for each set."""
+    measures: list[tuple[str, str, Callable[[DomainMeasures], float | None]]] = [
+        ("Evaluation loss", "loss", lambda each: each.loss),
+        ("Bits per byte", "bits per byte", lambda each: each.bits_per_byte),
+    ]
+    names = list(dict.fromkeys(name for run in runs for each in run.record.evaluations for name in each.domains))
+    if not names:
+        reason = "no evaluation is on record (eval_dataset or val_size, with eval_steps; evaluations.jsonl)."
+        return [Chart("Evaluation", f"{title} by domain", reason, None) for title, _, _ in measures]
+    left_out = f" {len(names) - DOMAINS} more evaluation sets are not drawn." if len(names) > DOMAINS else ""
+    left_out += _changed_data(runs)
+    shown = names[:DOMAINS]
+    found = []
+    for title, unit, of in measures:
+        by_run = [
+            {
+                name: [
+                    (each.tokens, value)
+                    for each in run.record.evaluations
+                    if name in each.domains and (value := of(each.domains[name])) is not None
+                ]
+                for name in shown
+            }
+            for run in runs
+        ]
+        if not any(points for curves in by_run for points in curves.values()):
+            found.append(Chart("Evaluation", f"{title} by domain", "no evaluation set has text in bytes.", None))
+        elif len(runs) == 1:
+            limit = points_per_curve(len(shown))
+            traces = [
+                line(points, name, style(i), limit) for i, (name, points) in enumerate(by_run[0].items()) if points
+            ]
+            caption = f"Of each evaluation set.{left_out}"
+            found.append(Chart("Evaluation", f"{title} by domain", caption, figure(traces, "tokens", unit)))
+        else:
+            for name in shown:
+                curves = [curves[name] for curves in by_run]
+                reason = "" if any(curves) else "the set has no text in bytes."
+                chart = Chart("Evaluation", f"{title}: {name}", reason or left_out.strip(), None)
+                found.append(_lines(runs, chart, curves, ("tokens", unit), len(shown)))
+    return found
 
 
 def eval_loss(runs: Sequence[MeasuredRun]) -> list[Chart]:
-    """One chart per evaluation set."""
+    """What the Trainer logged, one chart per evaluation set, where a run has nothing better on record."""
+    if all(run.record.evaluations or not run.record.eval_loss for run in runs):
+        return []
     names = list(dict.fromkeys(name for run in runs for name in run.record.eval_loss))
-    if not names:
-        reason = "no evaluation was made (eval_dataset or val_size, with eval_steps)."
-        return [Chart("Loss", "Evaluation loss", reason, None)]
     return [
-        _per_run(
+        _lines(
             runs,
-            Chart("Loss", "Evaluation loss" if name == "eval" else f"Evaluation loss: {name}", "", None),
-            lambda run, name=name: run.record.eval_loss.get(name, []),  # type: ignore[misc]
+            Chart("Evaluation", "Trainer's eval_loss" if name == "eval" else f"Trainer's eval_loss: {name}", "", None),
+            [run.record.eval_loss.get(name, []) for run in runs],
             ("step", "loss"),
             len(names),
         )
@@ -97,7 +238,7 @@ def eval_loss(runs: Sequence[MeasuredRun]) -> list[Chart]:
     ]
 
 
-def domain_loss(run: MeasuredRun, runs: Sequence[MeasuredRun]) -> Chart:
+def domain_loss(run: MeasuredRun, runs: Sequence[MeasuredRun], axis: Axis) -> Chart:
     """Training loss of each domain of one run."""
     title = f"Training loss by domain: {run.label}"
     known = run.record.domain_loss
@@ -106,11 +247,11 @@ def domain_loss(run: MeasuredRun, runs: Sequence[MeasuredRun]) -> Chart:
     names = [name for name in _most_trained(run) if name in known]
     limit = points_per_curve(len(runs) * DOMAINS)
     looks = _domain_numbers(runs)
-    traces = [line(smooth(known[name]), name, style(looks[name]), limit) for name in names]
+    traces = [line(smooth(axis.points(run.record, known[name])), name, style(looks[name]), limit) for name in names]
     left_out = len(known) - len(names)
     caption = "Unweighted loss of the trained samples; long curves as a running mean."
     caption += f" {left_out} domains with fewer samples are not drawn." if left_out else ""
-    return Chart("Loss", title, caption, figure(traces, "step", "loss"))
+    return Chart("Loss", title, caption, figure(traces, axis.name, "loss"))
 
 
 def proportions(run: MeasuredRun, runs: Sequence[MeasuredRun]) -> Chart:
@@ -165,8 +306,8 @@ def scores(run: MeasuredRun, runs: Sequence[MeasuredRun]) -> Chart:
     quantiles = run.scores.values[chosen].T
     look = style(next(i for i, each in enumerate(runs) if each is run))
     extremes = (("lowest", quantiles[0], "dot"), ("highest", quantiles[-1], "dash"))
-    traces = band(rounds, quantiles[1], quantiles[5], "5 % to 95 %", look.colour)
-    traces += band(rounds, quantiles[2], quantiles[4], "25 % to 75 %", look.colour)
+    traces = band(rounds, quantiles[1], quantiles[5], "5 % to 95 %", look.colour, 0.2)
+    traces += band(rounds, quantiles[2], quantiles[4], "25 % to 75 %", look.colour, 0.4)
     for name, values, dash in extremes:
         edge = line(_curve(rounds, values), name, look, limit)
         traces.append({**edge, "mode": "lines", "line": {"color": look.colour, "dash": dash, "width": 1}})
@@ -184,10 +325,10 @@ def overlap(runs: Sequence[MeasuredRun]) -> Chart:
     """Jaccard similarity of consecutive plans, all runs."""
     title = "Overlap of consecutive rounds"
     reason = "no run has two rounds whose plans are in its folder."
-    chart = _per_run(
+    chart = _lines(
         runs,
         Chart("Data", title, "Samples in both plans over samples in either; 1: the same set.", None),
-        lambda run: run.coverage.overlap if run.coverage else [],
+        [run.coverage.overlap if run.coverage else [] for run in runs],
         ("round", "Jaccard similarity"),
         1,
     )
@@ -198,7 +339,92 @@ def overlap(runs: Sequence[MeasuredRun]) -> Chart:
     return chart
 
 
-def weights(runs: Sequence[MeasuredRun]) -> list[Chart]:
+def seen(run: MeasuredRun, runs: Sequence[MeasuredRun]) -> Chart:
+    """Distinct samples of each domain in the plans so far, as a share of the domain where its size is on record."""
+    title = f"Share of each domain ever seen: {run.label}"
+    if run.coverage is None:
+        return Chart("Data", title, _NO_PLANS, None)
+    pool = run.record.pool
+    names = [name for name in _most_trained(run) if run.coverage.seen.get(name)]
+    looks = _domain_numbers(runs)
+    limit = points_per_curve(len(runs) * DOMAINS)
+    traces = []
+    for name in names:
+        curve = run.coverage.seen[name]
+        points = [(number, count / pool[name]) for number, count in curve] if pool.get(name) else curve
+        if pool and not pool.get(name):
+            continue
+        traces.append(line(points, name, style(looks[name]), limit))
+    chart = figure(traces, "round", "share of the domain" if pool else "distinct samples")
+    chart["layout"]["yaxis"] |= {"range": [0, 1.02]} if pool else {"rangemode": "tozero"}
+    whole_numbers(chart, run.record.rounds[-1].round)
+    caption = "Distinct samples in the plans up to each round, divided by those of the domain in the pool."
+    if not pool:
+        caption = "Distinct samples in the plans up to each round; the record does not say how many the pool has."
+    left_out = len(run.coverage.seen) - len(names)
+    caption += f" {left_out} domains with fewer samples are not drawn." if left_out else ""
+    return Chart("Data", title, caption, chart)
+
+
+_NO_PLANS = "the run has no plans in its folder (one that only weights its samples makes none)."
+
+
+def repeats(runs: Sequence[MeasuredRun]) -> Chart:
+    """Share of each plan's samples that were planned before, all runs."""
+    title = "Repeated samples in each round"
+    chart = _lines(
+        runs,
+        Chart("Data", title, "Samples planned before, in an earlier round or earlier in the same, over all.", None),
+        [run.coverage.repeats if run.coverage else [] for run in runs],
+        ("round", "share of the plan's samples"),
+        1,
+    )
+    if chart.figure is None:
+        return Chart("Data", title, "no run has plans in its folder.", None)
+    chart.figure["layout"]["yaxis"] |= {"range": [-0.02, 1.02]}
+    whole_numbers(chart.figure, max(len(run.record.rounds) for run in runs))
+    return chart
+
+
+def times(runs: Sequence[MeasuredRun]) -> Chart:
+    """How many samples were planned once, twice and so on, all runs."""
+    title = "How often samples were planned"
+    counted = [(i, run, run.coverage) for i, run in enumerate(runs) if run.coverage and run.coverage.samples]
+    if not counted:
+        return Chart("Data", title, "no run has plans in its folder.", None)
+    most = max(coverage.times.size - 1 for _, _, coverage in counted)
+    starts = list(range(1, min(most, EXACT_TIMES) + 1))
+    while most > EXACT_TIMES and 2 * starts[-1] <= most:
+        starts.append(2 * starts[-1] if starts[-1] > EXACT_TIMES else EXACT_TIMES + 1)
+    bounds = list(zip(starts, [*(start - 1 for start in starts[1:]), most], strict=True))
+    labels = [f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in bounds]
+    sized = all(run.record.pool for _, run, _ in counted)
+    traces: list[Trace] = []
+    for i, run, coverage in counted:
+        heights = [int(coverage.times[first : last + 1].sum()) for first, last in bounds]
+        never = [sum(run.record.pool.values()) - coverage.distinct] if sized else []
+        look = style(i)
+        traces.append(
+            {
+                "type": "bar",
+                "name": text(run.label),
+                "x": [*(["never"] if sized else []), *labels],
+                "y": packed([*never, *heights], "<f8"),
+                "marker": {"color": look.colour, "pattern": hatching(look)},
+                "hovertemplate": "%{x}: %{y:,}",
+            }
+        )
+    chart = figure(traces, "times planned", "samples")
+    chart["layout"]["xaxis"] |= {"type": "category"}
+    chart["layout"] |= {"barmode": "group"}
+    caption = "Different samples by how often they are in the plans of the whole run."
+    caption += "" if sized else " How many never are is not on record."
+    without = [run.label for run in runs if run.coverage is None]
+    caption += f" Without plans: {', '.join(without)}." if without else ""
+    return Chart("Data", title, caption, chart)
+
+
+def weights(runs: Sequence[MeasuredRun], axis: Axis) -> list[Chart]:
     """Smallest and largest sample weight, for the runs that have a weighter."""
     title = "Sample weights"
     weighted = [(i, run) for i, run in enumerate(runs) if run.record.weights]
@@ -209,29 +435,37 @@ def weights(runs: Sequence[MeasuredRun]) -> list[Chart]:
     traces: list[Trace] = []
     for i, run in weighted:
         for name, curve in sorted(run.record.weights.items()):
-            edge = line(curve, f"{run.label} {name}", style(i), limit)
+            edge = line(axis.points(run.record, curve), f"{run.label} {name}", style(i), limit)
             edge["line"]["dash"] = "dot" if name == "min" else "solid"
             traces.append(edge)
     caption = "Smallest (dotted) and largest (solid) weight in the logged step."
-    return [Chart("Data", title, caption, figure(traces, "step", "weight"))]
+    return [Chart("Data", title, caption, figure(traces, axis.name, "weight"))]
 
 
 def cost(runs: Sequence[MeasuredRun]) -> Chart:
-    """Seconds of training and of decisions, one bar per run."""
+    """Seconds of training, decisions and evaluation, one bar per run."""
     title = "Seconds by run"
-    train = [run.record.summary.train_seconds if run.record.summary else 0.0 for run in runs]
-    decide = [run.record.decision_seconds for run in runs]
-    if not any(train) and not any(decide):
+    parts: list[tuple[str, list[float | None]]] = [
+        ("training", [run.record.train_seconds for run in runs]),
+        ("decisions", [run.record.decision_seconds or None for run in runs]),
+        ("evaluation", [run.record.evaluate_seconds for run in runs]),
+    ]
+    if not any(value for _, seconds in parts for value in seconds):
         return Chart("Cost", title, "no cost is recorded yet.", None)
     rows = list(range(len(runs)))
-    traces = [_cost_bar("training", rows, train, 0), _cost_bar("decisions", rows, decide, 1)]
+    traces = [
+        _cost_bar(name, rows, [value or 0.0 for value in seconds], number)
+        for number, (name, seconds) in enumerate(parts)
+        if any(seconds)
+    ]
     chart = figure(traces, "seconds", "")
     names = [text(shortened(run.label, 24)) for run in runs]
     chart["layout"]["yaxis"] |= {"tickvals": rows, "ticktext": names, "autorange": "reversed"}
-    chart["layout"] |= {"barmode": "stack", "height": 174 + 34 * len(runs)}
-    unfinished = [run.label for run in runs if run.record.summary is None]
-    caption = "Training and the decisions made for it."
-    caption += f" Seconds of training are not known yet: {', '.join(unfinished)}." if unfinished else ""
+    chart["layout"] |= {"barmode": "stack", "height": 110 + 34 * len(runs)}
+    caption = "Training, the decisions made for it, and evaluation."
+    for name, seconds in (parts[0], parts[2]):
+        unknown = [run.label for run, value in zip(runs, seconds, strict=True) if value is None]
+        caption += f" Seconds of {name} are not on record: {', '.join(unknown)}." if unknown else ""
     return Chart("Cost", title, caption, chart)
 
 
@@ -251,10 +485,10 @@ def _cost_bar(name: str, rows: list[int], seconds: list[float], number: int) -> 
 def decision_seconds(runs: Sequence[MeasuredRun]) -> Chart:
     """Seconds that each round's decision took, all runs."""
     title = "Seconds of each decision"
-    chart = _per_run(
+    chart = _lines(
         runs,
         Chart("Cost", title, "Seconds between two rounds spent on the plan of the next.", None),
-        lambda run: [(each.round, each.cost.seconds) for each in run.record.rounds],
+        [[(each.round, each.cost.seconds) for each in run.record.rounds] for run in runs],
         ("round", "seconds"),
         1,
     )
@@ -265,16 +499,71 @@ def decision_seconds(runs: Sequence[MeasuredRun]) -> Chart:
     return chart
 
 
-def _per_run(
-    runs: Sequence[MeasuredRun],
-    chart: Chart,
-    curve_of: Callable[[MeasuredRun], Curve],
-    axes: tuple[str, str],
-    num_charts: int,
+def tasks(runs: Sequence[MeasuredRun]) -> list[Chart]:
+    """Results of downstream tasks with their standard errors; nothing where no run has any."""
+    rows = list(dict.fromkeys(key for run in runs for key in _metrics(run.record)))
+    if not rows:
+        reason = "no task was evaluated (dataflex-cli eval RUN --tasks ...)."
+        return [Chart("Tasks", "Downstream tasks", reason, None)]
+    number = {key: i for i, key in enumerate(rows)}
+    traces: list[Trace] = []
+    chances: dict[int, float] = {}
+    for i, run in enumerate(runs):
+        found = _metrics(run.record)
+        if not found:
+            continue
+        look = style(i)
+        shift = 0.6 * ((i + 0.5) / len(runs) - 0.5)  # the runs of a row, one below the other
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": text(run.label),
+                "x": packed([metric.value for metric, _ in found.values()], "<f8"),
+                "y": packed([number[key] + shift for key in found], "<f8"),
+                "error_x": {"array": [metric.stderr or 0.0 for metric, _ in found.values()], "color": look.colour},
+                "marker": {"symbol": look.symbol, "size": 9, "color": look.colour},
+                "hovertemplate": "%{x:.4~g}",
+            }
+        )
+        chances |= {number[key]: chance for key, (_, chance) in found.items() if chance is not None}
+    if chances:
+        marker = {"symbol": "line-ns-open", "size": 20, "color": CHANCE, "line": {"width": 3, "color": CHANCE}}
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "chance",
+                "x": packed(list(chances.values()), "<f8"),
+                "y": packed(list(chances), "<i4"),
+                "marker": marker,
+                "hovertemplate": "%{x:.4~g}",
+            }
+        )
+    chart = figure(traces, "value", "")
+    names = [text(shortened(f"{task} {metric}", 28)) for task, metric in rows]
+    chart["layout"]["yaxis"] |= {
+        "tickvals": list(range(len(rows))),
+        "ticktext": names,
+        "range": [len(rows) - 0.5, -0.5],
+    }
+    chart["layout"] |= {"height": 110 + 44 * len(rows)}
+    without = [run.label for run in runs if not run.record.tasks]
+    caption = "Bars: one standard error to each side; the upright marks: what guessing gives."
+    caption += f" Without tasks: {', '.join(without)}." if without else ""
+    return [Chart("Tasks", "Downstream tasks", caption, chart)]
+
+
+def _metrics(record: RunRecord) -> dict[tuple[str, str], tuple[Metric, float | None]]:
+    """Return each task and metric with its value and what chance gives."""
+    return {(task.task, name): (metric, task.chance) for task in record.tasks for name, metric in task.metrics.items()}
+
+
+def _lines(
+    runs: Sequence[MeasuredRun], chart: Chart, curves: Sequence[Points], axes: tuple[str, str], num_charts: int
 ) -> Chart:
     """Return ``chart`` with one line per run, and the runs that have none named in its caption."""
     limit = points_per_curve(len(runs) * num_charts)
-    curves = [curve_of(run) for run in runs]
     traces = [
         line(curve, run.label, style(i), limit)
         for i, (run, curve) in enumerate(zip(runs, curves, strict=True))

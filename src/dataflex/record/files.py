@@ -67,6 +67,27 @@ def read_column(path: Path, name: str) -> NDArray[Any] | None:
     return column
 
 
+def read_labels(path: Path, name: str) -> tuple[NDArray[np.int64], list[str]]:
+    """Return a column of words as numbers, and the word each number stands for.
+
+    Raises:
+        ConfigError: if the file cannot be read, has no such column, or the column has other values or nulls in it.
+    """
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if name not in file.schema_arrow.names:
+                raise ConfigError(f"{path} has no column {name!r}; expected a plan written by a DataFlex run.")
+            column = file.read(columns=[name], use_threads=False).column(0)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ConfigError(f"{path} is not readable Parquet ({one_line(error)}); is it half written?") from error
+    if not pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    values = column.combine_chunks()  # an array, its dictionaries made one
+    if not pyarrow.types.is_string(values.type.value_type) or values.null_count:
+        raise ConfigError(f"{path}: column {name!r} must hold a word in each row, holds {column.type}.")
+    return values.indices.to_numpy().astype(np.int64), values.dictionary.to_pylist()
+
+
 def one_line(error: Exception) -> str:
     """Text of an error without its line breaks."""
     return " ".join(str(error).split())

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeFloat, NonNegativeInt, TypeAdapter, ValidationError
 
 from dataflex.errors import ConfigError
-from dataflex.record.files import json_lines, one_line, read_column, read_object
-from dataflex.record.trainer_log import Curve, curves, eval_curves, read_log, train_curve
+from dataflex.record.files import json_lines, one_line, read_column, read_labels, read_object
+from dataflex.record.trainer_log import Curve, curves, eval_curves, read_log, seconds_at, tokens_at, train_curve
 
 FAMILIES = ("select", "mix", "order", "weight")
 """The kinds of decision, in the order in which a round makes them."""
@@ -52,12 +52,57 @@ class Round:
     components: dict[str, str | None] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     warmup: bool = False
+    pool: dict[str, NonNegativeInt] = field(default_factory=dict)
+    """Samples of each domain in the pool; empty where an older record does not say."""
 
     @property
     def shares(self) -> dict[str, float]:
         """Share of each domain in the plan, by count."""
         total = sum(self.domains.values())
         return {name: count / total for name, count in self.domains.items()} if total else {}
+
+
+@dataclass(frozen=True)
+class Measures:
+    """How well a text is predicted; NaN where none of its tokens counts."""
+
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    bits_per_byte: float | None
+    """None where the text has no bytes."""
+
+
+@dataclass(frozen=True)
+class DomainMeasures(Measures):
+    """The same for one evaluation set, and how large it is."""
+
+    tokens: NonNegativeInt
+    bytes: NonNegativeInt
+    samples: NonNegativeInt
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One line of ``evaluations.jsonl``; tokens and seconds are those of the run up to then."""
+
+    step: NonNegativeInt
+    tokens: NonNegativeInt
+    train_seconds: NonNegativeFloat
+    decision_seconds: NonNegativeFloat
+    evaluate_seconds: NonNegativeFloat
+    fingerprint: str
+    """Digest of the evaluation data."""
+    domains: dict[str, DomainMeasures]
+    token_weighted: Measures
+    """Over all tokens of all sets together."""
+    unweighted: Measures
+    """Means over the sets."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, decisions and evaluation together."""
+        return self.train_seconds + self.decision_seconds + self.evaluate_seconds
 
 
 @dataclass(frozen=True)
@@ -69,6 +114,33 @@ class Summary:
     overhead_fraction: NonNegativeFloat
     rounds: NonNegativeInt
     tokens: NonNegativeInt
+    steps: NonNegativeInt | None = None
+    """None in older records."""
+    evaluate_seconds: NonNegativeFloat | None = None
+    """None in older records."""
+    evaluation: Evaluation | None = None
+    """The last one; None where none was made, and in older records."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a downstream task."""
+
+    value: float
+    stderr: NonNegativeFloat | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One file of ``tasks``: how the trained model did at a downstream task."""
+
+    task: str
+    form: str
+    samples: NonNegativeInt
+    num_fewshot: NonNegativeInt
+    metrics: dict[str, Metric]
+    chance: float | None = None
+    """What guessing gives, of tasks with choices."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +153,12 @@ class Coverage:
     """Different pool indices among them."""
     overlap: Curve
     """(round, Jaccard similarity of its set of samples with that of the round before)."""
+    repeats: Curve
+    """(round, share of its samples that were planned before, in an earlier round or earlier in this one)."""
+    seen: dict[str, Curve]
+    """Domain to (round, distinct samples of the domain in the plans up to this one)."""
+    times: NDArray[np.int64]
+    """``times[k]``: samples that are in the plans exactly ``k`` times, k >= 1; ``times[0]`` is 0."""
 
     @property
     def mean_overlap(self) -> float | None:
@@ -103,10 +181,18 @@ class RunRecord:
     """Optimizer steps done, as far as the folder shows."""
     train_loss: Curve
     eval_loss: dict[str, Curve]
-    """Evaluation set (``eval`` where it has no name) to its loss."""
+    """Evaluation set (``eval`` where it has no name) to its loss, as the Trainer logged it."""
+    evaluations: list[Evaluation]
+    """Ascending by step, one for each; empty in older records and where none was made."""
+    tasks: list[Task]
+    """By name."""
     domain_loss: dict[str, Curve]
     weights: dict[str, Curve]
     """``min`` and ``max`` of the sample weights, where a weighter logged them."""
+    tokens_at: dict[int, int]
+    """Logged step to the tokens trained on up to it; empty in older records."""
+    seconds_at: dict[int, float]
+    """Logged step to the seconds of training, decisions and evaluation up to it; empty in older records."""
 
     @property
     def components(self) -> dict[str, str]:
@@ -128,6 +214,33 @@ class RunRecord:
         return sum(each.cost.seconds for each in self.rounds)
 
     @property
+    def evaluate_seconds(self) -> float | None:
+        """Seconds spent on evaluations so far; None where the record does not say."""
+        if self.summary and self.summary.evaluate_seconds is not None:
+            return self.summary.evaluate_seconds
+        return self.evaluations[-1].evaluate_seconds if self.evaluations else None
+
+    @property
+    def train_seconds(self) -> float | None:
+        """Seconds of training steps: the summary's figure, or that of the last evaluation; None where unknown."""
+        if self.summary:
+            return self.summary.train_seconds
+        return self.evaluations[-1].train_seconds if self.evaluations else None
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens trained on so far; None where the record does not say yet."""
+        if self.summary:
+            return self.summary.tokens
+        known = [*self.tokens_at.values(), *(each.tokens for each in self.evaluations)]
+        return max(known, default=None)
+
+    @property
+    def pool(self) -> dict[str, int]:
+        """Samples of each domain in the pool; empty where the record does not say."""
+        return next((each.pool for each in reversed(self.rounds) if each.pool), {})
+
+    @property
     def has_plans(self) -> bool:
         """Whether the plans are kept in the folder."""
         return bool(self.rounds) and any(self._plans.glob("round-*.parquet"))
@@ -142,6 +255,8 @@ class RunRecord:
         indices = read_column(path, "index")
         if indices is None:
             raise ConfigError(f"{path} has no column 'index'; expected a plan written by a DataFlex run.")
+        if indices.dtype.kind == "f" and indices.size:  # the reader makes a column with nulls one of floats
+            raise ConfigError(f"{path}: column 'index' has fractions or nulls; expected pool indices from 0.")
         if indices.size and indices.min() < 0:
             raise ConfigError(f"{path}: column 'index' has {indices.min()}; expected pool indices from 0.")
         return indices.astype(np.int64, copy=False)
@@ -155,26 +270,42 @@ class RunRecord:
         return finite if finite.size else None
 
     def coverage(self) -> Coverage | None:
-        """Count the distinct samples and the overlap of consecutive rounds, one plan in memory at a time.
+        """Count distinct and repeated samples and the overlap of rounds, one plan in memory at a time.
 
         Returns:
             None where the folder has no plans.
         """
         if not self.has_plans:
             return None
-        seen = np.zeros(0, dtype=bool)
+        planned = np.zeros(0, dtype=np.int32)  # how often each pool index was, so far
+        seen = {name: 0 for each in self.rounds for name in each.domains}
+        seen_after: dict[str, Curve] = {name: [] for name in seen}
         before: NDArray[np.int64] | None = None
         overlap: Curve = []
-        samples = 0
+        repeats: Curve = []
+        samples = distinct = 0
         for each in self.rounds:
             indices = self.plan_indices(each.round)
-            samples += indices.size
-            current = np.unique(indices)
-            seen = _mark(seen, current)
+            domains, names = read_labels(self._plan(each.round), "domain")
+            current, first, counts = np.unique(indices, return_index=True, return_counts=True)
+            planned = _reaching(planned, current)
+            new = planned[current] == 0
+            planned[current] += counts.astype(np.int32)
+            for name, found in zip(names, np.bincount(domains[first[new]], minlength=len(names)), strict=True):
+                if found and name not in seen:
+                    raise ConfigError(f"{self._plan(each.round)}: domain {name!r} is not in rounds.jsonl.")
+                seen[name] = seen.get(name, 0) + int(found)
+            for name, curve in seen_after.items():
+                curve.append((each.round, seen[name]))
+            fresh = int(np.count_nonzero(new))
+            samples, distinct = samples + indices.size, distinct + fresh
+            if indices.size:
+                repeats.append((each.round, 1 - fresh / indices.size))
             if before is not None:
                 overlap.append((each.round, _jaccard(before, current)))
             before = current
-        return Coverage(samples, int(np.count_nonzero(seen)), overlap)
+        times = np.bincount(planned[planned > 0])
+        return Coverage(samples, distinct, overlap, repeats, seen_after, times)
 
     def _plan(self, number: int) -> Path:
         path = self._plans / f"round-{number:05d}.parquet"
@@ -185,6 +316,8 @@ class RunRecord:
 
 _ROUND = TypeAdapter(Round)
 _SUMMARY = TypeAdapter(Summary)
+_EVALUATION = TypeAdapter(Evaluation)
+_TASK = TypeAdapter(Task)
 
 
 def read_run(path: Path) -> RunRecord:
@@ -209,8 +342,12 @@ def read_run(path: Path) -> RunRecord:
         steps=steps,
         train_loss=train_curve(log),
         eval_loss=eval_curves(log, results, steps),
+        evaluations=_read_evaluations(path / "dataflex" / "evaluations.jsonl"),
+        tasks=_read_tasks(path / "dataflex" / "tasks"),
         domain_loss=curves(log, r"dataflex/loss/(.+)"),
         weights=curves(log, r"dataflex/weight_(min|max)"),
+        tokens_at=tokens_at(log),
+        seconds_at=seconds_at(log),
     )
 
 
@@ -244,6 +381,20 @@ def _read_rounds(path: Path) -> list[Round]:
     return [rounds[number] for number in sorted(rounds)]
 
 
+def _read_evaluations(path: Path) -> list[Evaluation]:
+    """Return the evaluations by step; of several at one step, also after a resume, the last counts."""
+    found = {}
+    for where, value in json_lines(path):
+        each = _build(_EVALUATION, value, where)
+        found[each.step] = each
+    return [found[step] for step in sorted(found)]
+
+
+def _read_tasks(folder: Path) -> list[Task]:
+    files = sorted(folder.glob("*.json"))
+    return [_build(_TASK, read_object(file) or {}, file) for file in files]
+
+
 def _build(kind: TypeAdapter[T], value: dict[str, Any], where: Path | str) -> T:
     try:
         return kind.validate_python(value)
@@ -253,14 +404,13 @@ def _build(kind: TypeAdapter[T], value: dict[str, Any], where: Path | str) -> T:
         raise ConfigError(f"{where}: {key!r}: {first['msg']}.") from error
 
 
-def _mark(seen: NDArray[np.bool_], indices: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Set the flags of ``indices`` (ascending), making the array longer where needed."""
-    if indices.size and indices[-1] >= seen.size:
-        longer = np.zeros(max(int(indices[-1]) + 1, seen.size * 5 // 4), dtype=bool)
-        longer[: seen.size] = seen
-        seen = longer
-    seen[indices] = True
-    return seen
+def _reaching(planned: NDArray[np.int32], indices: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return the counts, made longer where the last of ``indices`` (ascending) is beyond them."""
+    if not indices.size or indices[-1] < planned.size:
+        return planned
+    longer = np.zeros(max(int(indices[-1]) + 1, planned.size * 5 // 4), dtype=np.int32)
+    longer[: planned.size] = planned
+    return longer
 
 
 def _jaccard(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:

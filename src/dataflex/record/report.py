@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from dataflex.errors import ConfigError
-from dataflex.record.charts import charts
+from dataflex.files import write_atomically
+from dataflex.record.charts import Chart, charts
 from dataflex.record.measure import measure
 from dataflex.record.page import GENERATOR, page
 from dataflex.record.reader import read_run
-from dataflex.record.tables import tables, to_text
+from dataflex.record.tables import Table, tables, to_text
 
 _MARK_WITHIN = 1000
 """Bytes at the beginning of a page in which :data:`GENERATOR` stands."""
@@ -40,15 +40,36 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Path:
     if output is None:
         single = len(folders) == 1
         output = folders[0] / "dataflex" / "report.html" if single else Path("dataflex-report.html")
-    _check_output(output)
+    check_output(output)
     measured = measure(records)
     found = tables(measured)
-    width = shutil.get_terminal_size(fallback=(120, 24)).columns
-    print("\n".join(to_text(table, width) for table in found))
-    plotly_js = _plotly_js()
     title = f"Run {measured[0].label}" if len(measured) == 1 else f"{len(measured)} runs"
-    _write(output, page(f"{title} - DataFlex report", found, charts(measured), plotly_js))
+    width = shutil.get_terminal_size(fallback=(120, 24)).columns
+    try:
+        write_page(output, f"{title} - DataFlex report", found, charts(measured))
+    finally:  # without Plotly there is no page, and behind a pipe that is closed no numbers
+        print("\n".join(to_text(table, width) for table in found))
     return output
+
+
+def write_page(output: Path, title: str, tables: Sequence[Table], charts: Sequence[Chart]) -> None:
+    """Write one HTML page of tables and charts that needs nothing else, under a temporary name first.
+
+    Args:
+        output: the file; an earlier page of ours is replaced.
+        title: heading of the page, plain text.
+        tables: the first is shown above the charts, the others below.
+        charts: shown by section, in this order; charts of one section are next to each other in it.
+
+    Raises:
+        ConfigError: if the file may not be replaced or cannot be written, or Plotly is not installed.
+    """
+    check_output(output)
+    content = page(title, tables, charts, _plotly_js())
+    try:
+        write_atomically(output, content.encode())
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written ({error}).") from error
 
 
 def _plotly_js() -> str:
@@ -60,8 +81,12 @@ def _plotly_js() -> str:
     return str(get_plotlyjs())
 
 
-def _check_output(path: Path) -> None:
-    """Refuse to replace anything but an earlier report."""
+def check_output(path: Path) -> None:
+    """Refuse to replace anything but an earlier page of ours.
+
+    Raises:
+        ConfigError: if ``path`` is something else, or its folder does not exist.
+    """
     if not path.parent.is_dir():
         raise ConfigError(f"{path.parent} is not a folder; expected one to write {path.name} into.")
     if not path.exists():
@@ -71,15 +96,3 @@ def _check_output(path: Path) -> None:
     with path.open("rb") as stream:
         if GENERATOR.encode() not in stream.read(_MARK_WITHIN):
             raise ConfigError(f"{path} exists and is not a DataFlex report; choose another --output.")
-
-
-def _write(path: Path, content: str) -> None:
-    """Write under a temporary name and rename, so that no half-written page is ever seen."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(content, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error}).") from error
-    finally:
-        part.unlink(missing_ok=True)

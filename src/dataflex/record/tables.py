@@ -13,7 +13,10 @@ NOTHING = "-"
 """Shown where a run has no such number."""
 
 DOMAIN_ROWS = 40
-"""Rows of the table of domains, at most; shared by the runs, with at least three for each."""
+"""Rows of the tables of domains, at most; shared by the runs, with at least three for each."""
+
+CHANCE_ERRORS = 2.0
+"""Standard errors within which a result is not told from chance."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,21 @@ class Table:
 
 
 def tables(runs: Sequence[MeasuredRun]) -> list[Table]:
-    """Return the tables that have something to show: runs, domains, scores."""
-    return [table for table in (run_table(runs), domain_table(runs), score_table(runs)) if table.rows]
+    """Return the tables that have something to show: runs, evaluation, tasks, domains, scores."""
+    found = (run_table(runs), evaluation_table(runs), task_table(runs), domain_table(runs), score_table(runs))
+    return [table for table in found if table.rows]
 
 
 def run_table(runs: Sequence[MeasuredRun]) -> Table:
     """One row per run; columns in which no run has a number are left out."""
-    eval_names = list(dict.fromkeys(name for run in runs for name in run.record.eval_loss))
+    eval_names = list(
+        dict.fromkeys(name for run in runs if not run.record.evaluations for name in run.record.eval_loss)
+    )
     header = ["run", "components", "rounds", "steps", "samples", "distinct", "overlap", "tokens", "train loss"]
+    header += ["token-weighted loss", "mean loss", "bits/byte"]
     for name in eval_names:
         header += ["eval loss", "eval best"] if name == "eval" else [f"{name} loss", f"{name} best"]
-    header += ["train s", "decide s", "overhead"]
+    header += ["train s", "decide s", "evaluate s", "overhead"]
     rows = [_run_row(run, eval_names) for run in runs]
     kept = [i for i in range(len(header)) if i < 2 or any(row[i] != NOTHING for row in rows)]
     unfinished = tuple(
@@ -51,26 +58,72 @@ def run_table(runs: Sequence[MeasuredRun]) -> Table:
 
 def _run_row(run: MeasuredRun, eval_names: Sequence[str]) -> list[str]:
     record, coverage, summary = run.record, run.coverage, run.record.summary
+    last = record.evaluations[-1] if record.evaluations else None
     row = [
         run.label,
         " ".join(f"{family}={name}" for family, name in record.components.items()) or NOTHING,
-        _count(len(record.rounds)),
+        _count(len(record.rounds)) if record.rounds or record.components else NOTHING,
         _count(record.steps),
         _count(sum(each.size for each in record.rounds)) if record.rounds else NOTHING,
         _count(coverage.distinct) if coverage else NOTHING,
         _share(coverage.mean_overlap) if coverage else NOTHING,
-        _count(summary.tokens) if summary else NOTHING,
+        _count(record.tokens),
         _last(record.train_loss),
+        _loss(last.token_weighted.loss) if last else NOTHING,
+        _loss(last.unweighted.loss) if last else NOTHING,
+        _loss(last.token_weighted.bits_per_byte) if last else NOTHING,
     ]
     for name in eval_names:
-        curve = record.eval_loss.get(name, [])
+        curve = [] if record.evaluations else record.eval_loss.get(name, [])
         row += [_last(curve), _lowest(curve)]
     return [
         *row,
-        _seconds(summary.train_seconds) if summary else NOTHING,
+        _seconds(record.train_seconds),
         _seconds(record.decision_seconds) if summary or record.rounds else NOTHING,
+        _seconds(record.evaluate_seconds),
         f"{100 * summary.overhead_fraction:.1f} %" if summary else NOTHING,
     ]
+
+
+def evaluation_table(runs: Sequence[MeasuredRun]) -> Table:
+    """One row per run and evaluation set: its first, last and lowest loss, and what the last evaluation measured."""
+    header = ["run", "set", "samples", "tokens", "first loss", "last loss", "lowest", "perplexity", "bits/byte"]
+    rows: list[list[str]] = []
+    limit = max(3, DOMAIN_ROWS // len(runs))
+    cut = False
+    for run in runs:
+        if not run.record.evaluations:
+            continue
+        last = run.record.evaluations[-1]
+        cut = cut or len(last.domains) > limit
+        for name, measures in list(last.domains.items())[:limit]:
+            curve = [(each.step, each.domains[name].loss) for each in run.record.evaluations if name in each.domains]
+            row = [run.label, name, _count(measures.samples), _count(measures.tokens), _loss(curve[0][1])]
+            row += [_last(curve), _lowest(curve), _loss(measures.perplexity), _loss(measures.bits_per_byte)]
+            rows.append(row)
+    notes = (f"Only the first {limit} evaluation sets are listed of each run.",) if cut else ()
+    return Table("Evaluation", header, rows, 2, notes)
+
+
+def task_table(runs: Sequence[MeasuredRun]) -> Table:
+    """One row per run, downstream task and metric."""
+    header = ["run", "task", "metric", "form", "samples", "shots", "value", "std. error", "chance"]
+    rows: list[list[str]] = []
+    notes = []
+    for run in runs:
+        for task in run.record.tasks:
+            for name, metric in task.metrics.items():
+                row = [run.label, task.task, name, task.form.replace("_", " ")]
+                row += [_count(task.samples), _count(task.num_fewshot), _loss(metric.value), _loss(metric.stderr)]
+                rows.append([*row, _loss(task.chance)])
+                if task.chance is None or metric.stderr is None:
+                    continue
+                if abs(metric.value - task.chance) <= CHANCE_ERRORS * metric.stderr:
+                    notes.append(
+                        f"{run.label}, {task.task}: {name} cannot be told from chance "
+                        f"(within {CHANCE_ERRORS:g} standard errors)."
+                    )
+    return Table("Downstream tasks", header, rows, 4, tuple(notes))
 
 
 def domain_table(runs: Sequence[MeasuredRun]) -> Table:
@@ -152,20 +205,20 @@ def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
-def _count(value: int) -> str:
-    return f"{value:,}"
+def _count(value: int | None) -> str:
+    return NOTHING if value is None else f"{value:,}"
 
 
 def _share(value: float | None) -> str:
     return NOTHING if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-def _loss(value: float) -> str:
-    return f"{value:.4f}"
+def _loss(value: float | None) -> str:
+    return NOTHING if value is None or math.isnan(value) else f"{value:.4f}"
 
 
-def _seconds(value: float) -> str:
-    return f"{value:,.1f}"
+def _seconds(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:,.1f}"
 
 
 def _last(curve: Curve) -> str:

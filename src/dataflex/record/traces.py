@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataflex.record.trainer_log import Curve
+Points = Sequence[tuple[float, float]]
+"""Place on the x axis (step, round, tokens, seconds) and value, ascending."""
 
 Trace = dict[str, Any]
 Figure = dict[str, Any]
@@ -25,11 +26,14 @@ CHART_POINTS = 10_000
 SMOOTH_PARTS = 50
 """A running mean is over one ``SMOOTH_PARTS``-th of a curve, where that is two points or more."""
 
-MARKERS_UP_TO = 40
-"""Points up to which each one is marked."""
+MARKERS = 20
+"""Points marked of a line, at most: enough to tell it from others without its colour."""
 
 # After Okabe and Ito, without black, yellow and light blue: each stands out on white and on black.
 _COLOURS = ("#1B84C6", "#D55E00", "#009E73", "#CC79A7", "#C98A00", "#8E6CC4", "#8A8A8A")
+CHANCE = "#8A8A8A"
+"""Colour of a level that nothing was trained for."""
+
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
 _PATTERNS = ("", "/", ".", "\\", "x", "-", "|", "+")
@@ -60,62 +64,64 @@ def points_per_curve(num_curves: int) -> int:
     return min(CURVE_POINTS, max(20, CHART_POINTS // max(num_curves, 1)))
 
 
-def thin(curve: Curve, limit: int) -> Curve:
+def thin(points: Points, limit: int) -> Points:
     """Return at most ``limit`` (>= 4) points: the first, the last, the lowest and highest of each stretch between."""
-    if len(curve) <= limit:
-        return curve
-    values = np.array([value for _, value in curve])
+    if len(points) <= limit:
+        return points
+    values = np.array([value for _, value in points])
     low, high = np.where(np.isnan(values), np.inf, values), np.where(np.isnan(values), -np.inf, values)
-    kept = {0, len(curve) - 1}
-    for stretch in np.array_split(np.arange(1, len(curve) - 1), (limit - 2) // 2):
+    kept = {0, len(points) - 1}
+    for stretch in np.array_split(np.arange(1, len(points) - 1), (limit - 2) // 2):
         kept |= {int(stretch[low[stretch].argmin()]), int(stretch[high[stretch].argmax()])}
-    return [curve[i] for i in sorted(kept)]
+    return [points[i] for i in sorted(kept)]
 
 
-def is_smoothed(curve: Curve) -> bool:
-    """Whether :func:`smooth` changes the curve."""
-    return len(curve) >= 2 * SMOOTH_PARTS
+def is_smoothed(points: Points) -> bool:
+    """Whether :func:`smooth` changes the points."""
+    return len(points) >= 2 * SMOOTH_PARTS
 
 
-def smooth(curve: Curve) -> Curve:
-    """Return the running mean of a long curve, and a short one as it is; NaN counts as absent."""
-    if not is_smoothed(curve):
-        return curve
-    window = len(curve) // SMOOTH_PARTS | 1
-    values = np.array([value for _, value in curve])
+def smooth(points: Points) -> Points:
+    """Return the running mean of many points, and few as they are; NaN counts as absent."""
+    if not is_smoothed(points):
+        return points
+    window = len(points) // SMOOTH_PARTS | 1
+    values = np.array([value for _, value in points])
     known = np.isfinite(values)
     kernel = np.ones(window)
     count = np.convolve(known, kernel, mode="same")
     total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
     means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return [(step, float(mean)) for (step, _), mean in zip(curve, means, strict=True)]
+    return [(x, float(mean)) for (x, _), mean in zip(points, means, strict=True)]
 
 
-def line(curve: Curve, name: str, look: Style, limit: int) -> Trace:
-    """Return a line through the thinned points, each marked where they are few."""
-    points = thin(curve, limit)
+def line(points: Points, name: str, look: Style, limit: int) -> Trace:
+    """Return a line through the thinned points, some of them marked."""
+    shown = thin(points, limit)
     return {
         "type": "scatter",
-        "mode": "lines+markers" if len(points) <= MARKERS_UP_TO else "lines",
+        "mode": "lines+markers",
         "name": text(name),
         "legendgroup": text(name),
-        "x": packed([step for step, _ in points], "<i4"),
-        "y": packed([value for _, value in points], "<f4"),
+        "x": _places([x for x, _ in shown]),
+        "y": packed([value for _, value in shown], "<f4"),
         "line": {"color": look.colour, "dash": look.dash, "width": 1.8},
-        "marker": {"symbol": look.symbol, "size": 6},
+        "marker": {"symbol": look.symbol, "size": 6, "maxdisplayed": MARKERS},
         "hovertemplate": "%{x}: %{y:.4~g}",
     }
 
 
-def faint_line(curve: Curve, name: str, look: Style, limit: int) -> Trace:
-    """Return the background of a running mean: the values it is the mean of."""
+def faint_line(points: Points, name: str, look: Style, limit: int) -> Trace:
+    """Return the background of a running mean: the values it is the mean of. Not in the data below a chart."""
     changes = {"opacity": 0.3, "showlegend": False, "hoverinfo": "skip"}
     thin_line = {"color": look.colour, "width": 1, "dash": "solid"}
-    return {**line(curve, name, look, limit), **changes, "mode": "lines", "line": thin_line}
+    return {**line(points, name, look, limit), **changes, "mode": "lines", "line": thin_line}
 
 
-def band(x: Sequence[int], low: ArrayLike, high: ArrayLike, name: str, colour: str) -> list[Trace]:
-    """Return the filled range between two curves."""
+def band(
+    x: Sequence[int], low: ArrayLike, high: ArrayLike, name: str, colour: str, opacity: float = 0.25
+) -> list[Trace]:
+    """Return the filled range between two curves; ``meta`` names each where numbers are listed."""
     common: Trace = {
         "type": "scatter",
         "mode": "lines",
@@ -125,22 +131,21 @@ def band(x: Sequence[int], low: ArrayLike, high: ArrayLike, name: str, colour: s
         "line": {"width": 0, "color": colour},
         "hovertemplate": "%{x}: %{y:.4~g}",
     }
-    fill = {"fill": "tonexty", "fillcolor": _translucent(colour)}
+    fill = {"fill": "tonexty", "fillcolor": _translucent(colour, opacity)}
     return [
-        {**common, "y": packed(low, "<f4"), "showlegend": False},
-        {**common, **fill, "y": packed(high, "<f4")},
+        {**common, "y": packed(low, "<f4"), "showlegend": False, "meta": f"{text(name)}, low"},
+        {**common, **fill, "y": packed(high, "<f4"), "meta": f"{text(name)}, high"},
     ]
 
 
 def figure(traces: list[Trace], x_title: str, y_title: str) -> Figure:
-    """Return a figure in the common layout; the page adds the colours of its theme."""
+    """Return a figure in the common layout; the page adds the colours of its theme and a legend."""
     layout: dict[str, Any] = {
-        "height": 380,
-        "margin": {"l": 56, "r": 12, "t": 34, "b": 44},
+        "height": 320,
+        "margin": {"l": 56, "r": 12, "t": 12, "b": 44},
         "xaxis": {"title": {"text": x_title, "standoff": 8}, "automargin": True, "zeroline": False},
         "yaxis": {"title": {"text": y_title}, "automargin": True, "zeroline": False},
-        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
-        "showlegend": True,
+        "showlegend": False,
         "hoverlabel": {"namelength": -1},
     }
     return {"data": traces, "layout": layout}
@@ -163,6 +168,13 @@ def packed(values: ArrayLike, dtype: str) -> dict[str, str]:
     return {"dtype": dtype[1:], "bdata": base64.b64encode(array.tobytes()).decode("ascii")}
 
 
+def unpacked(values: Any) -> list[Any]:
+    """Return the numbers or words of one axis of a trace, packed or not."""
+    if isinstance(values, dict):
+        return np.frombuffer(base64.b64decode(values["bdata"]), dtype=f"<{values['dtype']}").tolist()
+    return [] if values is None else list(values)
+
+
 def text(name: str) -> str:
     """Return a name as Plotly shows it literally: it reads a few HTML tags in text, and formulas between dollars."""
     return html.escape(name, quote=False).replace("$", "&#36;")
@@ -176,6 +188,12 @@ def shortened(name: str, limit: int) -> str:
     return f"{name[:head]}...{name[len(name) - (limit - 3 - head) :]}"
 
 
-def _translucent(colour: str) -> str:
+def _places(values: Sequence[float]) -> dict[str, str]:
+    """Pack places on an axis: steps and rounds as whole numbers, tokens and seconds exactly."""
+    small = all(isinstance(value, int) and abs(value) < 1 << 31 for value in values)
+    return packed(values, "<i4" if small else "<f8")
+
+
+def _translucent(colour: str, opacity: float) -> str:
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.25)"
+    return f"rgba({red},{green},{blue},{opacity})"

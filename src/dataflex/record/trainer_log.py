@@ -10,12 +10,17 @@ from dataflex.errors import ConfigError
 from dataflex.record.files import json_lines, read_object
 
 Curve = list[tuple[int, float]]
-"""Optimizer step (or round number) and value, ascending, one value per step."""
+"""Optimizer step, round number or tokens, and value; ascending, one value for each."""
 
 Entry = dict[str, Any]
 """One log entry; ``step`` is an int."""
 
 _EVAL_LOSS = r"eval_(?:(.+)_)?loss"
+
+_MEANS = ("token_weighted", "unweighted")
+"""Logged together as if they were evaluation sets: the means over the sets."""
+
+_SECONDS = ("dataflex/train_seconds", "dataflex/decision_seconds", "dataflex/evaluate_seconds")
 
 
 def read_log(path: Path, *, finished: bool) -> tuple[list[Entry], int]:
@@ -49,8 +54,22 @@ def train_curve(log: list[Entry]) -> Curve:
     return curves(log, r"(loss)").get("loss", [])
 
 
+def tokens_at(log: list[Entry]) -> dict[int, int]:
+    """Return the tokens trained on up to each logged step; empty for a run that logged none."""
+    return {step: int(value) for step, value in curves(log, r"dataflex/(tokens)").get("tokens", [])}
+
+
+def seconds_at(log: list[Entry]) -> dict[int, float]:
+    """Return the seconds of training, decisions and evaluation together up to each step that logged all three."""
+    return {
+        entry["step"]: float(sum(entry[key] for key in _SECONDS))
+        for entry in log
+        if all(isinstance(entry.get(key), int | float) for key in _SECONDS)
+    }
+
+
 def eval_curves(log: list[Entry], results: dict[str, Any], last_step: int) -> dict[str, Curve]:
-    """Return the loss of each evaluation set, ``eval`` where the set has no name.
+    """Return the loss of each evaluation set, ``eval`` where the set has no name; means over the sets are left out.
 
     Args:
         log: the Trainer's entries.
@@ -62,7 +81,8 @@ def eval_curves(log: list[Entry], results: dict[str, Any], last_step: int) -> di
         curve = found.setdefault(name, [])
         if not curve or curve[-1][0] < last_step:
             curve += final
-    return {name or "eval": curve for name, curve in found.items()}
+    means = set(_MEANS) if found.keys() >= set(_MEANS) else set()
+    return {name or "eval": curve for name, curve in found.items() if name not in means}
 
 
 def curves(log: list[Entry], pattern: str) -> dict[str, Curve]:
