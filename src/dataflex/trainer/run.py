@@ -91,8 +91,7 @@ class DynamicRun:
         self._finished_at: int | None = None
         self.progress = 0.0
         """Share of the budget of tokens or seconds that is spent; 0 without one."""
-        self.expected_steps = 1
-        """Steps the run is expected to take; all it takes, without a budget."""
+        self._budget_steps: int | None = None
 
     @property
     def plans_data(self) -> bool:
@@ -160,6 +159,11 @@ class DynamicRun:
         """Whether a number of tokens or seconds ends the run, not a number of steps."""
         return self.settings.train_tokens is not None or self.settings.train_seconds is not None
 
+    @property
+    def expected_steps(self) -> int:
+        """Steps the run is expected to take; without a budget, those it takes."""
+        return self.schedule.total_steps if self._budget_steps is None else self._budget_steps
+
     def _set_budget(self, args: TrainingArguments, nominal: int) -> None:
         """Set the most steps the run may take, and those it is expected to take.
 
@@ -167,14 +171,15 @@ class DynamicRun:
             args: whose ``max_steps`` is set.
             nominal: the steps the other keys give; without a budget the run takes these.
         """
-        self.expected_steps = args.max_steps = nominal
+        args.max_steps = nominal
         if self.settings.train_tokens is not None:
             lengths = self.lengths if self.pool is None else self.pool.lengths
             assert lengths is not None
             steps = self.settings.train_tokens / self.global_batch_size
-            self.expected_steps = max(1, int(np.ceil(steps / lengths.mean())))
+            self._budget_steps = max(1, int(np.ceil(steps / lengths.mean())))
             args.max_steps = max(1, int(np.ceil(steps / max(1, lengths.min()))))
         elif self.settings.train_seconds is not None:
+            self._budget_steps = nominal
             args.max_steps = nominal * _MOST_TIMES_NOMINAL
 
     def spent(self, tokens: int, seconds: float) -> float:

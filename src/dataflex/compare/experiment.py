@@ -1,0 +1,459 @@
+"""The plan of a comparison: every variant resolved for every seed, checked together, named by all it depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from dataflex import checks, legacy
+from dataflex.compare.contents import contents, digest, file_digest
+from dataflex.compare.settings import ExperimentSettings, problem_of, read_settings
+from dataflex.config import SECTION, RunConfig, parse_config
+from dataflex.errors import ConfigError, Problem, unknown
+from dataflex.record.versions import installed_versions
+from dataflex.yaml_file import read_yaml
+
+if TYPE_CHECKING:
+    from dataflex.evaluation.tasks import TaskSettings
+
+MEASURES = ("loss", "perplexity", "bits_per_byte")
+"""What is measured of every evaluation data set."""
+
+AVERAGES = ("token_weighted", "unweighted")
+"""The two ways of joining the evaluation data sets."""
+
+TASK_METRICS = {
+    "multiple_choice": ("acc", "acc_norm"),
+    "generation": ("exact_match", "exact_match_flexible"),
+}
+"""Form of a task -> its metrics, the one that is claimed by default first."""
+
+MANAGED = (
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "do_train",
+    "do_eval",
+    "seed",
+    "max_steps",
+    "num_train_epochs",
+    f"{SECTION}.seed",
+    f"{SECTION}.train_steps",
+    f"{SECTION}.train_tokens",
+    f"{SECTION}.train_seconds",
+)
+"""Keys that the comparison sets or leaves out itself: in the base they are replaced, in a variant refused."""
+
+REFUSED = {
+    "load_best_model_at_end": "the checkpoint would be picked by the evaluation that the variants are compared on",
+    "early_stopping_steps": "the runs would not end at the equal budget",
+    "tokenized_path": "all runs would share one preprocessed copy, whatever their own data keys say",
+    "data_seed": "the samples would come in the same order with every seed, and the spread would look too small",
+    "val_size": "what is split off changes with the seed and the data path; name a data set in eval_dataset",
+    "predict_with_generate": "an evaluation that generates has no loss to compare",
+}
+"""Keys that no run of a comparison may have -> why."""
+
+EVALUATION_KEYS = (
+    "eval_dataset",
+    "eval_on_each_dataset",
+    "dataset_dir",
+    "media_dir",
+    "max_samples",
+    "stage",
+    "template",
+    "cutoff_len",
+    "train_on_prompt",
+    "mask_history",
+    "packing",
+    "neat_packing",
+    "tool_format",
+    "default_system",
+    "enable_thinking",
+    "preserve_thinking",
+    "ignore_pad_token_for_loss",
+    "preprocessing_batch_size",
+    "streaming",
+    "model_name_or_path",
+    "model_revision",
+    "use_fast_tokenizer",
+    "resize_vocab",
+    "split_special_tokens",
+    "add_tokens",
+    "add_special_tokens",
+    "new_special_tokens_config",
+)
+"""Keys that decide what the evaluation data is, after preprocessing: equal in all variants."""
+
+RUN_FILE, KEY_FILE, LOG_FILE, COMPLETE_FILE, FAILED_FILE, TASKS_FILE = (
+    "run.yaml",
+    "key.json",
+    "log.txt",
+    "complete.json",
+    "failed.json",
+    "tasks.yaml",
+)
+"""What the comparison writes into the folder of a run."""
+
+FORMAT = 1
+"""Version of :data:`KEY_FILE` and :data:`COMPLETE_FILE`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One training of the comparison.
+
+    Attributes:
+        variant: its name.
+        seed: of everything random in it.
+        configuration: the YAML it is trained with, every default of the section filled in.
+        contents: digests of the files the configuration names.
+        key: SHA-256 of the configuration, the contents and the installed versions.
+        folder: its output_dir, named by the three.
+    """
+
+    variant: str
+    seed: int
+    configuration: dict[str, Any]
+    contents: dict[str, Any]
+    key: str
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Variant and seed."""
+        return f"{self.variant}/seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A comparison that has no problems.
+
+    Attributes:
+        path: the experiment file.
+        settings: what it says.
+        output: the folder of everything the comparison writes.
+        runs: variant by variant, each with every seed.
+        claims: the metrics whose differences are claimed or not; None for the default.
+        tasks: settings of the downstream tasks, paths absolute.
+        tasks_key: digest of those settings and of the files they name.
+        evaluates: whether the runs have evaluation data.
+        notes: what the user should be told.
+    """
+
+    path: Path
+    settings: ExperimentSettings
+    output: Path
+    runs: tuple[Run, ...]
+    claims: tuple[str, ...] | None
+    tasks: tuple[dict[str, Any], ...]
+    tasks_key: str
+    evaluates: bool
+    notes: tuple[str, ...]
+
+    def of(self, variant: str) -> list[Run]:
+        """Return the runs of a variant, by seed."""
+        return [run for run in self.runs if run.variant == variant]
+
+
+def load(path: Path) -> Experiment:
+    """Read an experiment file, resolve every variant and check all of them.
+
+    Assets that the configurations name are fetched.
+
+    Raises:
+        ConfigError: with every problem of every variant together.
+    """
+    settings = read_settings(path)
+    problems: list[Problem] = []
+    notes: list[str] = []
+    base, folder = _base(settings, path, problems, notes)
+    notes += _replaced_keys(base)
+    tasks, tasks_key, task_metrics = _tasks(settings, path.resolve().parent, problems)
+    configs: dict[str, RunConfig] = {}
+    found: dict[str, list[Problem]] = {}
+    for variant, change in settings.variants.items():
+        config, found[variant] = _variant(settings, variant, base, change, folder)
+        if config is not None:
+            configs[variant] = config
+    problems += _joined(found)
+    if len(configs) == len(settings.variants):
+        problems += _together(settings, configs)
+        problems += _claims(settings, configs[settings.baseline], task_metrics)
+    if problems:
+        raise ConfigError(problems=problems, source=str(path))
+    output = Path(settings.output_dir)
+    runs = tuple(_runs(settings, configs, folder, output))
+    _refuse_identical(runs, path)
+    claims = None if settings.metrics is None else tuple(settings.metrics)
+    evaluates = any(_evaluates(config) for config in configs.values())
+    return Experiment(path, settings, output, runs, claims, tasks, tasks_key, evaluates, tuple(notes))
+
+
+def _base(
+    settings: ExperimentSettings, path: Path, problems: list[Problem], notes: list[str]
+) -> tuple[dict[str, Any], Path]:
+    """Return the configuration all variants start from, in native keys, and the folder its relative files are in."""
+    here = path.resolve().parent
+    if isinstance(settings.base, dict):
+        raw, folder = settings.base, here
+    else:
+        file = here / Path(settings.base).expanduser()
+        if not file.is_file():
+            raise ConfigError(problems=[Problem("base", f"no such file: {file}")], source=str(path))
+        raw, folder = read_yaml(file, []), file.resolve().parent
+    rest, section, said = legacy.translate(raw, folder, problems)
+    notes += said
+    return (rest if section is None else {**rest, SECTION: section}), folder
+
+
+def _replaced_keys(base: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for every key of the base that the comparison sets itself."""
+    said = {key: _get(base, key) for key in MANAGED}
+    named = [f"{key}: {value}" for key, value in said.items() if value is not None]
+    expected = {"do_train: True", "do_eval: True"}
+    if set(named) - expected:
+        yield f"the comparison replaces of the base: {', '.join(each for each in named if each not in expected)}."
+
+
+def _get(config: Mapping[str, Any], key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    holder = config.get(section) if section else config
+    return holder.get(name) if isinstance(holder, Mapping) else None
+
+
+def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the base with a variant's keys merged into it.
+
+    Args:
+        base: not changed.
+        change: nested mappings and dotted keys; mappings are merged, other values replace, None takes a key away.
+
+    Raises:
+        OmegaConfBaseException: if they cannot be merged.
+    """
+    nested = _nested(change)
+    result = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(dict(base)), nested), resolve=True)
+    assert isinstance(result, dict)
+    for path, value in _leaves(OmegaConf.to_container(nested)):
+        if value is None:
+            _remove(result, path)
+    return {str(key): value for key, value in result.items()}
+
+
+def _nested(change: Mapping[str, Any]) -> Any:
+    nested = OmegaConf.create({})
+    for key, value in change.items():
+        OmegaConf.update(nested, str(key), value, merge=True, force_add=True)
+    return nested
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, (*path, str(key)))
+    else:
+        yield path, value
+
+
+def _remove(config: dict[str, Any], path: tuple[str, ...]) -> None:
+    *holders, last = path
+    for key in holders:
+        config = config[key]
+    config.pop(last, None)
+
+
+def _variant(
+    settings: ExperimentSettings, variant: str, base: dict[str, Any], change: dict[str, Any], folder: Path
+) -> tuple[RunConfig | None, list[Problem]]:
+    """Return a variant's configuration with the first seed, and its problems."""
+    try:
+        leaves = [".".join(path) for path, _ in _leaves(OmegaConf.to_container(_nested(change)))]
+        raw = merged(base, change)
+    except (OmegaConfBaseException, ValueError) as error:
+        return None, [Problem("", f"cannot be merged into the base: {str(error).splitlines()[0]}")]
+    own = [key for key in MANAGED if key in leaves]
+    if own:
+        return None, [Problem(key, "is set by the comparison itself; a variant may not set it.") for key in own]
+    if not isinstance(raw.get(SECTION, {}), dict):
+        return None, [Problem(SECTION, f"must be a mapping, got {raw[SECTION]!r}.")]
+    if SECTION not in raw:
+        message = "a run needs a dataflex: section to be on record; {} trains as LLaMA-Factory does."
+        return None, [Problem(SECTION, message)]
+    for key in MANAGED:
+        if _get(raw, key) is not None:
+            _remove(raw, tuple(key.split(".")))
+    seed = settings.seeds[0]
+    raw |= {"do_train": True, "seed": seed, "output_dir": str(Path(settings.output_dir) / "runs" / variant)}
+    raw[SECTION] = {**raw[SECTION], "seed": seed}
+    amount = settings.equal
+    if amount.tokens is not None:
+        raw[SECTION]["train_tokens"] = amount.tokens
+    elif amount.wall_clock is not None:
+        raw[SECTION]["train_seconds"] = amount.wall_clock
+    else:
+        raw["max_steps"] = amount.steps
+    config, problems = parse_config(raw, base=folder)
+    if problems:
+        return None, problems
+    if _evaluates(config):
+        config = replace(config, llamafactory={**config.llamafactory, "do_eval": True})
+    return config, [*checks.problems_of(config), *_refused(config)]
+
+
+def _evaluates(config: RunConfig) -> bool:
+    return bool(checks.dataset_names(config, "eval_dataset"))
+
+
+def _refused(config: RunConfig) -> Iterator[Problem]:
+    for key, reason in REFUSED.items():
+        value = config.llamafactory.get(key)
+        if value and str(value).lower() not in ("false", "0", "0.0"):
+            yield Problem(key, f"{value!r}: not in a comparison: {reason}. Remove it.")
+
+
+def _joined(found: Mapping[str, list[Problem]]) -> Iterator[Problem]:
+    """Yield every problem with the variant's name; one that all variants have is the base's."""
+    shared = [problem for problem in next(iter(found.values())) if all(problem in each for each in found.values())]
+    for problem in shared:
+        yield replace(problem, key=_dotted("base", problem.key))
+    for variant, problems in found.items():
+        for problem in problems:
+            if problem not in shared:
+                yield replace(problem, key=_dotted(f"variants.{variant}", problem.key))
+
+
+def _dotted(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _together(settings: ExperimentSettings, configs: Mapping[str, RunConfig]) -> Iterator[Problem]:
+    """Yield what is wrong with the variants side by side."""
+    baseline = configs[settings.baseline]
+    if not any(_evaluates(config) for config in configs.values()):
+        if settings.evaluate is None:
+            yield Problem("base.eval_dataset", "nothing is measured: name a data set here, or tasks under evaluate.")
+        return
+    for variant, config in configs.items():
+        for key in EVALUATION_KEYS:
+            own, other = config.llamafactory.get(key), baseline.llamafactory.get(key)
+            if own != other:
+                yield Problem(
+                    f"variants.{variant}.{key}",
+                    f"{own!r} here and {other!r} in {settings.baseline!r}: it changes the evaluation data, and the "
+                    "numbers could not be compared. Put it in the base.",
+                )
+
+
+def _claims(
+    settings: ExperimentSettings, baseline: RunConfig, task_metrics: Mapping[str, tuple[str, ...]]
+) -> Iterator[Problem]:
+    """Yield what is wrong with the metrics asked for; those of a task of the harness are known when it has run."""
+    known: list[str] = []
+    if _evaluates(baseline):
+        groups = (*AVERAGES, *checks.dataset_names(baseline, "eval_dataset"))
+        known += [f"{group}_{measure}" for group in groups for measure in MEASURES]
+    known += [f"{task}/{metric}" for task, metrics in task_metrics.items() for metric in metrics]
+    of_harness = [task for task, metrics in task_metrics.items() if not metrics]
+    for metric in settings.metrics or ():
+        if metric not in known and metric.partition("/")[0] not in of_harness:
+            yield Problem("metrics", unknown("metric", metric, known))
+    if settings.metrics is not None and len(set(settings.metrics)) < max(1, len(settings.metrics)):
+        yield Problem("metrics", f"must name one or more metrics, each once; got {settings.metrics!r}.")
+
+
+def _tasks(
+    settings: ExperimentSettings, here: Path, problems: list[Problem]
+) -> tuple[tuple[dict[str, Any], ...], str, dict[str, tuple[str, ...]]]:
+    """Return the settings of the tasks, a digest of them and of their files, and the metrics known of each."""
+    if settings.evaluate is None:
+        return (), "", {}
+    from dataflex.evaluation.tasks import TaskSettings, load_task, task_problems
+
+    found: dict[str, dict[str, Any]] = {}
+    known: dict[str, tuple[str, ...]] = {}
+    files: list[Any] = []
+    for number, entry in enumerate(settings.evaluate.tasks):
+        key = f"evaluate.tasks.{number}"
+        for task in _task_settings(key, entry, here, problems, TaskSettings):
+            bad = task_problems(task)
+            problems += [replace(problem, key=_dotted(key, problem.key)) for problem in bad]
+            if task.name in found:
+                problems.append(Problem(key, f"there is another task {task.name!r}; results are kept by name."))
+            found[task.name] = task.model_dump(mode="json", exclude_none=True)
+            if bad:
+                continue
+            read = load_task(task)[0] if task.task is None else None
+            known[task.name] = TASK_METRICS[read.form] if read is not None else ()
+            files += [file_digest(file) for file in (task.file, task.fewshot_file) if file is not None]
+    return tuple(found.values()), digest([list(found.values()), files]), known
+
+
+def _task_settings(key: str, entry: Any, here: Path, problems: list[Problem], kind: type[TaskSettings]) -> Any:
+    """Return the settings of one entry: a mapping, a file, or the name of a task of the harness."""
+    from dataflex.evaluation.tasks import read_settings as read_tasks
+
+    if isinstance(entry, str):
+        is_file = Path(entry).suffix in (".jsonl", ".yaml", ".yml")
+        try:
+            return read_tasks([str(here / Path(entry).expanduser()) if is_file else entry])
+        except ConfigError as error:
+            problems += [replace(problem, key=_dotted(key, problem.key)) for problem in error.problems]
+            return []
+    named = entry.get("file") or entry.get("task")
+    default = {"name": Path(str(named)).stem if entry.get("file") else str(named)} if named else {}
+    try:
+        return [kind.model_validate({**default, **entry}, context={"base": here})]
+    except ValidationError as error:
+        problems += [problem_of(item, (key,), {(): kind}) for item in error.errors()]
+        return []
+
+
+def _runs(settings: ExperimentSettings, configs: Mapping[str, RunConfig], base: Path, output: Path) -> Iterator[Run]:
+    versions = installed_versions()
+    for variant, config in configs.items():
+        found = contents(config.with_assets(), base)
+        for seed in settings.seeds:
+            assert config.dataflex is not None
+            seeded = replace(
+                config,
+                llamafactory={**config.llamafactory, "seed": seed},
+                dataflex=config.dataflex.model_copy(update={"seed": seed}),
+            )
+            resolved = seeded.resolved()
+            configuration = {**resolved["llamafactory"], SECTION: resolved[SECTION]}
+            del configuration["output_dir"]
+            key = digest({"configuration": configuration, "contents": found, "versions": versions})
+            folder = output / "runs" / variant / f"seed-{seed}-{key[:8]}"
+            section = {**resolved[SECTION], "plugins": [_absolute(name, base) for name in config.dataflex.plugins]}
+            trained = {**configuration, "output_dir": str(folder), SECTION: section}
+            yield Run(variant, seed, trained, found, key, folder)
+
+
+def _absolute(plugin: str, base: Path) -> str:
+    """Return a plugin's path so that it is found from the folder of the run too."""
+    return next(str((folder / plugin).resolve()) for folder in (Path.cwd(), base) if (folder / plugin).is_file())
+
+
+def _refuse_identical(runs: tuple[Run, ...], path: Path) -> None:
+    seen: dict[str, str] = {}
+    problems: list[Problem] = []
+    for run in runs:
+        other = seen.setdefault(run.key, run.variant)
+        if other != run.variant and not any(problem.key == f"variants.{run.variant}" for problem in problems):
+            message = f"is the same run as {other!r}, with every default filled in; change it, or remove it."
+            problems.append(Problem(f"variants.{run.variant}", message))
+    if problems:
+        raise ConfigError(problems=problems, source=str(path))
+
+
+def run_yaml(run: Run) -> bytes:
+    """Return the text of the YAML a run is trained with, also by hand: ``dataflex-cli train FOLDER/run.yaml``."""
+    return yaml.safe_dump(run.configuration, sort_keys=False, allow_unicode=True).encode()

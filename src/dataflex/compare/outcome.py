@@ -1,0 +1,188 @@
+"""What the complete runs of a comparison say together: which can be compared, means, differences, costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dataflex.compare.experiment import Experiment, Run
+from dataflex.compare.result import COSTS, Result, failure_of, read_result
+from dataflex.compare.statistics import Difference, chance_line, difference, sentence
+
+_DEFAULT_CLAIMS = ("token_weighted_loss", "unweighted_loss", "token_weighted_bits_per_byte")
+_TASK_CLAIMS = ("acc", "exact_match")
+_TOO_LONG = 1.05
+"""Seconds over the budget, as a factor, from which a run is named."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run in the result.
+
+    Attributes:
+        run: which.
+        result: its numbers; None where it is not complete.
+        problem: why it is not compared; None where it is.
+    """
+
+    run: Run
+    result: Result | None
+    problem: str | None
+
+    @property
+    def status(self) -> str:
+        """One word: compared, left out, failed or missing."""
+        if self.problem is None:
+            return "compared"
+        return "left out" if self.result is not None else "failed" if failure_of(self.run) else "missing"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a comparison.
+
+    Attributes:
+        experiment: what was compared.
+        rows: every run.
+        claims: the metrics whose differences are claimed or not.
+        differences: of every variant but the baseline, for every claim.
+        notes: what else a reader must know.
+    """
+
+    experiment: Experiment
+    rows: tuple[Row, ...]
+    claims: tuple[str, ...]
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+
+    def compared(self, variant: str) -> dict[int, Result]:
+        """Return seed -> result of a variant's runs that are compared."""
+        return {
+            row.run.seed: row.result
+            for row in self.rows
+            if row.run.variant == variant and row.result is not None and row.problem is None
+        }
+
+    def values(self, variant: str, metric: str) -> dict[int, float]:
+        """Return seed -> number of a variant's runs that are compared and have it."""
+        found = self.compared(variant)
+        return {seed: result.metrics[metric] for seed, result in found.items() if metric in result.metrics}
+
+    def costs(self, variant: str) -> dict[str, float]:
+        """Return the means of a variant's costs over its complete runs."""
+        found = [row.result.costs for row in self.rows if row.run.variant == variant and row.result is not None]
+        return {name: sum(each.get(name, 0.0) for each in found) / len(found) for name in COSTS} if found else {}
+
+    @property
+    def sentences(self) -> list[str]:
+        """What each difference supports, and how many were looked at."""
+        said = [sentence(each, str(self.experiment.settings.equal)) for each in self.differences]
+        made = sum(each.interval is not None for each in self.differences)
+        if made:
+            said.append(chance_line(made))
+        return said
+
+
+def gather(experiment: Experiment) -> Outcome:
+    """Read every complete run and compare them."""
+    results = [(run, read_result(run, experiment)) for run in experiment.runs]
+    fingerprint = _usual_fingerprint([result for _, result in results if result is not None])
+    rows = tuple(Row(run, result, _problem(run, result, experiment, fingerprint)) for run, result in results)
+    claims = experiment.claims or _default_claims([row.result for row in rows if row.result is not None])
+    outcome = Outcome(experiment, rows, claims, (), ())
+    baseline = experiment.settings.baseline
+    differences = tuple(
+        difference(variant, baseline, metric, outcome.values(variant, metric), outcome.values(baseline, metric))
+        for variant in experiment.settings.variants
+        if variant != baseline
+        for metric in claims
+    )
+    return Outcome(experiment, rows, claims, differences, tuple(_notes(experiment, rows)))
+
+
+def _usual_fingerprint(results: Sequence[Result]) -> str | None:
+    """Return the fingerprint that most runs have, the first of equally frequent ones."""
+    counted = Counter(result.fingerprint for result in results)
+    return counted.most_common(1)[0][0] if counted else None
+
+
+def _problem(run: Run, result: Result | None, experiment: Experiment, fingerprint: str | None) -> str | None:
+    """Return why a run is not compared."""
+    if result is None:
+        return failure_of(run) or "not run to its end yet"
+    if result.fingerprint != fingerprint:
+        return f"its evaluation data is another: fingerprint {result.fingerprint}, the other runs have {fingerprint}"
+    return budget_problem(result, run.configuration, experiment)
+
+
+def budget_problem(result: Result, configuration: Mapping[str, object], experiment: Experiment) -> str | None:
+    """Return how a run missed the equal budget; None where it met it.
+
+    A run of N tokens must reach N with its last step: no earlier step that was logged may have reached it, and no more
+    may be over than one step can hold (its samples times ``cutoff_len``).
+    """
+    equal, costs = experiment.settings.equal, result.costs
+    if equal.steps is not None:
+        return None if costs["steps"] == equal.steps else f"{costs['steps']:,.0f} steps, not {equal.steps:,}"
+    if equal.wall_clock is not None:
+        seconds = costs["train_seconds"] + costs["decision_seconds"]
+        short = seconds < equal.wall_clock - 0.01  # what is on record is rounded
+        return f"{seconds:,.1f} seconds of training and decisions, not {equal.wall_clock:,.1f}" if short else None
+    assert equal.tokens is not None
+    said = f"{costs['tokens']:,.0f} tokens trained on"
+    if costs["tokens"] < equal.tokens:
+        return f"{said}, fewer than the {equal.tokens:,} asked for"
+    before = result.spent_before
+    if before is not None and before >= equal.tokens:
+        return f"{said}, more than one step over the {equal.tokens:,} asked for: {before:,.0f} before the last step"
+    step = _number(configuration, "per_device_train_batch_size", 8)
+    step *= _number(configuration, "gradient_accumulation_steps", 1) * _number(configuration, "cutoff_len", 2048)
+    if costs["tokens"] - equal.tokens >= step:
+        return f"{said}, more than one step over the {equal.tokens:,} asked for: a step holds {step:,.0f} at most"
+    return None
+
+
+def _number(configuration: Mapping[str, object], key: str, default: float) -> float:
+    """Return a number of the configuration; the default is LLaMA-Factory's."""
+    return float(str(configuration.get(key, default)))
+
+
+def _default_claims(results: Sequence[Result]) -> tuple[str, ...]:
+    """Return the losses and bits over the evaluation data, and the first metric of every task."""
+    known = list(dict.fromkeys(name for result in results for name in result.metrics))
+    single = all(len(result.domains) < 2 for result in results)  # both means are then the same number
+    claims = [name for name in _DEFAULT_CLAIMS if name in known and not (single and name == "unweighted_loss")]
+    for task in dict.fromkeys(name.partition("/")[0] for name in known if "/" in name):
+        own = [name.partition("/")[2] for name in known if name.startswith(f"{task}/") and name.count("/") == 1]
+        claims += [f"{task}/{name}" for name in [name for name in _TASK_CLAIMS if name in own][:1] or own[:1]]
+    return tuple(claims)
+
+
+def _notes(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
+    notes = []
+    seeds = len(experiment.settings.seeds)
+    left_out = [row for row in rows if row.problem is not None]
+    if left_out:
+        notes.append(f"{len(left_out)} of {len(rows)} runs are not compared; the table of runs says why.")
+    limit = experiment.settings.equal.wall_clock
+    if limit is not None:
+        over = [
+            f"{row.run.name} ({spent:,.1f})"
+            for row in rows
+            if row.result is not None
+            and (spent := row.result.costs["train_seconds"] + row.result.costs["decision_seconds"]) > _TOO_LONG * limit
+        ]
+        if over:
+            notes.append(
+                f"More than 5 % over the {limit:,.0f} seconds, by a long last step or decision: {', '.join(over)}."
+            )
+    if 1 < seeds < 30:
+        notes.append(
+            "Findings are those of the t interval of the differences by seed. The bootstrap interval is too narrow for "
+            "so few seeds; nothing is concluded from it."
+        )
+    for task in dict.fromkeys(name for row in rows if row.result is not None for name in row.result.chance):
+        chance = next(row.result.chance[task] for row in rows if row.result and task in row.result.chance)
+        notes.append(f"{task}: guessing gives {chance:.3f}.")
+    return notes

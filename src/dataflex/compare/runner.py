@@ -1,0 +1,318 @@
+"""Running what is missing of a comparison: each run a process of its own, several at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dataflex.compare.experiment import (
+    FAILED_FILE,
+    FORMAT,
+    KEY_FILE,
+    LOG_FILE,
+    RUN_FILE,
+    TASKS_FILE,
+    Experiment,
+    Run,
+    run_yaml,
+)
+from dataflex.compare.result import complete, needs_overwriting, trained_problem
+from dataflex.errors import ConfigError
+from dataflex.files import write_atomically
+from dataflex.record.versions import installed_versions
+
+PROGRAM = (sys.executable, "-m", "dataflex")
+"""The command line that trains and evaluates."""
+
+_NOT_HANDED_ON = ("FORCE_TORCHRUN", "LOCAL_RANK", "RANK", "WORLD_SIZE", "DATAFLEX_ERROR_FOLDER")
+_TAIL = 16_384
+_PATIENCE = 20.0
+"""Seconds a process may take to end after it was asked to."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many runs go on at once, and where.
+
+    Attributes:
+        jobs: runs at a time, >= 1.
+        devices: names for CUDA_VISIBLE_DEVICES; empty without CUDA.
+    """
+
+    jobs: int
+    devices: tuple[str, ...] = ()
+
+    def environment(self, place: int) -> dict[str, str]:
+        """Return the environment of the run in place number ``place``, from 0."""
+        environment = {key: value for key, value in os.environ.items() if key not in _NOT_HANDED_ON}
+        environment.setdefault("TQDM_MININTERVAL", "5")  # of the bars in the log
+        if self.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = self.devices[place % len(self.devices)]
+        else:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // self.jobs)))
+        return environment
+
+
+def workers(jobs: int | None = None) -> Workers:
+    """Return one job for each visible CUDA device, one without any; ``jobs`` sets their number."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    devices = tuple(named[:count] if named else [str(number) for number in range(count)])
+    return Workers(jobs or max(1, count), devices)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass
+class _Job:
+    """A run at work."""
+
+    run: Run
+    place: int
+    stage: str
+    process: subprocess.Popen[bytes]
+
+
+class Progress:
+    """Tells how far the runs are: one bar in a terminal, else a line for every run begun or ended."""
+
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self._plain = not sys.stderr.isatty()
+        self._bar = tqdm(total=total, unit="run", disable=self._plain, smoothing=0)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._bar.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+    def show(self, jobs: Sequence[_Job], done: int) -> None:
+        """Show the runs at work."""
+        if not self._plain:
+            self._bar.n = done
+            self._bar.set_postfix_str(", ".join(f"{job.run.name} {_step(job)}" for job in jobs))
+
+    def close(self) -> None:
+        """Leave the line as it is."""
+        self._bar.close()
+
+
+def execute(
+    experiment: Experiment, runs: Sequence[Run], at_once: Workers, program: Sequence[str] = PROGRAM
+) -> dict[str, str]:
+    """Train and evaluate runs until each is complete or has failed.
+
+    Args:
+        experiment: the comparison.
+        runs: those that are not complete.
+        at_once: how many at a time, and where.
+        program: the command line, to which ``train FILE`` or ``eval FOLDER --tasks FILE`` is added.
+
+    Returns:
+        Name of each run that failed -> why.
+
+    Raises:
+        KeyboardInterrupt: if the user stops it; the processes have ended then.
+    """
+    crew = _Crew(experiment, runs, at_once, program)
+    with _terminated_as_interrupted():
+        try:
+            crew.work()
+        finally:
+            crew.dismiss()
+    return crew.failed
+
+
+class _Crew:
+    """The runs that wait, those at work, and what became of the others."""
+
+    def __init__(self, experiment: Experiment, runs: Sequence[Run], at_once: Workers, program: Sequence[str]) -> None:
+        self.failed: dict[str, str] = {}
+        self._experiment, self._at_once, self._program = experiment, at_once, tuple(program)
+        self._waiting, self._at_work, self._done = list(runs), list[_Job](), 0
+        self._began: dict[str, float] = {}
+        self._progress = Progress(len(runs))
+
+    def work(self) -> None:
+        """Go on until nothing waits and nobody works."""
+        while self._waiting or self._at_work:
+            free = sorted(set(range(self._at_once.jobs)) - {job.place for job in self._at_work})
+            while self._waiting and free:
+                self._begin(self._waiting.pop(0), free.pop(0))
+            time.sleep(0.05)
+            for job in [job for job in self._at_work if job.process.poll() is not None]:
+                self._at_work.remove(job)
+                self._go_on(job)
+            self._progress.show(self._at_work, self._done)
+
+    def dismiss(self) -> None:
+        """End whoever is still at work; their checkpoints stay."""
+        _end([job.process for job in self._at_work])
+        self._progress.close()
+
+    def _begin(self, run: Run, place: int) -> None:
+        """Start what a run lacks first."""
+        self._began[run.name] = time.monotonic()
+        _prepare(run, self._experiment)
+        if trained_problem(run, self._experiment) is None:
+            self._after_training(run, place)
+            return
+        overwrite = ["overwrite_output_dir=true"] if needs_overwriting(run) else []
+        self._launch(run, place, "training", ["train", str(run.folder / RUN_FILE), *overwrite])
+
+    def _go_on(self, job: _Job) -> None:
+        """Start what comes after a process that has ended."""
+        if job.process.returncode:
+            self._fail(job.run, f"{job.stage}: {_last_error(job.run)} (status {job.process.returncode})")
+        elif job.stage == "evaluating tasks":
+            self._finish(job.run)
+        elif (problem := trained_problem(job.run, self._experiment)) is not None:
+            self._fail(job.run, problem)
+        else:
+            self._after_training(job.run, job.place)
+
+    def _after_training(self, run: Run, place: int) -> None:
+        if self._experiment.tasks:
+            arguments = ["eval", str(run.folder), "--tasks", str(run.folder / TASKS_FILE)]
+            self._launch(run, place, "evaluating tasks", arguments)
+        else:
+            self._finish(run)
+
+    def _launch(self, run: Run, place: int, stage: str, arguments: list[str]) -> None:
+        self._progress.say(f"{run.name}: {stage} ({run.folder})")
+        process = _start(run, [*self._program, *arguments], self._at_once.environment(place))
+        self._at_work.append(_Job(run, place, stage, process))
+
+    def _finish(self, run: Run) -> None:
+        try:
+            complete(run, self._experiment)
+        except ConfigError as error:
+            self._fail(run, str(error))
+            return
+        (run.folder / FAILED_FILE).unlink(missing_ok=True)
+        self._done += 1
+        self._progress.say(f"{run.name}: complete after {self._seconds(run)}")
+
+    def _fail(self, run: Run, error: str) -> None:
+        self.failed[run.name] = error
+        note = {"error": error, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_atomically(run.folder / FAILED_FILE, json.dumps(note, indent=2).encode())
+        self._done += 1
+        self._progress.say(f"{run.name}: failed after {self._seconds(run)}: {error}; see {run.folder / LOG_FILE}")
+
+    def _seconds(self, run: Run) -> str:
+        return f"{time.monotonic() - self._began[run.name]:.0f} s"
+
+
+def _prepare(run: Run, experiment: Experiment) -> None:
+    """Write what says which run a folder holds."""
+    key: dict[str, Any] = {
+        "format": FORMAT,
+        "key": run.key,
+        "variant": run.variant,
+        "seed": run.seed,
+        "working_directory": str(Path.cwd()),
+        "versions": installed_versions(),
+        "contents": run.contents,
+    }
+    write_atomically(run.folder / KEY_FILE, (json.dumps(key, indent=2) + "\n").encode())
+    write_atomically(run.folder / RUN_FILE, run_yaml(run))
+    if experiment.tasks:
+        text = yaml.safe_dump(list(experiment.tasks), sort_keys=False, allow_unicode=True)
+        write_atomically(run.folder / TASKS_FILE, text.encode())
+
+
+def _start(run: Run, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a process in a group of its own, its output behind what the log already has."""
+    with (run.folder / LOG_FILE).open("ab") as log:
+        log.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
+        log.flush()
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the comparison is killed, so that nobody trains on unseen."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Interrupt processes, and kill their groups where that does not end them."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    last = time.monotonic() + _PATIENCE
+    for process in processes:
+        try:
+            process.wait(max(0.0, last - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C, for a while."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _last_error(run: Run) -> str:
+    """Return the line of a run's log that says best what went wrong."""
+    lines = [line for line in re.split(r"[\r\n]+", _tail(run.folder / LOG_FILE)) if line.strip()]
+    said = [line for line in lines if re.match(r"dataflex: |(\w+\.)*\w*(Error|Exception|Interrupt)\b", line)]
+    text = (said or lines or ["it said nothing"])[-1].strip()
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _tail(path: Path) -> str:
+    """Return the last lines of a file since its last heading."""
+    with path.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - _TAIL))
+        return stream.read().decode(errors="replace").rpartition("\n== ")[2].partition("\n")[2]
+
+
+def _step(job: _Job) -> str:
+    """Return how far a run is, from the last line of LLaMA-Factory's log."""
+    if job.stage != "training":
+        return "tasks"
+    try:
+        with (job.run.folder / "trainer_log.jsonl").open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - 4096))
+            line = json.loads(stream.read().splitlines()[-1])
+        return f"{line['current_steps']}/{line['total_steps']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "starting"

@@ -1,0 +1,195 @@
+"""What a few seeds support: intervals of paired differences, and sentences about them.
+
+The difference of a variant is its number minus the baseline's with the same seed. The interval is Student's t interval
+of the mean of those differences (scipy.stats.ttest_1samp), which holds its 95 % where they are about normal, also for
+three seeds. The percentile bootstrap (scipy.stats.bootstrap) assumes no shape, but is too narrow below some thirty
+seeds; it is shown, and nothing is concluded from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+CONFIDENCE = 0.95
+
+BOOTSTRAP_SEEDS = 30
+"""Seeds below which the bootstrap is too narrow."""
+
+_RESAMPLES = 2000
+
+Floats = NDArray[np.float64]
+Finding = Literal["better", "worse", "unclear", "no claim", "no data"]
+
+
+def t_interval(differences: Floats) -> tuple[Floats, Floats]:
+    """Return the ends of the 95 % t interval of the mean over the last axis.
+
+    Args:
+        differences: (..., n), n >= 2.
+    """
+    from scipy.stats import ttest_1samp
+
+    interval = ttest_1samp(differences, 0.0, axis=-1).confidence_interval(CONFIDENCE)
+    return np.asarray(interval.low), np.asarray(interval.high)
+
+
+def bootstrap_interval(differences: Floats, resamples: int = _RESAMPLES) -> tuple[Floats, Floats]:
+    """Return the ends of the 95 % percentile bootstrap interval of the mean over the last axis.
+
+    Args:
+        differences: (..., n), n >= 2.
+        resamples: how often n differences are drawn with replacement, always the same way.
+    """
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (differences,),
+        np.mean,
+        axis=-1,
+        n_resamples=resamples,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        vectorized=True,
+        batch=max(1, 20_000_000 // differences.size),
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return np.asarray(found.low), np.asarray(found.high)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A variant against the baseline in one metric.
+
+    Attributes:
+        variant: its name.
+        baseline: the baseline's.
+        metric: name of the metric.
+        seeds: those in which both have the number.
+        values: variant minus baseline for each of them.
+        mean: of the values; None without any.
+        interval: 95 % t interval; None below two values, or where all are equal.
+        bootstrap: 95 % bootstrap interval; None as above.
+        finding: what the t interval supports.
+    """
+
+    variant: str
+    baseline: str
+    metric: str
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    mean: float | None
+    interval: tuple[float, float] | None
+    bootstrap: tuple[float, float] | None
+    finding: Finding
+
+
+def difference(
+    variant: str, baseline: str, metric: str, own: Mapping[int, float], others: Mapping[int, float]
+) -> Difference:
+    """Compare a variant with the baseline.
+
+    Args:
+        variant: its name.
+        baseline: the baseline's.
+        metric: name of the metric.
+        own: seed -> the variant's number.
+        others: seed -> the baseline's.
+    """
+    seeds = tuple(seed for seed in own if seed in others)
+    values = np.array([own[seed] - others[seed] for seed in seeds], dtype=np.float64)
+    if not seeds:
+        return Difference(variant, baseline, metric, (), (), None, None, None, "no data")
+    mean = float(values.mean())
+    numbers = tuple(values.tolist())
+    if np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())):  # one seed, or nothing to tell the spread from
+        return Difference(variant, baseline, metric, seeds, numbers, mean, None, None, "no claim")
+    low, high = (float(end) for end in t_interval(values))
+    resampled = tuple(float(end) for end in bootstrap_interval(values))
+    finding: Finding = "unclear"
+    if low > 0 or high < 0:
+        finding = "better" if (low > 0) == higher_is_better(metric) else "worse"
+    return Difference(
+        variant, baseline, metric, seeds, numbers, mean, (low, high), (resampled[0], resampled[1]), finding
+    )
+
+
+def higher_is_better(metric: str) -> bool:
+    """Return whether more is better: of a task's metrics, but not of losses, perplexities, bits and errors."""
+    return "/" in metric and not any(word in metric for word in ("loss", "perplexity", "bits", "error"))
+
+
+def title(metric: str) -> str:
+    """Return a metric's name as a person would say it."""
+    if "/" in metric:
+        task, _, name = metric.partition("/")
+        return f"{task} {name}"
+    return (
+        metric.replace("token_weighted", "token-weighted").replace("bits_per_byte", "bits per byte").replace("_", " ")
+    )
+
+
+def number(value: float) -> str:
+    """Return a number with four digits behind the point, or two significant ones where that would be little."""
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2g}"
+
+
+def signed(value: float) -> str:
+    """Return :func:`number` with its sign."""
+    return ("-" if value < 0 else "+") + number(abs(value))
+
+
+def sentence(found: Difference, budget: str) -> str:
+    """Return what a difference supports, in one sentence.
+
+    Args:
+        found: the difference.
+        budget: what all runs were given alike ("200,000 tokens").
+    """
+    what = f"{found.variant}: {title(found.metric)}"
+    seeds = f"{len(found.seeds)} seeds"
+    if found.mean is None:
+        return f"{what} cannot be compared with {found.baseline}: there is no seed in which both have the number."
+    side = "lower" if found.mean < 0 else "higher"
+    size = f"{number(abs(found.mean))} {side} than {found.baseline}" if found.mean else f"equal to {found.baseline}"
+    if len(found.seeds) == 1:
+        return f"{what} {size} with the one seed compared: no claim is possible from one seed."
+    if found.interval is None:
+        return f"{what} {size} in each of {seeds} alike: without a spread there is no interval, and no claim."
+    low, high = found.interval
+    if found.finding == "unclear":
+        most = number(max(abs(low), abs(high)))
+        return (
+            f"{what}: no difference from {found.baseline} can be told from {seeds} (mean {signed(found.mean)}, 95 % "
+            f"interval [{signed(low)}, {signed(high)}]); differences as large as {most} cannot be ruled out."
+        )
+    return f"{what} {size} at {budget}, {seeds}, 95 % interval [{signed(low)}, {signed(high)}]: {found.finding}."
+
+
+def chance_line(comparisons: int) -> str:
+    """Return how many of so many comparisons would stand out though nothing differs."""
+    expected = (1 - CONFIDENCE) * comparisons
+    return (
+        f"{comparisons} comparison{'s were' if comparisons != 1 else ' was'} made at 95 %: if no variant differed at "
+        f"all, about {expected:.2g} of them would stand out by chance."
+    )
+
+
+def as_json(found: Difference) -> dict[str, Any]:
+    """Return a difference as JSON values."""
+    return {
+        "variant": found.variant,
+        "baseline": found.baseline,
+        "metric": found.metric,
+        "higher_is_better": higher_is_better(found.metric),
+        "seeds": list(found.seeds),
+        "differences": list(found.values),
+        "mean": found.mean,
+        "t_interval_95": found.interval and list(found.interval),
+        "bootstrap_interval_95": found.bootstrap and list(found.bootstrap),
+        "finding": found.finding,
+    }

@@ -1,0 +1,674 @@
+"""Comparisons: the plan, what is run and run again, and what the numbers support.
+
+The runs are made by a small program in the place of a training, which leaves what a training leaves; one test at the
+end compares two real ones.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from filelock import FileLock
+from scipy import stats
+
+import tiny
+from dataflex.compare.command import compare
+from dataflex.compare.experiment import load, merged
+from dataflex.compare.outcome import gather
+from dataflex.compare.page import cost_chart, forest_charts
+from dataflex.compare.runner import Workers
+from dataflex.compare.statistics import bootstrap_interval, difference, sentence, t_interval
+from dataflex.errors import ConfigError
+
+PROGRAM = """
+import json, os, random, sys, time
+from pathlib import Path
+
+import yaml
+
+command, target = sys.argv[1:3]
+folder = Path(target) if command == "eval" else Path(target).parent
+config = yaml.safe_load((folder / "run.yaml").read_text())
+data = Path(config["dataset_dir"])
+variant, seed = folder.parts[-2], config["seed"]
+with (data / "launches.txt").open("a") as stream:
+    stream.write(json.dumps([command, variant, seed, sys.argv[3:], os.environ.get("OMP_NUM_THREADS")]) + "\\n")
+behaviour = json.loads((data / "behaviour.json").read_text()).get(f"{variant}/{seed}", "")
+record = folder / "dataflex"
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(value) if path.suffix == ".yaml" else json.dumps(value))
+
+
+if command == "eval":
+    for task in yaml.safe_load((folder / "tasks.yaml").read_text()):
+        metrics = {"acc": {"value": 0.5 + seed / 100, "stderr": 0.01}, "acc_norm": {"value": 0.4, "stderr": None}}
+        subjects = {"law": {"samples": 2, "metrics": {"acc": {"value": 1.0, "stderr": 0.0}}}}
+        found = {"task": task["name"], "metrics": metrics, "subjects": subjects, "chance": 0.25, "seconds": 2.0}
+        write(record / "tasks" / (task["name"] + ".json"), found)
+    sys.exit()
+if (folder / "adapter_model.safetensors").exists() and not list(folder.glob("checkpoint-*")):
+    if "overwrite_output_dir=true" not in sys.argv:
+        sys.exit("dataflex: output_dir holds a trained model")
+write(record / "config.yaml", {"llamafactory": config, "dataflex": config["dataflex"] or {}, "versions": {}})
+(record / "summary.json").unlink(missing_ok=True)
+if behaviour == "crash":
+    print("Traceback (most recent call last):\\n  ...\\nRuntimeError: out of luck")
+    sys.exit(1)
+if behaviour == "slow" and not (folder / "checkpoint-2").exists():
+    checkpoint = folder / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "dataflex_complete.json").write_text('{"files": {}}')
+    (data / "slow.pid").write_text(str(os.getpid()))
+    time.sleep(60)
+random.seed(f"{variant} {seed}")
+loss = 2.0 + seed + {"better": -0.5, "worse": 0.5}.get(variant, 0.0) + random.uniform(-0.01, 0.01)
+budget = config["dataflex"].get("train_tokens") or 1000
+tokens = {"short": budget - 1, "long": budget + 400}.get(behaviour, budget + 3)
+numbers = {"loss": loss, "perplexity": 2.718281828 ** loss, "bits_per_byte": loss / 3}
+domain = {**numbers, "tokens": 10, "bytes": 30, "samples": 2}
+costs = {"train_seconds": 8.0, "decision_seconds": 1.0, "evaluate_seconds": 0.5}
+evaluation = {
+    "step": 4,
+    "tokens": tokens,
+    **costs,
+    "fingerprint": "other" if behaviour == "fingerprint" else "same",
+    "domains": {"held": domain, "beta": {**domain, "bits_per_byte": None}},
+    "token_weighted": numbers,
+    "unweighted": numbers,
+}
+write(folder / "adapter_model.safetensors", 1)
+history = [{"step": step, "loss": 2.0, "dataflex/tokens": tokens * step // 4} for step in (1, 2, 3, 4)]
+write(folder / "trainer_state.json", {"log_history": history, "global_step": 4})
+further = {"overhead_fraction": 0.125, "rounds": 0, "tokens": tokens, "steps": 4, "evaluation": evaluation}
+write(record / "summary.json", {**costs, **further})
+"""
+
+
+class Lab:
+    """A folder with an experiment, and the program that stands for a training."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "model").mkdir()
+        (folder / "model" / "config.json").write_text("{}")
+        self.data = tiny.make_data(folder / "data")
+        (folder / "program.py").write_text(PROGRAM)
+        self.program = (sys.executable, str(folder / "program.py"))
+        self.base = tiny.arguments(folder / "model", self.data, folder / "unused", eval_dataset="held,beta")
+        self.output = folder / "out"
+        self.file = folder / "experiment.yaml"
+        self.behave({})
+        self.settings: dict[str, Any] = {
+            "base": "base.yaml",
+            "output_dir": str(self.output),
+            "baseline": "plain",
+            "variants": {
+                "plain": {"dataflex": {}},
+                "better": {"dataflex.select": {"method": "loss", "focus": "high"}},
+                "worse": {"dataflex": {"select": {"method": "random"}}, "learning_rate": 0.1},
+            },
+            "seeds": [1, 2, 3],
+            "equal": {"steps": 4},
+        }
+        self.write()
+
+    def write(self, **changes: Any) -> Path:
+        self.settings |= changes
+        (self.folder / "base.yaml").write_text(yaml.safe_dump(self.base))
+        self.file.write_text(yaml.safe_dump(self.settings, sort_keys=False))
+        return self.file
+
+    def behave(self, behaviour: dict[str, str]) -> None:
+        (self.data / "behaviour.json").write_text(json.dumps(behaviour))
+
+    def compare(self, jobs: int = 2, **options: Any) -> int:
+        return compare(self.file, program=self.program, at_once=Workers(jobs), **options)
+
+    def launches(self) -> list[tuple[str, str, int]]:
+        """Return command, variant and seed of every process since the last call."""
+        file = self.data / "launches.txt"
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        file.unlink(missing_ok=True)
+        self.arguments = [(line[3], line[4]) for line in lines]
+        return [(line[0], line[1], line[2]) for line in lines]
+
+    def folder_of(self, variant: str, seed: int) -> Path:
+        (found,) = [run.folder for run in load(self.file).of(variant) if run.seed == seed]
+        return found
+
+    def result(self) -> dict[str, Any]:
+        return json.loads((self.output / "comparison.json").read_text())
+
+    def rows(self) -> list[dict[str, str]]:
+        return list(csv.DictReader((self.output / "comparison.csv").read_text().splitlines()))
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path)
+
+
+def all_runs(*variants: str) -> list[tuple[str, str, int]]:
+    return [("train", variant, seed) for variant in variants for seed in (1, 2, 3)]
+
+
+# Statistics.
+
+
+def test_t_interval_of_known_numbers() -> None:
+    # Mean 2, standard deviation 1, and 4.302653 is the 97.5 % quantile of Student's t with 2 degrees of freedom.
+    low, high = t_interval(np.array([1.0, 2.0, 3.0]))
+    assert low == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-5)
+    assert high == pytest.approx(2 + 4.302653 / math.sqrt(3), abs=1e-5)
+
+
+def test_bootstrap_interval_of_all_resamples() -> None:
+    values = np.array([0.0, 1.0, 3.0, 4.5, 9.0])
+    means = [np.mean(drawn) for drawn in itertools.product(values, repeat=5)]
+    low, high = bootstrap_interval(values, 50_000)
+    assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.11)
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_t_intervals_cover_the_truth_as_often_as_they_say(seeds: int) -> None:
+    differences = np.random.default_rng(seeds).normal(0.3, 2.0, (2000, seeds))
+    low, high = t_interval(differences)
+    assert 0.93 <= np.mean((low <= 0.3) & (high >= 0.3)) <= 0.97
+
+
+def test_the_bootstrap_covers_the_truth_with_many_seeds_only() -> None:
+    rng = np.random.default_rng(1)
+    covered = {}
+    for seeds in (3, 40):
+        low, high = bootstrap_interval(rng.normal(0.3, 2.0, (2000, seeds)), 999)
+        covered[seeds] = np.mean((low <= 0.3) & (high >= 0.3))
+    assert 0.93 <= covered[40] <= 0.97
+    assert covered[3] < 0.85  # why nothing is concluded from it
+
+
+@pytest.mark.parametrize(
+    "metric, own, finding, said",
+    [
+        (
+            "token_weighted_loss",
+            [0.9, 1.88, 2.92],
+            "better",
+            "a: token-weighted loss 0.1000 lower than b at 9 steps, 3",
+        ),
+        ("token_weighted_loss", [1.1, 2.12, 3.08], "worse", "0.1000 higher than b"),
+        ("mmlu/acc", [1.1, 2.12, 3.08], "better", "a: mmlu acc 0.1000 higher than b"),
+        ("mmlu/acc", [0.9, 1.88, 2.92], "worse", "0.1000 lower than b"),
+        ("unweighted_loss", [1.1, 1.9, 3.0], "unclear", "no difference from b can be told from 3 seeds (mean +0"),
+        ("unweighted_loss", [1.5], "no claim", "no claim is possible from one seed"),
+        ("unweighted_loss", [1.5, 2.5], "no claim", "0.5000 higher than b in each of 2 seeds alike"),
+        ("unweighted_loss", [], "no data", "there is no seed in which both have the number"),
+    ],
+)
+def test_sentences_say_what_the_interval_supports(metric: str, own: list[float], finding: str, said: str) -> None:
+    others = {1: 1.0, 2: 2.0, 3: 3.0, 4: 9.0}
+    found = difference("a", "b", metric, dict(zip((1, 2, 3), own, strict=False)), others)
+    assert found.finding == finding
+    text = sentence(found, "9 steps")
+    assert said in text
+    if found.interval is not None:
+        expected = stats.ttest_rel(own, [1.0, 2.0, 3.0]).confidence_interval(0.95)
+        assert found.interval == pytest.approx((expected.low, expected.high))
+        assert ("cannot be ruled out" in text) == (expected.low <= 0 <= expected.high)
+        if finding == "unclear":
+            assert f"as large as {max(-expected.low, expected.high):.4f}" in text
+
+
+def test_only_seeds_of_both_are_paired() -> None:
+    found = difference("a", "b", "x_loss", {1: 1.0, 2: 5.0, 4: 7.0}, {2: 4.0, 3: 0.0, 4: 5.5})
+    assert (found.seeds, found.values, found.mean) == ((2, 4), (1.0, 1.5), 1.25)
+
+
+# The plan.
+
+
+def test_overrides_are_merged_and_null_takes_away() -> None:
+    base = {"a": 1, "b": {"c": 2, "d": {"e": 3, "f": 4}}, "list": [1, 2]}
+    change = {"b.d.e": 5, "b": {"c": None, "g": {"h": 6}}, "list": [7], "a": None, "new.key": "x"}
+    assert merged(base, change) == {"b": {"d": {"e": 5, "f": 4}, "g": {"h": 6}}, "list": [7], "new": {"key": "x"}}
+    assert base["b"]["c"] == 2
+
+
+def test_a_run_is_trained_with_what_the_experiment_says(lab: Lab) -> None:
+    lab.base |= {"num_train_epochs": 2, "seed": 9, "dataflex": {"mix": {"method": "uniform"}, "update_steps": 2}}
+    lab.write(
+        equal={"tokens": 500},
+        variants={
+            "plain": {"dataflex.mix": None},
+            "mixed": {},
+            "none": {"dataflex": {"mix": None, "update_steps": None}},
+        },
+    )
+    experiment = load(lab.file)
+    assert [run.name for run in experiment.runs] == [
+        f"{v}/seed {s}" for v in ("plain", "mixed", "none") for s in (1, 2, 3)
+    ]
+    run = experiment.of("mixed")[1]
+    keys = ("seed", "do_train", "do_eval", "num_train_epochs", "max_steps", "output_dir", "learning_rate")
+    expected = [2, True, True, None, None, str(run.folder), 0.01]
+    assert [run.configuration.get(key) for key in keys] == expected
+    section = run.configuration["dataflex"]
+    assert (section["seed"], section["train_tokens"], section["mix"]["method"]) == (2, 500, "uniform")
+    assert "mix" not in experiment.of("plain")[0].configuration["dataflex"]
+    assert experiment.of("none")[0].configuration["dataflex"]["update_steps"] is None
+    assert "num_train_epochs: 2" in experiment.notes[0]
+    assert "max_steps: 8" in experiment.notes[0]
+
+
+def test_a_key_stands_for_everything_a_run_depends_on(lab: Lab) -> None:
+    def keys() -> dict[str, str]:
+        return {run.name: run.key for run in load(lab.file).runs}
+
+    first = keys()
+    assert len(set(first.values())) == 9
+    lab.write(metrics=["held_loss"], output_dir=str(lab.folder / "elsewhere"))
+    assert keys() == first
+    changes = {
+        "data/alpha.json": '[{"instruction": "x", "input": "", "output": "y"}]',
+        "data/held.json": "[]",
+        "model/config.json": '{"x": 1}',
+        "model/weights.bin": "1",
+    }
+    for name, content in changes.items():
+        (lab.folder / name).write_text(content)
+        now = keys()
+        assert not set(now.values()) & set(first.values()), name
+        first = now
+    (lab.data / "gamma.json").write_text("[]")  # no run names it
+    assert keys() == first
+    lab.settings["variants"]["worse"]["learning_rate"] = 0.2
+    lab.write()
+    now = keys()
+    assert {name for name in now if now[name] != first[name]} == {f"worse/seed {seed}" for seed in (1, 2, 3)}
+
+
+def variants(**changes: Any) -> dict[str, Any]:
+    return {"variants": {"plain": {"dataflex": {}}, **changes}}
+
+
+def tasks(*entries: Any) -> dict[str, Any]:
+    return {"evaluate": {"tasks": list(entries)}}
+
+
+PLAIN: dict[str, Any] = {"dataflex": {}}
+RANDOM = {"dataflex.select.method": "random"}
+BAD = [
+    ({"baseline": "plian"}, "baseline: unknown variant 'plian'; did you mean 'plain'?"),
+    ({"seeds": []}, "seeds: needs at least one seed"),
+    ({"seeds": [1, 2, 1]}, "seeds: 1 is given more than once"),
+    ({"seeds": [-1]}, "seeds: -1 is not between 0 and 4294967295"),
+    ({"sedes": [1]}, "sedes: unknown key 'sedes'; did you mean 'seeds'?"),
+    ({"equal": {"tokns": 3}}, "equal.tokns: unknown key 'tokns'; did you mean 'tokens'?"),
+    ({"equal": {}}, "equal: needs exactly one of tokens, steps, wall_clock"),
+    ({"equal": {"steps": 3, "tokens": 5}}, "equal: needs exactly one of"),
+    ({"equal": {"steps": 0}}, "equal.steps: Input should be greater than or equal to 1, got 0"),
+    ({"base": "bse.yaml"}, "base: no such file"),
+    ({"metrics": ["token_weighted_los"]}, "unknown metric 'token_weighted_los'; did you mean 'token_weighted_loss'?"),
+    ({"metrics": ["held_loss", "held_loss"]}, "metrics: must name one or more metrics, each once"),
+    (variants(), "variants: needs at least two variants"),
+    (variants(**{"a/b": PLAIN}), "variants: 'a/b': a name becomes a folder"),
+    (variants(Plain=PLAIN), "'plain' and 'Plain' are one folder"),
+    (variants(same={"dataflex": {"updates": -1}}), "variants.same: is the same run as 'plain'"),
+    (variants(none={"learning_rate": 1}), "variants.none.dataflex: a run needs a dataflex: section"),
+    (variants(own={**PLAIN, "seed": 3}), "variants.own.seed: is set by the comparison itself"),
+    (variants(own={"dataflex": {"train_steps": 3}}), "variants.own.dataflex.train_steps: is set by the comparison"),
+    (
+        variants(a={"dataflex.select.method": "los"}, b=RANDOM),
+        "variants.a.dataflex.select.method: unknown selector 'los'",
+    ),
+    (variants(a=RANDOM, b={**PLAIN, "learnig_rate": 1}), "variants.b.learnig_rate: not a LLaMA-Factory argument; did"),
+    (variants(a={**RANDOM, "cutoff_len": 32}), "variants.a.cutoff_len: 32 here and 64 in 'plain': it changes the eval"),
+    (
+        variants(a={**RANDOM, "eval_dataset": "gamma"}),
+        "variants.a.eval_dataset: 'gamma' here and 'held,beta' in 'plain'",
+    ),
+    (variants(a={**RANDOM, "load_best_model_at_end": True}), "variants.a.load_best_model_at_end: True: not in"),
+    (tasks({"file": "mmul.jsonl"}), "evaluate.tasks.0.mmul.file: no such file"),
+    (tasks("nowhere.jsonl"), "evaluate.tasks.0"),
+    (
+        tasks({"file": "mmlu.jsonl", "fewshot_file": "dev.jsonl", "num_fewshot": 2}),
+        "tasks.0.mmlu.fewshot_file: no such",
+    ),
+    (tasks({"file": "mmlu.jsonl", "limt": 2}), "evaluate.tasks.0.limt: unknown key 'limt'; did you mean 'limit'?"),
+    (tasks({"file": "mmlu.jsonl"}) | {"metrics": ["mmlu/ac"]}, "unknown metric 'mmlu/ac'; did you mean 'mmlu/acc'?"),
+    ({"evaluate": {"taks": []}}, "evaluate.taks: unknown key 'taks'; did you mean 'tasks'?"),
+]
+
+
+def question(text: str) -> str:
+    return json.dumps({"question": text, "choices": ["cat", "dog"], "answer": "A", "subject": "law"}) + "\n"
+
+
+def test_bad_input_is_named_before_anything_runs(lab: Lab) -> None:
+    (lab.folder / "mmlu.jsonl").write_text(question("who ?"))
+    good = dict(lab.settings)
+    for changes, expected in BAD:
+        lab.settings = dict(good)
+        lab.write(**changes)
+        with pytest.raises(ConfigError) as error:
+            load(lab.file)
+        assert expected in str(error.value), (changes, str(error.value))
+    lab.settings = dict(good)
+    lab.base |= {"model_name_or_path": "./nowhere", "val_size": 0.1}
+    lab.write()
+    with pytest.raises(ConfigError) as error:
+        load(lab.file)
+    assert str(error.value).count("base.model_name_or_path: no model in './nowhere'") == 1  # once, not for each variant
+    assert "base.val_size: 0.1: not in a comparison" in str(error.value)
+    del lab.base["eval_dataset"], lab.base["val_size"]
+    lab.base["model_name_or_path"] = str(lab.folder / "model")
+    lab.write()
+    with pytest.raises(ConfigError, match=r"base.eval_dataset: nothing is measured"):
+        load(lab.file)
+    assert not lab.output.exists()
+
+
+# Running.
+
+
+def test_everything_is_run_once_and_read_right(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.write(equal={"tokens": 500})
+    assert lab.compare(dry_run=True) == 0
+    said = capsys.readouterr().out
+    assert said.count("to run") == 9
+    assert "9 runs to go: 4,500 tokens in all; the seconds are not known before a run is complete." in said
+    assert not lab.output.exists()
+    assert lab.compare() == 0
+    assert sorted(lab.launches()) == sorted(all_runs("plain", "better", "worse"))
+    assert {threads for _, threads in lab.arguments} <= {
+        os.environ.get("OMP_NUM_THREADS"),
+        str(max(1, len(os.sched_getaffinity(0)) // 2)),
+    }
+    out = capsys.readouterr().out
+    losses = {}
+    for variant, seed in itertools.product(("plain", "better", "worse"), (1, 2, 3)):
+        summary = json.loads((lab.folder_of(variant, seed) / "dataflex" / "summary.json").read_text())
+        losses[variant, seed] = summary["evaluation"]["token_weighted"]["loss"]
+    for row in lab.rows():
+        assert float(row["token_weighted_loss"]) == losses[row["variant"], int(row["seed"])]
+        assert (row["status"], row["tokens"], row["steps"], row["train_seconds"]) == ("compared", "503", "4", "8.0")
+        assert row["held_bits_per_byte"]
+        assert "beta_bits_per_byte" not in row  # it has none
+    result = lab.result()
+    assert result["claims"] == ["token_weighted_loss", "unweighted_loss", "token_weighted_bits_per_byte"]
+    for found in result["differences"]:
+        if found["metric"] == "token_weighted_loss":
+            own, others = ([losses[name, seed] for seed in (1, 2, 3)] for name in (found["variant"], "plain"))
+            expected = stats.ttest_rel(own, others).confidence_interval(0.95)
+            assert found["t_interval_95"] == pytest.approx([expected.low, expected.high])
+            assert found["mean"] == pytest.approx(np.mean(own) - np.mean(others))
+        assert found["finding"] == found["variant"]
+    text = (lab.output / "comparison.md").read_text()
+    for line in (out, text):
+        assert "better: token-weighted loss 0." in line
+        assert "6 comparisons were made at 95 %: if no variant differed at all, about 0.3 of them" in line
+    assert lab.compare() == 0
+    assert "nothing to do: all 9 runs are complete." in capsys.readouterr().out
+    assert lab.launches() == []
+    assert lab.compare(dry_run=True) == 0
+    assert "Nothing to do." in capsys.readouterr().out
+
+
+def test_the_page_shows_the_differences(lab: Lab) -> None:
+    pytest.importorskip("plotly")
+    lab.write(seeds=[1, 2])
+    assert lab.compare() == 0
+    assert "Comparison with plain" in (lab.output / "comparison.html").read_text()
+    outcome = gather(load(lab.file))
+    loss, bits = forest_charts(outcome)
+    assert loss.figure is not None
+    assert bits.figure is not None
+    traces = loss.figure["data"]
+    assert [trace["name"] for trace in traces] == ["better", "worse"]
+    assert len({(trace["marker"]["color"], trace["marker"]["symbol"][0]) for trace in traces}) == 2
+    assert len({trace["marker"]["symbol"][0] for trace in traces}) == 2  # told apart without colour
+    for trace in traces:
+        own = [each for each in outcome.differences if each.variant == trace["name"] and each.metric.endswith("loss")]
+        means, above, below = (
+            unpacked(part) for part in (trace["x"], trace["error_x"]["array"], trace["error_x"]["arrayminus"])
+        )
+        np.testing.assert_allclose(means, [each.mean for each in own])
+        np.testing.assert_allclose(means + above, [each.interval[1] for each in own if each.interval])
+        np.testing.assert_allclose(means - below, [each.interval[0] for each in own if each.interval])
+    cost = cost_chart(outcome).figure
+    assert cost is not None
+    assert [(trace["name"], unpacked(trace["x"]).tolist()) for trace in cost["data"]] == [
+        ("training", [8.0] * 3), ("decisions", [1.0] * 3), ("evaluation", [0.5] * 3),
+    ]  # fmt: skip
+
+
+def unpacked(values: dict[str, str]) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
+
+
+def test_an_edited_variant_alone_is_run_again(lab: Lab) -> None:
+    lab.write(seeds=[1])
+    assert lab.compare(jobs=3) == 0
+    lab.launches()
+    old = lab.folder_of("better", 1)
+    lab.settings["variants"]["better"] = {"dataflex.select": {"method": "loss", "focus": "low"}}
+    lab.write()
+    assert lab.compare(jobs=3) == 0
+    assert lab.launches() == [("train", "better", 1)]
+    assert lab.folder_of("better", 1) != old
+    assert (old / "complete.json").is_file()
+    assert len(lab.rows()) == 3
+
+
+def test_a_crashing_variant_is_told_and_the_others_finish(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.write(seeds=[1, 2])
+    lab.behave({"better/2": "crash"})
+    assert lab.compare() == 1
+    assert len(lab.launches()) == 6
+    captured = capsys.readouterr()
+    assert re.search(
+        r"better/seed 2: failed after \d+ s: training: RuntimeError: out of luck \(status 1\); see", captured.err
+    )
+    rows = {(row["variant"], row["seed"]): row for row in lab.rows()}
+    assert [rows["better", seed]["status"] for seed in "12"] == ["compared", "failed"]
+    assert "out of luck" in rows["better", "2"]["problem"]
+    sentences = " ".join(lab.result()["sentences"])
+    assert "better: token-weighted loss 0.5" in sentences
+    assert "no claim is possible from one seed" in sentences
+    assert "worse: token-weighted loss" in sentences
+    assert compare(lab.file, dry_run=True) == 0
+    assert capsys.readouterr().out.count("failed before") == 1
+    lab.behave({})
+    assert lab.compare() == 0
+    assert lab.launches() == [("train", "better", 2)]
+    assert {row["status"] for row in lab.rows()} == {"compared"}
+
+
+def stopped(lab: Lab, number: int) -> tuple[int | None, str]:
+    """Stop a comparison in a process of its own while seed 2 of ``better`` trains; return its status and errors."""
+    lab.behave({"better/2": "slow"})
+    errors = lab.folder / "errors.txt"
+
+    def work() -> None:
+        with errors.open("w") as sys.stderr:
+            sys.exit(lab.compare(jobs=1))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    for _ in range(1500):
+        if (lab.data / "slow.pid").exists() and (lab.data / "slow.pid").read_text():
+            break
+        assert process.is_alive(), errors.read_text()
+        time.sleep(0.02)
+    trainer = psutil.Process(int((lab.data / "slow.pid").read_text()))
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    psutil.wait_procs([trainer], timeout=10)
+    assert not trainer.is_running()
+    process.join(20)
+    return process.exitcode, errors.read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes end with their parent on Linux only")
+def test_a_killed_comparison_goes_on(lab: Lab) -> None:
+    lab.settings["variants"].pop("worse")
+    lab.write()
+    assert stopped(lab, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert lab.launches() == [*all_runs("plain"), ("train", "better", 1), ("train", "better", 2)]
+    assert lab.compare() == 0
+    assert sorted(lab.launches()) == all_runs("better")[1:]
+    assert all(arguments == [] for arguments, _ in lab.arguments)  # it went on from its checkpoint
+
+
+def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.write(seeds=[2], variants={"plain": {"dataflex": {}}, "better": {"dataflex.select.method": "random"}})
+    status, said = stopped(lab, signal.SIGINT)
+    assert status == 130
+    assert "stopped. What is complete is kept" in said
+    assert f"dataflex-cli compare {lab.file}" in said
+    assert lab.compare(dry_run=True) == 0
+    out = capsys.readouterr().out
+    assert out.count("complete") >= 1
+    assert "to resume" in out
+
+
+def test_a_run_cut_off_between_training_and_its_end_is_only_completed(lab: Lab) -> None:
+    lab.write(seeds=[1], **variants(better=RANDOM))
+    assert lab.compare() == 0
+    lab.launches()
+    folder = lab.folder_of("plain", 1)
+    (folder / "complete.json").write_text("{half")
+    assert lab.compare() == 0
+    assert lab.launches() == []
+    # The model was saved and the evaluation after it was not made: LLaMA-Factory refuses such a folder.
+    summary = json.loads((folder / "dataflex" / "summary.json").read_text())
+    (folder / "complete.json").unlink()
+    (folder / "dataflex" / "summary.json").write_text(json.dumps({**summary, "evaluation": {}}))
+    assert lab.compare() == 0
+    assert lab.launches() == [("train", "plain", 1)]
+    assert lab.arguments[0][0] == ["overwrite_output_dir=true"]
+
+
+def test_folders_of_others_are_left_alone(lab: Lab) -> None:
+    lab.write(seeds=[1], **variants(better=RANDOM))
+    assert lab.compare() == 0
+    folder = lab.folder_of("plain", 1)
+    key = json.loads((folder / "key.json").read_text())
+    (folder / "key.json").write_text(json.dumps({**key, "format": 2}))
+    with pytest.raises(ConfigError, match=r"key.json: expected format 1 .* found format 2"):
+        lab.compare()
+    (folder / "key.json").write_text(json.dumps(key)[:20])
+    with pytest.raises(ConfigError, match=r"key.json is not readable JSON"):
+        lab.compare()
+
+
+def test_two_comparisons_at_once_are_refused(lab: Lab) -> None:
+    lab.output.mkdir()
+    with FileLock(lab.output / ".lock"), pytest.raises(ConfigError, match=r"another comparison is at work in"):
+        lab.compare()
+    assert lab.launches() == []
+
+
+def test_runs_that_cannot_be_compared_are_named_and_left_out(lab: Lab) -> None:
+    lab.write(equal={"tokens": 500})
+    lab.behave({"better/1": "fingerprint", "better/2": "short", "worse/3": "long"})
+    assert lab.compare(jobs=3) == 1
+    rows = {f"{row['variant']}/{row['seed']}": row for row in lab.rows()}
+    left_out = {name: row["problem"] for name, row in rows.items() if row["status"] == "left out"}
+    assert left_out == {
+        "better/1": "its evaluation data is another: fingerprint other, the other runs have same",
+        "better/2": "499 tokens trained on, fewer than the 500 asked for",
+        "worse/3": "900 tokens trained on, more than one step over the 500 asked for: 675 before the last step",
+    }
+    assert {row["status"] for name, row in rows.items() if name not in left_out} == {"compared"}
+    seeds = {found["variant"]: found["seeds"] for found in lab.result()["differences"]}
+    assert seeds == {"better": [3], "worse": [1, 2]}
+
+
+def test_tasks_are_evaluated_and_alone_again_when_they_change(lab: Lab) -> None:
+    (lab.folder / "mmlu.jsonl").write_text(question("who ?"))
+    lab.write(seeds=[1, 2], **variants(better=RANDOM), **tasks({"file": "mmlu.jsonl", "limit": 1}))
+    assert lab.compare() == 0
+    runs = sorted((variant, seed) for variant in ("plain", "better") for seed in (1, 2))
+    assert sorted(lab.launches()) == sorted((command, *run) for command in ("eval", "train") for run in runs)
+    assert "mmlu/acc" in lab.result()["claims"]
+    for row in lab.rows():
+        assert float(row["mmlu/acc"]) == pytest.approx(0.5 + int(row["seed"]) / 100)
+        assert (row["mmlu/acc/stderr"], row["mmlu/law/acc"], row["task_seconds"]) == ("0.01", "1.0", "2.0")
+    assert "better: mmlu acc equal to plain in each of 2 seeds alike" in " ".join(lab.result()["sentences"])
+    (lab.folder / "mmlu.jsonl").write_text(question("what ?"))
+    assert lab.compare() == 0
+    assert sorted(lab.launches()) == [("eval", *run) for run in sorted(runs)]
+    assert lab.compare() == 0
+    assert lab.launches() == []
+
+
+# Real runs.
+
+
+@pytest.mark.launch
+def test_two_real_runs_are_killed_and_go_on(tmp_path: Path) -> None:
+    model, data = tiny.make_model(tmp_path / "model"), tiny.make_data(tmp_path / "data")
+    base = tiny.arguments(model, data, tmp_path, dataset="alpha,beta", eval_dataset="held,gamma")
+    base |= {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 1, "logging_steps": 10}
+    variants = {"plain": {"dataflex": {}}, "random": {"dataflex": {"update_steps": 40, "select": {"method": "random"}}}}
+    settings = {"base": base, "output_dir": "out", "baseline": "plain", "variants": variants, "seeds": [1]}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump({**settings, "equal": {"tokens": 10_000}}))
+    command = [sys.executable, "-m", "dataflex", "compare", "experiment.yaml", "--jobs", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def begin() -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+
+    process = begin()
+    checkpoints: list[Path] = []
+    while not checkpoints:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+        checkpoints = list(tmp_path.glob("out/runs/*/*/checkpoint-*/dataflex_complete.json"))
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 2
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    for child in alive:  # elsewhere than on Linux
+        child.kill()
+    assert not list(tmp_path.glob("out/runs/*/*/complete.json"))
+
+    process = begin()
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [run["status"] for run in result["runs"]] == ["compared", "compared"]
+    assert "no claim is possible from one seed" in said
+    for run in result["runs"]:
+        folder = tmp_path / run["folder"]
+        assert 10_000 <= run["costs"]["tokens"] < 10_000 + 2 * 64
+        state = json.loads((folder / "trainer_state.json").read_text())
+        assert state["global_step"] == run["costs"]["steps"] > 100
+        lines = [json.loads(line) for line in (folder / "dataflex" / "evaluations.jsonl").read_text().splitlines()]
+        assert run["metrics"]["held_loss"] == lines[-1]["domains"]["held"]["loss"]
+        assert run["fingerprint"] == lines[-1]["fingerprint"]
+    cut = checkpoints[0].parents[1]
+    lines = [json.loads(line) for line in (cut / "trainer_log.jsonl").read_text().splitlines()]
+    assert [line["current_steps"] for line in lines if "loss" in line].count(10) == 1  # it did not begin anew
