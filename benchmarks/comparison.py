@@ -3,7 +3,7 @@
     python benchmarks/comparison.py --data FOLDER [--jobs 2]
 
 FOLDER has gsm8k_train.jsonl, gpteacher_codegen.jsonl, dolly.jsonl and flan_cot.jsonl with instruction, input, output.
-Of each, some samples of 32 to 128 tokens are trained on and others held out. The experiment file is written beside the
+Of each, some samples of 32 to 96 tokens are trained on and others held out. The experiment file is written beside the
 results, so that `dataflex-cli compare` alone can go on with it.
 """
 
@@ -29,9 +29,9 @@ KINDS = {
     "questions": "dolly.jsonl",
     "reasoning": "flan_cot.jsonl",
 }
-SHORTEST, LONGEST = 32, 128
-EACH, HELD_OUT = 50, 12
-TOKENS = 8000
+SHORTEST, LONGEST = 32, 96
+EACH, HELD_OUT = 48, 12
+TOKENS = 7000
 VARIANTS: dict[str, dict[str, Any]] = {
     "random": {"select": {"method": "random"}},
     "full": {"select": {"method": "full"}},

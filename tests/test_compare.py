@@ -317,7 +317,7 @@ def tasks(*entries: Any) -> dict[str, Any]:
 PLAIN: dict[str, Any] = {"dataflex": {}}
 RANDOM = {"dataflex.select.method": "random"}
 BAD = [
-    ({"baseline": "plian"}, "baseline: unknown variant 'plian'; did you mean 'plain'?"),
+    ({"baseline": "plan"}, "baseline: unknown variant 'plan'; did you mean 'plain'?"),
     ({"seeds": []}, "seeds: needs at least one seed"),
     ({"seeds": [1, 2, 1]}, "seeds: 1 is given more than once"),
     ({"seeds": [-1]}, "seeds: -1 is not between 0 and 4294967295"),
@@ -353,9 +353,12 @@ BAD = [
         tasks({"file": "mmlu.jsonl", "fewshot_file": "dev.jsonl", "num_fewshot": 2}),
         "tasks.0.mmlu.fewshot_file: no such",
     ),
-    (tasks({"file": "mmlu.jsonl", "limt": 2}), "evaluate.tasks.0.limt: unknown key 'limt'; did you mean 'limit'?"),
+    (
+        tasks({"file": "mmlu.jsonl", "limits": 2}),
+        "evaluate.tasks.0.limits: unknown key 'limits'; did you mean 'limit'?",
+    ),
     (tasks({"file": "mmlu.jsonl"}) | {"metrics": ["mmlu/ac"]}, "unknown metric 'mmlu/ac'; did you mean 'mmlu/acc'?"),
-    ({"evaluate": {"taks": []}}, "evaluate.taks: unknown key 'taks'; did you mean 'tasks'?"),
+    ({"evaluate": {"task": []}}, "evaluate.task: unknown key 'task'; did you mean 'tasks'?"),
 ]
 
 
@@ -533,9 +536,10 @@ def test_a_killed_comparison_goes_on(lab: Lab) -> None:
     lab.settings["variants"].pop("worse")
     lab.write()
     assert stopped(lab, signal.SIGKILL)[0] == -signal.SIGKILL
-    assert lab.launches() == [*all_runs("plain"), ("train", "better", 1), ("train", "better", 2)]
+    order = [("train", variant, seed) for seed in (1, 2, 3) for variant in ("plain", "better")]
+    assert lab.launches() == order[:4]  # seed by seed
     assert lab.compare() == 0
-    assert sorted(lab.launches()) == all_runs("better")[1:]
+    assert sorted(lab.launches()) == sorted(order[3:])
     assert all(arguments == [] for arguments, _ in lab.arguments)  # it went on from its checkpoint
 
 

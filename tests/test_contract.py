@@ -58,6 +58,36 @@ def test_trainer_seams() -> None:
     loop = inspect.getsource(Trainer._run_epoch)
     assert loop.index("get_batch_samples(") < loop.index("on_step_begin(") < loop.index("on_step_end(")
     assert "ignore_data_skip" in loop
+    # A budget counts the step, and may end the run, between the optimizer's step and the schedule's.
+    order = ("optimizer.step()", "on_optimizer_step(", "lr_scheduler.step()", "global_step += 1", "on_step_end(")
+    assert [loop.index(name) for name in order] == sorted(loop.index(name) for name in order)
+
+
+def test_evaluation_seams() -> None:
+    from transformers import Trainer
+    from transformers.trainer_callback import DefaultFlowCallback
+
+    evaluate = inspect.getsource(Trainer.evaluate)
+    assert "self.get_eval_dataloader(eval_dataset)" in evaluate
+    assert 'metric_key_prefix=f"{metric_key_prefix}_{eval_dataset_name}"' in evaluate
+    assert evaluate.index("self.evaluation_loop(") < evaluate.index("self.log(output.metrics)")
+    assert "dataset" in parameters(Trainer._get_dataloader)
+    assert "self.data_collator" in inspect.getsource(Trainer._get_dataloader)
+    step = inspect.getsource(Trainer.prediction_step)
+    assert "loss, outputs = self.compute_loss(" in step
+    assert "state.global_step >= state.max_steps" in inspect.getsource(DefaultFlowCallback.on_step_end)
+    assert parameters(Trainer.create_scheduler) == ["self", "num_training_steps", "optimizer"]
+
+
+def test_what_loads_a_pool_without_a_model() -> None:
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    assert parameters(get_template_and_fix_tokenizer) == ["tokenizer", "data_args"]
+    assert parameters(load_tokenizer) == ["model_args"]
+    assert parameters(get_train_args) == ["args"]
+    assert get_dataset.__name__ == "get_dataset"
 
 
 def test_models_call_their_loss_function() -> None:

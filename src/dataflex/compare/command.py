@@ -70,7 +70,8 @@ def compare(
 def _run(experiment: Experiment, jobs: int | None, program: Sequence[str], at_once: Workers | None) -> int:
     states = {run: state_of(run, experiment) for run in experiment.runs}
     missing = [run for run, state in states.items() if state != "complete"]
-    missing.sort(key=lambda run: experiment.settings.seeds.index(run.seed))  # a comparison cut short is one of fewer seeds
+    # Seed by seed, so that a comparison cut short is one of fewer seeds.
+    missing.sort(key=lambda run: experiment.settings.seeds.index(run.seed))
     failed: dict[str, str] = {}
     if missing:
         print(_counted(states), flush=True)

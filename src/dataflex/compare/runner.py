@@ -97,6 +97,7 @@ class Progress:
         from tqdm import tqdm
 
         self._plain = not sys.stderr.isatty()
+        self._shown = 0.0
         self._bar = tqdm(total=total, unit="run", disable=self._plain, smoothing=0)
 
     def say(self, text: str) -> None:
@@ -105,8 +106,9 @@ class Progress:
         sys.stderr.flush()
 
     def show(self, jobs: Sequence[_Job], done: int) -> None:
-        """Show the runs at work."""
-        if not self._plain:
+        """Show the runs at work, a few times a second at most."""
+        if not self._plain and time.monotonic() - self._shown > 0.3:
+            self._shown = time.monotonic()
             self._bar.n = done
             self._bar.set_postfix_str(", ".join(f"{job.run.name} {_step(job)}" for job in jobs))
 
