@@ -371,6 +371,25 @@ def test_the_chat_template(evaluated: Evaluated, tmp_path: Path, monkeypatch: py
     assert any("takes no system message" in note for note in result.notes)
 
 
+def test_an_adapter_with_embeddings_of_its_own_fits_its_base(evaluated: Evaluated, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from dataflex.evaluation.harness import load_model
+
+    folder = tiny.make_model(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    base.resize_token_embeddings(base.config.vocab_size + 13)  # as LLaMA-Factory's resize_vocab pads them
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], init_lora_weights=False)
+    trained = get_peft_model(base, config).eval()
+    trained.save_pretrained(tmp_path / "adapter")
+    loaded = load_model(str(folder), tmp_path / "adapter", 1, "cpu", "float32")
+    ids = torch.tensor([[1, 5, 7, 9]])
+    with torch.no_grad():
+        assert torch.allclose(loaded.model(ids).logits, trained(ids).logits, atol=1e-6)
+
+
 def test_what_is_written_and_printed(evaluated: Evaluated) -> None:
     result = evaluated.results["part"]
     assert (result["samples"], result["settings"]["limit"], result["settings"]["batch_size"]) == (8, 8, 4)

@@ -151,7 +151,10 @@ def load_pool(
     )
     if data_args.streaming:
         return load(data_args=data_args)
-    if not (dynamic.plans_data and training_args.do_train):
+    whole = not (dynamic.plans_data and training_args.do_train)  # then LLaMA-Factory loads all data sets as one
+    if (whole or len(set(data_args.dataset)) == 1) and data_args.dataset:
+        _refuse_foreign_folder(data_args)
+    if whole:
         module = load(data_args=_train_only(data_args)) if data_args.dataset or _is_stored(data_args) else {}
         module["eval_dataset"] = _load_evaluation(load, data_args, dynamic, module.pop("eval_dataset", None))
         if dynamic.has_budget and training_args.do_train:
@@ -188,6 +191,16 @@ def _is_stored(data_args: Any) -> bool:
     return root is not None and any((Path(root) / name).exists() for name in ("dataset_dict.json", "state.json"))
 
 
+def _refuse_foreign_folder(data_args: Any) -> None:
+    """Refuse a ``tokenized_path`` that has something in it, but no tokenized data set of all the data."""
+    root = data_args.tokenized_path
+    if root is not None and Path(root).is_dir() and any(Path(root).iterdir()) and not _is_stored(data_args):
+        raise ConfigError(
+            f"tokenized_path: {root} holds something else than one tokenized data set (a run with several data sets "
+            "keeps each in a folder of its own, a run that only evaluates the evaluation sets). Name an empty folder."
+        )
+
+
 def _load_evaluation(load: GetDataset, data_args: Any, dynamic: DynamicRun, found: Any) -> Any:
     """Return what the Trainer is to evaluate on, and tell the run which sample is from which data set.
 
@@ -209,8 +222,8 @@ def _load_evaluation(load: GetDataset, data_args: Any, dynamic: DynamicRun, foun
     if parts is None:
         return None
     if not isinstance(parts, dict):
-        names = data_args.eval_dataset or data_args.dataset or []
-        parts = {names[0] if len(names) == 1 else "held_out": parts}
+        names = data_args.dataset or []  # of the stored ones nobody knows the name any more
+        parts = {names[0] if len(names) == 1 and not _is_stored(data_args) else "held_out": parts}
     for name in (TOKEN_WEIGHTED, UNWEIGHTED):
         if name in parts:
             raise ConfigError(f"eval_dataset: {name!r} is the name of a mean over the data sets; name it otherwise.")

@@ -54,7 +54,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
     found = [*_unknown_keys(config), *_values(config), *_assets(config), *_folders(config), *_datasets(config)]
     if config.dataflex is not None:
         found += [*_stage(config), *_data_path(config), *_domains(config), *_order(config), *_loss(config)]
-        found += [*_components(config), *_validation(config), *_neat_packing(config)]
+        found += [*_components(config), *_validation(config), *_neat_packing(config), *_best_model(config)]
     return found
 
 
@@ -255,6 +255,17 @@ def _stage(config: RunConfig) -> Iterator[Problem]:
     yield from _length(config)
 
 
+def _deepspeed(config: RunConfig) -> dict[str, Any]:
+    """Return DeepSpeed's configuration; what cannot be read is LLaMA-Factory's to refuse."""
+    given = config.llamafactory.get("deepspeed")
+    if isinstance(given, str):
+        try:
+            given = json.loads(Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+    return given if isinstance(given, dict) else {}
+
+
 _LAYERWISE = ("galore_layerwise", "apollo_layerwise")
 
 
@@ -278,6 +289,9 @@ def _length(config: RunConfig) -> Iterator[Problem]:
     for key in _LAYERWISE:
         if _truthy(config, key):
             yield Problem(key, f"has schedules of its own, which do not follow {budget}; use train_steps.")
+    for block in ("optimizer", "scheduler"):
+        if block in _deepspeed(config):
+            yield Problem("deepspeed", f"its {block!r} block has a schedule that cannot follow {budget}; remove it.")
     if _truthy(config, "streaming"):
         yield Problem("streaming", f"{budget} needs the lengths of all samples; set it to false, or use max_steps.")
 
@@ -359,6 +373,13 @@ def _validation(config: RunConfig) -> Iterator[Problem]:
             f"samples split off by val_size are then packed too, and {selector.name!r} needs them one by one; name the "
             f"validation samples with eval_dataset or {SECTION}.select.validation.",
         )
+
+
+def _best_model(config: RunConfig) -> Iterator[Problem]:
+    """The Trainer takes every metric whose name does not end in ``loss`` for one where more is better."""
+    metric = str(config.llamafactory.get("metric_for_best_model") or "")
+    if metric.endswith(("_perplexity", "_bits_per_byte")) and config.llamafactory.get("greater_is_better") is None:
+        yield Problem("greater_is_better", f"needed with metric_for_best_model: {metric}; set it to false.")
 
 
 def _neat_packing(config: RunConfig) -> Iterator[Problem]:

@@ -67,6 +67,17 @@ def ranks_among(scores: NDArray[np.floating], chosen: IndexArray) -> IndexArray:
     return ranks + above[number + 1]
 
 
+def ranks_among_scored(scores: NDArray[np.floating], chosen: IndexArray) -> IndexArray:
+    """Return the rank of each chosen position among the scores that are not NaN, as :func:`ranks_among`.
+
+    Args:
+        scores: of all candidates, NaN where one has none, shape (N,).
+        chosen: distinct positions of candidates with a score, ascending, shape (k,).
+    """
+    scored = np.flatnonzero(~np.isnan(scores))
+    return ranks_among(scores[scored], np.searchsorted(scored, chosen))
+
+
 def sample_without_replacement(
     weights: NDArray[np.floating], count: int, rng: np.random.Generator, temperature: float = 1.0
 ) -> IndexArray:

@@ -24,7 +24,13 @@ SFT = {
 LOSS = {"select": {"method": "loss"}, "update_steps": 2}
 RUNS: dict[str, dict[str, Any]] = {
     "merged": {**SFT, "dataflex": LOSS},
-    "each": {**SFT, "dataflex": LOSS, "eval_on_each_dataset": True},
+    "each": {
+        **SFT,
+        "dataflex": LOSS,
+        "eval_on_each_dataset": True,
+        "dataloader_num_workers": 1,
+        "dataloader_persistent_workers": True,
+    },
     # One batch holds everything, so the Trainer's mean over batches is the mean over tokens.
     "one-batch": {**SFT, "dataflex": {}, "per_device_eval_batch_size": 44},
     "sft-packed": {**SFT, "dataflex": {}, "packing": True, "cutoff_len": 48},
@@ -44,6 +50,20 @@ RUNS: dict[str, dict[str, Any]] = {
         "packing": True,
         "per_device_eval_batch_size": 64,
         "dataflex": {"order": {"method": "shuffle"}},
+    },
+    # Steps of 6 samples do not divide the 20 blocks; every block has 63 tokens.
+    "empty-tokens": {
+        **SFT,
+        "stage": "pt",
+        "dataset": "texts",
+        "eval_dataset": "pages",
+        "packing": True,
+        "dataflex": {"train_tokens": 6300},
+        "max_steps": -1,
+        "gradient_accumulation_steps": 3,
+        "eval_steps": 0.25,
+        "save_strategy": "steps",
+        "save_steps": 0.5,
     },
     "split": {**SFT, "eval_dataset": None, "val_size": 0.25, "dataset": "alpha,beta", "dataflex": LOSS},
     "tokens": {
@@ -72,6 +92,8 @@ def runs(workshop: Any) -> Any:
             workshop.add("evaluation-cut", stop_at=6, **tokens)
             workshop.add("evaluation-resumed", into="evaluation-cut", **tokens)
             workshop.add("evaluation-again", into="evaluation-tokens-1", **tokens, resume_from_checkpoint=True)
+            empty = {**RUNS["empty-tokens"], "per_device_train_batch_size": 2}
+            workshop.add("evaluation-empty-again", into="evaluation-empty-tokens-1", **empty)
             seconds = {**LOSS, "train_seconds": 1.5}
             workshop.add("evaluation-seconds", **{**tokens, "dataflex": seconds, "num_train_epochs": 2})
         workshop.start(processes)
@@ -157,7 +179,7 @@ def test_each_set_equals_a_float64_computation(runs: Any, name: str, processes: 
     assert last["unweighted"]["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(RUNS.keys() - {"tokens"}))
+@pytest.mark.parametrize("name", sorted(RUNS.keys() - {"tokens", "empty-tokens"}))
 def test_two_processes_measure_what_one_measures(runs: Any, name: str) -> None:
     one, two = lines(runs, f"{name}-1")[-1], lines(runs, f"{name}-2")[-1]
     assert one["fingerprint"] == two["fingerprint"]
@@ -252,6 +274,21 @@ def test_a_budget_of_tokens_ends_the_run(runs: Any, name: str) -> None:
         assert entry["learning_rate"] == pytest.approx(wanted, rel=1e-6, abs=1e-9)
     assert (runs.root / folder / f"checkpoint-{len(training)}").is_dir()
     assert runs.plan_digests(folder) == runs.plan_digests("evaluation-tokens-1")
+
+
+def test_a_budget_on_llamafactorys_own_data_path(runs: Any) -> None:
+    for name in ("empty-tokens-1", "empty-tokens-2"):
+        found = summary(runs, name)
+        assert 6300 <= found["tokens"] < 6300 + 6 * 63
+        # Shares of the run are shares of the 17 steps expected, not of the most it could take.
+        steps = [line["step"] for line in lines(runs, name)]
+        assert steps[:3] == [5, 10, 15]
+        checkpoints = {int(path.name[11:]) for path in (runs.root / f"evaluation-{name}").glob("checkpoint-*")}
+        assert checkpoints == {9, 18, found["steps"]}
+    # Trained again from its last checkpoint, nothing is left to train.
+    state = json.loads((runs.root / "evaluation-empty-tokens-1" / "trainer_state.json").read_text())
+    assert state["global_step"] == summary(runs, "empty-tokens-2")["steps"]
+    assert summary(runs, "empty-tokens-1")["tokens"] == summary(runs, "empty-tokens-2")["tokens"]
 
 
 def test_a_spent_budget_is_not_trained_on(runs: Any) -> None:

@@ -232,6 +232,8 @@ def test_llamafactory_takes_batches_of_one_there() -> None:
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, {"train_tokens": 9}, "lr_scheduler_type", "train_tokens"),
         ({"galore_layerwise": True}, {"train_tokens": 9}, "galore_layerwise", "train_tokens"),
         ({"streaming": True}, {"train_tokens": 9}, "streaming", "lengths"),
+        ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, {"train_tokens": 9}, "deepspeed", "scheduler"),
+        ({"metric_for_best_model": "code_perplexity"}, SELECT, "greater_is_better", "false"),
     ],
 )
 def test_what_ends_a_run(

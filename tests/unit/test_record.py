@@ -103,6 +103,16 @@ def test_a_resumed_run_has_every_round_once(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dataflex"]
 
 
+def test_a_resumed_run_keeps_the_evaluations_so_far(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    assert writer.begin({"dataflex": {}}, None) is None
+    for step in (2, 4, 4, 6):
+        writer.evaluation({"step": step, "tokens": 10 * step})
+    assert writer.begin({"dataflex": {}}, 1, step=4) == {"step": 4, "tokens": 40}
+    lines = (tmp_path / "dataflex" / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 4]
+
+
 def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     write(tmp_path, 0, 3, None)
     path = tmp_path / "dataflex" / "rounds.jsonl"

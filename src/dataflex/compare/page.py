@@ -13,7 +13,7 @@ from dataflex.record.charts import Chart, charts
 from dataflex.record.measure import measure
 from dataflex.record.reader import read_run
 from dataflex.record.report import write_page
-from dataflex.record.traces import Figure, Trace, figure, hatching, packed, shortened, style, text
+from dataflex.record.traces import Figure, Trace, figure, hatching, packed, row_labels, style, text
 
 _SECTION = "Comparison"
 _KINDS = {
@@ -78,7 +78,7 @@ def _forest(name: str, differences: Sequence[Difference], outcome: Outcome) -> C
         if own:
             traces.append(_estimates(variant, own, [rows[each.metric, each.variant] for each in own], number))
     chart = figure(traces, f"difference from {text(settings.baseline)}", "")
-    labels = [text(shortened(f"{each.variant}: {title(each.metric)}", 44)) for each in drawn]
+    labels = row_labels([f"{each.variant}: {title(each.metric)}" for each in drawn], 44)
     chart["layout"]["yaxis"] |= {
         "tickvals": list(range(len(drawn))),
         "ticktext": labels,
@@ -160,7 +160,7 @@ def cost_chart(outcome: Outcome) -> Chart:
         for number, cost in enumerate(spent)
     ]
     chart: Figure = figure(traces, "seconds", "")
-    labels = [text(shortened(variant, 24)) for variant in known]
+    labels = row_labels(known, 24)
     chart["layout"]["yaxis"] |= {"tickvals": rows, "ticktext": labels, "autorange": "reversed"}
     chart["layout"] |= {"barmode": "stack", "height": 174 + _ROW_HEIGHT * len(known)}
     missing = [variant for variant, found in costs.items() if not found]

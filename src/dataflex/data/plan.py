@@ -113,12 +113,16 @@ class Planner:
             indices = indices[arranged]
             scores = scores[arranged] if scores is not None else None
             ranks = ranks[arranged] if ranks is not None else None
+        if ranks is not None:
+            ranks = ranks.astype(np.int64, copy=False)
         if decided is None:
             counts = self.pool.domain_counts(indices)
             decided = counts / counts.sum()
         budget = self.capped.notes or None if self.capped is not None else None
-        ranked = {group.name: part.ranked for group, part in zip(groups, parts, strict=True) if part.ranks is not None}
-        return Plan(slot, indices, scores, decided, selection.unscored, budget, ranks, ranked)
+        ranked = {
+            group.name: int(part.ranked) for group, part in zip(groups, parts, strict=True) if part.ranks is not None
+        }
+        return Plan(slot, indices, scores, decided, int(selection.unscored), budget, ranks, ranked)
 
     def state_dict(self) -> State:
         """Return how far each pass has come."""

@@ -108,9 +108,8 @@ def load_model(model: str, adapter: Path | None, batch_size: int, device: str | 
     try:
         with _quiet():
             return Model(
-                pretrained=model,
-                peft=None if adapter is None else str(adapter),
-                tokenizer=str(adapter) if with_tokenizer else None,
+                pretrained=model if adapter is None else _adapted(model, adapter, dtype).to(place),
+                tokenizer=str(adapter) if with_tokenizer else model,
                 device=place,
                 dtype=dtype,
                 batch_size=batch_size,
@@ -119,6 +118,24 @@ def load_model(model: str, adapter: Path | None, batch_size: int, device: str | 
         on_it = f" with the adapter {adapter}" if adapter else ""
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"{model}{on_it} cannot be loaded: {reason[0]}") from error
+
+
+def _adapted(model: str, adapter: Path, dtype: str) -> torch.nn.Module:
+    """Return a model with an adapter on it.
+
+    The harness would give the base as many embeddings as the tokenizer has tokens; an adapter that was trained with
+    embeddings of its own has the number the base had in training, and fits that one only.
+    """
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    names = ("embed_tokens", "wte", "word_embeddings", "lm_head", "embed_out")
+    weights = load_peft_weights(str(adapter), device="cpu")
+    rows = {value.size(0) for name, value in weights.items() if name.split(".")[-2] in names}
+    if len(rows) == 1 and rows != {base.get_input_embeddings().weight.size(0)}:
+        base.resize_token_embeddings(rows.pop(), mean_resizing=False)
+    return PeftModel.from_pretrained(base, str(adapter)).eval()
 
 
 def check_chat_template(model: Model, task: FileTask | None) -> str | None:

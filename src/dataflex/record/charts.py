@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dataflex.record.measure import LEVELS, MeasuredRun, evenly
-from dataflex.record.reader import DomainMeasures, Evaluation, Measures, Metric, Round, RunRecord
+from dataflex.record.reader import DomainMeasures, Evaluation, Measures, Round, RunRecord
 from dataflex.record.traces import (
     CHANCE,
     Figure,
@@ -20,7 +20,7 @@ from dataflex.record.traces import (
     line,
     packed,
     points_per_curve,
-    shortened,
+    row_labels,
     smooth,
     style,
     text,
@@ -82,17 +82,18 @@ def charts(runs: Sequence[MeasuredRun]) -> list[Chart]:
     """Return all charts in the order of the page."""
     axis = TOKENS if all(_is_known(run.record) for run in runs) else STEPS
     alone = runs[:RUNS_ONE_BY_ONE]
+    looks = _domain_numbers(alone)
     return [
         train_loss(runs, axis),
         train_loss(runs, SECONDS),
-        *(domain_loss(run, runs, axis) for run in alone),
+        *(domain_loss(run, len(alone), axis, looks) for run in alone),
         *eval_means(runs),
         *eval_domains(runs),
         *eval_loss(runs),
-        *(proportions(run, runs) for run in alone),
+        *(proportions(run, len(alone), looks) for run in alone),
         *(scores(run, runs) for run in alone),
         overlap(runs),
-        *(seen(run, runs) for run in alone),
+        *(seen(run, len(alone), looks) for run in alone),
         repeats(runs),
         times(runs),
         *weights(runs, axis),
@@ -238,15 +239,14 @@ def eval_loss(runs: Sequence[MeasuredRun]) -> list[Chart]:
     ]
 
 
-def domain_loss(run: MeasuredRun, runs: Sequence[MeasuredRun], axis: Axis) -> Chart:
-    """Training loss of each domain of one run."""
+def domain_loss(run: MeasuredRun, num_charts: int, axis: Axis, looks: Mapping[str, int]) -> Chart:
+    """Training loss of each domain of one run; ``looks`` numbers the domains."""
     title = f"Training loss by domain: {run.label}"
     known = run.record.domain_loss
     if not known:
         return Chart("Loss", title, "no loss of a domain is logged (dataflex/loss/...).", None)
     names = [name for name in _most_trained(run) if name in known]
-    limit = points_per_curve(len(runs) * DOMAINS)
-    looks = _domain_numbers(runs)
+    limit = points_per_curve(num_charts * DOMAINS)
     traces = [line(smooth(axis.points(run.record, known[name])), name, style(looks[name]), limit) for name in names]
     left_out = len(known) - len(names)
     caption = "Unweighted loss of the trained samples; long curves as a running mean."
@@ -254,18 +254,17 @@ def domain_loss(run: MeasuredRun, runs: Sequence[MeasuredRun], axis: Axis) -> Ch
     return Chart("Loss", title, caption, figure(traces, axis.name, "loss"))
 
 
-def proportions(run: MeasuredRun, runs: Sequence[MeasuredRun]) -> Chart:
-    """Share of each domain in the plans of one run."""
+def proportions(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> Chart:
+    """Share of each domain in the plans of one run; ``looks`` numbers the domains."""
     title = f"Proportions: {run.label}"
     rounds = [each for each in run.record.rounds if each.shares]
     if not rounds:
         return Chart("Data", title, "the run records no rounds.", None)
     if len(run.domain_samples) < 2:
         return Chart("Data", title, "the run has one domain only.", None)
-    limit = min(PROPORTION_ROUNDS, points_per_curve(len(runs) * DOMAINS))
+    limit = min(PROPORTION_ROUNDS, points_per_curve(num_charts * DOMAINS))
     shown = evenly(rounds, limit)
     names = [name for name in _most_trained(run) if run.domain_samples[name]]
-    looks = _domain_numbers(runs)
     traces = [_shares(shown, name, [each.shares.get(name, 0.0) for each in shown], looks[name]) for name in names]
     if any(count and name not in names for name, count in run.domain_samples.items()):
         rest = [1.0 - sum(each.shares.get(name, 0.0) for name in names) for each in shown]
@@ -339,15 +338,17 @@ def overlap(runs: Sequence[MeasuredRun]) -> Chart:
     return chart
 
 
-def seen(run: MeasuredRun, runs: Sequence[MeasuredRun]) -> Chart:
-    """Distinct samples of each domain in the plans so far, as a share of the domain where its size is on record."""
+def seen(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> Chart:
+    """Distinct samples of each domain in the plans so far, as a share of the domain where its size is on record.
+
+    ``looks`` numbers the domains.
+    """
     title = f"Share of each domain ever seen: {run.label}"
     if run.coverage is None:
         return Chart("Data", title, _NO_PLANS, None)
     pool = run.record.pool
     names = [name for name in _most_trained(run) if run.coverage.seen.get(name)]
-    looks = _domain_numbers(runs)
-    limit = points_per_curve(len(runs) * DOMAINS)
+    limit = points_per_curve(num_charts * DOMAINS)
     traces = []
     for name in names:
         curve = run.coverage.seen[name]
@@ -459,13 +460,19 @@ def cost(runs: Sequence[MeasuredRun]) -> Chart:
         if any(seconds)
     ]
     chart = figure(traces, "seconds", "")
-    names = [text(shortened(run.label, 24)) for run in runs]
+    names = row_labels([run.label for run in runs], 24)
     chart["layout"]["yaxis"] |= {"tickvals": rows, "ticktext": names, "autorange": "reversed"}
     chart["layout"] |= {"barmode": "stack", "height": 110 + 34 * len(runs)}
     caption = "Training, the decisions made for it, and evaluation."
     for name, seconds in (parts[0], parts[2]):
         unknown = [run.label for run, value in zip(runs, seconds, strict=True) if value is None]
         caption += f" Seconds of {name} are not on record: {', '.join(unknown)}." if unknown else ""
+    partly = [
+        f"{run.label} up to step {run.record.trained[0]:,}"
+        for run in runs
+        if run.record.summary is None and run.record.trained
+    ]
+    caption += f" Not finished, seconds of training are those of {', '.join(partly)}." if partly else ""
     return Chart("Cost", title, caption, chart)
 
 
@@ -519,14 +526,14 @@ def tasks(runs: Sequence[MeasuredRun]) -> list[Chart]:
                 "type": "scatter",
                 "mode": "markers",
                 "name": text(run.label),
-                "x": packed([metric.value for metric, _ in found.values()], "<f8"),
+                "x": packed([value for value, _, _ in found.values()], "<f8"),
                 "y": packed([number[key] + shift for key in found], "<f8"),
-                "error_x": {"array": [metric.stderr or 0.0 for metric, _ in found.values()], "color": look.colour},
+                "error_x": {"array": [error for _, error, _ in found.values()], "color": look.colour},
                 "marker": {"symbol": look.symbol, "size": 9, "color": look.colour},
                 "hovertemplate": "%{x:.4~g}",
             }
         )
-        chances |= {number[key]: chance for key, (_, chance) in found.items() if chance is not None}
+        chances |= {number[key]: chance for key, (_, _, chance) in found.items() if chance is not None}
     if chances:
         marker = {"symbol": "line-ns-open", "size": 20, "color": CHANCE, "line": {"width": 3, "color": CHANCE}}
         traces.append(
@@ -541,7 +548,7 @@ def tasks(runs: Sequence[MeasuredRun]) -> list[Chart]:
             }
         )
     chart = figure(traces, "value", "")
-    names = [text(shortened(f"{task} {metric}", 28)) for task, metric in rows]
+    names = row_labels([f"{task} {metric}" for task, metric in rows], 28)
     chart["layout"]["yaxis"] |= {
         "tickvals": list(range(len(rows))),
         "ticktext": names,
@@ -554,9 +561,14 @@ def tasks(runs: Sequence[MeasuredRun]) -> list[Chart]:
     return [Chart("Tasks", "Downstream tasks", caption, chart)]
 
 
-def _metrics(record: RunRecord) -> dict[tuple[str, str], tuple[Metric, float | None]]:
-    """Return each task and metric with its value and what chance gives."""
-    return {(task.task, name): (metric, task.chance) for task in record.tasks for name, metric in task.metrics.items()}
+def _metrics(record: RunRecord) -> dict[tuple[str, str], tuple[float, float, float | None]]:
+    """Return each task and metric that has a value with it, its standard error (or 0) and what chance gives."""
+    return {
+        (task.task, name): (metric.value, metric.stderr or 0.0, task.chance)
+        for task in record.tasks
+        for name, metric in task.metrics.items()
+        if metric.value is not None
+    }
 
 
 def _lines(
@@ -584,8 +596,8 @@ def _most_trained(run: MeasuredRun) -> list[str]:
 
 
 def _domain_numbers(runs: Sequence[MeasuredRun]) -> dict[str, int]:
-    """Number the domains of all runs, so that one looks the same in every chart."""
-    names = dict.fromkeys(name for run in runs for name in run.domains)
+    """Number the domains that are drawn of any run, so that one looks the same in every chart."""
+    names = dict.fromkeys(name for run in runs for name in _most_trained(run))
     return {name: i for i, name in enumerate(names)}
 
 

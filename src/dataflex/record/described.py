@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from dataflex.record.measure import evenly
 from dataflex.record.traces import Figure, Trace, unpacked
 
 DATA_ROWS = 50
-"""Rows of the data below a chart, at most."""
+"""Rows of the data below a chart, at most; one more for each curve beyond so many."""
 
 _SPOKEN = 3
 """Curves that the sentence gives numbers of, at most."""
@@ -28,6 +29,7 @@ _SYMBOLS = {
     "x": "M13 3.5l1.5-1.5l2.5 2.5l2.5-2.5l1.5 1.5l-2.5 2.5l2.5 2.5l-1.5 1.5l-2.5-2.5l-2.5 2.5l-1.5-1.5l2.5-2.5z",
     "cross": "M15.5 1h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5v-3h3.5z",
     "star": "M17 0l1.6 4.2h4.4l-3.5 2.7l1.3 4.3l-3.8-2.6l-3.8 2.6l1.3-4.3l-3.5-2.7h4.4z",
+    "triangle-down": "M12 2h10l-5 9z",
     "line-ns-open": "M16 0h2v12h-2z",
 }
 _RISING = "".join(f"M{x} 12l12-12" for x in range(-8, 34, 6))
@@ -91,7 +93,8 @@ def legend(figure: Figure) -> list[LegendItem]:
 def data(figure: Figure, limit: int = DATA_ROWS) -> Data:
     """Return what the figure shows in at most ``limit`` rows, evenly picked with the first and the last.
 
-    One row for each place where all curves have the same places, else one for each point of a curve.
+    One row for each place where all curves have the same places, else one for each point of a curve. Every curve has
+    a row, its last point, also where they are more than ``limit``.
     """
     series = _series(figure)
     x, y = _axis_names(figure)
@@ -99,17 +102,17 @@ def data(figure: Figure, limit: int = DATA_ROWS) -> Data:
         return Data([x, y], [], "")
     same = all(each.places == series[0].places and not each.bars for each in series)
     if same:
-        picked = _evenly(len(series[0].places), limit)
+        picked = evenly(range(len(series[0].places)), limit)
         rows = [[_shown(series[0].places[i]), *(_shown(each.values[i]) for each in series)] for i in picked]
         return Data([x, *(each.name for each in series)], rows, _left_out(len(picked), len(series[0].places), "rows"))
-    listed = series[:limit]
-    bars = any(each.bars for each in listed)
+    bars = any(each.bars for each in series)
     rows = []
-    for each in listed:
-        for i in _evenly(len(each.places), max(1, limit // len(listed))):
+    for each in series:
+        for i in evenly(range(len(each.places)), max(1, limit // len(series))):
             row = [each.name, _shown(each.places[i]), _shown(each.values[i])]
             rows.append([*row, each.bars[i] if each.bars else ""] if bars else row)
-    note = _left_out(len(rows), sum(len(each.places) for each in series), "points")
+    known = sum(len(each.places) for each in series)
+    note = _left_out(len(rows), known, "points" + (", the last of each curve" if limit < 2 * len(series) else ""))
     return Data(["", x, y, *(["error bar"] if bars else [])], rows, note)
 
 
@@ -171,14 +174,6 @@ def _axis_names(figure: Figure) -> tuple[str, str]:
     return _plain(place), _plain(value)
 
 
-def _evenly(count: int, limit: int) -> list[int]:
-    if count <= limit:
-        return list(range(count))
-    if limit == 1:
-        return [count - 1]
-    return [int(i) for i in np.linspace(0, count - 1, limit).round()]
-
-
 def _left_out(shown: int, known: int, what: str) -> str:
     return f"{shown} of {known} {what}." if shown < known else ""
 
@@ -187,7 +182,9 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             return "-" if math.isnan(value) else str(value)
-        return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.5g}"
+        if value.is_integer() and abs(value) < 1e15:
+            return f"{value:,.0f}"
+        return f"{value:,.1f}" if 1e4 <= abs(value) < 1e15 else f"{value:.5g}"
     return f"{value:,}" if isinstance(value, int) else _plain(str(value))
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from dataflex.errors import ConfigError
 from dataflex.record.explain_text import lines_of, ranges
-from dataflex.record.files import json_lines, read_column, read_labels
+from dataflex.record.files import read_column, read_labels
 from dataflex.record.reader import Round, RunRecord, read_run
 from dataflex.record.samples import Part, Texts, load_texts
 
@@ -23,8 +21,6 @@ _EXPLAINED = 3
 """Samples found by their text that are explained."""
 _OFTEN = 10
 """Samples listed as planned most often."""
-
-_CANDIDATES = TypeAdapter(dict[str, NonNegativeInt])
 
 
 @dataclass(frozen=True)
@@ -144,20 +140,6 @@ class Record:
         self.pool = self.run.pool
         self.offsets = np.cumsum([0, *self.pool.values()])
         """First index of each domain and the end; (0,) where the record does not say."""
-        told = None if self.run.summary is None else self.run.summary.steps
-        self.steps: int = self.run.steps if told is None else told
-        """Optimizer steps done, as far as the folder shows."""
-
-    @cached_property
-    def candidates(self) -> dict[int, dict[str, int]]:
-        """How many candidates were ranked in each group, by round."""
-        found = {}
-        for where, line in json_lines(self.run.path / "dataflex" / "rounds.jsonl"):
-            try:
-                found[line["round"]] = _CANDIDATES.validate_python(line.get("candidates", {}))
-            except ValidationError as error:
-                raise ConfigError(f"{where}: 'candidates': {error.errors()[0]['msg']}.") from error
-        return found
 
     def facts(self) -> dict[str, Any]:
         """Return what is said about the run in every answer."""
@@ -166,7 +148,7 @@ class Record:
             "path": str(self.run.path),
             "components": self.run.components,
             "rounds": len(self.rounds),
-            "steps": self.steps,
+            "steps": self.run.steps,
             "planned_steps": last.start_step + last.steps,
             "finished": self.run.summary is not None,
             "pool": self.pool or None,
@@ -186,12 +168,12 @@ class Record:
 
     def trained_rows(self, each: Round) -> int:
         """Return how many positions of a round's plan training reached."""
-        done = min(max(self.steps - each.start_step, 0), each.steps)
+        done = min(max(self.run.steps - each.start_step, 0), each.steps)
         return each.size * done // each.steps if each.steps else 0
 
     def placements(self, each: Round, positions: Sequence[int] | NDArray[np.int64]) -> list[Placement]:
         """Return what the plan of a round says at some positions."""
-        path = self.run.path / "dataflex" / "plans" / f"round-{each.round:05d}.parquet"
+        path = self.run.plan_path(each.round)
         indices = self.run.plan_indices(each.round)
         scores, ranks = read_column(path, "score"), read_column(path, "rank")
         ids, names = read_labels(path, "domain")
@@ -201,7 +183,7 @@ class Record:
         for position in map(int, positions):
             domain = names[ids[position]]
             score, rank = _number(scores, position), _number(ranks, position)
-            groups = self.candidates.get(each.round, {})
+            group = domain if "mix" in each.components else "pool"
             place = Placement(
                 index=int(indices[position]),
                 round=each.round,
@@ -213,7 +195,7 @@ class Record:
                 domain=domain,
                 score=score,
                 rank=None if rank is None else int(rank),
-                candidates=None if rank is None else groups.get(domain if "mix" in each.components else "pool"),
+                candidates=None if rank is None else each.candidates.get(group),
                 proportion=each.proportions.get(domain),
                 share=each.shares.get(domain, 0.0),
             )
@@ -324,7 +306,7 @@ def round_number(record: Record, number: int | None) -> int:
 def top_of_round(record: Record, number: int, count: int, texts: Texts | None) -> dict[str, Any]:
     """Return the best samples of a round's plan: by rank, else by score, else the first in training order."""
     each = record.rounds[number]
-    path = record.run.path / "dataflex" / "plans" / f"round-{number:05d}.parquet"
+    path = record.run.plan_path(number)
     size = record.run.plan_indices(number).size
     ranks, scores = read_column(path, "rank"), read_column(path, "score")
     if ranks is not None and not np.isnan(ranks).all():

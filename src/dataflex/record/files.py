@@ -57,6 +57,8 @@ def read_column(path: Path, name: str) -> NDArray[Any] | None:
         with pyarrow.parquet.ParquetFile(path) as file:
             if name not in file.schema_arrow.names:
                 return None
+            if pyarrow.types.is_null(file.schema_arrow.field(name).type):
+                return np.full(file.metadata.num_rows, np.nan)
             batches = file.iter_batches(batch_size=1 << 18, columns=[name])
             parts = [batch.column(0).to_numpy(zero_copy_only=False) for batch in batches]
     except (pyarrow.ArrowInvalid, OSError) as error:

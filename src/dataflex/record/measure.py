@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,13 +40,13 @@ class MeasuredRun:
     coverage: Coverage | None
     scores: ScoreQuantiles | None
 
-    @property
+    @cached_property
     def domains(self) -> list[str]:
         """Domains of the plans and of the logged losses, in the order of their first mention."""
         named = [name for each in self.record.rounds for name in each.domains]
         return list(dict.fromkeys([*named, *self.record.domain_loss]))
 
-    @property
+    @cached_property
     def domain_samples(self) -> dict[str, int]:
         """Samples of each domain in all plans together."""
         counts = dict.fromkeys(self.domains, 0)
@@ -65,9 +66,11 @@ def measure(records: Sequence[RunRecord]) -> list[MeasuredRun]:
 
 
 def evenly(items: Sequence[T], limit: int) -> list[T]:
-    """Return at most ``limit`` (>= 2) of the items, evenly spread, with the first and the last."""
+    """Return at most ``limit`` of the items, evenly spread, with the first and the last; the last where it is 1."""
     if len(items) <= limit:
         return list(items)
+    if limit == 1:
+        return [items[-1]]
     return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
 
 

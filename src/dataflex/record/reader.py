@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,16 @@ from pydantic import NonNegativeFloat, NonNegativeInt, TypeAdapter, ValidationEr
 
 from dataflex.errors import ConfigError
 from dataflex.record.files import json_lines, one_line, read_column, read_labels, read_object
-from dataflex.record.trainer_log import Curve, curves, eval_curves, read_log, seconds_at, tokens_at, train_curve
+from dataflex.record.trainer_log import (
+    Curve,
+    curves,
+    eval_curves,
+    read_log,
+    seconds_at,
+    tokens_at,
+    train_curve,
+    train_seconds_at,
+)
 
 FAMILIES = ("select", "mix", "order", "weight")
 """The kinds of decision, in the order in which a round makes them."""
@@ -54,8 +64,10 @@ class Round:
     warmup: bool = False
     pool: dict[str, NonNegativeInt] = field(default_factory=dict)
     """Samples of each domain in the pool; empty where an older record does not say."""
+    candidates: dict[str, NonNegativeInt] = field(default_factory=dict)
+    """How many samples were ranked in each group: ``pool``, or the domains where a mixer decides."""
 
-    @property
+    @cached_property
     def shares(self) -> dict[str, float]:
         """Share of each domain in the plan, by count."""
         total = sum(self.domains.values())
@@ -126,7 +138,8 @@ class Summary:
 class Metric:
     """A number of a downstream task."""
 
-    value: float
+    value: float | None
+    """None where it is not a number."""
     stderr: NonNegativeFloat | None = None
 
 
@@ -141,6 +154,8 @@ class Task:
     metrics: dict[str, Metric]
     chance: float | None = None
     """What guessing gives, of tasks with choices."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the numbers should know."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +207,10 @@ class RunRecord:
     tokens_at: dict[int, int]
     """Logged step to the tokens trained on up to it; empty in older records."""
     seconds_at: dict[int, float]
-    """Logged step to the seconds of training, decisions and evaluation up to it; empty in older records."""
+    """Step with a training loss to the seconds of training, decisions and evaluation up to it; empty in older
+    records."""
+    logged_train_seconds: Curve
+    """(step, seconds of training steps up to it), as far as logged; empty in older records."""
 
     @property
     def components(self) -> dict[str, str]:
@@ -222,10 +240,20 @@ class RunRecord:
 
     @property
     def train_seconds(self) -> float | None:
-        """Seconds of training steps: the summary's figure, or that of the last evaluation; None where unknown."""
+        """Seconds of training steps so far; None where the record does not say."""
+        found = self.trained
+        return None if found is None else found[1]
+
+    @property
+    def trained(self) -> tuple[int, float] | None:
+        """Step up to which the seconds of training steps are known, and these; None where the record does not say.
+
+        Those of a run without a summary are known up to its last evaluation or the last log of its newest checkpoint.
+        """
         if self.summary:
-            return self.summary.train_seconds
-        return self.evaluations[-1].train_seconds if self.evaluations else None
+            return self.steps, self.summary.train_seconds
+        known = [*self.logged_train_seconds, *((each.step, each.train_seconds) for each in self.evaluations)]
+        return max(known, key=lambda each: each[1], default=None)
 
     @property
     def tokens(self) -> int | None:
@@ -251,7 +279,7 @@ class RunRecord:
 
     def plan_indices(self, number: int) -> NDArray[np.int64]:
         """Return the pool indices of round ``number`` in training order, shape (size,)."""
-        path = self._plan(number)
+        path = self.plan_path(number)
         indices = read_column(path, "index")
         if indices is None:
             raise ConfigError(f"{path} has no column 'index'; expected a plan written by a DataFlex run.")
@@ -263,7 +291,7 @@ class RunRecord:
 
     def plan_scores(self, number: int) -> NDArray[np.float32] | None:
         """Return the scores of round ``number`` that are finite numbers, or None where there is none."""
-        scores = read_column(self._plan(number), "score")
+        scores = read_column(self.plan_path(number), "score")
         if scores is None:
             return None
         finite = scores[np.isfinite(scores)].astype(np.float32, copy=False)
@@ -286,14 +314,14 @@ class RunRecord:
         samples = distinct = 0
         for each in self.rounds:
             indices = self.plan_indices(each.round)
-            domains, names = read_labels(self._plan(each.round), "domain")
+            domains, names = read_labels(self.plan_path(each.round), "domain")
             current, first, counts = np.unique(indices, return_index=True, return_counts=True)
             planned = _reaching(planned, current)
             new = planned[current] == 0
             planned[current] += counts.astype(np.int32)
             for name, found in zip(names, np.bincount(domains[first[new]], minlength=len(names)), strict=True):
                 if found and name not in seen:
-                    raise ConfigError(f"{self._plan(each.round)}: domain {name!r} is not in rounds.jsonl.")
+                    raise ConfigError(f"{self.plan_path(each.round)}: domain {name!r} is not in rounds.jsonl.")
                 seen[name] = seen.get(name, 0) + int(found)
             for name, curve in seen_after.items():
                 curve.append((each.round, seen[name]))
@@ -307,7 +335,12 @@ class RunRecord:
         times = np.bincount(planned[planned > 0])
         return Coverage(samples, distinct, overlap, repeats, seen_after, times)
 
-    def _plan(self, number: int) -> Path:
+    def plan_path(self, number: int) -> Path:
+        """Return the file of the plan of round ``number``.
+
+        Raises:
+            ConfigError: if it is not there.
+        """
         path = self._plans / f"round-{number:05d}.parquet"
         if not path.is_file():
             raise ConfigError(f"{path} is missing; expected the plan of round {number} of rounds.jsonl.")
@@ -331,8 +364,11 @@ def read_run(path: Path) -> RunRecord:
     """
     config = _read_config(path)
     summary = _read_summary(path / "dataflex" / "summary.json")
-    log, steps = read_log(path, finished=summary is not None)
-    results = (read_object(path / "all_results.json") if summary else None) or {}
+    told = summary.steps if summary else None
+    log, reached = read_log(path, finished=summary is not None, steps=told)
+    steps = reached if told is None else told
+    results = path / "all_results.json"
+    final = read_object(results) if summary and _is_newer(results, path / "dataflex" / "config.yaml") else None
     return RunRecord(
         path=path,
         name=path.resolve().name,
@@ -341,14 +377,20 @@ def read_run(path: Path) -> RunRecord:
         summary=summary,
         steps=steps,
         train_loss=train_curve(log),
-        eval_loss=eval_curves(log, results, steps),
+        eval_loss=eval_curves(log, final or {}, steps),
         evaluations=_read_evaluations(path / "dataflex" / "evaluations.jsonl"),
         tasks=_read_tasks(path / "dataflex" / "tasks"),
         domain_loss=curves(log, r"dataflex/loss/(.+)"),
         weights=curves(log, r"dataflex/weight_(min|max)"),
         tokens_at=tokens_at(log),
         seconds_at=seconds_at(log),
+        logged_train_seconds=train_seconds_at(log),
     )
+
+
+def _is_newer(file: Path, than: Path) -> bool:
+    """Whether a file is there and not older than another: one that is, is an earlier run's in the same folder."""
+    return file.is_file() and file.stat().st_mtime >= than.stat().st_mtime
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -375,8 +417,12 @@ def _read_summary(path: Path) -> Summary | None:
 def _read_rounds(path: Path) -> list[Round]:
     """Return the rounds by number; a round that was planned again after a resume counts as planned last."""
     rounds: dict[int, Round] = {}
+    pool: dict[str, int] = {}
     for where, value in json_lines(path):
         each = _build(_ROUND, value, where)
+        if each.pool == pool:  # kept once: domains may be many, and rounds too
+            each = replace(each, pool=pool)
+        pool = each.pool
         rounds[each.round] = each
     return [rounds[number] for number in sorted(rounds)]
 

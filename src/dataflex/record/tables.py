@@ -15,9 +15,6 @@ NOTHING = "-"
 DOMAIN_ROWS = 40
 """Rows of the tables of domains, at most; shared by the runs, with at least three for each."""
 
-CHANCE_ERRORS = 2.0
-"""Standard errors within which a result is not told from chance."""
-
 
 @dataclass(frozen=True)
 class Table:
@@ -48,12 +45,14 @@ def run_table(runs: Sequence[MeasuredRun]) -> Table:
     header += ["train s", "decide s", "evaluate s", "overhead"]
     rows = [_run_row(run, eval_names) for run in runs]
     kept = [i for i in range(len(header)) if i < 2 or any(row[i] != NOTHING for row in rows)]
-    unfinished = tuple(
-        f"{run.label}: not finished (no summary.json), its numbers are those so far."
-        for run in runs
-        if run.record.summary is None
-    )
+    unfinished = tuple(_unfinished(run) for run in runs if run.record.summary is None)
     return Table("Runs", [header[i] for i in kept], [[row[i] for i in kept] for row in rows], 2, unfinished)
+
+
+def _unfinished(run: MeasuredRun) -> str:
+    trained = run.record.trained
+    partly = f"; the seconds of training are those up to step {trained[0]:,}" if trained else ""
+    return f"{run.label}: not finished (no summary.json), its numbers are those so far{partly}."
 
 
 def _run_row(run: MeasuredRun, eval_names: Sequence[str]) -> list[str]:
@@ -106,23 +105,17 @@ def evaluation_table(runs: Sequence[MeasuredRun]) -> Table:
 
 
 def task_table(runs: Sequence[MeasuredRun]) -> Table:
-    """One row per run, downstream task and metric."""
+    """One row per run, downstream task and metric; below, what the evaluation noted."""
     header = ["run", "task", "metric", "form", "samples", "shots", "value", "std. error", "chance"]
     rows: list[list[str]] = []
-    notes = []
+    notes: list[str] = []
     for run in runs:
         for task in run.record.tasks:
             for name, metric in task.metrics.items():
                 row = [run.label, task.task, name, task.form.replace("_", " ")]
                 row += [_count(task.samples), _count(task.num_fewshot), _loss(metric.value), _loss(metric.stderr)]
                 rows.append([*row, _loss(task.chance)])
-                if task.chance is None or metric.stderr is None:
-                    continue
-                if abs(metric.value - task.chance) <= CHANCE_ERRORS * metric.stderr:
-                    notes.append(
-                        f"{run.label}, {task.task}: {name} cannot be told from chance "
-                        f"(within {CHANCE_ERRORS:g} standard errors)."
-                    )
+            notes += [f"{run.label}, {task.task}: {note}" for note in task.notes]
     return Table("Downstream tasks", header, rows, 4, tuple(notes))
 
 

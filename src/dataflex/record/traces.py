@@ -35,7 +35,7 @@ CHANCE = "#8A8A8A"
 """Colour of a level that nothing was trained for."""
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
 _PATTERNS = ("", "/", ".", "\\", "x", "-", "|", "+")
 
 
@@ -180,8 +180,13 @@ def text(name: str) -> str:
     return html.escape(name, quote=False).replace("$", "&#36;")
 
 
-def shortened(name: str, limit: int) -> str:
-    """Return a long name with its middle left out."""
+def row_labels(names: Sequence[str], limit: int) -> list[str]:
+    """Return the names as :func:`text`, long ones with their middle left out where all can still be told apart."""
+    shown = [_shortened(name, limit) for name in names]
+    return [text(name) for name in (shown if len(set(shown)) == len(set(names)) else names)]
+
+
+def _shortened(name: str, limit: int) -> str:
     if len(name) <= limit:
         return name
     head = (limit - 3) // 2

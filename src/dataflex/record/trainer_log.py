@@ -23,21 +23,45 @@ _MEANS = ("token_weighted", "unweighted")
 _SECONDS = ("dataflex/train_seconds", "dataflex/decision_seconds", "dataflex/evaluate_seconds")
 
 
-def read_log(path: Path, *, finished: bool) -> tuple[list[Entry], int]:
+def read_log(path: Path, *, finished: bool, steps: int | None = None) -> tuple[list[Entry], int]:
     """Return the log entries of a run folder and the optimizer steps done.
 
     A finished run has ``trainer_state.json``. Until then the newest checkpoint's holds the log up to its step,
-    and LLaMA-Factory's ``trainer_log.jsonl`` the losses since; a ``trainer_state.json`` is an earlier run's.
+    and LLaMA-Factory's ``trainer_log.jsonl`` the losses since; a ``trainer_state.json`` of another step, and a
+    checkpoint beyond the last line of that log, are an earlier run's.
+
+    Args:
+        path: the run folder.
+        finished: whether training has ended.
+        steps: optimizer steps of a finished run, where they are known.
     """
     final = path / "trainer_state.json"
     if finished and final.is_file():
-        return _read_state(final)
+        entries, reached = _read_state(final)
+        if steps is None or reached == steps:
+            return entries, reached
+    later = _read_lines(path / "trainer_log.jsonl")
+    if not later:
+        return [], 0
+    last = later[-1]["step"]
     newest = _newest_checkpoint_state(path)
-    entries, reached = _read_state(newest) if newest else ([], 0)
-    lines = json_lines(path / "trainer_log.jsonl")
-    later = [_entry(value, "current_steps", where) for where, value in lines]
-    entries += [entry for entry in later if entry["step"] > reached]
-    return entries, max([reached, *(entry["step"] for entry in entries)])
+    entries, reached = _read_state(newest) if newest and _checkpoint_step(newest) <= last else ([], 0)
+    return entries + [entry for entry in later if entry["step"] > reached], max(last, reached)
+
+
+def _read_lines(file: Path) -> list[Entry]:
+    """Return the entries of ``trainer_log.jsonl``, to which every attempt appends, ascending by step.
+
+    Where a step is smaller than the one before, an attempt that got further was given up: what it logged from that
+    step on is left out.
+    """
+    kept: list[Entry] = []
+    for where, value in json_lines(file):
+        entry = _entry(value, "current_steps", where)
+        if kept and entry["step"] < kept[-1]["step"]:
+            kept = [each for each in kept if each["step"] < entry["step"]]
+        kept.append(entry)
+    return kept
 
 
 def _read_state(file: Path) -> tuple[list[Entry], int]:
@@ -60,12 +84,20 @@ def tokens_at(log: list[Entry]) -> dict[int, int]:
 
 
 def seconds_at(log: list[Entry]) -> dict[int, float]:
-    """Return the seconds of training, decisions and evaluation together up to each step that logged all three."""
+    """Return the seconds of training, decisions and evaluation together up to each logged training loss.
+
+    The log of an evaluation at the same step has the seconds after it, and does not count.
+    """
     return {
         entry["step"]: float(sum(entry[key] for key in _SECONDS))
         for entry in log
-        if all(isinstance(entry.get(key), int | float) for key in _SECONDS)
+        if "loss" in entry and all(isinstance(entry.get(key), int | float) for key in _SECONDS)
     }
+
+
+def train_seconds_at(log: list[Entry]) -> Curve:
+    """Return the seconds of training steps up to each step that logged them."""
+    return curves(log, r"dataflex/(train_seconds)").get("train_seconds", [])
 
 
 def eval_curves(log: list[Entry], results: dict[str, Any], last_step: int) -> dict[str, Curve]:

@@ -3,10 +3,12 @@
     config.yaml                  the resolved configuration and the versions of what ran it
     rounds.jsonl                 one line per round
     evaluations.jsonl            one line per evaluation
-    plans/round-NNNNN.parquet    the samples of a round: position, index, domain, score
+    plans/round-NNNNN.parquet    the samples of a round: position, index, domain, score, rank
     summary.json                 what the run took, at its end
 
-Written by the main process. A resumed run keeps the rounds up to its checkpoint and goes on after them.
+Written by the main process. A resumed run keeps the rounds up to its checkpoint and goes on after them. Results of
+downstream tasks (``tasks``), which another command puts here, are set aside when training begins or goes on: they
+speak of the model as it was.
 """
 
 from __future__ import annotations
@@ -50,42 +52,52 @@ class RunWriter:
         except OSError as error:
             raise ConfigError(f"output_dir: {output_dir} cannot be written to ({error.strerror or error}).") from error
 
-    def begin(self, resolved: dict[str, Any], kept_rounds: int | None, step: int = 0) -> None:
-        """Start or go on with the record.
+    def begin(self, resolved: dict[str, Any], kept_rounds: int | None, step: int = 0) -> dict[str, Any] | None:
+        """Start or go on with the record, and return the last evaluation on it, if any.
 
         Args:
             resolved: the configuration.
             kept_rounds: rounds a resumed run keeps; None for a new run, which sets an earlier record aside.
             step: optimizer steps done, after which a resumed run goes on.
         """
+        evaluations: list[str] = []
         if kept_rounds is None:
             self._set_aside()
         else:
             # What was recorded after the checkpoint is made again, the same.
             self._keep("rounds.jsonl", "round", kept_rounds - 1)
-            self._keep("evaluations.jsonl", "step", step)
+            evaluations = self._keep("evaluations.jsonl", "step", step)
+        self._set_tasks_aside()
         (self.folder / "summary.json").unlink(missing_ok=True)  # it speaks of a finished run
         text = yaml.safe_dump({**resolved, "versions": installed_versions()}, sort_keys=False, allow_unicode=True)
         write_atomically(self.folder / "config.yaml", text.encode())
+        return json.loads(evaluations[-1]) if evaluations else None
 
     def _set_aside(self) -> None:
         """Move the record of an earlier run in the same folder to a name of its own."""
         if not (self.folder / "config.yaml").exists():
             return
-        number = 1
-        while (aside := self.folder.with_name(f"{FOLDER}-earlier-{number}")).exists():
-            number += 1
+        aside = _earlier(self.folder)
         self.folder.rename(aside)
         print(f"dataflex: the record of an earlier run in this folder is kept as {aside}")
         (self.folder / "plans").mkdir(parents=True)
 
-    def _keep(self, name: str, key: str, last: int) -> None:
-        """Keep the lines of a file whose ``key`` is at most ``last``."""
+    def _set_tasks_aside(self) -> None:
+        """Move results of downstream tasks of the model as it was to a name of their own."""
+        tasks = self.folder / "tasks"
+        if tasks.exists():
+            aside = _earlier(tasks)
+            tasks.rename(aside)
+            print(f"dataflex: the task results of the model before this training are kept as {aside}")
+
+    def _keep(self, name: str, key: str, last: int) -> list[str]:
+        """Keep the lines of a file whose ``key`` is at most ``last``, and return them."""
         path = self.folder / name
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _number(line, key) <= last]
         if len(kept) < len(lines):
             write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+        return kept
 
     def round(self, plan: Plan, pool: Pool, components: dict[str, str], cost: Cost) -> None:
         """Record a round before it is trained: its plan first, then its line."""
@@ -138,6 +150,14 @@ class RunWriter:
     def summary(self, values: dict[str, Any]) -> None:
         """Write what the run took."""
         write_atomically(self.folder / "summary.json", (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _earlier(folder: Path) -> Path:
+    """Return a name beside ``folder`` that is free."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}-earlier-{number}")).exists():
+        number += 1
+    return aside
 
 
 def _number(line: str, key: str) -> float:

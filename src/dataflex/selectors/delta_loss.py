@@ -25,7 +25,7 @@ from pydantic import Field
 from dataflex.components import ComponentParams, RoundContext, Selection, Selector, State
 from dataflex.data.sampling import IndexArray
 from dataflex.registry import register
-from dataflex.selection import ScoreArray, ranks_among
+from dataflex.selection import ScoreArray, ranks_among_scored
 from dataflex.selectors.loss import draw_scored
 
 
@@ -64,7 +64,7 @@ class DeltaLossSelector(Selector):
         weights = window_weights(delta, ctx.update + 1, ctx.num_updates, self.params)
         chosen = draw_scored(weights, count, ctx.rng)
         unscored = int(np.isnan(delta).sum())
-        ranks = ranks_among(np.where(np.isnan(delta), -np.inf, delta), chosen)
+        ranks = ranks_among_scored(delta, chosen)
         return Selection(candidates[chosen], delta[chosen], unscored, ranks=ranks, ranked=delta.size - unscored)
 
     def state_dict(self) -> State:

@@ -21,7 +21,7 @@ from dataflex.components import ComponentParams, RoundContext, Selection, Select
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 from dataflex.registry import register
-from dataflex.selection import ScoreArray, ranks_among, sample_without_replacement
+from dataflex.selection import ScoreArray, ranks_among_scored, sample_without_replacement
 
 
 class LossParams(ComponentParams):
@@ -56,7 +56,7 @@ class LossSelector(Selector):
         if self.params.focus == "medium":  # neither end is the better one
             return Selection(candidates[chosen], losses[chosen], unscored)
         wanted = losses if self.params.focus == "high" else -losses
-        ranks = ranks_among(np.where(np.isnan(losses), -np.inf, wanted), chosen)
+        ranks = ranks_among_scored(wanted, chosen)
         return Selection(candidates[chosen], losses[chosen], unscored, ranks=ranks, ranked=losses.size - unscored)
 
 

@@ -23,6 +23,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, rotate_ch
 from dataflex import distributed
 from dataflex.components import StepStatistics
 from dataflex.data.plan import Arrangement
+from dataflex.errors import ConfigError
 from dataflex.influence import FeatureParams
 from dataflex.probe.checkpoints import saved_moments
 from dataflex.probe.features import make_sketch
@@ -58,6 +59,10 @@ class DynamicTrainerMixin(Trainer):
         self.dataflex = dataflex
         self._resumed_state: dict[str, Any] | None = None
         self._evaluated: dict[str, Numbers] = {}
+        self._has_logits = True
+        """Whether evaluation gave logits for each sample and token, as far as this process saw."""
+        self._is_spent = False
+        """Whether the checkpoint to go on from has nothing left of the budget."""
         self.stop_tokens: list[int] | None = (kwargs.get("gen_kwargs") or {}).get("eos_token_id")
         """What LLaMA-Factory's own generation stops at; None in a stage that generates nothing."""
         if args.do_train and dataflex.instead is None:
@@ -114,7 +119,8 @@ class DynamicTrainerMixin(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Return the rounds, or LLaMA-Factory's own loader where only weights are decided."""
-        return RoundStream(self) if self.dataflex.plans_data else super().get_train_dataloader()
+        planned = self.dataflex.plans_data or self._is_spent  # a stream of rounds may have none left
+        return RoundStream(self) if planned else super().get_train_dataloader()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, resuming from the last complete checkpoint where a resume is asked for."""
@@ -129,6 +135,7 @@ class DynamicTrainerMixin(Trainer):
         self._resumed_state = state
         if state is not None and run.is_spent(state):  # nothing to train: the Trainer has no other way to be told so
             self.args.max_steps = int(state["step"])
+            self._is_spent = True
         return super().train(resume_from_checkpoint=folder, **kwargs)
 
     def _only_look(self, instead: Callable[[DynamicRun], None]) -> NoReturn:
@@ -240,32 +247,35 @@ class DynamicTrainerMixin(Trainer):
         assert self.domain_evaluation is not None
         given = {key: inputs[key] for key in ("input_ids", "labels")}  # the Trainer may take the labels out
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[1]
-        if logits is None or logits.shape[:2] != (len(indices), given["labels"].shape[1]):
-            _warn(
-                f"{type(self.causal_model()).__name__} gives no logits for each sample and token in evaluation, so "
-                "there is no loss of each evaluation set, only the Trainer's eval_loss."
-            )
-            self.domain_evaluation = None
-        else:
+        logits = outputs.get("logits") if isinstance(outputs, dict) else next(iter(outputs[1:]), None)
+        shape = (len(indices), given["labels"].shape[1])
+        if isinstance(logits, torch.Tensor) and logits.shape[:2] == shape:
             self.domain_evaluation.add(indices.cpu().numpy(), logits, given["input_ids"], given["labels"])
+        else:
+            self._has_logits = False
         return (loss, outputs) if return_outputs else loss
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return the Trainer's evaluation loader, its batches with the number of each sample."""
-        given = self.eval_dataset
-        own = eval_dataset is None or eval_dataset is given or isinstance(eval_dataset, str)
-        if self.domain_evaluation is None or not own:
-            return super().get_eval_dataloader(eval_dataset)
-        sets = self.domain_evaluation.sets
-        first = int(sets.offsets[sets.domains.index(eval_dataset)]) if isinstance(given, dict) else 0
-        samples = given[eval_dataset] if isinstance(given, dict) else given
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Return the Trainer's loader; the batches of an evaluation set have the number of each sample."""
+        first = self._first_index(dataset) if description == "Evaluation" else None
+        if first is None:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
         collate = self.data_collator
         self.data_collator = IndexedCollator(collate, first)
         try:
-            return super().get_eval_dataloader(IndexedDataset(samples))
+            return super()._get_dataloader(IndexedDataset(dataset), description, *args, **kwargs)
         finally:
             self.data_collator = collate
+
+    def _first_index(self, dataset: Any) -> int | None:
+        """Return where an evaluation set begins among all; None for another data set."""
+        if self.domain_evaluation is None:
+            return None
+        sets = self.domain_evaluation.sets
+        if isinstance(self.eval_dataset, dict):
+            found = [name for name, part in self.eval_dataset.items() if part is dataset]
+            return int(sets.offsets[sets.domains.index(found[0])]) if found else None
+        return 0 if dataset is self.eval_dataset else None
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """Return the Trainer's sampler, which may look at the rows."""
@@ -274,7 +284,17 @@ class DynamicTrainerMixin(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run the Trainer's evaluation, and add the numbers of each evaluation set to its metrics."""
         output = super().evaluation_loop(*args, **kwargs)
-        found = self.domain_evaluation.finish() if self.domain_evaluation is not None else None
+        if self.domain_evaluation is None:
+            return output
+        if not distributed.everywhere(self._has_logits, self.args.device):
+            _warn(
+                f"{type(self.causal_model()).__name__} gives no logits for each sample and token in evaluation, so "
+                "there is no loss of each evaluation set, only the Trainer's eval_loss."
+            )
+            self.domain_evaluation = None
+            self._evaluated = {}
+            return output
+        found = self.domain_evaluation.finish()
         if found is None:
             return output
         self._evaluated |= found
@@ -329,6 +349,12 @@ class DynamicTrainerMixin(Trainer):
             logs["dataflex/weight_min"] = self.step_loss.last_weights.min().item()
             logs["dataflex/weight_max"] = self.step_loss.last_weights.max().item()
         return logs
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        """Have the Trainer's samples per second count what a budget really was spent on."""
+        run = self.dataflex
+        samples = self.state.global_step * run.global_batch_size if run.has_budget else num_train_samples
+        return super()._finalize_training(trial, samples, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint whose last file is the marker; only then delete older ones."""
@@ -389,7 +415,15 @@ def _load_state(
 
 
 def follow(scheduler: Any, position: Callable[[], float]) -> None:
-    """Have a schedule of learning rates read its place from ``position`` in the place of counting its calls."""
+    """Have a schedule of learning rates read its place from ``position`` in the place of counting its calls.
+
+    Raises:
+        ConfigError: if it is not made of functions of the step.
+    """
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        raise ConfigError(
+            f"lr_scheduler_type: {type(scheduler).__name__} cannot follow a budget of tokens or seconds; use cosine."
+        )
 
     def at_position(rate: Callable[[float], float]) -> Callable[[int], float]:
         return lambda _: rate(position())
@@ -417,6 +451,7 @@ class DynamicCallback(TrainerCallback):
         run.prepare(args, state.max_steps, self.trainer.arrangement(), self.trainer._resumed_state)
         self.trainer._resumed_state = None
         if run.has_budget:
+            state.compute_steps(args, run.expected_steps)  # eval_steps: 0.1 and the like are shares of the run
             state.max_steps = max(state.global_step + 1, run.expected_steps)
         expected = run.expected_cost()
         if expected is not None and args.process_index == 0:
@@ -454,7 +489,10 @@ class DynamicCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the summary and say what the decisions cost."""
-        summary = self.trainer.dataflex.finish(state.global_step)
+        run = self.trainer.dataflex
+        summary = run.finish(state.global_step)
+        if run.has_budget and run.progress < 1:
+            _warn(f"training ended after {100 * run.progress:.1f} % of its budget of tokens or seconds.")
         if args.process_index == 0:
             print(
                 f"dataflex: training {summary['train_seconds']:.1f} s, decisions {summary['decision_seconds']:.1f} s "

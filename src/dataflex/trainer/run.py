@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 
 _CALIBRATION_SAMPLES = 8
-_MOST_TIMES_NOMINAL = 1000
-"""A run of a number of seconds ends at the latest after so many times the steps the other keys give."""
+_MOST_TIMES_EXPECTED = 1000
+"""A run that a budget ends takes at most so many times the expected steps."""
 
 
 def _duration(seconds: float) -> str:
@@ -177,10 +177,10 @@ class DynamicRun:
             assert lengths is not None
             steps = self.settings.train_tokens / self.global_batch_size
             self._budget_steps = max(1, int(np.ceil(steps / lengths.mean())))
-            args.max_steps = max(1, int(np.ceil(steps / max(1, lengths.min()))))
         elif self.settings.train_seconds is not None:
             self._budget_steps = nominal
-            args.max_steps = nominal * _MOST_TIMES_NOMINAL
+        if self._budget_steps is not None:
+            args.max_steps = self._budget_steps * _MOST_TIMES_EXPECTED
 
     def spent(self, tokens: int, seconds: float) -> float:
         """Return the share of the budget that is spent, from 0; 1 and more: the run ends."""
@@ -292,7 +292,7 @@ class DynamicRun:
 
     def _start_record(self, output_dir: Path, kept_rounds: int | None, step: int) -> None:
         self.writer = RunWriter(output_dir)
-        self.writer.begin(self.config.resolved(), kept_rounds, step)
+        self._last_evaluation = self.writer.begin(self.config.resolved(), kept_rounds, step)
 
     def plan_for(self, step: int) -> Plan:
         """Return the plan of the round in which optimizer step ``step`` (from 0) is trained, made at most once."""
