@@ -57,16 +57,18 @@ def main() -> None:
     experiment.write_text(yaml.safe_dump(settings(model, data, options.work / "result"), sort_keys=False))
     command = [sys.executable, "-m", "dataflex", "compare", str(experiment)]
     began = time.monotonic()
-    subprocess.run(command + (["--jobs", str(options.jobs)] if options.jobs else []), check=True)
-    if options.output:
+    status = subprocess.run(command + (["--jobs", str(options.jobs)] if options.jobs else []), check=False).returncode
+    comparison = options.work / "result" / "comparison.json"
+    if options.output and comparison.is_file():
         result = {
             "command": " ".join(["python", *sys.argv]),
             "machine": machine(),
             "seconds": round(time.monotonic() - began),
             "settings": {"each": EACH, "held_out": HELD_OUT, "tokens": TOKENS, "variants": VARIANTS},
-            "comparison": json.loads((options.work / "result" / "comparison.json").read_text()),
+            "comparison": json.loads(comparison.read_text()),
         }
         options.output.write_text(json.dumps(result, indent=2) + "\n")
+    sys.exit(status)
 
 
 def write_data(source: Path, folder: Path, model: str) -> Path:
@@ -87,6 +89,8 @@ def write_data(source: Path, folder: Path, model: str) -> Path:
                 kept.append(row)
             if len(kept) == EACH + HELD_OUT:
                 break
+        if len(kept) < EACH + HELD_OUT:
+            sys.exit(f"{source / file}: {len(kept)} samples of {SHORTEST} to {LONGEST} tokens, not {EACH + HELD_OUT}")
         for name, part in ((kind, kept[:EACH]), (f"{kind}_val", kept[EACH:])):
             (folder / f"{name}.json").write_text(json.dumps(part))
             info[name] = {"file_name": f"{name}.json"}

@@ -177,6 +177,16 @@ def test_a_rank_is_that_among_all_candidates(tmp_path: Path, capsys: Any) -> Non
     assert ranked == 3 * 10  # 5 of alpha and 5 of beta, of which all are there once more, in each round
 
 
+def test_steps_of_an_attempt_that_was_given_up_are_not_trained(tmp_path: Path, capsys: Any) -> None:
+    run = write_run(tmp_path / "run", COMPONENTS["select"], reached=11)
+    with (run / "trainer_log.jsonl").open("a") as stream:
+        stream.write(json.dumps({"current_steps": 8, "loss": 1.0}) + "\n")  # resumed from step 7
+    rows = raw_rows(run)
+    answer = ask(capsys, run)
+    assert answer["run"]["steps"] == 8
+    assert answer["trained"] == sum(row.start_step + row.position // 6 < 8 for row in rows)
+
+
 @pytest.mark.parametrize(
     "name, warm, chosen",
     [

@@ -22,7 +22,7 @@ import yaml
 
 from dataflex.errors import ConfigError
 from dataflex.record.charts import BARS, DOMAINS, Chart, charts
-from dataflex.record.described import data
+from dataflex.record.described import data, legend
 from dataflex.record.measure import MeasuredRun, evenly, measure
 from dataflex.record.page import page
 from dataflex.record.reader import read_run
@@ -37,7 +37,7 @@ from dataflex.record.tables import (
     task_table,
     to_text,
 )
-from dataflex.record.traces import figure, line, smooth, style, thin
+from dataflex.record.traces import Figure, figure, line, row_labels, smooth, style, thin
 
 # Three plans of six samples from a pool of ten: 8 distinct samples; consecutive sets share 2 of 10 and 5 of 6.
 PLANS = ([0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 6, 7], [4, 5, 6, 7, 4, 4])
@@ -270,6 +270,55 @@ def test_unfinished_run_reads_the_newest_checkpoint_and_the_log_since(tmp_path: 
     assert record.decision_seconds == pytest.approx(1.5)
 
 
+def write_log(run: Path, steps: Sequence[int], loss: float = 7.0) -> None:
+    """Append to LLaMA-Factory's log, as every attempt does."""
+    with (run / "trainer_log.jsonl").open("a") as stream:
+        stream.writelines(json.dumps({"current_steps": step, "loss": loss}) + "\n" for step in steps)
+
+
+def test_attempt_that_was_given_up_does_not_count(tmp_path: Path) -> None:
+    run = write_config(tmp_path / "run", select="loss")
+    write_log(run, range(1, 58), loss=7.0)
+    write_state(run / "checkpoint-40", history(40), 40)
+    write_log(run, range(41, 44), loss=5.0)
+    write_log(run, range(42, 45), loss=4.0)
+    record = read_run(run)
+    assert record.steps == 44
+    assert record.train_loss[-5:] == [(40, -1.0), (41, 5.0), (42, 4.0), (43, 4.0), (44, 4.0)]
+
+
+def test_checkpoint_of_an_earlier_run_is_not_read(tmp_path: Path) -> None:
+    run = write_config(tmp_path / "run", select="loss")
+    write_state(run / "checkpoint-500", history(500), 500)
+    assert (read_run(run).steps, read_run(run).train_loss) == (0, [])
+    write_log(run, [1, 2])
+    assert (read_run(run).steps, read_run(run).train_loss) == (2, [(1, 7.0), (2, 7.0)])
+
+
+def test_files_an_earlier_run_left_are_not_read_as_those_of_a_finished_one(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    write_summary(run, steps=4)  # trainer_state.json, written a little later, is still that of 9 steps
+    write_log(run, range(1, 5))
+    (run / "all_results.json").write_text(json.dumps({"eval_loss": 0.25}))
+    record = read_run(run)
+    assert (record.steps, record.train_loss) == (4, [(step, 7.0) for step in range(1, 5)])
+    assert record.eval_loss == {"eval": [(4, 0.25)]}
+    begun = (run / "dataflex" / "config.yaml").stat().st_mtime_ns
+    os.utime(run / "all_results.json", ns=(begun - 1_000_000_000,) * 2)
+    assert read_run(run).eval_loss == {}
+    write_state(run, history(4), 4)
+    assert read_run(run).train_loss == [(step, pytest.approx(3 - step / 10)) for step in range(1, 5)]
+
+
+def test_seconds_of_a_training_loss_are_those_before_the_evaluation_of_its_step(tmp_path: Path) -> None:
+    run = write_config(tmp_path / "run", select="loss")
+    trained = [{"step": step, "loss": 1.0, **costs(step, step)} for step in (1, 2)]
+    evaluated = {"step": 2, "eval_loss": 1.0, **costs(2, 2), "dataflex/evaluate_seconds": 60.0}
+    write_state(run, [*trained, evaluated], 2)
+    write_summary(run)
+    assert read_run(run).seconds_at == {1: 2.75, 2: 5.5}
+
+
 def test_run_that_has_just_begun_has_no_numbers_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_config(tmp_path / "run", select="loss")
     record = read_run(run)
@@ -305,6 +354,14 @@ def test_run_that_is_training_has_the_cost_and_tokens_of_its_last_evaluation(tmp
     (run / "dataflex" / "summary.json").unlink()
     record = read_run(run)
     assert (record.train_seconds, record.evaluate_seconds, record.tokens) == (8.0, 1.0, 28)
+    assert record.trained == (4, 8.0)
+    assert "those up to step 4." in run_table(measured(run)).notes[0]
+    write_state(run / "checkpoint-6", [{"step": step, "loss": 1.0, **costs(step, 7 * step)} for step in (3, 6)], 6)
+    write_log(run, range(1, 9))
+    runs = measured(run)
+    assert (runs[0].record.train_seconds, runs[0].record.trained) == (12.0, (6, 12.0))
+    assert "seconds of training are those of run up to step 6." in chart(charts(runs), "Seconds by run").caption
+    assert column(run_table(runs), "train s") == ["12.0"]
 
 
 def test_summary_may_have_the_later_keys_or_not(tmp_path: Path) -> None:
@@ -355,6 +412,27 @@ def test_means_are_no_evaluation_sets(tmp_path: Path) -> None:
     write_state(run, [{"step": 3, "eval_unweighted_loss": 2.0}], 3)  # somebody's own set of that name
     (run / "all_results.json").unlink()
     assert set(read_run(run).eval_loss) == {"unweighted"}
+
+
+def test_pool_of_many_rounds_is_kept_once(tmp_path: Path) -> None:
+    run = write_config(tmp_path / "run", mix="odm")
+    sizes = [{"math": 9}, {"math": 9}, {"math": 8}]
+    write_rounds(run, [round_line(i, {"math": 6}, pool=pool) for i, pool in enumerate(sizes)])
+    rounds = read_run(run).rounds
+    assert [each.pool for each in rounds] == sizes
+    assert rounds[0].pool is rounds[1].pool
+
+
+def test_column_of_nulls_alone_has_no_numbers(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    path = run / "dataflex" / "plans" / "round-00001.parquet"
+    table = pyarrow.parquet.read_table(path)
+    nulls = pyarrow.nulls(6)
+    pyarrow.parquet.write_table(table.set_column(3, "score", nulls), path)
+    assert read_run(run).plan_scores(1) is None
+    pyarrow.parquet.write_table(table.set_column(1, "index", nulls), path)
+    with pytest.raises(ConfigError, match="has fractions or nulls"):
+        read_run(run).plan_indices(1)
 
 
 def test_repeats_and_first_sightings_are_counted(tmp_path: Path) -> None:
@@ -584,6 +662,37 @@ def test_logged_loss_is_drawn_behind_its_mean_for_few_runs(tmp_path: Path) -> No
     assert len(many.figure["data"]) == 4
 
 
+def looks(found: Figure) -> list[tuple[Any, Any]]:
+    """What a chart's lines and points look like, apart from their colour."""
+    return [(trace.get("line", {}).get("dash"), trace["marker"]["symbol"]) for trace in found["data"]]
+
+
+def test_eight_runs_look_different_also_where_they_are_points(tmp_path: Path) -> None:
+    paths = [finished_run(tmp_path / name) for name in "abcdefgh"]
+    for path in paths:
+        write_task(path, "quiz", chance=None)
+    found = charts(measured(*paths))
+    for title in ("Downstream tasks", "Training loss against steps"):
+        drawn = chart(found, title).figure
+        assert drawn is not None
+        assert len(set(looks(drawn))) == 8
+        swatches = [re.sub("#[0-9A-F]{6}", "", item.swatch) for item in legend(drawn)]
+        assert len(set(swatches)) == 8
+
+
+def test_drawn_ones_of_many_domains_look_different(tmp_path: Path) -> None:
+    run = write_config(tmp_path / "run", mix="odm")
+    large = (0, 35, 40, 56, 70, 80)  # numbers of the same dash or symbol, or both
+    counts = {f"domain-{i}": 100 if i in large else 1 for i in range(90)}
+    write_rounds(run, [round_line(number, counts, pool=counts) for number in range(2)])
+    write_state(run, history(9, **{f"dataflex/loss/{name}": 1.0 for name in counts}), 9)
+    write_summary(run)
+    drawn = chart(charts(measured(run)), "Training loss by domain: run").figure
+    assert drawn is not None
+    assert {f"domain-{i}" for i in large} < {trace["name"] for trace in drawn["data"]}
+    assert len(set(looks(drawn))) == len(drawn["data"]) == DOMAINS
+
+
 def test_small_domains_are_added_up(tmp_path: Path) -> None:
     runs = measured(many_domains(tmp_path / "run"))
     figure = chart(charts(runs), "Proportions: run").figure
@@ -637,7 +746,7 @@ def test_evaluation_and_task_tables_have_the_numbers(tmp_path: Path) -> None:
     write_evaluations(
         run, [evaluation_line(3, {"a": 2.0}), evaluation_line(6, {"a": 1.0}), evaluation_line(9, {"a": 1.5})]
     )
-    write_task(run, "quiz")
+    write_task(run, "quiz", notes=["acc cannot be told from chance."])
     runs = measured(run)
     assert evaluation_table(runs).rows == [["run", "a", "2", "10", "2.0000", "1.5000", "1.0000", "2.0000", "0.5000"]]
     table = task_table(runs)
@@ -645,9 +754,37 @@ def test_evaluation_and_task_tables_have_the_numbers(tmp_path: Path) -> None:
         ["run", "quiz", "acc", "multiple choice", "200", "5", "0.3000", "0.0300", "0.2500"],
         ["run", "quiz", "acc_norm", "multiple choice", "200", "5", "0.5000", "0.0300", "0.2500"],
     ]
-    assert table.notes == ("run, quiz: acc cannot be told from chance (within 2 standard errors).",)
+    assert table.notes == ("run, quiz: acc cannot be told from chance.",)
     assert column(run_table(runs), "token-weighted loss") == ["1.5000"]
     assert "eval loss" not in run_table(runs).header
+
+
+def test_task_without_a_number_has_none_in_the_table_and_no_point(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    unknown = {"value": None, "stderr": None}
+    write_task(run, "quiz", metrics={"acc": unknown, "f1": {"value": 0.5, "stderr": None}}, chance=0.5)
+    write_task(run, "recall", metrics={"acc": unknown})
+    runs = measured(run)
+    cells = [(row[1], row[2], row[6], row[7]) for row in task_table(runs).rows]
+    assert cells == [("quiz", "acc", "-", "-"), ("quiz", "f1", "0.5000", "-"), ("recall", "acc", "-", "-")]
+    figure = chart(charts(runs), "Downstream tasks").figure
+    assert figure is not None
+    assert data(figure).rows == [["run", "quiz f1", "0.5", "+- 0"], ["chance", "quiz f1", "0.5", ""]]
+
+
+def test_long_names_of_rows_are_shortened_only_where_they_stay_apart(tmp_path: Path) -> None:
+    assert row_labels(["a" * 40 + "b", "c & d"], 11) == ["aaaa...aaab", "c &amp; d"]
+    names = ["mmlu_high_school_macroeconomics", "mmlu_high_school_microeconomics"]
+    run = finished_run(tmp_path / ("a" * 20 + "1" + "b" * 20))
+    other = finished_run(tmp_path / ("a" * 20 + "2" + "b" * 20))
+    for name in names:
+        write_task(run, name, metrics={"acc": {"value": 0.5, "stderr": 0.1}})
+    found = charts(measured(run, other))
+    tasks, cost = (chart(found, title).figure for title in ("Downstream tasks", "Seconds by run"))
+    assert tasks is not None
+    assert cost is not None
+    assert tasks["layout"]["yaxis"]["ticktext"] == [f"{name} acc" for name in names]
+    assert cost["layout"]["yaxis"]["ticktext"] == [run.name, other.name]
 
 
 def test_times_planned_are_put_together_where_they_are_many(tmp_path: Path) -> None:
@@ -679,6 +816,27 @@ def test_data_below_a_chart_is_thinned_with_both_ends() -> None:
     assert apart.header == ["", "step", "loss"]
     assert [row[0] for row in apart.rows] == ["a & b"] * 25 + ["c"] * 25
     assert apart.rows[-1] == ["c", "998", "1"]
+
+
+def test_every_curve_has_data_where_they_are_more_than_rows() -> None:
+    curves = [line([(i, 0.5), (i + 1, 0.25 * i)], f"curve {i}", style(i), 100) for i in range(60)]
+    shown = data(figure(curves, "step", "loss"), 50)
+    assert [(row[0], row[2]) for row in shown.rows] == [(f"curve {i}", f"{0.25 * i:.5g}") for i in range(60)]
+    assert shown.note == "60 of 120 points, the last of each curve."
+
+
+def test_large_places_keep_their_digits() -> None:
+    places = [0.123456, 9876.54, 12345.67, 100_010.5, -2_345_678.25, 3e15, 1e15 + 0.5]
+    rows = data(figure([line([(x, 1.0) for x in places], "a", style(0), 100)], "seconds", "loss")).rows
+    assert [row[0] for row in rows] == [
+        "0.12346",
+        "9876.5",
+        "12,345.7",
+        "100,010.5",
+        "-2,345,678.2",
+        "3e+15",
+        "1e+15",
+    ]
 
 
 def test_rows_and_error_bars_are_in_the_data() -> None:
@@ -791,6 +949,7 @@ def test_running_mean_is_that_of_a_window_around_the_point() -> None:
 def test_rounds_are_picked_evenly_with_both_ends() -> None:
     assert evenly(range(10), 4) == [0, 3, 6, 9]
     assert evenly(range(3), 4) == [0, 1, 2]
+    assert evenly(range(9), 1) == [8]
 
 
 def test_ten_million_rows_are_read_one_plan_at_a_time(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ _LLAMAFACTORY_FILES = (
 )
 _TRANSFORMERS_FILES = ("training_args.py", "training_args_seq2seq.py")
 
-_MODEL_FILES = (
+MODEL_FILES = (
     "adapter_model.bin",
     "adapter_model.safetensors",
     "pytorch_model.bin",
@@ -36,6 +36,7 @@ _MODEL_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
 )
+"""Files by which a folder holds a trained model."""
 
 SPECIAL_LOSSES = {
     "use_dft_loss": "its token weights already change the loss",
@@ -200,7 +201,7 @@ def _holds_finished_run(config: RunConfig, output: Path) -> bool:
     free = _truthy(config, "overwrite_output_dir") or _truthy(config, "resume_from_checkpoint")
     if free or not _truthy(config, "do_train") or not output.is_dir() or any(output.glob("checkpoint-*")):
         return False
-    return any((output / name).is_file() for name in _MODEL_FILES)
+    return any((output / name).is_file() for name in MODEL_FILES)
 
 
 def _datasets(config: RunConfig) -> Iterator[Problem]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from dataflex.errors import ComponentError
 from dataflex.mixers.static import StaticMixer
 from dataflex.mixers.uniform import UniformMixer
 from dataflex.orders.shuffle import ShuffleOrder
+from dataflex.probe.cost import Cost
+from dataflex.record.writer import RunWriter
 from dataflex.selectors.full import FullSelector
 from dataflex.selectors.loss import LossSelector
 from dataflex.selectors.random import RandomSelector
@@ -240,6 +244,26 @@ def test_a_selection_no_plan_can_be_made_of_names_the_selector(selection: Select
 
     with pytest.raises(ComponentError, match=f"selector 'broken' .*{text}"):
         plans(make(select=build(Broken)), 1)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint64, np.int16])
+def test_numbers_of_a_selector_may_be_numpys(kind: type, tmp_path: Path) -> None:
+    class Numpys(Selector):
+        family, name = "selector", "numpys"
+        Params = ComponentParams
+
+        def choose(self, ctx, candidates, count):
+            ranks = np.arange(1, count + 1).astype(kind)
+            return Selection(candidates[:count], unscored=kind(2), ranks=ranks, ranked=kind(count))
+
+    planner = make(select=build(Numpys), mix=build(StaticMixer, proportions=[1, 1, 0]))
+    (plan,) = plans(planner, 1)
+    assert plan.ranks.dtype == np.int64
+    assert plan.candidates == {"a": 4, "b": 4}
+    writer = RunWriter(tmp_path)
+    writer.round(plan, planner.pool, {}, Cost())
+    line = json.loads((tmp_path / "dataflex" / "rounds.jsonl").read_text())
+    assert (line["candidates"], line["unscored"]) == ({"a": 4, "b": 4}, 4)
 
 
 def ranks_within(scores: np.ndarray, start: int, stop: int) -> dict[int, int]:

@@ -145,6 +145,29 @@ def test_a_resumed_run_has_no_summary_of_the_run_before(tmp_path: Path) -> None:
     assert not (tmp_path / "dataflex" / "summary.json").exists()
 
 
+def test_task_results_of_the_model_before_are_set_aside(tmp_path: Path) -> None:
+    tasks = tmp_path / "dataflex" / "tasks"
+    write(tmp_path, 0, 3, None)
+    for text in ("first", "second"):
+        tasks.mkdir()
+        (tasks / "quiz.json").write_text(text)
+        write(tmp_path, 3, 4, 3)  # the finished run is trained for longer
+        assert not tasks.exists()
+    kept = sorted((tmp_path / "dataflex").glob("tasks-earlier-*/quiz.json"))
+    assert [(path.parent.name, path.read_text()) for path in kept] == [
+        ("tasks-earlier-1", "first"),
+        ("tasks-earlier-2", "second"),
+    ]
+    tasks.mkdir()
+    write(tmp_path, 0, 1, None)  # a new run
+    assert sorted(path.name for path in (tmp_path / "dataflex-earlier-1").glob("tasks*")) == [
+        "tasks",
+        "tasks-earlier-1",
+        "tasks-earlier-2",
+    ]
+    assert not list((tmp_path / "dataflex").glob("tasks*"))
+
+
 def test_a_folder_that_cannot_be_written_to_is_a_configuration_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"output_dir: .*cannot be written to"):

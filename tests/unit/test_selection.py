@@ -298,6 +298,21 @@ def test_the_loss_selector_ranks_by_its_focus(focus: str, sign: int) -> None:
     assert chosen.ranks.tolist() == brute_ranks(sign * losses)[chosen.indices].tolist()
 
 
+@pytest.mark.parametrize("selector", ["low", "high", "delta_loss"])
+def test_a_sample_without_a_score_is_ranked_behind_none_that_has_one(selector: str) -> None:
+    pool = make_pool({"a": 6})
+    # The wanted direction is minus infinity for samples 2, 4 and 5; 0 and 3 have no token to train on.
+    worst = -np.inf if selector == "high" else np.inf
+    losses = np.array([np.nan, 1, worst, np.nan, worst, worst], dtype=np.float32)
+    tried = build(DeltaLossSelector) if selector == "delta_loss" else build(LossSelector, focus=selector)
+    if selector == "delta_loss":
+        tried.load_state_dict({"baseline": np.array([np.nan, 2, 2, np.nan, 2, 2], dtype=np.float32)})
+    with np.errstate(invalid="ignore"):
+        selection = tried.select(context(pool, losses, update=1, num_updates=3), group_of(pool, 4))
+    assert selection.indices.tolist() == [1, 2, 4, 5]
+    assert (selection.ranks.tolist(), selection.ranked) == ([1, 2, 3, 4], 4)
+
+
 def test_delta_loss_ranks_by_the_fall() -> None:
     rng = np.random.default_rng(9)
     first, second = rng.random(50).astype(np.float32), rng.random(50).astype(np.float32)

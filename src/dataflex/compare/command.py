@@ -46,25 +46,39 @@ def compare(
     Raises:
         ConfigError: for what is wrong with the experiment, before anything runs.
     """
-    experiment = load(path)
-    for note in experiment.notes:
-        print(f"dataflex: note: {note}", file=sys.stderr)
-    if dry_run:
-        states = {run: state_of(run, experiment) for run in experiment.runs}
-        _print([plan_table(experiment, states)])
-        return 0
     try:
-        experiment.output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(experiment.output / ".lock", timeout=0)
+        experiment = load(path)
+        for note in experiment.notes:
+            print(f"dataflex: note: {note}", file=sys.stderr)
+        if dry_run:
+            states = {run: state_of(run, experiment) for run in experiment.runs}
+            _print([plan_table(experiment, states)])
+            return 0
+        lock = _locked(experiment.output)
+        try:
+            return _run(experiment, jobs, program, at_once)
+        finally:
+            lock.release()
+    except KeyboardInterrupt:
+        print(
+            "dataflex: stopped. What is complete is kept, and other runs go on from their checkpoints where they have "
+            f"any: dataflex-cli compare {path}",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+
+
+def _locked(output: Path) -> FileLock:
+    """Return the lock on a folder, taken."""
+    lock = FileLock(output / ".lock", timeout=0)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise ConfigError(f"output_dir: another comparison is at work in {experiment.output}; wait for it.") from error
+        raise ConfigError(f"output_dir: another comparison is at work in {output}; wait for it.") from error
     except OSError as error:
-        raise ConfigError(
-            f"output_dir: {experiment.output} cannot be written to ({error.strerror or error})."
-        ) from error
-    with lock:
-        return _run(experiment, jobs, program, at_once)
+        raise ConfigError(f"output_dir: {output} cannot be written to ({error.strerror or error}).") from error
+    return lock
 
 
 def _run(experiment: Experiment, jobs: int | None, program: Sequence[str], at_once: Workers | None) -> int:
@@ -74,16 +88,10 @@ def _run(experiment: Experiment, jobs: int | None, program: Sequence[str], at_on
     missing.sort(key=lambda run: experiment.settings.seeds.index(run.seed))
     failed: dict[str, str] = {}
     if missing:
+        at_once = at_once or workers(jobs)
+        _refuse_sharing(experiment, at_once)
         print(_counted(states), flush=True)
-        try:
-            failed = execute(experiment, missing, at_once or workers(jobs), program)
-        except KeyboardInterrupt:
-            print(
-                "dataflex: stopped. What is complete is kept, and other runs go on from their checkpoints where they "
-                f"have any: dataflex-cli compare {experiment.path}",
-                file=sys.stderr,
-            )
-            return INTERRUPTED
+        failed = execute(experiment, missing, at_once, program)
     else:
         print(f"nothing to do: all {len(states)} runs are complete.")
     outcome = gather(experiment)
@@ -99,6 +107,15 @@ def _run(experiment: Experiment, jobs: int | None, program: Sequence[str], at_on
     return 1 if failed or _left_out(outcome) else 0
 
 
+def _refuse_sharing(experiment: Experiment, at_once: Workers) -> None:
+    most = max(1, len(at_once.devices))
+    if experiment.settings.equal.wall_clock is not None and at_once.jobs > most:
+        raise ConfigError(
+            f"--jobs: {at_once.jobs} runs at a time on {most} device{'s' if most != 1 else ''} take each other's time, "
+            f"and equal: wall_clock compares what each does in its own; {most} at most, or use equal: {{tokens: N}}."
+        )
+
+
 def _left_out(outcome: Outcome) -> bool:
     return any(row.problem is not None for row in outcome.rows)
 
@@ -111,9 +128,10 @@ def _counted(states: dict[Run, State]) -> str:
 def plan_table(experiment: Experiment, states: dict[Run, State]) -> Table:
     """Return what each run still needs, and what that is expected to cost."""
     known = {run: _seconds(run, experiment) for run in states}
+    expected_of = {run: _expected(run, state, known) for run, state in states.items()}
     rows = []
     for run, state in states.items():
-        expected = known[run] if state == "complete" else _expected(run, known)
+        expected = expected_of[run]
         failure = failure_of(run) if state != "complete" else None
         rows.append(
             [
@@ -124,40 +142,42 @@ def plan_table(experiment: Experiment, states: dict[Run, State]) -> Table:
                 NOTHING if expected is None else f"{expected:,.0f}",
             ]
         )
-    missing = [run for run, state in states.items() if state != "complete"]
     return Table(
-        "Plan", ["variant", "seed", "state", "folder", "seconds"], rows, 4, (_cost(experiment, missing, known),)
+        "Plan", ["variant", "seed", "state", "folder", "seconds"], rows, 4, (_cost(experiment, states, expected_of),)
     )
 
 
-def _seconds(run: Run, experiment: Experiment) -> float | None:
+def _seconds(run: Run, experiment: Experiment) -> dict[str, float] | None:
     result = read_result(run, experiment)
-    return None if result is None else sum(result.costs.get(name, 0.0) for name in _SECONDS)
+    return None if result is None else {name: result.costs.get(name, 0.0) for name in _SECONDS}
 
 
-def _expected(run: Run, known: dict[Run, float | None]) -> float | None:
-    """Return the mean seconds of the complete runs of the same variant, else of all."""
-    own = [value for other, value in known.items() if value is not None and other.variant == run.variant]
-    found = own or [value for value in known.values() if value is not None]
-    return sum(found) / len(found) if found else None
+def _expected(run: Run, state: State, known: dict[Run, dict[str, float] | None]) -> float | None:
+    """Return the seconds of a complete run; of another the mean of the same variant's complete runs, else of all."""
+    if state == "to record":
+        return 0.0
+    of_variant = [run] if known[run] else [other for other in known if other.variant == run.variant]
+    found = [seconds for other in of_variant if (seconds := known[other])]
+    found = found or [seconds for seconds in known.values() if seconds]
+    names = ("task_seconds",) if state == "to evaluate" else _SECONDS
+    return sum(each[name] for each in found for name in names) / len(found) if found else None
 
 
-def _cost(experiment: Experiment, missing: Sequence[Run], known: dict[Run, float | None]) -> str:
+def _cost(experiment: Experiment, states: dict[Run, State], expected_of: dict[Run, float | None]) -> str:
+    missing = [run for run, state in states.items() if state != "complete"]
     if not missing:
         return "Nothing to do."
     equal = experiment.settings.equal
     runs = f"{len(missing)} run{'s' if len(missing) != 1 else ''} to go"
-    expected = [_expected(run, known) for run in missing]
-    measured = [value for value in expected if value is not None]
+    measured = [seconds for run in missing if (seconds := expected_of[run]) is not None]
     if len(measured) == len(missing):
         return (
             f"{runs}: about {sum(measured):,.0f} seconds one after another, judged by the complete runs; the start of "
             "each process is not counted, and what checkpoints save is not taken off."
         )
+    total = equal.amount * sum(state in ("to run", "to resume") for state in states.values())
     if equal.wall_clock is not None:
-        total = equal.wall_clock * len(missing)
         return f"{runs}: {total:,.0f} seconds of training and decisions; loading and evaluation are not known yet."
-    total = equal.amount * len(missing)
     return f"{runs}: {total:,.0f} {equal.name} in all; the seconds are not known before a run is complete."
 
 

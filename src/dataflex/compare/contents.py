@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -12,9 +13,22 @@ from typing import Any
 from dataflex.checks import dataset_names
 from dataflex.config import RunConfig
 from dataflex.errors import ConfigError
+from dataflex.record.files import read_object
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
-"""Files by which a folder is known for a model; their text counts, of all its other files the size."""
+"""Files by which a folder is known for a model."""
+
+_TEXTS = (".json", ".txt", ".jinja", ".model", ".py")
+"""Files of a model folder that count with all they hold: configuration, tokenizer, code."""
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+"""Files of a model folder that count by their size and their ends."""
+
+_END = 2**20
+"""Bytes at each end of a file of weights."""
+
+_OF_A_TRAINING = ("training_args.bin", "key.json", "complete.json", "failed.json")
+"""Files that a training leaves beside its model; so are ``trainer_*`` and ``*results.json``."""
 
 
 def digest(value: Any) -> str:
@@ -22,30 +36,37 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def contents(config: RunConfig, base: Path) -> dict[str, Any]:
+def expanded(name: str) -> Path:
+    """Return a path with ``~`` filled in; unlike ``Path.expanduser``, of an unknown user it stays as it is."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111
+
+
+def contents(config: RunConfig, base: Path) -> dict[str, str]:
     """Return a digest of everything a configuration names that lies on this machine.
 
     These are the local files of its data sets (with their entries of ``dataset_info.json``), and every value that is
     the path of a file or of a model folder, from the working directory or from ``base``. What lies elsewhere (a hub)
-    is known by its name only.
+    is known by its name only. A file that stays the same is read once.
 
     Args:
         config: with its assets resolved.
         base: folder of the file the configuration came from.
 
     Returns:
-        Name as the configuration has it -> digest.
+        File, or data set, as the configuration names it -> digest.
 
     Raises:
         ConfigError: if a file cannot be read.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     try:
         for name in _strings(config.resolved()):
             path = _local(name, base)
-            if path is not None:
-                found[name] = file_digest(path.resolve()) if path.is_file() else _of_model(path)
-        found["data"] = _of_data(config)
+            if path is not None and path.is_file():
+                found[name] = file_digest(path)
+            elif path is not None:
+                found |= {f"{name}/{file}": value for file, value in _of_model(path).items()}
+        found |= _of_data(config)
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be read ({error.strerror or error}).") from error
     return found
@@ -56,7 +77,9 @@ def _strings(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            if key != "output_dir":
+            if key == "adapter_name_or_path" and isinstance(item, str):
+                yield from (part.strip() for part in item.split(",") if part.strip())
+            elif key != "output_dir":
                 yield from _strings(item)
     elif isinstance(value, list | tuple):
         for item in value:
@@ -65,19 +88,23 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _local(name: str, base: Path) -> Path | None:
     """Return the file or model folder of that name, if there is one."""
-    if len(name) > 1000 or "\n" in name or "\0" in name:
-        return None
     for folder in (Path(), base):
-        path = folder / Path(name).expanduser()
-        if path.is_file() or any((path / file).is_file() for file in _MODEL_FILES):
+        path = folder / expanded(name)
+        if _is_file(path) or any(_is_file(path / file) for file in _MODEL_FILES):
             return path
     return None
 
 
+def _is_file(path: Path) -> bool:
+    """Return whether there is such a file; unlike ``Path.is_file``, of a text that can be no path too."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal; a file is read once while it stays the same."""
-    found = path.stat()
-    return _digest_of(path, found.st_size, found.st_mtime_ns)
+    resolved = path.resolve()
+    found = resolved.stat()
+    return _digest_of(resolved, found.st_size, found.st_mtime_ns)
 
 
 @cache
@@ -86,33 +113,45 @@ def _digest_of(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _of_model(folder: Path) -> dict[str, Any]:
-    """Return the digest of a model folder's configuration and the size of every file."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(folder)): file_digest(path.resolve()) if path.name in _MODEL_FILES else path.stat().st_size
-        for path in files
-    }
+def _digest_of_ends(path: Path) -> str:
+    """Return a digest of a file's size, its first and its last MiB."""
+    with path.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        first = stream.read(_END)
+        stream.seek(max(0, size - _END))
+        return hashlib.sha256(first + stream.read(_END) + str(size).encode()).hexdigest()
 
 
-def _of_data(config: RunConfig) -> dict[str, Any]:
-    """Return name -> entry of dataset_info.json and digests of its files, for the local data sets that are used."""
+def _of_model(folder: Path) -> dict[str, str]:
+    """Return file -> digest of those files directly in a folder that make the model."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if name in _OF_A_TRAINING or name.startswith("trainer_") or name.endswith("results.json") or not path.is_file():
+            continue
+        if path.suffix in _TEXTS:
+            found[name] = file_digest(path)
+        elif path.suffix in _WEIGHTS:
+            found[name] = _digest_of_ends(path)
+    return found
+
+
+def _of_data(config: RunConfig) -> dict[str, str]:
+    """Return digests of the entries of dataset_info.json and of the files, of the local data sets that are used."""
     folder = Path(str(config.llamafactory.get("dataset_dir", "data")))
     info_file = folder / "dataset_info.json"
-    if not info_file.is_file():
-        return {}
-    info = json.loads(info_file.read_text(encoding="utf-8"))
+    info = read_object(info_file) or {}
     selector = config.build_components().select
     validation = selector.params.model_dump().get("validation") if selector is not None else None
     names = (*dataset_names(config), *dataset_names(config, "eval_dataset"), *(validation or ()))
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     for name in dict.fromkeys(names):
-        entry = info.get(name, {})
+        entry = info.get(name) or {}
+        found[f"the entry {name} of {info_file}"] = digest(entry)
         path = folder / str(entry.get("file_name") or "")
         if not entry.get("file_name") or not path.exists():
-            files = []
-        else:
-            files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
-        digests = {str(file.relative_to(folder)): file_digest(file.resolve()) for file in files}
-        found[name] = {"entry": entry, "files": digests}
+            continue
+        files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+        found |= {str(file): file_digest(file) for file in files}
     return found

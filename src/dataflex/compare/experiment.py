@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +16,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from dataflex import checks, legacy
-from dataflex.compare.contents import contents, digest, file_digest
+from dataflex.compare.contents import contents, digest, expanded, file_digest
 from dataflex.compare.settings import ExperimentSettings, problem_of, read_settings
 from dataflex.config import SECTION, RunConfig, parse_config
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.record.versions import installed_versions
+from dataflex.registry import CONFIG_KEYS
 from dataflex.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -28,6 +32,9 @@ MEASURES = ("loss", "perplexity", "bits_per_byte")
 
 AVERAGES = ("token_weighted", "unweighted")
 """The two ways of joining the evaluation data sets."""
+
+HARNESS = "lm_eval"
+"""Package that evaluates the tasks."""
 
 TASK_METRICS = {
     "multiple_choice": ("acc", "acc_norm"),
@@ -51,6 +58,8 @@ MANAGED = (
 )
 """Keys that the comparison sets or leaves out itself: in the base they are replaced, in a variant refused."""
 
+_ONE_DEVICE = "each run is one process on one device; raise gradient_accumulation_steps to keep the global batch"
+
 REFUSED = {
     "load_best_model_at_end": "the checkpoint would be picked by the evaluation that the variants are compared on",
     "early_stopping_steps": "the runs would not end at the equal budget",
@@ -58,6 +67,9 @@ REFUSED = {
     "data_seed": "the samples would come in the same order with every seed, and the spread would look too small",
     "val_size": "what is split off changes with the seed and the data path; name a data set in eval_dataset",
     "predict_with_generate": "an evaluation that generates has no loss to compare",
+    "deepspeed": _ONE_DEVICE,
+    "fsdp": _ONE_DEVICE,
+    "fsdp_config": _ONE_DEVICE,
 }
 """Keys that no run of a comparison may have -> why."""
 
@@ -92,6 +104,9 @@ EVALUATION_KEYS = (
 )
 """Keys that decide what the evaluation data is, after preprocessing: equal in all variants."""
 
+STEP_KEYS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+"""Keys whose product is the samples of a step -> LLaMA-Factory's default."""
+
 RUN_FILE, KEY_FILE, LOG_FILE, COMPLETE_FILE, FAILED_FILE, TASKS_FILE = (
     "run.yaml",
     "key.json",
@@ -122,7 +137,7 @@ class Run:
     variant: str
     seed: int
     configuration: dict[str, Any]
-    contents: dict[str, Any]
+    contents: dict[str, str]
     key: str
     folder: Path
 
@@ -130,6 +145,21 @@ class Run:
     def name(self) -> str:
         """Variant and seed."""
         return f"{self.variant}/seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A downstream task of every run.
+
+    Attributes:
+        name: of the task, and of its results.
+        settings: what ``dataflex-cli eval`` is given, paths absolute.
+        key: digest of the settings, of the files they name and of the harness's version.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    key: str
 
 
 @dataclass(frozen=True)
@@ -142,8 +172,9 @@ class Experiment:
         output: the folder of everything the comparison writes.
         runs: variant by variant, each with every seed.
         claims: the metrics whose differences are claimed or not; None for the default.
-        tasks: settings of the downstream tasks, paths absolute.
-        tasks_key: digest of those settings and of the files they name.
+        tasks: the downstream tasks.
+        configs: variant -> its configuration with the first seed, assets resolved.
+        folder: of the file the base is in.
         evaluates: whether the runs have evaluation data.
         notes: what the user should be told.
     """
@@ -153,8 +184,9 @@ class Experiment:
     output: Path
     runs: tuple[Run, ...]
     claims: tuple[str, ...] | None
-    tasks: tuple[dict[str, Any], ...]
-    tasks_key: str
+    tasks: tuple[Task, ...]
+    configs: dict[str, RunConfig]
+    folder: Path
     evaluates: bool
     notes: tuple[str, ...]
 
@@ -176,7 +208,7 @@ def load(path: Path) -> Experiment:
     notes: list[str] = []
     base, folder = _base(settings, path, problems, notes)
     notes += _replaced_keys(base)
-    tasks, tasks_key, task_metrics = _tasks(settings, path.resolve().parent, problems)
+    tasks, task_metrics = _tasks(settings, path.resolve().parent, problems)
     configs: dict[str, RunConfig] = {}
     found: dict[str, list[Problem]] = {}
     for variant, change in settings.variants.items():
@@ -186,15 +218,43 @@ def load(path: Path) -> Experiment:
     problems += _joined(found)
     if len(configs) == len(settings.variants):
         problems += _together(settings, configs)
+        problems += [] if problems else _equal_steps(settings, configs)
         problems += _claims(settings, configs[settings.baseline], task_metrics)
     if problems:
         raise ConfigError(problems=problems, source=str(path))
-    output = Path(settings.output_dir)
-    runs = tuple(_runs(settings, configs, folder, output))
+    output = expanded(settings.output_dir)
+    local = {variant: config.with_assets() for variant, config in configs.items()}
+    runs = tuple(_runs(settings, configs, local, folder, output))
     _refuse_identical(runs, path)
     claims = None if settings.metrics is None else tuple(settings.metrics)
     evaluates = any(_evaluates(config) for config in configs.values())
-    return Experiment(path, settings, output, runs, claims, tasks, tasks_key, evaluates, tuple(notes))
+    return Experiment(path, settings, output, runs, claims, tasks, local, folder, evaluates, tuple(notes))
+
+
+def changed_file(run: Run, experiment: Experiment) -> str | None:
+    """Return what says that a file of a run is another than when the experiment was read; None where none is.
+
+    Raises:
+        ConfigError: if a file cannot be read.
+    """
+    now = contents(experiment.configs[run.variant], experiment.folder)
+    names = (name for name in {**run.contents, **now} if now.get(name) != run.contents.get(name))
+    return _changed(next(names, None))
+
+
+def changed_task(tasks: Iterable[Task]) -> str | None:
+    """Return what says that a file of a task is another than when the experiment was read; None where none is.
+
+    Raises:
+        OSError: if a file cannot be read.
+    """
+    return _changed(
+        next((f"a file of task {task.name}" for task in tasks if _task_key(task.settings) != task.key), None)
+    )
+
+
+def _changed(name: str | None) -> str | None:
+    return None if name is None else f"{name} changed while the comparison was at work; give the command again."
 
 
 def _base(
@@ -205,7 +265,7 @@ def _base(
     if isinstance(settings.base, dict):
         raw, folder = settings.base, here
     else:
-        file = here / Path(settings.base).expanduser()
+        file = here / expanded(settings.base)
         if not file.is_file():
             raise ConfigError(problems=[Problem("base", f"no such file: {file}")], source=str(path))
         raw, folder = read_yaml(file, []), file.resolve().parent
@@ -235,17 +295,37 @@ def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
     Args:
         base: not changed.
         change: nested mappings and dotted keys; mappings are merged, other values replace, None takes a key away.
+            Where a family gets another method, the base's parameters of that family go: they are the other method's.
 
     Raises:
         OmegaConfBaseException: if they cannot be merged.
     """
     nested = _nested(change)
-    result = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(dict(base)), nested), resolve=True)
+    kept = _without_other_methods(base, OmegaConf.to_container(nested))
+    result = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(kept), nested), resolve=True)
     assert isinstance(result, dict)
     for path, value in _leaves(OmegaConf.to_container(nested)):
         if value is None:
             _remove(result, path)
     return {str(key): value for key, value in result.items()}
+
+
+def _without_other_methods(base: Mapping[str, Any], change: Any) -> dict[str, Any]:
+    """Return the base without the families of which the change names another method."""
+    section = base.get(SECTION)
+    if not isinstance(section, Mapping):
+        return dict(base)
+    others = [
+        family
+        for family in CONFIG_KEYS
+        if (old := _method(section, family)) and (new := _method(change.get(SECTION), family)) and new != old
+    ]
+    return {**base, SECTION: {key: value for key, value in section.items() if key not in others}}
+
+
+def _method(section: Any, family: str) -> Any:
+    given = section.get(family) if isinstance(section, Mapping) else None
+    return given.get("method") if isinstance(given, Mapping) else None
 
 
 def _nested(change: Mapping[str, Any]) -> Any:
@@ -352,6 +432,35 @@ def _together(settings: ExperimentSettings, configs: Mapping[str, RunConfig]) ->
                 )
 
 
+def _equal_steps(settings: ExperimentSettings, configs: Mapping[str, RunConfig]) -> Iterator[Problem]:
+    """Yield the variants of which a step is not what a step of the baseline is, where steps are what is equal."""
+    if settings.equal.steps is None:
+        return
+    baseline = configs[settings.baseline].llamafactory
+    for variant, config in configs.items():
+        own, other = samples_per_step(config.llamafactory), samples_per_step(baseline)
+        if own != other:
+            yield Problem(
+                f"variants.{variant}",
+                f"trains on {own:,.0f} samples in a step ({' x '.join(STEP_KEYS)}) and {settings.baseline!r} on "
+                f"{other:,.0f}: the same number of steps would not be an equal budget. Use equal: {{tokens: N}}, or "
+                "put the keys in the base.",
+            )
+        if bool(config.llamafactory.get("packing")) != bool(baseline.get("packing")):
+            yield Problem(
+                f"variants.{variant}.packing",
+                f"{config.llamafactory.get('packing')!r} here and {baseline.get('packing')!r} in "
+                f"{settings.baseline!r}: the same number of steps would not be an equal budget. Use equal: "
+                "{tokens: N}, or put it in the base.",
+            )
+
+
+def samples_per_step(llamafactory: Mapping[str, Any]) -> float:
+    """Return how many samples an optimizer step of one process trains on."""
+    given = {key: default if llamafactory.get(key) is None else llamafactory[key] for key, default in STEP_KEYS.items()}
+    return prod(float(value) for value in given.values())
+
+
 def _claims(
     settings: ExperimentSettings, baseline: RunConfig, task_metrics: Mapping[str, tuple[str, ...]]
 ) -> Iterator[Problem]:
@@ -371,15 +480,18 @@ def _claims(
 
 def _tasks(
     settings: ExperimentSettings, here: Path, problems: list[Problem]
-) -> tuple[tuple[dict[str, Any], ...], str, dict[str, tuple[str, ...]]]:
-    """Return the settings of the tasks, a digest of them and of their files, and the metrics known of each."""
+) -> tuple[tuple[Task, ...], dict[str, tuple[str, ...]]]:
+    """Return the tasks, and the metrics known of each."""
     if settings.evaluate is None:
-        return (), "", {}
+        return (), {}
     from dataflex.evaluation.tasks import TaskSettings, load_task, task_problems
 
-    found: dict[str, dict[str, Any]] = {}
+    if find_spec(HARNESS) is None:
+        problems.append(Problem("evaluate", 'needs lm-evaluation-harness: pip install "dataflex[eval]".'))
+        return (), {}
+    found: dict[str, Task] = {}
     known: dict[str, tuple[str, ...]] = {}
-    files: list[Any] = []
+    named: list[tuple[str, str]] = []
     for number, entry in enumerate(settings.evaluate.tasks):
         key = f"evaluate.tasks.{number}"
         for task in _task_settings(key, entry, here, problems, TaskSettings):
@@ -387,13 +499,32 @@ def _tasks(
             problems += [replace(problem, key=_dotted(key, problem.key)) for problem in bad]
             if task.name in found:
                 problems.append(Problem(key, f"there is another task {task.name!r}; results are kept by name."))
-            found[task.name] = task.model_dump(mode="json", exclude_none=True)
             if bad:
                 continue
+            if task.task is not None:
+                named.append((key, task.task))
             read = load_task(task)[0] if task.task is None else None
             known[task.name] = TASK_METRICS[read.form] if read is not None else ()
-            files += [file_digest(file) for file in (task.file, task.fewshot_file) if file is not None]
-    return tuple(found.values()), digest([list(found.values()), files]), known
+            dumped = task.model_dump(mode="json", exclude_none=True)
+            found[task.name] = Task(task.name, dumped, _task_key(dumped))
+    problems += _unknown_tasks(named)
+    return tuple(found.values()), known
+
+
+def _task_key(settings: Mapping[str, Any]) -> str:
+    files = [file_digest(Path(settings[key])) for key in ("file", "fewshot_file") if key in settings]
+    return digest([settings, files, version(HARNESS)])
+
+
+def _unknown_tasks(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
+    """Yield the names that the harness does not know; only where there are names, because it takes seconds to load."""
+    if named:
+        from dataflex.evaluation.harness import unknown_tasks
+
+        unknown_names = unknown_tasks([name for _, name in named])
+        for key, name in named:
+            if name in unknown_names:
+                yield Problem(key, f"neither a file nor a task of lm-evaluation-harness: {unknown_names[name]}.")
 
 
 def _task_settings(key: str, entry: Any, here: Path, problems: list[Problem], kind: type[TaskSettings]) -> Any:
@@ -403,7 +534,7 @@ def _task_settings(key: str, entry: Any, here: Path, problems: list[Problem], ki
     if isinstance(entry, str):
         is_file = Path(entry).suffix in (".jsonl", ".yaml", ".yml")
         try:
-            return read_tasks([str(here / Path(entry).expanduser()) if is_file else entry])
+            return read_tasks([str(here / expanded(entry)) if is_file else entry])
         except ConfigError as error:
             problems += [replace(problem, key=_dotted(key, problem.key)) for problem in error.problems]
             return []
@@ -416,10 +547,16 @@ def _task_settings(key: str, entry: Any, here: Path, problems: list[Problem], ki
         return []
 
 
-def _runs(settings: ExperimentSettings, configs: Mapping[str, RunConfig], base: Path, output: Path) -> Iterator[Run]:
+def _runs(
+    settings: ExperimentSettings,
+    configs: Mapping[str, RunConfig],
+    local: Mapping[str, RunConfig],
+    base: Path,
+    output: Path,
+) -> Iterator[Run]:
     versions = installed_versions()
     for variant, config in configs.items():
-        found = contents(config.with_assets(), base)
+        found = contents(local[variant], base)
         for seed in settings.seeds:
             assert config.dataflex is not None
             seeded = replace(

@@ -11,7 +11,8 @@ from typing import Any
 
 from dataflex.compare.outcome import Outcome, Row
 from dataflex.compare.result import COSTS
-from dataflex.compare.statistics import BOOTSTRAP_SEEDS, as_json, higher_is_better, number, signed, title
+from dataflex.compare.statistics import BOOTSTRAP_SEEDS, as_json, number, signed, title
+from dataflex.errors import ConfigError
 from dataflex.files import write_atomically
 from dataflex.record.tables import NOTHING, Table
 
@@ -29,8 +30,9 @@ def difference_table(outcome: Outcome) -> Table:
     header = ["variant", "metric", "finding", "seeds", "mean", "difference", "95 % t interval", "95 % bootstrap"]
     rows: list[list[str]] = []
     for metric in outcome.claims:
-        better = "higher" if higher_is_better(metric) else "lower"
-        named = f"{title(metric)} ({better} is better)"
+        higher = outcome.higher_is_better(metric)
+        side = "direction not known" if higher is None else f"{'higher' if higher else 'lower'} is better"
+        named = f"{title(metric)} ({side})"
         baseline = list(outcome.values(settings.baseline, metric).values())
         rows.append([settings.baseline, named, "baseline", str(len(baseline)), _mean(baseline), *[NOTHING] * 3])
         for each in outcome.differences:
@@ -152,11 +154,22 @@ def _run_object(row: Row) -> dict[str, Any]:
 
 
 def write(outcome: Outcome) -> None:
-    """Write the result in Markdown, CSV and JSON into the folder of the comparison."""
+    """Write the result in Markdown, CSV and JSON into the folder of the comparison.
+
+    Raises:
+        ConfigError: if a file cannot be written.
+    """
     output = outcome.experiment.output
-    write_atomically(output / MARKDOWN, markdown(outcome).encode())
-    write_atomically(output / CSV, csv_text(outcome).encode())
-    write_atomically(output / JSON, (json.dumps(as_object(outcome), indent=2) + "\n").encode())
+    contents = {
+        MARKDOWN: markdown(outcome),
+        CSV: csv_text(outcome),
+        JSON: json.dumps(as_object(outcome), indent=2) + "\n",
+    }
+    for name, content in contents.items():
+        try:
+            write_atomically(output / name, content.encode())
+        except OSError as error:
+            raise ConfigError(f"{output / name} cannot be written ({error.strerror or error}).") from error
 
 
 def _plain_mean(values: Any) -> float | None:

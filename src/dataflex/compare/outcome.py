@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dataflex.compare.experiment import Experiment, Run
+from dataflex.compare.experiment import Experiment, Run, samples_per_step
 from dataflex.compare.result import COSTS, Result, failure_of, read_result
 from dataflex.compare.statistics import Difference, chance_line, difference, sentence
 
@@ -69,6 +69,11 @@ class Outcome:
         found = self.compared(variant)
         return {seed: result.metrics[metric] for seed, result in found.items() if metric in result.metrics}
 
+    def higher_is_better(self, metric: str) -> bool | None:
+        """Return the direction of a metric; None where no run knows it, or they do not agree."""
+        known = {row.result.higher_is_better.get(metric) for row in self.rows if row.result is not None} - {None}
+        return known.pop() if len(known) == 1 else None
+
     def costs(self, variant: str) -> dict[str, float]:
         """Return the means of a variant's costs over its complete runs."""
         found = [row.result.costs for row in self.rows if row.run.variant == variant and row.result is not None]
@@ -77,7 +82,8 @@ class Outcome:
     @property
     def sentences(self) -> list[str]:
         """What each difference supports, and how many were looked at."""
-        said = [sentence(each, str(self.experiment.settings.equal)) for each in self.differences]
+        settings = self.experiment.settings
+        said = [sentence(each, str(settings.equal), len(settings.seeds)) for each in self.differences]
         made = sum(each.interval is not None for each in self.differences)
         if made:
             said.append(chance_line(made))
@@ -87,13 +93,22 @@ class Outcome:
 def gather(experiment: Experiment) -> Outcome:
     """Read every complete run and compare them."""
     results = [(run, read_result(run, experiment)) for run in experiment.runs]
-    fingerprint = _usual_fingerprint([result for _, result in results if result is not None])
-    rows = tuple(Row(run, result, _problem(run, result, experiment, fingerprint)) for run, result in results)
-    claims = experiment.claims or _default_claims([row.result for row in rows if row.result is not None])
+    found = [result for _, result in results if result is not None]
+    claims = experiment.claims or _default_claims(found)
+    fingerprint = _usual_fingerprint(found)
+    needed = [metric for metric in claims if any(metric in each.metrics or metric in each.not_finite for each in found)]
+    rows = tuple(Row(run, result, _problem(run, result, experiment, fingerprint, needed)) for run, result in results)
     outcome = Outcome(experiment, rows, claims, (), ())
     baseline = experiment.settings.baseline
     differences = tuple(
-        difference(variant, baseline, metric, outcome.values(variant, metric), outcome.values(baseline, metric))
+        difference(
+            variant,
+            baseline,
+            metric,
+            outcome.values(variant, metric),
+            outcome.values(baseline, metric),
+            outcome.higher_is_better(metric),
+        )
         for variant in experiment.settings.variants
         if variant != baseline
         for metric in claims
@@ -107,16 +122,24 @@ def _usual_fingerprint(results: Sequence[Result]) -> str | None:
     return counted.most_common(1)[0][0] if counted else None
 
 
-def _problem(run: Run, result: Result | None, experiment: Experiment, fingerprint: str | None) -> str | None:
+def _problem(
+    run: Run, result: Result | None, experiment: Experiment, fingerprint: str | None, needed: Sequence[str]
+) -> str | None:
     """Return why a run is not compared."""
     if result is None:
         return failure_of(run) or "not run to its end yet"
     if result.fingerprint != fingerprint:
         return f"its evaluation data is another: fingerprint {result.fingerprint}, the other runs have {fingerprint}"
-    return budget_problem(result, run.configuration, experiment)
+    for metric in needed:
+        if metric in result.not_finite:
+            of_task = metric.partition("/")[0] in result.tasks
+            return f"{metric} is not finite{'' if of_task else ': training diverged'}"
+        if metric not in result.metrics:
+            return f"it has no {metric}, which other runs have"
+    return budget_problem(run, result, experiment)
 
 
-def budget_problem(result: Result, configuration: Mapping[str, object], experiment: Experiment) -> str | None:
+def budget_problem(run: Run, result: Result, experiment: Experiment) -> str | None:
     """Return how a run missed the equal budget; None where it met it.
 
     A run of N tokens must reach N with its last step: no earlier step that was logged may have reached it, and no more
@@ -136,24 +159,18 @@ def budget_problem(result: Result, configuration: Mapping[str, object], experime
     before = result.spent_before
     if before is not None and before >= equal.tokens:
         return f"{said}, more than one step over the {equal.tokens:,} asked for: {before:,.0f} before the last step"
-    step = _number(configuration, "per_device_train_batch_size", 8)
-    step *= _number(configuration, "gradient_accumulation_steps", 1) * _number(configuration, "cutoff_len", 2048)
+    step = samples_per_step(run.configuration) * float(run.configuration.get("cutoff_len") or 2048)
     if costs["tokens"] - equal.tokens >= step:
         return f"{said}, more than one step over the {equal.tokens:,} asked for: a step holds {step:,.0f} at most"
     return None
 
 
-def _number(configuration: Mapping[str, object], key: str, default: float) -> float:
-    """Return a number of the configuration; the default is LLaMA-Factory's."""
-    return float(str(configuration.get(key, default)))
-
-
 def _default_claims(results: Sequence[Result]) -> tuple[str, ...]:
     """Return the losses and bits over the evaluation data, and the first metric of every task."""
-    known = list(dict.fromkeys(name for result in results for name in result.metrics))
+    known = list(dict.fromkeys(name for result in results for name in (*result.metrics, *result.not_finite)))
     single = all(len(result.domains) < 2 for result in results)  # both means are then the same number
     claims = [name for name in _DEFAULT_CLAIMS if name in known and not (single and name == "unweighted_loss")]
-    for task in dict.fromkeys(name.partition("/")[0] for name in known if "/" in name):
+    for task in dict.fromkeys(task for result in results for task in result.tasks):
         own = [name.partition("/")[2] for name in known if name.startswith(f"{task}/") and name.count("/") == 1]
         claims += [f"{task}/{name}" for name in [name for name in _TASK_CLAIMS if name in own][:1] or own[:1]]
     return tuple(claims)

@@ -8,7 +8,7 @@ from typing import Any
 
 from dataflex.compare.files import HTML, tables
 from dataflex.compare.outcome import Outcome
-from dataflex.compare.statistics import Difference, higher_is_better, signed, title
+from dataflex.compare.statistics import Difference, signed, title
 from dataflex.record.charts import Chart, charts
 from dataflex.record.measure import measure
 from dataflex.record.reader import read_run
@@ -94,10 +94,11 @@ def _forest(name: str, differences: Sequence[Difference], outcome: Outcome) -> C
         "line": {"color": "#8A8A8A", "width": 1},
     }
     chart["layout"] |= {"shapes": [zero], "height": 174 + _ROW_HEIGHT * len(drawn)}
-    sides = {"higher" if higher_is_better(each.metric) else "lower" for each in drawn}
+    sides = {"higher" if each.higher_is_better else "lower" for each in drawn if each.higher_is_better is not None}
+    better = f"{' or '.join(sorted(sides)).capitalize()} is better. " if sides else ""
     caption = (
         f"Mean over the seeds of variant minus {settings.baseline}, with the 95 % t interval; open: no interval. "
-        f"{' or '.join(sorted(sides)).capitalize()} is better. An interval that holds 0 supports no claim."
+        f"{better}An interval that holds 0 supports no claim."
     )
     return Chart(_SECTION, name, caption, chart)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dataflex.checks import MODEL_FILES
 from dataflex.compare.experiment import (
     AVERAGES,
     COMPLETE_FILE,
@@ -18,25 +19,18 @@ from dataflex.compare.experiment import (
     MEASURES,
     Experiment,
     Run,
+    Task,
 )
 from dataflex.errors import ConfigError
 from dataflex.files import write_atomically
 from dataflex.record.files import read_object
 from dataflex.trainer.checkpoint import checkpoints, last_complete
 
-State = Literal["complete", "to evaluate", "to resume", "to run"]
+State = Literal["complete", "to record", "to evaluate", "to resume", "to run"]
+"""``to record``: only its numbers have to be read; ``to evaluate``: tasks are missing, and nothing is trained."""
 
 COSTS = ("train_seconds", "decision_seconds", "evaluate_seconds", "task_seconds", "tokens", "steps")
 """Costs of a run; ``task_seconds`` where tasks were evaluated."""
-
-_MODELS = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 
 
 @dataclass(frozen=True)
@@ -45,17 +39,23 @@ class Result:
 
     Attributes:
         metrics: name -> number, finite: ``token_weighted_loss``, ``<data set>_loss``, ``<task>/acc`` and so on.
+        not_finite: names of those that were measured and are not finite.
+        higher_is_better: name -> direction, of those whose direction is known.
         costs: name of :data:`COSTS` -> number.
         fingerprint: of the evaluation data; None without any.
         domains: evaluation data sets.
+        tasks: the tasks of the comparison.
         spent_before: tokens that were trained on at the last log before the last step; None where nothing was logged.
         chance: task -> accuracy of guessing, where there is such a thing.
     """
 
     metrics: dict[str, float]
+    not_finite: tuple[str, ...]
+    higher_is_better: dict[str, bool]
     costs: dict[str, float]
     fingerprint: str | None
     domains: tuple[str, ...]
+    tasks: tuple[str, ...]
     spent_before: float | None
     chance: dict[str, float]
 
@@ -75,13 +75,13 @@ def state_of(run: Run, experiment: Experiment) -> State:
     if read_result(run, experiment) is not None:
         return "complete"
     if trained_problem(run, experiment) is None:
-        return "to evaluate"
+        return "to evaluate" if tasks_to_evaluate(run, experiment) else "to record"
     return "to resume" if last_complete(run.folder)[0] is not None else "to run"
 
 
 def needs_overwriting(run: Run) -> bool:
     """Return whether the folder of a run that is not trained holds a model and nothing to go on from."""
-    return not checkpoints(run.folder) and any((run.folder / name).is_file() for name in _MODELS)
+    return not checkpoints(run.folder) and any((run.folder / name).is_file() for name in MODEL_FILES)
 
 
 def failure_of(run: Run) -> str | None:
@@ -90,20 +90,41 @@ def failure_of(run: Run) -> str | None:
     return None if failed is None else str(failed.get("error"))
 
 
+def tasks_to_evaluate(run: Run, experiment: Experiment) -> list[Task]:
+    """Return the tasks that a run lacks: not on record, or with other settings, files or another harness."""
+    known = _recorded(run).get("tasks", {})
+    return [task for task in experiment.tasks if known.get(task.name, {}).get("key") != task.key]
+
+
+def _recorded(run: Run) -> dict[str, Any]:
+    """Return what :func:`complete` wrote about this run; empty where it did not."""
+    stored = _object(run.folder / COMPLETE_FILE) or {}
+    return stored if (stored.get("format"), stored.get("key")) == (FORMAT, run.key) else {}
+
+
 def read_result(run: Run, experiment: Experiment) -> Result | None:
     """Return the numbers of a complete run; None where it is not complete, or not with these tasks."""
-    stored = _object(run.folder / COMPLETE_FILE)
-    expected = {"format": FORMAT, "key": run.key, "tasks_key": experiment.tasks_key}
-    if stored is None or any(stored.get(name) != value for name, value in expected.items()):
+    stored = _recorded(run)
+    if not stored or tasks_to_evaluate(run, experiment):
         return None
     try:
+        parts = [stored, *(stored["tasks"][task.name] for task in experiment.tasks)]
+        costs = {str(name): value for name, value in stored["costs"].items() if _is_number(value)}
+        if experiment.tasks:
+            costs["task_seconds"] = sum(part["seconds"] for part in parts[1:])
+        chances = {task.name: stored["tasks"][task.name]["chance"] for task in experiment.tasks}
         return Result(
-            metrics={str(name): float(value) for name, value in stored["metrics"].items()},
-            costs={str(name): value for name, value in stored["costs"].items() if _is_number(value)},
+            metrics={str(name): float(value) for part in parts for name, value in part["metrics"].items()},
+            not_finite=tuple(name for part in parts for name in part["not_finite"]),
+            higher_is_better={
+                str(name): bool(value) for part in parts for name, value in part["higher_is_better"].items()
+            },
+            costs=costs,
             fingerprint=stored["fingerprint"],
             domains=tuple(stored["domains"]),
+            tasks=tuple(chances),
             spent_before=stored["spent_before"],
-            chance=dict(stored["chance"]),
+            chance={name: float(value) for name, value in chances.items() if value is not None},
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
@@ -135,13 +156,13 @@ def trained_problem(run: Run, experiment: Experiment) -> str | None:
     return None
 
 
-def task_file(run: Run, task: Mapping[str, Any]) -> Path:
-    """Return where ``dataflex-cli eval`` writes what it found."""
-    return run.folder / "dataflex" / "tasks" / f"{task['name']}.json"
+def complete(run: Run, experiment: Experiment, evaluated: Sequence[Task]) -> None:
+    """Read what a run came to, and keep it beside the tasks that are on record already.
 
-
-def complete(run: Run, experiment: Experiment) -> None:
-    """Read what a run came to, and keep it.
+    Args:
+        run: trained.
+        experiment: the comparison.
+        evaluated: the tasks that were evaluated just now.
 
     Raises:
         ConfigError: if something is missing; the text says what.
@@ -153,54 +174,71 @@ def complete(run: Run, experiment: Experiment) -> None:
     assert summary is not None
     evaluation = summary.get("evaluation") if experiment.evaluates else None
     costs = {name: summary[name] for name in COSTS if name in summary}
-    metrics = {} if evaluation is None else _evaluation_metrics(evaluation)
-    chance: dict[str, float] = {}
-    for task in experiment.tasks:
-        file = task_file(run, task)
-        found = read_object(file)
-        if found is None or not isinstance(found.get("metrics"), dict):
-            raise ConfigError(f"{file} is missing or has no metrics: the task was not evaluated")
-        metrics |= _task_metrics(str(task["name"]), found)
-        costs["task_seconds"] = costs.get("task_seconds", 0.0) + float(found.get("seconds") or 0.0)
-        if _is_number(found.get("chance")):
-            chance[str(task["name"])] = float(found["chance"])
+    tasks = {**_recorded(run).get("tasks", {}), **{task.name: _task_record(run, task) for task in evaluated}}
     stored = {
         "format": FORMAT,
         "key": run.key,
-        "tasks_key": experiment.tasks_key,
         "variant": run.variant,
         "seed": run.seed,
         "status": "complete",
-        "metrics": metrics,
+        **_evaluation_metrics(evaluation or {}),
         "costs": costs,
         "fingerprint": None if evaluation is None else evaluation["fingerprint"],
         "domains": [] if evaluation is None else list(evaluation["domains"]),
         "spent_before": _spent_before(run.folder / "trainer_state.json", int(summary["steps"])),
-        "chance": chance,
+        "tasks": tasks,
     }
     write_atomically(run.folder / COMPLETE_FILE, (json.dumps(stored, indent=2) + "\n").encode())
 
 
-def _evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    groups = {**evaluation["domains"], **{name: evaluation[name] for name in AVERAGES}}
-    return {
-        f"{group}_{measure}": float(numbers[measure])
+def _evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics, names of those that are not finite, and directions of what an evaluation measured."""
+    measured = {name: group for name, group in (evaluation.get("domains") or {}).items() if group.get("tokens") != 0}
+    groups = {**measured, **{name: evaluation[name] for name in AVERAGES if name in evaluation}}
+    values = {
+        f"{group}_{measure}": numbers.get(measure)
         for group, numbers in groups.items()
         for measure in MEASURES
-        if _is_number(numbers.get(measure))
+        if numbers.get(measure) is not None
     }
+    return _sorted_out(values, dict.fromkeys(values, False))
 
 
-def _task_metrics(name: str, found: Mapping[str, Any]) -> dict[str, float]:
-    metrics: dict[str, float] = {}
+def _task_record(run: Run, task: Task) -> dict[str, Any]:
+    """Return what ``dataflex-cli eval`` wrote about a task, as it is kept.
+
+    Raises:
+        ConfigError: if it wrote nothing.
+    """
+    file = run.folder / "dataflex" / "tasks" / f"{task.name}.json"
+    found = read_object(file)
+    if found is None or not isinstance(found.get("metrics"), dict):
+        raise ConfigError(f"{file} is missing or has no metrics: the task was not evaluated")
+    values: dict[str, Any] = {}
+    directions: dict[str, bool | None] = {}
     parts = {"": found, **{f"{subject}/": part for subject, part in (found.get("subjects") or {}).items()}}
     for subject, part in parts.items():
         for metric, numbers in part["metrics"].items():
-            if _is_number(numbers.get("value")):
-                metrics[f"{name}/{subject}{metric}"] = float(numbers["value"])
+            name = f"{task.name}/{subject}{metric}"
+            values[name], directions[name] = numbers.get("value"), numbers.get("higher_is_better")
             if not subject and _is_number(numbers.get("stderr")):
-                metrics[f"{name}/{metric}/stderr"] = float(numbers["stderr"])
-    return metrics
+                values[f"{name}/stderr"] = numbers["stderr"]
+    chance = found.get("chance")
+    return {
+        "key": task.key,
+        **_sorted_out({name: value for name, value in values.items() if value is not None}, directions),
+        "chance": chance if _is_number(chance) else None,
+        "seconds": float(found.get("seconds") or 0.0),
+    }
+
+
+def _sorted_out(values: Mapping[str, Any], directions: Mapping[str, bool | None]) -> dict[str, Any]:
+    """Return the finite numbers, the names of the others, and the directions that are known."""
+    return {
+        "metrics": {name: float(value) for name, value in values.items() if _is_number(value)},
+        "not_finite": [name for name, value in values.items() if not _is_number(value)],
+        "higher_is_better": {name: value for name, value in directions.items() if value is not None},
+    }
 
 
 def _spent_before(state_file: Path, steps: int) -> float | None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from dataflex.compare.experiment import (
+    COMPLETE_FILE,
     FAILED_FILE,
     FORMAT,
     KEY_FILE,
@@ -27,9 +28,12 @@ from dataflex.compare.experiment import (
     TASKS_FILE,
     Experiment,
     Run,
+    Task,
+    changed_file,
+    changed_task,
     run_yaml,
 )
-from dataflex.compare.result import complete, needs_overwriting, trained_problem
+from dataflex.compare.result import complete, needs_overwriting, tasks_to_evaluate, trained_problem
 from dataflex.errors import ConfigError
 from dataflex.files import write_atomically
 from dataflex.record.versions import installed_versions
@@ -82,12 +86,16 @@ def _cores() -> int:
 
 @dataclass
 class _Job:
-    """A run at work."""
+    """A run at work: in training, or evaluating these tasks."""
 
     run: Run
     place: int
-    stage: str
+    tasks: tuple[Task, ...]
     process: subprocess.Popen[bytes]
+
+    @property
+    def stage(self) -> str:
+        return "evaluating tasks" if self.tasks else "training"
 
 
 class Progress:
@@ -135,7 +143,7 @@ def execute(
         KeyboardInterrupt: if the user stops it; the processes have ended then.
     """
     crew = _Crew(experiment, runs, at_once, program)
-    with _terminated_as_interrupted():
+    with _interruptible():
         try:
             crew.work()
         finally:
@@ -173,58 +181,80 @@ class _Crew:
     def _begin(self, run: Run, place: int) -> None:
         """Start what a run lacks first."""
         self._began[run.name] = time.monotonic()
-        _prepare(run, self._experiment)
-        if trained_problem(run, self._experiment) is None:
-            self._after_training(run, place)
-            return
-        overwrite = ["overwrite_output_dir=true"] if needs_overwriting(run) else []
-        self._launch(run, place, "training", ["train", str(run.folder / RUN_FILE), *overwrite])
+        try:
+            problem = changed_file(run, self._experiment)
+            if problem is not None:
+                self._fail(run, problem)
+                return
+            _prepare(run)
+            if trained_problem(run, self._experiment) is None:
+                self._after_training(run, place)
+                return
+            (run.folder / COMPLETE_FILE).unlink(missing_ok=True)
+            overwrite = ["overwrite_output_dir=true"] if needs_overwriting(run) else []
+            self._launch(run, place, (), ["train", str(run.folder / RUN_FILE), *overwrite])
+        except (OSError, ConfigError) as error:
+            self._fail(run, str(error))
 
     def _go_on(self, job: _Job) -> None:
         """Start what comes after a process that has ended."""
-        if job.process.returncode:
-            self._fail(job.run, f"{job.stage}: {_last_error(job.run)} (status {job.process.returncode})")
-        elif job.stage == "evaluating tasks":
-            self._finish(job.run)
-        elif (problem := trained_problem(job.run, self._experiment)) is not None:
-            self._fail(job.run, problem)
-        else:
-            self._after_training(job.run, job.place)
+        run = job.run
+        try:
+            problem = changed_file(run, self._experiment)
+            if problem is not None and not job.tasks:
+                aside = _set_aside(run)
+                self._fail(run, f"{problem} What was trained meanwhile is in {aside}", aside)
+            elif problem is not None or (problem := changed_task(job.tasks)) is not None:
+                self._fail(run, problem)
+            elif job.process.returncode:
+                self._fail(run, f"{job.stage}: {_last_error(run)} (status {job.process.returncode})")
+            elif job.tasks:
+                self._finish(run, job.tasks)
+            elif (problem := trained_problem(run, self._experiment)) is not None:
+                self._fail(run, problem)
+            else:
+                self._after_training(run, job.place)
+        except (OSError, ConfigError) as error:
+            self._fail(run, str(error))
 
     def _after_training(self, run: Run, place: int) -> None:
-        if self._experiment.tasks:
-            arguments = ["eval", str(run.folder), "--tasks", str(run.folder / TASKS_FILE)]
-            self._launch(run, place, "evaluating tasks", arguments)
+        tasks = tuple(tasks_to_evaluate(run, self._experiment))
+        if not tasks:
+            self._finish(run, ())
+        elif (problem := changed_task(tasks)) is not None:
+            self._fail(run, problem)
         else:
-            self._finish(run)
+            text = yaml.safe_dump([task.settings for task in tasks], sort_keys=False, allow_unicode=True)
+            write_atomically(run.folder / TASKS_FILE, text.encode())
+            self._launch(run, place, tasks, ["eval", str(run.folder), "--tasks", str(run.folder / TASKS_FILE)])
 
-    def _launch(self, run: Run, place: int, stage: str, arguments: list[str]) -> None:
-        self._progress.say(f"{run.name}: {stage} ({run.folder})")
+    def _launch(self, run: Run, place: int, tasks: tuple[Task, ...], arguments: list[str]) -> None:
         process = _start(run, [*self._program, *arguments], self._at_once.environment(place))
-        self._at_work.append(_Job(run, place, stage, process))
+        job = _Job(run, place, tasks, process)
+        self._at_work.append(job)
+        self._progress.say(f"{run.name}: {job.stage} ({run.folder})")
 
-    def _finish(self, run: Run) -> None:
-        try:
-            complete(run, self._experiment)
-        except ConfigError as error:
-            self._fail(run, str(error))
-            return
+    def _finish(self, run: Run, evaluated: Sequence[Task]) -> None:
+        complete(run, self._experiment, evaluated)
         (run.folder / FAILED_FILE).unlink(missing_ok=True)
         self._done += 1
         self._progress.say(f"{run.name}: complete after {self._seconds(run)}")
 
-    def _fail(self, run: Run, error: str) -> None:
+    def _fail(self, run: Run, error: str, folder: Path | None = None) -> None:
+        """Keep why a run failed; ``folder``: where its log is, if it is not in its own folder."""
         self.failed[run.name] = error
         note = {"error": error, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-        write_atomically(run.folder / FAILED_FILE, json.dumps(note, indent=2).encode())
+        with suppress(OSError):  # a full disk may be why it failed
+            write_atomically(run.folder / FAILED_FILE, json.dumps(note, indent=2).encode())
         self._done += 1
-        self._progress.say(f"{run.name}: failed after {self._seconds(run)}: {error}; see {run.folder / LOG_FILE}")
+        log = (folder or run.folder) / LOG_FILE
+        self._progress.say(f"{run.name}: failed after {self._seconds(run)}: {error}; see {log}")
 
     def _seconds(self, run: Run) -> str:
         return f"{time.monotonic() - self._began[run.name]:.0f} s"
 
 
-def _prepare(run: Run, experiment: Experiment) -> None:
+def _prepare(run: Run) -> None:
     """Write what says which run a folder holds."""
     key: dict[str, Any] = {
         "format": FORMAT,
@@ -237,13 +267,26 @@ def _prepare(run: Run, experiment: Experiment) -> None:
     }
     write_atomically(run.folder / KEY_FILE, (json.dumps(key, indent=2) + "\n").encode())
     write_atomically(run.folder / RUN_FILE, run_yaml(run))
-    if experiment.tasks:
-        text = yaml.safe_dump(list(experiment.tasks), sort_keys=False, allow_unicode=True)
-        write_atomically(run.folder / TASKS_FILE, text.encode())
+
+
+def _set_aside(run: Run) -> Path:
+    """Rename the folder of a run, whose key no longer says what was trained in it; return the new name."""
+    number = 1
+    while (aside := run.folder.with_name(f"{run.folder.name}-changed-{number}")).exists():
+        number += 1
+    return run.folder.rename(aside)
 
 
 def _start(run: Run, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start a process in a group of its own, its output behind what the log already has."""
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        """Take SIGINT, which a shell's background jobs ignore; end when the comparison is killed, lest it go unseen."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if prctl is not None:
+            prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
     with (run.folder / LOG_FILE).open("ab") as log:
         log.write(f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
         log.flush()
@@ -254,40 +297,40 @@ def _start(run: Run, command: Sequence[str], environment: Mapping[str, str]) -> 
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=prepare,
         )
 
 
-def _end_with_parent() -> None:
-    """Have the kernel end this process when the comparison is killed, so that nobody trains on unseen."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Interrupt processes, and kill their groups where that does not end them."""
-    for process in processes:
-        process.send_signal(signal.SIGINT)
-    last = time.monotonic() + _PATIENCE
-    for process in processes:
-        try:
-            process.wait(max(0.0, last - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    """Interrupt processes, and kill what is left of their groups after a while, or when interrupted again."""
+    try:
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        last = time.monotonic() + _PATIENCE
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, last - time.monotonic()))
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError, PermissionError):  # the second where only the dead are left (macOS)
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in processes:
             process.wait()
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Take SIGTERM for Ctrl-C, for a while."""
+def _interruptible() -> Iterator[None]:
+    """Take Ctrl-C, also where a shell had it ignored in the background, and SIGTERM like it, for a while."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _last_error(run: Run) -> str:
@@ -308,7 +351,7 @@ def _tail(path: Path) -> str:
 
 def _step(job: _Job) -> str:
     """Return how far a run is, from the last line of LLaMA-Factory's log."""
-    if job.stage != "training":
+    if job.tasks:
         return "tasks"
     try:
         with (job.run.folder / "trainer_log.jsonl").open("rb") as stream:

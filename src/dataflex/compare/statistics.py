@@ -74,6 +74,7 @@ class Difference:
         mean: of the values; None without any.
         interval: 95 % t interval; None below two values, or where all are equal.
         bootstrap: 95 % bootstrap interval; None as above.
+        higher_is_better: direction of the metric; None where it is not known.
         finding: what the t interval supports.
     """
 
@@ -85,11 +86,17 @@ class Difference:
     mean: float | None
     interval: tuple[float, float] | None
     bootstrap: tuple[float, float] | None
+    higher_is_better: bool | None
     finding: Finding
 
 
 def difference(
-    variant: str, baseline: str, metric: str, own: Mapping[int, float], others: Mapping[int, float]
+    variant: str,
+    baseline: str,
+    metric: str,
+    own: Mapping[int, float],
+    others: Mapping[int, float],
+    higher_is_better: bool | None,
 ) -> Difference:
     """Compare a variant with the baseline.
 
@@ -99,28 +106,23 @@ def difference(
         metric: name of the metric.
         own: seed -> the variant's number.
         others: seed -> the baseline's.
+        higher_is_better: direction of the metric; None where it is not known.
     """
+    better = higher_is_better
     seeds = tuple(seed for seed in own if seed in others)
     values = np.array([own[seed] - others[seed] for seed in seeds], dtype=np.float64)
     if not seeds:
-        return Difference(variant, baseline, metric, (), (), None, None, None, "no data")
+        return Difference(variant, baseline, metric, (), (), None, None, None, better, "no data")
     mean = float(values.mean())
     numbers = tuple(values.tolist())
     if np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())):  # one seed, or nothing to tell the spread from
-        return Difference(variant, baseline, metric, seeds, numbers, mean, None, None, "no claim")
+        return Difference(variant, baseline, metric, seeds, numbers, mean, None, None, better, "no claim")
     low, high = (float(end) for end in t_interval(values))
-    resampled = tuple(float(end) for end in bootstrap_interval(values))
+    least, most = (float(end) for end in bootstrap_interval(values))
     finding: Finding = "unclear"
     if low > 0 or high < 0:
-        finding = "better" if (low > 0) == higher_is_better(metric) else "worse"
-    return Difference(
-        variant, baseline, metric, seeds, numbers, mean, (low, high), (resampled[0], resampled[1]), finding
-    )
-
-
-def higher_is_better(metric: str) -> bool:
-    """Return whether more is better: of a task's metrics, but not of losses, perplexities, bits and errors."""
-    return "/" in metric and not any(word in metric for word in ("loss", "perplexity", "bits", "error"))
+        finding = "no claim" if better is None else "better" if (low > 0) == better else "worse"
+    return Difference(variant, baseline, metric, seeds, numbers, mean, (low, high), (least, most), better, finding)
 
 
 def title(metric: str) -> str:
@@ -143,14 +145,16 @@ def signed(value: float) -> str:
     return ("-" if value < 0 else "+") + number(abs(value))
 
 
-def sentence(found: Difference, budget: str) -> str:
+def sentence(found: Difference, budget: str, asked: int) -> str:
     """Return what a difference supports, in one sentence.
 
     Args:
         found: the difference.
         budget: what all runs were given alike ("200,000 tokens").
+        asked: seeds of the comparison; where fewer were compared, the sentence says so.
     """
-    what = f"{found.variant}: {title(found.metric)}"
+    few = f" ({len(found.seeds)} of {asked} seeds)" if len(found.seeds) < asked else ""
+    what = f"{found.variant}{few}: {title(found.metric)}"
     seeds = f"{len(found.seeds)} seeds"
     if found.mean is None:
         return f"{what} cannot be compared with {found.baseline}: there is no seed in which both have the number."
@@ -167,7 +171,10 @@ def sentence(found: Difference, budget: str) -> str:
             f"{what}: no difference from {found.baseline} can be told from {seeds} (mean {signed(found.mean)}, 95 % "
             f"interval [{signed(low)}, {signed(high)}]); differences as large as {most} cannot be ruled out."
         )
-    return f"{what} {size} at {budget}, {seeds}, 95 % interval [{signed(low)}, {signed(high)}]: {found.finding}."
+    said = f"{what} {size} at {budget}, {seeds}, 95 % interval [{signed(low)}, {signed(high)}]"
+    if found.higher_is_better is None:
+        return f"{said}: whether higher or lower is better is not known, so no claim."
+    return f"{said}: {found.finding}."
 
 
 def chance_line(comparisons: int) -> str:
@@ -185,7 +192,7 @@ def as_json(found: Difference) -> dict[str, Any]:
         "variant": found.variant,
         "baseline": found.baseline,
         "metric": found.metric,
-        "higher_is_better": higher_is_better(found.metric),
+        "higher_is_better": found.higher_is_better,
         "seeds": list(found.seeds),
         "differences": list(found.values),
         "mean": found.mean,

@@ -34,6 +34,9 @@ FLEXIBLE = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
 IGNORED = [",", r"\$", r"\.[0.]*$"]
 """What two numbers may differ in, removed one after another."""
 
+_HIGHER = True
+"""Direction of the metrics of a task from a file, which are shares of right answers."""
+
 _SUFFIX = {"none": "", "strict-match": "", "flexible-extract": "_flexible"}
 
 
@@ -165,10 +168,9 @@ def harness_tasks(names: Sequence[str]) -> dict[str, Any]:
     if not names:
         return {}
     manager = TaskManager()
-    unknown = [name for name in names if name not in manager.all_tasks]
+    unknown = _unknown(names, manager)
     if unknown:
-        texts = [f"{name!r}{did_you_mean(name, manager.all_tasks)}" for name in unknown]
-        raise ConfigError(f"--tasks: neither a file nor a task of lm-evaluation-harness: {', '.join(texts)}")
+        raise ConfigError(f"--tasks: neither a file nor a task of lm-evaluation-harness: {', '.join(unknown.values())}")
     found = {}
     for name in names:
         try:
@@ -178,6 +180,16 @@ def harness_tasks(names: Sequence[str]) -> dict[str, Any]:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"--tasks: the data of {name!r} cannot be loaded: {reason[0]}") from error
     return found
+
+
+def unknown_tasks(names: Sequence[str]) -> dict[str, str]:
+    """Return the names that the harness does not know, each with the name in quotes and the nearest one it has."""
+    return _unknown(names, TaskManager())
+
+
+def _unknown(names: Sequence[str], manager: TaskManager) -> dict[str, str]:
+    known = manager.all_tasks
+    return {name: f"{name!r}{did_you_mean(name, known)}" for name in names if name not in known}
 
 
 def configured(task: FileTask) -> dict[str, ConfigurableTask]:
@@ -217,7 +229,7 @@ def _configured(task: FileTask, subject: str | None) -> ConfigurableTask:
             _regex("flexible-extract", regex_pattern=FLEXIBLE, group_select=-1),
         ]
         metrics = [{"metric": "exact_match", "regexes_to_ignore": IGNORED}]
-    config["metric_list"] = [{**metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics]
+    config["metric_list"] = [{**metric, "aggregation": "mean", "higher_is_better": _HIGHER} for metric in metrics]
     return ConfigurableTask(config=config)
 
 
@@ -245,7 +257,7 @@ def run_file_task(model: Model, task: FileTask, apply_chat_template: bool, seed:
     subjects = {}
     for name, built in tasks.items():
         values = _values(parts[name])
-        metrics = {metric: mean_metric(found) for metric, found in values.items()}
+        metrics = {metric: mean_metric(found, _HIGHER) for metric, found in values.items()}
         subjects[name] = SubjectResult(samples=len(built.eval_docs), metrics=metrics)
         for metric, found in values.items():
             every.setdefault(metric, []).extend(found)
@@ -253,7 +265,7 @@ def run_file_task(model: Model, task: FileTask, apply_chat_template: bool, seed:
         form=task.form,
         samples=len(task.questions),
         num_fewshot=task.settings.num_fewshot or 0,
-        metrics={metric: mean_metric(found) for metric, found in every.items()},
+        metrics={metric: mean_metric(found, _HIGHER) for metric, found in every.items()},
         subjects={} if task.subjects == [None] else subjects,
         chances=[1 / len(question.choices) for question in task.questions if question.choices],
         cut=cut,
@@ -322,13 +334,18 @@ def _values(samples: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 def _harness_result(answered: dict[str, Any], name: str) -> SubjectResult:
     """Return the harness's own numbers of a task or a group."""
     numbers = answered["results"][name]
+    directions = answered["higher_is_better"].get(name, {})
     metrics = {}
     for key, value in numbers.items():
         metric, _, way = key.partition(",")
         if way and not metric.endswith("_stderr") and isinstance(value, int | float):
             error = numbers.get(f"{metric}_stderr,{way}")
             known = isinstance(error, int | float)
-            metrics[metric + _suffix(way)] = Metric(value=float(value), stderr=float(error) if known else None)
+            metrics[metric + _suffix(way)] = Metric(
+                value=float(value),
+                stderr=float(error) if known else None,
+                higher_is_better=directions.get(metric),
+            )
     return SubjectResult(samples=int(numbers.get("sample_len") or 0), metrics=metrics)
 
 

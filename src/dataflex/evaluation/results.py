@@ -15,10 +15,17 @@ CHOICE_METRICS = ("acc", "acc_norm")
 
 
 class Metric(BaseModel):
-    """A number and its standard error, which is None where it cannot be known (one sample)."""
+    """A number, its standard error and its direction.
+
+    Attributes:
+        value: the number.
+        stderr: its standard error; None where it cannot be known (one sample).
+        higher_is_better: what the task says; None where it does not.
+    """
 
     value: float | None
     stderr: float | None
+    higher_is_better: bool | None = None
 
 
 class SubjectResult(BaseModel):
@@ -66,15 +73,16 @@ class TaskResult(BaseModel):
     seconds: float
 
 
-def mean_metric(values: Sequence[float]) -> Metric:
+def mean_metric(values: Sequence[float], higher_is_better: bool | None = None) -> Metric:
     """Return the mean and its standard error, the sample deviation over the root of the number.
 
     Args:
         values: one number for each question, at least one.
+        higher_is_better: direction of the metric, where it is known.
     """
     found = np.asarray(values, dtype=np.float64)
     error = float(found.std(ddof=1) / math.sqrt(len(found))) if len(found) > 1 else None
-    return Metric(value=float(found.mean()), stderr=error)
+    return Metric(value=float(found.mean()), stderr=error, higher_is_better=higher_is_better)
 
 
 def mean_of_subjects(subjects: Mapping[str, SubjectResult]) -> dict[str, Metric]:
@@ -87,7 +95,9 @@ def mean_of_subjects(subjects: Mapping[str, SubjectResult]) -> dict[str, Metric]
         if len(values) == len(subjects):
             known = len(errors) == len(values)
             error = math.sqrt(sum(each**2 for each in errors)) / len(errors) if known else None
-            means[name] = Metric(value=sum(values) / len(values), stderr=error)
+            directions = {metric.higher_is_better for metric in found}
+            higher = directions.pop() if len(directions) == 1 else None
+            means[name] = Metric(value=sum(values) / len(values), stderr=error, higher_is_better=higher)
     return means
 
 
