@@ -7,7 +7,9 @@ end compares two real ones.
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
+import io
 import itertools
 import json
 import math
@@ -29,10 +31,12 @@ from filelock import FileLock
 from scipy import stats
 
 import tiny
+from dataflex.compare import command, experiment, page
 from dataflex.compare.command import compare
 from dataflex.compare.experiment import load, merged
 from dataflex.compare.outcome import gather
 from dataflex.compare.page import cost_chart, forest_charts
+from dataflex.compare.result import state_of
 from dataflex.compare.runner import Workers
 from dataflex.compare.statistics import bootstrap_interval, difference, sentence, t_interval
 from dataflex.errors import ConfigError
@@ -62,6 +66,7 @@ def write(path, value):
 if command == "eval":
     for task in yaml.safe_load((folder / "tasks.yaml").read_text()):
         metrics = {"acc": {"value": 0.5 + seed / 100, "stderr": 0.01}, "acc_norm": {"value": 0.4, "stderr": None}}
+        metrics["acc"]["higher_is_better"] = True  # of the other, nothing is said
         subjects = {"law": {"samples": 2, "metrics": {"acc": {"value": 1.0, "stderr": 0.0}}}}
         found = {"task": task["name"], "metrics": metrics, "subjects": subjects, "chance": 0.25, "seconds": 2.0}
         write(record / "tasks" / (task["name"] + ".json"), found)
@@ -74,6 +79,8 @@ write(record / "config.yaml", {"llamafactory": config, "dataflex": config["dataf
 if behaviour == "crash":
     print("Traceback (most recent call last):\\n  ...\\nRuntimeError: out of luck")
     sys.exit(1)
+if behaviour == "edits":
+    (data / "alpha.json").write_text("[]")
 if behaviour == "slow" and not (folder / "checkpoint-2").exists():
     checkpoint = folder / "checkpoint-2"
     checkpoint.mkdir()
@@ -84,6 +91,7 @@ random.seed(f"{variant} {seed}")
 loss = 2.0 + seed + {"better": -0.5, "worse": 0.5}.get(variant, 0.0) + random.uniform(-0.01, 0.01)
 budget = config["dataflex"].get("train_tokens") or 1000
 tokens = {"short": budget - 1, "long": budget + 400}.get(behaviour, budget + 3)
+loss = float("nan") if behaviour == "diverges" else loss
 numbers = {"loss": loss, "perplexity": 2.718281828 ** loss, "bits_per_byte": loss / 3}
 domain = {**numbers, "tokens": 10, "bytes": 30, "samples": 2}
 costs = {"train_seconds": 8.0, "decision_seconds": 1.0, "evaluate_seconds": 0.5}
@@ -129,6 +137,7 @@ class Lab:
             },
             "seeds": [1, 2, 3],
             "equal": {"steps": 4},
+            "metrics": ["token_weighted_loss"],
         }
         self.write()
 
@@ -147,7 +156,7 @@ class Lab:
     def launches(self) -> list[tuple[str, str, int]]:
         """Return command, variant and seed of every process since the last call."""
         file = self.data / "launches.txt"
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
         file.unlink(missing_ok=True)
         self.arguments = [(line[3], line[4]) for line in lines]
         return [(line[0], line[1], line[2]) for line in lines]
@@ -164,8 +173,22 @@ class Lab:
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Lab:
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    monkeypatch.setattr(page, "write", lambda outcome: None)  # it takes a second
     return Lab(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, str]:
+    """A comparison that was run, with all its metrics and its page, and what it printed."""
+    lab = Lab(tmp_path_factory.mktemp("whole"))
+    lab.write(equal={"tokens": 500}, metrics=None)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert lab.compare(dry_run=True) == 0
+        assert not lab.output.exists()
+        assert lab.compare() == 0
+    return lab, said.getvalue()
 
 
 def all_runs(*variants: str) -> list[tuple[str, str, int]]:
@@ -200,35 +223,38 @@ def test_the_bootstrap_covers_the_truth_with_many_seeds_only() -> None:
     rng = np.random.default_rng(1)
     covered = {}
     for seeds in (3, 40):
-        low, high = bootstrap_interval(rng.normal(0.3, 2.0, (2000, seeds)), 999)
+        low, high = bootstrap_interval(rng.normal(0.3, 2.0, (1000, seeds)), 499)
         covered[seeds] = np.mean((low <= 0.3) & (high >= 0.3))
     assert 0.93 <= covered[40] <= 0.97
     assert covered[3] < 0.85  # why nothing is concluded from it
 
 
 @pytest.mark.parametrize(
-    "metric, own, finding, said",
+    "higher, own, finding, said",
     [
+        (False, [0.9, 1.88, 2.92], "better", "a: token-weighted loss 0.1000 lower than b at 9 steps, 3"),
+        (False, [1.1, 2.12, 3.08], "worse", "0.1000 higher than b"),
+        (True, [1.1, 2.12, 3.08], "better", "0.1000 higher than b"),
+        (True, [0.9, 1.88, 2.92], "worse", "0.1000 lower than b"),
+        (None, [1.1, 2.12, 3.08], "no claim", "whether higher or lower is better is not known, so no claim"),
+        (False, [1.1, 1.9, 3.0], "unclear", "no difference from b can be told from 3 seeds (mean +0"),
+        (False, [1.5], "no claim", "a (1 of 3 seeds): token-weighted loss 0.5000 higher than b with the one seed comp"),
         (
-            "token_weighted_loss",
-            [0.9, 1.88, 2.92],
-            "better",
-            "a: token-weighted loss 0.1000 lower than b at 9 steps, 3",
+            False,
+            [1.5, 2.5],
+            "no claim",
+            "a (2 of 3 seeds): token-weighted loss 0.5000 higher than b in each of 2 seeds",
         ),
-        ("token_weighted_loss", [1.1, 2.12, 3.08], "worse", "0.1000 higher than b"),
-        ("mmlu/acc", [1.1, 2.12, 3.08], "better", "a: mmlu acc 0.1000 higher than b"),
-        ("mmlu/acc", [0.9, 1.88, 2.92], "worse", "0.1000 lower than b"),
-        ("unweighted_loss", [1.1, 1.9, 3.0], "unclear", "no difference from b can be told from 3 seeds (mean +0"),
-        ("unweighted_loss", [1.5], "no claim", "no claim is possible from one seed"),
-        ("unweighted_loss", [1.5, 2.5], "no claim", "0.5000 higher than b in each of 2 seeds alike"),
-        ("unweighted_loss", [], "no data", "there is no seed in which both have the number"),
+        (False, [], "no data", "there is no seed in which both have the number"),
     ],
 )
-def test_sentences_say_what_the_interval_supports(metric: str, own: list[float], finding: str, said: str) -> None:
+def test_sentences_say_what_the_interval_supports(
+    higher: bool | None, own: list[float], finding: str, said: str
+) -> None:
     others = {1: 1.0, 2: 2.0, 3: 3.0, 4: 9.0}
-    found = difference("a", "b", metric, dict(zip((1, 2, 3), own, strict=False)), others)
+    found = difference("a", "b", "token_weighted_loss", dict(zip((1, 2, 3), own, strict=False)), others, higher)
     assert found.finding == finding
-    text = sentence(found, "9 steps")
+    text = sentence(found, "9 steps", 3)
     assert said in text
     if found.interval is not None:
         expected = stats.ttest_rel(own, [1.0, 2.0, 3.0]).confidence_interval(0.95)
@@ -239,7 +265,7 @@ def test_sentences_say_what_the_interval_supports(metric: str, own: list[float],
 
 
 def test_only_seeds_of_both_are_paired() -> None:
-    found = difference("a", "b", "x_loss", {1: 1.0, 2: 5.0, 4: 7.0}, {2: 4.0, 3: 0.0, 4: 5.5})
+    found = difference("a", "b", "x_loss", {1: 1.0, 2: 5.0, 4: 7.0}, {2: 4.0, 3: 0.0, 4: 5.5}, False)
     assert (found.seeds, found.values, found.mean) == ((2, 4), (1.0, 1.5), 1.25)
 
 
@@ -251,6 +277,26 @@ def test_overrides_are_merged_and_null_takes_away() -> None:
     change = {"b.d.e": 5, "b": {"c": None, "g": {"h": 6}}, "list": [7], "a": None, "new.key": "x"}
     assert merged(base, change) == {"b": {"d": {"e": 5, "f": 4}, "g": {"h": 6}}, "list": [7], "new": {"key": "x"}}
     assert base["b"]["c"] == 2
+
+
+def test_another_method_has_none_of_the_parameters_of_the_base() -> None:
+    mix = {"method": "static", "weights": [1]}
+    base = {"dataflex": {"select": {"method": "loss", "focus": "low"}, "mix": mix, "seed": 1}, "x": 1}
+
+    def select(change: dict[str, Any]) -> Any:
+        result = merged(base, change)
+        assert (result["x"], result["dataflex"]["mix"], result["dataflex"]["seed"]) == (1, mix, 1)
+        return result["dataflex"].get("select")
+
+    assert select({"dataflex.select": {"method": "less", "rule": "sample"}}) == {"method": "less", "rule": "sample"}
+    assert select({"dataflex.select.method": "random"}) == {"method": "random"}
+    assert select({"dataflex.select": {"method": "loss", "rule": "sample"}}) == {
+        **base["dataflex"]["select"],
+        "rule": "sample",
+    }
+    assert select({"dataflex.select.focus": "high"}) == {"method": "loss", "focus": "high"}
+    assert select({"dataflex": {}}) == {"method": "loss", "focus": "low"}
+    assert select({"dataflex": {"select": None}}) is None
 
 
 def test_a_run_is_trained_with_what_the_experiment_says(lab: Lab) -> None:
@@ -287,17 +333,31 @@ def test_a_key_stands_for_everything_a_run_depends_on(lab: Lab) -> None:
     assert len(set(first.values())) == 9
     lab.write(metrics=["held_loss"], output_dir=str(lab.folder / "elsewhere"))
     assert keys() == first
+    big = "1" * 2**20
     changes = {
         "data/alpha.json": '[{"instruction": "x", "input": "", "output": "y"}]',
         "data/held.json": "[]",
         "model/config.json": '{"x": 1}',
-        "model/weights.bin": "1",
+        "model/chat_template.jinja": "1",
+        "model/model.safetensors": big + "1" + big,
+        "adapter/adapter_config.json": "{}",
+        "other adapter/adapter_config.json": "{}",
     }
-    for name, content in changes.items():
+    lab.base["adapter_name_or_path"] = f"{lab.folder / 'adapter'}, {lab.folder / 'other adapter'}"
+    lab.base["default_system"] = "~nobody_of_this_name/a\\0 " + "long " * 2000  # neither a file nor a reason to fail
+    lab.write()
+    first = keys()
+    for name, content in [*changes.items(), ("model/model.safetensors", big + "1" + big[:-1] + "2")]:
+        (lab.folder / name).parent.mkdir(exist_ok=True)
         (lab.folder / name).write_text(content)
         now = keys()
         assert not set(now.values()) & set(first.values()), name
         first = now
+    # What a training into or below the folder of the model leaves, is no part of the model.
+    for name in ("trainer_state.json", "all_results.json", "training_args.bin", "report.html", "saves/config.json"):
+        (lab.folder / "model" / name).parent.mkdir(exist_ok=True)
+        (lab.folder / "model" / name).write_text("1")
+    assert keys() == first
     (lab.data / "gamma.json").write_text("[]")  # no run names it
     assert keys() == first
     lab.settings["variants"]["worse"]["learning_rate"] = 0.2
@@ -347,6 +407,14 @@ BAD = [
         "variants.a.eval_dataset: 'gamma' here and 'held,beta' in 'plain'",
     ),
     (variants(a={**RANDOM, "load_best_model_at_end": True}), "variants.a.load_best_model_at_end: True: not in"),
+    (
+        variants(a={**RANDOM, "deepspeed": "x.json"}),
+        "variants.a.deepspeed: 'x.json': not in a comparison: each run is one",
+    ),
+    (
+        variants(a={**RANDOM, "gradient_accumulation_steps": 2}),
+        "variants.a: trains on 4 samples in a step (per_device_train_batch_size x gradient_accumulation_steps) and 'p",
+    ),
     (tasks({"file": "mmul.jsonl"}), "evaluate.tasks.0.mmul.file: no such file"),
     (tasks("nowhere.jsonl"), "evaluate.tasks.0"),
     (
@@ -390,23 +458,52 @@ def test_bad_input_is_named_before_anything_runs(lab: Lab) -> None:
     assert not lab.output.exists()
 
 
+def test_what_the_budget_and_the_machine_allow(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = {**RANDOM, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    lab.write(output_dir="~/out", **variants(a=same))
+    monkeypatch.setenv("HOME", str(lab.folder))
+    assert load(lab.file).output == lab.folder / "out"  # as many samples in a step
+    lab.write(equal={"tokens": 500}, **variants(a={**RANDOM, "gradient_accumulation_steps": 2}))
+    load(lab.file)
+    lab.write(equal={"wall_clock": 60})
+    with pytest.raises(ConfigError, match=r"--jobs: 2 runs at a time on 1 device take each other's time"):
+        lab.compare(jobs=2)
+    with pytest.raises(ConfigError, match=r"--jobs: 3 runs at a time on 2 devices"):
+        compare(lab.file, program=lab.program, at_once=Workers(3, ("0", "1")))
+    assert lab.launches() == []
+    (lab.folder / "mmlu.jsonl").write_text(question("who ?"))
+    lab.write(**tasks("mmlu.jsonl"))
+    monkeypatch.setattr(experiment, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'evaluate: needs lm-evaluation-harness: pip install "dataflex\[eval\]"'):
+        load(lab.file)
+
+
+def test_ctrl_c_while_the_experiment_is_read(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "load", interrupted)
+    assert lab.compare() == 130
+    assert f"dataflex-cli compare {lab.file}" in capsys.readouterr().err
+
+
 # Running.
 
 
-def test_everything_is_run_once_and_read_right(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    lab.write(equal={"tokens": 500})
-    assert lab.compare(dry_run=True) == 0
-    said = capsys.readouterr().out
-    assert said.count("to run") == 9
-    assert "9 runs to go: 4,500 tokens in all; the seconds are not known before a run is complete." in said
-    assert not lab.output.exists()
-    assert lab.compare() == 0
+def test_everything_is_run_once_and_read_right(
+    whole: tuple[Lab, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab, out = whole
+    monkeypatch.setattr(page, "write", lambda outcome: None)
+    assert out.count("to run") == 10  # nine in the plan, and their number when they are begun
+    assert "9 runs to go: 4,500 tokens in all; the seconds are not known before a run is complete." in out
     assert sorted(lab.launches()) == sorted(all_runs("plain", "better", "worse"))
     assert {threads for _, threads in lab.arguments} <= {
         os.environ.get("OMP_NUM_THREADS"),
         str(max(1, len(os.sched_getaffinity(0)) // 2)),
     }
-    out = capsys.readouterr().out
     losses = {}
     for variant, seed in itertools.product(("plain", "better", "worse"), (1, 2, 3)):
         summary = json.loads((lab.folder_of(variant, seed) / "dataflex" / "summary.json").read_text())
@@ -436,10 +533,9 @@ def test_everything_is_run_once_and_read_right(lab: Lab, capsys: pytest.CaptureF
     assert "Nothing to do." in capsys.readouterr().out
 
 
-def test_the_page_shows_the_differences(lab: Lab) -> None:
+def test_the_page_shows_the_differences(whole: tuple[Lab, str]) -> None:
     pytest.importorskip("plotly")
-    lab.write(seeds=[1, 2])
-    assert lab.compare() == 0
+    lab, _ = whole
     assert "Comparison with plain" in (lab.output / "comparison.html").read_text()
     outcome = gather(load(lab.file))
     loss, bits = forest_charts(outcome)
@@ -468,18 +564,75 @@ def unpacked(values: dict[str, str]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
 
 
-def test_an_edited_variant_alone_is_run_again(lab: Lab) -> None:
-    lab.write(seeds=[1])
-    assert lab.compare(jobs=3) == 0
+def test_only_what_is_missing_is_made(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.write(seeds=[1], **variants(better=RANDOM))
+    assert lab.compare() == 0
     lab.launches()
     old = lab.folder_of("better", 1)
     lab.settings["variants"]["better"] = {"dataflex.select": {"method": "loss", "focus": "low"}}
     lab.write()
-    assert lab.compare(jobs=3) == 0
+    assert lab.compare() == 0
     assert lab.launches() == [("train", "better", 1)]
     assert lab.folder_of("better", 1) != old
     assert (old / "complete.json").is_file()
-    assert len(lab.rows()) == 3
+    assert len(lab.rows()) == 2
+
+    # Cut off between the training and its end.
+    folder = lab.folder_of("plain", 1)
+    (folder / "complete.json").write_text("{half")
+    assert lab.compare(dry_run=True) == 0
+    assert re.search(r"plain\s+1\s+to record\s+\S+\s+0\n", capsys.readouterr().out)
+    assert lab.compare() == 0
+    assert lab.launches() == []
+    # The model was saved and the evaluation after it was not made: LLaMA-Factory refuses such a folder.
+    summary = json.loads((folder / "dataflex" / "summary.json").read_text())
+    (folder / "complete.json").unlink()
+    (folder / "dataflex" / "summary.json").write_text(json.dumps({**summary, "evaluation": {}}))
+    assert lab.compare() == 0
+    assert lab.launches() == [("train", "plain", 1)]
+    assert lab.arguments[0][0] == ["overwrite_output_dir=true"]
+
+    # Folders of others.
+    key = json.loads((folder / "key.json").read_text())
+    (folder / "key.json").write_text(json.dumps({**key, "format": 2}))
+    with pytest.raises(ConfigError, match=r"key.json: expected format 1 .* found format 2"):
+        lab.compare()
+    (folder / "key.json").write_text(json.dumps(key)[:20])
+    with pytest.raises(ConfigError, match=r"key.json is not readable JSON"):
+        lab.compare()
+
+
+def test_what_changed_meanwhile_is_not_compared(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.write(seeds=[1], **variants(better=RANDOM, worse={"dataflex.mix.method": "uniform"}))
+    before = (lab.data / "alpha.json").read_text()
+    lab.behave({"better/1": "edits"})
+    assert lab.compare(jobs=1) == 1
+    assert lab.launches() == [("train", "plain", 1), ("train", "better", 1)]  # the third is not begun
+    said = capsys.readouterr().err
+    changed = (
+        re.escape(str(lab.data / "alpha.json")) + " changed while the comparison was at work; give the command again"
+    )
+    assert len(re.findall(rf"(better|worse)/seed 1: failed after \d+ s: {changed}", said)) == 2
+    assert "complete.json" not in " ".join(path.name for path in lab.output.glob("runs/better/*/*"))
+    assert len(list(lab.output.glob("runs/better/*-changed-1/adapter_model.safetensors"))) == 1
+    (lab.data / "alpha.json").write_text(before)
+    lab.behave({})
+    assert lab.compare(jobs=1) == 0  # what was trained on other data is not taken for this
+    assert lab.launches() == [("train", "better", 1), ("train", "worse", 1)]
+
+
+def test_files_that_cannot_be_written(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.write(seeds=[1], **variants(better=RANDOM))
+    folder = lab.folder_of("plain", 1)
+    folder.parent.mkdir(parents=True)
+    folder.write_text("in the way")
+    assert lab.compare() == 1
+    assert "plain/seed 1: failed after 0 s: [Errno" in capsys.readouterr().err
+    assert [(row["variant"], row["status"]) for row in lab.rows()] == [("plain", "missing"), ("better", "compared")]
+    (lab.output / "comparison.csv").unlink()
+    (lab.output / "comparison.csv").mkdir()
+    with pytest.raises(ConfigError, match=r"comparison.csv cannot be written"):
+        lab.compare()
 
 
 def test_a_crashing_variant_is_told_and_the_others_finish(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
@@ -495,7 +648,7 @@ def test_a_crashing_variant_is_told_and_the_others_finish(lab: Lab, capsys: pyte
     assert [rows["better", seed]["status"] for seed in "12"] == ["compared", "failed"]
     assert "out of luck" in rows["better", "2"]["problem"]
     sentences = " ".join(lab.result()["sentences"])
-    assert "better: token-weighted loss 0.5" in sentences
+    assert "better (1 of 2 seeds): token-weighted loss 0.5" in sentences
     assert "no claim is possible from one seed" in sentences
     assert "worse: token-weighted loss" in sentences
     assert compare(lab.file, dry_run=True) == 0
@@ -506,12 +659,21 @@ def test_a_crashing_variant_is_told_and_the_others_finish(lab: Lab, capsys: pyte
     assert {row["status"] for row in lab.rows()} == {"compared"}
 
 
+def ended(process: psutil.Process) -> bool:
+    """Return whether a process has ended, also where nobody has asked for its status."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def stopped(lab: Lab, number: int) -> tuple[int | None, str]:
     """Stop a comparison in a process of its own while seed 2 of ``better`` trains; return its status and errors."""
     lab.behave({"better/2": "slow"})
     errors = lab.folder / "errors.txt"
 
     def work() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell has it for what runs in the background
         with errors.open("w") as sys.stderr:
             sys.exit(lab.compare(jobs=1))
 
@@ -525,8 +687,11 @@ def stopped(lab: Lab, number: int) -> tuple[int | None, str]:
     trainer = psutil.Process(int((lab.data / "slow.pid").read_text()))
     assert process.pid is not None
     os.kill(process.pid, number)
-    psutil.wait_procs([trainer], timeout=10)
-    assert not trainer.is_running()
+    for _ in range(1500):
+        if ended(trainer):
+            break
+        time.sleep(0.01)
+    assert ended(trainer)
     process.join(20)
     return process.exitcode, errors.read_text()
 
@@ -551,38 +716,8 @@ def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(lab: Lab, capsys: pytest.Cap
     assert f"dataflex-cli compare {lab.file}" in said
     assert lab.compare(dry_run=True) == 0
     out = capsys.readouterr().out
-    assert out.count("complete") >= 1
-    assert "to resume" in out
-
-
-def test_a_run_cut_off_between_training_and_its_end_is_only_completed(lab: Lab) -> None:
-    lab.write(seeds=[1], **variants(better=RANDOM))
-    assert lab.compare() == 0
-    lab.launches()
-    folder = lab.folder_of("plain", 1)
-    (folder / "complete.json").write_text("{half")
-    assert lab.compare() == 0
-    assert lab.launches() == []
-    # The model was saved and the evaluation after it was not made: LLaMA-Factory refuses such a folder.
-    summary = json.loads((folder / "dataflex" / "summary.json").read_text())
-    (folder / "complete.json").unlink()
-    (folder / "dataflex" / "summary.json").write_text(json.dumps({**summary, "evaluation": {}}))
-    assert lab.compare() == 0
-    assert lab.launches() == [("train", "plain", 1)]
-    assert lab.arguments[0][0] == ["overwrite_output_dir=true"]
-
-
-def test_folders_of_others_are_left_alone(lab: Lab) -> None:
-    lab.write(seeds=[1], **variants(better=RANDOM))
-    assert lab.compare() == 0
-    folder = lab.folder_of("plain", 1)
-    key = json.loads((folder / "key.json").read_text())
-    (folder / "key.json").write_text(json.dumps({**key, "format": 2}))
-    with pytest.raises(ConfigError, match=r"key.json: expected format 1 .* found format 2"):
-        lab.compare()
-    (folder / "key.json").write_text(json.dumps(key)[:20])
-    with pytest.raises(ConfigError, match=r"key.json is not readable JSON"):
-        lab.compare()
+    assert re.search(r"plain\s+2\s+complete", out)
+    assert re.search(r"better\s+2\s+to resume", out)
 
 
 def test_two_comparisons_at_once_are_refused(lab: Lab) -> None:
@@ -590,43 +725,96 @@ def test_two_comparisons_at_once_are_refused(lab: Lab) -> None:
     with FileLock(lab.output / ".lock"), pytest.raises(ConfigError, match=r"another comparison is at work in"):
         lab.compare()
     assert lab.launches() == []
+    lab.write(seeds=[1], **variants(better=RANDOM))
+    assert lab.compare() == 0
+    with FileLock(lab.output / ".lock", timeout=0):  # it was given back
+        pass
 
 
-def test_runs_that_cannot_be_compared_are_named_and_left_out(lab: Lab) -> None:
-    lab.write(equal={"tokens": 500})
-    lab.behave({"better/1": "fingerprint", "better/2": "short", "worse/3": "long"})
-    assert lab.compare(jobs=3) == 1
-    rows = {f"{row['variant']}/{row['seed']}": row for row in lab.rows()}
-    left_out = {name: row["problem"] for name, row in rows.items() if row["status"] == "left out"}
-    assert left_out == {
-        "better/1": "its evaluation data is another: fingerprint other, the other runs have same",
-        "better/2": "499 tokens trained on, fewer than the 500 asked for",
-        "worse/3": "900 tokens trained on, more than one step over the 500 asked for: 675 before the last step",
+def test_runs_that_cannot_be_compared_are_named_and_left_out(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.write(equal={"tokens": 500}, metrics=None)
+    lab.behave({"worse/2": "diverges", "worse/3": "long"})
+    assert lab.compare() == 1
+    assert "worse (1 of 3 seeds): token-weighted loss" in capsys.readouterr().out
+
+    def edit(variant: str, seed: int, **changes: Any) -> None:
+        file = lab.folder_of(variant, seed) / "complete.json"
+        found = json.loads(file.read_text())
+        changes = {name: {**found[name], **new} if isinstance(new, dict) else new for name, new in changes.items()}
+        file.write_text(json.dumps({**found, **changes}))
+
+    edit("better", 1, fingerprint="other")
+    edit("better", 2, costs={"tokens": 499})
+    edit("worse", 1, metrics={"unweighted_loss": math.nan})  # never written: then it lacks it
+    stored = lab.folder_of("worse", 1) / "complete.json"
+    found = json.loads(stored.read_text())
+    del found["metrics"]["unweighted_loss"]
+    stored.write_text(json.dumps(found))
+    outcome = gather(load(lab.file))
+    assert {row.run.name: row.problem for row in outcome.rows if row.problem} == {
+        "better/seed 1": "its evaluation data is another: fingerprint other, the other runs have same",
+        "better/seed 2": "499 tokens trained on, fewer than the 500 asked for",
+        "worse/seed 1": "it has no unweighted_loss, which other runs have",
+        "worse/seed 2": "token_weighted_loss is not finite: training diverged",
+        "worse/seed 3": "900 tokens trained on, more than one step over the 500 asked for: 675 before the last step",
     }
-    assert {row["status"] for name, row in rows.items() if name not in left_out} == {"compared"}
-    seeds = {found["variant"]: found["seeds"] for found in lab.result()["differences"]}
-    assert seeds == {"better": [3], "worse": [1, 2]}
+    assert {row.status for row in outcome.rows if row.problem} == {"left out"}
+    assert {found.variant: found.seeds for found in outcome.differences} == {"better": (3,), "worse": ()}
 
 
 def test_tasks_are_evaluated_and_alone_again_when_they_change(lab: Lab) -> None:
-    (lab.folder / "mmlu.jsonl").write_text(question("who ?"))
-    lab.write(seeds=[1, 2], **variants(better=RANDOM), **tasks({"file": "mmlu.jsonl", "limit": 1}))
+    """The name of the first has "loss" in it, and "error" that of the second; more of both is better."""
+    for name in ("glossary", "errors"):
+        (lab.folder / f"{name}.jsonl").write_text(question("who ?"))
+    glossary, errors = {"file": "glossary.jsonl", "limit": 1}, {"file": "errors.jsonl"}
+    lab.write(seeds=[1], metrics=None, **variants(better=RANDOM), **tasks(glossary))
     assert lab.compare() == 0
-    runs = sorted((variant, seed) for variant in ("plain", "better") for seed in (1, 2))
+    runs = [("better", 1), ("plain", 1)]
     assert sorted(lab.launches()) == sorted((command, *run) for command in ("eval", "train") for run in runs)
-    assert "mmlu/acc" in lab.result()["claims"]
+    assert lab.result()["claims"][-1] == "glossary/acc"
     for row in lab.rows():
-        assert float(row["mmlu/acc"]) == pytest.approx(0.5 + int(row["seed"]) / 100)
-        assert (row["mmlu/acc/stderr"], row["mmlu/law/acc"], row["task_seconds"]) == ("0.01", "1.0", "2.0")
-    assert "better: mmlu acc equal to plain in each of 2 seeds alike" in " ".join(lab.result()["sentences"])
-    (lab.folder / "mmlu.jsonl").write_text(question("what ?"))
-    assert lab.compare() == 0
-    assert sorted(lab.launches()) == [("eval", *run) for run in sorted(runs)]
-    assert lab.compare() == 0
-    assert lab.launches() == []
+        assert float(row["glossary/acc"]) == pytest.approx(0.51)
+        assert (row["glossary/acc/stderr"], row["glossary/law/acc"], row["task_seconds"]) == ("0.01", "1.0", "2.0")
+
+    def evaluated() -> list[tuple[str, str, int]]:
+        assert lab.compare() == 0
+        return sorted(lab.launches())
+
+    def asked() -> list[str]:
+        return [task["name"] for task in yaml.safe_load((lab.folder_of("plain", 1) / "tasks.yaml").read_text())]
+
+    lab.write(metrics=["glossary/acc", "errors/acc", "errors/acc_norm"], **tasks(glossary, errors))
+    assert {state_of(run, load(lab.file)) for run in load(lab.file).runs} == {"to evaluate"}
+    assert evaluated() == [("eval", *run) for run in runs]
+    assert asked() == ["errors"]
+    assert {row["task_seconds"] for row in lab.rows()} == {"4.0"}
+    found = {each["metric"]: each["higher_is_better"] for each in lab.result()["differences"]}
+    assert found == {"glossary/acc": True, "errors/acc": True, "errors/acc_norm": None}
+    assert "errors acc_norm (direction not known)" in (lab.output / "comparison.md").read_text()
+    lab.write(metrics=None, **tasks(errors))
+    assert evaluated() == []
+    assert "glossary/acc" not in lab.rows()[0]
+    lab.write(**tasks(glossary, errors))
+    assert evaluated() == []
+    assert "glossary/acc" in lab.rows()[0]
+    (lab.folder / "glossary.jsonl").write_text(question("what ?"))
+    assert evaluated() == [("eval", *run) for run in runs]
+    assert asked() == ["glossary"]
 
 
 # Real runs.
+
+
+@pytest.mark.launch
+def test_names_of_the_harness_are_checked_before_anything_runs(lab: Lab) -> None:
+    pytest.importorskip("lm_eval")
+    lab.write(**tasks("hellaswag", "helaswag", {"task": "arc_esy", "num_fewshot": 2}))
+    with pytest.raises(ConfigError) as error:
+        load(lab.file)
+    said = "neither a file nor a task of lm-evaluation-harness"
+    assert f"evaluate.tasks.1: {said}: 'helaswag'; did you mean 'hellaswag'?" in str(error.value)
+    assert f"evaluate.tasks.2: {said}: 'arc_esy'; did you mean 'arc_easy'?" in str(error.value)
+    assert "evaluate.tasks.0" not in str(error.value)
 
 
 @pytest.mark.launch

@@ -232,12 +232,11 @@ def load(path: Path) -> Experiment:
 
 
 def changed_file(run: Run, experiment: Experiment) -> str | None:
-    """Return what says that a file of a run is another than when the experiment was read; None where none is.
-
-    Raises:
-        ConfigError: if a file cannot be read.
-    """
-    now = contents(experiment.configs[run.variant], experiment.folder)
+    """Return what says that a file of a run is another than when the experiment was read; None where none is."""
+    try:
+        now = contents(experiment.configs[run.variant], experiment.folder)
+    except ConfigError as error:
+        return f"{error} It could be when the comparison began; give the command again."
     names = (name for name in {**run.contents, **now} if now.get(name) != run.contents.get(name))
     return _changed(next(names, None))
 
@@ -371,7 +370,7 @@ def _variant(
         if _get(raw, key) is not None:
             _remove(raw, tuple(key.split(".")))
     seed = settings.seeds[0]
-    raw |= {"do_train": True, "seed": seed, "output_dir": str(Path(settings.output_dir) / "runs" / variant)}
+    raw |= {"do_train": True, "seed": seed, "output_dir": str(expanded(settings.output_dir) / "runs" / variant)}
     raw[SECTION] = {**raw[SECTION], "seed": seed}
     amount = settings.equal
     if amount.tokens is not None:

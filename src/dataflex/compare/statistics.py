@@ -153,7 +153,7 @@ def sentence(found: Difference, budget: str, asked: int) -> str:
         budget: what all runs were given alike ("200,000 tokens").
         asked: seeds of the comparison; where fewer were compared, the sentence says so.
     """
-    few = f" ({len(found.seeds)} of {asked} seeds)" if len(found.seeds) < asked else ""
+    few = f" ({len(found.seeds)} of {asked} seeds)" if 0 < len(found.seeds) < asked else ""
     what = f"{found.variant}{few}: {title(found.metric)}"
     seeds = f"{len(found.seeds)} seeds"
     if found.mean is None:

@@ -279,7 +279,8 @@ class DynamicTrainerMixin(Trainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """Return the Trainer's sampler, which may look at the rows."""
-        return super()._get_eval_sampler(getattr(eval_dataset, "dataset", eval_dataset))
+        rows = eval_dataset.dataset if isinstance(eval_dataset, IndexedDataset) else eval_dataset
+        return super()._get_eval_sampler(rows)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run the Trainer's evaluation, and add the numbers of each evaluation set to its metrics."""
