@@ -191,17 +191,32 @@ def _folders(config: RunConfig) -> Iterator[Problem]:
     elif _holds_finished_run(config, Path(output)):
         yield Problem(
             "output_dir",
-            f"{str(output)!r} holds a trained model and no checkpoint to go on from; choose another folder, or set "
-            "overwrite_output_dir: true (the record of the earlier run is kept under another name).",
+            f"{str(output)!r} holds a finished run; choose another folder, or set overwrite_output_dir: true (its record "
+            "is kept under another name) or, where there are checkpoints, resume_from_checkpoint: true.",
         )
 
 
 def _holds_finished_run(config: RunConfig, output: Path) -> bool:
-    """Return whether LLaMA-Factory would refuse to train into the folder."""
+    """Return whether LLaMA-Factory would refuse to train into the folder, or only repeat the end of a finished run."""
     free = _truthy(config, "overwrite_output_dir") or _truthy(config, "resume_from_checkpoint")
-    if free or not _truthy(config, "do_train") or not output.is_dir() or any(output.glob("checkpoint-*")):
+    if free or config.offline or not _truthy(config, "do_train") or not output.is_dir():
         return False
+    if any(output.glob("checkpoint-*")):
+        return _finished(config, output)
     return any((output / name).is_file() for name in MODEL_FILES)
+
+
+def _finished(config: RunConfig, output: Path) -> bool:
+    """Return whether a run came to its end in the folder, its last evaluation included."""
+    evaluates = _truthy(config, "do_eval") or _truthy(config, "eval_strategy")
+    files = [output / "trainer_state.json", *([output / "eval_results.json"] if evaluates else [])]
+    began = output / "dataflex" / "config.yaml"
+    try:
+        steps = json.loads((output / "dataflex" / "summary.json").read_bytes())["steps"]
+        reached = json.loads(files[0].read_bytes())["global_step"]
+        return bool(steps == reached) and all(file.stat().st_mtime >= began.stat().st_mtime for file in files)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _datasets(config: RunConfig) -> Iterator[Problem]:

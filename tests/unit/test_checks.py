@@ -242,3 +242,22 @@ def test_what_ends_a_run(
     problems = found(keys, section, **changes)
     assert problems.keys() == {key}
     assert text in problems[key]
+
+
+def test_a_finished_run_is_not_trained_into(keys: dict[str, Any], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / "dataflex").mkdir(parents=True)
+    (output / "checkpoint-4").mkdir()
+    (output / "dataflex" / "config.yaml").write_text("{}")
+    assert found(keys, SELECT) == {}  # cut off
+    (output / "dataflex" / "summary.json").write_text(json.dumps({"steps": 4}))
+    assert found(keys, SELECT) == {}  # before the model was saved
+    (output / "trainer_state.json").write_text(json.dumps({"global_step": 4}))
+    assert "resume_from_checkpoint" in found(keys, SELECT)["output_dir"]
+    assert found(keys, SELECT, resume_from_checkpoint=True) == {}
+    assert found(keys, SELECT, overwrite_output_dir=True) == {}
+    assert found(keys, SELECT, do_eval=True) == {}  # the evaluation after training is missing
+    (output / "eval_results.json").write_text("{}")
+    assert "finished" in found(keys, SELECT, do_eval=True)["output_dir"]
+    (output / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    assert found(keys, SELECT) == {}  # of an earlier training

@@ -380,3 +380,14 @@ def test_built_in_methods() -> None:
 def test_the_nearest_of_a_few_values_is_named() -> None:
     with pytest.raises(ConfigError, match=r"select\.sketch: .*'count'.* got 'cout'; did you mean 'count'\?"):
         split_config({"dataflex": {"select": {"method": "less", "sketch": "cout"}}})
+
+
+def test_another_method_leaves_the_old_ones_parameters_behind(tmp_path: Path) -> None:
+    section = {"select": {"method": "loss", "focus": "low"}, "mix": {"method": "proportional", "temperature": 2.0}}
+    config = load(tmp_path, section, "dataflex.select.method=random")
+    assert config.dataflex is not None
+    assert config.dataflex.select == {"method": "random"}
+    assert config.dataflex.mix == {"method": "proportional", "temperature": 2.0}
+    same = load(tmp_path, section, "dataflex.select.method=loss", "dataflex.select.focus_weight=2")
+    assert same.dataflex is not None
+    assert same.dataflex.select == {"method": "loss", "focus": "low", "focus_weight": 2}

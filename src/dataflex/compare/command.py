@@ -172,8 +172,9 @@ def _cost(experiment: Experiment, states: dict[Run, State], expected_of: dict[Ru
     measured = [seconds for run in missing if (seconds := expected_of[run]) is not None]
     if len(measured) == len(missing):
         return (
-            f"{runs}: about {sum(measured):,.0f} seconds one after another, judged by the complete runs; the start of "
-            "each process is not counted, and what checkpoints save is not taken off."
+            f"{runs}: about {sum(measured):,.0f} seconds one after another, judged by the complete runs (of other "
+            "variants where one has none: its decisions may cost more); the start of each process is not counted, and "
+            "what checkpoints save is not taken off."
         )
     total = equal.amount * sum(state in ("to run", "to resume") for state in states.values())
     if equal.wall_clock is not None:

@@ -21,8 +21,7 @@ from dataflex.compare.settings import ExperimentSettings, problem_of, read_setti
 from dataflex.config import SECTION, RunConfig, parse_config
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.record.versions import installed_versions
-from dataflex.registry import CONFIG_KEYS
-from dataflex.yaml_file import read_yaml
+from dataflex.yaml_file import read_yaml, without_other_methods
 
 if TYPE_CHECKING:
     from dataflex.evaluation.tasks import TaskSettings
@@ -300,31 +299,13 @@ def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
         OmegaConfBaseException: if they cannot be merged.
     """
     nested = _nested(change)
-    kept = _without_other_methods(base, OmegaConf.to_container(nested))
+    kept = without_other_methods(base, OmegaConf.to_container(nested))
     result = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(kept), nested), resolve=True)
     assert isinstance(result, dict)
     for path, value in _leaves(OmegaConf.to_container(nested)):
         if value is None:
             _remove(result, path)
     return {str(key): value for key, value in result.items()}
-
-
-def _without_other_methods(base: Mapping[str, Any], change: Any) -> dict[str, Any]:
-    """Return the base without the families of which the change names another method."""
-    section = base.get(SECTION)
-    if not isinstance(section, Mapping):
-        return dict(base)
-    others = [
-        family
-        for family in CONFIG_KEYS
-        if (old := _method(section, family)) and (new := _method(change.get(SECTION), family)) and new != old
-    ]
-    return {**base, SECTION: {key: value for key, value in section.items() if key not in others}}
-
-
-def _method(section: Any, family: str) -> Any:
-    given = section.get(family) if isinstance(section, Mapping) else None
-    return given.get("method") if isinstance(given, Mapping) else None
 
 
 def _nested(change: Mapping[str, Any]) -> Any:

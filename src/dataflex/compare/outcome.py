@@ -13,7 +13,7 @@ from dataflex.compare.statistics import Difference, chance_line, difference, sen
 _DEFAULT_CLAIMS = ("token_weighted_loss", "unweighted_loss", "token_weighted_bits_per_byte")
 _TASK_CLAIMS = ("acc", "exact_match")
 _TOO_LONG = 1.05
-"""Seconds over the budget, as a factor, from which a run is named."""
+"""What is spent over the budget, as a factor, from which it is said."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,11 @@ def _notes(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
             notes.append(
                 f"More than 5 % over the {limit:,.0f} seconds, by a long last step or decision: {', '.join(over)}."
             )
+    tokens = experiment.settings.equal.tokens
+    if tokens is not None:
+        most = max((row.result.costs["tokens"] for row in rows if row.result is not None), default=0)
+        if most > _TOO_LONG * tokens:
+            notes.append(f"A run ends with a whole step: up to {most:,.0f} tokens were trained on, not {tokens:,}.")
     if 1 < seeds < 30:
         notes.append(
             "Findings are those of the t interval of the differences by seed. The bootstrap interval is too narrow for "

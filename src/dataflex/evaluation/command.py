@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from dataflex import assets
-from dataflex.errors import ConfigError, Problem
+from dataflex.errors import ConfigError, Problem, did_you_mean
 from dataflex.evaluation.downstream import evaluate_tasks
 from dataflex.evaluation.results import result_tables
 from dataflex.evaluation.tasks import read_settings, task_problems
@@ -59,8 +59,9 @@ def resolve_target(named: str, adapter: Path | None = None) -> Target:
         return Target(assets.resolve(named), adapter, None)
     folder = Path(named).expanduser()
     if not folder.exists():
-        if not _HUB_NAME.fullmatch(named):
-            raise ConfigError(f"no such run or model folder: {named}")
+        if not _HUB_NAME.fullmatch(named) or (len(folder.parts) > 1 and folder.parent.is_dir()):
+            beside = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+            raise ConfigError(f"no such run or model folder: {named}{did_you_mean(str(folder), beside) or '.'}")
         return Target(named, adapter, None)
     if not folder.is_dir():
         raise ConfigError(f"{named} is a file; expected a run folder, a model folder, asset:NAME or a hub name.")
