@@ -48,18 +48,7 @@ def evaluate_tasks(
         ConfigError: with every problem of the tasks before anything is loaded; where lm-eval is not installed; where
             a task's data or the model cannot be loaded; where memory runs out.
     """
-    files: dict[str, FileTask] = {}
-    problems: list[Problem] = []
-    for settings in tasks:
-        if settings.task is not None:
-            problems += task_problems(settings)
-            continue
-        loaded, found = load_task(settings)
-        problems += found
-        if loaded is not None:
-            files[settings.name] = loaded.limited(seed)
-    if problems:
-        raise ConfigError(problems=problems, source="--tasks")
+    files = _loaded(tasks, seed)
     if find_spec("lm_eval") is None:
         raise ConfigError('downstream evaluation needs lm-evaluation-harness: pip install "dataflex[eval]".')
     try:
@@ -118,6 +107,27 @@ def evaluate_tasks(
         write_atomically(output / f"{settings.name}.json", (result.model_dump_json(indent=2) + "\n").encode())
         results.append(result)
     return results
+
+
+def _loaded(tasks: Sequence[TaskSettings], seed: int) -> dict[str, FileTask]:
+    """Return the questions of each task that has a file, by its name.
+
+    Raises:
+        ConfigError: with every problem of all tasks.
+    """
+    files: dict[str, FileTask] = {}
+    problems: list[Problem] = []
+    for settings in tasks:
+        if settings.task is not None:
+            problems += task_problems(settings)
+            continue
+        loaded, found = load_task(settings)
+        problems += found
+        if loaded is not None:
+            files[settings.name] = loaded.limited(seed)
+    if problems:
+        raise ConfigError(problems=problems, source="--tasks")
+    return files
 
 
 def _chance_notes(metrics: Mapping[str, Metric], chances: Sequence[float]) -> list[str]:

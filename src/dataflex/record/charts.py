@@ -322,20 +322,28 @@ def scores(run: MeasuredRun, runs: Sequence[MeasuredRun]) -> Chart:
 
 def overlap(runs: Sequence[MeasuredRun]) -> Chart:
     """Jaccard similarity of consecutive plans, all runs."""
-    title = "Overlap of consecutive rounds"
+    caption = "Samples in both plans over samples in either; 1: the same set."
+    chart = Chart("Data", "Overlap of consecutive rounds", caption, None)
+    curves = [run.coverage.overlap if run.coverage else [] for run in runs]
     reason = "no run has two rounds whose plans are in its folder."
-    chart = _lines(
-        runs,
-        Chart("Data", title, "Samples in both plans over samples in either; 1: the same set.", None),
-        [run.coverage.overlap if run.coverage else [] for run in runs],
-        ("round", "Jaccard similarity"),
-        1,
-    )
-    if chart.figure is None:
-        return Chart("Data", title, reason, None)
-    chart.figure["layout"]["yaxis"] |= {"rangemode": "tozero"}
-    whole_numbers(chart.figure, max(len(run.record.rounds) for run in runs))
-    return chart
+    return _by_round(runs, chart, curves, "Jaccard similarity", {"rangemode": "tozero"}, reason)
+
+
+def _by_round(
+    runs: Sequence[MeasuredRun],
+    chart: Chart,
+    curves: Sequence[Points],
+    y_title: str,
+    y_axis: dict[str, object],
+    reason: str,
+) -> Chart:
+    """Return a chart with a line per run against the round; ``reason`` is said where no run has one."""
+    drawn = _lines(runs, chart, curves, ("round", y_title), 1)
+    if drawn.figure is None:
+        return Chart(chart.section, chart.title, reason, None)
+    drawn.figure["layout"]["yaxis"] |= y_axis
+    whole_numbers(drawn.figure, max(len(run.record.rounds) for run in runs))
+    return drawn
 
 
 def seen(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> Chart:
@@ -372,19 +380,11 @@ _NO_PLANS = "the run has no plans in its folder (one that only weights its sampl
 
 def repeats(runs: Sequence[MeasuredRun]) -> Chart:
     """Share of each plan's samples that were planned before, all runs."""
-    title = "Repeated samples in each round"
-    chart = _lines(
-        runs,
-        Chart("Data", title, "Samples planned before, in an earlier round or earlier in the same, over all.", None),
-        [run.coverage.repeats if run.coverage else [] for run in runs],
-        ("round", "share of the plan's samples"),
-        1,
-    )
-    if chart.figure is None:
-        return Chart("Data", title, "no run has plans in its folder.", None)
-    chart.figure["layout"]["yaxis"] |= {"range": [-0.02, 1.02]}
-    whole_numbers(chart.figure, max(len(run.record.rounds) for run in runs))
-    return chart
+    caption = "Samples planned before, in an earlier round or earlier in the same, over all."
+    chart = Chart("Data", "Repeated samples in each round", caption, None)
+    curves = [run.coverage.repeats if run.coverage else [] for run in runs]
+    reason = "no run has plans in its folder."
+    return _by_round(runs, chart, curves, "share of the plan's samples", {"range": [-0.02, 1.02]}, reason)
 
 
 def times(runs: Sequence[MeasuredRun]) -> Chart:
@@ -492,18 +492,9 @@ def _cost_bar(name: str, rows: list[int], seconds: list[float], number: int) -> 
 def decision_seconds(runs: Sequence[MeasuredRun]) -> Chart:
     """Seconds that each round's decision took, all runs."""
     title = "Seconds of each decision"
-    chart = _lines(
-        runs,
-        Chart("Cost", title, "Seconds between two rounds spent on the plan of the next.", None),
-        [[(each.round, each.cost.seconds) for each in run.record.rounds] for run in runs],
-        ("round", "seconds"),
-        1,
-    )
-    if chart.figure is None:
-        return Chart("Cost", title, "no run records a round.", None)
-    chart.figure["layout"]["yaxis"] |= {"rangemode": "tozero"}
-    whole_numbers(chart.figure, max(len(run.record.rounds) for run in runs))
-    return chart
+    chart = Chart("Cost", title, "Seconds between two rounds spent on the plan of the next.", None)
+    curves = [[(each.round, each.cost.seconds) for each in run.record.rounds] for run in runs]
+    return _by_round(runs, chart, curves, "seconds", {"rangemode": "tozero"}, "no run records a round.")
 
 
 def tasks(runs: Sequence[MeasuredRun]) -> list[Chart]:
