@@ -5,6 +5,7 @@ What a component of your own needs is here; everything else is reached through `
 
 from dataflex.components import (
     ComponentParams,
+    DomainParams,
     Group,
     Mixer,
     MixerParams,
@@ -13,6 +14,7 @@ from dataflex.components import (
     Selection,
     Selector,
     SelectorParams,
+    StepContext,
     StepStatistics,
     Weighter,
     WeighterParams,
@@ -23,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ComponentParams",
+    "DomainParams",
     "Group",
     "Mixer",
     "MixerParams",
@@ -31,6 +34,7 @@ __all__ = [
     "Selection",
     "Selector",
     "SelectorParams",
+    "StepContext",
     "StepStatistics",
     "Weighter",
     "WeighterParams",

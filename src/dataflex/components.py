@@ -7,17 +7,19 @@ steps, the same on any number of processes, exact resume, and a record of every 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from dataflex.data.sampling import IndexArray, PassSampler
-from dataflex.errors import ComponentError
+from dataflex.errors import ComponentError, ConfigError, unknown
 from dataflex.selection import ScoreArray, ranks_among, ranks_of_best, sample_softmax, top_k
 
 if TYPE_CHECKING:
@@ -85,6 +87,14 @@ class Probe(Protocol):
 
     def embeddings(self, indices: IndexArray) -> ScoreArray:
         """Return mean-pooled hidden states of the last layer scaled to length 1, shape (n, hidden), float32."""
+        ...
+
+    def expert_loads(self, indices: IndexArray) -> ScoreArray:
+        """Return how each sample's tokens are routed in a mixture of experts, shape (n, layers * experts), float32.
+
+        For every layer the share of the sample's routed places (tokens x experts per token) that went to each expert:
+        non-negative, sum 1 in each layer.
+        """
         ...
 
     def gradient_norms(self, indices: IndexArray, settings: GradientSettings) -> ScoreArray:
@@ -160,6 +170,33 @@ class StepStatistics:
     """Tokens that count in the loss, of each domain, shape (K,)."""
     samples: NDArray[np.int64]
     """Samples of each domain, shape (K,)."""
+    proportions: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """The domain shares of the plan the step was trained on, shape (K,); empty where nothing is planned."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the loss weights of one optimizer step may depend on; the same on every rank."""
+
+    pool: Pool
+    probe: Probe
+    step: int
+    """Optimizer steps done before this one."""
+    total_steps: int
+    """Optimizer steps the run is expected to take."""
+    learning_rate: float
+    indices: IndexArray
+    """Samples of the step's global batch (all micro-batches, all ranks), shape (B,)."""
+    tokens: NDArray[np.int64]
+    """Tokens of the step that count in the loss, of each domain, shape (K,)."""
+    losses: NDArray[np.float64]
+    """Token-mean loss of each domain over them, unweighted, shape (K,); NaN where the step has none of it. Empty for
+    mixers that weigh by ``probe``."""
+    excess: NDArray[np.float64]
+    """Token mean of max(loss - reference loss, 0) of each domain, shape (K,); NaN as for losses. Empty for mixers that
+    do not weigh by ``excess``."""
+    targets: Pool | None = None
+    """The validation samples, where the mixer asked for them."""
 
 
 @dataclass(frozen=True)
@@ -409,46 +446,135 @@ def check_scores(
     return values
 
 
-class MixerParams(ComponentParams):
+def _form_of_shares(value: Any) -> Any:
+    numbers = value.values() if isinstance(value, dict) else value
+    if isinstance(value, str) or (
+        isinstance(value, dict | list)
+        and all(isinstance(share, int | float) and not isinstance(share, bool) for share in numbers)
+    ):
+        return value
+    raise ValueError("must be a list of numbers, a mapping of domain names to numbers, or a JSON file that holds one")
+
+
+Shares = Annotated[list[float] | dict[str, float] | str, BeforeValidator(_form_of_shares)]
+"""Domain shares as a user gives them: numbers in domain order, a mapping by name, or a JSON file that holds one."""
+
+
+class DomainParams(ComponentParams):
     """Parameters all mixers have."""
 
-    initial_proportions: list[float] | None = Field(
-        None, description="Shares of the domains in warm-up rounds, in data set order; none: by size."
+    max_epochs_per_domain: float | None = Field(
+        None, gt=0, description="No domain is gone through more often; its further share goes to the others."
+    )
+
+
+class MixerParams(DomainParams):
+    """Parameters of mixers that decide: what is trained on before the first decision."""
+
+    initial_proportions: Shares | None = Field(
+        None, description="Shares of the domains in warm-up rounds: list, mapping or JSON file; none: by size."
     )
 
 
 class Mixer(Component):
-    """Chooses the domain proportions of the next plan."""
+    """Chooses the domain proportions of the next plan; may also weigh the domains in the loss of every step.
+
+    A mixer that weighs the loss sets :attr:`weighs_loss_by`, and has :attr:`loss_weights` and :meth:`update_weights`;
+    the loss of a step is then sum_i loss_weights_i * (token-mean loss of domain i in the step's global batch), without
+    a term for a domain the step has nothing of. In warm-up rounds the loss is the plain one.
+    """
 
     Params: ClassVar[type[ComponentParams]] = MixerParams
+    weighs_loss_by: ClassVar[Literal["nothing", "losses", "excess", "probe"]] = "nothing"
+    """What :meth:`update_weights` looks at, beside the token counts: the step's losses, also its excess losses over a
+    reference (``excess``), or only what it measures itself (``probe``)."""
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the proportions of warm-up rounds, shape (K,): the given ones, or the share of samples in the pool."""
         if self.params.initial_proportions is not None:
-            return np.asarray(self.params.initial_proportions, dtype=np.float64)
+            return shares_of(self.params.initial_proportions, ctx.pool.domains)
         return ctx.pool.domain_sizes.astype(np.float64)
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Return a parameter and what is wrong with it for these domains, or None. Called before a model is loaded."""
-        problem = proportions_problem(self.params.initial_proportions, names)
+        problem = shares_problem(self.params.initial_proportions, names)
         return None if problem is None else ("initial_proportions", problem)
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return non-negative proportions with a positive sum, shape (K,); the framework normalises them."""
         raise NotImplementedError(f"mixer {self.name!r} does not define mix()")
 
+    @property
+    def loss_weights(self) -> NDArray[np.float64]:
+        """The weights of the domains in the loss, shape (K,), non-negative with a positive sum."""
+        raise NotImplementedError(f"mixer {self.name!r} does not define loss_weights")
 
-def proportions_problem(proportions: list[float] | None, names: tuple[str, ...]) -> str | None:
-    """Return what is wrong with given shares of the domains ``names``, or None."""
-    if proportions is None:
+    def update_weights(self, ctx: StepContext) -> None:
+        """Decide :attr:`loss_weights` anew from one optimizer step, before it is made; called on every rank."""
+        raise NotImplementedError(f"mixer {self.name!r} does not define update_weights()")
+
+    def result(self, names: tuple[str, ...]) -> dict[str, Any] | None:
+        """Return what a finished run found, for ``domain_weights.json`` in its record, or None.
+
+        Its ``proportions``, by name, are what other runs read where the file is given as their proportions.
+        """
         return None
-    if len(proportions) != len(names):
-        return f"has {len(proportions)} numbers for {len(names)} domains ({', '.join(names)})."
-    if any(not np.isfinite(share) or share < 0 for share in proportions):
-        return f"must be finite and not negative, got {proportions}."
-    if sum(proportions) <= 0:
-        return f"must have a positive sum, got {proportions}."
+
+
+def shares_of(given: Shares, names: tuple[str, ...]) -> NDArray[np.float64]:
+    """Return given shares in the order of ``names``, shape (K,), as they are.
+
+    Raises:
+        ConfigError: if they do not fit the names, are negative or not finite, or are all zero.
+    """
+    shares = _read_shares(given) if isinstance(given, str) else given
+    problem = shares_problem(shares, names)
+    if problem is not None:
+        raise ConfigError(f"proportions: {problem}")
+    values = [shares[name] for name in names] if isinstance(shares, dict) else shares
+    return np.asarray(values, dtype=np.float64)
+
+
+def shares_problem(given: Shares | None, names: tuple[str, ...]) -> str | None:
+    """Return what is wrong with given shares of the domains ``names``, or None."""
+    if given is None:
+        return None
+    if isinstance(given, str):
+        try:
+            given = _read_shares(given)
+        except ConfigError as error:
+            return str(error)
+    if isinstance(given, dict):
+        strange = [unknown("domain", name, names) for name in given if name not in names]
+        if strange:
+            return strange[0]
+        missing = [name for name in names if name not in given]
+        if missing:
+            return f"has no share of {', '.join(missing)}; every domain needs one, 0 leaves it out."
+    elif len(given) != len(names):
+        return f"has {len(given)} numbers for {len(names)} domains ({', '.join(names)})."
+    values = list(given.values()) if isinstance(given, dict) else given
+    if any(not np.isfinite(share) or share < 0 for share in values):
+        return f"must be finite and not negative, got {given}."
+    if sum(values) <= 0:
+        return f"must have a positive sum, got {given}."
     return None
+
+
+def _read_shares(path: str) -> dict[str, float]:
+    """Return the shares by name in a JSON file: its ``proportions``, or the file itself.
+
+    Raises:
+        ConfigError: if there is no such file, or it holds no mapping of names to numbers.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path!r} cannot be read: {error}") from error
+    shares = found.get("proportions", found) if isinstance(found, dict) else found
+    if not isinstance(shares, dict) or not all(isinstance(share, int | float) for share in shares.values()):
+        raise ConfigError(f"{path!r} holds no mapping of domain names to numbers.")
+    return {name: float(share) for name, share in shares.items()}
 
 
 class Order(Component):
