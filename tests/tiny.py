@@ -16,7 +16,7 @@ def sentence(rng: random.Random, low: int = 3, high: int = 12) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
 
 
-def make_model(folder: Path, *, dropout: float = 0.0, hidden: int = 32) -> Path:
+def make_model(folder: Path, *, dropout: float = 0.0, hidden: int = 32, seed: int = 0) -> Path:
     """Write a random two-layer Llama (about 50k parameters) with a word tokenizer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -31,7 +31,7 @@ def make_model(folder: Path, *, dropout: float = 0.0, hidden: int = 32) -> Path:
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
     fast.save_pretrained(folder)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(vocab),
         hidden_size=hidden,

@@ -15,13 +15,14 @@ def shifted(labels: Tensor) -> Tensor:
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the float32 cross entropy of every position, (B, T); 0 where the target is ignored.
+    """Return the cross entropy of every position, (B, T), float32 (float64 of float64); 0 where it is ignored.
 
     Args:
         logits: (B, T, V).
         targets: already shifted labels, (B, T).
     """
-    flat = logits.float().view(-1, logits.size(-1))
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    flat = wide.view(-1, logits.size(-1))
     targets = targets.to(logits.device)
     losses = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORE_INDEX, reduction="none")
     return losses.view(targets.shape)

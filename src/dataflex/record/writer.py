@@ -4,6 +4,8 @@
     rounds.jsonl                 one line per round
     evaluations.jsonl            one line per evaluation
     plans/round-NNNNN.parquet    the samples of a round: position, index, domain, score, rank
+    loss_weights.csv             the domains' weights in the loss of every step, where a mixer weighs the loss
+    domain_weights.json          what such a mixer found, at the run's end
     summary.json                 what the run took, at its end
 
 Written by the main process. A resumed run keeps the rounds up to its checkpoint and goes on after them. Results of
@@ -13,6 +15,7 @@ speak of the model as it was.
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +34,7 @@ from dataflex.probe.cost import Cost
 from dataflex.record.versions import installed_versions
 
 FOLDER = "dataflex"
+LOSS_WEIGHTS = "loss_weights.csv"
 
 
 class RunWriter:
@@ -67,8 +71,10 @@ class RunWriter:
             # What was recorded after the checkpoint is made again, the same.
             self._keep("rounds.jsonl", "round", kept_rounds - 1)
             evaluations = self._keep("evaluations.jsonl", "step", step)
+            self._keep_loss_weights(step)
         self._set_tasks_aside()
-        (self.folder / "summary.json").unlink(missing_ok=True)  # it speaks of a finished run
+        for name in ("summary.json", "domain_weights.json"):
+            (self.folder / name).unlink(missing_ok=True)  # they speak of a finished run
         text = yaml.safe_dump({**resolved, "versions": installed_versions()}, sort_keys=False, allow_unicode=True)
         write_atomically(self.folder / "config.yaml", text.encode())
         return json.loads(evaluations[-1]) if evaluations else None
@@ -99,6 +105,36 @@ class RunWriter:
             write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         return kept
 
+    def _keep_loss_weights(self, step: int) -> None:
+        """Keep the rows of steps up to ``step``."""
+        path = self.folder / LOSS_WEIGHTS
+        if not path.exists():
+            return
+        head, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and int(line.split(",", 1)[0]) <= step]
+        if len(kept) < len(lines):
+            write_atomically(path, "".join([head, *kept]).encode())
+
+    def loss_weights(self, step: int, names: tuple[str, ...], weights: np.ndarray) -> None:
+        """Record the weights of the domains in a step's loss.
+
+        Args:
+            step: optimizer steps done, that one included.
+            names: of the domains.
+            weights: shape (K,).
+        """
+        path = self.folder / LOSS_WEIGHTS
+        is_new = not path.exists()
+        with path.open("a", encoding="utf-8", newline="") as stream:
+            rows = csv.writer(stream, lineterminator="\n")
+            if is_new:
+                rows.writerow(["step", *names])
+            rows.writerow([step, *weights.tolist()])
+
+    def domain_weights(self, found: dict[str, Any]) -> None:
+        """Write what a mixer that weighs the loss found."""
+        write_atomically(self.folder / "domain_weights.json", (json.dumps(found, indent=2) + "\n").encode())
+
     def round(self, plan: Plan, pool: Pool, components: dict[str, str], cost: Cost) -> None:
         """Record a round before it is trained: its plan first, then its line."""
         ids = pool.domain_ids(plan.indices)
@@ -124,6 +160,10 @@ class RunWriter:
             line["unscored"] = plan.unscored
         if plan.candidates:
             line["candidates"] = plan.candidates
+        if len(pool.domains) > 1:
+            line["epochs"] = {name: float(count) for name, count in zip(pool.domains, plan.epochs, strict=True)}
+        if plan.capped:
+            line["capped"] = plan.capped
         with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 

@@ -20,14 +20,8 @@ from dataflex import distributed
 from dataflex.components import Weighter
 from dataflex.errors import ComponentError
 from dataflex.token_loss import IGNORE_INDEX, sample_means, shifted, token_losses
-
-
-@dataclass
-class BatchLosses:
-    """What one micro-batch showed: token-loss sums and token counts of its samples, (B,), detached."""
-
-    sums: Tensor
-    counts: Tensor
+from dataflex.trainer.domain_loss import DomainLoss
+from dataflex.trainer.statistics import BatchLosses
 
 
 @dataclass
@@ -36,6 +30,7 @@ class WeightedLoss:
 
     Attributes:
         weighter: scales the samples, or None.
+        domain_loss: weighs the domains, or None; there is never a weighter beside it.
         samples_per_step: samples of one optimizer step on all processes, for ``normalization: sample``.
         observe: called with each micro-batch's losses.
     """
@@ -43,6 +38,11 @@ class WeightedLoss:
     weighter: Weighter | None
     samples_per_step: int
     observe: Callable[[BatchLosses], None]
+    global_batch_size: int = 1
+    """Samples of one optimizer step on all processes."""
+    domain_loss: DomainLoss | None = None
+    domains: Tensor | None = None
+    """Domain of each sample of the micro-batch in its forward now, (B,), where the domains are weighed."""
     step: int = 0
     """Optimizer steps done so far."""
     active: bool = True
@@ -69,7 +69,16 @@ class WeightedLoss:
         per_token = token_losses(logits, targets)
         counts = (targets != ignore_index).sum(1)
         sums = per_token.sum(1)
-        self.observe(BatchLosses(sums.detach(), counts))
+        weighs = self.domain_loss if self.active else None
+        excess = None if weighs is None else weighs.excess_sums(per_token, targets)
+        self.observe(BatchLosses(sums.detach(), counts, excess))
+        if weighs is not None:
+            assert self.domains is not None
+            if not weighs.decided:
+                weighs.decide(self.domains, sums.detach(), excess)
+            # What the Trainer and the mean over processes divide by afterwards, taken back.
+            after = counts.numel() if num_items_in_batch is None else self.samples_per_step
+            return (weighs.coefficients(self.domains).to(sums) * sums).sum() * (self.global_batch_size / after)
         if self.weighter is None or not self.active:
             return _divide(per_token.sum(), counts.sum(), num_items_in_batch)
         means = sample_means(sums.detach(), counts)
@@ -139,10 +148,11 @@ def loss_function(model: torch.nn.Module, function: WeightedLoss) -> Iterator[No
             del model._loss_function
         else:
             model.loss_function = own
-    if function.weighter is not None and function.calls == before:
+    weighs = function.weighter is not None or function.domain_loss is not None
+    if weighs and function.calls == before:
         raise ComponentError(
             f"{type(model).__name__} computes its loss without its loss_function, so no weight can reach it; "
-            "remove weight: or use a model class of transformers."
+            "remove weight: (or the mix: that weighs the loss) or use a model class of transformers."
         )
 
 

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, rotate_checkpoints
 
 from dataflex import distributed
-from dataflex.components import StepStatistics
+from dataflex.components import StepContext, StepStatistics
 from dataflex.data.plan import Arrangement
 from dataflex.errors import ConfigError
 from dataflex.influence import FeatureParams
@@ -31,13 +31,16 @@ from dataflex.probe.losses import full_forward
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe, Tokens
 from dataflex.probe.moments import read_moments
-from dataflex.token_loss import shifted
+from dataflex.probe.reference import Reference, ReferenceModel, ReferenceTable, TableMaker, load_reference
+from dataflex.reference import ReferenceParams
+from dataflex.token_loss import IGNORE_INDEX, shifted, token_losses
 from dataflex.trainer import checkpoint
+from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.evaluation import DomainEvaluation, Numbers, as_logs, means
 from dataflex.trainer.loss import WeightedLoss, loss_function
 from dataflex.trainer.rounds import INDEX_KEY, IndexedCollator, IndexedDataset, RoundStream
 from dataflex.trainer.run import DynamicRun
-from dataflex.trainer.statistics import StepAccumulator
+from dataflex.trainer.statistics import StepAccumulator, domain_sums
 
 if TYPE_CHECKING:
     from llamafactory.hparams import FinetuningArguments
@@ -70,10 +73,18 @@ class DynamicTrainerMixin(Trainer):
         super().__init__(args=args, **kwargs)
         self.domain_evaluation = self._make_evaluation()
         self.step_accumulator = StepAccumulator(dataflex.offsets, args.device)
+        mixer = dataflex.components.mix
+        weighs = mixer is not None and mixer.weighs_loss_by != "nothing"
+        self.domain_loss = (
+            DomainLoss(mixer, dataflex.domains, args.device, self._step_context) if weighs and mixer else None
+        )
+        self._reference: Reference | None = None
         self.step_loss = WeightedLoss(
             weighter=dataflex.components.weight,
             samples_per_step=self._samples_per_step(),
             observe=self.step_accumulator.add,
+            global_batch_size=dataflex.global_batch_size,
+            domain_loss=self.domain_loss,
         )
         # First, because the progress bar and the logs take the run's length from the state as we leave it.
         self.callback_handler.callbacks.insert(0, DynamicCallback(self))
@@ -131,6 +142,7 @@ class DynamicTrainerMixin(Trainer):
         folder, state = distributed.on_main(partial(_load_state, resume_from_checkpoint, explicit, self.args))
         run.probe = self._make_probe() if run.pool is not None else None
         self._check_features()
+        self._reference = self._make_reference()
         run.learning_rate = lambda: float(self.lr_scheduler.get_last_lr()[0])
         self._resumed_state = state
         if state is not None and run.is_spent(state):  # nothing to train: the Trainer has no other way to be told so
@@ -187,6 +199,46 @@ class DynamicTrainerMixin(Trainer):
         if probe is not None and selector is not None and isinstance(selector.params, FeatureParams):
             make_sketch(selector.params.settings(), probe.parameter_sizes(), probe.device)
 
+    def _make_reference(self) -> Reference | None:
+        """Return where a mixer's reference losses come from, after making what is missing of their table."""
+        run = self.dataflex
+        if self.domain_loss is None or not self.domain_loss.uses_reference:
+            return None
+        params = self.domain_loss.mixer.params
+        assert isinstance(params, ReferenceParams)
+        assert run.pool is not None
+        if params.reference_losses is None:
+            return self._load_reference(params)
+        folder = Path(params.reference_losses)
+        cutoff = int(run.pool.lengths.max())
+        maker = TableMaker(
+            folder,
+            run.pool,
+            self.data_collator,
+            self.args.device,
+            run.settings.probe_batch_tokens or self.args.per_device_train_batch_size * cutoff,
+            progress=self.args.process_index == 0 and not self.args.disable_tqdm,
+        )
+        missing = distributed.on_main(partial(maker.missing, params))
+        if missing:
+            if params.reference_model is None:
+                raise ConfigError(f"dataflex.mix.reference_losses: {folder} has no losses of {', '.join(missing)}.")
+            began = time.perf_counter()
+            maker.make(missing, self._load_reference(params), params.reference_model)
+            run.decision_seconds += time.perf_counter() - began
+        distributed.barrier()
+        return ReferenceTable(folder, run.pool)
+
+    def _load_reference(self, params: ReferenceParams) -> ReferenceModel:
+        assert params.reference_model is not None
+        given = self.dataflex.config.llamafactory
+        names = {"cache_dir": "cache_dir", "trust_remote_code": "trust_remote_code", "hf_hub_token": "token"}
+        options = {theirs: given[ours] for ours, theirs in names.items() if given.get(ours) is not None}
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
+        model = load_reference(params.reference_model, tokenizer, self.args.device, dtype, self.causal_model(), options)
+        return ReferenceModel(model, self.accelerator.autocast)
+
     def _zero_stage(self) -> int:
         return int(self.accelerator.state.deepspeed_plugin.zero_stage) if self.is_deepspeed_enabled else 0
 
@@ -209,12 +261,52 @@ class DynamicTrainerMixin(Trainer):
         loss.step = self.state.global_step
         loss.active = schedule.slot_at(min(loss.step, schedule.total_steps - 1)).update is not None
         loss.decided.clear()
+        if loss.active and self.domain_loss is not None:
+            self._begin_domain_loss(self.domain_loss, samples)
         if loss.active and loss.weighter is not None and not loss.weighter.elementwise and len(samples) > 1:
             began = time.perf_counter()
             sizes = [batch["labels"].size(0) for batch in samples]
             loss.decided.extend(loss.decide(loss.weighter, self._losses_of(samples)).split(sizes))
             self.dataflex.decision_seconds += time.perf_counter() - began
         return samples, num_items
+
+    def _begin_domain_loss(self, weighs: DomainLoss, samples: list[dict[str, Any]]) -> None:
+        """Count the step's tokens by domain, and decide its weights where that is not left to the one forward."""
+        began = time.perf_counter()
+        counts = torch.cat([(shifted(batch["labels"]) != IGNORE_INDEX).sum(1) for batch in samples])
+        domains = self.step_accumulator.domains_of(torch.cat([batch[INDEX_KEY] for batch in samples]))
+        weighs.begin(domain_sums(domains, counts.to(domains.device).double().unsqueeze(1), len(weighs.domains))[:, 0])
+        if not weighs.decided and len(samples) > 1:
+            sums, excess = self._sums_of(weighs, samples)
+            weighs.decide(domains, sums, excess)
+        self.dataflex.decision_seconds += time.perf_counter() - began
+
+    def _sums_of(self, weighs: DomainLoss, samples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the summed losses and excess losses of every sample of several micro-batches, without a trace."""
+        model, sums, excesses = self.raw_model(), [], []
+        with probe_mode(model), self.accelerator.autocast():
+            for batch in samples:
+                inputs = dict(self._prepare_inputs(batch))
+                indices = inputs.pop(INDEX_KEY)
+                targets = shifted(inputs["labels"])
+                self._look_up_reference(weighs, inputs, indices)
+                del inputs["labels"]
+                per_token = token_losses(model(**inputs, use_cache=False).logits, targets)
+                sums.append(per_token.sum(1))
+                excesses.append(weighs.excess_sums(per_token, targets))
+        found = [excess for excess in excesses if excess is not None]
+        return torch.cat(sums), torch.cat(found) if found else None
+
+    def _look_up_reference(self, weighs: DomainLoss, inputs: dict[str, Any], indices: torch.Tensor) -> None:
+        """Have the reference's losses of a micro-batch ready for its forward."""
+        if self._reference is None:
+            return
+        given = {key: value for key, value in inputs.items() if key != "labels"}
+        weighs.reference = self._reference.losses(given, shifted(inputs["labels"]), indices.cpu().numpy())
+
+    def _step_context(self, tokens: np.ndarray, losses: np.ndarray, excess: np.ndarray) -> StepContext:
+        """Return what the mixer is given of the step that is about to be made, or has just been made."""
+        return self.dataflex.step_context(self.step_loss.step, tokens, losses, excess)
 
     def _losses_of(self, samples: list[dict[str, Any]]) -> torch.Tensor:
         """Return this process's token-mean losses of several micro-batches, (n,), without a trace of the forwards."""
@@ -237,6 +329,16 @@ class DynamicTrainerMixin(Trainer):
         if not self.own_loss:
             return super().compute_loss(model, inputs, *args, **kwargs)
         self.step_accumulator.indices = indices
+        weighs = self.domain_loss if self.step_loss.active else None
+        if weighs is not None:
+            assert indices is not None
+            self.step_loss.domains = self.step_accumulator.domains_of(indices)
+            if weighs.follows or not weighs.decided:
+                began = time.perf_counter()
+                self._look_up_reference(weighs, inputs, indices)
+                seconds = time.perf_counter() - began
+                self.dataflex.decision_seconds += seconds
+                self.dataflex.train_seconds -= seconds  # it is inside the step, which counts as training
         with loss_function(self.causal_model(), self.step_loss):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -342,14 +444,37 @@ class DynamicTrainerMixin(Trainer):
             for name, loss in zip(run.domains, run.statistics.losses.tolist(), strict=True):
                 if loss == loss:  # a domain the batch had none of is NaN
                     logs[f"dataflex/loss/{name}"] = loss
-        if run.plan is not None:
-            logs["dataflex/round"] = run.plan.slot.number
-            for name, share in zip(run.domains, run.plan.proportions.tolist(), strict=True):
-                logs[f"dataflex/proportion/{name}"] = share
+        logs.update(self._round_logs())
+        if run.pool is not None:
+            epochs = run.domain_samples / run.pool.domain_sizes
+            for name, tokens, passes in zip(run.domains, run.domain_tokens.tolist(), epochs.tolist(), strict=True):
+                logs[f"dataflex/domain_tokens/{name}"] = tokens
+                logs[f"dataflex/epochs/{name}"] = passes
+        if self.domain_loss is not None and self.step_loss.active:
+            for name, weight in zip(run.domains, self.domain_loss.mixer.loss_weights.tolist(), strict=True):
+                logs[f"dataflex/loss_weight/{name}"] = weight
         if self.step_loss.last_weights is not None:
             logs["dataflex/weight_min"] = self.step_loss.last_weights.min().item()
             logs["dataflex/weight_max"] = self.step_loss.last_weights.max().item()
         return logs
+
+    def _round_logs(self) -> dict[str, float]:
+        run = self.dataflex
+        logs: dict[str, float] = {}
+        if run.plan is not None:
+            logs["dataflex/round"] = run.plan.slot.number
+            for name, share in zip(run.domains, run.plan.proportions.tolist(), strict=True):
+                logs[f"dataflex/proportion/{name}"] = share
+        return logs
+
+    def log_round(self) -> None:
+        """Log the proportions of a round that has just begun, where the step is not logged anyway."""
+        due = self.args.logging_strategy == IntervalStrategy.STEPS and (
+            self.state.global_step % self.state.logging_steps == 0
+            or (self.args.logging_first_step and self.state.global_step == 1)
+        )
+        if not due and self.args.logging_strategy != IntervalStrategy.NO:
+            self.log(self._round_logs())
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Have the Trainer's samples per second count what a budget really was spent on."""
@@ -479,8 +604,15 @@ class DynamicCallback(TrainerCallback):
         run = self.trainer.dataflex
         run.train_seconds += time.perf_counter() - self._began
         run.end_of_step(self._statistics)
+        weighs = self.trainer.domain_loss
+        if weighs is not None and self.trainer.step_loss.active:
+            run.record_loss_weights(state.global_step, weighs.used)
+            if weighs.follows:
+                weighs.learn(self._statistics)
         if run.pool is None:
             return
+        if run.components.mix is not None and run.plan and run.plan.slot.start_step == state.global_step - 1:
+            self.trainer.log_round()
         trained = state.global_step * run.global_batch_size
         state.epoch = trained / run.pool.size
         if trained // run.pool.size > (trained - run.global_batch_size) // run.pool.size:

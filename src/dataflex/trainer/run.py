@@ -14,16 +14,17 @@ from numpy.typing import NDArray
 
 from dataflex import distributed
 from dataflex.capped import CappedScoring, Spent
-from dataflex.components import GradientSettings, SelectorParams, StepStatistics
+from dataflex.components import GradientSettings, SelectorParams, StepContext, StepStatistics
 from dataflex.config import DataFlexConfig, RunConfig
-from dataflex.data.plan import Arrangement, Plan, Planner
-from dataflex.data.pool import Pool
+from dataflex.data.plan import Arrangement, Plan, Planner, epoch_limits
+from dataflex.data.pool import Pool, some
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.influence import GradientParams
 from dataflex.probe.cost import Cost
 from dataflex.record.writer import RunWriter
 from dataflex.schedule import RoundSlot, Schedule, steps_per_pass, total_steps
 from dataflex.trainer.checkpoint import STATE_VERSION
+from dataflex.trainer.domain_loss import check_losses
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -63,7 +64,8 @@ class DynamicRun:
         self.components = config.build_components()
         self.names = {key: component.name for key, component in self.components.items()}
         self.pool: Pool | None = None
-        self.targets: Pool | None = None
+        self.targets: dict[str, Pool] = {}
+        """The validation samples of the components that asked for some, by configuration key."""
         self.raw: dict[str, Any] = {}
         """The raw rows of every data set, where the pool is only scored."""
         self.instead: Callable[[DynamicRun], None] | None = None
@@ -80,6 +82,7 @@ class DynamicRun:
         self.decision_seconds = 0.0
         self._decision_began = 0.0
         self.tokens = 0
+        self._domain_tokens = self._domain_samples = np.zeros(0, np.int64)
         self.evaluation: Pool | None = None
         """The evaluation samples, one domain for each data set."""
         self.lengths: NDArray[np.int32] | None = None
@@ -99,13 +102,9 @@ class DynamicRun:
         return self.components.plans_data
 
     @property
-    def validation(self) -> ValidationParams | None:
-        """What the selector wants to be told about validation samples; None where it wants none."""
-        selector = self.components.select
-        if selector is None or not selector.needs_validation:
-            return None
-        params: ValidationParams = selector.params
-        return params
+    def validation(self) -> dict[str, ValidationParams]:
+        """What components want to be told about validation samples, by configuration key."""
+        return {key: component.params for key, component in self.components.items() if component.needs_validation}
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -151,6 +150,7 @@ class DynamicRun:
         self._set_budget(args, nominal)
         self.schedule = Schedule(settings.warmup_steps, update_steps, settings.updates, args.max_steps)
         self._check_rounds(update_steps)
+        self._check_epochs()
         # The Trainer must not skip batches on its own when it resumes: the stream starts where the run stopped.
         args.ignore_data_skip = True
 
@@ -212,6 +212,31 @@ class DynamicRun:
                 f"{max(1, self.pool.size // self.global_batch_size)}."
             )
 
+    def _check_epochs(self) -> None:
+        """Refuse a run for which ``max_epochs_per_domain`` leaves too few samples."""
+        assert self.pool is not None
+        limits = epoch_limits(self.components.mix, self.pool)
+        steps, batch = self.schedule.total_steps, self.global_batch_size
+        if limits is None or self.has_budget or steps * batch <= limits.sum():
+            return
+        raise ConfigError(
+            f"dataflex.mix.max_epochs_per_domain: so many passes over every domain are {limits.sum()} samples, enough "
+            f"for {limits.sum() // batch} steps, and this run's {steps} steps need {steps * batch}. Raise it, or train "
+            "less (train_steps, max_steps, num_train_epochs)."
+        )
+
+    def small_domains(self) -> str | None:
+        """Return which domains have fewer samples than an optimizer step trains on, where a mixer may repeat them."""
+        assert self.pool is not None
+        sizes = zip(self.pool.domains, self.pool.domain_sizes, strict=True)
+        small = [f"{name!r} has {size}" for name, size in sizes if size < self.global_batch_size]
+        if self.components.mix is None or not small:
+            return None
+        return (
+            f"mix: a step trains on {self.global_batch_size} samples, and {some(small)}: where their share is large, "
+            "the same samples come again within a few steps."
+        )
+
     def prepare(self, args: TrainingArguments, num_steps: int, arrangement: Arrangement, resumed: State | None) -> None:
         """Make the planner, take back a checkpoint's state, and start the record. Called when training begins.
 
@@ -265,7 +290,8 @@ class DynamicRun:
         measure(some)
         sample = (time.perf_counter() - middle) / some.size
         self.decision_seconds += time.perf_counter() - began
-        scored, others = selector.scored_samples(pool.size), 0 if self.targets is None else self.targets.size
+        scored = selector.scored_samples(pool.size)
+        others = self.targets["select"].size if "select" in self.targets else 0
         expected = replace(self.schedule, total_steps=self.expected_steps)
         passes = selector.expected_passes(expected.num_updates)
         total = (scored + others) * sample * passes
@@ -317,9 +343,60 @@ class DynamicRun:
             self.writer.round(plan, self.pool, acting, cost)
         return plan
 
+    @property
+    def domain_tokens(self) -> NDArray[np.int64]:
+        """Tokens of each domain trained on so far that count in the loss, shape (K,)."""
+        return self._domain_tokens if self._domain_tokens.size else np.zeros(len(self.domains), np.int64)
+
+    @property
+    def domain_samples(self) -> NDArray[np.int64]:
+        """Samples of each domain trained on so far, shape (K,)."""
+        return self._domain_samples if self._domain_samples.size else np.zeros(len(self.domains), np.int64)
+
+    def step_context(
+        self, step: int, tokens: NDArray[np.int64], losses: NDArray[np.float64], excess: NDArray[np.float64]
+    ) -> StepContext:
+        """Return what the loss weights of step number ``step`` (from 0) may depend on."""
+        assert self.pool is not None
+        assert self.probe is not None
+        plan = self.plan_for(step)
+        begin = (step - plan.slot.start_step) * self.global_batch_size
+        return StepContext(
+            pool=self.pool,
+            probe=self.probe,
+            step=step,
+            total_steps=max(self.expected_steps, step + 1),
+            learning_rate=self.learning_rate(),
+            indices=plan.indices[begin : begin + self.global_batch_size],
+            tokens=tokens,
+            losses=losses,
+            excess=excess,
+            targets=self.targets.get("mix"),
+        )
+
+    def record_loss_weights(self, step: int, weights: NDArray[np.float64]) -> None:
+        """Put the weights of the domains in a step's loss on record.
+
+        Args:
+            step: optimizer steps done, that one included.
+            weights: shape (K,).
+        """
+        if self.writer is not None:
+            self.writer.loss_weights(step, self.domains, weights)
+
     def end_of_step(self, statistics: StepStatistics) -> None:
-        """Hand an optimizer step's statistics to the components."""
+        """Hand an optimizer step's statistics to the components.
+
+        Raises:
+            ComponentError: if the loss of a domain is not finite and a mixer would go by it.
+        """
+        self._domain_tokens = self.domain_tokens + statistics.tokens
+        self._domain_samples = self.domain_samples + statistics.samples
+        if self.plan is not None:
+            statistics = replace(statistics, proportions=self.plan.proportions)
         self.statistics = statistics
+        if self.components.mix is not None:
+            check_losses(self.domains, statistics.tokens, statistics.losses, statistics.step)
         for _, component in self.components.items():
             component.on_step(statistics)
 
@@ -376,6 +453,9 @@ class DynamicRun:
             summary["evaluation"] = self._last_evaluation
         if self.writer is not None:
             self.writer.summary(summary)
+            found = None if self.components.mix is None else self.components.mix.result(self.domains)
+            if found is not None:
+                self.writer.domain_weights(found)
         return summary
 
     def state_dict(self, step: int) -> State:
@@ -385,13 +465,15 @@ class DynamicRun:
             "step": step,
             "identity": self._identity(),
             "pool_fingerprint": self.pool.fingerprint if self.pool is not None else None,
-            "targets_fingerprint": self.targets.fingerprint if self.targets is not None else None,
+            "targets_fingerprints": {key: targets.fingerprint for key, targets in self.targets.items()},
             "plan": self._plan_state(),
             "planner": self.planner.state_dict() if self.planner is not None else None,
             "components": {key: component.state_dict() for key, component in self.components.items()},
             "train_seconds": self.train_seconds,
             "decision_seconds": self.decision_seconds,
             "tokens": self.tokens,
+            "domain_tokens": self.domain_tokens,
+            "domain_samples": self.domain_samples,
             "evaluate_seconds": self.evaluate_seconds,
         }
 
@@ -439,11 +521,13 @@ class DynamicRun:
                 f"the checkpoint of step {state['step']} was written for other training data (fingerprint "
                 f"{state['pool_fingerprint'][:12]}, this run's pool has {self.pool.fingerprint[:12]})."
             )
-        if self.targets is not None and state["targets_fingerprint"] != self.targets.fingerprint:
-            raise CheckpointError(
-                f"the checkpoint of step {state['step']} was written with another validation set (fingerprint "
-                f"{str(state['targets_fingerprint'])[:12]}, this run's has {self.targets.fingerprint[:12]})."
-            )
+        for key, targets in self.targets.items():
+            then = state["targets_fingerprints"].get(key)
+            if then != targets.fingerprint:
+                raise CheckpointError(
+                    f"the checkpoint of step {state['step']} was written with another validation set of dataflex.{key} "
+                    f"(fingerprint {str(then)[:12]}, this run's has {targets.fingerprint[:12]})."
+                )
         if self.planner is not None:
             self.planner.load_state_dict(state["planner"])
         for key, component in self.components.items():
@@ -451,6 +535,7 @@ class DynamicRun:
         self.train_seconds = float(state["train_seconds"])
         self.decision_seconds = float(state["decision_seconds"])
         self.tokens = int(state["tokens"])
+        self._domain_tokens, self._domain_samples = state["domain_tokens"], state["domain_samples"]
         self.evaluate_seconds = float(state.get("evaluate_seconds", 0.0))
         self.progress = self.spent(self.tokens, self.train_seconds + self.decision_seconds)
         stored = state["plan"]

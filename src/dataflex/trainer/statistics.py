@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from dataflex import distributed
 from dataflex.components import StepStatistics
-from dataflex.trainer.loss import BatchLosses
+
+
+@dataclass
+class BatchLosses:
+    """What one micro-batch showed: token-loss sums and token counts of its samples, (B,), detached."""
+
+    sums: Tensor
+    counts: Tensor
+    excess: Tensor | None = None
+    """Sums of max(loss - reference loss, 0), where a reference is looked at."""
+
+
+def domain_sums(domains: Tensor, values: Tensor, num_domains: int) -> Tensor:
+    """Return the sums of rows (n, C) by their domain (n,), shape (K, C); NaN where one of a domain's is not finite.
+
+    A product, which unlike a scattered addition has one order of adding on every device.
+    """
+    membership = torch.nn.functional.one_hot(domains, num_domains).to(values).T
+    finite = torch.isfinite(values)
+    sums = membership @ torch.where(finite, values, 0.0)
+    return torch.where(membership @ (~finite).to(values) > 0, torch.nan, sums)
 
 
 class StepAccumulator:
@@ -24,7 +46,7 @@ class StepAccumulator:
         self.num_domains = len(offsets) - 1
         self._ends = torch.as_tensor(offsets[1:], device=device)
         dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
-        self._sums = torch.zeros(self.num_domains, 3, dtype=dtype, device=device)
+        self._sums = torch.zeros(self.num_domains, 4, dtype=dtype, device=device)
         self._tokens = torch.zeros((), dtype=dtype, device=device)
         self.indices: Tensor | None = None
         """Pool indices of the micro-batch in its forward now, (B,), or None."""
@@ -34,11 +56,15 @@ class StepAccumulator:
         if self.indices is None:
             domains = torch.zeros(batch.sums.numel(), dtype=torch.int64, device=self._sums.device)
         else:
-            domains = torch.searchsorted(self._ends, self.indices.to(self._ends.device), right=True)
-        columns = [batch.sums, batch.counts, torch.ones_like(batch.sums)]
+            domains = self.domains_of(self.indices)
+        excess = torch.zeros_like(batch.sums) if batch.excess is None else batch.excess
+        columns = [batch.sums, batch.counts, torch.ones_like(batch.sums), excess]
         values = torch.stack([column.to(self._sums) for column in columns], dim=1)
-        membership = torch.nn.functional.one_hot(domains, self.num_domains).to(self._sums)
-        self._sums += membership.T @ values
+        self._sums += domain_sums(domains, values, self.num_domains)
+
+    def domains_of(self, indices: Tensor) -> Tensor:
+        """Return the domain of each sample, (B,), on the training device."""
+        return torch.searchsorted(self._ends, indices.to(self._ends.device), right=True)
 
     def add_tokens(self, inputs: dict[str, Tensor]) -> None:
         """Count a micro-batch's input tokens, padding left out."""
@@ -54,8 +80,9 @@ class StepAccumulator:
         values = distributed.all_reduce_sum(packed).cpu().numpy().astype(np.float64)
         self._sums.zero_()
         self._tokens.zero_()
-        sums, counts, samples = values[:-1].reshape(-1, 3).T
-        losses = np.full(self.num_domains, np.nan)
+        sums, counts, samples, excess_sums = values[:-1].reshape(-1, 4).T
+        losses, excess = np.full((2, self.num_domains), np.nan)
         np.divide(sums, counts, out=losses, where=counts > 0)
-        statistics = StepStatistics(step, losses, counts.astype(np.int64), samples.astype(np.int64))
+        np.divide(excess_sums, counts, out=excess, where=counts > 0)
+        statistics = StepStatistics(step, losses, counts.astype(np.int64), samples.astype(np.int64), excess=excess)
         return statistics, int(values[-1])

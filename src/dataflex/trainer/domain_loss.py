@@ -1,0 +1,144 @@
+"""The domains' weights in the loss of one optimizer step: what they are decided from, and what they do to a sample.
+
+The loss of a step is sum_i weight_i * (token-mean loss of domain i), the means taken over the step's whole global
+batch: all micro-batches of all processes. So a token of domain i has the coefficient weight_i / tokens_i, and
+tokens_i is counted from the labels before the first forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dataflex import distributed
+from dataflex.components import Mixer, StepContext, StepStatistics
+from dataflex.domain_weights import LossWeightParams
+from dataflex.errors import ComponentError
+from dataflex.token_loss import IGNORE_INDEX
+from dataflex.trainer.statistics import domain_sums
+
+Floats = NDArray[np.float64]
+MakeContext = Callable[[NDArray[np.int64], Floats, Floats], StepContext]
+"""From the tokens, losses and excess losses of the domains to what a mixer is given."""
+
+
+class DomainLoss:
+    """Decides and applies the weights of one step after another.
+
+    Args:
+        mixer: weighs the domains in the loss.
+        domains: their names.
+        device: where the training runs.
+        make_context: makes what the mixer is given of what a step showed.
+    """
+
+    def __init__(self, mixer: Mixer, domains: tuple[str, ...], device: torch.device, make_context: MakeContext) -> None:
+        self.mixer, self.domains, self.device, self.make_context = mixer, domains, device, make_context
+        self.dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
+        self.reference: Tensor | None = None
+        """The reference's losses of the micro-batch in its forward now, (n,), where they are looked at."""
+        self._tokens = torch.zeros(len(domains), dtype=self.dtype, device=device)
+        self._weights: Tensor | None = None
+        self.used: Floats = np.empty(0)
+        """The weights of the step made last, (K,)."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the mixer compares with a reference."""
+        return self.mixer.weighs_loss_by == "excess"
+
+    @property
+    def follows(self) -> bool:
+        """Whether a step's weights are those decided from the step before."""
+        params = self.mixer.params
+        by_loss = self.mixer.weighs_loss_by in ("losses", "excess")
+        return by_loss and isinstance(params, LossWeightParams) and params.weights == "previous"
+
+    @property
+    def decided(self) -> bool:
+        """Whether the step's weights are known."""
+        return self._weights is not None
+
+    def begin(self, tokens: Tensor) -> None:
+        """Begin a step.
+
+        Args:
+            tokens: tokens of each domain that count, of this process's micro-batches, (K,).
+        """
+        self._tokens = distributed.all_reduce_sum(tokens.to(self._tokens))
+        self._weights = None
+        if self.follows:
+            self._take()
+        elif self.mixer.weighs_loss_by == "probe":
+            self._update(np.empty(0), np.empty(0))
+
+    def excess_sums(self, per_token: Tensor, targets: Tensor) -> Tensor | None:
+        """Return each sample's sum of max(loss - reference loss, 0), (B,); None where nothing is compared."""
+        if self.reference is None:
+            return None
+        counted = targets != IGNORE_INDEX
+        excess = torch.zeros_like(per_token)
+        excess[counted] = (per_token.detach()[counted] - self.reference).clamp(min=0)
+        self.reference = None
+        return excess.sum(1)
+
+    def decide(self, domains: Tensor, sums: Tensor, excess: Tensor | None) -> None:
+        """Decide the step's weights from the losses of this process's samples of the whole step.
+
+        Args:
+            domains: of each sample, (n,).
+            sums: summed token losses of each, (n,).
+            excess: summed excess losses of each, (n,), where the mixer asks for them.
+        """
+        columns = torch.stack([sums, torch.zeros_like(sums) if excess is None else excess], dim=1).to(self.dtype)
+        totals = domain_sums(domains, columns, len(self.domains))
+        means = (distributed.all_reduce_sum(totals) / self._tokens.unsqueeze(1)).cpu().numpy().astype(np.float64)
+        losses, excesses = means.T
+        self._update(losses, excesses if self.uses_reference else np.empty(0))
+
+    def _update(self, losses: Floats, excess: Floats) -> None:
+        tokens = self._tokens.cpu().numpy().astype(np.int64)
+        ctx = self.make_context(tokens, losses, excess)
+        check_losses(self.domains, tokens, losses, ctx.step + 1)
+        self.mixer.update_weights(ctx)
+        self._take()
+
+    def learn(self, statistics: StepStatistics) -> None:
+        """Decide the next step's weights from the step that has just been made, where they follow."""
+        excess = statistics.excess if self.uses_reference else np.empty(0)
+        self.mixer.update_weights(self.make_context(statistics.tokens, statistics.losses, excess))
+
+    def _take(self) -> None:
+        given = np.asarray(self.mixer.loss_weights, dtype=np.float64)
+        if given.shape != (len(self.domains),) or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
+            raise ComponentError(
+                f"mixer {self.mixer.name!r} gave loss weights {given.tolist()}; needed are {len(self.domains)} finite, "
+                "non-negative numbers with a positive sum."
+            )
+        self.used = given
+        self._weights = torch.as_tensor(given, dtype=self.dtype, device=self.device)
+
+    def coefficients(self, domains: Tensor) -> Tensor:
+        """Return what each sample's summed token losses are multiplied by, (B,)."""
+        assert self._weights is not None
+        return (self._weights / self._tokens.clamp(min=1))[domains]
+
+
+def check_losses(domains: tuple[str, ...], tokens: NDArray[np.int64], losses: Floats, step: int) -> None:
+    """Check that every domain a step had tokens of has a finite loss.
+
+    Raises:
+        ComponentError: naming the domain and the step.
+    """
+    if not losses.size:
+        return
+    bad = np.flatnonzero((tokens > 0) & ~np.isfinite(losses))
+    if bad.size:
+        raise ComponentError(
+            f"the loss of domain {domains[bad[0]]!r} in step {step} is {losses[bad[0]]}: has training diverged? Lower "
+            "the learning rate or look at the data; what was saved before is kept."
+        )

@@ -1,0 +1,249 @@
+"""Mixers in whole runs: what they log and record, killed and resumed, on one process and on two.
+
+All trainings happen in two starts, one of two processes and one of one (see runner.py).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tiny
+
+pytestmark = pytest.mark.launch
+
+SETS = {"dataset": "alpha,beta,gamma"}
+PT = {"stage": "pt", "finetuning_type": "full", "dataset": "texts,pages", "cutoff_len": 24, "packing": True}
+
+
+def methods(reference: Path, table: Path) -> dict[str, dict[str, Any]]:
+    """Return the mixers whose state a checkpoint has to hold."""
+    validation = {"validation": ["held", "gamma"]}
+    return {
+        "odm": {"method": "odm"},
+        "odm_official": {"method": "odm", "variant": "official"},
+        "ado": {"method": "ado", "start_step": 2, "fit_steps": 2},
+        "aioli": {"method": "aioli", "lp_rounds": 1, "exploit_rounds": 1, **validation},
+        "skill_it": {"method": "skill_it", "validation": ["alpha", "beta", "gamma"]},
+        "schedule": {
+            "method": "schedule",
+            "points": [
+                {"step": 0, "proportions": [1, 1, 0]},
+                {"step": 6, "proportions": {"alpha": 0, "beta": 1, "gamma": 2}},
+            ],
+        },
+        "group_dro": {"method": "group_dro", "eta": 0.5},
+        "doremi": {"method": "doremi", "reference_model": str(reference)},
+        "doremi_table": {"method": "doremi", "reference_model": str(reference), "reference_losses": str(table)},
+        "doremi_previous": {"method": "doremi", "reference_model": str(reference), "weights": "previous"},
+        "doge": {"method": "doge", "proj_dim": 64},
+        "capped": {"method": "uniform", "max_epochs_per_domain": 1},
+    }
+
+
+WEIGHING = ("group_dro", "doremi", "doremi_table", "doremi_previous", "doge")
+NAMES = tuple(methods(Path(), Path()))
+
+
+def mixed(mix: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A run of 8 steps with checkpoints at 3 and 6, whose rounds are 1 + 2 + 2 + 2 + 1 steps long."""
+    return {
+        **SETS,
+        "dataflex": {"warmup_steps": 1, "update_steps": 2, "mix": mix},
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 8,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        **changes,
+    }
+
+
+@pytest.fixture(scope="session")
+def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    inputs = tmp_path_factory.mktemp("mixing")
+    reference = tiny.make_model(inputs / "reference", seed=1)
+    found = methods(reference, inputs / "table")
+    for name, mix in found.items():
+        workshop.add(f"{name}-two", **mixed(mix, per_device_train_batch_size=4))
+    workshop.add("pt-two", **mixed({**found["doremi"], "weights": "current"}, **PT, per_device_train_batch_size=2))
+    workshop.start(2)
+    for name, mix in found.items():
+        workshop.add(f"{name}-whole", **mixed(mix))
+        workshop.add(f"{name}-cut", stop_at=5, **mixed(mix))
+        workshop.add(f"{name}-resumed", into=f"{name}-cut", **mixed(mix))
+    for name in ("doremi", "doremi_previous", "group_dro", "doge"):
+        accumulated = mixed(found[name], per_device_train_batch_size=2, gradient_accumulation_steps=4)
+        workshop.add(f"{name}-accumulated", **accumulated)
+    workshop.add("pt-one", **mixed(found["doremi"], **PT, per_device_train_batch_size=4))
+    alone = {"dataset": "alpha", "max_steps": 4, "save_strategy": "no"}
+    workshop.add("alone-weighed", **mixed(found["doremi"], **alone))
+    workshop.add("alone-plain", **mixed({"method": "uniform"}, **alone))
+    add_noise_runs(workshop, make_noise(inputs / "noise"))
+    workshop.start(1)
+    return workshop
+
+
+def make_noise(folder: Path) -> Path:
+    """Write two pt data sets of equal size: words in a fixed order from a random start, and random words."""
+    folder.mkdir()
+    rng = random.Random(0)
+    for name in ("order", "noise"):
+        rows = []
+        for _ in range(400):
+            start = rng.randrange(len(tiny.WORDS))
+            chosen = [
+                tiny.WORDS[(start + i) % len(tiny.WORDS)] if name == "order" else rng.choice(tiny.WORDS)
+                for i in range(24)
+            ]
+            rows.append({"text": " ".join(chosen)})
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    info = {name: {"file_name": f"{name}.json", "columns": {"prompt": "text"}} for name in ("order", "noise")}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def add_noise_runs(workshop: Any, data: Path) -> None:
+    common = {
+        "stage": "pt",
+        "finetuning_type": "full",
+        "dataset_dir": str(data),
+        "dataset": "order,noise",
+        "cutoff_len": 24,
+        "learning_rate": 1e-2,
+        "max_steps": 60,
+        "save_strategy": "no",
+    }
+    reference = workshop.add("noise-reference", **mixed({"method": "proportional"}, **common))
+    for name, mix in {
+        "noise-doremi": {"method": "doremi", "reference_model": str(reference), "reweight_eta": 0.1},
+        "noise-odm": {"method": "odm"},
+        "noise-odm_official": {"method": "odm", "variant": "official"},
+    }.items():
+        workshop.add(name, **mixed(mix, **common))
+
+
+def weights_of(workshop: Any, name: str) -> tuple[list[str], np.ndarray]:
+    """Return the header and the rows of a run's loss weights."""
+    with (workshop.root / name / "dataflex" / "loss_weights.csv").open(newline="") as stream:
+        head, *rows = csv.reader(stream)
+    return head, np.array(rows, dtype=np.float64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_and_resumed_is_the_same(runs: Any, name: str) -> None:
+    whole, resumed = runs.trace(f"{name}-whole"), runs.trace(f"{name}-cut")
+    assert resumed["micro_batches"][0][0] == 3
+    assert runs.plan_digests(f"{name}-cut") == runs.plan_digests(f"{name}-whole")
+    assert resumed["weights"] == whole["weights"] is not None
+    shares = [line["proportions"] for line in runs.rounds(f"{name}-whole")]
+    assert [line["proportions"] for line in runs.rounds(f"{name}-cut")] == shares
+    folder = runs.root / f"{name}-whole" / "dataflex"
+    for file in ("loss_weights.csv", "domain_weights.json"):
+        assert (folder / file).exists() == (name in WEIGHING)
+        if name in WEIGHING:
+            assert (folder / file).read_text() == (runs.root / f"{name}-cut" / "dataflex" / file).read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_are_one(runs: Any, name: str) -> None:
+    runs.trace(f"{name}-two", 1)
+    one, two = runs.rounds(f"{name}-whole"), runs.rounds(f"{name}-two")
+    for ours, theirs in zip(one, two, strict=True):
+        np.testing.assert_allclose(
+            list(ours["proportions"].values()), list(theirs["proportions"].values()), rtol=1e-4, atol=1e-6
+        )
+        assert ours["domains"] == theirs["domains"]
+    np.testing.assert_allclose(runs.trace(f"{name}-whole")["losses"], runs.trace(f"{name}-two")["losses"], rtol=1e-4)
+    if name in WEIGHING:
+        np.testing.assert_allclose(weights_of(runs, f"{name}-whole")[1], weights_of(runs, f"{name}-two")[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["doremi", "doremi_previous", "group_dro", "doge"])
+def test_accumulation_does_not_matter(runs: Any, name: str) -> None:
+    assert runs.plan_digests(f"{name}-accumulated") == runs.plan_digests(f"{name}-whole")
+    ours, theirs = weights_of(runs, f"{name}-accumulated")[1], weights_of(runs, f"{name}-whole")[1]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    losses = runs.trace(f"{name}-accumulated")["losses"]
+    np.testing.assert_allclose(losses, runs.trace(f"{name}-whole")["losses"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(f"{name}-{kind}" for name in WEIGHING for kind in ("whole", "two")), "doremi-accumulated", "pt-one", "pt-two"],
+)
+def test_the_loss_is_the_weighted_sum_of_the_domains(runs: Any, name: str) -> None:
+    entries = [entry for entry in runs.trace(name)["history"] if "loss" in entry]
+    assert len(entries) == 8
+    domains = list(runs.rounds(name)[0]["pool"])
+    head, rows = weights_of(runs, name)
+    assert head == ["step", *domains]
+    assert rows[:, 0].tolist() == list(range(2, 9))  # the first step is warm-up
+    seen = dict.fromkeys(domains, 0)
+    for entry in entries[1:]:
+        used = rows[entry["step"] - 2, 1:]
+        losses = [entry.get(f"dataflex/loss/{domain}", 0.0) for domain in domains]
+        assert entry["loss"] == pytest.approx(float(used @ losses), rel=2e-4)
+        for domain in domains:
+            tokens = entry[f"dataflex/domain_tokens/{domain}"]
+            assert tokens >= seen[domain]
+            seen[domain] = tokens
+    assert min(seen.values()) > 0
+    assert np.ptp(rows[:, 1]) > 0
+
+
+def test_the_table_gives_the_models_losses(runs: Any) -> None:
+    model, table = weights_of(runs, "doremi-whole")[1], weights_of(runs, "doremi_table-whole")[1]
+    np.testing.assert_allclose(model, table, rtol=1e-5)
+
+
+def test_the_average_is_that_of_the_steps(runs: Any) -> None:
+    found = json.loads((runs.root / "doremi-whole" / "dataflex" / "domain_weights.json").read_text())
+    head, rows = weights_of(runs, "doremi-whole")
+    assert list(found["proportions"]) == head[1:]
+    np.testing.assert_allclose(list(found["proportions"].values()), rows[:, 1:].mean(0), rtol=1e-12)
+    np.testing.assert_allclose(list(found["last"].values()), rows[-1, 1:], rtol=1e-12)
+    assert found["steps"] == 7
+
+
+def test_excess_loss_does_not_prefer_noise_and_raw_loss_does(runs: Any) -> None:
+    """Two domains of equal size, one of random words: what cannot be learned has a high loss and no excess loss."""
+    losses = [entry for entry in runs.trace("noise-reference")["history"] if "loss" in entry][-1]
+    assert losses["dataflex/loss/noise"] > 3 * losses["dataflex/loss/order"]
+    found = json.loads((runs.root / "noise-doremi" / "dataflex" / "domain_weights.json").read_text())
+    assert found["proportions"]["noise"] < 0.5
+    assert 0.35 < found["last"]["noise"] < 0.65
+    shares = {name: runs.rounds(name)[-1]["proportions"]["noise"] for name in ("noise-odm", "noise-odm_official")}
+    assert shares["noise-odm"] > 0.53
+    assert shares["noise-odm_official"] > 0.75
+
+
+def test_one_domain_is_plain_training(runs: Any) -> None:
+    np.testing.assert_allclose(runs.trace("alone-weighed")["losses"], runs.trace("alone-plain")["losses"], rtol=1e-6)
+
+
+def test_every_change_of_proportions_is_logged(runs: Any) -> None:
+    history = runs.trace("odm-whole")["history"]
+    for line in runs.rounds("odm-whole"):
+        entry = next(entry for entry in history if entry["step"] == line["start_step"] + 1)
+        for domain, share in line["proportions"].items():
+            assert entry[f"dataflex/proportion/{domain}"] == pytest.approx(share)
+
+
+def test_epochs_are_what_was_trained(runs: Any) -> None:
+    rounds = runs.rounds("capped-whole")
+    sizes = rounds[0]["pool"]
+    for domain, size in sizes.items():
+        planned = sum(line["domains"][domain] for line in rounds)
+        assert rounds[-1]["epochs"][domain] == pytest.approx(planned / size)
+        assert planned <= size
+    assert any("capped" in line for line in rounds)
+    last = [entry for entry in runs.trace("capped-whole")["history"] if "loss" in entry][-1]
+    assert {domain: last[f"dataflex/epochs/{domain}"] for domain in sizes} == pytest.approx(rounds[-1]["epochs"])
