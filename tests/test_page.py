@@ -73,9 +73,14 @@ def evaluation(step: int, shift: float = 0.0) -> dict[str, Any]:
 
 def log_entry(step: int, weighted: bool) -> dict[str, Any]:
     entry = {"step": step, "loss": 3 - step / 10 + step % 2 / 20, "dataflex/loss/alpha": 2.5 - step / 20}
+    entry |= {"dataflex/loss/beta": 1.5, "dataflex/domain_tokens/alpha": 30 * step, "dataflex/domain_tokens/beta": 20}
     entry |= {"dataflex/tokens": 50 * step, "dataflex/train_seconds": 2.0 * step}
     entry |= {"dataflex/decision_seconds": 1.0 + step // 3, "dataflex/evaluate_seconds": 0.5 * (step // 3)}
     return {**entry, "dataflex/weight_min": 0.5, "dataflex/weight_max": 1 + step / 10} if weighted else entry
+
+
+def loss_weights(step: int) -> np.ndarray:
+    return np.array([0.5, 0.25 + step / 100, 0.25 - step / 100])
 
 
 def evaluation_entry(step: int) -> dict[str, Any]:
@@ -111,6 +116,9 @@ def make_run(folder: Path, families: tuple[str, ...], shift: float = 0.0) -> Pat
         for number, plan in enumerate(plans(planner, ROUNDS, FakeProbe(np.zeros(pool.size)))):
             writer.round(plan, pool, acting if number else {}, Cost(0.25 * number, 10, 100))
     steps = range(1, STEPS * ROUNDS + 1)
+    if families == FAMILIES:
+        for step in steps:
+            writer.loss_weights(step, tuple(SIZES), loss_weights(step))
     log = []
     for step in steps:
         log += [log_entry(step, "weight" in families), *([evaluation_entry(step)] if step % 3 == 0 else [])]
@@ -214,6 +222,8 @@ def test_losses_are_those_of_the_record(whole: Opened) -> None:
         [(s, each["loss"]) for s, each in zip(clock, log, strict=True)],
     )
     close(points(shown["Training loss by domain: all"], "alpha"), [(50 * s, 2.5 - s / 20) for s in range(1, 19)])
+    own = shown["Training loss against the domain's own tokens: all"]
+    close(points(own, "alpha"), [(30 * s, 2.5 - s / 20) for s in range(1, 19)])
     lines = [evaluation(step) for step in range(3, 19, 3)]
     for kind, key in (("token-weighted", "token_weighted"), ("mean of the sets", "unweighted")):
         expected = [(each["tokens"], each[key]["loss"]) for each in lines]
@@ -231,6 +241,7 @@ def test_losses_are_those_of_the_record(whole: Opened) -> None:
 
 def test_data_charts_are_those_of_the_plans(whole: Opened, runs: dict[str, Path]) -> None:
     shown, made = whole.charts(), raw_plans(runs["all"])
+    rounds = [json.loads(line) for line in (runs["all"] / "dataflex" / "rounds.jsonl").read_text().splitlines()]
     sets = [set(plan["index"]) for plan in made]
     overlap = [len(a & b) / len(a | b) for a, b in itertools.pairwise(sets)]
     close(points(shown["Overlap of consecutive rounds"], "all"), list(enumerate(overlap, start=1)))
@@ -251,8 +262,17 @@ def test_data_charts_are_those_of_the_plans(whole: Opened, runs: dict[str, Path]
     close(points(shown["Repeated samples in each round"], "all"), list(enumerate(repeated)))
     for name, curve in seen.items():
         close(points(shown["Share of each domain ever seen: all"], names[name]), list(enumerate(curve)))
-        shares = [Counter(plan["domain"])[name] / len(plan["domain"]) for plan in made]
-        close(points(shown["Proportions: all"], names[name]), list(enumerate(shares)))
+        counts = [Counter(plan["domain"])[name] for plan in made]
+        close(
+            points(shown["Passes over each domain: all"], names[name]),
+            list(enumerate(np.cumsum(counts) / SIZES[name])),
+        )
+        drawn = points(shown["Proportions: all"], names[name])
+        shares = [line["proportions"][name] for line in rounds]
+        close(drawn, [(STEPS * i, share) for i, share in enumerate([*shares, shares[-1]])])
+        assert all(
+            abs(share * len(plan["index"]) - count) < 1 for share, plan, count in zip(shares, made, counts, strict=True)
+        )
     often = Counter(Counter(index for plan in made for index in plan["index"]).values())
     (bars,) = shown["How often samples were planned"]
     heights = dict(zip(bars["x"], bars["y"], strict=True))
@@ -273,6 +293,9 @@ def test_costs_weights_and_tasks_are_those_of_the_record(whole: Opened) -> None:
     }
     close(points(shown["Seconds of each decision"], "all"), [(i, 0.25 * i) for i in range(ROUNDS)])
     close(points(shown["Sample weights"], "all max"), [(50 * s, 1 + s / 10) for s in range(1, 19)])
+    for i, name in enumerate(["alpha", "beta", "gamma &lt;b&gt;&#36;x&#36;"]):
+        weights = [(step, loss_weights(step)[i]) for step in range(1, 19)]
+        close(points(shown["Loss weights of the domains: all"], name), weights)
     run, chance = shown["Downstream tasks"]
     assert (run["x"], run["error"], run["y"]) == ([0.4, 0.26], [0.02, 0.02], [0, 1])
     assert (chance["name"], chance["x"], chance["y"]) == ("chance", [0.25], [1])
@@ -284,15 +307,22 @@ COMMON |= {
     f"Evaluation loss against {a}, {k}" for a in ("tokens", "time") for k in ("token-weighted", "mean of the sets")
 }
 COMMON |= {"Evaluation loss by domain", "Bits per byte by domain"}
-PLANNED = {"Proportions: {}", "Overlap of consecutive rounds", "Share of each domain ever seen: {}"}
+COMMON |= {"Training loss against the domain's own tokens: {}"}
+PLANNED = {
+    "Proportions: {}",
+    "Passes over each domain: {}",
+    "Overlap of consecutive rounds",
+    "Share of each domain ever seen: {}",
+}
 PLANNED |= {"Repeated samples in each round", "How often samples were planned", "Seconds of each decision"}
+ASKED = {"Sample weights", "Loss weights of the domains: {}"}
 SCORED = {"Scores of the selected samples: {}"}
 DRAWN = {
     "select": COMMON | PLANNED | SCORED,
     "mix": COMMON | PLANNED,
     "order": COMMON | PLANNED,
     "weight": COMMON | {"Sample weights"},
-    "all": COMMON | PLANNED | SCORED | {"Sample weights", "Downstream tasks"},
+    "all": COMMON | PLANNED | SCORED | ASKED | {"Downstream tasks"},
 }
 
 
@@ -300,15 +330,16 @@ DRAWN = {
 def test_every_family_has_its_charts_or_a_reason(runs: dict[str, Path], name: str) -> None:
     found = charts(measure([read_run(runs[name])]))
     assert {each.title for each in found if each.figure} == {title.format(name) for title in DRAWN[name]}
+    not_asked = ASKED | ({"Passes over each domain: {}"} if name == "weight" else set())
     missing = {each.title: each.caption for each in found if not each.figure}
-    assert set(missing) == {title.format(name) for title in DRAWN["all"] - DRAWN[name] - {"Sample weights"}}
+    assert set(missing) == {title.format(name) for title in DRAWN["all"] - DRAWN[name] - not_asked}
     assert all(len(reason) > 10 and reason.endswith(".") for reason in missing.values())
 
 
 def test_runs_of_all_families_are_told_apart_without_colours(browser: Any, runs: dict[str, Path]) -> None:
     opened = Opened(browser, report([runs[name] for name in DRAWN], runs["all"] / "all.html")).drawn()
     shown = opened.charts()
-    alone = {title for titles in (COMMON, PLANNED, SCORED) for title in titles if "{}" in title}
+    alone = {title for titles in (COMMON, PLANNED, SCORED, ASKED) for title in titles if "{}" in title}
     assert {title.format(name) for name, titles in DRAWN.items() for title in alone & titles} <= set(shown)
     losses = shown["Evaluation loss: held"]
     assert [trace["name"] for trace in losses] == list(DRAWN)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import csv
 import gzip
+import html
 import json
 import os
 import re
@@ -21,7 +23,7 @@ import pytest
 import yaml
 
 from dataflex.errors import ConfigError
-from dataflex.record.charts import BARS, DOMAINS, Chart, charts
+from dataflex.record.charts import DOMAINS, Chart, charts
 from dataflex.record.described import data, legend
 from dataflex.record.measure import MeasuredRun, evenly, measure
 from dataflex.record.page import page
@@ -521,8 +523,8 @@ def test_run_table_has_the_hand_computed_numbers(tmp_path: Path) -> None:
 def test_domain_table_has_the_shares(tmp_path: Path) -> None:
     table = domain_table(measured(finished_run(tmp_path / "run")))
     assert table.rows == [
-        ["run", "math", "9", "0.500", "0.833", "0.500", "1.0000", "1.0000"],
-        ["run", "<script>", "9", "0.500", "0.167", "0.500", "2.0000", "2.0000"],
+        ["run", "math", "9", "0.500", "0.833", "0.500", "0.500", "1.0000", "1.0000"],
+        ["run", "<script>", "9", "0.500", "0.167", "0.500", "0.500", "2.0000", "2.0000"],
     ]
 
 
@@ -640,10 +642,10 @@ def test_figures_are_valid_plotly(tmp_path: Path) -> None:
 
 
 def many_domains(run: Path) -> Path:
-    """A run of more rounds and domains than are drawn one by one."""
+    """A run of more domains than are drawn one by one."""
     write_config(run, mix="odm")
     counts = {f"domain-{i}": i + 1 for i in range(DOMAINS + 8)}
-    write_rounds(run, [round_line(number, counts) for number in range(BARS + 1)])
+    write_rounds(run, [round_line(number, counts) for number in range(61)])
     write_state(run, history(9, **{f"dataflex/loss/{name}": 1.0 for name in counts}), 9)
     write_summary(run)
     return run
@@ -698,7 +700,7 @@ def test_small_domains_are_added_up(tmp_path: Path) -> None:
     figure = chart(charts(runs), "Proportions: run").figure
     assert figure is not None
     names = [trace["name"] for trace in figure["data"]]
-    assert names == [*(f"domain-{i}" for i in range(8, 20)), "other domains"]
+    assert names == [*(f"domain-{i}" for i in range(8, 20)), "others (8 domains)"]
     shares = [unpacked(trace["y"]) for trace in figure["data"]]
     np.testing.assert_allclose(np.sum(shares, axis=0), 1, rtol=1e-6)
     np.testing.assert_allclose(shares[-1], sum(range(1, 9)) / sum(range(1, 21)), rtol=1e-6)
@@ -706,6 +708,311 @@ def test_small_domains_are_added_up(tmp_path: Path) -> None:
 
 def unpacked(values: dict[str, str]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
+
+
+def mixed_run(run: Path, num_domains: int, rounds: int = 6, steps: int = 20) -> Path:
+    """A run that weighs the loss by domain and, in rounds 3 and later, is held back in its first domain."""
+    write_config(run, mix="doremi")
+    names = domain_names(num_domains)
+    rng = np.random.default_rng(num_domains)
+    counts = rng.integers(1, 50, (rounds, num_domains))
+    counts[:, 0] = 400
+    planned = counts.cumsum(axis=0)
+    lines = []
+    for number, row in enumerate(counts):
+        changes: dict[str, Any] = {
+            "start_step": 10 * number,
+            "steps": 10,
+            "pool": dict.fromkeys(names, 100),
+            "proportions": dict(zip(names, ((row + 0.25) / (row + 0.25).sum()).tolist(), strict=True)),
+            "epochs": dict(zip(names, (planned[number] / 100).tolist(), strict=True)),
+        }
+        if number >= 3:
+            changes["capped"] = {names[0]: 0.95}
+        lines.append(round_line(number, dict(zip(names, row.tolist(), strict=True)), **changes))
+    write_rounds(run, lines)
+    raw = rng.random((steps, num_domains)) + np.arange(num_domains)
+    write_loss_weights(run, names, raw / raw.sum(axis=1, keepdims=True))
+    log = [
+        {"step": step}
+        | {"loss": 1.0}
+        | {f"dataflex/loss/{name}": 3 - step / 20 + i for i, name in enumerate(names)}
+        | {f"dataflex/domain_tokens/{name}": step * (i + 1) * 10 for i, name in enumerate(names)}
+        for step in range(1, 21)
+    ]
+    write_state(run, log, 20)
+    write_summary(run)
+    return run
+
+
+def domain_names(count: int) -> list[str]:
+    return [f"d{i}, <of {count}>" for i in range(count)]
+
+
+def write_loss_weights(run: Path, names: Sequence[str], values: np.ndarray, first: int = 1) -> None:
+    with (run / "dataflex" / "loss_weights.csv").open("w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["step", *names])
+        rows.writerows([step, *row] for step, row in enumerate(values.tolist(), start=first))
+
+
+def read_csv(run: Path) -> np.ndarray:
+    """The whole of loss_weights.csv: the step and the weights of each line."""
+    return np.loadtxt(run / "dataflex" / "loss_weights.csv", delimiter=",", skiprows=1)
+
+
+def write_domain_weights(run: Path, names: Sequence[str]) -> dict[str, float]:
+    """Write means that are not those of the file, so that one can tell which are shown."""
+    means = {name: (i + 1) / 1000 for i, name in enumerate(names)}
+    found = {"method": "doremi", "steps": 777, "proportions": means, "last": dict.fromkeys(names, 0.5)}
+    (run / "dataflex" / "domain_weights.json").write_text(json.dumps(found))
+    return means
+
+
+def traces_of(found: Sequence[Chart], title: str) -> dict[str, tuple[list[float], list[float]]]:
+    """The points of each curve of a chart, by the name it goes by."""
+    drawn = chart(found, title).figure
+    assert drawn is not None
+    return {
+        html.unescape(trace["name"]): (unpacked(trace["x"]).tolist(), unpacked(trace["y"]).tolist())
+        for trace in drawn["data"]
+    }
+
+
+def rounds_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "dataflex" / "rounds.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("num_domains", [2, 7, 1000])
+def test_proportions_are_stacked_over_steps(tmp_path: Path, num_domains: int) -> None:
+    run = mixed_run(tmp_path / "run", num_domains)
+    found = charts(measured(run))
+    shown = traces_of(found, "Proportions: run")
+    lines = rounds_of(run)
+    held = [each["proportions"] for each in [*lines, lines[-1]]]
+    samples = {name: sum(each["domains"][name] for each in lines) for name in domain_names(num_domains)}
+    named = [name for name in shown if not name.startswith("others")]
+    if num_domains > DOMAINS:
+        assert min(samples[name] for name in named) >= max(samples[name] for name in samples if name not in named)
+        assert list(shown)[-1] == f"others ({num_domains - DOMAINS} domains)"
+        rest = [1 - sum(shares[name] for name in named) for shares in held]
+        np.testing.assert_allclose(shown[list(shown)[-1]][1], rest, rtol=1e-5)
+        assert f"The {DOMAINS} domains with the most samples" in chart(found, "Proportions: run").caption
+    assert len(named) == min(num_domains, DOMAINS)
+    for name in named:
+        steps, shares = shown[name]
+        assert steps == [0, 10, 20, 30, 40, 50, 60]
+        np.testing.assert_allclose(shares, [each[name] for each in held], rtol=1e-6)
+    np.testing.assert_allclose(np.sum([y for _, y in shown.values()], axis=0), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_domains", [2, 7, 1000])
+def test_passes_and_what_was_cut_of_domains_are_drawn(tmp_path: Path, num_domains: int) -> None:
+    run = mixed_run(tmp_path / "run", num_domains)
+    lines = rounds_of(run)
+    counted = [{key: each[key] for key in each if key != "epochs"} for each in lines]
+    for written in (lines, counted):  # a record without passes has those that its plans give
+        write_rounds(run, written)
+        found = charts(measured(run))
+        shown = traces_of(found, "Passes over each domain: run")
+        assert shown.pop("cut by max_epochs_per_domain") == ([3, 4, 5], [16.0, 20.0, 24.0])
+        names = domain_names(num_domains)
+        planned = {name: np.cumsum([line["domains"][name] for line in lines]) / 100 for name in names}
+        most = sorted(names, key=lambda name: -planned[name][-1])[:DOMAINS]
+        assert set(shown) == set(most)
+        for name, (numbers, passes) in shown.items():
+            assert numbers == list(range(6))
+            np.testing.assert_allclose(passes, planned[name], rtol=1e-6)
+    cut = traces_of(found, "Shares that were cut: run")
+    shares = [0.95 - line["domains"][names[0]] / line["size"] for line in lines]
+    ((name, (numbers, taken)),) = cut.items()
+    assert (name, numbers) == (names[0], list(range(6)))
+    np.testing.assert_allclose(taken, [0, 0, 0, *shares[3:]], rtol=1e-5)
+
+
+def test_passes_need_their_sizes(tmp_path: Path) -> None:
+    run = mixed_run(tmp_path / "run", 2)
+    lines = [{key: line[key] for key in line if key not in ("epochs", "pool")} for line in rounds_of(run)]
+    write_rounds(run, lines)
+    assert "earlier versions" in chart(charts(measured(run)), "Passes over each domain: run").caption
+    assert "passes" not in domain_table(measured(run)).header
+    write_rounds(run, [*lines[:-1], {**lines[-1], "pool": {domain_names(2)[0]: 800}}])
+    shown = traces_of(charts(measured(run)), "Passes over each domain: run")
+    assert shown[domain_names(2)[0]] == (list(range(6)), [0.5, 1.0, 1.5, 2.0, 2.5, 3.0])
+    assert domain_names(2)[1] not in shown
+
+
+@pytest.mark.parametrize("num_domains", [2, 7, 1000])
+def test_loss_weights_are_those_of_the_file(tmp_path: Path, num_domains: int) -> None:
+    run = mixed_run(tmp_path / "run", num_domains, steps=100 if num_domains == 1000 else 5000)
+    written = read_csv(run)
+    at = {int(row[0]): row[1:] for row in written}
+    title = "Loss weights of the domains: run"
+    found = charts(measured(run))
+    names = domain_names(num_domains)
+    mean = dict(zip(names, written[:, 1:].mean(axis=0), strict=True))
+    shown = traces_of(found, title)
+    assert set(shown) == set(sorted(names, key=lambda name: -mean[name])[:DOMAINS])
+    for name, (steps, weights) in shown.items():
+        assert (steps[0], steps[-1]) == (1, len(written))
+        assert len(steps) <= 2000
+        np.testing.assert_allclose(weights, [at[int(step)][names.index(name)] for step in steps], rtol=1e-6)
+    caption = chart(found, title).caption
+    drawn = {len(steps) for steps, _ in shown.values()}
+    assert drawn == (
+        {100} if num_domains == 1000 else {int(re.findall(r"([0-9,]+) of 5,000 steps", caption)[0].replace(",", ""))}
+    )
+    if num_domains == 1000:
+        rest = sum(mean[name] for name in names if name not in shown)
+        assert f"the 988 others have a mean weight of {rest:.3g} together" in caption
+    figure = chart(found, title).figure
+    assert figure is not None
+    averages = [trace["hovertemplate"].split(", ")[1] for trace in figure["data"]]
+    assert averages == [f"{mean[html.unescape(trace['name'])]:.4g} on average" for trace in figure["data"]]
+    means = write_domain_weights(run, names)
+    figure = chart(charts(measured(run)), title).figure
+    assert figure is not None
+    assert {trace["hovertemplate"].split(", ")[1] for trace in figure["data"]} == {
+        f"{means[name]:.4g} on average" for name in names[-DOMAINS:]
+    }
+
+
+@pytest.mark.parametrize("num_domains", [2, 7, 1000])
+def test_loss_against_the_tokens_of_each_domain(tmp_path: Path, num_domains: int) -> None:
+    run = mixed_run(tmp_path / "run", num_domains, steps=10)
+    found = charts(measured(run))
+    title = "Training loss against the domain's own tokens: run"
+    shown = traces_of(found, title)
+    assert len(shown) == min(num_domains, DOMAINS)
+    for name, (tokens, losses) in shown.items():
+        i = domain_names(num_domains).index(name)
+        assert tokens == [step * (i + 1) * 10 for step in range(1, 21)]
+        np.testing.assert_allclose(losses, [3 - step / 20 + i for step in range(1, 21)], rtol=1e-6)
+    figure = chart(found, title).figure
+    assert figure is not None
+    assert (
+        figure["layout"]["xaxis"].get("type") == "log"
+    )  # 20 times as many tokens, of domains that differ by 2 and more
+
+
+def test_few_tokens_of_a_domain_are_on_a_plain_scale_and_none_are_left_out(tmp_path: Path) -> None:
+    run = write_config(tmp_path / "run", mix="odm")
+    log = [
+        {"step": step, "dataflex/loss/a": 1.0, "dataflex/domain_tokens/a": 100 * (step - 1)}
+        | ({"dataflex/loss/b": 2.0, "dataflex/domain_tokens/b": 50 * step} if step > 2 else {})
+        for step in range(1, 6)
+    ]
+    write_state(run, log, 5)
+    write_summary(run)
+    title = "Training loss against the domain's own tokens: run"
+    found = charts(measured(run))
+    assert traces_of(found, title) == {"a": ([100, 200, 300, 400], [1.0] * 4), "b": ([150, 200, 250], [2.0] * 3)}
+    figure = chart(found, title).figure
+    assert figure is not None
+    assert "type" not in figure["layout"]["xaxis"]
+
+
+def test_domain_table_has_the_mixture(tmp_path: Path) -> None:
+    run = mixed_run(tmp_path / "run", 1000, steps=40)
+    names, lines = domain_names(1000), rounds_of(run)
+    of_file = dict(zip(names, read_csv(run)[:, 1:].mean(axis=0), strict=True))
+    for finished in (False, True):
+        means = write_domain_weights(run, names) if finished else of_file
+        table = domain_table(measured(run))
+        assert len(table.rows) == 40
+        for row in table.rows:
+            cells = dict(zip(table.header, row, strict=True))
+            i = names.index(cells["domain"])
+            planned = sum(line["domains"][names[i]] for line in lines)
+            assert cells["last proportion"] == f"{lines[-1]['proportions'][names[i]]:.3f}"
+            assert cells["passes"] == f"{planned / 100:.3f}"
+            assert cells["rounds capped"] == ("3" if i == 0 else "0")
+            assert cells["last wanted"] == ("0.950" if i == 0 else "-")
+            assert cells["loss weight"] == f"{means[names[i]]:.4f}"
+        steps = 777 if finished else 40
+        assert f"run: loss weight is the mean over {steps} steps whose loss was weighted by domain." in table.notes
+
+
+def test_capped_domains_that_are_not_listed_are_named(tmp_path: Path) -> None:
+    run = mixed_run(tmp_path / "run", 100, steps=1)
+    lines = rounds_of(run)
+    rare = min(lines[0]["domains"], key=lambda name: sum(line["domains"][name] for line in lines))
+    write_rounds(run, [*lines[:-1], {**lines[-1], "capped": {rare: 0.5}}])
+    assert f"run: max_epochs_per_domain also cut {rare}." in domain_table(measured(run)).notes
+
+
+def test_mixtures_of_several_runs_are_in_one_report(tmp_path: Path) -> None:
+    paths = [mixed_run(tmp_path / name, k, steps=3000) for name, k in (("two", 2), ("many", 125))]
+    found = charts(measured(*paths, finished_run(tmp_path / "old"), weight_run(tmp_path / "weight")))
+    titles = [each.title for each in found if each.figure]
+    for kind in ("Proportions", "Loss weights of the domains", "Passes over each domain", "Shares that were cut"):
+        assert [title for title in titles if title.startswith(f"{kind}: ") and "old" not in title] == [
+            f"{kind}: two",
+            f"{kind}: many",
+        ]
+    table = domain_table(measured(*paths, finished_run(tmp_path / "older")))
+    assert {row[0] for row in table.rows} == {"two", "many", "older"}
+    assert {row[table.header.index("loss weight")] for row in table.rows if row[0] == "older"} == {"-"}
+
+
+def test_weights_being_written_are_read_up_to_the_last_whole_line(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    file = run / "dataflex" / "loss_weights.csv"
+    for text in ("", "step,a", "step,a,b\n", "step,a,b\n1,0.5,0.2"):
+        file.write_text(text)
+        assert read_run(run).loss_weights is None
+    file.write_text("step,a,b\r\n1,0.5,0.5\r\n2,0.25,0.75\r\n2,0.25,0.75\r\n1,0.5,0.5\r\n3,1.0,0.0\r\n4,0.1,0.")
+    found = read_run(run).loss_weights
+    assert found is not None
+    assert (found.names, found.steps.tolist(), found.total) == (["a", "b"], [1, 2, 3], 3)
+    assert found.values.tolist() == [[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]]
+    np.testing.assert_allclose(found.mean, [1.75 / 3, 1.25 / 3])
+
+
+@pytest.mark.parametrize("block", [64, 1000, 1 << 23])
+def test_weights_are_read_in_blocks_and_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr("dataflex.record.loss_weights._BLOCK", block)
+    monkeypatch.setattr("dataflex.record.loss_weights.KEPT_STEPS", 100)
+    values = np.random.default_rng(0).random((1003, 3))
+    names = ["a\nb", 'with "quotes", and a comma', "\u00fc"]
+    write_loss_weights(finished_run(tmp_path / "run"), names, values, first=5)
+    found = read_run(tmp_path / "run").loss_weights
+    assert found is not None
+    assert (found.names, found.total) == (names, 1003)
+    assert 50 <= found.steps.size <= 100
+    assert found.steps.tolist() == [*range(5, 1008, 16), 1007]
+    np.testing.assert_array_equal(found.values, values[found.steps - 5])
+    np.testing.assert_allclose(found.mean, values.mean(axis=0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("time,a\n1,1.0\n", r"expected the header step,DOMAIN"),
+        ("step,a,a\n1,1.0,1.0\n", r"expected the header step,DOMAIN"),
+        ("step\n1\n", r"expected the header step,DOMAIN"),
+        ("step,a\n1,high\n", r"expected a step and 1 numbers"),
+        ("step,a\n1.5,1.0\n", r"expected a step and 1 numbers"),
+        ("step,a,b\n1,1.0\n", r"expected a step and 2 numbers"),
+        ("step,a\n1,1.0,2.0\n", r"expected a step and 1 numbers"),
+        ("step,a\n1,\n", r"expected a step and 1 numbers"),
+    ],
+)
+def test_weights_of_another_shape_are_named(tmp_path: Path, text: str, message: str) -> None:
+    run = finished_run(tmp_path / "run")
+    (run / "dataflex" / "loss_weights.csv").write_text(text)
+    with pytest.raises(ConfigError, match=rf"loss_weights\.csv: {message}"):
+        read_run(run)
+
+
+def test_result_of_other_domains_than_the_weights_is_named(tmp_path: Path) -> None:
+    run = mixed_run(tmp_path / "run", 2, steps=3)
+    write_domain_weights(run, ["a", "b"])
+    with pytest.raises(ConfigError, match=r"domain_weights\.json: 'proportions' does not name the domains"):
+        read_run(run)
+    (run / "dataflex" / "domain_weights.json").write_text('{"method": "doremi"}')
+    with pytest.raises(ConfigError, match=r"domain_weights\.json: 'steps'"):
+        read_run(run)
 
 
 def test_older_record_is_drawn_against_steps_with_the_trainers_losses(tmp_path: Path) -> None:

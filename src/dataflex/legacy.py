@@ -37,7 +37,7 @@ FLAT_KEYS = (
     "early_stopping_min_delta",
 )
 
-METHOD_NAMES = {"order": {"sorting": "sort"}}
+METHOD_NAMES = {"order": {"sorting": "sort"}, "mix": {"dynamic_moe": "moe_balance"}}
 """Methods whose name changed, by configuration key."""
 
 PARAMETER_NAMES = {
@@ -45,6 +45,8 @@ PARAMETER_NAMES = {
     "samples_per_cluster": "representatives",
     "clustering_max_iter": "cluster_iterations",
     "mc_samples": "samples",
+    "reference_model_path": "reference_model",
+    "c": "smoothing",
 }
 """Parameters whose name changed."""
 
@@ -62,6 +64,12 @@ UNUSED_PARAMETERS = (
     "embedding_model",
     "embedding_layer",
     "max_prompt_length",
+    "warmup_steps",
+    "reward_scale",
+    "min_exploration_rate",
+    "collect_steps",
+    "eval_samples",
+    "eval_batch_size",
 )
 """Parameters of the earlier release that nothing here needs; accepted, with a note."""
 
@@ -155,7 +163,7 @@ def _mixture(flat: dict[str, Any], component: dict[str, Any], problems: list[Pro
     elif rule in ("stratified", "uniform"):
         notes.append(f"mixture_sample_rule: {rule} is not used: the mixer {component['method']!r} decides.")
     elif proportions is not None:
-        key = "proportions" if component["method"] == "static" else "initial_proportions"
+        key = "proportions" if component["method"] in ("static", "doremi") else "initial_proportions"
         component[key] = proportions
     if component["method"] == "static" and "proportions" not in component:
         component["method"] = "uniform"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import DomainParams, Mixer, RoundContext, Shares, shares_of, shares_problem
+from dataflex.components import DomainParams, Mixer, RoundContext, Shares, State, shares_of, shares_problem
 from dataflex.registry import register
 
 
@@ -29,9 +29,16 @@ class StaticMixer(Mixer):
 
     Params = StaticParams
 
+    def __init__(self, params: StaticParams) -> None:
+        super().__init__(params)
+        self._shares: NDArray[np.float64] | None = None
+        """The given shares as they were when training began: a file may change while a run goes on."""
+
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the given proportions, as shares of samples."""
-        shares = shares_of(self.params.proportions, ctx.pool.domains)
+        if self._shares is None:
+            self._shares = shares_of(self.params.proportions, ctx.pool.domains)
+        shares = self._shares
         if self.params.unit == "tokens":
             shares = shares / (ctx.pool.domain_tokens / ctx.pool.domain_sizes)
         return shares
@@ -39,6 +46,14 @@ class StaticMixer(Mixer):
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the given proportions."""
         return self.initial(ctx)
+
+    def state_dict(self) -> State:
+        """Return the shares, if they have been used."""
+        return {} if self._shares is None else {"shares": self._shares}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self._shares = state.get("shares")
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Check names or length, sign and sum of the proportions."""

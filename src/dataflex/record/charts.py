@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dataflex.record.measure import LEVELS, MeasuredRun, evenly
-from dataflex.record.reader import DomainMeasures, Evaluation, Measures, Round, RunRecord
+from dataflex.record.reader import DomainMeasures, Evaluation, Measures, RunRecord
 from dataflex.record.traces import (
     CHANCE,
+    REST,
     Figure,
     Points,
+    Style,
     Trace,
     band,
     faint_line,
@@ -29,16 +34,19 @@ from dataflex.record.traces import (
 from dataflex.record.trainer_log import Curve
 
 DOMAINS = 12
-"""Domains drawn of a run, at most: those with the most samples; the others of a plan are added up."""
-
-BARS = 60
-"""Rounds up to which proportions are drawn as bars; more are drawn as areas."""
+"""Domains drawn of a run, at most: the largest of what a chart shows; the others of a plan are added up."""
 
 RAW_RUNS = 3
 """Runs up to which the logged training loss is drawn behind its running mean."""
 
 PROPORTION_ROUNDS = 400
 """Rounds whose proportions are drawn, at most."""
+
+CUT_MARKS = 20
+"""Rounds marked of a curve in which a domain was cut, at most."""
+
+LOG_RATIO = 30
+"""Largest over smallest place from which an axis of tokens is logarithmic."""
 
 RUNS_ONE_BY_ONE = 12
 """Runs that get charts of their own, at most."""
@@ -87,10 +95,14 @@ def charts(runs: Sequence[MeasuredRun]) -> list[Chart]:
         train_loss(runs, axis),
         train_loss(runs, SECONDS),
         *(domain_loss(run, len(alone), axis, looks) for run in alone),
+        *(chart for run in alone for chart in own_tokens(run, len(alone), looks)),
         *eval_means(runs),
         *eval_domains(runs),
         *eval_loss(runs),
         *(proportions(run, len(alone), looks) for run in alone),
+        *(chart for run in alone for chart in cut_shares(run, len(alone), looks)),
+        *(chart for run in alone for chart in loss_weights(run, len(alone), looks)),
+        *(chart for run in alone for chart in passes(run, len(alone), looks)),
         *(scores(run, runs) for run in alone),
         overlap(runs),
         *(seen(run, len(alone), looks) for run in alone),
@@ -254,8 +266,44 @@ def domain_loss(run: MeasuredRun, num_charts: int, axis: Axis, looks: Mapping[st
     return Chart("Loss", title, caption, figure(traces, axis.name, "loss"))
 
 
+def own_tokens(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> list[Chart]:
+    """Training loss of each domain of one run against the tokens of that domain alone; nothing for one domain.
+
+    ``looks`` numbers the domains.
+    """
+    title = f"Training loss against the domain's own tokens: {run.label}"
+    losses, tokens = run.record.domain_loss, run.record.domain_tokens
+    if len(losses) < 2:
+        return []
+    curves = {}
+    for name in _most_trained(run):
+        seen_at = dict(tokens.get(name, []))
+        points = [(int(seen_at[step]), value) for step, value in losses.get(name, []) if seen_at.get(step)]
+        if points:
+            curves[name] = points
+    if not curves:
+        reason = (
+            "the logs have no tokens by domain (dataflex/domain_tokens/...); records of earlier versions lack them."
+        )
+        return [Chart("Loss", title, reason, None)]
+    limit = points_per_curve(num_charts * DOMAINS)
+    chart = figure(
+        [line(smooth(points), name, style(looks[name]), limit) for name, points in curves.items()],
+        "tokens of the domain",
+        "loss",
+    )
+    places = [place for points in curves.values() for place, _ in points]
+    caption = "Unweighted loss of a domain when so many of its tokens that count in the loss were trained on."
+    if max(places) > LOG_RATIO * min(places):
+        chart["layout"]["xaxis"] |= {"type": "log"}
+        caption += " Tokens on a logarithmic scale."
+    left_out = len(losses) - len(curves)
+    caption += f" {left_out:,} other domains are not drawn." if left_out else ""
+    return [Chart("Loss", title, caption, chart)]
+
+
 def proportions(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> Chart:
-    """Share of each domain in the plans of one run; ``looks`` numbers the domains."""
+    """Share of each domain in the rounds of one run, over its optimizer steps; ``looks`` numbers the domains."""
     title = f"Proportions: {run.label}"
     rounds = [each for each in run.record.rounds if each.shares]
     if not rounds:
@@ -264,33 +312,157 @@ def proportions(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> 
         return Chart("Data", title, "the run has one domain only.", None)
     limit = min(PROPORTION_ROUNDS, points_per_curve(num_charts * DOMAINS))
     shown = evenly(rounds, limit)
-    names = [name for name in _most_trained(run) if run.domain_samples[name]]
-    traces = [_shares(shown, name, [each.shares.get(name, 0.0) for each in shown], looks[name]) for name in names]
-    if any(count and name not in names for name, count in run.domain_samples.items()):
-        rest = [1.0 - sum(each.shares.get(name, 0.0) for name in names) for each in shown]
-        traces.append(_shares(shown, "other domains", rest, len(looks)))
-    chart = figure(traces, "round", "share of the plan's samples")
+    shares = [each.proportions or each.shares for each in shown]
+    present = dict.fromkeys(name for each in shares for name, share in each.items() if share > 0)
+    names = [name for name in _most_trained(run) if name in present]
+    steps = [*(each.start_step for each in shown), shown[-1].start_step + shown[-1].steps]
+    values = np.array([[each.get(name, 0.0) for name in names] for each in [*shares, shares[-1]]])
+    traces = [_area(steps, values[:, i], name, style(looks[name])) for i, name in enumerate(names)]
+    caption = "Share of each domain in each round, from its first step on; plans have it to within one sample."
+    others = len(present) - len(names)
+    if others:
+        rest = np.maximum(1.0 - values.sum(axis=1), 0.0)
+        label = f"others ({others:,} domain{'s' if others > 1 else ''})"
+        traces.append(_area(steps, rest, label, REST))
+        caption += (
+            f" The {len(names)} domains with the most samples have bands of their own, the {others:,} others one."
+        )
+    chart = figure(traces, "step", "share of the samples")
     chart["layout"]["yaxis"] |= {"range": [0, 1]}
-    chart["layout"] |= {"barmode": "stack", "bargap": 0.08}
-    whole_numbers(chart, rounds[-1].round)
-    caption = "Share of each domain in the samples of each round's plan."
-    caption += f" {len(shown)} of {len(rounds)} rounds are drawn." if len(shown) < len(rounds) else ""
+    whole_numbers(chart, steps[-1])
+    caption += f" {len(shown):,} of {len(rounds):,} rounds are drawn." if len(shown) < len(rounds) else ""
     return Chart("Data", title, caption, chart)
 
 
-def _shares(rounds: Sequence[Round], name: str, values: Sequence[float], number: int) -> Trace:
-    """One domain's shares: bars where the rounds are few, else an area."""
-    look = style(number)
-    trace: Trace = {
+def _area(steps: Sequence[int], values: NDArray[np.float64], name: str, look: Style) -> Trace:
+    """One domain's shares, each held from the first step of its round to that of the next."""
+    return {
+        "type": "scatter",
+        "mode": "none",
+        "stackgroup": "shares",
+        "line": {"shape": "hv"},
         "name": text(name),
-        "x": packed([each.round for each in rounds], "<i4"),
+        "x": packed(steps, "<i4"),
         "y": packed(values, "<f4"),
-        "hovertemplate": "round %{x}: %{y:.3f}",
+        "fillcolor": look.colour,
+        "fillpattern": hatching(look),
+        "hovertemplate": "from step %{x}: %{y:.3~g}",
     }
-    if len(rounds) <= BARS:
-        return {**trace, "type": "bar", "marker": {"color": look.colour, "pattern": hatching(look)}}
-    area = {"mode": "none", "stackgroup": "shares", "fillcolor": look.colour, "fillpattern": hatching(look)}
-    return {**trace, "type": "scatter", **area}
+
+
+def cut_shares(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> list[Chart]:
+    """Share of each domain of one run that was wanted and not planned; nothing where none was cut.
+
+    ``looks`` numbers the domains.
+    """
+    rounds, names = run.record.rounds, _most_cut(run)
+    if not names:
+        return []
+    picked = evenly(rounds, points_per_curve(num_charts * DOMAINS))
+    numbers = [each.round for each in picked]
+    cut = {
+        name: [each.capped.get(name, each.shares.get(name, 0.0)) - each.shares.get(name, 0.0) for each in picked]
+        for name in names
+    }
+    traces = [line(_curve(numbers, cut[name]), name, style(looks[name]), len(picked)) for name in names]
+    chart = figure(traces, "round", "share wanted, not planned")
+    chart["layout"]["yaxis"] |= {"rangemode": "tozero"}
+    whole_numbers(chart, rounds[-1].round)
+    caption = "What max_epochs_per_domain took from the wanted share of a domain and gave to the others."
+    caption += f" {len(picked):,} of {len(rounds):,} rounds are drawn." if len(picked) < len(rounds) else ""
+    left_out = len(_cut(run)) - len(names)
+    caption += f" {left_out:,} domains that were cut by less are not drawn." if left_out else ""
+    return [Chart("Data", f"Shares that were cut: {run.label}", caption, chart)]
+
+
+def _cut(run: MeasuredRun) -> dict[str, float]:
+    """Return how much was cut of each domain that was, shares added up over the rounds."""
+    lost: dict[str, float] = {}
+    for each in run.record.rounds:
+        for name, share in each.capped.items():
+            lost[name] = lost.get(name, 0.0) + share - each.shares.get(name, 0.0)
+    return lost
+
+
+def loss_weights(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> list[Chart]:
+    """Weight of each domain in the loss over the steps of one run; nothing where the loss is not weighted so.
+
+    ``looks`` numbers the domains.
+    """
+    known = run.record.loss_weights
+    if known is None:
+        return []
+    means = run.record.mean_loss_weights
+    names = [name for name in _most_weighted(run) if name in known.names]
+    picked = evenly(range(known.steps.size), points_per_curve(num_charts * DOMAINS))
+    traces = []
+    for name in names:
+        values = known.values[picked, known.names.index(name)]
+        points = list(zip(known.steps[picked].tolist(), values.tolist(), strict=True))
+        mean = f", {means[name]:.4g} on average"
+        drawn = line(points, name, style(looks[name]), len(points))
+        traces.append({**drawn, "hovertemplate": f"step %{{x}}: %{{y:.4~g}}{mean}"})
+    chart = figure(traces, "step", "weight in the loss")
+    chart["layout"]["yaxis"] |= {"rangemode": "tozero"}
+    caption = "What a domain counts in the loss of a step."
+    if len(picked) < known.total:
+        caption += f" {len(picked):,} of {known.total:,} steps are drawn, evenly picked."
+    left_out = [name for name in known.names if name not in names]
+    if left_out:
+        rest = sum(means.get(name, 0.0) for name in left_out)
+        caption += f" The {len(names)} domains with the largest mean weights are drawn;"
+        caption += f" the {len(left_out):,} others have a mean weight of {rest:.3g} together."
+    return [Chart("Data", f"Loss weights of the domains: {run.label}", caption, chart)]
+
+
+def passes(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> list[Chart]:
+    """Passes over each domain of one run up to each round; nothing for one domain, or without rounds.
+
+    ``looks`` numbers the domains.
+    """
+    title = f"Passes over each domain: {run.label}"
+    rounds, known = run.record.rounds, run.record.passes
+    if len(run.domain_samples) < 2 or not rounds:
+        return []
+    if not known:
+        reason = "neither passes nor the sizes of the domains are on record; records of earlier versions lack them."
+        return [Chart("Data", title, reason, None)]
+    names = _most_passed(run)
+    picked = evenly(range(len(rounds)), points_per_curve(num_charts * DOMAINS))
+    numbers = [rounds[i].round for i in picked]
+    traces = [
+        line(_curve(numbers, known[name][picked].tolist()), name, style(looks[name]), len(picked)) for name in names
+    ]
+    caption = "Samples planned up to each round over samples of the domain: 1 is once through all of them."
+    cut: list[tuple[float, float]] = []
+    for name in names:
+        within = evenly([i for i in picked if name in rounds[i].capped], CUT_MARKS)
+        cut += [(rounds[i].round, float(known[name][i])) for i in within]
+    if cut:
+        traces.append(_marks(cut, "cut by max_epochs_per_domain"))
+        caption += (
+            f" Upright marks, at most {CUT_MARKS} on a curve: rounds in which max_epochs_per_domain cut the share."
+        )
+    chart = figure(traces, "round", "passes")
+    chart["layout"]["yaxis"] |= {"rangemode": "tozero"}
+    whole_numbers(chart, rounds[-1].round)
+    caption += f" {len(picked):,} of {len(rounds):,} rounds are drawn." if len(picked) < len(rounds) else ""
+    left_out = len(known) - len(names)
+    caption += f" {left_out:,} domains with fewer passes are not drawn." if left_out else ""
+    return [Chart("Data", title, caption, chart)]
+
+
+def _marks(points: Points, name: str) -> Trace:
+    """Upright marks on curves. The lines have their numbers, so they are not in the data below a chart."""
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": text(name),
+        "x": packed([x for x, _ in points], "<i4"),
+        "y": packed([value for _, value in points], "<f4"),
+        "marker": {"symbol": "line-ns-open", "size": 14, "color": CHANCE, "line": {"width": 2, "color": CHANCE}},
+        "hoverinfo": "skip",
+    }
 
 
 def scores(run: MeasuredRun, runs: Sequence[MeasuredRun]) -> Chart:
@@ -581,14 +753,33 @@ def _lines(
 
 def _most_trained(run: MeasuredRun) -> list[str]:
     """Return the domains with the most samples, in the order of their first mention."""
-    counts = run.domain_samples
-    kept = set(sorted(counts, key=lambda name: -counts[name])[:DOMAINS])
-    return [name for name in counts if name in kept]
+    return _largest(run.domain_samples)
+
+
+def _most_weighted(run: MeasuredRun) -> list[str]:
+    """Return the domains with the largest mean weights in the loss."""
+    return _largest(run.record.mean_loss_weights)
+
+
+def _most_passed(run: MeasuredRun) -> list[str]:
+    """Return the domains that were gone through most often."""
+    return _largest({name: float(np.nanmax(values)) for name, values in run.record.passes.items()})
+
+
+def _most_cut(run: MeasuredRun) -> list[str]:
+    """Return the domains that ``max_epochs_per_domain`` took most from."""
+    return _largest(_cut(run))
+
+
+def _largest(sizes: Mapping[str, float]) -> list[str]:
+    kept = set(sorted(sizes, key=lambda name: -sizes[name])[:DOMAINS])
+    return [name for name in sizes if name in kept]
 
 
 def _domain_numbers(runs: Sequence[MeasuredRun]) -> dict[str, int]:
     """Number the domains that are drawn of any run, so that one looks the same in every chart."""
-    names = dict.fromkeys(name for run in runs for name in _most_trained(run))
+    choices = (_most_trained, _most_weighted, _most_passed, _most_cut)
+    names = dict.fromkeys(name for chosen in choices for run in runs for name in chosen(run))
     return {name: i for i, name in enumerate(names)}
 
 

@@ -20,6 +20,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, TypeAdapter, ValidationEr
 
 from dataflex.errors import ConfigError
 from dataflex.record.files import json_lines, one_line, read_column, read_labels, read_object
+from dataflex.record.loss_weights import LossWeights, read_loss_weights
 from dataflex.record.trainer_log import (
     Curve,
     curves,
@@ -30,6 +31,9 @@ from dataflex.record.trainer_log import (
     train_curve,
     train_seconds_at,
 )
+
+LOSS_WEIGHTS = "loss_weights.csv"
+"""The weights of the domains in the loss of each step."""
 
 FAMILIES = ("select", "mix", "order", "weight")
 """The kinds of decision, in the order in which a round makes them."""
@@ -59,6 +63,7 @@ class Round:
     """Samples of each domain in the plan."""
     plan_sha256: str = ""
     proportions: dict[str, float] = field(default_factory=dict)
+    """Share of each domain in force; where domains are :attr:`capped`, no longer what was wanted."""
     components: dict[str, str | None] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     warmup: bool = False
@@ -66,6 +71,10 @@ class Round:
     """Samples of each domain in the pool; empty where an older record does not say."""
     candidates: dict[str, NonNegativeInt] = field(default_factory=dict)
     """How many samples were ranked in each group: ``pool``, or the domains where a mixer decides."""
+    epochs: dict[str, float] = field(default_factory=dict)
+    """Passes over each domain up to and including this round; empty in older records."""
+    capped: dict[str, float] = field(default_factory=dict)
+    """The share wanted of each domain that ``max_epochs_per_domain`` gave less."""
 
     @cached_property
     def shares(self) -> dict[str, float]:
@@ -132,6 +141,18 @@ class Summary:
     """None in older records."""
     evaluation: Evaluation | None = None
     """The last one; None where none was made, and in older records."""
+
+
+@dataclass(frozen=True)
+class DomainWeights:
+    """``domain_weights.json``: what a mixer that weighs the domains in the loss found, by domain."""
+
+    method: str
+    steps: NonNegativeInt
+    """Steps whose loss was weighted."""
+    proportions: dict[str, NonNegativeFloat]
+    """Mean weights over these steps."""
+    last: dict[str, NonNegativeFloat]
 
 
 @dataclass(frozen=True)
@@ -202,6 +223,12 @@ class RunRecord:
     tasks: list[Task]
     """By name."""
     domain_loss: dict[str, Curve]
+    domain_tokens: dict[str, Curve]
+    """Domain to (step, its tokens trained on up to then); empty in older records."""
+    loss_weights: LossWeights | None
+    """Weights of the domains in the loss; None where the loss is not weighted by domain."""
+    domain_weights: DomainWeights | None
+    """The result of such a run; None while it is unfinished."""
     weights: dict[str, Curve]
     """``min`` and ``max`` of the sample weights, where a weighter logged them."""
     tokens_at: dict[int, int]
@@ -267,6 +294,36 @@ class RunRecord:
     def pool(self) -> dict[str, int]:
         """Samples of each domain in the pool; empty where the record does not say."""
         return next((each.pool for each in reversed(self.rounds) if each.pool), {})
+
+    @cached_property
+    def passes(self) -> dict[str, NDArray[np.float64]]:
+        """Domain to the passes over it up to and including each of :attr:`rounds`, shape (rounds,).
+
+        As recorded, or samples planned over samples in the pool; NaN where a round gives neither. Domains without any
+        number are left out.
+        """
+        names = dict.fromkeys(name for each in self.rounds for name in each.domains)
+        found = {name: np.full(len(self.rounds), np.nan) for name in names}
+        planned = dict.fromkeys(names, 0)
+        for i, each in enumerate(self.rounds):
+            for name, count in each.domains.items():
+                planned[name] += count
+            sizes = each.pool or self.pool
+            for name, values in found.items():
+                if name in each.epochs:
+                    values[i] = each.epochs[name]
+                elif sizes.get(name):
+                    values[i] = planned[name] / sizes[name]
+        return {name: values for name, values in found.items() if not np.isnan(values).all()}
+
+    @property
+    def mean_loss_weights(self) -> dict[str, float]:
+        """Mean weight of each domain in the loss over the steps so far; empty where the loss is not weighted so."""
+        if self.domain_weights:
+            return self.domain_weights.proportions
+        if self.loss_weights:
+            return dict(zip(self.loss_weights.names, self.loss_weights.mean.tolist(), strict=True))
+        return {}
 
     @property
     def has_plans(self) -> bool:
@@ -350,6 +407,7 @@ class RunRecord:
 _ROUND = TypeAdapter(Round)
 _SUMMARY = TypeAdapter(Summary)
 _EVALUATION = TypeAdapter(Evaluation)
+_DOMAIN_WEIGHTS = TypeAdapter(DomainWeights)
 _TASK = TypeAdapter(Task)
 
 
@@ -367,6 +425,7 @@ def read_run(path: Path) -> RunRecord:
     told = summary.steps if summary else None
     log, reached = read_log(path, finished=summary is not None, steps=told)
     steps = reached if told is None else told
+    weights = read_loss_weights(path / "dataflex" / LOSS_WEIGHTS)
     results = path / "all_results.json"
     final = read_object(results) if summary and _is_newer(results, path / "dataflex" / "config.yaml") else None
     return RunRecord(
@@ -381,6 +440,9 @@ def read_run(path: Path) -> RunRecord:
         evaluations=_read_evaluations(path / "dataflex" / "evaluations.jsonl"),
         tasks=_read_tasks(path / "dataflex" / "tasks"),
         domain_loss=curves(log, r"dataflex/loss/(.+)"),
+        domain_tokens=curves(log, r"dataflex/domain_tokens/(.+)"),
+        loss_weights=weights,
+        domain_weights=_read_domain_weights(path / "dataflex" / "domain_weights.json", weights),
         weights=curves(log, r"dataflex/weight_(min|max)"),
         tokens_at=tokens_at(log),
         seconds_at=seconds_at(log),
@@ -412,6 +474,16 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_summary(path: Path) -> Summary | None:
     value = read_object(path)
     return None if value is None else _build(_SUMMARY, value, path)
+
+
+def _read_domain_weights(path: Path, weights: LossWeights | None) -> DomainWeights | None:
+    value = read_object(path)
+    if value is None:
+        return None
+    found = _build(_DOMAIN_WEIGHTS, value, path)
+    if weights and found.proportions.keys() != set(weights.names):
+        raise ConfigError(f"{path}: 'proportions' does not name the domains of {LOSS_WEIGHTS}.")
+    return found
 
 
 def _read_rounds(path: Path) -> list[Round]:

@@ -94,8 +94,10 @@ def load_texts(record: RunRecord, full: bool) -> Texts | str:
     from dataflex import bridge
 
     given = dict(record.config["llamafactory"])
+    column = (record.config.get("dataflex") or {}).get("domain_column")
     try:
-        pool, tokenizer = bridge.pool_of(RunConfig(given, None, source=str(record.path)))
+        config = RunConfig(given, None, source=str(record.path))
+        pool, tokenizer = bridge.pool_of(config, column)
     except _LOADING_ERRORS as error:
         directory = str(given.get("dataset_dir", "data"))
         hint = "" if Path(directory).is_absolute() else f" (dataset_dir {directory!r} is looked for in {Path.cwd()})"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dataflex.record.measure import LEVELS, MeasuredRun
@@ -14,6 +15,9 @@ NOTHING = "-"
 
 DOMAIN_ROWS = 40
 """Rows of the tables of domains, at most; shared by the runs, with at least three for each."""
+
+NAMED = 10
+"""Domains named in a note, at most."""
 
 
 @dataclass(frozen=True)
@@ -120,33 +124,62 @@ def task_table(runs: Sequence[MeasuredRun]) -> Table:
 
 
 def domain_table(runs: Sequence[MeasuredRun]) -> Table:
-    """One row per run and domain: samples, share in all, the first and the last plan, first and last loss."""
-    header = ["run", "domain", "samples", "share", "first round", "last round", "first loss", "last loss"]
+    """One row per run and domain: its samples and shares, passes, weight in the loss, first and last training loss.
+
+    Columns in which no run has a number are left out.
+    """
+    header = ["run", "domain", "samples", "share", "first round", "last round", "last proportion"]
+    header += ["last wanted", "rounds capped", "passes", "loss weight", "first loss", "last loss"]
     rows: list[list[str]] = []
+    notes: list[str] = []
     limit = max(3, DOMAIN_ROWS // len(runs))
+    if any(len(run.domains) > limit for run in runs):
+        notes.append(f"Only the {limit} domains with the most samples are listed of each run.")
     for run in runs:
         counts = run.domain_samples
+        capped = Counter(name for each in run.record.rounds for name in each.capped)
         shown = set(sorted(counts, key=lambda name: -counts[name])[:limit])
-        rows += [_domain_row(run, name, counts) for name in counts if name in shown]
-    cut = any(len(run.domains) > limit for run in runs)
-    notes = (f"Only the {limit} domains with the most samples are listed of each run.",) if cut else ()
-    return Table("Domains", header, rows, 2, notes)
+        rows += [_domain_row(run, name, counts, capped) for name in counts if name in shown]
+        notes += _domain_notes(run, [name for name in capped if name not in shown])
+    kept = [i for i in range(len(header)) if i < 2 or any(row[i] != NOTHING for row in rows)]
+    return Table("Domains", [header[i] for i in kept], [[row[i] for i in kept] for row in rows], 2, tuple(notes))
 
 
-def _domain_row(run: MeasuredRun, name: str, counts: dict[str, int]) -> list[str]:
-    rounds = run.record.rounds
+def _domain_row(run: MeasuredRun, name: str, counts: Mapping[str, int], capped: Mapping[str, int]) -> list[str]:
+    record = run.record
     total = sum(counts.values())
-    loss = run.record.domain_loss.get(name, [])
+    first, last = (record.rounds[0], record.rounds[-1]) if record.rounds else (None, None)
+    loss = record.domain_loss.get(name, [])
+    passes = record.passes.get(name)
     return [
         run.label,
         name,
-        _count(counts[name]) if rounds else NOTHING,
+        _count(counts[name]) if record.rounds else NOTHING,
         _share(counts[name] / total) if total else NOTHING,
-        _share(rounds[0].shares.get(name, 0.0)) if rounds else NOTHING,
-        _share(rounds[-1].shares.get(name, 0.0)) if rounds else NOTHING,
+        _share(first.shares.get(name, 0.0)) if first else NOTHING,
+        _share(last.shares.get(name, 0.0)) if last else NOTHING,
+        _share(last.proportions.get(name)) if last else NOTHING,
+        _share(last.capped.get(name)) if last else NOTHING,
+        _count(capped.get(name, 0)) if capped else NOTHING,
+        _share(float(passes[-1])) if passes is not None else NOTHING,
+        _loss(record.mean_loss_weights.get(name)),
         _loss(loss[0][1]) if loss else NOTHING,
         _last(loss),
     ]
+
+
+def _domain_notes(run: MeasuredRun, capped: Sequence[str]) -> list[str]:
+    """Say over what the weights are means, and which domains that are not listed were cut."""
+    notes = []
+    weighted, result = run.record.loss_weights, run.record.domain_weights
+    steps = result.steps if result else weighted.total if weighted else None
+    if steps is not None:
+        notes.append(f"{run.label}: loss weight is the mean over {steps:,} steps whose loss was weighted by domain.")
+    if capped:
+        named = ", ".join(capped[:NAMED])
+        more = f" and {len(capped) - NAMED:,} more" if len(capped) > NAMED else ""
+        notes.append(f"{run.label}: max_epochs_per_domain also cut {named}{more}.")
+    return notes
 
 
 def score_table(runs: Sequence[MeasuredRun]) -> Table:

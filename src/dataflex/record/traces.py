@@ -49,6 +49,10 @@ class Style:
     pattern: str
 
 
+REST = Style(CHANCE, "solid", "circle", "")
+"""How the domains look that are added up."""
+
+
 def style(i: int) -> Style:
     """Return the look of item number ``i``."""
     return Style(
