@@ -1,4 +1,4 @@
-"""Reference models and tables of their losses: refused before loading where wrong, and the losses of the model itself."""
+"""Reference models and tables of their losses: refused before loading where wrong; the model's own losses."""
 
 from __future__ import annotations
 
