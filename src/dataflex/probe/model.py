@@ -34,6 +34,7 @@ from dataflex.errors import ComponentError
 from dataflex.probe.batches import length_batches, share_of
 from dataflex.probe.checkpoints import learning_rates, weights_of
 from dataflex.probe.cost import Cost
+from dataflex.probe.experts import expert_shares, real_tokens, stacked_experts
 from dataflex.probe.extraction import extract
 from dataflex.probe.features import GramSink, NormSink, Sink, SketchSink, make_preconditioner, make_sketch
 from dataflex.probe.generation import generate_responses
@@ -157,6 +158,36 @@ class ModelProbe:
             model(**inputs, use_cache=False)
         mask = (mask != 0).unsqueeze(-1)
         return torch.nn.functional.normalize((found[0] * mask).sum(1) / mask.sum(1), dim=-1)
+
+    def expert_loads(self, indices: IndexArray) -> ScoreArray:
+        """Return how each sample's tokens are routed in a mixture of experts, shape (n, layers * experts), float32.
+
+        For every layer the share of the sample's routed places (tokens x experts per token) that went to each expert:
+        non-negative, sum 1 in each layer. Layers without a choice of experts are left out.
+
+        Raises:
+            ComponentError: if the model has no experts, or none whose routing can be read.
+        """
+        model = self.model()
+        experts = stacked_experts(model)
+        values = torch.zeros(indices.size, sum(experts.values()), dtype=torch.float32, device=self.device)
+
+        def run(rows: IndexArray) -> Tensor:
+            inputs, targets = self._collated(self.pool, rows)
+            return expert_shares(model, experts, inputs, real_tokens(inputs, targets))
+
+        if experts:
+            with probe_mode(model), self.autocast():
+                self._each(self.pool, indices, self.batch_tokens, run, partial(_store, values))
+            values = distributed.all_reduce_sum(values)
+        layers = [part for part in values.split(list(experts.values()), dim=1) if part.any()]
+        if not layers and indices.size:
+            raise ComponentError(
+                f"{_class_name(model)} shows no routing of tokens to experts. mix: moe_balance needs a "
+                "mixture-of-experts model whose layers stack their experts as Transformers does (Mixtral, Qwen2-MoE, "
+                "Qwen3-MoE, OLMoE and others)."
+            )
+        return torch.cat(layers, dim=1).cpu().numpy() if layers else values.cpu().numpy()
 
     def gradients(self, indices: IndexArray, settings: GradientSettings, pool: Pool | None = None) -> ScoreArray:
         """Return the features of a few samples, shape (n, k), float32; zero where no token is trained on."""
@@ -553,6 +584,13 @@ class ModelProbe:
 
 def _store(values: Tensor, batch: IndexArray, measured: Tensor) -> None:
     values[torch.from_numpy(batch).to(values.device)] = measured.to(values.dtype)
+
+
+def _class_name(model: torch.nn.Module) -> str:
+    """Return the name of a model's class, of the one inside where adapters are around it."""
+    from peft import PeftModel
+
+    return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
 
 
 def _wide_dtype(model: torch.nn.Module) -> torch.dtype:

@@ -1,0 +1,166 @@
+"""Domain weights in the loss by gradient alignment: domains whose gradient helps the others weigh more.
+
+With g_i the gradient of domain i's mean token loss in a step, eta the learning rate and w the weights in the loss,
+
+    W_i = <g_i, sum over j != i of g_j>     (target: others),   or   <g_i, g_target>     (target: validation),
+    w_i <- w_i exp(eta W_i / mu), scaled to sum 1;     result: the mean of w over all steps.
+
+The default ``variant: official`` is what the published code does: each gradient is cut to length 1, W is divided by the
+mean length of the g_i (plus 1e-6), and kept in [0, 5]. ``variant: paper`` is the formula as printed. With gradients of
+length 1 and W in [0, 5] both are the same but for the 1e-6.
+
+The g_i are sums of per-sample gradients of the step's own samples, sketched to ``proj_dim`` numbers each. Inner
+products of sketches are unbiased with a standard deviation of about |g_i| |g_j| / sqrt(proj_dim), and no matrix of
+K whole gradients is held. A domain the step has nothing of gets no gain, W_i = 0, and takes no part in the sums and
+the mean; the code goes on with the gradient it had last.
+
+Source: Fan et al., DoGE: Domain Reweighting with Generalization Estimation (ICML 2024, arXiv 2310.15393); code
+Olivia-fsm/DoGE. The gradients here are taken without dropout.
+Cost: one more forward and backward of every step's samples, and of the validation samples.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from dataflex.components import GradientSettings, StepContext
+from dataflex.domain_weights import LossWeightMixer, LossWeightParams, exponentiated_update
+from dataflex.errors import ComponentError
+from dataflex.influence import ValidationParams
+from dataflex.registry import register
+from dataflex.rng import derive_rng
+
+LONGEST = 1.0
+"""Length the official code cuts gradients to (the default of its ``max_grad_norm``)."""
+HIGHEST = 5.0
+"""Largest W in the official code; the smallest is 0."""
+
+Matrix = NDArray[np.float64]
+
+
+class DogeParams(LossWeightParams, ValidationParams):
+    """Parameters of DoGE."""
+
+    target: Literal["others", "validation"] = Field(
+        "others", description="What a domain's gradient is to agree with: the other domains', or validation samples'."
+    )
+    mu: float = Field(0.05, gt=0, description="Divides the gains: smaller moves the weights faster.")
+    reweight_eps: float = Field(
+        0.0, ge=0, le=1, description="c, the share of equal weights mixed in; every weight is at least c / K."
+    )
+    variant: Literal["official", "paper"] = Field(
+        "official",
+        description="official: gradients cut to length 1, W over their mean length, in [0, 5]; paper: W as it is.",
+    )
+    validation_size: int = Field(8, ge=1, description="Validation samples of each sub-task drawn for each step.")
+    validation_seed: int = Field(0, ge=0, description="Seed of that draw.")
+    sketch: Literal["count", "rademacher", "kronecker", "identity"] = Field(
+        "count", description="Random linear map of the gradients; identity keeps every number (for tests)."
+    )
+    proj_dim: int = Field(8192, ge=1, description="Length of a sketch; at most the number of trainable parameters.")
+    projection_seed: int = Field(0, ge=0, description="Seed of the map.")
+    unsupported_parameters: Literal["error", "ignore"] = Field(
+        "error", description="What to do with trainable parameters that have no per-sample rule."
+    )
+
+    @model_validator(mode="after")
+    def _validation_is_used(self) -> Self:
+        given = [name for name in ("validation", "subtask_column") if getattr(self, name) is not None]
+        if self.target == "others" and given:
+            raise ValueError(f"{given[0]} is used with target: validation only")
+        return self
+
+    def settings(self, reduction: Literal["mean", "sum"]) -> GradientSettings:
+        """Return what the probe is asked for: plain gradients at their own length."""
+        return GradientSettings(
+            sketch=self.sketch,
+            dim=self.proj_dim,
+            seed=self.projection_seed,
+            reduction=reduction,
+            normalize=False,
+            unsupported=self.unsupported_parameters,
+        )
+
+
+@register("mixer", "doge")
+class DogeMixer(LossWeightMixer):
+    """Weighs domains by how their gradients agree."""
+
+    Params = DogeParams
+    weighs_loss_by: ClassVar[Literal["nothing", "losses", "excess", "probe"]] = "probe"
+
+    @property
+    def needs_validation(self) -> bool:  # type: ignore[override]
+        """Whether the gradients are compared with those of validation samples."""
+        wanted: bool = self.params.target == "validation"
+        return wanted
+
+    def updated(self, weights: NDArray[np.float64], ctx: StepContext) -> NDArray[np.float64]:
+        """Return the weights after one exponentiated-gradient step; unchanged at a learning rate of 0."""
+        gains = np.zeros_like(weights)
+        present = np.flatnonzero(ctx.tokens)
+        if present.size:
+            gradients = self._domain_gradients(ctx)[present]
+            targets = self._target_gradients(ctx) if self.needs_validation else None
+            gains[present] = ctx.learning_rate * alignments(gradients, targets, self.params.variant) / self.params.mu
+        return exponentiated_update(weights, gains, self.params.reweight_eps)
+
+    def _domain_gradients(self, ctx: StepContext) -> Matrix:
+        """Return the sketched gradient of each domain's mean token loss in the step, (K, k); 0 for an absent one."""
+        features = ctx.probe.gradients(ctx.indices, self.params.settings("sum"))
+        return np.stack(
+            [
+                features[ctx.pool.domain_ids(ctx.indices) == number].sum(axis=0, dtype=np.float64) / max(1, int(tokens))
+                for number, tokens in enumerate(ctx.tokens)
+            ]
+        )
+
+    def _target_gradients(self, ctx: StepContext) -> Matrix:
+        """Return the mean sketched gradient of a few fresh validation samples of each sub-task, (S, k).
+
+        Raises:
+            ComponentError: if a sub-task has no sample with a trained token.
+        """
+        assert ctx.targets is not None
+        rng = derive_rng(self.params.validation_seed, "doge", ctx.step)
+        drawn = []
+        for name, low, high in zip(ctx.targets.domains, ctx.targets.offsets, ctx.targets.offsets[1:], strict=False):
+            usable = low + np.flatnonzero(ctx.targets.trained[low:high])
+            if not usable.size:
+                raise ComponentError(f"no validation sample of {name!r} has a token that is trained on.")
+            count = min(self.params.validation_size, usable.size)
+            drawn.append(np.sort(rng.choice(usable, count, replace=False)))
+        features = ctx.probe.gradients(np.concatenate(drawn), self.params.settings("mean"), ctx.targets)
+        parts = np.split(features, np.cumsum([part.size for part in drawn])[:-1])
+        return np.stack([part.mean(axis=0, dtype=np.float64) for part in parts])
+
+
+def alignments(gradients: Matrix, targets: Matrix | None, variant: str) -> NDArray[np.float64]:
+    """Return W of each domain, (K,).
+
+    Args:
+        gradients: of the domains, (K, k).
+        targets: of the sub-tasks, (S, k), whose inner products are summed; none: the other domains are the targets.
+        variant: ``official`` or ``paper``, as in the parameters.
+    """
+    if variant == "official":
+        gradients = _cut(gradients)
+        targets = None if targets is None else _cut(targets)
+    products = gradients @ (gradients if targets is None else targets).T
+    if targets is None:
+        np.fill_diagonal(products, 0.0)
+    sums: NDArray[np.float64] = products.sum(axis=1)
+    if variant == "paper":
+        return sums
+    mean_length = np.linalg.norm(gradients, axis=1).mean()
+    return np.clip(sums / (mean_length + 1e-6), 0.0, HIGHEST)
+
+
+def _cut(gradients: Matrix) -> Matrix:
+    """Return gradients of length 1 at most."""
+    lengths = np.linalg.norm(gradients, axis=1, keepdims=True)
+    return gradients * np.minimum(1.0, LONGEST / np.maximum(lengths, np.finfo(np.float64).tiny))

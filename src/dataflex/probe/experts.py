@@ -1,0 +1,94 @@
+"""Which experts the tokens of each sample went to, read where a mixture of experts hands them out.
+
+Transformers keeps the experts of a layer in one module of stacked matrices, called with the hidden states of all
+positions and the numbers of the experts chosen for each. Those numbers are counted: they are the routing itself,
+whatever the router makes it from (softmax, sigmoid, a bias per expert, limited groups).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dataflex.errors import ComponentError
+from dataflex.probe.losses import replaced_forward
+
+
+def stacked_experts(model: nn.Module) -> dict[nn.Module, int]:
+    """Return the modules that hold stacked matrices, in order of layers, and how many each; sharded or not."""
+    found = {}
+    for module in model.modules():
+        shapes = [
+            getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 the whole one
+            for parameter in module._parameters.values()
+            if parameter is not None
+        ]
+        numbers = [int(shape[0]) for shape in shapes if len(shape) == 3]
+        if numbers:
+            found[module] = numbers[0]
+    return found
+
+
+def real_tokens(inputs: dict[str, Any], targets: Tensor) -> Tensor:
+    """Return which positions of a batch are not padding, in the shape of its labels, (B, T).
+
+    Attention masks are (B, T), or (B, 1, T, T) with 0 where a position sees another: real tokens see themselves.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return torch.ones_like(targets, dtype=torch.bool)
+    if mask.dim() == 4:
+        return torch.diagonal(mask[:, 0], dim1=1, dim2=2) == 0
+    return mask != 0
+
+
+def expert_shares(model: nn.Module, experts: dict[nn.Module, int], inputs: dict[str, Any], real: Tensor) -> Tensor:
+    """Return the share of each sample's routed places that each expert got, (B, E), float32.
+
+    The shares sum to 1 over the experts of a module that routes; they are 0 for one that was not asked to.
+
+    Args:
+        model: run once, without its head.
+        experts: from :func:`stacked_experts`; E is the sum of their numbers.
+        inputs: of the model.
+        real: which positions count, (B, T).
+
+    Raises:
+        ComponentError: if a module is given other positions than the batch's, or numbers of experts it does not have.
+    """
+    counts = {module: real.new_zeros(real.shape[0], number, dtype=torch.float32) for module, number in experts.items()}
+    handles = [
+        module.register_forward_pre_hook(partial(_count, found, real), with_kwargs=True)
+        for module, found in counts.items()
+    ]
+    try:
+        with replaced_forward(model.get_output_embeddings(), lambda head, hidden: hidden[..., :1]):
+            model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat([found / found.sum(1, keepdim=True).clamp(min=1) for found in counts.values()], dim=1)
+
+
+def _count(counts: Tensor, real: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Add the places each expert got, where a module is called with chosen experts, (B * T, k)."""
+    chosen = args[1] if len(args) > 1 else kwargs.get("top_k_index")
+    if not isinstance(chosen, Tensor) or chosen.is_floating_point() or chosen.dim() != 2:
+        return
+    samples, number = counts.shape
+    name = type(module).__name__
+    if len(chosen) != real.numel():
+        raise ComponentError(
+            f"the routing of {name} cannot be counted: it has {len(chosen)} positions in a batch of {real.numel()}."
+        )
+    chosen = chosen.reshape(samples, -1, chosen.shape[-1])[real]
+    if chosen.numel() and int(chosen.max()) >= number:
+        raise ComponentError(
+            f"the routing of {name} cannot be counted: it is told to use expert {int(chosen.max())} and has {number}."
+        )
+    owner = real.nonzero()[:, :1].expand_as(chosen)
+    places = torch.bincount((owner * number + chosen).flatten(), minlength=counts.numel())
+    counts += places.view_as(counts)
