@@ -6,8 +6,8 @@
 
 ``training``: tokens per second of a dynamic run with random selection, and of uniform weights, against plain
 LLaMA-Factory on samples of one length. ``probe``: the loss probe against the bare forward of the same length-sorted
-batches. ``plans``: time and memory of plans from a pool of 10^8 samples in 10 domains. Results are printed and, with
-``--output``, written as JSON.
+batches. ``plans``: time and memory of plans from a pool of 10^8 samples in 10 or 1000 domains, and of their record.
+Results are printed and, with ``--output``, written as JSON.
 """
 
 from __future__ import annotations
@@ -163,13 +163,21 @@ def alternate(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-PLAN_CASES = {
-    "mixture, 10^6 samples": ({"mix": {"method": "proportional"}}, 10**6),
-    "mixture, 10^7 samples": ({"mix": {"method": "proportional"}}, 10**7),
-    "random selection, 10^6 samples": ({"select": {"method": "random"}}, 10**6),
-    "loss selection with losses at hand, 10^6 samples": ({"select": {"method": "loss"}}, 10**6),
-    "one pass, 10^8 samples": ({"select": {"method": "full"}}, 10**8),
+PLAN_CASES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "mixture, 10^6 samples": ({"mix": {"method": "proportional"}}, 10**6, 10),
+    "mixture, 10^7 samples": ({"mix": {"method": "proportional"}}, 10**7, 10),
+    "random mixture, 10^7 samples, 1000 domains": ({"mix": {"method": "random"}}, 10**7, 1000),
+    "random mixture of one pass, 10^8 samples, 1000 domains": ({"mix": {"method": "random"}}, 10**8, 1000),
+    "capped mixture, 10^7 samples, 1000 domains": (
+        {"mix": {"method": "random", "max_epochs_per_domain": 0.2}},
+        10**7,
+        1000,
+    ),
+    "random selection, 10^6 samples": ({"select": {"method": "random"}}, 10**6, 10),
+    "loss selection with losses at hand, 10^6 samples": ({"select": {"method": "loss"}}, 10**6, 10),
+    "one pass, 10^8 samples": ({"select": {"method": "full"}}, 10**8, 10),
 }
+"""Components, samples of the plan, and domains of the pool."""
 
 
 def plans() -> dict[str, Any]:
@@ -182,16 +190,19 @@ def plans() -> dict[str, Any]:
 
 
 def one_plan(name: str) -> dict[str, float]:
-    """Make one plan from 10^8 samples in 10 domains, and return its seconds and the process's peak memory."""
+    """Make one plan from 10^8 samples and record it; return the seconds of both and the process's peak memory."""
     from dataflex.components import Components
     from dataflex.config import split_config
     from dataflex.data.plan import Planner
     from dataflex.data.pool import Pool
+    from dataflex.probe.cost import Cost
+    from dataflex.record.writer import RunWriter
     from dataflex.schedule import Schedule
 
-    section, size = PLAN_CASES[name]
-    sizes = np.linspace(5, 15, 10) / 100 * 10**8
-    pool = Pool(range(10**8), tuple(f"domain{number}" for number in range(10)), sizes.astype(np.int64))  # type: ignore[arg-type]
+    section, size, count = PLAN_CASES[name]
+    sizes = np.linspace(5, 15, count) / (10 * count) * 10**8
+    sizes = np.diff(np.rint(np.concatenate([[0], np.cumsum(sizes)]))).astype(np.int64)
+    pool = Pool(range(10**8), tuple(f"domain{number}" for number in range(count)), sizes)  # type: ignore[arg-type]
     components: Components = split_config({"dataflex": section}).build_components()
     schedule = Schedule(0, size // 1000, -1, size // 1000)
     planner = Planner(pool, components, schedule, seed=1, global_batch_size=1000)
@@ -209,7 +220,16 @@ def one_plan(name: str) -> dict[str, float]:
     plan = planner.plan(schedule.slot_at(0), Stored())
     seconds = time.perf_counter() - began
     assert plan.indices.size == size
-    return {"seconds": seconds, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        RunWriter(Path(folder)).round(plan, pool, {}, Cost())
+    return {
+        "seconds": seconds,
+        "peak_gb": peak,
+        "record_seconds": time.perf_counter() - began,
+        "record_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
 
 
 def main() -> None:

@@ -1,0 +1,131 @@
+"""RegMix: the mixture of the lowest loss as a regression over small models predicts it.
+
+Many small models are trained, each on its own mixture; a regression learns their loss from the mixture; of 100,000
+simulated mixtures the mean of the 128 with the lowest predicted loss is trained on, in every round. The small models'
+mixtures and losses are read from two tables.
+
+Source: Liu et al., ICLR 2025, arXiv 2407.01492; code sail-sg/regmix.
+Differs from it: the number of trees is found on held-out fifths of the table, where the code stops on the mixtures it
+reports the correlation on; mixtures are simulated as those of the small models are drawn, where the code simulates with
+Dirichlet(prior).
+Cost: seconds, once; the small models are trained elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from dataflex.components import DomainParams, Mixer, RoundContext, Shares, State, shares_of, shares_problem
+from dataflex.errors import ConfigError, Problem, unknown
+from dataflex.mixture_regression import Floats, Regressor, best_mixture, check_runs, fit, read_runs
+from dataflex.registry import register
+
+
+class RegMixParams(DomainParams):
+    """Parameters of the RegMix mixer."""
+
+    mixtures: str = Field(
+        min_length=1, description="CSV file: a row of weights for each small model, a column for each domain."
+    )
+    losses: str = Field(min_length=1, description="CSV file: the losses of the same models in the same order.")
+    target: str | list[str] | None = Field(
+        None, description="Column of losses to minimise, or columns, whose mean is; none: all."
+    )
+    regressor: Regressor = Field("lightgbm", description="Trees, for 64 models or more, or least squares.")
+    samples: int = Field(100_000, ge=1, description="Mixtures simulated.")
+    top: int = Field(128, ge=1, description="How many of them, those of the lowest predicted loss, are averaged.")
+    prior: Shares | None = Field(
+        None, description="Weights the mixtures are simulated around: list, mapping or JSON file; none: by size."
+    )
+    unit: Literal["tokens", "samples"] = Field(
+        "tokens", description="What a weight is a share of; of tokens, they are divided by the domains' mean lengths."
+    )
+    seed: int = Field(0, ge=0, description="Of the simulation and the held-out fifths; not the run's seed.")
+
+
+@register("mixer", "regmix")
+class RegMixMixer(Mixer):
+    """Keeps the mixture that a regression over small models says is best."""
+
+    Params = RegMixParams
+
+    def __init__(self, params: RegMixParams) -> None:
+        super().__init__(params)
+        self._mixture: NDArray[np.float64] = np.empty(0)
+        """The mixture found, shape (K,), sum 1, in shares of ``unit``; empty until the first round."""
+
+    def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
+        """Return the mixture found, as shares of samples; the first call finds it."""
+        lengths = ctx.pool.domain_tokens / ctx.pool.domain_sizes if self.params.unit == "tokens" else np.ones(1)
+        if not self._mixture.size:
+            self._mixture = self._found(ctx.pool.domains, ctx.pool.domain_sizes * lengths)
+        return self._mixture / lengths
+
+    def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
+        """Return the same shares as in warm-up rounds."""
+        return self.initial(ctx)
+
+    def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
+        """Check both tables, the target, the regressor and the prior."""
+        if self.params.target == []:
+            return "target", "must name a column of losses, or be left out."
+        if self.params.top > self.params.samples:
+            return "top", f"must be at most samples ({self.params.samples}), got {self.params.top}."
+        wrong = shares_problem(self.params.prior, names)
+        if wrong is not None:
+            return "prior", wrong
+        try:
+            self._runs(names)
+        except ConfigError as error:
+            (problem,) = error.problems
+            return problem.key, problem.message
+        return None
+
+    def state_dict(self) -> State:
+        """Return the mixture found: a resumed run neither reads the tables nor fits again."""
+        return {"mixture": self._mixture}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self._mixture = state["mixture"]
+
+    def _found(self, names: tuple[str, ...], sizes: Floats) -> Floats:
+        mixtures, losses = self._runs(names)
+        regressions = [fit(mixtures, column, self.params.regressor, self.params.seed) for column in losses.T]
+        prior = sizes if self.params.prior is None else shares_of(self.params.prior, names)
+        rng = np.random.default_rng(self.params.seed)
+        return best_mixture(regressions, prior, rng, samples=self.params.samples, top=self.params.top, max_epochs=None)
+
+    def _runs(self, names: tuple[str, ...]) -> tuple[Floats, Floats]:
+        """Return the mixtures, columns in the order of ``names``, (n, K), and the losses of the targets (n, targets).
+
+        Raises:
+            ConfigError: if a table cannot be read, or nothing can be fitted to what it holds.
+        """
+        columns, mixtures, loss_columns, losses = read_runs(self.params.mixtures, self.params.losses)
+        strange = [name for name in columns if name not in names]
+        if strange:
+            raise _bad("mixtures", f"{self.params.mixtures}: {unknown('domain', strange[0], names)}")
+        missing = [name for name in names if name not in columns]
+        if missing:
+            raise _bad(
+                "mixtures", f"{self.params.mixtures}: has no column {', '.join(missing)}; every domain needs one."
+            )
+        target = self.params.target
+        wanted = list(loss_columns) if target is None else [target] if isinstance(target, str) else target
+        for name in wanted:
+            if name not in loss_columns:
+                raise _bad("target", unknown(f"column of {self.params.losses}", name, loss_columns))
+        mixtures = mixtures[:, [columns.index(name) for name in names]]
+        losses = losses[:, [loss_columns.index(name) for name in wanted]]
+        for column in losses.T:
+            check_runs(mixtures, column, self.params.regressor)
+        return mixtures, losses
+
+
+def _bad(parameter: str, message: str) -> ConfigError:
+    return ConfigError(problems=[Problem(parameter, message)])
