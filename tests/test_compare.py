@@ -611,9 +611,7 @@ def test_what_changed_meanwhile_is_not_compared(lab: Lab, capsys: pytest.Capture
     assert lab.compare(jobs=1) == 1
     assert lab.launches() == [("train", "plain", 1), ("train", "better", 1)]  # the third is not begun
     said = capsys.readouterr().err
-    changed = (
-        re.escape(str(lab.data / "alpha.json")) + " changed while the comparison was at work; give the command again"
-    )
+    changed = re.escape(str(lab.data / "alpha.json")) + " changed while the command was at work; give it again"
     assert len(re.findall(rf"(better|worse)/seed 1: failed after \d+ s: {changed}", said)) == 2
     assert "complete.json" not in " ".join(path.name for path in lab.output.glob("runs/better/*/*"))
     assert len(list(lab.output.glob("runs/better/*-changed-1/adapter_model.safetensors"))) == 1
@@ -724,7 +722,7 @@ def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(lab: Lab, capsys: pytest.Cap
 
 def test_two_comparisons_at_once_are_refused(lab: Lab) -> None:
     lab.output.mkdir()
-    with FileLock(lab.output / ".lock"), pytest.raises(ConfigError, match=r"another comparison is at work in"):
+    with FileLock(lab.output / ".lock"), pytest.raises(ConfigError, match=r"another command is at work in"):
         lab.compare()
     assert lab.launches() == []
     lab.write(seeds=[1], **variants(better=RANDOM))

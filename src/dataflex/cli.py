@@ -119,6 +119,17 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("experiment", type=Path, help="a YAML that names the variants, the seeds and the budget")
     compare.add_argument("--jobs", type=_positive, help="runs at a time (default: one for each CUDA device, else one)")
     compare.add_argument("--dry-run", action="store_true", help="print what would be run, and what it would cost")
+    doremi = commands.add_parser("doremi", help="train a reference, a proxy that weighs the data sets, and the model")
+    doremi.add_argument("file", type=Path, help="a YAML with base, output_dir, and what each of the three changes")
+    only = doremi.add_mutually_exclusive_group()
+    only.add_argument("--print", action="store_true", help="print the three YAMLs, to train them by hand")
+    only.add_argument("--dry-run", action="store_true", help="print how far each of the three is")
+    regmix = commands.add_parser("regmix", help="train small models on many mixtures, and predict the best mixture")
+    regmix.add_argument("file", type=Path, help="a YAML with base, output_dir, proxies, target, regressor, final")
+    regmix.add_argument(
+        "--jobs", type=_positive, help="proxies at a time (default: one for each CUDA device, else one)"
+    )
+    regmix.add_argument("--dry-run", action="store_true", help="print what would be trained")
     assets = commands.add_parser("assets", help="the demo's model and data, by name")
     assets.add_argument("name", nargs="?", help="which to fetch; none: list them")
     demo = commands.add_parser("demo", help="train a small model with and without selection, and compare")
@@ -276,6 +287,18 @@ def _compare(options: argparse.Namespace) -> int:
     return compare(options.experiment, options.jobs, options.dry_run)
 
 
+def _doremi(options: argparse.Namespace) -> int:
+    from dataflex.workflows.doremi import doremi
+
+    return doremi(options.file, options.print, options.dry_run)
+
+
+def _regmix(options: argparse.Namespace) -> int:
+    from dataflex.workflows.regmix import regmix
+
+    return regmix(options.file, options.jobs, options.dry_run)
+
+
 def _assets(options: argparse.Namespace) -> int:
     from dataflex import assets
 
@@ -304,6 +327,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "eval": _eval,
     "explain": _explain,
     "compare": _compare,
+    "doremi": _doremi,
+    "regmix": _regmix,
     "assets": _assets,
     "demo": _demo,
 }

@@ -52,9 +52,9 @@ def compare(
             print(f"dataflex: note: {note}", file=sys.stderr)
         if dry_run:
             states = {run: state_of(run, experiment) for run in experiment.runs}
-            _print([plan_table(experiment, states)])
+            print_tables([plan_table(experiment, states)])
             return 0
-        lock = _locked(experiment.output)
+        lock = locked(experiment.output)
         try:
             return _run(experiment, jobs, program, at_once)
         finally:
@@ -68,14 +68,14 @@ def compare(
         return INTERRUPTED
 
 
-def _locked(output: Path) -> FileLock:
+def locked(output: Path) -> FileLock:
     """Return the lock on a folder, taken."""
     lock = FileLock(output / ".lock", timeout=0)
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise ConfigError(f"output_dir: another comparison is at work in {output}; wait for it.") from error
+        raise ConfigError(f"output_dir: another command is at work in {output}; wait for it.") from error
     except OSError as error:
         raise ConfigError(f"output_dir: {output} cannot be written to ({error.strerror or error}).") from error
     return lock
@@ -96,7 +96,7 @@ def _run(experiment: Experiment, jobs: int | None, program: Sequence[str], at_on
         print(f"nothing to do: all {len(states)} runs are complete.")
     outcome = gather(experiment)
     files.write(outcome)
-    _print(files.tables(outcome))
+    print_tables(files.tables(outcome))
     written = [files.MARKDOWN, files.CSV, files.JSON]
     try:
         page.write(outcome)
@@ -182,6 +182,7 @@ def _cost(experiment: Experiment, states: dict[Run, State], expected_of: dict[Ru
     return f"{runs}: {total:,.0f} {equal.name} in all; the seconds are not known before a run is complete."
 
 
-def _print(tables: Sequence[Table]) -> None:
+def print_tables(tables: Sequence[Table]) -> None:
+    """Print tables in the width of the terminal."""
     width = shutil.get_terminal_size(fallback=(120, 24)).columns
     print("\n".join(to_text(table, width) for table in tables))

@@ -27,7 +27,7 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf")
 _END = 2**20
 """Bytes at each end of a file of weights."""
 
-_OF_A_TRAINING = ("training_args.bin", "key.json", "complete.json", "failed.json")
+_OF_A_TRAINING = ("training_args.bin", "key.json", "complete.json", "failed.json", "log.txt")
 """Files that a training leaves beside its model; so are ``trainer_*`` and ``*results.json``."""
 
 
@@ -125,16 +125,22 @@ def _digest_of_ends(path: Path) -> str:
 
 def _of_model(folder: Path) -> dict[str, str]:
     """Return file -> digest of those files directly in a folder that make the model."""
-    found = {}
+    texts = {path.name: file_digest(path) for path in model_texts(folder)}
+    weights = [path for path in _of_no_training(folder) if path.suffix in _WEIGHTS]
+    return texts | {path.name: _digest_of_ends(path) for path in weights}
+
+
+def model_texts(folder: Path) -> list[Path]:
+    """Return the files directly in a model folder that are its configuration, tokenizer and code."""
+    return [path for path in _of_no_training(folder) if path.suffix in _TEXTS]
+
+
+def _of_no_training(folder: Path) -> Iterator[Path]:
+    """Yield the files directly in a folder but those that a training leaves beside its model."""
     for path in sorted(folder.iterdir()):
-        name = path.name
-        if name in _OF_A_TRAINING or name.startswith("trainer_") or name.endswith("results.json") or not path.is_file():
-            continue
-        if path.suffix in _TEXTS:
-            found[name] = file_digest(path)
-        elif path.suffix in _WEIGHTS:
-            found[name] = _digest_of_ends(path)
-    return found
+        of_a_training = path.name in _OF_A_TRAINING or path.name.startswith("trainer_")
+        if path.is_file() and not of_a_training and not path.name.endswith("results.json"):
+            yield path
 
 
 def _of_data(config: RunConfig) -> dict[str, str]:

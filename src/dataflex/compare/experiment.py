@@ -162,7 +162,24 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Plan:
+    """What is needed to make runs and to know when they are complete.
+
+    Attributes:
+        configs: variant -> its configuration with the first seed, assets resolved.
+        folder: of the file the base is in.
+        tasks: the downstream tasks.
+        evaluates: whether the runs have evaluation data.
+    """
+
+    configs: dict[str, RunConfig]
+    folder: Path
+    tasks: tuple[Task, ...]
+    evaluates: bool
+
+
+@dataclass(frozen=True)
+class Experiment(Plan):
     """A comparison that has no problems.
 
     Attributes:
@@ -171,10 +188,6 @@ class Experiment:
         output: the folder of everything the comparison writes.
         runs: variant by variant, each with every seed.
         claims: the metrics whose differences are claimed or not; None for the default.
-        tasks: the downstream tasks.
-        configs: variant -> its configuration with the first seed, assets resolved.
-        folder: of the file the base is in.
-        evaluates: whether the runs have evaluation data.
         notes: what the user should be told.
     """
 
@@ -183,10 +196,6 @@ class Experiment:
     output: Path
     runs: tuple[Run, ...]
     claims: tuple[str, ...] | None
-    tasks: tuple[Task, ...]
-    configs: dict[str, RunConfig]
-    folder: Path
-    evaluates: bool
     notes: tuple[str, ...]
 
     def of(self, variant: str) -> list[Run]:
@@ -202,11 +211,15 @@ def load(path: Path) -> Experiment:
     Raises:
         ConfigError: with every problem of every variant together.
     """
-    settings = read_settings(path)
+    return planned(read_settings(path), path)
+
+
+def planned(settings: ExperimentSettings, path: Path) -> Experiment:
+    """Do what :func:`load` does with settings that were read from ``path`` or made for what it says."""
     problems: list[Problem] = []
     notes: list[str] = []
-    base, folder = _base(settings, path, problems, notes)
-    notes += _replaced_keys(base)
+    base, folder = read_base(settings.base, path, problems, notes)
+    notes += replaced_keys(base, MANAGED, "comparison")
     tasks, task_metrics = _tasks(settings, path.resolve().parent, problems)
     configs: dict[str, RunConfig] = {}
     found: dict[str, list[Problem]] = {}
@@ -214,7 +227,7 @@ def load(path: Path) -> Experiment:
         config, found[variant] = _variant(settings, variant, base, change, folder)
         if config is not None:
             configs[variant] = config
-    problems += _joined(found)
+    problems += joined({f"variants.{variant}": each for variant, each in found.items()})
     if len(configs) == len(settings.variants):
         problems += _together(settings, configs)
         problems += [] if problems else _equal_steps(settings, configs)
@@ -227,15 +240,15 @@ def load(path: Path) -> Experiment:
     _refuse_identical(runs, path)
     claims = None if settings.metrics is None else tuple(settings.metrics)
     evaluates = any(_evaluates(config) for config in configs.values())
-    return Experiment(path, settings, output, runs, claims, tasks, local, folder, evaluates, tuple(notes))
+    return Experiment(local, folder, tasks, evaluates, path, settings, output, runs, claims, tuple(notes))
 
 
-def changed_file(run: Run, experiment: Experiment) -> str | None:
-    """Return what says that a file of a run is another than when the experiment was read; None where none is."""
+def changed_file(run: Run, plan: Plan) -> str | None:
+    """Return what says that a file of a run is another than when its plan was made; None where none is."""
     try:
-        now = contents(experiment.configs[run.variant], experiment.folder)
+        now = contents(plan.configs[run.variant], plan.folder)
     except ConfigError as error:
-        return f"{error} It could be when the comparison began; give the command again."
+        return f"{error} It could be when the command began; give it again."
     names = (name for name in {**run.contents, **now} if now.get(name) != run.contents.get(name))
     return _changed(next(names, None))
 
@@ -252,18 +265,28 @@ def changed_task(tasks: Iterable[Task]) -> str | None:
 
 
 def _changed(name: str | None) -> str | None:
-    return None if name is None else f"{name} changed while the comparison was at work; give the command again."
+    return None if name is None else f"{name} changed while the command was at work; give it again."
 
 
-def _base(
-    settings: ExperimentSettings, path: Path, problems: list[Problem], notes: list[str]
+def read_base(
+    base: str | dict[str, Any], path: Path, problems: list[Problem], notes: list[str]
 ) -> tuple[dict[str, Any], Path]:
-    """Return the configuration all variants start from, in native keys, and the folder its relative files are in."""
+    """Return the configuration all variants start from, in native keys, and the folder its relative files are in.
+
+    Args:
+        base: a file, from the folder of ``path``, or its keys.
+        path: of the file that names the base.
+        problems: gets those of the translation.
+        notes: gets what the user should be told.
+
+    Raises:
+        ConfigError: if there is no such file, or it cannot be read.
+    """
     here = path.resolve().parent
-    if isinstance(settings.base, dict):
-        raw, folder = settings.base, here
+    if isinstance(base, dict):
+        raw, folder = base, here
     else:
-        file = here / expanded(settings.base)
+        file = here / expanded(base)
         if not file.is_file():
             raise ConfigError(problems=[Problem("base", f"no such file: {file}")], source=str(path))
         raw, folder = read_yaml(file, []), file.resolve().parent
@@ -272,16 +295,17 @@ def _base(
     return (rest if section is None else {**rest, SECTION: section}), folder
 
 
-def _replaced_keys(base: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for every key of the base that the comparison sets itself."""
-    said = {key: _get(base, key) for key in MANAGED}
+def replaced_keys(base: Mapping[str, Any], managed: Sequence[str], who: str) -> Iterator[str]:
+    """Yield a line about the keys of the base that are set, or left out, by ``who``."""
+    said = {key: value_of(base, key) for key in managed}
     named = [f"{key}: {value}" for key, value in said.items() if value is not None]
     expected = {"do_train: True", "do_eval: True"}
     if set(named) - expected:
-        yield f"the comparison replaces of the base: {', '.join(each for each in named if each not in expected)}."
+        yield f"the {who} replaces of the base: {', '.join(each for each in named if each not in expected)}."
 
 
-def _get(config: Mapping[str, Any], key: str) -> Any:
+def value_of(config: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a dotted key of at most two parts; None where there is none."""
     section, _, name = key.rpartition(".")
     holder = config.get(section) if section else config
     return holder.get(name) if isinstance(holder, Mapping) else None
@@ -299,13 +323,35 @@ def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
         OmegaConfBaseException: if they cannot be merged.
     """
     nested = _nested(change)
-    kept = without_other_methods(base, OmegaConf.to_container(nested))
+    change = OmegaConf.to_container(nested)
+    kept = _without_other_kinds(without_other_methods(base, change), change)
     result = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(kept), nested), resolve=True)
     assert isinstance(result, dict)
-    for path, value in _leaves(OmegaConf.to_container(nested)):
+    for path, value in _leaves(change):
         if value is None:
-            _remove(result, path)
+            remove(result, path)
     return {str(key): value for key, value in result.items()}
+
+
+def _without_other_kinds(base: Mapping[Any, Any], change: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return the base without the lists that become mappings and the mappings that become lists."""
+    kept = dict(base)
+    for key, value in change.items():
+        old = base.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            kept[key] = _without_other_kinds(old, value)
+        elif isinstance(old, Mapping | list) and isinstance(value, Mapping | list) and not isinstance(value, type(old)):
+            del kept[key]
+    return kept
+
+
+def keys_of(change: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys that a change gives a value, or takes away.
+
+    Raises:
+        OmegaConfBaseException: if it contradicts itself.
+    """
+    return [".".join(path) for path, _ in _leaves(OmegaConf.to_container(_nested(change)))]
 
 
 def _nested(change: Mapping[str, Any]) -> Any:
@@ -323,7 +369,8 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
         yield path, value
 
 
-def _remove(config: dict[str, Any], path: tuple[str, ...]) -> None:
+def remove(config: dict[str, Any], path: tuple[str, ...]) -> None:
+    """Take a nested key away, if it is there."""
     *holders, last = path
     for key in holders:
         config = config[key]
@@ -335,7 +382,7 @@ def _variant(
 ) -> tuple[RunConfig | None, list[Problem]]:
     """Return a variant's configuration with the first seed, and its problems."""
     try:
-        leaves = [".".join(path) for path, _ in _leaves(OmegaConf.to_container(_nested(change)))]
+        leaves = keys_of(change)
         raw = merged(base, change)
     except (OmegaConfBaseException, ValueError) as error:
         return None, [Problem("", f"cannot be merged into the base: {str(error).splitlines()[0]}")]
@@ -348,8 +395,8 @@ def _variant(
         message = "a run needs a dataflex: section to be on record; {} trains as LLaMA-Factory does."
         return None, [Problem(SECTION, message)]
     for key in MANAGED:
-        if _get(raw, key) is not None:
-            _remove(raw, tuple(key.split(".")))
+        if value_of(raw, key) is not None:
+            remove(raw, tuple(key.split(".")))
     seed = settings.seeds[0]
     raw |= {"do_train": True, "seed": seed, "output_dir": str(expanded(settings.output_dir) / "runs" / variant)}
     raw[SECTION] = {**raw[SECTION], "seed": seed}
@@ -379,18 +426,19 @@ def _refused(config: RunConfig) -> Iterator[Problem]:
             yield Problem(key, f"{value!r}: not in a comparison: {reason}. Remove it.")
 
 
-def _joined(found: Mapping[str, list[Problem]]) -> Iterator[Problem]:
-    """Yield every problem with the variant's name; one that all variants have is the base's."""
+def joined(found: Mapping[str, list[Problem]]) -> Iterator[Problem]:
+    """Yield every problem under the key it was found for; one that all of them have is the base's."""
     shared = [problem for problem in next(iter(found.values())) if all(problem in each for each in found.values())]
     for problem in shared:
-        yield replace(problem, key=_dotted("base", problem.key))
-    for variant, problems in found.items():
+        yield replace(problem, key=dotted("base", problem.key))
+    for key, problems in found.items():
         for problem in problems:
             if problem not in shared:
-                yield replace(problem, key=_dotted(f"variants.{variant}", problem.key))
+                yield replace(problem, key=dotted(key, problem.key))
 
 
-def _dotted(*parts: str) -> str:
+def dotted(*parts: str) -> str:
+    """Return the key made of parts, empty ones left out."""
     return ".".join(part for part in parts if part)
 
 
@@ -476,7 +524,7 @@ def _tasks(
         key = f"evaluate.tasks.{number}"
         for task in _task_settings(key, entry, here, problems, TaskSettings):
             bad = task_problems(task)
-            problems += [replace(problem, key=_dotted(key, problem.key)) for problem in bad]
+            problems += [replace(problem, key=dotted(key, problem.key)) for problem in bad]
             if task.name in found:
                 problems.append(Problem(key, f"there is another task {task.name!r}; results are kept by name."))
             if bad:
@@ -516,7 +564,7 @@ def _task_settings(key: str, entry: Any, here: Path, problems: list[Problem], ki
         try:
             return read_tasks([str(here / expanded(entry)) if is_file else entry])
         except ConfigError as error:
-            problems += [replace(problem, key=_dotted(key, problem.key)) for problem in error.problems]
+            problems += [replace(problem, key=dotted(key, problem.key)) for problem in error.problems]
             return []
     named = entry.get("file") or entry.get("task")
     default = {"name": Path(str(named)).stem if entry.get("file") else str(named)} if named else {}
@@ -544,18 +592,30 @@ def _runs(
                 llamafactory={**config.llamafactory, "seed": seed},
                 dataflex=config.dataflex.model_copy(update={"seed": seed}),
             )
-            resolved = seeded.resolved()
-            configuration = {**resolved["llamafactory"], SECTION: resolved[SECTION]}
-            del configuration["output_dir"]
-            key = digest({"configuration": configuration, "contents": found, "versions": versions})
+            key, configuration = keyed(seeded, base, {"contents": found, "versions": versions})
             folder = output / "runs" / variant / f"seed-{seed}-{key[:8]}"
-            section = {**resolved[SECTION], "plugins": [_absolute(name, base) for name in config.dataflex.plugins]}
-            trained = {**configuration, "output_dir": str(folder), SECTION: section}
-            yield Run(variant, seed, trained, found, key, folder)
+            yield Run(variant, seed, {**configuration, "output_dir": str(folder)}, found, key, folder)
 
 
-def _absolute(plugin: str, base: Path) -> str:
-    """Return a plugin's path so that it is found from the folder of the run too."""
+def keyed(config: RunConfig, base: Path, depends_on: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the key of a run, and what it is trained with but for its ``output_dir``.
+
+    Args:
+        config: with a section; its ``output_dir`` does not count.
+        base: folder of the file the configuration came from.
+        depends_on: what else the key is a digest of.
+    """
+    assert config.dataflex is not None
+    resolved = config.resolved()
+    configuration = {**resolved["llamafactory"], SECTION: resolved[SECTION]}
+    del configuration["output_dir"]
+    key = digest({"configuration": configuration, **depends_on})
+    plugins = [absolute_plugin(name, base) for name in config.dataflex.plugins]
+    return key, {**configuration, SECTION: {**resolved[SECTION], "plugins": plugins}}
+
+
+def absolute_plugin(plugin: str, base: Path) -> str:
+    """Return a plugin's path so that it is found from any folder."""
     return next(str((folder / plugin).resolve()) for folder in (Path.cwd(), base) if (folder / plugin).is_file())
 
 

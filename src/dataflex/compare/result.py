@@ -17,7 +17,7 @@ from dataflex.compare.experiment import (
     FORMAT,
     KEY_FILE,
     MEASURES,
-    Experiment,
+    Plan,
     Run,
     Task,
 )
@@ -60,7 +60,7 @@ class Result:
     chance: dict[str, float]
 
 
-def state_of(run: Run, experiment: Experiment) -> State:
+def state_of(run: Run, plan: Plan) -> State:
     """Return how far a run is.
 
     Raises:
@@ -72,10 +72,10 @@ def state_of(run: Run, experiment: Experiment) -> State:
             f"{run.folder / KEY_FILE}: expected format {FORMAT} and key {run.key}, found format {key.get('format')!r} "
             f"and key {key.get('key')!r}; move the folder away, or choose another output_dir."
         )
-    if read_result(run, experiment) is not None:
+    if read_result(run, plan) is not None:
         return "complete"
-    if trained_problem(run, experiment) is None:
-        return "to evaluate" if tasks_to_evaluate(run, experiment) else "to record"
+    if trained_problem(run, plan) is None:
+        return "to evaluate" if tasks_to_evaluate(run, plan) else "to record"
     return "to resume" if last_complete(run.folder)[0] is not None else "to run"
 
 
@@ -90,10 +90,10 @@ def failure_of(run: Run) -> str | None:
     return None if failed is None else str(failed.get("error"))
 
 
-def tasks_to_evaluate(run: Run, experiment: Experiment) -> list[Task]:
+def tasks_to_evaluate(run: Run, plan: Plan) -> list[Task]:
     """Return the tasks that a run lacks: not on record, or with other settings, files or another harness."""
     known = _recorded(run).get("tasks", {})
-    return [task for task in experiment.tasks if known.get(task.name, {}).get("key") != task.key]
+    return [task for task in plan.tasks if known.get(task.name, {}).get("key") != task.key]
 
 
 def _recorded(run: Run) -> dict[str, Any]:
@@ -102,17 +102,17 @@ def _recorded(run: Run) -> dict[str, Any]:
     return stored if (stored.get("format"), stored.get("key")) == (FORMAT, run.key) else {}
 
 
-def read_result(run: Run, experiment: Experiment) -> Result | None:
+def read_result(run: Run, plan: Plan) -> Result | None:
     """Return the numbers of a complete run; None where it is not complete, or not with these tasks."""
     stored = _recorded(run)
-    if not stored or tasks_to_evaluate(run, experiment):
+    if not stored or tasks_to_evaluate(run, plan):
         return None
     try:
-        parts = [stored, *(stored["tasks"][task.name] for task in experiment.tasks)]
+        parts = [stored, *(stored["tasks"][task.name] for task in plan.tasks)]
         costs = {str(name): value for name, value in stored["costs"].items() if _is_number(value)}
-        if experiment.tasks:
+        if plan.tasks:
             costs["task_seconds"] = sum(part["seconds"] for part in parts[1:])
-        chances = {task.name: stored["tasks"][task.name]["chance"] for task in experiment.tasks}
+        chances = {task.name: stored["tasks"][task.name]["chance"] for task in plan.tasks}
         return Result(
             metrics={str(name): float(value) for part in parts for name, value in part["metrics"].items()},
             not_finite=tuple(name for part in parts for name in part["not_finite"]),
@@ -130,7 +130,7 @@ def read_result(run: Run, experiment: Experiment) -> Result | None:
         return None
 
 
-def trained_problem(run: Run, experiment: Experiment) -> str | None:
+def trained_problem(run: Run, plan: Plan) -> str | None:
     """Return why a run's training is not whole, or None where it is.
 
     Whole is a record whose summary speaks of its last step, with the evaluation made there, and the Trainer's state,
@@ -144,7 +144,7 @@ def trained_problem(run: Run, experiment: Experiment) -> str | None:
     if missing:
         return f"{summary_file} has no number {', '.join(missing)}"
     evaluation = summary.get("evaluation")
-    if experiment.evaluates:
+    if plan.evaluates:
         if not isinstance(evaluation, dict) or evaluation.get("step") != summary["steps"]:
             return f"{summary_file} has no evaluation of step {summary['steps']}, the last one"
         absent = [name for name in ("domains", *AVERAGES) if not isinstance(evaluation.get(name), dict)]
@@ -156,23 +156,23 @@ def trained_problem(run: Run, experiment: Experiment) -> str | None:
     return None
 
 
-def complete(run: Run, experiment: Experiment, evaluated: Sequence[Task]) -> None:
+def complete(run: Run, plan: Plan, evaluated: Sequence[Task]) -> None:
     """Read what a run came to, and keep it beside the tasks that are on record already.
 
     Args:
         run: trained.
-        experiment: the comparison.
+        plan: what it belongs to.
         evaluated: the tasks that were evaluated just now.
 
     Raises:
         ConfigError: if something is missing; the text says what.
     """
-    problem = trained_problem(run, experiment)
+    problem = trained_problem(run, plan)
     if problem is not None:
         raise ConfigError(problem)
     summary = read_object(run.folder / "dataflex" / "summary.json")
     assert summary is not None
-    evaluation = summary.get("evaluation") if experiment.evaluates else None
+    evaluation = summary.get("evaluation") if plan.evaluates else None
     costs = {name: summary[name] for name in COSTS if name in summary}
     tasks = {**_recorded(run).get("tasks", {}), **{task.name: _task_record(run, task) for task in evaluated}}
     stored = {

@@ -26,7 +26,7 @@ from dataflex.compare.experiment import (
     LOG_FILE,
     RUN_FILE,
     TASKS_FILE,
-    Experiment,
+    Plan,
     Run,
     Task,
     changed_file,
@@ -54,13 +54,18 @@ class Workers:
     Attributes:
         jobs: runs at a time, >= 1.
         devices: names for CUDA_VISIBLE_DEVICES; empty without CUDA.
+        whole_machine: whether each run is launched as by hand, in several processes on all devices where the
+            environment says so; with one job.
     """
 
     jobs: int
     devices: tuple[str, ...] = ()
+    whole_machine: bool = False
 
     def environment(self, place: int) -> dict[str, str]:
         """Return the environment of the run in place number ``place``, from 0."""
+        if self.whole_machine:
+            return {"TQDM_MININTERVAL": "5", **os.environ}
         environment = {key: value for key, value in os.environ.items() if key not in _NOT_HANDED_ON}
         environment.setdefault("TQDM_MININTERVAL", "5")  # of the bars in the log
         if self.devices:
@@ -125,13 +130,11 @@ class Progress:
         self._bar.close()
 
 
-def execute(
-    experiment: Experiment, runs: Sequence[Run], at_once: Workers, program: Sequence[str] = PROGRAM
-) -> dict[str, str]:
+def execute(plan: Plan, runs: Sequence[Run], at_once: Workers, program: Sequence[str] = PROGRAM) -> dict[str, str]:
     """Train and evaluate runs until each is complete or has failed.
 
     Args:
-        experiment: the comparison.
+        plan: what they belong to.
         runs: those that are not complete.
         at_once: how many at a time, and where.
         program: the command line, to which ``train FILE`` or ``eval FOLDER --tasks FILE`` is added.
@@ -142,7 +145,7 @@ def execute(
     Raises:
         KeyboardInterrupt: if the user stops it; the processes have ended then.
     """
-    crew = _Crew(experiment, runs, at_once, program)
+    crew = _Crew(plan, runs, at_once, program)
     with _interruptible():
         try:
             crew.work()
@@ -154,9 +157,9 @@ def execute(
 class _Crew:
     """The runs that wait, those at work, and what became of the others."""
 
-    def __init__(self, experiment: Experiment, runs: Sequence[Run], at_once: Workers, program: Sequence[str]) -> None:
+    def __init__(self, plan: Plan, runs: Sequence[Run], at_once: Workers, program: Sequence[str]) -> None:
         self.failed: dict[str, str] = {}
-        self._experiment, self._at_once, self._program = experiment, at_once, tuple(program)
+        self._plan, self._at_once, self._program = plan, at_once, tuple(program)
         self._waiting, self._at_work, self._done = list(runs), list[_Job](), 0
         self._began: dict[str, float] = {}
         self._progress = Progress(len(runs))
@@ -182,12 +185,12 @@ class _Crew:
         """Start what a run lacks first."""
         self._began[run.name] = time.monotonic()
         try:
-            problem = changed_file(run, self._experiment)
+            problem = changed_file(run, self._plan)
             if problem is not None:
                 self._fail(run, problem)
                 return
             _prepare(run)
-            if trained_problem(run, self._experiment) is None:
+            if trained_problem(run, self._plan) is None:
                 self._after_training(run, place)
                 return
             (run.folder / COMPLETE_FILE).unlink(missing_ok=True)
@@ -200,9 +203,9 @@ class _Crew:
         """Start what comes after a process that has ended."""
         run = job.run
         try:
-            problem = changed_file(run, self._experiment)
+            problem = changed_file(run, self._plan)
             if problem is not None and not job.tasks:
-                aside = _set_aside(run)
+                aside = set_aside(run.folder)
                 self._fail(run, f"{problem} What was trained meanwhile is in {aside}", aside)
             elif problem is not None or (problem := changed_task(job.tasks)) is not None:
                 self._fail(run, problem)
@@ -210,7 +213,7 @@ class _Crew:
                 self._fail(run, f"{job.stage}: {_last_error(run)} (status {job.process.returncode})")
             elif job.tasks:
                 self._finish(run, job.tasks)
-            elif (problem := trained_problem(run, self._experiment)) is not None:
+            elif (problem := trained_problem(run, self._plan)) is not None:
                 self._fail(run, problem)
             else:
                 self._after_training(run, job.place)
@@ -218,7 +221,7 @@ class _Crew:
             self._fail(run, str(error))
 
     def _after_training(self, run: Run, place: int) -> None:
-        tasks = tuple(tasks_to_evaluate(run, self._experiment))
+        tasks = tuple(tasks_to_evaluate(run, self._plan))
         if not tasks:
             self._finish(run, ())
         elif (problem := changed_task(tasks)) is not None:
@@ -235,7 +238,7 @@ class _Crew:
         self._progress.say(f"{run.name}: {job.stage} ({run.folder})")
 
     def _finish(self, run: Run, evaluated: Sequence[Task]) -> None:
-        complete(run, self._experiment, evaluated)
+        complete(run, self._plan, evaluated)
         (run.folder / FAILED_FILE).unlink(missing_ok=True)
         self._done += 1
         self._progress.say(f"{run.name}: complete after {self._seconds(run)}")
@@ -269,12 +272,12 @@ def _prepare(run: Run) -> None:
     write_atomically(run.folder / RUN_FILE, run_yaml(run))
 
 
-def _set_aside(run: Run) -> Path:
-    """Rename the folder of a run, whose key no longer says what was trained in it; return the new name."""
+def set_aside(path: Path) -> Path:
+    """Rename what no longer is what its place says, such as a run's folder under another key; return the new name."""
     number = 1
-    while (aside := run.folder.with_name(f"{run.folder.name}-changed-{number}")).exists():
+    while (aside := path.with_name(f"{path.stem}-changed-{number}{path.suffix}")).exists():
         number += 1
-    return run.folder.rename(aside)
+    return path.rename(aside)
 
 
 def _start(run: Run, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -1,0 +1,1 @@
+"""Several trainings one after another, of which a later one uses what an earlier one found."""

@@ -1,0 +1,232 @@
+"""``dataflex-cli doremi``: the three trainings of DoReMi (Xie et al. 2023, arXiv 2305.10429) one after another.
+
+A reference is trained on the data as it is, a proxy under ``mix: {method: doremi}`` finds the weights of the data sets,
+and the final training draws by the average of these weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from dataflex import checks
+from dataflex.compare.command import INTERRUPTED, locked, print_tables
+from dataflex.compare.contents import expanded
+from dataflex.compare.experiment import joined, read_base, replaced_keys
+from dataflex.compare.runner import PROGRAM
+from dataflex.config import SECTION, RunConfig
+from dataflex.errors import ConfigError, Problem
+from dataflex.record.files import read_object
+from dataflex.record.tables import NOTHING, Table
+from dataflex.workflows.stages import (
+    MANAGED,
+    SAME_DATA,
+    SET_ITSELF,
+    Recipe,
+    Stage,
+    StageRun,
+    bring_to_end,
+    losses,
+    make_stage,
+    read_settings,
+    refuse_many_nodes,
+    run_of,
+    state,
+)
+
+STAGES = ("reference", "proxy", "final")
+FIXED_MIXERS = ("proportional", "uniform", "static")
+"""Mixers the reference may have."""
+WEIGHTS_FILE = Path("dataflex") / "domain_weights.json"
+"""What the proxy found, in its folder."""
+
+
+class DoremiSettings(BaseModel):
+    """The keys of a file for ``dataflex-cli doremi``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str | dict[str, Any] = Field(description="A LLaMA-Factory YAML (path from this file), or its keys.")
+    output_dir: str = Field(min_length=1, description="Folder of everything the three trainings write.")
+    reference: dict[str, Any] = Field(default_factory=dict, description="What the reference changes in the base.")
+    proxy: dict[str, Any] = Field(default_factory=dict, description="What the proxy changes in the base.")
+    final: dict[str, Any] = Field(default_factory=dict, description="What the final training changes in the base.")
+
+    @field_validator(*STAGES, mode="before")
+    @classmethod
+    def _empty_is_the_base(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+def doremi(path: Path, print_only: bool = False, dry_run: bool = False, program: Sequence[str] = PROGRAM) -> int:
+    """Train what is missing of the three stages, and print what they found.
+
+    Args:
+        path: the file.
+        print_only: only print the YAMLs of the stages; model folders of their own are made.
+        dry_run: only print the state of each stage.
+        program: the command line that trains.
+
+    Returns:
+        0, 1 where a stage failed, 130 after Ctrl-C.
+
+    Raises:
+        ConfigError: for what is wrong with any of the stages, before anything runs.
+    """
+    try:
+        stages, notes = load(path)
+        for note in notes:
+            print(f"dataflex: note: {note}", file=sys.stderr)
+        if print_only:
+            _print_yamls(stages)
+            return 0
+        if dry_run:
+            print_tables([state_table(stages)])
+            return 0
+        refuse_many_nodes()
+        lock = locked(stages[0].folder.parent)
+        try:
+            return _run(stages, program)
+        finally:
+            lock.release()
+    except KeyboardInterrupt:
+        print(
+            "dataflex: stopped. What is complete is kept, and the stage that was at work goes on from its checkpoint "
+            f"where it has one: dataflex-cli doremi {path}",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+
+
+def load(path: Path) -> tuple[tuple[Stage, ...], list[str]]:
+    """Return the three stages, and what the user should be told.
+
+    Raises:
+        ConfigError: with every problem of every stage together.
+    """
+    settings = read_settings(path, DoremiSettings)
+    problems: list[Problem] = []
+    notes: list[str] = []
+    base, folder = read_base(settings.base, path, problems, notes)
+    notes += replaced_keys(base, (*MANAGED, f"{SECTION}.mix"), "command")
+    output = expanded(settings.output_dir)
+    found = {
+        recipe.name: make_stage(recipe, base, getattr(settings, recipe.name), folder, output)
+        for recipe in _recipes(base, settings, output)
+    }
+    problems += joined({name: each for name, (_, each) in found.items()})
+    stages = tuple(stage for stage, _ in found.values() if stage is not None)
+    if problems:
+        raise ConfigError(problems=problems, source=str(path))
+    return stages, notes
+
+
+def _recipes(base: Mapping[str, Any], settings: DoremiSettings, output: Path) -> Iterator[Recipe]:
+    mix, data = f"{SECTION}.mix", {"dataset": SAME_DATA}
+    model = settings.reference.get("model_name_or_path") or base.get("model_name_or_path")
+    names = checks.dataset_names(RunConfig(dict(base), None))
+    yield Recipe("reference", {mix: {"method": "proportional"}}, data, check=_reference_problems)
+    yield Recipe(
+        "proxy",
+        {mix: {"method": "doremi", "reference_model": str(output / "reference")}},
+        {**data, **{f"{mix}.{key}": SET_ITSELF for key in ("method", "reference_model")}},
+        {f"{mix}.reference_model": model},
+        _data_problems,
+    )
+    yield Recipe(
+        "final",
+        {mix: {"method": "static", "proportions": str(output / "proxy" / WEIGHTS_FILE), "unit": "tokens"}},
+        {**data, **{f"{mix}.{key}": SET_ITSELF for key in ("method", "proportions", "unit")}},
+        {f"{mix}.proportions": dict.fromkeys(names, 1.0)},
+        _data_problems,
+    )
+
+
+def _data_problems(config: RunConfig) -> Iterator[Problem]:
+    if len(checks.dataset_names(config)) < 2:
+        yield Problem("dataset", "DoReMi finds the weights of data sets; name two or more.")
+
+
+def _reference_problems(config: RunConfig) -> Iterator[Problem]:
+    yield from _data_problems(config)
+    for key, (cls, _) in config.params.items():
+        if key in ("select", "weight") or (key == "mix" and cls.name not in FIXED_MIXERS):
+            allowed = f"use one of {', '.join(FIXED_MIXERS)}" if key == "mix" else "take it away with null"
+            yield Problem(f"{SECTION}.{key}", f"{cls.name!r} decides, and the reference must not; {allowed}.")
+
+
+def _print_yamls(stages: Sequence[Stage]) -> None:
+    for stage in stages:
+        stage.write_model()
+    texts = [
+        f"# {stage.name}.yaml\n{yaml.safe_dump(stage.yaml(), sort_keys=False, allow_unicode=True)}" for stage in stages
+    ]
+    print("---\n".join(texts), end="")
+
+
+def state_table(stages: Sequence[Stage]) -> Table:
+    """Return what each stage still needs. What one needs after another that is not complete is not known yet."""
+    rows: list[list[str]] = []
+    before: StageRun | None = None
+    waiting: str | None = None
+    for stage in stages:
+        found = f"after {waiting}"
+        if waiting is None:
+            before = run_of(stage, before)
+            found = state(stage, before)
+            waiting = None if found == "complete" else stage.name
+            if found == "changed":
+                found = "changed: is set aside, and trained anew"
+        else:
+            waiting = stage.name
+        rows.append([stage.name, found, str(stage.folder)])
+    return Table("Plan", ["stage", "state", "folder"], rows, 3)
+
+
+def _run(stages: Sequence[Stage], program: Sequence[str]) -> int:
+    before: StageRun | None = None
+    for stage in stages:
+        before = run_of(stage, before)
+        error = bring_to_end(stage, before, program)
+        if error is None and stage.name == "proxy" and _proportions(stage.folder) is None:
+            error = f"{stage.folder / WEIGHTS_FILE} is missing or has no proportions"
+        if error is not None:
+            print(f"dataflex: {stage.name} failed: {error}", file=sys.stderr)
+            return 1
+    print_tables([result_table(stages)])
+    return 0
+
+
+def _proportions(folder: Path) -> dict[str, float] | None:
+    found = (read_object(folder / WEIGHTS_FILE) or {}).get("proportions")
+    return found if isinstance(found, dict) else None
+
+
+def result_table(stages: Sequence[Stage]) -> Table:
+    """Return, for each data set, its share in the reference, its weight and what the final training came to."""
+    reference, proxy, final = (stage.folder for stage in stages)
+    weights, shares, found = _proportions(proxy) or {}, _token_shares(reference), dict(losses(final))
+    header = ["data set", "reference share", "proxy average weight"] + (["final loss"] if found else [])
+    columns: tuple[Mapping[str, float | None], ...] = (shares, weights, found) if found else (shares, weights)
+    rows = [
+        [name, *(NOTHING if (value := column.get(name)) is None else f"{value:.4f}" for column in columns)]
+        for name in dict.fromkeys([*weights, *found])
+    ]
+    note = f"Shares are of the tokens trained on. The final model is in {final}."
+    return Table("DoReMi", header, rows, 1, (note,))
+
+
+def _token_shares(folder: Path) -> dict[str, float | None]:
+    """Return each domain's share of the tokens that a run trained on."""
+    prefix = "dataflex/domain_tokens/"
+    history = (read_object(folder / "trainer_state.json") or {}).get("log_history") or []
+    tokens: dict[str, float] = {}
+    for entry in history:
+        tokens |= {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}
+    total = sum(tokens.values())
+    return {name: value / total for name, value in tokens.items()} if total else {}

@@ -1,0 +1,141 @@
+"""A model folder like another one but for some keys of its configuration, without weights: to train from scratch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataflex import assets
+from dataflex.compare.contents import digest, expanded, file_digest, model_texts
+from dataflex.errors import ConfigError, Problem, unknown
+
+CONFIG = "config.json"
+_NOT_COPIED = (CONFIG, "adapter_config.json")
+_TEXTS = ("*.json", "*.txt", "*.jinja", "*.model", "*.py")
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """A model folder to be made.
+
+    Attributes:
+        config: the whole of its ``config.json``.
+        files: what else is copied into it: tokenizer, generation settings, code.
+        key: digest of both, in hexadecimal.
+    """
+
+    config: dict[str, Any]
+    files: tuple[Path, ...]
+    key: str
+
+    def write(self, folder: Path) -> None:
+        """Make the folder, whole or not at all; one that is there already is left as it is."""
+        if folder.is_dir():
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            for file in self.files:
+                shutil.copyfile(file, work / file.name)
+            (work / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+            work.chmod(0o755)
+            work.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def small_model(name: str, revision: str | None, changes: Any) -> SmallModel:
+    """Return the model ``name`` with other values in its configuration.
+
+    Args:
+        name: a model folder, ``asset:NAME`` or a hub name; of the hub the small files are fetched, not the weights.
+        revision: of a hub name.
+        changes: key of ``config.json`` -> value; a mapping changes the keys of a nested configuration.
+
+    Raises:
+        ConfigError: if there is no such model, a key is unknown, or the values do not go together. The keys of its
+            problems are those inside ``changes``.
+    """
+    if not isinstance(changes, dict) or not changes:
+        raise ConfigError(f"must be a mapping of keys of {CONFIG} to values, got {changes!r}.")
+    source = _folder(name, revision)
+    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    problems: list[Problem] = []
+    result = _changed(config, _defaults(config), changes, (), problems)
+    vocabulary = config.get("vocab_size"), result.get("vocab_size")
+    if all(isinstance(size, int) for size in vocabulary) and vocabulary[1] < vocabulary[0]:
+        message = f"{vocabulary[1]} is less than the {vocabulary[0]} of {name!r}, whose tokenizer stays."
+        problems.append(Problem("vocab_size", message))
+    problems = problems or _refused(result)
+    if problems:
+        raise ConfigError(problems=problems)
+    files = [file for file in model_texts(source) if file.name not in _NOT_COPIED and ".index." not in file.name]
+    key = digest([result, {file.name: file_digest(file) for file in files}])
+    return SmallModel(result, tuple(files), key)
+
+
+def _folder(name: str, revision: str | None) -> Path:
+    """Return the folder a model's small files are in."""
+    folder = expanded(assets.resolve(name))
+    if (folder / CONFIG).is_file():
+        return folder
+    if folder.is_dir() or name.startswith(("/", "./", "../", "~")):
+        raise ConfigError(f"no model in {name!r} (there is no {CONFIG}).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=list(_TEXTS), ignore_patterns=["*/*"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        said = str(error).splitlines()[0]
+        raise ConfigError(f"{name!r} is no model folder, and cannot be fetched from the hub: {said}") from error
+    if not (found / CONFIG).is_file():
+        raise ConfigError(f"{name!r} has no {CONFIG}.")
+    return found
+
+
+def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration that a model of this type has by default; empty where its code is its own."""
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    return CONFIG_MAPPING[kind]().to_dict() if kind in CONFIG_MAPPING else {}
+
+
+def _changed(
+    config: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    where: tuple[str, ...],
+    problems: list[Problem],
+) -> dict[str, Any]:
+    result = dict(config)
+    for key, value in changes.items():
+        at, old, default = (*where, str(key)), config.get(key), defaults.get(key)
+        if key not in config and key not in defaults:
+            problems.append(Problem(".".join(at), unknown("key", str(key), [*config, *defaults])))
+        elif isinstance(value, dict) and (isinstance(old, dict) or isinstance(default, dict)):
+            nested = default if isinstance(default, dict) else {}
+            result[key] = _changed(old if isinstance(old, dict) else nested, nested, value, at, problems)
+        else:
+            result[key] = value
+    return result
+
+
+def _refused(config: dict[str, Any]) -> list[Problem]:
+    """Return why the model's own configuration class does not take these values, if it does not."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return []
+    try:
+        CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        return [Problem("", f"the values do not go together: {error.__cause__ or error}".replace("\n", " "))]
+    return []
