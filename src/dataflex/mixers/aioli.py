@@ -1,0 +1,191 @@
+"""Aioli: measures, while training, how each domain lowers each validation loss, and follows that.
+
+Chen et al., "Aioli: A Unified Optimization Framework for Language Model Data Mixing", ICLR 2025, arXiv 2411.05735.
+The losses are taken for linear in the proportions, L_i(after) = L_i(before) - sum_j A_ij p_j, and the run goes through
+cycles of
+
+1. LearnParams: ``lp_rounds`` sweeps through the K domains, each in a new random order. The round of domain j is trained
+   on the mixture with p_j = f (``one_hot_factor``) and (1 - f) / (K - 1) of each other domain; the validation losses
+   before it less those after it are one column of Delta. With Delta averaged over the sweeps and W the matrix of the
+   mixtures, row i of A solves W A_i = Delta_i.
+2. ``normalize``: min A is subtracted where it is negative, and A is divided by its sum.
+3. p_j <- p_j * exp(eta * sum_i A_ij), from equal shares on; with ``ema`` = c: A_ema <- (1 - c) * A + c * A_ema, and
+   p_j ~ exp(eta * sum_i A_ema_ij), each time from equal shares.
+4. ``exploit_rounds`` rounds on p.
+
+So a round, ``update_steps`` optimizer steps, is what the authors' code calls lp_steps. M validation domains give an A
+of M x K; sums over them need no M = K.
+
+Cost: lp_rounds * K + 1 forwards of the validation samples in a cycle, and as many rounds less one on the mixtures of
+LearnParams, which are part of the training.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from dataflex.components import Mixer, MixerParams, RoundContext, State
+from dataflex.domain_weights import exponentiated_update
+from dataflex.influence import ValidationParams
+from dataflex.registry import register
+from dataflex.validation_loss import validation_losses
+
+logger = logging.getLogger(__name__)
+
+
+class AioliParams(MixerParams, ValidationParams):
+    """Parameters of Aioli."""
+
+    eta: float = Field(0.2, gt=0, description="Step size of the proportions.")
+    lp_rounds: int = Field(4, ge=1, description="Sweeps through the domains in one LearnParams.")
+    exploit_rounds: int = Field(50, ge=1, description="Rounds on the found proportions before the next LearnParams.")
+    one_hot_factor: float = Field(
+        0.75, gt=0, le=1, description="f, the share of a domain in its own mixture; above 1 / K."
+    )
+    normalize: bool = Field(True, description="Whether A is made non-negative, with sum 1.")
+    ema: float | None = Field(
+        None, ge=0, lt=1, description="Weight of the earlier A in a moving average; none: the proportions add up."
+    )
+
+
+@register("mixer", "aioli")
+class AioliMixer(Mixer):
+    """Alternates between learning the mixing law and training on what it says."""
+
+    Params = AioliParams
+    needs_validation: ClassVar[bool] = True
+
+    def __init__(self, params: AioliParams) -> None:
+        super().__init__(params)
+        self.proportions: NDArray[np.float64] = np.empty(0)
+        """p, shape (K,), sum 1; equal shares before the first LearnParams."""
+        self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._tried = 0
+        self._exploited: int | None = None
+        self._trained_on: int | None = None
+        self._before: NDArray[np.float64] = np.empty(0)
+        self._drops: NDArray[np.float64] = np.empty((0, 0))
+        self._average: NDArray[np.float64] = np.empty((0, 0))
+
+    def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
+        """Check the initial proportions, and that the mixtures of LearnParams differ."""
+        factor = self.params.one_hot_factor
+        if len(names) > 1 and factor * len(names) <= 1:
+            return (
+                "one_hot_factor",
+                f"must be above 1 / {len(names)} with {len(names)} domains, so that the mixtures of LearnParams prefer "
+                f"their domain; got {factor}.",
+            )
+        return super().check_domains(names)
+
+    def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
+        """Return the given initial proportions, or equal ones; a measurement under way ends before the warm-up."""
+        self._measure(ctx)
+        self._before = np.empty(0)
+        count = len(ctx.pool.domains)
+        return np.full(count, 1.0 / count) if self.params.initial_proportions is None else super().initial(ctx)
+
+    def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
+        """Return a mixture of LearnParams, or p."""
+        count = len(ctx.pool.domains)
+        if count == 1:
+            return np.ones(1)
+        if not self.proportions.size:
+            self.proportions = np.full(count, 1.0 / count)
+            self._warn_if_short(ctx, count)
+        self._measure(ctx)
+        if self._drops.size and self._tried >= self.params.lp_rounds * count and self._tried % count == 0:
+            self._update(self._tried // count)
+        elif not self._drops.size and (self._exploited is None or self._exploited >= self.params.exploit_rounds):
+            assert ctx.targets is not None
+            self._drops, self._tried = np.zeros((len(ctx.targets.domains), count)), 0
+        if not self._drops.size:
+            self._exploited = (self._exploited or 0) + 1
+            return self.proportions
+        if self._tried % count == 0:
+            self._order = ctx.rng.permutation(count)
+        if not self._before.size:
+            self._before = validation_losses(ctx)
+        self._trained_on = int(self._order[self._tried % count])
+        self._tried += 1
+        return _mixtures(count, self.params.one_hot_factor)[self._trained_on]
+
+    def _measure(self, ctx: RoundContext) -> None:
+        """Add what the round just trained for a domain lowered the losses by, where it was one of LearnParams."""
+        if self._trained_on is None:
+            return
+        after = validation_losses(ctx)
+        self._drops[:, self._trained_on] += self._before - after
+        self._before, self._trained_on = after, None
+
+    def _update(self, sweeps: int) -> None:
+        """Set p by what ``sweeps`` sweeps have shown, and end LearnParams."""
+        found = mixing_matrix(self._drops / sweeps, self.params.one_hot_factor)
+        matrix = _normalized(found) if self.params.normalize else found
+        if self.params.ema is None:
+            self.proportions = exponentiated_update(self.proportions, self.params.eta * matrix.sum(axis=0))
+        else:
+            old = self._average if self._average.size else matrix
+            self._average = np.asarray(matrix + self.params.ema * (old - matrix), dtype=np.float64)
+            equal = np.ones_like(self.proportions)
+            self.proportions = exponentiated_update(equal, self.params.eta * self._average.sum(axis=0))
+        self._drops, self._before, self._exploited = np.empty((0, 0)), np.empty(0), 0
+
+    def _warn_if_short(self, ctx: RoundContext, count: int) -> None:
+        learning = self.params.lp_rounds * count
+        if ctx.num_updates <= learning:
+            logger.warning(
+                "aioli: LearnParams takes %d rounds (lp_rounds x %d domains), and the run has %d: what it finds is "
+                "never trained on. Lower update_steps or lp_rounds.",
+                learning,
+                count,
+                ctx.num_updates,
+            )
+
+    def state_dict(self) -> State:
+        """Return p, where the cycle stands, and what was measured in it."""
+        return {
+            "proportions": self.proportions,
+            "order": self._order,
+            "tried": self._tried,
+            "exploited": self._exploited,
+            "trained_on": self._trained_on,
+            "before": self._before,
+            "drops": self._drops.copy(),
+            "average": self._average,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self.proportions, self._order, self._tried = state["proportions"], state["order"], int(state["tried"])
+        self._exploited, self._trained_on, self._before = state["exploited"], state["trained_on"], state["before"]
+        self._drops, self._average = state["drops"].copy(), state["average"]
+
+
+def mixing_matrix(drops: NDArray[np.float64], one_hot_factor: float) -> NDArray[np.float64]:
+    """Return A, whose rows solve W A_i = drops_i, shape (M, K).
+
+    Args:
+        drops: by how much the loss of validation domain i fell in the round of domain j, shape (M, K), K >= 2.
+        one_hot_factor: f; not 1 / K, where all mixtures are the same.
+    """
+    return np.asarray(np.linalg.solve(_mixtures(drops.shape[1], one_hot_factor), drops.T).T, dtype=np.float64)
+
+
+def _mixtures(count: int, factor: float) -> NDArray[np.float64]:
+    """Return W: in row j the mixture of domain j's round, shape (K, K)."""
+    mixtures = np.full((count, count), (1 - factor) / (count - 1))
+    np.fill_diagonal(mixtures, factor)
+    return mixtures
+
+
+def _normalized(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the matrix less its lowest entry, where that is negative, over its sum; equal entries where all are 0."""
+    shifted: NDArray[np.float64] = matrix - min(0.0, float(matrix.min()))
+    total = float(shifted.sum())
+    return shifted / total if total > 0 else np.full(shifted.shape, 1.0 / shifted.size)

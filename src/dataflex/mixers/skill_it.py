@@ -1,0 +1,215 @@
+"""Skill-it: more of the domains that teach what is not known yet, by a graph of which domain helps which.
+
+Chen et al., "Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models", NeurIPS 2023,
+arXiv 2307.14430, Algorithm 1. With A_ij how much training on domain i helps validation domain j, and L_j(t) the loss of
+validation domain j before round t:
+
+    first decision   p_i ~ exp(eta * sum_j A_ij)
+    then             p_i ~ exp(eta * sum of the last ``window`` rounds t, this one included, of sum_j A_ij * L_j(t))
+
+The authors' code evaluates inside the first step of a round, after its mixture is drawn, so that its window ends one
+round earlier; here the losses of the model as it is at the decision count. The graph is given: learning it takes runs
+of their own, all from the same model, which one run that moves on cannot stand for.
+
+Cost: one forward of the validation samples per decision.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from dataflex.components import Mixer, MixerParams, RoundContext, State
+from dataflex.domain_weights import exponentiated_update
+from dataflex.errors import ConfigError, unknown
+from dataflex.influence import ValidationParams
+from dataflex.registry import register
+from dataflex.validation_loss import validation_losses
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_KEY = "dataflex.mix.graph"
+_BETWEEN = 0.5
+"""What the default graph has between different domains."""
+
+
+class SkillItParams(MixerParams, ValidationParams):
+    """Parameters of Skill-it."""
+
+    graph: list[list[float]] | str | None = Field(
+        None,
+        description="A: a row for each domain, a number >= 0 in it for each validation domain; or a JSON or CSV file "
+        "of one with names; none: 1 for a domain's own, 0.5 for the others.",
+    )
+    eta: float = Field(0.2, gt=0, description="Step size of the proportions.")
+    window: int = Field(3, ge=1, description="Decisions whose losses count.")
+
+
+@register("mixer", "skill_it")
+class SkillItMixer(Mixer):
+    """Follows the validation losses through the graph."""
+
+    Params = SkillItParams
+    needs_validation: ClassVar[bool] = True
+
+    def __init__(self, params: SkillItParams) -> None:
+        super().__init__(params)
+        self._losses: NDArray[np.float64] = np.empty((0, 0))
+
+    def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
+        """Check the initial proportions and the graph, as far as the training domains go."""
+        named = self.params.validation if self.params.subtask_column is None else None
+        try:
+            if self.params.graph is not None or named is not None:
+                read_graph(self.params.graph, names, None if named is None else tuple(dict.fromkeys(named)))
+        except ConfigError as error:
+            return "graph", str(error).removeprefix(f"{_KEY}: ")
+        return super().check_domains(names)
+
+    def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
+        """Return the given initial proportions, or those of the first decision."""
+        return self._first(ctx) if self.params.initial_proportions is None else super().initial(ctx)
+
+    def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
+        """Return p, after measuring the validation losses."""
+        graph, now = self._graph(ctx), validation_losses(ctx)[None]
+        if not self._losses.size:
+            self._losses = now
+            return self._first(ctx)
+        self._losses = np.concatenate([self._losses, now])[-self.params.window :]
+        gains = self.params.eta * (graph @ self._losses.sum(axis=0))
+        return exponentiated_update(np.ones(len(gains)), gains)
+
+    def _first(self, ctx: RoundContext) -> NDArray[np.float64]:
+        gains = self.params.eta * self._graph(ctx).sum(axis=1)
+        return exponentiated_update(np.ones(len(gains)), gains)
+
+    def _graph(self, ctx: RoundContext) -> NDArray[np.float64]:
+        assert ctx.targets is not None
+        return read_graph(self.params.graph, ctx.pool.domains, ctx.targets.domains)
+
+    def state_dict(self) -> State:
+        """Return the validation losses in the window."""
+        return {"losses": self._losses}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self._losses = state["losses"]
+
+
+def read_graph(
+    given: list[list[float]] | str | None, names: tuple[str, ...], targets: tuple[str, ...] | None
+) -> NDArray[np.float64]:
+    """Return the graph with a row for each of ``names`` and a column for each of ``targets``, shape (K, M).
+
+    Args:
+        given: rows in domain order, a file, or None for the default graph.
+        names: the training domains.
+        targets: the validation domains; None: not known yet, and then the columns are as given.
+
+    Raises:
+        ConfigError: if it does not fit the names, or has numbers that are negative or not finite.
+    """
+    if given is None:
+        return _default_graph(names, targets or names)
+    if isinstance(given, str):
+        rows = _read_file(Path(given))
+        _check_names("rows", "domain", rows, names)
+        columns = targets if targets is not None else tuple(next(iter(rows.values())))
+        for name in names:
+            _check_names(f"row {name!r}", "validation domain", rows[name], columns)
+        numbers = [[rows[name][column] for column in columns] for name in names]
+    else:
+        numbers = given
+        width = len(targets) if targets is not None else len(numbers[0]) if numbers else 0
+        if len(numbers) != len(names):
+            raise ConfigError(f"{_KEY}: has {len(numbers)} rows for {len(names)} domains ({', '.join(names)}).")
+        for name, row in zip(names, numbers, strict=True):
+            if len(row) != width or not width:
+                wanted = f"validation domains ({', '.join(targets)})" if targets else "columns in the first row"
+                raise ConfigError(f"{_KEY}: the row of {name!r} has {len(row)} numbers for {width} {wanted}.")
+    graph = np.asarray(numbers, dtype=np.float64)
+    bad = np.argwhere(~np.isfinite(graph) | (graph < 0))
+    if bad.size:
+        row, column = bad[0]
+        raise ConfigError(
+            f"{_KEY}: numbers must be finite and not negative, got {graph[row, column]} in the row of {names[row]!r}, "
+            f"column {column + 1}."
+        )
+    return graph
+
+
+def _default_graph(names: tuple[str, ...], targets: tuple[str, ...]) -> NDArray[np.float64]:
+    """Return 1 where a validation domain is the domain's own (by name, else by position), and 0.5 elsewhere."""
+    if len(names) != len(targets):
+        raise ConfigError(
+            f"{_KEY}: needed, because {len(targets)} validation domains ({', '.join(targets)}) do not stand for "
+            f"{len(names)} domains ({', '.join(names)}) one by one."
+        )
+    same = targets if set(targets) == set(names) else names
+    return np.where(np.asarray(names)[:, None] == np.asarray(same), 1.0, _BETWEEN)
+
+
+def _check_names(where: str, kind: str, found: Iterable[str], known: tuple[str, ...]) -> None:
+    found = list(found)
+    for name in found:
+        if name not in known:
+            raise ConfigError(f"{_KEY}: {where}: {unknown(kind, name, known)}")
+    missing = [name for name in known if name not in found]
+    if missing:
+        raise ConfigError(f"{_KEY}: {where}: nothing for {kind} {', '.join(map(repr, missing))}.")
+
+
+def _read_file(path: Path) -> dict[str, dict[str, float]]:
+    """Return the graph in a file, row by row."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = _read_csv(text) if path.suffix.lower() == ".csv" else json.loads(text, object_pairs_hook=_once)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{_KEY}: {str(path)!r} cannot be read: {error}") from error
+    if not _is_table(rows):
+        raise ConfigError(
+            f"{_KEY}: {str(path)!r} holds no mapping of domain names to mappings of validation domain names to numbers."
+        )
+    return {name: {column: float(value) for column, value in row.items()} for name, row in rows.items()}
+
+
+def _is_table(rows: Any) -> bool:
+    return (
+        isinstance(rows, dict)
+        and len(rows) > 0
+        and all(isinstance(row, dict) and row for row in rows.values())
+        and all(
+            isinstance(value, int | float) and not isinstance(value, bool)
+            for row in rows.values()
+            for value in row.values()
+        )
+    )
+
+
+def _read_csv(text: str) -> dict[str, dict[str, float]]:
+    """Return the rows of a table: names of the validation domains on top, a domain's name first in each row."""
+    lines = [line for line in csv.reader(text.splitlines()) if line]
+    if not lines:
+        raise ValueError("it is empty")
+    columns = lines[0][1:]
+    for line in lines[1:]:
+        if len(line) != len(columns) + 1:
+            raise ValueError(f"the row of {line[0]!r} has {len(line) - 1} numbers for {len(columns)} columns")
+    return _once([(line[0], _once(list(zip(columns, map(float, line[1:]), strict=True)))) for line in lines[1:]])
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a mapping of pairs, none of which has the name of another."""
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(map(repr, twice))} is there twice")
+    return dict(pairs)
