@@ -97,3 +97,51 @@ def arguments(model: Path, data: Path, output: Path, **changes: Any) -> dict[str
         base.pop("lora_rank")
         base.pop("lora_target")
     return {**base, **changes}
+
+
+def zero(folder: Path, stage: int) -> dict[str, Any]:
+    """Write a DeepSpeed configuration and return the argument that names it."""
+    config: dict[str, Any] = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": False},
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": True},
+    }
+    if stage == 3:
+        config["zero_optimization"] |= {
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,  # else parameters this small are never partitioned
+        }
+    path = folder / f"ds_z{stage}_config.json"
+    path.write_text(json.dumps(config))
+    return {"deepspeed": str(path)}
+
+
+def make_experts(folder: Path) -> Path:
+    """Write a random one-layer Mixtral of four experts, two for each token, with the tokenizer of ``make_model``."""
+    import torch
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    make_model(folder)
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -7,8 +7,9 @@ own. For the time of the run three names are replaced, and put back afterwards:
     llamafactory.train.{sft,pt}.workflow.get_dataset                            the same, once per data set
     llamafactory.train.tuner.get_train_args                                     its errors told as configuration errors
 
-While validation samples are divided by a column, ``llamafactory.data.loader.align_dataset`` is wrapped, which is where
-the raw columns are still there.
+While a data set is divided by a raw column (``_load_divided``), four names of ``llamafactory.data.loader`` are replaced
+too: the raw columns are still there when ``align_dataset`` is called, ``split_dataset`` is then done for each value,
+``_get_preprocessed_dataset`` gets batches of one value each, and ``_get_dataset_processor`` what processes them.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dataflex.config import RunConfig
-from dataflex.data.pool import Pool
+from dataflex.data.pool import Divided, Pool
 from dataflex.errors import ConfigError, unknown
 from dataflex.influence import ValidationParams
 from dataflex.record.writer import RunWriter
@@ -40,6 +45,8 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 GetDataset = Callable[..., dict[str, Any]]
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> None:
@@ -161,17 +168,24 @@ def load_pool(
             dynamic.lengths = Pool.concatenate({"dataset": module["train_dataset"]}).lengths
         return {key: value for key, value in module.items() if value is not None}
     names = tuple(dict.fromkeys(data_args.dataset))
+    column = dynamic.settings.domain_column
     packed = data_args.packing or data_args.neat_packing or stage == "pt"  # then sample i need not be row i
-    load_noting = partial(_noting_raw_rows, load, dynamic.raw) if dynamic.instead is not None and not packed else load
-    loader = _load_one if len(names) == 1 else _load_each
-    parts, held_out = loader(load_noting, _train_only(data_args), names)
+    noting = dynamic.instead is not None and not packed and column is None
+    load_noting = partial(_noting_raw_rows, load, dynamic.raw) if noting else load
+    parts, held_out = _load_domains(load_noting, _train_only(data_args), names, column)
     evaluation = _load_evaluation(load, data_args, dynamic, held_out)
-    dynamic.pool = Pool.concatenate(parts)
+    dynamic.pool = Pool.of_divided(parts)
+    mixer = dynamic.components.mix
+    problem = None if mixer is None or column is None else mixer.check_domains(dynamic.pool.domains)
+    if problem is not None:
+        raise ConfigError(f"dataflex.mix.{problem[0]}: {problem[1]}")
     if dynamic.instead is None:
         dynamic.set_steps(copy.copy(training_args))  # problems of the rounds show before a model is loaded
-    request = dynamic.validation
-    if request is not None:
-        dynamic.targets = _load_targets(load, data_args, request, evaluation)
+        warning = dynamic.small_domains()
+        if warning is not None and training_args.process_index == 0:
+            logger.warning(warning)
+    for key, request in dynamic.validation.items():
+        dynamic.targets[key] = _load_targets(load, data_args, f"dataflex.{key}", request, evaluation)
     module = {"train_dataset": dynamic.pool.dataset}
     return module if evaluation is None else {**module, "eval_dataset": evaluation}
 
@@ -208,7 +222,8 @@ def _load_evaluation(load: GetDataset, data_args: Any, dynamic: DynamicRun, foun
         load: LLaMA-Factory's loading.
         data_args: its arguments.
         dynamic: the run.
-        found: what was split off the training data or stored with it: a data set, several by name, or None.
+        found: what was split off the training data or stored with it: a data set, several by name, divided ones, or
+            None.
     """
     parts = found
     if found is None and data_args.eval_dataset:
@@ -221,14 +236,17 @@ def _load_evaluation(load: GetDataset, data_args: Any, dynamic: DynamicRun, foun
             parts[name] = _load_named(load, only, name, "eval_dataset")["eval_dataset"]
     if parts is None:
         return None
-    if not isinstance(parts, dict):
+    if not isinstance(parts, dict | list):
         names = data_args.dataset or []  # of the stored ones nobody knows the name any more
         parts = {names[0] if len(names) == 1 and not _is_stored(data_args) else "held_out": parts}
+    pool = (
+        Pool.of_divided(parts, "eval_dataset") if isinstance(parts, list) else Pool.concatenate(parts, "eval_dataset")
+    )
     for name in (TOKEN_WEIGHTED, UNWEIGHTED):
-        if name in parts:
+        if name in pool.domains:
             raise ConfigError(f"eval_dataset: {name!r} is the name of a mean over the data sets; name it otherwise.")
-    dynamic.evaluation = Pool.concatenate(parts, "eval_dataset")
-    return parts if data_args.eval_on_each_dataset and data_args.eval_dataset else dynamic.evaluation.dataset
+    dynamic.evaluation = pool
+    return parts if data_args.eval_on_each_dataset and data_args.eval_dataset else pool.dataset
 
 
 def _noting_raw_rows(load: GetDataset, raw: dict[str, Any], data_args: Any) -> dict[str, Any]:
@@ -246,86 +264,253 @@ def _noting_raw_rows(load: GetDataset, raw: dict[str, Any], data_args: Any) -> d
         return load(data_args=data_args)
 
 
-def _load_one(load: GetDataset, data_args: Any, names: tuple[str, ...]) -> tuple[dict[str, Any], Any]:
-    """Return the training data set by name, and what was split off it or stored with it."""
-    module = _load_named(load, data_args, names[0])
-    return {names[0]: module["train_dataset"]}, module.get("eval_dataset")
+def _load_domains(
+    load: GetDataset, data_args: Any, names: tuple[str, ...], column: str | None
+) -> tuple[list[Divided], Any]:
+    """Return the training data, and what was split off it: divided too, of one undivided data set that itself, or None.
 
-
-def _load_each(
-    load: GetDataset, data_args: Any, names: tuple[str, ...]
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Load every data set on its own, so that packing never crosses a domain; return them and what was split off."""
+    Args:
+        load: LLaMA-Factory's loading.
+        data_args: its arguments.
+        names: the data sets.
+        column: of the raw data, whose values are the domains; None: the data sets are.
+    """
+    if column is None and len(names) == 1:
+        module = _load_named(load, data_args, names[0])
+        return [(module["train_dataset"], {names[0]: len(module["train_dataset"])})], module.get("eval_dataset")
     root = data_args.tokenized_path
     if _is_stored(data_args):
         raise ConfigError(
             f"tokenized_path: {root} holds one merged data set, whose domains cannot be told apart. Name an empty "
             "folder; every data set is saved in a folder of its own there."
         )
-    parts, held_out = {}, {}
+    parts: list[Divided] = []
+    held_out: list[Divided] = []
     for name in names:
         only = copy.copy(data_args)
         only.dataset, only.interleave_probs = [name], None
-        only.tokenized_path = None if root is None else str(Path(root) / name)
-        module = _load_named(load, only, name)
-        parts[name] = module["train_dataset"]
+        if column is None:
+            only.tokenized_path = None if root is None else str(Path(root) / name)
+            module = {key: (part, {name: len(part)}) for key, part in _load_named(load, only, name).items()}
+        else:
+            prefix = f"{name}/" if len(names) > 1 else ""
+            module = _load_divided(load, only, name, "dataset", column, "dataflex.domain_column", prefix)
+        parts.append(module["train_dataset"])
         if "eval_dataset" in module:
-            held_out[name] = module["eval_dataset"]
+            held_out.append(module["eval_dataset"])
     return parts, held_out or None
 
 
-def _load_targets(load: GetDataset, data_args: Any, request: ValidationParams, held_out: Any) -> Pool:
+def _load_targets(load: GetDataset, data_args: Any, section: str, request: ValidationParams, held_out: Any) -> Pool:
     """Return the validation samples, one domain for each sub-task, preprocessed as training samples are.
 
     Raises:
         ConfigError: if there are none.
     """
-    key = "dataflex.select.validation"
+    key = f"{section}.validation"
     names = request.validation or data_args.eval_dataset
     if not names:
         if held_out is None:
             raise ConfigError(f"{key}: needed are validation samples; name data sets here, or set eval_dataset.")
         if request.subtask_column is not None:
-            raise ConfigError("dataflex.select.subtask_column: samples split off by val_size have no columns any more.")
+            raise ConfigError(f"{section}.subtask_column: samples split off by val_size have no columns any more.")
         return Pool.concatenate({"validation": held_out}, key)
-    parts: dict[str, Any] = {}
+    parts: list[Divided] = []
     for name in dict.fromkeys(names):
         only = copy.copy(data_args)
         only.dataset, only.eval_dataset, only.interleave_probs = [name], None, None
         only.val_size, only.packing, only.neat_packing, only.tokenized_path = 0.0, False, False, None
-        if request.subtask_column is None:
-            parts[name] = _load_named(load, only, name, key)["train_dataset"]
+        column = request.subtask_column
+        if column is None:
+            samples = _load_named(load, only, name, key)["train_dataset"]
+            parts.append((samples, {name: len(samples)}))
             continue
-        for value, part in _by_column(load, only, name, request.subtask_column, key).items():
-            parts[value if len(names) == 1 else f"{name}/{value}"] = part
-    return Pool.concatenate(parts, key)
+        prefix = f"{name}/" if len(names) > 1 else ""
+        module = _load_divided(load, only, name, key, column, f"{section}.subtask_column", prefix)
+        parts.append(module["train_dataset"])
+    return Pool.of_divided(parts, key)
 
 
-def _by_column(load: GetDataset, data_args: Any, name: str, column: str, key: str) -> dict[str, Any]:
-    """Return a data set's preprocessed parts, one for each value of a column of the raw data."""
+_DOMAIN = "domain"
+"""Column that carries the number of a row's value through LLaMA-Factory's preprocessing."""
+
+
+def _load_divided(
+    load: GetDataset, data_args: Any, name: str, key: str, column: str, column_key: str, prefix: str
+) -> dict[str, Divided]:
+    """Load a data set, each value of a raw column treated as a data set of its own; return its module, divided.
+
+    Values are split (``val_size``), packed and cut into batches each for itself, in one pass over the data.
+
+    Args:
+        load: LLaMA-Factory's loading.
+        data_args: its arguments, which name the one data set.
+        name: the data set.
+        key: the setting that names it, for messages.
+        column: of the raw data.
+        column_key: the setting that names it, for messages.
+        prefix: what the names of the domains begin with, before the value.
+    """
+    from datasets import Dataset
     from llamafactory.data import loader
 
-    original, values = loader.align_dataset, []
+    align, split, preprocess = loader.align_dataset, loader.split_dataset, loader._get_preprocessed_dataset
+    values: list[str] = []
+    codes: list[NDArray[np.int64]] = []
 
-    def note_values(dataset: Any, *args: Any) -> Any:
-        if column not in dataset.column_names:
-            raise ConfigError(
-                f"dataflex.select.subtask_column: {unknown('column', column, dataset.column_names)} (of {name!r})"
-            )
-        values.extend(sorted(map(str, dataset.unique(column))))
-        return original(dataset, *args)
+    def noting_values(dataset: Any, *args: Any) -> Any:
+        if len(dataset):  # else it says so itself
+            names, found = values_of(dataset, column, column_key, name)
+            values.extend(names)
+            codes.append(found)
+        return align(dataset, *args)
 
-    def only_value(value: str, dataset: Any, *args: Any) -> Any:
-        rows = [row for row, found in enumerate(dataset[column]) if str(found) == value]
-        return original(dataset.select(rows), *args)
+    def splitting_each(aligned: Any, evaluation: Any, data_args: Any, seed: int) -> tuple[dict, dict]:
+        order = np.argsort(codes[0], kind="stable")
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(codes[0], minlength=len(values)))])
+        if not data_args.val_size:
+            return {"train": (aligned, order, np.diff(bounds))}, {}
+        kept: dict[str, list[NDArray[np.int64]]] = {"train": [], "validation": []}
+        positions: dict[int, dict[str, NDArray[np.int64]]] = {}  # depend on nothing but the number of rows
+        for value, (low, high) in zip(values, pairwise(bounds.tolist()), strict=True):
+            if high - low not in positions:
+                numbers = Dataset.from_dict({"row": np.arange(high - low)})
+                try:
+                    training, held_out = split(numbers, evaluation, data_args, seed)
+                except ValueError as error:
+                    what = f"the {high - low} rows of {name!r} with {column!r} {value!r}"
+                    raise ConfigError(f"val_size: {what} cannot be split: {error}") from error
+                found = {**training, **held_out}
+                positions[high - low] = {which: _column(part, "row").to_numpy() for which, part in found.items()}
+            for which, rows in kept.items():
+                rows.append(order[low:high][positions[high - low][which]])
+        divided = {
+            which: (aligned, np.concatenate(rows), np.array([part.size for part in rows]))
+            for which, rows in kept.items()
+        }
+        return {"train": divided.pop("train")}, divided
 
-    with replaced(loader, "align_dataset", note_values):
-        _load_named(load, data_args, name, key)
-    parts = {}
-    for value in values:
-        with replaced(loader, "align_dataset", partial(only_value, value)):
-            parts[value] = _load_named(load, data_args, name, key)["train_dataset"]
-    return parts
+    def preprocessing_each(
+        divided: tuple[Any, NDArray[np.int64], NDArray[np.int64]], data_args: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        aligned, rows, sizes = divided
+        batches = _batches(aligned, sizes.tolist(), data_args.preprocessing_batch_size)
+        make, sorted_rows = loader._get_dataset_processor, aligned.select(rows)
+        only = copy.copy(data_args)
+        only.preprocessing_batch_size = 1
+
+        def batchwise(*given: Any, **named: Any) -> _Batchwise:
+            return _Batchwise(make(*given, **named), sorted_rows)
+
+        with replaced(loader, "_get_dataset_processor", batchwise):
+            return preprocess(batches, only, *args, **kwargs)
+
+    with (
+        replaced(loader, "align_dataset", noting_values),
+        replaced(loader, "split_dataset", splitting_each),
+        replaced(loader, "_get_preprocessed_dataset", preprocessing_each),
+    ):
+        module = _load_named(load, data_args, name, key)
+    return {which: _divided(dataset, [prefix + value for value in values]) for which, dataset in module.items()}
+
+
+def values_of(dataset: Any, column: str, key: str, name: str) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the distinct values of a raw column in their order, as text, and which of them each row has.
+
+    Numbers are in the order of numbers, text in that of its characters' codes.
+
+    Args:
+        dataset: the raw rows.
+        column: its column.
+        key: the setting that names it, for messages.
+        name: of the data set, for messages.
+
+    Raises:
+        ConfigError: if there is no such column, a row has no value in it, or values are neither text nor numbers.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if column not in dataset.column_names:
+        raise ConfigError(f"{key}: {unknown('column', column, dataset.column_names)} (of {name!r})")
+    found = _column(dataset, column)
+    kind = found.type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (text or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise ConfigError(f"{key}: {column!r} of {name!r} holds {kind}; needed are text, numbers or true and false.")
+    missing = pc.is_null(found, nan_is_null=True)
+    if text:
+        missing = pc.or_kleene(missing, pc.equal(pc.utf8_trim_whitespace(found), "").fill_null(True))
+    rows = np.flatnonzero(missing.to_numpy(zero_copy_only=False))
+    if rows.size:
+        some = ", ".join(map(str, rows[:10])) + (", ..." if rows.size > 10 else "")
+        raise ConfigError(
+            f"{key}: {rows.size} of {len(found)} rows of {name!r} have no value in {column!r} (rows {some}, counted "
+            "from 0). Give each one, or leave them out."
+        )
+    coded = pc.dictionary_encode(found)
+    distinct = coded.dictionary.to_pylist()
+    order = sorted(range(len(distinct)), key=distinct.__getitem__)
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return [str(distinct[number]) for number in order], rank[coded.indices.to_numpy(zero_copy_only=False)]
+
+
+def _column(dataset: Any, name: str) -> Any:
+    """Return a column as an arrow array."""
+    return dataset.select_columns([name]).with_format("arrow")[:].column(0).combine_chunks()
+
+
+def _batches(rows: Any, sizes: list[int], batch_size: int) -> Any:
+    """Return a data set with one row for each batch: where it begins and ends, and the number of its value.
+
+    Args:
+        rows: the aligned rows; its beginning gets other columns, so that what is made of it is cached as theirs is.
+        sizes: rows of each value.
+        batch_size: most rows of a batch, which are of one value.
+    """
+    offset = 0
+    begins, ends, numbers = list[int](), list[int](), list[int]()
+    for number, size in enumerate(sizes):
+        starts = range(offset, offset + size, batch_size)
+        offset += size
+        begins += starts
+        ends += [min(start + batch_size, offset) for start in starts]
+        numbers += [number] * len(starts)
+    batches = rows.select(range(len(begins))).select_columns(rows.column_names[:1])
+    for name, column in (("begin", begins), ("end", ends), (_DOMAIN, numbers)):
+        batches = batches.add_column(name, column)
+    return batches
+
+
+class _Batchwise:
+    """A processor of LLaMA-Factory for the data set that :func:`_batches` makes.
+
+    Args:
+        processor: its own.
+        rows: the aligned rows, those of each value together.
+    """
+
+    def __init__(self, processor: Any, rows: Any) -> None:
+        self.processor, self.rows = processor, rows
+
+    def preprocess_dataset(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        """Return the samples made of one batch, each with the number of its value."""
+        (begin,), (end,), (number,) = batch["begin"], batch["end"], batch[_DOMAIN]
+        samples = self.processor.preprocess_dataset(self.rows[begin:end])
+        return {**samples, _DOMAIN: [number] * len(next(iter(samples.values()), []))}
+
+    def print_data_example(self, example: dict[str, Any]) -> None:
+        """Print a sample."""
+        self.processor.print_data_example(example)
+
+
+def _divided(dataset: Any, names: list[str]) -> Divided:
+    """Return a preprocessed data set without the numbers of the values, and how many samples each has."""
+    if _DOMAIN not in dataset.column_names:  # no batch gave a sample
+        return dataset, dict.fromkeys(names, 0)
+    sizes = np.bincount(_column(dataset, _DOMAIN).to_numpy(), minlength=len(names))
+    return dataset.remove_columns(_DOMAIN), dict(zip(names, sizes.tolist(), strict=True))
 
 
 def _load_named(load: GetDataset, data_args: Any, name: str, key: str = "dataset") -> dict[str, Any]:
@@ -346,7 +531,7 @@ _TOKENIZER_KEYS = (
 """LLaMA-Factory's model arguments that its tokenizer depends on."""
 
 
-def pool_of(config: RunConfig) -> tuple[Pool, Any]:
+def pool_of(config: RunConfig, domain_column: str | None = None) -> tuple[Pool, Any]:
     """Load the pool of a run and its tokenizer, without the model, printing and logging nothing.
 
     Only the keys that preprocessing depends on are used, so that it works on a machine that could not train: what says
@@ -355,6 +540,7 @@ def pool_of(config: RunConfig) -> tuple[Pool, Any]:
 
     Args:
         config: the configuration of a run that plans its data; of its section nothing is read.
+        domain_column: that of its section.
 
     Returns:
         The pool, and the tokenizer as LLaMA-Factory sets it up for the template.
@@ -393,7 +579,7 @@ def pool_of(config: RunConfig) -> tuple[Pool, Any]:
                 kept = [root] if len(names) == 1 else [str(Path(root) / name) for name in names]
                 if not all(map(has_tokenized_data, kept)):  # it would be written there
                     data_args.tokenized_path = None
-            parts, _ = (_load_one if len(names) == 1 else _load_each)(load, data_args, names)
+            parts, _ = _load_domains(load, data_args, names, domain_column)
     finally:
         logging.disable(disabled)
-    return Pool.concatenate(parts), module["tokenizer"]
+    return Pool.of_divided(parts), module["tokenizer"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex import assets
+from dataflex.components import Component
 from dataflex.config import ASSET_KEYS, SECTION, RunConfig
 from dataflex.errors import Problem, did_you_mean, unknown
 
@@ -240,9 +241,9 @@ def _datasets(config: RunConfig) -> Iterator[Problem]:
         yield Problem("dataset_dir", f"{path} is not valid JSON: {error}")
         return
     named = {key: dataset_names(config, key) for key in ("dataset", "eval_dataset")}
-    selector = config.build_components().select
-    if selector is not None and selector.needs_validation:
-        named[f"{SECTION}.select.validation"] = tuple(selector.params.validation or ())
+    for key, component in config.build_components().items():
+        if component.needs_validation:
+            named[f"{SECTION}.{key}.validation"] = tuple(component.params.validation or ())
     for key, names in named.items():
         for name in names:
             yield from _dataset(key, name, info, Path(folder))
@@ -333,17 +334,27 @@ def _data_path(config: RunConfig) -> Iterator[Problem]:
     accelerator = config.llamafactory.get("accelerator_config")
     if isinstance(accelerator, dict) and (accelerator.get("split_batches") or accelerator.get("dispatch_batches")):
         yield Problem("accelerator_config", "split_batches and dispatch_batches change who trains what; remove.")
-    val_size = _number(config, "val_size", 0.0)
-    if val_size > 1 and len(dataset_names(config)) > 1:
-        yield Problem(
-            "val_size", "a number of samples cannot be split over data sets; give a fraction or eval_dataset."
-        )
+    column = None if config.dataflex is None else config.dataflex.domain_column
+    if _number(config, "val_size", 0.0) > 1 and (column is not None or len(dataset_names(config)) > 1):
+        parts = "data sets" if column is None else f"the values of {SECTION}.domain_column"
+        yield Problem("val_size", f"a number of samples cannot be split over {parts}; give a fraction or eval_dataset.")
 
 
 def _domains(config: RunConfig) -> Iterator[Problem]:
-    mixer = config.build_components().mix
-    if mixer is not None and dataset_names(config):
-        problem = mixer.check_domains(dataset_names(config))
+    components, column = config.build_components(), None if config.dataflex is None else config.dataflex.domain_column
+    if column is not None:
+        if not components.plans_data:
+            yield Problem(
+                f"{SECTION}.domain_column", "divides the data of select, mix and order; name one, or remove it."
+            )
+        if config.llamafactory.get("tokenized_path"):
+            yield Problem(
+                "tokenized_path",
+                f"{SECTION}.domain_column is read from raw data, which tokenized data has no more; remove.",
+            )
+        return  # the mixer is asked when the names of the domains are known
+    if components.mix is not None and dataset_names(config):
+        problem = components.mix.check_domains(dataset_names(config))
         if problem is not None:
             yield Problem(f"{SECTION}.mix.{problem[0]}", problem[1])
 
@@ -363,31 +374,34 @@ def _components(config: RunConfig) -> Iterator[Problem]:
 
 
 def _validation(config: RunConfig) -> Iterator[Problem]:
-    selector = config.build_components().select
-    if selector is None or not selector.needs_validation or selector.params.validation is not None:
-        return
+    for family, component in config.build_components().items():
+        if component.needs_validation and component.params.validation is None:
+            yield from _without_validation(config, f"{SECTION}.{family}.validation", component)
+
+
+def _without_validation(config: RunConfig, key: str, component: Component) -> Iterator[Problem]:
+    """What a component that needs validation samples can take for them where it names none."""
     if dataset_names(config, "eval_dataset"):
         return
     if not _number(config, "val_size", 0.0):
         yield Problem(
-            f"{SECTION}.select.validation",
-            f"{selector.name!r} compares training samples with validation samples: name data sets here, or set "
-            "eval_dataset (or val_size).",
+            key,
+            f"{component.name!r} looks at validation samples: name data sets here, or set eval_dataset (or val_size).",
         )
         return
     if _truthy(config, "predict_with_generate"):
         yield Problem(
             "predict_with_generate",
-            f"samples split off by val_size are then prompts only, and {selector.name!r} needs their answers; name "
-            f"validation data sets in {SECTION}.select.validation.",
+            f"samples split off by val_size are then prompts only, and {component.name!r} needs their answers; name "
+            f"validation data sets in {key}.",
         )
         return
-    packing = [key for key in ("packing", "neat_packing") if _truthy(config, key)]
+    packing = [name for name in ("packing", "neat_packing") if _truthy(config, name)]
     if packing and config.llamafactory.get("stage", "sft") == "sft":
         yield Problem(
             packing[0],
-            f"samples split off by val_size are then packed too, and {selector.name!r} needs them one by one; name the "
-            f"validation samples with eval_dataset or {SECTION}.select.validation.",
+            f"samples split off by val_size are then packed too, and {component.name!r} needs them one by one; name "
+            f"the validation samples with eval_dataset or {key}.",
         )
 
 
@@ -403,10 +417,12 @@ def _neat_packing(config: RunConfig) -> Iterator[Problem]:
     if not _truthy(config, "neat_packing") or config.llamafactory.get("flash_attn") != "fa2":
         return
     components = config.build_components()
-    select, order = components.select, components.order
+    select, mix, order = components.select, components.mix, components.order
     measuring = []
     if select is not None and (select.probes != "nothing" or select.needs_validation):
         measuring.append(f"{SECTION}.select.method: {select.name}")
+    if mix is not None and mix.needs_validation:
+        measuring.append(f"{SECTION}.mix.method: {mix.name}")
     if order is not None and order.params.model_dump().get("by") == "loss":
         measuring.append(f"{SECTION}.order.by: loss")
     if measuring:
@@ -418,8 +434,12 @@ def _neat_packing(config: RunConfig) -> Iterator[Problem]:
 
 
 def _loss(config: RunConfig) -> Iterator[Problem]:
-    if "weight" not in config.params:
-        return
+    mixer = config.build_components().mix
+    weighs = [f"{SECTION}.weight"] if "weight" in config.params else []
+    if mixer is not None and mixer.weighs_loss_by != "nothing":
+        weighs.append(f"{SECTION}.mix.method: {mixer.name}")
+    if len(weighs) == 2:
+        yield Problem(weighs[0], f"cannot be combined with {weighs[1]}, which gives the domains' weights in the loss.")
     for key, reason in SPECIAL_LOSSES.items():
-        if _truthy(config, key):
-            yield Problem(key, f"cannot be combined with {SECTION}.weight: {reason}.")
+        if weighs and _truthy(config, key):
+            yield Problem(key, f"cannot be combined with {weighs[0]}: {reason}.")

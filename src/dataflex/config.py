@@ -41,6 +41,9 @@ class DataFlexConfig(BaseModel):
         None, gt=0, description="Training ends after so many seconds of training and decisions together."
     )
     seed: int = Field(42, ge=0, description="Seed of every decision.")
+    domain_column: str | None = Field(
+        None, min_length=1, description="Column of the raw data whose values are the domains; none: the data sets are."
+    )
     probe_batch_tokens: int | None = Field(
         None,
         ge=1,

@@ -74,8 +74,8 @@ class Trace:
 
         def traced_decision(run, slot):
             self.decisions.append([slot.number, slot.start_step, watch.optimizer_steps])
-            if run.targets is not None:
-                self.targets = dict(zip(run.targets.domains, run.targets.domain_sizes.tolist(), strict=True))
+            for targets in run.targets.values():
+                self.targets |= dict(zip(targets.domains, targets.domain_sizes.tolist(), strict=True))
             return decide(run, slot)
 
         DynamicTrainerMixin.compute_loss, DynamicRun._decide = traced_loss, traced_decision

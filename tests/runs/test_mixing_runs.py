@@ -43,10 +43,23 @@ def methods(reference: Path, table: Path) -> dict[str, dict[str, Any]]:
         "doremi_table": {"method": "doremi", "reference_model": str(reference), "reference_losses": str(table)},
         "doremi_previous": {"method": "doremi", "reference_model": str(reference), "weights": "previous"},
         "doge": {"method": "doge", "proj_dim": 64},
+        "regmix": {
+            "method": "regmix",
+            "regressor": "linear",
+            **{key: str(table.with_name(f"{key}.csv")) for key in CSVS},
+        },
+        "moe_balance": {"method": "moe_balance", "samples_per_domain": 4},
         "capped": {"method": "uniform", "max_epochs_per_domain": 1},
     }
 
 
+CSVS = {
+    "mixtures": "index,alpha,beta,gamma\n0,.8,.1,.1\n1,.1,.8,.1\n2,.1,.1,.8\n3,.4,.3,.3\n4,.2,.5,.3\n",
+    "losses": "index,held\n0,2.1\n1,2.9\n2,3.1\n3,2.6\n4,2.8\n",
+}
+"""Proxy runs, where the first domain helps most."""
+SPREAD = ("doremi", "doremi_table", "group_dro", "doge")
+"""Methods also trained under ZeRO-3."""
 WEIGHING = ("group_dro", "doremi", "doremi_table", "doremi_previous", "doge")
 NAMES = tuple(methods(Path(), Path()))
 
@@ -70,15 +83,22 @@ def mixed(mix: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     inputs = tmp_path_factory.mktemp("mixing")
     reference = tiny.make_model(inputs / "reference", seed=1)
+    for name, text in CSVS.items():
+        (inputs / f"{name}.csv").write_text(text)
     found = methods(reference, inputs / "table")
+    experts = {"model_name_or_path": str(tiny.make_experts(inputs / "experts")), "lora_target": "q_proj,v_proj"}
+    of_model = {"moe_balance": experts}
     for name, mix in found.items():
-        workshop.add(f"{name}-two", **mixed(mix, per_device_train_batch_size=4))
+        workshop.add(f"{name}-two", **mixed(mix, per_device_train_batch_size=4, **of_model.get(name, {})))
+    for name in SPREAD:
+        workshop.add(f"{name}-zero3", **mixed(found[name], per_device_train_batch_size=4, **tiny.zero(inputs, 3)))
     workshop.add("pt-two", **mixed({**found["doremi"], "weights": "current"}, **PT, per_device_train_batch_size=2))
     workshop.start(2)
     for name, mix in found.items():
-        workshop.add(f"{name}-whole", **mixed(mix))
-        workshop.add(f"{name}-cut", stop_at=5, **mixed(mix))
-        workshop.add(f"{name}-resumed", into=f"{name}-cut", **mixed(mix))
+        run = mixed(mix, **of_model.get(name, {}))
+        workshop.add(f"{name}-whole", **run)
+        workshop.add(f"{name}-cut", stop_at=5, **run)
+        workshop.add(f"{name}-resumed", into=f"{name}-cut", **run)
     for name in ("doremi", "doremi_previous", "group_dro", "doge"):
         accumulated = mixed(found[name], per_device_train_batch_size=2, gradient_accumulation_steps=4)
         workshop.add(f"{name}-accumulated", **accumulated)
@@ -164,6 +184,16 @@ def test_two_processes_are_one(runs: Any, name: str) -> None:
     np.testing.assert_allclose(runs.trace(f"{name}-whole")["losses"], runs.trace(f"{name}-two")["losses"], rtol=1e-4)
     if name in WEIGHING:
         np.testing.assert_allclose(weights_of(runs, f"{name}-whole")[1], weights_of(runs, f"{name}-two")[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_zero_3_is_ddp(runs: Any, name: str) -> None:
+    assert "stage 3" in runs.trace(f"{name}-zero3", 1)["wrapper"]
+    assert runs.plan_digests(f"{name}-zero3") == runs.plan_digests(f"{name}-two")
+    ours, theirs = weights_of(runs, f"{name}-zero3")[1], weights_of(runs, f"{name}-two")[1]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+    losses = runs.trace(f"{name}-zero3")["losses"]
+    np.testing.assert_allclose(losses, runs.trace(f"{name}-two")["losses"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["doremi", "doremi_previous", "group_dro", "doge"])

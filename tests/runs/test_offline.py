@@ -65,8 +65,8 @@ def dying(self, *args):
 def keeping(run, output, amount):
     found = score_pool(run, output, amount)
     kept = {"pool": list(run.pool.dataset)}
-    if run.targets is not None:
-        kept |= {"targets": list(run.targets.dataset), "sizes": run.targets.domain_sizes.tolist()}
+    for targets in run.targets.values():
+        kept |= {"targets": list(targets.dataset), "sizes": targets.domain_sizes.tolist()}
     (output / "samples.json").write_text(json.dumps(kept))
     return found
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from dataflex import checks
+from dataflex import checks, registry
+from dataflex.components import Mixer, MixerParams
 from dataflex.config import split_config
+from dataflex.influence import ValidationParams
 
 SELECT = {"select": {"method": "loss"}}
 MIX = {"mix": {"method": "uniform"}}
@@ -261,3 +263,61 @@ def test_a_finished_run_is_not_trained_into(keys: dict[str, Any], tmp_path: Path
     assert "finished" in found(keys, SELECT, do_eval=True)["output_dir"]
     (output / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
     assert found(keys, SELECT) == {}  # of an earlier training
+
+
+def test_what_a_domain_column_goes_with(keys: dict[str, Any]) -> None:
+    column = {"domain_column": "topic"}
+    for section in (SELECT, MIX, ORDER):
+        assert found(keys, {**section, **column}) == {}
+        assert found(keys, {**section, **column}, val_size=0.1, packing=True) == {}
+        assert set(found(keys, {**section, **column}, dataset="a", val_size=10)) == {"val_size"}
+        assert set(found(keys, {**section, **column}, tokenized_path="/tmp/tokens")) == {"tokenized_path"}
+    for section in (WEIGHT, {}):
+        assert set(found(keys, {**section, **column})) == {"dataflex.domain_column"}
+    static = {"method": "static", "proportions": {"x": 1, "y": 2, "z": 3}}
+    assert set(found(keys, {"mix": static})) == {"dataflex.mix.proportions"}
+    assert found(keys, {"mix": static, **column}) == {}  # the domains' names are not known yet
+
+
+@pytest.mark.parametrize("form", ["list", "mapping", "file"])
+def test_proportions_that_are_all_zero_are_refused(keys: dict[str, Any], tmp_path: Path, form: str) -> None:
+    given: Any = {"list": [0, 0], "mapping": {"a": 0, "b": 0.0}, "file": str(tmp_path / "weights.json")}[form]
+    (tmp_path / "weights.json").write_text(json.dumps({"proportions": {"a": 0, "b": 0}}))
+    for mix, key in (
+        ({"method": "static", "proportions": given}, "proportions"),
+        ({"method": "uniform", "initial_proportions": given}, "initial_proportions"),
+    ):
+        problems = found(keys, {"mix": mix})
+        assert set(problems) == {f"dataflex.mix.{key}"}
+        assert "positive sum" in problems[f"dataflex.mix.{key}"]
+
+
+class Looking(Mixer):
+    """A mixer whose need of validation samples is a matter of its parameters."""
+
+    family, name = "mixer", "test_looking"
+
+    class Params(MixerParams, ValidationParams):
+        looks: bool = True
+
+    @property
+    def needs_validation(self) -> bool:
+        return self.params.looks
+
+
+def test_validation_samples_of_a_mixer(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._registered, ("mixer", "test_looking"), Looking)
+    mix = {"method": "test_looking"}
+    assert found(keys, {"mix": {**mix, "looks": False}}) == {}
+    assert set(found(keys, {"mix": mix})) == {"dataflex.mix.validation"}
+    assert found(keys, {"mix": mix}, val_size=0.1) == {}
+    assert set(found(keys, {"mix": mix}, val_size=0.1, packing=True)) == {"packing"}
+    assert found(keys, {"mix": mix}, eval_dataset="a") == {}
+    assert found(keys, {"mix": {**mix, "validation": "b"}}) == {}
+    assert "'held'" in found(keys, {"mix": {**mix, "validation": "held"}})["dataflex.mix.validation"]
+    both = {"mix": mix, "warmup_steps": 1, "select": {"method": "less"}}
+    assert set(found(keys, both)) == {"dataflex.mix.validation", "dataflex.select.validation"}
+    assert (
+        "test_looking"
+        in found(keys, {"mix": mix}, eval_dataset="a", neat_packing=True, flash_attn="fa2")["neat_packing"]
+    )

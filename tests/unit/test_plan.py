@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dataflex.components import ComponentParams, Mixer, RoundContext, Selection, Selector
-from dataflex.errors import ComponentError
+from dataflex.components import ComponentParams, Components, Mixer, RoundContext, Selection, Selector
+from dataflex.data.plan import Planner
+from dataflex.data.sampling import apportion_within
+from dataflex.errors import ComponentError, ConfigError
 from dataflex.mixers.static import StaticMixer
 from dataflex.mixers.uniform import UniformMixer
 from dataflex.orders.shuffle import ShuffleOrder
 from dataflex.probe.cost import Cost
 from dataflex.record.writer import RunWriter
+from dataflex.schedule import Schedule
 from dataflex.selectors.full import FullSelector
 from dataflex.selectors.loss import LossSelector
 from dataflex.selectors.random import RandomSelector
@@ -333,3 +336,186 @@ def test_domains_and_tokens_of_a_pool() -> None:
     assert pool.size == 5
     assert pool.domain_ids(np.array([0, 1, 2, 4])).tolist() == [0, 0, 1, 1]
     assert pool.domain_tokens.tolist() == [3, 28]
+
+
+class Changing(Mixer):
+    """Other proportions in every round, given in a list."""
+
+    family, name = "mixer", "changing"
+
+    def __init__(self, params, shares=()):
+        super().__init__(params)
+        self.shares = shares
+
+    def mix(self, ctx):
+        return np.asarray(self.shares[ctx.round % len(self.shares)], dtype=float)
+
+
+def changing(*shares, **params):
+    return Changing(Changing.Params(**params), shares)
+
+
+def test_no_sample_of_a_domain_repeats_before_it_is_exhausted_whatever_the_proportions() -> None:
+    rng = np.random.default_rng(7)
+    planner = make(steps=3, batch=7, mix=changing(*rng.dirichlet(np.ones(3), 40)), rounds=40)
+    seen = np.zeros(100, dtype=int)
+    for plan in plans(planner, 40):
+        seen += np.bincount(plan.indices, minlength=100)
+        for low, high in ((0, 60), (60, 90), (90, 100)):
+            assert np.ptp(seen[low:high]) <= 1
+        drawn = np.array([seen[:60].sum(), seen[60:90].sum(), seen[90:].sum()])
+        np.testing.assert_allclose(plan.epochs, drawn / [60, 30, 10])
+    assert seen.min() >= 3
+
+
+def fill(wanted: list[float], total: int, limits: list[int]) -> list[int]:
+    """Water-filling by handing out one sample at a time to the domain that is furthest behind its share."""
+    counts = [0] * len(wanted)
+    for _ in range(total):
+        free = [k for k in range(len(wanted)) if counts[k] < limits[k] and wanted[k] > 0]
+        best = min(free, key=lambda k: ((counts[k] + 1) / wanted[k], k))
+        counts[best] += 1
+    return counts
+
+
+def test_what_exceeds_a_limit_goes_to_the_others_by_their_shares() -> None:
+    rng = np.random.default_rng(11)
+    for _ in range(300):
+        size = int(rng.integers(1, 8))
+        wanted = np.where(rng.random(size) < 0.2, 0, rng.dirichlet(np.ones(size)))
+        limits = rng.integers(0, 40, size)
+        room = int(limits[wanted > 0].sum())
+        if not room:
+            continue
+        total = int(rng.integers(1, room + 1))
+        counts, in_force = apportion_within(wanted, total, limits)
+        assert counts.sum() == total
+        assert (counts <= limits).all()
+        assert (counts[wanted == 0] == 0).all()
+        np.testing.assert_allclose(in_force.sum(), 1)
+        # every domain below its limit is within one sample of the same multiple of its share
+        assert np.abs(counts - in_force * total).max() <= 1
+        assert np.abs(counts - fill(wanted.tolist(), total, limits.tolist())).max() <= size
+        open_ = in_force * total < limits - 1e-9
+        ratio = in_force[open_ & (wanted > 0)] / wanted[open_ & (wanted > 0)]
+        if ratio.size:
+            np.testing.assert_allclose(ratio, ratio[0])
+            assert (in_force <= wanted * ratio[0] + 1e-12).all()  # nobody at a limit has more than the others' multiple
+        if total == room:
+            assert np.array_equal(counts[wanted > 0], limits[wanted > 0])
+        with pytest.raises(ValueError, match="do not fit"):
+            apportion_within(wanted, room + 1, limits)
+
+
+def test_shares_in_force_after_a_cap_by_hand() -> None:
+    # of 20: 10, 6, 4 wanted; at most 4 of the first, so 6 more by 3:2, but at most 8 of the second
+    counts, in_force = apportion_within(np.array([5, 3, 2]), 20, np.array([4, 8, 100]))
+    assert counts.tolist() == [4, 8, 8]
+    np.testing.assert_allclose(in_force, [0.2, 0.4, 0.4])
+    counts, in_force = apportion_within(np.array([5, 3, 2]), 20, np.array([4, 50, 100]))
+    assert counts.tolist() == [4, 10, 6]  # 16 by 3:2 are 9.6 and 6.4
+    np.testing.assert_allclose(in_force, [0.2, 0.48, 0.32])
+
+
+def test_no_domain_is_gone_through_more_often_than_allowed(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    mixer = changing([0.2, 0.2, 0.6], max_epochs_per_domain=1.55)
+    planner = make(mix=mixer, steps=2, batch=4)
+    made = plans(planner, 5)  # 8 each; of c, 10 samples, 15 may be planned: 5, 5, 5, and then none
+    counts = [np.bincount(planner.pool.domain_ids(plan.indices), minlength=3).tolist() for plan in made]
+    assert [row[2] for row in counts] == [5, 5, 5, 0, 0]
+    assert [sum(row) for row in counts] == [8] * 5
+    assert counts[3] == [4, 4, 0]
+    assert [plan.capped for plan in made] == [{}, {}, {}, {"c": pytest.approx(0.6)}, {"c": pytest.approx(0.6)}]
+    np.testing.assert_allclose(made[2].proportions, [0.2, 0.2, 0.6])
+    np.testing.assert_allclose(made[3].proportions, [0.5, 0.5, 0])
+    assert made[4].epochs[2] == 1.5
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 1
+    assert "max_epochs_per_domain is reached by c in round 3" in warnings[0]
+    writer = RunWriter(tmp_path)
+    for plan in made:
+        writer.round(plan, planner.pool, {}, Cost())
+    lines = [json.loads(line) for line in (tmp_path / "dataflex" / "rounds.jsonl").read_text().splitlines()]
+    assert "capped" not in lines[2]
+    assert lines[3]["capped"] == {"c": pytest.approx(0.6)}
+    assert lines[3]["epochs"] == dict(zip("abc", made[3].epochs.tolist(), strict=True))
+
+
+def test_a_used_up_mixture_ends_with_what_is_left() -> None:
+    planner = make(mix=changing([0, 1, 1], max_epochs_per_domain=1), steps=5, batch=4)
+    plans(planner, 2)  # all 40 samples of b and c
+    with pytest.raises(ConfigError) as caught:
+        plans(planner, 1, first=2)
+    text = str(caught.value)
+    for part in (
+        "dataflex.mix.max_epochs_per_domain",
+        "round 2",
+        "20 samples",
+        "only 0",
+        "b, c",
+        "step 10",
+        "max_steps",
+    ):
+        assert part in text, part
+
+
+@pytest.mark.parametrize("selector", [None, RandomSelector, LossSelector])
+def test_a_capped_planner_resumes_exactly(selector: type[Selector] | None, caplog: pytest.LogCaptureFixture) -> None:
+    def new():
+        given = {} if selector is None else {"select": build(selector)}
+        return make(mix=changing([1, 1, 2], [1, 0, 5], max_epochs_per_domain=2), steps=2, batch=4, **given)
+
+    expected = plans(new(), 8, FakeProbe(LOSSES))
+    assert any(plan.capped for plan in expected)
+    first, second = new(), new()
+    plans(first, 6, FakeProbe(LOSSES))
+    second.load_state_dict(first.state_dict())
+    caplog.clear()
+    for plan, again in zip(expected[6:], plans(second, 2, FakeProbe(LOSSES), first=6), strict=True):
+        assert np.array_equal(plan.indices, again.indices)
+        assert np.array_equal(plan.proportions, again.proportions)
+        assert np.array_equal(plan.epochs, again.epochs)
+        assert plan.capped == again.capped
+    assert not caplog.records  # what was said before the checkpoint is not said again
+
+
+def test_epochs_count_what_is_planned_without_a_mixer_too() -> None:
+    planner = make(steps=5, batch=5, select=build(RandomSelector))
+    total = np.zeros(3)
+    for plan in plans(planner, 4):
+        total += np.bincount(planner.pool.domain_ids(plan.indices), minlength=3)
+        np.testing.assert_allclose(plan.epochs, total / [60, 30, 10])
+
+
+def test_bad_proportions_of_many_domains_are_told_shortly() -> None:
+    pool = make_pool({f"d{number}": 2 for number in range(1000)})
+    with pytest.raises(ComponentError) as caught:
+        plans(make_planner(pool, mix=changing([np.nan] * 1000)), 1)
+    assert "and 990 more" in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_each_component_gets_its_own_validation_samples() -> None:
+    seen = {}
+
+    class Looking(Selector):
+        family, name = "selector", "looking"
+        Params = ComponentParams
+
+        def choose(self, ctx, candidates, count):
+            seen["select"] = ctx.targets
+            return Selection(candidates[:count])
+
+    class Mixing(Changing):
+        def mix(self, ctx):
+            seen["mix"] = ctx.targets
+            return np.ones(3)
+
+    mine, other = make_pool({"x": 3}), make_pool({"y": 4})
+    for targets in ({"select": mine, "mix": other}, {"mix": other}):
+        components = Components(select=build(Looking), mix=Mixing(Mixing.Params()))
+        pool = make_pool({"a": 60, "b": 30, "c": 10})
+        planner = Planner(pool, components, Schedule(0, 2, -1, 4), seed=1, global_batch_size=4, targets=targets)
+        plans(planner, 1)
+        assert seen["mix"] is other
+        assert seen["select"] is targets.get("select")

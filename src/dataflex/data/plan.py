@@ -8,23 +8,38 @@ once, in a fresh order, before any comes again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex import distributed
 from dataflex.capped import CappedScoring
-from dataflex.components import Component, Components, Group, Probe, RoundContext, Selection, State, join
-from dataflex.data.pool import Pool
-from dataflex.data.sampling import IndexArray, KeyedPermutation, PassSampler, apportion
-from dataflex.errors import ComponentError
+from dataflex.components import (
+    Component,
+    Components,
+    DomainParams,
+    Group,
+    Mixer,
+    Probe,
+    RoundContext,
+    Selection,
+    State,
+    join,
+)
+from dataflex.data.pool import Pool, some
+from dataflex.data.sampling import IndexArray, KeyedPermutation, PassSampler, apportion, apportion_within
+from dataflex.errors import ComponentError, ConfigError
 from dataflex.rng import derive_rng, key_of
 from dataflex.schedule import RoundSlot, Schedule
 from dataflex.selection import ScoreArray
 
 Arrangement = Literal["shuffle", "sequential", "group_by_length"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class Plan:
     scores: ScoreArray | None = None
     """The selector's score of each, in the same order; NaN where it has none."""
     proportions: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    """The domain shares decided (with a mixer) or found in the plan, shape (K,)."""
+    """The domain shares in force (with a mixer) or found in the plan, shape (K,)."""
     unscored: int = 0
     """Candidates left out because they have no score."""
     budget: dict[str, Any] | None = None
@@ -46,6 +61,10 @@ class Plan:
     """The rank of each among the candidates of its group, in the same order, 1 the best; 0 where it has none."""
     candidates: dict[str, int] = field(default_factory=dict)
     """How many candidates were ranked in each group: ``pool``, or the domains where a mixer decides."""
+    epochs: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """Samples planned of each domain up to and including this round, over its size, shape (K,); empty: unknown."""
+    capped: dict[str, float] = field(default_factory=dict)
+    """The share the mixer wanted of each domain that ``max_epochs_per_domain`` gave less."""
 
     @property
     def sha256(self) -> str:
@@ -63,7 +82,7 @@ class Planner:
         seed: the run's seed.
         global_batch_size: samples of one optimizer step.
         arrangement: what orders a plan without an ``order`` component.
-        targets: the validation samples, where a component asked for them.
+        targets: the validation samples of the components that asked for some, by configuration key.
         learning_rate: returns the optimizer's present one.
         capped: scores in the selector's place where its cost is capped.
         expected_steps: steps the run is expected to take; none: those of the schedule.
@@ -78,12 +97,12 @@ class Planner:
         seed: int,
         global_batch_size: int,
         arrangement: Arrangement = "shuffle",
-        targets: Pool | None = None,
+        targets: Mapping[str, Pool] | None = None,
         learning_rate: Callable[[], float] = lambda: 0.0,
         capped: CappedScoring | None = None,
         expected_steps: int | None = None,
     ) -> None:
-        self.pool, self.components, self.schedule, self.targets = pool, components, schedule, targets
+        self.pool, self.components, self.schedule, self.targets = pool, components, schedule, targets or {}
         self.learning_rate, self.capped = learning_rate, capped
         self.expected = schedule if expected_steps is None else replace(schedule, total_steps=expected_steps)
         self._memo: dict[str, dict[str, Any]] = {}
@@ -94,6 +113,10 @@ class Planner:
             PassSampler(int(size), seed=seed, name=f"domain/{name}", shuffle=shuffle)
             for name, size in zip(pool.domains, pool.domain_sizes, strict=True)
         ]
+        self.planned = np.zeros(len(pool.domains), dtype=np.int64)
+        """Samples planned of each domain so far, shape (K,)."""
+        self._limits = epoch_limits(components.mix, pool)
+        self._warned: set[str] = set()
 
     def plan(self, slot: RoundSlot, probe: Probe) -> Plan:
         """Return the plan of a round. May probe the model, on all ranks together.
@@ -104,7 +127,7 @@ class Planner:
         self._memo = {}
         if self.capped is not None:
             self.capped.notes = {}
-        groups, decided = self._groups(slot, probe)
+        groups, decided, capped = self._groups(slot, probe)
         parts = [self._select(slot, probe, group) for group in groups]
         selection = join(parts)
         arranged = self._arrange(slot, probe, selection)
@@ -118,19 +141,30 @@ class Planner:
         if decided is None:
             counts = self.pool.domain_counts(indices)
             decided = counts / counts.sum()
+            self.planned += counts
+        else:
+            self.planned += self._counts(groups)
         budget = self.capped.notes or None if self.capped is not None else None
         ranked = {
             group.name: int(part.ranked) for group, part in zip(groups, parts, strict=True) if part.ranks is not None
         }
-        return Plan(slot, indices, scores, decided, int(selection.unscored), budget, ranks, ranked)
+        unscored = int(selection.unscored)
+        return Plan(slot, indices, scores, decided, unscored, budget, ranks, ranked, self.epochs, capped)
+
+    @property
+    def epochs(self) -> NDArray[np.float64]:
+        """Samples planned of each domain so far, divided by its size, shape (K,)."""
+        return self.planned / self.pool.domain_sizes
 
     def state_dict(self) -> State:
-        """Return how far each pass has come."""
+        """Return how far each pass has come, and how much of every domain was planned."""
         return {
             "pool": self._pool_sampler.drawn,
             "domains": {
                 name: sampler.drawn for name, sampler in zip(self.pool.domains, self._domain_samplers, strict=True)
             },
+            "planned": self.planned.copy(),
+            "warned": sorted(self._warned),
             "capped": {} if self.capped is None else self.capped.state_dict(),
         }
 
@@ -139,11 +173,14 @@ class Planner:
         self._pool_sampler.drawn = int(state["pool"])
         for name, sampler in zip(self.pool.domains, self._domain_samplers, strict=True):
             sampler.drawn = int(state["domains"][name])
+        self.planned = np.array(state["planned"], dtype=np.int64)
+        self._warned = set(state["warned"])
         if self.capped is not None:
             self.capped.load_state_dict(state["capped"])
 
     def context(self, component: Component, slot: RoundSlot, probe: Probe, group: str = "pool") -> RoundContext:
         """Return what ``component`` may base its part of a round on; every group has random numbers of its own."""
+        key = next(key for key, own in self.components.items() if own is component)
         return RoundContext(
             pool=self.pool,
             probe=probe,
@@ -155,29 +192,80 @@ class Planner:
             steps=slot.steps,
             size=slot.steps * self.global_batch_size,
             total_steps=max(self.expected.total_steps, slot.start_step + slot.steps),
-            targets=self.targets,
+            targets=self.targets.get(key),
             memo=self._memo.setdefault(component.family, {}),
             learning_rate=self.learning_rate(),
             capped=self.capped if component is self.components.select else None,
         )
 
-    def _groups(self, slot: RoundSlot, probe: Probe) -> tuple[list[Group], NDArray[np.float64] | None]:
-        """Return the ranges samples are wanted from, and the decided proportions where a mixer decides."""
+    def _groups(
+        self, slot: RoundSlot, probe: Probe
+    ) -> tuple[list[Group], NDArray[np.float64] | None, dict[str, float]]:
+        """Return the ranges samples are wanted from and, where a mixer decides, the shares in force and the cut ones.
+
+        Raises:
+            ConfigError: if ``max_epochs_per_domain`` leaves too few samples for the round.
+        """
         size = slot.steps * self.global_batch_size
         mixer = self.components.mix
         if mixer is None:
-            return [Group("pool", 0, self.pool.size, size, self._pool_sampler)], None
+            return [Group("pool", 0, self.pool.size, size, self._pool_sampler)], None, {}
         ctx = self.context(mixer, slot, probe)
         given = mixer.initial(ctx) if slot.update is None else mixer.mix(ctx)
         proportions = check_proportions(mixer, given, self.pool)
-        counts = apportion(proportions, size)
+        counts, capped = apportion(proportions, size), dict[str, float]()
+        if self._limits is not None:
+            counts, proportions, capped = self._within_limits(
+                slot, proportions, counts, np.maximum(self._limits - self.planned, 0)
+            )
         bounds = zip(self.pool.domains, self.pool.offsets[:-1], self.pool.offsets[1:], counts, strict=True)
         groups = [
             Group(name, int(start), int(stop), int(count), sampler)
             for (name, start, stop, count), sampler in zip(bounds, self._domain_samplers, strict=True)
             if count
         ]
-        return groups, proportions
+        return groups, proportions, capped
+
+    def _counts(self, groups: list[Group]) -> NDArray[np.int64]:
+        """Return how many samples the groups, each a domain, are asked for, shape (K,)."""
+        counts = np.zeros(len(self.pool.domains), dtype=np.int64)
+        counts[self.pool.domain_ids(np.array([group.start for group in groups]))] = [group.budget for group in groups]
+        return counts
+
+    def _within_limits(
+        self, slot: RoundSlot, wanted: NDArray[np.float64], counts: NDArray[np.int64], left: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], dict[str, float]]:
+        """Return counts and shares with no domain above what is left of it, and the wanted shares of those cut."""
+        cut = np.flatnonzero(counts > left)
+        if not cut.size:
+            return counts, wanted, {}
+        try:
+            fitting, in_force = apportion_within(wanted, int(counts.sum()), left)
+        except ValueError as error:
+            raise ConfigError(self._used_up(slot, wanted, left)) from error
+        capped = {self.pool.domains[number]: float(wanted[number]) for number in cut}
+        newly = [name for name in capped if name not in self._warned]
+        if newly and distributed.rank() == 0:
+            logger.warning(
+                "mix: max_epochs_per_domain is reached by %s in round %d; what the mixer wants more of %s goes to the "
+                "other domains, by their shares.",
+                some(newly),
+                slot.number,
+                "it" if len(newly) == 1 else "them",
+            )
+        self._warned.update(newly)
+        return fitting, in_force, capped
+
+    def _used_up(self, slot: RoundSlot, wanted: NDArray[np.float64], left: NDArray[np.int64]) -> str:
+        assert self._limits is not None
+        names = [name for name, share in zip(self.pool.domains, wanted, strict=True) if share > 0]
+        rest, size = int(left[wanted > 0].sum()), slot.steps * self.global_batch_size
+        return (
+            f"dataflex.mix.max_epochs_per_domain: round {slot.number} needs {size} samples, but only {rest} are left "
+            f"of {some(names)}, which the mixer gives a share: enough for {rest // self.global_batch_size} of its "
+            f"{slot.steps} steps, until step {slot.start_step + rest // self.global_batch_size} of the run. Raise it, "
+            "give other domains a share, or train less (train_steps, max_steps, num_train_epochs)."
+        )
 
     def _select(self, slot: RoundSlot, probe: Probe, group: Group) -> Selection:
         selector = self.components.select
@@ -237,6 +325,13 @@ class Planner:
         )
 
 
+def epoch_limits(mixer: Mixer | None, pool: Pool) -> NDArray[np.int64] | None:
+    """Return the most samples a run may plan of each domain, shape (K,); None where nothing limits them."""
+    if mixer is None or not isinstance(mixer.params, DomainParams) or mixer.params.max_epochs_per_domain is None:
+        return None
+    return np.floor(mixer.params.max_epochs_per_domain * pool.domain_sizes).astype(np.int64)
+
+
 def check_proportions(component: Component, given: NDArray[np.float64], pool: Pool) -> NDArray[np.float64]:
     """Return proportions scaled to sum 1.
 
@@ -244,9 +339,11 @@ def check_proportions(component: Component, given: NDArray[np.float64], pool: Po
         ComponentError: if they are not K finite, non-negative numbers with a positive sum.
     """
     values = np.asarray(given, dtype=np.float64)
-    if values.shape != (len(pool.domains),) or not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
+    count = len(pool.domains)
+    if values.shape != (count,) or not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
+        shown = f"[{some([repr(float(share)) for share in values.ravel()])}]"
         raise ComponentError(
-            f"mixer {component.name!r} returned proportions {values.tolist()}; needed are {len(pool.domains)} finite, "
-            f"non-negative numbers with a positive sum, one for each of {', '.join(pool.domains)}."
+            f"mixer {component.name!r} returned proportions {shown}; needed are {count} finite, non-negative numbers "
+            f"with a positive sum, one for each of {some(pool.domains)}."
         )
     return values / values.sum()

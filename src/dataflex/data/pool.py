@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,10 @@ from dataflex.errors import ConfigError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Divided: TypeAlias = "tuple[Dataset, dict[str, int]]"
+"""A preprocessed data set and the sizes of its domains, whose samples lie in it one domain after another."""
+
+_NAMED = 10
 _FINGERPRINT_ROWS = 512
 _SCAN_ROWS = 10_000
 _COUNTED = 1 << 16
@@ -43,14 +49,27 @@ class Pool:
         Raises:
             ConfigError: if a domain has no sample.
         """
+        return cls.of_divided([(part, {name: len(part)}) for name, part in parts.items()], key)
+
+    @classmethod
+    def of_divided(cls, parts: list[Divided], key: str = "dataset") -> Pool:
+        """Return the pool of preprocessed data sets of one or more domains each; ``key`` is named in errors.
+
+        Raises:
+            ConfigError: if a domain has no sample, or two have one name.
+        """
         from datasets import concatenate_datasets
 
-        empty = [name for name, part in parts.items() if len(part) == 0]
+        named = [(name, size) for _, sizes in parts for name, size in sizes.items()]
+        names, sizes = tuple(name for name, _ in named), np.array([size for _, size in named], dtype=np.int64)
+        empty = [name for name, size in named if size == 0]
         if empty:
-            raise ConfigError(f"{key}: {', '.join(map(repr, empty))} has no sample left after preprocessing.")
-        sizes = np.array([len(part) for part in parts.values()], dtype=np.int64)
-        merged = next(iter(parts.values())) if len(parts) == 1 else concatenate_datasets(list(parts.values()))
-        return cls(merged, tuple(parts), sizes)
+            raise ConfigError(f"{key}: {some(list(map(repr, empty)))} has no sample left after preprocessing.")
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ConfigError(f"{key}: there are two domains named {some(list(map(repr, twice)))}.")
+        datasets = [dataset for dataset, _ in parts]
+        return cls(datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets), names, sizes)
 
     @property
     def size(self) -> int:
@@ -110,9 +129,14 @@ class Pool:
 
     @cached_property
     def trained(self) -> NDArray[np.bool_]:
-        """Whether each sample has a token that is trained on, shape (N,): a label that counts, after the first."""
+        """Whether each sample has a token that is trained on, shape (N,)."""
+        return self.trained_tokens > 0
+
+    @cached_property
+    def trained_tokens(self) -> NDArray[np.int32]:
+        """Tokens of every sample that are trained on, shape (N,): labels that count, after the first."""
         if "labels" not in self.dataset.column_names:  # plain text: every token is a label
-            return self.lengths > 1
+            return np.maximum(self.lengths - 1, 0)
         import pyarrow.compute as pc
 
         from dataflex.token_loss import IGNORE_INDEX
@@ -123,12 +147,18 @@ class Pool:
             lengths = pc.list_value_length(column).to_numpy()
             ends = np.cumsum(lengths)
             before = np.concatenate([[0], np.cumsum(column.flatten().to_numpy() != IGNORE_INDEX)])
-            parts.append(before[ends] > before[np.minimum(ends - lengths + 1, ends)])
-        return np.concatenate(parts)
+            parts.append(before[ends] - before[np.minimum(ends - lengths + 1, ends)])
+        return np.concatenate(parts).astype(np.int32)
 
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
         """Return samples as the collator takes them."""
         return self.dataset.__getitems__([int(index) for index in indices])
+
+
+def some(names: Sequence[str]) -> str:
+    """Return names for a message, the first ones where there are many."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _add(digest: Any, values: Any) -> None:

@@ -138,3 +138,39 @@ def apportion(proportions: NDArray[np.float64], total: int) -> NDArray[np.int64]
     by_fraction = np.argsort(-(quotas - counts), kind="stable")
     counts[by_fraction[:remainder]] += 1
     return counts
+
+
+def apportion_within(
+    shares: NDArray[np.float64], total: int, limits: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return counts as :func:`apportion` does, none above its limit, and the shares in force.
+
+    A domain that would exceed its limit gets the limit, and what it cannot take goes to the others in proportion to
+    their shares, until nothing exceeds (water-filling). The shares in force are those of the limits for the domains at
+    them, and scaled up together for the others; they sum to 1.
+
+    Args:
+        shares: non-negative, with a positive sum, any scale, shape (K,).
+        total: what the counts add up to, >= 1.
+        limits: the most each may get, >= 0, shape (K,).
+
+    Raises:
+        ValueError: if the domains of a positive share cannot take the total.
+    """
+    given = np.asarray(shares, dtype=np.float64) / np.sum(shares)
+    counts = np.zeros(given.size, dtype=np.int64)
+    open_, rest = given > 0, total
+    if int(limits[open_].sum()) < total:
+        raise ValueError(f"{total} do not fit into {int(limits[open_].sum())}")
+    while True:
+        counts[open_] = apportion(given[open_], rest) if rest else 0
+        full = open_ & (counts > limits)
+        if not full.any():
+            break
+        counts[full] = limits[full]
+        rest -= int(limits[full].sum())
+        open_ &= ~full
+    in_force = counts / total
+    if open_.any():
+        in_force[open_] = given[open_] / given[open_].sum() * (rest / total)
+    return counts, in_force

@@ -160,7 +160,7 @@ class RunWriter:
             line["unscored"] = plan.unscored
         if plan.candidates:
             line["candidates"] = plan.candidates
-        if len(pool.domains) > 1:
+        if len(pool.domains) > 1 and plan.epochs.size:
             line["epochs"] = {name: float(count) for name, count in zip(pool.domains, plan.epochs, strict=True)}
         if plan.capped:
             line["capped"] = plan.capped

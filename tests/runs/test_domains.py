@@ -1,0 +1,257 @@
+"""Domains from a column of the raw data, through LLaMA-Factory: each is what a data set of its own would be."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+
+HERE = Path(__file__).parent
+TOPICS = {"zebra": 37, "ant": 130, "bee hive": 29}
+
+DRIVER = """
+import json, sys, tempfile
+from pathlib import Path
+
+import tiny
+from dataflex import bridge, cli
+from dataflex.config import RunConfig, split_config
+from dataflex.errors import DataFlexError
+from dataflex.trainer.run import DynamicRun
+
+job = json.load(open(sys.argv[1]))
+results = {"pools": {}, "runs": {}}
+for name, (args, column) in job["pools"].items():
+    pool, _ = bridge.pool_of(RunConfig(args, None), column)
+    sizes = dict(zip(pool.domains, pool.domain_sizes.tolist()))
+    results["pools"][name] = {"sizes": sizes, "rows": list(pool.dataset)}
+load_pool = bridge.load_pool
+for name, args in job["runs"].items():
+    found = {}
+
+    def noting(get_dataset, dynamic, *args, **kwargs):
+        module = load_pool(get_dataset, dynamic, *args, **kwargs)
+        found["pool"] = dict(zip(dynamic.pool.domains, dynamic.pool.domain_sizes.tolist()))
+        for key, targets in dynamic.targets.items():
+            found[key] = dict(zip(targets.domains, targets.domain_sizes.tolist()))
+        if dynamic.evaluation is not None:
+            found["evaluation"] = dict(zip(dynamic.evaluation.domains, dynamic.evaluation.domain_sizes.tolist()))
+        return module
+
+    bridge.load_pool = noting
+    try:
+        bridge.run(split_config({**args, "disable_tqdm": True}))
+        found["error"] = None
+    except DataFlexError as error:
+        found["error"] = str(error)
+    results["runs"][name] = found
+Path(sys.argv[2]).write_text(json.dumps(results))
+"""
+
+PLUGIN = """
+import numpy as np
+from dataflex import Mixer, MixerParams, register
+from dataflex.influence import ValidationParams
+
+
+class LookingParams(MixerParams, ValidationParams):
+    pass
+
+
+@register("mixer", "test_looking")
+class LookingMixer(Mixer):
+    '''Gives every domain the loss of the validation samples of its number.'''
+
+    Params = LookingParams
+    needs_validation = True
+
+    def mix(self, ctx):
+        losses = ctx.probe.losses(np.arange(ctx.targets.size), pool=ctx.targets)
+        bounds = ctx.targets.offsets
+        return np.array([losses[low:high].mean() for low, high in zip(bounds, bounds[1:])])
+"""
+
+LOADING: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "packed": {"packing": True},
+    "workers": {"preprocessing_num_workers": 2},
+    "split": {"val_size": 0.25},
+    "small batches": {"packing": True, "preprocessing_batch_size": 16},
+    "pt": {"stage": "pt", "cutoff_len": 24},
+    "pt unpacked": {"stage": "pt", "packing": False},
+}
+
+
+def write_data(data: Path) -> None:
+    """Write rows of three topics mixed up, and those of each topic in the same order as a data set of their own."""
+    rng = random.Random(5)
+    rows = [
+        {
+            "instruction": tiny.sentence(rng),
+            "input": "",
+            "output": tiny.sentence(rng, 2, 10),
+            "topic": topic,
+            "level": n % 3,
+        }
+        for topic, size in TOPICS.items()
+        for n in range(size)
+    ]
+    rng.shuffle(rows)
+    texts = [{"text": f"{row['instruction']} {row['output']}", "topic": row["topic"]} for row in rows]
+    info = json.loads((data / "dataset_info.json").read_text())
+    for prefix, given, columns in (("", rows, {}), ("pt ", texts, {"columns": {"prompt": "text"}})):
+        for name, kept in {
+            "mixed": given,
+            **{topic: [row for row in given if row["topic"] == topic] for topic in TOPICS},
+        }.items():
+            (data / f"{prefix}{name}.json").write_text(json.dumps(kept))
+            info[prefix + name] = {"file_name": f"{prefix}{name}.json", **columns}
+    holed = [{**row, "topic": None if number in (3, 5) else row["topic"]} for number, row in enumerate(rows)]
+    (data / "holed.json").write_text(json.dumps(holed))
+    info["holed"] = {"file_name": "holed.json"}
+    (data / "dataset_info.json").write_text(json.dumps(info))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("domains")
+
+
+@pytest.fixture(scope="module")
+def found(root: Path) -> dict[str, Any]:
+    model, data = tiny.make_model(root / "model"), tiny.make_data(root / "data")
+    write_data(data)
+    (root / "looking.py").write_text(PLUGIN)
+    base = tiny.arguments(model, data, root / "unused")
+    pools = {}
+    for name, changes in LOADING.items():
+        prefix = "pt " if changes.get("stage") == "pt" else ""
+        pools[name] = ({**base, **changes, "dataset": f"{prefix}mixed"}, "topic")
+        pools[f"{name}, apart"] = (
+            {**base, **changes, "dataset": ",".join(prefix + topic for topic in sorted(TOPICS))},
+            None,
+        )
+    pools["numbers"] = ({**base, "dataset": "mixed,ant"}, "level")
+    pools["some"] = ({**base, "dataset": "mixed", "max_samples": 60}, "topic")
+
+    def run(
+        name: str, dataset: str = "mixed", column: str = "topic", mix: Any = None, **changes: Any
+    ) -> dict[str, Any]:
+        section = {"update_steps": 2, "domain_column": column, "mix": mix or {"method": "uniform"}}
+        section |= changes.pop("section", {})
+        return {
+            **base,
+            "dataset": dataset,
+            "output_dir": str(root / name),
+            "max_steps": 4,
+            **changes,
+            "dataflex": section,
+        }
+
+    looking = {"method": "test_looking", "validation": "mixed", "subtask_column": "topic"}
+    less = {"method": "less", "validation": ["held"], "proj_dim": 64}
+    plugins = {"plugins": [str(root / "looking.py")]}
+    runs = {
+        "static": run("static", mix={"method": "static", "proportions": {"ant": 2, "bee hive": 1, "zebra": 1}}),
+        "split": run("split", val_size=0.25, do_eval=True),
+        "looking": run("looking", mix=looking, section={**plugins, "warmup_steps": 1, "select": less}),
+        "capped": run("capped", max_steps=60, mix={"method": "uniform", "max_epochs_per_domain": 1}),
+        "unknown column": run("x1", column="topics"),
+        "missing values": run("x2", "holed"),
+        "a name too many": run("x3", mix={"method": "static", "proportions": {"ant": 1, "bee hives": 1}}),
+        "too many epochs": run("x4", max_steps=200, mix={"method": "uniform", "max_epochs_per_domain": 0.5}),
+        "a split of nothing": run("x5", column="instruction", val_size=0.25),
+    }
+    (root / "job.json").write_text(json.dumps({"pools": pools, "runs": runs}))
+    paths = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", DRIVER, str(root / "job.json"), str(root / "results.json")]
+    with (root / "log").open("w") as stream:
+        status = subprocess.run(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=root, check=False
+        )
+    assert status.returncode == 0, (root / "log").read_text()[-6000:]
+    return json.loads((root / "results.json").read_text())
+
+
+@pytest.mark.parametrize("name", LOADING)
+def test_a_domain_is_what_a_data_set_of_its_rows_would_be(found: dict[str, Any], name: str) -> None:
+    one, apart = found["pools"][name], found["pools"][f"{name}, apart"]
+    assert list(one["sizes"]) == sorted(TOPICS)
+    assert list(one["sizes"].values()) == list(apart["sizes"].values())
+    assert one["rows"] == apart["rows"]
+
+
+def test_domains_of_several_data_sets_and_of_numbers(found: dict[str, Any]) -> None:
+    sizes = found["pools"]["numbers"]["sizes"]
+    assert list(sizes) == ["mixed/0", "mixed/1", "mixed/2", "ant/0", "ant/1", "ant/2"]
+    assert sum(sizes.values()) == sum(TOPICS.values()) + TOPICS["ant"]
+    assert sum(found["pools"]["some"]["sizes"].values()) == 60
+
+
+def rounds(root: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / name / "dataflex" / "rounds.jsonl").read_text().splitlines()]
+
+
+def test_a_mixer_mixes_the_values(found: dict[str, Any], root: Path) -> None:
+    assert found["runs"]["static"]["error"] is None
+    made = rounds(root, "static")
+    assert [line["pool"] for line in made] == [dict(sorted(TOPICS.items()))] * 2
+    assert [line["domains"] for line in made] == [{"ant": 2, "bee hive": 1, "zebra": 1}] * 2
+    assert made[1]["epochs"] == {"ant": 4 / 130, "bee hive": 2 / 29, "zebra": 2 / 37}
+
+
+def test_what_is_split_off_keeps_its_domains(found: dict[str, Any]) -> None:
+    run = found["runs"]["split"]
+    assert run["error"] is None
+    assert {name: run["pool"][name] + run["evaluation"][name] for name in TOPICS} == TOPICS
+    assert run["evaluation"] == {"ant": 33, "bee hive": 8, "zebra": 10}  # a quarter of each, rounded up
+
+
+def test_a_mixer_and_a_selector_each_have_their_validation_samples(found: dict[str, Any], root: Path) -> None:
+    run = found["runs"]["looking"]
+    assert run["error"] is None
+    assert run["mix"] == dict(sorted(TOPICS.items()))
+    assert run["select"] == {"held": 12}
+    shares = rounds(root, "looking")[1]["proportions"]
+    assert len({round(share, 6) for share in shares.values()}) == 3  # the losses of three topics are not the same
+    assert sum(shares.values()) == pytest.approx(1)
+    assert all(0.2 < share < 0.5 for share in shares.values())
+
+
+def test_capped_domains_are_on_record(found: dict[str, Any], root: Path) -> None:
+    assert found["runs"]["capped"]["error"] is None
+    made = rounds(root, "capped")
+    assert made[-1]["epochs"]["bee hive"] == 1
+    assert all(count <= 1 for count in made[-1]["epochs"].values())
+    cut = [line for line in made if "capped" in line]
+    assert cut
+    assert cut[0]["capped"] == {"bee hive": pytest.approx(1 / 3)}
+    assert made[-1]["proportions"]["bee hive"] == 0
+
+
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("unknown column", ["dataflex.domain_column", "'topics'; did you mean 'topic'", "'mixed'"]),
+        ("missing values", ["dataflex.domain_column", "2 of 196 rows of 'holed'", "rows 3, 5"]),
+        ("a name too many", ["dataflex.mix.proportions", "'bee hives'; did you mean 'bee hive'"]),
+        ("too many epochs", ["dataflex.mix.max_epochs_per_domain", "97 samples", "48 steps", "400"]),
+        ("a split of nothing", ["val_size", "'instruction'", "1 rows"]),
+    ],
+)
+def test_what_cannot_be_divided_is_told_before_the_model_is_loaded(
+    found: dict[str, Any], name: str, parts: list[str]
+) -> None:
+    error = found["runs"][name]["error"]
+    assert error is not None
+    for part in parts:
+        assert part in error, (part, error)
