@@ -37,6 +37,33 @@ def test_get_dataset(stages: dict) -> None:
     assert parameters(stages["sft"].get_dataset) == names
 
 
+def test_what_divides_a_data_set() -> None:
+    from llamafactory.data import loader
+
+    assert parameters(loader.split_dataset) == ["dataset", "eval_dataset", "data_args", "seed"]
+    source = inspect.getsource(loader.get_dataset)
+    order = (
+        "_get_merged_dataset(data_args.dataset",
+        "split_dataset(dataset",
+        'train_dict["train"] = _get_preprocessed_dataset(',
+    )
+    assert [source.index(call) for call in order] == sorted(source.index(call) for call in order)
+    preprocess = inspect.getsource(loader._get_preprocessed_dataset)
+    assert "_get_dataset_processor(" in preprocess
+    assert "batch_size=data_args.preprocessing_batch_size" in preprocess
+    assert "align_dataset(dataset, dataset_attr, data_args, training_args)" in inspect.getsource(
+        loader._load_single_dataset
+    )
+
+
+def test_whole_models_can_be_loaded_under_deepspeed_and_fsdp() -> None:
+    from transformers.integrations import deepspeed, fsdp
+
+    assert "_hf_deepspeed_config_weak_ref" in inspect.getsource(deepspeed.unset_hf_deepspeed_config)
+    assert "_hf_deepspeed_config_weak_ref" in inspect.getsource(deepspeed.is_deepspeed_zero3_enabled)
+    assert "ACCELERATE_USE_FSDP" in inspect.getsource(fsdp.is_fsdp_enabled)
+
+
 def test_tuner() -> None:
     from llamafactory.train import tuner
 

@@ -18,6 +18,7 @@ from dataflex import assets
 from dataflex.components import Component
 from dataflex.config import ASSET_KEYS, SECTION, RunConfig
 from dataflex.errors import Problem, did_you_mean, unknown
+from dataflex.reference import ReferenceParams
 
 STAGES = ("sft", "pt")
 _LLAMAFACTORY_FILES = (
@@ -421,7 +422,10 @@ def _neat_packing(config: RunConfig) -> Iterator[Problem]:
     measuring = []
     if select is not None and (select.probes != "nothing" or select.needs_validation):
         measuring.append(f"{SECTION}.select.method: {select.name}")
-    if mix is not None and mix.needs_validation:
+    makes_table = (
+        mix is not None and isinstance(mix.params, ReferenceParams) and mix.params.reference_losses is not None
+    )
+    if mix is not None and (mix.measures_samples or makes_table):
         measuring.append(f"{SECTION}.mix.method: {mix.name}")
     if order is not None and order.params.model_dump().get("by") == "loss":
         measuring.append(f"{SECTION}.order.by: loss")

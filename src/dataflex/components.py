@@ -491,6 +491,8 @@ class Mixer(Component):
     weighs_loss_by: ClassVar[Literal["nothing", "losses", "excess", "probe"]] = "nothing"
     """What :meth:`update_weights` looks at, beside the token counts: the step's losses, also its excess losses over a
     reference (``excess``), or only what it measures itself (``probe``)."""
+    measures_samples: ClassVar[bool] = False
+    """Whether it measures several samples together on the model, which some collators do not allow."""
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the proportions of warm-up rounds, shape (K,): the given ones, or the share of samples in the pool."""

@@ -61,7 +61,7 @@ CSVS = {
 SPREAD = ("doremi", "doremi_table", "group_dro", "doge")
 """Methods also trained under ZeRO-3."""
 WEIGHING = ("group_dro", "doremi", "doremi_table", "doremi_previous", "doge")
-NAMES = tuple(methods(Path(), Path()))
+NAMES = tuple(methods(Path("reference"), Path("table")))
 
 
 def mixed(mix: dict[str, Any], **changes: Any) -> dict[str, Any]:

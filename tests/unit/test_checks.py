@@ -194,6 +194,9 @@ def test_data_set_names_are_read_as_llamafactory_reads_them() -> None:
         ({"select": {"method": "grand"}}, True),
         ({"select": {"method": "less", "preconditioner": "none", "validation": "b"}}, True),
         ({"select": {"method": "greats", "validation": "b"}}, True),
+        ({"mix": {"method": "doge"}}, True),
+        ({"mix": {"method": "moe_balance"}}, True),
+        ({"mix": {"method": "odm"}}, False),
         ({"order": {"method": "sort", "by": "loss"}}, True),
         ({"order": {"method": "sort", "by": "length"}}, False),
         ({"select": {"method": "random"}}, False),
@@ -296,6 +299,7 @@ class Looking(Mixer):
     """A mixer whose need of validation samples is a matter of its parameters."""
 
     family, name = "mixer", "test_looking"
+    measures_samples = True
 
     class Params(MixerParams, ValidationParams):
         looks: bool = True
@@ -321,3 +325,13 @@ def test_validation_samples_of_a_mixer(keys: dict[str, Any], monkeypatch: pytest
         "test_looking"
         in found(keys, {"mix": mix}, eval_dataset="a", neat_packing=True, flash_attn="fa2")["neat_packing"]
     )
+
+
+@pytest.mark.parametrize("mix", [{"method": "group_dro"}, {"method": "doge"}])
+def test_what_weighs_the_loss_needs_the_loss(keys: dict[str, Any], mix: dict[str, Any]) -> None:
+    assert found(keys, {"mix": mix}) == {}
+    problems = found(keys, {"mix": mix, "weight": {"method": "loss"}})
+    assert f"dataflex.mix.method: {mix['method']}" in problems["dataflex.weight"]
+    for key in ("use_dft_loss", "enable_liger_kernel"):
+        assert mix["method"] in found(keys, {"mix": mix}, **{key: True})[key]
+        assert found(keys, {"mix": {"method": "odm"}}, **{key: True}) == {}

@@ -58,6 +58,7 @@ class AioliMixer(Mixer):
     """Alternates between learning the mixing law and training on what it says."""
 
     Params = AioliParams
+    measures_samples: ClassVar[bool] = True
     needs_validation: ClassVar[bool] = True
 
     def __init__(self, params: AioliParams) -> None:

@@ -91,6 +91,7 @@ class DogeMixer(LossWeightMixer):
     """Weighs domains by how their gradients agree."""
 
     Params = DogeParams
+    measures_samples: ClassVar[bool] = True
     weighs_loss_by: ClassVar[Literal["nothing", "losses", "excess", "probe"]] = "probe"
 
     @property

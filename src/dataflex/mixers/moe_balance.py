@@ -16,7 +16,7 @@ Cost: a forward of ``samples_per_domain`` samples of each domain per decision.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,7 @@ class MoeBalanceMixer(Mixer):
     """Moves the shares towards domains with a routing of their own."""
 
     Params = MoeBalanceParams
+    measures_samples: ClassVar[bool] = True
 
     def __init__(self, params: MoeBalanceParams) -> None:
         super().__init__(params)

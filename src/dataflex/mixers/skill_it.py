@@ -57,6 +57,7 @@ class SkillItMixer(Mixer):
     """Follows the validation losses through the graph."""
 
     Params = SkillItParams
+    measures_samples: ClassVar[bool] = True
     needs_validation: ClassVar[bool] = True
 
     def __init__(self, params: SkillItParams) -> None:
