@@ -190,7 +190,7 @@ def test_ado_follows_the_formulas_for_twenty_steps(count: int, same: bool, tmp_p
     with_laws(mixer, laws)
     sizes = [3 + 2 * number for number in range(count)]
     prior = [size / sum(sizes) for size in sizes]
-    mean, history, seen = list(prior), list(prior), [0] * count
+    before, history, seen = [prior], list(prior), [0] * count
     for number in range(1, 21):
         samples = rng.integers(1, 9, count) if number == 1 else rng.integers(0, 9, count)
         samples[number % count] += 1
@@ -208,8 +208,9 @@ def test_ado_follows_the_formulas_for_twenty_steps(count: int, same: bool, tmp_p
             speeds.append(max(alpha, 0.05) * (level - math.exp(e)) / n * prior[k] * math.sqrt(history[k]))
         rho = [max(speed / sum(speeds), lowest) for speed in speeds]
         rho = [share / sum(rho) for share in rho]
+        mean = [sum(column) / len(before) for column in zip(*before, strict=True)]
         expected = [0.9 * old + 0.1 * new for old, new in zip(mean, rho, strict=True)]
-        mean = [(1 - 1 / number) * old + new / number for old, new in zip(mean, rho, strict=True)]
+        before.append(rho)  # of the step just made; the first is mu
         shares = mixer.mix(context(pool, start_step=number))
         np.testing.assert_allclose(shares, expected, rtol=1e-9)
         assert shares.sum() == pytest.approx(1, abs=1e-12)

@@ -60,12 +60,16 @@ def test_every_plan_has_exactly_its_size(name: str) -> None:
             np.testing.assert_allclose(plan.scores, LOSSES[plan.indices].astype(np.float32))
 
 
-def test_counts_of_the_domains_are_by_largest_remainder() -> None:
+def test_counts_of_the_domains_are_their_shares_over_the_rounds() -> None:
     # quotas of 8 are 5.2, 1.6 and 1.2
-    planner = make(mix=build(StaticMixer, proportions=[0.65, 0.2, 0.15]))
-    for plan in plans(planner, 3):
-        assert np.bincount(planner.pool.domain_ids(plan.indices)).tolist() == [5, 2, 1]
+    planner = make(mix=build(StaticMixer, proportions=[0.65, 0.2, 0.15]), rounds=200)
+    total = np.zeros(3)
+    for plan in plans(planner, 200):
+        counts = np.bincount(planner.pool.domain_ids(plan.indices), minlength=3)
+        assert (np.abs(counts - np.array([5.2, 1.6, 1.2])) < 1).all()
         np.testing.assert_allclose(plan.proportions, [0.65, 0.2, 0.15])
+        total += counts
+    np.testing.assert_allclose(total / 200, [5.2, 1.6, 1.2], atol=0.15)
 
 
 def test_a_domain_of_share_zero_gives_no_sample() -> None:
@@ -388,7 +392,7 @@ def test_what_exceeds_a_limit_goes_to_the_others_by_their_shares() -> None:
         if not room:
             continue
         total = int(rng.integers(1, room + 1))
-        counts, in_force = apportion_within(wanted, total, limits)
+        counts, in_force = apportion_within(wanted, total, limits, float(rng.random()))
         assert counts.sum() == total
         assert (counts <= limits).all()
         assert (counts[wanted == 0] == 0).all()
@@ -404,15 +408,15 @@ def test_what_exceeds_a_limit_goes_to_the_others_by_their_shares() -> None:
         if total == room:
             assert np.array_equal(counts[wanted > 0], limits[wanted > 0])
         with pytest.raises(ValueError, match="do not fit"):
-            apportion_within(wanted, room + 1, limits)
+            apportion_within(wanted, room + 1, limits, 0.5)
 
 
 def test_shares_in_force_after_a_cap_by_hand() -> None:
     # of 20: 10, 6, 4 wanted; at most 4 of the first, so 6 more by 3:2, but at most 8 of the second
-    counts, in_force = apportion_within(np.array([5, 3, 2]), 20, np.array([4, 8, 100]))
+    counts, in_force = apportion_within(np.array([5, 3, 2]), 20, np.array([4, 8, 100]), 0.4)
     assert counts.tolist() == [4, 8, 8]
     np.testing.assert_allclose(in_force, [0.2, 0.4, 0.4])
-    counts, in_force = apportion_within(np.array([5, 3, 2]), 20, np.array([4, 50, 100]))
+    counts, in_force = apportion_within(np.array([5, 3, 2]), 20, np.array([4, 50, 100]), 0.4)
     assert counts.tolist() == [4, 10, 6]  # 16 by 3:2 are 9.6 and 6.4
     np.testing.assert_allclose(in_force, [0.2, 0.48, 0.32])
 

@@ -138,45 +138,40 @@ def test_pass_sampler_without_shuffling_keeps_the_natural_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "shares, total, expected",
+    "shares, total, offset, expected",
     [
-        ([1, 1, 1], 3, [1, 1, 1]),
-        ([1, 1, 1], 4, [2, 1, 1]),  # a tie goes to the lower index
-        ([1, 1, 1, 1], 6, [2, 2, 1, 1]),
-        ([0.5, 0.25, 0.25], 3, [1, 1, 1]),  # quotas 1.5, .75, .75: the two larger fractions gain
-        ([3, 5], 4, [2, 2]),  # quotas 1.5 and 2.5
-        ([0, 1], 5, [0, 5]),
-        ([0, 1, 2], 4, [0, 1, 3]),  # 1.33 and 2.67
-        ([1], 0, [0]),
-        ([0.7, 0.2, 0.1], 1, [1, 0, 0]),
-        ([1e-9, 1], 10, [0, 10]),
+        ([1, 1], 3, 0.0, [1, 2]),  # ends 1.5 and 3
+        ([1, 1], 3, 0.5, [2, 1]),
+        ([3, 5], 8, 0.99, [3, 5]),  # whole numbers stay
+        ([0, 1, 2, 0], 4, 0.7, [0, 2, 2, 0]),  # 1.33 and 4, both raised by .7
+        ([1], 0, 0.3, [0]),
     ],
 )
-def test_apportion_examples(shares: list[float], total: int, expected: list[int]) -> None:
-    assert apportion(np.array(shares), total).tolist() == expected
+def test_apportion_examples(shares: list[float], total: int, offset: float, expected: list[int]) -> None:
+    assert apportion(np.array(shares), total, offset).tolist() == expected
 
 
-def test_apportion_follows_the_largest_remainder_definition() -> None:
+def test_apportion_is_systematic_rounding() -> None:
     rng = np.random.default_rng(5)
     for _ in range(1500):
         shares = rng.random(rng.integers(1, 9)) * 10.0 ** rng.integers(-3, 6)
         shares[rng.random(shares.size) < 0.15] = 0
         if not shares.any():
             continue
-        total = int(rng.integers(0, 5000))
-        counts = apportion(shares, total).tolist()
-        whole = sum(map(Fraction, shares.tolist()))
-        quotas = [Fraction(share) * total / whole for share in shares.tolist()]
-        floors = [int(quota) for quota in quotas]
-        fractions = [quota - floor for quota, floor in zip(quotas, floors, strict=True)]
-        left = total - sum(floors)
-        gaining = sorted(range(shares.size), key=lambda i: (-fractions[i], i))[:left]
-        assert counts == [floor + (index in gaining) for index, floor in enumerate(floors)]
+        total, offset = int(rng.integers(0, 5000)), float(rng.random())
+        counts = apportion(shares, total, offset).tolist()
+        whole, passed, expected = sum(map(Fraction, shares.tolist())), Fraction(0), []
+        for share in shares.tolist():  # the marks k - offset, k = 1, 2, ..., that lie inside a domain's stretch
+            begin, passed = passed, passed + Fraction(share) * total / whole
+            expected.append(int(passed + Fraction(offset)) - int(begin + Fraction(offset)))
+        assert counts == expected
+        assert sum(counts) == total
+        assert all(count == 0 for count, share in zip(counts, shares, strict=True) if share == 0)
 
 
-@pytest.mark.parametrize("count", [2, 7, 64])
-def test_apportion_of_equal_shares_gives_the_rest_to_the_first(count: int) -> None:
-    for total in (count - 1, 3 * count + count // 2, 10**6 + 1):
-        counts = apportion(np.full(count, 1 / count), total)
-        base, rest = divmod(total, count)
-        assert counts.tolist() == [base + 1] * rest + [base] * (count - rest)
+@pytest.mark.parametrize("total", [1, 8, 64])
+def test_no_domain_is_left_out_for_good(total: int) -> None:
+    shares = np.array([0.5, 0.3, 0.15, 0.04, 0.01])
+    offsets = (np.arange(10_000) + 0.5) / 10_000
+    mean = np.mean([apportion(shares, total, offset) for offset in offsets], axis=0)
+    np.testing.assert_allclose(mean, shares * total, atol=1e-3)

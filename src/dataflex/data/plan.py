@@ -1,7 +1,7 @@
 """From decisions to plans: the planner asks the components, in the order select, mix, order, for each round.
 
-A plan has exactly ``steps x global batch size`` indices. Domain counts come from the mixer's proportions by largest
-remainder. Where nothing selects, samples are drawn in passes: every sample of the pool (or of a domain, with a mixer)
+A plan has exactly ``steps x global batch size`` indices. Domain counts come from the mixer's proportions by systematic
+rounding. Where nothing selects, samples are drawn in passes: every sample of the pool (or of a domain, with a mixer)
 once, in a fresh order, before any comes again.
 """
 
@@ -213,10 +213,11 @@ class Planner:
         ctx = self.context(mixer, slot, probe)
         given = mixer.initial(ctx) if slot.update is None else mixer.mix(ctx)
         proportions = check_proportions(mixer, given, self.pool)
-        counts, capped = apportion(proportions, size), dict[str, float]()
+        offset = float(derive_rng(self.seed, "apportion", slot.number).random())
+        counts, capped = apportion(proportions, size, offset), dict[str, float]()
         if self._limits is not None:
             counts, proportions, capped = self._within_limits(
-                slot, proportions, counts, np.maximum(self._limits - self.planned, 0)
+                slot, proportions, counts, np.maximum(self._limits - self.planned, 0), offset
             )
         bounds = zip(self.pool.domains, self.pool.offsets[:-1], self.pool.offsets[1:], counts, strict=True)
         groups = [
@@ -233,14 +234,19 @@ class Planner:
         return counts
 
     def _within_limits(
-        self, slot: RoundSlot, wanted: NDArray[np.float64], counts: NDArray[np.int64], left: NDArray[np.int64]
+        self,
+        slot: RoundSlot,
+        wanted: NDArray[np.float64],
+        counts: NDArray[np.int64],
+        left: NDArray[np.int64],
+        offset: float,
     ) -> tuple[NDArray[np.int64], NDArray[np.float64], dict[str, float]]:
         """Return counts and shares with no domain above what is left of it, and the wanted shares of those cut."""
         cut = np.flatnonzero(counts > left)
         if not cut.size:
             return counts, wanted, {}
         try:
-            fitting, in_force = apportion_within(wanted, int(counts.sum()), left)
+            fitting, in_force = apportion_within(wanted, int(counts.sum()), left, offset)
         except ValueError as error:
             raise ConfigError(self._used_up(slot, wanted, left)) from error
         capped = {self.pool.domains[number]: float(wanted[number]) for number in cut}

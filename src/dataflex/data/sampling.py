@@ -1,4 +1,4 @@
-"""Index arithmetic of plans: keyed permutations, passes without repeats, and largest-remainder counts.
+"""Index arithmetic of plans: keyed permutations, passes without repeats, and counts from shares.
 
 Everything here is linear in the number of indices asked for, never in the size of the pool.
 """
@@ -124,24 +124,26 @@ class PassSampler:
         return KeyedPermutation(self.size, key_of(self.seed, "pass", self.name, number))
 
 
-def apportion(proportions: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Return integer counts that add up to ``total``, by largest remainder; ties go to the lower index.
+def apportion(proportions: NDArray[np.float64], total: int, offset: float) -> NDArray[np.int64]:
+    """Return integer counts that add up to ``total``, each less than 1 from its share of it: systematic rounding.
+
+    With an offset drawn uniformly for every round, a domain's mean count is exactly its share, however small; rounding
+    to the nearest would leave domains of small shares out of every round. A share of 0 gets nothing. (Systematic
+    sampling: Madow 1949.)
 
     Args:
         proportions: non-negative shares with a positive sum, any scale, shape (K,).
         total: what the counts add up to, >= 0.
+        offset: where the cuts lie, in [0, 1).
     """
     shares = np.asarray(proportions, dtype=np.float64)
-    quotas = shares / shares.sum() * total
-    counts = np.floor(quotas).astype(np.int64)
-    remainder = total - int(counts.sum())
-    by_fraction = np.argsort(-(quotas - counts), kind="stable")
-    counts[by_fraction[:remainder]] += 1
-    return counts
+    ends = np.cumsum(shares) / shares.sum() * total
+    ends[np.flatnonzero(shares)[-1] :] = total
+    return np.diff(np.floor(np.concatenate([[0.0], ends]) + offset).astype(np.int64))
 
 
 def apportion_within(
-    shares: NDArray[np.float64], total: int, limits: NDArray[np.int64]
+    shares: NDArray[np.float64], total: int, limits: NDArray[np.int64], offset: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return counts as :func:`apportion` does, none above its limit, and the shares in force.
 
@@ -153,6 +155,7 @@ def apportion_within(
         shares: non-negative, with a positive sum, any scale, shape (K,).
         total: what the counts add up to, >= 1.
         limits: the most each may get, >= 0, shape (K,).
+        offset: as for :func:`apportion`.
 
     Raises:
         ValueError: if the domains of a positive share cannot take the total.
@@ -163,7 +166,7 @@ def apportion_within(
     if int(limits[open_].sum()) < total:
         raise ValueError(f"{total} do not fit into {int(limits[open_].sum())}")
     while True:
-        counts[open_] = apportion(given[open_], rest) if rest else 0
+        counts[open_] = apportion(given[open_], rest, offset) if rest else 0
         full = open_ & (counts > limits)
         if not full.any():
             break

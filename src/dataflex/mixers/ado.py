@@ -130,7 +130,7 @@ class ADOMixer(Mixer):
     def on_step(self, statistics: StepStatistics) -> None:
         """Take in the samples and losses of a step; a domain that was absent keeps its last loss."""
         if self._preferred.size:
-            self._mean = self._mean + (self._preferred - self._mean) / self._steps
+            self._mean = self._mean + (self._preferred - self._mean) / statistics.step
         self._steps = statistics.step
         self._samples = self._samples + statistics.samples
         self._losses = np.where(np.isnan(statistics.losses), self._losses, statistics.losses)

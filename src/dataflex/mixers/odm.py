@@ -14,9 +14,9 @@ pi_{t-1}, takes R_i <- alpha R_i + (1 - alpha) L_i / pi_{t-1}(i), the others kee
     pi_t(i) = (1 - K eps_t) R_i / sum_j R_j + eps_t.
 
 Source: Albalak et al. 2023, arXiv 2312.02406; code alon-albalak/online-data-mixing.
-Differs from both: plans keep to the shares exactly, and every domain of a step is rewarded with its token-mean loss
-over the whole step, where the paper draws one domain for a batch and the code one for each micro-batch of a process;
-and shares change at every round, which is every step only with ``update_steps: 1``.
+Differs from both: plans keep to the shares within a sample, and every domain of a step is rewarded with its token-mean
+loss over the whole step, where the paper draws one domain for a batch and the code one for each micro-batch of a
+process; and shares change at every round, which is every step only with ``update_steps: 1``.
 Cost: none.
 """
 
