@@ -444,6 +444,8 @@ def _loss(config: RunConfig) -> Iterator[Problem]:
         weighs.append(f"{SECTION}.mix.method: {mixer.name}")
     if len(weighs) == 2:
         yield Problem(weighs[0], f"cannot be combined with {weighs[1]}, which gives the domains' weights in the loss.")
+    if mixer is not None and mixer.learns_from_losses and not weighs:
+        weighs.append(f"{SECTION}.mix.method: {mixer.name}")
     for key, reason in SPECIAL_LOSSES.items():
         if weighs and _truthy(config, key):
             yield Problem(key, f"cannot be combined with {weighs[0]}: {reason}.")

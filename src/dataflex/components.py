@@ -491,13 +491,15 @@ class Mixer(Component):
     weighs_loss_by: ClassVar[Literal["nothing", "losses", "excess", "probe"]] = "nothing"
     """What :meth:`update_weights` looks at, beside the token counts: the step's losses, also its excess losses over a
     reference (``excess``), or only what it measures itself (``probe``)."""
+    learns_from_losses: ClassVar[bool] = False
+    """Whether :meth:`on_step` needs losses, which LLaMA-Factory's special losses do not give."""
     measures_samples: ClassVar[bool] = False
     """Whether it measures several samples together on the model, which some collators do not allow."""
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the proportions of warm-up rounds, shape (K,): the given ones, or the share of samples in the pool."""
         if self.params.initial_proportions is not None:
-            return shares_of(self.params.initial_proportions, ctx.pool.domains)
+            return shares_of(self.params.initial_proportions, ctx.pool.domains, "initial_proportions")
         return ctx.pool.domain_sizes.astype(np.float64)
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
@@ -526,8 +528,8 @@ class Mixer(Component):
         return None
 
 
-def shares_of(given: Shares, names: tuple[str, ...]) -> NDArray[np.float64]:
-    """Return given shares in the order of ``names``, shape (K,), as they are.
+def shares_of(given: Shares, names: tuple[str, ...], key: str = "proportions") -> NDArray[np.float64]:
+    """Return given shares in the order of ``names``, shape (K,), as they are; ``key`` is the parameter they are of.
 
     Raises:
         ConfigError: if they do not fit the names, are negative or not finite, or are all zero.
@@ -535,7 +537,7 @@ def shares_of(given: Shares, names: tuple[str, ...]) -> NDArray[np.float64]:
     shares = _read_shares(given) if isinstance(given, str) else given
     problem = shares_problem(shares, names)
     if problem is not None:
-        raise ConfigError(f"proportions: {problem}")
+        raise ConfigError(f"dataflex.mix.{key}: {problem}")
     values = [shares[name] for name in names] if isinstance(shares, dict) else shares
     return np.asarray(values, dtype=np.float64)
 

@@ -21,6 +21,11 @@ class LossWeightParams(DomainParams):
     proportions: Shares | None = Field(
         None, description="Shares the samples are drawn by, in every round: list, mapping or JSON file; none: uniform."
     )
+
+
+class StepWeightParams(LossWeightParams):
+    """Parameters of those that decide from a step's losses, for which the losses of the step before can stand in."""
+
     weights: Literal["current", "previous"] = Field(
         "current",
         description="Weights in a step's loss: decided from that step itself (a second forward where gradients are "
@@ -37,6 +42,8 @@ class LossWeightMixer(Mixer):
         super().__init__(params)
         self._weights: NDArray[np.float64] = np.empty(0)
         self._sum: NDArray[np.float64] = np.empty(0)
+        self._shares: NDArray[np.float64] = np.empty(0)
+        """Those of a file as they were when training began: it may change while a run goes on."""
         self.steps = 0
         """Times the weights were decided."""
 
@@ -46,11 +53,15 @@ class LossWeightMixer(Mixer):
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the given shares, or equal ones."""
+        given, names = self.params.proportions, ctx.pool.domains
         if not self._weights.size:
-            self._weights = np.full(len(ctx.pool.domains), 1.0 / len(ctx.pool.domains))
+            self._weights = np.full(len(names), 1.0 / len(names))
             self._sum = np.zeros_like(self._weights)
-        given = self.params.proportions
-        return np.ones(len(ctx.pool.domains)) if given is None else shares_of(given, ctx.pool.domains)
+        if not isinstance(given, str):
+            return np.ones(len(names)) if given is None else shares_of(given, names)
+        if not self._shares.size:
+            self._shares = shares_of(given, names)
+        return self._shares
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the same shares as in warm-up rounds: only the loss changes."""
@@ -78,7 +89,12 @@ class LossWeightMixer(Mixer):
         self.steps += 1
 
     def result(self, names: tuple[str, ...]) -> dict[str, Any] | None:
-        """Return the average weights, which are the method's result, and the last ones."""
+        """Return the average weights, which are the method's result, and the last ones.
+
+        None where they were never decided, as in a run that ends in its warm-up: equal weights would look like a find.
+        """
+        if not self.steps:
+            return None
         return {
             "method": self.name,
             "steps": self.steps,
@@ -87,12 +103,13 @@ class LossWeightMixer(Mixer):
         }
 
     def state_dict(self) -> State:
-        """Return the weights, their sum over the steps, and the number of steps."""
-        return {"weights": self._weights, "sum": self._sum, "steps": self.steps}
+        """Return the weights, their sum over the steps, the number of steps, and the shares."""
+        return {"weights": self._weights, "sum": self._sum, "steps": self.steps, "shares": self._shares}
 
     def load_state_dict(self, state: State) -> None:
         """Take back what :meth:`state_dict` returned."""
         self._weights, self._sum, self.steps = state["weights"], state["sum"], int(state["steps"])
+        self._shares = state["shares"]
 
 
 def exponentiated_update(

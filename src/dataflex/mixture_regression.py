@@ -37,6 +37,8 @@ _SUM_TOLERANCE = 0.02
 _DRAWS_PER_MIXTURE = 100
 _MIN_DRAWS = 100_000
 _BLOCK = 65_536
+_BLOCK_NUMBERS = 2**22
+"""Numbers in the mixtures simulated at a time."""
 
 
 class Regression(Protocol):
@@ -272,22 +274,29 @@ def best_mixture(
     """
     if not 1 <= top <= samples:
         raise _bad("top", f"must be between 1 and samples ({samples}), got {top}.")
-    simulated = sample_mixtures(
-        prior,
-        samples,
-        rng,
-        temperature=temperature,
-        min_strength=min_strength,
-        max_strength=max_strength,
-        strengths=strengths,
-        min_weight=min_weight,
-        max_epochs=max_epochs,
-        sizes=sizes,
-        budget=budget,
-    )
     regressions = regression if isinstance(regression, list) else [regression]
-    predicted = np.mean([each.predict(simulated) for each in regressions], axis=0)
-    return simulated[np.argsort(predicted, kind="stable")[:top]].mean(axis=0)
+    domains = _shares("prior", prior).size
+    block = min(samples, _BLOCK, max(1024, _BLOCK_NUMBERS // domains))
+    best, losses = np.empty((0, domains)), np.empty(0)
+    for begin in range(0, samples, block):
+        simulated = sample_mixtures(
+            prior,
+            block,
+            rng,
+            temperature=temperature,
+            min_strength=min_strength,
+            max_strength=max_strength,
+            strengths=strengths,
+            min_weight=min_weight,
+            max_epochs=max_epochs,
+            sizes=sizes,
+            budget=budget,
+        )[: samples - begin]
+        predicted = np.mean([each.predict(simulated) for each in regressions], axis=0)
+        best, losses = np.concatenate([best, simulated]), np.concatenate([losses, predicted])
+        lowest = np.argsort(losses, kind="stable")[:top]
+        best, losses = best[lowest], losses[lowest]
+    return np.asarray(best.mean(axis=0), dtype=np.float64)
 
 
 def check_runs(mixtures: Floats, losses: Floats, regressor: Regressor) -> tuple[Floats, Floats]:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from dataflex.assets import PREFIX
 from dataflex.components import ComponentParams
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ class ReferenceParams(ComponentParams):
         description="Folder of a table of its loss at every token; what is not there yet is made from reference_model.",
     )
 
+    @field_validator("reference_model", "reference_losses")
+    @classmethod
+    def _expanded(cls, value: str | None) -> str | None:
+        return value if value is None or not value.startswith("~") else str(Path(value).expanduser())
+
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if self.reference_model is None and self.reference_losses is None:
@@ -50,9 +56,11 @@ class ReferenceParams(ComponentParams):
             )
         if self.reference_model is None:
             return
-        folder = Path(self.reference_model).expanduser()
-        local = self.reference_model.startswith(("/", "./", "../", "~")) or folder.is_dir()
-        if not local:
+        if self.reference_model.startswith(PREFIX):
+            yield "reference_model", f"{self.reference_model!r}: name the folder that dataflex-cli assets prints."
+            return
+        folder = Path(self.reference_model)
+        if not self.reference_model.startswith(("/", "./", "../")) and not folder.is_dir():
             return
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             yield "reference_model", f"no model in {self.reference_model!r} (there is no config.json)."

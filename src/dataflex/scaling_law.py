@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.components import State
+from dataflex.errors import CheckpointError
 
 FloatArray = NDArray[np.float64]
 
@@ -248,6 +249,7 @@ class LossHistory:
     def state_dict(self) -> State:
         """Return the points, and the steps that do not fill one yet."""
         return {
+            "most": self.most,
             "points": self._points[: self.size].copy(),
             "stride": self.stride,
             "waiting": self._waiting,
@@ -255,7 +257,16 @@ class LossHistory:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Take back what :meth:`state_dict` returned.
+
+        Raises:
+            CheckpointError: if that history kept another number of points at most.
+        """
+        if state["most"] != self.most:
+            raise CheckpointError(
+                f"the checkpoint was written with history_points = {state['most']}, this run has {self.most}. Use the "
+                "same number, or another output_dir for a new run."
+            )
         self._points, self.stride = state["points"].copy(), int(state["stride"])
         self.size = len(self._points)
         self._waiting, self._waited = state["waiting"], int(state["waited"])

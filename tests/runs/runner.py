@@ -7,6 +7,7 @@ DDP, DeepSpeed and FSDP runs may follow each other in one process group.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -63,6 +64,7 @@ class Trace:
         self.decisions: list[list[int]] = []
         self.wrapper: list[str] = []
         self.targets: dict[str, int] = {}
+        self.eos: list[int] = []
         compute_loss, decide = DynamicTrainerMixin.compute_loss, DynamicRun._decide
         self._originals = (compute_loss, decide)
 
@@ -74,6 +76,7 @@ class Trace:
 
         def traced_decision(run, slot):
             self.decisions.append([slot.number, slot.start_step, watch.optimizer_steps])
+            self.eos = list(run.probe.tokens.eos)
             for targets in run.targets.values():
                 self.targets |= dict(zip(targets.domains, targets.domain_sizes.tolist(), strict=True))
             return decide(run, slot)
@@ -155,6 +158,7 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
         "decisions": trace.decisions,
         "wrapper": trace.wrapper,
         "targets": trace.targets,
+        "eos": trace.eos,
         "losses": [entry["loss"] for entry in history if "loss" in entry],
         "history": history,
         "weights": weights_digest(output) if error is None else None,
@@ -186,6 +190,9 @@ def main() -> None:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         PartialState._reset_state()
+        if item is items[0]:
+            gc.collect()
+            gc.freeze()  # what the imports made, which is most of what every run's collections would look at
     if dist.is_initialized():
         destroy()
 

@@ -78,13 +78,13 @@ RESUMED = {
     "zero3": DROPOUT,
     "fsdp2": {**FULL, "dropout": True},  # LLaMA-Factory alone does not take an adapter back there
 }
-# name -> saved after this step, killed before that one, where; rounds start at 0, 2, 5, 8
+# name -> saved after this step, killed before that one, where; rounds start at 0, 2, 5
 CUTS = {"middle": (3, 5, ["one", "zero3", "fsdp2"]), "boundary": (5, 6, ["one", "ddp"])}
 CUT_CASES = [(cut, mode) for cut, (_, _, modes) in CUTS.items() for mode in modes]
 
 
 def section(select: dict[str, Any], **parts: Any) -> dict[str, Any]:
-    base = {"warmup_steps": 2, "update_steps": 3, "probe_batch_tokens": 400, "select": select, "plugins": [PLUGIN]}
+    base = {"warmup_steps": 2, "update_steps": 3, "probe_batch_tokens": 800, "select": select, "plugins": [PLUGIN]}
     return {"dataflex": {**base, **parts}}
 
 
@@ -163,8 +163,10 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("deepspeed")
     add_tagged_data(workshop.data)
     modes = {"ddp": {}, "zero2": zero(folder, 2), "zero3": zero(folder, 3), "fsdp2": FSDP2}
-    two = {mode: {"dataset": "alpha,beta", "max_steps": 9, **changes} for mode, changes in modes.items()}
-    one = {"one": {"dataset": "alpha,beta", "max_steps": 9, "per_device_train_batch_size": 4}}
+    # An adapter of each kind of layer: ZeRO-3 takes its time for every module.
+    base = {"dataset": "alpha,beta", "max_steps": 7, "lora_target": "q_proj,down_proj"}
+    two = {mode: {**base, **changes} for mode, changes in modes.items()}
+    one = {"one": {**base, "per_device_train_batch_size": 4}}
     for settings, processes in ((two, 2), (one, 1)):
         add_methods(workshop, settings)
         add_neutral(workshop, settings)
@@ -191,7 +193,7 @@ def plans(runs: Any, name: str) -> list[dict[int, float]]:
 @pytest.mark.parametrize(("method", "mode"), METHOD_CASES)
 def test_two_processes_select_what_one_does(runs: Any, method: str, mode: str) -> None:
     one, two = plans(runs, f"{method}-one"), plans(runs, f"{method}-{mode}")
-    assert len(one) == len(two) == 3
+    assert len(one) == len(two) == 2
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
         expected = np.array([first[index] for index in first])
@@ -199,7 +201,7 @@ def test_two_processes_select_what_one_does(runs: Any, method: str, mode: str) -
         scale = min(1.0, np.abs(expected).max())
         np.testing.assert_allclose([second[index] for index in first], expected, rtol=1e-4, atol=1e-4 * scale)
     assert runs.plan_digests(f"{method}-{mode}") == runs.plan_digests(f"{method}-one")
-    assert len({frozenset(plan) for plan in one}) == 3  # the model's training changes what is selected
+    assert len({frozenset(plan) for plan in one}) == 2  # the model's training changes what is selected
 
 
 @pytest.mark.parametrize(("method", "mode"), METHOD_CASES)

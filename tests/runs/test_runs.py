@@ -1,22 +1,34 @@
 """Whole runs through LLaMA-Factory on a tiny model: what a run with a ``dataflex:`` section promises.
 
-All trainings happen in two starts, one of two processes and one of one (see runner.py).
+All trainings happen in two starts, one of two processes and one of one (see runner.py), but for those at the end, which
+are started by the command line as a user meets it.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import tiny
 
 pytestmark = pytest.mark.launch
 
+ROOT = Path(__file__).parents[2]
 PLUGIN = str(Path(__file__).with_name("plugin.py"))
 TWO_SETS = {"dataset": "alpha,beta"}
 PT = {"stage": "pt", "finetuning_type": "full", "dataset": "texts", "cutoff_len": 16}
@@ -97,6 +109,7 @@ def runs(workshop: Any) -> Any:
     workshop.add("elastic-whole", **elastic)
     workshop.add("elastic-cut", stop_at=5, **elastic)
     workshop.add("one-or-two-2", **TWO_SETS, **section(select={"method": "loss"}), per_device_train_batch_size=2)
+    add_newcomer(workshop)
     workshop.start(2)
 
     workshop.copy("elastic-cut", "elastic-resumed")
@@ -120,6 +133,25 @@ def runs(workshop: Any) -> Any:
     return workshop
 
 
+def readme_block(language: str, containing: str) -> str:
+    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (found,) = [block for block in blocks if containing in block]
+    return found
+
+
+def add_newcomer(workshop: Any) -> None:
+    """A run of the README's component and section, and the folder of somebody who starts it with the command line."""
+    folder = workshop.root.parent / "newcomer"
+    folder.mkdir()
+    (folder / "near_loss.py").write_text(readme_block("python", "near_loss"))
+    section = yaml.safe_load(readme_block("yaml", "plugins:"))["dataflex"]
+    whole = section | {"plugins": [str(folder / "near_loss.py")]}
+    run = {**TWO_SETS, "gradient_accumulation_steps": 2, "max_steps": 40, "save_strategy": "steps", "save_steps": 3}
+    workshop.add("newcomer", dropout=True, dataflex=whole, **run)
+    args = tiny.arguments(workshop.dropout_model, workshop.data, folder / "cut", **run, dataflex=section)
+    (folder / "run.yaml").write_text(yaml.safe_dump(args))
+
+
 def add_variants(workshop: Any) -> None:
     """Runs with one of LLaMA-Factory's own settings each, to see that it keeps its meaning."""
     mixed = section(mix={"method": "uniform"})
@@ -136,6 +168,12 @@ def add_variants(workshop: Any) -> None:
     workshop.add("flat-keys", **TWO_SETS, **flat, update_times=-1)
     workshop.add("native-keys", **TWO_SETS, **section(select={"method": "loss"}))
     workshop.add("sample-means", dataflex={"weight": {"method": "uniform", "normalization": "sample"}}, max_steps=2)
+    further = workshop.root.parent / "further-ends"
+    shutil.copytree(workshop.model, further)
+    tokenizer = AutoTokenizer.from_pretrained(further)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["red", "blue", "</s>"]})
+    tokenizer.save_pretrained(further)
+    workshop.add("further-ends", **section(select={"method": "loss"}), model_name_or_path=str(further), max_steps=2)
 
 
 @pytest.mark.parametrize(("ours", "plain"), [("no-section-lora", "sft-lora-1"), ("no-section-pt", "pt-full-1")])
@@ -291,6 +329,12 @@ def test_sample_means_are_another_normalisation(runs: Any) -> None:
     )
 
 
+def test_responses_end_where_llamafactorys_own_generation_ends(runs: Any) -> None:
+    """The trainer of LLaMA-Factory's workflow is given the tokens; the probe of a run has the same ones, each once."""
+    tokenizer = AutoTokenizer.from_pretrained(runs.model)
+    assert runs.trace("further-ends")["eos"] == tokenizer.convert_tokens_to_ids(["</s>", "red", "blue"])
+
+
 def test_the_record_is_complete(runs: Any) -> None:
     folder = runs.root / "composed-whole-1" / "dataflex"
     summary = json.loads((folder / "summary.json").read_text())
@@ -307,3 +351,74 @@ def test_the_record_is_complete(runs: Any) -> None:
     assert line["components"] == {"select": "loss", "mix": "proportional", "order": "sort", "weight": "loss"}
     assert line["cost"]["samples"] == 80
     assert line["cost"]["tokens"] > 80
+
+
+# The command line
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "LLAMAFACTORY_VERBOSITY": "WARN", "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
+    command = [sys.executable, "-m", "dataflex", "train", "run.yaml", *overrides]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill the launcher and its workers, which lead process groups of their own."""
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in everyone:
+        one.kill()
+    psutil.wait_procs(everyone)
+    process.communicate()
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], output: Path, name: str) -> None:
+    for _ in range(20000):
+        if (output / name / "dataflex_complete.json").exists():
+            return
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        time.sleep(0.01)
+    raise AssertionError(f"{name} was not written")
+
+
+@pytest.fixture
+def newcomer(runs: Any) -> Path:
+    return runs.root.parent / "newcomer"
+
+
+def test_a_newcomers_component_survives_a_kill_on_two_processes(runs: Any, newcomer: Path) -> None:
+    assert len(readme_block("python", "near_loss").splitlines()) < 40
+    process, cut = start(newcomer), newcomer / "cut"
+    wait_for_checkpoint(process, cut, "checkpoint-6")
+    kill(process)
+    assert not (cut / "dataflex" / "summary.json").exists()
+    # A checkpoint whose writing was cut off: the newest one by name, without its marker and with half of a file.
+    torn = cut / "checkpoint-100"
+    shutil.copytree(cut / "checkpoint-6", torn)
+    (torn / "dataflex_complete.json").unlink()
+    (torn / "optimizer.pt").write_bytes(b"half")
+
+    output = finish(start(newcomer))
+    assert f"{torn} is not used" in output
+    lines = [json.loads(line) for line in (cut / "dataflex" / "rounds.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == list(range(10))
+    assert [line["plan_sha256"] for line in lines] == runs.plan_digests("newcomer")
+    weights = [(run / "adapter_model.safetensors").read_bytes() for run in (runs.root / "newcomer", cut)]
+    assert weights[0] == weights[1]
+    assert json.loads((cut / "dataflex" / "summary.json").read_text())["rounds"] == 10
+
+
+def test_a_failing_worker_is_our_exit_status(newcomer: Path) -> None:
+    (newcomer / "failing.py").write_text("import os\n\nif 'LOCAL_RANK' in os.environ:\n    1 / 0\n")
+    process = start(newcomer, f"output_dir={newcomer / 'failing'}", "dataflex.plugins=[near_loss.py, failing.py]")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output[-4000:]
+    assert len(re.findall(r"failing\.py.*ZeroDivisionError", output)) == 1, output
+    assert "Traceback" not in output

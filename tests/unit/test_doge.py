@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -226,10 +227,35 @@ def test_gradients_keep_their_length() -> None:
     given = {"sketch": "rademacher", "proj_dim": 64, "projection_seed": 5, "unsupported_parameters": "ignore"}
     mixer = begun(pool, target="validation", **given)
     mixer.update_weights(step_of(pool, probe, [0, 1, 2], [1, 1, 1], targets=validation))
-    asked = GradientSettings("none", "rademacher", 64, 5, "sum", normalize=False, unsupported="ignore")
-    assert probe.settings[0] == asked
-    assert probe.settings[1].reduction == "mean"
-    assert not probe.settings[1].normalize
+    domains, targets = probe.settings
+    asked = GradientSettings("none", "rademacher", 64, domains.seed, "sum", normalize=False, unsupported="ignore")
+    assert domains == asked
+    assert targets == dataclasses.replace(asked, reduction="mean")  # also its map
+
+
+def test_every_step_has_a_map_of_its_own() -> None:
+    pool = make_pool({"a": 1, "b": 1, "c": 1})
+    probe = Gradients(GOLDEN)
+    for seed, step in [(0, 0), (0, 1), (1, 0), (0, 1)]:
+        mixer = begun(pool, projection_seed=seed)
+        mixer.update_weights(step_of(pool, probe, [0, 1, 2], [1, 1, 1], step))
+    first, second, other, again = (settings.seed for settings in probe.settings)
+    assert len({first, second, other}) == 3
+    assert second == again
+
+
+def test_a_step_costs_by_its_own_domains(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, calls = 3000, []
+    pool = make_pool({f"d{number}": 1 for number in range(count)})
+    domain_ids = Pool.domain_ids
+    monkeypatch.setattr(Pool, "domain_ids", lambda pool, indices: calls.append(1) or domain_ids(pool, indices))
+    tokens = np.zeros(count, dtype=np.int64)
+    tokens[[7, 2999]] = [2, 4]
+    mixer = begun(pool)
+    probe = Gradients(np.ones((count, 3)))
+    ctx = step_of(pool, probe, [2999, 7, 40], tokens)  # 40 has no token that counts
+    np.testing.assert_array_equal(mixer._domain_gradients(ctx, np.array([7, 2999])), [[0.5] * 3, [0.25] * 3])
+    assert len(calls) == 1
 
 
 def test_validation_samples_are_drawn_by_step_and_seed() -> None:
@@ -270,7 +296,16 @@ def test_validation_is_asked_for_only_where_it_is_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"mu": 0}, {"variant": "code"}, {"target": "all"}, {"proj_dim": 0}, {"feature_dir": "x"}, {"clip": 1}]
+    "given",
+    [
+        {"mu": 0},
+        {"variant": "code"},
+        {"target": "all"},
+        {"proj_dim": 0},
+        {"feature_dir": "x"},
+        {"clip": 1},
+        {"weights": "previous"},
+    ],
 )
 def test_bad_parameters_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
@@ -289,6 +324,7 @@ def test_samples_are_drawn_uniformly_or_as_told() -> None:
 LENGTHS = [9, 5, 14, 7, 12, 3, 8]
 OWNERS = [0, 0, 1, 1, 1, 3, 3]
 """Domain of each sample of the batch; there is none of domain 2."""
+PRESENT = np.array([0, 1, 3])
 
 
 def real(maker: Any) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor, ModelProbe]:
@@ -336,10 +372,10 @@ def test_domain_gradients_are_those_of_the_domains_mean_losses(maker: Any) -> No
     tokens = tokens_of(labels)
     assert tokens[2] == 0
     mixer = begun(probe.pool, sketch="identity")
-    found = mixer._domain_gradients(step_of(probe.pool, probe, INDICES, tokens))
+    found = mixer._domain_gradients(step_of(probe.pool, probe, INDICES, tokens), PRESENT)
     expected = autograd(model, inputs, labels)
-    assert expected[[0, 1, 3]].any(axis=1).all()
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert expected[PRESENT].any(axis=1).all()
+    np.testing.assert_allclose(found, expected[PRESENT], rtol=1e-5, atol=1e-6)
     rate, mu = 0.1, 0.01
     official = begun(probe.pool, sketch="identity", mu=mu)
     official.update_weights(step_of(probe.pool, probe, INDICES, tokens, rate=rate))
@@ -368,17 +404,16 @@ def test_the_target_is_the_mean_gradient_of_validation_samples() -> None:
 def test_sketched_inner_products_lie_around_the_exact_ones() -> None:
     model, inputs, labels, probe = real(lambda: llama(num_hidden_layers=1))
     exact = autograd(model, inputs, labels)
-    ctx = step_of(probe.pool, probe, INDICES, tokens_of(labels))
-    dim, seeds = 256, 50
-    pairs = [(0, 1), (0, 3), (1, 3)]
-    found = []
-    for seed in range(seeds):
-        sketched = begun(probe.pool, proj_dim=dim, projection_seed=seed)._domain_gradients(ctx)
-        assert sketched.shape == (4, dim)
-        assert not sketched[2].any()
+    dim, steps = 256, 50
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    mixer, found = begun(probe.pool, proj_dim=dim), []
+    for step in range(steps):
+        ctx = step_of(probe.pool, probe, INDICES, tokens_of(labels), step)
+        sketched = mixer._domain_gradients(ctx, PRESENT)
+        assert sketched.shape == (3, dim)
         found.append([sketched[i] @ sketched[j] for i, j in pairs])
     for (i, j), values in zip(pairs, np.array(found).T, strict=True):
-        x, y = exact[i], exact[j]
+        x, y = exact[PRESENT[i]], exact[PRESENT[j]]
         variance = ((x @ x) * (y @ y) + (x @ y) ** 2 - 2 * (x**2 @ y**2)) / dim
-        assert abs(values.mean() - x @ y) < 4 * math.sqrt(variance / seeds)
+        assert abs(values.mean() - x @ y) < 4 * math.sqrt(variance / steps)
         assert 0.4 * variance < values.var() < 1.9 * variance

@@ -84,6 +84,13 @@ def test_trajectory_is_the_papers(domains: int, eta: float, c: float) -> None:
     assert found["steps"] == 20
 
 
+def test_nothing_is_found_where_nothing_was_decided() -> None:
+    names, made = ("d0", "d1"), mixer(2)
+    assert made.result(names) is None
+    made.update_weights(step([0.1, 0.2]))
+    assert made.result(names) is not None
+
+
 def test_equal_excess_leaves_the_weights() -> None:
     made = mixer(4, reweight_eps=0.0)
     made._weights = np.array([0.1, 0.2, 0.3, 0.4])

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-import tiny
 from dataflex import distributed
 from dataflex.components import GenerationSettings
 from dataflex.errors import ComponentError
@@ -263,40 +259,6 @@ def test_what_vllm_is_given(model: Any, tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setenv("STAND_IN_FAILS", "1")
         with pytest.raises(ComponentError, match=r"(?s)vLLM ended with 1:.*no memory left"):
             responses(given, [[5]], settings)
-
-
-def test_responses_end_where_llamafactorys_own_generation_ends(folder: Path, tmp_path: Path) -> None:
-    """The trainer of LLaMA-Factory's workflow is given the tokens; the probe of a run has the same ones, each once."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"extra_special_tokens": ["red", "blue", "</s>"]})
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    tokenizer.save_pretrained(tmp_path)
-    given = tiny.arguments(tmp_path, tiny.make_data(tmp_path / "data"), tmp_path / "out")
-    (tmp_path / "run.json").write_text(json.dumps({**given, "dataflex": {"select": {"method": "loss"}}}))
-    done = subprocess.run(
-        [sys.executable, "-c", LOOK, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr
-    red, blue = tokenizer.convert_tokens_to_ids(["red", "blue"])
-    assert json.loads((tmp_path / "found.json").read_text()) == [EOS, red, blue]
-
-
-LOOK = """
-import json, sys
-from pathlib import Path
-from dataflex import bridge
-from dataflex.config import load_config
-
-root = Path(sys.argv[1])
-def note(run):
-    (root / "found.json").write_text(json.dumps(run.probe.tokens.eos))
-bridge.look(load_config(root / "run.json"), note)
-"""
 
 
 def test_responses_end_at_eos_where_nothing_else_is_told() -> None:

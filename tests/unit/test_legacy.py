@@ -95,6 +95,7 @@ def test_dynamic_select(base: Path) -> None:
         "train_steps": None,
         "train_tokens": None,
         "train_seconds": None,
+        "domain_column": None,
         "seed": 42,
         "select": {**LOSS, "focus": "high", "focus_weight": 3.0},
     }
@@ -134,6 +135,7 @@ def test_train_step_and_the_seed_of_a_method(base: Path) -> None:
         "train_steps": 100,
         "train_tokens": None,
         "train_seconds": None,
+        "domain_column": None,
         "seed": 7,
         "select": {"method": "random"},
     }

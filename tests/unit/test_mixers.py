@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from dataflex.checks import problems_of
 from dataflex.components import Mixer, RoundContext
+from dataflex.config import split_config
 from dataflex.data.plan import check_proportions
 from dataflex.errors import ComponentError
+from dataflex.mixers.ado import ADOMixer
+from dataflex.mixers.group_dro import GroupDroMixer
 from dataflex.mixers.proportional import ProportionalMixer
 from dataflex.mixers.random import RandomMixer
+from dataflex.mixers.schedule import ScheduleMixer
 from dataflex.mixers.static import StaticMixer
 from dataflex.mixers.uniform import UniformMixer
 from unit.fakes import build, context, make_planner, make_pool, plans
@@ -110,6 +118,38 @@ def test_bad_proportions_are_found_before_training(proportions: list[float], tex
 def test_bad_parameters_of_static_are_refused(given: dict) -> None:
     with pytest.raises(ValidationError):
         StaticMixer.Params(**given)
+
+
+@pytest.mark.parametrize("method", ["aioli", "doremi", "group_dro", "uniform"])
+def test_a_cap_that_would_mislead_is_refused_before_anything_is_loaded(method: str) -> None:
+    key = "dataflex.mix.max_epochs_per_domain"
+    needed = {"reference_model": "some/reference"} if method == "doremi" else {}
+    for cap in (None, 3):
+        mix = {"method": method, **needed, "max_epochs_per_domain": cap}
+        found = {problem.key for problem in problems_of(split_config({"dataset": "a,b", "dataflex": {"mix": mix}}))}
+        assert (key in found) == (cap is not None and method in ("aioli", "doremi"))
+
+
+@pytest.mark.parametrize(
+    "method, given",
+    [
+        (ADOMixer, lambda file: {"prior": file}),
+        (GroupDroMixer, lambda file: {"proportions": file}),
+        (ScheduleMixer, lambda file: {"points": [{"step": 0, "proportions": file}]}),
+        (StaticMixer, lambda file: {"proportions": file}),
+    ],
+)
+def test_a_file_of_shares_is_read_once(method: type[Mixer], given: Any, tmp_path: Path) -> None:
+    file = tmp_path / "shares.json"
+    file.write_text('{"a": 5, "b": 3, "c": 2}')
+    mixer = build(method, **given(str(file)))
+    first = mixer.mix(context(POOL))
+    np.testing.assert_allclose(first / first.sum(), [0.5, 0.3, 0.2])
+    file.write_text('{"a": 1, "b": 1, "c": 8}')
+    np.testing.assert_array_equal(mixer.mix(context(POOL, round=1)), first)
+    again = build(method, **given(str(file)))
+    again.load_state_dict(mixer.state_dict())
+    np.testing.assert_array_equal(again.mix(context(POOL, round=2)), first)
 
 
 class Given(Mixer):

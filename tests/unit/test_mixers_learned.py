@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from scipy.optimize import minimize
 from dataflex import scaling_law
 from dataflex.components import Mixer, StepStatistics
 from dataflex.data.pool import Pool
-from dataflex.errors import ComponentError, ConfigError
+from dataflex.errors import CheckpointError, ComponentError, ConfigError
 from dataflex.mixers.ado import ADOMixer
 from dataflex.mixers.aioli import AioliMixer, mixing_matrix
 from dataflex.mixers.skill_it import SkillItMixer, read_graph
@@ -138,6 +139,15 @@ def test_the_history_is_bounded_and_keeps_means() -> None:
         np.testing.assert_allclose(n, [per_step * (low + 4.5) for low in range(0, 96, 8)], rtol=1e-12)
     assert history.curve(1, of_domain=True, **plain)[0][0] == 8 + 4.5  # its first point has steps without a loss
     assert history.curve(0, of_domain=True, ignore_steps=9, smoothing_steps=0)[0][0] == 3 * (16 + 4.5)
+
+
+def test_a_history_of_another_length_is_not_taken_back() -> None:
+    history = scaling_law.LossHistory(64)
+    for number in range(40):
+        history.add(np.array([number + 1]), np.array([2.0]))
+    scaling_law.LossHistory(64).load_state_dict(history.state_dict())
+    with pytest.raises(CheckpointError, match="history_points = 64, this run has 16"):
+        scaling_law.LossHistory(16).load_state_dict(history.state_dict())
 
 
 def test_the_window_of_the_smoothing_shrinks_with_the_points() -> None:
@@ -509,6 +519,28 @@ def test_a_graph_in_a_file_is_read_by_name(tmp_path: Path) -> None:
     for path in (table, mapping):
         assert read_graph(str(path), ("a", "b"), ("y", "x")).tolist() == [[2, 1], [4, 3]]
         assert build(SkillItMixer, graph=str(path)).check_domains(("a", "b")) is None
+
+
+def test_a_graph_in_a_file_is_read_once(tmp_path: Path) -> None:
+    pool, targets, probe = pool_of(2), targets_of(("x", "y")), Losses(np.ones((9, 2)))
+    file = tmp_path / "graph.csv"
+    file.write_text("-,x,y\nd0,1,2\nd1,0,0\n")
+    mixer = build(SkillItMixer, graph=str(file), eta=1.0)
+    first = mixer.mix(context(pool, targets=targets, probe=probe))
+    assert first[0] == pytest.approx(1 / (1 + math.exp(-3)))
+    file.unlink()
+    second = resumed(mixer, tmp_path).mix(context(pool, targets=targets, probe=probe, round=1))
+    assert second[0] == pytest.approx(1 / (1 + math.exp(-6)))
+    np.testing.assert_array_equal(mixer.mix(context(pool, targets=targets, probe=Losses(np.ones((1, 2))))), second)
+
+
+def test_a_large_graph_is_checked_quickly(tmp_path: Path) -> None:
+    names = tuple(f"domain {number}" for number in range(600))
+    file = tmp_path / "graph.json"
+    file.write_text(json.dumps({name: dict.fromkeys(names, 1) for name in names}))
+    begin = time.process_time()
+    assert read_graph(str(file), names, names).shape == (600, 600)
+    assert time.process_time() - begin < 2
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -298,6 +299,18 @@ def test_two_domains_by_hand() -> None:
     twice = np.hstack([loads, loads])
     np.testing.assert_allclose(mean_distances(twice, "l2"), mean_distances(loads, "l2"))  # the scale of one layer
     np.testing.assert_allclose(mean_distances(twice, "cos"), mean_distances(loads, "cos"))
+
+
+def test_many_domains_take_no_array_of_all_pairs_and_experts() -> None:
+    loads = np.random.default_rng(0).dirichlet(np.ones(256), 300)
+    tracemalloc.start()
+    found = mean_distances(loads, "l2")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5e6  # pairs times experts are 184 MB
+    for domain in (0, 299):
+        apart = [math.dist(loads[domain], other) for other in loads]
+        assert found[domain] == pytest.approx(sum(apart) / 300, rel=1e-12)
 
 
 def test_what_is_redundant_gets_less() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression as SklearnLinear
 
+from dataflex import mixture_regression
 from dataflex.errors import ConfigError
 from dataflex.mixers.regmix import RegMixMixer
 from dataflex.mixture_regression import (
@@ -258,6 +259,24 @@ def test_the_best_mixture_obeys_the_bounds() -> None:
     assert 0.45 < bounded[0] <= 0.5
     with pytest.raises(ConfigError, match=r"top: must be between 1 and samples \(5\), got 6"):
         best_mixture(corner, np.ones(3), rng(), samples=5, top=6)
+
+
+def test_the_search_holds_a_part_of_the_mixtures_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixture_regression, "_BLOCK_NUMBERS", 5000)
+    asked: list[np.ndarray] = []
+
+    class Watched(Valley):
+        def predict(self, mixtures: np.ndarray) -> np.ndarray:
+            asked.append(mixtures)
+            return super().predict(mixtures).round(1)  # many ties
+
+    regression = Watched([0.2, 0.5, 0.3, 0.0])
+    given = {"samples": 2500, "top": 40, "max_epochs": None, "min_weight": 0.0}
+    found = best_mixture(regression, np.ones(4), rng(), **given)
+    assert [len(mixtures) for mixtures in asked] == [1250, 1250]
+    simulated = np.concatenate(asked)
+    by_hand = sorted(range(2500), key=lambda row: (round(((simulated[row] - regression.minimum) ** 2).sum(), 1), row))
+    np.testing.assert_allclose(found, simulated[by_hand[:40]].mean(axis=0), rtol=1e-12)
 
 
 def test_tables_come_back_exactly(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dataflex.checks import dataset_names
 from dataflex.config import RunConfig
 from dataflex.errors import ConfigError
 from dataflex.record.files import read_object
+from dataflex.reference import TABLE_FILE, ReferenceParams
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 """Files by which a folder is known for a model."""
@@ -44,9 +45,10 @@ def expanded(name: str) -> Path:
 def contents(config: RunConfig, base: Path) -> dict[str, str]:
     """Return a digest of everything a configuration names that lies on this machine.
 
-    These are the local files of its data sets (with their entries of ``dataset_info.json``), and every value that is
-    the path of a file or of a model folder, from the working directory or from ``base``. What lies elsewhere (a hub)
-    is known by its name only. A file that stays the same is read once.
+    These are the local files of its data sets (with their entries of ``dataset_info.json``), every value that is the
+    path of a file or of a model folder, from the working directory or from ``base``, and the table of reference losses
+    that is used without its model. What lies elsewhere (a hub) is known by its name only. A file that stays the same is
+    read once.
 
     Args:
         config: with its assets resolved.
@@ -67,6 +69,7 @@ def contents(config: RunConfig, base: Path) -> dict[str, str]:
             elif path is not None:
                 found |= {f"{name}/{file}": value for file, value in _of_model(path).items()}
         found |= _of_data(config)
+        found |= _of_reference_losses(config)
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be read ({error.strerror or error}).") from error
     return found
@@ -144,13 +147,17 @@ def _of_no_training(folder: Path) -> Iterator[Path]:
 
 
 def _of_data(config: RunConfig) -> dict[str, str]:
-    """Return digests of the entries of dataset_info.json and of the files, of the local data sets that are used."""
+    """Return digests of the entries of dataset_info.json and of the files, of the local data sets that are used.
+
+    Those are the data sets trained on, evaluated on, and named for validation by a component.
+    """
     folder = Path(str(config.llamafactory.get("dataset_dir", "data")))
     info_file = folder / "dataset_info.json"
     info = read_object(info_file) or {}
-    selector = config.build_components().select
-    validation = selector.params.model_dump().get("validation") if selector is not None else None
-    names = (*dataset_names(config), *dataset_names(config, "eval_dataset"), *(validation or ()))
+    names = [*dataset_names(config), *dataset_names(config, "eval_dataset")]
+    for _, component in config.build_components().items():
+        if component.needs_validation:
+            names += component.params.validation or ()
     found: dict[str, str] = {}
     for name in dict.fromkeys(names):
         entry = info.get(name) or {}
@@ -160,4 +167,16 @@ def _of_data(config: RunConfig) -> dict[str, str]:
             continue
         files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
         found |= {str(file): file_digest(file) for file in files}
+    return found
+
+
+def _of_reference_losses(config: RunConfig) -> dict[str, str]:
+    """Return the digest of what lists a table of reference losses, where no model is named that it is made from."""
+    found: dict[str, str] = {}
+    for _, params in config.params.values():
+        if not isinstance(params, ReferenceParams) or params.reference_losses is None:
+            continue
+        file = Path(params.reference_losses) / TABLE_FILE
+        if params.reference_model is None and file.is_file():
+            found[str(file)] = file_digest(file)
     return found

@@ -139,7 +139,8 @@ def apportion(proportions: NDArray[np.float64], total: int, offset: float) -> ND
     shares = np.asarray(proportions, dtype=np.float64)
     ends = np.cumsum(shares) / shares.sum() * total
     ends[np.flatnonzero(shares)[-1] :] = total
-    return np.diff(np.floor(np.concatenate([[0.0], ends]) + offset).astype(np.int64))
+    cuts = np.floor(np.concatenate([[0.0], ends]) + offset).astype(np.int64)
+    return cuts[1:] - cuts[:-1]
 
 
 def apportion_within(

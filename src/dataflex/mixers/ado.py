@@ -22,6 +22,7 @@ Cost: no model computation; a refit takes some hundredths of a second for each d
 from __future__ import annotations
 
 import logging
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +77,7 @@ class ADOMixer(Mixer):
     """Follows the learning speeds that the domains' scaling laws foretell."""
 
     Params = ADOParams
+    learns_from_losses: ClassVar[bool] = True
 
     def __init__(self, params: ADOParams) -> None:
         super().__init__(params)
@@ -140,15 +142,17 @@ class ADOMixer(Mixer):
         self._prefer()
 
     def _begin(self, ctx: RoundContext) -> None:
+        """Set what the run begins with; the prior is read once, for a file may change while a run goes on."""
+        if self._prior.size:
+            return
         given, sizes = self.params.prior, ctx.pool.domain_sizes
         prior = sizes.astype(np.float64) if given is None else shares_of(given, ctx.pool.domains)
         self._prior = prior / prior.sum()
-        if not self._realised.size:
-            self._realised, self._mean = self._prior, self._prior
-            self._samples = np.zeros(sizes.size, dtype=np.int64)
-            self._losses = np.full(sizes.size, np.nan)
-            self.laws = np.full((sizes.size, 3), np.nan)
-            self.failed_fits = np.zeros(sizes.size, dtype=np.int64)
+        self._realised, self._mean = self._prior, self._prior
+        self._samples = np.zeros(sizes.size, dtype=np.int64)
+        self._losses = np.full(sizes.size, np.nan)
+        self.laws = np.full((sizes.size, 3), np.nan)
+        self.failed_fits = np.zeros(sizes.size, dtype=np.int64)
 
     def _fit(self, ctx: RoundContext) -> None:
         """Fit the law of every domain to its history; one without a result keeps what it had."""

@@ -23,7 +23,8 @@ LearnParams, which are part of the training.
 from __future__ import annotations
 
 import logging
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,9 @@ from dataflex.domain_weights import exponentiated_update
 from dataflex.influence import ValidationParams
 from dataflex.registry import register
 from dataflex.validation_loss import validation_losses
+
+if TYPE_CHECKING:
+    from dataflex.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +76,15 @@ class AioliMixer(Mixer):
         self._before: NDArray[np.float64] = np.empty(0)
         self._drops: NDArray[np.float64] = np.empty((0, 0))
         self._average: NDArray[np.float64] = np.empty((0, 0))
+
+    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+        """Yield that the passes over a domain may not be capped."""
+        if self.params.max_epochs_per_domain is not None:
+            yield (
+                "max_epochs_per_domain",
+                "aioli cannot have it: a round that is cut is trained on another mixture than the one it is solved "
+                "with. Leave it out.",
+            )
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Check the initial proportions, and that the mixtures of LearnParams differ."""

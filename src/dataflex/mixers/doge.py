@@ -9,10 +9,11 @@ The default ``variant: official`` is what the published code does: each gradient
 mean length of the g_i (plus 1e-6), and kept in [0, 5]. ``variant: paper`` is the formula as printed. With gradients of
 length 1 and W in [0, 5] both are the same but for the 1e-6.
 
-The g_i are sums of per-sample gradients of the step's own samples, sketched to ``proj_dim`` numbers each. Inner
-products of sketches are unbiased with a standard deviation of about |g_i| |g_j| / sqrt(proj_dim), and no matrix of
-K whole gradients is held. A domain the step has nothing of gets no gain, W_i = 0, and takes no part in the sums and
-the mean; the code goes on with the gradient it had last.
+The g_i are sums of per-sample gradients of the step's own samples, sketched to ``proj_dim`` numbers each, in every step
+by another map. Inner products of sketches are unbiased with a standard deviation of about |g_i| |g_j| / sqrt(proj_dim),
+so that their errors average out over the steps, and no matrix of K whole gradients is held. A domain the step has
+nothing of gets no gain, W_i = 0, and takes no part in the sums and the mean; the code goes on with the gradient it had
+last.
 
 Source: Fan et al., DoGE: Domain Reweighting with Generalization Estimation (ICML 2024, arXiv 2310.15393); code
 Olivia-fsm/DoGE. The gradients here are taken without dropout.
@@ -32,7 +33,7 @@ from dataflex.domain_weights import LossWeightMixer, LossWeightParams, exponenti
 from dataflex.errors import ComponentError
 from dataflex.influence import ValidationParams
 from dataflex.registry import register
-from dataflex.rng import derive_rng
+from dataflex.rng import derive_rng, key_of
 
 LONGEST = 1.0
 """Length the official code cuts gradients to (the default of its ``max_grad_norm``)."""
@@ -62,7 +63,7 @@ class DogeParams(LossWeightParams, ValidationParams):
         "count", description="Random linear map of the gradients; identity keeps every number (for tests)."
     )
     proj_dim: int = Field(8192, ge=1, description="Length of a sketch; at most the number of trainable parameters.")
-    projection_seed: int = Field(0, ge=0, description="Seed of the map.")
+    projection_seed: int = Field(0, ge=0, description="Seed of the maps, one for every step.")
     unsupported_parameters: Literal["error", "ignore"] = Field(
         "error", description="What to do with trainable parameters that have no per-sample rule."
     )
@@ -74,12 +75,12 @@ class DogeParams(LossWeightParams, ValidationParams):
             raise ValueError(f"{given[0]} is used with target: validation only")
         return self
 
-    def settings(self, reduction: Literal["mean", "sum"]) -> GradientSettings:
-        """Return what the probe is asked for: plain gradients at their own length."""
+    def settings(self, reduction: Literal["mean", "sum"], step: int) -> GradientSettings:
+        """Return what the probe is asked for in a step: plain gradients at their own length, all by one map."""
         return GradientSettings(
             sketch=self.sketch,
             dim=self.proj_dim,
-            seed=self.projection_seed,
+            seed=key_of(self.projection_seed, "doge", step) % 2**31,
             reduction=reduction,
             normalize=False,
             unsupported=self.unsupported_parameters,
@@ -105,19 +106,17 @@ class DogeMixer(LossWeightMixer):
         gains = np.zeros_like(weights)
         present = np.flatnonzero(ctx.tokens)
         if present.size:
-            gradients = self._domain_gradients(ctx)[present]
+            gradients = self._domain_gradients(ctx, present)
             targets = self._target_gradients(ctx) if self.needs_validation else None
             gains[present] = ctx.learning_rate * alignments(gradients, targets, self.params.variant) / self.params.mu
         return exponentiated_update(weights, gains, self.params.reweight_eps)
 
-    def _domain_gradients(self, ctx: StepContext) -> Matrix:
-        """Return the sketched gradient of each domain's mean token loss in the step, (K, k); 0 for an absent one."""
-        features = ctx.probe.gradients(ctx.indices, self.params.settings("sum"))
+    def _domain_gradients(self, ctx: StepContext, present: NDArray[np.int64]) -> Matrix:
+        """Return the sketched gradients of the mean losses of the domains ``present`` (P,) in the step, (P, k)."""
+        features = ctx.probe.gradients(ctx.indices, self.params.settings("sum", ctx.step))
+        owners = ctx.pool.domain_ids(ctx.indices)
         return np.stack(
-            [
-                features[ctx.pool.domain_ids(ctx.indices) == number].sum(axis=0, dtype=np.float64) / max(1, int(tokens))
-                for number, tokens in enumerate(ctx.tokens)
-            ]
+            [features[owners == domain].sum(axis=0, dtype=np.float64) / ctx.tokens[domain] for domain in present]
         )
 
     def _target_gradients(self, ctx: StepContext) -> Matrix:
@@ -135,7 +134,7 @@ class DogeMixer(LossWeightMixer):
                 raise ComponentError(f"no validation sample of {name!r} has a token that is trained on.")
             count = min(self.params.validation_size, usable.size)
             drawn.append(np.sort(rng.choice(usable, count, replace=False)))
-        features = ctx.probe.gradients(np.concatenate(drawn), self.params.settings("mean"), ctx.targets)
+        features = ctx.probe.gradients(np.concatenate(drawn), self.params.settings("mean", ctx.step), ctx.targets)
         parts = np.split(features, np.cumsum([part.size for part in drawn])[:-1])
         return np.stack([part.mean(axis=0, dtype=np.float64) for part in parts])
 

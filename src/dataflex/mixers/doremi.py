@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dataflex.components import State, StepContext
-from dataflex.domain_weights import LossWeightMixer, LossWeightParams, exponentiated_update
+from dataflex.domain_weights import LossWeightMixer, StepWeightParams, exponentiated_update
 from dataflex.reference import ReferenceParams
 from dataflex.registry import register
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dataflex.config import RunConfig
 
 
-class DoReMiParams(LossWeightParams, ReferenceParams):
+class DoReMiParams(StepWeightParams, ReferenceParams):
     """Parameters of DoReMi's proxy run."""
 
     reweight_eta: float = Field(1.0, gt=0, description="eta, the step size of the weights.")
@@ -55,8 +55,14 @@ class DoReMiMixer(LossWeightMixer):
         self._excess: NDArray[np.float64] = np.empty(0)
 
     def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
-        """Yield what is wrong with the reference."""
+        """Yield what is wrong with the reference, and a cap on the passes over a domain."""
         yield from self.params.reference_problems(run)
+        if self.params.max_epochs_per_domain is not None:
+            yield (
+                "max_epochs_per_domain",
+                "doremi cannot have it: a domain that is used up keeps its last excess loss, which raises its weight "
+                "in every later step. Leave it out.",
+            )
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Check the shares, and that a table of reference losses has every domain."""

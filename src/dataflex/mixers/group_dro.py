@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dataflex.components import StepContext
-from dataflex.domain_weights import LossWeightMixer, LossWeightParams, exponentiated_update
+from dataflex.domain_weights import LossWeightMixer, StepWeightParams, exponentiated_update
 from dataflex.registry import register
 
 
-class GroupDroParams(LossWeightParams):
+class GroupDroParams(StepWeightParams):
     """Parameters of the group_dro mixer."""
 
     eta: float = Field(0.01, gt=0, description="Step size of the weights.")

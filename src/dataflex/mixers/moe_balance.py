@@ -88,6 +88,7 @@ def mean_distances(loads: NDArray[np.float64], distance: str) -> NDArray[np.floa
     if distance == "cos":
         directions = loads / np.linalg.norm(loads, axis=1, keepdims=True)
         return 1.0 - (directions @ directions.T).mean(axis=1)
+    from scipy.spatial.distance import cdist
+
     layers = loads.sum(axis=1).mean()
-    pairs = np.linalg.norm(loads[:, None] - loads[None], axis=2)
-    return pairs.mean(axis=1) / np.sqrt(layers)
+    return np.asarray(cdist(loads, loads).mean(axis=1) / np.sqrt(layers), dtype=np.float64)

@@ -23,7 +23,7 @@ Cost: none.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,7 @@ class OdmMixer(Mixer):
     """Shares by the training loss of each domain, with a falling share for exploration."""
 
     Params = OdmParams
+    learns_from_losses: ClassVar[bool] = True
 
     def __init__(self, params: OdmParams) -> None:
         super().__init__(params)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dataflex.components import DomainParams, Mixer, RoundContext, Shares, shares_of, shares_problem
+from dataflex.components import DomainParams, Mixer, RoundContext, Shares, State, shares_of, shares_problem
 from dataflex.registry import register
 
 
@@ -54,6 +54,11 @@ class ScheduleMixer(Mixer):
 
     Params = ScheduleParams
 
+    def __init__(self, params: ScheduleParams) -> None:
+        super().__init__(params)
+        self._shares: NDArray[np.float64] = np.empty((0, 0))
+        """The proportions of every point as they were when training began, rows of sum 1: a file may change."""
+
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the timetable's proportions: it holds in warm-up rounds too."""
         return self.mix(ctx)
@@ -61,14 +66,22 @@ class ScheduleMixer(Mixer):
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the proportions of the round's first step, shape (K,), sum 1."""
         points = self.params.points
+        if not self._shares.size:
+            shares = np.stack([shares_of(point.proportions, ctx.pool.domains) for point in points])
+            self._shares = shares / shares.sum(axis=1, keepdims=True)
         steps = [point.step for point in points]
         if self.params.interpolation == "step":
             reached = int(np.searchsorted(steps, ctx.start_step, side="right")) - 1
-            points = [points[max(reached, 0)]]
-            steps = [points[0].step]
-        shares = np.stack([shares_of(point.proportions, ctx.pool.domains) for point in points])
-        shares /= shares.sum(axis=1, keepdims=True)
-        return np.array([np.interp(ctx.start_step, steps, column) for column in shares.T])
+            return self._shares[max(reached, 0)]
+        return np.array([np.interp(ctx.start_step, steps, column) for column in self._shares.T])
+
+    def state_dict(self) -> State:
+        """Return the proportions of the points."""
+        return {"shares": self._shares}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self._shares = state["shares"]
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Check names or length, sign and sum of the proportions of every point."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -63,6 +64,8 @@ class SkillItMixer(Mixer):
     def __init__(self, params: SkillItParams) -> None:
         super().__init__(params)
         self._losses: NDArray[np.float64] = np.empty((0, 0))
+        self._graph: NDArray[np.float64] = np.empty((0, 0))
+        """A as it was when training began, shape (K, M): a file may change while a run goes on."""
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Check the initial proportions and the graph, as far as the training domains go."""
@@ -80,7 +83,7 @@ class SkillItMixer(Mixer):
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return p, after measuring the validation losses."""
-        graph, now = self._graph(ctx), validation_losses(ctx)[None]
+        graph, now = self._read(ctx), validation_losses(ctx)[None]
         if not self._losses.size:
             self._losses = now
             return self._first(ctx)
@@ -89,20 +92,22 @@ class SkillItMixer(Mixer):
         return exponentiated_update(np.ones(len(gains)), gains)
 
     def _first(self, ctx: RoundContext) -> NDArray[np.float64]:
-        gains = self.params.eta * self._graph(ctx).sum(axis=1)
+        gains = self.params.eta * self._read(ctx).sum(axis=1)
         return exponentiated_update(np.ones(len(gains)), gains)
 
-    def _graph(self, ctx: RoundContext) -> NDArray[np.float64]:
-        assert ctx.targets is not None
-        return read_graph(self.params.graph, ctx.pool.domains, ctx.targets.domains)
+    def _read(self, ctx: RoundContext) -> NDArray[np.float64]:
+        if not self._graph.size:
+            assert ctx.targets is not None
+            self._graph = read_graph(self.params.graph, ctx.pool.domains, ctx.targets.domains)
+        return self._graph
 
     def state_dict(self) -> State:
-        """Return the validation losses in the window."""
-        return {"losses": self._losses}
+        """Return the graph, and the validation losses in the window."""
+        return {"graph": self._graph, "losses": self._losses}
 
     def load_state_dict(self, state: State) -> None:
         """Take back what :meth:`state_dict` returned."""
-        self._losses = state["losses"]
+        self._graph, self._losses = state["graph"], state["losses"]
 
 
 def read_graph(
@@ -159,11 +164,11 @@ def _default_graph(names: tuple[str, ...], targets: tuple[str, ...]) -> NDArray[
 
 
 def _check_names(where: str, kind: str, found: Iterable[str], known: tuple[str, ...]) -> None:
-    found = list(found)
-    for name in found:
-        if name not in known:
-            raise ConfigError(f"{_KEY}: {where}: {unknown(kind, name, known)}")
-    missing = [name for name in known if name not in found]
+    given, wanted = set(found), set(known)
+    strange = sorted(given - wanted)
+    if strange:
+        raise ConfigError(f"{_KEY}: {where}: {unknown(kind, strange[0], known)}")
+    missing = [name for name in known if name not in given]
     if missing:
         raise ConfigError(f"{_KEY}: {where}: nothing for {kind} {', '.join(map(repr, missing))}.")
 
@@ -209,8 +214,7 @@ def _read_csv(text: str) -> dict[str, dict[str, float]]:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a mapping of pairs, none of which has the name of another."""
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
     if twice:
         raise ValueError(f"{', '.join(map(repr, twice))} is there twice")
     return dict(pairs)

@@ -32,13 +32,14 @@ class StaticMixer(Mixer):
     def __init__(self, params: StaticParams) -> None:
         super().__init__(params)
         self._shares: NDArray[np.float64] | None = None
-        """The given shares as they were when training began: a file may change while a run goes on."""
+        """Those of a file as they were when training began: it may change while a run goes on."""
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the given proportions, as shares of samples."""
-        if self._shares is None:
-            self._shares = shares_of(self.params.proportions, ctx.pool.domains)
-        shares = self._shares
+        given = self.params.proportions
+        shares = shares_of(given, ctx.pool.domains) if self._shares is None else self._shares
+        if isinstance(given, str):
+            self._shares = shares
         if self.params.unit == "tokens":
             shares = shares / (ctx.pool.domain_tokens / ctx.pool.domain_sizes)
         return shares
@@ -53,7 +54,7 @@ class StaticMixer(Mixer):
 
     def load_state_dict(self, state: State) -> None:
         """Take back what :meth:`state_dict` returned."""
-        self._shares = state.get("shares")
+        self._shares = state.get("shares") if isinstance(self.params.proportions, str) else None
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Check names or length, sign and sum of the proportions."""

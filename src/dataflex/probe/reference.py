@@ -13,13 +13,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,7 +37,10 @@ from dataflex.token_loss import IGNORE_INDEX, shifted
 
 _BLOCK = 4096
 """Samples of a table that are computed together and written at a time."""
-_WEIGHTS = (".safetensors", ".bin")
+_OPEN_DOMAINS = 128
+"""Domains of a table that are kept open: a process may have a thousand files."""
+_OF_A_MODEL = ("config.json", "adapter_config.json", "model", "pytorch_model", "adapter_model")
+"""How the names of the files begin that make a model what it is."""
 
 
 class Reference(Protocol):
@@ -84,18 +89,38 @@ class ReferenceTable:
     def __init__(self, folder: Path, pool: Pool) -> None:
         self.pool = pool
         table = read_table(folder)
-        assert table is not None
-        files = [table["domains"][name]["file"] for name in pool.domains]
-        self._losses = [np.memmap(folder / f"{file}.f32", dtype="<f4", mode="r") for file in files]
-        self._ends = [np.cumsum(np.load(folder / f"{file}-counts.npy"), dtype=np.int64) for file in files]
+        if table is None:
+            raise ConfigError(
+                f"dataflex.mix.reference_losses: {folder} has no {TABLE_FILE} on this machine; every node needs the "
+                "table."
+            )
+        self._paths = [folder / table["domains"][name]["file"] for name in pool.domains]
+        self._opened = lru_cache(maxsize=_OPEN_DOMAINS)(self._open)
+
+    def _open(self, domain: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the losses of a domain and where those of each sample end.
+
+        Raises:
+            ConfigError: if the two do not belong together.
+        """
+        path = self._paths[domain]
+        ends = np.cumsum(np.load(_counts_of(path)), dtype=np.int64)
+        losses = path.with_name(f"{path.name}.f32")
+        size = losses.stat().st_size
+        if size != 4 * ends[-1]:
+            raise ConfigError(
+                f"dataflex.mix.reference_losses: {losses} holds {size // 4} losses of {self.pool.domains[domain]!r}, "
+                f"and its samples have {ends[-1]}: it is damaged. Remove the table or name another folder."
+            )
+        return (np.memmap(losses, dtype="<f4", mode="r") if size else np.empty(0, np.float32)), ends
 
     def losses(self, inputs: dict[str, Any], targets: Tensor, indices: IndexArray) -> Tensor:
         """Return the loss at each position that counts, (n,), float32."""
         found, domains = [], self.pool.domain_ids(indices)
         rows = indices - self.pool.offsets[domains]
-        for domain, row in zip(domains, rows, strict=True):
-            ends = self._ends[domain]
-            found.append(self._losses[domain][ends[row - 1] if row else 0 : ends[row]])
+        for domain, row in zip(domains.tolist(), rows.tolist(), strict=True):
+            losses, ends = self._opened(domain)
+            found.append(losses[ends[row - 1] if row else 0 : ends[row]])
         values = torch.from_numpy(np.concatenate(found))
         counted = int((targets != IGNORE_INDEX).sum())
         if values.numel() != counted:
@@ -122,8 +147,11 @@ def load_reference(
     Raises:
         ConfigError: if it cannot be loaded, or reads other token ids.
     """
+    from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    is_adapter = (Path(name) / "adapter_config.json").is_file()
+    kind: Any = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
     try:
         with _whole_models(), preserved_rng():
             theirs = AutoTokenizer.from_pretrained(name, **options)
@@ -131,10 +159,10 @@ def load_reference(
             if problem is not None:
                 raise ConfigError(f"dataflex.mix.reference_model: {problem}")
             attention: Any = like.config
-            model = AutoModelForCausalLM.from_pretrained(
+            model = kind.from_pretrained(
                 name, dtype=dtype, attn_implementation=attention._attn_implementation, **options
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"dataflex.mix.reference_model: {name!r} cannot be loaded: {error}") from error
     return model.to(device).eval().requires_grad_(False)
 
@@ -200,11 +228,33 @@ class TableMaker:
         return [name for name in self.pool.domains if name not in table["domains"]]
 
     def make(self, missing: list[str], reference: ReferenceModel, name: str) -> None:
-        """Add domains to the table; on all processes together. A domain that is complete is kept."""
-        with preserved_rng():
-            for domain in missing:
-                self._make_domain(self.pool.domains.index(domain), reference)
-                distributed.on_main(partial(self._list, domain, name))
+        """Add domains to the table; on all processes together. A domain that is complete is kept.
+
+        Raises:
+            ConfigError: if another run is adding to it.
+        """
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        distributed.on_main(partial(self._lock, lock))
+        try:
+            with preserved_rng():
+                for domain in missing:
+                    self._make_domain(self.pool.domains.index(domain), reference)
+                    distributed.on_main(partial(self._list, domain, name))
+        finally:
+            lock.release()
+
+    def _lock(self, lock: FileLock) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise ConfigError(
+                f"dataflex.mix.reference_losses: another run is making the table in {self.folder}; wait for it."
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"dataflex.mix.reference_losses: {self.folder} cannot be written to ({error.strerror or error})."
+            ) from error
 
     def _list(self, domain: str, name: str) -> None:
         """Add a domain whose files are complete to the table's list."""
@@ -228,7 +278,6 @@ class TableMaker:
         path = self.folder / f"{_file_of(name)}.f32"
         temporary, counts = path.with_suffix(".tmp"), []
         if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(b"")
         bar = tqdm(total=end - begin, desc=f"Reference losses of {name}", unit="sample", disable=not self.progress)
         for start in range(begin, end, _BLOCK):
@@ -242,9 +291,9 @@ class TableMaker:
         bar.close()
         if main:
             temporary.replace(path)
-            kept = self.folder / f"{_file_of(name)}-counts"
+            kept = _counts_of(path.with_suffix(""))
             np.save(kept.with_suffix(".tmp.npy"), np.concatenate(counts))
-            kept.with_suffix(".tmp.npy").replace(kept.with_name(f"{kept.name}.npy"))
+            kept.with_suffix(".tmp.npy").replace(kept)
 
     def _block(self, indices: IndexArray, reference: ReferenceModel) -> tuple[np.ndarray, np.ndarray]:
         """Return how many losses each sample has, and the losses sample after sample; the same on every process."""
@@ -253,7 +302,8 @@ class TableMaker:
         counts = torch.zeros(indices.size, dtype=torch.int64, device=self.device)
         found: list[tuple[IndexArray, Tensor]] = []
         for batch in mine[:useful]:
-            inputs = {key: value.to(self.device) for key, value in self.collate(self.pool.rows(indices[batch])).items()}
+            rows = self.collate(self.pool.rows(indices[batch]))
+            inputs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in rows.items()}
             targets = shifted(inputs.pop("labels"))
             counts[torch.from_numpy(batch).to(self.device)] = (targets != IGNORE_INDEX).sum(1)
             found.append((batch, reference.losses(inputs, targets)))
@@ -267,6 +317,11 @@ class TableMaker:
                 values[stop - count : stop] = losses[taken : taken + count]
                 taken += count
         return counts.cpu().numpy(), distributed.all_reduce_sum(values).cpu().numpy()
+
+
+def _counts_of(path: Path) -> Path:
+    """Return where the numbers of losses of a domain's samples are."""
+    return path.with_name(f"{path.name}-counts.npy")
 
 
 def _file_of(domain: str) -> str:
@@ -288,7 +343,7 @@ def model_files_digest(name: str) -> str:
         return f"hub:{name}"
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in _WEIGHTS or path.name in ("config.json", "adapter_config.json"):
+        if path.is_file() and path.name.startswith(_OF_A_MODEL):
             digest.update(path.name.encode())
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,16 @@ class RunWriter:
         path = self.folder / LOSS_WEIGHTS
         if not path.exists():
             return
-        head, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and int(line.split(",", 1)[0]) <= step]
-        if len(kept) < len(lines):
-            write_atomically(path, "".join([head, *kept]).encode())
+        temporary = path.with_suffix(".tmp")
+        with (
+            path.open(encoding="utf-8", newline="") as stream,
+            temporary.open("w", encoding="utf-8", newline="") as out,
+        ):
+            rows = csv.reader(stream)
+            head = next(rows, [])
+            kept = (row for row in rows if len(row) == len(head) and int(row[0]) <= step)
+            csv.writer(out, lineterminator="\n").writerows(chain([head], kept) if head else [])
+        temporary.replace(path)
 
     def loss_weights(self, step: int, names: tuple[str, ...], weights: np.ndarray) -> None:
         """Record the weights of the domains in a step's loss.
@@ -124,7 +131,7 @@ class RunWriter:
             weights: shape (K,).
         """
         path = self.folder / LOSS_WEIGHTS
-        is_new = not path.exists()
+        is_new = not path.exists() or path.stat().st_size == 0
         with path.open("a", encoding="utf-8", newline="") as stream:
             rows = csv.writer(stream, lineterminator="\n")
             if is_new:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dataflex import distributed
 from dataflex.components import Mixer, StepContext, StepStatistics
-from dataflex.domain_weights import LossWeightParams
+from dataflex.domain_weights import StepWeightParams
 from dataflex.errors import ComponentError
 from dataflex.token_loss import IGNORE_INDEX
 from dataflex.trainer.statistics import domain_sums
@@ -56,7 +56,7 @@ class DomainLoss:
         """Whether a step's weights are those decided from the step before."""
         params = self.mixer.params
         by_loss = self.mixer.weighs_loss_by in ("losses", "excess")
-        return by_loss and isinstance(params, LossWeightParams) and params.weights == "previous"
+        return by_loss and isinstance(params, StepWeightParams) and params.weights == "previous"
 
     @property
     def decided(self) -> bool:
@@ -82,7 +82,8 @@ class DomainLoss:
             return None
         counted = targets != IGNORE_INDEX
         excess = torch.zeros_like(per_token)
-        excess[counted] = (per_token.detach()[counted] - self.reference).clamp(min=0)
+        above = (per_token.detach()[counted] - self.reference).clamp(min=0)
+        excess[counted] = torch.where(torch.isfinite(self.reference), above, torch.nan)
         self.reference = None
         return excess.sum(1)
 
@@ -104,12 +105,25 @@ class DomainLoss:
         tokens = self._tokens.cpu().numpy().astype(np.int64)
         ctx = self.make_context(tokens, losses, excess)
         check_losses(self.domains, tokens, losses, ctx.step + 1)
+        self._check_excess(tokens, excess, ctx.step + 1)
         self.mixer.update_weights(ctx)
         self._take()
+
+    def _check_excess(self, tokens: NDArray[np.int64], excess: Floats, step: int) -> None:
+        """Check that every domain a step had tokens of has a finite excess loss, its own loss being finite."""
+        if not excess.size:
+            return
+        bad = np.flatnonzero((tokens > 0) & ~np.isfinite(excess))
+        if bad.size:
+            raise ComponentError(
+                f"the reference's loss on domain {self.domains[bad[0]]!r} in step {step} is not finite: the reference "
+                "model overflows in this precision, or the table of its losses is damaged."
+            )
 
     def learn(self, statistics: StepStatistics) -> None:
         """Decide the next step's weights from the step that has just been made, where they follow."""
         excess = statistics.excess if self.uses_reference else np.empty(0)
+        self._check_excess(statistics.tokens, excess, statistics.step)
         self.mixer.update_weights(self.make_context(statistics.tokens, statistics.losses, excess))
 
     def _take(self) -> None:

@@ -234,7 +234,8 @@ class DynamicTrainerMixin(Trainer):
         given = self.dataflex.config.llamafactory
         names = {"cache_dir": "cache_dir", "trust_remote_code": "trust_remote_code", "hf_hub_token": "token"}
         options = {theirs: given[ours] for ours, theirs in names.items() if given.get(ours) is not None}
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        bf16 = self.args.bf16 or self.finetuning_args.pure_bf16
+        dtype = torch.bfloat16 if bf16 else torch.float16 if self.args.fp16 else torch.float32
         tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         model = load_reference(params.reference_model, tokenizer, self.args.device, dtype, self.causal_model(), options)
         return ReferenceModel(model, self.accelerator.autocast)
@@ -275,7 +276,8 @@ class DynamicTrainerMixin(Trainer):
         began = time.perf_counter()
         counts = torch.cat([(shifted(batch["labels"]) != IGNORE_INDEX).sum(1) for batch in samples])
         domains = self.step_accumulator.domains_of(torch.cat([batch[INDEX_KEY] for batch in samples]))
-        weighs.begin(domain_sums(domains, counts.to(domains.device).double().unsqueeze(1), len(weighs.domains))[:, 0])
+        column = counts.to(domains.device, weighs.dtype).unsqueeze(1)
+        weighs.begin(domain_sums(domains, column, len(weighs.domains))[:, 0])
         if not weighs.decided and len(samples) > 1:
             sums, excess = self._sums_of(weighs, samples)
             weighs.decide(domains, sums, excess)
@@ -445,13 +447,13 @@ class DynamicTrainerMixin(Trainer):
                 if loss == loss:  # a domain the batch had none of is NaN
                     logs[f"dataflex/loss/{name}"] = loss
         logs.update(self._round_logs())
-        if run.pool is not None:
+        if run.pool is not None and run.domain_samples.any():  # LLaMA-Factory's special losses show nothing
             epochs = run.domain_samples / run.pool.domain_sizes
             for name, tokens, passes in zip(run.domains, run.domain_tokens.tolist(), epochs.tolist(), strict=True):
                 logs[f"dataflex/domain_tokens/{name}"] = tokens
                 logs[f"dataflex/epochs/{name}"] = passes
         if self.domain_loss is not None and self.step_loss.active:
-            for name, weight in zip(run.domains, self.domain_loss.mixer.loss_weights.tolist(), strict=True):
+            for name, weight in zip(run.domains, self.domain_loss.used.tolist(), strict=True):
                 logs[f"dataflex/loss_weight/{name}"] = weight
         if self.step_loss.last_weights is not None:
             logs["dataflex/weight_min"] = self.step_loss.last_weights.min().item()

@@ -24,6 +24,7 @@ from dataflex.errors import ConfigError, Problem
 from dataflex.record.files import read_object
 from dataflex.record.tables import NOTHING, Table
 from dataflex.workflows.stages import (
+    DOMAIN_COLUMN,
     MANAGED,
     SAME_DATA,
     SET_ITSELF,
@@ -127,7 +128,7 @@ def load(path: Path) -> tuple[tuple[Stage, ...], list[str]]:
 
 
 def _recipes(base: Mapping[str, Any], settings: DoremiSettings, output: Path) -> Iterator[Recipe]:
-    mix, data = f"{SECTION}.mix", {"dataset": SAME_DATA}
+    mix, data = f"{SECTION}.mix", {"dataset": SAME_DATA, DOMAIN_COLUMN: SAME_DATA}
     model = settings.reference.get("model_name_or_path") or base.get("model_name_or_path")
     names = checks.dataset_names(RunConfig(dict(base), None))
     yield Recipe("reference", {mix: {"method": "proportional"}}, data, check=_reference_problems)
@@ -148,8 +149,9 @@ def _recipes(base: Mapping[str, Any], settings: DoremiSettings, output: Path) ->
 
 
 def _data_problems(config: RunConfig) -> Iterator[Problem]:
-    if len(checks.dataset_names(config)) < 2:
-        yield Problem("dataset", "DoReMi finds the weights of data sets; name two or more.")
+    divided = config.dataflex is not None and config.dataflex.domain_column is not None
+    if not divided and len(checks.dataset_names(config)) < 2:
+        yield Problem("dataset", f"DoReMi finds the weights of domains; name two or more data sets, or {DOMAIN_COLUMN}.")
 
 
 def _reference_problems(config: RunConfig) -> Iterator[Problem]:

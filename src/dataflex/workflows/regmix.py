@@ -33,6 +33,7 @@ from dataflex.config import SECTION, RunConfig
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.files import write_atomically
 from dataflex.mixture_regression import (
+    INDEX,
     MIN_LIGHTGBM,
     best_mixture,
     cross_validated,
@@ -42,6 +43,7 @@ from dataflex.mixture_regression import (
 )
 from dataflex.record.tables import NOTHING, Table
 from dataflex.workflows.stages import (
+    DOMAIN_COLUMN,
     MANAGED,
     MODEL_CHANGES,
     SAME_DATA,
@@ -129,7 +131,7 @@ class Plan:
         proxy: what all proxies share, as a stage.
         final: the final training, with equal shares in the place of those to be found.
         equal: what each proxy is trained for.
-        domains: names of the data sets.
+        domains: names of the data sets; the values of ``domain_column`` take their place when the data is loaded.
         targets: names of the evaluation data sets that count.
         notes: what the user should be told.
     """
@@ -166,13 +168,14 @@ def regmix(
         0, 130 after Ctrl-C.
 
     Raises:
-        ConfigError: for what is wrong with the file, before anything runs, and where too few proxies remain to fit.
+        ConfigError: for what is wrong with the file or its data, before anything runs, and where too few proxies
+            remain to fit.
     """
     try:
         plan = load(path)
         for note in plan.notes:
             print(f"dataflex: note: {note}", file=sys.stderr)
-        tokens = _tokens(plan)
+        plan, tokens = _with_domains(plan, *_sizes(plan))
         rng = np.random.default_rng(plan.sampling.seed)
         mixtures = sample_mixtures(tokens, plan.sampling.count, rng, distinct=True, **plan.sampling.drawing(tokens))
         if dry_run:
@@ -210,16 +213,16 @@ def load(path: Path) -> Plan:
     base, folder = read_base(settings.base, path, problems, notes)
     notes += replaced_keys(base, (*MANAGED, MIX), "command")
     output = expanded(settings.output_dir)
-    base_domains = checks.dataset_names(RunConfig(base, None))
-    uniform = {MIX: {"method": "static", "proportions": dict.fromkeys(base_domains, 1.0), "unit": "tokens"}}
+    domains = checks.dataset_names(RunConfig(base, None))
+    uniform = {MIX: {"method": "static", "proportions": [1.0] * len(domains), "unit": "tokens"}}
     managed = {f"{MIX}.{key}": SET_ITSELF for key in ("method", "proportions", "unit")}
-    managed["dataset"] = SAME_DATA
+    managed |= {"dataset": SAME_DATA, DOMAIN_COLUMN: SAME_DATA}
     equal = _equal(base, changes, problems)
     proxy, of_proxy = make_stage(Recipe("proxies", uniform, managed), base, changes, folder, output)
     final, of_final = make_stage(Recipe("final", uniform, managed), base, settings.final, folder, output)
     problems += joined({"proxies": of_proxy, "final": of_final})
-    if len(base_domains) < 2:
-        problems.append(Problem("base.dataset", "a mixture is of two or more data sets; name them."))
+    if value_of(base, DOMAIN_COLUMN) is None:
+        problems += _domain_problems(domains, settings, sampling, f"name them, or {DOMAIN_COLUMN}.")
     targets: tuple[str, ...] = ()
     if proxy is not None:
         problems += _target_problems(settings, proxy.config)
@@ -228,16 +231,34 @@ def load(path: Path) -> Plan:
         problems.append(
             Problem("regressor", 'lightgbm is not installed: pip install "dataflex[regmix]", or use linear.')
         )
-    needed = _needed(settings.regressor, base_domains)
-    if sampling.count < needed:
-        message = f"{sampling.count}: {settings.regressor} needs {needed} or more with {len(base_domains)} data sets."
-        problems.append(Problem("proxies.count", message))
     if problems or proxy is None or final is None or equal is None:
         raise ConfigError(problems=problems, source=str(path))
-    plan = Plan(path, settings, sampling, output, proxy, final, equal, base_domains, targets, tuple(notes))
-    ramp = np.arange(1.0, len(base_domains) + 1) / sum(range(1, len(base_domains) + 1))
-    _experiment(plan, np.stack([ramp, ramp[::-1]]))  # what a comparison refuses shows before the data is loaded
+    plan = Plan(path, settings, sampling, output, proxy, final, equal, domains, targets, tuple(notes))
+    stand_ins = replace(plan, domains=("one", "another")) if len(domains) < 2 else plan
+    ramp = np.arange(1.0, len(stand_ins.domains) + 1) / sum(range(1, len(stand_ins.domains) + 1))
+    _experiment(stand_ins, np.stack([ramp, ramp[::-1]]))  # what a comparison refuses shows before the data is loaded
     return plan
+
+
+def _domain_problems(
+    domains: Sequence[str], settings: RegmixSettings, sampling: Sampling, mend: str
+) -> Iterator[Problem]:
+    """Yield what keeps mixtures of these domains from being found.
+
+    Args:
+        domains: their names.
+        settings: what the file says.
+        sampling: how mixtures are drawn.
+        mend: what to do where there are too few domains.
+    """
+    if len(domains) < 2:
+        yield Problem("base.dataset", f"a mixture is of two or more domains, here {len(domains)}; {mend}")
+    if INDEX in domains:
+        yield Problem("base.dataset", f"{INDEX!r} is the name of the row numbers in {MIXTURES_FILE}; rename the domain.")
+    needed = _needed(settings.regressor, domains)
+    if sampling.count < needed:
+        message = f"{sampling.count}: {settings.regressor} needs {needed} or more with {len(domains)} domains."
+        yield Problem("proxies.count", message)
 
 
 def _sampling(given: Mapping[str, Any], problems: list[Problem]) -> tuple[Sampling, dict[str, Any]]:
@@ -316,12 +337,26 @@ def _experiment(plan: Plan, mixtures: Floats) -> Experiment:
         raise ConfigError(problems=problems, source=error.source) from error
 
 
-def _tokens(plan: Plan) -> Floats:
-    """Return the tokens of every data set, shape (K,); loads and tokenizes them."""
+def _sizes(plan: Plan) -> tuple[tuple[str, ...], Floats]:
+    """Return the names of the domains, and the tokens of each, shape (K,); loads and tokenizes the data."""
     from dataflex.bridge import pool_of
 
-    pool, _ = pool_of(plan.proxy.source)
-    return pool.domain_tokens.astype(np.float64)
+    config = plan.proxy.source
+    assert config.dataflex is not None
+    pool, _ = pool_of(config, config.dataflex.domain_column)
+    return pool.domains, pool.domain_tokens.astype(np.float64)
+
+
+def _with_domains(plan: Plan, domains: tuple[str, ...], tokens: Floats) -> tuple[Plan, Floats]:
+    """Return the plan for the domains that the data has, and their tokens.
+
+    Raises:
+        ConfigError: if mixtures of them cannot be found.
+    """
+    problems = list(_domain_problems(domains, plan.settings, plan.sampling, f"{DOMAIN_COLUMN} needs more values."))
+    if problems:
+        raise ConfigError(problems=problems, source=str(plan.path))
+    return replace(plan, domains=domains), tokens
 
 
 def _train(experiment: Experiment, jobs: int | None, program: Sequence[str], at_once: Workers | None) -> None:
@@ -380,7 +415,7 @@ def _find(plan: Plan, experiment: Experiment, tokens: Floats, mixtures: Floats) 
     print_tables(
         [
             Table("Regression", ["target", "rank correlation", "error"], rows, 1, (held_out,)),
-            Table("Mixture", ["data set", "by size", "best"], shares, 1, (note,)),
+            Table("Mixture", ["domain", "by size", "best"], shares, 1, (note,)),
         ]
     )
     print(

@@ -29,6 +29,7 @@ MANAGED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "do_t
 
 SET_ITSELF = "is set by the command itself."
 SAME_DATA = "has to be the same in all trainings; put it in the base."
+DOMAIN_COLUMN = f"{SECTION}.domain_column"
 
 MODEL_CHANGES = "model_config"
 """The key of a stage that is no key of a training: the model is made from the base's, and trained from scratch."""
