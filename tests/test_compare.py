@@ -356,7 +356,15 @@ def test_a_key_stands_for_everything_a_run_depends_on(lab: Lab) -> None:
         assert not set(now.values()) & set(first.values()), name
         first = now
     # What a training into or below the folder of the model leaves, is no part of the model.
-    for name in ("trainer_state.json", "all_results.json", "training_args.bin", "report.html", "saves/config.json"):
+    left = (
+        "trainer_state.json",
+        "all_results.json",
+        "training_args.bin",
+        "log.txt",
+        "report.html",
+        "saves/config.json",
+    )
+    for name in left:
         (lab.folder / "model" / name).parent.mkdir(exist_ok=True)
         (lab.folder / "model" / name).write_text("1")
     assert keys() == first
@@ -366,6 +374,39 @@ def test_a_key_stands_for_everything_a_run_depends_on(lab: Lab) -> None:
     lab.write()
     now = keys()
     assert {name for name in now if now[name] != first[name]} == {f"worse/seed {seed}" for seed in (1, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    "mix", [{"method": "doge", "target": "validation"}, {"method": "skill_it"}, {"method": "aioli"}]
+)
+def test_a_key_stands_for_the_validation_data_of_a_mixer(lab: Lab, mix: dict[str, Any]) -> None:
+    lab.base |= {"dataset": "alpha,beta", "dataflex": {"mix": {**mix, "validation": ["gamma", "held"]}}}
+    lab.write(variants={"plain": {}, "without": {"dataflex": {"mix": {"method": "proportional"}}}}, seeds=[1])
+    before, without = load(lab.file).runs
+    (lab.data / "gamma.json").write_text("[]")
+    after, still_without = load(lab.file).runs
+    assert after.key != before.key
+    assert still_without.key == without.key
+
+
+def test_a_key_stands_for_a_table_of_reference_losses(lab: Lab) -> None:
+    table = lab.folder / "losses" / "reference.json"
+    table.parent.mkdir()
+    content = {"format": 1, "domains": {"alpha": {}, "beta": {}}}
+    table.write_text(json.dumps(content))
+    lab.base |= {"dataset": "alpha,beta"}
+    mix = {"method": "doremi", "reference_losses": str(table.parent)}
+    lab.write(variants={"plain": {"dataflex.mix": mix}, "without": {"dataflex": {}}}, seeds=[1])
+    before, without = load(lab.file).runs
+    table.write_text(json.dumps({**content, "reference": "another"}))
+    after, still_without = load(lab.file).runs
+    assert after.key != before.key
+    assert still_without.key == without.key
+    mix["reference_model"] = str(lab.folder / "model")  # then the table is only what is kept of the model's losses
+    lab.write()
+    before = load(lab.file).runs[0]
+    table.write_text(json.dumps(content))
+    assert load(lab.file).runs[0].key == before.key
 
 
 def variants(**changes: Any) -> dict[str, Any]:

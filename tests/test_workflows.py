@@ -18,6 +18,7 @@ from filelock import FileLock
 import tiny
 from dataflex.cli import main
 from dataflex.compare.runner import Workers
+from dataflex.config import load_config
 from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError
 from dataflex.mixture_regression import read_table
@@ -257,6 +258,17 @@ def test_print_writes_nothing_and_says_all_three(lab: Lab, capsys: pytest.Captur
     assert json.loads((folder / "config.json").read_text())["hidden_size"] == 16
 
 
+def test_doremi_weighs_the_values_of_a_column(lab: Lab) -> None:
+    lab.base |= {"dataset": "alpha", "dataflex": {"domain_column": "instruction"}}
+    lab.write()
+    assert lab.doremi() == 0
+    trained = [yaml.safe_load((lab.output / name / "run.yaml").read_text()) for name in lab_stages]
+    assert [each["dataflex"]["domain_column"] for each in trained] == ["instruction"] * 3
+    lab.write(final={"dataflex.domain_column": "output"}, output_dir=str(lab.folder / "other"))
+    with pytest.raises(ConfigError, match=r"final.dataflex.domain_column: has to be the same in all trainings"):
+        lab.doremi()
+
+
 @pytest.mark.parametrize("proportions", [[1, 2], {"alpha": 1, "beta": 2}])
 def test_the_mixture_of_the_base_is_replaced(lab: Lab, proportions: Any) -> None:
     mix = {"method": "static", "proportions": proportions, "max_epochs_per_domain": 3}
@@ -375,7 +387,8 @@ def test_a_nested_configuration_is_changed_key_by_key(tmp_path: Path) -> None:
 
 @pytest.fixture
 def mixing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    monkeypatch.setattr(regmix_module, "_tokens", lambda plan: np.array([300.0, 100.0]))  # tokenizing needs a tokenizer
+    sizes = ("alpha", "beta"), np.array([300.0, 100.0])
+    monkeypatch.setattr(regmix_module, "_sizes", lambda plan: sizes)  # tokenizing needs a tokenizer
     proxies = {"count": 5, "max_steps": 4, "model_config": {"hidden_size": 16}, "max_epochs": None}
     return Lab(tmp_path, {"proxies": proxies, "target": "held", "regressor": "linear", "final": {"learning_rate": 0.5}})
 
@@ -451,6 +464,7 @@ def test_proxies_that_fail_are_left_out(mixing: Lab, capsys: pytest.CaptureFixtu
         ({}, {"proxies": {"count": 4, "data_seed": 1}}, "proxies.data_seed", "not in a comparison"),
         ({}, {"final": {"dataset": "alpha"}}, "final.dataset", "has to be the same"),
         ({"dataset": "alpha"}, {}, "base.dataset", "two or more"),
+        ({"dataset": None}, {}, "base.dataset", "two or more"),
         ({}, {"regressor": "forest"}, "regressor", "lightgbm"),
     ],
 )
@@ -471,7 +485,61 @@ def test_the_prior_is_the_share_of_tokens(tmp_path: Path) -> None:
     pool, _ = pool_of(plan.proxy.source)
     assert isinstance(pool, Pool)
     tokens = [sum(len(row["input_ids"]) for row in pool.dataset.select(part)) for part in (range(48), range(48, 80))]
-    assert regmix_module._tokens(plan).tolist() == tokens
+    assert regmix_module._with_domains(plan)[0] == plan
+    names, found = regmix_module._sizes(plan)
+    assert (names, found.tolist()) == (("alpha", "beta"), tokens)
+
+
+def test_values_of_a_column_are_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lab = Lab(tmp_path, {"proxies": {"count": 4, "max_epochs": None}, "target": "held", "regressor": "linear"})
+    tiny.make_model(tmp_path / "model")
+    info = json.loads((lab.data / "dataset_info.json").read_text())
+    files = {"b.c": "beta.json", "alpha": "gamma.json"}
+    whole = [
+        {**row, "kind": value} for value, file in files.items() for row in json.loads((lab.data / file).read_text())
+    ]
+    (lab.data / "whole.json").write_text(json.dumps(whole))
+    (lab.data / "dataset_info.json").write_text(json.dumps({**info, "whole": {"file_name": "whole.json"}}))
+    lab.base |= {"dataset": "gamma,beta"}
+    lab.write()
+    names, separate = regmix_module._sizes(regmix_module.load(lab.file))
+    assert names == ("gamma", "beta")
+
+    lab.base |= {"dataset": "whole", "dataflex": {"domain_column": "kind"}}
+    lab.write()
+    names, together = regmix_module._sizes(regmix_module.load(lab.file))
+    assert (names, together.tolist()) == (("alpha", "b.c"), separate.tolist())
+    assert lab.regmix() == 0
+    said = capsys.readouterr().out
+    domains, mixtures = read_table(lab.output / "mixtures.csv")
+    assert domains == names
+    assert ["alpha", f"{together[0] / together.sum():.4f}"] in [line.split()[:2] for line in said.splitlines()]
+    run = next((lab.output / "proxies" / "runs" / "mix-0002").iterdir())
+    section = yaml.safe_load((run / "run.yaml").read_text())["dataflex"]
+    assert section["domain_column"] == "kind"
+    assert section["mix"]["proportions"] == dict(zip(names, mixtures[1].tolist(), strict=True))
+    final = load_config(lab.output / "final.yaml")
+    assert final.dataflex is not None
+    assert (final.dataflex.domain_column, list(final.dataflex.mix["proportions"])) == ("kind", list(names))
+    assert final.dataflex.mix["proportions"]["alpha"] > 0.99  # the loss on held falls to the end
+
+    lab.write(proxies={"count": 4, "dataflex.domain_column": "output"}, output_dir=str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match=r"proxies.dataflex.domain_column: has to be the same"):
+        lab.regmix()
+    for row in whole:
+        row["kind"] = "index"
+    (lab.data / "whole.json").write_text(json.dumps(whole))
+    lab.write(proxies={"count": 4})
+    with pytest.raises(ConfigError) as error:
+        lab.regmix()
+    assert "two or more domains, here 1; dataflex.domain_column needs more values" in str(error.value)
+    assert "'index' is the name of the row numbers in mixtures.csv" in str(error.value)
+    for number, row in enumerate(whole):
+        row["kind"] = number % 4
+    (lab.data / "whole.json").write_text(json.dumps(whole))
+    with pytest.raises(ConfigError, match=r"proxies.count: 4: linear needs 5 or more with 4 domains"):
+        lab.regmix()
+    assert not (tmp_path / "other").exists()
 
 
 # Real trainings.

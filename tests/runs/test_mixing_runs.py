@@ -102,6 +102,8 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     for name in ("doremi", "doremi_previous", "group_dro", "doge"):
         accumulated = mixed(found[name], per_device_train_batch_size=2, gradient_accumulation_steps=4)
         workshop.add(f"{name}-accumulated", **accumulated)
+    adapter = {"method": "doremi", "reference_model": str(workshop.root / "capped-whole")}
+    workshop.add("adapter-whole", **mixed(adapter))
     workshop.add("pt-one", **mixed(found["doremi"], **PT, per_device_train_batch_size=4))
     alone = {"dataset": "alpha", "max_steps": 4, "save_strategy": "no"}
     workshop.add("alone-weighed", **mixed(found["doremi"], **alone))
@@ -205,10 +207,10 @@ def test_accumulation_does_not_matter(runs: Any, name: str) -> None:
     np.testing.assert_allclose(losses, runs.trace(f"{name}-whole")["losses"], rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [*(f"{name}-{kind}" for name in WEIGHING for kind in ("whole", "two")), "doremi-accumulated", "pt-one", "pt-two"],
-)
+OTHERS = ("doremi-accumulated", "adapter-whole", "pt-one", "pt-two")
+
+
+@pytest.mark.parametrize("name", [*(f"{name}-{kind}" for name in WEIGHING for kind in ("whole", "two")), *OTHERS])
 def test_the_loss_is_the_weighted_sum_of_the_domains(runs: Any, name: str) -> None:
     entries = [entry for entry in runs.trace(name)["history"] if "loss" in entry]
     assert len(entries) == 8

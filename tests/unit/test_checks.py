@@ -334,4 +334,5 @@ def test_what_weighs_the_loss_needs_the_loss(keys: dict[str, Any], mix: dict[str
     assert f"dataflex.mix.method: {mix['method']}" in problems["dataflex.weight"]
     for key in ("use_dft_loss", "enable_liger_kernel"):
         assert mix["method"] in found(keys, {"mix": mix}, **{key: True})[key]
-        assert found(keys, {"mix": {"method": "odm"}}, **{key: True}) == {}
+        assert "odm" in found(keys, {"mix": {"method": "odm"}}, **{key: True})[key]
+        assert found(keys, {"mix": {"method": "uniform"}}, **{key: True}) == {}

@@ -269,3 +269,19 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
     weighs.begin(torch.tensor([3.0, 3.0]))
     with pytest.raises(ComponentError, match="domain 'beta' in step 7 is nan"):
         weighs.decide(torch.tensor([0, 1]), torch.tensor([1.0, NAN]), torch.tensor([1.0, NAN]))
+
+
+def test_a_broken_reference_is_no_absent_domain() -> None:
+    for broken in (NAN, math.inf):
+        weighs = DomainLoss(
+            mixer(2),
+            ("alpha", "beta"),
+            torch.device("cpu"),
+            lambda tokens, losses, excess: step(excess.tolist(), 6, tokens=tokens, losses=losses),
+        )
+        weighs.begin(torch.tensor([2.0, 1.0]))
+        weighs.reference = torch.tensor([0.1, broken, 0.2])
+        per_token = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+        excess = weighs.excess_sums(per_token, torch.tensor([[3, 3], [3, -100]]))
+        with pytest.raises(ComponentError, match="reference's loss on domain 'alpha' in step 7"):
+            weighs.decide(torch.tensor([0, 1]), per_token.sum(1), excess)

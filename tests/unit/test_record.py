@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -172,3 +173,25 @@ def test_a_folder_that_cannot_be_written_to_is_a_configuration_error(tmp_path: P
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"output_dir: .*cannot be written to"):
         RunWriter(tmp_path / "file")
+
+
+def test_loss_weights_go_on_after_a_checkpoint(tmp_path: Path) -> None:
+    names = ("plain", 'with "quotes", a comma', "two\nlines", "a\u2028b")
+    writer = RunWriter(tmp_path)
+    for step in range(1, 7):
+        writer.loss_weights(step, names, np.full(4, step / 7))
+    path = writer.folder / "loss_weights.csv"
+    with path.open("a") as stream:
+        stream.write("7,0.3")  # cut off
+    writer.begin({}, 1, 4)
+    writer.loss_weights(5, names, np.full(4, 0.5))
+    with path.open(newline="") as stream:
+        head, *rows = csv.reader(stream)
+    assert head == ["step", *names]
+    assert [int(row[0]) for row in rows] == [1, 2, 3, 4, 5]
+    assert [float(row[1]) for row in rows] == [1 / 7, 2 / 7, 3 / 7, 4 / 7, 0.5]
+    path.write_bytes(b"")  # cut off before the header
+    writer.begin({}, 1, 4)
+    writer.loss_weights(5, names, np.full(4, 0.5))
+    with path.open(newline="") as stream:
+        assert next(csv.reader(stream)) == ["step", *names]

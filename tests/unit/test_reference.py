@@ -158,3 +158,19 @@ def test_a_domain_cut_off_is_made_again(model: Path, tmp_path: Path) -> None:
     table.make(table.missing(params), reference, str(model))
     assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
     assert table.missing(params) == []
+
+
+def test_a_damaged_table_is_found(model: Path, tmp_path: Path) -> None:
+    samples = pool()
+    maker(tmp_path, samples).make(list(samples.domains), loaded(model), str(model))
+    for file in tmp_path.glob("*.f32"):
+        file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ConfigError, match="it is damaged"):
+        ReferenceTable(tmp_path, samples).losses({}, torch.zeros(1, 2), np.array([0]))
+
+
+def test_one_run_at_a_time_makes_a_table(model: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another run is making the table"):
+        maker(tmp_path, pool()).make(["alpha"], loaded(model), str(model))

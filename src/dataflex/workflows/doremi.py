@@ -151,7 +151,9 @@ def _recipes(base: Mapping[str, Any], settings: DoremiSettings, output: Path) ->
 def _data_problems(config: RunConfig) -> Iterator[Problem]:
     divided = config.dataflex is not None and config.dataflex.domain_column is not None
     if not divided and len(checks.dataset_names(config)) < 2:
-        yield Problem("dataset", f"DoReMi finds the weights of domains; name two or more data sets, or {DOMAIN_COLUMN}.")
+        yield Problem(
+            "dataset", f"DoReMi finds the weights of domains; name two or more data sets, or {DOMAIN_COLUMN}."
+        )
 
 
 def _reference_problems(config: RunConfig) -> Iterator[Problem]:

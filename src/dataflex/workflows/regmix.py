@@ -78,17 +78,17 @@ class Sampling(BaseModel):
     count: int = Field(64, ge=2, description="Mixtures, each trained on once.")
     seed: int = Field(1, ge=0, lt=2**32, description="Of the mixtures, the trainings and the search.")
     temperature: float = Field(0.5, ge=0, description="Exponent of the prior: 1: shares of tokens, 0: uniform.")
-    min_strength: float = Field(0.1, gt=0, description="Smallest concentration: mixtures of nearly one data set.")
+    min_strength: float = Field(0.1, gt=0, description="Smallest concentration: mixtures of nearly one domain.")
     max_strength: float = Field(5.0, gt=0, description="Largest concentration: mixtures near the prior.")
     strengths: int = Field(15, ge=1, description="Number of concentrations between the two.")
     min_weight: float = Field(2e-4, ge=0, description="Smaller weights become 0.")
-    max_epochs: float | None = Field(15.0, gt=0, description="Passes over a data set, at most; none: no bound.")
+    max_epochs: float | None = Field(15.0, gt=0, description="Passes over a domain, at most; none: no bound.")
     budget: float | None = Field(
-        None, gt=0, description="Tokens of the final training, for max_epochs; none: those of all data sets together."
+        None, gt=0, description="Tokens of the final training, for max_epochs; none: those of all domains together."
     )
 
     def drawing(self, tokens: Floats) -> dict[str, Any]:
-        """Return what mixtures are drawn with, for data sets of these tokens."""
+        """Return what mixtures are drawn with, for domains of these tokens."""
         return {**self.model_dump(exclude={"count", "seed"}), "sizes": tokens}
 
 
@@ -175,7 +175,7 @@ def regmix(
         plan = load(path)
         for note in plan.notes:
             print(f"dataflex: note: {note}", file=sys.stderr)
-        plan, tokens = _with_domains(plan, *_sizes(plan))
+        plan, tokens = _with_domains(plan)
         rng = np.random.default_rng(plan.sampling.seed)
         mixtures = sample_mixtures(tokens, plan.sampling.count, rng, distinct=True, **plan.sampling.drawing(tokens))
         if dry_run:
@@ -254,7 +254,9 @@ def _domain_problems(
     if len(domains) < 2:
         yield Problem("base.dataset", f"a mixture is of two or more domains, here {len(domains)}; {mend}")
     if INDEX in domains:
-        yield Problem("base.dataset", f"{INDEX!r} is the name of the row numbers in {MIXTURES_FILE}; rename the domain.")
+        yield Problem(
+            "base.dataset", f"{INDEX!r} is the name of the row numbers in {MIXTURES_FILE}; rename the domain."
+        )
     needed = _needed(settings.regressor, domains)
     if sampling.count < needed:
         message = f"{sampling.count}: {settings.regressor} needs {needed} or more with {len(domains)} domains."
@@ -347,12 +349,13 @@ def _sizes(plan: Plan) -> tuple[tuple[str, ...], Floats]:
     return pool.domains, pool.domain_tokens.astype(np.float64)
 
 
-def _with_domains(plan: Plan, domains: tuple[str, ...], tokens: Floats) -> tuple[Plan, Floats]:
-    """Return the plan for the domains that the data has, and their tokens.
+def _with_domains(plan: Plan) -> tuple[Plan, Floats]:
+    """Return the plan for the domains that the data has, and the tokens of each, shape (K,).
 
     Raises:
-        ConfigError: if mixtures of them cannot be found.
+        ConfigError: if the data cannot be loaded, or mixtures of its domains cannot be found.
     """
+    domains, tokens = _sizes(plan)
     problems = list(_domain_problems(domains, plan.settings, plan.sampling, f"{DOMAIN_COLUMN} needs more values."))
     if problems:
         raise ConfigError(problems=problems, source=str(plan.path))
