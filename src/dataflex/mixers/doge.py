@@ -63,7 +63,7 @@ class DogeParams(LossWeightParams, ValidationParams):
         "count", description="Random linear map of the gradients; identity keeps every number (for tests)."
     )
     proj_dim: int = Field(8192, ge=1, description="Length of a sketch; at most the number of trainable parameters.")
-    projection_seed: int = Field(0, ge=0, description="Seed of the maps, one for every step.")
+    projection_seed: int = Field(0, ge=0, description="Seed of the maps; every step has one of its own.")
     unsupported_parameters: Literal["error", "ignore"] = Field(
         "error", description="What to do with trainable parameters that have no per-sample rule."
     )
