@@ -197,6 +197,8 @@ def validate(
             key = ".".join([prefix, *(str(part) for part in item["loc"])])
             if item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
                 message = unknown("key", str(item["loc"][-1]), list(model.model_fields))
+            elif item["type"] == "extra_forbidden":
+                message = f"unknown key {item['loc'][-1]!r}."
             elif item["type"] == "missing":
                 message = "needed."
             else:

@@ -60,7 +60,8 @@ class ReferenceParams(ComponentParams):
             yield "reference_model", f"{self.reference_model!r}: name the folder that dataflex-cli assets prints."
             return
         folder = Path(self.reference_model)
-        if not self.reference_model.startswith(("/", "./", "../")) and not folder.is_dir():
+        beside = folder.parent != Path() and folder.parent.is_dir()  # a folder that is not there, and no hub name
+        if not self.reference_model.startswith(("/", "./", "../")) and not folder.is_dir() and not beside:
             return
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             yield "reference_model", f"no model in {self.reference_model!r} (there is no config.json)."

@@ -72,9 +72,14 @@ def test_one_of_the_two_is_needed() -> None:
         DoReMiParams()
 
 
-def test_a_folder_without_a_model_is_named(model: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert problems(model, reference_model=str(model)) == {}
-    assert "no config.json" in problems(model, reference_model=str(tmp_path))["reference_model"]
+    for absent in (tmp_path, tmp_path / "nowhere"):
+        assert "no config.json" in problems(model, reference_model=str(absent))["reference_model"]
+    assert problems(model, reference_model="some/hub-name") == {}
+    (tmp_path / "saves").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "no config.json" in problems(model, reference_model="saves/nowhere")["reference_model"]
 
 
 def test_another_tokenizer_is_found_before_loading(model: Path, tmp_path: Path) -> None:

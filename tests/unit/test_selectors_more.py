@@ -567,7 +567,7 @@ def scored_run(scores: Any, seed: int = 0, leaves_out: bool = True) -> Any:
     rows = Dataset.from_dict({"input_ids": [[number, number] for number in range(values.size)]})
     pool = Pool(rows, ("a", "b"), np.array([values.size - 3, 3]))
     return SimpleNamespace(
-        components=SimpleNamespace(select=selector), pool=pool, probe=FakeProbe(), targets=None, raw={},
+        components=SimpleNamespace(select=selector), pool=pool, probe=FakeProbe(), targets={}, raw={},
         settings=SimpleNamespace(seed=seed), config=SimpleNamespace(llamafactory={}),
     )  # fmt: skip
 

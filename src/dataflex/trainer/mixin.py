@@ -613,14 +613,14 @@ class DynamicCallback(TrainerCallback):
                 weighs.learn(self._statistics)
         if run.pool is None:
             return
-        if run.components.mix is not None and run.plan and run.plan.slot.start_step == state.global_step - 1:
-            self.trainer.log_round()
         trained = state.global_step * run.global_batch_size
         state.epoch = trained / run.pool.size
         if trained // run.pool.size > (trained - run.global_batch_size) // run.pool.size:
             control.should_save |= args.save_strategy == SaveStrategy.EPOCH
             control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH
             control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
+        if run.components.mix is not None and run.plan and run.plan.slot.start_step == state.global_step - 1:
+            self.trainer.log_round()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the summary and say what the decisions cost."""
