@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import tiny
+
 pytestmark = [
     pytest.mark.launch,
     pytest.mark.timeout(1200),  # the first test waits for all trainings
@@ -125,28 +127,6 @@ def add_kept(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
         workshop.add(f"kept-{mode}", **run)
 
 
-def zero(folder: Path, stage: int) -> dict[str, Any]:
-    """Write a DeepSpeed configuration and return the argument that names it."""
-    config: dict[str, Any] = {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": "auto"},
-        "fp16": {"enabled": False},
-        "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": True},
-    }
-    if stage == 3:
-        config["zero_optimization"] |= {
-            "stage3_gather_16bit_weights_on_model_save": True,
-            "stage3_param_persistence_threshold": 0,  # else parameters this small are never partitioned
-        }
-    path = folder / f"ds_z{stage}_config.json"
-    path.write_text(json.dumps(config))
-    return {"deepspeed": str(path)}
-
-
 def add_tagged_data(folder: Path) -> None:
     """Add two validation sets whose rows have a task each."""
     info = json.loads((folder / "dataset_info.json").read_text())
@@ -162,7 +142,7 @@ def add_tagged_data(folder: Path) -> None:
 def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("deepspeed")
     add_tagged_data(workshop.data)
-    modes = {"ddp": {}, "zero2": zero(folder, 2), "zero3": zero(folder, 3), "fsdp2": FSDP2}
+    modes = {"ddp": {}, "zero2": tiny.zero(folder, 2), "zero3": tiny.zero(folder, 3), "fsdp2": FSDP2}
     # An adapter of each kind of layer: ZeRO-3 takes its time for every module.
     base = {"dataset": "alpha,beta", "max_steps": 7, "lora_target": "q_proj,down_proj"}
     two = {mode: {**base, **changes} for mode, changes in modes.items()}
