@@ -199,8 +199,7 @@ def doremi_settings(folder: Path, tokens: int) -> dict[str, Any]:
     """Return DoReMi's three trainings: all of one size, on equal tokens.
 
     The paper has a step size of 1, with 200,000 steps of 512 samples. In a few hundred steps of 8 samples from random
-    weights the excess losses are large and noisy, hence 0.1, advised in issue 5 of the authors' repository where
-    weights collapse.
+    weights the excess losses are large and noisy, hence 0.1, which the authors advise where weights collapse.
     """
     base = base_settings(folder)
     base["seed"] = SEEDS[0]

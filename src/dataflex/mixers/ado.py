@@ -88,7 +88,6 @@ class ADOMixer(Mixer):
         self._samples: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._losses: NDArray[np.float64] = np.empty(0)
         self._history = LossHistory(params.history_points)
-        self._steps = 0
         self._fitted_at: int | None = None
         self.laws: NDArray[np.float64] = np.empty((0, 3))
         """a, e and alpha of every domain, shape (K, 3); NaN where none could be fitted yet."""
@@ -133,7 +132,6 @@ class ADOMixer(Mixer):
         """Take in the samples and losses of a step; a domain that was absent keeps its last loss."""
         if self._preferred.size:
             self._mean = self._mean + (self._preferred - self._mean) / statistics.step
-        self._steps = statistics.step
         self._samples = self._samples + statistics.samples
         self._losses = np.where(np.isnan(statistics.losses), self._losses, statistics.losses)
         share = statistics.samples / statistics.samples.sum()
@@ -203,7 +201,6 @@ class ADOMixer(Mixer):
             "preferred": self._preferred,
             "samples": self._samples,
             "losses": self._losses,
-            "steps": self._steps,
             "fitted_at": self._fitted_at,
             "laws": self.laws,
             "fits": self.fits,
@@ -215,6 +212,6 @@ class ADOMixer(Mixer):
         """Take back what :meth:`state_dict` returned."""
         self._prior, self._realised, self._mean = state["prior"], state["realised"], state["mean"]
         self._preferred, self._samples, self._losses = state["preferred"], state["samples"], state["losses"]
-        self._steps, self._fitted_at = int(state["steps"]), state["fitted_at"]
+        self._fitted_at = state["fitted_at"]
         self.laws, self.fits, self.failed_fits = state["laws"], int(state["fits"]), state["failed_fits"].copy()
         self._history.load_state_dict(state["history"])

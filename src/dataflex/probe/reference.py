@@ -338,7 +338,7 @@ def domain_digest(pool: Pool, number: int) -> str:
 
 def model_files_digest(name: str) -> str:
     """Return a digest of a model folder's configuration and weights; of a hub model, its name."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if not folder.is_dir():
         return f"hub:{name}"
     digest = hashlib.sha256()
