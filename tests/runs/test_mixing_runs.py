@@ -104,6 +104,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         workshop.add(f"{name}-accumulated", **accumulated)
     adapter = {"method": "doremi", "reference_model": str(workshop.root / "capped-whole")}
     workshop.add("adapter-whole", **mixed(adapter))
+    workshop.add("seldom-logged", **mixed(found["odm"], logging_steps=4, save_strategy="no"))
     workshop.add("pt-one", **mixed(found["doremi"], **PT, per_device_train_batch_size=4))
     alone = {"dataset": "alpha", "max_steps": 4, "save_strategy": "no"}
     workshop.add("alone-weighed", **mixed(found["doremi"], **alone))
@@ -267,6 +268,16 @@ def test_every_change_of_proportions_is_logged(runs: Any) -> None:
         entry = next(entry for entry in history if entry["step"] == line["start_step"] + 1)
         for domain, share in line["proportions"].items():
             assert entry[f"dataflex/proportion/{domain}"] == pytest.approx(share)
+
+
+def test_a_round_is_logged_where_its_steps_are_not(runs: Any) -> None:
+    history = [entry for entry in runs.trace("seldom-logged")["history"] if "dataflex/round" in entry]
+    assert [entry["step"] for entry in history if "loss" in entry] == [4, 8]
+    starts = [line["start_step"] + 1 for line in runs.rounds("seldom-logged")]
+    assert starts == [1, 2, 4, 6, 8]
+    assert [entry["step"] for entry in history] == starts
+    size = sum(runs.rounds("seldom-logged")[0]["pool"].values())
+    assert [entry["epoch"] for entry in history] == pytest.approx([8 * step / size for step in starts], abs=1e-3)
 
 
 def test_epochs_are_what_was_trained(runs: Any) -> None:
