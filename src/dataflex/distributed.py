@@ -1,16 +1,21 @@
-"""The few collectives the package uses. The only module that calls torch.distributed; no-ops in one process."""
+"""The few collectives the package uses. The only module that calls torch.distributed; no-ops in one process.
+
+Components import it, and ``check`` imports components: torch, which takes seconds to import, is imported where it is
+used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 from weakref import WeakKeyDictionary
 
-import torch
-import torch.distributed as dist
-
 from dataflex.errors import DataFlexError
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 T = TypeVar("T")
 
@@ -21,22 +26,30 @@ _waiting_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakK
 
 def world_size() -> int:
     """Return the number of processes."""
+    import torch.distributed as dist
+
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Return this process's number, from 0."""
+    import torch.distributed as dist
+
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def barrier() -> None:
     """Wait until every process is here."""
+    import torch.distributed as dist
+
     if world_size() > 1:
         dist.barrier()
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """Return the sum over processes of a tensor on the training device; changes ``values`` in place."""
+    import torch.distributed as dist
+
     if world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -44,6 +57,9 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 def all_gather(values: torch.Tensor) -> torch.Tensor:
     """Return the values of all processes, concatenated along the first dimension; all of one shape."""
+    import torch
+    import torch.distributed as dist
+
     if world_size() == 1:
         return values
     parts = [torch.empty_like(values) for _ in range(world_size())]
@@ -59,6 +75,8 @@ def on_main(function: Callable[[], T]) -> T:
     Raises:
         DataFlexError: on every process, if ``function`` raised one.
     """
+    import torch.distributed as dist
+
     if world_size() == 1:
         return function()
     group = _waiting_group()  # before the others have to wait
@@ -80,6 +98,8 @@ def _waiting_group() -> dist.ProcessGroup:
     Gloo, because NCCL ends a run whose processes wait for more than ``ddp_timeout``, and its waiting keeps the GPU
     busy.
     """
+    import torch.distributed as dist
+
     default = dist.group.WORLD
     if default not in _waiting_groups:
         _waiting_groups[default] = dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -88,6 +108,8 @@ def _waiting_group() -> dist.ProcessGroup:
 
 def everywhere(value: bool, device: torch.device) -> bool:
     """Return whether ``value`` is true on every process."""
+    import torch
+
     if world_size() == 1:
         return value
     flag = torch.tensor(0.0 if value else 1.0, device=device)
@@ -100,6 +122,8 @@ def require_equal(value: str, what: str) -> None:
     Raises:
         DataFlexError: on every process, if they differ.
     """
+    import torch.distributed as dist
+
     if world_size() == 1:
         return
     values: list[str | None] = [None] * world_size()
@@ -113,6 +137,8 @@ def require_equal(value: str, what: str) -> None:
 
 def gather_objects(value: T) -> list[T]:
     """Return the picklable value of every process, in order of rank, on every process."""
+    import torch.distributed as dist
+
     if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from dataflex.data.pool import IGNORE_INDEX as IGNORE_INDEX
 
 
 def shifted(labels: Tensor) -> Tensor:

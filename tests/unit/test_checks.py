@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -336,3 +338,18 @@ def test_what_weighs_the_loss_needs_the_loss(keys: dict[str, Any], mix: dict[str
         assert mix["method"] in found(keys, {"mix": mix}, **{key: True})[key]
         assert "odm" in found(keys, {"mix": {"method": "odm"}}, **{key: True})[key]
         assert found(keys, {"mix": {"method": "uniform"}}, **{key: True}) == {}
+
+
+def test_the_checks_need_no_torch(keys: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({**keys, "dataflex": {**SELECT, **MIX, **ORDER, **WEIGHT}}))
+    code = """
+import sys
+from pathlib import Path
+from dataflex import checks
+from dataflex.config import load_config
+assert checks.problems_of(load_config(Path(sys.argv[1]))) == []
+print(sorted({"torch", "transformers", "llamafactory", "scipy.stats", "pyarrow", "sklearn"} & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "run.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Divided: TypeAlias = "tuple[Dataset, dict[str, int]]"
 """A preprocessed data set and the sizes of its domains, whose samples lie in it one domain after another."""
 
+IGNORE_INDEX = -100
+"""The label of a token that is not trained on."""
+
 _NAMED = 10
 _FINGERPRINT_ROWS = 512
 _SCAN_ROWS = 10_000
@@ -138,8 +141,6 @@ class Pool:
         if "labels" not in self.dataset.column_names:  # plain text: every token is a label
             return np.maximum(self.lengths - 1, 0)
         import pyarrow.compute as pc
-
-        from dataflex.token_loss import IGNORE_INDEX
 
         parts = []
         for table in self.dataset.with_format("arrow").iter(batch_size=_SCAN_ROWS):

@@ -16,7 +16,6 @@ from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
-from scipy.stats import rankdata
 
 from dataflex.components import ComponentParams, RoundContext
 from dataflex.data.sampling import IndexArray
@@ -52,6 +51,8 @@ def consensus(influence: ScoreArray, vote_share: float) -> ScoreArray:
         influence: (n, S).
         vote_share: share of the samples each sub-task votes for; its count is rounded up, ties at the cut all count.
     """
+    from scipy.stats import rankdata  # takes half a second, which `check` and `list` need not wait for
+
     scores = np.full(influence.shape[0], np.nan, dtype=np.float32)
     scored = ~np.isnan(influence).any(axis=1)
     values = influence[scored]

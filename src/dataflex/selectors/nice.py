@@ -29,14 +29,13 @@ from pydantic import Field, model_validator
 
 from dataflex import distributed
 from dataflex.components import GenerationSettings, Probe, RoundContext
-from dataflex.data.pool import Pool
+from dataflex.data.pool import IGNORE_INDEX, Pool
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 from dataflex.influence import InfluenceParams, InfluenceSelector, spread_by
 from dataflex.registry import register
 from dataflex.rewards import Reward, RewardChoice
 from dataflex.selection import ScoreArray
-from dataflex.token_loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from dataflex.config import RunConfig
