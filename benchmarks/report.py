@@ -37,7 +37,7 @@ def write_run(run: Path, rounds: int, size: int, seed: int) -> Path:
     names = [f"domain {i}" for i in range(DOMAINS)]
     folder = run / "dataflex"
     (folder / "plans").mkdir(parents=True)
-    config = {"llamafactory": {"stage": "sft"}, "dataflex": {"select": {"method": "loss"}}, "versions": {}}
+    config = {"stage": "sft", "dataflex": {"select": {"method": "loss"}}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     pool = dict.fromkeys(names, POOL // DOMAINS)
     with (folder / "rounds.jsonl").open("w") as stream:

@@ -76,7 +76,7 @@ if command == "eval":
 if (folder / "adapter_model.safetensors").exists() and not list(folder.glob("checkpoint-*")):
     if "overwrite_output_dir=true" not in sys.argv:
         sys.exit("dataflex: output_dir holds a trained model")
-write(record / "config.yaml", {"llamafactory": config, "dataflex": config["dataflex"] or {}, "versions": {}})
+write(record / "config.yaml", {**config, "dataflex": config["dataflex"] or {}})
 (record / "summary.json").unlink(missing_ok=True)
 if behaviour == "crash":
     print("Traceback (most recent call last):\\n  ...\\nRuntimeError: out of luck")

@@ -97,7 +97,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     get_peft_model(model, lora).save_pretrained(run)
     tokenizer.save_pretrained(run)
     (run / "dataflex").mkdir()
-    (run / "dataflex" / "config.yaml").write_text(yaml.safe_dump({"llamafactory": {}, "dataflex": {}}))
+    (run / "dataflex" / "config.yaml").write_text(yaml.safe_dump({"dataflex": {}}))
     (run / "dataflex" / "summary.json").write_text("{}")
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run).eval()
 
@@ -624,7 +624,7 @@ def test_targets(evaluated: Evaluated, tmp_path: Path) -> None:
     _refused(full, "its training has not ended", "checkpoint-12")
     merged = tmp_path / "merged"
     shutil.copytree(evaluated.run, merged)
-    record = {"llamafactory": {"adapter_name_or_path": "a,b"}}
+    record = {"adapter_name_or_path": "a,b", "dataflex": {}}
     (merged / "dataflex" / "config.yaml").write_text(yaml.safe_dump(record))
     _refused(merged, "llamafactory-cli export")
     shutil.rmtree(merged / "dataflex")

@@ -53,7 +53,7 @@ def write_run(path: Path, components: dict[str, Any], reached: int | None = None
     planner = Planner(pool, Components(**components), Schedule(2, 5, -1, STEPS), seed=3, global_batch_size=6)
     writer = RunWriter(path)
     section = {key: {"method": each.name} for key, each in components.items()}
-    writer.begin({"llamafactory": llamafactory, "dataflex": section}, None)
+    writer.begin({**llamafactory, "dataflex": section}, None)
     step = 0
     while step < STEPS:
         slot = planner.schedule.slot_at(step)
@@ -433,7 +433,7 @@ def test_without_the_data_of_the_run_it_is_explained_without_texts(
     data = shutil.copytree(texts.parent / "data", tmp_path / "data")
     file = run / "dataflex" / "config.yaml"
     config = yaml.safe_load(file.read_text())
-    keys = config["llamafactory"]
+    keys = config
     keys["dataset_dir"] = str(data)
     if case == "sizes":
         rows = json.loads((data / "beta.json").read_text())

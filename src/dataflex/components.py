@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,39 @@ if TYPE_CHECKING:
 
 State = dict[str, Any]
 """A component's state: JSON values and numpy arrays, nested in dicts."""
+
+
+@dataclass(frozen=True)
+class PathMark:
+    """Marks text of a parameter as the path of a file or folder; the run record then holds it absolute."""
+
+    is_written: bool
+    """Whether the run may write it; else text that names nothing on this machine, as a hub's model, stays as it is."""
+
+
+InputPath = Annotated[str, PathMark(is_written=False)]
+"""Field type of a file or folder that is read, from the working directory; also of a name on a hub."""
+
+OutputPath = Annotated[str, PathMark(is_written=True)]
+"""Field type of a folder that may be written, from the working directory."""
+
+
+def path_fields(params: type[BaseModel]) -> dict[str, PathMark]:
+    """Return which fields of a parameter model hold paths, also in lists or beside other types."""
+    found = {}
+    for name, info in params.model_fields.items():
+        marks = [mark for mark in info.metadata if isinstance(mark, PathMark)] or list(_path_marks(info.annotation))
+        if marks:
+            found[name] = marks[0]
+    return found
+
+
+def _path_marks(annotation: Any) -> Iterator[PathMark]:
+    for part in get_args(annotation):
+        if isinstance(part, PathMark):
+            yield part
+        else:
+            yield from _path_marks(part)
 
 
 class ComponentParams(BaseModel):
@@ -459,7 +492,7 @@ def _form_of_shares(value: Any) -> Any:
     raise ValueError("must be a list of numbers, a mapping of domain names to numbers, or a JSON file that holds one")
 
 
-Shares = Annotated[list[float] | dict[str, float] | str, BeforeValidator(_form_of_shares)]
+Shares = Annotated[list[float] | dict[str, float] | InputPath, BeforeValidator(_form_of_shares)]
 """Domain shares as a user gives them: numbers in domain order, a mapping by name, or a JSON file that holds one."""
 
 

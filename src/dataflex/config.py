@@ -72,6 +72,8 @@ class RunConfig:
         dataflex: our section, or None where nothing of LLaMA-Factory is to be replaced.
         params: parameters of each present family, by configuration key.
         source: the file it came from, for messages.
+        base: folder of that file, the second place where relative paths are looked for.
+        assets: LLaMA-Factory keys whose value was ``asset:NAME``, and that name.
         notes: what the user should be told before the run starts.
         offline: whether the pool is only to be scored, not trained on.
     """
@@ -80,6 +82,8 @@ class RunConfig:
     dataflex: DataFlexConfig | None
     params: dict[str, tuple[type[Component], ComponentParams]] = field(default_factory=dict)
     source: str = ""
+    base: Path | None = None
+    assets: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     offline: bool = False
 
@@ -91,8 +95,10 @@ class RunConfig:
         """
         from dataflex import assets
 
-        named = {key: assets.resolve(str(self.llamafactory[key])) for key in ASSET_KEYS if self.llamafactory.get(key)}
-        return replace(self, llamafactory={**self.llamafactory, **named})
+        given = {key: str(self.llamafactory[key]) for key in ASSET_KEYS if self.llamafactory.get(key)}
+        named = {key: name for key, name in given.items() if name.startswith(assets.PREFIX)}
+        found = {key: assets.resolve(name) for key, name in named.items()}
+        return replace(self, llamafactory={**self.llamafactory, **found}, assets=named)
 
     def build_components(self) -> Components:
         """Return fresh components of this configuration."""
@@ -108,7 +114,7 @@ class RunConfig:
             ours = self.dataflex.model_dump(exclude={"select", "mix", "order", "weight"})
             for key, (cls, params) in self.params.items():
                 ours[key] = {"method": cls.name, **params.model_dump(mode="json")}
-        return {"llamafactory": self.llamafactory, SECTION: ours}
+        return {**self.llamafactory, SECTION: ours}
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -141,7 +147,7 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     """Do what :func:`split_config` does, but return the problems; with any, the section is left out."""
     problems: list[Problem] = []
     rest, section, notes = legacy.translate(raw, base, problems)
-    plain = RunConfig(rest, None, source=source, notes=tuple(notes))
+    plain = RunConfig(rest, None, source=source, base=base, notes=tuple(notes))
     if section is None or problems:
         return plain, problems
     if not isinstance(section, dict):
@@ -153,7 +159,7 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     if not params:
         note = f"{SECTION}: has none of select, mix, order, weight; the run trains as LLaMA-Factory does, on record."
         notes.append(note)
-    return RunConfig(rest, config, params, source, tuple(notes)), []
+    return RunConfig(rest, config, params, source, base, notes=tuple(notes)), []
 
 
 def _validate_components(

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from dataflex.components import ComponentParams, GradientSettings, RoundContext, Selector, SelectorParams
+from dataflex.components import (
+    ComponentParams,
+    GradientSettings,
+    InputPath,
+    OutputPath,
+    RoundContext,
+    Selector,
+    SelectorParams,
+)
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 from dataflex.selection import ScoreArray
@@ -74,7 +82,7 @@ class FeatureParams(GradientParams):
     )
     proj_dim: int = Field(8192, ge=1, description="Length of a feature; at most the number of trainable parameters.")
     projection_seed: int = Field(0, ge=0, description="Seed of the map.")
-    feature_dir: str | None = Field(
+    feature_dir: OutputPath | None = Field(
         None,
         description="Folder to keep the pool's features in, so that a killed decision goes on where it was; none: they "
         "are used and dropped.",
@@ -108,7 +116,7 @@ class ValidationParams(ComponentParams):
 class CheckpointParams(ComponentParams):
     """Stored checkpoints that stand for the course of a run."""
 
-    checkpoints: list[str] = Field(
+    checkpoints: list[InputPath] = Field(
         default_factory=list,
         description="Checkpoint folders of an earlier run of the same model, in order; none: the model as it is.",
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from dataflex.assets import PREFIX
-from dataflex.components import ComponentParams
+from dataflex.components import ComponentParams, InputPath, OutputPath
 
 if TYPE_CHECKING:
     from dataflex.config import RunConfig
@@ -26,10 +26,10 @@ _OWN_TOKENS = ("add_tokens", "add_special_tokens", "new_special_tokens_config", 
 class ReferenceParams(ComponentParams):
     """Where the reference's losses come from."""
 
-    reference_model: str | None = Field(
+    reference_model: InputPath | None = Field(
         None, description="The frozen reference: folder (of a model or an adapter) or hub name; same tokenizer."
     )
-    reference_losses: str | None = Field(
+    reference_losses: OutputPath | None = Field(
         None,
         description="Folder of a table of its loss at every token; what is not there yet is made from reference_model.",
     )

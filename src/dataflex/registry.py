@@ -88,10 +88,15 @@ def load_components(plugins: list[str], base: Path | None = None) -> None:
         except Exception as error:
             raise ConfigError(f"the entry point {point.name} = {point.value} cannot be loaded: {error}") from error
     for plugin in plugins:
-        _load_plugin(_find_plugin(plugin, base))
+        _load_plugin(find_plugin(plugin, base))
 
 
-def _find_plugin(plugin: str, base: Path | None) -> Path:
+def find_plugin(plugin: str, base: Path | None) -> Path:
+    """Return the absolute path of a plug-in file, from the working directory or from ``base``.
+
+    Raises:
+        ConfigError: if there is none.
+    """
     folders = list(dict.fromkeys(folder for folder in (Path.cwd(), base) if folder is not None))
     for folder in folders:
         if (folder / plugin).is_file():
@@ -100,7 +105,8 @@ def _find_plugin(plugin: str, base: Path | None) -> Path:
 
 
 def _load_plugin(path: Path) -> None:
-    name = f"dataflex_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    # Named by its contents: the copy in a run's record is the same plug-in.
+    name = f"dataflex_plugin_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)

@@ -36,6 +36,12 @@ class Workshop:
         self.specs.append({"name": name, "args": args, "plain": plain, "stop_at": stop_at})
         return output
 
+    def repeat(self, name: str, source: str) -> None:
+        """Add a run of another run's record."""
+        record = self.root / source / "dataflex" / "config.yaml"
+        args = {"output_dir": str(self.root / name)}
+        self.specs.append({"name": name, "args": args, "record": str(record)})
+
     def start(self, processes: int) -> None:
         """Run everything added so far in one start of ``processes`` processes."""
         spec = self.root / f"spec-{processes}-{len(list(self.root.iterdir()))}.json"

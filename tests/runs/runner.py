@@ -1,6 +1,6 @@
 """Runs many short trainings in one process group: ``python runner.py SPEC.json`` or under torchrun.
 
-A specification is a list of ``{"name", "args", "plain", "stop_at"}``. What each run did is written to
+A specification is a list of ``{"name", "args", "plain", "stop_at", "record"}``. What each run did is written to
 ``<output_dir>/trace-<rank>.json``. Starting Python with LLaMA-Factory costs 20 s, so the tests share their starts.
 DDP, DeepSpeed and FSDP runs may follow each other in one process group.
 """
@@ -31,7 +31,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dataflex import bridge
-from dataflex.config import split_config
+from dataflex.config import load_config, split_config
 from dataflex.trainer.mixin import DynamicTrainerMixin
 from dataflex.trainer.rounds import INDEX_KEY
 from dataflex.trainer.run import DynamicRun
@@ -138,6 +138,9 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
         with fsdp_on_cpu() if args.get("fsdp") else nullcontext():
             if item.get("plain"):
                 tuner.run_exp(args, [watch])
+            elif item.get("record"):
+                overrides = [f"{key}={value}" for key, value in args.items()]
+                bridge.run(load_config(Path(item["record"]), overrides), [watch])
             else:
                 bridge.run(split_config(args), [watch])
     except Killed:

@@ -6,6 +6,7 @@ are started by the command line as a user meets it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -128,6 +129,7 @@ def runs(workshop: Any) -> Any:
     for name, look in (("probe-no", []), ("probe-yes", ["losses"])):
         selector = {"select": {"method": "test_blind", "look": look}, "plugins": [PLUGIN]}
         workshop.add(name, **TWO_SETS, **section(**selector), dropout=True)
+    workshop.repeat("probe-yes-again", "probe-yes")
     add_variants(workshop)
     workshop.start(1)
     return workshop
@@ -261,6 +263,19 @@ def test_a_probe_leaves_no_trace(runs: Any) -> None:
     assert runs.rounds("probe-yes")[1]["cost"]["samples"] > 0 == runs.rounds("probe-no")[1]["cost"]["samples"]
 
 
+def test_a_run_is_repeated_from_its_record(runs: Any) -> None:
+    first, again = runs.trace("probe-yes"), runs.trace("probe-yes-again")
+    assert again["weights"] == first["weights"]
+    assert again["losses"] == first["losses"]
+    assert runs.plan_digests("probe-yes-again") == runs.plan_digests("probe-yes")
+    records = [runs.root / name / "dataflex" for name in ("probe-yes", "probe-yes-again")]
+    configs = [yaml.safe_load((record / "config.yaml").read_text()) for record in records]
+    assert configs[1].pop("output_dir") != configs[0].pop("output_dir")
+    assert configs[1] == configs[0]
+    (plugin,) = configs[0]["dataflex"]["plugins"]
+    assert (records[0] / plugin).read_bytes() == (records[1] / plugin).read_bytes() == Path(PLUGIN).read_bytes()
+
+
 def test_domain_losses_are_logged_and_do_not_depend_on_processes(runs: Any) -> None:
     one, two = (runs.trace(name)["history"] for name in ("one-or-two-1", "one-or-two-2"))
     keys = {key for entry in one for key in entry if key.startswith("dataflex/")}
@@ -345,8 +360,20 @@ def test_the_record_is_complete(runs: Any) -> None:
     assert summary["tokens"] > 0
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["dataflex"]["select"]["focus_weight"] == 5.0  # defaults are filled in
-    assert config["llamafactory"]["lora_rank"] == 4
-    assert {"dataflex", "llamafactory", "torch"} <= set(config["versions"])
+    assert config["lora_rank"] == 4
+    (start,) = json.loads((folder / "environment.json").read_text())["starts"]
+    assert {"python", "dataflex", "llamafactory", "torch"} <= set(start["versions"])
+    assert start["processes"] == 1
+    assert start["started"] <= start["finished"]
+    (alpha,) = start["datasets"]["alpha"]["files"]
+    data = runs.data / "alpha.json"
+    assert alpha == str(data)
+    assert start["datasets"]["alpha"]["files"][alpha] == {
+        "bytes": data.stat().st_size, "sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
+    }  # fmt: skip
+    weights = start["model"]["files"]["model.safetensors"]
+    assert weights["bytes"] == (runs.dropout_model / "model.safetensors").stat().st_size
+    assert len(start["fingerprints"]["dataset"]) == 64
     line = runs.rounds("composed-whole-1")[1]
     assert line["components"] == {"select": "loss", "mix": "proportional", "order": "sort", "weight": "loss"}
     assert line["cost"]["samples"] == 80

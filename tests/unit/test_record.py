@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def write(output: Path, first: int, stop: int, kept: int | None) -> RunWriter:
 
 def test_a_round_is_one_line_and_one_table(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
-    writer.begin({"llamafactory": {"stage": "sft"}, "dataflex": {"seed": 3}}, None)
+    writer.begin({"stage": "sft", "dataflex": {"seed": 3}}, None)
     writer.round(plan(0, [3, 7, 7, 0], update=None), POOL, {}, Cost())
     ranked = {"ranks": np.array([3, 0, 1, 7]), "candidates": {"pool": 7}}
     writer.round(plan(1, [9, 1, 1, 2], [0.5, np.nan, 2, -1], unscored=3, **ranked), POOL, {"select": "loss"}, COST)
@@ -80,16 +81,20 @@ def test_a_round_is_one_line_and_one_table(tmp_path: Path) -> None:
     assert not {"score", "rank"} & set(pq.read_schema(tmp_path / "dataflex" / "plans" / "round-00000.parquet").names)
 
 
-def test_configuration_versions_and_summary(tmp_path: Path) -> None:
+def test_configuration_environment_and_summary(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
-    writer.begin({"llamafactory": {"stage": "sft"}, "dataflex": {"mix": {"proportions": [0.5, 0.5]}}}, None)
-    written = yaml.safe_load((tmp_path / "dataflex" / "config.yaml").read_text())
-    assert written["llamafactory"] == {"stage": "sft"}
-    assert written["dataflex"] == {"mix": {"proportions": [0.5, 0.5]}}
-    assert {"dataflex", "torch", "llamafactory"} <= set(written["versions"])
+    writer.begin({"stage": "sft", "dataflex": {"mix": {"proportions": [0.5, 0.5]}}}, None, start={"step": 0})
+    record = tmp_path / "dataflex"
+    written = yaml.safe_load((record / "config.yaml").read_text())
+    assert written == {"stage": "sft", "dataflex": {"mix": {"proportions": [0.5, 0.5]}}}
     writer.summary({"rounds": 3})
-    assert json.loads((tmp_path / "dataflex" / "summary.json").read_text()) == {"rounds": 3}
-    assert sorted(path.name for path in (tmp_path / "dataflex").iterdir()) == ["config.yaml", "plans", "summary.json"]
+    assert json.loads((record / "summary.json").read_text()) == {"rounds": 3}
+    (start,) = json.loads((record / "environment.json").read_text())["starts"]
+    assert start["step"] == 0
+    assert datetime.fromisoformat(start["finished"]).tzinfo is not None
+    assert sorted(path.name for path in record.iterdir()) == [
+        "config.yaml", "environment.json", "plans", "summary.json",
+    ]  # fmt: skip
 
 
 def test_a_resumed_run_has_every_round_once(tmp_path: Path) -> None:

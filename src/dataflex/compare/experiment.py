@@ -16,10 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from dataflex import checks, legacy
-from dataflex.compare.contents import contents, digest, expanded, file_digest
+from dataflex.compare.contents import contents, digest, expanded
 from dataflex.compare.settings import ExperimentSettings, problem_of, read_settings
 from dataflex.config import SECTION, RunConfig, parse_config
 from dataflex.errors import ConfigError, Problem, unknown
+from dataflex.fingerprints import file_digest
 from dataflex.record.versions import installed_versions
 from dataflex.yaml_file import read_yaml, without_other_methods
 
@@ -606,12 +607,11 @@ def keyed(config: RunConfig, base: Path, depends_on: Mapping[str, Any]) -> tuple
         depends_on: what else the key is a digest of.
     """
     assert config.dataflex is not None
-    resolved = config.resolved()
-    configuration = {**resolved["llamafactory"], SECTION: resolved[SECTION]}
+    configuration = config.resolved()
     del configuration["output_dir"]
     key = digest({"configuration": configuration, **depends_on})
     plugins = [absolute_plugin(name, base) for name in config.dataflex.plugins]
-    return key, {**configuration, SECTION: {**resolved[SECTION], "plugins": plugins}}
+    return key, {**configuration, SECTION: {**configuration[SECTION], "plugins": plugins}}
 
 
 def absolute_plugin(plugin: str, base: Path) -> str:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dataflex import assets
 from dataflex.errors import ConfigError, Problem, did_you_mean
 from dataflex.evaluation.downstream import evaluate_tasks
 from dataflex.evaluation.results import result_tables
 from dataflex.evaluation.tasks import read_settings, task_problems
+from dataflex.record.configuration import read_configuration
 from dataflex.record.tables import to_text
 
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
@@ -85,7 +84,7 @@ def _check_finished(run: Path) -> None:
         )
     if not _has(run, _WEIGHTS) and not _has(run, _ADAPTER):
         raise ConfigError(f"{run} has no weights: they were not saved, or are gone{_checkpoints_in(run)}.")
-    recorded = yaml.safe_load((run / "dataflex" / "config.yaml").read_text(encoding="utf-8"))["llamafactory"]
+    recorded = read_configuration(run)
     earlier = [name for name in str(recorded.get("adapter_name_or_path") or "").split(",") if name]
     if len(earlier) > 1 or (earlier and recorded.get("create_new_adapter")):
         raise ConfigError(

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import DomainParams, Mixer, RoundContext, Shares, State, shares_of, shares_problem
+from dataflex.components import DomainParams, InputPath, Mixer, RoundContext, Shares, State, shares_of, shares_problem
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.mixture_regression import Floats, Regressor, best_mixture, check_runs, fit, read_runs
 from dataflex.registry import register
@@ -28,10 +28,10 @@ from dataflex.registry import register
 class RegMixParams(DomainParams):
     """Parameters of the RegMix mixer."""
 
-    mixtures: str = Field(
+    mixtures: InputPath = Field(
         min_length=1, description="CSV file: a row of weights for each small model, a column for each domain."
     )
-    losses: str = Field(min_length=1, description="CSV file: the losses of the same models in the same order.")
+    losses: InputPath = Field(min_length=1, description="CSV file: the losses of the same models in the same order.")
     target: str | list[str] | None = Field(
         None, description="Column of losses to minimise, or columns, whose mean is; none: all."
     )

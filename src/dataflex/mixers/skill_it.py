@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import Mixer, MixerParams, RoundContext, State
+from dataflex.components import InputPath, Mixer, MixerParams, RoundContext, State
 from dataflex.domain_weights import exponentiated_update
 from dataflex.errors import ConfigError, unknown
 from dataflex.influence import ValidationParams
@@ -44,7 +44,7 @@ _BETWEEN = 0.5
 class SkillItParams(MixerParams, ValidationParams):
     """Parameters of Skill-it."""
 
-    graph: list[list[float]] | str | None = Field(
+    graph: list[list[float]] | InputPath | None = Field(
         None,
         description="A: a row for each domain, a number >= 0 in it for each validation domain; or a JSON or CSV file "
         "of one with names; none: 1 for a domain's own, 0.5 for the others.",

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import NonNegativeFloat, NonNegativeInt, TypeAdapter, ValidationError
 
 from dataflex.errors import ConfigError
-from dataflex.record.files import json_lines, one_line, read_column, read_labels, read_object
+from dataflex.record.configuration import read_configuration
+from dataflex.record.environment import starts
+from dataflex.record.files import json_lines, read_column, read_labels, read_object
 from dataflex.record.loss_weights import LossWeights, read_loss_weights
 from dataflex.record.trainer_log import (
     Curve,
@@ -209,7 +210,9 @@ class RunRecord:
     path: Path
     name: str
     config: Mapping[str, Any]
-    """``config.yaml``: the keys ``llamafactory``, ``dataflex`` and ``versions``."""
+    """LLaMA-Factory's keys, and ``dataflex``."""
+    starts: list[dict[str, Any]]
+    """The entries of ``environment.json``, the first start first; empty in older records."""
     rounds: list[Round]
     summary: Summary | None
     """None while the run is unfinished."""
@@ -420,7 +423,7 @@ def read_run(path: Path) -> RunRecord:
     Raises:
         ConfigError: if ``path`` is not such a folder, or a file in it is not what it should be.
     """
-    config = _read_config(path)
+    config = read_configuration(path)
     summary = _read_summary(path / "dataflex" / "summary.json")
     told = summary.steps if summary else None
     log, reached = read_log(path, finished=summary is not None, steps=told)
@@ -432,6 +435,7 @@ def read_run(path: Path) -> RunRecord:
         path=path,
         name=path.resolve().name,
         config=config,
+        starts=starts(path),
         rounds=_read_rounds(path / "dataflex" / "rounds.jsonl"),
         summary=summary,
         steps=steps,
@@ -453,22 +457,6 @@ def read_run(path: Path) -> RunRecord:
 def _is_newer(file: Path, than: Path) -> bool:
     """Whether a file is there and not older than another: one that is, is an earlier run's in the same folder."""
     return file.is_file() and file.stat().st_mtime >= than.stat().st_mtime
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "dataflex" / "config.yaml"
-    if not path.is_dir():
-        raise ConfigError(f"{path} is not a folder; expected the output_dir of a DataFlex run.")
-    if not file.is_file():
-        raise ConfigError(f"{file} is missing; expected {path} to be the output_dir of a DataFlex run.")
-    try:
-        config = yaml.safe_load(file.read_bytes())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not readable YAML ({one_line(error)}).") from error
-    sections = ("llamafactory", "dataflex")
-    if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in sections):
-        raise ConfigError(f"{file}: expected a run's configuration with the sections {' and '.join(sections)}.")
-    return config
 
 
 def _read_summary(path: Path) -> Summary | None:

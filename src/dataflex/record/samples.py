@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dataflex.config import RunConfig
+from dataflex.config import SECTION, RunConfig
 from dataflex.errors import ConfigError
 from dataflex.record.files import one_line
 from dataflex.record.reader import RunRecord
@@ -93,10 +93,10 @@ def load_texts(record: RunRecord, full: bool) -> Texts | str:
     """
     from dataflex import bridge
 
-    given = dict(record.config["llamafactory"])
-    column = (record.config.get("dataflex") or {}).get("domain_column")
+    given = {key: value for key, value in record.config.items() if key != SECTION}
+    column = record.config[SECTION].get("domain_column")
     try:
-        config = RunConfig(given, None, source=str(record.path))
+        config = RunConfig(given, None, source=str(record.path)).with_assets()
         pool, tokenizer = bridge.pool_of(config, column)
     except _LOADING_ERRORS as error:
         directory = str(given.get("dataset_dir", "data"))

@@ -1,6 +1,8 @@
 """Writing the run record: ``<output_dir>/dataflex/`` with every decision of a run and what it cost.
 
-    config.yaml                  the resolved configuration and the versions of what ran it
+    config.yaml                  the configuration with every default filled in, to be run again
+    environment.json             versions, processes, command, and digests of data, model and plug-ins of every start
+    plugins/                     the plug-in files as they were
     rounds.jsonl                 one line per round
     evaluations.jsonl            one line per evaluation
     plans/round-NNNNN.parquet    the samples of a round: position, index, domain, score, rank
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -32,7 +35,9 @@ from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError
 from dataflex.files import write_atomically
 from dataflex.probe.cost import Cost
-from dataflex.record.versions import installed_versions
+from dataflex.record.configuration import PLUGINS
+from dataflex.record.environment import FILE as ENVIRONMENT
+from dataflex.record.environment import now, starts
 
 FOLDER = "dataflex"
 LOSS_WEIGHTS = "loss_weights.csv"
@@ -50,6 +55,7 @@ class RunWriter:
 
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / FOLDER
+        self._starts: list[dict[str, Any]] = []
         try:
             (self.folder / "plans").mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / ".writable", b"")
@@ -57,13 +63,23 @@ class RunWriter:
         except OSError as error:
             raise ConfigError(f"output_dir: {output_dir} cannot be written to ({error.strerror or error}).") from error
 
-    def begin(self, resolved: dict[str, Any], kept_rounds: int | None, step: int = 0) -> dict[str, Any] | None:
+    def begin(
+        self,
+        configuration: dict[str, Any],
+        kept_rounds: int | None,
+        step: int = 0,
+        *,
+        plugins: Mapping[str, bytes] | None = None,
+        start: dict[str, Any] | None = None,
+    ) -> dict[str, Any] | None:
         """Start or go on with the record, and return the last evaluation on it, if any.
 
         Args:
-            resolved: the configuration.
+            configuration: as it is kept.
             kept_rounds: rounds a resumed run keeps; None for a new run, which sets an earlier record aside.
             step: optimizer steps done, after which a resumed run goes on.
+            plugins: sources of the plug-in files, by their names in the record.
+            start: this start's entry of ``environment.json``.
         """
         evaluations: list[str] = []
         if kept_rounds is None:
@@ -76,9 +92,16 @@ class RunWriter:
         self._set_tasks_aside()
         for name in ("summary.json", "domain_weights.json"):
             (self.folder / name).unlink(missing_ok=True)  # they speak of a finished run
-        text = yaml.safe_dump({**resolved, "versions": installed_versions()}, sort_keys=False, allow_unicode=True)
+        for name, source in (plugins or {}).items():
+            write_atomically(self.folder / PLUGINS / name, source)
+        self._starts = [*(starts(self.folder.parent) if kept_rounds is not None else []), start or {}]
+        self._write_environment()
+        text = yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True)
         write_atomically(self.folder / "config.yaml", text.encode())
         return json.loads(evaluations[-1]) if evaluations else None
+
+    def _write_environment(self) -> None:
+        write_atomically(self.folder / ENVIRONMENT, (json.dumps({"starts": self._starts}, indent=2) + "\n").encode())
 
     def _set_aside(self) -> None:
         """Move the record of an earlier run in the same folder to a name of its own."""
@@ -196,6 +219,8 @@ class RunWriter:
 
     def summary(self, values: dict[str, Any]) -> None:
         """Write what the run took."""
+        self._starts[-1]["finished"] = now()
+        self._write_environment()
         write_atomically(self.folder / "summary.json", (json.dumps(values, indent=2) + "\n").encode())
 
 

@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from dataflex.components import ComponentParams, RoundContext, State
+from dataflex.components import ComponentParams, InputPath, RoundContext, State
 from dataflex.data.sampling import IndexArray
 from dataflex.influence import CheckpointParams, InfluenceParams, InfluenceSelector
 from dataflex.registry import register
@@ -37,7 +37,7 @@ _SCORES_DEPEND_ON = {
 class TracinParams(InfluenceParams, CheckpointParams):
     """Parameters of TracIn."""
 
-    checkpoints: list[str] = Field(
+    checkpoints: list[InputPath] = Field(
         description="Checkpoint folders of an earlier run of the same model, in order.", min_length=1
     )
 

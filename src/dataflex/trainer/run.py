@@ -21,6 +21,8 @@ from dataflex.data.pool import Pool, some
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.influence import GradientParams
 from dataflex.probe.cost import Cost
+from dataflex.record.configuration import recorded
+from dataflex.record.environment import environment
 from dataflex.record.writer import RunWriter
 from dataflex.schedule import RoundSlot, Schedule, steps_per_pass, total_steps
 from dataflex.trainer.checkpoint import STATE_VERSION
@@ -318,7 +320,16 @@ class DynamicRun:
 
     def _start_record(self, output_dir: Path, kept_rounds: int | None, step: int) -> None:
         self.writer = RunWriter(output_dir)
-        self._last_evaluation = self.writer.begin(self.config.resolved(), kept_rounds, step)
+        kept = recorded(self.config)
+        start = environment(self.config, kept, distributed.world_size(), step)
+        start["fingerprints"] = {
+            **({} if self.pool is None else {"dataset": self.pool.fingerprint}),
+            **({} if self.evaluation is None else {"eval_dataset": self.evaluation.fingerprint}),
+            **{f"dataflex.{key}.validation": targets.fingerprint for key, targets in self.targets.items()},
+        }
+        self._last_evaluation = self.writer.begin(
+            kept.configuration, kept_rounds, step, plugins=kept.plugins, start=start
+        )
 
     def plan_for(self, step: int) -> Plan:
         """Return the plan of the round in which optimizer step ``step`` (from 0) is trained, made at most once."""

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dataflex import assets
-from dataflex.compare.contents import digest, expanded, file_digest, model_texts
+from dataflex.compare.contents import digest, expanded
 from dataflex.errors import ConfigError, Problem, unknown
+from dataflex.fingerprints import file_digest, model_texts
 
 CONFIG = "config.json"
 _NOT_COPIED = (CONFIG, "adapter_config.json")

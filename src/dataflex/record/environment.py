@@ -1,0 +1,208 @@
+"""``environment.json``: what a run was started with, beside its configuration.
+
+One entry for each start of the run, the first and every resume: versions, processes, command line, and digests of the
+plug-ins, the data and the base model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from dataflex.checks import dataset_names
+from dataflex.config import SECTION, RunConfig
+from dataflex.errors import ConfigError
+from dataflex.fingerprints import WEIGHTS, digest_of_ends, file_digest, is_file, is_model_folder, model_digests
+from dataflex.masking import masked, masked_argument
+from dataflex.record.configuration import PLUGINS, Recorded
+from dataflex.record.files import read_object
+from dataflex.record.versions import installed_versions
+from dataflex.registry import ENTRY_POINT_GROUP
+
+FILE = "environment.json"
+
+_WHOLE = 2**30
+"""Files of data up to so many bytes are digested whole; larger ones count by their size and their ends."""
+
+_VARIABLES = (
+    "FORCE_TORCHRUN",
+    "NPROC_PER_NODE",
+    "NNODES",
+    "NODE_RANK",
+    "WORLD_SIZE",
+    "MIN_NNODES",
+    "MAX_NNODES",
+    "MAX_RESTARTS",
+    "MASTER_ADDR",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "ACCELERATE_TORCH_DEVICE",
+    "ALLOW_EXTRA_ARGS",
+    "DISABLE_VERSION_CHECK",
+    "USE_MODELSCOPE_HUB",
+    "USE_OPENMIND_HUB",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "PYTHONHASHSEED",
+    "CUBLAS_WORKSPACE_CONFIG",
+)
+"""Environment variables on record where they are set: the launcher's, and those that change what is loaded."""
+
+
+def now() -> str:
+    """Return the present time, as it is written on record."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def environment(config: RunConfig, kept: Recorded, world_size: int, step: int) -> dict[str, Any]:
+    """Return the entry of one start of a run, but for what only the run knows of its data.
+
+    Args:
+        config: with its assets resolved.
+        kept: what is kept of it.
+        world_size: processes.
+        step: optimizer steps done, after which it goes on.
+    """
+    return {
+        "step": step,
+        "started": now(),
+        "versions": {"python": platform.python_version(), **installed_versions()},
+        "platform": platform.platform(),
+        "processes": world_size,
+        "environment": {name: masked(os.environ[name]) for name in _VARIABLES if name in os.environ},
+        "working_directory": str(Path.cwd()),
+        "command": [masked_argument(argument) for argument in sys.argv],
+        "configuration": config.source and str(Path(config.source).absolute()),
+        "plugins": _plugins(kept),
+        "model": _model(str(config.llamafactory.get("model_name_or_path") or ""), kept),
+        "datasets": _datasets(config),
+        "files": _named_files(kept.configuration.get(SECTION)),
+    }
+
+
+def _plugins(kept: Recorded) -> list[dict[str, str]]:
+    files = [
+        {"file": f"{PLUGINS}/{name}", "from": str(kept.sources[name]), "sha256": hashlib.sha256(text).hexdigest()}
+        for name, text in kept.plugins.items()
+    ]
+    installed = [
+        {"entry_point": f"{point.name} = {point.value}", "package": f"{point.dist.name} {point.dist.version}"}
+        for point in entry_points(group=ENTRY_POINT_GROUP)
+        if point.dist is not None
+    ]
+    return [*files, *installed]
+
+
+def _model(name: str, kept: Recorded) -> dict[str, Any]:
+    """Return what the base model is: the files of its folder, or the commit of the hub's model in the cache."""
+    given = str(kept.configuration.get("model_name_or_path", name))
+    folder = Path(name)
+    if is_model_folder(folder):
+        return {"name": given, "files": _of_folder(folder)}
+    commit = _hub_commit(name, kept.configuration)
+    return {"name": given} if commit is None else {"name": given, "commit": commit}
+
+
+def _of_folder(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and digest of the files that make a model; those of weights count by their size and ends."""
+    found = {}
+    for name, digest in model_digests(folder).items():
+        key = "sha256_of_ends" if Path(name).suffix in WEIGHTS else "sha256"
+        found[name] = {"bytes": (folder / name).stat().st_size, key: digest}
+    return found
+
+
+def _hub_commit(name: str, configuration: dict[str, Any]) -> str | None:
+    """Return the commit of a model in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path = try_to_load_from_cache(
+            name,
+            "config.json",
+            cache_dir=configuration.get("cache_dir"),
+            revision=configuration.get("model_revision") or "main",
+        )
+    except HFValidationError:  # no name of a hub: a folder that is gone, or one of another hub
+        return None
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def local_datasets(config: RunConfig) -> Iterator[tuple[str, dict[str, Any], list[Path]]]:
+    """Yield name, entry of dataset_info.json and local files of the data sets that are used.
+
+    Those are the data sets trained on, evaluated on, and named for validation by a component.
+
+    Raises:
+        ConfigError: if dataset_info.json is not readable.
+    """
+    folder = Path(str(config.llamafactory.get("dataset_dir", "data")))
+    info = read_object(folder / "dataset_info.json") or {}
+    names = [*dataset_names(config), *dataset_names(config, "eval_dataset")]
+    for _, component in config.build_components().items():
+        if component.needs_validation:
+            names += component.params.validation or ()
+    for name in dict.fromkeys(names):
+        entry = info.get(name) or {}
+        path = folder / str(entry.get("file_name") or "")
+        there = bool(entry.get("file_name")) and path.exists()
+        files = [] if not there else [path] if path.is_file() else sorted(each for each in path.rglob("*"))
+        yield name, entry, [each for each in files if each.is_file()]
+
+
+def _datasets(config: RunConfig) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"entry": masked(entry), "files": {str(file.absolute()): _of_file(file) for file in files}}
+        for name, entry, files in local_datasets(config)
+    }
+
+
+def _of_file(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size <= _WHOLE:
+        return {"bytes": size, "sha256": file_digest(path)}
+    return {"bytes": size, "sha256_of_ends": digest_of_ends(path)}
+
+
+def _named_files(section: Any) -> dict[str, Any]:
+    """Return the files and models on this machine that the section names, wherever it does."""
+    found: dict[str, Any] = {}
+    for name in _strings(section):
+        path = Path(name)
+        if path.is_absolute() and is_file(path):
+            found[name] = _of_file(path)
+        elif path.is_absolute() and is_model_folder(path):
+            found[name] = _of_folder(path)
+    return found
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def starts(run: Path) -> list[dict[str, Any]]:
+    """Return the entries on record of a run, the first start first; none in records of the first release.
+
+    Raises:
+        ConfigError: if the file is not what it should be.
+    """
+    file = run / SECTION / FILE
+    found = (read_object(file) or {}).get("starts", [])
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise ConfigError(f"{file}: expected a list of objects under 'starts'.")
+    return found
