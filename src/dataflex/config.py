@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from dataflex import legacy, registry
 from dataflex.components import Component, ComponentParams, Components
 from dataflex.errors import ConfigError, Problem, did_you_mean, unknown
+from dataflex.masking import masks
 from dataflex.yaml_file import read_yaml
 
 SECTION = "dataflex"
@@ -145,7 +146,10 @@ def split_config(raw: dict[str, Any], source: str = "", base: Path | None = None
 
 def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None) -> tuple[RunConfig, list[Problem]]:
     """Do what :func:`split_config` does, but return the problems; with any, the section is left out."""
-    problems: list[Problem] = []
+    problems = [
+        Problem(key, f"was not recorded, as it is a secret; give it ({key}=...), or leave it out ({key}=null).")
+        for key in masks(raw)
+    ]
     rest, section, notes = legacy.translate(raw, base, problems)
     plain = RunConfig(rest, None, source=source, base=base, notes=tuple(notes))
     if section is None or problems:

@@ -57,8 +57,9 @@ def _folders(config: RunConfig) -> Iterator[Problem]:
     elif _holds_finished_run(config, Path(output)):
         yield Problem(
             "output_dir",
-            f"{str(output)!r} holds a finished run; choose another folder, or set overwrite_output_dir: true (its "
-            "record is kept under another name) or, where there are checkpoints, resume_from_checkpoint: true.",
+            f"{str(output)!r} holds a finished run; choose another folder (output_dir=...), or set "
+            "overwrite_output_dir: true (its record is kept under another name) or, where there are checkpoints, "
+            "resume_from_checkpoint: true.",
         )
 
 

@@ -76,6 +76,7 @@ def environment(config: RunConfig, kept: Recorded, world_size: int, step: int) -
         "versions": {"python": platform.python_version(), **installed_versions()},
         "platform": platform.platform(),
         "processes": world_size,
+        "devices": _devices(),
         "environment": {name: masked(os.environ[name]) for name in _VARIABLES if name in os.environ},
         "working_directory": str(Path.cwd()),
         "command": [masked_argument(argument) for argument in sys.argv],
@@ -85,6 +86,13 @@ def environment(config: RunConfig, kept: Recorded, world_size: int, step: int) -
         "datasets": _datasets(config),
         "files": _named_files(kept.configuration.get(SECTION)),
     }
+
+
+def _devices() -> list[str]:
+    """Return the names of the accelerators this process sees; none on a CPU."""
+    import torch
+
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def _plugins(kept: Recorded) -> list[dict[str, str]]:
