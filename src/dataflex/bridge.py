@@ -166,6 +166,9 @@ def load_pool(
         module["eval_dataset"] = _load_evaluation(load, data_args, dynamic, module.pop("eval_dataset", None))
         if dynamic.has_budget and training_args.do_train:
             dynamic.lengths = Pool.concatenate({"dataset": module["train_dataset"]}).lengths
+        if training_args.do_train and dynamic.instead is None:
+            dynamic.num_samples = len(module["train_dataset"])
+            dynamic.set_steps(copy.copy(training_args))  # problems of the rounds show before a model is loaded
         return {key: value for key, value in module.items() if value is not None}
     names = tuple(dict.fromkeys(data_args.dataset))
     column = dynamic.settings.domain_column

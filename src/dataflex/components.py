@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from dataflex.data.sampling import IndexArray, PassSampler
 from dataflex.errors import ComponentError, ConfigError, unknown
+from dataflex.schedule import RunOutline
 from dataflex.selection import ScoreArray, ranks_among, ranks_of_best, sample_softmax, top_k
 
 if TYPE_CHECKING:
@@ -333,6 +334,27 @@ class Component:
         """Yield a parameter and what is wrong with it in this run. Called before anything is loaded."""
         yield from ()
 
+    def wanted_rounds(self, domains: int) -> int:
+        """Return into how many rounds a pass and the run are divided at least where ``update_steps`` is not given.
+
+        1: a round is one pass over the pool.
+        """
+        return 1
+
+    def cannot_act(self, run: RunOutline) -> str | None:
+        """Return why the component cannot do in this run what it is for, and what to set; None where it can.
+
+        Asked before the model is loaded; the text goes on from "select less: " and the like, without a full stop.
+        """
+        return None
+
+    def expected_forwards(self, run: RunOutline) -> float:
+        """Return what the component measures in the whole run, in forward passes of one sample.
+
+        A forward and backward counts as three, and so does a sample that is trained on.
+        """
+        return 0.0
+
     def on_step(self, statistics: StepStatistics) -> None:
         """Hear what the optimizer step just made showed; called after every step on every rank."""
 
@@ -374,6 +396,20 @@ class Selector(Component):
     """What scoring one sample takes, for the estimate of a run's cost."""
     leaves_out_unscored: ClassVar[bool] = False
     """Whether :meth:`score` may return NaN for samples without a trained token; they are never chosen."""
+    chooses: ClassVar[bool] = True
+    """Whether it leaves samples out of a round that is shorter than a pass for good reason; ``full`` does not."""
+
+    def wanted_rounds(self, domains: int) -> int:
+        """Return 4: a round is then at most a quarter of the pool, and a run has several decisions."""
+        return 4 if self.chooses else 1
+
+    def expected_forwards(self, run: RunOutline) -> float:
+        """Return the samples scored in the whole run, validation samples included, each as often as it takes."""
+        if self.probes == "nothing" or run.pool_size is None:
+            return 0.0
+        each = 3 if self.probes == "gradients" else 1
+        samples = self.scored_samples(run.pool_size) + run.validation
+        return float(each * samples * self.expected_passes(run.decisions))
 
     def expected_passes(self, decisions: int) -> int:
         """Return how often :meth:`scored_samples` are scored in a run, for the estimate of its cost."""
@@ -528,6 +564,28 @@ class Mixer(Component):
     """Whether :meth:`on_step` needs losses, which LLaMA-Factory's special losses do not give."""
     measures_samples: ClassVar[bool] = False
     """Whether it measures several samples together on the model, which some collators do not allow."""
+    constant_shares: ClassVar[bool] = False
+    """Whether :meth:`mix` returns the same shares in every round."""
+
+    def wanted_rounds(self, domains: int) -> int:
+        """Return 10, so that shares that change can do so several times, or 1 where they do not."""
+        return 1 if self.constant_shares else 10
+
+    def cannot_act(self, run: RunOutline) -> str | None:
+        """Return that one domain leaves nothing to mix, or what :meth:`cannot_learn` says."""
+        if run.domains == 1:
+            return (
+                "there is one domain, whose share is always 1; name several data sets in dataset, or divide one with "
+                "dataflex.domain_column"
+            )
+        return self.cannot_learn(run)
+
+    def cannot_learn(self, run: RunOutline) -> str | None:
+        """Return why the shares (or loss weights) cannot become what the mixer is for in this run; None where they can.
+
+        As :meth:`cannot_act`, for a run of several domains.
+        """
+        return None
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the proportions of warm-up rounds, shape (K,): the given ones, or the share of samples in the pool."""
@@ -640,6 +698,12 @@ class Weighter(Component):
     Params: ClassVar[type[ComponentParams]] = WeighterParams
     elementwise: ClassVar[bool] = False
     """Whether a sample's weight depends on nothing but its own loss; then no batch has to be gathered first."""
+
+    def expected_forwards(self, run: RunOutline) -> float:
+        """Return the samples of all steps where several micro-batches make one, as their weights need all losses."""
+        if self.elementwise or run.accumulation == 1:
+            return 0.0
+        return float(run.decided_steps * run.global_batch_size)
 
     def weigh(self, losses: Tensor, step: int) -> Tensor:
         """Return one weight per sample, shape (n,), non-negative; 1 everywhere is plain training.

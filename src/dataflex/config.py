@@ -31,7 +31,7 @@ class DataFlexConfig(BaseModel):
 
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps on a uniform draw before the first decision.")
     update_steps: int | None = Field(
-        None, ge=1, description="Length of a round in optimizer steps; none: one pass over the pool."
+        None, ge=1, description="Length of a round in optimizer steps; none: a part of a pass, by what decides."
     )
     updates: int = Field(-1, description="Decisions in a cycle; -1: until training ends.")
     train_steps: int | None = Field(None, ge=1, description="Total optimizer steps; wins over num_train_epochs.")

@@ -6,13 +6,14 @@ arXiv 2305.10429, Algorithm 1) and DoGE (Fan et al. 2023, arXiv 2310.15393, Algo
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from dataflex.components import DomainParams, Mixer, RoundContext, Shares, State, StepContext, shares_of, shares_problem
+from dataflex.schedule import RunOutline
 
 
 class LossWeightParams(DomainParams):
@@ -37,6 +38,7 @@ class LossWeightMixer(Mixer):
     """Draws samples by fixed shares and weighs the domains in the loss; write :meth:`updated`."""
 
     Params = LossWeightParams
+    constant_shares: ClassVar[bool] = True
 
     def __init__(self, params: LossWeightParams) -> None:
         super().__init__(params)
@@ -46,6 +48,23 @@ class LossWeightMixer(Mixer):
         """Those of a file as they were when training began: it may change while a run goes on."""
         self.steps = 0
         """Times the weights were decided."""
+
+    def cannot_learn(self, run: RunOutline) -> str | None:
+        """Return that weights taken from the step before are never used."""
+        follows = isinstance(self.params, StepWeightParams) and self.params.weights == "previous"
+        if not follows or run.decided_steps > 1:
+            return None
+        return (
+            "with weights: previous the first step after warm-up has equal weights, and the run has no second one; "
+            "train longer"
+        )
+
+    def expected_forwards(self, run: RunOutline) -> float:
+        """Return the samples of all steps where a second forward decides their weights."""
+        samples = run.decided_steps * run.global_batch_size
+        by_loss = isinstance(self.params, StepWeightParams)
+        again = by_loss and self.params.weights == "current" and run.accumulation > 1
+        return float(samples * again)
 
     def updated(self, weights: NDArray[np.float64], ctx: StepContext) -> NDArray[np.float64]:
         """Return the weights that follow ``weights`` after looking at a step, shape (K,), sum 1."""

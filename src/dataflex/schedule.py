@@ -64,6 +64,22 @@ class Schedule:
     def _rounds_within(self, steps: int) -> int:
         return (1 if self.warmup_steps and steps else 0) + self._updates_within(steps)
 
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of the whole run, warm-up rounds included."""
+        full, rest = divmod(self.total_steps, self.cycle_steps)
+        return full * self._rounds_within(self.cycle_steps) + self._rounds_within(rest)
+
+    @property
+    def last_decision(self) -> int | None:
+        """Optimizer steps done before the last decision of the run; None where there is none."""
+        slot = self.slot_at(self.total_steps - 1)
+        if slot.update is None:  # a run may end in the warm-up of a further cycle
+            if slot.start_step == 0:
+                return None
+            slot = self.slot_at(slot.start_step - 1)
+        return slot.start_step
+
     def slot_at(self, step: int) -> RoundSlot:
         """Return the round in which the optimizer step number ``step`` (from 0) is trained.
 
@@ -89,26 +105,63 @@ def steps_per_pass(num_samples: int, global_batch_size: int) -> int:
     return math.ceil(num_samples / global_batch_size)
 
 
-def total_steps(
-    *,
-    train_steps: int | None,
-    max_steps: int,
-    epochs: float,
-    warmup_steps: int,
-    update_steps: int,
-    updates: int,
-    num_samples: int,
-    global_batch_size: int,
-) -> int:
-    """Return the optimizer steps of a run.
+def default_update_steps(*, rounds: int, num_samples: int, global_batch_size: int, run_steps: int | None) -> int:
+    """Return the length of a round where none is given.
 
-    ``train_steps`` wins, then LLaMA-Factory's ``max_steps``; else ``epochs`` times the cycle where ``updates`` > 0;
-    else what ``epochs`` passes over the pool give.
+    With ``rounds`` = 1 a round is one pass over the pool. Otherwise it is the ``rounds``-th part of one pass or of the
+    run, whichever is shorter: a round that takes the whole pool leaves a selector nothing to choose, and a run of one
+    round gives a mixer that learns no second decision to use what it learned.
+
+    Args:
+        rounds: how many parts the components want, at least 1.
+        num_samples: samples in the pool.
+        global_batch_size: samples of an optimizer step.
+        run_steps: optimizer steps of the run after its warm-up; None where they follow from the length of a round.
     """
-    if train_steps is not None:
-        return train_steps
-    if max_steps > 0:
-        return max_steps
-    if updates > 0:
-        return max(1, math.ceil(epochs * (warmup_steps + update_steps * updates)))
-    return max(1, math.ceil(epochs * num_samples / global_batch_size))
+    if rounds == 1:
+        return steps_per_pass(num_samples, global_batch_size)
+    span = num_samples // global_batch_size
+    return max(1, (span if run_steps is None else min(span, run_steps)) // rounds)
+
+
+@dataclass(frozen=True)
+class RunOutline:
+    """What is known of a run before its model is loaded; what a component may judge by whether it can act.
+
+    Attributes:
+        schedule: the rounds; its total is that expected where a budget of tokens or seconds ends the run.
+        global_batch_size: samples of an optimizer step.
+        pool_size: samples in the pool; None where nothing is planned.
+        domains: number of domains.
+        accumulation: micro-batches of an optimizer step on one process.
+        validation: validation samples of the component that is asked, 0 where it has none.
+    """
+
+    schedule: Schedule
+    global_batch_size: int
+    pool_size: int | None = None
+    domains: int = 1
+    accumulation: int = 1
+    validation: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.schedule.total_steps
+
+    @property
+    def decisions(self) -> int:
+        """Decisions of the run."""
+        return self.schedule.num_updates
+
+    @property
+    def decided_steps(self) -> int:
+        """Optimizer steps outside warm-up rounds."""
+        full, rest = divmod(self.total_steps, self.schedule.cycle_steps)
+        warmup = self.schedule.warmup_steps
+        return self.total_steps - full * min(warmup, self.schedule.cycle_steps) - min(warmup, rest)
+
+    @property
+    def round_samples(self) -> int:
+        """Samples of a round of full length."""
+        return min(self.schedule.update_steps, self.decided_steps) * self.global_batch_size

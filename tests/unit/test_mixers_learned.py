@@ -448,7 +448,7 @@ def test_aioli_keeps_equal_shares_where_nothing_is_learned() -> None:
     np.testing.assert_allclose(shares, [0.5, 0.5], rtol=1e-12)
 
 
-def test_aioli_with_one_domain_measures_nothing_and_is_quick_with_a_thousand(caplog: pytest.LogCaptureFixture) -> None:
+def test_aioli_with_one_domain_measures_nothing_and_is_quick_with_a_thousand() -> None:
     probe = Losses(np.ones((1, 1)))
     alone = build(AioliMixer).mix(context(pool_of(1), targets=targets_of(("v",)), probe=probe))
     assert alone.tolist() == [1.0]
@@ -456,8 +456,6 @@ def test_aioli_with_one_domain_measures_nothing_and_is_quick_with_a_thousand(cap
     drops = np.random.default_rng(0).normal(size=(5, 1000))
     solved = mixing_matrix(drops, 0.75)
     np.testing.assert_allclose(solved.sum(axis=1), drops.sum(axis=1), rtol=1e-6)  # every mixture's shares sum to 1
-    build(AioliMixer).mix(context(pool_of(3), targets=targets_of(("v",)), probe=probe, num_updates=12))
-    assert "LearnParams takes 12 rounds" in caplog.text
 
 
 def test_aioli_refuses_mixtures_that_are_all_the_same() -> None:

@@ -11,6 +11,7 @@ import pytest
 from dataflex.config import split_config
 from dataflex.data.plan import Planner
 from dataflex.errors import CheckpointError, ConfigError
+from dataflex.schedule import Schedule
 from dataflex.trainer.mixin import DynamicTrainerMixin
 from dataflex.trainer.run import DynamicRun
 from unit.fakes import FakeProbe, make_pool
@@ -51,29 +52,83 @@ def test_number_of_steps(section: dict[str, Any], changes: dict[str, Any], expec
     assert args.max_steps == expected
 
 
-def test_a_round_is_one_pass_by_default() -> None:
-    dynamic = run_of(**SELECT)
-    dynamic.set_steps(arguments())
-    assert dynamic.schedule.update_steps == 20
-    assert dynamic.schedule.num_updates == 3
+TWO_DOMAINS = {"a": 100, "b": 60}  # 20 steps of 8
 
 
-def test_a_round_longer_than_the_pool_leaves_a_selector_no_choice() -> None:
-    section = {"update_steps": 21, "updates": 1}
-    with pytest.raises(ConfigError, match=r"dataflex.update_steps: .*21 steps needs 168 samples.* 160.*at most 20"):
-        run_of(**SELECT, **section).set_steps(arguments())
-    for others in ({"select": {"method": "random"}}, {**SELECT, "mix": {"method": "uniform"}}):
-        run_of(**others, **section).set_steps(arguments())
-    run_of(**SELECT, **{**section, "update_steps": 20}).set_steps(arguments())
+@pytest.mark.parametrize(
+    "section, changes, length, decisions",
+    [
+        (SELECT, {}, 5, 12),  # a quarter of the pool, three passes
+        (SELECT, {"max_steps": 8}, 2, 4),  # a quarter of the run
+        ({**SELECT, "warmup_steps": 4}, {"max_steps": 8}, 1, 4),
+        ({**SELECT, "train_steps": 1}, {}, 1, 1),
+        ({**SELECT, "updates": 2}, {"num_train_epochs": 1.0}, 5, 2),  # the run is 2 rounds, whatever they are
+        ({**SELECT, "train_tokens": 8 * 7 * 8}, {}, 2, 4),
+        ({"select": {"method": "random"}}, {}, 5, 12),  # the control has the rounds of what it is compared with
+        ({"select": {"method": "full"}}, {}, 20, 3),
+        ({"order": {"method": "sort"}}, {}, 20, 3),
+        ({"mix": {"method": "odm"}}, {}, 2, 30),
+        ({"mix": {"method": "odm"}}, {"max_steps": 10}, 1, 10),
+        ({"mix": {"method": "static", "proportions": [1, 1]}}, {}, 20, 3),
+        ({"mix": {"method": "uniform"}, **SELECT}, {}, 5, 12),
+        ({"mix": {"method": "odm"}, **SELECT}, {}, 2, 30),
+        ({"mix": {"method": "group_dro"}}, {}, 20, 3),
+        ({"mix": {"method": "aioli", "validation": "v", "exploit_rounds": 2}}, {}, 2, 30),  # 4 x 2 + 2 rounds a pass
+    ],
+)
+def test_rounds_without_update_steps(
+    section: dict[str, Any], changes: dict[str, Any], length: int, decisions: int
+) -> None:
+    dynamic = run_of(TWO_DOMAINS, **section)
+    dynamic.set_steps(arguments(**changes))
+    assert dynamic.outline.schedule.update_steps == dynamic.schedule.update_steps == length
+    assert dynamic.outline.decisions == decisions
 
 
-def test_a_pool_of_uneven_size_needs_no_update_steps() -> None:
-    dynamic = run_of({"a": 100, "b": 57}, **SELECT)  # 157 samples are 19.6 steps of 8
-    dynamic.set_steps(arguments())
-    assert dynamic.schedule.update_steps == 19
-    others = run_of({"a": 100, "b": 57}, select={"method": "full"})
-    others.set_steps(arguments())
-    assert others.schedule.update_steps == 20
+def test_a_round_that_takes_the_pool_leaves_a_selector_no_choice() -> None:
+    for steps in (20, 21):
+        section = {"update_steps": steps, "updates": 1}
+        with pytest.raises(
+            ConfigError, match=rf"dataflex.update_steps: .*{steps} steps needs {8 * steps} samples.* 160.*at most 19"
+        ):
+            run_of(**SELECT, **section).set_steps(arguments())
+        for others in ({"select": {"method": "random"}}, {**SELECT, "mix": {"method": "uniform"}}):
+            run_of(**others, **section).set_steps(arguments())
+    run_of(**SELECT, update_steps=19).set_steps(arguments())
+    run_of(**SELECT, update_steps=20, train_steps=19).set_steps(arguments())  # its only round is cut
+
+
+def test_a_step_that_takes_the_pool_leaves_a_selector_no_choice() -> None:
+    with pytest.raises(ConfigError, match=r"per_device_train_batch_size: .*8 samples, and the pool has 8.*'loss'"):
+        run_of({"a": 8}, **SELECT).set_steps(arguments())
+    run_of({"a": 9}, **SELECT).set_steps(arguments())
+
+
+@pytest.mark.parametrize(
+    "section",
+    [SELECT, {"mix": {"method": "odm"}}, {"order": {"method": "sort"}}, {"weight": {"method": "loss"}}],
+)
+def test_a_run_that_is_all_warm_up_decides_nothing(section: dict[str, Any]) -> None:
+    ((key, part),) = section.items()
+    for changes in ({"train_steps": 6}, {"train_tokens": 6 * 8 * 7}):
+        dynamic = run_of(TWO_DOMAINS, **section, warmup_steps=6, **changes)
+        dynamic.lengths = np.full(160, 7, np.int32)
+        text = rf"dataflex.warmup_steps: the run has 6 steps and all of them are warm-up \(6\): {key} {part['method']} "
+        with pytest.raises(ConfigError, match=text):
+            dynamic.set_steps(arguments())
+    run_of(TWO_DOMAINS, **section, warmup_steps=5, train_steps=6).set_steps(arguments())
+
+
+def test_the_steps_of_a_run_that_only_weights_are_the_trainers() -> None:
+    dynamic = run_of(weight={"method": "loss"}, warmup_steps=63)
+    dynamic.num_samples = 161  # 41 batches of 2 on each of two processes, 21 steps
+    with pytest.raises(ConfigError, match="the run has 63 steps"):
+        dynamic.set_steps(arguments())
+    dynamic = run_of(weight={"method": "loss"}, warmup_steps=62)
+    dynamic.num_samples = 161
+    args = arguments()
+    dynamic.set_steps(args)
+    assert args.max_steps == -1
 
 
 def started(**section: Any) -> DynamicRun:
@@ -132,7 +187,7 @@ def test_another_global_batch_size_is_not_gone_on_with() -> None:
         second.load_state_dict(first.state_dict(0))
 
 
-@pytest.mark.parametrize("total, fine", [(30, True), (6, True), (5, False), (2, False)])
+@pytest.mark.parametrize("total, fine", [(30, True), (6, True), (5, False), (3, False)])
 def test_a_total_that_cuts_the_running_round_is_not_gone_on_with(total: int, fine: bool) -> None:
     first = started(train_steps=14)
     for step in range(4):
@@ -143,6 +198,24 @@ def test_a_total_that_cuts_the_running_round_is_not_gone_on_with(total: int, fin
     else:
         with pytest.raises(CheckpointError, match="inside a round of 4 steps"):
             second.load_state_dict(first.state_dict(4))
+
+
+def test_a_resumed_run_of_another_length_keeps_its_default_rounds() -> None:
+    def made(steps: int, **section: Any) -> DynamicRun:
+        dynamic = run_of(TWO_DOMAINS, **SELECT, **section)
+        dynamic.set_steps(arguments(max_steps=steps))
+        return dynamic
+
+    first, longer = made(8), made(20)
+    assert (first.schedule.update_steps, longer.schedule.update_steps) == (2, 5)
+    longer._keep_rounds(first.state_dict(4))
+    assert longer.schedule == Schedule(0, 2, -1, 20) == longer.outline.schedule
+    longer.load_state_dict({**first.state_dict(4), "planner": None})
+    assert any("stay 2 steps long" in note for note in longer.notes)
+    given = made(20, update_steps=5)
+    given._keep_rounds(first.state_dict(4))
+    with pytest.raises(CheckpointError, match=r"dataflex.update_steps = 2, this run has 5"):
+        given.load_state_dict(first.state_dict(4))
 
 
 def test_a_run_that_only_weights_needs_a_section() -> None:

@@ -7,7 +7,7 @@ from dataclasses import astuple
 
 import pytest
 
-from dataflex.schedule import Schedule, steps_per_pass, total_steps
+from dataflex.schedule import RunOutline, Schedule, default_update_steps, steps_per_pass
 
 
 def walk(warmup: int, length: int, updates: int, total: int) -> list[list[int | None]]:
@@ -74,34 +74,33 @@ def test_steps_per_pass_rounds_up() -> None:
     assert [steps_per_pass(count, 8) for count in (1, 7, 8, 9, 16, 17)] == [1, 1, 1, 2, 2, 3]
 
 
-BASE = {
-    "train_steps": None,
-    "max_steps": -1,
-    "epochs": 3.0,
-    "warmup_steps": 10,
-    "update_steps": 20,
-    "updates": 2,
-    "num_samples": 1000,
-    "global_batch_size": 16,
-}
+def test_the_last_decision_and_the_rounds_equal_a_walk() -> None:
+    for warmup, length, updates, total in GRID:
+        schedule, rounds = Schedule(warmup, length, updates, total), walk(warmup, length, updates, total)
+        decisions = [entry for entry in rounds if entry[3] is not None]
+        assert schedule.last_decision == (decisions[-1][1] if decisions else None)
+        assert schedule.num_rounds == len(rounds)
+        outline = RunOutline(schedule, 4)
+        assert outline.decided_steps == sum(entry[2] for entry in decisions)
+        assert outline.decisions == len(decisions)
 
 
 @pytest.mark.parametrize(
-    "changes, expected",
+    "rounds, samples, batch, steps, expected",
     [
-        ({}, 3 * (10 + 2 * 20)),
-        ({"epochs": 1.0}, 50),
-        ({"epochs": 0.5}, 25),
-        ({"epochs": 0.49}, 25),  # 24.5 steps
-        ({"train_steps": 7}, 7),
-        ({"train_steps": 7, "max_steps": 9}, 7),
-        ({"max_steps": 9}, 9),
-        ({"max_steps": 0}, 150),  # not set
-        ({"updates": -1, "epochs": 1.0}, 63),  # 62.5 steps of 16 samples
-        ({"updates": -1, "epochs": 2.0}, 125),  # two passes are whole steps
-        ({"updates": -1, "epochs": 0.001}, 1),
-        ({"warmup_steps": 0, "updates": 1, "update_steps": 1, "epochs": 0.001}, 1),
+        (1, 157, 8, 60, 20),  # one pass, rounded up, however long the run is
+        (1, 157, 8, 5, 20),
+        (4, 160, 8, 60, 5),  # a quarter of the pool's 20 steps
+        (4, 157, 8, 60, 4),
+        (4, 1600, 8, 10, 2),  # a quarter of the run
+        (10, 1600, 8, 55, 5),
+        (10, 1600, 8, None, 20),  # the run's length follows from the round's
+        (4, 160, 8, 3, 1),
+        (4, 9, 8, 60, 1),
     ],
 )
-def test_total_steps(changes: dict[str, float | None], expected: int) -> None:
-    assert total_steps(**{**BASE, **changes}) == expected
+def test_a_round_without_update_steps(rounds: int, samples: int, batch: int, steps: int | None, expected: int) -> None:
+    found = default_update_steps(rounds=rounds, num_samples=samples, global_batch_size=batch, run_steps=steps)
+    assert found == expected
+    if rounds > 1 and samples >= rounds * batch:
+        assert found * batch * rounds <= samples

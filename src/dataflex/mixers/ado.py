@@ -39,7 +39,8 @@ from dataflex.components import (
     shares_problem,
 )
 from dataflex.registry import register
-from dataflex.scaling_law import LossHistory, fit, reducible
+from dataflex.scaling_law import FEWEST_POINTS, LossHistory, fit, reducible
+from dataflex.schedule import RunOutline
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,22 @@ class ADOMixer(Mixer):
                     f"is 0 for {', '.join(absent)}, whose law could then not be fitted; give every domain a share."
                 )
         return super().check_domains(names) if problem is None else ("prior", problem)
+
+    def cannot_learn(self, run: RunOutline) -> str | None:
+        """Return that no decision comes late enough for a fit, or that a fit would have too few losses."""
+        last, start = run.schedule.last_decision or 0, self.params.start_step
+        if last < start:
+            return (
+                f"laws are first fitted after start_step ({start}) steps, and the last of {run.decisions} decisions "
+                f"comes after {last} of {run.total_steps}: the shares stay the prior. Lower start_step (a tenth of the "
+                "steps, say) and ignore_steps, or train longer"
+            )
+        if last - self.params.ignore_steps < FEWEST_POINTS:
+            return (
+                f"ignore_steps ({self.params.ignore_steps}) leaves fewer than {FEWEST_POINTS} losses to fit to at the "
+                f"last decision, after {last} of {run.total_steps} steps: the shares stay the prior. Lower it"
+            )
+        return None
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the given initial proportions, or the prior."""

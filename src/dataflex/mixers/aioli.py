@@ -22,7 +22,6 @@ LearnParams, which are part of the training.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
@@ -34,12 +33,11 @@ from dataflex.components import Mixer, MixerParams, RoundContext, State
 from dataflex.domain_weights import exponentiated_update
 from dataflex.influence import ValidationParams
 from dataflex.registry import register
+from dataflex.schedule import RunOutline
 from dataflex.validation_loss import validation_losses
 
 if TYPE_CHECKING:
     from dataflex.config import RunConfig
-
-logger = logging.getLogger(__name__)
 
 
 class AioliParams(MixerParams, ValidationParams):
@@ -97,6 +95,28 @@ class AioliMixer(Mixer):
             )
         return super().check_domains(names)
 
+    def wanted_rounds(self, domains: int) -> int:
+        """Return the rounds of one cycle: LearnParams, and training on what it found."""
+        return int(self.params.lp_rounds * domains + self.params.exploit_rounds)
+
+    def cannot_learn(self, run: RunOutline) -> str | None:
+        """Return that LearnParams takes all rounds, so that nothing is trained on what it finds."""
+        learning = self.params.lp_rounds * run.domains
+        if run.decisions > learning:
+            return None
+        return (
+            f"LearnParams takes {learning} rounds (lp_rounds x {run.domains} domains), and the run has "
+            f"{run.decisions}: what it finds is never trained on. Lower dataflex.update_steps or lp_rounds, or train "
+            "longer"
+        )
+
+    def expected_forwards(self, run: RunOutline) -> float:
+        """Return the validation samples, as often as LearnParams measures them."""
+        learning = self.params.lp_rounds * run.domains
+        full, rest = divmod(run.decisions, learning + self.params.exploit_rounds)
+        measured = full * (learning + 1) + min(rest, learning + 1)
+        return float(run.validation * measured)
+
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the given initial proportions, or equal ones; a measurement under way ends before the warm-up."""
         self._measure(ctx)
@@ -111,7 +131,6 @@ class AioliMixer(Mixer):
             return np.ones(1)
         if not self.proportions.size:
             self.proportions = np.full(count, 1.0 / count)
-            self._warn_if_short(ctx, count)
         self._measure(ctx)
         if self._drops.size and self._tried >= self.params.lp_rounds * count and self._tried % count == 0:
             self._update(self._tried // count)
@@ -149,17 +168,6 @@ class AioliMixer(Mixer):
             equal = np.ones_like(self.proportions)
             self.proportions = exponentiated_update(equal, self.params.eta * self._average.sum(axis=0))
         self._drops, self._before, self._exploited = np.empty((0, 0)), np.empty(0), 0
-
-    def _warn_if_short(self, ctx: RoundContext, count: int) -> None:
-        learning = self.params.lp_rounds * count
-        if ctx.num_updates <= learning:
-            logger.warning(
-                "aioli: LearnParams takes %d rounds (lp_rounds x %d domains), and the run has %d: what it finds is "
-                "never trained on. Lower update_steps or lp_rounds.",
-                learning,
-                count,
-                ctx.num_updates,
-            )
 
     def state_dict(self) -> State:
         """Return p, where the cycle stands, and what was measured in it."""

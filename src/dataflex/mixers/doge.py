@@ -34,6 +34,7 @@ from dataflex.errors import ComponentError
 from dataflex.influence import ValidationParams
 from dataflex.registry import register
 from dataflex.rng import derive_rng, key_of
+from dataflex.schedule import RunOutline
 
 LONGEST = 1.0
 """Length the official code cuts gradients to (the default of its ``max_grad_norm``)."""
@@ -94,6 +95,11 @@ class DogeMixer(LossWeightMixer):
     Params = DogeParams
     measures_samples: ClassVar[bool] = True
     weighs_loss_by: ClassVar[Literal["nothing", "losses", "excess", "probe"]] = "probe"
+
+    def expected_forwards(self, run: RunOutline) -> float:
+        """Return a forward and backward of every step's samples, and of the validation samples drawn for it."""
+        drawn = self.params.validation_size if self.params.target == "validation" else 0
+        return float(3 * run.decided_steps * (run.global_batch_size + min(drawn, run.validation)))
 
     @property
     def needs_validation(self) -> bool:  # type: ignore[override]

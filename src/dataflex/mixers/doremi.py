@@ -29,6 +29,7 @@ from dataflex.components import State, StepContext
 from dataflex.domain_weights import LossWeightMixer, StepWeightParams, exponentiated_update
 from dataflex.reference import ReferenceParams
 from dataflex.registry import register
+from dataflex.schedule import RunOutline
 
 if TYPE_CHECKING:
     from dataflex.config import RunConfig
@@ -67,6 +68,11 @@ class DoReMiMixer(LossWeightMixer):
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Check the shares, and that a table of reference losses has every domain."""
         return super().check_domains(names) or self.params.table_problem(names)
+
+    def expected_forwards(self, run: RunOutline) -> float:
+        """Return also the samples of all steps where the reference runs beside the model."""
+        with_table = self.params.reference_losses is not None
+        return super().expected_forwards(run) + (0.0 if with_table else run.decided_steps * run.global_batch_size)
 
     def updated(self, weights: NDArray[np.float64], ctx: StepContext) -> NDArray[np.float64]:
         """Return alpha after one exponentiated step along the excess losses."""

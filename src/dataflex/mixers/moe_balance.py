@@ -25,6 +25,7 @@ from pydantic import Field
 from dataflex.components import Mixer, MixerParams, RoundContext, State
 from dataflex.domain_weights import exponentiated_update
 from dataflex.registry import register
+from dataflex.schedule import RunOutline
 
 
 class MoeBalanceParams(MixerParams):
@@ -48,6 +49,11 @@ class MoeBalanceMixer(Mixer):
     def __init__(self, params: MoeBalanceParams) -> None:
         super().__init__(params)
         self._weights: NDArray[np.float64] = np.empty(0)
+
+    def expected_forwards(self, run: RunOutline) -> float:
+        """Return the samples drawn of each domain at every decision."""
+        drawn = min(self.params.samples_per_domain * run.domains, run.pool_size or 0)
+        return float(drawn * run.decisions)
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the shares after one more update, sum 1; before the first they are the initial ones."""

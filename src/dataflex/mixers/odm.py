@@ -31,6 +31,7 @@ from pydantic import Field
 
 from dataflex.components import Mixer, MixerParams, RoundContext, State, StepStatistics
 from dataflex.registry import register
+from dataflex.schedule import RunOutline
 
 
 class OdmParams(MixerParams):
@@ -57,6 +58,20 @@ class OdmMixer(Mixer):
         """R of the paper, shape (K,)."""
         self._log_perplexities: NDArray[np.float64] = np.empty(0)
         """Logarithm of R of the code, which would overflow, shape (K,); -inf where R is 0."""
+
+    def cannot_learn(self, run: RunOutline) -> str | None:
+        """Return that the last decision comes before the exploration leaves room for anything but equal shares."""
+        last = run.schedule.last_decision or 0
+        needed = 1
+        while exploration(needed, run.domains) >= 1.0 / run.domains:
+            needed += 1
+        if last >= needed:
+            return None
+        return (
+            f"the last decision comes after {last} of {run.total_steps} steps, and before {needed} steps with "
+            f"{run.domains} domains its shares are equal whatever the losses are; lower dataflex.update_steps or train "
+            "longer"
+        )
 
     def on_step(self, statistics: StepStatistics) -> None:
         """Reward every domain that has a loss; for both variants, so that a resumed run may change to the other."""

@@ -6,7 +6,7 @@ T = 1 is the pool's own mixture, T -> infinity the uniform one. Multilingual pre
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ class ProportionalMixer(Mixer):
     """Shares by size, with a temperature."""
 
     Params = ProportionalParams
+    constant_shares: ClassVar[bool] = True
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the given initial proportions, or the mixer's own."""

@@ -13,7 +13,7 @@ Cost: seconds, once; the small models are trained elsewhere.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,7 @@ class RegMixMixer(Mixer):
     """Keeps the mixture that a regression over small models says is best."""
 
     Params = RegMixParams
+    constant_shares: ClassVar[bool] = True
 
     def __init__(self, params: RegMixParams) -> None:
         super().__init__(params)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dataflex.components import DomainParams, Mixer, RoundContext, Shares, State, shares_of, shares_problem
 from dataflex.registry import register
+from dataflex.schedule import RunOutline
 
 
 class SchedulePoint(BaseModel):
@@ -58,6 +59,20 @@ class ScheduleMixer(Mixer):
         super().__init__(params)
         self._shares: NDArray[np.float64] = np.empty((0, 0))
         """The proportions of every point as they were when training began, rows of sum 1: a file may change."""
+
+    def cannot_learn(self, run: RunOutline) -> str | None:
+        """Return which points of the timetable the run never comes to."""
+        slot = run.schedule.slot_at(run.total_steps - 1)
+        late = [point.step for point in self.params.points[1:] if point.step > slot.start_step]
+        if self.params.interpolation == "linear":  # the line to a point is followed before it is reached
+            late = [step for step in late if step > run.total_steps or not slot.start_step]
+        if not late:
+            return None
+        return (
+            f"the proportions of step {', '.join(map(str, late))} are never trained on: the run has {run.total_steps} "
+            f"steps, and its last round begins at step {slot.start_step}. Move the points, lower dataflex.update_steps "
+            "or train longer"
+        )
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the timetable's proportions: it holds in warm-up rounds too."""

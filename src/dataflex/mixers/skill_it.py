@@ -31,6 +31,7 @@ from dataflex.domain_weights import exponentiated_update
 from dataflex.errors import ConfigError, unknown
 from dataflex.influence import ValidationParams
 from dataflex.registry import register
+from dataflex.schedule import RunOutline
 from dataflex.validation_loss import validation_losses
 
 if TYPE_CHECKING:
@@ -76,6 +77,19 @@ class SkillItMixer(Mixer):
         except ConfigError as error:
             return "graph", str(error).removeprefix(f"{_KEY}: ")
         return super().check_domains(names)
+
+    def cannot_learn(self, run: RunOutline) -> str | None:
+        """Return that the only decision goes by the graph alone."""
+        if run.decisions > 1:
+            return None
+        return (
+            "the first decision goes by the graph alone, and the run has no second one in which validation losses "
+            "count; lower dataflex.update_steps"
+        )
+
+    def expected_forwards(self, run: RunOutline) -> float:
+        """Return the validation samples of every decision."""
+        return float(run.validation * run.decisions)
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the given initial proportions, or those of the first decision."""

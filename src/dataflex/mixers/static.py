@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ class StaticMixer(Mixer):
     """Keeps the given proportions."""
 
     Params = StaticParams
+    constant_shares: ClassVar[bool] = True
 
     def __init__(self, params: StaticParams) -> None:
         super().__init__(params)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +16,7 @@ class UniformMixer(Mixer):
     """Equal shares."""
 
     Params = MixerParams
+    constant_shares: ClassVar[bool] = True
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the given initial proportions, or equal ones."""

@@ -12,7 +12,7 @@ Cost: none; with ``unit: tokens`` the lengths of all samples are read once.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ class UnimaxMixer(Mixer):
     """Equal shares, with a cap on the passes over each domain."""
 
     Params = UnimaxParams
+    constant_shares: ClassVar[bool] = True
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the given initial proportions, or the mixer's own."""

@@ -17,6 +17,7 @@ from dataflex.components import ComponentParams, Order, RoundContext, Selection,
 from dataflex.data.sampling import IndexArray, KeyedPermutation
 from dataflex.errors import ComponentError
 from dataflex.registry import register
+from dataflex.schedule import RunOutline
 from dataflex.selection import ScoreArray
 
 
@@ -32,6 +33,10 @@ class SortOrder(Order):
     """Sorts the plan by a score."""
 
     Params = SortParams
+
+    def expected_forwards(self, run: RunOutline) -> float:
+        """Return the samples of all plans, where they are sorted by their loss."""
+        return float(run.decided_steps * run.global_batch_size) if self.params.by == "loss" else 0.0
 
     def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
         """Return the sorting permutation."""

@@ -25,6 +25,7 @@ from pydantic import Field
 from dataflex.components import ComponentParams, RoundContext, Selection, Selector, State
 from dataflex.data.sampling import IndexArray
 from dataflex.registry import register
+from dataflex.schedule import RunOutline
 from dataflex.selection import ScoreArray, ranks_among_scored
 from dataflex.selectors.loss import draw_scored
 
@@ -48,6 +49,15 @@ class DeltaLossSelector(Selector):
         super().__init__(params)
         self._baseline: ScoreArray | None = None
         """First losses of the whole pool, shape (N,); NaN where not measured yet."""
+
+    def cannot_act(self, run: RunOutline) -> str | None:
+        """Return that the only decision has no earlier losses to compare with."""
+        if run.decisions > 1:
+            return None
+        return (
+            "the first decision only notes the losses and draws uniformly, and the run has no second one; lower "
+            "dataflex.update_steps"
+        )
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return ``count`` candidates drawn by the window of this decision."""

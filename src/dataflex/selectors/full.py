@@ -18,6 +18,7 @@ class FullSelector(Selector):
     Params = ComponentParams
     may_exceed_pool = True
     scores_samples = False
+    chooses = False
 
     def select(self, ctx: RoundContext, group: Group) -> Selection:
         """Return the next ``group.budget`` samples of the pass."""

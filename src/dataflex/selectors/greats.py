@@ -31,6 +31,7 @@ from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 from dataflex.influence import ValidationParams
 from dataflex.registry import register
+from dataflex.schedule import RunOutline
 from dataflex.selection import ScoreArray
 
 
@@ -57,6 +58,13 @@ class GreatsSelector(Selector):
     Params: ClassVar[type[ComponentParams]] = GreatsParams
     needs_validation: ClassVar[bool] = True
     may_exceed_pool: ClassVar[bool] = True
+
+    def expected_forwards(self, run: RunOutline) -> float:
+        """Return a forward and backward of the candidates, and of the validation samples with every group."""
+        samples = run.decided_steps * run.global_batch_size
+        groups = samples / self.params.group_size
+        targets = min(self.params.validation_size, run.validation)
+        return float(3 * (samples * self.params.candidate_factor + groups * targets))
 
     def select(self, ctx: RoundContext, group: Group) -> Selection:
         """Return ``group.budget`` samples, each group of them the best of its candidates."""

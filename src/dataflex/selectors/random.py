@@ -12,6 +12,7 @@ import numpy as np
 from dataflex.components import ComponentParams, RoundContext, Selection, Selector
 from dataflex.data.sampling import IndexArray, KeyedPermutation
 from dataflex.registry import register
+from dataflex.schedule import RunOutline
 
 
 @register("selector", "random")
@@ -21,6 +22,15 @@ class RandomSelector(Selector):
     Params = ComponentParams
     may_exceed_pool = True
     scores_samples = False
+
+    def cannot_act(self, run: RunOutline) -> str | None:
+        """Return that a round takes the whole pool."""
+        if run.pool_size is None or run.round_samples < run.pool_size:
+            return None
+        return (
+            f"a round takes {run.round_samples} samples and the pool has {run.pool_size}, so every sample is taken and "
+            "nothing is drawn from them; lower dataflex.update_steps, or name it full"
+        )
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return ``count`` distinct candidates, ascending."""

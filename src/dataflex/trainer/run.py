@@ -24,7 +24,8 @@ from dataflex.probe.cost import Cost
 from dataflex.record.configuration import recorded
 from dataflex.record.environment import environment
 from dataflex.record.writer import RunWriter
-from dataflex.schedule import RoundSlot, Schedule, steps_per_pass, total_steps
+from dataflex.run_plan import problems_of, schedule_of, trainer_keys
+from dataflex.schedule import RoundSlot, RunOutline, Schedule
 from dataflex.trainer.checkpoint import STATE_VERSION
 from dataflex.trainer.domain_loss import check_losses
 
@@ -77,6 +78,10 @@ class DynamicRun:
         self.learning_rate: Callable[[], float] = lambda: 0.0
         self.writer: RunWriter | None = None
         self.schedule = Schedule(self.settings.warmup_steps, self.settings.update_steps or 1, self.settings.updates, 1)
+        self.outline: RunOutline | None = None
+        """What the plan of the run says; None while not known."""
+        self.notes: list[str] = []
+        """What the user should know of this run, for the terminal and the record."""
         self.global_batch_size = 1
         self.plan: Plan | None = None
         self.statistics: StepStatistics | None = None
@@ -89,6 +94,8 @@ class DynamicRun:
         """The evaluation samples, one domain for each data set."""
         self.lengths: NDArray[np.int32] | None = None
         """Tokens of every training sample, where the run ends by a number of tokens."""
+        self.num_samples: int | None = None
+        """Training samples where there is no pool; None while not known."""
         self.evaluate_seconds = 0.0
         self.evaluation_began: float | None = None
         """When the running evaluation began; None where none is running."""
@@ -124,37 +131,53 @@ class DynamicRun:
         Raises:
             ConfigError: if the rounds do not fit the pool.
         """
-        settings = self.settings
-        self.global_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if not self.plans_data:
-            if settings.train_steps is not None:
-                args.max_steps = settings.train_steps
-            elif settings.updates > 0 and settings.update_steps is not None and args.max_steps <= 0:
-                cycle = settings.warmup_steps + settings.update_steps * settings.updates
-                args.max_steps = int(np.ceil(args.num_train_epochs * cycle))
-            if self.has_budget:
-                assert self.lengths is not None
-                passes = args.num_train_epochs * self.lengths.size / self.global_batch_size
-                self._set_budget(args, args.max_steps if args.max_steps > 0 else int(np.ceil(passes)))
-            return
-        assert self.pool is not None
-        update_steps = settings.update_steps or self._steps_of_pass(self.pool.size)
-        nominal = total_steps(
-            train_steps=settings.train_steps,
-            max_steps=args.max_steps,
-            epochs=args.num_train_epochs,
-            warmup_steps=settings.warmup_steps,
-            update_steps=update_steps,
-            updates=settings.updates,
-            num_samples=self.pool.size,
-            global_batch_size=self.global_batch_size,
+        keys = trainer_keys(args)
+        self.global_batch_size = keys.global_batch_size
+        found = schedule_of(
+            self.settings,
+            self.components,
+            keys,
+            num_samples=self._training_samples(),
+            domains=len(self.domains),
+            mean_length=self._mean_length(),
         )
-        self._set_budget(args, nominal)
-        self.schedule = Schedule(settings.warmup_steps, update_steps, settings.updates, args.max_steps)
-        self._check_rounds(update_steps)
+        if found is None:  # LLaMA-Factory counts
+            assert not self.has_budget
+            return
+        settings, total = self.settings, found.total_steps
+        if self.has_budget:
+            self._budget_steps, total = total, total * _MOST_TIMES_EXPECTED
+        in_cycles = settings.updates > 0 and settings.update_steps is not None
+        if self.plans_data or self.has_budget or settings.train_steps is not None or in_cycles:
+            args.max_steps = total  # else LLaMA-Factory's own count is the same
+        self.schedule = replace(found, total_steps=total)
+        self.outline = RunOutline(
+            found,
+            keys.global_batch_size,
+            pool_size=None if self.pool is None else self.pool.size,
+            domains=len(self.domains),
+            accumulation=keys.accumulation,
+        )
+        problems = problems_of(self.settings, self.components, self.outline)
+        if problems:
+            raise ConfigError(problems=problems)
+        if not self.plans_data:
+            return
         self._check_epochs()
         # The Trainer must not skip batches on its own when it resumes: the stream starts where the run stopped.
         args.ignore_data_skip = True
+
+    def _mean_length(self) -> float | None:
+        """Return the mean tokens of a sample, where the run ends by a number of tokens."""
+        if self.settings.train_tokens is None:
+            return None
+        lengths = self.lengths if self.pool is None else self.pool.lengths
+        return None if lengths is None else float(lengths.mean())
+
+    def _training_samples(self) -> int | None:
+        if self.pool is not None:
+            return self.pool.size
+        return self.lengths.size if self.lengths is not None else self.num_samples
 
     @property
     def has_budget(self) -> bool:
@@ -166,24 +189,6 @@ class DynamicRun:
         """Steps the run is expected to take; without a budget, those it takes."""
         return self.schedule.total_steps if self._budget_steps is None else self._budget_steps
 
-    def _set_budget(self, args: TrainingArguments, nominal: int) -> None:
-        """Set the most steps the run may take, and those it is expected to take.
-
-        Args:
-            args: whose ``max_steps`` is set.
-            nominal: the steps the other keys give; without a budget the run takes these.
-        """
-        args.max_steps = nominal
-        if self.settings.train_tokens is not None:
-            lengths = self.lengths if self.pool is None else self.pool.lengths
-            assert lengths is not None
-            steps = self.settings.train_tokens / self.global_batch_size
-            self._budget_steps = max(1, int(np.ceil(steps / lengths.mean())))
-        elif self.settings.train_seconds is not None:
-            self._budget_steps = nominal
-        if self._budget_steps is not None:
-            args.max_steps = self._budget_steps * _MOST_TIMES_EXPECTED
-
     def spent(self, tokens: int, seconds: float) -> float:
         """Return the share of the budget that is spent, from 0; 1 and more: the run ends."""
         if self.settings.train_tokens is not None:
@@ -193,26 +198,6 @@ class DynamicRun:
     def is_spent(self, state: State) -> bool:
         """Return whether nothing is left of the budget in a checkpoint's state."""
         return self.spent(int(state["tokens"]), float(state["train_seconds"]) + float(state["decision_seconds"])) >= 1
-
-    def _steps_of_pass(self, num_samples: int) -> int:
-        """Return the steps of one pass over the pool; where a selector chooses, no more than the pool can give."""
-        selector = self.components.select
-        if selector is None or selector.may_exceed_pool:
-            return steps_per_pass(num_samples, self.global_batch_size)
-        return max(1, num_samples // self.global_batch_size)
-
-    def _check_rounds(self, update_steps: int) -> None:
-        assert self.pool is not None
-        selector = self.components.select
-        longest = min(update_steps, self.schedule.total_steps) * self.global_batch_size
-        if selector is None or selector.may_exceed_pool or self.components.mix is not None:
-            return
-        if longest > self.pool.size:
-            raise ConfigError(
-                f"dataflex.update_steps: a round of {update_steps} steps needs {longest} samples, but the pool has "
-                f"{self.pool.size}: selector {selector.name!r} would have nothing to choose. Use at most "
-                f"{max(1, self.pool.size // self.global_batch_size)}."
-            )
 
     def _check_epochs(self) -> None:
         """Refuse a run for which ``max_epochs_per_domain`` leaves too few samples."""
@@ -249,6 +234,8 @@ class DynamicRun:
             length = self.settings.update_steps
             updates = self.settings.updates if length else -1
             self.schedule = Schedule(self.settings.warmup_steps, length or 1, updates, num_steps)
+        if resumed is not None:
+            self._keep_rounds(resumed)
         if self.pool is not None:
             self.planner = Planner(
                 self.pool,
@@ -268,6 +255,19 @@ class DynamicRun:
             kept = 0 if self.plan is None else self.plan.slot.number + 1
         step = 0 if resumed is None else int(resumed["step"])
         distributed.on_main(partial(self._start_record, Path(args.output_dir), kept, step))
+
+    def _keep_rounds(self, resumed: State) -> None:
+        """Go on with the checkpoint's rounds where their length is a default, which may depend on the total."""
+        then = resumed["identity"]["dataflex.update_steps"]
+        if self.outline is None or not self.plans_data or self.settings.update_steps is not None:
+            return
+        if then != self.schedule.update_steps:
+            self.notes.append(
+                f"update_steps: rounds stay {then} steps long, as in the checkpoint, where this run's total alone "
+                f"would give {self.schedule.update_steps}."
+            )
+            self.schedule = replace(self.schedule, update_steps=then)
+            self.outline = replace(self.outline, schedule=replace(self.outline.schedule, update_steps=then))
 
     def expected_cost(self) -> str | None:
         """Return what the selection is expected to cost, after measuring a few samples; None where nothing is to say.

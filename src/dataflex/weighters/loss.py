@@ -24,6 +24,7 @@ from pydantic import Field
 
 from dataflex.components import Weighter, WeighterParams
 from dataflex.registry import register
+from dataflex.schedule import RunOutline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +49,21 @@ class LossWeighter(Weighter):
     """Weights samples by where their loss lies in the batch."""
 
     Params = LossWeighterParams
+
+    def cannot_act(self, run: RunOutline) -> str | None:
+        """Return that a step has one sample, or that the temperature never comes near its end."""
+        if run.global_batch_size == 1:
+            return (
+                "a step trains on one sample, whose weight among its like is always 1; raise "
+                "per_device_train_batch_size or gradient_accumulation_steps"
+            )
+        if self.params.temperature_end is not None and self.params.temperature_steps > run.total_steps:
+            reached = self.temperature_at(run.total_steps)
+            return (
+                f"temperature_end ({self.params.temperature_end:g}) is for step {self.params.temperature_steps} and "
+                f"the run has {run.total_steps}: it ends at {reached:.3g}. Lower temperature_steps"
+            )
+        return None
 
     def weigh(self, losses: Tensor, step: int) -> Tensor:
         """Return the weights of the batch, mean 1."""

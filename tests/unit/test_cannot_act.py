@@ -1,0 +1,169 @@
+"""When a component cannot act in a run, for every method: what it says, and that it is so."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dataflex import registry
+from dataflex.components import Component, Mixer, StepStatistics
+from dataflex.config import DataFlexConfig, split_config
+from dataflex.mixers.odm import OdmMixer
+from dataflex.run_plan import notes_of
+from dataflex.schedule import RunOutline, Schedule
+from unit.fakes import build, context, make_pool
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "less": {"validation": "v"},
+    "cluster_less": {"validation": "v"},
+    "icons": {"validation": "v"},
+    "greats": {"validation": "v"},
+    "tracin": {"validation": "v", "checkpoints": ["c"]},
+    "nice": {"validation": "v", "reward": "exact_match"},
+    "aioli": {"validation": "v"},
+    "skill_it": {"validation": "v"},
+    "static": {"proportions": [1, 1, 1]},
+    "regmix": {"mixtures": "m.csv", "losses": "l.csv"},
+    "schedule": {"points": [{"step": 0, "proportions": [1, 1, 1]}]},
+    "doremi": {"reference_model": "r"},
+}
+
+
+def outline(
+    total: int = 4000, length: int = 100, *, warmup: int = 0, domains: int = 3, batch: int = 4, pool: int = 10_000
+) -> RunOutline:
+    return RunOutline(Schedule(warmup, length, -1, total), batch, pool_size=pool, domains=domains, accumulation=1)
+
+
+def make(family: str, name: str, **params: Any) -> Component:
+    cls = registry.get(family, name)
+    return cls(cls.Params(**{**NEEDED.get(name, {}), **params}))
+
+
+def test_every_method_can_act_in_a_long_run_of_many_rounds() -> None:
+    registry.load_components([], None)
+    names = [(family, name) for family in registry.CONFIG_KEYS.values() for name in registry.available(family)]
+    assert len(names) >= 31
+    for family, name in names:
+        assert make(family, name).cannot_act(outline()) is None, name
+
+
+@pytest.mark.parametrize(
+    "family, name, params, run, text",
+    [
+        ("selector", "delta_loss", {}, {"total": 100}, "no second one"),
+        ("selector", "random", {}, {"total": 10, "length": 10, "pool": 40}, "every sample is taken"),
+        ("mixer", "odm", {}, {"total": 100}, "after 0 of 100 steps, and before 4 steps"),
+        ("mixer", "odm", {}, {"total": 4, "length": 1}, "after 3 of 4 steps"),
+        ("mixer", "ado", {}, {"total": 1000}, r"start_step \(1000\).* last of 10 decisions comes after 900 of 1000"),
+        ("mixer", "ado", {"start_step": 10, "ignore_steps": 500}, {"total": 600}, "ignore_steps .500. leaves fewer"),
+        ("mixer", "aioli", {}, {"total": 1200}, r"LearnParams takes 12 rounds .* and the run has 12"),
+        ("mixer", "skill_it", {}, {"total": 100}, "by the graph alone"),
+        (
+            "mixer",
+            "schedule",
+            {"points": [{"step": 0, "proportions": [1, 1, 1]}, {"step": 500, "proportions": [2, 1, 1]}]},
+            {"total": 400},
+            "step 500 are never trained on: the run has 400 steps, and its last round begins at step 300",
+        ),
+        (
+            "mixer",
+            "schedule",
+            {"points": [{"step": 0, "proportions": [1, 1, 1]}, {"step": 50, "proportions": [2, 1, 1]}]},
+            {"total": 100},  # one round, on the proportions of step 0
+            "step 50 are never",
+        ),
+        (
+            "mixer",
+            "schedule",
+            {
+                "points": [{"step": 0, "proportions": [1, 1, 1]}, {"step": 350, "proportions": [2, 1, 1]}],
+                "interpolation": "step",
+            },
+            {"total": 400},  # rounds begin at 0, 100, 200, 300
+            "step 350 are never",
+        ),
+        ("mixer", "group_dro", {"weights": "previous"}, {"total": 5, "warmup": 4}, "no second one"),
+        ("mixer", "doremi", {"weights": "previous"}, {"total": 1, "length": 1}, "no second one"),
+        ("weighter", "loss", {}, {"batch": 1}, "one sample"),
+        ("weighter", "loss", {"temperature_end": 0.1, "temperature_steps": 5000}, {}, "ends at 0.28"),
+    ],
+)
+def test_what_stops_a_method(family: str, name: str, params: dict[str, Any], run: dict[str, Any], text: str) -> None:
+    registry.load_components([], None)
+    found = make(family, name, **params).cannot_act(outline(**run))
+    assert found is not None
+    assert re.search(text, found), found
+
+
+def test_one_domain_leaves_no_mixer_anything() -> None:
+    registry.load_components([], None)
+    for name in registry.available("mixer"):
+        component = make("mixer", name)
+        assert isinstance(component, Mixer)
+        found = component.cannot_act(outline(domains=1))
+        assert "one domain" in str(found), name
+
+
+@pytest.mark.parametrize("domains", [2, 3, 5])
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_odm_is_right_about_when_its_shares_can_differ(domains: int, variant: str) -> None:
+    """Against the mixer itself, heard with losses as different as they come."""
+    mixer = build(OdmMixer, variant=variant, alpha=0.0)
+    pool = make_pool({str(number): 4 for number in range(domains)})
+    losses = np.linspace(0.1, 9.0, domains)
+    for step in range(12):
+        shares = mixer.mix(context(pool))
+        differ = bool(np.ptp(shares) > 1e-9)
+        run = RunOutline(Schedule(0, step, -1, step + 1) if step else Schedule(0, 1, -1, 1), 4, domains=domains)
+        assert run.schedule.last_decision == step
+        assert differ == (mixer.cannot_learn(run) is None), (step, shares)
+        mixer.on_step(
+            StepStatistics(
+                step + 1,
+                losses,
+                np.ones(domains, np.int64),
+                np.ones(domains, np.int64),
+                proportions=np.full(domains, 1 / domains),
+            )
+        )
+
+
+def notes(run: RunOutline, **section: Any) -> list[str]:
+    config = split_config({"dataflex": section})
+    assert isinstance(config.dataflex, DataFlexConfig)
+    return notes_of(config.dataflex, config.build_components(), run, {})
+
+
+def test_notes_name_the_component_and_what_to_set() -> None:
+    (note,) = notes(outline(100), mix={"method": "odm"})
+    assert note.startswith("mix odm: the last decision comes after 0 of 100 steps")
+    assert "update_steps" in note
+    assert notes(outline(), mix={"method": "odm"}, select={"method": "loss"}) == []
+
+
+def test_a_selector_by_domain_may_find_every_domain_taken_whole() -> None:
+    section = {"mix": {"method": "uniform"}, "select": {"method": "loss"}}
+    (note,) = notes(outline(400, 100, pool=400), **section)
+    assert note.startswith("select loss: a round takes 400 samples and the pool has 400")
+    assert notes(outline(400, 100, pool=401), **section) == []
+
+
+@pytest.mark.parametrize(
+    "section, words",
+    [
+        ({"warmup_steps": 3}, ["warmup_steps", "nothing is decided"]),
+        ({"update_steps": 3}, ["update_steps", "nothing is decided"]),
+        ({"weight": {"method": "loss"}, "updates": 3}, ["dataflex.updates", "update_steps"]),
+        ({"weight": {"method": "loss"}, "update_steps": 3}, ["dataflex.update_steps", "updates"]),
+    ],
+)
+def test_keys_of_rounds_where_there_are_none(section: dict[str, Any], words: list[str]) -> None:
+    (note,) = notes(outline(), **section)
+    for word in words:
+        assert word in note
+    assert notes(outline(), weight={"method": "loss"}, update_steps=3, updates=2) == []
+    assert notes(outline(), update_steps=3, updates=2) == []
