@@ -146,12 +146,15 @@ def add_newcomer(workshop: Any) -> None:
     folder = workshop.root.parent / "newcomer"
     folder.mkdir()
     (folder / "near_loss.py").write_text(readme_block("python", "near_loss"))
-    section = yaml.safe_load(readme_block("yaml", "plugins:"))["dataflex"]
+    section = yaml.safe_load(readme_block("yaml", "plugins: [near_loss.py]"))["dataflex"]
     whole = section | {"plugins": [str(folder / "near_loss.py")]}
     run = {**TWO_SETS, "gradient_accumulation_steps": 2, "max_steps": 40, "save_strategy": "steps", "save_steps": 3}
     workshop.add("newcomer", dropout=True, dataflex=whole, **run)
     args = tiny.arguments(workshop.dropout_model, workshop.data, folder / "cut", **run, dataflex=section)
     (folder / "run.yaml").write_text(yaml.safe_dump(args))
+    (folder / "by_loss.py").write_text(readme_block("python", "by_loss"))
+    mixing = yaml.safe_load(readme_block("yaml", "plugins: [by_loss.py]"))["dataflex"]
+    workshop.add("readme-mixer", **TWO_SETS, dataflex=mixing | {"plugins": [str(folder / "by_loss.py")]})
 
 
 def add_variants(workshop: Any) -> None:
@@ -440,6 +443,18 @@ def test_a_newcomers_component_survives_a_kill_on_two_processes(runs: Any, newco
     weights = [(run / "adapter_model.safetensors").read_bytes() for run in (runs.root / "newcomer", cut)]
     assert weights[0] == weights[1]
     assert json.loads((cut / "dataflex" / "summary.json").read_text())["rounds"] == 10
+
+
+def test_the_mixer_of_the_readme_mixes_by_loss(runs: Any) -> None:
+    body = readme_block("python", "by_loss").split("class ")[1]
+    assert len(body.strip().splitlines()) <= 8  # its head, its docstring, and six lines with the empty one
+    runs.trace("readme-mixer")
+    rounds = runs.rounds("readme-mixer")
+    shares = [[line["proportions"][name] for name in ("alpha", "beta")] for line in rounds]
+    assert all(line["components"] == {"mix": "by_loss"} and sum(line["domains"].values()) for line in rounds)
+    # Every sample of an untrained model has about the loss of a uniform guess.
+    assert shares[0] == pytest.approx([0.5, 0.5], abs=0.05)
+    assert len({tuple(share) for share in shares}) == len(shares) > 1
 
 
 def test_a_failing_worker_is_our_exit_status(newcomer: Path) -> None:
