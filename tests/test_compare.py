@@ -458,6 +458,24 @@ BAD = [
         variants(a={**RANDOM, "gradient_accumulation_steps": 2}),
         "variants.a: trains on 4 samples in a step (per_device_train_batch_size x gradient_accumulation_steps) and 'p",
     ),
+    (
+        variants(a={"selct": None, **PLAIN}),
+        "variants.a.selct: takes away a key that the base does not have; remove",
+    ),
+    (variants(a={**PLAIN, "lerning_rate": None}), "variants.a.lerning_rate: takes away a key that the base does not"),
+    (variants(a={**PLAIN, "lerning_rate": None}), "; did you mean 'learning_rate'?"),
+    (variants(a={**PLAIN, "dataflex.mix": None}), "variants.a.dataflex.mix: takes away a key that the base does not"),
+    (variants(a={"dataflex": {"select": {"fokus": None}}}), "variants.a.dataflex.select.fokus: takes away a key"),
+    (variants(a={**RANDOM, "dataflex.select.fokus": "high"}), "variants.a.dataflex.select.fokus: unknown key 'fokus'"),
+    (variants(a={**PLAIN, "learning_rate.x": 3}), "leads through 'learning_rate', which is 0.01 in the base"),
+    (variants(a={**PLAIN, "dataset.0": "alpha"}), "leads through 'dataset', which is 'alpha' in the base"),
+    (
+        variants(a={"dataflex": {"select": {"method": "loss"}}, **RANDOM}),
+        "variants.a.dataflex.select.method: is given twice, by 'dataflex' and by 'dataflex.select.method'",
+    ),
+    ({"variants": {True: PLAIN, "plain": PLAIN}}, "variants: the name True is read as bool; put it in quotes"),
+    ({"seeds": [True]}, "seeds: must be whole numbers, got [True]"),
+    ({"base": 3}, "base: must be the name of a file, or a mapping of keys, got 3"),
     (tasks({"file": "mmul.jsonl"}), "evaluate.tasks.0.mmul.file: no such file"),
     (tasks("nowhere.jsonl"), "evaluate.tasks.0"),
     (
@@ -498,6 +516,22 @@ def test_bad_input_is_named_before_anything_runs(lab: Lab) -> None:
     lab.write()
     with pytest.raises(ConfigError, match=r"base.eval_dataset: nothing is measured"):
         load(lab.file)
+    assert not lab.output.exists()
+
+
+def test_the_nearest_key_of_what_a_variant_takes_away(lab: Lab) -> None:
+    lab.base["dataflex"] = {"update_steps": 2, "select": {"method": "loss", "focus": "low"}}
+    section = "dataflex.select"
+    taken = {
+        "selct": section, "dataflex.selct": section, "select": section, "dataflex.select.fokus": f"{section}.focus",
+        "focus": f"{section}.focus", "update_step": "dataflex.update_steps",
+    }  # fmt: skip
+    lab.write(variants={"plain": {section: None}, **{f"v{at}": {key: None} for at, key in enumerate(taken)}})
+    with pytest.raises(ConfigError) as error:
+        load(lab.file)
+    for at, (key, nearest) in enumerate(taken.items()):  # all variants together
+        expected = f"variants.v{at}.{key}: takes away a key that the base does not have; did you mean {nearest!r}?"
+        assert expected in str(error.value)
     assert not lab.output.exists()
 
 

@@ -269,6 +269,17 @@ def test_doremi_weighs_the_values_of_a_column(lab: Lab) -> None:
         lab.doremi()
 
 
+def test_what_a_stage_takes_away_must_be_there(lab: Lab) -> None:
+    lab.base["dataflex"] = {"select": {"method": "random"}}
+    lab.write(reference={"dataflex.selct": None}, final={"dataflex.mix.proportion": None, "learning_rate.x": 1})
+    assert lab.problems() == {
+        "reference.dataflex.selct": "takes away a key that the base does not have; did you mean 'dataflex.select'?",
+        "final.dataflex.mix.proportion": "takes away a key that the base does not have; did you mean "
+        "'dataflex.mix.proportions'?",
+        "final.learning_rate.x": "leads through 'learning_rate', which is 0.01 in the base, and no mapping.",
+    }
+
+
 @pytest.mark.parametrize("proportions", [[1, 2], {"alpha": 1, "beta": 2}])
 def test_the_mixture_of_the_base_is_replaced(lab: Lab, proportions: Any) -> None:
     mix = {"method": "static", "proportions": proportions, "max_epochs_per_domain": 3}
@@ -525,6 +536,9 @@ def test_values_of_a_column_are_mixed(tmp_path: Path, capsys: pytest.CaptureFixt
 
     lab.write(proxies={"count": 4, "dataflex.domain_column": "output"}, output_dir=str(tmp_path / "other"))
     with pytest.raises(ConfigError, match=r"proxies.dataflex.domain_column: has to be the same"):
+        lab.regmix()
+    lab.write(proxies={"count": 4, "dataflex.selct": None})
+    with pytest.raises(ConfigError, match=r"proxies.dataflex.selct: takes away a key that the base does not have"):
         lab.regmix()
     for row in whole:
         row["kind"] = "index"

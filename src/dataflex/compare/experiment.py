@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -355,6 +356,62 @@ def keys_of(change: Mapping[str, Any]) -> list[str]:
     return [".".join(path) for path, _ in _leaves(OmegaConf.to_container(_nested(change)))]
 
 
+def idle_changes(base: Mapping[str, Any], change: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what a change says that does not happen as written when it is merged into the base.
+
+    That is a key taken away that is not there, a dotted key that leads through something other than a mapping, and a
+    key that is given twice. Keys that are set and that nobody knows show when the merged configuration is checked.
+
+    Raises:
+        OmegaConfBaseException: if the change contradicts itself.
+    """
+    given: dict[str, str] = {}
+    for key, value in change.items():
+        holders = str(key).split(".")[:-1]
+        for depth in range(1, len(holders) + 1):
+            there, found = _found(base, tuple(holders[:depth]))
+            if there and found is not None and not isinstance(found, Mapping):
+                holder = ".".join(holders[:depth])
+                yield Problem(str(key), f"leads through {holder!r}, which is {found!r} in the base, and no mapping.")
+                break
+        for path, leaf in _leaves(OmegaConf.to_container(_nested({key: value}))):
+            name = ".".join(path)
+            if name in given:
+                yield Problem(name, f"is given twice, by {given[name]!r} and by {str(key)!r}; keep one.")
+            given[name] = str(key)
+            if leaf is None and not _found(base, path)[0]:
+                yield Problem(name, f"takes away a key that the base does not have{_nearest(name, base)}")
+
+
+def _found(config: Any, path: tuple[str, ...]) -> tuple[bool, Any]:
+    """Return whether there is a nested key, and its value."""
+    for key in path:
+        if not isinstance(config, Mapping) or key not in config:
+            return False, None
+        config = config[key]
+    return True, config
+
+
+def _nearest(name: str, base: Mapping[str, Any]) -> str:
+    """Return the end of a sentence about a key that is not in the base: the nearest one, beside it or elsewhere."""
+    holder, _, last = name.rpartition(".")
+    known = list(_names(base))
+    beside = [key for key in known if key.rpartition(".")[0] == holder]
+    for keys in (beside, known):
+        ends = {key.rpartition(".")[2]: key for key in keys}
+        near = difflib.get_close_matches(last, ends, n=1, cutoff=0.75)
+        if near:
+            return f"; did you mean {ends[near[0]]!r}?"
+    return "; remove it."
+
+
+def _names(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{prefix}{key}.")
+
+
 def _nested(change: Mapping[str, Any]) -> Any:
     nested = OmegaConf.create({})
     for key, value in change.items():
@@ -383,6 +440,7 @@ def _variant(
 ) -> tuple[RunConfig | None, list[Problem]]:
     """Return a variant's configuration with the first seed, and its problems."""
     try:
+        idle = list(idle_changes(base, change))
         leaves = keys_of(change)
         raw = merged(base, change)
     except (OmegaConfBaseException, ValueError) as error:
@@ -390,6 +448,8 @@ def _variant(
     own = [key for key in MANAGED if key in leaves]
     if own:
         return None, [Problem(key, "is set by the comparison itself; a variant may not set it.") for key in own]
+    if idle:
+        return None, idle
     if not isinstance(raw.get(SECTION, {}), dict):
         return None, [Problem(SECTION, f"must be a mapping, got {raw[SECTION]!r}.")]
     if SECTION not in raw:

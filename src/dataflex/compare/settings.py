@@ -5,15 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.yaml_file import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 _LARGEST_SEED = 2**32 - 1
+
+
+def _form_of_base(value: Any) -> Any:
+    if isinstance(value, str | dict):
+        return value
+    raise ValueError(f"must be the name of a file, or a mapping of keys, got {value!r}")
+
+
+Base = Annotated[str | dict[str, Any], BeforeValidator(_form_of_base)]
+"""A configuration that others are made of: a file, or its keys."""
 
 
 class Equal(BaseModel):
@@ -60,7 +70,7 @@ class ExperimentSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: str | dict[str, Any] = Field(description="A LLaMA-Factory YAML (path from the experiment file), or its keys.")
+    base: Base = Field(description="A LLaMA-Factory YAML (path from the experiment file), or its keys.")
     output_dir: str = Field(min_length=1, description="Folder of everything the comparison writes.")
     baseline: str = Field(description="The variant the others are compared with.")
     variants: dict[str, dict[str, Any]] = Field(description="Name of a variant: the keys it changes in the base.")
@@ -74,6 +84,9 @@ class ExperimentSettings(BaseModel):
     def _empty_is_the_base(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        other = next((name for name in value if not isinstance(name, str)), None)
+        if other is not None:
+            raise ValueError(f"the name {other!r} is read as {type(other).__name__}; put it in quotes")
         return {name: {} if change is None else change for name, change in value.items()}
 
     @field_validator("variants")
@@ -91,6 +104,13 @@ class ExperimentSettings(BaseModel):
         for name in value:
             if (other := lower.setdefault(name.lower(), name)) != name:
                 raise ValueError(f"{other!r} and {name!r} are one folder where case does not count")
+        return value
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _seeds_are_numbers(cls, value: Any) -> Any:
+        if isinstance(value, list) and any(isinstance(seed, bool) for seed in value):
+            raise ValueError(f"must be whole numbers, got {value!r}")
         return value
 
     @field_validator("seeds")

@@ -19,6 +19,7 @@ from dataflex.compare.command import INTERRUPTED, locked, print_tables
 from dataflex.compare.contents import expanded
 from dataflex.compare.experiment import joined, read_base, replaced_keys
 from dataflex.compare.runner import PROGRAM
+from dataflex.compare.settings import Base
 from dataflex.config import SECTION, RunConfig
 from dataflex.errors import ConfigError, Problem
 from dataflex.record.files import read_object
@@ -52,7 +53,7 @@ class DoremiSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: str | dict[str, Any] = Field(description="A LLaMA-Factory YAML (path from this file), or its keys.")
+    base: Base = Field(description="A LLaMA-Factory YAML (path from this file), or its keys.")
     output_dir: str = Field(min_length=1, description="Folder of everything the three trainings write.")
     reference: dict[str, Any] = Field(default_factory=dict, description="What the reference changes in the base.")
     proxy: dict[str, Any] = Field(default_factory=dict, description="What the proxy changes in the base.")

@@ -28,7 +28,7 @@ from dataflex.compare.contents import expanded
 from dataflex.compare.experiment import Experiment, Run, joined, merged, planned, read_base, replaced_keys, value_of
 from dataflex.compare.result import failure_of, read_result, state_of
 from dataflex.compare.runner import PROGRAM, Workers, execute, set_aside, workers
-from dataflex.compare.settings import Equal, ExperimentSettings, problem_of
+from dataflex.compare.settings import Base, Equal, ExperimentSettings, problem_of
 from dataflex.config import SECTION, RunConfig
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.files import write_atomically
@@ -97,7 +97,7 @@ class RegmixSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: str | dict[str, Any] = Field(description="A LLaMA-Factory YAML (path from this file), or its keys.")
+    base: Base = Field(description="A LLaMA-Factory YAML (path from this file), or its keys.")
     output_dir: str = Field(min_length=1, description="Folder of everything the command writes.")
     proxies: dict[str, Any] = Field(
         description="What the small trainings change in the base, and how mixtures are drawn."

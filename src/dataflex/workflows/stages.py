@@ -13,7 +13,17 @@ from pydantic import BaseModel, ValidationError
 
 from dataflex import checks, launch
 from dataflex.compare.contents import contents
-from dataflex.compare.experiment import KEY_FILE, Plan, Run, absolute_plugin, dotted, keyed, keys_of, merged
+from dataflex.compare.experiment import (
+    KEY_FILE,
+    Plan,
+    Run,
+    absolute_plugin,
+    dotted,
+    idle_changes,
+    keyed,
+    keys_of,
+    merged,
+)
 from dataflex.compare.result import state_of
 from dataflex.compare.runner import Workers, execute, set_aside
 from dataflex.compare.settings import problem_of
@@ -149,11 +159,15 @@ def make_stage(
     try:
         fixed = {**dict.fromkeys(MANAGED, SET_ITSELF), **recipe.managed}
         own = {key: fixed[each] for key in keys_of(changes) for each in fixed if _touches(key, each)}
-        raw = merged(merged(without_managed(base), recipe.sets), changes)
+        before = merged(without_managed(base), recipe.sets)
+        idle = list(idle_changes(before, changes))
+        raw = merged(before, changes)
     except (OmegaConfBaseException, ValueError) as error:
         return None, [Problem("", f"cannot be merged into the base: {str(error).splitlines()[0]}")]
     if own:
         return None, [Problem(key, why) for key, why in own.items()]
+    if idle:
+        return None, idle
     if not isinstance(raw.get(SECTION, {}), dict):
         return None, [Problem(SECTION, f"must be a mapping, got {raw[SECTION]!r}.")]
     raw = {**raw, "do_train": True, "output_dir": str(output / recipe.name), SECTION: raw.get(SECTION, {})}
