@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dataflex import __version__
+from dataflex import __version__, stopping
 from dataflex.errors import ConfigError, DataFlexError, did_you_mean
+from dataflex.launch import is_worker
 
 if TYPE_CHECKING:
     from dataflex.config import RunConfig
@@ -39,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return BAD_INPUT
     try:
-        status = _COMMANDS[options.command](options)
+        with stopping.taken(is_worker()):
+            status = _COMMANDS[options.command](options)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
@@ -50,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
         report_error(f"dataflex: {error}")
         return BAD_INPUT
+    except KeyboardInterrupt as stop:
+        return stopping.end(stop, _STOPPED.get(options.command, "stopped."))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,9 +177,16 @@ def _train(options: argparse.Namespace) -> int:
     if launch.is_worker():
         return _train_here(config)
     _print_notes(config)
-    if launch.wants_many():
-        return launch.run_many(["train", str(options.config), *options.overrides])
-    return _train_here(config)
+    try:
+        if launch.wants_many():
+            status = launch.run_many(["train", str(options.config), *options.overrides])
+        else:
+            status = _train_here(config)
+    except KeyboardInterrupt as stop:
+        return stopping.end(stop, stopping.of_training(config))
+    if status == 0:
+        _print_next(config)
+    return status
 
 
 def _train_here(config: RunConfig) -> int:
@@ -182,6 +194,19 @@ def _train_here(config: RunConfig) -> int:
 
     bridge.run(config)
     return 0
+
+
+def _print_next(config: RunConfig) -> None:
+    """Say what can be looked at of a training that has ended, where its record is on this machine."""
+    output = Path(str(config.llamafactory.get("output_dir")))
+    trained = config.dataflex is not None and config.llamafactory.get("do_train")
+    if not trained or not (output / "dataflex" / "summary.json").is_file():
+        return
+    folder = shlex.quote(str(output))
+    print(f"dataflex: what it did, on one page: dataflex-cli report {folder}")
+    if (output / "dataflex" / "rounds.jsonl").is_file():
+        top = " --top 5" if "select" in config.params else ""
+        print(f"dataflex: which samples, and why: dataflex-cli explain {folder}{top}")
 
 
 def _share(text: str) -> float:
@@ -315,6 +340,14 @@ def _demo(options: argparse.Namespace) -> int:
 
     return demo.run(options.output)
 
+
+_STOPPED = {
+    "train": "stopped before the training began.",
+    "features": "stopped; the same command goes on with the features that are kept.",
+    "score": "stopped, nothing is selected; the same command begins again, with the features that are kept.",
+    "eval": "stopped; the same command begins again.",
+}
+"""What is said of a command that is stopped and does not say it itself."""
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,

@@ -7,10 +7,13 @@ use gloo, and what accelerate and DeepSpeed need there is set.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+from dataflex.stopping import Stopped
 
 ERROR_FOLDER = "DATAFLEX_ERROR_FOLDER"
 """Where workers leave the text of an error, so that the launcher prints it once."""
@@ -33,8 +36,12 @@ def run_many(arguments: list[str]) -> int:
 
     Returns:
         The first failing worker's exit status, or 0.
+
+    Raises:
+        Stopped: if a signal asked for it; the workers have ended then.
     """
     from llamafactory.extras.misc import find_available_port, get_device_count
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import run as torchrun
@@ -46,12 +53,16 @@ def run_many(arguments: list[str]) -> int:
     _set_environment(int(processes) if processes.isdigit() else 1, accelerator=get_device_count() > 0)
     with tempfile.TemporaryDirectory(prefix="dataflex-") as folder:
         os.environ[ERROR_FOLDER] = folder
+        _quieten_torchrun()
         try:
             torchrun(get_args_parser().parse_args(options))
         except ChildFailedError as error:
-            _, failure = error.get_first_failure()
-            _print_errors(Path(folder))
-            return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+            rank, failure = error.get_first_failure()
+            status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+            _print_errors(Path(folder), f"process {rank} ended with status {status}.")
+            return status
+        except SignalException as error:
+            raise Stopped(error.sigval) from None
         finally:
             del os.environ[ERROR_FOLDER]
     return 0
@@ -86,8 +97,20 @@ def _set_environment(processes: int, accelerator: bool) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def _quieten_torchrun() -> None:
+    """Have torchrun not log that workers failed or were stopped, which we say ourselves; ``LOGLEVEL`` has it do so."""
+    if "LOGLEVEL" in os.environ:
+        return
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def report_error(text: str) -> None:
-    """Print an error once: a worker leaves it for the launcher, any other process prints it."""
+    """Print an error once, on a line of its own: a worker leaves it for the launcher, any other process prints it."""
+    from dataflex import console
+
+    console.end_bars()
     folder = os.environ.get(ERROR_FOLDER)
     if folder is None or not is_worker():
         print(text, file=sys.stderr)
@@ -95,7 +118,14 @@ def report_error(text: str) -> None:
     (Path(folder) / f"{int(os.environ.get('RANK', '0')):06d}").write_text(text, encoding="utf-8")
 
 
-def _print_errors(folder: Path) -> None:
-    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())]
+def _print_errors(folder: Path, otherwise: str) -> None:
+    """Print what workers left, each text once.
+
+    Args:
+        folder: where they left it.
+        otherwise: what to say if none left anything.
+    """
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())] or [f"dataflex: {otherwise}"]
+    print(file=sys.stderr)  # a worker's progress bar may have been left in the middle of a line
     for text in dict.fromkeys(texts):
         print(text, file=sys.stderr)

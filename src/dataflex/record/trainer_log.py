@@ -17,7 +17,7 @@ Entry = dict[str, Any]
 
 _EVAL_LOSS = r"eval_(?:(.+)_)?loss"
 
-_MEANS = ("token_weighted", "unweighted")
+MEANS = ("token_weighted", "unweighted")
 """Logged together as if they were evaluation sets: the means over the sets."""
 
 _SECONDS = ("dataflex/train_seconds", "dataflex/decision_seconds", "dataflex/evaluate_seconds")
@@ -113,7 +113,7 @@ def eval_curves(log: list[Entry], results: dict[str, Any], last_step: int) -> di
         curve = found.setdefault(name, [])
         if not curve or curve[-1][0] < last_step:
             curve += final
-    means = set(_MEANS) if found.keys() >= set(_MEANS) else set()
+    means = set(MEANS) if found.keys() >= set(MEANS) else set()
     return {name or "eval": curve for name, curve in found.items() if name not in means}
 
 

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, rotate_checkpoints
 
-from dataflex import distributed
+from dataflex import console, distributed
 from dataflex.components import StepContext, StepStatistics
 from dataflex.data.plan import Arrangement
 from dataflex.errors import ConfigError
@@ -34,7 +33,7 @@ from dataflex.probe.moments import read_moments
 from dataflex.probe.reference import Reference, ReferenceModel, ReferenceTable, TableMaker, load_reference
 from dataflex.reference import ReferenceParams
 from dataflex.token_loss import IGNORE_INDEX, shifted, token_losses
-from dataflex.trainer import checkpoint
+from dataflex.trainer import checkpoint, terminal
 from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.evaluation import DomainEvaluation, Numbers, as_logs, means
 from dataflex.trainer.loss import WeightedLoss, loss_function
@@ -86,6 +85,7 @@ class DynamicTrainerMixin(Trainer):
             global_batch_size=dataflex.global_batch_size,
             domain_loss=self.domain_loss,
         )
+        terminal.shorten(self.callback_handler, knows_end=not dataflex.has_budget)
         # First, because the progress bar and the logs take the run's length from the state as we leave it.
         self.callback_handler.callbacks.insert(0, DynamicCallback(self))
 
@@ -583,7 +583,7 @@ class DynamicCallback(TrainerCallback):
             state.max_steps = max(state.global_step + 1, run.expected_steps)
         expected = run.expected_cost()
         if expected is not None and args.process_index == 0:
-            tqdm.write(f"dataflex: {expected}")
+            console.say(f"dataflex: {expected}")
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the step's clock."""
@@ -629,7 +629,7 @@ class DynamicCallback(TrainerCallback):
         if run.has_budget and run.progress < 1:
             _warn(f"training ended after {100 * run.progress:.1f} % of its budget of tokens or seconds.")
         if args.process_index == 0:
-            print(
+            console.say(
                 f"dataflex: training {summary['train_seconds']:.1f} s, decisions {summary['decision_seconds']:.1f} s "
                 f"({100 * summary['overhead_fraction']:.1f} %), {summary['rounds']} rounds, {summary['tokens']} tokens"
             )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex import distributed
+from dataflex import console, distributed
 from dataflex.capped import CappedScoring, Spent
 from dataflex.components import GradientSettings, SelectorParams, StepContext, StepStatistics
 from dataflex.config import DataFlexConfig, RunConfig
@@ -41,13 +41,6 @@ if TYPE_CHECKING:
 _CALIBRATION_SAMPLES = 8
 _MOST_TIMES_EXPECTED = 1000
 """A run that a budget ends takes at most so many times the expected steps."""
-
-
-def _duration(seconds: float) -> str:
-    """Return a time as a person would say it."""
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 class DynamicRun:
@@ -301,7 +294,7 @@ class DynamicRun:
         samples = f"{scored} samples" + (f" and {others} validation samples" if others else "")
         return (
             f"select {selector.name}: scoring {samples}, {passes} times in this run, is expected to take "
-            f"{_duration(total)}, {total / training:.2g} times the training itself (after {some.size} samples)."
+            f"{console.duration(total)}, {total / training:.2g} times the training itself (after {some.size} samples)."
         )
 
     def _capped(self) -> CappedScoring | None:
@@ -352,7 +345,28 @@ class DynamicRun:
         if self.writer is not None:
             acting = self.names if slot.update is not None else {}
             self.writer.round(plan, self.pool, acting, cost)
+        if distributed.rank() == 0:
+            console.say(self._line_of(plan, seconds))
         return plan
+
+    def _line_of(self, plan: Plan, seconds: float) -> str:
+        """Return what is said about a round that has just been decided."""
+        assert self.pool is not None
+        slot, mixer = plan.slot, self.components.mix
+        weights = None
+        if mixer is not None and mixer.weighs_loss_by != "nothing" and slot.update is not None:
+            weights = dict(zip(self.domains, mixer.loss_weights.tolist(), strict=True))
+        return console.decision(
+            slot.number,
+            slot.start_step + 1,
+            slot.start_step + slot.steps,
+            dict(zip(self.domains, self.pool.domain_counts(plan.indices).tolist(), strict=True)),
+            self.pool.size,
+            seconds,
+            warmup=slot.update is None,
+            scored=None if plan.budget is None else plan.budget["scored"],
+            loss_weights=weights,
+        )
 
     @property
     def domain_tokens(self) -> NDArray[np.int64]:

@@ -1,0 +1,114 @@
+"""Text for the terminal: lines above a progress bar, and the words for decisions, logs and times. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+from dataflex.record.trainer_log import MEANS
+
+_LISTED = 6
+"""Names that are listed one by one; of more the largest, and how many others there are."""
+
+_LOSS = re.compile(r"eval_(?:(.+)_)?loss")
+_NOT_SHOWN = re.compile(
+    r"eval_(?:.+_)?(?:runtime|samples_per_second|steps_per_second|perplexity|bits_per_byte|preparation_time)"
+)
+
+
+def say(text: str) -> None:
+    """Print a line on standard output, above any progress bar."""
+    tqdm.write(text)
+
+
+def end_bars() -> None:
+    """End every progress bar, so that the next line begins at the left."""
+    for bar in list(tqdm._instances):  # tqdm has no public list of them
+        bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person would say it."""
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def largest(values: Mapping[str, float], form: str = "{}") -> str:
+    """Return names with their values in their order; of many the largest, and how many more there are."""
+    shown = list(values)
+    if len(values) > _LISTED:
+        shown = sorted(values, key=lambda name: -values[name])[: _LISTED - 1]
+    texts = [f"{name} {form.format(values[name])}" for name in shown]
+    return ", ".join(texts) + (f" and {len(values) - len(shown)} more" if len(shown) < len(values) else "")
+
+
+def decision(
+    number: int,
+    first_step: int,
+    last_step: int,
+    planned: Mapping[str, int],
+    pool_size: int,
+    seconds: float,
+    *,
+    warmup: bool = False,
+    scored: int | None = None,
+    loss_weights: Mapping[str, float] | None = None,
+) -> str:
+    """Return the line about a round that has just been decided.
+
+    Args:
+        number: of the round.
+        first_step: the optimizer step it begins with, from 1.
+        last_step: the one it ends with.
+        planned: samples of each domain in its plan.
+        pool_size: samples to choose from.
+        seconds: the decision took.
+        warmup: whether no method acts yet.
+        scored: samples that were scored, where a cap limits them.
+        loss_weights: what each domain's loss is multiplied with, where a mixer weighs the loss.
+    """
+    steps = f"steps {first_step}-{last_step}" if last_step > first_step else f"step {first_step}"
+    parts = [f"{sum(planned.values())} of {pool_size}" + (f": {largest(planned)}" if len(planned) > 1 else " samples")]
+    if loss_weights is not None:
+        parts.append(f"loss weights {largest(loss_weights, '{:.3g}')}")
+    if scored is not None:
+        parts.append(f"{scored} scored under the cap")
+    parts.append(f"{seconds:.1f} s")
+    return f"round {number}{' (warm-up)' if warmup else ''}, {steps}: {'; '.join(parts)}"
+
+
+def log(logs: Mapping[str, object], step: int, total_steps: int | None) -> str | None:
+    """Return the line about what the Trainer logged; None if there is nothing to show.
+
+    Args:
+        logs: all it logged.
+        step: optimizer steps done.
+        total_steps: those of the run; None if it is not known.
+    """
+    of = f"step {step}" if total_steps is None else f"step {step} of {total_steps}"
+    numbers = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+    if "loss" in numbers:
+        named = {"loss": ("loss", ".4g"), "learning_rate": ("learning rate", ".3g"), "epoch": ("epoch", ".2f")}
+        shown = [f"{name} {numbers[key]:{form}}" for key, (name, form) in named.items() if key in numbers]
+        return f"{of}: {', '.join(shown)}"
+    found = _evaluation(numbers)
+    return None if not found else f"{of}: evaluation {found}"
+
+
+def _evaluation(numbers: Mapping[str, float]) -> str:
+    """Return the losses of an evaluation in short, and other metrics, such as those of responses."""
+    losses = {match[1] or "": numbers[key] for key in numbers if (match := _LOSS.fullmatch(key))}
+    means = {name: losses.pop(name) for name in MEANS if name in losses}
+    whole = losses.pop("", means.get(MEANS[0]) if not losses else None)
+    parts = [] if whole is None else [f"loss {whole:.4g}"]
+    if len(losses) > 1 or (losses and whole is None):
+        parts.append(("" if parts else "loss ") + largest(losses, "{:.4g}"))
+    others = {
+        key.removeprefix("eval_"): value
+        for key, value in numbers.items()
+        if key.startswith("eval_") and not _LOSS.fullmatch(key) and not _NOT_SHOWN.fullmatch(key)
+    }
+    return ": ".join(parts) + ("; " if parts and others else "") + (largest(others, "{:.4g}") if others else "")
