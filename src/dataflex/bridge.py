@@ -169,6 +169,7 @@ def load_pool(
         if training_args.do_train and dynamic.instead is None:
             dynamic.num_samples = len(module["train_dataset"])
             dynamic.set_steps(copy.copy(training_args))  # problems of the rounds show before a model is loaded
+            _open(dynamic, training_args)
         return {key: value for key, value in module.items() if value is not None}
     names = tuple(dict.fromkeys(data_args.dataset))
     column = dynamic.settings.domain_column
@@ -189,8 +190,17 @@ def load_pool(
             logger.warning(warning)
     for key, request in dynamic.validation.items():
         dynamic.targets[key] = _load_targets(load, data_args, f"dataflex.{key}", request, evaluation)
+    if dynamic.instead is None:
+        _open(dynamic, training_args)
     module = {"train_dataset": dynamic.pool.dataset}
     return module if evaluation is None else {**module, "eval_dataset": evaluation}
+
+
+def _open(dynamic: DynamicRun, training_args: Any) -> None:
+    """Print the plan of the run, before the model is loaded."""
+    lines = dynamic.opening()
+    if training_args.process_index == 0:
+        print("\n".join(f"dataflex: {line}" for line in lines), flush=True)
 
 
 def _train_only(data_args: Any) -> Any:

@@ -163,10 +163,18 @@ def _print_notes(config: RunConfig) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from dataflex.checks.arguments import truthy
+    from dataflex.checks.plan import planned
+
     config = _checked_config(options)
     _print_notes(config)
     acting = ", ".join(f"{key}: {cls.name}" for key, (cls, _) in config.params.items())
     print(f"{options.config}: no problems ({acting or 'plain LLaMA-Factory'})")
+    if truthy(config, "do_train"):
+        plan = planned(config)
+        print("\n".join(["plan:", *plan.lines()]))
+        for note in plan.notes():
+            print(f"dataflex: note: {note}", file=sys.stderr)
     return 0
 
 

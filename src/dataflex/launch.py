@@ -8,6 +8,7 @@ use gloo, and what accelerate and DeepSpeed need there is set.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -29,6 +30,27 @@ def wants_many() -> bool:
     from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt, use_ray
 
     return is_env_enabled("FORCE_TORCHRUN") or (get_device_count() > 1 and not use_ray() and not use_kt())
+
+
+def planned_processes() -> int:
+    """Return how many processes will train, as far as that shows without torch."""
+    if is_worker():
+        return int(os.environ["WORLD_SIZE"])
+    devices = _visible_devices()
+    if devices < 2 and os.environ.get("FORCE_TORCHRUN", "").lower() not in ("1", "true", "y"):
+        return 1
+    given = (os.environ.get("NPROC_PER_NODE") or str(max(1, devices)), os.environ.get("NNODES") or "1")
+    return math.prod(int(number) if number.isdecimal() and int(number) else 1 for number in given)
+
+
+def _visible_devices() -> int:
+    """Return how many of this machine's NVIDIA or Ascend accelerators this process may use."""
+    found = 0
+    for pattern, variable in (("nvidia[0-9]*", "CUDA_VISIBLE_DEVICES"), ("davinci[0-9]*", "ASCEND_RT_VISIBLE_DEVICES")):
+        there = len(list(Path("/dev").glob(pattern)))
+        named = os.environ.get(variable)
+        found += there if named is None else min(there, len([name for name in named.split(",") if name.strip()]))
+    return found
 
 
 def run_many(arguments: list[str]) -> int:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from dataflex.components import Components
+from dataflex.components import Components, SelectorParams
 from dataflex.errors import Problem
 from dataflex.schedule import RunOutline, Schedule, default_update_steps
 
@@ -54,7 +54,49 @@ def trainer_keys(args: TrainingArguments) -> TrainerKeys:
         per_device=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         processes=args.world_size,
+        eval_strategy=str(args.eval_strategy.value),
+        eval_steps=args.eval_steps or args.logging_steps,
+        evaluates_at_end=bool(args.do_eval),
+        save_strategy=str(args.save_strategy.value),
+        save_steps=args.save_steps,
     )
+
+
+def total_steps(
+    settings: DataFlexConfig,
+    components: Components,
+    keys: TrainerKeys,
+    *,
+    num_samples: int | None,
+    update_steps: int | None,
+    mean_length: float | None = None,
+) -> int | None:
+    """Return the optimizer steps of a run, those expected where a budget ends it; None where they are not known.
+
+    Args:
+        settings: the section.
+        components: of the run.
+        keys: LLaMA-Factory's.
+        num_samples: of the training data; None: not known.
+        update_steps: length of a round; None: not known, or there are none.
+        mean_length: mean tokens of a sample, which ``train_tokens`` needs.
+    """
+    batch = keys.global_batch_size
+    if settings.train_tokens is not None:
+        return None if mean_length is None else max(1, math.ceil(settings.train_tokens / batch / mean_length))
+    if settings.train_steps is not None:
+        return settings.train_steps
+    if keys.max_steps > 0:
+        return keys.max_steps
+    if _in_cycles(settings, components):
+        if update_steps is None:
+            return None
+        return max(1, math.ceil(keys.epochs * (settings.warmup_steps + update_steps * settings.updates)))
+    if num_samples is None:
+        return None
+    if components.plans_data:
+        return max(1, math.ceil(keys.epochs * num_samples / batch))
+    return trainer_steps(keys, num_samples)
 
 
 def schedule_of(
@@ -66,46 +108,31 @@ def schedule_of(
     domains: int,
     mean_length: float | None = None,
 ) -> Schedule | None:
-    """Return the rounds of a run, their total that expected where a budget ends it; None where it is not known.
-
-    Args:
-        settings: the section.
-        components: of the run.
-        keys: LLaMA-Factory's.
-        num_samples: of the training data; None: not known.
-        domains: number of domains.
-        mean_length: mean tokens of a sample, which ``train_tokens`` needs.
-    """
-    batch, length, planned = keys.global_batch_size, settings.update_steps, components.plans_data
-    in_cycles = settings.updates > 0 and (planned or length is not None)
-    steps: int | None = None
-    if settings.train_tokens is not None:
-        if mean_length is None:
-            return None
-        steps = max(1, math.ceil(settings.train_tokens / batch / mean_length))
-    elif settings.train_steps is not None:
-        steps = settings.train_steps
-    elif keys.max_steps > 0:
-        steps = keys.max_steps
-    elif not in_cycles:
-        if num_samples is None:
-            return None
-        passes = max(1, math.ceil(keys.epochs * num_samples / batch))
-        steps = passes if planned else trainer_steps(keys, num_samples)
-    if planned and length is None:
-        if num_samples is None:
+    """Return the rounds of a run; None where they are not known. The arguments are those of :func:`total_steps`."""
+    length = settings.update_steps
+    total = total_steps(
+        settings, components, keys, num_samples=num_samples, update_steps=length, mean_length=mean_length
+    )
+    if components.plans_data and length is None:
+        in_cycles = total is None and _in_cycles(settings, components)
+        if num_samples is None or (total is None and not in_cycles):
             return None
         length = default_update_steps(
             rounds=max(component.wanted_rounds(domains) for _, component in components.items()),
             num_samples=num_samples,
-            global_batch_size=batch,
-            run_steps=None if steps is None else max(1, steps - settings.warmup_steps),
+            global_batch_size=keys.global_batch_size,
+            run_steps=None if total is None else max(1, total - settings.warmup_steps),
         )
-    updates = -1 if length is None else settings.updates
-    if steps is None:
-        assert length is not None
-        steps = max(1, math.ceil(keys.epochs * (settings.warmup_steps + length * updates)))
-    return Schedule(settings.warmup_steps, length or 1, updates, steps)
+        if in_cycles:
+            total = total_steps(settings, components, keys, num_samples=num_samples, update_steps=length)
+    if total is None:
+        return None
+    return Schedule(settings.warmup_steps, length or 1, -1 if length is None else settings.updates, total)
+
+
+def _in_cycles(settings: DataFlexConfig, components: Components) -> bool:
+    """Return whether training is divided into cycles; with weight alone that takes both keys."""
+    return settings.updates > 0 and (components.plans_data or settings.update_steps is not None)
 
 
 def trainer_steps(keys: TrainerKeys, num_samples: int) -> int:
@@ -114,19 +141,25 @@ def trainer_steps(keys: TrainerKeys, num_samples: int) -> int:
     return math.ceil(keys.epochs * max(1, math.ceil(batches / keys.accumulation)))
 
 
+def problems_of_warmup(settings: DataFlexConfig, components: Components, total: int) -> list[Problem]:
+    """Return that all of the run's steps are warm-up, where they are."""
+    names = [f"{key} {component.name}" for key, component in components.items()]
+    if not names or settings.warmup_steps < total or settings.train_seconds is not None:
+        return []
+    steps = f"the run has {_count(total, 'step')}, all of them warm-up ({settings.warmup_steps})"
+    remedy = f"Set it below {total}, or train longer" if total > 1 else "Set it to 0, or train longer"
+    return [
+        Problem(
+            f"{_SECTION}.warmup_steps",
+            f"{steps}: {', '.join(names)} would never decide anything. {remedy} (train_steps, max_steps, "
+            "num_train_epochs).",
+        )
+    ]
+
+
 def problems_of(settings: DataFlexConfig, components: Components, run: RunOutline) -> list[Problem]:
     """Return why nothing would ever be decided, or a selector would have nothing to choose from."""
-    found = []
-    names = [f"{key} {component.name}" for key, component in components.items()]
-    if names and not run.decisions and settings.train_seconds is None:
-        found.append(
-            Problem(
-                f"{_SECTION}.warmup_steps",
-                f"the run has {run.total_steps} steps and all of them are warm-up ({settings.warmup_steps}): "
-                f"{', '.join(names)} would never decide anything. Set it below {run.total_steps}, or train longer "
-                "(train_steps, max_steps, num_train_epochs).",
-            )
-        )
+    found = problems_of_warmup(settings, components, run.total_steps)
     selector, pool = components.select, run.pool_size
     if selector is None or selector.may_exceed_pool or components.mix is not None or pool is None or not run.decisions:
         return found
@@ -184,10 +217,10 @@ def _without_effect(settings: DataFlexConfig, components: Components) -> Iterato
     given = settings.model_fields_set
     if not components.items():
         unused: list[str] = [key for key in ("warmup_steps", "probe_batch_tokens") if key in given]
-        unused += [key for key in ("update_steps", "updates") if key in given and not _in_cycles(settings)]
+        unused += [key for key in ("update_steps", "updates") if key in given and not _in_cycles(settings, components)]
         if unused:
             yield f"{', '.join(unused)}: without select, mix, order and weight nothing is decided, so it has no effect."
-    elif not components.plans_data and not _in_cycles(settings):
+    elif not components.plans_data and not _in_cycles(settings, components):
         unused = [key for key in ("update_steps", "updates") if getattr(settings, key) not in (None, -1)]
         if unused:
             yield (
@@ -197,5 +230,218 @@ def _without_effect(settings: DataFlexConfig, components: Components) -> Iterato
             )
 
 
-def _in_cycles(settings: DataFlexConfig) -> bool:
-    return settings.updates > 0 and settings.update_steps is not None
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do, and the text that says so.
+
+    Attributes:
+        settings: the section.
+        components: of the run.
+        keys: LLaMA-Factory's.
+        total: optimizer steps of the run; None: not known.
+        run: what components judge by; None where the length of the run or of its rounds is not known.
+        samples: training samples; None: not known.
+        domains: samples of each domain; None: not known.
+        validation: validation samples by configuration key, as far as known.
+        unknown: why ``samples`` is None.
+        about: whether samples were counted before preprocessing, which may drop some.
+    """
+
+    settings: DataFlexConfig
+    components: Components
+    keys: TrainerKeys
+    total: int | None
+    run: RunOutline | None
+    samples: int | None
+    domains: Mapping[str, int] | None
+    validation: Mapping[str, int] = field(default_factory=dict)
+    unknown: str = ""
+    about: bool = False
+
+    def notes(self) -> list[str]:
+        """Return what will not happen in the run although it was asked for."""
+        if self.run is None:
+            return list(_without_effect(self.settings, self.components))
+        components = self.components
+        if self.domains is None:  # what a mixer says depends on how many there are
+            components = replace(components, mix=None)
+        return notes_of(self.settings, components, self.run, self.validation)
+
+    def lines(self) -> list[str]:
+        """Return the plan, one line for each matter."""
+        rows = [("data", self._data()), ("steps", self._steps()), *self._rounds(), *self._events()]
+        if self.run is not None:
+            rows += self._cost(self.run)
+        width = max(len(name) for name, _ in rows)
+        return [f"  {name:<{width}}  {text}" for name, text in rows]
+
+    def _data(self) -> str:
+        if self.samples is None:
+            return f"samples not known before the data is loaded: {self.unknown}"
+        text = f"{'about ' if self.about else ''}{_count(self.samples, 'sample')}"
+        if self.domains is None or len(self.domains) < 2:
+            return text
+        shown = [f"{name} {size:,}" for name, size in list(self.domains.items())[:_NAMED]]
+        more = f", and {len(self.domains) - _NAMED} more" if len(self.domains) > _NAMED else ""
+        return f"{text} in {len(self.domains)} domains: {', '.join(shown)}{more}"
+
+    def _steps(self) -> str:
+        keys, settings = self.keys, self.settings
+        batch = (
+            f"{_count(keys.global_batch_size, 'sample')} each ({keys.per_device} per device x {keys.accumulation} "
+            f"accumulated x {_count(keys.processes, 'process', 'es')})"
+        )
+        until = ""
+        if settings.train_tokens is not None:
+            until = f"; training ends when {settings.train_tokens:,} tokens are trained on"
+        elif settings.train_seconds is not None:
+            until = f"; training ends after {settings.train_seconds:g} s of training and decisions"
+        if self.total is None:
+            return f"not known before the data is loaded, of {batch}{until}"
+        about = "about " if until or (self.about and self._counts_samples()) else ""
+        text = f"{about}{self.total:,} of {batch}"
+        if self.samples:
+            passes = _number(self._passes(self.total))
+            text += f": {'about ' if self.about else ''}{passes} {'pass' if passes == '1' else 'passes'} over the data"
+        if self._counts_cycles() and self.run is not None:
+            cycle = self.run.schedule.cycle_steps
+            text += (
+                f". num_train_epochs counts cycles here: {keys.epochs:g} x {cycle} steps (updates: "
+                f"{settings.updates}); under updates: -1 it counts passes"
+            )
+        return text + until
+
+    def _passes(self, steps: int) -> float:
+        """Return the passes over the data so many steps make; where nothing is planned the last step may be short."""
+        assert self.samples
+        if self.components.plans_data:
+            return steps * self.keys.global_batch_size / self.samples
+        return steps / trainer_steps(replace(self.keys, epochs=1), self.samples)
+
+    def _counts_samples(self) -> bool:
+        """Whether the number of steps follows from that of the samples."""
+        return not self._counts_cycles() and self.settings.train_steps is None and self.keys.max_steps <= 0
+
+    def _counts_cycles(self) -> bool:
+        """Whether the number of steps follows from that of the cycles."""
+        given = self.settings.train_steps or self.settings.train_tokens or self.keys.max_steps > 0
+        return _in_cycles(self.settings, self.components) and not given
+
+    def _rounds(self) -> Iterator[tuple[str, str]]:
+        if not self.components.items():
+            return
+        run, settings = self.run, self.settings
+        if settings.warmup_steps:
+            again = " at the start of every cycle" if _in_cycles(settings, self.components) else ""
+            yield "warm-up", f"{_count(settings.warmup_steps, 'step')}{again}: a uniform draw, nothing is decided"
+        acting = ", ".join(f"{key} {component.name}" for key, component in self.components.items())
+        if run is None:
+            yield "decisions", acting
+            return
+        schedule = run.schedule
+        if not self.components.plans_data:
+            yield "decisions", f"in every step after warm-up, {run.decided_steps:,}: {acting}"
+            return
+        share = ""
+        if run.pool_size:
+            share = f", {'about ' if self.about else ''}{_percent(run.round_samples / run.pool_size)} of the pool"
+        length = min(schedule.update_steps, run.decided_steps)
+        default = "" if self.settings.update_steps is not None else " (the default of update_steps)"
+        yield (
+            "rounds",
+            f"{schedule.num_rounds:,} of {_count(length, 'step')}{default}: {_count(run.round_samples, 'sample')} each"
+            f"{share}",
+        )
+        yield "decisions", f"{run.decisions:,}: {acting}"
+
+    def _events(self) -> Iterator[tuple[str, str]]:
+        keys = self.keys
+        during = self._times(keys.eval_strategy, keys.eval_steps)
+        at_end = ", and one at the end" if keys.evaluates_at_end else ""
+        if keys.eval_strategy == "no":
+            yield "evaluations", "one, at the end" if keys.evaluates_at_end else "none"
+        else:
+            yield "evaluations", f"{during} during training{at_end}"
+        saved = self._times(keys.save_strategy, keys.save_steps, last=True)
+        yield "checkpoints", "none but the model at the end" if keys.save_strategy == "no" else saved
+
+    def _times(self, strategy: str, every: float, last: bool = False) -> str:
+        """Return how often something happens; ``last``: also at the last step."""
+        total = self.total
+        if strategy == "steps" and total is None:
+            return f"every {every:.0%} of the run" if every < 1 else f"every {_count(int(every), 'step')}"
+        if strategy == "steps" and total is not None:
+            steps = max(1, math.ceil(total * every) if every < 1 else int(every))
+            times = total // steps + (last and total % steps > 0)
+            return f"{times:,} (every {_count(steps, 'step')})"
+        if strategy == "epoch":
+            if not self.samples or total is None:
+                return "after every pass over the data"
+            return f"{math.ceil(self._passes(total)):,} (after every pass over the data)"
+        return f"by save_strategy: {strategy}"
+
+    def _cost(self, run: RunOutline) -> Iterator[tuple[str, str]]:
+        """Return what the components measure, against what training computes."""
+        training = _FORWARDS_OF_TRAINING * run.total_steps * run.global_batch_size
+        for key, component in self.components.items():
+            forwards = component.expected_forwards(replace(run, validation=self.validation.get(key, 0)))
+            if not forwards:
+                continue
+            ratio = forwards / training
+            text = f"{key} {component.name}: {_number(ratio)} times the work of training"
+            yield "cost", f"{text} ({forwards:,.0f} forward passes of a sample; a training step has 3 for each)"
+            cap = component.params.max_overhead if isinstance(component.params, SelectorParams) else None
+            if cap is not None:
+                yield "cap", f"max_overhead: decisions may take {cap:g} times the time of training"
+
+
+_NAMED = 8
+
+
+def plan_of(
+    settings: DataFlexConfig,
+    components: Components,
+    keys: TrainerKeys,
+    *,
+    num_samples: int | None,
+    domains: Mapping[str, int] | None,
+    validation: Mapping[str, int] | None = None,
+    mean_length: float | None = None,
+    unknown: str = "",
+    about: bool = False,
+) -> RunPlan:
+    """Return the plan of a run; the arguments are those of :class:`RunPlan` and of :func:`schedule_of`."""
+    count = _UNKNOWN_DOMAINS if domains is None else len(domains)
+    schedule = schedule_of(settings, components, keys, num_samples=num_samples, domains=count, mean_length=mean_length)
+    run, total = None, None
+    if schedule is None:
+        total = total_steps(
+            settings,
+            components,
+            keys,
+            num_samples=num_samples,
+            update_steps=settings.update_steps,
+            mean_length=mean_length,
+        )
+    else:
+        total = schedule.total_steps
+        pool = num_samples if components.plans_data else None
+        run = RunOutline(schedule, keys.global_batch_size, pool, count, keys.accumulation)
+    return RunPlan(settings, components, keys, total, run, num_samples, domains, validation or {}, unknown, about)
+
+
+_UNKNOWN_DOMAINS = 2
+"""Taken for the number of domains where it is not known."""
+
+
+def _count(number: int, unit: str, plural: str = "s") -> str:
+    return f"{number:,} {unit}{'' if number == 1 else plural}"
+
+
+def _number(value: float) -> str:
+    """Return a number of one or more with one decimal at most, a smaller one with two digits."""
+    return f"{value:.2g}" if value < 1 else f"{round(value, 1):,g}" if value < 1e5 else f"{value:,.0f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"

@@ -115,6 +115,17 @@ BEFORE_LOADING: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["dataflex.select", "2 numbers for 1 checkpoints"],
     ),
     "proj_dim 0": (influence(proj_dim=0), ["dataflex.select.proj_dim", "got 0"]),
+    "nothing is trained": ({"do_train": False, "do_predict": True, "dataflex": SELECT}, ["do_train", "never decide"]),
+    "nothing is done": ({"do_train": None}, ["do_train", "nothing would be done"]),
+    "no epoch": ({"num_train_epochs": 0, "dataflex": SELECT}, ["num_train_epochs", "0", "nothing"]),
+    "nothing but warm-up": (
+        {"dataflex": {"warmup_steps": 1000, "weight": {"method": "loss"}}},
+        ["dataflex.warmup_steps", "8 steps", "1000", "weight loss"],
+    ),
+    "a round longer than the data": (
+        {"dataflex": {"update_steps": 40, "select": {"method": "loss"}}, "max_steps": 40},
+        ["dataflex.update_steps", "80 samples", "pool has 48", "23"],
+    ),
     "flat keys and section": ({"train_type": "dynamic_select", "dataflex": SELECT}, ["train_type", "dataflex"]),
     "unknown train_type": ({"train_type": "dynamic_weighting"}, ["train_type", "'dynamic_weight'"]),
     "flat without component": ({"train_type": "dynamic_mix", "update_step": 2}, ["component_name"]),
@@ -126,9 +137,9 @@ BEFORE_LOADING: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 # The ones that show only when the data or the model is there.
 WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "round longer than the data": (
-        {"dataflex": {"update_steps": 40, "select": {"method": "loss"}}, "max_steps": 40},
-        ["dataflex.update_steps", "80 samples", "pool has 48", "24"],
+    "round longer than the packed data": (
+        {"packing": True, "dataflex": {"update_steps": 40, "select": {"method": "loss"}}, "max_steps": 40},
+        ["dataflex.update_steps", "80 samples", "the pool has", "nothing to choose"],
     ),
     "an empty data set": ({"dataset": "alpha,empty", "dataflex": SELECT}, ["dataset", "'empty'"]),
     "a malformed data file": ({"dataset": "alpha,malformed", "dataflex": SELECT}, ["dataset", "'malformed'"]),

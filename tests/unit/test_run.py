@@ -19,6 +19,8 @@ from unit.fakes import FakeProbe, make_pool
 
 def arguments(**changes: Any) -> Any:
     given = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "world_size": 2}
+    given |= {"eval_strategy": SimpleNamespace(value="no"), "eval_steps": None, "logging_steps": 500}
+    given |= {"save_strategy": SimpleNamespace(value="no"), "save_steps": 500, "do_eval": False}
     return SimpleNamespace(**{**given, "max_steps": -1, "num_train_epochs": 3.0, "ignore_data_skip": False, **changes})
 
 
@@ -81,8 +83,8 @@ def test_rounds_without_update_steps(
 ) -> None:
     dynamic = run_of(TWO_DOMAINS, **section)
     dynamic.set_steps(arguments(**changes))
-    assert dynamic.outline.schedule.update_steps == dynamic.schedule.update_steps == length
-    assert dynamic.outline.decisions == decisions
+    assert dynamic.run_plan.run.schedule.update_steps == dynamic.schedule.update_steps == length
+    assert dynamic.run_plan.run.decisions == decisions
 
 
 def test_a_round_that_takes_the_pool_leaves_a_selector_no_choice() -> None:
@@ -113,7 +115,7 @@ def test_a_run_that_is_all_warm_up_decides_nothing(section: dict[str, Any]) -> N
     for changes in ({"train_steps": 6}, {"train_tokens": 6 * 8 * 7}):
         dynamic = run_of(TWO_DOMAINS, **section, warmup_steps=6, **changes)
         dynamic.lengths = np.full(160, 7, np.int32)
-        text = rf"dataflex.warmup_steps: the run has 6 steps and all of them are warm-up \(6\): {key} {part['method']} "
+        text = rf"dataflex.warmup_steps: the run has 6 steps, all of them warm-up \(6\): {key} {part['method']} "
         with pytest.raises(ConfigError, match=text):
             dynamic.set_steps(arguments())
     run_of(TWO_DOMAINS, **section, warmup_steps=5, train_steps=6).set_steps(arguments())
@@ -209,7 +211,7 @@ def test_a_resumed_run_of_another_length_keeps_its_default_rounds() -> None:
     first, longer = made(8), made(20)
     assert (first.schedule.update_steps, longer.schedule.update_steps) == (2, 5)
     longer._keep_rounds(first.state_dict(4))
-    assert longer.schedule == Schedule(0, 2, -1, 20) == longer.outline.schedule
+    assert longer.schedule == Schedule(0, 2, -1, 20)
     longer.load_state_dict({**first.state_dict(4), "planner": None})
     assert any("stay 2 steps long" in note for note in longer.notes)
     given = made(20, update_steps=5)

@@ -24,8 +24,8 @@ from dataflex.probe.cost import Cost
 from dataflex.record.configuration import recorded
 from dataflex.record.environment import environment
 from dataflex.record.writer import RunWriter
-from dataflex.run_plan import problems_of, schedule_of, trainer_keys
-from dataflex.schedule import RoundSlot, RunOutline, Schedule
+from dataflex.run_plan import RunPlan, plan_of, problems_of, trainer_keys
+from dataflex.schedule import RoundSlot, Schedule
 from dataflex.trainer.checkpoint import STATE_VERSION
 from dataflex.trainer.domain_loss import check_losses
 
@@ -71,8 +71,8 @@ class DynamicRun:
         self.learning_rate: Callable[[], float] = lambda: 0.0
         self.writer: RunWriter | None = None
         self.schedule = Schedule(self.settings.warmup_steps, self.settings.update_steps or 1, self.settings.updates, 1)
-        self.outline: RunOutline | None = None
-        """What the plan of the run says; None while not known."""
+        self.run_plan: RunPlan | None = None
+        """What the run will do; None while not known."""
         self.notes: list[str] = []
         """What the user should know of this run, for the terminal and the record."""
         self.global_batch_size = 1
@@ -126,17 +126,20 @@ class DynamicRun:
         """
         keys = trainer_keys(args)
         self.global_batch_size = keys.global_batch_size
-        found = schedule_of(
+        samples = self._training_samples()
+        sizes = self.pool.domain_sizes.tolist() if self.pool is not None else [samples or 0]
+        self.run_plan = plan_of(
             self.settings,
             self.components,
             keys,
-            num_samples=self._training_samples(),
-            domains=len(self.domains),
+            num_samples=samples,
+            domains=dict(zip(self.domains, sizes, strict=True)),
             mean_length=self._mean_length(),
         )
-        if found is None:  # LLaMA-Factory counts
+        if self.run_plan.run is None:  # LLaMA-Factory counts
             assert not self.has_budget
             return
+        found = self.run_plan.run.schedule
         settings, total = self.settings, found.total_steps
         if self.has_budget:
             self._budget_steps, total = total, total * _MOST_TIMES_EXPECTED
@@ -144,14 +147,7 @@ class DynamicRun:
         if self.plans_data or self.has_budget or settings.train_steps is not None or in_cycles:
             args.max_steps = total  # else LLaMA-Factory's own count is the same
         self.schedule = replace(found, total_steps=total)
-        self.outline = RunOutline(
-            found,
-            keys.global_batch_size,
-            pool_size=None if self.pool is None else self.pool.size,
-            domains=len(self.domains),
-            accumulation=keys.accumulation,
-        )
-        problems = problems_of(self.settings, self.components, self.outline)
+        problems = problems_of(self.settings, self.components, self.run_plan.run)
         if problems:
             raise ConfigError(problems=problems)
         if not self.plans_data:
@@ -171,6 +167,15 @@ class DynamicRun:
         if self.pool is not None:
             return self.pool.size
         return self.lengths.size if self.lengths is not None else self.num_samples
+
+    def opening(self) -> list[str]:
+        """Return the lines a run opens with: its plan, and what will not happen although it was asked for."""
+        if self.run_plan is None:
+            return []
+        sizes = {key: targets.size for key, targets in self.targets.items()}
+        self.run_plan = replace(self.run_plan, validation=sizes)
+        self.notes += self.run_plan.notes()
+        return ["plan:", *self.run_plan.lines(), *(f"note: {note}" for note in self.notes)]
 
     @property
     def has_budget(self) -> bool:
@@ -252,15 +257,13 @@ class DynamicRun:
     def _keep_rounds(self, resumed: State) -> None:
         """Go on with the checkpoint's rounds where their length is a default, which may depend on the total."""
         then = resumed["identity"]["dataflex.update_steps"]
-        if self.outline is None or not self.plans_data or self.settings.update_steps is not None:
+        if not self.plans_data or self.settings.update_steps is not None or then == self.schedule.update_steps:
             return
-        if then != self.schedule.update_steps:
-            self.notes.append(
-                f"update_steps: rounds stay {then} steps long, as in the checkpoint, where this run's total alone "
-                f"would give {self.schedule.update_steps}."
-            )
-            self.schedule = replace(self.schedule, update_steps=then)
-            self.outline = replace(self.outline, schedule=replace(self.outline.schedule, update_steps=then))
+        self.notes.append(
+            f"update_steps: rounds stay {then} steps long, as in the checkpoint, where this run's total alone would "
+            f"give {self.schedule.update_steps}."
+        )
+        self.schedule = replace(self.schedule, update_steps=then)
 
     def expected_cost(self) -> str | None:
         """Return what the selection is expected to cost, after measuring a few samples; None where nothing is to say.
