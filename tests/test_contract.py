@@ -56,6 +56,39 @@ def test_what_divides_a_data_set() -> None:
     )
 
 
+def test_the_frames_of_a_load() -> None:
+    from llamafactory.data import loader
+    from llamafactory.train.dpo import workflow as dpo
+    from llamafactory.train.kto import workflow as kto
+    from llamafactory.train.ppo import workflow as ppo
+    from llamafactory.train.rm import workflow as rm
+
+    assert {"dataset_names", "dataset_name"} <= set(loader._get_merged_dataset.__code__.co_varnames)
+    assert "dataset" in loader.split_dataset.__code__.co_varnames
+    assert "is_eval" in loader._get_preprocessed_dataset.__code__.co_varnames
+    assert "load_from_disk(" in inspect.getsource(loader.get_dataset)
+    source = inspect.getsource(loader._get_preprocessed_dataset)
+    assert "Cannot find sufficient samples" in source
+    assert "Cannot find valid samples" in source
+    for workflow in (dpo, kto, ppo, rm):
+        assert workflow.get_dataset is loader.get_dataset
+
+
+def test_what_an_entry_and_a_row_may_have() -> None:
+    from llamafactory.data import converter, parser
+    from llamafactory.extras.constants import FILEEXT2TYPE
+
+    from dataflex.data import raw
+
+    attributes = parser.DatasetAttr("file", "x")
+    assert raw.FILE_TYPES == FILEEXT2TYPE
+    assert set(raw.FORMATTINGS) == set(converter.DATASET_CONVERTERS)
+    assert {name: getattr(attributes, name) for name in raw.COLUMNS} == raw.COLUMNS
+    assert {name: getattr(attributes, name) for name in raw.TAGS} == raw.TAGS
+    source = inspect.getsource(parser)
+    assert all(f'"{key}"' in source for key in raw.ENTRY_KEYS)
+
+
 def test_whole_models_can_be_loaded_under_deepspeed_and_fsdp() -> None:
     from transformers.integrations import deepspeed, fsdp
 

@@ -7,6 +7,8 @@ own. For the time of the run three names are replaced, and put back afterwards:
     llamafactory.train.{sft,pt}.workflow.get_dataset                            the same, once per data set
     llamafactory.train.tuner.get_train_args                                     its errors told as configuration errors
 
+Without a section it is ``get_dataset`` in the workflow of every stage and ``get_train_args``, for their errors only.
+
 While a data set is divided by a raw column (``_load_divided``), four names of ``llamafactory.data.loader`` are replaced
 too: the raw columns are still there when ``align_dataset`` is called, ``split_dataset`` is then done for each value,
 ``_get_preprocessed_dataset`` gets batches of one value each, and ``_get_dataset_processor`` what processes them.
@@ -34,6 +36,7 @@ from numpy.typing import NDArray
 
 from dataflex.config import RunConfig
 from dataflex.data.pool import Divided, Pool
+from dataflex.data_errors import Load, refuse_empty, told
 from dataflex.errors import ConfigError, unknown
 from dataflex.influence import ValidationParams
 from dataflex.record.writer import RunWriter
@@ -63,7 +66,8 @@ def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> No
 
     with replaced(tuner, "get_train_args", partial(_get_train_args, tuner.get_train_args)):
         if config.dataflex is None:
-            tuner.run_exp(dict(config.llamafactory), callbacks)
+            with _data_errors_told():
+                tuner.run_exp(dict(config.llamafactory), callbacks)
             return
         if os.environ.get("RANK", "0") == "0":
             RunWriter(Path(str(config.llamafactory["output_dir"])))  # a folder that cannot be written to shows now
@@ -111,6 +115,44 @@ def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _data_errors_told() -> Iterator[None]:
+    """Have every workflow of LLaMA-Factory say what is wrong with data for a while, and nothing else changed."""
+    from llamafactory.train.dpo import workflow as dpo
+    from llamafactory.train.kto import workflow as kto
+    from llamafactory.train.ppo import workflow as ppo
+    from llamafactory.train.pt import workflow as pt
+    from llamafactory.train.rm import workflow as rm
+    from llamafactory.train.sft import workflow as sft
+
+    with contextlib.ExitStack() as stack:
+        for workflow in (sft, pt, dpo, kto, ppo, rm):
+            stack.enter_context(replaced(workflow, "get_dataset", partial(_load, workflow.get_dataset)))
+        yield
+
+
+def _load(
+    get_dataset: GetDataset,
+    template: Any,
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    stage: str,
+    key: str = "",
+    **tokenizer_module: Any,
+) -> dict[str, Any]:
+    """Return LLaMA-Factory's dataset module; ``key`` is the setting that names the data sets, for messages.
+
+    Raises:
+        ConfigError: if a data set cannot be loaded, or has no sample.
+    """
+    load = Load(data_args, stage, key)
+    with told(load):
+        module = get_dataset(template, model_args, data_args, training_args, stage, **tokenizer_module)
+    refuse_empty(load, module)
+    return module
+
+
+@contextmanager
 def installed(dynamic: DynamicRun) -> Iterator[None]:
     """Put a run's trainer and data loading in LLaMA-Factory's workflows for a while."""
     from llamafactory.train.pt import workflow as pt
@@ -149,6 +191,7 @@ def load_pool(
         ConfigError: if a data set cannot be loaded, is empty, or does not fit the rounds.
     """
     load = partial(
+        _load,
         get_dataset,
         template,
         model_args,
@@ -246,7 +289,7 @@ def _load_evaluation(load: GetDataset, data_args: Any, dynamic: DynamicRun, foun
             only.dataset, only.eval_dataset, only.interleave_probs, only.val_size = None, [name], None, 0.0
             only.eval_on_each_dataset = False
             only.tokenized_path = only.tokenized_path and str(Path(only.tokenized_path) / "eval" / name)
-            parts[name] = _load_named(load, only, name, "eval_dataset")["eval_dataset"]
+            parts[name] = load(data_args=only, key="eval_dataset")["eval_dataset"]
     if parts is None:
         return None
     if not isinstance(parts, dict | list):
@@ -262,7 +305,7 @@ def _load_evaluation(load: GetDataset, data_args: Any, dynamic: DynamicRun, foun
     return parts if data_args.eval_on_each_dataset and data_args.eval_dataset else pool.dataset
 
 
-def _noting_raw_rows(load: GetDataset, raw: dict[str, Any], data_args: Any) -> dict[str, Any]:
+def _noting_raw_rows(load: GetDataset, raw: dict[str, Any], data_args: Any, key: str = "") -> dict[str, Any]:
     """Load, and keep the rows of the first data set as they are before LLaMA-Factory brings them into its form."""
     from llamafactory.data import loader
 
@@ -274,7 +317,7 @@ def _noting_raw_rows(load: GetDataset, raw: dict[str, Any], data_args: Any) -> d
         return original(dataset, *args)
 
     with replaced(loader, "align_dataset", note):
-        return load(data_args=data_args)
+        return load(data_args=data_args, key=key)
 
 
 def _load_domains(
@@ -289,7 +332,7 @@ def _load_domains(
         column: of the raw data, whose values are the domains; None: the data sets are.
     """
     if column is None and len(names) == 1:
-        module = _load_named(load, data_args, names[0])
+        module = load(data_args=data_args)
         return [(module["train_dataset"], {names[0]: len(module["train_dataset"])})], module.get("eval_dataset")
     root = data_args.tokenized_path
     if _is_stored(data_args):
@@ -304,7 +347,7 @@ def _load_domains(
         only.dataset, only.interleave_probs = [name], None
         if column is None:
             only.tokenized_path = None if root is None else str(Path(root) / name)
-            module = {key: (part, {name: len(part)}) for key, part in _load_named(load, only, name).items()}
+            module = {key: (part, {name: len(part)}) for key, part in load(data_args=only).items()}
         else:
             prefix = f"{name}/" if len(names) > 1 else ""
             module = _load_divided(load, only, name, "dataset", column, "dataflex.domain_column", prefix)
@@ -335,7 +378,7 @@ def _load_targets(load: GetDataset, data_args: Any, section: str, request: Valid
         only.val_size, only.packing, only.neat_packing, only.tokenized_path = 0.0, False, False, None
         column = request.subtask_column
         if column is None:
-            samples = _load_named(load, only, name, key)["train_dataset"]
+            samples = load(data_args=only, key=key)["train_dataset"]
             parts.append((samples, {name: len(samples)}))
             continue
         prefix = f"{name}/" if len(names) > 1 else ""
@@ -423,7 +466,7 @@ def _load_divided(
         replaced(loader, "split_dataset", splitting_each),
         replaced(loader, "_get_preprocessed_dataset", preprocessing_each),
     ):
-        module = _load_named(load, data_args, name, key)
+        module = load(data_args=data_args, key=key)
     return {which: _divided(dataset, [prefix + value for value in values]) for which, dataset in module.items()}
 
 
@@ -526,16 +569,6 @@ def _divided(dataset: Any, names: list[str]) -> Divided:
     return dataset.remove_columns(_DOMAIN), dict(zip(names, sizes.tolist(), strict=True))
 
 
-def _load_named(load: GetDataset, data_args: Any, name: str, key: str = "dataset") -> dict[str, Any]:
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return load(data_args=data_args)
-    except (ValueError, RuntimeError, OSError, StopIteration, DatasetsError) as error:
-        detail = str(error) or "it is empty"
-        raise ConfigError(f"{key}: {name!r} cannot be used: {detail}") from error
-
-
 _TOKENIZER_KEYS = (
     "model_name_or_path", "model_revision", "cache_dir", "trust_remote_code", "use_fast_tokenizer",
     "split_special_tokens", "add_tokens", "add_special_tokens", "new_special_tokens_config", "init_special_tokens",
@@ -585,7 +618,7 @@ def pool_of(config: RunConfig, domain_column: str | None = None) -> tuple[Pool, 
             module = load_tokenizer(model_args)
             template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
             stage = finetuning_args.stage
-            load = partial(get_dataset, template, model_args, training_args=training_args, stage=stage, **module)
+            load = partial(_load, get_dataset, template, model_args, training_args=training_args, stage=stage, **module)
             names = tuple(dict.fromkeys(data_args.dataset))
             data_args.eval_dataset = None
             if (root := data_args.tokenized_path) is not None:

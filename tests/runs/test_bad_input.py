@@ -14,8 +14,10 @@ import yaml
 
 import tiny
 from dataflex import cli
+from unit.test_raw import FAULTS, GOOD
 
 HERE = Path(__file__).parent
+FAULTY = {name: (file, content, "sft", entry) for name, (file, content, entry, _) in FAULTS.items()}
 SELECT = {"update_steps": 2, "select": {"method": "loss"}}
 TWO = {"dataset": "alpha,beta"}
 
@@ -202,6 +204,25 @@ WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a read-only output folder": ({"output_dir": "/proc/dataflex/run", "dataflex": SELECT}, ["output_dir", "/proc"]),
 }
 
+# Data that cannot be loaded, in every kind of run; the checks before, which find some of it, are left out.
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "weight": {"dataflex": {"weight": {"method": "loss"}}},
+    "empty": {"dataflex": {}},
+    "select": {"dataflex": SELECT},
+}
+LOADED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "a cut line": ({"dataset": "alpha,cut"}, ["dataset: 'cut'", "cut.jsonl, line 3", "cut off"]),
+    "a cut line of evaluation data": ({"eval_dataset": "cut"}, ["eval_dataset: 'cut'", "cut.jsonl, line 3"]),
+    "too much held out": ({"val_size": 48}, ["val_size: 48", "48 rows of 'alpha'", "below 48"]),
+    "no room for a pack": (
+        {"stage": "pt", "dataset": "texts", "packing": True, "cutoff_len": 4000},
+        ["dataset: 'texts' has no sample left", "cutoff_len", "packing: false"],
+    ),
+    "no row": ({"max_samples": 0}, ["max_samples: 0", "'alpha'"]),
+    "nothing on the hub": ({"dataset_dir": "ONLINE", "dataset": "no/where"}, ["dataset: 'no/where'"]),
+}
+
 BAD_PLUGIN = """
 import numpy as np
 from dataflex import Mixer, Selector, Weighter, register
@@ -241,6 +262,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "data" / "malformed.json").write_text('[{"instruction": ')
     info = json.loads((root / "data" / "dataset_info.json").read_text())
     info |= {name: {"file_name": f"{name}.json"} for name in ("empty", "malformed", "gone")}
+    row = json.dumps({"instruction": "the cat", "input": "", "output": "sees"})
+    (root / "data" / "cut.jsonl").write_text(f"{row}\n{row}\n{row[:-9]}")
+    info["cut"] = {"file_name": "cut.jsonl"}
     pairs = [{"instruction": "the cat", "input": "", "chosen": "sees", "rejected": "likes"}] * 4
     (root / "data" / "pairs.json").write_text(json.dumps(pairs))
     columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
@@ -321,12 +345,28 @@ import contextlib, gc, io, json, os, sys
 os.environ["LLAMAFACTORY_VERBOSITY"] = "WARN"
 from pathlib import Path
 from dataflex import cli
+from dataflex.config import load_config
+from dataflex.errors import DataFlexError
+
+def unchecked(path):
+    from dataflex import bridge
+    bridge.run(load_config(Path(path)))
+    return 0
+
+def pool(path):
+    from dataflex import bridge
+    return bridge.pool_of(load_config(Path(path)))[0].size - 1000  # below any status
+
+DIRECT = {"unchecked": unchecked, "pool": pool}
 results = {}
 for name, arguments in json.load(open(sys.argv[1])).items():
     stream = io.StringIO()
     with contextlib.redirect_stderr(stream):
         try:
-            status = cli.main(arguments)
+            status = DIRECT[arguments[0]](arguments[1]) if arguments[0] in DIRECT else cli.main(arguments)
+        except DataFlexError as error:
+            status = 2
+            print(f"dataflex: {error}", file=stream)
         except BaseException as error:
             status = f"{type(error).__name__}: {error}"
     results[name] = [status, stream.getvalue()]
@@ -343,6 +383,15 @@ def outcomes(inputs: Path) -> dict[str, tuple[Any, str]]:
     """Run a good training with checkpoints, damage one, then run every bad input, all in one process."""
     good = {"dataflex": SELECT, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     items = {"good": ["train", str(write(inputs, "good", good))]}
+    for name, (changes, _) in LOADED.items():
+        for kind, section in KINDS.items():
+            items[f"{name} {kind}"] = ["unchecked", str(write(inputs, f"{name} {kind}", {**changes, **section}))]
+    for name, (file, content, stage, entry) in {**FAULTY, **GOOD}.items():
+        folder = tiny.make_data(inputs / "raw" / name.replace(" ", "-"), {})
+        (folder / file).write_bytes(content.encode() if isinstance(content, str) else content)
+        (folder / "dataset_info.json").write_text(json.dumps({"set": {"file_name": file, **entry}}))
+        changes = {"dataset": "set", "dataset_dir": str(folder), "stage": stage, "packing": False}
+        items[f"raw {name}"] = ["pool", str(write(inputs, f"raw {name}", changes))]
     folder = inputs / "out" / "good"
     for name, (changes, _) in WHILE_RUNNING.items():
         named = {"CORRUPT": str(folder / "checkpoint-4"), "GOOD": str(folder / "checkpoint-2")}
@@ -374,6 +423,30 @@ def test_found_while_running(outcomes: dict[str, tuple[Any, str]], name: str) ->
     paragraph = text[text.index("dataflex: ") :]
     for word in WHILE_RUNNING[name][1]:
         assert word in paragraph, paragraph
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", LOADED)
+def test_data_that_cannot_be_loaded(outcomes: dict[str, tuple[Any, str]], name: str, kind: str) -> None:
+    status, text = outcomes[f"{name} {kind}"]
+    assert status == 2, (status, text)
+    for word in LOADED[name][1]:
+        assert word in text[text.index("dataflex: ") :], text
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", [*FAULTY, *GOOD])
+def test_what_is_said_of_raw_data_is_what_llamafactory_makes_of_it(
+    outcomes: dict[str, tuple[Any, str]], name: str
+) -> None:
+    status, text = outcomes[f"raw {name}"]
+    if name in GOOD:
+        assert status > -1000, (status, text)
+        return
+    assert status == 2, (status, text)
+    for word in ["dataset: 'set'", *FAULTS[name][3]]:
+        assert word in text, text
 
 
 @pytest.mark.launch

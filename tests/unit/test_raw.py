@@ -44,6 +44,7 @@ def fault(folder: Path, name: str, content: str | bytes, stage: str = "sft", **e
     return found
 
 
+CALL = {"function": {"name": "f", "arguments": "{}"}}
 SHAREGPT = {"formatting": "sharegpt"}
 FAULTS: dict[str, tuple[str, str | bytes, dict[str, Any], list[str]]] = {
     "a cut line": ("a.jsonl", lines(ALPACA, ALPACA) + '{"instruction": "x', {}, ["line 3", "cut off"]),
@@ -57,6 +58,7 @@ FAULTS: dict[str, tuple[str, str | bytes, dict[str, Any], list[str]]] = {
     "an empty table": ("a.csv", "instruction,input,output\n", {}, ["a.csv", "no row"]),
     "a key twice": ("a.jsonl", '{"output": "x", "output": "y"}\n', {}, ["line 1", "'output'", "twice"]),
     "not UTF-8": ("a.jsonl", lines(ALPACA).encode() + '{"é": 1}\n'.encode("latin1"), {}, ["line 2", "UTF-8"]),
+    "a byte order mark": ("a.json", b"\xef\xbb\xbf[]", {}, ["line 1", "byte order mark"]),
     "rows that are numbers": ("a.json", "[1, 2]", {}, ["row 0", "1 is no row"]),
     "a number for text": ("a.jsonl", lines(ALPACA, {**ALPACA, "instruction": 5}), {}, ["line 2", "'instruction'", "5"]),
     "numbers for text": ("a.jsonl", lines({**ALPACA, "input": 5}), {}, ["line 1", "'input' is a number", "text"]),
@@ -134,7 +136,7 @@ GOOD: dict[str, tuple[str, str | bytes, str, dict[str, Any]]] = {
     "lines": ("a.jsonl", lines(ALPACA, ALPACA), "sft", {}),
     "lines with blank ones": ("a.jsonl", f"\n{lines(ALPACA)}\n\n{lines(ALPACA)}", "sft", {}),
     "objects over lines": ("a.json", json.dumps(ALPACA, indent=2) * 2, "sft", {}),
-    "a byte order mark": ("a.json", b"\xef\xbb\xbf" + json.dumps([ALPACA]).encode(), "sft", {}),
+    "a byte order mark before lines": ("a.jsonl", b"\xef\xbb\xbf" + lines(ALPACA).encode(), "sft", {}),
     "digits as text": ("a.json", json.dumps([{**ALPACA, "output": "1"}]), "sft", {}),
     "some rows without an answer": ("a.jsonl", SOME_ANSWERS, "sft", {}),
     "whole and other numbers": ("a.jsonl", lines({**ALPACA, "x": 1}, {**ALPACA, "x": 1.5}), "sft", {}),
@@ -146,7 +148,7 @@ GOOD: dict[str, tuple[str, str | bytes, str, dict[str, Any]]] = {
     "tools": (
         "a.jsonl",
         lines(spoken(
-            {"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [{"function": {}}]},
+            {"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [CALL]},
             {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, {"role": "assistant", "content": "y"},
         )),
         "sft",

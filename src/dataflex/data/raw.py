@@ -264,9 +264,13 @@ def _lower(text: str) -> str:
 
 
 def _json_rows(file: Path, whole: bool) -> Iterator[tuple[Place, Any]]:
-    with file.open(encoding="utf-8-sig") as stream:
+    with file.open(encoding="utf-8") as stream:
         source = _JsonStream(file, stream)
+        marked = source.peek() == "\ufeff"
+        source.at += marked
         array = source.peek() == "["
+        if marked and array:  # before lines it is read over
+            raise RawDataError(f"{file}, line 1: begins with a byte order mark; save it as UTF-8 without one")
         decoder = json.JSONDecoder() if array else json.JSONDecoder(object_pairs_hook=_once)
         if array:
             source.at += 1
@@ -356,22 +360,23 @@ def _ipc(file: Path) -> Iterator[Any]:
                 yield opened.get_batch(number)
 
 
-def fault(entry: Entry, stage: str, whole: bool = True) -> str | None:
+def fault(entry: Entry, stage: str, whole: bool = True, count: int | None = None) -> str | None:
     """Return the first thing that keeps a data set from being trained on, with file and line; None where nothing does.
 
     Args:
         entry: the data set.
         stage: LLaMA-Factory's.
         whole: whether all rows are looked at; else the first ones of each file.
+        count: rows that are to be trained on; none: all. All are read in any case, but more need not be of use.
     """
     pairs = "rm" if stage in ("rm", "dpo") else ""
     if entry.ranking and not pairs:
         return f"{entry.name!r} holds pairs of answers (ranking: true), which stage {stage} does not train on."
     if pairs and not entry.ranking:
-        return f"{entry.name!r} holds no pairs of answers (ranking: true), which stage {stage} trains on."
+        return f"{entry.name!r} holds no pairs of answers (ranking: true), which stages rm and dpo train on."
     seen: dict[str, tuple[str, Place]] = {}
     left_out: list[str] = []
-    count, complete = 0, True
+    total, complete = 0, True
     without: Place | None = None
     messages = entry.columns["messages"] if entry.formatting != "alpaca" else None
     try:
@@ -380,29 +385,31 @@ def fault(entry: Entry, stage: str, whole: bool = True) -> str | None:
                 if not isinstance(row, dict):
                     return f"{place}: {_show(row)} is no row; needed is a mapping of columns to values."
                 found = _mixed(row, "", place, seen)
-                if found is None:
-                    found = _unusable(entry, row, stage)
-                    found = None if found is None else f"{place}: {found}"
                 if found is not None:
                     return found
+                if count is not None and total >= count:
+                    continue
+                found = _unusable(entry, row, stage)
+                if found is not None:
+                    return f"{place}: {found}"
                 dropped = _dropped(entry, row, stage)
                 if dropped is not None:
                     left_out.append(f"{place}: {dropped}")
                 if without is None and messages is not None and messages not in row:
                     without = place
-                count += 1
+                total += 1
             complete &= whole or _is_short(file)
     except RawDataError as error:
         return f"{error}."
-    if not count:
+    if not total:
         return f"{', '.join(map(str, entry.files))} holds no row." if complete else None
     missing = _missing_column(entry, set(seen), complete)
     if missing is not None:
         return missing
     if without is not None:
         return f"{without}: has no {entry.columns['messages']!r}; every row needs a list of messages."
-    if complete and len(left_out) == count:
-        return f"none of its {count} rows can be trained on; the first, {left_out[0]}"
+    if complete and len(left_out) == total:
+        return f"none of its {total} rows can be trained on; the first, {left_out[0]}"
     return None
 
 
