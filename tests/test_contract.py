@@ -165,7 +165,7 @@ def test_argument_names_read_from_source_are_the_parsers() -> None:
     from llamafactory.hparams.parser import _TRAIN_ARGS
     from transformers import HfArgumentParser
 
-    from dataflex.checks import llamafactory_keys
+    from dataflex.arguments import llamafactory_keys
 
     parsed = {field.name for cls in _TRAIN_ARGS for field in cls.__dataclass_fields__.values() if field.init}
     assert HfArgumentParser(_TRAIN_ARGS) is not None
@@ -175,6 +175,6 @@ def test_argument_names_read_from_source_are_the_parsers() -> None:
 def test_template_names_read_from_source_are_the_registered_ones() -> None:
     from llamafactory.data.template import TEMPLATES
 
-    from dataflex.checks import templates
+    from dataflex.arguments import templates
 
     assert set(TEMPLATES) == templates()

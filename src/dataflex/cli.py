@@ -163,7 +163,7 @@ def _print_notes(config: RunConfig) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from dataflex.checks.arguments import truthy
+    from dataflex.checks.values import truthy
     from dataflex.checks.plan import planned
 
     config = _checked_config(options)

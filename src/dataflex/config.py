@@ -7,19 +7,22 @@ here imports torch or LLaMA-Factory.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dataflex import legacy, registry
 from dataflex.components import Component, ComponentParams, Components
-from dataflex.errors import ConfigError, Problem, did_you_mean, unknown
+from dataflex.errors import ConfigError, DataFlexError, Problem, did_you_mean
 from dataflex.masking import masks
+from dataflex.misplaced import SECTION as SECTION
+from dataflex.misplaced import belongs, nested, unknown_in
 from dataflex.yaml_file import read_yaml
 
-SECTION = "dataflex"
 ASSET_KEYS = ("model_name_or_path", "dataset_dir")
 """LLaMA-Factory keys whose value may be ``asset:NAME``."""
 
@@ -27,7 +30,7 @@ ASSET_KEYS = ("model_name_or_path", "dataset_dir")
 class DataFlexConfig(BaseModel):
     """The ``dataflex:`` section."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps on a uniform draw before the first decision.")
     update_steps: int | None = Field(
@@ -102,10 +105,23 @@ class RunConfig:
         return replace(self, llamafactory={**self.llamafactory, **found}, assets=named)
 
     def build_components(self) -> Components:
-        """Return fresh components of this configuration."""
+        """Return fresh components of this configuration.
+
+        Raises:
+            ConfigError: with a problem for each component that cannot be made.
+        """
         built = Components()
+        problems = []
         for key, (cls, params) in self.params.items():
-            setattr(built, key, cls(params))
+            try:
+                setattr(built, key, cls(params))
+            except DataFlexError as error:
+                problems.append(Problem(f"{SECTION}.{key}", str(error)))
+            except Exception as error:  # noqa: BLE001 - a component is anyone's code
+                made = f"{cls.family} {cls.name!r} cannot be made: {type(error).__name__}: {error}"
+                problems.append(Problem(f"{SECTION}.{key}", f"{made} (in {registry.source_of(cls)})."))
+        if problems:
+            raise ConfigError(problems=problems, source=self.source)
         return built
 
     def resolved(self) -> dict[str, Any]:
@@ -155,26 +171,50 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     if section is None or problems:
         return plain, problems
     if not isinstance(section, dict):
-        return plain, [Problem(SECTION, f"must be a mapping, got {section!r}.")]
-    config = validate(DataFlexConfig, section, SECTION, problems)
-    params = _validate_components(section, base, problems)
+        registry.load_components([], base)
+        return plain, [Problem(SECTION, _no_section(section))]
+    loaded = _load_plugins(section, base, problems)
+    settings = {key: value for key, value in section.items() if value is None or key not in registry.CONFIG_KEYS}
+    hint = partial(_belongs, section)
+    config = validate(DataFlexConfig, settings, SECTION, problems, hint=hint)
+    params = _validate_components(section, base, problems) if loaded else {}
     if problems:
         return plain, problems
+    given = {key: section[key] for key in registry.CONFIG_KEYS if section.get(key) is not None}
+    config = config.model_copy(update=given)
     if not params:
         note = f"{SECTION}: has none of select, mix, order, weight; the run trains as LLaMA-Factory does, on record."
         notes.append(note)
     return RunConfig(rest, config, params, source, base, notes=tuple(notes)), []
 
 
+def _no_section(section: Any) -> str:
+    """Return what says that the section must be a mapping, with the one that may be meant."""
+    for family, kind in registry.CONFIG_KEYS.items():
+        if isinstance(section, str) and section in registry.available(kind):
+            return f"must be a mapping, got {section!r}; write {nested(f'{SECTION}.{family}.method', section)}."
+    return f"must be a mapping, got {section!r}."
+
+
+def _belongs(section: Mapping[str, Any], place: str, key: str) -> str | None:
+    return belongs(key, place, DataFlexConfig.model_fields, section)
+
+
+def _load_plugins(section: Mapping[str, Any], base: Path | None, problems: list[Problem]) -> bool:
+    """Register the methods that can be named; return whether that succeeded."""
+    plugins = section.get("plugins") or []
+    named = isinstance(plugins, list) and all(isinstance(plugin, str) for plugin in plugins)
+    try:
+        registry.load_components(plugins if named else [], base)
+    except ConfigError as error:
+        problems.append(Problem(SECTION, str(error)))
+        return False
+    return named
+
+
 def _validate_components(
     section: dict[str, Any], base: Path | None, problems: list[Problem]
 ) -> dict[str, tuple[type[Component], ComponentParams]]:
-    plugins = section.get("plugins") or []
-    try:
-        registry.load_components(plugins if isinstance(plugins, list) else [], base)
-    except ConfigError as error:
-        problems.append(Problem(SECTION, str(error)))
-        return {}
     found = {}
     for key, family in registry.CONFIG_KEYS.items():
         given = section.get(key)
@@ -182,38 +222,110 @@ def _validate_components(
             continue
         prefix = f"{SECTION}.{key}"
         if not isinstance(given, dict) or not isinstance(given.get("method"), str):
-            names = ", ".join(registry.available(family))
-            problems.append(Problem(f"{prefix}.method", f"needed, the name of a {family}. Known: {names}."))
+            problems.append(Problem(*_without_method(prefix, family, given)))
             continue
         try:
             cls = registry.get(family, given["method"])
         except ConfigError as error:
             problems.append(Problem(f"{prefix}.method", str(error)))
             continue
-        params = validate(cls.Params, {k: v for k, v in given.items() if k != "method"}, prefix, problems, base)
+        data = {name: value for name, value in given.items() if name != "method"}
+        params = validate(cls.Params, data, prefix, problems, base, partial(_belongs, section))
         if params is not None:
             found[key] = (cls, params)
     return found
 
 
+def _without_method(prefix: str, family: str, given: Any) -> tuple[str, str]:
+    """Return the key and what says how a family is written."""
+    known = registry.available(family)
+    names = ", ".join(known)
+    words = given if isinstance(given, list) else [given]
+    if not isinstance(given, dict):
+        meant = f" {{method: {words[0]}}}" if len(words) == 1 and isinstance(words[0], str) else " {method: name}"
+        hint = did_you_mean(words[0], known) if words and isinstance(words[0], str) and words[0] not in known else ""
+        return prefix, f"must be a mapping, got {given!r}; write{meant}{hint or '.'} Known: {names}."
+    if "method" in given:
+        return f"{prefix}.method", f"must be the name of a {family}, got {given['method']!r}. Known: {names}."
+    for key in given:
+        if did_you_mean(str(key), ["method"]):
+            return f"{prefix}.{key}", "unknown key; did you mean 'method'?"
+    having = [name for name, cls in known.items() if given and set(given) <= set(cls.Params.model_fields)]
+    only = f" {', '.join(given)}: parameters of {', '.join(having)}." if having else ""
+    return f"{prefix}.method", f"needed, the name of a {family}.{only} Known: {names}."
+
+
 def validate(
-    model: type[BaseModel], data: dict[str, Any], prefix: str, problems: list[Problem], base: Path | None = None
+    model: type[BaseModel],
+    data: dict[str, Any],
+    prefix: str,
+    problems: list[Problem],
+    base: Path | None = None,
+    hint: Callable[[str, str], str | None] = lambda place, key: None,
 ) -> Any:
-    """Return ``model`` built from ``data``, or None after adding one problem per bad key."""
+    """Return ``model`` built from ``data``, or None after adding one problem per bad key.
+
+    Args:
+        model: the class.
+        data: its values.
+        prefix: of the keys, in messages.
+        problems: what is added to.
+        base: folder of the configuration, for the validators.
+        hint: says where a key belongs that the model does not know, given the prefix and the key.
+    """
+    found: dict[str, list[str]] = {}
+    for name, value in data.items():
+        info = model.model_fields.get(name)
+        if isinstance(value, bool) and info is not None and _is_number(info.annotation):
+            found[name] = [f"must be a number, got {str(value).lower()}"]
     try:
-        return model.model_validate(data, context={"base": base})
+        built = model.model_validate(
+            {key: value for key, value in data.items() if key not in found}, context={"base": base}
+        )
     except ValidationError as error:
         for item in error.errors():
-            key = ".".join([prefix, *(str(part) for part in item["loc"])])
-            if item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
-                message = unknown("key", str(item["loc"][-1]), list(model.model_fields))
-            elif item["type"] == "extra_forbidden":
-                message = f"unknown key {item['loc'][-1]!r}."
-            elif item["type"] == "missing":
-                message = "needed."
-            else:
-                message = f"{item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
-                known = re.findall(r"'([^']*)'", item["ctx"]["expected"]) if item["type"] == "literal_error" else []
-                message += did_you_mean(str(item["input"]), known) or "."
-            problems.append(Problem(key, message))
-        return None
+            if item["type"] == "missing" and item["loc"][0] in found:
+                continue
+            key, message = _explained(model, item, prefix, hint)
+            found.setdefault(key, [])
+            if message not in found[key]:
+                found[key].append(message)
+        built = None
+    for key, messages in found.items():
+        text = "; or: ".join(message.rstrip(".") if len(messages) > 1 else message for message in messages)
+        end = "" if text.endswith((".", "?")) else "."
+        problems.append(Problem(f"{prefix}.{key}" if key else prefix, f"{text}{end}"))
+    return None if found else built
+
+
+def _is_number(annotation: Any) -> bool:
+    """Return whether a field holds a number, or a number or nothing."""
+    kinds = {annotation, *get_args(annotation)} - {type(None)}
+    return bool(kinds & {int, float}) and bool not in kinds
+
+
+def _explained(
+    model: type[BaseModel], item: Any, prefix: str, hint: Callable[[str, str], str | None]
+) -> tuple[str, str]:
+    """Return the key of a validation error, below the prefix, and what is wrong with it.
+
+    Items of a list and the alternatives of a union belong to the key that holds them.
+    """
+    location = item["loc"]
+    names = [str(part) for part in location]
+    if item["type"] == "extra_forbidden":
+        if len(location) > 1:
+            return ".".join(names), f"unknown key {names[-1]!r}."
+        return names[0], hint(prefix, names[0]) or unknown_in(prefix, names[0], list(model.model_fields))
+    position = next((number for number, part in enumerate(location) if isinstance(part, int)), None)
+    key = ".".join(names if position is None else names[:position])
+    if item["type"] == "missing":
+        return key, "needed" if position is None else f"item {location[position] + 1} is missing"
+    message = re.sub("^Input should be ", "must be ", item["msg"].removeprefix("Value error, "))
+    if position is not None:
+        message = f"item {location[position] + 1}: {message}"
+    if ", got " not in message or item["type"] != "value_error":
+        message += f", got {item['input']!r}"
+    if item["type"] == "literal_error":
+        message += did_you_mean(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+    return key, message

@@ -129,6 +129,11 @@ def available(family: str) -> dict[str, type[Component]]:
     return {name: cls for (kind, name), cls in sorted(_registered.items()) if kind == family}
 
 
+def source_of(cls: type[Component]) -> str:
+    """Return the file a component is defined in."""
+    return str(getattr(sys.modules.get(cls.__module__), "__file__", cls.__module__))
+
+
 def get(family: str, name: str) -> type[Component]:
     """Return a registered component.
 

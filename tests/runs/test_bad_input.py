@@ -100,8 +100,8 @@ BEFORE_LOADING: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "adam with sgd": ({"optim": "sgd", **influence()}, ["dataflex.select.preconditioner", "optim: sgd"]),
     "adam with another optimizer": (
-        {"use_badam": True, **influence("icons", preconditioner="adam_less")},
-        ["dataflex.select.preconditioner", "'adam_less'", "use_badam"],
+        {"use_muon": True, **influence("icons", preconditioner="adam_less")},
+        ["dataflex.select.preconditioner", "'adam_less'", "use_muon"],
     ),
     "no checkpoints for tracin": (influence("tracin"), ["dataflex.select.checkpoints"]),
     "missing checkpoint": (
@@ -334,7 +334,7 @@ def test_bad_arguments(arguments: list[str], words: list[str], capsys: pytest.Ca
 def test_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text("a: [1, 2\nb: {")
     assert cli.main(["check", str(tmp_path / "run.yaml")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "run.yaml, line 2, column 2: did not find expected ',' or ']'" in capsys.readouterr().err
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
     assert cli.main(["check", str(tmp_path / "list.yaml")]) == 2
     assert "mapping" in capsys.readouterr().err

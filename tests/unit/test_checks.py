@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dataflex import checks, registry
+from dataflex.arguments import llamafactory_keys
 from dataflex.components import Mixer, MixerParams
 from dataflex.config import split_config
 from dataflex.influence import ValidationParams
@@ -23,7 +24,7 @@ WEIGHT = {"weight": {"method": "loss"}}
 
 
 @pytest.fixture
-def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_packages: None) -> dict[str, Any]:
     """LLaMA-Factory's keys of a run without a problem."""
     for name in ("USE_RAY", "USE_MCA", "USE_V1", "ALLOW_EXTRA_ARGS"):
         monkeypatch.delenv(name, raising=False)
@@ -32,7 +33,7 @@ def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     info = {"a": {"file_name": "a.json"}, "b": {"file_name": "b.json"}, "hub": {"hf_hub_url": "x/y", "file_name": "z"}}
     (data / "dataset_info.json").write_text(json.dumps({**info, "lost": {"file_name": "lost.json"}}))
     for name in ("a.json", "b.json"):
-        (data / name).write_text("[]")
+        (data / name).write_text('[{"instruction": "Say yes.", "input": "", "output": "Yes."}]')
     return {
         "model_name_or_path": "org/model",
         "stage": "sft",
@@ -104,7 +105,7 @@ def test_extra_arguments_can_be_allowed(keys: dict[str, Any], monkeypatch: pytes
 
 
 def test_keys_of_llamafactory_and_of_the_trainer_are_known() -> None:
-    known = checks.llamafactory_keys()
+    known = llamafactory_keys()
     assert {"cutoff_len", "lora_rank", "stage", "template", "num_beams", "per_device_train_batch_size", "seed"} <= known
     assert {"predict_with_generate", "model_name_or_path", "quantization_bit", "ray_num_workers"} <= known
     assert "dataflex" not in known
@@ -140,7 +141,8 @@ PLANNING = [SELECT, MIX, ORDER]
 )
 def test_what_goes_together(keys: dict[str, Any], changes: dict[str, Any], refused: list[dict[str, Any]]) -> None:
     (name,) = [key for key in changes if key != "dataset"] or ["dataset"]
-    assert found(keys, None, **changes) == {}
+    pairs = {"stage"} & {*changes} and changes["stage"] != "pt"  # then LLaMA-Factory wants pairs of answers
+    assert set(found(keys, None, **changes)) == ({"dataset"} if pairs else set())
     for section in EVERY:
         problems = found(keys, section, **changes)
         assert set(problems) == ({name} if section in refused else set())
@@ -149,8 +151,8 @@ def test_what_goes_together(keys: dict[str, Any], changes: dict[str, Any], refus
 @pytest.mark.parametrize("name", ["USE_RAY", "USE_MCA", "USE_V1"])
 def test_other_trainers_are_refused(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
-    assert set(found(keys, SELECT)) == {f"environment variable {name}"}
-    assert found(keys, None) == {}
+    for section in (SELECT, None):
+        assert set(found(keys, section)) == {f"environment variable {name}"}
     monkeypatch.setenv(name, "0")
     assert found(keys, SELECT) == {}
 
@@ -263,9 +265,10 @@ def test_a_finished_run_is_not_trained_into(keys: dict[str, Any], tmp_path: Path
     assert "resume_from_checkpoint" in found(keys, SELECT)["output_dir"]
     assert found(keys, SELECT, resume_from_checkpoint=True) == {}
     assert found(keys, SELECT, overwrite_output_dir=True) == {}
-    assert found(keys, SELECT, do_eval=True) == {}  # the evaluation after training is missing
+    evaluating = {"do_eval": True, "eval_dataset": "b"}
+    assert found(keys, SELECT, **evaluating) == {}  # the evaluation after training is missing
     (output / "eval_results.json").write_text("{}")
-    assert "finished" in found(keys, SELECT, do_eval=True)["output_dir"]
+    assert "finished" in found(keys, SELECT, **evaluating)["output_dir"]
     (output / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
     assert found(keys, SELECT) == {}  # of an earlier training
 

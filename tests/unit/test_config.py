@@ -225,7 +225,7 @@ def test_json_is_read_like_yaml(tmp_path: Path) -> None:
     assert config.llamafactory == FLAT
     assert config.dataflex.seed == 1
     path.write_text("{")
-    with pytest.raises(ConfigError, match=r"run\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"run\.json, line 1, column 2: Expecting"):
         read_yaml(path, [])
 
 

@@ -233,6 +233,7 @@ def test_adam_needs_a_step_of_warmup(select: dict[str, Any]) -> None:
     assert problems(select, {"warmup_steps": 1}) == {}
 
 
+@pytest.mark.usefixtures("all_packages")
 @pytest.mark.parametrize(
     "changes, text",
     [

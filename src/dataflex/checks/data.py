@@ -1,4 +1,4 @@
-"""The data sets of a run, as far as ``dataset_info.json`` tells."""
+"""The data sets of a run: their entries in ``dataset_info.json``, and the first rows of their files."""
 
 from __future__ import annotations
 
@@ -8,50 +8,81 @@ from pathlib import Path
 from typing import Any
 
 from dataflex import assets
-from dataflex.checks.arguments import dataset_names, truthy
+from dataflex.checks.section import STAGES
+from dataflex.checks.values import dataset_names, truthy, word
 from dataflex.config import SECTION, RunConfig
+from dataflex.data.raw import INFO_FILE, RawDataError, entry_problems, fault, read_entry
 from dataflex.errors import Problem, unknown
 
 
 def problems_of_data(config: RunConfig) -> Iterator[Problem]:
     """Return what is wrong with the data sets that are named."""
-    yield from _datasets(config)
-
-
-def _datasets(config: RunConfig) -> Iterator[Problem]:
-    if truthy(config, "do_train") and not dataset_names(config):
+    if truthy(config, "do_train") and not dataset_names(config) and not config.llamafactory.get("tokenized_path"):
         yield Problem("dataset", "needed for training: the names of one or more data sets.")
-    folder = str(config.llamafactory.get("dataset_dir", "data"))
+    folder = _folder(config)
+    if folder is None or not (named := {key: names for key, names in _named(config).items() if names}):
+        return
+    path = folder / INFO_FILE
+    try:
+        info = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        yield Problem("dataset_dir", f"{str(folder)!r} has no {INFO_FILE}.")
+        return
+    except json.JSONDecodeError as error:
+        yield Problem(
+            "dataset_dir", f"{path} is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}."
+        )
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        yield Problem("dataset_dir", f"{path} cannot be read: {error}.")
+        return
+    if not isinstance(info, dict):
+        yield Problem("dataset_dir", f"{path} must be a mapping of data sets, not a {type(info).__name__}.")
+        return
+    stage = word(config, "stage", "sft")
+    fits = config.dataflex is None or stage in STAGES  # else it is the stage that is refused
+    for key, names in named.items():
+        for name in names:
+            yield from (Problem(key, message) for message in _dataset(name, info, folder, stage if fits else None))
+
+
+def _folder(config: RunConfig) -> Path | None:
+    """Return the folder of local data sets; None where data sets come from elsewhere, or are tokenized already."""
+    folder = config.llamafactory.get("dataset_dir", "data")
+    if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
+        return None
+    if config.llamafactory.get("tokenized_path"):
+        return None
     if folder.startswith(assets.PREFIX):
         name = folder.removeprefix(assets.PREFIX)
         if not (name in assets.ASSETS and assets.is_cached(name)):
-            return
+            return None
         folder = assets.resolve(folder)
-    if folder == "ONLINE" or folder.startswith("REMOTE:") or config.llamafactory.get("tokenized_path"):
-        return
-    path = Path(folder) / "dataset_info.json"
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        yield Problem("dataset_dir", f"{folder!r} has no dataset_info.json.")
-        return
-    except ValueError as error:
-        yield Problem("dataset_dir", f"{path} is not valid JSON: {error}")
-        return
+    return Path(folder)
+
+
+def _named(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    """Return the names of data sets by the key that names them."""
     named = {key: dataset_names(config, key) for key in ("dataset", "eval_dataset")}
     for key, component in config.build_components().items():
         if component.needs_validation:
             named[f"{SECTION}.{key}.validation"] = tuple(component.params.validation or ())
-    for key, names in named.items():
-        for name in names:
-            yield from _dataset(key, name, info, Path(folder))
+    return named
 
 
-def _dataset(key: str, name: str, info: dict[str, Any], folder: Path) -> Iterator[Problem]:
+def _dataset(name: str, info: dict[str, Any], folder: Path, stage: str | None) -> Iterator[str]:
     if name not in info:
-        yield Problem(key, f"{unknown('data set', name, info)} (from {folder / 'dataset_info.json'})")
+        yield f"{unknown('data set', name, info)} (from {folder / INFO_FILE})"
         return
-    file_name = info[name].get("file_name")
-    remote = any(source in info[name] for source in ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url"))
-    if file_name and not remote and not (folder / file_name).exists():
-        yield Problem(key, f"the file of data set {name!r} does not exist: {folder / file_name}")
+    wrong = [f"the entry of {name!r} in {folder / INFO_FILE}: {message}" for message in entry_problems(info[name])]
+    yield from wrong
+    if wrong:
+        return
+    try:
+        entry = read_entry(name, info[name], folder)
+    except RawDataError as error:
+        yield f"{error}."
+        return
+    found = None if entry is None or stage is None else fault(entry, stage, whole=False)
+    if found is not None:
+        yield f"{name!r}: {found}"

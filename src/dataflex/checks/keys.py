@@ -1,15 +1,59 @@
-"""Keys that LLaMA-Factory does not know, and values that its arguments cannot have."""
+"""Single keys: which nobody knows or stand in the wrong place, and values their arguments cannot have."""
 
 from __future__ import annotations
 
-import ast
-import os
+import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
-from dataflex.checks.arguments import llamafactory_fields, llamafactory_keys, templates
-from dataflex.config import SECTION, RunConfig
-from dataflex.errors import Problem, did_you_mean, unknown
+from dataflex import registry
+from dataflex.arguments import Argument, llamafactory_arguments, templates
+from dataflex.checks.forms import v1_name
+from dataflex.checks.values import enabled
+from dataflex.config import DataFlexConfig, RunConfig
+from dataflex.errors import ConfigError, Problem, did_you_mean, unknown
+from dataflex.misplaced import belongs, unknown_at_top
+
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "cutoff_len",
+    "max_samples", "buffer_size", "preprocessing_batch_size", "preprocessing_num_workers", "eval_num_beams",
+    "eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout", "ddp_bucket_cap_mb",
+    "generation_max_length", "generation_num_beams", "lora_rank", "lora_alpha", "galore_rank", "galore_update_interval",
+    "apollo_rank", "apollo_update_interval", "early_stopping_steps", "image_max_pixels", "image_min_pixels",
+    "video_max_pixels", "video_min_pixels", "video_maxlen", "audio_sampling_rate", "num_beams", "ppo_epochs",
+    "ppo_buffer_size", "torch_empty_cache_steps",
+)  # fmt: skip
+_AT_LEAST_ZERO = (
+    "learning_rate", "num_train_epochs", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "eval_delay",
+    "dataloader_num_workers", "seed", "data_seed", "val_size", "neftune_noise_alpha", "moe_aux_loss_coef", "pref_beta",
+    "pref_ftx", "loraplus_lr_embedding", "temperature", "oft_rank", "oft_block_size", "simpo_gamma", "asft_alpha",
+    "eaft_alpha",
+)  # fmt: skip
+_SHARES = ("label_smoothing_factor", "warmup_ratio", "dpo_label_smoothing")
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout", "module_dropout")
+_POSITIVE = (
+    "logging_steps", "save_steps", "eval_steps", "video_fps", "galore_scale", "apollo_scale", "repetition_penalty",
+    "loraplus_lr_ratio",
+)  # fmt: skip
+_POSITIVE_SHARES = ("top_p", "badam_update_ratio")
+
+RANGES: dict[str, tuple[float, bool, float, bool]] = {
+    **dict.fromkeys(_AT_LEAST_ONE, (1, True, math.inf, False)),
+    **dict.fromkeys(_AT_LEAST_ZERO, (0, True, math.inf, False)),
+    **dict.fromkeys(_SHARES, (0, True, 1, True)),
+    **dict.fromkeys(_BELOW_ONE, (0, True, 1, False)),
+    **dict.fromkeys(_POSITIVE, (0, False, math.inf, False)),
+    **dict.fromkeys(_POSITIVE_SHARES, (0, False, 1, True)),
+    "save_total_limit": (-1, True, math.inf, False),
+    "seed": (0, True, 2**32, False),
+}
+"""Numeric key -> lowest value, whether it is allowed, highest value, whether it is allowed."""
+
+_NAMES = {
+    "str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list",
+    "dict": "a mapping",
+}  # fmt: skip
 
 
 def problems_of_keys(config: RunConfig) -> Iterator[Problem]:
@@ -19,35 +63,101 @@ def problems_of_keys(config: RunConfig) -> Iterator[Problem]:
 
 
 def _unknown_keys(config: RunConfig) -> Iterator[Problem]:
-    known = llamafactory_keys()
-    if not known or os.environ.get("ALLOW_EXTRA_ARGS", "").lower() in ("1", "true", "y"):
+    known = llamafactory_arguments()
+    strangers = [key for key in config.llamafactory if key not in known]
+    if not known or not strangers or enabled("ALLOW_EXTRA_ARGS"):
         return
-    for key in config.llamafactory:
-        if key not in known:
-            hint = did_you_mean(key, [*known, SECTION]) or "."
-            yield Problem(key, f"not a LLaMA-Factory argument{hint}")
+    with contextlib.suppress(ConfigError):  # an installed package's; it is reported where its methods are looked for
+        registry.load_components([])
+    own = list(DataFlexConfig.model_fields)
+    section = None if config.dataflex is None else config.dataflex.model_dump()
+    for key in strangers:
+        place = belongs(key, "", own, section)
+        place = place or v1_name(key)
+        where = None if place is None else f"not a LLaMA-Factory argument; {place}"
+        yield Problem(key, where or unknown_at_top(key, own))
 
 
 def _values(config: RunConfig) -> Iterator[Problem]:
-    """Values that LLaMA-Factory's annotations rule out, and unknown templates."""
-    for key, annotation in llamafactory_fields().items():
-        value = config.llamafactory.get(key)
-        if value is None:
-            continue
-        names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)} - {"Optional", "Union"}
-        choices = [node.value for node in ast.walk(annotation) if isinstance(node, ast.Constant) and node.value]
-        if names == {"Literal"} and value not in choices:
-            yield Problem(key, unknown("value", str(value), [str(choice) for choice in choices]))
-        elif names in ({"int"}, {"float"}) and not _is_number(value):
-            yield Problem(key, f"must be a number, got {value!r}.")
+    """Values that LLaMA-Factory's annotations and ranges rule out, and unknown templates."""
+    for key, argument in llamafactory_arguments().items():
+        if key in config.llamafactory:
+            message = _value(key, argument, config.llamafactory[key])
+            if message is not None:
+                yield Problem(key, message)
     template = config.llamafactory.get("template")
-    if template is not None and templates() and template not in templates():
-        yield Problem("template", f"unknown template {template!r}{did_you_mean(str(template), templates()) or '.'}")
+    if isinstance(template, str) and templates() and template not in templates():
+        yield Problem("template", f"unknown template {template!r}{did_you_mean(template, templates()) or '.'}")
 
 
-def _is_number(value: Any) -> bool:
+def _value(key: str, argument: Argument, value: Any) -> str | None:
+    """Return what is wrong with the value of a key, or None."""
+    types = argument.types
+    if "any" in types or (value is None and "None" in types):
+        return None
+    if value is None:
+        return "has no value; give it one, or remove the key."
+    if argument.choices and value is False and "no" in argument.choices:
+        return 'YAML reads no and off as false; write "no" in quotes.'
+    if argument.choices and (isinstance(value, str) or "list" not in types) and not isinstance(value, dict):
+        words = str(value).split() if key in ("debug", "fsdp") else [str(value)]
+        for word in words:
+            if word not in argument.choices:
+                return unknown("value", word, argument.choices)
+        return None
+    kind = _kind(value)
+    if kind == "bool" and "bool" in types:
+        return None
+    if kind in ("int", "float") and types & {"int", "float"}:
+        return _number(key, value, whole="float" not in types)
+    if kind == "int" and value in (0, 1) and types <= {"bool", "None"}:
+        return None
+    if kind not in types:
+        return _wrong_type(types, value)
+    if kind == "list":
+        others = [item for item in value if not isinstance(item, str)]
+        return f"must be a list of words, got {others[0]!r} in it." if others else None
+    return None
+
+
+def _kind(value: Any) -> str:
+    for kind in (bool, int, float, str, list, dict):
+        if isinstance(value, kind):
+            return kind.__name__
+    return "other"
+
+
+def _wrong_type(types: frozenset[str], value: Any) -> str:
+    asked = [name for kind, name in _NAMES.items() if kind in types and not (kind == "int" and "float" in types)]
+    hint = "."
+    if "str" in types and _kind(value) in ("int", "float", "bool"):
+        hint = f'; write "{value}" in quotes if that is the text.'
+    elif isinstance(value, str) and types & {"int", "float"}:
+        hint = "; write it without quotes." if _is_number(value) else "."
+        asked = ["a number"]
+    elif isinstance(value, str) and "bool" in types and value.lower() in ("true", "false"):
+        hint = "; write it without quotes (LLaMA-Factory takes any text for true)."
+    return f"must be {' or '.join(asked)}, got {value!r}{hint}"
+
+
+def _number(key: str, value: float, whole: bool) -> str | None:
+    if not math.isfinite(value):
+        return f"must be a finite number, got {value}."
+    if whole and not isinstance(value, int):
+        return f"must be a whole number, got {value}{f'; write {int(value)}.' if value == int(value) else '.'}"
+    if key == "max_steps" and value != -1 and value < 1:
+        return f"must be at least 1, or -1 for 'as num_train_epochs says', got {value}."
+    low, at_low, high, at_high = RANGES.get(key, (-math.inf, False, math.inf, False))
+    if (value < low or (value == low and not at_low)) or (value > high or (value == high and not at_high)):
+        lower = f"{'at least' if at_low else 'above'} {low:g}"
+        upper = f" and {'at most' if at_high else 'below'} {high:g}" if high < math.inf else ""
+        return f"must be {lower}{upper}, got {value}."
+    return None
+
+
+def _is_number(value: str) -> bool:
     try:
         float(value)
-    except (TypeError, ValueError):
+    except ValueError:
         return False
     return True

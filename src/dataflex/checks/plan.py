@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dataflex import launch
-from dataflex.checks.arguments import dataset_names, number, truthy
+from dataflex.checks.values import dataset_names, number, truthy
 from dataflex.checks.rows import rows_of, training_samples
 from dataflex.config import SECTION, DataFlexConfig, RunConfig
 from dataflex.errors import Problem

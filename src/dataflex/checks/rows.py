@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex import assets
-from dataflex.checks.arguments import dataset_names, number, truthy
+from dataflex.checks.values import dataset_names, number, truthy
 from dataflex.config import RunConfig
 
 _LARGEST_ARRAY = 1 << 28

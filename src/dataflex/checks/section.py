@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-from dataflex.checks.arguments import dataset_names, number, truthy
+from dataflex.checks.values import dataset_names, deepspeed, number, truthy
 from dataflex.components import Component
 from dataflex.config import SECTION, RunConfig
 from dataflex.errors import Problem
@@ -53,21 +49,7 @@ def _stage(config: RunConfig) -> Iterator[Problem]:
     for key in ("use_hyper_parallel", "auto_find_batch_size"):
         if truthy(config, key):
             yield Problem(key, f"is not supported with {SECTION}: (rounds need LLaMA-Factory's standard trainer).")
-    for name in ("USE_RAY", "USE_MCA", "USE_V1"):
-        if os.environ.get(name, "").lower() in ("1", "true", "y"):
-            yield Problem(f"environment variable {name}", f"is not supported with {SECTION}:.")
     yield from _length(config)
-
-
-def _deepspeed(config: RunConfig) -> dict[str, Any]:
-    """Return DeepSpeed's configuration; what cannot be read is LLaMA-Factory's to refuse."""
-    given = config.llamafactory.get("deepspeed")
-    if isinstance(given, str):
-        try:
-            given = json.loads(Path(given).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-    return given if isinstance(given, dict) else {}
 
 
 def _length(config: RunConfig) -> Iterator[Problem]:
@@ -91,7 +73,7 @@ def _length(config: RunConfig) -> Iterator[Problem]:
         if truthy(config, key):
             yield Problem(key, f"has schedules of its own, which do not follow {budget}; use train_steps.")
     for block in ("optimizer", "scheduler"):
-        if block in _deepspeed(config):
+        if block in deepspeed(config):
             yield Problem("deepspeed", f"its {block!r} block has a schedule that cannot follow {budget}; remove it.")
     if truthy(config, "streaming"):
         yield Problem("streaming", f"{budget} needs the lengths of all samples; set it to false, or use max_steps.")

@@ -1,0 +1,14 @@
+"""What several unit tests share."""
+
+from __future__ import annotations
+
+import pytest
+
+from dataflex.checks import packages
+
+
+@pytest.fixture
+def all_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the checks take every package for installed."""
+    monkeypatch.setattr(packages, "_there", lambda module: True)
+    monkeypatch.setattr(packages, "_satisfied", lambda requirement: True)
