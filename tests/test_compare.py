@@ -338,13 +338,16 @@ def test_a_key_stands_for_everything_a_run_depends_on(lab: Lab) -> None:
     big = "1" * 2**20
     changes = {
         "data/alpha.json": '[{"instruction": "x", "input": "", "output": "y"}]',
-        "data/held.json": "[]",
+        "data/held.json": '[{"instruction": "y", "input": "", "output": "x"}]',
         "model/config.json": '{"x": 1}',
         "model/chat_template.jinja": "1",
         "model/model.safetensors": big + "1" + big,
         "adapter/adapter_config.json": "{}",
         "other adapter/adapter_config.json": "{}",
     }
+    for name in ("adapter", "other adapter"):
+        (lab.folder / name).mkdir()
+        (lab.folder / name / "adapter_config.json").write_text('{"r": 1}')
     lab.base["adapter_name_or_path"] = f"{lab.folder / 'adapter'}, {lab.folder / 'other adapter'}"
     lab.base["default_system"] = "~nobody_of_this_name/a\\0 " + "long " * 2000  # neither a file nor a reason to fail
     lab.write()
@@ -383,7 +386,7 @@ def test_a_key_stands_for_the_validation_data_of_a_mixer(lab: Lab, mix: dict[str
     lab.base |= {"dataset": "alpha,beta", "dataflex": {"mix": {**mix, "validation": ["gamma", "held"]}}}
     lab.write(variants={"plain": {}, "without": {"dataflex": {"mix": {"method": "proportional"}}}}, seeds=[1])
     before, without = load(lab.file).runs
-    (lab.data / "gamma.json").write_text("[]")
+    (lab.data / "gamma.json").write_text('[{"instruction": "x", "input": "", "output": "y"}]')
     after, still_without = load(lab.file).runs
     assert after.key != before.key
     assert still_without.key == without.key

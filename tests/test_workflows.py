@@ -465,7 +465,7 @@ def test_proxies_that_fail_are_left_out(mixing: Lab, capsys: pytest.CaptureFixtu
     "base, changes, key, said",
     [
         ({}, {"target": "hold"}, "target", "did you mean 'held'"),
-        ({"eval_dataset": None}, {"target": None}, "base.eval_dataset", "measured on something"),
+        ({"eval_dataset": None}, {"target": None}, "base.eval_dataset", "nothing to evaluate on"),
         ({}, {"regressor": "lightgbm"}, "proxies.count", "lightgbm needs 64 or more"),
         ({}, {"proxies": {"count": 2, "max_steps": 4}}, "proxies.count", "linear needs 3 or more"),
         ({}, {"proxies": {"count": 4, "max_steps": None}}, "proxies", "how long each proxy is trained"),

@@ -36,16 +36,15 @@ def problems_of_combinations(config: RunConfig) -> Iterator[Problem]:
 def _evaluation(config: RunConfig) -> Iterator[Problem]:
     """What evaluates, or stops by an evaluation, without data or without evaluations."""
     strategy = word(config, "eval_strategy", "no")
-    needed = "name data sets in eval_dataset, or set val_size."
     if dataset_names(config, "eval_dataset") and number(config, "val_size", 0.0) > 1e-6:
         yield Problem("val_size", "cannot be given with eval_dataset; keep one of the two.")
     elif not has_evaluation_data(config):
-        if evaluates(config):
-            yield Problem("eval_strategy", f"{strategy} has nothing to evaluate on: {needed}")
-        else:
-            for key in ("do_eval", "do_predict", "predict_with_generate"):
-                if truthy(config, key):
-                    yield Problem(key, f"has nothing to evaluate on: {needed}")
+        asking = [f"eval_strategy: {strategy}"] if evaluates(config) else []
+        asking += [key for key in ("do_eval", "do_predict", "predict_with_generate") if truthy(config, key)]
+        if asking:
+            yield Problem(
+                "eval_dataset", f"{asking[0]} has nothing to evaluate on: name data sets here, or set val_size."
+            )
     if truthy(config, "do_predict") and not truthy(config, "predict_with_generate") and _stage(config) == "sft":
         yield Problem("do_predict", "needs predict_with_generate: true; without it no prediction would be saved.")
     if evaluates(config) or not truthy(config, "do_train"):
