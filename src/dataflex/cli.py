@@ -163,8 +163,8 @@ def _print_notes(config: RunConfig) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from dataflex.checks.values import truthy
     from dataflex.checks.plan import planned
+    from dataflex.checks.values import truthy
 
     config = _checked_config(options)
     _print_notes(config)

@@ -117,7 +117,10 @@ BEFORE_LOADING: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["dataflex.select", "2 numbers for 1 checkpoints"],
     ),
     "proj_dim 0": (influence(proj_dim=0), ["dataflex.select.proj_dim", "got 0"]),
-    "nothing is trained": ({"do_train": False, "do_predict": True, "dataflex": SELECT}, ["do_train", "never decide"]),
+    "nothing is trained": (
+        {"do_train": False, "do_eval": True, "eval_dataset": "held", "dataflex": SELECT},
+        ["do_train", "never decide"],
+    ),
     "nothing is done": ({"do_train": None}, ["do_train", "nothing would be done"]),
     "no epoch": ({"num_train_epochs": 0, "dataflex": SELECT}, ["num_train_epochs", "0", "nothing"]),
     "nothing but warm-up": (

@@ -33,7 +33,7 @@ def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_packages: None) ->
     info = {"a": {"file_name": "a.json"}, "b": {"file_name": "b.json"}, "hub": {"hf_hub_url": "x/y", "file_name": "z"}}
     (data / "dataset_info.json").write_text(json.dumps({**info, "lost": {"file_name": "lost.json"}}))
     for name in ("a.json", "b.json"):
-        (data / name).write_text('[{"instruction": "Say yes.", "input": "", "output": "Yes."}]')
+        (data / name).write_text(json.dumps([{"instruction": "Say yes.", "input": "", "output": "Yes."}] * 400))
     return {
         "model_name_or_path": "org/model",
         "stage": "sft",

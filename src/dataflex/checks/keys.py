@@ -93,7 +93,7 @@ def _values(config: RunConfig) -> Iterator[Problem]:
 def _value(key: str, argument: Argument, value: Any) -> str | None:
     """Return what is wrong with the value of a key, or None."""
     types = argument.types
-    if "any" in types or (value is None and "None" in types):
+    if "any" in types or (value is None and ("None" in types or types == {"bool"})):
         return None
     if value is None:
         return "has no value; give it one, or remove the key."

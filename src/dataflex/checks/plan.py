@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dataflex import launch
-from dataflex.checks.values import dataset_names, number, truthy
 from dataflex.checks.rows import rows_of, training_samples
+from dataflex.checks.values import dataset_names, number, truthy
 from dataflex.config import SECTION, DataFlexConfig, RunConfig
 from dataflex.errors import Problem
 from dataflex.run_plan import RunPlan, TrainerKeys, plan_of, problems_of, problems_of_warmup
