@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, get_args
 
@@ -295,6 +295,12 @@ class Group:
         drawn += self.start
         return drawn
 
+    def draw_passes(self) -> Selection:
+        """Return the next ``budget`` samples of the group's running pass, in random order already."""
+        begin = self.sampler.drawn
+        numbers = np.arange(begin, begin + self.budget, dtype=np.int64) // self.size
+        return Selection(self.draw(self.budget), shuffled=True, passes=numbers)
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -308,6 +314,8 @@ class Selection:
         ranks: the rank of each among the candidates of its group, in the same order, int64: 1 is the best, ties broken
             as the rule that chose breaks them; 0 for a sample taken without a choice. None where nothing is ranked.
         ranked: candidates the ranks are among.
+        passes: which pass over its group each is of, in the same order, int64; a sample of a later pass is not trained
+            before those of an earlier one, unless an order moves it. None where there are no passes.
     """
 
     indices: IndexArray
@@ -316,6 +324,7 @@ class Selection:
     shuffled: bool = False
     ranks: IndexArray | None = None
     ranked: int = 0
+    passes: IndexArray | None = None
 
 
 class Component:
@@ -454,14 +463,14 @@ class Selector(Component):
         """Return ``group.budget`` samples: whole passes while the budget exceeds the group, then a choice."""
         passes, rest = divmod(group.budget, group.size)
         candidates = group.candidates
-        whole = np.tile(candidates, passes)
+        whole = Selection(np.tile(candidates, passes), passes=np.repeat(np.arange(passes), group.size))
         if not rest:
-            return Selection(whole)
+            return whole
         chosen = self.choose(ctx, candidates, rest)
         self._check_distinct(chosen, group)
         if not passes:
             return chosen
-        return join([Selection(whole), chosen])
+        return join([whole, replace(chosen, passes=np.full(rest, passes))])
 
     def _check_distinct(self, chosen: Selection, group: Group) -> None:
         inside = chosen.indices[(chosen.indices >= group.start) & (chosen.indices < group.stop)]
@@ -472,10 +481,10 @@ class Selector(Component):
 
 
 def join(parts: list[Selection]) -> Selection:
-    """Return selections one after another; a sample of a part without scores or ranks has NaN or 0 there."""
+    """Return selections one after another; of a part without scores, ranks or passes a sample has NaN or 0 there."""
     if len(parts) == 1:
         return parts[0]
-    scores = ranks = None
+    scores = ranks = passes = None
     if any(part.scores is not None for part in parts):
         scores = np.concatenate(
             [np.full(part.indices.size, np.nan, np.float32) if part.scores is None else part.scores for part in parts]
@@ -484,12 +493,17 @@ def join(parts: list[Selection]) -> Selection:
         ranks = np.concatenate(
             [np.zeros(part.indices.size, np.int64) if part.ranks is None else part.ranks for part in parts]
         )
+    if any(part.passes is not None for part in parts):
+        passes = np.concatenate(
+            [np.zeros(part.indices.size, np.int64) if part.passes is None else part.passes for part in parts]
+        )
     return Selection(
         np.concatenate([part.indices for part in parts]),
         scores,
         sum(part.unscored for part in parts),
         ranks=ranks,
         ranked=sum(part.ranked for part in parts),
+        passes=passes,
     )
 
 
@@ -677,6 +691,10 @@ def _read_shares(path: str) -> dict[str, float]:
 
 class Order(Component):
     """Arranges the samples of a plan."""
+
+    keeps_passes: ClassVar[bool] = False
+    """Whether the samples of a domain come in passes whatever :meth:`arrange` returns: of one domain, those of an
+    earlier pass then take the places before those of a later one."""
 
     def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
         """Return the positions of ``selection.indices`` in training order: a permutation of ``range(n)``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ import pytest
 from scipy import stats
 
 from dataflex.components import ComponentParams, Components, Mixer, RoundContext, Selection, Selector
+from dataflex.data.apportion import apportion
 from dataflex.data.plan import Planner
-from dataflex.data.sampling import apportion_within
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.mixers.static import StaticMixer
 from dataflex.mixers.uniform import UniformMixer
@@ -24,6 +25,7 @@ from dataflex.schedule import Schedule
 from dataflex.selectors.full import FullSelector
 from dataflex.selectors.loss import LossSelector
 from dataflex.selectors.random import RandomSelector
+from dataflex.trainer.checkpoint import STATE_VERSION, read_state, write_state
 from unit.fakes import FakeProbe, ScoreSelector, build, make_planner, make_pool, plans
 
 LOSSES = np.random.default_rng(3).random(100)
@@ -64,12 +66,39 @@ def test_counts_of_the_domains_are_their_shares_over_the_rounds() -> None:
     # quotas of 8 are 5.2, 1.6 and 1.2
     planner = make(mix=build(StaticMixer, proportions=[0.65, 0.2, 0.15]), rounds=200)
     total = np.zeros(3)
-    for plan in plans(planner, 200):
-        counts = np.bincount(planner.pool.domain_ids(plan.indices), minlength=3)
-        assert (np.abs(counts - np.array([5.2, 1.6, 1.2])) < 1).all()
+    for number, plan in enumerate(plans(planner, 200), start=1):
+        total += np.bincount(planner.pool.domain_ids(plan.indices), minlength=3)
         np.testing.assert_allclose(plan.proportions, [0.65, 0.2, 0.15])
-        total += counts
-    np.testing.assert_allclose(total / 200, [5.2, 1.6, 1.2], atol=0.15)
+        assert (np.abs(total - number * np.array([5.2, 1.6, 1.2])) < 1).all()
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_counts_follow_the_shares_over_short_rounds_and_a_resume(changes: bool) -> None:
+    pool = make_pool({f"d{number}": 300 + number for number in range(22)})
+    rng = np.random.default_rng(8)
+    shares = rng.dirichlet(np.ones(22), 97) if changes else 1 / np.arange(1.0, 23.0)[None]
+
+    def new():
+        return make_planner(pool, mix=changing(*shares), steps=1, batch=4, rounds=1500, warmup=3)
+
+    planner, exact, counted = new(), np.zeros(22), np.zeros(22)
+    made = plans(planner, 1500)
+    for plan in made:
+        exact += plan.proportions * plan.indices.size
+        counted += pool.domain_counts(plan.indices)
+        assert np.abs(exact - counted).max() < 1
+    first, second = new(), new()
+    plans(first, 700)
+    write_state_and_read(first, second)
+    for plan, again in zip(made[700:800], plans(second, 100, first=700), strict=True):
+        assert np.array_equal(plan.indices, again.indices)
+
+
+def write_state_and_read(first, second) -> None:
+    """Hand the state over as a checkpoint does."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_state(Path(folder), {"version": STATE_VERSION, "planner": first.state_dict()})
+        second.load_state_dict(read_state(Path(folder))["planner"])
 
 
 def test_a_domain_of_share_zero_gives_no_sample() -> None:
@@ -197,6 +226,36 @@ def test_group_by_length_puts_similar_lengths_together() -> None:
     assert not np.array_equal(grouped.indices, next_pass.indices)
     again = plans(make_planner(pool, steps=500, batch=8, arrangement="group_by_length"), 1)[0]
     assert np.array_equal(grouped.indices, again.indices)
+
+
+ARRANGED = {
+    "nothing": {},
+    "in the order of the data": {"arrangement": "sequential"},
+    "grouped by length": {"arrangement": "group_by_length"},
+    "order: shuffle": {"order": ShuffleOrder},
+    "full": {"select": FullSelector},
+    "full and shuffle": {"select": FullSelector, "order": ShuffleOrder},
+    "full, grouped": {"select": FullSelector, "arrangement": "group_by_length"},
+}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("name", ARRANGED)
+def test_no_sample_is_trained_again_before_its_pass_has_ended(name: str, mixed: bool) -> None:
+    given = {key: value if key == "arrangement" else build(value) for key, value in ARRANGED[name].items()}
+    if mixed:
+        given["mix"] = changing([1, 2, 5], [3, 1, 1], [1, 1, 1])
+    pool = make_pool({"a": 60, "b": 30, "c": 10}, lengths=np.random.default_rng(0).integers(1, 90, 100))
+    # rounds of 33, so that passes end inside them, and of c several times
+    made = plans(make_planner(pool, steps=11, batch=3, warmup=5, rounds=20, **given), 20)
+    trained = np.concatenate([plan.indices for plan in made])
+    groups = [(0, 60), (60, 90), (90, 100)] if mixed else [(0, 100)]
+    for low, high in groups:
+        own = trained[(trained >= low) & (trained < high)]
+        assert own.size > 2 * (high - low)
+        for begin in range(0, own.size - (high - low), high - low):
+            assert np.array_equal(np.sort(own[begin : begin + high - low]), np.arange(low, high))
+    assert name == "in the order of the data" or not np.array_equal(np.sort(trained[:33]), trained[:33])
 
 
 def test_domains_are_mixed_within_a_plan() -> None:
@@ -372,6 +431,9 @@ def test_no_sample_of_a_domain_repeats_before_it_is_exhausted_whatever_the_propo
     assert seen.min() >= 3
 
 
+LATER = np.empty(0, dtype=np.int64)
+
+
 def fill(wanted: list[float], total: int, limits: list[int]) -> list[int]:
     """Water-filling by handing out one sample at a time to the domain that is furthest behind its share."""
     counts = [0] * len(wanted)
@@ -392,7 +454,8 @@ def test_what_exceeds_a_limit_goes_to_the_others_by_their_shares() -> None:
         if not room:
             continue
         total = int(rng.integers(1, room + 1))
-        counts, in_force = apportion_within(wanted, total, limits, float(rng.random()))
+        found = apportion(np.zeros(size), wanted, total, LATER, limits)
+        counts, in_force = found.counts, found.shares
         assert counts.sum() == total
         assert (counts <= limits).all()
         assert (counts[wanted == 0] == 0).all()
@@ -408,30 +471,36 @@ def test_what_exceeds_a_limit_goes_to_the_others_by_their_shares() -> None:
         if total == room:
             assert np.array_equal(counts[wanted > 0], limits[wanted > 0])
         with pytest.raises(ValueError, match="do not fit"):
-            apportion_within(wanted, room + 1, limits, 0.5)
+            apportion(np.zeros(size), wanted, room + 1, LATER, limits)
 
 
 def test_shares_in_force_after_a_cap_by_hand() -> None:
     # of 20: 10, 6, 4 wanted; at most 4 of the first, so 6 more by 3:2, but at most 8 of the second
-    counts, in_force = apportion_within(np.array([5, 3, 2]), 20, np.array([4, 8, 100]), 0.4)
-    assert counts.tolist() == [4, 8, 8]
-    np.testing.assert_allclose(in_force, [0.2, 0.4, 0.4])
-    counts, in_force = apportion_within(np.array([5, 3, 2]), 20, np.array([4, 50, 100]), 0.4)
-    assert counts.tolist() == [4, 10, 6]  # 16 by 3:2 are 9.6 and 6.4
-    np.testing.assert_allclose(in_force, [0.2, 0.48, 0.32])
+    found = apportion(np.zeros(3), np.array([5, 3, 2]), 20, LATER, np.array([4, 8, 100]))
+    assert found.counts.tolist() == [4, 8, 8]
+    np.testing.assert_allclose(found.shares, [0.2, 0.4, 0.4])
+    assert found.cut.tolist() == [True, False, False]  # the second got more than it wanted
+    found = apportion(np.zeros(3), np.array([5, 3, 2]), 20, LATER, np.array([4, 50, 100]))
+    assert found.counts.tolist() == [4, 10, 6]  # 16 by 3:2 are 9.6 and 6.4
+    np.testing.assert_allclose(found.shares, [0.2, 0.48, 0.32])
+    np.testing.assert_allclose(found.owed, [0, -0.4, 0.4], atol=1e-12)
 
 
 def test_no_domain_is_gone_through_more_often_than_allowed(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     mixer = changing([0.2, 0.2, 0.6], max_epochs_per_domain=1.55)
     planner = make(mix=mixer, steps=2, batch=4)
-    made = plans(planner, 5)  # 8 each; of c, 10 samples, 15 may be planned: 5, 5, 5, and then none
+    made = plans(planner, 5)  # 8 each, 4.8 of them c; of its 10 samples 15 may be planned: 5, 5, 4, 1, and then none
     counts = [np.bincount(planner.pool.domain_ids(plan.indices), minlength=3).tolist() for plan in made]
-    assert [row[2] for row in counts] == [5, 5, 5, 0, 0]
+    assert [row[2] for row in counts] == [5, 5, 4, 1, 0]
     assert [sum(row) for row in counts] == [8] * 5
-    assert counts[3] == [4, 4, 0]
+    assert sorted(counts[3]) == [1, 3, 4]
+    # within one of the shares in force, summed
+    wanted = np.cumsum([plan.proportions * 8 for plan in made], axis=0)
+    assert (np.abs(wanted - np.cumsum(counts, axis=0)) < 1).all()
     assert [plan.capped for plan in made] == [{}, {}, {}, {"c": pytest.approx(0.6)}, {"c": pytest.approx(0.6)}]
     np.testing.assert_allclose(made[2].proportions, [0.2, 0.2, 0.6])
-    np.testing.assert_allclose(made[3].proportions, [0.5, 0.5, 0])
+    np.testing.assert_allclose(made[3].proportions, [0.4375, 0.4375, 0.125])
+    np.testing.assert_allclose(made[4].proportions, [0.5, 0.5, 0])
     assert made[4].epochs[2] == 1.5
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 1

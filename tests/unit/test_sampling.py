@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from dataflex.data.sampling import KeyedPermutation, PassSampler, apportion
+from dataflex.data.sampling import KeyedPermutation, PassSampler
 
 TABLE = 1 << 16  # sizes up to this one are stored, larger ones computed
 SMALL = 1e-4  # p-values below it reject; keys are fixed, so a test that passes once passes always
@@ -135,43 +134,3 @@ def test_pass_sampler_without_shuffling_keeps_the_natural_order() -> None:
     sampler = PassSampler(4, seed=3, name="pool", shuffle=False)
     assert sampler.draw(6).tolist() == [0, 1, 2, 3, 0, 1]
     assert sampler.draw(3).tolist() == [2, 3, 0]
-
-
-@pytest.mark.parametrize(
-    "shares, total, offset, expected",
-    [
-        ([1, 1], 3, 0.0, [1, 2]),  # ends 1.5 and 3
-        ([1, 1], 3, 0.5, [2, 1]),
-        ([3, 5], 8, 0.99, [3, 5]),  # whole numbers stay
-        ([0, 1, 2, 0], 4, 0.7, [0, 2, 2, 0]),  # 1.33 and 4, both raised by .7
-        ([1], 0, 0.3, [0]),
-    ],
-)
-def test_apportion_examples(shares: list[float], total: int, offset: float, expected: list[int]) -> None:
-    assert apportion(np.array(shares), total, offset).tolist() == expected
-
-
-def test_apportion_is_systematic_rounding() -> None:
-    rng = np.random.default_rng(5)
-    for _ in range(1500):
-        shares = rng.random(rng.integers(1, 9)) * 10.0 ** rng.integers(-3, 6)
-        shares[rng.random(shares.size) < 0.15] = 0
-        if not shares.any():
-            continue
-        total, offset = int(rng.integers(0, 5000)), float(rng.random())
-        counts = apportion(shares, total, offset).tolist()
-        whole, passed, expected = sum(map(Fraction, shares.tolist())), Fraction(0), []
-        for share in shares.tolist():  # the marks k - offset, k = 1, 2, ..., that lie inside a domain's stretch
-            begin, passed = passed, passed + Fraction(share) * total / whole
-            expected.append(int(passed + Fraction(offset)) - int(begin + Fraction(offset)))
-        assert counts == expected
-        assert sum(counts) == total
-        assert all(count == 0 for count, share in zip(counts, shares, strict=True) if share == 0)
-
-
-@pytest.mark.parametrize("total", [1, 8, 64])
-def test_no_domain_is_left_out_for_good(total: int) -> None:
-    shares = np.array([0.5, 0.3, 0.15, 0.04, 0.01])
-    offsets = (np.arange(10_000) + 0.5) / 10_000
-    mean = np.mean([apportion(shares, total, offset) for offset in offsets], axis=0)
-    np.testing.assert_allclose(mean, shares * total, atol=1e-3)

@@ -1,8 +1,8 @@
 """From decisions to plans: the planner asks the components, in the order select, mix, order, for each round.
 
-A plan has exactly ``steps x global batch size`` indices. Domain counts come from the mixer's proportions by systematic
-rounding. Where nothing selects, samples are drawn in passes: every sample of the pool (or of a domain, with a mixer)
-once, in a fresh order, before any comes again.
+A plan has exactly ``steps x global batch size`` indices. Domain counts come from the mixer's proportions, and what
+rounding leaves over is carried to the next round. Where nothing selects, samples are drawn in passes: every sample of
+the pool (or of a domain, with a mixer) once, in a fresh order, before any comes again.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from dataflex.components import (
     State,
     join,
 )
+from dataflex.data.apportion import LATER_ROUNDS, Apportioned, apportion
 from dataflex.data.pool import Pool, some
-from dataflex.data.sampling import IndexArray, KeyedPermutation, PassSampler, apportion, apportion_within
+from dataflex.data.sampling import IndexArray, KeyedPermutation, PassSampler
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.rng import derive_rng, key_of
 from dataflex.schedule import RoundSlot, Schedule
@@ -115,6 +116,10 @@ class Planner:
         ]
         self.planned = np.zeros(len(pool.domains), dtype=np.int64)
         """Samples planned of each domain so far, shape (K,)."""
+        self.owed = np.zeros(len(pool.domains))
+        """Shares times samples of the rounds so far minus the samples planned, where a mixer decides, shape (K,)."""
+        self._shares = np.empty(0)
+        """What the mixer wanted last, shape (K,); empty before the first round."""
         self._limits = epoch_limits(components.mix, pool)
         self._warned: set[str] = set()
 
@@ -131,6 +136,9 @@ class Planner:
         parts = [self._select(slot, probe, group) for group in groups]
         selection = join(parts)
         arranged = self._arrange(slot, probe, selection)
+        if arranged is not None and selection.passes is not None and self._keeps_passes(slot):
+            sizes = [part.indices.size for part in parts]
+            arranged = in_passes(arranged, np.repeat(np.arange(len(parts)), sizes), selection.passes)
         indices, scores, ranks = selection.indices, selection.scores, selection.ranks
         if arranged is not None:
             indices = indices[arranged]
@@ -164,6 +172,8 @@ class Planner:
                 name: sampler.drawn for name, sampler in zip(self.pool.domains, self._domain_samplers, strict=True)
             },
             "planned": self.planned.copy(),
+            "owed": self.owed.copy(),
+            "shares": self._shares.copy(),
             "warned": sorted(self._warned),
             "capped": {} if self.capped is None else self.capped.state_dict(),
         }
@@ -174,6 +184,8 @@ class Planner:
         for name, sampler in zip(self.pool.domains, self._domain_samplers, strict=True):
             sampler.drawn = int(state["domains"][name])
         self.planned = np.array(state["planned"], dtype=np.int64)
+        self.owed = np.array(state["owed"], dtype=np.float64)
+        self._shares = np.array(state["shares"], dtype=np.float64)
         self._warned = set(state["warned"])
         if self.capped is not None:
             self.capped.load_state_dict(state["capped"])
@@ -212,20 +224,17 @@ class Planner:
             return [Group("pool", 0, self.pool.size, size, self._pool_sampler)], None, {}
         ctx = self.context(mixer, slot, probe)
         given = mixer.initial(ctx) if slot.update is None else mixer.mix(ctx)
-        proportions = check_proportions(mixer, given, self.pool)
-        offset = float(derive_rng(self.seed, "apportion", slot.number).random())
-        counts, capped = apportion(proportions, size, offset), dict[str, float]()
-        if self._limits is not None:
-            counts, proportions, capped = self._within_limits(
-                slot, proportions, counts, np.maximum(self._limits - self.planned, 0), offset
-            )
-        bounds = zip(self.pool.domains, self.pool.offsets[:-1], self.pool.offsets[1:], counts, strict=True)
+        wanted = check_proportions(mixer, given, self.pool)
+        found = self._apportioned(slot, wanted, size)
+        capped = {self.pool.domains[number]: float(wanted[number]) for number in np.flatnonzero(found.cut)}
+        self._tell(slot, capped)
+        bounds = zip(self.pool.domains, self.pool.offsets[:-1], self.pool.offsets[1:], found.counts, strict=True)
         groups = [
             Group(name, int(start), int(stop), int(count), sampler)
             for (name, start, stop, count), sampler in zip(bounds, self._domain_samplers, strict=True)
             if count
         ]
-        return groups, proportions, capped
+        return groups, found.shares, capped
 
     def _counts(self, groups: list[Group]) -> NDArray[np.int64]:
         """Return how many samples the groups, each a domain, are asked for, shape (K,)."""
@@ -233,23 +242,35 @@ class Planner:
         counts[self.pool.domain_ids(np.array([group.start for group in groups]))] = [group.budget for group in groups]
         return counts
 
-    def _within_limits(
-        self,
-        slot: RoundSlot,
-        wanted: NDArray[np.float64],
-        counts: NDArray[np.int64],
-        left: NDArray[np.int64],
-        offset: float,
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64], dict[str, float]]:
-        """Return counts and shares with no domain above what is left of it, and the wanted shares of those cut."""
-        cut = np.flatnonzero(counts > left)
-        if not cut.size:
-            return counts, wanted, {}
+    def _apportioned(self, slot: RoundSlot, wanted: NDArray[np.float64], size: int) -> Apportioned:
+        """Return how many samples of each domain a round has, and keep what is left over for the next.
+
+        Raises:
+            ConfigError: if ``max_epochs_per_domain`` leaves too few samples.
+        """
+        stays = not self._shares.size or np.array_equal(wanted, self._shares)
+        later = self._samples_of_later_rounds(slot) if stays else np.empty(0, dtype=np.int64)
+        left = None if self._limits is None else np.maximum(self._limits - self.planned, 0)
         try:
-            fitting, in_force = apportion_within(wanted, int(counts.sum()), left, offset)
+            found = apportion(self.owed, wanted, size, later, left)
         except ValueError as error:
+            assert left is not None
             raise ConfigError(self._used_up(slot, wanted, left)) from error
-        capped = {self.pool.domains[number]: float(wanted[number]) for number in cut}
+        self.owed, self._shares = found.owed, wanted
+        return found
+
+    def _samples_of_later_rounds(self, slot: RoundSlot) -> NDArray[np.int64]:
+        """Return the samples up to the end of each of the next rounds, counted from the end of ``slot``."""
+        begin = end = slot.start_step + slot.steps
+        ends: list[int] = []
+        while end < self.schedule.total_steps and len(ends) < LATER_ROUNDS:
+            following = self.schedule.slot_at(end)
+            end = following.start_step + following.steps
+            ends.append((end - begin) * self.global_batch_size)
+        return np.array(ends, dtype=np.int64)
+
+    def _tell(self, slot: RoundSlot, capped: dict[str, float]) -> None:
+        """Say once of each domain that ``max_epochs_per_domain`` gives it less than the mixer wants."""
         newly = [name for name in capped if name not in self._warned]
         if newly and distributed.rank() == 0:
             logger.warning(
@@ -260,7 +281,6 @@ class Planner:
                 "it" if len(newly) == 1 else "them",
             )
         self._warned.update(newly)
-        return fitting, in_force, capped
 
     def _used_up(self, slot: RoundSlot, wanted: NDArray[np.float64], left: NDArray[np.int64]) -> str:
         assert self._limits is not None
@@ -276,7 +296,7 @@ class Planner:
     def _select(self, slot: RoundSlot, probe: Probe, group: Group) -> Selection:
         selector = self.components.select
         if selector is None or slot.update is None:
-            return Selection(group.draw(group.budget), shuffled=True)
+            return group.draw_passes()
         selection = selector.select(self.context(selector, slot, probe, group.name), group)
         self._check_selection(selection, group)
         return selection
@@ -319,6 +339,10 @@ class Planner:
             return self._group_by_length(slot, selection.indices)
         return KeyedPermutation(size, key_of(self.seed, "shuffle", slot.number))(np.arange(size, dtype=np.int64))
 
+    def _keeps_passes(self, slot: RoundSlot) -> bool:
+        order = self.components.order
+        return order is None or slot.update is None or order.keeps_passes
+
     def _group_by_length(self, slot: RoundSlot, indices: IndexArray) -> IndexArray:
         """Return the Trainer's own length grouping of a plan, in global batches."""
         import torch
@@ -329,6 +353,21 @@ class Planner:
         return np.asarray(
             get_length_grouped_indices(lengths, self.global_batch_size, generator=generator), dtype=np.int64
         )
+
+
+def in_passes(positions: IndexArray, groups: IndexArray, passes: IndexArray) -> IndexArray:
+    """Return a permutation whose groups have the same places, but in each of which earlier passes come first.
+
+    Args:
+        positions: a permutation of a selection.
+        groups: the group of each of the selection's samples.
+        passes: the pass of each over its group.
+    """
+    place = np.arange(positions.size)
+    group, number = groups[positions], passes[positions]
+    found = np.empty_like(positions)
+    found[np.lexsort((place, group))] = positions[np.lexsort((place, number, group))]
+    return found
 
 
 def epoch_limits(mixer: Mixer | None, pool: Pool) -> NDArray[np.int64] | None:

@@ -1,4 +1,4 @@
-"""Index arithmetic of plans: keyed permutations, passes without repeats, and counts from shares.
+"""Index arithmetic of plans: keyed permutations, and passes without repeats.
 
 Everything here is linear in the number of indices asked for, never in the size of the pool.
 """
@@ -122,59 +122,3 @@ class PassSampler:
 
     def _order(self, number: int) -> KeyedPermutation:
         return KeyedPermutation(self.size, key_of(self.seed, "pass", self.name, number))
-
-
-def apportion(proportions: NDArray[np.float64], total: int, offset: float) -> NDArray[np.int64]:
-    """Return integer counts that add up to ``total``, each less than 1 from its share of it: systematic rounding.
-
-    With an offset drawn uniformly for every round, a domain's mean count is exactly its share, however small; rounding
-    to the nearest would leave domains of small shares out of every round. A share of 0 gets nothing. (Systematic
-    sampling: Madow 1949.)
-
-    Args:
-        proportions: non-negative shares with a positive sum, any scale, shape (K,).
-        total: what the counts add up to, >= 0.
-        offset: where the cuts lie, in [0, 1).
-    """
-    shares = np.asarray(proportions, dtype=np.float64)
-    ends = np.cumsum(shares) / shares.sum() * total
-    ends[np.flatnonzero(shares)[-1] :] = total
-    cuts = np.floor(np.concatenate([[0.0], ends]) + offset).astype(np.int64)
-    return cuts[1:] - cuts[:-1]
-
-
-def apportion_within(
-    shares: NDArray[np.float64], total: int, limits: NDArray[np.int64], offset: float
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return counts as :func:`apportion` does, none above its limit, and the shares in force.
-
-    A domain that would exceed its limit gets the limit, and what it cannot take goes to the others in proportion to
-    their shares, until nothing exceeds (water-filling). The shares in force are those of the limits for the domains at
-    them, and scaled up together for the others; they sum to 1.
-
-    Args:
-        shares: non-negative, with a positive sum, any scale, shape (K,).
-        total: what the counts add up to, >= 1.
-        limits: the most each may get, >= 0, shape (K,).
-        offset: as for :func:`apportion`.
-
-    Raises:
-        ValueError: if the domains of a positive share cannot take the total.
-    """
-    given = np.asarray(shares, dtype=np.float64) / np.sum(shares)
-    counts = np.zeros(given.size, dtype=np.int64)
-    open_, rest = given > 0, total
-    if int(limits[open_].sum()) < total:
-        raise ValueError(f"{total} do not fit into {int(limits[open_].sum())}")
-    while True:
-        counts[open_] = apportion(given[open_], rest, offset) if rest else 0
-        full = open_ & (counts > limits)
-        if not full.any():
-            break
-        counts[full] = limits[full]
-        rest -= int(limits[full].sum())
-        open_ &= ~full
-    in_force = counts / total
-    if open_.any():
-        in_force[open_] = given[open_] / given[open_].sum() * (rest / total)
-    return counts, in_force

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from dataflex.components import Order, RoundContext, Selection
@@ -12,6 +14,8 @@ from dataflex.registry import register
 @register("order", "shuffle")
 class ShuffleOrder(Order):
     """Shuffles the plan."""
+
+    keeps_passes: ClassVar[bool] = True
 
     def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
         """Return a random permutation."""

@@ -22,4 +22,4 @@ class FullSelector(Selector):
 
     def select(self, ctx: RoundContext, group: Group) -> Selection:
         """Return the next ``group.budget`` samples of the pass."""
-        return Selection(group.draw(group.budget), shuffled=True)
+        return group.draw_passes()

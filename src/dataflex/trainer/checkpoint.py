@@ -22,7 +22,7 @@ from dataflex.files import write_atomically
 
 STATE_FILE = "dataflex_state.npz"
 MARKER_FILE = "dataflex_complete.json"
-STATE_VERSION = 2
+STATE_VERSION = 3
 _TREE_KEY = "__tree__"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
