@@ -37,6 +37,7 @@ from dataflex.compare.command import compare
 from dataflex.compare.experiment import load, merged
 from dataflex.compare.outcome import gather
 from dataflex.compare.page import cost_chart, forest_charts
+from dataflex.compare.remaining import as_text, time_left
 from dataflex.compare.result import state_of
 from dataflex.compare.runner import Workers
 from dataflex.compare.statistics import bootstrap_interval, difference, sentence, t_interval
@@ -796,6 +797,44 @@ def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(lab: Lab, capsys: pytest.Cap
     out = capsys.readouterr().out
     assert re.search(r"plain\s+2\s+complete", out)
     assert re.search(r"better\s+2\s+to resume", out)
+
+
+def test_runs_are_counted_and_the_time_left_is_known_after_the_first(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab.write(seeds=[1], **variants(better=RANDOM))
+    assert lab.compare() == 0
+    capsys.readouterr()
+    lab.write(seeds=[1, 2, 3])
+    assert lab.compare(jobs=1) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("run ")]
+    known = r"(better|plain)/seed (2|3): complete after \d+ s"
+    shapes = [
+        r"run 3 of 6: plain/seed 2: training \(.*\)",
+        rf"run 3 of 6: {known}; 3 to go, about [\d.]+ (s|min)( to [\d.]+ (s|min))? left",
+        r"run 4 of 6: better/seed 2: training \(.*\)",
+        rf"run 4 of 6: {known}; 2 to go, about .* left",
+        r"run 5 of 6: plain/seed 3: training \(.*\)",
+        rf"run 5 of 6: {known}; 1 to go, about .* left",
+        r"run 6 of 6: better/seed 3: training \(.*\)",
+        rf"run 6 of 6: {known}",
+    ]
+    assert len(said) == len(shapes), said
+    for line, shape in zip(said, shapes, strict=True):
+        assert re.fullmatch(shape, line), (line, shape)
+
+
+def test_the_time_left_is_that_of_the_places_at_work() -> None:
+    assert time_left({}, [("a", 5.0)], ["a"] * 9, 1) is None  # nothing has ended yet
+    assert time_left({"a": [10.0]}, [], ["a"] * 4, 1) == (40.0, 40.0)
+    assert time_left({"a": [10.0]}, [], ["a"] * 4, 3) == (20.0, 20.0)  # two of the three have one run
+    assert time_left({"a": [10.0, 14.0]}, [("a", 4.0)], ["a"], 2) == (10.0, 14.0)
+    assert time_left({"a": [10.0], "b": [30.0]}, [("a", 4.0)], ["b"], 1) == (36.0, 36.0)
+    assert time_left({"a": [10.0], "b": [30.0]}, [], ["c"], 1) == (10.0, 30.0)  # another variant: as any run
+    assert time_left({"a": [10.0]}, [("a", 25.0)], [], 2) == (0.0, 0.0)  # longer than expected already
+    assert as_text(None) == as_text((0.0, 0.0)) == ""
+    assert as_text((36.0, 36.0)) == as_text((34.0, 38.0)) == ", about 36 s left"
+    assert as_text((60.0, 400.0)) == ", about 60 s to 6.7 min left"
 
 
 def test_two_comparisons_at_once_are_refused(lab: Lab) -> None:

@@ -160,7 +160,10 @@ def test_three_stages_are_trained_once(lab: Lab, capsys: pytest.CaptureFixture[s
         str(lab.output / "proxy" / "dataflex" / "domain_weights.json"),
         "tokens",
     )
-    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    out = capsys.readouterr().out
+    places = [f"stage {number} of 3: {name}" for number, name in enumerate(lab_stages, 1)]
+    assert [line for line in out.splitlines() if line.startswith("stage ")] == places
+    said = [line.split() for line in out.splitlines()]
     assert ["alpha", "0.7500", "0.2500", "-"] in said
     assert ["beta", "0.2500", "0.7500", "2.0000"] in said
     assert ["held", "-", "-", "3.0000"] in said

@@ -33,7 +33,9 @@ def duration(seconds: float) -> str:
     """Return a time as a person would say it."""
     if seconds < 100:
         return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    if seconds < 6000:
+        return f"{seconds / 60:.{1 if seconds < 600 else 0}f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def largest(values: Mapping[str, float], form: str = "{}") -> str:

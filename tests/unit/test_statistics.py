@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from dataflex.components import StepStatistics
 from dataflex.trainer.loss import BatchLosses
-from dataflex.trainer.statistics import StepAccumulator
+from dataflex.trainer.statistics import MeanLosses, StepAccumulator
 
 
 def test_micro_batches_are_added_up_by_domain() -> None:
@@ -45,3 +46,37 @@ def test_batches_without_indices_are_one_domain() -> None:
     assert statistics.losses.tolist() == pytest.approx([2.0])
     assert statistics.samples.tolist() == [2]
     assert trained == 10
+
+
+def make_step(number: int, losses: list[float], tokens: list[int]) -> StepStatistics:
+    return StepStatistics(number, np.array(losses), np.array(tokens), np.ones(len(tokens), np.int64))
+
+
+def test_mean_losses_of_the_domains_are_parts_of_the_loss() -> None:
+    rng = np.random.default_rng(0)
+    losses, tokens = rng.uniform(1, 9, (5, 3)), rng.integers(1, 50, (5, 3))
+    tokens[:, 2] = 0  # never any of it
+    tokens[3, 1] = 0
+    losses[tokens == 0] = np.nan
+    found = MeanLosses()
+    for number, (loss, count) in enumerate(zip(losses, tokens, strict=True)):
+        found.add(make_step(number, loss.tolist(), count.tolist()))
+    shares = tokens / tokens.sum(1, keepdims=True)
+    known = np.where(tokens > 0, losses, 0.0)
+    means = found.take()
+    for domain in (0, 1):
+        by_hand = sum(shares[s, domain] * known[s, domain] for s in range(5)) / sum(shares[:, domain])
+        assert means[domain] == pytest.approx(by_hand)
+    assert np.isnan(means[2])
+    trainers = np.mean([(tokens[s] * known[s]).sum() / tokens[s].sum() for s in range(5)])  # what it logs as loss
+    assert shares.mean(0)[:2] @ means[:2] == pytest.approx(trainers)
+    assert found.take().size == 0  # everything starts anew
+
+
+def test_a_step_without_a_finite_loss_is_left_out_of_the_mean() -> None:
+    found = MeanLosses()
+    found.add(make_step(1, [1.0, np.nan], [4, 0]))
+    found.add(make_step(2, [np.inf, 3.0], [4, 4]))
+    found.add(make_step(3, [np.nan, np.nan], [0, 0]))  # nothing trained
+    found.add(make_step(4, [2.0, 6.0], [3, 1]))
+    np.testing.assert_allclose(found.take(), [(1.0 + 0.75 * 2.0) / 1.75, 6.0])

@@ -91,7 +91,7 @@ def _run(experiment: Experiment, jobs: int | None, program: Sequence[str], at_on
         at_once = at_once or workers(jobs)
         _refuse_sharing(experiment, at_once)
         print(_counted(states), flush=True)
-        failed = execute(experiment, missing, at_once, program)
+        failed = execute(experiment, missing, at_once, program, len(states))
     else:
         print(f"nothing to do: all {len(states)} runs are complete.")
     outcome = gather(experiment)

@@ -33,7 +33,9 @@ from dataflex.compare.experiment import (
     changed_task,
     run_yaml,
 )
+from dataflex.compare.remaining import as_text, time_left
 from dataflex.compare.result import complete, needs_overwriting, tasks_to_evaluate, trained_problem
+from dataflex.console import duration
 from dataflex.errors import ConfigError
 from dataflex.files import write_atomically
 from dataflex.record.versions import installed_versions
@@ -111,7 +113,9 @@ class Progress:
 
         self._plain = not sys.stderr.isatty()
         self._shown = 0.0
-        self._bar = tqdm(total=total, unit="run", disable=self._plain, smoothing=0)
+        # Without tqdm's own time left, which knows neither variants nor how many runs are at work.
+        form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+        self._bar = tqdm(total=total, unit="run", disable=self._plain, bar_format=form)
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -130,7 +134,9 @@ class Progress:
         self._bar.close()
 
 
-def execute(plan: Plan, runs: Sequence[Run], at_once: Workers, program: Sequence[str] = PROGRAM) -> dict[str, str]:
+def execute(
+    plan: Plan, runs: Sequence[Run], at_once: Workers, program: Sequence[str] = PROGRAM, total: int | None = None
+) -> dict[str, str]:
     """Train and evaluate runs until each is complete or has failed.
 
     Args:
@@ -138,6 +144,7 @@ def execute(plan: Plan, runs: Sequence[Run], at_once: Workers, program: Sequence
         runs: those that are not complete.
         at_once: how many at a time, and where.
         program: the command line, to which ``train FILE`` or ``eval FOLDER --tasks FILE`` is added.
+        total: number of all runs, with those that are complete already, by which they are counted; None: no others.
 
     Returns:
         Name of each run that failed -> why.
@@ -145,7 +152,7 @@ def execute(plan: Plan, runs: Sequence[Run], at_once: Workers, program: Sequence
     Raises:
         KeyboardInterrupt: if the user stops it; the processes have ended then.
     """
-    crew = _Crew(plan, runs, at_once, program)
+    crew = _Crew(plan, runs, at_once, program, total or len(runs))
     with _interruptible():
         try:
             crew.work()
@@ -157,11 +164,16 @@ def execute(plan: Plan, runs: Sequence[Run], at_once: Workers, program: Sequence
 class _Crew:
     """The runs that wait, those at work, and what became of the others."""
 
-    def __init__(self, plan: Plan, runs: Sequence[Run], at_once: Workers, program: Sequence[str]) -> None:
+    def __init__(self, plan: Plan, runs: Sequence[Run], at_once: Workers, program: Sequence[str], total: int) -> None:
         self.failed: dict[str, str] = {}
         self._plan, self._at_once, self._program = plan, at_once, tuple(program)
         self._waiting, self._at_work, self._done = list(runs), list[_Job](), 0
         self._began: dict[str, float] = {}
+        self._before, self._total = total - len(runs), total
+        self._whole: set[str] = set()
+        """Runs that began without anything of an earlier attempt."""
+        self._known: dict[str, list[float]] = {}
+        """Variant -> seconds of such runs, from beginning to end."""
         self._progress = Progress(len(runs))
 
     def work(self) -> None:
@@ -184,6 +196,8 @@ class _Crew:
     def _begin(self, run: Run, place: int) -> None:
         """Start what a run lacks first."""
         self._began[run.name] = time.monotonic()
+        if not run.folder.exists():
+            self._whole.add(run.name)
         try:
             problem = changed_file(run, self._plan)
             if problem is not None:
@@ -235,13 +249,16 @@ class _Crew:
         process = _start(run, [*self._program, *arguments], self._at_once.environment(place))
         job = _Job(run, place, tasks, process)
         self._at_work.append(job)
-        self._progress.say(f"{run.name}: {job.stage} ({run.folder})")
+        self._progress.say(f"{self._counted(run)}: {job.stage} ({run.folder})")
 
     def _finish(self, run: Run, evaluated: Sequence[Task]) -> None:
         complete(run, self._plan, evaluated)
         (run.folder / FAILED_FILE).unlink(missing_ok=True)
         self._done += 1
-        self._progress.say(f"{run.name}: complete after {self._seconds(run)}")
+        seconds = time.monotonic() - self._began[run.name]
+        if run.name in self._whole:
+            self._known.setdefault(run.variant, []).append(seconds)
+        self._progress.say(f"{self._counted(run)}: complete after {duration(round(seconds))}{self._rest()}")
 
     def _fail(self, run: Run, error: str, folder: Path | None = None) -> None:
         """Keep why a run failed; ``folder``: where its log is, if it is not in its own folder."""
@@ -251,10 +268,29 @@ class _Crew:
             write_atomically(run.folder / FAILED_FILE, json.dumps(note, indent=2).encode())
         self._done += 1
         log = (folder or run.folder) / LOG_FILE
-        self._progress.say(f"{run.name}: failed after {self._seconds(run)}: {error}; see {log}")
+        seconds = duration(round(time.monotonic() - self._began[run.name]))
+        self._progress.say(f"{self._counted(run)}: failed after {seconds}: {error}; see {log}")
 
-    def _seconds(self, run: Run) -> str:
-        return f"{time.monotonic() - self._began[run.name]:.0f} s"
+    def _counted(self, run: Run) -> str:
+        """Return a run's name, with its number among several."""
+        if self._total == 1:
+            return run.name
+        number = self._before + list(self._began).index(run.name) + 1
+        return f"run {number} of {self._total}: {run.name}"
+
+    def _rest(self) -> str:
+        """Return how many runs are to go, and how long they are expected to take."""
+        to_go = len(self._waiting) + len(self._at_work)
+        if not to_go:
+            return ""
+        now = time.monotonic()
+        left = time_left(
+            self._known,
+            [(job.run.variant, now - self._began[job.run.name]) for job in self._at_work],
+            [run.variant for run in self._waiting],
+            self._at_once.jobs,
+        )
+        return f"; {to_go} to go{as_text(left)}"
 
 
 def _prepare(run: Run) -> None:

@@ -261,7 +261,7 @@ def domain_loss(run: MeasuredRun, num_charts: int, axis: Axis, looks: Mapping[st
     limit = points_per_curve(num_charts * DOMAINS)
     traces = [line(smooth(axis.points(run.record, known[name])), name, style(looks[name]), limit) for name in names]
     left_out = len(known) - len(names)
-    caption = "Unweighted loss of the trained samples; long curves as a running mean."
+    caption = "Unweighted loss of the trained samples, mean since the last log; long curves as a running mean."
     caption += f" {left_out} domains with fewer samples are not drawn." if left_out else ""
     return Chart("Loss", title, caption, figure(traces, axis.name, "loss"))
 

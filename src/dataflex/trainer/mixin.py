@@ -442,9 +442,10 @@ class DynamicTrainerMixin(Trainer):
 
     def _dataflex_logs(self) -> dict[str, float]:
         run, logs = self.dataflex, {}
-        if run.statistics is not None and self.own_loss:
-            for name, loss in zip(run.domains, run.statistics.losses.tolist(), strict=True):
-                if loss == loss:  # a domain the batch had none of is NaN
+        means = run.mean_losses.take()
+        if means.size and self.own_loss:
+            for name, loss in zip(run.domains, means.tolist(), strict=True):
+                if loss == loss:  # NaN for a domain that no step had any of
                     logs[f"dataflex/loss/{name}"] = loss
         logs.update(self._round_logs())
         if run.pool is not None and run.domain_samples.any():  # LLaMA-Factory's special losses show nothing

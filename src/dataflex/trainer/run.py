@@ -28,6 +28,7 @@ from dataflex.run_plan import RunPlan, plan_of, problems_of, trainer_keys
 from dataflex.schedule import RoundSlot, Schedule
 from dataflex.trainer.checkpoint import STATE_VERSION
 from dataflex.trainer.domain_loss import check_losses
+from dataflex.trainer.statistics import MeanLosses
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -77,7 +78,8 @@ class DynamicRun:
         """What the user should know of this run, for the terminal and the record."""
         self.global_batch_size = 1
         self.plan: Plan | None = None
-        self.statistics: StepStatistics | None = None
+        self.mean_losses = MeanLosses()
+        """Of the steps since the last log. The Trainer's own mean begins anew at a resume, and so does this."""
         self.train_seconds = 0.0
         self.decision_seconds = 0.0
         self._decision_began = 0.0
@@ -422,7 +424,7 @@ class DynamicRun:
         self._domain_samples = self.domain_samples + statistics.samples
         if self.plan is not None:
             statistics = replace(statistics, proportions=self.plan.proportions)
-        self.statistics = statistics
+        self.mean_losses.add(statistics)
         if self.components.mix is not None:
             check_losses(self.domains, statistics.tokens, statistics.losses, statistics.step)
         for _, component in self.components.items():

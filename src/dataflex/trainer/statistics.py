@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dataflex import distributed
@@ -86,3 +87,35 @@ class StepAccumulator:
         np.divide(excess_sums, counts, out=excess, where=counts > 0)
         statistics = StepStatistics(step, losses, counts.astype(np.int64), samples.astype(np.int64), excess=excess)
         return statistics, int(values[-1])
+
+
+class MeanLosses:
+    """The mean loss of each domain over several steps, weighted so that it is part of the mean loss of the steps.
+
+    The Trainer's ``loss`` is the mean over the steps since the last log of each step's token-mean loss, so a token of a
+    step with n tokens counts 1/n. The same weights give domain d sum_s q_sd l_sd / sum_s q_sd, of its token-mean loss
+    l_sd in step s and its share q_sd of the step's tokens. With one domain that is ``loss``; with several, ``loss`` is
+    the mean of the domains' means with their mean shares.
+    """
+
+    def __init__(self) -> None:
+        self._losses: NDArray[np.float64] = np.zeros(0)
+        self._shares: NDArray[np.float64] = np.zeros(0)
+
+    def add(self, step: StepStatistics) -> None:
+        """Add a step; one whose loss is not finite is left out, as it is of ``loss``."""
+        trained = step.tokens > 0
+        if not trained.any() or not np.isfinite(step.losses[trained]).all():
+            return
+        shares = step.tokens / step.tokens.sum()
+        if not self._shares.size:
+            self._losses, self._shares = np.zeros((2, shares.size))
+        self._losses = self._losses + shares * np.where(trained, step.losses, 0.0)
+        self._shares = self._shares + shares
+
+    def take(self) -> NDArray[np.float64]:
+        """Return the means, (K,), NaN for a domain without a token, and start anew; (0,) if no step was added."""
+        means = np.full(self._shares.size, np.nan)
+        np.divide(self._losses, self._shares, out=means, where=self._shares > 0)
+        self._losses = self._shares = np.zeros(0)
+        return means

@@ -195,9 +195,9 @@ def state_table(stages: Sequence[Stage]) -> Table:
 
 def _run(stages: Sequence[Stage], program: Sequence[str]) -> int:
     before: StageRun | None = None
-    for stage in stages:
+    for number, stage in enumerate(stages, 1):
         before = run_of(stage, before)
-        error = bring_to_end(stage, before, program)
+        error = bring_to_end(stage, before, program, f"stage {number} of {len(stages)}")
         if error is None and stage.name == "proxy" and _proportions(stage.folder) is None:
             error = f"{stage.folder / WEIGHTS_FILE} is missing or has no proportions"
         if error is not None:

@@ -368,7 +368,7 @@ def _train(experiment: Experiment, jobs: int | None, program: Sequence[str], at_
     print(f"{len(states)} proxies: {', '.join(f'{count} {state}' for state, count in counts.items())}", flush=True)
     missing = [run for run, state in states.items() if state != "complete"]
     if missing:
-        execute(experiment, missing, at_once or workers(jobs), program)
+        execute(experiment, missing, at_once or workers(jobs), program, len(states))
 
 
 def _find(plan: Plan, experiment: Experiment, tokens: Floats, mixtures: Floats) -> None:

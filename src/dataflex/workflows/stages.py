@@ -241,8 +241,14 @@ def state(stage: Stage, run: Run) -> str:
     return "to run"
 
 
-def bring_to_end(stage: Stage, run: Run, program: Sequence[str]) -> str | None:
+def bring_to_end(stage: Stage, run: Run, program: Sequence[str], place: str) -> str | None:
     """Train a stage as far as it is not trained, and return why it failed, if it did.
+
+    Args:
+        stage: the stage.
+        run: its run.
+        program: the command line that trains.
+        place: its number among the stages, for the terminal.
 
     Raises:
         ConfigError: if something else is in its folder.
@@ -252,8 +258,9 @@ def bring_to_end(stage: Stage, run: Run, program: Sequence[str]) -> str | None:
     if found == "changed":
         print(f"{stage.name}: what it depends on changed; the run of before is now in {set_aside(stage.folder)}")
     if found == "complete":
-        print(f"{stage.name}: complete ({stage.folder})", flush=True)
+        print(f"{place}: {stage.name}: complete ({stage.folder})", flush=True)
         return None
+    print(f"{place}: {stage.name}", flush=True)
     stage.write_model()
     return execute(stage.plan, [run], ALONE, program).get(run.name)
 

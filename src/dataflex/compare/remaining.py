@@ -1,0 +1,57 @@
+"""How long the rest of a comparison takes, judged by its runs that have come to their end."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+
+from dataflex.console import duration
+
+
+def time_left(
+    known: Mapping[str, Sequence[float]],
+    at_work: Sequence[tuple[str, float]],
+    waiting: Sequence[str],
+    jobs: int,
+) -> tuple[float, float] | None:
+    """Return the fewest and the most seconds that the rest is expected to take; None if no run tells.
+
+    A run is expected to take as long as those of its variant did; if there is none, as long as any run did.
+
+    Args:
+        known: variant -> seconds of its runs that were made from beginning to end.
+        at_work: variant of each run at work, and for how many seconds it has been.
+        waiting: variant of each run that has not begun, in their order.
+        jobs: runs at a time, >= 1.
+    """
+    everything = [seconds for found in known.values() for seconds in found]
+    if not everything:
+        return None
+    low, high = (
+        _last_end(
+            [max(0.0, pick(known.get(variant) or everything) - elapsed) for variant, elapsed in at_work],
+            [pick(known.get(variant) or everything) for variant in waiting],
+            jobs,
+        )
+        for pick in (min, max)
+    )
+    return low, high
+
+
+def _last_end(at_work: Sequence[float], waiting: Sequence[float], jobs: int) -> float:
+    """Return when the last run ends, if each waiting one begins at the first place that is free."""
+    ends = [*at_work, *[0.0] * (jobs - len(at_work))]
+    heapq.heapify(ends)
+    for seconds in waiting:
+        heapq.heapreplace(ends, ends[0] + seconds)
+    return max(ends)
+
+
+def as_text(left: tuple[float, float] | None) -> str:
+    """Return ``", about 3.0 min left"``, or a range; nothing if it is not known or nothing is left."""
+    if left is None or left[1] <= 0:
+        return ""
+    low, high = left
+    if high <= 1.25 * low:
+        return f", about {duration((low + high) / 2)} left"
+    return f", about {duration(low)} to {duration(high)} left"

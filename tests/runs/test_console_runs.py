@@ -1,0 +1,190 @@
+"""What a person sees of a run: its terminal, a stop and the same command again, the losses in its log.
+
+All runs happen one after another in one process, by the command line's own function.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import tiny
+
+pytestmark = pytest.mark.launch
+
+STOPPING = """
+import os, signal
+from pathlib import Path
+from dataflex import Selector, register
+
+
+@register("selector", "test_stopped")
+class Stopped(Selector):
+    def on_step(self, statistics):
+        told = Path(__file__).with_name("STOP")
+        if told.exists() and statistics.step == 5:
+            told.unlink()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def score(self, ctx, candidates):
+        return ctx.probe.losses(candidates)
+
+
+@register("selector", "test_late")
+class Late(Selector):
+    def score(self, ctx, candidates):
+        return ctx.probe.losses(candidates) * (float("nan") if ctx.update else 1)
+"""
+
+RUN_ALL = """
+import contextlib, io, json, os, sys
+os.environ["LLAMAFACTORY_VERBOSITY"] = "WARN"
+from dataflex import cli
+results = {}
+for name, arguments in json.load(open(sys.argv[1])):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = cli.main(arguments)
+        except BaseException as error:
+            status = f"{type(error).__name__}: {error}"
+    results[name] = [status, out.getvalue(), err.getvalue()]
+json.dump(results, open(sys.argv[2], "w"))
+"""
+
+LOGGED = {"logging_steps": 3, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 4}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("console")
+    tiny.make_model(root / "model")
+    tiny.make_data(root / "data")
+    (root / "stopping.py").write_text(STOPPING)
+    (root / "STOP").touch()
+    return root
+
+
+@pytest.fixture(scope="session")
+def outcomes(folder: Path) -> dict[str, list[Any]]:
+    """Return the exit status of every command, and what it printed to standard output and error."""
+
+    def write(name: str, **changes: Any) -> str:
+        arguments = tiny.arguments(folder / "model", folder / "data", folder / "out" / name, **changes)
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(arguments))
+        return str(path)
+
+    stopped = {"update_steps": 3, "select": {"method": "test_stopped"}, "plugins": [str(folder / "stopping.py")]}
+    one = write("one", dataflex=stopped, **LOGGED)
+    section = {"warmup_steps": 2, "update_steps": 3, "select": {"method": "loss"}, "mix": {"method": "proportional"}}
+    evaluated = {"eval_dataset": "held,gamma", "eval_strategy": "steps", "eval_steps": 4}
+    two = write("two", dataset="alpha,beta", dataflex=section, **LOGGED, **evaluated)
+    commands = [
+        ("stopped", ["train", one]),
+        ("goes on", ["train", one]),
+        ("two", ["train", two, "disable_tqdm=true"]),
+        ("plain", ["train", two, "dataflex=null", f"output_dir={folder / 'out' / 'plain'}", "disable_tqdm=true"]),
+        ("error", ["train", one, "dataflex.select.method=test_late", f"output_dir={folder / 'out' / 'late'}"]),
+    ]
+    script, spec, result = folder / "run_all.py", folder / "in.json", folder / "result.json"
+    script.write_text(RUN_ALL)
+    spec.write_text(json.dumps(commands))
+    done = subprocess.run(
+        [sys.executable, str(script), str(spec), str(result)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(result.read_text())
+
+
+def losses(run: Path) -> list[dict[str, Any]]:
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def test_after_ctrl_c_the_same_command_goes_on(folder: Path, outcomes: dict[str, list[Any]]) -> None:
+    status, _, error = outcomes["stopped"]
+    assert status == 130, error
+    assert "Traceback" not in error
+    assert error.splitlines()[-1] == "dataflex: stopped; the same command goes on from step 4."
+    status, _, error = outcomes["goes on"]
+    assert status == 0, error
+    lines = (folder / "out" / "one" / "dataflex" / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [0, 1, 2]
+
+
+def test_with_one_domain_its_loss_is_the_loss_also_after_a_resume(folder: Path, outcomes: dict[str, list[Any]]) -> None:
+    assert outcomes["goes on"][0] == 0
+    entries = losses(folder / "out" / "one")
+    assert [entry["step"] for entry in entries] == [3, 6]  # step 6: since the resume at step 4
+    for entry in entries:
+        assert entry["dataflex/loss/alpha"] == pytest.approx(entry["loss"], rel=1e-5)
+
+
+def test_with_several_domains_the_loss_lies_between_theirs(folder: Path, outcomes: dict[str, list[Any]]) -> None:
+    assert outcomes["two"][0] == 0, outcomes["two"][2]
+    entries = losses(folder / "out" / "two")
+    assert [entry["step"] for entry in entries] == [3, 6]
+    for entry in entries:
+        low, high = sorted(entry[f"dataflex/loss/{name}"] for name in ("alpha", "beta"))
+        assert low < entry["loss"] < high
+
+
+def test_the_terminal_is_short_and_the_log_is_whole(folder: Path, outcomes: dict[str, list[Any]]) -> None:
+    status, out, error = outcomes["two"]
+    assert status == 0, error
+    lines = out.splitlines()
+    rounds = [line for line in lines if line.startswith("round ")]
+    shape = r"round (\d) ?(\(warm-up\))?, steps (\d)-(\d): (\d+) of 80: alpha (\d+), beta (\d+); \d+\.\d s"
+    found = [re.fullmatch(shape, line) for line in rounds]
+    assert all(found), rounds
+    record = [json.loads(line) for line in (folder / "out" / "two" / "dataflex" / "rounds.jsonl").open()]
+    assert [(int(match[1]), int(match[3]), int(match[4]), int(match[6])) for match in found if match] == [
+        (line["round"], line["start_step"] + 1, line["start_step"] + line["steps"], line["domains"]["alpha"])
+        for line in record
+    ]
+    assert [bool(match[2]) for match in found if match] == [True, False, False]
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [re.sub(r"[\d.]+(e-\d+)?", "#", line) for line in steps] == [
+        "step # of #: loss #, learning rate #, epoch #",
+        "step # of #: evaluation loss #: held #, gamma #",
+        "step # of #: loss #, learning rate #, epoch #",
+        "step # of #: evaluation loss #: held #, gamma #",
+        "step # of #: evaluation loss #: held #, gamma #",  # LLaMA-Factory's own, after the training
+    ]
+    assert "dataflex/" not in out[: out.index("***** eval metrics")]
+    assert {"dataflex/round", "dataflex/tokens", "dataflex/loss/beta"} <= set(losses(folder / "out" / "two")[-1])
+    run = folder / "out" / "two"
+    assert lines[-2:] == [
+        f"dataflex: what it did, on one page: dataflex-cli report {run}",
+        f"dataflex: which samples, and why: dataflex-cli explain {run} --top 5",
+    ]
+
+
+def test_a_run_without_a_section_prints_what_llamafactory_prints(outcomes: dict[str, list[Any]]) -> None:
+    status, out, error = outcomes["plain"]
+    assert status == 0, error
+    assert "{'loss': '" in out
+    assert "round " not in out
+    assert "dataflex-cli" not in out
+
+
+def test_an_error_in_the_middle_of_a_run_begins_a_line(outcomes: dict[str, list[Any]]) -> None:
+    status, out, error = outcomes["error"]
+    assert status == 2
+    assert "round 0, steps 1-3" in out
+    assert "/8 [" in error  # the progress bar
+    assert error.split("\n")[-2].startswith("dataflex: selector 'test_late'"), error
