@@ -46,6 +46,18 @@ class ComponentError(DataFlexError):
     """A component returned something a round cannot be made of (NaN scores, wrong shape, ...)."""
 
 
+class DivergenceError(DataFlexError):
+    """A number that the model gives for data it can be trained on is not finite."""
+
+    def __init__(self, what: str) -> None:
+        """Take the number and where it came up, as "the loss of domain 'code' in step 3 is nan"."""
+        self.what = what
+        super().__init__(
+            f"{what}: has training diverged? Lower learning_rate, warm it up, or look at the data and the precision "
+            "(bf16, fp16); checkpoints saved before are kept."
+        )
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""
     near = difflib.get_close_matches(str(name), [str(item) for item in known], n=1, cutoff=0.6)

@@ -288,7 +288,7 @@ class RunPlan:
     def _steps(self) -> str:
         keys, settings = self.keys, self.settings
         batch = (
-            f"{_count(keys.global_batch_size, 'sample')} each ({keys.per_device} per device x {keys.accumulation} "
+            f"{_count(keys.global_batch_size, 'sample')} ({keys.per_device} per device x {keys.accumulation} "
             f"accumulated x {_count(keys.processes, 'process', 'es')})"
         )
         until = ""
@@ -297,9 +297,9 @@ class RunPlan:
         elif settings.train_seconds is not None:
             until = f"; training ends after {settings.train_seconds:g} s of training and decisions"
         if self.total is None:
-            return f"not known before the data is loaded, of {batch}{until}"
+            return f"not known before the data is loaded, each of {batch}{until}"
         about = "about " if until or (self.about and self._counts_samples()) else ""
-        text = f"{about}{self.total:,} of {batch}"
+        text = f"{about}{self.total:,}, each of {batch}"
         if self.samples:
             passes = _number(self._passes(self.total))
             text += f": {'about ' if self.about else ''}{passes} {'pass' if passes == '1' else 'passes'} over the data"
@@ -347,10 +347,11 @@ class RunPlan:
             share = f", {'about ' if self.about else ''}{_percent(run.round_samples / run.pool_size)} of the pool"
         length = min(schedule.update_steps, run.decided_steps)
         default = "" if self.settings.update_steps is not None else " (the default of update_steps)"
+        each = "each " if schedule.num_rounds > 1 else ""
         yield (
             "rounds",
-            f"{schedule.num_rounds:,} of {_count(length, 'step')}{default}: {_count(run.round_samples, 'sample')} each"
-            f"{share}",
+            f"{schedule.num_rounds:,}, {each}of {_count(length, 'step')}{default} and "
+            f"{_count(run.round_samples, 'sample')}{share}",
         )
         yield "decisions", f"{run.decisions:,}: {acting}"
 

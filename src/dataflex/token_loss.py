@@ -29,5 +29,9 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def sample_means(sums: Tensor, counts: Tensor) -> Tensor:
-    """Return ``sums / counts``, NaN where nothing was counted; all (B,)."""
-    return torch.where(counts > 0, sums / counts.clamp(min=1), torch.nan)
+    """Return ``sums / counts``; all (B,).
+
+    NaN where nothing was counted, and infinity where something was and the mean is not finite: the two are never mixed.
+    """
+    means = sums / counts.clamp(min=1)
+    return torch.where(counts > 0, torch.where(torch.isfinite(means), means, torch.inf), torch.nan)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.components import RoundContext
-from dataflex.errors import ComponentError
+from dataflex.errors import ComponentError, DivergenceError
 
 
 def validation_losses(ctx: RoundContext) -> NDArray[np.float64]:
@@ -15,7 +15,8 @@ def validation_losses(ctx: RoundContext) -> NDArray[np.float64]:
     One forward of every validation sample, on all ranks together.
 
     Raises:
-        ComponentError: if a domain has no token that is trained on, or its loss is not finite.
+        ComponentError: if a domain has no token that is trained on.
+        DivergenceError: if its loss is not finite.
     """
     pool = ctx.targets
     assert pool is not None
@@ -29,6 +30,6 @@ def validation_losses(ctx: RoundContext) -> NDArray[np.float64]:
                 f"no validation sample of {name!r} has a token that is trained on. Check its template and cutoff_len."
             )
         if not np.isfinite(total):
-            raise ComponentError(f"the loss of the validation samples of {name!r} is not finite ({total}).")
+            raise DivergenceError(f"the loss of the validation samples of {name!r} is not finite ({total})")
     means: NDArray[np.float64] = sums / counts
     return means

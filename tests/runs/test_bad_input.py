@@ -148,6 +148,29 @@ WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "an empty data set": ({"dataset": "alpha,empty", "dataflex": SELECT}, ["dataset", "'empty'"]),
     "a malformed data file": ({"dataset": "alpha,malformed", "dataflex": SELECT}, ["dataset", "'malformed'"]),
+    **{
+        f"a diverged run, {name}": ({"learning_rate": 1e30, **changes}, ["step 2 is nan: has training diverged?"])
+        for name, changes in {
+            "weight": {"dataflex": {"weight": {"method": "loss"}}},
+            "full": {"dataflex": {"select": {"method": "full"}}},
+            "sort": {"dataflex": {"order": {"method": "sort"}}},
+            "mix": {**TWO, "dataflex": {"mix": {"method": "odm"}}},
+            "nothing": {"dataflex": {}},
+            "a special loss": {"use_dft_loss": True, "dataflex": {"order": {"method": "shuffle"}}},
+        }.items()
+    },
+    "a diverged run, select": (
+        {"learning_rate": 1e30, "dataflex": {"update_steps": 1, "select": {"method": "loss"}}},
+        ["in the decision of round 1, after step 1, the loss of pool index", "is not finite: has training diverged?"],
+    ),
+    "a diverged run, evaluated": (
+        {"learning_rate": 1e30, "eval_dataset": "held", "eval_strategy": "steps", "eval_steps": 1, "dataflex": {}},
+        ["loss of evaluation set 'held' after step 1 is nan: has training diverged?"],
+    ),
+    "a diverged run, in its last step": (
+        {"learning_rate": 1e39, "max_steps": 1, "dataflex": {}},
+        ["weights after step 1, the last one, are not finite: has training diverged?"],
+    ),
     "NaN scores": (
         {"dataflex": {"update_steps": 2, "select": {"method": "test_nan"}, "plugins": ["bad_plugin.py"]}},
         ["selector 'test_nan'", "NaN", "pool indices"],

@@ -110,6 +110,8 @@ def runs(workshop: Any) -> Any:
     workshop.add("elastic-whole", **elastic)
     workshop.add("elastic-cut", stop_at=5, **elastic)
     workshop.add("one-or-two-2", **TWO_SETS, **section(select={"method": "loss"}), per_device_train_batch_size=2)
+    workshop.add("diverged-steps", **TWO_SETS, **section(order={"method": "shuffle"}), learning_rate=1e30)
+    workshop.add("diverged-scores", **TWO_SETS, dataflex={"select": {"method": "loss"}}, learning_rate=1e30)
     add_newcomer(workshop)
     workshop.start(2)
 
@@ -277,6 +279,15 @@ def test_a_run_is_repeated_from_its_record(runs: Any) -> None:
     assert configs[1] == configs[0]
     (plugin,) = configs[0]["dataflex"]["plugins"]
     assert (records[0] / plugin).read_bytes() == (records[1] / plugin).read_bytes() == Path(PLUGIN).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["diverged-steps", "diverged-scores"])
+def test_all_processes_stop_where_training_diverges(runs: Any, name: str) -> None:
+    errors = [json.loads((runs.root / name / f"trace-{rank}.json").read_text())["error"] for rank in (0, 1)]
+    assert errors[0].startswith("DivergenceError: ")
+    assert "has training diverged?" in errors[0]
+    assert errors[0] == errors[1]
+    assert not (runs.root / name / "dataflex" / "summary.json").exists()
 
 
 def test_domain_losses_are_logged_and_do_not_depend_on_processes(runs: Any) -> None:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataflex.components import StepContext
 from dataflex.domain_weights import exponentiated_update
-from dataflex.errors import ComponentError
+from dataflex.errors import ComponentError, DivergenceError
 from dataflex.mixers.doremi import DoReMiMixer
 from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.loss import WeightedLoss, loss_function
@@ -267,7 +267,7 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
         lambda tokens, losses, excess: step(excess.tolist(), 6, tokens=tokens, losses=losses),
     )
     weighs.begin(torch.tensor([3.0, 3.0]))
-    with pytest.raises(ComponentError, match="domain 'beta' in step 7 is nan"):
+    with pytest.raises(DivergenceError, match="domain 'beta' in step 7 is nan"):
         weighs.decide(torch.tensor([0, 1]), torch.tensor([1.0, NAN]), torch.tensor([1.0, NAN]))
 
 

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dataflex.components import GradientSettings
 from dataflex.data.pool import Pool
-from dataflex.errors import ComponentError
+from dataflex.errors import DivergenceError
 from dataflex.probe import extraction
 from dataflex.probe.model import ModelProbe
 from dataflex.probe.moments import Moments
@@ -383,7 +383,7 @@ def test_a_gradient_that_is_not_finite_is_an_error(model: Any, tmp_path: Path, s
         if number == 23:
             row["input_ids"][1] = 5
     settings = kept(PLAIN, tmp_path) if store else PLAIN
-    with pytest.raises(ComponentError, match=r"gradient of pool index 23 is not finite.* diverged"):
+    with pytest.raises(DivergenceError, match=r"gradient of pool index 23 is not finite.* diverged"):
         probe_of(broken_at(model, 5), rows).similarities(np.arange(SAMPLES), settings, targets_of())
 
 

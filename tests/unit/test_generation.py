@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from dataflex import distributed
 from dataflex.components import GenerationSettings
-from dataflex.errors import ComponentError
+from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe import generation
 from dataflex.probe.generation import generate_responses
 from dataflex.trainer.mixin import _tokens
@@ -265,3 +266,11 @@ def test_responses_end_at_eos_where_nothing_else_is_told() -> None:
     tokenizer = SimpleNamespace(pad_token_id=1, eos_token_id=EOS, decode=lambda tokens, **_: "")
     assert _tokens(tokenizer, None).eos == (EOS,)
     assert _tokens(SimpleNamespace(tokenizer=tokenizer), [EOS, 7, EOS, 7, 5]).eos == (EOS, 7, 5)
+
+
+def test_a_diverged_model_gives_no_response(model: Any) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(DivergenceError, match=r"next token are not finite: has training diverged\?"):
+        responses(broken, some_prompts())

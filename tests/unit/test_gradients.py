@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from dataflex.components import GradientSettings
-from dataflex.errors import ComponentError
+from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe import gradients as probe_gradients
 from dataflex.probe.gradients import GradientPass, RoutedRows, canonical, parameter_names
 from dataflex.probe.layers import Contribution, blocks
@@ -624,11 +624,11 @@ def test_products_that_are_not_finite() -> None:
     probe.products([np.arange(3)], EXACT, np.arange(1), probe.pool)
     with torch.no_grad():
         model.lm_head.weight[1] = 1e200  # finite, but its gradients' products are not
-    with pytest.raises(ComponentError, match="has training diverged"):
+    with pytest.raises(DivergenceError, match="has training diverged"):
         probe.products([np.arange(3)], EXACT, np.arange(1), probe.pool)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
-    with pytest.raises(ComponentError, match="has training diverged"):
+    with pytest.raises(DivergenceError, match="has training diverged"):
         probe_of(model, inputs, labels).products([np.arange(3)], EXACT, np.arange(1), probe.pool)
 
 

@@ -53,11 +53,17 @@ def test_sort_by_selection_needs_scores() -> None:
         build(SortOrder, by="selection").arrange(context(POOL), SELECTION)
 
 
-def test_sort_refuses_samples_without_a_loss() -> None:
+@pytest.mark.parametrize("descending", [False, True])
+def test_samples_without_a_loss_come_last(descending: bool) -> None:
     losses = LOSSES.copy()
-    losses[SELECTION.indices[3]] = np.nan
-    with pytest.raises(ComponentError, match=r"order 'sort' .*NaN.*pool indices"):
-        build(SortOrder).arrange(context(POOL, losses), SELECTION)
+    losses[SELECTION.indices[[3, 5]]] = np.nan
+    positions = build(SortOrder, descending=descending).arrange(context(POOL, losses), SELECTION)
+    arranged = losses[SELECTION.indices[positions]]
+    missing = int(np.isnan(arranged).sum())
+    assert missing >= 2
+    assert np.isnan(arranged[-missing:]).all()
+    known = arranged[:-missing]
+    assert (np.diff(known) <= 0).all() if descending else (np.diff(known) >= 0).all()
 
 
 def test_shuffle_is_a_fresh_permutation_every_round() -> None:

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataflex import distributed
 from dataflex.data.pool import Pool
+from dataflex.errors import DivergenceError
 from dataflex.probe import losses as probe_losses
 from dataflex.probe.batches import length_batches, share_of
 from dataflex.probe.losses import chunked_forward, full_forward, replaced_forward
@@ -364,3 +365,31 @@ def test_a_replaced_forward_is_put_back_whoever_had_set_it() -> None:
         torch.testing.assert_close(module(x), x * 2)
     assert module.forward is counted
     assert mine.calls == 1
+
+
+def test_what_is_not_finite_is_no_sample_without_a_token() -> None:
+    """One token breaks every sample that has it; those without a trained token keep their NaN."""
+    torch.manual_seed(0)
+    broken, rows = LlamaForCausalLM(config()), rows_of(12, seed=1)
+    for row in rows:
+        row["input_ids"] = [5 if token == 7 else token for token in row["input_ids"]]
+    rows[4]["labels"] = [IGNORED] * len(rows[4]["labels"])
+    rows[9]["labels"] = list(rows[9]["input_ids"])
+    everyone = np.arange(12)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[7] = torch.nan
+    fine = probe_of(broken, rows).losses(everyone)
+    assert np.isnan(fine[4])
+    assert np.isfinite(fine[9])
+    rows[4]["input_ids"][0] = 7  # has no loss all the same
+    assert np.array_equal(np.isnan(probe_of(broken, rows).losses(everyone)), np.isnan(fine))
+    rows[9]["input_ids"][0] = 7
+    probe = probe_of(broken, rows)
+    for measure, what in ((probe.losses, "loss"), (probe.error_norms, "error norm")):
+        with pytest.raises(DivergenceError, match=rf"the {what} of pool index 9 is not finite: has training diverged"):
+            measure(everyone)
+    other = pool_of(rows)
+    with pytest.raises(DivergenceError, match="the loss of validation sample 9 is not finite"):
+        probe.losses(everyone, other)
+    with pytest.raises(DivergenceError, match=r"hidden state of pool index 4 \(and 1 more of 12\) is not finite"):
+        probe.embeddings(everyone)

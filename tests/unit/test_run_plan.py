@@ -121,10 +121,10 @@ def test_the_plan_of_a_composed_run(data: Path) -> None:
         save_steps=0.4,
     )
     assert found["data"] == "about 75 samples in 3 domains: array.json 25, lines.json 25, table.csv 25"
-    assert found["steps"].startswith("75 of 4 samples each (2 per device x 2 accumulated x 1 process): about 4 passes")
+    assert found["steps"].startswith("75, each of 4 samples (2 per device x 2 accumulated x 1 process): about 4 passes")
     assert "num_train_epochs counts cycles here: 3 x 25 steps (updates: 2)" in found["steps"]
     assert found["warm-up"].startswith("5 steps at the start of every cycle")
-    assert found["rounds"] == "9 of 10 steps: 40 samples each, about 53 % of the pool"
+    assert found["rounds"] == "9, each of 10 steps and 40 samples, about 53 % of the pool"
     assert found["decisions"] == "6: select less, mix odm"
     assert found["evaluations"] == "3 (every 20 steps) during training, and one at the end"
     assert found["checkpoints"] == "3 (every 30 steps)"
@@ -134,9 +134,9 @@ def test_the_plan_of_a_composed_run(data: Path) -> None:
 
 def test_the_plan_of_a_run_without_update_steps(data: Path) -> None:
     found = lines(data, {"select": {"method": "loss"}})
-    assert found["steps"].startswith("about 38 of 2 samples each")  # 37.5
+    assert found["steps"].startswith("about 38, each of 2 samples")  # 37.5
     assert "cycles" not in found["steps"]
-    assert found["rounds"] == "13 of 3 steps (the default of update_steps): 6 samples each, about 24 % of the pool"
+    assert found["rounds"] == "13, each of 3 steps (the default of update_steps) and 6 samples, about 24 % of the pool"
     assert found["decisions"] == "13: select loss"
 
 
@@ -160,7 +160,7 @@ def test_events_of_a_plain_run(data: Path, keys: dict[str, Any], evaluations: st
 def test_what_is_known_without_the_data(data: Path) -> None:
     found = lines(data, {"warmup_steps": 3, "select": {"method": "loss"}}, dataset="hub", max_steps=20)
     assert found["data"].startswith("samples not known before the data is loaded: the rows of 'hub'")
-    assert found["steps"].startswith("20 of 2 samples")
+    assert found["steps"].startswith("20, each of 2 samples")
     assert found["decisions"] == "select loss"
     assert lines(data, {"select": {"method": "loss"}}, dataset="hub")["steps"].startswith("not known before")
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from dataflex.components import StepStatistics
+from dataflex.errors import DataFlexError, DivergenceError
+from dataflex.token_loss import sample_means
 from dataflex.trainer.loss import BatchLosses
-from dataflex.trainer.statistics import MeanLosses, StepAccumulator
+from dataflex.trainer.statistics import MeanLosses, StepAccumulator, check_step
 
 
 def test_micro_batches_are_added_up_by_domain() -> None:
@@ -26,26 +28,26 @@ def test_micro_batches_are_added_up_by_domain() -> None:
             sums[domain_of[index]] += losses[position].item()
             tokens[domain_of[index]] += counts[position].item()
             samples[domain_of[index]] += 1
-    statistics, trained = accumulator.finish(7)
+    statistics, totals = accumulator.finish(7)
     assert statistics.step == 7
     assert statistics.tokens.tolist() == tokens.tolist()
     assert statistics.samples.tolist() == samples.tolist() == [5, 2, 5, 0]
     np.testing.assert_allclose(statistics.losses[:3], sums[:3] / tokens[:3], rtol=1e-6)
     assert np.isnan(statistics.losses[3])
-    assert trained == 9
-    again, trained = accumulator.finish(8)  # everything starts anew
+    assert totals.tokens == 9
+    again, totals = accumulator.finish(8)  # everything starts anew
     assert np.isnan(again.losses).all()
-    assert again.samples.sum() == again.tokens.sum() == trained == 0
+    assert again.samples.sum() == again.tokens.sum() == totals.tokens == 0
 
 
 def test_batches_without_indices_are_one_domain() -> None:
     accumulator = StepAccumulator(np.array([0, 1]), torch.device("cpu"))
     accumulator.add(BatchLosses(torch.tensor([3.0, 5.0]), torch.tensor([1, 3])))
     accumulator.add_tokens({"input_ids": torch.zeros(2, 5)})
-    statistics, trained = accumulator.finish(1)
+    statistics, totals = accumulator.finish(1)
     assert statistics.losses.tolist() == pytest.approx([2.0])
     assert statistics.samples.tolist() == [2]
-    assert trained == 10
+    assert totals.tokens == 10
 
 
 def make_step(number: int, losses: list[float], tokens: list[int]) -> StepStatistics:
@@ -80,3 +82,39 @@ def test_a_step_without_a_finite_loss_is_left_out_of_the_mean() -> None:
     found.add(make_step(3, [np.nan, np.nan], [0, 0]))  # nothing trained
     found.add(make_step(4, [2.0, 6.0], [3, 1]))
     np.testing.assert_allclose(found.take(), [(1.0 + 0.75 * 2.0) / 1.75, 6.0])
+
+
+def test_no_token_and_not_finite_are_told_apart() -> None:
+    sums = torch.tensor([0.0, 6.0, torch.nan, torch.inf, torch.nan])
+    means = sample_means(sums, torch.tensor([0, 3, 2, 2, 0]))
+    assert torch.isnan(means).tolist() == [True, False, False, False, True]
+    assert means[1:4].tolist() == [2.0, np.inf, np.inf]
+
+
+NAMES = ("code", "chat")
+
+
+def step(sums: list[float], counts: list[int], loss: float, domains: tuple[str, ...] = NAMES) -> None:
+    """Check a step of one sample of each domain, of two labels each where any counts."""
+    accumulator = StepAccumulator(np.arange(len(domains) + 1), torch.device("cpu"))
+    accumulator.indices = torch.arange(len(domains))
+    accumulator.add(BatchLosses(torch.tensor(sums), torch.tensor(counts)))
+    labels = [[-100, *([1] * count), *([-100] * (2 - count))] for count in counts]
+    accumulator.add_tokens({"input_ids": torch.zeros(len(domains), 3), "labels": torch.tensor(labels)})
+    accumulator.add_loss(torch.tensor(loss))
+    check_step(domains, *accumulator.finish(3))
+
+
+def test_a_step_that_is_not_finite_ends_the_run() -> None:
+    step([1.0, 2.0], [2, 1], 3.0)
+    step([1.0, 0.0], [2, 0], 3.0)  # a domain without a token is no error
+    for broken in (float("nan"), float("inf")):
+        with pytest.raises(DivergenceError, match=r"loss of domain 'chat' in step 3 is nan: has training diverged\?"):
+            step([1.0, broken], [2, 1], broken)
+        with pytest.raises(DivergenceError, match=r"training loss of step 3 is .*: has training diverged\?"):
+            step([1.0, 2.0], [2, 1], broken)  # what a special loss, or a model's auxiliary one, gives
+        with pytest.raises(DivergenceError, match="the training loss of step 3 is nan"):
+            step([broken], [2], broken, ("all",))
+        with pytest.raises(DataFlexError, match="step 3 has no token that is trained on") as caught:
+            step([0.0, 0.0], [0, 0], broken)
+        assert "diverged" not in str(caught.value)

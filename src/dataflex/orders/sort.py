@@ -1,7 +1,8 @@
 """Curriculum by sorting each round's samples by a score, easy to hard or the reverse.
 
 The score is the loss under the current model (a forward pass over the plan), the token length, or what the selector
-scored. Ties keep a random order, so a constant score is a shuffle.
+scored. Ties keep a random order, so a constant score is a shuffle. Samples without a score (no token to train on, or
+taken without a choice) come last.
 Source: the classic curriculum (Bengio et al. 2009); the "sorting" pattern of arXiv 2605.30334.
 Cost: ``loss``: one forward pass over the plan per update; otherwise none.
 """
@@ -40,7 +41,7 @@ class SortOrder(Order):
 
     def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
         """Return the sorting permutation."""
-        scores = check_scores(self, self._scores(ctx, selection), selection.indices)
+        scores = check_scores(self, self._scores(ctx, selection), selection.indices, nan_allowed=True)
         key = int.from_bytes(ctx.rng.bytes(16), "little")
         shuffled = KeyedPermutation(scores.size, key)(np.arange(scores.size, dtype=np.int64))
         ranked = -scores if self.params.descending else scores

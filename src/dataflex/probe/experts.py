@@ -7,6 +7,7 @@ whatever the router makes it from (softmax, sigmoid, a bias per expert, limited 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,8 @@ def real_tokens(inputs: dict[str, Any], targets: Tensor) -> Tensor:
 def expert_shares(model: nn.Module, experts: dict[nn.Module, int], inputs: dict[str, Any], real: Tensor) -> Tensor:
     """Return the share of each sample's routed places that each expert got, (B, E), float32.
 
-    The shares sum to 1 over the experts of a module that routes; they are 0 for one that was not asked to.
+    The shares sum to 1 over the experts of a module that routes; they are 0 for one that was not asked to, and NaN for
+    a sample whose last hidden states are not finite: its routing says nothing.
 
     Args:
         model: run once, without its head.
@@ -64,13 +66,20 @@ def expert_shares(model: nn.Module, experts: dict[nn.Module, int], inputs: dict[
         module.register_forward_pre_hook(partial(_count, found, real), with_kwargs=True)
         for module, found in counts.items()
     ]
+    broken = torch.zeros_like(real[:, 0])
+
+    def keep(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        broken.logical_or_((~torch.isfinite(hidden).all(-1) & real).any(1))
+        return hidden[..., :1]
+
     try:
-        with replaced_forward(model.get_output_embeddings(), lambda head, hidden: hidden[..., :1]):
+        with replaced_forward(model.get_output_embeddings(), keep):
             model(**inputs, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return torch.cat([found / found.sum(1, keepdim=True).clamp(min=1) for found in counts.values()], dim=1)
+    shares = torch.cat([found / found.sum(1, keepdim=True).clamp(min=1) for found in counts.values()], dim=1)
+    return shares.masked_fill(broken.unsqueeze(1), torch.nan)
 
 
 def _count(counts: Tensor, real: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from dataflex import distributed
 from dataflex.components import GenerationSettings
-from dataflex.errors import ComponentError
+from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe.batches import length_batches, share_of
 from dataflex.probe.mode import probe_mode
 from dataflex.rng import key_of
@@ -88,7 +88,7 @@ def generate_responses(
         for number, batch in enumerate(mine if synced else mine[:useful]):
             torch.manual_seed(key_of(seed, "generate", rank + number * world_size) % 2**63)
             inputs = _left_padded([prompts[index] for index in batch], pad_token_id, device)
-            tokens = generate(**inputs, generation_config=config, synced_gpus=synced)
+            tokens = generate(**inputs, generation_config=config, synced_gpus=synced, logits_processor=[_refuse_broken])
             new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
             if number < useful:
                 for place, index in enumerate(batch.tolist()):
@@ -118,6 +118,17 @@ def _generate_of(model: torch.nn.Module, decoder: Any) -> Iterator[Callable[...,
         yield model._dataflex_generate
     finally:
         del model._dataflex_generate
+
+
+def _refuse_broken(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """Return the scores of the next token as they are.
+
+    Raises:
+        DivergenceError: if no token can be drawn by them.
+    """
+    if torch.isnan(scores).any() or torch.isposinf(scores).any():
+        raise DivergenceError("the scores of a response's next token are not finite")
+    return scores
 
 
 def _generation_config(settings: GenerationSettings, pad_token_id: int, eos_token_ids: list[int]) -> Any:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from dataflex.errors import ComponentError
+from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe.layers import (
     Contribution,
     Lookup,
@@ -414,7 +414,7 @@ class GradientPass:
             if isinstance(output, Tensor) and args and set(rest) <= {"weight", "bias"}:
                 recipe = norm_recipe(module, args[0].detach(), output.detach())
             if recipe is None and isinstance(output, Tensor) and not torch.isfinite(output).all():
-                raise ComponentError(f"what {path} is multiplied into is not finite: has training diverged?")
+                raise DivergenceError(f"what {path} is multiplied into is not finite")
             if recipe is None:
                 self._refuse(f"a parameter of {type(module).__name__}", rest.values())
                 return

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ from dataflex import distributed
 from dataflex.components import GenerationSettings, GradientSettings
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
-from dataflex.errors import ComponentError
+from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe.batches import length_batches, share_of
 from dataflex.probe.checkpoints import learning_rates, weights_of
 from dataflex.probe.cost import Cost
@@ -130,7 +131,26 @@ class ModelProbe:
         with probe_mode(model), self.autocast():
             self._look_at_head(model, pool, indices)
             self._each(pool, indices, self.batch_tokens, run, partial(_store, values))
-        return distributed.all_reduce_sum(values).cpu().numpy()
+        found = distributed.all_reduce_sum(values).cpu().numpy()
+        self._check_finite(np.isinf(found), indices, pool, "loss" if statistic is cross_entropy else "error norm")
+        return found
+
+    def _check_finite(self, broken: NDArray[np.bool_], indices: IndexArray, pool: Pool, what: str) -> None:
+        """Refuse what was measured of samples where it is not finite; the same on every process.
+
+        Args:
+            broken: which of the samples, shape (n,).
+            indices: the samples, shape (n,).
+            pool: they are of.
+            what: was measured.
+
+        Raises:
+            DivergenceError: naming the first such sample.
+        """
+        if broken.any():
+            of = "pool index" if pool is self.pool else "validation sample"
+            more = f" (and {int(broken.sum()) - 1} more of {broken.size})" if broken.sum() > 1 else ""
+            raise DivergenceError(f"the {what} of {of} {indices[broken][0]}{more} is not finite")
 
     def embeddings(self, indices: IndexArray) -> ScoreArray:
         """Return mean-pooled hidden states of the last layer scaled to length 1, shape (n, hidden), float32."""
@@ -141,7 +161,9 @@ class ModelProbe:
             self._each(self.pool, indices, self.batch_tokens, partial(self._pooled, model), partial(_store, values))
         for part in values.split(_SUMMED_ROWS):
             part.copy_(distributed.all_reduce_sum(part.to(self.device)))
-        return values.numpy()
+        found = values.numpy()
+        self._check_finite(~np.isfinite(found).all(axis=1), indices, self.pool, "last hidden state")
+        return found
 
     def _pooled(self, model: torch.nn.Module, rows: IndexArray) -> Tensor:
         inputs, targets = self._collated(self.pool, rows)
@@ -180,6 +202,8 @@ class ModelProbe:
             with probe_mode(model), self.autocast():
                 self._each(self.pool, indices, self.batch_tokens, run, partial(_store, values))
             values = distributed.all_reduce_sum(values)
+        broken = values.isnan().any(1).cpu().numpy()
+        self._check_finite(broken, indices, self.pool, "last hidden state")
         layers = [part for part in values.split(list(experts.values()), dim=1) if part.any()]
         if not layers and indices.size:
             raise ComponentError(
@@ -299,9 +323,8 @@ class ModelProbe:
         empty = (labels == IGNORE_INDEX).all(1)
         products = sink.result.masked_fill(empty.unsqueeze(0) | empty.unsqueeze(1), 0.0)
         if not torch.isfinite(products).all():
-            raise ComponentError(
-                f"the inner products of a batch are not finite (its largest loss is {float(losses[~empty].max()):g}): "
-                "has training diverged?"
+            raise DivergenceError(
+                f"the inner products of a batch are not finite (its largest loss is {float(losses[~empty].max()):g})"
             )
         return products.masked_fill(empty.unsqueeze(0) | empty.unsqueeze(1), torch.nan)
 
@@ -440,11 +463,11 @@ class ModelProbe:
                 parts = [self._gradient_batch(probe, sink, pool, part) for part in self._fitting(pool, rows)]
                 values, losses = (torch.cat(both) for both in zip(*parts, strict=True))
                 broken = ~torch.isfinite(values.flatten(1) if values.dim() > 1 else values[:, None]).all(1)
-                broken &= ~torch.isnan(losses)
+                broken = (broken & ~torch.isnan(losses)) | torch.isinf(losses)
                 if broken.any():
-                    raise ComponentError(
+                    raise DivergenceError(
                         f"the gradient of pool index {rows[broken.cpu().numpy()][0]} is not finite (its loss is "
-                        f"{float(losses[broken][0]):g}): has training diverged?"
+                        f"{float(losses[broken][0]):g})"
                     )
                 return values, losses
 
@@ -473,8 +496,7 @@ class ModelProbe:
                 ) from error
         else:
             self.after_backward()
-            # NaN says that no token counts; a loss that is not a number although some do is told from that.
-            return sink.result, losses.masked_fill(losses.isnan() & (targets != IGNORE_INDEX).any(1), torch.inf)
+            return sink.result, losses
         del inputs
         torch.cuda.empty_cache()
         self._most_tokens = targets.numel() // 2

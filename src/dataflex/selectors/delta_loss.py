@@ -70,7 +70,9 @@ class DeltaLossSelector(Selector):
             chosen = draw_scored((~np.isnan(losses)).astype(np.float64), count, ctx.rng)
             fallen = np.zeros(chosen.size, dtype=np.float32)
             return Selection(candidates[chosen], fallen, int(np.isnan(losses).sum()))
-        delta = (first - losses) / first if self.params.relative else first - losses
+        delta = first - losses
+        if self.params.relative:
+            delta = delta / np.where(first == 0, 1, first)  # nothing can fall below a first loss of 0
         weights = window_weights(delta, ctx.update + 1, ctx.num_updates, self.params)
         chosen = draw_scored(weights, count, ctx.rng)
         unscored = int(np.isnan(delta).sum())

@@ -19,7 +19,7 @@ from dataflex.components import Mixer, StepContext, StepStatistics
 from dataflex.domain_weights import StepWeightParams
 from dataflex.errors import ComponentError
 from dataflex.token_loss import IGNORE_INDEX
-from dataflex.trainer.statistics import domain_sums
+from dataflex.trainer.statistics import check_losses, domain_sums
 
 Floats = NDArray[np.float64]
 MakeContext = Callable[[NDArray[np.int64], Floats, Floats], StepContext]
@@ -140,19 +140,3 @@ class DomainLoss:
         """Return what each sample's summed token losses are multiplied by, (B,)."""
         assert self._weights is not None
         return (self._weights / self._tokens.clamp(min=1))[domains]
-
-
-def check_losses(domains: tuple[str, ...], tokens: NDArray[np.int64], losses: Floats, step: int) -> None:
-    """Check that every domain a step had tokens of has a finite loss.
-
-    Raises:
-        ComponentError: naming the domain and the step.
-    """
-    if not losses.size:
-        return
-    bad = np.flatnonzero((tokens > 0) & ~np.isfinite(losses))
-    if bad.size:
-        raise ComponentError(
-            f"the loss of domain {domains[bad[0]]!r} in step {step} is {losses[bad[0]]}: has training diverged? Lower "
-            "the learning rate or look at the data; what was saved before is kept."
-        )

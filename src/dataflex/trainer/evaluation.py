@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dataflex import distributed
 from dataflex.data.pool import Pool
+from dataflex.errors import DivergenceError
 from dataflex.token_loss import IGNORE_INDEX, shifted, token_losses
 
 TOKEN_WEIGHTED, UNWEIGHTED = "token_weighted", "unweighted"
@@ -82,6 +83,22 @@ class DomainEvaluation:
                 total, tokens, size = part.sum(0)
                 found[name] = {**numbers(total, tokens, size), "samples": len(part)}
         return found or None
+
+
+def check_evaluation(domains: dict[str, Numbers], step: int) -> None:
+    """Check that every evaluation set with a token that counts has a finite loss; one without has NaN.
+
+    Args:
+        domains: as :meth:`DomainEvaluation.finish` returns them.
+        step: optimizer steps done.
+
+    Raises:
+        DivergenceError: naming the first set whose loss is not finite.
+    """
+    for name, found in domains.items():
+        loss = found["loss"]
+        if found["tokens"] and (loss is None or not math.isfinite(loss)):
+            raise DivergenceError(f"the loss of evaluation set {name!r} after step {step} is {loss}")
 
 
 def numbers(total: float, tokens: float, size: float) -> Numbers:

@@ -96,7 +96,8 @@ class WeightedLoss:
             means: this process's token-mean losses, (B,), NaN where no token is trained on.
         """
         everyone = means if weighter.elementwise else distributed.all_gather(means)
-        scored = ~torch.isnan(everyone)
+        # A loss that is not finite is nothing to weigh by; the statistics of the step end the run on all processes.
+        scored = torch.isfinite(everyone)
         weights = torch.ones_like(everyone)
         if scored.any():
             given = weighter.weigh(everyone[scored], self.step)

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, rotate_checkpoints
 
 from dataflex import console, distributed
 from dataflex.components import StepContext, StepStatistics
 from dataflex.data.plan import Arrangement
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, DivergenceError
 from dataflex.influence import FeatureParams
 from dataflex.probe.checkpoints import saved_moments
 from dataflex.probe.features import make_sketch
@@ -35,11 +36,11 @@ from dataflex.reference import ReferenceParams
 from dataflex.token_loss import IGNORE_INDEX, shifted, token_losses
 from dataflex.trainer import checkpoint, terminal
 from dataflex.trainer.domain_loss import DomainLoss
-from dataflex.trainer.evaluation import DomainEvaluation, Numbers, as_logs, means
+from dataflex.trainer.evaluation import DomainEvaluation, Numbers, as_logs, check_evaluation, means
 from dataflex.trainer.loss import WeightedLoss, loss_function
 from dataflex.trainer.rounds import INDEX_KEY, IndexedCollator, IndexedDataset, RoundStream
 from dataflex.trainer.run import DynamicRun
-from dataflex.trainer.statistics import StepAccumulator, domain_sums
+from dataflex.trainer.statistics import StepAccumulator, check_step, domain_sums
 
 if TYPE_CHECKING:
     from llamafactory.hparams import FinetuningArguments
@@ -329,7 +330,16 @@ class DynamicTrainerMixin(Trainer):
             return self._evaluation_loss(model, inputs, indices, *args, **kwargs)
         self.step_accumulator.add_tokens(inputs)
         if not self.own_loss:
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            found = super().compute_loss(model, inputs, *args, **kwargs)
+        else:
+            found = self._weighted_loss(model, inputs, indices, *args, **kwargs)
+        self.step_accumulator.add_loss(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    def _weighted_loss(
+        self, model: Any, inputs: dict[str, Any], indices: torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return a training micro-batch's loss through our loss function."""
         self.step_accumulator.indices = indices
         weighs = self.domain_loss if self.step_loss.active else None
         if weighs is not None:
@@ -424,6 +434,7 @@ class DynamicTrainerMixin(Trainer):
             run.end_of_evaluation()
         if not self._evaluated:
             return metrics
+        check_evaluation(self._evaluated, self.state.global_step)
         found = means(self._evaluated)
         if isinstance(self.eval_dataset, dict):
             further = as_logs(found, str(kwargs.get("metric_key_prefix", "eval")))
@@ -560,6 +571,16 @@ def follow(scheduler: Any, position: Callable[[], float]) -> None:
     scheduler.lr_lambdas = [at_position(rate) for rate in scheduler.lr_lambdas]
 
 
+def weights_are_finite(model: torch.nn.Module) -> bool:
+    """Return whether this process's part of every trained parameter is finite; one wait for the device."""
+    flags = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            part = getattr(parameter, "ds_tensor", parameter).detach()  # under ZeRO-3 this process's share
+            flags.append(torch.isfinite(part.to_local() if isinstance(part, DTensor) else part).all())
+    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+
+
 def _warn(line: str) -> None:
     from llamafactory.extras import logging
 
@@ -595,8 +616,9 @@ class DynamicCallback(TrainerCallback):
     ) -> None:
         """Count the step's tokens before the learning rate is set anew; where a budget is spent, end the run."""
         run, step = self.trainer.dataflex, state.global_step + 1
-        self._statistics, tokens = self.trainer.step_accumulator.finish(step)
-        run.tokens += tokens
+        self._statistics, totals = self.trainer.step_accumulator.finish(step)
+        check_step(run.domains, self._statistics, totals)
+        run.tokens += totals.tokens
         if run.has_budget:
             seconds = run.train_seconds + run.decision_seconds + time.perf_counter() - self._began
             run.progress = distributed.on_main(partial(run.spent, run.tokens, seconds))
@@ -626,6 +648,8 @@ class DynamicCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the summary and say what the decisions cost."""
         run = self.trainer.dataflex
+        if not distributed.everywhere(weights_are_finite(self.trainer.model), args.device):
+            raise DivergenceError(f"the trained weights after step {state.global_step}, the last one, are not finite")
         summary = run.finish(state.global_step)
         if run.has_budget and run.progress < 1:
             _warn(f"training ended after {100 * run.progress:.1f} % of its budget of tokens or seconds.")

@@ -18,7 +18,7 @@ from dataflex.components import GradientSettings, SelectorParams, StepContext, S
 from dataflex.config import DataFlexConfig, RunConfig
 from dataflex.data.plan import Arrangement, Plan, Planner, epoch_limits
 from dataflex.data.pool import Pool, some
-from dataflex.errors import CheckpointError, ConfigError
+from dataflex.errors import CheckpointError, ConfigError, DivergenceError
 from dataflex.influence import GradientParams
 from dataflex.probe.cost import Cost
 from dataflex.record.configuration import recorded
@@ -27,7 +27,6 @@ from dataflex.record.writer import RunWriter
 from dataflex.run_plan import RunPlan, plan_of, problems_of, trainer_keys
 from dataflex.schedule import RoundSlot, Schedule
 from dataflex.trainer.checkpoint import STATE_VERSION
-from dataflex.trainer.domain_loss import check_losses
 from dataflex.trainer.statistics import MeanLosses
 
 if TYPE_CHECKING:
@@ -342,7 +341,11 @@ class DynamicRun:
         assert self.probe is not None
         self._decision_began = time.perf_counter()
         before = replace(self.probe.cost)
-        plan = self.planner.plan(slot, self.probe)
+        try:
+            plan = self.planner.plan(slot, self.probe)
+        except DivergenceError as error:
+            where = f"in the decision of round {slot.number}, after step {slot.start_step}"
+            raise DivergenceError(f"{where}, {error.what}") from error
         distributed.require_equal(plan.sha256, f"the plan of round {slot.number}")
         seconds = time.perf_counter() - self._decision_began
         self.decision_seconds += seconds
@@ -415,18 +418,12 @@ class DynamicRun:
             self.writer.loss_weights(step, self.domains, weights)
 
     def end_of_step(self, statistics: StepStatistics) -> None:
-        """Hand an optimizer step's statistics to the components.
-
-        Raises:
-            ComponentError: if the loss of a domain is not finite and a mixer would go by it.
-        """
+        """Hand an optimizer step's statistics to the components."""
         self._domain_tokens = self.domain_tokens + statistics.tokens
         self._domain_samples = self.domain_samples + statistics.samples
         if self.plan is not None:
             statistics = replace(statistics, proportions=self.plan.proportions)
         self.mean_losses.add(statistics)
-        if self.components.mix is not None:
-            check_losses(self.domains, statistics.tokens, statistics.losses, statistics.step)
         for _, component in self.components.items():
             component.on_step(statistics)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from dataflex import distributed
 from dataflex.components import StepStatistics
+from dataflex.errors import DataFlexError, DivergenceError
+from dataflex.token_loss import IGNORE_INDEX
 
 
 @dataclass
@@ -21,6 +24,18 @@ class BatchLosses:
     counts: Tensor
     excess: Tensor | None = None
     """Sums of max(loss - reference loss, 0), where a reference is looked at."""
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """An optimizer step over all processes."""
+
+    tokens: int
+    """Input tokens, padding left out."""
+    labels: int
+    """Labels that count in the loss."""
+    loss: float
+    """Sum of the losses of its micro-batches; not finite where one of them is not."""
 
 
 def domain_sums(domains: Tensor, values: Tensor, num_domains: int) -> Tensor:
@@ -48,7 +63,7 @@ class StepAccumulator:
         self._ends = torch.as_tensor(offsets[1:], device=device)
         dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
         self._sums = torch.zeros(self.num_domains, 4, dtype=dtype, device=device)
-        self._tokens = torch.zeros((), dtype=dtype, device=device)
+        self._totals = torch.zeros(3, dtype=dtype, device=device)
         self.indices: Tensor | None = None
         """Pool indices of the micro-batch in its forward now, (B,), or None."""
 
@@ -67,26 +82,33 @@ class StepAccumulator:
         """Return the domain of each sample, (B,), on the training device."""
         return torch.searchsorted(self._ends, indices.to(self._ends.device), right=True)
 
+    def add_loss(self, loss: Tensor) -> None:
+        """Add a micro-batch's loss as the Trainer takes it, whoever computes it."""
+        self._totals[2] += loss.detach().to(self._totals)
+
     def add_tokens(self, inputs: dict[str, Tensor]) -> None:
-        """Count a micro-batch's input tokens, padding left out."""
+        """Count a micro-batch's input tokens, padding left out, and those of its labels that count."""
+        labels = inputs.get("labels")
+        if labels is not None:
+            self._totals[1] += (labels[..., 1:] != IGNORE_INDEX).sum()
         mask = inputs.get("attention_mask")
         if mask is not None and mask.dim() == 2:
-            self._tokens += (mask != 0).sum()
+            self._totals[0] += (mask != 0).sum()
         else:
-            self._tokens += inputs["input_ids"].numel()
+            self._totals[0] += inputs["input_ids"].numel()
 
-    def finish(self, step: int) -> tuple[StepStatistics, int]:
-        """Return the statistics of the optimizer step just made and its input tokens; start anew."""
-        packed = torch.cat([self._sums.flatten(), self._tokens[None]])
+    def finish(self, step: int) -> tuple[StepStatistics, StepTotals]:
+        """Return the statistics of the optimizer step just made, over all processes; start anew."""
+        packed = torch.cat([self._sums.flatten(), self._totals])
         values = distributed.all_reduce_sum(packed).cpu().numpy().astype(np.float64)
         self._sums.zero_()
-        self._tokens.zero_()
-        sums, counts, samples, excess_sums = values[:-1].reshape(-1, 4).T
+        self._totals.zero_()
+        sums, counts, samples, excess_sums = values[:-3].reshape(-1, 4).T
         losses, excess = np.full((2, self.num_domains), np.nan)
         np.divide(sums, counts, out=losses, where=counts > 0)
         np.divide(excess_sums, counts, out=excess, where=counts > 0)
         statistics = StepStatistics(step, losses, counts.astype(np.int64), samples.astype(np.int64), excess=excess)
-        return statistics, int(values[-1])
+        return statistics, StepTotals(int(values[-3]), int(values[-2]), float(values[-1]))
 
 
 class MeanLosses:
@@ -119,3 +141,35 @@ class MeanLosses:
         np.divide(self._losses, self._shares, out=means, where=self._shares > 0)
         self._losses = self._shares = np.zeros(0)
         return means
+
+
+def check_step(domains: tuple[str, ...], statistics: StepStatistics, totals: StepTotals) -> None:
+    """Check that an optimizer step had something to learn and a finite loss; the same on every process.
+
+    Raises:
+        DataFlexError: if no token of the step counts in the loss.
+        DivergenceError: if its loss, or that of a domain, is not finite.
+    """
+    check_losses(domains, statistics.tokens, statistics.losses, statistics.step)
+    if math.isfinite(totals.loss):
+        return
+    if not totals.labels:
+        raise DataFlexError(
+            f"step {statistics.step} has no token that is trained on (every label of its samples is masked), so it has "
+            "no loss. Check the template, cutoff_len and train_on_prompt, or raise the batch size."
+        )
+    raise DivergenceError(f"the training loss of step {statistics.step} is {totals.loss}")
+
+
+def check_losses(domains: tuple[str, ...], tokens: NDArray[np.int64], losses: NDArray[np.float64], step: int) -> None:
+    """Check that every domain a step had tokens of has a finite loss.
+
+    Raises:
+        DivergenceError: naming the domain and the step.
+    """
+    if not losses.size:
+        return
+    bad = np.flatnonzero((tokens > 0) & ~np.isfinite(losses))
+    if bad.size:
+        of = f"the loss of domain {domains[bad[0]]!r} in step" if len(domains) > 1 else "the training loss of step"
+        raise DivergenceError(f"{of} {step} is {losses[bad[0]]}")
