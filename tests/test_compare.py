@@ -87,7 +87,13 @@ if behaviour == "edits":
 if behaviour == "slow" and not (folder / "checkpoint-2").exists():
     checkpoint = folder / "checkpoint-2"
     checkpoint.mkdir()
-    (checkpoint / "dataflex_complete.json").write_text('{"files": {}}')
+    names = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+    for name in [*names, "dataflex_state.npz"]:
+        (checkpoint / name).touch()
+    marker = {"run": "id", "step": 2, "config": {}, "local_processes": 1, "has_scaler": False}
+    files = dict.fromkeys([*names, "dataflex_state.npz"], 0)
+    (checkpoint / "dataflex_complete.json").write_text(json.dumps({**marker, "files": files}))
+    (record / "run.json").write_text('{"id": "id"}')
     (data / "slow.pid").write_text(str(os.getpid()))
     time.sleep(60)
 random.seed(f"{variant} {seed}")
@@ -111,6 +117,7 @@ write(folder / "adapter_model.safetensors", 1)
 history = [{"step": step, "loss": 2.0, "dataflex/tokens": tokens * step // 4} for step in (1, 2, 3, 4)]
 write(folder / "trainer_state.json", {"log_history": history, "global_step": 4})
 further = {"overhead_fraction": 0.125, "rounds": 0, "tokens": tokens, "steps": 4, "evaluation": evaluation}
+further["saved"] = ["train", "model", "eval"]
 write(record / "summary.json", {**costs, **further})
 """
 

@@ -62,8 +62,13 @@ if behaviour == "crash":
     print("RuntimeError: out of luck")
     sys.exit(1)
 if behaviour in ("interrupt", "cut") and not resumed:
-    (folder / "checkpoint-2").mkdir()
-    write(folder / "checkpoint-2" / "dataflex_complete.json", {"files": {}})
+    names = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+    files = dict.fromkeys([*names, "dataflex_state.npz"], 1)
+    for name in files:
+        write(folder / "checkpoint-2" / name, 0)
+    marker = {"run": "id", "step": 2, "config": {}, "local_processes": 1, "has_scaler": False, "files": files}
+    write(folder / "checkpoint-2" / "dataflex_complete.json", marker)
+    write(record / "run.json", {"id": "id"})
     if behaviour == "cut":
         sys.exit("dataflex: cut off")
     os.kill(os.getppid(), 2)
@@ -82,7 +87,7 @@ domains = {"dataflex/domain_tokens/alpha": 300, "dataflex/domain_tokens/beta": 1
 write(folder / "trainer_state.json", {"log_history": [{"step": 4, **domains}], "global_step": 4})
 if mix["method"] == "doremi" and behaviour != "finds nothing":
     write(record / "domain_weights.json", {"method": "doremi", "proportions": {"alpha": 0.25, "beta": 0.75}})
-write(record / "summary.json", {**costs, "evaluation": evaluation})
+write(record / "summary.json", {**costs, "evaluation": evaluation, "saved": ["model"]})
 """
 
 

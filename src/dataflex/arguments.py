@@ -6,14 +6,21 @@ Importing LLaMA-Factory takes ten seconds and more; parsing these files takes a 
 from __future__ import annotations
 
 import ast
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 _HPARAMS = ("model_args.py", "data_args.py", "training_args.py", "finetuning_args.py", "generating_args.py")
 _TRANSFORMERS = ("training_args.py", "training_args_seq2seq.py")
+_FILES = (
+    *(("transformers", name) for name in _TRANSFORMERS),
+    *(("llamafactory", f"hparams/{name}") for name in _HPARAMS),
+)
+"""Files of the arguments of a training; what a later one says holds."""
 _V1 = ("model_args.py", "data_args.py", "training_args.py", "sample_args.py")
 _ENUMS = (
     ("transformers", "trainer_utils.py"),
@@ -44,15 +51,26 @@ class Argument:
     choices: tuple[str, ...] = ()
 
 
+_COMPUTED_DEFAULTS = {
+    "optim": "adamw_torch_fused",
+    "flash_attn": "auto",
+    "quantization_method": "bnb",
+    "infer_backend": "huggingface",
+    "include_for_metrics": [],
+    "image_max_pixels": 768 * 768,
+    "image_min_pixels": 32 * 32,
+    "video_max_pixels": 256 * 256,
+    "video_min_pixels": 16 * 16,
+}
+"""Defaults that the source files compute, as a YAML file would give them."""
+
+
 @cache
 def llamafactory_arguments() -> dict[str, Argument]:
     """Return LLaMA-Factory's training arguments by name."""
-    files = [("transformers", name) for name in _TRANSFORMERS] + [
-        ("llamafactory", f"hparams/{name}") for name in _HPARAMS
-    ]
     fields: dict[str, ast.expr] = {}
     split: set[str] = set()
-    for package, name in files:
+    for package, name in _FILES:
         tree = _tree(package, name)
         if tree is None:
             return {}
@@ -64,6 +82,23 @@ def llamafactory_arguments() -> dict[str, Argument]:
 def llamafactory_keys() -> frozenset[str]:
     """Return the names of LLaMA-Factory's training arguments."""
     return frozenset(llamafactory_arguments())
+
+
+@cache
+def llamafactory_defaults() -> dict[str, Any]:
+    """Return the defaults of LLaMA-Factory's training arguments by name."""
+    found: dict[str, Any] = {}
+    for package, name in _FILES:
+        tree = _tree(package, name)
+        for node in ast.walk(tree) if tree is not None else ():
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+                value: ast.expr = node.value
+                if isinstance(value, ast.Call):
+                    value = next((word.value for word in value.keywords if word.arg == "default"), value)
+                with contextlib.suppress(ValueError):  # no literal
+                    found[node.target.id] = ast.literal_eval(value)
+    found |= _COMPUTED_DEFAULTS
+    return {key: value for key, value in found.items() if key in llamafactory_arguments()}
 
 
 @cache

@@ -34,12 +34,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex import distributed
 from dataflex.config import RunConfig
 from dataflex.data.pool import Divided, Pool
 from dataflex.data_errors import Load, refuse_empty, told
 from dataflex.errors import ConfigError, unknown
 from dataflex.influence import ValidationParams
-from dataflex.record.writer import RunWriter
+from dataflex.record.identity import only_run_in
+from dataflex.resume import Resume, find
 from dataflex.trainer.evaluation import TOKEN_WEIGHTED, UNWEIGHTED
 from dataflex.trainer.mixin import DynamicTrainerMixin, Finished
 from dataflex.trainer.run import DynamicRun
@@ -64,15 +66,25 @@ def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> No
     """
     from llamafactory.train import tuner
 
-    with replaced(tuner, "get_train_args", partial(_get_train_args, tuner.get_train_args)):
-        if config.dataflex is None:
-            with _data_errors_told():
-                tuner.run_exp(dict(config.llamafactory), callbacks)
-            return
-        if os.environ.get("RANK", "0") == "0":
-            RunWriter(Path(str(config.llamafactory["output_dir"])))  # a folder that cannot be written to shows now
-        with installed(DynamicRun(config)):
+    if config.dataflex is None:
+        parsing = replaced(tuner, "get_train_args", partial(_get_train_args, tuner.get_train_args))
+        with parsing, _data_errors_told():
             tuner.run_exp(dict(config.llamafactory), callbacks)
+        return
+    dynamic = DynamicRun(config)
+    with (
+        _only_run(Path(str(config.llamafactory["output_dir"]))),
+        replaced(tuner, "get_train_args", partial(_decided_args, tuner.get_train_args, dynamic)),
+        installed(dynamic),
+    ):
+        tuner.run_exp(dict(config.llamafactory), callbacks)
+
+
+@contextmanager
+def _only_run(output_dir: Path) -> Iterator[None]:
+    """Have the main process hold the lock on the output folder, which shows now if it cannot be written to."""
+    with only_run_in(output_dir) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        yield
 
 
 def look(config: RunConfig, instead: Callable[[DynamicRun], None]) -> None:
@@ -87,6 +99,7 @@ def look(config: RunConfig, instead: Callable[[DynamicRun], None]) -> None:
     dynamic = DynamicRun(config)
     dynamic.instead = instead
     with (
+        _only_run(Path(str(config.llamafactory["output_dir"]))),
         replaced(tuner, "get_train_args", partial(_get_train_args, tuner.get_train_args)),
         installed(dynamic),
         contextlib.suppress(Finished),
@@ -101,6 +114,42 @@ def _get_train_args(original: Callable[..., Any], args: Any) -> Any:
         return original(args)
     except (ValueError, TypeError, AssertionError, ImportError) as error:
         raise ConfigError(f"LLaMA-Factory does not accept these arguments: {error}") from error
+
+
+def _decided_args(original: Callable[..., Any], dynamic: DynamicRun, args: Any) -> Any:
+    """Return LLaMA-Factory's arguments of a training, after deciding what it goes on from.
+
+    The decision is the main process's, made before a model is loaded. What a resume does not change is parsed again
+    with the value in force.
+    """
+    parsed = _get_train_args(original, args)
+    training_args = parsed[2]
+    if not training_args.do_train:
+        return parsed
+    found = distributed.on_main(partial(_resume, dynamic, training_args))
+    if found is not None:
+        dynamic.config, dynamic.resume = found.effective(dynamic.config), found
+        if dynamic.config.llamafactory != args:
+            parsed = _get_train_args(original, dict(dynamic.config.llamafactory))
+    parsed[2].resume_from_checkpoint = None if found is None else str(found.folder)
+    return parsed
+
+
+def _resume(dynamic: DynamicRun, training_args: Any) -> Resume | None:
+    """Return what a training goes on from, after saying what it leaves and what is different."""
+    found, left = find(dynamic.config)
+    for line in left:
+        logger.warning(line)
+    if found is None:
+        return None
+    problems = list(found.problems())
+    if problems:
+        raise ConfigError(problems=problems, source=dynamic.config.source)
+    dynamic.check_batch(found.state, training_args)
+    print(f"dataflex: going on from {found.folder} (step {found.marker.step})")
+    for line in found.lines():
+        print(f"dataflex: {line}")
+    return found
 
 
 @contextmanager
@@ -233,6 +282,8 @@ def load_pool(
             logger.warning(warning)
     for key, request in dynamic.validation.items():
         dynamic.targets[key] = _load_targets(load, data_args, f"dataflex.{key}", request, evaluation)
+    if dynamic.resume is not None:
+        dynamic.check_data(dynamic.resume.state)
     if dynamic.instead is None:
         _open(dynamic, training_args)
     module = {"train_dataset": dynamic.pool.dataset}

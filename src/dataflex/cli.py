@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _checked_config(options: argparse.Namespace, offline: bool = False) -> RunConfig:
     """Load the configuration, and raise every problem together; ``offline``: it is only to score."""
-    from dataflex import checks
+    from dataflex import checks, resume
     from dataflex.config import parse_config
     from dataflex.yaml_file import read_yaml
 
@@ -152,22 +152,29 @@ def _checked_config(options: argparse.Namespace, offline: bool = False) -> RunCo
     config, problems = parse_config(raw, str(options.config), options.config.resolve().parent)
     config = replace(config, offline=offline)
     problems += checks.problems_of(config)
+    if not problems:
+        problems += resume.problems_of(config)
     if problems:
         raise ConfigError(problems=problems, source=str(options.config))
     return config
 
 
 def _print_notes(config: RunConfig) -> None:
-    for note in config.notes:
+    from dataflex import resume
+
+    for note in (*config.notes, *resume.notes(config)):
         print(f"dataflex: note: {note}", file=sys.stderr)
 
 
 def _check(options: argparse.Namespace) -> int:
+    from dataflex import resume
     from dataflex.checks.plan import planned
     from dataflex.checks.values import truthy
 
     config = _checked_config(options)
     _print_notes(config)
+    for line in resume.told(config):
+        print(f"dataflex: note: {line}", file=sys.stderr)
     acting = ", ".join(f"{key}: {cls.name}" for key, (cls, _) in config.params.items())
     print(f"{options.config}: no problems ({acting or 'plain LLaMA-Factory'})")
     if truthy(config, "do_train"):

@@ -66,13 +66,13 @@ def end(stop: KeyboardInterrupt, text: str) -> int:
 
 def of_training(config: RunConfig) -> str:
     """Return what the same command would do, of a training that was stopped."""
-    from dataflex.trainer.checkpoint import last_complete
+    from dataflex.resume import last_of
 
     given = config.llamafactory
     if config.dataflex is None or not given.get("do_train"):
         return "stopped."
-    found, _ = last_complete(Path(str(given["output_dir"])))
-    step = None if found is None else int(found.name.rpartition("-")[2])
+    found = last_of(Path(str(given["output_dir"])))
+    step = None if found is None else found.step
     requested, overwrite = given.get("resume_from_checkpoint"), given.get("overwrite_output_dir")
     go_on = f"resume_from_checkpoint=true goes on from step {step}"
     if isinstance(requested, str):

@@ -1,7 +1,7 @@
 """Runs many short trainings in one process group: ``python runner.py SPEC.json`` or under torchrun.
 
-A specification is a list of ``{"name", "args", "plain", "stop_at", "record"}``. What each run did is written to
-``<output_dir>/trace-<rank>.json``. Starting Python with LLaMA-Factory costs 20 s, so the tests share their starts.
+A specification is a list of ``{"name", "args", "plain", "stop_at", "die_at", "record"}``. What each run did is written
+to ``<output_dir>/trace-<rank>.json``. Starting Python with LLaMA-Factory costs 20 s, so the tests share their starts.
 DDP, DeepSpeed and FSDP runs may follow each other in one process group.
 """
 
@@ -11,6 +11,7 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -27,11 +28,13 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from llamafactory.train import tuner
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dataflex import bridge
 from dataflex.config import load_config, split_config
+from dataflex.record.writer import RunWriter
+from dataflex.trainer import checkpoint
 from dataflex.trainer.mixin import DynamicTrainerMixin
 from dataflex.trainer.rounds import INDEX_KEY
 from dataflex.trainer.run import DynamicRun
@@ -47,13 +50,69 @@ class Watch(TrainerCallback):
     def __init__(self, stop_at: int | None) -> None:
         self.stop_at = stop_at
         self.optimizer_steps = 0
+        self.events: list[list[Any]] = []
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.optimizer_steps += 1
 
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        self.events.append(["evaluate", state.global_step])
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self.events.append(["save", state.global_step])
+
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if self.stop_at is not None and state.global_step >= self.stop_at:
             raise Killed
+
+
+class Death:
+    """Kills a run at the ``at``-th of the moments it counts, in the middle of what is being written there, if anything.
+
+    The moments are spread over a run: decisions, forwards, steps, every kind of file of a checkpoint and of the record,
+    and the deletion of checkpoints.
+    """
+
+    def __init__(self, at: int | None) -> None:
+        self.at, self.count, self.where = at, 0, ""
+        self._originals: list[tuple[Any, str, Any]] = []
+        for owner, name, writes in (
+            (DynamicRun, "_decide", None),
+            (DynamicRun, "end_of_step", None),
+            (DynamicTrainerMixin, "compute_loss", None),
+            (DynamicTrainerMixin, "log", None),
+            (RunWriter, "round", None),
+            (RunWriter, "evaluation", None),
+            (RunWriter, "begin", None),
+            (RunWriter, "open_resumed", None),
+            (torch, "save", 1),
+            (Path, "replace", None),
+            (checkpoint, "write_state", None),
+            (checkpoint, "mark_complete", None),
+            (shutil, "rmtree", None),
+            (TrainerState, "save_to_json", 1),
+        ):
+            self._watch(owner, name, writes)
+
+    def _watch(self, owner: Any, name: str, writes: int | None) -> None:
+        """Count the calls of a function; ``writes`` is the place of the file's name among its arguments."""
+        original = getattr(owner, name)
+        self._originals.append((owner, name, original))
+
+        def counted(*args, **kwargs):
+            self.count += 1
+            if self.count == self.at:
+                self.where = name
+                if writes is not None and isinstance(args[writes], str):
+                    Path(args[writes]).write_bytes(b"half")
+                raise Killed
+            return original(*args, **kwargs)
+
+        setattr(owner, name, counted)
+
+    def close(self) -> None:
+        for owner, name, original in self._originals:
+            setattr(owner, name, original)
 
 
 class Trace:
@@ -132,7 +191,7 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
     args = dict(item["args"])
     args["disable_tqdm"] = True
     watch = Watch(item.get("stop_at"))
-    trace = Trace(watch)
+    trace, death = Trace(watch), Death(item.get("die_at"))
     error = None
     try:
         with fsdp_on_cpu() if args.get("fsdp") else nullcontext():
@@ -149,6 +208,7 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
         error = f"{type(problem).__name__}: {problem}"
         traceback.print_exc()
     finally:
+        death.close()
         trace.close()
     if dist.is_initialized():
         dist.barrier()  # the main process writes the files that are read now
@@ -162,6 +222,9 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
         "wrapper": trace.wrapper,
         "targets": trace.targets,
         "eos": trace.eos,
+        "events": watch.events,
+        "moments": death.count,
+        "died_in": death.where,
         "losses": [entry["loss"] for entry in history if "loss" in entry],
         "history": history,
         "weights": weights_digest(output) if error is None else None,
@@ -185,6 +248,9 @@ def main() -> None:
         folder = Path(item["args"]["output_dir"])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"trace-{rank}.json").write_text(json.dumps(result))
+        if item.get("die_at") is not None:
+            with (folder / "deaths.txt").open("a") as stream:
+                stream.write(f"{result['died_in']}\n")
         if dist.is_initialized():
             dist.barrier()
         unset_hf_deepspeed_config()

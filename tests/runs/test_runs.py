@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -113,6 +114,7 @@ def runs(workshop: Any) -> Any:
     workshop.add("diverged-steps", **TWO_SETS, **section(order={"method": "shuffle"}), learning_rate=1e30)
     workshop.add("diverged-scores", **TWO_SETS, dataflex={"select": {"method": "loss"}}, learning_rate=1e30)
     add_newcomer(workshop)
+    add_strategies(workshop, 2)
     workshop.start(2)
 
     workshop.copy("elastic-cut", "elastic-resumed")
@@ -133,6 +135,9 @@ def runs(workshop: Any) -> Any:
         workshop.add(name, **TWO_SETS, **section(**selector), dropout=True)
     workshop.repeat("probe-yes-again", "probe-yes")
     add_variants(workshop)
+    add_strategies(workshop, 1)
+    add_deaths(workshop)
+    add_resumes(workshop)
     workshop.start(1)
     return workshop
 
@@ -181,6 +186,60 @@ def add_variants(workshop: Any) -> None:
     tokenizer.add_special_tokens({"extra_special_tokens": ["red", "blue", "</s>"]})
     tokenizer.save_pretrained(further)
     workshop.add("further-ends", **section(select={"method": "loss"}), model_name_or_path=str(further), max_steps=2)
+
+
+EVALUATED = {"eval_dataset": "held", "eval_strategy": "steps", "eval_steps": 2}
+DEATHS = 20
+MOMENTS = 45
+"""A start is killed at one of its first so many moments, which are about three steps."""
+
+
+def add_strategies(workshop: Any, processes: int) -> None:
+    """Runs of 80 samples in steps of 8, so of 10 steps a pass; a round begins with the last step of the first one."""
+    run = {**TWO_SETS, "per_device_train_batch_size": 8 // processes, "eval_dataset": "held"}
+    run["dataflex"] = {"update_steps": 3, "mix": {"method": "uniform"}}
+    epochs = {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}
+    two, more = {"max_steps": -1, "num_train_epochs": 2.0}, {"max_steps": 13}
+    workshop.add(f"epochs-{processes}", **run, **epochs, **two)
+    workshop.add(f"epochs-logged-{processes}", **run, **two)
+    if processes == 1:
+        workshop.add("epochs-cut", **run, **epochs, **more)
+        workshop.add("epochs-delay", **run, **{**epochs, "save_strategy": "no"}, eval_delay=1.5, **two)
+        cadence = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 4, "max_steps": 9}
+        workshop.add("steps", **{**run, **EVALUATED, **cadence})
+
+
+def add_deaths(workshop: Any) -> None:
+    """One run killed at twenty random moments, one after another, and the same run never killed."""
+    run = {**resumable("composed"), **EVALUATED, "save_steps": 1, "save_total_limit": 1, "max_steps": 24}
+    workshop.add("deaths-whole", **run)
+    for number, moment in enumerate(random.Random(0).choices(range(1, MOMENTS), k=DEATHS)):
+        workshop.add(f"deaths-{number}", die_at=moment, into="deaths", **run)
+    workshop.add("deaths-end", into="deaths", **run)
+
+
+def add_resumes(workshop: Any) -> None:
+    """Resumes with other settings, and into another folder."""
+    static = {**TWO_SETS, "save_strategy": "steps", "save_steps": 2, "max_steps": 9}
+    static["dataflex"] = {"update_steps": 3, "mix": {"method": "static", "proportions": [0.5, 0.5]}}
+    workshop.add("changes", stop_at=4, **static)
+    workshop.add("changes-whole", **static)
+    other = {"update_steps": 3, "mix": {"method": "static", "proportions": [1.0, 0.0]}}
+    changed = {"learning_rate": 0.5, "weight_decay": 0.5, "seed": 99, "save_steps": 5, "logging_steps": 2}
+    workshop.add("changes-resumed", into="changes", **{**static, **changed, "dataflex": other})
+    workshop.add("changes-method", stop_at=3, **{**static, "save_steps": 3})
+    method = {"update_steps": 3, "mix": {"method": "uniform"}, "select": {"method": "loss"}}
+    workshop.add("changes-method-resumed", into="changes-method", **{**static, "dataflex": method})
+    plain = {**static, "dataflex": {"weight": {"method": "uniform"}}, "learning_rate": 0.5, "weight_decay": 0.5}
+    workshop.add("weight", stop_at=3, **{**plain, "learning_rate": 0.01, "weight_decay": 0.0})
+    workshop.add("weight-resumed", into="weight", **plain)
+    workshop.add("elsewhere", resume_from_checkpoint=str(workshop.root / "changes-whole" / "checkpoint-4"), **static)
+    workshop.add("only-model", stop_at=3, save_only_model=True, **static)
+    workshop.add("only-model-resumed", into="only-model", save_only_model=True, **static)
+    workshop.add("again", stop_at=3, **static)
+    workshop.add("again-new", stop_at=1, overwrite_output_dir=True, into="again", **{**static, "learning_rate": 0.02})
+    workshop.add("again-end", into="again", **{**static, "learning_rate": 0.02})
+    workshop.add("again-whole", **{**static, "learning_rate": 0.02})
 
 
 @pytest.mark.parametrize(("ours", "plain"), [("no-section-lora", "sft-lora-1"), ("no-section-pt", "pt-full-1")])
@@ -392,6 +451,121 @@ def test_the_record_is_complete(runs: Any) -> None:
     assert line["components"] == {"select": "loss", "mix": "proportional", "order": "sort", "weight": "loss"}
     assert line["cost"]["samples"] == 80
     assert line["cost"]["tokens"] > 80
+
+
+def measured(runs: Any, name: str) -> list[tuple[int, float]]:
+    """Return step and loss of every evaluation on record."""
+    lines = (runs.root / name / "dataflex" / "evaluations.jsonl").read_text().splitlines()
+    return [(line["step"], line["token_weighted"]["loss"]) for line in map(json.loads, lines)]
+
+
+def without_costs(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
+
+
+def test_killed_at_twenty_moments_is_never_killed(runs: Any) -> None:
+    whole, end = runs.trace("deaths-whole"), runs.trace("deaths")
+    died_in = (runs.root / "deaths" / "deaths.txt").read_text().split()
+    assert len(died_in) == DEATHS  # none of the starts came to its end
+    assert {"save", "replace"} < set(died_in)
+    assert len(set(died_in)) > 6
+    assert end["error"] is None
+    for key in ("weights", "losses", "rng"):
+        assert end[key] == whole[key]
+    assert without_costs(runs.rounds("deaths")) == without_costs(runs.rounds("deaths-whole"))
+    assert measured(runs, "deaths") == measured(runs, "deaths-whole")
+    numbers = [line["round"] for line in runs.rounds("deaths")]
+    assert [plan_of(runs, "deaths", n) for n in numbers] == [plan_of(runs, "deaths-whole", n) for n in numbers]
+    assert [path.name for path in (runs.root / "deaths").glob("*checkpoint-*")] == ["checkpoint-24"]  # a limit of one
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_pass_is_logged_evaluated_and_saved_once_at_its_end(runs: Any, processes: int) -> None:
+    trace, logged = runs.trace(f"epochs-{processes}"), runs.trace(f"epochs-logged-{processes}")
+    assert trace["events"][:-1] == [["evaluate", 10], ["save", 10], ["evaluate", 20], ["save", 20]]
+    assert trace["events"][-1] == ["evaluate", 20]  # LLaMA-Factory's own, after training
+    losses = {entry["step"]: entry["loss"] for entry in trace["history"] if "loss" in entry}
+    each = logged["losses"]
+    assert losses == pytest.approx({10: sum(each[:10]) / 10, 20: sum(each[10:]) / 10}, abs=1e-4)
+    begun = [entry["step"] for entry in trace["history"] if "dataflex/round" in entry]
+    assert begun == [1, 4, 7, 10, 13, 16, 19, 20]  # every round, and with the loss of each pass
+
+
+def test_the_end_inside_a_pass_is_evaluated_and_saved_once(runs: Any) -> None:
+    trace = runs.trace("epochs-cut")
+    assert trace["events"] == [["evaluate", 10], ["save", 10], ["evaluate", 13], ["save", 13], ["evaluate", 13]]
+    assert [entry["step"] for entry in trace["history"] if "loss" in entry] == [10, 13]
+    assert runs.trace("epochs-delay")["events"] == [["evaluate", 20], ["evaluate", 20]]
+    steps = [["evaluate", 2], ["save", 3], ["evaluate", 4], ["evaluate", 6], ["save", 6], ["evaluate", 8]]
+    trace = runs.trace("steps")
+    assert trace["events"] == [*steps, ["evaluate", 9], ["save", 9], ["evaluate", 9]]
+    assert [entry["step"] for entry in trace["history"] if "loss" in entry] == [4, 8]
+
+
+def on_record(runs: Any, name: str, file: str = "config.yaml") -> dict[str, Any]:
+    return dict(yaml.safe_load((runs.root / name / "dataflex" / file).read_text()))
+
+
+def test_other_settings_at_a_resume_do_what_the_record_says(runs: Any) -> None:
+    whole, changed = runs.trace("changes-whole"), runs.trace("changes")
+    rates = {entry["step"]: entry["learning_rate"] for entry in whole["history"] if "learning_rate" in entry}
+    mine = {entry["step"]: entry["learning_rate"] for entry in changed["history"] if "learning_rate" in entry}
+    assert mine == {step: rates[step] for step in (1, 2, 3, 4, 6, 8)}  # logging_steps is 2 from step 5 on
+    assert sorted(path.name for path in (runs.root / "changes").glob("checkpoint-*")) == [
+        "checkpoint-2", "checkpoint-4", "checkpoint-5", "checkpoint-9",
+    ]  # fmt: skip
+    lines = map(json.loads, (runs.root / "changes" / "dataflex" / "changes.jsonl").read_text().splitlines())
+    found = {line["key"]: (line["from"], line["to"], line["step"], line["effect"]) for line in lines}
+    here, none = "from this step on", "none, the earlier value stays"
+    assert found == {
+        "learning_rate": (0.01, 0.5, 4, none),
+        "weight_decay": (0.0, 0.5, 4, none),
+        "seed": (3, 99, 4, none),
+        "save_steps": (2, 5, 4, here),
+        "logging_steps": (1, 2, 4, here),
+        "dataflex.mix.proportions": ([0.5, 0.5], [1.0, 0.0], 6, here),
+    }
+    assert [line["domains"] for line in runs.rounds("changes")] == [
+        {"alpha": 3, "beta": 3}, {"alpha": 3, "beta": 3}, {"alpha": 6, "beta": 0},
+    ]  # fmt: skip
+    now, before = on_record(runs, "changes"), on_record(runs, "changes", "config-until-step-4.yaml")
+    assert (now["learning_rate"], now["weight_decay"], now["seed"], now["save_steps"]) == (0.01, 0.0, 3, 5)
+    assert (before["save_steps"], before["dataflex"]["mix"]["proportions"]) == (2, [0.5, 0.5])
+
+
+def test_another_method_decides_from_a_rounds_end_on(runs: Any) -> None:
+    first, second, _ = runs.rounds("changes-method")
+    assert (first["components"], first["start_step"]) == ({"mix": "static"}, 0)
+    assert (second["components"], second["start_step"]) == ({"select": "loss", "mix": "uniform"}, 3)
+    assert runs.rounds("changes-whole")[0]["plan_sha256"] == first["plan_sha256"]
+
+
+def test_llamafactorys_own_data_path_keeps_its_rates_too(runs: Any) -> None:
+    rates = [entry["learning_rate"] for entry in runs.trace("weight")["history"] if "learning_rate" in entry]
+    assert rates == pytest.approx([0.01 * (9 - step) / 9 for step in range(9)])
+
+
+def test_a_run_in_a_new_folder_has_the_earlier_rounds_on_record(runs: Any) -> None:
+    assert runs.trace("elsewhere")["weights"] == runs.trace("changes-whole")["weights"]
+    assert runs.plan_digests("elsewhere") == runs.plan_digests("changes-whole")
+    about = json.loads((runs.root / "elsewhere" / "dataflex" / "run.json").read_text())
+    source = json.loads((runs.root / "changes-whole" / "dataflex" / "run.json").read_text())
+    assert about["continues"]["run"] == source["id"] != about["id"]
+    assert about["continues"]["step"] == 4
+
+
+def test_a_run_that_saved_models_only_does_not_go_on(runs: Any) -> None:
+    error = json.loads((runs.root / "only-model" / "trace-0.json").read_text())["error"]
+    assert "save_only_model: true" in error
+    assert "optimizer" in error
+
+
+def test_a_new_run_that_is_killed_goes_on_as_itself(runs: Any) -> None:
+    """The earlier run in the folder had a checkpoint, which the new one had not reached when it was killed."""
+    assert runs.trace("again")["weights"] == runs.trace("again-whole")["weights"]
+    (earlier, other) = sorted((runs.root / "again").glob("dataflex-earlier-*"))
+    assert [path.name for path in earlier.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not list(other.glob("checkpoint-*"))
 
 
 # The command line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray, PassSampler
 from dataflex.rng import derive_rng
 from dataflex.schedule import Schedule
+from dataflex.trainer.checkpoint import STATE_VERSION, mark_complete, write_state
 
 
 class FakeDataset:
@@ -40,6 +42,7 @@ def make_pool(sizes: dict[str, int], lengths: Sequence[int] | None = None, rows:
     assert values.shape == (pool.size,)
     pool.__dict__["lengths"] = values.astype(np.int32)  # in place of the cached property
     pool.__dict__["trained"] = np.ones(pool.size, dtype=bool)
+    pool.__dict__["trained_tokens"] = np.maximum(pool.lengths - 1, 0)
     return pool
 
 
@@ -149,3 +152,28 @@ class ScoreSelector(Selector):
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> Any:
         return self.function(candidates)
+
+
+RUN = "0a" * 16
+"""Identity of a run."""
+CHECKPOINT_PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+def make_checkpoint(
+    folder: Path,
+    complete: bool = True,
+    run: str = RUN,
+    parts: tuple[str, ...] = CHECKPOINT_PARTS,
+    config: dict[str, Any] | None = None,
+    state: dict[str, Any] | None = None,
+    **marker: Any,
+) -> Path:
+    """Write a folder that has the files of a checkpoint, and return it."""
+    for name in (*parts, "empty"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"" if name == "empty" else b"x" * 100)
+    write_state(folder, {"version": STATE_VERSION, **(state or {})})
+    if complete:
+        step = int(folder.name.removeprefix("checkpoint-"))
+        mark_complete(folder, run, step, {"stage": "sft"} if config is None else config, **marker)
+    return folder

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ from dataflex.trainer.checkpoint import (
     STATE_FILE,
     STATE_VERSION,
     checkpoints,
+    delete,
     last_complete,
     mark_complete,
     problem_of,
+    read_marker,
     read_state,
-    resolve,
-    unmark,
+    rotate,
     write_state,
 )
+from unit.fakes import CHECKPOINT_PARTS as PARTS
+from unit.fakes import RUN
+from unit.fakes import make_checkpoint as make
 
 STATE: dict[str, Any] = {
     "version": STATE_VERSION,
@@ -90,29 +95,17 @@ def test_a_state_that_was_cut_off_is_an_error(tmp_path: Path, share: float) -> N
         read_state(tmp_path)
 
 
-def make(folder: Path, complete: bool = True) -> Path:
-    (folder / "global_step").mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(b"x" * 100)
-    (folder / "global_step" / "optimizer.pt").write_bytes(b"y" * 50)
-    (folder / "empty").write_bytes(b"")
-    write_state(folder, STATE)
-    if complete:
-        mark_complete(folder)
-    return folder
-
-
 def test_a_marked_checkpoint_is_complete(tmp_path: Path) -> None:
     folder = make(tmp_path / "checkpoint-10")
     assert problem_of(folder) is None
-    listed = json.loads((folder / MARKER_FILE).read_text())["files"]
-    sizes = {name: size for name, size in listed.items() if name != STATE_FILE}
-    assert sizes == {"model.safetensors": 100, str(Path("global_step") / "optimizer.pt"): 50, "empty": 0}
-    assert listed[STATE_FILE] == (folder / STATE_FILE).stat().st_size
+    marker = read_marker(folder)
+    assert (marker.run, marker.step, marker.config) == (RUN, 10, {"stage": "sft"})
+    assert marker.files == {**dict.fromkeys(PARTS, 100), "empty": 0, STATE_FILE: (folder / STATE_FILE).stat().st_size}
     (folder / "added_later.txt").write_text("fine")
     assert problem_of(folder) is None
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "global_step/optimizer.pt", "empty", STATE_FILE])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "empty", STATE_FILE])
 def test_missing_and_resized_files_are_noticed(tmp_path: Path, name: str) -> None:
     folder = make(tmp_path / "checkpoint-10")
     content = (folder / name).read_bytes()
@@ -122,21 +115,52 @@ def test_missing_and_resized_files_are_noticed(tmp_path: Path, name: str) -> Non
             assert "another size" in str(problem_of(folder))
     (folder / name).unlink()
     assert "missing" in str(problem_of(folder))
-    assert Path(name).name in str(problem_of(folder))
+    assert name in str(problem_of(folder))
+
+
+DEEPSPEED = ("global_step10/mp_rank_00_model_states.pt", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json")
+FSDP = ("pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp", "scheduler.pt", "trainer_state.json")
+
+
+@pytest.mark.parametrize(
+    ("parts", "marker", "lacks"),
+    [
+        (PARTS, {}, None),
+        (PARTS, {"has_scaler": True}, "the gradients' scale"),
+        ((*PARTS, "scaler.pt"), {"has_scaler": True}, None),
+        (PARTS, {"local_processes": 2}, "the random state"),
+        (DEEPSPEED, {"local_processes": 2}, None),
+        (DEEPSPEED, {"local_processes": 3}, "the random state"),
+        ((*FSDP, "rng_state.pth"), {}, None),
+        (FSDP, {}, "the random state"),
+        (("adapter_model.safetensors", *PARTS[1:]), {}, None),
+        *((tuple(part for part in PARTS if part != name), {}, "it was saved without") for name in PARTS),
+    ],
+)
+def test_a_checkpoint_has_all_that_an_exact_resume_needs(
+    tmp_path: Path, parts: tuple[str, ...], marker: dict[str, Any], lacks: str | None
+) -> None:
+    problem = problem_of(make(tmp_path / "checkpoint-10", parts=parts, **marker))
+    assert problem is None if lacks is None else lacks in str(problem)
+
+
+def test_a_checkpoint_of_the_model_alone_says_what_would_begin_anew(tmp_path: Path) -> None:
+    folder = make(tmp_path / "checkpoint-10", parts=("model.safetensors", "trainer_state.json"))
+    for word in ("optimizer", "schedule of learning rates", "random state", "save_only_model: true"):
+        assert word in str(problem_of(folder))
 
 
 def test_no_marker_no_folder_and_a_broken_marker(tmp_path: Path) -> None:
     assert "no such folder" in str(problem_of(tmp_path / "checkpoint-1"))
     folder = make(tmp_path / "checkpoint-2", complete=False)
     assert MARKER_FILE in str(problem_of(folder))
-    mark_complete(folder)
+    mark_complete(folder, RUN, 2, {})
     assert problem_of(folder) is None
-    unmark(folder)
-    unmark(folder)  # nothing to take back is fine
-    assert "cut off" in str(problem_of(folder))
-    for text in ("", "{", "[]", "{}"):
+    for text in ("", "{", "[]", "{}", '{"run": "x", "step": 1}'):
         (folder / MARKER_FILE).write_text(text)
-        assert problem_of(folder) is not None
+        assert "cannot be read" in str(problem_of(folder))
+    (folder / MARKER_FILE).write_text('{"files": {}}')
+    assert "earlier release" in str(problem_of(folder))
 
 
 def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
@@ -145,38 +169,75 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-7-old").mkdir()
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (100, 90, 10, 5)]
-    folder, left = last_complete(tmp_path)
+    folder, left = last_complete(tmp_path, RUN)
     assert folder == tmp_path / "checkpoint-90"
     assert len(left) == 1
     assert "checkpoint-100" in left[0]
     (tmp_path / "checkpoint-90" / "model.safetensors").unlink()
-    folder, left = last_complete(tmp_path)
+    folder, left = last_complete(tmp_path, RUN)
     assert folder == tmp_path / "checkpoint-5"
     assert len(left) == 3
-    assert last_complete(tmp_path / "nothing") == (None, [])
+    assert last_complete(tmp_path / "nothing", RUN) == (None, [])
 
 
-def test_what_is_resumed(tmp_path: Path) -> None:
-    good, broken = make(tmp_path / "checkpoint-10"), make(tmp_path / "checkpoint-20", complete=False)
-    for requested in (None, False, ""):
-        assert resolve(requested, True, tmp_path) == (None, [])
-    # the user named one: that one or an error
-    assert resolve(str(good), True, tmp_path) == (good, [])
-    with pytest.raises(CheckpointError, match=r"checkpoint-20 cannot be used.*last complete.*checkpoint-10"):
-        resolve(str(broken), True, tmp_path)
-    with pytest.raises(CheckpointError, match="no such folder"):
-        resolve(str(tmp_path / "checkpoint-99"), True, tmp_path)
-    # the user asked for the last one
-    folder, left = resolve(True, True, tmp_path)
-    assert folder == good
-    assert len(left) == 1
-    # LLaMA-Factory found one by itself: the last complete one, or a new start
-    folder, left = resolve(str(broken), False, tmp_path)
-    assert folder == good
-    assert len(left) == 1
-    (good / "empty").unlink()
-    folder, left = resolve(str(broken), False, tmp_path)
-    assert folder is None
-    assert len(left) == 2
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        resolve(True, True, tmp_path)
+def test_a_checkpoint_of_another_run_or_under_another_name_is_left(tmp_path: Path) -> None:
+    make(tmp_path / "checkpoint-5")
+    make(tmp_path / "checkpoint-9", run="other")
+    shutil.copytree(tmp_path / "checkpoint-5", tmp_path / "checkpoint-8")
+    folder, left = last_complete(tmp_path, RUN)
+    assert folder == tmp_path / "checkpoint-5"
+    assert "checkpoint-9 is not used: it belongs to another run (other, this one is 0a0a0a0a)." in left[0]
+    assert "checkpoint-8 is not used: it was written at step 5" in left[1]
+    assert last_complete(tmp_path, None)[0] == tmp_path / "checkpoint-9"
+
+
+def names(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in checkpoints(folder))
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, None, [5, 10, 15, 20]),
+        (0, None, [5, 10, 15, 20]),
+        (1, None, [20]),
+        (1, 5, [5, 20]),  # the newest and the best one stay
+        (2, 20, [15, 20]),
+        (3, 5, [5, 15, 20]),
+        (9, 5, [5, 10, 15, 20]),
+    ],
+)
+def test_the_oldest_by_step_are_deleted_whatever_the_times_of_files(
+    tmp_path: Path, limit: int | None, best: int | None, left: list[int]
+) -> None:
+    for age, step in enumerate((20, 5, 15, 10)):  # a copy or a download gives files other times
+        os.utime(make(tmp_path / f"checkpoint-{step}"), (age, age))
+    make(tmp_path / "checkpoint-1", run="other")
+    make(tmp_path / "checkpoint-99", run="other")
+    make(tmp_path / "checkpoint-98", complete=False)
+    rotate(tmp_path, limit, RUN, best)
+    assert names(tmp_path) == [1, *left, 98, 99]
+
+
+def test_a_deletion_that_is_cut_off_leaves_no_checkpoint_and_is_finished_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (5, 10):
+        make(tmp_path / f"checkpoint-{step}")
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before anything is gone
+    rotate(tmp_path, 1, RUN, None)
+    monkeypatch.undo()
+    assert names(tmp_path) == [10]
+    rotate(tmp_path, 1, RUN, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+    delete(tmp_path / "checkpoint-10")
+    delete(tmp_path / "checkpoint-11")  # nothing there is fine
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_of_the_marker_is_no_part_of_the_next_one(tmp_path: Path) -> None:
+    folder = make(tmp_path / "checkpoint-5", complete=False)
+    (folder / f".{MARKER_FILE}.123.tmp").write_text("{")
+    mark_complete(folder, RUN, 5, {})
+    (folder / f".{MARKER_FILE}.123.tmp").unlink()
+    assert problem_of(folder) is None

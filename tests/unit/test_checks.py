@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -259,18 +260,19 @@ def test_a_finished_run_is_not_trained_into(keys: dict[str, Any], tmp_path: Path
     (output / "checkpoint-4").mkdir()
     (output / "dataflex" / "config.yaml").write_text("{}")
     assert found(keys, SELECT) == {}  # cut off
-    (output / "dataflex" / "summary.json").write_text(json.dumps({"steps": 4}))
+    summary = output / "dataflex" / "summary.json"
+    summary.write_text(json.dumps({"steps": 4, "saved": []}))
     assert found(keys, SELECT) == {}  # before the model was saved
-    (output / "trainer_state.json").write_text(json.dumps({"global_step": 4}))
+    summary.write_text(json.dumps({"steps": 4, "saved": ["train", "model"]}))
+    os.utime(summary, (0, 0))  # when a file was written says nothing: folders are copied
     assert "resume_from_checkpoint" in found(keys, SELECT)["output_dir"]
     assert found(keys, SELECT, resume_from_checkpoint=True) == {}
     assert found(keys, SELECT, overwrite_output_dir=True) == {}
     evaluating = {"do_eval": True, "eval_dataset": "b"}
     assert found(keys, SELECT, **evaluating) == {}  # the evaluation after training is missing
-    (output / "eval_results.json").write_text("{}")
+    summary.write_text(json.dumps({"steps": 4, "saved": ["train", "model", "eval"]}))
     assert "finished" in found(keys, SELECT, **evaluating)["output_dir"]
-    (output / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
-    assert found(keys, SELECT) == {}  # of an earlier training
+    assert found(keys, SELECT, **evaluating, do_predict=True, predict_with_generate=True) == {}
 
 
 def test_what_a_domain_column_goes_with(keys: dict[str, Any]) -> None:

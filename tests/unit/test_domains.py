@@ -130,9 +130,19 @@ def test_a_checkpoint_of_other_validation_samples_names_whose_they_are() -> None
         steps(dynamic, 10)
         dynamic.targets["mix"] = make_pool({"v": 1}, rows=[{"input_ids": [row]}])
     state = then.state_dict(0)
-    then.load_state_dict(state)
+    then.check_data(state)
     with pytest.raises(CheckpointError, match=r"validation set of dataflex\.mix"):
-        now.load_state_dict(state)
+        now.check_data(state)
     del state["targets_fingerprints"]["mix"]
     with pytest.raises(CheckpointError, match=r"validation set of dataflex\.mix"):
-        now.load_state_dict(state)
+        now.check_data(state)
+
+
+def test_labels_count_in_the_comparison_of_data() -> None:
+    """``train_on_prompt`` changes no token, and what is trained on."""
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}] * 3
+    pools = [
+        Pool.concatenate({"a": Dataset.from_list([*rows[1:], {**rows[0], "labels": labels}])})
+        for labels in ([-100, -100, 3, 4], [-100, 2, 3, 4], [-100, -100, 3, -100], [-100, -100, 3, 5])
+    ]
+    assert len({pool.fingerprint for pool in pools}) == 4

@@ -37,6 +37,8 @@ def rounds(output: Path, folder: str = "dataflex") -> list[int]:
 def write(output: Path, first: int, stop: int, kept: int | None) -> RunWriter:
     """Train rounds from ``first`` to ``stop`` in a run that was started or resumed."""
     writer = RunWriter(output)
+    if kept is None:
+        writer.open_new()
     writer.begin({"dataflex": {"seed": first}}, kept)
     for number in range(first, stop):
         writer.round(plan(number, [number, 9]), POOL, {"select": "loss"}, COST)

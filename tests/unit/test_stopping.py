@@ -11,7 +11,8 @@ import pytest
 
 from dataflex import cli, stopping
 from dataflex.config import DataFlexConfig, RunConfig
-from dataflex.trainer import checkpoint
+from dataflex.record.identity import write_identity
+from unit.fakes import RUN, make_checkpoint
 
 
 def text(folder: Path, **keys: Any) -> str:
@@ -19,11 +20,8 @@ def text(folder: Path, **keys: Any) -> str:
 
 
 def save(folder: Path, step: int, complete: bool = True) -> None:
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    checkpoint.write_state(path, {"version": checkpoint.STATE_VERSION})
-    if complete:
-        checkpoint.mark_complete(path)
+    make_checkpoint(folder / f"checkpoint-{step}", complete)
+    write_identity(folder / "dataflex", RUN)
 
 
 def test_the_last_complete_checkpoint_is_named(tmp_path: Path) -> None:

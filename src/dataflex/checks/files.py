@@ -129,13 +129,14 @@ def _holds_finished_run(config: RunConfig, output: Path) -> bool:
 
 
 def _finished(config: RunConfig, output: Path) -> bool:
-    """Return whether a run came to its end in the folder, its last evaluation included."""
-    evaluates = truthy(config, "do_eval") or truthy(config, "eval_strategy")
-    files = [output / "trainer_state.json", *([output / "eval_results.json"] if evaluates else [])]
-    began = output / "dataflex" / "config.yaml"
+    """Return whether a run came to its end in the folder, its last evaluation included, as its record says."""
+    needed = {"model"}
+    if truthy(config, "do_eval") or truthy(config, "eval_strategy"):
+        needed.add("eval")
+    if truthy(config, "do_predict"):
+        needed.add("predict")
     try:
-        steps = json.loads((output / "dataflex" / "summary.json").read_bytes())["steps"]
-        reached = json.loads(files[0].read_bytes())["global_step"]
-        return bool(steps == reached) and all(file.stat().st_mtime >= began.stat().st_mtime for file in files)
+        saved = json.loads((output / "dataflex" / "summary.json").read_bytes())["saved"]
+        return needed <= set(saved)
     except (OSError, ValueError, LookupError, TypeError):
         return False

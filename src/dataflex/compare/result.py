@@ -24,7 +24,8 @@ from dataflex.compare.experiment import (
 from dataflex.errors import ConfigError
 from dataflex.files import write_atomically
 from dataflex.record.files import read_object
-from dataflex.trainer.checkpoint import checkpoints, last_complete
+from dataflex.resume import last_of
+from dataflex.trainer.checkpoint import checkpoints
 
 State = Literal["complete", "to record", "to evaluate", "to resume", "to run"]
 """``to record``: only its numbers have to be read; ``to evaluate``: tasks are missing, and nothing is trained."""
@@ -76,12 +77,13 @@ def state_of(run: Run, plan: Plan) -> State:
         return "complete"
     if trained_problem(run, plan) is None:
         return "to evaluate" if tasks_to_evaluate(run, plan) else "to record"
-    return "to resume" if last_complete(run.folder)[0] is not None else "to run"
+    return "to resume" if last_of(run.folder) is not None else "to run"
 
 
 def needs_overwriting(run: Run) -> bool:
-    """Return whether the folder of a run that is not trained holds a model and nothing to go on from."""
-    return not checkpoints(run.folder) and any((run.folder / name).is_file() for name in MODEL_FILES)
+    """Return whether the folder of a run that is not trained holds a model or checkpoints, but none to go on from."""
+    left = bool(checkpoints(run.folder)) or any((run.folder / name).is_file() for name in MODEL_FILES)
+    return left and last_of(run.folder) is None
 
 
 def failure_of(run: Run) -> str | None:
@@ -133,8 +135,8 @@ def read_result(run: Run, plan: Plan) -> Result | None:
 def trained_problem(run: Run, plan: Plan) -> str | None:
     """Return why a run's training is not whole, or None where it is.
 
-    Whole is a record whose summary speaks of its last step, with the evaluation made there, and the Trainer's state,
-    which is saved after the model, from the same training.
+    Whole is a record whose summary speaks of its last step, with the evaluation made there, and says that the model was
+    saved.
     """
     summary_file = run.folder / "dataflex" / "summary.json"
     summary = _object(summary_file)
@@ -150,9 +152,8 @@ def trained_problem(run: Run, plan: Plan) -> str | None:
         absent = [name for name in ("domains", *AVERAGES) if not isinstance(evaluation.get(name), dict)]
         if absent or not isinstance(evaluation.get("fingerprint"), str):
             return f"{summary_file}: its evaluation has no {', '.join(absent) or 'fingerprint'}"
-    state, config = run.folder / "trainer_state.json", run.folder / "dataflex" / "config.yaml"
-    if not config.is_file() or not state.is_file() or state.stat().st_mtime < config.stat().st_mtime:
-        return f"{state} is not of this training: the model was not saved"
+    if "model" not in summary.get("saved", ()) or not (run.folder / "trainer_state.json").is_file():
+        return f"{summary_file} does not say that the model was saved"
     return None
 
 

@@ -109,15 +109,19 @@ class Pool:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the domains, every sample's length and the tokens of evenly spaced samples.
+        """A digest of domains, of every sample's length and trained tokens, and of evenly spaced samples' content.
 
         Two pools of equal fingerprint are taken for the same data when a run is resumed.
         """
         digest = hashlib.sha256(repr((self.domains, self.domain_sizes.tolist())).encode())
         digest.update(np.ascontiguousarray(self.lengths).data)
+        digest.update(np.ascontiguousarray(self.trained_tokens, dtype=np.int32).data)
         rows = np.unique(np.linspace(0, self.size - 1, min(self.size, _FINGERPRINT_ROWS)).astype(np.int64))
         for row in rows:
-            digest.update(np.asarray(self.dataset[int(row)]["input_ids"], dtype=np.int64).data)
+            sample = self.dataset[int(row)]
+            for name in ("input_ids", "labels"):
+                if name in sample:
+                    digest.update(np.asarray(sample[name], dtype=np.int64).data)
         return digest.hexdigest()
 
     @cached_property

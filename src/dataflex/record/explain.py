@@ -151,6 +151,8 @@ class Record:
             "steps": self.run.steps,
             "planned_steps": last.start_step + last.steps,
             "finished": self.run.summary is not None,
+            "rounds_missing": self.run.rounds_missing,
+            "changes": self.run.changes,
             "pool": self.pool or None,
         }
 

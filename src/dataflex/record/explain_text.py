@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import textwrap
 from itertools import groupby
@@ -28,6 +29,14 @@ def lines_of(found: dict[str, Any], full: bool) -> list[str]:
             f"The plans reach to step {run['planned_steps']:,}; training reached step {run['steps']:,}"
             + ("." if run["finished"] else " as far as the logs show.")
         )
+    missing = run["rounds_missing"]
+    if missing:
+        told = f"Not on record here: {ranges(missing)}, of the run that this one goes on from."
+        lines += textwrap.wrap(told, _width())
+    for change in run["changes"]:
+        if change.get("effect", "").startswith("from"):
+            told = f"From step {change['step'] + 1} on: {change['key']} is {_value(change['to'])}, was "
+            lines += textwrap.wrap(f"{told}{_value(change['from'])}.", _width())
     if found["no_text"] not in (None, "not asked for"):
         lines.append(f"Without texts: {found['no_text']}")
     if "matches" in found:
@@ -36,7 +45,7 @@ def lines_of(found: dict[str, Any], full: bool) -> list[str]:
         lines += _top_lines(found, full)
     elif "samples" in found:
         for sample in found["samples"]:
-            lines += ["", *_sample_lines(sample, full)]
+            lines += ["", *_sample_lines(sample, full, bool(missing))]
     else:
         lines += _overview_lines(found, full)
     return lines
@@ -50,10 +59,18 @@ def _match_lines(matches: list[int], explained: int) -> list[str]:
     return [*lines, f"The first {explained} of them:"] if len(matches) > explained else lines
 
 
-def _sample_lines(sample: Sample, full: bool) -> list[str]:
+def _value(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _sample_lines(sample: Sample, full: bool, rounds_missing: bool) -> list[str]:
     where = "" if sample.domain is None else f" ({sample.domain})"
-    trained = f"trained on {_times(sample.trained)}" if sample.trained else "never trained on"
-    told = f"planned {_times(sample.planned)}, {trained}" if sample.planned else "never planned"
+    untrained = "not trained on" if rounds_missing else "never trained on"
+    trained = f"trained on {_times(sample.trained)}" if sample.trained else untrained
+    never = "not planned in the rounds on record" if rounds_missing else "never planned"
+    if rounds_missing and sample.planned:
+        trained = f"{trained}, in the rounds on record"
+    told = f"planned {_times(sample.planned)}, {trained}" if sample.planned else never
     lines = [f"Sample {sample.index}{where}: {told}", *_text_lines(sample.text, full)]
     if not sample.placements:
         return lines

@@ -214,6 +214,8 @@ class RunRecord:
     starts: list[dict[str, Any]]
     """The entries of ``environment.json``, the first start first; empty in older records."""
     rounds: list[Round]
+    changes: list[dict[str, Any]]
+    """The lines of ``changes.jsonl``: what was changed at a resume."""
     summary: Summary | None
     """None while the run is unfinished."""
     steps: int
@@ -253,6 +255,12 @@ class RunRecord:
             if isinstance(section, dict) and isinstance(section.get("method"), str):
                 found[family] = section["method"]
         return {family: found[family] for family in FAMILIES if family in found}
+
+    @property
+    def rounds_missing(self) -> list[int]:
+        """Numbers of the rounds before the last one that are not on record: those of a run this one goes on from."""
+        there = {each.round for each in self.rounds}
+        return [number for number in range(max(there, default=0)) if number not in there]
 
     @property
     def decision_seconds(self) -> float:
@@ -430,13 +438,14 @@ def read_run(path: Path) -> RunRecord:
     steps = reached if told is None else told
     weights = read_loss_weights(path / "dataflex" / LOSS_WEIGHTS)
     results = path / "all_results.json"
-    final = read_object(results) if summary and _is_newer(results, path / "dataflex" / "config.yaml") else None
+    final = read_object(results) if summary else None  # what an earlier run left was moved when this one began
     return RunRecord(
         path=path,
         name=path.resolve().name,
         config=config,
         starts=starts(path),
         rounds=_read_rounds(path / "dataflex" / "rounds.jsonl"),
+        changes=[value for _, value in json_lines(path / "dataflex" / "changes.jsonl")],
         summary=summary,
         steps=steps,
         train_loss=train_curve(log),
@@ -452,11 +461,6 @@ def read_run(path: Path) -> RunRecord:
         seconds_at=seconds_at(log),
         logged_train_seconds=train_seconds_at(log),
     )
-
-
-def _is_newer(file: Path, than: Path) -> bool:
-    """Whether a file is there and not older than another: one that is, is an earlier run's in the same folder."""
-    return file.is_file() and file.stat().st_mtime >= than.stat().st_mtime
 
 
 def _read_summary(path: Path) -> Summary | None:

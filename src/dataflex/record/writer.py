@@ -9,6 +9,9 @@
     loss_weights.csv             the domains' weights in the loss of every step, where a mixer weighs the loss
     domain_weights.json          what such a mixer found, at the run's end
     summary.json                 what the run took, at its end
+    run.json                     the run's identity, and the run it goes on from if that has another
+    changes.jsonl                the settings that were changed at a resume, from which step on
+    config-until-step-N.yaml     the configuration up to such a change
 
 Written by the main process. A resumed run keeps the rounds up to its checkpoint and goes on after them. Results of
 downstream tasks (``tasks``), which another command puts here, are set aside when training begins or goes on: they
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import chain
@@ -38,9 +42,18 @@ from dataflex.probe.cost import Cost
 from dataflex.record.configuration import PLUGINS
 from dataflex.record.environment import FILE as ENVIRONMENT
 from dataflex.record.environment import now, starts
+from dataflex.record.identity import FOLDER, RUN_FILE, new_identity, read_identity, write_identity
+from dataflex.trainer.checkpoint import checkpoints, marked
 
-FOLDER = "dataflex"
 LOSS_WEIGHTS = "loss_weights.csv"
+RESULTS = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "predict_results.json")
+"""What LLaMA-Factory writes beside the record when a training has ended."""
+
+CHANGES = "changes.jsonl"
+FROM_HERE = "from this step on"
+"""What a line of it says of a change that has an effect."""
+_UNTIL = "config-until-step-"
+_TAKEN_ALONG = ("rounds.jsonl", "evaluations.jsonl", LOSS_WEIGHTS, "config.yaml", ENVIRONMENT, CHANGES)
 
 
 class RunWriter:
@@ -76,15 +89,13 @@ class RunWriter:
 
         Args:
             configuration: as it is kept.
-            kept_rounds: rounds a resumed run keeps; None for a new run, which sets an earlier record aside.
+            kept_rounds: rounds a resumed run keeps; None for a new run.
             step: optimizer steps done, after which a resumed run goes on.
             plugins: sources of the plug-in files, by their names in the record.
             start: this start's entry of ``environment.json``.
         """
         evaluations: list[str] = []
-        if kept_rounds is None:
-            self._set_aside()
-        else:
+        if kept_rounds is not None:
             # What was recorded after the checkpoint is made again, the same.
             self._keep("rounds.jsonl", "round", kept_rounds - 1)
             evaluations = self._keep("evaluations.jsonl", "step", step)
@@ -103,14 +114,88 @@ class RunWriter:
     def _write_environment(self) -> None:
         write_atomically(self.folder / ENVIRONMENT, (json.dumps({"starts": self._starts}, indent=2) + "\n").encode())
 
-    def _set_aside(self) -> None:
-        """Move the record of an earlier run in the same folder to a name of its own."""
-        if not (self.folder / "config.yaml").exists():
+    def open_new(self) -> str:
+        """Begin the record of a new run, and return its identity.
+
+        An earlier record, the results that LLaMA-Factory left beside it and all checkpoints are moved to a folder of
+        their own.
+        """
+        self._set_aside()
+        identity = new_identity()
+        write_identity(self.folder, identity)
+        return identity
+
+    def open_continued(self, checkpoint: Path, run: str, step: int) -> str:
+        """Begin the record of a run that goes on from another one's checkpoint, and return its identity.
+
+        The rounds before are taken along if the record of that run is found beside the checkpoint.
+
+        Args:
+            checkpoint: the folder.
+            run: identity of the run that wrote it.
+            step: optimizer steps done there.
+        """
+        self._set_aside(keep=checkpoint)
+        found = [each for each in (checkpoint.parent / FOLDER, checkpoint.parent) if read_identity(each) == run]
+        if found:
+            for path in found[0].iterdir():
+                if path.name in ("plans", PLUGINS):
+                    shutil.copytree(path, self.folder / path.name, dirs_exist_ok=True)
+                elif path.name in _TAKEN_ALONG or path.name.startswith(_UNTIL):
+                    shutil.copy2(path, self.folder / path.name)
+        else:
+            print(
+                f"dataflex: the record of the run that wrote {checkpoint} is not beside it, so the rounds before step "
+                f"{step} are not in this run's record"
+            )
+        identity = new_identity()
+        write_identity(self.folder, identity, {"run": run, "step": step, "checkpoint": str(checkpoint.absolute())})
+        return identity
+
+    def open_resumed(self, step: int) -> str:
+        """Go on with the record of a run, and return its identity.
+
+        Checkpoints of another run, and those of this one after ``step``, are moved to a folder of their own: the
+        first were put here by somebody, and the second need not be what comes now.
+        """
+        identity = read_identity(self.folder)
+        assert identity is not None
+        self._move_aside(
+            [each for each, marker in marked(self.folder.parent) if marker.run != identity or marker.step > step],
+            "checkpoints that this run does not go on from",
+        )
+        for name in RESULTS:
+            (self.folder.parent / name).unlink(missing_ok=True)  # of a finished run, which now goes on
+        return identity
+
+    def _set_aside(self, keep: Path | None = None) -> None:
+        """Move what an earlier run left in the same folder to a name of its own.
+
+        All goes into the record first, so that it stays together wherever this is cut off.
+
+        Args:
+            keep: a checkpoint that is still to be read.
+        """
+        output_dir = self.folder.parent
+        left = [path for path in checkpoints(output_dir) if keep is None or not path.samefile(keep)]
+        if not left and not any((self.folder / name).exists() for name in ("config.yaml", RUN_FILE)):
             return
+        for path in [*(output_dir / name for name in RESULTS if (output_dir / name).exists()), *left]:
+            path.rename(self.folder / path.name)
         aside = _earlier(self.folder)
         self.folder.rename(aside)
-        print(f"dataflex: the record of an earlier run in this folder is kept as {aside}")
+        with_them = f" with its {len(left)} checkpoints" if left else ""
+        print(f"dataflex: the record of an earlier run in this folder is kept as {aside}{with_them}")
         (self.folder / "plans").mkdir(parents=True)
+
+    def _move_aside(self, folders: list[Path], what: str) -> None:
+        if not folders:
+            return
+        aside = _earlier(self.folder)
+        aside.mkdir()
+        for path in folders:
+            path.rename(aside / path.name)
+        print(f"dataflex: {what} are kept in {aside}: {', '.join(path.name for path in folders)}")
 
     def _set_tasks_aside(self) -> None:
         """Move results of downstream tasks of the model as it was to a name of their own."""
@@ -160,6 +245,38 @@ class RunWriter:
             if is_new:
                 rows.writerow(["step", *names])
             rows.writerow([step, *weights.tolist()])
+
+    def has_round(self, number: int) -> bool:
+        """Return whether a round is on record."""
+        path = self.folder / "rounds.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return any(_number(line, "round") == number for line in lines)
+
+    def changes(self, step: int, lines: list[dict[str, Any]]) -> None:
+        """Record the settings that are changed at a resume, and keep the configuration up to there.
+
+        What was changed at a later step, by a run that is given up now, is taken back.
+
+        Args:
+            step: optimizer steps done where the run goes on.
+            lines: one for each setting.
+        """
+        self._keep(CHANGES, "resumed_at", step - 1)
+        later = sorted(
+            (number, path)
+            for path in self.folder.glob(f"{_UNTIL}*.yaml")
+            if (number := int(path.stem.removeprefix(_UNTIL))) >= step
+        )
+        earlier = later[0][1] if later else self.folder / "config.yaml"
+        content = earlier.read_bytes() if earlier.exists() else None
+        for _, path in later:
+            path.unlink()
+        if not lines:
+            return
+        if content is not None and any(line["effect"] == FROM_HERE for line in lines):
+            write_atomically(self.folder / f"{_UNTIL}{step}.yaml", content)
+        with (self.folder / CHANGES).open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(line) + "\n" for line in lines)
 
     def domain_weights(self, found: dict[str, Any]) -> None:
         """Write what a mixer that weighs the loss found."""

@@ -1,8 +1,11 @@
-"""What DataFlex adds to a checkpoint: its state, and a marker that says every file was written.
+"""What DataFlex adds to a checkpoint: its state, and a marker that says whose it is and that every file was written.
 
 ``dataflex_state.npz`` holds the round, the plan, the position in it and the components' states;
-``dataflex_complete.json``, written last, lists every file of the checkpoint with its size. A checkpoint without the
-marker, or whose files differ from it, was cut off while it was written and is not used.
+``dataflex_complete.json``, written last, names the run, the step and the configuration in force, and lists every file
+of the checkpoint with its size. A checkpoint without the marker, or whose files differ from it, was cut off while it
+was written and is not used. Nor is one that lacks a part which an exact resume needs, such as the optimizer.
+
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,7 +13,11 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -82,37 +89,138 @@ def _join(tree: Any, arrays: Any) -> Any:
     return {name: _join(item, arrays) for name, item in tree.items()}
 
 
-def unmark(folder: Path) -> None:
-    """Take back the marker of a checkpoint that is about to be written again."""
-    (folder / MARKER_FILE).unlink(missing_ok=True)
+@dataclass(frozen=True)
+class Marker:
+    """What a complete checkpoint says about itself.
+
+    Attributes:
+        run: identity of the run that wrote it.
+        step: optimizer steps done.
+        config: the configuration in force, as :func:`dataflex.changes.snapshot` gives it.
+        local_processes: processes on the main one's machine, each of which left its random state there.
+        has_scaler: whether gradients were scaled, as under fp16.
+        files: size of each file.
+    """
+
+    run: str
+    step: int
+    config: dict[str, Any]
+    local_processes: int
+    has_scaler: bool
+    files: dict[str, int]
+
+    @property
+    def lacks(self) -> list[str]:
+        """Names of the parts that an exact resume needs and the checkpoint does not have."""
+        needed = dict(_PARTS)
+        if self.has_scaler:
+            needed["the gradients' scale"] = ("scaler.pt",)
+        found = [name for name, patterns in needed.items() if not self._has(*patterns)]
+        states = [f"rng_state_{i}.pth" for i in range(self.local_processes)]
+        if not all(self._has(name) for name in (states if self.local_processes > 1 else ["rng_state.pth"])):
+            found.append("the random state")
+        return found
+
+    def _has(self, *patterns: str) -> bool:
+        return any(fnmatchcase(name, pattern) for name in self.files for pattern in patterns)
 
 
-def mark_complete(folder: Path) -> None:
+_DEEPSPEED = "global_step*/*"
+_PARTS: dict[str, tuple[str, ...]] = {
+    "the weights": ("*.safetensors", "*_model.bin", "*_model-*.bin", "*_model_fsdp*", _DEEPSPEED),
+    "the optimizer": ("optimizer.pt", "optimizer.bin", "optimizer_*/*", _DEEPSPEED),
+    "the schedule of learning rates": ("scheduler.pt", _DEEPSPEED),
+    "the Trainer's state": ("trainer_state.json",),
+    "the state of the rounds": (STATE_FILE,),
+}
+"""Parts of a checkpoint and the files any of which holds it, under DDP, FSDP and DeepSpeed."""
+
+
+_DELETED = ".deleted-"
+"""Begins the name of a checkpoint that is being deleted."""
+
+
+def delete(folder: Path) -> None:
+    """Delete a checkpoint, or what was written of one; if that is cut off, the rest is not taken for a checkpoint."""
+    if not folder.exists():
+        return
+    doomed = folder.with_name(f"{_DELETED}{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)  # what cannot be deleted is no reason to end a training
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def mark_complete(
+    folder: Path, run: str, step: int, config: dict[str, Any], *, local_processes: int = 1, has_scaler: bool = False
+) -> None:
     """Write the marker, with every file's size."""
-    marker = {"files": _sizes(folder)}
+    marker = {
+        "run": run,
+        "step": step,
+        "local_processes": local_processes,
+        "has_scaler": has_scaler,
+        "config": config,
+        "files": _sizes(folder),
+    }
     write_atomically(folder / MARKER_FILE, json.dumps(marker, indent=1).encode())
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER_FILE)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    names = (MARKER_FILE, f".{MARKER_FILE}.")  # the second begins the name under which it is written
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(names))
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def read_marker(folder: Path) -> Marker:
+    """Return what a checkpoint says about itself.
+
+    Raises:
+        CheckpointError: saying why the checkpoint cannot be used, if it says nothing or is not whole.
+    """
+    if not folder.is_dir():
+        raise CheckpointError("there is no such folder")
+    try:
+        given = json.loads((folder / MARKER_FILE).read_bytes())
+        if "files" in given and "run" not in given:
+            raise CheckpointError("it was written by an earlier release, which did not note the run it belongs to")
+        marker = Marker(
+            run=str(given["run"]),
+            step=int(given["step"]),
+            config=dict(given["config"]),
+            local_processes=int(given["local_processes"]),
+            has_scaler=bool(given["has_scaler"]),
+            files=dict(given["files"]),
+        )
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"it has no {MARKER_FILE}, so it was cut off while it was written (or not by a DataFlex run)"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"its {MARKER_FILE} cannot be read") from error
+    found = _sizes(folder)
+    for name, size in marker.files.items():
+        if found.get(name) != size:
+            how = f"its file {name} is missing" if name not in found else f"its file {name} has another size"
+            raise CheckpointError(how)
+    return marker
 
 
 def problem_of(folder: Path) -> str | None:
-    """Return why a checkpoint cannot be used, or None where it is complete."""
-    if not folder.is_dir():
-        return "there is no such folder"
+    """Return why a run cannot go on from a checkpoint, or None if it can."""
     try:
-        files = dict(json.loads((folder / MARKER_FILE).read_text())["files"])
-    except FileNotFoundError:
-        return f"it has no {MARKER_FILE}, so it was cut off while it was written (or not by a DataFlex run)"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"its {MARKER_FILE} cannot be read"
-    found = _sizes(folder)
-    for name, size in files.items():
-        if found.get(name) != size:
-            return f"its file {name} is missing" if name not in found else f"its file {name} has another size"
-    return None
+        lacks = read_marker(folder).lacks
+    except CheckpointError as error:
+        return str(error)
+    if "the optimizer" in lacks:
+        return (
+            f"it was saved without {_words(lacks)} (save_only_model: true), so a run that went on from it would begin "
+            "them anew"
+        )
+    return f"it was saved without {_words(lacks)}" if lacks else None
+
+
+def _words(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -123,39 +231,56 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def last_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest complete checkpoint of a run, and a line for each newer one that had to be left."""
+def marked(output_dir: Path) -> Iterator[tuple[Path, Marker]]:
+    """Yield the checkpoints whose writing came to its end, newest step first."""
+    for folder in checkpoints(output_dir):
+        try:
+            marker = read_marker(folder)
+        except CheckpointError:
+            continue  # whose it is, nobody knows
+        if folder.name == f"checkpoint-{marker.step}":
+            yield folder, marker
+
+
+def last_complete(output_dir: Path, run: str | None) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that a run can go on from, and a line for each newer one that had to be left.
+
+    Args:
+        output_dir: the run's folder.
+        run: its identity; None: any.
+    """
     left: list[str] = []
     for folder in checkpoints(output_dir):
         problem = problem_of(folder)
+        if problem is None:
+            marker = read_marker(folder)
+            if run is not None and marker.run != run:
+                problem = f"it belongs to another run ({marker.run[:8]}, this one is {run[:8]})"
+            elif folder.name != f"checkpoint-{marker.step}":
+                problem = f"it was written at step {marker.step}, whatever its name"
         if problem is None:
             return folder, left
         left.append(f"{folder} is not used: {problem}.")
     return None, left
 
 
-def resolve(requested: str | bool | None, explicit: bool, output_dir: Path) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint to resume from.
+def rotate(output_dir: Path, limit: int | None, run: str, best_step: int | None) -> None:
+    """Delete the oldest checkpoints of a run, by step, until ``limit`` are left.
+
+    The newest and the best one stay, and so does every folder that is not a complete checkpoint of this run.
 
     Args:
-        requested: what LLaMA-Factory would resume from: a path, True for the last one, or nothing.
-        explicit: whether the user named that path.
         output_dir: the run's folder.
-
-    Raises:
-        CheckpointError: if the user named a checkpoint that cannot be used, or asked to resume and there is none.
+        limit: None or at most 0: no checkpoint is deleted.
+        run: its identity.
+        best_step: step of the checkpoint with the best evaluation, if that is looked for.
     """
-    if not requested:
-        return None, []
-    if explicit and not isinstance(requested, bool):
-        folder = Path(requested)
-        problem = problem_of(folder)
-        if problem is not None:
-            complete, _ = last_complete(folder.parent)
-            hint = f" The last complete checkpoint there is {complete}." if complete else ""
-            raise CheckpointError(f"resume_from_checkpoint: {folder} cannot be used: {problem}.{hint}")
-        return folder, []
-    complete, left = last_complete(output_dir)
-    if complete is None and explicit:
-        raise CheckpointError(f"resume_from_checkpoint: {output_dir} has no complete checkpoint. {' '.join(left)}")
-    return complete, left
+    for left in output_dir.glob(f"{_DELETED}checkpoint-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    if limit is None or limit <= 0:
+        return
+    own = [(folder, marker.step) for folder, marker in marked(output_dir) if marker.run == run]
+    kept = {step for _, step in own[:1]} | {step for _, step in own if step == best_step}
+    surplus = len(own) - max(limit, len(kept))
+    for folder in [folder for folder, step in reversed(own) if step not in kept][: max(0, surplus)]:
+        delete(folder)

@@ -8,6 +8,7 @@ callback hears the rest.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from dataflex import console, distributed
 from dataflex.components import StepContext, StepStatistics
@@ -60,12 +61,14 @@ class DynamicTrainerMixin(Trainer):
 
     def __init__(self, *, dataflex: DynamicRun, args: TrainingArguments, **kwargs: Any) -> None:
         self.dataflex = dataflex
-        self._resumed_state: dict[str, Any] | None = None
         self._evaluated: dict[str, Numbers] = {}
         self._has_logits = True
         """Whether evaluation gave logits for each sample and token, as far as this process saw."""
         self._is_spent = False
         """Whether the checkpoint to go on from has nothing left of the budget."""
+        self._evaluated_at = self._saved_at = -1
+        """Steps of the last evaluation and the last checkpoint of training."""
+        self._logged_round = -1
         self.stop_tokens: list[int] | None = (kwargs.get("gen_kwargs") or {}).get("eos_token_id")
         """What LLaMA-Factory's own generation stops at; None in a stage that generates nothing."""
         if args.do_train and dataflex.instead is None:
@@ -135,21 +138,20 @@ class DynamicTrainerMixin(Trainer):
         return RoundStream(self) if planned else super().get_train_dataloader()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, resuming from the last complete checkpoint where a resume is asked for."""
+        """Train, from the checkpoint that the run goes on from, if any, whatever is given."""
         run = self.dataflex
         if run.instead is not None:
             self._only_look(run.instead)
-        explicit = run.config.llamafactory.get("resume_from_checkpoint") not in (None, False)
-        folder, state = distributed.on_main(partial(_load_state, resume_from_checkpoint, explicit, self.args))
         run.probe = self._make_probe() if run.pool is not None else None
         self._check_features()
         self._reference = self._make_reference()
         run.learning_rate = lambda: float(self.lr_scheduler.get_last_lr()[0])
-        self._resumed_state = state
-        if state is not None and run.is_spent(state):  # nothing to train: the Trainer has no other way to be told so
-            self.args.max_steps = int(state["step"])
+        if run.resume is None:
+            return super().train(**kwargs)
+        if run.is_spent(run.resume.state):  # nothing to train: the Trainer has no other way to be told so
+            self.args.max_steps = run.resume.marker.step
             self._is_spent = True
-        return super().train(resume_from_checkpoint=folder, **kwargs)
+        return super().train(resume_from_checkpoint=str(run.resume.folder), **kwargs)
 
     def _only_look(self, instead: Callable[[DynamicRun], None]) -> NoReturn:
         """Do ``instead`` on the model as it was loaded, with the moments saved beside it, and leave."""
@@ -481,14 +483,33 @@ class DynamicTrainerMixin(Trainer):
                 logs[f"dataflex/proportion/{name}"] = share
         return logs
 
-    def log_round(self) -> None:
-        """Log the proportions of a round that has just begun, where the step is not logged anyway."""
-        due = self.args.logging_strategy == IntervalStrategy.STEPS and (
-            self.state.global_step % self.state.logging_steps == 0
-            or (self.args.logging_first_step and self.state.global_step == 1)
-        )
-        if not due and self.args.logging_strategy != IntervalStrategy.NO:
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save what is due, a step at most once.
+
+        A run is one epoch for the Trainer, so the end of its last pass is announced twice: by the step, and by the end
+        of the epoch.
+        """
+        control, step = self.control, self.state.global_step
+        control.should_evaluate &= step != self._evaluated_at
+        control.should_save &= step != self._saved_at
+        if control.should_evaluate:
+            self._evaluated_at = step
+        self._log_round()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _log_round(self) -> None:
+        """Log the proportions of a round that has just begun, if the step is not logged anyway.
+
+        Not inside an event: a log takes back the control's ``should_log``, which the same event may have set.
+        """
+        run, step = self.dataflex, self.state.global_step
+        if run.components.mix is None or run.plan is None or run.plan.slot.start_step != step - 1:
+            return
+        number = run.plan.slot.number
+        due = self.control.should_log and step > self._globalstep_last_logged
+        if not due and number != self._logged_round and self.args.logging_strategy != IntervalStrategy.NO:
             self.log(self._round_logs())
+        self._logged_round = number
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Have the Trainer's samples per second count what a budget really was spent on."""
@@ -496,13 +517,23 @@ class DynamicTrainerMixin(Trainer):
         samples = self.state.global_step * run.global_batch_size if run.has_budget else num_train_samples
         return super()._finalize_training(trial, samples, start_time)
 
+    def save_state(self) -> None:
+        """Save the Trainer's state, which LLaMA-Factory does after it has saved the model, and put that on record."""
+        super().save_state()
+        self.dataflex.note_saved("model")
+
+    def save_metrics(self, split: str, *args: Any, **kwargs: Any) -> None:
+        """Save results, and put on record which."""
+        super().save_metrics(split, *args, **kwargs)
+        self.dataflex.note_saved(split)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint whose last file is the marker; only then delete older ones."""
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
         main = self.args.process_index == 0
         if main:
-            checkpoint.unmark(folder)
+            checkpoint.delete(folder)  # what a killed run wrote of it
         distributed.barrier()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -513,13 +544,16 @@ class DynamicTrainerMixin(Trainer):
         distributed.barrier()
         if main:
             checkpoint.write_state(folder, state)
-            checkpoint.mark_complete(folder)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
+            checkpoint.mark_complete(
+                folder,
+                self.dataflex.identity,
+                self.state.global_step,
+                self.dataflex.snapshot,
+                local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", self.args.world_size)),
+                has_scaler=self.accelerator.scaler is not None and not self.is_deepspeed_enabled,
             )
+            checkpoint.rotate(run_dir, limit, self.dataflex.identity, self.state.best_global_step)
+        self._saved_at = self.state.global_step
         distributed.barrier()
 
 
@@ -542,16 +576,6 @@ def _is_peft(model: torch.nn.Module) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
-
-
-def _load_state(
-    requested: str | bool | None, explicit: bool, args: TrainingArguments
-) -> tuple[str | None, dict[str, Any] | None]:
-    """Return the checkpoint to resume from and its state."""
-    folder, left = checkpoint.resolve(requested, explicit, Path(args.output_dir))
-    for line in left:
-        _warn(line)
-    return (None, None) if folder is None else (str(folder), checkpoint.read_state(folder))
 
 
 def follow(scheduler: Any, position: Callable[[], float]) -> None:
@@ -598,10 +622,11 @@ class DynamicCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Make the planner and take back a checkpoint's state."""
         run = self.trainer.dataflex
-        run.prepare(args, state.max_steps, self.trainer.arrangement(), self.trainer._resumed_state)
-        self.trainer._resumed_state = None
+        run.prepare(args, state.max_steps, self.trainer.arrangement())
+        if run.has_budget or run.resume is not None:
+            # eval_steps: 0.1 and the like are shares of the run; and the state of a checkpoint has the earlier ones.
+            state.compute_steps(args, run.expected_steps)
         if run.has_budget:
-            state.compute_steps(args, run.expected_steps)  # eval_steps: 0.1 and the like are shares of the run
             state.max_steps = max(state.global_step + 1, run.expected_steps)
         expected = run.expected_cost()
         if expected is not None and args.process_index == 0:
@@ -640,10 +665,8 @@ class DynamicCallback(TrainerCallback):
         state.epoch = trained / run.pool.size
         if trained // run.pool.size > (trained - run.global_batch_size) // run.pool.size:
             control.should_save |= args.save_strategy == SaveStrategy.EPOCH
-            control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch
             control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
-        if run.components.mix is not None and run.plan and run.plan.slot.start_step == state.global_step - 1:
-            self.trainer.log_round()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the summary and say what the decisions cost."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dataflex import console, distributed
 from dataflex.capped import CappedScoring, Spent
+from dataflex.changes import snapshot
 from dataflex.components import GradientSettings, SelectorParams, StepContext, StepStatistics
 from dataflex.config import DataFlexConfig, RunConfig
 from dataflex.data.plan import Arrangement, Plan, Planner, epoch_limits
@@ -23,7 +24,8 @@ from dataflex.influence import GradientParams
 from dataflex.probe.cost import Cost
 from dataflex.record.configuration import recorded
 from dataflex.record.environment import environment
-from dataflex.record.writer import RunWriter
+from dataflex.record.writer import FROM_HERE, RunWriter
+from dataflex.resume import Resume
 from dataflex.run_plan import RunPlan, plan_of, problems_of, trainer_keys
 from dataflex.schedule import RoundSlot, Schedule
 from dataflex.trainer.checkpoint import STATE_VERSION
@@ -62,6 +64,10 @@ class DynamicRun:
         self.pool: Pool | None = None
         self.targets: dict[str, Pool] = {}
         """The validation samples of the components that asked for some, by configuration key."""
+        self.identity = ""
+        """The run's, from when training begins."""
+        self.resume: Resume | None = None
+        """What the run goes on from."""
         self.raw: dict[str, Any] = {}
         """The raw rows of every data set, where the pool is only scored."""
         self.instead: Callable[[DynamicRun], None] | None = None
@@ -95,6 +101,8 @@ class DynamicRun:
         """When the running evaluation began; None where none is running."""
         self._last_evaluation: dict[str, Any] | None = None
         self._finished_at: int | None = None
+        self._saved: list[str] = []
+        """What LLaMA-Factory has written since training ended, in order."""
         self.progress = 0.0
         """Share of the budget of tokens or seconds that is spent; 0 without one."""
         self._budget_steps: int | None = None
@@ -127,10 +135,14 @@ class DynamicRun:
         """
         keys = trainer_keys(args)
         self.global_batch_size = keys.global_batch_size
+        settings = self.settings
+        if self.resume is not None and self.plans_data and settings.update_steps is None:
+            # The rounds of the checkpoint, whatever would be chosen now, for another total perhaps.
+            settings = settings.model_copy(update={"update_steps": self.resume.marker.config["dataflex.update_steps"]})
         samples = self._training_samples()
         sizes = self.pool.domain_sizes.tolist() if self.pool is not None else [samples or 0]
         self.run_plan = plan_of(
-            self.settings,
+            settings,
             self.components,
             keys,
             num_samples=samples,
@@ -141,10 +153,10 @@ class DynamicRun:
             assert not self.has_budget
             return
         found = self.run_plan.run.schedule
-        settings, total = self.settings, found.total_steps
+        total = found.total_steps
         if self.has_budget:
             self._budget_steps, total = total, total * _MOST_TIMES_EXPECTED
-        in_cycles = settings.updates > 0 and settings.update_steps is not None
+        in_cycles = settings.updates > 0 and self.settings.update_steps is not None
         if self.plans_data or self.has_budget or settings.train_steps is not None or in_cycles:
             args.max_steps = total  # else LLaMA-Factory's own count is the same
         self.schedule = replace(found, total_steps=total)
@@ -223,7 +235,7 @@ class DynamicRun:
             "the same samples come again within a few steps."
         )
 
-    def prepare(self, args: TrainingArguments, num_steps: int, arrangement: Arrangement, resumed: State | None) -> None:
+    def prepare(self, args: TrainingArguments, num_steps: int, arrangement: Arrangement) -> None:
         """Make the planner, take back a checkpoint's state, and start the record. Called when training begins.
 
         Raises:
@@ -233,8 +245,6 @@ class DynamicRun:
             length = self.settings.update_steps
             updates = self.settings.updates if length else -1
             self.schedule = Schedule(self.settings.warmup_steps, length or 1, updates, num_steps)
-        if resumed is not None:
-            self._keep_rounds(resumed)
         if self.pool is not None:
             self.planner = Planner(
                 self.pool,
@@ -248,23 +258,9 @@ class DynamicRun:
                 capped=self._capped(),
                 expected_steps=self.expected_steps,
             )
-        kept = None
-        if resumed is not None:
-            self.load_state_dict(resumed)
-            kept = 0 if self.plan is None else self.plan.slot.number + 1
-        step = 0 if resumed is None else int(resumed["step"])
-        distributed.on_main(partial(self._start_record, Path(args.output_dir), kept, step))
-
-    def _keep_rounds(self, resumed: State) -> None:
-        """Go on with the checkpoint's rounds where their length is a default, which may depend on the total."""
-        then = resumed["identity"]["dataflex.update_steps"]
-        if not self.plans_data or self.settings.update_steps is not None or then == self.schedule.update_steps:
-            return
-        self.notes.append(
-            f"update_steps: rounds stay {then} steps long, as in the checkpoint, where this run's total alone would "
-            f"give {self.schedule.update_steps}."
-        )
-        self.schedule = replace(self.schedule, update_steps=then)
+        if self.resume is not None:
+            self.load_state_dict(self.resume.state)
+        self.identity = distributed.on_main(partial(self._start_record, Path(args.output_dir)))
 
     def expected_cost(self) -> str | None:
         """Return what the selection is expected to cost, after measuring a few samples; None where nothing is to say.
@@ -315,8 +311,32 @@ class DynamicRun:
         running = time.perf_counter() - self._decision_began
         return Spent(self.train_seconds, self.decision_seconds + running)
 
-    def _start_record(self, output_dir: Path, kept_rounds: int | None, step: int) -> None:
-        self.writer = RunWriter(output_dir)
+    def _start_record(self, output_dir: Path) -> str:
+        """Begin the record, or go on with it, and return the run's identity."""
+        self.writer = writer = RunWriter(output_dir)
+        resume, kept_rounds, step = self.resume, None, 0
+        if resume is None:
+            identity = writer.open_new()
+        else:
+            step = resume.marker.step
+            kept_rounds = 0 if self.plan is None else self.plan.slot.number + 1
+            identity = (
+                writer.open_resumed(step)
+                if resume.is_own
+                else writer.open_continued(resume.folder, resume.marker.run, step)
+            )
+            lines = [
+                {
+                    "resumed_at": step,
+                    "step": resume.holds_from(change),
+                    "key": change.key,
+                    "from": change.before,
+                    "to": change.now,
+                    "effect": "none, the earlier value stays" if change.effect == "kept" else FROM_HERE,
+                }
+                for change in resume.changes
+            ]
+            writer.changes(step, lines)
         kept = recorded(self.config)
         start = environment(self.config, kept, distributed.world_size(), step)
         start["fingerprints"] = {
@@ -324,9 +344,22 @@ class DynamicRun:
             **({} if self.evaluation is None else {"eval_dataset": self.evaluation.fingerprint}),
             **{f"dataflex.{key}.validation": targets.fingerprint for key, targets in self.targets.items()},
         }
-        self._last_evaluation = self.writer.begin(
-            kept.configuration, kept_rounds, step, plugins=kept.plugins, start=start
-        )
+        self._last_evaluation = writer.begin(kept.configuration, kept_rounds, step, plugins=kept.plugins, start=start)
+        if self.plan is not None and self.pool is not None:
+            self._record_round_of_checkpoint(writer, self.plan, self.pool)
+        return identity
+
+    def _record_round_of_checkpoint(self, writer: RunWriter, plan: Plan, pool: Pool) -> None:
+        """Record the round a checkpoint lies in, if its own record was not there to be taken along."""
+        if self.planner is not None and not writer.has_round(plan.slot.number):
+            acting = self.names if plan.slot.update is not None else {}
+            writer.round(replace(plan, epochs=self.planner.epochs), pool, acting, Cost())
+
+    @cached_property
+    def snapshot(self) -> dict[str, Any]:
+        """Return the settings in force, for a checkpoint."""
+        found = snapshot(self.config)
+        return found | {"dataflex.update_steps": self.schedule.update_steps} if self.plans_data else found
 
     def plan_for(self, step: int) -> Plan:
         """Return the plan of the round in which optimizer step ``step`` (from 0) is trained, made at most once."""
@@ -462,6 +495,12 @@ class DynamicRun:
         if self._finished_at is not None:
             self.finish(self._finished_at)
 
+    def note_saved(self, name: str) -> None:
+        """Put on record that the model, or the results of ``train``, ``eval`` or ``predict``, have been written."""
+        if self._finished_at is not None and name not in self._saved:
+            self._saved.append(name)
+            self.finish(self._finished_at)
+
     def finish(self, step: int) -> dict[str, Any]:
         """Write the summary and return it.
 
@@ -475,6 +514,7 @@ class DynamicRun:
             "overhead_fraction": round(overhead, 6),
             "rounds": 0 if self.plan is None else self.plan.slot.number + 1,
             "steps": step,
+            "saved": self._saved,
         }
         if self._last_evaluation is not None:
             summary["evaluation"] = self._last_evaluation
@@ -489,12 +529,14 @@ class DynamicRun:
         """Return everything the run needs to go on exactly."""
         return {
             "version": STATE_VERSION,
+            "run": self.identity,
             "step": step,
-            "identity": self._identity(),
+            "batch": self.global_batch_size,
             "pool_fingerprint": self.pool.fingerprint if self.pool is not None else None,
             "targets_fingerprints": {key: targets.fingerprint for key, targets in self.targets.items()},
             "plan": self._plan_state(),
             "planner": self.planner.state_dict() if self.planner is not None else None,
+            "methods": self.names,
             "components": {key: component.state_dict() for key, component in self.components.items()},
             "train_seconds": self.train_seconds,
             "decision_seconds": self.decision_seconds,
@@ -504,16 +546,38 @@ class DynamicRun:
             "evaluate_seconds": self.evaluate_seconds,
         }
 
-    def _identity(self) -> dict[str, Any]:
-        """Return what must be equal for a checkpoint to be this run's, key by key for the message."""
-        return {
-            "components": self.names,
-            "dataflex.seed": self.settings.seed,
-            "dataflex.warmup_steps": self.schedule.warmup_steps,
-            "dataflex.update_steps": self.schedule.update_steps if self.plans_data else None,
-            "dataflex.updates": self.schedule.updates,
-            "global batch size (per device x accumulation x processes)": self.global_batch_size,
-        }
+    def check_batch(self, state: State, args: TrainingArguments) -> None:
+        """Refuse a checkpoint of a run with another global batch size.
+
+        Raises:
+            CheckpointError: if it has.
+        """
+        now = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if state["batch"] != now:
+            raise CheckpointError(
+                f"the checkpoint of step {state['step']} was written with a global batch size (per device x "
+                f"accumulation x processes) of {state['batch']}, this run has {now}. Use the same one, or another "
+                "output_dir for a new run."
+            )
+
+    def check_data(self, state: State) -> None:
+        """Refuse a checkpoint that was written for other training or validation samples, before a model is loaded.
+
+        Raises:
+            CheckpointError: naming what differs.
+        """
+        if self.pool is not None and state["pool_fingerprint"] != self.pool.fingerprint:
+            raise CheckpointError(
+                f"the checkpoint of step {state['step']} was written for other training data (fingerprint "
+                f"{state['pool_fingerprint'][:12]}, this run's pool has {self.pool.fingerprint[:12]})."
+            )
+        for key, targets in self.targets.items():
+            then = state["targets_fingerprints"].get(key)
+            if then != targets.fingerprint and state["methods"].get(key) == self.names[key]:
+                raise CheckpointError(
+                    f"the checkpoint of step {state['step']} was written with another validation set of dataflex.{key} "
+                    f"(fingerprint {str(then)[:12]}, this run's has {targets.fingerprint[:12]})."
+                )
 
     def _plan_state(self) -> State | None:
         if self.plan is None:
@@ -534,31 +598,13 @@ class DynamicRun:
         """Take back what :meth:`state_dict` returned.
 
         Raises:
-            CheckpointError: naming what differs between the checkpoint and this run.
+            CheckpointError: if the run's total cuts the checkpoint's round otherwise.
         """
-        for key, now in self._identity().items():
-            then = state["identity"][key]
-            if then != now:
-                raise CheckpointError(
-                    f"the checkpoint of step {state['step']} was written with {key} = {then!r}, this run has {now!r}. "
-                    "Use the same settings, or another output_dir for a new run."
-                )
-        if self.pool is not None and state["pool_fingerprint"] != self.pool.fingerprint:
-            raise CheckpointError(
-                f"the checkpoint of step {state['step']} was written for other training data (fingerprint "
-                f"{state['pool_fingerprint'][:12]}, this run's pool has {self.pool.fingerprint[:12]})."
-            )
-        for key, targets in self.targets.items():
-            then = state["targets_fingerprints"].get(key)
-            if then != targets.fingerprint:
-                raise CheckpointError(
-                    f"the checkpoint of step {state['step']} was written with another validation set of dataflex.{key} "
-                    f"(fingerprint {str(then)[:12]}, this run's has {targets.fingerprint[:12]})."
-                )
         if self.planner is not None:
             self.planner.load_state_dict(state["planner"])
         for key, component in self.components.items():
-            component.load_state_dict(state["components"][key])
+            if state["methods"].get(key) == component.name:  # another method begins with what it sees from here on
+                component.load_state_dict(state["components"][key])
         self.train_seconds = float(state["train_seconds"])
         self.decision_seconds = float(state["decision_seconds"])
         self.tokens = int(state["tokens"])

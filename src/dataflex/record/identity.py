@@ -1,0 +1,105 @@
+"""Which run a folder is: ``run.json`` in the record, and a lock that only one run at a time holds.
+
+A run gets its identity when its record begins, and writes it into every checkpoint. A checkpoint in the same folder
+that has another identity is another run's, whatever its number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dataflex.errors import ConfigError
+from dataflex.files import write_atomically
+
+FOLDER = "dataflex"
+"""The record, in the output folder."""
+RUN_FILE = "run.json"
+LOCK_FILE = ".dataflex.lock"
+"""In the output folder itself: the record's folder is moved when a new run begins."""
+
+
+def new_identity() -> str:
+    """Return an identity that no other run has."""
+    return uuid.uuid4().hex
+
+
+def read_identity(record: Path) -> str | None:
+    """Return the identity of the run whose record a folder is; None if it is none, or an earlier release's.
+
+    Raises:
+        ConfigError: if the file cannot be read.
+    """
+    try:
+        value = json.loads((record / RUN_FILE).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{record / RUN_FILE} is not readable JSON ({error}).") from error
+    return value.get("id") if isinstance(value, dict) else None
+
+
+def write_identity(record: Path, identity: str, continues: dict[str, Any] | None = None) -> None:
+    """Write whose record a folder is.
+
+    Args:
+        record: the folder.
+        identity: of the run.
+        continues: ``run``, ``step`` and ``checkpoint`` of another run that this one goes on from.
+    """
+    value = {"id": identity, "began": _now()} | ({} if continues is None else {"continues": continues})
+    write_atomically(record / RUN_FILE, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def only_run_in(folder: Path, key: str = "output_dir") -> Iterator[None]:
+    """Hold the lock on a folder for a while.
+
+    It is a POSIX record lock: it ends with the process that took it, also if that is killed, and children such as the
+    workers of a data loader do not inherit it.
+
+    Args:
+        folder: made if it is not there.
+        key: the setting named in errors.
+
+    Raises:
+        ConfigError: if another process holds it, or the folder cannot be written to.
+    """
+    import fcntl
+
+    path = folder / LOCK_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{key}: {folder} cannot be written to ({error.strerror or error}).") from error
+    with stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            stream.seek(0)
+            holder = stream.read().strip() or "a process that has not said who it is"
+            raise ConfigError(
+                f"{key}: another run is at work in {folder} ({holder}). Wait for its end, or choose another folder."
+            ) from error
+        except OSError as error:
+            # Some network file systems have no locks. Training must go on there, as it does without us.
+            print(f"dataflex: {folder} cannot be locked ({error.strerror}); see that no other run writes to it")
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {_now()}\n")
+        stream.flush()
+        try:
+            yield
+        finally:
+            stream.truncate(0)
