@@ -102,6 +102,7 @@ budget = config["dataflex"].get("train_tokens") or 1000
 tokens = {"short": budget - 1, "long": budget + 400}.get(behaviour, budget + 3)
 loss = float("nan") if behaviour == "diverges" else loss
 numbers = {"loss": loss, "perplexity": 2.718281828 ** loss, "bits_per_byte": loss / 3}
+numbers = dict.fromkeys(numbers) if behaviour == "diverges" else numbers  # the record has null for NaN
 domain = {**numbers, "tokens": 10, "bytes": 30, "samples": 2}
 costs = {"train_seconds": 8.0, "decision_seconds": 1.0, "evaluate_seconds": 0.5}
 evaluation = {

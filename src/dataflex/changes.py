@@ -19,6 +19,7 @@ from typing import Any, Literal
 from dataflex.arguments import llamafactory_defaults
 from dataflex.config import SECTION, RunConfig
 from dataflex.fingerprints import is_model_folder, model_digests
+from dataflex.masking import masked
 from dataflex.registry import CONFIG_KEYS
 
 Effect = Literal["fixed", "from here", "kept"]
@@ -204,7 +205,7 @@ def snapshot(config: RunConfig) -> dict[str, Any]:
         for family, (cls, params) in config.params.items():
             flat[f"{SECTION}.{family}.method"] = cls.name
             flat |= {f"{SECTION}.{family}.{key}": value for key, value in params.model_dump(mode="json").items()}
-    plain: dict[str, Any] = json.loads(json.dumps(flat, default=str))
+    plain: dict[str, Any] = masked(json.loads(json.dumps(flat, default=str)))
     return plain
 
 

@@ -22,7 +22,7 @@ from dataflex.components import RoundContext, Selector, check_scores
 from dataflex.config import RunConfig
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ConfigError, DataFlexError
-from dataflex.files import write_atomically
+from dataflex.files import json_text, write_atomically
 from dataflex.influence import InfluenceSelector
 from dataflex.rng import derive_rng
 from dataflex.selection import ScoreArray
@@ -230,10 +230,10 @@ def _write_selected(run: DynamicRun, folder: Path, chosen: IndexArray) -> dict[s
         rows = chosen[(chosen >= low) & (chosen < high)] - low
         if not rows.size:
             continue
-        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in run.raw[name].select(rows))
+        lines = (json_text(row, ensure_ascii=False, default=str) + "\n" for row in run.raw[name].select(rows))
         write_atomically(folder / f"{name}.jsonl", "".join(lines).encode())
         entry = {key: value for key, value in info[name].items() if key not in (*_SOURCE_KEYS, *_SHAPE_KEYS)}
         entries[name] = {"file_name": f"{name}.jsonl", **entry}
         kept.append(name)
-    write_atomically(folder / "dataset_info.json", (json.dumps(entries, indent=2) + "\n").encode())
+    write_atomically(folder / "dataset_info.json", (json_text(entries, indent=2) + "\n").encode())
     return {"dataset_dir": str(folder), "dataset": ",".join(kept)}

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from transformers import Trainer
 
 from dataflex.data.plan import Plan
 from dataflex.errors import ConfigError
 from dataflex.probe.cost import Cost
+from dataflex.record.reader import read_run
 from dataflex.record.writer import RunWriter
 from dataflex.schedule import RoundSlot
+from dataflex.trainer.mixin import DynamicTrainerMixin
 from unit.fakes import make_pool
 
 POOL = make_pool({"a": 6, "b\u00e9": 4})
@@ -97,6 +103,59 @@ def test_configuration_environment_and_summary(tmp_path: Path) -> None:
     assert sorted(path.name for path in record.iterdir()) == [
         "config.yaml", "environment.json", "plans", "summary.json",
     ]  # fmt: skip
+
+
+def strict(text: str) -> dict[str, Any]:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_what_is_not_finite_is_null_on_record_and_read_as_missing(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    writer.begin({"dataflex": {}}, None)
+    nan = float("nan")
+    empty = {"loss": nan, "perplexity": float("inf"), "bits_per_byte": None}
+    line = {
+        "step": 3, "tokens": 10, "train_seconds": 1.0, "decision_seconds": 1.0, "evaluate_seconds": 1.0,
+        "fingerprint": "ab", "domains": {"a": {**empty, "tokens": 0, "bytes": 0, "samples": 1}},
+        "token_weighted": empty, "unweighted": empty,
+    }  # fmt: skip
+    writer.evaluation(line)
+    writer.summary({**SUMMARY, "evaluation": line})
+    for name in ("evaluations.jsonl", "summary.json"):
+        strict((tmp_path / "dataflex" / name).read_text())
+    assert strict((tmp_path / "dataflex" / "evaluations.jsonl").read_text())["domains"]["a"]["loss"] is None
+    read = read_run(tmp_path)
+    assert read.summary is not None
+    for found in (read.evaluations[0], read.summary.evaluation):
+        assert found is not None
+        assert math.isnan(found.domains["a"].loss)
+        assert math.isnan(found.unweighted.perplexity)
+        assert found.unweighted.bits_per_byte is None
+
+
+SUMMARY = {
+    "train_seconds": 1.0, "decision_seconds": 1.0, "overhead_fraction": 1.0, "rounds": 1, "tokens": 1, "steps": 3,
+}  # fmt: skip
+
+
+def test_logs_hold_no_number_of_ours_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = {}
+
+    def log(trainer: Trainer, logs: dict[str, float]) -> None:
+        logged.update(logs)
+        logs["epoch"] = 0.5
+
+    monkeypatch.setattr(Trainer, "log", log)
+    trainer = object.__new__(DynamicTrainerMixin)
+    trainer.dataflex = SimpleNamespace(progress_logs=lambda: {"dataflex/tokens": 5})
+    metrics = {"eval_loss": float("nan"), "eval_a_perplexity": float("inf"), "eval_b_loss": 2.0, "eval_name": "x"}
+    trainer.log(metrics)
+    assert logged == {"eval_b_loss": 2.0, "eval_name": "x", "dataflex/tokens": 5}
+    assert math.isnan(metrics["eval_loss"])  # whoever asked for the evaluation still has it
+    assert metrics["epoch"] == 0.5
 
 
 def test_a_resumed_run_has_every_round_once(tmp_path: Path) -> None:

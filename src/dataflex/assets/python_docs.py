@@ -18,7 +18,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
-import json
 import re
 import textwrap
 from collections import Counter
@@ -30,6 +29,7 @@ from typing import Literal
 import numpy as np
 
 from dataflex.errors import ConfigError
+from dataflex.files import json_text
 
 SEED = 20240
 TRAIN_ROWS = 500
@@ -294,4 +294,4 @@ def _spoil(rows: list[Row], rng: np.random.Generator) -> list[Row]:
 
 def _write_json(path: Path, content: object) -> None:
     """Write ``content`` as readable JSON."""
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from dataflex.compare.outcome import Outcome, Row
 from dataflex.compare.result import COSTS
 from dataflex.compare.statistics import BOOTSTRAP_SEEDS, as_json, number, signed, title
 from dataflex.errors import ConfigError
-from dataflex.files import write_atomically
+from dataflex.files import json_text, write_atomically
 from dataflex.record.tables import NOTHING, Table
 
 MARKDOWN, CSV, JSON, HTML = "comparison.md", "comparison.csv", "comparison.json", "comparison.html"
@@ -163,7 +162,7 @@ def write(outcome: Outcome) -> None:
     contents = {
         MARKDOWN: markdown(outcome),
         CSV: csv_text(outcome),
-        JSON: json.dumps(as_object(outcome), indent=2) + "\n",
+        JSON: json_text(as_object(outcome), indent=2) + "\n",
     }
     for name, content in contents.items():
         try:

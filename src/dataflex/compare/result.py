@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from dataflex.compare.experiment import (
     Task,
 )
 from dataflex.errors import ConfigError
-from dataflex.files import write_atomically
+from dataflex.files import json_text, write_atomically
 from dataflex.record.files import read_object
 from dataflex.resume import last_of
 from dataflex.trainer.checkpoint import checkpoints
@@ -189,7 +188,11 @@ def complete(run: Run, plan: Plan, evaluated: Sequence[Task]) -> None:
         "spent_before": _spent_before(run.folder / "trainer_state.json", int(summary["steps"])),
         "tasks": tasks,
     }
-    write_atomically(run.folder / COMPLETE_FILE, (json.dumps(stored, indent=2) + "\n").encode())
+    write_atomically(run.folder / COMPLETE_FILE, (json_text(stored, indent=2) + "\n").encode())
+
+
+_ALWAYS_MEASURED = ("loss", "perplexity")
+"""Null only where they are not finite; bits per byte are null of a text without bytes too."""
 
 
 def _evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,7 +203,7 @@ def _evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         f"{group}_{measure}": numbers.get(measure)
         for group, numbers in groups.items()
         for measure in MEASURES
-        if numbers.get(measure) is not None
+        if numbers.get(measure) is not None or (measure in numbers and measure in _ALWAYS_MEASURED)
     }
     return _sorted_out(values, dict.fromkeys(values, False))
 

@@ -37,7 +37,7 @@ from dataflex.compare.remaining import as_text, time_left
 from dataflex.compare.result import complete, needs_overwriting, tasks_to_evaluate, trained_problem
 from dataflex.console import duration
 from dataflex.errors import ConfigError
-from dataflex.files import write_atomically
+from dataflex.files import json_text, write_atomically
 from dataflex.record.versions import installed_versions
 
 PROGRAM = (sys.executable, "-m", "dataflex")
@@ -265,7 +265,7 @@ class _Crew:
         self.failed[run.name] = error
         note = {"error": error, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
         with suppress(OSError):  # a full disk may be why it failed
-            write_atomically(run.folder / FAILED_FILE, json.dumps(note, indent=2).encode())
+            write_atomically(run.folder / FAILED_FILE, json_text(note, indent=2).encode())
         self._done += 1
         log = (folder or run.folder) / LOG_FILE
         seconds = duration(round(time.monotonic() - self._began[run.name]))
@@ -304,7 +304,7 @@ def _prepare(run: Run) -> None:
         "versions": installed_versions(),
         "contents": run.contents,
     }
-    write_atomically(run.folder / KEY_FILE, (json.dumps(key, indent=2) + "\n").encode())
+    write_atomically(run.folder / KEY_FILE, (json_text(key, indent=2) + "\n").encode())
     write_atomically(run.folder / RUN_FILE, run_yaml(run))
 
 

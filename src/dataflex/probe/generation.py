@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from dataflex import distributed
 from dataflex.components import GenerationSettings
 from dataflex.errors import ComponentError, DivergenceError
+from dataflex.files import json_text
 from dataflex.probe.batches import length_batches, share_of
 from dataflex.probe.mode import probe_mode
 from dataflex.rng import key_of
@@ -225,7 +226,7 @@ def _vllm_responses(
         }
         seeds = [key_of(seed, "generate", number) % 2**63 for number in range(len(prompts))]
         request = {"engine": engine, "adapter": adapter, "sampling": sampling, "prompts": prompts, "seeds": seeds}
-        (folder / "request.json").write_text(json.dumps(request))
+        (folder / "request.json").write_text(json_text(request))
         done = subprocess.run(
             [sys.executable, "-m", __name__, str(folder)],
             env={key: value for key, value in os.environ.items() if key not in _LAUNCHER_VARIABLES}
@@ -271,7 +272,7 @@ def _run_vllm(folder: Path) -> None:
         lora_request=LoRARequest("current", 1, request["adapter"]) if request["adapter"] else None,
     )
     responses = [[list(sample.token_ids) for sample in output.outputs] for output in outputs]
-    (folder / "responses.json").write_text(json.dumps(responses))
+    (folder / "responses.json").write_text(json_text(responses))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ reference by a digest of its files, so that a table is never taken for another's
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -29,7 +28,7 @@ from dataflex import distributed
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError, ConfigError
-from dataflex.files import write_atomically
+from dataflex.files import json_text, write_atomically
 from dataflex.probe.batches import length_batches, share_of
 from dataflex.probe.mode import preserved_rng
 from dataflex.reference import TABLE_FILE, TABLE_FORMAT, ReferenceParams, read_table, vocabulary_problem
@@ -270,7 +269,7 @@ class TableMaker:
             "samples": int(self.pool.domain_sizes[number]),
             "samples_sha256": domain_digest(self.pool, number),
         }
-        write_atomically(self.folder / TABLE_FILE, (json.dumps(table, indent=1) + "\n").encode())
+        write_atomically(self.folder / TABLE_FILE, (json_text(table, indent=1) + "\n").encode())
 
     def _make_domain(self, number: int, reference: ReferenceModel) -> None:
         begin, end = int(self.pool.offsets[number]), int(self.pool.offsets[number + 1])

@@ -26,7 +26,7 @@ from torch import Tensor
 from dataflex import distributed
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import DataFlexError
-from dataflex.files import write_atomically
+from dataflex.files import json_text, write_atomically
 from dataflex.selection import ScoreArray
 
 FeatureType = Literal["float16", "bfloat16", "float32"]
@@ -239,7 +239,7 @@ class FeatureStore:
                 order = io.BytesIO()
                 np.save(order, self.order)
                 write_atomically(self.folder / ORDER_FILE, order.getvalue())
-                write_atomically(path, json.dumps(manifest, indent=1).encode())
+                write_atomically(path, json_text(manifest, indent=1).encode())
         except OSError as error:
             raise DataFlexError(f"{self.folder} cannot be written ({error}).") from error
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.errors import ConfigError
-from dataflex.files import write_atomically
+from dataflex.files import json_text, write_atomically
 
 FOLDER = "dataflex"
 """The record, in the output folder."""
@@ -55,7 +55,7 @@ def write_identity(record: Path, identity: str, continues: dict[str, Any] | None
         continues: ``run``, ``step`` and ``checkpoint`` of another run that this one goes on from.
     """
     value = {"id": identity, "began": _now()} | ({} if continues is None else {"continues": continues})
-    write_atomically(record / RUN_FILE, (json.dumps(value, indent=2) + "\n").encode())
+    write_atomically(record / RUN_FILE, (json_text(value, indent=2) + "\n").encode())
 
 
 def _now() -> str:

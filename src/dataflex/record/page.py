@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import gzip
-import json
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 
+from dataflex.files import json_text
 from dataflex.record.charts import Chart
 from dataflex.record.described import DATA_ROWS, Data, LegendItem, data, legend, sentence
 from dataflex.record.tables import Table
@@ -165,7 +165,7 @@ def page(title: str, tables: Sequence[Table], charts: Sequence[Chart], plotly_js
         *(["<h2>Tables</h2>"] if tables[1:] else []),
         *(_table(table) for table in tables[1:]),
         "</main>",
-        _compressed("charts", json.dumps(figures)),
+        _compressed("charts", json_text(figures)),
         _compressed("plotly", plotly_js),
         f"<script>{_SCRIPT}</script>\n</body>\n</html>\n",
     ]

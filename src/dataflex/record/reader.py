@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import NonNegativeFloat, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, TypeAdapter, ValidationError
 
 from dataflex.errors import ConfigError
 from dataflex.record.configuration import read_configuration
@@ -84,13 +84,21 @@ class Round:
         return {name: count / total for name, count in self.domains.items()} if total else {}
 
 
+def _nan_of_null(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+Measured = Annotated[float, BeforeValidator(_nan_of_null)]
+"""A number that is null in a file where it is not finite, and NaN here."""
+
+
 @dataclass(frozen=True)
 class Measures:
     """How well a text is predicted; NaN where none of its tokens counts."""
 
-    loss: float
+    loss: Measured
     """Nats per token."""
-    perplexity: float
+    perplexity: Measured
     bits_per_byte: float | None
     """None where the text has no bytes."""
 

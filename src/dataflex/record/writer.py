@@ -37,7 +37,7 @@ import yaml
 from dataflex.data.plan import Plan
 from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError
-from dataflex.files import write_atomically
+from dataflex.files import json_text, write_atomically
 from dataflex.probe.cost import Cost
 from dataflex.record.configuration import PLUGINS
 from dataflex.record.environment import FILE as ENVIRONMENT
@@ -112,7 +112,7 @@ class RunWriter:
         return json.loads(evaluations[-1]) if evaluations else None
 
     def _write_environment(self) -> None:
-        write_atomically(self.folder / ENVIRONMENT, (json.dumps({"starts": self._starts}, indent=2) + "\n").encode())
+        write_atomically(self.folder / ENVIRONMENT, (json_text({"starts": self._starts}, indent=2) + "\n").encode())
 
     def open_new(self) -> str:
         """Begin the record of a new run, and return its identity.
@@ -276,11 +276,11 @@ class RunWriter:
         if content is not None and any(line["effect"] == FROM_HERE for line in lines):
             write_atomically(self.folder / f"{_UNTIL}{step}.yaml", content)
         with (self.folder / CHANGES).open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(line) + "\n" for line in lines)
+            stream.writelines(json_text(line) + "\n" for line in lines)
 
     def domain_weights(self, found: dict[str, Any]) -> None:
         """Write what a mixer that weighs the loss found."""
-        write_atomically(self.folder / "domain_weights.json", (json.dumps(found, indent=2) + "\n").encode())
+        write_atomically(self.folder / "domain_weights.json", (json_text(found, indent=2) + "\n").encode())
 
     def round(self, plan: Plan, pool: Pool, components: dict[str, str], cost: Cost) -> None:
         """Record a round before it is trained: its plan first, then its line."""
@@ -312,7 +312,7 @@ class RunWriter:
         if plan.capped:
             line["capped"] = plan.capped
         with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(json_text(line) + "\n")
 
     def _write_plan(self, plan: Plan, pool: Pool, ids: np.ndarray) -> None:
         columns = {
@@ -332,13 +332,13 @@ class RunWriter:
     def evaluation(self, line: dict[str, Any]) -> None:
         """Record what an evaluation found."""
         with (self.folder / "evaluations.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(json_text(line) + "\n")
 
     def summary(self, values: dict[str, Any]) -> None:
         """Write what the run took."""
         self._starts[-1]["finished"] = now()
         self._write_environment()
-        write_atomically(self.folder / "summary.json", (json.dumps(values, indent=2) + "\n").encode())
+        write_atomically(self.folder / "summary.json", (json_text(values, indent=2) + "\n").encode())
 
 
 def _earlier(folder: Path) -> Path:

@@ -25,7 +25,7 @@ import numpy as np
 
 from dataflex.components import State
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.files import write_atomically
+from dataflex.files import json_text, write_atomically
 
 STATE_FILE = "dataflex_state.npz"
 MARKER_FILE = "dataflex_complete.json"
@@ -162,7 +162,7 @@ def mark_complete(
         "config": config,
         "files": _sizes(folder),
     }
-    write_atomically(folder / MARKER_FILE, json.dumps(marker, indent=1).encode())
+    write_atomically(folder / MARKER_FILE, json_text(marker, indent=1).encode())
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -146,12 +146,12 @@ def means(domains: dict[str, Numbers]) -> dict[str, Numbers]:
 
 
 def as_logs(groups: dict[str, Numbers], prefix: str) -> dict[str, float]:
-    """Return ``<prefix>_<group>_<metric>`` of every group, as trackers take them."""
+    """Return ``<prefix>_<group>_<metric>`` of every group, as trackers take them; those that are finite numbers."""
     return {
         f"{prefix}_{name}_{metric}": value
         for name, group in groups.items()
         for metric in METRICS
-        if (value := group[metric]) is not None
+        if (value := group[metric]) is not None and math.isfinite(value)
     }
 
 

@@ -446,12 +446,18 @@ class DynamicTrainerMixin(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add how far the run is to every log, and the round and the domains to one of training."""
+        """Add how far the run is to every log, and the round and the domains to one of training.
+
+        What is not a finite number of ours or of an evaluation is left out: the state's JSON could not hold it.
+        """
         if "loss" in logs:
             logs.update(self._dataflex_logs())
         if "loss" in logs or any(key.startswith("eval_") for key in logs):
             logs.update(self.dataflex.progress_logs())
+        ours = [key for key in logs if key.startswith(("dataflex/", "eval_"))]
+        taken = {key: logs.pop(key) for key in ours if isinstance(logs[key], float) and not math.isfinite(logs[key])}
         super().log(logs, *args, **kwargs)
+        logs.update(taken)
 
     def _dataflex_logs(self) -> dict[str, float]:
         run, logs = self.dataflex, {}

@@ -13,6 +13,7 @@ from typing import Any
 from dataflex import assets
 from dataflex.compare.contents import digest, expanded
 from dataflex.errors import ConfigError, Problem, unknown
+from dataflex.files import json_text
 from dataflex.fingerprints import file_digest, model_texts
 
 CONFIG = "config.json"
@@ -43,7 +44,7 @@ class SmallModel:
         try:
             for file in self.files:
                 shutil.copyfile(file, work / file.name)
-            (work / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+            (work / CONFIG).write_text(json_text(self.config, indent=2) + "\n", encoding="utf-8")
             work.chmod(0o755)
             work.rename(folder)
         finally:

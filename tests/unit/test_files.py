@@ -1,0 +1,60 @@
+"""JSON that every reader takes: no NaN or infinity, whatever was measured."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dataflex
+from dataflex.files import json_text
+
+
+def refuse(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_numbers_that_are_not_finite_become_null() -> None:
+    value = {
+        "nan": float("nan"),
+        "list": [float("inf"), -float("inf"), 1.5, (2, float("nan"))],
+        "numpy": [np.float32("nan"), np.float64(0.5), np.int64(3), np.bool_(True)],
+        "rest": {"text": "NaN", "none": None, "yes": True, "whole": 10**20},
+    }
+    assert json.loads(json_text(value, indent=1), parse_constant=refuse) == {
+        "nan": None,
+        "list": [None, None, 1.5, [2, None]],
+        "numpy": [None, 0.5, 3, True],
+        "rest": {"text": "NaN", "none": None, "yes": True, "whole": 10**20},
+    }
+
+
+def test_what_is_no_json_is_refused() -> None:
+    with pytest.raises(TypeError):
+        json_text({"array": np.zeros(2)})
+
+
+ELSEWHERE = {
+    "files.py": "the helper",
+    "trainer/checkpoint.py": "the state, whose numbers come back as they were",
+    "compare/contents.py": "a digest",
+    "probe/store.py": "a digest, with allow_nan=False",
+    "probe/checkpoints.py": "a copy in memory",
+    "record/explain.py": "printed, with allow_nan=False",
+    "data/raw.py": "a part of a message",
+    "changes.py": "a copy in memory, and a digest",
+    "record/explain_text.py": "a part of a message",
+}
+
+
+def test_nothing_else_writes_json() -> None:
+    root = Path(dataflex.__file__).parent
+    found = set()
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in ("dump", "dumps") and ast.unparse(node.value) == "json":
+                found.add(str(path.relative_to(root)))
+    assert found == set(ELSEWHERE)
