@@ -74,6 +74,10 @@ class CappedScoring:
         self._fixed_seconds, self._fixed_count = 0.0, 0
         self.notes: dict[str, Any] = {}
         """What the present decision did, for the record."""
+        self._decisions, self._scoring, self._scored = 0, 0, 0
+        """Decisions, those of them that scored, and the scores they made in all."""
+        self._first_seconds, self._scoring_seconds = 0.0, 0.0
+        """What decisions had taken when the first had found out what scoring costs, and what all scoring took."""
 
     def choose(self, selector: Selector, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return ``count`` of the candidates, scoring no more of them than the cap allows."""
@@ -86,6 +90,7 @@ class CappedScoring:
         if "allowed" not in ctx.memo:
             self.notes = {"scored": 0, "clusters": int(book.clusters.max()) + 1}
             ctx.memo["allowed"] = self._allowed(ctx, book)
+            self._decisions += 1
         share = count / ctx.size
         if round(ctx.memo["allowed"] * share):
             self._score(selector, ctx, book, candidates, share)
@@ -111,7 +116,8 @@ class CappedScoring:
         self.notes["chosen_by_own_score"] = round(own / (chosen_before + chosen.size), 4)
         ranks = _ranks(estimated, used, np.searchsorted(candidates, chosen), selector.params.rule)
         unscored = int(book.unscorable(candidates).sum())
-        return Selection(chosen, estimates, unscored, ranks=ranks, ranked=candidates.size - unscored)
+        why = None if book.has_scores(candidates) else "the cap allowed no score yet, the draw is random"
+        return Selection(chosen, estimates, unscored, ranks=ranks, ranked=candidates.size - unscored, undecided=why)
 
     def _book_now(self) -> ScoreBook:
         if self._book is None:
@@ -194,11 +200,15 @@ class CappedScoring:
                 self._seconds, self._samples = self._seconds + seconds, self._samples + further.size
             self._warn_if_over(selector, ctx)
         book.record(np.concatenate(done), np.concatenate(values), ctx.update)
-        self.notes["scored"] += sum(part.size for part in done)
+        scored = sum(part.size for part in done)
+        self._scoring += not self.notes["scored"]
+        self._scored += scored
+        self.notes["scored"] += scored
 
     def _warn_if_over(self, selector: Selector, ctx: RoundContext) -> None:
         """Say so where the first decision alone took more than the cap allows the whole run."""
         spent = distributed.on_main(self._spent)
+        self._first_seconds = spent.decision_seconds
         if not ctx.start_step:
             return
         whole = spent.train_seconds * ctx.total_steps / ctx.start_step
@@ -217,7 +227,51 @@ class CappedScoring:
             return np.empty(0, dtype=np.float32), 0.0
         began = time.perf_counter()
         scores = check_scores(selector, selector.score(ctx, indices), indices, selector.leaves_out_unscored)
-        return scores, distributed.on_main(lambda: time.perf_counter() - began)
+        seconds = distributed.on_main(lambda: time.perf_counter() - began)
+        self._scoring_seconds += seconds
+        return scores, seconds
+
+    def closing(self, spent: Spent) -> dict[str, Any]:
+        """Return how the run kept to its cap: numbers, and a sentence that says why it missed it.
+
+        Args:
+            spent: seconds of the whole run.
+        """
+        cap, share = self.budget.max_overhead, spent.decision_seconds / max(spent.train_seconds, 1e-9)
+        found = {
+            "max_overhead": cap,
+            "decisions": self._decisions,
+            "decisions_that_scored": self._scoring,
+            "scores": self._scored,
+        }
+        times = "time" if self._decisions == 1 else "times"
+        rests = (
+            f"it was decided {self._decisions} {times}, on {self._scored} scores, made at {self._scoring} of the "
+            "decisions"
+        )
+        if share <= cap:
+            return {**found, "kept": True, "text": f"within max_overhead ({cap:g}); {rests}"}
+        return {**found, "kept": False, "text": f"above max_overhead ({cap:g}), {self._missed(spent)}; {rests}"}
+
+    def _missed(self, spent: Spent) -> str:
+        """Return why decisions took more than the cap allows."""
+        allowed = self.budget.max_overhead * spent.train_seconds
+        sample = f"a sample {self._seconds / max(self._samples, 1):.2g} s to score"
+        if self._first_seconds > allowed:
+            return (
+                f"because the cap comes to {allowed:.3g} s in this run and the first decision, which has to find out "
+                f"what scoring costs, took {self._first_seconds:.3g} s ({sample}, clusters and validation features "
+                "included)"
+            )
+        others = spent.decision_seconds - self._scoring_seconds
+        if others > self._scoring_seconds:
+            return (
+                f"because {others:.3g} of {spent.decision_seconds:.3g} s were no scoring (clusters, mixing, ordering)"
+            )
+        return (
+            f"because decisions took longer, or training steps less long, than those before them ({allowed:.3g} s "
+            f"allowed, {spent.decision_seconds:.3g} s spent; {sample})"
+        )
 
     def state_dict(self) -> State:
         """Return the scores and the measured costs."""
@@ -227,6 +281,7 @@ class CappedScoring:
         return {
             "book": self._book.state_dict(),
             "costs": np.array(costs, dtype=np.float64),
+            "made": [self._decisions, self._scoring, self._scored, self._first_seconds, self._scoring_seconds],
             "made_with": self._made_with,
         }
 
@@ -240,6 +295,9 @@ class CappedScoring:
         seconds, samples, fixed, count = state["costs"].tolist()
         self._seconds, self._samples = seconds, int(samples)
         self._fixed_seconds, self._fixed_count = fixed, int(count)
+        made = state.get("made", [0, 0, 0, 0.0, 0.0])  # older checkpoints do not say
+        self._decisions, self._scoring, self._scored = map(int, made[:3])
+        self._first_seconds, self._scoring_seconds = map(float, made[3:])
 
 
 def _ranks(

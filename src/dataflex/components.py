@@ -236,6 +236,10 @@ class StepContext:
     """The validation samples, where the mixer asked for them."""
 
 
+NOT_DECIDED = "not_decided"
+"""In :attr:`RoundContext.memo`: why the mixer decided nothing."""
+
+
 @dataclass(frozen=True)
 class RoundContext:
     """What a decision may depend on."""
@@ -266,6 +270,14 @@ class RoundContext:
     """The optimizer's, at the first step of the round."""
     capped: CappedScoring | None = None
     """What scores and chooses in the selector's place where ``max_overhead`` is set."""
+
+    def not_decided(self, why: str) -> None:
+        """Put on record that the shares of this round do not follow from what the mixer is for, and why.
+
+        As in a first decision that has nothing to go by yet. The round's line then does not name it as having acted. A
+        selector says so of each group in :attr:`Selection.undecided`.
+        """
+        self.memo[NOT_DECIDED] = why
 
 
 @dataclass
@@ -316,6 +328,7 @@ class Selection:
         ranked: candidates the ranks are among.
         passes: which pass over its group each is of, in the same order, int64; a sample of a later pass is not trained
             before those of an earlier one, unless an order moves it. None where there are no passes.
+        undecided: why these samples do not follow from what the selector is for; None where they do.
     """
 
     indices: IndexArray
@@ -325,6 +338,7 @@ class Selection:
     ranks: IndexArray | None = None
     ranked: int = 0
     passes: IndexArray | None = None
+    undecided: str | None = None
 
 
 class Component:
@@ -412,6 +426,17 @@ class Selector(Component):
         """Return 4: a round is then at most a quarter of the pool, and a run has several decisions."""
         return 4 if self.chooses else 1
 
+    def cannot_act(self, run: RunOutline) -> str | None:
+        """Return that a capped run has one decision, before anything is known of the time of a step."""
+        capped = isinstance(self.params, SelectorParams) and self.params.max_overhead is not None
+        if not capped or run.schedule.warmup_steps or run.decisions != 1:
+            return None
+        return (
+            "max_overhead is a share of the time of training steps, of which nothing is known before the first one, so "
+            "the only decision scores the 32 samples that are always scored; set dataflex.warmup_steps, or lower "
+            "dataflex.update_steps"
+        )
+
     def expected_forwards(self, run: RunOutline) -> float:
         """Return the samples scored in the whole run, validation samples included, each as often as it takes."""
         if self.probes == "nothing" or run.pool_size is None:
@@ -465,7 +490,7 @@ class Selector(Component):
         candidates = group.candidates
         whole = Selection(np.tile(candidates, passes), passes=np.repeat(np.arange(passes), group.size))
         if not rest:
-            return whole
+            return replace(whole, undecided="every sample is taken")
         chosen = self.choose(ctx, candidates, rest)
         self._check_distinct(chosen, group)
         if not passes:

@@ -58,6 +58,7 @@ def decision(
     warmup: bool = False,
     scored: int | None = None,
     loss_weights: Mapping[str, float] | None = None,
+    undecided: Mapping[str, str] | None = None,
 ) -> str:
     """Return the line about a round that has just been decided.
 
@@ -71,6 +72,7 @@ def decision(
         warmup: whether no method acts yet.
         scored: samples that were scored, where a cap limits them.
         loss_weights: what each domain's loss is multiplied with, where a mixer weighs the loss.
+        undecided: why a method decided nothing.
     """
     steps = f"steps {first_step}-{last_step}" if last_step > first_step else f"step {first_step}"
     parts = [f"{sum(planned.values())} of {pool_size}" + (f": {largest(planned)}" if len(planned) > 1 else " samples")]
@@ -78,6 +80,7 @@ def decision(
         parts.append(f"loss weights {largest(loss_weights, '{:.3g}')}")
     if scored is not None:
         parts.append(f"{scored} scored under the cap")
+    parts += [f"not decided by {who}: {why}" for who, why in (undecided or {}).items()]
     parts.append(f"{seconds:.1f} s")
     return f"round {number}{' (warm-up)' if warmup else ''}, {steps}: {'; '.join(parts)}"
 

@@ -230,6 +230,32 @@ def test_a_cap_too_small_for_the_first_decision_is_said(caplog: pytest.LogCaptur
     assert caplog.text == ""
 
 
+def test_a_run_says_how_it_kept_to_its_cap() -> None:
+    simulation = Simulation(warmup=20)
+    plans = simulation.run()
+    found = simulation.capped.closing(Spent(simulation.train, simulation.decided))
+    assert found["kept"] is True
+    assert found["decisions"] == 10
+    assert found["scores"] == sum(scored(plans)) > 100
+    assert found["decisions_that_scored"] == sum(count > 0 for count in scored(plans))
+    assert found["text"].startswith("within max_overhead (0.25); it was decided 10 times, on ")
+
+
+def test_a_run_says_why_it_missed_its_cap() -> None:
+    dear = Simulation(per_sample=5.0, fixed=1.0, warmup=20, rounds=2)  # 161 s against a quarter of 60 s
+    dear.run()
+    found = dear.capped.closing(Spent(dear.train, dear.decided))
+    assert (found["kept"], found["decisions"], found["decisions_that_scored"], found["scores"]) == (False, 2, 1, 32)
+    for words in ("above max_overhead (0.25)", "comes to 15 s", "first decision", "took 161 s", "5 s to score"):
+        assert words in found["text"]
+    assert "decided 2 times, on 32 scores, made at 1 of the decisions" in found["text"]
+    again = Simulation(per_sample=5.0, fixed=1.0, warmup=20, rounds=2)
+    again.capped.load_state_dict(dear.capped.state_dict())
+    assert again.capped.closing(Spent(dear.train, dear.decided)) == found
+    assert "no scoring" in dear.capped.closing(Spent(1000.0, 500.0))["text"]
+    assert "longer" in dear.capped.closing(Spent(750.0, 200.0))["text"]
+
+
 def test_before_a_step_was_timed_only_the_cost_is_found_out() -> None:
     simulation = Simulation(per_sample=0.04, fixed=0.6)
     assert simulation.round().budget["scored"] == 32

@@ -16,12 +16,15 @@ from dataflex.components import ComponentParams, Components, Mixer, RoundContext
 from dataflex.data.apportion import apportion
 from dataflex.data.plan import Planner
 from dataflex.errors import ComponentError, ConfigError
+from dataflex.mixers.ado import ADOMixer
+from dataflex.mixers.odm import OdmMixer
 from dataflex.mixers.static import StaticMixer
 from dataflex.mixers.uniform import UniformMixer
 from dataflex.orders.shuffle import ShuffleOrder
 from dataflex.probe.cost import Cost
 from dataflex.record.writer import RunWriter
 from dataflex.schedule import Schedule
+from dataflex.selectors.delta_loss import DeltaLossSelector
 from dataflex.selectors.full import FullSelector
 from dataflex.selectors.loss import LossSelector
 from dataflex.selectors.random import RandomSelector
@@ -592,3 +595,43 @@ def test_each_component_gets_its_own_validation_samples() -> None:
         plans(planner, 1)
         assert seen["mix"] is other
         assert seen["select"] is targets.get("select")
+
+
+# Rounds in which a method decides nothing
+
+
+def test_a_round_of_the_whole_pool_is_not_decided_by_its_selector() -> None:
+    pool = make_pool({"a": 8})
+    for size, undecided in ((2, {"select": "every sample is taken"}), (1, {})):
+        planner = make_planner(pool, steps=size, select=ScoreSelector(lambda candidates: candidates))
+        (plan,) = plans(planner, 1)
+        assert plan.undecided == undecided
+        assert plan.not_chosen == ({"pool": "every sample is taken"} if undecided else {})
+    (plan,) = plans(make_planner(pool, steps=2, select=build(FullSelector)), 1)
+    assert plan.undecided == {}  # that is what it is for
+
+
+def test_a_round_is_decided_where_one_domain_leaves_a_choice() -> None:
+    pool = make_pool({"a": 4, "b": 100})
+    given = {"select": ScoreSelector(lambda candidates: candidates), "mix": build(StaticMixer, proportions=[1, 1])}
+    (plan,) = plans(make_planner(pool, steps=2, **given), 1)  # 4 of each
+    assert plan.undecided == {}
+    assert plan.not_chosen == {"a": "every sample is taken"}
+
+
+def test_a_mixer_that_knows_nothing_yet_decides_nothing() -> None:
+    pool = make_pool({"a": 50, "b": 50})
+    for mixer, words in ((OdmMixer, "exploration keeps the shares equal"), (ADOMixer, "there are no laws yet")):
+        planner = make_planner(pool, steps=2, warmup=2, mix=build(mixer))
+        warmup, first = plans(planner, 2)
+        assert warmup.undecided == {}
+        assert words in first.undecided["mix"]
+    (plan,) = plans(make_planner(make_pool({"a": 9}), mix=build(StaticMixer, proportions=[1])), 1)
+    assert plan.undecided == {"mix": "there is one domain"}
+
+
+def test_the_first_decision_of_delta_loss_is_a_uniform_draw() -> None:
+    planner = make_planner(make_pool({"a": 50}), steps=2, select=build(DeltaLossSelector))
+    first, second = plans(planner, 2, FakeProbe(np.linspace(1, 2, 50)))
+    assert "first losses are only noted" in first.undecided["select"]
+    assert second.undecided == {}

@@ -261,3 +261,15 @@ def test_loss_weights_go_on_after_a_checkpoint(tmp_path: Path) -> None:
     writer.loss_weights(5, names, np.full(4, 0.5))
     with path.open(newline="") as stream:
         assert next(csv.reader(stream)) == ["step", *names]
+
+
+def test_a_round_does_not_name_a_method_that_decided_nothing(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    writer.begin({"dataflex": {"seed": 3}}, None)
+    undecided = {"select": "every sample is taken"}
+    methods = {"select": "loss", "mix": "odm"}
+    writer.round(plan(0, [0, 1, 2, 3], undecided=undecided, not_chosen={"a": "it"}), POOL, methods, COST)
+    (line,) = map(json.loads, (tmp_path / "dataflex" / "rounds.jsonl").read_text().splitlines())
+    assert line["components"] == {"mix": "odm"}
+    assert line["undecided"] == undecided
+    assert line["not_chosen"] == {"a": "it"}

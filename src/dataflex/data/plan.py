@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dataflex import distributed
 from dataflex.capped import CappedScoring
 from dataflex.components import (
+    NOT_DECIDED,
     Component,
     Components,
     DomainParams,
@@ -66,6 +67,10 @@ class Plan:
     """Samples planned of each domain up to and including this round, over its size, shape (K,); empty: unknown."""
     capped: dict[str, float] = field(default_factory=dict)
     """The share the mixer wanted of each domain that ``max_epochs_per_domain`` gave less."""
+    undecided: dict[str, str] = field(default_factory=dict)
+    """Why a component decided nothing in this round, by configuration key."""
+    not_chosen: dict[str, str] = field(default_factory=dict)
+    """Why the selector chose nothing from a group: ``pool``, or a domain where a mixer decides."""
 
     @property
     def sha256(self) -> str:
@@ -156,8 +161,42 @@ class Planner:
         ranked = {
             group.name: int(part.ranked) for group, part in zip(groups, parts, strict=True) if part.ranks is not None
         }
-        unscored = int(selection.unscored)
-        return Plan(slot, indices, scores, decided, unscored, budget, ranks, ranked, self.epochs, capped)
+        not_chosen = {
+            group.name: part.undecided for group, part in zip(groups, parts, strict=True) if part.undecided is not None
+        }
+        return Plan(
+            slot,
+            indices,
+            scores,
+            decided,
+            int(selection.unscored),
+            budget,
+            ranks,
+            ranked,
+            self.epochs,
+            capped,
+            self._undecided(slot, not_chosen, len(groups)),
+            not_chosen,
+        )
+
+    def _undecided(self, slot: RoundSlot, not_chosen: dict[str, str], groups: int) -> dict[str, str]:
+        """Return why a component decided nothing in a round, by configuration key.
+
+        Args:
+            slot: the round.
+            not_chosen: why the selector chose nothing from a group.
+            groups: number of groups.
+        """
+        found, mixer = dict[str, str](), self.components.mix
+        if slot.update is None:
+            return found
+        if not_chosen and len(not_chosen) == groups:
+            found["select"] = "; ".join(dict.fromkeys(not_chosen.values()))
+        if mixer is not None and len(self.pool.domains) == 1:
+            found["mix"] = "there is one domain"
+        elif mixer is not None and NOT_DECIDED in self._memo[mixer.family]:
+            found["mix"] = self._memo[mixer.family][NOT_DECIDED]
+        return found
 
     @property
     def epochs(self) -> NDArray[np.float64]:

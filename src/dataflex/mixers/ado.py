@@ -142,6 +142,7 @@ class ADOMixer(Mixer):
         if ctx.start_step >= max(self.params.start_step, last + self.params.fit_steps):
             self._fit(ctx)
         if not self._preferred.size:
+            ctx.not_decided("there are no laws yet, the shares are the prior")
             return self._prior
         return (1 - _NEW) * self._mean + _NEW * self._preferred
 

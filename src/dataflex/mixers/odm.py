@@ -92,9 +92,11 @@ class OdmMixer(Mixer):
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return pi_t, shape (K,), sum 1, each at least eps_t; equal shares where no step was heard yet."""
         count = len(ctx.pool.domains)
+        floor = exploration(self.steps, count)
+        if floor >= 1.0 / count:
+            ctx.not_decided(f"exploration keeps the shares equal after {self.steps} steps with a loss")
         if not self.steps:
             return np.full(count, 1.0 / count)
-        floor = exploration(self.steps, count)
         logits = self._log_perplexities
         if self.params.variant == "paper":
             logits = exploration(self.steps - 1, count) * self._rewards

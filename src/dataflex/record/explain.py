@@ -147,6 +147,7 @@ class Record:
         return {
             "path": str(self.run.path),
             "components": self.run.components,
+            "acting": self.run.acting,
             "rounds": len(self.rounds),
             "steps": self.run.steps,
             "planned_steps": last.start_step + last.steps,
@@ -185,7 +186,7 @@ class Record:
         for position in map(int, positions):
             domain = names[ids[position]]
             score, rank = _number(scores, position), _number(ranks, position)
-            group = domain if "mix" in each.components else "pool"
+            group = domain if "mix" in each.components or "mix" in each.undecided else "pool"
             place = Placement(
                 index=int(indices[position]),
                 round=each.round,
@@ -209,6 +210,11 @@ class Record:
             mixer = self.run.components.get("mix")
             return "uniform draw (warm-up)" if mixer is None else f"draw, initial shares of {mixer} (warm-up)"
         selector, mixer = each.components.get("select"), each.components.get("mix")
+        why = each.not_chosen.get(domain if "mix" in self.run.components else "pool")
+        if why is not None:
+            return f"not by {self.run.components.get('select')}: {why}"
+        if selector is None and "mix" in each.undecided:
+            return f"draw in passes (not by {self.run.components.get('mix')}: {each.undecided['mix']})"
         if selector is None:
             return "draw in passes" if mixer is None else f"draw in passes (mix {mixer})"
         size = each.pool.get(domain, 0) if mixer else sum(each.pool.values())

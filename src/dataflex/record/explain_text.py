@@ -22,8 +22,7 @@ def lines_of(found: dict[str, Any], full: bool) -> list[str]:
     """Return an answer as lines to print."""
     run = found["run"]
     state = "finished" if run["finished"] else "not finished"
-    components = " ".join(f"{family}={name}" for family, name in run["components"].items())
-    lines = [f"{run['path']}: {components}, {_count(run['rounds'], 'round')}, step {run['steps']:,}, {state}"]
+    lines = [f"{run['path']}: {run['acting']}, {_count(run['rounds'], 'round')}, step {run['steps']:,}, {state}"]
     if run["steps"] < run["planned_steps"]:
         lines.append(
             f"The plans reach to step {run['planned_steps']:,}; training reached step {run['steps']:,}"

@@ -66,6 +66,11 @@ class Round:
     proportions: dict[str, float] = field(default_factory=dict)
     """Share of each domain in force; where domains are :attr:`capped`, no longer what was wanted."""
     components: dict[str, str | None] = field(default_factory=dict)
+    """Method of each family that acted."""
+    undecided: dict[str, str] = field(default_factory=dict)
+    """Why the method of a family decided nothing."""
+    not_chosen: dict[str, str] = field(default_factory=dict)
+    """Why the selector chose nothing from ``pool`` or, with a mixer, a domain."""
     cost: Cost = field(default_factory=Cost)
     warmup: bool = False
     pool: dict[str, NonNegativeInt] = field(default_factory=dict)
@@ -136,6 +141,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Cap:
+    """How a run kept to its ``max_overhead``."""
+
+    max_overhead: float
+    decisions: NonNegativeInt
+    decisions_that_scored: NonNegativeInt
+    scores: NonNegativeInt
+    """Made in all."""
+    kept: bool
+    text: str
+    """The same as a sentence that goes on from "decisions are", and why a cap was missed."""
+
+
+@dataclass(frozen=True)
 class Summary:
     """``summary.json``, written when training ends."""
 
@@ -150,6 +169,10 @@ class Summary:
     """None in older records."""
     evaluation: Evaluation | None = None
     """The last one; None where none was made, and in older records."""
+    notes: list[str] = field(default_factory=list)
+    """What did not happen in the run although it was asked for."""
+    cap: Cap | None = None
+    """How the run kept to ``max_overhead``; None without one, and in older records."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +292,17 @@ class RunRecord:
         """Numbers of the rounds before the last one that are not on record: those of a run this one goes on from."""
         there = {each.round for each in self.rounds}
         return [number for number in range(max(there, default=0)) if number not in there]
+
+    @property
+    def acting(self) -> str:
+        """The methods as text, each with in how many of the rounds after warm-up it acted, where not in all."""
+        decided = [each for each in self.rounds if not each.warmup]
+        texts = []
+        for family, name in self.components.items():
+            idle = sum(family in each.undecided for each in decided)
+            note = f" (acted in {len(decided) - idle} of {len(decided)} rounds)" if idle else ""
+            texts.append(f"{family}={name}{note}")
+        return " ".join(texts)
 
     @property
     def decision_seconds(self) -> float:

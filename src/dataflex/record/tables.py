@@ -49,8 +49,17 @@ def run_table(runs: Sequence[MeasuredRun]) -> Table:
     header += ["train s", "decide s", "evaluate s", "overhead"]
     rows = [_run_row(run, eval_names) for run in runs]
     kept = [i for i in range(len(header)) if i < 2 or any(row[i] != NOTHING for row in rows)]
-    unfinished = tuple(_unfinished(run) for run in runs if run.record.summary is None)
-    return Table("Runs", [header[i] for i in kept], [[row[i] for i in kept] for row in rows], 2, unfinished)
+    told = tuple(note for run in runs for note in _told(run))
+    return Table("Runs", [header[i] for i in kept], [[row[i] for i in kept] for row in rows], 2, told)
+
+
+def _told(run: MeasuredRun) -> list[str]:
+    """Return what is to be said about a run below the table."""
+    summary = run.record.summary
+    if summary is None:
+        return [_unfinished(run)]
+    cap = [] if summary.cap is None else [f"decisions are {summary.cap.text}."]
+    return [f"{run.label}: {note}" for note in [*summary.notes, *cap]]
 
 
 def _unfinished(run: MeasuredRun) -> str:
@@ -64,7 +73,7 @@ def _run_row(run: MeasuredRun, eval_names: Sequence[str]) -> list[str]:
     last = record.evaluations[-1] if record.evaluations else None
     row = [
         run.label,
-        " ".join(f"{family}={name}" for family, name in record.components.items()) or NOTHING,
+        record.acting or NOTHING,
         _count(len(record.rounds)) if record.rounds or record.components else NOTHING,
         _count(record.steps),
         _count(sum(each.size for each in record.rounds)) if record.rounds else NOTHING,

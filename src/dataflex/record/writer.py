@@ -296,13 +296,17 @@ class RunWriter:
             "pool": {name: int(size) for name, size in zip(pool.domains, pool.domain_sizes, strict=True)},
             "domains": {name: int(count) for name, count in zip(pool.domains, counts, strict=True)},
             "proportions": {name: float(share) for name, share in zip(pool.domains, plan.proportions, strict=True)},
-            "components": components,
+            "components": {key: name for key, name in components.items() if key not in plan.undecided},
             "cost": asdict(cost),
         }
         if plan.slot.update is None:
             line["warmup"] = True
         if plan.budget is not None:
             line["budget"] = plan.budget
+        if plan.undecided:
+            line["undecided"] = plan.undecided
+        if plan.not_chosen:
+            line["not_chosen"] = plan.not_chosen
         if plan.unscored:
             line["unscored"] = plan.unscored
         if plan.candidates:

@@ -69,7 +69,8 @@ class DeltaLossSelector(Selector):
             self._baseline[candidates] = losses
             chosen = draw_scored((~np.isnan(losses)).astype(np.float64), count, ctx.rng)
             fallen = np.zeros(chosen.size, dtype=np.float32)
-            return Selection(candidates[chosen], fallen, int(np.isnan(losses).sum()))
+            why = "the first losses are only noted, the draw is uniform"
+            return Selection(candidates[chosen], fallen, int(np.isnan(losses).sum()), undecided=why)
         delta = first - losses
         if self.params.relative:
             delta = delta / np.where(first == 0, 1, first)  # nothing can fall below a first loss of 0

@@ -687,3 +687,5 @@ class DynamicCallback(TrainerCallback):
                 f"dataflex: training {summary['train_seconds']:.1f} s, decisions {summary['decision_seconds']:.1f} s "
                 f"({100 * summary['overhead_fraction']:.1f} %), {summary['rounds']} rounds, {summary['tokens']} tokens"
             )
+            if "cap" in summary:
+                console.say(f"dataflex: decisions are {summary['cap']['text']}.")

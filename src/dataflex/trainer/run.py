@@ -407,6 +407,7 @@ class DynamicRun:
             warmup=slot.update is None,
             scored=None if plan.budget is None else plan.budget["scored"],
             loss_weights=weights,
+            undecided={f"{key} {self.names[key]}": why for key, why in plan.undecided.items()},
         )
 
     @property
@@ -518,6 +519,11 @@ class DynamicRun:
         }
         if self._last_evaluation is not None:
             summary["evaluation"] = self._last_evaluation
+        if self.notes:
+            summary["notes"] = self.notes
+        capped = None if self.planner is None else self.planner.capped
+        if capped is not None:
+            summary["cap"] = capped.closing(Spent(self.train_seconds, self.decision_seconds))
         if self.writer is not None:
             self.writer.summary(summary)
             found = None if self.components.mix is None else self.components.mix.result(self.domains)
