@@ -245,7 +245,10 @@ def test_a_dry_run_writes_nothing(lab: Lab, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_print_writes_nothing_and_says_all_three(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    (lab.folder / "plugin.py").write_text("")
+    (lab.folder / "plugin.py").write_text(
+        "from dataflex import Order, register\n\n\n@register('order', 'workflow_test')\nclass Mine(Order):\n"
+        "    def arrange(self, ctx, selection):\n        return ctx.rng.permutation(selection.indices.size)\n"
+    )
     lab.base["dataflex"] = {"plugins": ["plugin.py"]}
     lab.write()
     assert lab.doremi(print_only=True) == 0

@@ -22,6 +22,7 @@ import io
 import logging
 import os
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -38,9 +39,11 @@ from dataflex import distributed
 from dataflex.config import RunConfig
 from dataflex.data.pool import Divided, Pool
 from dataflex.data_errors import Load, refuse_empty, told
-from dataflex.errors import ConfigError, unknown
+from dataflex.errors import ComponentError, ConfigError, DataFlexError, unknown
+from dataflex.files import write_atomically
 from dataflex.influence import ValidationParams
 from dataflex.record.identity import only_run_in
+from dataflex.registry import failure_of_component
 from dataflex.resume import Resume, find
 from dataflex.trainer.evaluation import TOKEN_WEIGHTED, UNWEIGHTED
 from dataflex.trainer.mixin import DynamicTrainerMixin, Finished
@@ -71,11 +74,12 @@ def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> No
         with parsing, _data_errors_told():
             tuner.run_exp(dict(config.llamafactory), callbacks)
         return
-    dynamic = DynamicRun(config)
+    dynamic, output = DynamicRun(config), Path(str(config.llamafactory["output_dir"]))
     with (
-        _only_run(Path(str(config.llamafactory["output_dir"]))),
+        _only_run(output),
         replaced(tuner, "get_train_args", partial(_decided_args, tuner.get_train_args, dynamic)),
         installed(dynamic),
+        _component_errors_told(output),
     ):
         tuner.run_exp(dict(config.llamafactory), callbacks)
 
@@ -161,6 +165,26 @@ def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, original)
+
+
+@contextmanager
+def _component_errors_told(output: Path) -> Iterator[None]:
+    """Tell errors under the code of somebody's component in one paragraph; their traceback goes into the record.
+
+    Raises:
+        ComponentError: in their place; errors of the framework itself are left as they are.
+    """
+    try:
+        yield
+    except DataFlexError:
+        raise
+    except Exception as error:
+        said = failure_of_component(error)
+        if said is None:
+            raise
+        file = output / "dataflex" / "traceback.txt"
+        write_atomically(file, "".join(traceback.format_exception(error)).encode())
+        raise ComponentError(f"{said}. The traceback is in {file}.") from error
 
 
 @contextmanager

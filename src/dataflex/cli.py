@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -49,12 +50,29 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail either
         return 1
     except DataFlexError as error:
-        from dataflex.launch import report_error
+        return _fail(str(error), error)
+    except Exception as error:
+        from dataflex.registry import failure_of_component
 
-        report_error(f"dataflex: {error}")
-        return BAD_INPUT
+        said = failure_of_component(error)
+        if said is None:
+            raise
+        return _fail(f"{said}. {TRACEBACK}=1 prints the traceback.", error)
     except KeyboardInterrupt as stop:
         return stopping.end(stop, _STOPPED.get(options.command, "stopped."))
+
+
+TRACEBACK = "DATAFLEX_TRACEBACK"
+"""Environment variable: print the tracebacks of errors that are told in one paragraph."""
+
+
+def _fail(text: str, error: Exception) -> int:
+    from dataflex.launch import report_error
+
+    if os.environ.get(TRACEBACK, "").lower() in ("1", "true", "y"):
+        traceback.print_exception(error)
+    report_error(f"dataflex: {text}")
+    return BAD_INPUT
 
 
 def _parser() -> argparse.ArgumentParser:

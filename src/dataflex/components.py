@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from dataflex.component_source import label_of
 from dataflex.data.sampling import IndexArray, PassSampler
 from dataflex.errors import ComponentError, ConfigError, unknown
 from dataflex.schedule import RunOutline
@@ -389,6 +390,42 @@ class Component:
         """Take back what :meth:`state_dict` returned."""
 
 
+def state_of(component: Component) -> State:
+    """Return a component's state.
+
+    Raises:
+        ComponentError: if it holds something that a checkpoint cannot, naming where.
+    """
+    state = component.state_dict()
+    label = label_of(component, ("state_dict",))
+    if not isinstance(state, dict):
+        raise ComponentError(f"{label} returned a {type(state).__name__} as its state; needed is a dict.")
+    for path, value in _parts(state):
+        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+            continue
+        if value is not None and not isinstance(value, str | bool | int | float | np.generic):
+            kind = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+            raise ComponentError(
+                f"{label} returned {kind} as {path!r} of its state; use JSON values and numeric numpy arrays."
+            )
+    return state
+
+
+def _parts(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value in nested dicts and lists with its path; a key that is no text as a value."""
+    if isinstance(state, dict):
+        for key, value in state.items():
+            if isinstance(key, str):
+                yield from _parts(value, f"{path}.{key}".lstrip("."))
+            else:
+                yield f"{path}.{key}".lstrip("."), (key,)
+    elif isinstance(state, list | tuple):
+        for number, value in enumerate(state):
+            yield from _parts(value, f"{path}[{number}]")
+    else:
+        yield path, state
+
+
 class SelectorParams(ComponentParams):
     """Parameters of selectors that turn one score per sample into a selection."""
 
@@ -492,6 +529,10 @@ class Selector(Component):
         if not rest:
             return replace(whole, undecided="every sample is taken")
         chosen = self.choose(ctx, candidates, rest)
+        if not isinstance(chosen, Selection):
+            raise ComponentError(
+                f"{label_of(self, ('choose',))} returned a {type(chosen).__name__}; needed is a dataflex.Selection."
+            )
         self._check_distinct(chosen, group)
         if not passes:
             return chosen
@@ -502,7 +543,7 @@ class Selector(Component):
         seen = np.zeros(group.size, dtype=bool)
         seen[inside - group.start] = True
         if np.count_nonzero(seen) < inside.size:
-            raise ComponentError(f"{self.family} {self.name!r} chose a sample of {group.name!r} more than once.")
+            raise ComponentError(f"{label_of(self, ('choose',))} chose a sample of {group.name!r} more than once.")
 
 
 def join(parts: list[Selection]) -> Selection:
@@ -540,8 +581,12 @@ def check_scores(
     Raises:
         ComponentError: naming the component and the first offending samples.
     """
-    values = np.asarray(scores, dtype=np.float32)
-    label = f"{component.family} {component.name!r}"
+    label = label_of(component, ("score",))
+    try:
+        values = np.asarray(scores, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        kind = type(scores).__name__
+        raise ComponentError(f"{label} returned a {kind} that is no array of numbers: {error}") from error
     if values.shape != candidates.shape:
         raise ComponentError(
             f"{label} returned scores of shape {values.shape} for {candidates.size} candidates; "

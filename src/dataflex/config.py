@@ -114,12 +114,9 @@ class RunConfig:
         problems = []
         for key, (cls, params) in self.params.items():
             try:
-                setattr(built, key, cls(params))
+                setattr(built, key, registry.instantiate(cls, params))
             except DataFlexError as error:
                 problems.append(Problem(f"{SECTION}.{key}", str(error)))
-            except Exception as error:  # noqa: BLE001 - a component is anyone's code
-                made = f"{cls.family} {cls.name!r} cannot be made: {type(error).__name__}: {error}"
-                problems.append(Problem(f"{SECTION}.{key}", f"{made} (in {registry.source_of(cls)})."))
         if problems:
             raise ConfigError(problems=problems, source=self.source)
         return built
@@ -207,7 +204,7 @@ def _load_plugins(section: Mapping[str, Any], base: Path | None, problems: list[
     try:
         registry.load_components(plugins if named else [], base)
     except ConfigError as error:
-        problems.append(Problem(SECTION, str(error)))
+        problems += [replace(each, key=each.key and f"{SECTION}.{each.key}") for each in error.problems]
         return False
     return named
 

@@ -173,7 +173,7 @@ WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "NaN scores": (
         {"dataflex": {"update_steps": 2, "select": {"method": "test_nan"}, "plugins": ["bad_plugin.py"]}},
-        ["selector 'test_nan'", "NaN", "pool indices"],
+        ["selector 'test_nan' (NanSelector.score, ", "bad_plugin.py, line 8)", "NaN", "pool indices"],
     ),
     "scores of the wrong shape": (
         {"dataflex": {"update_steps": 2, "select": {"method": "test_short"}, "plugins": ["bad_plugin.py"]}},
@@ -183,9 +183,21 @@ WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
         {**TWO, "dataflex": {"update_steps": 2, "mix": {"method": "test_nan"}, "plugins": ["bad_plugin.py"]}},
         ["mixer 'test_nan'", "nan", "alpha, beta"],
     ),
+    "an error in a selector": (
+        {"dataflex": {"update_steps": 2, "select": {"method": "test_key"}, "plugins": ["bad_plugin.py"]}},
+        ["selector 'test_key' failed in score", "bad_plugin.py, line 33", "KeyError: 'x'", "traceback.txt"],
+    ),
+    "an error in a weighter": (
+        {"dataflex": {"weight": {"method": "test_key"}, "plugins": ["bad_plugin.py"]}},
+        ["weighter 'test_key' failed in weigh", "bad_plugin.py, line 39", "(raised in ", "traceback.txt"],
+    ),
+    "a list for a selection": (
+        {"dataflex": {"update_steps": 2, "select": {"method": "test_list"}, "plugins": ["bad_plugin.py"]}},
+        ["selector 'test_list' (ListSelector.choose, ", "bad_plugin.py, line 44", "a list", "Selection"],
+    ),
     "negative weights": (
         {"dataflex": {"weight": {"method": "test_negative"}, "plugins": ["bad_plugin.py"]}},
-        ["weighter 'test_negative'", "negative"],
+        ["weighter 'test_negative' (NegativeWeighter.weigh, ", "negative"],
     ),
     "an empty validation set": (influence(validation="empty"), ["dataflex.select.validation", "'empty'"]),
     "a malformed validation set": (
@@ -272,6 +284,24 @@ class NanMixer(Mixer):
 class NegativeWeighter(Weighter):
     def weigh(self, losses, step):
         return -losses
+
+
+@register("selector", "test_key")
+class KeySelector(Selector):
+    def score(self, ctx, candidates):
+        return {}["x"]
+
+
+@register("weighter", "test_key")
+class KeyWeighter(Weighter):
+    def weigh(self, losses, step):
+        return np.testing.assert_equal(1, 2)
+
+
+@register("selector", "test_list")
+class ListSelector(Selector):
+    def choose(self, ctx, candidates, count):
+        return candidates[:count].tolist()
 """
 
 

@@ -643,7 +643,11 @@ def test_the_mixer_of_the_readme_mixes_by_loss(runs: Any) -> None:
 
 
 def test_a_failing_worker_is_our_exit_status(newcomer: Path) -> None:
-    (newcomer / "failing.py").write_text("import os\n\nif 'LOCAL_RANK' in os.environ:\n    1 / 0\n")
+    component = (
+        "@register('order', 'failing')\nclass Failing(Order):\n    def arrange(self, ctx, selection):\n        ..."
+    )
+    text = f"import os\nfrom dataflex import Order, register\n{component}\nif 'LOCAL_RANK' in os.environ:\n    1 / 0\n"
+    (newcomer / "failing.py").write_text(text)
     process = start(newcomer, f"output_dir={newcomer / 'failing'}", "dataflex.plugins=[near_loss.py, failing.py]")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output[-4000:]

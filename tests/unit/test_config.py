@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dataflex import registry
-from dataflex.components import ComponentParams, Mixer, Selector
+from dataflex.components import Mixer, Selector
 from dataflex.config import RunConfig, load_config, split_config
 from dataflex.errors import ConfigError
 from dataflex.yaml_file import read_yaml
@@ -297,7 +297,8 @@ def test_entry_points_of_installed_packages_are_loaded(tmp_path: Path, monkeypat
     def load_package() -> None:
         @registry.register("mixer", "packaged")
         class Packaged(Mixer):
-            pass
+            def mix(self, ctx):
+                return ctx.pool.domain_sizes
 
     asked = []
 
@@ -344,20 +345,23 @@ def test_registering_needs_a_fitting_class() -> None:
 def test_a_name_is_taken_once_per_family() -> None:
     @registry.register("selector", "mine")
     class First(Selector):
-        Params = ComponentParams
+        def score(self, ctx, candidates):
+            return candidates
 
     registry.register("selector", "mine")(First)  # the same class again is fine
     with pytest.raises(ConfigError, match=r"selector 'mine' is already registered by .*First"):
 
         @registry.register("selector", "mine")
         class Second(Selector):
-            Params = ComponentParams
+            def score(self, ctx, candidates):
+                return -candidates
 
     assert registry.get("selector", "mine") is First
 
     @registry.register("mixer", "mine")
     class Other(Mixer):
-        pass
+        def mix(self, ctx):
+            return ctx.pool.domain_sizes
 
     assert registry.get("mixer", "mine") is Other
 

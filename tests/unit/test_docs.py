@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
@@ -62,6 +62,8 @@ def check_table(model: type[BaseModel], text: str) -> None:
         given = field.default_factory() if field.default_factory else field.default  # type: ignore[call-arg]
         assert default == shown(given), name
         assert values, name
+        if get_origin(field.annotation) is Literal:
+            assert all(f"`{choice}`" in values for choice in get_args(field.annotation)), name
         assert meaning.endswith("."), name
 
 

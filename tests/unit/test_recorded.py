@@ -17,7 +17,7 @@ from dataflex.record.configuration import read_configuration, recorded
 from dataflex.record.environment import environment
 
 PLUGIN = """
-from dataflex import ComponentParams, InputPath, OutputPath, Selector, register
+from dataflex import ComponentParams, InputPath, OutputPath, Selection, Selector, register
 
 
 class Params(ComponentParams):
@@ -30,6 +30,9 @@ class Params(ComponentParams):
 @register("selector", "test_paths")
 class Paths(Selector):
     Params = Params
+
+    def choose(self, ctx, candidates, count):
+        return Selection(candidates[:count])
 """
 
 

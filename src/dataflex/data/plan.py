@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dataflex import distributed
 from dataflex.capped import CappedScoring
+from dataflex.component_source import label_of
 from dataflex.components import (
     NOT_DECIDED,
     Component,
@@ -337,11 +338,12 @@ class Planner:
         if selector is None or slot.update is None:
             return group.draw_passes()
         selection = selector.select(self.context(selector, slot, probe, group.name), group)
-        self._check_selection(selection, group)
+        self._check_selection(label_of(selector, ("select", "choose", "score")), selection, group)
         return selection
 
-    def _check_selection(self, selection: Selection, group: Group) -> None:
-        label = f"selector {self.components.select.name!r}" if self.components.select else "selector"
+    def _check_selection(self, label: str, selection: Selection, group: Group) -> None:
+        if not isinstance(selection, Selection):
+            raise ComponentError(f"{label} returned a {type(selection).__name__}; needed is a dataflex.Selection.")
         indices = selection.indices
         if indices.shape != (group.budget,) or not np.issubdtype(indices.dtype, np.integer):
             raise ComponentError(
@@ -370,7 +372,9 @@ class Planner:
         if order is not None and slot.update is not None:
             positions = np.asarray(order.arrange(self.context(order, slot, probe), selection))
             if positions.shape != (size,) or not np.array_equal(np.sort(positions), np.arange(size)):
-                raise ComponentError(f"order {order.name!r} did not return a permutation of {size} positions.")
+                raise ComponentError(
+                    f"{label_of(order, ('arrange',))} did not return a permutation of {size} positions."
+                )
             return positions
         if self.arrangement == "sequential" or (self.arrangement == "shuffle" and selection.shuffled):
             return None
@@ -422,12 +426,17 @@ def check_proportions(component: Component, given: NDArray[np.float64], pool: Po
     Raises:
         ComponentError: if they are not K finite, non-negative numbers with a positive sum.
     """
-    values = np.asarray(given, dtype=np.float64)
     count = len(pool.domains)
+    label = label_of(component, ("mix", "initial"))
+    try:
+        values = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        kind = type(given).__name__
+        raise ComponentError(f"{label} returned a {kind} that is no array of {count} numbers: {error}") from error
     if values.shape != (count,) or not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
         shown = f"[{some([repr(float(share)) for share in values.ravel()])}]"
         raise ComponentError(
-            f"mixer {component.name!r} returned proportions {shown}; needed are {count} finite, non-negative numbers "
+            f"{label} returned proportions {shown}; needed are {count} finite, non-negative numbers "
             f"with a positive sum, one for each of {some(pool.domains)}."
         )
     return values / values.sum()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataflex import distributed
+from dataflex.component_source import label_of
 from dataflex.components import Mixer, StepContext, StepStatistics
 from dataflex.domain_weights import StepWeightParams
 from dataflex.errors import ComponentError
@@ -129,8 +130,9 @@ class DomainLoss:
     def _take(self) -> None:
         given = np.asarray(self.mixer.loss_weights, dtype=np.float64)
         if given.shape != (len(self.domains),) or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
+            label = label_of(self.mixer, ("loss_weights", "update_weights"))
             raise ComponentError(
-                f"mixer {self.mixer.name!r} gave loss weights {given.tolist()}; needed are {len(self.domains)} finite, "
+                f"{label} gave loss weights {given.tolist()}; needed are {len(self.domains)} finite, "
                 "non-negative numbers with a positive sum."
             )
         self.used = given

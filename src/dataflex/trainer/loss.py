@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dataflex import distributed
+from dataflex.component_source import label_of
 from dataflex.components import Weighter
 from dataflex.errors import ComponentError
 from dataflex.token_loss import IGNORE_INDEX, sample_means, shifted, token_losses
@@ -122,14 +123,13 @@ def check_weights(weighter: Weighter, weights: Tensor, count: int) -> None:
     Raises:
         ComponentError: naming the weighter and what it returned.
     """
+    label = label_of(weighter, ("weigh",))
+    if not isinstance(weights, torch.Tensor):
+        raise ComponentError(f"{label} returned a {type(weights).__name__}; needed is a tensor of {count} weights.")
     if weights.shape != (count,):
-        raise ComponentError(
-            f"weighter {weighter.name!r} returned weights of shape {tuple(weights.shape)} for {count} samples."
-        )
+        raise ComponentError(f"{label} returned weights of shape {tuple(weights.shape)} for {count} samples.")
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
-        raise ComponentError(
-            f"weighter {weighter.name!r} returned weights that are NaN, infinite or negative: {weights.tolist()}"
-        )
+        raise ComponentError(f"{label} returned weights that are NaN, infinite or negative: {weights.tolist()}")
 
 
 @contextmanager

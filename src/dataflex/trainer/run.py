@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dataflex import console, distributed
 from dataflex.capped import CappedScoring, Spent
 from dataflex.changes import snapshot
-from dataflex.components import GradientSettings, SelectorParams, StepContext, StepStatistics
+from dataflex.components import GradientSettings, SelectorParams, StepContext, StepStatistics, state_of
 from dataflex.config import DataFlexConfig, RunConfig
 from dataflex.data.plan import Arrangement, Plan, Planner, epoch_limits
 from dataflex.data.pool import Pool, some
@@ -543,7 +543,7 @@ class DynamicRun:
             "plan": self._plan_state(),
             "planner": self.planner.state_dict() if self.planner is not None else None,
             "methods": self.names,
-            "components": {key: component.state_dict() for key, component in self.components.items()},
+            "components": {key: state_of(component) for key, component in self.components.items()},
             "train_seconds": self.train_seconds,
             "decision_seconds": self.decision_seconds,
             "tokens": self.tokens,
