@@ -650,19 +650,28 @@ class Mixer(Component):
     """Whether it measures several samples together on the model, which some collators do not allow."""
     constant_shares: ClassVar[bool] = False
     """Whether :meth:`mix` returns the same shares in every round."""
+    begins_with_initial: ClassVar[bool] = False
+    """Whether :meth:`mix` starts from the initial proportions, also without a warm-up."""
 
     def wanted_rounds(self, domains: int) -> int:
         """Return 10, so that shares that change can do so several times, or 1 where they do not."""
         return 1 if self.constant_shares else 10
 
     def cannot_act(self, run: RunOutline) -> str | None:
-        """Return that one domain leaves nothing to mix, or what :meth:`cannot_learn` says."""
+        """Return that one domain leaves nothing to mix, what :meth:`cannot_learn` says, or what has no effect."""
         if run.domains == 1:
             return (
                 "there is one domain, whose share is always 1; name several data sets in dataset, or divide one with "
                 "dataflex.domain_column"
             )
-        return self.cannot_learn(run)
+        return self.cannot_learn(run) or self._unused(run)
+
+    def _unused(self, run: RunOutline) -> str | None:
+        """Return that the proportions of warm-up rounds are given where there are none."""
+        given = isinstance(self.params, MixerParams) and self.params.initial_proportions is not None
+        if not given or self.begins_with_initial or run.schedule.warmup_steps:
+            return None
+        return "initial_proportions are those of warm-up rounds, and there are none; set dataflex.warmup_steps"
 
     def cannot_learn(self, run: RunOutline) -> str | None:
         """Return why the shares (or loss weights) cannot become what the mixer is for in this run; None where they can.
@@ -761,6 +770,15 @@ def _read_shares(path: str) -> dict[str, float]:
 
 class Order(Component):
     """Arranges the samples of a plan."""
+
+    def cannot_act(self, run: RunOutline) -> str | None:
+        """Return that rounds of one step leave nothing to arrange: a step's gradient does not depend on the order."""
+        if min(run.schedule.update_steps, run.decided_steps) > 1:
+            return None
+        return (
+            "every round is one optimizer step, and the order of samples inside a step changes nothing; raise "
+            "dataflex.update_steps"
+        )
 
     keeps_passes: ClassVar[bool] = False
     """Whether the samples of a domain come in passes whatever :meth:`arrange` returns: of one domain, those of an

@@ -135,6 +135,7 @@ def runs(workshop: Any) -> Any:
         workshop.add(name, **TWO_SETS, **section(**selector), dropout=True)
     workshop.repeat("probe-yes-again", "probe-yes")
     add_variants(workshop)
+    add_defaults(workshop)
     add_strategies(workshop, 1)
     add_deaths(workshop)
     add_resumes(workshop)
@@ -240,6 +241,40 @@ def add_resumes(workshop: Any) -> None:
     workshop.add("again-new", stop_at=1, overwrite_output_dir=True, into="again", **{**static, "learning_rate": 0.02})
     workshop.add("again-end", into="again", **{**static, "learning_rate": 0.02})
     workshop.add("again-whole", **{**static, "learning_rate": 0.02})
+
+
+def add_defaults(workshop: Any) -> None:
+    """Runs whose section names nothing but a method."""
+    less = {"method": "less", "validation": "held", "preconditioner": "none", "proj_dim": 64}
+    workshop.add("default-less", dataflex={"select": less})
+    workshop.add("default-odm", **TWO_SETS, dataflex={"mix": {"method": "odm"}})
+    workshop.add("default-ado", **TWO_SETS, dataflex={"mix": {"method": "ado"}}, max_steps=4)
+
+
+def test_a_method_alone_decides_several_times(runs: Any) -> None:
+    less = runs.rounds("default-less")
+    assert [line["steps"] for line in less] == [2, 2, 2, 2]
+    for line in less:
+        assert line["components"] == {"select": "less"}
+        assert line["candidates"] == {"pool": 48}
+        assert line["cost"]["samples"] >= 48 + 12
+        assert line["size"] <= 48 / 4
+    first, *others = runs.rounds("default-odm")
+    assert len(others) == 7
+    assert first["undecided"]["mix"].startswith("exploration keeps the shares equal")
+    assert first["components"] == {}
+    assert others[-1]["components"] == {"mix": "odm"}
+    assert others[-1]["proportions"]["alpha"] != others[-1]["proportions"]["beta"]
+
+
+def test_a_method_that_cannot_act_says_so_on_record(runs: Any) -> None:
+    summary = json.loads((runs.root / "default-ado" / "dataflex" / "summary.json").read_text())
+    (note,) = summary["notes"]
+    assert note.startswith("mix ado: laws are first fitted after start_step (1000) steps")
+    for line in runs.rounds("default-ado"):
+        assert line["undecided"] == {"mix": "there are no laws yet, the shares are the prior"}
+    summary = json.loads((runs.root / "default-less" / "dataflex" / "summary.json").read_text())
+    assert "notes" not in summary
 
 
 @pytest.mark.parametrize(("ours", "plain"), [("no-section-lora", "sft-lora-1"), ("no-section-pt", "pt-full-1")])

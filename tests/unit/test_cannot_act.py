@@ -48,7 +48,10 @@ def test_every_method_can_act_in_a_long_run_of_many_rounds() -> None:
     names = [(family, name) for family in registry.CONFIG_KEYS.values() for name in registry.available(family)]
     assert len(names) >= 31
     for family, name in names:
-        assert make(family, name).cannot_act(outline()) is None, name
+        assert make(family, name).cannot_act(outline(total=2400)) is None, name
+    warm = outline(total=2400, warmup=5)
+    assert make("mixer", "random", initial_proportions=[1, 1, 1]).cannot_act(warm) is None
+    assert make("mixer", "moe_balance", initial_proportions=[1, 1, 1]).cannot_act(outline()) is None
 
 
 @pytest.mark.parametrize(
@@ -88,6 +91,11 @@ def test_every_method_can_act_in_a_long_run_of_many_rounds() -> None:
         ),
         ("mixer", "group_dro", {"weights": "previous"}, {"total": 5, "warmup": 4}, "no second one"),
         ("mixer", "doremi", {"weights": "previous"}, {"total": 1, "length": 1}, "no second one"),
+        ("mixer", "unimax", {}, {"total": 2500}, r"10000 samples and max_epochs \(1\) allows 10000"),
+        ("mixer", "random", {"initial_proportions": [1, 1, 1]}, {}, "initial_proportions .* there are none"),
+        ("order", "sort", {}, {"length": 1}, "inside a step changes nothing"),
+        ("order", "shuffle", {}, {"total": 11, "warmup": 10}, "inside a step changes nothing"),
+        ("selector", "less", {"max_overhead": 0.5}, {"total": 100}, "the only decision scores the 32 samples"),
         ("weighter", "loss", {}, {"batch": 1}, "one sample"),
         ("weighter", "loss", {"temperature_end": 0.1, "temperature_steps": 5000}, {}, "ends at 0.28"),
     ],

@@ -45,6 +45,7 @@ class MoeBalanceMixer(Mixer):
 
     Params = MoeBalanceParams
     measures_samples: ClassVar[bool] = True
+    begins_with_initial: ClassVar[bool] = True
 
     def __init__(self, params: MoeBalanceParams) -> None:
         super().__init__(params)

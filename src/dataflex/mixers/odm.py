@@ -94,7 +94,7 @@ class OdmMixer(Mixer):
         count = len(ctx.pool.domains)
         floor = exploration(self.steps, count)
         if floor >= 1.0 / count:
-            ctx.not_decided(f"exploration keeps the shares equal after {self.steps} steps with a loss")
+            ctx.not_decided(f"exploration keeps the shares equal until more losses were heard ({self.steps} so far)")
         if not self.steps:
             return np.full(count, 1.0 / count)
         logits = self._log_perplexities

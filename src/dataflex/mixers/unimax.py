@@ -20,6 +20,7 @@ from pydantic import Field
 
 from dataflex.components import Mixer, MixerParams, RoundContext
 from dataflex.registry import register
+from dataflex.schedule import RunOutline
 
 
 class UnimaxParams(MixerParams):
@@ -35,6 +36,16 @@ class UnimaxMixer(Mixer):
 
     Params = UnimaxParams
     constant_shares: ClassVar[bool] = True
+
+    def cannot_learn(self, run: RunOutline) -> str | None:
+        """Return that every domain is at its cap."""
+        samples, most = run.total_steps * run.global_batch_size, self.params.max_epochs * (run.pool_size or 0)
+        if samples < most:
+            return None
+        return (
+            f"the run trains on {samples} samples and max_epochs ({self.params.max_epochs:g}) allows {most:g}: every "
+            "domain is at its cap, and the shares are those of the sizes. Raise max_epochs, or train less"
+        )
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the given initial proportions, or the mixer's own."""
