@@ -29,7 +29,6 @@ from dataclasses import fields
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +41,8 @@ from dataflex.data_errors import Load, refuse_empty, told
 from dataflex.errors import ComponentError, ConfigError, DataFlexError, unknown
 from dataflex.files import write_atomically
 from dataflex.influence import ValidationParams
+from dataflex.parsing import parse, parse_to_train
+from dataflex.parsing import replaced as replaced
 from dataflex.record.identity import only_run_in
 from dataflex.registry import failure_of_component
 from dataflex.resume import Resume, find
@@ -70,7 +71,7 @@ def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> No
     from llamafactory.train import tuner
 
     if config.dataflex is None:
-        parsing = replaced(tuner, "get_train_args", partial(_get_train_args, tuner.get_train_args))
+        parsing = replaced(tuner, "get_train_args", partial(parse_to_train, tuner.get_train_args, source=config.source))
         with parsing, _data_errors_told():
             tuner.run_exp(dict(config.llamafactory), callbacks)
         return
@@ -104,7 +105,7 @@ def look(config: RunConfig, instead: Callable[[DynamicRun], None]) -> None:
     dynamic.instead = instead
     with (
         _only_run(Path(str(config.llamafactory["output_dir"]))),
-        replaced(tuner, "get_train_args", partial(_get_train_args, tuner.get_train_args)),
+        replaced(tuner, "get_train_args", partial(parse_to_train, tuner.get_train_args, source=config.source)),
         installed(dynamic),
         contextlib.suppress(Finished),
     ):
@@ -113,20 +114,14 @@ def look(config: RunConfig, instead: Callable[[DynamicRun], None]) -> None:
         dist.destroy_process_group()
 
 
-def _get_train_args(original: Callable[..., Any], args: Any) -> Any:
-    try:
-        return original(args)
-    except (ValueError, TypeError, AssertionError, ImportError) as error:
-        raise ConfigError(f"LLaMA-Factory does not accept these arguments: {error}") from error
-
-
 def _decided_args(original: Callable[..., Any], dynamic: DynamicRun, args: Any) -> Any:
     """Return LLaMA-Factory's arguments of a training, after deciding what it goes on from.
 
     The decision is the main process's, made before a model is loaded. What a resume does not change is parsed again
     with the value in force.
     """
-    parsed = _get_train_args(original, args)
+    source = dynamic.config.source
+    parsed = parse_to_train(original, args, source)
     training_args = parsed[2]
     if not training_args.do_train:
         return parsed
@@ -134,7 +129,7 @@ def _decided_args(original: Callable[..., Any], dynamic: DynamicRun, args: Any) 
     if found is not None:
         dynamic.config, dynamic.resume = found.effective(dynamic.config), found
         if dynamic.config.llamafactory != args:
-            parsed = _get_train_args(original, dict(dynamic.config.llamafactory))
+            parsed = parse_to_train(original, dict(dynamic.config.llamafactory), source)
     parsed[2].resume_from_checkpoint = None if found is None else str(found.folder)
     return parsed
 
@@ -154,17 +149,6 @@ def _resume(dynamic: DynamicRun, training_args: Any) -> Resume | None:
     for line in found.lines():
         print(f"dataflex: {line}")
     return found
-
-
-@contextmanager
-def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """Set a module's name for a while."""
-    original = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
 
 
 @contextmanager
@@ -689,7 +673,7 @@ def pool_of(config: RunConfig, domain_column: str | None = None) -> tuple[Pool, 
             tempfile.TemporaryDirectory() as folder,
         ):
             fixed = {"do_train": True, "output_dir": folder, "report_to": "none", "use_cpu": True}
-            model_args, data_args, training_args, finetuning_args, _ = _get_train_args(get_train_args, given | fixed)
+            model_args, data_args, training_args, finetuning_args, _ = parse(get_train_args, given | fixed)
             module = load_tokenizer(model_args)
             template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
             stage = finetuning_args.stage

@@ -185,12 +185,13 @@ def _print_notes(config: RunConfig) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from dataflex import resume
+    from dataflex import parsing, resume
     from dataflex.checks.plan import planned
     from dataflex.checks.values import truthy
 
     config = _checked_config(options)
-    _print_notes(config)
+    notes = parsing.dry_run(config)  # last: it imports torch and LLaMA-Factory, which takes most of the time
+    _print_notes(replace(config, notes=(*config.notes, *notes)))
     for line in resume.told(config):
         print(f"dataflex: note: {line}", file=sys.stderr)
     acting = ", ".join(f"{key}: {cls.name}" for key, (cls, _) in config.params.items())

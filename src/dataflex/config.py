@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dataflex import legacy, registry
 from dataflex.components import Component, ComponentParams, Components
-from dataflex.errors import ConfigError, DataFlexError, Problem, did_you_mean
+from dataflex.errors import ConfigError, DataFlexError, Problem, did_you_mean, unknown
 from dataflex.masking import masks
 from dataflex.misplaced import SECTION as SECTION
 from dataflex.misplaced import belongs, nested, unknown_in
@@ -177,6 +177,11 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     params = _validate_components(section, base, problems) if loaded else {}
     if problems:
         return plain, problems
+    if params and rest.get("warmup_steps") and "warmup_steps" not in section:
+        notes.append(
+            f"warmup_steps at the top of the file is the learning rate's; {SECTION}.warmup_steps, the steps before the "
+            "first decision, is 0."
+        )
     given = {key: section[key] for key in registry.CONFIG_KEYS if section.get(key) is not None}
     config = config.model_copy(update=given)
     if not params:
@@ -295,6 +300,17 @@ def validate(
     return None if found else built
 
 
+_PLAIN = {
+    **dict.fromkeys(("tuple_type", "list_type"), "must be a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a mapping"),
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "must be a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
+    "string_type": "must be text",
+}
+"""Kind of a validation error -> what it says."""
+
+
 def _is_number(annotation: Any) -> bool:
     """Return whether a field holds a number, or a number or nothing."""
     kinds = {annotation, *get_args(annotation)} - {type(None)}
@@ -319,6 +335,13 @@ def _explained(
     if item["type"] == "missing":
         return key, "needed" if position is None else f"item {location[position] + 1} is missing"
     message = re.sub("^Input should be ", "must be ", item["msg"].removeprefix("Value error, "))
+    message = _PLAIN.get(item["type"], message)
+    if item["type"] == "union_tag_invalid":
+        return key, unknown(
+            item["ctx"]["discriminator"].strip("'"),
+            item["ctx"]["tag"],
+            re.findall("'([^']*)'", item["ctx"]["expected_tags"]),
+        )
     if position is not None:
         message = f"item {location[position] + 1}: {message}"
     if ", got " not in message or item["type"] != "value_error":

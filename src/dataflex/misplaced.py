@@ -9,6 +9,7 @@ from typing import Any
 from dataflex import registry
 from dataflex.arguments import llamafactory_keys
 from dataflex.errors import unknown
+from dataflex.legacy import FLAT_KEYS
 
 SECTION = "dataflex"
 _NEAR = 0.6
@@ -30,15 +31,19 @@ def belongs(key: str, place: str, own: Collection[str], section: Mapping[str, An
         return f"belongs under {SECTION}:, that is {nested(f'{SECTION}.{key}', '...')}."
     if key in llamafactory_keys() and place:
         return f"is an argument of LLaMA-Factory; it belongs at the top of the file, beside {SECTION}:."
-    if key == "method" and place == SECTION:
-        return "belongs under a family: select: {method: ...}, mix: {...}, order: {...} or weight: {...}."
+    if key in FLAT_KEYS and place:
+        return "is a flat key of the earlier release, which stands at the top of a file without a section."
+    if key == "method" and not inside:
+        return f"belongs under a family: {nested(f'{SECTION}.select.method', '...')}, or under mix, order, weight."
     if key == "params" and inside:
         return f"the parameters of a method stand beside method, under {place}."
     methods = list(_methods_with(key, section or {}))
     if methods:
         family, method = methods[0]
+        names = ", ".join(name for each, name in methods if each == family)
+        if (section or {}).get(family) is None:
+            return f"is a parameter of a {registry.CONFIG_KEYS[family]} ({names}); it belongs under {SECTION}.{family}."
         if inside == family:
-            names = ", ".join(name for each, name in methods if each == family)
             return f"is a parameter of another method ({names})."
         return f"is a parameter of {family}: {{method: {method}}}; it belongs under {SECTION}.{family}."
     for family, kind in registry.CONFIG_KEYS.items():

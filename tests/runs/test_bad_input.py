@@ -40,7 +40,10 @@ BEFORE_LOADING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown template": ({"template": "defualt"}, ["template", "'defualt'", "'default'"]),
     "a finished run's folder": ({"output_dir": "FINISHED", "dataflex": SELECT}, ["output_dir", "overwrite_output_dir"]),
     "section misspelt": ({"datafex": SELECT}, ["datafex", "'dataflex'"]),
-    "wrong type": ({"dataflex": {**SELECT, "update_steps": "many"}}, ["dataflex.update_steps", "integer", "'many'"]),
+    "wrong type": (
+        {"dataflex": {**SELECT, "update_steps": "many"}},
+        ["dataflex.update_steps", "whole number", "'many'"],
+    ),
     "section is no mapping": ({"dataflex": "loss"}, ["dataflex", "mapping", "'loss'"]),
     "unknown method": ({"dataflex": {"select": {"method": "los"}}}, ["dataflex.select.method", "'loss'"]),
     "no method": ({"dataflex": {"select": {"focus": "high"}}}, ["dataflex.select.method", "needed", "delta_loss"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -49,6 +50,8 @@ RANGES: dict[str, tuple[float, bool, float, bool]] = {
     "seed": (0, True, 2**32, False),
 }
 """Numeric key -> lowest value, whether it is allowed, highest value, whether it is allowed."""
+
+_FILES_OR_MAPPINGS = ("deepspeed", "fsdp_config", "accelerator_config")
 
 _NAMES = {
     "str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list",
@@ -114,6 +117,8 @@ def _value(key: str, argument: Argument, value: Any) -> str | None:
         return None
     if kind not in types:
         return _wrong_type(types, value)
+    if kind == "str" and "dict" in types and key not in _FILES_OR_MAPPINGS and not _is_mapping(value):
+        return f"must be a mapping, got {value!r}."
     if kind == "list":
         others = [item for item in value if not isinstance(item, str)]
         return f"must be a list of words, got {others[0]!r} in it." if others else None
@@ -153,6 +158,14 @@ def _number(key: str, value: float, whole: bool) -> str | None:
         upper = f" and {'at most' if at_high else 'below'} {high:g}" if high < math.inf else ""
         return f"must be {lower}{upper}, got {value}."
     return None
+
+
+def _is_mapping(value: str) -> bool:
+    """Return whether a text is a JSON object, as command lines give mappings."""
+    try:
+        return isinstance(json.loads(value), dict)
+    except ValueError:
+        return False
 
 
 def _is_number(value: str) -> bool:

@@ -31,6 +31,7 @@ def problems_of_combinations(config: RunConfig) -> Iterator[Problem]:
     yield from _quantization(config)
     yield from _sharded(config)
     yield from _data(config)
+    yield from _layerwise(config)
 
 
 def _evaluation(config: RunConfig) -> Iterator[Problem]:
@@ -140,6 +141,12 @@ def _data(config: RunConfig) -> Iterator[Problem]:
     workers = number(config, "dataloader_num_workers", 0)
     if truthy(config, "dataloader_prefetch_factor") and workers == 0:
         yield Problem("dataloader_prefetch_factor", "needs dataloader_num_workers of at least 1.")
+
+
+def _layerwise(config: RunConfig) -> Iterator[Problem]:
+    for key in ("galore_layerwise", "apollo_layerwise"):
+        if truthy(config, key) and number(config, "gradient_accumulation_steps", 1) > 1:
+            yield Problem(key, "does not go with gradient_accumulation_steps above 1.")
 
 
 def _stage(config: RunConfig) -> str:
