@@ -114,7 +114,8 @@ def _explained(error: MarkedYAMLError, text: str) -> str:
         since = f" in line {start.line + 1}" if start is not None and start.line != mark.line else ""
         reason += f" ({error.context}{since})"
     missing_colon = reason.startswith("could not find expected ':'")
-    at = error.context_mark if missing_colon and error.context_mark is not None else mark
+    ended = mark.line >= len(lines) or not lines[mark.line].strip()
+    at = error.context_mark if (missing_colon or ended) and error.context_mark is not None else mark
     line = lines[at.line] if at.line < len(lines) else ""
     hint = ""
     if "\t" in line[: mark.column + 1]:
