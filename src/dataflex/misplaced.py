@@ -31,7 +31,7 @@ def belongs(key: str, place: str, own: Collection[str], section: Mapping[str, An
         return f"belongs under {SECTION}:, that is {nested(f'{SECTION}.{key}', '...')}."
     if key in llamafactory_keys() and place:
         return f"is an argument of LLaMA-Factory; it belongs at the top of the file, beside {SECTION}:."
-    if key in FLAT_KEYS and place:
+    if key in FLAT_KEYS and place and not difflib.get_close_matches(key, own, n=1, cutoff=0.9):
         return "is a flat key of the earlier release, which stands at the top of a file without a section."
     if key == "method" and not inside:
         return f"belongs under a family: {nested(f'{SECTION}.select.method', '...')}, or under mix, order, weight."
