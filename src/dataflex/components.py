@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dataflex.probe.store import FeatureStore
 
 State = dict[str, Any]
-"""A component's state: JSON values and numpy arrays, nested in dicts."""
+"""A component's state: numbers, text and numpy arrays, nested in dicts, lists and tuples."""
 
 
 @dataclass(frozen=True)
@@ -383,7 +383,11 @@ class Component:
         """Hear what the optimizer step just made showed; called after every step on every rank."""
 
     def state_dict(self) -> State:
-        """Return what the component needs to go on exactly: JSON values and numpy arrays."""
+        """Return what the component needs to go on exactly.
+
+        None, True and False, numbers, text, numpy arrays and scalars, in dicts, lists and tuples; all come back of the
+        same types, and anything else is refused before training begins.
+        """
         return {}
 
     def load_state_dict(self, state: State) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dataflex.errors import CheckpointError, ComponentError
 from dataflex.trainer.checkpoint import (
     MARKER_FILE,
     STATE_FILE,
     STATE_VERSION,
+    check_state,
     checkpoints,
     delete,
     last_complete,
@@ -49,32 +53,89 @@ STATE: dict[str, Any] = {
 }
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}/{key}")
-    return found
+def assert_same(here: Any, there: Any, where: str = "") -> None:
+    """Equal, and of the same types all the way down."""
+    assert type(here) is type(there), where
+    if isinstance(here, dict):
+        assert [(type(key), key) for key in here] == [(type(key), key) for key in there], where
+        for key, value in here.items():
+            assert_same(value, there[key], f"{where}/{key}")
+    elif isinstance(here, list | tuple):
+        assert len(here) == len(there), where
+        for number, (one, other) in enumerate(zip(here, there, strict=True)):
+            assert_same(one, other, f"{where}/{number}")
+    elif isinstance(here, np.ndarray | np.generic):
+        assert (here.dtype, here.shape) == (there.dtype, there.shape), where
+        np.testing.assert_array_equal(here, there)
+    else:
+        assert here == there or (here != here and there != there), where
 
 
 def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
     write_state(tmp_path, STATE)
     assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]  # no temporary file is left
-    here, there = flat(STATE), flat(read_state(tmp_path))
-    assert list(here) == list(there)
-    for key, value in here.items():
-        other = there[key]
-        if isinstance(value, np.ndarray):
-            assert other.dtype == value.dtype, key
-            np.testing.assert_array_equal(other, value)
-        else:
-            assert other == value, key
+    assert_same(STATE, read_state(tmp_path))
 
 
-def test_arrays_that_need_pickle_are_refused_when_they_are_written(tmp_path: Path) -> None:
-    with pytest.raises(ComponentError, match=r"array of object.*JSON values and numeric arrays"):
-        write_state(tmp_path, {"version": STATE_VERSION, "bad": np.array([{}, None], dtype=object)})
+def test_no_name_is_taken_for_a_marker(tmp_path: Path) -> None:
+    array = np.arange(3)
+    names = ["__tree__", "array", "array_0", "scalar", "dict", "tuple", "float", "version", "", "a/b", "a.npy", "\x00"]
+    state = {
+        "version": STATE_VERSION,
+        "single": [{name: value} for name in names for value in ("array_0", array, None, [["x", 1]], "nan")],
+        "together": {name: number for number, name in enumerate(names)},
+    }
+    write_state(tmp_path, state)
+    assert_same(state, read_state(tmp_path))
+
+
+def test_keys_and_values_keep_their_types(tmp_path: Path) -> None:
+    state = {
+        "version": STATE_VERSION,
+        "keys": {1: "int", "1": "text", True: "bool is 1", 2.5: "float", None: "none", ("a", 1): "pair"},
+        "lists": [np.arange(2), [np.float32(0.1), (1, "x", np.int64(3))], {"in": [np.zeros((0, 2))]}],
+        "numbers": (float("nan"), float("inf"), -float("inf"), -0.0, 10**30, np.bool_(True), np.str_("\u00e9")),
+        "structured": np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]),
+    }
+    write_state(tmp_path, state)
+    there = read_state(tmp_path)
+    assert_same(state, there)
+    assert np.signbit(there["numbers"][3])
+
+
+class Kind(int):
+    pass
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (np.array([{}, None], dtype=object), "array of object"),
+        ({1, 2}, "builtins.set"),
+        (b"bytes", "builtins.bytes"),
+        (Counter("ab"), "collections.Counter"),
+        (torch.zeros(2), "torch.Tensor"),
+        (np.ma.masked_array([1, 2], [True, False]), "MaskedArray"),
+        (Kind(3), "Kind"),
+        ({b"key": 1}, "key of type bytes"),
+        (np.zeros(2, dtype="V2"), "array of"),
+    ],
+)
+def test_what_would_not_come_back_is_refused_with_its_place(value: Any, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ComponentError) as caught:
+        write_state(tmp_path, {"version": STATE_VERSION, "components": {"mix": {"seen": [0, value]}}})
+    assert text in str(caught.value)
+    assert "the state, 'components', 'mix', 'seen', 1" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ComponentError, match=r"state_dict\(\) of mixer 'mine', 'x'"):
+        check_state({"x": value}, "mixer 'mine'")
+
+
+def test_a_state_of_an_earlier_release_is_refused_by_its_version(tmp_path: Path) -> None:
+    tree = {"version": 2, "step": 3, "plan": {"indices": {"__tree__": "array_0"}}}
+    np.savez(tmp_path / STATE_FILE, __tree__=np.array(json.dumps(tree)), array_0=np.arange(2))
+    with pytest.raises(CheckpointError, match=f"version 2, this release reads {STATE_VERSION}"):
+        read_state(tmp_path)
 
 
 def test_a_missing_or_newer_state_is_an_error(tmp_path: Path) -> None:

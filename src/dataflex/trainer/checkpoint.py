@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shutil
 import zipfile
@@ -29,19 +30,32 @@ from dataflex.files import json_text, write_atomically
 
 STATE_FILE = "dataflex_state.npz"
 MARKER_FILE = "dataflex_complete.json"
-STATE_VERSION = 3
+STATE_VERSION = 4
 _TREE_KEY = "__tree__"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
 
 def write_state(folder: Path, state: State) -> None:
-    """Write a state of JSON values and numpy arrays, nested in dicts, as one file."""
+    """Write a state as one file, from which :func:`read_state` makes equal values of the same types.
+
+    Args:
+        folder: of the checkpoint.
+        state: None, True and False, numbers, text, numpy arrays and scalars, in dicts, lists and tuples.
+
+    Raises:
+        ComponentError: naming what else is in it, and where.
+    """
     arrays: dict[str, np.ndarray] = {}
-    tree = _split(state, arrays)
+    tree = _split(state, arrays, "the state")
     buffer = io.BytesIO()
-    arrays[_TREE_KEY] = np.array(json.dumps(tree))
+    arrays[_TREE_KEY] = np.array(json.dumps(tree, allow_nan=False))
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     write_atomically(folder / STATE_FILE, buffer.getvalue())
+
+
+def check_state(state: State, owner: str) -> None:
+    """Raise what :func:`write_state` would raise for the state of ``owner``."""
+    _split(state, {}, f"state_dict() of {owner}")
 
 
 def read_state(folder: Path) -> State:
@@ -58,35 +72,69 @@ def read_state(folder: Path) -> State:
         )
     try:
         with np.load(path, allow_pickle=False) as stored:
-            state = _join(json.loads(str(stored[_TREE_KEY])), stored)
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            tree = json.loads(str(stored[_TREE_KEY]))
+            # Earlier releases wrote the dict itself.
+            state = _join(tree, stored) if isinstance(tree, dict) and "version" not in tree else tree
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
-    if state.get("version") != STATE_VERSION:
-        raise CheckpointError(f"{path} has version {state.get('version')}, this release reads {STATE_VERSION}.")
+    version = state.get("version") if isinstance(state, dict) else None
+    if version != STATE_VERSION:
+        raise CheckpointError(f"{path} has version {version}, this release reads {STATE_VERSION}.")
     return state
 
 
-def _split(value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """Return ``value`` with every array replaced by a reference into ``arrays``."""
-    if isinstance(value, np.ndarray):
-        if value.dtype.hasobject:
-            raise ComponentError(f"state_dict() holds an array of {value.dtype}; use JSON values and numeric arrays.")
+# In the tree every JSON object is one of ours, with a single key that says what it stands for; the dicts of a state are
+# lists of pairs. So no name of a domain and no key of a component is taken for a marker, and keys keep their types.
+
+
+def _split(value: Any, arrays: dict[str, np.ndarray], where: str) -> Any:
+    """Return ``value`` as JSON, with every array put into ``arrays``."""
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if kind is np.ndarray or isinstance(value, np.generic):
+        if value.dtype.hasobject or (value.dtype.kind == "V" and not value.dtype.names):
+            raise ComponentError(f"{where} holds an array of {value.dtype}; use numbers, text, or arrays of numbers.")
         key = f"array_{len(arrays)}"
-        arrays[key] = value
-        return {_TREE_KEY: key}
-    if isinstance(value, dict):
-        return {name: _split(item, arrays) for name, item in value.items()}
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
+        arrays[key] = np.asarray(value)
+        return {"array" if kind is np.ndarray else "scalar": key}
+    if kind is dict:
+        pairs = []
+        for name, item in value.items():
+            inside = f"{where}, {name!r}"
+            if type(name) not in (str, int, bool, float, tuple) and name is not None:
+                raise ComponentError(
+                    f"{where} has a key of type {type(name).__name__} ({name!r}); use text or numbers."
+                )
+            pairs.append([_split(name, arrays, inside), _split(item, arrays, inside)])
+        return {"dict": pairs}
+    if kind in (list, tuple):
+        items = [_split(item, arrays, f"{where}, {number}") for number, item in enumerate(value)]
+        return items if kind is list else {"tuple": items}
+    raise ComponentError(
+        f"{where} holds a {kind.__module__}.{kind.__qualname__}; use None, True, False, numbers, text, numpy arrays, and "
+        "dicts, lists and tuples of these."
+    )
 
 
 def _join(tree: Any, arrays: Any) -> Any:
+    """Return what :func:`_split` made ``tree`` of."""
+    if isinstance(tree, list):
+        return [_join(item, arrays) for item in tree]
     if not isinstance(tree, dict):
         return tree
-    if set(tree) == {_TREE_KEY}:
-        return arrays[tree[_TREE_KEY]]
-    return {name: _join(item, arrays) for name, item in tree.items()}
+    ((kind, content),) = tree.items()
+    if kind == "dict":
+        return {_join(name, arrays): _join(item, arrays) for name, item in content}
+    if kind == "tuple":
+        return tuple(_join(item, arrays) for item in content)
+    if kind == "float":
+        return float(content)
+    if kind not in ("array", "scalar"):
+        raise ValueError(f"unknown kind of value {kind!r}")
+    return arrays[content] if kind == "array" else arrays[content][()]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from dataflex.record.writer import FROM_HERE, RunWriter
 from dataflex.resume import Resume
 from dataflex.run_plan import RunPlan, plan_of, problems_of, trainer_keys
 from dataflex.schedule import RoundSlot, Schedule
-from dataflex.trainer.checkpoint import STATE_VERSION
+from dataflex.trainer.checkpoint import STATE_VERSION, check_state
 from dataflex.trainer.statistics import MeanLosses
 
 if TYPE_CHECKING:
@@ -258,6 +258,8 @@ class DynamicRun:
                 capped=self._capped(),
                 expected_steps=self.expected_steps,
             )
+        for _, component in self.components.items():  # rather now than at the first checkpoint
+            check_state(component.state_dict(), f"{component.family} {component.name!r}")
         if self.resume is not None:
             self.load_state_dict(self.resume.state)
         self.identity = distributed.on_main(partial(self._start_record, Path(args.output_dir)))
