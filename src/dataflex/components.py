@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from dataflex.component_source import label_of
 from dataflex.data.sampling import IndexArray, PassSampler
+from dataflex.domain_names import by_domain, with_text_keys
 from dataflex.errors import ComponentError, ConfigError, unknown
 from dataflex.schedule import RunOutline
 from dataflex.selection import ScoreArray, ranks_among, ranks_of_best, sample_softmax, top_k
@@ -612,7 +613,7 @@ def _form_of_shares(value: Any) -> Any:
         isinstance(value, dict | list)
         and all(isinstance(share, int | float) and not isinstance(share, bool) for share in numbers)
     ):
-        return value
+        return with_text_keys(value) if isinstance(value, dict) else value
     raise ValueError("must be a list of numbers, a mapping of domain names to numbers, or a JSON file that holds one")
 
 
@@ -726,8 +727,10 @@ def shares_of(given: Shares, names: tuple[str, ...], key: str = "proportions") -
     problem = shares_problem(shares, names)
     if problem is not None:
         raise ConfigError(f"dataflex.mix.{key}: {problem}")
-    values = [shares[name] for name in names] if isinstance(shares, dict) else shares
-    return np.asarray(values, dtype=np.float64)
+    if isinstance(shares, dict):
+        named = by_domain(shares, names)
+        shares = [named[name] for name in names]
+    return np.asarray(shares, dtype=np.float64)
 
 
 def shares_problem(given: Shares | None, names: tuple[str, ...]) -> str | None:
@@ -740,6 +743,7 @@ def shares_problem(given: Shares | None, names: tuple[str, ...]) -> str | None:
         except ConfigError as error:
             return str(error)
     if isinstance(given, dict):
+        given = by_domain(given, names)
         strange = [unknown("domain", name, names) for name in given if name not in names]
         if strange:
             return strange[0]
@@ -756,6 +760,13 @@ def shares_problem(given: Shares | None, names: tuple[str, ...]) -> str | None:
     return None
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object none of whose names stands twice."""
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return dict(pairs)
+
+
 def _read_shares(path: str) -> dict[str, float]:
     """Return the shares by name in a JSON file: its ``proportions``, or the file itself.
 
@@ -763,11 +774,13 @@ def _read_shares(path: str) -> dict[str, float]:
         ConfigError: if there is no such file, or it holds no mapping of names to numbers.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_distinct)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path!r} cannot be read: {error}") from error
     shares = found.get("proportions", found) if isinstance(found, dict) else found
-    if not isinstance(shares, dict) or not all(isinstance(share, int | float) for share in shares.values()):
+    if not isinstance(shares, dict) or not all(
+        isinstance(share, int | float) and not isinstance(share, bool) for share in shares.values()
+    ):
         raise ConfigError(f"{path!r} holds no mapping of domain names to numbers.")
     return {name: float(share) for name, share in shares.items()}
 

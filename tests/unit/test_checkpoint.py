@@ -92,7 +92,7 @@ def test_no_name_is_taken_for_a_marker(tmp_path: Path) -> None:
 def test_keys_and_values_keep_their_types(tmp_path: Path) -> None:
     state = {
         "version": STATE_VERSION,
-        "keys": {1: "int", "1": "text", True: "bool is 1", 2.5: "float", None: "none", ("a", 1): "pair"},
+        "keys": {1: "int", "1": "text", False: "bool", 2.5: "float", None: "none", ("a", 1): "pair"},
         "lists": [np.arange(2), [np.float32(0.1), (1, "x", np.int64(3))], {"in": [np.zeros((0, 2))]}],
         "numbers": (float("nan"), float("inf"), -float("inf"), -0.0, 10**30, np.bool_(True), np.str_("\u00e9")),
         "structured": np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]),

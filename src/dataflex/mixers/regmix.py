@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dataflex.components import DomainParams, InputPath, Mixer, RoundContext, Shares, State, shares_of, shares_problem
+from dataflex.domain_names import by_domain
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.mixture_regression import Floats, Regressor, best_mixture, check_runs, fit, read_runs
 from dataflex.registry import register
@@ -107,7 +108,8 @@ class RegMixMixer(Mixer):
         Raises:
             ConfigError: if a table cannot be read, or nothing can be fitted to what it holds.
         """
-        columns, mixtures, loss_columns, losses = read_runs(self.params.mixtures, self.params.losses)
+        found, mixtures, loss_columns, losses = read_runs(self.params.mixtures, self.params.losses)
+        columns = list(by_domain(dict.fromkeys(found), names))
         strange = [name for name in columns if name not in names]
         if strange:
             raise _bad("mixtures", f"{self.params.mixtures}: {unknown('domain', strange[0], names)}")

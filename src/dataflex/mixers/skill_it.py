@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dataflex.components import InputPath, Mixer, MixerParams, RoundContext, State
+from dataflex.domain_names import by_domain
 from dataflex.domain_weights import exponentiated_update
 from dataflex.errors import ConfigError, unknown
 from dataflex.influence import ValidationParams
@@ -140,10 +141,11 @@ def read_graph(
     if given is None:
         return _default_graph(names, targets or names)
     if isinstance(given, str):
-        rows = _read_file(Path(given))
+        rows = by_domain(_read_file(Path(given)), names)
         _check_names("rows", "domain", rows, names)
         columns = targets if targets is not None else tuple(next(iter(rows.values())))
         for name in names:
+            rows[name] = by_domain(rows[name], columns)
             _check_names(f"row {name!r}", "validation domain", rows[name], columns)
         numbers = [[rows[name][column] for column in columns] for name in names]
     else:

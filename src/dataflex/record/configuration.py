@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from dataflex import registry
 from dataflex.components import path_fields
@@ -103,8 +104,7 @@ def recorded(config: RunConfig) -> Recorded:
     if ours is None:
         return Recorded(masked(found))
     for key, (_, params) in config.params.items():
-        for name, mark in path_fields(type(params)).items():
-            ours[key][name] = _absolute_each(ours[key][name], mark.is_written)
+        _make_absolute(params, ours[key])
     plugins, sources = _plugins(config)
     ours["plugins"] = [f"{PLUGINS}/{name}" for name in plugins]
     return Recorded(masked({**found, SECTION: ours}), plugins, sources)
@@ -141,6 +141,20 @@ def _absolute_each(value: Any, is_written: bool) -> Any:
     if not isinstance(value, str):
         return value
     return _absolute(value) if is_written else _absolute_if_there(value)
+
+
+def _make_absolute(params: BaseModel, dumped: dict[str, Any]) -> None:
+    """Make the paths among parameters, and those of parameters within them, absolute in ``dumped``."""
+    for name, mark in path_fields(type(params)).items():
+        dumped[name] = _absolute_each(dumped[name], mark.is_written)
+    for name in type(params).model_fields:
+        value = getattr(params, name)
+        if isinstance(value, BaseModel):
+            _make_absolute(value, dumped[name])
+        elif isinstance(value, list | tuple):
+            for item, inside in zip(value, dumped[name], strict=True):
+                if isinstance(item, BaseModel):
+                    _make_absolute(item, inside)
 
 
 def _absolute_data(name: Any) -> Any:

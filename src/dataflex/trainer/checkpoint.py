@@ -114,8 +114,8 @@ def _split(value: Any, arrays: dict[str, np.ndarray], where: str) -> Any:
         items = [_split(item, arrays, f"{where}, {number}") for number, item in enumerate(value)]
         return items if kind is list else {"tuple": items}
     raise ComponentError(
-        f"{where} holds a {kind.__module__}.{kind.__qualname__}; use None, True, False, numbers, text, numpy arrays, and "
-        "dicts, lists and tuples of these."
+        f"{where} holds a {kind.__module__}.{kind.__qualname__}; use None, True, False, numbers, text, numpy arrays, "
+        "and dicts, lists and tuples of these."
     )
 
 
