@@ -22,6 +22,7 @@ from dataflex.components import (
     WeighterParams,
 )
 from dataflex.registry import register
+from dataflex.schedule import RunOutline
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "Order",
     "OutputPath",
     "RoundContext",
+    "RunOutline",
     "Selection",
     "Selector",
     "SelectorParams",

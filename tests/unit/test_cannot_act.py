@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dataflex import registry
-from dataflex.components import Component, Mixer, StepStatistics
+from dataflex.components import NOT_DECIDED, Component, Mixer, StepStatistics
 from dataflex.config import DataFlexConfig, split_config
 from dataflex.mixers.odm import OdmMixer
 from dataflex.run_plan import notes_of
-from dataflex.schedule import RunOutline, Schedule
+from dataflex.schedule import RunOutline, Schedule, default_update_steps
 from unit.fakes import build, context, make_pool
 
 NEEDED: dict[str, dict[str, Any]] = {
@@ -175,3 +176,26 @@ def test_keys_of_rounds_where_there_are_none(section: dict[str, Any], words: lis
         assert word in note
     assert notes(outline(), weight={"method": "loss"}, update_steps=3, updates=2) == []
     assert notes(outline(), update_steps=3, updates=2) == []
+
+
+def test_the_component_of_the_documentation() -> None:
+    """What docs/methods/README.md shows works as it says."""
+    page = (Path(__file__).parents[2] / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"np": np}
+    exec("from dataflex import *\n" + source, names)
+    mixer = build(names["AfterAWhile"])
+    try:
+        assert "for 100 steps" in mixer.cannot_act(outline(total=100))
+        assert mixer.cannot_act(outline(total=101)) is None
+        pool = make_pool({"a": 4, "b": 16})
+        early, late = context(pool, start_step=99), context(pool, start_step=100)
+        assert mixer.mix(early).tolist() == [1.0, 1.0]
+        assert early.memo == {NOT_DECIDED: "the first 100 steps have equal shares"}
+        assert mixer.mix(late).tolist() == [2.0, 4.0]
+        assert late.memo == {}
+        assert default_update_steps(
+            rounds=mixer.wanted_rounds(2), num_samples=2000, global_batch_size=1, run_steps=500
+        ) == 50  # fmt: skip
+    finally:
+        registry._registered.pop(("mixer", "after_a_while"))

@@ -477,7 +477,7 @@ def test_the_expected_cost_of_losses(priced: PricedProbe) -> None:
     text, seconds = expected_cost(priced, {"method": "loss"})
     # 3 decisions x 160 s; training: 34 steps x 8 samples x 3 s
     assert text == (
-        "select loss: scoring 160 samples, 3 times in this run, is expected to take 8 min, 0.59 times the training "
+        "select loss: scoring 160 samples, 3 times in this run, is expected to take 8.0 min, 0.59 times the training "
         "itself (after 8 samples)."
     )
     assert seconds == 50 + 2 + 8

@@ -293,9 +293,10 @@ class DynamicRun:
         passes = selector.expected_passes(expected.num_updates)
         total = (scored + others) * sample * passes
         training = sample * (1 if gradients else 3) * self.expected_steps * self.global_batch_size
+        often = "once" if passes == 1 else f"{passes} times"
         samples = f"{scored} samples" + (f" and {others} validation samples" if others else "")
         return (
-            f"select {selector.name}: scoring {samples}, {passes} times in this run, is expected to take "
+            f"select {selector.name}: scoring {samples}, {often} in this run, is expected to take "
             f"{console.duration(total)}, {total / training:.2g} times the training itself (after {some.size} samples)."
         )
 
