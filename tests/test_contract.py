@@ -104,6 +104,45 @@ def test_tuner() -> None:
     assert "get_train_args(args)" in inspect.getsource(tuner._training_function)
 
 
+def test_rows_of_samples() -> None:
+    from datasets import Dataset
+    from llamafactory.data import loader
+    from llamafactory.data.parser import DatasetAttr
+    from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
+
+    read = inspect.getsource(loader._load_single_dataset)
+    assert (
+        read.index("num_samples") < read.index("max_samples") < read.index("return align_dataset(dataset, dataset_attr")
+    )
+    assert "num_samples" in inspect.signature(DatasetAttr).parameters
+    assert parameters(loader.split_dataset) == ["dataset", "eval_dataset", "data_args", "seed"]
+    assert "data_args.val_size > 1e-6" in inspect.getsource(loader.split_dataset)
+    dropped = 'if len(examples["_prompt"][i]) % 2 != 1 or len(examples["_response"][i]) != 1:'
+    assert inspect.getsource(SupervisedDatasetProcessor.preprocess_dataset).count("continue") == 1
+    assert dropped in inspect.getsource(SupervisedDatasetProcessor.preprocess_dataset)
+    rows = Dataset.from_dict({"x": list(range(9))})
+    assert rows._indices is None
+    assert rows.select([7, 2, 5])._indices.column(0).to_pylist() == [7, 2, 5]
+
+
+def test_printing_of_logs() -> None:
+    from tqdm import tqdm
+    from transformers import PrinterCallback, ProgressCallback, Trainer
+
+    made = inspect.getsource(Trainer.__init__)
+    assert "PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK" in made
+    assert "self.training_bar.write(" in inspect.getsource(ProgressCallback.on_log)
+    assert "print(logs)" in inspect.getsource(PrinterCallback.on_log)
+    assert tqdm._instances is not None
+
+
+def test_the_mean_loss_begins_anew_at_a_log_and_at_a_resume() -> None:
+    from transformers import Trainer
+
+    assert "self._globalstep_last_logged = self.state.global_step" in inspect.getsource(Trainer._inner_training_loop)
+    assert "tr_loss -= tr_loss" in inspect.getsource(Trainer._maybe_log_save_evaluate)
+
+
 def test_trainer_seams() -> None:
     from transformers import Trainer
     from transformers.trainer_utils import rotate_checkpoints

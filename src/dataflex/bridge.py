@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from dataflex import distributed
 from dataflex.config import RunConfig
+from dataflex.data.origins import Origin
 from dataflex.data.pool import Divided, Pool
 from dataflex.data_errors import Load, refuse_empty, told
 from dataflex.errors import ComponentError, ConfigError, DataFlexError, unknown
@@ -273,12 +274,8 @@ def load_pool(
         return {key: value for key, value in module.items() if value is not None}
     names = tuple(dict.fromkeys(data_args.dataset))
     column = dynamic.settings.domain_column
-    packed = data_args.packing or data_args.neat_packing or stage == "pt"  # then sample i need not be row i
-    noting = dynamic.instead is not None and not packed and column is None
-    load_noting = partial(_noting_raw_rows, load, dynamic.raw) if noting else load
-    parts, held_out = _load_domains(load_noting, _train_only(data_args), names, column)
+    dynamic.pool, held_out = _load_noting_rows(load, _train_only(data_args), names, column)
     evaluation = _load_evaluation(load, data_args, dynamic, held_out)
-    dynamic.pool = Pool.of_divided(parts)
     mixer = dynamic.components.mix
     problem = None if mixer is None or column is None else mixer.check_domains(dynamic.pool.domains)
     if problem is not None:
@@ -364,19 +361,38 @@ def _load_evaluation(load: GetDataset, data_args: Any, dynamic: DynamicRun, foun
     return parts if data_args.eval_on_each_dataset and data_args.eval_dataset else pool.dataset
 
 
-def _noting_raw_rows(load: GetDataset, raw: dict[str, Any], data_args: Any, key: str = "") -> dict[str, Any]:
-    """Load, and keep the rows of the first data set as they are before LLaMA-Factory brings them into its form."""
+def _load_noting_rows(load: GetDataset, data_args: Any, names: tuple[str, ...], column: str | None) -> tuple[Pool, Any]:
+    """Return the pool, which knows the rows of its samples as far as anybody does, and what was split off it.
+
+    Args:
+        load: LLaMA-Factory's loading.
+        data_args: its arguments.
+        names: the data sets.
+        column: of the raw data, whose values are the domains; None: the data sets are.
+    """
     from llamafactory.data import loader
 
-    original = loader.align_dataset
+    origins: dict[str, Origin] = {}
 
-    def note(dataset: Any, *args: Any) -> Any:
-        if data_args.dataset:  # none where evaluation sets are loaded by themselves
-            raw.setdefault(data_args.dataset[0], dataset)
-        return original(dataset, *args)
+    def noting(data_args: Any, key: str = "") -> dict[str, Any]:
+        if data_args.packing:  # many rows are one sample
+            return load(data_args=data_args, key=key)
+        origin = Origin()
+        with (
+            replaced(loader, "align_dataset", partial(origin.align, loader.align_dataset)),
+            replaced(loader, "split_dataset", partial(origin.split, loader.split_dataset)),
+        ):
+            module = load(data_args=data_args, key=key)
+        if origin.settle(len(module["train_dataset"])):
+            origins[data_args.dataset[0]] = origin
+        return module
 
-    with replaced(loader, "align_dataset", note):
-        return load(data_args=data_args, key=key)
+    parts, held_out = _load_domains(noting, data_args, names, column)
+    pool = Pool.of_divided(parts)
+    for name, (_, sizes) in zip(names, parts, strict=True):
+        if name in origins:
+            pool.rows_of |= origins[name].rows(name, sizes)
+    return pool, held_out
 
 
 def _load_domains(
@@ -684,7 +700,7 @@ def pool_of(config: RunConfig, domain_column: str | None = None) -> tuple[Pool, 
                 kept = [root] if len(names) == 1 else [str(Path(root) / name) for name in names]
                 if not all(map(has_tokenized_data, kept)):  # it would be written there
                     data_args.tokenized_path = None
-            parts, _ = _load_domains(load, data_args, names, domain_column)
+            pool, _ = _load_noting_rows(load, data_args, names, domain_column)
     finally:
         logging.disable(disabled)
-    return Pool.of_divided(parts), module["tokenizer"]
+    return pool, module["tokenizer"]

@@ -120,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--no-text", action="store_true", help="do not load the data for the samples' texts")
     explain.add_argument("--full", action="store_true", help="texts whole, with special tokens")
     explain.add_argument("--json", action="store_true", help="print JSON")
+    export = commands.add_parser("export", help="write the samples a run chose as a data set")
+    export.add_argument("run", type=Path, metavar="RUN", help="a run's output_dir")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty folder to write to")
+    rounds = export.add_mutually_exclusive_group()
+    rounds.add_argument("--round", type=_not_negative, metavar="R", help="of one round (default: all but the warm-up)")
+    rounds.add_argument("--all", action="store_true", help="of all rounds, the warm-up too")
     evaluation = commands.add_parser("eval", help="run downstream tasks with a model or the result of a run")
     evaluation.add_argument("model", metavar="MODEL_OR_RUN", help="a run or model folder, asset:NAME or a hub name")
     evaluation.add_argument(
@@ -315,6 +321,13 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    from dataflex.record.export import export
+
+    export(options.run, options.output, options.round, options.all)
+    return 0
+
+
 def _eval(options: argparse.Namespace) -> int:
     from dataflex.evaluation.command import evaluate
 
@@ -393,6 +406,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "report": _report,
     "eval": _eval,
     "explain": _explain,
+    "export": _export,
     "compare": _compare,
     "doremi": _doremi,
     "regmix": _regmix,

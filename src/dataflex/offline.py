@@ -7,11 +7,10 @@ moments saved beside the adapter or the checkpoints where its preconditioner nee
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +21,9 @@ from dataflex.components import RoundContext, Selector, check_scores
 from dataflex.config import RunConfig
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ConfigError, DataFlexError
-from dataflex.files import json_text, write_atomically
 from dataflex.influence import InfluenceSelector
 from dataflex.rng import derive_rng
+from dataflex.selected import Selected, row_column, write_selected
 from dataflex.selection import ScoreArray
 from dataflex.selectors.cluster_less import ClusterLessSelector
 
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 TABLE = "scores.parquet"
 SELECTED = "selected"
 _SHARDED = ("deepspeed", "fsdp", "use_unsloth")
-_SOURCE_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name")
-_SHAPE_KEYS = ("subset", "split", "folder", "num_samples")
 
 
 @dataclass(frozen=True)
@@ -110,16 +107,19 @@ def _features(dynamic: DynamicRun) -> list[str]:
     return [f"features of {dynamic.pool.size} samples: {folder}" for folder in make_features(dynamic)]  # type: ignore
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What ``dataflex-cli score`` found: samples, how many of them have no score, and what was written."""
+
+    samples: int
+    unscored: int
+    selected: Selected
+
+
 def _scores(dynamic: DynamicRun, output: Path, amount: Amount) -> list[str]:
     found = score_pool(dynamic, output, amount)
-    lines = [f"scores of {found['samples']} samples ({found['unscored']} without one): {output / TABLE}"]
-    for name, count in found["selected"].items():
-        lines.append(f"selected {count} of {found['pool'][name]} samples of {name}")
-    if "tokenized_path" in found:
-        names = ", ".join(found["not_row_by_row"])
-        lines.append(f"the rows of {names} cannot be told apart after preprocessing, so what is kept is tokenized")
-        return [*lines, f"to train on them: tokenized_path: {found['tokenized_path']}"]
-    return [*lines, f"to train on them: dataset_dir: {found['dataset_dir']}, dataset: {found['dataset']}"]
+    first = f"scores of {found.samples} samples ({found.unscored} without one): {output / TABLE}"
+    return [first, *found.selected.lines()]
 
 
 def make_features(run: DynamicRun) -> list[Path]:
@@ -130,7 +130,7 @@ def make_features(run: DynamicRun) -> list[Path]:
     return [store.folder for store in selector.extract(ctx, np.arange(ctx.pool.size))]
 
 
-def score_pool(run: DynamicRun, output: Path, amount: Amount) -> dict[str, Any]:
+def score_pool(run: DynamicRun, output: Path, amount: Amount) -> Scored:
     """Score the pool, write the table and the selected data set under ``output``, and return what was found.
 
     Raises:
@@ -179,7 +179,7 @@ def _context(run: DynamicRun, selector: Selector) -> RoundContext:
     )
 
 
-def _write(run: DynamicRun, output: Path, scores: ScoreArray, best: IndexArray, count: int) -> dict[str, Any]:
+def _write(run: DynamicRun, output: Path, scores: ScoreArray, best: IndexArray, count: int) -> Scored:
     pool = run.pool
     assert pool is not None
     output.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def _write(run: DynamicRun, output: Path, scores: ScoreArray, best: IndexArray, 
     columns = {
         "index": pa.array(everyone),
         "dataset": pa.DictionaryArray.from_arrays(ids.astype(np.int32), list(pool.domains)),
-        "row": pa.array(everyone - pool.offsets[ids]),
+        "row": row_column(pool, everyone),
         "score": pa.array(scores, from_pandas=True),
         "rank": pa.array(ranks),
         "selected": pa.array(ranks < count),
@@ -199,41 +199,5 @@ def _write(run: DynamicRun, output: Path, scores: ScoreArray, best: IndexArray, 
     temporary = output / f".{TABLE}"
     pq.write_table(pa.table(columns), temporary)
     temporary.replace(output / TABLE)
-    written = _write_selected(run, output / SELECTED, chosen)
-    counts = pool.domain_counts(chosen)
-    return {
-        "samples": pool.size,
-        "unscored": int(np.isnan(scores).sum()),
-        "selected": {name: int(count) for name, count in zip(pool.domains, counts, strict=True)},
-        "pool": {name: int(count) for name, count in zip(pool.domains, pool.domain_sizes, strict=True)},
-        **written,
-    }
-
-
-def _write_selected(run: DynamicRun, folder: Path, chosen: IndexArray) -> dict[str, Any]:
-    """Write the selected rows for LLaMA-Factory: the raw ones where each is one sample, else the tokenized ones."""
-    pool = run.pool
-    assert pool is not None
-    folder.mkdir(exist_ok=True)
-    info_path = Path(str(run.config.llamafactory.get("dataset_dir", "data"))) / "dataset_info.json"
-    sizes = {name: len(rows) for name, rows in run.raw.items()}
-    names = [name for name, size in zip(pool.domains, pool.domain_sizes, strict=True) if sizes.get(name) != size]
-    if names or not info_path.is_file():
-        from datasets import DatasetDict
-
-        DatasetDict({"train": pool.dataset.select(chosen)}).save_to_disk(str(folder / "tokenized"))
-        return {"tokenized_path": str(folder / "tokenized"), "not_row_by_row": names}
-    info = json.loads(info_path.read_text(encoding="utf-8"))
-    entries, kept = {}, []
-    for number, name in enumerate(pool.domains):
-        low, high = pool.offsets[number], pool.offsets[number + 1]
-        rows = chosen[(chosen >= low) & (chosen < high)] - low
-        if not rows.size:
-            continue
-        lines = (json_text(row, ensure_ascii=False, default=str) + "\n" for row in run.raw[name].select(rows))
-        write_atomically(folder / f"{name}.jsonl", "".join(lines).encode())
-        entry = {key: value for key, value in info[name].items() if key not in (*_SOURCE_KEYS, *_SHAPE_KEYS)}
-        entries[name] = {"file_name": f"{name}.jsonl", **entry}
-        kept.append(name)
-    write_atomically(folder / "dataset_info.json", (json_text(entries, indent=2) + "\n").encode())
-    return {"dataset_dir": str(folder), "dataset": ",".join(kept)}
+    written = write_selected(pool, chosen, output / SELECTED, run.config.llamafactory)
+    return Scored(pool.size, int(np.isnan(scores).sum()), written)

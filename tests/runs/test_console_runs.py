@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -88,10 +90,17 @@ def outcomes(folder: Path) -> dict[str, list[Any]]:
     section = {"warmup_steps": 2, "update_steps": 3, "select": {"method": "loss"}, "mix": {"method": "proportional"}}
     evaluated = {"eval_dataset": "held,gamma", "eval_strategy": "steps", "eval_steps": 4}
     two = write("two", dataset="alpha,beta", dataflex=section, **LOGGED, **evaluated)
+    run = folder / "out" / "two"
+    again = [f"dataset_dir={folder / 'exported'}", "dataset=alpha,beta", f"output_dir={folder / 'out' / 'again'}"]
     commands = [
         ("stopped", ["train", one]),
         ("goes on", ["train", one]),
         ("two", ["train", two, "disable_tqdm=true"]),
+        ("top", ["explain", str(run), "--top", "3", "--round", "1"]),
+        ("export", ["export", str(run), "--output", str(folder / "exported")]),
+        ("export round", ["export", str(run), "--output", str(folder / "exported-1"), "--round", "1"]),
+        ("export again", ["export", str(run), "--output", str(folder / "exported")]),
+        ("exported", ["train", two, "dataflex=null", *again, "max_steps=1", "gradient_accumulation_steps=1"]),
         ("plain", ["train", two, "dataflex=null", f"output_dir={folder / 'out' / 'plain'}", "disable_tqdm=true"]),
         ("error", ["train", one, "dataflex.select.method=test_late", f"output_dir={folder / 'out' / 'late'}"]),
     ]
@@ -188,3 +197,42 @@ def test_an_error_in_the_middle_of_a_run_begins_a_line(outcomes: dict[str, list[
     assert "round 0, steps 1-3" in out
     assert "/8 [" in error  # the progress bar
     assert error.split("\n")[-2].startswith("dataflex: selector 'test_late'"), error
+
+
+def planned(run: Path, number: int) -> Any:
+    return pq.read_table(run / "dataflex" / "plans" / f"round-{number:05d}.parquet").to_pandas()
+
+
+def test_plans_and_explain_name_the_row(folder: Path, outcomes: dict[str, list[Any]]) -> None:
+    plan = planned(folder / "out" / "two", 1)
+    offset = plan["domain"].map({"alpha": 0, "beta": 48}).astype(int)
+    assert (plan["row"] == plan["index"] - offset).all()
+    status, out, error = outcomes["top"]
+    assert status == 0, error
+    best = plan.sort_values("score", ascending=False, kind="stable").head(3)[["index", "domain", "row"]]
+    told = re.findall(r"Sample (\d+) \((\w+) row (\d+)\), score", out)
+    assert told == [tuple(map(str, row)) for row in best.itertuples(index=False)]
+
+
+def test_what_a_run_selected_is_a_data_set(folder: Path, outcomes: dict[str, list[Any]]) -> None:
+    run = folder / "out" / "two"
+    for name, target, numbers in (("export", "exported", [1, 2]), ("export round", "exported-1", [1])):
+        status, out, error = outcomes[name]
+        assert status == 0, error
+        plans = pd.concat([planned(run, number) for number in numbers])
+        table = pq.read_table(folder / target / "selected.parquet").to_pandas().set_index("index")
+        assert table["times"].to_dict() == plans["index"].value_counts().to_dict() == table["trained"].to_dict()
+        assert table["score"].to_dict() == plans.groupby("index")["score"].last().to_dict()
+        assert f"{len(table)} samples, planned {len(plans)} times" in out
+        for domain in ("alpha", "beta"):
+            raw = json.loads((folder / "data" / f"{domain}.json").read_text())
+            lines = (folder / target / f"{domain}.jsonl").read_text().splitlines()
+            rows = sorted(set(plans[plans["domain"] == domain]["row"]))
+            assert [json.loads(line) for line in lines] == [raw[row] for row in rows]
+        last = f"dataflex: to train on them: dataflex-cli train YAML dataset_dir={folder / target} dataset=alpha,beta"
+        assert out.splitlines()[-1] == last
+    status, _, error = outcomes["export again"]
+    assert status == 2
+    assert "--output" in error
+    assert outcomes["exported"][0] == 0, outcomes["exported"][2]
+    assert (folder / "out" / "again" / "eval_results.json").is_file()  # on the evaluation sets of before

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 import tiny
 from dataflex.probe.store import FeatureStore
@@ -171,17 +172,21 @@ def commands(root: Path) -> dict[str, dict[str, Any]]:
         "mean": [*less, "dataflex.select.aggregation=mean", "--count", "5", "--output", str(root / "mean")],
         "final": [
             "train", warm, f"dataset_dir={root / 'select' / 'scores' / 'selected'}", "dataset=alpha,beta",
-            f"output_dir={root / 'final'}", "max_steps=2",
+            f"output_dir={root / 'final'}", "max_steps=2", "eval_dataset=held", "eval_strategy=steps", "eval_steps=1",
+        ],
+        "section again": [
+            "check", select, f"dataset_dir={root / 'select' / 'scores' / 'selected'}", "dataset=alpha,beta",
+            f"output_dir={root / 'again'}", "dataflex.update_steps=1",
         ],
         "grand": ["score", str(root / "grand.yaml"), "dataset=alpha", "val_size=0.25", "--count", "8"],
-        "tokenized": [
-            "train", warm, f"tokenized_path={root / 'grand' / 'scores' / 'selected' / 'tokenized'}",
-            f"output_dir={root / 'from-tokens'}", "max_steps=2",
-        ],
         "clusters": ["score", str(root / "clusters.yaml")],
         "packed": [
             "score", str(root / "grand.yaml"), "dataset=even", "packing=true", f"cutoff_len={EVEN}", "--count", "3",
             "--output", str(root / "packed"),
+        ],
+        "tokenized": [
+            "train", warm, f"tokenized_path={root / 'packed' / 'selected' / 'tokenized'}",
+            f"output_dir={root / 'from-tokens'}", "max_steps=2",
         ],
         "pt": [
             "score", str(root / "grand.yaml"), "stage=pt", "dataset=texts", "packing=false", "--count", "5",
@@ -363,8 +368,17 @@ def test_the_best_rows_are_written_as_they_were(outcomes: Outcomes) -> None:
         assert chosen
         assert f"dataflex: selected {len(chosen)} of {len(raw)} samples of {name}" in lines
     info = json.loads((folder / "dataset_info.json").read_text())
-    assert info == {name: {"file_name": f"{name}.jsonl"} for name in ("alpha", "beta")}
-    assert lines[-1] == f"dataflex: to train on them: dataset_dir: {folder}, dataset: alpha,beta"
+    assert {name: info.pop(name) for name in ("alpha", "beta")} == {
+        name: {"file_name": f"{name}.jsonl"} for name in ("alpha", "beta")
+    }
+    # The other data sets, of which those to evaluate and validate on are some, are found from there too.
+    before = json.loads((outcomes.root / "data" / "dataset_info.json").read_text())
+    assert info == {
+        name: {**entry, "file_name": str(outcomes.root / "data" / entry["file_name"])}
+        for name, entry in before.items()
+        if name not in ("alpha", "beta")
+    }
+    assert lines[-1] == f"dataflex: to train on them: dataflex-cli train YAML dataset_dir={folder} dataset=alpha,beta"
 
 
 def test_rows_of_a_command_with_evaluation_sets(outcomes: Outcomes) -> None:
@@ -379,7 +393,8 @@ def test_rows_of_a_command_with_evaluation_sets(outcomes: Outcomes) -> None:
         assert path.exists() == bool(chosen)
         written += [name] if chosen else []
     last = outcomes.text("clusters").splitlines()[-1]
-    assert last == f"dataflex: to train on them: dataset_dir: {folder}, dataset: {','.join(written)}"
+    names = ",".join(written)
+    assert last == f"dataflex: to train on them: dataflex-cli train YAML dataset_dir={folder} dataset={names}"
 
 
 def steps_of(folder: Path) -> int:
@@ -390,41 +405,59 @@ def test_llama_factory_trains_on_them(outcomes: Outcomes) -> None:
     outcomes.text("final")
     assert steps_of(outcomes.root / "final") == 2
     assert (outcomes.root / "final" / "adapter_model.safetensors").is_file()
+    history = json.loads((outcomes.root / "final" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [1, 2]
+
+
+def test_the_section_finds_its_validation_set_again(outcomes: Outcomes) -> None:
+    assert "no problems" in outcomes.text("section again")
+
+
+@pytest.mark.parametrize("name, folder, source, count", [
+    ("grand", "grand/scores", "alpha", 8), ("pt", "pt", "texts", 5),
+])  # fmt: skip
+def test_rows_are_known_behind_a_split_and_for_plain_texts(
+    outcomes: Outcomes, name: str, folder: str, source: str, count: int
+) -> None:
+    outcomes.text(name)
+    table = outcomes.table(folder)
+    raw = json.loads((outcomes.root / "data" / f"{source}.json").read_text())
+    rows, chosen = table["row"].astype(int), table["selected"].astype(bool)
+    assert np.unique(rows).size == rows.size == (36 if name == "grand" else len(raw))  # a quarter of 48 is held out
+    if name == "grand":
+        assert (rows != np.arange(rows.size)).any()
+    pool = json.loads((outcomes.root / folder / "samples.json").read_text())["pool"]
+    encode = AutoTokenizer.from_pretrained(outcomes.root / "model")
+    for sample, row in zip(pool, rows, strict=True):
+        text = raw[row]["text"] if name == "pt" else raw[row]["output"]
+        wanted = encode(text, add_special_tokens=False)["input_ids"]
+        found = [token for token in sample["labels" if name == "grand" else "input_ids"] if token != -100]
+        assert found[: len(wanted)] == wanted[: len(found)]
+    lines = (outcomes.root / folder / "selected" / f"{source}.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [raw[row] for row in np.sort(rows[chosen])]
+    assert chosen.sum() == count
 
 
 def test_samples_whose_rows_are_not_known_are_kept_tokenized(outcomes: Outcomes) -> None:
-    folder = outcomes.root / "grand" / "scores" / "selected" / "tokenized"
-    text = outcomes.text("grand")
-    assert "the rows of alpha cannot be told apart" in text
-    assert f"to train on them: tokenized_path: {folder}" in text
+    """Packed samples, here as many as there are rows, but in another order."""
     from datasets import load_from_disk
 
-    table = outcomes.table("grand/scores")
-    assert table["index"].size == 36  # a quarter of 48 is held out
-    kept = json.loads((outcomes.root / "grand" / "scores" / "samples.json").read_text())["pool"]
+    folder = outcomes.root / "packed" / "selected" / "tokenized"
+    text = outcomes.text("packed")
+    assert "it is not known which rows the samples of even were made from" in text
+    assert f"to train on them: dataflex-cli train YAML tokenized_path={folder}" in text
+    pool = json.loads((outcomes.root / "packed" / "samples.json").read_text())["pool"]
+    assert len(pool) == len(json.loads((outcomes.root / "data" / "even.json").read_text()))
+    trained = [sum(token != row["input_ids"][-1] for token in row["input_ids"]) for row in pool]
+    assert trained == sorted(trained, reverse=True)  # not the order of the rows
+    table = outcomes.table("packed")
+    assert table["row"].tolist() == [None] * len(pool)
     chosen = np.flatnonzero(table["selected"].astype(bool))
-    found = load_from_disk(str(folder))["train"]
-    assert [row["input_ids"] for row in found] == [kept[index]["input_ids"] for index in chosen]
-    outcomes.text("tokenized")
-    assert steps_of(outcomes.root / "from-tokens") == 2
-
-
-@pytest.mark.parametrize("name, source, count", [("packed", "even", 3), ("pt", "texts", 5)])
-def test_as_many_samples_as_rows_need_not_be_the_rows(outcomes: Outcomes, name: str, source: str, count: int) -> None:
-    from datasets import load_from_disk
-
-    folder = outcomes.root / name / "selected" / "tokenized"
-    assert f"to train on them: tokenized_path: {folder}" in outcomes.text(name)
-    pool = json.loads((outcomes.root / name / "samples.json").read_text())["pool"]
-    raw = json.loads((outcomes.root / "data" / f"{source}.json").read_text())
-    assert len(pool) == len(raw)
-    if name == "packed":
-        trained = [sum(token != row["input_ids"][-1] for token in row["input_ids"]) for row in pool]
-        assert trained == sorted(trained, reverse=True)  # not the order of the rows
-    chosen = np.flatnonzero(outcomes.table(name)["selected"].astype(bool))
-    assert chosen.size == count
+    assert chosen.size == 3
     found = load_from_disk(str(folder))["train"]
     assert [row["input_ids"] for row in found] == [pool[index]["input_ids"] for index in chosen]
+    outcomes.text("tokenized")
+    assert steps_of(outcomes.root / "from-tokens") == 2
 
 
 # What is refused

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -29,6 +30,33 @@ _SCAN_ROWS = 10_000
 _COUNTED = 1 << 16
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Which row of a data set each sample of a domain was made from.
+
+    Attributes:
+        dataset: the data set's name.
+        raw: its rows as they were read, of which the samples were made.
+        positions: where in ``raw`` the row of each sample is; None: sample i is row i.
+        numbers: the number of each row of ``raw`` in the data set as it is; None: row i is number i. They differ where
+            LLaMA-Factory's ``num_samples`` drew some.
+    """
+
+    dataset: str
+    raw: Dataset
+    positions: IndexArray | None = None
+    numbers: IndexArray | None = None
+
+    def positions_of(self, samples: IndexArray) -> IndexArray:
+        """Return where in ``raw`` the rows of some samples are, counted within the domain."""
+        return samples if self.positions is None else self.positions[samples]
+
+    def numbers_of(self, samples: IndexArray) -> IndexArray:
+        """Return the row numbers of some samples in the data set."""
+        positions = self.positions_of(samples)
+        return positions if self.numbers is None else self.numbers[positions]
+
+
 class Pool:
     """``N`` map-style samples in ``K`` domains; the samples of a domain are a contiguous range.
 
@@ -44,6 +72,8 @@ class Pool:
         self.domain_sizes = np.asarray(domain_sizes, dtype=np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.domain_sizes)]).astype(np.int64)
         """First index of each domain, and ``N`` last, shape (K + 1,)."""
+        self.rows_of: dict[str, Rows] = {}
+        """Domain -> the rows its samples were made from, as far as that is known: not of packed samples."""
 
     @classmethod
     def concatenate(cls, parts: dict[str, Dataset], key: str = "dataset") -> Pool:
@@ -154,6 +184,19 @@ class Pool:
             before = np.concatenate([[0], np.cumsum(column.flatten().to_numpy() != IGNORE_INDEX)])
             parts.append(before[ends] - before[np.minimum(ends - lengths + 1, ends)])
         return np.concatenate(parts).astype(np.int32)
+
+    def row_numbers(self, indices: IndexArray) -> IndexArray | None:
+        """Return the row of each sample in its data set, from 0, -1 if it is not known; None if none of any is."""
+        if not self.rows_of:
+            return None
+        found = np.full(indices.size, -1, dtype=np.int64)
+        ids = self.domain_ids(indices)
+        for number, name in enumerate(self.domains):
+            rows = self.rows_of.get(name)
+            if rows is not None:
+                here = ids == number
+                found[here] = rows.numbers_of(indices[here] - self.offsets[number])
+        return found
 
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
         """Return samples as the collator takes them."""

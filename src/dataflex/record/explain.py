@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.checks.values import dataset_names
+from dataflex.config import RunConfig
 from dataflex.errors import ConfigError
 from dataflex.record.explain_text import lines_of, ranges
 from dataflex.record.files import read_column, read_labels
@@ -70,6 +72,8 @@ class Placement:
     """Whether training reached that step, as far as the logs show."""
     chosen_by: str
     domain: str
+    row: int | None
+    """In the data set, from 0; None where the record does not say."""
     score: float | None
     rank: int | None
     """Among the candidates, 1 the best; None where nothing was ranked."""
@@ -88,6 +92,10 @@ class Sample:
     index: int
     domain: str | None
     """None where it was never planned and the record does not say which domains the pool has."""
+    dataset: str | None
+    """The data set of the domain."""
+    row: int | None
+    """In the data set, from 0; None if it is not known, as of packed samples."""
     planned: int
     trained: int
     placements: list[Placement]
@@ -114,6 +122,8 @@ class Often:
 
     index: int
     domain: str | None
+    dataset: str | None
+    row: int | None
     planned: int
     text: list[Part] | None
 
@@ -169,6 +179,13 @@ class Record:
             return None
         return list(self.pool)[int(np.searchsorted(self.offsets, index, side="right")) - 1]
 
+    def dataset_of(self, domain: str | None) -> str | None:
+        """Return the data set that a domain is a part of, or is."""
+        names = dataset_names(RunConfig(dict(self.run.config), None))
+        if domain is None or domain in names or len(names) == 1:
+            return names[0] if len(names) == 1 else domain
+        return next((name for name in names if domain.startswith(f"{name}/")), None)  # a value of domain_column
+
     def trained_rows(self, each: Round) -> int:
         """Return how many positions of a round's plan training reached."""
         done = min(max(self.run.steps - each.start_step, 0), each.steps)
@@ -179,6 +196,7 @@ class Record:
         path = self.run.plan_path(each.round)
         indices = self.run.plan_indices(each.round)
         scores, ranks = read_column(path, "score"), read_column(path, "rank")
+        rows = read_column(path, "row")
         ids, names = read_labels(path, "domain")
         if not indices.size == each.size == ids.size:
             raise ConfigError(f"{path} has {indices.size} samples, rounds.jsonl says {each.size}.")
@@ -196,8 +214,9 @@ class Record:
                 trained=position < reached,
                 chosen_by=self._chosen_by(each, domain, score is not None or rank is not None),
                 domain=domain,
+                row=_whole(rows, position),
                 score=score,
-                rank=None if rank is None else int(rank),
+                rank=_whole(ranks, position),
                 candidates=None if rank is None else each.candidates.get(group),
                 proportion=each.proportions.get(domain),
                 share=each.shares.get(domain, 0.0),
@@ -283,10 +302,13 @@ def samples(record: Record, indices: Sequence[int], texts: Texts | None) -> list
     for index in dict.fromkeys(map(int, indices)):
         places = placed[index]
         within = {place.round for place in places}
+        domain = places[0].domain if places else record.domain_of(index)
         found.append(
             Sample(
                 index=index,
-                domain=places[0].domain if places else record.domain_of(index),
+                domain=domain,
+                dataset=record.dataset_of(domain),
+                row=places[0].row if places else _row(texts, index),
                 planned=len(places),
                 trained=sum(place.trained for place in places),
                 placements=places,
@@ -325,7 +347,10 @@ def top_of_round(record: Record, number: int, count: int, texts: Texts | None) -
         by, keys = "position", np.arange(size)
     best = np.argsort(keys, kind="stable")[:count]
     places = record.placements(each, best)
-    listed = [{**asdict(place), "text": _text(texts, place.index)} for place in places]
+    listed = [
+        {**asdict(place), "dataset": record.dataset_of(place.domain), "text": _text(texts, place.index)}
+        for place in places
+    ]
     return {"round": number, "size": each.size, "by": by, "domains": each.domains, "samples": listed}
 
 
@@ -358,23 +383,46 @@ def overview(record: Record, texts: Texts | None) -> dict[str, Any]:
         uses.append(DomainUse(domain, size, distinct, never, number, number / total if total else 0.0))
     often = np.argsort(-counts, kind="stable")[:_OFTEN]
     often = often[counts[often] > 0]
+    rows = _rows_on_record(record, often)
+    most_often = []
+    for place, index in enumerate(map(int, often)):
+        named, text = record.domain_of(index), _text(texts, index) if place < _EXPLAINED else None
+        most_often.append(Often(index, named, record.dataset_of(named), rows.get(index), int(counts[index]), text))
     return {
         "planned": int(total),
         "trained": sum(record.trained_rows(each) for each in record.run.rounds),
         "distinct": int(np.count_nonzero(counts)),
         "domains": uses,
-        "most_often": [
-            Often(
-                index, record.domain_of(index), int(counts[index]), _text(texts, index) if place < _EXPLAINED else None
-            )
-            for place, index in enumerate(map(int, often))
-        ],
+        "most_often": most_often,
         "as_often_as_the_last": int(np.count_nonzero(counts == counts[often[-1]])) if often.size else 0,
     }
 
 
+def _rows_on_record(record: Record, indices: NDArray[np.int64]) -> dict[int, int]:
+    """Return the rows of some samples, as far as a plan that has them says it, reading no more plans than need be."""
+    found: dict[int, int] = {}
+    for each in record.run.rounds:
+        planned, rows = record.run.plan_indices(each.round), read_column(record.run.plan_path(each.round), "row")
+        if rows is None or len(found) == indices.size:
+            break
+        here = np.isin(planned, indices) & np.isfinite(rows)
+        found |= dict(zip(planned[here].tolist(), rows[here].astype(np.int64).tolist(), strict=True))
+    return found
+
+
 def _number(column: NDArray[Any] | None, position: int) -> float | None:
     return None if column is None or not np.isfinite(column[position]) else float(column[position])
+
+
+def _whole(column: NDArray[Any] | None, position: int) -> int | None:
+    value = _number(column, position)
+    return None if value is None else int(value)
+
+
+def _row(texts: Texts | None, index: int) -> int | None:
+    """Return a sample's row as the data loaded once more says it."""
+    rows = None if texts is None or index >= texts.pool.size else texts.pool.row_numbers(np.array([index]))
+    return None if rows is None or rows[0] < 0 else int(rows[0])
 
 
 def _text(texts: Texts | None, index: int) -> list[Part] | None:

@@ -63,7 +63,7 @@ def _value(value: Any) -> str:
 
 
 def _sample_lines(sample: Sample, full: bool, rounds_missing: bool) -> list[str]:
-    where = "" if sample.domain is None else f" ({sample.domain})"
+    where = _where(sample.domain, sample.dataset, sample.row)
     untrained = "not trained on" if rounds_missing else "never trained on"
     trained = f"trained on {_times(sample.trained)}" if sample.trained else untrained
     never = "not planned in the rounds on record" if rounds_missing else "never planned"
@@ -109,8 +109,9 @@ def _top_lines(found: dict[str, Any], full: bool) -> list[str]:
     lines = [f"Round {found['round']}: {len(found['samples'])} of {found['size']:,} samples, {told[found['by']]}"]
     for place in found["samples"]:
         score = "" if place["score"] is None else f", score {place['score']:.4g}"
+        where = _where(place["domain"], place["dataset"], place["row"])
         rank = "" if place["rank"] is None else f", rank {_rank(place['rank'], place['candidates'])}"
-        lines += ["", f"Sample {place['index']} ({place['domain']}){score}{rank}, step {place['step']}"]
+        lines += ["", f"Sample {place['index']}{where}{score}{rank}, step {place['step']}"]
         lines += _text_lines(place["text"], full)
     return lines
 
@@ -131,7 +132,7 @@ def _overview_lines(found: dict[str, Any], full: bool) -> list[str]:
         "Planned most often:",
     ]
     for often in found["most_often"]:
-        where = "" if often.domain is None else f" ({often.domain})"
+        where = _where(often.domain, often.dataset, often.row)
         lines += [f"Sample {often.index}{where}: {_times(often.planned)}", *_text_lines(often.text, full)]
     if found["as_often_as_the_last"] > 1:
         lines.append(f"{_count(found['as_often_as_the_last'], 'sample')} in all are planned as often as the last one.")
@@ -147,6 +148,14 @@ def _text_lines(parts: list[Part] | None, full: bool) -> list[str]:
             kind = part.kind if number == 0 else ""
             lines.append(f"  {kind:<7} | {''.join(c if c.isprintable() else ' ' for c in line)}".rstrip())
     return lines
+
+
+def _where(domain: str | None, dataset: str | None, row: int | None) -> str:
+    """Return where a sample comes from: its domain, and its row in the data set, named if the domain is another."""
+    if domain is None:
+        return ""
+    named = domain if dataset in (None, domain) or row is None else f"{domain}: {dataset}"
+    return f" ({named})" if row is None else f" ({named} row {row})"
 
 
 def _width() -> int:

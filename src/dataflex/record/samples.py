@@ -88,8 +88,8 @@ def _comparable(text: str) -> str:
 def load_texts(record: RunRecord, full: bool) -> Texts | str:
     """Return the texts of a run's samples, or why there are none.
 
-    The data sets are taken for those of the run where each gives as many samples as on record (older records say only
-    their names).
+    The data sets are taken for those of the run if each gives as many samples as on record, and the fingerprint of all
+    is the same (older records say only their names).
     """
     from dataflex import bridge
 
@@ -111,4 +111,7 @@ def load_texts(record: RunRecord, full: bool) -> Texts | str:
     ]
     if other:
         return f"the data is not that of the run any more: {', '.join(other)}."
+    known = [start["fingerprints"]["dataset"] for start in record.starts if "dataset" in start.get("fingerprints", {})]
+    if known and known[-1] != pool.fingerprint:
+        return "the data is not that of the run any more: it has as many samples, but others."
     return Texts(pool, tokenizer, full)

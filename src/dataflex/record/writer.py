@@ -43,6 +43,7 @@ from dataflex.record.configuration import PLUGINS
 from dataflex.record.environment import FILE as ENVIRONMENT
 from dataflex.record.environment import now, starts
 from dataflex.record.identity import FOLDER, RUN_FILE, new_identity, read_identity, write_identity
+from dataflex.selected import row_column
 from dataflex.trainer.checkpoint import checkpoints, marked
 
 LOSS_WEIGHTS = "loss_weights.csv"
@@ -324,6 +325,8 @@ class RunWriter:
             "index": pa.array(plan.indices),
             "domain": pa.DictionaryArray.from_arrays(ids.astype(np.int32), list(pool.domains)),
         }
+        if pool.rows_of:
+            columns["row"] = row_column(pool, plan.indices)
         if plan.scores is not None:
             columns["score"] = pa.array(plan.scores, from_pandas=True)
         if plan.ranks is not None:

@@ -68,8 +68,6 @@ class DynamicRun:
         """The run's, from when training begins."""
         self.resume: Resume | None = None
         """What the run goes on from."""
-        self.raw: dict[str, Any] = {}
-        """The raw rows of every data set, where the pool is only scored."""
         self.instead: Callable[[DynamicRun], None] | None = None
         """What is done where training would begin, in its place."""
         self.planner: Planner | None = None
