@@ -459,3 +459,30 @@ def test_without_the_data_of_the_run_it_is_explained_without_texts(
     found = refused(capsys, run, "--text", "sun")
     assert "--text: " in found
     assert reason in found
+
+
+def test_rounds_of_an_earlier_run_that_are_not_on_record_are_said_to_be_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that goes on from another folder's checkpoint may have trained on a sample before its record begins."""
+    run = write_run(tmp_path / "run", COMPONENTS["select"])
+    rows = raw_rows(run)
+    later = {row.index for row in rows if row.round >= 2}
+    before, never = ({row.index for row in rows} - later), set(range(50)) - {row.index for row in rows}
+    sample = min(before)
+    lines = (run / "dataflex" / "rounds.jsonl").read_text().splitlines(keepends=True)
+    assert "never planned" in told(capsys, run, "--index", str(min(never)))
+    (run / "dataflex" / "rounds.jsonl").write_text("".join(lines[2:]))
+    change = {"resumed_at": 7, "step": 7, "key": "dataflex.select.focus", "from": "low", "to": "high"}
+    kept = {**change, "key": "learning_rate", "effect": "none, the earlier value stays"}
+    changes = [{**change, "effect": "from this step on"}, kept]
+    (run / "dataflex" / "changes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changes))
+    text = told(capsys, run, "--index", str(sample))
+    assert "not planned in the rounds on record" in text
+    assert "never planned" not in text
+    assert "Not on record here: rounds 0-1, of the run that this one goes on from." in text
+    assert 'From step 8 on: dataflex.select.focus is "high", was "low".' in text
+    assert "learning_rate" not in text
+    facts = ask(capsys, run, "--index", str(sample))["run"]
+    assert facts["rounds_missing"] == [0, 1]
+    assert facts["changes"] == changes

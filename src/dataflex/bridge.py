@@ -145,9 +145,9 @@ def _resume(dynamic: DynamicRun, training_args: Any) -> Resume | None:
     problems = list(found.problems())
     if problems:
         raise ConfigError(problems=problems, source=dynamic.config.source)
-    dynamic.check_batch(found.state, training_args)
+    processes = dynamic.check_processes(found.state, training_args)
     print(f"dataflex: going on from {found.folder} (step {found.marker.step})")
-    for line in found.lines():
+    for line in [*found.lines(), *([] if processes is None else [processes])]:
         print(f"dataflex: {line}")
     return found
 

@@ -233,6 +233,18 @@ WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"resume_from_checkpoint": "GOOD", "dataset": "beta", "dataflex": SELECT},
         ["dataset", "cannot change at a resume", '"alpha"', '"beta"', "samples"],
     ),
+    "a checkpoint of other labels": (
+        {"resume_from_checkpoint": "GOOD", "train_on_prompt": True, "dataflex": SELECT},
+        ["train_on_prompt", "cannot change at a resume", "labels"],
+    ),
+    "a checkpoint of another optimizer": (
+        {"resume_from_checkpoint": "GOOD", "optim": "sgd", "dataflex": SELECT},
+        ["optim", "cannot change at a resume", '"sgd" now'],
+    ),
+    "a checkpoint of another adapter": (
+        {"resume_from_checkpoint": "GOOD", "lora_rank": 8, "dataflex": SELECT},
+        ["lora_rank", "cannot change at a resume", "4 up to the checkpoint, 8 now"],
+    ),
     "a checkpoint of another batch size": (
         {"resume_from_checkpoint": "GOOD", "per_device_train_batch_size": 4, "dataflex": SELECT},
         ["global batch size", "2", "4"],

@@ -237,6 +237,11 @@ def add_resumes(workshop: Any) -> None:
     workshop.add("elsewhere", resume_from_checkpoint=str(workshop.root / "changes-whole" / "checkpoint-4"), **static)
     workshop.add("only-model", stop_at=3, save_only_model=True, **static)
     workshop.add("only-model-resumed", into="only-model", save_only_model=True, **static)
+    patient = {**static, **EVALUATED, "eval_steps": 1, "save_steps": 1, "learning_rate": 0.0, "early_stopping_steps": 3}
+    patient |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    workshop.add("patient-whole", **patient)
+    workshop.add("patient", stop_at=3, **patient)
+    workshop.add("patient-resumed", into="patient", **patient)
     workshop.add("again", stop_at=3, **static)
     workshop.add("again-new", stop_at=1, overwrite_output_dir=True, into="again", **{**static, "learning_rate": 0.02})
     workshop.add("again-end", into="again", **{**static, "learning_rate": 0.02})
@@ -593,6 +598,13 @@ def test_a_run_that_saved_models_only_does_not_go_on(runs: Any) -> None:
     error = json.loads((runs.root / "only-model" / "trace-0.json").read_text())["error"]
     assert "save_only_model: true" in error
     assert "optimizer" in error
+
+
+def test_early_stopping_counts_on(runs: Any) -> None:
+    for name in ("patient-whole", "patient"):
+        steps = [step for event, step in runs.trace(name)["events"] if event == "save"]
+        assert max(steps) == 4  # nothing is better than at step 1, three times
+    assert min(steps) == 4
 
 
 def test_a_new_run_that_is_killed_goes_on_as_itself(runs: Any) -> None:

@@ -21,6 +21,7 @@ from dataflex.trainer.checkpoint import (
     check_state,
     checkpoints,
     delete,
+    keep_only,
     last_complete,
     mark_complete,
     problem_of,
@@ -302,3 +303,10 @@ def test_what_a_killed_run_left_of_the_marker_is_no_part_of_the_next_one(tmp_pat
     mark_complete(folder, RUN, 5, {})
     (folder / f".{MARKER_FILE}.123.tmp").unlink()
     assert problem_of(folder) is None
+
+
+def test_of_a_run_that_looked_for_its_best_model_only_that_is_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        make(tmp_path / f"checkpoint-{step}", run="other" if step == 15 else RUN)
+    keep_only(tmp_path, RUN, tmp_path / "checkpoint-5")
+    assert names(tmp_path) == [5, 15]

@@ -173,9 +173,14 @@ def test_other_training_data_is_not_gone_on_with() -> None:
 
 def test_another_global_batch_size_is_not_gone_on_with() -> None:
     first = started()  # 2 per device x 2 x 2 processes
-    first.check_batch(first.state_dict(0), arguments(gradient_accumulation_steps=4, world_size=1))
+    state = {**first.state_dict(0), "processes": 2}
+    other = {"gradient_accumulation_steps": 4, "world_size": 1}
+    assert first.check_processes(state, arguments(deepspeed="zero.json")) is None
+    assert "1 processes go on with what 2 had begun" in first.check_processes(state, arguments(**other, deepspeed=None))
+    with pytest.raises(CheckpointError, match=r"in parts for 2 processes, this run has 1"):
+        first.check_processes(state, arguments(**other, deepspeed="zero.json"))
     with pytest.raises(CheckpointError, match=r"global batch size .* of 8, this run has 16"):
-        first.check_batch(first.state_dict(0), arguments(world_size=4))
+        first.check_processes(state, arguments(world_size=4))
 
 
 def test_another_method_begins_without_the_state_of_the_one_before() -> None:

@@ -42,7 +42,7 @@ from dataflex.probe.cost import Cost
 from dataflex.record.configuration import PLUGINS
 from dataflex.record.environment import FILE as ENVIRONMENT
 from dataflex.record.environment import now, starts
-from dataflex.record.identity import FOLDER, RUN_FILE, new_identity, read_identity, write_identity
+from dataflex.record.identity import FOLDER, new_identity, read_identity, write_identity
 from dataflex.selected import row_column
 from dataflex.trainer.checkpoint import checkpoints, marked
 
@@ -179,8 +179,8 @@ class RunWriter:
         """
         output_dir = self.folder.parent
         left = [path for path in checkpoints(output_dir) if keep is None or not path.samefile(keep)]
-        if not left and not any((self.folder / name).exists() for name in ("config.yaml", RUN_FILE)):
-            return
+        if not left and not (self.folder / "config.yaml").exists():
+            return  # nothing, or a run that was killed before it began
         for path in [*(output_dir / name for name in RESULTS if (output_dir / name).exists()), *left]:
             path.rename(self.folder / path.name)
         aside = _earlier(self.folder)

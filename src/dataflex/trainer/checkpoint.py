@@ -312,6 +312,13 @@ def last_complete(output_dir: Path, run: str | None) -> tuple[Path | None, list[
     return None, left
 
 
+def keep_only(output_dir: Path, run: str, best: Path) -> None:
+    """Delete every checkpoint of a run but the one with the best evaluation, wherever that is."""
+    for folder, marker in list(marked(output_dir)):
+        if marker.run == run and folder.resolve() != best.resolve():
+            delete(folder)
+
+
 def rotate(output_dir: Path, limit: int | None, run: str, best_step: int | None) -> None:
     """Delete the oldest checkpoints of a run, by step, until ``limit`` are left.
 

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from dataflex import console, distributed
@@ -521,7 +528,17 @@ class DynamicTrainerMixin(Trainer):
         """Have the Trainer's samples per second count what a budget really was spent on."""
         run = self.dataflex
         samples = self.state.global_step * run.global_batch_size if run.has_budget else num_train_samples
-        return super()._finalize_training(trial, samples, start_time)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super()._finalize_training(trial, samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
+        best = self.state.best_model_checkpoint
+        if limit == 1 and best is not None and self.args.process_index == 0:
+            # As the Trainer does, but for checkpoints of this run alone.
+            checkpoint.keep_only(Path(self._get_output_dir(trial=trial)), run.identity, Path(best))
+        distributed.barrier()
+        return output
 
     def save_state(self) -> None:
         """Save the Trainer's state, which LLaMA-Factory does after it has saved the model, and put that on record."""
@@ -629,6 +646,8 @@ class DynamicCallback(TrainerCallback):
         """Make the planner and take back a checkpoint's state."""
         run = self.trainer.dataflex
         run.prepare(args, state.max_steps, self.trainer.arrangement())
+        if run.resume is not None:
+            self._take_patience_back(state)
         if run.has_budget or run.resume is not None:
             # eval_steps: 0.1 and the like are shares of the run; and the state of a checkpoint has the earlier ones.
             state.compute_steps(args, run.expected_steps)
@@ -637,6 +656,13 @@ class DynamicCallback(TrainerCallback):
         expected = run.expected_cost()
         if expected is not None and args.process_index == 0:
             console.say(f"dataflex: {expected}")
+
+    def _take_patience_back(self, state: TrainerState) -> None:
+        """Have early stopping count on from the checkpoint; of its own it would begin anew."""
+        stored = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and isinstance(stored, dict):
+                callback.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the step's clock."""

@@ -539,6 +539,7 @@ class DynamicRun:
             "run": self.identity,
             "step": step,
             "batch": self.global_batch_size,
+            "processes": distributed.world_size(),
             "pool_fingerprint": self.pool.fingerprint if self.pool is not None else None,
             "targets_fingerprints": {key: targets.fingerprint for key, targets in self.targets.items()},
             "plan": self._plan_state(),
@@ -553,11 +554,11 @@ class DynamicRun:
             "evaluate_seconds": self.evaluate_seconds,
         }
 
-    def check_batch(self, state: State, args: TrainingArguments) -> None:
-        """Refuse a checkpoint of a run with another global batch size.
+    def check_processes(self, state: State, args: TrainingArguments) -> str | None:
+        """Refuse a checkpoint that does not go with the processes, and return what else is to be said of them.
 
         Raises:
-            CheckpointError: if it has.
+            CheckpointError: if the global batch size is another, or the number of processes under DeepSpeed.
         """
         now = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if state["batch"] != now:
@@ -566,6 +567,18 @@ class DynamicRun:
                 f"accumulation x processes) of {state['batch']}, this run has {now}. Use the same one, or another "
                 "output_dir for a new run."
             )
+        then, now = state["processes"], args.world_size
+        if then == now:
+            return None
+        if args.deepspeed:
+            raise CheckpointError(
+                f"the checkpoint of step {state['step']} has DeepSpeed's optimizer in parts for {then} processes, this "
+                f"run has {now}. Start as many again."
+            )
+        return (
+            f"{now} processes go on with what {then} had begun: decisions are the same, the random streams of dropout "
+            "begin anew."
+        )
 
     def check_data(self, state: State) -> None:
         """Refuse a checkpoint that was written for other training or validation samples, before a model is loaded.
