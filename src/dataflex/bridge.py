@@ -265,10 +265,9 @@ def load_pool(
     if whole:
         module = load(data_args=_train_only(data_args)) if data_args.dataset or _is_stored(data_args) else {}
         module["eval_dataset"] = _load_evaluation(load, data_args, dynamic, module.pop("eval_dataset", None))
-        if dynamic.has_budget and training_args.do_train:
-            dynamic.lengths = Pool.concatenate({"dataset": module["train_dataset"]}).lengths
         if training_args.do_train and dynamic.instead is None:
-            dynamic.num_samples = len(module["train_dataset"])
+            dynamic.whole = Pool.concatenate({"dataset": module["train_dataset"]})
+            _check_data(dynamic, training_args)
             dynamic.set_steps(copy.copy(training_args))  # problems of the rounds show before a model is loaded
             _open(dynamic, training_args)
         return {key: value for key, value in module.items() if value is not None}
@@ -287,12 +286,21 @@ def load_pool(
             logger.warning(warning)
     for key, request in dynamic.validation.items():
         dynamic.targets[key] = _load_targets(load, data_args, f"dataflex.{key}", request, evaluation)
-    if dynamic.resume is not None:
-        dynamic.check_data(dynamic.resume.state)
+    _check_data(dynamic, training_args)
     if dynamic.instead is None:
         _open(dynamic, training_args)
     module = {"train_dataset": dynamic.pool.dataset}
     return module if evaluation is None else {**module, "eval_dataset": evaluation}
+
+
+def _check_data(dynamic: DynamicRun, training_args: Any) -> None:
+    """Compare the data with that of the checkpoint a run goes on from."""
+    if dynamic.resume is None:
+        return
+    dynamic.check_data(dynamic.resume.state)
+    line = dynamic.says_of_evaluation(dynamic.resume.state)
+    if line is not None and training_args.process_index == 0:
+        logger.warning(line)
 
 
 def _open(dynamic: DynamicRun, training_args: Any) -> None:

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from dataflex.arguments import llamafactory_defaults
 from dataflex.config import SECTION, RunConfig
-from dataflex.fingerprints import is_model_folder, model_digests
+from dataflex.fingerprints import file_digest, is_model_folder, model_digests
 from dataflex.masking import masked
-from dataflex.registry import CONFIG_KEYS
+from dataflex.registry import CONFIG_KEYS, find_plugin
 
 Effect = Literal["fixed", "from here", "kept"]
 
@@ -94,7 +94,8 @@ _OTHERS = {
         load_best_model_at_end metric_for_best_model greater_is_better early_stopping_steps push_to_hub
         pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight kto_rejected_weight
         simpo_gamma ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards ld_alpha
-        dataflex.train_steps dataflex.train_tokens dataflex.train_seconds dataflex.probe_batch_tokens""",
+        dataflex.train_steps dataflex.train_tokens dataflex.train_seconds dataflex.probe_batch_tokens
+        dataflex.plugins""",
     "free": """
         output_dir overwrite_output_dir resume_from_checkpoint do_train dataset_dir media_dir cache_dir logging_dir
         offload_folder tokenized_path overwrite_cache preprocessing_batch_size preprocessing_num_workers
@@ -114,7 +115,7 @@ _OTHERS = {
         sglang_tp_size sglang_config sglang_lora_backend
         enable_torch_profiler profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_active_steps
         profiler_repeat profiler_record_shapes profiler_profile_memory profiler_with_stack profile_modules
-        dataflex.plugins""",
+    """,
 }
 _FROM_HERE, _FREE = (frozenset(_OTHERS[name].split()) for name in ("from here", "free"))
 
@@ -124,6 +125,9 @@ _NOT_OF_STEPS = ("reduce_lr_on_plateau", "greedy")
 """Schedules that are no function of the step, and whose whole state is in the checkpoint."""
 _LISTS = ("dataset", "eval_dataset", "report_to", "lora_target", "additional_target")
 _MODELS = ("model_name_or_path", "adapter_name_or_path")
+_PLUGINS = f"{SECTION}.plugins"
+_BY_CONTENT = (*_MODELS, _PLUGINS)
+"""Settings that count by the files they name."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +162,9 @@ class Change:
     @property
     def values(self) -> str:
         """Both values, for a message."""
-        if self.key in _MODELS:
+        if self.key in _BY_CONTENT:
             names = [", ".join(each["name"] for each in value or []) for value in (self.before, self.now)]
-            files = " with other files" if names[0] == names[1] else ""
+            files = " with other content" if names[0] == names[1] else ""
             return f"{names[0] or 'not set'} up to the checkpoint, {names[1] or 'not set'}{files} now"
         return f"{_shown(self.before)} up to the checkpoint, {_shown(self.now)} now"
 
@@ -205,8 +209,14 @@ def snapshot(config: RunConfig) -> dict[str, Any]:
         for family, (cls, params) in config.params.items():
             flat[f"{SECTION}.{family}.method"] = cls.name
             flat |= {f"{SECTION}.{family}.{key}": value for key, value in params.model_dump(mode="json").items()}
+        flat[_PLUGINS] = [_plugin(plugin, config.base) for plugin in config.dataflex.plugins]
     plain: dict[str, Any] = masked(json.loads(json.dumps(flat, default=str)))
     return plain
+
+
+def _plugin(name: str, base: Path | None) -> dict[str, str]:
+    path = find_plugin(name, base)
+    return {"name": path.name, "files": file_digest(path)}
 
 
 def _model(name: str) -> dict[str, str]:
@@ -301,7 +311,7 @@ def _plain(key: str, value: Any) -> Any:
     """Return a value so that what means the same is the same: ``1e-4`` and 0.0001, ``a,b`` and [a, b]."""
     if _is_off(value):
         return None
-    if key in _MODELS and isinstance(value, list):
+    if key in _BY_CONTENT and isinstance(value, list):
         return [each.get("files", each["name"]) for each in value]
     if isinstance(value, str) and key in _LISTS:
         value = [part.strip() for part in value.split(",") if part.strip()]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +132,28 @@ def test_a_model_counts_by_its_files(tmp_path: Path) -> None:
     assert one(before, model("other", 3)).effect == "fixed"
     kept = snapshot(split_config({**KEYS, **before}))
     (change,) = differences(kept, snapshot(split_config({**KEYS, **model("here", 4)})))
-    assert "with other files" in change.values
+    assert "with other content" in change.values
     assert one({"model_name_or_path": "org/a"}, {"model_name_or_path": "org/b"}).effect == "fixed"
 
 
 def test_a_snapshot_has_no_token() -> None:
     secrets = {"hub_token": "hf_secret", "hf_hub_token": "hf_secret", "swanlab_api_key": "hf_secret"}
     assert "hf_secret" not in json.dumps(snapshot(split_config({**KEYS, **secrets})))
+
+
+def test_a_plugin_counts_by_its_source(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataflex import Weighter, register\n\n@register('weighter', 'mine_of_changes')\nclass Mine(Weighter):\n"
+        "    def weigh(self, losses, step):\n        return losses\n"
+    )
+    config = split_config({**KEYS, "dataflex": {**MIX, "plugins": [str(tmp_path / "mine.py")]}})
+    before = snapshot(config)
+    (tmp_path / "moved").mkdir()
+    moved = shutil.copy(tmp_path / "mine.py", tmp_path / "moved")
+    section = config.dataflex.model_copy(update={"plugins": [str(moved)]})
+    assert differences(before, snapshot(replace(config, dataflex=section))) == []
+    with (tmp_path / "mine.py").open("a") as stream:
+        stream.write("# another rule\n")
+    (change,) = differences(before, snapshot(config))
+    assert (change.key, change.effect) == ("dataflex.plugins", "from here")
+    assert change.values == "mine.py up to the checkpoint, mine.py with other content now"

@@ -99,7 +99,10 @@ def run_of(**section: Any) -> DynamicRun:
 
 
 def steps(dynamic: DynamicRun, max_steps: int) -> None:
-    given = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "world_size": 1}
+    given: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "world_size": 1}
+    never = SimpleNamespace(value="no")
+    given |= {"eval_strategy": never, "eval_steps": None, "logging_steps": 500, "do_eval": False}
+    given |= {"save_strategy": never, "save_steps": 500}
     dynamic.set_steps(SimpleNamespace(**given, max_steps=max_steps, num_train_epochs=1.0, ignore_data_skip=False))
 
 

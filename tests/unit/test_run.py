@@ -114,7 +114,7 @@ def test_a_run_that_is_all_warm_up_decides_nothing(section: dict[str, Any]) -> N
     ((key, part),) = section.items()
     for changes in ({"train_steps": 6}, {"train_tokens": 6 * 8 * 7}):
         dynamic = run_of(TWO_DOMAINS, **section, warmup_steps=6, **changes)
-        dynamic.lengths = np.full(160, 7, np.int32)
+        dynamic.whole = make_pool({"all": 160})
         text = rf"dataflex.warmup_steps: the run has 6 steps, all of them warm-up \(6\): {key} {part['method']} "
         with pytest.raises(ConfigError, match=text):
             dynamic.set_steps(arguments())
@@ -123,11 +123,11 @@ def test_a_run_that_is_all_warm_up_decides_nothing(section: dict[str, Any]) -> N
 
 def test_the_steps_of_a_run_that_only_weights_are_the_trainers() -> None:
     dynamic = run_of(weight={"method": "loss"}, warmup_steps=63)
-    dynamic.num_samples = 161  # 41 batches of 2 on each of two processes, 21 steps
+    dynamic.whole = make_pool({"all": 161})  # 41 batches of 2 on each of two processes, 21 steps
     with pytest.raises(ConfigError, match="the run has 63 steps"):
         dynamic.set_steps(arguments())
     dynamic = run_of(weight={"method": "loss"}, warmup_steps=62)
-    dynamic.num_samples = 161
+    dynamic.whole = make_pool({"all": 161})
     args = arguments()
     dynamic.set_steps(args)
     assert args.max_steps == -1
@@ -166,7 +166,7 @@ def test_state_goes_on_with_the_plan_and_the_counts() -> None:
 def test_other_training_data_is_not_gone_on_with() -> None:
     first = started()
     first.plan_for(0)
-    with pytest.raises(CheckpointError, match=r"step 1 .*other training data"):
+    with pytest.raises(CheckpointError, match=r"dataset: the checkpoint of step 1 .*other training data"):
         started(sizes={"a": 60, "b": 100}).check_data(first.state_dict(1))
     started().check_data(first.state_dict(1))
 
@@ -278,3 +278,14 @@ def test_tokens_of_a_gradient_batch(
     assert probe.gradient_batch_tokens == expected
     assert probe.batch_tokens == (given or 4 * 4 * 50)
     assert probe.sharded == sharded
+
+
+def test_other_evaluation_data_is_said() -> None:
+    """It changes no decision, and makes two halves of a curve that do not belong together."""
+    first, same, other = started(), started(), started()
+    for dynamic, tokens in ((first, 1), (same, 1), (other, 2)):
+        dynamic.evaluation = make_pool({"held": 4}, rows=[{"input_ids": [tokens]}] * 4)
+    state = first.state_dict(3)
+    assert same.says_of_evaluation(state) is None
+    assert "evaluation data is not that of before step 3" in str(other.says_of_evaluation(state))
+    assert started().says_of_evaluation(state) is None

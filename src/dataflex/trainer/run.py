@@ -90,10 +90,8 @@ class DynamicRun:
         self._domain_tokens = self._domain_samples = np.zeros(0, np.int64)
         self.evaluation: Pool | None = None
         """The evaluation samples, one domain for each data set."""
-        self.lengths: NDArray[np.int32] | None = None
-        """Tokens of every training sample, where the run ends by a number of tokens."""
-        self.num_samples: int | None = None
-        """Training samples where there is no pool; None while not known."""
+        self.whole: Pool | None = None
+        """The training samples, as one domain, if LLaMA-Factory draws them; None in a stream."""
         self.evaluate_seconds = 0.0
         self.evaluation_began: float | None = None
         """When the running evaluation began; None where none is running."""
@@ -137,7 +135,7 @@ class DynamicRun:
         if self.resume is not None and self.plans_data and settings.update_steps is None:
             # The rounds of the checkpoint, whatever would be chosen now, for another total perhaps.
             settings = settings.model_copy(update={"update_steps": self.resume.marker.config["dataflex.update_steps"]})
-        samples = self._training_samples()
+        samples = None if self.samples is None else self.samples.size
         sizes = self.pool.domain_sizes.tolist() if self.pool is not None else [samples or 0]
         self.run_plan = plan_of(
             settings,
@@ -171,13 +169,12 @@ class DynamicRun:
         """Return the mean tokens of a sample, where the run ends by a number of tokens."""
         if self.settings.train_tokens is None:
             return None
-        lengths = self.lengths if self.pool is None else self.pool.lengths
-        return None if lengths is None else float(lengths.mean())
+        return None if self.samples is None else float(self.samples.lengths.mean())
 
-    def _training_samples(self) -> int | None:
-        if self.pool is not None:
-            return self.pool.size
-        return self.lengths.size if self.lengths is not None else self.num_samples
+    @property
+    def samples(self) -> Pool | None:
+        """The training samples, whoever draws them; None while they are not loaded, and in a stream."""
+        return self.pool if self.pool is not None else self.whole
 
     def opening(self) -> list[str]:
         """Return the lines a run opens with: its plan, and what will not happen although it was asked for."""
@@ -341,7 +338,7 @@ class DynamicRun:
         kept = recorded(self.config)
         start = environment(self.config, kept, distributed.world_size(), step)
         start["fingerprints"] = {
-            **({} if self.pool is None else {"dataset": self.pool.fingerprint}),
+            **({} if self.samples is None else {"dataset": self.samples.fingerprint}),
             **({} if self.evaluation is None else {"eval_dataset": self.evaluation.fingerprint}),
             **{f"dataflex.{key}.validation": targets.fingerprint for key, targets in self.targets.items()},
         }
@@ -540,7 +537,8 @@ class DynamicRun:
             "step": step,
             "batch": self.global_batch_size,
             "processes": distributed.world_size(),
-            "pool_fingerprint": self.pool.fingerprint if self.pool is not None else None,
+            "pool_fingerprint": None if self.samples is None else self.samples.fingerprint,
+            "evaluation_fingerprint": None if self.evaluation is None else self.evaluation.fingerprint,
             "targets_fingerprints": {key: targets.fingerprint for key, targets in self.targets.items()},
             "plan": self._plan_state(),
             "planner": self.planner.state_dict() if self.planner is not None else None,
@@ -586,10 +584,12 @@ class DynamicRun:
         Raises:
             CheckpointError: naming what differs.
         """
-        if self.pool is not None and state["pool_fingerprint"] != self.pool.fingerprint:
+        now = None if self.samples is None else self.samples.fingerprint
+        if state["pool_fingerprint"] != now:
             raise CheckpointError(
-                f"the checkpoint of step {state['step']} was written for other training data (fingerprint "
-                f"{state['pool_fingerprint'][:12]}, this run's pool has {self.pool.fingerprint[:12]})."
+                f"dataset: the checkpoint of step {state['step']} was written for other training data (fingerprint "
+                f"{str(state['pool_fingerprint'])[:12]}, this run's data has {str(now)[:12]}): the files, or what is "
+                "made of them, have changed since."
             )
         for key, targets in self.targets.items():
             then = state["targets_fingerprints"].get(key)
@@ -598,6 +598,13 @@ class DynamicRun:
                     f"the checkpoint of step {state['step']} was written with another validation set of dataflex.{key} "
                     f"(fingerprint {str(then)[:12]}, this run's has {targets.fingerprint[:12]})."
                 )
+
+    def says_of_evaluation(self, state: State) -> str | None:
+        """Return a line if a checkpoint's run was evaluated on other samples."""
+        then, now = state["evaluation_fingerprint"], None if self.evaluation is None else self.evaluation.fingerprint
+        if then is None or now is None or then == now:
+            return None
+        return f"the evaluation data is not that of before step {state['step']}; do not compare across it."
 
     def _plan_state(self) -> State | None:
         if self.plan is None:
