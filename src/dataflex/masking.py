@@ -2,77 +2,115 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-_SECRET = re.compile(r"token|api_?key|access_?key|private_?key|secret|passw(or)?d|credential|webhook", re.IGNORECASE)
-_HARMLESS = frozenset(
-    {
-        "add_tokens",
-        "add_special_tokens",
-        "new_special_tokens_config",
-        "init_special_tokens",
-        "include_num_input_tokens_seen",
-        "tokenized_path",
-        "tokenizer",
-        "tokenizer_name",
-        "api_key_env",
-    }
+_SECRET = re.compile(
+    r"""(?:[a-z0-9]*tokens?|[a-z0-9]*secrets?|[a-z0-9]*passw(?:or)?ds?|passphrase|credentials?|webhook
+        |[a-z0-9]*apikey|(?:api|access|auth|private|signing|encryption)_key)(?:_|$)""",
+    re.VERBOSE,
 )
-"""Keys with text in them that is no secret, though their names look like it."""
-_TOKEN_OF_TEXT = re.compile(r"(^|_)(bos|eos|eot|pad|unk|cls|sep|mask|image|video|audio|begin|end|stop)_token$")
+"""Words of a key that name a secret; ``tokenizer`` and ``tokenized_path`` have none of them."""
+
+_NAMES_ONE = re.compile(r"_(?:env|file|path|column|type|id|config)$")
+"""Ends of keys whose value only says where something is, as ``api_key_env``."""
+
+_OF_TEXTS = re.compile(
+    r"(?:^|_)(?:bos|eos|eot|pad|unk|cls|sep|mask|image|video|audio|begin|end|stop|bad|extra|special|add|num|max|min|new"
+    r"|input|output|train|prompt|average|effective)_tokens?(?:_|$)"
+)
+"""Keys about the tokens of a text."""
+
 _SWITCHES = frozenset({"true", "false", "none", "null", "all", "non_padding", "no", "yes"})
 _IN_A_URL = re.compile(r"(?<=://)[^/@\s]+@")
-_MASK = re.compile(r"^<not recorded: (?P<key>.+)>$")
+_MASK = re.compile(r"<not recorded: [^>]+>|(?<=://)<not recorded>@")
+
+HANDED_ON = "DATAFLEX_SECRETS"
+"""Environment variable with the secrets of a configuration whose file has masks, for the process that reads it."""
 
 
 def is_secret(key: str, value: Any) -> bool:
     """Return whether a value is a secret, by the name of its key: text that is no number and no switch."""
-    if not isinstance(value, str) or not value or not _SECRET.search(key.replace("-", "_")):
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[-.\s]+", "_", key).lower()
+    if not isinstance(value, str) or not value or not _SECRET.search(words):
         return False
-    if key in _HARMLESS or _TOKEN_OF_TEXT.search(key) or value.lower() in _SWITCHES or is_mask(value):
+    if _NAMES_ONE.search(words) or _OF_TEXTS.search(words) or value.lower() in _SWITCHES or is_mask(value):
         return False
     return not re.fullmatch(r"[+-]?\d{1,9}(\.\d+)?(e[+-]?\d+)?", value)
 
 
-def masked(value: Any, key: str = "") -> Any:
-    """Return plain data with every secret in it replaced by a text that says which key it was of.
+def is_mask(value: Any) -> bool:
+    """Return whether a value stands in the place of a secret, or has a part that does."""
+    return isinstance(value, str) and _MASK.search(value) is not None
+
+
+def masked(value: Any) -> Any:
+    """Return plain data with every secret in it replaced by a text that says which key it was of."""
+    return _replaced(value, _mask)
+
+
+def secrets(value: Any) -> dict[str, str]:
+    """Return the texts that :func:`masked` replaces, by dotted key."""
+    return {key: text for key, text in _texts(value, "") if _mask(key, text) != text}
+
+
+def masks(value: Any) -> list[str]:
+    """Return the dotted keys in plain data whose value stands in the place of a secret."""
+    return [key for key, text in _texts(value, "") if is_mask(text)]
+
+
+def handed_on(value: Any) -> dict[str, str]:
+    """Return the environment variable that hands the secrets of a configuration to a process; none without secrets."""
+    found = secrets(value)
+    return {HANDED_ON: json.dumps(found)} if found else {}
+
+
+def filled(value: Any, variable: str | None) -> Any:
+    """Return plain data with the secrets in the place of their masks, as far as they were handed on.
 
     Args:
         value: plain data; not changed.
-        key: whose value it is, with the keys around it (``dataflex.select.reward.options.api_key``).
+        variable: the content of :data:`HANDED_ON`, if it is set.
     """
-    if isinstance(value, Mapping):
-        return {name: masked(item, f"{key}.{name}" if key else str(name)) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [masked(item, key) for item in value]
-    if not isinstance(value, str):
-        return value
-    if is_secret(key.rpartition(".")[2], value):
-        return f"<not recorded: {key}>"
-    return _IN_A_URL.sub("<not recorded>@", value)
+    known: dict[str, str] = json.loads(variable) if variable else {}
+    return _replaced(value, lambda key, text: known.get(key, text) if is_mask(text) else text)
 
 
 def masked_argument(argument: str) -> str:
     """Return an argument of a command line, its value masked where it is ``key=value`` of a secret."""
     key, sign, value = argument.partition("=")
-    name = key.lstrip("-")
-    return f"{key}={masked(value, name)}" if sign else str(masked(argument))
+    return f"{key}={_mask(key.lstrip('-'), value)}" if sign else _mask("", argument)
 
 
-def is_mask(value: Any) -> bool:
-    """Return whether a value stands in the place of a secret."""
-    return isinstance(value, str) and ("<not recorded>@" in value or _MASK.match(value) is not None)
+def _mask(key: str, text: str) -> str:
+    name = next((part for part in reversed(key.split(".")) if not part.isdigit()), "")
+    return f"<not recorded: {key}>" if is_secret(name, text) else _IN_A_URL.sub("<not recorded>@", text)
 
 
-def masks(value: Any, key: str = "") -> Iterator[str]:
-    """Yield the keys in plain data whose value stands in the place of a secret."""
-    if isinstance(value, Mapping):
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield every text in plain data with its dotted key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
         for name, item in value.items():
-            yield from masks(item, f"{key}.{name}" if key else str(name))
+            yield from _texts(item, _dotted(key, name))
     elif isinstance(value, list | tuple):
-        for item in value:
-            yield from masks(item, key)
-    elif is_mask(value):
-        yield key
+        for number, item in enumerate(value):
+            yield from _texts(item, _dotted(key, number))
+
+
+def _replaced(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
+    """Return plain data with every text changed, given its dotted key."""
+    if isinstance(value, str):
+        return change(key, value)
+    if isinstance(value, Mapping):
+        return {name: _replaced(item, change, _dotted(key, name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(item, change, _dotted(key, number)) for number, item in enumerate(value)]
+    return value
+
+
+def _dotted(key: str, name: Any) -> str:
+    return f"{key}.{name}" if key else str(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from yaml import MarkedYAMLError, YAMLError
 from yaml.reader import ReaderError
 
 from dataflex.errors import ConfigError, did_you_mean
+from dataflex.masking import HANDED_ON, filled
 from dataflex.registry import CONFIG_KEYS
 
 _SECTION = "dataflex"
@@ -45,7 +47,8 @@ def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
             "${oc.env:NAME}, to an environment variable; \\${ is the two characters themselves."
         ) from error
     assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
+    given: dict[str, Any] = filled(resolved, os.environ.get(HANDED_ON))
+    return {str(key): value for key, value in given.items()}
 
 
 def _read(path: Path) -> dict[Any, Any]:

@@ -22,6 +22,7 @@ from dataflex.compare.settings import ExperimentSettings, problem_of, read_setti
 from dataflex.config import SECTION, RunConfig, parse_config
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.fingerprints import file_digest
+from dataflex.masking import masked
 from dataflex.record.versions import installed_versions
 from dataflex.yaml_file import read_yaml, without_other_methods
 
@@ -669,7 +670,7 @@ def keyed(config: RunConfig, base: Path, depends_on: Mapping[str, Any]) -> tuple
     assert config.dataflex is not None
     configuration = config.resolved()
     del configuration["output_dir"]
-    key = digest({"configuration": configuration, **depends_on})
+    key = digest({"configuration": masked(configuration), **depends_on})
     plugins = [absolute_plugin(name, base) for name in config.dataflex.plugins]
     return key, {**configuration, SECTION: {**configuration[SECTION], "plugins": plugins}}
 
@@ -692,5 +693,8 @@ def _refuse_identical(runs: tuple[Run, ...], path: Path) -> None:
 
 
 def run_yaml(run: Run) -> bytes:
-    """Return the text of the YAML a run is trained with, also by hand: ``dataflex-cli train FOLDER/run.yaml``."""
-    return yaml.safe_dump(run.configuration, sort_keys=False, allow_unicode=True).encode()
+    """Return the text of the YAML a run is trained with, also by hand: ``dataflex-cli train FOLDER/run.yaml``.
+
+    Secrets are masked in it; the run gets them in its environment.
+    """
+    return yaml.safe_dump(masked(run.configuration), sort_keys=False, allow_unicode=True).encode()

@@ -38,6 +38,7 @@ from dataflex.compare.result import complete, needs_overwriting, tasks_to_evalua
 from dataflex.console import duration
 from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically
+from dataflex.masking import handed_on
 from dataflex.record.versions import installed_versions
 
 PROGRAM = (sys.executable, "-m", "dataflex")
@@ -246,7 +247,8 @@ class _Crew:
             self._launch(run, place, tasks, ["eval", str(run.folder), "--tasks", str(run.folder / TASKS_FILE)])
 
     def _launch(self, run: Run, place: int, tasks: tuple[Task, ...], arguments: list[str]) -> None:
-        process = _start(run, [*self._program, *arguments], self._at_once.environment(place))
+        environment = {**self._at_once.environment(place), **handed_on(run.configuration)}
+        process = _start(run, [*self._program, *arguments], environment)
         job = _Job(run, place, tasks, process)
         self._at_work.append(job)
         self._progress.say(f"{self._counted(run)}: {job.stage} ({run.folder})")

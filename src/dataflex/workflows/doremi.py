@@ -22,6 +22,7 @@ from dataflex.compare.runner import PROGRAM
 from dataflex.compare.settings import Base
 from dataflex.config import SECTION, RunConfig
 from dataflex.errors import ConfigError, Problem
+from dataflex.masking import masked
 from dataflex.record.files import read_object
 from dataflex.record.tables import NOTHING, Table
 from dataflex.workflows.stages import (
@@ -169,7 +170,8 @@ def _print_yamls(stages: Sequence[Stage]) -> None:
     for stage in stages:
         stage.write_model()
     texts = [
-        f"# {stage.name}.yaml\n{yaml.safe_dump(stage.yaml(), sort_keys=False, allow_unicode=True)}" for stage in stages
+        f"# {stage.name}.yaml\n{yaml.safe_dump(masked(stage.yaml()), sort_keys=False, allow_unicode=True)}"
+        for stage in stages
     ]
     print("---\n".join(texts), end="")
 

@@ -32,6 +32,7 @@ from dataflex.compare.settings import Base, Equal, ExperimentSettings, problem_o
 from dataflex.config import SECTION, RunConfig
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.files import write_atomically
+from dataflex.masking import masked
 from dataflex.mixture_regression import (
     INDEX,
     MIN_LIGHTGBM,
@@ -445,7 +446,7 @@ def _write_final(plan: Plan, best: Floats) -> Path:
     raw = plan.final.yaml()
     mix = {**raw[SECTION]["mix"], "proportions": dict(zip(plan.domains, best.tolist(), strict=True))}
     raw = {**raw, SECTION: {**raw[SECTION], "mix": mix}}
-    text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True).encode()
+    text = yaml.safe_dump(masked(raw), sort_keys=False, allow_unicode=True).encode()
     file = plan.output / FINAL_FILE
     if file.is_file() and file.read_bytes() != text:
         print(f"dataflex: the {FINAL_FILE} of before is now {set_aside(file)}", file=sys.stderr)
