@@ -258,6 +258,9 @@ def load_pool(
         **tokenizer_module,
     )
     if data_args.streaming:
+        if training_args.do_train and dynamic.instead is None:
+            dynamic.set_steps(copy.copy(training_args))
+            _open(dynamic, training_args)
         return load(data_args=data_args)
     whole = not (dynamic.plans_data and training_args.do_train)  # then LLaMA-Factory loads all data sets as one
     if (whole or len(set(data_args.dataset)) == 1) and data_args.dataset:

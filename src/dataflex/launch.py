@@ -32,11 +32,15 @@ def wants_many() -> bool:
     return is_env_enabled("FORCE_TORCHRUN") or (get_device_count() > 1 and not use_ray() and not use_kt())
 
 
-def planned_processes() -> int:
-    """Return how many processes will train, as far as that shows without torch."""
+def planned_processes(certain: bool = False) -> int:
+    """Return how many processes will train, as far as that shows without torch.
+
+    Args:
+        certain: do not count accelerators, which torch may see fewer of; there are at least so many then.
+    """
     if is_worker():
         return int(os.environ["WORLD_SIZE"])
-    devices = _visible_devices()
+    devices = 0 if certain else _visible_devices()
     if devices < 2 and os.environ.get("FORCE_TORCHRUN", "").lower() not in ("1", "true", "y"):
         return 1
     given = (os.environ.get("NPROC_PER_NODE") or str(max(1, devices)), os.environ.get("NNODES") or "1")

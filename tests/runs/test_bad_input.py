@@ -170,9 +170,13 @@ WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"learning_rate": 1e30, "eval_dataset": "held", "eval_strategy": "steps", "eval_steps": 1, "dataflex": {}},
         ["loss of evaluation set 'held' after step 1 is nan: has training diverged?"],
     ),
+    "a diverged run, before its checkpoint": (
+        {"learning_rate": 1e39, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "dataflex": {}},
+        ["weights after step 1 are not finite: has training diverged?"],
+    ),
     "a diverged run, in its last step": (
         {"learning_rate": 1e39, "max_steps": 1, "dataflex": {}},
-        ["weights after step 1, the last one, are not finite: has training diverged?"],
+        ["weights after step 1 are not finite: has training diverged?"],
     ),
     "NaN scores": (
         {"dataflex": {"update_steps": 2, "select": {"method": "test_nan"}, "plugins": ["bad_plugin.py"]}},
@@ -514,6 +518,12 @@ def test_what_is_said_of_raw_data_is_what_llamafactory_makes_of_it(
     assert status == 2, (status, text)
     for word in ["dataset: 'set'", *FAULTS[name][3]]:
         assert word in text, text
+
+
+@pytest.mark.launch
+def test_weights_that_are_not_finite_are_no_checkpoint(inputs: Path, outcomes: dict[str, tuple[Any, str]]) -> None:
+    assert outcomes["a diverged run, before its checkpoint"][0] == 2
+    assert not list((inputs / "out" / "a-diverged-run,-before-its-checkpoint").glob("checkpoint-*"))
 
 
 @pytest.mark.launch

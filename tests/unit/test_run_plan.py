@@ -243,3 +243,17 @@ def test_processes(data: Path, environment: dict[str, str], processes: int, monk
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert trainer_keys(config(data)).global_batch_size == 2 * processes
+
+
+def test_accelerators_that_are_only_seen_make_no_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight of them would make 5 steps of 37: all warm-up. torch may see fewer."""
+    for name in ("FORCE_TORCHRUN", "NPROC_PER_NODE", "NNODES", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch, "_visible_devices", lambda: 8)
+    section = {"warmup_steps": 10, "order": {"method": "sort"}}
+    assert planned(config(data, section)).total == 5
+    assert problems_of_plan(config(data, section)) == []
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    monkeypatch.setenv("NPROC_PER_NODE", "8")
+    (problem,) = problems_of_plan(config(data, section))
+    assert "5 steps, all of them warm-up" in str(problem)

@@ -39,7 +39,7 @@ def problems_of_plan(config: RunConfig) -> list[Problem]:
     settings = config.dataflex
     if config.offline or settings is None or not truthy(config, "do_train"):
         return []
-    plan = planned(config)
+    plan = planned(config, certain=True)
     if plan.run is not None:
         return problems_of(settings, plan.components, plan.run)
     return [] if plan.total is None else problems_of_warmup(settings, plan.components, plan.total)
@@ -64,8 +64,8 @@ def _length(config: RunConfig, settings: DataFlexConfig) -> Iterator[Problem]:
         )
 
 
-def trainer_keys(config: RunConfig) -> TrainerKeys:
-    """Return LLaMA-Factory's keys, defaults filled in, as far as the file has them."""
+def trainer_keys(config: RunConfig, certain: bool = False) -> TrainerKeys:
+    """Return LLaMA-Factory's keys, defaults filled in; ``certain``: with no more processes than there will be."""
     given = config.llamafactory
     logging_steps = number(config, "logging_steps", 500)
     return TrainerKeys(
@@ -73,7 +73,7 @@ def trainer_keys(config: RunConfig) -> TrainerKeys:
         epochs=number(config, "num_train_epochs", 3.0),
         per_device=max(1, int(number(config, "per_device_train_batch_size", 8))),
         accumulation=max(1, int(number(config, "gradient_accumulation_steps", 1))),
-        processes=launch.planned_processes(),
+        processes=launch.planned_processes(certain),
         eval_strategy=str(given.get("eval_strategy") or "no"),
         eval_steps=number(config, "eval_steps", logging_steps),
         evaluates_at_end=truthy(config, "do_eval") or str(given.get("eval_strategy") or "no") != "no",
@@ -82,8 +82,14 @@ def trainer_keys(config: RunConfig) -> TrainerKeys:
     )
 
 
-def planned(config: RunConfig) -> RunPlan:
-    """Return the plan of a run that trains."""
+def planned(config: RunConfig, certain: bool = False) -> RunPlan:
+    """Return the plan of a run that trains.
+
+    Args:
+        config: of the run.
+        certain: take no more processes than there will be, so that the run is not shorter than it says, nor a round
+            smaller.
+    """
     samples, reason = training_samples(config)
     settings = config.dataflex or DataFlexConfig()
     components, validation = config.build_components(), {}
@@ -95,7 +101,7 @@ def planned(config: RunConfig) -> RunPlan:
     return plan_of(
         settings,
         components,
-        trainer_keys(config),
+        trainer_keys(config, certain),
         domains=None if settings.domain_column else samples or dict.fromkeys(dataset_names(config), 0),
         num_samples=sum(samples.values()) if samples else None,
         validation=validation,

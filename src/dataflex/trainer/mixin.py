@@ -550,8 +550,18 @@ class DynamicTrainerMixin(Trainer):
         super().save_metrics(split, *args, **kwargs)
         self.dataflex.note_saved(split)
 
+    def check_weights(self) -> None:
+        """Refuse to go on with weights that are not finite, as after a finite loss of a gradient that was not.
+
+        Raises:
+            DivergenceError: on every process.
+        """
+        if not distributed.everywhere(weights_are_finite(self.model), self.args.device):
+            raise DivergenceError(f"the trained weights after step {self.state.global_step} are not finite")
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint whose last file is the marker; only then delete older ones."""
+        self.check_weights()  # before an older checkpoint goes for this one
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
         main = self.args.process_index == 0
@@ -703,8 +713,7 @@ class DynamicCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the summary and say what the decisions cost."""
         run = self.trainer.dataflex
-        if not distributed.everywhere(weights_are_finite(self.trainer.model), args.device):
-            raise DivergenceError(f"the trained weights after step {state.global_step}, the last one, are not finite")
+        self.trainer.check_weights()
         summary = run.finish(state.global_step)
         if run.has_budget and run.progress < 1:
             _warn(f"training ended after {100 * run.progress:.1f} % of its budget of tokens or seconds.")
