@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dataflex.record.measure import MeasuredRun, evenly, measure
 from dataflex.record.page import page
 from dataflex.record.reader import read_run
 from dataflex.record.report import report, write_page
+from dataflex.record.setup import setup_table
 from dataflex.record.tables import (
     Table,
     domain_table,
@@ -478,6 +480,58 @@ def test_half_written_or_missing_plan_is_named(tmp_path: Path) -> None:
     plan.unlink()
     with pytest.raises(ConfigError, match=r"round-00001\.parquet is missing"):
         read_run(run).coverage()
+
+
+START = {
+    "step": 0, "started": "2026-03-01T09:05:00+00:00", "versions": {"python": "3.11.7", "torch": "2.11.0", "peft": "1"},
+    "platform": "Linux-x", "processes": 2, "devices": ["NVIDIA H100"], "model": {"name": "org/m", "commit": "a" * 40},
+}  # fmt: skip
+AGAIN = {**START, "step": 5, "started": "2026-03-02T09:05:00+00:00", "finished": "2026-03-02T10:05:00+00:00"}
+
+
+def test_page_says_what_was_run(tmp_path: Path) -> None:
+    run, plain = finished_run(tmp_path / "run"), finished_run(tmp_path / "plain")
+    config = {
+        "model_name_or_path": "org/m", "stage": "sft", "finetuning_type": "lora", "template": "qwen",
+        "dataset": "chat, math", "eval_dataset": "held", "per_device_train_batch_size": 4, "learning_rate": 1e-4,
+        "gradient_accumulation_steps": 8, "seed": 3, "hub_token": "hf_secret", "output_dir": "</pre><script>",
+        "dataflex": {"select": {"method": "loss"}, "seed": 42},
+    }  # fmt: skip
+    (run / "dataflex" / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "dataflex" / "environment.json").write_text(json.dumps({"starts": [START, AGAIN]}))
+    measured_runs = measured(run, plain)
+    table = setup_table(measured_runs)
+    assert table.header == ["", "run", "plain"]
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["model"] == ["org/m, commit aaaaaaaaaaaa", "-"]
+    assert rows["training"] == ["sft, lora, template qwen, learning rate 0.0001", "sft"]
+    assert rows["evaluated on"] == ["held", "-"]
+    assert rows["samples of a step"] == ["4 per device x 8 accumulated x 2 processes", "-"]
+    assert rows["seeds"][0] == "training 3, decisions 42"
+    assert rows["began"][0] == "2026-03-01 09:05 UTC"
+    assert rows["ended"][0] == "2026-03-02 10:05 UTC"
+    assert rows["started"] == ["2 times, again from step 5", "-"]
+    assert rows["versions"][0] == "torch 2.11.0, python 3.11.7"
+    assert rows["processes"][0] == "2 (NVIDIA H100), Linux-x"
+    output = report([run, plain], tmp_path / "page.html")
+    text = output.read_text()
+    for part in ("What was run", "org/m", "2026-03-01 09:05 UTC", "Configuration: run", "Environment: run", "H100"):
+        assert part in text
+    assert "hf_secret" not in text
+    assert "</pre><script>" not in text
+    assert "&lt;not recorded: hub_token&gt;" in text
+
+
+def test_data_sets_are_shown_with_their_samples_or_their_column(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    (record,) = (each.record for each in measured(run))
+    line = replace(record.rounds[-1], pool={f"d{number}": 1000 + number for number in range(10)})
+    config = {"dataset": "chat", "dataflex": {"domain_column": "topic"}}
+    record = replace(record, rounds=[line], config=config)
+    (each,) = measured(run)
+    (row,) = (row for row in setup_table([replace(each, record=record)]).rows if row[0] == "data sets")
+    assert row[1].startswith("chat by topic: d0 (1,000), d1 (1,001)")
+    assert row[1].endswith("d7 (1,007), and 2 more")
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

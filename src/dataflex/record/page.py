@@ -53,7 +53,8 @@ figure { margin: 0; min-width: 0; }
 .legend button[aria-pressed="false"] { text-decoration: line-through; color: var(--dim); }
 .legend svg { flex: none; fill: none; overflow: hidden; }
 summary { cursor: pointer; width: fit-content; font-size: 0.87rem; color: var(--dim); }
-details table { font-size: 0.87rem; }
+details table, pre { font-size: 0.87rem; }
+pre { white-space: pre-wrap; max-height: 40rem; overflow: auto; }
 .plain .plot, .plain .legend { display: none; }
 """
 
@@ -139,7 +140,14 @@ main().catch((error) => trouble(`The charts could not be drawn (${error}).`));
 """
 
 
-def page(title: str, tables: Sequence[Table], charts: Sequence[Chart], plotly_js: str) -> str:
+def page(
+    title: str,
+    tables: Sequence[Table],
+    charts: Sequence[Chart],
+    plotly_js: str,
+    setup: Table | None = None,
+    texts: Sequence[tuple[str, str]] = (),
+) -> str:
     """Return the whole HTML text.
 
     Args:
@@ -147,6 +155,8 @@ def page(title: str, tables: Sequence[Table], charts: Sequence[Chart], plotly_js
         tables: the first is shown above the charts, the others below.
         charts: shown by section; one without a figure becomes a line that says what is missing.
         plotly_js: source of plotly.js, put in once, compressed.
+        setup: shown below the first table.
+        texts: title and text of what can be opened at the end.
     """
     numbered = [(f"chart-{i}", chart) for i, chart in enumerate(charts)]
     figures = {key: chart.figure for key, chart in numbered if chart.figure is not None}
@@ -161,9 +171,12 @@ def page(title: str, tables: Sequence[Table], charts: Sequence[Chart], plotly_js
         "<noscript><p>The charts need JavaScript. The tables, and the data below the title of each chart, have the "
         "numbers.</p></noscript>",
         *(_table(table) for table in tables[:1]),
+        *([_table(setup)] if setup is not None and setup.rows else []),
         *(_section(name, list(members), rows) for name, members in sections),
         *(["<h2>Tables</h2>"] if tables[1:] else []),
         *(_table(table) for table in tables[1:]),
+        *(["<h2>Configuration</h2>"] if texts else []),
+        *(f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>" for name, text in texts),
         "</main>",
         _compressed("charts", json_text(figures)),
         _compressed("plotly", plotly_js),

@@ -12,6 +12,7 @@ from dataflex.record.charts import Chart, charts
 from dataflex.record.measure import measure
 from dataflex.record.page import GENERATOR, page
 from dataflex.record.reader import read_run
+from dataflex.record.setup import setup_table, setup_texts
 from dataflex.record.tables import Table, tables, to_text
 
 _MARK_WITHIN = 1000
@@ -46,13 +47,21 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Path:
     title = f"Run {measured[0].label}" if len(measured) == 1 else f"{len(measured)} runs"
     width = shutil.get_terminal_size(fallback=(120, 24)).columns
     try:
-        write_page(output, f"{title} - DataFlex report", found, charts(measured))
+        setup, texts = setup_table(measured), setup_texts(measured)
+        write_page(output, f"{title} - DataFlex report", found, charts(measured), setup, texts)
     finally:  # without Plotly there is no page, and behind a pipe that is closed no numbers
         print("\n".join(to_text(table, width) for table in found))
     return output
 
 
-def write_page(output: Path, title: str, tables: Sequence[Table], charts: Sequence[Chart]) -> None:
+def write_page(
+    output: Path,
+    title: str,
+    tables: Sequence[Table],
+    charts: Sequence[Chart],
+    setup: Table | None = None,
+    texts: Sequence[tuple[str, str]] = (),
+) -> None:
     """Write one HTML page of tables and charts that needs nothing else, under a temporary name first.
 
     Args:
@@ -60,12 +69,14 @@ def write_page(output: Path, title: str, tables: Sequence[Table], charts: Sequen
         title: heading of the page, plain text.
         tables: the first is shown above the charts, the others below.
         charts: shown by section, in this order; charts of one section are next to each other in it.
+        setup: shown below the first table.
+        texts: title and text of what can be opened at the end of the page.
 
     Raises:
         ConfigError: if the file may not be replaced or cannot be written, or Plotly is not installed.
     """
     check_output(output)
-    content = page(title, tables, charts, _plotly_js())
+    content = page(title, tables, charts, _plotly_js(), setup, texts)
     try:
         write_atomically(output, content.encode())
     except OSError as error:
