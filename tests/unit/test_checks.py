@@ -346,15 +346,15 @@ def test_what_weighs_the_loss_needs_the_loss(keys: dict[str, Any], mix: dict[str
 
 
 def test_the_checks_need_no_torch(keys: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({**keys, "dataflex": {**SELECT, **MIX, **ORDER, **WEIGHT}}))
+    section = {**SELECT, **MIX, **ORDER, **WEIGHT}
+    (tmp_path / "run.json").write_text(json.dumps({**keys, "dataset": "c", "dataflex": section}))
     code = """
 import sys
-from pathlib import Path
-from dataflex import checks
-from dataflex.config import load_config
-assert checks.problems_of(load_config(Path(sys.argv[1]))) == []
-print(sorted({"torch", "transformers", "llamafactory", "scipy.stats", "pyarrow", "sklearn"} & set(sys.modules)))
+from dataflex import cli
+status = cli.main(["check", sys.argv[1]])
+print(status, sorted({"torch", "transformers", "llamafactory", "scipy.stats", "pyarrow", "sklearn"} & set(sys.modules)))
 """
     command = [sys.executable, "-c", code, str(tmp_path / "run.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert done.stdout == "2 []\n"
+    assert "unknown data set 'c'" in done.stderr

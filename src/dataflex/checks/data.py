@@ -85,4 +85,4 @@ def _dataset(name: str, info: dict[str, Any], folder: Path, stage: str | None) -
         return
     found = None if entry is None or stage is None else fault(entry, stage, whole=False)
     if found is not None:
-        yield f"{name!r}: {found}"
+        yield f"{name!r} cannot be used: {found}"

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
@@ -53,6 +51,8 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def read_column(path: Path, name: str) -> NDArray[Any] | None:
     """Return one column of numbers of a Parquet file, nulls as NaN; None where the file has no such column."""
+    import pyarrow.parquet  # a third of a second, which reading JSON need not wait for
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if name not in file.schema_arrow.names:
@@ -75,6 +75,8 @@ def read_labels(path: Path, name: str) -> tuple[NDArray[np.int64], list[str]]:
     Raises:
         ConfigError: if the file cannot be read, has no such column, or the column has other values or nulls in it.
     """
+    import pyarrow.parquet  # a third of a second, which reading JSON need not wait for
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if name not in file.schema_arrow.names:
