@@ -21,9 +21,11 @@ import tiny
 from dataflex.cli import main
 from dataflex.components import Components
 from dataflex.data.plan import Planner
+from dataflex.data.pool import Rows
 from dataflex.mixers.static import StaticMixer
 from dataflex.orders.shuffle import ShuffleOrder
 from dataflex.probe.cost import Cost
+from dataflex.record.explain import Record
 from dataflex.record.writer import RunWriter
 from dataflex.schedule import Schedule
 from dataflex.selectors.loss import LossSelector
@@ -47,9 +49,16 @@ STEPS = 17
 """A warm-up round of 2 steps and three rounds of 5, with 6 samples in each step."""
 
 
-def write_run(path: Path, components: dict[str, Any], reached: int | None = None, **llamafactory: Any) -> Path:
-    """Write the record of a run of 17 steps, or of one stopped after ``reached`` of them."""
+def write_run(
+    path: Path,
+    components: dict[str, Any],
+    reached: int | None = None,
+    rows: dict[str, Rows] | None = None,
+    **llamafactory: Any,
+) -> Path:
+    """Write the record of a run of 17 steps, or of one stopped after ``reached`` of them; ``rows`` of its domains."""
     pool = make_pool(SIZES)
+    pool.rows_of = rows or {}
     planner = Planner(pool, Components(**components), Schedule(2, 5, -1, STEPS), seed=3, global_batch_size=6)
     writer = RunWriter(path)
     section = {key: {"method": each.name} for key, each in components.items()}
@@ -92,7 +101,7 @@ def raw_rows(run: Path) -> list[Row]:
     for line in lines:
         table = pq.read_table(run / "dataflex" / "plans" / f"round-{line['round']:05d}.parquet").to_pylist()
         for row in table:
-            given = {"score": None, "rank": None, **row}
+            given = {"score": None, "rank": None, **{key: value for key, value in row.items() if key != "row"}}
             found.append(Row(line["round"], line["start_step"], line["steps"], **given))
     return found
 
@@ -127,6 +136,44 @@ def refused(capsys: pytest.CaptureFixture[str], run: Path, *words: str) -> str:
 def share_of(run: Path, number: int, domain: str) -> float:
     domains = [row.domain for row in raw_rows(run) if row.round == number]
     return domains.count(domain) / len(domains)
+
+
+# Rows
+
+
+def test_the_row_and_the_data_set_are_named(tmp_path: Path, capsys: Any) -> None:
+    """Domains of one data set divided by a column: alpha is its even rows, beta rows that are not known."""
+    rows = {"alpha": Rows("chat", None, np.arange(0, 60, 2))}  # type: ignore[arg-type]
+    run = write_run(tmp_path / "run", COMPONENTS["select"], rows=rows, dataset="chat")
+    plans = [pq.read_table(path).to_pylist() for path in sorted((run / "dataflex" / "plans").iterdir())]
+    for line in [line for plan in plans for line in plan]:
+        assert line["row"] == (2 * line["index"] if line["domain"] == "alpha" else None)
+    planned = next(line["index"] for line in plans[1] if line["domain"] == "alpha")
+    (sample,) = ask(capsys, run, "--index", str(planned))["samples"]
+    assert (sample["domain"], sample["dataset"], sample["row"]) == ("alpha", "chat", 2 * planned)
+    assert {place["row"] for place in sample["placements"]} == {2 * planned}
+    assert f"Sample {planned} (alpha: chat row {2 * planned}): planned" in told(capsys, run, "--index", str(planned))
+    top = told(capsys, run, "--top", "30", "--round", "1")
+    assert re.findall(r"Sample (\d+) \(alpha: chat row (\d+)\)", top)
+    assert all(int(row) == 2 * int(index) for index, row in re.findall(r"Sample (\d+) \(alpha: chat row (\d+)\)", top))
+    assert re.search(r"Sample \d+ \(beta\), ", top)
+    often = ask(capsys, run)["most_often"]
+    assert all(each["row"] == (2 * each["index"] if each["domain"] == "alpha" else None) for each in often)
+
+
+@pytest.mark.parametrize(
+    "dataset, domain, expected",
+    [
+        ("alpha,beta", "beta", "beta"),
+        (["alpha", "beta"], "alpha/easy", "alpha"),  # domain_column over several data sets
+        ("chat", "easy", "chat"),
+        ("alpha,beta", None, None),
+        ("alpha,beta", "gone/easy", None),
+    ],
+)
+def test_the_data_set_of_a_domain(dataset: Any, domain: str | None, expected: str | None, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", COMPONENTS["order"], dataset=dataset)
+    assert Record(run).dataset_of(domain) == expected
 
 
 # One sample

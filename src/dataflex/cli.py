@@ -275,13 +275,19 @@ def _offline(options: argparse.Namespace) -> int:
     config = _checked_config(options, offline=True).with_assets()
     output = options.output or Path(str(config.llamafactory["output_dir"])) / "scores"
     config = offline.prepared(config, output, options.features)
-    if not launch.is_worker():
-        _print_notes(config)
-        if launch.wants_many():
-            return launch.run_many(options.arguments)
     amount = offline.Amount() if options.command == "features" else offline.Amount(options.fraction, options.count)
-    offline.run(config, options.command, output, amount)
-    return 0
+    if launch.is_worker():
+        offline.run(config, options.command, output, amount)
+        return 0
+    _print_notes(config)
+    if launch.wants_many():
+        status = launch.run_many(options.arguments)
+    else:
+        offline.run(config, options.command, output, amount)
+        status = 0
+    if status == 0 and options.command == "features":
+        print(f"dataflex: to score with them: {shlex.join(['dataflex-cli', 'score', *options.arguments[1:]])}")
+    return status
 
 
 def _list(options: argparse.Namespace) -> int:

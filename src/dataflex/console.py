@@ -18,6 +18,9 @@ _NOT_SHOWN = re.compile(
 )
 
 
+_DETAIL = re.compile(r"dataflex/.*|eval_.+_(?:perplexity|bits_per_byte)")
+
+
 def say(text: str) -> None:
     """Print a line on standard output, above any progress bar."""
     tqdm.write(text)
@@ -117,3 +120,8 @@ def _evaluation(numbers: Mapping[str, float]) -> str:
         if key.startswith("eval_") and not _LOSS.fullmatch(key) and not _NOT_SHOWN.fullmatch(key)
     }
     return ": ".join(parts) + ("; " if parts and others else "") + (largest(others, "{:.4g}") if others else "")
+
+
+def without_details(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics without ours of a run's progress, and of evaluation sets their losses alone."""
+    return {key: value for key, value in metrics.items() if not _DETAIL.fullmatch(key)}

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,22 @@ import tiny
 pytestmark = pytest.mark.launch
 
 STOPPING = """
-import os, signal
+import os, signal, time
 from pathlib import Path
 from dataflex import Selector, register
+
+here = Path(__file__).parent
+if "LOCAL_RANK" in os.environ:  # one of two processes: never come to anything
+    (here / ("waiting-" + os.environ["LOCAL_RANK"])).touch()
+    time.sleep(300)
 
 
 @register("selector", "test_stopped")
 class Stopped(Selector):
     def on_step(self, statistics):
-        told = Path(__file__).with_name("STOP")
-        if told.exists() and statistics.step == 5:
-            told.unlink()
+        told = list(here.glob("STOP-*"))
+        if told and statistics.step == 5:
+            told[0].unlink()
             os.kill(os.getpid(), signal.SIGINT)
 
     def score(self, ctx, candidates):
@@ -71,7 +78,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.make_model(root / "model")
     tiny.make_data(root / "data")
     (root / "stopping.py").write_text(STOPPING)
-    (root / "STOP").touch()
+    for number in (1, 2):
+        (root / f"STOP-{number}").touch()
     return root
 
 
@@ -94,6 +102,7 @@ def outcomes(folder: Path) -> dict[str, list[Any]]:
     again = [f"dataset_dir={folder / 'exported'}", "dataset=alpha,beta", f"output_dir={folder / 'out' / 'again'}"]
     commands = [
         ("stopped", ["train", one]),
+        ("stopped too", ["train", one, f"output_dir={folder / 'out' / 'many'}"]),
         ("goes on", ["train", one]),
         ("two", ["train", two, "disable_tqdm=true"]),
         ("top", ["explain", str(run), "--top", "3", "--round", "1"]),
@@ -135,6 +144,31 @@ def test_after_ctrl_c_the_same_command_goes_on(folder: Path, outcomes: dict[str,
     assert [json.loads(line)["round"] for line in lines] == [0, 1, 2]
 
 
+def test_after_ctrl_c_many_processes_say_one_line(folder: Path, outcomes: dict[str, list[Any]]) -> None:
+    assert outcomes["stopped too"][0] == 130
+    command = ["train", str(folder / "one.yaml"), f"output_dir={folder / 'out' / 'many'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dataflex", *command],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not all((folder / f"waiting-{rank}").exists() for rank in (0, 1)):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does; torchrun's workers are in groups of their own
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert [line for line in output.splitlines() if "stopped" in line] == [
+        "dataflex: stopped; the same command goes on from step 4."
+    ]
+    assert output.splitlines()[-1].startswith("dataflex: stopped")
+
+
 def test_with_one_domain_its_loss_is_the_loss_also_after_a_resume(folder: Path, outcomes: dict[str, list[Any]]) -> None:
     assert outcomes["goes on"][0] == 0
     entries = losses(folder / "out" / "one")
@@ -174,7 +208,11 @@ def test_the_terminal_is_short_and_the_log_is_whole(folder: Path, outcomes: dict
         "step # of #: evaluation loss #: held #, gamma #",
         "step # of #: evaluation loss #: held #, gamma #",  # LLaMA-Factory's own, after the training
     ]
-    assert "dataflex/" not in out[: out.index("***** eval metrics")]
+    assert "dataflex/" not in out
+    assert "_perplexity" not in out
+    assert re.search(r"^ +eval_held_loss +=", out, re.MULTILINE)
+    results = json.loads((folder / "out" / "two" / "eval_results.json").read_text())
+    assert {"eval_held_perplexity", "dataflex/tokens"} <= set(results)
     assert {"dataflex/round", "dataflex/tokens", "dataflex/loss/beta"} <= set(losses(folder / "out" / "two")[-1])
     run = folder / "out" / "two"
     assert lines[-2:] == [

@@ -254,6 +254,15 @@ def test_a_killed_command_goes_on_where_it_was(outcomes: Outcomes) -> None:
     assert outcomes.folders("all there") == again
 
 
+def test_the_last_line_is_the_command_that_scores(outcomes: Outcomes) -> None:
+    root = outcomes.root
+    last = outcomes.text("gone on").splitlines()[-1]
+    assert (
+        last
+        == f"dataflex: to score with them: dataflex-cli score {root / 'select.yaml'} --features {root / 'features'}"
+    )
+
+
 def test_scoring_reads_what_is_there(outcomes: Outcomes) -> None:
     for name in ("score", "mean"):
         outcomes.text(name)

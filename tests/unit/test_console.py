@@ -57,6 +57,14 @@ def test_the_log_in_short() -> None:
     assert console.log({"train_runtime": 1.0, "train_loss": 2.0}, 20, 300) is None  # LLaMA-Factory prints it whole
 
 
+def test_the_metrics_at_the_end_are_short_too() -> None:
+    assert console.without_details({**EVALUATION, "eval_my-set_perplexity": 3.0, "perplexity": 7.0}) == {
+        key: value
+        for key, value in {**EVALUATION, "perplexity": 7.0}.items()  # the last is LLaMA-Factory's own, of stage pt
+        if key not in ("eval_chat_perplexity", "eval_token_weighted_bits_per_byte", "dataflex/tokens")
+    }
+
+
 def make_handler(kind: type) -> CallbackHandler:
     return CallbackHandler([kind()], None, None, None, None)  # type: ignore[arg-type]
 

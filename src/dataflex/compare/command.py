@@ -104,6 +104,8 @@ def _run(experiment: Experiment, jobs: int | None, program: Sequence[str], at_on
     except ConfigError as error:
         print(f"dataflex: {files.HTML} is not written: {error}", file=sys.stderr)
     print(f"in {experiment.output}: {', '.join(written)}")
+    if files.HTML in written:
+        print(f"to look at them: open {experiment.output / files.HTML} in a browser")
     return 1 if failed or _left_out(outcome) else 0
 
 

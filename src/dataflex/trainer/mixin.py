@@ -466,6 +466,10 @@ class DynamicTrainerMixin(Trainer):
         super().log(logs, *args, **kwargs)
         logs.update(taken)
 
+    def log_metrics(self, split: str, metrics: dict[str, float]) -> None:
+        """Print the metrics of the run's end without what the record and the files of results have anyway."""
+        super().log_metrics(split, console.without_details(metrics))
+
     def _dataflex_logs(self) -> dict[str, float]:
         run, logs = self.dataflex, {}
         means = run.mean_losses.take()
