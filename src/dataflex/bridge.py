@@ -203,7 +203,7 @@ def _load(
     Raises:
         ConfigError: if a data set cannot be loaded, or has no sample.
     """
-    load = Load(data_args, stage, key)
+    load = Load(data_args, stage, key, training_args.predict_with_generate)
     with told(load):
         module = get_dataset(template, model_args, data_args, training_args, stage, **tokenizer_module)
     refuse_empty(load, module)

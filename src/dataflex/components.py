@@ -534,10 +534,7 @@ class Selector(Component):
         if not rest:
             return replace(whole, undecided="every sample is taken")
         chosen = self.choose(ctx, candidates, rest)
-        if not isinstance(chosen, Selection):
-            raise ComponentError(
-                f"{label_of(self, ('choose',))} returned a {type(chosen).__name__}; needed is a dataflex.Selection."
-            )
+        check_form(label_of(self, ("choose",)), chosen)
         self._check_distinct(chosen, group)
         if not passes:
             return chosen
@@ -549,6 +546,22 @@ class Selector(Component):
         seen[inside - group.start] = True
         if np.count_nonzero(seen) < inside.size:
             raise ComponentError(f"{label_of(self, ('choose',))} chose a sample of {group.name!r} more than once.")
+
+
+def check_form(label: str, selection: Selection) -> None:
+    """Check that somebody's selection is one, of arrays.
+
+    Raises:
+        ComponentError: naming what chose and what it returned.
+    """
+    if not isinstance(selection, Selection):
+        raise ComponentError(f"{label} returned a {type(selection).__name__}; needed is a dataflex.Selection.")
+    parts = {"indices": selection.indices, "scores": selection.scores, "ranks": selection.ranks}
+    for name, part in parts.items():
+        if not isinstance(part, np.ndarray) and (part is not None or name == "indices"):
+            raise ComponentError(
+                f"{label} returned a Selection whose {name} are a {type(part).__name__}; needed is a numpy array."
+            )
 
 
 def join(parts: list[Selection]) -> Selection:

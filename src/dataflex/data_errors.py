@@ -32,11 +32,13 @@ class Load:
         data_args: its arguments.
         stage: its stage.
         key: the setting that names the data sets; empty: ``dataset`` and ``eval_dataset``, each its own.
+        generates: whether evaluation data is answered by generation.
     """
 
     data_args: Any
     stage: str
     key: str = ""
+    generates: bool = False
 
     def names(self, key: str) -> list[str]:
         """Return the data sets that are named by ``key``."""
@@ -87,7 +89,7 @@ def _explained(load: Load, error: Exception) -> ConfigError:
         return _without_samples(load, load.key or key, names)
     if isinstance(root, StopIteration):
         return _without_rows(load, load.key or key, names)
-    found = _fault(load, names)
+    found = _fault(load, load.key or key, names)
     return ConfigError(_sentence(load.key or key, names, found or _text(root)))
 
 
@@ -137,11 +139,11 @@ def _sentence(key: str, names: list[str], what: str) -> str:
 def _without_rows(load: Load, key: str, names: list[str]) -> ConfigError:
     if load.data_args.max_samples == 0:
         return ConfigError(f"max_samples: 0 leaves no row of {_joined(names)}.")
-    return ConfigError(_sentence(key, names, _fault(load, names) or "it is empty."))
+    return ConfigError(_sentence(key, names, _fault(load, key, names) or "it is empty."))
 
 
 def _without_samples(load: Load, key: str, names: list[str]) -> ConfigError:
-    found = _fault(load, names)
+    found = _fault(load, key, names)
     if found is None and load.stage == "pt" and load.data_args.packing:
         found = (
             f"packing makes samples of {load.data_args.cutoff_len} tokens (cutoff_len) out of every "
@@ -153,7 +155,7 @@ def _without_samples(load: Load, key: str, names: list[str]) -> ConfigError:
     return ConfigError(f"{key}: {_joined(names)} {verb} no sample left after preprocessing: {why}")
 
 
-def _fault(load: Load, names: list[str]) -> str | None:
+def _fault(load: Load, key: str, names: list[str]) -> str | None:
     """Return the first thing that is wrong in the files of the data sets; None where none shows or there are none."""
     folder = load.data_args.dataset_dir
     info = _info(folder)
@@ -167,7 +169,10 @@ def _fault(load: Load, names: list[str]) -> str | None:
             entry = raw.read_entry(name, info[name], Path(str(folder)))
         except raw.RawDataError as error:
             return f"{error}."
-        found = None if entry is None else raw.fault(entry, load.stage, count=load.data_args.max_samples)
+        if entry is None:
+            continue
+        answers = not (load.generates and key == "eval_dataset")
+        found = raw.fault(entry, load.stage, count=load.data_args.max_samples, answers=answers)
         if found is not None:
             return found
     return None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from traceback import walk_tb
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
@@ -101,7 +101,7 @@ def _unfit(cls: type, family: str) -> str | None:
         hint = f"; it has {near[0]}()." if near else "."
         how = " or ".join(f"{name}()" for name in missing)
         return f"{cls.__name__} does not define {how}, by which a component of this family decides{hint}"
-    return _misfit(cls, base) or _lacking(cls, base) or _bad_default(cls)
+    return _wrong_word(cls, base) or _misfit(cls, base) or _lacking(cls, base) or _bad_default(cls)
 
 
 def _lacking(cls: type[Component], base: type[Component]) -> str | None:
@@ -111,6 +111,7 @@ def _lacking(cls: type[Component], base: type[Component]) -> str | None:
         return [not _is_inherited(cls, base, method) for method in methods]
 
     names: tuple[str, ...] = ()
+    how = ""
     if base is Selector and not any(own("choose", "select")):
         names, how = ("rule", "temperature"), "extend dataflex.SelectorParams, or define choose()."
     elif base is Mixer and not all(own("initial", "check_domains")):
@@ -118,14 +119,28 @@ def _lacking(cls: type[Component], base: type[Component]) -> str | None:
     elif base is Weighter:
         names, how = ("normalization",), "extend dataflex.WeighterParams."
     missing = [name for name in names if name not in cls.Params.model_fields]
-    return (
-        f"{cls.Params.__name__} has no {' and '.join(missing)}, which {cls.__name__} reads: {how}" if missing else None
-    )
+    if not missing and cls.needs_validation:
+        how = "extend dataflex.influence.ValidationParams, too."
+        missing = [name for name in ("validation", "subtask_column") if name not in cls.Params.model_fields]
+    if not missing:
+        return None
+    return f"{cls.Params.__name__} has no {' and '.join(missing)}, which {cls.__name__} needs: {how}"
 
 
 def _is_inherited(cls: type, base: type, name: str) -> bool:
     """Return whether a method is the one of the family's base class, which does nothing."""
     return next(each for each in cls.__mro__ if name in vars(each)) is base
+
+
+def _wrong_word(cls: type, base: type) -> str | None:
+    """Return which class attribute has a value that the framework does not know, or None."""
+    for name, kind in {**get_type_hints(Component), **get_type_hints(base)}.items():
+        (declared,) = get_args(kind) if get_origin(kind) is ClassVar else (None,)
+        known = (True, False) if declared is bool else get_args(declared) if get_origin(declared) is Literal else ()
+        value = next((vars(each)[name] for each in cls.__mro__ if name in vars(each)), None)
+        if known and value not in known and not isinstance(value, property):
+            return f"{cls.__name__}.{name} must be one of {', '.join(map(repr, known))}, got {value!r}."
+    return None
 
 
 def _misfit(cls: type, base: type) -> str | None:

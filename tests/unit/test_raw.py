@@ -94,8 +94,15 @@ FAULTS: dict[str, tuple[str, str | bytes, dict[str, Any], list[str]]] = {
         "a.jsonl",
         lines({"conversations": [{"role": "human", "value": "x"}]}),
         SHAREGPT,
-        ["line 1", "no 'from'", "'role'"],
+        ["no message in 'conversations'", "'from'", "'role', 'value'", "role_tag"],
     ),
+    "a wrong content tag": (
+        "a.jsonl",
+        lines({"conversations": [{"from": "human", "values": "x"}, {"from": "gpt", "values": "x"}]}),
+        SHAREGPT,
+        ["a 'value'; did you mean 'values'?", "content_tag"],
+    ),
+    "a huge number": ("a.json", json.dumps([{**ALPACA, "id": 10**30}]), {}, ["row 0", "'id'", "64 bits"]),
     "an unknown role": (
         "a.jsonl",
         lines(said(("user", "x"), ("gpt", "y"))),
@@ -144,6 +151,13 @@ GOOD: dict[str, tuple[str, str | bytes, str, dict[str, Any]]] = {
     "text": ("a.txt", "one\ntwo\n", "pt", {"columns": {"prompt": "text"}}),
     "a table": ("a.csv", 'instruction,input,output\n"a\nb",,c\n1,,d\n', "sft", {}),
     "a chat": ("a.jsonl", lines(said(("system", "s"), ("human", "x"), ("gpt", "y"))), "sft", SHAREGPT),
+    "a tab in an array": ("a.json", json.dumps([ALPACA]).replace("the cat", "the\tcat"), "sft", {}),
+    "chats without a tag, or a text, that are left out": (
+        "a.jsonl",
+        lines(CHAT, {"conversations": [{"value": "x"}]}, {"conversations": [{"from": "human", "value": None}]}),
+        "sft",
+        SHAREGPT,
+    ),
     "some bad chats": ("a.jsonl", lines(CHAT, said(("gpt", "y"))), "sft", SHAREGPT),
     "tools": (
         "a.jsonl",
@@ -195,6 +209,14 @@ def test_the_head_of_a_long_file_is_enough_for_what_shows_there(tmp_path: Path) 
     read = raw.read_entry("set", {**entry, "columns": {"prompt": "insruction"}}, tmp_path)
     assert read is not None
     assert "'insruction'" in str(raw.fault(read, "pt", whole=False))  # without it nothing could be trained on
+
+
+def test_prompts_alone_are_enough_where_answers_are_generated(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines({**ALPACA, "output": None}))
+    read = raw.read_entry("set", {"file_name": "a.jsonl"}, tmp_path)
+    assert read is not None
+    assert "'output' is empty" in str(raw.fault(read, "sft"))
+    assert raw.fault(read, "sft", answers=False) is None
 
 
 def test_a_value_longer_than_a_piece(tmp_path: Path) -> None:

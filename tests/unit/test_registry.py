@@ -76,6 +76,16 @@ BROKEN: dict[str, tuple[str, int | None, list[str]]] = {
         6,
         ["MineParams.x", "default 2.0", "less than 1"],
     ),
+    "a word nobody knows": (
+        selector(f'    probes = "loss"\n{SCORE}'),
+        4,
+        ["Mine.probes must be one of 'nothing', 'losses', 'gradients', got 'loss'"],
+    ),
+    "validation without its parameters": (
+        selector(f"    needs_validation = True\n{SCORE}"),
+        4,
+        ["SelectorParams has no validation and subtask_column", "ValidationParams"],
+    ),
     "a name that is taken": (
         f'{HEAD}@register("selector", "loss")\nclass Mine(Selector):\n{SCORE}',
         4,

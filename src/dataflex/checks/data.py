@@ -42,8 +42,10 @@ def problems_of_data(config: RunConfig) -> Iterator[Problem]:
     stage = word(config, "stage", "sft")
     fits = config.dataflex is None or stage in STAGES  # else it is the stage that is refused
     for key, names in named.items():
+        answers = not (key == "eval_dataset" and truthy(config, "predict_with_generate"))
         for name in names:
-            yield from (Problem(key, message) for message in _dataset(name, info, folder, stage if fits else None))
+            found = _dataset(name, info, folder, stage if fits else None, answers)
+            yield from (Problem(key, message) for message in found)
 
 
 def _folder(config: RunConfig) -> Path | None:
@@ -70,7 +72,7 @@ def _named(config: RunConfig) -> dict[str, tuple[str, ...]]:
     return named
 
 
-def _dataset(name: str, info: dict[str, Any], folder: Path, stage: str | None) -> Iterator[str]:
+def _dataset(name: str, info: dict[str, Any], folder: Path, stage: str | None, answers: bool) -> Iterator[str]:
     if name not in info:
         yield f"{unknown('data set', name, info)} (from {folder / INFO_FILE})"
         return
@@ -83,6 +85,6 @@ def _dataset(name: str, info: dict[str, Any], folder: Path, stage: str | None) -
     except RawDataError as error:
         yield f"{error}."
         return
-    found = None if entry is None or stage is None else fault(entry, stage, whole=False)
+    found = None if entry is None or stage is None else fault(entry, stage, whole=False, answers=answers)
     if found is not None:
         yield f"{name!r} cannot be used: {found}"

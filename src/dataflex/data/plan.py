@@ -30,6 +30,7 @@ from dataflex.components import (
     RoundContext,
     Selection,
     State,
+    check_form,
     join,
 )
 from dataflex.data.apportion import LATER_ROUNDS, Apportioned, apportion
@@ -342,8 +343,7 @@ class Planner:
         return selection
 
     def _check_selection(self, label: str, selection: Selection, group: Group) -> None:
-        if not isinstance(selection, Selection):
-            raise ComponentError(f"{label} returned a {type(selection).__name__}; needed is a dataflex.Selection.")
+        check_form(label, selection)
         indices = selection.indices
         if indices.shape != (group.budget,) or not np.issubdtype(indices.dtype, np.integer):
             raise ComponentError(
@@ -370,12 +370,8 @@ class Planner:
         size = selection.indices.size
         order = self.components.order
         if order is not None and slot.update is not None:
-            positions = np.asarray(order.arrange(self.context(order, slot, probe), selection))
-            if positions.shape != (size,) or not np.array_equal(np.sort(positions), np.arange(size)):
-                raise ComponentError(
-                    f"{label_of(order, ('arrange',))} did not return a permutation of {size} positions."
-                )
-            return positions
+            given = order.arrange(self.context(order, slot, probe), selection)
+            return _permutation(label_of(order, ("arrange",)), given, size)
         if self.arrangement == "sequential" or (self.arrangement == "shuffle" and selection.shuffled):
             return None
         if self.arrangement == "group_by_length":
@@ -396,6 +392,17 @@ class Planner:
         return np.asarray(
             get_length_grouped_indices(lengths, self.global_batch_size, generator=generator), dtype=np.int64
         )
+
+
+def _permutation(label: str, given: Any, size: int) -> IndexArray:
+    try:
+        positions = np.asarray(given)
+    except ValueError as error:
+        raise ComponentError(f"{label} returned a {type(given).__name__} that is no array: {error}") from error
+    whole = positions.shape == (size,) and np.issubdtype(positions.dtype, np.integer)
+    if not whole or not np.array_equal(np.sort(positions), np.arange(size)):
+        raise ComponentError(f"{label} did not return a permutation of {size} positions, as integers.")
+    return positions
 
 
 def in_passes(positions: IndexArray, groups: IndexArray, passes: IndexArray) -> IndexArray:

@@ -46,6 +46,8 @@ ENTRY_KEYS = (
 HEAD = 1 << 21
 """Characters of a file that are read where not all of it is."""
 _CHUNK = 1 << 20
+_FIRST_ROWS = 64
+"""Rows of a parquet file that are read where not all of it is: they may hold pictures."""
 _SHOWN = 60
 _MEDIA = ("images", "videos", "audios")
 
@@ -271,7 +273,7 @@ def _json_rows(file: Path, whole: bool) -> Iterator[tuple[Place, Any]]:
         array = source.peek() == "["
         if marked and array:  # before lines it is read over
             raise RawDataError(f"{file}, line 1: begins with a byte order mark; save it as UTF-8 without one")
-        decoder = json.JSONDecoder() if array else json.JSONDecoder(object_pairs_hook=_once)
+        decoder = json.JSONDecoder(strict=False) if array else json.JSONDecoder(object_pairs_hook=_once)
         if array:
             source.at += 1
         number = 0
@@ -336,7 +338,7 @@ def _arrow_rows(file: Path, kind: str, whole: bool) -> Iterator[tuple[Place, Any
     import pyarrow.parquet as pq
 
     try:
-        batches = pq.ParquetFile(file).iter_batches(1000) if kind == "parquet" else _ipc(file)
+        batches = pq.ParquetFile(file).iter_batches(1000 if whole else _FIRST_ROWS) if kind == "parquet" else _ipc(file)
         number = 0
         for batch in batches:
             for row in batch.to_pylist():
@@ -360,7 +362,7 @@ def _ipc(file: Path) -> Iterator[Any]:
                 yield opened.get_batch(number)
 
 
-def fault(entry: Entry, stage: str, whole: bool = True, count: int | None = None) -> str | None:
+def fault(entry: Entry, stage: str, whole: bool = True, count: int | None = None, answers: bool = True) -> str | None:
     """Return the first thing that keeps a data set from being trained on, with file and line; None where nothing does.
 
     Args:
@@ -368,6 +370,7 @@ def fault(entry: Entry, stage: str, whole: bool = True, count: int | None = None
         stage: LLaMA-Factory's.
         whole: whether all rows are looked at; else the first ones of each file.
         count: rows that are to be trained on; none: all. All are read in any case, but more need not be of use.
+        answers: whether rows need an answer; those that are evaluated by generation do not.
     """
     pairs = "rm" if stage in ("rm", "dpo") else ""
     if entry.ranking and not pairs:
@@ -392,7 +395,7 @@ def fault(entry: Entry, stage: str, whole: bool = True, count: int | None = None
                 found = _unusable(entry, row, stage)
                 if found is not None:
                     return f"{place}: {found}"
-                dropped = _dropped(entry, row, stage)
+                dropped = _dropped(entry, row, stage, answers)
                 if dropped is not None:
                     left_out.append(f"{place}: {dropped}")
                 if without is None and messages is not None and messages not in row:
@@ -403,7 +406,7 @@ def fault(entry: Entry, stage: str, whole: bool = True, count: int | None = None
         return f"{error}."
     if not total:
         return f"{', '.join(map(str, entry.files))} holds no row." if complete else None
-    missing = _missing_column(entry, set(seen), complete)
+    missing = _missing_column(entry, list(seen), complete)
     if missing is not None:
         return missing
     if without is not None:
@@ -462,6 +465,8 @@ def _mixed(value: dict[str, Any], path: str, place: Place, seen: dict[str, tuple
 
 def _mixed_value(item: Any, name: str, place: Place, seen: dict[str, tuple[str, Place]]) -> str | None:
     kind = _kind(item)
+    if place.among and isinstance(item, int) and not -(2**63) <= item < 2**64:
+        return f"{place}: {name!r} is {item}, which does not fit 64 bits."
     before = seen.get(name)
     if before is None or before[0] == "nothing":
         seen[name] = (kind or "nothing", place)
@@ -488,12 +493,22 @@ def _columns_read(entry: Entry) -> list[str]:
     return ["messages", *(["chosen", "rejected"] if entry.ranking else []), "kto_tag", *optional, *_MEDIA]
 
 
-def _missing_column(entry: Entry, seen: set[str], complete: bool) -> str | None:
+def _missing_column(entry: Entry, seen: list[str], complete: bool) -> str | None:
     """Return what says that a column is in no row; of the lesser ones only where all rows were read."""
     there = [name for name in seen if not any(mark in name for mark in (".", "[]"))]
     essential = ("prompt", "messages", "response", "chosen", "rejected")
     for role in _columns_read(entry):
         column = entry.columns[role]
+        if role == "messages" and column in seen:
+            for key in ("role_tag", "content_tag"):
+                tag, parts = entry.tags[key], f"{column}[]."
+                inside = [name.removeprefix(parts) for name in seen if name.startswith(parts)]
+                if tag is not None and inside and tag not in inside:
+                    hint = did_you_mean(tag, inside) or "."
+                    return (
+                        f"no message in {column!r} of {entry.files[0]} has a {tag!r}{hint} They have "
+                        f"{', '.join(map(repr, inside))}; name them under tags in {INFO_FILE} ({key})."
+                    )
         if column is not None and column not in seen and (complete or role in essential):
             how = f"columns: {{{role}: {column}}}" if column != COLUMNS[role] else f"{role} is {column!r} by default"
             return (
@@ -529,33 +544,34 @@ def _unusable(entry: Entry, row: Mapping[str, Any], stage: str) -> str | None:
     messages = row.get(column)
     if column in row and not isinstance(messages, list):
         return f"{column!r} is {_kind(messages) or 'empty'} ({_show(messages)}); needed is a list of messages."
-    role_tag, content_tag = entry.tags["role_tag"], entry.tags["content_tag"]
-    tags = [tag for key, tag in entry.tags.items() if key not in ("role_tag", "content_tag") and tag is not None]
+    role_tag, content_tag = str(entry.tags["role_tag"]), str(entry.tags["content_tag"])
+    speakers = [tag for key, tag in entry.tags.items() if key not in ("role_tag", "content_tag")]
     for message in messages or ():
         if not isinstance(message, dict):
             return f"{column!r} holds {_show(message)}; needed are mappings with {role_tag!r} and {content_tag!r}."
-        for key, tag in (("role_tag", role_tag), ("content_tag", content_tag)):
-            if tag not in message and not (key == "content_tag" and entry.formatting == "openai"):
-                hint = did_you_mean(str(tag), list(message)) or "."
-                return f"a message has no {tag!r}{hint} It has {', '.join(map(repr, message))} (tags: {key})."
-        if entry.formatting == "openai" and message.get(str(role_tag)) not in tags:
-            return (
-                f"a message is of {_show(message.get(str(role_tag)))}; known are {', '.join(map(repr, tags))} (tags)."
-            )
-        content = message.get(str(content_tag))
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        if entry.formatting == "openai" and role_tag in message and message[role_tag] not in speakers:
+            known = ", ".join(repr(tag) for tag in speakers if tag is not None)
+            return f"a message is of {_show(message[role_tag])}; known are {known} (tags)."
+    turns = None if column not in row else _turns(entry, messages or [])
+    if turns is not None:
+        return turns if stage == "pt" else None  # else the row is left out
+    for message in messages or ():
+        content = message.get(content_tag)
+        if (
+            content_tag in message
+            and not isinstance(content, str)
+            and not (content is None and "tool_calls" in message)
+        ):
             return f"{content_tag!r} of a message is {_kind(content) or 'empty'} ({_show(content)}); needed is text."
-    if stage == "pt":
-        return _turns(entry, messages or [])
     return _text_or_nothing(row, entry.columns["system"])
 
 
-def _dropped(entry: Entry, row: Mapping[str, Any], stage: str) -> str | None:
+def _dropped(entry: Entry, row: Mapping[str, Any], stage: str, answers: bool) -> str | None:
     """Return why LLaMA-Factory leaves a row out, or None."""
     if entry.formatting != "alpaca":
         column = entry.columns["messages"]
         return None if column is None or column not in row else _turns(entry, row[column])
-    if stage != "sft" or entry.ranking:
+    if stage != "sft" or entry.ranking or not answers:
         return None
     column = entry.columns["response"]
     if column is None:
