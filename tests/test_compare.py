@@ -547,6 +547,18 @@ def test_the_nearest_key_of_what_a_variant_takes_away(lab: Lab) -> None:
     assert not lab.output.exists()
 
 
+def test_what_will_not_happen_in_a_variant_is_said(lab: Lab) -> None:
+    lab.write(variants={"plain": {"dataflex": {}}, "idle": {"dataflex": {"update_steps": 2}}, "better": RANDOM})
+    assert [note for note in load(lab.file).notes if "no effect" in note] == [
+        "idle: update_steps: without select, mix, order and weight nothing is decided, so it has no effect."
+    ]
+    lab.base["dataflex"] = {"update_steps": 2}
+    lab.write(variants={"plain": {}, "other": {"learning_rate": 0.1}})
+    assert [note for note in load(lab.file).notes if "no effect" in note] == [
+        "update_steps: without select, mix, order and weight nothing is decided, so it has no effect."
+    ]
+
+
 def test_what_the_budget_and_the_machine_allow(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     same = {**RANDOM, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     lab.write(output_dir="~/out", **variants(a=same))

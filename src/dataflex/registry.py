@@ -213,15 +213,20 @@ def failure_of_component(error: BaseException) -> str | None:
     None is the answer for errors of the framework's own: of those the traceback is what is needed.
     """
     files = {file for cls in _registered.values() if (file := file_of(cls)) is not None}
-    frames = [(frame, line) for frame, line in walk_tb(error.__traceback__)]
-    own = [(frame, line) for frame, line in frames if frame.f_code.co_filename in files]
-    if not own:
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = list(walk_tb(cause.__traceback__))
+        own = [(frame, line) for frame, line in frames if frame.f_code.co_filename in files]
+        if own:
+            break
+        cause = cause.__cause__  # a StopIteration, for one, leaves a generator as the cause of another error
+    else:
         return None
     frame, line = own[-1]
     holders = [each.f_locals.get("self") for each, _ in own]
     component = next((each for each in holders if isinstance(each, Component)), None)
     who = "a plug-in" if component is None else f"{component.family} {component.name!r}"
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = " ".join(f"{type(cause).__name__}: {cause}".split()).rstrip(":. ")
     last, last_line = frames[-1]
     below = "" if last is frame else f" (raised in {last.f_code.co_filename}, line {last_line})"
     return f"{who} failed in {frame.f_code.co_name}, {frame.f_code.co_filename}, line {line}: {text}{below}"

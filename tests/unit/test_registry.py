@@ -177,7 +177,7 @@ def failing(folder: Path) -> tuple[Path, Selector]:
     text = selector(
         "    def score(self, ctx, candidates):\n        return helper(candidates)\n"
         "    def choose(self, ctx, candidates, count):\n        return np.zeros(count, dtype='nothing')\n",
-        "def helper(candidates):\n    return {}[candidates]\n",
+        "def helper(candidates):\n    return {}[candidates] if candidates else next(iter(()))\n",
     )
     file = write(folder, text)
     found = split_config({"dataflex": {"plugins": [str(file)], "select": {"method": "mine"}}}).build_components().select
@@ -191,6 +191,12 @@ def test_an_error_under_a_component_names_it_and_the_line(tmp_path: Path) -> Non
         component.score(None, "x")  # type: ignore[arg-type]
     said = registry.failure_of_component(own.value)
     assert said == f"selector 'mine' failed in helper, {file}, line 5: KeyError: 'x'"
+    with pytest.raises(RuntimeError, match="generator raised StopIteration") as stopped:
+        next(component.score(None, "").__next__() for _ in [1])  # type: ignore[arg-type]
+    assert (
+        registry.failure_of_component(stopped.value)
+        == f"selector 'mine' failed in helper, {file}, line 5: StopIteration"
+    )
     with pytest.raises(TypeError) as below:
         component.choose(None, None, 3)  # type: ignore[arg-type]
     said = registry.failure_of_component(below.value)

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from dataflex import checks, legacy
+from dataflex.checks.plan import planned as run_plan
 from dataflex.compare.contents import contents, digest, expanded
 from dataflex.compare.settings import ExperimentSettings, problem_of, read_settings
 from dataflex.config import SECTION, RunConfig, parse_config
@@ -238,12 +239,22 @@ def planned(settings: ExperimentSettings, path: Path) -> Experiment:
     if problems:
         raise ConfigError(problems=problems, source=str(path))
     output = expanded(settings.output_dir)
+    notes += _notes_of_plans(configs)
     local = {variant: config.with_assets() for variant, config in configs.items()}
     runs = tuple(_runs(settings, configs, local, folder, output))
     _refuse_identical(runs, path)
     claims = None if settings.metrics is None else tuple(settings.metrics)
     evaluates = any(_evaluates(config) for config in configs.values())
     return Experiment(local, folder, tasks, evaluates, path, settings, output, runs, claims, tuple(notes))
+
+
+def _notes_of_plans(configs: Mapping[str, RunConfig]) -> Iterator[str]:
+    """Yield what was asked for in a variant and will not happen in its runs; once, where it is the same of all."""
+    found = {variant: run_plan(config).notes() for variant, config in configs.items()}
+    shared = [note for note in next(iter(found.values())) if all(note in notes for notes in found.values())]
+    yield from shared
+    for variant, notes in found.items():
+        yield from (f"{variant}: {note}" for note in notes if note not in shared)
 
 
 def changed_file(run: Run, plan: Plan) -> str | None:
