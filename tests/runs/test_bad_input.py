@@ -474,7 +474,7 @@ def outcomes(inputs: Path) -> dict[str, tuple[Any, str]]:
     done = subprocess.run(
         [sys.executable, str(script), str(spec), str(result), str(folder / "checkpoint-4" / "optimizer.pt")],
         cwd=inputs,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
