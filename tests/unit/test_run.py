@@ -289,3 +289,17 @@ def test_other_evaluation_data_is_said() -> None:
     assert same.says_of_evaluation(state) is None
     assert "evaluation data is not that of before step 3" in str(other.says_of_evaluation(state))
     assert started().says_of_evaluation(state) is None
+
+
+@pytest.mark.parametrize("section", [SELECT, {"weight": {"method": "loss"}}])
+def test_a_run_that_ends_in_its_warm_up_says_so(section: dict[str, Any]) -> None:
+    """As where a budget, or early stopping, ends it."""
+    method = next(f"{key} {part['method']}" for key, part in section.items())
+    for step, expected in ((4, True), (5, True), (6, False)):
+        dynamic = run_of(TWO_DOMAINS, **section, warmup_steps=5, train_steps=20)
+        dynamic.set_steps(arguments())
+        for _ in range(2):  # an evaluation after the training writes the summary again
+            notes = dynamic.finish(step).get("notes", [])
+        assert len(notes) == expected
+        if expected:
+            assert notes[0] == f"the run ended after {step} steps, inside its warm-up of 5: {method} decided nothing."

@@ -718,7 +718,10 @@ class DynamicCallback(TrainerCallback):
         """Write the summary and say what the decisions cost."""
         run = self.trainer.dataflex
         self.trainer.check_weights()
+        told = len(run.notes)
         summary = run.finish(state.global_step)
+        for note in run.notes[told:]:
+            _warn(note)
         if run.has_budget and run.progress < 1:
             _warn(f"training ended after {100 * run.progress:.1f} % of its budget of tokens or seconds.")
         if args.process_index == 0:

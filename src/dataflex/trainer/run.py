@@ -506,6 +506,11 @@ class DynamicRun:
         Args:
             step: optimizer steps done.
         """
+        if self._finished_at is None and self.names and step <= self.settings.warmup_steps:
+            self.notes.append(
+                f"the run ended after {step} steps, inside its warm-up of {self.settings.warmup_steps}: "
+                f"{', '.join(f'{key} {name}' for key, name in self.names.items())} decided nothing."
+            )
         self._finished_at = step
         overhead = self.decision_seconds / self.train_seconds if self.train_seconds else 0.0
         summary: dict[str, Any] = {
