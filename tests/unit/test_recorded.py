@@ -14,7 +14,7 @@ import tiny
 from dataflex.config import RunConfig, load_config, split_config
 from dataflex.errors import ConfigError
 from dataflex.record.configuration import read_configuration, recorded
-from dataflex.record.environment import environment
+from dataflex.record.environment import differences, environment, repeated_start
 
 PLUGIN = """
 from dataflex import ComponentParams, InputPath, OutputPath, Selection, Selector, register
@@ -184,3 +184,28 @@ def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path: Path) -> None:
     keys = {"model_name_or_path": "org/name", "cache_dir": str(tmp_path), "output_dir": "out"}
     config = split_config({**keys, "dataflex": {}})
     assert environment(config, recorded(config), 1, 0)["model"] == {"name": "org/name", "commit": "a" * 40}
+
+
+def test_what_differs_from_the_run_that_is_repeated_is_named(tmp_path: Path) -> None:
+    model, data = tiny.make_model(tmp_path / "model"), tiny.make_data(tmp_path / "data")
+    keys = {**tiny.arguments(model, data, tmp_path / "out"), "dataflex": {}}
+    config = split_config(keys)
+    first = {**environment(config, recorded(config), 1, 0), "fingerprints": {"dataset": "ab"}}
+    file = written(config, tmp_path / "run")
+    assert repeated_start(load_config(file)) is None  # a record without it
+    (file.parent / "environment.json").write_text(json.dumps({"starts": [{}, first]}))
+    then = repeated_start(load_config(file))
+    assert then is not None
+    assert differences(then, {**environment(config, recorded(config), 1, 0), "fingerprints": {"dataset": "ab"}}) == []
+    (data / "alpha.json").write_text("[]")
+    (file.parent / "changes.jsonl").write_text(json.dumps({"effect": "from this step on"}) + "\n")
+    then = repeated_start(load_config(file))
+    assert then is not None
+    then["versions"]["torch"], then["devices"] = "1.0", ["A", "A"]
+    other = differences(then, {**environment(config, recorded(config), 2, 0), "fingerprints": {"dataset": "cd"}})
+    assert all(
+        any(word in text for text in other) for word in ("changes.jsonl", "1 processes", "A, this", "torch was 1.0")
+    )
+    assert other[-1] == "data set 'alpha' has another content"
+    assert len(other) == 5
+    assert repeated_start(split_config(keys, source=str(tmp_path / "run.yaml"))) is None

@@ -21,8 +21,9 @@ from dataflex.config import SECTION, RunConfig
 from dataflex.errors import ConfigError
 from dataflex.fingerprints import WEIGHTS, digest_of_ends, file_digest, is_file, is_model_folder, model_digests
 from dataflex.masking import masked, masked_argument
+from dataflex.record.configuration import FILE as CONFIGURATION
 from dataflex.record.configuration import PLUGINS, Recorded
-from dataflex.record.files import read_object
+from dataflex.record.files import json_lines, read_object
 from dataflex.record.versions import installed_versions
 from dataflex.registry import ENTRY_POINT_GROUP
 
@@ -120,8 +121,12 @@ def _model(name: str, kept: Recorded) -> dict[str, Any]:
 
 def _of_folder(folder: Path) -> dict[str, dict[str, Any]]:
     """Return size and digest of the files that make a model; those of weights count by their size and ends."""
-    found = {}
-    for name, digest in model_digests(folder).items():
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        digests = model_digests(folder)
+    except OSError as error:  # the record must not end a run that works without the file
+        return {str(error.filename): {"unreadable": str(error.strerror)}}
+    for name, digest in digests.items():
         key = "sha256_of_ends" if Path(name).suffix in WEIGHTS else "sha256"
         found[name] = {"bytes": (folder / name).stat().st_size, key: digest}
     return found
@@ -174,10 +179,13 @@ def _datasets(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def _of_file(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    if size <= _WHOLE:
-        return {"bytes": size, "sha256": file_digest(path)}
-    return {"bytes": size, "sha256_of_ends": digest_of_ends(path)}
+    try:
+        size = path.stat().st_size
+        if size <= _WHOLE:
+            return {"bytes": size, "sha256": file_digest(path)}
+        return {"bytes": size, "sha256_of_ends": digest_of_ends(path)}
+    except OSError as error:
+        return {"unreadable": str(error.strerror)}
 
 
 def _named_files(section: Any) -> dict[str, Any]:
@@ -214,3 +222,44 @@ def starts(run: Path) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
         raise ConfigError(f"{file}: expected a list of objects under 'starts'.")
     return found
+
+
+def repeated_start(config: RunConfig) -> dict[str, Any] | None:
+    """Return the last entry of the record a configuration is of, where it is the file of one; else None."""
+    file = Path(config.source).absolute() if config.source else None
+    if file is None or file.name != CONFIGURATION or not (file.parent / FILE).is_file():
+        return None
+    found = (read_object(file.parent / FILE) or {}).get("starts") or [{}]
+    changed = [where for where, line in json_lines(file.parent / "changes.jsonl") if "none" not in line["effect"]]
+    return {**found[-1], "changed": len(changed)}
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return in what a start differs from the one on record that it repeats, as far as numbers may depend on it."""
+    found = []
+    if then.get("changed"):
+        found.append("settings were changed while that run went on, and config.yaml has only the last (changes.jsonl)")
+    if then.get("processes") not in (None, now["processes"]):
+        found.append(f"it had {then['processes']} processes, this one {now['processes']} (NPROC_PER_NODE)")
+    if "devices" in then and then["devices"] != now["devices"]:
+        devices = [", ".join(dict.fromkeys(each)) or "the CPU" for each in (then["devices"], now["devices"])]
+        found.append(f"it ran on {devices[0]}, this one on {devices[1]}")
+    for package, version in (then.get("versions") or {}).items():
+        if now["versions"].get(package) != version:
+            found.append(f"{package} was {version}, now {now['versions'].get(package, 'not installed')}")
+    if "model" in then and then["model"] != now["model"]:
+        found.append("the files of the base model are others")
+    for name, entry in (then.get("datasets") or {}).items():
+        if name in now["datasets"] and _digests(entry) != _digests(now["datasets"][name]):
+            found.append(f"data set {name!r} has another content")
+    tokenized = [
+        key for key, value in (then.get("fingerprints") or {}).items() if now["fingerprints"].get(key) != value
+    ]
+    if tokenized and not any("content" in each for each in found):
+        found.append(f"{', '.join(tokenized)} gives other samples")
+    return found
+
+
+def _digests(entry: dict[str, Any]) -> list[Any]:
+    """Return entry and contents of a data set, wherever its files lie."""
+    return [entry.get("entry"), list((entry.get("files") or {}).values())]

@@ -23,7 +23,7 @@ from dataflex.errors import CheckpointError, ConfigError, DivergenceError
 from dataflex.influence import GradientParams
 from dataflex.probe.cost import Cost
 from dataflex.record.configuration import recorded
-from dataflex.record.environment import environment
+from dataflex.record.environment import differences, environment, repeated_start
 from dataflex.record.writer import FROM_HERE, RunWriter
 from dataflex.resume import Resume
 from dataflex.run_plan import RunPlan, plan_of, problems_of, trainer_keys
@@ -312,6 +312,8 @@ class DynamicRun:
     def _start_record(self, output_dir: Path) -> str:
         """Begin the record, or go on with it, and return the run's identity."""
         self.writer = writer = RunWriter(output_dir)
+        kept = recorded(self.config)  # first: the configuration may lie in the record that is now set aside
+        repeated = None if self.resume is not None else repeated_start(self.config)
         resume, kept_rounds, step = self.resume, None, 0
         if resume is None:
             identity = writer.open_new()
@@ -335,13 +337,14 @@ class DynamicRun:
                 for change in resume.changes
             ]
             writer.changes(step, lines)
-        kept = recorded(self.config)
         start = environment(self.config, kept, distributed.world_size(), step)
         start["fingerprints"] = {
             **({} if self.samples is None else {"dataset": self.samples.fingerprint}),
             **({} if self.evaluation is None else {"eval_dataset": self.evaluation.fingerprint}),
             **{f"dataflex.{key}.validation": targets.fingerprint for key, targets in self.targets.items()},
         }
+        if repeated is not None and (other := differences(repeated, start)):
+            print(f"dataflex: warning: this run does not repeat the one on record: {'; '.join(other)}")
         self._last_evaluation = writer.begin(kept.configuration, kept_rounds, step, plugins=kept.plugins, start=start)
         if self.plan is not None and self.pool is not None:
             self._record_round_of_checkpoint(writer, self.plan, self.pool)
