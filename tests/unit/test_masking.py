@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,12 @@ import yaml
 import tiny
 from dataflex.arguments import llamafactory_keys
 from dataflex.compare.experiment import keyed, run_yaml
-from dataflex.config import load_config, split_config
+from dataflex.config import RunConfig, load_config, split_config
 from dataflex.errors import ConfigError
 from dataflex.masking import HANDED_ON, filled, handed_on, is_secret, masked, masked_argument, masks, secrets
 from dataflex.record.configuration import read_configuration, recorded
 from dataflex.record.environment import environment
+from dataflex.record.samples import load_texts
 
 SECRET = "hf_abcDEF123"
 
@@ -139,3 +141,17 @@ def test_runs_of_a_comparison_get_them_by_their_environment(
     assert load_config(file).llamafactory["hub_token"] == SECRET
     other, _ = keyed(split_config({**keys, "hub_token": "another"}), tmp_path, {})
     assert other == key  # a run is the same with another token
+
+
+def test_no_mask_is_used_as_a_token_where_texts_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def pool_of(config: RunConfig, column: str | None) -> None:
+        seen.update(config.llamafactory)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("dataflex.bridge.pool_of", pool_of)
+    config = masked({"dataset": "chat", "hf_hub_token": SECRET, "dataflex": {}})
+    record = SimpleNamespace(config=config, path=Path("run"))
+    assert "enough" in str(load_texts(record, full=False))  # type: ignore[arg-type]
+    assert seen == {"dataset": "chat"}

@@ -11,6 +11,7 @@ import numpy as np
 
 from dataflex.config import SECTION, RunConfig
 from dataflex.errors import ConfigError
+from dataflex.masking import masks
 from dataflex.record.files import one_line
 from dataflex.record.reader import RunRecord
 
@@ -93,7 +94,8 @@ def load_texts(record: RunRecord, full: bool) -> Texts | str:
     """
     from dataflex import bridge
 
-    given = {key: value for key, value in record.config.items() if key != SECTION}
+    # Without what is not on record, such as the token of a hub: what is there shows whether it is needed.
+    given = {key: value for key, value in record.config.items() if key != SECTION and not masks(value)}
     column = record.config[SECTION].get("domain_column")
     try:
         config = RunConfig(given, None, source=str(record.path)).with_assets()
