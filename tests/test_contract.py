@@ -145,21 +145,60 @@ def test_the_mean_loss_begins_anew_at_a_log_and_at_a_resume() -> None:
 
 def test_trainer_seams() -> None:
     from transformers import Trainer
-    from transformers.trainer_utils import rotate_checkpoints
 
     assert parameters(Trainer.compute_loss) == ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
     assert parameters(Trainer.get_batch_samples) == ["self", "epoch_iterator", "num_batches", "device"]
     assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
-    assert "rotate_checkpoints(" in inspect.getsource(Trainer._save_checkpoint)
-    assert {"output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"} <= set(
-        parameters(rotate_checkpoints)
-    )
+    # Deletes checkpoints in two places, and in neither without a limit.
+    assert "save_total_limit=self.args.save_total_limit" in inspect.getsource(Trainer._save_checkpoint)
+    assert "self.args.save_total_limit == 1" in inspect.getsource(Trainer._finalize_training)
     loop = inspect.getsource(Trainer._run_epoch)
     assert loop.index("get_batch_samples(") < loop.index("on_step_begin(") < loop.index("on_step_end(")
     assert "ignore_data_skip" in loop
     # A budget counts the step, and may end the run, between the optimizer's step and the schedule's.
     order = ("optimizer.step()", "on_optimizer_step(", "lr_scheduler.step()", "global_step += 1", "on_step_end(")
     assert [loop.index(name) for name in order] == sorted(loop.index(name) for name in order)
+
+
+def test_what_a_resume_takes_from_a_checkpoint() -> None:
+    from transformers import EarlyStoppingCallback, Trainer, TrainerState
+    from transformers.trainer_callback import CallbackHandler
+
+    state = inspect.getsource(Trainer._init_training_state)
+    assert "TrainerState.load_from_json" in state  # with the earlier cadence, which compute_steps sets anew
+    assert parameters(TrainerState.compute_steps) == ["self", "args", "max_steps"]
+    assert "early_stopping_patience_counter" in EarlyStoppingCallback().state()["attributes"]
+    optimizer = inspect.getsource(Trainer._load_optimizer_and_scheduler)
+    assert "self.optimizer.load_state_dict" in optimizer
+    assert "self.lr_scheduler.load_state_dict" in optimizer
+    # Why nothing is logged inside an event, and what is done at most once for a step.
+    assert "control.should_log = False" in inspect.getsource(CallbackHandler.on_log)
+    due = inspect.getsource(Trainer._maybe_log_save_evaluate)
+    assert due.index("self.control.should_log") < due.index("self.control.should_evaluate")
+    assert due.index("self.control.should_evaluate") < due.index("self.control.should_save")
+    assert "self._globalstep_last_logged" in due
+
+
+def test_defaults_read_from_the_source_files_are_those_of_the_classes() -> None:
+    import dataclasses
+    import enum
+
+    from llamafactory import hparams
+    from llamafactory.hparams.training_args import TrainingArguments
+
+    from dataflex.arguments import llamafactory_defaults
+
+    groups = (hparams.ModelArguments, hparams.DataArguments, hparams.FinetuningArguments, hparams.GeneratingArguments)
+    real = {}
+    for group in (*groups, TrainingArguments):
+        for field in dataclasses.fields(group):
+            made = field.default_factory is not dataclasses.MISSING
+            value = field.default_factory() if made else field.default
+            if field.init:
+                real[field.name] = value.value if isinstance(value, enum.Enum) else value
+    found = llamafactory_defaults()
+    assert {key: real[key] for key in found} == found
+    assert set(real) - set(found) <= {"output_dir"}
 
 
 def test_evaluation_seams() -> None:
