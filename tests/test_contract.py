@@ -256,3 +256,47 @@ def test_template_names_read_from_source_are_the_registered_ones() -> None:
     from dataflex.arguments import templates
 
     assert set(TEMPLATES) == templates()
+
+
+def test_tables_of_the_checks() -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.training_args import OptimizerNames
+
+    from dataflex.arguments import llamafactory_arguments, required_packages, v1_keys
+    from dataflex.checks.keys import RANGES
+    from dataflex.checks.packages import FLAGS, OPTIMIZERS, TRACKERS, VALUES
+
+    arguments = llamafactory_arguments()
+    assert set(TRACKERS) == set(INTEGRATION_TO_CALLBACK)
+    own = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
+    assert set(OPTIMIZERS) | own == {name.value for name in OptimizerNames}
+    assert set(RANGES) | set(FLAGS) | {key for key, _ in required_packages()} <= set(arguments)
+    for key, values in VALUES.items():
+        assert set(values) <= set(arguments[key].choices)
+    for key in RANGES:
+        assert arguments[key].types & {"int", "float"}, key
+    assert {"use_unsloth", "enable_liger_kernel", "plot_loss", "mixture_of_depths"} <= dict(required_packages()).keys()
+    assert {"model", "train_dataset", "dist_config", "micro_batch_size"} <= v1_keys()
+    assert not {"learning_rate", "template", "eval_dataset"} & v1_keys()
+
+
+def test_arguments_are_read_as_the_parser_reads_them() -> None:
+    import dataclasses
+    from enum import Enum
+    from typing import get_args, get_type_hints
+
+    from llamafactory.hparams.parser import _TRAIN_ARGS
+
+    from dataflex.arguments import llamafactory_arguments
+
+    read, found = llamafactory_arguments(), {}
+    for kind in _TRAIN_ARGS:
+        hints = get_type_hints(kind)
+        found |= {each.name: hints[each.name] for each in dataclasses.fields(kind) if each.init}
+    assert set(read) == set(found)
+    for name, hint in found.items():
+        kinds = {hint, *get_args(hint)}
+        assert ("None" in read[name].types) == (type(None) in kinds), name
+        enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
+        if enums and "list" not in read[name].types:
+            assert set(read[name].choices) == {str(member.value) for member in enums[0]}, name

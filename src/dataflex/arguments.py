@@ -134,8 +134,11 @@ def required_packages() -> tuple[tuple[str, str], ...]:
         if not (isinstance(node, ast.FunctionDef) and node.name == "_check_extra_dependencies"):
             continue
         for branch in ast.walk(node):
-            if isinstance(branch, ast.If) and isinstance(branch.test, ast.Attribute):
-                key = branch.test.attr
+            test = branch.test if isinstance(branch, ast.If) else None
+            if isinstance(test, ast.Compare) and "is not None" in ast.unparse(test):
+                test = test.left
+            if isinstance(branch, ast.If) and isinstance(test, ast.Attribute):
+                key = test.attr
                 calls = [each.value for each in branch.body if isinstance(each, ast.Expr)]
                 found += [(key, requirement) for call in calls if (requirement := _requirement(call)) is not None]
     return tuple(found)

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from dataflex.arguments import llamafactory_keys
-from dataflex.checks.values import number, truthy, zero_stage
+from dataflex.checks.values import truthy, zero_stage
 from dataflex.config import RunConfig
 from dataflex.errors import ConfigError, DataFlexError, Problem
 
@@ -190,13 +190,13 @@ def _try_optimizer(args: Any, source: str) -> None:
     import torch
     from transformers import Trainer
 
+    given = f"{args.optim_args!r} (name=value, name=value) with optim: {args.optim.value}"
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
         if not {"params", "model", "optimizer_dict"} & set(options):  # else it is made for layers of the model
             kind([torch.nn.Parameter(torch.zeros(1))], **options)
     except Exception as error:
-        text = f"{args.optim_args!r} does not fit optim: {args.optim.value} (name=value, name=value): {error}."
-        raise ConfigError(problems=[Problem("optim_args", text)], source=source) from error
+        raise ConfigError(problems=[Problem("optim_args", f"{given}: {error}.")], source=source) from error
 
 
 def _notes(config: RunConfig) -> Iterator[str]:
@@ -217,5 +217,3 @@ def _notes(config: RunConfig) -> Iterator[str]:
     for key in ("deepspeed", "fsdp"):
         if config.llamafactory.get(key) and devices < 2 and not is_env_enabled("FORCE_TORCHRUN"):
             yield f"{key}: with one accelerator or none, training starts with FORCE_TORCHRUN=1 only."
-    if truthy(config, "quantization_bit") and devices == 0:
-        yield f"quantization_bit: {number(config, 'quantization_bit', 0):g} bits need an accelerator, and here is none."

@@ -168,6 +168,8 @@ def of_other_launchers() -> Iterator[Case]:
         yield {"ray_num_workers": 4, "resources_per_worker": {"GPU": 1}, **section}, "Ray"
         yield {"tensor_model_parallel_size": 2, "moe_grouped_gemm": True, **section}, "Megatron"
         yield {"use_kt": True, "kt_optimize_rule": "x.yaml", "cpu_infer": 32, **section}, "KTransformers"
+    yield {"do_train": None, "output_dir": None, "infer_backend": "vllm"}, "infer_backend"
+    yield {"do_train": None, "output_dir": None, "task": "mmlu_test", "n_shot": 5}, "dataflex-cli eval"
     yield {"do_train": None, "output_dir": None, "export_dir": "merged", "export_size": 2}, "export"
 
 

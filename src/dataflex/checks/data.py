@@ -17,7 +17,7 @@ from dataflex.errors import Problem, unknown
 
 def problems_of_data(config: RunConfig) -> Iterator[Problem]:
     """Return what is wrong with the data sets that are named."""
-    if truthy(config, "do_train") and not dataset_names(config) and not config.llamafactory.get("tokenized_path"):
+    if truthy(config, "do_train") and not dataset_names(config):
         yield Problem("dataset", "needed for training: the names of one or more data sets.")
     folder = _folder(config)
     if folder is None or not (named := {key: names for key, names in _named(config).items() if names}):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataflex.arguments import llamafactory_keys, v1_keys
-from dataflex.checks.values import enabled, truthy
+from dataflex.checks.values import enabled, truthy, word
 from dataflex.config import SECTION, RunConfig
 from dataflex.errors import Problem
 
@@ -62,6 +62,13 @@ def other_form(config: RunConfig) -> Problem | None:
     if any(keys.get(key) for key in _EXPORT) and not truthy(config, "do_train"):
         key = next(key for key in _EXPORT if keys.get(key))
         return Problem(key, "this is a file for llamafactory-cli export; dataflex-cli trains and evaluates.")
+    works = any(truthy(config, key) for key in ("do_train", "do_eval", "do_predict"))
+    if not works and word(config, "infer_backend", "huggingface") != "huggingface":
+        return Problem(
+            "infer_backend", "this is a file for llamafactory-cli chat or api; dataflex-cli trains and evaluates."
+        )
+    if not works and "task" in keys:
+        return Problem("task", "this is a file for llamafactory-cli eval; use dataflex-cli eval MODEL --tasks NAME.")
     return _of_ktransformers(config)
 
 

@@ -125,10 +125,9 @@ def _required(config: RunConfig) -> Iterator[Problem]:
         if truthy(config, key) and not _satisfied(text):
             missing.setdefault(key, []).append(text)
     for key, texts in missing.items():
-        packages = " and ".join(texts)
-        yield Problem(
-            key, f"needs the package {packages}, not installed here: pip install {' '.join(map(_quoted, texts))}."
-        )
+        packages = f"{'package' if len(texts) == 1 else 'packages'} {' and '.join(texts)}"
+        command = f"pip install {' '.join(map(_quoted, texts))}"
+        yield Problem(key, f"needs the {packages}, not installed here: {command}.")
 
 
 @cache
