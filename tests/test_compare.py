@@ -807,10 +807,13 @@ def test_a_killed_comparison_goes_on(lab: Lab) -> None:
     assert all(arguments == [] for arguments, _ in lab.arguments)  # it went on from its checkpoint
 
 
-def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_runs_and_is_answered_by_how_to_go_on(
+    number: int, lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
     lab.write(seeds=[2], variants={"plain": {"dataflex": {}}, "better": {"dataflex.select.method": "random"}})
-    status, said = stopped(lab, signal.SIGINT)
-    assert status == 130
+    status, said = stopped(lab, number)
+    assert status == 128 + number
     assert "stopped. What is complete is kept" in said
     assert f"dataflex-cli compare {lab.file}" in said
     assert lab.compare(dry_run=True) == 0

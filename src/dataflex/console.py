@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 from tqdm import tqdm
 
@@ -24,6 +26,11 @@ _DETAIL = re.compile(r"dataflex/.*|eval_.+_(?:perplexity|bits_per_byte)")
 def say(text: str) -> None:
     """Print a line on standard output, above any progress bar."""
     tqdm.write(text)
+
+
+def above_bars() -> AbstractContextManager[None]:
+    """Have what others print meanwhile, such as a logger, stand above any progress bar."""
+    return tqdm.external_write_mode(file=sys.stdout)
 
 
 def end_bars() -> None:

@@ -70,7 +70,7 @@ def of_training(config: RunConfig) -> str:
 
     given = config.llamafactory
     if config.dataflex is None or not given.get("do_train"):
-        return "stopped."
+        return "stopped."  # what a plain run goes on from is LLaMA-Factory's to say
     found = last_of(Path(str(given["output_dir"])))
     step = None if found is None else found.step
     requested, overwrite = given.get("resume_from_checkpoint"), given.get("overwrite_output_dir")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dataflex import stopping
 from dataflex.compare import files, page
 from dataflex.compare.experiment import Experiment, Run, load
 from dataflex.compare.outcome import Outcome, gather
@@ -17,9 +18,6 @@ from dataflex.compare.result import State, failure_of, read_result, state_of
 from dataflex.compare.runner import PROGRAM, Workers, execute, workers
 from dataflex.errors import ConfigError
 from dataflex.record.tables import NOTHING, Table, to_text
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C."""
 
 _SECONDS = ("train_seconds", "decision_seconds", "evaluate_seconds", "task_seconds")
 
@@ -41,7 +39,7 @@ def compare(
         at_once: instead of ``jobs``: how many runs go on at once, and where.
 
     Returns:
-        0, 1 where a run failed or cannot be compared, 130 after Ctrl-C.
+        0, 1 where a run failed or cannot be compared, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
         ConfigError: for what is wrong with the experiment, before anything runs.
@@ -59,13 +57,12 @@ def compare(
             return _run(experiment, jobs, program, at_once)
         finally:
             lock.release()
-    except KeyboardInterrupt:
-        print(
-            "dataflex: stopped. What is complete is kept, and other runs go on from their checkpoints where they have "
+    except KeyboardInterrupt as stop:
+        return stopping.end(
+            stop,
+            "stopped. What is complete is kept, and other runs go on from their checkpoints where they have "
             f"any: dataflex-cli compare {path}",
-            file=sys.stderr,
         )
-        return INTERRUPTED
 
 
 def locked(output: Path) -> FileLock:

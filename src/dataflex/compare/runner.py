@@ -40,6 +40,7 @@ from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically
 from dataflex.masking import handed_on
 from dataflex.record.versions import installed_versions
+from dataflex.stopping import Stopped
 
 PROGRAM = (sys.executable, "-m", "dataflex")
 """The command line that trains and evaluates."""
@@ -363,8 +364,8 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def _interruptible() -> Iterator[None]:
     """Take Ctrl-C, also where a shell had it ignored in the background, and SIGTERM like it, for a while."""
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupt(number: int, _: object) -> None:
+        raise Stopped(number)
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

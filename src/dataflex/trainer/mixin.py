@@ -645,7 +645,8 @@ def weights_are_finite(model: torch.nn.Module) -> bool:
 def _warn(line: str) -> None:
     from llamafactory.extras import logging
 
-    logging.get_logger(__name__).warning_rank0(line)
+    with console.above_bars():
+        logging.get_logger(__name__).warning_rank0(line)
 
 
 class DynamicCallback(TrainerCallback):

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dataflex import checks
-from dataflex.compare.command import INTERRUPTED, locked, print_tables
+from dataflex import checks, stopping
+from dataflex.compare.command import locked, print_tables
 from dataflex.compare.contents import expanded
 from dataflex.compare.experiment import joined, read_base, replaced_keys
 from dataflex.compare.runner import PROGRAM
@@ -76,7 +76,7 @@ def doremi(path: Path, print_only: bool = False, dry_run: bool = False, program:
         program: the command line that trains.
 
     Returns:
-        0, 1 where a stage failed, 130 after Ctrl-C.
+        0, 1 where a stage failed, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
         ConfigError: for what is wrong with any of the stages, before anything runs.
@@ -97,13 +97,12 @@ def doremi(path: Path, print_only: bool = False, dry_run: bool = False, program:
             return _run(stages, program)
         finally:
             lock.release()
-    except KeyboardInterrupt:
-        print(
-            "dataflex: stopped. What is complete is kept, and the stage that was at work goes on from its checkpoint "
+    except KeyboardInterrupt as stop:
+        return stopping.end(
+            stop,
+            "stopped. What is complete is kept, and the stage that was at work goes on from its checkpoint "
             f"where it has one: dataflex-cli doremi {path}",
-            file=sys.stderr,
         )
-        return INTERRUPTED
 
 
 def load(path: Path) -> tuple[tuple[Stage, ...], list[str]]:

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dataflex import checks
-from dataflex.compare.command import INTERRUPTED, locked, plan_table, print_tables
+from dataflex import checks, stopping
+from dataflex.compare.command import locked, plan_table, print_tables
 from dataflex.compare.contents import expanded
 from dataflex.compare.experiment import Experiment, Run, joined, merged, planned, read_base, replaced_keys, value_of
 from dataflex.compare.result import failure_of, read_result, state_of
@@ -166,7 +166,7 @@ def regmix(
         at_once: instead of ``jobs``: how many proxies go on at once, and where.
 
     Returns:
-        0, 130 after Ctrl-C.
+        0, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
         ConfigError: for what is wrong with the file or its data, before anything runs, and where too few proxies
@@ -192,13 +192,12 @@ def regmix(
         finally:
             lock.release()
         return 0
-    except KeyboardInterrupt:
-        print(
-            "dataflex: stopped. Proxies that are complete are kept, and others go on from their checkpoints where they "
+    except KeyboardInterrupt as stop:
+        return stopping.end(
+            stop,
+            "stopped. Proxies that are complete are kept, and others go on from their checkpoints where they "
             f"have any: dataflex-cli regmix {path}",
-            file=sys.stderr,
         )
-        return INTERRUPTED
 
 
 def load(path: Path) -> Plan:
