@@ -265,7 +265,7 @@ class Planner:
             return [Group("pool", 0, self.pool.size, size, self._pool_sampler)], None, {}
         ctx = self.context(mixer, slot, probe)
         given = mixer.initial(ctx) if slot.update is None else mixer.mix(ctx)
-        wanted = check_proportions(mixer, given, self.pool)
+        wanted = check_proportions(mixer, given, self.pool, "initial" if slot.update is None else "mix")
         found = self._apportioned(slot, wanted, size)
         capped = {self.pool.domains[number]: float(wanted[number]) for number in np.flatnonzero(found.cut)}
         self._tell(slot, capped)
@@ -427,14 +427,16 @@ def epoch_limits(mixer: Mixer | None, pool: Pool) -> NDArray[np.int64] | None:
     return np.floor(mixer.params.max_epochs_per_domain * pool.domain_sizes).astype(np.int64)
 
 
-def check_proportions(component: Component, given: NDArray[np.float64], pool: Pool) -> NDArray[np.float64]:
-    """Return proportions scaled to sum 1.
+def check_proportions(
+    component: Component, given: NDArray[np.float64], pool: Pool, method: str = "mix"
+) -> NDArray[np.float64]:
+    """Return proportions that a method returned scaled to sum 1.
 
     Raises:
         ComponentError: if they are not K finite, non-negative numbers with a positive sum.
     """
     count = len(pool.domains)
-    label = label_of(component, ("mix", "initial"))
+    label = label_of(component, (method,))
     try:
         values = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:

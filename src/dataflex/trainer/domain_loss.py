@@ -128,9 +128,14 @@ class DomainLoss:
         self.mixer.update_weights(self.make_context(statistics.tokens, statistics.losses, excess))
 
     def _take(self) -> None:
-        given = np.asarray(self.mixer.loss_weights, dtype=np.float64)
+        label = label_of(self.mixer, ("update_weights", "loss_weights"))
+        weights = self.mixer.loss_weights
+        try:
+            given = np.asarray(weights, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            kind = type(weights).__name__
+            raise ComponentError(f"{label} gave loss weights that are no array of numbers but a {kind}.") from error
         if given.shape != (len(self.domains),) or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
-            label = label_of(self.mixer, ("loss_weights", "update_weights"))
             raise ComponentError(
                 f"{label} gave loss weights {given.tolist()}; needed are {len(self.domains)} finite, "
                 "non-negative numbers with a positive sum."
