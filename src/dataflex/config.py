@@ -317,12 +317,18 @@ def _is_number(annotation: Any) -> bool:
     return bool(kinds & {int, float}) and bool not in kinds
 
 
+def _is_key(part: int | str | None = None) -> bool:
+    """Return whether part of an error's location is a key of a mapping, not the name of a type in a union."""
+    return isinstance(part, str) and part.isidentifier() and part not in ("str", "int", "float", "bool")
+
+
 def _explained(
     model: type[BaseModel], item: Any, prefix: str, hint: Callable[[str, str], str | None]
 ) -> tuple[str, str]:
     """Return the key of a validation error, below the prefix, and what is wrong with it.
 
-    Items of a list and the alternatives of a union belong to the key that holds them.
+    Items of a list and the alternatives of a union belong to the key that holds them, but the keys of an item that is
+    a mapping are named with its place: ``points.0.step``.
     """
     location = item["loc"]
     names = [str(part) for part in location]
@@ -331,6 +337,8 @@ def _explained(
             return ".".join(names), f"unknown key {names[-1]!r}."
         return names[0], hint(prefix, names[0]) or unknown_in(prefix, names[0], list(model.model_fields))
     position = next((number for number, part in enumerate(location) if isinstance(part, int)), None)
+    if position is not None and _is_key(*location[position + 1 : position + 2]):
+        names, position = names[: position + 2], None
     key = ".".join(names if position is None else names[:position])
     if item["type"] == "missing":
         return key, "needed" if position is None else f"item {location[position] + 1} is missing"
