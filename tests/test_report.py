@@ -534,6 +534,19 @@ def test_data_sets_are_shown_with_their_samples_or_their_column(tmp_path: Path) 
     assert row[1].endswith("d7 (1,007), and 2 more")
 
 
+def test_page_says_what_was_changed_and_which_rounds_are_elsewhere(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    (each,) = measured(run)
+    here = {"resumed_at": 5, "step": 7, "key": "dataflex.mix.proportions", "from": [1, 1], "to": [3, 1]}
+    kept = {**here, "key": "learning_rate", "effect": "none, the earlier value stays"}
+    changes = [{**here, "effect": "from this step on"}, kept]
+    record = replace(each.record, changes=changes, rounds=[replace(each.record.rounds[-1], round=2)])
+    rows = {row[0]: row[1] for row in setup_table([replace(each, record=record)]).rows}
+    assert rows["changed at a resume"] == "from step 8 dataflex.mix.proportions [3, 1]"
+    assert rows["rounds not on record"] == "0, 1"
+    assert not {"changed at a resume", "rounds not on record"} & {row[0] for row in setup_table([each]).rows}
+
+
 def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a folder"):
         report([tmp_path / "nowhere"])

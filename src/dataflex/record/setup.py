@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
@@ -17,6 +18,8 @@ from dataflex.record.tables import NOTHING, Table
 _SHOWN_VERSIONS = ("dataflex", "llamafactory", "torch", "transformers", "python")
 _DATASETS = 8
 """Data sets that are named with their samples, at most."""
+_MISSING = 20
+"""Rounds of an earlier run that are named, at most."""
 
 
 def setup_table(runs: Sequence[MeasuredRun]) -> Table:
@@ -31,6 +34,11 @@ def setup_table(runs: Sequence[MeasuredRun]) -> Table:
         "began": lambda record: _date(record, 0, "started"),
         "ended": lambda record: _date(record, -1, "finished"),
         "started": _starts,
+        "changed at a resume": _changes,
+        "rounds not on record": lambda record: (
+            ", ".join(map(str, record.rounds_missing[:_MISSING]))
+            + (", ..." if len(record.rounds_missing) > _MISSING else "")
+        ),
         "processes": _processes,
         "versions": _versions,
     }
@@ -111,6 +119,15 @@ def _date(record: RunRecord, which: int, key: str) -> str:
 def _starts(record: RunRecord) -> str:
     resumed = [str(start.get("step")) for start in record.starts[1:]]
     return f"{len(resumed) + 1} times, again from step {', '.join(resumed)}" if resumed else ""
+
+
+def _changes(record: RunRecord) -> str:
+    """Return the settings that hold from a later step on."""
+    return "; ".join(
+        f"from step {change['step'] + 1} {change['key']} {json.dumps(change['to'], ensure_ascii=False)}"
+        for change in record.changes
+        if str(change.get("effect")).startswith("from")
+    )
 
 
 def _processes(record: RunRecord) -> str:
