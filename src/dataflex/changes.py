@@ -249,6 +249,7 @@ def _flat(prefix: str, value: Any) -> dict[str, Any]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Return how two snapshots differ, in the order of the second one's keys; a default that is written out is none."""
+    before, now = _in_one_spelling(before), _in_one_spelling(now)
     old, new = _filled(before), _filled(now)
     changed_methods = {
         family
@@ -283,6 +284,13 @@ def _change(key: str, before: Any, now: Any, old: Mapping[str, Any], new: Mappin
     return Change(key, before, now, effect, reason)
 
 
+def _in_one_spelling(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a snapshot with ``warmup_ratio`` as what it stands for, a ``warmup_steps`` below 1."""
+    found = dict(given)
+    ratio = found.pop("warmup_ratio", None)
+    return found if _is_off(ratio) else {**found, "warmup_steps": ratio}
+
+
 def _filled(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return a snapshot with the defaults of LLaMA-Factory, and with what it makes of other keys."""
     found = {key: value for key, value in llamafactory_defaults().items() if effect_of(key)[0] is not None}
@@ -297,8 +305,6 @@ def _filled(given: Mapping[str, Any]) -> dict[str, Any]:
             found["eval_steps"] = found.get("logging_steps")
     else:
         found.pop("eval_steps", None)
-    if found.pop("warmup_ratio", None) is not None:  # the older way of writing warmup_steps as a share
-        found["warmup_steps"] = given["warmup_ratio"] if given.get("warmup_ratio") else found.get("warmup_steps")
     return found
 
 
