@@ -47,6 +47,7 @@ ELSEWHERE = {
     "data/raw.py": "a part of a message",
     "changes.py": "a copy in memory, and a digest",
     "record/explain_text.py": "a part of a message",
+    "record/setup.py": "a part of a message",
     "masking.py": "an environment variable",
 }
 

@@ -575,7 +575,8 @@ def scored_run(scores: Any, seed: int = 0, leaves_out: bool = True) -> Any:
 def outcome(folder: Path, scores: Any, amount: Amount, seed: int = 0) -> dict[str, Any]:
     found = score_pool(scored_run(scores, seed), folder, amount)
     table = pq.read_table(folder / "scores.parquet")
-    kept = load_from_disk(found["tokenized_path"])["train"]["input_ids"]
+    written = dict(item.split("=", 1) for item in found.selected.overrides)["tokenized_path"]
+    kept = load_from_disk(written)["train"]["input_ids"]
     columns = {name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names}
     assert [row[0] for row in kept] == np.flatnonzero(columns["selected"].astype(bool)).tolist()
     return columns
