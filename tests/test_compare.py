@@ -346,7 +346,7 @@ def test_a_key_stands_for_everything_a_run_depends_on(lab: Lab) -> None:
     assert keys() == first
     big = "1" * 2**20
     changes = {
-        "data/alpha.json": '[{"instruction": "x", "input": "", "output": "y"}]',
+        "data/alpha.json": json.dumps([{"instruction": "x", "input": "", "output": "y"}] * 48),
         "data/held.json": '[{"instruction": "y", "input": "", "output": "x"}]',
         "model/config.json": '{"x": 1}',
         "model/chat_template.jinja": "1",

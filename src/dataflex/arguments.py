@@ -28,11 +28,15 @@ _ENUMS = (
     ("transformers", "debug_utils.py"),
     ("llamafactory", "extras/constants.py"),
 )
-_ALSO = {"resume_from_checkpoint": "bool"}
+_ALSO = {"resume_from_checkpoint": "bool", "fsdp": "bool"}
 """Keys that take values of another type than they are annotated with."""
 _CHOICES = {
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
     "fp8_backend": ("auto", "torchao", "te", "msamp"),
+    "log_level": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    "log_level_replica": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    "include_num_input_tokens_seen": ("all", "non_padding", "no"),
+    "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "xccl", "hccl", "cncl", "mccl"),
 }
 """Values of keys that are annotated as any text."""
 _SCALARS = ("str", "int", "float", "bool")
@@ -212,7 +216,9 @@ def _read(annotation: ast.expr) -> tuple[set[str], tuple[str, ...]]:
             values = [each.value for each in inner if isinstance(each, ast.Constant)]
             words = tuple(value for value in values if isinstance(value, str))
             return {"str"} if words else {"bool"}, words
-        return {outer} if outer in ("list", "dict") else {"any"}, ()
+        if outer == "list":
+            return {outer}, _read(inner[0])[1]
+        return {outer} if outer == "dict" else {"any"}, ()
     name = ast.unparse(annotation)
     if name in _SCALARS:
         return {name}, ()

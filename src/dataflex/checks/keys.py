@@ -100,9 +100,10 @@ def _value(key: str, argument: Argument, value: Any) -> str | None:
         return None
     if value is None:
         return "has no value; give it one, or remove the key."
-    if argument.choices and value is False and "no" in argument.choices:
+    if argument.choices and value is False and "no" in argument.choices and "bool" not in types:
         return 'YAML reads no and off as false; write "no" in quotes.'
-    if argument.choices and (isinstance(value, str) or "list" not in types) and not isinstance(value, dict):
+    other = _kind(value) in types and not isinstance(value, str)
+    if argument.choices and not other and not isinstance(value, dict | list):
         words = str(value).split() if key in ("debug", "fsdp") else [str(value)]
         for word in words:
             if word not in argument.choices:

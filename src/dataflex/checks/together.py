@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from dataflex.checks.values import dataset_names, evaluates, has_evaluation_data, number, truthy, word, zero_stage
 from dataflex.config import RunConfig
-from dataflex.errors import Problem
+from dataflex.errors import Problem, unknown
 
 _BITS = {"bnb": (4, 8), "hqq": (1, 2, 3, 4, 5, 6, 8), "eetq": (8,)}
 """Word of ``quantization_method`` -> bits it can quantize to."""
@@ -71,6 +71,7 @@ def _best(config: RunConfig) -> Iterator[Problem]:
         return
     if stops and not loads and config.llamafactory.get("metric_for_best_model") is None:
         yield Problem("early_stopping_steps", "needs metric_for_best_model (eval_loss, say) or load_best_model_at_end.")
+    yield from _metric(config)
     if saves == "best" and not loads and config.llamafactory.get("metric_for_best_model") is None:
         yield Problem("save_strategy", "best needs metric_for_best_model (eval_loss, say).")
     if loads and saves not in (evaluations, "best"):
@@ -87,6 +88,25 @@ def _best(config: RunConfig) -> Iterator[Problem]:
                 "load_best_model_at_end",
                 f"needs save_steps to be a multiple of eval_steps, and they are {save:g} and {evaluate:g}.",
             )
+
+
+def _metric(config: RunConfig) -> Iterator[Problem]:
+    """A metric that no evaluation of the run gives; the Trainer looks for it at the first one."""
+    metric = config.llamafactory.get("metric_for_best_model")
+    divided = config.dataflex is not None and config.dataflex.domain_column is not None
+    if not isinstance(metric, str) or _stage(config) not in ("sft", "pt") or divided:
+        return
+    known = ["loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"]
+    known += ["accuracy"] if truthy(config, "compute_accuracy") else []
+    known += ["rouge-1", "rouge-2", "rouge-l", "bleu-4"] if truthy(config, "predict_with_generate") else []
+    names = dataset_names(config, "eval_dataset") or (*dataset_names(config), "held_out")
+    if config.dataflex is not None:
+        names = (*names, "token_weighted", "unweighted")
+        known += [f"{name}_{each}" for name in names for each in ("perplexity", "bits_per_byte")]
+    if config.dataflex is not None or truthy(config, "eval_on_each_dataset"):
+        known += [f"{name}_{each}" for name in names for each in known[:4]]
+    if metric.removeprefix("eval_") not in known:
+        yield Problem("metric_for_best_model", f"no evaluation gives it: {unknown('metric', metric, known)}")
 
 
 def _logging(config: RunConfig) -> float:
