@@ -20,12 +20,16 @@ import yaml
 from dataflex import assets
 from dataflex.errors import ConfigError
 from dataflex.record.reader import RunRecord, read_run
+from dataflex.record.report import report
 
 MODEL = "smollm2-135m-instruct"
 DATA = "python-docs"
 DOMAINS = ("docs_to_code", "code_to_docs")
-ROWS_PER_DOMAIN = 80
-STEPS = 16
+ROWS_PER_DOMAIN = 40
+WARMUP_STEPS = 2
+UPDATE_STEPS = 5
+DECISIONS = 2
+STEPS = WARMUP_STEPS + DECISIONS * UPDATE_STEPS
 
 SELECTION: dict[str, dict[str, Any]] = {
     "uniform": {"method": "random"},
@@ -87,11 +91,28 @@ def run(output_dir: Path | None = None) -> int:
             _say(f"The training stopped with status {status}; its configuration is {path}")
             return status
     outcomes = {name: read_outcome(folder / name) for name in configurations}
-    _say("\n" + "\n".join(table(outcomes)))
-    runs = " ".join(str(folder / name) for name in configurations)
-    _say(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {folder}. Look at what was decided when:")
-    _say(f"  dataflex-cli report {runs}")
+    _say("\n" + "\n".join(table(outcomes)) + "\n")
+    page = report([folder / name for name in configurations], folder / "report.html")
+    _say(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {folder}.")
+    _say("\n".join(next_steps(folder, page)))
     return 0
+
+
+def next_steps(folder: Path, page: Path) -> Iterable[str]:
+    """Return the lines that say what to look at now.
+
+    Args:
+        folder: That of the demo.
+        page: The report.
+    """
+    return [
+        f"Open {page} in a browser. In it:",
+        "  - Runs: the loss on held-out samples, and how many seconds went into decisions (overhead).",
+        "  - Loss: from the first decision on, the selection trains on samples of lower loss than the uniform draw.",
+        "  - Scores of the selected samples: what the model's loss was on them when they were chosen.",
+        "Which samples were chosen, and their text:",
+        f"  dataflex-cli explain {folder / 'select'} --top 5",
+    ]
 
 
 def fresh_folder(wanted: Path) -> Path:
@@ -148,7 +169,7 @@ def configuration(name: str, output_dir: Path) -> dict[str, Any]:
         "learning_rate": 1.0e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 3,
-        "logging_steps": 4,
+        "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
         "seed": 42,
@@ -158,9 +179,8 @@ def configuration(name: str, output_dir: Path) -> dict[str, Any]:
         "per_device_eval_batch_size": 8,
         "dataflex": {
             "train_steps": STEPS,
-            "warmup_steps": 2,
-            "update_steps": 7,
-            "updates": -1,
+            "warmup_steps": WARMUP_STEPS,
+            "update_steps": UPDATE_STEPS,
             "seed": 42,
             "mix": {"method": "uniform"},
             "select": SELECTION[name],
