@@ -33,6 +33,7 @@ def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
     loaded = _read(path)
     for override in overrides:
         _check_override(override, loaded)
+    _check_twice(overrides)
     try:
         change = OmegaConf.to_container(OmegaConf.from_cli(overrides))
         merged = OmegaConf.merge(without_other_methods(loaded, change), change)
@@ -154,6 +155,20 @@ def _check_override(override: str, loaded: Mapping[Any, Any]) -> None:
         if not isinstance(at, Mapping):
             before = ".".join(parts[:number])
             raise ConfigError(f"override {override!r}: {before} is {at!r} in the file, which has no keys below it.")
+    if value.strip() == "{}" and at.get(parts[-1]):
+        raise ConfigError(
+            f"override {override!r} changes nothing, because mappings are merged; {key}=null takes away what the file "
+            "has there."
+        )
+
+
+def _check_twice(overrides: list[str]) -> None:
+    """Refuse two overrides of one key with different values, of which only the last would count."""
+    given: dict[str, str] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if given.setdefault(key, value) != value:
+            raise ConfigError(f"override {override!r}: {key} is given twice, first as {given[key]!r}; keep one.")
 
 
 def _first_line(error: Exception) -> str:
