@@ -137,3 +137,12 @@ def test_media_are_looked_for_where_they_were(root: Path, tmp_path: Path) -> Non
         pool, np.array([1]), tmp_path / "new", {**given, "dataset_dir": str(source), "media_dir": "/pictures"}
     )
     assert written.overrides[-1] == "media_dir=/pictures"
+
+
+def test_the_folder_of_an_asset_is_found(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, _, given = load(root, dataset="pairs")
+    monkeypatch.setenv("DATAFLEX_CACHE", str(tmp_path))
+    (tmp_path / "python-docs").symlink_to(root / "data")
+    written = write_selected(pool, np.array([1]), tmp_path / "new", {**given, "dataset_dir": "asset:python-docs"})
+    assert written.overrides == (f"dataset_dir={tmp_path / 'new'}", "dataset=pairs")
+    assert written.tokenized is None

@@ -165,6 +165,11 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     ]
     rest, section, notes = legacy.translate(raw, base, problems)
     plain = RunConfig(rest, None, source=source, base=base, notes=tuple(notes))
+    if section is None and SECTION in raw:
+        notes.append(
+            f"{SECTION}: has no value, so the run is LLaMA-Factory's own, without a record; {{}} would keep one."
+        )
+        plain = replace(plain, notes=tuple(notes))
     if section is None or problems:
         return plain, problems
     if not isinstance(section, dict):

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataflex.changes import Change, differences, kept_values, snapshot
-from dataflex.checks.values import truthy
+from dataflex.checks.files import is_finished
+from dataflex.checks.values import number, truthy
 from dataflex.components import State
 from dataflex.config import RunConfig
 from dataflex.errors import CheckpointError, Problem
@@ -152,8 +153,30 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
     except CheckpointError as error:
         yield Problem("", str(error))
         return
-    if resume is not None:
-        yield from resume.problems()
+    if resume is None:
+        return
+    yield from resume.problems()
+    steps = config.dataflex.train_steps if config.dataflex is not None else None
+    total = steps or int(number(config, "max_steps", -1))
+    if total > 0 and (problem := nothing_left(resume, total, config)):
+        yield problem
+
+
+def nothing_left(resume: Resume, total: int, config: RunConfig) -> Problem | None:
+    """Return that a run of ``total`` steps would train nothing after its checkpoint, if that is so.
+
+    A run that was cut off after its last step goes on all the same: it has not been evaluated and saved yet.
+    """
+    step = resume.marker.step
+    if step < total:
+        return None
+    if step == total and resume.is_own and not is_finished(config, Path(str(config.llamafactory["output_dir"]))):
+        return None
+    return Problem(
+        "resume_from_checkpoint",
+        f"{resume.folder} is of step {step}, and this run has {total} steps: nothing would be trained. Give it more "
+        "(max_steps, dataflex.train_steps, num_train_epochs), or name an earlier checkpoint.",
+    )
 
 
 def told(config: RunConfig) -> Iterator[str]:

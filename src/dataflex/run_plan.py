@@ -148,11 +148,11 @@ def problems_of_warmup(settings: DataFlexConfig, components: Components, total: 
         return []
     steps = f"the run has {_count(total, 'step')}, all of them warm-up ({settings.warmup_steps})"
     remedy = f"Set it below {total}, or train longer" if total > 1 else "Set it to 0, or train longer"
+    length = "train_tokens" if settings.train_tokens is not None else "train_steps, max_steps, num_train_epochs"
     return [
         Problem(
             f"{_SECTION}.warmup_steps",
-            f"{steps}: {', '.join(names)} would never decide anything. {remedy} (train_steps, max_steps, "
-            "num_train_epochs).",
+            f"{steps}: {', '.join(names)} would never decide anything. {remedy} ({length}).",
         )
     ]
 
@@ -373,6 +373,8 @@ class RunPlan:
             return f"every {every:.0%} of the run" if every < 1 else f"every {_count(int(every), 'step')}"
         if strategy == "steps" and total is not None:
             steps = max(1, math.ceil(total * every) if every < 1 else int(every))
+            if last and steps >= total:
+                return "one, at the last step"
             times = total // steps + (last and total % steps > 0)
             return f"{times:,} (every {_count(steps, 'step')})"
         if strategy == "epoch":

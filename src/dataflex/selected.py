@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dataflex import assets
 from dataflex.data.pool import Pool, some
 from dataflex.data.sampling import IndexArray
 from dataflex.files import json_text, write_atomically
@@ -67,7 +68,7 @@ def write_selected(pool: Pool, chosen: IndexArray, folder: Path, given: dict[str
     folder.mkdir(parents=True, exist_ok=True)
     counted = zip(pool.domains, pool.domain_counts(chosen).tolist(), pool.domain_sizes.tolist(), strict=True)
     counts = {name: (count, size) for name, count, size in counted}
-    source = Path(str(given.get("dataset_dir", "data"))).absolute()
+    source = Path(assets.resolve(str(given.get("dataset_dir", "data")))).absolute()
     unknown = [name for name in pool.domains if name not in pool.rows_of]
     if unknown or not (source / INFO).is_file():
         from datasets import DatasetDict

@@ -353,7 +353,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (root / name[1]).write_text(text)
     for model in ("model", "models/llama-2-7b", "saves/reference"):
         (root / model).mkdir(parents=True)
-        (root / model / "config.json").write_text("{}")
+        (root / model / "config.json").write_text('{"num_local_experts": 8}')  # for moe_balance
     for step in (100, 200, 105, 211, 317, 420):
         folder = root / "saves" / "warm" / f"checkpoint-{step}"
         folder.mkdir(parents=True)

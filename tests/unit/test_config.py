@@ -102,6 +102,15 @@ def test_a_section_without_components_decides_nothing_and_says_so(tmp_path: Path
     assert "select, mix, order, weight" in config.notes[0]
 
 
+def test_a_section_without_a_value_is_noted() -> None:
+    config = split_config({"stage": "sft", "dataflex": None})
+    assert config.dataflex is None
+    assert config.notes == (
+        "dataflex: has no value, so the run is LLaMA-Factory's own, without a record; {} would keep one.",
+    )
+    assert split_config({"stage": "sft"}).notes == ()
+
+
 def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
     config = load(
         tmp_path,

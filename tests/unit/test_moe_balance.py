@@ -6,6 +6,7 @@ import contextlib
 import math
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from dataflex import distributed
+from dataflex.config import RunConfig
 from dataflex.data.pool import Pool
 from dataflex.errors import ComponentError
 from dataflex.mixers.moe_balance import MoeBalanceMixer, mean_distances
@@ -403,3 +405,15 @@ def test_bad_parameters_are_refused(given: dict[str, Any]) -> None:
 def test_shares_are_of_the_pools_domains() -> None:
     mixer = build(MoeBalanceMixer, initial_proportions=[1, 2])
     assert mixer.check_domains(("a", "b", "c"))[0] == "initial_proportions"
+
+
+def test_a_model_without_experts_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    def problems(text: str) -> list[tuple[str, str]]:
+        (tmp_path / "config.json").write_text(text)
+        return list(build(MoeBalanceMixer).problems(RunConfig({"model_name_or_path": str(tmp_path)}, None)))
+
+    assert problems('{"model_type": "mixtral", "num_local_experts": 8}') == []
+    (problem,) = problems('{"model_type": "llama"}')
+    assert problem[0] == "method"
+    assert "mixture of experts" in problem[1]
+    assert list(build(MoeBalanceMixer).problems(RunConfig({"model_name_or_path": "org/name"}, None))) == []

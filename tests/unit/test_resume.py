@@ -69,6 +69,22 @@ def test_the_newest_checkpoint_of_the_records_run_is_taken(output: Path) -> None
     assert found(split_config({"do_train": True, "output_dir": str(output)})) is None  # LLaMA-Factory's own run
 
 
+def test_a_run_with_no_step_left_is_refused(output: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    good = checkpoint(output, 8)
+
+    def problems(**keys: Any) -> list[str]:
+        return [str(problem) for problem in resume.problems_of(config(keys.pop("into", output), **keys))]
+
+    assert problems(max_steps=9) == []
+    (fewer,) = [text for text in problems(max_steps=7) if "nothing would be trained" in text]
+    assert fewer.startswith(f"resume_from_checkpoint: {good} is of step 8, and this run has 7 steps")
+    assert problems(max_steps=8) == []  # cut off after its last step: it is still to be evaluated and saved
+    (output / "dataflex" / "summary.json").write_text('{"saved": ["model"]}')
+    assert "8 steps: nothing would be trained" in problems(max_steps=8, resume_from_checkpoint=True)[0]
+    new = tmp_path_factory.mktemp("new")
+    assert "8 steps: nothing would be trained" in problems(into=new, max_steps=8, resume_from_checkpoint=str(good))[0]
+
+
 def test_a_named_checkpoint_is_taken_or_refused(output: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     good, other = checkpoint(output, 8), checkpoint(output, 12, run="another")
     broken = checkpoint(output, 16, complete=False)

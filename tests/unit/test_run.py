@@ -215,7 +215,7 @@ def test_a_resumed_run_of_another_length_keeps_its_default_rounds() -> None:
 
     first, longer = made(8), made(20)
     assert (first.schedule.update_steps, longer.schedule.update_steps) == (2, 5)
-    marker = SimpleNamespace(config=first.snapshot)
+    marker = SimpleNamespace(config=first.snapshot, step=8)
     resumed = run_of(TWO_DOMAINS, **SELECT)
     resumed.resume = SimpleNamespace(marker=marker)
     resumed.set_steps(arguments(max_steps=20))

@@ -143,10 +143,14 @@ def test_the_plan_of_a_run_without_update_steps(data: Path) -> None:
 @pytest.mark.parametrize(
     "keys, evaluations, checkpoints",
     [
-        ({"max_steps": 100}, "none", "1 (every 500 steps)"),  # the Trainer saves the last step
+        ({"max_steps": 100}, "none", "one, at the last step"),  # the Trainer saves the last step
         ({"max_steps": 1000}, "none", "2 (every 500 steps)"),
         ({"do_eval": True, "save_strategy": "no"}, "one, at the end", "none but the model at the end"),
-        ({"eval_strategy": "steps", "logging_steps": 10, "max_steps": 100}, "10 (every 10 steps) during", "1 (every"),
+        (
+            {"eval_strategy": "steps", "logging_steps": 10, "max_steps": 100},
+            "10 (every 10 steps) during",
+            "one, at the last",
+        ),
         ({"eval_strategy": "epoch", "save_strategy": "epoch"}, "3 (after every pass", "3 (after every pass"),
     ],
 )

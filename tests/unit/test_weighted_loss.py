@@ -207,6 +207,7 @@ def test_loss_based_weights_by_hand() -> None:
         ([1.0, 1.0, float("nan"), 1.0], "NaN, infinite or negative"),
         ([1.0, 1.0, float("inf"), 1.0], "NaN, infinite or negative"),
         ([1.0, 1.0, -0.1, 1.0], "NaN, infinite or negative"),
+        ([0.0, 0.0, 0.0, 0.0], "weight 0 for every sample of step 1, "),
     ],
 )
 def test_weights_no_loss_can_be_made_of_name_the_weighter(weights: list[float], text: str) -> None:

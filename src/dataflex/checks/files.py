@@ -72,8 +72,8 @@ def _output(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "output_dir",
             f"{output!r} holds a finished run; choose another folder (output_dir=...), or set "
-            "overwrite_output_dir: true (its record is kept under another name) or, where there are checkpoints, "
-            "resume_from_checkpoint: true.",
+            "overwrite_output_dir: true (its record is kept under another name) or, to train on from its last "
+            "checkpoint, resume_from_checkpoint: true and more steps.",
         )
 
 
@@ -124,11 +124,11 @@ def _holds_finished_run(config: RunConfig, output: Path) -> bool:
     if free or config.offline or not truthy(config, "do_train") or not output.is_dir():
         return False
     if any(output.glob("checkpoint-*")):
-        return _finished(config, output)
+        return is_finished(config, output)
     return any((output / name).is_file() for name in MODEL_FILES)
 
 
-def _finished(config: RunConfig, output: Path) -> bool:
+def is_finished(config: RunConfig, output: Path) -> bool:
     """Return whether a run came to its end in the folder, its last evaluation included, as its record says."""
     needed = {"model"}
     if truthy(config, "do_eval") or truthy(config, "eval_strategy"):

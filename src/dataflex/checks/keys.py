@@ -101,7 +101,7 @@ def _value(key: str, argument: Argument, value: Any) -> str | None:
     if value is None:
         return "has no value; give it one, or remove the key."
     if argument.choices and value is False and "no" in argument.choices and "bool" not in types:
-        return 'YAML reads no and off as false; write "no" in quotes.'
+        return f'YAML reads no and off as false; write "no" in quotes (on the command line: {key}=\\"no\\").'
     other = _kind(value) in types and not isinstance(value, str)
     if argument.choices and not other and not isinstance(value, dict | list):
         words = str(value).split() if key in ("debug", "fsdp") else [str(value)]

@@ -16,7 +16,9 @@ Cost: a forward of ``samples_per_domain`` samples of each domain per decision.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,9 @@ from dataflex.components import Mixer, MixerParams, RoundContext, State
 from dataflex.domain_weights import exponentiated_update
 from dataflex.registry import register
 from dataflex.schedule import RunOutline
+
+if TYPE_CHECKING:
+    from dataflex.config import RunConfig
 
 
 class MoeBalanceParams(MixerParams):
@@ -50,6 +55,12 @@ class MoeBalanceMixer(Mixer):
     def __init__(self, params: MoeBalanceParams) -> None:
         super().__init__(params)
         self._weights: NDArray[np.float64] = np.empty(0)
+
+    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+        """Yield that the model has no experts, if its configuration is here to be read."""
+        file = Path(str(run.llamafactory.get("model_name_or_path"))).expanduser() / "config.json"
+        if file.is_file() and "expert" not in file.read_text(encoding="utf-8"):
+            yield "method", f"needs a mixture of experts, and {file} names no experts; use another mixer."
 
     def expected_forwards(self, run: RunOutline) -> float:
         """Return the samples drawn of each domain at every decision."""

@@ -103,6 +103,11 @@ class WeightedLoss:
         if scored.any():
             given = weighter.weigh(everyone[scored], self.step)
             check_weights(weighter, given, int(scored.sum()))
+            if not weighter.elementwise and not bool((given > 0).any()):
+                raise ComponentError(
+                    f"{label_of(weighter, ('weigh',))} returned weight 0 for every sample of step {self.step + 1}, "
+                    "which would train nothing; give at least one a weight above 0."
+                )
             weights[scored] = given.to(weights)
         self.last_weights = weights
         begin = 0 if weighter.elementwise else distributed.rank() * means.numel()

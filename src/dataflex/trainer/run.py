@@ -15,17 +15,18 @@ from numpy.typing import NDArray
 from dataflex import console, distributed
 from dataflex.capped import CappedScoring, Spent
 from dataflex.changes import snapshot
+from dataflex.checks.files import is_finished
 from dataflex.components import GradientSettings, SelectorParams, StepContext, StepStatistics, state_of
 from dataflex.config import DataFlexConfig, RunConfig
 from dataflex.data.plan import Arrangement, Plan, Planner, epoch_limits
 from dataflex.data.pool import Pool, some
-from dataflex.errors import CheckpointError, ConfigError, DivergenceError
+from dataflex.errors import CheckpointError, ConfigError, DivergenceError, Problem
 from dataflex.influence import GradientParams
 from dataflex.probe.cost import Cost
 from dataflex.record.configuration import recorded
 from dataflex.record.environment import differences, environment, repeated_start
 from dataflex.record.writer import FROM_HERE, RunWriter
-from dataflex.resume import Resume
+from dataflex.resume import Resume, nothing_left
 from dataflex.run_plan import RunPlan, plan_of, problems_of, trainer_keys
 from dataflex.schedule import RoundSlot, Schedule
 from dataflex.trainer.checkpoint import STATE_VERSION, check_state
@@ -157,6 +158,8 @@ class DynamicRun:
             args.max_steps = total  # else LLaMA-Factory's own count is the same
         self.schedule = replace(found, total_steps=total)
         problems = problems_of(self.settings, self.components, self.run_plan.run)
+        if self.resume is not None:
+            problems += distributed.on_main(partial(self._nothing_left, self.resume))
         if problems:
             raise ConfigError(problems=problems)
         if not self.plans_data:
@@ -164,6 +167,18 @@ class DynamicRun:
         self._check_epochs()
         # The Trainer must not skip batches on its own when it resumes: the stream starts where the run stopped.
         args.ignore_data_skip = True
+
+    def _nothing_left(self, resume: Resume) -> list[Problem]:
+        """Return that the checkpoint is of the run's last step or a later one, where that is so."""
+        if self.has_budget:
+            if not (
+                self.is_spent(resume.state)
+                and is_finished(self.config, Path(str(self.config.llamafactory["output_dir"])))
+            ):
+                return []
+            return [Problem("resume_from_checkpoint", f"{resume.folder} has spent the whole budget; give it more.")]
+        problem = nothing_left(resume, self.schedule.total_steps, self.config)
+        return [] if problem is None else [problem]
 
     def _mean_length(self) -> float | None:
         """Return the mean tokens of a sample, where the run ends by a number of tokens."""
