@@ -271,6 +271,23 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
         weighs.decide(torch.tensor([0, 1]), torch.tensor([1.0, NAN]), torch.tensor([1.0, NAN]))
 
 
+def test_what_a_mixer_measures_and_is_not_finite_is_told_with_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(ctx: StepContext) -> None:
+        raise DivergenceError("the gradient of pool index 3 is not finite")
+
+    made = mixer(2)
+    monkeypatch.setattr(made, "update_weights", measure)
+    weighs = DomainLoss(
+        made,
+        ("alpha", "beta"),
+        torch.device("cpu"),
+        lambda tokens, losses, excess: step(excess.tolist(), 6, tokens=tokens, losses=losses),
+    )
+    weighs.begin(torch.tensor([3.0, 3.0]))
+    with pytest.raises(DivergenceError, match="in the loss weights of step 7, the gradient of pool index 3 is not"):
+        weighs.decide(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+
+
 def test_a_broken_reference_is_no_absent_domain() -> None:
     for broken in (NAN, math.inf):
         weighs = DomainLoss(

@@ -414,7 +414,7 @@ class GradientPass:
             if isinstance(output, Tensor) and args and set(rest) <= {"weight", "bias"}:
                 recipe = norm_recipe(module, args[0].detach(), output.detach())
             if recipe is None and isinstance(output, Tensor) and not torch.isfinite(output).all():
-                raise DivergenceError(f"what {path} is multiplied into is not finite")
+                raise DivergenceError(f"the output of the layer of {path} is not finite")
             if recipe is None:
                 self._refuse(f"a parameter of {type(module).__name__}", rest.values())
                 return

@@ -18,7 +18,7 @@ from dataflex import distributed
 from dataflex.component_source import label_of
 from dataflex.components import Mixer, StepContext, StepStatistics
 from dataflex.domain_weights import StepWeightParams
-from dataflex.errors import ComponentError
+from dataflex.errors import ComponentError, DivergenceError
 from dataflex.token_loss import IGNORE_INDEX
 from dataflex.trainer.statistics import check_losses, domain_sums
 
@@ -107,7 +107,7 @@ class DomainLoss:
         ctx = self.make_context(tokens, losses, excess)
         check_losses(self.domains, tokens, losses, ctx.step + 1)
         self._check_excess(tokens, excess, ctx.step + 1)
-        self.mixer.update_weights(ctx)
+        self._ask_mixer(ctx)
         self._take()
 
     def _check_excess(self, tokens: NDArray[np.int64], excess: Floats, step: int) -> None:
@@ -125,7 +125,14 @@ class DomainLoss:
         """Decide the next step's weights from the step that has just been made, where they follow."""
         excess = statistics.excess if self.uses_reference else np.empty(0)
         self._check_excess(statistics.tokens, excess, statistics.step)
-        self.mixer.update_weights(self.make_context(statistics.tokens, statistics.losses, excess))
+        self._ask_mixer(self.make_context(statistics.tokens, statistics.losses, excess))
+
+    def _ask_mixer(self, ctx: StepContext) -> None:
+        """Have the mixer decide its weights anew."""
+        try:
+            self.mixer.update_weights(ctx)
+        except DivergenceError as error:
+            raise DivergenceError(f"in the loss weights of step {ctx.step + 1}, {error.what}") from error
 
     def _take(self) -> None:
         label = label_of(self.mixer, ("update_weights", "loss_weights"))
