@@ -57,6 +57,13 @@ def test_a_good_run_has_no_problem(keys: dict[str, Any], section: dict[str, Any]
     assert found(keys, section) == {}
 
 
+def test_a_data_set_is_named_once(keys: dict[str, Any]) -> None:
+    assert found(keys, SELECT, dataset="a,b,a") == {
+        "dataset": "'a' is named 2 times; name it once, and give its share with mix."
+    }
+    assert found(keys, WEIGHT, dataset="a,b,a") == {}  # the data path is LLaMA-Factory's own
+
+
 def test_a_remote_data_set_needs_no_file(keys: dict[str, Any]) -> None:
     assert found(keys, SELECT, dataset="hub,a") == {}
     assert found(keys, SELECT, dataset_dir="ONLINE", dataset="org/data") == {}

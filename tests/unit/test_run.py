@@ -302,4 +302,4 @@ def test_a_run_that_ends_in_its_warm_up_says_so(section: dict[str, Any]) -> None
             notes = dynamic.finish(step).get("notes", [])
         assert len(notes) == expected
         if expected:
-            assert notes[0] == f"the run ended after {step} steps, inside its warm-up of 5: {method} decided nothing."
+            assert notes[0] == f"the run ended at step {step}, inside its warm-up of 5: {method} decided nothing."

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dataflex import assets
 from dataflex.checks.section import STAGES
-from dataflex.checks.values import dataset_names, truthy, word
+from dataflex.checks.values import dataset_names, named_data_sets, truthy, word
 from dataflex.config import SECTION, RunConfig
 from dataflex.data.raw import INFO_FILE, RawDataError, entry_problems, fault, read_entry
 from dataflex.errors import Problem, unknown
@@ -19,6 +20,10 @@ def problems_of_data(config: RunConfig) -> Iterator[Problem]:
     """Return what is wrong with the data sets that are named."""
     if truthy(config, "do_train") and not dataset_names(config):
         yield Problem("dataset", "needed for training: the names of one or more data sets.")
+    if any(key in config.params for key in ("select", "mix", "order")):  # else LLaMA-Factory loads it twice
+        for name, times in Counter(named_data_sets(config)).items():
+            if times > 1:
+                yield Problem("dataset", f"{name!r} is named {times} times; name it once, and give its share with mix.")
     folder = _folder(config)
     if folder is None or not (named := {key: names for key, names in _named(config).items() if names}):
         return

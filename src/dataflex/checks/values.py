@@ -37,10 +37,15 @@ def enabled(name: str) -> bool:
 
 
 def dataset_names(config: RunConfig, key: str = "dataset") -> tuple[str, ...]:
-    """Return the data sets named under ``key``, in order, each once; none where neither text nor a list is given."""
+    """Return the data sets named under ``key``, in order, each once."""
+    return tuple(dict.fromkeys(named_data_sets(config, key)))
+
+
+def named_data_sets(config: RunConfig, key: str = "dataset") -> list[str]:
+    """Return the data sets named under ``key`` as they stand there; none where neither text nor a list is given."""
     value = config.llamafactory.get(key)
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
-    return tuple(dict.fromkeys(str(part).strip() for part in parts if str(part).strip()))
+    return [str(part).strip() for part in parts if str(part).strip()]
 
 
 def evaluates(config: RunConfig) -> bool:

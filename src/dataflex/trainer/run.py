@@ -526,7 +526,7 @@ class DynamicRun:
         """
         if self._finished_at is None and self.names and step <= self.settings.warmup_steps:
             self.notes.append(
-                f"the run ended after {step} steps, inside its warm-up of {self.settings.warmup_steps}: "
+                f"the run ended at step {step}, inside its warm-up of {self.settings.warmup_steps}: "
                 f"{', '.join(f'{key} {name}' for key, name in self.names.items())} decided nothing."
             )
         self._finished_at = step
