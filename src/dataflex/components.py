@@ -22,6 +22,7 @@ from dataflex.component_source import label_of
 from dataflex.data.sampling import IndexArray, PassSampler
 from dataflex.domain_names import by_domain, with_text_keys
 from dataflex.errors import ComponentError, ConfigError, unknown
+from dataflex.files import distinct
 from dataflex.schedule import RunOutline
 from dataflex.selection import ScoreArray, ranks_among, ranks_of_best, sample_softmax, top_k
 
@@ -773,13 +774,6 @@ def shares_problem(given: Shares | None, names: tuple[str, ...]) -> str | None:
     return None
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object none of whose names stands twice."""
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise ValueError("a name stands in it twice")
-    return dict(pairs)
-
-
 def _read_shares(path: str) -> dict[str, float]:
     """Return the shares by name in a JSON file: its ``proportions``, or the file itself.
 
@@ -787,7 +781,7 @@ def _read_shares(path: str) -> dict[str, float]:
         ConfigError: if there is no such file, or it holds no mapping of names to numbers.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_distinct)
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=distinct)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path!r} cannot be read: {error}") from error
     shares = found.get("proportions", found) if isinstance(found, dict) else found

@@ -23,6 +23,32 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+class RepeatedKeyError(ValueError):
+    """A key stands twice in one mapping of a file.
+
+    Args:
+        key: the key.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        super().__init__(f"{key!r} is there twice")
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a mapping of pairs; the ``object_pairs_hook`` of JSON files that people write.
+
+    Raises:
+        RepeatedKeyError: if a key is there twice, of which Python's own reader would keep the last.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise RepeatedKeyError(key)
+        found[key] = value
+    return found
+
+
 def json_text(value: Any, **options: Any) -> str:
     """Return JSON (RFC 8259) of plain data and numpy scalars; a number that is not finite becomes null.
 

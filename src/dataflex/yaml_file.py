@@ -15,6 +15,7 @@ from yaml import MarkedYAMLError, YAMLError
 from yaml.reader import ReaderError
 
 from dataflex.errors import ConfigError, did_you_mean
+from dataflex.files import RepeatedKeyError, distinct
 from dataflex.masking import HANDED_ON, filled
 from dataflex.registry import CONFIG_KEYS
 
@@ -70,7 +71,7 @@ def _read(path: Path) -> dict[Any, Any]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        loaded = json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else _parsed(text)
+        loaded = json.loads(text, object_pairs_hook=distinct) if path.suffix == ".json" else _parsed(text)
         container = OmegaConf.to_container(OmegaConf.create(loaded)) if isinstance(loaded, dict) else loaded
     except MarkedYAMLError as error:
         raise ConfigError(f"{path}, {_explained(error, text)}") from error
@@ -83,6 +84,8 @@ def _read(path: Path) -> dict[Any, Any]:
         raise ConfigError(f"{path}: values are nested too deep to be read.") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key or 'a key'}: {_first_line(error)}.") from error
+    except RepeatedKeyError as error:
+        raise ConfigError(f"{path}: found duplicate key {error.key}.") from error
     except (YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: {_first_line(error)}.") from error
     if container is None or container == {}:
@@ -96,16 +99,6 @@ def _parsed(text: str) -> Any:
     """Return a YAML text as OmegaConf reads it, which takes 1e-4 for a number and refuses a key given twice."""
     loaded = OmegaConf.load(io.StringIO(text))
     return OmegaConf.to_container(loaded) if isinstance(loaded, DictConfig) else []
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object, in which a key stands once."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"found duplicate key {key}")
-        found[key] = value
-    return found
 
 
 def _explained(error: MarkedYAMLError, text: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dataflex.errors import did_you_mean, unknown
+from dataflex.files import RepeatedKeyError, distinct
 
 INFO_FILE = "dataset_info.json"
 FILE_TYPES = {"arrow": "arrow", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "txt": "text"}
@@ -199,16 +200,6 @@ def _undecodable(file: Path) -> str:
     return str(file)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object's values; a key given twice is an error, as it is for the reader of JSON lines."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise RawDataError(f"the key {key!r} is given twice")
-        found[key] = value
-    return found
-
-
 class _JsonStream:
     """JSON values of a stream one after another, read in pieces, with the line of each."""
 
@@ -245,8 +236,8 @@ class _JsonStream:
         while True:
             try:
                 found, end = decoder.raw_decode(self.text, self.at)
-            except RawDataError as error:
-                raise RawDataError(f"{self.file}, line {self.line}: {error}") from error
+            except RepeatedKeyError as error:
+                raise RawDataError(f"{self.file}, line {self.line}: the key {error}") from error
             except json.JSONDecodeError as error:
                 cut = error.pos >= len(self.text) - 10 or error.msg.startswith(("Unterminated string", "Invalid \\"))
                 if cut and self.more():
@@ -273,7 +264,7 @@ def _json_rows(file: Path, whole: bool) -> Iterator[tuple[Place, Any]]:
         array = source.peek() == "["
         if marked and array:  # before lines it is read over
             raise RawDataError(f"{file}, line 1: begins with a byte order mark; save it as UTF-8 without one")
-        decoder = json.JSONDecoder(strict=False) if array else json.JSONDecoder(object_pairs_hook=_once)
+        decoder = json.JSONDecoder(strict=False) if array else json.JSONDecoder(object_pairs_hook=distinct)
         if array:
             source.at += 1
         number = 0

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,6 +29,7 @@ from dataflex.components import InputPath, Mixer, MixerParams, RoundContext, Sta
 from dataflex.domain_names import by_domain
 from dataflex.domain_weights import exponentiated_update
 from dataflex.errors import ConfigError, unknown
+from dataflex.files import distinct
 from dataflex.influence import ValidationParams
 from dataflex.registry import register
 from dataflex.schedule import RunOutline
@@ -193,7 +193,7 @@ def _read_file(path: Path) -> dict[str, dict[str, float]]:
     """Return the graph in a file, row by row."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        rows = _read_csv(text) if path.suffix.lower() == ".csv" else json.loads(text, object_pairs_hook=_once)
+        rows = _read_csv(text) if path.suffix.lower() == ".csv" else json.loads(text, object_pairs_hook=distinct)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{_KEY}: {str(path)!r} cannot be read: {error}") from error
     if not _is_table(rows):
@@ -225,12 +225,4 @@ def _read_csv(text: str) -> dict[str, dict[str, float]]:
     for line in lines[1:]:
         if len(line) != len(columns) + 1:
             raise ValueError(f"the row of {line[0]!r} has {len(line) - 1} numbers for {len(columns)} columns")
-    return _once([(line[0], _once(list(zip(columns, map(float, line[1:]), strict=True)))) for line in lines[1:]])
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a mapping of pairs, none of which has the name of another."""
-    twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-    if twice:
-        raise ValueError(f"{', '.join(map(repr, twice))} is there twice")
-    return dict(pairs)
+    return distinct([(line[0], distinct(list(zip(columns, map(float, line[1:]), strict=True)))) for line in lines[1:]])
