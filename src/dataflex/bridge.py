@@ -42,8 +42,7 @@ from dataflex.data_errors import Load, refuse_empty, told
 from dataflex.errors import ComponentError, ConfigError, DataFlexError, unknown
 from dataflex.files import write_atomically
 from dataflex.influence import ValidationParams
-from dataflex.parsing import parse, parse_to_train
-from dataflex.parsing import replaced as replaced
+from dataflex.parsing import parse, parse_to_train, replaced
 from dataflex.record.identity import only_run_in
 from dataflex.registry import failure_of_component
 from dataflex.resume import Resume, find

@@ -295,7 +295,7 @@ class CappedScoring:
         seconds, samples, fixed, count = state["costs"].tolist()
         self._seconds, self._samples = seconds, int(samples)
         self._fixed_seconds, self._fixed_count = fixed, int(count)
-        made = state.get("made", [0, 0, 0, 0.0, 0.0])  # older checkpoints do not say
+        made = state["made"]
         self._decisions, self._scoring, self._scored = map(int, made[:3])
         self._first_seconds, self._scoring_seconds = map(float, made[3:])
 

@@ -33,6 +33,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dataflex import bridge
 from dataflex.config import load_config, split_config
+from dataflex.parsing import replaced
 from dataflex.record.writer import RunWriter
 from dataflex.trainer import checkpoint
 from dataflex.trainer.mixin import DynamicTrainerMixin
@@ -164,7 +165,7 @@ def fsdp_on_cpu() -> Iterator[None]:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         return parsed
 
-    with bridge.replaced(tuner, "get_train_args", get_train_args):
+    with replaced(tuner, "get_train_args", get_train_args):
         yield
 
 

@@ -11,7 +11,6 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from dataflex.masking import masked, masked_argument
 from dataflex.record.configuration import FILE as CONFIGURATION
 from dataflex.record.configuration import PLUGINS, Recorded
 from dataflex.record.files import json_lines, read_object
+from dataflex.record.identity import now
 from dataflex.record.versions import installed_versions
 from dataflex.registry import ENTRY_POINT_GROUP
 
@@ -55,11 +55,6 @@ _VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
 )
 """Environment variables on record where they are set: the launcher's, and those that change what is loaded."""
-
-
-def now() -> str:
-    """Return the present time, as it is written on record."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def environment(config: RunConfig, kept: Recorded, world_size: int, step: int) -> dict[str, Any]:

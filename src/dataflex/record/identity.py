@@ -54,11 +54,12 @@ def write_identity(record: Path, identity: str, continues: dict[str, Any] | None
         identity: of the run.
         continues: ``run``, ``step`` and ``checkpoint`` of another run that this one goes on from.
     """
-    value = {"id": identity, "began": _now()} | ({} if continues is None else {"continues": continues})
+    value = {"id": identity, "began": now()} | ({} if continues is None else {"continues": continues})
     write_atomically(record / RUN_FILE, (json_text(value, indent=2) + "\n").encode())
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the present time, as it is written on record."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -97,7 +98,7 @@ def only_run_in(folder: Path, key: str = "output_dir") -> Iterator[None]:
             # Some network file systems have no locks. Training must go on there, as it does without us.
             print(f"dataflex: {folder} cannot be locked ({error.strerror}); see that no other run writes to it")
         stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {_now()}\n")
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {now()}\n")
         stream.flush()
         try:
             yield

@@ -41,8 +41,8 @@ from dataflex.files import json_text, write_atomically
 from dataflex.probe.cost import Cost
 from dataflex.record.configuration import PLUGINS
 from dataflex.record.environment import FILE as ENVIRONMENT
-from dataflex.record.environment import now, starts
-from dataflex.record.identity import FOLDER, new_identity, read_identity, write_identity
+from dataflex.record.environment import starts
+from dataflex.record.identity import FOLDER, new_identity, now, read_identity, write_identity
 from dataflex.selected import row_column
 from dataflex.trainer.checkpoint import checkpoints, marked
 

@@ -170,15 +170,13 @@ class DynamicRun:
 
     def _nothing_left(self, resume: Resume) -> list[Problem]:
         """Return that the checkpoint is of the run's last step or a later one, where that is so."""
-        if self.has_budget:
-            if not (
-                self.is_spent(resume.state)
-                and is_finished(self.config, Path(str(self.config.llamafactory["output_dir"])))
-            ):
-                return []
-            return [Problem("resume_from_checkpoint", f"{resume.folder} has spent the whole budget; give it more.")]
-        problem = nothing_left(resume, self.schedule.total_steps, self.config)
-        return [] if problem is None else [problem]
+        if not self.has_budget:
+            problem = nothing_left(resume, self.schedule.total_steps, self.config)
+            return [] if problem is None else [problem]
+        output = Path(str(self.config.llamafactory["output_dir"]))
+        if not (self.is_spent(resume.state) and is_finished(self.config, output)):
+            return []
+        return [Problem("resume_from_checkpoint", f"{resume.folder} has spent the whole budget; give it more.")]
 
     def _mean_length(self) -> float | None:
         """Return the mean tokens of a sample, where the run ends by a number of tokens."""
@@ -659,7 +657,7 @@ class DynamicRun:
         self.decision_seconds = float(state["decision_seconds"])
         self.tokens = int(state["tokens"])
         self._domain_tokens, self._domain_samples = state["domain_tokens"], state["domain_samples"]
-        self.evaluate_seconds = float(state.get("evaluate_seconds", 0.0))
+        self.evaluate_seconds = float(state["evaluate_seconds"])
         self.progress = self.spent(self.tokens, self.train_seconds + self.decision_seconds)
         stored = state["plan"]
         if stored is not None:
