@@ -98,7 +98,7 @@ def one(options: argparse.Namespace) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
     from dataflex import assets
-    from dataflex.components import GradientSettings
+    from dataflex.api.probe import GradientSettings
     from dataflex.data.pool import Pool
     from dataflex.probe.batches import length_batches
     from dataflex.probe.model import ModelProbe

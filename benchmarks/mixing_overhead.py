@@ -159,8 +159,8 @@ def train(
     folder: Path, run: str, mixer: dict[str, Any] | None, batch: int, steps: int, with_reference: bool = False
 ) -> tuple[Clock, Path]:
     """Train a fresh model for a few steps."""
-    from dataflex import bridge
-    from dataflex.config import split_config
+    from dataflex.config.loading import split_config
+    from dataflex.integrations.llamafactory import seam
 
     output = folder / "runs" / run.replace(", ", "-").replace(" ", "-")
     args: dict[str, Any] = {
@@ -186,7 +186,7 @@ def train(
         args["dataflex"] = {"update_steps": UPDATE_STEPS, "mix": mixer}
     clock = Clock()
     reference = [ReferenceForward(folder / "reference", batch)] if with_reference else []
-    bridge.run(split_config(args), [clock, *reference])
+    seam.run(split_config(args), [clock, *reference])
     return clock, output
 
 

@@ -53,8 +53,9 @@ def training(model: str, steps: int, repeats: int, folder: Path) -> dict[str, An
     """Time plain, randomly selected and uniformly weighted training, in turn, on packed blocks of one length."""
     from transformers import TrainerCallback
 
-    from dataflex import assets, bridge
-    from dataflex.config import split_config
+    from dataflex import assets
+    from dataflex.config.loading import split_config
+    from dataflex.integrations.llamafactory import seam
 
     class Clock(TrainerCallback):
         """Notes when every step begins."""
@@ -87,7 +88,7 @@ def training(model: str, steps: int, repeats: int, folder: Path) -> dict[str, An
             args = {**base, "output_dir": str(output)}
             if variants[name] is not None:
                 args["dataflex"] = variants[name]
-            bridge.run(split_config(args), [clock])
+            seam.run(split_config(args), [clock])
             seconds[name] += list(np.diff(clock.times)[WARMUP_STEPS:])
     median = {name: statistics.median(values) for name, values in seconds.items()}
     tokens = base["per_device_train_batch_size"] * base["cutoff_len"]
@@ -191,13 +192,13 @@ def plans() -> dict[str, Any]:
 
 def one_plan(name: str) -> dict[str, float]:
     """Make one plan from 10^8 samples, and record it if it is not huge; return seconds and peak memory."""
-    from dataflex.components import Components
-    from dataflex.config import split_config
-    from dataflex.data.plan import Planner
+    from dataflex.api.components import Components
+    from dataflex.api.schedule import Schedule
+    from dataflex.config.loading import split_config
     from dataflex.data.pool import Pool
+    from dataflex.planning.planner import Planner
     from dataflex.probe.cost import Cost
     from dataflex.record.writer import RunWriter
-    from dataflex.schedule import Schedule
 
     section, size, count = PLAN_CASES[name]
     sizes = np.linspace(5, 15, count) / (10 * count) * 10**8

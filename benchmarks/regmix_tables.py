@@ -19,7 +19,7 @@ import numpy as np
 from overhead import machine
 
 from dataflex.files import write_atomically
-from dataflex.mixture_regression import TreeRegression, accuracy, best_mixture, cross_validated, fit, read_runs
+from dataflex.mixers.base_regression import TreeRegression, accuracy, best_mixture, cross_validated, fit, read_runs
 
 NOTEBOOK = {
     "arxiv": 99.6,

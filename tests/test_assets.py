@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import yaml
 
-from dataflex import assets, demo
+from dataflex import assets
 from dataflex.assets import model, python_docs
+from dataflex.commands import demo
 from dataflex.errors import ConfigError
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "models" / "tokenizers" / "smollm2"
@@ -375,7 +376,7 @@ def test_demo_uses_a_fresh_folder(tmp_path: Path) -> None:
 
 
 def test_demo_configurations_differ_in_the_selection_only(tmp_path: Path) -> None:
-    from dataflex.config import load_config
+    from dataflex.config.loading import load_config
 
     paths = demo.write_configurations(tmp_path)
     loaded = {name: load_config(path) for name, path in paths.items()}

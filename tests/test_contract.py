@@ -186,7 +186,7 @@ def test_defaults_read_from_the_source_files_are_those_of_the_classes() -> None:
     from llamafactory import hparams
     from llamafactory.hparams.training_args import TrainingArguments
 
-    from dataflex.arguments import llamafactory_defaults
+    from dataflex.config.arguments import llamafactory_defaults
 
     groups = (hparams.ModelArguments, hparams.DataArguments, hparams.FinetuningArguments, hparams.GeneratingArguments)
     real = {}
@@ -243,7 +243,7 @@ def test_argument_names_read_from_source_are_the_parsers() -> None:
     from llamafactory.hparams.parser import _TRAIN_ARGS
     from transformers import HfArgumentParser
 
-    from dataflex.arguments import llamafactory_keys
+    from dataflex.config.arguments import llamafactory_keys
 
     parsed = {field.name for cls in _TRAIN_ARGS for field in cls.__dataclass_fields__.values() if field.init}
     assert HfArgumentParser(_TRAIN_ARGS) is not None
@@ -253,7 +253,7 @@ def test_argument_names_read_from_source_are_the_parsers() -> None:
 def test_template_names_read_from_source_are_the_registered_ones() -> None:
     from llamafactory.data.template import TEMPLATES
 
-    from dataflex.arguments import templates
+    from dataflex.config.arguments import templates
 
     assert set(TEMPLATES) == templates()
 
@@ -262,9 +262,9 @@ def test_tables_of_the_checks() -> None:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from transformers.training_args import OptimizerNames
 
-    from dataflex.arguments import llamafactory_arguments, required_packages, v1_keys
-    from dataflex.checks.keys import RANGES
-    from dataflex.checks.packages import FLAGS, OPTIMIZERS, TRACKERS, VALUES
+    from dataflex.config.arguments import llamafactory_arguments, required_packages, v1_keys
+    from dataflex.config.checks.keys import RANGES
+    from dataflex.config.checks.packages import FLAGS, OPTIMIZERS, TRACKERS, VALUES
 
     arguments = llamafactory_arguments()
     assert set(TRACKERS) == set(INTEGRATION_TO_CALLBACK)
@@ -287,7 +287,7 @@ def test_arguments_are_read_as_the_parser_reads_them() -> None:
 
     from llamafactory.hparams.parser import _TRAIN_ARGS
 
-    from dataflex.arguments import llamafactory_arguments
+    from dataflex.config.arguments import llamafactory_arguments
 
     read, found = llamafactory_arguments(), {}
     for kind in _TRAIN_ARGS:

@@ -18,16 +18,16 @@ import pytest
 import yaml
 
 import tiny
+from dataflex.api.components import Components
+from dataflex.api.schedule import Schedule
 from dataflex.cli import main
-from dataflex.components import Components
-from dataflex.data.plan import Planner
 from dataflex.data.pool import Rows
+from dataflex.explain.explain import Record
 from dataflex.mixers.static import StaticMixer
 from dataflex.orders.shuffle import ShuffleOrder
+from dataflex.planning.planner import Planner
 from dataflex.probe.cost import Cost
-from dataflex.record.explain import Record
 from dataflex.record.writer import RunWriter
-from dataflex.schedule import Schedule
 from dataflex.selectors.loss import LossSelector
 from unit.fakes import FakeProbe, build, make_pool
 

@@ -15,15 +15,15 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from dataflex.components import Component
+from dataflex.api.component import Component
 from dataflex.mixers.random import RandomMixer
 from dataflex.orders.sort import SortOrder
 from dataflex.probe.cost import Cost
-from dataflex.record.charts import charts
-from dataflex.record.measure import measure
 from dataflex.record.reader import read_run
-from dataflex.record.report import report
 from dataflex.record.writer import RunWriter
+from dataflex.report.charts import charts
+from dataflex.report.measure import measure
+from dataflex.report.report import report
 from unit.fakes import FakeProbe, ScoreSelector, build, make_planner, make_pool, plans
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -24,14 +24,14 @@ import pytest
 import yaml
 
 from dataflex.errors import ConfigError
-from dataflex.record.charts import DOMAINS, Chart, charts
-from dataflex.record.described import data, legend
-from dataflex.record.measure import MeasuredRun, evenly, measure
-from dataflex.record.page import page
 from dataflex.record.reader import read_run
-from dataflex.record.report import report, write_page
-from dataflex.record.setup import setup_table
-from dataflex.record.tables import (
+from dataflex.report.charts import DOMAINS, Chart, charts
+from dataflex.report.described import data, legend
+from dataflex.report.measure import MeasuredRun, evenly, measure
+from dataflex.report.page import page
+from dataflex.report.report import report, write_page
+from dataflex.report.setup import setup_table
+from dataflex.report.tables import (
     Table,
     domain_table,
     evaluation_table,
@@ -41,7 +41,7 @@ from dataflex.record.tables import (
     task_table,
     to_text,
 )
-from dataflex.record.traces import Figure, figure, line, row_labels, smooth, style, thin
+from dataflex.report.traces import Figure, figure, line, row_labels, smooth, style, thin
 
 # Three plans of six samples from a pool of ten: 8 distinct samples; consecutive sets share 2 of 10 and 5 of 6.
 PLANS = ([0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 6, 7], [4, 5, 6, 7, 4, 4])

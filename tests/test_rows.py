@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import tiny
-from dataflex import bridge
-from dataflex.config import RunConfig
+from dataflex.config.loading import RunConfig
 from dataflex.data.pool import Pool
-from dataflex.selected import write_selected
+from dataflex.integrations.llamafactory import seam
+from dataflex.record.selected import write_selected
 
 SIZE = 60
 KINDS = ("easy", "hard", "odd")
@@ -56,7 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(root: Path, column: str | None = None, **changes: Any) -> tuple[Pool, Any, dict[str, Any]]:
     given = tiny.arguments(root / "model", root / "data", root / "out", template="empty", **changes)
-    return *bridge.pool_of(RunConfig(given, None), column), given
+    return *seam.pool_of(RunConfig(given, None), column), given
 
 
 def numbers_in(pool: Pool, tokenizer: Any) -> list[int]:

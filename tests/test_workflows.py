@@ -18,10 +18,10 @@ from filelock import FileLock
 import tiny
 from dataflex.cli import main
 from dataflex.compare.runner import Workers
-from dataflex.config import load_config
+from dataflex.config.loading import load_config
 from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError
-from dataflex.mixture_regression import read_table
+from dataflex.mixers.base_regression import read_table
 from dataflex.workflows import regmix as regmix_module
 from dataflex.workflows.doremi import doremi, load
 from dataflex.workflows.regmix import regmix
@@ -501,7 +501,7 @@ def test_a_problem_of_regmix_is_told_before_anything_runs(
 def test_the_prior_is_the_share_of_tokens(tmp_path: Path) -> None:
     lab = Lab(tmp_path, {"proxies": {"count": 4}, "regressor": "linear"})
     tiny.make_model(tmp_path / "model")
-    from dataflex.bridge import pool_of
+    from dataflex.integrations.llamafactory.seam import pool_of
 
     plan = regmix_module.load(lab.file)
     pool, _ = pool_of(plan.proxy.source)

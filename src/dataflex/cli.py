@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dataflex import __version__, stopping
+from dataflex import __version__
 from dataflex.errors import ConfigError, DataFlexError, did_you_mean
-from dataflex.launch import is_worker
+from dataflex.integrations.llamafactory.launch import is_worker
+from dataflex.trainer import stopping
 
 if TYPE_CHECKING:
-    from dataflex.config import RunConfig
+    from dataflex.config.loading import RunConfig
 
 BAD_INPUT = 2
 """Exit status for what the user can mend."""
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     except DataFlexError as error:
         return _fail(str(error), error)
     except Exception as error:
-        from dataflex.registry import failure_of_component
+        from dataflex.api.registry import failure_of_component
 
         said = failure_of_component(error)
         if said is None:
@@ -67,7 +68,7 @@ TRACEBACK = "DATAFLEX_TRACEBACK"
 
 
 def _fail(text: str, error: Exception) -> int:
-    from dataflex.launch import report_error
+    from dataflex.integrations.llamafactory.launch import report_error
 
     if os.environ.get(TRACEBACK, "").lower() in ("1", "true", "y"):
         traceback.print_exception(error)
@@ -168,9 +169,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _checked_config(options: argparse.Namespace, offline: bool = False) -> RunConfig:
     """Load the configuration, and raise every problem together; ``offline``: it is only to score."""
-    from dataflex import checks, resume
-    from dataflex.config import parse_config
-    from dataflex.yaml_file import read_yaml
+    from dataflex.config import checks
+    from dataflex.config.loading import parse_config
+    from dataflex.config.yaml_file import read_yaml
+    from dataflex.trainer import resume
 
     raw = read_yaml(options.config, options.overrides)
     config, problems = parse_config(raw, str(options.config), options.config.resolve().parent)
@@ -184,16 +186,17 @@ def _checked_config(options: argparse.Namespace, offline: bool = False) -> RunCo
 
 
 def _print_notes(config: RunConfig) -> None:
-    from dataflex import resume
+    from dataflex.trainer import resume
 
     for note in (*config.notes, *resume.notes(config)):
         print(f"dataflex: note: {note}", file=sys.stderr)
 
 
 def _check(options: argparse.Namespace) -> int:
-    from dataflex import parsing, resume
-    from dataflex.checks.plan import planned
-    from dataflex.checks.values import truthy
+    from dataflex.config.checks.plan import planned
+    from dataflex.config.checks.values import truthy
+    from dataflex.integrations.llamafactory import parsing
+    from dataflex.trainer import resume
 
     config = _checked_config(options)
     notes = parsing.dry_run(config)  # last: it imports torch and LLaMA-Factory, which takes most of the time
@@ -211,7 +214,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dataflex import launch
+    from dataflex.integrations.llamafactory import launch
 
     config = _checked_config(options).with_assets()
     if launch.is_worker():
@@ -230,9 +233,9 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _train_here(config: RunConfig) -> int:
-    from dataflex import bridge
+    from dataflex.integrations.llamafactory import seam
 
-    bridge.run(config)
+    seam.run(config)
     return 0
 
 
@@ -270,7 +273,8 @@ def _not_negative(text: str) -> int:
 
 
 def _offline(options: argparse.Namespace) -> int:
-    from dataflex import launch, offline
+    from dataflex.commands import offline
+    from dataflex.integrations.llamafactory import launch
 
     config = _checked_config(options, offline=True).with_assets()
     output = options.output or Path(str(config.llamafactory["output_dir"])) / "scores"
@@ -291,7 +295,7 @@ def _offline(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from dataflex.listing import render
+    from dataflex.commands.listing import render
 
     print(render(options.name, options.plugins))
     return 0
@@ -306,14 +310,14 @@ def _version(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from dataflex.record.report import report
+    from dataflex.report.report import report
 
     print(f"report: {report(options.runs, options.output)}")
     return 0
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from dataflex.record.explain import Question, explain
+    from dataflex.explain.explain import Question, explain
 
     question = Question(
         indices=tuple(options.index),
@@ -328,7 +332,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from dataflex.record.export import export
+    from dataflex.explain.export import export
 
     export(options.run, options.output, options.round, options.all)
     return 0
@@ -389,7 +393,7 @@ def _assets(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from dataflex import demo
+    from dataflex.commands import demo
 
     return demo.run(options.output)
 

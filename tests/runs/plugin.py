@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dataflex import ComponentParams, Selection, Selector, distributed, register
-from dataflex.components import GenerationSettings, GradientSettings
+from dataflex.api.probe import GenerationSettings, GradientSettings
 
 LOOKS = {
     "losses": lambda ctx, some: ctx.probe.losses(some),

@@ -31,11 +31,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from dataflex import bridge
-from dataflex.config import load_config, split_config
-from dataflex.parsing import replaced
+from dataflex.config.loading import load_config, split_config
+from dataflex.integrations.llamafactory import seam
+from dataflex.integrations.llamafactory.parsing import replaced
+from dataflex.record import checkpoint
 from dataflex.record.writer import RunWriter
-from dataflex.trainer import checkpoint
 from dataflex.trainer.mixin import DynamicTrainerMixin
 from dataflex.trainer.rounds import INDEX_KEY
 from dataflex.trainer.run import DynamicRun
@@ -200,9 +200,9 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
                 tuner.run_exp(args, [watch])
             elif item.get("record"):
                 overrides = [f"{key}={value}" for key, value in args.items()]
-                bridge.run(load_config(Path(item["record"]), overrides), [watch])
+                seam.run(load_config(Path(item["record"]), overrides), [watch])
             else:
-                bridge.run(split_config(args), [watch])
+                seam.run(split_config(args), [watch])
     except Killed:
         error = "killed"
     except Exception as problem:  # noqa: BLE001 - told to the test that looks at this run

@@ -416,17 +416,17 @@ import contextlib, gc, io, json, os, sys
 os.environ["LLAMAFACTORY_VERBOSITY"] = "WARN"
 from pathlib import Path
 from dataflex import cli
-from dataflex.config import load_config
+from dataflex.config.loading import load_config
 from dataflex.errors import DataFlexError
 
 def unchecked(path):
-    from dataflex import bridge
-    bridge.run(load_config(Path(path)))
+    from dataflex.integrations.llamafactory import seam
+    seam.run(load_config(Path(path)))
     return 0
 
 def pool(path):
-    from dataflex import bridge
-    return bridge.pool_of(load_config(Path(path)))[0].size - 1000  # below any status
+    from dataflex.integrations.llamafactory import seam
+    return seam.pool_of(load_config(Path(path)))[0].size - 1000  # below any status
 
 DIRECT = {"unchecked": unchecked, "pool": pool}
 results = {}

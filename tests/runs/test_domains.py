@@ -22,18 +22,19 @@ import json, sys, tempfile
 from pathlib import Path
 
 import tiny
-from dataflex import bridge, cli
-from dataflex.config import RunConfig, split_config
+from dataflex import cli
+from dataflex.integrations.llamafactory import seam
+from dataflex.config.loading import RunConfig, split_config
 from dataflex.errors import DataFlexError
 from dataflex.trainer.run import DynamicRun
 
 job = json.load(open(sys.argv[1]))
 results = {"pools": {}, "runs": {}}
 for name, (args, column) in job["pools"].items():
-    pool, _ = bridge.pool_of(RunConfig(args, None), column)
+    pool, _ = seam.pool_of(RunConfig(args, None), column)
     sizes = dict(zip(pool.domains, pool.domain_sizes.tolist()))
     results["pools"][name] = {"sizes": sizes, "rows": list(pool.dataset)}
-load_pool = bridge.load_pool
+load_pool = seam.load_pool
 for name, args in job["runs"].items():
     found = {}
 
@@ -46,9 +47,9 @@ for name, args in job["runs"].items():
             found["evaluation"] = dict(zip(dynamic.evaluation.domains, dynamic.evaluation.domain_sizes.tolist()))
         return module
 
-    bridge.load_pool = noting
+    seam.load_pool = noting
     try:
-        bridge.run(split_config({**args, "disable_tqdm": True}))
+        seam.run(split_config({**args, "disable_tqdm": True}))
         found["error"] = None
     except DataFlexError as error:
         found["error"] = str(error)
@@ -59,7 +60,7 @@ Path(sys.argv[2]).write_text(json.dumps(results))
 PLUGIN = """
 import numpy as np
 from dataflex import Mixer, MixerParams, register
-from dataflex.influence import ValidationParams
+from dataflex.selectors.base_gradients import ValidationParams
 
 
 class LookingParams(MixerParams, ValidationParams):

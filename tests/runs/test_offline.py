@@ -34,7 +34,8 @@ COMMANDS = """
 import contextlib, gc, io, json, os, sys, traceback
 os.environ["LLAMAFACTORY_VERBOSITY"] = "WARN"
 from pathlib import Path
-from dataflex import cli, offline
+from dataflex import cli
+from dataflex.commands import offline
 from dataflex.probe import extraction
 from dataflex.probe.model import ModelProbe
 from dataflex.probe.store import FeatureStore

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dataflex.checks import packages
+from dataflex.config.checks import packages
 
 
 @pytest.fixture

@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.components import Component, Components, GradientSettings, Group, RoundContext, Selector
-from dataflex.data.plan import Plan, Planner
+from dataflex.api.component import Component
+from dataflex.api.components import Components
+from dataflex.api.context import RoundContext
+from dataflex.api.probe import GradientSettings
+from dataflex.api.schedule import Schedule
+from dataflex.api.selection import Group
+from dataflex.api.selector import Selector
 from dataflex.data.pool import Pool
+from dataflex.data.rng import derive_rng
 from dataflex.data.sampling import IndexArray, PassSampler
-from dataflex.rng import derive_rng
-from dataflex.schedule import Schedule
-from dataflex.trainer.checkpoint import STATE_VERSION, mark_complete, write_state
+from dataflex.planning.planner import Plan, Planner
+from dataflex.record.checkpoint import STATE_VERSION, mark_complete, write_state
 
 
 class FakeDataset:

@@ -14,11 +14,12 @@ import pytest
 import yaml
 
 import tiny
-from dataflex import cli, registry
-from dataflex.arguments import llamafactory_arguments, llamafactory_keys, required_packages
-from dataflex.checks import packages, problems_of
-from dataflex.checks.keys import RANGES
-from dataflex.config import DataFlexConfig, load_config
+from dataflex import cli
+from dataflex.api import registry
+from dataflex.config.arguments import llamafactory_arguments, llamafactory_keys, required_packages
+from dataflex.config.checks import packages, problems_of
+from dataflex.config.checks.keys import RANGES
+from dataflex.config.loading import DataFlexConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 SELECT = {"update_steps": 2, "select": {"method": "loss"}}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex.budget import NEVER, Budget, Costs, ScoreBook, affordable
+from dataflex.planning.budget import NEVER, Budget, Costs, ScoreBook, affordable
 
 HALF = Budget(max_overhead=0.5, safety=1.0, minimum=4)
 

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex import registry
-from dataflex.components import NOT_DECIDED, Component, Mixer, StepStatistics
-from dataflex.config import DataFlexConfig, split_config
+from dataflex.api import registry
+from dataflex.api.component import Component
+from dataflex.api.context import NOT_DECIDED, StepStatistics
+from dataflex.api.mixer import Mixer
+from dataflex.api.schedule import RunOutline, Schedule, default_update_steps
+from dataflex.config.loading import DataFlexConfig, split_config
 from dataflex.mixers.odm import OdmMixer
-from dataflex.run_plan import notes_of
-from dataflex.schedule import RunOutline, Schedule, default_update_steps
+from dataflex.planning.run_plan import notes_of
 from unit.fakes import build, context, make_pool
 
 NEEDED: dict[str, dict[str, Any]] = {

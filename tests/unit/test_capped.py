@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex import capped
-from dataflex.budget import ScoreBook
-from dataflex.capped import CappedScoring, Spent
-from dataflex.components import Components, Mixer, MixerParams, RoundContext, Selector, SelectorParams
-from dataflex.config import split_config
-from dataflex.data.plan import Plan, Planner
+from dataflex.api.components import Components
+from dataflex.api.context import RoundContext
+from dataflex.api.mixer import Mixer, MixerParams
+from dataflex.api.schedule import Schedule
+from dataflex.api.selector import Selector, SelectorParams
+from dataflex.config.loading import split_config
 from dataflex.data.pool import Pool
 from dataflex.errors import ComponentError
-from dataflex.schedule import Schedule
+from dataflex.planning import overhead
+from dataflex.planning.budget import ScoreBook
+from dataflex.planning.overhead import CappedScoring, Spent
+from dataflex.planning.planner import Plan, Planner
 from dataflex.trainer import run as trainer_run
 from dataflex.trainer.run import DynamicRun
 from unit.fakes import FakeProbe, make_pool
@@ -119,8 +122,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return original(self)
 
     monkeypatch.setattr(Simulation, "round", round_)
-    monkeypatch.setattr(capped, "time", SimpleNamespace(perf_counter=lambda: running.simulation.clock))
-    monkeypatch.setattr(capped, "token_clusters", lambda pool, number, seed: np.arange(pool.size, dtype=np.int32) % 9)
+    monkeypatch.setattr(overhead, "time", SimpleNamespace(perf_counter=lambda: running.simulation.clock))
+    monkeypatch.setattr(overhead, "token_clusters", lambda pool, number, seed: np.arange(pool.size, dtype=np.int32) % 9)
     return running
 
 

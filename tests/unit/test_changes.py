@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from dataflex.arguments import llamafactory_keys
-from dataflex.changes import Change, differences, effect_of, snapshot
-from dataflex.config import split_config
+from dataflex.config.arguments import llamafactory_keys
+from dataflex.config.changes import Change, differences, effect_of, snapshot
+from dataflex.config.loading import split_config
 
 MIX = {"mix": {"method": "static", "proportions": [0.5, 0.5]}, "update_steps": 4}
 KEYS: dict[str, Any] = {"stage": "sft", "learning_rate": 1e-4, "dataset": "a,b", "dataflex": MIX}

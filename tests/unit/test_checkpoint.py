@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dataflex.errors import CheckpointError, ComponentError
-from dataflex.trainer.checkpoint import (
+from dataflex.record.checkpoint import (
     MARKER_FILE,
     STATE_FILE,
     STATE_VERSION,

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from dataflex import checks, registry
-from dataflex.arguments import llamafactory_keys
-from dataflex.components import Mixer, MixerParams
-from dataflex.config import split_config
-from dataflex.influence import ValidationParams
+from dataflex.api import registry
+from dataflex.api.mixer import Mixer, MixerParams
+from dataflex.config import checks
+from dataflex.config.arguments import llamafactory_keys
+from dataflex.config.loading import split_config
+from dataflex.selectors.base_gradients import ValidationParams
 
 SELECT = {"select": {"method": "loss"}}
 MIX = {"mix": {"method": "uniform"}}

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from dataflex import registry
-from dataflex.components import Mixer, Selector
-from dataflex.config import RunConfig, load_config, split_config
+from dataflex.api import registry
+from dataflex.api.mixer import Mixer
+from dataflex.api.selector import Selector
+from dataflex.config.loading import RunConfig, load_config, split_config
+from dataflex.config.yaml_file import read_yaml
 from dataflex.errors import ConfigError
-from dataflex.yaml_file import read_yaml
 
 FLAT = {"model_name_or_path": "some/model", "learning_rate": 1e-4, "dataset": "a,b"}
 

@@ -9,8 +9,8 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from dataflex import console, launch
-from dataflex.trainer import terminal
+from dataflex.integrations.llamafactory import launch
+from dataflex.trainer import console, terminal
 
 LOGS = {"loss": 2.34567, "grad_norm": 1.25, "learning_rate": 9.5e-5, "epoch": 1.5, "total_flos": 1e12}
 OURS = {"dataflex/loss/chat": 2.5, "dataflex/round": 3, "dataflex/proportion/chat": 0.5}

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataflex.components import GradientSettings
+from dataflex.api.probe import GradientSettings
+from dataflex.data.token_loss import IGNORE_INDEX, shifted
 from dataflex.probe.features import AdamPreconditioner, NoPreconditioner, Preconditioner, Sink, SketchSink
 from dataflex.probe.gradients import GradientPass, canonical
 from dataflex.probe.layers import Outer
@@ -20,7 +21,6 @@ from dataflex.probe.losses import error_norm
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.moments import Moments, read_moments
 from dataflex.probe.sketch import CountSketch, IdentitySketch
-from dataflex.token_loss import IGNORE_INDEX, shifted
 from unit.test_gradients import EXACT, LENGTHS, MODELS, a_batch, flat, llama, make, mixtral, one_by_one, opt, probe_of
 
 ADAM = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.0}

@@ -11,10 +11,10 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from dataflex import registry
-from dataflex.checks import SPECIAL_LOSSES, STAGES
-from dataflex.config import DataFlexConfig, split_config
-from dataflex.legacy import FLAT_KEYS, TRAIN_TYPES, UNUSED_PARAMETERS
+from dataflex.api import registry
+from dataflex.config.checks import SPECIAL_LOSSES, STAGES
+from dataflex.config.legacy import FLAT_KEYS, TRAIN_TYPES, UNUSED_PARAMETERS
+from dataflex.config.loading import DataFlexConfig, split_config
 
 DOCS = Path(__file__).parents[2] / "docs"
 METHODS = DOCS / "methods"
@@ -112,7 +112,7 @@ def test_every_refused_key_is_documented() -> None:
 
 
 def test_every_environment_variable_of_the_launcher_is_documented() -> None:
-    source = (DOCS.parent / "src" / "dataflex" / "launch.py").read_text()
+    source = (DOCS.parent / "src" / "dataflex" / "integrations" / "llamafactory" / "launch.py").read_text()
     used = set(re.findall(r"(?:environ\.get|setdefault)\(\"([A-Z_]+)\"", source)) - {"PATH", "RANK", "LOCAL_RANK"}
     text = (DOCS / "configuration.md").read_text().split("## Several processes")[1].split("\n## ")[0]
     assert len(used) > 10

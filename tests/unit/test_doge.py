@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from dataflex.components import GradientSettings, RoundContext, StepContext
+from dataflex.api.context import RoundContext, StepContext
+from dataflex.api.probe import GradientSettings
 from dataflex.data.pool import Pool
+from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError
 from dataflex.mixers.doge import DogeMixer, alignments
 from dataflex.probe.model import ModelProbe
-from dataflex.token_loss import IGNORE_INDEX
 from unit.fakes import build, context, make_pool
 from unit.test_gradients import a_batch, llama, lora, make, probe_of
 

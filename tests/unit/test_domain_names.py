@@ -12,16 +12,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from dataflex.bridge import values_of
-from dataflex.components import shares_of, shares_problem
-from dataflex.domain_names import by_domain
+from dataflex.api.params import shares_of, shares_problem
+from dataflex.config.yaml_file import read_yaml
+from dataflex.data.domain_names import by_domain
 from dataflex.errors import ConfigError
+from dataflex.integrations.llamafactory.seam import values_of
 from dataflex.mixers.regmix import RegMixMixer
 from dataflex.mixers.schedule import ScheduleMixer
 from dataflex.mixers.skill_it import read_graph
 from dataflex.mixers.static import StaticMixer
 from dataflex.mixers.uniform import UniformMixer
-from dataflex.yaml_file import read_yaml
 from unit.fakes import build, context, make_pool
 
 

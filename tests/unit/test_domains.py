@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, Value
 
-from dataflex.bridge import values_of
-from dataflex.config import split_config
+from dataflex.config.loading import split_config
 from dataflex.data.pool import Pool
 from dataflex.errors import CheckpointError, ConfigError
+from dataflex.integrations.llamafactory.seam import values_of
 from dataflex.trainer.run import DynamicRun
 from unit.fakes import make_pool
 

@@ -15,9 +15,9 @@ import torch.multiprocessing
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dataflex.components import StepContext
-from dataflex.domain_weights import exponentiated_update
+from dataflex.api.context import StepContext
 from dataflex.errors import ComponentError, DivergenceError
+from dataflex.mixers.base_loss_weights import exponentiated_update
 from dataflex.mixers.doremi import DoReMiMixer
 from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.loss import WeightedLoss, loss_function
@@ -198,7 +198,7 @@ def our_gradient(rank: int, world: int, accumulation: int, items: str) -> tuple[
         return torch.stack([loss for losses in by_hand for loss in losses])
 
     def sums_of(batch: list[int]) -> tuple[Tensor, Tensor]:
-        from dataflex.token_loss import shifted, token_losses
+        from dataflex.data.token_loss import shifted, token_losses
 
         targets = shifted(labels[batch])
         with torch.no_grad():

@@ -15,14 +15,14 @@ from datasets import Dataset, Sequence, Value, concatenate_datasets, load_from_d
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dataflex.components import GradientSettings
+from dataflex.api.probe import GradientSettings
 from dataflex.data.pool import Pool
+from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import DivergenceError
 from dataflex.probe import extraction
 from dataflex.probe.model import ModelProbe
 from dataflex.probe.moments import Moments
 from dataflex.probe.store import FeatureStore
-from dataflex.token_loss import IGNORE_INDEX
 
 VOCAB = 41
 SAMPLES = 40

@@ -39,16 +39,16 @@ def test_what_is_no_json_is_refused() -> None:
 
 ELSEWHERE = {
     "files.py": "the helper",
-    "trainer/checkpoint.py": "the state, whose numbers come back as they were",
+    "record/checkpoint.py": "the state, whose numbers come back as they were",
     "compare/contents.py": "a digest",
     "probe/store.py": "a digest, with allow_nan=False",
     "probe/checkpoints.py": "a copy in memory",
-    "record/explain.py": "printed, with allow_nan=False",
+    "explain/explain.py": "printed, with allow_nan=False",
     "data/raw.py": "a part of a message",
-    "changes.py": "a copy in memory, and a digest",
-    "record/explain_text.py": "a part of a message",
-    "record/setup.py": "a part of a message",
-    "masking.py": "an environment variable",
+    "config/changes.py": "a copy in memory, and a digest",
+    "explain/text.py": "a part of a message",
+    "report/setup.py": "a part of a message",
+    "config/masking.py": "an environment variable",
 }
 
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from dataflex import distributed
-from dataflex.components import GenerationSettings
+from dataflex.api.probe import GenerationSettings
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe import generation
 from dataflex.probe.generation import generate_responses

@@ -32,14 +32,14 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from dataflex.components import GradientSettings
+from dataflex.api.probe import GradientSettings
+from dataflex.data.token_loss import IGNORE_INDEX, shifted
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe import gradients as probe_gradients
 from dataflex.probe.gradients import GradientPass, RoutedRows, canonical, parameter_names
 from dataflex.probe.layers import Contribution, blocks
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe
-from dataflex.token_loss import IGNORE_INDEX, shifted
 from unit.fakes import make_pool
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")

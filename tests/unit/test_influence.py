@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex.checks import problems_of
-from dataflex.config import split_config
+from dataflex.config.checks import problems_of
+from dataflex.config.loading import split_config
 from dataflex.data.pool import Pool
 from dataflex.errors import ComponentError, ConfigError
-from dataflex.influence import subtask_means
+from dataflex.selectors.base_gradients import subtask_means
 from dataflex.selectors.el2n import El2nSelector
 from dataflex.selectors.grand import GrandSelector
 from dataflex.selectors.icons import IconsSelector, consensus

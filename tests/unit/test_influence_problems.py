@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dataflex.checks import problems_of
-from dataflex.config import split_config
+from dataflex.config.checks import problems_of
+from dataflex.config.loading import split_config
 from dataflex.errors import ConfigError
 from dataflex.selectors import nice
 

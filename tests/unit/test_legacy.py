@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dataflex.config import RunConfig, split_config
+from dataflex.config.legacy import FLAT_KEYS
+from dataflex.config.loading import RunConfig, split_config
 from dataflex.errors import ConfigError
-from dataflex.legacy import FLAT_KEYS
 
 COMPONENTS = {
     "selectors": {

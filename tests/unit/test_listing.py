@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel, Field, TypeAdapter
 
 from dataflex import cli
-from dataflex.components import InputPath, Shares
-from dataflex.listing import in_yaml, render, values_in_words
+from dataflex.api.params import InputPath, Shares
+from dataflex.commands.listing import in_yaml, render, values_in_words
 
 
 class Point(BaseModel):
@@ -66,7 +66,7 @@ def test_nothing_of_python_is_shown() -> None:
 
 def test_the_range_that_is_shown_is_the_one_that_is_checked() -> None:
     """A number at and beside the ends of every range that ``list`` shows."""
-    from dataflex import registry
+    from dataflex.api import registry
 
     registry.load_components([])
     ranges = 0

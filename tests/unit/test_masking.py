@@ -11,14 +11,14 @@ import pytest
 import yaml
 
 import tiny
-from dataflex.arguments import llamafactory_keys
 from dataflex.compare.experiment import keyed, run_yaml
-from dataflex.config import RunConfig, load_config, split_config
+from dataflex.config.arguments import llamafactory_keys
+from dataflex.config.loading import RunConfig, load_config, split_config
+from dataflex.config.masking import HANDED_ON, filled, handed_on, is_secret, masked, masked_argument, masks, secrets
 from dataflex.errors import ConfigError
-from dataflex.masking import HANDED_ON, filled, handed_on, is_secret, masked, masked_argument, masks, secrets
+from dataflex.explain.samples import load_texts
 from dataflex.record.configuration import read_configuration, recorded
 from dataflex.record.environment import environment
-from dataflex.record.samples import load_texts
 
 SECRET = "hf_abcDEF123"
 
@@ -150,7 +150,7 @@ def test_no_mask_is_used_as_a_token_where_texts_are_loaded(monkeypatch: pytest.M
         seen.update(config.llamafactory)
         raise ConfigError("enough")
 
-    monkeypatch.setattr("dataflex.bridge.pool_of", pool_of)
+    monkeypatch.setattr("dataflex.integrations.llamafactory.seam.pool_of", pool_of)
     config = masked({"dataset": "chat", "hf_hub_token": SECRET, "dataflex": {}})
     record = SimpleNamespace(config=config, path=Path("run"))
     assert "enough" in str(load_texts(record, full=False))  # type: ignore[arg-type]

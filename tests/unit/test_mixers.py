@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from dataflex.checks import problems_of
-from dataflex.components import Mixer, RoundContext
-from dataflex.config import split_config
-from dataflex.data.plan import check_proportions
+from dataflex.api.context import RoundContext
+from dataflex.api.mixer import Mixer
+from dataflex.config.checks import problems_of
+from dataflex.config.loading import split_config
 from dataflex.errors import ComponentError
 from dataflex.mixers.ado import ADOMixer
 from dataflex.mixers.group_dro import GroupDroMixer
@@ -21,6 +21,7 @@ from dataflex.mixers.random import RandomMixer
 from dataflex.mixers.schedule import ScheduleMixer
 from dataflex.mixers.static import StaticMixer
 from dataflex.mixers.uniform import UniformMixer
+from dataflex.planning.planner import check_proportions
 from unit.fakes import build, context, make_planner, make_pool, plans
 
 POOL = make_pool({"a": 900, "b": 90, "c": 10}, lengths=[2] * 900 + [10] * 90 + [100] * 10)

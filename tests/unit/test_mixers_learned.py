@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from dataflex import scaling_law
-from dataflex.components import Mixer, StepStatistics
+from dataflex.api.context import StepStatistics
+from dataflex.api.mixer import Mixer
 from dataflex.data.pool import Pool
 from dataflex.errors import CheckpointError, ComponentError, ConfigError
+from dataflex.mixers import base_scaling_law
 from dataflex.mixers.ado import ADOMixer
 from dataflex.mixers.aioli import AioliMixer, mixing_matrix
+from dataflex.mixers.base_validation_loss import validation_losses
 from dataflex.mixers.skill_it import SkillItMixer, read_graph
-from dataflex.trainer.checkpoint import STATE_VERSION, read_state, write_state
-from dataflex.validation_loss import validation_losses
+from dataflex.record.checkpoint import STATE_VERSION, read_state, write_state
 from unit.fakes import build, context, make_pool
 
 
@@ -81,7 +82,7 @@ NUMBERS = np.arange(500, 6000, 23) * 32.0
 @pytest.mark.parametrize("law", [(1.0, 0.7, 0.3), (2.0, -1.0, 0.2), (3.0, 0.5, 0.5), (4.0, -2.5, 0.35)])
 def test_a_curve_without_noise_gives_its_law_back(law: tuple[float, float, float]) -> None:
     a, e, alpha = law
-    found = scaling_law.fit(NUMBERS, np.exp(e) + np.exp(a) * NUMBERS**-alpha)
+    found = base_scaling_law.fit(NUMBERS, np.exp(e) + np.exp(a) * NUMBERS**-alpha)
     np.testing.assert_allclose(found, law, rtol=1e-4)
 
 
@@ -92,7 +93,7 @@ def test_the_fit_is_as_low_as_searches_from_many_starts(law: tuple[float, float,
     noise = np.random.default_rng(3).normal(0, 0.02, few.size)
     losses = (np.exp(e) + np.exp(a) * few**-alpha) * np.exp(noise)
     min_e = -math.inf if floor is None else math.log(floor)
-    found = scaling_law.fit(few, losses, floor)
+    found = base_scaling_law.fit(few, losses, floor)
     assert found is not None
     starts = [(x, y, z) for x in (-1, 2, 5) for y in (-1, 0.5) for z in (0.1, 0.6)]
     lowest = min(
@@ -101,7 +102,7 @@ def test_the_fit_is_as_low_as_searches_from_many_starts(law: tuple[float, float,
     )
     value = slow_objective(found, few, losses, min_e)
     assert value <= lowest * (1 + 1e-6)
-    assert value == pytest.approx(scaling_law.objective(found, np.log(few), np.log(losses), min_e), rel=1e-12)
+    assert value == pytest.approx(base_scaling_law.objective(found, np.log(few), np.log(losses), min_e), rel=1e-12)
 
 
 @pytest.mark.parametrize("law", [(7.0, -0.5, 0.9), (2.0, 1.0, 0.0005), (1.0, 0.5, 0.3)])
@@ -110,22 +111,22 @@ def test_the_gradient_is_that_of_the_objective(law: tuple[float, float, float]) 
     center = float(np.log(NUMBERS).mean())
     at = np.array([law[0] - law[2] * center, law[1], law[2]])
     arguments = (np.log(NUMBERS) - center, np.log(losses), center, 0.9)
-    value, gradient = scaling_law._value_and_gradient(at, *arguments)
+    value, gradient = base_scaling_law._value_and_gradient(at, *arguments)
     assert value == pytest.approx(slow_objective(law, NUMBERS, losses, 0.9), rel=1e-10)
     for number in range(3):
         shift = np.eye(3)[number] * 1e-6
-        ahead, behind = (scaling_law._value_and_gradient(at + sign * shift, *arguments)[0] for sign in (1, -1))
+        ahead, behind = (base_scaling_law._value_and_gradient(at + sign * shift, *arguments)[0] for sign in (1, -1))
         assert gradient[number] == pytest.approx((ahead - behind) / 2e-6, rel=1e-4)
 
 
 def test_no_law_is_made_of_too_little() -> None:
-    assert scaling_law.fit(NUMBERS[:3], np.ones(3)) is None
-    assert scaling_law.fit(NUMBERS[:9], np.array([1.0] * 8 + [0.0])) is None
-    assert scaling_law.fit(NUMBERS[:9], np.array([1.0] * 8 + [np.nan])) is None
+    assert base_scaling_law.fit(NUMBERS[:3], np.ones(3)) is None
+    assert base_scaling_law.fit(NUMBERS[:9], np.array([1.0] * 8 + [0.0])) is None
+    assert base_scaling_law.fit(NUMBERS[:9], np.array([1.0] * 8 + [np.nan])) is None
 
 
 def test_the_history_is_bounded_and_keeps_means() -> None:
-    history = scaling_law.LossHistory(16)
+    history = base_scaling_law.LossHistory(16)
     losses = np.random.default_rng(0).uniform(1, 2, (100, 2))
     losses[:5, 1] = np.nan
     for number in range(100):
@@ -142,16 +143,16 @@ def test_the_history_is_bounded_and_keeps_means() -> None:
 
 
 def test_a_history_of_another_length_is_not_taken_back() -> None:
-    history = scaling_law.LossHistory(64)
+    history = base_scaling_law.LossHistory(64)
     for number in range(40):
         history.add(np.array([number + 1]), np.array([2.0]))
-    scaling_law.LossHistory(64).load_state_dict(history.state_dict())
+    base_scaling_law.LossHistory(64).load_state_dict(history.state_dict())
     with pytest.raises(CheckpointError, match="history_points = 64, this run has 16"):
-        scaling_law.LossHistory(16).load_state_dict(history.state_dict())
+        base_scaling_law.LossHistory(16).load_state_dict(history.state_dict())
 
 
 def test_the_window_of_the_smoothing_shrinks_with_the_points() -> None:
-    history = scaling_law.LossHistory(16)
+    history = base_scaling_law.LossHistory(16)
     losses = np.array([2.0, 1.7, 1.8, 1.4, 1.5, 1.1])
     for number, loss in enumerate(losses):
         history.add(np.array([number + 1]), np.array([loss]))
@@ -184,7 +185,7 @@ def test_ado_prefers_what_the_golden_numbers_say() -> None:
     shares = mixer.mix(context(pool, start_step=1))
     np.testing.assert_allclose(shares, 0.9 * np.array([0.6, 0.4]) + 0.1 * np.array([0.850268, 0.149732]), atol=1e-7)
     laws = np.array([[1, 0.7, 0.3], [1, 0.9, 0.5]])
-    levels = np.exp(laws[:, 1]) + np.exp(scaling_law.reducible(laws, np.full(2, 1e4)))
+    levels = np.exp(laws[:, 1]) + np.exp(base_scaling_law.reducible(laws, np.full(2, 1e4)))
     np.testing.assert_allclose(levels, [2.185265, 2.486786], atol=1e-6)
 
 

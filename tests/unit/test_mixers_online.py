@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from dataflex.components import Mixer, StepContext, StepStatistics
-from dataflex.config import parse_config
+from dataflex.api.context import StepContext, StepStatistics
+from dataflex.api.mixer import Mixer
+from dataflex.config.loading import parse_config
 from dataflex.data.pool import Pool
 from dataflex.mixers.group_dro import GroupDroMixer
 from dataflex.mixers.odm import OdmMixer, exploration
 from dataflex.mixers.schedule import ScheduleMixer
 from dataflex.mixers.unimax import UnimaxMixer
-from dataflex.trainer.checkpoint import STATE_VERSION, read_state, write_state
+from dataflex.record.checkpoint import STATE_VERSION, read_state, write_state
 from unit.fakes import FakeProbe, build, context, make_planner, make_pool, plans
 
 NAN = float("nan")

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from dataflex import distributed
-from dataflex.config import RunConfig
+from dataflex.config.loading import RunConfig
 from dataflex.data.pool import Pool
 from dataflex.errors import ComponentError
 from dataflex.mixers.moe_balance import MoeBalanceMixer, mean_distances

@@ -12,7 +12,8 @@ from datasets import Dataset
 from pydantic import ValidationError
 from transformers import LlamaForCausalLM
 
-from dataflex.components import GenerationSettings, GradientSettings, RoundContext
+from dataflex.api.context import RoundContext
+from dataflex.api.probe import GenerationSettings, GradientSettings
 from dataflex.data.pool import Pool
 from dataflex.errors import ComponentError
 from dataflex.probe.generation import generate_responses

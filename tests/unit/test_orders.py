@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dataflex.components import ComponentParams, Order, Selection
+from dataflex.api.order import Order
+from dataflex.api.params import ComponentParams
+from dataflex.api.selection import Selection
 from dataflex.errors import ComponentError
 from dataflex.orders.shuffle import ShuffleOrder
 from dataflex.orders.sort import SortOrder

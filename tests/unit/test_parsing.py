@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import tiny
-from dataflex import parsing
-from dataflex.config import split_config
+from dataflex.config.loading import split_config
 from dataflex.errors import ConfigError
+from dataflex.integrations.llamafactory import parsing
 
 
 @pytest.fixture

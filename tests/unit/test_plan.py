@@ -12,23 +12,28 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dataflex.components import ComponentParams, Components, Mixer, RoundContext, Selection, Selector
+from dataflex.api.components import Components
+from dataflex.api.context import RoundContext
+from dataflex.api.mixer import Mixer
+from dataflex.api.params import ComponentParams
+from dataflex.api.schedule import Schedule
+from dataflex.api.selection import Selection
+from dataflex.api.selector import Selector
 from dataflex.data.apportion import apportion
-from dataflex.data.plan import Planner
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.mixers.ado import ADOMixer
 from dataflex.mixers.odm import OdmMixer
 from dataflex.mixers.static import StaticMixer
 from dataflex.mixers.uniform import UniformMixer
 from dataflex.orders.shuffle import ShuffleOrder
+from dataflex.planning.planner import Planner
 from dataflex.probe.cost import Cost
+from dataflex.record.checkpoint import STATE_VERSION, read_state, write_state
 from dataflex.record.writer import RunWriter
-from dataflex.schedule import Schedule
 from dataflex.selectors.delta_loss import DeltaLossSelector
 from dataflex.selectors.full import FullSelector
 from dataflex.selectors.loss import LossSelector
 from dataflex.selectors.random import RandomSelector
-from dataflex.trainer.checkpoint import STATE_VERSION, read_state, write_state
 from unit.fakes import FakeProbe, ScoreSelector, build, make_planner, make_pool, plans
 
 LOSSES = np.random.default_rng(3).random(100)

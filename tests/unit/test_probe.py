@@ -15,13 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataflex import distributed
 from dataflex.data.pool import Pool
+from dataflex.data.token_loss import shifted
 from dataflex.errors import DivergenceError
 from dataflex.probe import losses as probe_losses
 from dataflex.probe.batches import length_batches, share_of
 from dataflex.probe.losses import chunked_forward, full_forward, replaced_forward
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe
-from dataflex.token_loss import shifted
 from unit.fakes import make_pool
 
 VOCAB = 29

@@ -16,12 +16,12 @@ import pytest
 import yaml
 from transformers import Trainer
 
-from dataflex.data.plan import Plan
+from dataflex.api.schedule import RoundSlot
 from dataflex.errors import ConfigError
+from dataflex.planning.planner import Plan
 from dataflex.probe.cost import Cost
 from dataflex.record.reader import read_run
 from dataflex.record.writer import RunWriter
-from dataflex.schedule import RoundSlot
 from dataflex.trainer.mixin import DynamicTrainerMixin
 from unit.fakes import make_pool
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import tiny
-from dataflex.config import RunConfig, load_config, split_config
+from dataflex.config.loading import RunConfig, load_config, split_config
 from dataflex.errors import ConfigError
 from dataflex.record.configuration import read_configuration, recorded
 from dataflex.record.environment import differences, environment, repeated_start

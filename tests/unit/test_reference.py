@@ -14,13 +14,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from dataflex.config import RunConfig
+from dataflex.api.reference import TABLE_FILE, vocabulary_problem
+from dataflex.config.loading import RunConfig
 from dataflex.data.pool import Pool
+from dataflex.data.token_loss import shifted
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.mixers.doremi import DoReMiParams
 from dataflex.probe.reference import ReferenceModel, ReferenceTable, TableMaker, load_reference
-from dataflex.reference import TABLE_FILE, vocabulary_problem
-from dataflex.token_loss import shifted
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataflex import ComponentParams, Mixer, Order, Selector, cli, registry
-from dataflex.components import state_of
-from dataflex.config import split_config
+from dataflex import ComponentParams, Mixer, Order, Selector, cli
+from dataflex.api import registry
+from dataflex.api.component import state_of
+from dataflex.config.loading import split_config
 from dataflex.errors import ComponentError, ConfigError
 
 HEAD = "import numpy as np\nfrom dataflex import *\nfrom pydantic import Field\n"  # three lines

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression as SklearnLinear
 
-from dataflex import mixture_regression
 from dataflex.errors import ConfigError
-from dataflex.mixers.regmix import RegMixMixer
-from dataflex.mixture_regression import (
+from dataflex.mixers import base_regression
+from dataflex.mixers.base_regression import (
     MIN_LIGHTGBM,
     LinearRegression,
     accuracy,
@@ -25,6 +24,7 @@ from dataflex.mixture_regression import (
     sample_mixtures,
     write_table,
 )
+from dataflex.mixers.regmix import RegMixMixer
 from unit.fakes import build, context, make_planner, make_pool, plans
 
 TABLES = Path(__file__).parents[3] / "shared" / "data" / "mixing"
@@ -262,7 +262,7 @@ def test_the_best_mixture_obeys_the_bounds() -> None:
 
 
 def test_the_search_holds_a_part_of_the_mixtures_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixture_regression, "_BLOCK_NUMBERS", 5000)
+    monkeypatch.setattr(base_regression, "_BLOCK_NUMBERS", 5000)
     asked: list[np.ndarray] = []
 
     class Watched(Valley):

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from dataflex import resume
-from dataflex.changes import snapshot
-from dataflex.config import RunConfig, split_config
+from dataflex.config.changes import snapshot
+from dataflex.config.loading import RunConfig, split_config
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.record.identity import LOCK_FILE, only_run_in, read_identity, write_identity
 from dataflex.record.writer import RunWriter
+from dataflex.trainer import resume
 from unit.fakes import CHECKPOINT_PARTS, RUN, make_checkpoint
 
 MIX = {"update_steps": 4, "mix": {"method": "static", "proportions": [0.5, 0.5]}}

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from dataflex import ComponentParams, Mixer, Order, Selection, Selector
-from dataflex.components import check_form, check_scores
-from dataflex.data.plan import _permutation, check_proportions
+from dataflex.api.selection import check_form
+from dataflex.api.selector import check_scores
 from dataflex.errors import ComponentError
+from dataflex.planning.planner import _permutation, check_proportions
 from unit.fakes import make_pool
 
 HERE = Path(__file__).name
@@ -80,7 +81,7 @@ def test_a_built_in_component_has_no_file_in_its_errors() -> None:
         family, name = "order", "built"
 
     Built.__module__ = "dataflex.orders.shuffle"
-    from dataflex.component_source import label_of
+    from dataflex.api.source import label_of
     from dataflex.orders import shuffle  # noqa: F401
 
     assert label_of(Built(ComponentParams()), ("arrange",)) == "order 'built'"

@@ -18,9 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 from transformers.integrations import deepspeed
 
-from dataflex import rewards
 from dataflex.errors import ComponentError
-from dataflex.rewards import ExactMatchParams, Reward, RewardChoice
+from dataflex.selectors import base_rewards
+from dataflex.selectors.base_rewards import ExactMatchParams, Reward, RewardChoice
 from tiny import make_model
 
 CHOICE: TypeAdapter[Any] = TypeAdapter(RewardChoice)
@@ -338,7 +338,7 @@ class Server:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr(rewards, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(base_rewards, "_FIRST_WAIT", 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     servers: list[Server] = []
 
@@ -447,4 +447,4 @@ def test_one_failure_stops_the_rest(serve: Any) -> None:
     ],
 )
 def test_the_number_at_the_end(answer: str, expected: float | None) -> None:
-    assert rewards._final_number(answer) == expected
+    assert base_rewards._final_number(answer) == expected

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from dataflex.rng import derive_rng, key_of
+from dataflex.data.rng import derive_rng, key_of
 
 # printf '42\x1fstr:selector\x1fstr:loss\x1fint:3' | sha256sum; the first 16 bytes, little-endian
 PINNED = int.from_bytes(bytes.fromhex("e38a2aec0a88a601fa70785e6b0ce651"), "little")
@@ -18,7 +18,7 @@ import random
 import numpy as np
 random.seed(1)
 np.random.seed(1)
-from dataflex.rng import derive_rng
+from dataflex.data.rng import derive_rng
 print(derive_rng(42, "selector", "loss", 3).integers(0, 2**62, 5).tolist())
 """
 

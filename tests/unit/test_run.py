@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex.config import split_config
-from dataflex.data.plan import Planner
+from dataflex.api.schedule import Schedule
+from dataflex.config.loading import split_config
 from dataflex.errors import CheckpointError, ConfigError
-from dataflex.schedule import Schedule
+from dataflex.planning.planner import Planner
 from dataflex.trainer.mixin import DynamicTrainerMixin
 from dataflex.trainer.run import DynamicRun
 from unit.fakes import FakeProbe, make_pool

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dataflex import launch
-from dataflex.checks.plan import planned, problems_of_plan, problems_of_work, trainer_keys
-from dataflex.checks.rows import rows_of, training_samples
-from dataflex.config import RunConfig, split_config
+from dataflex.config.checks.plan import planned, problems_of_plan, problems_of_work, trainer_keys
+from dataflex.config.checks.rows import rows_of, training_samples
+from dataflex.config.loading import RunConfig, split_config
+from dataflex.integrations.llamafactory import launch
 
 ROWS = [{"instruction": f"question {number}\nline", "input": "", "output": "yes"} for number in range(25)]
 

@@ -7,7 +7,7 @@ from dataclasses import astuple
 
 import pytest
 
-from dataflex.schedule import RunOutline, Schedule, default_update_steps, steps_per_pass
+from dataflex.api.schedule import RunOutline, Schedule, default_update_steps, steps_per_pass
 
 
 def walk(warmup: int, length: int, updates: int, total: int) -> list[list[int | None]]:

@@ -7,11 +7,14 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from dataflex import selection
-from dataflex.components import ComponentParams, RoundContext, Selection, Selector
+from dataflex.api.context import RoundContext
+from dataflex.api.params import ComponentParams
+from dataflex.api.selection import Selection
+from dataflex.api.selector import Selector
+from dataflex.data import rules
+from dataflex.data.rules import ranks_among, ranks_of_best, sample_without_replacement, top_k
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
-from dataflex.selection import ranks_among, ranks_of_best, sample_without_replacement, top_k
 from dataflex.selectors.cluster_less import ClusterLessSelector
 from dataflex.selectors.delta_loss import DeltaLossSelector
 from dataflex.selectors.full import FullSelector
@@ -247,7 +250,7 @@ def brute_ranks(scores: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("block", [1, 7, 1 << 20])
 def test_ranks_equal_a_full_sort(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_BLOCK", block)
+    monkeypatch.setattr(rules, "_BLOCK", block)
     rng = np.random.default_rng(6)
     for kind in (np.float32, np.float64):
         for _ in range(150):

@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, load_from_disk
 
-from dataflex.components import GradientSettings
+from dataflex.api.probe import GradientSettings
+from dataflex.commands.offline import Amount, score_pool
 from dataflex.data.pool import Pool
+from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError, ConfigError, DataFlexError
-from dataflex.offline import Amount, score_pool
 from dataflex.selectors.cluster_less import ClusterLessSelector, draw_members
 from dataflex.selectors.greats import GreatsSelector, greedy
 from dataflex.selectors.less import LessSelector
 from dataflex.selectors.tracin import TracinSelector
-from dataflex.token_loss import IGNORE_INDEX
 from unit import fakes
 from unit.fakes import FakeProbe, ScoreSelector, build, context, group_of
 

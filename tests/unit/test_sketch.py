@@ -13,7 +13,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from dataflex.components import GradientSettings
+from dataflex.api.probe import GradientSettings
 from dataflex.errors import ComponentError
 from dataflex.probe.features import make_sketch
 from dataflex.probe.layers import Lookup, Outer, Whole

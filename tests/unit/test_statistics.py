@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.components import StepStatistics
+from dataflex.api.context import StepStatistics
+from dataflex.data.token_loss import sample_means
 from dataflex.errors import DataFlexError, DivergenceError
-from dataflex.token_loss import sample_means
 from dataflex.trainer.loss import BatchLosses
 from dataflex.trainer.statistics import MeanLosses, StepAccumulator, check_step
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from dataflex import cli, stopping
-from dataflex.config import DataFlexConfig, RunConfig
+from dataflex import cli
+from dataflex.config.loading import DataFlexConfig, RunConfig
 from dataflex.record.identity import write_identity
+from dataflex.trainer import stopping
 from unit.fakes import RUN, make_checkpoint
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from dataflex.components import Weighter
+from dataflex.api.weighter import Weighter
 from dataflex.errors import ComponentError
 from dataflex.trainer.loss import BatchLosses, WeightedLoss, loss_function
 from dataflex.weighters.loss import LossWeighter

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dataflex import stopping
 from dataflex.compare import files, page
 from dataflex.compare.experiment import Experiment, Run, load
 from dataflex.compare.outcome import Outcome, gather
 from dataflex.compare.result import State, failure_of, read_result, state_of
 from dataflex.compare.runner import PROGRAM, Workers, execute, workers
 from dataflex.errors import ConfigError
-from dataflex.record.tables import NOTHING, Table, to_text
+from dataflex.report.tables import NOTHING, Table, to_text
+from dataflex.trainer import stopping
 
 _SECONDS = ("train_seconds", "decision_seconds", "evaluate_seconds", "task_seconds")
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataflex.config import RunConfig
+from dataflex.api.reference import TABLE_FILE, ReferenceParams
+from dataflex.config.loading import RunConfig
+from dataflex.data.fingerprints import file_digest, is_file, is_model_folder, model_digests
 from dataflex.errors import ConfigError
-from dataflex.fingerprints import file_digest, is_file, is_model_folder, model_digests
 from dataflex.record.environment import local_datasets
-from dataflex.reference import TABLE_FILE, ReferenceParams
 
 
 def digest(value: Any) -> str:

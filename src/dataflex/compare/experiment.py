@@ -16,16 +16,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from dataflex import checks, legacy
-from dataflex.checks.plan import planned as run_plan
 from dataflex.compare.contents import contents, digest, expanded
 from dataflex.compare.settings import ExperimentSettings, problem_of, read_settings
-from dataflex.config import SECTION, RunConfig, parse_config
+from dataflex.config import checks, legacy
+from dataflex.config.checks.plan import planned as run_plan
+from dataflex.config.loading import SECTION, RunConfig, parse_config
+from dataflex.config.masking import masked
+from dataflex.config.yaml_file import read_yaml, without_other_methods
+from dataflex.data.fingerprints import file_digest
 from dataflex.errors import ConfigError, Problem, unknown
-from dataflex.fingerprints import file_digest
-from dataflex.masking import masked
 from dataflex.record.versions import installed_versions
-from dataflex.yaml_file import read_yaml, without_other_methods
 
 if TYPE_CHECKING:
     from dataflex.evaluation.tasks import TaskSettings

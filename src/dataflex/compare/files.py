@@ -13,7 +13,7 @@ from dataflex.compare.result import COSTS
 from dataflex.compare.statistics import BOOTSTRAP_SEEDS, as_json, number, signed, title
 from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically
-from dataflex.record.tables import NOTHING, Table
+from dataflex.report.tables import NOTHING, Table
 
 MARKDOWN, CSV, JSON, HTML = "comparison.md", "comparison.csv", "comparison.json", "comparison.html"
 

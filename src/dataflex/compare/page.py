@@ -9,11 +9,11 @@ from typing import Any
 from dataflex.compare.files import HTML, tables
 from dataflex.compare.outcome import Outcome
 from dataflex.compare.statistics import Difference, signed, title
-from dataflex.record.charts import Chart, charts
-from dataflex.record.measure import measure
 from dataflex.record.reader import read_run
-from dataflex.record.report import write_page
-from dataflex.record.traces import Figure, Trace, figure, hatching, packed, row_labels, style, text
+from dataflex.report.charts import Chart, charts
+from dataflex.report.measure import measure
+from dataflex.report.report import write_page
+from dataflex.report.traces import Figure, Trace, figure, hatching, packed, row_labels, style, text
 
 _SECTION = "Comparison"
 _KINDS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 
-from dataflex.console import duration
+from dataflex.trainer.console import duration
 
 
 def time_left(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dataflex.checks import MODEL_FILES
 from dataflex.compare.experiment import (
     AVERAGES,
     COMPLETE_FILE,
@@ -20,11 +19,12 @@ from dataflex.compare.experiment import (
     Run,
     Task,
 )
+from dataflex.config.checks import MODEL_FILES
 from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically
+from dataflex.record.checkpoint import checkpoints
 from dataflex.record.files import read_object
-from dataflex.resume import last_of
-from dataflex.trainer.checkpoint import checkpoints
+from dataflex.trainer.resume import last_of
 
 State = Literal["complete", "to record", "to evaluate", "to resume", "to run"]
 """``to record``: only its numbers have to be read; ``to evaluate``: tasks are missing, and nothing is trained."""

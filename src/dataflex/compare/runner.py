@@ -35,12 +35,12 @@ from dataflex.compare.experiment import (
 )
 from dataflex.compare.remaining import as_text, time_left
 from dataflex.compare.result import complete, needs_overwriting, tasks_to_evaluate, trained_problem
-from dataflex.console import duration
+from dataflex.config.masking import handed_on
 from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically
-from dataflex.masking import handed_on
 from dataflex.record.versions import installed_versions
-from dataflex.stopping import Stopped
+from dataflex.trainer.console import duration
+from dataflex.trainer.stopping import Stopped
 
 PROGRAM = (sys.executable, "-m", "dataflex")
 """The command line that trains and evaluates."""

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dataflex.config.yaml_file import read_yaml
 from dataflex.errors import ConfigError, Problem, unknown
-from dataflex.yaml_file import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 _LARGEST_SEED = 2**32 - 1

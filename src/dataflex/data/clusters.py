@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.rng import derive_rng, key_of
+from dataflex.data.rng import derive_rng, key_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

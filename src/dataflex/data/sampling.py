@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.rng import key_of
+from dataflex.data.rng import key_of
 
 IndexArray = NDArray[np.int64]
 

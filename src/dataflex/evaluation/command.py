@@ -15,7 +15,7 @@ from dataflex.evaluation.downstream import evaluate_tasks
 from dataflex.evaluation.results import result_tables
 from dataflex.evaluation.tasks import read_settings, task_problems
 from dataflex.record.configuration import read_configuration
-from dataflex.record.tables import to_text
+from dataflex.report.tables import to_text
 
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _WEIGHTS = (

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel, Field
 
-from dataflex.record.tables import NOTHING, Table
+from dataflex.report.tables import NOTHING, Table
 
 CHOICE_METRICS = ("acc", "acc_norm")
 """Shares of questions whose right choice was found, which guessing finds too."""

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from dataflex.config import validate
+from dataflex.config.loading import validate
+from dataflex.data.rng import derive_rng
 from dataflex.errors import ConfigError, Problem, did_you_mean
-from dataflex.rng import derive_rng
 
 Form = Literal["multiple_choice", "generation"]
 

@@ -13,7 +13,7 @@ h and the mean begin at mu, and rho is mu until there are laws. rho and the mean
 what is trained on between rounds. n counts samples, as in the authors' code, where all have the same length.
 
 What differs from it: h has the exponent 1/2 of the paper (the code has h * (1 - h)); the history of the losses is
-bounded, and the laws are searched for from fewer starts (``scaling_law.py``); there is no floor under exp(e) unless
+bounded, and the laws are searched for from fewer starts (base_scaling_law.py); there is no floor under exp(e) unless
 asked for: the code's exp(0.5) = 1.65 nats is above what code or mathematics reach, and pushes their laws aside.
 
 Cost: no model computation; a refit takes some hundredths of a second for each domain.
@@ -28,19 +28,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import (
-    Mixer,
-    MixerParams,
-    RoundContext,
-    Shares,
-    State,
-    StepStatistics,
-    shares_of,
-    shares_problem,
-)
-from dataflex.registry import register
-from dataflex.scaling_law import FEWEST_POINTS, LossHistory, fit, reducible
-from dataflex.schedule import RunOutline
+from dataflex.api.component import State
+from dataflex.api.context import RoundContext, StepStatistics
+from dataflex.api.mixer import Mixer, MixerParams
+from dataflex.api.params import Shares, shares_of, shares_problem
+from dataflex.api.registry import register
+from dataflex.api.schedule import RunOutline
+from dataflex.mixers.base_scaling_law import FEWEST_POINTS, LossHistory, fit, reducible
 
 logger = logging.getLogger(__name__)
 

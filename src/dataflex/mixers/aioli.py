@@ -29,15 +29,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import Mixer, MixerParams, RoundContext, State
-from dataflex.domain_weights import exponentiated_update
-from dataflex.influence import ValidationParams
-from dataflex.registry import register
-from dataflex.schedule import RunOutline
-from dataflex.validation_loss import validation_losses
+from dataflex.api.component import State
+from dataflex.api.context import RoundContext
+from dataflex.api.mixer import Mixer, MixerParams
+from dataflex.api.registry import register
+from dataflex.api.schedule import RunOutline
+from dataflex.mixers.base_loss_weights import exponentiated_update
+from dataflex.mixers.base_validation_loss import validation_losses
+from dataflex.selectors.base_gradients import ValidationParams
 
 if TYPE_CHECKING:
-    from dataflex.config import RunConfig
+    from dataflex.config.loading import RunConfig
 
 
 class AioliParams(MixerParams, ValidationParams):

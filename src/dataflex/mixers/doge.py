@@ -28,13 +28,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from dataflex.components import GradientSettings, StepContext
-from dataflex.domain_weights import LossWeightMixer, LossWeightParams, exponentiated_update
+from dataflex.api.context import StepContext
+from dataflex.api.probe import GradientSettings
+from dataflex.api.registry import register
+from dataflex.api.schedule import RunOutline
+from dataflex.data.rng import derive_rng, key_of
 from dataflex.errors import ComponentError
-from dataflex.influence import ValidationParams
-from dataflex.registry import register
-from dataflex.rng import derive_rng, key_of
-from dataflex.schedule import RunOutline
+from dataflex.mixers.base_loss_weights import LossWeightMixer, LossWeightParams, exponentiated_update
+from dataflex.selectors.base_gradients import ValidationParams
 
 LONGEST = 1.0
 """Length the official code cuts gradients to (the default of its ``max_grad_norm``)."""

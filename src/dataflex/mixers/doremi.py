@@ -25,14 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import State, StepContext
-from dataflex.domain_weights import LossWeightMixer, StepWeightParams, exponentiated_update
-from dataflex.reference import ReferenceParams
-from dataflex.registry import register
-from dataflex.schedule import RunOutline
+from dataflex.api.component import State
+from dataflex.api.context import StepContext
+from dataflex.api.reference import ReferenceParams
+from dataflex.api.registry import register
+from dataflex.api.schedule import RunOutline
+from dataflex.mixers.base_loss_weights import LossWeightMixer, StepWeightParams, exponentiated_update
 
 if TYPE_CHECKING:
-    from dataflex.config import RunConfig
+    from dataflex.config.loading import RunConfig
 
 
 class DoReMiParams(StepWeightParams, ReferenceParams):

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import StepContext
-from dataflex.domain_weights import LossWeightMixer, StepWeightParams, exponentiated_update
-from dataflex.registry import register
+from dataflex.api.context import StepContext
+from dataflex.api.registry import register
+from dataflex.mixers.base_loss_weights import LossWeightMixer, StepWeightParams, exponentiated_update
 
 
 class GroupDroParams(StepWeightParams):

@@ -24,13 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import Mixer, MixerParams, RoundContext, State
-from dataflex.domain_weights import exponentiated_update
-from dataflex.registry import register
-from dataflex.schedule import RunOutline
+from dataflex.api.component import State
+from dataflex.api.context import RoundContext
+from dataflex.api.mixer import Mixer, MixerParams
+from dataflex.api.registry import register
+from dataflex.api.schedule import RunOutline
+from dataflex.mixers.base_loss_weights import exponentiated_update
 
 if TYPE_CHECKING:
-    from dataflex.config import RunConfig
+    from dataflex.config.loading import RunConfig
 
 
 class MoeBalanceParams(MixerParams):

@@ -29,9 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import Mixer, MixerParams, RoundContext, State, StepStatistics
-from dataflex.registry import register
-from dataflex.schedule import RunOutline
+from dataflex.api.component import State
+from dataflex.api.context import RoundContext, StepStatistics
+from dataflex.api.mixer import Mixer, MixerParams
+from dataflex.api.registry import register
+from dataflex.api.schedule import RunOutline
 
 
 class OdmParams(MixerParams):

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import Mixer, MixerParams, RoundContext
-from dataflex.registry import register
+from dataflex.api.context import RoundContext
+from dataflex.api.mixer import Mixer, MixerParams
+from dataflex.api.registry import register
 
 
 class ProportionalParams(MixerParams):

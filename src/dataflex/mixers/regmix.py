@@ -19,11 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import DomainParams, InputPath, Mixer, RoundContext, Shares, State, shares_of, shares_problem
-from dataflex.domain_names import by_domain
+from dataflex.api.component import State
+from dataflex.api.context import RoundContext
+from dataflex.api.mixer import DomainParams, Mixer
+from dataflex.api.params import InputPath, Shares, shares_of, shares_problem
+from dataflex.api.registry import register
+from dataflex.data.domain_names import by_domain
 from dataflex.errors import ConfigError, Problem, unknown
-from dataflex.mixture_regression import Floats, Regressor, best_mixture, check_runs, fit, read_runs
-from dataflex.registry import register
+from dataflex.mixers.base_regression import Floats, Regressor, best_mixture, check_runs, fit, read_runs
 
 
 class RegMixParams(DomainParams):

@@ -16,9 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dataflex.components import DomainParams, Mixer, RoundContext, Shares, State, shares_of, shares_problem
-from dataflex.registry import register
-from dataflex.schedule import RunOutline
+from dataflex.api.component import State
+from dataflex.api.context import RoundContext
+from dataflex.api.mixer import DomainParams, Mixer
+from dataflex.api.params import Shares, shares_of, shares_problem
+from dataflex.api.registry import register
+from dataflex.api.schedule import RunOutline
 
 
 class SchedulePoint(BaseModel):

@@ -25,15 +25,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import InputPath, Mixer, MixerParams, RoundContext, State
-from dataflex.domain_names import by_domain
-from dataflex.domain_weights import exponentiated_update
+from dataflex.api.component import State
+from dataflex.api.context import RoundContext
+from dataflex.api.mixer import Mixer, MixerParams
+from dataflex.api.params import InputPath
+from dataflex.api.registry import register
+from dataflex.api.schedule import RunOutline
+from dataflex.data.domain_names import by_domain
 from dataflex.errors import ConfigError, unknown
 from dataflex.files import distinct
-from dataflex.influence import ValidationParams
-from dataflex.registry import register
-from dataflex.schedule import RunOutline
-from dataflex.validation_loss import validation_losses
+from dataflex.mixers.base_loss_weights import exponentiated_update
+from dataflex.mixers.base_validation_loss import validation_losses
+from dataflex.selectors.base_gradients import ValidationParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -8,8 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import DomainParams, Mixer, RoundContext, Shares, State, shares_of, shares_problem
-from dataflex.registry import register
+from dataflex.api.component import State
+from dataflex.api.context import RoundContext
+from dataflex.api.mixer import DomainParams, Mixer
+from dataflex.api.params import Shares, shares_of, shares_problem
+from dataflex.api.registry import register
 
 
 class StaticParams(DomainParams):

@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.components import Mixer, MixerParams, RoundContext
-from dataflex.registry import register
+from dataflex.api.context import RoundContext
+from dataflex.api.mixer import Mixer, MixerParams
+from dataflex.api.registry import register
 
 
 @register("mixer", "uniform")

@@ -6,9 +6,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from dataflex.components import Order, RoundContext, Selection
+from dataflex.api.context import RoundContext
+from dataflex.api.order import Order
+from dataflex.api.registry import register
+from dataflex.api.selection import Selection
 from dataflex.data.sampling import IndexArray, KeyedPermutation
-from dataflex.registry import register
 
 
 @register("order", "shuffle")

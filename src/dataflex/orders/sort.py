@@ -14,12 +14,16 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from dataflex.components import ComponentParams, Order, RoundContext, Selection, check_scores
+from dataflex.api.context import RoundContext
+from dataflex.api.order import Order
+from dataflex.api.params import ComponentParams
+from dataflex.api.registry import register
+from dataflex.api.schedule import RunOutline
+from dataflex.api.selection import Selection
+from dataflex.api.selector import check_scores
+from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray, KeyedPermutation
 from dataflex.errors import ComponentError
-from dataflex.registry import register
-from dataflex.schedule import RunOutline
-from dataflex.selection import ScoreArray
 
 
 class SortParams(ComponentParams):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataflex import distributed
-from dataflex.components import GradientSettings
+from dataflex.api.probe import GradientSettings
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
 from dataflex.probe.checkpoints import adapter_settings

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dataflex.components import GradientSettings
+from dataflex.api.probe import GradientSettings
 from dataflex.errors import ComponentError
 from dataflex.probe.layers import Contribution, Outer, Zeros, blocks
 from dataflex.probe.moments import Moments

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from dataflex import distributed
-from dataflex.components import GenerationSettings
+from dataflex.api.probe import GenerationSettings
+from dataflex.data.rng import key_of
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.files import json_text
 from dataflex.probe.batches import length_batches, share_of
 from dataflex.probe.mode import probe_mode
-from dataflex.rng import key_of
 
 _VLLM_MEMORY = 0.9
 """Share of the device memory that is free when vLLM starts which it may take."""

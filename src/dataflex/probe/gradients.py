@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from dataflex.data.token_loss import IGNORE_INDEX, sample_means
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe.layers import (
     Contribution,
@@ -40,7 +41,6 @@ from dataflex.probe.layers import (
     summed_over_tokens,
 )
 from dataflex.probe.losses import HEAD_CHUNK, replaced_forward
-from dataflex.token_loss import IGNORE_INDEX, sample_means
 
 Emit = Callable[[str, list[Contribution]], None]
 """Takes one parameter's name and all its uses in a batch; none where it had none."""

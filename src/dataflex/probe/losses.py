@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataflex.token_loss import IGNORE_INDEX, sample_means
+from dataflex.data.token_loss import IGNORE_INDEX, sample_means
 
 HEAD_CHUNK = 1024
 """Positions the head is applied to at a time."""

@@ -28,9 +28,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataflex import distributed
-from dataflex.components import GenerationSettings, GradientSettings
+from dataflex.api.probe import GenerationSettings, GradientSettings
 from dataflex.data.pool import Pool
+from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
+from dataflex.data.token_loss import IGNORE_INDEX, shifted
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe.batches import length_batches, share_of
 from dataflex.probe.checkpoints import learning_rates, weights_of
@@ -44,8 +46,6 @@ from dataflex.probe.losses import Statistic, chunked_forward, cross_entropy, err
 from dataflex.probe.mode import probe_mode, reshard
 from dataflex.probe.moments import Moments
 from dataflex.probe.store import FeatureStore, similarities
-from dataflex.selection import ScoreArray
-from dataflex.token_loss import IGNORE_INDEX, shifted
 
 logger = logging.getLogger(__name__)
 

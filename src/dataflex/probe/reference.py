@@ -25,14 +25,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataflex import distributed
+from dataflex.api.reference import TABLE_FILE, TABLE_FORMAT, ReferenceParams, read_table, vocabulary_problem
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
+from dataflex.data.token_loss import IGNORE_INDEX, shifted
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.files import json_text, write_atomically
 from dataflex.probe.batches import length_batches, share_of
 from dataflex.probe.mode import preserved_rng
-from dataflex.reference import TABLE_FILE, TABLE_FORMAT, ReferenceParams, read_table, vocabulary_problem
-from dataflex.token_loss import IGNORE_INDEX, shifted
 
 _BLOCK = 4096
 """Samples of a table that are computed together and written at a time."""

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataflex.data.rng import key_of
 from dataflex.probe.layers import Contribution, Lookup, Outer, Whole, at_least_float32, product
-from dataflex.rng import key_of
 
 _DENSE_BLOCK = 4096
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from dataflex import distributed
+from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import DataFlexError
 from dataflex.files import json_text, write_atomically
-from dataflex.selection import ScoreArray
 
 FeatureType = Literal["float16", "bfloat16", "float32"]
 

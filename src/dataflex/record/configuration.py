@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from dataflex import registry
-from dataflex.components import path_fields
-from dataflex.config import SECTION, RunConfig
+from dataflex.api import registry
+from dataflex.api.params import path_fields
+from dataflex.config.loading import SECTION, RunConfig
+from dataflex.config.masking import masked
+from dataflex.data.fingerprints import is_file
 from dataflex.errors import ConfigError
-from dataflex.fingerprints import is_file
-from dataflex.masking import masked
 from dataflex.record.files import one_line
 
 FILE = "config.yaml"

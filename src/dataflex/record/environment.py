@@ -15,17 +15,17 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from dataflex.checks import dataset_names
-from dataflex.config import SECTION, RunConfig
+from dataflex.api.registry import ENTRY_POINT_GROUP
+from dataflex.config.checks import dataset_names
+from dataflex.config.loading import SECTION, RunConfig
+from dataflex.config.masking import masked, masked_argument
+from dataflex.data.fingerprints import WEIGHTS, digest_of_ends, file_digest, is_file, is_model_folder, model_digests
 from dataflex.errors import ConfigError
-from dataflex.fingerprints import WEIGHTS, digest_of_ends, file_digest, is_file, is_model_folder, model_digests
-from dataflex.masking import masked, masked_argument
 from dataflex.record.configuration import FILE as CONFIGURATION
 from dataflex.record.configuration import PLUGINS, Recorded
 from dataflex.record.files import json_lines, read_object
 from dataflex.record.identity import now
 from dataflex.record.versions import installed_versions
-from dataflex.registry import ENTRY_POINT_GROUP
 
 FILE = "environment.json"
 

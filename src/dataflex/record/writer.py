@@ -34,17 +34,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from dataflex.data.plan import Plan
 from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically
+from dataflex.planning.planner import Plan
 from dataflex.probe.cost import Cost
+from dataflex.record.checkpoint import checkpoints, marked
 from dataflex.record.configuration import PLUGINS
 from dataflex.record.environment import FILE as ENVIRONMENT
 from dataflex.record.environment import starts
 from dataflex.record.identity import FOLDER, new_identity, now, read_identity, write_identity
-from dataflex.selected import row_column
-from dataflex.trainer.checkpoint import checkpoints, marked
+from dataflex.record.selected import row_column
 
 LOSS_WEIGHTS = "loss_weights.csv"
 RESULTS = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "predict_results.json")

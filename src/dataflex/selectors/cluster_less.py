@@ -28,15 +28,18 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dataflex import distributed
-from dataflex.components import ComponentParams, RoundContext, Selection, State
+from dataflex.api.component import State
+from dataflex.api.context import RoundContext
+from dataflex.api.params import ComponentParams
+from dataflex.api.registry import register
+from dataflex.api.selection import Selection
+from dataflex.data.rules import ScoreArray, ranks_among, sample_softmax
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
-from dataflex.registry import register
-from dataflex.selection import ScoreArray, ranks_among, sample_softmax
 from dataflex.selectors.less import LessParams, LessSelector
 
 if TYPE_CHECKING:
-    from dataflex.config import RunConfig
+    from dataflex.config.loading import RunConfig
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import ComponentParams, RoundContext, Selection, Selector, State
+from dataflex.api.component import State
+from dataflex.api.context import RoundContext
+from dataflex.api.params import ComponentParams
+from dataflex.api.registry import register
+from dataflex.api.schedule import RunOutline
+from dataflex.api.selection import Selection
+from dataflex.api.selector import Selector
+from dataflex.data.rules import ScoreArray, ranks_among_scored
 from dataflex.data.sampling import IndexArray
-from dataflex.registry import register
-from dataflex.schedule import RunOutline
-from dataflex.selection import ScoreArray, ranks_among_scored
 from dataflex.selectors.loss import draw_scored
 
 

@@ -14,10 +14,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from dataflex.components import ComponentParams, RoundContext, Selector, SelectorParams
+from dataflex.api.context import RoundContext
+from dataflex.api.params import ComponentParams
+from dataflex.api.registry import register
+from dataflex.api.selector import Selector, SelectorParams
+from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
-from dataflex.registry import register
-from dataflex.selection import ScoreArray
 
 
 class El2nParams(SelectorParams):

@@ -7,8 +7,11 @@ Cost: none.
 
 from __future__ import annotations
 
-from dataflex.components import ComponentParams, Group, RoundContext, Selection, Selector
-from dataflex.registry import register
+from dataflex.api.context import RoundContext
+from dataflex.api.params import ComponentParams
+from dataflex.api.registry import register
+from dataflex.api.selection import Group, Selection
+from dataflex.api.selector import Selector
 
 
 @register("selector", "full")

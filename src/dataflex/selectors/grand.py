@@ -14,11 +14,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from dataflex.components import ComponentParams, RoundContext, SelectorParams
+from dataflex.api.context import RoundContext
+from dataflex.api.params import ComponentParams
+from dataflex.api.registry import register
+from dataflex.api.selector import SelectorParams
+from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
-from dataflex.influence import GradientParams, GradientSelector
-from dataflex.registry import register
-from dataflex.selection import ScoreArray
+from dataflex.selectors.base_gradients import GradientParams, GradientSelector
 
 
 class GrandParams(SelectorParams, GradientParams):

@@ -26,13 +26,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.components import ComponentParams, GradientSettings, Group, RoundContext, Selection, Selector
+from dataflex.api.context import RoundContext
+from dataflex.api.params import ComponentParams
+from dataflex.api.probe import GradientSettings
+from dataflex.api.registry import register
+from dataflex.api.schedule import RunOutline
+from dataflex.api.selection import Group, Selection
+from dataflex.api.selector import Selector
+from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
-from dataflex.influence import ValidationParams
-from dataflex.registry import register
-from dataflex.schedule import RunOutline
-from dataflex.selection import ScoreArray
+from dataflex.selectors.base_gradients import ValidationParams
 
 
 class GreatsParams(ValidationParams):

@@ -17,11 +17,12 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from dataflex.components import ComponentParams, RoundContext
+from dataflex.api.context import RoundContext
+from dataflex.api.params import ComponentParams
+from dataflex.api.registry import register
+from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
-from dataflex.influence import InfluenceParams, InfluenceSelector
-from dataflex.registry import register
-from dataflex.selection import ScoreArray
+from dataflex.selectors.base_gradients import InfluenceParams, InfluenceSelector
 
 
 class IconsParams(InfluenceParams):

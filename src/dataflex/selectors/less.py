@@ -18,11 +18,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from dataflex.components import ComponentParams, RoundContext
+from dataflex.api.context import RoundContext
+from dataflex.api.params import ComponentParams
+from dataflex.api.registry import register
+from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
-from dataflex.influence import CheckpointParams, InfluenceParams, InfluenceSelector
-from dataflex.registry import register
-from dataflex.selection import ScoreArray
+from dataflex.selectors.base_gradients import CheckpointParams, InfluenceParams, InfluenceSelector
 
 
 class LessParams(InfluenceParams, CheckpointParams):

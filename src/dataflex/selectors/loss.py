@@ -17,11 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from dataflex.components import ComponentParams, RoundContext, Selection, Selector
+from dataflex.api.context import RoundContext
+from dataflex.api.params import ComponentParams
+from dataflex.api.registry import register
+from dataflex.api.selection import Selection
+from dataflex.api.selector import Selector
+from dataflex.data.rules import ScoreArray, ranks_among_scored, sample_without_replacement
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
-from dataflex.registry import register
-from dataflex.selection import ScoreArray, ranks_among_scored, sample_without_replacement
 
 
 class LossParams(ComponentParams):

@@ -28,17 +28,18 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from dataflex import distributed
-from dataflex.components import GenerationSettings, Probe, RoundContext
+from dataflex.api.context import RoundContext
+from dataflex.api.probe import GenerationSettings, Probe
+from dataflex.api.registry import register
 from dataflex.data.pool import IGNORE_INDEX, Pool
+from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
-from dataflex.influence import InfluenceParams, InfluenceSelector, spread_by
-from dataflex.registry import register
-from dataflex.rewards import Reward, RewardChoice
-from dataflex.selection import ScoreArray
+from dataflex.selectors.base_gradients import InfluenceParams, InfluenceSelector, spread_by
+from dataflex.selectors.base_rewards import Reward, RewardChoice
 
 if TYPE_CHECKING:
-    from dataflex.config import RunConfig
+    from dataflex.config.loading import RunConfig
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataflex.components import ComponentParams, RoundContext, Selection, Selector
+from dataflex.api.context import RoundContext
+from dataflex.api.params import ComponentParams
+from dataflex.api.registry import register
+from dataflex.api.schedule import RunOutline
+from dataflex.api.selection import Selection
+from dataflex.api.selector import Selector
 from dataflex.data.sampling import IndexArray, KeyedPermutation
-from dataflex.registry import register
-from dataflex.schedule import RunOutline
 
 
 @register("selector", "random")

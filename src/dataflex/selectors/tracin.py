@@ -19,11 +19,13 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from dataflex.components import ComponentParams, InputPath, RoundContext, State
+from dataflex.api.component import State
+from dataflex.api.context import RoundContext
+from dataflex.api.params import ComponentParams, InputPath
+from dataflex.api.registry import register
+from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
-from dataflex.influence import CheckpointParams, InfluenceParams, InfluenceSelector
-from dataflex.registry import register
-from dataflex.selection import ScoreArray
+from dataflex.selectors.base_gradients import CheckpointParams, InfluenceParams, InfluenceSelector
 
 logger = logging.getLogger(__name__)
 

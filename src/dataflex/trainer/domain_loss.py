@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataflex import distributed
-from dataflex.component_source import label_of
-from dataflex.components import Mixer, StepContext, StepStatistics
-from dataflex.domain_weights import StepWeightParams
+from dataflex.api.context import StepContext, StepStatistics
+from dataflex.api.mixer import Mixer
+from dataflex.api.source import label_of
+from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError, DivergenceError
-from dataflex.token_loss import IGNORE_INDEX
+from dataflex.mixers.base_loss_weights import StepWeightParams
 from dataflex.trainer.statistics import check_losses, domain_sums
 
 Floats = NDArray[np.float64]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dataflex import distributed
 from dataflex.data.pool import Pool
+from dataflex.data.token_loss import IGNORE_INDEX, shifted, token_losses
 from dataflex.errors import DivergenceError
-from dataflex.token_loss import IGNORE_INDEX, shifted, token_losses
 
 TOKEN_WEIGHTED, UNWEIGHTED = "token_weighted", "unweighted"
 METRICS = ("loss", "perplexity", "bits_per_byte")

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from dataflex import distributed
-from dataflex.component_source import label_of
-from dataflex.components import Weighter
+from dataflex.api.source import label_of
+from dataflex.api.weighter import Weighter
+from dataflex.data.token_loss import IGNORE_INDEX, sample_means, shifted, token_losses
 from dataflex.errors import ComponentError
-from dataflex.token_loss import IGNORE_INDEX, sample_means, shifted, token_losses
 from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.statistics import BatchLosses
 

@@ -28,11 +28,12 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from dataflex import console, distributed
-from dataflex.components import StepContext, StepStatistics
-from dataflex.data.plan import Arrangement
+from dataflex import distributed
+from dataflex.api.context import StepContext, StepStatistics
+from dataflex.api.reference import ReferenceParams
+from dataflex.data.token_loss import IGNORE_INDEX, shifted, token_losses
 from dataflex.errors import ConfigError, DivergenceError
-from dataflex.influence import FeatureParams
+from dataflex.planning.planner import Arrangement
 from dataflex.probe.checkpoints import saved_moments
 from dataflex.probe.features import make_sketch
 from dataflex.probe.losses import full_forward
@@ -40,9 +41,9 @@ from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe, Tokens
 from dataflex.probe.moments import read_moments
 from dataflex.probe.reference import Reference, ReferenceModel, ReferenceTable, TableMaker, load_reference
-from dataflex.reference import ReferenceParams
-from dataflex.token_loss import IGNORE_INDEX, shifted, token_losses
-from dataflex.trainer import checkpoint, terminal
+from dataflex.record import checkpoint
+from dataflex.selectors.base_gradients import FeatureParams
+from dataflex.trainer import console, terminal
 from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.evaluation import DomainEvaluation, Numbers, as_logs, check_evaluation, means
 from dataflex.trainer.loss import WeightedLoss, loss_function

@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.trainer_utils import seed_worker
 
-from dataflex.data.plan import Plan
+from dataflex.data.rng import key_of
 from dataflex.data.sampling import IndexArray
-from dataflex.rng import key_of
+from dataflex.planning.planner import Plan
 
 if TYPE_CHECKING:
     from dataflex.trainer.mixin import DynamicTrainerMixin

@@ -12,32 +12,36 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex import console, distributed
-from dataflex.capped import CappedScoring, Spent
-from dataflex.changes import snapshot
-from dataflex.checks.files import is_finished
-from dataflex.components import GradientSettings, SelectorParams, StepContext, StepStatistics, state_of
-from dataflex.config import DataFlexConfig, RunConfig
-from dataflex.data.plan import Arrangement, Plan, Planner, epoch_limits
+from dataflex import distributed
+from dataflex.api.component import state_of
+from dataflex.api.context import StepContext, StepStatistics
+from dataflex.api.probe import GradientSettings
+from dataflex.api.schedule import RoundSlot, Schedule
+from dataflex.api.selector import SelectorParams
+from dataflex.config.changes import snapshot
+from dataflex.config.checks.files import is_finished
+from dataflex.config.loading import DataFlexConfig, RunConfig
 from dataflex.data.pool import Pool, some
 from dataflex.errors import CheckpointError, ConfigError, DivergenceError, Problem
-from dataflex.influence import GradientParams
+from dataflex.planning.overhead import CappedScoring, Spent
+from dataflex.planning.planner import Arrangement, Plan, Planner, epoch_limits
+from dataflex.planning.run_plan import RunPlan, plan_of, problems_of, trainer_keys
 from dataflex.probe.cost import Cost
+from dataflex.record.checkpoint import STATE_VERSION, check_state
 from dataflex.record.configuration import recorded
 from dataflex.record.environment import differences, environment, repeated_start
 from dataflex.record.writer import FROM_HERE, RunWriter
-from dataflex.resume import Resume, nothing_left
-from dataflex.run_plan import RunPlan, plan_of, problems_of, trainer_keys
-from dataflex.schedule import RoundSlot, Schedule
-from dataflex.trainer.checkpoint import STATE_VERSION, check_state
+from dataflex.selectors.base_gradients import GradientParams
+from dataflex.trainer import console
+from dataflex.trainer.resume import Resume, nothing_left
 from dataflex.trainer.statistics import MeanLosses
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from dataflex.components import State
-    from dataflex.influence import ValidationParams
+    from dataflex.api.component import State
     from dataflex.probe.model import ModelProbe
+    from dataflex.selectors.base_gradients import ValidationParams
     from dataflex.trainer.evaluation import Numbers
 
 
@@ -49,7 +53,7 @@ _MOST_TIMES_EXPECTED = 1000
 class DynamicRun:
     """The decisions of one run and what they are made from.
 
-    The bridge fills in the pool, the trainer the probe; :meth:`plan_for` is what training calls.
+    The integration fills in the pool, the trainer the probe; :meth:`plan_for` is what training calls.
 
     Args:
         config: the loaded configuration, with a ``dataflex:`` section.

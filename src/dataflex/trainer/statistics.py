@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataflex import distributed
-from dataflex.components import StepStatistics
+from dataflex.api.context import StepStatistics
+from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import DataFlexError, DivergenceError
-from dataflex.token_loss import IGNORE_INDEX
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from dataflex import console
+from dataflex.trainer import console
 
 Logs = dict[str, Any]
 

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dataflex.components import Weighter, WeighterParams
-from dataflex.registry import register
-from dataflex.schedule import RunOutline
+from dataflex.api.registry import register
+from dataflex.api.schedule import RunOutline
+from dataflex.api.weighter import Weighter, WeighterParams
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dataflex.components import Weighter, WeighterParams
-from dataflex.registry import register
+from dataflex.api.registry import register
+from dataflex.api.weighter import Weighter, WeighterParams
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,17 +14,18 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dataflex import checks, stopping
 from dataflex.compare.command import locked, print_tables
 from dataflex.compare.contents import expanded
 from dataflex.compare.experiment import joined, read_base, replaced_keys
 from dataflex.compare.runner import PROGRAM
 from dataflex.compare.settings import Base
-from dataflex.config import SECTION, RunConfig
+from dataflex.config import checks
+from dataflex.config.loading import SECTION, RunConfig
+from dataflex.config.masking import masked
 from dataflex.errors import ConfigError, Problem
-from dataflex.masking import masked
 from dataflex.record.files import read_object
-from dataflex.record.tables import NOTHING, Table
+from dataflex.report.tables import NOTHING, Table
+from dataflex.trainer import stopping
 from dataflex.workflows.stages import (
     DOMAIN_COLUMN,
     MANAGED,

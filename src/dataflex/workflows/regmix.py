@@ -1,7 +1,7 @@
 """``dataflex-cli regmix``: small trainings on many mixtures, and the mixture their losses say is best.
 
 RegMix (Liu et al., ICLR 2025, arXiv 2407.01492). The small trainings are runs of a comparison; the regression and the
-search are :mod:`dataflex.mixture_regression`. Mixtures are shares of tokens throughout.
+search are :mod:`dataflex.mixers.base_regression`. Mixtures are shares of tokens throughout.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from numpy.typing import NDArray
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dataflex import checks, stopping
 from dataflex.compare.command import locked, plan_table, print_tables
 from dataflex.compare.contents import expanded
 from dataflex.compare.experiment import Experiment, Run, joined, merged, planned, read_base, replaced_keys, value_of
 from dataflex.compare.result import failure_of, read_result, state_of
 from dataflex.compare.runner import PROGRAM, Workers, execute, set_aside, workers
 from dataflex.compare.settings import Base, Equal, ExperimentSettings, problem_of
-from dataflex.config import SECTION, RunConfig
+from dataflex.config import checks
+from dataflex.config.loading import SECTION, RunConfig
+from dataflex.config.masking import masked
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.files import write_atomically
-from dataflex.masking import masked
-from dataflex.mixture_regression import (
+from dataflex.mixers.base_regression import (
     INDEX,
     MIN_LIGHTGBM,
     best_mixture,
@@ -42,7 +42,8 @@ from dataflex.mixture_regression import (
     sample_mixtures,
     write_table,
 )
-from dataflex.record.tables import NOTHING, Table
+from dataflex.report.tables import NOTHING, Table
+from dataflex.trainer import stopping
 from dataflex.workflows.stages import (
     DOMAIN_COLUMN,
     MANAGED,
@@ -341,7 +342,7 @@ def _experiment(plan: Plan, mixtures: Floats) -> Experiment:
 
 def _sizes(plan: Plan) -> tuple[tuple[str, ...], Floats]:
     """Return the names of the domains, and the tokens of each, shape (K,); loads and tokenizes the data."""
-    from dataflex.bridge import pool_of
+    from dataflex.integrations.llamafactory.seam import pool_of
 
     config = plan.proxy.source
     assert config.dataflex is not None

@@ -12,9 +12,9 @@ from typing import Any
 
 from dataflex import assets
 from dataflex.compare.contents import digest, expanded
+from dataflex.data.fingerprints import file_digest, model_texts
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.files import json_text
-from dataflex.fingerprints import file_digest, model_texts
 
 CONFIG = "config.json"
 _NOT_COPIED = (CONFIG, "adapter_config.json")

@@ -11,7 +11,6 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from dataflex import checks, launch
 from dataflex.compare.contents import contents
 from dataflex.compare.experiment import (
     KEY_FILE,
@@ -27,12 +26,14 @@ from dataflex.compare.experiment import (
 from dataflex.compare.result import state_of
 from dataflex.compare.runner import Workers, execute, set_aside
 from dataflex.compare.settings import problem_of
-from dataflex.config import SECTION, RunConfig, parse_config
+from dataflex.config import checks
+from dataflex.config.loading import SECTION, RunConfig, parse_config
+from dataflex.config.yaml_file import read_yaml
 from dataflex.errors import ConfigError, Problem
+from dataflex.integrations.llamafactory import launch
 from dataflex.record.files import read_object
 from dataflex.record.versions import installed_versions
 from dataflex.workflows.small_model import SmallModel, small_model
-from dataflex.yaml_file import read_yaml
 
 MANAGED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "do_train")
 """Keys that every workflow sets or leaves out itself: in the base they are replaced, in a stage refused."""

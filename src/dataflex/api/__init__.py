@@ -1,0 +1,1 @@
+"""All that a component is written against."""

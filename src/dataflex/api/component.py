@@ -1,0 +1,114 @@
+"""The base class of all components.
+
+A component is a small class with a parameter model, one method that decides and, if it has state, ``state_dict``
+and ``load_state_dict``. The framework keeps the promises around it: decisions between optimizer steps, the same on
+any number of processes, exact resume, and a record of every one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from dataflex.api.context import StepStatistics
+from dataflex.api.params import ComponentParams
+from dataflex.api.schedule import RunOutline
+from dataflex.api.source import label_of
+from dataflex.errors import ComponentError
+
+if TYPE_CHECKING:
+    from dataflex.config.loading import RunConfig
+
+
+State = dict[str, Any]
+"""A component's state: numbers, text and numpy arrays, nested in dicts, lists and tuples."""
+
+
+class Component:
+    """Base of all components. ``register`` sets :attr:`family` and :attr:`name`."""
+
+    family: ClassVar[str]
+    name: ClassVar[str]
+    Params: ClassVar[type[ComponentParams]] = ComponentParams
+    needs_validation: ClassVar[bool] = False
+    """Whether ``ctx.targets`` is wanted; then its parameters have ``validation`` and ``subtask_column``."""
+
+    def __init__(self, params: ComponentParams) -> None:
+        self.params: Any = params
+
+    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+        """Yield a parameter and what is wrong with it in this run. Called before anything is loaded."""
+        yield from ()
+
+    def wanted_rounds(self, domains: int) -> int:
+        """Return into how many rounds a pass and the run are divided at least where ``update_steps`` is not given.
+
+        1: a round is one pass over the pool.
+        """
+        return 1
+
+    def cannot_act(self, run: RunOutline) -> str | None:
+        """Return why the component cannot do in this run what it is for, and what to set; None where it can.
+
+        Asked before the model is loaded; the text goes on from "select less: " and the like, without a full stop.
+        """
+        return None
+
+    def expected_forwards(self, run: RunOutline) -> float:
+        """Return what the component measures in the whole run, in forward passes of one sample.
+
+        A forward and backward counts as three, and so does a sample that is trained on.
+        """
+        return 0.0
+
+    def on_step(self, statistics: StepStatistics) -> None:
+        """Hear what the optimizer step just made showed; called after every step on every rank."""
+
+    def state_dict(self) -> State:
+        """Return what the component needs to go on exactly.
+
+        None, True and False, numbers, text, numpy arrays and scalars, in dicts, lists and tuples; all come back of the
+        same types, and anything else is refused before training begins.
+        """
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what :meth:`state_dict` returned."""
+
+
+def state_of(component: Component) -> State:
+    """Return a component's state.
+
+    Raises:
+        ComponentError: if it holds something that a checkpoint cannot, naming where.
+    """
+    state = component.state_dict()
+    label = label_of(component, ("state_dict",))
+    if not isinstance(state, dict):
+        raise ComponentError(f"{label} returned a {type(state).__name__} as its state; needed is a dict.")
+    for path, value in _parts(state):
+        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+            continue
+        if value is not None and not isinstance(value, str | bool | int | float | np.generic):
+            kind = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+            raise ComponentError(
+                f"{label} returned {kind} as {path!r} of its state; use JSON values and numeric numpy arrays."
+            )
+    return state
+
+
+def _parts(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value in nested dicts and lists with its path; a key that is no text as a value."""
+    if isinstance(state, dict):
+        for key, value in state.items():
+            if isinstance(key, str):
+                yield from _parts(value, f"{path}.{key}".lstrip("."))
+            else:
+                yield f"{path}.{key}".lstrip("."), (key,)
+    elif isinstance(state, list | tuple):
+        for number, value in enumerate(state):
+            yield from _parts(value, f"{path}[{number}]")
+    else:
+        yield path, state

@@ -1,0 +1,104 @@
+"""The state of a run that a decision, or the loss weights of a step, may depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.api.probe import Probe
+from dataflex.data.sampling import IndexArray
+
+if TYPE_CHECKING:
+    from dataflex.data.pool import Pool
+    from dataflex.planning.overhead import CappedScoring
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """What the optimizer step just made showed, over the whole global batch (all micro-batches, all ranks)."""
+
+    step: int
+    """Optimizer steps done, this one included."""
+    losses: NDArray[np.float64]
+    """Token-mean training loss of each domain, unweighted, shape (K,); NaN where the batch had none of it."""
+    tokens: NDArray[np.int64]
+    """Tokens that count in the loss, of each domain, shape (K,)."""
+    samples: NDArray[np.int64]
+    """Samples of each domain, shape (K,)."""
+    proportions: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """The domain shares of the plan the step was trained on, shape (K,); empty where nothing is planned."""
+    excess: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """Token mean of max(loss - reference loss, 0) of each domain, shape (K,), NaN as for losses; 0 where nothing was
+    compared with a reference."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the loss weights of one optimizer step may depend on; the same on every rank."""
+
+    pool: Pool
+    probe: Probe
+    step: int
+    """Optimizer steps done before this one."""
+    total_steps: int
+    """Optimizer steps the run is expected to take."""
+    learning_rate: float
+    indices: IndexArray
+    """Samples of the step's global batch (all micro-batches, all ranks), shape (B,)."""
+    tokens: NDArray[np.int64]
+    """Tokens of the step that count in the loss, of each domain, shape (K,)."""
+    losses: NDArray[np.float64]
+    """Token-mean loss of each domain over them, unweighted, shape (K,); NaN where the step has none of it. Empty for
+    mixers that weigh by ``probe``."""
+    excess: NDArray[np.float64]
+    """Token mean of max(loss - reference loss, 0) of each domain, shape (K,); NaN as for losses. Empty for mixers that
+    do not weigh by ``excess``."""
+    targets: Pool | None = None
+    """The validation samples, where the mixer asked for them."""
+
+
+NOT_DECIDED = "not_decided"
+"""In :attr:`RoundContext.memo`: why the mixer decided nothing."""
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What a decision may depend on."""
+
+    pool: Pool
+    probe: Probe
+    rng: np.random.Generator
+    """Keyed by (seed, component, round): the same numbers on every rank and after a resume."""
+    round: int
+    """Number of the round being planned, from 0."""
+    update: int
+    """Number of the decision, from 0; warm-up rounds have none (0 there)."""
+    num_updates: int
+    """Decisions in the whole run."""
+    start_step: int
+    """Optimizer steps done so far."""
+    steps: int
+    """Optimizer steps the plan is for."""
+    size: int
+    """Samples the plan is for: ``steps`` times the global batch size."""
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    targets: Pool | None = None
+    """The validation samples, one domain for each sub-task, where the component asked for them."""
+    memo: dict[str, Any] = field(default_factory=dict)
+    """What a component keeps for the other groups of the same round."""
+    learning_rate: float = 0.0
+    """The optimizer's, at the first step of the round."""
+    capped: CappedScoring | None = None
+    """What scores and chooses in the selector's place where ``max_overhead`` is set."""
+
+    def not_decided(self, why: str) -> None:
+        """Put on record that the shares of this round do not follow from what the mixer is for, and why.
+
+        As in a first decision that has nothing to go by yet. The round's line then does not name it as having acted. A
+        selector says so of each group in :attr:`Selection.undecided`.
+        """
+        self.memo[NOT_DECIDED] = why

@@ -1,0 +1,32 @@
+"""Orders arrange the samples of a plan."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from dataflex.api.component import Component
+from dataflex.api.context import RoundContext
+from dataflex.api.schedule import RunOutline
+from dataflex.api.selection import Selection
+from dataflex.data.sampling import IndexArray
+
+
+class Order(Component):
+    """Arranges the samples of a plan."""
+
+    def cannot_act(self, run: RunOutline) -> str | None:
+        """Return that rounds of one step leave nothing to arrange: a step's gradient does not depend on the order."""
+        if min(run.schedule.update_steps, run.decided_steps) > 1:
+            return None
+        return (
+            "every round is one optimizer step, and the order of samples inside a step changes nothing; raise "
+            "dataflex.update_steps"
+        )
+
+    keeps_passes: ClassVar[bool] = False
+    """Whether the samples of a domain come in passes whatever :meth:`arrange` returns: of one domain, those of an
+    earlier pass then take the places before those of a later one."""
+
+    def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
+        """Return the positions of ``selection.indices`` in training order: a permutation of ``range(n)``."""
+        raise NotImplementedError(f"order {self.name!r} does not define arrange()")

@@ -1,0 +1,127 @@
+"""What methods share that compare the model's losses with those of a frozen reference model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from dataflex.api.params import ComponentParams, InputPath, OutputPath
+from dataflex.assets import PREFIX
+
+if TYPE_CHECKING:
+    from dataflex.config.loading import RunConfig
+
+TABLE_FILE = "reference.json"
+"""Lists what is in a table of reference losses."""
+TABLE_FORMAT = 1
+
+_OWN_TOKENS = ("add_tokens", "add_special_tokens", "new_special_tokens_config", "init_special_tokens")
+"""LLaMA-Factory keys that change the tokenizer of the folder."""
+
+
+class ReferenceParams(ComponentParams):
+    """Where the reference's losses come from."""
+
+    reference_model: InputPath | None = Field(
+        None, description="The frozen reference: folder (of a model or an adapter) or hub name; same tokenizer."
+    )
+    reference_losses: OutputPath | None = Field(
+        None,
+        description="Folder of a table of its loss at every token; what is not there yet is made from reference_model.",
+    )
+
+    @field_validator("reference_model", "reference_losses")
+    @classmethod
+    def _expanded(cls, value: str | None) -> str | None:
+        return value if value is None or not value.startswith("~") else str(Path(value).expanduser())
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.reference_model is None and self.reference_losses is None:
+            raise ValueError("needs reference_model, reference_losses or both")
+        return self
+
+    def reference_problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with the reference, as far as it shows without loading it."""
+        table = None if self.reference_losses is None else read_table(Path(self.reference_losses))
+        if self.reference_model is None and table is None:
+            yield (
+                "reference_losses",
+                f"{self.reference_losses!r} holds no table of reference losses (there is no {TABLE_FILE}); name the "
+                "reference_model it is to be made from.",
+            )
+        if self.reference_model is None:
+            return
+        if self.reference_model.startswith(PREFIX):
+            yield "reference_model", f"{self.reference_model!r}: name the folder that dataflex-cli assets prints."
+            return
+        folder = Path(self.reference_model)
+        beside = folder.parent != Path() and folder.parent.is_dir()  # a folder that is not there, and no hub name
+        if not self.reference_model.startswith(("/", "./", "../")) and not folder.is_dir() and not beside:
+            return
+        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+            yield "reference_model", f"no model in {self.reference_model!r} (there is no config.json)."
+            return
+        problem = tokenizer_problem(folder, run.llamafactory)
+        if problem is not None:
+            yield "reference_model", problem
+
+    def table_problem(self, names: tuple[str, ...]) -> tuple[str, str] | None:
+        """Return a parameter and what is wrong where the table lacks a domain and no model is given to make it."""
+        if self.reference_losses is None or self.reference_model is not None:
+            return None
+        table = read_table(Path(self.reference_losses))
+        missing = [] if table is None else [name for name in names if name not in table["domains"]]
+        if not missing:
+            return None
+        assert table is not None
+        return (
+            "reference_losses",
+            f"{self.reference_losses!r} has no losses of {', '.join(missing)} (it has {', '.join(table['domains'])}); "
+            "name the reference_model they are to be made from.",
+        )
+
+
+def read_table(folder: Path) -> dict[str, Any] | None:
+    """Return the list of what is in a table of reference losses; None where there is none."""
+    try:
+        found = json.loads((folder / TABLE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("format") == TABLE_FORMAT else None
+
+
+def tokenizer_problem(reference: Path, llamafactory: dict[str, Any]) -> str | None:
+    """Return how the reference's vocabulary differs from the model's, as far as their files say; None: not at all."""
+    own = Path(str(llamafactory.get("model_name_or_path") or "")).expanduser()
+    if any(llamafactory.get(key) for key in _OWN_TOKENS):
+        return None
+    files = [folder / "tokenizer.json" for folder in (own, reference)]
+    if not all(file.is_file() for file in files):
+        return None
+    from tokenizers import Tokenizer
+
+    mine, theirs = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
+    return vocabulary_problem(mine, theirs, str(reference))
+
+
+def vocabulary_problem(mine: dict[str, int], theirs: dict[str, int], reference: str) -> str | None:
+    """Return what keeps a reference from reading this run's token ids, or None where it knows every one of them.
+
+    Args:
+        mine: token -> id of the run's tokenizer.
+        theirs: the same of the reference's.
+        reference: its name, for the message.
+    """
+    other = next((token for token, number in mine.items() if theirs.get(token) != number), None)
+    if other is None:
+        return None
+    found = f"id {theirs[other]}" if other in theirs else "not in it"
+    return (
+        f"{reference!r} has another tokenizer: token {other!r} is id {mine[other]} in this run and {found} there "
+        f"({len(mine)} and {len(theirs)} tokens). Token losses can only be compared under one tokenizer."
+    )

@@ -1,0 +1,204 @@
+"""Scoring a pool once, without training: ``dataflex-cli features`` and ``dataflex-cli score``.
+
+The model, the adapter, the data sets and the validation samples are loaded by LLaMA-Factory's own run of the YAML, up
+to where training would begin. There the selector of the ``dataflex:`` section scores the whole pool, with the optimizer
+moments saved beside the adapter or the checkpoints where its preconditioner needs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataflex import distributed
+from dataflex.api.context import RoundContext
+from dataflex.api.selector import Selector, check_scores
+from dataflex.config.loading import RunConfig
+from dataflex.data.rng import derive_rng
+from dataflex.data.rules import ScoreArray
+from dataflex.data.sampling import IndexArray
+from dataflex.errors import ConfigError, DataFlexError
+from dataflex.record.selected import Selected, row_column, write_selected
+from dataflex.selectors.base_gradients import InfluenceSelector
+from dataflex.selectors.cluster_less import ClusterLessSelector
+
+if TYPE_CHECKING:
+    from dataflex.trainer.run import DynamicRun
+
+TABLE = "scores.parquet"
+SELECTED = "selected"
+_SHARDED = ("deepspeed", "fsdp", "use_unsloth")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much of the pool is selected: a share in (0, 1], or a number of samples."""
+
+    fraction: float = 0.05
+    count: int | None = None
+
+    def of(self, scored: int, size: int) -> int:
+        """Return the number of samples, at least 1, of a pool of ``size`` samples of which ``scored`` have a score.
+
+        Raises:
+            ConfigError: if fewer have one.
+        """
+        if self.count is None:
+            return max(1, round(self.fraction * scored))
+        if self.count > scored:
+            there = f"the pool has {size}" if scored == size else f"only {scored} of the pool's {size} have a score"
+            raise ConfigError(f"--count: {self.count} samples are wanted, {there}.")
+        return self.count
+
+
+def prepared(config: RunConfig, output: Path, feature_dir: Path | None) -> RunConfig:
+    """Return a training configuration as one that only scores, writing under ``output``.
+
+    Raises:
+        ConfigError: if the configuration has no selector that scores, or spreads the model over processes.
+    """
+    selector = config.build_components().select
+    if selector is None or not selector.scores_samples or type(selector).score is Selector.score:
+        raise ConfigError(
+            f"{config.source}: dataflex.select must name a selector that scores samples, e.g. {{method: less}}."
+        )
+    for key in _SHARDED:
+        if config.llamafactory.get(key):
+            raise ConfigError(f"{key}: scoring without training holds the whole model on every process; leave it out.")
+    params = dict(config.params)
+    if isinstance(selector, InfluenceSelector):
+        cls, given = params["select"]
+        kept = str(feature_dir or selector.params.feature_dir or output / "features")
+        params["select"] = (cls, given.model_copy(update={"feature_dir": kept}))
+    changes = {"do_train": True, "output_dir": str(output), "overwrite_output_dir": True, "report_to": "none"}
+    return replace(config, llamafactory={**config.llamafactory, **changes}, params=params, offline=True)
+
+
+def run(config: RunConfig, command: str, output: Path, amount: Amount) -> None:
+    """Do what ``dataflex-cli features`` or ``score`` does, and print where things are.
+
+    Raises:
+        ConfigError: for ``features``, if the selector does not read those of the whole pool.
+    """
+    from dataflex.integrations.llamafactory import seam
+
+    selector = config.build_components().select
+    reads_all = isinstance(selector, InfluenceSelector) and not isinstance(selector, ClusterLessSelector)
+    if command == "features" and selector is not None and not reads_all:
+        raise ConfigError(
+            f"{config.source}: dataflex.select: features are made for less, icons, tracin, nice and the like; "
+            f"{selector.name!r} does not read those of every sample. Use dataflex-cli score."
+        )
+
+    def look(dynamic: DynamicRun) -> None:
+        lines = _features(dynamic) if command == "features" else _scores(dynamic, output, amount)
+        if distributed.rank() == 0:
+            print("\n".join(f"dataflex: {line}" for line in lines))
+
+    seam.look(config, look)
+
+
+def _features(dynamic: DynamicRun) -> list[str]:
+    return [f"features of {dynamic.pool.size} samples: {folder}" for folder in make_features(dynamic)]  # type: ignore
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What ``dataflex-cli score`` found: samples, how many of them have no score, and what was written."""
+
+    samples: int
+    unscored: int
+    selected: Selected
+
+
+def _scores(dynamic: DynamicRun, output: Path, amount: Amount) -> list[str]:
+    found = score_pool(dynamic, output, amount)
+    first = f"scores of {found.samples} samples ({found.unscored} without one): {output / TABLE}"
+    return [first, *found.selected.lines()]
+
+
+def make_features(run: DynamicRun) -> list[Path]:
+    """Make the pool's features under every checkpoint (or the model as it is), and return their folders."""
+    selector = run.components.select
+    assert isinstance(selector, InfluenceSelector)
+    ctx = _context(run, selector)
+    return [store.folder for store in selector.extract(ctx, np.arange(ctx.pool.size))]
+
+
+def score_pool(run: DynamicRun, output: Path, amount: Amount) -> Scored:
+    """Score the pool, write the table and the selected data set under ``output``, and return what was found.
+
+    Raises:
+        ConfigError: if more samples are wanted than have a score.
+        DataFlexError: if none has one.
+    """
+    selector = run.components.select
+    assert selector is not None
+    assert run.pool is not None
+    size = run.pool.size
+    amount.of(size, size)  # too many shows before the dear part
+    ctx = _context(run, selector)
+    everyone = np.arange(size)
+    scores = check_scores(selector, selector.score(ctx, everyone), everyone, selector.leaves_out_unscored)
+    scored = int(np.count_nonzero(~np.isnan(scores)))
+    if not scored:
+        raise DataFlexError(
+            f"selector {selector.name!r} has no score for any of the pool's {size} samples: no token of theirs is "
+            "trained on. Check the template, cutoff_len and mask_history."
+        )
+    count = amount.of(scored, size)
+    best = best_first(scores, ctx.rng)
+    return distributed.on_main(partial(_write, run, output, scores, best, count))
+
+
+def best_first(scores: ScoreArray, rng: np.random.Generator) -> IndexArray:
+    """Return all positions by falling score, ties in random order, and last those without one (NaN)."""
+    return np.lexsort((rng.random(scores.size), -scores))
+
+
+def _context(run: DynamicRun, selector: Selector) -> RoundContext:
+    assert run.pool is not None
+    assert run.probe is not None
+    return RoundContext(
+        pool=run.pool,
+        probe=run.probe,
+        rng=derive_rng(run.settings.seed, selector.family, selector.name, "offline"),
+        round=0,
+        update=0,
+        num_updates=1,
+        start_step=0,
+        steps=1,
+        size=run.pool.size,
+        total_steps=1,
+        targets=run.targets.get("select"),
+    )
+
+
+def _write(run: DynamicRun, output: Path, scores: ScoreArray, best: IndexArray, count: int) -> Scored:
+    pool = run.pool
+    assert pool is not None
+    output.mkdir(parents=True, exist_ok=True)
+    everyone = np.arange(pool.size)
+    ids, chosen = pool.domain_ids(everyone), np.sort(best[:count])
+    ranks = np.empty(pool.size, dtype=np.int64)
+    ranks[best] = everyone
+    columns = {
+        "index": pa.array(everyone),
+        "dataset": pa.DictionaryArray.from_arrays(ids.astype(np.int32), list(pool.domains)),
+        "row": row_column(pool, everyone),
+        "score": pa.array(scores, from_pandas=True),
+        "rank": pa.array(ranks),
+        "selected": pa.array(ranks < count),
+        "tokens": pa.array(pool.lengths),
+    }
+    temporary = output / f".{TABLE}"
+    pq.write_table(pa.table(columns), temporary)
+    temporary.replace(output / TABLE)
+    written = write_selected(pool, chosen, output / SELECTED, run.config.llamafactory)
+    return Scored(pool.size, int(np.isnan(scores).sum()), written)

@@ -1,0 +1,1 @@
+"""From YAML to a validated configuration, and what is wrong with it."""

@@ -1,0 +1,45 @@
+"""What can be said about a run before anything is loaded: keys, packages, files, data sets, and what goes together.
+
+Nothing here imports torch or LLaMA-Factory; the names of LLaMA-Factory's arguments are read from its source files.
+"""
+
+from __future__ import annotations
+
+from dataflex.config.checks.data import problems_of_data
+from dataflex.config.checks.files import MODEL_FILES, problems_of_files
+from dataflex.config.checks.forms import other_form
+from dataflex.config.checks.keys import problems_of_keys
+from dataflex.config.checks.packages import problems_of_packages
+from dataflex.config.checks.plan import problems_of_plan, problems_of_work
+from dataflex.config.checks.section import SPECIAL_LOSSES, STAGES, problems_of_section
+from dataflex.config.checks.together import problems_of_combinations
+from dataflex.config.checks.values import dataset_names
+from dataflex.config.loading import RunConfig
+from dataflex.errors import ConfigError, Problem
+
+__all__ = ["MODEL_FILES", "SPECIAL_LOSSES", "STAGES", "dataset_names", "problems_of"]
+
+
+def problems_of(config: RunConfig) -> list[Problem]:
+    """Return every problem that shows without loading anything."""
+    foreign = other_form(config)
+    if foreign is not None:
+        return [foreign]
+    try:
+        config.build_components()
+    except ConfigError as error:
+        return [*problems_of_keys(config), *error.problems]
+    found = list(problems_of_keys(config))
+    wrong = {problem.key for problem in found}  # of a value that cannot be, nothing else need be said
+    for check in (
+        problems_of_files,
+        problems_of_data,
+        problems_of_work,
+        problems_of_packages,
+        problems_of_combinations,
+    ):
+        found += (problem for problem in check(config) if problem.key not in wrong)
+    if config.dataflex is not None:
+        found += (problem for problem in problems_of_section(config) if problem.key not in wrong)
+    # The plan's numbers come from keys and files, so what is wrong with those is told alone.
+    return list(dict.fromkeys(found)) or problems_of_plan(config)

@@ -1,0 +1,95 @@
+"""The data sets of a run: their entries in ``dataset_info.json``, and the first rows of their files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dataflex import assets
+from dataflex.config.checks.section import STAGES
+from dataflex.config.checks.values import dataset_names, named_data_sets, truthy, word
+from dataflex.config.loading import SECTION, RunConfig
+from dataflex.data.raw import INFO_FILE, RawDataError, entry_problems, fault, read_entry
+from dataflex.errors import Problem, unknown
+
+
+def problems_of_data(config: RunConfig) -> Iterator[Problem]:
+    """Return what is wrong with the data sets that are named."""
+    if truthy(config, "do_train") and not dataset_names(config):
+        yield Problem("dataset", "needed for training: the names of one or more data sets.")
+    if any(key in config.params for key in ("select", "mix", "order")):  # else LLaMA-Factory loads it twice
+        for name, times in Counter(named_data_sets(config)).items():
+            if times > 1:
+                yield Problem("dataset", f"{name!r} is named {times} times; name it once, and give its share with mix.")
+    folder = _folder(config)
+    if folder is None or not (named := {key: names for key, names in _named(config).items() if names}):
+        return
+    path = folder / INFO_FILE
+    try:
+        info = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        yield Problem("dataset_dir", f"{str(folder)!r} has no {INFO_FILE}.")
+        return
+    except json.JSONDecodeError as error:
+        yield Problem(
+            "dataset_dir", f"{path} is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}."
+        )
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        yield Problem("dataset_dir", f"{path} cannot be read: {error}.")
+        return
+    if not isinstance(info, dict):
+        yield Problem("dataset_dir", f"{path} must be a mapping of data sets, not a {type(info).__name__}.")
+        return
+    stage = word(config, "stage", "sft")
+    fits = config.dataflex is None or stage in STAGES  # else it is the stage that is refused
+    for key, names in named.items():
+        answers = not (key == "eval_dataset" and truthy(config, "predict_with_generate"))
+        for name in names:
+            found = _dataset(name, info, folder, stage if fits else None, answers)
+            yield from (Problem(key, message) for message in found)
+
+
+def _folder(config: RunConfig) -> Path | None:
+    """Return the folder of local data sets; None where data sets come from elsewhere, or are tokenized already."""
+    folder = config.llamafactory.get("dataset_dir", "data")
+    if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
+        return None
+    if config.llamafactory.get("tokenized_path"):
+        return None
+    if folder.startswith(assets.PREFIX):
+        name = folder.removeprefix(assets.PREFIX)
+        if not (name in assets.ASSETS and assets.is_cached(name)):
+            return None
+        folder = assets.resolve(folder)
+    return Path(folder)
+
+
+def _named(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    """Return the names of data sets by the key that names them."""
+    named = {key: dataset_names(config, key) for key in ("dataset", "eval_dataset")}
+    for key, component in config.build_components().items():
+        if component.needs_validation:
+            named[f"{SECTION}.{key}.validation"] = tuple(component.params.validation or ())
+    return named
+
+
+def _dataset(name: str, info: dict[str, Any], folder: Path, stage: str | None, answers: bool) -> Iterator[str]:
+    if name not in info:
+        yield f"{unknown('data set', name, info)} (from {folder / INFO_FILE})"
+        return
+    wrong = [f"the entry of {name!r} in {folder / INFO_FILE}: {message}" for message in entry_problems(info[name])]
+    yield from wrong
+    if wrong:
+        return
+    try:
+        entry = read_entry(name, info[name], folder)
+    except RawDataError as error:
+        yield f"{error}."
+        return
+    found = None if entry is None or stage is None else fault(entry, stage, whole=False, answers=answers)
+    if found is not None:
+        yield f"{name!r} cannot be used: {found}"

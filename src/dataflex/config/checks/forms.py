@@ -1,0 +1,115 @@
+"""Files of other launchers and trainers of LLaMA-Factory, which this package does not start."""
+
+from __future__ import annotations
+
+from dataflex.config.arguments import llamafactory_keys, v1_keys
+from dataflex.config.checks.values import enabled, truthy, word
+from dataflex.config.loading import SECTION, RunConfig
+from dataflex.errors import Problem
+
+_V1_NAMES = {
+    "model": "model_name_or_path",
+    "train_dataset": "dataset with dataset_dir",
+    "micro_batch_size": "per_device_train_batch_size",
+    "global_batch_size": "gradient_accumulation_steps",
+    "peft_config": "finetuning_type, lora_rank and so on",
+    "quant_config": "quantization_bit",
+    "optim_config": "optim",
+    "lr_scheduler_config": "lr_scheduler_type",
+    "dist_config": "deepspeed or fsdp",
+    "init_config": "nothing",
+    "kernel_config": "enable_liger_kernel",
+    "enable_activation_checkpointing": "disable_gradient_checkpointing",
+    "save_epochs": "save_strategy: epoch",
+    "batching_strategy": "packing",
+}
+"""Key of the v1 form -> what is written in its place."""
+
+_RAY = ("use_ray", "ray_run_name", "ray_storage_path", "ray_num_workers", "ray_init_kwargs", "resources_per_worker",
+        "placement_strategy")  # fmt: skip
+_KTRANSFORMERS = ("use_kt", "kt_optimize_rule", "cpu_infer", "chunk_size", "kt_mode", "kt_maxlen")
+_MEGATRON = (
+    "use_mca", "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+    "context_parallel_size", "virtual_pipeline_model_parallel_size", "sequence_parallel", "bias_activation_fusion",
+    "apply_rope_fusion", "use_distributed_optimizer", "overlap_param_gather", "overlap_grad_reduce",
+    "moe_grouped_gemm", "moe_token_dispatcher_type", "moe_router_dtype", "recompute_granularity", "recompute_method",
+    "recompute_num_layers", "calculate_per_token_loss", "account_for_loss_in_pipeline_split",
+    "account_for_embedding_in_pipeline_split",
+)  # fmt: skip
+_EXPORT = ("export_dir", "export_quantization_bit")
+
+
+def other_form(config: RunConfig) -> Problem | None:
+    """Return what says that the file is one of another launcher; then its other keys need no word."""
+    keys = config.llamafactory
+    found = _of_v1(config) or _of_environment(config)
+    if found is not None:
+        return found
+    ray = [key for key in keys if key in _RAY and keys[key] not in (None, False)]
+    if ray:
+        return Problem(
+            ray[0],
+            "this is a file for LLaMA-Factory's Ray launch, which is not supported: dataflex-cli starts torchrun, "
+            f"with NPROC_PER_NODE and NNODES. Remove {', '.join(ray)}.",
+        )
+    megatron = [key for key in keys if key in _MEGATRON and (key != "use_mca" or truthy(config, key))]
+    if megatron:
+        return Problem(
+            megatron[0],
+            "this is a file for LLaMA-Factory's Megatron trainer (mcore_adapter), which is not supported. Use "
+            f"deepspeed or fsdp, and remove {', '.join(megatron)}.",
+        )
+    if any(keys.get(key) for key in _EXPORT) and not truthy(config, "do_train"):
+        key = next(key for key in _EXPORT if keys.get(key))
+        return Problem(key, "this is a file for llamafactory-cli export; dataflex-cli trains and evaluates.")
+    works = any(truthy(config, key) for key in ("do_train", "do_eval", "do_predict"))
+    if not works and word(config, "infer_backend", "huggingface") != "huggingface":
+        return Problem(
+            "infer_backend", "this is a file for llamafactory-cli chat or api; dataflex-cli trains and evaluates."
+        )
+    if not works and "task" in keys:
+        return Problem("task", "this is a file for llamafactory-cli eval; use dataflex-cli eval MODEL --tasks NAME.")
+    return _of_ktransformers(config)
+
+
+def _of_v1(config: RunConfig) -> Problem | None:
+    keys = config.llamafactory
+    given = [key for key in keys if key in v1_keys()]
+    if enabled("USE_V1"):
+        return Problem("environment variable USE_V1", "LLaMA-Factory's v1 trainer is not supported; unset it.")
+    if not given or "model_name_or_path" in keys:
+        return None
+    instead = "; ".join(f"{key} -> {_V1_NAMES[key]}" for key in given if key in _V1_NAMES)
+    return Problem(
+        given[0],
+        f"this is LLaMA-Factory's v1 form ({', '.join(given)}), which is not supported. Write the file in its usual "
+        f"form{f': {instead}' if instead else ''}.",
+    )
+
+
+def v1_name(key: str) -> str | None:
+    """Return what says how a single key of the v1 form is written in a file of the usual one."""
+    if key not in v1_keys() or key in llamafactory_keys():
+        return None
+    instead = f"; write {_V1_NAMES[key]}." if key in _V1_NAMES else "."
+    return f"a key of LLaMA-Factory's v1 form, which is not supported{instead}"
+
+
+def _of_environment(config: RunConfig) -> Problem | None:
+    for name, what in (("USE_RAY", "Ray launch"), ("USE_MCA", "Megatron trainer")):
+        if enabled(name):
+            return Problem(f"environment variable {name}", f"LLaMA-Factory's {what} is not supported; unset it.")
+    return None
+
+
+def _of_ktransformers(config: RunConfig) -> Problem | None:
+    """Under ``dataflex:`` KTransformers is not supported; without, it is LLaMA-Factory's in one process."""
+    named = [key for key in config.llamafactory if key in _KTRANSFORMERS or key.startswith("kt_")]
+    if not named and not enabled("USE_KT"):
+        return None
+    if config.dataflex is None and all(key in llamafactory_keys() for key in named):
+        return None
+    why = f"with {SECTION}:" if config.dataflex is not None else "in this form"
+    key = named[0] if named else "environment variable USE_KT"
+    more = f" Remove {', '.join(named)}." if named else " Unset it."
+    return Problem(key, f"LLaMA-Factory's KTransformers training is not supported {why}.{more}")

@@ -1,0 +1,131 @@
+"""How many rows the data files of a run have, counted without a tokenizer, as far as that is quick."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dataflex import assets
+from dataflex.config.checks.values import dataset_names, number, truthy
+from dataflex.config.loading import RunConfig
+
+_LARGEST_ARRAY = 1 << 28
+"""Bytes of the largest JSON array that is parsed to be counted; a second or two."""
+_BLOCK = 1 << 22
+_REMOTE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+
+
+def training_samples(config: RunConfig) -> tuple[dict[str, int], str]:
+    """Return the samples each training data set will give at most, or why that is not known.
+
+    Rows that preprocessing drops are counted, so there may be fewer, never more.
+
+    Returns:
+        Samples by data set, and an empty text; or nothing, and the reason.
+    """
+    stage = config.llamafactory.get("stage", "sft")
+    if truthy(config, "streaming"):
+        return {}, "streamed data has no length"
+    if config.llamafactory.get("tokenized_path"):
+        return {}, "tokenized data is not looked into"
+    packed = truthy(config, "packing") or (stage == "pt" and config.llamafactory.get("packing") is None)
+    if packed or truthy(config, "neat_packing"):
+        return {}, "rows are packed into another number of samples"
+    if stage not in ("sft", "pt", "rm", "dpo"):
+        return {}, f"stage {stage} makes samples of its own"
+    if str(config.llamafactory.get("mix_strategy", "concat")) != "concat":
+        return {}, "data sets are interleaved"
+    found: dict[str, int] = {}
+    for name in dataset_names(config):
+        rows = rows_of(config, name)
+        if rows is None:
+            return {}, f"the rows of {name!r} are not counted"
+        held_out = number(config, "val_size", 0.0)
+        found[name] = max(0, rows - int(held_out)) if held_out >= 1 else math.floor(rows * (1 - held_out))
+    if not all(found.values()):
+        return {}, "there is a data set without a row"
+    return found, ""
+
+
+def rows_of(config: RunConfig, name: str) -> int | None:
+    """Return the rows of a data set after ``num_samples`` and ``max_samples``; None where they are not counted."""
+    folder = str(config.llamafactory.get("dataset_dir", "data"))
+    if folder.startswith(assets.PREFIX):
+        asset = folder.removeprefix(assets.PREFIX)
+        if not (asset in assets.ASSETS and assets.is_cached(asset)):
+            return None
+        folder = assets.resolve(folder)
+    entry = _entry(Path(folder) / "dataset_info.json", name)
+    file_name = entry.get("file_name")
+    if any(source in entry for source in _REMOTE) or not isinstance(file_name, str):
+        return None
+    path = Path(folder) / file_name
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    counts = [_count(file, file.stat().st_mtime_ns) if file.is_file() else None for file in files]
+    if not counts or None in counts:
+        return None
+    rows = sum(count for count in counts if count is not None)
+    if isinstance(entry.get("num_samples"), int):
+        rows = int(entry["num_samples"])
+    most = number(config, "max_samples", math.inf)
+    return int(min(rows, most))
+
+
+def _entry(path: Path, name: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))[name]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}  # another check tells
+    return entry if isinstance(entry, dict) else {}
+
+
+@cache
+def _count(path: Path, changed: int) -> int | None:
+    """Return the rows of a file; ``changed`` is when it was written, so that a new file is counted anew."""
+    try:
+        kind = path.suffix.lower()
+        if kind == ".parquet":
+            import pyarrow.parquet as pq
+
+            return int(pq.ParquetFile(path).metadata.num_rows)
+        if kind == ".csv":
+            with path.open(encoding="utf-8", newline="") as stream:
+                return max(0, sum(1 for row in csv.reader(stream) if row) - 1)
+        if kind == ".json" and _is_array(path):
+            rows = json.loads(path.read_bytes()) if path.stat().st_size <= _LARGEST_ARRAY else None
+            return len(rows) if isinstance(rows, list) else None
+        if kind in (".json", ".jsonl", ".txt"):
+            return _lines(path)
+        if kind == ".arrow":
+            return _arrow_rows(path)
+    except (OSError, ValueError, csv.Error):
+        pass  # loading tells what is wrong with it
+    return None
+
+
+def _is_array(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def _lines(path: Path) -> int:
+    lines, last = 0, b"\n"
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            lines, last = lines + block.count(b"\n"), block[-1:]
+    return lines + (last != b"\n")
+
+
+def _arrow_rows(path: Path) -> int:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        try:
+            return sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+        except pa.ArrowInvalid:
+            reader = pa.ipc.open_file(source)
+            return sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))

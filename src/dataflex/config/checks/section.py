@@ -1,0 +1,216 @@
+"""What the ``dataflex:`` section asks for, against LLaMA-Factory's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dataflex.api.component import Component
+from dataflex.api.reference import ReferenceParams
+from dataflex.config.checks.values import dataset_names, deepspeed, number, truthy
+from dataflex.config.loading import SECTION, RunConfig
+from dataflex.errors import Problem
+
+STAGES = ("sft", "pt")
+
+SPECIAL_LOSSES = {
+    "use_dft_loss": "its token weights already change the loss",
+    "use_eaft_loss": "its token weights already change the loss",
+    "use_asft_loss": "it computes the loss against a reference model",
+    "label_smoothing_factor": "the Trainer's smoothed loss is a mean per micro-batch, not the token mean weights scale",
+    "enable_liger_kernel": "its fused head and loss give no loss per sample",
+    "use_liger_kernel": "its fused head and loss give no loss per sample",
+    "use_unsloth": "its fused loss gives no loss per sample",
+}
+"""LLaMA-Factory keys that give the loss a path of its own -> why weights cannot join it."""
+
+_LAYERWISE = ("galore_layerwise", "apollo_layerwise")
+
+
+def problems_of_section(config: RunConfig) -> Iterator[Problem]:
+    """Return what does not go together with the section."""
+    for check in (
+        _stage,
+        _data_path,
+        _domains,
+        _order,
+        _loss,
+        _components,
+        _validation,
+        _neat_packing,
+        _best_model,
+    ):
+        yield from check(config)
+
+
+def _stage(config: RunConfig) -> Iterator[Problem]:
+    stage = config.llamafactory.get("stage", "sft")
+    if stage not in STAGES:
+        yield Problem("stage", f"{stage!r} is not supported with {SECTION}:; use one of {', '.join(STAGES)}.")
+    for key in ("use_hyper_parallel", "auto_find_batch_size"):
+        if truthy(config, key):
+            yield Problem(key, f"is not supported with {SECTION}: (rounds need LLaMA-Factory's standard trainer).")
+    yield from _length(config)
+
+
+def _length(config: RunConfig) -> Iterator[Problem]:
+    """What says how long training lasts: at most one key, and for a budget what can follow it."""
+    settings = config.dataflex
+    if settings is None:
+        return
+    ours = ("train_steps", "train_tokens", "train_seconds")
+    given = [f"{SECTION}.{key}" for key in ours if getattr(settings, key) is not None]
+    if number(config, "max_steps", -1) > 0:
+        given.append("max_steps")
+    if len(given) > 1:
+        yield Problem(given[0], f"and {' and '.join(given[1:])} both say how long training lasts; keep one.")
+    if settings.train_tokens is None and settings.train_seconds is None:
+        return
+    budget = f"{SECTION}.train_tokens" if settings.train_tokens is not None else f"{SECTION}.train_seconds"
+    schedule = str(config.llamafactory.get("lr_scheduler_type", "linear"))
+    if schedule in ("reduce_lr_on_plateau", "greedy"):
+        yield Problem("lr_scheduler_type", f"{schedule!r} has no length that could follow {budget}; use cosine, say.")
+    for key in _LAYERWISE:
+        if truthy(config, key):
+            yield Problem(key, f"has schedules of its own, which do not follow {budget}; use train_steps.")
+    for block in ("optimizer", "scheduler"):
+        if block in deepspeed(config):
+            yield Problem("deepspeed", f"its {block!r} block has a schedule that cannot follow {budget}; remove it.")
+    if truthy(config, "streaming"):
+        yield Problem("streaming", f"{budget} needs the lengths of all samples; set it to false, or use max_steps.")
+
+
+def _data_path(config: RunConfig) -> Iterator[Problem]:
+    """Keys that say where samples come from, against decisions about samples."""
+    plans = [key for key in ("select", "mix", "order") if key in config.params]
+    if not plans:
+        return
+    who = f"{SECTION}.{plans[0]}"
+    if truthy(config, "streaming"):
+        yield Problem("streaming", f"{who} needs to see the whole pool, and a stream has no length; set it to false.")
+    if str(config.llamafactory.get("mix_strategy", "concat")) != "concat":
+        yield Problem("mix_strategy", f"interleaving fixes the mixture before training; use {SECTION}.mix instead.")
+    sequential = truthy(config, "disable_shuffling")
+    strategy = config.llamafactory.get("train_sampling_strategy", "random")
+    if "mix" in config.params and (sequential or strategy == "sequential"):
+        key = "disable_shuffling" if sequential else "train_sampling_strategy"
+        yield Problem(key, "a mixture has no natural order, samples of the domains are shuffled; remove it.")
+    if "order" in config.params and (sequential or strategy != "random"):
+        key = "disable_shuffling" if sequential else "train_sampling_strategy"
+        yield Problem(key, f"{SECTION}.order decides the order of samples; keep one of the two.")
+    accelerator = config.llamafactory.get("accelerator_config")
+    if isinstance(accelerator, dict) and (accelerator.get("split_batches") or accelerator.get("dispatch_batches")):
+        yield Problem("accelerator_config", "split_batches and dispatch_batches change who trains what; remove.")
+    column = None if config.dataflex is None else config.dataflex.domain_column
+    if number(config, "val_size", 0.0) > 1 and (column is not None or len(dataset_names(config)) > 1):
+        parts = "data sets" if column is None else f"the values of {SECTION}.domain_column"
+        yield Problem("val_size", f"a number of samples cannot be split over {parts}; give a fraction or eval_dataset.")
+
+
+def _domains(config: RunConfig) -> Iterator[Problem]:
+    components, column = config.build_components(), None if config.dataflex is None else config.dataflex.domain_column
+    if column is not None:
+        if not components.plans_data:
+            yield Problem(
+                f"{SECTION}.domain_column", "divides the data of select, mix and order; name one, or remove it."
+            )
+        if config.llamafactory.get("tokenized_path"):
+            yield Problem(
+                "tokenized_path",
+                f"{SECTION}.domain_column is read from raw data, which tokenized data has no more; remove.",
+            )
+        return  # the mixer is asked when the names of the domains are known
+    if components.mix is not None and dataset_names(config):
+        problem = components.mix.check_domains(dataset_names(config))
+        if problem is not None:
+            yield Problem(f"{SECTION}.mix.{problem[0]}", problem[1])
+
+
+def _order(config: RunConfig) -> Iterator[Problem]:
+    components = config.build_components()
+    if components.order is None or components.order.params.model_dump().get("by") != "selection":
+        return
+    if components.select is None or not components.select.scores_samples:
+        yield Problem(f"{SECTION}.order.by", "selection needs a selector that scores, e.g. select: {method: loss}.")
+
+
+def _components(config: RunConfig) -> Iterator[Problem]:
+    for key, component in config.build_components().items():
+        for parameter, message in component.problems(config):
+            yield Problem(f"{SECTION}.{key}.{parameter}", message)
+
+
+def _validation(config: RunConfig) -> Iterator[Problem]:
+    for family, component in config.build_components().items():
+        if component.needs_validation and component.params.validation is None:
+            yield from _without_validation(config, f"{SECTION}.{family}.validation", component)
+
+
+def _without_validation(config: RunConfig, key: str, component: Component) -> Iterator[Problem]:
+    """What a component that needs validation samples can take for them where it names none."""
+    if dataset_names(config, "eval_dataset"):
+        return
+    if not number(config, "val_size", 0.0):
+        yield Problem(
+            key,
+            f"{component.name!r} looks at validation samples: name data sets here, or set eval_dataset (or val_size).",
+        )
+        return
+    if truthy(config, "predict_with_generate"):
+        yield Problem(
+            "predict_with_generate",
+            f"samples split off by val_size are then prompts only, and {component.name!r} needs their answers; name "
+            f"validation data sets in {key}.",
+        )
+        return
+    packing = [name for name in ("packing", "neat_packing") if truthy(config, name)]
+    if packing and config.llamafactory.get("stage", "sft") == "sft":
+        yield Problem(
+            packing[0],
+            f"samples split off by val_size are then packed too, and {component.name!r} needs them one by one; name "
+            f"the validation samples with eval_dataset or {key}.",
+        )
+
+
+def _best_model(config: RunConfig) -> Iterator[Problem]:
+    """The Trainer takes every metric whose name does not end in ``loss`` for one where more is better."""
+    metric = str(config.llamafactory.get("metric_for_best_model") or "")
+    if metric.endswith(("_perplexity", "_bits_per_byte")) and config.llamafactory.get("greater_is_better") is None:
+        yield Problem("greater_is_better", f"needed with metric_for_best_model: {metric}; set it to false.")
+
+
+def _neat_packing(config: RunConfig) -> Iterator[Problem]:
+    """What measures several samples together, against a collator that takes one at a time."""
+    if not truthy(config, "neat_packing") or config.llamafactory.get("flash_attn") != "fa2":
+        return
+    components = config.build_components()
+    select, mix, order = components.select, components.mix, components.order
+    measuring = []
+    if select is not None and (select.probes != "nothing" or select.needs_validation):
+        measuring.append(f"{SECTION}.select.method: {select.name}")
+    makes_table = (
+        mix is not None and isinstance(mix.params, ReferenceParams) and mix.params.reference_losses is not None
+    )
+    if mix is not None and (mix.measures_samples or makes_table):
+        measuring.append(f"{SECTION}.mix.method: {mix.name}")
+    if order is not None and order.params.model_dump().get("by") == "loss":
+        measuring.append(f"{SECTION}.order.by: loss")
+    if measuring:
+        yield Problem(
+            "neat_packing",
+            f"with flash_attn: fa2 LLaMA-Factory's batches are of one sample, and {' and '.join(measuring)} measures "
+            "several samples together. Set flash_attn: sdpa, or packing: true in the place of neat_packing.",
+        )
+
+
+def _loss(config: RunConfig) -> Iterator[Problem]:
+    mixer = config.build_components().mix
+    weighs = [f"{SECTION}.weight"] if "weight" in config.params else []
+    if mixer is not None and mixer.weighs_loss_by != "nothing":
+        weighs.append(f"{SECTION}.mix.method: {mixer.name}")
+    if len(weighs) == 2:
+        yield Problem(weighs[0], f"cannot be combined with {weighs[1]}, which gives the domains' weights in the loss.")
+    if mixer is not None and mixer.learns_from_losses and not weighs:
+        weighs.append(f"{SECTION}.mix.method: {mixer.name}")
+    for key, reason in SPECIAL_LOSSES.items():
+        if weighs and truthy(config, key):
+            yield Problem(key, f"cannot be combined with {weighs[0]}: {reason}.")

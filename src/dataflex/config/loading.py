@@ -1,0 +1,367 @@
+"""The configuration: one LLaMA-Factory YAML with a ``dataflex:`` section, and ``key=value`` overrides.
+
+Loading splits the file: LLaMA-Factory's keys stay as they are, ours become a validated :class:`DataFlexConfig`. Nothing
+here imports torch or LLaMA-Factory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from dataflex.api import registry
+from dataflex.api.component import Component
+from dataflex.api.components import Components
+from dataflex.api.params import ComponentParams
+from dataflex.config import legacy
+from dataflex.config.masking import masks
+from dataflex.config.misplaced import SECTION as SECTION
+from dataflex.config.misplaced import belongs, nested, unknown_in
+from dataflex.config.yaml_file import read_yaml
+from dataflex.errors import ConfigError, DataFlexError, Problem, did_you_mean, unknown
+
+ASSET_KEYS = ("model_name_or_path", "dataset_dir")
+"""LLaMA-Factory keys whose value may be ``asset:NAME``."""
+
+
+class DataFlexConfig(BaseModel):
+    """The ``dataflex:`` section."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps on a uniform draw before the first decision.")
+    update_steps: int | None = Field(
+        None, ge=1, description="Length of a round in optimizer steps; none: a part of a pass, by what decides."
+    )
+    updates: int = Field(-1, description="Decisions in a cycle; -1: until training ends.")
+    train_steps: int | None = Field(None, ge=1, description="Total optimizer steps; wins over num_train_epochs.")
+    train_tokens: int | None = Field(
+        None, ge=1, description="Training ends when so many tokens are trained on, in the place of a number of steps."
+    )
+    train_seconds: float | None = Field(
+        None, gt=0, description="Training ends after so many seconds of training and decisions together."
+    )
+    seed: int = Field(42, ge=0, description="Seed of every decision.")
+    domain_column: str | None = Field(
+        None, min_length=1, description="Column of the raw data whose values are the domains; none: the data sets are."
+    )
+    probe_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens in one forward of a probe; none: four training micro-batches of the longest sample.",
+    )
+    plugins: list[str] = Field(default_factory=list, description="Python files that register components.")
+    select: dict[str, Any] | None = Field(None, description="The selector: {method: name, ...parameters}.")
+    mix: dict[str, Any] | None = Field(None, description="The mixer: {method: name, ...parameters}.")
+    order: dict[str, Any] | None = Field(None, description="The order: {method: name, ...parameters}.")
+    weight: dict[str, Any] | None = Field(None, description="The weighter: {method: name, ...parameters}.")
+
+    @field_validator("updates")
+    @classmethod
+    def _updates_positive_or_open(cls, value: int) -> int:
+        if value == 0 or value < -1:
+            raise ValueError("must be at least 1, or -1 for 'until training ends'")
+        return value
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A loaded configuration.
+
+    Attributes:
+        llamafactory: LLaMA-Factory's own keys, untouched.
+        dataflex: our section, or None where nothing of LLaMA-Factory is to be replaced.
+        params: parameters of each present family, by configuration key.
+        source: the file it came from, for messages.
+        base: folder of that file, the second place where relative paths are looked for.
+        assets: LLaMA-Factory keys whose value was ``asset:NAME``, and that name.
+        notes: what the user should be told before the run starts.
+        offline: whether the pool is only to be scored, not trained on.
+    """
+
+    llamafactory: dict[str, Any]
+    dataflex: DataFlexConfig | None
+    params: dict[str, tuple[type[Component], ComponentParams]] = field(default_factory=dict)
+    source: str = ""
+    base: Path | None = None
+    assets: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    offline: bool = False
+
+    def with_assets(self) -> RunConfig:
+        """Return the configuration with ``asset:NAME`` values replaced by paths, fetching what is not there yet.
+
+        Raises:
+            ConfigError: if an asset is unknown or cannot be fetched.
+        """
+        from dataflex import assets
+
+        given = {key: str(self.llamafactory[key]) for key in ASSET_KEYS if self.llamafactory.get(key)}
+        named = {key: name for key, name in given.items() if name.startswith(assets.PREFIX)}
+        found = {key: assets.resolve(name) for key, name in named.items()}
+        return replace(self, llamafactory={**self.llamafactory, **found}, assets=named)
+
+    def build_components(self) -> Components:
+        """Return fresh components of this configuration.
+
+        Raises:
+            ConfigError: with a problem for each component that cannot be made.
+        """
+        built = Components()
+        problems = []
+        for key, (cls, params) in self.params.items():
+            try:
+                setattr(built, key, registry.instantiate(cls, params))
+            except DataFlexError as error:
+                problems.append(Problem(f"{SECTION}.{key}", str(error)))
+        if problems:
+            raise ConfigError(problems=problems, source=self.source)
+        return built
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the whole configuration with every default filled in, as plain data."""
+        ours: dict[str, Any] | None = None
+        if self.dataflex is not None:
+            ours = self.dataflex.model_dump(exclude={"select", "mix", "order", "weight"})
+            for key, (cls, params) in self.params.items():
+                ours[key] = {"method": cls.name, **params.model_dump(mode="json")}
+        return {**self.llamafactory, SECTION: ours}
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Load, translate, split and validate a configuration file.
+
+    Raises:
+        ConfigError: with every problem of the ``dataflex:`` section together.
+    """
+    return split_config(read_yaml(path, overrides or []), source=str(path), base=path.resolve().parent)
+
+
+def split_config(raw: dict[str, Any], source: str = "", base: Path | None = None) -> RunConfig:
+    """Split a merged mapping into LLaMA-Factory's keys and ours, and validate ours.
+
+    Args:
+        raw: the whole mapping; not changed.
+        source: file name for messages.
+        base: folder for relative plugin and component files.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    config, problems = parse_config(raw, source, base)
+    if problems:
+        raise ConfigError(problems=problems, source=source)
+    return config
+
+
+def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None) -> tuple[RunConfig, list[Problem]]:
+    """Do what :func:`split_config` does, but return the problems; with any, the section is left out."""
+    problems = [
+        Problem(key, f"was not recorded, as it is a secret; give it ({key}=...), or leave it out ({key}=null).")
+        for key in masks(raw)
+    ]
+    rest, section, notes = legacy.translate(raw, base, problems)
+    plain = RunConfig(rest, None, source=source, base=base, notes=tuple(notes))
+    if section is None and SECTION in raw:
+        notes.append(
+            f"{SECTION}: has no value, so the run is LLaMA-Factory's own, without a record; {{}} would keep one."
+        )
+        plain = replace(plain, notes=tuple(notes))
+    if section is None or problems:
+        return plain, problems
+    if not isinstance(section, dict):
+        registry.load_components([], base)
+        return plain, [Problem(SECTION, _no_section(section))]
+    loaded = _load_plugins(section, base, problems)
+    settings = {key: value for key, value in section.items() if value is None or key not in registry.CONFIG_KEYS}
+    hint = partial(_belongs, section)
+    config = validate(DataFlexConfig, settings, SECTION, problems, hint=hint)
+    params = _validate_components(section, base, problems) if loaded else {}
+    if problems:
+        return plain, problems
+    if params and rest.get("warmup_steps") and "warmup_steps" not in section:
+        notes.append(
+            f"warmup_steps at the top of the file is the learning rate's; {SECTION}.warmup_steps, the steps before the "
+            "first decision, is 0."
+        )
+    given = {key: section[key] for key in registry.CONFIG_KEYS if section.get(key) is not None}
+    config = config.model_copy(update=given)
+    if not params:
+        note = f"{SECTION}: has none of select, mix, order, weight; the run trains as LLaMA-Factory does, on record."
+        notes.append(note)
+    return RunConfig(rest, config, params, source, base, notes=tuple(notes)), []
+
+
+def _no_section(section: Any) -> str:
+    """Return what says that the section must be a mapping, with the one that may be meant."""
+    for family, kind in registry.CONFIG_KEYS.items():
+        if isinstance(section, str) and section in registry.available(kind):
+            return f"must be a mapping, got {section!r}; write {nested(f'{SECTION}.{family}.method', section)}."
+    return f"must be a mapping, got {section!r}."
+
+
+def _belongs(section: Mapping[str, Any], place: str, key: str) -> str | None:
+    return belongs(key, place, DataFlexConfig.model_fields, section)
+
+
+def _load_plugins(section: Mapping[str, Any], base: Path | None, problems: list[Problem]) -> bool:
+    """Register the methods that can be named; return whether that succeeded."""
+    plugins = section.get("plugins") or []
+    named = isinstance(plugins, list) and all(isinstance(plugin, str) for plugin in plugins)
+    try:
+        registry.load_components(plugins if named else [], base)
+    except ConfigError as error:
+        problems += [replace(each, key=each.key and f"{SECTION}.{each.key}") for each in error.problems]
+        return False
+    return named
+
+
+def _validate_components(
+    section: dict[str, Any], base: Path | None, problems: list[Problem]
+) -> dict[str, tuple[type[Component], ComponentParams]]:
+    found = {}
+    for key, family in registry.CONFIG_KEYS.items():
+        given = section.get(key)
+        if given is None:
+            continue
+        prefix = f"{SECTION}.{key}"
+        if not isinstance(given, dict) or not isinstance(given.get("method"), str):
+            problems.append(Problem(*_without_method(prefix, family, given)))
+            continue
+        try:
+            cls = registry.get(family, given["method"])
+        except ConfigError as error:
+            problems.append(Problem(f"{prefix}.method", str(error)))
+            continue
+        data = {name: value for name, value in given.items() if name != "method"}
+        params = validate(cls.Params, data, prefix, problems, base, partial(_belongs, section))
+        if params is not None:
+            found[key] = (cls, params)
+    return found
+
+
+def _without_method(prefix: str, family: str, given: Any) -> tuple[str, str]:
+    """Return the key and what says how a family is written."""
+    known = registry.available(family)
+    names = ", ".join(known)
+    words = given if isinstance(given, list) else [given]
+    if not isinstance(given, dict):
+        meant = f" {{method: {words[0]}}}" if len(words) == 1 and isinstance(words[0], str) else " {method: name}"
+        hint = did_you_mean(words[0], known) if words and isinstance(words[0], str) and words[0] not in known else ""
+        return prefix, f"must be a mapping, got {given!r}; write{meant}{hint or '.'} Known: {names}."
+    if "method" in given:
+        return f"{prefix}.method", f"must be the name of a {family}, got {given['method']!r}. Known: {names}."
+    for key in given:
+        if did_you_mean(str(key), ["method"]):
+            return f"{prefix}.{key}", "unknown key; did you mean 'method'?"
+    having = [name for name, cls in known.items() if given and set(given) <= set(cls.Params.model_fields)]
+    only = f" {', '.join(given)}: parameters of {', '.join(having)}." if having else ""
+    return f"{prefix}.method", f"needed, the name of a {family}.{only} Known: {names}."
+
+
+def validate(
+    model: type[BaseModel],
+    data: dict[str, Any],
+    prefix: str,
+    problems: list[Problem],
+    base: Path | None = None,
+    hint: Callable[[str, str], str | None] = lambda place, key: None,
+) -> Any:
+    """Return ``model`` built from ``data``, or None after adding one problem per bad key.
+
+    Args:
+        model: the class.
+        data: its values.
+        prefix: of the keys, in messages.
+        problems: what is added to.
+        base: folder of the configuration, for the validators.
+        hint: says where a key belongs that the model does not know, given the prefix and the key.
+    """
+    found: dict[str, list[str]] = {}
+    for name, value in data.items():
+        info = model.model_fields.get(name)
+        if isinstance(value, bool) and info is not None and _is_number(info.annotation):
+            found[name] = [f"must be a number, got {str(value).lower()}"]
+    try:
+        built = model.model_validate(
+            {key: value for key, value in data.items() if key not in found}, context={"base": base}
+        )
+    except ValidationError as error:
+        for item in error.errors():
+            if item["type"] == "missing" and item["loc"][0] in found:
+                continue
+            key, message = _explained(model, item, prefix, hint)
+            found.setdefault(key, [])
+            if message not in found[key]:
+                found[key].append(message)
+        built = None
+    for key, messages in found.items():
+        text = "; or: ".join(message.rstrip(".") if len(messages) > 1 else message for message in messages)
+        end = "" if text.endswith((".", "?")) else "."
+        problems.append(Problem(f"{prefix}.{key}" if key else prefix, f"{text}{end}"))
+    return None if found else built
+
+
+_PLAIN = {
+    **dict.fromkeys(("tuple_type", "list_type"), "must be a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a mapping"),
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "must be a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
+    "string_type": "must be text",
+}
+"""Kind of a validation error -> what it says."""
+
+
+def _is_number(annotation: Any) -> bool:
+    """Return whether a field holds a number, or a number or nothing."""
+    kinds = {annotation, *get_args(annotation)} - {type(None)}
+    return bool(kinds & {int, float}) and bool not in kinds
+
+
+def _is_key(part: int | str | None = None) -> bool:
+    """Return whether part of an error's location is a key of a mapping, not the name of a type in a union."""
+    return isinstance(part, str) and part.isidentifier() and part not in ("str", "int", "float", "bool")
+
+
+def _explained(
+    model: type[BaseModel], item: Any, prefix: str, hint: Callable[[str, str], str | None]
+) -> tuple[str, str]:
+    """Return the key of a validation error, below the prefix, and what is wrong with it.
+
+    Items of a list and the alternatives of a union belong to the key that holds them, but the keys of an item that is
+    a mapping are named with its place: ``points.0.step``.
+    """
+    location = item["loc"]
+    names = [str(part) for part in location]
+    if item["type"] == "extra_forbidden":
+        if len(location) > 1:
+            return ".".join(names), f"unknown key {names[-1]!r}."
+        return names[0], hint(prefix, names[0]) or unknown_in(prefix, names[0], list(model.model_fields))
+    position = next((number for number, part in enumerate(location) if isinstance(part, int)), None)
+    if position is not None and _is_key(*location[position + 1 : position + 2]):
+        names, position = names[: position + 2], None
+    key = ".".join(names if position is None else names[:position])
+    if item["type"] == "missing":
+        return key, "needed" if position is None else f"item {location[position] + 1} is missing"
+    message = re.sub("^Input should be ", "must be ", item["msg"].removeprefix("Value error, "))
+    message = _PLAIN.get(item["type"], message)
+    if item["type"] == "union_tag_invalid":
+        return key, unknown(
+            item["ctx"]["discriminator"].strip("'"),
+            item["ctx"]["tag"],
+            re.findall("'([^']*)'", item["ctx"]["expected_tags"]),
+        )
+    if position is not None:
+        message = f"item {location[position] + 1}: {message}"
+    if ", got " not in message or item["type"] != "value_error":
+        message += f", got {item['input']!r}"
+    if item["type"] == "literal_error":
+        message += did_you_mean(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+    return key, message

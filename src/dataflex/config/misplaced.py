@@ -1,0 +1,94 @@
+"""Where a key belongs that stands in a place that does not know it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from dataflex.api import registry
+from dataflex.config.arguments import llamafactory_keys
+from dataflex.config.legacy import FLAT_KEYS
+from dataflex.errors import unknown
+
+SECTION = "dataflex"
+_NEAR = 0.6
+
+
+def belongs(key: str, place: str, own: Collection[str], section: Mapping[str, Any] | None) -> str | None:
+    """Return a sentence that says where a key belongs, or None if no place knows it.
+
+    Args:
+        key: as it is written.
+        place: where it stands: nothing for the top, else ``dataflex`` or ``dataflex.select`` and so on.
+        own: the keys of the section.
+        section: as far as it is given; its methods are looked at first.
+    """
+    inside = place.removeprefix(SECTION).removeprefix(".")
+    if "." in key and key.split(".")[0] in (SECTION, *own):
+        return f"dots reach nested keys on the command line only; write {nested(key, '...')} in the file."
+    if key in own and place != SECTION:
+        return f"belongs under {SECTION}:, that is {nested(f'{SECTION}.{key}', '...')}."
+    if key in llamafactory_keys() and place:
+        return f"is an argument of LLaMA-Factory; it belongs at the top of the file, beside {SECTION}:."
+    if key in FLAT_KEYS and place and not difflib.get_close_matches(key, own, n=1, cutoff=0.9):
+        return "is a flat key of the earlier release, which stands at the top of a file without a section."
+    if key == "method" and not inside:
+        return f"belongs under a family: {nested(f'{SECTION}.select.method', '...')}, or under mix, order, weight."
+    if key == "params" and inside:
+        return f"the parameters of a method stand beside method, under {place}."
+    methods = list(_methods_with(key, section or {}))
+    if methods:
+        family, method = methods[0]
+        names = ", ".join(name for each, name in methods if each == family)
+        if (section or {}).get(family) is None:
+            return f"is a parameter of a {registry.CONFIG_KEYS[family]} ({names}); it belongs under {SECTION}.{family}."
+        if inside == family:
+            return f"is a parameter of another method ({names})."
+        return f"is a parameter of {family}: {{method: {method}}}; it belongs under {SECTION}.{family}."
+    for family, kind in registry.CONFIG_KEYS.items():
+        if key in registry.available(kind) and not inside:
+            return f"is a {kind}; write {SECTION}: {{{family}: {{method: {key}}}}}."
+    return None
+
+
+def _methods_with(key: str, section: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield (family, method) of the methods with a parameter of that name, those of the section first."""
+    given = {family: section.get(family) for family in registry.CONFIG_KEYS}
+    named = {family: value.get("method") for family, value in given.items() if isinstance(value, Mapping)}
+    known = [
+        (family, method)
+        for family, kind in registry.CONFIG_KEYS.items()
+        for method, cls in registry.available(kind).items()
+        if key in cls.Params.model_fields
+    ]
+    yield from (each for each in known if named.get(each[0]) == each[1])
+    yield from (each for each in known if each[0] in named and named[each[0]] != each[1])
+    yield from (each for each in known if each[0] not in named)
+
+
+def unknown_at_top(key: str, own: Collection[str]) -> str:
+    """Return what says that a key at the top is nobody's, with the nearest of LLaMA-Factory's and of ours."""
+    if ":" in key:
+        return "no such key; after the colon of a key comes a space."
+    near = difflib.get_close_matches(key, [*llamafactory_keys(), SECTION, *own], n=1, cutoff=_NEAR)
+    if near and near[0] in own and near[0] not in llamafactory_keys():
+        return f"not a LLaMA-Factory argument; did you mean {near[0]!r}, which belongs under {SECTION}:?"
+    return f"not a LLaMA-Factory argument{f'; did you mean {near[0]!r}?' if near else '.'}"
+
+
+def unknown_in(place: str, key: str, known: Collection[str]) -> str:
+    """Return what says that a key is nobody's in a place of ours, with the nearest one there or at the top."""
+    text = unknown("key", key, known)
+    if "did you mean" in text:
+        return text
+    near = difflib.get_close_matches(key, llamafactory_keys(), n=1, cutoff=0.8)
+    if near:
+        return f"unknown key {key!r}; did you mean LLaMA-Factory's {near[0]!r}, at the top of the file?"
+    return text
+
+
+def nested(key: str, value: str) -> str:
+    """Return ``a: {b: value}`` for the key ``a.b``."""
+    first, *rest = key.split(".")
+    return f"{first}: " + "".join(f"{{{part}: " for part in rest) + value + "}" * len(rest)

@@ -1,0 +1,429 @@
+"""Explain a run from its record: which samples it trained on, when, and what chose them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.config.checks.values import dataset_names
+from dataflex.config.loading import RunConfig
+from dataflex.errors import ConfigError
+from dataflex.explain.samples import Part, Texts, load_texts
+from dataflex.explain.text import lines_of, ranges
+from dataflex.record.files import read_column, read_labels
+from dataflex.record.reader import Round, RunRecord, read_run
+
+_EXPLAINED = 3
+"""Samples found by their text that are explained."""
+_OFTEN = 10
+"""Samples listed as planned most often."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a run; with nothing set, which samples it chose in all.
+
+    Attributes:
+        indices: pool indices of samples.
+        text: what samples contain.
+        top: number of best samples of a round.
+        round: for ``top``; None: the last one with scores, or the last.
+        with_text: whether to load the data for the samples' texts.
+        full: whether to show texts whole, with special tokens.
+    """
+
+    indices: tuple[int, ...] = ()
+    text: str | None = None
+    top: int | None = None
+    round: int | None = None
+    with_text: bool = True
+    full: bool = False
+
+    def problem(self) -> str | None:
+        """Return what is wrong with the question itself, or None."""
+        if self.round is not None and self.top is None:
+            return "--round: it goes with --top N, the samples of one round; leave it out or add --top."
+        if self.text is not None and not self.text.strip():
+            return "--text: needed is a phrase to look for, got only white space."
+        if not self.with_text and (self.text is not None or self.full):
+            return f"--no-text: {'--full' if self.text is None else '--text'} needs the texts; leave one of them out."
+        return None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A sample in the plan of a round."""
+
+    index: int
+    round: int
+    steps: tuple[int, int]
+    """First and last optimizer step of the round, from 1."""
+    position: int
+    """In the plan, from 0."""
+    step: int
+    """Optimizer step the position is trained in, from 1."""
+    trained: bool
+    """Whether training reached that step, as far as the logs show."""
+    chosen_by: str
+    domain: str
+    row: int | None
+    """In the data set, from 0; None where the record does not say."""
+    score: float | None
+    rank: int | None
+    """Among the candidates, 1 the best; None where nothing was ranked."""
+    candidates: int | None
+    """How many were ranked."""
+    proportion: float | None
+    """The domain's share of the round as decided; None in records that do not say."""
+    share: float
+    """The domain's share of the plan, counted."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What became of a sample in a run."""
+
+    index: int
+    domain: str | None
+    """None where it was never planned and the record does not say which domains the pool has."""
+    dataset: str | None
+    """The data set of the domain."""
+    row: int | None
+    """In the data set, from 0; None if it is not known, as of packed samples."""
+    planned: int
+    trained: int
+    placements: list[Placement]
+    not_in: list[int]
+    """Rounds whose plan does not have it."""
+    text: list[Part] | None
+
+
+@dataclass(frozen=True)
+class DomainUse:
+    """How far a run went through a domain; None where the record does not say how large the pool is."""
+
+    domain: str
+    pool: int | None
+    distinct: int | None
+    never: int | None
+    planned: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Often:
+    """A sample that is in many plans."""
+
+    index: int
+    domain: str | None
+    dataset: str | None
+    row: int | None
+    planned: int
+    text: list[Part] | None
+
+
+class Record:
+    """A run's record as questions are asked of it.
+
+    Raises:
+        ConfigError: if the folder is not that of a run with plans, or cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.run: RunRecord = read_run(path)
+        if not self.run.rounds:
+            raise ConfigError(
+                f"{path}: no round is on record, so there is nothing to explain; only runs that select, mix or order "
+                "their data plan rounds."
+            )
+        if not self.run.has_plans:
+            raise ConfigError(
+                f"{path / 'dataflex' / 'plans'} has no plan; expected one for each round of rounds.jsonl."
+            )
+        self.rounds = {each.round: each for each in self.run.rounds}
+        self.pool = self.run.pool
+        self.offsets = np.cumsum([0, *self.pool.values()])
+        """First index of each domain and the end; (0,) where the record does not say."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is said about the run in every answer."""
+        last = self.run.rounds[-1]
+        return {
+            "path": str(self.run.path),
+            "components": self.run.components,
+            "acting": self.run.acting,
+            "rounds": len(self.rounds),
+            "steps": self.run.steps,
+            "planned_steps": last.start_step + last.steps,
+            "finished": self.run.summary is not None,
+            "rounds_missing": self.run.rounds_missing,
+            "changes": self.run.changes,
+            "pool": self.pool or None,
+        }
+
+    def check_index(self, index: int) -> None:
+        """Raise a ConfigError where the pool has no such sample."""
+        last = self.offsets[-1] - 1 if self.pool else np.iinfo(np.int64).max
+        if index > last:
+            raise ConfigError(f"--index: {index} is not in the pool, whose samples are 0 to {last}.")
+
+    def domain_of(self, index: int) -> str | None:
+        """Return the domain of a sample, or None where the record does not say."""
+        if not self.pool:
+            return None
+        return list(self.pool)[int(np.searchsorted(self.offsets, index, side="right")) - 1]
+
+    def dataset_of(self, domain: str | None) -> str | None:
+        """Return the data set that a domain is a part of, or is."""
+        names = dataset_names(RunConfig(dict(self.run.config), None))
+        if domain is None or domain in names or len(names) == 1:
+            return names[0] if len(names) == 1 else domain
+        return next((name for name in names if domain.startswith(f"{name}/")), None)  # a value of domain_column
+
+    def trained_rows(self, each: Round) -> int:
+        """Return how many positions of a round's plan training reached."""
+        done = min(max(self.run.steps - each.start_step, 0), each.steps)
+        return each.size * done // each.steps if each.steps else 0
+
+    def placements(self, each: Round, positions: Sequence[int] | NDArray[np.int64]) -> list[Placement]:
+        """Return what the plan of a round says at some positions."""
+        path = self.run.plan_path(each.round)
+        indices = self.run.plan_indices(each.round)
+        scores, ranks = read_column(path, "score"), read_column(path, "rank")
+        rows = read_column(path, "row")
+        ids, names = read_labels(path, "domain")
+        if not indices.size == each.size == ids.size:
+            raise ConfigError(f"{path} has {indices.size} samples, rounds.jsonl says {each.size}.")
+        found, reached = [], self.trained_rows(each)
+        for position in map(int, positions):
+            domain = names[ids[position]]
+            score, rank = _number(scores, position), _number(ranks, position)
+            group = domain if "mix" in each.components or "mix" in each.undecided else "pool"
+            place = Placement(
+                index=int(indices[position]),
+                round=each.round,
+                steps=(each.start_step + 1, each.start_step + each.steps),
+                position=position,
+                step=each.start_step + 1 + position * each.steps // each.size,
+                trained=position < reached,
+                chosen_by=self._chosen_by(each, domain, score is not None or rank is not None),
+                domain=domain,
+                row=_whole(rows, position),
+                score=score,
+                rank=_whole(ranks, position),
+                candidates=None if rank is None else each.candidates.get(group),
+                proportion=each.proportions.get(domain),
+                share=each.shares.get(domain, 0.0),
+            )
+            found.append(place)
+        return found
+
+    def _chosen_by(self, each: Round, domain: str, ranked: bool) -> str:
+        if each.warmup:
+            mixer = self.run.components.get("mix")
+            return "uniform draw (warm-up)" if mixer is None else f"draw, initial shares of {mixer} (warm-up)"
+        selector, mixer = each.components.get("select"), each.components.get("mix")
+        why = each.not_chosen.get(domain if "mix" in self.run.components else "pool")
+        if why is not None:
+            return f"not by {self.run.components.get('select')}: {why}"
+        if selector is None and "mix" in each.undecided:
+            return f"draw in passes (not by {self.run.components.get('mix')}: {each.undecided['mix']})"
+        if selector is None:
+            return "draw in passes" if mixer is None else f"draw in passes (mix {mixer})"
+        size = each.pool.get(domain, 0) if mixer else sum(each.pool.values())
+        wanted = each.domains.get(domain, 0) if mixer else each.size
+        whole = not ranked and 0 < size <= wanted
+        return f"{selector} (every sample of {domain if mixer else 'the pool'})" if whole else f"{selector}"
+
+
+def explain(path: Path, question: Question, as_json: bool = False) -> None:
+    """Print the answer to a question about a run.
+
+    Args:
+        path: the run's ``output_dir``.
+        question: what is asked.
+        as_json: print it as JSON.
+
+    Raises:
+        ConfigError: if the question cannot be asked of this run, or its record cannot be read.
+    """
+    problem = question.problem()
+    if problem is not None:
+        raise ConfigError(problem)
+    record = Record(path)
+    for index in question.indices:
+        record.check_index(index)
+    if question.top is not None:
+        round_number(record, question.round)
+    loaded: Texts | str = "not asked for"
+    if question.with_text:
+        loaded = load_texts(record.run, question.full)
+        if isinstance(loaded, str) and question.text is not None:
+            raise ConfigError(f"--text: {loaded}")
+    texts = None if isinstance(loaded, str) else loaded
+    found = answer(record, question, texts)
+    found["no_text"] = loaded if isinstance(loaded, str) else None
+    if as_json:
+        print(json.dumps(found, default=asdict, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        print("\n".join(lines_of(found, question.full)))
+
+
+def answer(record: Record, question: Question, texts: Texts | None) -> dict[str, Any]:
+    """Return the answer to a question; ``run`` is about the run, the other keys depend on what is asked."""
+    facts = {"run": record.facts()}
+    if question.top is not None:
+        return {**facts, **top_of_round(record, round_number(record, question.round), question.top, texts)}
+    if question.text is not None:
+        assert texts is not None
+        matches = texts.containing(question.text)
+        return {**facts, "matches": matches, "samples": samples(record, matches[:_EXPLAINED], texts)}
+    if question.indices:
+        return {**facts, "samples": samples(record, question.indices, texts)}
+    return {**facts, **overview(record, texts)}
+
+
+def samples(record: Record, indices: Sequence[int], texts: Texts | None) -> list[Sample]:
+    """Return what became of some samples, each once, reading one plan at a time."""
+    wanted = np.unique(np.asarray(indices, dtype=np.int64))
+    placed: dict[int, list[Placement]] = {int(index): [] for index in wanted}
+    for each in record.run.rounds if wanted.size else ():
+        positions = np.flatnonzero(np.isin(record.run.plan_indices(each.round), wanted))
+        if positions.size:
+            for place in record.placements(each, positions):
+                placed[place.index].append(place)
+    found = []
+    for index in dict.fromkeys(map(int, indices)):
+        places = placed[index]
+        within = {place.round for place in places}
+        domain = places[0].domain if places else record.domain_of(index)
+        found.append(
+            Sample(
+                index=index,
+                domain=domain,
+                dataset=record.dataset_of(domain),
+                row=places[0].row if places else _row(texts, index),
+                planned=len(places),
+                trained=sum(place.trained for place in places),
+                placements=places,
+                not_in=[number for number in record.rounds if number not in within],
+                text=_text(texts, index),
+            )
+        )
+    return found
+
+
+def round_number(record: Record, number: int | None) -> int:
+    """Return the number of a round; without one the last round with scores, or the last.
+
+    Raises:
+        ConfigError: if it is not on record.
+    """
+    if number is None:
+        scored = [each for each in record.run.rounds if each.components.get("select") and not each.warmup]
+        return (scored or record.run.rounds)[-1].round
+    if number not in record.rounds:
+        raise ConfigError(f"--round: {number} is not on record; known are {ranges(list(record.rounds))}.")
+    return number
+
+
+def top_of_round(record: Record, number: int, count: int, texts: Texts | None) -> dict[str, Any]:
+    """Return the best samples of a round's plan: by rank, else by score, else the first in training order."""
+    each = record.rounds[number]
+    path = record.run.plan_path(number)
+    size = record.run.plan_indices(number).size
+    ranks, scores = read_column(path, "rank"), read_column(path, "score")
+    if ranks is not None and not np.isnan(ranks).all():
+        by, keys = "rank", ranks
+    elif scores is not None and not np.isnan(scores).all():
+        by, keys = "score", -scores
+    else:
+        by, keys = "position", np.arange(size)
+    best = np.argsort(keys, kind="stable")[:count]
+    places = record.placements(each, best)
+    listed = [
+        {**asdict(place), "dataset": record.dataset_of(place.domain), "text": _text(texts, place.index)}
+        for place in places
+    ]
+    return {"round": number, "size": each.size, "by": by, "domains": each.domains, "samples": listed}
+
+
+def overview(record: Record, texts: Texts | None) -> dict[str, Any]:
+    """Return how often samples were planned, domain by domain, reading one plan at a time."""
+    counts = np.zeros(int(record.offsets[-1]), dtype=np.int32)
+    for each in record.run.rounds:
+        indices, times = np.unique(record.run.plan_indices(each.round), return_counts=True)
+        if indices.size and indices[-1] >= counts.size:
+            if record.pool:
+                raise ConfigError(
+                    f"{record.run.path}: the plan of round {each.round} has sample {indices[-1]}, but the pool on "
+                    f"record has {counts.size}."
+                )
+            counts = np.concatenate([counts, np.zeros(indices[-1] + 1 - counts.size, dtype=np.int32)])
+        counts[indices] += times.astype(np.int32)
+    planned = dict.fromkeys([*record.pool, *(name for each in record.run.rounds for name in each.domains)], 0)
+    for each in record.run.rounds:
+        for name, number in each.domains.items():
+            planned[name] += number
+    total = sum(planned.values())
+    uses = []
+    for domain, number in planned.items():
+        size = distinct = None
+        if domain in record.pool:
+            begin = int(record.offsets[list(record.pool).index(domain)])
+            size = record.pool[domain]
+            distinct = int(np.count_nonzero(counts[begin : begin + size]))
+        never = None if size is None or distinct is None else size - distinct
+        uses.append(DomainUse(domain, size, distinct, never, number, number / total if total else 0.0))
+    often = np.argsort(-counts, kind="stable")[:_OFTEN]
+    often = often[counts[often] > 0]
+    rows = _rows_on_record(record, often)
+    most_often = []
+    for place, index in enumerate(map(int, often)):
+        named, text = record.domain_of(index), _text(texts, index) if place < _EXPLAINED else None
+        most_often.append(Often(index, named, record.dataset_of(named), rows.get(index), int(counts[index]), text))
+    return {
+        "planned": int(total),
+        "trained": sum(record.trained_rows(each) for each in record.run.rounds),
+        "distinct": int(np.count_nonzero(counts)),
+        "domains": uses,
+        "most_often": most_often,
+        "as_often_as_the_last": int(np.count_nonzero(counts == counts[often[-1]])) if often.size else 0,
+    }
+
+
+def _rows_on_record(record: Record, indices: NDArray[np.int64]) -> dict[int, int]:
+    """Return the rows of some samples, as far as a plan that has them says it, reading no more plans than need be."""
+    found: dict[int, int] = {}
+    for each in record.run.rounds:
+        planned, rows = record.run.plan_indices(each.round), read_column(record.run.plan_path(each.round), "row")
+        if rows is None or len(found) == indices.size:
+            break
+        here = np.isin(planned, indices) & np.isfinite(rows)
+        found |= dict(zip(planned[here].tolist(), rows[here].astype(np.int64).tolist(), strict=True))
+    return found
+
+
+def _number(column: NDArray[Any] | None, position: int) -> float | None:
+    return None if column is None or not np.isfinite(column[position]) else float(column[position])
+
+
+def _whole(column: NDArray[Any] | None, position: int) -> int | None:
+    value = _number(column, position)
+    return None if value is None else int(value)
+
+
+def _row(texts: Texts | None, index: int) -> int | None:
+    """Return a sample's row as the data loaded once more says it."""
+    rows = None if texts is None or index >= texts.pool.size else texts.pool.row_numbers(np.array([index]))
+    return None if rows is None or rows[0] < 0 else int(rows[0])
+
+
+def _text(texts: Texts | None, index: int) -> list[Part] | None:
+    return None if texts is None or index >= texts.pool.size else texts.parts(index)

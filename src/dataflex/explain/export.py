@@ -1,0 +1,92 @@
+"""Export what a run chose as a data set: the raw rows, and a table with how often, where and with which score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from dataflex.data.pool import Pool
+from dataflex.errors import ConfigError
+from dataflex.explain.explain import Record, round_number
+from dataflex.explain.samples import load_texts
+from dataflex.record.files import read_column
+from dataflex.record.reader import Round
+from dataflex.record.selected import row_column, write_selected
+
+TABLE = "selected.parquet"
+
+
+def export(path: Path, output: Path, number: int | None = None, everything: bool = False) -> None:
+    """Write the samples that a run planned as a data set, each once, and print how to train on them.
+
+    Args:
+        path: the run's ``output_dir``.
+        output: a folder that is empty or not there.
+        number: the round whose samples are written; None: every round but the warm-up.
+        everything: with the warm-up.
+
+    Raises:
+        ConfigError: if the record cannot be read, the data is not that of the run any more, or the folder is in use.
+    """
+    record = Record(path)
+    rounds = _rounds(record, number, everything)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output: {output} is there and not an empty folder; name another one.")
+    loaded = load_texts(record.run, full=False)
+    if isinstance(loaded, str):
+        raise ConfigError(f"{path}: {loaded}")
+    table = _table(record, rounds, loaded.pool)
+    chosen = table.column("index").to_numpy()
+    written = write_selected(loaded.pool, chosen, output, dict(record.run.config))
+    pq.write_table(table, output / TABLE)
+    times = int(table.column("times").to_numpy().sum())
+    print(f"dataflex: {chosen.size} samples, planned {times} times: {output / TABLE}")
+    print("\n".join(f"dataflex: {line}" for line in written.lines()))
+
+
+def _rounds(record: Record, number: int | None, everything: bool) -> list[Round]:
+    if number is not None:
+        return [record.rounds[round_number(record, number)]]
+    found = [each for each in record.run.rounds if everything or not each.warmup]
+    if not found:
+        raise ConfigError(f"{record.run.path}: all its rounds are warm-up, in which nothing is chosen; --all has them.")
+    return found
+
+
+def _table(record: Record, rounds: list[Round], pool: Pool) -> pa.Table:
+    """Return one row for each sample planned: index, domain, row, how often, in which rounds, best rank, last score."""
+    times, trained = np.zeros((2, pool.size), dtype=np.int64)
+    first, last = np.full((2, pool.size), -1, dtype=np.int64)
+    scores: NDArray[np.float64] = np.full(pool.size, np.nan)
+    ranks: NDArray[np.float64] = np.full(pool.size, np.nan)
+    for each in rounds:
+        path, indices = record.run.plan_path(each.round), record.run.plan_indices(each.round)
+        np.add.at(times, indices, 1)
+        np.add.at(trained, indices[: record.trained_rows(each)], 1)
+        first[indices] = np.where(first[indices] < 0, each.round, first[indices])
+        last[indices] = each.round
+        score, rank = read_column(path, "score"), read_column(path, "rank")
+        if score is not None:
+            known = np.isfinite(score)
+            scores[indices[known]] = score[known]
+        if rank is not None:
+            np.fmin.at(ranks, indices, rank)
+    chosen = np.flatnonzero(times)
+    ids = pool.domain_ids(chosen).astype(np.int32)
+    return pa.table(
+        {
+            "index": pa.array(chosen),
+            "domain": pa.DictionaryArray.from_arrays(ids, list(pool.domains)),
+            "row": row_column(pool, chosen),
+            "times": pa.array(times[chosen]),
+            "trained": pa.array(trained[chosen]),
+            "first_round": pa.array(first[chosen]),
+            "last_round": pa.array(last[chosen]),
+            "score": pa.array(scores[chosen], from_pandas=True),
+            "rank": pa.array(ranks[chosen], from_pandas=True).cast(pa.int64()),
+        }
+    )

@@ -1,0 +1,1 @@
+"""The trainers that DataFlex runs in."""

@@ -1,0 +1,219 @@
+"""LLaMA-Factory's own parsing of arguments: its errors with the keys they are about, and a dry run of it."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dataflex.config.arguments import llamafactory_keys
+from dataflex.config.checks.values import truthy, zero_stage
+from dataflex.config.loading import RunConfig
+from dataflex.errors import ConfigError, DataFlexError, Problem
+
+_OF_THE_DEVICE = ("bf16", "fp16", "pure_bf16", "tf32", "bf16_full_eval", "fp16_full_eval", "fp8")
+"""Keys whose refusal depends on the machine: another one may train than the one that checks."""
+_LEFT_OUT = ("deepspeed", "tf32")
+"""Keys whose parsing sets up processes or the device; what can be wrong with them is looked at elsewhere."""
+
+
+@contextmanager
+def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Set a module's name for a while."""
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def parse(get_train_args: Callable[..., Any], args: dict[str, Any], source: str = "") -> Any:
+    """Return what LLaMA-Factory's parser makes of the arguments; ``source``: the file they are from, for messages.
+
+    Raises:
+        ConfigError: for whatever it does not accept, naming the keys it is about.
+    """
+    try:
+        return get_train_args(args)
+    except DataFlexError:
+        raise
+    except Exception as error:
+        raise ConfigError(problems=[_explained(error, args)], source=source) from error
+
+
+def parse_to_train(get_train_args: Callable[..., Any], args: dict[str, Any], source: str = "") -> Any:
+    """Do what :func:`parse` does, and try what the Trainer would try only after the model is loaded.
+
+    Raises:
+        ConfigError: also for arguments of the optimizer and of the schedule of learning rates that do not fit them, and
+            for a model that is to be divided over processes where there is one.
+    """
+    found = parse(get_train_args, args, source)
+    training_args = found[2]
+    _try_schedule(training_args, source)
+    _try_optimizer(training_args, source)
+    if training_args.fsdp and training_args.world_size == 1:
+        text = "divides the model over processes, and this is one; start with FORCE_TORCHRUN=1."
+        raise ConfigError(problems=[Problem("fsdp", text)], source=source)
+    return found
+
+
+def _explained(error: Exception, args: dict[str, Any]) -> Problem:
+    """Return LLaMA-Factory's error with the given keys that the refusing lines of its source look at."""
+    looked_at = [key for frame in traceback.extract_tb(error.__traceback__) for key in _keys_at(frame)]
+    mentioned = [key for key in llamafactory_keys() if f"`{key}`" in str(error) or f"--{key} " in f"{error} "]
+    keys = [key for key in dict.fromkeys([*sorted(mentioned), *reversed(looked_at)]) if args.get(key) is not None]
+    text = " ".join(str(error).split()) or type(error).__name__
+    kind = "" if isinstance(error, ValueError | AssertionError | ImportError) else f"{type(error).__name__}: "
+    end = "" if text.endswith((".", "?", "!")) else "."
+    return Problem(", ".join(keys[:4]), f"LLaMA-Factory does not accept these arguments: {kind}{text}{end}")
+
+
+def _keys_at(frame: traceback.FrameSummary) -> list[str]:
+    """Return the arguments that the statement a frame stands at, or the condition before it, looks at."""
+    if frame.lineno is None or not any(name in frame.filename for name in ("llamafactory", "transformers")):
+        return []
+    for node in _statements(frame.filename):
+        if isinstance(node, ast.If) and any(_spans(each, frame.lineno) for each in node.body):
+            if any(isinstance(each, ast.Raise) and _spans(each, frame.lineno) for each in node.body):
+                return _attributes(node.test)
+        elif isinstance(node, ast.Assert | ast.Assign | ast.Expr) and _spans(node, frame.lineno):
+            return _attributes(node)
+    return []
+
+
+@cache
+def _statements(file: str) -> list[ast.AST]:
+    """Return the statements of a source file, inner ones first."""
+    try:
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError):
+        return []
+    kinds = (ast.If, ast.Assert, ast.Assign, ast.Expr)
+    return [node for node in reversed(list(ast.walk(tree))) if isinstance(node, kinds)]
+
+
+def _spans(node: ast.AST, line: int) -> bool:
+    return getattr(node, "lineno", 0) <= line <= getattr(node, "end_lineno", 0)
+
+
+def _attributes(node: ast.AST) -> list[str]:
+    names = [each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)]
+    return [name for name in names if name in llamafactory_keys()]
+
+
+def dry_run(config: RunConfig) -> list[str]:
+    """Parse a configuration as training would, without setting anything up; return notes about this machine.
+
+    No folder is made, no process group, no context on a device; loggers, the environment and random states stay as they
+    are. What depends on the device alone is a note, because another machine may train.
+
+    Raises:
+        ConfigError: for arguments that no machine accepts.
+    """
+    disabled, environment = logging.root.manager.disable, dict(os.environ)
+    logging.disable(logging.CRITICAL)  # imports and parsing log to the terminal
+    os.environ["LLAMAFACTORY_VERBOSITY"] = "ERROR"
+    try:
+        import transformers
+        from llamafactory.hparams import parser
+
+        given = {key: value for key, value in config.llamafactory.items() if key not in _LEFT_OUT}
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            replaced(parser, "_set_transformers_logging", lambda: None),
+            replaced(parser, "is_torch_bf16_gpu_available", lambda: True),
+            replaced(parser, "is_deepspeed_zero3_enabled", lambda: zero_stage(config) == 3),
+            replaced(transformers, "set_seed", lambda *args, **options: None),
+        ):
+            arguments = _parsed(parser.get_train_args, {**given, "use_cpu": True}, config.source)
+            _try_schedule(arguments[2], config.source)
+            _try_optimizer(arguments[2], config.source)
+        return list(_notes(config))
+    finally:
+        logging.disable(disabled)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def _parsed(get_train_args: Callable[..., Any], given: dict[str, Any], source: str) -> Any:
+    """Parse; where the error is in no line that names a key, find the keys without which it does not occur."""
+    try:
+        return parse(get_train_args, given, source)
+    except ConfigError as error:
+        (problem,) = error.problems
+        if problem.key:
+            raise
+        keys = []
+        for key in given:
+            with contextlib.suppress(ConfigError):
+                parse(get_train_args, {name: value for name, value in given.items() if name != key})
+                keys.append(key)
+        raise ConfigError(problems=[Problem(", ".join(keys[:4]), problem.message)], source=source) from error
+
+
+def _try_schedule(args: Any, source: str) -> None:
+    """Make the schedule of learning rates of a parameter, as the Trainer does after it has loaded the model."""
+    import torch
+    from transformers import get_scheduler
+
+    if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        return
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    kind, options = str(args.lr_scheduler_type.value), args.lr_scheduler_kwargs
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 100, scheduler_specific_kwargs=options)
+    except Exception as error:
+        raise ConfigError(
+            problems=[
+                Problem("lr_scheduler_kwargs", f"{options or 'none'} does not fit lr_scheduler_type: {kind}: {error}")
+            ],
+            source=source,
+        ) from error
+
+
+def _try_optimizer(args: Any, source: str) -> None:
+    """Make the optimizer of a parameter, where it is given arguments, as the Trainer does after loading the model."""
+    if not args.optim_args:
+        return
+    import torch
+    from transformers import Trainer
+
+    given = f"{args.optim_args!r} (name=value, name=value) with optim: {args.optim.value}"
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        if not {"params", "model", "optimizer_dict"} & set(options):  # else it is made for layers of the model
+            kind([torch.nn.Parameter(torch.zeros(1))], **options)
+    except Exception as error:
+        raise ConfigError(problems=[Problem("optim_args", f"{given}: {error}.")], source=source) from error
+
+
+def _notes(config: RunConfig) -> Iterator[str]:
+    """Yield what the arguments ask of the machine that trains, where this one does not have it."""
+    from llamafactory.extras.misc import get_device_count, is_env_enabled
+    from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
+
+    asked = [key for key in _OF_THE_DEVICE if truthy(config, key)]
+    devices = get_device_count()
+    here = {
+        **dict.fromkeys(("bf16", "bf16_full_eval"), is_torch_bf16_gpu_available() or truthy(config, "use_cpu")),
+        "pure_bf16": is_torch_bf16_gpu_available(),
+        "tf32": is_torch_tf32_available(),
+    }
+    missing = [key for key in asked if not here.get(key, devices > 0)]
+    if missing:
+        yield f"{', '.join(missing)}: this machine has no device for it; train on one that has."
+    for key in ("deepspeed", "fsdp"):
+        if config.llamafactory.get(key) and devices < 2 and not is_env_enabled("FORCE_TORCHRUN"):
+            yield f"{key}: with one accelerator or none, training starts with FORCE_TORCHRUN=1 only."

@@ -1,0 +1,35 @@
+"""The loss of each validation domain, for mixers that decide by it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.api.context import RoundContext
+from dataflex.errors import ComponentError, DivergenceError
+
+
+def validation_losses(ctx: RoundContext) -> NDArray[np.float64]:
+    """Return the mean loss of the trained tokens of each validation domain under the present model, shape (M,).
+
+    One forward of every validation sample, on all ranks together.
+
+    Raises:
+        ComponentError: if a domain has no token that is trained on.
+        DivergenceError: if its loss is not finite.
+    """
+    pool = ctx.targets
+    assert pool is not None
+    losses = ctx.probe.losses(np.arange(pool.size, dtype=np.int64), pool=pool).astype(np.float64)
+    tokens = pool.trained_tokens.astype(np.float64)
+    counts = np.add.reduceat(tokens, pool.offsets[:-1])
+    sums = np.add.reduceat(np.where(tokens > 0, losses, 0.0) * tokens, pool.offsets[:-1])
+    for name, count, total in zip(pool.domains, counts, sums, strict=True):
+        if count == 0:
+            raise ComponentError(
+                f"no validation sample of {name!r} has a token that is trained on. Check its template and cutoff_len."
+            )
+        if not np.isfinite(total):
+            raise DivergenceError(f"the loss of the validation samples of {name!r} is not finite ({total})")
+    means: NDArray[np.float64] = sums / counts
+    return means

@@ -1,0 +1,325 @@
+"""Selection under ``select.max_overhead``: clocks, calibration and memory around the policy in ``budget``.
+
+A decision first scores a small draw of candidates, which also pays what every decision pays (the validation
+features), then as many more as the cap allows; the difference tells the two costs apart. The very first decision, which
+knows of no cost, scores two small draws before it knows how many more. Seconds are those of rank 0, told to all, so
+that all ranks decide the same; a run with a cap is reproducible given the seconds in its record, and a round once
+planned is kept by checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex import distributed
+from dataflex.api.component import State
+from dataflex.api.context import RoundContext
+from dataflex.api.selection import Selection
+from dataflex.api.selector import check_scores
+from dataflex.data.clusters import token_clusters
+from dataflex.data.rules import ScoreArray, ranks_among, ranks_of_best
+from dataflex.data.sampling import IndexArray
+from dataflex.errors import ComponentError
+from dataflex.planning.budget import Budget, Costs, ScoreBook, affordable
+
+if TYPE_CHECKING:
+    from dataflex.api.schedule import Schedule
+    from dataflex.api.selector import Selector
+    from dataflex.data.pool import Pool
+
+_CLUSTER_SIZE = 64
+_CLUSTERS = (8, 256)
+"""Fewest and most clusters."""
+_CALIBRATION = 16
+"""Samples in the draw that tells what a decision costs whatever it scores."""
+_CHOICE_ONLY = {"rule", "temperature", "max_overhead"}
+"""Parameters of a selector that its scores do not depend on."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds the run has spent so far, of rank 0."""
+
+    train_seconds: float
+    decision_seconds: float
+
+
+class CappedScoring:
+    """Scores some candidates, remembers the scores, and chooses by what is known.
+
+    Args:
+        pool: the samples.
+        max_overhead: cap on decision seconds over training seconds, of the whole run.
+        seed: of the clusters.
+        schedule: the rounds.
+        spent: returns the seconds so far, the running decision's included; called on rank 0.
+    """
+
+    def __init__(
+        self, pool: Pool, max_overhead: float, seed: int, schedule: Schedule, spent: Callable[[], Spent]
+    ) -> None:
+        self.pool, self.budget, self.seed, self.schedule = pool, Budget(max_overhead), seed, schedule
+        self._spent = spent
+        self._book: ScoreBook | None = None
+        self._made_with: dict[str, Any] = {}
+        """The selector's parameters the book's scores depend on."""
+        self._seconds, self._samples = 0.0, 0
+        self._fixed_seconds, self._fixed_count = 0.0, 0
+        self.notes: dict[str, Any] = {}
+        """What the present decision did, for the record."""
+        self._decisions, self._scoring, self._scored = 0, 0, 0
+        """Decisions, those of them that scored, and the scores they made in all."""
+        self._first_seconds, self._scoring_seconds = 0.0, 0.0
+        """What decisions had taken when the first had found out what scoring costs, and what all scoring took."""
+
+    def choose(self, selector: Selector, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
+        """Return ``count`` of the candidates, scoring no more of them than the cap allows."""
+        made_with = selector.params.model_dump(mode="json", exclude=_CHOICE_ONLY)
+        if self._book is not None and made_with != self._made_with:
+            logger.warning("select %s: its parameters changed, so its scores are made again.", selector.name)
+            self._book, self._seconds, self._samples, self._fixed_seconds, self._fixed_count = None, 0.0, 0, 0.0, 0
+        self._made_with = made_with
+        book = self._book_now()
+        if "allowed" not in ctx.memo:
+            self.notes = {"scored": 0, "clusters": int(book.clusters.max()) + 1}
+            ctx.memo["allowed"] = self._allowed(ctx, book)
+            self._decisions += 1
+        share = count / ctx.size
+        if round(ctx.memo["allowed"] * share):
+            self._score(selector, ctx, book, candidates, share)
+        self.notes["allowed"] = ctx.memo["allowed"]
+        max_age = book.max_age(candidates, count, ctx.update)
+        used, estimated = book.used[candidates], book.estimates(candidates, ctx.update, max_age)
+        try:
+            chosen, estimates = book.choose(
+                candidates,
+                count,
+                ctx.update,
+                ctx.rng,
+                rule=selector.params.rule,
+                temperature=selector.params.temperature,
+            )
+        except ValueError as error:
+            raise ComponentError(f"selector {selector.name!r}: {error}") from error
+        # Of all groups of the decision, where a mixer makes several.
+        own, chosen_before = ctx.memo.get("chosen", (0, 0))
+        own += int((book.scored_at[chosen] > ctx.update - max_age).sum())
+        ctx.memo["chosen"] = own, chosen_before + chosen.size
+        self.notes["max_age"] = max(max_age, self.notes.get("max_age", 0))
+        self.notes["chosen_by_own_score"] = round(own / (chosen_before + chosen.size), 4)
+        ranks = _ranks(estimated, used, np.searchsorted(candidates, chosen), selector.params.rule)
+        unscored = int(book.unscorable(candidates).sum())
+        why = None if book.has_scores(candidates) else "the cap allowed no score yet, the draw is random"
+        return Selection(chosen, estimates, unscored, ranks=ranks, ranked=candidates.size - unscored, undecided=why)
+
+    def _book_now(self) -> ScoreBook:
+        if self._book is None:
+            number = int(np.clip(self.pool.size // _CLUSTER_SIZE, *_CLUSTERS))
+            clusters = distributed.on_main(partial(token_clusters, self.pool, number, self.seed))
+            self._book = ScoreBook(clusters, self.budget)
+        return self._book
+
+    def _allowed(self, ctx: RoundContext, book: ScoreBook) -> int:
+        """Return how many samples this decision may score in all."""
+        everyone = np.arange(self.pool.size)
+        if not self._samples:  # nothing is known of the cost yet: the two calibrating draws, then as it turns out
+            return min(2 * _CALIBRATION, self.pool.size)
+        return self._affordable(ctx, book.has_scores(everyone), 0.0)
+
+    def _affordable(self, ctx: RoundContext, has_scores: bool, paid_fixed: float) -> int:
+        spent = distributed.on_main(self._spent)
+        fixed = self._fixed_seconds / max(1, self._fixed_count)
+        costs = Costs(
+            train_seconds=spent.train_seconds,
+            train_steps=ctx.start_step,
+            decision_seconds=spent.decision_seconds,
+            seconds_per_sample=self._seconds / self._samples,
+            fixed_seconds=max(0.0, fixed - paid_fixed),
+        )
+        self.notes |= {
+            "seconds_per_sample": round(costs.seconds_per_sample, 6),
+            "fixed_seconds": round(fixed, 4),
+            "step_seconds": round(costs.expected_step_seconds, 6),
+        }
+        return affordable(
+            costs,
+            self.budget,
+            round_steps=self._steps_to_next(ctx),
+            remaining_steps=ctx.total_steps - ctx.start_step,
+            candidates=self.pool.size,
+            has_scores=has_scores,
+        )
+
+    def _steps_to_next(self, ctx: RoundContext) -> int:
+        """Return the optimizer steps until the next decision, a warm-up round between included."""
+        step = ctx.start_step + ctx.steps
+        while step < ctx.total_steps:
+            slot = self.schedule.slot_at(step)
+            if slot.update is not None:
+                break
+            step += slot.steps
+        return step - ctx.start_step
+
+    def _score(
+        self, selector: Selector, ctx: RoundContext, book: ScoreBook, candidates: IndexArray, share: float
+    ) -> None:
+        """Score ``share`` of what is allowed, more at the first decision where the measured costs allow it."""
+        unknown, paid = not self._samples, "paid" in ctx.memo
+        picked = book.pick(candidates, max(round(ctx.memo["allowed"] * share), 2 if unknown else 1), ctx.rng)
+        if picked.size < (2 if unknown else 1):
+            return
+        lead, rest = picked[:0], picked
+        if not paid:
+            order = ctx.rng.permutation(picked.size)
+            half = min(_CALIBRATION, (picked.size + 1) // 2)
+            lead, rest = np.sort(picked[order[:half]]), np.sort(picked[order[half:]])
+        scores, fixed = self._timed(selector, ctx, lead)
+        more, seconds = self._timed(selector, ctx, rest)
+        done, values = [lead, rest], [scores, more]
+        self._seconds, self._samples = self._seconds + seconds, self._samples + rest.size
+        if not paid:
+            fixed = max(0.0, fixed - lead.size * self._seconds / self._samples)
+            self._fixed_seconds, self._fixed_count = self._fixed_seconds + fixed, self._fixed_count + 1
+            ctx.memo["paid"] = True
+        if unknown:
+            allowed = self._affordable(ctx, False, fixed)
+            ctx.memo["allowed"] = max(ctx.memo["allowed"], allowed)
+            extra = min(round(allowed * share), candidates.size - picked.size)
+            if extra > 0:
+                further = book.pick(np.setdiff1d(candidates, picked), extra, ctx.rng)
+                scores, seconds = self._timed(selector, ctx, further)
+                done.append(further)
+                values.append(scores)
+                self._seconds, self._samples = self._seconds + seconds, self._samples + further.size
+            self._warn_if_over(selector, ctx)
+        book.record(np.concatenate(done), np.concatenate(values), ctx.update)
+        scored = sum(part.size for part in done)
+        self._scoring += not self.notes["scored"]
+        self._scored += scored
+        self.notes["scored"] += scored
+
+    def _warn_if_over(self, selector: Selector, ctx: RoundContext) -> None:
+        """Say so where the first decision alone took more than the cap allows the whole run."""
+        spent = distributed.on_main(self._spent)
+        self._first_seconds = spent.decision_seconds
+        if not ctx.start_step:
+            return
+        whole = spent.train_seconds * ctx.total_steps / ctx.start_step
+        if spent.decision_seconds > self.budget.max_overhead * whole:
+            logger.warning(
+                "select %s: max_overhead of %g allows %.3g s of decisions in the whole run, and finding out what "
+                "scoring costs took %.3g s: the cap is missed, and nothing more is scored.",
+                selector.name,
+                self.budget.max_overhead,
+                self.budget.max_overhead * whole,
+                spent.decision_seconds,
+            )
+
+    def _timed(self, selector: Selector, ctx: RoundContext, indices: IndexArray) -> tuple[ScoreArray, float]:
+        if not indices.size:
+            return np.empty(0, dtype=np.float32), 0.0
+        began = time.perf_counter()
+        scores = check_scores(selector, selector.score(ctx, indices), indices, selector.leaves_out_unscored)
+        seconds = distributed.on_main(lambda: time.perf_counter() - began)
+        self._scoring_seconds += seconds
+        return scores, seconds
+
+    def closing(self, spent: Spent) -> dict[str, Any]:
+        """Return how the run kept to its cap: numbers, and a sentence that says why it missed it.
+
+        Args:
+            spent: seconds of the whole run.
+        """
+        cap, share = self.budget.max_overhead, spent.decision_seconds / max(spent.train_seconds, 1e-9)
+        found = {
+            "max_overhead": cap,
+            "decisions": self._decisions,
+            "decisions_that_scored": self._scoring,
+            "scores": self._scored,
+        }
+        times = "time" if self._decisions == 1 else "times"
+        rests = (
+            f"it was decided {self._decisions} {times}, on {self._scored} scores, made at {self._scoring} of the "
+            "decisions"
+        )
+        if share <= cap:
+            return {**found, "kept": True, "text": f"within max_overhead ({cap:g}); {rests}"}
+        return {**found, "kept": False, "text": f"above max_overhead ({cap:g}), {self._missed(spent)}; {rests}"}
+
+    def _missed(self, spent: Spent) -> str:
+        """Return why decisions took more than the cap allows."""
+        allowed = self.budget.max_overhead * spent.train_seconds
+        sample = f"a sample {self._seconds / max(self._samples, 1):.2g} s to score"
+        if self._first_seconds > allowed:
+            return (
+                f"because the cap comes to {allowed:.3g} s in this run and the first decision, which has to find out "
+                f"what scoring costs, took {self._first_seconds:.3g} s ({sample}, clusters and validation features "
+                "included)"
+            )
+        others = spent.decision_seconds - self._scoring_seconds
+        if others > self._scoring_seconds:
+            return (
+                f"because {others:.3g} of {spent.decision_seconds:.3g} s were no scoring (clusters, mixing, ordering)"
+            )
+        return (
+            f"because decisions took longer, or training steps less long, than those before them ({allowed:.3g} s "
+            f"allowed, {spent.decision_seconds:.3g} s spent; {sample})"
+        )
+
+    def state_dict(self) -> State:
+        """Return the scores and the measured costs."""
+        if self._book is None:
+            return {}
+        costs = [self._seconds, self._samples, self._fixed_seconds, self._fixed_count]
+        return {
+            "book": self._book.state_dict(),
+            "costs": np.array(costs, dtype=np.float64),
+            "made": [self._decisions, self._scoring, self._scored, self._first_seconds, self._scoring_seconds],
+            "made_with": self._made_with,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        if not state:
+            return
+        self._made_with = state["made_with"]
+        self._book = ScoreBook(np.asarray(state["book"]["clusters"]), self.budget)
+        self._book.load_state_dict(state["book"])
+        seconds, samples, fixed, count = state["costs"].tolist()
+        self._seconds, self._samples = seconds, int(samples)
+        self._fixed_seconds, self._fixed_count = fixed, int(count)
+        made = state["made"]
+        self._decisions, self._scoring, self._scored = map(int, made[:3])
+        self._first_seconds, self._scoring_seconds = map(float, made[3:])
+
+
+def _ranks(
+    estimated: ScoreArray, used: NDArray[np.bool_], chosen: IndexArray, rule: Literal["top_k", "sample"]
+) -> IndexArray:
+    """Return the rank of each chosen position by its estimate, shape (k,); used candidates come after all others.
+
+    Args:
+        estimated: of all candidates; NaN where one cannot be scored.
+        used: whether each was chosen since it was last scored.
+        chosen: positions, ascending.
+        rule: that chose them; ``top_k`` took the best of the first kind, then of the second.
+    """
+    ranks = np.empty(chosen.size, dtype=np.int64)
+    ahead = 0
+    for kind in (~used & ~np.isnan(estimated), used & ~np.isnan(estimated)):
+        among, own = np.flatnonzero(kind), np.flatnonzero(kind[chosen])
+        values = estimated[among]
+        places = np.searchsorted(among, chosen[own])
+        ranks[own] = ahead + (ranks_of_best(values[places]) if rule == "top_k" else ranks_among(values, places))
+        ahead += among.size
+    return ranks

@@ -1,0 +1,443 @@
+"""From decisions to plans: the planner asks the components, in the order select, mix, order, for each round.
+
+A plan has exactly ``steps x global batch size`` indices. Domain counts come from the mixer's proportions, and what
+rounding leaves over is carried to the next round. Where nothing selects, samples are drawn in passes: every sample of
+the pool (or of a domain, with a mixer) once, in a fresh order, before any comes again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex import distributed
+from dataflex.api.component import Component, State
+from dataflex.api.components import Components
+from dataflex.api.context import NOT_DECIDED, RoundContext
+from dataflex.api.mixer import DomainParams, Mixer
+from dataflex.api.probe import Probe
+from dataflex.api.schedule import RoundSlot, Schedule
+from dataflex.api.selection import Group, Selection, check_form, join
+from dataflex.api.source import label_of
+from dataflex.data.apportion import LATER_ROUNDS, Apportioned, apportion
+from dataflex.data.pool import Pool, some
+from dataflex.data.rng import derive_rng, key_of
+from dataflex.data.rules import ScoreArray
+from dataflex.data.sampling import IndexArray, KeyedPermutation, PassSampler
+from dataflex.errors import ComponentError, ConfigError
+from dataflex.planning.overhead import CappedScoring
+
+Arrangement = Literal["shuffle", "sequential", "group_by_length"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The samples of one round, in training order, and where they came from."""
+
+    slot: RoundSlot
+    indices: IndexArray
+    """Pool indices, shape (steps * global batch size,)."""
+    scores: ScoreArray | None = None
+    """The selector's score of each, in the same order; NaN where it has none."""
+    proportions: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """The domain shares in force (with a mixer) or found in the plan, shape (K,)."""
+    unscored: int = 0
+    """Candidates left out because they have no score."""
+    budget: dict[str, Any] | None = None
+    """What was scored under ``max_overhead``, and why so much."""
+    ranks: IndexArray | None = None
+    """The rank of each among the candidates of its group, in the same order, 1 the best; 0 where it has none."""
+    candidates: dict[str, int] = field(default_factory=dict)
+    """How many candidates were ranked in each group: ``pool``, or the domains where a mixer decides."""
+    epochs: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """Samples planned of each domain up to and including this round, over its size, shape (K,); empty: unknown."""
+    capped: dict[str, float] = field(default_factory=dict)
+    """The share the mixer wanted of each domain that ``max_epochs_per_domain`` gave less."""
+    undecided: dict[str, str] = field(default_factory=dict)
+    """Why a component decided nothing in this round, by configuration key."""
+    not_chosen: dict[str, str] = field(default_factory=dict)
+    """Why the selector chose nothing from a group: ``pool``, or a domain where a mixer decides."""
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the indices in order, as little-endian int64."""
+        return hashlib.sha256(self.indices.astype("<i8").tobytes()).hexdigest()
+
+
+class Planner:
+    """Makes the plan of each round. Its calls are the same on every rank.
+
+    Args:
+        pool: the samples.
+        components: the run's components; a weighter among them is not used here.
+        schedule: the rounds.
+        seed: the run's seed.
+        global_batch_size: samples of one optimizer step.
+        arrangement: what orders a plan without an ``order`` component.
+        targets: the validation samples of the components that asked for some, by configuration key.
+        learning_rate: returns the optimizer's present one.
+        capped: scores in the selector's place where its cost is capped.
+        expected_steps: steps the run is expected to take; none: those of the schedule.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        components: Components,
+        schedule: Schedule,
+        *,
+        seed: int,
+        global_batch_size: int,
+        arrangement: Arrangement = "shuffle",
+        targets: Mapping[str, Pool] | None = None,
+        learning_rate: Callable[[], float] = lambda: 0.0,
+        capped: CappedScoring | None = None,
+        expected_steps: int | None = None,
+    ) -> None:
+        self.pool, self.components, self.schedule, self.targets = pool, components, schedule, targets or {}
+        self.learning_rate, self.capped = learning_rate, capped
+        self.expected = schedule if expected_steps is None else replace(schedule, total_steps=expected_steps)
+        self._memo: dict[str, dict[str, Any]] = {}
+        self.seed, self.global_batch_size, self.arrangement = seed, global_batch_size, arrangement
+        shuffle = arrangement != "sequential"
+        self._pool_sampler = PassSampler(pool.size, seed=seed, name="pool", shuffle=shuffle)
+        self._domain_samplers = [
+            PassSampler(int(size), seed=seed, name=f"domain/{name}", shuffle=shuffle)
+            for name, size in zip(pool.domains, pool.domain_sizes, strict=True)
+        ]
+        self.planned = np.zeros(len(pool.domains), dtype=np.int64)
+        """Samples planned of each domain so far, shape (K,)."""
+        self.owed = np.zeros(len(pool.domains))
+        """Shares times samples of the rounds so far minus the samples planned, where a mixer decides, shape (K,)."""
+        self._shares = np.empty(0)
+        """What the mixer wanted last, shape (K,); empty before the first round."""
+        self._limits = epoch_limits(components.mix, pool)
+        self._warned: set[str] = set()
+
+    def plan(self, slot: RoundSlot, probe: Probe) -> Plan:
+        """Return the plan of a round. May probe the model, on all ranks together.
+
+        Raises:
+            ComponentError: if a component returns something no plan can be made of.
+        """
+        self._memo = {}
+        if self.capped is not None:
+            self.capped.notes = {}
+        groups, decided, capped = self._groups(slot, probe)
+        parts = [self._select(slot, probe, group) for group in groups]
+        selection = join(parts)
+        arranged = self._arrange(slot, probe, selection)
+        if arranged is not None and selection.passes is not None and self._keeps_passes(slot):
+            sizes = [part.indices.size for part in parts]
+            arranged = in_passes(arranged, np.repeat(np.arange(len(parts)), sizes), selection.passes)
+        indices, scores, ranks = selection.indices, selection.scores, selection.ranks
+        if arranged is not None:
+            indices = indices[arranged]
+            scores = scores[arranged] if scores is not None else None
+            ranks = ranks[arranged] if ranks is not None else None
+        if ranks is not None:
+            ranks = ranks.astype(np.int64, copy=False)
+        if decided is None:
+            counts = self.pool.domain_counts(indices)
+            decided = counts / counts.sum()
+            self.planned += counts
+        else:
+            self.planned += self._counts(groups)
+        budget = self.capped.notes or None if self.capped is not None else None
+        ranked = {
+            group.name: int(part.ranked) for group, part in zip(groups, parts, strict=True) if part.ranks is not None
+        }
+        not_chosen = {
+            group.name: part.undecided for group, part in zip(groups, parts, strict=True) if part.undecided is not None
+        }
+        return Plan(
+            slot,
+            indices,
+            scores,
+            decided,
+            int(selection.unscored),
+            budget,
+            ranks,
+            ranked,
+            self.epochs,
+            capped,
+            self._undecided(slot, not_chosen, len(groups)),
+            not_chosen,
+        )
+
+    def _undecided(self, slot: RoundSlot, not_chosen: dict[str, str], groups: int) -> dict[str, str]:
+        """Return why a component decided nothing in a round, by configuration key.
+
+        Args:
+            slot: the round.
+            not_chosen: why the selector chose nothing from a group.
+            groups: number of groups.
+        """
+        found, mixer = dict[str, str](), self.components.mix
+        if slot.update is None:
+            return found
+        if not_chosen and len(not_chosen) == groups:
+            found["select"] = "; ".join(dict.fromkeys(not_chosen.values()))
+        if mixer is not None and len(self.pool.domains) == 1:
+            found["mix"] = "there is one domain"
+        elif mixer is not None and NOT_DECIDED in self._memo[mixer.family]:
+            found["mix"] = self._memo[mixer.family][NOT_DECIDED]
+        return found
+
+    @property
+    def epochs(self) -> NDArray[np.float64]:
+        """Samples planned of each domain so far, divided by its size, shape (K,)."""
+        return self.planned / self.pool.domain_sizes
+
+    def state_dict(self) -> State:
+        """Return how far each pass has come, and how much of every domain was planned."""
+        return {
+            "pool": self._pool_sampler.drawn,
+            "domains": {
+                name: sampler.drawn for name, sampler in zip(self.pool.domains, self._domain_samplers, strict=True)
+            },
+            "planned": self.planned.copy(),
+            "owed": self.owed.copy(),
+            "shares": self._shares.copy(),
+            "warned": sorted(self._warned),
+            "capped": {} if self.capped is None else self.capped.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self._pool_sampler.drawn = int(state["pool"])
+        for name, sampler in zip(self.pool.domains, self._domain_samplers, strict=True):
+            sampler.drawn = int(state["domains"][name])
+        self.planned = np.array(state["planned"], dtype=np.int64)
+        self.owed = np.array(state["owed"], dtype=np.float64)
+        self._shares = np.array(state["shares"], dtype=np.float64)
+        self._warned = set(state["warned"])
+        if self.capped is not None:
+            self.capped.load_state_dict(state["capped"])
+
+    def context(self, component: Component, slot: RoundSlot, probe: Probe, group: str = "pool") -> RoundContext:
+        """Return what ``component`` may base its part of a round on; every group has random numbers of its own."""
+        key = next(key for key, own in self.components.items() if own is component)
+        return RoundContext(
+            pool=self.pool,
+            probe=probe,
+            rng=derive_rng(self.seed, component.family, component.name, slot.number, group),
+            round=slot.number,
+            update=slot.update or 0,
+            num_updates=max(self.expected.num_updates, (slot.update or 0) + 1),
+            start_step=slot.start_step,
+            steps=slot.steps,
+            size=slot.steps * self.global_batch_size,
+            total_steps=max(self.expected.total_steps, slot.start_step + slot.steps),
+            targets=self.targets.get(key),
+            memo=self._memo.setdefault(component.family, {}),
+            learning_rate=self.learning_rate(),
+            capped=self.capped if component is self.components.select else None,
+        )
+
+    def _groups(
+        self, slot: RoundSlot, probe: Probe
+    ) -> tuple[list[Group], NDArray[np.float64] | None, dict[str, float]]:
+        """Return the ranges samples are wanted from and, where a mixer decides, the shares in force and the cut ones.
+
+        Raises:
+            ConfigError: if ``max_epochs_per_domain`` leaves too few samples for the round.
+        """
+        size = slot.steps * self.global_batch_size
+        mixer = self.components.mix
+        if mixer is None:
+            return [Group("pool", 0, self.pool.size, size, self._pool_sampler)], None, {}
+        ctx = self.context(mixer, slot, probe)
+        given = mixer.initial(ctx) if slot.update is None else mixer.mix(ctx)
+        wanted = check_proportions(mixer, given, self.pool, "initial" if slot.update is None else "mix")
+        found = self._apportioned(slot, wanted, size)
+        capped = {self.pool.domains[number]: float(wanted[number]) for number in np.flatnonzero(found.cut)}
+        self._tell(slot, capped)
+        bounds = zip(self.pool.domains, self.pool.offsets[:-1], self.pool.offsets[1:], found.counts, strict=True)
+        groups = [
+            Group(name, int(start), int(stop), int(count), sampler)
+            for (name, start, stop, count), sampler in zip(bounds, self._domain_samplers, strict=True)
+            if count
+        ]
+        return groups, found.shares, capped
+
+    def _counts(self, groups: list[Group]) -> NDArray[np.int64]:
+        """Return how many samples the groups, each a domain, are asked for, shape (K,)."""
+        counts = np.zeros(len(self.pool.domains), dtype=np.int64)
+        counts[self.pool.domain_ids(np.array([group.start for group in groups]))] = [group.budget for group in groups]
+        return counts
+
+    def _apportioned(self, slot: RoundSlot, wanted: NDArray[np.float64], size: int) -> Apportioned:
+        """Return how many samples of each domain a round has, and keep what is left over for the next.
+
+        Raises:
+            ConfigError: if ``max_epochs_per_domain`` leaves too few samples.
+        """
+        stays = not self._shares.size or np.array_equal(wanted, self._shares)
+        later = self._samples_of_later_rounds(slot) if stays else np.empty(0, dtype=np.int64)
+        left = None if self._limits is None else np.maximum(self._limits - self.planned, 0)
+        try:
+            found = apportion(self.owed, wanted, size, later, left)
+        except ValueError as error:
+            assert left is not None
+            raise ConfigError(self._used_up(slot, wanted, left)) from error
+        self.owed, self._shares = found.owed, wanted
+        return found
+
+    def _samples_of_later_rounds(self, slot: RoundSlot) -> NDArray[np.int64]:
+        """Return the samples up to the end of each of the next rounds, counted from the end of ``slot``."""
+        begin = end = slot.start_step + slot.steps
+        ends: list[int] = []
+        while end < self.schedule.total_steps and len(ends) < LATER_ROUNDS:
+            following = self.schedule.slot_at(end)
+            end = following.start_step + following.steps
+            ends.append((end - begin) * self.global_batch_size)
+        return np.array(ends, dtype=np.int64)
+
+    def _tell(self, slot: RoundSlot, capped: dict[str, float]) -> None:
+        """Say once of each domain that ``max_epochs_per_domain`` gives it less than the mixer wants."""
+        newly = [name for name in capped if name not in self._warned]
+        if newly and distributed.rank() == 0:
+            logger.warning(
+                "mix: max_epochs_per_domain is reached by %s in round %d; what the mixer wants more of %s goes to the "
+                "other domains, by their shares.",
+                some(newly),
+                slot.number,
+                "it" if len(newly) == 1 else "them",
+            )
+        self._warned.update(newly)
+
+    def _used_up(self, slot: RoundSlot, wanted: NDArray[np.float64], left: NDArray[np.int64]) -> str:
+        assert self._limits is not None
+        names = [name for name, share in zip(self.pool.domains, wanted, strict=True) if share > 0]
+        rest, size = int(left[wanted > 0].sum()), slot.steps * self.global_batch_size
+        return (
+            f"dataflex.mix.max_epochs_per_domain: round {slot.number} needs {size} samples, but only {rest} are left "
+            f"of {some(names)}, which the mixer gives a share: enough for {rest // self.global_batch_size} of its "
+            f"{slot.steps} steps, until step {slot.start_step + rest // self.global_batch_size} of the run. Raise it, "
+            "give other domains a share, or train less (train_steps, max_steps, num_train_epochs)."
+        )
+
+    def _select(self, slot: RoundSlot, probe: Probe, group: Group) -> Selection:
+        selector = self.components.select
+        if selector is None or slot.update is None:
+            return group.draw_passes()
+        selection = selector.select(self.context(selector, slot, probe, group.name), group)
+        self._check_selection(label_of(selector, ("select", "choose", "score")), selection, group)
+        return selection
+
+    def _check_selection(self, label: str, selection: Selection, group: Group) -> None:
+        check_form(label, selection)
+        indices = selection.indices
+        if indices.shape != (group.budget,) or not np.issubdtype(indices.dtype, np.integer):
+            raise ComponentError(
+                f"{label} returned {indices.dtype} indices of shape {indices.shape}, not {group.budget} integers."
+            )
+        if indices.min() < group.start or indices.max() >= group.stop:
+            raise ComponentError(f"{label} returned indices outside {group.name!r} [{group.start}, {group.stop}).")
+        if selection.scores is not None and selection.scores.shape != indices.shape:
+            raise ComponentError(f"{label} returned {selection.scores.shape} scores for {indices.shape} indices.")
+        ranks = selection.ranks
+        if ranks is None:
+            return
+        if ranks.shape != indices.shape or not np.issubdtype(ranks.dtype, np.integer):
+            raise ComponentError(
+                f"{label} returned {ranks.dtype} ranks of shape {ranks.shape} for {indices.shape} indices."
+            )
+        if ranks.min() < 0 or ranks.max() > selection.ranked:
+            raise ComponentError(
+                f"{label} returned ranks outside 0 (none) to {selection.ranked}, the candidates ranked."
+            )
+
+    def _arrange(self, slot: RoundSlot, probe: Probe, selection: Selection) -> IndexArray | None:
+        """Return the permutation that puts a selection into training order; None where it is in it."""
+        size = selection.indices.size
+        order = self.components.order
+        if order is not None and slot.update is not None:
+            given = order.arrange(self.context(order, slot, probe), selection)
+            return _permutation(label_of(order, ("arrange",)), given, size)
+        if self.arrangement == "sequential" or (self.arrangement == "shuffle" and selection.shuffled):
+            return None
+        if self.arrangement == "group_by_length":
+            return self._group_by_length(slot, selection.indices)
+        return KeyedPermutation(size, key_of(self.seed, "shuffle", slot.number))(np.arange(size, dtype=np.int64))
+
+    def _keeps_passes(self, slot: RoundSlot) -> bool:
+        order = self.components.order
+        return order is None or slot.update is None or order.keeps_passes
+
+    def _group_by_length(self, slot: RoundSlot, indices: IndexArray) -> IndexArray:
+        """Return the Trainer's own length grouping of a plan, in global batches."""
+        import torch
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        generator = torch.Generator().manual_seed(key_of(self.seed, "group_by_length", slot.number) % 2**63)
+        lengths = self.pool.lengths[indices].tolist()
+        return np.asarray(
+            get_length_grouped_indices(lengths, self.global_batch_size, generator=generator), dtype=np.int64
+        )
+
+
+def _permutation(label: str, given: Any, size: int) -> IndexArray:
+    try:
+        positions = np.asarray(given)
+    except ValueError as error:
+        raise ComponentError(f"{label} returned a {type(given).__name__} that is no array: {error}") from error
+    whole = positions.shape == (size,) and np.issubdtype(positions.dtype, np.integer)
+    if not whole or not np.array_equal(np.sort(positions), np.arange(size)):
+        raise ComponentError(f"{label} did not return a permutation of {size} positions, as integers.")
+    return positions
+
+
+def in_passes(positions: IndexArray, groups: IndexArray, passes: IndexArray) -> IndexArray:
+    """Return a permutation whose groups have the same places, but in each of which earlier passes come first.
+
+    Args:
+        positions: a permutation of a selection.
+        groups: the group of each of the selection's samples.
+        passes: the pass of each over its group.
+    """
+    place = np.arange(positions.size)
+    group, number = groups[positions], passes[positions]
+    found = np.empty_like(positions)
+    found[np.lexsort((place, group))] = positions[np.lexsort((place, number, group))]
+    return found
+
+
+def epoch_limits(mixer: Mixer | None, pool: Pool) -> NDArray[np.int64] | None:
+    """Return the most samples a run may plan of each domain, shape (K,); None where nothing limits them."""
+    if mixer is None or not isinstance(mixer.params, DomainParams) or mixer.params.max_epochs_per_domain is None:
+        return None
+    return np.floor(mixer.params.max_epochs_per_domain * pool.domain_sizes).astype(np.int64)
+
+
+def check_proportions(
+    component: Component, given: NDArray[np.float64], pool: Pool, method: str = "mix"
+) -> NDArray[np.float64]:
+    """Return proportions that a method returned scaled to sum 1.
+
+    Raises:
+        ComponentError: if they are not K finite, non-negative numbers with a positive sum.
+    """
+    count = len(pool.domains)
+    label = label_of(component, (method,))
+    try:
+        values = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        kind = type(given).__name__
+        raise ComponentError(f"{label} returned a {kind} that is no array of {count} numbers: {error}") from error
+    if values.shape != (count,) or not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
+        shown = f"[{some([repr(float(share)) for share in values.ravel()])}]"
+        raise ComponentError(
+            f"{label} returned proportions {shown}; needed are {count} finite, non-negative numbers "
+            f"with a positive sum, one for each of {some(pool.domains)}."
+        )
+    return values / values.sum()

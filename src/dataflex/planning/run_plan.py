@@ -1,0 +1,451 @@
+"""The plan of a run: its steps, rounds and decisions, what they cost, and whether anything would be decided at all.
+
+``check`` makes it from the rows of the data files, ``train`` from the pool, before the model is loaded; both print the
+same block. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from dataflex.api.components import Components
+from dataflex.api.schedule import RunOutline, Schedule, default_update_steps
+from dataflex.api.selector import SelectorParams
+from dataflex.errors import Problem
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from dataflex.config.loading import DataFlexConfig
+
+_SECTION = "dataflex"
+_FORWARDS_OF_TRAINING = 3
+"""Forward passes a sample that is trained on counts as: one, and a backward of about two."""
+
+
+@dataclass(frozen=True)
+class TrainerKeys:
+    """What the plan needs of LLaMA-Factory's keys, defaults filled in."""
+
+    max_steps: int = -1
+    epochs: float = 3.0
+    per_device: int = 8
+    accumulation: int = 1
+    processes: int = 1
+    eval_strategy: str = "no"
+    eval_steps: float = 500
+    evaluates_at_end: bool = False
+    save_strategy: str = "steps"
+    save_steps: float = 500
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of an optimizer step."""
+        return self.per_device * self.accumulation * self.processes
+
+
+def trainer_keys(args: TrainingArguments) -> TrainerKeys:
+    """Return LLaMA-Factory's keys as its own parsing has them."""
+    return TrainerKeys(
+        max_steps=args.max_steps,
+        epochs=args.num_train_epochs,
+        per_device=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        processes=args.world_size,
+        eval_strategy=str(args.eval_strategy.value),
+        eval_steps=args.eval_steps or args.logging_steps,
+        evaluates_at_end=bool(args.do_eval),
+        save_strategy=str(args.save_strategy.value),
+        save_steps=args.save_steps,
+    )
+
+
+def total_steps(
+    settings: DataFlexConfig,
+    components: Components,
+    keys: TrainerKeys,
+    *,
+    num_samples: int | None,
+    update_steps: int | None,
+    mean_length: float | None = None,
+) -> int | None:
+    """Return the optimizer steps of a run, those expected where a budget ends it; None where they are not known.
+
+    Args:
+        settings: the section.
+        components: of the run.
+        keys: LLaMA-Factory's.
+        num_samples: of the training data; None: not known.
+        update_steps: length of a round; None: not known, or there are none.
+        mean_length: mean tokens of a sample, which ``train_tokens`` needs.
+    """
+    batch = keys.global_batch_size
+    if settings.train_tokens is not None:
+        return None if mean_length is None else max(1, math.ceil(settings.train_tokens / batch / mean_length))
+    if settings.train_steps is not None:
+        return settings.train_steps
+    if keys.max_steps > 0:
+        return keys.max_steps
+    if _in_cycles(settings, components):
+        if update_steps is None:
+            return None
+        return max(1, math.ceil(keys.epochs * (settings.warmup_steps + update_steps * settings.updates)))
+    if num_samples is None:
+        return None
+    if components.plans_data:
+        return max(1, math.ceil(keys.epochs * num_samples / batch))
+    return trainer_steps(keys, num_samples)
+
+
+def schedule_of(
+    settings: DataFlexConfig,
+    components: Components,
+    keys: TrainerKeys,
+    *,
+    num_samples: int | None,
+    domains: int,
+    mean_length: float | None = None,
+) -> Schedule | None:
+    """Return the rounds of a run; None where they are not known. The arguments are those of :func:`total_steps`."""
+    length = settings.update_steps
+    total = total_steps(
+        settings, components, keys, num_samples=num_samples, update_steps=length, mean_length=mean_length
+    )
+    if components.plans_data and length is None:
+        in_cycles = total is None and _in_cycles(settings, components)
+        if num_samples is None or (total is None and not in_cycles):
+            return None
+        length = default_update_steps(
+            rounds=max(component.wanted_rounds(domains) for _, component in components.items()),
+            num_samples=num_samples,
+            global_batch_size=keys.global_batch_size,
+            run_steps=None if total is None else max(1, total - settings.warmup_steps),
+        )
+        if in_cycles:
+            total = total_steps(settings, components, keys, num_samples=num_samples, update_steps=length)
+    if total is None:
+        return None
+    return Schedule(settings.warmup_steps, length or 1, -1 if length is None else settings.updates, total)
+
+
+def _in_cycles(settings: DataFlexConfig, components: Components) -> bool:
+    """Return whether training is divided into cycles; with weight alone that takes both keys."""
+    return settings.updates > 0 and (components.plans_data or settings.update_steps is not None)
+
+
+def trainer_steps(keys: TrainerKeys, num_samples: int) -> int:
+    """Return the steps the Trainer takes for its ``num_train_epochs``, whose last step of an epoch may be short."""
+    batches = math.ceil(num_samples / (keys.per_device * keys.processes))
+    return math.ceil(keys.epochs * max(1, math.ceil(batches / keys.accumulation)))
+
+
+def problems_of_warmup(settings: DataFlexConfig, components: Components, total: int) -> list[Problem]:
+    """Return that all of the run's steps are warm-up, where they are."""
+    names = [f"{key} {component.name}" for key, component in components.items()]
+    if not names or settings.warmup_steps < total or settings.train_seconds is not None:
+        return []
+    steps = f"the run has {_count(total, 'step')}, all of them warm-up ({settings.warmup_steps})"
+    remedy = f"Set it below {total}, or train longer" if total > 1 else "Set it to 0, or train longer"
+    length = "train_tokens" if settings.train_tokens is not None else "train_steps, max_steps, num_train_epochs"
+    return [
+        Problem(
+            f"{_SECTION}.warmup_steps",
+            f"{steps}: {', '.join(names)} would never decide anything. {remedy} ({length}).",
+        )
+    ]
+
+
+def problems_of(settings: DataFlexConfig, components: Components, run: RunOutline) -> list[Problem]:
+    """Return why nothing would ever be decided, or a selector would have nothing to choose from."""
+    found = problems_of_warmup(settings, components, run.total_steps)
+    selector, pool = components.select, run.pool_size
+    if selector is None or selector.may_exceed_pool or components.mix is not None or pool is None or not run.decisions:
+        return found
+    if run.round_samples >= pool:
+        most = (pool - 1) // run.global_batch_size
+        start = "a round" if settings.update_steps is None else f"a round of {run.schedule.update_steps} steps"
+        problem = f"{start} needs {run.round_samples} samples, and the pool has {pool}: selector {selector.name!r} "
+        if most:
+            key, remedy = f"{_SECTION}.update_steps", f"would have nothing to choose. Use at most {most}."
+        else:
+            key = "per_device_train_batch_size"
+            remedy = (
+                f"would have nothing to choose even in a round of one step. A step trains on {run.global_batch_size} "
+                "samples (per device x gradient_accumulation_steps x processes); lower that, or add data."
+            )
+        found.append(Problem(key, problem + remedy))
+    return found
+
+
+def notes_of(
+    settings: DataFlexConfig, components: Components, run: RunOutline, validation: Mapping[str, int]
+) -> list[str]:
+    """Return what will not happen in the run although it was asked for, one sentence or two for each.
+
+    Args:
+        settings: the section.
+        components: of the run.
+        run: what is known of it.
+        validation: number of validation samples by configuration key, as far as known.
+    """
+    notes = list(_without_effect(settings, components))
+    for key, component in components.items():
+        reason = component.cannot_act(replace(run, validation=validation.get(key, 0)))
+        if reason is not None:
+            notes.append(f"{key} {component.name}: {reason}.")
+    if components.items() and settings.train_seconds is not None and not run.decisions:
+        notes.append(
+            f"{_SECTION}.warmup_steps: by num_train_epochs the run is expected to have {run.total_steps} steps, all of "
+            "them warm-up; whether anything is decided depends on how many more train_seconds allows."
+        )
+    selector = components.select
+    pool = run.pool_size
+    by_domain = selector is not None and selector.chooses and components.mix is not None
+    if selector is not None and by_domain and pool is not None and run.round_samples >= pool:
+        notes.append(
+            f"select {selector.name}: a round takes {run.round_samples} samples and the pool has {pool}: "
+            "a domain whose share is a multiple of its size is taken whole and nothing is chosen from it. Shorten "
+            "update_steps."
+        )
+    return notes
+
+
+def _without_effect(settings: DataFlexConfig, components: Components) -> Iterator[str]:
+    """Keys of rounds that were set where nothing has rounds."""
+    given = settings.model_fields_set
+    if not components.items():
+        unused: list[str] = [key for key in ("warmup_steps", "probe_batch_tokens") if key in given]
+        unused += [key for key in ("update_steps", "updates") if key in given and not _in_cycles(settings, components)]
+        if unused:
+            yield f"{', '.join(unused)}: without select, mix, order and weight nothing is decided, so it has no effect."
+    elif not components.plans_data and not _in_cycles(settings, components):
+        unused = [key for key in ("update_steps", "updates") if getattr(settings, key) not in (None, -1)]
+        if unused:
+            yield (
+                f"{_SECTION}.{unused[0]}: with weight alone there are no rounds; it counts only together with "
+                f"{'updates' if unused[0] == 'update_steps' else 'update_steps'}, where warm-up steps come again in "
+                "every cycle."
+            )
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do, and the text that says so.
+
+    Attributes:
+        settings: the section.
+        components: of the run.
+        keys: LLaMA-Factory's.
+        total: optimizer steps of the run; None: not known.
+        run: what components judge by; None where the length of the run or of its rounds is not known.
+        samples: training samples; None: not known.
+        domains: samples of each domain; None: not known.
+        validation: validation samples by configuration key, as far as known.
+        unknown: why ``samples`` is None.
+        about: whether samples were counted before preprocessing, which may drop some.
+    """
+
+    settings: DataFlexConfig
+    components: Components
+    keys: TrainerKeys
+    total: int | None
+    run: RunOutline | None
+    samples: int | None
+    domains: Mapping[str, int] | None
+    validation: Mapping[str, int] = field(default_factory=dict)
+    unknown: str = ""
+    about: bool = False
+
+    def notes(self) -> list[str]:
+        """Return what will not happen in the run although it was asked for."""
+        if self.run is None:
+            return list(_without_effect(self.settings, self.components))
+        components = self.components
+        if self.domains is None:  # what a mixer says depends on how many there are
+            components = replace(components, mix=None)
+        return notes_of(self.settings, components, self.run, self.validation)
+
+    def lines(self) -> list[str]:
+        """Return the plan, one line for each matter."""
+        rows = [("data", self._data()), ("steps", self._steps()), *self._rounds(), *self._events()]
+        if self.run is not None:
+            rows += self._cost(self.run)
+        width = max(len(name) for name, _ in rows)
+        return [f"  {name:<{width}}  {text}" for name, text in rows]
+
+    def _data(self) -> str:
+        if self.samples is None:
+            return f"samples not known before the data is loaded: {self.unknown}"
+        text = f"{'about ' if self.about else ''}{_count(self.samples, 'sample')}"
+        if self.domains is None or len(self.domains) < 2:
+            return text
+        shown = [f"{name} {size:,}" for name, size in list(self.domains.items())[:_NAMED]]
+        more = f", and {len(self.domains) - _NAMED} more" if len(self.domains) > _NAMED else ""
+        return f"{text} in {len(self.domains)} domains: {', '.join(shown)}{more}"
+
+    def _steps(self) -> str:
+        keys, settings = self.keys, self.settings
+        batch = (
+            f"{_count(keys.global_batch_size, 'sample')} ({keys.per_device} per device x {keys.accumulation} "
+            f"accumulated x {_count(keys.processes, 'process', 'es')})"
+        )
+        until = ""
+        if settings.train_tokens is not None:
+            until = f"; training ends when {settings.train_tokens:,} tokens are trained on"
+        elif settings.train_seconds is not None:
+            until = f"; training ends after {settings.train_seconds:g} s of training and decisions"
+        if self.total is None:
+            return f"not known before the data is loaded, each of {batch}{until}"
+        about = "about " if until or (self.about and self._counts_samples()) else ""
+        text = f"{about}{self.total:,}, each of {batch}"
+        if self.samples:
+            passes = _number(self._passes(self.total))
+            text += f": {'about ' if self.about else ''}{passes} {'pass' if passes == '1' else 'passes'} over the data"
+        if self._counts_cycles() and self.run is not None:
+            cycle = self.run.schedule.cycle_steps
+            text += (
+                f". num_train_epochs counts cycles here: {keys.epochs:g} x {cycle} steps (updates: "
+                f"{settings.updates}); under updates: -1 it counts passes"
+            )
+        return text + until
+
+    def _passes(self, steps: int) -> float:
+        """Return the passes over the data so many steps make; where nothing is planned the last step may be short."""
+        assert self.samples
+        if self.components.plans_data:
+            return steps * self.keys.global_batch_size / self.samples
+        return steps / trainer_steps(replace(self.keys, epochs=1), self.samples)
+
+    def _counts_samples(self) -> bool:
+        """Whether the number of steps follows from that of the samples."""
+        return not self._counts_cycles() and self.settings.train_steps is None and self.keys.max_steps <= 0
+
+    def _counts_cycles(self) -> bool:
+        """Whether the number of steps follows from that of the cycles."""
+        given = self.settings.train_steps or self.settings.train_tokens or self.keys.max_steps > 0
+        return _in_cycles(self.settings, self.components) and not given
+
+    def _rounds(self) -> Iterator[tuple[str, str]]:
+        if not self.components.items():
+            return
+        run, settings = self.run, self.settings
+        if settings.warmup_steps:
+            again = " at the start of every cycle" if _in_cycles(settings, self.components) else ""
+            yield "warm-up", f"{_count(settings.warmup_steps, 'step')}{again}: a uniform draw, nothing is decided"
+        acting = ", ".join(f"{key} {component.name}" for key, component in self.components.items())
+        if run is None:
+            yield "decisions", acting
+            return
+        schedule = run.schedule
+        if not self.components.plans_data:
+            yield "decisions", f"in every step after warm-up, {run.decided_steps:,}: {acting}"
+            return
+        share = ""
+        if run.pool_size:
+            share = f", {'about ' if self.about else ''}{_percent(run.round_samples / run.pool_size)} of the pool"
+        length = min(schedule.update_steps, run.decided_steps)
+        default = "" if self.settings.update_steps is not None else " (the default of update_steps)"
+        each = "each " if schedule.num_rounds > 1 else ""
+        yield (
+            "rounds",
+            f"{schedule.num_rounds:,}, {each}of {_count(length, 'step')}{default} and "
+            f"{_count(run.round_samples, 'sample')}{share}",
+        )
+        yield "decisions", f"{run.decisions:,}: {acting}"
+
+    def _events(self) -> Iterator[tuple[str, str]]:
+        keys = self.keys
+        during = self._times(keys.eval_strategy, keys.eval_steps)
+        at_end = ", and one at the end" if keys.evaluates_at_end else ""
+        if keys.eval_strategy == "no":
+            yield "evaluations", "one, at the end" if keys.evaluates_at_end else "none"
+        else:
+            yield "evaluations", f"{during} during training{at_end}"
+        saved = self._times(keys.save_strategy, keys.save_steps, last=True)
+        yield "checkpoints", "none but the model at the end" if keys.save_strategy == "no" else saved
+
+    def _times(self, strategy: str, every: float, last: bool = False) -> str:
+        """Return how often something happens; ``last``: also at the last step."""
+        total = self.total
+        if strategy == "steps" and total is None:
+            return f"every {every:.0%} of the run" if every < 1 else f"every {_count(int(every), 'step')}"
+        if strategy == "steps" and total is not None:
+            steps = max(1, math.ceil(total * every) if every < 1 else int(every))
+            if last and steps >= total:
+                return "one, at the last step"
+            times = total // steps + (last and total % steps > 0)
+            return f"{times:,} (every {_count(steps, 'step')})"
+        if strategy == "epoch":
+            if not self.samples or total is None:
+                return "after every pass over the data"
+            return f"{math.ceil(self._passes(total)):,} (after every pass over the data)"
+        return f"by save_strategy: {strategy}"
+
+    def _cost(self, run: RunOutline) -> Iterator[tuple[str, str]]:
+        """Return what the components measure, against what training computes."""
+        training = _FORWARDS_OF_TRAINING * run.total_steps * run.global_batch_size
+        for key, component in self.components.items():
+            forwards = component.expected_forwards(replace(run, validation=self.validation.get(key, 0)))
+            if not forwards:
+                continue
+            ratio = forwards / training
+            text = f"{key} {component.name}: {_number(ratio)} times the work of training"
+            yield "cost", f"{text} ({forwards:,.0f} forward passes of a sample; a training step has 3 for each)"
+            cap = component.params.max_overhead if isinstance(component.params, SelectorParams) else None
+            if cap is not None:
+                yield "cap", f"max_overhead: decisions may take {cap:g} times the time of training"
+
+
+_NAMED = 8
+
+
+def plan_of(
+    settings: DataFlexConfig,
+    components: Components,
+    keys: TrainerKeys,
+    *,
+    num_samples: int | None,
+    domains: Mapping[str, int] | None,
+    validation: Mapping[str, int] | None = None,
+    mean_length: float | None = None,
+    unknown: str = "",
+    about: bool = False,
+) -> RunPlan:
+    """Return the plan of a run; the arguments are those of :class:`RunPlan` and of :func:`schedule_of`."""
+    count = _UNKNOWN_DOMAINS if domains is None else len(domains)
+    schedule = schedule_of(settings, components, keys, num_samples=num_samples, domains=count, mean_length=mean_length)
+    run, total = None, None
+    if schedule is None:
+        total = total_steps(
+            settings,
+            components,
+            keys,
+            num_samples=num_samples,
+            update_steps=settings.update_steps,
+            mean_length=mean_length,
+        )
+    else:
+        total = schedule.total_steps
+        pool = num_samples if components.plans_data else None
+        run = RunOutline(schedule, keys.global_batch_size, pool, count, keys.accumulation)
+    return RunPlan(settings, components, keys, total, run, num_samples, domains, validation or {}, unknown, about)
+
+
+_UNKNOWN_DOMAINS = 2
+"""Taken for the number of domains where it is not known."""
+
+
+def _count(number: int, unit: str, plural: str = "s") -> str:
+    return f"{number:,} {unit}{'' if number == 1 else plural}"
+
+
+def _number(value: float) -> str:
+    """Return a number of one or more with one decimal at most, a smaller one with two digits."""
+    return f"{value:.2g}" if value < 1 else f"{round(value, 1):,g}" if value < 1e5 else f"{value:,.0f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"

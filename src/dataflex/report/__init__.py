@@ -1,0 +1,1 @@
+"""A run record as an HTML page."""

@@ -1,0 +1,341 @@
+"""What the influence methods share: the parameters of gradient features, the validation set, and its features."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+
+from dataflex.api.context import RoundContext
+from dataflex.api.params import ComponentParams, InputPath, OutputPath
+from dataflex.api.probe import GradientSettings
+from dataflex.api.selector import Selector, SelectorParams
+from dataflex.data.rules import ScoreArray
+from dataflex.data.sampling import IndexArray
+from dataflex.errors import ComponentError
+
+if TYPE_CHECKING:
+    from dataflex.config.loading import RunConfig
+    from dataflex.probe.store import FeatureStore
+
+_ADAMS = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_apex_fused",
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+)
+"""Values of ``optim`` whose moments ``probe/moments.py`` can read; the Trainer knows many more Adams."""
+_DEEPSPEED_ADAMS = ("adamw_torch", "adamw_torch_fused")
+"""The same, where DeepSpeed flattens the optimizer's state."""
+_DEEPSPEED_OWN_ADAMS = ("adam", "adamw")
+"""The same, of ``optimizer.type`` in a DeepSpeed configuration, which then wins over ``optim``."""
+_OTHER_ORDER = ("galore_", "apollo_", "lomo", "adalomo")
+"""How values of ``optim`` begin whose parameters are in another order than in other optimizers."""
+_NO_MOMENTS = {
+    "use_galore": "GaLore keeps its moments in a subspace of each gradient",
+    "use_apollo": "APOLLO keeps its moments in a subspace of each gradient",
+    "use_badam": "BAdam keeps moments of one block at a time",
+    "use_adam_mini": "Adam-mini keeps one second moment for many parameters",
+    "use_muon": "Muon keeps no second moment",
+}
+"""LLaMA-Factory keys that choose an optimizer whose state holds no moment for each parameter.
+
+They also have their parameters in another order.
+"""
+
+
+class GradientParams(ComponentParams):
+    """Parameters of per-sample gradients."""
+
+    preconditioner: Literal["none", "adam", "adam_less"] = Field(
+        "none",
+        description="Direction of a sample: its gradient, the optimizer's next Adam step, or that of LESS's code.",
+    )
+    unsupported_parameters: Literal["error", "ignore"] = Field(
+        "error", description="What to do with trainable parameters that have no per-sample rule."
+    )
+
+    def settings(self, **changes: Any) -> GradientSettings:
+        """Return what the probe is asked for, with ``changes``."""
+        chosen = {"preconditioner": self.preconditioner, "unsupported": self.unsupported_parameters}
+        return GradientSettings(**{**chosen, **changes})
+
+
+class FeatureParams(GradientParams):
+    """Parameters of gradient features."""
+
+    sketch: Literal["count", "rademacher", "kronecker", "identity"] = Field(
+        "count", description="Random linear map of the gradients; identity keeps every number (for tests)."
+    )
+    proj_dim: int = Field(8192, ge=1, description="Length of a feature; at most the number of trainable parameters.")
+    projection_seed: int = Field(0, ge=0, description="Seed of the map.")
+    feature_dir: OutputPath | None = Field(
+        None,
+        description="Folder to keep the pool's features in, so that a killed decision goes on where it was; none: they "
+        "are used and dropped.",
+    )
+
+    def settings(self, **changes: Any) -> GradientSettings:
+        """Return what the probe is asked for, with ``changes``."""
+        chosen = {"sketch": self.sketch, "dim": self.proj_dim, "seed": self.projection_seed, "store": self.feature_dir}
+        return super().settings(**{**chosen, **changes})
+
+
+class ValidationParams(ComponentParams):
+    """Which samples stand for what the model is to become good at."""
+
+    validation: list[str] | None = Field(
+        None, description="Data sets of the validation samples, each a sub-task; none: eval_dataset (or val_size)."
+    )
+    subtask_column: str | None = Field(
+        None, description="Column of the raw data whose values divide the validation samples into sub-tasks."
+    )
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        names = value.split(",") if isinstance(value, str) else value
+        if isinstance(names, list) and not [name for name in names if str(name).strip()]:
+            raise ValueError("must name a data set")
+        return [str(name).strip() for name in names] if isinstance(names, list) else names
+
+
+class CheckpointParams(ComponentParams):
+    """Stored checkpoints that stand for the course of a run."""
+
+    checkpoints: list[InputPath] = Field(
+        default_factory=list,
+        description="Checkpoint folders of an earlier run of the same model, in order; none: the model as it is.",
+    )
+    checkpoint_weights: list[float] | None = Field(
+        None, description="Weight of each checkpoint; none: the mean learning rate of its stretch of the run."
+    )
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> Self:
+        weights = self.checkpoint_weights
+        if weights is None:
+            return self
+        if len(weights) != len(self.checkpoints):
+            raise ValueError(f"checkpoint_weights has {len(weights)} numbers for {len(self.checkpoints)} checkpoints")
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"checkpoint_weights must not be negative and not all zero, got {weights}")
+        return self
+
+    def checkpoint_problems(self, moments: bool) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with the folders; ``moments``: whether the optimizer's are wanted."""
+        for folder in self.checkpoints:
+            if not Path(folder).is_dir():
+                yield "checkpoints", f"there is no folder {folder!r}."
+            elif not any(Path(folder).glob("*model*.safetensors")) and not any(Path(folder).glob("adapter_model.*")):
+                yield "checkpoints", f"{folder!r} holds no model and no adapter."
+            elif moments and not (Path(folder) / "optimizer.pt").is_file():
+                yield (
+                    "checkpoints",
+                    f"{folder!r} has no optimizer.pt, which holds Adam's moments; use preconditioner: none.",
+                )
+            elif self.checkpoint_weights is None and not (Path(folder) / "trainer_state.json").is_file():
+                yield (
+                    "checkpoints",
+                    f"{folder!r} has no trainer_state.json to take its weight from; set checkpoint_weights.",
+                )
+
+
+class InfluenceParams(SelectorParams, FeatureParams, ValidationParams):
+    """Parameters of selectors that compare training samples with validation samples."""
+
+
+class GradientSelector(Selector):
+    """Base of selectors that look at per-sample gradients."""
+
+    probes: ClassVar[Literal["nothing", "losses", "gradients"]] = "gradients"
+    leaves_out_unscored: ClassVar[bool] = True
+
+    @property
+    def stored_checkpoints(self) -> list[str]:
+        """The checkpoint folders whose gradients count; none: the model as it is."""
+        return self.params.checkpoints if isinstance(self.params, CheckpointParams) else []
+
+    def expected_passes(self, decisions: int) -> int:
+        """Return how often the pool is gone through in a run, for the estimate of its cost."""
+        return decisions * max(1, len(self.stored_checkpoints))
+
+    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+        """Yield what shows before a model is loaded: Adam's direction needs an Adam, and a step of it."""
+        yield from super().problems(run)
+        moments = self.params.preconditioner != "none"
+        if isinstance(self.params, CheckpointParams):
+            yield from self.params.checkpoint_problems(moments)
+        if self.stored_checkpoints and not run.offline:
+            yield from self._spread_problems(run, moments)
+        if moments:
+            yield from self._moment_problems(run)
+
+    def _spread_problems(self, run: RunConfig, moments: bool) -> Iterator[tuple[str, str]]:
+        """Yield why stored checkpoints cannot be looked at in a run whose model or optimizer is spread out."""
+        spread = spread_by(run)
+        if spread is not None:
+            others = "Train under DDP (neither deepspeed nor fsdp)" + ("" if moments else " or ZeRO-2")
+            yield (
+                "checkpoints",
+                f"stored weights cannot be looked at while {spread} spreads the model over the processes. {others}, or "
+                "score the pool before with dataflex-cli score, also without them, and train on what it selects.",
+            )
+        elif moments and zero_stage(run) is not None:
+            yield (
+                "checkpoints",
+                f"with preconditioner: {self.params.preconditioner} the moments in each checkpoint's optimizer.pt are "
+                "matched with this run's optimizer parameter by parameter, and DeepSpeed flattens it. Train under DDP "
+                "(no deepspeed), set preconditioner: none, or score the pool before with dataflex-cli score, without "
+                "deepspeed, and train on what it selects.",
+            )
+
+    def _moment_problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+        """Yield why Adam's moments cannot be had in a run."""
+        name, given = self.params.preconditioner, run.llamafactory
+        if self.params.settings().sketch == "kronecker":
+            yield "sketch", "kronecker works on the gradient itself; it needs preconditioner: none."
+        optimizer = str(given.get("optim") or "adamw_torch")
+        chosen = [key for key in _NO_MOMENTS if str(given.get(key, False)).lower() in ("1", "true", "yes")]
+        if self.stored_checkpoints:
+            if optimizer.startswith(_OTHER_ORDER):
+                chosen.append(f"optim: {optimizer}")
+            for key in chosen:
+                yield (
+                    "preconditioner",
+                    f"{name!r} does not go with {key}: the moments of checkpoints are matched by the order of this "
+                    "run's optimizer, and this one has another order. Use optim: adamw_torch, or preconditioner: none.",
+                )
+            return
+        if run.dataflex is not None and run.dataflex.warmup_steps == 0 and not run.offline:
+            yield (
+                "preconditioner",
+                f"{name!r} reads the optimizer's moments, and before the first step there are none. Set "
+                "dataflex.warmup_steps to 1 or more (LESS warms up on 5 % of the pool), or preconditioner: none.",
+            )
+        for key in chosen:
+            yield "preconditioner", f"{name!r} does not go with {key}: {_NO_MOMENTS[key]}."
+        own = _deepspeed_value(run, "optimizer", "type")
+        if own is not None and str(own).lower() not in _DEEPSPEED_OWN_ADAMS:
+            yield (
+                "preconditioner",
+                f"{name!r} reads Adam's moments, and the DeepSpeed configuration has the optimizer {own}; name Adam or "
+                "AdamW there, or set preconditioner: none.",
+            )
+        readable = _ADAMS if zero_stage(run) is None else _DEEPSPEED_ADAMS
+        if own is None and optimizer not in readable:
+            where = "" if readable is _ADAMS else "under DeepSpeed "
+            yield (
+                "preconditioner",
+                f"{name!r} reads Adam's moments, and {where}those of optim: {optimizer} cannot be read; use one of "
+                f"{', '.join(readable)}, or preconditioner: none.",
+            )
+
+
+class InfluenceSelector(GradientSelector):
+    """Base of selectors that compare training samples with validation samples."""
+
+    Params: ClassVar[type[ComponentParams]] = InfluenceParams
+    needs_validation: ClassVar[bool] = True
+
+    def target_features(self, ctx: RoundContext, settings: GradientSettings, checkpoint: str = "") -> ScoreArray:
+        """Return the mean feature of each sub-task, (S, k), float32; made once in a round for a checkpoint.
+
+        Validation samples keep their raw gradient whatever the preconditioner. Where each has length 1, the inner
+        product with a training feature of length 1 is the mean of its cosines with the sub-task's samples.
+
+        Raises:
+            ComponentError: if a sub-task has no sample with a trained token.
+        """
+        key = f"target_features {checkpoint}"
+        if key not in ctx.memo:
+            assert ctx.targets is not None
+            raw = replace(settings, preconditioner="none")
+            features = ctx.probe.gradients(np.arange(ctx.targets.size), raw, ctx.targets)
+            ctx.memo[key] = subtask_means(features, ctx)
+        means: ScoreArray = ctx.memo[key]
+        return means
+
+    def influence(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
+        """Return each candidate's mean inner product with every sub-task's samples, (n, S)."""
+        return ctx.probe.similarities(candidates, settings, self.target_features(ctx, settings))
+
+    def extract(self, ctx: RoundContext, candidates: IndexArray) -> list[FeatureStore]:
+        """Make the candidates' features in ``feature_dir``, under every checkpoint or the model as it is."""
+        settings = self.params.settings()
+        if not self.stored_checkpoints:
+            return [ctx.probe.extract(candidates, settings)]
+        stores = []
+        for folder in self.stored_checkpoints:
+            with ctx.probe.checkpoint(folder):
+                stores.append(ctx.probe.extract(candidates, settings))
+        return stores
+
+    def over_checkpoints(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
+        """Return :meth:`influence` summed over stored checkpoints by their weights, (n, S)."""
+        total = np.zeros((candidates.size, len(ctx.targets.domains)), dtype=np.float32)  # type: ignore[union-attr]
+        weights = self.params.checkpoint_weights or ctx.probe.learning_rates(self.params.checkpoints)
+        for folder, weight in zip(self.params.checkpoints, weights, strict=True):
+            with ctx.probe.checkpoint(folder):
+                targets = self.target_features(ctx, settings, folder)
+                total += np.float32(weight) * ctx.probe.similarities(candidates, settings, targets)
+        return total
+
+
+def subtask_means(features: ScoreArray, ctx: RoundContext) -> ScoreArray:
+    """Return the mean feature of each sub-task, (S, k); samples whose feature is zero are left out.
+
+    Raises:
+        ComponentError: if a sub-task has none left.
+    """
+    assert ctx.targets is not None
+    means = []
+    for name, low, high in zip(ctx.targets.domains, ctx.targets.offsets, ctx.targets.offsets[1:], strict=False):
+        part = features[low:high]
+        part = part[(part != 0).any(axis=1)]
+        if not part.size:
+            raise ComponentError(
+                f"no validation sample of {name!r} has a token that is trained on and a gradient. Check its template "
+                "and cutoff_len."
+            )
+        means.append(part.mean(axis=0))
+    return np.stack(means).astype(np.float32)
+
+
+def spread_by(run: RunConfig) -> str | None:
+    """Return what spreads the weights of a run over its processes, ``fsdp`` or ``ZeRO-3``, or None."""
+    if run.llamafactory.get("fsdp"):
+        return "fsdp"
+    return "ZeRO-3" if zero_stage(run) == 3 else None
+
+
+def zero_stage(run: RunConfig) -> int | None:
+    """Return the stage in a run's DeepSpeed configuration; None without DeepSpeed."""
+    if not run.llamafactory.get("deepspeed"):
+        return None
+    stage = _deepspeed_value(run, "zero_optimization", "stage")
+    return stage if isinstance(stage, int) else 0
+
+
+def _deepspeed_value(run: RunConfig, *keys: str) -> Any:
+    """Return a value of a run's DeepSpeed configuration, None where there is none.
+
+    One that cannot be read is LLaMA-Factory's to refuse.
+    """
+    given = run.llamafactory.get("deepspeed")
+    if isinstance(given, str):
+        try:
+            given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+    for key in keys:
+        given = given.get(key) if isinstance(given, dict) else None
+    return given
