@@ -136,6 +136,14 @@ def test_samples_that_are_equal_have_equal_scores() -> None:
     np.testing.assert_allclose(scores, 3.5)
 
 
+@pytest.mark.parametrize(
+    "size, share, votes", [(100, 0.07, 7), (100, 0.29, 29), (50, 0.14, 7), (30, 0.07, 3), (5, 0.01, 1)]
+)
+def test_votes_are_the_share_rounded_up_and_not_its_rounding_error(size: int, share: float, votes: int) -> None:
+    scores = consensus(np.random.default_rng(1).permutation(size)[:, None].astype(np.float32), share)
+    assert np.count_nonzero(scores >= 1) == votes
+
+
 @pytest.mark.parametrize("subtasks", [1, 4])
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.99])
 def test_consensus_equals_counting(share: float, subtasks: int) -> None:

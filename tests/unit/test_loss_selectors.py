@@ -106,13 +106,32 @@ def test_window_start_golden_numbers(update: int, start: float) -> None:
 def test_window_moves_from_the_fastest_to_the_slowest() -> None:
     delta = np.random.default_rng(1).permutation(1000).astype(float)  # rank r has delta 999 - r
     params = DeltaLossSelector.Params()
-    for update, first, last in [(2, 7, 207), (10, 104, 304), (16, 434, 634), (30, 794, 994)]:
+    for update, first, last in [(2, 7, 206), (10, 104, 303), (16, 434, 633), (30, 794, 993)]:
         weights = window_weights(delta, update, 30, params)
         assert sorted(set(weights.tolist())) == [0.025, 1.0]
         ranks = 999 - delta[weights == 1]
         assert ranks.min() == first
         assert ranks.max() == last
         assert ranks.size == last - first + 1
+
+
+@pytest.mark.parametrize(
+    "size, update, decisions, window_size, first, last",
+    [
+        (12, 2, 4, 0.2, 1, 2),  # 1.5 to 3.9
+        (12, 3, 4, 0.2, 8, 9),  # 8.1 to 10.5
+        (200, 2, 3, 0.07, 93, 106),  # 93 to 107, although 0.93 * 200 / 2 is less than 93 in floating point
+        (3, 1, 4, 0.2, 0, 0),  # a window shorter than a rank is one rank
+        (3, 4, 4, 0.2, 2, 2),
+        (5, 1, 2, 1.0, 0, 4),
+    ],
+)
+def test_window_has_its_share_of_the_ranks(
+    size: int, update: int, decisions: int, window_size: float, first: int, last: int
+) -> None:
+    delta = np.arange(size, 0.0, -1.0)
+    weights = window_weights(delta, update, decisions, DeltaLossSelector.Params(window_size=window_size))
+    assert np.flatnonzero(weights == 1).tolist() == list(range(first, last + 1))
 
 
 def test_window_ends_at_the_first_negative_delta() -> None:
@@ -125,7 +144,7 @@ def test_window_ends_at_the_first_negative_delta() -> None:
 
 def test_samples_that_did_not_change_do_not_end_the_window() -> None:
     weights = window_weights(np.zeros(100), 16, 30, DeltaLossSelector.Params())
-    assert np.flatnonzero(weights == 1).tolist() == list(range(43, 64))  # 43.4 to 63.4
+    assert np.flatnonzero(weights == 1).tolist() == list(range(43, 63))  # 43.4 to 63.4
 
 
 def test_samples_without_a_loss_have_no_rank_and_no_weight() -> None:

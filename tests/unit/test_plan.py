@@ -26,7 +26,7 @@ from dataflex.mixers.odm import OdmMixer
 from dataflex.mixers.static import StaticMixer
 from dataflex.mixers.uniform import UniformMixer
 from dataflex.orders.shuffle import ShuffleOrder
-from dataflex.planning.planner import Planner
+from dataflex.planning.planner import Planner, epoch_limits
 from dataflex.probe.cost import Cost
 from dataflex.record.checkpoint import STATE_VERSION, read_state, write_state
 from dataflex.record.writer import RunWriter
@@ -492,6 +492,13 @@ def test_shares_in_force_after_a_cap_by_hand() -> None:
     assert found.counts.tolist() == [4, 10, 6]  # 16 by 3:2 are 9.6 and 6.4
     np.testing.assert_allclose(found.shares, [0.2, 0.48, 0.32])
     np.testing.assert_allclose(found.owed, [0, -0.4, 0.4], atol=1e-12)
+
+
+def test_a_cap_on_passes_is_rounded_down_and_not_below_what_is_allowed() -> None:
+    pool = make_pool({"a": 100, "b": 10, "c": 3})  # 1.15 x 100 is 114.99999999999999 in floating point
+    found = epoch_limits(changing([1, 1, 1], max_epochs_per_domain=1.15), pool)
+    assert found is not None
+    assert found.tolist() == [115, 11, 3]
 
 
 def test_no_domain_is_gone_through_more_often_than_allowed(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

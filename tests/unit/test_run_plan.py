@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from dataflex.config.checks.plan import planned, problems_of_plan, problems_of_work, trainer_keys
 from dataflex.config.checks.rows import rows_of, training_samples
@@ -97,9 +98,22 @@ def test_training_samples(data: Path, keys: dict[str, Any], samples: dict[str, i
     assert bool(reason) == (not samples)
 
 
+@pytest.mark.parametrize("val_size, kept", [(0.8, 5), (0.28, 17), (0.1, 22), (0.92, 2), (5, 20)])
+def test_training_samples_left_by_a_split_are_those_of_datasets(data: Path, val_size: float, kept: int) -> None:
+    rows = Dataset.from_list(ROWS).train_test_split(test_size=val_size)["train"].num_rows
+    assert training_samples(config(data, val_size=val_size))[0] == {"array.json": rows} == {"array.json": kept}
+
+
 def lines(data: Path, section: dict[str, Any] | None = None, **keys: Any) -> dict[str, str]:
     text = planned(config(data, section, **keys)).lines()
     return dict(line.strip().split(None, 1) for line in text)
+
+
+def test_a_part_of_an_epoch_is_its_share_of_the_steps_and_not_its_rounding_error(data: Path) -> None:
+    section, keys = {"select": {"method": "random"}, "update_steps": 5}, {"per_device_train_batch_size": 1}
+    assert lines(data, section, **keys, num_train_epochs=0.28)["steps"].startswith("about 7,")
+    cycles = section | {"warmup_steps": 65, "updates": 7}  # of 100 steps
+    assert lines(data, cycles, **keys, num_train_epochs=1.1)["steps"].startswith("110,")
 
 
 def test_the_plan_of_a_composed_run(data: Path) -> None:

@@ -145,6 +145,14 @@ def test_greats_filters_the_running_pass_group_by_group(budget: int, sizes: list
     assert np.array_equal(np.concatenate(probe.groups[len(sizes) :]), same_pass.draw(sum(sizes)))
 
 
+def test_greats_draws_the_candidates_its_factor_says_and_no_rounding_error_more() -> None:
+    probe = ProductProbe(np.ones((50, 2)), np.ones((5, 2)))
+    pool, held = make_pool({"a": 50}), make_pool({"held": 5})
+    selector = build(GreatsSelector, group_size=10, candidate_factor=1.1, learning_rate=0.05)
+    selector.select(context(pool, probe=probe, targets=held), group_of(pool, 15))
+    assert [candidates.size for candidates in probe.groups] == [11, 6]  # 1.1 x 10, and 5.5 rounded up
+
+
 def test_greats_draws_its_validation_samples_anew_each_round() -> None:
     probe = ProductProbe(np.ones((50, 2)), np.ones((30, 2)))
     pool, held = make_pool({"a": 50}), make_pool({"held": 30})

@@ -6,6 +6,7 @@ Everything here is linear in the number of indices asked for, never in the size 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,11 @@ IndexArray = NDArray[np.int64]
 _ROUNDS = 4
 _CHUNK = 1 << 16
 """Positions permuted at a time, so that the work arrays stay in the processor's cache."""
+
+
+def exactly(number: float) -> Fraction:
+    """Return the number as it is written in decimals: of ``0.07 * 100`` the product is then 7, not a little more."""
+    return Fraction(repr(float(number)))
 
 
 class KeyedPermutation:

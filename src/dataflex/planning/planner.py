@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from dataflex.data.apportion import LATER_ROUNDS, Apportioned, apportion
 from dataflex.data.pool import Pool, some
 from dataflex.data.rng import derive_rng, key_of
 from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray, KeyedPermutation, PassSampler
+from dataflex.data.sampling import IndexArray, KeyedPermutation, PassSampler, exactly
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.planning.overhead import CappedScoring
 
@@ -416,7 +417,8 @@ def epoch_limits(mixer: Mixer | None, pool: Pool) -> NDArray[np.int64] | None:
     """Return the most samples a run may plan of each domain, shape (K,); None where nothing limits them."""
     if mixer is None or not isinstance(mixer.params, DomainParams) or mixer.params.max_epochs_per_domain is None:
         return None
-    return np.floor(mixer.params.max_epochs_per_domain * pool.domain_sizes).astype(np.int64)
+    passes = exactly(mixer.params.max_epochs_per_domain)
+    return np.array([math.floor(passes * size) for size in pool.domain_sizes.tolist()], dtype=np.int64)
 
 
 def check_proportions(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from dataflex.api.components import Components
 from dataflex.api.schedule import RunOutline, Schedule, default_update_steps
 from dataflex.api.selector import SelectorParams
+from dataflex.data.sampling import exactly
 from dataflex.errors import Problem
 
 if TYPE_CHECKING:
@@ -92,11 +93,11 @@ def total_steps(
     if _in_cycles(settings, components):
         if update_steps is None:
             return None
-        return max(1, math.ceil(keys.epochs * (settings.warmup_steps + update_steps * settings.updates)))
+        return max(1, math.ceil(exactly(keys.epochs) * (settings.warmup_steps + update_steps * settings.updates)))
     if num_samples is None:
         return None
     if components.plans_data:
-        return max(1, math.ceil(keys.epochs * num_samples / batch))
+        return max(1, math.ceil(exactly(keys.epochs) * num_samples / batch))
     return trainer_steps(keys, num_samples)
 
 

@@ -5,7 +5,8 @@ pool by the fall delta = l0 - l, largest first, and prefers the window [s, s + w
 
     s = sigmoid(10 ((u - 1) / (U - 1) - 0.5)) (1 - w) N,
 
-cut where delta becomes negative. Weight 1 inside, ``outside_weight`` outside, drawn without replacement.
+both ends rounded down, cut where delta becomes negative. Weight 1 inside, ``outside_weight`` outside, drawn without
+replacement.
 
 Source: the delta-loss selector of DataFlex (arXiv 2603.26164), whose defaults these are.
 Differs from it: a run with a single decision is no division by zero, and the baseline is part of the checkpoint.
@@ -104,13 +105,20 @@ def window_weights(
 ) -> NDArray[np.float64]:
     """Return the draw weight of every sample, shape (N,); 0 where ``delta`` is NaN.
 
-    Samples are ranked by ``delta``, largest first, ties by position. The window ends at the first negative one.
+    Samples are ranked by ``delta``, largest first, ties by position. The window goes from rank floor(s) to before rank
+    floor(s + w N), is one rank at least, and ends at the first negative one.
     """
     scored = np.flatnonzero(~np.isnan(delta))
     ranked = scored[np.argsort(-delta[scored], kind="stable")]
     start = window_start(update, num_updates, ranked.size, params.window_size)
-    end = min(start + params.window_size * ranked.size, float(np.count_nonzero(delta[scored] >= 0)))
+    first = _whole(start)
+    last = max(first + 1, _whole(start + params.window_size * ranked.size))
     weights = np.zeros(delta.shape, dtype=np.float64)
     weights[ranked] = params.outside_weight
-    weights[ranked[int(start) : max(int(start), math.ceil(end))]] = 1.0
+    weights[ranked[first : min(last, np.count_nonzero(delta[scored] >= 0))]] = 1.0
     return weights
+
+
+def _whole(rank: float) -> int:
+    """Return the rank rounded down; one that falls short of a whole number by a rounding error alone is that number."""
+    return math.floor(rank * (1.0 + 1e-12))

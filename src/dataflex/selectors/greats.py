@@ -20,6 +20,7 @@ Cost: a forward and backward of ``candidate_factor`` times the batch and of the 
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -34,7 +35,7 @@ from dataflex.api.schedule import RunOutline
 from dataflex.api.selection import Group, Selection
 from dataflex.api.selector import Selector
 from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray
+from dataflex.data.sampling import IndexArray, exactly
 from dataflex.errors import ComponentError
 from dataflex.selectors.base_gradients import ValidationParams
 
@@ -80,7 +81,7 @@ class GreatsSelector(Selector):
             raise ComponentError(f"no sample of {group.name} has a token that is trained on.")
         unscored, groups = 0, []
         for count in wanted:
-            candidates, skipped = _draw(group, int(np.ceil(count * self.params.candidate_factor)), trained)
+            candidates, skipped = _draw(group, math.ceil(count * exactly(self.params.candidate_factor)), trained)
             groups.append(candidates)
             unscored += skipped
         usable = np.flatnonzero(ctx.targets.trained)

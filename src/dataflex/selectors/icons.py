@@ -12,6 +12,7 @@ Cost: one forward and backward of every candidate and validation sample per upda
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from dataflex.api.context import RoundContext
 from dataflex.api.params import ComponentParams
 from dataflex.api.registry import register
 from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray
+from dataflex.data.sampling import IndexArray, exactly
 from dataflex.selectors.base_gradients import InfluenceParams, InfluenceSelector
 
 
@@ -59,7 +60,7 @@ def consensus(influence: ScoreArray, vote_share: float) -> ScoreArray:
     values = influence[scored]
     if not values.size:
         return scores
-    count = int(np.ceil(vote_share * values.shape[0]))
+    count = math.ceil(exactly(vote_share) * values.shape[0])
     cut = np.partition(values, values.shape[0] - count, axis=0)[values.shape[0] - count]
     percentiles = rankdata(values, axis=0) / (values.shape[0] + 1)
     scores[scored] = (values >= cut).sum(axis=1) + percentiles.mean(axis=1)

@@ -45,7 +45,7 @@ def training_samples(config: RunConfig) -> tuple[dict[str, int], str]:
         if rows is None:
             return {}, f"the rows of {name!r} are not counted"
         held_out = number(config, "val_size", 0.0)
-        found[name] = max(0, rows - int(held_out)) if held_out >= 1 else math.floor(rows * (1 - held_out))
+        found[name] = max(0, rows - int(held_out)) if held_out >= 1 else rows - math.ceil(held_out * rows)
     if not all(found.values()):
         return {}, "there is a data set without a row"
     return found, ""
