@@ -14,7 +14,7 @@ import yaml
 
 import tiny
 from dataflex import cli
-from unit.test_raw import FAULTS, GOOD
+from unit.data.test_raw import FAULTS, GOOD
 
 HERE = Path(__file__).parent
 FAULTY = {name: (file, content, "sft", entry) for name, (file, content, entry, _) in FAULTS.items()}

@@ -182,7 +182,7 @@ def test_keys_of_rounds_where_there_are_none(section: dict[str, Any], words: lis
 
 def test_the_component_of_the_documentation() -> None:
     """What docs/methods/README.md shows works as it says."""
-    page = (Path(__file__).parents[2] / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
     (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict[str, Any] = {"np": np}
     exec("from dataflex import *\n" + source, names)

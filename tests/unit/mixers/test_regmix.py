@@ -27,7 +27,7 @@ from dataflex.mixers.base_regression import (
 from dataflex.mixers.regmix import RegMixMixer
 from unit.fakes import build, context, make_planner, make_pool, plans
 
-TABLES = Path(__file__).parents[3] / "shared" / "data" / "mixing"
+TABLES = Path(__file__).parents[4] / "shared" / "data" / "mixing"
 PRIOR = np.array([0.6, 0.3, 0.08, 0.02])
 
 
@@ -457,7 +457,7 @@ def published(kind: str) -> tuple[tuple[str, ...], np.ndarray, tuple[str, ...], 
 
 
 @needs_tables
-def test_published_runs_are_predicted_as_well_as_by_the_source() -> None:
+def test_published_runs_are_predicted_as_well_as_by_the_source_with_the_shared_tables() -> None:
     _, mixtures, columns, losses = published("train_1m")
     _, unseen, _, small = published("test_1m")
     _, same, _, larger = published("test_60m")
@@ -476,7 +476,7 @@ def test_published_runs_are_predicted_as_well_as_by_the_source() -> None:
 
 
 @needs_tables
-def test_the_published_optimum_is_mostly_web_text() -> None:
+def test_the_published_optimum_is_mostly_web_text_with_the_shared_tables() -> None:
     domains, mixtures, columns, losses = published("train_1m")
     regression = fit(mixtures, losses[:, columns.index(PILE_CC)], "lightgbm", 0)
     found = best_mixture(regression, mixtures.mean(axis=0), rng(), samples=10_000, top=64)

@@ -28,7 +28,7 @@ from dataflex.probe.sketch import (
 )
 from tiny import WORDS, sentence
 from unit.fakes import make_pool
-from unit.test_gradients import collate, llama, lora, whole
+from unit.probe.test_gradients import collate, llama, lora, whole
 
 CPU = torch.device("cpu")
 KINDS = [CountSketch, RademacherSketch]

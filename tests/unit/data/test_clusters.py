@@ -14,7 +14,7 @@ from datasets import Dataset, concatenate_datasets
 from dataflex.data.clusters import token_clusters
 from dataflex.data.pool import Pool
 
-INSTRUCT = Path(__file__).parents[3] / "shared" / "data" / "instruct"
+INSTRUCT = Path(__file__).parents[4] / "shared" / "data" / "instruct"
 SOURCES = ("gsm8k_train", "gpteacher_codegen", "gpteacher_roleplay", "alpaca")
 
 
@@ -102,7 +102,7 @@ def test_at_least_one_cluster_is_needed() -> None:
 
 
 @pytest.mark.skipif(not INSTRUCT.is_dir(), reason=f"{INSTRUCT} is absent")
-def test_text_of_different_kinds_separates() -> None:
+def test_text_of_different_kinds_separates_with_the_shared_instructions() -> None:
     parts = []
     for source in SOURCES:
         with (INSTRUCT / f"{source}.jsonl").open() as file:

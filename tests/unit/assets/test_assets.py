@@ -21,7 +21,7 @@ from dataflex.assets import model, python_docs
 from dataflex.commands import demo
 from dataflex.errors import ConfigError
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "models" / "tokenizers" / "smollm2"
+REFERENCE = Path(__file__).parents[4] / "shared" / "data" / "models" / "tokenizers" / "smollm2"
 
 PROSE = (
     "The old lighthouse stood at the end of the pier, and every evening its keeper climbed the stairs to light "
@@ -298,7 +298,7 @@ def test_tokenizer_ids(tokenizer: Any) -> None:
 
 
 @pytest.mark.launch
-def test_tokenizer_is_the_original(tokenizer: Any) -> None:
+def test_tokenizer_is_the_original_with_the_shared_one(tokenizer: Any) -> None:
     if not REFERENCE.is_dir():
         pytest.skip(f"no reference tokenizer in {REFERENCE}")
     from transformers import AutoTokenizer

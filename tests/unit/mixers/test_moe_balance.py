@@ -36,7 +36,7 @@ from dataflex.errors import ComponentError
 from dataflex.mixers.moe_balance import MoeBalanceMixer, mean_distances
 from dataflex.probe.model import ModelProbe
 from unit.fakes import build, context, make_planner, make_pool, plans
-from unit.test_gradients import SIZES, VOCAB, llama, lora, make, mixtral, qwen3_moe
+from unit.probe.test_gradients import SIZES, VOCAB, llama, lora, make, mixtral, qwen3_moe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
 

@@ -21,7 +21,19 @@ from dataflex.probe.losses import error_norm
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.moments import Moments, read_moments
 from dataflex.probe.sketch import CountSketch, IdentitySketch
-from unit.test_gradients import EXACT, LENGTHS, MODELS, a_batch, flat, llama, make, mixtral, one_by_one, opt, probe_of
+from unit.probe.test_gradients import (
+    EXACT,
+    LENGTHS,
+    MODELS,
+    a_batch,
+    flat,
+    llama,
+    make,
+    mixtral,
+    one_by_one,
+    opt,
+    probe_of,
+)
 
 ADAM = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.0}
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from dataflex.config.checks import packages, problems_of
 from dataflex.config.checks.keys import RANGES
 from dataflex.config.loading import DataFlexConfig, load_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SELECT = {"update_steps": 2, "select": {"method": "loss"}}
 Case = tuple[dict[str, Any], str]
 """Changes to a good configuration, and the key that the message must name."""
