@@ -30,6 +30,8 @@ class StepStatistics:
     """Samples of each domain, shape (K,)."""
     proportions: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     """The domain shares of the plan the step was trained on, shape (K,); empty where nothing is planned."""
+    warmup: bool = False
+    """Whether the step was trained in a warm-up round."""
     excess: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     """Token mean of max(loss - reference loss, 0) of each domain, shape (K,), NaN as for losses; 0 where nothing was
     compared with a reference."""

@@ -5,9 +5,12 @@ With g_i the gradient of domain i's mean token loss in a step, eta the learning 
     W_i = <g_i, sum over j != i of g_j>     (target: others),   or   <g_i, g_target>     (target: validation),
     w_i <- w_i exp(eta W_i / mu), scaled to sum 1;     result: the mean of w over all steps.
 
-The default ``variant: official`` is what the published code does: each gradient is cut to length 1, W is divided by the
-mean length of the g_i (plus 1e-6), and kept in [0, 5]. ``variant: paper`` is the formula as printed. With gradients of
-length 1 and W in [0, 5] both are the same but for the 1e-6.
+The default ``variant: official`` follows the published code: each gradient is cut to length ``max_grad_norm``, W is
+divided by the mean length of the g_i (plus 1e-6), and kept in [0, 5]. ``variant: paper`` is the printed formula. With
+gradients of length 1 and W in [0, 5] both are the same but for the 1e-6.
+
+The code with all domains as targets means to leave <g_i, g_i> out of W_i, as the formula does; but the sets of tensors
+it compares are never equal, so that it keeps it in. Here it is left out.
 
 The g_i are sums of per-sample gradients of the step's own samples, sketched to ``proj_dim`` numbers each, in every step
 by another map. Inner products of sketches are unbiased with a standard deviation of about |g_i| |g_j| / sqrt(proj_dim),
@@ -37,8 +40,6 @@ from dataflex.errors import ComponentError
 from dataflex.mixers.base_loss_weights import LossWeightMixer, LossWeightParams, exponentiated_update
 from dataflex.selectors.base_gradients import ValidationParams
 
-LONGEST = 1.0
-"""Length the official code cuts gradients to (the default of its ``max_grad_norm``)."""
 HIGHEST = 5.0
 """Largest W in the official code; the smallest is 0."""
 
@@ -57,7 +58,10 @@ class DogeParams(LossWeightParams, ValidationParams):
     )
     variant: Literal["official", "paper"] = Field(
         "official",
-        description="official: gradients cut to length 1, W over their mean length, in [0, 5]; paper: W as it is.",
+        description="official: gradients cut, W over their mean length, in [0, 5]; paper: W as it is.",
+    )
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Length that longer gradients are cut to with variant: official; 0: they are not cut."
     )
     validation_size: int = Field(8, ge=1, description="Validation samples of each sub-task drawn for each step.")
     validation_seed: int = Field(0, ge=0, description="Seed of that draw.")
@@ -75,6 +79,8 @@ class DogeParams(LossWeightParams, ValidationParams):
         given = [name for name in ("validation", "subtask_column") if getattr(self, name) is not None]
         if self.target == "others" and given:
             raise ValueError(f"{given[0]} is used with target: validation only")
+        if self.variant == "paper" and "max_grad_norm" in self.model_fields_set:
+            raise ValueError("max_grad_norm is used with variant: official only")
         return self
 
     def settings(self, reduction: Literal["mean", "sum"], step: int) -> GradientSettings:
@@ -115,7 +121,8 @@ class DogeMixer(LossWeightMixer):
         if present.size:
             gradients = self._domain_gradients(ctx, present)
             targets = self._target_gradients(ctx) if self.needs_validation else None
-            gains[present] = ctx.learning_rate * alignments(gradients, targets, self.params.variant) / self.params.mu
+            aligned = alignments(gradients, targets, self.params.variant, self.params.max_grad_norm)
+            gains[present] = ctx.learning_rate * aligned / self.params.mu
         return exponentiated_update(weights, gains, self.params.reweight_eps)
 
     def _domain_gradients(self, ctx: StepContext, present: NDArray[np.int64]) -> Matrix:
@@ -146,17 +153,20 @@ class DogeMixer(LossWeightMixer):
         return np.stack([part.mean(axis=0, dtype=np.float64) for part in parts])
 
 
-def alignments(gradients: Matrix, targets: Matrix | None, variant: str) -> NDArray[np.float64]:
+def alignments(
+    gradients: Matrix, targets: Matrix | None, variant: Literal["official", "paper"], max_grad_norm: float
+) -> NDArray[np.float64]:
     """Return W of each domain, (K,).
 
     Args:
         gradients: of the domains, (K, k).
         targets: of the sub-tasks, (S, k), whose inner products are summed; none: the other domains are the targets.
-        variant: ``official`` or ``paper``, as in the parameters.
+        variant: as in the parameters.
+        max_grad_norm: length that ``official`` cuts gradients to; 0: none.
     """
-    if variant == "official":
-        gradients = _cut(gradients)
-        targets = None if targets is None else _cut(targets)
+    if variant == "official" and max_grad_norm:
+        gradients = _cut(gradients, max_grad_norm)
+        targets = None if targets is None else _cut(targets, max_grad_norm)
     products = gradients @ (gradients if targets is None else targets).T
     if targets is None:
         np.fill_diagonal(products, 0.0)
@@ -167,7 +177,7 @@ def alignments(gradients: Matrix, targets: Matrix | None, variant: str) -> NDArr
     return np.clip(sums / (mean_length + 1e-6), 0.0, HIGHEST)
 
 
-def _cut(gradients: Matrix) -> Matrix:
-    """Return gradients of length 1 at most."""
+def _cut(gradients: Matrix, length: float) -> Matrix:
+    """Return gradients of that length at most."""
     lengths = np.linalg.norm(gradients, axis=1, keepdims=True)
-    return gradients * np.minimum(1.0, LONGEST / np.maximum(lengths, np.finfo(np.float64).tiny))
+    return gradients * np.minimum(1.0, length / np.maximum(lengths, np.finfo(np.float64).tiny))

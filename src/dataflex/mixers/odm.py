@@ -9,7 +9,8 @@ pi_{t-1}, takes R_i <- alpha R_i + (1 - alpha) L_i / pi_{t-1}(i), the others kee
 
     pi_t(i) = (1 - K eps_t) exp(eps_{t-1} R_i) / sum_j exp(eps_{t-1} R_j) + eps_t.
 
-``variant: official`` is what the authors' code does: R_i <- alpha R_i + (1 - alpha) exp(L_i), without the division, and
+``variant: official`` is what the authors' code does: R_i <- alpha R_i + (1 - alpha) exp(L_i), without the division and
+not in warm-up rounds, whose steps only count in t, and
 
     pi_t(i) = (1 - K eps_t) R_i / sum_j R_j + eps_t.
 
@@ -63,6 +64,11 @@ class OdmMixer(Mixer):
 
     def cannot_learn(self, run: RunOutline) -> str | None:
         """Return that the last decision comes before the exploration leaves room for anything but equal shares."""
+        if self.params.variant == "official" and run.decisions == 1 and run.schedule.warmup_steps:
+            return (
+                "the only decision comes after the warm-up, from which variant: official learns nothing; lower "
+                "dataflex.update_steps"
+            )
         last = run.schedule.last_decision or 0
         needed = 1
         while exploration(needed, run.domains) >= 1.0 / run.domains:
@@ -87,21 +93,30 @@ class OdmMixer(Mixer):
         rewards[present] *= alpha
         rewards[present] += (1.0 - alpha) * losses[present] / statistics.proportions[present]
         kept = math.log(alpha) if alpha else -math.inf
-        logs[present] = np.logaddexp(kept + logs[present], math.log1p(-alpha) + losses[present])
+        if not statistics.warmup:
+            logs[present] = np.logaddexp(kept + logs[present], math.log1p(-alpha) + losses[present])
         self._rewards, self._log_perplexities = rewards, logs
         self.steps += 1
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return pi_t, shape (K,), sum 1, each at least eps_t; equal shares where no step was heard yet."""
+        """Return pi_t, shape (K,), sum 1, each at least eps_t.
+
+        Shares are equal if no step was heard yet, and those of the warm-up if it is all that was and nothing is learnt
+        from it.
+        """
         count = len(ctx.pool.domains)
         floor = exploration(self.steps, count)
         if floor >= 1.0 / count:
             ctx.not_decided(f"exploration keeps the shares equal until more losses were heard ({self.steps} so far)")
         if not self.steps:
             return np.full(count, 1.0 / count)
-        logits = self._log_perplexities
         if self.params.variant == "paper":
             logits = exploration(self.steps - 1, count) * self._rewards
+        elif np.isneginf(self._log_perplexities).all():
+            ctx.not_decided("variant: official learns nothing from the warm-up, whose shares stay")
+            return self.initial(ctx)
+        else:
+            logits = self._log_perplexities
         shares = np.exp(logits - logits.max())
         return (1.0 - count * floor) * shares / shares.sum() + floor
 

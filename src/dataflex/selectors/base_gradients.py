@@ -116,7 +116,7 @@ class CheckpointParams(ComponentParams):
         description="Checkpoint folders of an earlier run of the same model, in order; none: the model as it is.",
     )
     checkpoint_weights: list[float] | None = Field(
-        None, description="Weight of each checkpoint; none: the mean learning rate of its stretch of the run."
+        None, description="Weight of each checkpoint, scaled to sum 1; none: mean learning rate of its part of the run."
     )
 
     @model_validator(mode="after")
@@ -280,13 +280,14 @@ class InfluenceSelector(GradientSelector):
         return stores
 
     def over_checkpoints(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
-        """Return :meth:`influence` summed over stored checkpoints by their weights, (n, S)."""
+        """Return :meth:`influence` summed over stored checkpoints by their weights, scaled to sum 1, (n, S)."""
         total = np.zeros((candidates.size, len(ctx.targets.domains)), dtype=np.float32)  # type: ignore[union-attr]
         weights = self.params.checkpoint_weights or ctx.probe.learning_rates(self.params.checkpoints)
+        scale = sum(weights)
         for folder, weight in zip(self.params.checkpoints, weights, strict=True):
             with ctx.probe.checkpoint(folder):
                 targets = self.target_features(ctx, settings, folder)
-                total += np.float32(weight) * ctx.probe.similarities(candidates, settings, targets)
+                total += np.float32(weight / scale) * ctx.probe.similarities(candidates, settings, targets)
         return total
 
 

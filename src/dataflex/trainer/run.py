@@ -474,7 +474,8 @@ class DynamicRun:
         self._domain_tokens = self.domain_tokens + statistics.tokens
         self._domain_samples = self.domain_samples + statistics.samples
         if self.plan is not None:
-            statistics = replace(statistics, proportions=self.plan.proportions)
+            warmup = self.plan.slot.update is None
+            statistics = replace(statistics, proportions=self.plan.proportions, warmup=warmup)
         self.mean_losses.add(statistics)
         for _, component in self.components.items():
             component.on_step(statistics)

@@ -64,6 +64,7 @@ def test_every_method_can_act_in_a_long_run_of_many_rounds() -> None:
         ("selector", "random", {}, {"total": 10, "length": 10, "pool": 40}, "every sample is taken"),
         ("mixer", "odm", {}, {"total": 100}, "after 0 of 100 steps, and before 4 steps"),
         ("mixer", "odm", {}, {"total": 4, "length": 1}, "after 3 of 4 steps"),
+        ("mixer", "odm", {"variant": "official"}, {"total": 60, "warmup": 50}, "only decision comes after the warm-up"),
         ("mixer", "ado", {}, {"total": 1000}, r"start_step \(1000\).* last of 10 decisions comes after 900 of 1000"),
         ("mixer", "ado", {"start_step": 10, "ignore_steps": 500}, {"total": 600}, "ignore_steps .500. leaves fewer"),
         ("mixer", "aioli", {}, {"total": 1200}, r"LearnParams takes 12 rounds .* and the run has 12"),

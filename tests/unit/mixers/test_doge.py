@@ -73,26 +73,48 @@ def step_of(
 # The update
 
 
+@pytest.mark.parametrize(
+    "max_grad_norm, weights",
+    [
+        (5.0, [0.300022, 0.381403, 0.318575]),  # W is 1.8, 4.2 and 2.4
+        (0.0, [0.300022, 0.381403, 0.318575]),
+        (1.0, [0.322218, 0.349055, 0.328727]),  # 0.6, 1.4 and 0.8
+    ],
+)
+def test_longer_gradients_are_cut_to_max_grad_norm(max_grad_norm: float, weights: list[float]) -> None:
+    pool = make_pool({"a": 1, "b": 1, "c": 1})
+    mixer = begun(pool, mu=0.01, max_grad_norm=max_grad_norm)
+    mixer.update_weights(step_of(pool, Gradients(3 * GOLDEN), [0, 1, 2], [1, 1, 1]))
+    np.testing.assert_allclose(mixer.loss_weights, weights, atol=1e-6)
+
+
+def test_validation_gradients_are_cut_as_well() -> None:
+    gradients, targets = np.array([[8.0, 0.0], [0.0, 0.5]]), np.array([[0.0, 6.0], [3.0, 0.0]])
+    found = alignments(gradients, targets, "official", 4.0)
+    # cut to (4, 0), (0, 0.5) and (0, 4), (3, 0); the mean length of the first two is 2.25, and 5 the largest W
+    np.testing.assert_allclose(found, [5.0, 2 / 2.25], rtol=1e-6)
+
+
 @pytest.mark.parametrize("variant", ["official", "paper"])
 def test_the_golden_number(variant: str) -> None:
     pool = make_pool({"a": 1, "b": 1, "c": 1})
     mixer = begun(pool, variant=variant)
     mixer.update_weights(step_of(pool, Gradients(GOLDEN), [0, 1, 2], [1, 1, 1]))
     np.testing.assert_allclose(mixer.loss_weights, GOLDEN_WEIGHTS, atol=1e-6)
-    np.testing.assert_allclose(alignments(GOLDEN, None, variant), [0.6, 1.4, 0.8], rtol=2e-6)
+    np.testing.assert_allclose(alignments(GOLDEN, None, variant, 1.0), [0.6, 1.4, 0.8], rtol=2e-6)
 
 
 def test_by_default_it_is_the_official_variant() -> None:
-    long = alignments(10 * GOLDEN, None, "official")
+    long = alignments(10 * GOLDEN, None, "official", 1.0)
     np.testing.assert_allclose(long, [0.6, 1.4, 0.8], rtol=2e-6)  # cut to length 1
-    np.testing.assert_allclose(alignments(10 * GOLDEN, None, "paper"), [60, 140, 80])
-    short = alignments(0.1 * GOLDEN, None, "official")
+    np.testing.assert_allclose(alignments(10 * GOLDEN, None, "paper", 1.0), [60, 140, 80])
+    short = alignments(0.1 * GOLDEN, None, "official", 1.0)
     np.testing.assert_allclose(short, [0.06, 0.14, 0.08], rtol=2e-5)  # 0.01 over a mean length of 0.1
     opposed = np.array([[1.0, 0.0], [-1.0, 0.0]])
-    assert alignments(opposed, None, "official").tolist() == [0, 0]
-    assert alignments(opposed, None, "paper").tolist() == [-1, -1]
+    assert alignments(opposed, None, "official", 1.0).tolist() == [0, 0]
+    assert alignments(opposed, None, "paper", 1.0).tolist() == [-1, -1]
     agreeing = np.ones((9, 1))
-    np.testing.assert_allclose(alignments(agreeing, None, "official"), 5)  # 8, were it not for the limit
+    np.testing.assert_allclose(alignments(agreeing, None, "official", 1.0), 5)  # 8, were it not for the limit
     assert build(DogeMixer).params.variant == "official"
 
 
@@ -305,6 +327,8 @@ def test_validation_is_asked_for_only_where_it_is_used() -> None:
         {"proj_dim": 0},
         {"feature_dir": "x"},
         {"clip": 1},
+        {"max_grad_norm": -1.0},
+        {"max_grad_norm": 5.0, "variant": "paper"},
         {"weights": "previous"},
     ],
 )

@@ -33,9 +33,11 @@ def pool_of(count: int) -> Pool:
     return make_pool({f"d{number}": 3 + 2 * number for number in range(count)})
 
 
-def heard(losses: Sequence[float], proportions: Sequence[float], step: int = 1) -> StepStatistics:
+def heard(losses: Sequence[float], proportions: Sequence[float], step: int = 1, warmup: bool = False) -> StepStatistics:
     present = ~np.isnan(np.array(losses, dtype=float))
-    return StepStatistics(step, np.array(losses, dtype=float), 10 * present, 1 * present, np.array(proportions))
+    return StepStatistics(
+        step, np.array(losses, dtype=float), 10 * present, 1 * present, np.array(proportions), warmup=warmup
+    )
 
 
 def stepped(pool: Pool, losses: Sequence[float], step: int = 0) -> StepContext:
@@ -165,6 +167,41 @@ def test_odm_prefers_the_arm_of_larger_reward(variant: str, least: float, better
     assert sum(policy[better] > 0.5 for policy in policies[20:]) > 370
 
 
+def test_odm_official_counts_the_steps_of_the_warm_up_but_learns_nothing_from_them() -> None:
+    pool, mixer = pool_of(2), build(OdmMixer, variant="official")
+    for step in range(20):
+        mixer.on_step(heard([4.0, 2.0], [0.5, 0.5], step + 1, warmup=True))
+    mixer.on_step(heard([2.0, 2.0], [0.5, 0.5], 21))
+    np.testing.assert_allclose(mixer.mix(context(pool)), [0.5, 0.5], rtol=1e-12)
+    mixer.on_step(heard([3.0, 2.0], [0.5, 0.5], 22))
+    eps = (math.log(2) / 2 / 22) ** 0.5
+    first = 0.9 * 0.1 * math.exp(2) + 0.1 * math.exp(3)
+    second = 0.9 * 0.1 * math.exp(2) + 0.1 * math.exp(2)
+    expected = [(1 - 2 * eps) * reward / (first + second) + eps for reward in (first, second)]
+    np.testing.assert_allclose(mixer.mix(context(pool)), expected, rtol=1e-12)
+    mixer.on_step(heard([9.0, 1.0], [0.5, 0.5], 23, warmup=True))  # that of a further cycle
+    assert mixer.steps == 23
+    assert mixer.mix(context(pool))[0] == pytest.approx(expected[0], abs=0.01)
+
+
+def test_odm_official_keeps_the_shares_of_the_warm_up_until_it_has_heard_more() -> None:
+    pool = make_pool({"a": 30, "b": 10})
+    mixer = build(OdmMixer, variant="official", initial_proportions={"b": 1, "a": 3})
+    planner = make_planner(pool, steps=2, batch=4, warmup=5, rounds=2, mix=mixer)
+    (warm,) = plans(planner, 1)
+    for step in range(5):
+        mixer.on_step(heard([1.0, 2.0], warm.proportions.tolist(), step + 1, warmup=True))
+    decided = planner.plan(planner.schedule.slot_at(5), FakeProbe())  # type: ignore[arg-type]
+    np.testing.assert_allclose(decided.proportions, [0.75, 0.25])
+    assert "warm-up" in decided.undecided["mix"]
+    for step in range(5, 7):
+        mixer.on_step(heard([1.0, 2.0], [0.75, 0.25], step + 1))
+    decided = planner.plan(planner.schedule.slot_at(7), FakeProbe())  # type: ignore[arg-type]
+    eps = (math.log(2) / 2 / 7) ** 0.5
+    np.testing.assert_allclose(decided.proportions[1], (1 - 2 * eps) * math.e / (1 + math.e) + eps, rtol=1e-9)
+    assert "mix" not in decided.undecided
+
+
 def test_odm_hears_rewards_in_warm_up_but_keeps_to_the_initial_proportions() -> None:
     pool = make_pool({"a": 30, "b": 10})
     mixer = build(OdmMixer, initial_proportions={"b": 1, "a": 3})
@@ -172,7 +209,7 @@ def test_odm_hears_rewards_in_warm_up_but_keeps_to_the_initial_proportions() -> 
     (warm,) = plans(planner, 1)
     np.testing.assert_allclose(warm.proportions, [0.75, 0.25])
     for step in range(5):
-        mixer.on_step(heard([1.0, 2.0], warm.proportions.tolist(), step + 1))
+        mixer.on_step(heard([1.0, 2.0], warm.proportions.tolist(), step + 1, warmup=True))
     decided = planner.plan(planner.schedule.slot_at(5), FakeProbe())  # type: ignore[arg-type]
     expected = odm_reference([([1.0, 2.0], [0.75, 0.25])] * 5, 2, "paper", 0.9)
     np.testing.assert_allclose(decided.proportions, expected, atol=1e-12)
