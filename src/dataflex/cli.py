@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataflex import __version__
+from dataflex.config.processes import is_worker
 from dataflex.errors import ConfigError, DataFlexError, did_you_mean
-from dataflex.integrations.llamafactory.launch import is_worker
 from dataflex.trainer import stopping
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _train(options: argparse.Namespace) -> int:
     from dataflex.integrations.llamafactory import launch
 
     config = _checked_config(options).with_assets()
-    if launch.is_worker():
+    if is_worker():
         return _train_here(config)
     _print_notes(config)
     try:
@@ -280,7 +280,7 @@ def _offline(options: argparse.Namespace) -> int:
     output = options.output or Path(str(config.llamafactory["output_dir"])) / "scores"
     config = offline.prepared(config, output, options.features)
     amount = offline.Amount() if options.command == "features" else offline.Amount(options.fraction, options.count)
-    if launch.is_worker():
+    if is_worker():
         offline.run(config, options.command, output, amount)
         return 0
     _print_notes(config)

@@ -112,7 +112,9 @@ def test_every_refused_key_is_documented() -> None:
 
 
 def test_every_environment_variable_of_the_launcher_is_documented() -> None:
-    source = (DOCS.parent / "src" / "dataflex" / "integrations" / "llamafactory" / "launch.py").read_text()
+    package = DOCS.parent / "src" / "dataflex"
+    files = (package / "integrations" / "llamafactory" / "launch.py", package / "config" / "processes.py")
+    source = "".join(file.read_text() for file in files)
     used = set(re.findall(r"(?:environ\.get|setdefault)\(\"([A-Z_]+)\"", source)) - {"PATH", "RANK", "LOCAL_RANK"}
     text = (DOCS / "configuration.md").read_text().split("## Several processes")[1].split("\n## ")[0]
     assert len(used) > 10

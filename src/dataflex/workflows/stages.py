@@ -28,9 +28,9 @@ from dataflex.compare.runner import Workers, execute, set_aside
 from dataflex.compare.settings import problem_of
 from dataflex.config import checks
 from dataflex.config.loading import SECTION, RunConfig, parse_config
+from dataflex.config.processes import is_worker
 from dataflex.config.yaml_file import read_yaml
 from dataflex.errors import ConfigError, Problem
-from dataflex.integrations.llamafactory import launch
 from dataflex.record.files import read_object
 from dataflex.record.versions import installed_versions
 from dataflex.workflows.small_model import SmallModel, small_model
@@ -272,7 +272,7 @@ def refuse_many_nodes() -> None:
     Raises:
         ConfigError: inside torchrun, and for a training on several machines.
     """
-    if launch.is_worker():
+    if is_worker():
         raise ConfigError("this command launches trainings itself; start it as one process, not with torchrun.")
     if os.environ.get("NNODES", "1") != "1" or "RDZV_ID" in os.environ:
         raise ConfigError(

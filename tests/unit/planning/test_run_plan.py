@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from dataflex.config import processes
 from dataflex.config.checks.plan import planned, problems_of_plan, problems_of_work, trainer_keys
 from dataflex.config.checks.rows import rows_of, training_samples
 from dataflex.config.loading import RunConfig, split_config
-from dataflex.integrations.llamafactory import launch
 
 ROWS = [{"instruction": f"question {number}\nline", "input": "", "output": "yes"} for number in range(25)]
 
@@ -244,7 +244,7 @@ def test_what_does_something(data: Path, section: dict[str, Any] | None, keys: d
 
 
 @pytest.mark.parametrize(
-    "environment, processes",
+    "environment, number",
     [
         ({}, 1),
         ({"NPROC_PER_NODE": "4"}, 1),
@@ -254,20 +254,20 @@ def test_what_does_something(data: Path, section: dict[str, Any] | None, keys: d
         ({"LOCAL_RANK": "0", "WORLD_SIZE": "16"}, 16),
     ],
 )
-def test_processes(data: Path, environment: dict[str, str], processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes(data: Path, environment: dict[str, str], number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FORCE_TORCHRUN", "NPROC_PER_NODE", "NNODES", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(launch, "_visible_devices", lambda: 0)
+    monkeypatch.setattr(processes, "_visible_devices", lambda: 0)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert trainer_keys(config(data)).global_batch_size == 2 * processes
+    assert trainer_keys(config(data)).global_batch_size == 2 * number
 
 
 def test_accelerators_that_are_only_seen_make_no_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight of them would make 5 steps of 37: all warm-up. torch may see fewer."""
     for name in ("FORCE_TORCHRUN", "NPROC_PER_NODE", "NNODES", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(launch, "_visible_devices", lambda: 8)
+    monkeypatch.setattr(processes, "_visible_devices", lambda: 8)
     section = {"warmup_steps": 10, "order": {"method": "sort"}}
     assert planned(config(data, section)).total == 5
     assert problems_of_plan(config(data, section)) == []

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataflex.config.checks.rows import rows_of, training_samples
 from dataflex.config.checks.values import dataset_names, number, truthy
 from dataflex.config.loading import SECTION, DataFlexConfig, RunConfig
+from dataflex.config.processes import planned_processes
 from dataflex.errors import Problem
-from dataflex.integrations.llamafactory import launch
 from dataflex.planning.run_plan import RunPlan, TrainerKeys, plan_of, problems_of, problems_of_warmup
 
 _WORK = ("do_train", "do_eval", "do_predict")
@@ -73,7 +73,7 @@ def trainer_keys(config: RunConfig, certain: bool = False) -> TrainerKeys:
         epochs=number(config, "num_train_epochs", 3.0),
         per_device=max(1, int(number(config, "per_device_train_batch_size", 8))),
         accumulation=max(1, int(number(config, "gradient_accumulation_steps", 1))),
-        processes=launch.planned_processes(certain),
+        processes=planned_processes(certain),
         eval_strategy=str(given.get("eval_strategy") or "no"),
         eval_steps=number(config, "eval_steps", logging_steps),
         evaluates_at_end=truthy(config, "do_eval") or str(given.get("eval_strategy") or "no") != "no",

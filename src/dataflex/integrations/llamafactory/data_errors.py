@@ -96,7 +96,7 @@ def _explained(load: Load, error: Exception) -> ConfigError:
 def _where(load: Load, error: Exception) -> tuple[str, str | None, str, int]:
     """Return the setting and the data set an error is about, the step of the load, and the rows that were to be split.
 
-    The frames are those of ``llamafactory.data.loader``; ``tests/unit/integrations/test_contract.py`` holds it to their names.
+    The frames are those of ``llamafactory.data.loader``. ``test_contract.py`` holds it to their names.
     """
     key, name, step, rows = "dataset", None, "", 0
     for frame, _ in walk_tb(error.__traceback__):

@@ -8,21 +8,16 @@ use gloo, and what accelerate and DeepSpeed need there is set.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import tempfile
 from pathlib import Path
 
+from dataflex.config.processes import is_worker
 from dataflex.trainer.stopping import Stopped
 
 ERROR_FOLDER = "DATAFLEX_ERROR_FOLDER"
 """Where workers leave the text of an error, so that the launcher prints it once."""
-
-
-def is_worker() -> bool:
-    """Return whether this process was started by torchrun."""
-    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def wants_many() -> bool:
@@ -30,31 +25,6 @@ def wants_many() -> bool:
     from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt, use_ray
 
     return is_env_enabled("FORCE_TORCHRUN") or (get_device_count() > 1 and not use_ray() and not use_kt())
-
-
-def planned_processes(certain: bool = False) -> int:
-    """Return how many processes will train, as far as that shows without torch.
-
-    Args:
-        certain: do not count accelerators, which torch may see fewer of; there are at least so many then.
-    """
-    if is_worker():
-        return int(os.environ["WORLD_SIZE"])
-    devices = 0 if certain else _visible_devices()
-    if devices < 2 and os.environ.get("FORCE_TORCHRUN", "").lower() not in ("1", "true", "y"):
-        return 1
-    given = (os.environ.get("NPROC_PER_NODE") or str(max(1, devices)), os.environ.get("NNODES") or "1")
-    return math.prod(int(number) if number.isdecimal() and int(number) else 1 for number in given)
-
-
-def _visible_devices() -> int:
-    """Return how many of this machine's NVIDIA or Ascend accelerators this process may use."""
-    found = 0
-    for pattern, variable in (("nvidia[0-9]*", "CUDA_VISIBLE_DEVICES"), ("davinci[0-9]*", "ASCEND_RT_VISIBLE_DEVICES")):
-        there = len(list(Path("/dev").glob(pattern)))
-        named = os.environ.get(variable)
-        found += there if named is None else min(there, len([name for name in named.split(",") if name.strip()]))
-    return found
 
 
 def run_many(arguments: list[str]) -> int:
