@@ -3,10 +3,14 @@
 What a component of your own needs is here; everything else is reached through ``dataflex-cli``.
 """
 
+from dataflex.api.component import State
 from dataflex.api.context import RoundContext, StepContext, StepStatistics
+from dataflex.api.measurement import Measurement
 from dataflex.api.mixer import DomainParams, Mixer, MixerParams
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.order import Order
-from dataflex.api.params import ComponentParams, InputPath, OutputPath
+from dataflex.api.params import ComponentParams, InputPath, OutputPath, ValidationParams
+from dataflex.api.reference import ReferenceParams
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
 from dataflex.api.selection import Group, Selection
@@ -20,17 +24,23 @@ __all__ = [
     "DomainParams",
     "Group",
     "InputPath",
+    "Measurement",
     "Mixer",
     "MixerParams",
+    "Needs",
     "Order",
     "OutputPath",
+    "ReferenceParams",
     "RoundContext",
     "RunOutline",
+    "RunView",
     "Selection",
     "Selector",
     "SelectorParams",
+    "State",
     "StepContext",
     "StepStatistics",
+    "ValidationParams",
     "Weighter",
     "WeighterParams",
     "__version__",

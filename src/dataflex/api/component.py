@@ -8,26 +8,30 @@ any number of processes, exact resume, and a record of every one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 import numpy as np
 
 from dataflex.api.context import StepStatistics
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.params import ComponentParams
 from dataflex.api.schedule import RunOutline
 from dataflex.api.source import label_of
 from dataflex.errors import ComponentError
 
-if TYPE_CHECKING:
-    from dataflex.config.loading import RunConfig
-
+ParamsT = TypeVar("ParamsT", bound=ComponentParams, covariant=True)
+"""The parameter model of a component."""
 
 State = dict[str, Any]
 """A component's state: numbers, text and numpy arrays, nested in dicts, lists and tuples."""
 
 
-class Component:
-    """Base of all components. ``register`` sets :attr:`family` and :attr:`name`."""
+class Component(Generic[ParamsT]):
+    """Base of all components. ``register`` sets :attr:`family` and :attr:`name`.
+
+    A component names its parameter model as the type argument of its base class, as in
+    ``class Focus(Selector[FocusParams])``; :attr:`params` is then of that type, and :attr:`Params` is set to it.
+    """
 
     family: ClassVar[str]
     name: ClassVar[str]
@@ -35,10 +39,19 @@ class Component:
     needs_validation: ClassVar[bool] = False
     """Whether ``ctx.targets`` is wanted; then its parameters have ``validation`` and ``subtask_column``."""
 
-    def __init__(self, params: ComponentParams) -> None:
-        self.params: Any = params
+    def __init__(self, params: ParamsT) -> None:
+        self.params = params
 
-    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "Params" not in vars(cls):
+            cls.Params = _params_named_by(cls) or cls.Params
+
+    def needs(self, run: RunView) -> Needs:
+        """Return what it asks of the run. Called before anything is loaded, and more than once."""
+        return Needs()
+
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield a parameter and what is wrong with it in this run. Called before anything is loaded."""
         yield from ()
 
@@ -76,6 +89,23 @@ class Component:
 
     def load_state_dict(self, state: State) -> None:
         """Take back what :meth:`state_dict` returned."""
+
+
+def _params_named_by(cls: type[Component[ComponentParams]]) -> type[ComponentParams] | None:
+    """Return the parameter model among the type arguments of a class's bases.
+
+    Of a type variable it is the bound, if that is no wider than the model the class has inherited.
+    """
+    for base in vars(cls).get("__orig_bases__", ()):
+        origin = get_origin(base)
+        if not (isinstance(origin, type) and issubclass(origin, Component)):
+            continue
+        for argument in get_args(base):
+            is_open = isinstance(argument, TypeVar)
+            found = argument.__bound__ if is_open else argument
+            if isinstance(found, type) and issubclass(found, cls.Params if is_open else ComponentParams):
+                return found
+    return None
 
 
 def state_of(component: Component) -> State:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.component import Component
+from dataflex.api.component import Component, ParamsT
 from dataflex.api.context import RoundContext, StepContext
 from dataflex.api.params import ComponentParams, Shares, shares_of, shares_problem
 from dataflex.api.schedule import RunOutline
@@ -30,7 +30,7 @@ class MixerParams(DomainParams):
     )
 
 
-class Mixer(Component):
+class Mixer(Component[ParamsT]):
     """Chooses the domain proportions of the next plan; may also weigh the domains in the loss of every step.
 
     A mixer that weighs the loss sets :attr:`weighs_loss_by`, and has :attr:`loss_weights` and :meth:`update_weights`;
@@ -80,13 +80,15 @@ class Mixer(Component):
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the proportions of warm-up rounds, shape (K,): the given ones, or the share of samples in the pool."""
-        if self.params.initial_proportions is not None:
-            return shares_of(self.params.initial_proportions, ctx.pool.domains, "initial_proportions")
+        params: Any = self.params  # registration refuses a mixer without these that leaves this method as it is
+        if params.initial_proportions is not None:
+            return shares_of(params.initial_proportions, ctx.pool.domains, "initial_proportions")
         return ctx.pool.domain_sizes.astype(np.float64)
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Return a parameter and what is wrong with it for these domains, or None. Called before a model is loaded."""
-        problem = shares_problem(self.params.initial_proportions, names)
+        params: Any = self.params
+        problem = shares_problem(params.initial_proportions, names)
         return None if problem is None else ("initial_proportions", problem)
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:

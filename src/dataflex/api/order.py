@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dataflex.api.component import Component
+from dataflex.api.component import Component, ParamsT
 from dataflex.api.context import RoundContext
 from dataflex.api.schedule import RunOutline
 from dataflex.api.selection import Selection
 from dataflex.data.sampling import IndexArray
 
 
-class Order(Component):
+class Order(Component[ParamsT]):
     """Arranges the samples of a plan."""
 
     def cannot_act(self, run: RunOutline) -> str | None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from dataflex.data.domain_names import by_domain, with_text_keys
 from dataflex.errors import ConfigError, unknown
@@ -60,6 +60,25 @@ class ComponentParams(BaseModel):
         """Return which of ``names`` are not in ``made_with``, or have another value there than here."""
         now = self.model_dump(include=names)
         return [name for name in sorted(now) if name not in made_with or made_with[name] != now[name]]
+
+
+class ValidationParams(ComponentParams):
+    """Which samples stand for what the model is to become good at."""
+
+    validation: list[str] | None = Field(
+        None, description="Data sets of the validation samples, each a sub-task; none: eval_dataset (or val_size)."
+    )
+    subtask_column: str | None = Field(
+        None, description="Column of the raw data whose values divide the validation samples into sub-tasks."
+    )
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        names = value.split(",") if isinstance(value, str) else value
+        if isinstance(names, list) and not [name for name in names if str(name).strip()]:
+            raise ValueError("must name a data set")
+        return [str(name).strip() for name in names] if isinstance(names, list) else names
 
 
 def _form_of_shares(value: Any) -> Any:

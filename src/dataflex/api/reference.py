@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from dataflex.api.needs import RunView
 from dataflex.api.params import ComponentParams, InputPath, OutputPath
 from dataflex.assets import PREFIX
-
-if TYPE_CHECKING:
-    from dataflex.config.loading import RunConfig
 
 TABLE_FILE = "reference.json"
 """Lists what is in a table of reference losses."""
@@ -45,7 +43,7 @@ class ReferenceParams(ComponentParams):
             raise ValueError("needs reference_model, reference_losses or both")
         return self
 
-    def reference_problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+    def reference_problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the reference, as far as it shows without loading it."""
         table = None if self.reference_losses is None else read_table(Path(self.reference_losses))
         if self.reference_model is None and table is None:
@@ -95,7 +93,7 @@ def read_table(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("format") == TABLE_FORMAT else None
 
 
-def tokenizer_problem(reference: Path, llamafactory: dict[str, Any]) -> str | None:
+def tokenizer_problem(reference: Path, llamafactory: Mapping[str, Any]) -> str | None:
     """Return how the reference's vocabulary differs from the model's, as far as their files say; None: not at all."""
     own = Path(str(llamafactory.get("model_name_or_path") or "")).expanduser()
     if any(llamafactory.get(key) for key in _OWN_TOKENS):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from dataflex.api.component import Component
+from dataflex.api.component import Component, ParamsT
 from dataflex.api.context import RoundContext
 from dataflex.api.params import ComponentParams
 from dataflex.api.schedule import RunOutline
@@ -34,7 +34,7 @@ class SelectorParams(ComponentParams):
     )
 
 
-class Selector(Component):
+class Selector(Component[ParamsT]):
     """Chooses which samples of the pool are in the next plan.
 
     Write :meth:`score` (higher is better) and leave the choice to the ``rule`` parameter, or override :meth:`choose`.
@@ -99,12 +99,13 @@ class Selector(Component):
                 "no token to train on). Shorten update_steps or check the data."
             )
         values = scores[scored]
-        if self.params.rule == "top_k":
+        params: Any = self.params  # registration refuses a selector without these that leaves choose() as it is
+        if params.rule == "top_k":
             chosen = top_k(values, count)
             ranks = ranks_of_best(values[chosen])
         else:
             spread = float(values.std()) or 1.0
-            chosen = sample_softmax(values.astype(np.float64) / (spread * self.params.temperature), count, ctx.rng)
+            chosen = sample_softmax(values.astype(np.float64) / (spread * params.temperature), count, ctx.rng)
             ranks = ranks_among(values, chosen)
         return Selection(
             candidates[scored[chosen]],

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from dataflex.api.component import Component
+from dataflex.api.component import Component, ParamsT
 from dataflex.api.params import ComponentParams
 from dataflex.api.schedule import RunOutline
 
@@ -23,7 +23,7 @@ class WeighterParams(ComponentParams):
     )
 
 
-class Weighter(Component):
+class Weighter(Component[ParamsT]):
     """Scales the loss of each sample inside a step."""
 
     Params: ClassVar[type[ComponentParams]] = WeighterParams

@@ -6,6 +6,7 @@ here imports torch or LLaMA-Factory.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -93,6 +94,25 @@ class RunConfig:
     assets: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     offline: bool = False
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps before the first decision; 0 without a section."""
+        return 0 if self.dataflex is None else self.dataflex.warmup_steps
+
+    @property
+    def deepspeed(self) -> dict[str, Any] | None:
+        """DeepSpeed's configuration; None without DeepSpeed, empty if it cannot be read, which is reported as such."""
+        given = self.llamafactory.get("deepspeed")
+        if not given:
+            return None
+        if isinstance(given, str):
+            try:
+                text = given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8")
+                given = json.loads(text)
+            except (OSError, ValueError):
+                return {}
+        return given if isinstance(given, dict) else {}
 
     def with_assets(self) -> RunConfig:
         """Return the configuration with ``asset:NAME`` values replaced by paths, fetching what is not there yet.

@@ -23,7 +23,7 @@ LearnParams, which are part of the training.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,14 +32,12 @@ from pydantic import Field
 from dataflex.api.component import State
 from dataflex.api.context import RoundContext
 from dataflex.api.mixer import Mixer, MixerParams
+from dataflex.api.needs import RunView
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
 from dataflex.mixers.base_loss_weights import exponentiated_update
 from dataflex.mixers.base_validation_loss import validation_losses
 from dataflex.selectors.base_gradients import ValidationParams
-
-if TYPE_CHECKING:
-    from dataflex.config.loading import RunConfig
 
 
 class AioliParams(MixerParams, ValidationParams):
@@ -77,7 +75,7 @@ class AioliMixer(Mixer):
         self._drops: NDArray[np.float64] = np.empty((0, 0))
         self._average: NDArray[np.float64] = np.empty((0, 0))
 
-    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield that the passes over a domain may not be capped."""
         if self.params.max_epochs_per_domain is not None:
             yield (

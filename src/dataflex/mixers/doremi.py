@@ -19,7 +19,7 @@ Cost: the reference's forward of every batch, or nothing with a table of its los
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +27,11 @@ from pydantic import Field
 
 from dataflex.api.component import State
 from dataflex.api.context import StepContext
+from dataflex.api.needs import RunView
 from dataflex.api.reference import ReferenceParams
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
 from dataflex.mixers.base_loss_weights import LossWeightMixer, StepWeightParams, exponentiated_update
-
-if TYPE_CHECKING:
-    from dataflex.config.loading import RunConfig
 
 
 class DoReMiParams(StepWeightParams, ReferenceParams):
@@ -56,7 +54,7 @@ class DoReMiMixer(LossWeightMixer):
         super().__init__(params)
         self._excess: NDArray[np.float64] = np.empty(0)
 
-    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the reference, and a cap on the passes over a domain."""
         yield from self.params.reference_problems(run)
         if self.params.max_epochs_per_domain is not None:

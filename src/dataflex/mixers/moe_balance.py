@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +27,10 @@ from pydantic import Field
 from dataflex.api.component import State
 from dataflex.api.context import RoundContext
 from dataflex.api.mixer import Mixer, MixerParams
+from dataflex.api.needs import RunView
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
 from dataflex.mixers.base_loss_weights import exponentiated_update
-
-if TYPE_CHECKING:
-    from dataflex.config.loading import RunConfig
 
 
 class MoeBalanceParams(MixerParams):
@@ -58,7 +56,7 @@ class MoeBalanceMixer(Mixer):
         super().__init__(params)
         self._weights: NDArray[np.float64] = np.empty(0)
 
-    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield that the model has no experts, if its configuration is here to be read."""
         file = Path(str(run.llamafactory.get("model_name_or_path"))).expanduser() / "config.json"
         if file.is_file() and "expert" not in file.read_text(encoding="utf-8"):

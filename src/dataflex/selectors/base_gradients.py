@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from dataflex.api.context import RoundContext
-from dataflex.api.params import ComponentParams, InputPath, OutputPath
+from dataflex.api.needs import RunView
+from dataflex.api.params import ComponentParams, InputPath, OutputPath, ValidationParams
 from dataflex.api.probe import GradientSettings
 from dataflex.api.selector import Selector, SelectorParams
 from dataflex.data.rules import ScoreArray
@@ -20,7 +20,6 @@ from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 
 if TYPE_CHECKING:
-    from dataflex.config.loading import RunConfig
     from dataflex.probe.store import FeatureStore
 
 _ADAMS = (
@@ -89,25 +88,6 @@ class FeatureParams(GradientParams):
         return super().settings(**{**chosen, **changes})
 
 
-class ValidationParams(ComponentParams):
-    """Which samples stand for what the model is to become good at."""
-
-    validation: list[str] | None = Field(
-        None, description="Data sets of the validation samples, each a sub-task; none: eval_dataset (or val_size)."
-    )
-    subtask_column: str | None = Field(
-        None, description="Column of the raw data whose values divide the validation samples into sub-tasks."
-    )
-
-    @field_validator("validation", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        names = value.split(",") if isinstance(value, str) else value
-        if isinstance(names, list) and not [name for name in names if str(name).strip()]:
-            raise ValueError("must name a data set")
-        return [str(name).strip() for name in names] if isinstance(names, list) else names
-
-
 class CheckpointParams(ComponentParams):
     """Stored checkpoints that stand for the course of a run."""
 
@@ -168,7 +148,7 @@ class GradientSelector(Selector):
         """Return how often the pool is gone through in a run, for the estimate of its cost."""
         return decisions * max(1, len(self.stored_checkpoints))
 
-    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield what shows before a model is loaded: Adam's direction needs an Adam, and a step of it."""
         yield from super().problems(run)
         moments = self.params.preconditioner != "none"
@@ -179,7 +159,7 @@ class GradientSelector(Selector):
         if moments:
             yield from self._moment_problems(run)
 
-    def _spread_problems(self, run: RunConfig, moments: bool) -> Iterator[tuple[str, str]]:
+    def _spread_problems(self, run: RunView, moments: bool) -> Iterator[tuple[str, str]]:
         """Yield why stored checkpoints cannot be looked at in a run whose model or optimizer is spread out."""
         spread = spread_by(run)
         if spread is not None:
@@ -198,7 +178,7 @@ class GradientSelector(Selector):
                 "deepspeed, and train on what it selects.",
             )
 
-    def _moment_problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+    def _moment_problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield why Adam's moments cannot be had in a run."""
         name, given = self.params.preconditioner, run.llamafactory
         if self.params.settings().sketch == "kronecker":
@@ -215,7 +195,7 @@ class GradientSelector(Selector):
                     "run's optimizer, and this one has another order. Use optim: adamw_torch, or preconditioner: none.",
                 )
             return
-        if run.dataflex is not None and run.dataflex.warmup_steps == 0 and not run.offline:
+        if run.warmup_steps == 0 and not run.offline:
             yield (
                 "preconditioner",
                 f"{name!r} reads the optimizer's moments, and before the first step there are none. Set "
@@ -311,32 +291,22 @@ def subtask_means(features: ScoreArray, ctx: RoundContext) -> ScoreArray:
     return np.stack(means).astype(np.float32)
 
 
-def spread_by(run: RunConfig) -> str | None:
+def spread_by(run: RunView) -> str | None:
     """Return what spreads the weights of a run over its processes, ``fsdp`` or ``ZeRO-3``, or None."""
     if run.llamafactory.get("fsdp"):
         return "fsdp"
     return "ZeRO-3" if zero_stage(run) == 3 else None
 
 
-def zero_stage(run: RunConfig) -> int | None:
+def zero_stage(run: RunView) -> int | None:
     """Return the stage in a run's DeepSpeed configuration; None without DeepSpeed."""
-    if not run.llamafactory.get("deepspeed"):
+    if run.deepspeed is None:
         return None
     stage = _deepspeed_value(run, "zero_optimization", "stage")
     return stage if isinstance(stage, int) else 0
 
 
-def _deepspeed_value(run: RunConfig, *keys: str) -> Any:
-    """Return a value of a run's DeepSpeed configuration, None where there is none.
-
-    One that cannot be read is LLaMA-Factory's to refuse.
-    """
-    given = run.llamafactory.get("deepspeed")
-    if isinstance(given, str):
-        try:
-            given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-    for key in keys:
-        given = given.get(key) if isinstance(given, dict) else None
-    return given
+def _deepspeed_value(run: RunView, block: str, key: str) -> Any:
+    """Return a value of a block of a run's DeepSpeed configuration, None if it is not there."""
+    found = (run.deepspeed or {}).get(block)
+    return found.get(key) if isinstance(found, dict) else None

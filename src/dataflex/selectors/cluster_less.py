@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from pydantic import Field
 from dataflex import distributed
 from dataflex.api.component import State
 from dataflex.api.context import RoundContext
+from dataflex.api.needs import RunView
 from dataflex.api.params import ComponentParams
 from dataflex.api.registry import register
 from dataflex.api.selection import Selection
@@ -37,9 +38,6 @@ from dataflex.data.rules import ScoreArray, ranks_among, sample_softmax
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 from dataflex.selectors.less import LessParams, LessSelector
-
-if TYPE_CHECKING:
-    from dataflex.config.loading import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +66,7 @@ class ClusterLessSelector(LessSelector):
         self._clusters: NDArray[np.int32] | None = None
         """The cluster of every sample of the pool, shape (N,)."""
 
-    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield what shows before a model is loaded."""
         yield from super().problems(run)
         if self.params.max_overhead is not None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from pydantic import Field, model_validator
 
 from dataflex import distributed
 from dataflex.api.context import RoundContext
+from dataflex.api.needs import RunView
 from dataflex.api.probe import GenerationSettings, Probe
 from dataflex.api.registry import register
 from dataflex.data.pool import IGNORE_INDEX, Pool
@@ -37,9 +38,6 @@ from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 from dataflex.selectors.base_gradients import InfluenceParams, InfluenceSelector, spread_by
 from dataflex.selectors.base_rewards import Reward, RewardChoice
-
-if TYPE_CHECKING:
-    from dataflex.config.loading import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +80,7 @@ class NiceSelector(InfluenceSelector):
         self._directions: tuple[int, ScoreArray] | None = None
         """Round and target directions, (J, k): several groups of a round share them."""
 
-    def problems(self, run: RunConfig) -> Iterator[tuple[str, str]]:
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield what shows before a model is loaded: vLLM is a package of its own and needs the whole weights."""
         yield from super().problems(run)
         if self.params.generation_backend != "vllm":

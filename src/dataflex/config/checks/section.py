@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dataflex.api.component import Component
 from dataflex.api.reference import ReferenceParams
-from dataflex.config.checks.values import dataset_names, deepspeed, number, truthy
+from dataflex.config.checks.values import dataset_names, number, truthy
 from dataflex.config.loading import SECTION, RunConfig
 from dataflex.errors import Problem
 
@@ -73,7 +73,7 @@ def _length(config: RunConfig) -> Iterator[Problem]:
         if truthy(config, key):
             yield Problem(key, f"has schedules of its own, which do not follow {budget}; use train_steps.")
     for block in ("optimizer", "scheduler"):
-        if block in deepspeed(config):
+        if block in (config.deepspeed or {}):
             yield Problem("deepspeed", f"its {block!r} block has a schedule that cannot follow {budget}; remove it.")
     if truthy(config, "streaming"):
         yield Problem("streaming", f"{budget} needs the lengths of all samples; set it to false, or use max_steps.")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
-from typing import Any
 
 from dataflex.config.loading import RunConfig
 
@@ -58,19 +55,8 @@ def has_evaluation_data(config: RunConfig) -> bool:
     return bool(dataset_names(config, "eval_dataset")) or number(config, "val_size", 0.0) > 1e-6
 
 
-def deepspeed(config: RunConfig) -> dict[str, Any]:
-    """Return DeepSpeed's configuration; empty without one, or where it cannot be read, which is reported as such."""
-    given = config.llamafactory.get("deepspeed")
-    if isinstance(given, str):
-        try:
-            given = json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-    return given if isinstance(given, dict) else {}
-
-
 def zero_stage(config: RunConfig) -> int:
     """Return the stage of ZeRO in DeepSpeed's configuration, 0 without one."""
-    block = deepspeed(config).get("zero_optimization")
+    block = (config.deepspeed or {}).get("zero_optimization")
     stage = block.get("stage", 0) if isinstance(block, dict) else 0
     return stage if isinstance(stage, int) else 0

@@ -1,0 +1,56 @@
+"""What a component asks of its run, and what it may read of it before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from dataflex.api.measurement import Measurement
+    from dataflex.api.params import ValidationParams
+    from dataflex.api.reference import ReferenceParams
+
+
+class RunView(Protocol):
+    """What a component may read of its run before anything is loaded."""
+
+    @property
+    def llamafactory(self) -> Mapping[str, Any]:
+        """LLaMA-Factory's own keys, as they are given."""
+        ...
+
+    @property
+    def deepspeed(self) -> Mapping[str, Any] | None:
+        """DeepSpeed's configuration; None without DeepSpeed, empty if it cannot be read."""
+        ...
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps before the first decision."""
+        ...
+
+    @property
+    def offline(self) -> bool:
+        """Whether the pool is only scored, not trained on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a component asks of the run. The framework provides it, counts its cost, and checks that it can be had.
+
+    Attributes:
+        measurements: what it measures with ``ctx.probe``, of training and of validation samples alike.
+        validation: which samples are in ``ctx.validation``, one domain for each sub-task; None: it wants none.
+        reference: the frozen model, or the table of its token losses, it compares with; None: it wants none.
+        columns: columns of the raw data it reads with ``ctx.pool.column(name)``.
+        step_losses: what it is told of the losses of every training step, without a further forward: nothing, the means
+            of the domains, those of the samples, or the losses of the tokens.
+    """
+
+    measurements: tuple[Measurement, ...] = ()
+    validation: ValidationParams | None = None
+    reference: ReferenceParams | None = None
+    columns: tuple[str, ...] = ()
+    step_losses: Literal["nothing", "domains", "samples", "tokens"] = "nothing"
