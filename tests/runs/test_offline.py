@@ -354,11 +354,11 @@ def test_the_table(outcomes: Outcomes, folder: str, count: int) -> None:
     assert table["index"].tolist() == list(range(80))
     assert table["dataset"].tolist() == ["alpha"] * 48 + ["beta"] * 32
     assert table["row"].tolist() == [*range(48), *range(32)]
-    assert sorted(table["rank"].tolist()) == list(range(80))
+    assert sorted(table["rank"].tolist()) == list(range(1, 81))
     by_rank = table["score"][np.argsort(table["rank"].astype(int))].astype(float)
     assert (np.diff(by_rank) <= 0).all()
     assert table["selected"].sum() == count
-    assert (table["selected"] == (table["rank"].astype(int) < count)).all()
+    assert (table["selected"] == (table["rank"].astype(int) <= count)).all()
     kept = json.loads((outcomes.root / folder / "samples.json").read_text())
     assert table["tokens"].tolist() == [len(row["input_ids"]) for row in kept["pool"]]
 

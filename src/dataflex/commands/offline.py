@@ -187,14 +187,14 @@ def _write(run: DynamicRun, output: Path, scores: ScoreArray, best: IndexArray, 
     everyone = np.arange(pool.size)
     ids, chosen = pool.domain_ids(everyone), np.sort(best[:count])
     ranks = np.empty(pool.size, dtype=np.int64)
-    ranks[best] = everyone
+    ranks[best] = everyone + 1
     columns = {
         "index": pa.array(everyone),
         "dataset": pa.DictionaryArray.from_arrays(ids.astype(np.int32), list(pool.domains)),
         "row": row_column(pool, everyone),
         "score": pa.array(scores, from_pandas=True),
         "rank": pa.array(ranks),
-        "selected": pa.array(ranks < count),
+        "selected": pa.array(ranks <= count),
         "tokens": pa.array(pool.lengths),
     }
     temporary = output / f".{TABLE}"

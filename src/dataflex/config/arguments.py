@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -39,6 +39,8 @@ _CHOICES = {
     "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "xccl", "hccl", "cncl", "mccl"),
 }
 """Values of keys that are annotated as any text."""
+_READ_AS = {False: ("no", "off"), True: ("yes", "on")}
+"""Words that YAML reads as false and as true."""
 _SCALARS = ("str", "int", "float", "bool")
 
 
@@ -86,6 +88,19 @@ def llamafactory_arguments() -> dict[str, Argument]:
 def llamafactory_keys() -> frozenset[str]:
     """Return the names of LLaMA-Factory's training arguments."""
     return frozenset(llamafactory_arguments())
+
+
+def with_words(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return LLaMA-Factory's keys with the words that YAML reads as true or false where a key takes only words.
+
+    ``eval_strategy: no`` is false for YAML, in a file and on the command line.
+    """
+    found = dict(given)
+    for key, value in given.items():
+        argument = llamafactory_arguments().get(key) if isinstance(value, bool) else None
+        if argument is not None and "bool" not in argument.types:
+            found.update((key, word) for word in argument.choices if word in _READ_AS[value])
+    return found
 
 
 @cache

@@ -7,9 +7,11 @@ methods' parameters in buckets (``selectors:``, ``mixers:``, ``weighters:``, ``r
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+from dataflex.api import registry
 from dataflex.config.yaml_file import read_yaml
 from dataflex.errors import ConfigError, Problem, unknown
 
@@ -36,6 +38,12 @@ FLAT_KEYS = (
     "freeze_gate",
     "early_stopping_min_delta",
 )
+
+TEMPLATE = "custom"
+"""The component that the earlier release shipped to be filled in."""
+
+PLACEHOLDERS = ("/path/to/", "checkpoint-xxx")
+"""What stands in the shipped files of the earlier release for a path."""
 
 METHOD_NAMES = {"order": {"sorting": "sort"}, "mix": {"dynamic_moe": "moe_balance"}}
 """Methods whose name changed, by configuration key."""
@@ -70,6 +78,10 @@ UNUSED_PARAMETERS = (
     "collect_steps",
     "eval_samples",
     "eval_batch_size",
+    "num_eval_samples",
+    "use_proxy_as_reference",
+    "reward_model_backend",
+    "reward_backend_params",
 )
 """Parameters of the earlier release that nothing here needs; accepted, with a note."""
 
@@ -109,6 +121,9 @@ def _translate_flat(
     if not isinstance(method, str):
         problems.append(Problem("component_name", f"needed with train_type: {train_type}, the method's name."))
         return None, notes
+    if method == TEMPLATE and not _is_there(key, base):
+        problems.append(Problem("component_name", _template(key)))
+        return None, notes
     component = {"method": METHOD_NAMES.get(key, {}).get(method, method)}
     component |= _parameters(flat.get("components_cfg_file"), bucket, method, base, problems, notes)
     section = _schedule(flat, problems)
@@ -125,6 +140,24 @@ def _translate_flat(
         if flat.get(name):
             notes.append(f"{name} is accepted and has no effect: nothing here needs it.")
     return section, notes
+
+
+def _is_there(key: str, base: Path | None) -> bool:
+    """Return whether an installed package registers a method of the template's name."""
+    with contextlib.suppress(ConfigError):  # a package that cannot be loaded is reported where methods are looked for
+        registry.load_components([], base)
+    return TEMPLATE in registry.available(registry.CONFIG_KEYS[key])
+
+
+def _template(key: str) -> str:
+    """Return what says how a method of one's own is named."""
+    kind = registry.CONFIG_KEYS[key]
+    return (
+        f"{TEMPLATE!r} is the template that the earlier release shipped to be filled in, not a method. Put your {kind} "
+        f'into a file, say my_{kind}.py, registered there as @register("{kind}", "my_{kind}"), and write in the place '
+        f"of the flat keys: dataflex: {{plugins: [my_{kind}.py], {key}: {{method: my_{kind}}}, warmup_steps: ..., "
+        "update_steps: ...}. docs/methods/README.md says what a component has."
+    )
 
 
 def _schedule(flat: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
@@ -191,6 +224,12 @@ def _parameters(
         notes.append(f"components_cfg_file: {path} has no {bucket}.{method}; it runs with its defaults.")
         return {}
     params = dict(entry.get("params") or {}) if isinstance(entry, dict) else {}
+    for name, value in params.items():
+        if isinstance(value, str) and any(part in value for part in PLACEHOLDERS) and not Path(value).exists():
+            text = (
+                f"{path}: {bucket}.{method}.params.{name} is still the template's {value!r}; put the real path there."
+            )
+            problems.append(Problem("components_cfg_file", text))
     if "polarity" in params:
         params["descending"] = params.pop("polarity") != "higher_later"
     for old, new in PARAMETER_NAMES.items():

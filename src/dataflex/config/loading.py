@@ -21,6 +21,7 @@ from dataflex.api.component import Component
 from dataflex.api.components import Components
 from dataflex.api.params import ComponentParams
 from dataflex.config import legacy
+from dataflex.config.arguments import with_words
 from dataflex.config.masking import masks
 from dataflex.config.misplaced import SECTION as SECTION
 from dataflex.config.misplaced import belongs, nested, unknown_in
@@ -187,6 +188,7 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
         for key in masks(raw)
     ]
     rest, section, notes = legacy.translate(raw, base, problems)
+    rest = with_words(rest)
     plain = RunConfig(rest, None, source=source, base=base, notes=tuple(notes))
     if section is None and SECTION in raw:
         notes.append(

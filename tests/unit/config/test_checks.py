@@ -58,6 +58,13 @@ def test_a_good_run_has_no_problem(keys: dict[str, Any], section: dict[str, Any]
     assert found(keys, section) == {}
 
 
+def test_text_that_yaml_reads_as_true_or_false_is_told_so(keys: dict[str, Any]) -> None:
+    assert "reads no and off as false" in found(keys, SELECT, run_name=False)["run_name"]
+    assert "reads yes and on as true" in found(keys, SELECT, run_name=True)["run_name"]
+    assert "no, steps" in found(keys, SELECT, logging_strategy=True)["logging_strategy"]
+    assert found(keys, SELECT, eval_strategy=False) == {}
+
+
 def test_a_data_set_is_named_once(keys: dict[str, Any]) -> None:
     assert found(keys, SELECT, dataset="a,b,a") == {
         "dataset": "'a' is named 2 times; name it once, and give its share with mix."

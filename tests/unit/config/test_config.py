@@ -41,6 +41,23 @@ def problems(folder: Path, section: Any, *overrides: str) -> dict[str, str]:
     return {problem.key: problem.message for problem in caught.value.problems}
 
 
+@pytest.mark.parametrize("word", ["no", "No", "NO", "off", "false", '"no"'])
+@pytest.mark.parametrize("key", ["eval_strategy", "save_strategy", "logging_strategy"])
+@pytest.mark.parametrize("form", ["file", "command line", "plain run"])
+def test_a_strategy_of_no_is_the_word(tmp_path: Path, key: str, word: str, form: str) -> None:
+    path = tmp_path / "run.yaml"
+    section = "" if form == "plain run" else "dataflex: {select: {method: random}}\n"
+    path.write_text(section + (f"{key}: {word}\n" if form != "command line" else f"{key}: steps\n"))
+    config = load_config(path, [f"{key}={word}"] if form == "command line" else [])
+    assert config.llamafactory[key] == "no"
+
+
+def test_only_keys_that_take_words_alone_have_them_read_so(tmp_path: Path) -> None:
+    given = {"do_train": False, "include_num_input_tokens_seen": False, "run_name": False, "hub_strategy": False}
+    config = load(tmp_path, {"select": {"method": "random"}}, **given, eval_strategy=True)
+    assert config.llamafactory == {**FLAT, **given, "eval_strategy": True}
+
+
 def test_a_section_becomes_settings_and_components(tmp_path: Path) -> None:
     section = {
         "warmup_steps": 20,

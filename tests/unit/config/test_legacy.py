@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dataflex.api import registry
 from dataflex.config.legacy import FLAT_KEYS
 from dataflex.config.loading import RunConfig, split_config
 from dataflex.errors import ConfigError
@@ -255,6 +256,10 @@ def test_mixture_keys_of_another_family_leave_a_note(base: Path) -> None:
         ({"train_type": "dynamic_lego"}, "train_type", "dynamic_mix"),
         ({"train_type": "dynamic_select"}, "component_name", "needed"),
         ({"train_type": "dynamic_select", "component_name": "Loss"}, "dataflex.select.method", "did you mean 'loss'"),
+        ({"train_type": "dynamic_select", "component_name": "custom"}, "component_name",
+         "plugins: [my_selector.py], select: {method: my_selector}"),
+        ({"train_type": "dynamic_weight", "component_name": "custom"}, "component_name",
+         '@register("weighter", "my_weighter")'),
         ({"train_type": "dynamic_select", "component_name": "loss", "update_step": 0}, "update_step", "at least 1"),
         ({"train_type": "dynamic_select", "component_name": "loss", "update_times": 0}, "dataflex.updates", "1, or -1"),
         ({"train_type": "dynamic_mix", "component_name": "random", "mixture_sample_rule": "mixtre"},
@@ -268,6 +273,42 @@ def test_problems_name_the_key_the_user_wrote(base: Path, keys: dict[str, Any], 
     found = problems(base, **keys)
     assert set(found) == {key}
     assert text in found[key]
+
+
+@pytest.mark.parametrize(
+    "bucket, method, name, value",
+    [
+        ("mixers", "doremi", "reference_model_path", "/path/to/dataflex_saves/Qwen2.5-0.5B/result/checkpoint-xxx"),
+        ("mixers", "doremi", "reference_model_path", "saves/proxy/checkpoint-xxx"),
+        ("selectors", "nice", "reward_model_path", "/path/to/your/reward_model"),
+    ],
+)
+def test_placeholders_of_the_template_are_named(base: Path, bucket: str, method: str, name: str, value: str) -> None:
+    (base / "own.yaml").write_text(yaml.safe_dump({bucket: {method: {"params": {name: value}}}}))
+    kind = "dynamic_mix" if bucket == "mixers" else "dynamic_select"
+    found = problems(base, train_type=kind, component_name=method, components_cfg_file="own.yaml")
+    assert set(found) == {"components_cfg_file"}
+    assert f"{bucket}.{method}.params.{name} is still the template's {value!r}" in found["components_cfg_file"]
+
+
+def test_parameters_of_the_shipped_template_leave_a_note_or_say_what_is_needed(base: Path) -> None:
+    shipped = {
+        "selectors": {"nice": {"params": {"reward_model_backend": "local_vllm", "reward_backend_params": {"api": {}}}}},
+        "mixers": {"odm": {"params": {"alpha": 0.9, "num_eval_samples": 500, "eval_batch_size": 8}}},
+    }
+    (base / "own.yaml").write_text(yaml.safe_dump(shipped))
+    given = {"components_cfg_file": "own.yaml"}
+    found = problems(base, train_type="dynamic_select", component_name="nice", **given)
+    assert set(found) == {"dataflex.select.reward"}
+    config = split(base, train_type="dynamic_mix", component_name="odm", **given)
+    assert any("num_eval_samples" in note for note in config.notes)
+
+
+def test_a_registered_method_of_the_name_of_the_template_is_used(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = type("Own", (registry.get("selector", "random"),), {"name": "custom"})
+    monkeypatch.setitem(registry._registered, ("selector", "custom"), cls)
+    found = section(split(base, train_type="dynamic_select", component_name="custom"))
+    assert found["select"] == {"method": "custom"}
 
 
 def test_problems_of_flat_keys_are_reported_together(base: Path) -> None:

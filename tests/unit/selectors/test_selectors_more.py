@@ -596,12 +596,12 @@ def test_ties_at_the_cut_are_drawn(tmp_path: Path) -> None:
     for seed in range(60):
         table = outcome(tmp_path / str(seed), scores, Amount(count=12), seed)
         ranks, selected = table["rank"].astype(int), table["selected"].astype(bool)
-        assert sorted(ranks) == list(range(40))
-        assert (selected == (ranks < 12)).all()
-        assert sorted(ranks[16:24]) == list(range(8))  # the best
-        assert sorted(ranks[[*range(8), *range(24, 32)]]) == list(range(8, 24))
-        assert sorted(ranks[32:]) == list(range(24, 32))
-        assert sorted(ranks[8:16]) == list(range(32, 40))  # without a score
+        assert sorted(ranks) == list(range(1, 41))
+        assert (selected == (ranks <= 12)).all()
+        assert sorted(ranks[16:24]) == list(range(1, 9))  # the best
+        assert sorted(ranks[[*range(8), *range(24, 32)]]) == list(range(9, 25))
+        assert sorted(ranks[32:]) == list(range(25, 33))
+        assert sorted(ranks[8:16]) == list(range(33, 41))  # without a score
         counts += selected
     assert (counts[16:24] == 60).all()
     assert (counts[8:16] == 0).all()

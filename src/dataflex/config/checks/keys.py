@@ -100,8 +100,6 @@ def _value(key: str, argument: Argument, value: Any) -> str | None:
         return None
     if value is None:
         return "has no value; give it one, or remove the key."
-    if argument.choices and value is False and "no" in argument.choices and "bool" not in types:
-        return f'YAML reads no and off as false; write "no" in quotes (on the command line: {key}=\\"no\\").'
     other = _kind(value) in types and not isinstance(value, str)
     if argument.choices and not other and not isinstance(value, dict | list):
         words = str(value).split() if key in ("debug", "fsdp") else [str(value)]
@@ -136,7 +134,10 @@ def _kind(value: Any) -> str:
 def _wrong_type(types: frozenset[str], value: Any) -> str:
     asked = [name for kind, name in _NAMES.items() if kind in types and not (kind == "int" and "float" in types)]
     hint = "."
-    if "str" in types and _kind(value) in ("int", "float", "bool"):
+    if "str" in types and isinstance(value, bool):
+        words = "yes and on as true" if value else "no and off as false"
+        hint = f"; YAML reads {words}, so write the text in quotes if there is one."
+    elif "str" in types and _kind(value) in ("int", "float"):
         hint = f'; write "{value}" in quotes if that is the text.'
     elif isinstance(value, str) and types & {"int", "float"}:
         hint = "; write it without quotes." if _is_number(value) else "."

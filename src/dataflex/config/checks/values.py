@@ -25,7 +25,7 @@ def truthy(config: RunConfig, key: str) -> bool:
 def word(config: RunConfig, key: str, default: str) -> str:
     """Return an argument that is one of some words, or its default."""
     value = config.llamafactory.get(key)
-    return default if value is None else "no" if value is False else str(value)
+    return default if value is None else str(value)
 
 
 def enabled(name: str) -> bool:
