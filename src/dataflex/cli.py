@@ -248,7 +248,7 @@ def _print_next(config: RunConfig) -> None:
     folder = shlex.quote(str(output))
     print(f"dataflex: what it did, on one page: dataflex-cli report {folder}")
     if (output / "dataflex" / "rounds.jsonl").is_file():
-        top = " --top 5" if "select" in config.params else ""
+        top = " --top 5" if "select" in config.families else ""
         print(f"dataflex: which samples, and why: dataflex-cli explain {folder}{top}")
 
 

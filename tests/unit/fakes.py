@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.api.component import Component
-from dataflex.api.components import Components
+from dataflex.api.components import Components, only
 from dataflex.api.context import RoundContext
 from dataflex.api.probe import GradientSettings
 from dataflex.api.schedule import Schedule
@@ -125,13 +125,19 @@ def build(cls: type[Component], /, **params: Any) -> Any:
     return cls(cls.Params(**params))
 
 
+def in_chains(given: dict[str, Any]) -> Components:
+    """Return components by family, where one selector or weighter stands for a chain of it."""
+    chains = {key: only(key, given[key]) for key in ("select", "weight") if isinstance(given.get(key), Component)}
+    return Components(**{**given, **chains})
+
+
 def make_planner(
     pool: Pool, steps: int = 2, batch: int = 4, rounds: int = 10, warmup: int = 0, seed: int = 42, **given: Any
 ) -> Planner:
     """Return a planner of ``rounds`` rounds of ``steps`` steps; ``given`` has components and the arrangement."""
     arrangement = given.pop("arrangement", "shuffle")
     schedule = Schedule(warmup, steps, -1, warmup + steps * rounds)
-    return Planner(pool, Components(**given), schedule, seed=seed, global_batch_size=batch, arrangement=arrangement)
+    return Planner(pool, in_chains(given), schedule, seed=seed, global_batch_size=batch, arrangement=arrangement)
 
 
 def plans(planner: Planner, count: int, probe: Any = None, first: int = 0) -> list[Plan]:

@@ -63,7 +63,10 @@ def prepared(config: RunConfig, output: Path, feature_dir: Path | None) -> RunCo
     Raises:
         ConfigError: if the configuration has no selector that scores, or spreads the model over processes.
     """
-    selector = config.build_components().select
+    chain = config.build_components().select
+    if len(chain) > 1:
+        raise ConfigError(f"{config.source}: dataflex.select is a list of methods; a pool is scored by one, name it.")
+    selector = chain[0].component if chain else None
     if selector is None or not selector.scores_samples or type(selector).score is Selector.score:
         raise ConfigError(
             f"{config.source}: dataflex.select must name a selector that scores samples, e.g. {{method: less}}."
@@ -88,9 +91,9 @@ def run(config: RunConfig, command: str, output: Path, amount: Amount) -> None:
     """
     from dataflex.integrations.llamafactory import seam
 
-    selector = config.build_components().select
+    selector = config.build_components().select[0].component
     reads_all = isinstance(selector, InfluenceSelector) and not isinstance(selector, ClusterLessSelector)
-    if command == "features" and selector is not None and not reads_all:
+    if command == "features" and not reads_all:
         raise ConfigError(
             f"{config.source}: dataflex.select: features are made for less, icons, tracin, nice and the like; "
             f"{selector.name!r} does not read those of every sample. Use dataflex-cli score."
@@ -125,7 +128,7 @@ def _scores(dynamic: DynamicRun, output: Path, amount: Amount) -> list[str]:
 
 def make_features(run: DynamicRun) -> list[Path]:
     """Make the pool's features under every checkpoint (or the model as it is), and return their folders."""
-    selector = run.components.select
+    selector = run.components.select[0].component
     assert isinstance(selector, InfluenceSelector)
     ctx = _context(run, selector)
     return [store.folder for store in selector.extract(ctx, np.arange(ctx.pool.size))]
@@ -138,8 +141,7 @@ def score_pool(run: DynamicRun, output: Path, amount: Amount) -> Scored:
         ConfigError: if more samples are wanted than have a score.
         DataFlexError: if none has one.
     """
-    selector = run.components.select
-    assert selector is not None
+    selector = run.components.select[0].component
     assert run.pool is not None
     size = run.pool.size
     amount.of(size, size)  # too many shows before the dear part

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dataflex.api.components import family_key
 from dataflex.api.registry import CONFIG_KEYS, find_plugin
 from dataflex.config.arguments import llamafactory_defaults
 from dataflex.config.loading import SECTION, RunConfig
@@ -151,13 +152,17 @@ class Change:
     @property
     def family(self) -> str | None:
         """The kind of decision it is about, as its key in the configuration."""
-        parts = self.key.split(".")
-        return parts[1] if len(parts) > 2 and parts[0] == SECTION and parts[1] in CONFIG_KEYS else None
+        return None if self.entry is None else family_key(self.entry)
+
+    @property
+    def entry(self) -> str | None:
+        """The configuration key of the component it is about: ``select``, or ``select.0`` in a chain."""
+        return _entry_of(self.key)
 
     @property
     def is_method(self) -> bool:
         """Whether another method decides from here on."""
-        return self.family is not None and self.key.endswith(".method")
+        return self.entry is not None and self.key == f"{SECTION}.{self.entry}.method"
 
     @property
     def values(self) -> str:
@@ -167,6 +172,14 @@ class Change:
             files = " with other content" if names[0] == names[1] else ""
             return f"{names[0] or 'not set'} up to the checkpoint, {names[1] or 'not set'}{files} now"
         return f"{_shown(self.before)} up to the checkpoint, {_shown(self.now)} now"
+
+
+def _entry_of(key: str) -> str | None:
+    """Return the configuration key of the component that a dotted key belongs to; None if it belongs to none."""
+    parts = key.split(".")
+    if len(parts) < 3 or parts[0] != SECTION or parts[1] not in CONFIG_KEYS:
+        return None
+    return ".".join(parts[1:3]) if parts[2].isdecimal() else parts[1]
 
 
 def effect_of(key: str) -> tuple[Effect | None, str]:
@@ -206,9 +219,11 @@ def snapshot(config: RunConfig) -> dict[str, Any]:
     if config.dataflex is not None:
         section = config.dataflex.model_dump(mode="json", exclude=set(CONFIG_KEYS) | {"plugins"})
         flat |= {f"{SECTION}.{key}": value for key, value in section.items()}
-        for family, (cls, params) in config.params.items():
-            flat[f"{SECTION}.{family}.method"] = cls.name
-            flat |= {f"{SECTION}.{family}.{key}": value for key, value in params.model_dump(mode="json").items()}
+        for entry, (cls, params) in config.params.items():
+            flat[f"{SECTION}.{entry}.method"] = cls.name
+            flat |= {f"{SECTION}.{entry}.{key}": value for key, value in params.model_dump(mode="json").items()}
+        for entry, options in config.options.items():
+            flat |= {f"{SECTION}.{entry}.{key}": value for key, value in options.model_dump().items()}
         flat[_PLUGINS] = [_plugin(plugin, config.base) for plugin in config.dataflex.plugins]
     plain: dict[str, Any] = masked(json.loads(json.dumps(flat, default=str)))
     return plain
@@ -251,10 +266,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chang
     """Return how two snapshots differ, in the order of the second one's keys; a default that is written out is none."""
     before, now = _in_one_spelling(before), _in_one_spelling(now)
     old, new = _filled(before), _filled(now)
+    entries = {entry for key in (*old, *new) if (entry := _entry_of(key)) is not None}
     changed_methods = {
-        family
-        for family in CONFIG_KEYS
-        if old.get(f"{SECTION}.{family}.method") != new.get(f"{SECTION}.{family}.method")
+        entry for entry in entries if old.get(f"{SECTION}.{entry}.method") != new.get(f"{SECTION}.{entry}.method")
     }
     found = []
     for key in dict.fromkeys([*new, *old]):
@@ -264,7 +278,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chang
         if _plain(key, first) == _plain(key, second) or (key == f"{SECTION}.update_steps" and second is None):
             continue  # the length of a round that is not given stays that of the checkpoint
         change = _change(key, first, second, old, new)
-        if change is None or (change.family in changed_methods and not change.is_method):
+        if change is None or (change.entry in changed_methods and not change.is_method):
             continue
         if change.family is not None and key not in (old if key in new else new) and not change.is_method:
             continue  # a parameter that one of two releases does not have

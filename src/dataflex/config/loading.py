@@ -18,14 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dataflex.api import registry
 from dataflex.api.component import Component
-from dataflex.api.components import Components
+from dataflex.api.components import Components, Entry, family_key
 from dataflex.api.params import ComponentParams
 from dataflex.config import legacy
 from dataflex.config.arguments import with_words
 from dataflex.config.masking import masks
 from dataflex.config.misplaced import SECTION as SECTION
 from dataflex.config.misplaced import belongs, nested, unknown_in
-from dataflex.config.yaml_file import read_yaml
+from dataflex.config.yaml_file import BESIDE_METHOD, read_yaml
 from dataflex.errors import ConfigError, DataFlexError, Problem, did_you_mean, unknown
 
 ASSET_KEYS = ("model_name_or_path", "dataset_dir")
@@ -59,10 +59,14 @@ class DataFlexConfig(BaseModel):
         description="Tokens in one forward of a probe; none: four training micro-batches of the longest sample.",
     )
     plugins: list[str] = Field(default_factory=list, description="Python files that register components.")
-    select: dict[str, Any] | None = Field(None, description="The selector: {method: name, ...parameters}.")
+    select: dict[str, Any] | list[dict[str, Any]] | None = Field(
+        None, description="The selector: {method: name, ...parameters}; or a list of them, filters first."
+    )
     mix: dict[str, Any] | None = Field(None, description="The mixer: {method: name, ...parameters}.")
     order: dict[str, Any] | None = Field(None, description="The order: {method: name, ...parameters}.")
-    weight: dict[str, Any] | None = Field(None, description="The weighter: {method: name, ...parameters}.")
+    weight: dict[str, Any] | list[dict[str, Any]] | None = Field(
+        None, description="The weighter: {method: name, ...parameters}; or a list of them, whose weights multiply."
+    )
 
     @field_validator("updates")
     @classmethod
@@ -72,6 +76,27 @@ class DataFlexConfig(BaseModel):
         return value
 
 
+class EntryOptions(BaseModel):
+    """What stands beside the parameters of a selector or a weighter, and is not its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    every: int = Field(1, ge=1, description="It decides once in so many decisions (a weighter: steps).")
+    keep: int | float | None = Field(None, description="What a selector leaves for the next one: a share or a number.")
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _share_or_number(cls, value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is None or (number and (0 < value < 1 or (isinstance(value, int) and value >= 1))):
+            return value
+        raise ValueError("must be a share above 0 and below 1, or a whole number of samples from 1 on")
+
+
+CHAINS = ("select", "weight")
+"""The configuration keys that take a list of methods."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A loaded configuration.
@@ -79,7 +104,8 @@ class RunConfig:
     Attributes:
         llamafactory: LLaMA-Factory's own keys, untouched.
         dataflex: our section, or None where nothing of LLaMA-Factory is to be replaced.
-        params: parameters of each present family, by configuration key.
+        params: class and parameters of each component, by configuration key (``select``, or ``select.0`` in a chain).
+        options: cadence and share of the selectors and weighters, by the same keys.
         source: the file it came from, for messages.
         base: folder of that file, the second place where relative paths are looked for.
         assets: LLaMA-Factory keys whose value was ``asset:NAME``, and that name.
@@ -90,6 +116,7 @@ class RunConfig:
     llamafactory: dict[str, Any]
     dataflex: DataFlexConfig | None
     params: dict[str, tuple[type[Component], ComponentParams]] = field(default_factory=dict)
+    options: dict[str, EntryOptions] = field(default_factory=dict)
     source: str = ""
     base: Path | None = None
     assets: dict[str, str] = field(default_factory=dict)
@@ -134,24 +161,38 @@ class RunConfig:
         Raises:
             ConfigError: with a problem for each component that cannot be made.
         """
-        built = Components()
+        found: dict[str, Any] = {family: () for family in CHAINS}
         problems = []
         for key, (cls, params) in self.params.items():
             try:
-                setattr(built, key, registry.instantiate(cls, params))
+                component, family = registry.instantiate(cls, params), family_key(key)
             except DataFlexError as error:
                 problems.append(Problem(f"{SECTION}.{key}", str(error)))
+                continue
+            if family in CHAINS:
+                options = self.options.get(key, EntryOptions())
+                found[family] += (Entry(component, key, options.every, options.keep),)
+            else:
+                found[family] = component
         if problems:
             raise ConfigError(problems=problems, source=self.source)
-        return built
+        return Components(**found)
+
+    @property
+    def families(self) -> set[str]:
+        """The configuration keys of the families that decide."""
+        return {family_key(key) for key in self.params}
 
     def resolved(self) -> dict[str, Any]:
         """Return the whole configuration with every default filled in, as plain data."""
         ours: dict[str, Any] | None = None
         if self.dataflex is not None:
-            ours = self.dataflex.model_dump(exclude={"select", "mix", "order", "weight"})
+            ours = self.dataflex.model_dump(exclude=set(registry.CONFIG_KEYS))
             for key, (cls, params) in self.params.items():
-                ours[key] = {"method": cls.name, **params.model_dump(mode="json")}
+                options = self.options.get(key, EntryOptions()).model_dump(exclude_defaults=True)
+                entry = {"method": cls.name, **options, **params.model_dump(mode="json")}
+                family = family_key(key)
+                ours[family] = entry if family == key else [*ours.get(family, []), entry]
         return {**self.llamafactory, SECTION: ours}
 
 
@@ -204,7 +245,7 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     settings = {key: value for key, value in section.items() if value is None or key not in registry.CONFIG_KEYS}
     hint = partial(_belongs, section)
     config = validate(DataFlexConfig, settings, SECTION, problems, hint=hint)
-    params = _validate_components(section, base, problems) if loaded else {}
+    params, options = _validate_components(section, base, problems) if loaded else ({}, {})
     if problems:
         return plain, problems
     if params and rest.get("warmup_steps") and "warmup_steps" not in section:
@@ -217,7 +258,7 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     if not params:
         note = f"{SECTION}: has none of select, mix, order, weight; the run trains as LLaMA-Factory does, on record."
         notes.append(note)
-    return RunConfig(rest, config, params, source, base, notes=tuple(notes)), []
+    return RunConfig(rest, config, params, options, source, base, notes=tuple(notes)), []
 
 
 def _no_section(section: Any) -> str:
@@ -246,26 +287,75 @@ def _load_plugins(section: Mapping[str, Any], base: Path | None, problems: list[
 
 def _validate_components(
     section: dict[str, Any], base: Path | None, problems: list[Problem]
-) -> dict[str, tuple[type[Component], ComponentParams]]:
-    found = {}
-    for key, family in registry.CONFIG_KEYS.items():
-        given = section.get(key)
+) -> tuple[dict[str, tuple[type[Component], ComponentParams]], dict[str, EntryOptions]]:
+    """Return the class and parameters of each component, and what stands beside them, by configuration key."""
+    found: dict[str, tuple[type[Component], ComponentParams]] = {}
+    options: dict[str, EntryOptions] = {}
+    for family in registry.CONFIG_KEYS:
+        given = section.get(family)
         if given is None:
             continue
-        prefix = f"{SECTION}.{key}"
-        if not isinstance(given, dict) or not isinstance(given.get("method"), str):
-            problems.append(Problem(*_without_method(prefix, family, given)))
-            continue
-        try:
-            cls = registry.get(family, given["method"])
-        except ConfigError as error:
-            problems.append(Problem(f"{prefix}.method", str(error)))
-            continue
-        data = {name: value for name, value in given.items() if name != "method"}
-        params = validate(cls.Params, data, prefix, problems, base, partial(_belongs, section))
-        if params is not None:
-            found[key] = (cls, params)
-    return found
+        entries = given if isinstance(given, list) and family in CHAINS and _is_chain(given) else [given]
+        for number, entry in enumerate(entries):
+            key = family if len(entries) == 1 else f"{family}.{number}"
+            one = _validate_component(key, entry, {**section, family: entry}, base, problems)
+            if one is not None:
+                found[key] = one
+            if family in CHAINS and isinstance(entry, dict):
+                beside = {name: entry[name] for name in BESIDE_METHOD if name in entry}
+                checked = validate(EntryOptions, beside, f"{SECTION}.{key}", problems)
+                options[key] = checked or EntryOptions()
+                if checked is not None:
+                    problems += _problems_of_keep(key, checked, family == "select", number == len(entries) - 1)
+    return found, options
+
+
+def _is_chain(given: list[Any]) -> bool:
+    """Return whether a list is one of mappings, at least one."""
+    return bool(given) and all(isinstance(entry, dict) for entry in given)
+
+
+def _problems_of_keep(key: str, options: EntryOptions, selects: bool, is_last: bool) -> list[Problem]:
+    """Return that a selector before the last one has no ``keep``, or that something else has one."""
+    if selects and not is_last and options.keep is None:
+        needed = (
+            "needed: what this selector leaves for the next one, a share above 0 and below 1 or a number of samples."
+        )
+        return [Problem(f"{SECTION}.{key}.keep", needed)]
+    if options.keep is not None and not selects:
+        return [Problem(f"{SECTION}.{key}.keep", "is for selectors: a weighter leaves nothing out; remove it.")]
+    if options.keep is not None and is_last:
+        taken = "the last selector takes as many samples as the round needs, and only those before it keep a share"
+        return [Problem(f"{SECTION}.{key}.keep", f"{taken}; remove it.")]
+    return []
+
+
+def _validate_component(
+    key: str, given: Any, section: dict[str, Any], base: Path | None, problems: list[Problem]
+) -> tuple[type[Component], ComponentParams] | None:
+    """Return the class and parameters of one component, or None after adding what is wrong.
+
+    Args:
+        key: its configuration key.
+        given: what is written there.
+        section: the whole section, with ``given`` as its family, for hints where a key belongs.
+        base: folder of the configuration.
+        problems: what is added to.
+    """
+    family = family_key(key)
+    kind, prefix = registry.CONFIG_KEYS[family], f"{SECTION}.{key}"
+    if not isinstance(given, dict) or not isinstance(given.get("method"), str):
+        problems.append(Problem(*_without_method(prefix, kind, given)))
+        return None
+    try:
+        cls = registry.get(kind, given["method"])
+    except ConfigError as error:
+        problems.append(Problem(f"{prefix}.method", str(error)))
+        return None
+    beside = ("method", *BESIDE_METHOD) if family in CHAINS else ("method",)
+    data = {name: value for name, value in given.items() if name not in beside}
+    params = validate(cls.Params, data, prefix, problems, base, partial(_belongs, section))
+    return None if params is None else (cls, params)
 
 
 def _without_method(prefix: str, family: str, given: Any) -> tuple[str, str]:

@@ -35,6 +35,8 @@ def belongs(key: str, place: str, own: Collection[str], section: Mapping[str, An
         return "is a flat key of the earlier release, which stands at the top of a file without a section."
     if key == "method" and not inside:
         return f"belongs under a family: {nested(f'{SECTION}.select.method', '...')}, or under mix, order, weight."
+    if key in ("every", "keep") and inside in ("mix", "order"):
+        return "is for select and weight, whose entries may have a cadence and form a chain."
     if key == "params" and inside:
         return f"the parameters of a method stand beside method, under {place}."
     methods = list(_methods_with(key, section or {}))
@@ -43,7 +45,7 @@ def belongs(key: str, place: str, own: Collection[str], section: Mapping[str, An
         names = ", ".join(name for each, name in methods if each == family)
         if (section or {}).get(family) is None:
             return f"is a parameter of a {registry.CONFIG_KEYS[family]} ({names}); it belongs under {SECTION}.{family}."
-        if inside == family:
+        if inside.partition(".")[0] == family:
             return f"is a parameter of another method ({names})."
         return f"is a parameter of {family}: {{method: {method}}}; it belongs under {SECTION}.{family}."
     for family, kind in registry.CONFIG_KEYS.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from dataflex.files import RepeatedKeyError, distinct
 
 _SECTION = "dataflex"
 _SUFFIXES = (".yaml", ".yml", ".json")
+_INDEX = re.compile(r"\[(\d+)\]")
+BESIDE_METHOD = ("every", "keep")
+"""Keys that stand beside ``method`` in an entry of a chain and are no parameters of the method."""
 
 
 def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
@@ -32,11 +36,12 @@ def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
         ConfigError: if the file is missing, is not a mapping, or an override cannot be merged into it.
     """
     loaded = _read(path)
+    overrides = [_with_dots(override) for override in overrides]
     for override in overrides:
         _check_override(override, loaded)
     _check_twice(overrides)
     try:
-        change = OmegaConf.to_container(OmegaConf.from_cli(overrides))
+        change = _with_whole_chains(loaded, OmegaConf.to_container(OmegaConf.from_cli(overrides)))
         merged = OmegaConf.merge(without_other_methods(loaded, change), change)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ConfigError(f"{' '.join(overrides)}: cannot be merged into {path}: {_first_line(error)}") from error
@@ -129,10 +134,62 @@ def _explained(error: MarkedYAMLError, text: str) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {reason}{shown}.{hint}"
 
 
+def _with_dots(override: str) -> str:
+    """Return an override with ``select[0].keep`` written as ``select.0.keep``."""
+    key, sign, value = override.partition("=")
+    return _INDEX.sub(r".\1", key) + sign + value if key.startswith(f"{_SECTION}.") else override
+
+
+def _chain(loaded: Any, family: Any) -> list[Any] | None:
+    """Return the chain a file has in a family; None if it has none."""
+    section = loaded.get(_SECTION) if isinstance(loaded, Mapping) else None
+    given = section.get(family) if isinstance(section, Mapping) else None
+    return given if family in CONFIG_KEYS and isinstance(given, list) else None
+
+
+def _with_whole_chains(loaded: Mapping[Any, Any], change: Any) -> Any:
+    """Return overrides in which changes of single entries of a chain are the whole chain, as lists are replaced."""
+    section = change.get(_SECTION) if isinstance(change, Mapping) else None
+    if not isinstance(section, Mapping):
+        return change
+    found = dict(section)
+    for family, entries in section.items():
+        chain = _chain(loaded, family)
+        if chain is None or not isinstance(entries, Mapping) or not all(str(key).isdecimal() for key in entries):
+            continue
+        whole = list(chain)
+        for key, entry in entries.items():
+            old = whole[int(key)]
+            mappings = isinstance(old, Mapping) and isinstance(entry, Mapping)
+            kept = _kept_of(old, entry) if mappings else {}
+            whole[int(key)] = OmegaConf.to_container(OmegaConf.merge(kept, entry)) if mappings else entry
+        found[family] = whole
+    return {**change, _SECTION: found}
+
+
+def _kept_of(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return what stays of a component's mapping under a change: of another method, only the place in the chain."""
+    other = bool(old.get("method")) and bool(new.get("method")) and old["method"] != new["method"]
+    return {key: value for key, value in old.items() if not other or key in BESIDE_METHOD}
+
+
+def _check_index(override: str, family: str, chain: list[Any], part: str) -> None:
+    """Refuse an override of a chain that names none of its entries."""
+    if part.isdecimal() and int(part) < len(chain):
+        return
+    entries = ", ".join(
+        f"{n} ({each.get('method') if isinstance(each, Mapping) else each})" for n, each in enumerate(chain)
+    )
+    raise ConfigError(
+        f"override {override!r}: {_SECTION}.{family} is a list in the file; name one of its entries, {entries}, as in "
+        f"{_SECTION}.{family}.0.method, or give the whole list."
+    )
+
+
 def _check_override(override: str, loaded: Mapping[Any, Any]) -> None:
     """Refuse an override that is not of the form ``key=value``, or that goes into something that has no keys."""
     key, sign, value = override.partition("=")
-    parts = key.split(".")
+    parts: list[Any] = key.split(".")
     if not sign or not all(parts):
         raise ConfigError(f"override {override!r} is not of the form key=value (dataflex.select.method=loss).")
     try:
@@ -141,12 +198,19 @@ def _check_override(override: str, loaded: Mapping[Any, Any]) -> None:
         reason = getattr(error, "problem", None) or _first_line(error)
         raise ConfigError(f"override {override!r}: its value {value!r} cannot be read: {reason}.") from error
     at: Any = loaded
+    chain = _chain(loaded, parts[1]) if parts[0] == _SECTION and len(parts) > 2 else None
+    if chain is not None:
+        _check_index(override, parts[1], chain, parts[2])
+        if len(parts) == 3:
+            return
+        loaded = {_SECTION: {parts[1]: dict(enumerate(chain))}}
+        at, parts = loaded, [*parts[:2], int(parts[2]), *parts[3:]]
     for number, part in enumerate(parts[:-1], start=1):
         at = at.get(part)
         if at is None:
             return
         if not isinstance(at, Mapping):
-            before = ".".join(parts[:number])
+            before = ".".join(map(str, parts[:number]))
             raise ConfigError(f"override {override!r}: {before} is {at!r} in the file, which has no keys below it.")
     if value.strip() == "{}" and at.get(parts[-1]):
         raise ConfigError(
@@ -173,17 +237,14 @@ def without_other_methods(base: Mapping[Any, Any], change: Any) -> dict[Any, Any
 
     The parameters there belong to the method the base had.
     """
-    section = base.get(_SECTION)
-    if not isinstance(section, Mapping):
+    section, changed = base.get(_SECTION), change.get(_SECTION)
+    if not isinstance(section, Mapping) or not isinstance(changed, Mapping):
         return dict(base)
-    others = [
-        family
-        for family in CONFIG_KEYS
-        if (old := _method(section, family)) and (new := _method(change.get(_SECTION), family)) and new != old
-    ]
-    return {**base, _SECTION: {key: value for key, value in section.items() if key not in others}}
-
-
-def _method(section: Any, family: str) -> Any:
-    given = section.get(family) if isinstance(section, Mapping) else None
-    return given.get("method") if isinstance(given, Mapping) else None
+    found = dict(section)
+    for family in CONFIG_KEYS:
+        old, new = section.get(family), changed.get(family)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found[family] = _kept_of(old, new)
+        elif isinstance(old, Mapping | list) and isinstance(new, Mapping | list):
+            del found[family]  # one is a chain
+    return {**base, _SECTION: found}

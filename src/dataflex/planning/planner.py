@@ -241,7 +241,7 @@ class Planner:
             targets=self.targets.get(key),
             memo=self._memo.setdefault(component.family, {}),
             learning_rate=self.learning_rate(),
-            capped=self.capped if component is self.components.select else None,
+            capped=self.capped if component.family == "selector" else None,
         )
 
     def _groups(
@@ -328,9 +328,9 @@ class Planner:
         )
 
     def _select(self, slot: RoundSlot, probe: Probe, group: Group) -> Selection:
-        selector = self.components.select
-        if selector is None or slot.update is None:
+        if not self.components.select or slot.update is None:
             return group.draw_passes()
+        selector = self.components.select[-1].component
         selection = selector.select(self.context(selector, slot, probe, group.name), group)
         self._check_selection(label_of(selector, ("select", "choose", "score")), selection, group)
         return selection

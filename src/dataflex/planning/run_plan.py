@@ -162,8 +162,11 @@ def problems_of_warmup(settings: DataFlexConfig, components: Components, total: 
 def problems_of(settings: DataFlexConfig, components: Components, run: RunOutline) -> list[Problem]:
     """Return why nothing would ever be decided, or a selector would have nothing to choose from."""
     found = problems_of_warmup(settings, components, run.total_steps)
-    selector, pool = components.select, run.pool_size
-    if selector is None or selector.may_exceed_pool or components.mix is not None or pool is None or not run.decisions:
+    pool = run.pool_size
+    if not components.select or components.mix is not None or pool is None or not run.decisions:
+        return found
+    selector = components.select[-1].component
+    if selector.may_exceed_pool:
         return found
     if run.round_samples >= pool:
         most = (pool - 1) // run.global_batch_size
@@ -202,12 +205,12 @@ def notes_of(
             f"{_SECTION}.warmup_steps: by num_train_epochs the run is expected to have {run.total_steps} steps, all of "
             "them warm-up; whether anything is decided depends on how many more train_seconds allows."
         )
-    selector = components.select
     pool = run.pool_size
-    by_domain = selector is not None and selector.chooses and components.mix is not None
-    if selector is not None and by_domain and pool is not None and run.round_samples >= pool:
+    by_domain = components.mix is not None and any(entry.component.chooses for entry in components.select)
+    if by_domain and pool is not None and run.round_samples >= pool:
+        last = components.select[-1]
         notes.append(
-            f"select {selector.name}: a round takes {run.round_samples} samples and the pool has {pool}: "
+            f"{last.key} {last.component.name}: a round takes {run.round_samples} samples and the pool has {pool}: "
             "a domain whose share is a multiple of its size is taken whole and nothing is chosen from it. Shorten "
             "update_steps."
         )

@@ -104,7 +104,8 @@ def recorded(config: RunConfig) -> Recorded:
     if ours is None:
         return Recorded(masked(found))
     for key, (_, params) in config.params.items():
-        _make_absolute(params, ours[key])
+        family, _, number = key.partition(".")
+        _make_absolute(params, ours[family][int(number)] if number else ours[family])
     plugins, sources = _plugins(config)
     ours["plugins"] = [f"{PLUGINS}/{name}" for name in plugins]
     return Recorded(masked({**found, SECTION: ours}), plugins, sources)

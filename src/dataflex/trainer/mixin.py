@@ -91,7 +91,7 @@ class DynamicTrainerMixin(Trainer):
         )
         self._reference: Reference | None = None
         self.step_loss = WeightedLoss(
-            weighter=dataflex.components.weight,
+            weighter=dataflex.components.weight[0].component if dataflex.components.weight else None,
             samples_per_step=self._samples_per_step(),
             observe=self.step_accumulator.add,
             global_batch_size=dataflex.global_batch_size,
@@ -206,9 +206,10 @@ class DynamicTrainerMixin(Trainer):
 
     def _check_features(self) -> None:
         """Have a sketch that does not go with the model show before the first step."""
-        selector, probe = self.dataflex.components.select, self.dataflex.probe
-        if probe is not None and selector is not None and isinstance(selector.params, FeatureParams):
-            make_sketch(selector.params.settings(), probe.parameter_sizes(), probe.device)
+        probe = self.dataflex.probe
+        for entry in self.dataflex.components.select:
+            if probe is not None and isinstance(entry.component.params, FeatureParams):
+                make_sketch(entry.component.params.settings(), probe.parameter_sizes(), probe.device)
 
     def _make_reference(self) -> Reference | None:
         """Return where a mixer's reference losses come from, after making what is missing of their table."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataflex.api.component import State
+from dataflex.api.components import family_key
 from dataflex.config.changes import Change, differences, kept_values, snapshot
 from dataflex.config.checks.files import is_finished
 from dataflex.config.checks.values import number, truthy
@@ -73,9 +74,9 @@ class Resume:
         had_rounds, plan = self.state["planner"] is not None, self.state["plan"]
         methods = set(self.state["components"])
         for each in self.changes:
-            if each.is_method and each.family is not None:
-                methods = methods - {each.family} if each.now is None else methods | {each.family}
-        keeps = not methods.isdisjoint(_PLANNING)
+            if each.is_method and each.entry is not None:
+                methods = methods - {each.entry} if each.now is None else methods | {each.entry}
+        keeps = not {family_key(entry) for entry in methods}.isdisjoint(_PLANNING)
         if had_rounds != keeps:
             yield Problem(
                 change.key,

@@ -65,7 +65,10 @@ class DynamicRun:
         self.config = config
         self.settings: DataFlexConfig = config.dataflex
         self.components = config.build_components()
-        self.names = {key: component.name for key, component in self.components.items()}
+        self.names = self.components.names()
+        """The methods of each family that decides."""
+        self.methods = {key: component.name for key, component in self.components.items()}
+        """The method of each component, by configuration key."""
         self.pool: Pool | None = None
         self.targets: dict[str, Pool] = {}
         """The validation samples of the components that asked for some, by configuration key."""
@@ -281,7 +284,8 @@ class DynamicRun:
 
         A training step is taken for a forward and backward of its samples, or for three forwards.
         """
-        selector, pool, probe = self.components.select, self.pool, self.probe
+        pool, probe = self.pool, self.probe
+        selector = self.components.select[-1].component if self.components.select else None
         if selector is None or pool is None or probe is None or selector.probes == "nothing":
             return None
         settings = GradientSettings()
@@ -314,7 +318,7 @@ class DynamicRun:
 
     def _capped(self) -> CappedScoring | None:
         """Return what caps the cost of the selector's scores, where its ``max_overhead`` asks for it."""
-        selector = self.components.select
+        selector = self.components.select[-1].component if self.components.select else None
         if selector is None or not isinstance(selector.params, SelectorParams) or selector.params.max_overhead is None:
             return None
         assert self.pool is not None
@@ -568,7 +572,7 @@ class DynamicRun:
             "targets_fingerprints": {key: targets.fingerprint for key, targets in self.targets.items()},
             "plan": self._plan_state(),
             "planner": self.planner.state_dict() if self.planner is not None else None,
-            "methods": self.names,
+            "methods": self.methods,
             "components": {key: state_of(component) for key, component in self.components.items()},
             "train_seconds": self.train_seconds,
             "decision_seconds": self.decision_seconds,
@@ -619,7 +623,7 @@ class DynamicRun:
             )
         for key, targets in self.targets.items():
             then = state["targets_fingerprints"].get(key)
-            if then != targets.fingerprint and state["methods"].get(key) == self.names[key]:
+            if then != targets.fingerprint and state["methods"].get(key) == self.methods[key]:
                 raise CheckpointError(
                     f"the checkpoint of step {state['step']} was written with another validation set of dataflex.{key} "
                     f"(fingerprint {str(then)[:12]}, this run's has {targets.fingerprint[:12]})."

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from dataflex.api.components import family_key
 from dataflex.compare.command import locked, print_tables
 from dataflex.compare.contents import expanded
 from dataflex.compare.experiment import joined, read_base, replaced_keys
@@ -161,7 +162,7 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
 def _reference_problems(config: RunConfig) -> Iterator[Problem]:
     yield from _data_problems(config)
     for key, (cls, _) in config.params.items():
-        if key in ("select", "weight") or (key == "mix" and cls.name not in FIXED_MIXERS):
+        if family_key(key) in ("select", "weight") or (key == "mix" and cls.name not in FIXED_MIXERS):
             allowed = f"use one of {', '.join(FIXED_MIXERS)}" if key == "mix" else "take it away with null"
             yield Problem(f"{SECTION}.{key}", f"{cls.name!r} decides, and the reference must not; {allowed}.")
 

@@ -169,7 +169,7 @@ def test_a_good_one_with_everything(tmp_path: Path) -> None:
     fields = "x: int = Field(1, ge=1)\n    y: list[str] = []\n    z: float"
     file = write(tmp_path, selector(body, params(fields)))
     config = split_config({"dataflex": {"plugins": [str(file)], "select": {"method": "mine", "z": 2}}})
-    built = config.build_components().select
+    built = config.build_components().select[0].component
     assert built is not None
     assert built.params.z == 2
 
@@ -181,7 +181,12 @@ def failing(folder: Path) -> tuple[Path, Selector]:
         "def helper(candidates):\n    return {}[candidates] if candidates else next(iter(()))\n",
     )
     file = write(folder, text)
-    found = split_config({"dataflex": {"plugins": [str(file)], "select": {"method": "mine"}}}).build_components().select
+    found = (
+        split_config({"dataflex": {"plugins": [str(file)], "select": {"method": "mine"}}})
+        .build_components()
+        .select[0]
+        .component
+    )
     assert found is not None
     return file, found
 

@@ -82,12 +82,14 @@ def test_a_section_becomes_settings_and_components(tmp_path: Path) -> None:
         ("order", "sort"),
         ("weight", "loss"),
     ]
-    assert built.select.params.focus == "high"
-    assert built.select.params.focus_weight == 5
+    assert built.select[0].component.params.focus == "high"
+    assert built.select[0].component.params.focus_weight == 5
     assert built.mix.params.proportions == [0.7, 0.3]
-    assert built.weight.params.temperature == 0.4
+    assert built.weight[0].component.params.temperature == 0.4
     assert built.plans_data
-    assert config.build_components().select is not built.select  # fresh ones, with no state in common
+    assert (
+        config.build_components().select[0].component is not built.select[0].component
+    )  # fresh ones, with no state in common
 
 
 def test_defaults(tmp_path: Path) -> None:
@@ -142,8 +144,8 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
         "new_key=true",
     )
     built = config.build_components()
-    assert built.select.name == "loss"
-    assert built.select.params.focus == "low"
+    assert built.select[0].component.name == "loss"
+    assert built.select[0].component.params.focus == "low"
     assert built.mix.params.proportions == [0.2, 0.8]
     assert config.dataflex.update_steps == 5
     assert config.dataflex.updates == 2
@@ -285,11 +287,11 @@ def test_a_plugin_file_is_found_beside_the_yaml(tmp_path: Path, monkeypatch: pyt
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     section = {"plugins": ["beside_plugin.py"], "select": {"method": "beside", "sign": -1, "rule": "sample"}}
-    component = load(tmp_path, section).build_components().select
+    component = load(tmp_path, section).build_components().select[0].component
     assert component.name == "beside"
     assert component.family == "selector"
     assert component.params.sign == -1
-    assert load(tmp_path, section).build_components().select.name == "beside"  # loading twice is no clash
+    assert load(tmp_path, section).build_components().select[0].component.name == "beside"  # loading twice is no clash
 
 
 def test_a_plugin_file_is_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +300,7 @@ def test_a_plugin_file_is_found_in_the_working_directory(tmp_path: Path, monkeyp
     (here / "here_plugin.py").write_text(PLUGIN.format(name="here"))
     monkeypatch.chdir(here)
     section = {"plugins": ["here_plugin.py"], "select": {"method": "here"}}
-    assert load(tmp_path, section).build_components().select.name == "here"
+    assert load(tmp_path, section).build_components().select[0].component.name == "here"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ import pytest
 import yaml
 
 import tiny
-from dataflex.api.components import Components
 from dataflex.api.schedule import Schedule
 from dataflex.cli import main
 from dataflex.data.pool import Rows
@@ -29,7 +28,7 @@ from dataflex.planning.planner import Planner
 from dataflex.probe.cost import Cost
 from dataflex.record.writer import RunWriter
 from dataflex.selectors.loss import LossSelector
-from unit.fakes import FakeProbe, build, make_pool
+from unit.fakes import FakeProbe, build, in_chains, make_pool
 
 SIZES = {"alpha": 30, "beta": 20}
 LOSSES = np.random.default_rng(0).integers(0, 9, 50).astype(np.float32)
@@ -59,7 +58,7 @@ def write_run(
     """Write the record of a run of 17 steps, or of one stopped after ``reached`` of them; ``rows`` of its domains."""
     pool = make_pool(SIZES)
     pool.rows_of = rows or {}
-    planner = Planner(pool, Components(**components), Schedule(2, 5, -1, STEPS), seed=3, global_batch_size=6)
+    planner = Planner(pool, in_chains(components), Schedule(2, 5, -1, STEPS), seed=3, global_batch_size=6)
     writer = RunWriter(path)
     section = {key: {"method": each.name} for key, each in components.items()}
     writer.begin({**llamafactory, "dataflex": section}, None)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex.api.components import Components
+from dataflex.api.components import Components, only
 from dataflex.api.context import RoundContext
 from dataflex.api.mixer import Mixer, MixerParams
 from dataflex.api.schedule import Schedule
@@ -81,7 +81,7 @@ class Simulation:
         self.selector = Costly(self, max_overhead=max_overhead, **params)
         self.schedule = Schedule(warmup, 20, -1, warmup + 20 * rounds)
         self.capped = CappedScoring(self.pool, max_overhead, 7, self.schedule, self.spent)
-        components = Components(select=self.selector, mix=None if shares is None else Shares(shares))
+        components = Components(select=only("select", self.selector), mix=None if shares is None else Shares(shares))
         self.planner = Planner(
             self.pool, components, self.schedule, seed=1, global_batch_size=batch, capped=self.capped
         )
@@ -389,7 +389,11 @@ def test_the_selectors_own_choice_is_not_asked() -> None:
     ctx = simulation.planner.context(simulation.selector, simulation.schedule.slot_at(0), FakeProbe())
     assert ctx.capped is simulation.capped
     plain = Planner(
-        simulation.pool, Components(select=simulation.selector), simulation.schedule, seed=1, global_batch_size=4
+        simulation.pool,
+        Components(select=only("select", simulation.selector)),
+        simulation.schedule,
+        seed=1,
+        global_batch_size=4,
     )
     plan = plain.plan(simulation.schedule.slot_at(0), FakeProbe())
     assert plan.budget is None

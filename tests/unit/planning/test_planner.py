@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dataflex.api.components import Components
+from dataflex.api.components import Components, only
 from dataflex.api.context import RoundContext
 from dataflex.api.mixer import Mixer
 from dataflex.api.params import ComponentParams
@@ -601,7 +601,7 @@ def test_each_component_gets_its_own_validation_samples() -> None:
 
     mine, other = make_pool({"x": 3}), make_pool({"y": 4})
     for targets in ({"select": mine, "mix": other}, {"mix": other}):
-        components = Components(select=build(Looking), mix=Mixing(Mixing.Params()))
+        components = Components(select=only("select", build(Looking)), mix=Mixing(Mixing.Params()))
         pool = make_pool({"a": 60, "b": 30, "c": 10})
         planner = Planner(pool, components, Schedule(0, 2, -1, 4), seed=1, global_batch_size=4, targets=targets)
         plans(planner, 1)

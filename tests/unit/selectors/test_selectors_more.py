@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, load_from_disk
 
+from dataflex.api.components import only
 from dataflex.api.probe import GradientSettings
 from dataflex.commands.offline import Amount, score_pool
 from dataflex.data.pool import Pool
@@ -575,7 +576,7 @@ def scored_run(scores: Any, seed: int = 0, leaves_out: bool = True) -> Any:
     rows = Dataset.from_dict({"input_ids": [[number, number] for number in range(values.size)]})
     pool = Pool(rows, ("a", "b"), np.array([values.size - 3, 3]))
     return SimpleNamespace(
-        components=SimpleNamespace(select=selector), pool=pool, probe=FakeProbe(), targets={}, raw={},
+        components=SimpleNamespace(select=only("select", selector)), pool=pool, probe=FakeProbe(), targets={}, raw={},
         settings=SimpleNamespace(seed=seed), config=SimpleNamespace(llamafactory={}),
     )  # fmt: skip
 
@@ -623,7 +624,7 @@ def test_more_than_have_a_score(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--count: 4 samples are wanted, only 3 of the pool's 6 have a score"):
         score_pool(scored_run(scores), tmp_path, Amount(count=4))
     run = scored_run(scores)
-    run.components.select.function = None  # nothing is scored before it shows
+    run.components.select[0].component.function = None  # nothing is scored before it shows
     with pytest.raises(ConfigError, match=r"--count: 7 samples are wanted, the pool has 6"):
         score_pool(run, tmp_path, Amount(count=7))
     assert not list(tmp_path.iterdir())

@@ -191,7 +191,7 @@ def test_another_method_begins_without_the_state_of_the_one_before() -> None:
     second.load_state_dict(first.state_dict(6))
     again = started(select={"method": "delta_loss"})
     again.load_state_dict({**first.state_dict(6), "methods": {"select": "loss"}})
-    assert "baseline" not in again.components.select.state_dict()
+    assert "baseline" not in again.components.select[0].component.state_dict()
 
 
 @pytest.mark.parametrize("total, fine", [(30, True), (6, True), (5, False), (3, False)])

@@ -20,7 +20,7 @@ def problems_of_data(config: RunConfig) -> Iterator[Problem]:
     """Return what is wrong with the data sets that are named."""
     if truthy(config, "do_train") and not dataset_names(config):
         yield Problem("dataset", "needed for training: the names of one or more data sets.")
-    if any(key in config.params for key in ("select", "mix", "order")):  # else LLaMA-Factory loads it twice
+    if not config.families.isdisjoint(("select", "mix", "order")):  # else LLaMA-Factory loads it twice
         for name, times in Counter(named_data_sets(config)).items():
             if times > 1:
                 yield Problem("dataset", f"{name!r} is named {times} times; name it once, and give its share with mix.")

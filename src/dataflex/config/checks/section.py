@@ -81,7 +81,7 @@ def _length(config: RunConfig) -> Iterator[Problem]:
 
 def _data_path(config: RunConfig) -> Iterator[Problem]:
     """Keys that say where samples come from, against decisions about samples."""
-    plans = [key for key in ("select", "mix", "order") if key in config.params]
+    plans = [key for key in ("select", "mix", "order") if key in config.families]
     if not plans:
         return
     who = f"{SECTION}.{plans[0]}"
@@ -91,10 +91,10 @@ def _data_path(config: RunConfig) -> Iterator[Problem]:
         yield Problem("mix_strategy", f"interleaving fixes the mixture before training; use {SECTION}.mix instead.")
     sequential = truthy(config, "disable_shuffling")
     strategy = config.llamafactory.get("train_sampling_strategy", "random")
-    if "mix" in config.params and (sequential or strategy == "sequential"):
+    if "mix" in config.families and (sequential or strategy == "sequential"):
         key = "disable_shuffling" if sequential else "train_sampling_strategy"
         yield Problem(key, "a mixture has no natural order, samples of the domains are shuffled; remove it.")
-    if "order" in config.params and (sequential or strategy != "random"):
+    if "order" in config.families and (sequential or strategy != "random"):
         key = "disable_shuffling" if sequential else "train_sampling_strategy"
         yield Problem(key, f"{SECTION}.order decides the order of samples; keep one of the two.")
     accelerator = config.llamafactory.get("accelerator_config")
@@ -129,11 +129,14 @@ def _order(config: RunConfig) -> Iterator[Problem]:
     components = config.build_components()
     if components.order is None or components.order.params.model_dump().get("by") != "selection":
         return
-    if components.select is None or not components.select.scores_samples:
+    if not components.select or not components.select[-1].component.scores_samples:
         yield Problem(f"{SECTION}.order.by", "selection needs a selector that scores, e.g. select: {method: loss}.")
 
 
 def _components(config: RunConfig) -> Iterator[Problem]:
+    for key, entries in (("select", config.build_components().select), ("weight", config.build_components().weight)):
+        if len(entries) > 1:
+            yield Problem(f"{SECTION}.{key}", "several methods do not act together yet; name one.")
     for key, component in config.build_components().items():
         for parameter, message in component.problems(config):
             yield Problem(f"{SECTION}.{key}.{parameter}", message)
@@ -184,9 +187,12 @@ def _neat_packing(config: RunConfig) -> Iterator[Problem]:
         return
     components = config.build_components()
     select, mix, order = components.select, components.mix, components.order
-    measuring = []
-    if select is not None and (select.probes != "nothing" or select.needs_validation):
-        measuring.append(f"{SECTION}.select.method: {select.name}")
+    measuring: list[str] = []
+    measuring += [
+        f"{SECTION}.{entry.key}.method: {entry.component.name}"
+        for entry in select
+        if entry.component.probes != "nothing" or entry.component.needs_validation
+    ]
     makes_table = (
         mix is not None and isinstance(mix.params, ReferenceParams) and mix.params.reference_losses is not None
     )
@@ -204,7 +210,7 @@ def _neat_packing(config: RunConfig) -> Iterator[Problem]:
 
 def _loss(config: RunConfig) -> Iterator[Problem]:
     mixer = config.build_components().mix
-    weighs = [f"{SECTION}.weight"] if "weight" in config.params else []
+    weighs = [f"{SECTION}.weight"] if "weight" in config.families else []
     if mixer is not None and mixer.weighs_loss_by != "nothing":
         weighs.append(f"{SECTION}.mix.method: {mixer.name}")
     if len(weighs) == 2:
