@@ -12,7 +12,7 @@ With mu the prior, h_k the moving average of domain k's share of the samples tra
 h and the mean begin at mu, and rho is mu until there are laws. rho and the means change with every step, the laws and
 what is trained on between rounds. n counts samples, as in the authors' code, where all have the same length.
 
-What differs from it: h has the exponent 1/2 of the paper (the code has h * (1 - h)); the history of the losses is
+What differs from it: the code's mean of rho counts the prior as one more element; the history of the losses is
 bounded, and the laws are searched for from fewer starts (base_scaling_law.py); there is no floor under exp(e) unless
 asked for: the code's exp(0.5) = 1.65 nats is above what code or mathematics reach, and pushes their laws aside.
 

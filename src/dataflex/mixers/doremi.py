@@ -9,8 +9,9 @@ global batch (all micro-batches, all processes),
     loss     =  sum_i alpha_i * (token-mean loss of domain i)
 
 and the average of alpha over the steps is what the final model's domains are drawn by. A domain that a step has
-nothing of keeps its last lambda (0 before its first), as in the authors' code. The clip acts on lambda alone: the
-reference is constant, so subtracting it changes no gradient.
+nothing of keeps its last lambda, 0 before its first. In the authors' code it keeps it too, but begins at the logarithm
+of the vocabulary's size; and the average there counts the weights before the first step as one step. The clip acts on
+lambda alone: the reference is constant, so subtracting it changes no gradient.
 
 Cost: the reference's forward of every batch, or nothing with a table of its losses; with gradient accumulation and
 ``weights: current`` a second forward of the proxy.

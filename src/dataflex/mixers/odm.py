@@ -15,9 +15,9 @@ not in warm-up rounds, whose steps only count in t, and
     pi_t(i) = (1 - K eps_t) R_i / sum_j R_j + eps_t.
 
 Source: Albalak et al. 2023, arXiv 2312.02406; code alon-albalak/online-data-mixing.
-Differs from both: plans keep to the shares within a sample, and every domain of a step is rewarded with its token-mean
-loss over the whole step, where the paper draws one domain for a batch and the code one for each micro-batch of a
-process; and shares change at every round, which is every step only with ``update_steps: 1``.
+Differs from both: plans keep to the shares, what rounding leaves over being carried, and every domain of a step is
+rewarded with its token-mean loss over the whole step, where the paper draws one domain for a batch and the code one for
+each micro-batch of a process; and shares change at every round, which is every step only with ``update_steps: 1``.
 Cost: none.
 """
 

@@ -318,7 +318,7 @@ def proportions(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> 
     steps = [*(each.start_step for each in shown), shown[-1].start_step + shown[-1].steps]
     values = np.array([[each.get(name, 0.0) for name in names] for each in [*shares, shares[-1]]])
     traces = [_area(steps, values[:, i], name, style(looks[name])) for i, name in enumerate(names)]
-    caption = "Share of each domain in each round, from its first step on; plans have it to within one sample."
+    caption = "Share of each domain in each round, from its first step on; plans have it to whole samples."
     others = len(present) - len(names)
     if others:
         rest = np.maximum(1.0 - values.sum(axis=1), 0.0)

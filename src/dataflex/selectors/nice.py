@@ -11,7 +11,8 @@ Gamma the direction the optimizer would take on z.
 
 Source: NICE (Wang et al., ICML 2025; JTWang2000/NICE), whose sampling settings these are (but 8 responses, not 20).
 Differs from it: rewards have a leave-one-out baseline (``baseline: none`` is the source's), prompts without a
-difference in reward are left out, the responses come from the current model at every update.
+difference in reward are left out, the responses come from the current model at every update, and the end token is part
+of a response, where the source leaves it out.
 Cost: per update one gradient for every sample of the pool and, for every validation prompt, S generated responses,
 their rewards and their gradients.
 """

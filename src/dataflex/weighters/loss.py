@@ -11,7 +11,8 @@ prefers the middle, ``extremes`` both ends. r is large early in the paper's sche
 unweighted (its burn-in), and ``temperature_end`` moves r linearly from ``temperature`` over ``temperature_steps``.
 
 Differs from the paper: weights have mean 1, so that the learning rate keeps its meaning, and multiply the Trainer's
-token mean; ``normalization: sample`` is the paper's mean of per-sample means.
+token mean, which on one process is the length factor of the authors' GPT-2 trainer; ``normalization: sample`` is the
+paper's mean of per-sample means, without it.
 Cost: one gather of n numbers per step; with gradient accumulation also a forward pass over the step's samples, because
 the first micro-batch's weights depend on the losses of the last.
 """

@@ -1,4 +1,4 @@
-"""Permutations, passes and largest-remainder counts, against their definitions."""
+"""Permutations and passes, against their definitions."""
 
 from __future__ import annotations
 
