@@ -19,6 +19,7 @@ import numpy as np
 from overhead import machine
 
 from dataflex.files import write_atomically
+from dataflex.mixers.base_mixtures import Drawing
 from dataflex.mixers.base_regression import TreeRegression, accuracy, best_mixture, cross_validated, fit, read_runs
 
 NOTEBOOK = {
@@ -89,7 +90,7 @@ def main() -> None:
         "mean of a fit for each loss": np.mean([each.predict(small) for each in regressions.values()], axis=0),
     }
     prior = mixtures.mean(axis=0)  # the tables come without token counts
-    best = best_mixture(regressions[TARGET], prior, np.random.default_rng(0), max_epochs=None)
+    best = best_mixture(regressions[TARGET], prior, np.random.default_rng(0), Drawing(max_epochs=None))
     optimum = {
         "mixture": {
             name.removeprefix("train_the_pile_"): round(float(weight), 4)

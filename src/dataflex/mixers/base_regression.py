@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError, Problem
+from dataflex.errors import ConfigError
 from dataflex.files import write_atomically
+from dataflex.mixers.base_mixtures import BLOCK, DEFAULT, Drawing, Floats, bad, sample_mixtures, shares_of_prior
 
 if TYPE_CHECKING:
     import lightgbm
 
-Floats = NDArray[np.float64]
 Regressor = Literal["lightgbm", "linear"]
 
 INDEX = "index"
@@ -34,9 +34,6 @@ _MIN_TREE_ROWS = 50
 """With fewer, no fifth can be held out and the rest divided into two leaves of LightGBM's 20 rows."""
 _SUM_TOLERANCE = 0.02
 """How far a mixture's weights may be from sum 1: published tables are rounded to three decimals."""
-_DRAWS_PER_MIXTURE = 100
-_MIN_DRAWS = 100_000
-_BLOCK = 65_536
 _BLOCK_NUMBERS = 2**22
 """Numbers in the mixtures simulated at a time."""
 
@@ -87,91 +84,6 @@ class Accuracy:
     """Mixtures it was measured on."""
 
 
-def sample_mixtures(
-    prior: Floats,
-    count: int,
-    rng: np.random.Generator,
-    *,
-    temperature: float = 0.5,
-    min_strength: float = 0.1,
-    max_strength: float = 5.0,
-    strengths: int = 15,
-    min_weight: float = 2e-4,
-    max_epochs: float | None = 15,
-    sizes: Floats | None = None,
-    budget: float | None = None,
-    distinct: bool = False,
-) -> Floats:
-    """Draw mixtures around a prior, from nearly one domain alone to nearly the prior itself.
-
-    Each is a draw from Dirichlet(s p), p ~ prior ** temperature scaled to sum 1 and s one of ``strengths`` values
-    between ``min_strength`` and ``max_strength``, equally spaced in the logarithm; s + 1 is how often smaller than
-    p (1 - p) the variance of a weight is, and the mean is p for every s. Weights below ``min_weight`` become 0 and the
-    others are scaled to sum 1. A mixture with a domain beyond its bound is rejected.
-
-    Args:
-        prior: non-negative, any scale, shape (K,); a domain of 0 has weight 0 in every mixture.
-        count: mixtures wanted.
-        rng: where all randomness comes from.
-        temperature: exponent of the prior; 1: as it is, 0: uniform.
-        min_strength: the smallest s.
-        max_strength: the largest s.
-        strengths: number of values of s.
-        min_weight: smallest weight other than 0, below 1 / K.
-        max_epochs: domain k may have at most ``max_epochs * sizes[k] / budget``; none: no bound.
-        sizes: tokens of each domain, shape (K,); none: in proportion to the prior.
-        budget: tokens that are to be trained on; none: the sum of the sizes.
-        distinct: draw no mixture twice, to 6 decimals: for mixtures that cost a training each.
-
-    Returns:
-        The mixtures, shape (count, K), rows of sum 1.
-
-    Raises:
-        ConfigError: if an argument is out of range, or no or too few mixtures fit the bounds.
-    """
-    shares = _shares("prior", prior)
-    domains = shares.size
-    if count < 1:
-        raise _bad("count", f"{count} mixtures cannot be drawn; 1 or more.")
-    if not (temperature >= 0 and np.isfinite(temperature)):
-        raise _bad("temperature", f"must be finite and >= 0, got {temperature}.")
-    if not 0 < min_strength <= max_strength < np.inf:
-        raise _bad("min_strength", f"0 < min_strength <= max_strength, got {min_strength} and {max_strength}.")
-    if strengths < 1:
-        raise _bad("strengths", f"1 or more, got {strengths}.")
-    if not 0 <= min_weight < 1 / domains:
-        raise _bad("min_weight", f"must be at least 0 and below 1 / {domains}, got {min_weight}.")
-    bounds = _bounds(shares, max_epochs, sizes, budget)
-    support = np.flatnonzero(shares)
-    flattened = shares[support] ** temperature
-    flattened /= flattened.sum()
-    levels = np.geomspace(min_strength, max_strength, strengths)
-
-    found = np.empty((0, domains))
-    limit = max(_MIN_DRAWS, _DRAWS_PER_MIXTURE * count)
-    drawn = 0
-    while len(found) < count:
-        if drawn >= limit:
-            raise _bad(
-                "max_epochs",
-                f"of {drawn} drawn mixtures only {len(found)} "
-                f"{'differ and ' if distinct else ''}have every domain within its bound ({_shown(bounds)}), "
-                f"and {count} are wanted. Raise max_epochs, lower the budget or ask for fewer.",
-            )
-        block = min(limit - drawn, max(count, 1024), _BLOCK)
-        drawn += block
-        weights = _dirichlet(flattened, rng.choice(levels, size=block), rng)
-        weights[weights < min_weight] = 0.0
-        weights /= weights.sum(axis=1, keepdims=True)
-        mixtures = np.zeros((block, domains))
-        mixtures[:, support] = weights
-        found = np.concatenate([found, mixtures[(mixtures <= bounds).all(axis=1)]])
-        if distinct:
-            _, first = np.unique(found.round(6), axis=0, return_index=True)
-            found = found[np.sort(first)]
-    return found[:count]
-
-
 def fit(mixtures: Floats, losses: Floats, regressor: Regressor, seed: int) -> Regression:
     """Fit the loss as a function of the mixture.
 
@@ -208,14 +120,14 @@ def cross_validated(mixtures: Floats, losses: Floats, regressor: Regressor, seed
     """
     mixtures, losses = check_runs(mixtures, losses, regressor)
     if not 2 <= folds <= len(losses):
-        raise _bad("folds", f"{folds} parts cannot be made of {len(losses)} mixtures; 2 to {len(losses)}.")
+        raise bad("folds", f"{folds} parts cannot be made of {len(losses)} mixtures; 2 to {len(losses)}.")
     predicted = np.empty_like(losses)
     for left_out in _folds(len(losses), folds, seed):
         kept = np.setdiff1d(np.arange(len(losses)), left_out)
         if regressor == "linear":
             predicted[left_out] = _fit_linear(mixtures[kept], losses[kept]).predict(mixtures[left_out])
         elif kept.size < _MIN_TREE_ROWS:
-            raise _bad(
+            raise bad(
                 "folds",
                 f"{folds} parts leave {kept.size} mixtures to fit, lightgbm needs {_MIN_TREE_ROWS}; "
                 "use more folds, more mixtures, or regressor: linear.",
@@ -240,58 +152,32 @@ def best_mixture(
     regression: Regression | list[Regression],
     prior: Floats,
     rng: np.random.Generator,
+    drawing: Drawing = DEFAULT,
     *,
     samples: int = 100_000,
     top: int = 128,
-    temperature: float = 0.5,
-    min_strength: float = 0.1,
-    max_strength: float = 5.0,
-    strengths: int = 15,
-    min_weight: float = 2e-4,
-    max_epochs: float | None = 15,
-    sizes: Floats | None = None,
-    budget: float | None = None,
 ) -> Floats:
     """Return the mean of the simulated mixtures with the lowest predicted loss, shape (K,), sum 1.
 
     Args:
         regression: the fitted loss; of several the mean is minimised.
-        prior: what is simulated around, as for :func:`sample_mixtures`, which explains the other arguments.
-        rng: where all randomness comes from.
+        prior: mixtures are simulated around it; non-negative, any scale, shape (K,).
+        rng: the source of all randomness.
+        drawing: the distribution of the mixtures, and the bounds.
         samples: mixtures simulated.
         top: how many of them are averaged; ties go to the one drawn first.
-        temperature: exponent of the prior.
-        min_strength: the smallest strength.
-        max_strength: the largest strength.
-        strengths: number of strengths.
-        min_weight: smallest weight other than 0.
-        max_epochs: bound on the passes over a domain; none: no bound.
-        sizes: tokens of each domain, shape (K,).
-        budget: tokens that are to be trained on.
 
     Raises:
         ConfigError: as for :func:`sample_mixtures`, or if ``top`` is not between 1 and ``samples``.
     """
     if not 1 <= top <= samples:
-        raise _bad("top", f"must be between 1 and samples ({samples}), got {top}.")
+        raise bad("top", f"must be between 1 and samples ({samples}), got {top}.")
     regressions = regression if isinstance(regression, list) else [regression]
-    domains = _shares("prior", prior).size
-    block = min(samples, _BLOCK, max(1024, _BLOCK_NUMBERS // domains))
+    domains = shares_of_prior(prior).size
+    block = min(samples, BLOCK, max(1024, _BLOCK_NUMBERS // domains))
     best, losses = np.empty((0, domains)), np.empty(0)
     for begin in range(0, samples, block):
-        simulated = sample_mixtures(
-            prior,
-            block,
-            rng,
-            temperature=temperature,
-            min_strength=min_strength,
-            max_strength=max_strength,
-            strengths=strengths,
-            min_weight=min_weight,
-            max_epochs=max_epochs,
-            sizes=sizes,
-            budget=budget,
-        )[: samples - begin]
+        simulated = sample_mixtures(prior, block, rng, drawing)[: samples - begin]
         predicted = np.mean([each.predict(simulated) for each in regressions], axis=0)
         best, losses = np.concatenate([best, simulated]), np.concatenate([losses, predicted])
         lowest = np.argsort(losses, kind="stable")[:top]
@@ -312,28 +198,28 @@ def check_runs(mixtures: Floats, losses: Floats, regressor: Regressor) -> tuple[
     """
     mixtures, losses = np.asarray(mixtures, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     if mixtures.ndim != 2 or losses.ndim != 1 or not mixtures.size:
-        raise _bad("mixtures", f"need shapes (n, K) and (n,), got {mixtures.shape} and {losses.shape}.")
+        raise bad("mixtures", f"need shapes (n, K) and (n,), got {mixtures.shape} and {losses.shape}.")
     if len(mixtures) != len(losses):
-        raise _bad("losses", f"{len(losses)} losses of {len(mixtures)} mixtures; one for each.")
+        raise bad("losses", f"{len(losses)} losses of {len(mixtures)} mixtures; one for each.")
     if len(losses) < 2:
-        raise _bad("mixtures", "nothing can be learned from a single one; 2 or more.")
+        raise bad("mixtures", "nothing can be learned from a single one; 2 or more.")
     for row, (weights, loss) in enumerate(zip(mixtures, losses, strict=True), 1):
         if not np.isfinite(loss):
-            raise _bad("losses", f"row {row} is {loss}; leave a run without a loss out of both tables.")
+            raise bad("losses", f"row {row} is {loss}; leave a run without a loss out of both tables.")
         if not np.isfinite(weights).all() or (weights < 0).any() or abs(weights.sum() - 1) > _SUM_TOLERANCE:
-            raise _bad("mixtures", f"row {row} must be weights >= 0 of sum 1, got {weights.tolist()}.")
+            raise bad("mixtures", f"row {row} must be weights >= 0 of sum 1, got {weights.tolist()}.")
     if np.ptp(losses) == 0:
-        raise _bad("losses", f"are {losses[0]} for every mixture, so none is better than another.")
+        raise bad("losses", f"are {losses[0]} for every mixture, so none is better than another.")
     if regressor == "linear":
         _fit_linear(mixtures, losses)
     elif len(losses) < MIN_LIGHTGBM:
-        raise _bad(
+        raise bad(
             "regressor",
             f"lightgbm needs at least {MIN_LIGHTGBM} mixtures, got {len(losses)}: a leaf has at least 20 of them. "
             "Use regressor: linear, or more mixtures.",
         )
     elif importlib.util.find_spec("lightgbm") is None:
-        raise _bad("regressor", "lightgbm is not installed: pip install dataflex[regmix], or use regressor: linear.")
+        raise bad("regressor", "lightgbm is not installed: pip install dataflex[regmix], or use regressor: linear.")
     return mixtures, losses
 
 
@@ -358,11 +244,11 @@ def read_runs(mixtures: str | Path, losses: str | Path) -> tuple[tuple[str, ...]
     runs, domains, weights = _read(mixtures, "mixtures")
     loss_runs, columns, values = _read(losses, "losses")
     if len(weights) != len(values):
-        raise _bad("losses", f"{losses} has {len(values)} rows, and {mixtures} has {len(weights)}; one for each run.")
+        raise bad("losses", f"{losses} has {len(values)} rows, and {mixtures} has {len(weights)}; one for each run.")
     if runs is not None and loss_runs is not None:
         for row, (one, other) in enumerate(zip(runs, loss_runs, strict=True), 1):
             if one != other:
-                raise _bad(
+                raise bad(
                     "losses", f"row {row} of {losses} is run {other!r}, and {one!r} in {mixtures}; sort them alike."
                 )
     return domains, weights, columns, values
@@ -398,24 +284,24 @@ def _read(path: str | Path, key: str) -> tuple[list[str] | None, tuple[str, ...]
         with Path(path).open(encoding="utf-8-sig", newline="") as stream:
             rows = [row for row in csv.reader(stream) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _bad(key, f"{str(path)!r} cannot be read: {error}") from error
+        raise bad(key, f"{str(path)!r} cannot be read: {error}") from error
     if len(rows) < 2:
-        raise _bad(key, f"{path}: has no rows; it needs a header and one row for each run.")
+        raise bad(key, f"{path}: has no rows; it needs a header and one row for each run.")
     header = [name.strip() for name in rows[0]]
     skip = 1 if header[0].lower() in ("", INDEX) else 0
     names = tuple(header[skip:])
     problem = _names_problem(names)
     if problem is not None:
-        raise _bad(key, f"{path}: {problem}")
+        raise bad(key, f"{path}: {problem}")
     values = np.empty((len(rows) - 1, len(names)))
     for number, row in enumerate(rows[1:], 1):
         if len(row) != len(header):
-            raise _bad(key, f"{path}: row {number} has {len(row)} cells, and the header {len(header)}.")
+            raise bad(key, f"{path}: row {number} has {len(row)} cells, and the header {len(header)}.")
         for column, cell in enumerate(row[skip:]):
             values[number - 1, column] = _number(cell)
     for row, column in np.argwhere(~np.isfinite(values))[:1]:
         cell = rows[row + 1][skip + column]
-        raise _bad(key, f"{path}: row {row + 1}, column {names[column]!r}: {cell!r} is no finite number.")
+        raise bad(key, f"{path}: row {row + 1}, column {names[column]!r}: {cell!r} is no finite number.")
     return ([row[0].strip() for row in rows[1:]] if skip else None), names, values
 
 
@@ -436,62 +322,12 @@ def _names_problem(names: tuple[str, ...]) -> str | None:
     return f"has column {twice[0]!r} more than once." if twice else None
 
 
-def _bad(key: str, message: str) -> ConfigError:
-    return ConfigError(problems=[Problem(key, message)])
-
-
-def _shares(key: str, values: Floats) -> Floats:
-    shares = np.asarray(values, dtype=np.float64)
-    if shares.ndim != 1 or not shares.size:
-        raise _bad(key, f"must be one number for each domain, got shape {shares.shape}.")
-    if not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() <= 0:
-        raise _bad(key, f"must be finite, not negative and have a positive sum, got {shares.tolist()}.")
-    return shares / shares.sum()
-
-
-def _bounds(prior: Floats, max_epochs: float | None, sizes: Floats | None, budget: float | None) -> Floats:
-    """Return the largest allowed weight of each domain, shape (K,), infinite where there is no bound."""
-    if max_epochs is None:
-        return np.full(prior.size, np.inf)
-    if not (max_epochs > 0 and np.isfinite(max_epochs)):
-        raise _bad("max_epochs", f"must be positive and finite, or none, got {max_epochs}.")
-    if sizes is None and budget is not None:
-        raise _bad("budget", "needs the sizes of the domains beside it.")
-    tokens = prior if sizes is None else np.asarray(sizes, dtype=np.float64)
-    if tokens.shape != prior.shape or not np.isfinite(tokens).all() or (tokens < 0).any() or tokens.sum() <= 0:
-        raise _bad("sizes", f"must be {prior.size} finite numbers >= 0 with a positive sum, got {tokens.tolist()}.")
-    total = tokens.sum() if budget is None else budget
-    if not (total > 0 and np.isfinite(total)):
-        raise _bad("budget", f"must be positive and finite, got {budget}.")
-    bounds: Floats = max_epochs * tokens / total
-    if np.minimum(bounds, 1.0)[prior > 0].sum() < 1:
-        raise _bad(
-            "max_epochs",
-            f"{max_epochs:g} passes over every domain are not enough for the budget: the largest weights "
-            f"({_shown(bounds)}) add up to less than 1. Raise max_epochs or lower the budget.",
-        )
-    return bounds
-
-
-def _shown(bounds: Floats) -> str:
-    return ", ".join(f"{bound:.3g}" for bound in bounds)
-
-
-def _dirichlet(center: Floats, strengths: Floats, rng: np.random.Generator) -> Floats:
-    """Return one draw from Dirichlet(strength * center) for each of ``strengths`` (n,), shape (n, K)."""
-    drawn = np.empty((strengths.size, center.size))
-    for strength in np.unique(strengths):
-        rows = strengths == strength
-        drawn[rows] = rng.dirichlet(center * strength, int(rows.sum()))
-    return drawn
-
-
 def _fit_linear(mixtures: Floats, losses: Floats) -> LinearRegression:
     coefficients, _, rank, _ = np.linalg.lstsq(mixtures, losses, rcond=None)
     domains = mixtures.shape[1]
     if rank < domains:
         unused = [str(column + 1) for column in np.flatnonzero(~mixtures.any(axis=0))]
-        raise _bad(
+        raise bad(
             "mixtures",
             f"{len(losses)} of them determine only {rank} of {domains} coefficients"
             + (f" (domain {', '.join(unused)} has weight 0 in all)" if unused else "")
@@ -504,7 +340,7 @@ def _fit_trees(mixtures: Floats, losses: Floats, seed: int) -> TreeRegression:
     try:
         import lightgbm
     except (ImportError, OSError) as error:  # OSError: its OpenMP library (libgomp) is missing
-        raise _bad("regressor", f"lightgbm cannot be loaded ({error}); use regressor: linear.") from error
+        raise bad("regressor", f"lightgbm cannot be loaded ({error}); use regressor: linear.") from error
 
     settings = {
         "objective": "regression",

@@ -26,7 +26,8 @@ from dataflex.api.params import InputPath, Shares, shares_of, shares_problem
 from dataflex.api.registry import register
 from dataflex.data.domain_names import by_domain
 from dataflex.errors import ConfigError, Problem, unknown
-from dataflex.mixers.base_regression import Floats, Regressor, best_mixture, check_runs, fit, read_runs
+from dataflex.mixers.base_mixtures import Drawing, Floats
+from dataflex.mixers.base_regression import Regressor, best_mixture, check_runs, fit, read_runs
 
 
 class RegMixParams(DomainParams):
@@ -103,7 +104,8 @@ class RegMixMixer(Mixer):
         regressions = [fit(mixtures, column, self.params.regressor, self.params.seed) for column in losses.T]
         prior = sizes if self.params.prior is None else shares_of(self.params.prior, names)
         rng = np.random.default_rng(self.params.seed)
-        return best_mixture(regressions, prior, rng, samples=self.params.samples, top=self.params.top, max_epochs=None)
+        drawing = Drawing(max_epochs=None)
+        return best_mixture(regressions, prior, rng, drawing, samples=self.params.samples, top=self.params.top)
 
     def _runs(self, names: tuple[str, ...]) -> tuple[Floats, Floats]:
         """Return the mixtures, columns in the order of ``names``, (n, K), and the losses of the targets (n, targets).

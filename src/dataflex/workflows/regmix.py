@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -33,13 +32,13 @@ from dataflex.config.loading import SECTION, RunConfig
 from dataflex.config.masking import masked
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.files import write_atomically
+from dataflex.mixers.base_mixtures import Drawing, Floats, sample_mixtures
 from dataflex.mixers.base_regression import (
     INDEX,
     MIN_LIGHTGBM,
     best_mixture,
     cross_validated,
     fit,
-    sample_mixtures,
     write_table,
 )
 from dataflex.report.tables import NOTHING, Table
@@ -55,8 +54,6 @@ from dataflex.workflows.stages import (
     make_stage,
     read_settings,
 )
-
-Floats = NDArray[np.float64]
 
 MIX = f"{SECTION}.mix"
 LENGTHS = {
@@ -89,9 +86,9 @@ class Sampling(BaseModel):
         None, gt=0, description="Tokens of the final training, for max_epochs; none: those of all domains together."
     )
 
-    def drawing(self, tokens: Floats) -> dict[str, Any]:
-        """Return what mixtures are drawn with, for domains of these tokens."""
-        return {**self.model_dump(exclude={"count", "seed"}), "sizes": tokens}
+    def drawing(self, tokens: Floats) -> Drawing:
+        """Return the distribution of the mixtures of domains of these tokens, shape (K,)."""
+        return Drawing(**self.model_dump(exclude={"count", "seed"}), sizes=tokens)
 
 
 class RegmixSettings(BaseModel):
@@ -179,7 +176,7 @@ def regmix(
             print(f"dataflex: note: {note}", file=sys.stderr)
         plan, tokens = _with_domains(plan)
         rng = np.random.default_rng(plan.sampling.seed)
-        mixtures = sample_mixtures(tokens, plan.sampling.count, rng, distinct=True, **plan.sampling.drawing(tokens))
+        mixtures = sample_mixtures(tokens, plan.sampling.count, rng, plan.sampling.drawing(tokens), distinct=True)
         if dry_run:
             experiment = _experiment(plan, mixtures)
             print_tables([plan_table(experiment, {run: state_of(run, experiment) for run in experiment.runs})])
@@ -404,7 +401,7 @@ def _find(plan: Plan, experiment: Experiment, tokens: Floats, mixtures: Floats) 
             print(f"dataflex: {target}: not cross-validated: {error}", file=sys.stderr)
             rows.append([target, NOTHING, NOTHING])
     rng = np.random.default_rng([seed, 1])
-    best = best_mixture(regressions, tokens, rng, **plan.sampling.drawing(tokens))
+    best = best_mixture(regressions, tokens, rng, plan.sampling.drawing(tokens))
     file = _write_final(plan, best)
     predicted = np.mean([each.predict(np.stack([best, tokens / tokens.sum()])) for each in regressions], axis=0)
     held_out = f"Of {len(kept)} proxies, each predicted by a {regressor} regression fitted without it."

@@ -12,6 +12,7 @@ from sklearn.linear_model import LinearRegression as SklearnLinear
 
 from dataflex.errors import ConfigError
 from dataflex.mixers import base_regression
+from dataflex.mixers.base_mixtures import Drawing, sample_mixtures
 from dataflex.mixers.base_regression import (
     MIN_LIGHTGBM,
     LinearRegression,
@@ -21,7 +22,6 @@ from dataflex.mixers.base_regression import (
     fit,
     read_runs,
     read_table,
-    sample_mixtures,
     write_table,
 )
 from dataflex.mixers.regmix import RegMixMixer
@@ -59,11 +59,7 @@ def test_mixtures_have_the_moments_of_their_dirichlet(strength: float, temperatu
         10 * PRIOR,
         count,
         rng(),
-        temperature=temperature,
-        min_strength=strength,
-        max_strength=strength,
-        min_weight=0,
-        max_epochs=None,
+        Drawing(temperature=temperature, min_strength=strength, max_strength=strength, min_weight=0, max_epochs=None),
     )
     variance = center * (1 - center) / (strength + 1)
     np.testing.assert_array_less(np.abs(drawn.mean(0) - center), 4.5 * np.sqrt(variance / count))
@@ -71,7 +67,7 @@ def test_mixtures_have_the_moments_of_their_dirichlet(strength: float, temperatu
 
 
 def test_mixtures_reach_from_one_domain_alone_to_the_prior() -> None:
-    drawn = sample_mixtures(PRIOR, 5000, rng(), max_epochs=None)
+    drawn = sample_mixtures(PRIOR, 5000, rng(), Drawing(max_epochs=None))
     np.testing.assert_allclose(drawn.sum(1), 1, atol=1e-12)
     assert (drawn[drawn > 0] >= 2e-4).all()
     assert 0.05 < (drawn == 0).mean() < 0.95
@@ -89,21 +85,21 @@ def test_draws_repeat_by_generator_and_do_not_depend_on_the_scale_of_the_prior()
 
 def test_no_domain_is_repeated_more_often_than_allowed() -> None:
     sizes = np.array([6e9, 3e9, 8e8, 2e8])
-    free = sample_mixtures(PRIOR, 2000, rng(), max_epochs=None)
+    free = sample_mixtures(PRIOR, 2000, rng(), Drawing(max_epochs=None))
     for budget in (1e10, 3e10):
-        drawn = sample_mixtures(PRIOR, 2000, rng(), max_epochs=4, sizes=sizes, budget=budget)
+        drawn = sample_mixtures(PRIOR, 2000, rng(), Drawing(max_epochs=4, sizes=sizes, budget=budget))
         assert (drawn * budget / sizes).max() <= 4
         assert (free * budget / sizes).max() > 4
-    without = sample_mixtures(PRIOR, 2000, rng(), max_epochs=15)
+    without = sample_mixtures(PRIOR, 2000, rng(), Drawing(max_epochs=15))
     assert without[:, 3].max() <= 15 * PRIOR[3]
-    np.testing.assert_array_equal(without, sample_mixtures(PRIOR, 2000, rng(), max_epochs=15, sizes=sizes))
+    np.testing.assert_array_equal(without, sample_mixtures(PRIOR, 2000, rng(), Drawing(max_epochs=15, sizes=sizes)))
 
 
 def test_a_domain_without_a_prior_is_left_out_and_costly_mixtures_are_distinct() -> None:
-    drawn = sample_mixtures(np.array([0.5, 0.0, 0.5]), 2000, rng(), max_epochs=None)
+    drawn = sample_mixtures(np.array([0.5, 0.0, 0.5]), 2000, rng(), Drawing(max_epochs=None))
     assert not drawn[:, 1].any()
     assert len(np.unique(drawn.round(6), axis=0)) < 2000
-    distinct = sample_mixtures(np.array([0.5, 0.0, 0.5]), 2000, rng(), max_epochs=None, distinct=True)
+    distinct = sample_mixtures(np.array([0.5, 0.0, 0.5]), 2000, rng(), Drawing(max_epochs=None), distinct=True)
     assert distinct.shape == (2000, 3)
     assert len(np.unique(distinct.round(6), axis=0)) == 2000
 
@@ -132,12 +128,12 @@ def test_a_domain_without_a_prior_is_left_out_and_costly_mixtures_are_distinct()
 def test_mixtures_that_cannot_be_drawn(given: dict[str, Any], text: str) -> None:
     settings: dict[str, Any] = {"prior": PRIOR, "count": 100, **given}
     with pytest.raises(ConfigError, match=text):
-        sample_mixtures(settings.pop("prior"), settings.pop("count"), rng(), **settings)
+        sample_mixtures(settings.pop("prior"), settings.pop("count"), rng(), Drawing(**settings))
 
 
 def test_a_linear_truth_is_found() -> None:
     truth = np.array([2.0, 3.5, 1.25, 4.0])
-    mixtures = sample_mixtures(PRIOR, 12, rng(), max_epochs=None)
+    mixtures = sample_mixtures(PRIOR, 12, rng(), Drawing(max_epochs=None))
     regression = fit(mixtures, mixtures @ truth, "linear", seed=0)
     assert isinstance(regression, LinearRegression)
     np.testing.assert_allclose(regression.coefficients, truth, atol=1e-9)
@@ -218,7 +214,7 @@ def test_runs_that_cannot_be_fitted(mixtures: Any, losses: Any, text: str) -> No
 
 
 def test_cross_validation_leaves_each_mixture_out() -> None:
-    mixtures = sample_mixtures(PRIOR, 15, rng(), max_epochs=None)
+    mixtures = sample_mixtures(PRIOR, 15, rng(), Drawing(max_epochs=None))
     exact = cross_validated(mixtures, mixtures @ [1.0, 2.0, 3.0, 4.0], "linear", 0)
     assert exact.spearman == pytest.approx(1)
     assert exact.pearson == pytest.approx(1)
@@ -251,10 +247,10 @@ def test_the_minimum_of_a_convex_loss_is_found() -> None:
 
 def test_the_best_mixture_obeys_the_bounds() -> None:
     corner = Valley([1.0, 0.0, 0.0])
-    free = best_mixture(corner, np.ones(3), rng(), samples=5000, max_epochs=None)
+    free = best_mixture(corner, np.ones(3), rng(), Drawing(max_epochs=None), samples=5000)
     assert free[0] > 0.99
     bounded = best_mixture(
-        corner, np.ones(3), rng(), samples=5000, max_epochs=2, sizes=np.array([1.0, 1.0, 2.0]), budget=4
+        corner, np.ones(3), rng(), Drawing(max_epochs=2, sizes=np.array([1.0, 1.0, 2.0]), budget=4), samples=5000
     )
     assert 0.45 < bounded[0] <= 0.5
     with pytest.raises(ConfigError, match=r"top: must be between 1 and samples \(5\), got 6"):
@@ -271,8 +267,8 @@ def test_the_search_holds_a_part_of_the_mixtures_at_a_time(monkeypatch: pytest.M
             return super().predict(mixtures).round(1)  # many ties
 
     regression = Watched([0.2, 0.5, 0.3, 0.0])
-    given = {"samples": 2500, "top": 40, "max_epochs": None, "min_weight": 0.0}
-    found = best_mixture(regression, np.ones(4), rng(), **given)
+    drawing = Drawing(max_epochs=None, min_weight=0.0)
+    found = best_mixture(regression, np.ones(4), rng(), drawing, samples=2500, top=40)
     assert [len(mixtures) for mixtures in asked] == [1250, 1250]
     simulated = np.concatenate(asked)
     by_hand = sorted(range(2500), key=lambda row: (round(((simulated[row] - regression.minimum) ** 2).sum(), 1), row))
@@ -333,7 +329,7 @@ COEFFICIENTS = np.array([[3.0, 2.0, 4.0], [1.0, 5.0, 2.0]])
 
 def tables(folder: Path, order: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
     """Write the tables of 20 runs and return the mixer's parameters."""
-    mixtures = sample_mixtures(np.ones(3), 20, rng(), max_epochs=None)
+    mixtures = sample_mixtures(np.ones(3), 20, rng(), Drawing(max_epochs=None))
     write_table(folder / "mixtures.csv", tuple(NAMES[column] for column in order), mixtures[:, list(order)])
     write_table(folder / "losses.csv", ("x", "y"), mixtures @ COEFFICIENTS.T)
     files = {"mixtures": str(folder / "mixtures.csv"), "losses": str(folder / "losses.csv")}
