@@ -34,7 +34,7 @@ from transformers import TrainerCallback
 
 import tiny
 from dataflex.config.loading import split_config
-from dataflex.integrations.llamafactory import seam
+from dataflex.integrations.llamafactory.run import run
 from dataflex.record.checkpoint import checkpoints, problem_of
 
 STEPS = 60
@@ -88,7 +88,7 @@ def start(args: dict[str, Any], log: Path) -> tuple[int, int]:
     os.dup2(stream, 2)
     status = 1
     try:
-        seam.run(split_config(args), [Begun(writing)])
+        run(split_config(args), [Begun(writing)])
         status = 0
     finally:
         os._exit(status)
@@ -143,7 +143,7 @@ def main() -> None:
         root = Path(folder)
         model, data = tiny.make_model(root / "model", dropout=0.1), tiny.make_data(root / "data")
         whole, cut = root / "whole", root / "cut"
-        seam.run(split_config(arguments(model, data, root / "warm") | {"max_steps": 3}))
+        run(split_config(arguments(model, data, root / "warm") | {"max_steps": 3}))
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         PartialState._reset_state()

@@ -160,7 +160,7 @@ def train(
 ) -> tuple[Clock, Path]:
     """Train a fresh model for a few steps."""
     from dataflex.config.loading import split_config
-    from dataflex.integrations.llamafactory import seam
+    from dataflex.integrations.llamafactory.run import run
 
     output = folder / "runs" / run.replace(", ", "-").replace(" ", "-")
     args: dict[str, Any] = {
@@ -186,7 +186,7 @@ def train(
         args["dataflex"] = {"update_steps": UPDATE_STEPS, "mix": mixer}
     clock = Clock()
     reference = [ReferenceForward(folder / "reference", batch)] if with_reference else []
-    seam.run(split_config(args), [clock, *reference])
+    run(split_config(args), [clock, *reference])
     return clock, output
 
 

@@ -55,7 +55,7 @@ def training(model: str, steps: int, repeats: int, folder: Path) -> dict[str, An
 
     from dataflex import assets
     from dataflex.config.loading import split_config
-    from dataflex.integrations.llamafactory import seam
+    from dataflex.integrations.llamafactory.run import run
 
     class Clock(TrainerCallback):
         """Notes when every step begins."""
@@ -88,7 +88,7 @@ def training(model: str, steps: int, repeats: int, folder: Path) -> dict[str, An
             args = {**base, "output_dir": str(output)}
             if variants[name] is not None:
                 args["dataflex"] = variants[name]
-            seam.run(split_config(args), [clock])
+            run(split_config(args), [clock])
             seconds[name] += list(np.diff(clock.times)[WARMUP_STEPS:])
     median = {name: statistics.median(values) for name, values in seconds.items()}
     tokens = base["per_device_train_batch_size"] * base["cutoff_len"]

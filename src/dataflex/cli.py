@@ -233,9 +233,9 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _train_here(config: RunConfig) -> int:
-    from dataflex.integrations.llamafactory import seam
+    from dataflex.integrations.llamafactory.run import run
 
-    seam.run(config)
+    run(config)
     return 0
 
 

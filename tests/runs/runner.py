@@ -32,8 +32,8 @@ from transformers import TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dataflex.config.loading import load_config, split_config
-from dataflex.integrations.llamafactory import seam
 from dataflex.integrations.llamafactory.parsing import replaced
+from dataflex.integrations.llamafactory.run import run
 from dataflex.record import checkpoint
 from dataflex.record.writer import RunWriter
 from dataflex.trainer.mixin import DynamicTrainerMixin
@@ -200,9 +200,9 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
                 tuner.run_exp(args, [watch])
             elif item.get("record"):
                 overrides = [f"{key}={value}" for key, value in args.items()]
-                seam.run(load_config(Path(item["record"]), overrides), [watch])
+                run(load_config(Path(item["record"]), overrides), [watch])
             else:
-                seam.run(split_config(args), [watch])
+                run(split_config(args), [watch])
     except Killed:
         error = "killed"
     except Exception as problem:  # noqa: BLE001 - told to the test that looks at this run

@@ -420,13 +420,13 @@ from dataflex.config.loading import load_config
 from dataflex.errors import DataFlexError
 
 def unchecked(path):
-    from dataflex.integrations.llamafactory import seam
-    seam.run(load_config(Path(path)))
+    from dataflex.integrations.llamafactory.run import run
+    run(load_config(Path(path)))
     return 0
 
 def pool(path):
-    from dataflex.integrations.llamafactory import seam
-    return seam.pool_of(load_config(Path(path)))[0].size - 1000  # below any status
+    from dataflex.integrations.llamafactory.pool_only import pool_of
+    return pool_of(load_config(Path(path)))[0].size - 1000  # below any status
 
 DIRECT = {"unchecked": unchecked, "pool": pool}
 results = {}

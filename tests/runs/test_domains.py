@@ -23,7 +23,9 @@ from pathlib import Path
 
 import tiny
 from dataflex import cli
-from dataflex.integrations.llamafactory import seam
+from dataflex.integrations.llamafactory import loading
+from dataflex.integrations.llamafactory.pool_only import pool_of
+from dataflex.integrations.llamafactory.run import run
 from dataflex.config.loading import RunConfig, split_config
 from dataflex.errors import DataFlexError
 from dataflex.trainer.run import DynamicRun
@@ -31,10 +33,10 @@ from dataflex.trainer.run import DynamicRun
 job = json.load(open(sys.argv[1]))
 results = {"pools": {}, "runs": {}}
 for name, (args, column) in job["pools"].items():
-    pool, _ = seam.pool_of(RunConfig(args, None), column)
+    pool, _ = pool_of(RunConfig(args, None), column)
     sizes = dict(zip(pool.domains, pool.domain_sizes.tolist()))
     results["pools"][name] = {"sizes": sizes, "rows": list(pool.dataset)}
-load_pool = seam.load_pool
+load_pool = loading.load_pool
 for name, args in job["runs"].items():
     found = {}
 
@@ -47,9 +49,9 @@ for name, args in job["runs"].items():
             found["evaluation"] = dict(zip(dynamic.evaluation.domains, dynamic.evaluation.domain_sizes.tolist()))
         return module
 
-    seam.load_pool = noting
+    loading.load_pool = noting
     try:
-        seam.run(split_config({**args, "disable_tqdm": True}))
+        run(split_config({**args, "disable_tqdm": True}))
         found["error"] = None
     except DataFlexError as error:
         found["error"] = str(error)

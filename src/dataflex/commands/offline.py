@@ -89,7 +89,7 @@ def run(config: RunConfig, command: str, output: Path, amount: Amount) -> None:
     Raises:
         ConfigError: for ``features``, if the selector does not read those of the whole pool.
     """
-    from dataflex.integrations.llamafactory import seam
+    from dataflex.integrations.llamafactory.run import load_only
 
     selector = config.build_components().select[0].component
     reads_all = isinstance(selector, InfluenceSelector) and not isinstance(selector, ClusterLessSelector)
@@ -99,12 +99,12 @@ def run(config: RunConfig, command: str, output: Path, amount: Amount) -> None:
             f"{selector.name!r} does not read those of every sample. Use dataflex-cli score."
         )
 
-    def look(dynamic: DynamicRun) -> None:
+    def when_loaded(dynamic: DynamicRun) -> None:
         lines = _features(dynamic) if command == "features" else _scores(dynamic, output, amount)
         if distributed.rank() == 0:
             print("\n".join(f"dataflex: {line}" for line in lines))
 
-    seam.look(config, look)
+    load_only(config, when_loaded)
 
 
 def _features(dynamic: DynamicRun) -> list[str]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,6 @@ from dataflex.errors import ConfigError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Divided: TypeAlias = "tuple[Dataset, dict[str, int]]"
-"""A preprocessed data set and the sizes of its domains, whose samples lie in it one domain after another."""
-
 IGNORE_INDEX = -100
 """The label of a token that is not trained on."""
 
@@ -28,6 +25,23 @@ _NAMED = 10
 _FINGERPRINT_ROWS = 512
 _SCAN_ROWS = 10_000
 _COUNTED = 1 << 16
+
+
+class DomainSamples(NamedTuple):
+    """The preprocessed samples of one or more domains.
+
+    Attributes:
+        dataset: the samples, one domain after another.
+        sizes: samples of each domain, in their order.
+    """
+
+    dataset: Dataset
+    sizes: dict[str, int]
+
+
+def of_one(domain: str, dataset: Dataset) -> DomainSamples:
+    """Return the samples of one domain."""
+    return DomainSamples(dataset, {domain: len(dataset)})
 
 
 @dataclass(frozen=True)
@@ -82,11 +96,11 @@ class Pool:
         Raises:
             ConfigError: if a domain has no sample.
         """
-        return cls.of_divided([(part, {name: len(part)}) for name, part in parts.items()], key)
+        return cls.of_domains([of_one(name, part) for name, part in parts.items()], key)
 
     @classmethod
-    def of_divided(cls, parts: list[Divided], key: str = "dataset") -> Pool:
-        """Return the pool of preprocessed data sets of one or more domains each; ``key`` is named in errors.
+    def of_domains(cls, parts: list[DomainSamples], key: str = "dataset") -> Pool:
+        """Return the pool of samples of one or more domains each; ``key`` is named in errors.
 
         Raises:
             ConfigError: if a domain has no sample, or two have one name.

@@ -92,14 +92,14 @@ def load_texts(record: RunRecord, full: bool) -> Texts | str:
     The data sets are taken for those of the run if each gives as many samples as on record, and the fingerprint of all
     is the same (older records say only their names).
     """
-    from dataflex.integrations.llamafactory import seam
+    from dataflex.integrations.llamafactory.pool_only import pool_of
 
     # Without what is not on record, such as the token of a hub: what is there shows whether it is needed.
     given = {key: value for key, value in record.config.items() if key != SECTION and not masks(value)}
     column = record.config[SECTION].get("domain_column")
     try:
         config = RunConfig(given, None, source=str(record.path)).with_assets()
-        pool, tokenizer = seam.pool_of(config, column)
+        pool, tokenizer = pool_of(config, column)
     except _LOADING_ERRORS as error:
         directory = str(given.get("dataset_dir", "data"))
         hint = "" if Path(directory).is_absolute() else f" (dataset_dir {directory!r} is looked for in {Path.cwd()})"

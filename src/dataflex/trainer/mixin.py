@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 _PROBE_MICRO_BATCHES = 4
 
 
-class Finished(Exception):
-    """There is nothing left to do, and nothing was trained."""
+class NothingTrained(Exception):
+    """Everything was loaded and used, and nothing is to be trained."""
 
 
 class DynamicTrainerMixin(Trainer):
@@ -79,7 +79,7 @@ class DynamicTrainerMixin(Trainer):
         self._logged_round = -1
         self.stop_tokens: list[int] | None = (kwargs.get("gen_kwargs") or {}).get("eos_token_id")
         """What LLaMA-Factory's own generation stops at; None in a stage that generates nothing."""
-        if args.do_train and dataflex.instead is None:
+        if args.do_train and dataflex.when_loaded is None:
             dataflex.set_steps(args)
         super().__init__(args=args, **kwargs)
         self.domain_evaluation = self._make_evaluation()
@@ -148,8 +148,8 @@ class DynamicTrainerMixin(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, from the checkpoint that the run goes on from, if any, whatever is given."""
         run = self.dataflex
-        if run.instead is not None:
-            self._only_look(run.instead)
+        if run.when_loaded is not None:
+            self._stop_before_training(run.when_loaded)
         run.probe = self._make_probe() if run.pool is not None else None
         self._check_features()
         self._reference = self._make_reference()
@@ -161,15 +161,15 @@ class DynamicTrainerMixin(Trainer):
             self._is_spent = True
         return super().train(resume_from_checkpoint=str(run.resume.folder), **kwargs)
 
-    def _only_look(self, instead: Callable[[DynamicRun], None]) -> NoReturn:
-        """Do ``instead`` on the model as it was loaded, with the moments saved beside it, and leave."""
+    def _stop_before_training(self, when_loaded: Callable[[DynamicRun], None]) -> NoReturn:
+        """Call ``when_loaded`` on the model as it was loaded, with the moments saved beside it, and leave."""
         run = self.dataflex
         self.create_optimizer()  # for the order of its parameters
         given = self.finetuning_saved_folder()
         run.probe = self._make_probe()
         run.probe.moments = lambda: saved_moments(given, self.optimizer, self.raw_model())
-        instead(run)
-        raise Finished
+        when_loaded(run)
+        raise NothingTrained
 
     def finetuning_saved_folder(self) -> Path:
         """Return the folder the trained weights came from: the adapter's, or the model's."""

@@ -76,8 +76,8 @@ class DynamicRun:
         """The run's, from when training begins."""
         self.resume: Resume | None = None
         """What the run goes on from."""
-        self.instead: Callable[[DynamicRun], None] | None = None
-        """What is done where training would begin, in its place."""
+        self.when_loaded: Callable[[DynamicRun], None] | None = None
+        """What is called when everything is loaded; nothing is then trained."""
         self.planner: Planner | None = None
         self.probe: ModelProbe | None = None
         self.learning_rate: Callable[[], float] = lambda: 0.0

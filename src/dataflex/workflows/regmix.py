@@ -339,7 +339,7 @@ def _experiment(plan: Plan, mixtures: Floats) -> Experiment:
 
 def _sizes(plan: Plan) -> tuple[tuple[str, ...], Floats]:
     """Return the names of the domains, and the tokens of each, shape (K,); loads and tokenizes the data."""
-    from dataflex.integrations.llamafactory.seam import pool_of
+    from dataflex.integrations.llamafactory.pool_only import pool_of
 
     config = plan.proxy.source
     assert config.dataflex is not None

@@ -150,7 +150,7 @@ def test_no_mask_is_used_as_a_token_where_texts_are_loaded(monkeypatch: pytest.M
         seen.update(config.llamafactory)
         raise ConfigError("enough")
 
-    monkeypatch.setattr("dataflex.integrations.llamafactory.seam.pool_of", pool_of)
+    monkeypatch.setattr("dataflex.integrations.llamafactory.pool_only.pool_of", pool_of)
     config = masked({"dataset": "chat", "hf_hub_token": SECRET, "dataflex": {}})
     record = SimpleNamespace(config=config, path=Path("run"))
     assert "enough" in str(load_texts(record, full=False))  # type: ignore[arg-type]

@@ -10,9 +10,9 @@ import pytest
 from datasets import Dataset, Features, Value
 
 from dataflex.config.loading import split_config
-from dataflex.data.pool import Pool
+from dataflex.data.pool import DomainSamples, Pool
 from dataflex.errors import CheckpointError, ConfigError
-from dataflex.integrations.llamafactory.seam import values_of
+from dataflex.integrations.llamafactory.division import values_of
 from dataflex.trainer.run import DynamicRun
 from unit.fakes import make_pool
 
@@ -72,8 +72,10 @@ def tokens(*numbers: int) -> Dataset:
     return Dataset.from_dict({"input_ids": [[number] for number in numbers]})
 
 
-def test_a_pool_of_divided_data_sets() -> None:
-    pool = Pool.of_divided([(tokens(0, 1, 2), {"a/x": 1, "a/y": 2}), (tokens(3, 4), {"b/x": 2})])
+def test_a_pool_of_data_sets_of_several_domains() -> None:
+    pool = Pool.of_domains(
+        [DomainSamples(tokens(0, 1, 2), {"a/x": 1, "a/y": 2}), DomainSamples(tokens(3, 4), {"b/x": 2})]
+    )
     assert pool.domains == ("a/x", "a/y", "b/x")
     assert pool.domain_sizes.tolist() == [1, 2, 2]
     assert [row["input_ids"] for row in pool.rows(np.arange(5))] == [[0], [1], [2], [3], [4]]
@@ -82,14 +84,14 @@ def test_a_pool_of_divided_data_sets() -> None:
 
 def test_domains_without_a_sample_or_of_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="dataset: 'y' has no sample left"):
-        Pool.of_divided([(tokens(1), {"x": 1, "y": 0})])
+        Pool.of_domains([DomainSamples(tokens(1), {"x": 1, "y": 0})])
     many = {f"n{number}": 0 for number in range(1000)}
     with pytest.raises(ConfigError) as caught:
-        Pool.of_divided([(tokens(1), {"x": 1, **many})])
+        Pool.of_domains([DomainSamples(tokens(1), {"x": 1, **many})])
     assert "and 990 more" in str(caught.value)
     assert len(str(caught.value)) < 300
     with pytest.raises(ConfigError, match="dataset: there are two domains named 'a/b'"):
-        Pool.of_divided([(tokens(1), {"a/b": 1}), (tokens(1), {"a/b": 1})])
+        Pool.of_domains([DomainSamples(tokens(1), {"a/b": 1}), DomainSamples(tokens(1), {"a/b": 1})])
 
 
 def run_of(**section: Any) -> DynamicRun:

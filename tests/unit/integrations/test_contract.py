@@ -6,6 +6,8 @@ import inspect
 
 import pytest
 
+from dataflex.integrations.llamafactory.stages import STAGES, WORKFLOWS, workflow_of
+
 pytestmark = pytest.mark.launch
 
 
@@ -15,15 +17,12 @@ def parameters(function: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def stages() -> dict[str, object]:
-    from llamafactory.train.pt import workflow as pt
-    from llamafactory.train.sft import workflow as sft
-
-    return {"sft": sft, "pt": pt}
+    return {stage: workflow_of(stage) for stage in STAGES}
 
 
-@pytest.mark.parametrize(("stage", "trainer"), [("sft", "CustomSeq2SeqTrainer"), ("pt", "CustomTrainer")])
-def test_workflows_look_their_trainer_and_data_up_by_name(stages: dict, stage: str, trainer: str) -> None:
-    module = stages[stage]
+@pytest.mark.parametrize("stage", STAGES)
+def test_workflows_look_their_trainer_and_data_up_by_name(stages: dict, stage: str) -> None:
+    module, trainer = stages[stage], STAGES[stage].trainer
     source = inspect.getsource(getattr(module, f"run_{stage}"))
     assert f"{trainer}(" in source
     assert f'get_dataset(template, model_args, data_args, training_args, stage="{stage}", **tokenizer_module)' in source
@@ -58,10 +57,6 @@ def test_what_divides_a_data_set() -> None:
 
 def test_the_frames_of_a_load() -> None:
     from llamafactory.data import loader
-    from llamafactory.train.dpo import workflow as dpo
-    from llamafactory.train.kto import workflow as kto
-    from llamafactory.train.ppo import workflow as ppo
-    from llamafactory.train.rm import workflow as rm
 
     assert {"dataset_names", "dataset_name"} <= set(loader._get_merged_dataset.__code__.co_varnames)
     assert "dataset" in loader.split_dataset.__code__.co_varnames
@@ -70,8 +65,8 @@ def test_the_frames_of_a_load() -> None:
     source = inspect.getsource(loader._get_preprocessed_dataset)
     assert "Cannot find sufficient samples" in source
     assert "Cannot find valid samples" in source
-    for workflow in (dpo, kto, ppo, rm):
-        assert workflow.get_dataset is loader.get_dataset
+    for stage in WORKFLOWS:
+        assert workflow_of(stage).get_dataset is loader.get_dataset
 
 
 def test_what_an_entry_and_a_row_may_have() -> None:

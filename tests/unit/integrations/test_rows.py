@@ -12,7 +12,7 @@ import pytest
 import tiny
 from dataflex.config.loading import RunConfig
 from dataflex.data.pool import Pool
-from dataflex.integrations.llamafactory import seam
+from dataflex.integrations.llamafactory.pool_only import pool_of
 from dataflex.record.selected import write_selected
 
 SIZE = 60
@@ -56,7 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(root: Path, column: str | None = None, **changes: Any) -> tuple[Pool, Any, dict[str, Any]]:
     given = tiny.arguments(root / "model", root / "data", root / "out", template="empty", **changes)
-    return *seam.pool_of(RunConfig(given, None), column), given
+    return *pool_of(RunConfig(given, None), column), given
 
 
 def numbers_in(pool: Pool, tokenizer: Any) -> list[int]:

@@ -501,7 +501,7 @@ def test_a_problem_of_regmix_is_told_before_anything_runs(
 def test_the_prior_is_the_share_of_tokens(tmp_path: Path) -> None:
     lab = Lab(tmp_path, {"proxies": {"count": 4}, "regressor": "linear"})
     tiny.make_model(tmp_path / "model")
-    from dataflex.integrations.llamafactory.seam import pool_of
+    from dataflex.integrations.llamafactory.pool_only import pool_of
 
     plan = regmix_module.load(lab.file)
     pool, _ = pool_of(plan.proxy.source)

@@ -1,1 +1,1 @@
-"""The seam to LLaMA-Factory."""
+"""Everything that knows LLaMA-Factory: its runs, its data loading, its stages, its errors."""

@@ -1,0 +1,271 @@
+"""Data loaded by LLaMA-Factory's own ``get_dataset``, once per data set, and put together as the run's pool."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dataflex.data.origins import Origin
+from dataflex.data.pool import DomainSamples, Pool, of_one
+from dataflex.errors import ConfigError
+from dataflex.integrations.llamafactory.data_errors import Load, refuse_empty, told
+from dataflex.integrations.llamafactory.division import load_divided
+from dataflex.integrations.llamafactory.evaluation_sets import load_evaluation
+from dataflex.integrations.llamafactory.parsing import replaced
+from dataflex.integrations.llamafactory.tokenized import is_stored, refuse_foreign_folder
+from dataflex.selectors.base_gradients import ValidationParams
+from dataflex.trainer.run import DynamicRun
+
+logger = logging.getLogger(__name__)
+
+Module = dict[str, Any]
+"""LLaMA-Factory's dataset module: ``train_dataset`` and ``eval_dataset``."""
+
+LoadData = Callable[..., Module]
+"""Loads what ``data_args`` name; a :class:`Loader`, or something around one."""
+
+
+@dataclass(frozen=True)
+class Loader:
+    """LLaMA-Factory's ``get_dataset`` with everything but the arguments of the data.
+
+    Attributes:
+        get_dataset: the function.
+        template: the chat template.
+        model_args: its model arguments.
+        training_args: its training arguments.
+        stage: its stage.
+        tokenizer_module: the tokenizer, and the processor if there is one.
+    """
+
+    get_dataset: Callable[..., Module]
+    template: Any
+    model_args: Any
+    training_args: Any
+    stage: str
+    tokenizer_module: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, data_args: Any, key: str = "") -> Module:
+        """Return the dataset module; ``key`` is the setting that names the data sets, for messages.
+
+        Raises:
+            ConfigError: if a data set cannot be loaded, or has no sample.
+        """
+        load = Load(data_args, self.stage, key, self.training_args.predict_with_generate)
+        with told(load):
+            module = self.get_dataset(
+                self.template, self.model_args, data_args, self.training_args, self.stage, **self.tokenizer_module
+            )
+        refuse_empty(load, module)
+        return module
+
+
+def load_plainly(
+    get_dataset: Callable[..., Module],
+    template: Any,
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    stage: str,
+    **tokenizer_module: Any,
+) -> Module:
+    """Return LLaMA-Factory's dataset module, its errors told as configuration errors."""
+    return Loader(get_dataset, template, model_args, training_args, stage, tokenizer_module)(data_args)
+
+
+def load_pool(
+    get_dataset: Callable[..., Module],
+    dynamic: DynamicRun,
+    template: Any,
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    stage: str,
+    **tokenizer_module: Any,
+) -> Module:
+    """Return LLaMA-Factory's dataset module; where the data path is ours, its training set is the run's pool.
+
+    Called by the workflow before the model is loaded.
+
+    Raises:
+        ConfigError: if a data set cannot be loaded, is empty, or does not fit the rounds.
+    """
+    load = Loader(get_dataset, template, model_args, training_args, stage, tokenizer_module)
+    if data_args.streaming:
+        if training_args.do_train and dynamic.when_loaded is None:
+            dynamic.set_steps(copy.copy(training_args))
+            _open(dynamic, training_args)
+        return load(data_args)
+    whole = not (dynamic.plans_data and training_args.do_train)  # then LLaMA-Factory loads all data sets as one
+    if (whole or len(set(data_args.dataset)) == 1) and data_args.dataset:
+        refuse_foreign_folder(data_args)
+    return _load_whole(load, dynamic, data_args) if whole else _load_planned(load, dynamic, data_args)
+
+
+def _load_whole(load: Loader, dynamic: DynamicRun, data_args: Any) -> Module:
+    """Return the dataset module of a run whose samples LLaMA-Factory draws, or which does not train."""
+    training_args = load.training_args
+    module = load(_train_only(data_args)) if data_args.dataset or is_stored(data_args) else {}
+    module["eval_dataset"] = load_evaluation(load, data_args, dynamic, module.pop("eval_dataset", None))
+    if training_args.do_train and dynamic.when_loaded is None:
+        dynamic.whole = Pool.concatenate({"dataset": module["train_dataset"]})
+        _check_data(dynamic, training_args)
+        dynamic.set_steps(copy.copy(training_args))  # problems of the rounds show before a model is loaded
+        _open(dynamic, training_args)
+    return {key: value for key, value in module.items() if value is not None}
+
+
+def _load_planned(load: Loader, dynamic: DynamicRun, data_args: Any) -> Module:
+    """Return the dataset module of a run that plans its samples, which are its pool."""
+    training_args = load.training_args
+    names = tuple(dict.fromkeys(data_args.dataset))
+    column = dynamic.settings.domain_column
+    dynamic.pool, held_out = load_noting_rows(load, _train_only(data_args), names, column)
+    evaluation = load_evaluation(load, data_args, dynamic, held_out)
+    mixer = dynamic.components.mix
+    problem = None if mixer is None or column is None else mixer.check_domains(dynamic.pool.domains)
+    if problem is not None:
+        raise ConfigError(f"dataflex.mix.{problem[0]}: {problem[1]}")
+    if dynamic.when_loaded is None:
+        dynamic.set_steps(copy.copy(training_args))  # problems of the rounds show before a model is loaded
+        warning = dynamic.small_domains()
+        if warning is not None and training_args.process_index == 0:
+            logger.warning(warning)
+    for key, request in dynamic.validation.items():
+        dynamic.targets[key] = _load_targets(load, data_args, f"dataflex.{key}", request, evaluation)
+    _check_data(dynamic, training_args)
+    if dynamic.when_loaded is None:
+        _open(dynamic, training_args)
+    module = {"train_dataset": dynamic.pool.dataset}
+    return module if evaluation is None else {**module, "eval_dataset": evaluation}
+
+
+def _check_data(dynamic: DynamicRun, training_args: Any) -> None:
+    """Compare the data with that of the checkpoint a run goes on from."""
+    if dynamic.resume is None:
+        return
+    dynamic.check_data(dynamic.resume.state)
+    line = dynamic.says_of_evaluation(dynamic.resume.state)
+    if line is not None and training_args.process_index == 0:
+        logger.warning(line)
+
+
+def _open(dynamic: DynamicRun, training_args: Any) -> None:
+    """Print the plan of the run, before the model is loaded."""
+    lines = dynamic.opening()
+    if training_args.process_index == 0:
+        print("\n".join(f"dataflex: {line}" for line in lines), flush=True)
+
+
+def _train_only(data_args: Any) -> Any:
+    """Return the arguments that load the training data, and what is split off it, alone."""
+    if is_stored(data_args):
+        return data_args
+    only = copy.copy(data_args)
+    only.eval_dataset = None
+    return only
+
+
+def load_noting_rows(load: Loader, data_args: Any, names: tuple[str, ...], column: str | None) -> tuple[Pool, Any]:
+    """Return the pool, which knows the rows of its samples as far as anybody does, and what was split off it.
+
+    Args:
+        load: LLaMA-Factory's loading.
+        data_args: its arguments.
+        names: the data sets.
+        column: of the raw data, whose values are the domains; None: the data sets are.
+    """
+    from llamafactory.data import loader
+
+    origins: dict[str, Origin] = {}
+
+    def noting(data_args: Any, key: str = "") -> dict[str, Any]:
+        if data_args.packing:  # many rows are one sample
+            return load(data_args, key)
+        origin = Origin()
+        with (
+            replaced(loader, "align_dataset", partial(origin.align, loader.align_dataset)),
+            replaced(loader, "split_dataset", partial(origin.split, loader.split_dataset)),
+        ):
+            module = load(data_args, key)
+        if origin.settle(len(module["train_dataset"])):
+            origins[data_args.dataset[0]] = origin
+        return module
+
+    parts, held_out = _load_domains(noting, data_args, names, column)
+    pool = Pool.of_domains(parts)
+    for name, (_, sizes) in zip(names, parts, strict=True):
+        if name in origins:
+            pool.rows_of |= origins[name].rows(name, sizes)
+    return pool, held_out
+
+
+def _load_domains(
+    load: LoadData, data_args: Any, names: tuple[str, ...], column: str | None
+) -> tuple[list[DomainSamples], Any]:
+    """Return the training data, and what was split off it: divided too, of one undivided data set that itself, or None.
+
+    Args:
+        load: LLaMA-Factory's loading.
+        data_args: its arguments.
+        names: the data sets.
+        column: of the raw data, whose values are the domains; None: the data sets are.
+    """
+    if column is None and len(names) == 1:
+        module = load(data_args)
+        return [of_one(names[0], module["train_dataset"])], module.get("eval_dataset")
+    root = data_args.tokenized_path
+    if is_stored(data_args):
+        raise ConfigError(
+            f"tokenized_path: {root} holds one merged data set, whose domains cannot be told apart. Name an empty "
+            "folder; every data set is saved in a folder of its own there."
+        )
+    parts: list[DomainSamples] = []
+    held_out: list[DomainSamples] = []
+    for name in names:
+        only = copy.copy(data_args)
+        only.dataset, only.interleave_probs = [name], None
+        if column is None:
+            only.tokenized_path = None if root is None else str(Path(root) / name)
+            module = {key: of_one(name, part) for key, part in load(only).items()}
+        else:
+            prefix = f"{name}/" if len(names) > 1 else ""
+            module = load_divided(load, only, "dataset", column, "dataflex.domain_column", prefix)
+        parts.append(module["train_dataset"])
+        if "eval_dataset" in module:
+            held_out.append(module["eval_dataset"])
+    return parts, held_out or None
+
+
+def _load_targets(load: Loader, data_args: Any, section: str, request: ValidationParams, held_out: Any) -> Pool:
+    """Return the validation samples, one domain for each sub-task, preprocessed as training samples are.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    key = f"{section}.validation"
+    names = request.validation or data_args.eval_dataset
+    if not names:
+        if held_out is None:
+            raise ConfigError(f"{key}: needed are validation samples; name data sets here, or set eval_dataset.")
+        if request.subtask_column is not None:
+            raise ConfigError(f"{section}.subtask_column: samples split off by val_size have no columns any more.")
+        return Pool.concatenate({"validation": held_out}, key)
+    parts: list[DomainSamples] = []
+    for name in dict.fromkeys(names):
+        only = copy.copy(data_args)
+        only.dataset, only.eval_dataset, only.interleave_probs = [name], None, None
+        only.val_size, only.packing, only.neat_packing, only.tokenized_path = 0.0, False, False, None
+        column = request.subtask_column
+        if column is None:
+            parts.append(of_one(name, load(only, key)["train_dataset"]))
+            continue
+        prefix = f"{name}/" if len(names) > 1 else ""
+        module = load_divided(load, only, key, column, f"{section}.subtask_column", prefix)
+        parts.append(module["train_dataset"])
+    return Pool.of_domains(parts, key)

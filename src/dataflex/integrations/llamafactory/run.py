@@ -1,0 +1,176 @@
+"""A run by LLaMA-Factory: its own ``run_exp``, with our parts in it while it goes on.
+
+Its callbacks, evaluation, prediction, plotting and saving are LLaMA-Factory's. For the time of the run three names are
+replaced, and put back afterwards:
+
+    llamafactory.train.{sft,pt}.workflow.CustomSeq2SeqTrainer / CustomTrainer   our mixin over the same class
+    llamafactory.train.{sft,pt}.workflow.get_dataset                            the same, once per data set
+    llamafactory.train.tuner.get_train_args                                     its errors told as configuration errors
+
+Without a section it is ``get_dataset`` in the workflow of every stage and ``get_train_args``, for their errors only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataflex import distributed
+from dataflex.api.registry import failure_of_component
+from dataflex.config.loading import RunConfig
+from dataflex.errors import ComponentError, ConfigError, DataFlexError
+from dataflex.files import write_atomically
+from dataflex.integrations.llamafactory import loading
+from dataflex.integrations.llamafactory.parsing import parse_to_train, replaced
+from dataflex.integrations.llamafactory.stages import STAGES, WORKFLOWS, workflow_of
+from dataflex.record.identity import only_run_in
+from dataflex.trainer.mixin import DynamicTrainerMixin, NothingTrained
+from dataflex.trainer.resume import Resume, find
+from dataflex.trainer.run import DynamicRun
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> None:
+    """Train: LLaMA-Factory's run of the configuration, with our parts in it where there is a ``dataflex:`` section.
+
+    Args:
+        config: the loaded configuration.
+        callbacks: Trainer callbacks to add, as ``run_exp`` takes them.
+
+    Raises:
+        DataFlexError: for what a user can mend; LLaMA-Factory's own errors in arguments come as ConfigError.
+    """
+    from llamafactory.train import tuner
+
+    if config.dataflex is None:
+        parsing = replaced(tuner, "get_train_args", partial(parse_to_train, tuner.get_train_args, source=config.source))
+        with parsing, data_errors_told():
+            tuner.run_exp(dict(config.llamafactory), callbacks)
+        return
+    dynamic, output = DynamicRun(config), Path(str(config.llamafactory["output_dir"]))
+    with (
+        _only_run(output),
+        replaced(tuner, "get_train_args", partial(_decided_args, tuner.get_train_args, dynamic)),
+        installed(dynamic),
+        _component_errors_told(output),
+    ):
+        tuner.run_exp(dict(config.llamafactory), callbacks)
+
+
+@contextmanager
+def _only_run(output_dir: Path) -> Iterator[None]:
+    """Have the main process hold the lock on the output folder, which shows now if it cannot be written to."""
+    with only_run_in(output_dir) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        yield
+
+
+def load_only(config: RunConfig, when_loaded: Callable[[DynamicRun], None]) -> None:
+    """Load everything as for training, call ``when_loaded`` at the point where training would begin, and leave.
+
+    Raises:
+        DataFlexError: for what a user can mend.
+    """
+    import torch.distributed as dist
+    from llamafactory.train import tuner
+
+    dynamic = DynamicRun(config)
+    dynamic.when_loaded = when_loaded
+    with (
+        _only_run(Path(str(config.llamafactory["output_dir"]))),
+        replaced(tuner, "get_train_args", partial(parse_to_train, tuner.get_train_args, source=config.source)),
+        installed(dynamic),
+        contextlib.suppress(NothingTrained),
+    ):
+        tuner.run_exp(dict(config.llamafactory))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def installed(dynamic: DynamicRun) -> Iterator[None]:
+    """Put a run's trainer and data loading in LLaMA-Factory's workflows for a while."""
+    with contextlib.ExitStack() as stack:
+        for stage in STAGES.values():
+            workflow = workflow_of(stage.name)
+            trainer = type(f"Dynamic{stage.trainer}", (DynamicTrainerMixin, getattr(workflow, stage.trainer)), {})
+            get_dataset = partial(loading.load_pool, workflow.get_dataset, dynamic)
+            stack.enter_context(replaced(workflow, stage.trainer, partial(trainer, dataflex=dynamic)))
+            stack.enter_context(replaced(workflow, "get_dataset", get_dataset))
+        yield
+
+
+@contextmanager
+def data_errors_told() -> Iterator[None]:
+    """Have every workflow of LLaMA-Factory say what is wrong with data for a while, and nothing else changed."""
+    with contextlib.ExitStack() as stack:
+        for workflow in map(workflow_of, WORKFLOWS):
+            stack.enter_context(replaced(workflow, "get_dataset", partial(loading.load_plainly, workflow.get_dataset)))
+        yield
+
+
+def _decided_args(original: Callable[..., Any], dynamic: DynamicRun, args: Any) -> Any:
+    """Return LLaMA-Factory's arguments of a training, after deciding what it goes on from.
+
+    The decision is the main process's, made before a model is loaded. What a resume does not change is parsed again
+    with the value in force.
+    """
+    source = dynamic.config.source
+    parsed = parse_to_train(original, args, source)
+    training_args = parsed[2]
+    if not training_args.do_train:
+        return parsed
+    found = distributed.on_main(partial(_resume, dynamic, training_args))
+    if found is not None:
+        dynamic.config, dynamic.resume = found.effective(dynamic.config), found
+        if dynamic.config.llamafactory != args:
+            parsed = parse_to_train(original, dict(dynamic.config.llamafactory), source)
+    parsed[2].resume_from_checkpoint = None if found is None else str(found.folder)
+    return parsed
+
+
+def _resume(dynamic: DynamicRun, training_args: Any) -> Resume | None:
+    """Return what a training goes on from, after saying what it leaves and what is different."""
+    found, left = find(dynamic.config)
+    for line in left:
+        logger.warning(line)
+    if found is None:
+        return None
+    problems = list(found.problems())
+    if problems:
+        raise ConfigError(problems=problems, source=dynamic.config.source)
+    processes = dynamic.check_processes(found.state, training_args)
+    print(f"dataflex: going on from {found.folder} (step {found.marker.step})")
+    for line in [*found.lines(), *([] if processes is None else [processes])]:
+        print(f"dataflex: {line}")
+    return found
+
+
+@contextmanager
+def _component_errors_told(output: Path) -> Iterator[None]:
+    """Tell errors under the code of somebody's component in one paragraph; their traceback goes into the record.
+
+    Raises:
+        ComponentError: in their place; errors of the framework itself are left as they are.
+    """
+    try:
+        yield
+    except DataFlexError:
+        raise
+    except Exception as error:
+        said = failure_of_component(error)
+        if said is None:
+            raise
+        file = output / "dataflex" / "traceback.txt"
+        write_atomically(file, "".join(traceback.format_exception(error)).encode())
+        raise ComponentError(f"{said}. The traceback is in {file}.") from error
