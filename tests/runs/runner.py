@@ -137,7 +137,7 @@ class Trace:
         def traced_decision(run, slot):
             self.decisions.append([slot.number, slot.start_step, watch.optimizer_steps])
             self.eos = list(run.probe.tokens.eos)
-            for targets in run.targets.values():
+            for targets in run.validation.values():
                 self.targets |= dict(zip(targets.domains, targets.domain_sizes.tolist(), strict=True))
             return decide(run, slot)
 

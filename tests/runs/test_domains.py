@@ -43,7 +43,7 @@ for name, args in job["runs"].items():
     def noting(get_dataset, dynamic, *args, **kwargs):
         module = load_pool(get_dataset, dynamic, *args, **kwargs)
         found["pool"] = dict(zip(dynamic.pool.domains, dynamic.pool.domain_sizes.tolist()))
-        for key, targets in dynamic.targets.items():
+        for key, targets in dynamic.validation.items():
             found[key] = dict(zip(targets.domains, targets.domain_sizes.tolist()))
         if dynamic.evaluation is not None:
             found["evaluation"] = dict(zip(dynamic.evaluation.domains, dynamic.evaluation.domain_sizes.tolist()))
@@ -77,8 +77,8 @@ class LookingMixer(Mixer):
     needs_validation = True
 
     def mix(self, ctx):
-        losses = ctx.probe.losses(np.arange(ctx.targets.size), pool=ctx.targets)
-        bounds = ctx.targets.offsets
+        losses = ctx.probe.losses(np.arange(ctx.validation.size), pool=ctx.validation)
+        bounds = ctx.validation.offsets
         return np.array([losses[low:high].mean() for low, high in zip(bounds, bounds[1:])])
 """
 

@@ -67,7 +67,7 @@ def dying(self, *args):
 def keeping(run, output, amount):
     found = score_pool(run, output, amount)
     kept = {"pool": list(run.pool.dataset)}
-    for targets in run.targets.values():
+    for targets in run.validation.values():
         kept |= {"targets": list(targets.dataset), "sizes": targets.domain_sizes.tolist()}
     (output / "samples.json").write_text(json.dumps(kept))
     return found

@@ -37,7 +37,7 @@ class Component(Generic[ParamsT]):
     name: ClassVar[str]
     Params: ClassVar[type[ComponentParams]] = ComponentParams
     needs_validation: ClassVar[bool] = False
-    """Whether ``ctx.targets`` is wanted; then its parameters have ``validation`` and ``subtask_column``."""
+    """Whether ``ctx.validation`` is wanted; then its parameters have ``validation`` and ``subtask_column``."""
 
     def __init__(self, params: ParamsT) -> None:
         self.params = params

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dataflex.api.probe import Probe
 from dataflex.data.sampling import IndexArray
+from dataflex.errors import ComponentError
 
 if TYPE_CHECKING:
     from dataflex.data.pool import Pool
@@ -58,8 +59,26 @@ class StepContext:
     excess: NDArray[np.float64]
     """Token mean of max(loss - reference loss, 0) of each domain, shape (K,); NaN as for losses. Empty for mixers that
     do not weigh by ``excess``."""
-    targets: Pool | None = None
-    """The validation samples, where the mixer asked for them."""
+    validation_pool: Pool | None = None
+    """The validation samples, if the mixer asked for them; read them as :attr:`validation`."""
+
+    @property
+    def validation(self) -> Pool:
+        """The validation samples, one domain for each sub-task.
+
+        Raises:
+            ComponentError: if the mixer did not ask for any.
+        """
+        return _asked_for(self.validation_pool)
+
+
+def _asked_for(validation: Pool | None) -> Pool:
+    if validation is None:
+        raise ComponentError(
+            "ctx.validation is read by a component that asked for no validation samples; return "
+            "Needs(validation=self.params) from its needs()."
+        )
+    return validation
 
 
 NOT_DECIDED = "not_decided"
@@ -88,14 +107,23 @@ class RoundContext:
     """Samples the plan is for: ``steps`` times the global batch size."""
     total_steps: int
     """Optimizer steps of the whole run."""
-    targets: Pool | None = None
-    """The validation samples, one domain for each sub-task, where the component asked for them."""
+    validation_pool: Pool | None = None
+    """The validation samples, if the component asked for them; read them as :attr:`validation`."""
     memo: dict[str, Any] = field(default_factory=dict)
     """What a component keeps for the other groups of the same round."""
     learning_rate: float = 0.0
     """The optimizer's, at the first step of the round."""
     capped: CappedScoring | None = None
     """What scores and chooses in the selector's place where ``max_overhead`` is set."""
+
+    @property
+    def validation(self) -> Pool:
+        """The validation samples, one domain for each sub-task.
+
+        Raises:
+            ComponentError: if the component did not ask for any.
+        """
+        return _asked_for(self.validation_pool)
 
     def not_decided(self, why: str) -> None:
         """Put on record that the shares of this round do not follow from what the mixer is for, and why.

@@ -178,7 +178,7 @@ def _context(run: DynamicRun, selector: Selector) -> RoundContext:
         steps=1,
         size=run.pool.size,
         total_steps=1,
-        targets=run.targets.get("select"),
+        validation_pool=run.validation.get("select"),
     )
 
 

@@ -135,8 +135,7 @@ class AioliMixer(Mixer):
         if self._drops.size and self._tried >= self.params.lp_rounds * count and self._tried % count == 0:
             self._update(self._tried // count)
         elif not self._drops.size and (self._exploited is None or self._exploited >= self.params.exploit_rounds):
-            assert ctx.targets is not None
-            self._drops, self._tried = np.zeros((len(ctx.targets.domains), count)), 0
+            self._drops, self._tried = np.zeros((len(ctx.validation.domains), count)), 0
         if not self._drops.size:
             self._exploited = (self._exploited or 0) + 1
             return self.proportions

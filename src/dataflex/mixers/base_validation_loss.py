@@ -18,8 +18,7 @@ def validation_losses(ctx: RoundContext) -> NDArray[np.float64]:
         ComponentError: if a domain has no token that is trained on.
         DivergenceError: if its loss is not finite.
     """
-    pool = ctx.targets
-    assert pool is not None
+    pool = ctx.validation
     losses = ctx.probe.losses(np.arange(pool.size, dtype=np.int64), pool=pool).astype(np.float64)
     tokens = pool.trained_tokens.astype(np.float64)
     counts = np.add.reduceat(tokens, pool.offsets[:-1])

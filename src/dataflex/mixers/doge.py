@@ -120,7 +120,7 @@ class DogeMixer(LossWeightMixer):
         present = np.flatnonzero(ctx.tokens)
         if present.size:
             gradients = self._domain_gradients(ctx, present)
-            targets = self._target_gradients(ctx) if self.needs_validation else None
+            targets = self._validation_gradients(ctx) if self.needs_validation else None
             aligned = alignments(gradients, targets, self.params.variant, self.params.max_grad_norm)
             gains[present] = ctx.learning_rate * aligned / self.params.mu
         return exponentiated_update(weights, gains, self.params.reweight_eps)
@@ -133,22 +133,22 @@ class DogeMixer(LossWeightMixer):
             [features[owners == domain].sum(axis=0, dtype=np.float64) / ctx.tokens[domain] for domain in present]
         )
 
-    def _target_gradients(self, ctx: StepContext) -> Matrix:
+    def _validation_gradients(self, ctx: StepContext) -> Matrix:
         """Return the mean sketched gradient of a few fresh validation samples of each sub-task, (S, k).
 
         Raises:
             ComponentError: if a sub-task has no sample with a trained token.
         """
-        assert ctx.targets is not None
         rng = derive_rng(self.params.validation_seed, "doge", ctx.step)
         drawn = []
-        for name, low, high in zip(ctx.targets.domains, ctx.targets.offsets, ctx.targets.offsets[1:], strict=False):
-            usable = low + np.flatnonzero(ctx.targets.trained[low:high])
+        held = ctx.validation
+        for name, low, high in zip(held.domains, held.offsets, held.offsets[1:], strict=False):
+            usable = low + np.flatnonzero(held.trained[low:high])
             if not usable.size:
                 raise ComponentError(f"no validation sample of {name!r} has a token that is trained on.")
             count = min(self.params.validation_size, usable.size)
             drawn.append(np.sort(rng.choice(usable, count, replace=False)))
-        features = ctx.probe.gradients(np.concatenate(drawn), self.params.settings("mean", ctx.step), ctx.targets)
+        features = ctx.probe.gradients(np.concatenate(drawn), self.params.settings("mean", ctx.step), held)
         parts = np.split(features, np.cumsum([part.size for part in drawn])[:-1])
         return np.stack([part.mean(axis=0, dtype=np.float64) for part in parts])
 

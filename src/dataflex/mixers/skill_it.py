@@ -115,8 +115,7 @@ class SkillItMixer(Mixer):
 
     def _read(self, ctx: RoundContext) -> NDArray[np.float64]:
         if not self._graph.size:
-            assert ctx.targets is not None
-            self._graph = read_graph(self.params.graph, ctx.pool.domains, ctx.targets.domains)
+            self._graph = read_graph(self.params.graph, ctx.pool.domains, ctx.validation.domains)
         return self._graph
 
     def state_dict(self) -> State:

@@ -83,7 +83,7 @@ class Planner:
         seed: the run's seed.
         global_batch_size: samples of one optimizer step.
         arrangement: what orders a plan without an ``order`` component.
-        targets: the validation samples of the components that asked for some, by configuration key.
+        validation: the validation samples of the components that asked for some, by configuration key.
         learning_rate: returns the optimizer's present one.
         capped: scores in the selector's place where its cost is capped.
         expected_steps: steps the run is expected to take; none: those of the schedule.
@@ -98,12 +98,12 @@ class Planner:
         seed: int,
         global_batch_size: int,
         arrangement: Arrangement = "shuffle",
-        targets: Mapping[str, Pool] | None = None,
+        validation: Mapping[str, Pool] | None = None,
         learning_rate: Callable[[], float] = lambda: 0.0,
         capped: CappedScoring | None = None,
         expected_steps: int | None = None,
     ) -> None:
-        self.pool, self.components, self.schedule, self.targets = pool, components, schedule, targets or {}
+        self.pool, self.components, self.schedule, self.validation = pool, components, schedule, validation or {}
         self.learning_rate, self.capped = learning_rate, capped
         self.expected = schedule if expected_steps is None else replace(schedule, total_steps=expected_steps)
         self._memo: dict[str, dict[str, Any]] = {}
@@ -238,7 +238,7 @@ class Planner:
             steps=slot.steps,
             size=slot.steps * self.global_batch_size,
             total_steps=max(self.expected.total_steps, slot.start_step + slot.steps),
-            targets=self.targets.get(key),
+            validation_pool=self.validation.get(key),
             memo=self._memo.setdefault(component.family, {}),
             learning_rate=self.learning_rate(),
             capped=self.capped if component.family == "selector" else None,

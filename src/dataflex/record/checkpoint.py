@@ -30,7 +30,7 @@ from dataflex.files import json_text, write_atomically
 
 STATE_FILE = "dataflex_state.npz"
 MARKER_FILE = "dataflex_complete.json"
-STATE_VERSION = 4
+STATE_VERSION = 5
 _TREE_KEY = "__tree__"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 

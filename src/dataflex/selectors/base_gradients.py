@@ -226,7 +226,7 @@ class InfluenceSelector(GradientSelector):
     Params: ClassVar[type[ComponentParams]] = InfluenceParams
     needs_validation: ClassVar[bool] = True
 
-    def target_features(self, ctx: RoundContext, settings: GradientSettings, checkpoint: str = "") -> ScoreArray:
+    def validation_features(self, ctx: RoundContext, settings: GradientSettings, checkpoint: str = "") -> ScoreArray:
         """Return the mean feature of each sub-task, (S, k), float32; made once in a round for a checkpoint.
 
         Validation samples keep their raw gradient whatever the preconditioner. Where each has length 1, the inner
@@ -235,18 +235,17 @@ class InfluenceSelector(GradientSelector):
         Raises:
             ComponentError: if a sub-task has no sample with a trained token.
         """
-        key = f"target_features {checkpoint}"
+        key = f"validation_features {checkpoint}"
         if key not in ctx.memo:
-            assert ctx.targets is not None
             raw = replace(settings, preconditioner="none")
-            features = ctx.probe.gradients(np.arange(ctx.targets.size), raw, ctx.targets)
+            features = ctx.probe.gradients(np.arange(ctx.validation.size), raw, ctx.validation)
             ctx.memo[key] = subtask_means(features, ctx)
         means: ScoreArray = ctx.memo[key]
         return means
 
     def influence(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
         """Return each candidate's mean inner product with every sub-task's samples, (n, S)."""
-        return ctx.probe.similarities(candidates, settings, self.target_features(ctx, settings))
+        return ctx.probe.similarities(candidates, settings, self.validation_features(ctx, settings))
 
     def extract(self, ctx: RoundContext, candidates: IndexArray) -> list[FeatureStore]:
         """Make the candidates' features in ``feature_dir``, under every checkpoint or the model as it is."""
@@ -261,12 +260,12 @@ class InfluenceSelector(GradientSelector):
 
     def over_checkpoints(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
         """Return :meth:`influence` summed over stored checkpoints by their weights, scaled to sum 1, (n, S)."""
-        total = np.zeros((candidates.size, len(ctx.targets.domains)), dtype=np.float32)  # type: ignore[union-attr]
+        total = np.zeros((candidates.size, len(ctx.validation.domains)), dtype=np.float32)
         weights = self.params.checkpoint_weights or ctx.probe.learning_rates(self.params.checkpoints)
         scale = sum(weights)
         for folder, weight in zip(self.params.checkpoints, weights, strict=True):
             with ctx.probe.checkpoint(folder):
-                targets = self.target_features(ctx, settings, folder)
+                targets = self.validation_features(ctx, settings, folder)
                 total += np.float32(weight / scale) * ctx.probe.similarities(candidates, settings, targets)
         return total
 
@@ -277,9 +276,8 @@ def subtask_means(features: ScoreArray, ctx: RoundContext) -> ScoreArray:
     Raises:
         ComponentError: if a sub-task has none left.
     """
-    assert ctx.targets is not None
-    means = []
-    for name, low, high in zip(ctx.targets.domains, ctx.targets.offsets, ctx.targets.offsets[1:], strict=False):
+    means, held = [], ctx.validation
+    for name, low, high in zip(held.domains, held.offsets, held.offsets[1:], strict=False):
         part = features[low:high]
         part = part[(part != 0).any(axis=1)]
         if not part.size:

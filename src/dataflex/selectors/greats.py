@@ -73,7 +73,6 @@ class GreatsSelector(Selector):
 
     def select(self, ctx: RoundContext, group: Group) -> Selection:
         """Return ``group.budget`` samples, each group of them the best of its candidates."""
-        assert ctx.targets is not None
         size = self.params.group_size
         wanted = [min(size, group.budget - begin) for begin in range(0, group.budget, size)]
         trained = ctx.pool.trained
@@ -84,13 +83,13 @@ class GreatsSelector(Selector):
             candidates, skipped = _draw(group, math.ceil(count * exactly(self.params.candidate_factor)), trained)
             groups.append(candidates)
             unscored += skipped
-        usable = np.flatnonzero(ctx.targets.trained)
+        usable = np.flatnonzero(ctx.validation.trained)
         if not usable.size:
             raise ComponentError("no validation sample has a token that is trained on.")
         number = min(self.params.validation_size, usable.size)
         targets = np.sort(ctx.rng.choice(usable, number, replace=False))
         settings = GradientSettings(unsupported=self.params.unsupported_parameters)
-        products = ctx.probe.products(groups, settings, targets, ctx.targets)
+        products = ctx.probe.products(groups, settings, targets, ctx.validation)
         eta = self.params.learning_rate or ctx.learning_rate
         chosen, gains = [], []
         for candidates, matrix, count in zip(groups, products, wanted, strict=True):

@@ -109,11 +109,9 @@ class NiceSelector(InfluenceSelector):
             ComponentError: if a validation sample has no prompt or answer, or no prompt has responses of different
                 reward.
         """
-        if ctx.targets is None:
-            raise ComponentError("selector 'nice' needs validation samples: set validation or eval_dataset.")
         params = self.params
-        numbers = np.arange(ctx.targets.size, dtype=np.int64)
-        pairs = [prompt_and_reference(row, number) for number, row in enumerate(ctx.targets.rows(numbers))]
+        numbers = np.arange(ctx.validation.size, dtype=np.int64)
+        pairs = [prompt_and_reference(row, number) for number, row in enumerate(ctx.validation.rows(numbers))]
         prompts = [prompt for prompt, _ in pairs]
         references = [reference for _, reference in pairs]
         generation = GenerationSettings(
@@ -136,7 +134,7 @@ class NiceSelector(InfluenceSelector):
                 f"{rewards.mean():.4g}), so there is nothing to learn from. Raise generation_temperature or samples, "
                 "or take a finer reward or easier validation prompts."
             )
-        subtasks = ctx.targets.domain_ids(numbers)
+        subtasks = ctx.validation.domain_ids(numbers)
         units = gradients[used] / lengths[used, None]
         return np.stack([units[subtasks[used] == subtask].mean(axis=0) for subtask in np.unique(subtasks[used])])
 

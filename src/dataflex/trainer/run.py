@@ -70,7 +70,7 @@ class DynamicRun:
         self.methods = {key: component.name for key, component in self.components.items()}
         """The method of each component, by configuration key."""
         self.pool: Pool | None = None
-        self.targets: dict[str, Pool] = {}
+        self.validation: dict[str, Pool] = {}
         """The validation samples of the components that asked for some, by configuration key."""
         self.identity = ""
         """The run's, from when training begins."""
@@ -117,7 +117,7 @@ class DynamicRun:
         return self.components.plans_data
 
     @property
-    def validation(self) -> dict[str, ValidationParams]:
+    def wanted_validation(self) -> dict[str, ValidationParams]:
         """What components want to be told about validation samples, by configuration key."""
         return {key: component.params for key, component in self.components.items() if component.needs_validation}
 
@@ -200,7 +200,7 @@ class DynamicRun:
         """Return the lines a run opens with: its plan, and what will not happen although it was asked for."""
         if self.run_plan is None:
             return []
-        sizes = {key: targets.size for key, targets in self.targets.items()}
+        sizes = {key: samples.size for key, samples in self.validation.items()}
         self.run_plan = replace(self.run_plan, validation=sizes)
         self.notes += self.run_plan.notes()
         return ["plan:", *self.run_plan.lines(), *(f"note: {note}" for note in self.notes)]
@@ -268,7 +268,7 @@ class DynamicRun:
                 seed=self.settings.seed,
                 global_batch_size=self.global_batch_size,
                 arrangement=arrangement,
-                targets=self.targets,
+                validation=self.validation,
                 learning_rate=self.learning_rate,
                 capped=self._capped(),
                 expected_steps=self.expected_steps,
@@ -304,7 +304,7 @@ class DynamicRun:
         sample = (time.perf_counter() - middle) / some.size
         self.decision_seconds += time.perf_counter() - began
         scored = selector.scored_samples(pool.size)
-        others = self.targets["select"].size if "select" in self.targets else 0
+        others = self.validation["select"].size if "select" in self.validation else 0
         expected = replace(self.schedule, total_steps=self.expected_steps)
         passes = selector.expected_passes(expected.num_updates)
         total = (scored + others) * sample * passes
@@ -362,7 +362,7 @@ class DynamicRun:
         start["fingerprints"] = {
             **({} if self.samples is None else {"dataset": self.samples.fingerprint}),
             **({} if self.evaluation is None else {"eval_dataset": self.evaluation.fingerprint}),
-            **{f"dataflex.{key}.validation": targets.fingerprint for key, targets in self.targets.items()},
+            **{f"dataflex.{key}.validation": samples.fingerprint for key, samples in self.validation.items()},
         }
         if repeated is not None and (other := differences(repeated, start)):
             print(f"dataflex: warning: this run does not repeat the one on record: {'; '.join(other)}")
@@ -460,7 +460,7 @@ class DynamicRun:
             tokens=tokens,
             losses=losses,
             excess=excess,
-            targets=self.targets.get("mix"),
+            validation_pool=self.validation.get("mix"),
         )
 
     def record_loss_weights(self, step: int, weights: NDArray[np.float64]) -> None:
@@ -569,7 +569,7 @@ class DynamicRun:
             "processes": distributed.world_size(),
             "pool_fingerprint": None if self.samples is None else self.samples.fingerprint,
             "evaluation_fingerprint": None if self.evaluation is None else self.evaluation.fingerprint,
-            "targets_fingerprints": {key: targets.fingerprint for key, targets in self.targets.items()},
+            "validation_fingerprints": {key: samples.fingerprint for key, samples in self.validation.items()},
             "plan": self._plan_state(),
             "planner": self.planner.state_dict() if self.planner is not None else None,
             "methods": self.methods,
@@ -621,12 +621,12 @@ class DynamicRun:
                 f"{str(state['pool_fingerprint'])[:12]}, this run's data has {str(now)[:12]}): the files, or what is "
                 "made of them, have changed since."
             )
-        for key, targets in self.targets.items():
-            then = state["targets_fingerprints"].get(key)
-            if then != targets.fingerprint and state["methods"].get(key) == self.methods[key]:
+        for key, samples in self.validation.items():
+            then = state["validation_fingerprints"].get(key)
+            if then != samples.fingerprint and state["methods"].get(key) == self.methods[key]:
                 raise CheckpointError(
                     f"the checkpoint of step {state['step']} was written with another validation set of dataflex.{key} "
-                    f"(fingerprint {str(then)[:12]}, this run's has {targets.fingerprint[:12]})."
+                    f"(fingerprint {str(then)[:12]}, this run's has {samples.fingerprint[:12]})."
                 )
 
     def says_of_evaluation(self, state: State) -> str | None:

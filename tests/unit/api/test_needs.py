@@ -9,6 +9,8 @@ import pytest
 from dataflex import ComponentParams, Needs, RunView, Selector, SelectorParams
 from dataflex.api.component import Component
 from dataflex.config.loading import DataFlexConfig, RunConfig
+from dataflex.errors import ComponentError
+from unit.fakes import context, make_pool
 
 
 class FocusParams(SelectorParams):
@@ -91,3 +93,10 @@ def test_what_a_component_may_read_of_its_run(tmp_path):
         assert RunConfig({"deepspeed": given}, None).deepspeed == zero
     assert RunConfig({"deepspeed": str(tmp_path / "none.json")}, None).deepspeed == {}
     assert RunConfig({}, DataFlexConfig(warmup_steps=7), offline=True).warmup_steps == 7
+
+
+def test_validation_samples_are_there_for_those_who_asked():
+    held = make_pool({"x": 3})
+    assert context(make_pool({"a": 4}), validation_pool=held).validation is held
+    with pytest.raises(ComponentError, match=r"return Needs\(validation=self.params\) from its needs\(\)"):
+        _ = context(make_pool({"a": 4})).validation

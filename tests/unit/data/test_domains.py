@@ -133,12 +133,12 @@ def test_a_checkpoint_of_other_validation_samples_names_whose_they_are() -> None
     then, now = run_of(mix={"method": "uniform"}), run_of(mix={"method": "uniform"})
     for dynamic, row in ((then, 1), (now, 2)):
         steps(dynamic, 10)
-        dynamic.targets["mix"] = make_pool({"v": 1}, rows=[{"input_ids": [row]}])
+        dynamic.validation["mix"] = make_pool({"v": 1}, rows=[{"input_ids": [row]}])
     state = then.state_dict(0)
     then.check_data(state)
     with pytest.raises(CheckpointError, match=r"validation set of dataflex\.mix"):
         now.check_data(state)
-    del state["targets_fingerprints"]["mix"]
+    del state["validation_fingerprints"]["mix"]
     with pytest.raises(CheckpointError, match=r"validation set of dataflex\.mix"):
         now.check_data(state)
 

@@ -66,7 +66,7 @@ def step_of(
         tokens=np.asarray(tokens),
         losses=np.empty(0),
         excess=np.empty(0),
-        targets=targets,
+        validation_pool=targets,
     )
 
 
@@ -423,7 +423,7 @@ def test_the_target_is_the_mean_gradient_of_validation_samples() -> None:
         loss = model(input_ids=inputs["input_ids"][row][mask][None], labels=labels[row][mask][None]).loss
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         expected = expected + torch.cat([gradient.flatten() for gradient in gradients]).numpy() / 6
-    np.testing.assert_allclose(mixer._target_gradients(ctx)[0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(mixer._validation_gradients(ctx)[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_sketched_inner_products_lie_around_the_exact_ones() -> None:

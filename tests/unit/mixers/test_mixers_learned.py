@@ -333,7 +333,7 @@ def test_validation_losses_are_means_over_tokens() -> None:
         def losses(self, indices: np.ndarray, pool: Pool) -> np.ndarray:
             return losses[indices]
 
-    given = context(pool, targets=pool, probe=Samples())
+    given = context(pool, validation_pool=pool, probe=Samples())
     np.testing.assert_allclose(validation_losses(given), [(4 + 3) / 4, (4 + 2) / 4])
     pool.__dict__["trained_tokens"] = np.array([1, 3, 0, 0, 0], dtype=np.int32)
     with pytest.raises(ComponentError, match="no validation sample of 'b' has a token"):
@@ -389,7 +389,7 @@ def test_aioli_goes_through_its_cycle(count: int, others: int, normalize: bool, 
         for _ in range(sweeps):
             trained = []
             for _ in range(count):
-                shares = mixer.mix(context(pool, targets=targets, probe=probe, round=number, num_updates=999))
+                shares = mixer.mix(context(pool, validation_pool=targets, probe=probe, round=number, num_updates=999))
                 (domain,) = np.flatnonzero(np.isclose(shares, f))
                 trained.append(int(domain))
                 wanted = np.full(count, (1 - f) / (count - 1))
@@ -403,7 +403,7 @@ def test_aioli_goes_through_its_cycle(count: int, others: int, normalize: bool, 
             assert sorted(trained) == list(range(count))
         p = slow_aioli(p, drops, f, eta, normalize)
         for _ in range(exploit):
-            shares = mixer.mix(context(pool, targets=targets, probe=probe, round=number, num_updates=999))
+            shares = mixer.mix(context(pool, validation_pool=targets, probe=probe, round=number, num_updates=999))
             np.testing.assert_allclose(shares, p, rtol=1e-9)
             assert shares.sum() == pytest.approx(1, abs=1e-12)
             number += 1
@@ -418,11 +418,13 @@ def test_aioli_with_a_moving_average_begins_at_equal_shares_each_time() -> None:
     for cycle in range(3):
         drops = np.zeros((2, 2))
         for part in range(2):
-            shares = mixer.mix(context(pool, targets=targets, probe=probe, round=3 * cycle + part, num_updates=99))
+            shares = mixer.mix(
+                context(pool, validation_pool=targets, probe=probe, round=3 * cycle + part, num_updates=99)
+            )
             drops[:, int(shares.argmax())] = rows[used + part].astype(float) - rows[used + part + 1].astype(float)
         average = drops if average is None else 0.75 * drops + 0.25 * average
         weights = np.exp(0.5 * average.sum(axis=0))
-        shares = mixer.mix(context(pool, targets=targets, probe=probe, round=3 * cycle + 2, num_updates=99))
+        shares = mixer.mix(context(pool, validation_pool=targets, probe=probe, round=3 * cycle + 2, num_updates=99))
         np.testing.assert_allclose(shares, weights / weights.sum(), rtol=1e-9)
         used += 3
 
@@ -430,7 +432,7 @@ def test_aioli_with_a_moving_average_begins_at_equal_shares_each_time() -> None:
 def test_a_warm_up_between_does_not_count_as_learning() -> None:
     rows = [[3.0], [2.5], [9.0], [8.8]]
     probe, pool, targets = Losses(rows), pool_of(2), targets_of(("v",))
-    given = {"targets": targets, "probe": probe, "num_updates": 99}
+    given = {"validation_pool": targets, "probe": probe, "num_updates": 99}
     mixer = build(AioliMixer, lp_rounds=1, exploit_rounds=1, one_hot_factor=1.0, eta=1.0, normalize=False)
     first = int(mixer.mix(context(pool, **given)).argmax())
     assert mixer.initial(context(pool, round=1, **given)).tolist() == [0.5, 0.5]
@@ -445,13 +447,13 @@ def test_aioli_keeps_equal_shares_where_nothing_is_learned() -> None:
     probe, pool, targets = Losses(np.ones((9, 2))), pool_of(2), targets_of(("a", "b"))
     mixer = build(AioliMixer, lp_rounds=1, exploit_rounds=1)
     for number in range(3):
-        shares = mixer.mix(context(pool, targets=targets, probe=probe, round=number, num_updates=9))
+        shares = mixer.mix(context(pool, validation_pool=targets, probe=probe, round=number, num_updates=9))
     np.testing.assert_allclose(shares, [0.5, 0.5], rtol=1e-12)
 
 
 def test_aioli_with_one_domain_measures_nothing_and_is_quick_with_a_thousand() -> None:
     probe = Losses(np.ones((1, 1)))
-    alone = build(AioliMixer).mix(context(pool_of(1), targets=targets_of(("v",)), probe=probe))
+    alone = build(AioliMixer).mix(context(pool_of(1), validation_pool=targets_of(("v",)), probe=probe))
     assert alone.tolist() == [1.0]
     assert probe.calls == 0
     drops = np.random.default_rng(0).normal(size=(5, 1000))
@@ -488,7 +490,7 @@ def test_skill_it_follows_the_formula_for_twenty_decisions(count: int, others: i
             weights.append(math.exp(0.3 * gain))
         if number in (1, 8):
             mixer = resumed(mixer, tmp_path)
-        given = context(pool, targets=targets, probe=probe, round=number)
+        given = context(pool, validation_pool=targets, probe=probe, round=number)
         if number == 0:
             np.testing.assert_allclose(mixer.initial(given), np.array(weights) / sum(weights), rtol=1e-9)
         np.testing.assert_allclose(mixer.mix(given), np.array(weights) / sum(weights), rtol=1e-9)
@@ -499,7 +501,7 @@ def test_skill_it_does_not_overflow_with_a_thousand_domains() -> None:
     probe = Losses(np.full((2, 1000), 9.0))
     mixer = build(SkillItMixer, eta=5.0)
     for number in range(2):
-        shares = mixer.mix(context(pool_of(1000), targets=targets_of(names, 1), probe=probe, round=number))
+        shares = mixer.mix(context(pool_of(1000), validation_pool=targets_of(names, 1), probe=probe, round=number))
         np.testing.assert_allclose(shares, 1 / 1000, rtol=1e-9)
 
 
@@ -525,12 +527,14 @@ def test_a_graph_in_a_file_is_read_once(tmp_path: Path) -> None:
     file = tmp_path / "graph.csv"
     file.write_text("-,x,y\nd0,1,2\nd1,0,0\n")
     mixer = build(SkillItMixer, graph=str(file), eta=1.0)
-    first = mixer.mix(context(pool, targets=targets, probe=probe))
+    first = mixer.mix(context(pool, validation_pool=targets, probe=probe))
     assert first[0] == pytest.approx(1 / (1 + math.exp(-3)))
     file.unlink()
-    second = resumed(mixer, tmp_path).mix(context(pool, targets=targets, probe=probe, round=1))
+    second = resumed(mixer, tmp_path).mix(context(pool, validation_pool=targets, probe=probe, round=1))
     assert second[0] == pytest.approx(1 / (1 + math.exp(-6)))
-    np.testing.assert_array_equal(mixer.mix(context(pool, targets=targets, probe=Losses(np.ones((1, 2))))), second)
+    np.testing.assert_array_equal(
+        mixer.mix(context(pool, validation_pool=targets, probe=Losses(np.ones((1, 2))))), second
+    )
 
 
 def test_a_large_graph_is_checked_quickly(tmp_path: Path) -> None:

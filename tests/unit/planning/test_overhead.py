@@ -475,7 +475,7 @@ def priced(monkeypatch: pytest.MonkeyPatch) -> PricedProbe:
 def expected_cost(probe: PricedProbe, select: dict[str, Any], targets: Pool | None = None) -> tuple[str | None, float]:
     dynamic = DynamicRun(split_config({"dataflex": {"select": select}}))
     dynamic.pool, dynamic.probe = make_pool({"a": 160}, lengths=np.arange(160) + 1), probe
-    dynamic.targets = {} if targets is None else {"select": targets}
+    dynamic.validation = {} if targets is None else {"select": targets}
     dynamic.schedule, dynamic.global_batch_size = Schedule(4, 10, -1, 34), 8
     return dynamic.expected_cost(), dynamic.decision_seconds
 

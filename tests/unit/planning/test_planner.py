@@ -591,19 +591,19 @@ def test_each_component_gets_its_own_validation_samples() -> None:
         Params = ComponentParams
 
         def choose(self, ctx, candidates, count):
-            seen["select"] = ctx.targets
+            seen["select"] = ctx.validation_pool
             return Selection(candidates[:count])
 
     class Mixing(Changing):
         def mix(self, ctx):
-            seen["mix"] = ctx.targets
+            seen["mix"] = ctx.validation_pool
             return np.ones(3)
 
     mine, other = make_pool({"x": 3}), make_pool({"y": 4})
     for targets in ({"select": mine, "mix": other}, {"mix": other}):
         components = Components(select=only("select", build(Looking)), mix=Mixing(Mixing.Params()))
         pool = make_pool({"a": 60, "b": 30, "c": 10})
-        planner = Planner(pool, components, Schedule(0, 2, -1, 4), seed=1, global_batch_size=4, targets=targets)
+        planner = Planner(pool, components, Schedule(0, 2, -1, 4), seed=1, global_batch_size=4, validation=targets)
         plans(planner, 1)
         assert seen["mix"] is other
         assert seen["select"] is targets.get("select")

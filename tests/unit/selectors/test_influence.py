@@ -52,7 +52,7 @@ def mean_cosines(probe: FakeProbe) -> np.ndarray:
 
 
 def test_less_takes_the_best_sub_task(probe: FakeProbe, targets: Pool) -> None:
-    ctx = context(make_pool({"a": N}), probe=probe, targets=targets)
+    ctx = context(make_pool({"a": N}), probe=probe, validation_pool=targets)
     cosines = mean_cosines(probe)
     assert np.unique(cosines.argmax(axis=1)).size == 3
     found = build(LessSelector).score(ctx, np.arange(N))
@@ -63,21 +63,21 @@ def test_less_takes_the_best_sub_task(probe: FakeProbe, targets: Pool) -> None:
 
 
 def test_less_may_take_the_mean_of_sub_tasks_whatever_their_sizes(probe: FakeProbe, targets: Pool) -> None:
-    ctx = context(make_pool({"a": N}), probe=probe, targets=targets)
+    ctx = context(make_pool({"a": N}), probe=probe, validation_pool=targets)
     found = build(LessSelector, aggregation="mean").score(ctx, np.arange(N))
     np.testing.assert_allclose(found, mean_cosines(probe).mean(axis=1), rtol=1e-5, atol=1e-6)
 
 
 def test_the_only_validation_sample_is_the_best_candidate(probe: FakeProbe) -> None:
     probe.targets = probe.features[13:14]
-    ctx = context(make_pool({"a": N}), probe=probe, targets=make_pool({"held": 1}))
+    ctx = context(make_pool({"a": N}), probe=probe, validation_pool=make_pool({"held": 1}))
     chosen = build(LessSelector).select(ctx, group_of(ctx.pool, 1))
     assert chosen.indices.tolist() == [13]
     assert chosen.scores[0] == pytest.approx(1, abs=1e-5)
 
 
 def test_validation_gradients_are_plain_and_made_once_in_a_round(probe: FakeProbe, targets: Pool) -> None:
-    ctx = context(make_pool({"a": 15, "b": 25}), probe=probe, targets=targets)
+    ctx = context(make_pool({"a": 15, "b": 25}), probe=probe, validation_pool=targets)
     selector = build(LessSelector, preconditioner="adam_less", sketch="rademacher", proj_dim=64, projection_seed=4)
     for begin, end in ((0, 15), (15, 40)):
         selector.select(ctx, group_of(ctx.pool, 5, begin, end))
@@ -89,7 +89,7 @@ def test_validation_gradients_are_plain_and_made_once_in_a_round(probe: FakeProb
 
 
 def test_validation_samples_without_a_gradient_do_not_count(probe: FakeProbe, targets: Pool) -> None:
-    ctx = context(make_pool({"a": N}), probe=probe, targets=targets)
+    ctx = context(make_pool({"a": N}), probe=probe, validation_pool=targets)
     features = probe.targets.copy()
     features[3:7] = 0
     expected = [features[:2].mean(0), features[[2, 7, 8, 9, 10]].mean(0), features[11]]
@@ -98,7 +98,7 @@ def test_validation_samples_without_a_gradient_do_not_count(probe: FakeProbe, ta
 
 def test_a_sub_task_without_any_gradient_is_an_error(probe: FakeProbe, targets: Pool) -> None:
     probe.targets[2:11] = 0
-    ctx = context(make_pool({"a": N}), probe=probe, targets=targets)
+    ctx = context(make_pool({"a": N}), probe=probe, validation_pool=targets)
     with pytest.raises(ComponentError, match="'long'"):
         build(LessSelector).score(ctx, np.arange(N))
 
@@ -106,7 +106,7 @@ def test_a_sub_task_without_any_gradient_is_an_error(probe: FakeProbe, targets: 
 @pytest.mark.parametrize("selector", [LessSelector, IconsSelector])
 def test_samples_without_a_gradient_are_never_chosen(selector: Any, probe: FakeProbe, targets: Pool) -> None:
     probe.features[::4] = np.nan
-    ctx = context(make_pool({"a": N}), probe=probe, targets=targets)
+    ctx = context(make_pool({"a": N}), probe=probe, validation_pool=targets)
     chosen = build(selector).select(ctx, group_of(ctx.pool, 30))
     assert sorted(chosen.indices.tolist()) == [index for index in range(N) if index % 4]
     assert chosen.unscored == 10
@@ -163,7 +163,7 @@ def test_consensus_equals_counting(share: float, subtasks: int) -> None:
 
 def test_a_single_sub_task_ranks_by_influence(probe: FakeProbe) -> None:
     probe.targets = probe.targets[:5]
-    ctx = context(make_pool({"a": N}), probe=probe, targets=make_pool({"held": 5}))
+    ctx = context(make_pool({"a": N}), probe=probe, validation_pool=make_pool({"held": 5}))
     scores = build(IconsSelector).score(ctx, np.arange(N))
     cosines = (probe.features @ probe.targets.T).mean(axis=1)
     assert np.argsort(scores).tolist() == np.argsort(cosines).tolist()
@@ -174,7 +174,7 @@ def test_icons_prefers_what_many_sub_tasks_want() -> None:
     axes = np.eye(3, dtype=np.float32)
     features = np.vstack([axes, np.full((1, 3), 3**-0.5), -axes]).astype(np.float32)
     probe = FakeProbe(features=features, targets=axes)
-    ctx = context(make_pool({"a": 7}), probe=probe, targets=make_pool({"x": 1, "y": 1, "z": 1}))
+    ctx = context(make_pool({"a": 7}), probe=probe, validation_pool=make_pool({"x": 1, "y": 1, "z": 1}))
     group = group_of(ctx.pool, 1)
     assert build(IconsSelector, vote_share=0.25).select(ctx, group).indices.tolist() == [3]
     assert build(LessSelector).select(ctx, group).indices.tolist() != [3]

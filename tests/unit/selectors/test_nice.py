@@ -95,7 +95,7 @@ def nice(reward: Any, **params: Any) -> NiceSelector:
 
 
 def scene(probe: Any, subtasks: dict[str, list[dict[str, Any]]], size: int = 1, **changes: Any) -> RoundContext:
-    return context(make_pool({"a": size}), probe=probe, targets=targets_of(subtasks), **changes)
+    return context(make_pool({"a": size}), probe=probe, validation_pool=targets_of(subtasks), **changes)
 
 
 # One prompt, in closed form: d E[r] / d theta_v = p_v (r_v - E[r])
@@ -366,7 +366,7 @@ def test_unfit_validation_samples_are_named() -> None:
         prompt_and_reference({"input_ids": [5, 6], "labels": [5, 6]}, 4)
     with pytest.raises(ComponentError, match="stage sft"):
         prompt_and_reference({"input_ids": [5, 6]}, 5)
-    with pytest.raises(ComponentError, match="eval_dataset"):
+    with pytest.raises(ComponentError, match="asked for no validation samples"):
         nice(worth).target_directions(context(make_pool({"a": 1})))
 
 

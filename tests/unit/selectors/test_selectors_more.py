@@ -130,7 +130,7 @@ def test_greats_filters_the_running_pass_group_by_group(budget: int, sizes: list
     group, same_pass = group_of(pool, budget), group_of(pool, budget)
     group_size = 4 if budget == 8 else 8
     selector = build(GreatsSelector, group_size=group_size, learning_rate=0.05)
-    chosen = selector.select(context(pool, probe=probe, targets=held), group)
+    chosen = selector.select(context(pool, probe=probe, validation_pool=held), group)
     assert [candidates.size for candidates in probe.groups] == sizes
     assert np.array_equal(np.concatenate(probe.groups), same_pass.draw(sum(sizes)))
     assert chosen.indices.size == chosen.scores.size == budget
@@ -142,7 +142,7 @@ def test_greats_filters_the_running_pass_group_by_group(budget: int, sizes: list
         assert chosen.indices[begin : begin + count].tolist() == candidates[picks].tolist()
         np.testing.assert_allclose(chosen.scores[begin : begin + count], values, rtol=1e-5)
         begin += count
-    selector.select(context(pool, probe=probe, targets=held, round=1), group)
+    selector.select(context(pool, probe=probe, validation_pool=held, round=1), group)
     assert np.array_equal(np.concatenate(probe.groups[len(sizes) :]), same_pass.draw(sum(sizes)))
 
 
@@ -150,7 +150,7 @@ def test_greats_draws_the_candidates_its_factor_says_and_no_rounding_error_more(
     probe = ProductProbe(np.ones((50, 2)), np.ones((5, 2)))
     pool, held = make_pool({"a": 50}), make_pool({"held": 5})
     selector = build(GreatsSelector, group_size=10, candidate_factor=1.1, learning_rate=0.05)
-    selector.select(context(pool, probe=probe, targets=held), group_of(pool, 15))
+    selector.select(context(pool, probe=probe, validation_pool=held), group_of(pool, 15))
     assert [candidates.size for candidates in probe.groups] == [11, 6]  # 1.1 x 10, and 5.5 rounded up
 
 
@@ -159,11 +159,11 @@ def test_greats_draws_its_validation_samples_anew_each_round() -> None:
     pool, held = make_pool({"a": 50}), make_pool({"held": 30})
     selector = build(GreatsSelector, validation_size=4)
     for number in range(3):
-        selector.select(context(pool, probe=probe, targets=held, round=number), group_of(pool, 8))
+        selector.select(context(pool, probe=probe, validation_pool=held, round=number), group_of(pool, 8))
     assert all(np.unique(targets).size == 4 for targets in probe.targets)
     assert len({tuple(targets) for targets in probe.targets}) == 3
     few = ProductProbe(np.ones((50, 2)), np.ones((2, 2)))
-    selector.select(context(pool, probe=few, targets=make_pool({"held": 2})), group_of(pool, 8))
+    selector.select(context(pool, probe=few, validation_pool=make_pool({"held": 2})), group_of(pool, 8))
     assert few.targets[0].tolist() == [0, 1]
 
 
@@ -171,9 +171,9 @@ def test_greats_takes_the_optimizers_learning_rate() -> None:
     probe = ProductProbe(np.array([(1.0, 0), (1, 0), (0, 0.9), (0.2, 0)]), np.array([(1.0, 1)]))
     pool, held = make_pool({"a": 4}), make_pool({"held": 1})
     for eta, expected in ((0.05, {0, 1}), (0.5, {0, 2})):
-        ctx = context(pool, probe=probe, targets=held, learning_rate=eta)
+        ctx = context(pool, probe=probe, validation_pool=held, learning_rate=eta)
         assert set(build(GreatsSelector, group_size=2).select(ctx, group_of(pool, 2)).indices.tolist()) == expected
-        given = context(pool, probe=probe, targets=held, learning_rate=0.55 - eta)
+        given = context(pool, probe=probe, validation_pool=held, learning_rate=0.55 - eta)
         selector = build(GreatsSelector, group_size=2, learning_rate=eta)
         assert set(selector.select(given, group_of(pool, 2)).indices.tolist()) == expected
 
@@ -187,7 +187,7 @@ def test_greats_passes_over_what_has_no_label() -> None:
     pool, held = make_pool({"a": 40}), make_pool({"held": 3})
     pool.__dict__["trained"][untrained] = False
     held.__dict__["trained"][:2] = False
-    chosen = build(GreatsSelector).select(context(pool, probe=probe, targets=held), group_of(pool, 8))
+    chosen = build(GreatsSelector).select(context(pool, probe=probe, validation_pool=held), group_of(pool, 8))
     assert not np.isin(np.concatenate(probe.groups), untrained).any()
     assert [candidates.size for candidates in probe.groups] == [16]
     assert chosen.indices.size == 8
@@ -195,10 +195,10 @@ def test_greats_passes_over_what_has_no_label() -> None:
     assert probe.targets[0].tolist() == [2]
     held.__dict__["trained"][:] = False
     with pytest.raises(ComponentError, match="no validation sample has a token"):
-        build(GreatsSelector).select(context(pool, probe=probe, targets=held), group_of(pool, 8))
+        build(GreatsSelector).select(context(pool, probe=probe, validation_pool=held), group_of(pool, 8))
     pool.__dict__["trained"][:] = False
     with pytest.raises(ComponentError, match=r"no sample of .* has a token"):
-        build(GreatsSelector).select(context(pool, probe=probe, targets=held), group_of(pool, 8))
+        build(GreatsSelector).select(context(pool, probe=probe, validation_pool=held), group_of(pool, 8))
 
 
 # Cluster-LESS
@@ -227,7 +227,7 @@ def clustered(**params: Any) -> ClusterLessSelector:
 
 
 def ctx_of(probe: Any, untrained: Any = (), **changes: Any) -> Any:
-    return context(make_pool({"a": N}, untrained), probe=probe, targets=make_pool(SUBTASKS), **changes)
+    return context(make_pool({"a": N}, untrained), probe=probe, validation_pool=make_pool(SUBTASKS), **changes)
 
 
 def subtask_cosines(probe: FakeProbe, sample: int) -> list[float]:
@@ -576,8 +576,8 @@ def scored_run(scores: Any, seed: int = 0, leaves_out: bool = True) -> Any:
     rows = Dataset.from_dict({"input_ids": [[number, number] for number in range(values.size)]})
     pool = Pool(rows, ("a", "b"), np.array([values.size - 3, 3]))
     return SimpleNamespace(
-        components=SimpleNamespace(select=only("select", selector)), pool=pool, probe=FakeProbe(), targets={}, raw={},
-        settings=SimpleNamespace(seed=seed), config=SimpleNamespace(llamafactory={}),
+        components=SimpleNamespace(select=only("select", selector)), pool=pool, probe=FakeProbe(), raw={},
+        validation={}, settings=SimpleNamespace(seed=seed), config=SimpleNamespace(llamafactory={}),
     )  # fmt: skip
 
 

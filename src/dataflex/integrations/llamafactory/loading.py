@@ -136,8 +136,8 @@ def _load_planned(load: Loader, dynamic: DynamicRun, data_args: Any) -> Module:
         warning = dynamic.small_domains()
         if warning is not None and training_args.process_index == 0:
             logger.warning(warning)
-    for key, request in dynamic.validation.items():
-        dynamic.targets[key] = _load_targets(load, data_args, f"dataflex.{key}", request, evaluation)
+    for key, request in dynamic.wanted_validation.items():
+        dynamic.validation[key] = _load_validation(load, data_args, f"dataflex.{key}", request, evaluation)
     _check_data(dynamic, training_args)
     if dynamic.when_loaded is None:
         _open(dynamic, training_args)
@@ -242,7 +242,7 @@ def _load_domains(
     return parts, held_out or None
 
 
-def _load_targets(load: Loader, data_args: Any, section: str, request: ValidationParams, held_out: Any) -> Pool:
+def _load_validation(load: Loader, data_args: Any, section: str, request: ValidationParams, held_out: Any) -> Pool:
     """Return the validation samples, one domain for each sub-task, preprocessed as training samples are.
 
     Raises:
