@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from dataflex.api.measurement import Measurement, ResultT
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
 
 if TYPE_CHECKING:
     from dataflex.data.pool import Pool
+    from dataflex.data.samples import Samples
     from dataflex.probe.store import FeatureStore
 
 
@@ -45,6 +48,22 @@ class Probe(Protocol):
 
     Indices are of the run's pool, or of ``pool`` where one is given (a validation set, generated samples).
     """
+
+    def measure(
+        self,
+        measurement: Measurement[ResultT],
+        indices: IndexArray,
+        samples: Samples | Sequence[Mapping[str, Any]] | None = None,
+    ) -> ResultT:
+        """Return what a measurement gives for samples, in the order of ``indices``; the same on every process.
+
+        Args:
+            measurement: what is measured, such as ``Losses()`` or ``Embeddings(layer=-1, pooling="last")``.
+            indices: numbers of the samples, (n,).
+            samples: what they are numbers of: a pool (as ``ctx.validation``), or a list of rows as the training
+                collator takes them (generated samples, say); None: the run's pool.
+        """
+        ...
 
     def losses(self, indices: IndexArray, pool: Pool | None = None) -> ScoreArray:
         """Return the token-mean loss of each sample, shape (n,), float32; NaN where no token is trained on."""

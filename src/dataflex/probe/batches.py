@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from dataflex.data.sampling import IndexArray
+from dataflex.data.token_loss import IGNORE_INDEX, shifted
+
+if TYPE_CHECKING:
+    from dataflex.probe.model import ModelProbe
 
 
 def length_batches(lengths: np.ndarray, batch_tokens: int) -> list[IndexArray]:
@@ -31,3 +39,16 @@ def share_of(batches: list[IndexArray], rank: int, world_size: int) -> tuple[lis
     useful = len(mine)
     most = -(-len(batches) // world_size)
     return mine + batches[:1] * (most - useful), useful
+
+
+def inputs_of(probe: ModelProbe, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Tensor]:
+    """Return the model inputs of rows on the device, and their shifted labels (B, T); all ignored if they have none."""
+    inputs = {key: _to(value, probe.device) for key, value in probe.collate(rows).items()}
+    labels = inputs.pop("labels", None)
+    if labels is None:
+        return inputs, torch.full_like(inputs["input_ids"], IGNORE_INDEX)
+    return inputs, shifted(labels)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

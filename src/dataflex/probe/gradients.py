@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means
 from dataflex.errors import ComponentError, DivergenceError
+from dataflex.probe.head import HEAD_CHUNK, replaced_forward
 from dataflex.probe.layers import (
     Contribution,
     Lookup,
@@ -40,7 +41,6 @@ from dataflex.probe.layers import (
     normalized,
     summed_over_tokens,
 )
-from dataflex.probe.losses import HEAD_CHUNK, replaced_forward
 
 Emit = Callable[[str, list[Contribution]], None]
 """Takes one parameter's name and all its uses in a batch; none where it had none."""

@@ -1,87 +1,40 @@
-"""Per-sample means of a function of each token's logits, at about the price of the bare forward.
-
-The language-model head runs inside the model's own forward on the positions that count, in chunks, so that the
-(tokens x vocabulary) logits never exist at once.
-"""
+"""The loss of each sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from dataflex.api.measurement import MeasuredBatch, Measurement, register_measurement
 
-from dataflex.data.token_loss import IGNORE_INDEX, sample_means
-
-HEAD_CHUNK = 1024
-"""Positions the head is applied to at a time."""
-
-Statistic = Callable[[Tensor, Tensor], Tensor]
-"""From logits (n, V), float32, and labels (n,) to one number per position, (n,)."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross entropy of every position."""
-    return F.cross_entropy(logits, labels, reduction="none")
+class TokenMeans(Measurement):
+    """Base of measurements that are the mean over a sample's trained tokens of a function of the token's logits."""
+
+    untrained: ClassVar[float | None] = math.nan
+
+    def token_values(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return one number for each position, (n,), from logits (n, V), float32, and labels (n,)."""
+        raise NotImplementedError
+
+    def measure(self, batch: MeasuredBatch) -> Tensor:
+        """Return the token means, (B,)."""
+        return batch.token_means(self.token_values)
 
 
-def error_norm(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return ||softmax(logits) - one-hot(label)||_2 of every position (EL2N, Paul et al. 2021), in [0, sqrt(2)]."""
-    scale = torch.logsumexp(logits, -1)
-    squares = torch.exp(torch.logsumexp(2 * logits, -1) - 2 * scale)
-    picked = torch.exp(logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - scale)
-    return (squares - 2 * picked + 1).clamp(min=0).sqrt()
+@register_measurement("losses")
+@dataclass(frozen=True)
+class Losses(TokenMeans):
+    """The token-mean loss of each sample, shape (n,); NaN for a sample without a trained token."""
 
+    quantity: ClassVar[str] = "loss"
 
-def full_forward(
-    model: torch.nn.Module, inputs: dict[str, Any], targets: Tensor, statistic: Statistic = cross_entropy
-) -> Tensor:
-    """Return per-sample token means (B,) from the model's own logits; NaN where no token counts."""
-    rows, columns = torch.nonzero(targets != IGNORE_INDEX, as_tuple=True)
-    logits = model(**inputs, use_cache=False).logits[rows, columns].float()
-    return _means(statistic(logits, targets[rows, columns]), rows, targets)
+    def token_values(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross entropy of every position."""
+        from dataflex.probe.head import cross_entropy
 
-
-def chunked_forward(
-    model: torch.nn.Module, inputs: dict[str, Any], targets: Tensor, statistic: Statistic = cross_entropy
-) -> Tensor:
-    """Return per-sample token means (B,), applying the head only where a token counts, in chunks."""
-    rows, columns = torch.nonzero(targets != IGNORE_INDEX, as_tuple=True)
-    labels = targets[rows, columns]
-    values = torch.zeros(rows.numel(), dtype=torch.float32, device=targets.device)
-
-    def run(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        for begin in range(0, rows.numel(), HEAD_CHUNK):
-            part = slice(begin, begin + HEAD_CHUNK)
-            values[part] = statistic(apply(hidden[rows[part], columns[part]]).float(), labels[part])
-        return hidden[..., :1]
-
-    with replaced_forward(model.get_output_embeddings(), run):
-        model(**inputs, use_cache=False)
-    return _means(values, rows, targets)
-
-
-def _means(values: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """Return means over each sample's positions, (B,)."""
-    counts = (targets != IGNORE_INDEX).sum(1)
-    return sample_means(values.new_zeros(targets.shape[0]).index_add_(0, rows, values), counts)
-
-
-@contextmanager
-def replaced_forward(
-    module: torch.nn.Module, replacement: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
-) -> Iterator[None]:
-    """Call ``replacement(original_forward, x)`` in place of ``module.forward(x)``; the module's hooks still run."""
-    original = module.forward
-    own = "forward" in module.__dict__
-    module.forward = lambda x: replacement(original, x)
-    try:
-        yield
-    finally:
-        if own:
-            module.forward = original
-        else:
-            del module.forward
+        return cross_entropy(logits, labels)

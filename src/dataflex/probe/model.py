@@ -14,7 +14,7 @@ time).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,40 +23,37 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from dataflex import distributed
+from dataflex.api.measurement import Measurement, ResultT
 from dataflex.api.probe import GenerationSettings, GradientSettings
 from dataflex.data.pool import Pool
 from dataflex.data.rules import ScoreArray
+from dataflex.data.samples import Samples
 from dataflex.data.sampling import IndexArray
-from dataflex.data.token_loss import IGNORE_INDEX, shifted
+from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError, DivergenceError
-from dataflex.probe.batches import length_batches, share_of
+from dataflex.probe.batches import inputs_of, length_batches, share_of
 from dataflex.probe.checkpoints import learning_rates, weights_of
 from dataflex.probe.cost import Cost
-from dataflex.probe.experts import expert_shares, real_tokens, stacked_experts
+from dataflex.probe.embeddings import Embeddings
+from dataflex.probe.error_norms import ErrorNorms
+from dataflex.probe.expert_loads import ExpertLoads
 from dataflex.probe.extraction import extract
 from dataflex.probe.features import GramSink, NormSink, Sink, SketchSink, make_preconditioner, make_sketch
 from dataflex.probe.generation import generate_responses
 from dataflex.probe.gradients import GradientPass, RoutedRows, canonical, parameter_names
-from dataflex.probe.losses import Statistic, chunked_forward, cross_entropy, error_norm, full_forward, replaced_forward
+from dataflex.probe.losses import Losses
 from dataflex.probe.mode import probe_mode, reshard
 from dataflex.probe.moments import Moments
+from dataflex.probe.particulars import COMPARED_SAMPLES, is_low_precision, look_at_head, short_samples
+from dataflex.probe.runner import Runner
 from dataflex.probe.store import FeatureStore, similarities
 
 logger = logging.getLogger(__name__)
 
-_COMPARED_SAMPLES = 2
-"""Samples whose losses and gradients are compared with the model's own, once."""
-_SUMMED_ROWS = 65536
-"""Embeddings summed over the processes at a time."""
-_LOOKED_AT = 64
-"""Samples among which those are looked for."""
-_AGREEMENT = 2e-3
-_AGREEMENT_LOW_PRECISION = 2e-2
 _GRADIENT_AGREEMENT = 1e-2
 _GRADIENT_AGREEMENT_LOW_PRECISION = 0.2
 
@@ -107,111 +104,38 @@ class ModelProbe:
     saved_moments: Callable[[Path], dict[str, Moments]] | None = None
     progress: bool = False
     cost: Cost = field(default_factory=Cost)
-    _chunked_head: bool | None = None
+    chunked_head: bool | None = None
     _samples_apart: bool | None = None
+    most_tokens: dict[str, int] = field(default_factory=dict)
+    """Lower token budgets, by the names of measurements for which a device ran out of memory."""
     _most_tokens: int | None = None
-    """A lower token budget, once a device ran out of memory."""
+
+    def measure(
+        self,
+        measurement: Measurement[ResultT],
+        indices: IndexArray,
+        samples: Samples | Sequence[Mapping[str, Any]] | None = None,
+    ) -> ResultT:
+        """Return what a measurement gives for samples, in their order; see :class:`~dataflex.api.probe.Probe`."""
+        runner = Runner(self, measurement, indices, samples)
+        with probe_mode(runner.model), self.autocast():
+            return measurement.run(runner)
 
     def losses(self, indices: IndexArray, pool: Pool | None = None) -> ScoreArray:
         """Return the token-mean loss of each sample, shape (n,), float32; NaN where no token is trained on."""
-        return self._token_means(indices, pool or self.pool, cross_entropy)
+        return self.measure(Losses(), indices, pool)
 
     def error_norms(self, indices: IndexArray) -> ScoreArray:
         """Return each sample's token mean of ||softmax - one-hot||_2, shape (n,), float32; NaN as for losses."""
-        return self._token_means(indices, self.pool, error_norm)
-
-    def _token_means(self, indices: IndexArray, pool: Pool, statistic: Statistic) -> ScoreArray:
-        model, values = self.model(), torch.zeros(indices.size, dtype=torch.float32, device=self.device)
-
-        def run(rows: IndexArray) -> Tensor:
-            inputs, targets = self._collated(pool, rows)
-            forward = chunked_forward if self._chunked_head else full_forward
-            return forward(model, inputs, targets, statistic)
-
-        with probe_mode(model), self.autocast():
-            self._look_at_head(model, pool, indices)
-            self._each(pool, indices, self.batch_tokens, run, partial(_store, values))
-        found = distributed.all_reduce_sum(values).cpu().numpy()
-        self._check_finite(np.isinf(found), indices, pool, "loss" if statistic is cross_entropy else "error norm")
-        return found
-
-    def _check_finite(self, broken: NDArray[np.bool_], indices: IndexArray, pool: Pool, what: str) -> None:
-        """Refuse what was measured of samples where it is not finite; the same on every process.
-
-        Args:
-            broken: which of the samples, shape (n,).
-            indices: the samples, shape (n,).
-            pool: they are of.
-            what: was measured.
-
-        Raises:
-            DivergenceError: naming the first such sample.
-        """
-        if broken.any():
-            of = "pool index" if pool is self.pool else "validation sample"
-            more = f" (and {int(broken.sum()) - 1} more of {broken.size})" if broken.sum() > 1 else ""
-            raise DivergenceError(f"the {what} of {of} {indices[broken][0]}{more} is not finite")
+        return self.measure(ErrorNorms(), indices)
 
     def embeddings(self, indices: IndexArray) -> ScoreArray:
         """Return mean-pooled hidden states of the last layer scaled to length 1, shape (n, hidden), float32."""
-        model = self.model()
-        width = model.get_input_embeddings().embedding_dim
-        values = torch.zeros(indices.size, width)  # on the CPU: of a whole pool they may be more than the model
-        with probe_mode(model), self.autocast():
-            self._each(self.pool, indices, self.batch_tokens, partial(self._pooled, model), partial(_store, values))
-        for part in values.split(_SUMMED_ROWS):
-            part.copy_(distributed.all_reduce_sum(part.to(self.device)))
-        found = values.numpy()
-        self._check_finite(~np.isfinite(found).all(axis=1), indices, self.pool, "last hidden state")
-        return found
-
-    def _pooled(self, model: torch.nn.Module, rows: IndexArray) -> Tensor:
-        inputs, targets = self._collated(self.pool, rows)
-        mask = inputs.get("attention_mask")
-        if mask is None or mask.dim() != 2:
-            mask = torch.ones_like(targets)
-        found: list[Tensor] = []
-
-        def keep(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-            found.append(hidden.float())
-            return hidden[..., :1]
-
-        with replaced_forward(model.get_output_embeddings(), keep):
-            model(**inputs, use_cache=False)
-        mask = (mask != 0).unsqueeze(-1)
-        return torch.nn.functional.normalize((found[0] * mask).sum(1) / mask.sum(1), dim=-1)
+        return self.measure(Embeddings(), indices)
 
     def expert_loads(self, indices: IndexArray) -> ScoreArray:
-        """Return how each sample's tokens are routed in a mixture of experts, shape (n, layers * experts), float32.
-
-        For every layer the share of the sample's routed places (tokens x experts per token) that went to each expert:
-        non-negative, sum 1 in each layer. Layers without a choice of experts are left out.
-
-        Raises:
-            ComponentError: if the model has no experts, or none whose routing can be read.
-        """
-        model = self.model()
-        experts = stacked_experts(model)
-        values = torch.zeros(indices.size, sum(experts.values()), dtype=torch.float32, device=self.device)
-
-        def run(rows: IndexArray) -> Tensor:
-            inputs, targets = self._collated(self.pool, rows)
-            return expert_shares(model, experts, inputs, real_tokens(inputs, targets))
-
-        if experts:
-            with probe_mode(model), self.autocast():
-                self._each(self.pool, indices, self.batch_tokens, run, partial(_store, values))
-            values = distributed.all_reduce_sum(values)
-        broken = values.isnan().any(1).cpu().numpy()
-        self._check_finite(broken, indices, self.pool, "last hidden state")
-        layers = [part for part in values.split(list(experts.values()), dim=1) if part.any()]
-        if not layers and indices.size:
-            raise ComponentError(
-                f"{_class_name(model)} shows no routing of tokens to experts. mix: moe_balance needs a "
-                "mixture-of-experts model whose layers stack their experts as Transformers does (Mixtral, Qwen2-MoE, "
-                "Qwen3-MoE, OLMoE and others)."
-            )
-        return torch.cat(layers, dim=1).cpu().numpy() if layers else values.cpu().numpy()
+        """Return how each sample's tokens are routed in a mixture of experts, shape (n, layers * experts), float32."""
+        return self.measure(ExpertLoads(), indices)
 
     def gradients(self, indices: IndexArray, settings: GradientSettings, pool: Pool | None = None) -> ScoreArray:
         """Return the features of a few samples, shape (n, k), float32; zero where no token is trained on."""
@@ -287,7 +211,7 @@ class ModelProbe:
             [np.array([number]) for number in range(len(groups))], distributed.rank(), distributed.world_size()
         )
         with probe_mode(model), self.autocast():
-            self._look_at_head(model, self.pool, np.concatenate(groups))
+            look_at_head(self, self.pool, np.concatenate(groups))
             reshard(model)
             probe = self._pass(model, settings, sink)
             for turn, (number,) in enumerate(mine):
@@ -305,7 +229,7 @@ class ModelProbe:
 
     def _whole_products(self, probe: GradientPass, sink: GramSink, rows: list[dict[str, Any]]) -> Tensor:
         """Return the inner products of all pairs of one batch, NaN for samples without a trained token."""
-        inputs, labels = self._inputs(rows)
+        inputs, labels = inputs_of(self, rows)
         sink.begin(len(rows), _wide_dtype(probe.model))
         try:
             losses = probe.run(inputs, labels)
@@ -420,7 +344,7 @@ class ModelProbe:
         return {canonical(name): value for name, value in self.moments().items()}
 
     def _pass(self, model: torch.nn.Module, settings: GradientSettings, sink: Sink) -> GradientPass:
-        return GradientPass(model, sink.take, settings.reduction, bool(self._chunked_head), settings.unsupported)
+        return GradientPass(model, sink.take, settings.reduction, bool(self.chunked_head), settings.unsupported)
 
     def _measure(
         self,
@@ -454,7 +378,7 @@ class ModelProbe:
         """Give a function from samples to what the sink makes of them, (B, ...), and their losses, (B,)."""
         model = self.model()
         with probe_mode(model), self.autocast():
-            self._look_at_head(model, pool, indices)
+            look_at_head(self, pool, indices)
             reshard(model)
             probe = self._pass(model, settings, sink)
             self._look_at_samples(probe, sink, pool, indices)
@@ -511,12 +435,6 @@ class ModelProbe:
         count = max(1, self._most_tokens // max(1, int(pool.lengths[rows].max())))
         return [rows[begin : begin + count] for begin in range(0, rows.size, count)]
 
-    def _each(
-        self, pool: Pool, indices: IndexArray, tokens: int, run: Callable[[IndexArray], Tensor], consume: Consume
-    ) -> None:
-        """Run this process's batches of samples, and hand on the results that count."""
-        self._share(pool, indices, length_batches(pool.lengths[indices], tokens), run, consume)
-
     def _share(
         self,
         pool: Pool,
@@ -533,60 +451,26 @@ class ModelProbe:
                 consume(batch, values)
         self.count(pool, indices)
 
-    def count(self, pool: Pool, indices: IndexArray) -> None:
+    def count(self, pool: Samples, indices: IndexArray) -> None:
         """Add samples to what was run through the model."""
         self.cost.samples += indices.size
         self.cost.tokens += int(pool.lengths[indices].sum())
 
     def _collated(self, pool: Pool, indices: IndexArray) -> tuple[dict[str, Any], Tensor]:
         """Return a batch's model inputs on the device, and its shifted labels (B, T)."""
-        return self._inputs(pool.rows(indices))
-
-    def _inputs(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Tensor]:
-        inputs = {key: _to(value, self.device) for key, value in self.collate(rows).items()}
-        return inputs, shifted(inputs.pop("labels"))
-
-    def _labelled(self, pool: Pool, indices: IndexArray) -> IndexArray:
-        """Return a few short samples with a token to train on, or just short ones where there are none near."""
-        shortest = indices[np.argsort(pool.lengths[indices], kind="stable")[:_LOOKED_AT]]
-        trained = [any(label != IGNORE_INDEX for label in _labels(row)[1:]) for row in pool.rows(shortest)]
-        return shortest[np.argsort(~np.array(trained), kind="stable")[:_COMPARED_SAMPLES]]
-
-    def _low_precision(self, model: torch.nn.Module) -> bool:
-        full = next(model.parameters()).dtype in (torch.float32, torch.float64)
-        return torch.is_autocast_enabled(self.device.type) or not full
-
-    def _look_at_head(self, model: torch.nn.Module, pool: Pool, indices: IndexArray) -> None:
-        """Find out whether the chunked head gives the model's own losses; stays open where no sample has one.
-
-        Asked at every call while it does: a cap on the logits may matter only later in training.
-        """
-        if self._chunked_head is False or not indices.size:
-            return
-        inputs, targets = self._collated(pool, self._labelled(pool, indices))
-        chunked = chunked_forward(model, inputs, targets)
-        plain = full_forward(model, inputs, targets)
-        tolerance = _AGREEMENT_LOW_PRECISION if self._low_precision(model) else _AGREEMENT
-        scored = ~torch.isnan(plain)
-        agrees = torch.allclose(chunked[scored], plain[scored], rtol=tolerance, atol=tolerance)
-        agrees = distributed.everywhere(agrees, self.device)
-        if distributed.everywhere(not scored.any(), self.device):
-            return
-        if not agrees:
-            logger.info("The model changes its logits after the head: losses are taken from its full logits.")
-        self._chunked_head = agrees
+        return inputs_of(self, pool.rows(indices))
 
     def _look_at_samples(self, probe: GradientPass, sink: Sink, pool: Pool, indices: IndexArray) -> None:
         """Find out whether two samples have the same gradients together as each alone, when there are two."""
         if self._samples_apart is not None or not indices.size:
             return
-        rows = self._labelled(pool, indices)
+        rows = short_samples(pool, indices)
         alone = []
         for row in rows:
             values, loss = self._gradient_batch(probe, sink, pool, row[None])
             if not torch.isnan(loss).any():
                 alone.append(values)
-        if len(alone) < _COMPARED_SAMPLES:  # nothing to compare: the question stays open
+        if len(alone) < COMPARED_SAMPLES:  # nothing to compare: the question stays open
             return
         apart = True
         try:
@@ -596,7 +480,9 @@ class ModelProbe:
             apart = False
         else:
             single = torch.cat(alone)
-            low = _GRADIENT_AGREEMENT_LOW_PRECISION if self._low_precision(probe.model) else _GRADIENT_AGREEMENT
+            low = (
+                _GRADIENT_AGREEMENT_LOW_PRECISION if is_low_precision(probe.model, self.device) else _GRADIENT_AGREEMENT
+            )
             apart = bool((both - single).norm() <= low * single.norm() + 1e-12)
             if not apart:
                 logger.info("Samples change each other's gradients in a batch: they are taken one at a time.")
@@ -608,21 +494,5 @@ def _store(values: Tensor, batch: IndexArray, measured: Tensor) -> None:
     values[torch.from_numpy(batch).to(values.device)] = measured.to(values.dtype)
 
 
-def _class_name(model: torch.nn.Module) -> str:
-    """Return the name of a model's class, of the one inside where adapters are around it."""
-    from peft import PeftModel
-
-    return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
-
-
 def _wide_dtype(model: torch.nn.Module) -> torch.dtype:
     return torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-
-
-def _labels(row: dict[str, Any]) -> list[int]:
-    """Return the labels of a sample; a collator of plain text makes them from its tokens."""
-    return row["labels"] if "labels" in row else row["input_ids"]
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

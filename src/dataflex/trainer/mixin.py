@@ -36,7 +36,7 @@ from dataflex.errors import ConfigError, DivergenceError
 from dataflex.planning.planner import Arrangement
 from dataflex.probe.checkpoints import saved_moments
 from dataflex.probe.features import make_sketch
-from dataflex.probe.losses import full_forward
+from dataflex.probe.head import full_forward
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe, Tokens
 from dataflex.probe.moments import read_moments

@@ -16,8 +16,8 @@ from dataflex.api.probe import GradientSettings
 from dataflex.data.token_loss import IGNORE_INDEX, shifted
 from dataflex.probe.features import AdamPreconditioner, NoPreconditioner, Preconditioner, Sink, SketchSink
 from dataflex.probe.gradients import GradientPass, canonical
+from dataflex.probe.head import error_norm
 from dataflex.probe.layers import Outer
-from dataflex.probe.losses import error_norm
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.moments import Moments, read_moments
 from dataflex.probe.sketch import CountSketch, IdentitySketch

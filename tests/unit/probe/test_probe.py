@@ -17,9 +17,9 @@ from dataflex import distributed
 from dataflex.data.pool import Pool
 from dataflex.data.token_loss import shifted
 from dataflex.errors import DivergenceError
-from dataflex.probe import losses as probe_losses
+from dataflex.probe import head as probe_head
 from dataflex.probe.batches import length_batches, share_of
-from dataflex.probe.losses import chunked_forward, full_forward, replaced_forward
+from dataflex.probe.head import chunked_forward, full_forward, replaced_forward
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe
 from unit.fakes import make_pool
@@ -163,8 +163,8 @@ def probe_of(model: torch.nn.Module, rows: list[dict[str, Any]] = ROWS, budget: 
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1024])
-def test_chunked_head_equals_full_logits(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(probe_losses, "HEAD_CHUNK", chunk)
+def testchunked_head_equals_full_logits(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(probe_head, "HEAD_CHUNK", chunk)
     inputs = collate(ROWS[:10])
     targets = shifted(inputs.pop("labels"))
     with probe_mode(model):
@@ -198,7 +198,7 @@ def test_probe_equals_one_forward_per_sample(model: LlamaForCausalLM, budget: in
     assert values.dtype == np.float32
     np.testing.assert_allclose(values, by_hand(model, [ROWS[index] for index in indices]), rtol=1e-4)
     assert np.isnan(values).any()
-    assert probe._chunked_head
+    assert probe.chunked_head
     assert probe.cost.samples == 25
     assert probe.cost.tokens == sum(len(ROWS[index]["input_ids"]) for index in indices)
     probe.losses(indices[:5])
@@ -212,7 +212,7 @@ def test_probe_of_nothing(model: LlamaForCausalLM) -> None:
 def test_a_model_that_changes_its_logits_is_probed_through_them(scaled: ScaledLlama) -> None:
     probe = probe_of(scaled)
     values = probe.losses(np.arange(40))
-    assert probe._chunked_head is False
+    assert probe.chunked_head is False
     np.testing.assert_allclose(values, by_hand(scaled, ROWS), rtol=1e-4)
 
 
@@ -268,7 +268,7 @@ def test_processes_share_the_work(model: LlamaForCausalLM, monkeypatch: pytest.M
     monkeypatch.setattr(distributed, "everywhere", lambda value, device: value)
     for rank in range(4):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        probe = probe_of(model, _chunked_head=True)
+        probe = probe_of(model, chunked_head=True)
         calls = []
         hook = model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         parts.append(np.nan_to_num(probe.losses(indices), nan=1e6))

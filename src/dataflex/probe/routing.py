@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dataflex.errors import ComponentError
-from dataflex.probe.losses import replaced_forward
+from dataflex.probe.head import replaced_forward
 
 
 def stacked_experts(model: nn.Module) -> dict[nn.Module, int]:
@@ -101,3 +101,10 @@ def _count(counts: Tensor, real: Tensor, module: nn.Module, args: tuple[Any, ...
     owner = real.nonzero()[:, :1].expand_as(chosen)
     places = torch.bincount((owner * number + chosen).flatten(), minlength=counts.numel())
     counts += places.view_as(counts)
+
+
+def class_name(model: nn.Module) -> str:
+    """Return the name of a model's class, of the one inside where adapters are around it."""
+    from peft import PeftModel
+
+    return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__

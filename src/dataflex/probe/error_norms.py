@@ -1,0 +1,26 @@
+"""How far the model's prediction of each token is from the token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from dataflex.api.measurement import register_measurement
+from dataflex.probe.losses import TokenMeans
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register_measurement("error_norms")
+@dataclass(frozen=True)
+class ErrorNorms(TokenMeans):
+    """Each sample's token mean of ||softmax - one-hot||_2, shape (n,); NaN for a sample without a trained token."""
+
+    quantity: ClassVar[str] = "error norm"
+
+    def token_values(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return ||softmax - one-hot||_2 of every position."""
+        from dataflex.probe.head import error_norm
+
+        return error_norm(logits, labels)

@@ -1,0 +1,64 @@
+"""The hidden states of one layer, caught on their way through the model's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from dataflex.errors import ComponentError
+from dataflex.probe.head import replaced_forward
+
+
+def hidden_states(model: nn.Module, inputs: dict[str, Any], layer: int) -> Tensor:
+    """Return the hidden states of one layer, (B, T, H), as ``output_hidden_states`` numbers them.
+
+    The head is applied to one number of each position instead of all, and no other layer's states are kept.
+
+    Args:
+        model: run once.
+        inputs: of the model.
+        layer: from 0, the embeddings, or from the end: -1 is the last layer behind the final normalisation.
+
+    Raises:
+        ComponentError: if the model has no such layer.
+    """
+    count = int(model.config.get_text_config().num_hidden_layers)
+    number = layer if layer >= 0 else count + 1 + layer
+    if not 0 <= number <= count:
+        raise ComponentError(
+            f"layer: the model has {count} layers, so its hidden states are numbered 0 (the embeddings) to {count}, or "
+            f"{-count - 1} to -1; got {layer}."
+        )
+    layers = None if number == count else layers_of(model, count)
+    found: list[Tensor] = []
+
+    def behind_the_last(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        if number == count:
+            found.append(hidden)
+        return hidden[..., :1]
+
+    def before_the_next(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    with replaced_forward(model.get_output_embeddings(), behind_the_last):
+        if layers is None and number < count:  # of an unknown build: the model itself gives all of its layers
+            return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[number]
+        if layers is None:
+            model(**inputs, use_cache=False)
+            return found[0]
+        handle = layers[number].register_forward_pre_hook(before_the_next, with_kwargs=True)
+        try:
+            model(**inputs, use_cache=False)
+        finally:
+            handle.remove()
+    return found[0]
+
+
+def layers_of(model: nn.Module, count: int) -> nn.ModuleList | None:
+    """Return the list of a model's ``count`` layers; None if there is none, or more than one."""
+    named = dict(model.get_decoder().named_modules())
+    lists = [name for name, module in named.items() if isinstance(module, nn.ModuleList) and len(module) == count]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return named[outer[0]] if len(outer) == 1 else None

@@ -1,0 +1,72 @@
+"""What is particular to a model, found out on two short samples.
+
+At every measurement: whether the head may be applied chunk by chunk (a model that changes its logits behind the head
+is probed through its own logits from then on).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dataflex import distributed
+from dataflex.data.samples import Samples
+from dataflex.data.sampling import IndexArray
+from dataflex.data.token_loss import IGNORE_INDEX
+from dataflex.probe.batches import inputs_of
+from dataflex.probe.head import chunked_forward, full_forward
+
+if TYPE_CHECKING:
+    from dataflex.probe.model import ModelProbe
+
+logger = logging.getLogger(__name__)
+
+COMPARED_SAMPLES = 2
+"""Samples whose losses and gradients are compared with the model's own."""
+_LOOKED_AT = 64
+"""Samples among which those are looked for."""
+_AGREEMENT = 2e-3
+_AGREEMENT_LOW_PRECISION = 2e-2
+
+
+def look_at_head(probe: ModelProbe, samples: Samples, indices: IndexArray) -> None:
+    """Find out whether the chunked head gives the model's own losses; stays open where no sample has one.
+
+    Asked at every measurement while it does: a cap on the logits may matter only later in training.
+    """
+    if probe.chunked_head is False or not indices.size:
+        return
+    model = probe.model()
+    inputs, labels = inputs_of(probe, samples.rows(short_samples(samples, indices)))
+    chunked = chunked_forward(model, inputs, labels)
+    plain = full_forward(model, inputs, labels)
+    tolerance = _AGREEMENT_LOW_PRECISION if is_low_precision(model, probe.device) else _AGREEMENT
+    scored = ~torch.isnan(plain)
+    agrees = torch.allclose(chunked[scored], plain[scored], rtol=tolerance, atol=tolerance)
+    agrees = distributed.everywhere(agrees, probe.device)
+    if distributed.everywhere(not scored.any(), probe.device):
+        return
+    if not agrees:
+        logger.info("The model changes its logits after the head: losses are taken from its full logits.")
+    probe.chunked_head = agrees
+
+
+def short_samples(samples: Samples, indices: IndexArray) -> IndexArray:
+    """Return a few short samples with a token to train on, or just short ones where there are none near."""
+    shortest = indices[np.argsort(samples.lengths[indices], kind="stable")[:_LOOKED_AT]]
+    trained = [any(label != IGNORE_INDEX for label in _labels(row)[1:]) for row in samples.rows(shortest)]
+    return shortest[np.argsort(~np.array(trained), kind="stable")[:COMPARED_SAMPLES]]
+
+
+def is_low_precision(model: torch.nn.Module, device: torch.device) -> bool:
+    """Return whether a model computes in 16 bits."""
+    full = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    return torch.is_autocast_enabled(device.type) or not full
+
+
+def _labels(row: dict[str, Any]) -> list[int]:
+    """Return the labels of a sample; a collator of plain text makes them from its tokens."""
+    return row["labels"] if "labels" in row else row["input_ids"]

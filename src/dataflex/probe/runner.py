@@ -1,0 +1,257 @@
+"""The batch runner under all measurements.
+
+Batches are sorted by length and cut under a token budget, the same ones on any number of processes. Each process runs
+its share, and all run the same number (a repeated batch is thrown away), because under ZeRO-3 and FSDP a forward is
+collective. A batch that does not fit into the memory is halved; not where a forward is collective, since the other
+processes wait in the middle of theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from dataflex import distributed
+from dataflex.api.measurement import MeasuredBatch, Measurement, quantity_of
+from dataflex.data.rules import ScoreArray
+from dataflex.data.samples import RowList, Samples
+from dataflex.data.sampling import IndexArray
+from dataflex.data.token_loss import IGNORE_INDEX
+from dataflex.errors import ComponentError, DivergenceError
+from dataflex.probe.batches import inputs_of, length_batches, share_of
+from dataflex.probe.head import Statistic, chunked_forward, full_forward
+from dataflex.probe.hidden_states import hidden_states
+from dataflex.probe.particulars import look_at_head
+from dataflex.probe.routing import real_tokens
+
+if TYPE_CHECKING:
+    from dataflex.probe.model import ModelProbe
+
+logger = logging.getLogger(__name__)
+
+_SUMMED_ROWS = 65536
+"""Rows of values summed over the processes at a time."""
+_DEVICE_VALUES = 1 << 24
+"""Values of all samples that are kept on the device until the end; more are kept in the CPU's memory."""
+
+
+class Batch:
+    """One batch on the device; see :class:`~dataflex.api.measurement.MeasuredBatch`."""
+
+    def __init__(self, runner: Runner, indices: IndexArray) -> None:
+        self._runner, self.indices = runner, indices
+        self.inputs, self.labels = inputs_of(runner.probe, runner.samples.rows(indices))
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model."""
+        return self._runner.model
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Which positions are tokens and not padding, (B, T), bool."""
+        return real_tokens(self.inputs, self.labels)
+
+    def token_means(self, value: Statistic) -> Tensor:
+        """Return each sample's mean of a function of its trained tokens, (B,); NaN for a sample without one."""
+        forward = chunked_forward if self._runner.chunked_head else full_forward
+        return forward(self.model, self.inputs, self.labels, value)
+
+    def hidden_states(self, layer: int = -1) -> Tensor:
+        """Return the hidden states of one layer, (B, T, H)."""
+        return hidden_states(self.model, self.inputs, layer)
+
+
+class Runner:
+    """Runs one measurement over a list of samples.
+
+    Args:
+        probe: the model and how it is run.
+        measurement: what is measured.
+        indices: the samples, (n,).
+        samples: they are of; None: the pool.
+    """
+
+    def __init__(
+        self,
+        probe: ModelProbe,
+        measurement: Measurement[Any],
+        indices: IndexArray,
+        samples: Samples | Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        if "name" not in vars(type(measurement)):
+            raise ComponentError(
+                f"{type(measurement).__name__} is no measurement with a name; put "
+                "@dataflex.register_measurement(NAME) before the class."
+            )
+        self.probe, self.measurement = probe, measurement
+        self.samples: Samples
+        if samples is None:
+            self.samples = probe.pool
+        else:
+            self.samples = RowList(samples) if isinstance(samples, Sequence) else samples
+        self.indices = _checked_indices(indices, self.samples.size, measurement.name)
+        self.model = probe.model()
+
+    @cached_property
+    def chunked_head(self) -> bool:
+        """Whether the head may be applied chunk by chunk; all processes ask together, in their first batch."""
+        look_at_head(self.probe, self.samples, self.indices)
+        return bool(self.probe.chunked_head)
+
+    def each(self, measure: Callable[[MeasuredBatch], Tensor], batches: list[IndexArray] | None = None) -> ScoreArray:
+        """Return what a function makes of every batch, in the order of the samples, (n, ...), on every process.
+
+        Args:
+            measure: returns the values of a batch, (B, ...).
+            batches: positions in :attr:`indices`; None: cut under the token budget of a forward.
+
+        Raises:
+            DivergenceError: on every process, naming the first sample with a value that is not finite.
+            ComponentError: if the memory is too small for one sample, or ``measure`` returns another shape.
+        """
+        if not self.indices.size:
+            return self._nothing(measure)
+        if batches is None:
+            batches = length_batches(self.samples.lengths[self.indices], self.probe.batch_tokens)
+        mine, useful = share_of(batches, distributed.rank(), distributed.world_size())
+        values = _Values(self.indices.size, self.probe.device)
+        for number, batch in enumerate(self.bar(mine)):
+            found = self.attempt(measure, self.indices[batch])
+            values.like(found, self.measurement.name)
+            if number < useful:
+                values.put(batch, found)
+        whole = values.gathered()
+        self._check_finite(whole)
+        self.probe.count(self.samples, self.indices)
+        return whole
+
+    def _nothing(self, measure: Callable[[MeasuredBatch], Tensor]) -> ScoreArray:
+        """Return the values of no samples; their shape is that of the first sample's."""
+        if not self.samples.size:
+            return np.zeros(0, dtype=np.float32)
+        values = _Values(0, self.probe.device)
+        values.like(self.attempt(measure, np.zeros(1, dtype=np.int64)), self.measurement.name)
+        return values.gathered()
+
+    def bar(self, batches: list[IndexArray]) -> tqdm[IndexArray]:
+        """Return batches with a progress bar."""
+        return tqdm(batches, desc="Scoring", unit="batch", disable=not self.probe.progress, leave=False)
+
+    def attempt(self, measure: Callable[[MeasuredBatch], Tensor], rows: IndexArray) -> Tensor:
+        """Return the values of samples, (B, ...), checked; halves the batch while memory runs out.
+
+        A value of a sample without a trained token is the measurement's ``untrained`` if it has one; any other that is
+        not a number is infinite, so that the two are never mixed.
+        """
+        most = self.probe.most_tokens.get(self.measurement.name)
+        if most is None:
+            return self._values(measure, rows)
+        count = max(1, most // max(1, int(self.samples.lengths[rows].max())))
+        return _joined([self._values(measure, rows[begin : begin + count]) for begin in range(0, rows.size, count)])
+
+    def _values(self, measure: Callable[[MeasuredBatch], Tensor], rows: IndexArray) -> Tensor:
+        batch = Batch(self, rows)
+        tokens = batch.labels.numel()
+        try:
+            return self._checked(measure(batch), batch)
+        except torch.OutOfMemoryError as error:
+            if rows.size == 1 or self.probe.sharded:
+                raise ComponentError(
+                    f"the device has not the memory to measure {quantity_of(self.measurement)} of {rows.size} samples "
+                    f"of {batch.labels.shape[1]} tokens. Set dataflex.probe_batch_tokens to less than {tokens}"
+                    + (", or shorten cutoff_len." if rows.size == 1 else ".")
+                ) from error
+        del batch  # behind the handler, whose traceback holds what filled the memory
+        torch.cuda.empty_cache()
+        self.probe.most_tokens[self.measurement.name] = tokens // 2
+        logger.warning("Out of memory: batches of %s have %d tokens from now on.", self.measurement.name, tokens // 2)
+        return _joined([self._values(measure, half) for half in np.array_split(rows, 2)])
+
+    def _checked(self, values: Tensor, batch: Batch) -> Tensor:
+        name, count = self.measurement.name, batch.indices.size
+        if not isinstance(values, Tensor) or not values.dim() or values.shape[0] != count:
+            got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise ComponentError(
+                f"measurement {name!r} returned {got} for a batch of {count} samples; the first dimension is theirs."
+            )
+        if not values.is_floating_point():
+            return values.long()
+        values = values.float().masked_fill(values.isnan(), math.inf)
+        other = self.measurement.untrained
+        if other is None:
+            return values
+        untrained = (batch.labels == IGNORE_INDEX).all(1)
+        return values.masked_fill(untrained.view(-1, *[1] * (values.dim() - 1)), other)
+
+    def _check_finite(self, values: NDArray[Any]) -> None:
+        broken = np.isinf(values).reshape(len(values), -1).any(axis=1)
+        if broken.any():
+            more = f" (and {int(broken.sum()) - 1} more of {broken.size})" if broken.sum() > 1 else ""
+            raise DivergenceError(
+                f"the {quantity_of(self.measurement)} of {self.called(self.indices[broken][0])}{more} is not finite"
+            )
+
+    def called(self, index: int) -> str:
+        """Return how messages call a sample."""
+        of = "pool index" if self.samples is self.probe.pool else "validation sample"
+        return f"{of} {index}"
+
+
+class _Values:
+    """Values of samples, on this process's device if they are few, else in the CPU's memory."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._count, self._device = count, device
+        self._values: Tensor | None = None
+
+    def like(self, found: Tensor, name: str) -> None:
+        """Make the room, at the first batch; all others must have values of the same shape."""
+        if self._values is None:
+            shape = (self._count, *found.shape[1:])
+            device = self._device if math.prod(shape) <= _DEVICE_VALUES else torch.device("cpu")
+            self._values = torch.zeros(shape, dtype=found.dtype, device=device)
+        elif found.shape[1:] != self._values.shape[1:] or found.dtype != self._values.dtype:
+            before, now = (f"{tuple(each.shape[1:])} of {each.dtype}" for each in (self._values, found))
+            raise ComponentError(
+                f"measurement {name!r} returned values of shape {now} after {before}; a value must not depend on its batch."
+            )
+
+    def put(self, batch: IndexArray, found: Tensor) -> None:
+        """Keep the values of a batch, whose positions are given."""
+        assert self._values is not None
+        places = torch.from_numpy(batch).to(self._values.device)
+        self._values[places] = found.to(self._values.device)
+
+    def gathered(self) -> NDArray[Any]:
+        """Return the values of all processes."""
+        assert self._values is not None
+        for part in self._values.split(_SUMMED_ROWS):
+            part.copy_(distributed.all_reduce_sum(part.to(self._device)))
+        return self._values.cpu().numpy()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _checked_indices(indices: Any, size: int, name: str) -> IndexArray:
+    numbers = np.asarray(indices)
+    if numbers.ndim != 1 or not (np.issubdtype(numbers.dtype, np.integer) or not numbers.size):
+        raise ComponentError(
+            f"measurement {name!r} takes the numbers of samples as a one-dimensional array of whole numbers, got "
+            f"{numbers.dtype} of shape {numbers.shape}."
+        )
+    outside = numbers[(numbers < 0) | (numbers >= size)]
+    if outside.size:
+        raise ComponentError(f"measurement {name!r} was asked for sample {outside[0]} of {size} (0 to {size - 1}).")
+    return numbers.astype(np.int64, copy=False)
