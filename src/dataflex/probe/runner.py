@@ -223,7 +223,7 @@ class _Values:
         elif found.shape[1:] != self._values.shape[1:] or found.dtype != self._values.dtype:
             before, now = (f"{tuple(each.shape[1:])} of {each.dtype}" for each in (self._values, found))
             raise ComponentError(
-                f"measurement {name!r} returned values of shape {now} after {before}; a value must not depend on its batch."
+                f"measurement {name!r} returned values of shape {now} after {before}, depending on its batch."
             )
 
     def put(self, batch: IndexArray, found: Tensor) -> None:
