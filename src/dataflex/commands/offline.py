@@ -22,7 +22,7 @@ from dataflex.api.selector import Selector, check_scores
 from dataflex.config.loading import RunConfig
 from dataflex.data.rng import derive_rng
 from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray
+from dataflex.data.sampling import IndexArray, exactly
 from dataflex.errors import ConfigError, DataFlexError
 from dataflex.record.selected import Selected, row_column, write_selected
 from dataflex.selectors.base_gradients import InfluenceSelector
@@ -50,7 +50,7 @@ class Amount:
             ConfigError: if fewer have one.
         """
         if self.count is None:
-            return max(1, round(self.fraction * scored))
+            return max(1, round(exactly(self.fraction) * scored))
         if self.count > scored:
             there = f"the pool has {size}" if scored == size else f"only {scored} of the pool's {size} have a score"
             raise ConfigError(f"--count: {self.count} samples are wanted, {there}.")

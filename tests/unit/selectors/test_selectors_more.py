@@ -613,6 +613,11 @@ def test_ties_at_the_cut_are_drawn(tmp_path: Path) -> None:
     assert (again["rank"] == table["rank"]).all()
 
 
+def test_a_share_is_rounded_by_its_decimals() -> None:
+    assert Amount(0.575).of(100, 100) == 58  # 0.575 * 100 is 57.49999999999999 in floating point
+    assert Amount(0.145).of(100, 100) == 14  # halves to even
+
+
 @pytest.mark.parametrize("fraction, count", [(0.05, 1), (0.5, 4), (1.0, 8)])
 def test_a_share_is_of_the_samples_that_have_a_score(tmp_path: Path, fraction: float, count: int) -> None:
     table = outcome(tmp_path, [np.nan, np.nan, *range(8)], Amount(fraction))

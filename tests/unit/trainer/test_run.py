@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dataflex.api.context import StepStatistics
 from dataflex.api.schedule import Schedule
 from dataflex.config.loading import split_config
 from dataflex.errors import CheckpointError, ConfigError
@@ -161,6 +162,19 @@ def test_state_goes_on_with_the_plan_and_the_counts() -> None:
     assert (second.train_seconds, second.decision_seconds, second.tokens) == (1.5, 0.5, 300)
     for step in range(6, 14):
         assert np.array_equal(first.plan_for(step).indices, second.plan_for(step).indices)
+
+
+def test_components_are_told_which_steps_are_of_a_warm_up() -> None:
+    heard: list[tuple[int, bool]] = []
+    dynamic = started()  # a warm-up of 2 steps and 3 rounds of 4
+    ((_, selector),) = dynamic.components.items()
+    selector.on_step = lambda statistics: heard.append((statistics.step, statistics.warmup))  # type: ignore[method-assign]
+    for step in range(14):
+        dynamic.plan_for(step)
+        counts = np.array([4, 4])
+        dynamic.end_of_step(StepStatistics(step + 1, np.ones(2), counts, counts))
+    assert [step for step, warmup in heard if warmup] == [1, 2]
+    assert len(heard) == 14
 
 
 def test_other_training_data_is_not_gone_on_with() -> None:
