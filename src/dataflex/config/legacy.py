@@ -122,7 +122,7 @@ def _translate_flat(
         problems.append(Problem("component_name", f"needed with train_type: {train_type}, the method's name."))
         return None, notes
     if method == TEMPLATE and not _is_there(key, base):
-        problems.append(Problem("component_name", _template(key)))
+        problems.append(Problem("component_name", _template(key, flat)))
         return None, notes
     component = {"method": METHOD_NAMES.get(key, {}).get(method, method)}
     component |= _parameters(flat.get("components_cfg_file"), bucket, method, base, problems, notes)
@@ -149,14 +149,15 @@ def _is_there(key: str, base: Path | None) -> bool:
     return TEMPLATE in registry.available(registry.CONFIG_KEYS[key])
 
 
-def _template(key: str) -> str:
+def _template(key: str, flat: dict[str, Any]) -> str:
     """Return what says how a method of one's own is named."""
     kind = registry.CONFIG_KEYS[key]
+    schedule = "".join(f", {name}: {value}" for name, value in _schedule(flat, []).items())
     return (
         f"{TEMPLATE!r} is the template that the earlier release shipped to be filled in, not a method. Put your {kind} "
         f'into a file, say my_{kind}.py, registered there as @register("{kind}", "my_{kind}"), and write in the place '
-        f"of the flat keys: dataflex: {{plugins: [my_{kind}.py], {key}: {{method: my_{kind}}}, warmup_steps: ..., "
-        "update_steps: ...}. docs/methods/README.md says what a component has."
+        f"of the flat keys: dataflex: {{plugins: [my_{kind}.py], {key}: {{method: my_{kind}}}{schedule}}}. "
+        "docs/methods/README.md says what a component has."
     )
 
 

@@ -257,7 +257,7 @@ def test_mixture_keys_of_another_family_leave_a_note(base: Path) -> None:
         ({"train_type": "dynamic_select"}, "component_name", "needed"),
         ({"train_type": "dynamic_select", "component_name": "Loss"}, "dataflex.select.method", "did you mean 'loss'"),
         ({"train_type": "dynamic_select", "component_name": "custom"}, "component_name",
-         "plugins: [my_selector.py], select: {method: my_selector}"),
+         "dataflex: {plugins: [my_selector.py], select: {method: my_selector}, warmup_steps: 0, updates: 1}"),
         ({"train_type": "dynamic_weight", "component_name": "custom"}, "component_name",
          '@register("weighter", "my_weighter")'),
         ({"train_type": "dynamic_select", "component_name": "loss", "update_step": 0}, "update_step", "at least 1"),
