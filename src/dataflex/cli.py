@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from dataflex import __version__
 from dataflex.config.processes import is_worker
-from dataflex.errors import ConfigError, DataFlexError, did_you_mean
+from dataflex.errors import DataFlexError, did_you_mean
 from dataflex.trainer import stopping
 
-if TYPE_CHECKING:
-    from dataflex.config.loading import RunConfig
+_Commands = Any
+"""What ``add_subparsers`` returns; argparse does not name its type."""
 
 BAD_INPUT = 2
 """Exit status for what the user can mend."""
@@ -84,6 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(overrides=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for add in (_add_training, _add_offline, _add_record, _add_evaluation, _add_experiments):
+        add(commands)
+    assets = commands.add_parser("assets", help="the demo's model and data, by name")
+    assets.add_argument("name", nargs="?", help="which to fetch; none: list them")
+    demo = commands.add_parser("demo", help="train a small model with and without selection, and compare")
+    demo.add_argument("--output", type=Path, help="folder of the demo's files and runs")
+    return parser
+
+
+def _add_training(commands: _Commands) -> None:
     for name, text in (
         ("train", "train a YAML"),
         ("check", "validate a YAML without loading a model, and report all problems"),
@@ -91,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("config", type=Path, help="a LLaMA-Factory YAML or JSON file, with a dataflex: section")
         command.add_argument("overrides", nargs="*", help="key=value, e.g. dataflex.select.method=loss")
+    listing = commands.add_parser("list", help="families, methods, and their parameters with defaults")
+    listing.add_argument("name", nargs="?", help="a family or a method; none: everything")
+    listing.add_argument("--plugins", nargs="*", default=[], help="Python files that register components")
+    commands.add_parser("version", help="versions of DataFlex and of what it runs on")
+
+
+def _add_offline(commands: _Commands) -> None:
     for name, text in (
         ("features", "compute and keep the gradient features of a YAML's data sets, without training"),
         ("score", "score a YAML's data sets with its selector, without training, and write the best of them"),
@@ -104,10 +119,9 @@ def _parser() -> argparse.ArgumentParser:
             amount = command.add_mutually_exclusive_group()
             amount.add_argument("--fraction", type=_share, default=0.05, help="share of the pool to select (0.05)")
             amount.add_argument("--count", type=_positive, help="number of samples to select")
-    listing = commands.add_parser("list", help="families, methods, and their parameters with defaults")
-    listing.add_argument("name", nargs="?", help="a family or a method; none: everything")
-    listing.add_argument("--plugins", nargs="*", default=[], help="Python files that register components")
-    commands.add_parser("version", help="versions of DataFlex and of what it runs on")
+
+
+def _add_record(commands: _Commands) -> None:
     report = commands.add_parser("report", help="one HTML page and a table about one or several runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
     report.add_argument("--output", type=Path, help="the HTML file")
@@ -127,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     rounds = export.add_mutually_exclusive_group()
     rounds.add_argument("--round", type=_not_negative, metavar="R", help="of one round (default: all but the warm-up)")
     rounds.add_argument("--all", action="store_true", help="of all rounds, the warm-up too")
+
+
+def _add_evaluation(commands: _Commands) -> None:
     evaluation = commands.add_parser("eval", help="run downstream tasks with a model or the result of a run")
     evaluation.add_argument("model", metavar="MODEL_OR_RUN", help="a run or model folder, asset:NAME or a hub name")
     evaluation.add_argument(
@@ -145,6 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument("--apply-chat-template", action="store_true", help="ask in the model's chat template")
     evaluation.add_argument("--seed", type=_not_negative, default=42, help="of the draw under --limit (42)")
+
+
+def _add_experiments(commands: _Commands) -> None:
     compare = commands.add_parser("compare", help="train variants over seeds and say what their differences support")
     compare.add_argument("experiment", type=Path, help="a YAML that names the variants, the seeds and the budget")
     compare.add_argument("--jobs", type=_positive, help="runs at a time (default: one for each CUDA device, else one)")
@@ -160,96 +180,6 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=_positive, help="proxies at a time (default: one for each CUDA device, else one)"
     )
     regmix.add_argument("--dry-run", action="store_true", help="print what would be trained")
-    assets = commands.add_parser("assets", help="the demo's model and data, by name")
-    assets.add_argument("name", nargs="?", help="which to fetch; none: list them")
-    demo = commands.add_parser("demo", help="train a small model with and without selection, and compare")
-    demo.add_argument("--output", type=Path, help="folder of the demo's files and runs")
-    return parser
-
-
-def _checked_config(options: argparse.Namespace, offline: bool = False) -> RunConfig:
-    """Load the configuration, and raise every problem together; ``offline``: it is only to score."""
-    from dataflex.config import checks
-    from dataflex.config.loading import parse_config
-    from dataflex.config.yaml_file import read_yaml
-    from dataflex.trainer import resume
-
-    raw = read_yaml(options.config, options.overrides)
-    config, problems = parse_config(raw, str(options.config), options.config.resolve().parent)
-    config = replace(config, offline=offline)
-    problems += checks.problems_of(config)
-    if not problems:
-        problems += resume.problems_of(config)
-    if problems:
-        raise ConfigError(problems=problems, source=str(options.config))
-    return config
-
-
-def _print_notes(config: RunConfig) -> None:
-    from dataflex.trainer import resume
-
-    for note in (*config.notes, *resume.notes(config)):
-        print(f"dataflex: note: {note}", file=sys.stderr)
-
-
-def _check(options: argparse.Namespace) -> int:
-    from dataflex.config.checks.plan import planned
-    from dataflex.config.checks.values import truthy
-    from dataflex.integrations.llamafactory import parsing
-    from dataflex.trainer import resume
-
-    config = _checked_config(options)
-    notes = parsing.dry_run(config)  # last: it imports torch and LLaMA-Factory, which takes most of the time
-    _print_notes(replace(config, notes=(*config.notes, *notes)))
-    for line in resume.told(config):
-        print(f"dataflex: note: {line}", file=sys.stderr)
-    acting = ", ".join(f"{key}: {cls.name}" for key, (cls, _) in config.params.items())
-    print(f"{options.config}: no problems ({acting or 'plain LLaMA-Factory'})")
-    if truthy(config, "do_train"):
-        plan = planned(config)
-        print("\n".join(["plan:", *plan.lines()]))
-        for note in plan.notes():
-            print(f"dataflex: note: {note}", file=sys.stderr)
-    return 0
-
-
-def _train(options: argparse.Namespace) -> int:
-    from dataflex.integrations.llamafactory import launch
-
-    config = _checked_config(options).with_assets()
-    if is_worker():
-        return _train_here(config)
-    _print_notes(config)
-    try:
-        if launch.wants_many():
-            status = launch.run_many(["train", str(options.config), *options.overrides])
-        else:
-            status = _train_here(config)
-    except KeyboardInterrupt as stop:
-        return stopping.end(stop, stopping.of_training(config))
-    if status == 0:
-        _print_next(config)
-    return status
-
-
-def _train_here(config: RunConfig) -> int:
-    from dataflex.integrations.llamafactory.run import run
-
-    run(config)
-    return 0
-
-
-def _print_next(config: RunConfig) -> None:
-    """Say what can be looked at of a training that has ended, where its record is on this machine."""
-    output = Path(str(config.llamafactory.get("output_dir")))
-    trained = config.dataflex is not None and config.llamafactory.get("do_train")
-    if not trained or not (output / "dataflex" / "summary.json").is_file():
-        return
-    folder = shlex.quote(str(output))
-    print(f"dataflex: what it did, on one page: dataflex-cli report {folder}")
-    if (output / "dataflex" / "rounds.jsonl").is_file():
-        top = " --top 5" if "select" in config.families else ""
-        print(f"dataflex: which samples, and why: dataflex-cli explain {folder}{top}")
 
 
 def _share(text: str) -> float:
@@ -272,26 +202,41 @@ def _not_negative(text: str) -> int:
     return int(text)
 
 
-def _offline(options: argparse.Namespace) -> int:
-    from dataflex.commands import offline
-    from dataflex.integrations.llamafactory import launch
+def _check(options: argparse.Namespace) -> int:
+    from dataflex.commands.train import check
 
-    config = _checked_config(options, offline=True).with_assets()
-    output = options.output or Path(str(config.llamafactory["output_dir"])) / "scores"
-    config = offline.prepared(config, output, options.features)
-    amount = offline.Amount() if options.command == "features" else offline.Amount(options.fraction, options.count)
-    if is_worker():
-        offline.run(config, options.command, output, amount)
-        return 0
-    _print_notes(config)
-    if launch.wants_many():
-        status = launch.run_many(options.arguments)
-    else:
-        offline.run(config, options.command, output, amount)
-        status = 0
-    if status == 0 and options.command == "features":
-        print(f"dataflex: to score with them: {shlex.join(['dataflex-cli', 'score', *options.arguments[1:]])}")
-    return status
+    check(options.config, options.overrides)
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from dataflex.commands.train import train
+
+    return train(options.config, options.overrides)
+
+
+def _features(options: argparse.Namespace) -> int:
+    return _scored(options, fraction=1.0, count=None)
+
+
+def _score(options: argparse.Namespace) -> int:
+    return _scored(options, options.fraction, options.count)
+
+
+def _scored(options: argparse.Namespace, fraction: float, count: int | None) -> int:
+    from dataflex.commands.offline import Amount
+    from dataflex.commands.score import Asked, score
+
+    asked = Asked(
+        options.command,
+        options.config,
+        options.overrides,
+        options.arguments,
+        options.output,
+        options.features,
+        Amount(fraction, count),
+    )
+    return score(asked)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -339,7 +284,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from dataflex.evaluation.command import evaluate
+    from dataflex.commands.evaluate import Request, evaluate
+    from dataflex.evaluation.downstream import Asking
 
     given = {
         "fewshot_file": options.fewshot_file and options.fewshot_file.absolute(),
@@ -347,24 +293,21 @@ def _eval(options: argparse.Namespace) -> int:
         "choices": options.choices,
         "limit": options.limit,
     }
-    folder = evaluate(
+    asking = Asking(options.batch_size, options.device, options.dtype, options.apply_chat_template, options.seed)
+    request = Request(
         options.model,
         options.tasks,
         adapter=options.adapter,
         output=options.output,
         changes={key: value for key, value in given.items() if value is not None},
-        batch_size=options.batch_size,
-        device=options.device,
-        dtype=options.dtype,
-        apply_chat_template=options.apply_chat_template,
-        seed=options.seed,
     )
+    folder = evaluate(request, asking)
     print(f"results: {folder}")
     return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from dataflex.compare.command import compare
+    from dataflex.commands.compare import compare
 
     return compare(options.experiment, options.jobs, options.dry_run)
 
@@ -408,8 +351,8 @@ _STOPPED = {
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
-    "features": _offline,
-    "score": _offline,
+    "features": _features,
+    "score": _score,
     "check": _check,
     "list": _list,
     "version": _version,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dataflex.errors import ConfigError, Problem
 from dataflex.evaluation.results import CHOICE_METRICS, Metric, TaskResult, chance_note, mean_of_subjects
@@ -14,22 +16,38 @@ from dataflex.evaluation.tasks import FileTask, TaskSettings, load_task, task_pr
 from dataflex.files import write_atomically
 from dataflex.record.versions import installed_versions
 
+if TYPE_CHECKING:
+    from dataflex.evaluation.harness import Outcome
+
 BATCH_SIZE = 8
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SEED = 42
 
 
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put to a model.
+
+    Attributes:
+        batch_size: prompts at once, at least 1.
+        device: where to run; none: the accelerator if there is one.
+        dtype: one of `DTYPES`; ``auto`` is the type the weights are stored in.
+        apply_chat_template: show the questions as the model's chat template has them.
+        seed: of the draw under a task's ``limit``, and of what a task of the harness draws.
+    """
+
+    batch_size: int = BATCH_SIZE
+    device: str | None = None
+    dtype: str = "auto"
+    apply_chat_template: bool = False
+    seed: int = SEED
+
+
+DEFAULT = Asking()
+
+
 def evaluate_tasks(
-    model: str,
-    adapter: Path | None,
-    tasks: Sequence[TaskSettings],
-    output: Path,
-    *,
-    batch_size: int = BATCH_SIZE,
-    device: str | None = None,
-    dtype: str = "auto",
-    apply_chat_template: bool = False,
-    seed: int = SEED,
+    model: str, adapter: Path | None, tasks: Sequence[TaskSettings], output: Path, asking: Asking = DEFAULT
 ) -> list[TaskResult]:
     """Run tasks one after another, and write ``NAME.json`` of each as soon as it is done.
 
@@ -37,18 +55,14 @@ def evaluate_tasks(
         model: a folder with weights, or a name on the hub.
         adapter: folder of a PEFT adapter on it.
         tasks: what to run; each name once.
-        output: folder to write to; made where it does not exist. An earlier result of the same name is replaced.
-        batch_size: prompts at once, at least 1.
-        device: where to run; none: the accelerator if there is one.
-        dtype: one of `DTYPES`; ``auto`` is what the weights are stored in.
-        apply_chat_template: show the questions as the model's chat template has them.
-        seed: of the draw under a task's ``limit``, and of what a task of the harness draws.
+        output: folder to write to; made if it does not exist. An earlier result of the same name is replaced.
+        asking: how the questions are put to the model.
 
     Raises:
-        ConfigError: with every problem of the tasks before anything is loaded; where lm-eval is not installed; where
-            a task's data or the model cannot be loaded; where memory runs out.
+        ConfigError: with every problem of the tasks before anything is loaded; if lm-eval is not installed; if a
+            task's data or the model cannot be loaded; if memory runs out.
     """
-    files = _loaded(tasks, seed)
+    files = _loaded(tasks, asking.seed)
     if find_spec("lm_eval") is None:
         raise ConfigError('downstream evaluation needs lm-evaluation-harness: pip install "dataflex[eval]".')
     try:
@@ -58,55 +72,62 @@ def evaluate_tasks(
     from dataflex.evaluation import harness
 
     own = harness.harness_tasks([settings.task for settings in tasks if settings.task is not None])
-    lm = harness.load_model(model, adapter, batch_size, device, dtype)
-    versions = {**installed_versions(), "lm_eval": version("lm_eval")}
-    common = {
-        "batch_size": batch_size,
-        "device": str(lm.device),
-        "dtype": dtype,
-        "apply_chat_template": apply_chat_template,
-        "seed": seed,
-    }
+    lm = harness.load_model(model, adapter, asking.batch_size, asking.device, asking.dtype)
+    about: dict[str, Any] = {"model": model, "adapter": None if adapter is None else str(adapter)}
+    about["versions"] = {**installed_versions(), "lm_eval": version("lm_eval")}
     results = []
     for settings in tasks:
         start = time.perf_counter()
         task = files.get(settings.name)
         notes = []
-        if apply_chat_template and (note := harness.check_chat_template(lm, task)):
+        if asking.apply_chat_template and (note := harness.check_chat_template(lm, task)):
             notes.append(note)
         if task is not None:
-            outcome = harness.run_file_task(lm, task, apply_chat_template, seed)
+            outcome = harness.run_file_task(lm, task, asking.apply_chat_template, asking.seed)
         else:
             assert settings.task is not None
+            theirs = own[settings.task]
             outcome = harness.run_harness_task(
-                lm, settings.task, own[settings.task], settings, apply_chat_template, seed
+                lm, settings.task, theirs, settings, asking.apply_chat_template, asking.seed
             )
         if outcome.cut:
             notes.append(
                 f"{outcome.cut} prompts were longer than the model's context of {lm.max_length} tokens; their "
                 "beginnings were cut off."
             )
-        notes += _chance_notes(outcome.metrics, outcome.chances)
-        result = TaskResult(
-            task=settings.name,
-            form=outcome.form,
-            file=None if settings.file is None else str(settings.file),
-            samples=outcome.samples,
-            num_fewshot=outcome.num_fewshot,
-            metrics=outcome.metrics,
-            chance=sum(outcome.chances) / len(outcome.chances) if outcome.chances else None,
-            subjects=outcome.subjects,
-            subject_mean=mean_of_subjects(outcome.subjects) if len(outcome.subjects) > 1 else {},
-            notes=notes,
-            model=model,
-            adapter=None if adapter is None else str(adapter),
-            settings={**settings.model_dump(mode="json"), **common},
-            versions=versions,
-            seconds=time.perf_counter() - start,
-        )
+        asked = {**asdict(asking), "device": str(lm.device)}
+        result = _result(settings, outcome, notes, {**about, "seconds": time.perf_counter() - start}, asked)
         write_atomically(output / f"{settings.name}.json", (result.model_dump_json(indent=2) + "\n").encode())
         results.append(result)
     return results
+
+
+def _result(
+    settings: TaskSettings, outcome: Outcome, notes: list[str], about: dict[str, Any], asked: dict[str, Any]
+) -> TaskResult:
+    """Return the result of a task, for its file.
+
+    Args:
+        settings: of the task.
+        outcome: what the model answered.
+        notes: what to know of it.
+        about: the model, its adapter, versions and seconds.
+        asked: how the questions were put to it.
+    """
+    return TaskResult(
+        task=settings.name,
+        form=outcome.form,
+        file=None if settings.file is None else str(settings.file),
+        samples=outcome.samples,
+        num_fewshot=outcome.num_fewshot,
+        metrics=outcome.metrics,
+        chance=sum(outcome.chances) / len(outcome.chances) if outcome.chances else None,
+        subjects=outcome.subjects,
+        subject_mean=mean_of_subjects(outcome.subjects) if len(outcome.subjects) > 1 else {},
+        notes=[*notes, *_chance_notes(outcome.metrics, outcome.chances)],
+        settings={**settings.model_dump(mode="json"), **asked},
+        **about,
+    )
 
 
 def _loaded(tasks: Sequence[TaskSettings], seed: int) -> dict[str, FileTask]:

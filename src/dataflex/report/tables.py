@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -263,3 +264,9 @@ def _last(curve: Curve) -> str:
 def _lowest(curve: Curve) -> str:
     values = [value for _, value in curve if not math.isnan(value)]
     return _loss(min(values)) if values else NOTHING
+
+
+def print_tables(tables: Sequence[Table]) -> None:
+    """Print tables in the width of the terminal."""
+    width = shutil.get_terminal_size(fallback=(120, 24)).columns
+    print("\n".join(to_text(table, width) for table in tables))

@@ -15,18 +15,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dataflex.api.components import family_key
-from dataflex.compare.command import locked, print_tables
 from dataflex.compare.contents import expanded
 from dataflex.compare.experiment import joined, read_base, replaced_keys
 from dataflex.compare.runner import PROGRAM
+from dataflex.compare.session import Work, carry_out, say
 from dataflex.compare.settings import Base
 from dataflex.config import checks
 from dataflex.config.loading import SECTION, RunConfig
 from dataflex.config.masking import masked
 from dataflex.errors import ConfigError, Problem
 from dataflex.record.files import read_object
-from dataflex.report.tables import NOTHING, Table
-from dataflex.trainer import stopping
+from dataflex.report.tables import NOTHING, Table, print_tables
 from dataflex.workflows.stages import (
     DOMAIN_COLUMN,
     MANAGED,
@@ -83,28 +82,18 @@ def doremi(path: Path, print_only: bool = False, dry_run: bool = False, program:
     Raises:
         ConfigError: for what is wrong with any of the stages, before anything runs.
     """
-    try:
+    if print_only:
         stages, notes = load(path)
-        for note in notes:
-            print(f"dataflex: note: {note}", file=sys.stderr)
-        if print_only:
-            _print_yamls(stages)
-            return 0
-        if dry_run:
-            print_tables([state_table(stages)])
-            return 0
-        refuse_many_nodes()
-        lock = locked(stages[0].folder.parent)
-        try:
-            return _run(stages, program)
-        finally:
-            lock.release()
-    except KeyboardInterrupt as stop:
-        return stopping.end(
-            stop,
-            "stopped. What is complete is kept, and the stage that was at work goes on from its checkpoint "
-            f"where it has one: dataflex-cli doremi {path}",
-        )
+        say(notes)
+        _print_yamls(stages)
+        return 0
+
+    def work() -> Work:
+        stages, notes = load(path)
+        return Work(stages[0].folder.parent, lambda: [state_table(stages)], lambda: _run(stages, program), notes)
+
+    kept = "What is complete is kept, and the stage that was at work goes on from its checkpoint where it has one"
+    return carry_out(work, dry_run=dry_run, on_stop=f"stopped. {kept}: dataflex-cli doremi {path}")
 
 
 def load(path: Path) -> tuple[tuple[Stage, ...], list[str]]:
@@ -197,6 +186,7 @@ def state_table(stages: Sequence[Stage]) -> Table:
 
 
 def _run(stages: Sequence[Stage], program: Sequence[str]) -> int:
+    refuse_many_nodes()
     before: StageRun | None = None
     for number, stage in enumerate(stages, 1):
         before = run_of(stage, before)

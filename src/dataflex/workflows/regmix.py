@@ -21,11 +21,12 @@ import yaml
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dataflex.compare.command import locked, plan_table, print_tables
 from dataflex.compare.contents import expanded
 from dataflex.compare.experiment import Experiment, Run, joined, merged, planned, read_base, replaced_keys, value_of
+from dataflex.compare.plan_table import plan_table
 from dataflex.compare.result import failure_of, read_result, state_of
 from dataflex.compare.runner import PROGRAM, Workers, execute, set_aside, workers
+from dataflex.compare.session import Work, carry_out, say
 from dataflex.compare.settings import Base, Equal, ExperimentSettings, problem_of
 from dataflex.config import checks
 from dataflex.config.loading import SECTION, RunConfig
@@ -41,8 +42,7 @@ from dataflex.mixers.base_regression import (
     fit,
     write_table,
 )
-from dataflex.report.tables import NOTHING, Table
-from dataflex.trainer import stopping
+from dataflex.report.tables import NOTHING, Table, print_tables
 from dataflex.workflows.stages import (
     DOMAIN_COLUMN,
     MANAGED,
@@ -170,32 +170,29 @@ def regmix(
         ConfigError: for what is wrong with the file or its data, before anything runs, and where too few proxies
             remain to fit.
     """
-    try:
+
+    def work() -> Work:
         plan = load(path)
-        for note in plan.notes:
-            print(f"dataflex: note: {note}", file=sys.stderr)
+        say(plan.notes)  # loading the data takes a while
         plan, tokens = _with_domains(plan)
         rng = np.random.default_rng(plan.sampling.seed)
         mixtures = sample_mixtures(tokens, plan.sampling.count, rng, plan.sampling.drawing(tokens), distinct=True)
-        if dry_run:
+
+        def table() -> list[Table]:
             experiment = _experiment(plan, mixtures)
-            print_tables([plan_table(experiment, {run: state_of(run, experiment) for run in experiment.runs})])
-            return 0
-        lock = locked(plan.output)
-        try:
+            return [plan_table(experiment, {run: state_of(run, experiment) for run in experiment.runs})]
+
+        def run() -> int:
             plan.proxy.write_model()
             experiment = _experiment(plan, mixtures)
             _train(experiment, jobs, program, at_once)
             _find(plan, experiment, tokens, mixtures)
-        finally:
-            lock.release()
-        return 0
-    except KeyboardInterrupt as stop:
-        return stopping.end(
-            stop,
-            "stopped. Proxies that are complete are kept, and others go on from their checkpoints where they "
-            f"have any: dataflex-cli regmix {path}",
-        )
+            return 0
+
+        return Work(plan.output, table, run)
+
+    kept = "Proxies that are complete are kept, and others go on from their checkpoints where they have any"
+    return carry_out(work, dry_run=dry_run, on_stop=f"stopped. {kept}: dataflex-cli regmix {path}")
 
 
 def load(path: Path) -> Plan:

@@ -32,8 +32,9 @@ from filelock import FileLock
 from scipy import stats
 
 import tiny
-from dataflex.compare import command, experiment, page
-from dataflex.compare.command import compare
+from dataflex.commands import compare as command
+from dataflex.commands.compare import compare
+from dataflex.compare import experiment, page
 from dataflex.compare.experiment import load, merged
 from dataflex.compare.outcome import gather
 from dataflex.compare.page import cost_chart, forest_charts

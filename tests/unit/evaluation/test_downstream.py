@@ -19,8 +19,8 @@ import yaml
 
 import tiny
 from dataflex.cli import main
+from dataflex.commands.evaluate import resolve_target
 from dataflex.errors import ConfigError
-from dataflex.evaluation.command import resolve_target
 from dataflex.evaluation.results import Metric, SubjectResult, chance_note, mean_metric, mean_of_subjects
 from dataflex.evaluation.tasks import TaskSettings, load_task, read_settings, task_problems
 
@@ -325,7 +325,7 @@ def test_tasks_of_the_harness(evaluated: Evaluated, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(harness, "TaskManager", lambda: TaskManager(include_path=str(tmp_path), include_defaults=False))
     model = str(evaluated.folder / "model")
     found, single = downstream.evaluate_tasks(
-        model, evaluated.run, read_settings(["local", "local_one"]), tmp_path / "out", device="cpu"
+        model, evaluated.run, read_settings(["local", "local_one"]), tmp_path / "out", downstream.Asking(device="cpu")
     )
     text = evaluated.results["text"]
     assert found.metrics["acc"].value == pytest.approx(text["metrics"]["acc"]["value"])
@@ -342,7 +342,7 @@ def test_tasks_of_the_harness(evaluated: Evaluated, tmp_path: Path, monkeypatch:
 def test_the_chat_template(evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Examples become turns; a template without a place for the description is told."""
     from dataflex.evaluation import harness
-    from dataflex.evaluation.downstream import evaluate_tasks
+    from dataflex.evaluation.downstream import Asking, evaluate_tasks
 
     model = tmp_path / "model"
     shutil.copytree(evaluated.folder / "model", model)
@@ -361,7 +361,7 @@ def test_the_chat_template(evaluated: Evaluated, tmp_path: Path, monkeypatch: py
         return score(self, requests, disable_tqdm)
 
     monkeypatch.setattr(harness.Model, "loglikelihood", note)
-    (result,) = evaluate_tasks(str(model), None, tasks, tmp_path, device="cpu", apply_chat_template=True)
+    (result,) = evaluate_tasks(str(model), None, tasks, tmp_path, Asking(device="cpu", apply_chat_template=True))
     expected = []
     for row in _read(evaluated.folder / "choice.jsonl"):
         plain = _letters_prompt(evaluated, row).split("\n\n", 1)[1]
@@ -677,7 +677,7 @@ def test_what_shows_with_the_model(
 def test_settings_need_neither_torch_nor_the_harness(tmp_path: Path) -> None:
     _write(tmp_path / "t.jsonl", [GOOD])
     code = (
-        "import sys, dataflex.evaluation.command; from dataflex.evaluation.tasks import *;"
+        "import sys, dataflex.commands.evaluate; from dataflex.evaluation.tasks import *;"
         f"print([task_problems(each) for each in read_settings([{str(tmp_path / 't.jsonl')!r}])],"
         "{'torch', 'lm_eval', 'transformers', 'datasets'} & set(sys.modules))"
     )

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dataflex import assets
 from dataflex.errors import ConfigError, Problem, did_you_mean
-from dataflex.evaluation.downstream import evaluate_tasks
+from dataflex.evaluation.downstream import Asking, evaluate_tasks
 from dataflex.evaluation.results import result_tables
 from dataflex.evaluation.tasks import read_settings, task_problems
 from dataflex.record.configuration import read_configuration
-from dataflex.report.tables import to_text
+from dataflex.report.tables import print_tables
 
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _WEIGHTS = (
@@ -124,32 +123,27 @@ def _checkpoints_in(folder: Path) -> str:
     return f"; its last checkpoint is {folder / f'checkpoint-{numbers[-1]}'}" if numbers else ""
 
 
-def evaluate(
-    named: str,
-    tasks: list[str],
-    *,
-    adapter: Path | None,
-    output: Path | None,
-    changes: dict[str, Any],
-    batch_size: int,
-    device: str | None,
-    dtype: str,
-    apply_chat_template: bool,
-    seed: int,
-) -> Path:
-    """Evaluate, print the tables, and return the folder the results are in.
+@dataclass(frozen=True)
+class Request:
+    """What is evaluated, on what, and where the results go.
 
-    Args:
+    Attributes:
         named: run folder, model folder, ``asset:NAME`` or hub name.
-        tasks: as `dataflex.evaluation.tasks.read_settings` takes them.
+        tasks: as :func:`dataflex.evaluation.tasks.read_settings` takes them.
         adapter: an adapter to put on the model.
         output: folder of the results; none: ``dataflex/tasks`` of the run.
         changes: settings that replace those of every task.
-        batch_size: prompts at once.
-        device: where to run; none: the accelerator if there is one.
-        dtype: of the weights.
-        apply_chat_template: show the questions as the model's chat template has them.
-        seed: of every draw.
+    """
+
+    named: str
+    tasks: list[str]
+    adapter: Path | None
+    output: Path | None
+    changes: dict[str, Any]
+
+
+def evaluate(request: Request, asking: Asking) -> Path:
+    """Evaluate, print the tables, and return the folder the results are in.
 
     Raises:
         ConfigError: for whatever is wrong with the arguments, the tasks or the model.
@@ -157,34 +151,21 @@ def evaluate(
     problems: list[Problem] = []
     settings = []
     try:
-        settings = read_settings(tasks, changes)
+        settings = read_settings(request.tasks, request.changes)
         problems += [problem for each in settings for problem in task_problems(each)]
     except ConfigError as error:
         problems += error.problems
-    target = None
+    target, output = None, request.output
     try:
-        target = resolve_target(named, adapter)
+        target = resolve_target(request.named, request.adapter)
         if output is None and target.run is not None:
             output = target.run / "dataflex" / "tasks"
         if output is None:
-            problems.append(Problem("--output", f"needed, the folder for the results: {named} is not a run folder."))
+            missing = f"needed, the folder for the results: {request.named} is not a run folder."
+            problems.append(Problem("--output", missing))
     except ConfigError as error:
         problems += error.problems
-    if problems:
+    if problems or target is None or output is None:
         raise ConfigError(problems=problems, source="eval")
-    assert target is not None
-    assert output is not None
-    results = evaluate_tasks(
-        target.model,
-        target.adapter,
-        settings,
-        output,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        apply_chat_template=apply_chat_template,
-        seed=seed,
-    )
-    width = shutil.get_terminal_size(fallback=(120, 24)).columns
-    print("\n".join(to_text(table, width) for table in result_tables(results)))
+    print_tables(result_tables(evaluate_tasks(target.model, target.adapter, settings, output, asking)))
     return output

@@ -1,0 +1,109 @@
+"""``dataflex-cli train`` and ``check``: one configuration, checked, and trained in one process or several."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from dataflex.config import checks
+from dataflex.config.checks.plan import planned
+from dataflex.config.checks.values import truthy
+from dataflex.config.loading import RunConfig, parse_config
+from dataflex.config.processes import is_worker
+from dataflex.config.yaml_file import read_yaml
+from dataflex.errors import ConfigError
+from dataflex.trainer import resume, stopping
+
+
+def checked_config(path: Path, overrides: list[str], *, offline: bool = False) -> RunConfig:
+    """Return the configuration of a file with its overrides.
+
+    Args:
+        path: the YAML or JSON file.
+        overrides: ``key=value`` texts.
+        offline: whether it is only to score.
+
+    Raises:
+        ConfigError: with every problem together.
+    """
+    raw = read_yaml(path, overrides)
+    config, problems = parse_config(raw, str(path), path.resolve().parent)
+    config = replace(config, offline=offline)
+    problems += checks.problems_of(config)
+    if not problems:
+        problems += resume.problems_of(config)
+    if problems:
+        raise ConfigError(problems=problems, source=str(path))
+    return config
+
+
+def print_notes(config: RunConfig) -> None:
+    """Print what the user should know of a configuration, beside its problems."""
+    for note in (*config.notes, *resume.notes(config)):
+        print(f"dataflex: note: {note}", file=sys.stderr)
+
+
+def check(path: Path, overrides: list[str]) -> None:
+    """Check a configuration, and print the plan of its run.
+
+    Raises:
+        ConfigError: with every problem together.
+    """
+    from dataflex.integrations.llamafactory import parsing
+
+    config = checked_config(path, overrides)
+    notes = parsing.dry_run(config)  # last: it imports torch and LLaMA-Factory, which takes most of the time
+    print_notes(replace(config, notes=(*config.notes, *notes)))
+    for line in resume.told(config):
+        print(f"dataflex: note: {line}", file=sys.stderr)
+    acting = ", ".join(f"{key}: {cls.name}" for key, (cls, _) in config.params.items())
+    print(f"{path}: no problems ({acting or 'plain LLaMA-Factory'})")
+    if truthy(config, "do_train"):
+        plan = planned(config)
+        print("\n".join(["plan:", *plan.lines()]))
+        for note in plan.notes():
+            print(f"dataflex: note: {note}", file=sys.stderr)
+
+
+def train(path: Path, overrides: list[str]) -> int:
+    """Train a configuration, in as many processes as LLaMA-Factory's launcher would start, and return the exit status.
+
+    Raises:
+        ConfigError: for what the user can mend.
+    """
+    from dataflex.integrations.llamafactory import launch
+
+    config = checked_config(path, overrides).with_assets()
+    if is_worker():
+        return _train_here(config)
+    print_notes(config)
+    try:
+        many = launch.wants_many()
+        status = launch.run_many(["train", str(path), *overrides]) if many else _train_here(config)
+    except KeyboardInterrupt as stop:
+        return stopping.end(stop, stopping.of_training(config))
+    if status == 0:
+        _print_next(config)
+    return status
+
+
+def _train_here(config: RunConfig) -> int:
+    from dataflex.integrations.llamafactory.run import run
+
+    run(config)
+    return 0
+
+
+def _print_next(config: RunConfig) -> None:
+    """Say what can be looked at of a training that has ended, where its record is on this machine."""
+    output = Path(str(config.llamafactory.get("output_dir")))
+    trained = config.dataflex is not None and config.llamafactory.get("do_train")
+    if not trained or not (output / "dataflex" / "summary.json").is_file():
+        return
+    folder = shlex.quote(str(output))
+    print(f"dataflex: what it did, on one page: dataflex-cli report {folder}")
+    if (output / "dataflex" / "rounds.jsonl").is_file():
+        top = " --top 5" if "select" in config.families else ""
+        print(f"dataflex: which samples, and why: dataflex-cli explain {folder}{top}")
