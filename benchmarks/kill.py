@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ import tiny
 from dataflex.config.loading import split_config
 from dataflex.integrations.llamafactory.run import run
 from dataflex.record.checkpoint import checkpoints, problem_of
+from dataflex.record.reader import read_run
+from dataflex.record.schema import Cost
 
 STEPS = 60
 
@@ -117,17 +120,14 @@ def state(output: Path) -> str:
 
 def outcome(output: Path) -> dict[str, Any]:
     """Return what must be equal."""
-    record = output / "dataflex"
-    lines = {
-        name: [json.loads(line) for line in (record / name).read_text().splitlines()]
-        for name in ("rounds.jsonl", "evaluations.jsonl")
-    }
+    record = read_run(output)
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return {
         "weights": hashlib.sha256((output / "adapter_model.safetensors").read_bytes()).hexdigest(),
         "losses": [(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
-        "rounds": [{key: value for key, value in line.items() if key != "cost"} for line in lines["rounds.jsonl"]],
-        "evaluations": [(line["step"], line["tokens"], line["domains"]) for line in lines["evaluations.jsonl"]],
+        "rounds": [replace(each, cost=Cost()) for each in record.rounds],
+        "plans": [record.plan(each.round).to_pydict() for each in record.rounds],
+        "evaluations": [(each.step, each.tokens, each.domains) for each in record.evaluations],
         "checkpoints": [path.name for path in output.glob("*checkpoint-*")],
     }
 

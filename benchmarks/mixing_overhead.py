@@ -33,6 +33,8 @@ from mixing import BLOCK, VOCABULARY, write_model
 from overhead import WARMUP_STEPS, machine
 from transformers import TrainerCallback
 
+from dataflex.record.reader import read_run
+
 DOMAINS = tuple(f"part{number}" for number in range(7))
 UPDATE_STEPS = 5
 GOALS = {
@@ -120,8 +122,7 @@ def measure(folder: Path, names: list[str], batch: int, steps: int, repeats: int
             clock, output = train(folder, f"{name}-{repeat}", mixers[name], batch, steps, name == names[1])
             seconds[name].append(clock.steps)
             if mixers[name] is not None:
-                rounds = (output / "dataflex" / "rounds.jsonl").read_text().splitlines()
-                decisions[name] += [json.loads(line)["cost"]["seconds"] for line in rounds[1:]]
+                decisions[name] += [each.cost.seconds for each in read_run(output).rounds[1:]]
     found: dict[str, Any] = {}
     for name in names:
         all_steps = [step for run in seconds[name] for step in run]

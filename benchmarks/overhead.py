@@ -197,7 +197,7 @@ def one_plan(name: str) -> dict[str, float]:
     from dataflex.config.loading import split_config
     from dataflex.data.pool import Pool
     from dataflex.planning.planner import Planner
-    from dataflex.probe.cost import Cost
+    from dataflex.record.schema import Cost
     from dataflex.record.writer import RunWriter
 
     section, size, count = PLAN_CASES[name]
@@ -225,7 +225,9 @@ def one_plan(name: str) -> dict[str, float]:
     if size <= 10**7:
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            RunWriter(Path(folder)).round(plan, pool, {}, Cost())
+            writer = RunWriter(Path(folder))
+            writer.begin({}, None, domains=dict(zip(pool.domains, pool.domain_sizes.tolist(), strict=True)))
+            writer.round(plan, pool, Cost())
         found["record_seconds"] = time.perf_counter() - began
     return found
 

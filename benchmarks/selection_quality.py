@@ -25,6 +25,7 @@ from overhead import machine
 from scipy import stats
 
 from dataflex import assets
+from dataflex.record.reader import read_run
 
 KINDS = {
     "mathematics": "gsm8k_train.jsonl",
@@ -149,14 +150,13 @@ def one_run(
         with (folder / "log.txt").open("w") as log:
             command = [sys.executable, "-m", "dataflex", "train", str(folder / "run.yaml")]
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-    rounds = [json.loads(line) for line in (folder / "dataflex" / "rounds.jsonl").read_text().splitlines()]
-    chosen = [line for line in rounds if not line.get("warmup")]
-    total = sum(line["size"] for line in chosen)
+    chosen = [each for each in read_run(folder).rounds if not each.warmup]
+    total = sum(each.size for each in chosen)
     run_summary = json.loads((folder / "dataflex" / "summary.json").read_text())
     return {
         "method": method,
         "held_out_loss": json.loads((folder / "eval_results.json").read_text())["eval_loss"],
-        "mathematics_selected": sum(line["domains"]["mathematics"] for line in chosen) / total,
+        "mathematics_selected": sum(each.domains["mathematics"] for each in chosen) / total,
         "mathematics_in_pool": 1 / len(KINDS),
         "scored": sum(line["cost"]["samples"] for line in chosen),
         **{key: run_summary[key] for key in ("train_seconds", "decision_seconds", "overhead_fraction", "tokens")},

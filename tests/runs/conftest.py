@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import tiny
+from records import round_lines
 
 HERE = Path(__file__).parent
 
@@ -73,9 +74,8 @@ class Workshop:
         return result
 
     def rounds(self, name: str) -> list[dict[str, Any]]:
-        """Return a run's round lines."""
-        lines = (self.root / name / "dataflex" / "rounds.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        """Return what is on record of each round of a run."""
+        return round_lines(self.root / name)
 
     def plan_digests(self, name: str) -> list[str]:
         """Return the digests of a run's plans in order."""

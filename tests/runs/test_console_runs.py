@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 import tiny
+from records import plan_table, round_lines
 
 pytestmark = pytest.mark.launch
 
@@ -140,8 +141,7 @@ def test_after_ctrl_c_the_same_command_goes_on(folder: Path, outcomes: dict[str,
     assert error.splitlines()[-1] == "dataflex: stopped; the same command goes on from step 4."
     status, _, error = outcomes["goes on"]
     assert status == 0, error
-    lines = (folder / "out" / "one" / "dataflex" / "rounds.jsonl").read_text().splitlines()
-    assert [json.loads(line)["round"] for line in lines] == [0, 1, 2]
+    assert [line["round"] for line in round_lines(folder / "out" / "one")] == [0, 1, 2]
 
 
 def test_after_ctrl_c_many_processes_say_one_line(folder: Path, outcomes: dict[str, list[Any]]) -> None:
@@ -194,7 +194,7 @@ def test_the_terminal_is_short_and_the_log_is_whole(folder: Path, outcomes: dict
     shape = r"round (\d) ?(\(warm-up\))?, steps (\d)-(\d): (\d+) of 80: alpha (\d+), beta (\d+); \d+\.\d s"
     found = [re.fullmatch(shape, line) for line in rounds]
     assert all(found), rounds
-    record = [json.loads(line) for line in (folder / "out" / "two" / "dataflex" / "rounds.jsonl").open()]
+    record = round_lines(folder / "out" / "two")
     assert [(int(match[1]), int(match[3]), int(match[4]), int(match[6])) for match in found if match] == [
         (line["round"], line["start_step"] + 1, line["start_step"] + line["steps"], line["domains"]["alpha"])
         for line in record
@@ -238,7 +238,7 @@ def test_an_error_in_the_middle_of_a_run_begins_a_line(outcomes: dict[str, list[
 
 
 def planned(run: Path, number: int) -> Any:
-    return pq.read_table(run / "dataflex" / "plans" / f"round-{number:05d}.parquet").to_pandas()
+    return plan_table(run, number).to_pandas()
 
 
 def test_plans_and_explain_name_the_row(folder: Path, outcomes: dict[str, list[Any]]) -> None:

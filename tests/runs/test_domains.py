@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import tiny
+from records import round_lines
 
 HERE = Path(__file__).parent
 TOPICS = {"zebra": 37, "ant": 130, "bee hive": 29}
@@ -201,7 +202,7 @@ def test_domains_of_several_data_sets_and_of_numbers(found: dict[str, Any]) -> N
 
 
 def rounds(root: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (root / name / "dataflex" / "rounds.jsonl").read_text().splitlines()]
+    return round_lines(root / name)
 
 
 def test_a_mixer_mixes_the_values(found: dict[str, Any], root: Path) -> None:
@@ -235,9 +236,9 @@ def test_capped_domains_are_on_record(found: dict[str, Any], root: Path) -> None
     made = rounds(root, "capped")
     assert made[-1]["epochs"]["bee hive"] == 1
     assert all(count <= 1 for count in made[-1]["epochs"].values())
-    cut = [line for line in made if "capped" in line]
+    cut = [line for line in made if line["clipped_shares"]]
     assert cut
-    assert cut[0]["capped"] == {"bee hive": pytest.approx(1 / 3)}
+    assert cut[0]["clipped_shares"] == {"bee hive": pytest.approx(1 / 3)}
     assert made[-1]["proportions"]["bee hive"] == 0
 
 

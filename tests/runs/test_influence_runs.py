@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 import tiny
+from records import plan_table
 
 pytestmark = [
     pytest.mark.launch,
@@ -165,7 +165,7 @@ def plans(runs: Any, name: str) -> list[dict[int, float]]:
     found = []
     for line in runs.rounds(name):
         if not line.get("warmup"):
-            table = pq.read_table(runs.root / name / "dataflex" / "plans" / f"round-{line['round']:05d}.parquet")
+            table = plan_table(runs.root / name, line["round"])
             found.append(dict(zip(table["index"].to_pylist(), table["score"].to_pylist(), strict=True)))
     return found
 

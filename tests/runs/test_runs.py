@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import tiny
+from records import plan_table, round_lines
 
 pytestmark = pytest.mark.launch
 
@@ -318,8 +319,7 @@ def test_rounds_train_exactly_their_plans(runs: Any, accumulation: int, workers:
     global_batch = 2 * accumulation * processes
     batches = trained(runs, name, processes)
     for line in runs.rounds(name):
-        table = pq.read_table(runs.root / name / "dataflex" / "plans" / f"round-{line['round']:05d}.parquet")
-        planned = table.column("index").to_pylist()
+        planned = plan_table(runs.root / name, line["round"]).column("index").to_pylist()
         assert len(planned) == line["size"] == line["steps"] * global_batch
         steps = range(line["start_step"], line["start_step"] + line["steps"])
         assert [index for step, indices in batches if step in steps for index in indices] == planned
@@ -417,8 +417,7 @@ def test_length_grouping_stays_inside_a_plan(runs: Any) -> None:
 
 
 def plan_of(runs: Any, name: str, number: int) -> list[int]:
-    table = pq.read_table(runs.root / name / "dataflex" / "plans" / f"round-{number:05d}.parquet")
-    return table.column("index").to_pylist()
+    return plan_table(runs.root / name, number).column("index").to_pylist()
 
 
 def test_a_fraction_is_held_out_of_every_data_set(runs: Any) -> None:
@@ -555,7 +554,7 @@ def test_other_settings_at_a_resume_do_what_the_record_says(runs: Any) -> None:
         "checkpoint-2", "checkpoint-4", "checkpoint-5", "checkpoint-9",
     ]  # fmt: skip
     lines = map(json.loads, (runs.root / "changes" / "dataflex" / "changes.jsonl").read_text().splitlines())
-    found = {line["key"]: (line["from"], line["to"], line["step"], line["effect"]) for line in lines}
+    found = {line["key"]: (line["before"], line["now"], line["step"], line["effect"]) for line in lines}
     here, none = "from this step on", "none, the earlier value stays"
     assert found == {
         "learning_rate": (0.01, 0.5, 4, none),
@@ -669,7 +668,7 @@ def test_a_newcomers_component_survives_a_kill_on_two_processes(runs: Any, newco
 
     output = finish(start(newcomer))
     assert f"{torn} is not used" in output
-    lines = [json.loads(line) for line in (cut / "dataflex" / "rounds.jsonl").read_text().splitlines()]
+    lines = round_lines(cut)
     assert [line["round"] for line in lines] == list(range(10))
     assert [line["plan_sha256"] for line in lines] == runs.plan_digests("newcomer")
     weights = [(run / "adapter_model.safetensors").read_bytes() for run in (runs.root / "newcomer", cut)]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dataflex.api.component import Component
@@ -22,6 +25,7 @@ from dataflex.data.rng import derive_rng
 from dataflex.data.sampling import IndexArray, PassSampler
 from dataflex.planning.planner import Plan, Planner
 from dataflex.record.checkpoint import STATE_VERSION, mark_complete, write_state
+from dataflex.record.writer import RunWriter
 
 
 class FakeDataset:
@@ -138,6 +142,52 @@ def make_planner(
     arrangement = given.pop("arrangement", "shuffle")
     schedule = Schedule(warmup, steps, -1, warmup + steps * rounds)
     return Planner(pool, in_chains(given), schedule, seed=seed, global_batch_size=batch, arrangement=arrangement)
+
+
+def raw_plans(run: Path) -> list[pa.Table]:
+    """Return the plan of each round of a record, by round, as a reader of Arrow files sees them."""
+    files = sorted((run / "dataflex" / "plans").glob("*.arrows"))
+    table = pa.concat_tables([pa.ipc.open_stream(file.read_bytes()).read_all() for file in files])
+    numbers = table.column("round").to_numpy()
+    return [table.filter(pa.array(numbers == number)) for number in np.unique(numbers)]
+
+
+def as_version_1(run: Path) -> Path:
+    """Rewrite a record as the first version had it: lines with all names, and a Parquet file for each plan."""
+    folder = run / "dataflex"
+    header = json.loads((folder / "record.json").read_text())
+    (methods,) = header["methods"]
+    lines = []
+    for text in (folder / "rounds.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        del line["plan"]
+        for key in ("domains", "proportions", "epochs", "candidates"):
+            if isinstance(line.get(key), list):
+                line[key] = {k: v for k, v in zip(header["domains"], line[key], strict=True) if v is not None}
+        line["pool"] = header["domains"]
+        acting = {} if line.get("warmup") else methods["methods"]
+        line["components"] = {key: name for key, name in acting.items() if key not in line.get("undecided", {})}
+        if "clipped_shares" in line:
+            line["capped"] = line.pop("clipped_shares")
+        lines.append(json.dumps(line) + "\n")
+    for table in raw_plans(run):
+        number, empty = table.column("round")[0].as_py(), [n for n in table.column_names if table.column(n).null_count]
+        absent = [name for name in empty if table.column(name).null_count == table.num_rows]
+        pq.write_table(table.drop_columns(["round", *absent]), folder / "plans" / f"round-{number:05d}.parquet")
+    for file in (folder / "record.json", *(folder / "plans").glob("*.arrows")):
+        file.unlink()
+    (folder / "rounds.jsonl").write_text("".join(lines))
+    return run
+
+
+def begin_record(
+    output: Path, pool: Pool, methods: dict[str, str] | None = None, configuration: dict[str, Any] | None = None
+) -> RunWriter:
+    """Return the writer of a new run's record, which rounds of ``pool`` can be written to."""
+    writer = RunWriter(output)
+    domains = dict(zip(pool.domains, pool.domain_sizes.tolist(), strict=True))
+    writer.begin(configuration or {"dataflex": {}}, None, domains=domains, methods=methods)
+    return writer
 
 
 def plans(planner: Planner, count: int, probe: Any = None, first: int = 0) -> list[Plan]:

@@ -16,8 +16,8 @@ from dataflex.config.loading import RunConfig
 from dataflex.errors import ConfigError
 from dataflex.explain.samples import Part, Texts, load_texts
 from dataflex.explain.text import lines_of, ranges
-from dataflex.record.files import read_column, read_labels
-from dataflex.record.reader import Round, RunRecord, read_run
+from dataflex.record.reader import RunRecord, read_run
+from dataflex.record.schema import Round
 
 _EXPLAINED = 3
 """Samples found by their text that are explained."""
@@ -193,13 +193,12 @@ class Record:
 
     def placements(self, each: Round, positions: Sequence[int] | NDArray[np.int64]) -> list[Placement]:
         """Return what the plan of a round says at some positions."""
-        path = self.run.plan_path(each.round)
-        indices = self.run.plan_indices(each.round)
-        scores, ranks = read_column(path, "score"), read_column(path, "rank")
-        rows = read_column(path, "row")
-        ids, names = read_labels(path, "domain")
+        plans = self.run.plans
+        indices = plans.indices(each)
+        scores, ranks, rows = (plans.numbers(each, name) for name in ("score", "rank", "row"))
+        ids, names = plans.labels(each)
         if not indices.size == each.size == ids.size:
-            raise ConfigError(f"{path} has {indices.size} samples, rounds.jsonl says {each.size}.")
+            raise ConfigError(f"{plans.where(each)} has {indices.size} samples, rounds.jsonl says {each.size}.")
         found, reached = [], self.trained_rows(each)
         for position in map(int, positions):
             domain = names[ids[position]]
@@ -294,7 +293,7 @@ def samples(record: Record, indices: Sequence[int], texts: Texts | None) -> list
     wanted = np.unique(np.asarray(indices, dtype=np.int64))
     placed: dict[int, list[Placement]] = {int(index): [] for index in wanted}
     for each in record.run.rounds if wanted.size else ():
-        positions = np.flatnonzero(np.isin(record.run.plan_indices(each.round), wanted))
+        positions = np.flatnonzero(np.isin(record.run.plans.indices(each), wanted))
         if positions.size:
             for place in record.placements(each, positions):
                 placed[place.index].append(place)
@@ -336,9 +335,9 @@ def round_number(record: Record, number: int | None) -> int:
 def top_of_round(record: Record, number: int, count: int, texts: Texts | None) -> dict[str, Any]:
     """Return the best samples of a round's plan: by rank, else by score, else the first in training order."""
     each = record.rounds[number]
-    path = record.run.plan_path(number)
-    size = record.run.plan_indices(number).size
-    ranks, scores = read_column(path, "rank"), read_column(path, "score")
+    plans = record.run.plans
+    size = plans.indices(each).size
+    ranks, scores = plans.numbers(each, "rank"), plans.numbers(each, "score")
     if ranks is not None and not np.isnan(ranks).all():
         by, keys = "rank", ranks
     elif scores is not None and not np.isnan(scores).all():
@@ -358,7 +357,7 @@ def overview(record: Record, texts: Texts | None) -> dict[str, Any]:
     """Return how often samples were planned, domain by domain, reading one plan at a time."""
     counts = np.zeros(int(record.offsets[-1]), dtype=np.int32)
     for each in record.run.rounds:
-        indices, times = np.unique(record.run.plan_indices(each.round), return_counts=True)
+        indices, times = np.unique(record.run.plans.indices(each), return_counts=True)
         if indices.size and indices[-1] >= counts.size:
             if record.pool:
                 raise ConfigError(
@@ -402,7 +401,7 @@ def _rows_on_record(record: Record, indices: NDArray[np.int64]) -> dict[int, int
     """Return the rows of some samples, as far as a plan that has them says it, reading no more plans than need be."""
     found: dict[int, int] = {}
     for each in record.run.rounds:
-        planned, rows = record.run.plan_indices(each.round), read_column(record.run.plan_path(each.round), "row")
+        planned, rows = record.run.plans.indices(each), record.run.plans.numbers(each, "row")
         if rows is None or len(found) == indices.size:
             break
         here = np.isin(planned, indices) & np.isfinite(rows)

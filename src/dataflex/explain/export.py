@@ -13,8 +13,7 @@ from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError
 from dataflex.explain.explain import Record, round_number
 from dataflex.explain.samples import load_texts
-from dataflex.record.files import read_column
-from dataflex.record.reader import Round
+from dataflex.record.schema import Round
 from dataflex.record.selected import row_column, write_selected
 
 TABLE = "selected.parquet"
@@ -64,12 +63,13 @@ def _table(record: Record, rounds: list[Round], pool: Pool) -> pa.Table:
     scores: NDArray[np.float64] = np.full(pool.size, np.nan)
     ranks: NDArray[np.float64] = np.full(pool.size, np.nan)
     for each in rounds:
-        path, indices = record.run.plan_path(each.round), record.run.plan_indices(each.round)
+        plans = record.run.plans
+        indices = plans.indices(each)
         np.add.at(times, indices, 1)
         np.add.at(trained, indices[: record.trained_rows(each)], 1)
         first[indices] = np.where(first[indices] < 0, each.round, first[indices])
         last[indices] = each.round
-        score, rank = read_column(path, "score"), read_column(path, "rank")
+        score, rank = plans.numbers(each, "score"), plans.numbers(each, "rank")
         if score is not None:
             known = np.isfinite(score)
             scores[indices[known]] = score[known]

@@ -33,9 +33,9 @@ def lines_of(found: dict[str, Any], full: bool) -> list[str]:
         told = f"Not on record here: {ranges(missing)}, of the run that this one goes on from."
         lines += textwrap.wrap(told, _width())
     for change in run["changes"]:
-        if change.get("effect", "").startswith("from"):
-            told = f"From step {change['step'] + 1} on: {change['key']} is {_value(change['to'])}, was "
-            lines += textwrap.wrap(f"{told}{_value(change['from'])}.", _width())
+        if change.holds:
+            told = f"From step {change.step + 1} on: {change.key} is {_value(change.now)}, was "
+            lines += textwrap.wrap(f"{told}{_value(change.before)}.", _width())
     if found["no_text"] not in (None, "not asked for"):
         lines.append(f"Without texts: {found['no_text']}")
     if "matches" in found:

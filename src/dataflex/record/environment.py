@@ -25,6 +25,7 @@ from dataflex.record.configuration import FILE as CONFIGURATION
 from dataflex.record.configuration import PLUGINS, Recorded
 from dataflex.record.files import json_lines, read_object
 from dataflex.record.identity import now
+from dataflex.record.schema import CHANGES, Change, from_json
 from dataflex.record.versions import installed_versions
 
 FILE = "environment.json"
@@ -225,7 +226,8 @@ def repeated_start(config: RunConfig) -> dict[str, Any] | None:
     if file is None or file.name != CONFIGURATION or not (file.parent / FILE).is_file():
         return None
     found = (read_object(file.parent / FILE) or {}).get("starts") or [{}]
-    changed = [where for where, line in json_lines(file.parent / "changes.jsonl") if "none" not in line["effect"]]
+    lines = [from_json(Change, value, where) for where, value in json_lines(file.parent / CHANGES)]
+    changed = [line for line in lines if line.holds]
     return {**found[-1], "changed": len(changed)}
 
 

@@ -8,20 +8,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, TypeAdapter, ValidationError
 
 from dataflex.errors import ConfigError
 from dataflex.record.configuration import read_configuration
 from dataflex.record.environment import starts
-from dataflex.record.files import json_lines, read_column, read_labels, read_object
+from dataflex.record.files import json_lines, read_object
+from dataflex.record.identity import FOLDER
 from dataflex.record.loss_weights import LossWeights, read_loss_weights
+from dataflex.record.plans import PlanReader
+from dataflex.record.schema import (
+    CHANGES,
+    DOMAIN_WEIGHTS,
+    EVALUATIONS,
+    HEADER,
+    LOSS_WEIGHTS,
+    PLANS,
+    ROUNDS,
+    SUMMARY,
+    TASKS,
+    VERSION,
+    Change,
+    DomainWeights,
+    Evaluation,
+    Header,
+    Round,
+    Summary,
+    Task,
+    from_json,
+)
 from dataflex.record.trainer_log import (
     Curve,
     curves,
@@ -33,182 +54,13 @@ from dataflex.record.trainer_log import (
     train_seconds_at,
 )
 
-LOSS_WEIGHTS = "loss_weights.csv"
-"""The weights of the domains in the loss of each step."""
-
-FAMILIES = ("select", "mix", "order", "weight")
-"""The kinds of decision, in the order in which a round makes them."""
+if TYPE_CHECKING:
+    import pyarrow
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Cost:
-    """What the decision of a round cost."""
-
-    seconds: NonNegativeFloat = 0.0
-    samples: NonNegativeInt = 0
-    tokens: NonNegativeInt = 0
-
-
-@dataclass(frozen=True)
-class Round:
-    """One line of ``rounds.jsonl``."""
-
-    round: NonNegativeInt
-    start_step: NonNegativeInt
-    steps: NonNegativeInt
-    size: NonNegativeInt
-    """Samples in the plan."""
-    domains: dict[str, NonNegativeInt]
-    """Samples of each domain in the plan."""
-    plan_sha256: str = ""
-    proportions: dict[str, float] = field(default_factory=dict)
-    """Share of each domain in force; where domains are :attr:`capped`, no longer what was wanted."""
-    components: dict[str, str | None] = field(default_factory=dict)
-    """Method of each family that acted."""
-    undecided: dict[str, str] = field(default_factory=dict)
-    """Why the method of a family decided nothing."""
-    not_chosen: dict[str, str] = field(default_factory=dict)
-    """Why the selector chose nothing from ``pool`` or, with a mixer, a domain."""
-    cost: Cost = field(default_factory=Cost)
-    warmup: bool = False
-    pool: dict[str, NonNegativeInt] = field(default_factory=dict)
-    """Samples of each domain in the pool; empty where an older record does not say."""
-    candidates: dict[str, NonNegativeInt] = field(default_factory=dict)
-    """How many samples were ranked in each group: ``pool``, or the domains where a mixer decides."""
-    epochs: dict[str, float] = field(default_factory=dict)
-    """Passes over each domain up to and including this round; empty in older records."""
-    capped: dict[str, float] = field(default_factory=dict)
-    """The share wanted of each domain that ``max_epochs_per_domain`` gave less."""
-
-    @cached_property
-    def shares(self) -> dict[str, float]:
-        """Share of each domain in the plan, by count."""
-        total = sum(self.domains.values())
-        return {name: count / total for name, count in self.domains.items()} if total else {}
-
-
-def _nan_of_null(value: Any) -> Any:
-    return math.nan if value is None else value
-
-
-Measured = Annotated[float, BeforeValidator(_nan_of_null)]
-"""A number that is null in a file where it is not finite, and NaN here."""
-
-
-@dataclass(frozen=True)
-class Measures:
-    """How well a text is predicted; NaN where none of its tokens counts."""
-
-    loss: Measured
-    """Nats per token."""
-    perplexity: Measured
-    bits_per_byte: float | None
-    """None where the text has no bytes."""
-
-
-@dataclass(frozen=True)
-class DomainMeasures(Measures):
-    """The same for one evaluation set, and how large it is."""
-
-    tokens: NonNegativeInt
-    bytes: NonNegativeInt
-    samples: NonNegativeInt
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One line of ``evaluations.jsonl``; tokens and seconds are those of the run up to then."""
-
-    step: NonNegativeInt
-    tokens: NonNegativeInt
-    train_seconds: NonNegativeFloat
-    decision_seconds: NonNegativeFloat
-    evaluate_seconds: NonNegativeFloat
-    fingerprint: str
-    """Digest of the evaluation data."""
-    domains: dict[str, DomainMeasures]
-    token_weighted: Measures
-    """Over all tokens of all sets together."""
-    unweighted: Measures
-    """Means over the sets."""
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training, decisions and evaluation together."""
-        return self.train_seconds + self.decision_seconds + self.evaluate_seconds
-
-
-@dataclass(frozen=True)
-class Cap:
-    """How a run kept to its ``max_overhead``."""
-
-    max_overhead: float
-    decisions: NonNegativeInt
-    decisions_that_scored: NonNegativeInt
-    scores: NonNegativeInt
-    """Made in all."""
-    kept: bool
-    text: str
-    """The same as a sentence that goes on from "decisions are", and why a cap was missed."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """``summary.json``, written when training ends."""
-
-    train_seconds: NonNegativeFloat
-    decision_seconds: NonNegativeFloat
-    overhead_fraction: NonNegativeFloat
-    rounds: NonNegativeInt
-    tokens: NonNegativeInt
-    steps: NonNegativeInt | None = None
-    """None in older records."""
-    evaluate_seconds: NonNegativeFloat | None = None
-    """None in older records."""
-    evaluation: Evaluation | None = None
-    """The last one; None where none was made, and in older records."""
-    notes: list[str] = field(default_factory=list)
-    """What did not happen in the run although it was asked for."""
-    cap: Cap | None = None
-    """How the run kept to ``max_overhead``; None without one, and in older records."""
-
-
-@dataclass(frozen=True)
-class DomainWeights:
-    """``domain_weights.json``: what a mixer that weighs the domains in the loss found, by domain."""
-
-    method: str
-    steps: NonNegativeInt
-    """Steps whose loss was weighted."""
-    proportions: dict[str, NonNegativeFloat]
-    """Mean weights over these steps."""
-    last: dict[str, NonNegativeFloat]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number of a downstream task."""
-
-    value: float | None
-    """None where it is not a number."""
-    stderr: NonNegativeFloat | None = None
-
-
-@dataclass(frozen=True)
-class Task:
-    """One file of ``tasks``: how the trained model did at a downstream task."""
-
-    task: str
-    form: str
-    samples: NonNegativeInt
-    num_fewshot: NonNegativeInt
-    metrics: dict[str, Metric]
-    chance: float | None = None
-    """What guessing gives, of tasks with choices."""
-    notes: list[str] = field(default_factory=list)
-    """What a reader of the numbers should know."""
+FAMILIES = ("select", "mix", "order", "weight")
+"""The kinds of decision, in the order in which a round makes them."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +97,7 @@ class RunRecord:
     starts: list[dict[str, Any]]
     """The entries of ``environment.json``, the first start first; empty in older records."""
     rounds: list[Round]
-    changes: list[dict[str, Any]]
+    changes: list[Change]
     """The lines of ``changes.jsonl``: what was changed at a resume."""
     summary: Summary | None
     """None while the run is unfinished."""
@@ -381,27 +233,38 @@ class RunRecord:
     @property
     def has_plans(self) -> bool:
         """Whether the plans are kept in the folder."""
-        return bool(self.rounds) and any(self._plans.glob("round-*.parquet"))
+        return bool(self.rounds) and bool(self.plans)
 
-    @property
-    def _plans(self) -> Path:
-        return self.path / "dataflex" / "plans"
+    @cached_property
+    def plans(self) -> PlanReader:
+        """The plans of the rounds."""
+        return PlanReader(self.path / FOLDER / PLANS)
+
+    @cached_property
+    def _by_number(self) -> dict[int, Round]:
+        return {each.round: each for each in self.rounds}
+
+    def round(self, number: int) -> Round:
+        """Return what was decided in round ``number``.
+
+        Raises:
+            ConfigError: if it is not on record.
+        """
+        if number not in self._by_number:
+            raise ConfigError(f"{self.path}: round {number} is not on record.")
+        return self._by_number[number]
+
+    def plan(self, number: int) -> pyarrow.Table:
+        """Return the plan of round ``number``: round, position, index, domain, row, score and rank of each sample."""
+        return self.plans.table(self.round(number))
 
     def plan_indices(self, number: int) -> NDArray[np.int64]:
         """Return the pool indices of round ``number`` in training order, shape (size,)."""
-        path = self.plan_path(number)
-        indices = read_column(path, "index")
-        if indices is None:
-            raise ConfigError(f"{path} has no column 'index'; expected a plan written by a DataFlex run.")
-        if indices.dtype.kind == "f" and indices.size:  # the reader makes a column with nulls one of floats
-            raise ConfigError(f"{path}: column 'index' has fractions or nulls; expected pool indices from 0.")
-        if indices.size and indices.min() < 0:
-            raise ConfigError(f"{path}: column 'index' has {indices.min()}; expected pool indices from 0.")
-        return indices.astype(np.int64, copy=False)
+        return self.plans.indices(self.round(number))
 
     def plan_scores(self, number: int) -> NDArray[np.float32] | None:
-        """Return the scores of round ``number`` that are finite numbers, or None where there is none."""
-        scores = read_column(self.plan_path(number), "score")
+        """Return the scores of round ``number`` that are finite numbers, or None if there is none."""
+        scores = self.plans.numbers(self.round(number), "score")
         if scores is None:
             return None
         finite = scores[np.isfinite(scores)].astype(np.float32, copy=False)
@@ -423,15 +286,15 @@ class RunRecord:
         repeats: Curve = []
         samples = distinct = 0
         for each in self.rounds:
-            indices = self.plan_indices(each.round)
-            domains, names = read_labels(self.plan_path(each.round), "domain")
+            indices = self.plans.indices(each)
+            domains, names = self.plans.labels(each)
             current, first, counts = np.unique(indices, return_index=True, return_counts=True)
             planned = _reaching(planned, current)
             new = planned[current] == 0
             planned[current] += counts.astype(np.int32)
             for name, found in zip(names, np.bincount(domains[first[new]], minlength=len(names)), strict=True):
                 if found and name not in seen:
-                    raise ConfigError(f"{self.plan_path(each.round)}: domain {name!r} is not in rounds.jsonl.")
+                    raise ConfigError(f"{self.plans.where(each)}: domain {name!r} is not in rounds.jsonl.")
                 seen[name] = seen.get(name, 0) + int(found)
             for name, curve in seen_after.items():
                 curve.append((each.round, seen[name]))
@@ -445,24 +308,6 @@ class RunRecord:
         times = np.bincount(planned[planned > 0])
         return Coverage(samples, distinct, overlap, repeats, seen_after, times)
 
-    def plan_path(self, number: int) -> Path:
-        """Return the file of the plan of round ``number``.
-
-        Raises:
-            ConfigError: if it is not there.
-        """
-        path = self._plans / f"round-{number:05d}.parquet"
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing; expected the plan of round {number} of rounds.jsonl.")
-        return path
-
-
-_ROUND = TypeAdapter(Round)
-_SUMMARY = TypeAdapter(Summary)
-_EVALUATION = TypeAdapter(Evaluation)
-_DOMAIN_WEIGHTS = TypeAdapter(DomainWeights)
-_TASK = TypeAdapter(Task)
-
 
 def read_run(path: Path) -> RunRecord:
     """Read the small files of a run folder.
@@ -474,11 +319,13 @@ def read_run(path: Path) -> RunRecord:
         ConfigError: if ``path`` is not such a folder, or a file in it is not what it should be.
     """
     config = read_configuration(path)
-    summary = _read_summary(path / "dataflex" / "summary.json")
+    folder = path / FOLDER
+    header = read_header(folder)
+    summary = _read(Summary, folder / SUMMARY)
     told = summary.steps if summary else None
     log, reached = read_log(path, finished=summary is not None, steps=told)
     steps = reached if told is None else told
-    weights = read_loss_weights(path / "dataflex" / LOSS_WEIGHTS)
+    weights = read_loss_weights(folder / LOSS_WEIGHTS)
     results = path / "all_results.json"
     final = read_object(results) if summary else None  # what an earlier run left was moved when this one began
     return RunRecord(
@@ -486,18 +333,18 @@ def read_run(path: Path) -> RunRecord:
         name=path.resolve().name,
         config=config,
         starts=starts(path),
-        rounds=_read_rounds(path / "dataflex" / "rounds.jsonl"),
-        changes=[value for _, value in json_lines(path / "dataflex" / "changes.jsonl")],
+        rounds=read_rounds(folder, header),
+        changes=[from_json(Change, value, where) for where, value in json_lines(folder / CHANGES)],
         summary=summary,
         steps=steps,
         train_loss=train_curve(log),
         eval_loss=eval_curves(log, final or {}, steps),
-        evaluations=_read_evaluations(path / "dataflex" / "evaluations.jsonl"),
-        tasks=_read_tasks(path / "dataflex" / "tasks"),
+        evaluations=_read_evaluations(folder / EVALUATIONS),
+        tasks=[_read_task(file) for file in sorted((folder / TASKS).glob("*.json"))],
         domain_loss=curves(log, r"dataflex/loss/(.+)"),
         domain_tokens=curves(log, r"dataflex/domain_tokens/(.+)"),
         loss_weights=weights,
-        domain_weights=_read_domain_weights(path / "dataflex" / "domain_weights.json", weights),
+        domain_weights=_read_domain_weights(folder / DOMAIN_WEIGHTS, weights),
         weights=curves(log, r"dataflex/weight_(min|max)"),
         tokens_at=tokens_at(log),
         seconds_at=seconds_at(log),
@@ -505,55 +352,80 @@ def read_run(path: Path) -> RunRecord:
     )
 
 
-def _read_summary(path: Path) -> Summary | None:
-    value = read_object(path)
-    return None if value is None else _build(_SUMMARY, value, path)
+def read_header(folder: Path) -> Header | None:
+    """Return what a record says for all its rounds; None for a record of version 1.
+
+    Args:
+        folder: the record.
+
+    Raises:
+        ConfigError: if it is of a later version, or not readable.
+    """
+    file = folder / HEADER
+    value = read_object(file)
+    if value is None:
+        return None
+    version = value.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise ConfigError(
+            f"{file}: the record is of version {version}, this release of DataFlex reads up to {VERSION}. Read it with "
+            "the release that wrote it, or a later one."
+        )
+    return from_json(Header, value, file)
+
+
+def _read(kind: type[T], file: Path) -> T | None:
+    value = read_object(file)
+    return None if value is None else from_json(kind, value, file)
+
+
+def _read_task(file: Path) -> Task:
+    return from_json(Task, read_object(file) or {}, file)
 
 
 def _read_domain_weights(path: Path, weights: LossWeights | None) -> DomainWeights | None:
-    value = read_object(path)
-    if value is None:
-        return None
-    found = _build(_DOMAIN_WEIGHTS, value, path)
-    if weights and found.proportions.keys() != set(weights.names):
+    found = _read(DomainWeights, path)
+    if found and weights and found.proportions.keys() != set(weights.names):
         raise ConfigError(f"{path}: 'proportions' does not name the domains of {LOSS_WEIGHTS}.")
     return found
 
 
-def _read_rounds(path: Path) -> list[Round]:
-    """Return the rounds by number; a round that was planned again after a resume counts as planned last."""
+def read_rounds(folder: Path, header: Header | None) -> list[Round]:
+    """Return the rounds by number; a round that was planned again after a resume counts as planned last.
+
+    Args:
+        folder: the record.
+        header: of it; None for a record of version 1, whose lines have all of it.
+
+    Raises:
+        ConfigError: if a line is not what it should be.
+    """
     rounds: dict[int, Round] = {}
     pool: dict[str, int] = {}
-    for where, value in json_lines(path):
-        each = _build(_ROUND, value, where)
-        if each.pool == pool:  # kept once: domains may be many, and rounds too
+    for where, value in json_lines(folder / ROUNDS):
+        each = from_json(Round, value, where, header)
+        if header is not None:
+            each = replace(each, pool=header.domains, components=_acting(each, header))
+        elif each.pool == pool:  # kept once: domains may be many, and rounds too
             each = replace(each, pool=pool)
         pool = each.pool
         rounds[each.round] = each
     return [rounds[number] for number in sorted(rounds)]
 
 
+def _acting(each: Round, header: Header) -> dict[str, str | None]:
+    """Return the methods that acted in a round."""
+    methods = {} if each.warmup else header.methods_at(each.round)
+    return {key: name for key, name in methods.items() if key not in each.undecided}
+
+
 def _read_evaluations(path: Path) -> list[Evaluation]:
     """Return the evaluations by step; of several at one step, also after a resume, the last counts."""
     found = {}
     for where, value in json_lines(path):
-        each = _build(_EVALUATION, value, where)
+        each = from_json(Evaluation, value, where)
         found[each.step] = each
     return [found[step] for step in sorted(found)]
-
-
-def _read_tasks(folder: Path) -> list[Task]:
-    files = sorted(folder.glob("*.json"))
-    return [_build(_TASK, read_object(file) or {}, file) for file in files]
-
-
-def _build(kind: TypeAdapter[T], value: dict[str, Any], where: Path | str) -> T:
-    try:
-        return kind.validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{where}: {key!r}: {first['msg']}.") from error
 
 
 def _reaching(planned: NDArray[np.int32], indices: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -3,15 +3,18 @@
     config.yaml                  the configuration with every default filled in, to be run again
     environment.json             versions, processes, command, and digests of data, model and plug-ins of every start
     plugins/                     the plug-in files as they were
+    record.json                  the version of these files, the pool's domains and the methods
     rounds.jsonl                 one line per round
     evaluations.jsonl            one line per evaluation
-    plans/round-NNNNN.parquet    the samples of a round: position, index, domain, score, rank
+    plans/from-round-N.arrows    the samples of round N and the next ones: position, index, domain, row, score, rank
     loss_weights.csv             the domains' weights in the loss of every step, where a mixer weighs the loss
     domain_weights.json          what such a mixer found, at the run's end
     summary.json                 what the run took, at its end
     run.json                     the run's identity, and the run it goes on from if that has another
     changes.jsonl                the settings that were changed at a resume, from which step on
     config-until-step-N.yaml     the configuration up to such a change
+
+:mod:`dataflex.record.schema` says what is in each.
 
 Written by the main process. A resumed run keeps the rounds up to its checkpoint and goes on after them. Results of
 downstream tasks (``tasks``), which another command puts here, are set aside when training begins or goes on: they
@@ -21,40 +24,58 @@ speak of the model as it was.
 from __future__ import annotations
 
 import csv
-import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically
 from dataflex.planning.planner import Plan
-from dataflex.probe.cost import Cost
 from dataflex.record.checkpoint import checkpoints, marked
+from dataflex.record.configuration import FILE as CONFIGURATION
 from dataflex.record.configuration import PLUGINS
 from dataflex.record.environment import FILE as ENVIRONMENT
 from dataflex.record.environment import starts
+from dataflex.record.files import json_lines
 from dataflex.record.identity import FOLDER, new_identity, now, read_identity, write_identity
-from dataflex.record.selected import row_column
+from dataflex.record.plans import PlanWriter, Rows
+from dataflex.record.reader import read_header
+from dataflex.record.schema import (
+    CHANGES,
+    DOMAIN_WEIGHTS,
+    EVALUATIONS,
+    HEADER,
+    LOSS_WEIGHTS,
+    PLANS,
+    ROUNDS,
+    SUMMARY,
+    TASKS,
+    VERSION,
+    Change,
+    Cost,
+    DomainWeights,
+    Evaluation,
+    Header,
+    Round,
+    Summary,
+    from_json,
+    to_json,
+)
 
-LOSS_WEIGHTS = "loss_weights.csv"
 RESULTS = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "predict_results.json")
 """What LLaMA-Factory writes beside the record when a training has ended."""
 
-CHANGES = "changes.jsonl"
-FROM_HERE = "from this step on"
-"""What a line of it says of a change that has an effect."""
+T = TypeVar("T")
+
 _UNTIL = "config-until-step-"
-_TAKEN_ALONG = ("rounds.jsonl", "evaluations.jsonl", LOSS_WEIGHTS, "config.yaml", ENVIRONMENT, CHANGES)
+_TAKEN_ALONG = (HEADER, ROUNDS, EVALUATIONS, LOSS_WEIGHTS, CONFIGURATION, ENVIRONMENT, CHANGES)
 
 
 class RunWriter:
@@ -70,8 +91,11 @@ class RunWriter:
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / FOLDER
         self._starts: list[dict[str, Any]] = []
+        self._header = Header(VERSION)
+        self._plans: PlanWriter | None = None
+        self._rounds: set[int] = set()
         try:
-            (self.folder / "plans").mkdir(parents=True, exist_ok=True)
+            (self.folder / PLANS).mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / ".writable", b"")
             (self.folder / ".writable").unlink()
         except OSError as error:
@@ -83,34 +107,46 @@ class RunWriter:
         kept_rounds: int | None,
         step: int = 0,
         *,
+        domains: Mapping[str, int] | None = None,
+        methods: Mapping[str, str] | None = None,
         plugins: Mapping[str, bytes] | None = None,
         start: dict[str, Any] | None = None,
-    ) -> dict[str, Any] | None:
+    ) -> Evaluation | None:
         """Start or go on with the record, and return the last evaluation on it, if any.
 
         Args:
             configuration: as it is kept.
             kept_rounds: rounds a resumed run keeps; None for a new run.
             step: optimizer steps done, after which a resumed run goes on.
+            domains: samples of each domain in the pool; None if no rounds are planned.
+            methods: of each part of the section, from here on.
             plugins: sources of the plug-in files, by their names in the record.
             start: this start's entry of ``environment.json``.
         """
-        evaluations: list[str] = []
+        evaluations: list[Evaluation] = []
+        rounds: list[Round] = []
         if kept_rounds is not None:
             # What was recorded after the checkpoint is made again, the same.
-            self._keep("rounds.jsonl", "round", kept_rounds - 1)
-            evaluations = self._keep("evaluations.jsonl", "step", step)
+            self._header = read_header(self.folder) or self._header
+            rounds = self._keep(ROUNDS, Round, lambda each: each.round < kept_rounds)
+            evaluations = self._keep(EVALUATIONS, Evaluation, lambda each: each.step <= step)
             self._keep_loss_weights(step)
+        methods_so_far = self._header.with_methods(kept_rounds or 0, dict(methods or {}))
+        self._header = replace(self._header, domains=dict(domains or {}), methods=methods_so_far)
+        self._write(HEADER, self._header)
+        self._rounds = {each.round for each in rounds}
+        kept = [each.plan for each in rounds if each.plan is not None]
+        self._plans = PlanWriter(self.folder / PLANS, list(self._header.domains), kept)
         self._set_tasks_aside()
-        for name in ("summary.json", "domain_weights.json"):
+        for name in (SUMMARY, DOMAIN_WEIGHTS):
             (self.folder / name).unlink(missing_ok=True)  # they speak of a finished run
         for name, source in (plugins or {}).items():
             write_atomically(self.folder / PLUGINS / name, source)
         self._starts = [*(starts(self.folder.parent) if kept_rounds is not None else []), start or {}]
         self._write_environment()
         text = yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True)
-        write_atomically(self.folder / "config.yaml", text.encode())
-        return json.loads(evaluations[-1]) if evaluations else None
+        write_atomically(self.folder / CONFIGURATION, text.encode())
+        return evaluations[-1] if evaluations else None
 
     def _write_environment(self) -> None:
         write_atomically(self.folder / ENVIRONMENT, (json_text({"starts": self._starts}, indent=2) + "\n").encode())
@@ -140,7 +176,7 @@ class RunWriter:
         found = [each for each in (checkpoint.parent / FOLDER, checkpoint.parent) if read_identity(each) == run]
         if found:
             for path in found[0].iterdir():
-                if path.name in ("plans", PLUGINS):
+                if path.name in (PLANS, PLUGINS):
                     shutil.copytree(path, self.folder / path.name, dirs_exist_ok=True)
                 elif path.name in _TAKEN_ALONG or path.name.startswith(_UNTIL):
                     shutil.copy2(path, self.folder / path.name)
@@ -179,7 +215,7 @@ class RunWriter:
         """
         output_dir = self.folder.parent
         left = [path for path in checkpoints(output_dir) if keep is None or not path.samefile(keep)]
-        if not left and not (self.folder / "config.yaml").exists():
+        if not left and not (self.folder / CONFIGURATION).exists():
             return  # nothing, or a run that was killed before it began
         for path in [*(output_dir / name for name in RESULTS if (output_dir / name).exists()), *left]:
             path.rename(self.folder / path.name)
@@ -187,7 +223,7 @@ class RunWriter:
         self.folder.rename(aside)
         with_them = f" with its {len(left)} checkpoints" if left else ""
         print(f"dataflex: the record of an earlier run in this folder is kept as {aside}{with_them}")
-        (self.folder / "plans").mkdir(parents=True)
+        (self.folder / PLANS).mkdir(parents=True)
 
     def _move_aside(self, folders: list[Path], what: str) -> None:
         if not folders:
@@ -200,20 +236,20 @@ class RunWriter:
 
     def _set_tasks_aside(self) -> None:
         """Move results of downstream tasks of the model as it was to a name of their own."""
-        tasks = self.folder / "tasks"
+        tasks = self.folder / TASKS
         if tasks.exists():
             aside = _earlier(tasks)
             tasks.rename(aside)
             print(f"dataflex: the task results of the model before this training are kept as {aside}")
 
-    def _keep(self, name: str, key: str, last: int) -> list[str]:
-        """Keep the lines of a file whose ``key`` is at most ``last``, and return them."""
+    def _keep(self, name: str, kind: type[T], is_kept: Callable[[T], bool]) -> list[T]:
+        """Keep some lines of a file, and return what they hold. A last line that was cut off is not kept."""
         path = self.folder / name
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _number(line, key) <= last]
-        if len(kept) < len(lines):
-            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
-        return kept
+        lines = [(value, from_json(kind, value, where, self._header)) for where, value in json_lines(path)]
+        kept = [(value, each) for value, each in lines if is_kept(each)]
+        if path.exists():
+            write_atomically(path, "".join(f"{json_text(value)}\n" for value, _ in kept).encode())
+        return [each for _, each in kept]
 
     def _keep_loss_weights(self, step: int) -> None:
         """Keep the rows of steps up to ``step``."""
@@ -248,12 +284,10 @@ class RunWriter:
             rows.writerow([step, *weights.tolist()])
 
     def has_round(self, number: int) -> bool:
-        """Return whether a round is on record."""
-        path = self.folder / "rounds.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return any(_number(line, "round") == number for line in lines)
+        """Return whether a round was on record when this writer began."""
+        return number in self._rounds
 
-    def changes(self, step: int, lines: list[dict[str, Any]]) -> None:
+    def changes(self, step: int, lines: list[Change]) -> None:
         """Record the settings that are changed at a resume, and keep the configuration up to there.
 
         What was changed at a later step, by a run that is given up now, is taken back.
@@ -262,90 +296,75 @@ class RunWriter:
             step: optimizer steps done where the run goes on.
             lines: one for each setting.
         """
-        self._keep(CHANGES, "resumed_at", step - 1)
+        self._keep(CHANGES, Change, lambda each: each.resumed_at < step)
         later = sorted(
             (number, path)
             for path in self.folder.glob(f"{_UNTIL}*.yaml")
             if (number := int(path.stem.removeprefix(_UNTIL))) >= step
         )
-        earlier = later[0][1] if later else self.folder / "config.yaml"
+        earlier = later[0][1] if later else self.folder / CONFIGURATION
         content = earlier.read_bytes() if earlier.exists() else None
         for _, path in later:
             path.unlink()
         if not lines:
             return
-        if content is not None and any(line["effect"] == FROM_HERE for line in lines):
+        if content is not None and any(line.holds for line in lines):
             write_atomically(self.folder / f"{_UNTIL}{step}.yaml", content)
-        with (self.folder / CHANGES).open("a", encoding="utf-8") as stream:
-            stream.writelines(json_text(line) + "\n" for line in lines)
+        for line in lines:
+            self._append(CHANGES, line)
 
-    def domain_weights(self, found: dict[str, Any]) -> None:
+    def domain_weights(self, found: DomainWeights) -> None:
         """Write what a mixer that weighs the loss found."""
-        write_atomically(self.folder / "domain_weights.json", (json_text(found, indent=2) + "\n").encode())
+        self._write(DOMAIN_WEIGHTS, found)
 
-    def round(self, plan: Plan, pool: Pool, components: dict[str, str], cost: Cost) -> None:
+    def round(self, plan: Plan, pool: Pool, cost: Cost) -> None:
         """Record a round before it is trained: its plan first, then its line."""
+        assert self._plans is not None
         ids = pool.domain_ids(plan.indices)
-        counts = np.bincount(ids, minlength=len(pool.domains))
-        self._write_plan(plan, pool, ids)
-        line: dict[str, Any] = {
-            "round": plan.slot.number,
-            "start_step": plan.slot.start_step,
-            "steps": plan.slot.steps,
-            "size": int(plan.indices.size),
-            "plan_sha256": plan.sha256,
-            "pool": {name: int(size) for name, size in zip(pool.domains, pool.domain_sizes, strict=True)},
-            "domains": {name: int(count) for name, count in zip(pool.domains, counts, strict=True)},
-            "proportions": {name: float(share) for name, share in zip(pool.domains, plan.proportions, strict=True)},
-            "components": {key: name for key, name in components.items() if key not in plan.undecided},
-            "cost": asdict(cost),
-        }
-        if plan.slot.update is None:
-            line["warmup"] = True
-        if plan.budget is not None:
-            line["budget"] = plan.budget
-        if plan.undecided:
-            line["undecided"] = plan.undecided
-        if plan.not_chosen:
-            line["not_chosen"] = plan.not_chosen
-        if plan.unscored:
-            line["unscored"] = plan.unscored
-        if plan.candidates:
-            line["candidates"] = plan.candidates
-        if len(pool.domains) > 1 and plan.epochs.size:
-            line["epochs"] = {name: float(count) for name, count in zip(pool.domains, plan.epochs, strict=True)}
-        if plan.capped:
-            line["capped"] = plan.capped
-        with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json_text(line) + "\n")
+        scores = None if plan.scores is None else plan.scores.astype(np.float32, copy=False)
+        rows = Rows(plan.indices, ids, pool.row_numbers(plan.indices), scores, plan.ranks)
+        line = Round(
+            round=plan.slot.number,
+            start_step=plan.slot.start_step,
+            steps=plan.slot.steps,
+            size=int(plan.indices.size),
+            domains=_named(pool, np.bincount(ids, minlength=len(pool.domains))),
+            plan_sha256=plan.sha256,
+            plan=self._plans.write(plan.slot.number, rows),
+            proportions=_named(pool, plan.proportions),
+            undecided=plan.undecided,
+            not_chosen=plan.not_chosen,
+            cost=cost,
+            warmup=plan.slot.update is None,
+            unscored=plan.unscored,
+            candidates=plan.candidates,
+            epochs=_named(pool, plan.epochs) if len(pool.domains) > 1 and plan.epochs.size else {},
+            clipped_shares=plan.capped,
+            budget=plan.budget,
+        )
+        self._append(ROUNDS, line)
 
-    def _write_plan(self, plan: Plan, pool: Pool, ids: np.ndarray) -> None:
-        columns = {
-            "position": pa.array(np.arange(plan.indices.size, dtype=np.int64)),
-            "index": pa.array(plan.indices),
-            "domain": pa.DictionaryArray.from_arrays(ids.astype(np.int32), list(pool.domains)),
-        }
-        if pool.rows_of:
-            columns["row"] = row_column(pool, plan.indices)
-        if plan.scores is not None:
-            columns["score"] = pa.array(plan.scores, from_pandas=True)
-        if plan.ranks is not None:
-            columns["rank"] = pa.array(plan.ranks, mask=plan.ranks == 0)
-        path = self.folder / "plans" / f"round-{plan.slot.number:05d}.parquet"
-        temporary = path.with_suffix(".tmp")
-        pq.write_table(pa.table(columns), temporary)
-        temporary.replace(path)
-
-    def evaluation(self, line: dict[str, Any]) -> None:
+    def evaluation(self, line: Evaluation) -> None:
         """Record what an evaluation found."""
-        with (self.folder / "evaluations.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json_text(line) + "\n")
+        self._append(EVALUATIONS, line)
 
-    def summary(self, values: dict[str, Any]) -> None:
+    def summary(self, summary: Summary) -> None:
         """Write what the run took."""
         self._starts[-1]["finished"] = now()
         self._write_environment()
-        write_atomically(self.folder / "summary.json", (json_text(values, indent=2) + "\n").encode())
+        self._write(SUMMARY, summary)
+
+    def _append(self, name: str, line: Any) -> None:
+        with (self.folder / name).open("a", encoding="utf-8") as stream:
+            stream.write(json_text(to_json(line, self._header)) + "\n")
+
+    def _write(self, name: str, value: Any) -> None:
+        write_atomically(self.folder / name, (json_text(to_json(value), indent=2) + "\n").encode())
+
+
+def _named(pool: Pool, values: np.ndarray) -> dict[str, Any]:
+    """Return a value of each domain by its name."""
+    return dict(zip(pool.domains, values.tolist(), strict=True))
 
 
 def _earlier(folder: Path) -> Path:
@@ -354,11 +373,3 @@ def _earlier(folder: Path) -> Path:
     while (aside := folder.with_name(f"{folder.name}-earlier-{number}")).exists():
         number += 1
     return aside
-
-
-def _number(line: str, key: str) -> float:
-    """Return a number of a line; infinity for one whose writing was cut off."""
-    try:
-        return json.loads(line)[key]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

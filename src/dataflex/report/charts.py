@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.record.reader import DomainMeasures, Evaluation, Measures, RunRecord
+from dataflex.record.reader import RunRecord
+from dataflex.record.schema import DomainMeasures, Evaluation, Measures
 from dataflex.record.trainer_log import Curve
 from dataflex.report.measure import LEVELS, MeasuredRun, evenly
 from dataflex.report.traces import (
@@ -361,7 +362,9 @@ def cut_shares(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> l
     picked = evenly(rounds, points_per_curve(num_charts * DOMAINS))
     numbers = [each.round for each in picked]
     cut = {
-        name: [each.capped.get(name, each.shares.get(name, 0.0)) - each.shares.get(name, 0.0) for each in picked]
+        name: [
+            each.clipped_shares.get(name, each.shares.get(name, 0.0)) - each.shares.get(name, 0.0) for each in picked
+        ]
         for name in names
     }
     traces = [line(_curve(numbers, cut[name]), name, style(looks[name]), len(picked)) for name in names]
@@ -379,7 +382,7 @@ def _cut(run: MeasuredRun) -> dict[str, float]:
     """Return how much was cut of each domain that was, shares added up over the rounds."""
     lost: dict[str, float] = {}
     for each in run.record.rounds:
-        for name, share in each.capped.items():
+        for name, share in each.clipped_shares.items():
             lost[name] = lost.get(name, 0.0) + share - each.shares.get(name, 0.0)
     return lost
 
@@ -436,7 +439,7 @@ def passes(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> list[
     caption = "Samples planned up to each round over samples of the domain: 1 is once through all of them."
     cut: list[tuple[float, float]] = []
     for name in names:
-        within = evenly([i for i in picked if name in rounds[i].capped], CUT_MARKS)
+        within = evenly([i for i in picked if name in rounds[i].clipped_shares], CUT_MARKS)
         cut += [(rounds[i].round, float(known[name][i])) for i in within]
     if cut:
         traces.append(_marks(cut, "cut by max_epochs_per_domain"))

@@ -124,9 +124,9 @@ def _starts(record: RunRecord) -> str:
 def _changes(record: RunRecord) -> str:
     """Return the settings that hold from a later step on."""
     return "; ".join(
-        f"from step {change['step'] + 1} {change['key']} {json.dumps(change['to'], ensure_ascii=False)}"
+        f"from step {change.step + 1} {change.key} {json.dumps(change.now, ensure_ascii=False)}"
         for change in record.changes
-        if str(change.get("effect")).startswith("from")
+        if change.holds
     )
 
 

@@ -59,8 +59,8 @@ def _told(run: MeasuredRun) -> list[str]:
     summary = run.record.summary
     if summary is None:
         return [_unfinished(run)]
-    cap = [] if summary.cap is None else [f"decisions are {summary.cap.text}."]
-    return [f"{run.label}: {note}" for note in [*summary.notes, *cap]]
+    limit = [] if summary.overhead_limit is None else [f"decisions are {summary.overhead_limit.text}."]
+    return [f"{run.label}: {note}" for note in [*summary.notes, *limit]]
 
 
 def _unfinished(run: MeasuredRun) -> str:
@@ -147,7 +147,7 @@ def domain_table(runs: Sequence[MeasuredRun]) -> Table:
         notes.append(f"Only the {limit} domains with the most samples are listed of each run.")
     for run in runs:
         counts = run.domain_samples
-        capped = Counter(name for each in run.record.rounds for name in each.capped)
+        capped = Counter(name for each in run.record.rounds for name in each.clipped_shares)
         shown = set(sorted(counts, key=lambda name: -counts[name])[:limit])
         rows += [_domain_row(run, name, counts, capped) for name in counts if name in shown]
         notes += _domain_notes(run, [name for name in capped if name not in shown])
@@ -169,7 +169,7 @@ def _domain_row(run: MeasuredRun, name: str, counts: Mapping[str, int], capped: 
         _share(first.shares.get(name, 0.0)) if first else NOTHING,
         _share(last.shares.get(name, 0.0)) if last else NOTHING,
         _share(last.proportions.get(name)) if last else NOTHING,
-        _share(last.capped.get(name)) if last else NOTHING,
+        _share(last.clipped_shares.get(name)) if last else NOTHING,
         _count(capped.get(name, 0)) if capped else NOTHING,
         _share(float(passes[-1])) if passes is not None else NOTHING,
         _loss(record.mean_loss_weights.get(name)),

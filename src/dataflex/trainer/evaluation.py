@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from dataflex.errors import DivergenceError
 TOKEN_WEIGHTED, UNWEIGHTED = "token_weighted", "unweighted"
 METRICS = ("loss", "perplexity", "bits_per_byte")
 
-Numbers = dict[str, float | None]
+Numbers = dict[str, Any]
 
 
 class DomainEvaluation:

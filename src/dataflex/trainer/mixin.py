@@ -729,8 +729,8 @@ class DynamicCallback(TrainerCallback):
             _warn(f"training ended after {100 * run.progress:.1f} % of its budget of tokens or seconds.")
         if args.process_index == 0:
             console.say(
-                f"dataflex: training {summary['train_seconds']:.1f} s, decisions {summary['decision_seconds']:.1f} s "
-                f"({100 * summary['overhead_fraction']:.1f} %), {summary['rounds']} rounds, {summary['tokens']} tokens"
+                f"dataflex: training {summary.train_seconds:.1f} s, decisions {summary.decision_seconds:.1f} s "
+                f"({100 * summary.overhead_fraction:.1f} %), {summary.rounds} rounds, {summary.tokens} tokens"
             )
-            if "cap" in summary:
-                console.say(f"dataflex: decisions are {summary['cap']['text']}.")
+            if summary.overhead_limit is not None:
+                console.say(f"dataflex: decisions are {summary.overhead_limit.text}.")

@@ -26,13 +26,25 @@ from dataflex.errors import CheckpointError, ConfigError, DivergenceError, Probl
 from dataflex.planning.overhead import CappedScoring, Spent
 from dataflex.planning.planner import Arrangement, Plan, Planner, epoch_limits
 from dataflex.planning.run_plan import RunPlan, plan_of, problems_of, trainer_keys
-from dataflex.probe.cost import Cost
 from dataflex.record.checkpoint import STATE_VERSION, check_state
 from dataflex.record.configuration import recorded
 from dataflex.record.environment import differences, environment, repeated_start
-from dataflex.record.writer import FROM_HERE, RunWriter
+from dataflex.record.schema import (
+    FROM_HERE,
+    NO_EFFECT,
+    Change,
+    Cost,
+    DomainMeasures,
+    DomainWeights,
+    Evaluation,
+    Measures,
+    OverheadLimit,
+    Summary,
+)
+from dataflex.record.writer import RunWriter
 from dataflex.selectors.base_gradients import GradientParams
 from dataflex.trainer import console
+from dataflex.trainer.evaluation import TOKEN_WEIGHTED, UNWEIGHTED
 from dataflex.trainer.resume import Resume, nothing_left
 from dataflex.trainer.statistics import MeanLosses
 
@@ -103,7 +115,7 @@ class DynamicRun:
         self.evaluate_seconds = 0.0
         self.evaluation_began: float | None = None
         """When the running evaluation began; None where none is running."""
-        self._last_evaluation: dict[str, Any] | None = None
+        self._last_evaluation: Evaluation | None = None
         self._finished_at: int | None = None
         self._saved: list[str] = []
         """What LLaMA-Factory has written since training ended, in order."""
@@ -347,14 +359,14 @@ class DynamicRun:
                 else writer.open_continued(resume.folder, resume.marker.run, step)
             )
             lines = [
-                {
-                    "resumed_at": step,
-                    "step": resume.holds_from(change),
-                    "key": change.key,
-                    "from": change.before,
-                    "to": change.now,
-                    "effect": "none, the earlier value stays" if change.effect == "kept" else FROM_HERE,
-                }
+                Change(
+                    resumed_at=step,
+                    step=resume.holds_from(change),
+                    key=change.key,
+                    before=change.before,
+                    now=change.now,
+                    effect=NO_EFFECT if change.effect == "kept" else FROM_HERE,
+                )
                 for change in resume.changes
             ]
             writer.changes(step, lines)
@@ -366,7 +378,16 @@ class DynamicRun:
         }
         if repeated is not None and (other := differences(repeated, start)):
             print(f"dataflex: warning: this run does not repeat the one on record: {'; '.join(other)}")
-        self._last_evaluation = writer.begin(kept.configuration, kept_rounds, step, plugins=kept.plugins, start=start)
+        pool = self.pool
+        self._last_evaluation = writer.begin(
+            kept.configuration,
+            kept_rounds,
+            step,
+            domains=None if pool is None else dict(zip(pool.domains, pool.domain_sizes.tolist(), strict=True)),
+            methods=self.names,
+            plugins=kept.plugins,
+            start=start,
+        )
         if self.plan is not None and self.pool is not None:
             self._record_round_of_checkpoint(writer, self.plan, self.pool)
         return identity
@@ -374,8 +395,7 @@ class DynamicRun:
     def _record_round_of_checkpoint(self, writer: RunWriter, plan: Plan, pool: Pool) -> None:
         """Record the round a checkpoint lies in, if its own record was not there to be taken along."""
         if self.planner is not None and not writer.has_round(plan.slot.number):
-            acting = self.names if plan.slot.update is not None else {}
-            writer.round(replace(plan, epochs=self.planner.epochs), pool, acting, Cost())
+            writer.round(replace(plan, epochs=self.planner.epochs), pool, Cost())
 
     @cached_property
     def snapshot(self) -> dict[str, Any]:
@@ -406,8 +426,7 @@ class DynamicRun:
         self.decision_seconds += seconds
         cost = Cost(seconds, self.probe.cost.samples - before.samples, self.probe.cost.tokens - before.tokens)
         if self.writer is not None:
-            acting = self.names if slot.update is not None else {}
-            self.writer.round(plan, self.pool, acting, cost)
+            self.writer.round(plan, self.pool, cost)
         if distributed.rank() == 0:
             console.say(self._line_of(plan, seconds))
         return plan
@@ -488,7 +507,7 @@ class DynamicRun:
         """Return how far the run is, for a log: tokens trained on, and seconds of each kind so far."""
         return {f"dataflex/{key}": value for key, value in self._so_far().items()}
 
-    def _so_far(self) -> dict[str, float]:
+    def _so_far(self) -> dict[str, Any]:
         running = 0.0 if self.evaluation_began is None else time.perf_counter() - self.evaluation_began
         return {
             "tokens": self.tokens,
@@ -507,13 +526,14 @@ class DynamicRun:
         """Put the numbers of an evaluation on record; called on the main process."""
         if self.writer is None or self.evaluation is None:
             return
-        line = {
-            "step": step,
+        line = Evaluation(
+            step=step,
             **self._so_far(),
-            "fingerprint": self.evaluation.fingerprint,
-            "domains": domains,
-            **groups,
-        }
+            fingerprint=self.evaluation.fingerprint,
+            domains={name: DomainMeasures(**numbers) for name, numbers in domains.items()},
+            token_weighted=Measures(**groups[TOKEN_WEIGHTED]),
+            unweighted=Measures(**groups[UNWEIGHTED]),
+        )
         self.writer.evaluation(line)
         self._last_evaluation = line
         if self._finished_at is not None:
@@ -525,7 +545,7 @@ class DynamicRun:
             self._saved.append(name)
             self.finish(self._finished_at)
 
-    def finish(self, step: int) -> dict[str, Any]:
+    def finish(self, step: int) -> Summary:
         """Write the summary and return it.
 
         Args:
@@ -538,25 +558,23 @@ class DynamicRun:
             )
         self._finished_at = step
         overhead = self.decision_seconds / self.train_seconds if self.train_seconds else 0.0
-        summary: dict[str, Any] = {
-            **self._so_far(),
-            "overhead_fraction": round(overhead, 6),
-            "rounds": 0 if self.plan is None else self.plan.slot.number + 1,
-            "steps": step,
-            "saved": self._saved,
-        }
-        if self._last_evaluation is not None:
-            summary["evaluation"] = self._last_evaluation
-        if self.notes:
-            summary["notes"] = self.notes
         capped = None if self.planner is None else self.planner.capped
-        if capped is not None:
-            summary["cap"] = capped.closing(Spent(self.train_seconds, self.decision_seconds))
+        limit = None if capped is None else capped.closing(Spent(self.train_seconds, self.decision_seconds))
+        summary = Summary(
+            **self._so_far(),
+            overhead_fraction=round(overhead, 6),
+            rounds=0 if self.plan is None else self.plan.slot.number + 1,
+            steps=step,
+            saved=list(self._saved),
+            evaluation=self._last_evaluation,
+            notes=list(self.notes),
+            overhead_limit=None if limit is None else OverheadLimit(**limit),
+        )
         if self.writer is not None:
             self.writer.summary(summary)
             found = None if self.components.mix is None else self.components.mix.result(self.domains)
             if found is not None:
-                self.writer.domain_weights(found)
+                self.writer.domain_weights(DomainWeights(**found))
         return summary
 
     def state_dict(self, step: int) -> State:

@@ -198,7 +198,9 @@ def test_what_differs_from_the_run_that_is_repeated_is_named(tmp_path: Path) -> 
     assert then is not None
     assert differences(then, {**environment(config, recorded(config), 1, 0), "fingerprints": {"dataset": "ab"}}) == []
     (data / "alpha.json").write_text("[]")
-    (file.parent / "changes.jsonl").write_text(json.dumps({"effect": "from this step on"}) + "\n")
+    (file.parent / "changes.jsonl").write_text(
+        json.dumps({"resumed_at": 1, "step": 1, "key": "k", "from": 1, "to": 2, "effect": "from this step on"}) + "\n"
+    )
     then = repeated_start(load_config(file))
     assert then is not None
     then["versions"]["torch"], then["devices"] = "1.0", ["A", "A"]

@@ -25,10 +25,9 @@ from dataflex.explain.explain import Record
 from dataflex.mixers.static import StaticMixer
 from dataflex.orders.shuffle import ShuffleOrder
 from dataflex.planning.planner import Planner
-from dataflex.probe.cost import Cost
-from dataflex.record.writer import RunWriter
+from dataflex.record.schema import Cost, Summary
 from dataflex.selectors.loss import LossSelector
-from unit.fakes import FakeProbe, build, in_chains, make_pool
+from unit.fakes import FakeProbe, as_version_1, begin_record, build, in_chains, make_pool, raw_plans
 
 SIZES = {"alpha": 30, "beta": 20}
 LOSSES = np.random.default_rng(0).integers(0, 9, 50).astype(np.float32)
@@ -59,24 +58,23 @@ def write_run(
     pool = make_pool(SIZES)
     pool.rows_of = rows or {}
     planner = Planner(pool, in_chains(components), Schedule(2, 5, -1, STEPS), seed=3, global_batch_size=6)
-    writer = RunWriter(path)
-    section = {key: {"method": each.name} for key, each in components.items()}
-    writer.begin({**llamafactory, "dataflex": section}, None)
+    methods = {key: each.name for key, each in components.items()}
+    section = {key: {"method": name} for key, name in methods.items()}
+    writer = begin_record(path, pool, methods, {**llamafactory, "dataflex": section})
     step = 0
     while step < STEPS:
         slot = planner.schedule.slot_at(step)
         if reached is not None and step > reached:
             break
         plan = planner.plan(slot, FakeProbe(LOSSES))
-        acting = {} if slot.update is None else {key: each.name for key, each in components.items()}
-        writer.round(plan, pool, acting, Cost())
+        writer.round(plan, pool, Cost())
         step = slot.start_step + slot.steps
     log = [{"current_steps": done, "total_steps": STEPS, "loss": 1.0} for done in range(1, (reached or STEPS) + 1)]
     (path / "trainer_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     if reached is None:
         (path / "trainer_state.json").write_text(json.dumps({"global_step": STEPS, "log_history": []}))
         numbers = {"train_seconds": 9.0, "decision_seconds": 1.0, "overhead_fraction": 0.1, "tokens": 100}
-        writer.summary({**numbers, "rounds": 4, "steps": STEPS})
+        writer.summary(Summary(**numbers, rounds=4, steps=STEPS))
     return path
 
 
@@ -97,11 +95,9 @@ class Row:
 def raw_rows(run: Path) -> list[Row]:
     lines = [json.loads(line) for line in (run / "dataflex" / "rounds.jsonl").read_text().splitlines()]
     found = []
-    for line in lines:
-        table = pq.read_table(run / "dataflex" / "plans" / f"round-{line['round']:05d}.parquet").to_pylist()
-        for row in table:
-            given = {"score": None, "rank": None, **{key: value for key, value in row.items() if key != "row"}}
-            found.append(Row(line["round"], line["start_step"], line["steps"], **given))
+    for line, table in zip(lines, raw_plans(run), strict=True):
+        for row in table.drop_columns("row").to_pylist():
+            found.append(Row(start_step=line["start_step"], steps=line["steps"], **row))
     return found
 
 
@@ -144,7 +140,7 @@ def test_the_row_and_the_data_set_are_named(tmp_path: Path, capsys: Any) -> None
     """Domains of one data set divided by a column: alpha is its even rows, beta rows that are not known."""
     rows = {"alpha": Rows("chat", None, np.arange(0, 60, 2))}  # type: ignore[arg-type]
     run = write_run(tmp_path / "run", COMPONENTS["select"], rows=rows, dataset="chat")
-    plans = [pq.read_table(path).to_pylist() for path in sorted((run / "dataflex" / "plans").iterdir())]
+    plans = [table.to_pylist() for table in raw_plans(run)]
     for line in [line for plan in plans for line in plan]:
         assert line["row"] == (2 * line["index"] if line["domain"] == "alpha" else None)
     planned = next(line["index"] for line in plans[1] if line["domain"] == "alpha")
@@ -206,6 +202,7 @@ def test_every_sample_is_explained_as_the_plans_say(
             assert place["share"] == pytest.approx(share_of(run, row.round, row.domain))
             if row.rank is not None:
                 assert place["candidates"] == {"select": 50, "all": SIZES[row.domain]}[name]
+    assert ask(capsys, as_version_1(run), "--index", *map(str, range(50))) == answer
 
 
 def test_a_rank_is_that_among_all_candidates(tmp_path: Path, capsys: Any) -> None:
@@ -321,6 +318,8 @@ def test_the_overview_counts_what_the_plans_say(name: str, tmp_path: Path, capsy
 
 def test_a_record_without_ranks_and_sizes_is_explained_as_far_as_it_goes(tmp_path: Path, capsys: Any) -> None:
     run = write_run(tmp_path / "run", COMPONENTS["select"])
+    rows = raw_rows(run)
+    as_version_1(run)
     file = run / "dataflex" / "rounds.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     new = ("pool", "candidates")
@@ -328,7 +327,6 @@ def test_a_record_without_ranks_and_sizes_is_explained_as_far_as_it_goes(tmp_pat
     for plan in (run / "dataflex" / "plans").iterdir():
         table = pq.read_table(plan)
         pq.write_table(table.drop_columns("rank") if "rank" in table.column_names else table, plan)
-    rows = raw_rows(run)
     sample = ask(capsys, run, "--index", str(rows[-1].index))["samples"][0]
     assert sample["planned"] == sum(row.index == rows[-1].index for row in rows)
     assert sample["domain"] == rows[-1].domain
@@ -399,7 +397,7 @@ def broken(run: Path, how: str) -> None:
     ],
 )
 def test_what_cannot_be_explained_says_why(how: str, words: list[str], text: str, tmp_path: Path, capsys: Any) -> None:
-    run = write_run(tmp_path / "run", COMPONENTS["select"])
+    run = as_version_1(write_run(tmp_path / "run", COMPONENTS["select"]))
     broken(run, how)
     found = refused(capsys, run, *(words if "--no-text" in words or "--text" in words else ["--no-text", *words]))
     assert re.search(text, found), found
@@ -531,4 +529,6 @@ def test_rounds_of_an_earlier_run_that_are_not_on_record_are_said_to_be_missing(
     assert "learning_rate" not in text
     facts = ask(capsys, run, "--index", str(sample))["run"]
     assert facts["rounds_missing"] == [0, 1]
-    assert facts["changes"] == changes
+    assert [(each["before"], each["now"], each["effect"]) for each in facts["changes"]] == [
+        ("low", "high", each["effect"]) for each in changes
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 import tempfile
 from pathlib import Path
@@ -27,14 +26,14 @@ from dataflex.mixers.static import StaticMixer
 from dataflex.mixers.uniform import UniformMixer
 from dataflex.orders.shuffle import ShuffleOrder
 from dataflex.planning.planner import Planner, epoch_limits
-from dataflex.probe.cost import Cost
 from dataflex.record.checkpoint import STATE_VERSION, read_state, write_state
-from dataflex.record.writer import RunWriter
+from dataflex.record.reader import read_run
+from dataflex.record.schema import Cost
 from dataflex.selectors.delta_loss import DeltaLossSelector
 from dataflex.selectors.full import FullSelector
 from dataflex.selectors.loss import LossSelector
 from dataflex.selectors.random import RandomSelector
-from unit.fakes import FakeProbe, ScoreSelector, build, make_planner, make_pool, plans
+from unit.fakes import FakeProbe, ScoreSelector, begin_record, build, make_planner, make_pool, plans
 
 LOSSES = np.random.default_rng(3).random(100)
 
@@ -334,10 +333,9 @@ def test_numbers_of_a_selector_may_be_numpys(kind: type, tmp_path: Path) -> None
     (plan,) = plans(planner, 1)
     assert plan.ranks.dtype == np.int64
     assert plan.candidates == {"a": 4, "b": 4}
-    writer = RunWriter(tmp_path)
-    writer.round(plan, planner.pool, {}, Cost())
-    line = json.loads((tmp_path / "dataflex" / "rounds.jsonl").read_text())
-    assert (line["candidates"], line["unscored"]) == ({"a": 4, "b": 4}, 4)
+    begin_record(tmp_path, planner.pool).round(plan, planner.pool, Cost())
+    (line,) = read_run(tmp_path).rounds
+    assert (line.candidates, line.unscored) == ({"a": 4, "b": 4}, 4)
 
 
 def ranks_within(scores: np.ndarray, start: int, stop: int) -> dict[int, int]:
@@ -520,13 +518,13 @@ def test_no_domain_is_gone_through_more_often_than_allowed(caplog: pytest.LogCap
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 1
     assert "max_epochs_per_domain is reached by c in round 3" in warnings[0]
-    writer = RunWriter(tmp_path)
+    writer = begin_record(tmp_path, planner.pool)
     for plan in made:
-        writer.round(plan, planner.pool, {}, Cost())
-    lines = [json.loads(line) for line in (tmp_path / "dataflex" / "rounds.jsonl").read_text().splitlines()]
-    assert "capped" not in lines[2]
-    assert lines[3]["capped"] == {"c": pytest.approx(0.6)}
-    assert lines[3]["epochs"] == dict(zip("abc", made[3].epochs.tolist(), strict=True))
+        writer.round(plan, planner.pool, Cost())
+    lines = read_run(tmp_path).rounds
+    assert not lines[2].clipped_shares
+    assert lines[3].clipped_shares == {"c": pytest.approx(0.6)}
+    assert lines[3].epochs == dict(zip("abc", made[3].epochs.tolist(), strict=True))
 
 
 def test_a_used_up_mixture_ends_with_what_is_left() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import pytest
 import yaml
 from transformers import Trainer
@@ -19,13 +20,15 @@ from transformers import Trainer
 from dataflex.api.schedule import RoundSlot
 from dataflex.errors import ConfigError
 from dataflex.planning.planner import Plan
-from dataflex.probe.cost import Cost
+from dataflex.record import plans
 from dataflex.record.reader import read_run
+from dataflex.record.schema import Cost, DomainMeasures, Evaluation, Measures, Summary
 from dataflex.record.writer import RunWriter
 from dataflex.trainer.mixin import DynamicTrainerMixin
-from unit.fakes import make_pool
+from unit.fakes import as_version_1, begin_record, make_pool, raw_plans
 
 POOL = make_pool({"a": 6, "b\u00e9": 4})
+SIZES = {"a": 6, "b\u00e9": 4}
 COST = Cost(1.5, 10, 70)
 
 
@@ -45,48 +48,55 @@ def write(output: Path, first: int, stop: int, kept: int | None) -> RunWriter:
     writer = RunWriter(output)
     if kept is None:
         writer.open_new()
-    writer.begin({"dataflex": {"seed": first}}, kept)
+    writer.begin({"dataflex": {"seed": first}}, kept, domains=SIZES, methods={"select": "loss"})
     for number in range(first, stop):
-        writer.round(plan(number, [number, 9]), POOL, {"select": "loss"}, COST)
+        writer.round(plan(number, [number % 10, 9]), POOL, COST)
     return writer
 
 
-def test_a_round_is_one_line_and_one_table(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path)
-    writer.begin({"stage": "sft", "dataflex": {"seed": 3}}, None)
-    writer.round(plan(0, [3, 7, 7, 0], update=None), POOL, {}, Cost())
+def test_a_round_is_a_line_that_repeats_nothing_and_a_part_of_a_file(tmp_path: Path) -> None:
+    writer = begin_record(tmp_path, POOL, {"select": "loss"}, {"stage": "sft", "dataflex": {"seed": 3}})
+    writer.round(plan(0, [3, 7, 7, 0], update=None), POOL, Cost())
     ranked = {"ranks": np.array([3, 0, 1, 7]), "candidates": {"pool": 7}}
-    writer.round(plan(1, [9, 1, 1, 2], [0.5, np.nan, 2, -1], unscored=3, **ranked), POOL, {"select": "loss"}, COST)
+    writer.round(plan(1, [9, 1, 1, 2], [0.5, np.nan, 2, -1], unscored=3, **ranked), POOL, COST)
+    assert json.loads((tmp_path / "dataflex" / "record.json").read_text()) == {
+        "version": 2, "domains": SIZES, "methods": [{"from_round": 0, "methods": {"select": "loss"}}]
+    }  # fmt: skip
     first, second = map(json.loads, (tmp_path / "dataflex" / "rounds.jsonl").read_text().splitlines())
     assert first["warmup"] is True
-    assert first["domains"] == {"a": 2, "b\u00e9": 2}
-    assert first["components"] == {}
-    assert "unscored" not in first
-    assert "candidates" not in first
-    assert first["pool"] == {"a": 6, "b\u00e9": 4}
+    assert first["domains"] == [2, 2]
+    assert not {"unscored", "candidates", "cost", "pool", "components"} & set(first)
+    (file,) = (tmp_path / "dataflex" / "plans").iterdir()
     assert second == {
         "round": 1,
         "start_step": 2,
         "steps": 2,
         "size": 4,
         "plan_sha256": plan(1, [9, 1, 1, 2]).sha256,
-        "pool": {"a": 6, "b\u00e9": 4},
-        "domains": {"a": 3, "b\u00e9": 1},
-        "proportions": {"a": 0.25, "b\u00e9": 0.75},
-        "components": {"select": "loss"},
+        "plan": {"file": "from-round-00000.arrows", "begin": first["plan"]["end"], "end": file.stat().st_size},
+        "domains": [3, 1],
+        "proportions": [0.25, 0.75],
         "cost": {"seconds": 1.5, "samples": 10, "tokens": 70},
         "unscored": 3,
         "candidates": {"pool": 7},
     }
-    table = pq.read_table(tmp_path / "dataflex" / "plans" / "round-00001.parquet").to_pydict()
-    assert table == {
+    drawn, chosen = raw_plans(tmp_path)
+    assert chosen.drop_columns("row").to_pydict() == {
+        "round": [1, 1, 1, 1],
         "position": [0, 1, 2, 3],
         "index": [9, 1, 1, 2],
         "domain": ["b\u00e9", "a", "a", "a"],
         "score": [0.5, None, 2.0, -1.0],
         "rank": [3, None, 1, 7],
     }
-    assert not {"score", "rank"} & set(pq.read_schema(tmp_path / "dataflex" / "plans" / "round-00000.parquet").names)
+    assert [drawn.column(name).null_count for name in ("row", "score", "rank")] == [4, 4, 4]
+    record = read_run(tmp_path)
+    assert [each.components for each in record.rounds] == [{}, {"select": "loss"}]
+    assert record.rounds[1].domains == {"a": 3, "b\u00e9": 1}
+    assert record.rounds[1].pool == SIZES
+    assert record.plan(1).equals(chosen)
+    assert record.plan_scores(0) is None
+    assert record.plan_scores(1).tolist() == [0.5, 2.0, -1.0]
 
 
 def test_configuration_environment_and_summary(tmp_path: Path) -> None:
@@ -95,13 +105,13 @@ def test_configuration_environment_and_summary(tmp_path: Path) -> None:
     record = tmp_path / "dataflex"
     written = yaml.safe_load((record / "config.yaml").read_text())
     assert written == {"stage": "sft", "dataflex": {"mix": {"proportions": [0.5, 0.5]}}}
-    writer.summary({"rounds": 3})
-    assert json.loads((record / "summary.json").read_text()) == {"rounds": 3}
+    writer.summary(Summary(**SUMMARY))
+    assert json.loads((record / "summary.json").read_text()) == SUMMARY
     (start,) = json.loads((record / "environment.json").read_text())["starts"]
     assert start["step"] == 0
     assert datetime.fromisoformat(start["finished"]).tzinfo is not None
     assert sorted(path.name for path in record.iterdir()) == [
-        "config.yaml", "environment.json", "plans", "summary.json",
+        "config.yaml", "environment.json", "plans", "record.json", "summary.json",
     ]  # fmt: skip
 
 
@@ -117,13 +127,14 @@ def test_what_is_not_finite_is_null_on_record_and_read_as_missing(tmp_path: Path
     writer.begin({"dataflex": {}}, None)
     nan = float("nan")
     empty = {"loss": nan, "perplexity": float("inf"), "bits_per_byte": None}
-    line = {
-        "step": 3, "tokens": 10, "train_seconds": 1.0, "decision_seconds": 1.0, "evaluate_seconds": 1.0,
-        "fingerprint": "ab", "domains": {"a": {**empty, "tokens": 0, "bytes": 0, "samples": 1}},
-        "token_weighted": empty, "unweighted": empty,
-    }  # fmt: skip
+    line = Evaluation(
+        **EVALUATION,
+        domains={"a": DomainMeasures(**empty, tokens=0, bytes=0, samples=1)},
+        token_weighted=Measures(**empty),
+        unweighted=Measures(**empty),
+    )
     writer.evaluation(line)
-    writer.summary({**SUMMARY, "evaluation": line})
+    writer.summary(Summary(**SUMMARY, evaluation=line))
     for name in ("evaluations.jsonl", "summary.json"):
         strict((tmp_path / "dataflex" / name).read_text())
     assert strict((tmp_path / "dataflex" / "evaluations.jsonl").read_text())["domains"]["a"]["loss"] is None
@@ -136,7 +147,10 @@ def test_what_is_not_finite_is_null_on_record_and_read_as_missing(tmp_path: Path
         assert found.unweighted.bits_per_byte is None
 
 
-SUMMARY = {
+EVALUATION: dict[str, Any] = {
+    "step": 3, "tokens": 10, "train_seconds": 1.0, "decision_seconds": 1.0, "evaluate_seconds": 1.0, "fingerprint": "a",
+}  # fmt: skip
+SUMMARY: dict[str, Any] = {
     "train_seconds": 1.0, "decision_seconds": 1.0, "overhead_fraction": 1.0, "rounds": 1, "tokens": 1, "steps": 3,
 }  # fmt: skip
 
@@ -164,8 +178,8 @@ def test_a_resumed_run_has_every_round_once(tmp_path: Path) -> None:
     assert rounds(tmp_path) == list(range(7))
     write(tmp_path, 7, 8, 7)  # from the last checkpoint
     assert rounds(tmp_path) == list(range(8))
-    tables = sorted(path.name for path in (tmp_path / "dataflex" / "plans").iterdir())
-    assert tables == [f"round-{number:05d}.parquet" for number in range(8)]
+    assert [table.column("index").to_pylist() for table in raw_plans(tmp_path)] == [[n, 9] for n in range(8)]
+    assert [path.name for path in (tmp_path / "dataflex" / "plans").iterdir()] == ["from-round-00000.arrows"]
     assert yaml.safe_load((tmp_path / "dataflex" / "config.yaml").read_text())["dataflex"] == {"seed": 7}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dataflex"]
 
@@ -173,9 +187,13 @@ def test_a_resumed_run_has_every_round_once(tmp_path: Path) -> None:
 def test_a_resumed_run_keeps_the_evaluations_so_far(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
     assert writer.begin({"dataflex": {}}, None) is None
+    measures = Measures(1.0, math.e, None)
     for step in (2, 4, 4, 6):
-        writer.evaluation({"step": step, "tokens": 10 * step})
-    assert writer.begin({"dataflex": {}}, 1, step=4) == {"step": 4, "tokens": 40}
+        told = {**EVALUATION, "step": step, "tokens": 10 * step}
+        writer.evaluation(Evaluation(**told, domains={}, token_weighted=measures, unweighted=measures))
+    last = writer.begin({"dataflex": {}}, 1, step=4)
+    assert last is not None
+    assert (last.step, last.tokens) == (4, 40)
     lines = (tmp_path / "dataflex" / "evaluations.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 4]
 
@@ -197,17 +215,17 @@ def test_a_run_resumed_into_a_new_folder_stays_without_duplicates(tmp_path: Path
 
 def test_a_new_run_sets_an_earlier_record_aside(tmp_path: Path) -> None:
     for count in (3, 2, 4):
-        write(tmp_path, 0, count, None).summary({"rounds": count})
+        write(tmp_path, 0, count, None).summary(Summary(**{**SUMMARY, "rounds": count}))
     assert rounds(tmp_path) == [0, 1, 2, 3]
     assert rounds(tmp_path, "dataflex-earlier-1") == [0, 1, 2]
     assert rounds(tmp_path, "dataflex-earlier-2") == [0, 1]
     for name, count in [("dataflex", 4), ("dataflex-earlier-1", 3), ("dataflex-earlier-2", 2)]:
-        assert len(list((tmp_path / name / "plans").glob("*.parquet"))) == count
-        assert json.loads((tmp_path / name / "summary.json").read_text()) == {"rounds": count}
+        assert len(list((tmp_path / name / "plans").iterdir())) == 1
+        assert json.loads((tmp_path / name / "summary.json").read_text())["rounds"] == count
 
 
 def test_a_resumed_run_has_no_summary_of_the_run_before(tmp_path: Path) -> None:
-    write(tmp_path, 0, 3, None).summary({"rounds": 3})
+    write(tmp_path, 0, 3, None).summary(Summary(**SUMMARY))
     write(tmp_path, 3, 4, 3)
     assert not (tmp_path / "dataflex" / "summary.json").exists()
 
@@ -264,12 +282,119 @@ def test_loss_weights_go_on_after_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_round_does_not_name_a_method_that_decided_nothing(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path)
-    writer.begin({"dataflex": {"seed": 3}}, None)
     undecided = {"select": "every sample is taken"}
-    methods = {"select": "loss", "mix": "odm"}
-    writer.round(plan(0, [0, 1, 2, 3], undecided=undecided, not_chosen={"a": "it"}), POOL, methods, COST)
-    (line,) = map(json.loads, (tmp_path / "dataflex" / "rounds.jsonl").read_text().splitlines())
-    assert line["components"] == {"mix": "odm"}
-    assert line["undecided"] == undecided
-    assert line["not_chosen"] == {"a": "it"}
+    writer = begin_record(tmp_path, POOL, {"select": "loss", "mix": "odm"})
+    writer.round(plan(0, [0, 1, 2, 3], undecided=undecided, not_chosen={"a": "it"}), POOL, COST)
+    (line,) = read_run(tmp_path).rounds
+    assert line.components == {"mix": "odm"}
+    assert line.undecided == undecided
+    assert line.not_chosen == {"a": "it"}
+
+
+def indices(output: Path) -> list[list[int]]:
+    record = read_run(output)
+    return [record.plan_indices(each.round).tolist() for each in record.rounds]
+
+
+def test_many_short_rounds_are_a_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "FULL", 2**17)
+    write(tmp_path, 0, 1_000, None)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert 5 < len(files) < 50
+    assert max(path.stat().st_size for path in files if path.suffix == ".arrows") < 1.1 * 2**17
+    assert indices(tmp_path) == [[number % 10, 9] for number in range(1_000)]
+    write(tmp_path, 100, 102, 100)  # back to an early checkpoint
+    assert indices(tmp_path) == [[number % 10, 9] for number in range(102)]
+    assert len(list((tmp_path / "dataflex" / "plans").iterdir())) == 1
+
+
+@pytest.mark.parametrize("torn", ["half of a plan", "a plan without a line", "half of a line"])
+def test_a_kill_between_plan_and_line_loses_no_earlier_round(tmp_path: Path, torn: str) -> None:
+    write(tmp_path, 0, 5, None)
+    (file,) = (tmp_path / "dataflex" / "plans").iterdir()
+    lines, whole = tmp_path / "dataflex" / "rounds.jsonl", file.read_bytes()
+    head, last = lines.read_text().splitlines(keepends=True)[:-1], lines.read_text().splitlines()[-1]
+    begin = json.loads(last)["plan"]["begin"]
+    lines.write_text("".join([*head, last[:20] if torn == "half of a line" else ""]))
+    if torn == "half of a plan":
+        file.write_bytes(whole[: (begin + len(whole)) // 2])
+    assert indices(tmp_path) == [[number, 9] for number in range(4)]  # what a report of the running training sees
+    write(tmp_path, 3, 6, 3)
+    assert indices(tmp_path) == [[number, 9] for number in range(6)]
+    assert [table.column("index").to_pylist() for table in raw_plans(tmp_path)] == [[n, 9] for n in range(6)]
+    assert file.read_bytes()[: len(whole)] == whole
+
+
+def test_plans_are_read_while_they_are_written(tmp_path: Path) -> None:
+    writer = begin_record(tmp_path, POOL)
+    for number in range(3):
+        writer.round(plan(number, [number, 5]), POOL, COST)
+        assert indices(tmp_path) == [[earlier, 5] for earlier in range(number + 1)]
+
+
+def test_other_methods_from_a_resume_on_are_on_record(tmp_path: Path) -> None:
+    write(tmp_path, 0, 4, None)
+    for kept, name in ((2, "odm"), (3, "odm"), (4, "ado"), (4, "loss")):
+        writer = RunWriter(tmp_path)
+        writer.begin({"dataflex": {}}, kept, domains=SIZES, methods={"mix": name})
+        writer.round(plan(kept, [1]), POOL, COST)
+    found = [each.components for each in read_run(tmp_path).rounds]
+    assert found == [{"select": "loss"}, {"select": "loss"}, {"mix": "odm"}, {"mix": "odm"}, {"mix": "loss"}]
+    header = json.loads((tmp_path / "dataflex" / "record.json").read_text())
+    assert [each["from_round"] for each in header["methods"]] == [0, 2, 4]
+
+
+def test_a_plan_that_is_not_what_its_line_says_is_named(tmp_path: Path) -> None:
+    write(tmp_path, 0, 3, None)
+    (file,) = (tmp_path / "dataflex" / "plans").iterdir()
+    lines, whole = tmp_path / "dataflex" / "rounds.jsonl", file.read_bytes()
+    places = [each.plan for each in read_run(tmp_path).rounds]
+    assert places[1] is not None
+    where = r"from-round-00000\.arrows, round 2"
+    file.write_bytes(whole[:-9])
+    with pytest.raises(ConfigError, match=rf"{where} is not all there"):
+        indices(tmp_path)
+    file.write_bytes(whole[: places[1].end] + whole[places[1].begin : places[1].end])
+    with pytest.raises(ConfigError, match=rf"{where} (has 2 samples|is not all there)"):
+        indices(tmp_path)
+    file.write_bytes(whole[: places[1].end] + b"x" * (len(whole) - places[1].end))
+    with pytest.raises(ConfigError, match=rf"{where} is not readable Arrow"):
+        indices(tmp_path)
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"is missing; expected the plan of round 0 of rounds\.jsonl"):
+        indices(tmp_path)
+    lines.write_text(lines.read_text().replace('"domains": [1, 1]', '"domains": [1]'))
+    with pytest.raises(ConfigError, match=r"rounds\.jsonl, line 1: 'domains' has 1 values, record\.json names 2"):
+        read_run(tmp_path)
+
+
+def test_a_record_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, 0, 1, None)
+    (tmp_path / "dataflex" / "record.json").write_text('{"version": 3, "rounds": {}}')
+    with pytest.raises(ConfigError, match=r"record\.json: the record is of version 3, .* reads up to 2"):
+        read_run(tmp_path)
+
+
+def test_a_record_of_the_first_version_is_read_the_same(tmp_path: Path) -> None:
+    writer = begin_record(tmp_path, POOL, {"select": "loss", "mix": "odm"})
+    writer.round(plan(0, [3, 7, 7, 0], update=None), POOL, Cost())
+    ranked = {"ranks": np.array([3, 0, 1, 7]), "candidates": {"a": 5, "b\u00e9": 4}, "epochs": np.array([1.5, 0.25])}
+    clipped = {"capped": {"a": 0.75}, "undecided": {"mix": "why"}, "budget": {"scored": 5}}
+    writer.round(plan(1, [9, 1, 1, 2], [0.5, np.nan, 2, -1], unscored=3, **ranked, **clipped), POOL, COST)
+    new = read_run(tmp_path)
+    tables = [new.plan(number).select(["index", "domain", "score", "rank"]).to_pydict() for number in range(2)]
+    coverage = new.coverage()
+    old = read_run(as_version_1(tmp_path))
+    assert old.rounds == [replace(each, plan=None) for each in new.rounds]
+    assert old.coverage() is not None
+    assert str(old.coverage()) == str(coverage)
+    assert old.plan_scores(1).tolist() == [0.5, 2.0, -1.0]
+    assert old.plan(1).select(["index", "domain", "score", "rank"]).to_pydict() == tables[1]
+
+
+def test_any_reader_of_arrow_streams_reads_the_plans(tmp_path: Path) -> None:
+    write(tmp_path, 0, 3, None)
+    (file,) = (tmp_path / "dataflex" / "plans").iterdir()
+    table = pa.ipc.open_stream(file.read_bytes()).read_pandas()
+    assert table["domain"].tolist() == ["a", "b\u00e9"] * 3
+    assert table["round"].tolist() == [0, 0, 1, 1, 2, 2]

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 
 from dataflex.api.component import Component
 from dataflex.mixers.random import RandomMixer
 from dataflex.orders.sort import SortOrder
-from dataflex.probe.cost import Cost
 from dataflex.record.reader import read_run
-from dataflex.record.writer import RunWriter
+from dataflex.record.schema import Cost, Evaluation, Summary, from_json
 from dataflex.report.charts import charts
 from dataflex.report.measure import measure
 from dataflex.report.report import report
-from unit.fakes import FakeProbe, ScoreSelector, build, make_planner, make_pool, plans
+from records import round_lines
+from unit.fakes import FakeProbe, ScoreSelector, begin_record, build, make_planner, make_pool, plans
+from unit.fakes import raw_plans as raw_tables
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -107,14 +107,13 @@ def make_run(folder: Path, families: tuple[str, ...], shift: float = 0.0) -> Pat
         "order": build(SortOrder, by="length"),
     }
     components = {family: made[family] for family in families if family != "weight"}
-    writer = RunWriter(folder)
     section = {family: {"method": made[family].name if family in made else "loss"} for family in families}
-    writer.begin({"stage": "sft", "dataflex": section}, None)
+    methods = {family: each["method"] for family, each in section.items()}
+    writer = begin_record(folder, pool, methods, {"stage": "sft", "dataflex": section})
     if components:
         planner = make_planner(pool, steps=STEPS, batch=BATCH, rounds=ROUNDS - 1, warmup=STEPS, **components)
-        acting = {family: component.name for family, component in components.items()}
         for number, plan in enumerate(plans(planner, ROUNDS, FakeProbe(np.zeros(pool.size)))):
-            writer.round(plan, pool, acting if number else {}, Cost(0.25 * number, 10, 100))
+            writer.round(plan, pool, Cost(0.25 * number, 10, 100))
     steps = range(1, STEPS * ROUNDS + 1)
     if families == FAMILIES:
         for step in steps:
@@ -124,12 +123,13 @@ def make_run(folder: Path, families: tuple[str, ...], shift: float = 0.0) -> Pat
         log += [log_entry(step, "weight" in families), *([evaluation_entry(step)] if step % 3 == 0 else [])]
     lines = [evaluation(step, shift) for step in steps if step % 3 == 0]
     for line in [*lines, lines[-1]]:
-        writer.evaluation(line)
+        writer.evaluation(from_json(Evaluation, line, "made up"))
     means = {"eval_token_weighted_loss": 9.0, "eval_unweighted_loss": 9.0, "eval_loss": 9.0}
     state = {"global_step": len(steps), "log_history": [*log, {"step": len(steps), **means}]}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     cost = {"train_seconds": 36.0, "decision_seconds": 7.0, "evaluate_seconds": 9.0, "overhead_fraction": 7 / 36}
-    writer.summary({**cost, "rounds": ROUNDS, "tokens": 900, "steps": len(steps), "evaluation": lines[-1]})
+    told = {**cost, "rounds": ROUNDS, "tokens": 900, "steps": len(steps), "evaluation": lines[-1]}
+    writer.summary(from_json(Summary, told, "made up"))
     if len(families) == len(FAMILIES):
         (folder / "dataflex" / "tasks").mkdir()
         for each in (task("quiz", 0.26, 0.25), task("arithmetic", 0.4, None)):
@@ -186,8 +186,7 @@ def whole(browser: Any, runs: dict[str, Path]) -> Opened:
 
 
 def raw_plans(run: Path) -> list[dict[str, list[Any]]]:
-    files = sorted((run / "dataflex" / "plans").glob("*.parquet"))
-    return [pyarrow.parquet.read_table(file).to_pydict() for file in files]
+    return [table.to_pydict() for table in raw_tables(run)]
 
 
 def points(traces: list[dict[str, Any]], name: str) -> list[tuple[Any, Any]]:
@@ -239,7 +238,7 @@ def test_losses_are_those_of_the_record(whole: Opened) -> None:
 
 def test_data_charts_are_those_of_the_plans(whole: Opened, runs: dict[str, Path]) -> None:
     shown, made = whole.charts(), raw_plans(runs["all"])
-    rounds = [json.loads(line) for line in (runs["all"] / "dataflex" / "rounds.jsonl").read_text().splitlines()]
+    rounds = round_lines(runs["all"])
     sets = [set(plan["index"]) for plan in made]
     overlap = [len(a & b) / len(a | b) for a, b in itertools.pairwise(sets)]
     close(points(shown["Overlap of consecutive rounds"], "all"), list(enumerate(overlap, start=1)))

@@ -25,6 +25,7 @@ import yaml
 
 from dataflex.errors import ConfigError
 from dataflex.record.reader import read_run
+from dataflex.record.schema import FROM_HERE, NO_EFFECT, Change
 from dataflex.report.charts import DOMAINS, Chart, charts
 from dataflex.report.described import data, legend
 from dataflex.report.measure import MeasuredRun, evenly, measure
@@ -537,9 +538,8 @@ def test_data_sets_are_shown_with_their_samples_or_their_column(tmp_path: Path) 
 def test_page_says_what_was_changed_and_which_rounds_are_elsewhere(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     (each,) = measured(run)
-    here = {"resumed_at": 5, "step": 7, "key": "dataflex.mix.proportions", "from": [1, 1], "to": [3, 1]}
-    kept = {**here, "key": "learning_rate", "effect": "none, the earlier value stays"}
-    changes = [{**here, "effect": "from this step on"}, kept]
+    here = {"resumed_at": 5, "step": 7, "key": "dataflex.mix.proportions", "before": [1, 1], "now": [3, 1]}
+    changes = [Change(**here, effect=FROM_HERE), Change(**{**here, "key": "learning_rate"}, effect=NO_EFFECT)]
     record = replace(each.record, changes=changes, rounds=[replace(each.record.rounds[-1], round=2)])
     rows = {row[0]: row[1] for row in setup_table([replace(each, record=record)]).rows}
     assert rows["changed at a resume"] == "from step 8 dataflex.mix.proportions [3, 1]"
@@ -1286,7 +1286,7 @@ def test_output_into_a_pipe_that_was_closed_is_no_error(tmp_path: Path) -> None:
 
 
 def test_report_is_imported_without_the_heavy_libraries() -> None:
-    code = "import sys, dataflex.record.report as _; print({'torch', 'pandas', 'plotly'} & set(sys.modules))"
+    code = "import sys, dataflex.report.report as _; print({'torch', 'pandas', 'plotly'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -16,6 +16,7 @@ from dataflex.config.changes import snapshot
 from dataflex.config.loading import RunConfig, split_config
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.record.identity import LOCK_FILE, only_run_in, read_identity, write_identity
+from dataflex.record.schema import FROM_HERE, Change
 from dataflex.record.writer import RunWriter
 from dataflex.trainer import resume
 from unit.fakes import CHECKPOINT_PARTS, RUN, make_checkpoint
@@ -181,7 +182,9 @@ def rounds(folder: Path) -> list[int]:
 def record(output: Path, *numbers: int) -> RunWriter:
     writer = RunWriter(output)
     with (writer.folder / "rounds.jsonl").open("a") as stream:
-        stream.writelines(json.dumps({"round": number}) + "\n" for number in numbers)
+        for number in numbers:
+            line = {"round": number, "start_step": 4 * number, "steps": 4, "size": 0, "domains": {}}
+            stream.write(json.dumps(line) + "\n")
     (writer.folder / "config.yaml").write_text("{}")
     return writer
 
@@ -244,18 +247,18 @@ def test_a_run_without_the_record_of_the_one_before_says_so(tmp_path: Path, caps
 
 
 def test_changes_are_recorded_once_with_the_configuration_before(output: Path) -> None:
-    folder, line = output / "dataflex", {"key": "k", "effect": "from this step on"}
+    folder = output / "dataflex"
 
     def resumed(step: int, seed: int, changes: bool = True) -> None:
         writer = RunWriter(output)
-        writer.changes(step, [{"resumed_at": step, **line, "to": seed}] if changes else [])
+        writer.changes(step, [Change(step, step, "k", None, seed, FROM_HERE)] if changes else [])
         writer.begin({"dataflex": {"seed": seed}}, 0, step)
 
     def seeds() -> dict[str, str]:
         return {path.name: path.read_text().split()[-1] for path in folder.glob("config*")}
 
     def to() -> list[int]:
-        return [json.loads(each)["to"] for each in (folder / "changes.jsonl").read_text().splitlines()]
+        return [json.loads(each)["now"] for each in (folder / "changes.jsonl").read_text().splitlines()]
 
     RunWriter(output).begin({"dataflex": {"seed": 0}}, None)
     resumed(4, 1)

@@ -313,7 +313,7 @@ def test_a_run_that_ends_in_its_warm_up_says_so(section: dict[str, Any]) -> None
         dynamic = run_of(TWO_DOMAINS, **section, warmup_steps=5, train_steps=20)
         dynamic.set_steps(arguments())
         for _ in range(2):  # an evaluation after the training writes the summary again
-            notes = dynamic.finish(step).get("notes", [])
+            notes = dynamic.finish(step).notes
         assert len(notes) == expected
         if expected:
             assert notes[0] == f"the run ended at step {step}, inside its warm-up of 5: {method} decided nothing."

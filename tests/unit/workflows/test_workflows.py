@@ -26,6 +26,7 @@ from dataflex.workflows import regmix as regmix_module
 from dataflex.workflows.doremi import doremi, load
 from dataflex.workflows.regmix import regmix
 from dataflex.workflows.small_model import small_model
+from records import round_lines
 
 PROGRAM = """
 import json, os, sys, time
@@ -597,7 +598,6 @@ def test_doremi_on_a_tiny_model(
     for name in ("texts", "pages"):
         assert rows[name][1:] == [f"{weights['proportions'][name]:.4f}", f"{final[name]['loss']:.4f}"]
     assert sum(float(rows[name][0]) for name in ("texts", "pages")) == pytest.approx(1, abs=2e-4)
-    (line,) = (tmp_path / "out/final/dataflex/rounds.jsonl").read_text().splitlines()[:1]
-    shares = json.loads(line)["proportions"]
+    shares = round_lines(tmp_path / "out/final")[0]["proportions"]
     # Shares of tokens, divided by the mean lengths, are shares of samples: pt packs, so all samples are equally long.
     assert shares == pytest.approx(weights["proportions"], abs=0.05)

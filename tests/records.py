@@ -1,0 +1,22 @@
+"""Reading the record of a run as tests want it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dataflex.record.reader import read_header, read_rounds, read_run
+
+
+def round_lines(run: Path) -> list[dict[str, Any]]:
+    """Return what is on record of each round of a run, with the names of the domains and the methods."""
+    folder = run / "dataflex"
+    return [asdict(each) for each in read_rounds(folder, read_header(folder))]
+
+
+def plan_table(run: Path, number: int) -> pa.Table:
+    """Return the plan of a round."""
+    return read_run(run).plan(number)
