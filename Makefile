@@ -7,7 +7,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 # Where Python may not keep what it compiled, every start with LLaMA-Factory costs three times as much.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test install lint lock clean
+.PHONY: demo test golden install lint lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dataflex-cli demo
@@ -17,6 +17,9 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+golden: $(VENV)/.installed
+	$(BIN)/python tests/golden/methods.py --check
 
 install: $(VENV)/.installed
 
