@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dataflex.data.pool import Pool
     from dataflex.planning.overhead import CappedScoring
 
@@ -79,6 +82,108 @@ def _asked_for(validation: Pool | None) -> Pool:
             "Needs(validation=self.params) from its needs()."
         )
     return validation
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """The losses of the tokens of ``n`` samples; column t is the loss of predicting token t + 1.
+
+    Attributes:
+        losses: shape (n, T), detached; 0 where no token is trained on.
+        trained: which of them count in the loss, shape (n, T), bool.
+        reference: losses of the reference at the same places, shape (n, T), 0 where no token is trained on; None for a
+            weighter that asks for no reference.
+    """
+
+    losses: Tensor
+    trained: Tensor
+    reference: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The samples of one optimizer step whose loss a weighter scales.
+
+    They are those of the whole global batch (all micro-batches, all ranks), the same on every rank, in the order of the
+    plan; of an elementwise weighter any part of it. Samples without a token that is trained on are left out: there is
+    nothing to scale.
+
+    Attributes:
+        losses: token-mean loss of each sample, shape (n,), float32, detached, finite.
+        step: optimizer steps done so far.
+        total_steps: optimizer steps the run is expected to take.
+        pool: the training samples; None in a stream.
+        probe: measures on the model in training; None in a stream. Every rank must make the same calls, so not for
+            elementwise weighters.
+        places: where the samples are in the pool, shape (n,), on the device of ``losses``; None in a stream.
+        tokens: the losses of their tokens; None if the weighter asks for none.
+    """
+
+    losses: Tensor
+    step: int = 0
+    total_steps: int = 1
+    pool: Pool | None = None
+    probe: Probe | None = None
+    places: Tensor | None = None
+    tokens: TokenLosses | None = None
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done, in [0, 1)."""
+        return self.step / self.total_steps
+
+    @cached_property
+    def indices(self) -> IndexArray:
+        """The samples' indices in the pool, shape (n,). Copied from the device when first read.
+
+        Raises:
+            ComponentError: in a stream, whose samples have none.
+        """
+        if self.places is None:
+            raise ComponentError("batch.indices: the samples of a stream have no index; set streaming: false.")
+        indices: IndexArray = self.places.cpu().numpy()
+        return indices
+
+    @property
+    def domains(self) -> NDArray[np.int64]:
+        """The samples' domains, shape (n,); all 0 if nothing is selected, mixed or ordered."""
+        return self._pool.domain_ids(self.indices)
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """The samples' tokens, shape (n,)."""
+        return self._pool.lengths[self.indices]
+
+    @property
+    def token_losses(self) -> Tensor:
+        """The losses of the tokens, shape (n, T); 0 where none is trained on."""
+        return self._tokens.losses
+
+    @property
+    def trained(self) -> Tensor:
+        """Which tokens count in the loss, shape (n, T), bool."""
+        return self._tokens.trained
+
+    @property
+    def reference_losses(self) -> Tensor:
+        """The losses of the reference at the same tokens, shape (n, T); 0 where none is trained on."""
+        if self._tokens.reference is None:
+            raise ComponentError("batch.reference_losses: needs() of the weighter names no reference.")
+        return self._tokens.reference
+
+    @property
+    def _pool(self) -> Pool:
+        if self.pool is None:
+            raise ComponentError("batch.pool: a stream has none; set streaming: false.")
+        return self.pool
+
+    @property
+    def _tokens(self) -> TokenLosses:
+        if self.tokens is None:
+            raise ComponentError(
+                'batch.token_losses: needs() of the weighter must return Needs(step_losses="tokens"), or a reference.'
+            )
+        return self.tokens
 
 
 NOT_DECIDED = "not_decided"

@@ -14,18 +14,18 @@ def shifted(labels: Tensor) -> Tensor:
     return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross entropy of every position, (B, T), float32 (float64 of float64); 0 where it is ignored.
 
     Args:
         logits: (B, T, V).
-        targets: already shifted labels, (B, T).
+        labels: already shifted, (B, T).
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     flat = wide.view(-1, logits.size(-1))
-    targets = targets.to(logits.device)
-    losses = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORE_INDEX, reduction="none")
-    return losses.view(targets.shape)
+    labels = labels.to(logits.device)
+    losses = F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="none")
+    return losses.view(labels.shape)
 
 
 def sample_means(sums: Tensor, counts: Tensor) -> Tensor:

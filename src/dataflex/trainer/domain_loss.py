@@ -41,8 +41,6 @@ class DomainLoss:
     def __init__(self, mixer: Mixer, domains: tuple[str, ...], device: torch.device, make_context: MakeContext) -> None:
         self.mixer, self.domains, self.device, self.make_context = mixer, domains, device, make_context
         self.dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
-        self.reference: Tensor | None = None
-        """The reference's losses of the micro-batch in its forward now, (n,), where they are looked at."""
         self._tokens = torch.zeros(len(domains), dtype=self.dtype, device=device)
         self._weights: Tensor | None = None
         self.used: Floats = np.empty(0)
@@ -78,15 +76,25 @@ class DomainLoss:
         elif self.mixer.weighs_loss_by == "probe":
             self._update(np.empty(0), np.empty(0))
 
-    def excess_sums(self, per_token: Tensor, targets: Tensor) -> Tensor | None:
-        """Return each sample's sum of max(loss - reference loss, 0), (B,); None where nothing is compared."""
-        if self.reference is None:
+    @property
+    def num_tokens(self) -> Tensor:
+        """Tokens of the step that count, on all processes."""
+        return self._tokens.sum()
+
+    def excess_sums(self, per_token: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor | None:
+        """Return each sample's sum of max(loss - reference loss, 0), (B,); None where nothing is compared.
+
+        Args:
+            per_token: losses, (B, T).
+            labels: shifted, (B, T).
+            reference: its loss at each position that counts, (c,), row after row; None: nothing is compared.
+        """
+        if reference is None:
             return None
-        counted = targets != IGNORE_INDEX
+        counted = labels != IGNORE_INDEX
         excess = torch.zeros_like(per_token)
-        above = (per_token.detach()[counted] - self.reference).clamp(min=0)
-        excess[counted] = torch.where(torch.isfinite(self.reference), above, torch.nan)
-        self.reference = None
+        above = (per_token.detach()[counted] - reference).clamp(min=0)
+        excess[counted] = torch.where(torch.isfinite(reference), above, torch.nan)
         return excess.sum(1)
 
     def decide(self, domains: Tensor, sums: Tensor, excess: Tensor | None) -> None:

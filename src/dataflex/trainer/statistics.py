@@ -13,7 +13,7 @@ from torch import Tensor
 from dataflex import distributed
 from dataflex.api.context import StepStatistics
 from dataflex.data.token_loss import IGNORE_INDEX
-from dataflex.errors import DataFlexError, DivergenceError
+from dataflex.errors import ComponentError, DataFlexError, DivergenceError
 
 
 @dataclass
@@ -24,6 +24,8 @@ class BatchLosses:
     counts: Tensor
     excess: Tensor | None = None
     """Sums of max(loss - reference loss, 0), where a reference is looked at."""
+    coefficients: Tensor | None = None
+    """Sum of the loss coefficients of its tokens, if a weighter acts in the step; a scalar."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class StepTotals:
     """Labels that count in the loss."""
     loss: float
     """Sum of the losses of its micro-batches; not finite where one of them is not."""
+    coefficients: float | None = None
+    """Sum of the loss coefficients of its tokens; None if no weighter acted in it."""
 
 
 def domain_sums(domains: Tensor, values: Tensor, num_domains: int) -> Tensor:
@@ -63,7 +67,8 @@ class StepAccumulator:
         self._ends = torch.as_tensor(offsets[1:], device=device)
         dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
         self._sums = torch.zeros(self.num_domains, 4, dtype=dtype, device=device)
-        self._totals = torch.zeros(3, dtype=dtype, device=device)
+        self._totals = torch.zeros(4, dtype=dtype, device=device)
+        self._weighed = False
         self.indices: Tensor | None = None
         """Pool indices of the micro-batch in its forward now, (B,), or None."""
 
@@ -77,6 +82,9 @@ class StepAccumulator:
         columns = [batch.sums, batch.counts, torch.ones_like(batch.sums), excess]
         values = torch.stack([column.to(self._sums) for column in columns], dim=1)
         self._sums += domain_sums(domains, values, self.num_domains)
+        if batch.coefficients is not None:
+            self._totals[3] += batch.coefficients.to(self._totals)
+            self._weighed = True
 
     def domains_of(self, indices: Tensor) -> Tensor:
         """Return the domain of each sample, (B,), on the training device."""
@@ -103,12 +111,14 @@ class StepAccumulator:
         values = distributed.all_reduce_sum(packed).cpu().numpy().astype(np.float64)
         self._sums.zero_()
         self._totals.zero_()
-        sums, counts, samples, excess_sums = values[:-3].reshape(-1, 4).T
+        sums, counts, samples, excess_sums = values[:-4].reshape(-1, 4).T
         losses, excess = np.full((2, self.num_domains), np.nan)
         np.divide(sums, counts, out=losses, where=counts > 0)
         np.divide(excess_sums, counts, out=excess, where=counts > 0)
         statistics = StepStatistics(step, losses, counts.astype(np.int64), samples.astype(np.int64), excess=excess)
-        return statistics, StepTotals(int(values[-3]), int(values[-2]), float(values[-1]))
+        tokens, labels, loss, coefficients = values[-4:].tolist()
+        weighed, self._weighed = self._weighed, False
+        return statistics, StepTotals(int(tokens), int(labels), loss, coefficients if weighed else None)
 
 
 class MeanLosses:
@@ -147,10 +157,16 @@ def check_step(domains: tuple[str, ...], statistics: StepStatistics, totals: Ste
     """Check that an optimizer step had something to learn and a finite loss; the same on every process.
 
     Raises:
-        DataFlexError: if no token of the step counts in the loss.
+        DataFlexError: if no token of the step counts in the loss, or all of them have the coefficient 0.
         DivergenceError: if its loss, or that of a domain, is not finite.
     """
     check_losses(domains, statistics.tokens, statistics.losses, statistics.step)
+    if totals.coefficients == 0 and totals.labels:
+        raise ComponentError(
+            f"weight: the loss coefficients of every token of step {statistics.step} are 0 (the product of the weighters' "
+            "weights and, if a mixer weighs the domains, of theirs), so the step trained nothing; give at least one "
+            "sample a coefficient above 0."
+        )
     if math.isfinite(totals.loss):
         return
     if not totals.labels:

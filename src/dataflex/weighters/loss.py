@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from dataflex.api.context import StepBatch
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
 from dataflex.api.weighter import Weighter, WeighterParams
@@ -66,12 +67,13 @@ class LossWeighter(Weighter):
             )
         return None
 
-    def weigh(self, losses: Tensor, step: int) -> Tensor:
-        """Return the weights of the batch, mean 1."""
+    def weigh(self, batch: StepBatch) -> Tensor:
+        """Return the weights of the samples, mean 1."""
+        losses = batch.losses
         if self.params.strategy == "uniform":
             return losses.new_ones(losses.shape)
         values = emphasis(losses, self.params.strategy, self.params.delta)
-        return (values / self.temperature_at(step)).softmax(0) * losses.numel()
+        return (values / self.temperature_at(batch.step)).softmax(0) * losses.numel()
 
     def temperature_at(self, step: int) -> float:
         """Return r at an optimizer step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dataflex.api.context import StepBatch
 from dataflex.api.registry import register
 from dataflex.api.weighter import Weighter, WeighterParams
 
@@ -18,6 +19,6 @@ class UniformWeighter(Weighter):
     Params = WeighterParams
     elementwise = True
 
-    def weigh(self, losses: Tensor, step: int) -> Tensor:
+    def weigh(self, batch: StepBatch) -> Tensor:
         """Return ones."""
-        return losses.new_ones(losses.shape)
+        return batch.losses.new_ones(batch.losses.shape)

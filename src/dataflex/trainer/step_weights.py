@@ -1,0 +1,254 @@
+"""The weighters' part in the loss of a step: what they are shown, and what they return, checked and multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dataflex import distributed
+from dataflex.api.components import Entry
+from dataflex.api.context import StepBatch, TokenLosses
+from dataflex.api.source import label_of
+from dataflex.api.weighter import Weighter
+from dataflex.data.token_loss import IGNORE_INDEX
+from dataflex.errors import ComponentError
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the forward of one micro-batch showed, detached.
+
+    Attributes:
+        labels: shifted labels, (B, T).
+        per_token: the loss of every position, (B, T); 0 where no token counts.
+        means: token-mean loss of every sample, (B,); NaN where no token counts.
+        places: where the samples are in the pool, (B,); None in a stream.
+        references: configuration key -> the reference's loss at each position that counts, (c,), row after row.
+    """
+
+    labels: Tensor
+    per_token: Tensor
+    means: Tensor
+    places: Tensor | None = None
+    references: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def reference(self, key: str) -> Tensor:
+        """Return a reference's loss of every position, (B, T); 0 where no token counts."""
+        values = torch.zeros_like(self.per_token)
+        values[self.labels != IGNORE_INDEX] = self.references[key].to(values)
+        return values
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """A weighter of the run and what it asks for.
+
+    Attributes:
+        entry: the weighter, its configuration key and its cadence.
+        tokens: whether it looks at the losses of tokens.
+        reference: whether it looks at a reference's.
+    """
+
+    entry: Entry[Weighter]
+    tokens: bool = False
+    reference: bool = False
+
+    def acts_in(self, step: int) -> bool:
+        """Return whether it weighs the step after ``step`` others."""
+        return step % self.entry.every == 0
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Samples of a step side by side: the token columns are as many as the longest one has."""
+
+    means: Tensor
+    places: Tensor | None
+    per_token: Tensor | None = None
+    trained: Tensor | None = None
+    references: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> _Samples:
+        """Return the same after a change of every tensor."""
+        return _Samples(
+            change(self.means),
+            *(None if each is None else change(each) for each in (self.places, self.per_token, self.trained)),
+            {key: change(values) for key, values in self.references.items()},
+        )
+
+
+MakeBatch = Callable[[Tensor, Tensor | None, TokenLosses | None], StepBatch]
+"""From losses, places and token losses to what a weighter is given."""
+
+
+class StepWeights:
+    """Asks the weighters of a run for the weights of one step after another.
+
+    Args:
+        weighings: the weighters, in the order they are named.
+        make_batch: makes what a weighter is given.
+    """
+
+    def __init__(self, weighings: Sequence[Weighing], make_batch: MakeBatch) -> None:
+        self.weighings, self.make_batch = tuple(weighings), make_batch
+        self.by_sample = any(each.entry.component.params.normalization == "sample" for each in weighings)
+        """Whether the loss is the mean over samples of their token means."""
+        self.last: Tensor | None = None
+        """The weights decided last, of samples or of trained tokens, flat."""
+
+    def needs_all(self, step: int) -> bool:
+        """Return whether weights of the step after ``step`` others depend on all of its samples together."""
+        return any(each.acts_in(step) and not each.entry.component.elementwise for each in self.weighings)
+
+    def decide(self, batches: Sequence[MicroBatch], step: int) -> list[Tensor] | None:
+        """Return the weights of each micro-batch, (B,) or (B, T); None if no weighter acts in the step.
+
+        Args:
+            batches: of this process; those of the whole step if weights depend on all of its samples.
+            step: optimizer steps done so far.
+        """
+        acting = [each for each in self.weighings if each.acts_in(step)]
+        if not acting:
+            return None
+        samples, order = _side_by_side(batches, acting), None
+        together = self.needs_all(step)
+        if together and distributed.world_size() > 1:
+            samples, order = _of_all_processes(samples, [batch.means.numel() for batch in batches])
+        weights = self._product(acting, samples, step, together)
+        if order is not None:
+            own = torch.empty_like(weights)
+            own[order] = weights
+            count = sum(batch.means.numel() for batch in batches)
+            weights = own[distributed.rank() * count : (distributed.rank() + 1) * count]
+        parts = weights.split([batch.means.numel() for batch in batches])
+        return [
+            part if part.dim() == 1 else part[:, : batch.labels.shape[1]]
+            for part, batch in zip(parts, batches, strict=True)
+        ]
+
+    def _product(self, acting: Sequence[Weighing], samples: _Samples, step: int, together: bool) -> Tensor:
+        """Return the product of the weighters' weights, (n,) or (n, T); 1 of what is not trained on."""
+        # A loss that is not finite is nothing to weigh by; the statistics of the step end the run on all processes.
+        scored = torch.isfinite(samples.means)
+        if not bool(scored.any()):
+            return torch.ones_like(samples.means)
+        shown = samples.changed(lambda values: values[scored])
+        product: Tensor | None = None
+        for each in acting:
+            given = self._given(each, shown, together)
+            product = given if product is None else _times(product, given)
+        assert product is not None
+        counted = product if product.dim() == 1 or shown.trained is None else product[shown.trained]
+        if together and not bool((counted > 0).any()):
+            raise ComponentError(_no_weight(acting, f"sample of step {step + 1}"))
+        self.last = counted
+        weights = product.new_ones((scored.numel(), *product.shape[1:]))
+        weights[scored] = product
+        return weights
+
+    def _given(self, each: Weighing, shown: _Samples, together: bool) -> Tensor:
+        """Return one weighter's weights, checked, on the device of the losses and 1 where no token is trained on."""
+        weighter, tokens = each.entry.component, None
+        if each.tokens:
+            assert shown.per_token is not None
+            assert shown.trained is not None
+            reference = shown.references[each.entry.key] if each.reference else None
+            tokens = TokenLosses(shown.per_token, shown.trained, reference)
+        given = weighter.weigh(self.make_batch(shown.means, shown.places, tokens))
+        check_weights(weighter, given, shown.means.numel(), None if tokens is None else tokens.trained)
+        weights = given.to(shown.means)
+        counted = weights
+        if weights.dim() == 2:
+            assert shown.trained is not None
+            weights = torch.where(shown.trained, weights, 1.0)
+            counted = weights[shown.trained]
+        if together and not weighter.elementwise and not bool((counted > 0).any()):
+            raise ComponentError(_no_weight([each], "sample of the step"))
+        return weights
+
+
+def _times(first: Tensor, second: Tensor) -> Tensor:
+    """Return the product of weights of samples or tokens."""
+    if first.dim() == second.dim():
+        return first * second
+    return first * second.unsqueeze(1) if first.dim() == 2 else first.unsqueeze(1) * second
+
+
+def _no_weight(acting: Sequence[Weighing], of: str) -> str:
+    """Return that weighters leave nothing to train."""
+    labels = " and ".join(label_of(each.entry.component, ("weigh",)) for each in acting)
+    returned = "returned" if len(acting) == 1 else "together give"
+    return (
+        f"{labels} {returned} weight 0 for every {of}, which would train nothing; give at least one a weight above 0."
+    )
+
+
+def _side_by_side(batches: Sequence[MicroBatch], acting: Sequence[Weighing]) -> _Samples:
+    """Return the samples of micro-batches, with what the weighters ask for."""
+    means = torch.cat([batch.means for batch in batches])
+    known = [batch.places for batch in batches if batch.places is not None]
+    places = torch.cat(known) if known else None
+    if not any(each.tokens for each in acting):
+        return _Samples(means, places)
+    columns = max(batch.labels.shape[1] for batch in batches)
+
+    def joined(values: Callable[[MicroBatch], Tensor]) -> Tensor:
+        return torch.cat([_widened(values(batch), columns) for batch in batches])
+
+    keys = [each.entry.key for each in acting if each.reference]
+    return _Samples(
+        means,
+        places,
+        joined(lambda batch: batch.per_token),
+        joined(lambda batch: batch.labels != IGNORE_INDEX),
+        {key: joined(lambda batch, key=key: batch.reference(key)) for key in keys},  # type: ignore[misc]
+    )
+
+
+def _widened(values: Tensor, columns: int) -> Tensor:
+    """Return (B, T) values with zeros up to ``columns`` columns."""
+    return torch.nn.functional.pad(values, (0, columns - values.shape[1]))
+
+
+def _of_all_processes(samples: _Samples, sizes: Sequence[int]) -> tuple[_Samples, Tensor]:
+    """Return the samples of all processes in the order of the plan, and where each was among the gathered ones.
+
+    The processes take turns in the plan: the micro-batches are dealt to them one after another. If they are not all of
+    one size, as at the end of a pass without a plan, the samples stay in the order of the processes.
+    """
+    if samples.per_token is not None:
+        columns = samples.per_token.shape[1]
+        widths = distributed.all_gather(torch.tensor([columns], device=samples.means.device))
+        columns = int(widths.max())
+        samples = samples.changed(lambda values: values if values.dim() == 1 else _widened(values, columns))
+    samples = samples.changed(distributed.all_gather)
+    order = torch.arange(samples.means.numel(), device=samples.means.device)
+    if len(set(sizes)) == 1:
+        order = order.view(distributed.world_size(), len(sizes), sizes[0]).transpose(0, 1).reshape(-1)
+    return samples.changed(lambda values: values[order]), order
+
+
+def check_weights(weighter: Weighter, weights: Tensor, count: int, trained: Tensor | None) -> None:
+    """Check finite, non-negative weights, one for each sample or for each token that is trained on.
+
+    Args:
+        weighter: that returned them.
+        weights: what it returned.
+        count: number of samples.
+        trained: which tokens are trained on, (n, T), if the weighter sees tokens.
+
+    Raises:
+        ComponentError: naming the weighter and what it returned.
+    """
+    label = label_of(weighter, ("weigh",))
+    if not isinstance(weights, torch.Tensor):
+        raise ComponentError(f"{label} returned a {type(weights).__name__}; needed is a tensor of {count} weights.")
+    if weights.shape != (count,) and (trained is None or weights.shape != trained.shape):
+        of_tokens = "" if trained is None else f" of {trained.shape[1]} tokens"
+        raise ComponentError(f"{label} returned weights of shape {tuple(weights.shape)} for {count} samples{of_tokens}.")
+    counted = weights if weights.dim() == 1 or trained is None else weights[trained.to(weights.device)]
+    if not bool((torch.isfinite(counted) & (counted >= 0)).all()):
+        raise ComponentError(f"{label} returned weights that are NaN, infinite or negative: {counted.tolist()}")
