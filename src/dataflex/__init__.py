@@ -4,7 +4,7 @@ What a component of your own needs is here; everything else is reached through `
 """
 
 from dataflex.api.component import State
-from dataflex.api.context import RoundContext, StepContext, StepStatistics
+from dataflex.api.context import RoundContext, StepBatch, StepContext, StepStatistics
 from dataflex.api.measurement import MeasuredBatch, Measurement, MeasurementRun, register_measurement
 from dataflex.api.mixer import DomainParams, Mixer, MixerParams
 from dataflex.api.needs import Needs, RunView
@@ -49,6 +49,7 @@ __all__ = [
     "Selector",
     "SelectorParams",
     "State",
+    "StepBatch",
     "StepContext",
     "StepStatistics",
     "TokenMeans",

@@ -301,8 +301,8 @@ class NanMixer(Mixer):
 
 @register("weighter", "test_negative")
 class NegativeWeighter(Weighter):
-    def weigh(self, losses, step):
-        return -losses
+    def weigh(self, batch):
+        return -batch.losses
 
 
 @register("selector", "test_key")
@@ -313,7 +313,7 @@ class KeySelector(Selector):
 
 @register("weighter", "test_key")
 class KeyWeighter(Weighter):
-    def weigh(self, losses, step):
+    def weigh(self, batch):
         return np.testing.assert_equal(1, 2)
 
 

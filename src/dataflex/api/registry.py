@@ -148,6 +148,12 @@ def _wrong_word(cls: type, base: type) -> str | None:
     return None
 
 
+_MADE_OTHERWISE: dict[str, str] = {
+    "weigh": "Write def weigh(self, batch), a StepBatch with batch.losses, batch.step and more.",
+}
+"""Method -> how one of an earlier release is written now."""
+
+
 def _misfit(cls: type, base: type) -> str | None:
     """Return which method cannot be called as the framework calls it, or None."""
     for name, original in {**vars(Component), **vars(base)}.items():
@@ -161,7 +167,8 @@ def _misfit(cls: type, base: type) -> str | None:
             inspect.signature(own).bind(*positional)
         except TypeError:
             names = ", ".join(each.name for each in positional)
-            return f"{cls.__name__}.{name}{_signature(own)} must take ({names})."
+            hint = f" {_MADE_OTHERWISE[name]}" if name in _MADE_OTHERWISE else ""
+            return f"{cls.__name__}.{name}{_signature(own)} must take ({names}).{hint}"
     return None
 
 

@@ -28,7 +28,7 @@ from pydantic import Field
 
 from dataflex.api.component import State
 from dataflex.api.context import StepContext
-from dataflex.api.needs import RunView
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.reference import ReferenceParams
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
@@ -54,6 +54,10 @@ class DoReMiMixer(LossWeightMixer):
     def __init__(self, params: DoReMiParams) -> None:
         super().__init__(params)
         self._excess: NDArray[np.float64] = np.empty(0)
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the reference, and the losses of the domains."""
+        return Needs(reference=self.params, step_losses="domains")
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the reference, and a cap on the passes over a domain."""

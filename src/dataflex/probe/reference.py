@@ -45,13 +45,13 @@ _OF_A_MODEL = ("config.json", "adapter_config.json", "model", "pytorch_model", "
 class Reference(Protocol):
     """Where the reference's losses of a batch come from."""
 
-    def losses(self, inputs: dict[str, Any], targets: Tensor, indices: IndexArray) -> Tensor:
+    def losses(self, inputs: dict[str, Any], labels: Tensor, indices: IndexArray | None) -> Tensor:
         """Return the loss at each position that counts, (n,), float32: row after row, left to right.
 
         Args:
             inputs: what the model is given, without labels.
-            targets: shifted labels, (B, T).
-            indices: the samples' places in the pool, (B,).
+            labels: shifted, (B, T).
+            indices: the samples' places in the pool, (B,); None in a stream.
         """
         ...
 
@@ -64,17 +64,17 @@ class ReferenceModel:
     autocast: Callable[[], AbstractContextManager[Any]]
 
     @torch.no_grad()
-    def losses(self, inputs: dict[str, Any], targets: Tensor, indices: IndexArray | None = None) -> Tensor:
+    def losses(self, inputs: dict[str, Any], labels: Tensor, indices: IndexArray | None = None) -> Tensor:
         """Return the loss at each position that counts, (n,), float32."""
         with self.autocast():
             logits = self.model(**inputs, use_cache=False).logits
-        return counted_losses(logits, targets)
+        return counted_losses(logits, labels)
 
 
-def counted_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross entropy at each position whose target counts, (n,), float32, row after row."""
-    counted = targets != IGNORE_INDEX
-    return F.cross_entropy(logits[counted].float(), targets[counted], reduction="none")
+def counted_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy at each position whose label counts, (n,), float32, row after row."""
+    counted = labels != IGNORE_INDEX
+    return F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
 
 
 class ReferenceTable:
@@ -83,15 +83,16 @@ class ReferenceTable:
     Args:
         folder: of the table.
         pool: the run's samples; every domain of it is in the table.
+        key: configuration key of the component that names it, for messages.
     """
 
-    def __init__(self, folder: Path, pool: Pool) -> None:
-        self.pool = pool
+    def __init__(self, folder: Path, pool: Pool, key: str) -> None:
+        self.pool, self.key = pool, key
         table = read_table(folder)
         if table is None:
             raise ConfigError(
-                f"dataflex.mix.reference_losses: {folder} has no {TABLE_FILE} on this machine; every node needs the "
-                "table."
+                f"dataflex.{self.key}.reference_losses: {folder} has no {TABLE_FILE} on this machine; every node needs "
+                "the table."
             )
         self._paths = [folder / table["domains"][name]["file"] for name in pool.domains]
         self._opened = lru_cache(maxsize=_OPEN_DOMAINS)(self._open)
@@ -108,30 +109,38 @@ class ReferenceTable:
         size = losses.stat().st_size
         if size != 4 * ends[-1]:
             raise ConfigError(
-                f"dataflex.mix.reference_losses: {losses} holds {size // 4} losses of {self.pool.domains[domain]!r}, "
-                f"and its samples have {ends[-1]}: it is damaged. Remove the table or name another folder."
+                f"dataflex.{self.key}.reference_losses: {losses} holds {size // 4} losses of "
+                f"{self.pool.domains[domain]!r}, and its samples have {ends[-1]}: it is damaged. Remove the table "
+                "or name another folder."
             )
         return (np.memmap(losses, dtype="<f4", mode="r") if size else np.empty(0, np.float32)), ends
 
-    def losses(self, inputs: dict[str, Any], targets: Tensor, indices: IndexArray) -> Tensor:
+    def losses(self, inputs: dict[str, Any], labels: Tensor, indices: IndexArray | None) -> Tensor:
         """Return the loss at each position that counts, (n,), float32."""
+        assert indices is not None  # a table is not taken for a stream
         found, domains = [], self.pool.domain_ids(indices)
         rows = indices - self.pool.offsets[domains]
         for domain, row in zip(domains.tolist(), rows.tolist(), strict=True):
             losses, ends = self._opened(domain)
             found.append(losses[ends[row - 1] if row else 0 : ends[row]])
         values = torch.from_numpy(np.concatenate(found))
-        counted = int((targets != IGNORE_INDEX).sum())
+        counted = int((labels != IGNORE_INDEX).sum())
         if values.numel() != counted:
             raise ComponentError(
                 f"reference_losses: the table has {values.numel()} losses for a batch with {counted} trained tokens; "
                 "it was made under another collator or padding. Name another folder to have it made anew."
             )
-        return values.to(targets.device)
+        return values.to(labels.device)
 
 
 def load_reference(
-    name: str, tokenizer: Any, device: torch.device, dtype: torch.dtype, like: torch.nn.Module, options: dict[str, Any]
+    name: str,
+    tokenizer: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    like: torch.nn.Module,
+    options: dict[str, Any],
+    key: str,
 ) -> torch.nn.Module:
     """Return a frozen model for token losses, whole on this process, under DeepSpeed and FSDP too.
 
@@ -142,6 +151,7 @@ def load_reference(
         dtype: of its weights.
         like: the model in training, whose kind of attention it takes.
         options: of LLaMA-Factory: cache_dir, trust_remote_code and the like.
+        key: configuration key of the component that names it, for messages.
 
     Raises:
         ConfigError: if it cannot be loaded, or reads other token ids.
@@ -156,13 +166,13 @@ def load_reference(
             theirs = AutoTokenizer.from_pretrained(name, **options)
             problem = vocabulary_problem(tokenizer.get_vocab(), theirs.get_vocab(), name)
             if problem is not None:
-                raise ConfigError(f"dataflex.mix.reference_model: {problem}")
+                raise ConfigError(f"dataflex.{key}.reference_model: {problem}")
             attention: Any = like.config
             model = kind.from_pretrained(
                 name, dtype=dtype, attn_implementation=attention._attn_implementation, **options
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"dataflex.mix.reference_model: {name!r} cannot be loaded: {error}") from error
+        raise ConfigError(f"dataflex.{key}.reference_model: {name!r} cannot be loaded: {error}") from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -192,6 +202,7 @@ class TableMaker:
         collate: the training collator, on rows of the pool.
         device: where the reference runs.
         batch_tokens: tokens, padding counted, of one forward.
+        key: configuration key of the component that names it, for messages.
         progress: whether to show a progress bar.
     """
 
@@ -200,6 +211,7 @@ class TableMaker:
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
     device: torch.device
     batch_tokens: int
+    key: str
     progress: bool = False
 
     def missing(self, params: ReferenceParams) -> list[str]:
@@ -213,16 +225,16 @@ class TableMaker:
             return list(self.pool.domains)
         if params.reference_model is not None and table["model"] != model_files_digest(params.reference_model):
             raise ConfigError(
-                f"dataflex.mix.reference_losses: the table in {self.folder} was made with another reference than "
-                f"{params.reference_model!r} (it was {table['name']!r}). Name another folder, or leave out "
+                f"dataflex.{self.key}.reference_losses: the table in {self.folder} was made with another reference "
+                f"than {params.reference_model!r} (it was {table['name']!r}). Name another folder, or leave out "
                 "reference_model to use the table as it is."
             )
         for number, name in enumerate(self.pool.domains):
             kept = table["domains"].get(name)
             if kept is not None and kept["samples_sha256"] != domain_digest(self.pool, number):
                 raise ConfigError(
-                    f"dataflex.mix.reference_losses: the table in {self.folder} was made for other samples of {name!r} "
-                    "(its data, template, cutoff_len or packing has changed). Name another folder."
+                    f"dataflex.{self.key}.reference_losses: the table in {self.folder} was made for other samples of "
+                    f"{name!r} (its data, template, cutoff_len or packing has changed). Name another folder."
                 )
         return [name for name in self.pool.domains if name not in table["domains"]]
 
@@ -248,11 +260,11 @@ class TableMaker:
             lock.acquire()
         except Timeout as error:
             raise ConfigError(
-                f"dataflex.mix.reference_losses: another run is making the table in {self.folder}; wait for it."
+                f"dataflex.{self.key}.reference_losses: another run is making the table in {self.folder}; wait for it."
             ) from error
         except OSError as error:
             raise ConfigError(
-                f"dataflex.mix.reference_losses: {self.folder} cannot be written to ({error.strerror or error})."
+                f"dataflex.{self.key}.reference_losses: {self.folder} cannot be written to ({error.strerror or error})."
             ) from error
 
     def _list(self, domain: str, name: str) -> None:
@@ -303,9 +315,9 @@ class TableMaker:
         for batch in mine[:useful]:
             rows = self.collate(self.pool.rows(indices[batch]))
             inputs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in rows.items()}
-            targets = shifted(inputs.pop("labels"))
-            counts[torch.from_numpy(batch).to(self.device)] = (targets != IGNORE_INDEX).sum(1)
-            found.append((batch, reference.losses(inputs, targets)))
+            labels = shifted(inputs.pop("labels"))
+            counts[torch.from_numpy(batch).to(self.device)] = (labels != IGNORE_INDEX).sum(1)
+            found.append((batch, reference.losses(inputs, labels)))
         counts = distributed.all_reduce_sum(counts)
         ends = torch.cumsum(counts, 0)
         values = torch.zeros(int(ends[-1]), dtype=torch.float32, device=self.device)

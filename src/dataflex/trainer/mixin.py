@@ -29,27 +29,22 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from dataflex import distributed
-from dataflex.api.context import StepContext, StepStatistics
-from dataflex.api.reference import ReferenceParams
-from dataflex.data.token_loss import IGNORE_INDEX, shifted, token_losses
+from dataflex.api.context import StepStatistics
 from dataflex.errors import ConfigError, DivergenceError
 from dataflex.planning.planner import Arrangement
 from dataflex.probe.checkpoints import saved_moments
 from dataflex.probe.features import make_sketch
-from dataflex.probe.head import full_forward
-from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe, Tokens
 from dataflex.probe.moments import read_moments
-from dataflex.probe.reference import Reference, ReferenceModel, ReferenceTable, TableMaker, load_reference
 from dataflex.record import checkpoint
 from dataflex.selectors.base_gradients import FeatureParams
 from dataflex.trainer import console, terminal
-from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.evaluation import DomainEvaluation, Numbers, as_logs, check_evaluation, means
-from dataflex.trainer.loss import WeightedLoss, loss_function
+from dataflex.trainer.loss import loss_function
 from dataflex.trainer.rounds import INDEX_KEY, IndexedCollator, IndexedDataset, RoundStream
 from dataflex.trainer.run import DynamicRun
-from dataflex.trainer.statistics import StepAccumulator, check_step, domain_sums
+from dataflex.trainer.statistics import check_step
+from dataflex.trainer.step_loss import StepLoss
 
 if TYPE_CHECKING:
     from llamafactory.hparams import FinetuningArguments
@@ -83,28 +78,10 @@ class DynamicTrainerMixin(Trainer):
             dataflex.set_steps(args)
         super().__init__(args=args, **kwargs)
         self.domain_evaluation = self._make_evaluation()
-        self.step_accumulator = StepAccumulator(dataflex.offsets, args.device)
-        mixer = dataflex.components.mix
-        weighs = mixer is not None and mixer.weighs_loss_by != "nothing"
-        self.domain_loss = (
-            DomainLoss(mixer, dataflex.domains, args.device, self._step_context) if weighs and mixer else None
-        )
-        self._reference: Reference | None = None
-        self.step_loss = WeightedLoss(
-            weighter=dataflex.components.weight[0].component if dataflex.components.weight else None,
-            samples_per_step=self._samples_per_step(),
-            observe=self.step_accumulator.add,
-            global_batch_size=dataflex.global_batch_size,
-            domain_loss=self.domain_loss,
-        )
+        self.step_loss = StepLoss(self)
         terminal.shorten(self.callback_handler, knows_end=not dataflex.has_budget)
         # First, because the progress bar and the logs take the run's length from the state as we leave it.
         self.callback_handler.callbacks.insert(0, DynamicCallback(self))
-
-    def _samples_per_step(self) -> int:
-        """Return the samples that ``normalization: sample`` divides by, given what the Trainer multiplies by."""
-        size = self.dataflex.global_batch_size
-        return size if self.args.average_tokens_across_devices else size // self.args.world_size
 
     @property
     def own_loss(self) -> bool:
@@ -150,9 +127,11 @@ class DynamicTrainerMixin(Trainer):
         run = self.dataflex
         if run.when_loaded is not None:
             self._stop_before_training(run.when_loaded)
-        run.probe = self._make_probe() if run.pool is not None else None
+        run.probe = (
+            self._make_probe() if run.pool is not None or (run.whole is not None and run.components.weight) else None
+        )
         self._check_features()
-        self._reference = self._make_reference()
+        self.step_loss.references.make()
         run.learning_rate = lambda: float(self.lr_scheduler.get_last_lr()[0])
         if run.resume is None:
             return super().train(**kwargs)
@@ -179,9 +158,9 @@ class DynamicTrainerMixin(Trainer):
         return Path(str(last or given["model_name_or_path"]))
 
     def _make_probe(self) -> ModelProbe:
-        run = self.dataflex
-        assert run.pool is not None
-        cutoff = int(run.pool.lengths.max())
+        run, pool = self.dataflex, self.dataflex.samples
+        assert pool is not None
+        cutoff = int(pool.lengths.max())
         micro_batch = self.args.per_device_train_batch_size * cutoff
         given = run.settings.probe_batch_tokens
         sharded = self.is_fsdp_enabled or self._zero_stage() == 3
@@ -189,7 +168,7 @@ class DynamicTrainerMixin(Trainer):
         # model is sharded, no process may halve its batches on its own.
         cautious = sharded and self.causal_model().is_gradient_checkpointing
         return ModelProbe(
-            pool=run.pool,
+            pool=pool,
             model=self.raw_model,
             collate=self.data_collator,
             autocast=self.accelerator.autocast,
@@ -211,47 +190,6 @@ class DynamicTrainerMixin(Trainer):
             if probe is not None and isinstance(entry.component.params, FeatureParams):
                 make_sketch(entry.component.params.settings(), probe.parameter_sizes(), probe.device)
 
-    def _make_reference(self) -> Reference | None:
-        """Return where a mixer's reference losses come from, after making what is missing of their table."""
-        run = self.dataflex
-        if self.domain_loss is None or not self.domain_loss.uses_reference:
-            return None
-        params = self.domain_loss.mixer.params
-        assert isinstance(params, ReferenceParams)
-        assert run.pool is not None
-        if params.reference_losses is None:
-            return self._load_reference(params)
-        folder = Path(params.reference_losses)
-        cutoff = int(run.pool.lengths.max())
-        maker = TableMaker(
-            folder,
-            run.pool,
-            self.data_collator,
-            self.args.device,
-            run.settings.probe_batch_tokens or self.args.per_device_train_batch_size * cutoff,
-            progress=self.args.process_index == 0 and not self.args.disable_tqdm,
-        )
-        missing = distributed.on_main(partial(maker.missing, params))
-        if missing:
-            if params.reference_model is None:
-                raise ConfigError(f"dataflex.mix.reference_losses: {folder} has no losses of {', '.join(missing)}.")
-            began = time.perf_counter()
-            maker.make(missing, self._load_reference(params), params.reference_model)
-            run.decision_seconds += time.perf_counter() - began
-        distributed.barrier()
-        return ReferenceTable(folder, run.pool)
-
-    def _load_reference(self, params: ReferenceParams) -> ReferenceModel:
-        assert params.reference_model is not None
-        given = self.dataflex.config.llamafactory
-        names = {"cache_dir": "cache_dir", "trust_remote_code": "trust_remote_code", "hf_hub_token": "token"}
-        options = {theirs: given[ours] for ours, theirs in names.items() if given.get(ours) is not None}
-        bf16 = self.args.bf16 or self.finetuning_args.pure_bf16
-        dtype = torch.bfloat16 if bf16 else torch.float16 if self.args.fp16 else torch.float32
-        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
-        model = load_reference(params.reference_model, tokenizer, self.args.device, dtype, self.causal_model(), options)
-        return ReferenceModel(model, self.accelerator.autocast)
-
     def _zero_stage(self) -> int:
         return int(self.accelerator.state.deepspeed_plugin.zero_stage) if self.is_deepspeed_enabled else 0
 
@@ -268,69 +206,10 @@ class DynamicTrainerMixin(Trainer):
         return "group_by_length" if strategy == "group_by_length" else "shuffle"
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Fetch the micro-batches of the next optimizer step, and decide their weights where that takes all of them."""
+        """Fetch the micro-batches of the next optimizer step, and decide the weights that take all of them."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        loss, schedule = self.step_loss, self.dataflex.schedule
-        loss.step = self.state.global_step
-        loss.active = schedule.slot_at(min(loss.step, schedule.total_steps - 1)).update is not None
-        loss.decided.clear()
-        if loss.active and self.domain_loss is not None:
-            self._begin_domain_loss(self.domain_loss, samples)
-        if loss.active and loss.weighter is not None and not loss.weighter.elementwise and len(samples) > 1:
-            began = time.perf_counter()
-            sizes = [batch["labels"].size(0) for batch in samples]
-            loss.decided.extend(loss.decide(loss.weighter, self._losses_of(samples)).split(sizes))
-            self.dataflex.decision_seconds += time.perf_counter() - began
+        self.step_loss.begin(samples)
         return samples, num_items
-
-    def _begin_domain_loss(self, weighs: DomainLoss, samples: list[dict[str, Any]]) -> None:
-        """Count the step's tokens by domain, and decide its weights where that is not left to the one forward."""
-        began = time.perf_counter()
-        counts = torch.cat([(shifted(batch["labels"]) != IGNORE_INDEX).sum(1) for batch in samples])
-        domains = self.step_accumulator.domains_of(torch.cat([batch[INDEX_KEY] for batch in samples]))
-        column = counts.to(domains.device, weighs.dtype).unsqueeze(1)
-        weighs.begin(domain_sums(domains, column, len(weighs.domains))[:, 0])
-        if not weighs.decided and len(samples) > 1:
-            sums, excess = self._sums_of(weighs, samples)
-            weighs.decide(domains, sums, excess)
-        self.dataflex.decision_seconds += time.perf_counter() - began
-
-    def _sums_of(self, weighs: DomainLoss, samples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the summed losses and excess losses of every sample of several micro-batches, without a trace."""
-        model, sums, excesses = self.raw_model(), [], []
-        with probe_mode(model), self.accelerator.autocast():
-            for batch in samples:
-                inputs = dict(self._prepare_inputs(batch))
-                indices = inputs.pop(INDEX_KEY)
-                targets = shifted(inputs["labels"])
-                self._look_up_reference(weighs, inputs, indices)
-                del inputs["labels"]
-                per_token = token_losses(model(**inputs, use_cache=False).logits, targets)
-                sums.append(per_token.sum(1))
-                excesses.append(weighs.excess_sums(per_token, targets))
-        found = [excess for excess in excesses if excess is not None]
-        return torch.cat(sums), torch.cat(found) if found else None
-
-    def _look_up_reference(self, weighs: DomainLoss, inputs: dict[str, Any], indices: torch.Tensor) -> None:
-        """Have the reference's losses of a micro-batch ready for its forward."""
-        if self._reference is None:
-            return
-        given = {key: value for key, value in inputs.items() if key != "labels"}
-        weighs.reference = self._reference.losses(given, shifted(inputs["labels"]), indices.cpu().numpy())
-
-    def _step_context(self, tokens: np.ndarray, losses: np.ndarray, excess: np.ndarray) -> StepContext:
-        """Return what the mixer is given of the step that is about to be made, or has just been made."""
-        return self.dataflex.step_context(self.step_loss.step, tokens, losses, excess)
-
-    def _losses_of(self, samples: list[dict[str, Any]]) -> torch.Tensor:
-        """Return this process's token-mean losses of several micro-batches, (n,), without a trace of the forwards."""
-        model, parts = self.raw_model(), []
-        with probe_mode(model), self.accelerator.autocast():
-            for batch in samples:
-                inputs = {key: value for key, value in self._prepare_inputs(batch).items() if key != INDEX_KEY}
-                targets = shifted(inputs.pop("labels"))
-                parts.append(full_forward(model, inputs, targets))
-        return torch.cat(parts)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute a training step's loss with weights and statistics; evaluation stays as it is."""
@@ -339,30 +218,20 @@ class DynamicTrainerMixin(Trainer):
             if indices is None or self.domain_evaluation is None:
                 return super().compute_loss(model, inputs, *args, **kwargs)
             return self._evaluation_loss(model, inputs, indices, *args, **kwargs)
-        self.step_accumulator.add_tokens(inputs)
+        self.step_loss.accumulator.add_tokens(inputs)
         if not self.own_loss:
             found = super().compute_loss(model, inputs, *args, **kwargs)
         else:
             found = self._weighted_loss(model, inputs, indices, *args, **kwargs)
-        self.step_accumulator.add_loss(found[0] if isinstance(found, tuple) else found)
+        self.step_loss.accumulator.add_loss(found[0] if isinstance(found, tuple) else found)
         return found
 
     def _weighted_loss(
         self, model: Any, inputs: dict[str, Any], indices: torch.Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
         """Return a training micro-batch's loss through our loss function."""
-        self.step_accumulator.indices = indices
-        weighs = self.domain_loss if self.step_loss.active else None
-        if weighs is not None:
-            assert indices is not None
-            self.step_loss.domains = self.step_accumulator.domains_of(indices)
-            if weighs.follows or not weighs.decided:
-                began = time.perf_counter()
-                self._look_up_reference(weighs, inputs, indices)
-                seconds = time.perf_counter() - began
-                self.dataflex.decision_seconds += seconds
-                self.dataflex.train_seconds -= seconds  # it is inside the step, which counts as training
-        with loss_function(self.causal_model(), self.step_loss):
+        self.step_loss.prepare(inputs, indices)
+        with loss_function(self.causal_model(), self.step_loss.loss):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _evaluation_loss(
@@ -381,8 +250,13 @@ class DynamicTrainerMixin(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """Return the Trainer's loader; the batches of an evaluation set have the number of each sample."""
+        """Return the Trainer's loader; the batches of an evaluation set have the number of each sample.
+
+        So have those of training, if LLaMA-Factory draws the samples and a weighter may want to know which they are.
+        """
         first = self._first_index(dataset) if description == "Evaluation" else None
+        if description == "Training" and self.dataflex.whole is not None and self.dataflex.components.weight:
+            first = 0
         if first is None:
             return super()._get_dataloader(dataset, description, *args, **kwargs)
         collate = self.data_collator
@@ -401,6 +275,11 @@ class DynamicTrainerMixin(Trainer):
             found = [name for name, part in self.eval_dataset.items() if part is dataset]
             return int(sets.offsets[sets.domains.index(found[0])]) if found else None
         return 0 if dataset is self.eval_dataset else None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the Trainer's sampler, which may look at the rows."""
+        rows = train_dataset.dataset if isinstance(train_dataset, IndexedDataset) else train_dataset
+        return super()._get_train_sampler(rows)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """Return the Trainer's sampler, which may look at the rows."""
@@ -485,12 +364,13 @@ class DynamicTrainerMixin(Trainer):
             for name, tokens, passes in zip(run.domains, run.domain_tokens.tolist(), epochs.tolist(), strict=True):
                 logs[f"dataflex/domain_tokens/{name}"] = tokens
                 logs[f"dataflex/epochs/{name}"] = passes
-        if self.domain_loss is not None and self.step_loss.active:
-            for name, weight in zip(run.domains, self.domain_loss.used.tolist(), strict=True):
+        loss = self.step_loss.loss
+        if loss.domain_loss is not None and loss.active:
+            for name, weight in zip(run.domains, loss.domain_loss.used.tolist(), strict=True):
                 logs[f"dataflex/loss_weight/{name}"] = weight
-        if self.step_loss.last_weights is not None:
-            logs["dataflex/weight_min"] = self.step_loss.last_weights.min().item()
-            logs["dataflex/weight_max"] = self.step_loss.last_weights.max().item()
+        if loss.weights is not None and loss.weights.last is not None:
+            logs["dataflex/weight_min"] = loss.weights.last.min().item()
+            logs["dataflex/weight_max"] = loss.weights.last.max().item()
         return logs
 
     def _round_logs(self) -> dict[str, float]:
@@ -690,7 +570,7 @@ class DynamicCallback(TrainerCallback):
     ) -> None:
         """Count the step's tokens before the learning rate is set anew; where a budget is spent, end the run."""
         run, step = self.trainer.dataflex, state.global_step + 1
-        self._statistics, totals = self.trainer.step_accumulator.finish(step)
+        self._statistics, totals = self.trainer.step_loss.accumulator.finish(step)
         check_step(run.domains, self._statistics, totals)
         run.tokens += totals.tokens
         if run.has_budget:
@@ -703,8 +583,9 @@ class DynamicCallback(TrainerCallback):
         run = self.trainer.dataflex
         run.train_seconds += time.perf_counter() - self._began
         run.end_of_step(self._statistics)
-        weighs = self.trainer.domain_loss
-        if weighs is not None and self.trainer.step_loss.active:
+        loss = self.trainer.step_loss.loss
+        weighs = loss.domain_loss
+        if weighs is not None and loss.active:
             run.record_loss_weights(state.global_step, weighs.used)
             if weighs.follows:
                 weighs.learn(self._statistics)

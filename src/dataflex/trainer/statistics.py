@@ -163,9 +163,9 @@ def check_step(domains: tuple[str, ...], statistics: StepStatistics, totals: Ste
     check_losses(domains, statistics.tokens, statistics.losses, statistics.step)
     if totals.coefficients == 0 and totals.labels:
         raise ComponentError(
-            f"weight: the loss coefficients of every token of step {statistics.step} are 0 (the product of the weighters' "
-            "weights and, if a mixer weighs the domains, of theirs), so the step trained nothing; give at least one "
-            "sample a coefficient above 0."
+            f"weight: the loss coefficients of every token of step {statistics.step} are 0 (the product of the "
+            "weighters' weights and, if a mixer weighs the domains, of theirs), so the step trained nothing; give at "
+            "least one sample a coefficient above 0."
         )
     if math.isfinite(totals.loss):
         return

@@ -73,11 +73,12 @@ class _Samples:
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> _Samples:
         """Return the same after a change of every tensor."""
-        return _Samples(
-            change(self.means),
-            *(None if each is None else change(each) for each in (self.places, self.per_token, self.trained)),
-            {key: change(values) for key, values in self.references.items()},
-        )
+
+        def of(values: Tensor | None) -> Tensor | None:
+            return None if values is None else change(values)
+
+        references = {key: change(values) for key, values in self.references.items()}
+        return _Samples(change(self.means), of(self.places), of(self.per_token), of(self.trained), references)
 
 
 MakeBatch = Callable[[Tensor, Tensor | None, TokenLosses | None], StepBatch]
@@ -102,6 +103,10 @@ class StepWeights:
     def needs_all(self, step: int) -> bool:
         """Return whether weights of the step after ``step`` others depend on all of its samples together."""
         return any(each.acts_in(step) and not each.entry.component.elementwise for each in self.weighings)
+
+    def reference_keys(self, step: int) -> list[str]:
+        """Return the configuration keys of the weighters that look at a reference in the step after ``step`` others."""
+        return [each.entry.key for each in self.weighings if each.reference and each.acts_in(step)]
 
     def decide(self, batches: Sequence[MicroBatch], step: int) -> list[Tensor] | None:
         """Return the weights of each micro-batch, (B,) or (B, T); None if no weighter acts in the step.
@@ -138,18 +143,18 @@ class StepWeights:
         shown = samples.changed(lambda values: values[scored])
         product: Tensor | None = None
         for each in acting:
-            given = self._given(each, shown, together)
+            given = self._given(each, shown)
             product = given if product is None else _times(product, given)
         assert product is not None
         counted = product if product.dim() == 1 or shown.trained is None else product[shown.trained]
         if together and not bool((counted > 0).any()):
-            raise ComponentError(_no_weight(acting, f"sample of step {step + 1}"))
+            raise ComponentError(_no_weight(acting, step + 1))
         self.last = counted
         weights = product.new_ones((scored.numel(), *product.shape[1:]))
         weights[scored] = product
         return weights
 
-    def _given(self, each: Weighing, shown: _Samples, together: bool) -> Tensor:
+    def _given(self, each: Weighing, shown: _Samples) -> Tensor:
         """Return one weighter's weights, checked, on the device of the losses and 1 where no token is trained on."""
         weighter, tokens = each.entry.component, None
         if each.tokens:
@@ -160,14 +165,10 @@ class StepWeights:
         given = weighter.weigh(self.make_batch(shown.means, shown.places, tokens))
         check_weights(weighter, given, shown.means.numel(), None if tokens is None else tokens.trained)
         weights = given.to(shown.means)
-        counted = weights
-        if weights.dim() == 2:
-            assert shown.trained is not None
-            weights = torch.where(shown.trained, weights, 1.0)
-            counted = weights[shown.trained]
-        if together and not weighter.elementwise and not bool((counted > 0).any()):
-            raise ComponentError(_no_weight([each], "sample of the step"))
-        return weights
+        if weights.dim() == 1:
+            return weights
+        assert shown.trained is not None
+        return torch.where(shown.trained, weights, 1.0)
 
 
 def _times(first: Tensor, second: Tensor) -> Tensor:
@@ -177,12 +178,13 @@ def _times(first: Tensor, second: Tensor) -> Tensor:
     return first * second.unsqueeze(1) if first.dim() == 2 else first.unsqueeze(1) * second
 
 
-def _no_weight(acting: Sequence[Weighing], of: str) -> str:
-    """Return that weighters leave nothing to train."""
+def _no_weight(acting: Sequence[Weighing], step: int) -> str:
+    """Return that weighters leave nothing of a step to train."""
     labels = " and ".join(label_of(each.entry.component, ("weigh",)) for each in acting)
     returned = "returned" if len(acting) == 1 else "together give"
     return (
-        f"{labels} {returned} weight 0 for every {of}, which would train nothing; give at least one a weight above 0."
+        f"{labels} {returned} weight 0 for every sample of step {step}, which would train nothing; give at least one a "
+        "weight above 0."
     )
 
 
@@ -247,8 +249,8 @@ def check_weights(weighter: Weighter, weights: Tensor, count: int, trained: Tens
     if not isinstance(weights, torch.Tensor):
         raise ComponentError(f"{label} returned a {type(weights).__name__}; needed is a tensor of {count} weights.")
     if weights.shape != (count,) and (trained is None or weights.shape != trained.shape):
-        of_tokens = "" if trained is None else f" of {trained.shape[1]} tokens"
-        raise ComponentError(f"{label} returned weights of shape {tuple(weights.shape)} for {count} samples{of_tokens}.")
+        samples = f"{count} samples" if trained is None else f"{count} samples of {trained.shape[1]} tokens"
+        raise ComponentError(f"{label} returned weights of shape {tuple(weights.shape)} for {samples}.")
     counted = weights if weights.dim() == 1 or trained is None else weights[trained.to(weights.device)]
     if not bool((torch.isfinite(counted) & (counted >= 0)).all()):
         raise ComponentError(f"{label} returned weights that are NaN, infinite or negative: {counted.tolist()}")

@@ -47,10 +47,8 @@ class LossWeighterParams(WeighterParams):
 
 
 @register("weighter", "loss")
-class LossWeighter(Weighter):
+class LossWeighter(Weighter[LossWeighterParams]):
     """Weights samples by where their loss lies in the batch."""
-
-    Params = LossWeighterParams
 
     def cannot_act(self, run: RunOutline) -> str | None:
         """Return that a step has one sample, or that the temperature never comes near its end."""

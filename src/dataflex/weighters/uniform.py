@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 
 
 @register("weighter", "uniform")
-class UniformWeighter(Weighter):
+class UniformWeighter(Weighter[WeighterParams]):
     """Every sample counts the same."""
 
-    Params = WeighterParams
     elementwise = True
 
     def weigh(self, batch: StepBatch) -> Tensor:

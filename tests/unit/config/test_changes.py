@@ -147,7 +147,7 @@ def test_a_snapshot_has_no_token() -> None:
 def test_a_plugin_counts_by_its_source(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from dataflex import Weighter, register\n\n@register('weighter', 'mine_of_changes')\nclass Mine(Weighter):\n"
-        "    def weigh(self, losses, step):\n        return losses\n"
+        "    def weigh(self, batch):\n        return batch.losses\n"
     )
     config = split_config({**KEYS, "dataflex": {**MIX, "plugins": [str(tmp_path / "mine.py")]}})
     before = snapshot(config)

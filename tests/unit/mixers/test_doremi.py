@@ -184,7 +184,7 @@ def our_gradient(rank: int, world: int, accumulation: int, items: str) -> tuple[
         lambda tokens, losses, excess: step(excess.tolist(), tokens=tokens, losses=losses),
     )
     per_step = 8 if items == "across" else 8 // world
-    function = WeightedLoss(None, per_step, lambda _: None, global_batch_size=8, domain_loss=weighs)
+    function = WeightedLoss(per_step, lambda _: None, global_batch_size=8, domain_loss=weighs)
     mine = [list(range(8))[(turn * world + rank) :: world * accumulation] for turn in range(accumulation)]
     of = torch.tensor(SAMPLE_DOMAINS)
     counted = (labels[:, 1:] != -100).sum(1)
@@ -203,8 +203,7 @@ def our_gradient(rank: int, world: int, accumulation: int, items: str) -> tuple[
         targets = shifted(labels[batch])
         with torch.no_grad():
             per_token = token_losses(proxy(input_ids=tokens[batch]).logits, targets)
-        weighs.reference = reference_losses(batch)
-        excess = weighs.excess_sums(per_token, targets)
+        excess = weighs.excess_sums(per_token, targets, reference_losses(batch))
         assert excess is not None
         return per_token.sum(1), excess
 
@@ -215,7 +214,7 @@ def our_gradient(rank: int, world: int, accumulation: int, items: str) -> tuple[
     for batch in mine:
         function.domains = of[batch]
         if not weighs.decided:
-            weighs.reference = reference_losses(batch)
+            function.references = {"mix": reference_losses(batch)}
         number = None if items == "none" else everything
         with loss_function(proxy, function):
             given = {} if number is None else {"num_items_in_batch": number}
@@ -297,8 +296,7 @@ def test_a_broken_reference_is_no_absent_domain() -> None:
             lambda tokens, losses, excess: step(excess.tolist(), 6, tokens=tokens, losses=losses),
         )
         weighs.begin(torch.tensor([2.0, 1.0]))
-        weighs.reference = torch.tensor([0.1, broken, 0.2])
         per_token = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
-        excess = weighs.excess_sums(per_token, torch.tensor([[3, 3], [3, -100]]))
+        excess = weighs.excess_sums(per_token, torch.tensor([[3, 3], [3, -100]]), torch.tensor([0.1, broken, 0.2]))
         with pytest.raises(ComponentError, match="reference's loss on domain 'alpha' in step 7"):
             weighs.decide(torch.tensor([0, 1]), per_token.sum(1), excess)

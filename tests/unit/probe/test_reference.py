@@ -57,12 +57,12 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def maker(folder: Path, samples: Pool) -> TableMaker:
-    return TableMaker(folder, samples, collate, CPU, batch_tokens=20)
+    return TableMaker(folder, samples, collate, CPU, batch_tokens=20, key="mix")
 
 
 def loaded(model: Path) -> ReferenceModel:
     raw = AutoModelForCausalLM.from_pretrained(model)
-    found = load_reference(str(model), AutoTokenizer.from_pretrained(model), CPU, torch.float32, raw, {})
+    found = load_reference(str(model), AutoTokenizer.from_pretrained(model), CPU, torch.float32, raw, {}, "mix")
     assert not any(parameter.requires_grad for parameter in found.parameters())
     return ReferenceModel(found, torch.no_grad)
 
@@ -93,7 +93,9 @@ def test_another_tokenizer_is_found_before_loading(model: Path, tmp_path: Path) 
     assert "another tokenizer" in message
     assert "'cat'" in message or "'dog'" in message
     with pytest.raises(ConfigError, match="another tokenizer"):
-        load_reference(str(other), AutoTokenizer.from_pretrained(model), CPU, torch.float32, torch.nn.Linear(1, 1), {})
+        load_reference(
+            str(other), AutoTokenizer.from_pretrained(model), CPU, torch.float32, torch.nn.Linear(1, 1), {}, "select"
+        )
 
 
 def test_a_larger_vocabulary_with_the_same_ids_is_fine() -> None:
@@ -120,7 +122,7 @@ def test_the_table_is_the_models_losses(model: Path, tmp_path: Path) -> None:
             for position, label in enumerate(row["labels"][1:]):
                 if label != -100:
                     expected.append(math.log(float(logits[position].exp().sum())) - float(logits[position, label]))
-        for source in (ReferenceTable(tmp_path / "table", samples), reference):
+        for source in (ReferenceTable(tmp_path / "table", samples, "mix"), reference):
             np.testing.assert_allclose(source.losses(batch, targets, indices).numpy(), expected, rtol=1e-5)
 
 
@@ -150,7 +152,7 @@ def test_a_batch_of_other_tokens_is_an_error(model: Path, tmp_path: Path) -> Non
     targets = shifted(batch.pop("labels"))
     targets[0, 0] = -100 if targets[0, 0] != -100 else 7
     with pytest.raises(ComponentError, match="losses for a batch with"):
-        ReferenceTable(tmp_path, samples).losses(batch, targets, np.array([0, 5]))
+        ReferenceTable(tmp_path, samples, "weight.1").losses(batch, targets, np.array([0, 5]))
 
 
 def test_a_domain_cut_off_is_made_again(model: Path, tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_a_damaged_table_is_found(model: Path, tmp_path: Path) -> None:
     for file in tmp_path.glob("*.f32"):
         file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(ConfigError, match="it is damaged"):
-        ReferenceTable(tmp_path, samples).losses({}, torch.zeros(1, 2), np.array([0]))
+        ReferenceTable(tmp_path, samples, "weight.1").losses({}, torch.zeros(1, 2), np.array([0]))
 
 
 def test_one_run_at_a_time_makes_a_table(model: Path, tmp_path: Path) -> None:

@@ -8,9 +8,13 @@ import pytest
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from dataflex.api.components import Entry
+from dataflex.api.context import StepBatch
 from dataflex.api.weighter import Weighter
 from dataflex.errors import ComponentError
-from dataflex.trainer.loss import BatchLosses, WeightedLoss, loss_function
+from dataflex.trainer.loss import WeightedLoss, loss_function
+from dataflex.trainer.statistics import BatchLosses
+from dataflex.trainer.step_weights import StepWeights, Weighing
 from dataflex.weighters.loss import LossWeighter
 from dataflex.weighters.uniform import UniformWeighter
 from unit.fakes import build
@@ -42,9 +46,19 @@ def token_table(logits: torch.Tensor, labels: torch.Tensor) -> list[list[float]]
     return table
 
 
-def own(weighter: Weighter | None = None, samples_per_step: int = 4) -> tuple[WeightedLoss, list[BatchLosses]]:
+def weights_of(*weighters: Weighter, tokens: bool = False, every: int = 1) -> StepWeights:
+    """Return what asks these weighters."""
+    entries = [Entry(weighter, f"weight.{number}", every) for number, weighter in enumerate(weighters)]
+    return StepWeights(
+        [Weighing(entry, tokens=tokens) for entry in entries],
+        lambda losses, places, found: StepBatch(losses, 11, 12, places=places, tokens=found),
+    )
+
+
+def own(*weighters: Weighter, samples_per_step: int = 4) -> tuple[WeightedLoss, list[BatchLosses]]:
     seen: list[BatchLosses] = []
-    return WeightedLoss(weighter=weighter, samples_per_step=samples_per_step, observe=seen.append), seen
+    weights = weights_of(*weighters) if weighters else None
+    return WeightedLoss(samples_per_step, seen.append, weights), seen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,7 +70,7 @@ def test_unweighted_is_the_loss_of_transformers(
     logits, labels = batch(dtype=dtype)
     theirs = ForCausalLMLoss(logits, labels, VOCAB, num_items_in_batch=items)
     (expected,) = torch.autograd.grad(theirs, logits)
-    function, _ = own(build(UniformWeighter) if weighter else None)
+    function, _ = own(*([build(UniformWeighter)] if weighter else []))
     function.active = weighter != "inactive"
     ours = function(logits, labels, VOCAB, num_items_in_batch=items)
     (gradient,) = torch.autograd.grad(ours, logits)
@@ -83,8 +97,8 @@ class Fixed(Weighter):
     weights: list[float] = []
     given: torch.Tensor | None = None
 
-    def weigh(self, losses: torch.Tensor, step: int) -> torch.Tensor:
-        self.given, self.step = losses, step
+    def weigh(self, batch: StepBatch) -> torch.Tensor:
+        self.given, self.batch = batch.losses, batch
         return torch.tensor(self.weights)
 
 
@@ -103,7 +117,6 @@ def test_token_normalisation_equals_a_loop_over_tokens(items: int | torch.Tensor
     table = token_table(logits, labels)
     weighter = fixed(WEIGHTS)
     function, _ = own(weighter)
-    function.step = 11
     loss = function(logits, labels, VOCAB, num_items_in_batch=items)
     tokens = sum(map(len, table)) if items is None else float(items)
     expected = sum(w * value for w, values in zip(WEIGHTS, table, strict=True) for value in values) / tokens
@@ -111,8 +124,8 @@ def test_token_normalisation_equals_a_loop_over_tokens(items: int | torch.Tensor
     means = [sum(values) / len(values) for values in table]
     assert weighter.given.tolist() == pytest.approx(means, rel=1e-5)
     assert not weighter.given.requires_grad
-    assert weighter.step == 11
-    assert function.last_weights.tolist() == WEIGHTS
+    assert (weighter.batch.step, weighter.batch.progress) == (11, 11 / 12)
+    assert function.weights.last.tolist() == WEIGHTS
 
 
 @pytest.mark.parametrize("items", [None, 40, torch.tensor(57)])
@@ -148,7 +161,7 @@ def test_samples_without_labels_have_weight_one_and_no_say(normalization: str) -
     table = token_table(logits, labels)
     assert [bool(values) for values in table] == [True, False, True, False]
     assert weighter.given.shape == (2,)
-    assert function.last_weights.tolist() == [3, 1, 1, 1]
+    assert function.weights.last.tolist() == [3, 1]
     if normalization == "token":
         expected = (3 * sum(table[0]) + sum(table[2])) / 30
     else:
@@ -162,8 +175,8 @@ def test_samples_without_labels_have_weight_one_and_no_say(normalization: str) -
 def test_a_batch_without_any_label_is_zero_where_the_step_has_others() -> None:
     logits, labels = batch()
     labels[:] = IGNORED
-    for weighter in (None, build(LossWeighter)):
-        function, _ = own(weighter)
+    for weighters in ([], [build(LossWeighter)]):
+        function, _ = own(*weighters)
         loss = function(logits, labels, VOCAB, num_items_in_batch=30)
         assert loss.item() == 0
         (gradient,) = torch.autograd.grad(loss, logits)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from dataflex.api.context import StepBatch
 from dataflex.weighters.loss import LossWeighter
 from dataflex.weighters.uniform import UniformWeighter
 from unit.fakes import build
@@ -22,23 +23,23 @@ GOLDEN = {  # sum 1, for delta 1 and r = .4
 
 @pytest.mark.parametrize("strategy", GOLDEN)
 def test_golden_weights(strategy: str) -> None:
-    weights = build(LossWeighter, strategy=strategy, temperature=0.4).weigh(LOSSES, 0)
+    weights = build(LossWeighter, strategy=strategy, temperature=0.4).weigh(StepBatch(LOSSES))
     torch.testing.assert_close(weights / 4, torch.tensor(GOLDEN[strategy]), atol=1e-4, rtol=0)
     assert weights.mean().item() == pytest.approx(1, abs=1e-6)
 
 
 def test_golden_weights_with_a_half_range_of_two() -> None:
     # f doubles with delta for linupper, so r = .8 with delta 2 is r = .4 with delta 1
-    wide = build(LossWeighter, delta=2.0, temperature=0.8).weigh(LOSSES, 0)
+    wide = build(LossWeighter, delta=2.0, temperature=0.8).weigh(StepBatch(LOSSES))
     torch.testing.assert_close(wide / 4, torch.tensor(GOLDEN["linupper"]), atol=1e-4, rtol=0)
     # quadratic is 1 - h^2 / delta^2: its values do not depend on delta
-    quadratic = build(LossWeighter, strategy="quadratic", delta=2.0, temperature=0.4).weigh(LOSSES, 0)
+    quadratic = build(LossWeighter, strategy="quadratic", delta=2.0, temperature=0.4).weigh(StepBatch(LOSSES))
     torch.testing.assert_close(quadratic / 4, torch.tensor(GOLDEN["quadratic"]), atol=1e-4, rtol=0)
 
 
 def test_largest_ratio_of_linupper() -> None:
     for temperature, ratio in [(0.4, 12.2), (1.0, 2.7)]:
-        weights = build(LossWeighter, temperature=temperature).weigh(LOSSES, 0)
+        weights = build(LossWeighter, temperature=temperature).weigh(StepBatch(LOSSES))
         assert (weights.max() / weights.min()).item() == pytest.approx(ratio, abs=0.05)
 
 
@@ -46,7 +47,7 @@ def test_largest_ratio_of_linupper() -> None:
 def test_equal_losses_give_weight_one(strategy: str) -> None:
     weighter = build(LossWeighter, strategy=strategy, temperature=0.1)
     for losses in (torch.full((5,), 2.5), torch.tensor([0.3]), torch.zeros(3)):
-        torch.testing.assert_close(weighter.weigh(losses, 0), torch.ones_like(losses))
+        torch.testing.assert_close(weighter.weigh(StepBatch(losses)), torch.ones_like(losses))
 
 
 @pytest.mark.parametrize("strategy", GOLDEN)
@@ -54,20 +55,20 @@ def test_weights_do_not_depend_on_the_order_the_scale_or_the_zero_of_losses(stra
     weighter = build(LossWeighter, strategy=strategy, temperature=0.3)
     losses = torch.rand(31, generator=torch.Generator().manual_seed(1)) * 4
     order = torch.randperm(31, generator=torch.Generator().manual_seed(2))
-    weights = weighter.weigh(losses, 0)
+    weights = weighter.weigh(StepBatch(losses))
     assert weights.std() > 0.1
-    torch.testing.assert_close(weighter.weigh(losses[order], 0), weights[order])
-    torch.testing.assert_close(weighter.weigh(3 * losses + 2, 0), weights, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(weighter.weigh(StepBatch(losses[order])), weights[order])
+    torch.testing.assert_close(weighter.weigh(StepBatch(3 * losses + 2)), weights, atol=1e-4, rtol=1e-4)
 
 
 def test_uniform_ignores_the_losses() -> None:
     for weighter in (build(LossWeighter, strategy="uniform", temperature=0.1), build(UniformWeighter)):
-        assert weighter.weigh(LOSSES, 3).tolist() == [1, 1, 1, 1]
+        assert weighter.weigh(StepBatch(LOSSES, step=3)).tolist() == [1, 1, 1, 1]
 
 
 def ratio(weighter: LossWeighter, step: int) -> float:
     """Return r, read from the weights: max / min of linupper is exp(1 / r)."""
-    weights = weighter.weigh(LOSSES.double(), step)
+    weights = weighter.weigh(StepBatch(LOSSES.double(), step=step))
     return 1 / math.log(weights.max() / weights.min())
 
 

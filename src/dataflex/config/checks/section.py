@@ -134,9 +134,8 @@ def _order(config: RunConfig) -> Iterator[Problem]:
 
 
 def _components(config: RunConfig) -> Iterator[Problem]:
-    for key, entries in (("select", config.build_components().select), ("weight", config.build_components().weight)):
-        if len(entries) > 1:
-            yield Problem(f"{SECTION}.{key}", "several methods do not act together yet; name one.")
+    if len(config.build_components().select) > 1:
+        yield Problem(f"{SECTION}.select", "several methods do not act together yet; name one.")
     for key, component in config.build_components().items():
         for parameter, message in component.problems(config):
             yield Problem(f"{SECTION}.{key}.{parameter}", message)
@@ -213,8 +212,6 @@ def _loss(config: RunConfig) -> Iterator[Problem]:
     weighs = [f"{SECTION}.weight"] if "weight" in config.families else []
     if mixer is not None and mixer.weighs_loss_by != "nothing":
         weighs.append(f"{SECTION}.mix.method: {mixer.name}")
-    if len(weighs) == 2:
-        yield Problem(weighs[0], f"cannot be combined with {weighs[1]}, which gives the domains' weights in the loss.")
     if mixer is not None and mixer.learns_from_losses and not weighs:
         weighs.append(f"{SECTION}.mix.method: {mixer.name}")
     for key, reason in SPECIAL_LOSSES.items():

@@ -1,0 +1,122 @@
+"""The references of a run: frozen models, and tables of their token losses, shared by the components that name them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dataflex import distributed
+from dataflex.api.reference import ReferenceParams
+from dataflex.data.token_loss import shifted
+from dataflex.errors import ConfigError
+from dataflex.probe.reference import Reference, ReferenceModel, ReferenceTable, TableMaker, load_reference
+
+if TYPE_CHECKING:
+    from dataflex.trainer.mixin import DynamicTrainerMixin
+
+
+class References:
+    """What the components of a run compare the model with. Each model is loaded, and each table made, once.
+
+    Args:
+        trainer: of the run.
+    """
+
+    def __init__(self, trainer: DynamicTrainerMixin) -> None:
+        self._trainer, self._run = trainer, trainer.dataflex
+        wanted = {key: component.needs(self._run.config).reference for key, component in self._run.components.items()}
+        self.wanted: dict[str, ReferenceParams] = {key: params for key, params in wanted.items() if params is not None}
+        """What each component that asks for a reference names, by configuration key."""
+        self._sources: dict[str, Reference] = {}
+        self._models: dict[str, ReferenceModel] = {}
+
+    def make(self) -> None:
+        """Load the models and make what is missing of the tables; on all processes together."""
+        tables: dict[str, ReferenceTable] = {}
+        for key, params in self.wanted.items():
+            folder = params.reference_losses
+            if folder is None:
+                continue
+            if folder not in tables:
+                tables[folder] = self._make_table(key, params, Path(folder))
+            else:
+                self._check_table(key, params, Path(folder))
+            self._sources[key] = tables[folder]
+        for key, params in self.wanted.items():
+            if params.reference_losses is None:
+                assert params.reference_model is not None
+                if params.reference_model not in self._models:
+                    self._models[params.reference_model] = self._load(key, params.reference_model)
+                self._sources[key] = self._models[params.reference_model]
+
+    def look_up(self, keys: Sequence[str], inputs: dict[str, Any], places: Tensor | None) -> dict[str, Tensor]:
+        """Return the references' losses of a micro-batch at each position that counts, (c,), by component.
+
+        Args:
+            keys: configuration keys of the components.
+            inputs: what the model is given, with labels.
+            places: where the samples are in the pool, (B,); None in a stream.
+        """
+        if not keys:
+            return {}
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        labels = shifted(inputs["labels"])
+        indices = None if places is None else places.cpu().numpy()
+        found: dict[int, Tensor] = {}
+        for key in keys:
+            source = self._sources[key]
+            if id(source) not in found:
+                found[id(source)] = source.losses(given, labels, indices)
+        return {key: found[id(self._sources[key])] for key in keys}
+
+    def _make_table(self, key: str, params: ReferenceParams, folder: Path) -> ReferenceTable:
+        """Return a table, after adding the domains it lacks."""
+        run, pool = self._run, self._run.samples
+        assert pool is not None
+        missing = self._check_table(key, params, folder)
+        if missing:
+            assert params.reference_model is not None
+            began = time.perf_counter()
+            model = self._load(key, params.reference_model)
+            self._maker(key, folder).make(missing, model, params.reference_model)
+            run.decision_seconds += time.perf_counter() - began
+        distributed.barrier()
+        return ReferenceTable(folder, pool, key)
+
+    def _check_table(self, key: str, params: ReferenceParams, folder: Path) -> list[str]:
+        """Return the domains a table lacks, after checking that it is of these samples and this reference."""
+        missing: list[str] = distributed.on_main(partial(self._maker(key, folder).missing, params))
+        if missing and params.reference_model is None:
+            raise ConfigError(f"dataflex.{key}.reference_losses: {folder} has no losses of {', '.join(missing)}.")
+        return missing
+
+    def _maker(self, key: str, folder: Path) -> TableMaker:
+        trainer, args, pool = self._trainer, self._trainer.args, self._run.samples
+        assert pool is not None
+        return TableMaker(
+            folder,
+            pool,
+            trainer.data_collator,
+            args.device,
+            self._run.settings.probe_batch_tokens or args.per_device_train_batch_size * int(pool.lengths.max()),
+            key,
+            progress=args.process_index == 0 and not args.disable_tqdm,
+        )
+
+    def _load(self, key: str, name: str) -> ReferenceModel:
+        trainer, given = self._trainer, self._run.config.llamafactory
+        names = {"cache_dir": "cache_dir", "trust_remote_code": "trust_remote_code", "hf_hub_token": "token"}
+        options = {theirs: given[ours] for ours, theirs in names.items() if given.get(ours) is not None}
+        args = trainer.args
+        bf16 = args.bf16 or trainer.finetuning_args.pure_bf16
+        dtype = torch.bfloat16 if bf16 else torch.float16 if args.fp16 else torch.float32
+        tokenizer: Any = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        like = trainer.causal_model()
+        model = load_reference(name, tokenizer, args.device, dtype, like, options, key)
+        return ReferenceModel(model, trainer.accelerator.autocast)

@@ -1,0 +1,157 @@
+"""A training step's part before its forwards: what its loss coefficients are decided from."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataflex.api.context import StepBatch, StepContext, TokenLosses
+from dataflex.data.token_loss import IGNORE_INDEX, sample_means, shifted, token_losses
+from dataflex.probe.mode import probe_mode
+from dataflex.trainer.domain_loss import DomainLoss
+from dataflex.trainer.loss import MIX, WeightedLoss
+from dataflex.trainer.references import References
+from dataflex.trainer.rounds import INDEX_KEY
+from dataflex.trainer.statistics import StepAccumulator, domain_sums
+from dataflex.trainer.step_weights import MicroBatch, StepWeights, Weighing
+
+if TYPE_CHECKING:
+    from dataflex.trainer.mixin import DynamicTrainerMixin
+
+
+class StepLoss:
+    """Decides the loss coefficients of one step after another, and adds up what its forwards show.
+
+    Args:
+        trainer: whose steps they are.
+    """
+
+    def __init__(self, trainer: DynamicTrainerMixin) -> None:
+        self._trainer, self._run = trainer, trainer.dataflex
+        run, args = self._run, trainer.args
+        self.accumulator = StepAccumulator(run.offsets, args.device)
+        self.references = References(trainer)
+        mixer = run.components.mix
+        self.domain_loss: DomainLoss | None = None
+        if mixer is not None and mixer.weighs_loss_by != "nothing":
+            self.domain_loss = DomainLoss(mixer, run.domains, args.device, self._step_context)
+        weighings = []
+        for entry in run.components.weight:
+            needs = entry.component.needs(run.config)
+            reference = needs.reference is not None
+            weighings.append(Weighing(entry, reference or needs.step_losses == "tokens", reference))
+        size = run.global_batch_size
+        self.loss = WeightedLoss(
+            samples_per_step=size if args.average_tokens_across_devices else size // args.world_size,
+            observe=self.accumulator.add,
+            weights=StepWeights(weighings, self._step_batch) if weighings else None,
+            domain_loss=self.domain_loss,
+            global_batch_size=size,
+        )
+
+    def begin(self, samples: list[dict[str, Any]]) -> None:
+        """Begin a step, and decide the coefficients that are not left to the one forward.
+
+        Args:
+            samples: the step's micro-batches on this process.
+        """
+        loss, schedule, domain_loss = self.loss, self._run.schedule, self.domain_loss
+        loss.step = self._trainer.state.global_step
+        loss.active = schedule.slot_at(min(loss.step, schedule.total_steps - 1)).update is not None
+        loss.decided.clear()
+        if not loss.active:
+            return
+        began = time.perf_counter()
+        if domain_loss is not None:
+            self._count_tokens(domain_loss, samples)
+        of_domains = domain_loss is not None and not domain_loss.decided
+        of_samples = loss.weights is not None and loss.weights.needs_all(loss.step)
+        if len(samples) > 1 and (of_domains or of_samples):
+            batches = self._look_ahead(samples)
+            if domain_loss is not None and of_domains:
+                self._decide_domains(domain_loss, batches)
+            if loss.weights is not None and of_samples:
+                loss.decided.extend(loss.weights.decide(batches, loss.step) or ())
+        self._run.decision_seconds += time.perf_counter() - began
+
+    def prepare(self, inputs: dict[str, Any], places: Tensor | None) -> None:
+        """Have ready what the loss of a micro-batch needs beside its logits.
+
+        Args:
+            inputs: what the model is given.
+            places: where the samples are in the pool, (B,); None in a stream.
+        """
+        loss, domain_loss = self.loss, self.domain_loss
+        self.accumulator.indices = places if self._run.pool is not None else None
+        loss.places, loss.references = places, {}
+        if not loss.active:
+            return
+        keys = []
+        if domain_loss is not None:
+            assert places is not None
+            loss.domains = self.accumulator.domains_of(places)
+            if domain_loss.uses_reference and (domain_loss.follows or not domain_loss.decided):
+                keys.append(MIX)
+        if loss.weights is not None and not loss.decided:
+            keys += loss.weights.reference_keys(loss.step)
+        if keys:
+            began = time.perf_counter()
+            loss.references = self.references.look_up(keys, inputs, places)
+            seconds = time.perf_counter() - began
+            self._run.decision_seconds += seconds
+            self._run.train_seconds -= seconds  # it is inside the step, which counts as training
+
+    def _count_tokens(self, domain_loss: DomainLoss, samples: list[dict[str, Any]]) -> None:
+        """Begin a step of the domains' weights with its tokens by domain."""
+        counts = torch.cat([(shifted(batch["labels"]) != IGNORE_INDEX).sum(1) for batch in samples])
+        domains = self.accumulator.domains_of(torch.cat([batch[INDEX_KEY] for batch in samples]))
+        column = counts.to(domains.device, domain_loss.dtype).unsqueeze(1)
+        domain_loss.begin(domain_sums(domains, column, len(domain_loss.domains))[:, 0])
+
+    def _look_ahead(self, samples: list[dict[str, Any]]) -> list[MicroBatch]:
+        """Return what the forwards of several micro-batches show, without gradients and without a trace."""
+        trainer, loss = self._trainer, self.loss
+        keys = loss.weights.reference_keys(loss.step) if loss.weights is not None else []
+        if self.domain_loss is not None and self.domain_loss.uses_reference and not self.domain_loss.decided:
+            keys.append(MIX)
+        model, found = trainer.raw_model(), []
+        with probe_mode(model), trainer.accelerator.autocast():
+            for batch in samples:
+                inputs = dict(trainer._prepare_inputs(batch))
+                places = inputs.pop(INDEX_KEY, None)
+                references = self.references.look_up(keys, inputs, places)
+                labels = shifted(inputs.pop("labels"))
+                per_token = token_losses(model(**inputs, use_cache=False).logits, labels)
+                found.append(MicroBatch(labels, per_token, _means(per_token, labels), places, references))
+        return found
+
+    def _decide_domains(self, domain_loss: DomainLoss, batches: list[MicroBatch]) -> None:
+        """Decide the domains' weights from the micro-batches of a whole step."""
+        places = torch.cat([batch.places for batch in batches if batch.places is not None])
+        sums = torch.cat([batch.per_token.sum(1) for batch in batches])
+        excess = [
+            domain_loss.excess_sums(batch.per_token, batch.labels, batch.references.get(MIX)) for batch in batches
+        ]
+        compared = [each for each in excess if each is not None]
+        domain_loss.decide(self.accumulator.domains_of(places), sums, torch.cat(compared) if compared else None)
+
+    def _step_context(self, tokens: np.ndarray, losses: np.ndarray, excess: np.ndarray) -> StepContext:
+        """Return what the mixer is given of the step that is about to be made, or has just been made."""
+        return self._run.step_context(self.loss.step, tokens, losses, excess)
+
+    def _step_batch(self, losses: Tensor, places: Tensor | None, tokens: TokenLosses | None) -> StepBatch:
+        """Return what a weighter is given of the step that is about to be made."""
+        run, step = self._run, self.loss.step
+        return StepBatch(losses, step, max(run.expected_steps, step + 1), run.samples, run.probe, places, tokens)
+
+
+def _means(per_token: Tensor, labels: Tensor) -> Tensor:
+    """Return the token-mean loss of every sample, (B,); NaN where no token counts."""
+    counted = labels != IGNORE_INDEX
+    rows = counted.nonzero()[:, 0]
+    sums = per_token.new_zeros(labels.shape[0]).index_add_(0, rows, per_token[counted])
+    return sample_means(sums, counted.sum(1))
