@@ -302,7 +302,7 @@ def summary(output: Path) -> Json:
     record = output / "dataflex"
     path = record / "rounds.jsonl"  # a run that only weighs samples has no rounds
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    rounds = [{**plan(record, line["round"]), "proportions": line["proportions"]} for line in lines]
+    rounds = [{**plan(record, line), "proportions": proportions(record, line)} for line in lines]
     weights = record / "loss_weights.csv"
     found: Json = {"rounds": rounds, "weights": trained(output)}
     if weights.is_file():
@@ -312,16 +312,36 @@ def summary(output: Path) -> Json:
     return found
 
 
-def plan(record: Path, number: int) -> Json:
-    """Return the digest of a round's samples in training order, and of the selector's scores of them."""
-    import numpy as np
+def proportions(record: Path, line: Json) -> Json:
+    """Return the shares of a round by domain; an earlier release's lines name the domains themselves."""
+    shares = line["proportions"]
+    if isinstance(shares, dict):
+        return shares
+    return dict(zip(json.loads((record / "record.json").read_text())["domains"], shares, strict=True))
+
+
+def table_of(record: Path, line: Json) -> Any:
+    """Return the plan of a round; an earlier release has a Parquet file for each."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(record / "plans" / f"round-{number:05d}.parquet")
+    if "plan" not in line:
+        return pq.read_table(record / "plans" / f"round-{line['round']:05d}.parquet")
+    file = record / "plans" / line["plan"]["file"]
+    table = pa.ipc.open_stream(file.read_bytes()).read_all()
+    table = table.filter(pa.array(table.column("round").to_numpy() == line["round"]))
+    return table.drop_columns("score") if table.column("score").null_count == table.num_rows else table
+
+
+def plan(record: Path, line: Json) -> Json:
+    """Return the digest of a round's samples in training order, and of the selector's scores of them."""
+    import numpy as np
+
+    table = table_of(record, line)
     indices = np.asarray(table.column("index").to_numpy(), dtype="<i8")
     found: Json = {"size": len(indices), "indices": hashlib.sha256(indices.tobytes()).hexdigest()}
     if "score" in table.column_names:
-        scores = np.asarray(table.column("score").to_numpy(zero_copy_only=False), dtype="<f8")
+        scores = np.array(table.column("score").to_numpy(), dtype="<f8")
         scores[np.isnan(scores)] = np.nan  # one bit pattern for all
         digest = hashlib.sha256(scores.tobytes()).hexdigest()
         found["scores"] = {"sha256": digest, "sum": float(np.nansum(scores)), "squares": float(np.nansum(scores**2))}
