@@ -40,7 +40,7 @@ def test_what_is_no_json_is_refused() -> None:
 ELSEWHERE = {
     "files.py": "the helper",
     "record/checkpoint.py": "the state, whose numbers come back as they were",
-    "compare/contents.py": "a digest",
+    "compare/digests.py": "a digest",
     "probe/store.py": "a digest, with allow_nan=False",
     "probe/checkpoints.py": "a copy in memory",
     "explain/explain.py": "printed, with allow_nan=False",

@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
 
-from dataflex.compare.contents import contents, digest, expanded
-from dataflex.compare.settings import ExperimentSettings, problem_of, read_settings
+from dataflex.compare.digests import digest, digests_of_named, expanded
+from dataflex.compare.merging import dotted, idle_changes, keys_of, merged, remove, replaced_keys, value_of
+from dataflex.compare.settings import ExperimentSettings, read_settings
+from dataflex.compare.tasks import Task, task_key, tasks_of
 from dataflex.config import checks, legacy
 from dataflex.config.checks.plan import planned as run_plan
 from dataflex.config.loading import SECTION, RunConfig, parse_config
 from dataflex.config.masking import masked
-from dataflex.config.yaml_file import read_yaml, without_other_methods
-from dataflex.data.fingerprints import file_digest
+from dataflex.config.yaml_file import read_yaml
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.record.versions import installed_versions
 
 if TYPE_CHECKING:
-    from dataflex.evaluation.tasks import TaskSettings
+    pass
 
 MEASURES = ("loss", "perplexity", "bits_per_byte")
 """What is measured of every evaluation data set."""
 
 AVERAGES = ("token_weighted", "unweighted")
 """The two ways of joining the evaluation data sets."""
-
-HARNESS = "lm_eval"
-"""Package that evaluates the tasks."""
-
-TASK_METRICS = {
-    "multiple_choice": ("acc", "acc_norm"),
-    "generation": ("exact_match", "exact_match_flexible"),
-}
-"""Form of a task -> its metrics, the one that is claimed by default first."""
 
 MANAGED = (
     "output_dir",
@@ -151,21 +138,6 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A downstream task of every run.
-
-    Attributes:
-        name: of the task, and of its results.
-        settings: what ``dataflex-cli eval`` is given, paths absolute.
-        key: digest of the settings, of the files they name and of the harness's version.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    key: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """What is needed to make runs and to know when they are complete.
 
@@ -224,7 +196,7 @@ def planned(settings: ExperimentSettings, path: Path) -> Experiment:
     notes: list[str] = []
     base, folder = read_base(settings.base, path, problems, notes)
     notes += replaced_keys(base, MANAGED, "comparison")
-    tasks, task_metrics = _tasks(settings, path.resolve().parent, problems)
+    tasks, task_metrics = tasks_of(settings, path.resolve().parent, problems)
     configs: dict[str, RunConfig] = {}
     found: dict[str, list[Problem]] = {}
     for variant, change in settings.variants.items():
@@ -260,7 +232,7 @@ def _notes_of_plans(configs: Mapping[str, RunConfig]) -> Iterator[str]:
 def changed_file(run: Run, plan: Plan) -> str | None:
     """Return what says that a file of a run is another than when its plan was made; None where none is."""
     try:
-        now = contents(plan.configs[run.variant], plan.folder)
+        now = digests_of_named(plan.configs[run.variant], plan.folder)
     except ConfigError as error:
         return f"{error} It could be when the command began; give it again."
     names = (name for name in {**run.contents, **now} if now.get(name) != run.contents.get(name))
@@ -274,7 +246,7 @@ def changed_task(tasks: Iterable[Task]) -> str | None:
         OSError: if a file cannot be read.
     """
     return _changed(
-        next((f"a file of task {task.name}" for task in tasks if _task_key(task.settings) != task.key), None)
+        next((f"a file of task {task.name}" for task in tasks if task_key(task.settings) != task.key), None)
     )
 
 
@@ -307,144 +279,6 @@ def read_base(
     rest, section, said = legacy.translate(raw, folder, problems)
     notes += said
     return (rest if section is None else {**rest, SECTION: section}), folder
-
-
-def replaced_keys(base: Mapping[str, Any], managed: Sequence[str], who: str) -> Iterator[str]:
-    """Yield a line about the keys of the base that are set, or left out, by ``who``."""
-    said = {key: value_of(base, key) for key in managed}
-    named = [f"{key}: {value}" for key, value in said.items() if value is not None]
-    expected = {"do_train: True", "do_eval: True"}
-    if set(named) - expected:
-        yield f"the {who} replaces of the base: {', '.join(each for each in named if each not in expected)}."
-
-
-def value_of(config: Mapping[str, Any], key: str) -> Any:
-    """Return the value of a dotted key of at most two parts; None where there is none."""
-    section, _, name = key.rpartition(".")
-    holder = config.get(section) if section else config
-    return holder.get(name) if isinstance(holder, Mapping) else None
-
-
-def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the base with a variant's keys merged into it.
-
-    Args:
-        base: not changed.
-        change: nested mappings and dotted keys; mappings are merged, other values replace, None takes a key away.
-            Where a family gets another method, the base's parameters of that family go: they are the other method's.
-
-    Raises:
-        OmegaConfBaseException: if they cannot be merged.
-    """
-    nested = _nested(change)
-    change = OmegaConf.to_container(nested)
-    kept = _without_other_kinds(without_other_methods(base, change), change)
-    result = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(kept), nested), resolve=True)
-    assert isinstance(result, dict)
-    for path, value in _leaves(change):
-        if value is None:
-            remove(result, path)
-    return {str(key): value for key, value in result.items()}
-
-
-def _without_other_kinds(base: Mapping[Any, Any], change: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return the base without the lists that become mappings and the mappings that become lists."""
-    kept = dict(base)
-    for key, value in change.items():
-        old = base.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            kept[key] = _without_other_kinds(old, value)
-        elif isinstance(old, Mapping | list) and isinstance(value, Mapping | list) and not isinstance(value, type(old)):
-            del kept[key]
-    return kept
-
-
-def keys_of(change: Mapping[str, Any]) -> list[str]:
-    """Return the dotted keys that a change gives a value, or takes away.
-
-    Raises:
-        OmegaConfBaseException: if it contradicts itself.
-    """
-    return [".".join(path) for path, _ in _leaves(OmegaConf.to_container(_nested(change)))]
-
-
-def idle_changes(base: Mapping[str, Any], change: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield what a change says that does not happen as written when it is merged into the base.
-
-    That is a key taken away that is not there, a dotted key that leads through something other than a mapping, and a
-    key that is given twice. Keys that are set and that nobody knows show when the merged configuration is checked.
-
-    Raises:
-        OmegaConfBaseException: if the change contradicts itself.
-    """
-    given: dict[str, str] = {}
-    for key, value in change.items():
-        holders = str(key).split(".")[:-1]
-        for depth in range(1, len(holders) + 1):
-            there, found = _found(base, tuple(holders[:depth]))
-            if there and found is not None and not isinstance(found, Mapping):
-                holder = ".".join(holders[:depth])
-                yield Problem(str(key), f"leads through {holder!r}, which is {found!r} in the base, and no mapping.")
-                break
-        for path, leaf in _leaves(OmegaConf.to_container(_nested({key: value}))):
-            name = ".".join(path)
-            if name in given:
-                yield Problem(name, f"is given twice, by {given[name]!r} and by {str(key)!r}; keep one.")
-            given[name] = str(key)
-            if leaf is None and not _found(base, path)[0]:
-                yield Problem(name, f"takes away a key that the base does not have{_nearest(name, base)}")
-
-
-def _found(config: Any, path: tuple[str, ...]) -> tuple[bool, Any]:
-    """Return whether there is a nested key, and its value."""
-    for key in path:
-        if not isinstance(config, Mapping) or key not in config:
-            return False, None
-        config = config[key]
-    return True, config
-
-
-def _nearest(name: str, base: Mapping[str, Any]) -> str:
-    """Return the end of a sentence about a key that is not in the base: the nearest one, beside it or elsewhere."""
-    holder, _, last = name.rpartition(".")
-    known = list(_names(base))
-    beside = [key for key in known if key.rpartition(".")[0] == holder]
-    for keys in (beside, known):
-        ends = {key.rpartition(".")[2]: key for key in keys}
-        near = difflib.get_close_matches(last, ends, n=1, cutoff=0.75)
-        if near:
-            return f"; did you mean {ends[near[0]]!r}?"
-    return "; remove it."
-
-
-def _names(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in config.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _names(value, f"{prefix}{key}.")
-
-
-def _nested(change: Mapping[str, Any]) -> Any:
-    nested = OmegaConf.create({})
-    for key, value in change.items():
-        OmegaConf.update(nested, str(key), value, merge=True, force_add=True)
-    return nested
-
-
-def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, (*path, str(key)))
-    else:
-        yield path, value
-
-
-def remove(config: dict[str, Any], path: tuple[str, ...]) -> None:
-    """Take a nested key away, if it is there."""
-    *holders, last = path
-    for key in holders:
-        config = config[key]
-    config.pop(last, None)
 
 
 def _variant(
@@ -508,11 +342,6 @@ def joined(found: Mapping[str, list[Problem]]) -> Iterator[Problem]:
         for problem in problems:
             if problem not in shared:
                 yield replace(problem, key=dotted(key, problem.key))
-
-
-def dotted(*parts: str) -> str:
-    """Return the key made of parts, empty ones left out."""
-    return ".".join(part for part in parts if part)
 
 
 def _together(settings: ExperimentSettings, configs: Mapping[str, RunConfig]) -> Iterator[Problem]:
@@ -579,75 +408,6 @@ def _claims(
         yield Problem("metrics", f"must name one or more metrics, each once; got {settings.metrics!r}.")
 
 
-def _tasks(
-    settings: ExperimentSettings, here: Path, problems: list[Problem]
-) -> tuple[tuple[Task, ...], dict[str, tuple[str, ...]]]:
-    """Return the tasks, and the metrics known of each."""
-    if settings.evaluate is None:
-        return (), {}
-    from dataflex.evaluation.tasks import TaskSettings, load_task, task_problems
-
-    if find_spec(HARNESS) is None:
-        problems.append(Problem("evaluate", 'needs lm-evaluation-harness: pip install "dataflex[eval]".'))
-        return (), {}
-    found: dict[str, Task] = {}
-    known: dict[str, tuple[str, ...]] = {}
-    named: list[tuple[str, str]] = []
-    for number, entry in enumerate(settings.evaluate.tasks):
-        key = f"evaluate.tasks.{number}"
-        for task in _task_settings(key, entry, here, problems, TaskSettings):
-            bad = task_problems(task)
-            problems += [replace(problem, key=dotted(key, problem.key)) for problem in bad]
-            if task.name in found:
-                problems.append(Problem(key, f"there is another task {task.name!r}; results are kept by name."))
-            if bad:
-                continue
-            if task.task is not None:
-                named.append((key, task.task))
-            read = load_task(task)[0] if task.task is None else None
-            known[task.name] = TASK_METRICS[read.form] if read is not None else ()
-            dumped = task.model_dump(mode="json", exclude_none=True)
-            found[task.name] = Task(task.name, dumped, _task_key(dumped))
-    problems += _unknown_tasks(named)
-    return tuple(found.values()), known
-
-
-def _task_key(settings: Mapping[str, Any]) -> str:
-    files = [file_digest(Path(settings[key])) for key in ("file", "fewshot_file") if key in settings]
-    return digest([settings, files, version(HARNESS)])
-
-
-def _unknown_tasks(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
-    """Yield the names that the harness does not know; only where there are names, because it takes seconds to load."""
-    if named:
-        from dataflex.evaluation.harness import unknown_tasks
-
-        unknown_names = unknown_tasks([name for _, name in named])
-        for key, name in named:
-            if name in unknown_names:
-                yield Problem(key, f"neither a file nor a task of lm-evaluation-harness: {unknown_names[name]}.")
-
-
-def _task_settings(key: str, entry: Any, here: Path, problems: list[Problem], kind: type[TaskSettings]) -> Any:
-    """Return the settings of one entry: a mapping, a file, or the name of a task of the harness."""
-    from dataflex.evaluation.tasks import read_settings as read_tasks
-
-    if isinstance(entry, str):
-        is_file = Path(entry).suffix in (".jsonl", ".yaml", ".yml")
-        try:
-            return read_tasks([str(here / expanded(entry)) if is_file else entry])
-        except ConfigError as error:
-            problems += [replace(problem, key=dotted(key, problem.key)) for problem in error.problems]
-            return []
-    named = entry.get("file") or entry.get("task")
-    default = {"name": Path(str(named)).stem if entry.get("file") else str(named)} if named else {}
-    try:
-        return [kind.model_validate({**default, **entry}, context={"base": here})]
-    except ValidationError as error:
-        problems += [problem_of(item, (key,), {(): kind}) for item in error.errors()]
-        return []
-
-
 def _runs(
     settings: ExperimentSettings,
     configs: Mapping[str, RunConfig],
@@ -657,7 +417,7 @@ def _runs(
 ) -> Iterator[Run]:
     versions = installed_versions()
     for variant, config in configs.items():
-        found = contents(local[variant], base)
+        found = digests_of_named(local[variant], base)
         for seed in settings.seeds:
             assert config.dataflex is not None
             seeded = replace(

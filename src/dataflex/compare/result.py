@@ -8,17 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dataflex.compare.experiment import (
-    AVERAGES,
-    COMPLETE_FILE,
-    FAILED_FILE,
-    FORMAT,
-    KEY_FILE,
-    MEASURES,
-    Plan,
-    Run,
-    Task,
-)
+from dataflex.compare.experiment import AVERAGES, COMPLETE_FILE, FAILED_FILE, FORMAT, KEY_FILE, MEASURES, Plan, Run
+from dataflex.compare.tasks import Task
 from dataflex.config.checks import MODEL_FILES
 from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically

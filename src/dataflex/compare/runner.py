@@ -28,13 +28,13 @@ from dataflex.compare.experiment import (
     TASKS_FILE,
     Plan,
     Run,
-    Task,
     changed_file,
     changed_task,
     run_yaml,
 )
 from dataflex.compare.remaining import as_text, time_left
 from dataflex.compare.result import complete, needs_overwriting, tasks_to_evaluate, trained_problem
+from dataflex.compare.tasks import Task
 from dataflex.config.masking import handed_on
 from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically

@@ -161,13 +161,13 @@ def _with_whole_chains(loaded: Mapping[Any, Any], change: Any) -> Any:
         for key, entry in entries.items():
             old = whole[int(key)]
             mappings = isinstance(old, Mapping) and isinstance(entry, Mapping)
-            kept = _kept_of(old, entry) if mappings else {}
+            kept = kept_of(old, entry) if mappings else {}
             whole[int(key)] = OmegaConf.to_container(OmegaConf.merge(kept, entry)) if mappings else entry
         found[family] = whole
     return {**change, _SECTION: found}
 
 
-def _kept_of(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> dict[Any, Any]:
+def kept_of(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> dict[Any, Any]:
     """Return what stays of a component's mapping under a change: of another method, only the place in the chain."""
     other = bool(old.get("method")) and bool(new.get("method")) and old["method"] != new["method"]
     return {key: value for key, value in old.items() if not other or key in BESIDE_METHOD}
@@ -244,7 +244,7 @@ def without_other_methods(base: Mapping[Any, Any], change: Any) -> dict[Any, Any
     for family in CONFIG_KEYS:
         old, new = section.get(family), changed.get(family)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found[family] = _kept_of(old, new)
+            found[family] = kept_of(old, new)
         elif isinstance(old, Mapping | list) and isinstance(new, Mapping | list):
             del found[family]  # one is a chain
     return {**base, _SECTION: found}

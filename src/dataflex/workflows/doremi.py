@@ -15,8 +15,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dataflex.api.components import family_key
-from dataflex.compare.contents import expanded
-from dataflex.compare.experiment import joined, read_base, replaced_keys
+from dataflex.compare.digests import expanded
+from dataflex.compare.experiment import joined, read_base
+from dataflex.compare.merging import replaced_keys
 from dataflex.compare.runner import PROGRAM
 from dataflex.compare.session import Work, carry_out, say
 from dataflex.compare.settings import Base

@@ -21,8 +21,9 @@ import yaml
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dataflex.compare.contents import expanded
-from dataflex.compare.experiment import Experiment, Run, joined, merged, planned, read_base, replaced_keys, value_of
+from dataflex.compare.digests import expanded
+from dataflex.compare.experiment import Experiment, Run, joined, planned, read_base
+from dataflex.compare.merging import merged, replaced_keys, value_of
 from dataflex.compare.plan_table import plan_table
 from dataflex.compare.result import failure_of, read_result, state_of
 from dataflex.compare.runner import PROGRAM, Workers, execute, set_aside, workers

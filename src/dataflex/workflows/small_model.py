@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex import assets
-from dataflex.compare.contents import digest, expanded
+from dataflex.compare.digests import digest, expanded
 from dataflex.data.fingerprints import file_digest, model_texts
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.files import json_text

@@ -11,18 +11,9 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from dataflex.compare.contents import contents
-from dataflex.compare.experiment import (
-    KEY_FILE,
-    Plan,
-    Run,
-    absolute_plugin,
-    dotted,
-    idle_changes,
-    keyed,
-    keys_of,
-    merged,
-)
+from dataflex.compare.digests import digests_of_named
+from dataflex.compare.experiment import KEY_FILE, Plan, Run, absolute_plugin, keyed
+from dataflex.compare.merging import dotted, idle_changes, keys_of, merged
 from dataflex.compare.result import state_of
 from dataflex.compare.runner import Workers, execute, set_aside
 from dataflex.compare.settings import problem_of
@@ -218,7 +209,7 @@ def run_of(stage: Stage, after: Run | None = None) -> StageRun:
     Raises:
         ConfigError: if a file cannot be read.
     """
-    found = contents(stage.source, stage.base)
+    found = digests_of_named(stage.source, stage.base)
     depends_on = {"contents": found, "versions": installed_versions(), "after": None if after is None else after.key}
     key, configuration = keyed(stage.config, stage.base, depends_on)
     seed = int(stage.config.llamafactory.get("seed", 42))

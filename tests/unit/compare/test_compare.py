@@ -34,8 +34,10 @@ from scipy import stats
 import tiny
 from dataflex.commands import compare as command
 from dataflex.commands.compare import compare
-from dataflex.compare import experiment, page
-from dataflex.compare.experiment import load, merged
+from dataflex.compare import page
+from dataflex.compare import tasks as compare_tasks
+from dataflex.compare.experiment import load
+from dataflex.compare.merging import merged
 from dataflex.compare.outcome import gather
 from dataflex.compare.page import cost_chart, forest_charts
 from dataflex.compare.remaining import as_text, time_left
@@ -575,7 +577,7 @@ def test_what_the_budget_and_the_machine_allow(lab: Lab, monkeypatch: pytest.Mon
     assert lab.launches() == []
     (lab.folder / "mmlu.jsonl").write_text(question("who ?"))
     lab.write(**tasks("mmlu.jsonl"))
-    monkeypatch.setattr(experiment, "find_spec", lambda name: None)
+    monkeypatch.setattr(compare_tasks, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'evaluate: needs lm-evaluation-harness: pip install "dataflex\[eval\]"'):
         load(lab.file)
 

@@ -26,7 +26,7 @@ def expanded(name: str) -> Path:
     return Path(os.path.expanduser(name))  # noqa: PTH111
 
 
-def contents(config: RunConfig, base: Path) -> dict[str, str]:
+def digests_of_named(config: RunConfig, base: Path) -> dict[str, str]:
     """Return a digest of everything a configuration names that lies on this machine.
 
     These are the local files of its data sets (with their entries of ``dataset_info.json``), every value that is the

@@ -1,0 +1,159 @@
+"""A change merged into a base configuration: nested mappings, dotted keys, and keys that are taken away."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dataflex.api.registry import CONFIG_KEYS
+from dataflex.config.loading import SECTION
+from dataflex.config.yaml_file import kept_of
+from dataflex.errors import Problem
+
+
+def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the base with a variant's keys merged into it.
+
+    Args:
+        base: not changed.
+        change: nested mappings and dotted keys; mappings are merged, other values replace, None takes a key away.
+            Where a family gets another method, the base's parameters of that family go: they are the other method's.
+
+    Raises:
+        OmegaConfBaseException: if they cannot be merged.
+    """
+    resolved = OmegaConf.to_container(OmegaConf.create(_merge(base, _expanded(change))), resolve=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _merge(base: Mapping[Any, Any], change: Mapping[Any, Any], path: tuple[Any, ...] = ()) -> dict[Any, Any]:
+    """Return a mapping at ``path`` of a configuration with a change merged into it."""
+    found = dict(base)
+    for key, value in change.items():
+        old = found.get(key)
+        if value is None:
+            found.pop(key, None)
+        elif isinstance(value, Mapping):
+            before = old if isinstance(old, Mapping) else {}
+            if path == (SECTION,) and key in CONFIG_KEYS:
+                before = kept_of(before, value)
+            found[key] = _merge(before, value, (*path, key))
+        else:
+            found[key] = value
+    return found
+
+
+def _expanded(change: Mapping[str, Any]) -> dict[Any, Any]:
+    """Return a change with its dotted keys as nested mappings; interpolations stay as they are written."""
+    nested = OmegaConf.create({})
+    for key, value in change.items():
+        OmegaConf.update(nested, str(key), value, merge=True, force_add=True)
+    found = OmegaConf.to_container(nested)
+    assert isinstance(found, dict)
+    return found
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, (*path, str(key)))
+    else:
+        yield path, value
+
+
+def keys_of(change: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys that a change gives a value, or takes away.
+
+    Raises:
+        OmegaConfBaseException: if it contradicts itself.
+    """
+    return [".".join(path) for path, _ in _leaves(_expanded(change))]
+
+
+def idle_changes(base: Mapping[str, Any], change: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what a change says that does not happen as written when it is merged into the base.
+
+    That is a key taken away that is not there, a dotted key that leads through something other than a mapping, and a
+    key that is given twice. Keys that are set and that nobody knows show when the merged configuration is checked.
+
+    Raises:
+        OmegaConfBaseException: if the change contradicts itself.
+    """
+    given: dict[str, str] = {}
+    for key, value in change.items():
+        holders = str(key).split(".")[:-1]
+        for depth in range(1, len(holders) + 1):
+            there, found = _found(base, tuple(holders[:depth]))
+            if there and found is not None and not isinstance(found, Mapping):
+                holder = ".".join(holders[:depth])
+                yield Problem(str(key), f"leads through {holder!r}, which is {found!r} in the base, and no mapping.")
+                break
+        for path, leaf in _leaves(_expanded({key: value})):
+            name = ".".join(path)
+            if name in given:
+                yield Problem(name, f"is given twice, by {given[name]!r} and by {str(key)!r}; keep one.")
+            given[name] = str(key)
+            if leaf is None and not _found(base, path)[0]:
+                yield Problem(name, f"takes away a key that the base does not have{_nearest(name, base)}")
+
+
+def _found(config: Any, path: tuple[str, ...]) -> tuple[bool, Any]:
+    """Return whether there is a nested key, and its value."""
+    for key in path:
+        if not isinstance(config, Mapping) or key not in config:
+            return False, None
+        config = config[key]
+    return True, config
+
+
+def _nearest(name: str, base: Mapping[str, Any]) -> str:
+    """Return the end of a sentence about a key that is not in the base: the nearest one, beside it or elsewhere."""
+    holder, _, last = name.rpartition(".")
+    known = list(_names(base))
+    beside = [key for key in known if key.rpartition(".")[0] == holder]
+    for keys in (beside, known):
+        ends = {key.rpartition(".")[2]: key for key in keys}
+        near = difflib.get_close_matches(last, ends, n=1, cutoff=0.75)
+        if near:
+            return f"; did you mean {ends[near[0]]!r}?"
+    return "; remove it."
+
+
+def _names(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{prefix}{key}.")
+
+
+def value_of(config: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a dotted key of at most two parts; None where there is none."""
+    section, _, name = key.rpartition(".")
+    holder = config.get(section) if section else config
+    return holder.get(name) if isinstance(holder, Mapping) else None
+
+
+def replaced_keys(base: Mapping[str, Any], managed: Sequence[str], who: str) -> Iterator[str]:
+    """Yield a line about the keys of the base that are set, or left out, by ``who``."""
+    said = {key: value_of(base, key) for key in managed}
+    named = [f"{key}: {value}" for key, value in said.items() if value is not None]
+    expected = {"do_train: True", "do_eval: True"}
+    if set(named) - expected:
+        yield f"the {who} replaces of the base: {', '.join(each for each in named if each not in expected)}."
+
+
+def remove(config: dict[str, Any], path: tuple[str, ...]) -> None:
+    """Take a nested key away, if it is there."""
+    *holders, last = path
+    for key in holders:
+        config = config[key]
+    config.pop(last, None)
+
+
+def dotted(*parts: str) -> str:
+    """Return the key made of parts, empty ones left out."""
+    return ".".join(part for part in parts if part)
