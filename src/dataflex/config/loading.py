@@ -53,6 +53,9 @@ class DataFlexConfig(BaseModel):
     domain_column: str | None = Field(
         None, min_length=1, description="Column of the raw data whose values are the domains; none: the data sets are."
     )
+    columns: list[str] = Field(
+        default_factory=list, description="Columns of the raw data that are kept with the samples."
+    )
     probe_batch_tokens: int | None = Field(
         None,
         ge=1,
@@ -177,6 +180,14 @@ class RunConfig:
         if problems:
             raise ConfigError(problems=problems, source=self.source)
         return Components(**found)
+
+    def wanted_columns(self) -> dict[str, str]:
+        """Return the raw columns that are to be kept with the samples, and the setting that asks for each."""
+        found = {name: f"{SECTION}.columns" for name in (() if self.dataflex is None else self.dataflex.columns)}
+        for key, component in self.build_components().items():
+            for name in component.needs(self).columns:
+                found.setdefault(name, f"{SECTION}.{key}")
+        return found
 
     @property
     def families(self) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.data.columns import ColumnArray, column_digest
 from dataflex.data.sampling import IndexArray
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,6 +89,9 @@ class Pool:
         """First index of each domain, and ``N`` last, shape (K + 1,)."""
         self.rows_of: dict[str, Rows] = {}
         """Domain -> the rows its samples were made from, as far as that is known: not of packed samples."""
+        self._columns: dict[str, ColumnArray] = {}
+        self.decode: Callable[[list[int]], str] | None = None
+        """Gives the text of tokens; None without a tokenizer."""
 
     @classmethod
     def concatenate(cls, parts: dict[str, Dataset], key: str = "dataset") -> Pool:
@@ -211,6 +215,43 @@ class Pool:
                 here = ids == number
                 found[here] = rows.numbers_of(indices[here] - self.offsets[number])
         return found
+
+    def keep_column(self, name: str, values: ColumnArray) -> None:
+        """Keep a raw column, one value for each sample; it cannot be written to."""
+        assert values.shape == (self.size,)
+        values.flags.writeable = False
+        self._columns[name] = values
+
+    def column(self, name: str) -> ColumnArray:
+        """Return the values of a raw column, one for each sample, shape (N,).
+
+        Numbers are float64, NaN for null, truth values 0 and 1; text is as it is, None for null. A packed sample, made
+        of several rows, has the mean over its tokens of the rows that have a value, and NaN if none has.
+
+        Raises:
+            ConfigError: if the column was not kept.
+        """
+        if name not in self._columns:
+            raise ConfigError(
+                f"{unknown('column', name, self._columns)} Columns of the raw data are kept with the samples if "
+                f"dataflex.columns names them (columns: [{name}])."
+            )
+        return self._columns[name]
+
+    @cached_property
+    def column_fingerprints(self) -> dict[str, str]:
+        """A digest of the values of each raw column that is kept."""
+        return {name: column_digest(values) for name, values in self._columns.items()}
+
+    def text(self, index: int) -> str:
+        """Return the text of a sample: its tokens decoded, special tokens left out.
+
+        Raises:
+            ValueError: if the pool has no tokenizer.
+        """
+        if self.decode is None:
+            raise ValueError("this pool has no tokenizer to decode with")
+        return self.decode(self.dataset[int(index)]["input_ids"])
 
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
         """Return samples as the collator takes them."""

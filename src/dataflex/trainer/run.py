@@ -208,6 +208,11 @@ class DynamicRun:
         """The training samples, whoever draws them; None while they are not loaded, and in a stream."""
         return self.pool if self.pool is not None else self.whole
 
+    @property
+    def _column_fingerprints(self) -> dict[str, str]:
+        """Those of the raw columns that are kept with the training samples."""
+        return {} if self.samples is None else self.samples.column_fingerprints
+
     def opening(self) -> list[str]:
         """Return the lines a run opens with: its plan, and what will not happen although it was asked for."""
         if self.run_plan is None:
@@ -375,6 +380,7 @@ class DynamicRun:
             **({} if self.samples is None else {"dataset": self.samples.fingerprint}),
             **({} if self.evaluation is None else {"eval_dataset": self.evaluation.fingerprint}),
             **{f"dataflex.{key}.validation": samples.fingerprint for key, samples in self.validation.items()},
+            **{f"column {name}": digest for name, digest in self._column_fingerprints.items()},
         }
         if repeated is not None and (other := differences(repeated, start)):
             print(f"dataflex: warning: this run does not repeat the one on record: {'; '.join(other)}")
@@ -587,6 +593,7 @@ class DynamicRun:
             "processes": distributed.world_size(),
             "pool_fingerprint": None if self.samples is None else self.samples.fingerprint,
             "evaluation_fingerprint": None if self.evaluation is None else self.evaluation.fingerprint,
+            "column_fingerprints": self._column_fingerprints,
             "validation_fingerprints": {key: samples.fingerprint for key, samples in self.validation.items()},
             "plan": self._plan_state(),
             "planner": self.planner.state_dict() if self.planner is not None else None,
@@ -639,6 +646,14 @@ class DynamicRun:
                 f"{str(state['pool_fingerprint'])[:12]}, this run's data has {str(now)[:12]}): the files, or what is "
                 "made of them, have changed since."
             )
+        before = state["column_fingerprints"]
+        for name, digest in self._column_fingerprints.items():
+            if before.get(name, digest) != digest:
+                raise CheckpointError(
+                    f"the checkpoint of step {state['step']} was written with other values in the raw column {name!r} "
+                    f"(fingerprint {before[name][:12]}, this run's has {digest[:12]}). Put them back, or begin a new "
+                    "run."
+                )
         for key, samples in self.validation.items():
             then = state["validation_fingerprints"].get(key)
             if then != samples.fingerprint and state["methods"].get(key) == self.methods[key]:

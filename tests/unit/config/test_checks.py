@@ -304,6 +304,35 @@ def test_what_a_domain_column_goes_with(keys: dict[str, Any]) -> None:
     assert found(keys, {"mix": static, **column}) == {}  # the domains' names are not known yet
 
 
+def test_columns_are_looked_for_at_the_head_of_the_files(keys: dict[str, Any]) -> None:
+    folder = Path(keys["dataset_dir"])
+    row = {"instruction": "Say yes.", "input": "", "output": "Yes.", "note": "x", "quality": 1.5}
+    (folder / "a.json").write_text(json.dumps([row] * 400))
+    wanted = {**SELECT, "columns": ["quality", "note"]}
+    both = found(keys, wanted)
+    assert set(both) == {"dataflex.columns"}
+    assert "'b' has no column 'note'" in both["dataflex.columns"]
+    assert "It has 'instruction', 'input', 'output'" in both["dataflex.columns"]
+    (folder / "b.json").write_text(json.dumps([row] * 400))
+    assert found(keys, wanted) == {}
+    text = found(keys, wanted, packing=True)["dataflex.columns"]
+    assert "'note' holds text" in text
+    assert found(keys, {**SELECT, "columns": ["quality"]}, neat_packing=True) == {}
+    misspelt = found(keys, {**SELECT, "columns": ["qualty"]})["dataflex.columns"]
+    assert "'qualty'; did you mean 'quality'?" in misspelt
+    # A column may come after the head of a large JSON file.
+    rows = [{key: row[key] for key in ("instruction", "input", "output")}] * 60_000
+    (folder / "b.json").write_text(json.dumps([*rows, row]))
+    assert found(keys, wanted) == {}
+
+
+def test_columns_of_samples_that_cannot_be_followed(keys: dict[str, Any]) -> None:
+    wanted = {**WEIGHT, "columns": ["output"]}
+    assert found(keys, wanted) == {}
+    assert "dataflex.columns keeps 'output'" in found(keys, wanted, streaming=True, max_steps=4)["streaming"]
+    assert "use concat" in found(keys, wanted, mix_strategy="interleave_under")["mix_strategy"]
+
+
 @pytest.mark.parametrize("form", ["list", "mapping", "file"])
 def test_proportions_that_are_all_zero_are_refused(keys: dict[str, Any], tmp_path: Path, form: str) -> None:
     given: Any = {"list": [0, 0], "mapping": {"a": 0, "b": 0.0}, "file": str(tmp_path / "weights.json")}[form]

@@ -97,6 +97,7 @@ def test_dynamic_select(base: Path) -> None:
         "train_tokens": None,
         "train_seconds": None,
         "domain_column": None,
+        "columns": [],
         "seed": 42,
         "select": {**LOSS, "focus": "high", "focus_weight": 3.0},
     }
@@ -137,6 +138,7 @@ def test_train_step_and_the_seed_of_a_method(base: Path) -> None:
         "train_tokens": None,
         "train_seconds": None,
         "domain_column": None,
+        "columns": [],
         "seed": 7,
         "select": {"method": "random"},
     }

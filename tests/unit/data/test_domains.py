@@ -143,6 +143,20 @@ def test_a_checkpoint_of_other_validation_samples_names_whose_they_are() -> None
         now.check_data(state)
 
 
+def test_a_checkpoint_of_other_values_in_a_column_is_refused() -> None:
+    then, now, without = (run_of(mix={"method": "uniform"}) for _ in range(3))
+    for dynamic, value in ((then, 1.0), (now, 2.0), (without, None)):
+        steps(dynamic, 10)
+        if value is not None:
+            dynamic.pool.keep_column("quality", np.full(112, value))
+    state = then.state_dict(0)
+    then.check_data(state)
+    with pytest.raises(CheckpointError, match=r"other values in the raw column 'quality'"):
+        now.check_data(state)
+    without.check_data(state)  # another method that reads no column goes on
+    now.check_data(without.state_dict(0))
+
+
 def test_labels_count_in_the_comparison_of_data() -> None:
     """``train_on_prompt`` changes no token, and what is trained on."""
     rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}] * 3

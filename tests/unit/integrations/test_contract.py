@@ -120,6 +120,40 @@ def test_rows_of_samples() -> None:
     assert rows.select([7, 2, 5])._indices.column(0).to_pylist() == [7, 2, 5]
 
 
+def test_packing() -> None:
+    from llamafactory.data import loader
+    from llamafactory.data.processor import supervised
+    from llamafactory.data.processor.pretrain import PretrainDatasetProcessor
+
+    names = ["dataset", "data_args", "training_args", "stage", "template", "tokenizer", "processor", "is_eval"]
+    assert parameters(loader._get_preprocessed_dataset) == names
+    assert "is_eval=False" in inspect.getsource(loader.get_dataset)
+    assert parameters(loader._get_dataset_processor)[:2] == ["data_args", "stage"]
+    packed = inspect.getsource(supervised.PackedSupervisedDatasetProcessor.preprocess_dataset)
+    assert packed.count("continue") == 1
+    assert 'if len(examples["_prompt"][i]) % 2 != 1 or len(examples["_response"][i]) != 1:' in packed
+    assert packed.count("self._encode_data_example(\n") == 1
+    assert "if length > self.data_args.cutoff_len:" in packed
+    assert "knapsacks = greedy_knapsack(lengths, self.data_args.cutoff_len)" in packed
+    assert "index = length2indexes[length].pop()" in packed
+    texts = inspect.getsource(PretrainDatasetProcessor.preprocess_dataset)
+    assert "tokenized_examples = self.tokenizer(text_examples, add_special_tokens=False)" in texts
+    assert "block_size = self.data_args.cutoff_len" in texts
+
+
+def test_parts_of_a_data_set_for_several_processes() -> None:
+    from datasets import Dataset
+
+    from dataflex.integrations.llamafactory.batches import shards
+
+    rows = Dataset.from_dict({"x": list(range(11))})
+    for processes in (1, 2, 3, 4, 11):
+        parts = [len(rows.shard(processes, number, contiguous=True)) for number in range(processes)]
+        assert shards(11, processes) == parts
+    assert shards(2, 5) == [1, 1]
+    assert shards(3, None) == [3]
+
+
 def test_printing_of_logs() -> None:
     from tqdm import tqdm
     from transformers import PrinterCallback, ProgressCallback, Trainer

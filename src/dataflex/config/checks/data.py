@@ -12,6 +12,8 @@ from dataflex import assets
 from dataflex.config.checks.section import STAGES
 from dataflex.config.checks.values import dataset_names, named_data_sets, truthy, word
 from dataflex.config.loading import SECTION, RunConfig
+from dataflex.data.columns import lacking, text_is_packed
+from dataflex.data.heads import head_of
 from dataflex.data.raw import INFO_FILE, RawDataError, entry_problems, fault, read_entry
 from dataflex.errors import Problem, unknown
 
@@ -46,6 +48,7 @@ def problems_of_data(config: RunConfig) -> Iterator[Problem]:
         return
     stage = word(config, "stage", "sft")
     fits = config.dataflex is None or stage in STAGES  # else it is the stage that is refused
+    yield from _columns(config, info, folder)
     for key, names in named.items():
         answers = not (key == "eval_dataset" and truthy(config, "predict_with_generate"))
         for name in names:
@@ -93,3 +96,25 @@ def _dataset(name: str, info: dict[str, Any], folder: Path, stage: str | None, a
     found = None if entry is None or stage is None else fault(entry, stage, whole=False, answers=answers)
     if found is not None:
         yield f"{name!r} cannot be used: {found}"
+
+
+def _columns(config: RunConfig, info: dict[str, Any], folder: Path) -> Iterator[Problem]:
+    """What keeps raw columns from being kept with the samples, as far as the heads of the files show it."""
+    wanted = config.wanted_columns()
+    packs = truthy(config, "packing") or truthy(config, "neat_packing")
+    packs |= word(config, "stage", "sft") == "pt" and config.llamafactory.get("packing") is None
+    for name in dataset_names(config) if wanted else ():
+        if name not in info or any(entry_problems(info[name])):
+            continue  # said elsewhere
+        try:
+            entry = read_entry(name, info[name], folder)
+            head = None if entry is None else head_of(entry)
+        except RawDataError:
+            continue  # said elsewhere
+        if head is None or not head.columns:
+            continue
+        for column, key in wanted.items():
+            if column not in head.columns and head.is_all:
+                yield Problem(key, lacking(column, name, list(head.columns)))
+            elif head.columns.get(column) and packs:
+                yield Problem(key, text_is_packed(column))

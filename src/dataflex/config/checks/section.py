@@ -33,6 +33,7 @@ def problems_of_section(config: RunConfig) -> Iterator[Problem]:
         _data_path,
         _domains,
         _order,
+        _columns,
         _loss,
         _components,
         _validation,
@@ -131,6 +132,20 @@ def _order(config: RunConfig) -> Iterator[Problem]:
         return
     if not components.select or not components.select[-1].component.scores_samples:
         yield Problem(f"{SECTION}.order.by", "selection needs a selector that scores, e.g. select: {method: loss}.")
+
+
+def _columns(config: RunConfig) -> Iterator[Problem]:
+    """Keys that leave no way from a raw row to its sample."""
+    wanted = config.wanted_columns()
+    if not wanted:
+        return
+    column, key = next(iter(wanted.items()))
+    if config.families & {"select", "mix", "order"}:
+        return  # then neither can be
+    if truthy(config, "streaming"):
+        yield Problem("streaming", f"{key} keeps {column!r} of every sample, and a stream has no samples yet; remove.")
+    if str(config.llamafactory.get("mix_strategy", "concat")) != "concat":
+        yield Problem("mix_strategy", f"{key} keeps {column!r}, and nobody says which row is interleaved; use concat.")
 
 
 def _components(config: RunConfig) -> Iterator[Problem]:

@@ -7,7 +7,6 @@ gets batches of one value each, and ``_get_dataset_processor`` what processes th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -16,12 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.data.columns import column_of
 from dataflex.data.pool import DomainSamples
 from dataflex.errors import ConfigError, unknown
+from dataflex.integrations.llamafactory.batches import DOMAIN, in_batches
 from dataflex.integrations.llamafactory.parsing import replaced
-
-_DOMAIN = "domain"
-"""Column that carries the number of a row's value through LLaMA-Factory's preprocessing."""
 
 
 class _Division:
@@ -78,24 +76,12 @@ class _Division:
         self,
         preprocess: Callable[..., Any],
         divided: tuple[Any, NDArray[np.int64], NDArray[np.int64]],
-        data_args: Any,
         *args: Any,
         **named: Any,
     ) -> Any:
         """Make samples of rows, in batches of one value each."""
-        from llamafactory.data import loader
-
         aligned, rows, sizes = divided
-        batches = _batches(aligned, sizes.tolist(), data_args.preprocessing_batch_size)
-        make, sorted_rows = loader._get_dataset_processor, aligned.select(rows)
-        only = copy.copy(data_args)
-        only.preprocessing_batch_size = 1
-
-        def batchwise(*given: Any, **named: Any) -> _Batchwise:
-            return _Batchwise(make(*given, **named), sorted_rows)
-
-        with replaced(loader, "_get_dataset_processor", batchwise):
-            return preprocess(batches, only, *args, **named)
+        return in_batches(preprocess, aligned.select(rows), sizes.tolist(), *args, **named)
 
 
 def load_divided(
@@ -168,58 +154,9 @@ def values_of(dataset: Any, column: str, key: str, name: str) -> tuple[list[str]
     return [str(distinct[number]) for number in order], rank[coded.indices.to_numpy(zero_copy_only=False)]
 
 
-def column_of(dataset: Any, name: str) -> Any:
-    """Return a column as an arrow array."""
-    return dataset.select_columns([name]).with_format("arrow")[:].column(0).combine_chunks()
-
-
-def _batches(rows: Any, sizes: list[int], batch_size: int) -> Any:
-    """Return a data set with one row for each batch: where it begins and ends, and the number of its value.
-
-    Args:
-        rows: the aligned rows; its beginning gets other columns, so that what is made of it is cached as theirs is.
-        sizes: rows of each value.
-        batch_size: most rows of a batch, which are of one value.
-    """
-    offset = 0
-    begins, ends, numbers = list[int](), list[int](), list[int]()
-    for number, size in enumerate(sizes):
-        starts = range(offset, offset + size, batch_size)
-        offset += size
-        begins += starts
-        ends += [min(start + batch_size, offset) for start in starts]
-        numbers += [number] * len(starts)
-    batches = rows.select(range(len(begins))).select_columns(rows.column_names[:1])
-    for name, column in (("begin", begins), ("end", ends), (_DOMAIN, numbers)):
-        batches = batches.add_column(name, column)
-    return batches
-
-
-class _Batchwise:
-    """A processor of LLaMA-Factory for the data set that :func:`_batches` makes.
-
-    Args:
-        processor: its own.
-        rows: the aligned rows, those of each value together.
-    """
-
-    def __init__(self, processor: Any, rows: Any) -> None:
-        self.processor, self.rows = processor, rows
-
-    def preprocess_dataset(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        """Return the samples made of one batch, each with the number of its value."""
-        (begin,), (end,), (number,) = batch["begin"], batch["end"], batch[_DOMAIN]
-        samples = self.processor.preprocess_dataset(self.rows[begin:end])
-        return {**samples, _DOMAIN: [number] * len(next(iter(samples.values()), []))}
-
-    def print_data_example(self, example: dict[str, Any]) -> None:
-        """Print a sample."""
-        self.processor.print_data_example(example)
-
-
 def _divided(dataset: Any, names: list[str]) -> DomainSamples:
     """Return a preprocessed data set without the numbers of the values, and how many samples each has."""
-    if _DOMAIN not in dataset.column_names:  # no batch gave a sample
+    if DOMAIN not in dataset.column_names:  # no batch gave a sample
         return DomainSamples(dataset, dict.fromkeys(names, 0))
-    sizes = np.bincount(column_of(dataset, _DOMAIN).to_numpy(), minlength=len(names))
-    return DomainSamples(dataset.remove_columns(_DOMAIN), dict(zip(names, sizes.tolist(), strict=True)))
+    sizes = np.bincount(column_of(dataset, DOMAIN).to_numpy(), minlength=len(names))
+    return DomainSamples(dataset.remove_columns(DOMAIN), dict(zip(names, sizes.tolist(), strict=True)))

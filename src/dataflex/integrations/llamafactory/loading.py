@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dataflex.data.origins import Origin
+from dataflex.data.columns import ColumnArray, join_columns
 from dataflex.data.pool import DomainSamples, Pool, of_one
 from dataflex.errors import ConfigError
 from dataflex.integrations.llamafactory.data_errors import Load, refuse_empty, told
 from dataflex.integrations.llamafactory.division import load_divided
 from dataflex.integrations.llamafactory.evaluation_sets import load_evaluation
+from dataflex.integrations.llamafactory.origins import Origin
 from dataflex.integrations.llamafactory.parsing import replaced
-from dataflex.integrations.llamafactory.tokenized import is_stored, refuse_foreign_folder
+from dataflex.integrations.llamafactory.tokenized import is_stored, keep_columns, kept_columns, refuse_foreign_folder
 from dataflex.selectors.base_gradients import ValidationParams
 from dataflex.trainer.run import DynamicRun
 
@@ -49,6 +50,11 @@ class Loader:
     training_args: Any
     stage: str
     tokenizer_module: dict[str, Any] = field(default_factory=dict)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens, special ones left out."""
+        tokenizer = self.tokenizer_module["tokenizer"]
+        return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def __call__(self, data_args: Any, key: str = "") -> Module:
         """Return the dataset module; ``key`` is the setting that names the data sets, for messages.
@@ -110,10 +116,18 @@ def load_pool(
 def _load_whole(load: Loader, dynamic: DynamicRun, data_args: Any) -> Module:
     """Return the dataset module of a run whose samples LLaMA-Factory draws, or which does not train."""
     training_args = load.training_args
-    module = load(_train_only(data_args)) if data_args.dataset or is_stored(data_args) else {}
+    trains = training_args.do_train and dynamic.when_loaded is None
+    module: Module = {}
+    kept: dict[str, ColumnArray] = {}
+    if data_args.dataset or is_stored(data_args):
+        wanted = dynamic.config.wanted_columns() if trains else {}
+        module, _, kept = load_with_columns(load, _train_only(data_args), wanted)
     module["eval_dataset"] = load_evaluation(load, data_args, dynamic, module.pop("eval_dataset", None))
-    if training_args.do_train and dynamic.when_loaded is None:
+    if trains:
         dynamic.whole = Pool.concatenate({"dataset": module["train_dataset"]})
+        dynamic.whole.decode = load.decode
+        for column, values in kept.items():
+            dynamic.whole.keep_column(column, values)
         _check_data(dynamic, training_args)
         dynamic.set_steps(copy.copy(training_args))  # problems of the rounds show before a model is loaded
         _open(dynamic, training_args)
@@ -125,7 +139,9 @@ def _load_planned(load: Loader, dynamic: DynamicRun, data_args: Any) -> Module:
     training_args = load.training_args
     names = tuple(dict.fromkeys(data_args.dataset))
     column = dynamic.settings.domain_column
-    dynamic.pool, held_out = load_noting_rows(load, _train_only(data_args), names, column)
+    dynamic.pool, held_out = load_noting_rows(
+        load, _train_only(data_args), names, column, dynamic.config.wanted_columns()
+    )
     evaluation = load_evaluation(load, data_args, dynamic, held_out)
     mixer = dynamic.components.mix
     problem = None if mixer is None or column is None else mixer.check_domains(dynamic.pool.domains)
@@ -138,6 +154,7 @@ def _load_planned(load: Loader, dynamic: DynamicRun, data_args: Any) -> Module:
             logger.warning(warning)
     for key, request in dynamic.wanted_validation.items():
         dynamic.validation[key] = _load_validation(load, data_args, f"dataflex.{key}", request, evaluation)
+        dynamic.validation[key].decode = load.decode
     _check_data(dynamic, training_args)
     if dynamic.when_loaded is None:
         _open(dynamic, training_args)
@@ -171,38 +188,60 @@ def _train_only(data_args: Any) -> Any:
     return only
 
 
-def load_noting_rows(load: Loader, data_args: Any, names: tuple[str, ...], column: str | None) -> tuple[Pool, Any]:
+def load_noting_rows(
+    load: Loader, data_args: Any, names: tuple[str, ...], domain_column: str | None, columns: Mapping[str, str]
+) -> tuple[Pool, Any]:
     """Return the pool, which knows the rows of its samples as far as anybody does, and what was split off it.
 
     Args:
         load: LLaMA-Factory's loading.
         data_args: its arguments.
         names: the data sets.
-        column: of the raw data, whose values are the domains; None: the data sets are.
+        domain_column: of the raw data, whose values are the domains; None: the data sets are.
+        columns: the raw columns that are kept with the samples, and the setting that asks for each.
     """
-    from llamafactory.data import loader
+    origins: list[Origin] = []
+    kept: list[dict[str, ColumnArray]] = []
 
-    origins: dict[str, Origin] = {}
-
-    def noting(data_args: Any, key: str = "") -> dict[str, Any]:
-        if data_args.packing:  # many rows are one sample
-            return load(data_args, key)
-        origin = Origin()
-        with (
-            replaced(loader, "align_dataset", partial(origin.align, loader.align_dataset)),
-            replaced(loader, "split_dataset", partial(origin.split, loader.split_dataset)),
-        ):
-            module = load(data_args, key)
-        if origin.settle(len(module["train_dataset"])):
-            origins[data_args.dataset[0]] = origin
+    def noting(data_args: Any, key: str = "") -> Module:
+        module, origin, values = load_with_columns(load, data_args, columns, key)
+        origins.append(origin)
+        kept.append(values)
         return module
 
-    parts, held_out = _load_domains(noting, data_args, names, column)
+    parts, held_out = _load_domains(noting, data_args, names, domain_column)
     pool = Pool.of_domains(parts)
-    for name, (_, sizes) in zip(names, parts, strict=True):
-        if name in origins:
-            pool.rows_of |= origins[name].rows(name, sizes)
+    pool.decode = load.decode
+    for origin, (_, sizes) in zip(origins, parts, strict=True):
+        pool.rows_of |= origin.rows(sizes)
+    for column, key in columns.items():
+        values = [(name, each[column]) for name, each in zip(names, kept, strict=True)]
+        pool.keep_column(column, join_columns(values, column, key))
     return pool, held_out
+
+
+def load_with_columns(
+    load: Loader, data_args: Any, columns: Mapping[str, str], key: str = ""
+) -> tuple[Module, Origin, dict[str, ColumnArray]]:
+    """Return a dataset module, where the training samples in it are from, and the wanted raw columns of them."""
+    from llamafactory.data import loader
+
+    origin = Origin(data_args.dataset or (), columns)
+    with (
+        replaced(loader, "align_dataset", partial(origin.align, loader.align_dataset)),
+        replaced(loader, "split_dataset", partial(origin.split, loader.split_dataset)),
+        replaced(loader, "_get_preprocessed_dataset", partial(origin.preprocess, loader._get_preprocessed_dataset)),
+    ):
+        module = load(data_args, key)
+    samples = module["train_dataset"]
+    origin.settle(len(samples), data_args.packing)
+    folder = None if data_args.tokenized_path is None else Path(data_args.tokenized_path)
+    if columns and folder is not None and origin.is_stored:
+        return module, origin, kept_columns(folder, samples, columns)
+    kept = {column: origin.column(column) for column in columns}
+    if kept and folder is not None and load.training_args.should_save:
+        keep_columns(folder, samples, kept)
+    return module, origin, kept
 
 
 def _load_domains(

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import tempfile
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ _TOKENIZER_KEYS = (
 )  # fmt: skip
 
 
-def pool_of(config: RunConfig, domain_column: str | None = None) -> tuple[Pool, Any]:
+def pool_of(config: RunConfig, domain_column: str | None = None, columns: Sequence[str] = ()) -> tuple[Pool, Any]:
     """Load the pool of a run and its tokenizer, without the model, printing and logging nothing.
 
     Only the keys that preprocessing depends on are used, so that it works on a machine that could not train: what says
@@ -32,6 +33,7 @@ def pool_of(config: RunConfig, domain_column: str | None = None) -> tuple[Pool, 
     Args:
         config: the configuration of a run that plans its data; of its section nothing is read.
         domain_column: that of its section.
+        columns: raw columns that are kept with the samples.
 
     Returns:
         The pool, and the tokenizer as LLaMA-Factory sets it up for the template.
@@ -40,6 +42,7 @@ def pool_of(config: RunConfig, domain_column: str | None = None) -> tuple[Pool, 
         ConfigError: if LLaMA-Factory does not accept the arguments, or a data set cannot be loaded or is empty.
         OSError: if the tokenizer is not there.
     """
+    wanted = dict.fromkeys(columns, "dataflex.columns")
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -69,7 +72,7 @@ def pool_of(config: RunConfig, domain_column: str | None = None) -> tuple[Pool, 
                 kept = [root] if len(names) == 1 else [str(Path(root) / name) for name in names]
                 if not all(map(has_tokenized_data, kept)):  # it would be written there
                     data_args.tokenized_path = None
-            pool, _ = load_noting_rows(load, data_args, names, domain_column)
+            pool, _ = load_noting_rows(load, data_args, names, domain_column, wanted)
     finally:
         logging.disable(disabled)
     return pool, module["tokenizer"]

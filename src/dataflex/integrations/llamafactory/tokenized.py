@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dataflex.data.columns import ColumnArray
+from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError
+from dataflex.files import write_atomically
+
+_KEPT = "dataflex_columns.parquet"
+"""File beside tokenized data with raw columns, one value for each training sample."""
+_SAMPLES = b"dataflex_samples"
+"""Key in the file's metadata: the fingerprint of the samples it belongs to."""
 
 
 def is_stored(data_args: Any) -> bool:
@@ -22,3 +34,57 @@ def refuse_foreign_folder(data_args: Any) -> None:
             f"tokenized_path: {root} holds something else than one tokenized data set (a run with several data sets "
             "keeps each in a folder of its own, a run that only evaluates the evaluation sets). Name an empty folder."
         )
+
+
+def keep_columns(folder: Path, samples: Any, columns: Mapping[str, ColumnArray]) -> None:
+    """Write raw columns beside the tokenized samples they belong to."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrays = {
+        name: pa.array(values, pa.string()) if values.dtype == object else pa.array(values)
+        for name, values in columns.items()
+    }
+    fingerprint = Pool.concatenate({"samples": samples}).fingerprint
+    stream = io.BytesIO()
+    pq.write_table(pa.table(arrays).replace_schema_metadata({_SAMPLES: fingerprint.encode()}), stream)
+    write_atomically(folder / _KEPT, stream.getvalue())
+
+
+def kept_columns(folder: Path, samples: Any, wanted: Mapping[str, str]) -> dict[str, ColumnArray]:
+    """Return raw columns that lie beside tokenized samples.
+
+    Args:
+        folder: that of the tokenized data.
+        samples: the training samples loaded from it.
+        wanted: the columns, and the setting that asks for each.
+
+    Raises:
+        ConfigError: if one is not there, or was kept for other samples.
+    """
+    import pyarrow.parquet as pq
+
+    key, file = next(iter(wanted.values())), folder / _KEPT
+    again = "Remove the folder, or name an empty one, so that the data is tokenized anew from its raw rows."
+    if not file.is_file():
+        raise ConfigError(
+            f"{key}: {folder} (tokenized_path) holds tokenized samples without raw columns; they are kept there if "
+            f"{', '.join(map(repr, wanted))} is asked for when the data is tokenized. {again}"
+        )
+    table = pq.read_table(file)
+    for name, asked in wanted.items():
+        if name not in table.column_names:
+            there = ", ".join(map(repr, table.column_names))
+            raise ConfigError(f"{asked}: {file} holds the raw columns {there}, not {name!r}. {again}")
+    fingerprint = Pool.concatenate({"samples": samples}).fingerprint
+    if (table.schema.metadata or {}).get(_SAMPLES) != fingerprint.encode():
+        raise ConfigError(f"{key}: {file} was kept for other samples than the folder holds now. {again}")
+    return {name: _values(table.column(name)) for name in wanted}
+
+
+def _values(column: Any) -> ColumnArray:
+    import pyarrow as pa
+
+    if pa.types.is_string(column.type):
+        return np.array(column.to_pylist(), dtype=object)
+    return np.asarray(column.to_numpy(), dtype=np.float64)
