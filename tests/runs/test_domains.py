@@ -62,8 +62,7 @@ Path(sys.argv[2]).write_text(json.dumps(results))
 
 PLUGIN = """
 import numpy as np
-from dataflex import Mixer, MixerParams, register
-from dataflex.selectors.base_gradients import ValidationParams
+from dataflex import Losses, Mixer, MixerParams, Needs, ValidationParams, register
 
 
 class LookingParams(MixerParams, ValidationParams):
@@ -71,14 +70,14 @@ class LookingParams(MixerParams, ValidationParams):
 
 
 @register("mixer", "test_looking")
-class LookingMixer(Mixer):
+class LookingMixer(Mixer[LookingParams]):
     '''Gives every domain the loss of the validation samples of its number.'''
 
-    Params = LookingParams
-    needs_validation = True
+    def needs(self, run):
+        return Needs(measurements=(Losses(),), validation=self.params)
 
     def mix(self, ctx):
-        losses = ctx.probe.losses(np.arange(ctx.validation.size), pool=ctx.validation)
+        losses = ctx.probe.measure(Losses(), np.arange(ctx.validation.size), ctx.validation)
         bounds = ctx.validation.offsets
         return np.array([losses[low:high].mean() for low, high in zip(bounds, bounds[1:])])
 """

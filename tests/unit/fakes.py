@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dataflex import ErrorNorms, Losses, Measurement
 from dataflex.api.component import Component
 from dataflex.api.components import Components, only
 from dataflex.api.context import RoundContext
@@ -80,6 +81,10 @@ class FakeProbe:
         return self.values[indices]
 
     error_norms = losses
+
+    def measure(self, measurement: Measurement[Any], indices: IndexArray) -> NDArray[np.float32]:
+        assert isinstance(measurement, Losses | ErrorNorms)
+        return self.losses(indices)
 
     def gradient_norms(self, indices: IndexArray, settings: GradientSettings) -> NDArray[np.float32]:
         self.settings.append(settings)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 import numpy as np
 
 from dataflex.api.context import StepStatistics
+from dataflex.api.measurement import Measurement
 from dataflex.api.needs import Needs, RunView
 from dataflex.api.params import ComponentParams
 from dataflex.api.schedule import RunOutline
@@ -36,8 +37,6 @@ class Component(Generic[ParamsT]):
     family: ClassVar[str]
     name: ClassVar[str]
     Params: ClassVar[type[ComponentParams]] = ComponentParams
-    needs_validation: ClassVar[bool] = False
-    """Whether ``ctx.validation`` is wanted; then its parameters have ``validation`` and ``subtask_column``."""
 
     def __init__(self, params: ParamsT) -> None:
         self.params = params
@@ -69,12 +68,21 @@ class Component(Generic[ParamsT]):
         """
         return None
 
-    def expected_forwards(self, run: RunOutline) -> float:
-        """Return what the component measures in the whole run, in forward passes of one sample.
+    def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
+        """Return how many samples it measures in the whole run, each as often as it does so.
 
-        A forward and backward counts as three, and so does a sample that is trained on.
+        Asked for each measurement that :meth:`needs` names, for the estimate of what the run costs. The default is the
+        validation samples at every decision.
         """
-        return 0.0
+        return float(run.validation * run.decisions)
+
+    @property
+    def decides_within_step(self) -> bool:
+        """Whether it decides coefficients of a step's loss from the losses of that step itself.
+
+        With several micro-batches in a step that takes a forward of all of them before the first backward.
+        """
+        return False
 
     def on_step(self, statistics: StepStatistics) -> None:
         """Hear what the optimizer step just made showed; called after every step on every rank."""

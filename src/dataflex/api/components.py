@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dataflex.api.component import Component
+from dataflex.api.measurement import Measurement
 from dataflex.api.mixer import Mixer
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.order import Order
+from dataflex.api.params import ValidationParams
+from dataflex.api.reference import ReferenceParams
 from dataflex.api.selector import Selector
+from dataflex.api.source import label_of
 from dataflex.api.weighter import Weighter
+from dataflex.errors import ConfigError, Problem
 
 ComponentT = TypeVar("ComponentT", bound=Component)
 
@@ -61,10 +67,46 @@ class Components:
             found.setdefault(family_key(key), []).append(component.name)
         return {key: ", ".join(names) for key, names in found.items()}
 
+    def needs(self, run: RunView) -> dict[str, Needs]:
+        """Return what each component asks of the run, by configuration key.
+
+        Raises:
+            ConfigError: if one asks for something that nothing can provide.
+        """
+        found, problems = {}, []
+        for key, component in self.items():
+            found[key] = component.needs(run)
+            wrong = _unfit(found[key])
+            if wrong is not None:
+                problems.append(Problem(f"dataflex.{key}", f"{label_of(component, ('needs',))} {wrong}"))
+        if problems:
+            raise ConfigError(problems=problems)
+        return found
+
     @property
     def plans_data(self) -> bool:
         """Whether the data path is ours: anything but ``weight`` alone."""
         return bool(self.select) or self.mix is not None or self.order is not None
+
+
+def _unfit(needs: Needs) -> str | None:
+    """Return what is wrong with the needs that the code of a component returned, or None."""
+    if not isinstance(needs, Needs):
+        return f"returned a {type(needs).__name__} from needs(); needed is a dataflex.Needs."
+    measured = needs.measurements
+    if not isinstance(measured, tuple) or not all(isinstance(each, Measurement) for each in measured):
+        return f"asks for measurements {measured!r}; needed is a tuple of measurements, as (Losses(),)."
+    groups: dict[str, tuple[Any, type]] = {
+        "validation": (needs.validation, ValidationParams),
+        "reference": (needs.reference, ReferenceParams),
+    }
+    for name, (given, group) in groups.items():
+        if given is not None and not isinstance(given, group):
+            return (
+                f"asks for {name}={type(given).__name__}(...), which is no {group.__name__}; its parameters must "
+                f"extend dataflex.{group.__name__}, too, and needs() return Needs({name}=self.params)."
+            )
+    return None
 
 
 def family_key(key: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.component import Component, ParamsT
+from dataflex.api.component import Component
 from dataflex.api.context import RoundContext, StepContext
 from dataflex.api.params import ComponentParams, Shares, shares_of, shares_problem
 from dataflex.api.schedule import RunOutline
@@ -21,6 +21,11 @@ class DomainParams(ComponentParams):
         None, gt=0, description="No domain is gone through more often; its further share goes to the others."
     )
 
+    @property
+    def given_initial(self) -> Shares | None:
+        """The shares of warm-up rounds that were given, None if none can be or were."""
+        return None
+
 
 class MixerParams(DomainParams):
     """Parameters of mixers that decide: what is trained on before the first decision."""
@@ -29,23 +34,27 @@ class MixerParams(DomainParams):
         None, description="Shares of the domains in warm-up rounds: list, mapping or JSON file; none: by size."
     )
 
+    @property
+    def given_initial(self) -> Shares | None:
+        """The shares of warm-up rounds that were given."""
+        return self.initial_proportions
 
-class Mixer(Component[ParamsT]):
+
+MixerParamsT = TypeVar("MixerParamsT", bound=DomainParams, covariant=True)
+
+
+class Mixer(Component[MixerParamsT]):
     """Chooses the domain proportions of the next plan; may also weigh the domains in the loss of every step.
 
-    A mixer that weighs the loss sets :attr:`weighs_loss_by`, and has :attr:`loss_weights` and :meth:`update_weights`;
-    the loss of a step is then sum_i loss_weights_i * (token-mean loss of domain i in the step's global batch), without
-    a term for a domain the step has nothing of. In warm-up rounds the loss is the plain one.
+    A mixer that weighs the loss sets :attr:`weighs_loss`, and has :attr:`loss_weights` and :meth:`update_weights`; it
+    asks in :meth:`needs` for the step's losses by domain, for a reference too, or for what it measures itself. The loss
+    of a step is then sum_i loss_weights_i * (token-mean loss of domain i in the step's global batch), without a term
+    for a domain the step has nothing of. In warm-up rounds the loss is the plain one.
     """
 
     Params: ClassVar[type[ComponentParams]] = MixerParams
-    weighs_loss_by: ClassVar[Literal["nothing", "losses", "excess", "probe"]] = "nothing"
-    """What :meth:`update_weights` looks at, beside the token counts: the step's losses, also its excess losses over a
-    reference (``excess``), or only what it measures itself (``probe``)."""
-    learns_from_losses: ClassVar[bool] = False
-    """Whether :meth:`on_step` needs losses, which LLaMA-Factory's special losses do not give."""
-    measures_samples: ClassVar[bool] = False
-    """Whether it measures several samples together on the model, which some collators do not allow."""
+    weighs_loss: ClassVar[bool] = False
+    """Whether it weighs the domains in the loss of every step."""
     constant_shares: ClassVar[bool] = False
     """Whether :meth:`mix` returns the same shares in every round."""
     begins_with_initial: ClassVar[bool] = False
@@ -66,8 +75,7 @@ class Mixer(Component[ParamsT]):
 
     def _unused(self, run: RunOutline) -> str | None:
         """Return that the proportions of warm-up rounds are given where there are none."""
-        given = isinstance(self.params, MixerParams) and self.params.initial_proportions is not None
-        if not given or self.begins_with_initial or run.schedule.warmup_steps:
+        if self.params.given_initial is None or self.begins_with_initial or run.schedule.warmup_steps:
             return None
         return "initial_proportions are those of warm-up rounds, and there are none; set dataflex.warmup_steps"
 
@@ -80,15 +88,14 @@ class Mixer(Component[ParamsT]):
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the proportions of warm-up rounds, shape (K,): the given ones, or the share of samples in the pool."""
-        params: Any = self.params  # registration refuses a mixer without these that leaves this method as it is
-        if params.initial_proportions is not None:
-            return shares_of(params.initial_proportions, ctx.pool.domains, "initial_proportions")
+        given = self.params.given_initial
+        if given is not None:
+            return shares_of(given, ctx.pool.domains, "initial_proportions")
         return ctx.pool.domain_sizes.astype(np.float64)
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Return a parameter and what is wrong with it for these domains, or None. Called before a model is loaded."""
-        params: Any = self.params
-        problem = shares_problem(params.initial_proportions, names)
+        problem = shares_problem(self.params.given_initial, names)
         return None if problem is None else ("initial_proportions", problem)
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dataflex.api.component import Component, ParamsT
 from dataflex.api.context import RoundContext
+from dataflex.api.measurement import Measurement
 from dataflex.api.schedule import RunOutline
 from dataflex.api.selection import Selection
 from dataflex.data.sampling import IndexArray
@@ -22,6 +23,15 @@ class Order(Component[ParamsT]):
             "every round is one optimizer step, and the order of samples inside a step changes nothing; raise "
             "dataflex.update_steps"
         )
+
+    def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
+        """Return the samples of all plans."""
+        return float(run.decided_steps * run.global_batch_size)
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether :meth:`arrange` reads ``selection.scores``, which not every selector gives."""
+        return False
 
     keeps_passes: ClassVar[bool] = False
     """Whether the samples of a domain come in passes whatever :meth:`arrange` returns: of one domain, those of an

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from dataflex.api.measurement import Measurement, ResultT
 from dataflex.data.rules import ScoreArray
@@ -41,6 +41,26 @@ class GradientSettings:
     normalize: bool = True
     unsupported: Literal["error", "ignore"] = "error"
     store: str | None = None
+
+
+class _OfGradients(Measurement):
+    """What the probe's methods on gradients measure."""
+
+    forwards: ClassVar[float] = 3.0
+
+
+@dataclass(frozen=True)
+class GradientFeatures(_OfGradients):
+    """Projected gradients, or their inner products with others."""
+
+    settings: GradientSettings = GradientSettings()
+
+
+@dataclass(frozen=True)
+class GradientNorms(_OfGradients):
+    """Lengths of gradients."""
+
+    settings: GradientSettings = GradientSettings()
 
 
 class Probe(Protocol):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dataflex.api.needs import RunView
 from dataflex.api.params import ComponentParams, InputPath, OutputPath
 from dataflex.assets import PREFIX
+
+if TYPE_CHECKING:
+    from dataflex.api.needs import RunView
 
 TABLE_FILE = "reference.json"
 """Lists what is in a table of reference losses."""

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from dataflex.api.component import Component
-from dataflex.api.mixer import Mixer
+from dataflex.api.mixer import DomainParams, Mixer
 from dataflex.api.order import Order
 from dataflex.api.params import ComponentParams
 from dataflex.api.selector import Selector
@@ -98,15 +98,36 @@ def _unfit(cls: type, family: str) -> str | None:
         return f"{cls.__name__}.Params must extend dataflex.ComponentParams."
     ways = DECIDING[family]
     missing = list(ways[:2]) if all(_is_inherited(cls, base, name) for name in ways) else []
-    if not missing and issubclass(cls, Mixer) and cls.weighs_loss_by != "nothing":
+    if not missing and issubclass(cls, Mixer) and cls.weighs_loss:
         missing = [name for name in ("loss_weights", "update_weights") if _is_inherited(cls, base, name)]
+    missing += [name for name in dir(cls) if getattr(getattr(cls, name), "__isabstractmethod__", False)]
     if missing:
         own = [name for name, value in vars(cls).items() if inspect.isfunction(value)]
         near = [found for name in missing for found in difflib.get_close_matches(name, own, n=1, cutoff=0.6)]
         hint = f"; it has {near[0]}()." if near else "."
         how = " or ".join(f"{name}()" for name in missing)
         return f"{cls.__name__} does not define {how}, by which a component of this family decides{hint}"
-    return _wrong_word(cls, base) or _misfit(cls, base) or _lacking(cls, base) or _bad_default(cls)
+    return _replaced(cls) or _wrong_word(cls, base) or _misfit(cls, base) or _lacking(cls, base) or _bad_default(cls)
+
+
+_REPLACED = {
+    "needs_validation": "return Needs(validation=self.params) from needs(); the parameters extend ValidationParams",
+    "probes": "name what is measured in needs(), as Needs(measurements=(Losses(),))",
+    "measures_samples": "name what is measured in needs(), as Needs(measurements=(Losses(),))",
+    "weighs_loss_by": 'set weighs_loss = True, and return Needs(step_losses="domains") (or reference, or measurements) '
+    "from needs()",
+    "learns_from_losses": 'return Needs(step_losses="domains") from needs()',
+    "expected_forwards": "name what is measured in needs(), and define measured_samples() if the default is not right",
+}
+"""Attributes of components of earlier releases -> what is written in their place."""
+
+
+def _replaced(cls: type) -> str | None:
+    """Return which attribute of an earlier release a class still has, which nothing would read, or None."""
+    for name, instead in _REPLACED.items():
+        if hasattr(cls, name):
+            return f"{cls.__name__}.{name} is not read any more; {instead}."
+    return None
 
 
 def _lacking(cls: type[Component], base: type[Component]) -> str | None:
@@ -119,14 +140,13 @@ def _lacking(cls: type[Component], base: type[Component]) -> str | None:
     how = ""
     if base is Selector and not any(own("choose", "select")):
         names, how = ("rule", "temperature"), "extend dataflex.SelectorParams, or define choose()."
+    elif base is Mixer and not issubclass(cls.Params, DomainParams):
+        names, how = ("max_epochs_per_domain",), "extend dataflex.MixerParams."
     elif base is Mixer and not all(own("initial", "check_domains")):
         names, how = ("initial_proportions",), "extend dataflex.MixerParams, or define initial() and check_domains()."
     elif base is Weighter:
         names, how = ("normalization",), "extend dataflex.WeighterParams."
     missing = [name for name in names if name not in cls.Params.model_fields]
-    if not missing and cls.needs_validation:
-        how = "extend dataflex.influence.ValidationParams, too."
-        missing = [name for name in ("validation", "subtask_column") if name not in cls.Params.model_fields]
     if not missing:
         return None
     return f"{cls.Params.__name__} has no {' and '.join(missing)}, which {cls.__name__} needs: {how}"

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from dataflex.api.component import Component, ParamsT
 from dataflex.api.context import RoundContext
+from dataflex.api.measurement import Measurement
 from dataflex.api.params import ComponentParams
 from dataflex.api.schedule import RunOutline
 from dataflex.api.selection import Group, Selection, check_form, join
@@ -45,8 +46,6 @@ class Selector(Component[ParamsT]):
     """Whether a round longer than the pool makes sense (whole passes, then a choice for the rest)."""
     scores_samples: ClassVar[bool] = True
     """Whether its selections carry scores."""
-    probes: ClassVar[Literal["nothing", "losses", "gradients"]] = "nothing"
-    """What scoring one sample takes, for the estimate of a run's cost."""
     leaves_out_unscored: ClassVar[bool] = False
     """Whether :meth:`score` may return NaN for samples without a trained token; they are never chosen."""
     chooses: ClassVar[bool] = True
@@ -67,13 +66,10 @@ class Selector(Component[ParamsT]):
             "dataflex.update_steps"
         )
 
-    def expected_forwards(self, run: RunOutline) -> float:
+    def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
         """Return the samples scored in the whole run, validation samples included, each as often as it takes."""
-        if self.probes == "nothing" or run.pool_size is None:
-            return 0.0
-        each = 3 if self.probes == "gradients" else 1
-        samples = self.scored_samples(run.pool_size) + run.validation
-        return float(each * samples * self.expected_passes(run.decisions))
+        samples = self.scored_samples(run.pool_size or 0) + run.validation
+        return float(samples * self.expected_passes(run.decisions))
 
     def expected_passes(self, decisions: int) -> int:
         """Return how often :meth:`scored_samples` are scored in a run, for the estimate of its cost."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
-from dataflex.api.component import Component, ParamsT
+from dataflex.api.component import Component
 from dataflex.api.context import StepBatch
+from dataflex.api.measurement import Measurement
 from dataflex.api.params import ComponentParams
 from dataflex.api.schedule import RunOutline
 
@@ -25,7 +26,10 @@ class WeighterParams(ComponentParams):
     )
 
 
-class Weighter(Component[ParamsT]):
+WeighterParamsT = TypeVar("WeighterParamsT", bound=WeighterParams, covariant=True)
+
+
+class Weighter(Component[WeighterParamsT]):
     """Scales the loss of each sample, or of each token, inside a step.
 
     Example:
@@ -38,10 +42,13 @@ class Weighter(Component[ParamsT]):
     elementwise: ClassVar[bool] = False
     """Whether the weights of a sample depend on nothing but that sample; then no batch has to be gathered first."""
 
-    def expected_forwards(self, run: RunOutline) -> float:
-        """Return the samples of all steps where several micro-batches make one, as their weights need all losses."""
-        if self.elementwise or run.accumulation == 1:
-            return 0.0
+    @property
+    def decides_within_step(self) -> bool:
+        """Whether the weights of a step depend on the losses of all its samples."""
+        return not self.elementwise
+
+    def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
+        """Return the samples of all steps that are weighted."""
         return float(run.decided_steps * run.global_batch_size)
 
     def weigh(self, batch: StepBatch) -> Tensor:

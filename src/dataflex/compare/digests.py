@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataflex.api.reference import TABLE_FILE, ReferenceParams
+from dataflex.api.reference import TABLE_FILE
 from dataflex.config.loading import RunConfig
 from dataflex.data.fingerprints import file_digest, is_file, is_model_folder, model_digests
 from dataflex.errors import ConfigError
@@ -95,10 +95,11 @@ def _of_data(config: RunConfig) -> dict[str, str]:
 def _of_reference_losses(config: RunConfig) -> dict[str, str]:
     """Return the digest of what lists a table of reference losses, where no model is named that it is made from."""
     found: dict[str, str] = {}
-    for _, params in config.params.values():
-        if not isinstance(params, ReferenceParams) or params.reference_losses is None:
+    for needs in config.build_components().needs(config).values():
+        asked = needs.reference
+        if asked is None or asked.reference_losses is None:
             continue
-        file = Path(params.reference_losses) / TABLE_FILE
-        if params.reference_model is None and file.is_file():
+        file = Path(asked.reference_losses) / TABLE_FILE
+        if asked.reference_model is None and file.is_file():
             found[str(file)] = file_digest(file)
     return found

@@ -22,7 +22,6 @@ Cost: no model computation; a refit takes some hundredths of a second for each d
 from __future__ import annotations
 
 import logging
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from pydantic import Field
 from dataflex.api.component import State
 from dataflex.api.context import RoundContext, StepStatistics
 from dataflex.api.mixer import Mixer, MixerParams
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.params import Shares, shares_of, shares_problem
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
@@ -68,11 +68,8 @@ class ADOParams(MixerParams):
 
 
 @register("mixer", "ado")
-class ADOMixer(Mixer):
+class ADOMixer(Mixer[ADOParams]):
     """Follows the learning speeds that the domains' scaling laws foretell."""
-
-    Params = ADOParams
-    learns_from_losses: ClassVar[bool] = True
 
     def __init__(self, params: ADOParams) -> None:
         super().__init__(params)
@@ -90,6 +87,10 @@ class ADOMixer(Mixer):
         """Times the laws were fitted."""
         self.failed_fits: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         """How many of them found no law for a domain, shape (K,); it kept the one it had."""
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the step's losses by domain."""
+        return Needs(step_losses="domains")
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Check the shares, that no domain's prior is 0, and that the lowest shares fit into 1."""

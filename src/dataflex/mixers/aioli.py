@@ -23,7 +23,7 @@ LearnParams, which are part of the training.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +31,14 @@ from pydantic import Field
 
 from dataflex.api.component import State
 from dataflex.api.context import RoundContext
+from dataflex.api.measurement import Measurement
 from dataflex.api.mixer import Mixer, MixerParams
-from dataflex.api.needs import RunView
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
 from dataflex.mixers.base_loss_weights import exponentiated_update
 from dataflex.mixers.base_validation_loss import validation_losses
+from dataflex.probe.losses import Losses
 from dataflex.selectors.base_gradients import ValidationParams
 
 
@@ -56,12 +58,8 @@ class AioliParams(MixerParams, ValidationParams):
 
 
 @register("mixer", "aioli")
-class AioliMixer(Mixer):
+class AioliMixer(Mixer[AioliParams]):
     """Alternates between learning the mixing law and training on what it says."""
-
-    Params = AioliParams
-    measures_samples: ClassVar[bool] = True
-    needs_validation: ClassVar[bool] = True
 
     def __init__(self, params: AioliParams) -> None:
         super().__init__(params)
@@ -74,6 +72,10 @@ class AioliMixer(Mixer):
         self._before: NDArray[np.float64] = np.empty(0)
         self._drops: NDArray[np.float64] = np.empty((0, 0))
         self._average: NDArray[np.float64] = np.empty((0, 0))
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the losses of validation samples."""
+        return Needs(measurements=(Losses(),), validation=self.params)
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield that the passes over a domain may not be capped."""
@@ -110,7 +112,7 @@ class AioliMixer(Mixer):
             "longer"
         )
 
-    def expected_forwards(self, run: RunOutline) -> float:
+    def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
         """Return the validation samples, as often as LearnParams measures them."""
         learning = self.params.lp_rounds * run.domains
         full, rest = divmod(run.decisions, learning + self.params.exploit_rounds)

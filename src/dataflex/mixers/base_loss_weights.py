@@ -6,7 +6,8 @@ arXiv 2305.10429, Algorithm 1) and DoGE (Fan et al. 2023, arXiv 2310.15393, Algo
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from pydantic import Field
 from dataflex.api.component import State
 from dataflex.api.context import RoundContext, StepContext
 from dataflex.api.mixer import DomainParams, Mixer
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.params import Shares, shares_of, shares_problem
 from dataflex.api.schedule import RunOutline
 
@@ -37,13 +39,17 @@ class StepWeightParams(LossWeightParams):
     )
 
 
-class LossWeightMixer(Mixer):
+LossWeightT = TypeVar("LossWeightT", bound=LossWeightParams, covariant=True)
+StepWeightT = TypeVar("StepWeightT", bound=StepWeightParams, covariant=True)
+
+
+class LossWeightMixer(Mixer[LossWeightT]):
     """Draws samples by fixed shares and weighs the domains in the loss; write :meth:`updated`."""
 
-    Params = LossWeightParams
+    weighs_loss: ClassVar[bool] = True
     constant_shares: ClassVar[bool] = True
 
-    def __init__(self, params: LossWeightParams) -> None:
+    def __init__(self, params: LossWeightT) -> None:
         super().__init__(params)
         self._weights: NDArray[np.float64] = np.empty(0)
         self._sum: NDArray[np.float64] = np.empty(0)
@@ -52,26 +58,9 @@ class LossWeightMixer(Mixer):
         self.steps = 0
         """Times the weights were decided."""
 
-    def cannot_learn(self, run: RunOutline) -> str | None:
-        """Return that weights taken from the step before are never used."""
-        follows = isinstance(self.params, StepWeightParams) and self.params.weights == "previous"
-        if not follows or run.decided_steps > 1:
-            return None
-        return (
-            "with weights: previous the first step after warm-up has equal weights, and the run has no second one; "
-            "train longer"
-        )
-
-    def expected_forwards(self, run: RunOutline) -> float:
-        """Return the samples of all steps where a second forward decides their weights."""
-        samples = run.decided_steps * run.global_batch_size
-        by_loss = isinstance(self.params, StepWeightParams)
-        again = by_loss and self.params.weights == "current" and run.accumulation > 1
-        return float(samples * again)
-
+    @abstractmethod
     def updated(self, weights: NDArray[np.float64], ctx: StepContext) -> NDArray[np.float64]:
         """Return the weights that follow ``weights`` after looking at a step, shape (K,), sum 1."""
-        raise NotImplementedError(f"mixer {self.name!r} does not define updated()")
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the given shares, or equal ones."""
@@ -132,6 +121,28 @@ class LossWeightMixer(Mixer):
         """Take back what :meth:`state_dict` returned."""
         self._weights, self._sum, self.steps = state["weights"], state["sum"], int(state["steps"])
         self._shares = state["shares"]
+
+
+class StepWeightMixer(LossWeightMixer[StepWeightT]):
+    """Decides the weights from the losses of a step, that step's or the one's before it."""
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the step's losses by domain."""
+        return Needs(step_losses="domains")
+
+    @property
+    def decides_within_step(self) -> bool:
+        """Whether the weights in a step's loss are decided from that step itself."""
+        return self.params.weights == "current"
+
+    def cannot_learn(self, run: RunOutline) -> str | None:
+        """Return that weights taken from the step before are never used."""
+        if self.decides_within_step or run.decided_steps > 1:
+            return None
+        return (
+            "with weights: previous the first step after warm-up has equal weights, and the run has no second one; "
+            "train longer"
+        )
 
 
 def exponentiated_update(

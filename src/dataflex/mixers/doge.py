@@ -25,14 +25,16 @@ Cost: one more forward and backward of every step's samples, and of the validati
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from dataflex.api.context import StepContext
-from dataflex.api.probe import GradientSettings
+from dataflex.api.measurement import Measurement
+from dataflex.api.needs import Needs, RunView
+from dataflex.api.probe import GradientFeatures, GradientSettings
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
 from dataflex.data.rng import derive_rng, key_of
@@ -96,23 +98,20 @@ class DogeParams(LossWeightParams, ValidationParams):
 
 
 @register("mixer", "doge")
-class DogeMixer(LossWeightMixer):
+class DogeMixer(LossWeightMixer[DogeParams]):
     """Weighs domains by how their gradients agree."""
 
-    Params = DogeParams
-    measures_samples: ClassVar[bool] = True
-    weighs_loss_by: ClassVar[Literal["nothing", "losses", "excess", "probe"]] = "probe"
+    def needs(self, run: RunView) -> Needs:
+        """Return gradients, and validation samples if they are the target."""
+        return Needs(
+            measurements=(GradientFeatures(self.params.settings("sum", 0)),),
+            validation=self.params if self.params.target == "validation" else None,
+        )
 
-    def expected_forwards(self, run: RunOutline) -> float:
-        """Return a forward and backward of every step's samples, and of the validation samples drawn for it."""
+    def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
+        """Return every step's samples, and the validation samples drawn for it."""
         drawn = self.params.validation_size if self.params.target == "validation" else 0
-        return float(3 * run.decided_steps * (run.global_batch_size + min(drawn, run.validation)))
-
-    @property
-    def needs_validation(self) -> bool:  # type: ignore[override]
-        """Whether the gradients are compared with those of validation samples."""
-        wanted: bool = self.params.target == "validation"
-        return wanted
+        return float(run.decided_steps * (run.global_batch_size + min(drawn, run.validation)))
 
     def updated(self, weights: NDArray[np.float64], ctx: StepContext) -> NDArray[np.float64]:
         """Return the weights after one exponentiated-gradient step; unchanged at a learning rate of 0."""
@@ -120,7 +119,7 @@ class DogeMixer(LossWeightMixer):
         present = np.flatnonzero(ctx.tokens)
         if present.size:
             gradients = self._domain_gradients(ctx, present)
-            targets = self._validation_gradients(ctx) if self.needs_validation else None
+            targets = self._validation_gradients(ctx) if self.params.target == "validation" else None
             aligned = alignments(gradients, targets, self.params.variant, self.params.max_grad_norm)
             gains[present] = ctx.learning_rate * aligned / self.params.mu
         return exponentiated_update(weights, gains, self.params.reweight_eps)

@@ -20,7 +20,6 @@ Cost: the reference's forward of every batch, or nothing with a table of its los
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +30,7 @@ from dataflex.api.context import StepContext
 from dataflex.api.needs import Needs, RunView
 from dataflex.api.reference import ReferenceParams
 from dataflex.api.registry import register
-from dataflex.api.schedule import RunOutline
-from dataflex.mixers.base_loss_weights import LossWeightMixer, StepWeightParams, exponentiated_update
+from dataflex.mixers.base_loss_weights import StepWeightMixer, StepWeightParams, exponentiated_update
 
 
 class DoReMiParams(StepWeightParams, ReferenceParams):
@@ -45,19 +43,16 @@ class DoReMiParams(StepWeightParams, ReferenceParams):
 
 
 @register("mixer", "doremi")
-class DoReMiMixer(LossWeightMixer):
+class DoReMiMixer(StepWeightMixer[DoReMiParams]):
     """Weighs the domains by their excess loss over the reference."""
-
-    Params = DoReMiParams
-    weighs_loss_by: ClassVar[Literal["nothing", "losses", "excess", "probe"]] = "excess"
 
     def __init__(self, params: DoReMiParams) -> None:
         super().__init__(params)
         self._excess: NDArray[np.float64] = np.empty(0)
 
     def needs(self, run: RunView) -> Needs:
-        """Return the reference, and the losses of the domains."""
-        return Needs(reference=self.params, step_losses="domains")
+        """Return the step's losses by domain, and the reference."""
+        return Needs(step_losses="domains", reference=self.params)
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the reference, and a cap on the passes over a domain."""
@@ -72,11 +67,6 @@ class DoReMiMixer(LossWeightMixer):
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Check the shares, and that a table of reference losses has every domain."""
         return super().check_domains(names) or self.params.table_problem(names)
-
-    def expected_forwards(self, run: RunOutline) -> float:
-        """Return also the samples of all steps where the reference runs beside the model."""
-        with_table = self.params.reference_losses is not None
-        return super().expected_forwards(run) + (0.0 if with_table else run.decided_steps * run.global_batch_size)
 
     def updated(self, weights: NDArray[np.float64], ctx: StepContext) -> NDArray[np.float64]:
         """Return alpha after one exponentiated step along the excess losses."""

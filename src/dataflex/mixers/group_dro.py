@@ -16,15 +16,13 @@ Cost: none without gradient accumulation; with it one more forward over each ste
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from dataflex.api.context import StepContext
 from dataflex.api.registry import register
-from dataflex.mixers.base_loss_weights import LossWeightMixer, StepWeightParams, exponentiated_update
+from dataflex.mixers.base_loss_weights import StepWeightMixer, StepWeightParams, exponentiated_update
 
 
 class GroupDroParams(StepWeightParams):
@@ -37,11 +35,8 @@ class GroupDroParams(StepWeightParams):
 
 
 @register("mixer", "group_dro")
-class GroupDroMixer(LossWeightMixer):
+class GroupDroMixer(StepWeightMixer[GroupDroParams]):
     """Raises the weight of domains of high loss in the loss."""
-
-    Params = GroupDroParams
-    weighs_loss_by: ClassVar[Literal["nothing", "losses", "excess", "probe"]] = "losses"
 
     def updated(self, weights: NDArray[np.float64], ctx: StepContext) -> NDArray[np.float64]:
         """Return q after one step, shape (K,), sum 1."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +26,13 @@ from pydantic import Field
 
 from dataflex.api.component import State
 from dataflex.api.context import RoundContext
+from dataflex.api.measurement import Measurement
 from dataflex.api.mixer import Mixer, MixerParams
-from dataflex.api.needs import RunView
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
 from dataflex.mixers.base_loss_weights import exponentiated_update
+from dataflex.probe.expert_loads import ExpertLoads
 
 
 class MoeBalanceParams(MixerParams):
@@ -45,16 +47,18 @@ class MoeBalanceParams(MixerParams):
 
 
 @register("mixer", "moe_balance")
-class MoeBalanceMixer(Mixer):
+class MoeBalanceMixer(Mixer[MoeBalanceParams]):
     """Moves the shares towards domains with a routing of their own."""
 
-    Params = MoeBalanceParams
-    measures_samples: ClassVar[bool] = True
     begins_with_initial: ClassVar[bool] = True
 
     def __init__(self, params: MoeBalanceParams) -> None:
         super().__init__(params)
         self._weights: NDArray[np.float64] = np.empty(0)
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the routing of samples."""
+        return Needs(measurements=(ExpertLoads(),))
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield that the model has no experts, if its configuration is here to be read."""
@@ -62,7 +66,7 @@ class MoeBalanceMixer(Mixer):
         if file.is_file() and "expert" not in file.read_text(encoding="utf-8"):
             yield "method", f"needs a mixture of experts, and {file} names no experts; use another mixer."
 
-    def expected_forwards(self, run: RunOutline) -> float:
+    def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
         """Return the samples drawn of each domain at every decision."""
         drawn = min(self.params.samples_per_domain * run.domains, run.pool_size or 0)
         return float(drawn * run.decisions)

@@ -24,7 +24,7 @@ Cost: none.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from pydantic import Field
 from dataflex.api.component import State
 from dataflex.api.context import RoundContext, StepStatistics
 from dataflex.api.mixer import Mixer, MixerParams
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
 
@@ -47,11 +48,8 @@ class OdmParams(MixerParams):
 
 
 @register("mixer", "odm")
-class OdmMixer(Mixer):
+class OdmMixer(Mixer[OdmParams]):
     """Shares by the training loss of each domain, with a falling share for exploration."""
-
-    Params = OdmParams
-    learns_from_losses: ClassVar[bool] = True
 
     def __init__(self, params: OdmParams) -> None:
         super().__init__(params)
@@ -61,6 +59,10 @@ class OdmMixer(Mixer):
         """R of the paper, shape (K,)."""
         self._log_perplexities: NDArray[np.float64] = np.empty(0)
         """Logarithm of R of the code, which would overflow, shape (K,); -inf where R is 0."""
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the step's losses by domain."""
+        return Needs(step_losses="domains")
 
     def cannot_learn(self, run: RunOutline) -> str | None:
         """Return that the last decision comes before the exploration leaves room for anything but equal shares."""

@@ -25,10 +25,9 @@ class ProportionalParams(MixerParams):
 
 
 @register("mixer", "proportional")
-class ProportionalMixer(Mixer):
+class ProportionalMixer(Mixer[ProportionalParams]):
     """Shares by size, with a temperature."""
 
-    Params = ProportionalParams
     constant_shares: ClassVar[bool] = True
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:

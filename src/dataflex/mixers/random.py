@@ -22,10 +22,8 @@ class RandomMixerParams(MixerParams):
 
 
 @register("mixer", "random")
-class RandomMixer(Mixer):
+class RandomMixer(Mixer[RandomMixerParams]):
     """Draws the proportions of every round."""
-
-    Params = RandomMixerParams
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return one draw from the simplex."""

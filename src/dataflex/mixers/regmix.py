@@ -53,10 +53,9 @@ class RegMixParams(DomainParams):
 
 
 @register("mixer", "regmix")
-class RegMixMixer(Mixer):
+class RegMixMixer(Mixer[RegMixParams]):
     """Keeps the mixture that a regression over small models says is best."""
 
-    Params = RegMixParams
     constant_shares: ClassVar[bool] = True
 
     def __init__(self, params: RegMixParams) -> None:

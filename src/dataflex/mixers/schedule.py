@@ -53,10 +53,8 @@ class ScheduleParams(DomainParams):
 
 
 @register("mixer", "schedule")
-class ScheduleMixer(Mixer):
+class ScheduleMixer(Mixer[ScheduleParams]):
     """Follows given proportions over the run."""
-
-    Params = ScheduleParams
 
     def __init__(self, params: ScheduleParams) -> None:
         super().__init__(params)

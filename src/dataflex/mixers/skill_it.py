@@ -19,7 +19,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from pydantic import Field
 from dataflex.api.component import State
 from dataflex.api.context import RoundContext
 from dataflex.api.mixer import Mixer, MixerParams
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.params import InputPath
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
@@ -36,6 +37,7 @@ from dataflex.errors import ConfigError, unknown
 from dataflex.files import distinct
 from dataflex.mixers.base_loss_weights import exponentiated_update
 from dataflex.mixers.base_validation_loss import validation_losses
+from dataflex.probe.losses import Losses
 from dataflex.selectors.base_gradients import ValidationParams
 
 if TYPE_CHECKING:
@@ -59,18 +61,18 @@ class SkillItParams(MixerParams, ValidationParams):
 
 
 @register("mixer", "skill_it")
-class SkillItMixer(Mixer):
+class SkillItMixer(Mixer[SkillItParams]):
     """Follows the validation losses through the graph."""
-
-    Params = SkillItParams
-    measures_samples: ClassVar[bool] = True
-    needs_validation: ClassVar[bool] = True
 
     def __init__(self, params: SkillItParams) -> None:
         super().__init__(params)
         self._losses: NDArray[np.float64] = np.empty((0, 0))
         self._graph: NDArray[np.float64] = np.empty((0, 0))
         """A as it was when training began, shape (K, M): a file may change while a run goes on."""
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the losses of validation samples."""
+        return Needs(measurements=(Losses(),), validation=self.params)
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Check the initial proportions and the graph, as far as the training domains go."""
@@ -90,10 +92,6 @@ class SkillItMixer(Mixer):
             "the first decision goes by the graph alone, and the run has no second one in which validation losses "
             "count; lower dataflex.update_steps"
         )
-
-    def expected_forwards(self, run: RunOutline) -> float:
-        """Return the validation samples of every decision."""
-        return float(run.validation * run.decisions)
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
         """Return the given initial proportions, or those of the first decision."""

@@ -27,10 +27,9 @@ class StaticParams(DomainParams):
 
 
 @register("mixer", "static")
-class StaticMixer(Mixer):
+class StaticMixer(Mixer[StaticParams]):
     """Keeps the given proportions."""
 
-    Params = StaticParams
     constant_shares: ClassVar[bool] = True
 
     def __init__(self, params: StaticParams) -> None:

@@ -13,10 +13,9 @@ from dataflex.api.registry import register
 
 
 @register("mixer", "uniform")
-class UniformMixer(Mixer):
+class UniformMixer(Mixer[MixerParams]):
     """Equal shares."""
 
-    Params = MixerParams
     constant_shares: ClassVar[bool] = True
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:

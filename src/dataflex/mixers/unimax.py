@@ -32,10 +32,9 @@ class UnimaxParams(MixerParams):
 
 
 @register("mixer", "unimax")
-class UnimaxMixer(Mixer):
+class UnimaxMixer(Mixer[UnimaxParams]):
     """Equal shares, with a cap on the passes over each domain."""
 
-    Params = UnimaxParams
     constant_shares: ClassVar[bool] = True
 
     def cannot_learn(self, run: RunOutline) -> str | None:

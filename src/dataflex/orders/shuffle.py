@@ -8,13 +8,14 @@ import numpy as np
 
 from dataflex.api.context import RoundContext
 from dataflex.api.order import Order
+from dataflex.api.params import ComponentParams
 from dataflex.api.registry import register
 from dataflex.api.selection import Selection
 from dataflex.data.sampling import IndexArray, KeyedPermutation
 
 
 @register("order", "shuffle")
-class ShuffleOrder(Order):
+class ShuffleOrder(Order[ComponentParams]):
     """Shuffles the plan."""
 
     keeps_passes: ClassVar[bool] = True

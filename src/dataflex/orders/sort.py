@@ -15,15 +15,16 @@ import numpy as np
 from pydantic import Field
 
 from dataflex.api.context import RoundContext
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.order import Order
 from dataflex.api.params import ComponentParams
 from dataflex.api.registry import register
-from dataflex.api.schedule import RunOutline
 from dataflex.api.selection import Selection
 from dataflex.api.selector import check_scores
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray, KeyedPermutation
 from dataflex.errors import ComponentError
+from dataflex.probe.losses import Losses
 
 
 class SortParams(ComponentParams):
@@ -34,14 +35,17 @@ class SortParams(ComponentParams):
 
 
 @register("order", "sort")
-class SortOrder(Order):
+class SortOrder(Order[SortParams]):
     """Sorts the plan by a score."""
 
-    Params = SortParams
+    @property
+    def reads_scores(self) -> bool:
+        """Whether it sorts by what the selector scored."""
+        return self.params.by == "selection"
 
-    def expected_forwards(self, run: RunOutline) -> float:
-        """Return the samples of all plans, where they are sorted by their loss."""
-        return float(run.decided_steps * run.global_batch_size) if self.params.by == "loss" else 0.0
+    def needs(self, run: RunView) -> Needs:
+        """Return the losses of the plan's samples, if it is sorted by them."""
+        return Needs(measurements=(Losses(),) if self.params.by == "loss" else ())
 
     def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
         """Return the sorting permutation."""

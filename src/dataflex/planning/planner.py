@@ -21,7 +21,7 @@ from dataflex import distributed
 from dataflex.api.component import Component, State
 from dataflex.api.components import Components
 from dataflex.api.context import NOT_DECIDED, RoundContext
-from dataflex.api.mixer import DomainParams, Mixer
+from dataflex.api.mixer import Mixer
 from dataflex.api.probe import Probe
 from dataflex.api.schedule import RoundSlot, Schedule
 from dataflex.api.selection import Group, Selection, check_form, join
@@ -415,7 +415,7 @@ def in_passes(positions: IndexArray, groups: IndexArray, passes: IndexArray) -> 
 
 def epoch_limits(mixer: Mixer | None, pool: Pool) -> NDArray[np.int64] | None:
     """Return the most samples a run may plan of each domain, shape (K,); None where nothing limits them."""
-    if mixer is None or not isinstance(mixer.params, DomainParams) or mixer.params.max_epochs_per_domain is None:
+    if mixer is None or mixer.params.max_epochs_per_domain is None:
         return None
     passes = exactly(mixer.params.max_epochs_per_domain)
     return np.array([math.floor(passes * size) for size in pool.domain_sizes.tolist()], dtype=np.int64)

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from dataflex.api.component import Component
 from dataflex.api.components import Components
+from dataflex.api.needs import Needs
 from dataflex.api.schedule import RunOutline, Schedule, default_update_steps
 from dataflex.api.selector import SelectorParams
 from dataflex.data.sampling import exactly
@@ -247,6 +249,7 @@ class RunPlan:
         run: what components judge by; None where the length of the run or of its rounds is not known.
         samples: training samples; None: not known.
         domains: samples of each domain; None: not known.
+        needs: what the components ask of the run, by configuration key.
         validation: validation samples by configuration key, as far as known.
         unknown: why ``samples`` is None.
         about: whether samples were counted before preprocessing, which may drop some.
@@ -259,6 +262,7 @@ class RunPlan:
     run: RunOutline | None
     samples: int | None
     domains: Mapping[str, int] | None
+    needs: Mapping[str, Needs]
     validation: Mapping[str, int] = field(default_factory=dict)
     unknown: str = ""
     about: bool = False
@@ -392,7 +396,8 @@ class RunPlan:
         """Return what the components measure, against what training computes."""
         training = _FORWARDS_OF_TRAINING * run.total_steps * run.global_batch_size
         for key, component in self.components.items():
-            forwards = component.expected_forwards(replace(run, validation=self.validation.get(key, 0)))
+            outline = replace(run, validation=self.validation.get(key, 0))
+            forwards = expected_forwards(component, self.needs[key], outline)
             if not forwards:
                 continue
             ratio = forwards / training
@@ -403,6 +408,25 @@ class RunPlan:
                 yield "cap", f"max_overhead: decisions may take {cap:g} times the time of training"
 
 
+def expected_forwards(component: Component, needs: Needs, run: RunOutline) -> float:
+    """Return what a component computes in the whole run, in forward passes of one sample.
+
+    A forward and backward counts as three, and so does a sample that is trained on.
+
+    Args:
+        component: the component.
+        needs: what it asks of the run.
+        run: what is known of it, with the number of the component's own validation samples.
+    """
+    steps = float(run.decided_steps * run.global_batch_size)
+    forwards = sum(each.forwards * component.measured_samples(each, run) for each in needs.measurements)
+    if needs.reference is not None and needs.reference.reference_losses is None:
+        forwards += steps
+    if component.decides_within_step and run.accumulation > 1:
+        forwards += steps
+    return forwards
+
+
 _NAMED = 8
 
 
@@ -411,6 +435,7 @@ def plan_of(
     components: Components,
     keys: TrainerKeys,
     *,
+    needs: Mapping[str, Needs],
     num_samples: int | None,
     domains: Mapping[str, int] | None,
     validation: Mapping[str, int] | None = None,
@@ -435,7 +460,9 @@ def plan_of(
         total = schedule.total_steps
         pool = num_samples if components.plans_data else None
         run = RunOutline(schedule, keys.global_batch_size, pool, count, keys.accumulation)
-    return RunPlan(settings, components, keys, total, run, num_samples, domains, validation or {}, unknown, about)
+    return RunPlan(
+        settings, components, keys, total, run, num_samples, domains, needs, validation or {}, unknown, about
+    )
 
 
 _UNKNOWN_DOMAINS = 2

@@ -157,8 +157,8 @@ def local_datasets(config: RunConfig) -> Iterator[tuple[str, dict[str, Any], lis
     info = read_object(folder / "dataset_info.json") or {}
     names = [*dataset_names(config), *dataset_names(config, "eval_dataset")]
     for _, component in config.build_components().items():
-        if component.needs_validation:
-            names += component.params.validation or ()
+        asked = component.needs(config).validation
+        names += () if asked is None else asked.validation or ()
     for name in dict.fromkeys(names):
         entry = info.get(name) or {}
         path = folder / str(entry.get("file_name") or "")

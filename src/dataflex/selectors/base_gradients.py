@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from dataflex.api.context import RoundContext
-from dataflex.api.needs import RunView
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.params import ComponentParams, InputPath, OutputPath, ValidationParams
-from dataflex.api.probe import GradientSettings
+from dataflex.api.probe import GradientFeatures, GradientSettings
 from dataflex.api.selector import Selector, SelectorParams
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
@@ -133,16 +133,33 @@ class InfluenceParams(SelectorParams, FeatureParams, ValidationParams):
     """Parameters of selectors that compare training samples with validation samples."""
 
 
-class GradientSelector(Selector):
+class CheckpointedParams(InfluenceParams, CheckpointParams):
+    """Parameters of those that may compare under stored checkpoints."""
+
+
+class LessParams(CheckpointedParams):
+    """Parameters of LESS, and of what scores samples as it does."""
+
+    preconditioner: Literal["none", "adam", "adam_less"] = Field(
+        "adam", description="Direction of a training sample; validation samples keep their gradient."
+    )
+    aggregation: Literal["max", "mean"] = Field("max", description="Over sub-tasks.")
+
+
+GradientT = TypeVar("GradientT", bound=GradientParams, covariant=True)
+InfluenceT = TypeVar("InfluenceT", bound=InfluenceParams, covariant=True)
+CheckpointedT = TypeVar("CheckpointedT", bound=CheckpointedParams, covariant=True)
+
+
+class GradientSelector(Selector[GradientT]):
     """Base of selectors that look at per-sample gradients."""
 
-    probes: ClassVar[Literal["nothing", "losses", "gradients"]] = "gradients"
     leaves_out_unscored: ClassVar[bool] = True
 
     @property
     def stored_checkpoints(self) -> list[str]:
         """The checkpoint folders whose gradients count; none: the model as it is."""
-        return self.params.checkpoints if isinstance(self.params, CheckpointParams) else []
+        return []
 
     def expected_passes(self, decisions: int) -> int:
         """Return how often the pool is gone through in a run, for the estimate of its cost."""
@@ -152,31 +169,8 @@ class GradientSelector(Selector):
         """Yield what shows before a model is loaded: Adam's direction needs an Adam, and a step of it."""
         yield from super().problems(run)
         moments = self.params.preconditioner != "none"
-        if isinstance(self.params, CheckpointParams):
-            yield from self.params.checkpoint_problems(moments)
-        if self.stored_checkpoints and not run.offline:
-            yield from self._spread_problems(run, moments)
         if moments:
             yield from self._moment_problems(run)
-
-    def _spread_problems(self, run: RunView, moments: bool) -> Iterator[tuple[str, str]]:
-        """Yield why stored checkpoints cannot be looked at in a run whose model or optimizer is spread out."""
-        spread = spread_by(run)
-        if spread is not None:
-            others = "Train under DDP (neither deepspeed nor fsdp)" + ("" if moments else " or ZeRO-2")
-            yield (
-                "checkpoints",
-                f"stored weights cannot be looked at while {spread} spreads the model over the processes. {others}, or "
-                "score the pool before with dataflex-cli score, also without them, and train on what it selects.",
-            )
-        elif moments and zero_stage(run) is not None:
-            yield (
-                "checkpoints",
-                f"with preconditioner: {self.params.preconditioner} the moments in each checkpoint's optimizer.pt are "
-                "matched with this run's optimizer parameter by parameter, and DeepSpeed flattens it. Train under DDP "
-                "(no deepspeed), set preconditioner: none, or score the pool before with dataflex-cli score, without "
-                "deepspeed, and train on what it selects.",
-            )
 
     def _moment_problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield why Adam's moments cannot be had in a run."""
@@ -220,11 +214,12 @@ class GradientSelector(Selector):
             )
 
 
-class InfluenceSelector(GradientSelector):
+class InfluenceSelector(GradientSelector[InfluenceT]):
     """Base of selectors that compare training samples with validation samples."""
 
-    Params: ClassVar[type[ComponentParams]] = InfluenceParams
-    needs_validation: ClassVar[bool] = True
+    def needs(self, run: RunView) -> Needs:
+        """Return the gradients of training and validation samples."""
+        return Needs(measurements=(GradientFeatures(self.params.settings()),), validation=self.params)
 
     def validation_features(self, ctx: RoundContext, settings: GradientSettings, checkpoint: str = "") -> ScoreArray:
         """Return the mean feature of each sub-task, (S, k), float32; made once in a round for a checkpoint.
@@ -257,6 +252,47 @@ class InfluenceSelector(GradientSelector):
             with ctx.probe.checkpoint(folder):
                 stores.append(ctx.probe.extract(candidates, settings))
         return stores
+
+
+class CheckpointSelector(InfluenceSelector[CheckpointedT]):
+    """Base of selectors that compare them under stored checkpoints, or under the model as it is."""
+
+    @property
+    def stored_checkpoints(self) -> list[str]:
+        """The checkpoint folders whose gradients count; none: the model as it is."""
+        return self.params.checkpoints
+
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
+        """Yield also what is wrong with the folders, and with a model that is spread out."""
+        yield from super().problems(run)
+        moments = self.params.preconditioner != "none"
+        yield from self.params.checkpoint_problems(moments)
+        if self.stored_checkpoints and not run.offline:
+            yield from self._spread_problems(run, moments)
+
+    def _spread_problems(self, run: RunView, moments: bool) -> Iterator[tuple[str, str]]:
+        """Yield why stored checkpoints cannot be looked at in a run whose model or optimizer is spread out."""
+        spread = spread_by(run)
+        if spread is not None:
+            others = "Train under DDP (neither deepspeed nor fsdp)" + ("" if moments else " or ZeRO-2")
+            yield (
+                "checkpoints",
+                f"stored weights cannot be looked at while {spread} spreads the model over the processes. {others}, or "
+                "score the pool before with dataflex-cli score, also without them, and train on what it selects.",
+            )
+        elif moments and zero_stage(run) is not None:
+            yield (
+                "checkpoints",
+                f"with preconditioner: {self.params.preconditioner} the moments in each checkpoint's optimizer.pt are "
+                "matched with this run's optimizer parameter by parameter, and DeepSpeed flattens it. Train under DDP "
+                "(no deepspeed), set preconditioner: none, or score the pool before with dataflex-cli score, without "
+                "deepspeed, and train on what it selects.",
+            )
+
+    def measured(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
+        """Return the influence of each candidate on every sub-task, (n, S), under what there is."""
+        measure = self.over_checkpoints if self.stored_checkpoints else self.influence
+        return measure(ctx, candidates, settings)
 
     def over_checkpoints(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
         """Return :meth:`influence` summed over stored checkpoints by their weights, scaled to sum 1, (n, S)."""

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,14 +31,16 @@ from pydantic import Field
 from dataflex import distributed
 from dataflex.api.component import State
 from dataflex.api.context import RoundContext
-from dataflex.api.needs import RunView
-from dataflex.api.params import ComponentParams
+from dataflex.api.measurement import Measurement
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.registry import register
+from dataflex.api.schedule import RunOutline
 from dataflex.api.selection import Selection
 from dataflex.data.rules import ScoreArray, ranks_among, sample_softmax
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
-from dataflex.selectors.less import LessParams, LessSelector
+from dataflex.probe.embeddings import Embeddings
+from dataflex.selectors.base_gradients import CheckpointSelector, LessParams
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +59,8 @@ class ClusterLessParams(LessParams):
 
 
 @register("selector", "cluster_less")
-class ClusterLessSelector(LessSelector):
+class ClusterLessSelector(CheckpointSelector[ClusterLessParams]):
     """Prefers clusters whose representatives would help the validation set most."""
-
-    Params: ClassVar[type[ComponentParams]] = ClusterLessParams
 
     def __init__(self, params: ClusterLessParams) -> None:
         super().__init__(params)
@@ -74,6 +75,17 @@ class ClusterLessSelector(LessSelector):
                 "max_overhead",
                 "cluster_size and representatives bound what cluster_less costs; use less for a cap.",
             )
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the gradients of representatives and validation samples, and the embeddings the clusters are of."""
+        asked = super().needs(run)
+        return replace(asked, measurements=(*asked.measurements, Embeddings()))
+
+    def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
+        """Return the representatives and validation samples of every decision; of embeddings, the pool once."""
+        if isinstance(measurement, Embeddings):
+            return float(run.pool_size or 0)
+        return super().measured_samples(measurement, run)
 
     def scored_samples(self, pool_size: int) -> int:
         """Return the number of representatives."""
@@ -114,8 +126,7 @@ class ClusterLessSelector(LessSelector):
             return scores
         members, clusters = candidates[trained], self._clusters[candidates[trained]]
         chosen = draw_members(clusters, self.params.representatives, ctx.rng)
-        measure = self.over_checkpoints if self.params.checkpoints else self.influence
-        cosines = measure(ctx, members[chosen], self.params.settings())
+        cosines = self.measured(ctx, members[chosen], self.params.settings())
         scored = ~np.isnan(cosines).any(axis=1)
         number, width = int(clusters.max()) + 1, cosines.shape[1]
         sums, counts = np.zeros((number, width)), np.zeros(number)

@@ -17,7 +17,6 @@ Cost: one forward pass over the pool per update.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from pydantic import Field
 
 from dataflex.api.component import State
 from dataflex.api.context import RoundContext
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.params import ComponentParams
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
@@ -32,6 +32,7 @@ from dataflex.api.selection import Selection
 from dataflex.api.selector import Selector
 from dataflex.data.rules import ScoreArray, ranks_among_scored
 from dataflex.data.sampling import IndexArray
+from dataflex.probe.losses import Losses
 from dataflex.selectors.loss import draw_scored
 
 
@@ -44,16 +45,17 @@ class DeltaLossParams(ComponentParams):
 
 
 @register("selector", "delta_loss")
-class DeltaLossSelector(Selector):
+class DeltaLossSelector(Selector[DeltaLossParams]):
     """Prefers a sliding window of samples ranked by how far their loss fell."""
-
-    Params = DeltaLossParams
-    probes: ClassVar[Literal["nothing", "losses", "gradients"]] = "losses"
 
     def __init__(self, params: DeltaLossParams) -> None:
         super().__init__(params)
         self._baseline: ScoreArray | None = None
         """First losses of the whole pool, shape (N,); NaN where not measured yet."""
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the losses of the candidates."""
+        return Needs(measurements=(Losses(),))
 
     def cannot_act(self, run: RunOutline) -> str | None:
         """Return that the only decision has no earlier losses to compare with."""

@@ -15,11 +15,12 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from dataflex.api.context import RoundContext
-from dataflex.api.params import ComponentParams
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.registry import register
 from dataflex.api.selector import Selector, SelectorParams
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
+from dataflex.probe.error_norms import ErrorNorms
 
 
 class El2nParams(SelectorParams):
@@ -29,12 +30,14 @@ class El2nParams(SelectorParams):
 
 
 @register("selector", "el2n")
-class El2nSelector(Selector):
+class El2nSelector(Selector[El2nParams]):
     """Prefers samples with large prediction errors."""
 
-    Params: ClassVar[type[ComponentParams]] = El2nParams
-    probes: ClassVar[Literal["nothing", "losses", "gradients"]] = "losses"
     leaves_out_unscored: ClassVar[bool] = True
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the errors of the candidates."""
+        return Needs(measurements=(ErrorNorms(),))
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return the error of every candidate, negative with ``focus: low``; NaN where no token is trained on."""

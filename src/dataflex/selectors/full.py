@@ -15,10 +15,9 @@ from dataflex.api.selector import Selector
 
 
 @register("selector", "full")
-class FullSelector(Selector):
+class FullSelector(Selector[ComponentParams]):
     """Goes on with the running pass over the group."""
 
-    Params = ComponentParams
     may_exceed_pool = True
     scores_samples = False
     chooses = False

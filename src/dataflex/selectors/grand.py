@@ -10,12 +10,13 @@ Cost: one forward and backward over the pool per update.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from dataflex.api.context import RoundContext
-from dataflex.api.params import ComponentParams
+from dataflex.api.needs import Needs, RunView
+from dataflex.api.probe import GradientNorms
 from dataflex.api.registry import register
 from dataflex.api.selector import SelectorParams
 from dataflex.data.rules import ScoreArray
@@ -30,10 +31,12 @@ class GrandParams(SelectorParams, GradientParams):
 
 
 @register("selector", "grand")
-class GrandSelector(GradientSelector):
+class GrandSelector(GradientSelector[GrandParams]):
     """Prefers long gradients."""
 
-    Params: ClassVar[type[ComponentParams]] = GrandParams
+    def needs(self, run: RunView) -> Needs:
+        """Return the lengths of the candidates' gradients."""
+        return Needs(measurements=(GradientNorms(self.params.settings()),))
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return the gradient's length of every candidate, negative with ``focus: low``; NaN without a loss."""

@@ -21,15 +21,16 @@ Cost: a forward and backward of ``candidate_factor`` times the batch and of the 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from dataflex.api.context import RoundContext
-from dataflex.api.params import ComponentParams
-from dataflex.api.probe import GradientSettings
+from dataflex.api.measurement import Measurement
+from dataflex.api.needs import Needs, RunView
+from dataflex.api.probe import GradientNorms, GradientSettings
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
 from dataflex.api.selection import Group, Selection
@@ -57,19 +58,24 @@ class GreatsParams(ValidationParams):
 
 
 @register("selector", "greats")
-class GreatsSelector(Selector):
+class GreatsSelector(Selector[GreatsParams]):
     """Filters every group of candidates greedily."""
 
-    Params: ClassVar[type[ComponentParams]] = GreatsParams
-    needs_validation: ClassVar[bool] = True
     may_exceed_pool: ClassVar[bool] = True
 
-    def expected_forwards(self, run: RunOutline) -> float:
-        """Return a forward and backward of the candidates, and of the validation samples with every group."""
+    def needs(self, run: RunView) -> Needs:
+        """Return the gradients of candidates and validation samples."""
+        return Needs(
+            measurements=(GradientNorms(GradientSettings(unsupported=self.params.unsupported_parameters)),),
+            validation=self.params,
+        )
+
+    def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
+        """Return the candidates, and the validation samples with every group."""
         samples = run.decided_steps * run.global_batch_size
         groups = samples / self.params.group_size
         targets = min(self.params.validation_size, run.validation)
-        return float(3 * (samples * self.params.candidate_factor + groups * targets))
+        return samples * self.params.candidate_factor + groups * targets
 
     def select(self, ctx: RoundContext, group: Group) -> Selection:
         """Return ``group.budget`` samples, each group of them the best of its candidates."""

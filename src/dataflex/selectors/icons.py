@@ -13,13 +13,11 @@ Cost: one forward and backward of every candidate and validation sample per upda
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from dataflex.api.context import RoundContext
-from dataflex.api.params import ComponentParams
 from dataflex.api.registry import register
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray, exactly
@@ -35,10 +33,8 @@ class IconsParams(InfluenceParams):
 
 
 @register("selector", "icons")
-class IconsSelector(InfluenceSelector):
+class IconsSelector(InfluenceSelector[IconsParams]):
     """Prefers samples many sub-tasks vote for."""
-
-    Params: ClassVar[type[ComponentParams]] = IconsParams
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return votes plus the mean percentile in (0, 1); NaN where no token is trained on."""

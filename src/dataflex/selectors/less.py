@@ -14,35 +14,18 @@ Cost: one forward and backward of every candidate and validation sample per upda
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-from pydantic import Field
-
 from dataflex.api.context import RoundContext
-from dataflex.api.params import ComponentParams
 from dataflex.api.registry import register
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
-from dataflex.selectors.base_gradients import CheckpointParams, InfluenceParams, InfluenceSelector
-
-
-class LessParams(InfluenceParams, CheckpointParams):
-    """Parameters of LESS."""
-
-    preconditioner: Literal["none", "adam", "adam_less"] = Field(
-        "adam", description="Direction of a training sample; validation samples keep their gradient."
-    )
-    aggregation: Literal["max", "mean"] = Field("max", description="Over sub-tasks.")
+from dataflex.selectors.base_gradients import CheckpointSelector, LessParams
 
 
 @register("selector", "less")
-class LessSelector(InfluenceSelector):
+class LessSelector(CheckpointSelector[LessParams]):
     """Prefers samples that would help the validation set most."""
-
-    Params: ClassVar[type[ComponentParams]] = LessParams
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return the influence of every candidate, in [-1, 1]; NaN where no token is trained on."""
-        measure = self.over_checkpoints if self.params.checkpoints else self.influence
-        cosines = measure(ctx, candidates, self.params.settings())
+        cosines = self.measured(ctx, candidates, self.params.settings())
         return cosines.max(axis=1) if self.params.aggregation == "max" else cosines.mean(axis=1)

@@ -11,13 +11,14 @@ Cost: one forward pass over the pool per update.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from dataflex.api.context import RoundContext
+from dataflex.api.needs import Needs, RunView
 from dataflex.api.params import ComponentParams
 from dataflex.api.registry import register
 from dataflex.api.selection import Selection
@@ -25,6 +26,7 @@ from dataflex.api.selector import Selector
 from dataflex.data.rules import ScoreArray, ranks_among_scored, sample_without_replacement
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
+from dataflex.probe.losses import Losses
 
 
 class LossParams(ComponentParams):
@@ -44,11 +46,12 @@ class LossParams(ComponentParams):
 
 
 @register("selector", "loss")
-class LossSelector(Selector):
+class LossSelector(Selector[LossParams]):
     """Draws from loss quantiles."""
 
-    Params = LossParams
-    probes: ClassVar[Literal["nothing", "losses", "gradients"]] = "losses"
+    def needs(self, run: RunView) -> Needs:
+        """Return the losses of the candidates."""
+        return Needs(measurements=(Losses(),))
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return ``count`` candidates drawn by the weight of their part."""

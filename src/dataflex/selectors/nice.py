@@ -70,10 +70,8 @@ class NiceParams(InfluenceParams):
 
 
 @register("selector", "nice")
-class NiceSelector(InfluenceSelector):
+class NiceSelector(InfluenceSelector[NiceParams]):
     """Prefers samples whose training step raises the reward of the model's own responses."""
-
-    Params = NiceParams
 
     def __init__(self, params: NiceParams) -> None:
         super().__init__(params)

@@ -19,10 +19,9 @@ from dataflex.data.sampling import IndexArray, KeyedPermutation
 
 
 @register("selector", "random")
-class RandomSelector(Selector):
+class RandomSelector(Selector[ComponentParams]):
     """Draws every round uniformly, without replacement."""
 
-    Params = ComponentParams
     may_exceed_pool = True
     scores_samples = False
 

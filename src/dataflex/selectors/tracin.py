@@ -14,18 +14,17 @@ Cost: one forward and backward of the pool and the validation samples for every 
 from __future__ import annotations
 
 import logging
-from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from dataflex.api.component import State
 from dataflex.api.context import RoundContext
-from dataflex.api.params import ComponentParams, InputPath
+from dataflex.api.params import InputPath
 from dataflex.api.registry import register
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
-from dataflex.selectors.base_gradients import CheckpointParams, InfluenceParams, InfluenceSelector
+from dataflex.selectors.base_gradients import CheckpointedParams, CheckpointSelector
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ _SCORES_DEPEND_ON = {
 """Parameters; the pool and the validation samples are compared for every component."""
 
 
-class TracinParams(InfluenceParams, CheckpointParams):
+class TracinParams(CheckpointedParams):
     """Parameters of TracIn."""
 
     checkpoints: list[InputPath] = Field(
@@ -45,10 +44,8 @@ class TracinParams(InfluenceParams, CheckpointParams):
 
 
 @register("selector", "tracin")
-class TracinSelector(InfluenceSelector):
+class TracinSelector(CheckpointSelector[TracinParams]):
     """Prefers samples whose steps would have helped the validation set during an earlier run."""
-
-    Params: ClassVar[type[ComponentParams]] = TracinParams
 
     def __init__(self, params: TracinParams) -> None:
         super().__init__(params)

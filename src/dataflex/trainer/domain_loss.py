@@ -17,10 +17,10 @@ from torch import Tensor
 from dataflex import distributed
 from dataflex.api.context import StepContext, StepStatistics
 from dataflex.api.mixer import Mixer
+from dataflex.api.needs import Needs
 from dataflex.api.source import label_of
 from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError, DivergenceError
-from dataflex.mixers.base_loss_weights import StepWeightParams
 from dataflex.trainer.statistics import check_losses, domain_sums
 
 Floats = NDArray[np.float64]
@@ -33,13 +33,17 @@ class DomainLoss:
 
     Args:
         mixer: weighs the domains in the loss.
+        needs: what it asks of the run.
         domains: their names.
         device: where the training runs.
         make_context: makes what the mixer is given of what a step showed.
     """
 
-    def __init__(self, mixer: Mixer, domains: tuple[str, ...], device: torch.device, make_context: MakeContext) -> None:
-        self.mixer, self.domains, self.device, self.make_context = mixer, domains, device, make_context
+    def __init__(
+        self, mixer: Mixer, needs: Needs, domains: tuple[str, ...], device: torch.device, make_context: MakeContext
+    ) -> None:
+        self.mixer, self.needs, self.domains = mixer, needs, domains
+        self.device, self.make_context = device, make_context
         self.dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
         self._tokens = torch.zeros(len(domains), dtype=self.dtype, device=device)
         self._weights: Tensor | None = None
@@ -49,14 +53,12 @@ class DomainLoss:
     @property
     def uses_reference(self) -> bool:
         """Whether the mixer compares with a reference."""
-        return self.mixer.weighs_loss_by == "excess"
+        return self.needs.reference is not None
 
     @property
     def follows(self) -> bool:
         """Whether a step's weights are those decided from the step before."""
-        params = self.mixer.params
-        by_loss = self.mixer.weighs_loss_by in ("losses", "excess")
-        return by_loss and isinstance(params, StepWeightParams) and params.weights == "previous"
+        return self.needs.step_losses != "nothing" and not self.mixer.decides_within_step
 
     @property
     def decided(self) -> bool:
@@ -73,7 +75,7 @@ class DomainLoss:
         self._weights = None
         if self.follows:
             self._take()
-        elif self.mixer.weighs_loss_by == "probe":
+        elif self.needs.step_losses == "nothing":  # it goes by what it measures itself
             self._update(np.empty(0), np.empty(0))
 
     @property

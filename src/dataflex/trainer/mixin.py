@@ -30,6 +30,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from dataflex import distributed
 from dataflex.api.context import StepStatistics
+from dataflex.api.probe import GradientFeatures
 from dataflex.errors import ConfigError, DivergenceError
 from dataflex.planning.planner import Arrangement
 from dataflex.probe.checkpoints import saved_moments
@@ -37,7 +38,6 @@ from dataflex.probe.features import make_sketch
 from dataflex.probe.model import ModelProbe, Tokens
 from dataflex.probe.moments import read_moments
 from dataflex.record import checkpoint
-from dataflex.selectors.base_gradients import FeatureParams
 from dataflex.trainer import console, terminal
 from dataflex.trainer.evaluation import DomainEvaluation, Numbers, as_logs, check_evaluation, means
 from dataflex.trainer.loss import loss_function
@@ -186,9 +186,10 @@ class DynamicTrainerMixin(Trainer):
     def _check_features(self) -> None:
         """Have a sketch that does not go with the model show before the first step."""
         probe = self.dataflex.probe
-        for entry in self.dataflex.components.select:
-            if probe is not None and isinstance(entry.component.params, FeatureParams):
-                make_sketch(entry.component.params.settings(), probe.parameter_sizes(), probe.device)
+        for needs in self.dataflex.needs.values():
+            for measurement in needs.measurements:
+                if probe is not None and isinstance(measurement, GradientFeatures):
+                    make_sketch(measurement.settings, probe.parameter_sizes(), probe.device)
 
     def _zero_stage(self) -> int:
         return int(self.accelerator.state.deepspeed_plugin.zero_stage) if self.is_deepspeed_enabled else 0

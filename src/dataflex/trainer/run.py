@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from dataflex import distributed
 from dataflex.api.component import state_of
 from dataflex.api.context import StepContext, StepStatistics
-from dataflex.api.probe import GradientSettings
-from dataflex.api.schedule import RoundSlot, Schedule
+from dataflex.api.measurement import Measurement
+from dataflex.api.probe import GradientFeatures, GradientNorms
+from dataflex.api.schedule import RoundSlot, RunOutline, Schedule
 from dataflex.api.selector import SelectorParams
 from dataflex.config.changes import snapshot
 from dataflex.config.checks.files import is_finished
 from dataflex.config.loading import DataFlexConfig, RunConfig
 from dataflex.data.pool import Pool, some
+from dataflex.data.sampling import IndexArray
 from dataflex.errors import CheckpointError, ConfigError, DivergenceError, Problem
 from dataflex.planning.overhead import CappedScoring, Spent
 from dataflex.planning.planner import Arrangement, Plan, Planner, epoch_limits
@@ -42,7 +44,6 @@ from dataflex.record.schema import (
     Summary,
 )
 from dataflex.record.writer import RunWriter
-from dataflex.selectors.base_gradients import GradientParams
 from dataflex.trainer import console
 from dataflex.trainer.evaluation import TOKEN_WEIGHTED, UNWEIGHTED
 from dataflex.trainer.resume import Resume, nothing_left
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from dataflex.api.component import State
+    from dataflex.api.params import ValidationParams
     from dataflex.probe.model import ModelProbe
-    from dataflex.selectors.base_gradients import ValidationParams
     from dataflex.trainer.evaluation import Numbers
 
 
@@ -81,6 +82,8 @@ class DynamicRun:
         """The methods of each family that decides."""
         self.methods = {key: component.name for key, component in self.components.items()}
         """The method of each component, by configuration key."""
+        self.needs = self.components.needs(config)
+        """What the components ask of the run, by configuration key."""
         self.pool: Pool | None = None
         self.validation: dict[str, Pool] = {}
         """The validation samples of the components that asked for some, by configuration key."""
@@ -131,7 +134,7 @@ class DynamicRun:
     @property
     def wanted_validation(self) -> dict[str, ValidationParams]:
         """What components want to be told about validation samples, by configuration key."""
-        return {key: component.params for key, component in self.components.items() if component.needs_validation}
+        return {key: needs.validation for key, needs in self.needs.items() if needs.validation is not None}
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -161,6 +164,7 @@ class DynamicRun:
             settings,
             self.components,
             keys,
+            needs=self.needs,
             num_samples=samples,
             domains=dict(zip(self.domains, sizes, strict=True)),
             mean_length=self._mean_length(),
@@ -302,30 +306,27 @@ class DynamicRun:
         A training step is taken for a forward and backward of its samples, or for three forwards.
         """
         pool, probe = self.pool, self.probe
-        selector = self.components.select[-1].component if self.components.select else None
-        if selector is None or pool is None or probe is None or selector.probes == "nothing":
+        if not self.components.select or pool is None or probe is None:
             return None
-        settings = GradientSettings()
-        if isinstance(selector.params, GradientParams):
-            settings = selector.params.settings(preconditioner="none")
+        entry = self.components.select[-1]
+        selector, measurements = entry.component, self.needs[entry.key].measurements
+        if not measurements:
+            return None
         if isinstance(selector.params, SelectorParams) and selector.params.max_overhead is not None:
             return None
         began = time.perf_counter()
         by_length = np.argsort(pool.lengths, kind="stable")
         some = by_length[np.linspace(0, pool.size - 1, min(pool.size, _CALIBRATION_SAMPLES)).astype(np.int64)]
-        gradients = selector.probes == "gradients"
-        measure = partial(probe.gradient_norms, settings=settings) if gradients else probe.losses
-        measure(some[:2])  # the first run also pays what is paid once; of one sample a probe cannot tell all of that
-        middle = time.perf_counter()
-        measure(some)
-        sample = (time.perf_counter() - middle) / some.size
+        seconds = [_seconds_of(each, probe, some) for each in measurements]
         self.decision_seconds += time.perf_counter() - began
-        scored = selector.scored_samples(pool.size)
-        others = self.validation["select"].size if "select" in self.validation else 0
+        others = self.validation[entry.key].size if entry.key in self.validation else 0
         expected = replace(self.schedule, total_steps=self.expected_steps)
-        passes = selector.expected_passes(expected.num_updates)
-        total = (scored + others) * sample * passes
-        training = sample * (1 if gradients else 3) * self.expected_steps * self.global_batch_size
+        outline = RunOutline(expected, self.global_batch_size, pool.size, len(self.domains), validation=others)
+        counts = [selector.measured_samples(each, outline) for each in measurements]
+        total = sum(sample * count for sample, count in zip(seconds, counts, strict=True))
+        forward = seconds[0] / measurements[0].forwards
+        training = 3 * forward * self.expected_steps * self.global_batch_size
+        scored, passes = selector.scored_samples(pool.size), selector.expected_passes(expected.num_updates)
         often = "once" if passes == 1 else f"{passes} times"
         samples = f"{scored} samples" + (f" and {others} validation samples" if others else "")
         return (
@@ -442,7 +443,7 @@ class DynamicRun:
         assert self.pool is not None
         slot, mixer = plan.slot, self.components.mix
         weights = None
-        if mixer is not None and mixer.weighs_loss_by != "nothing" and slot.update is not None:
+        if mixer is not None and mixer.weighs_loss and slot.update is not None:
             weights = dict(zip(self.domains, mixer.loss_weights.tolist(), strict=True))
         return console.decision(
             slot.number,
@@ -715,3 +716,14 @@ class DynamicRun:
             self.plan = Plan(
                 slot, stored["indices"], stored.get("scores"), stored["proportions"], int(stored["unscored"])
             )
+
+
+def _seconds_of(measurement: Measurement[Any], probe: ModelProbe, samples: IndexArray) -> float:
+    """Return the seconds that measuring one of a few samples takes."""
+    measure = partial(probe.measure, measurement)
+    if isinstance(measurement, GradientFeatures | GradientNorms):  # moments there are only after a step
+        measure = partial(probe.gradient_norms, settings=replace(measurement.settings, preconditioner="none"))
+    measure(samples[:2])  # the first run also pays what is paid once; of one sample a probe cannot tell all of that
+    began = time.perf_counter()
+    measure(samples)
+    return (time.perf_counter() - began) / samples.size

@@ -37,8 +37,8 @@ class StepLoss:
         self.references = References(trainer)
         mixer = run.components.mix
         self.domain_loss: DomainLoss | None = None
-        if mixer is not None and mixer.weighs_loss_by != "nothing":
-            self.domain_loss = DomainLoss(mixer, run.domains, args.device, self._step_context)
+        if mixer is not None and mixer.weighs_loss:
+            self.domain_loss = DomainLoss(mixer, run.needs["mix"], run.domains, args.device, self._step_context)
         weighings = []
         for entry in run.components.weight:
             needs = entry.component.needs(run.config)

@@ -43,7 +43,7 @@ BROKEN: dict[str, tuple[str, int | None, list[str]]] = {
     "a misspelt score": (selector(SCORE.replace("score", "scores")), 4, ["score() or choose()", "it has scores()"]),
     "no mix": (f'{HEAD}@register("mixer", "mine")\nclass Mine(Mixer): pass\n', 4, ["Mine does not define mix()"]),
     "no loss weights": (
-        f'{HEAD}@register("mixer", "mine")\nclass Mine(Mixer):\n    weighs_loss_by = "losses"\n'
+        f'{HEAD}@register("mixer", "mine")\nclass Mine(Mixer):\n    weighs_loss = True\n'
         "    def mix(self, ctx):\n        return [1]\n",
         4,
         ["Mine does not define loss_weights() or update_weights()"],
@@ -78,14 +78,37 @@ BROKEN: dict[str, tuple[str, int | None, list[str]]] = {
         ["MineParams.x", "default 2.0", "less than 1"],
     ),
     "a word nobody knows": (
-        selector(f'    probes = "loss"\n{SCORE}'),
+        selector(f'    chooses = "sometimes"\n{SCORE}'),
         4,
-        ["Mine.probes must be one of 'nothing', 'losses', 'gradients', got 'loss'"],
+        ["Mine.chooses must be one of True, False, got 'sometimes'"],
     ),
-    "validation without its parameters": (
+    "a flag of an earlier release": (
         selector(f"    needs_validation = True\n{SCORE}"),
         4,
-        ["SelectorParams has no validation and subtask_column", "ValidationParams"],
+        ["Mine.needs_validation is not read any more", "Needs(validation=self.params)"],
+    ),
+    "an estimate of an earlier release": (
+        selector(f"    def expected_forwards(self, run):\n        return 1.0\n{SCORE}"),
+        4,
+        ["Mine.expected_forwards is not read any more", "measured_samples()"],
+    ),
+    "a mixer without the parameters of mixers": (
+        f'{HEAD}{params("x: int = 1", "ComponentParams")}@register("mixer", "mine")\nclass Mine(Mixer):\n'
+        "    Params = MineParams\n    def mix(self, ctx):\n        return [1]\n",
+        6,
+        ["MineParams has no max_epochs_per_domain", "extend dataflex.MixerParams"],
+    ),
+    "a base that is not filled in": (
+        f"{HEAD}from dataflex.mixers.base_loss_weights import LossWeightMixer\n"
+        '@register("mixer", "mine")\nclass Mine(LossWeightMixer): pass\n',
+        5,
+        ["Mine does not define updated()"],
+    ),
+    "a gradient selector that scores nothing": (
+        f"{HEAD}from dataflex.selectors.base_gradients import InfluenceSelector\n"
+        '@register("selector", "mine")\nclass Mine(InfluenceSelector): pass\n',
+        5,
+        ["Mine does not define score() or choose()"],
     ),
     "a name that is taken": (
         f'{HEAD}@register("selector", "loss")\nclass Mine(Selector):\n{SCORE}',

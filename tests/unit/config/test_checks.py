@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dataflex import Losses, Needs
 from dataflex.api import registry
 from dataflex.api.mixer import Mixer, MixerParams
 from dataflex.config import checks
@@ -350,14 +351,12 @@ class Looking(Mixer):
     """A mixer whose need of validation samples is a matter of its parameters."""
 
     family, name = "mixer", "test_looking"
-    measures_samples = True
 
     class Params(MixerParams, ValidationParams):
         looks: bool = True
 
-    @property
-    def needs_validation(self) -> bool:
-        return self.params.looks
+    def needs(self, run):
+        return Needs(measurements=(Losses(),), validation=self.params) if self.params.looks else Needs()
 
 
 def test_validation_samples_of_a_mixer(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

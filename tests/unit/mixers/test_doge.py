@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from dataflex.api.context import RoundContext, StepContext
 from dataflex.api.probe import GradientSettings
+from dataflex.config.loading import RunConfig
 from dataflex.data.pool import Pool
 from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError
@@ -309,10 +310,14 @@ def test_validation_samples_without_a_label_are_an_error() -> None:
         mixer.update_weights(step_of(pool, Gradients(GOLDEN), [0, 1, 2], [1, 1, 1], targets=validation))
 
 
+def asks(**params: Any) -> bool:
+    return build(DogeMixer, **params).needs(RunConfig({}, None)).validation is not None
+
+
 def test_validation_is_asked_for_only_where_it_is_used() -> None:
-    assert build(DogeMixer, target="validation", validation=["v"]).needs_validation
-    assert build(DogeMixer, target="validation", subtask_column="kind").needs_validation
-    assert not build(DogeMixer).needs_validation
+    assert asks(target="validation", validation=["v"])
+    assert asks(target="validation", subtask_column="kind")
+    assert not asks()
     for given in ({"validation": ["v"]}, {"subtask_column": "kind"}):
         with pytest.raises(ValidationError, match="target: validation only"):
             build(DogeMixer, **given)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataflex.api.context import StepContext
+from dataflex.config.loading import RunConfig
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.mixers.base_loss_weights import exponentiated_update
 from dataflex.mixers.doremi import DoReMiMixer
@@ -179,6 +180,7 @@ def our_gradient(rank: int, world: int, accumulation: int, items: str) -> tuple[
     made = mixer(4)
     weighs = DomainLoss(
         made,
+        made.needs(RunConfig({}, None)),
         DOMAINS,
         torch.device("cpu"),
         lambda tokens, losses, excess: step(excess.tolist(), tokens=tokens, losses=losses),
@@ -261,6 +263,7 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
     made = mixer(2)
     weighs = DomainLoss(
         made,
+        made.needs(RunConfig({}, None)),
         ("alpha", "beta"),
         torch.device("cpu"),
         lambda tokens, losses, excess: step(excess.tolist(), 6, tokens=tokens, losses=losses),
@@ -278,6 +281,7 @@ def test_what_a_mixer_measures_and_is_not_finite_is_told_with_its_step(monkeypat
     monkeypatch.setattr(made, "update_weights", measure)
     weighs = DomainLoss(
         made,
+        made.needs(RunConfig({}, None)),
         ("alpha", "beta"),
         torch.device("cpu"),
         lambda tokens, losses, excess: step(excess.tolist(), 6, tokens=tokens, losses=losses),
@@ -291,6 +295,7 @@ def test_a_broken_reference_is_no_absent_domain() -> None:
     for broken in (NAN, math.inf):
         weighs = DomainLoss(
             mixer(2),
+            mixer(2).needs(RunConfig({}, None)),
             ("alpha", "beta"),
             torch.device("cpu"),
             lambda tokens, losses, excess: step(excess.tolist(), 6, tokens=tokens, losses=losses),

@@ -567,7 +567,7 @@ def trajectory(mixer: Mixer, pool: Pool, table: list[list[float]], begin: int) -
         shares = mixer.mix(context(pool, start_step=step))
         shares = shares / shares.sum()
         weights: list[float] = []
-        if mixer.weighs_loss_by != "nothing":
+        if mixer.weighs_loss:
             mixer.update_weights(stepped(pool, table[step], step))
             weights = mixer.loss_weights.tolist()
         found.append([*shares.tolist(), *weights])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dataflex import Embeddings, Losses, Measurement
 from dataflex.api.components import Components, only
 from dataflex.api.context import RoundContext
 from dataflex.api.mixer import Mixer, MixerParams
@@ -460,6 +461,10 @@ class PricedProbe:
         self.clock += indices.size + (50.0 if not self.asked else 0.0)
         self.asked.append(indices)
 
+    def measure(self, measurement: Measurement[Any], indices: np.ndarray) -> None:
+        assert isinstance(measurement, Losses | Embeddings)
+        self.losses(indices)
+
     def gradient_norms(self, indices: np.ndarray, settings: Any) -> None:
         self.settings.append(settings)
         self.losses(np.repeat(indices, 3))
@@ -502,6 +507,7 @@ def test_the_expected_cost_of_gradients(priced: PricedProbe) -> None:
     text, _ = expected_cost(priced, few, make_pool({"held": 20}))
     assert text is not None
     assert "20 samples and 20 validation samples" in text
+    assert "8.7 min" in text  # 3 x 40 x 3 s, and 160 s for the embeddings of the pool
 
 
 @pytest.mark.parametrize("select", [{"method": "random"}, {"method": "el2n", "max_overhead": 0.2}])

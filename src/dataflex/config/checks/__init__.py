@@ -26,7 +26,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
     if foreign is not None:
         return [foreign]
     try:
-        config.build_components()
+        config.build_components().needs(config)
     except ConfigError as error:
         return [*problems_of_keys(config), *error.problems]
     found = list(problems_of_keys(config))

@@ -75,8 +75,9 @@ def _named(config: RunConfig) -> dict[str, tuple[str, ...]]:
     """Return the names of data sets by the key that names them."""
     named = {key: dataset_names(config, key) for key in ("dataset", "eval_dataset")}
     for key, component in config.build_components().items():
-        if component.needs_validation:
-            named[f"{SECTION}.{key}.validation"] = tuple(component.params.validation or ())
+        asked = component.needs(config).validation
+        if asked is not None:
+            named[f"{SECTION}.{key}.validation"] = tuple(asked.validation or ())
     return named
 
 

@@ -93,15 +93,17 @@ def planned(config: RunConfig, certain: bool = False) -> RunPlan:
     samples, reason = training_samples(config)
     settings = config.dataflex or DataFlexConfig()
     components, validation = config.build_components(), {}
-    for key, component in components.items():
-        if component.needs_validation:
-            names = tuple(component.params.validation or ()) or dataset_names(config, "eval_dataset")
+    needs = components.needs(config)
+    for key, asked in needs.items():
+        if asked.validation is not None:
+            names = tuple(asked.validation.validation or ()) or dataset_names(config, "eval_dataset")
             counts = [rows_of(config, name) for name in names]
             validation[key] = sum(count for count in counts if count is not None)
     return plan_of(
         settings,
         components,
         trainer_keys(config, certain),
+        needs=needs,
         domains=None if settings.domain_column else samples or dict.fromkeys(dataset_names(config), 0),
         num_samples=sum(samples.values()) if samples else None,
         validation=validation,

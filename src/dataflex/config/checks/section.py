@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dataflex.api.component import Component
-from dataflex.api.reference import ReferenceParams
 from dataflex.config.checks.values import dataset_names, number, truthy
 from dataflex.config.loading import SECTION, RunConfig
 from dataflex.errors import Problem
@@ -128,10 +127,14 @@ def _domains(config: RunConfig) -> Iterator[Problem]:
 
 def _order(config: RunConfig) -> Iterator[Problem]:
     components = config.build_components()
-    if components.order is None or components.order.params.model_dump().get("by") != "selection":
+    if components.order is None or not components.order.reads_scores:
         return
     if not components.select or not components.select[-1].component.scores_samples:
-        yield Problem(f"{SECTION}.order.by", "selection needs a selector that scores, e.g. select: {method: loss}.")
+        yield Problem(
+            f"{SECTION}.order",
+            f"{components.order.name!r} reads the scores of a selector here, and needs one that scores, e.g. select: "
+            "{method: loss}.",
+        )
 
 
 def _columns(config: RunConfig) -> Iterator[Problem]:
@@ -152,14 +155,17 @@ def _components(config: RunConfig) -> Iterator[Problem]:
     if len(config.build_components().select) > 1:
         yield Problem(f"{SECTION}.select", "several methods do not act together yet; name one.")
     for key, component in config.build_components().items():
-        for parameter, message in component.problems(config):
-            yield Problem(f"{SECTION}.{key}.{parameter}", message)
+        found = list(component.problems(config))
+        for measurement in component.needs(config).measurements:
+            found += measurement.problems(config)
+        yield from (Problem(f"{SECTION}.{key}.{parameter}", message) for parameter, message in found)
 
 
 def _validation(config: RunConfig) -> Iterator[Problem]:
-    for family, component in config.build_components().items():
-        if component.needs_validation and component.params.validation is None:
-            yield from _without_validation(config, f"{SECTION}.{family}.validation", component)
+    for key, component in config.build_components().items():
+        asked = component.needs(config).validation
+        if asked is not None and asked.validation is None:
+            yield from _without_validation(config, f"{SECTION}.{key}.validation", component)
 
 
 def _without_validation(config: RunConfig, key: str, component: Component) -> Iterator[Problem]:
@@ -200,20 +206,12 @@ def _neat_packing(config: RunConfig) -> Iterator[Problem]:
     if not truthy(config, "neat_packing") or config.llamafactory.get("flash_attn") != "fa2":
         return
     components = config.build_components()
-    select, mix, order = components.select, components.mix, components.order
-    measuring: list[str] = []
-    measuring += [
-        f"{SECTION}.{entry.key}.method: {entry.component.name}"
-        for entry in select
-        if entry.component.probes != "nothing" or entry.component.needs_validation
-    ]
-    makes_table = (
-        mix is not None and isinstance(mix.params, ReferenceParams) and mix.params.reference_losses is not None
-    )
-    if mix is not None and (mix.measures_samples or makes_table):
-        measuring.append(f"{SECTION}.mix.method: {mix.name}")
-    if order is not None and order.params.model_dump().get("by") == "loss":
-        measuring.append(f"{SECTION}.order.by: loss")
+    measuring = []
+    for key, component in components.items():
+        asked = component.needs(config)
+        makes_table = asked.reference is not None and asked.reference.reference_losses is not None
+        if asked.measurements or asked.validation is not None or makes_table:
+            measuring.append(f"{SECTION}.{key}.method: {component.name}")
     if measuring:
         yield Problem(
             "neat_packing",
@@ -223,12 +221,13 @@ def _neat_packing(config: RunConfig) -> Iterator[Problem]:
 
 
 def _loss(config: RunConfig) -> Iterator[Problem]:
-    mixer = config.build_components().mix
-    weighs = [f"{SECTION}.weight"] if "weight" in config.families else []
-    if mixer is not None and mixer.weighs_loss_by != "nothing":
+    components = config.build_components()
+    mixer, weighs = components.mix, [f"{SECTION}.weight"] if components.weight else []
+    if mixer is not None and mixer.weighs_loss:
         weighs.append(f"{SECTION}.mix.method: {mixer.name}")
-    if mixer is not None and mixer.learns_from_losses and not weighs:
-        weighs.append(f"{SECTION}.mix.method: {mixer.name}")
+    for key, component in components.items():
+        if component.needs(config).step_losses != "nothing":
+            weighs.append(f"{SECTION}.{key}.method: {component.name}")
     for key, reason in SPECIAL_LOSSES.items():
         if weighs and truthy(config, key):
             yield Problem(key, f"cannot be combined with {weighs[0]}: {reason}.")
