@@ -18,6 +18,7 @@ from dataflex.api.needs import Needs, RunView
 from dataflex.api.params import ComponentParams
 from dataflex.api.schedule import RunOutline
 from dataflex.api.source import label_of
+from dataflex.data.columns import ColumnArray, Wrong
 from dataflex.errors import ComponentError
 
 ParamsT = TypeVar("ParamsT", bound=ComponentParams, covariant=True)
@@ -53,6 +54,20 @@ class Component(Generic[ParamsT]):
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield a parameter and what is wrong with it in this run. Called before anything is loaded."""
         yield from ()
+
+    def column_problem(self, column: str, values: ColumnArray) -> Wrong | None:
+        """Return what is wrong with a raw column that :meth:`needs` names, before the model is loaded; None: nothing.
+
+        Args:
+            column: its name.
+            values: those of all rows that are trained on, also if a sample is packed of several: numbers, NaN where
+                there is none, or text, None where there is none.
+
+        Returns:
+            The first row that cannot be used, as a position in ``values``, or None if it is the whole column; and what
+            is wrong, a sentence without its full stop that begins with the name of the column.
+        """
+        return None
 
     def wanted_rounds(self, domains: int) -> int:
         """Return into how many rounds a pass and the run are divided at least where ``update_steps`` is not given.

@@ -26,6 +26,7 @@ from dataflex.config.masking import masks
 from dataflex.config.misplaced import SECTION as SECTION
 from dataflex.config.misplaced import belongs, nested, unknown_in
 from dataflex.config.yaml_file import BESIDE_METHOD, read_yaml
+from dataflex.data.columns import WantedColumn
 from dataflex.errors import ConfigError, DataFlexError, Problem, did_you_mean, unknown
 
 ASSET_KEYS = ("model_name_or_path", "dataset_dir")
@@ -181,12 +182,16 @@ class RunConfig:
             raise ConfigError(problems=problems, source=self.source)
         return Components(**found)
 
-    def wanted_columns(self) -> dict[str, str]:
-        """Return the raw columns that are to be kept with the samples, and the setting that asks for each."""
-        found = {name: f"{SECTION}.columns" for name in (() if self.dataflex is None else self.dataflex.columns)}
+    def wanted_columns(self) -> dict[str, WantedColumn]:
+        """Return the raw columns that are to be kept with the samples, by name."""
+        found = {
+            name: WantedColumn(f"{SECTION}.columns")
+            for name in (() if self.dataflex is None else self.dataflex.columns)
+        }
         for key, component in self.build_components().items():
             for name in component.needs(self).columns:
-                found.setdefault(name, f"{SECTION}.{key}")
+                before = found.get(name, WantedColumn(f"{SECTION}.{key}"))
+                found[name] = replace(before, checks=(*before.checks, (f"{SECTION}.{key}", component.column_problem)))
         return found
 
     @property

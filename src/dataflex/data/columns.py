@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,23 @@ from dataflex.errors import ConfigError, did_you_mean
 
 ColumnArray = NDArray[np.float64] | NDArray[np.object_]
 """Numbers, NaN where there is none; or text, None where there is none."""
+
+
+Wrong = tuple[int | None, str]
+"""A row and what is wrong with its value; no row: with the whole column."""
+
+
+@dataclass(frozen=True)
+class WantedColumn:
+    """A raw column that is to be kept with the samples.
+
+    Attributes:
+        key: the setting that asks for it.
+        checks: the settings of the components that read it, and what tells whether they can use the values of all rows.
+    """
+
+    key: str
+    checks: tuple[tuple[str, Callable[[str, ColumnArray], Wrong | None]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,6 +127,35 @@ def read_column(dataset: Any, column: str) -> ColumnArray:
     if pa.types.is_boolean(found.type):
         found = found.cast(pa.int8())
     return np.asarray(found.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), dtype=np.float64)
+
+
+def refuse_values(wanted: WantedColumn, column: str, values: ColumnArray, place: Callable[[int], str]) -> None:
+    """Refuse values that a component cannot use.
+
+    Args:
+        wanted: who reads the column.
+        column: its name.
+        values: those of all rows.
+        place: says where a row is, by its position in ``values``.
+
+    Raises:
+        ConfigError: naming the setting, the row and what is wrong.
+    """
+    for key, check in wanted.checks:
+        wrong = check(column, values)
+        if wrong is not None:
+            where = "" if wrong[0] is None else f"{place(int(wrong[0]))}: "
+            raise ConfigError(f"{key}: {where}{wrong[1]}.")
+
+
+def unusable_score(column: str, values: ColumnArray) -> Wrong | None:
+    """Return what keeps a column from being the scores of samples: text, an infinite number, no number at all."""
+    if values.dtype == object:
+        return None, f"{column!r} holds text, and scores are numbers"
+    infinite = np.flatnonzero(np.isinf(values.astype(np.float64)))
+    if infinite.size:
+        return int(infinite[0]), f"{column!r} is {values[infinite[0]]}; a score must be finite"
+    return (None, f"{column!r} has no value in any row") if bool(np.all(np.isnan(values.astype(np.float64)))) else None
 
 
 def join_columns(parts: Sequence[tuple[str, ColumnArray]], column: str, key: str) -> ColumnArray:

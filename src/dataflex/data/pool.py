@@ -238,6 +238,17 @@ class Pool:
             )
         return self._columns[name]
 
+    def numbers(self, name: str) -> NDArray[np.float64]:
+        """Return the values of a raw column of numbers, one for each sample, shape (N,).
+
+        Raises:
+            ConfigError: if the column was not kept, or holds text.
+        """
+        values = self.column(name)
+        if values.dtype == object:
+            raise ConfigError(f"the column {name!r} of the raw data holds text; needed are numbers.")
+        return values.astype(np.float64, copy=False)
+
     @cached_property
     def column_fingerprints(self) -> dict[str, str]:
         """A digest of the values of each raw column that is kept."""

@@ -22,8 +22,9 @@ from dataflex.api.registry import register
 from dataflex.api.selection import Selection
 from dataflex.api.selector import check_scores
 from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray, KeyedPermutation
+from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
+from dataflex.orders.base_sorting import sorted_positions
 from dataflex.probe.losses import Losses
 
 
@@ -50,10 +51,7 @@ class SortOrder(Order[SortParams]):
     def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
         """Return the sorting permutation."""
         scores = check_scores(self, self._scores(ctx, selection), selection.indices, nan_allowed=True)
-        key = int.from_bytes(ctx.rng.bytes(16), "little")
-        shuffled = KeyedPermutation(scores.size, key)(np.arange(scores.size, dtype=np.int64))
-        ranked = -scores if self.params.descending else scores
-        return shuffled[np.argsort(ranked[shuffled], kind="stable")]
+        return sorted_positions(scores, self.params.descending, ctx.rng)
 
     def _scores(self, ctx: RoundContext, selection: Selection) -> ScoreArray:
         if self.params.by == "length":

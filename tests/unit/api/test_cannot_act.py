@@ -32,6 +32,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "regmix": {"mixtures": "m.csv", "losses": "l.csv"},
     "schedule": {"points": [{"step": 0, "proportions": [1, 1, 1]}]},
     "doremi": {"reference_model": "r"},
+    "score_column": {"column": "quality"},
 }
 
 

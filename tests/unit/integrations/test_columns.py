@@ -12,7 +12,7 @@ import pytest
 
 import tiny
 from dataflex.config.loading import RunConfig
-from dataflex.data.columns import Packs, column_digest, join_columns
+from dataflex.data.columns import Packs, WantedColumn, column_digest, join_columns
 from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError
 from dataflex.integrations.llamafactory.loading import Loader, load_noting_rows
@@ -232,20 +232,57 @@ def test_rows_are_cut_off_not_lost(root: Path) -> None:
     assert pool.column("rank").tolist() == list(range(SIZE))
 
 
-def tokenized(root: Path, folder: Path, columns: tuple[str, ...], dataset: str = "pairs", **changes: Any) -> Pool:
-    """Load a pool as a training does, which writes the tokenized data."""
+def as_trained(
+    root: Path, folder: Path, wanted: dict[str, WantedColumn], dataset: str = "pairs", **changes: Any
+) -> Pool:
+    """Load a pool as a training does."""
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
     given = tiny.arguments(root / "model", root / "data", folder.parent / "out", template="empty", use_cpu=True)
-    given |= {"tokenized_path": str(folder), "dataset": dataset, **changes}
+    given |= {"dataset": dataset, **changes}
     model_args, data_args, training_args, finetuning_args, _ = parse(get_train_args, given)
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
     load = Loader(get_dataset, template, model_args, training_args, finetuning_args.stage, module)
-    wanted = dict.fromkeys(columns, "dataflex.columns")
     return load_noting_rows(load, data_args, tuple(data_args.dataset), None, wanted)[0]
+
+
+def tokenized(root: Path, folder: Path, columns: tuple[str, ...], **changes: Any) -> Pool:
+    """Load a pool as a training does that writes the tokenized data."""
+    wanted = dict.fromkeys(columns, WantedColumn("dataflex.columns"))
+    return as_trained(root, folder, wanted, tokenized_path=str(folder), **changes)
+
+
+def below_ten(column: str, values: Any) -> tuple[int, str] | None:
+    """Refuse numbers from 10 on, as a component does that cannot use them."""
+    found = np.flatnonzero(values >= 10)
+    return (int(found[0]), f"{column!r} is {values[found[0]]:g}, too much") if found.size else None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"packing": True}, {"dataset": "chats"}, {"dataset": "bare,pairs"}, {"max_samples": 20}, {"val_size": 0.25}],
+)
+def test_a_value_that_cannot_be_used_is_named_with_its_line(
+    root: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    rows = json.loads((root / "data" / "bare.json").read_text())
+    if changes.get("dataset") == "bare,pairs":
+        (root / "data" / "bare.json").write_text(json.dumps([{**row, "rank": 0} for row in rows]))
+    wanted = {"rank": WantedColumn("dataflex.columns", (("dataflex.weight", below_ten),))}
+    with pytest.raises(ConfigError) as caught:
+        as_trained(root, tmp_path / "x", wanted, **changes)
+    (root / "data" / "bare.json").write_text(json.dumps(rows))
+    file = root / "data" / ("chats.json" if changes.get("dataset") == "chats" else "pairs.json")
+    said = str(caught.value)
+    assert said.startswith(f"dataflex.weight: {file}, line 1, row ")
+    number = int(said.partition("row ")[2].split()[0])
+    assert said.endswith(f"(counted from 0): 'rank' is {number}, too much.")
+    # The first one, unless a part split off shuffles them; of the chats row 10 is dropped.
+    assert number == (11 if changes.get("dataset") == "chats" else 10) or "val_size" in changes
+    assert as_trained(root, tmp_path / "x", wanted, max_samples=10).size == 10
 
 
 @pytest.mark.parametrize("changes", [{"dataset": "chats"}, {"dataset": "pairs,chats"}, {"neat_packing": True}])

@@ -114,8 +114,8 @@ def _columns(config: RunConfig, info: dict[str, Any], folder: Path) -> Iterator[
             continue  # said elsewhere
         if head is None or not head.columns:
             continue
-        for column, key in wanted.items():
+        for column, each in wanted.items():
             if column not in head.columns and head.is_all:
-                yield Problem(key, lacking(column, name, list(head.columns)))
+                yield Problem(each.key, lacking(column, name, list(head.columns)))
             elif head.columns.get(column) and packs:
-                yield Problem(key, text_is_packed(column))
+                yield Problem(each.key, text_is_packed(column))

@@ -142,7 +142,7 @@ def _columns(config: RunConfig) -> Iterator[Problem]:
     wanted = config.wanted_columns()
     if not wanted:
         return
-    column, key = next(iter(wanted.items()))
+    column, key = next((name, each.key) for name, each in wanted.items())
     if config.families & {"select", "mix", "order"}:
         return  # then neither can be
     if truthy(config, "streaming"):

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
@@ -176,6 +177,28 @@ def _fault(load: Load, key: str, names: list[str]) -> str | None:
         if found is not None:
             return found
     return None
+
+
+def place_of_row(folder: Any, name: str, row: int) -> str:
+    """Return where a row of a data set is: file and line, if it is in one local file.
+
+    Args:
+        folder: ``dataset_dir``.
+        name: of the data set.
+        row: its number, from 0.
+    """
+    plainly = f"row {row} (counted from 0) of {name!r}"
+    info = _info(folder)
+    if name not in info or any(raw.entry_problems(info[name])):
+        return plainly
+    try:
+        entry = raw.read_entry(name, info[name], Path(str(folder)))
+        if entry is None or len(entry.files) != 1:
+            return plainly
+        place, _ = next(islice(raw.rows(entry.files[0]), row, None))
+    except (raw.RawDataError, StopIteration):  # the file is not what was loaded any more
+        return plainly
+    return str(place)
 
 
 def _info(folder: Any) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dataflex.data.columns import ColumnArray, join_columns
+from dataflex.data.columns import ColumnArray, WantedColumn, join_columns
 from dataflex.data.pool import DomainSamples, Pool, of_one
 from dataflex.errors import ConfigError
-from dataflex.integrations.llamafactory.data_errors import Load, refuse_empty, told
+from dataflex.integrations.llamafactory.data_errors import Load, place_of_row, refuse_empty, told
 from dataflex.integrations.llamafactory.division import load_divided
 from dataflex.integrations.llamafactory.evaluation_sets import load_evaluation
 from dataflex.integrations.llamafactory.origins import Origin
@@ -120,7 +120,7 @@ def _load_whole(load: Loader, dynamic: DynamicRun, data_args: Any) -> Module:
     module: Module = {}
     kept: dict[str, ColumnArray] = {}
     if data_args.dataset or is_stored(data_args):
-        wanted = dynamic.config.wanted_columns() if trains else {}
+        wanted = dynamic.config.wanted_columns() if trains else dict[str, WantedColumn]()
         module, _, kept = load_with_columns(load, _train_only(data_args), wanted)
     module["eval_dataset"] = load_evaluation(load, data_args, dynamic, module.pop("eval_dataset", None))
     if trains:
@@ -189,7 +189,7 @@ def _train_only(data_args: Any) -> Any:
 
 
 def load_noting_rows(
-    load: Loader, data_args: Any, names: tuple[str, ...], domain_column: str | None, columns: Mapping[str, str]
+    load: Loader, data_args: Any, names: tuple[str, ...], domain_column: str | None, columns: Mapping[str, WantedColumn]
 ) -> tuple[Pool, Any]:
     """Return the pool, which knows the rows of its samples as far as anybody does, and what was split off it.
 
@@ -198,7 +198,7 @@ def load_noting_rows(
         data_args: its arguments.
         names: the data sets.
         domain_column: of the raw data, whose values are the domains; None: the data sets are.
-        columns: the raw columns that are kept with the samples, and the setting that asks for each.
+        columns: the raw columns that are kept with the samples, by name.
     """
     origins: list[Origin] = []
     kept: list[dict[str, ColumnArray]] = []
@@ -214,19 +214,19 @@ def load_noting_rows(
     pool.decode = load.decode
     for origin, (_, sizes) in zip(origins, parts, strict=True):
         pool.rows_of |= origin.rows(sizes)
-    for column, key in columns.items():
+    for column, wanted in columns.items():
         values = [(name, each[column]) for name, each in zip(names, kept, strict=True)]
-        pool.keep_column(column, join_columns(values, column, key))
+        pool.keep_column(column, join_columns(values, column, wanted.key))
     return pool, held_out
 
 
 def load_with_columns(
-    load: Loader, data_args: Any, columns: Mapping[str, str], key: str = ""
+    load: Loader, data_args: Any, columns: Mapping[str, WantedColumn], key: str = ""
 ) -> tuple[Module, Origin, dict[str, ColumnArray]]:
     """Return a dataset module, where the training samples in it are from, and the wanted raw columns of them."""
     from llamafactory.data import loader
 
-    origin = Origin(data_args.dataset or (), columns)
+    origin = Origin(data_args.dataset or (), columns, partial(place_of_row, data_args.dataset_dir))
     with (
         replaced(loader, "align_dataset", partial(origin.align, loader.align_dataset)),
         replaced(loader, "split_dataset", partial(origin.split, loader.split_dataset)),

@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.data.columns import ColumnArray, Packs, check_column, join_columns, read_column, text_is_packed
+from dataflex.data.columns import (
+    ColumnArray,
+    Packs,
+    WantedColumn,
+    check_column,
+    join_columns,
+    read_column,
+    refuse_values,
+    text_is_packed,
+)
 from dataflex.data.pool import Rows
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ConfigError
@@ -29,17 +38,20 @@ class Origin:
 
     Args:
         names: the data sets, in the order they are loaded.
-        columns: the raw columns that are wanted, and the setting that asks for each.
+        columns: the raw columns that are wanted, by name.
+        place: says where a row of a data set is, by its name and number.
     """
 
-    def __init__(self, names: Sequence[str], columns: Mapping[str, str]) -> None:
-        self.names, self.columns = names, columns
+    def __init__(
+        self, names: Sequence[str], columns: Mapping[str, WantedColumn], place: Callable[[str, int], str]
+    ) -> None:
+        self.names, self.columns, self._place = names, columns, place
         self._raws: list[Any] = []
         """The rows of each data set as they were read."""
         self._aligned: Any = None
         """The same rows in LLaMA-Factory's form, one data set after another."""
-        self._is_drawn = False
-        """Whether ``num_samples`` drew them."""
+        self._drawn: list[bool] = []
+        """Whether ``num_samples`` drew those of each data set."""
         self._positions: IndexArray | None = None
         """Raw row of each sample, or of each row that is packed; None: the same."""
         self._packs: Packs | None = None
@@ -58,10 +70,10 @@ class Origin:
             ConfigError: if a column that is wanted is not there.
         """
         name = self.names[len(self._raws)]
-        for column, key in self.columns.items() if len(dataset) else ():  # if it is empty, it says so itself
-            check_column(dataset, column, key, name)
+        for column, wanted in self.columns.items() if len(dataset) else ():  # if it is empty, it says so itself
+            check_column(dataset, column, wanted.key, name)
         self._raws.append(dataset)
-        self._is_drawn |= attributes.num_samples is not None
+        self._drawn.append(attributes.num_samples is not None)
         return align(dataset, attributes, *args)
 
     def split(self, split: Callable[..., Any], aligned: Any, evaluation: Any, args: Any, seed: int) -> Any:
@@ -113,7 +125,7 @@ class Origin:
         if not self._is_known or self._packs is not None:
             return {}
         (name,), (raw,), numbers = self.names, self._raws, None
-        if self._is_drawn:
+        if self._drawn[0]:
             if raw._indices is None:  # the draw happens to be a stretch of the file; nobody says which
                 return {}
             numbers = raw._indices.column(0).to_numpy().astype(np.int64)
@@ -127,9 +139,10 @@ class Origin:
         """Return the values of a raw column, one for each sample: of a packed one the mean over its tokens.
 
         Raises:
-            ConfigError: if rows cannot be followed to samples, or text is packed.
+            ConfigError: if rows cannot be followed to samples, text is packed, or a component cannot use a value.
         """
-        key = self.columns[column]
+        wanted = self.columns[column]
+        key = wanted.key
         if not self._is_known:
             raise ConfigError(
                 f"{key}: {column!r} cannot be kept, because it is not known which rows LLaMA-Factory made the samples "
@@ -137,13 +150,26 @@ class Origin:
             )
         parts = [(name, read_column(raw, column)) for name, raw in zip(self.names, self._raws, strict=True)]
         values = join_columns(parts, column, key)
-        if self._positions is not None:
-            values = values[self._positions]
+        positions = np.arange(values.size) if self._positions is None else self._positions
+        used = positions if self._packs is None else positions[np.unique(self._packs.rows)]
+        refuse_values(wanted, column, values[used], lambda row: self._place_of(int(used[row])))
+        values = values[positions]
         if self._packs is None:
             return values
         if values.dtype == object:
             raise ConfigError(f"{key}: {text_is_packed(column)}")
         return self._packs.mean(values.astype(np.float64))
+
+    def _place_of(self, position: int) -> str:
+        """Return where a raw row is, by its position among those of all data sets."""
+        for name, raw, is_drawn in zip(self.names, self._raws, self._drawn, strict=True):
+            if position < len(raw):
+                indices = raw._indices
+                if indices is None and is_drawn:  # nobody says which rows were drawn
+                    return f"a row of {name!r}"
+                return self._place(name, position if indices is None else int(indices.column(0)[position].as_py()))
+            position -= len(raw)
+        raise IndexError(position)
 
 
 def without_groups(samples: Any) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.loading import RunConfig
+from dataflex.data.columns import WantedColumn
 from dataflex.data.pool import Pool
 from dataflex.integrations.llamafactory.loading import Loader, load_noting_rows
 from dataflex.integrations.llamafactory.parsing import parse
@@ -42,7 +43,7 @@ def pool_of(config: RunConfig, domain_column: str | None = None, columns: Sequen
         ConfigError: if LLaMA-Factory does not accept the arguments, or a data set cannot be loaded or is empty.
         OSError: if the tokenizer is not there.
     """
-    wanted = dict.fromkeys(columns, "dataflex.columns")
+    wanted = dict.fromkeys(columns, WantedColumn("dataflex.columns"))
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

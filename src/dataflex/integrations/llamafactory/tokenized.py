@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.data.columns import ColumnArray
+from dataflex.data.columns import ColumnArray, WantedColumn, refuse_values
 from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError
 from dataflex.files import write_atomically
@@ -51,20 +51,20 @@ def keep_columns(folder: Path, samples: Any, columns: Mapping[str, ColumnArray])
     write_atomically(folder / _KEPT, stream.getvalue())
 
 
-def kept_columns(folder: Path, samples: Any, wanted: Mapping[str, str]) -> dict[str, ColumnArray]:
+def kept_columns(folder: Path, samples: Any, wanted: Mapping[str, WantedColumn]) -> dict[str, ColumnArray]:
     """Return raw columns that lie beside tokenized samples.
 
     Args:
         folder: that of the tokenized data.
         samples: the training samples loaded from it.
-        wanted: the columns, and the setting that asks for each.
+        wanted: the columns, by name.
 
     Raises:
         ConfigError: if one is not there, or was kept for other samples.
     """
     import pyarrow.parquet as pq
 
-    key, file = next(iter(wanted.values())), folder / _KEPT
+    key, file = next(iter(wanted.values())).key, folder / _KEPT
     again = "Remove the folder, or name an empty one, so that the data is tokenized anew from its raw rows."
     if not file.is_file():
         raise ConfigError(
@@ -72,14 +72,17 @@ def kept_columns(folder: Path, samples: Any, wanted: Mapping[str, str]) -> dict[
             f"{', '.join(map(repr, wanted))} is asked for when the data is tokenized. {again}"
         )
     table = pq.read_table(file)
-    for name, asked in wanted.items():
+    for name, each in wanted.items():
         if name not in table.column_names:
             there = ", ".join(map(repr, table.column_names))
-            raise ConfigError(f"{asked}: {file} holds the raw columns {there}, not {name!r}. {again}")
+            raise ConfigError(f"{each.key}: {file} holds the raw columns {there}, not {name!r}. {again}")
     fingerprint = Pool.concatenate({"samples": samples}).fingerprint
     if (table.schema.metadata or {}).get(_SAMPLES) != fingerprint.encode():
         raise ConfigError(f"{key}: {file} was kept for other samples than the folder holds now. {again}")
-    return {name: _values(table.column(name)) for name in wanted}
+    kept = {name: _values(table.column(name)) for name in wanted}
+    for name, each in wanted.items():
+        refuse_values(each, name, kept[name], lambda sample: f"{folder}, sample {sample} (counted from 0)")
+    return kept
 
 
 def _values(column: Any) -> ColumnArray:

@@ -1,0 +1,44 @@
+"""Curriculum by a score from the data: each round's samples sorted by a column of the raw rows.
+
+Ties keep a random order. Samples without a score come last. It is ``sort`` with a score that nobody has to measure.
+Cost: none.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from dataflex.api.context import RoundContext
+from dataflex.api.needs import Needs, RunView
+from dataflex.api.order import Order
+from dataflex.api.params import ComponentParams
+from dataflex.api.registry import register
+from dataflex.api.selection import Selection
+from dataflex.data.columns import ColumnArray, Wrong, unusable_score
+from dataflex.data.sampling import IndexArray
+from dataflex.orders.base_sorting import sorted_positions
+
+
+class ScoreColumnOrderParams(ComponentParams):
+    """Parameters of the order by a column."""
+
+    column: str = Field(min_length=1, description="Column of the raw data with a number for each row.")
+    descending: bool = Field(False, description="Largest score first.")
+
+
+@register("order", "score_column")
+class ScoreColumnOrder(Order[ScoreColumnOrderParams]):
+    """Sorts the plan by a column of the raw data."""
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the column."""
+        return Needs(columns=(self.params.column,))
+
+    def column_problem(self, column: str, values: ColumnArray) -> Wrong | None:
+        """Return what keeps the values from being scores."""
+        return unusable_score(column, values)
+
+    def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
+        """Return the sorting permutation."""
+        scores = ctx.pool.numbers(self.params.column)[selection.indices]
+        return sorted_positions(scores, self.params.descending, ctx.rng)

@@ -1,0 +1,49 @@
+"""Selection by a score from the data: the samples with the highest, or the lowest, values of a column of the raw rows.
+
+Any score that another tool has written beside the text will do: a quality classifier's, a reward, a perplexity. Samples
+without a score are not chosen. The scores are the same at every decision, so ``top_k`` chooses the same samples again;
+``rule: sample`` draws others, and in a chain ``keep`` makes it a filter.
+Cost: none.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from dataflex.api.context import RoundContext
+from dataflex.api.needs import Needs, RunView
+from dataflex.api.registry import register
+from dataflex.api.selector import Selector, SelectorParams
+from dataflex.data.columns import ColumnArray, Wrong, unusable_score
+from dataflex.data.rules import ScoreArray
+from dataflex.data.sampling import IndexArray
+
+
+class ScoreColumnParams(SelectorParams):
+    """Parameters of the selection by a column."""
+
+    column: str = Field(min_length=1, description="Column of the raw data with a number for each row.")
+    direction: Literal["high", "low"] = Field("high", description="Prefer large values or small ones.")
+
+
+@register("selector", "score_column")
+class ScoreColumnSelector(Selector[ScoreColumnParams]):
+    """Prefers samples with large, or small, values of a column."""
+
+    leaves_out_unscored: ClassVar[bool] = True
+    partial_scores: ClassVar[str | None] = "the scores are in the data and cost nothing; remove it"
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the column."""
+        return Needs(columns=(self.params.column,))
+
+    def column_problem(self, column: str, values: ColumnArray) -> Wrong | None:
+        """Return what keeps the values from being scores."""
+        return unusable_score(column, values)
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return the value of every candidate, negative with ``direction: low``; NaN where it has none."""
+        values = ctx.pool.numbers(self.params.column)[candidates].astype("float32")
+        return values if self.params.direction == "high" else -values
