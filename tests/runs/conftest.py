@@ -30,13 +30,21 @@ class Workshop:
     specs: list[dict[str, Any]] = field(default_factory=list)
 
     def add(
-        self, name: str, *, plain: bool = False, stop_at: int | None = None, die_at: int | None = None, **changes: Any
+        self,
+        name: str,
+        *,
+        plain: bool = False,
+        stop_at: int | None = None,
+        die_at: int | None = None,
+        keep: int | None = None,
+        **changes: Any,
     ) -> Path:
         """Add a run; ``into`` names another run's folder to go on in."""
         output = self.root / changes.pop("into", name)
         model = self.dropout_model if changes.pop("dropout", False) else self.model
         args = tiny.arguments(model, self.data, output, **changes)
         self.specs.append({"name": name, "args": args, "plain": plain, "stop_at": stop_at, "die_at": die_at})
+        self.specs[-1]["keep"] = keep
         return output
 
     def repeat(self, name: str, source: str) -> None:

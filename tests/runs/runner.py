@@ -1,8 +1,9 @@
 """Runs many short trainings in one process group: ``python runner.py SPEC.json`` or under torchrun.
 
-A specification is a list of ``{"name", "args", "plain", "stop_at", "die_at", "record"}``. What each run did is written
-to ``<output_dir>/trace-<rank>.json``. Starting Python with LLaMA-Factory costs 20 s, so the tests share their starts.
-DDP, DeepSpeed and FSDP runs may follow each other in one process group.
+A specification is a list of ``{"name", "args", "plain", "stop_at", "die_at", "record", "keep"}``. What each run did is
+written to ``<output_dir>/trace-<rank>.json``; with ``keep``, training is in float64, and the micro-batches and the
+gradient of that step are written to ``<output_dir>/kept-<rank>.pt``. Starting Python with LLaMA-Factory costs 20 s, so
+the tests share their starts. DDP, DeepSpeed and FSDP runs may follow each other in one process group.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from llamafactory.train import tuner
+from llamafactory.train.pt import workflow as pt
+from llamafactory.train.sft import workflow as sft
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -169,6 +172,47 @@ def fsdp_on_cpu() -> Iterator[None]:
         yield
 
 
+class Kept:
+    """Has a run train in float64, and keeps the micro-batches and the gradient of the step after ``step`` others."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.batches: list[dict[str, Any]] = []
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.offsets: Any = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        compute_loss, clip = DynamicTrainerMixin.compute_loss, DynamicTrainerMixin._get_grad_norm
+
+        def kept_loss(trainer, model, inputs, *args, **kwargs):
+            if model.training and trainer.state.global_step == self.step:
+                self.batches.append({key: value.clone() for key, value in inputs.items()})
+            return compute_loss(trainer, model, inputs, *args, **kwargs)
+
+        def kept_norm(trainer, model, *args, **kwargs):
+            if trainer.state.global_step == self.step:
+                self.offsets = torch.as_tensor(trainer.dataflex.offsets)
+                self.gradients = {name: each.grad.clone() for name, each in trainer.model.named_parameters()}
+            return clip(trainer, model, *args, **kwargs)
+
+        def double(load):
+            return lambda *args, **kwargs: load(*args, **kwargs).double()
+
+        with (
+            replaced(DynamicTrainerMixin, "compute_loss", kept_loss),
+            replaced(DynamicTrainerMixin, "_get_grad_norm", kept_norm),
+            replaced(sft, "load_model", double(sft.load_model)),
+            replaced(pt, "load_model", double(pt.load_model)),
+        ):
+            yield
+
+    def save(self, folder: Path, rank: int) -> None:
+        torch.save(
+            {"batches": self.batches, "gradients": self.gradients, "offsets": self.offsets}, folder / f"kept-{rank}.pt"
+        )
+
+
 def start_deepspeed() -> None:
     """Start the process group by way of DeepSpeed, without the operation it would compile; gloo does as well."""
     import deepspeed
@@ -193,9 +237,9 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
     args["disable_tqdm"] = True
     watch = Watch(item.get("stop_at"))
     trace, death = Trace(watch), Death(item.get("die_at"))
-    error = None
+    error, kept = None, None if item.get("keep") is None else Kept(item["keep"])
     try:
-        with fsdp_on_cpu() if args.get("fsdp") else nullcontext():
+        with fsdp_on_cpu() if args.get("fsdp") else nullcontext() if kept is None else kept.watching():
             if item.get("plain"):
                 tuner.run_exp(args, [watch])
             elif item.get("record"):
@@ -214,6 +258,8 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
     if dist.is_initialized():
         dist.barrier()  # the main process writes the files that are read now
     output = Path(args["output_dir"])
+    if kept is not None and error is None:
+        kept.save(output, int(os.environ.get("RANK", "0")))
     state = output / "trainer_state.json"
     history = json.loads(state.read_text())["log_history"] if state.is_file() and error is None else []
     return {

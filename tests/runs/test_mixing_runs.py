@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import composed
 import numpy as np
 import pytest
 
@@ -20,6 +21,11 @@ pytestmark = pytest.mark.launch
 
 SETS = {"dataset": "alpha,beta,gamma"}
 PT = {"stage": "pt", "finetuning_type": "full", "dataset": "texts,pages", "cutoff_len": 24, "packing": True}
+
+
+EXCESS_TOKENS = Path(__file__).parent.parent / "plugins" / "excess_tokens.py"
+COMPOSED = (("sft", 1), ("sft", 4), ("pt", 1), ("pt", 4))
+"""Stage and micro-batches of a step of the runs whose loss several components weigh."""
 
 
 def methods(reference: Path, table: Path) -> dict[str, dict[str, Any]]:
@@ -83,6 +89,7 @@ def mixed(mix: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     inputs = tmp_path_factory.mktemp("mixing")
     reference = tiny.make_model(inputs / "reference", seed=1)
+    (workshop.root / "reference.txt").write_text(str(reference))
     for name, text in CSVS.items():
         (inputs / f"{name}.csv").write_text(text)
     found = methods(reference, inputs / "table")
@@ -92,6 +99,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         workshop.add(f"{name}-two", **mixed(mix, per_device_train_batch_size=4, **of_model.get(name, {})))
     for name in SPREAD:
         workshop.add(f"{name}-zero3", **mixed(found[name], per_device_train_batch_size=4, **tiny.zero(inputs, 3)))
+    add_composed_runs(workshop, reference, 2)
     workshop.add("pt-two", **mixed({**found["doremi"], "weights": "current"}, **PT, per_device_train_batch_size=2))
     workshop.start(2)
     for name, mix in found.items():
@@ -110,8 +118,26 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     workshop.add("alone-weighed", **mixed(found["doremi"], **alone))
     workshop.add("alone-plain", **mixed({"method": "uniform"}, **alone))
     add_noise_runs(workshop, make_noise(inputs / "noise"))
+    add_composed_runs(workshop, reference, 1)
     workshop.start(1)
     return workshop
+
+
+def add_composed_runs(workshop: Any, reference: Path, processes: int) -> None:
+    """Add runs of two steps, of which the gradient of the second is kept: the first one after the warm-up."""
+    section = composed.section(reference, EXCESS_TOKENS)
+    for name, accumulation in COMPOSED:
+        kind = PT if name == "pt" else {"finetuning_type": "full"}
+        run = mixed(
+            {},
+            per_device_train_batch_size=8 // (processes * accumulation),
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            save_strategy="no",
+            max_grad_norm=0.0,
+            learning_rate=0.0,
+        )
+        workshop.add(f"composed-{name}-{accumulation}-{processes}", keep=1, **{**run, **kind, "dataflex": section})
 
 
 def make_noise(folder: Path) -> Path:
@@ -290,3 +316,20 @@ def test_epochs_are_what_was_trained(runs: Any) -> None:
     assert any(line["clipped_shares"] for line in rounds)
     last = [entry for entry in runs.trace("capped-whole")["history"] if "loss" in entry][-1]
     assert {domain: last[f"dataflex/epochs/{domain}"] for domain in sizes} == pytest.approx(rounds[-1]["epochs"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("name", "accumulation"), COMPOSED)
+def test_loss_coefficients_are_the_product_of_all_that_weigh(
+    runs: Any, name: str, accumulation: int, processes: int
+) -> None:
+    run = f"composed-{name}-{accumulation}-{processes}"
+    runs.trace(run)
+    reference = Path(runs.root.joinpath("reference.txt").read_text())
+    expected = composed.gradient_by_hand(runs.root / run, processes, runs.model, reference)
+    for part in composed.kept(runs.root / run, processes):
+        assert composed.distance(part["gradients"], expected) < 1e-6
+    if (accumulation, processes) == (4, 1):
+        for factor in ("samples", "tokens", "domains", "means"):
+            other = composed.gradient_by_hand(runs.root / run, processes, runs.model, reference, without=factor)
+            assert composed.distance(other, expected) > 1e-2, factor

@@ -55,18 +55,13 @@ class DoReMiMixer(StepWeightMixer[DoReMiParams]):
         return Needs(step_losses="domains", reference=self.params)
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield what is wrong with the reference, and a cap on the passes over a domain."""
-        yield from self.params.reference_problems(run)
+        """Yield a cap on the passes over a domain."""
         if self.params.max_epochs_per_domain is not None:
             yield (
                 "max_epochs_per_domain",
                 "doremi cannot have it: a domain that is used up keeps its last excess loss, which raises its weight "
                 "in every later step. Leave it out.",
             )
-
-    def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
-        """Check the shares, and that a table of reference losses has every domain."""
-        return super().check_domains(names) or self.params.table_problem(names)
 
     def updated(self, weights: NDArray[np.float64], ctx: StepContext) -> NDArray[np.float64]:
         """Return alpha after one exponentiated step along the excess losses."""

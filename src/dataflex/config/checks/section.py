@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dataflex.api.component import Component
+from dataflex.config.checks.references import problems_of_references
 from dataflex.config.checks.values import dataset_names, number, truthy
 from dataflex.config.loading import SECTION, RunConfig
 from dataflex.errors import Problem
@@ -35,6 +36,7 @@ def problems_of_section(config: RunConfig) -> Iterator[Problem]:
         _columns,
         _loss,
         _components,
+        problems_of_references,
         _validation,
         _neat_packing,
         _best_model,
