@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dataflex import Needs, StepBatch, Weighter, WeighterParams
+from dataflex.api import registry
 from dataflex.api.components import Entry
-from dataflex.api.registry import get, load_components
 from dataflex.errors import ComponentError
 from dataflex.trainer.step_weights import MicroBatch, StepWeights, Weighing
 from unit.fakes import build, make_pool
@@ -169,7 +169,10 @@ def test_two_processes_weigh_as_one_does(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(gathered, args=(tmp_path / "store",), nprocs=2)
 
 
-def test_a_plugin_written_from_the_documentation_weighs_tokens_by_their_excess_loss() -> None:
+def test_a_plugin_written_from_the_documentation_weighs_tokens_by_their_excess_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     tree = ast.parse(PLUGIN.read_text())
     imported = {
         (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
@@ -178,8 +181,8 @@ def test_a_plugin_written_from_the_documentation_weighs_tokens_by_their_excess_l
         for alias in node.names
     }
     assert imported == {"__future__", "dataflex", "torch"}
-    load_components([str(PLUGIN)])
-    weighter = build(get("weighter", "excess_tokens"), reference_model="folder", share=0.4)
+    registry.load_components([str(PLUGIN)])
+    weighter = build(registry.get("weighter", "excess_tokens"), reference_model="folder", share=0.4)
     needs: Needs = weighter.needs(None)  # type: ignore[arg-type]
     assert needs.reference is not None
     assert needs.reference.reference_model == "folder"
