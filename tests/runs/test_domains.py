@@ -22,14 +22,16 @@ DRIVER = """
 import json, sys, tempfile
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM
+
 import tiny
-from dataflex import cli
 from dataflex.integrations.llamafactory import loading
 from dataflex.integrations.llamafactory.pool_only import pool_of
 from dataflex.integrations.llamafactory.run import run
 from dataflex.config.loading import RunConfig, split_config
 from dataflex.errors import DataFlexError
-from dataflex.trainer.run import DynamicRun
+from dataflex.weighters.score_column import ScoreColumnWeighter
 
 job = json.load(open(sys.argv[1]))
 results = {"pools": {}, "runs": {}}
@@ -37,25 +39,45 @@ for name, (args, column) in job["pools"].items():
     pool, _ = pool_of(RunConfig(args, None), column)
     sizes = dict(zip(pool.domains, pool.domain_sizes.tolist()))
     results["pools"][name] = {"sizes": sizes, "rows": list(pool.dataset)}
-load_pool = loading.load_pool
+load_pool, weigh = loading.load_pool, ScoreColumnWeighter.weigh
+
+
+def loss_of(args, row):
+    model = AutoModelForCausalLM.from_pretrained(args["model_name_or_path"])
+    given = {key: torch.tensor([row[key]]) for key in ("input_ids", "labels")}
+    return model(**given).loss.item()
+
+
 for name, args in job["runs"].items():
-    found = {}
+    found, samples = {"first": None, "weighed": []}, []
 
     def noting(get_dataset, dynamic, *args, **kwargs):
         module = load_pool(get_dataset, dynamic, *args, **kwargs)
-        found["pool"] = dict(zip(dynamic.pool.domains, dynamic.pool.domain_sizes.tolist()))
+        if dynamic.pool is not None:
+            found["pool"] = dict(zip(dynamic.pool.domains, dynamic.pool.domain_sizes.tolist()))
         for key, targets in dynamic.validation.items():
             found[key] = dict(zip(targets.domains, targets.domain_sizes.tolist()))
         if dynamic.evaluation is not None:
             found["evaluation"] = dict(zip(dynamic.evaluation.domains, dynamic.evaluation.domain_sizes.tolist()))
+        samples.append(dynamic.samples)
         return module
 
-    loading.load_pool = noting
+    def noting_weights(weighter, batch):
+        weights = weigh(weighter, batch)
+        if not found["first"]:  # of the model as it was
+            rows = [batch.pool.dataset[place] for place in batch.places.tolist()]
+            found["first"] = [batch.losses.tolist(), [loss_of(args, row) for row in rows]]
+        found["weighed"].append([batch.places.tolist(), weights.tolist()])
+        return weights
+
+    loading.load_pool, ScoreColumnWeighter.weigh = noting, noting_weights
     try:
         run(split_config({**args, "disable_tqdm": True}))
         found["error"] = None
     except DataFlexError as error:
         found["error"] = str(error)
+    if name.startswith("scored"):
+        found["texts"] = [samples[0].text(place) for place in range(samples[0].size)]
     results["runs"][name] = found
 Path(sys.argv[2]).write_text(json.dumps(results))
 """
@@ -82,6 +104,13 @@ class LookingMixer(Mixer[LookingParams]):
         return np.array([losses[low:high].mean() for low, high in zip(bounds, bounds[1:])])
 """
 
+SCORED = {
+    "warmup_steps": 0,
+    "select": {"method": "score_column", "column": "quality", "direction": "low"},
+    "order": {"method": "score_column", "column": "level", "descending": True},
+    "weight": {"method": "score_column", "column": "weight", "normalized": True},
+}
+
 LOADING: dict[str, dict[str, Any]] = {
     "sft": {},
     "packed": {"packing": True},
@@ -103,6 +132,8 @@ def write_data(data: Path) -> None:
             "output": tiny.sentence(rng, 2, 10),
             "topic": topic,
             "level": n % 3,
+            "quality": rng.random(),
+            "weight": (1 + n % 4) / 2,
         }
         for topic, size in TOPICS.items()
         for n in range(size)
@@ -119,6 +150,8 @@ def write_data(data: Path) -> None:
             info[prefix + name] = {"file_name": f"{prefix}{name}.json", **columns}
     holed = [{**row, "topic": None if number in (3, 5) else row["topic"]} for number, row in enumerate(rows)]
     (data / "holed.json").write_text(json.dumps(holed))
+    (data / "minus.json").write_text(json.dumps([*rows[:7], {**rows[7], "weight": -1}, *rows[8:]]))
+    info["minus"] = {"file_name": "minus.json"}
     info["holed"] = {"file_name": "holed.json"}
     (data / "dataset_info.json").write_text(json.dumps(info))
 
@@ -162,6 +195,8 @@ def found(root: Path) -> dict[str, Any]:
     looking = {"method": "test_looking", "validation": "mixed", "subtask_column": "topic"}
     less = {"method": "less", "validation": ["held"], "proj_dim": 64}
     plugins = {"plugins": [str(root / "looking.py")]}
+    by_column = {"update_steps": 2, "weight": {"method": "score_column", "column": "weight"}}
+    weights = run("weights", "ant,mixed", max_steps=3) | {"dataflex": by_column}
     runs = {
         "static": run("static", mix={"method": "static", "proportions": {"ant": 2, "bee hive": 1, "zebra": 1}}),
         "split": run("split", val_size=0.25, do_eval=True),
@@ -171,6 +206,16 @@ def found(root: Path) -> dict[str, Any]:
         "missing values": run("x2", "holed"),
         "a name too many": run("x3", mix={"method": "static", "proportions": {"ant": 1, "bee hives": 1}}),
         "too many epochs": run("x4", max_steps=200, mix={"method": "uniform", "max_epochs_per_domain": 0.5}),
+        "scored": run("scored", section={**SCORED, "domain_column": None, "mix": None}),
+        "scored weights": weights,
+        "scored tokens": {**weights, "output_dir": str(root / "tokens"), "tokenized_path": str(root / "tokenized")},
+        "scored tokens again": {
+            **weights,
+            "output_dir": str(root / "again"),
+            "tokenized_path": str(root / "tokenized"),
+        },
+        "no column": {**weights, "dataset": "mixed,alpha", "output_dir": str(root / "x6")},
+        "no weight": {**weights, "dataset": "minus", "output_dir": str(root / "x7")},
         "a split of nothing": run("x5", column="instruction", val_size=0.25),
     }
     (root / "job.json").write_text(json.dumps({"pools": pools, "runs": runs}))
@@ -248,6 +293,8 @@ def test_capped_domains_are_on_record(found: dict[str, Any], root: Path) -> None
         ("missing values", ["dataflex.domain_column", "2 of 196 rows of 'holed'", "rows 3, 5"]),
         ("a name too many", ["dataflex.mix.proportions", "'bee hives'; did you mean 'bee hive'"]),
         ("too many epochs", ["dataflex.mix.max_epochs_per_domain", "97 samples", "48 steps", "400"]),
+        ("no column", ["dataflex.weight", "'alpha' has no column 'weight'", "'instruction', 'input', 'output'"]),
+        ("no weight", ["dataflex.weight", "minus.json, line 1, row 7 (counted from 0)", "'weight' is -1"]),
         ("a split of nothing", ["val_size", "'instruction'", "1 rows"]),
     ],
 )
@@ -258,3 +305,37 @@ def test_what_cannot_be_divided_is_told_before_the_model_is_loaded(
     assert error is not None
     for part in parts:
         assert part in error, (part, error)
+
+
+def raw(root: Path, name: str) -> list[dict[str, Any]]:
+    return json.loads((root / "data" / f"{name}.json").read_text())
+
+
+def test_samples_are_chosen_sorted_and_weighed_by_columns(found: dict[str, Any], root: Path) -> None:
+    run, rows = found["runs"]["scored"], raw(root, "mixed")
+    assert run["error"] is None
+    best = sorted(range(len(rows)), key=lambda number: rows[number]["quality"])[:4]
+    mean = sum(row["weight"] for row in rows) / len(rows)
+    trained = [place for places, _ in run["weighed"] for place in places]
+    assert sorted(trained[:4]) == sorted(trained[4:]) == sorted(best)  # two rounds of two steps
+    for places in (trained[:4], trained[4:]):
+        levels = [rows[place]["level"] for place in places]
+        assert levels == sorted(levels, reverse=True)
+    for places, weights in run["weighed"]:
+        assert weights == pytest.approx([rows[place]["weight"] / mean for place in places])
+    assert all(row["output"] in text for row, text in zip(rows, run["texts"], strict=True))
+
+
+@pytest.mark.parametrize("name", ["scored weights", "scored tokens", "scored tokens again"])
+def test_weights_alone_are_those_of_the_rows_that_llamafactory_draws(
+    found: dict[str, Any], root: Path, name: str
+) -> None:
+    run, rows = found["runs"][name], [*raw(root, "ant"), *raw(root, "mixed")]
+    assert run["error"] is None
+    losses, again = run["first"]
+    assert losses == pytest.approx(again, rel=1e-4)  # the samples are those that are said to be trained on
+    assert len(set(losses)) == len(losses) == 2
+    for places, weights in run["weighed"]:
+        assert weights == [rows[place]["weight"] for place in places]
+    assert len({place for places, _ in run["weighed"] for place in places}) == 6
+    assert all(row["output"] in text for row, text in zip(rows, run["texts"], strict=True))
