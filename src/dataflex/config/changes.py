@@ -22,6 +22,7 @@ from dataflex.config.arguments import llamafactory_defaults
 from dataflex.config.loading import SECTION, RunConfig
 from dataflex.config.masking import masked
 from dataflex.data.fingerprints import file_digest, is_model_folder, model_digests
+from dataflex.data.stages import packs_by_default
 
 Effect = Literal["fixed", "from here", "kept"]
 
@@ -312,7 +313,7 @@ def _filled(given: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("lora_alpha") is None:
         found["lora_alpha"] = 2 * int(found.get("lora_rank") or 0)
     if found.get("packing") is None:
-        found["packing"] = found.get("stage") == "pt"
+        found["packing"] = packs_by_default(str(found.get("stage")))
     if not _is_off(found.get("eval_strategy")):
         found["do_eval"] = True
         if found.get("eval_steps") is None:

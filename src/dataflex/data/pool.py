@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dataflex.data.columns import ColumnArray, column_digest
 from dataflex.data.sampling import IndexArray
+from dataflex.data.stages import SampleFields
 from dataflex.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
@@ -76,13 +77,20 @@ class Pool:
     """``N`` map-style samples in ``K`` domains; the samples of a domain are a contiguous range.
 
     Args:
-        dataset: the concatenated samples, with an ``input_ids`` column.
+        dataset: the concatenated samples.
         domains: names of the domains, in order.
         domain_sizes: samples in each, >= 1; they add up to ``len(dataset)``.
+        fields: of a sample, by its stage.
     """
 
-    def __init__(self, dataset: Dataset, domains: tuple[str, ...], domain_sizes: NDArray[np.int64]) -> None:
-        self.dataset = dataset
+    def __init__(
+        self,
+        dataset: Dataset,
+        domains: tuple[str, ...],
+        domain_sizes: NDArray[np.int64],
+        fields: SampleFields = SampleFields(),  # noqa: B008 - it cannot be changed
+    ) -> None:
+        self.dataset, self.fields = dataset, fields
         self.domains = domains
         self.domain_sizes = np.asarray(domain_sizes, dtype=np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.domain_sizes)]).astype(np.int64)
@@ -94,16 +102,26 @@ class Pool:
         """Gives the text of tokens; None without a tokenizer."""
 
     @classmethod
-    def concatenate(cls, parts: dict[str, Dataset], key: str = "dataset") -> Pool:
+    def concatenate(
+        cls,
+        parts: dict[str, Dataset],
+        key: str = "dataset",
+        fields: SampleFields = SampleFields(),  # noqa: B008
+    ) -> Pool:
         """Return the pool of one preprocessed data set per domain; ``key`` is the setting named in errors.
 
         Raises:
             ConfigError: if a domain has no sample.
         """
-        return cls.of_domains([of_one(name, part) for name, part in parts.items()], key)
+        return cls.of_domains([of_one(name, part) for name, part in parts.items()], key, fields)
 
     @classmethod
-    def of_domains(cls, parts: list[DomainSamples], key: str = "dataset") -> Pool:
+    def of_domains(
+        cls,
+        parts: list[DomainSamples],
+        key: str = "dataset",
+        fields: SampleFields = SampleFields(),  # noqa: B008
+    ) -> Pool:
         """Return the pool of samples of one or more domains each; ``key`` is named in errors.
 
         Raises:
@@ -120,7 +138,7 @@ class Pool:
         if twice:
             raise ConfigError(f"{key}: there are two domains named {some(list(map(repr, twice)))}.")
         datasets = [dataset for dataset, _ in parts]
-        return cls(datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets), names, sizes)
+        return cls(datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets), names, sizes, fields)
 
     @property
     def size(self) -> int:
@@ -145,7 +163,7 @@ class Pool:
         import pyarrow.compute as pc
 
         parts = [
-            pc.list_value_length(table.column("input_ids")).to_numpy()
+            sum(pc.list_value_length(table.column(name)).to_numpy() for name in self.fields.tokens)
             for table in self.dataset.with_format("arrow").iter(batch_size=_SCAN_ROWS)
         ]
         return np.concatenate(parts).astype(np.int32)
@@ -167,7 +185,7 @@ class Pool:
         rows = np.unique(np.linspace(0, self.size - 1, min(self.size, _FINGERPRINT_ROWS)).astype(np.int64))
         for row in rows:
             sample = self.dataset[int(row)]
-            for name in ("input_ids", "labels"):
+            for name in (*self.fields.tokens, *self.fields.labels):
                 if name in sample:
                     digest.update(np.asarray(sample[name], dtype=np.int64).data)
         return digest.hexdigest()
@@ -190,17 +208,13 @@ class Pool:
     @cached_property
     def trained_tokens(self) -> NDArray[np.int32]:
         """Tokens of every sample that are trained on, shape (N,): labels that count, after the first."""
-        if "labels" not in self.dataset.column_names:  # plain text: every token is a label
+        labels = [name for name in self.fields.labels if name in self.dataset.column_names]
+        if not labels:  # plain text: every token is a label
             return np.maximum(self.lengths - 1, 0)
-        import pyarrow.compute as pc
-
-        parts = []
-        for table in self.dataset.with_format("arrow").iter(batch_size=_SCAN_ROWS):
-            column = table.column("labels").combine_chunks()
-            lengths = pc.list_value_length(column).to_numpy()
-            ends = np.cumsum(lengths)
-            before = np.concatenate([[0], np.cumsum(column.flatten().to_numpy() != IGNORE_INDEX)])
-            parts.append(before[ends] - before[np.minimum(ends - lengths + 1, ends)])
+        parts = [
+            sum(_trained(table.column(name).combine_chunks()) for name in labels)
+            for table in self.dataset.with_format("arrow").iter(batch_size=_SCAN_ROWS)
+        ]
         return np.concatenate(parts).astype(np.int32)
 
     def row_numbers(self, indices: IndexArray) -> IndexArray | None:
@@ -262,7 +276,8 @@ class Pool:
         """
         if self.decode is None:
             raise ValueError("this pool has no tokenizer to decode with")
-        return self.decode(self.dataset[int(index)]["input_ids"])
+        sample = self.dataset[int(index)]
+        return "\n".join(self.decode(sample[name]) for name in self.fields.tokens)
 
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
         """Return samples as the collator takes them."""
@@ -273,6 +288,16 @@ def some(names: Sequence[str]) -> str:
     """Return names for a message, the first ones where there are many."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
+
+
+def _trained(labels: Any) -> NDArray[np.int64]:
+    """Return how many labels count in each list of an arrow array, after its first."""
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(labels).to_numpy()
+    ends = np.cumsum(lengths)
+    before = np.concatenate([[0], np.cumsum(labels.flatten().to_numpy() != IGNORE_INDEX)])
+    return before[ends] - before[np.minimum(ends - lengths + 1, ends)]
 
 
 def _add(digest: Any, values: Any) -> None:

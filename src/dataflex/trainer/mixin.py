@@ -43,6 +43,7 @@ from dataflex.trainer.evaluation import DomainEvaluation, Numbers, as_logs, chec
 from dataflex.trainer.loss import loss_function
 from dataflex.trainer.rounds import INDEX_KEY, IndexedCollator, IndexedDataset, RoundStream
 from dataflex.trainer.run import DynamicRun
+from dataflex.trainer.stage_losses import BatchLosses, causal_losses
 from dataflex.trainer.statistics import check_step
 from dataflex.trainer.step_loss import StepLoss
 
@@ -61,6 +62,8 @@ class DynamicTrainerMixin(Trainer):
 
     finetuning_args: FinetuningArguments
     data_collator: Any
+    batch_losses: BatchLosses = staticmethod(causal_losses)
+    """How the stage computes the losses of a batch."""
 
     def __init__(self, *, dataflex: DynamicRun, args: TrainingArguments, **kwargs: Any) -> None:
         self.dataflex = dataflex

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dataflex.api.context import StepBatch, StepContext, TokenLosses
-from dataflex.data.token_loss import IGNORE_INDEX, sample_means, shifted, token_losses
+from dataflex.data.token_loss import IGNORE_INDEX, sample_means, shifted
 from dataflex.probe.mode import probe_mode
 from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.loss import MIX, WeightedLoss
@@ -124,8 +124,7 @@ class StepLoss:
                 inputs = dict(trainer._prepare_inputs(batch))
                 places = inputs.pop(INDEX_KEY, None)
                 references = self.references.look_up(keys, inputs, places)
-                labels = shifted(inputs.pop("labels"))
-                per_token = token_losses(model(**inputs, use_cache=False).logits, labels)
+                labels, per_token = trainer.batch_losses(model, inputs)
                 found.append(MicroBatch(labels, per_token, _means(per_token, labels), places, references))
         return found
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dataflex import assets
-from dataflex.config.checks.section import STAGES
-from dataflex.config.checks.values import dataset_names, named_data_sets, truthy, word
+from dataflex.config.checks.values import dataset_names, is_packed, named_data_sets, truthy, word
 from dataflex.config.loading import SECTION, RunConfig
 from dataflex.data.columns import lacking, text_is_packed
 from dataflex.data.heads import head_of
 from dataflex.data.raw import INFO_FILE, RawDataError, entry_problems, fault, read_entry
+from dataflex.data.stages import STAGES
 from dataflex.errors import Problem, unknown
 
 
@@ -102,8 +102,7 @@ def _dataset(name: str, info: dict[str, Any], folder: Path, stage: str | None, a
 def _columns(config: RunConfig, info: dict[str, Any], folder: Path) -> Iterator[Problem]:
     """What keeps raw columns from being kept with the samples, as far as the heads of the files show it."""
     wanted = config.wanted_columns()
-    packs = truthy(config, "packing") or truthy(config, "neat_packing")
-    packs |= word(config, "stage", "sft") == "pt" and config.llamafactory.get("packing") is None
+    packs = is_packed(config)
     for name in dataset_names(config) if wanted else ():
         if name not in info or any(entry_problems(info[name])):
             continue  # said elsewhere

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex import assets
-from dataflex.config.checks.values import dataset_names, number, truthy
+from dataflex.config.checks.values import dataset_names, is_packed, number, truthy
 from dataflex.config.loading import RunConfig
 
 _LARGEST_ARRAY = 1 << 28
@@ -32,8 +32,7 @@ def training_samples(config: RunConfig) -> tuple[dict[str, int], str]:
         return {}, "streamed data has no length"
     if config.llamafactory.get("tokenized_path"):
         return {}, "tokenized data is not looked into"
-    packed = truthy(config, "packing") or (stage == "pt" and config.llamafactory.get("packing") is None)
-    if packed or truthy(config, "neat_packing"):
+    if is_packed(config):
         return {}, "rows are packed into another number of samples"
     if stage not in ("sft", "pt", "rm", "dpo"):
         return {}, f"stage {stage} makes samples of its own"

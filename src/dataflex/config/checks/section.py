@@ -8,9 +8,8 @@ from dataflex.api.component import Component
 from dataflex.config.checks.references import problems_of_references
 from dataflex.config.checks.values import dataset_names, number, truthy
 from dataflex.config.loading import SECTION, RunConfig
+from dataflex.data.stages import STAGES
 from dataflex.errors import Problem
-
-STAGES = ("sft", "pt")
 
 SPECIAL_LOSSES = {
     "use_dft_loss": "its token weights already change the loss",

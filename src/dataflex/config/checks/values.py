@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from dataflex.config.loading import RunConfig
+from dataflex.data.stages import packs_by_default
 
 
 def number(config: RunConfig, key: str, default: float) -> float:
@@ -20,6 +21,13 @@ def truthy(config: RunConfig, key: str) -> bool:
     """Return whether an argument is given and not false, 0 or none, also where it is written as text."""
     value = config.llamafactory.get(key)
     return bool(value) and str(value).lower() not in ("false", "0", "0.0", "none", "no")
+
+
+def is_packed(config: RunConfig) -> bool:
+    """Return whether rows are packed into samples."""
+    if truthy(config, "packing") or truthy(config, "neat_packing"):
+        return True
+    return config.llamafactory.get("packing") is None and packs_by_default(word(config, "stage", "sft"))
 
 
 def word(config: RunConfig, key: str, default: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from dataflex.data.columns import ColumnArray, WantedColumn, join_columns
 from dataflex.data.pool import DomainSamples, Pool, of_one
+from dataflex.data.stages import STAGES, SampleFields
 from dataflex.errors import ConfigError
 from dataflex.integrations.llamafactory.data_errors import Load, place_of_row, refuse_empty, told
 from dataflex.integrations.llamafactory.division import load_divided
@@ -50,6 +51,11 @@ class Loader:
     training_args: Any
     stage: str
     tokenizer_module: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fields(self) -> SampleFields:
+        """The fields of a sample."""
+        return STAGES[self.stage].fields
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of tokens, special ones left out."""
@@ -124,7 +130,7 @@ def _load_whole(load: Loader, dynamic: DynamicRun, data_args: Any) -> Module:
         module, _, kept = load_with_columns(load, _train_only(data_args), wanted)
     module["eval_dataset"] = load_evaluation(load, data_args, dynamic, module.pop("eval_dataset", None))
     if trains:
-        dynamic.whole = Pool.concatenate({"dataset": module["train_dataset"]})
+        dynamic.whole = Pool.concatenate({"dataset": module["train_dataset"]}, fields=load.fields)
         dynamic.whole.decode = load.decode
         for column, values in kept.items():
             dynamic.whole.keep_column(column, values)
@@ -210,7 +216,7 @@ def load_noting_rows(
         return module
 
     parts, held_out = _load_domains(noting, data_args, names, domain_column)
-    pool = Pool.of_domains(parts)
+    pool = Pool.of_domains(parts, fields=load.fields)
     pool.decode = load.decode
     for origin, (_, sizes) in zip(origins, parts, strict=True):
         pool.rows_of |= origin.rows(sizes)
@@ -294,7 +300,7 @@ def _load_validation(load: Loader, data_args: Any, section: str, request: Valida
             raise ConfigError(f"{key}: needed are validation samples; name data sets here, or set eval_dataset.")
         if request.subtask_column is not None:
             raise ConfigError(f"{section}.subtask_column: samples split off by val_size have no columns any more.")
-        return Pool.concatenate({"validation": held_out}, key)
+        return Pool.concatenate({"validation": held_out}, key, load.fields)
     parts: list[DomainSamples] = []
     for name in dict.fromkeys(names):
         only = copy.copy(data_args)
@@ -307,4 +313,4 @@ def _load_validation(load: Loader, data_args: Any, section: str, request: Valida
         prefix = f"{name}/" if len(names) > 1 else ""
         module = load_divided(load, only, key, column, f"{section}.subtask_column", prefix)
         parts.append(module["train_dataset"])
-    return Pool.of_domains(parts, key)
+    return Pool.of_domains(parts, key, load.fields)

@@ -103,7 +103,8 @@ def installed(dynamic: DynamicRun) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for stage in STAGES.values():
             workflow = workflow_of(stage.name)
-            trainer = type(f"Dynamic{stage.trainer}", (DynamicTrainerMixin, getattr(workflow, stage.trainer)), {})
+            bases = (DynamicTrainerMixin, getattr(workflow, stage.trainer))
+            trainer = type(f"Dynamic{stage.trainer}", bases, {"batch_losses": staticmethod(stage.batch_losses)})
             get_dataset = partial(loading.load_pool, workflow.get_dataset, dynamic)
             stack.enter_context(replaced(workflow, stage.trainer, partial(trainer, dataflex=dynamic)))
             stack.enter_context(replaced(workflow, "get_dataset", get_dataset))

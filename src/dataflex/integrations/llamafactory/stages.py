@@ -1,7 +1,8 @@
-"""The stages of LLaMA-Factory that can train rounds.
+"""The adapters of LLaMA-Factory's stages that can train rounds.
 
-A stage says which class of which workflow trains it. What else differs between stages is kept here too, so that another
-stage is another entry of :data:`STAGES`.
+What a sample of a stage is (its fields, whether rows are packed) is in :mod:`dataflex.data.stages`. An adapter adds
+which class of which workflow is extended, how the losses of a batch are computed, and how rows become packed samples.
+A further stage is an entry there and one here.
 """
 
 from __future__ import annotations
@@ -11,32 +12,41 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from dataflex.data import stages
 from dataflex.integrations.llamafactory.packing import RowsOfSamples, pack_conversations, pack_texts
+from dataflex.trainer.stage_losses import BatchLosses, causal_losses
 
 WORKFLOWS = ("sft", "pt", "dpo", "kto", "ppo", "rm")
 """LLaMA-Factory's stages, each with a workflow module of its own."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage that can train rounds.
+class StageAdapter:
+    """How LLaMA-Factory trains a stage.
 
     Attributes:
-        name: LLaMA-Factory's.
-        trainer: name of the trainer class in its workflow module.
+        stage: what a sample is.
+        trainer: name of the trainer class in the stage's workflow module, which is extended.
+        batch_losses: computes the losses of a batch.
         note_packing: makes packed samples of rows with a processor of LLaMA-Factory, and says which rows each holds.
     """
 
-    name: str
+    stage: stages.Stage
     trainer: str
+    batch_losses: BatchLosses
     note_packing: Callable[[Any, dict[str, list[Any]]], tuple[dict[str, list[Any]], RowsOfSamples]]
+
+    @property
+    def name(self) -> str:
+        """LLaMA-Factory's name of the stage."""
+        return self.stage.name
 
 
 STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage("sft", "CustomSeq2SeqTrainer", note_packing=pack_conversations),
-        Stage("pt", "CustomTrainer", note_packing=pack_texts),
+    adapter.name: adapter
+    for adapter in (
+        StageAdapter(stages.STAGES["sft"], "CustomSeq2SeqTrainer", causal_losses, pack_conversations),
+        StageAdapter(stages.STAGES["pt"], "CustomTrainer", causal_losses, pack_texts),
     )
 }
 
