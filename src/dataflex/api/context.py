@@ -39,6 +39,16 @@ class StepStatistics:
     excess: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     """Token mean of max(loss - reference loss, 0) of each domain, shape (K,), NaN as for losses; 0 where nothing was
     compared with a reference."""
+    indices: IndexArray = field(default_factory=lambda: np.empty(0, np.int64))
+    """The samples of the step in the order of the plan, shape (n,); empty if no component asks for ``step_losses`` of
+    samples or tokens."""
+    sample_losses: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    """Their token-mean losses, shape (n,); NaN without a trained token."""
+    lengths: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    """Their tokens, shape (n,)."""
+    token_losses: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    """The losses of their tokens, shape (n, T): column t is that of predicting token t + 1; NaN where none is trained
+    on. (n, 0) if no component asks for ``step_losses`` of tokens."""
 
 
 @dataclass(frozen=True)

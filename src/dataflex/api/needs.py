@@ -45,8 +45,9 @@ class Needs:
         validation: which samples are in ``ctx.validation``, one domain for each sub-task; None: it wants none.
         reference: the frozen model, or the table of its token losses, it compares with; None: it wants none.
         columns: columns of the raw data it reads with ``ctx.pool.column(name)``.
-        step_losses: what it is told of the losses of every training step, without a further forward: nothing, the means
-            of the domains, those of the samples, or the losses of the tokens.
+        step_losses: what ``on_step`` is told of the losses of every training step, without a further forward: nothing,
+            the means of the domains, those of the samples too, or the losses of the tokens too. Of a weighter it is
+            what ``weigh`` is shown: the losses of the tokens, or (whatever else is named) those of the samples.
     """
 
     measurements: tuple[Measurement, ...] = ()

@@ -82,7 +82,7 @@ class WeightedLoss:
         sums = per_token.sum(1)
         weighs = self.domain_loss if self.active else None
         excess = None if weighs is None else weighs.excess_sums(per_token, labels, self.references.get(MIX))
-        seen = BatchLosses(sums.detach(), counts, excess)
+        seen = BatchLosses(sums.detach(), counts, excess, per_token=per_token.detach(), labels=labels)
         if not self.active or (self.weights is None and weighs is None):
             self.observe(seen)
             return _divide(per_token.sum(), counts.sum(), num_items_in_batch)

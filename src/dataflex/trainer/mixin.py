@@ -574,7 +574,10 @@ class DynamicCallback(TrainerCallback):
     ) -> None:
         """Count the step's tokens before the learning rate is set anew; where a budget is spent, end the run."""
         run, step = self.trainer.dataflex, state.global_step + 1
-        self._statistics, totals = self.trainer.step_loss.accumulator.finish(step)
+        accumulator = self.trainer.step_loss.accumulator
+        trained = None if accumulator.sample_losses is None else run.samples_of(state.global_step)
+        lengths = None if trained is None or run.pool is None else run.pool.lengths[trained]
+        self._statistics, totals = accumulator.finish(step, trained, lengths)
         check_step(run.domains, self._statistics, totals)
         run.tokens += totals.tokens
         if run.has_budget:

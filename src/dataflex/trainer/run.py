@@ -468,21 +468,25 @@ class DynamicRun:
         """Samples of each domain trained on so far, shape (K,)."""
         return self._domain_samples if self._domain_samples.size else np.zeros(len(self.domains), np.int64)
 
+    def samples_of(self, step: int) -> IndexArray:
+        """Return the samples of step number ``step`` (from 0) in the order of the plan, shape (n,)."""
+        plan = self.plan_for(step)
+        begin = (step - plan.slot.start_step) * self.global_batch_size
+        return plan.indices[begin : begin + self.global_batch_size]
+
     def step_context(
         self, step: int, tokens: NDArray[np.int64], losses: NDArray[np.float64], excess: NDArray[np.float64]
     ) -> StepContext:
         """Return what the loss weights of step number ``step`` (from 0) may depend on."""
         assert self.pool is not None
         assert self.probe is not None
-        plan = self.plan_for(step)
-        begin = (step - plan.slot.start_step) * self.global_batch_size
         return StepContext(
             pool=self.pool,
             probe=self.probe,
             step=step,
             total_steps=max(self.expected_steps, step + 1),
             learning_rate=self.learning_rate(),
-            indices=plan.indices[begin : begin + self.global_batch_size],
+            indices=self.samples_of(step),
             tokens=tokens,
             losses=losses,
             excess=excess,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from dataflex import distributed
 from dataflex.api.context import StepStatistics
+from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError, DataFlexError, DivergenceError
+from dataflex.trainer.sample_losses import SampleLosses
 
 
 @dataclass
@@ -26,6 +28,10 @@ class BatchLosses:
     """Sums of max(loss - reference loss, 0), where a reference is looked at."""
     coefficients: Tensor | None = None
     """Sum of the loss coefficients of its tokens, if a weighter acts in the step; a scalar."""
+    per_token: Tensor | None = None
+    """The loss of every position, (B, T); 0 where no token counts."""
+    labels: Tensor | None = None
+    """Shifted labels, (B, T)."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,11 @@ class StepAccumulator:
         offsets: first pool index of each domain and ``N`` last, shape (K + 1,); a single domain where the data path
             is LLaMA-Factory's own and samples carry no index.
         device: where the training runs.
+        sample_losses: keeps losses of samples or tokens, if a component asks for them.
     """
 
-    def __init__(self, offsets: np.ndarray, device: torch.device) -> None:
+    def __init__(self, offsets: np.ndarray, device: torch.device, sample_losses: SampleLosses | None = None) -> None:
+        self.sample_losses = sample_losses
         self.num_domains = len(offsets) - 1
         self._ends = torch.as_tensor(offsets[1:], device=device)
         dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
@@ -85,6 +93,10 @@ class StepAccumulator:
         if batch.coefficients is not None:
             self._totals[3] += batch.coefficients.to(self._totals)
             self._weighed = True
+        if self.sample_losses is not None:
+            assert batch.per_token is not None
+            assert batch.labels is not None
+            self.sample_losses.add(batch.sums, batch.counts, batch.per_token, batch.labels)
 
     def domains_of(self, indices: Tensor) -> Tensor:
         """Return the domain of each sample, (B,), on the training device."""
@@ -105,10 +117,22 @@ class StepAccumulator:
         else:
             self._totals[0] += inputs["input_ids"].numel()
 
-    def finish(self, step: int) -> tuple[StepStatistics, StepTotals]:
-        """Return the statistics of the optimizer step just made, over all processes; start anew."""
-        packed = torch.cat([self._sums.flatten(), self._totals])
-        values = distributed.all_reduce_sum(packed).cpu().numpy().astype(np.float64)
+    def finish(
+        self, step: int, indices: IndexArray | None = None, lengths: NDArray[np.int32] | None = None
+    ) -> tuple[StepStatistics, StepTotals]:
+        """Return the statistics of the optimizer step just made, over all processes; start anew.
+
+        Args:
+            step: optimizer steps done, that one included.
+            indices: its samples, in the order of the plan, (n,), if losses of samples are kept.
+            lengths: their tokens, (n,).
+        """
+        parts = [self._sums.flatten(), self._totals]
+        if self.sample_losses is not None:
+            assert lengths is not None
+            parts.append(self.sample_losses.packed(int(lengths.max()), self._totals))
+        reduced = distributed.all_reduce_sum(torch.cat(parts)).cpu().numpy().astype(np.float64)
+        values, kept = np.split(reduced, [self._sums.numel() + self._totals.numel()])
         self._sums.zero_()
         self._totals.zero_()
         sums, counts, samples, excess_sums = values[:-4].reshape(-1, 4).T
@@ -116,6 +140,11 @@ class StepAccumulator:
         np.divide(sums, counts, out=losses, where=counts > 0)
         np.divide(excess_sums, counts, out=excess, where=counts > 0)
         statistics = StepStatistics(step, losses, counts.astype(np.int64), samples.astype(np.int64), excess=excess)
+        if self.sample_losses is not None and indices is not None and lengths is not None:
+            means, of_tokens = self.sample_losses.unpacked(kept, indices.size, int(counts.sum()), step)
+            statistics = replace(
+                statistics, indices=indices, lengths=lengths, sample_losses=means, token_losses=of_tokens
+            )
         tokens, labels, loss, coefficients = values[-4:].tolist()
         weighed, self._weighed = self._weighed, False
         return statistics, StepTotals(int(tokens), int(labels), loss, coefficients if weighed else None)

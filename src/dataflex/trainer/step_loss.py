@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataflex.api.components import family_key
 from dataflex.api.context import StepBatch, StepContext, TokenLosses
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means, shifted
 from dataflex.probe.mode import probe_mode
@@ -16,11 +17,13 @@ from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.loss import MIX, WeightedLoss
 from dataflex.trainer.references import References
 from dataflex.trainer.rounds import INDEX_KEY
+from dataflex.trainer.sample_losses import SampleLosses
 from dataflex.trainer.statistics import StepAccumulator, domain_sums
 from dataflex.trainer.step_weights import MicroBatch, StepWeights, Weighing
 
 if TYPE_CHECKING:
     from dataflex.trainer.mixin import DynamicTrainerMixin
+    from dataflex.trainer.run import DynamicRun
 
 
 class StepLoss:
@@ -33,7 +36,7 @@ class StepLoss:
     def __init__(self, trainer: DynamicTrainerMixin) -> None:
         self._trainer, self._run = trainer, trainer.dataflex
         run, args = self._run, trainer.args
-        self.accumulator = StepAccumulator(run.offsets, args.device)
+        self.accumulator = StepAccumulator(run.offsets, args.device, _kept(run))
         self.references = References(trainer)
         mixer = run.components.mix
         self.domain_loss: DomainLoss | None = None
@@ -146,6 +149,15 @@ class StepLoss:
         """Return what a weighter is given of the step that is about to be made."""
         run, step = self._run, self.loss.step
         return StepBatch(losses, step, max(run.expected_steps, step + 1), run.samples, run.probe, places, tokens)
+
+
+def _kept(run: DynamicRun) -> SampleLosses | None:
+    """Return what keeps the losses of the samples or tokens of every step; None if no component asks for them.
+
+    A weighter is shown its step as a :class:`StepBatch` instead.
+    """
+    asked = {needs.step_losses for key, needs in run.needs.items() if family_key(key) != "weight"}
+    return SampleLosses("tokens") if "tokens" in asked else SampleLosses("samples") if "samples" in asked else None
 
 
 def _means(per_token: Tensor, labels: Tensor) -> Tensor:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from dataflex.api.context import StepStatistics
 from dataflex.data.token_loss import sample_means
-from dataflex.errors import DataFlexError, DivergenceError
-from dataflex.trainer.loss import BatchLosses
-from dataflex.trainer.statistics import MeanLosses, StepAccumulator, check_step
+from dataflex.errors import ComponentError, DataFlexError, DivergenceError
+from dataflex.trainer.sample_losses import SampleLosses
+from dataflex.trainer.statistics import BatchLosses, MeanLosses, StepAccumulator, StepTotals, check_step
 
 
 def test_micro_batches_are_added_up_by_domain() -> None:
@@ -118,3 +122,78 @@ def test_a_step_that_is_not_finite_ends_the_run() -> None:
         with pytest.raises(DataFlexError, match="step 3 has no token that is trained on") as caught:
             step([0.0, 0.0], [0, 0], broken)
         assert "diverged" not in str(caught.value)
+
+
+def losses_of(place: int, padding: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return labels and losses of the 6 tokens of a sample: its place and a tenth of the column; sample 3 has none."""
+    columns = 6 + padding
+    labels = torch.full((columns,), 1)
+    labels[place % 3 :: 3] = -100
+    labels[5:] = -100
+    if place == 3:
+        labels[:] = -100
+    return labels, torch.where(labels == -100, 0.0, place + torch.arange(columns) / 10)
+
+
+def accumulated(batches: list[list[int]], kept: str, order: list[int]) -> tuple[StepStatistics, StepTotals]:
+    """Return the statistics of a step of samples of a pool of 12, given this process's micro-batches."""
+    accumulator = StepAccumulator(np.array([0, 6, 12]), torch.device("cpu"), SampleLosses(kept))  # type: ignore[arg-type]
+    for number, places in enumerate(batches):
+        rows = [losses_of(place, 4 * number) for place in places]  # batches are padded as they need
+        labels, per_token = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+        accumulator.indices = torch.tensor(places)
+        accumulator.add(BatchLosses(per_token.sum(1), (labels != -100).sum(1), per_token=per_token, labels=labels))
+    return accumulator.finish(4, np.array(order), np.full(len(order), 6, np.int32))
+
+
+def check_kept(batches: list[list[int]], order: list[int]) -> None:
+    for kept in ("samples", "tokens"):
+        statistics, _ = accumulated(batches, kept, order)
+        assert statistics.indices.tolist() == order
+        assert statistics.token_losses.shape == (len(order), 6 if kept == "tokens" else 0)
+        for row, place in enumerate(order):
+            labels, per_token = losses_of(place)
+            expected = [float(loss) for label, loss in zip(labels, per_token, strict=True) if label != -100]
+            mean = sum(expected) / len(expected) if expected else math.nan
+            assert float(statistics.sample_losses[row]) == pytest.approx(mean, nan_ok=True)
+            if kept == "tokens":
+                assert np.isnan(statistics.token_losses[row]).tolist() == (labels == -100).tolist()
+                assert statistics.token_losses[row][labels != -100].tolist() == pytest.approx(expected)
+
+
+def test_losses_of_samples_and_tokens_come_in_the_order_of_the_plan() -> None:
+    check_kept([[8, 3], [0, 11]], [8, 3, 0, 11])
+
+
+def kept_by_two(rank: int, store: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    check_kept([[[8, 3], [1, 2]], [[0, 11], [9, 4]]][rank], [8, 3, 0, 11, 1, 2, 9, 4])  # dealt out in turn
+    dist.destroy_process_group()
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_join_the_losses_of_their_samples(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(kept_by_two, args=(tmp_path / "store",), nprocs=2)
+
+
+def test_tokens_that_do_not_lie_in_their_sample_are_refused() -> None:
+    accumulator = StepAccumulator(np.array([0, 2]), torch.device("cpu"), SampleLosses("tokens"))
+    accumulator.indices = torch.tensor([0, 1])
+    labels = torch.tensor([[-100, -100, 1, 1], [1, 1, -100, -100]])
+    accumulator.add(BatchLosses(torch.ones(2), torch.tensor([2, 2]), per_token=torch.ones(2, 4), labels=labels))
+    with pytest.raises(
+        ComponentError, match="3 tokens are where 4 are trained on; samples must be padded at the right"
+    ):
+        accumulator.finish(1, np.array([0, 1]), np.array([3, 3], np.int32))
+
+
+def test_a_step_whose_coefficients_are_all_0_is_an_error() -> None:
+    def finished(coefficients: float) -> tuple[StepStatistics, StepTotals]:
+        accumulator = StepAccumulator(np.array([0, 2]), torch.device("cpu"))
+        accumulator.add_tokens({"input_ids": torch.ones(1, 3), "labels": torch.ones(1, 3, dtype=torch.int64)})
+        accumulator.add(BatchLosses(torch.ones(1), torch.tensor([2]), coefficients=torch.tensor(coefficients)))
+        return accumulator.finish(5)
+
+    check_step(("a",), *finished(0.5))
+    with pytest.raises(ComponentError, match="every token of step 5 are 0"):
+        check_step(("a",), *finished(0.0))

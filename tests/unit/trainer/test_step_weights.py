@@ -172,6 +172,7 @@ def test_two_processes_weigh_as_one_does(tmp_path: Path) -> None:
 def test_a_plugin_written_from_the_documentation_weighs_tokens_by_their_excess_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    registry.load_components([])
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     tree = ast.parse(PLUGIN.read_text())
     imported = {
