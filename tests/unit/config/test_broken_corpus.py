@@ -149,6 +149,16 @@ def contradictory() -> Iterator[Case]:
     yield {"interleave_probs": "0.5,0.5"}, "interleave_probs"
     yield {"mask_history": True, "train_on_prompt": True}, "mask_history"
     yield {"quantization_device_map": "auto"}, "quantization_device_map"
+    for family in ("select", "order", "weight"):
+        by_column = {"method": "score_column", "column": "quality"}
+        yield {"dataflex": {family: by_column}}, f"dataflex.{family}"  # no data set has it
+        yield {"dataflex": {family: {**by_column, "column": "output"}}}, f"dataflex.{family}"  # it is text
+        yield {"dataflex": {family: {"method": "score_column"}}}, f"dataflex.{family}.column"
+    yield {"dataflex": {**SELECT, "columns": ["outputs"]}}, "dataflex.columns"
+    yield {"dataflex": {**SELECT, "columns": "output"}}, "dataflex.columns"
+    yield {"dataflex": {**SELECT, "columns": ["output"]}, "packing": True}, "dataflex.columns"
+    yield {"dataflex": {"columns": ["output"]}, "streaming": True}, "streaming"
+    yield {"dataflex": {"columns": ["output"]}, "mix_strategy": "interleave_under"}, "mix_strategy"
     yield {"infer_backend": "vllm"}, "infer_backend"
     yield {"stage": "pt", "dataset": "texts", "neat_packing": True}, "neat_packing"
     yield {"finetuning_type": "full", "adapter_name_or_path": "org/adapter"}, "adapter_name_or_path"
@@ -394,7 +404,8 @@ def test_the_examples_of_the_documentation(
     monkeypatch.chdir(examples)
     data = examples / f"data-{page}-{number}"
     data.mkdir()
-    rows = json.dumps([{"instruction": "a", "input": "", "output": "b", "topic": "c"}] * 2000)
+    scores = {"quality": 0.5, "difficulty": 2, "weight": 1}
+    rows = json.dumps([{"instruction": "a", "input": "", "output": "b", "topic": "c", **scores}] * 2000)
     for name in named(example):
         (data / f"{name}.json").write_text(rows)
     (data / "dataset_info.json").write_text(

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dataflex import assets
 from dataflex.config.checks.values import dataset_names, is_packed, named_data_sets, truthy, word
 from dataflex.config.loading import SECTION, RunConfig
-from dataflex.data.columns import lacking, text_is_packed
+from dataflex.data.columns import WantedColumn, lacking, text_is_packed
 from dataflex.data.heads import head_of
 from dataflex.data.raw import INFO_FILE, RawDataError, entry_problems, fault, read_entry
 from dataflex.data.stages import STAGES
@@ -118,3 +120,13 @@ def _columns(config: RunConfig, info: dict[str, Any], folder: Path) -> Iterator[
                 yield Problem(each.key, lacking(column, name, list(head.columns)))
             elif head.columns.get(column) and packs:
                 yield Problem(each.key, text_is_packed(column))
+            elif head.columns.get(column):
+                yield from _of_text(column, each)
+
+
+def _of_text(column: str, wanted: WantedColumn) -> Iterator[Problem]:
+    """What the components that read a column say if it is one of text, whatever the texts are."""
+    for key, check in wanted.checks:
+        wrong = check(column, np.array([""], dtype=object))
+        if wrong is not None and wrong[0] is None:
+            yield Problem(key, f"{wrong[1]}.")
