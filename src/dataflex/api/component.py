@@ -39,6 +39,9 @@ class Component(Generic[ParamsT]):
     name: ClassVar[str]
     Params: ClassVar[type[ComponentParams]] = ComponentParams
 
+    state_depends_on: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that the state is made with. If a run is resumed with other values of them, the state is made anew."""
+
     def __init__(self, params: ParamsT) -> None:
         self.params = params
 
@@ -129,6 +132,26 @@ def _params_named_by(cls: type[Component[ComponentParams]]) -> type[ComponentPar
             if isinstance(found, type) and issubclass(found, cls.Params if is_open else ComponentParams):
                 return found
     return None
+
+
+def made_with(component: Component) -> State:
+    """Return the values of the parameters that a component's state depends on, as plain data."""
+    return component.params.model_dump(mode="json", include=set(component.state_depends_on))
+
+
+def take_back(component: Component, state: State, then: State) -> list[str]:
+    """Give a component its state back, unless it was made with other parameters, and return which ones those are.
+
+    Args:
+        component: one that has just been made.
+        state: what :func:`state_of` returned.
+        then: what :func:`made_with` returned at that time.
+    """
+    now = made_with(component)
+    changed = [name for name in sorted(now) if name not in then or then[name] != now[name]]
+    if not changed:
+        component.load_state_dict(state)
+    return changed
 
 
 def state_of(component: Component) -> State:

@@ -56,11 +56,6 @@ class ComponentParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    def differing(self, made_with: dict[str, Any], names: set[str]) -> list[str]:
-        """Return which of ``names`` are not in ``made_with``, or have another value there than here."""
-        now = self.model_dump(include=names)
-        return [name for name in sorted(now) if name not in made_with or made_with[name] != now[name]]
-
 
 class ValidationParams(ComponentParams):
     """Which samples stand for what the model is to become good at."""

@@ -107,7 +107,14 @@ def _unfit(cls: type, family: str) -> str | None:
         hint = f"; it has {near[0]}()." if near else "."
         how = " or ".join(f"{name}()" for name in missing)
         return f"{cls.__name__} does not define {how}, by which a component of this family decides{hint}"
-    return _replaced(cls) or _wrong_word(cls, base) or _misfit(cls, base) or _lacking(cls, base) or _bad_default(cls)
+    return (
+        _replaced(cls)
+        or _unknown_in_state(cls)
+        or _wrong_word(cls, base)
+        or _misfit(cls, base)
+        or _lacking(cls, base)
+        or _bad_default(cls)
+    )
 
 
 _REPLACED = {
@@ -127,6 +134,14 @@ def _replaced(cls: type) -> str | None:
     for name, instead in _REPLACED.items():
         if hasattr(cls, name):
             return f"{cls.__name__}.{name} is not read any more; {instead}."
+    return None
+
+
+def _unknown_in_state(cls: type[Component]) -> str | None:
+    """Return which name that the state is said to depend on is no parameter, or None."""
+    for name in cls.state_depends_on:
+        if name not in cls.Params.model_fields:
+            return f"{cls.__name__}.state_depends_on: {unknown('parameter', name, cls.Params.model_fields)}"
     return None
 
 

@@ -22,6 +22,7 @@ Cost: no model computation; a refit takes some hundredths of a second for each d
 from __future__ import annotations
 
 import logging
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +71,8 @@ class ADOParams(MixerParams):
 @register("mixer", "ado")
 class ADOMixer(Mixer[ADOParams]):
     """Follows the learning speeds that the domains' scaling laws foretell."""
+
+    state_depends_on: ClassVar[frozenset[str]] = frozenset({"prior"})
 
     def __init__(self, params: ADOParams) -> None:
         super().__init__(params)

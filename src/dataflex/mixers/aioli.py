@@ -23,7 +23,7 @@ LearnParams, which are part of the training.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,8 @@ class AioliParams(MixerParams, ValidationParams):
 @register("mixer", "aioli")
 class AioliMixer(Mixer[AioliParams]):
     """Alternates between learning the mixing law and training on what it says."""
+
+    state_depends_on: ClassVar[frozenset[str]] = frozenset({"lp_rounds", "one_hot_factor"})
 
     def __init__(self, params: AioliParams) -> None:
         super().__init__(params)

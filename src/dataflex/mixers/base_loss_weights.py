@@ -48,6 +48,7 @@ class LossWeightMixer(Mixer[LossWeightT]):
 
     weighs_loss: ClassVar[bool] = True
     constant_shares: ClassVar[bool] = True
+    state_depends_on: ClassVar[frozenset[str]] = frozenset({"proportions"})
 
     def __init__(self, params: LossWeightT) -> None:
         super().__init__(params)

@@ -57,6 +57,9 @@ class RegMixMixer(Mixer[RegMixParams]):
     """Keeps the mixture that a regression over small models says is best."""
 
     constant_shares: ClassVar[bool] = True
+    state_depends_on: ClassVar[frozenset[str]] = frozenset(
+        {"mixtures", "losses", "target", "regressor", "samples", "top", "prior", "unit", "seed"}
+    )
 
     def __init__(self, params: RegMixParams) -> None:
         super().__init__(params)

@@ -10,7 +10,7 @@ Cost: none.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,8 @@ class ScheduleParams(DomainParams):
 @register("mixer", "schedule")
 class ScheduleMixer(Mixer[ScheduleParams]):
     """Follows given proportions over the run."""
+
+    state_depends_on: ClassVar[frozenset[str]] = frozenset({"points"})
 
     def __init__(self, params: ScheduleParams) -> None:
         super().__init__(params)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,8 @@ class SkillItParams(MixerParams, ValidationParams):
 @register("mixer", "skill_it")
 class SkillItMixer(Mixer[SkillItParams]):
     """Follows the validation losses through the graph."""
+
+    state_depends_on: ClassVar[frozenset[str]] = frozenset({"graph"})
 
     def __init__(self, params: SkillItParams) -> None:
         super().__init__(params)

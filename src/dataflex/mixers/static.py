@@ -31,6 +31,7 @@ class StaticMixer(Mixer[StaticParams]):
     """Keeps the given proportions."""
 
     constant_shares: ClassVar[bool] = True
+    state_depends_on: ClassVar[frozenset[str]] = frozenset({"proportions"})
 
     def __init__(self, params: StaticParams) -> None:
         super().__init__(params)

@@ -18,11 +18,10 @@ Cost: one forward over the pool, once; then ``representatives / cluster_size`` o
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,12 +41,8 @@ from dataflex.errors import ComponentError
 from dataflex.probe.embeddings import Embeddings
 from dataflex.selectors.base_gradients import CheckpointSelector, LessParams
 
-logger = logging.getLogger(__name__)
-
 _EXACT_KMEANS = 50_000
 """Samples up to which k-means looks at all of them in every iteration."""
-_CLUSTERS_DEPEND_ON = {"cluster_size", "cluster_iterations"}
-"""Parameters; the pool and the seed are compared for every component."""
 
 
 class ClusterLessParams(LessParams):
@@ -61,6 +56,8 @@ class ClusterLessParams(LessParams):
 @register("selector", "cluster_less")
 class ClusterLessSelector(CheckpointSelector[ClusterLessParams]):
     """Prefers clusters whose representatives would help the validation set most."""
+
+    state_depends_on: ClassVar[frozenset[str]] = frozenset({"cluster_size", "cluster_iterations"})
 
     def __init__(self, params: ClusterLessParams) -> None:
         super().__init__(params)
@@ -148,22 +145,12 @@ class ClusterLessSelector(CheckpointSelector[ClusterLessParams]):
         return labels
 
     def state_dict(self) -> State:
-        """Return the clusters, and the parameters they were made with."""
-        if self._clusters is None:
-            return {}
-        return {"clusters": self._clusters, "made_with": self.params.model_dump(include=_CLUSTERS_DEPEND_ON)}
+        """Return the clusters, if they have been made."""
+        return {} if self._clusters is None else {"clusters": self._clusters}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back the clusters, unless they were made with other parameters."""
-        if not state:
-            return
-        if changed := self.params.differing(state.get("made_with", {}), _CLUSTERS_DEPEND_ON):
-            logger.warning(
-                "select cluster_less: the checkpoint's clusters were made with another %s, so they are made again.",
-                ", ".join(changed),
-            )
-            return
-        self._clusters = state["clusters"]
+        """Take back the clusters."""
+        self._clusters = state.get("clusters")
 
 
 def draw_members(clusters: NDArray[np.int32], count: int, rng: np.random.Generator) -> IndexArray:

@@ -13,7 +13,7 @@ Cost: one forward and backward of the pool and the validation samples for every 
 
 from __future__ import annotations
 
-import logging
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -25,14 +25,6 @@ from dataflex.api.registry import register
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
 from dataflex.selectors.base_gradients import CheckpointedParams, CheckpointSelector
-
-logger = logging.getLogger(__name__)
-
-_SCORES_DEPEND_ON = {
-    "checkpoints", "checkpoint_weights", "preconditioner", "sketch", "proj_dim", "projection_seed",
-    "unsupported_parameters",
-}  # fmt: skip
-"""Parameters; the pool and the validation samples are compared for every component."""
 
 
 class TracinParams(CheckpointedParams):
@@ -46,6 +38,18 @@ class TracinParams(CheckpointedParams):
 @register("selector", "tracin")
 class TracinSelector(CheckpointSelector[TracinParams]):
     """Prefers samples whose steps would have helped the validation set during an earlier run."""
+
+    state_depends_on: ClassVar[frozenset[str]] = frozenset(
+        {
+            "checkpoints",
+            "checkpoint_weights",
+            "preconditioner",
+            "sketch",
+            "proj_dim",
+            "projection_seed",
+            "unsupported_parameters",
+        }
+    )
 
     def __init__(self, params: TracinParams) -> None:
         super().__init__(params)
@@ -67,19 +71,9 @@ class TracinSelector(CheckpointSelector[TracinParams]):
         return self._scores[candidates]
 
     def state_dict(self) -> State:
-        """Return the scores made so far, and the parameters they were made with."""
-        if self._scores is None:
-            return {}
-        return {"scores": self._scores, "made_with": self.params.model_dump(include=_SCORES_DEPEND_ON)}
+        """Return the scores made so far."""
+        return {} if self._scores is None else {"scores": self._scores}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back the scores, unless they were made with other parameters."""
-        if not state:
-            return
-        if changed := self.params.differing(state.get("made_with", {}), _SCORES_DEPEND_ON):
-            logger.warning(
-                "select tracin: the checkpoint's scores were made with other %s, so they are made again.",
-                ", ".join(changed),
-            )
-            return
-        self._scores = state["scores"]
+        """Take back the scores."""
+        self._scores = state.get("scores")

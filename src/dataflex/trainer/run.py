@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex import distributed
-from dataflex.api.component import state_of
+from dataflex.api.component import made_with, state_of, take_back
 from dataflex.api.context import StepContext, StepStatistics
 from dataflex.api.measurement import Measurement
 from dataflex.api.probe import GradientFeatures, GradientNorms
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
     from dataflex.probe.model import ModelProbe
     from dataflex.trainer.evaluation import Numbers
 
+
+logger = logging.getLogger(__name__)
 
 _CALIBRATION_SAMPLES = 8
 _MOST_TIMES_EXPECTED = 1000
@@ -604,6 +607,7 @@ class DynamicRun:
             "planner": self.planner.state_dict() if self.planner is not None else None,
             "methods": self.methods,
             "components": {key: state_of(component) for key, component in self.components.items()},
+            "made_with": {key: made_with(component) for key, component in self.components.items()},
             "train_seconds": self.train_seconds,
             "decision_seconds": self.decision_seconds,
             "tokens": self.tokens,
@@ -698,8 +702,16 @@ class DynamicRun:
         if self.planner is not None:
             self.planner.load_state_dict(state["planner"])
         for key, component in self.components.items():
-            if state["methods"].get(key) == component.name:  # another method begins with what it sees from here on
-                component.load_state_dict(state["components"][key])
+            if state["methods"].get(key) != component.name:  # another method begins with what it sees from here on
+                continue
+            changed = take_back(component, state["components"][key], state["made_with"][key])
+            if changed:
+                self.notes.append(
+                    f"{key} {component.name}: what it had made by step {state['step']} was made with another "
+                    f"{' and '.join(changed)}, so it is made anew."
+                )
+                if distributed.rank() == 0:
+                    logger.warning(self.notes[-1])
         self.train_seconds = float(state["train_seconds"])
         self.decision_seconds = float(state["decision_seconds"])
         self.tokens = int(state["tokens"])

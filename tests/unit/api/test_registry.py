@@ -98,6 +98,11 @@ BROKEN: dict[str, tuple[str, int | None, list[str]]] = {
         6,
         ["MineParams has no max_epochs_per_domain", "extend dataflex.MixerParams"],
     ),
+    "state of a parameter that is none": (
+        selector(f'    state_depends_on = {{"temprature"}}\n{SCORE}'),
+        4,
+        ["Mine.state_depends_on", "'temprature'", "'temperature'"],
+    ),
     "a base that is not filled in": (
         f"{HEAD}from dataflex.mixers.base_loss_weights import LossWeightMixer\n"
         '@register("mixer", "mine")\nclass Mine(LossWeightMixer): pass\n',

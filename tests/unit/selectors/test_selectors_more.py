@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, load_from_disk
 
+from dataflex.api.component import made_with, take_back
 from dataflex.api.components import only
 from dataflex.api.probe import GradientSettings
 from dataflex.commands.offline import Amount, score_pool
@@ -222,7 +223,7 @@ def probe() -> FakeProbe:
 
 def clustered(**params: Any) -> ClusterLessSelector:
     selector = build(ClusterLessSelector, **params)
-    selector.load_state_dict({"clusters": CLUSTERS, "made_with": {"cluster_size": 64, "cluster_iterations": 10}})
+    selector.load_state_dict({"clusters": CLUSTERS})
     return selector
 
 
@@ -383,23 +384,19 @@ CHANGES = [{"cluster_size": 20}, {"cluster_iterations": 3}]
 
 
 @pytest.mark.parametrize("changes", CHANGES)
-def test_clusters_of_other_parameters_are_made_again(probe: FakeProbe, changes: Any, caplog: Any) -> None:
+def test_clusters_of_other_parameters_are_made_again(probe: FakeProbe, changes: Any) -> None:
     embedding = EmbeddingProbe(features=probe.features, targets=probe.targets)
     embedding.space = unit(np.random.default_rng(3), N)
     selector = build(ClusterLessSelector, cluster_size=12)
     selector.score(ctx_of(embedding), np.arange(N))
     state = selector.state_dict()
     other = build(ClusterLessSelector, **{"cluster_size": 12, **changes})
-    other.load_state_dict(state)
-    (key,) = changes
-    assert f"clusters were made with another {key}, so they are made again" in caplog.text
+    assert take_back(other, state, made_with(selector)) == list(changes)
     found = other.score(ctx_of(embedding, round=1), np.arange(N))
     fresh = build(ClusterLessSelector, **{"cluster_size": 12, **changes})
     np.testing.assert_array_equal(found, fresh.score(ctx_of(embedding, round=1), np.arange(N)))
-    caplog.clear()
     same = build(ClusterLessSelector, cluster_size=12, representatives=2, proj_dim=64, aggregation="mean")
-    same.load_state_dict(state)
-    assert not caplog.text
+    assert take_back(same, state, made_with(selector)) == []
     same.score(ctx_of(embedding, round=1), np.arange(N))
     assert embedding.embedded == 3
 
@@ -495,44 +492,32 @@ def test_tracin_scores_are_made_once(course: CheckpointProbe) -> None:
         {"unsupported_parameters": "ignore"},
     ],
 )
-def test_tracin_scores_of_other_parameters_are_made_again(course: CheckpointProbe, changes: Any, caplog: Any) -> None:
+def test_tracin_scores_of_other_parameters_are_made_again(course: CheckpointProbe, changes: Any) -> None:
     given = {"checkpoints": list(course.of), "checkpoint_weights": [0.5, 0.3, 0.2]}
     selector = build(TracinSelector, **given)
     selector.score(ctx_of(course), np.arange(N))
-    state = json_and_back(selector.state_dict())
+    state, then = selector.state_dict(), json.loads(json.dumps(made_with(selector)))
     other = build(TracinSelector, **{**given, **changes})
-    other.load_state_dict(state)
-    (key,) = changes
-    assert f"scores were made with other {key}, so they are made again" in caplog.text
+    assert take_back(other, state, then) == list(changes)
     course.looked_at.clear()
     found = other.score(ctx_of(course), np.arange(N))
     assert len(course.looked_at) == 3
     np.testing.assert_array_equal(
         found, build(TracinSelector, **{**given, **changes}).score(ctx_of(course), np.arange(N))
     )
-    caplog.clear()
     for harmless in ({"rule": "sample"}, {"temperature": 0.5}, {"feature_dir": "features"}):
         same = build(TracinSelector, **given, **harmless)
-        same.load_state_dict(state)
+        assert take_back(same, state, then) == []
         np.testing.assert_array_equal(same.score(ctx_of(None), np.arange(N)), state["scores"])
-    assert not caplog.text
 
 
-def json_and_back(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state as a checkpoint gives it back."""
-    return {
-        key: value if isinstance(value, np.ndarray) else json.loads(json.dumps(value)) for key, value in state.items()
-    }
-
-
-def test_a_state_that_does_not_tell_its_parameters_is_made_again(course: CheckpointProbe, caplog: Any) -> None:
+def test_a_state_that_does_not_tell_its_parameters_is_made_again(course: CheckpointProbe) -> None:
     selector = build(TracinSelector, checkpoints=list(course.of))
-    selector.load_state_dict({"scores": np.zeros(N, dtype=np.float32)})
-    assert "made again" in caplog.text
+    assert set(take_back(selector, {"scores": np.zeros(N, dtype=np.float32)}, {})) == TracinSelector.state_depends_on
     assert selector.state_dict() == {}
     assert np.nanstd(selector.score(ctx_of(course), np.arange(N))) > 0.1
     clusters = build(ClusterLessSelector)
-    clusters.load_state_dict({"clusters": CLUSTERS})
+    assert take_back(clusters, {"clusters": CLUSTERS}, {}) == ["cluster_iterations", "cluster_size"]
     assert clusters.state_dict() == {}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -206,6 +208,36 @@ def test_another_method_begins_without_the_state_of_the_one_before() -> None:
     again = started(select={"method": "delta_loss"})
     again.load_state_dict({**first.state_dict(6), "methods": {"select": "loss"}})
     assert "baseline" not in again.components.select[0].component.state_dict()
+
+
+@pytest.mark.parametrize("given", [[1, 3], "shares.json"])
+def test_state_made_with_other_parameters_is_made_anew(tmp_path: Path, given: Any, caplog: Any) -> None:
+    """The shares of a file and those of points are part of the state, and must follow a change of the parameter."""
+    for name, shares in (("old.json", {"a": 1, "b": 1}), ("shares.json", {"a": 1, "b": 3})):
+        (tmp_path / name).write_text(json.dumps(shares))
+    old = str(tmp_path / "old.json")
+    new = str(tmp_path / given) if isinstance(given, str) else given
+    for method, key, make in (
+        ("static", "proportions", lambda shares: shares),
+        ("schedule", "points", lambda shares: [{"step": 0, "proportions": shares}]),
+    ):
+        first = started(mix={"method": method, key: make(old)})
+        first.plan_for(0)
+        state = first.state_dict(2)
+        assert state["made_with"]["mix"].keys() == {key}
+        again = started(mix={"method": method, key: make(new)})
+        caplog.clear()
+        again.load_state_dict(state)
+        (note,) = again.notes
+        assert note == f"mix {method}: what it had made by step 2 was made with another {key}, so it is made anew."
+        assert [record.message for record in caplog.records] == [note]
+        assert again.plan_for(2).proportions.tolist() == [0.25, 0.75]
+        same = started(mix={"method": method, key: make(old)})
+        (tmp_path / "old.json").write_text(json.dumps({"a": 1, "b": 9}))  # a file may change while a run goes on
+        same.load_state_dict(state)
+        assert same.notes == []
+        assert same.plan_for(2).proportions.tolist() == [0.5, 0.5]
+        (tmp_path / "old.json").write_text(json.dumps({"a": 1, "b": 1}))
 
 
 @pytest.mark.parametrize("total, fine", [(30, True), (6, True), (5, False), (3, False)])
