@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dataflex.data import raw
+from dataflex.data import faults, raw
 
 ALPACA = {"instruction": "the cat", "input": "", "output": "sees"}
 CHAT = {"conversations": [{"from": "human", "value": "the cat"}, {"from": "gpt", "value": "sees"}]}
@@ -38,9 +38,9 @@ def fault(folder: Path, name: str, content: str | bytes, stage: str = "sft", **e
     assert list(raw.entry_problems(described)) == []
     read = raw.read_entry("set", described, folder)
     assert read is not None
-    found = raw.fault(read, stage)
+    found = faults.fault(read, stage)
     if not name.endswith((".parquet", ".arrow")):
-        assert raw.fault(read, stage, whole=False) == found
+        assert faults.fault(read, stage, whole=False) == found
     return found
 
 
@@ -187,10 +187,10 @@ def test_tables_of_arrow(tmp_path: Path) -> None:
     for name in ("good.parquet", "good.arrow", "bad.parquet"):
         read = raw.read_entry("set", {"file_name": name}, tmp_path)
         assert read is not None
-        assert raw.fault(read, "sft") is None
+        assert faults.fault(read, "sft") is None
     read = raw.read_entry("set", {"file_name": "numbers.parquet"}, tmp_path)
     assert read is not None
-    assert "row 0 (counted from 0): 'instruction' is a number (1)" in str(raw.fault(read, "sft"))
+    assert "row 0 (counted from 0): 'instruction' is a number (1)" in str(faults.fault(read, "sft"))
 
 
 def test_the_head_of_a_long_file_is_enough_for_what_shows_there(tmp_path: Path) -> None:
@@ -202,21 +202,21 @@ def test_the_head_of_a_long_file_is_enough_for_what_shows_there(tmp_path: Path) 
         file.write_text(lines(*[long] * count, last))
         read = raw.read_entry("set", entry, tmp_path)
         assert read is not None
-        assert raw.fault(read, "sft", whole=False) is None  # the column may come, and the number is not seen
-        found = raw.fault(read, "sft")
+        assert faults.fault(read, "sft", whole=False) is None  # the column may come, and the number is not seen
+        found = faults.fault(read, "sft")
         assert found is None if "system" in last else f"line {count + 1}" in str(found)
     file.write_text(lines(*[{**long, "output": 3, "o": "x" * 1000}] * count))
     read = raw.read_entry("set", {**entry, "columns": {"prompt": "insruction"}}, tmp_path)
     assert read is not None
-    assert "'insruction'" in str(raw.fault(read, "pt", whole=False))  # without it nothing could be trained on
+    assert "'insruction'" in str(faults.fault(read, "pt", whole=False))  # without it nothing could be trained on
 
 
 def test_prompts_alone_are_enough_where_answers_are_generated(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines({**ALPACA, "output": None}))
     read = raw.read_entry("set", {"file_name": "a.jsonl"}, tmp_path)
     assert read is not None
-    assert "'output' is empty" in str(raw.fault(read, "sft"))
-    assert raw.fault(read, "sft", answers=False) is None
+    assert "'output' is empty" in str(faults.fault(read, "sft"))
+    assert faults.fault(read, "sft", answers=False) is None
 
 
 def test_a_value_longer_than_a_piece(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from dataflex import assets
 from dataflex.config.checks.values import dataset_names, is_packed, named_data_sets, truthy, word
 from dataflex.config.loading import SECTION, RunConfig
 from dataflex.data.columns import WantedColumn, lacking, text_is_packed
+from dataflex.data.faults import fault
 from dataflex.data.heads import head_of
-from dataflex.data.raw import INFO_FILE, RawDataError, entry_problems, fault, read_entry
+from dataflex.data.raw import INFO_FILE, RawDataError, entry_problems, read_entry
 from dataflex.data.stages import STAGES
 from dataflex.errors import Problem, unknown
 

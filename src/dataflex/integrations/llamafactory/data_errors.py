@@ -1,7 +1,7 @@
 """What went wrong while LLaMA-Factory loaded data: the setting, the data set, the file and line, the root cause.
 
 LLaMA-Factory's errors say neither which data set they are about nor where. Which one it was at, and at which of its
-steps, is read from the frames of the error; where in the files, by reading them (:mod:`dataflex.data.raw`).
+steps, is read from the frames of the error; where in the files, by reading them (:mod:`dataflex.data.faults`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from traceback import walk_tb
 from typing import Any
 
 from dataflex.data import raw
+from dataflex.data.faults import fault
 from dataflex.errors import ConfigError, DataFlexError
 from dataflex.record.files import one_line
 
@@ -173,7 +174,7 @@ def _fault(load: Load, key: str, names: list[str]) -> str | None:
         if entry is None:
             continue
         answers = not (load.generates and key == "eval_dataset")
-        found = raw.fault(entry, load.stage, count=load.data_args.max_samples, answers=answers)
+        found = fault(entry, load.stage, count=load.data_args.max_samples, answers=answers)
         if found is not None:
             return found
     return None
