@@ -19,10 +19,11 @@ from dataflex.api.components import Components, only
 from dataflex.api.context import RoundContext
 from dataflex.api.probe import GradientSettings
 from dataflex.api.schedule import Schedule
-from dataflex.api.selection import Group
+from dataflex.api.selection import Group, Selection
 from dataflex.api.selector import Selector
 from dataflex.data.pool import Pool
 from dataflex.data.rng import derive_rng
+from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray, PassSampler
 from dataflex.planning.planner import Plan, Planner
 from dataflex.record.checkpoint import STATE_VERSION, mark_complete, write_state
@@ -119,8 +120,23 @@ def context(pool: Pool, losses: Sequence[float] | NDArray[Any] = (), **changes: 
         steps=1,
         size=1,
         total_steps=1,
+        candidates=np.arange(pool.size),
     )
     return dataclasses.replace(given, **changes)
+
+
+def decided(selector: Selector, ctx: RoundContext, group: Group) -> Selection:
+    """Return what a selector chooses of a group in a decision about that group alone."""
+    ctx = dataclasses.replace(ctx, candidates=group.candidates)
+    selector.begin(ctx)
+    chosen = selector.select(ctx, group)
+    return dataclasses.replace(chosen, undecided="; ".join(ctx.undecided)) if ctx.undecided else chosen
+
+
+def scores_of(selector: Selector, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+    """Return a selector's scores in a decision about some candidates."""
+    selector.begin(dataclasses.replace(ctx, candidates=candidates))
+    return selector.score(ctx, candidates)
 
 
 def group_of(pool: Pool, budget: int, start: int = 0, stop: int | None = None) -> Group:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dataflex.data.pool import Pool
-    from dataflex.planning.overhead import CappedScoring
 
 
 @dataclass(frozen=True)
@@ -196,10 +195,6 @@ class StepBatch:
         return self.tokens
 
 
-NOT_DECIDED = "not_decided"
-"""In :attr:`RoundContext.memo`: why the mixer decided nothing."""
-
-
 @dataclass(frozen=True)
 class RoundContext:
     """What a decision may depend on."""
@@ -224,12 +219,12 @@ class RoundContext:
     """Optimizer steps of the whole run."""
     validation_pool: Pool | None = None
     """The validation samples, if the component asked for them; read them as :attr:`validation`."""
-    memo: dict[str, Any] = field(default_factory=dict)
-    """What a component keeps for the other groups of the same round."""
+    candidates: IndexArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """All samples a selector may choose from in this decision, of all groups, ascending; of other families none."""
     learning_rate: float = 0.0
     """The optimizer's, at the first step of the round."""
-    capped: CappedScoring | None = None
-    """What scores and chooses in the selector's place where ``max_overhead`` is set."""
+    undecided: list[str] = field(default_factory=list)
+    """Why nothing was decided, as :meth:`not_decided` was told."""
 
     @property
     def validation(self) -> Pool:
@@ -241,9 +236,9 @@ class RoundContext:
         return _asked_for(self.validation_pool)
 
     def not_decided(self, why: str) -> None:
-        """Put on record that the shares of this round do not follow from what the mixer is for, and why.
+        """Put on record that this decision does not follow from what the component is for, and why.
 
         As in a first decision that has nothing to go by yet. The round's line then does not name it as having acted. A
-        selector says so of each group in :attr:`Selection.undecided`.
+        selector can also say so of each group, in :attr:`Selection.undecided`.
         """
-        self.memo[NOT_DECIDED] = why
+        self.undecided.append(why)

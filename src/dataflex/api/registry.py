@@ -153,8 +153,8 @@ def _lacking(cls: type[Component], base: type[Component]) -> str | None:
 
     names: tuple[str, ...] = ()
     how = ""
-    if base is Selector and not any(own("choose", "select")):
-        names, how = ("rule", "temperature"), "extend dataflex.SelectorParams, or define choose()."
+    if base is Selector and not any(own("choose", "select", "pick")):
+        names, how = ("rule", "temperature"), "extend dataflex.SelectorParams, or define pick() or choose()."
     elif base is Mixer and not issubclass(cls.Params, DomainParams):
         names, how = ("max_epochs_per_domain",), "extend dataflex.MixerParams."
     elif base is Mixer and not all(own("initial", "check_domains")):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -86,6 +87,18 @@ def check_form(label: str, selection: Selection) -> None:
             raise ComponentError(
                 f"{label} returned a Selection whose {name} are a {type(part).__name__}; needed is a numpy array."
             )
+
+
+def with_whole_passes(candidates: IndexArray, budget: int, choose: Callable[[IndexArray, int], Selection]) -> Selection:
+    """Return ``budget`` of the candidates: all of them while the budget exceeds their number, then a choice."""
+    passes, rest = divmod(budget, candidates.size)
+    whole = Selection(np.tile(candidates, passes), passes=np.repeat(np.arange(passes), candidates.size))
+    if not rest:
+        return replace(whole, undecided="every sample is taken")
+    chosen = choose(candidates, rest)
+    if not passes:
+        return chosen
+    return join([whole, replace(chosen, passes=np.full(rest, passes))])
 
 
 def join(parts: list[Selection]) -> Selection:

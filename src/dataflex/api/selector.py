@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -13,11 +12,14 @@ from dataflex.api.context import RoundContext
 from dataflex.api.measurement import Measurement
 from dataflex.api.params import ComponentParams
 from dataflex.api.schedule import RunOutline
-from dataflex.api.selection import Group, Selection, check_form, join
+from dataflex.api.selection import Group, Selection, check_form, with_whole_passes
 from dataflex.api.source import label_of
-from dataflex.data.rules import ScoreArray, ranks_among, ranks_of_best, sample_softmax, top_k
+from dataflex.data.rules import ScoreArray, ranks_of, sample_softmax, top_k
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
+
+if TYPE_CHECKING:
+    from dataflex.data.pool import Pool
 
 
 class SelectorParams(ComponentParams):
@@ -38,7 +40,8 @@ class SelectorParams(ComponentParams):
 class Selector(Component[ParamsT]):
     """Chooses which samples of the pool are in the next plan.
 
-    Write :meth:`score` (higher is better) and leave the choice to the ``rule`` parameter, or override :meth:`choose`.
+    Write :meth:`score` (higher is better) and leave the choice to the ``rule`` parameter, or override :meth:`pick` for
+    another rule. A method whose choice is no matter of one score per sample overrides :meth:`choose`.
     """
 
     Params: ClassVar[type[ComponentParams]] = SelectorParams
@@ -46,19 +49,19 @@ class Selector(Component[ParamsT]):
     """Whether a round longer than the pool makes sense (whole passes, then a choice for the rest)."""
     scores_samples: ClassVar[bool] = True
     """Whether its selections carry scores."""
-    leaves_out_unscored: ClassVar[bool] = False
-    """Whether :meth:`score` may return NaN for samples without a trained token; they are never chosen."""
     chooses: ClassVar[bool] = True
     """Whether it leaves samples out of a round that is shorter than a pass for good reason; ``full`` does not."""
+    partial_scores: ClassVar[str | None] = None
+    """Why scoring a part of the candidates does not tell about the others, nor is cheaper; then ``max_overhead`` is
+    refused. None: it is."""
 
     def wanted_rounds(self, domains: int) -> int:
         """Return 4: a round is then at most a quarter of the pool, and a run has several decisions."""
         return 4 if self.chooses else 1
 
     def cannot_act(self, run: RunOutline) -> str | None:
-        """Return that a capped run has one decision, before anything is known of the time of a step."""
-        capped = isinstance(self.params, SelectorParams) and self.params.max_overhead is not None
-        if not capped or run.schedule.warmup_steps or run.decisions != 1:
+        """Return that a run under ``max_overhead`` has one decision, before anything is known of the time of a step."""
+        if overhead_limit(self) is None or run.schedule.warmup_steps or run.decisions != 1:
             return None
         return (
             "max_overhead is a share of the time of training steps, of which nothing is known before the first one, so "
@@ -79,64 +82,171 @@ class Selector(Component[ParamsT]):
         """Return how many samples of the pool one decision scores, for the estimate of a run's cost."""
         return pool_size
 
+    def begin(self, ctx: RoundContext) -> None:
+        """Prepare a decision: measure what all its scores share, and change the state.
+
+        Called once in a decision, before anything is scored or chosen; not at all in a decision that scores nothing.
+        ``ctx.candidates`` are all the samples of the decision; ``ctx.rng`` goes on in the first call of :meth:`score`.
+        """
+
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return one number per candidate, shape (n,); higher is chosen first."""
+        """Return one number per candidate, shape (n,); higher is better, NaN: the candidate has no score.
+
+        A candidate without a score is never chosen. A decision may call this several times, for each domain or for
+        parts of the candidates; it must not change the state.
+        """
         raise NotImplementedError(f"selector {self.name!r} defines neither score() nor choose()")
+
+    def pick(self, scores: ScoreArray, count: int, rng: np.random.Generator) -> IndexArray:
+        """Return ``count`` distinct positions of scores that are not NaN; by default as the ``rule`` parameter says.
+
+        Args:
+            scores: of all candidates, NaN where one has none, shape (n,); at least ``count`` are not.
+            count: at least 1.
+            rng: the source of draws.
+        """
+        params: Any = self.params  # registration refuses a selector without these that leaves pick() as it is
+        scored = np.flatnonzero(~np.isnan(scores))
+        values = scores[scored]
+        if params.rule == "top_k":
+            return scored[top_k(values, count)]
+        spread = float(values.std()) or 1.0
+        return scored[sample_softmax(values.astype(np.float64) / (spread * params.temperature), count, rng)]
+
+    def rank(self, scores: ScoreArray, picked: IndexArray) -> IndexArray | None:
+        """Return the rank of each picked position among the scores, 1 the best; None if the rule prefers none.
+
+        Args:
+            scores: of all candidates, NaN where one has none.
+            picked: what :meth:`pick` returned. If these are the best scores, equal ones rank in the order given.
+        """
+        draws = isinstance(self.params, SelectorParams) and self.params.rule == "sample"
+        return ranks_of(scores, picked, keep_order=not draws)
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return ``count`` distinct candidates, ``count`` at most their number."""
-        if ctx.capped is not None:
-            return ctx.capped.choose(self, ctx, candidates, count)
-        scores = check_scores(self, self.score(ctx, candidates), candidates, self.leaves_out_unscored)
-        scored = np.flatnonzero(~np.isnan(scores))
-        if scored.size < count:
-            raise ComponentError(
-                f"{count} samples are wanted but only {scored.size} of {candidates.size} have a score (the others have "
-                "no token to train on). Shorten update_steps or check the data."
-            )
-        values = scores[scored]
-        params: Any = self.params  # registration refuses a selector without these that leaves choose() as it is
-        if params.rule == "top_k":
-            chosen = top_k(values, count)
-            ranks = ranks_of_best(values[chosen])
-        else:
-            spread = float(values.std()) or 1.0
-            chosen = sample_softmax(values.astype(np.float64) / (spread * params.temperature), count, ctx.rng)
-            ranks = ranks_among(values, chosen)
-        return Selection(
-            candidates[scored[chosen]],
-            values[chosen],
-            candidates.size - scored.size,
-            ranks=ranks,
-            ranked=scored.size,
-        )
+        scores = check_scores(self, self.score(ctx, candidates), candidates)
+        return choice_by_scores(self, ctx, candidates, scores, count)
 
     def select(self, ctx: RoundContext, group: Group) -> Selection:
-        """Return ``group.budget`` samples: whole passes while the budget exceeds the group, then a choice."""
-        passes, rest = divmod(group.budget, group.size)
-        candidates = group.candidates
-        whole = Selection(np.tile(candidates, passes), passes=np.repeat(np.arange(passes), group.size))
-        if not rest:
-            return replace(whole, undecided="every sample is taken")
-        chosen = self.choose(ctx, candidates, rest)
-        check_form(label_of(self, ("choose",)), chosen)
-        self._check_distinct(chosen, group)
-        if not passes:
-            return chosen
-        return join([whole, replace(chosen, passes=np.full(rest, passes))])
+        """Return ``group.budget`` samples: whole passes while the budget exceeds the group, then a choice.
 
-    def _check_distinct(self, chosen: Selection, group: Group) -> None:
-        inside = chosen.indices[(chosen.indices >= group.start) & (chosen.indices < group.stop)]
-        seen = np.zeros(group.size, dtype=bool)
-        seen[inside - group.start] = True
-        if np.count_nonzero(seen) < inside.size:
-            raise ComponentError(f"{label_of(self, ('choose',))} chose a sample of {group.name!r} more than once.")
+        Overridden only by what draws from the group's running pass itself.
+        """
+
+        def choose(candidates: IndexArray, count: int) -> Selection:
+            return checked_choice(self, self.choose(ctx, candidates, count), candidates, group.name)
+
+        return with_whole_passes(group.candidates, group.budget, choose)
 
 
-def check_scores(
-    component: Component, scores: ScoreArray, candidates: IndexArray, nan_allowed: bool = False
-) -> ScoreArray:
-    """Return ``scores`` as float32 after checking one finite number (or NaN, where allowed) per candidate.
+def overhead_limit(selector: Selector) -> float | None:
+    """Return a selector's ``max_overhead``; None if it is not given, or the selector has no such parameter."""
+    return selector.params.max_overhead if isinstance(selector.params, SelectorParams) else None
+
+
+def overrides(selector: Selector, method: str) -> bool:
+    """Return whether a selector's class, or a base of it, has its own way of deciding."""
+    return bool(getattr(type(selector), method) is not getattr(Selector, method))
+
+
+def choice_by_scores(
+    selector: Selector, ctx: RoundContext, candidates: IndexArray, scores: ScoreArray, count: int
+) -> Selection:
+    """Return what a selector's rule picks by given scores.
+
+    Args:
+        selector: whose rule it is.
+        ctx: of the decision.
+        candidates: shape (n,).
+        scores: of the candidates, checked.
+        count: how many to choose.
+
+    Raises:
+        ComponentError: if fewer candidates have a score, or the rule returns something else than positions of them.
+    """
+    unscored = int(np.count_nonzero(np.isnan(scores)))
+    if candidates.size - unscored < count:
+        raise ComponentError(too_few_scores(selector, ctx.pool, candidates, scores, count))
+    picked = checked_positions(selector, selector.pick(scores, count, ctx.rng), scores, count)
+    ranks = selector.rank(scores, picked)
+    if (np.diff(picked) < 0).any():
+        order = np.argsort(picked, kind="stable")
+        picked, ranks = picked[order], None if ranks is None else ranks[order]
+    ranked = 0 if ranks is None else candidates.size - unscored
+    return Selection(candidates[picked], scores[picked], unscored, ranks=ranks, ranked=ranked)
+
+
+def too_few_scores(selector: Selector, pool: Pool, candidates: IndexArray, scores: ScoreArray, count: int) -> str:
+    """Return what says that fewer candidates have a score than are wanted, and whose fault it is."""
+    without = candidates[np.isnan(scores)]
+    strange = without[pool.trained[without]]
+    untrained = without.size - strange.size
+    reasons = []
+    if untrained:
+        reasons.append(f"{'the others' if not strange.size else untrained} have no token to train on")
+    if strange.size:
+        shown = ", ".join(map(str, strange[:5]))
+        more = ", ..." if strange.size > 5 else ""
+        reasons.append(
+            f"{label_of(selector, ('score',))} has none for {strange.size} with one: pool indices {shown}{more}"
+        )
+    return (
+        f"{count} samples are wanted but only {candidates.size - without.size} of {candidates.size} have a score "
+        f"({'; '.join(reasons)}). Shorten update_steps or check the data."
+    )
+
+
+def checked_positions(selector: Selector, picked: Any, scores: ScoreArray, count: int) -> IndexArray:
+    """Return what a rule picked, as integers.
+
+    Raises:
+        ComponentError: if it is not ``count`` distinct positions of scores that are not NaN.
+    """
+    label = label_of(selector, ("pick",))
+    try:
+        positions = np.asarray(picked)
+    except ValueError as error:
+        raise ComponentError(f"{label} returned a {type(picked).__name__} that is no array: {error}") from error
+    if positions.shape != (count,) or not np.issubdtype(positions.dtype, np.integer):
+        raise ComponentError(
+            f"{label} returned {positions.dtype} positions of shape {positions.shape}; {count} integers are needed."
+        )
+    if positions.min() < 0 or positions.max() >= scores.size:
+        raise ComponentError(f"{label} returned positions outside 0 to {scores.size - 1}, those of the scores.")
+    seen = np.zeros(scores.size, dtype=bool)
+    seen[positions] = True
+    if np.count_nonzero(seen) < count:
+        raise ComponentError(f"{label} picked a position more than once.")
+    if np.isnan(scores[positions]).any():
+        raise ComponentError(f"{label} picked {np.isnan(scores[positions]).sum()} candidates without a score (NaN).")
+    return positions.astype(np.int64, copy=False)
+
+
+def checked_choice(selector: Selector, chosen: Selection, candidates: IndexArray, group: str) -> Selection:
+    """Return what a selector chose.
+
+    Raises:
+        ComponentError: if it is no selection, or has a sample more than once or one that is no candidate.
+    """
+    label = label_of(selector, ("choose",))
+    check_form(label, chosen)
+    if not chosen.indices.size or not np.issubdtype(chosen.indices.dtype, np.integer):
+        return chosen  # the planner refuses its shape or its kind
+    first, last = int(candidates[0]), int(candidates[-1])
+    inside = chosen.indices[(chosen.indices >= first) & (chosen.indices <= last)]
+    seen = np.zeros(last - first + 1, dtype=bool)
+    seen[inside - first] = True
+    if np.count_nonzero(seen) < inside.size:
+        raise ComponentError(f"{label} chose a sample of {group!r} more than once.")
+    seen[candidates - first] = False
+    if seen.any():
+        raise ComponentError(f"{label} chose {np.count_nonzero(seen)} samples of {group!r} that were no candidates.")
+    return chosen
+
+
+def check_scores(component: Component[Any], scores: ScoreArray, candidates: IndexArray) -> ScoreArray:
+    """Return ``scores`` as float32 after checking one number per candidate, finite or NaN.
 
     Raises:
         ComponentError: naming the component and the first offending samples.
@@ -152,11 +262,11 @@ def check_scores(
             f"{label} returned scores of shape {values.shape} for {candidates.size} candidates; "
             "one number per candidate is needed."
         )
-    bad = np.flatnonzero(np.isinf(values) if nan_allowed else ~np.isfinite(values))
+    bad = np.flatnonzero(np.isinf(values))
     if bad.size:
         raise ComponentError(
-            f"{label} returned {bad.size} scores that are NaN or infinite (pool indices "
+            f"{label} returned {bad.size} scores that are infinite (pool indices "
             f"{', '.join(map(str, candidates[bad[:5]]))}{', ...' if bad.size > 5 else ''}). "
-            "Return a finite number for every candidate."
+            "Return a finite number, or NaN for a candidate without a score."
         )
     return values

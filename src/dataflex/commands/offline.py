@@ -147,7 +147,8 @@ def score_pool(run: DynamicRun, output: Path, amount: Amount) -> Scored:
     amount.of(size, size)  # too many shows before the dear part
     ctx = _context(run, selector)
     everyone = np.arange(size)
-    scores = check_scores(selector, selector.score(ctx, everyone), everyone, selector.leaves_out_unscored)
+    selector.begin(ctx)
+    scores = check_scores(selector, selector.score(ctx, everyone), everyone)
     scored = int(np.count_nonzero(~np.isnan(scores)))
     if not scored:
         raise DataFlexError(
@@ -178,6 +179,7 @@ def _context(run: DynamicRun, selector: Selector) -> RoundContext:
         steps=1,
         size=run.pool.size,
         total_steps=1,
+        candidates=np.arange(run.pool.size),
         validation_pool=run.validation.get("select"),
     )
 

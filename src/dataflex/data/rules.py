@@ -67,6 +67,26 @@ def ranks_among(scores: NDArray[np.floating], chosen: IndexArray) -> IndexArray:
     return ranks + above[number + 1]
 
 
+def ranks_of(scores: NDArray[np.floating], picked: IndexArray, keep_order: bool = True) -> IndexArray:
+    """Return the rank of each picked position among the scores that are not NaN, in the order given: 1 is the best.
+
+    Ties go to the lower position.
+
+    Args:
+        scores: of all candidates, NaN where one has none, shape (N,).
+        picked: distinct positions of candidates with a score, at least one, shape (k,).
+        keep_order: if the picked scores are the best ones, equal ones rank in the order given.
+    """
+    values = scores[picked]
+    lowest = values.min()
+    if keep_order and np.count_nonzero(scores > lowest) == np.count_nonzero(values > lowest):
+        return ranks_of_best(values)
+    order = np.argsort(picked, kind="stable")
+    ranks = np.empty(picked.size, dtype=np.int64)
+    ranks[order] = ranks_among_scored(scores, picked[order])
+    return ranks
+
+
 def ranks_among_scored(scores: NDArray[np.floating], chosen: IndexArray) -> IndexArray:
     """Return the rank of each chosen position among the scores that are not NaN, as :func:`ranks_among`.
 

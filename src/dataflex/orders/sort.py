@@ -50,7 +50,7 @@ class SortOrder(Order[SortParams]):
 
     def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
         """Return the sorting permutation."""
-        scores = check_scores(self, self._scores(ctx, selection), selection.indices, nan_allowed=True)
+        scores = check_scores(self, self._scores(ctx, selection), selection.indices)
         return sorted_positions(scores, self.params.descending, ctx.rng)
 
     def _scores(self, ctx: RoundContext, selection: Selection) -> ScoreArray:

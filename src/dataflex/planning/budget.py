@@ -10,6 +10,7 @@ Nothing here reads a clock: measured seconds are arguments, and the same argumen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -260,9 +261,7 @@ class ScoreBook:
         count: int,
         update: int,
         rng: np.random.Generator,
-        *,
-        rule: Literal["top_k", "sample"] = "top_k",
-        temperature: float = 1.0,
+        draw: Draw,
     ) -> tuple[IndexArray, ScoreArray]:
         """Return the chosen candidates and their estimates; they are ``used`` from now on.
 
@@ -273,8 +272,7 @@ class ScoreBook:
             count: samples to choose.
             update: number of the present decision, its scores recorded.
             rng: breaks ties (members of a cluster without a score of their own are tied) and draws the sample.
-            rule: ``top_k``: the best estimates; ``sample``: without replacement, p ~ exp(estimate / temperature).
-            temperature: for ``sample``, of the z-scores, > 0.
+            draw: takes so many of some candidates by their estimates.
 
         Returns:
             Distinct pool indices, ascending, and estimates (float32), both of shape (count,).
@@ -293,11 +291,11 @@ class ScoreBook:
         fresh, rest = usable[~used], usable[used]
         missing = count - fresh.size
         if missing > 0:
-            again = _draw(rest, estimated, missing, rng, rule, temperature)
+            again = draw(rest, estimated, missing, rng)
             chosen = np.concatenate([fresh, again])
             self.used[candidates[rest]] = False
         else:
-            chosen = _draw(fresh, estimated, count, rng, rule, temperature)
+            chosen = draw(fresh, estimated, count, rng)
         chosen = chosen[np.argsort(candidates[chosen])]
         self.used[candidates[chosen]] = True
         return candidates[chosen], estimated[chosen]
@@ -327,15 +325,28 @@ class ScoreBook:
         self.used = np.array(state["used"], dtype=bool)
 
 
-def _draw(
+Draw = Callable[[IndexArray, ScoreArray, int, np.random.Generator], IndexArray]
+"""Returns so many of some positions by the estimates of all: (positions, estimates, count, rng)."""
+
+
+def draw_by_rule(
     positions: IndexArray,
     estimated: ScoreArray,
     count: int,
     rng: np.random.Generator,
-    rule: Literal["top_k", "sample"],
-    temperature: float,
+    rule: Literal["top_k", "sample"] = "top_k",
+    temperature: float = 1.0,
 ) -> IndexArray:
-    """Return ``count`` of ``positions`` by their estimates, ties drawn at random."""
+    """Return ``count`` of ``positions`` by their estimates, ties drawn at random.
+
+    Args:
+        positions: of candidates.
+        estimated: estimates of all candidates.
+        count: at most the number of positions; at 0 none are taken.
+        rng: the source of draws.
+        rule: ``top_k``: the best estimates; ``sample``: without replacement, p ~ exp(estimate / temperature).
+        temperature: for ``sample``, of the z-scores, > 0.
+    """
     if rule == "sample":
         return positions[sample_softmax(estimated[positions].astype(np.float64) / temperature, count, rng)]
     shuffled = rng.permutation(positions)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,12 @@ from dataflex import distributed
 from dataflex.api.component import State
 from dataflex.api.context import RoundContext
 from dataflex.api.selection import Selection
-from dataflex.api.selector import check_scores
+from dataflex.api.selector import check_scores, checked_positions, overrides
 from dataflex.data.clusters import token_clusters
-from dataflex.data.rules import ScoreArray, ranks_among, ranks_of_best
+from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
-from dataflex.planning.budget import Budget, Costs, ScoreBook, affordable
+from dataflex.planning.budget import Budget, Costs, Draw, ScoreBook, affordable, draw_by_rule
 
 if TYPE_CHECKING:
     from dataflex.api.schedule import Schedule
@@ -54,12 +54,27 @@ class Spent:
     decision_seconds: float
 
 
-class CappedScoring:
+@dataclass
+class _Decision:
+    """What the present decision has done so far, in all groups."""
+
+    may_score: bool
+    """Whether it is one in which the selector decides."""
+    allowed: int | None = None
+    """How many samples it may score; None: not yet found out."""
+    has_begun: bool = False
+    has_paid: bool = False
+    """Whether what every decision costs is measured."""
+    by_own_score: int = 0
+    chosen: int = 0
+
+
+class LimitedScoring:
     """Scores some candidates, remembers the scores, and chooses by what is known.
 
     Args:
         pool: the samples.
-        max_overhead: cap on decision seconds over training seconds, of the whole run.
+        max_overhead: limit on decision seconds over training seconds, of the whole run.
         seed: of the clusters.
         schedule: the rounds.
         spent: returns the seconds so far, the running decision's included; called on rank 0.
@@ -77,50 +92,49 @@ class CappedScoring:
         self._fixed_seconds, self._fixed_count = 0.0, 0
         self.notes: dict[str, Any] = {}
         """What the present decision did, for the record."""
+        self._now = _Decision(True)
         self._decisions, self._scoring, self._scored = 0, 0, 0
         """Decisions, those of them that scored, and the scores they made in all."""
         self._first_seconds, self._scoring_seconds = 0.0, 0.0
         """What decisions had taken when the first had found out what scoring costs, and what all scoring took."""
 
+    def open(self, may_score: bool = True) -> None:
+        """Begin a decision; ``may_score``: whether it is one in which the selector decides."""
+        self.notes, self._now = {}, _Decision(may_score)
+
     def choose(self, selector: Selector, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
-        """Return ``count`` of the candidates, scoring no more of them than the cap allows."""
-        made_with = selector.params.model_dump(mode="json", exclude=_CHOICE_ONLY)
+        """Return ``count`` of the candidates, scoring no more of them than the limit allows."""
+        made_with = {**selector.params.model_dump(mode="json", exclude=_CHOICE_ONLY), "method": selector.name}
         if self._book is not None and made_with != self._made_with:
             logger.warning("select %s: its parameters changed, so its scores are made again.", selector.name)
             self._book, self._seconds, self._samples, self._fixed_seconds, self._fixed_count = None, 0.0, 0, 0.0, 0
         self._made_with = made_with
         book = self._book_now()
-        if "allowed" not in ctx.memo:
+        now = self._now
+        if now.allowed is None:
             self.notes = {"scored": 0, "clusters": int(book.clusters.max()) + 1}
-            ctx.memo["allowed"] = self._allowed(ctx, book)
+            now.allowed = self._allowed(ctx, book) if now.may_score else 0
             self._decisions += 1
         share = count / ctx.size
-        if round(ctx.memo["allowed"] * share):
+        if round(now.allowed * share):
             self._score(selector, ctx, book, candidates, share)
-        self.notes["allowed"] = ctx.memo["allowed"]
+        self.notes["allowed"] = now.allowed
         max_age = book.max_age(candidates, count, ctx.update)
         used, estimated = book.used[candidates], book.estimates(candidates, ctx.update, max_age)
         try:
-            chosen, estimates = book.choose(
-                candidates,
-                count,
-                ctx.update,
-                ctx.rng,
-                rule=selector.params.rule,
-                temperature=selector.params.temperature,
-            )
+            chosen, estimates = book.choose(candidates, count, ctx.update, ctx.rng, draw=_draw_of(selector))
         except ValueError as error:
             raise ComponentError(f"selector {selector.name!r}: {error}") from error
         # Of all groups of the decision, where a mixer makes several.
-        own, chosen_before = ctx.memo.get("chosen", (0, 0))
-        own += int((book.scored_at[chosen] > ctx.update - max_age).sum())
-        ctx.memo["chosen"] = own, chosen_before + chosen.size
+        now.by_own_score += int((book.scored_at[chosen] > ctx.update - max_age).sum())
+        now.chosen += chosen.size
         self.notes["max_age"] = max(max_age, self.notes.get("max_age", 0))
-        self.notes["chosen_by_own_score"] = round(own / (chosen_before + chosen.size), 4)
-        ranks = _ranks(estimated, used, np.searchsorted(candidates, chosen), selector.params.rule)
+        self.notes["chosen_by_own_score"] = round(now.by_own_score / now.chosen, 4)
+        ranks = _ranks(selector, estimated, used, np.searchsorted(candidates, chosen))
         unscored = int(book.unscorable(candidates).sum())
-        why = None if book.has_scores(candidates) else "the cap allowed no score yet, the draw is random"
-        return Selection(chosen, estimates, unscored, ranks=ranks, ranked=candidates.size - unscored, undecided=why)
+        ranked = 0 if ranks is None else candidates.size - unscored
+        why = None if book.has_scores(candidates) else "the limit allowed no score yet, the draw is random"
+        return Selection(chosen, estimates, unscored, ranks=ranks, ranked=ranked, undecided=why)
 
     def _book_now(self) -> ScoreBook:
         if self._book is None:
@@ -174,12 +188,13 @@ class CappedScoring:
         self, selector: Selector, ctx: RoundContext, book: ScoreBook, candidates: IndexArray, share: float
     ) -> None:
         """Score ``share`` of what is allowed, more at the first decision where the measured costs allow it."""
-        unknown, paid = not self._samples, "paid" in ctx.memo
-        picked = book.pick(candidates, max(round(ctx.memo["allowed"] * share), 2 if unknown else 1), ctx.rng)
+        now, unknown = self._now, not self._samples
+        assert now.allowed is not None
+        picked = book.pick(candidates, max(round(now.allowed * share), 2 if unknown else 1), ctx.rng)
         if picked.size < (2 if unknown else 1):
             return
         lead, rest = picked[:0], picked
-        if not paid:
+        if not now.has_paid:
             order = ctx.rng.permutation(picked.size)
             half = min(_CALIBRATION, (picked.size + 1) // 2)
             lead, rest = np.sort(picked[order[:half]]), np.sort(picked[order[half:]])
@@ -187,13 +202,13 @@ class CappedScoring:
         more, seconds = self._timed(selector, ctx, rest)
         done, values = [lead, rest], [scores, more]
         self._seconds, self._samples = self._seconds + seconds, self._samples + rest.size
-        if not paid:
+        if not now.has_paid:
             fixed = max(0.0, fixed - lead.size * self._seconds / self._samples)
             self._fixed_seconds, self._fixed_count = self._fixed_seconds + fixed, self._fixed_count + 1
-            ctx.memo["paid"] = True
+            now.has_paid = True
         if unknown:
             allowed = self._affordable(ctx, False, fixed)
-            ctx.memo["allowed"] = max(ctx.memo["allowed"], allowed)
+            now.allowed = max(now.allowed, allowed)
             extra = min(round(allowed * share), candidates.size - picked.size)
             if extra > 0:
                 further = book.pick(np.setdiff1d(candidates, picked), extra, ctx.rng)
@@ -229,7 +244,10 @@ class CappedScoring:
         if not indices.size:
             return np.empty(0, dtype=np.float32), 0.0
         began = time.perf_counter()
-        scores = check_scores(selector, selector.score(ctx, indices), indices, selector.leaves_out_unscored)
+        if not self._now.has_begun:
+            self._now.has_begun = True
+            selector.begin(ctx)
+        scores = check_scores(selector, selector.score(ctx, indices), indices)
         seconds = distributed.on_main(lambda: time.perf_counter() - began)
         self._scoring_seconds += seconds
         return scores, seconds
@@ -303,23 +321,36 @@ class CappedScoring:
         self._first_seconds, self._scoring_seconds = map(float, made[3:])
 
 
-def _ranks(
-    estimated: ScoreArray, used: NDArray[np.bool_], chosen: IndexArray, rule: Literal["top_k", "sample"]
-) -> IndexArray:
+def _draw_of(selector: Selector) -> Draw:
+    """Return what draws by estimates as the selector's rule does by scores, ties in random order."""
+    if not overrides(selector, "pick"):
+        return partial(draw_by_rule, rule=selector.params.rule, temperature=selector.params.temperature)
+
+    def draw(positions: IndexArray, estimated: ScoreArray, count: int, rng: np.random.Generator) -> IndexArray:
+        shuffled = rng.permutation(positions)
+        values = estimated[shuffled]
+        return shuffled[checked_positions(selector, selector.pick(values, count, rng), values, count)]
+
+    return draw
+
+
+def _ranks(selector: Selector, estimated: ScoreArray, used: NDArray[np.bool_], chosen: IndexArray) -> IndexArray | None:
     """Return the rank of each chosen position by its estimate, shape (k,); used candidates come after all others.
 
     Args:
+        selector: that ranks.
         estimated: of all candidates; NaN where one cannot be scored.
         used: whether each was chosen since it was last scored.
         chosen: positions, ascending.
-        rule: that chose them; ``top_k`` took the best of the first kind, then of the second.
     """
     ranks = np.empty(chosen.size, dtype=np.int64)
     ahead = 0
     for kind in (~used & ~np.isnan(estimated), used & ~np.isnan(estimated)):
         among, own = np.flatnonzero(kind), np.flatnonzero(kind[chosen])
-        values = estimated[among]
-        places = np.searchsorted(among, chosen[own])
-        ranks[own] = ahead + (ranks_of_best(values[places]) if rule == "top_k" else ranks_among(values, places))
+        if own.size:
+            found = selector.rank(estimated[among], np.searchsorted(among, chosen[own]))
+            if found is None:
+                return None
+            ranks[own] = ahead + found
         ahead += among.size
     return ranks

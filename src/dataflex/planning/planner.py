@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from dataflex import distributed
 from dataflex.api.component import Component, State
-from dataflex.api.components import Components
-from dataflex.api.context import NOT_DECIDED, RoundContext
+from dataflex.api.components import Components, Entry, family_key
+from dataflex.api.context import RoundContext
 from dataflex.api.mixer import Mixer
 from dataflex.api.probe import Probe
 from dataflex.api.schedule import RoundSlot, Schedule
 from dataflex.api.selection import Group, Selection, check_form, join
+from dataflex.api.selector import Selector
 from dataflex.api.source import label_of
 from dataflex.data.apportion import LATER_ROUNDS, Apportioned, apportion
 from dataflex.data.pool import Pool, some
@@ -32,7 +33,8 @@ from dataflex.data.rng import derive_rng, key_of
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray, KeyedPermutation, PassSampler, exactly
 from dataflex.errors import ComponentError, ConfigError
-from dataflex.planning.overhead import CappedScoring
+from dataflex.planning.chain import SelectorChain, StageOutcome
+from dataflex.planning.overhead import LimitedScoring
 
 Arrangement = Literal["shuffle", "sequential", "group_by_length"]
 
@@ -60,12 +62,14 @@ class Plan:
     """How many candidates were ranked in each group: ``pool``, or the domains where a mixer decides."""
     epochs: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     """Samples planned of each domain up to and including this round, over its size, shape (K,); empty: unknown."""
-    capped: dict[str, float] = field(default_factory=dict)
+    clipped_shares: dict[str, float] = field(default_factory=dict)
     """The share the mixer wanted of each domain that ``max_epochs_per_domain`` gave less."""
     undecided: dict[str, str] = field(default_factory=dict)
     """Why a component decided nothing in this round, by configuration key."""
     not_chosen: dict[str, str] = field(default_factory=dict)
     """Why the selector chose nothing from a group: ``pool``, or a domain where a mixer decides."""
+    stages: tuple[StageOutcome, ...] = ()
+    """What each filter of a chain of selectors did, in their order."""
 
     @property
     def sha256(self) -> str:
@@ -85,7 +89,7 @@ class Planner:
         arrangement: what orders a plan without an ``order`` component.
         validation: the validation samples of the components that asked for some, by configuration key.
         learning_rate: returns the optimizer's present one.
-        capped: scores in the selector's place where its cost is capped.
+        limit: scores in the last selector's place if its cost is limited.
         expected_steps: steps the run is expected to take; none: those of the schedule.
     """
 
@@ -100,13 +104,15 @@ class Planner:
         arrangement: Arrangement = "shuffle",
         validation: Mapping[str, Pool] | None = None,
         learning_rate: Callable[[], float] = lambda: 0.0,
-        capped: CappedScoring | None = None,
+        limit: LimitedScoring | None = None,
         expected_steps: int | None = None,
     ) -> None:
         self.pool, self.components, self.schedule, self.validation = pool, components, schedule, validation or {}
-        self.learning_rate, self.capped = learning_rate, capped
+        self.learning_rate = learning_rate
+        self.chain = SelectorChain(components.select, pool, limit) if components.select else None
         self.expected = schedule if expected_steps is None else replace(schedule, total_steps=expected_steps)
-        self._memo: dict[str, dict[str, Any]] = {}
+        self._mixing: list[str] = []
+        """Why the mixer decided nothing in the present round."""
         self.seed, self.global_batch_size, self.arrangement = seed, global_batch_size, arrangement
         shuffle = arrangement != "sequential"
         self._pool_sampler = PassSampler(pool.size, seed=seed, name="pool", shuffle=shuffle)
@@ -129,11 +135,10 @@ class Planner:
         Raises:
             ComponentError: if a component returns something no plan can be made of.
         """
-        self._memo = {}
-        if self.capped is not None:
-            self.capped.notes = {}
-        groups, decided, capped = self._groups(slot, probe)
-        parts = [self._select(slot, probe, group) for group in groups]
+        self._mixing = []
+        groups, decided, clipped = self._groups(slot, probe)
+        chain = self.chain if slot.update is not None else None
+        parts = self._select(slot, probe, groups, chain)
         selection = join(parts)
         arranged = self._arrange(slot, probe, selection)
         if arranged is not None and selection.passes is not None and self._keeps_passes(slot):
@@ -152,7 +157,8 @@ class Planner:
             self.planned += counts
         else:
             self.planned += self._counts(groups)
-        budget = self.capped.notes or None if self.capped is not None else None
+        limit = None if chain is None else chain.limit
+        budget = None if limit is None else limit.notes or None
         ranked = {
             group.name: int(part.ranked) for group, part in zip(groups, parts, strict=True) if part.ranks is not None
         }
@@ -169,9 +175,10 @@ class Planner:
             ranks,
             ranked,
             self.epochs,
-            capped,
+            clipped,
             self._undecided(slot, not_chosen, len(groups)),
             not_chosen,
+            () if chain is None else tuple(chain.outcomes),
         )
 
     def _undecided(self, slot: RoundSlot, not_chosen: dict[str, str], groups: int) -> dict[str, str]:
@@ -189,8 +196,8 @@ class Planner:
             found["select"] = "; ".join(dict.fromkeys(not_chosen.values()))
         if mixer is not None and len(self.pool.domains) == 1:
             found["mix"] = "there is one domain"
-        elif mixer is not None and NOT_DECIDED in self._memo[mixer.family]:
-            found["mix"] = self._memo[mixer.family][NOT_DECIDED]
+        elif self._mixing:
+            found["mix"] = self._mixing[-1]
         return found
 
     @property
@@ -209,7 +216,7 @@ class Planner:
             "owed": self.owed.copy(),
             "shares": self._shares.copy(),
             "warned": sorted(self._warned),
-            "capped": {} if self.capped is None else self.capped.state_dict(),
+            "chain": None if self.chain is None else self.chain.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -221,16 +228,17 @@ class Planner:
         self.owed = np.array(state["owed"], dtype=np.float64)
         self._shares = np.array(state["shares"], dtype=np.float64)
         self._warned = set(state["warned"])
-        if self.capped is not None:
-            self.capped.load_state_dict(state["capped"])
+        if self.chain is not None and state["chain"] is not None:
+            self.chain.load_state_dict(state["chain"])
 
     def context(self, component: Component, slot: RoundSlot, probe: Probe, group: str = "pool") -> RoundContext:
         """Return what ``component`` may base its part of a round on; every group has random numbers of its own."""
         key = next(key for key, own in self.components.items() if own is component)
+        place = () if key == family_key(key) else (key,)  # a chain may have a method twice
         return RoundContext(
             pool=self.pool,
             probe=probe,
-            rng=derive_rng(self.seed, component.family, component.name, slot.number, group),
+            rng=derive_rng(self.seed, component.family, component.name, *place, slot.number, group),
             round=slot.number,
             update=slot.update or 0,
             num_updates=max(self.expected.num_updates, (slot.update or 0) + 1),
@@ -239,9 +247,7 @@ class Planner:
             size=slot.steps * self.global_batch_size,
             total_steps=max(self.expected.total_steps, slot.start_step + slot.steps),
             validation_pool=self.validation.get(key),
-            memo=self._memo.setdefault(component.family, {}),
             learning_rate=self.learning_rate(),
-            capped=self.capped if component.family == "selector" else None,
         )
 
     def _groups(
@@ -257,18 +263,19 @@ class Planner:
         if mixer is None:
             return [Group("pool", 0, self.pool.size, size, self._pool_sampler)], None, {}
         ctx = self.context(mixer, slot, probe)
+        self._mixing = ctx.undecided
         given = mixer.initial(ctx) if slot.update is None else mixer.mix(ctx)
         wanted = check_proportions(mixer, given, self.pool, "initial" if slot.update is None else "mix")
         found = self._apportioned(slot, wanted, size)
-        capped = {self.pool.domains[number]: float(wanted[number]) for number in np.flatnonzero(found.cut)}
-        self._tell(slot, capped)
+        clipped = {self.pool.domains[number]: float(wanted[number]) for number in np.flatnonzero(found.cut)}
+        self._tell(slot, clipped)
         bounds = zip(self.pool.domains, self.pool.offsets[:-1], self.pool.offsets[1:], found.counts, strict=True)
         groups = [
             Group(name, int(start), int(stop), int(count), sampler)
             for (name, start, stop, count), sampler in zip(bounds, self._domain_samplers, strict=True)
             if count
         ]
-        return groups, found.shares, capped
+        return groups, found.shares, clipped
 
     def _counts(self, groups: list[Group]) -> NDArray[np.int64]:
         """Return how many samples the groups, each a domain, are asked for, shape (K,)."""
@@ -303,9 +310,9 @@ class Planner:
             ends.append((end - begin) * self.global_batch_size)
         return np.array(ends, dtype=np.int64)
 
-    def _tell(self, slot: RoundSlot, capped: dict[str, float]) -> None:
+    def _tell(self, slot: RoundSlot, clipped: dict[str, float]) -> None:
         """Say once of each domain that ``max_epochs_per_domain`` gives it less than the mixer wants."""
-        newly = [name for name in capped if name not in self._warned]
+        newly = [name for name in clipped if name not in self._warned]
         if newly and distributed.rank() == 0:
             logger.warning(
                 "mix: max_epochs_per_domain is reached by %s in round %d; what the mixer wants more of %s goes to the "
@@ -327,13 +334,20 @@ class Planner:
             "give other domains a share, or train less (train_steps, max_steps, num_train_epochs)."
         )
 
-    def _select(self, slot: RoundSlot, probe: Probe, group: Group) -> Selection:
-        if not self.components.select or slot.update is None:
-            return group.draw_passes()
-        selector = self.components.select[-1].component
-        selection = selector.select(self.context(selector, slot, probe, group.name), group)
-        self._check_selection(label_of(selector, ("select", "choose", "score")), selection, group)
-        return selection
+    def _select(
+        self, slot: RoundSlot, probe: Probe, groups: list[Group], chain: SelectorChain | None
+    ) -> list[Selection]:
+        if chain is None or slot.update is None:
+            return [group.draw_passes() for group in groups]
+
+        def context(entry: Entry[Selector], group: str) -> RoundContext:
+            return self.context(entry.component, slot, probe, group)
+
+        found = chain.select(groups, slot.update, slot.steps * self.global_batch_size, context)
+        label = label_of(chain.entries[-1].component, ("select", "choose", "score"))
+        for group, selection in zip(groups, found, strict=True):
+            self._check_selection(label, selection, group)
+        return found
 
     def _check_selection(self, label: str, selection: Selection, group: Group) -> None:
         check_form(label, selection)

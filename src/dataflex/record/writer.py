@@ -339,7 +339,7 @@ class RunWriter:
             unscored=plan.unscored,
             candidates=plan.candidates,
             epochs=_named(pool, plan.epochs) if len(pool.domains) > 1 and plan.epochs.size else {},
-            clipped_shares=plan.capped,
+            clipped_shares=plan.clipped_shares,
             budget=plan.budget,
         )
         self._append(ROUNDS, line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -154,8 +154,6 @@ CheckpointedT = TypeVar("CheckpointedT", bound=CheckpointedParams, covariant=Tru
 class GradientSelector(Selector[GradientT]):
     """Base of selectors that look at per-sample gradients."""
 
-    leaves_out_unscored: ClassVar[bool] = True
-
     @property
     def stored_checkpoints(self) -> list[str]:
         """The checkpoint folders whose gradients count; none: the model as it is."""
@@ -221,8 +219,19 @@ class InfluenceSelector(GradientSelector[InfluenceT]):
         """Return the gradients of training and validation samples."""
         return Needs(measurements=(GradientFeatures(self.params.settings()),), validation=self.params)
 
+    def __init__(self, params: InfluenceT) -> None:
+        super().__init__(params)
+        self._validation_features: dict[str, ScoreArray] = {}
+        """Mean feature of each sub-task in this decision, (S, k), by stored checkpoint; "": of the model as it is."""
+
+    def begin(self, ctx: RoundContext) -> None:
+        """Make the features of the validation samples; those of stored checkpoints when these are looked at."""
+        self._validation_features = {}
+        if not self.stored_checkpoints:
+            self.validation_features(ctx, self.params.settings())
+
     def validation_features(self, ctx: RoundContext, settings: GradientSettings, checkpoint: str = "") -> ScoreArray:
-        """Return the mean feature of each sub-task, (S, k), float32; made once in a round for a checkpoint.
+        """Return the mean feature of each sub-task, (S, k), float32; made once in a decision for a checkpoint.
 
         Validation samples keep their raw gradient whatever the preconditioner. Where each has length 1, the inner
         product with a training feature of length 1 is the mean of its cosines with the sub-task's samples.
@@ -230,13 +239,11 @@ class InfluenceSelector(GradientSelector[InfluenceT]):
         Raises:
             ComponentError: if a sub-task has no sample with a trained token.
         """
-        key = f"validation_features {checkpoint}"
-        if key not in ctx.memo:
+        if checkpoint not in self._validation_features:
             raw = replace(settings, preconditioner="none")
             features = ctx.probe.gradients(np.arange(ctx.validation.size), raw, ctx.validation)
-            ctx.memo[key] = subtask_means(features, ctx)
-        means: ScoreArray = ctx.memo[key]
-        return means
+            self._validation_features[checkpoint] = subtask_means(features, ctx)
+        return self._validation_features[checkpoint]
 
     def influence(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
         """Return each candidate's mean inner product with every sub-task's samples, (n, S)."""

@@ -18,7 +18,6 @@ Cost: one forward over the pool, once; then ``representatives / cluster_size`` o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -34,10 +33,8 @@ from dataflex.api.measurement import Measurement
 from dataflex.api.needs import Needs, RunView
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
-from dataflex.api.selection import Selection
-from dataflex.data.rules import ScoreArray, ranks_among, sample_softmax
+from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
-from dataflex.errors import ComponentError
 from dataflex.probe.embeddings import Embeddings
 from dataflex.selectors.base_gradients import CheckpointSelector, LessParams
 
@@ -58,20 +55,14 @@ class ClusterLessSelector(CheckpointSelector[ClusterLessParams]):
     """Prefers clusters whose representatives would help the validation set most."""
 
     state_depends_on: ClassVar[frozenset[str]] = frozenset({"cluster_size", "cluster_iterations"})
+    partial_scores: ClassVar[str | None] = (
+        "cluster_size and representatives bound what cluster_less costs; use less for a limit"
+    )
 
     def __init__(self, params: ClusterLessParams) -> None:
         super().__init__(params)
         self._clusters: NDArray[np.int32] | None = None
         """The cluster of every sample of the pool, shape (N,)."""
-
-    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield what shows before a model is loaded."""
-        yield from super().problems(run)
-        if self.params.max_overhead is not None:
-            yield (
-                "max_overhead",
-                "cluster_size and representatives bound what cluster_less costs; use less for a cap.",
-            )
 
     def needs(self, run: RunView) -> Needs:
         """Return the gradients of representatives and validation samples, and the embeddings the clusters are of."""
@@ -89,34 +80,24 @@ class ClusterLessSelector(CheckpointSelector[ClusterLessParams]):
         clusters = -(-pool_size // self.params.cluster_size)
         return int(min(pool_size, clusters * self.params.representatives))
 
-    def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
-        """Return ``count`` candidates of the best clusters."""
-        scores = self.score(ctx, candidates)
-        scored = np.flatnonzero(~np.isnan(scores))
-        if scored.size < count:
-            raise ComponentError(
-                f"{count} samples are wanted but only {scored.size} of {candidates.size} have a score (the others have "
-                "no token to train on). Shorten update_steps or check the data."
-            )
-        values = scores[scored]
-        if self.params.rule == "top_k":
-            best = np.lexsort((ctx.rng.random(scored.size), -values))[:count]
-            ascending = np.argsort(best)
-            picked, ranks = best[ascending], ascending + 1
-        else:
-            spread = float(values.std()) or 1.0
-            picked = sample_softmax(values.astype(np.float64) / (spread * self.params.temperature), count, ctx.rng)
-            ranks = ranks_among(values, picked)
-        chosen = scored[picked]
-        unscored = candidates.size - scored.size
-        return Selection(candidates[chosen], scores[chosen], unscored, ranks=ranks, ranked=scored.size)
-
-    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return the score of every candidate's cluster; NaN where the candidate has no token to train on."""
+    def begin(self, ctx: RoundContext) -> None:
+        """Cluster the pool at the first decision; make the features of the validation samples."""
+        super().begin(ctx)
         if self._clusters is None:
             embeddings = ctx.probe.embeddings(np.arange(ctx.pool.size))
             seed = int.from_bytes(ctx.rng.bytes(4), "little")
             self._clusters = distributed.on_main(partial(self._cluster, embeddings, seed))
+
+    def pick(self, scores: ScoreArray, count: int, rng: np.random.Generator) -> IndexArray:
+        """Return what the ``rule`` parameter says, best first; members of a cluster have equal scores and are drawn."""
+        if self.params.rule != "top_k":
+            return super().pick(scores, count, rng)
+        scored = np.flatnonzero(~np.isnan(scores))
+        return scored[np.lexsort((rng.random(scored.size), -scores[scored]))[:count]]
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return the score of every candidate's cluster; NaN where the candidate has no token to train on."""
+        assert self._clusters is not None
         scores: ScoreArray = np.full(candidates.size, np.nan, dtype=np.float32)
         trained = ctx.pool.trained[candidates]
         if not trained.any():

@@ -28,12 +28,10 @@ from dataflex.api.needs import Needs, RunView
 from dataflex.api.params import ComponentParams
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
-from dataflex.api.selection import Selection
 from dataflex.api.selector import Selector
-from dataflex.data.rules import ScoreArray, ranks_among_scored
+from dataflex.data.rules import ScoreArray, ranks_among_scored, sample_without_replacement
 from dataflex.data.sampling import IndexArray
 from dataflex.probe.losses import Losses
-from dataflex.selectors.loss import draw_scored
 
 
 class DeltaLossParams(ComponentParams):
@@ -51,7 +49,11 @@ class DeltaLossSelector(Selector[DeltaLossParams]):
     def __init__(self, params: DeltaLossParams) -> None:
         super().__init__(params)
         self._baseline: ScoreArray | None = None
-        """First losses of the whole pool, shape (N,); NaN where not measured yet."""
+        """First losses of the whole pool, shape (N,); NaN where not measured yet, or no token is trained on."""
+        self._noted = np.zeros(0, dtype=bool)
+        """Who had no first loss before this decision, shape (N,)."""
+        self._decision = 1, 1
+        """Number of this decision, from 1, and how many there are."""
 
     def needs(self, run: RunView) -> Needs:
         """Return the losses of the candidates."""
@@ -66,26 +68,41 @@ class DeltaLossSelector(Selector[DeltaLossParams]):
             "dataflex.update_steps"
         )
 
-    def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
-        """Return ``count`` candidates drawn by the window of this decision."""
-        losses = ctx.probe.losses(candidates)
+    def begin(self, ctx: RoundContext) -> None:
+        """Note the losses of the candidates that have none noted yet."""
+        self._decision = ctx.update + 1, ctx.num_updates
         if self._baseline is None:
             self._baseline = np.full(ctx.pool.size, np.nan, dtype=np.float32)
-        first = self._baseline[candidates]
-        if np.isnan(first).all():
-            self._baseline[candidates] = losses
-            chosen = draw_scored((~np.isnan(losses)).astype(np.float64), count, ctx.rng)
-            fallen = np.zeros(chosen.size, dtype=np.float32)
-            why = "the first losses are only noted, the draw is uniform"
-            return Selection(candidates[chosen], fallen, int(np.isnan(losses).sum()), undecided=why)
-        delta = first - losses
+        self._noted = np.isnan(self._baseline)
+        new = ctx.candidates
+        if not self._noted[new].all():
+            new = new[self._noted[new] & ctx.pool.trained[new]]
+        else:
+            ctx.not_decided("the first losses are only noted, the draw is uniform")
+        if new.size:
+            self._baseline[new] = ctx.probe.losses(new)
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return by how much every candidate's loss fell; 0 if it is noted just now, NaN if there is none."""
+        assert self._baseline is not None
+        first, noted = self._baseline[candidates], self._noted[candidates]
+        if noted.all():
+            return first - first
+        delta = np.where(noted, first - first, first - ctx.probe.losses(candidates))
         if self.params.relative:
             delta = delta / np.where(first == 0, 1, first)  # nothing can fall below a first loss of 0
-        weights = window_weights(delta, ctx.update + 1, ctx.num_updates, self.params)
-        chosen = draw_scored(weights, count, ctx.rng)
-        unscored = int(np.isnan(delta).sum())
-        ranks = ranks_among_scored(delta, chosen)
-        return Selection(candidates[chosen], delta[chosen], unscored, ranks=ranks, ranked=delta.size - unscored)
+        return delta
+
+    def pick(self, scores: ScoreArray, count: int, rng: np.random.Generator) -> IndexArray:
+        """Return ``count`` positions drawn by the window of this decision; uniformly if no loss has changed."""
+        if _nothing_fell(scores):
+            return sample_without_replacement((~np.isnan(scores)).astype(np.float64), count, rng)
+        update, num_updates = self._decision
+        return sample_without_replacement(window_weights(scores, update, num_updates, self.params), count, rng)
+
+    def rank(self, scores: ScoreArray, picked: IndexArray) -> IndexArray | None:
+        """Return the ranks by the fall, the largest first; None if no loss has changed."""
+        return None if _nothing_fell(scores) else ranks_among_scored(scores, picked)
 
     def state_dict(self) -> State:
         """Return the first losses."""
@@ -94,6 +111,11 @@ class DeltaLossSelector(Selector[DeltaLossParams]):
     def load_state_dict(self, state: State) -> None:
         """Take back the first losses."""
         self._baseline = state.get("baseline")
+
+
+def _nothing_fell(falls: ScoreArray) -> bool:
+    """Return whether no loss has changed, as when all of them are noted just now."""
+    return not np.any(falls[~np.isnan(falls)])
 
 
 def window_start(update: int, num_updates: int, size: int, window_size: float) -> float:

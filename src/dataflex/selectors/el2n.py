@@ -10,7 +10,7 @@ Cost: one forward over the pool per update.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -32,8 +32,6 @@ class El2nParams(SelectorParams):
 @register("selector", "el2n")
 class El2nSelector(Selector[El2nParams]):
     """Prefers samples with large prediction errors."""
-
-    leaves_out_unscored: ClassVar[bool] = True
 
     def needs(self, run: RunView) -> Needs:
         """Return the errors of the candidates."""

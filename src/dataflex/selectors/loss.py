@@ -21,11 +21,9 @@ from dataflex.api.context import RoundContext
 from dataflex.api.needs import Needs, RunView
 from dataflex.api.params import ComponentParams
 from dataflex.api.registry import register
-from dataflex.api.selection import Selection
 from dataflex.api.selector import Selector
 from dataflex.data.rules import ScoreArray, ranks_among_scored, sample_without_replacement
 from dataflex.data.sampling import IndexArray
-from dataflex.errors import ComponentError
 from dataflex.probe.losses import Losses
 
 
@@ -53,17 +51,19 @@ class LossSelector(Selector[LossParams]):
         """Return the losses of the candidates."""
         return Needs(measurements=(Losses(),))
 
-    def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
-        """Return ``count`` candidates drawn by the weight of their part."""
-        losses = ctx.probe.losses(candidates)
-        weights = focus_weights(losses, self.params)
-        chosen = draw_scored(weights, count, ctx.rng, self.params.temperature)
-        unscored = int(np.isnan(losses).sum())
-        if self.params.focus == "medium":  # neither end is the better one
-            return Selection(candidates[chosen], losses[chosen], unscored)
-        wanted = losses if self.params.focus == "high" else -losses
-        ranks = ranks_among_scored(wanted, chosen)
-        return Selection(candidates[chosen], losses[chosen], unscored, ranks=ranks, ranked=losses.size - unscored)
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return the loss of every candidate; NaN where no token is trained on."""
+        return ctx.probe.losses(candidates)
+
+    def pick(self, scores: ScoreArray, count: int, rng: np.random.Generator) -> IndexArray:
+        """Return ``count`` positions drawn by the weight of their part."""
+        return sample_without_replacement(focus_weights(scores, self.params), count, rng, self.params.temperature)
+
+    def rank(self, scores: ScoreArray, picked: IndexArray) -> IndexArray | None:
+        """Return the ranks from the preferred end; None for ``medium``, of which neither end is the better one."""
+        if self.params.focus == "medium":
+            return None
+        return ranks_among_scored(scores if self.params.focus == "high" else -scores, picked)
 
 
 def focus_weights(losses: ScoreArray, params: LossParams) -> NDArray[np.float32]:
@@ -77,20 +77,3 @@ def focus_weights(losses: ScoreArray, params: LossParams) -> NDArray[np.float32]
     focused = {"low": losses <= low, "medium": (losses > low) & (losses <= high), "high": losses > high}[params.focus]
     weights[focused] = params.focus_weight
     return weights
-
-
-def draw_scored(
-    weights: NDArray[np.floating], count: int, rng: np.random.Generator, temperature: float = 1.0
-) -> IndexArray:
-    """Draw ``count`` positions of positive weight without replacement.
-
-    Raises:
-        ComponentError: if too few samples have a score.
-    """
-    scored = int(np.count_nonzero(weights))
-    if scored < count:
-        raise ComponentError(
-            f"{count} samples are wanted but only {scored} of {weights.size} have a loss (the others have no token "
-            "to train on). Shorten update_steps or check the data."
-        )
-    return sample_without_replacement(weights, count, rng, temperature)

@@ -76,8 +76,8 @@ class NiceSelector(InfluenceSelector[NiceParams]):
     def __init__(self, params: NiceParams) -> None:
         super().__init__(params)
         self._reward: Reward = params.reward.build()
-        self._directions: tuple[int, ScoreArray] | None = None
-        """Round and target directions, (J, k): several groups of a round share them."""
+        self._directions: ScoreArray | None = None
+        """Target directions of this decision, (J, k)."""
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield what shows before a model is loaded: vLLM is a package of its own and needs the whole weights."""
@@ -94,11 +94,14 @@ class NiceSelector(InfluenceSelector[NiceParams]):
                 "generation_backend: hf.",
             )
 
+    def begin(self, ctx: RoundContext) -> None:
+        """Generate responses, have them rewarded and make the target directions."""
+        self._directions = self.target_directions(ctx)
+
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return each candidate's similarity with its nearest sub-task, shape (n,); NaN without a trained token."""
-        if self._directions is None or self._directions[0] != ctx.round:
-            self._directions = (ctx.round, self.target_directions(ctx))
-        return ctx.probe.similarities(candidates, self.params.settings(), self._directions[1]).max(axis=1)
+        assert self._directions is not None
+        return ctx.probe.similarities(candidates, self.params.settings(), self._directions).max(axis=1)
 
     def target_directions(self, ctx: RoundContext) -> ScoreArray:
         """Return the mean target gradient of each sub-task that has one, shape (J, k), float32.

@@ -32,7 +32,6 @@ class ScoreColumnParams(SelectorParams):
 class ScoreColumnSelector(Selector[ScoreColumnParams]):
     """Prefers samples with large, or small, values of a column."""
 
-    leaves_out_unscored: ClassVar[bool] = True
     partial_scores: ClassVar[str | None] = "the scores are in the data and cost nothing; remove it"
 
     def needs(self, run: RunView) -> Needs:

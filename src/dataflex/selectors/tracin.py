@@ -62,7 +62,7 @@ class TracinSelector(CheckpointSelector[TracinParams]):
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return the influence of every candidate; NaN where no token is trained on."""
-        if self._scores is None:
+        if self._scores is None:  # kept from call to call, but the same whoever asks first
             self._scores = np.full(ctx.pool.size, -np.inf, dtype=np.float32)
         missing = candidates[np.isneginf(self._scores[candidates])]
         if missing.size:

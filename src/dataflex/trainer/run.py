@@ -19,14 +19,14 @@ from dataflex.api.context import StepContext, StepStatistics
 from dataflex.api.measurement import Measurement
 from dataflex.api.probe import GradientFeatures, GradientNorms
 from dataflex.api.schedule import RoundSlot, RunOutline, Schedule
-from dataflex.api.selector import SelectorParams
+from dataflex.api.selector import overhead_limit
 from dataflex.config.changes import snapshot
 from dataflex.config.checks.files import is_finished
 from dataflex.config.loading import DataFlexConfig, RunConfig
 from dataflex.data.pool import Pool, some
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import CheckpointError, ConfigError, DivergenceError, Problem
-from dataflex.planning.overhead import CappedScoring, Spent
+from dataflex.planning.overhead import LimitedScoring, Spent
 from dataflex.planning.planner import Arrangement, Plan, Planner, epoch_limits
 from dataflex.planning.run_plan import RunPlan, plan_of, problems_of, trainer_keys
 from dataflex.record.checkpoint import STATE_VERSION, check_state
@@ -294,7 +294,7 @@ class DynamicRun:
                 arrangement=arrangement,
                 validation=self.validation,
                 learning_rate=self.learning_rate,
-                capped=self._capped(),
+                limit=self._limit(),
                 expected_steps=self.expected_steps,
             )
         for _, component in self.components.items():  # rather now than at the first checkpoint
@@ -315,7 +315,7 @@ class DynamicRun:
         selector, measurements = entry.component, self.needs[entry.key].measurements
         if not measurements:
             return None
-        if isinstance(selector.params, SelectorParams) and selector.params.max_overhead is not None:
+        if overhead_limit(selector) is not None:
             return None
         began = time.perf_counter()
         by_length = np.argsort(pool.lengths, kind="stable")
@@ -337,15 +337,13 @@ class DynamicRun:
             f"{console.duration(total)}, {total / training:.2g} times the training itself (after {some.size} samples)."
         )
 
-    def _capped(self) -> CappedScoring | None:
-        """Return what caps the cost of the selector's scores, where its ``max_overhead`` asks for it."""
-        selector = self.components.select[-1].component if self.components.select else None
-        if selector is None or not isinstance(selector.params, SelectorParams) or selector.params.max_overhead is None:
+    def _limit(self) -> LimitedScoring | None:
+        """Return what limits the cost of the last selector's scores, if its ``max_overhead`` asks for it."""
+        share = overhead_limit(self.components.select[-1].component) if self.components.select else None
+        if share is None:
             return None
         assert self.pool is not None
-        return CappedScoring(
-            self.pool, selector.params.max_overhead, self.settings.seed, self.schedule, self._spent_so_far
-        )
+        return LimitedScoring(self.pool, share, self.settings.seed, self.schedule, self._spent_so_far)
 
     def _spent_so_far(self) -> Spent:
         running = time.perf_counter() - self._decision_began
@@ -572,8 +570,9 @@ class DynamicRun:
             )
         self._finished_at = step
         overhead = self.decision_seconds / self.train_seconds if self.train_seconds else 0.0
-        capped = None if self.planner is None else self.planner.capped
-        limit = None if capped is None else capped.closing(Spent(self.train_seconds, self.decision_seconds))
+        chain = None if self.planner is None else self.planner.chain
+        scoring = None if chain is None else chain.limit
+        limit = None if scoring is None else scoring.closing(Spent(self.train_seconds, self.decision_seconds))
         summary = Summary(
             **self._so_far(),
             overhead_fraction=round(overhead, 6),

@@ -11,7 +11,7 @@ import pytest
 
 from dataflex.api import registry
 from dataflex.api.component import Component
-from dataflex.api.context import NOT_DECIDED, StepStatistics
+from dataflex.api.context import StepStatistics
 from dataflex.api.mixer import Mixer
 from dataflex.api.schedule import RunOutline, Schedule, default_update_steps
 from dataflex.config.loading import DataFlexConfig, split_config
@@ -195,9 +195,9 @@ def test_the_component_of_the_documentation() -> None:
         pool = make_pool({"a": 4, "b": 16})
         early, late = context(pool, start_step=99), context(pool, start_step=100)
         assert mixer.mix(early).tolist() == [1.0, 1.0]
-        assert early.memo == {NOT_DECIDED: "the first 100 steps have equal shares"}
+        assert early.undecided == ["the first 100 steps have equal shares"]
         assert mixer.mix(late).tolist() == [2.0, 4.0]
-        assert late.memo == {}
+        assert late.undecided == []
         assert default_update_steps(
             rounds=mixer.wanted_rounds(2), num_samples=2000, global_batch_size=1, run_steps=500
         ) == 50  # fmt: skip

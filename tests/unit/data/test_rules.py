@@ -20,7 +20,7 @@ from dataflex.selectors.delta_loss import DeltaLossSelector
 from dataflex.selectors.full import FullSelector
 from dataflex.selectors.loss import LossSelector
 from dataflex.selectors.random import RandomSelector
-from unit.fakes import ScoreSelector, build, context, group_of, make_pool
+from unit.fakes import ScoreSelector, build, context, decided, group_of, make_pool
 
 
 def best(scores: np.ndarray, count: int) -> list[int]:
@@ -136,7 +136,7 @@ def test_an_exponential_of_zero_changes_nothing(first: float) -> None:
 def test_rule_top_k_takes_the_best_of_the_candidates() -> None:
     pool = make_pool({"a": 10})
     selector = ScoreSelector(lambda candidates: -((candidates - 6.0) ** 2))
-    selection = selector.select(context(pool), group_of(pool, 3, start=4))
+    selection = decided(selector, context(pool), group_of(pool, 3, start=4))
     assert selection.indices.tolist() == [5, 6, 7]
     assert selection.scores.tolist() == [-1, 0, -1]
     assert selection.unscored == 0
@@ -153,7 +153,7 @@ def test_rule_sample_prefers_high_scores_as_the_formula_says() -> None:
         counts = np.zeros(4)
         rng = np.random.default_rng(4)
         for _ in range(draws):
-            counts[selector.select(context(pool, rng=rng), group_of(pool, 2)).indices] += 1
+            counts[decided(selector, context(pool, rng=rng), group_of(pool, 2)).indices] += 1
         assert np.all(np.abs(counts / draws - single) < 4 * np.sqrt(single * (1 - single) / draws))
 
 
@@ -161,27 +161,80 @@ def test_rule_sample_prefers_high_scores_as_the_formula_says() -> None:
 def test_rule_sample_works_with_equal_scores(value: float) -> None:
     pool = make_pool({"a": 30})
     selector = ScoreSelector(lambda candidates: np.full(candidates.size, value), rule="sample")
-    first = selector.select(context(pool), group_of(pool, 10)).indices
-    second = selector.select(context(pool, round=1), group_of(pool, 10)).indices
+    first = decided(selector, context(pool), group_of(pool, 10)).indices
+    second = decided(selector, context(pool, round=1), group_of(pool, 10)).indices
     assert np.unique(first).size == 10
     assert not np.array_equal(first, second)
-    assert np.array_equal(first, selector.select(context(pool), group_of(pool, 10)).indices)
+    assert np.array_equal(first, decided(selector, context(pool), group_of(pool, 10)).indices)
 
 
 def test_rule_sample_at_a_low_temperature_is_nearly_top_k() -> None:
     pool = make_pool({"a": 100})
     selector = ScoreSelector(lambda candidates: candidates.astype(float), rule="sample", temperature=1e-3)
-    selection = selector.select(context(pool), group_of(pool, 60))
+    selection = decided(selector, context(pool), group_of(pool, 60))
     assert selection.indices.min() >= 30
     assert np.unique(selection.indices).size == 60
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf])
 def test_a_score_that_is_no_number_names_the_component(bad: float) -> None:
     pool = make_pool({"a": 10})
     selector = ScoreSelector(lambda candidates: np.where(candidates == 7, bad, 1.0))
     with pytest.raises(ComponentError, match=r"selector 'scores' .*1 scores.*indices 7\b"):
-        selector.select(context(pool), group_of(pool, 3, start=2))
+        decided(selector, context(pool), group_of(pool, 3, start=2))
+
+
+def test_a_sample_without_a_score_is_left_out_and_no_fault() -> None:
+    pool = make_pool({"a": 10})
+    selector = ScoreSelector(lambda candidates: np.where(candidates == 7, np.nan, candidates))
+    chosen = decided(selector, context(pool), group_of(pool, 3, start=2))
+    assert (chosen.indices.tolist(), chosen.unscored, chosen.ranked) == ([6, 8, 9], 1, 7)
+
+
+def test_too_few_scores_blame_the_samples_at_fault_alone() -> None:
+    pool = make_pool({"a": 10})
+    pool.__dict__["trained"][[0, 1]] = False
+
+    def said(*missing: int) -> str:
+        selector = ScoreSelector(lambda candidates: np.where(np.isin(candidates, missing), np.nan, 1.0))
+        with pytest.raises(ComponentError) as caught:
+            decided(selector, context(pool), group_of(pool, 9))
+        return str(caught.value)
+
+    assert "9 samples are wanted but only 8 of 10 have a score (the others have no token to train on)" in said(0, 1)
+    mixed = said(0, 1, 6, 8)
+    assert "(2 have no token to train on; selector 'scores'" in mixed
+    assert "has none for 2 with one: pool indices 6, 8)" in mixed
+
+
+@pytest.mark.parametrize(
+    "picked, said",
+    [
+        ([0, 0], "picked a position more than once"),
+        ([0, 9], "positions outside 0 to 3"),
+        ([0], "positions of shape"),
+        ([0.0, 1.0], "float64 positions"),
+        ([0, 2], r"picked 1 candidates without a score \(NaN\)"),
+    ],
+)
+def test_a_rule_that_picks_something_else(picked: list, said: str) -> None:
+    class Odd(ScoreSelector):
+        def pick(self, scores: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+            return np.array(picked)
+
+    selector = Odd(lambda candidates: np.array([1.0, 2.0, np.nan, 3.0]))
+    with pytest.raises(ComponentError, match=rf"selector 'scores' \(.*Odd.pick.*{said}"):
+        decided(selector, context(make_pool({"a": 4})), group_of(make_pool({"a": 4}), 2))
+
+
+def test_another_rule_is_ranked_by_the_scores_in_the_order_it_gives_to_ties() -> None:
+    class Last(ScoreSelector):
+        def pick(self, scores: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+            return np.lexsort((-np.arange(scores.size), -scores))[:count]
+
+    pool = make_pool({"a": 6})
+    chosen = decided(Last(lambda candidates: np.array([1, 2, 2, 2, 0, 3])), context(pool), group_of(pool, 3))
+    assert (chosen.indices.tolist(), chosen.ranks.tolist()) == ([2, 3, 5], [3, 2, 1])
 
 
 def test_scores_of_the_wrong_shape_name_the_component() -> None:
@@ -189,13 +242,13 @@ def test_scores_of_the_wrong_shape_name_the_component() -> None:
     for shape in ((9,), (10, 1), ()):
         selector = ScoreSelector(lambda candidates, shape=shape: np.zeros(shape))
         with pytest.raises(ComponentError, match=r"selector 'scores' .*10 candidates"):
-            selector.select(context(pool), group_of(pool, 3))
+            decided(selector, context(pool), group_of(pool, 3))
 
 
 def test_a_budget_above_the_group_is_whole_passes_and_the_best_for_the_rest() -> None:
     pool = make_pool({"a": 3, "b": 5})
     selector = ScoreSelector(lambda candidates: candidates.astype(float))
-    selection = selector.select(context(pool), group_of(pool, 12, start=3))
+    selection = decided(selector, context(pool), group_of(pool, 12, start=3))
     counts = np.bincount(selection.indices, minlength=8)
     assert counts.tolist() == [0, 0, 0, 2, 2, 2, 3, 3]
     scored = ~np.isnan(selection.scores)
@@ -209,7 +262,7 @@ def test_a_budget_of_whole_passes_asks_for_no_scores() -> None:
     def fail(candidates: IndexArray) -> None:
         raise AssertionError("scored for nothing")
 
-    selection = ScoreSelector(fail).select(context(pool), group_of(pool, 8))
+    selection = decided(ScoreSelector(fail), context(pool), group_of(pool, 8))
     assert np.bincount(selection.indices).tolist() == [2, 2, 2, 2]
 
 
@@ -222,8 +275,8 @@ def test_a_selector_may_choose_without_scores() -> None:
             return Selection(candidates[candidates.size - count :])
 
     pool = make_pool({"a": 5})
-    assert build(Last).select(context(pool), group_of(pool, 2)).indices.tolist() == [3, 4]
-    more = build(Last).select(context(pool), group_of(pool, 7))
+    assert decided(build(Last), context(pool), group_of(pool, 2)).indices.tolist() == [3, 4]
+    more = decided(build(Last), context(pool), group_of(pool, 7))
     assert np.bincount(more.indices).tolist() == [1, 1, 1, 2, 2]
     assert more.scores is None
 
@@ -234,7 +287,7 @@ def test_a_selector_without_any_method_says_so() -> None:
 
     pool = make_pool({"a": 5})
     with pytest.raises(NotImplementedError, match="'empty'"):
-        build(Empty).select(context(pool), group_of(pool, 2))
+        decided(build(Empty), context(pool), group_of(pool, 2))
 
 
 # Ranks
@@ -273,9 +326,8 @@ def test_the_base_class_ranks_what_it_chose_among_the_scored(rule: str) -> None:
     scores[rng.random(60) < 0.2] = np.nan
     pool = make_pool({"a": 20, "b": 40})
     selector = ScoreSelector(lambda candidates: scores[candidates], rule=rule)
-    selector.leaves_out_unscored = True
     for number in range(20):
-        chosen = selector.select(context(pool, round=number), group_of(pool, 12, start=20))
+        chosen = decided(selector, context(pool, round=number), group_of(pool, 12, start=20))
         assert chosen.ranked == int((~np.isnan(scores[20:])).sum())
         assert chosen.ranks.tolist() == brute_ranks(scores[20:])[chosen.indices - 20].tolist()
         assert (rule == "top_k") == (sorted(chosen.ranks.tolist()) == list(range(1, 13)))
@@ -283,11 +335,11 @@ def test_the_base_class_ranks_what_it_chose_among_the_scored(rule: str) -> None:
 
 def test_samples_of_whole_passes_have_no_rank() -> None:
     pool = make_pool({"a": 3, "b": 5})
-    chosen = ScoreSelector(lambda candidates: candidates % 4).select(context(pool), group_of(pool, 12, start=3))
+    chosen = decided(ScoreSelector(lambda candidates: candidates % 4), context(pool), group_of(pool, 12, start=3))
     assert chosen.ranked == 5
     assert chosen.ranks.tolist() == [0] * 10 + [1, 2]
     assert chosen.indices[10:].tolist() == [3, 6 + 1]  # scores 3 of samples 3 and 7
-    whole = ScoreSelector(lambda candidates: candidates).select(context(pool), group_of(pool, 10, start=3))
+    whole = decided(ScoreSelector(lambda candidates: candidates), context(pool), group_of(pool, 10, start=3))
     assert (whole.ranks, whole.ranked) == (None, 0)
 
 
@@ -296,7 +348,7 @@ def test_the_loss_selector_ranks_by_its_focus(focus: str, sign: int) -> None:
     losses = np.random.default_rng(8).integers(0, 12, 50).astype(np.float32)
     losses[[3, 40]] = np.nan
     pool = make_pool({"a": 50})
-    chosen = build(LossSelector, focus=focus).select(context(pool, losses), group_of(pool, 20))
+    chosen = decided(build(LossSelector, focus=focus), context(pool, losses), group_of(pool, 20))
     assert chosen.ranked == 48
     assert chosen.ranks.tolist() == brute_ranks(sign * losses)[chosen.indices].tolist()
 
@@ -304,14 +356,14 @@ def test_the_loss_selector_ranks_by_its_focus(focus: str, sign: int) -> None:
 @pytest.mark.parametrize("selector", ["low", "high", "delta_loss"])
 def test_a_sample_without_a_score_is_ranked_behind_none_that_has_one(selector: str) -> None:
     pool = make_pool({"a": 6})
-    # The wanted direction is minus infinity for samples 2, 4 and 5; 0 and 3 have no token to train on.
-    worst = -np.inf if selector == "high" else np.inf
+    # The wanted direction is as low as a number can be for samples 2, 4 and 5; 0 and 3 have no token to train on.
+    worst = -3e38 if selector == "high" else 3e38
     losses = np.array([np.nan, 1, worst, np.nan, worst, worst], dtype=np.float32)
     tried = build(DeltaLossSelector) if selector == "delta_loss" else build(LossSelector, focus=selector)
     if selector == "delta_loss":
         tried.load_state_dict({"baseline": np.array([np.nan, 2, 2, np.nan, 2, 2], dtype=np.float32)})
     with np.errstate(invalid="ignore"):
-        selection = tried.select(context(pool, losses, update=1, num_updates=3), group_of(pool, 4))
+        selection = decided(tried, context(pool, losses, update=1, num_updates=3), group_of(pool, 4))
     assert selection.indices.tolist() == [1, 2, 4, 5]
     assert (selection.ranks.tolist(), selection.ranked) == ([1, 2, 3, 4], 4)
 
@@ -321,9 +373,9 @@ def test_delta_loss_ranks_by_the_fall() -> None:
     first, second = rng.random(50).astype(np.float32), rng.random(50).astype(np.float32)
     second[7] = np.nan
     pool, selector = make_pool({"a": 50}), build(DeltaLossSelector)
-    before = selector.select(context(pool, first, num_updates=3), group_of(pool, 20))
+    before = decided(selector, context(pool, first, num_updates=3), group_of(pool, 20))
     assert before.ranks is None  # drawn uniformly
-    chosen = selector.select(context(pool, second, update=1, num_updates=3, round=1), group_of(pool, 20))
+    chosen = decided(selector, context(pool, second, update=1, num_updates=3, round=1), group_of(pool, 20))
     assert chosen.ranked == 49
     assert chosen.ranks.tolist() == brute_ranks(first - second)[chosen.indices].tolist()
 
@@ -331,7 +383,7 @@ def test_delta_loss_ranks_by_the_fall() -> None:
 @pytest.mark.parametrize("selector", [build(LossSelector), build(RandomSelector), build(FullSelector)])
 def test_what_is_no_ranking_has_no_ranks(selector: Selector) -> None:
     pool = make_pool({"a": 50})
-    chosen = selector.select(context(pool, np.arange(50)), group_of(pool, 20))
+    chosen = decided(selector, context(pool, np.arange(50)), group_of(pool, 20))
     assert (chosen.ranks, chosen.ranked) == (None, 0)
 
 
@@ -341,12 +393,15 @@ def test_cluster_less_ranks_tied_members_in_the_order_they_are_drawn(rule: str) 
     scores[5:9] = np.nan
 
     class Fixed(ClusterLessSelector):
+        def begin(self, ctx: RoundContext) -> None:
+            pass
+
         def score(self, ctx: RoundContext, candidates: IndexArray) -> np.ndarray:
             return scores[candidates]
 
     pool = make_pool({"a": 40})
     for number in range(5):
-        chosen = build(Fixed, rule=rule).select(context(pool, round=number), group_of(pool, 15))
+        chosen = decided(build(Fixed, rule=rule), context(pool, round=number), group_of(pool, 15))
         assert chosen.ranked == 36
         if rule == "sample":
             assert chosen.ranks.tolist() == brute_ranks(scores)[chosen.indices].tolist()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dataflex.planning.budget import NEVER, Budget, Costs, ScoreBook, affordable
+from dataflex.planning.budget import NEVER, Budget, Costs, ScoreBook, affordable, draw_by_rule
 
 HALF = Budget(max_overhead=0.5, safety=1.0, minimum=4)
 
@@ -234,7 +235,7 @@ def test_the_best_estimates_are_chosen_and_ties_are_random() -> None:
     drawn = set()
     for seed in range(200):
         book.used[:] = False
-        chosen, estimated = book.choose(np.arange(100), 3, 0, np.random.default_rng(seed))
+        chosen, estimated = book.choose(np.arange(100), 3, 0, np.random.default_rng(seed), draw=draw_by_rule)
         assert {0, 1} < set(chosen.tolist())
         assert np.array_equal(chosen, np.unique(chosen))
         assert estimated == pytest.approx(book.estimates(chosen, 0, 1), abs=0.5)
@@ -248,7 +249,8 @@ def test_drawing_prefers_better_estimates_as_far_as_the_temperature_says() -> No
     everyone = np.arange(1000)
 
     def share(temperature: float) -> float:
-        chosen, _ = book.choose(everyone, 100, 0, np.random.default_rng(1), rule="sample", temperature=temperature)
+        draw = partial(draw_by_rule, rule="sample", temperature=temperature)
+        chosen, _ = book.choose(everyone, 100, 0, np.random.default_rng(1), draw=draw)
         assert np.unique(chosen).size == 100
         return float(np.mean(chosen >= 500))
 
@@ -259,8 +261,8 @@ def test_drawing_prefers_better_estimates_as_far_as_the_temperature_says() -> No
 
 def test_with_nothing_scored_the_choice_is_random() -> None:
     book = book_of(np.arange(100) % 5)
-    first, _ = book.choose(np.arange(100), 10, 0, np.random.default_rng(1))
-    second, _ = book.choose(np.arange(100), 10, 0, np.random.default_rng(2))
+    first, _ = book.choose(np.arange(100), 10, 0, np.random.default_rng(1), draw=draw_by_rule)
+    second, _ = book.choose(np.arange(100), 10, 0, np.random.default_rng(2), draw=draw_by_rule)
     assert not np.array_equal(first, second)
 
 
@@ -268,20 +270,21 @@ def test_samples_without_a_score_are_not_chosen() -> None:
     book = book_of(np.zeros(10))
     book.record(np.arange(6), np.array([np.nan] * 3 + [1, 2, 3], dtype=np.float32), 0)
     for rule in ("top_k", "sample"):
-        chosen, _ = book.choose(np.arange(10), 7, 0, np.random.default_rng(0), rule=rule)  # type: ignore[arg-type]
+        draw = partial(draw_by_rule, rule=rule)  # type: ignore[arg-type]
+        chosen, _ = book.choose(np.arange(10), 7, 0, np.random.default_rng(0), draw=draw)
         assert chosen.tolist() == [3, 4, 5, 6, 7, 8, 9]
     with pytest.raises(ValueError, match="only 7 of 10"):
-        book.choose(np.arange(10), 8, 0, np.random.default_rng(0))
+        book.choose(np.arange(10), 8, 0, np.random.default_rng(0), draw=draw_by_rule)
 
 
 def test_a_sample_is_chosen_once_for_each_of_its_scores() -> None:
     book = book_of([0] * 10)
     book.record(np.arange(10), np.arange(10, dtype=np.float32), 0)
     rng = np.random.default_rng(0)
-    assert book.choose(np.arange(10), 4, 0, rng)[0].tolist() == [6, 7, 8, 9]
+    assert book.choose(np.arange(10), 4, 0, rng, draw=draw_by_rule)[0].tolist() == [6, 7, 8, 9]
     book.record(np.array([9]), np.float32([3.0]), 1)  # scored anew, so that it counts again
-    assert set(book.choose(np.arange(10), 7, 1, rng)[0].tolist()) == {0, 1, 2, 3, 4, 5, 9}
-    again = book.choose(np.arange(10), 3, 2, rng)[0]  # all are used: the best come again
+    assert set(book.choose(np.arange(10), 7, 1, rng, draw=draw_by_rule)[0].tolist()) == {0, 1, 2, 3, 4, 5, 9}
+    again = book.choose(np.arange(10), 3, 2, rng, draw=draw_by_rule)[0]  # all are used: the best come again
     assert set(again.tolist()) <= {6, 7, 8}
 
 
@@ -292,7 +295,7 @@ def decide(book: ScoreBook, truth: np.ndarray, count: int, wanted: int, update: 
     picked = book.pick(everyone, count, rng)
     book.record(picked, (truth[picked] * 0.9**update - update).astype(np.float32), update)
     book.used[:] = False  # what is asked is how good the estimates are
-    return book.choose(everyone, wanted, update, rng)[0]
+    return book.choose(everyone, wanted, update, rng, draw=draw_by_rule)[0]
 
 
 def test_scoring_a_few_percent_finds_much_of_the_best_tenth() -> None:

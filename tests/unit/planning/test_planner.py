@@ -510,7 +510,7 @@ def test_no_domain_is_gone_through_more_often_than_allowed(caplog: pytest.LogCap
     # within one of the shares in force, summed
     wanted = np.cumsum([plan.proportions * 8 for plan in made], axis=0)
     assert (np.abs(wanted - np.cumsum(counts, axis=0)) < 1).all()
-    assert [plan.capped for plan in made] == [{}, {}, {}, {"c": pytest.approx(0.6)}, {"c": pytest.approx(0.6)}]
+    assert [plan.clipped_shares for plan in made] == [{}, {}, {}, {"c": pytest.approx(0.6)}, {"c": pytest.approx(0.6)}]
     np.testing.assert_allclose(made[2].proportions, [0.2, 0.2, 0.6])
     np.testing.assert_allclose(made[3].proportions, [0.4375, 0.4375, 0.125])
     np.testing.assert_allclose(made[4].proportions, [0.5, 0.5, 0])
@@ -552,7 +552,7 @@ def test_a_capped_planner_resumes_exactly(selector: type[Selector] | None, caplo
         return make(mix=changing([1, 1, 2], [1, 0, 5], max_epochs_per_domain=2), steps=2, batch=4, **given)
 
     expected = plans(new(), 8, FakeProbe(LOSSES))
-    assert any(plan.capped for plan in expected)
+    assert any(plan.clipped_shares for plan in expected)
     first, second = new(), new()
     plans(first, 6, FakeProbe(LOSSES))
     second.load_state_dict(first.state_dict())
@@ -561,7 +561,7 @@ def test_a_capped_planner_resumes_exactly(selector: type[Selector] | None, caplo
         assert np.array_equal(plan.indices, again.indices)
         assert np.array_equal(plan.proportions, again.proportions)
         assert np.array_equal(plan.epochs, again.epochs)
-        assert plan.capped == again.capped
+        assert plan.clipped_shares == again.clipped_shares
     assert not caplog.records  # what was said before the checkpoint is not said again
 
 

@@ -16,7 +16,7 @@ from dataflex.selectors.el2n import El2nSelector
 from dataflex.selectors.grand import GrandSelector
 from dataflex.selectors.icons import IconsSelector, consensus
 from dataflex.selectors.less import LessSelector
-from unit.fakes import FakeProbe, build, context, group_of, make_pool
+from unit.fakes import FakeProbe, build, context, decided, group_of, make_pool, scores_of
 
 N, K = 40, 6
 SUBTASKS = {"short": 2, "long": 9, "one": 1}
@@ -55,23 +55,23 @@ def test_less_takes_the_best_sub_task(probe: FakeProbe, targets: Pool) -> None:
     ctx = context(make_pool({"a": N}), probe=probe, validation_pool=targets)
     cosines = mean_cosines(probe)
     assert np.unique(cosines.argmax(axis=1)).size == 3
-    found = build(LessSelector).score(ctx, np.arange(N))
+    found = scores_of(build(LessSelector), ctx, np.arange(N))
     np.testing.assert_allclose(found, cosines.max(axis=1), rtol=1e-5, atol=1e-6)
-    chosen = build(LessSelector).select(ctx, group_of(ctx.pool, 7))
+    chosen = decided(build(LessSelector), ctx, group_of(ctx.pool, 7))
     assert chosen.indices.tolist() == sorted(np.argsort(-cosines.max(axis=1))[:7])
     np.testing.assert_allclose(chosen.scores, cosines.max(axis=1)[chosen.indices], rtol=1e-5)
 
 
 def test_less_may_take_the_mean_of_sub_tasks_whatever_their_sizes(probe: FakeProbe, targets: Pool) -> None:
     ctx = context(make_pool({"a": N}), probe=probe, validation_pool=targets)
-    found = build(LessSelector, aggregation="mean").score(ctx, np.arange(N))
+    found = scores_of(build(LessSelector, aggregation="mean"), ctx, np.arange(N))
     np.testing.assert_allclose(found, mean_cosines(probe).mean(axis=1), rtol=1e-5, atol=1e-6)
 
 
 def test_the_only_validation_sample_is_the_best_candidate(probe: FakeProbe) -> None:
     probe.targets = probe.features[13:14]
     ctx = context(make_pool({"a": N}), probe=probe, validation_pool=make_pool({"held": 1}))
-    chosen = build(LessSelector).select(ctx, group_of(ctx.pool, 1))
+    chosen = decided(build(LessSelector), ctx, group_of(ctx.pool, 1))
     assert chosen.indices.tolist() == [13]
     assert chosen.scores[0] == pytest.approx(1, abs=1e-5)
 
@@ -79,6 +79,7 @@ def test_the_only_validation_sample_is_the_best_candidate(probe: FakeProbe) -> N
 def test_validation_gradients_are_plain_and_made_once_in_a_round(probe: FakeProbe, targets: Pool) -> None:
     ctx = context(make_pool({"a": 15, "b": 25}), probe=probe, validation_pool=targets)
     selector = build(LessSelector, preconditioner="adam_less", sketch="rademacher", proj_dim=64, projection_seed=4)
+    selector.begin(ctx)
     for begin, end in ((0, 15), (15, 40)):
         selector.select(ctx, group_of(ctx.pool, 5, begin, end))
     assert [asked.preconditioner for asked in probe.settings] == ["none", "adam_less", "adam_less"]
@@ -100,18 +101,18 @@ def test_a_sub_task_without_any_gradient_is_an_error(probe: FakeProbe, targets: 
     probe.targets[2:11] = 0
     ctx = context(make_pool({"a": N}), probe=probe, validation_pool=targets)
     with pytest.raises(ComponentError, match="'long'"):
-        build(LessSelector).score(ctx, np.arange(N))
+        scores_of(build(LessSelector), ctx, np.arange(N))
 
 
 @pytest.mark.parametrize("selector", [LessSelector, IconsSelector])
 def test_samples_without_a_gradient_are_never_chosen(selector: Any, probe: FakeProbe, targets: Pool) -> None:
     probe.features[::4] = np.nan
     ctx = context(make_pool({"a": N}), probe=probe, validation_pool=targets)
-    chosen = build(selector).select(ctx, group_of(ctx.pool, 30))
+    chosen = decided(build(selector), ctx, group_of(ctx.pool, 30))
     assert sorted(chosen.indices.tolist()) == [index for index in range(N) if index % 4]
     assert chosen.unscored == 10
     with pytest.raises(ComponentError, match="31 samples are wanted but only 30 of 40"):
-        build(selector).select(ctx, group_of(ctx.pool, 31))
+        decided(build(selector), ctx, group_of(ctx.pool, 31))
 
 
 # ICONS
@@ -164,7 +165,7 @@ def test_consensus_equals_counting(share: float, subtasks: int) -> None:
 def test_a_single_sub_task_ranks_by_influence(probe: FakeProbe) -> None:
     probe.targets = probe.targets[:5]
     ctx = context(make_pool({"a": N}), probe=probe, validation_pool=make_pool({"held": 5}))
-    scores = build(IconsSelector).score(ctx, np.arange(N))
+    scores = scores_of(build(IconsSelector), ctx, np.arange(N))
     cosines = (probe.features @ probe.targets.T).mean(axis=1)
     assert np.argsort(scores).tolist() == np.argsort(cosines).tolist()
     assert (scores > 1).sum() == 8
@@ -176,8 +177,8 @@ def test_icons_prefers_what_many_sub_tasks_want() -> None:
     probe = FakeProbe(features=features, targets=axes)
     ctx = context(make_pool({"a": 7}), probe=probe, validation_pool=make_pool({"x": 1, "y": 1, "z": 1}))
     group = group_of(ctx.pool, 1)
-    assert build(IconsSelector, vote_share=0.25).select(ctx, group).indices.tolist() == [3]
-    assert build(LessSelector).select(ctx, group).indices.tolist() != [3]
+    assert decided(build(IconsSelector, vote_share=0.25), ctx, group).indices.tolist() == [3]
+    assert decided(build(LessSelector), ctx, group).indices.tolist() != [3]
     assert {asked.preconditioner for asked in probe.settings[:2]} == {"none"}
 
 
@@ -190,8 +191,8 @@ def test_focus(selector: Any) -> None:
     lengths[[4, 11]] = np.nan
     pool = make_pool({"a": 20})
     order = np.argsort(lengths)[:18]
-    high = build(selector).select(context(pool, lengths), group_of(pool, 5))
-    low = build(selector, focus="low").select(context(pool, lengths), group_of(pool, 5))
+    high = decided(build(selector), context(pool, lengths), group_of(pool, 5))
+    low = decided(build(selector, focus="low"), context(pool, lengths), group_of(pool, 5))
     assert high.indices.tolist() == sorted(order[::-1][:5])
     assert low.indices.tolist() == sorted(order[:5])
     assert high.unscored == low.unscored == 2
@@ -201,7 +202,7 @@ def test_focus(selector: Any) -> None:
 def test_grand_asks_for_the_direction_it_was_told() -> None:
     pool = make_pool({"a": 4})
     ctx = context(pool, np.arange(4))
-    build(GrandSelector, preconditioner="adam", unsupported_parameters="ignore").select(ctx, group_of(pool, 2))
+    decided(build(GrandSelector, preconditioner="adam", unsupported_parameters="ignore"), ctx, group_of(pool, 2))
     (asked,) = ctx.probe.settings
     assert (asked.preconditioner, asked.unsupported) == ("adam", "ignore")
 

@@ -11,7 +11,7 @@ from dataflex.selectors.delta_loss import DeltaLossSelector, window_start, windo
 from dataflex.selectors.full import FullSelector
 from dataflex.selectors.loss import LossSelector, focus_weights
 from dataflex.selectors.random import RandomSelector
-from unit.fakes import FakeProbe, build, context, group_of, make_pool
+from unit.fakes import FakeProbe, build, context, decided, group_of, make_pool
 
 N = 3000
 
@@ -30,7 +30,7 @@ def test_focused_part_gets_its_expected_share(focus: str, low: float, high: floa
     selector = build(LossSelector, focus=focus)
     inside, rounds, budget = 0, 150, 30
     for number in range(rounds):
-        selection = selector.select(context(pool, losses, round=number), group_of(pool, budget))
+        selection = decided(selector, context(pool, losses, round=number), group_of(pool, budget))
         assert np.array_equal(selection.scores, losses[selection.indices])
         assert np.unique(selection.indices).size == budget
         inside += int(((selection.scores >= low * N) & (selection.scores <= high * N)).sum())
@@ -56,7 +56,7 @@ def test_weights_of_six_samples_by_hand() -> None:
 def test_a_low_temperature_draws_from_the_focused_part_alone(temperature: float) -> None:
     losses, pool = shuffled_losses(), make_pool({"a": N})
     selector = build(LossSelector, focus="high", temperature=temperature)
-    drawn = [selector.select(context(pool, losses, round=number), group_of(pool, 30)) for number in range(2)]
+    drawn = [decided(selector, context(pool, losses, round=number), group_of(pool, 30)) for number in range(2)]
     for selection in drawn:
         assert selection.scores.min() >= 0.65 * N
     assert np.intersect1d(drawn[0].indices, drawn[1].indices).size < 10  # at random within it
@@ -66,7 +66,7 @@ def test_samples_without_a_loss_are_left_out_and_counted() -> None:
     losses = shuffled_losses()
     losses[::3] = np.nan
     pool = make_pool({"a": N})
-    selection = build(LossSelector).select(context(pool, losses), group_of(pool, N // 2))
+    selection = decided(build(LossSelector), context(pool, losses), group_of(pool, N // 2))
     assert selection.unscored == N // 3
     assert not np.isin(selection.indices, np.arange(0, N, 3)).any()
     assert np.isfinite(selection.scores).all()
@@ -75,16 +75,16 @@ def test_samples_without_a_loss_are_left_out_and_counted() -> None:
 def test_too_few_samples_with_a_loss_is_an_error_that_counts_them() -> None:
     pool = make_pool({"a": 6})
     losses = [1, np.nan, 2, np.nan, np.nan, 3]
-    assert build(LossSelector).select(context(pool, losses), group_of(pool, 3)).indices.tolist() == [0, 2, 5]
+    assert decided(build(LossSelector), context(pool, losses), group_of(pool, 3)).indices.tolist() == [0, 2, 5]
     with pytest.raises(ComponentError, match=r"4 samples.* only 3 of 6"):
-        build(LossSelector).select(context(pool, losses), group_of(pool, 4))
+        decided(build(LossSelector), context(pool, losses), group_of(pool, 4))
     with pytest.raises(ComponentError, match="only 0 of 6"):
-        build(LossSelector).select(context(pool, [np.nan] * 6), group_of(pool, 1))
+        decided(build(LossSelector), context(pool, [np.nan] * 6), group_of(pool, 1))
 
 
 def test_loss_scores_only_its_group() -> None:
     pool, probe = make_pool({"a": 10, "b": 10}), FakeProbe(np.arange(20))
-    selection = build(LossSelector).select(context(pool, probe=probe), group_of(pool, 4, start=10))
+    selection = decided(build(LossSelector), context(pool, probe=probe), group_of(pool, 4, start=10))
     assert [asked.tolist() for asked in probe.asked] == [list(range(10, 20))]
     assert selection.indices.min() >= 10
 
@@ -160,7 +160,7 @@ def test_first_decision_is_uniform_and_stores_the_losses() -> None:
     rounds = 2000
     for number in range(rounds):
         selector = build(DeltaLossSelector)
-        selection = selector.select(context(pool, losses, round=number, num_updates=9), group_of(pool, 4))
+        selection = decided(selector, context(pool, losses, round=number, num_updates=9), group_of(pool, 4))
         assert not selection.scores.any()
         counts[selection.indices] += 1
     assert np.all(np.abs(counts / rounds - 0.1) < 4.5 * np.sqrt(0.09 / rounds))
@@ -170,11 +170,11 @@ def test_first_decision_is_uniform_and_stores_the_losses() -> None:
 def second_decision(selector: DeltaLossSelector, first: np.ndarray, then: np.ndarray, budget: int = 300) -> np.ndarray:
     """Return how often each sample is drawn in 200 second decisions out of three."""
     pool = make_pool({"a": first.size})
-    selector.select(context(pool, first, num_updates=3), group_of(pool, budget))
+    decided(selector, context(pool, first, num_updates=3), group_of(pool, budget))
     counts = np.zeros(first.size)
     for number in range(200):
         ctx = context(pool, then, round=number, update=1, num_updates=3)
-        counts[selector.select(ctx, group_of(pool, budget)).indices] += 1
+        counts[decided(selector, ctx, group_of(pool, budget)).indices] += 1
     return counts
 
 
@@ -195,7 +195,7 @@ def test_relative_ranks_by_the_share_that_was_learned() -> None:
     ctx = context(make_pool({"a": 1000}), first - 1, update=1, num_updates=3)
     selector = build(DeltaLossSelector, relative=True)
     selector.load_state_dict({"baseline": first})
-    selection = selector.select(ctx, group_of(ctx.pool, 50))
+    selection = decided(selector, ctx, group_of(ctx.pool, 50))
     np.testing.assert_allclose(selection.scores, 1 / first[selection.indices], rtol=1e-4)
 
 
@@ -203,15 +203,16 @@ def test_scores_are_the_falls_and_losses_that_vanish_are_counted() -> None:
     pool = make_pool({"a": 6})
     selector = build(DeltaLossSelector)
     selector.load_state_dict({"baseline": np.array([3, 3, 3, np.nan, 3, 3], dtype=np.float32)})
+    pool.__dict__["trained"][3] = False
     ctx = context(pool, [1, 2, 3, 1, np.nan, 4], update=1, num_updates=2)
-    selection = selector.select(ctx, group_of(pool, 4))
+    selection = decided(selector, ctx, group_of(pool, 4))
     assert dict(zip(selection.indices.tolist(), selection.scores.tolist(), strict=True)) == {0: 2, 1: 1, 2: 0, 5: -1}
     assert selection.unscored == 2
 
 
 def test_a_single_decision_divides_by_nothing() -> None:
     pool = make_pool({"a": 10})
-    selection = build(DeltaLossSelector).select(context(pool, np.ones(10), num_updates=1), group_of(pool, 3))
+    selection = decided(build(DeltaLossSelector), context(pool, np.ones(10), num_updates=1), group_of(pool, 3))
     assert np.unique(selection.indices).size == 3
     assert np.isfinite(window_weights(np.arange(10.0), 1, 1, DeltaLossSelector.Params())).all()
 
@@ -222,11 +223,11 @@ def test_state_goes_on_exactly() -> None:
     selector, other = build(DeltaLossSelector), build(DeltaLossSelector)
     assert selector.state_dict() == {}
     other.load_state_dict({})
-    selector.select(context(pool, first, num_updates=3), group_of(pool, 5))
+    decided(selector, context(pool, first, num_updates=3), group_of(pool, 5))
     other.load_state_dict(selector.state_dict())
     ctx = {"round": 1, "update": 1, "num_updates": 3}
-    here = selector.select(context(pool, then, **ctx), group_of(pool, 20))
-    there = other.select(context(pool, then, **ctx), group_of(pool, 20))
+    here = decided(selector, context(pool, then, **ctx), group_of(pool, 20))
+    there = decided(other, context(pool, then, **ctx), group_of(pool, 20))
     assert np.array_equal(here.indices, there.indices)
     assert np.array_equal(here.scores, there.scores)
 
@@ -234,11 +235,11 @@ def test_state_goes_on_exactly() -> None:
 def test_each_domain_keeps_its_own_first_losses() -> None:
     pool = make_pool({"a": 10, "b": 10})
     selector = build(DeltaLossSelector)
-    selector.select(context(pool, np.full(20, 5.0), num_updates=5), group_of(pool, 2, 0, 10))
+    decided(selector, context(pool, np.full(20, 5.0), num_updates=5), group_of(pool, 2, 0, 10))
     later = context(pool, np.full(20, 4.0), update=1, num_updates=5)
-    assert selector.select(later, group_of(pool, 2, 0, 10)).scores.tolist() == [1, 1]
+    assert decided(selector, later, group_of(pool, 2, 0, 10)).scores.tolist() == [1, 1]
     # the second domain appears now: a first, uniform decision
-    assert not selector.select(later, group_of(pool, 2, 10, 20)).scores.any()
+    assert not decided(selector, later, group_of(pool, 2, 10, 20)).scores.any()
     assert selector.state_dict()["baseline"].tolist() == [5.0] * 10 + [4.0] * 10
 
 
@@ -250,7 +251,7 @@ def test_random_draws_uniformly_without_replacement() -> None:
     counts = np.zeros(45)
     rounds = 2000
     for number in range(rounds):
-        indices = build(RandomSelector).select(context(pool, round=number), group_of(pool, 4, start=5)).indices
+        indices = decided(build(RandomSelector), context(pool, round=number), group_of(pool, 4, start=5)).indices
         assert np.unique(indices).size == 4
         counts[indices] += 1
     assert np.all(counts[:5] == 0)
@@ -259,13 +260,13 @@ def test_random_draws_uniformly_without_replacement() -> None:
 
 def test_random_takes_everything_before_anything_twice() -> None:
     pool = make_pool({"a": 7})
-    indices = build(RandomSelector).select(context(pool), group_of(pool, 17)).indices
+    indices = decided(build(RandomSelector), context(pool), group_of(pool, 17)).indices
     assert sorted(np.bincount(indices).tolist()) == [2, 2, 2, 2, 3, 3, 3]
 
 
 def test_full_goes_on_with_the_pass() -> None:
     pool = make_pool({"a": 10})
     group = group_of(pool, 6)
-    parts = [build(FullSelector).select(context(pool, round=number), group).indices for number in range(5)]
+    parts = [decided(build(FullSelector), context(pool, round=number), group).indices for number in range(5)]
     assert np.bincount(np.concatenate(parts)).tolist() == [3] * 10
     assert np.unique(np.concatenate(parts)[:10]).size == 10

@@ -19,7 +19,7 @@ from dataflex.errors import ComponentError
 from dataflex.probe.generation import generate_responses
 from dataflex.selectors.nice import NiceSelector, advantages, prompt_and_reference, response_pool
 from tiny import make_model
-from unit.fakes import build, context, make_pool
+from unit.fakes import build, context, make_pool, scores_of
 
 VOCAB = 4
 IGNORED = -100
@@ -224,7 +224,7 @@ def test_the_sample_that_teaches_the_best_token_comes_first() -> None:
     probe = SoftmaxProbe(POLICY, {0: drawn_in_proportion(0)}, samples)
     selector = nice(worth, samples=20)
     ctx = scene(probe, {"t": [target_row(0)]}, size=4)
-    scores = selector.score(ctx, np.arange(4))
+    scores = scores_of(selector, ctx, np.arange(4))
     assert scores.dtype == np.float32
     (target,) = selector.target_directions(ctx)
     assert np.allclose(scores, [unit(probe.loss_gradient(*sample)) @ target for sample in samples], atol=1e-6)
@@ -242,7 +242,7 @@ def test_mean_within_and_maximum_over_subtasks() -> None:
     probe = SoftmaxProbe(POLICY, {prompt: drawn_in_proportion(prompt) for prompt in range(3)}, samples)
     subtasks = {"one": [target_row(0), target_row(1)], "two": [target_row(2)]}
     selector = nice(worth, samples=20)
-    scores = selector.score(scene(probe, subtasks, size=12), np.arange(12))
+    scores = scores_of(selector, scene(probe, subtasks, size=12), np.arange(12))
 
     def own(prompt: int) -> np.ndarray:
         (target,) = nice(worth, samples=20).target_directions(scene(probe, {"t": [target_row(prompt)]}))
@@ -287,7 +287,7 @@ def test_empty_responses_are_skipped() -> None:
 
 def test_samples_without_a_token_have_no_score() -> None:
     probe = SoftmaxProbe(POLICY, {0: drawn_in_proportion(0)}, [(0, [3]), (0, []), (0, [1])])
-    scores = nice(worth, samples=20).score(scene(probe, {"t": [target_row(0)]}, size=3), np.arange(3))
+    scores = scores_of(nice(worth, samples=20), scene(probe, {"t": [target_row(0)]}, size=3), np.arange(3))
     assert np.isnan(scores).tolist() == [False, True, False]
 
 
@@ -297,12 +297,15 @@ def test_samples_without_a_token_have_no_score() -> None:
 def test_one_generation_serves_all_groups_of_a_round() -> None:
     probe = SoftmaxProbe(POLICY, {0: drawn_in_proportion(0)}, [(0, [token]) for token in range(VOCAB)])
     selector = nice(worth, samples=20, max_new_tokens=9, generation_top_k=3)
-    for number in (0, 0, 1):
-        selector.score(scene(probe, {"t": [target_row(0)]}, size=4, round=number), np.arange(2))
+    for number in (0, 1):
+        ctx = scene(probe, {"t": [target_row(0)]}, size=4, round=number)
+        selector.begin(ctx)
+        selector.score(ctx, np.arange(2))
+        selector.score(ctx, np.arange(2, 4))
     assert len(probe.seeds) == len(set(probe.seeds)) == 2
     assert probe.generation == GenerationSettings(20, 9, 1.2, 0.95, 3)
     again = nice(worth, samples=20)
-    again.score(scene(probe, {"t": [target_row(0)]}, size=4, round=1), np.arange(2))
+    scores_of(again, scene(probe, {"t": [target_row(0)]}, size=4, round=1), np.arange(2))
     assert probe.seeds[2] == probe.seeds[1]  # a resumed round draws the same
 
 

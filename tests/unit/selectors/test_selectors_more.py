@@ -27,7 +27,7 @@ from dataflex.selectors.greats import GreatsSelector, greedy
 from dataflex.selectors.less import LessSelector
 from dataflex.selectors.tracin import TracinSelector
 from unit import fakes
-from unit.fakes import FakeProbe, ScoreSelector, build, context, group_of
+from unit.fakes import FakeProbe, ScoreSelector, build, context, decided, group_of, scores_of
 
 
 def make_pool(sizes: dict[str, int], untrained: Any = ()) -> Pool:
@@ -131,7 +131,7 @@ def test_greats_filters_the_running_pass_group_by_group(budget: int, sizes: list
     group, same_pass = group_of(pool, budget), group_of(pool, budget)
     group_size = 4 if budget == 8 else 8
     selector = build(GreatsSelector, group_size=group_size, learning_rate=0.05)
-    chosen = selector.select(context(pool, probe=probe, validation_pool=held), group)
+    chosen = decided(selector, context(pool, probe=probe, validation_pool=held), group)
     assert [candidates.size for candidates in probe.groups] == sizes
     assert np.array_equal(np.concatenate(probe.groups), same_pass.draw(sum(sizes)))
     assert chosen.indices.size == chosen.scores.size == budget
@@ -143,7 +143,7 @@ def test_greats_filters_the_running_pass_group_by_group(budget: int, sizes: list
         assert chosen.indices[begin : begin + count].tolist() == candidates[picks].tolist()
         np.testing.assert_allclose(chosen.scores[begin : begin + count], values, rtol=1e-5)
         begin += count
-    selector.select(context(pool, probe=probe, validation_pool=held, round=1), group)
+    decided(selector, context(pool, probe=probe, validation_pool=held, round=1), group)
     assert np.array_equal(np.concatenate(probe.groups[len(sizes) :]), same_pass.draw(sum(sizes)))
 
 
@@ -151,7 +151,7 @@ def test_greats_draws_the_candidates_its_factor_says_and_no_rounding_error_more(
     probe = ProductProbe(np.ones((50, 2)), np.ones((5, 2)))
     pool, held = make_pool({"a": 50}), make_pool({"held": 5})
     selector = build(GreatsSelector, group_size=10, candidate_factor=1.1, learning_rate=0.05)
-    selector.select(context(pool, probe=probe, validation_pool=held), group_of(pool, 15))
+    decided(selector, context(pool, probe=probe, validation_pool=held), group_of(pool, 15))
     assert [candidates.size for candidates in probe.groups] == [11, 6]  # 1.1 x 10, and 5.5 rounded up
 
 
@@ -160,11 +160,11 @@ def test_greats_draws_its_validation_samples_anew_each_round() -> None:
     pool, held = make_pool({"a": 50}), make_pool({"held": 30})
     selector = build(GreatsSelector, validation_size=4)
     for number in range(3):
-        selector.select(context(pool, probe=probe, validation_pool=held, round=number), group_of(pool, 8))
+        decided(selector, context(pool, probe=probe, validation_pool=held, round=number), group_of(pool, 8))
     assert all(np.unique(targets).size == 4 for targets in probe.targets)
     assert len({tuple(targets) for targets in probe.targets}) == 3
     few = ProductProbe(np.ones((50, 2)), np.ones((2, 2)))
-    selector.select(context(pool, probe=few, validation_pool=make_pool({"held": 2})), group_of(pool, 8))
+    decided(selector, context(pool, probe=few, validation_pool=make_pool({"held": 2})), group_of(pool, 8))
     assert few.targets[0].tolist() == [0, 1]
 
 
@@ -173,10 +173,10 @@ def test_greats_takes_the_optimizers_learning_rate() -> None:
     pool, held = make_pool({"a": 4}), make_pool({"held": 1})
     for eta, expected in ((0.05, {0, 1}), (0.5, {0, 2})):
         ctx = context(pool, probe=probe, validation_pool=held, learning_rate=eta)
-        assert set(build(GreatsSelector, group_size=2).select(ctx, group_of(pool, 2)).indices.tolist()) == expected
+        assert set(decided(build(GreatsSelector, group_size=2), ctx, group_of(pool, 2)).indices.tolist()) == expected
         given = context(pool, probe=probe, validation_pool=held, learning_rate=0.55 - eta)
         selector = build(GreatsSelector, group_size=2, learning_rate=eta)
-        assert set(selector.select(given, group_of(pool, 2)).indices.tolist()) == expected
+        assert set(decided(selector, given, group_of(pool, 2)).indices.tolist()) == expected
 
 
 def test_greats_passes_over_what_has_no_label() -> None:
@@ -188,7 +188,7 @@ def test_greats_passes_over_what_has_no_label() -> None:
     pool, held = make_pool({"a": 40}), make_pool({"held": 3})
     pool.__dict__["trained"][untrained] = False
     held.__dict__["trained"][:2] = False
-    chosen = build(GreatsSelector).select(context(pool, probe=probe, validation_pool=held), group_of(pool, 8))
+    chosen = decided(build(GreatsSelector), context(pool, probe=probe, validation_pool=held), group_of(pool, 8))
     assert not np.isin(np.concatenate(probe.groups), untrained).any()
     assert [candidates.size for candidates in probe.groups] == [16]
     assert chosen.indices.size == 8
@@ -196,10 +196,10 @@ def test_greats_passes_over_what_has_no_label() -> None:
     assert probe.targets[0].tolist() == [2]
     held.__dict__["trained"][:] = False
     with pytest.raises(ComponentError, match="no validation sample has a token"):
-        build(GreatsSelector).select(context(pool, probe=probe, validation_pool=held), group_of(pool, 8))
+        decided(build(GreatsSelector), context(pool, probe=probe, validation_pool=held), group_of(pool, 8))
     pool.__dict__["trained"][:] = False
     with pytest.raises(ComponentError, match=r"no sample of .* has a token"):
-        build(GreatsSelector).select(context(pool, probe=probe, validation_pool=held), group_of(pool, 8))
+        decided(build(GreatsSelector), context(pool, probe=probe, validation_pool=held), group_of(pool, 8))
 
 
 # Cluster-LESS
@@ -238,7 +238,7 @@ def subtask_cosines(probe: FakeProbe, sample: int) -> list[float]:
 
 @pytest.mark.parametrize("aggregation", ["max", "mean"])
 def test_a_members_score_is_the_mean_of_its_clusters_representatives(probe: FakeProbe, aggregation: Any) -> None:
-    scores = clustered(representatives=3, aggregation=aggregation).score(ctx_of(probe), np.arange(N))
+    scores = scores_of(clustered(representatives=3, aggregation=aggregation), ctx_of(probe), np.arange(N))
     (asked,) = probe.asked
     assert [int((CLUSTERS[asked] == number).sum()) for number in range(6)] == [3, 3, 3, 3, 1, 3]
     for sample in range(N):
@@ -249,7 +249,7 @@ def test_a_members_score_is_the_mean_of_its_clusters_representatives(probe: Fake
 
 
 def test_a_cluster_of_representatives_alone_is_less_on_averages(probe: FakeProbe) -> None:
-    scores = clustered(representatives=N).score(ctx_of(probe), np.arange(N))
+    scores = scores_of(clustered(representatives=N), ctx_of(probe), np.arange(N))
     table = np.array([subtask_cosines(probe, sample) for sample in range(N)])
     for number in range(6):
         np.testing.assert_allclose(scores[number == CLUSTERS], table[number == CLUSTERS].mean(axis=0).max(), atol=1e-6)
@@ -257,7 +257,7 @@ def test_a_cluster_of_representatives_alone_is_less_on_averages(probe: FakeProbe
 
 def test_only_clusters_of_the_candidates_are_looked_at(probe: FakeProbe) -> None:
     candidates = np.arange(24, 41)
-    chosen = clustered().select(ctx_of(probe), group_of(make_pool({"a": N}), 5, 24, 41))
+    chosen = decided(clustered(), ctx_of(probe), group_of(make_pool({"a": N}), 5, 24, 41))
     assert np.isin(probe.asked[0], candidates).all()
     assert np.isin(chosen.indices, candidates).all()
 
@@ -268,13 +268,13 @@ def test_whole_clusters_are_taken_best_first_and_the_last_one_in_part(probe: Fak
     probe.targets = np.tile(np.eye(K, dtype=np.float32)[0], (5, 1))
     drawn = set()
     for number in range(30):
-        chosen = clustered().select(ctx_of(probe, round=number), group_of(make_pool({"a": N}), 43))
+        chosen = decided(clustered(), ctx_of(probe, round=number), group_of(make_pool({"a": N}), 43))
         parts = {cluster: chosen.indices[CLUSTERS[chosen.indices] == cluster] for cluster in range(6)}
         assert [part.size for part in parts.values()] == [0, 20, 0, 4, 0, 19]  # 20 + 19, and 4 of 13
         assert chosen.indices.tolist() == sorted(set(chosen.indices.tolist()))
         np.testing.assert_allclose(chosen.scores[CLUSTERS[chosen.indices] == 3], 0.7, rtol=1e-6)
         drawn.add(tuple(parts[3].tolist()))
-        again = clustered().select(ctx_of(probe, round=number), group_of(make_pool({"a": N}), 43))
+        again = decided(clustered(), ctx_of(probe, round=number), group_of(make_pool({"a": N}), 43))
         assert np.array_equal(again.indices, chosen.indices)
     assert len(drawn) > 20
     assert len({index for part in drawn for index in part}) == 13
@@ -284,25 +284,25 @@ def test_a_sample_without_a_trained_token_is_never_chosen(probe: FakeProbe) -> N
     untrained = np.concatenate([np.flatnonzero(CLUSTERS == 3), [0, 1, 2, 30, 59]])  # three of the four in cluster 0
     probe.features[untrained] = np.nan
     ctx = ctx_of(probe, untrained)
-    scores = clustered().score(ctx, np.arange(N))
+    scores = scores_of(clustered(), ctx, np.arange(N))
     assert np.flatnonzero(np.isnan(scores)).tolist() == sorted({*untrained})
     assert not np.isin(probe.asked[0], untrained).any()
     assert np.bincount(CLUSTERS[probe.asked[0]], minlength=6).tolist() == [1, 4, 3, 0, 1, 4]
     assert scores[3] == pytest.approx(max(subtask_cosines(probe, 3)), abs=1e-6)
     left = N - np.unique(untrained).size
-    chosen = clustered().select(ctx_of(probe, untrained), group_of(make_pool({"a": N}), left))
+    chosen = decided(clustered(), ctx_of(probe, untrained), group_of(make_pool({"a": N}), left))
     assert chosen.indices.tolist() == np.setdiff1d(np.arange(N), untrained).tolist()
     assert chosen.unscored == N - left
     with pytest.raises(ComponentError, match=f"{left + 1} samples are wanted but only {left} of 60 have a score"):
-        clustered().select(ctx_of(probe, untrained), group_of(make_pool({"a": N}), left + 1))
+        decided(clustered(), ctx_of(probe, untrained), group_of(make_pool({"a": N}), left + 1))
     asked = len(probe.asked)
-    assert np.isnan(clustered().score(ctx_of(probe, np.arange(N)), np.arange(N))).all()
+    assert np.isnan(scores_of(clustered(), ctx_of(probe, np.arange(N)), np.arange(N))).all()
     assert len(probe.asked) == asked
 
 
 def test_a_cluster_whose_representatives_have_no_score_has_none(probe: FakeProbe) -> None:
     probe.features[CLUSTERS == 3] = np.nan
-    scores = clustered().score(ctx_of(probe), np.arange(N))
+    scores = scores_of(clustered(), ctx_of(probe), np.arange(N))
     assert np.isnan(scores).tolist() == (CLUSTERS == 3).tolist()
 
 
@@ -362,7 +362,7 @@ def test_clusters_of_separable_embeddings_are_found_once_and_kept(probe: FakePro
     embedding.space = (10 * np.eye(5)[truth] + 0.1 * rng.normal(size=(N, 5))).astype(np.float32)
     selector = build(ClusterLessSelector, cluster_size=12, representatives=2)
     assert selector.scored_samples(N) == 10
-    first = selector.select(ctx_of(embedding), group_of(make_pool({"a": N}), 20))
+    first = decided(selector, ctx_of(embedding), group_of(make_pool({"a": N}), 20))
     labels = selector.state_dict()["clusters"]
     assert len({(one, other) for one, other in zip(truth.tolist(), labels.tolist(), strict=True)}) == 5
     assert np.unique(labels).size == 5
@@ -370,13 +370,13 @@ def test_clusters_of_separable_embeddings_are_found_once_and_kept(probe: FakePro
     other = build(ClusterLessSelector, cluster_size=12, representatives=2)
     assert other.state_dict() == {}
     other.load_state_dict(selector.state_dict())
-    expected = selector.select(ctx_of(embedding, round=1), group_of(make_pool({"a": N}), 20))
-    resumed = other.select(ctx_of(embedding, round=1), group_of(make_pool({"a": N}), 20))
+    expected = decided(selector, ctx_of(embedding, round=1), group_of(make_pool({"a": N}), 20))
+    resumed = decided(other, ctx_of(embedding, round=1), group_of(make_pool({"a": N}), 20))
     assert embedding.embedded == 1
     assert np.array_equal(resumed.indices, expected.indices)
     assert np.array_equal(resumed.scores, expected.scores)
     assert first.indices.size == 20
-    alone = build(ClusterLessSelector, cluster_size=12).score(ctx_of(embedding), np.arange(N))  # without a choice
+    alone = scores_of(build(ClusterLessSelector, cluster_size=12), ctx_of(embedding), np.arange(N))  # without a choice
     assert np.unique(alone).size == 5
 
 
@@ -388,16 +388,16 @@ def test_clusters_of_other_parameters_are_made_again(probe: FakeProbe, changes: 
     embedding = EmbeddingProbe(features=probe.features, targets=probe.targets)
     embedding.space = unit(np.random.default_rng(3), N)
     selector = build(ClusterLessSelector, cluster_size=12)
-    selector.score(ctx_of(embedding), np.arange(N))
+    scores_of(selector, ctx_of(embedding), np.arange(N))
     state = selector.state_dict()
     other = build(ClusterLessSelector, **{"cluster_size": 12, **changes})
     assert take_back(other, state, made_with(selector)) == list(changes)
-    found = other.score(ctx_of(embedding, round=1), np.arange(N))
+    found = scores_of(other, ctx_of(embedding, round=1), np.arange(N))
     fresh = build(ClusterLessSelector, **{"cluster_size": 12, **changes})
-    np.testing.assert_array_equal(found, fresh.score(ctx_of(embedding, round=1), np.arange(N)))
+    np.testing.assert_array_equal(found, scores_of(fresh, ctx_of(embedding, round=1), np.arange(N)))
     same = build(ClusterLessSelector, cluster_size=12, representatives=2, proj_dim=64, aggregation="mean")
     assert take_back(same, state, made_with(selector)) == []
-    same.score(ctx_of(embedding, round=1), np.arange(N))
+    scores_of(same, ctx_of(embedding, round=1), np.arange(N))
     assert embedding.embedded == 3
 
 
@@ -456,7 +456,7 @@ GIVEN = [3.0, 0.0, 1.0]
 @pytest.mark.parametrize("weights", [None, GIVEN])
 def test_tracin_by_hand(course: CheckpointProbe, weights: Any) -> None:
     selector = build(TracinSelector, checkpoints=list(course.of), checkpoint_weights=weights)
-    found = selector.score(ctx_of(course), np.arange(N))
+    found = scores_of(selector, ctx_of(course), np.arange(N))
     expected = [max(row) for row in summed(course, [0.75, 0.0, 0.25] if weights else course.rates)]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert np.flatnonzero(np.isnan(found)).tolist() == [7]
@@ -466,10 +466,10 @@ def test_tracin_by_hand(course: CheckpointProbe, weights: Any) -> None:
 def test_tracin_scores_are_made_once(course: CheckpointProbe) -> None:
     selector = build(TracinSelector, checkpoints=list(course.of))
     parts = [np.arange(0, 20), np.arange(10, 40), np.arange(N)]  # each goes on where the others ended
-    found = [selector.score(ctx_of(course), part) for part in parts]
+    found = [scores_of(selector, ctx_of(course), part) for part in parts]
     asked = np.concatenate(course.asked[::3])
     assert sorted(asked.tolist()) == list(range(N))
-    whole = build(TracinSelector, checkpoints=list(course.of)).score(ctx_of(course), np.arange(N))
+    whole = scores_of(build(TracinSelector, checkpoints=list(course.of)), ctx_of(course), np.arange(N))
     for part, scores in zip(parts, found, strict=True):
         np.testing.assert_array_equal(scores, whole[part])
     assert len(course.looked_at) == 3 * 4
@@ -477,7 +477,7 @@ def test_tracin_scores_are_made_once(course: CheckpointProbe) -> None:
     resumed = build(TracinSelector, checkpoints=list(course.of))
     assert resumed.state_dict() == {}
     resumed.load_state_dict(selector.state_dict())
-    np.testing.assert_array_equal(resumed.score(ctx_of(None), np.arange(N)), whole)
+    np.testing.assert_array_equal(scores_of(resumed, ctx_of(None), np.arange(N)), whole)
 
 
 @pytest.mark.parametrize(
@@ -495,27 +495,27 @@ def test_tracin_scores_are_made_once(course: CheckpointProbe) -> None:
 def test_tracin_scores_of_other_parameters_are_made_again(course: CheckpointProbe, changes: Any) -> None:
     given = {"checkpoints": list(course.of), "checkpoint_weights": [0.5, 0.3, 0.2]}
     selector = build(TracinSelector, **given)
-    selector.score(ctx_of(course), np.arange(N))
+    scores_of(selector, ctx_of(course), np.arange(N))
     state, then = selector.state_dict(), json.loads(json.dumps(made_with(selector)))
     other = build(TracinSelector, **{**given, **changes})
     assert take_back(other, state, then) == list(changes)
     course.looked_at.clear()
-    found = other.score(ctx_of(course), np.arange(N))
+    found = scores_of(other, ctx_of(course), np.arange(N))
     assert len(course.looked_at) == 3
     np.testing.assert_array_equal(
-        found, build(TracinSelector, **{**given, **changes}).score(ctx_of(course), np.arange(N))
+        found, scores_of(build(TracinSelector, **{**given, **changes}), ctx_of(course), np.arange(N))
     )
     for harmless in ({"rule": "sample"}, {"temperature": 0.5}, {"feature_dir": "features"}):
         same = build(TracinSelector, **given, **harmless)
         assert take_back(same, state, then) == []
-        np.testing.assert_array_equal(same.score(ctx_of(None), np.arange(N)), state["scores"])
+        np.testing.assert_array_equal(scores_of(same, ctx_of(None), np.arange(N)), state["scores"])
 
 
 def test_a_state_that_does_not_tell_its_parameters_is_made_again(course: CheckpointProbe) -> None:
     selector = build(TracinSelector, checkpoints=list(course.of))
     assert set(take_back(selector, {"scores": np.zeros(N, dtype=np.float32)}, {})) == TracinSelector.state_depends_on
     assert selector.state_dict() == {}
-    assert np.nanstd(selector.score(ctx_of(course), np.arange(N))) > 0.1
+    assert np.nanstd(scores_of(selector, ctx_of(course), np.arange(N))) > 0.1
     clusters = build(ClusterLessSelector)
     assert take_back(clusters, {"clusters": CLUSTERS}, {}) == ["cluster_iterations", "cluster_size"]
     assert clusters.state_dict() == {}
@@ -524,7 +524,7 @@ def test_a_state_that_does_not_tell_its_parameters_is_made_again(course: Checkpo
 @pytest.mark.parametrize("aggregation", ["max", "mean"])
 def test_less_over_checkpoints(course: CheckpointProbe, aggregation: Any) -> None:
     selector = build(LessSelector, checkpoints=list(course.of), aggregation=aggregation, preconditioner="adam")
-    found = selector.score(ctx_of(course), np.arange(N))
+    found = scores_of(selector, ctx_of(course), np.arange(N))
     table = np.array(summed(course, course.rates))
     expected = table.max(axis=1) if aggregation == "max" else table.mean(axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -535,6 +535,7 @@ def test_less_over_checkpoints(course: CheckpointProbe, aggregation: Any) -> Non
 
 def test_less_makes_a_checkpoints_validation_features_once_in_a_round(course: CheckpointProbe) -> None:
     selector, ctx = build(LessSelector, checkpoints=list(course.of)), ctx_of(course)
+    selector.begin(ctx)
     selector.score(ctx, np.arange(10))
     selector.score(ctx, np.arange(10, 20))
     assert len(course.settings) == 3 + 2 * 3
@@ -543,7 +544,7 @@ def test_less_makes_a_checkpoints_validation_features_once_in_a_round(course: Ch
 def test_cluster_less_over_checkpoints(course: CheckpointProbe) -> None:
     for features in course.of.values():
         features[7] = 1.0
-    scores = clustered(checkpoints=list(course.of), representatives=N).score(ctx_of(course), np.arange(N))
+    scores = scores_of(clustered(checkpoints=list(course.of), representatives=N), ctx_of(course), np.arange(N))
     table = np.array(summed(course, course.rates))
     for number in range(6):
         expected = table[number == CLUSTERS].mean(axis=0).max()
@@ -553,11 +554,10 @@ def test_cluster_less_over_checkpoints(course: CheckpointProbe) -> None:
 # The best of a pool, without training
 
 
-def scored_run(scores: Any, seed: int = 0, leaves_out: bool = True) -> Any:
+def scored_run(scores: Any, seed: int = 0) -> Any:
     """Return a run of 2 domains whose selector gives these scores; its rows are not known."""
     values = np.asarray(scores, dtype=np.float32)
     selector = ScoreSelector(lambda candidates: values[candidates])
-    selector.leaves_out_unscored = leaves_out  # type: ignore[misc]
     rows = Dataset.from_dict({"input_ids": [[number, number] for number in range(values.size)]})
     pool = Pool(rows, ("a", "b"), np.array([values.size - 3, 3]))
     return SimpleNamespace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dataflex.api.component import Component
+from dataflex.config.checks.chains import problems_of_chains
 from dataflex.config.checks.references import problems_of_references
 from dataflex.config.checks.values import dataset_names, number, truthy
 from dataflex.config.loading import SECTION, RunConfig
@@ -35,6 +36,7 @@ def problems_of_section(config: RunConfig) -> Iterator[Problem]:
         _columns,
         _loss,
         _components,
+        problems_of_chains,
         problems_of_references,
         _validation,
         _neat_packing,
@@ -153,8 +155,6 @@ def _columns(config: RunConfig) -> Iterator[Problem]:
 
 
 def _components(config: RunConfig) -> Iterator[Problem]:
-    if len(config.build_components().select) > 1:
-        yield Problem(f"{SECTION}.select", "several methods do not act together yet; name one.")
     for key, component in config.build_components().items():
         found = list(component.problems(config))
         for measurement in component.needs(config).measurements:

@@ -1,0 +1,395 @@
+"""A chain of selectors at work: filters leave a part of the candidates, the last selector chooses the round's samples.
+
+Every selector of a chain decides once in ``every`` decisions. In between, the samples a filter left last stand for it,
+and the scores of the last selector, from which every round is chosen anew. What stands for a selector stands for all
+before it too, so these are not asked. Samples are chosen from each group (the pool, or each domain where a mixer
+decides) apart, and a filter keeps its share of each.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex import distributed
+from dataflex.api.component import State
+from dataflex.api.components import Entry
+from dataflex.api.context import RoundContext
+from dataflex.api.selection import Group, Selection, with_whole_passes
+from dataflex.api.selector import (
+    Selector,
+    check_scores,
+    checked_choice,
+    choice_by_scores,
+    overrides,
+)
+from dataflex.data.pool import Pool
+from dataflex.data.rules import ScoreArray
+from dataflex.data.sampling import IndexArray
+from dataflex.errors import ComponentError, ConfigError
+from dataflex.planning.overhead import LimitedScoring
+
+logger = logging.getLogger(__name__)
+
+ContextOf = Callable[[Entry[Selector], str], RoundContext]
+"""Returns the context of an entry for a group."""
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """What one filter of a chain did in a round.
+
+    Attributes:
+        key: its configuration key.
+        method: its name.
+        candidates: how many samples came to it, of each group.
+        kept: how many it left, of each group.
+        unscored: candidates without a score.
+        of_update: the decision whose result stands, of each group; another one than the present if it did not decide.
+        samples: the candidates of the groups it decided about, ascending; empty where it did not decide.
+        scores: their scores, NaN where one has none; None if the method gives none.
+        ranks: their ranks within their group, 1 the best, 0 for those without; None if nothing is ranked.
+        is_kept: whether each was left for the next selector.
+    """
+
+    key: str
+    method: str
+    candidates: dict[str, int]
+    kept: dict[str, int]
+    unscored: int
+    of_update: dict[str, int]
+    samples: IndexArray
+    scores: ScoreArray | None
+    ranks: IndexArray | None
+    is_kept: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What stands for a selector in a group until it decides again."""
+
+    update: int
+    """Number of the decision it is of."""
+    start: int
+    stop: int
+    """The group's range of the pool."""
+    samples: IndexArray
+    """The samples a filter left; of the last selector its candidates. Ascending."""
+    scores: ScoreArray | None = None
+    """Of the last selector, the scores of its candidates."""
+    came: int = 0
+    """How many candidates a filter had."""
+
+    def state(self) -> State:
+        inside = np.zeros(self.stop - self.start, dtype=bool)
+        inside[self.samples - self.start] = True
+        return {
+            "update": self.update,
+            "range": [self.start, self.stop],
+            "samples": np.packbits(inside),
+            "scores": self.scores,
+            "came": self.came,
+        }
+
+    @classmethod
+    def of(cls, state: State) -> _Held:
+        start, stop = map(int, state["range"])
+        inside = np.unpackbits(state["samples"], count=stop - start).astype(bool)
+        samples = np.flatnonzero(inside) + start
+        return cls(int(state["update"]), start, stop, samples, state["scores"], int(state["came"]))
+
+
+@dataclass
+class _Beginning:
+    """Calls a selector's ``begin`` once in a decision, when something is about to be scored or chosen."""
+
+    selector: Selector
+    done: bool = False
+
+    def __call__(self, ctx: RoundContext) -> None:
+        if not self.done:
+            self.done = True
+            self.selector.begin(ctx)
+
+
+@dataclass
+class _Part:
+    """A group on its way through the chain."""
+
+    group: Group
+    candidates: IndexArray
+    begin_at: int = 0
+    """Number of the first entry that is asked."""
+    held: _Held | None = None
+    """What stands for the last entry, if that is not asked."""
+
+
+class SelectorChain:
+    """The selectors of a run, and what stands for those that do not decide every time.
+
+    Args:
+        entries: at least one; all but the last have ``keep``.
+        pool: the samples.
+        limit: scores in the last one's place if its cost is limited.
+    """
+
+    def __init__(self, entries: tuple[Entry[Selector], ...], pool: Pool, limit: LimitedScoring | None = None) -> None:
+        self.entries, self.pool, self.limit = entries, pool, limit
+        self.outcomes: list[StageOutcome] = []
+        """What each filter did in the present round."""
+        self._held: dict[str, dict[str, _Held]] = {}
+        """What stands for an entry in a group, by configuration key and name of the group."""
+        self._limited_at: int | None = None
+        """The last decision in which the last entry might score, under a limit."""
+
+    def select(self, groups: list[Group], update: int, size: int, context: ContextOf) -> list[Selection]:
+        """Return the samples of a round, of each group.
+
+        Args:
+            groups: what samples are wanted from.
+            update: number of the decision.
+            size: samples of the round.
+            context: returns the context of an entry for a group.
+
+        Raises:
+            ConfigError: if the filters leave fewer samples of the pool than the round takes.
+        """
+        self.outcomes = []
+        parts = [self._entering(group, update) for group in groups]
+        for number, entry in enumerate(self.entries[:-1]):
+            self.outcomes.append(self._filter(number, entry, parts, update, context))
+        if len(self.entries) > 1 and len(groups) == 1 and groups[0].size == self.pool.size:
+            self._check_enough(parts[0], size)
+        return self._choose(self.entries[-1], parts, update, context)
+
+    def _entering(self, group: Group, update: int) -> _Part:
+        """Return where a group enters the chain: after the last entry whose result stands."""
+        for number in reversed(range(len(self.entries))):
+            held = self._standing(self.entries[number], group.name, update)
+            if held is None:
+                continue
+            if number == len(self.entries) - 1:
+                return _Part(group, held.samples, number + 1, held)
+            return _Part(group, held.samples, number + 1)
+        return _Part(group, group.candidates)
+
+    def _standing(self, entry: Entry[Selector], group: str, update: int) -> _Held | None:
+        """Return what stands for an entry in a group; None if it is to decide."""
+        held = self._held.get(entry.key, {}).get(group)
+        return None if held is None or update - held.update >= entry.every else held
+
+    def _hold(self, entry: Entry[Selector], group: Group, update: int, **found: Any) -> None:
+        if entry.every > 1:
+            held = _Held(update, group.start, group.stop, **found)
+            self._held.setdefault(entry.key, {})[group.name] = held
+
+    def _contexts(self, entry: Entry[Selector], parts: list[_Part], context: ContextOf) -> list[RoundContext]:
+        """Return the context of each part; all have the same candidates, and say the same if nothing is decided."""
+        everyone = parts[0].candidates if len(parts) == 1 else np.concatenate([part.candidates for part in parts])
+        undecided: list[str] = []
+        return [replace(context(entry, part.group.name), candidates=everyone, undecided=undecided) for part in parts]
+
+    def _filter(
+        self, number: int, entry: Entry[Selector], parts: list[_Part], update: int, context: ContextOf
+    ) -> StageOutcome:
+        """Leave each part what a filter keeps of its candidates."""
+        acting = [part for part in parts if part.begin_at <= number]
+        came = {part.group.name: part.candidates.size for part in acting}
+        begin, tables = _Beginning(entry.component), []
+        counts = _counts_kept(entry, [part.candidates.size for part in acting])
+        contexts = self._contexts(entry, acting, context) if acting else []
+        for part, ctx, count in zip(acting, contexts, counts, strict=True):
+            begin(ctx)
+            table = _kept_by(entry, ctx, part, count)
+            tables.append(table)
+            part.candidates = table.samples[table.is_kept]
+            self._hold(entry, part.group, update, samples=part.candidates, came=table.samples.size)
+        of_update = {part.group.name: update for part in acting}
+        kept = {part.group.name: part.candidates.size for part in acting}
+        for part in parts:
+            held = self._held.get(entry.key, {}).get(part.group.name)
+            if part not in acting and held is not None and part.begin_at == number + 1:
+                name = part.group.name
+                of_update[name], came[name], kept[name] = held.update, held.came, held.samples.size
+        return _outcome(entry, came, kept, of_update, tables)
+
+    def _check_enough(self, part: _Part, size: int) -> None:
+        """Refuse filters that leave fewer samples of the pool than a round takes."""
+        if part.candidates.size >= size:
+            return
+        last = self.entries[-2]
+        raise ConfigError(
+            f"dataflex.{last.key}.keep: {last.component.name} leaves {part.candidates.size} of the pool's "
+            f"{self.pool.size} samples, and a round takes {size}. Raise keep, or shorten update_steps."
+        )
+
+    def _choose(self, entry: Entry[Selector], parts: list[_Part], update: int, context: ContextOf) -> list[Selection]:
+        """Return what the last selector chooses of each part."""
+        selector, begin = entry.component, _Beginning(entry.component)
+        contexts = self._contexts(entry, parts, context)
+        may_score = self._limited_at is None or update - self._limited_at >= entry.every
+        if self.limit is not None:
+            self.limit.open(may_score)
+            self._limited_at = update if may_score else self._limited_at
+        found = []
+        for part, ctx in zip(parts, contexts, strict=True):
+            if overrides(selector, "select"):
+                begin(ctx)
+                found.append(selector.select(ctx, part.group))
+                continue
+            choose = partial(self._choice, entry, part, ctx, begin, update)
+            found.append(with_whole_passes(part.candidates, part.group.budget, choose))
+        if contexts[0].undecided:
+            why = "; ".join(dict.fromkeys(contexts[0].undecided))
+            found = [each if each.undecided is not None else replace(each, undecided=why) for each in found]
+        return found
+
+    def _choice(
+        self,
+        entry: Entry[Selector],
+        part: _Part,
+        ctx: RoundContext,
+        begin: _Beginning,
+        update: int,
+        candidates: IndexArray,
+        count: int,
+    ) -> Selection:
+        """Return ``count`` of a part's candidates."""
+        selector = entry.component
+        if self.limit is not None:
+            return self.limit.choose(selector, ctx, candidates, count)
+        if part.held is not None:
+            assert part.held.scores is not None
+            return choice_by_scores(selector, ctx, candidates, part.held.scores, count)
+        begin(ctx)
+        if entry.every == 1:
+            return checked_choice(selector, selector.choose(ctx, candidates, count), candidates, part.group.name)
+        scores = check_scores(selector, selector.score(ctx, candidates), candidates)
+        self._hold(entry, part.group, update, samples=candidates, scores=scores)
+        return choice_by_scores(selector, ctx, candidates, scores, count)
+
+    def state_dict(self) -> State:
+        """Return what stands for the selectors that do not decide every time, and the limit's scores and costs."""
+        return {
+            "held": {
+                entry.key: {
+                    "made_with": _made_with(entry),
+                    "groups": {name: held.state() for name, held in self._held[entry.key].items()},
+                }
+                for entry in self.entries
+                if entry.key in self._held
+            },
+            "limited_at": self._limited_at,
+            "limit": {} if self.limit is None else self.limit.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back what :meth:`state_dict` returned, but for selectors that have other parameters now."""
+        self._held = {}
+        for entry in self.entries:
+            stored = state["held"].get(entry.key)
+            if stored is None or entry.every == 1:
+                continue
+            if stored["made_with"] != _made_with(entry):
+                if distributed.rank() == 0:
+                    logger.warning("%s %s: it is another one now, and decides anew.", entry.key, entry.component.name)
+                continue
+            self._held[entry.key] = {name: _Held.of(each) for name, each in stored["groups"].items()}
+        self._limited_at = None if state["limited_at"] is None else int(state["limited_at"])
+        if self.limit is not None:
+            self.limit.load_state_dict(state["limit"])
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What a filter said of a group's candidates; the fields are those of :class:`StageOutcome`."""
+
+    samples: IndexArray
+    is_kept: NDArray[np.bool_]
+    scores: ScoreArray | None = None
+    ranks: IndexArray | None = None
+    unscored: int = 0
+
+
+def _counts_kept(entry: Entry[Selector], sizes: list[int]) -> list[int | None]:
+    """Return how many samples of each group a filter keeps; None: a share of those that have a score."""
+    assert entry.keep is not None
+    if entry.keep < 1:
+        return [None] * len(sizes)
+    wanted, total = int(entry.keep), sum(sizes)
+    if wanted > total and sizes:
+        raise ConfigError(
+            f"dataflex.{entry.key}.keep: {wanted} samples are to be left, and only {total} come to "
+            f"{entry.component.name}. Lower it, or give a share."
+        )
+    # In proportion, and exactly so many in all.
+    ends = np.cumsum(sizes, dtype=np.int64) * wanted // max(total, 1)
+    return [max(1, int(count)) for count in np.diff(ends, prepend=0)]
+
+
+def _kept_by(entry: Entry[Selector], ctx: RoundContext, part: _Part, count: int | None) -> _Table:
+    """Return what a filter says of the candidates of a part.
+
+    Raises:
+        ComponentError: if no candidate has a score.
+    """
+    selector, candidates = entry.component, part.candidates
+    is_kept = np.zeros(candidates.size, dtype=bool)
+    if overrides(selector, "choose"):
+        wanted = entry.kept_of(candidates.size) if count is None else count
+        chosen = checked_choice(selector, selector.choose(ctx, candidates, wanted), candidates, part.group.name)
+        if chosen.indices.size != wanted:
+            raise ComponentError(
+                f"selector {selector.name!r} chose {chosen.indices.size} samples of {part.group.name!r}, not {wanted}."
+            )
+        is_kept[np.searchsorted(candidates, chosen.indices)] = True
+        return _Table(candidates, is_kept)
+    scores = check_scores(selector, selector.score(ctx, candidates), candidates)
+    scored = np.flatnonzero(~np.isnan(scores))
+    wanted = entry.kept_of(max(scored.size, 1)) if count is None else count
+    chosen = choice_by_scores(selector, ctx, candidates, scores, wanted)
+    is_kept[np.searchsorted(candidates, chosen.indices)] = True
+    found = selector.rank(scores, scored)
+    ranks = None
+    if found is not None:
+        ranks = np.zeros(candidates.size, dtype=np.int64)
+        ranks[scored] = found
+    return _Table(candidates, is_kept, scores, ranks, candidates.size - scored.size)
+
+
+def _outcome(
+    entry: Entry[Selector],
+    came: dict[str, int],
+    kept: dict[str, int],
+    of_update: dict[str, int],
+    tables: list[_Table],
+) -> StageOutcome:
+    """Return what a filter did, of all groups."""
+    samples = np.concatenate([np.empty(0, np.int64), *(table.samples for table in tables)])
+    is_kept = np.concatenate([np.empty(0, bool), *(table.is_kept for table in tables)])
+    scores = [table.scores for table in tables if table.scores is not None]
+    ranks = [table.ranks for table in tables if table.ranks is not None]
+    return StageOutcome(
+        entry.key,
+        entry.component.name,
+        came,
+        kept,
+        sum(table.unscored for table in tables),
+        of_update,
+        samples,
+        np.concatenate(scores) if scores else None,
+        np.concatenate(ranks) if ranks else None,
+        is_kept,
+    )
+
+
+def _made_with(entry: Entry[Selector]) -> dict[str, Any]:
+    """Return what a selector's result depends on, of the configuration."""
+    params = entry.component.params.model_dump(mode="json")
+    return {"method": entry.component.name, "keep": entry.keep, "params": params}
