@@ -7,10 +7,13 @@ UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 # Where Python may not keep what it compiled, every start with LLaMA-Factory costs three times as much.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test golden install lint lock clean
+.PHONY: demo docs test golden install lint lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dataflex-cli demo
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/api_page.py
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check src tests benchmarks

@@ -3,35 +3,149 @@
 What a component of your own needs is here; everything else is reached through ``dataflex-cli``.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from dataflex.api.component import State
 from dataflex.api.context import RoundContext, StepBatch, StepContext, StepStatistics
 from dataflex.api.measurement import MeasuredBatch, Measurement, MeasurementRun, register_measurement
 from dataflex.api.mixer import DomainParams, Mixer, MixerParams
 from dataflex.api.needs import Needs, RunView
 from dataflex.api.order import Order
-from dataflex.api.params import ComponentParams, InputPath, OutputPath, ValidationParams
+from dataflex.api.params import (
+    ComponentParams,
+    InputPath,
+    OutputPath,
+    Shares,
+    ValidationParams,
+    shares_of,
+    shares_problem,
+)
+from dataflex.api.probe import GenerationSettings, GradientFeatures, GradientNorms, GradientSettings, Probe
 from dataflex.api.reference import ReferenceParams
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
 from dataflex.api.selection import Group, Selection
-from dataflex.api.selector import Selector, SelectorParams
+from dataflex.api.selector import Selector, SelectorParams, check_scores
 from dataflex.api.weighter import Weighter, WeighterParams
+from dataflex.data.columns import ColumnArray, Wrong, unusable_score
+from dataflex.data.domain_names import by_domain
+from dataflex.data.pool import IGNORE_INDEX, Pool
+from dataflex.data.rng import derive_rng, key_of
+from dataflex.data.rules import ScoreArray, ranks_among, ranks_among_scored, sample_softmax, sample_without_replacement
+from dataflex.data.sampling import IndexArray, KeyedPermutation, exactly
+from dataflex.distributed import on_main
+from dataflex.errors import CheckpointError, ComponentError, ConfigError, DivergenceError, Problem, unknown
+from dataflex.files import distinct, write_atomically
 from dataflex.probe.embeddings import Embeddings, HiddenStates
 from dataflex.probe.error_norms import ErrorNorms
 from dataflex.probe.expert_loads import ExpertLoads
 from dataflex.probe.losses import Losses, TokenMeans
 
+if TYPE_CHECKING:
+    from dataflex.probe.mode import preserved_rng
+    from dataflex.probe.store import FeatureStore
+
 __version__ = "0.1.0"
 
+EXPORTS = {
+    "CheckpointError": "dataflex.errors",
+    "ColumnArray": "dataflex.data.columns",
+    "ComponentError": "dataflex.errors",
+    "ComponentParams": "dataflex.api.params",
+    "ConfigError": "dataflex.errors",
+    "DivergenceError": "dataflex.errors",
+    "DomainParams": "dataflex.api.mixer",
+    "Embeddings": "dataflex.probe.embeddings",
+    "ErrorNorms": "dataflex.probe.error_norms",
+    "ExpertLoads": "dataflex.probe.expert_loads",
+    "FeatureStore": "dataflex.probe.store",
+    "GenerationSettings": "dataflex.api.probe",
+    "GradientFeatures": "dataflex.api.probe",
+    "GradientNorms": "dataflex.api.probe",
+    "GradientSettings": "dataflex.api.probe",
+    "Group": "dataflex.api.selection",
+    "HiddenStates": "dataflex.probe.embeddings",
+    "IGNORE_INDEX": "dataflex.data.pool",
+    "IndexArray": "dataflex.data.sampling",
+    "InputPath": "dataflex.api.params",
+    "KeyedPermutation": "dataflex.data.sampling",
+    "Losses": "dataflex.probe.losses",
+    "MeasuredBatch": "dataflex.api.measurement",
+    "Measurement": "dataflex.api.measurement",
+    "MeasurementRun": "dataflex.api.measurement",
+    "Mixer": "dataflex.api.mixer",
+    "MixerParams": "dataflex.api.mixer",
+    "Needs": "dataflex.api.needs",
+    "Order": "dataflex.api.order",
+    "OutputPath": "dataflex.api.params",
+    "Pool": "dataflex.data.pool",
+    "Probe": "dataflex.api.probe",
+    "Problem": "dataflex.errors",
+    "ReferenceParams": "dataflex.api.reference",
+    "RoundContext": "dataflex.api.context",
+    "RunOutline": "dataflex.api.schedule",
+    "RunView": "dataflex.api.needs",
+    "ScoreArray": "dataflex.data.rules",
+    "Selection": "dataflex.api.selection",
+    "Selector": "dataflex.api.selector",
+    "SelectorParams": "dataflex.api.selector",
+    "Shares": "dataflex.api.params",
+    "State": "dataflex.api.component",
+    "StepBatch": "dataflex.api.context",
+    "StepContext": "dataflex.api.context",
+    "StepStatistics": "dataflex.api.context",
+    "TokenMeans": "dataflex.probe.losses",
+    "ValidationParams": "dataflex.api.params",
+    "Weighter": "dataflex.api.weighter",
+    "WeighterParams": "dataflex.api.weighter",
+    "Wrong": "dataflex.data.columns",
+    "by_domain": "dataflex.data.domain_names",
+    "check_scores": "dataflex.api.selector",
+    "derive_rng": "dataflex.data.rng",
+    "distinct": "dataflex.files",
+    "exactly": "dataflex.data.sampling",
+    "key_of": "dataflex.data.rng",
+    "on_main": "dataflex.distributed",
+    "preserved_rng": "dataflex.probe.mode",
+    "ranks_among": "dataflex.data.rules",
+    "ranks_among_scored": "dataflex.data.rules",
+    "register": "dataflex.api.registry",
+    "register_measurement": "dataflex.api.measurement",
+    "sample_softmax": "dataflex.data.rules",
+    "sample_without_replacement": "dataflex.data.rules",
+    "shares_of": "dataflex.api.params",
+    "shares_problem": "dataflex.api.params",
+    "unknown": "dataflex.errors",
+    "unusable_score": "dataflex.data.columns",
+    "write_atomically": "dataflex.files",
+}
+"""What a component may use, and the module that defines it."""
+
 __all__ = [
+    "IGNORE_INDEX",
+    "CheckpointError",
+    "ColumnArray",
+    "ComponentError",
     "ComponentParams",
+    "ConfigError",
+    "DivergenceError",
     "DomainParams",
     "Embeddings",
     "ErrorNorms",
     "ExpertLoads",
+    "FeatureStore",
+    "GenerationSettings",
+    "GradientFeatures",
+    "GradientNorms",
+    "GradientSettings",
     "Group",
     "HiddenStates",
+    "IndexArray",
     "InputPath",
+    "KeyedPermutation",
     "Losses",
     "MeasuredBatch",
     "Measurement",
@@ -41,13 +155,18 @@ __all__ = [
     "Needs",
     "Order",
     "OutputPath",
+    "Pool",
+    "Probe",
+    "Problem",
     "ReferenceParams",
     "RoundContext",
     "RunOutline",
     "RunView",
+    "ScoreArray",
     "Selection",
     "Selector",
     "SelectorParams",
+    "Shares",
     "State",
     "StepBatch",
     "StepContext",
@@ -56,7 +175,32 @@ __all__ = [
     "ValidationParams",
     "Weighter",
     "WeighterParams",
+    "Wrong",
     "__version__",
+    "by_domain",
+    "check_scores",
+    "derive_rng",
+    "distinct",
+    "exactly",
+    "key_of",
+    "on_main",
+    "preserved_rng",
+    "ranks_among",
+    "ranks_among_scored",
     "register",
     "register_measurement",
+    "sample_softmax",
+    "sample_without_replacement",
+    "shares_of",
+    "shares_problem",
+    "unknown",
+    "unusable_score",
+    "write_atomically",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return an exported name that is not imported above: its module imports torch, which `check` does without."""
+    if name not in EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(EXPORTS[name]), name)

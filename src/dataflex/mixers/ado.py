@@ -28,13 +28,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.component import State
-from dataflex.api.context import RoundContext, StepStatistics
-from dataflex.api.mixer import Mixer, MixerParams
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.params import Shares, shares_of, shares_problem
-from dataflex.api.registry import register
-from dataflex.api.schedule import RunOutline
+from dataflex import (
+    Mixer,
+    MixerParams,
+    Needs,
+    RoundContext,
+    RunOutline,
+    RunView,
+    Shares,
+    State,
+    StepStatistics,
+    register,
+    shares_of,
+    shares_problem,
+)
 from dataflex.mixers.base_scaling_law import FEWEST_POINTS, LossHistory, fit, reducible
 
 logger = logging.getLogger(__name__)

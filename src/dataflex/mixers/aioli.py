@@ -29,17 +29,21 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.component import State
-from dataflex.api.context import RoundContext
-from dataflex.api.measurement import Measurement
-from dataflex.api.mixer import Mixer, MixerParams
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.registry import register
-from dataflex.api.schedule import RunOutline
+from dataflex import (
+    Losses,
+    Measurement,
+    Mixer,
+    MixerParams,
+    Needs,
+    RoundContext,
+    RunOutline,
+    RunView,
+    State,
+    ValidationParams,
+    register,
+)
 from dataflex.mixers.base_loss_weights import exponentiated_update
 from dataflex.mixers.base_validation_loss import validation_losses
-from dataflex.probe.losses import Losses
-from dataflex.selectors.base_gradients import ValidationParams
 
 
 class AioliParams(MixerParams, ValidationParams):

@@ -13,12 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.component import State
-from dataflex.api.context import RoundContext, StepContext
-from dataflex.api.mixer import DomainParams, Mixer
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.params import Shares, shares_of, shares_problem
-from dataflex.api.schedule import RunOutline
+from dataflex import (
+    DomainParams,
+    Mixer,
+    Needs,
+    RoundContext,
+    RunOutline,
+    RunView,
+    Shares,
+    State,
+    StepContext,
+    shares_of,
+    shares_problem,
+)
 
 
 class LossWeightParams(DomainParams):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError, Problem
+from dataflex import ConfigError, Problem
 
 Floats = NDArray[np.float64]
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.errors import ConfigError
-from dataflex.files import write_atomically
+from dataflex import ConfigError, write_atomically
 from dataflex.mixers.base_mixtures import BLOCK, DEFAULT, Drawing, Floats, bad, sample_mixtures, shares_of_prior
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.api.component import State
-from dataflex.errors import CheckpointError
+from dataflex import CheckpointError, State
 
 FloatArray = NDArray[np.float64]
 

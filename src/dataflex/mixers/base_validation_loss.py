@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.api.context import RoundContext
-from dataflex.errors import ComponentError, DivergenceError
+from dataflex import ComponentError, DivergenceError, RoundContext
 
 
 def validation_losses(ctx: RoundContext) -> NDArray[np.float64]:

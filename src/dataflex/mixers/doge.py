@@ -31,16 +31,21 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from dataflex.api.context import StepContext
-from dataflex.api.measurement import Measurement
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.probe import GradientFeatures, GradientSettings
-from dataflex.api.registry import register
-from dataflex.api.schedule import RunOutline
-from dataflex.data.rng import derive_rng, key_of
-from dataflex.errors import ComponentError
+from dataflex import (
+    ComponentError,
+    GradientFeatures,
+    GradientSettings,
+    Measurement,
+    Needs,
+    RunOutline,
+    RunView,
+    StepContext,
+    ValidationParams,
+    derive_rng,
+    key_of,
+    register,
+)
 from dataflex.mixers.base_loss_weights import LossWeightMixer, LossWeightParams, exponentiated_update
-from dataflex.selectors.base_gradients import ValidationParams
 
 HIGHEST = 5.0
 """Largest W in the official code; the smallest is 0."""

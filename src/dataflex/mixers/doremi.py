@@ -25,11 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.component import State
-from dataflex.api.context import StepContext
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.reference import ReferenceParams
-from dataflex.api.registry import register
+from dataflex import Needs, ReferenceParams, RunView, State, StepContext, register
 from dataflex.mixers.base_loss_weights import StepWeightMixer, StepWeightParams, exponentiated_update
 
 

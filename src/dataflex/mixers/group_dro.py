@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.context import StepContext
-from dataflex.api.registry import register
+from dataflex import StepContext, register
 from dataflex.mixers.base_loss_weights import StepWeightMixer, StepWeightParams, exponentiated_update
 
 

@@ -24,15 +24,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.component import State
-from dataflex.api.context import RoundContext
-from dataflex.api.measurement import Measurement
-from dataflex.api.mixer import Mixer, MixerParams
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.registry import register
-from dataflex.api.schedule import RunOutline
+from dataflex import (
+    ExpertLoads,
+    Measurement,
+    Mixer,
+    MixerParams,
+    Needs,
+    RoundContext,
+    RunOutline,
+    RunView,
+    State,
+    register,
+)
 from dataflex.mixers.base_loss_weights import exponentiated_update
-from dataflex.probe.expert_loads import ExpertLoads
 
 
 class MoeBalanceParams(MixerParams):

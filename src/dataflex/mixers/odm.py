@@ -30,12 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.component import State
-from dataflex.api.context import RoundContext, StepStatistics
-from dataflex.api.mixer import Mixer, MixerParams
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.registry import register
-from dataflex.api.schedule import RunOutline
+from dataflex import Mixer, MixerParams, Needs, RoundContext, RunOutline, RunView, State, StepStatistics, register
 
 
 class OdmParams(MixerParams):

@@ -10,9 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.context import RoundContext
-from dataflex.api.mixer import Mixer, MixerParams
-from dataflex.api.registry import register
+from dataflex import Mixer, MixerParams, RoundContext, register
 
 
 class RandomMixerParams(MixerParams):

@@ -19,13 +19,21 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.component import State
-from dataflex.api.context import RoundContext
-from dataflex.api.mixer import DomainParams, Mixer
-from dataflex.api.params import InputPath, Shares, shares_of, shares_problem
-from dataflex.api.registry import register
-from dataflex.data.domain_names import by_domain
-from dataflex.errors import ConfigError, Problem, unknown
+from dataflex import (
+    ConfigError,
+    DomainParams,
+    InputPath,
+    Mixer,
+    Problem,
+    RoundContext,
+    Shares,
+    State,
+    by_domain,
+    register,
+    shares_of,
+    shares_problem,
+    unknown,
+)
 from dataflex.mixers.base_mixtures import Drawing, Floats
 from dataflex.mixers.base_regression import Regressor, best_mixture, check_runs, fit, read_runs
 

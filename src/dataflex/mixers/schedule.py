@@ -16,12 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dataflex.api.component import State
-from dataflex.api.context import RoundContext
-from dataflex.api.mixer import DomainParams, Mixer
-from dataflex.api.params import Shares, shares_of, shares_problem
-from dataflex.api.registry import register
-from dataflex.api.schedule import RunOutline
+from dataflex import DomainParams, Mixer, RoundContext, RunOutline, Shares, State, register, shares_of, shares_problem
 
 
 class SchedulePoint(BaseModel):

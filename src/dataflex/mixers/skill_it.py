@@ -25,20 +25,25 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.component import State
-from dataflex.api.context import RoundContext
-from dataflex.api.mixer import Mixer, MixerParams
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.params import InputPath
-from dataflex.api.registry import register
-from dataflex.api.schedule import RunOutline
-from dataflex.data.domain_names import by_domain
-from dataflex.errors import ConfigError, unknown
-from dataflex.files import distinct
+from dataflex import (
+    ConfigError,
+    InputPath,
+    Losses,
+    Mixer,
+    MixerParams,
+    Needs,
+    RoundContext,
+    RunOutline,
+    RunView,
+    State,
+    ValidationParams,
+    by_domain,
+    distinct,
+    register,
+    unknown,
+)
 from dataflex.mixers.base_loss_weights import exponentiated_update
 from dataflex.mixers.base_validation_loss import validation_losses
-from dataflex.probe.losses import Losses
-from dataflex.selectors.base_gradients import ValidationParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -8,11 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.component import State
-from dataflex.api.context import RoundContext
-from dataflex.api.mixer import DomainParams, Mixer
-from dataflex.api.params import Shares, shares_of, shares_problem
-from dataflex.api.registry import register
+from dataflex import DomainParams, Mixer, RoundContext, Shares, State, register, shares_of, shares_problem
 
 
 class StaticParams(DomainParams):

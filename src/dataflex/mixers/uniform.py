@@ -7,9 +7,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.api.context import RoundContext
-from dataflex.api.mixer import Mixer, MixerParams
-from dataflex.api.registry import register
+from dataflex import Mixer, MixerParams, RoundContext, register
 
 
 @register("mixer", "uniform")

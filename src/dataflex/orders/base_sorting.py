@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.data.sampling import IndexArray, KeyedPermutation
+from dataflex import IndexArray, KeyedPermutation
 
 
 def sorted_positions(scores: NDArray[np.floating], descending: bool, rng: np.random.Generator) -> IndexArray:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from dataflex.api.context import RoundContext
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.order import Order
-from dataflex.api.params import ComponentParams
-from dataflex.api.registry import register
-from dataflex.api.selection import Selection
-from dataflex.data.columns import ColumnArray, Wrong, unusable_score
-from dataflex.data.sampling import IndexArray
+from dataflex import (
+    ColumnArray,
+    ComponentParams,
+    IndexArray,
+    Needs,
+    Order,
+    RoundContext,
+    RunView,
+    Selection,
+    Wrong,
+    register,
+    unusable_score,
+)
 from dataflex.orders.base_sorting import sorted_positions
 
 

@@ -6,12 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from dataflex.api.context import RoundContext
-from dataflex.api.order import Order
-from dataflex.api.params import ComponentParams
-from dataflex.api.registry import register
-from dataflex.api.selection import Selection
-from dataflex.data.sampling import IndexArray, KeyedPermutation
+from dataflex import ComponentParams, IndexArray, KeyedPermutation, Order, RoundContext, Selection, register
 
 
 @register("order", "shuffle")

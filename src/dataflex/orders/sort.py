@@ -14,18 +14,21 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from dataflex.api.context import RoundContext
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.order import Order
-from dataflex.api.params import ComponentParams
-from dataflex.api.registry import register
-from dataflex.api.selection import Selection
-from dataflex.api.selector import check_scores
-from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray
-from dataflex.errors import ComponentError
+from dataflex import (
+    ComponentError,
+    ComponentParams,
+    IndexArray,
+    Losses,
+    Needs,
+    Order,
+    RoundContext,
+    RunView,
+    ScoreArray,
+    Selection,
+    check_scores,
+    register,
+)
 from dataflex.orders.base_sorting import sorted_positions
-from dataflex.probe.losses import Losses
 
 
 class SortParams(ComponentParams):

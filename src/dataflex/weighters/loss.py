@@ -23,10 +23,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dataflex.api.context import StepBatch
-from dataflex.api.registry import register
-from dataflex.api.schedule import RunOutline
-from dataflex.api.weighter import Weighter, WeighterParams
+from dataflex import RunOutline, StepBatch, Weighter, WeighterParams, register
 
 if TYPE_CHECKING:
     from torch import Tensor

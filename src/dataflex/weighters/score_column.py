@@ -14,11 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
-from dataflex.api.context import StepBatch
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.registry import register
-from dataflex.api.weighter import Weighter, WeighterParams
-from dataflex.data.columns import ColumnArray, Wrong, unusable_score
+from dataflex import ColumnArray, Needs, RunView, StepBatch, Weighter, WeighterParams, Wrong, register, unusable_score
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dataflex.api.context import StepBatch
-from dataflex.api.registry import register
-from dataflex.api.weighter import Weighter, WeighterParams
+from dataflex import StepBatch, Weighter, WeighterParams, register
 
 if TYPE_CHECKING:
     from torch import Tensor
