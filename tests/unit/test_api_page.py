@@ -13,7 +13,7 @@ import pytest
 import dataflex
 
 ROOT = Path(__file__).parents[2]
-FAMILIES = ("mixers", "orders", "weighters")
+FAMILIES = ("selectors", "mixers", "orders", "weighters")
 FILES = sorted(path for family in FAMILIES for path in (ROOT / "src" / "dataflex" / family).glob("*.py"))
 
 

@@ -10,17 +10,25 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from dataflex.api.context import RoundContext
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.params import ComponentParams, InputPath, OutputPath, ValidationParams
-from dataflex.api.probe import GradientFeatures, GradientSettings
-from dataflex.api.selector import Selector, SelectorParams
-from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray
-from dataflex.errors import ComponentError
+from dataflex import (
+    ComponentError,
+    ComponentParams,
+    GradientFeatures,
+    GradientSettings,
+    IndexArray,
+    InputPath,
+    Needs,
+    OutputPath,
+    RoundContext,
+    RunView,
+    ScoreArray,
+    Selector,
+    SelectorParams,
+    ValidationParams,
+)
 
 if TYPE_CHECKING:
-    from dataflex.probe.store import FeatureStore
+    from dataflex import FeatureStore
 
 _ADAMS = (
     "adamw_torch",

@@ -27,8 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from dataflex.api.params import ComponentParams
-from dataflex.errors import ComponentError
+from dataflex import ComponentError, ComponentParams
 
 RewardArray = NDArray[np.float64]
 
@@ -347,7 +346,7 @@ class RewardModel:
         """
         import torch
 
-        from dataflex.probe.mode import preserved_rng
+        from dataflex import preserved_rng
 
         with preserved_rng(), torch.no_grad():
             if self._loaded is None:

@@ -26,16 +26,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex import distributed
-from dataflex.api.component import State
-from dataflex.api.context import RoundContext
-from dataflex.api.measurement import Measurement
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.registry import register
-from dataflex.api.schedule import RunOutline
-from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray
-from dataflex.probe.embeddings import Embeddings
+from dataflex import (
+    Embeddings,
+    IndexArray,
+    Measurement,
+    Needs,
+    RoundContext,
+    RunOutline,
+    RunView,
+    ScoreArray,
+    State,
+    on_main,
+    register,
+)
 from dataflex.selectors.base_gradients import CheckpointSelector, LessParams
 
 _EXACT_KMEANS = 50_000
@@ -86,7 +89,7 @@ class ClusterLessSelector(CheckpointSelector[ClusterLessParams]):
         if self._clusters is None:
             embeddings = ctx.probe.embeddings(np.arange(ctx.pool.size))
             seed = int.from_bytes(ctx.rng.bytes(4), "little")
-            self._clusters = distributed.on_main(partial(self._cluster, embeddings, seed))
+            self._clusters = on_main(partial(self._cluster, embeddings, seed))
 
     def pick(self, scores: ScoreArray, count: int, rng: np.random.Generator) -> IndexArray:
         """Return what the ``rule`` parameter says, best first; members of a cluster have equal scores and are drawn."""

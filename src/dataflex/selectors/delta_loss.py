@@ -22,16 +22,21 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.component import State
-from dataflex.api.context import RoundContext
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.params import ComponentParams
-from dataflex.api.registry import register
-from dataflex.api.schedule import RunOutline
-from dataflex.api.selector import Selector
-from dataflex.data.rules import ScoreArray, ranks_among_scored, sample_without_replacement
-from dataflex.data.sampling import IndexArray
-from dataflex.probe.losses import Losses
+from dataflex import (
+    ComponentParams,
+    IndexArray,
+    Losses,
+    Needs,
+    RoundContext,
+    RunOutline,
+    RunView,
+    ScoreArray,
+    Selector,
+    State,
+    ranks_among_scored,
+    register,
+    sample_without_replacement,
+)
 
 
 class DeltaLossParams(ComponentParams):

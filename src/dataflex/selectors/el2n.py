@@ -14,13 +14,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from dataflex.api.context import RoundContext
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.registry import register
-from dataflex.api.selector import Selector, SelectorParams
-from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray
-from dataflex.probe.error_norms import ErrorNorms
+from dataflex import (
+    ErrorNorms,
+    IndexArray,
+    Needs,
+    RoundContext,
+    RunView,
+    ScoreArray,
+    Selector,
+    SelectorParams,
+    register,
+)
 
 
 class El2nParams(SelectorParams):

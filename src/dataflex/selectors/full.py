@@ -7,11 +7,7 @@ Cost: none.
 
 from __future__ import annotations
 
-from dataflex.api.context import RoundContext
-from dataflex.api.params import ComponentParams
-from dataflex.api.registry import register
-from dataflex.api.selection import Group, Selection
-from dataflex.api.selector import Selector
+from dataflex import ComponentParams, Group, RoundContext, Selection, Selector, register
 
 
 @register("selector", "full")

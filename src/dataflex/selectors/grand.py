@@ -14,13 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from dataflex.api.context import RoundContext
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.probe import GradientNorms
-from dataflex.api.registry import register
-from dataflex.api.selector import SelectorParams
-from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray
+from dataflex import GradientNorms, IndexArray, Needs, RoundContext, RunView, ScoreArray, SelectorParams, register
 from dataflex.selectors.base_gradients import GradientParams, GradientSelector
 
 

@@ -27,17 +27,23 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dataflex.api.context import RoundContext
-from dataflex.api.measurement import Measurement
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.probe import GradientNorms, GradientSettings
-from dataflex.api.registry import register
-from dataflex.api.schedule import RunOutline
-from dataflex.api.selection import Group, Selection
-from dataflex.api.selector import Selector
-from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray, exactly
-from dataflex.errors import ComponentError
+from dataflex import (
+    ComponentError,
+    GradientNorms,
+    GradientSettings,
+    Group,
+    IndexArray,
+    Measurement,
+    Needs,
+    RoundContext,
+    RunOutline,
+    RunView,
+    ScoreArray,
+    Selection,
+    Selector,
+    exactly,
+    register,
+)
 from dataflex.selectors.base_gradients import ValidationParams
 
 

@@ -17,10 +17,7 @@ import math
 import numpy as np
 from pydantic import Field
 
-from dataflex.api.context import RoundContext
-from dataflex.api.registry import register
-from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray, exactly
+from dataflex import IndexArray, RoundContext, ScoreArray, exactly, register
 from dataflex.selectors.base_gradients import InfluenceParams, InfluenceSelector
 
 

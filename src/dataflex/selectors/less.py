@@ -14,10 +14,7 @@ Cost: one forward and backward of every candidate and validation sample per upda
 
 from __future__ import annotations
 
-from dataflex.api.context import RoundContext
-from dataflex.api.registry import register
-from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray
+from dataflex import IndexArray, RoundContext, ScoreArray, register
 from dataflex.selectors.base_gradients import CheckpointSelector, LessParams
 
 

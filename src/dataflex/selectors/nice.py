@@ -28,15 +28,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from dataflex import distributed
-from dataflex.api.context import RoundContext
-from dataflex.api.needs import RunView
-from dataflex.api.probe import GenerationSettings, Probe
-from dataflex.api.registry import register
-from dataflex.data.pool import IGNORE_INDEX, Pool
-from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray
-from dataflex.errors import ComponentError
+from dataflex import (
+    IGNORE_INDEX,
+    ComponentError,
+    GenerationSettings,
+    IndexArray,
+    Pool,
+    Probe,
+    RoundContext,
+    RunView,
+    ScoreArray,
+    on_main,
+    register,
+)
 from dataflex.selectors.base_gradients import InfluenceParams, InfluenceSelector, spread_by
 from dataflex.selectors.base_rewards import Reward, RewardChoice
 
@@ -124,7 +128,7 @@ class NiceSelector(InfluenceSelector[NiceParams]):
             backend=params.generation_backend,
         )
         responses = ctx.probe.generate(prompts, generation, int(ctx.rng.integers(2**62)))
-        rewards = distributed.on_main(lambda: response_rewards(self._reward, ctx.probe, prompts, responses, references))
+        rewards = on_main(lambda: response_rewards(self._reward, ctx.probe, prompts, responses, references))
         gradients = self._policy_gradients(ctx.probe, prompts, responses, advantages(rewards, params.baseline))
         lengths = np.linalg.norm(gradients, axis=1)
         used = lengths > 0

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataflex.api.context import RoundContext
-from dataflex.api.params import ComponentParams
-from dataflex.api.registry import register
-from dataflex.api.schedule import RunOutline
-from dataflex.api.selection import Selection
-from dataflex.api.selector import Selector
-from dataflex.data.sampling import IndexArray, KeyedPermutation
+from dataflex import (
+    ComponentParams,
+    IndexArray,
+    KeyedPermutation,
+    RoundContext,
+    RunOutline,
+    Selection,
+    Selector,
+    register,
+)
 
 
 @register("selector", "random")

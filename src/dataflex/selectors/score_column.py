@@ -12,13 +12,19 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from dataflex.api.context import RoundContext
-from dataflex.api.needs import Needs, RunView
-from dataflex.api.registry import register
-from dataflex.api.selector import Selector, SelectorParams
-from dataflex.data.columns import ColumnArray, Wrong, unusable_score
-from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray
+from dataflex import (
+    ColumnArray,
+    IndexArray,
+    Needs,
+    RoundContext,
+    RunView,
+    ScoreArray,
+    Selector,
+    SelectorParams,
+    Wrong,
+    register,
+    unusable_score,
+)
 
 
 class ScoreColumnParams(SelectorParams):

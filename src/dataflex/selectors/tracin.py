@@ -18,12 +18,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from dataflex.api.component import State
-from dataflex.api.context import RoundContext
-from dataflex.api.params import InputPath
-from dataflex.api.registry import register
-from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray
+from dataflex import IndexArray, InputPath, RoundContext, ScoreArray, State, register
 from dataflex.selectors.base_gradients import CheckpointedParams, CheckpointSelector
 
 
