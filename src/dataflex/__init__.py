@@ -24,7 +24,7 @@ from dataflex.api.params import (
     shares_problem,
 )
 from dataflex.api.probe import GenerationSettings, GradientFeatures, GradientNorms, GradientSettings, Probe
-from dataflex.api.reference import ReferenceParams
+from dataflex.api.reference import Reference, ReferenceParams
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
 from dataflex.api.selection import Group, Selection
@@ -158,6 +158,7 @@ __all__ = [
     "Pool",
     "Probe",
     "Problem",
+    "Reference",
     "ReferenceParams",
     "RoundContext",
     "RunOutline",

@@ -100,6 +100,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     for name in SPREAD:
         workshop.add(f"{name}-zero3", **mixed(found[name], per_device_train_batch_size=4, **tiny.zero(inputs, 3)))
     add_composed_runs(workshop, reference, 2)
+    add_excess_runs(workshop, reference, 2)
     workshop.add("pt-two", **mixed({**found["doremi"], "weights": "current"}, **PT, per_device_train_batch_size=2))
     workshop.start(2)
     for name, mix in found.items():
@@ -119,6 +120,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     workshop.add("alone-plain", **mixed({"method": "uniform"}, **alone))
     add_noise_runs(workshop, make_noise(inputs / "noise"))
     add_composed_runs(workshop, reference, 1)
+    add_excess_runs(workshop, reference, 1)
     workshop.start(1)
     return workshop
 
@@ -138,6 +140,21 @@ def add_composed_runs(workshop: Any, reference: Path, processes: int) -> None:
             learning_rate=0.0,
         )
         workshop.add(f"composed-{name}-{accumulation}-{processes}", keep=1, **{**run, **kind, "dataflex": section})
+
+
+def add_excess_runs(workshop: Any, reference: Path, processes: int) -> None:
+    """Add runs of a selector that compares with a reference, a model or a table, and sees the losses of every step."""
+    table = {"reference_losses": str(workshop.root / "select-table")}
+    for name, given in {"model": {}, "table": table}.items():
+        run = f"excess-{name}-{processes}"
+        select = {"method": "test_excess_samples", "reference_model": str(reference), **given}
+        section = {
+            "plugins": [str(Path(__file__).with_name("excess_samples.py"))],
+            "update_steps": 2,
+            "select": {**select, "file": str(workshop.root / f"{run}.jsonl")},
+        }
+        accumulated = {"per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 2}
+        workshop.add(run, **{**mixed({}, max_steps=4, save_strategy="no", **accumulated), "dataflex": section})
 
 
 def make_noise(folder: Path) -> Path:
@@ -333,3 +350,21 @@ def test_loss_coefficients_are_the_product_of_all_that_weigh(
         for factor in ("samples", "tokens", "domains", "means"):
             other = composed.gradient_by_hand(runs.root / run, processes, runs.model, reference, without=factor)
             assert composed.distance(other, expected) > 1e-2, factor
+
+
+def test_a_selector_compares_with_a_reference_and_sees_the_losses_of_every_step(runs: Any) -> None:
+    seen = {}
+    for run in ("excess-model-1", "excess-table-1", "excess-model-2", "excess-table-2"):
+        runs.trace(run)
+        seen[run] = [json.loads(line) for line in (runs.root / f"{run}.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in seen[run]] == [1, 2, 3, 4]
+        for line in seen[run]:
+            assert line["losses"] == pytest.approx(line["means"], rel=1e-5)
+            assert line["total"] == pytest.approx(line["domain"], rel=1e-5)
+    trained = [index for _, indices in runs.trace("excess-model-1")["micro_batches"] for index in indices]
+    assert [index for line in seen["excess-model-1"] for index in line["indices"]] == trained
+    for run, lines in seen.items():
+        for ours, theirs in zip(lines, seen["excess-model-1"], strict=True):
+            assert ours["indices"] == theirs["indices"], run
+            assert ours["tokens"] == theirs["tokens"]
+            assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-3)

@@ -16,6 +16,7 @@ from dataflex.errors import ComponentError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dataflex.api.reference import Reference
     from dataflex.data.pool import Pool
 
 
@@ -221,6 +222,8 @@ class RoundContext:
     """The validation samples, if the component asked for them; read them as :attr:`validation`."""
     candidates: IndexArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """All samples a selector may choose from in this decision, of all groups, ascending; of other families none."""
+    reference_losses: Reference | None = None
+    """The reference, if the component asked for one; read it as :attr:`reference`."""
     learning_rate: float = 0.0
     """The optimizer's, at the first step of the round."""
     undecided: list[str] = field(default_factory=list)
@@ -234,6 +237,20 @@ class RoundContext:
             ComponentError: if the component did not ask for any.
         """
         return _asked_for(self.validation_pool)
+
+    @property
+    def reference(self) -> Reference:
+        """The frozen reference: its losses of samples and of their tokens.
+
+        Raises:
+            ComponentError: if the component did not ask for one.
+        """
+        if self.reference_losses is None:
+            raise ComponentError(
+                "ctx.reference is read by a component that asked for no reference; return "
+                "Needs(reference=self.params) from its needs()."
+            )
+        return self.reference_losses
 
     def not_decided(self, why: str) -> None:
         """Put on record that this decision does not follow from what the component is for, and why.

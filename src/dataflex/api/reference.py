@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from dataflex.api.params import ComponentParams, InputPath, OutputPath
 from dataflex.assets import PREFIX
+from dataflex.data.rules import ScoreArray
+from dataflex.data.sampling import IndexArray
 
 if TYPE_CHECKING:
     from dataflex.api.needs import RunView
+    from dataflex.data.pool import Pool
 
 TABLE_FILE = "reference.json"
 """Lists what is in a table of reference losses."""
@@ -84,6 +89,26 @@ class ReferenceParams(ComponentParams):
             f"{self.reference_losses!r} has no losses of {', '.join(missing)} (it has {', '.join(table['domains'])}); "
             "name the reference_model they are to be made from.",
         )
+
+
+class Reference(Protocol):
+    """The reference of a component at its decisions, ``ctx.reference``; all ranks make the same calls.
+
+    Its losses never change, so that of a sample is computed once in a run, or read from the table.
+    """
+
+    def losses(self, indices: IndexArray, samples: Pool | None = None) -> ScoreArray:
+        """Return the reference's token-mean loss of each sample, shape (n,), float32; NaN without a trained token.
+
+        Args:
+            indices: numbers of the samples, (n,).
+            samples: what they are numbers of, such as ``ctx.validation``; None: the run's pool.
+        """
+        ...
+
+    def token_losses(self, indices: IndexArray, samples: Pool | None = None) -> list[NDArray[np.float32]]:
+        """Return the reference's losses of the trained tokens of each sample, from left to right."""
+        ...
 
 
 def read_table(folder: Path) -> dict[str, Any] | None:

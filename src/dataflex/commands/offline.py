@@ -181,6 +181,7 @@ def _context(run: DynamicRun, selector: Selector) -> RoundContext:
         total_steps=1,
         candidates=np.arange(run.pool.size),
         validation_pool=run.validation.get("select"),
+        reference_losses=run.references.get("select"),
     )
 
 

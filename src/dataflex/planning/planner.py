@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,9 @@ from dataflex.data.sampling import IndexArray, KeyedPermutation, PassSampler, ex
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.planning.chain import SelectorChain, StageOutcome
 from dataflex.planning.overhead import LimitedScoring
+
+if TYPE_CHECKING:
+    from dataflex.api.reference import Reference
 
 Arrangement = Literal["shuffle", "sequential", "group_by_length"]
 
@@ -88,6 +91,7 @@ class Planner:
         global_batch_size: samples of one optimizer step.
         arrangement: what orders a plan without an ``order`` component.
         validation: the validation samples of the components that asked for some, by configuration key.
+        references: the same of references.
         learning_rate: returns the optimizer's present one.
         limit: scores in the last selector's place if its cost is limited.
         expected_steps: steps the run is expected to take; none: those of the schedule.
@@ -103,6 +107,7 @@ class Planner:
         global_batch_size: int,
         arrangement: Arrangement = "shuffle",
         validation: Mapping[str, Pool] | None = None,
+        references: Mapping[str, Reference] | None = None,
         learning_rate: Callable[[], float] = lambda: 0.0,
         limit: LimitedScoring | None = None,
         expected_steps: int | None = None,
@@ -110,6 +115,7 @@ class Planner:
         self.pool, self.components, self.schedule, self.validation = pool, components, schedule, validation or {}
         self.learning_rate = learning_rate
         self.chain = SelectorChain(components.select, pool, limit) if components.select else None
+        self.references = references or {}
         self.expected = schedule if expected_steps is None else replace(schedule, total_steps=expected_steps)
         self._mixing: list[str] = []
         """Why the mixer decided nothing in the present round."""
@@ -247,6 +253,7 @@ class Planner:
             size=slot.steps * self.global_batch_size,
             total_steps=max(self.expected.total_steps, slot.start_step + slot.steps),
             validation_pool=self.validation.get(key),
+            reference_losses=self.references.get(key),
             learning_rate=self.learning_rate(),
         )
 

@@ -115,15 +115,19 @@ class ReferenceTable:
             )
         return (np.memmap(losses, dtype="<f4", mode="r") if size else np.empty(0, np.float32)), ends
 
-    def losses(self, inputs: dict[str, Any], labels: Tensor, indices: IndexArray | None) -> Tensor:
-        """Return the loss at each position that counts, (n,), float32."""
-        assert indices is not None  # a table is not taken for a stream
+    def rows(self, indices: IndexArray) -> list[NDArray[np.float32]]:
+        """Return the losses of the trained tokens of each sample."""
         found, domains = [], self.pool.domain_ids(indices)
         rows = indices - self.pool.offsets[domains]
         for domain, row in zip(domains.tolist(), rows.tolist(), strict=True):
             losses, ends = self._opened(domain)
             found.append(losses[ends[row - 1] if row else 0 : ends[row]])
-        values = torch.from_numpy(np.concatenate(found))
+        return found
+
+    def losses(self, inputs: dict[str, Any], labels: Tensor, indices: IndexArray | None) -> Tensor:
+        """Return the loss at each position that counts, (n,), float32."""
+        assert indices is not None  # a table is not taken for a stream
+        values = torch.from_numpy(np.concatenate(self.rows(indices)))
         counted = int((labels != IGNORE_INDEX).sum())
         if values.numel() != counted:
             raise ComponentError(
@@ -293,7 +297,7 @@ class TableMaker:
         bar = tqdm(total=end - begin, desc=f"Reference losses of {name}", unit="sample", disable=not self.progress)
         for start in range(begin, end, _BLOCK):
             indices = np.arange(start, min(start + _BLOCK, end), dtype=np.int64)
-            found, values = self._block(indices, reference)
+            found, values = losses_of(self.pool, indices, reference, self.collate, self.device, self.batch_tokens)
             counts.append(found)
             if main:
                 with temporary.open("ab") as stream:
@@ -306,28 +310,45 @@ class TableMaker:
             np.save(kept.with_suffix(".tmp.npy"), np.concatenate(counts))
             kept.with_suffix(".tmp.npy").replace(kept)
 
-    def _block(self, indices: IndexArray, reference: ReferenceModel) -> tuple[np.ndarray, np.ndarray]:
-        """Return how many losses each sample has, and the losses sample after sample; the same on every process."""
-        batches = length_batches(self.pool.lengths[indices], self.batch_tokens)
-        mine, useful = share_of(batches, distributed.rank(), distributed.world_size())
-        counts = torch.zeros(indices.size, dtype=torch.int64, device=self.device)
-        found: list[tuple[IndexArray, Tensor]] = []
-        for batch in mine[:useful]:
-            rows = self.collate(self.pool.rows(indices[batch]))
-            inputs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in rows.items()}
-            labels = shifted(inputs.pop("labels"))
-            counts[torch.from_numpy(batch).to(self.device)] = (labels != IGNORE_INDEX).sum(1)
-            found.append((batch, reference.losses(inputs, labels)))
-        counts = distributed.all_reduce_sum(counts)
-        ends = torch.cumsum(counts, 0)
-        values = torch.zeros(int(ends[-1]), dtype=torch.float32, device=self.device)
-        for batch, losses in found:
-            taken = 0
-            for row in batch:
-                count, stop = int(counts[row]), int(ends[row])
-                values[stop - count : stop] = losses[taken : taken + count]
-                taken += count
-        return counts.cpu().numpy(), distributed.all_reduce_sum(values).cpu().numpy()
+
+def losses_of(
+    pool: Pool,
+    indices: IndexArray,
+    reference: ReferenceModel,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    device: torch.device,
+    batch_tokens: int,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return how many losses each sample has, (n,), and the losses sample after sample; the same on every process.
+
+    Args:
+        pool: the samples.
+        indices: those that are wanted, (n,).
+        reference: is run on them, shared over the processes.
+        collate: the training collator.
+        device: where the reference runs.
+        batch_tokens: tokens, padding counted, of one forward.
+    """
+    batches = length_batches(pool.lengths[indices], batch_tokens)
+    mine, useful = share_of(batches, distributed.rank(), distributed.world_size())
+    counts = torch.zeros(indices.size, dtype=torch.int64, device=device)
+    found: list[tuple[IndexArray, Tensor]] = []
+    for batch in mine[:useful]:
+        rows = collate(pool.rows(indices[batch]))
+        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in rows.items()}
+        labels = shifted(inputs.pop("labels"))
+        counts[torch.from_numpy(batch).to(device)] = (labels != IGNORE_INDEX).sum(1)
+        found.append((batch, reference.losses(inputs, labels)))
+    counts = distributed.all_reduce_sum(counts)
+    ends = torch.cumsum(counts, 0)
+    values = torch.zeros(int(ends[-1]), dtype=torch.float32, device=device)
+    for batch, losses in found:
+        taken = 0
+        for row in batch:
+            count, stop = int(counts[row]), int(ends[row])
+            values[stop - count : stop] = losses[taken : taken + count]
+            taken += count
+    return counts.cpu().numpy(), distributed.all_reduce_sum(values).cpu().numpy()
 
 
 def _counts_of(path: Path) -> Path:

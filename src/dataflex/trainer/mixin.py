@@ -135,6 +135,7 @@ class DynamicTrainerMixin(Trainer):
         )
         self._check_features()
         self.step_loss.references.make()
+        run.references = self.step_loss.references.of_samples()
         run.learning_rate = lambda: float(self.lr_scheduler.get_last_lr()[0])
         if run.resume is None:
             return super().train(**kwargs)
@@ -150,6 +151,8 @@ class DynamicTrainerMixin(Trainer):
         given = self.finetuning_saved_folder()
         run.probe = self._make_probe()
         run.probe.moments = lambda: saved_moments(given, self.optimizer, self.raw_model())
+        self.step_loss.references.make()
+        run.references = self.step_loss.references.of_samples()
         when_loaded(run)
         raise NothingTrained
 

@@ -8,14 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dataflex import distributed
 from dataflex.api.reference import ReferenceParams
+from dataflex.data.pool import Pool
+from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import shifted
 from dataflex.errors import ConfigError
-from dataflex.probe.reference import Reference, ReferenceModel, ReferenceTable, TableMaker, load_reference
+from dataflex.probe.reference import Reference, ReferenceModel, ReferenceTable, TableMaker, load_reference, losses_of
+from dataflex.probe.reference_losses import ReferenceLosses
 
 if TYPE_CHECKING:
     from dataflex.trainer.mixin import DynamicTrainerMixin
@@ -51,9 +56,39 @@ class References:
         for key, params in self.wanted.items():
             if params.reference_losses is None:
                 assert params.reference_model is not None
-                if params.reference_model not in self._models:
-                    self._models[params.reference_model] = self._load(key, params.reference_model)
-                self._sources[key] = self._models[params.reference_model]
+                self._sources[key] = self._model(key, params.reference_model)
+
+    def of_samples(self) -> dict[str, ReferenceLosses]:
+        """Return what components read at decisions, by configuration key; the models are shared."""
+        pool, found = self._run.pool, {}
+        for key, params in self.wanted.items():
+            if pool is None:
+                break
+            name, source = params.reference_model, self._sources[key]
+            table = source if isinstance(source, ReferenceTable) else None
+            model = None if name is None else partial(self._model, key, name)
+            found[key] = ReferenceLosses(key, pool, table, model, self._compute)
+        return found
+
+    def _compute(
+        self, pool: Pool, indices: IndexArray, reference: ReferenceModel
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return how many losses each sample has, and the losses sample after sample, and count their cost."""
+        trainer = self._trainer
+        if self._run.probe is not None:
+            self._run.probe.count(pool, indices)
+        return losses_of(pool, indices, reference, trainer.data_collator, trainer.args.device, self._batch_tokens(pool))
+
+    def _batch_tokens(self, pool: Pool) -> int:
+        """Return the tokens, padding counted, of one forward."""
+        given = self._run.settings.probe_batch_tokens
+        return given or self._trainer.args.per_device_train_batch_size * int(pool.lengths.max())
+
+    def _model(self, key: str, name: str) -> ReferenceModel:
+        """Return a frozen model, loaded once."""
+        if name not in self._models:
+            self._models[name] = self._load(key, name)
+        return self._models[name]
 
     def look_up(self, keys: Sequence[str], inputs: dict[str, Any], places: Tensor | None) -> dict[str, Tensor]:
         """Return the references' losses of a micro-batch at each position that counts, (c,), by component.
@@ -104,7 +139,7 @@ class References:
             pool,
             trainer.data_collator,
             args.device,
-            self._run.settings.probe_batch_tokens or args.per_device_train_batch_size * int(pool.lengths.max()),
+            self._batch_tokens(pool),
             key,
             progress=args.process_index == 0 and not args.disable_tqdm,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
     from dataflex.api.component import State
     from dataflex.api.params import ValidationParams
+    from dataflex.api.reference import Reference
     from dataflex.probe.model import ModelProbe
     from dataflex.trainer.evaluation import Numbers
 
@@ -88,6 +89,8 @@ class DynamicRun:
         self.needs = self.components.needs(config)
         """What the components ask of the run, by configuration key."""
         self.pool: Pool | None = None
+        self.references: Mapping[str, Reference] = {}
+        """What the components that asked for a reference read of it at decisions, by configuration key."""
         self.validation: dict[str, Pool] = {}
         """The validation samples of the components that asked for some, by configuration key."""
         self.identity = ""
@@ -293,6 +296,7 @@ class DynamicRun:
                 global_batch_size=self.global_batch_size,
                 arrangement=arrangement,
                 validation=self.validation,
+                references=self.references,
                 learning_rate=self.learning_rate,
                 limit=self._limit(),
                 expected_steps=self.expected_steps,

@@ -20,7 +20,8 @@ from dataflex.data.pool import Pool
 from dataflex.data.token_loss import shifted
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.mixers.doremi import DoReMiParams
-from dataflex.probe.reference import ReferenceModel, ReferenceTable, TableMaker, load_reference
+from dataflex.probe.reference import ReferenceModel, ReferenceTable, TableMaker, load_reference, losses_of
+from dataflex.probe.reference_losses import ReferenceLosses
 
 CPU = torch.device("cpu")
 
@@ -181,3 +182,31 @@ def test_one_run_at_a_time_makes_a_table(model: Path, tmp_path: Path) -> None:
 
     with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another run is making the table"):
         maker(tmp_path, pool()).make(["alpha"], loaded(model), str(model))
+
+
+def test_what_a_component_reads_of_its_reference(model: Path, tmp_path: Path) -> None:
+    samples, others = pool(), pool()
+    reference, runs = loaded(model), []
+
+    def compute(of: Pool, indices: np.ndarray, frozen: ReferenceModel) -> tuple[np.ndarray, np.ndarray]:
+        runs.append((of, indices.tolist()))
+        return losses_of(of, indices, frozen, collate, CPU, 20)
+
+    found = ReferenceLosses("select", samples, None, lambda: reference, compute)
+    everyone = np.arange(samples.size)
+    means, tokens = found.losses(everyone), found.token_losses(everyone[:3])
+    for index, each in enumerate(tokens):
+        assert each.size == samples.trained_tokens[index]
+        assert means[index] == pytest.approx(float(each.mean()) if each.size else np.nan, rel=1e-5, nan_ok=True)
+    del runs[:]
+    assert np.array_equal(found.losses(everyone[::-1]), means[::-1], equal_nan=True)
+    assert not runs  # a frozen model's losses are known from the first time
+    np.testing.assert_array_equal(found.losses(everyone[:2], others), means[:2])
+    assert [of for of, _ in runs] == [others]
+
+    making = maker(tmp_path / "table", samples)
+    making.make(making.missing(DoReMiParams(reference_model=str(model))), reference, str(model))
+    table = ReferenceLosses("select.1", samples, ReferenceTable(tmp_path / "table", samples, "select.1"), None, compute)
+    np.testing.assert_allclose(table.losses(everyone), means, rtol=1e-5)
+    with pytest.raises(ComponentError, match=r"dataflex.select.1.reference_losses holds the losses of the training"):
+        table.losses(everyone, others)

@@ -1,0 +1,85 @@
+"""What a component sees of its reference at a decision: losses of samples and of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.data.pool import Pool
+from dataflex.data.rules import ScoreArray
+from dataflex.data.sampling import IndexArray
+from dataflex.errors import ComponentError
+from dataflex.probe.mode import preserved_rng
+from dataflex.probe.reference import ReferenceModel, ReferenceTable
+
+_BLOCK = 4096
+"""Samples whose token losses are held at a time, where their means are wanted."""
+
+Compute = Callable[[Pool, IndexArray, ReferenceModel], tuple[NDArray[np.int64], NDArray[np.float32]]]
+"""Returns the number of losses of each sample, and the losses sample after sample."""
+
+
+@dataclass
+class ReferenceLosses:
+    """A :class:`~dataflex.api.reference.Reference`.
+
+    Attributes:
+        key: configuration key of the component, for messages.
+        pool: the run's samples.
+        table: their losses, if the component names one.
+        model: returns the frozen model, loading it if need be; None if the component names a table alone.
+        compute: runs it.
+    """
+
+    key: str
+    pool: Pool
+    table: ReferenceTable | None
+    model: Callable[[], ReferenceModel] | None
+    compute: Compute
+    _means: dict[int, tuple[Pool, ScoreArray, NDArray[np.bool_]]] = field(default_factory=dict)
+    """Of the samples of each pool so far, and of which they are known: the model is frozen, so they stay."""
+
+    def losses(self, indices: IndexArray, samples: Pool | None = None) -> ScoreArray:
+        """Return the reference's token-mean loss of each sample, (n,), float32; NaN without a trained token."""
+        pool = samples or self.pool
+        if id(pool) not in self._means:
+            self._means[id(pool)] = pool, np.full(pool.size, np.nan, np.float32), np.zeros(pool.size, dtype=bool)
+        _, means, known = self._means[id(pool)]
+        missing = np.unique(indices[~known[indices]])
+        for begin in range(0, missing.size, _BLOCK):
+            block = missing[begin : begin + _BLOCK]
+            for index, losses in zip(block.tolist(), self.token_losses(block, samples), strict=True):
+                if losses.size:
+                    means[index] = losses.mean(dtype=np.float64)
+            known[block] = True
+        return means[indices]
+
+    def token_losses(self, indices: IndexArray, samples: Pool | None = None) -> list[NDArray[np.float32]]:
+        """Return the reference's losses of the trained tokens of each sample, from left to right.
+
+        Raises:
+            ComponentError: if there is a table alone and the samples are not those of the run, or a loss is not finite.
+        """
+        pool = samples or self.pool
+        if self.table is not None and pool is self.pool:
+            found = self.table.rows(indices)
+        elif self.model is None:
+            raise ComponentError(
+                f"dataflex.{self.key}.reference_losses holds the losses of the training samples alone, and those of "
+                f"others are asked for; name the reference_model, too."
+            )
+        else:
+            with preserved_rng():
+                counts, values = self.compute(pool, indices, self.model())
+            found = np.split(values, np.cumsum(counts)[:-1])
+        broken = next((index for index, each in zip(indices, found, strict=True) if not np.isfinite(each).all()), None)
+        if broken is not None:
+            of = "pool index" if pool is self.pool else "validation sample"
+            raise ComponentError(
+                f"dataflex.{self.key}: the reference's loss on {of} {broken} is not finite: the reference model "
+                "overflows in this precision, or the table of its losses is damaged."
+            )
+        return found
