@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dataflex.api.component import State
-from dataflex.api.context import RoundContext, StepBatch, StepContext, StepStatistics
+from dataflex.api.context import RoundContext, StepBatch, StepContext, StepStatistics, TokenLosses
 from dataflex.api.measurement import MeasuredBatch, Measurement, MeasurementRun, register_measurement
 from dataflex.api.mixer import DomainParams, Mixer, MixerParams
 from dataflex.api.needs import Needs, RunView
@@ -84,6 +84,7 @@ EXPORTS = {
     "Pool": "dataflex.data.pool",
     "Probe": "dataflex.api.probe",
     "Problem": "dataflex.errors",
+    "Reference": "dataflex.api.reference",
     "ReferenceParams": "dataflex.api.reference",
     "RoundContext": "dataflex.api.context",
     "RunOutline": "dataflex.api.schedule",
@@ -97,6 +98,7 @@ EXPORTS = {
     "StepBatch": "dataflex.api.context",
     "StepContext": "dataflex.api.context",
     "StepStatistics": "dataflex.api.context",
+    "TokenLosses": "dataflex.api.context",
     "TokenMeans": "dataflex.probe.losses",
     "ValidationParams": "dataflex.api.params",
     "Weighter": "dataflex.api.weighter",
@@ -172,6 +174,7 @@ __all__ = [
     "StepBatch",
     "StepContext",
     "StepStatistics",
+    "TokenLosses",
     "TokenMeans",
     "ValidationParams",
     "Weighter",
