@@ -154,6 +154,8 @@ def contradictory() -> Iterator[Case]:
         yield {"dataflex": {family: by_column}}, f"dataflex.{family}"  # no data set has it
         yield {"dataflex": {family: {**by_column, "column": "output"}}}, f"dataflex.{family}"  # it is text
         yield {"dataflex": {family: {"method": "score_column"}}}, f"dataflex.{family}.column"
+    free = {"method": "score_column", "column": "quality", "max_overhead": 0.1}
+    yield {"dataflex": {"select": free}}, "dataflex.select.max_overhead"
     yield {"dataflex": {**SELECT, "columns": ["outputs"]}}, "dataflex.columns"
     yield {"dataflex": {**SELECT, "columns": "output"}}, "dataflex.columns"
     yield {"dataflex": {**SELECT, "columns": ["output"]}, "packing": True}, "dataflex.columns"
