@@ -55,6 +55,11 @@ class Selector(Component[ParamsT]):
     """Why scoring a part of the candidates does not tell about the others, nor is cheaper; then ``max_overhead`` is
     refused. None: it is."""
 
+    @property
+    def rule_params(self) -> SelectorParams | None:
+        """Its parameters, if they are those of a selector that chooses by one score per sample; else None."""
+        return self.params if isinstance(self.params, SelectorParams) else None
+
     def wanted_rounds(self, domains: int) -> int:
         """Return 4: a round is then at most a quarter of the pool, and a run has several decisions."""
         return 4 if self.chooses else 1
@@ -120,7 +125,7 @@ class Selector(Component[ParamsT]):
             scores: of all candidates, NaN where one has none.
             picked: what :meth:`pick` returned. If these are the best scores, equal ones rank in the order given.
         """
-        draws = isinstance(self.params, SelectorParams) and self.params.rule == "sample"
+        draws = self.rule_params is not None and self.rule_params.rule == "sample"
         return ranks_of(scores, picked, keep_order=not draws)
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
@@ -142,7 +147,7 @@ class Selector(Component[ParamsT]):
 
 def overhead_limit(selector: Selector) -> float | None:
     """Return a selector's ``max_overhead``; None if it is not given, or the selector has no such parameter."""
-    return selector.params.max_overhead if isinstance(selector.params, SelectorParams) else None
+    return None if selector.rule_params is None else selector.rule_params.max_overhead
 
 
 def overrides(selector: Selector, method: str) -> bool:

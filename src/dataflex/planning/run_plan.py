@@ -15,7 +15,7 @@ from dataflex.api.component import Component
 from dataflex.api.components import Components
 from dataflex.api.needs import Needs
 from dataflex.api.schedule import RunOutline, Schedule, default_update_steps
-from dataflex.api.selector import SelectorParams
+from dataflex.api.selector import Selector, overhead_limit
 from dataflex.data.sampling import exactly
 from dataflex.errors import Problem
 
@@ -403,7 +403,7 @@ class RunPlan:
             ratio = forwards / training
             text = f"{key} {component.name}: {_number(ratio)} times the work of training"
             yield "cost", f"{text} ({forwards:,.0f} forward passes of a sample; a training step has 3 for each)"
-            cap = component.params.max_overhead if isinstance(component.params, SelectorParams) else None
+            cap = overhead_limit(component) if isinstance(component, Selector) else None
             if cap is not None:
                 yield "cap", f"max_overhead: decisions may take {cap:g} times the time of training"
 

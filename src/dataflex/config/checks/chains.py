@@ -48,10 +48,11 @@ def _chooses_sets(selector: Selector) -> bool:
 def _of_rule(entry: Entry[Selector]) -> Iterator[Problem]:
     """Parameters of the rule, of a selector that does not go by it."""
     selector = entry.component
-    if not isinstance(selector.params, SelectorParams) or not _chooses_sets(selector):
+    params = selector.rule_params
+    if params is None or not _chooses_sets(selector):
         return
     for name in ("rule", "temperature"):
-        if getattr(selector.params, name) != SelectorParams.model_fields[name].default:
+        if getattr(params, name) != SelectorParams.model_fields[name].default:
             yield Problem(
                 f"{SECTION}.{entry.key}.{name}",
                 f"{selector.name} chooses samples together, in its own choose(), and not by a rule; remove it.",
