@@ -50,6 +50,11 @@ BROKEN: dict[str, tuple[str, int | None, list[str]]] = {
     ),
     "no arrange": (f'{HEAD}@register("order", "mine")\nclass Mine(Order): pass\n', 4, ["define arrange()"]),
     "no weigh": (f'{HEAD}@register("weighter", "mine")\nclass Mine(Weighter): pass\n', 4, ["define weigh()"]),
+    "a weigh of the earlier release": (
+        f'{HEAD}@register("weighter", "mine")\nclass Mine(Weighter):\n    def weigh(self, losses, step): pass\n',
+        4,
+        ["Mine.weigh(self, losses, step) must take (self, batch).", "Write def weigh(self, batch), a StepBatch"],
+    ),
     "no parameters": (selector(f"    def __init__(self): pass\n{SCORE}"), 4, ["Mine.__init__(self)", "(self, params)"]),
     "too few arguments": (
         selector("    def score(self, candidates):\n        return candidates\n"),
