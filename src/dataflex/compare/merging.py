@@ -143,7 +143,8 @@ def replaced_keys(base: Mapping[str, Any], managed: Sequence[str], who: str) -> 
     named = [f"{key}: {value}" for key, value in said.items() if value is not None]
     expected = {"do_train: True", "do_eval: True"}
     if set(named) - expected:
-        yield f"the {who} replaces of the base: {', '.join(each for each in named if each not in expected)}."
+        left = ", ".join(each for each in named if each not in expected)
+        yield f"keys of the base that the {who} itself sets or leaves out: {left}."
 
 
 def remove(config: dict[str, Any], path: tuple[str, ...]) -> None:

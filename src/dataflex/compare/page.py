@@ -10,10 +10,11 @@ from dataflex.compare.files import HTML, tables
 from dataflex.compare.outcome import Outcome
 from dataflex.compare.statistics import Difference, signed, title
 from dataflex.record.reader import read_run
-from dataflex.report.charts import Chart, charts
+from dataflex.report.charts.chart import Chart
+from dataflex.report.charts.sections import charts
+from dataflex.report.figures import Figure, Trace, figure, hatching, packed, row_labels, style, text
 from dataflex.report.measure import measure
 from dataflex.report.report import write_page
-from dataflex.report.traces import Figure, Trace, figure, hatching, packed, row_labels, style, text
 
 _SECTION = "Comparison"
 _KINDS = {

@@ -9,8 +9,8 @@ from html import escape
 from itertools import groupby
 
 from dataflex.files import json_text
-from dataflex.report.charts import Chart
-from dataflex.report.described import DATA_ROWS, Data, LegendItem, data, legend, sentence
+from dataflex.report.charts.chart import Chart
+from dataflex.report.figure_text import DATA_ROWS, Data, LegendItem, data, legend, sentence
 from dataflex.report.tables import Table
 
 GENERATOR = '<meta name="generator" content="dataflex">'

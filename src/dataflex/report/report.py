@@ -9,7 +9,8 @@ from pathlib import Path
 from dataflex.errors import ConfigError
 from dataflex.files import write_atomically
 from dataflex.record.reader import read_run
-from dataflex.report.charts import Chart, charts
+from dataflex.report.charts.chart import Chart
+from dataflex.report.charts.sections import charts
 from dataflex.report.measure import measure
 from dataflex.report.page import GENERATOR, page
 from dataflex.report.setup import setup_table, setup_texts

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 
 from tqdm import tqdm
 
+from dataflex.api.schedule import RoundSlot
 from dataflex.record.trainer_log import MEANS
 
 _LISTED = 6
@@ -58,14 +59,11 @@ def largest(values: Mapping[str, float], form: str = "{}") -> str:
 
 
 def decision(
-    number: int,
-    first_step: int,
-    last_step: int,
+    slot: RoundSlot,
     planned: Mapping[str, int],
     pool_size: int,
     seconds: float,
     *,
-    warmup: bool = False,
     scored: int | None = None,
     loss_weights: Mapping[str, float] | None = None,
     undecided: Mapping[str, str] | None = None,
@@ -73,18 +71,16 @@ def decision(
     """Return the line about a round that has just been decided.
 
     Args:
-        number: of the round.
-        first_step: the optimizer step it begins with, from 1.
-        last_step: the one it ends with.
+        slot: the round and its optimizer steps.
         planned: samples of each domain in its plan.
         pool_size: samples to choose from.
         seconds: the decision took.
-        warmup: whether no method acts yet.
         scored: samples that were scored, where a cap limits them.
         loss_weights: what each domain's loss is multiplied with, where a mixer weighs the loss.
         undecided: why a method decided nothing.
     """
-    steps = f"steps {first_step}-{last_step}" if last_step > first_step else f"step {first_step}"
+    first, last = slot.start_step + 1, slot.start_step + slot.steps
+    steps = f"steps {first}-{last}" if last > first else f"step {first}"
     parts = [f"{sum(planned.values())} of {pool_size}" + (f": {largest(planned)}" if len(planned) > 1 else " samples")]
     if loss_weights is not None:
         parts.append(f"loss weights {largest(loss_weights, '{:.3g}')}")
@@ -92,7 +88,8 @@ def decision(
         parts.append(f"{scored} scored under the cap")
     parts += [f"not decided by {who}: {why}" for who, why in (undecided or {}).items()]
     parts.append(f"{seconds:.1f} s")
-    return f"round {number}{' (warm-up)' if warmup else ''}, {steps}: {'; '.join(parts)}"
+    warmup = " (warm-up)" if slot.update is None else ""
+    return f"round {slot.number}{warmup}, {steps}: {'; '.join(parts)}"
 
 
 def log(logs: Mapping[str, object], step: int, total_steps: int | None) -> str | None:

@@ -451,13 +451,10 @@ class DynamicRun:
         if mixer is not None and mixer.weighs_loss and slot.update is not None:
             weights = dict(zip(self.domains, mixer.loss_weights.tolist(), strict=True))
         return console.decision(
-            slot.number,
-            slot.start_step + 1,
-            slot.start_step + slot.steps,
+            slot,
             dict(zip(self.domains, self.pool.domain_counts(plan.indices).tolist(), strict=True)),
             self.pool.size,
             seconds,
-            warmup=slot.update is None,
             scored=None if plan.budget is None else plan.budget["scored"],
             loss_weights=weights,
             undecided={f"{key} {self.names[key]}": why for key, why in plan.undecided.items()},

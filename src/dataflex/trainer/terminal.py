@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import CallbackHandler
 
 from dataflex.trainer import console
@@ -12,8 +19,8 @@ from dataflex.trainer import console
 Logs = dict[str, Any]
 
 
-class ShortProgress(ProgressCallback):
-    """The Trainer's progress bar, with a short line for each log of the training.
+class _ShortLines(TrainerCallback):
+    """A short line for each log of the training.
 
     Args:
         knows_end: whether the number of the run's steps is known.
@@ -23,37 +30,29 @@ class ShortProgress(ProgressCallback):
         super().__init__()
         self._knows_end = knows_end
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Logs | None = None, **_: Any
-    ) -> None:
-        """Print the line."""
-        if state.is_world_process_zero and self.training_bar is not None:
-            _say(logs or {}, state, self._knows_end)
-
-
-class ShortPrinter(PrinterCallback):
-    """A short line for each log, without a progress bar.
-
-    Args:
-        knows_end: whether the number of the run's steps is known.
-    """
-
-    def __init__(self, knows_end: bool) -> None:
-        super().__init__()
-        self._knows_end = knows_end
+    def _shows(self) -> bool:
+        return True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Logs | None = None, **_: Any
     ) -> None:
         """Print the line."""
-        if state.is_world_process_zero:
-            _say(logs or {}, state, self._knows_end)
+        if not state.is_world_process_zero or not self._shows():
+            return
+        line = console.log(logs or {}, state.global_step, state.max_steps if self._knows_end else None)
+        if line is not None:
+            console.say(line)
 
 
-def _say(logs: Logs, state: TrainerState, knows_end: bool) -> None:
-    line = console.log(logs, state.global_step, state.max_steps if knows_end else None)
-    if line is not None:
-        console.say(line)
+class ShortProgress(_ShortLines, ProgressCallback):
+    """The Trainer's progress bar, with a short line for each log while the bar of the training is there."""
+
+    def _shows(self) -> bool:
+        return self.training_bar is not None
+
+
+class ShortPrinter(_ShortLines, PrinterCallback):
+    """A short line for each log, without a progress bar."""
 
 
 def shorten(handler: CallbackHandler, knows_end: bool) -> None:

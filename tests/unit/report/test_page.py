@@ -19,7 +19,7 @@ from dataflex.mixers.random import RandomMixer
 from dataflex.orders.sort import SortOrder
 from dataflex.record.reader import read_run
 from dataflex.record.schema import Cost, Evaluation, Summary, from_json
-from dataflex.report.charts import charts
+from dataflex.report.charts.sections import charts
 from dataflex.report.measure import measure
 from dataflex.report.report import report
 from records import round_lines

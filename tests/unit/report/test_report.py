@@ -26,8 +26,10 @@ import yaml
 from dataflex.errors import ConfigError
 from dataflex.record.reader import read_run
 from dataflex.record.schema import FROM_HERE, NO_EFFECT, Change
-from dataflex.report.charts import DOMAINS, Chart, charts
-from dataflex.report.described import data, legend
+from dataflex.report.charts.chart import DOMAINS, Chart
+from dataflex.report.charts.sections import charts
+from dataflex.report.figure_text import data, legend
+from dataflex.report.figures import Figure, figure, line, row_labels, smooth, style, thin
 from dataflex.report.measure import MeasuredRun, evenly, measure
 from dataflex.report.page import page
 from dataflex.report.report import report, write_page
@@ -42,7 +44,6 @@ from dataflex.report.tables import (
     task_table,
     to_text,
 )
-from dataflex.report.traces import Figure, figure, line, row_labels, smooth, style, thin
 
 # Three plans of six samples from a pool of ten: 8 distinct samples; consecutive sets share 2 of 10 and 5 of 6.
 PLANS = ([0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 6, 7], [4, 5, 6, 7, 4, 4])

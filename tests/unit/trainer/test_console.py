@@ -9,6 +9,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from dataflex.api.schedule import RoundSlot
 from dataflex.integrations.llamafactory import launch
 from dataflex.trainer import console, terminal
 
@@ -24,14 +25,14 @@ EVALUATION = {
 
 def test_the_line_of_a_decision() -> None:
     planned = {"chat": 15, "math": 19, "code": 6}
-    assert console.decision(1, 11, 20, planned, 300, 6.12) == (
+    assert console.decision(RoundSlot(1, 10, 10, 1), planned, 300, 6.12) == (
         "round 1, steps 11-20: 40 of 300: chat 15, math 19, code 6; 6.1 s"
     )
-    assert console.decision(0, 1, 10, {"chat": 40}, 300, 0.04, warmup=True) == (
+    assert console.decision(RoundSlot(0, 0, 10, None), {"chat": 40}, 300, 0.04) == (
         "round 0 (warm-up), steps 1-10: 40 of 300 samples; 0.0 s"
     )
     weights = {"chat": 0.25, "math": 0.5, "code": 0.25}
-    assert console.decision(7, 3, 3, planned, 300, 1, scored=120, loss_weights=weights) == (
+    assert console.decision(RoundSlot(7, 2, 1, 7), planned, 300, 1, scored=120, loss_weights=weights) == (
         "round 7, step 3: 40 of 300: chat 15, math 19, code 6; loss weights chat 0.25, math 0.5, code 0.25; "
         "120 scored under the cap; 1.0 s"
     )

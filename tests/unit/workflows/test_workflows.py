@@ -298,7 +298,7 @@ def test_the_mixture_of_the_base_is_replaced(lab: Lab, proportions: Any) -> None
     lab.base["dataflex"] = {"mix": mix, "seed": 5}
     lab.write()
     stages, (note,) = load(lab.file)
-    assert "the command replaces of the base" in note
+    assert "keys of the base that the command itself sets or leaves out: " in note
     assert "dataflex.mix" in note
     mixes = [stage.raw["dataflex"]["mix"] for stage in stages]
     assert mixes[0] == {"method": "proportional"}

@@ -104,7 +104,8 @@ def _metric(config: RunConfig) -> Iterator[Problem]:
     divided = config.dataflex is not None and config.dataflex.domain_column is not None
     if not isinstance(metric, str) or _stage(config) not in ("sft", "pt") or divided:
         return
-    known = ["loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"]
+    of_each_set = ["loss", "runtime", "samples_per_second", "steps_per_second"]
+    known = [*of_each_set, "model_preparation_time"]
     known += ["accuracy"] if truthy(config, "compute_accuracy") else []
     known += ["rouge-1", "rouge-2", "rouge-l", "bleu-4"] if truthy(config, "predict_with_generate") else []
     names = dataset_names(config, "eval_dataset") or (*dataset_names(config), "held_out")
@@ -112,7 +113,7 @@ def _metric(config: RunConfig) -> Iterator[Problem]:
         names = (*names, "token_weighted", "unweighted")
         known += [f"{name}_{each}" for name in names for each in ("perplexity", "bits_per_byte")]
     if config.dataflex is not None or truthy(config, "eval_on_each_dataset"):
-        known += [f"{name}_{each}" for name in names for each in known[:4]]
+        known += [f"{name}_{each}" for name in names for each in of_each_set]
     if metric.removeprefix("eval_") not in known:
         yield Problem("metric_for_best_model", f"no evaluation gives it: {unknown('metric', metric, known)}")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dataflex.report.figures import Figure, Trace, unpacked
 from dataflex.report.measure import evenly
-from dataflex.report.traces import Figure, Trace, unpacked
 
 DATA_ROWS = 50
 """Rows of the data below a chart, at most; one more for each curve beyond so many."""
@@ -20,7 +20,7 @@ _SPOKEN = 3
 """Curves that the sentence gives numbers of, at most."""
 
 _DASHES = {"dash": "7 3", "dot": "2 3", "dashdot": "7 3 2 3", "longdash": "12 4"}
-# Paths of the symbols in :mod:`dataflex.report.traces` and of a chance level, around (17, 6).
+# Paths of the symbols in :mod:`dataflex.report.figures` and of a chance level, around (17, 6).
 _SYMBOLS = {
     "circle": "M13 6a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
     "square": "M13 2h8v8h-8z",
@@ -189,7 +189,7 @@ def _shown(value: Any) -> str:
 
 
 def _plain(name: str) -> str:
-    """Undo :func:`dataflex.report.traces.text`."""
+    """Undo :func:`dataflex.report.figures.text`."""
     return html.unescape(name)
 
 
