@@ -562,7 +562,7 @@ def scored_run(scores: Any, seed: int = 0) -> Any:
     pool = Pool(rows, ("a", "b"), np.array([values.size - 3, 3]))
     return SimpleNamespace(
         components=SimpleNamespace(select=only("select", selector)), pool=pool, probe=FakeProbe(), raw={},
-        validation={}, settings=SimpleNamespace(seed=seed), config=SimpleNamespace(llamafactory={}),
+        validation={}, references={}, settings=SimpleNamespace(seed=seed), config=SimpleNamespace(llamafactory={}),
     )  # fmt: skip
 
 
