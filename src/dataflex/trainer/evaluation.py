@@ -55,11 +55,11 @@ class DomainEvaluation:
             input_ids: (B, T).
             labels: (B, T), not shifted.
         """
-        targets = shifted(labels)
+        expected = shifted(labels)
         # One sample at a time, because the logits are made float32 for it.
-        losses = torch.cat([token_losses(logits[i : i + 1], targets[i : i + 1]) for i in range(len(indices))])
+        losses = torch.cat([token_losses(logits[i : i + 1], expected[i : i + 1]) for i in range(len(indices))])
         totals = losses.cpu().double().sum(1).numpy()
-        counts = (targets != IGNORE_INDEX).sum(1).cpu().numpy()
+        counts = (expected != IGNORE_INDEX).sum(1).cpu().numpy()
         for row in np.flatnonzero(self._bytes[indices] < 0):
             text = counted_bytes(input_ids[row].tolist(), labels[row].tolist(), self._decode)
             self._bytes[indices[row]] = text
