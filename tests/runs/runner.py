@@ -40,8 +40,9 @@ from dataflex.integrations.llamafactory.run import run
 from dataflex.record import checkpoint
 from dataflex.record.writer import RunWriter
 from dataflex.trainer.mixin import DynamicTrainerMixin
+from dataflex.trainer.planned import PlannedRounds
 from dataflex.trainer.rounds import INDEX_KEY
-from dataflex.trainer.run import DynamicRun
+from dataflex.trainer.run import StartedRun
 
 
 class Killed(BaseException):
@@ -81,8 +82,8 @@ class Death:
         self.at, self.count, self.where = at, 0, ""
         self._originals: list[tuple[Any, str, Any]] = []
         for owner, name, writes in (
-            (DynamicRun, "_decide", None),
-            (DynamicRun, "end_of_step", None),
+            (PlannedRounds, "decide", None),
+            (StartedRun, "end_of_step", None),
             (DynamicTrainerMixin, "compute_loss", None),
             (DynamicTrainerMixin, "log", None),
             (RunWriter, "round", None),
@@ -128,7 +129,7 @@ class Trace:
         self.wrapper: list[str] = []
         self.targets: dict[str, int] = {}
         self.eos: list[int] = []
-        compute_loss, decide = DynamicTrainerMixin.compute_loss, DynamicRun._decide
+        compute_loss, decide = DynamicTrainerMixin.compute_loss, PlannedRounds.decide
         self._originals = (compute_loss, decide)
 
         def traced_loss(trainer, model, inputs, *args, **kwargs):
@@ -137,17 +138,17 @@ class Trace:
                 self.micro_batches.append([trainer.state.global_step, inputs[INDEX_KEY].tolist()])
             return compute_loss(trainer, model, inputs, *args, **kwargs)
 
-        def traced_decision(run, slot):
+        def traced_decision(rounds, slot):
             self.decisions.append([slot.number, slot.start_step, watch.optimizer_steps])
-            self.eos = list(run.probe.tokens.eos)
-            for targets in run.validation.values():
+            self.eos = list(rounds.probe.tokens.eos)
+            for targets in rounds.planner.validation.values():
                 self.targets |= dict(zip(targets.domains, targets.domain_sizes.tolist(), strict=True))
-            return decide(run, slot)
+            return decide(rounds, slot)
 
-        DynamicTrainerMixin.compute_loss, DynamicRun._decide = traced_loss, traced_decision
+        DynamicTrainerMixin.compute_loss, PlannedRounds.decide = traced_loss, traced_decision
 
     def close(self) -> None:
-        DynamicTrainerMixin.compute_loss, DynamicRun._decide = self._originals
+        DynamicTrainerMixin.compute_loss, PlannedRounds.decide = self._originals
 
 
 def wrapper_of(model: torch.nn.Module) -> list[str]:

@@ -51,15 +51,16 @@ def loss_of(args, row):
 for name, args in job["runs"].items():
     found, samples = {"first": None, "weighed": []}, []
 
-    def noting(get_dataset, dynamic, *args, **kwargs):
-        module = load_pool(get_dataset, dynamic, *args, **kwargs)
-        if dynamic.pool is not None:
-            found["pool"] = dict(zip(dynamic.pool.domains, dynamic.pool.domain_sizes.tolist()))
-        for key, targets in dynamic.validation.items():
+    def noting(get_dataset, session, *args, **kwargs):
+        module = load_pool(get_dataset, session, *args, **kwargs)
+        data = session.data
+        if data.pool is not None:
+            found["pool"] = data.sizes
+        for key, targets in data.validation.items():
             found[key] = dict(zip(targets.domains, targets.domain_sizes.tolist()))
-        if dynamic.evaluation is not None:
-            found["evaluation"] = dict(zip(dynamic.evaluation.domains, dynamic.evaluation.domain_sizes.tolist()))
-        samples.append(dynamic.samples)
+        if data.evaluation is not None:
+            found["evaluation"] = dict(zip(data.evaluation.domains, data.evaluation.domain_sizes.tolist()))
+        samples.append(data.samples)
         return module
 
     def noting_weights(weighter, batch):

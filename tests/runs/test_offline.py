@@ -64,10 +64,10 @@ def dying(self, *args):
     write(self, *args)
 
 
-def keeping(run, output, amount):
-    found = score_pool(run, output, amount)
-    kept = {"pool": list(run.pool.dataset)}
-    for targets in run.validation.values():
+def keeping(run, probe, output, amount):
+    found = score_pool(run, probe, output, amount)
+    kept = {"pool": list(run.data.pool.dataset)}
+    for targets in run.data.validation.values():
         kept |= {"targets": list(targets.dataset), "sizes": targets.domain_sizes.tolist()}
     (output / "samples.json").write_text(json.dumps(kept))
     return found

@@ -20,6 +20,7 @@ from dataflex import distributed
 from dataflex.api.context import RoundContext
 from dataflex.api.selector import Selector, check_scores
 from dataflex.config.loading import RunConfig
+from dataflex.data.pool import Pool
 from dataflex.data.rng import derive_rng
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray, exactly
@@ -29,7 +30,7 @@ from dataflex.selectors.base_gradients import InfluenceSelector
 from dataflex.selectors.cluster_less import ClusterLessSelector
 
 if TYPE_CHECKING:
-    from dataflex.trainer.run import DynamicRun
+    from dataflex.trainer.run import LoadedModel, LoadedRun
 
 TABLE = "scores.parquet"
 SELECTED = "selected"
@@ -99,16 +100,16 @@ def run(config: RunConfig, command: str, output: Path, amount: Amount) -> None:
             f"{selector.name!r} does not read those of every sample. Use dataflex-cli score."
         )
 
-    def when_loaded(dynamic: DynamicRun) -> None:
-        lines = _features(dynamic) if command == "features" else _scores(dynamic, output, amount)
+    def when_loaded(run: LoadedRun, model: LoadedModel) -> None:
+        lines = _features(run, model) if command == "features" else _scores(run, model, output, amount)
         if distributed.rank() == 0:
             print("\n".join(f"dataflex: {line}" for line in lines))
 
     load_only(config, when_loaded)
 
 
-def _features(dynamic: DynamicRun) -> list[str]:
-    return [f"features of {dynamic.pool.size} samples: {folder}" for folder in make_features(dynamic)]  # type: ignore
+def _features(run: LoadedRun, model: LoadedModel) -> list[str]:
+    return [f"features of {model.probe.pool.size} samples: {folder}" for folder in make_features(run, model)]
 
 
 @dataclass(frozen=True)
@@ -120,32 +121,31 @@ class Scored:
     selected: Selected
 
 
-def _scores(dynamic: DynamicRun, output: Path, amount: Amount) -> list[str]:
-    found = score_pool(dynamic, output, amount)
+def _scores(run: LoadedRun, model: LoadedModel, output: Path, amount: Amount) -> list[str]:
+    found = score_pool(run, model, output, amount)
     first = f"scores of {found.samples} samples ({found.unscored} without one): {output / TABLE}"
     return [first, *found.selected.lines()]
 
 
-def make_features(run: DynamicRun) -> list[Path]:
+def make_features(run: LoadedRun, model: LoadedModel) -> list[Path]:
     """Make the pool's features under every checkpoint (or the model as it is), and return their folders."""
-    selector = run.components.select[0].component
+    selector = run.inputs.components.select[0].component
     assert isinstance(selector, InfluenceSelector)
-    ctx = _context(run, selector)
+    ctx = _context(run, model, selector)
     return [store.folder for store in selector.extract(ctx, np.arange(ctx.pool.size))]
 
 
-def score_pool(run: DynamicRun, output: Path, amount: Amount) -> Scored:
+def score_pool(run: LoadedRun, model: LoadedModel, output: Path, amount: Amount) -> Scored:
     """Score the pool, write the table and the selected data set under ``output``, and return what was found.
 
     Raises:
         ConfigError: if more samples are wanted than have a score.
         DataFlexError: if none has one.
     """
-    selector = run.components.select[0].component
-    assert run.pool is not None
-    size = run.pool.size
+    selector = run.inputs.components.select[0].component
+    size = model.probe.pool.size
     amount.of(size, size)  # too many shows before the dear part
-    ctx = _context(run, selector)
+    ctx = _context(run, model, selector)
     everyone = np.arange(size)
     selector.begin(ctx)
     scores = check_scores(selector, selector.score(ctx, everyone), everyone)
@@ -157,7 +157,7 @@ def score_pool(run: DynamicRun, output: Path, amount: Amount) -> Scored:
         )
     count = amount.of(scored, size)
     best = best_first(scores, ctx.rng)
-    return distributed.on_main(partial(_write, run, output, scores, best, count))
+    return distributed.on_main(partial(_write, run.inputs.config, model.probe.pool, output, scores, best, count))
 
 
 def best_first(scores: ScoreArray, rng: np.random.Generator) -> IndexArray:
@@ -165,29 +165,26 @@ def best_first(scores: ScoreArray, rng: np.random.Generator) -> IndexArray:
     return np.lexsort((rng.random(scores.size), -scores))
 
 
-def _context(run: DynamicRun, selector: Selector) -> RoundContext:
-    assert run.pool is not None
-    assert run.probe is not None
+def _context(run: LoadedRun, model: LoadedModel, selector: Selector) -> RoundContext:
+    pool = model.probe.pool
     return RoundContext(
-        pool=run.pool,
-        probe=run.probe,
-        rng=derive_rng(run.settings.seed, selector.family, selector.name, "offline"),
+        pool=pool,
+        probe=model.probe,
+        rng=derive_rng(run.inputs.settings.seed, selector.family, selector.name, "offline"),
         round=0,
         update=0,
         num_updates=1,
         start_step=0,
         steps=1,
-        size=run.pool.size,
+        size=pool.size,
         total_steps=1,
-        candidates=np.arange(run.pool.size),
-        validation_pool=run.validation.get("select"),
-        reference_losses=run.references.get("select"),
+        candidates=np.arange(pool.size),
+        validation_pool=run.data.validation.get("select"),
+        reference_losses=model.references.get("select"),
     )
 
 
-def _write(run: DynamicRun, output: Path, scores: ScoreArray, best: IndexArray, count: int) -> Scored:
-    pool = run.pool
-    assert pool is not None
+def _write(config: RunConfig, pool: Pool, output: Path, scores: ScoreArray, best: IndexArray, count: int) -> Scored:
     output.mkdir(parents=True, exist_ok=True)
     everyone = np.arange(pool.size)
     ids, chosen = pool.domain_ids(everyone), np.sort(best[:count])
@@ -205,5 +202,5 @@ def _write(run: DynamicRun, output: Path, scores: ScoreArray, best: IndexArray, 
     temporary = output / f".{TABLE}"
     pq.write_table(pa.table(columns), temporary)
     temporary.replace(output / TABLE)
-    written = write_selected(pool, chosen, output / SELECTED, run.config.llamafactory)
+    written = write_selected(pool, chosen, output / SELECTED, config.llamafactory)
     return Scored(pool.size, int(np.isnan(scores).sum()), written)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ class References:
 
     def __init__(self, trainer: DynamicTrainerMixin) -> None:
         self._trainer, self._run = trainer, trainer.dataflex
-        wanted = {key: component.needs(self._run.config).reference for key, component in self._run.components.items()}
+        wanted = {key: needs.reference for key, needs in self._run.inputs.needs.items()}
         self.wanted: dict[str, ReferenceParams] = {key: params for key, params in wanted.items() if params is not None}
         """What each component that asks for a reference names, by configuration key."""
         self._sources: dict[str, Reference] = {}
@@ -60,7 +59,7 @@ class References:
 
     def of_samples(self) -> dict[str, ReferenceLosses]:
         """Return what components read at decisions, by configuration key; the models are shared."""
-        pool, found = self._run.pool, {}
+        pool, found = self._run.data.pool, {}
         for key, params in self.wanted.items():
             if pool is None:
                 break
@@ -75,13 +74,13 @@ class References:
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return how many losses each sample has, and the losses sample after sample, and count their cost."""
         trainer = self._trainer
-        if self._run.probe is not None:
-            self._run.probe.count(pool, indices)
+        if trainer.probe is not None:
+            trainer.probe.count(pool, indices)
         return losses_of(pool, indices, reference, trainer.data_collator, trainer.args.device, self._batch_tokens(pool))
 
     def _batch_tokens(self, pool: Pool) -> int:
         """Return the tokens, padding counted, of one forward."""
-        given = self._run.settings.probe_batch_tokens
+        given = self._run.inputs.settings.probe_batch_tokens
         return given or self._trainer.args.per_device_train_batch_size * int(pool.lengths.max())
 
     def _model(self, key: str, name: str) -> ReferenceModel:
@@ -112,15 +111,14 @@ class References:
 
     def _make_table(self, key: str, params: ReferenceParams, folder: Path) -> ReferenceTable:
         """Return a table, after adding the domains it lacks."""
-        run, pool = self._run, self._run.samples
+        run, pool = self._run, self._run.data.samples
         assert pool is not None
         missing = self._check_table(key, params, folder)
         if missing:
             assert params.reference_model is not None
-            began = time.perf_counter()
-            model = self._load(key, params.reference_model)
-            self._maker(key, folder).make(missing, model, params.reference_model)
-            run.decision_seconds += time.perf_counter() - began
+            with run.clock.deciding():
+                model = self._load(key, params.reference_model)
+                self._maker(key, folder).make(missing, model, params.reference_model)
         distributed.barrier()
         return ReferenceTable(folder, pool, key)
 
@@ -132,7 +130,7 @@ class References:
         return missing
 
     def _maker(self, key: str, folder: Path) -> TableMaker:
-        trainer, args, pool = self._trainer, self._trainer.args, self._run.samples
+        trainer, args, pool = self._trainer, self._trainer.args, self._run.data.samples
         assert pool is not None
         return TableMaker(
             folder,
@@ -145,7 +143,7 @@ class References:
         )
 
     def _load(self, key: str, name: str) -> ReferenceModel:
-        trainer, given = self._trainer, self._run.config.llamafactory
+        trainer, given = self._trainer, self._run.inputs.config.llamafactory
         names = {"cache_dir": "cache_dir", "trust_remote_code": "trust_remote_code", "hf_hub_token": "token"}
         options = {theirs: given[ours] for ours, theirs in names.items() if given.get(ours) is not None}
         args = trainer.args

@@ -91,7 +91,7 @@ class RoundStream:
     def __iter__(self) -> Iterator[Row]:
         trainer = self._trainer
         while trainer.state.global_step < trainer.args.max_steps:
-            plan = trainer.dataflex.plan_for(trainer.state.global_step)
+            plan = trainer.started.planned.plan_for(trainer.state.global_step)
             skipped = trainer.state.global_step - plan.slot.start_step
             wanted = (plan.slot.steps - skipped) * trainer.args.gradient_accumulation_steps
             delivered = 0
@@ -105,7 +105,7 @@ class RoundStream:
         """Yield this process's micro-batches of a plan, without its first ``skipped`` optimizer steps."""
         trainer, args = self._trainer, self._trainer.args
         workers = args.dataloader_num_workers
-        indices = plan.indices[skipped * trainer.dataflex.global_batch_size :]
+        indices = plan.indices[skipped * trainer.dataflex.steps.global_batch_size :]
         # A generator of its own: a loader draws its workers' base seed when iterated, and from the global stream that
         # would make a resumed run differ from an uninterrupted one.
         generator = torch.Generator().manual_seed(key_of(args.seed, "loader", plan.slot.number) % 2**63)

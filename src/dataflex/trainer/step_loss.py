@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,8 +21,8 @@ from dataflex.trainer.statistics import StepAccumulator, domain_sums
 from dataflex.trainer.step_weights import MicroBatch, StepWeights, Weighing
 
 if TYPE_CHECKING:
+    from dataflex.api.needs import Needs
     from dataflex.trainer.mixin import DynamicTrainerMixin
-    from dataflex.trainer.run import DynamicRun
 
 
 class StepLoss:
@@ -36,18 +35,19 @@ class StepLoss:
     def __init__(self, trainer: DynamicTrainerMixin) -> None:
         self._trainer, self._run = trainer, trainer.dataflex
         run, args = self._run, trainer.args
-        self.accumulator = StepAccumulator(run.offsets, args.device, _kept(run))
+        self.accumulator = StepAccumulator(run.data.offsets, args.device, _kept(run.inputs.needs))
         self.references = References(trainer)
-        mixer = run.components.mix
+        mixer = run.inputs.components.mix
         self.domain_loss: DomainLoss | None = None
         if mixer is not None and mixer.weighs_loss:
-            self.domain_loss = DomainLoss(mixer, run.needs["mix"], run.domains, args.device, self._step_context)
+            needs = run.inputs.needs["mix"]
+            self.domain_loss = DomainLoss(mixer, needs, run.data.domains, args.device, self._step_context)
         weighings = []
-        for entry in run.components.weight:
-            needs = entry.component.needs(run.config)
+        for entry in run.inputs.components.weight:
+            needs = run.inputs.needs[entry.key]
             reference = needs.reference is not None
             weighings.append(Weighing(entry, reference or needs.step_losses == "tokens", reference))
-        size = run.global_batch_size
+        size = run.steps.global_batch_size
         self.loss = WeightedLoss(
             samples_per_step=size if args.average_tokens_across_devices else size // args.world_size,
             observe=self.accumulator.add,
@@ -62,24 +62,23 @@ class StepLoss:
         Args:
             samples: the step's micro-batches on this process.
         """
-        loss, schedule, domain_loss = self.loss, self._run.schedule, self.domain_loss
+        loss, schedule, domain_loss = self.loss, self._trainer.started.steps.schedule, self.domain_loss
         loss.step = self._trainer.state.global_step
         loss.active = schedule.slot_at(min(loss.step, schedule.total_steps - 1)).update is not None
         loss.decided.clear()
         if not loss.active:
             return
-        began = time.perf_counter()
-        if domain_loss is not None:
-            self._count_tokens(domain_loss, samples)
-        of_domains = domain_loss is not None and not domain_loss.decided
-        of_samples = loss.weights is not None and loss.weights.needs_all(loss.step)
-        if len(samples) > 1 and (of_domains or of_samples):
-            batches = self._look_ahead(samples)
-            if domain_loss is not None and of_domains:
-                self._decide_domains(domain_loss, batches)
-            if loss.weights is not None and of_samples:
-                loss.decided.extend(loss.weights.decide(batches, loss.step) or ())
-        self._run.decision_seconds += time.perf_counter() - began
+        with self._run.clock.deciding():
+            if domain_loss is not None:
+                self._count_tokens(domain_loss, samples)
+            of_domains = domain_loss is not None and not domain_loss.decided
+            of_samples = loss.weights is not None and loss.weights.needs_all(loss.step)
+            if len(samples) > 1 and (of_domains or of_samples):
+                batches = self._look_ahead(samples)
+                if domain_loss is not None and of_domains:
+                    self._decide_domains(domain_loss, batches)
+                if loss.weights is not None and of_samples:
+                    loss.decided.extend(loss.weights.decide(batches, loss.step) or ())
 
     def prepare(self, inputs: dict[str, Any], places: Tensor | None) -> None:
         """Have ready what the loss of a micro-batch needs beside its logits.
@@ -89,7 +88,7 @@ class StepLoss:
             places: where the samples are in the pool, (B,); None in a stream.
         """
         loss, domain_loss = self.loss, self.domain_loss
-        self.accumulator.indices = places if self._run.pool is not None else None
+        self.accumulator.indices = places if self._run.data.pool is not None else None
         loss.places, loss.references = places, {}
         if not loss.active:
             return
@@ -102,11 +101,8 @@ class StepLoss:
         if loss.weights is not None and not loss.decided:
             keys += loss.weights.reference_keys(loss.step)
         if keys:
-            began = time.perf_counter()
-            loss.references = self.references.look_up(keys, inputs, places)
-            seconds = time.perf_counter() - began
-            self._run.decision_seconds += seconds
-            self._run.train_seconds -= seconds  # it is inside the step, which counts as training
+            with self._run.clock.deciding(inside_step=True):
+                loss.references = self.references.look_up(keys, inputs, places)
 
     def _count_tokens(self, domain_loss: DomainLoss, samples: list[dict[str, Any]]) -> None:
         """Begin a step of the domains' weights with its tokens by domain."""
@@ -143,20 +139,21 @@ class StepLoss:
 
     def _step_context(self, tokens: np.ndarray, losses: np.ndarray, excess: np.ndarray) -> StepContext:
         """Return what the mixer is given of the step that is about to be made, or has just been made."""
-        return self._run.step_context(self.loss.step, tokens, losses, excess)
+        return self._trainer.started.step_context(self.loss.step, tokens, losses, excess)
 
     def _step_batch(self, losses: Tensor, places: Tensor | None, tokens: TokenLosses | None) -> StepBatch:
         """Return what a weighter is given of the step that is about to be made."""
-        run, step = self._run, self.loss.step
-        return StepBatch(losses, step, max(run.expected_steps, step + 1), run.samples, run.probe, places, tokens)
+        run, step = self._trainer.started, self.loss.step
+        total = max(run.steps.expected, step + 1)
+        return StepBatch(losses, step, total, run.data.samples, self._trainer.probe, places, tokens)
 
 
-def _kept(run: DynamicRun) -> SampleLosses | None:
+def _kept(wanted: dict[str, Needs]) -> SampleLosses | None:
     """Return what keeps the losses of the samples or tokens of every step; None if no component asks for them.
 
     A weighter is shown its step as a :class:`StepBatch` instead.
     """
-    asked = {needs.step_losses for key, needs in run.needs.items() if family_key(key) != "weight"}
+    asked = {needs.step_losses for key, needs in wanted.items() if family_key(key) != "weight"}
     return SampleLosses("tokens") if "tokens" in asked else SampleLosses("samples") if "samples" in asked else None
 
 

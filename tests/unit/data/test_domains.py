@@ -13,7 +13,8 @@ from dataflex.config.loading import split_config
 from dataflex.data.pool import DomainSamples, Pool
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.integrations.llamafactory.division import values_of
-from dataflex.trainer.run import DynamicRun
+from dataflex.trainer.inputs import RunData, RunInputs
+from dataflex.trainer.steps import decide_steps, small_domains
 from unit.fakes import make_pool
 
 
@@ -94,18 +95,20 @@ def test_domains_without_a_sample_or_of_one_name_are_refused() -> None:
         Pool.of_domains([DomainSamples(tokens(1), {"a/b": 1}), DomainSamples(tokens(1), {"a/b": 1})])
 
 
-def run_of(**section: Any) -> DynamicRun:
-    dynamic = DynamicRun(split_config({"dataflex": section}))
-    dynamic.pool = make_pool({"a": 100, "b": 7, "c": 5}, rows=[{"input_ids": [1] * 7}] * 112)
-    return dynamic
+POOL = make_pool({"a": 100, "b": 7, "c": 5}, rows=[{"input_ids": [1] * 7}] * 112)
 
 
-def steps(dynamic: DynamicRun, max_steps: int) -> None:
+def run_of(**section: Any) -> RunInputs:
+    return RunInputs.of(split_config({"dataflex": section}))
+
+
+def steps(inputs: RunInputs, max_steps: int) -> None:
     given: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "world_size": 1}
     never = SimpleNamespace(value="no")
     given |= {"eval_strategy": never, "eval_steps": None, "logging_steps": 500, "do_eval": False}
     given |= {"save_strategy": never, "save_steps": 500}
-    dynamic.set_steps(SimpleNamespace(**given, max_steps=max_steps, num_train_epochs=1.0, ignore_data_skip=False))
+    args: Any = SimpleNamespace(**given, max_steps=max_steps, num_train_epochs=1.0)
+    decide_steps(inputs, RunData(POOL), args)
 
 
 def test_a_run_longer_than_the_epochs_allowed_is_refused_before_it_begins() -> None:
@@ -121,40 +124,39 @@ def test_a_run_longer_than_the_epochs_allowed_is_refused_before_it_begins() -> N
 
 def test_domains_smaller_than_a_step_are_named() -> None:
     mixed, selected = run_of(mix={"method": "uniform"}), run_of(select={"method": "random"})
-    for dynamic in (mixed, selected):
-        steps(dynamic, 10)
-    assert "trains on 8 samples" in str(mixed.small_domains())
-    assert "'b' has 7, 'c' has 5" in str(mixed.small_domains())
-    assert "'a'" not in str(mixed.small_domains())
-    assert selected.small_domains() is None  # nothing draws more of a small domain than its share
+    told = str(small_domains(mixed, POOL, 8))
+    assert "trains on 8 samples" in told
+    assert "'b' has 7, 'c' has 5" in told
+    assert "'a'" not in told
+    assert small_domains(selected, POOL, 8) is None  # nothing draws more of a small domain than its share
 
 
 def test_a_checkpoint_of_other_validation_samples_names_whose_they_are() -> None:
-    then, now = run_of(mix={"method": "uniform"}), run_of(mix={"method": "uniform"})
-    for dynamic, row in ((then, 1), (now, 2)):
-        steps(dynamic, 10)
-        dynamic.validation["mix"] = make_pool({"v": 1}, rows=[{"input_ids": [row]}])
-    state = then.state_dict(0)
-    then.check_data(state)
+    then, now = (RunData(POOL, validation={"mix": make_pool({"v": 1}, rows=[{"input_ids": [row]}])}) for row in (1, 2))
+    methods = {"mix": "uniform"}
+    state = {"step": 0, "methods": methods, **then.fingerprints()}
+    then.check(state, methods)
     with pytest.raises(CheckpointError, match=r"validation set of dataflex\.mix"):
-        now.check_data(state)
+        now.check(state, methods)
     del state["validation_fingerprints"]["mix"]
     with pytest.raises(CheckpointError, match=r"validation set of dataflex\.mix"):
-        now.check_data(state)
+        now.check(state, methods)
 
 
 def test_a_checkpoint_of_other_values_in_a_column_is_refused() -> None:
-    then, now, without = (run_of(mix={"method": "uniform"}) for _ in range(3))
-    for dynamic, value in ((then, 1.0), (now, 2.0), (without, None)):
-        steps(dynamic, 10)
+    def data(value: float | None) -> RunData:
+        pool = make_pool({"a": 3}, rows=[{"input_ids": [1]}] * 3)
         if value is not None:
-            dynamic.pool.keep_column("quality", np.full(112, value))
-    state = then.state_dict(0)
-    then.check_data(state)
+            pool.keep_column("quality", np.full(3, value))
+        return RunData(pool)
+
+    then, now, without = data(1.0), data(2.0), data(None)
+    state = {"step": 0, "methods": {}, **then.fingerprints()}
+    then.check(state, {})
     with pytest.raises(CheckpointError, match=r"other values in the raw column 'quality'"):
-        now.check_data(state)
-    without.check_data(state)  # another method that reads no column goes on
-    now.check_data(without.state_dict(0))
+        now.check(state, {})
+    without.check(state, {})  # another method that reads no column goes on
+    now.check({**state, **without.fingerprints()}, {})
 
 
 def test_labels_count_in_the_comparison_of_data() -> None:

@@ -21,8 +21,11 @@ from dataflex.planning import overhead
 from dataflex.planning.budget import ScoreBook
 from dataflex.planning.overhead import LimitedScoring, Spent
 from dataflex.planning.planner import Plan, Planner
-from dataflex.trainer import run as trainer_run
-from dataflex.trainer.run import DynamicRun
+from dataflex.trainer import clock as trainer_clock
+from dataflex.trainer import expected_cost as trainer_cost
+from dataflex.trainer.inputs import RunData, RunInputs
+from dataflex.trainer.run import LoadedRun
+from dataflex.trainer.steps import RunSteps
 from unit.fakes import FakeProbe, make_pool
 
 COSTS = {"seconds_per_sample", "fixed_seconds", "step_seconds"}
@@ -470,16 +473,18 @@ class PricedProbe:
 @pytest.fixture
 def priced(monkeypatch: pytest.MonkeyPatch) -> PricedProbe:
     probe = PricedProbe()
-    monkeypatch.setattr(trainer_run, "time", SimpleNamespace(perf_counter=lambda: probe.clock))
+    for module in (trainer_cost, trainer_clock):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: probe.clock))
     return probe
 
 
 def expected_cost(probe: PricedProbe, select: dict[str, Any], targets: Pool | None = None) -> tuple[str | None, float]:
-    dynamic = DynamicRun(split_config({"dataflex": {"select": select}}))
-    dynamic.pool, dynamic.probe = make_pool({"a": 160}, lengths=np.arange(160) + 1), probe
-    dynamic.validation = {} if targets is None else {"select": targets}
-    dynamic.schedule, dynamic.global_batch_size = Schedule(4, 10, -1, 34), 8
-    return dynamic.expected_cost(), dynamic.decision_seconds
+    pool = make_pool({"a": 160}, lengths=np.arange(160) + 1)
+    data = RunData(pool, validation={} if targets is None else {"select": targets})
+    steps = RunSteps(Schedule(4, 10, -1, 34), 8, 34)
+    run = LoadedRun.of(RunInputs.of(split_config({"dataflex": {"select": select}})), data, steps)
+    told = trainer_cost.expected_cost(run, pool, probe)  # type: ignore[arg-type]
+    return told, run.clock.decision_seconds
 
 
 def test_the_expected_cost_of_losses(priced: PricedProbe) -> None:

@@ -164,7 +164,7 @@ def test_logs_hold_no_number_of_ours_that_is_not_finite(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Trainer, "log", log)
     trainer = object.__new__(DynamicTrainerMixin)
-    trainer.dataflex = SimpleNamespace(progress_logs=lambda: {"dataflex/tokens": 5})
+    trainer.dataflex = SimpleNamespace(clock=SimpleNamespace(so_far=lambda: {"tokens": 5}))
     metrics = {"eval_loss": float("nan"), "eval_a_perplexity": float("inf"), "eval_b_loss": 2.0, "eval_name": "x"}
     trainer.log(metrics)
     assert logged == {"eval_b_loss": 2.0, "eval_name": "x", "dataflex/tokens": 5}

@@ -26,6 +26,7 @@ from dataflex.selectors.cluster_less import ClusterLessSelector, draw_members
 from dataflex.selectors.greats import GreatsSelector, greedy
 from dataflex.selectors.less import LessSelector
 from dataflex.selectors.tracin import TracinSelector
+from dataflex.trainer.inputs import RunData
 from unit import fakes
 from unit.fakes import FakeProbe, ScoreSelector, build, context, decided, group_of, scores_of
 
@@ -555,19 +556,21 @@ def test_cluster_less_over_checkpoints(course: CheckpointProbe) -> None:
 
 
 def scored_run(scores: Any, seed: int = 0) -> Any:
-    """Return a run of 2 domains whose selector gives these scores; its rows are not known."""
+    """Return a run of 2 domains whose selector gives these scores, and its probe; its rows are not known."""
     values = np.asarray(scores, dtype=np.float32)
     selector = ScoreSelector(lambda candidates: values[candidates])
     rows = Dataset.from_dict({"input_ids": [[number, number] for number in range(values.size)]})
     pool = Pool(rows, ("a", "b"), np.array([values.size - 3, 3]))
-    return SimpleNamespace(
-        components=SimpleNamespace(select=only("select", selector)), pool=pool, probe=FakeProbe(), raw={},
-        validation={}, references={}, settings=SimpleNamespace(seed=seed), config=SimpleNamespace(llamafactory={}),
-    )  # fmt: skip
+    components = SimpleNamespace(select=only("select", selector))
+    config, settings = SimpleNamespace(llamafactory={}), SimpleNamespace(seed=seed)
+    inputs = SimpleNamespace(components=components, settings=settings, config=config)
+    probe: Any = FakeProbe()
+    probe.pool = pool
+    return SimpleNamespace(inputs=inputs, data=RunData(pool)), SimpleNamespace(probe=probe, references={})
 
 
 def outcome(folder: Path, scores: Any, amount: Amount, seed: int = 0) -> dict[str, Any]:
-    found = score_pool(scored_run(scores, seed), folder, amount)
+    found = score_pool(*scored_run(scores, seed), folder, amount)
     table = pq.read_table(folder / "scores.parquet")
     written = dict(item.split("=", 1) for item in found.selected.overrides)["tokenized_path"]
     kept = load_from_disk(written)["train"]["input_ids"]
@@ -612,16 +615,16 @@ def test_a_share_is_of_the_samples_that_have_a_score(tmp_path: Path, fraction: f
 def test_more_than_have_a_score(tmp_path: Path) -> None:
     scores = [1.0, np.nan, 2.0, np.nan, 3.0, np.nan]
     with pytest.raises(ConfigError, match=r"--count: 4 samples are wanted, only 3 of the pool's 6 have a score"):
-        score_pool(scored_run(scores), tmp_path, Amount(count=4))
-    run = scored_run(scores)
-    run.components.select[0].component.function = None  # nothing is scored before it shows
+        score_pool(*scored_run(scores), tmp_path, Amount(count=4))
+    run, probe = scored_run(scores)
+    run.inputs.components.select[0].component.function = None  # nothing is scored before it shows
     with pytest.raises(ConfigError, match=r"--count: 7 samples are wanted, the pool has 6"):
-        score_pool(run, tmp_path, Amount(count=7))
+        score_pool(run, probe, tmp_path, Amount(count=7))
     assert not list(tmp_path.iterdir())
 
 
 def test_no_sample_has_a_score(tmp_path: Path) -> None:
     for amount in (Amount(), Amount(count=1)):
         with pytest.raises(DataFlexError, match=r"'scores' has no score for any of the pool's 6 samples"):
-            score_pool(scored_run([np.nan] * 6), tmp_path, amount)
+            score_pool(*scored_run([np.nan] * 6), tmp_path, amount)
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,15 @@ import pytest
 from dataflex.api.context import StepStatistics
 from dataflex.api.schedule import Schedule
 from dataflex.config.loading import split_config
+from dataflex.data.pool import Pool
 from dataflex.errors import CheckpointError, ConfigError
-from dataflex.planning.planner import Planner
-from dataflex.trainer.mixin import DynamicTrainerMixin
-from dataflex.trainer.run import DynamicRun
+from dataflex.trainer.expected_cost import expected_cost
+from dataflex.trainer.inputs import RunData, RunInputs, check_processes
+from dataflex.trainer.planned import PlannedRounds
+from dataflex.trainer.probing import make_probe
+from dataflex.trainer.recording import Recorder
+from dataflex.trainer.run import LoadedRun, StartedRun
+from dataflex.trainer.steps import RunSteps, decide_steps
 from unit.fakes import FakeProbe, make_pool
 
 
@@ -27,11 +33,22 @@ def arguments(**changes: Any) -> Any:
     return SimpleNamespace(**{**given, "max_steps": -1, "num_train_epochs": 3.0, "ignore_data_skip": False, **changes})
 
 
-def run_of(sizes: dict[str, int] | None = None, **section: Any) -> DynamicRun:
-    dynamic = DynamicRun(split_config({"dataflex": section}))
-    if dynamic.plans_data:
-        dynamic.pool = make_pool(sizes or {"a": 100, "b": 60}, rows=[{"input_ids": [1] * 7}] * 160)
-    return dynamic
+@dataclass(frozen=True)
+class Case:
+    """A run's inputs and data."""
+
+    inputs: RunInputs
+    data: RunData
+
+    def steps(self, args: Any) -> RunSteps:
+        return decide_steps(self.inputs, self.data, args)
+
+
+def run_of(sizes: dict[str, int] | None = None, whole: Pool | None = None, **section: Any) -> Case:
+    inputs = RunInputs.of(split_config({"dataflex": section}))
+    if not inputs.plans_data:
+        return Case(inputs, RunData(whole=whole))
+    return Case(inputs, RunData(make_pool(sizes or {"a": 100, "b": 60}, rows=[{"input_ids": [1] * 7}] * 160)))
 
 
 SELECT = {"select": {"method": "loss"}}
@@ -52,9 +69,10 @@ SELECT = {"select": {"method": "loss"}}
     ],
 )
 def test_number_of_steps(section: dict[str, Any], changes: dict[str, Any], expected: int) -> None:
-    args = arguments(**changes)
-    run_of(**section).set_steps(args)
+    args, case = arguments(**changes), run_of(**section)
+    case.steps(args).set_in(args, case.inputs.plans_data)
     assert args.max_steps == expected
+    assert args.ignore_data_skip == case.inputs.plans_data
 
 
 TWO_DOMAINS = {"a": 100, "b": 60}  # 20 steps of 8
@@ -84,10 +102,9 @@ TWO_DOMAINS = {"a": 100, "b": 60}  # 20 steps of 8
 def test_rounds_without_update_steps(
     section: dict[str, Any], changes: dict[str, Any], length: int, decisions: int
 ) -> None:
-    dynamic = run_of(TWO_DOMAINS, **section)
-    dynamic.set_steps(arguments(**changes))
-    assert dynamic.run_plan.run.schedule.update_steps == dynamic.schedule.update_steps == length
-    assert dynamic.run_plan.run.decisions == decisions
+    steps = run_of(TWO_DOMAINS, **section).steps(arguments(**changes))
+    assert steps.plan.run.schedule.update_steps == steps.schedule.update_steps == length
+    assert steps.plan.run.decisions == decisions
 
 
 def test_a_round_that_takes_the_pool_leaves_a_selector_no_choice() -> None:
@@ -96,17 +113,17 @@ def test_a_round_that_takes_the_pool_leaves_a_selector_no_choice() -> None:
         with pytest.raises(
             ConfigError, match=rf"dataflex.update_steps: .*{steps} steps needs {8 * steps} samples.* 160.*at most 19"
         ):
-            run_of(**SELECT, **section).set_steps(arguments())
+            run_of(**SELECT, **section).steps(arguments())
         for others in ({"select": {"method": "random"}}, {**SELECT, "mix": {"method": "uniform"}}):
-            run_of(**others, **section).set_steps(arguments())
-    run_of(**SELECT, update_steps=19).set_steps(arguments())
-    run_of(**SELECT, update_steps=20, train_steps=19).set_steps(arguments())  # its only round is cut
+            run_of(**others, **section).steps(arguments())
+    run_of(**SELECT, update_steps=19).steps(arguments())
+    run_of(**SELECT, update_steps=20, train_steps=19).steps(arguments())  # its only round is cut
 
 
 def test_a_step_that_takes_the_pool_leaves_a_selector_no_choice() -> None:
     with pytest.raises(ConfigError, match=r"per_device_train_batch_size: .*8 samples, and the pool has 8.*'loss'"):
-        run_of({"a": 8}, **SELECT).set_steps(arguments())
-    run_of({"a": 9}, **SELECT).set_steps(arguments())
+        run_of({"a": 8}, **SELECT).steps(arguments())
+    run_of({"a": 9}, **SELECT).steps(arguments())
 
 
 @pytest.mark.parametrize(
@@ -116,63 +133,60 @@ def test_a_step_that_takes_the_pool_leaves_a_selector_no_choice() -> None:
 def test_a_run_that_is_all_warm_up_decides_nothing(section: dict[str, Any]) -> None:
     ((key, part),) = section.items()
     for changes in ({"train_steps": 6}, {"train_tokens": 6 * 8 * 7}):
-        dynamic = run_of(TWO_DOMAINS, **section, warmup_steps=6, **changes)
-        dynamic.whole = make_pool({"all": 160})
+        case = run_of(TWO_DOMAINS, make_pool({"all": 160}), **section, warmup_steps=6, **changes)
         text = rf"dataflex.warmup_steps: the run has 6 steps, all of them warm-up \(6\): {key} {part['method']} "
         with pytest.raises(ConfigError, match=text):
-            dynamic.set_steps(arguments())
-    run_of(TWO_DOMAINS, **section, warmup_steps=5, train_steps=6).set_steps(arguments())
+            case.steps(arguments())
+    run_of(TWO_DOMAINS, **section, warmup_steps=5, train_steps=6).steps(arguments())
 
 
 def test_the_steps_of_a_run_that_only_weights_are_the_trainers() -> None:
-    dynamic = run_of(weight={"method": "loss"}, warmup_steps=63)
-    dynamic.whole = make_pool({"all": 161})  # 41 batches of 2 on each of two processes, 21 steps
+    whole = make_pool({"all": 161})  # 41 batches of 2 on each of two processes, 21 steps
     with pytest.raises(ConfigError, match="the run has 63 steps"):
-        dynamic.set_steps(arguments())
-    dynamic = run_of(weight={"method": "loss"}, warmup_steps=62)
-    dynamic.whole = make_pool({"all": 161})
-    args = arguments()
-    dynamic.set_steps(args)
-    assert args.max_steps == -1
+        run_of(whole=whole, weight={"method": "loss"}, warmup_steps=63).steps(arguments())
+    steps = run_of(whole=whole, weight={"method": "loss"}, warmup_steps=62).steps(arguments())
+    assert steps.max_steps is None
+    assert steps.expected == 63
 
 
-def started(**section: Any) -> DynamicRun:
-    dynamic = run_of(**{**SELECT, "update_steps": 4, "warmup_steps": 2, "updates": 3, **section})
-    dynamic.set_steps(arguments(num_train_epochs=1.0))
-    dynamic.planner = Planner(
-        dynamic.pool, dynamic.components, dynamic.schedule, seed=dynamic.settings.seed, global_batch_size=8
+def started(**section: Any) -> StartedRun:
+    case = run_of(**{**SELECT, "update_steps": 4, "warmup_steps": 2, "updates": 3, **section})
+    run = LoadedRun.of(case.inputs, case.data, case.steps(arguments(num_train_epochs=1.0)))
+    planner = run.make_planner(run.data.pool, "shuffle", lambda: 0.0, {})
+    recorder = Recorder(run.inputs, run.data, run.clock, [])
+    rounds = PlannedRounds(
+        run.inputs.components, run.data.pool, FakeProbe(np.arange(160)), planner, run.clock, recorder
     )
-    dynamic.probe = FakeProbe(np.arange(160))
-    dynamic.probe.cost = SimpleNamespace()
-    return dynamic
+    return StartedRun(run, rounds, recorder, lambda: 0.0)
 
 
 @pytest.fixture(autouse=True)
 def plain_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan without the bookkeeping of a real probe."""
-    monkeypatch.setattr(DynamicRun, "_decide", lambda self, slot: self.planner.plan(slot, self.probe))
+    monkeypatch.setattr(PlannedRounds, "decide", lambda self, slot: self.planner.plan(slot, self.probe))
 
 
 def test_state_goes_on_with_the_plan_and_the_counts() -> None:
     first, second = started(), started()
     for step in range(5):
-        first.plan_for(step)
-    first.train_seconds, first.decision_seconds, first.tokens = 1.5, 0.5, 300
+        first.planned.plan_for(step)
+    counted = {"train_seconds": 1.5, "decision_seconds": 0.5, "evaluate_seconds": 0.25, "tokens": 300}
+    first.clock.load_state_dict(counted)
     second.load_state_dict(first.state_dict(5))
-    assert np.array_equal(second.plan_for(5).indices, first.plan.indices)
-    assert second.plan.slot == first.plan.slot
-    assert (second.train_seconds, second.decision_seconds, second.tokens) == (1.5, 0.5, 300)
+    assert np.array_equal(second.planned.plan_for(5).indices, first.planned.plan.indices)
+    assert second.planned.plan.slot == first.planned.plan.slot
+    assert second.clock.state_dict() == counted
     for step in range(6, 14):
-        assert np.array_equal(first.plan_for(step).indices, second.plan_for(step).indices)
+        assert np.array_equal(first.planned.plan_for(step).indices, second.planned.plan_for(step).indices)
 
 
 def test_components_are_told_which_steps_are_of_a_warm_up() -> None:
     heard: list[tuple[int, bool]] = []
     dynamic = started()  # a warm-up of 2 steps and 3 rounds of 4
-    ((_, selector),) = dynamic.components.items()
+    ((_, selector),) = dynamic.inputs.components.items()
     selector.on_step = lambda statistics: heard.append((statistics.step, statistics.warmup))  # type: ignore[method-assign]
     for step in range(14):
-        dynamic.plan_for(step)
+        dynamic.planned.plan_for(step)
         counts = np.array([4, 4])
         dynamic.end_of_step(StepStatistics(step + 1, np.ones(2), counts, counts))
     assert [step for step, warmup in heard if warmup] == [1, 2]
@@ -181,33 +195,34 @@ def test_components_are_told_which_steps_are_of_a_warm_up() -> None:
 
 def test_other_training_data_is_not_gone_on_with() -> None:
     first = started()
-    first.plan_for(0)
+    first.planned.plan_for(0)
+    other = started(sizes={"a": 60, "b": 100})
     with pytest.raises(CheckpointError, match=r"dataset: the checkpoint of step 1 .*other training data"):
-        started(sizes={"a": 60, "b": 100}).check_data(first.state_dict(1))
-    started().check_data(first.state_dict(1))
+        other.data.check(first.state_dict(1), other.inputs.methods)
+    started().data.check(first.state_dict(1), first.inputs.methods)
 
 
 def test_another_global_batch_size_is_not_gone_on_with() -> None:
     first = started()  # 2 per device x 2 x 2 processes
     state = {**first.state_dict(0), "processes": 2}
     other = {"gradient_accumulation_steps": 4, "world_size": 1}
-    assert first.check_processes(state, arguments(deepspeed="zero.json")) is None
-    assert "1 processes go on with what 2 had begun" in first.check_processes(state, arguments(**other, deepspeed=None))
+    assert check_processes(state, arguments(deepspeed="zero.json")) is None
+    assert "1 processes go on with what 2 had begun" in check_processes(state, arguments(**other, deepspeed=None))
     with pytest.raises(CheckpointError, match=r"in parts for 2 processes, this run has 1"):
-        first.check_processes(state, arguments(**other, deepspeed="zero.json"))
+        check_processes(state, arguments(**other, deepspeed="zero.json"))
     with pytest.raises(CheckpointError, match=r"global batch size .* of 8, this run has 16"):
-        first.check_processes(state, arguments(world_size=4))
+        check_processes(state, arguments(world_size=4))
 
 
 def test_another_method_begins_without_the_state_of_the_one_before() -> None:
     first, second = started(select={"method": "delta_loss"}), started()
     for step in range(6):
-        first.plan_for(step)
+        first.planned.plan_for(step)
     assert first.state_dict(6)["components"]["select"]["baseline"] is not None
     second.load_state_dict(first.state_dict(6))
     again = started(select={"method": "delta_loss"})
     again.load_state_dict({**first.state_dict(6), "methods": {"select": "loss"}})
-    assert "baseline" not in again.components.select[0].component.state_dict()
+    assert "baseline" not in again.inputs.components.select[0].component.state_dict()
 
 
 @pytest.mark.parametrize("given", [[1, 3], "shares.json"])
@@ -222,21 +237,21 @@ def test_state_made_with_other_parameters_is_made_anew(tmp_path: Path, given: An
         ("schedule", "points", lambda shares: [{"step": 0, "proportions": shares}]),
     ):
         first = started(mix={"method": method, key: make(old)})
-        first.plan_for(0)
+        first.planned.plan_for(0)
         state = first.state_dict(2)
         assert state["made_with"]["mix"].keys() == {key}
         again = started(mix={"method": method, key: make(new)})
         caplog.clear()
         again.load_state_dict(state)
-        (note,) = again.notes
+        (note,) = again.recorder.notes
         assert note == f"mix {method}: what it had made by step 2 was made with another {key}, so it is made anew."
         assert [record.message for record in caplog.records] == [note]
-        assert again.plan_for(2).proportions.tolist() == [0.25, 0.75]
+        assert again.planned.plan_for(2).proportions.tolist() == [0.25, 0.75]
         same = started(mix={"method": method, key: make(old)})
         (tmp_path / "old.json").write_text(json.dumps({"a": 1, "b": 9}))  # a file may change while a run goes on
         same.load_state_dict(state)
-        assert same.notes == []
-        assert same.plan_for(2).proportions.tolist() == [0.5, 0.5]
+        assert same.recorder.notes == []
+        assert same.planned.plan_for(2).proportions.tolist() == [0.5, 0.5]
         (tmp_path / "old.json").write_text(json.dumps({"a": 1, "b": 1}))
 
 
@@ -244,7 +259,7 @@ def test_state_made_with_other_parameters_is_made_anew(tmp_path: Path, given: An
 def test_a_total_that_cuts_the_running_round_is_not_gone_on_with(total: int, fine: bool) -> None:
     first = started(train_steps=14)
     for step in range(4):
-        first.plan_for(step)  # inside the round of steps 2 to 5
+        first.planned.plan_for(step)  # inside the round of steps 2 to 5
     second = started(train_steps=total)
     if fine:
         second.load_state_dict(first.state_dict(4))
@@ -254,37 +269,36 @@ def test_a_total_that_cuts_the_running_round_is_not_gone_on_with(total: int, fin
 
 
 def test_a_resumed_run_of_another_length_keeps_its_default_rounds() -> None:
-    def made(steps: int, **section: Any) -> DynamicRun:
-        dynamic = run_of(TWO_DOMAINS, **SELECT, **section)
-        dynamic.set_steps(arguments(max_steps=steps))
-        return dynamic
+    def made(steps: int) -> RunSteps:
+        return run_of(TWO_DOMAINS, **SELECT).steps(arguments(max_steps=steps))
 
-    first, longer = made(8), made(20)
-    assert (first.schedule.update_steps, longer.schedule.update_steps) == (2, 5)
-    marker = SimpleNamespace(config=first.snapshot, step=8)
-    resumed = run_of(TWO_DOMAINS, **SELECT)
-    resumed.resume = SimpleNamespace(marker=marker)
-    resumed.set_steps(arguments(max_steps=20))
-    assert resumed.schedule == Schedule(0, 2, -1, 20)
-    assert resumed.snapshot["dataflex.update_steps"] == 2
+    assert (made(8).schedule.update_steps, made(20).schedule.update_steps) == (2, 5)
+    marker = SimpleNamespace(config={"dataflex.update_steps": 2}, step=8)
+    case = run_of(TWO_DOMAINS, **SELECT)
+    inputs = replace(case.inputs, resume=SimpleNamespace(marker=marker))
+    resumed = LoadedRun.of(inputs, case.data, decide_steps(inputs, case.data, arguments(max_steps=20)))
+    assert resumed.steps.schedule == Schedule(0, 2, -1, 20)
+    recorder = Recorder(inputs, case.data, resumed.clock, [])
+    assert StartedRun(resumed, None, recorder, lambda: 0.0).snapshot["dataflex.update_steps"] == 2
 
 
 def test_a_run_that_only_weights_needs_a_section() -> None:
     with pytest.raises(ValueError, match="dataflex: section"):
-        DynamicRun(split_config({}))
+        RunInputs.of(split_config({}))
 
 
 @pytest.mark.parametrize("method", ["loss", "grand", "less"])
 @pytest.mark.parametrize("size, measured", [(160, 8), (5, 5), (2, 2), (1, 1)])
 def test_a_probe_is_first_given_two_samples(method: str, size: int, measured: int) -> None:
     """What a probe finds out about a model at its first call it finds out by comparing two."""
-    dynamic = run_of({"a": size}, select={"method": method, **({"validation": "v"} if method == "less" else {})})
-    dynamic.probe = FakeProbe(np.arange(size))
-    assert method in dynamic.expected_cost()
-    warm_up, timed = dynamic.probe.asked
+    case = run_of({"a": size}, select={"method": method, **({"validation": "v"} if method == "less" else {})})
+    run = LoadedRun.of(case.inputs, case.data, RunSteps(Schedule(0, 1, -1, 1), 1, 1))
+    probe = FakeProbe(np.arange(size))
+    assert method in str(expected_cost(run, case.data.pool, probe))
+    warm_up, timed = probe.asked
     assert warm_up.size == min(2, size)
     assert timed.size == measured
-    assert dynamic.decision_seconds > 0
+    assert run.clock.decision_seconds > 0
 
 
 @pytest.mark.parametrize(
@@ -303,24 +317,22 @@ def test_tokens_of_a_gradient_batch(
     sharded: bool, checkpointing: bool, given: int | None, expected: int, zero: bool
 ) -> None:
     """A sharded training that checkpoints activations has no memory to spare, and cannot halve its batches."""
-    dynamic = run_of({"a": 3}, **SELECT, probe_batch_tokens=given)
-    dynamic.pool = make_pool({"a": 3}, lengths=[10, 50, 20])
+    case = run_of({"a": 3}, **SELECT, probe_batch_tokens=given)
     args = SimpleNamespace(per_device_train_batch_size=4, device="cpu", process_index=0, disable_tqdm=True)
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2, decode=lambda tokens, **_: "")
     trainer: Any = SimpleNamespace(
-        dataflex=dynamic,
+        dataflex=LoadedRun.of(case.inputs, case.data, RunSteps.none(case.inputs.settings)),
         args=args,
         is_fsdp_enabled=sharded and not zero,
-        _zero_stage=lambda: 3 if sharded and zero else 2 if zero else 0,
+        zero_stage=lambda: 3 if sharded and zero else 2 if zero else 0,
         causal_model=lambda: SimpleNamespace(is_gradient_checkpointing=checkpointing),
         raw_model=lambda: None,
         data_collator=None,
         accelerator=SimpleNamespace(autocast=None),
         processing_class=tokenizer,
         stop_tokens=None,
-        _release=lambda: None,
     )
-    probe = DynamicTrainerMixin._make_probe(trainer)
+    probe = make_probe(trainer, make_pool({"a": 3}, lengths=[10, 50, 20]))
     assert probe.gradient_batch_tokens == expected
     assert probe.batch_tokens == (given or 4 * 4 * 50)
     assert probe.sharded == sharded
@@ -328,13 +340,13 @@ def test_tokens_of_a_gradient_batch(
 
 def test_other_evaluation_data_is_said() -> None:
     """It changes no decision, and makes two halves of a curve that do not belong together."""
-    first, same, other = started(), started(), started()
-    for dynamic, tokens in ((first, 1), (same, 1), (other, 2)):
-        dynamic.evaluation = make_pool({"held": 4}, rows=[{"input_ids": [tokens]}] * 4)
-    state = first.state_dict(3)
+    first, same, other = (
+        RunData(evaluation=make_pool({"held": 4}, rows=[{"input_ids": [tokens]}] * 4)) for tokens in (1, 1, 2)
+    )
+    state = {"step": 3, **first.fingerprints()}
     assert same.says_of_evaluation(state) is None
     assert "evaluation data is not that of before step 3" in str(other.says_of_evaluation(state))
-    assert started().says_of_evaluation(state) is None
+    assert RunData().says_of_evaluation(state) is None
 
 
 @pytest.mark.parametrize("section", [SELECT, {"weight": {"method": "loss"}}])
@@ -342,10 +354,11 @@ def test_a_run_that_ends_in_its_warm_up_says_so(section: dict[str, Any]) -> None
     """As where a budget, or early stopping, ends it."""
     method = next(f"{key} {part['method']}" for key, part in section.items())
     for step, expected in ((4, True), (5, True), (6, False)):
-        dynamic = run_of(TWO_DOMAINS, **section, warmup_steps=5, train_steps=20)
-        dynamic.set_steps(arguments())
-        for _ in range(2):  # an evaluation after the training writes the summary again
-            notes = dynamic.finish(step).notes
+        case = run_of(TWO_DOMAINS, **section, warmup_steps=5, train_steps=20)
+        run = LoadedRun.of(case.inputs, case.data, case.steps(arguments()))
+        recorder = Recorder(run.inputs, run.data, run.clock, [])
+        notes = StartedRun(run, None, recorder, lambda: 0.0).finish(step).notes
+        assert notes == recorder.notes
         assert len(notes) == expected
         if expected:
             assert notes[0] == f"the run ended at step {step}, inside its warm-up of 5: {method} decided nothing."

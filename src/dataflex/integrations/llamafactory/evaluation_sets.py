@@ -9,18 +9,18 @@ from typing import Any
 
 from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError
+from dataflex.integrations.llamafactory.session import Session
 from dataflex.integrations.llamafactory.tokenized import is_stored
 from dataflex.trainer.evaluation import TOKEN_WEIGHTED, UNWEIGHTED
-from dataflex.trainer.run import DynamicRun
 
 
-def load_evaluation(load: Callable[..., dict[str, Any]], data_args: Any, dynamic: DynamicRun, found: Any) -> Any:
+def load_evaluation(load: Callable[..., dict[str, Any]], data_args: Any, session: Session, found: Any) -> Any:
     """Return what the Trainer is to evaluate on, and tell the run which sample is from which data set.
 
     Args:
         load: LLaMA-Factory's loading.
         data_args: its arguments.
-        dynamic: the run.
+        session: of the run.
         found: what was split off the training data or stored with it: a data set, several by name, divided ones, or
             None.
     """
@@ -44,5 +44,5 @@ def load_evaluation(load: Callable[..., dict[str, Any]], data_args: Any, dynamic
     for name in (TOKEN_WEIGHTED, UNWEIGHTED):
         if name in pool.domains:
             raise ConfigError(f"eval_dataset: {name!r} is the name of a mean over the data sets; name it otherwise.")
-    dynamic.evaluation = pool
+    session.add_evaluation(pool)
     return parts if data_args.eval_on_each_dataset and data_args.eval_dataset else pool.dataset

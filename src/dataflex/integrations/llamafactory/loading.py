@@ -19,9 +19,10 @@ from dataflex.integrations.llamafactory.division import load_divided
 from dataflex.integrations.llamafactory.evaluation_sets import load_evaluation
 from dataflex.integrations.llamafactory.origins import Origin
 from dataflex.integrations.llamafactory.parsing import replaced
+from dataflex.integrations.llamafactory.session import Session
 from dataflex.integrations.llamafactory.tokenized import is_stored, keep_columns, kept_columns, refuse_foreign_folder
 from dataflex.selectors.base_gradients import ValidationParams
-from dataflex.trainer.run import DynamicRun
+from dataflex.trainer.steps import RunSteps, decide_steps, small_domains
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def load_plainly(
 
 def load_pool(
     get_dataset: Callable[..., Module],
-    dynamic: DynamicRun,
+    session: Session,
     template: Any,
     model_args: Any,
     data_args: Any,
@@ -109,80 +110,81 @@ def load_pool(
     """
     load = Loader(get_dataset, template, model_args, training_args, stage, tokenizer_module)
     if data_args.streaming:
-        if training_args.do_train and dynamic.when_loaded is None:
-            dynamic.set_steps(copy.copy(training_args))
-            _open(dynamic, training_args)
+        if training_args.do_train and session.trains:
+            _open(decide_steps(session.inputs, session.data, training_args), training_args)
         return load(data_args)
-    whole = not (dynamic.plans_data and training_args.do_train)  # then LLaMA-Factory loads all data sets as one
+    whole = not (session.inputs.plans_data and training_args.do_train)  # then LLaMA-Factory loads all data sets as one
     if (whole or len(set(data_args.dataset)) == 1) and data_args.dataset:
         refuse_foreign_folder(data_args)
-    return _load_whole(load, dynamic, data_args) if whole else _load_planned(load, dynamic, data_args)
+    return _load_whole(load, session, data_args) if whole else _load_planned(load, session, data_args)
 
 
-def _load_whole(load: Loader, dynamic: DynamicRun, data_args: Any) -> Module:
+def _load_whole(load: Loader, session: Session, data_args: Any) -> Module:
     """Return the dataset module of a run whose samples LLaMA-Factory draws, or which does not train."""
     training_args = load.training_args
-    trains = training_args.do_train and dynamic.when_loaded is None
+    trains = training_args.do_train and session.trains
     module: Module = {}
     kept: dict[str, ColumnArray] = {}
     if data_args.dataset or is_stored(data_args):
-        wanted = dynamic.config.wanted_columns() if trains else dict[str, WantedColumn]()
+        wanted = session.inputs.config.wanted_columns() if trains else dict[str, WantedColumn]()
         module, _, kept = load_with_columns(load, _train_only(data_args), wanted)
-    module["eval_dataset"] = load_evaluation(load, data_args, dynamic, module.pop("eval_dataset", None))
+    module["eval_dataset"] = load_evaluation(load, data_args, session, module.pop("eval_dataset", None))
     if trains:
-        dynamic.whole = Pool.concatenate({"dataset": module["train_dataset"]}, fields=load.fields)
-        dynamic.whole.decode = load.decode
+        samples = Pool.concatenate({"dataset": module["train_dataset"]}, fields=load.fields)
+        samples.decode = load.decode
         for column, values in kept.items():
-            dynamic.whole.keep_column(column, values)
-        _check_data(dynamic, training_args)
-        dynamic.set_steps(copy.copy(training_args))  # problems of the rounds show before a model is loaded
-        _open(dynamic, training_args)
+            samples.keep_column(column, values)
+        session.add_whole(samples)
+        _check_data(session, training_args)
+        # Problems of the rounds show before a model is loaded.
+        _open(decide_steps(session.inputs, session.data, training_args), training_args)
     return {key: value for key, value in module.items() if value is not None}
 
 
-def _load_planned(load: Loader, dynamic: DynamicRun, data_args: Any) -> Module:
+def _load_planned(load: Loader, session: Session, data_args: Any) -> Module:
     """Return the dataset module of a run that plans its samples, which are its pool."""
     training_args = load.training_args
     names = tuple(dict.fromkeys(data_args.dataset))
-    column = dynamic.settings.domain_column
-    dynamic.pool, held_out = load_noting_rows(
-        load, _train_only(data_args), names, column, dynamic.config.wanted_columns()
-    )
-    evaluation = load_evaluation(load, data_args, dynamic, held_out)
-    mixer = dynamic.components.mix
-    problem = None if mixer is None or column is None else mixer.check_domains(dynamic.pool.domains)
+    inputs = session.inputs
+    column = inputs.settings.domain_column
+    pool, held_out = load_noting_rows(load, _train_only(data_args), names, column, inputs.config.wanted_columns())
+    session.add_pool(pool)
+    evaluation = load_evaluation(load, data_args, session, held_out)
+    mixer = inputs.components.mix
+    problem = None if mixer is None or column is None else mixer.check_domains(pool.domains)
     if problem is not None:
         raise ConfigError(f"dataflex.mix.{problem[0]}: {problem[1]}")
-    if dynamic.when_loaded is None:
-        dynamic.set_steps(copy.copy(training_args))  # problems of the rounds show before a model is loaded
-        warning = dynamic.small_domains()
+    if session.trains:
+        steps = decide_steps(session.inputs, session.data, training_args)  # problems show before a model is loaded
+        warning = small_domains(session.inputs, pool, steps.global_batch_size)
         if warning is not None and training_args.process_index == 0:
             logger.warning(warning)
-    for key, request in dynamic.wanted_validation.items():
-        dynamic.validation[key] = _load_validation(load, data_args, f"dataflex.{key}", request, evaluation)
-        dynamic.validation[key].decode = load.decode
-    _check_data(dynamic, training_args)
-    if dynamic.when_loaded is None:
-        _open(dynamic, training_args)
-    module = {"train_dataset": dynamic.pool.dataset}
+    for key, request in session.inputs.wanted_validation.items():
+        samples = _load_validation(load, data_args, f"dataflex.{key}", request, evaluation)
+        samples.decode = load.decode
+        session.add_validation(key, samples)
+    _check_data(session, training_args)
+    if session.trains:
+        _open(decide_steps(session.inputs, session.data, training_args), training_args)
+    module = {"train_dataset": pool.dataset}
     return module if evaluation is None else {**module, "eval_dataset": evaluation}
 
 
-def _check_data(dynamic: DynamicRun, training_args: Any) -> None:
+def _check_data(session: Session, training_args: Any) -> None:
     """Compare the data with that of the checkpoint a run goes on from."""
-    if dynamic.resume is None:
+    inputs, data = session.inputs, session.data
+    if inputs.resume is None:
         return
-    dynamic.check_data(dynamic.resume.state)
-    line = dynamic.says_of_evaluation(dynamic.resume.state)
+    data.check(inputs.resume.state, inputs.methods)
+    line = data.says_of_evaluation(inputs.resume.state)
     if line is not None and training_args.process_index == 0:
         logger.warning(line)
 
 
-def _open(dynamic: DynamicRun, training_args: Any) -> None:
+def _open(steps: RunSteps, training_args: Any) -> None:
     """Print the plan of the run, before the model is loaded."""
-    lines = dynamic.opening()
     if training_args.process_index == 0:
-        print("\n".join(f"dataflex: {line}" for line in lines), flush=True)
+        print("\n".join(f"dataflex: {line}" for line in steps.lines()), flush=True)
 
 
 def _train_only(data_args: Any) -> Any:

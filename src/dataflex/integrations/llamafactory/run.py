@@ -29,11 +29,12 @@ from dataflex.errors import ComponentError, ConfigError, DataFlexError
 from dataflex.files import write_atomically
 from dataflex.integrations.llamafactory import loading
 from dataflex.integrations.llamafactory.parsing import parse_to_train, replaced
+from dataflex.integrations.llamafactory.session import Session
 from dataflex.integrations.llamafactory.stages import STAGES, WORKFLOWS, workflow_of
 from dataflex.record.identity import only_run_in
-from dataflex.trainer.mixin import DynamicTrainerMixin, NothingTrained
+from dataflex.trainer.inputs import RunInputs, check_processes
+from dataflex.trainer.mixin import DynamicTrainerMixin, NothingTrained, WhenLoaded
 from dataflex.trainer.resume import Resume, find
-from dataflex.trainer.run import DynamicRun
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -58,11 +59,11 @@ def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> No
         with parsing, data_errors_told():
             tuner.run_exp(dict(config.llamafactory), callbacks)
         return
-    dynamic, output = DynamicRun(config), Path(str(config.llamafactory["output_dir"]))
+    session, output = Session(RunInputs.of(config)), Path(str(config.llamafactory["output_dir"]))
     with (
         _only_run(output),
-        replaced(tuner, "get_train_args", partial(_decided_args, tuner.get_train_args, dynamic)),
-        installed(dynamic),
+        replaced(tuner, "get_train_args", partial(_decided_args, tuner.get_train_args, session)),
+        installed(session),
         _component_errors_told(output),
     ):
         tuner.run_exp(dict(config.llamafactory), callbacks)
@@ -75,7 +76,7 @@ def _only_run(output_dir: Path) -> Iterator[None]:
         yield
 
 
-def load_only(config: RunConfig, when_loaded: Callable[[DynamicRun], None]) -> None:
+def load_only(config: RunConfig, when_loaded: WhenLoaded) -> None:
     """Load everything as for training, call ``when_loaded`` at the point where training would begin, and leave.
 
     Raises:
@@ -84,12 +85,11 @@ def load_only(config: RunConfig, when_loaded: Callable[[DynamicRun], None]) -> N
     import torch.distributed as dist
     from llamafactory.train import tuner
 
-    dynamic = DynamicRun(config)
-    dynamic.when_loaded = when_loaded
+    session = Session(RunInputs.of(config), when_loaded)
     with (
         _only_run(Path(str(config.llamafactory["output_dir"]))),
         replaced(tuner, "get_train_args", partial(parse_to_train, tuner.get_train_args, source=config.source)),
-        installed(dynamic),
+        installed(session),
         contextlib.suppress(NothingTrained),
     ):
         tuner.run_exp(dict(config.llamafactory))
@@ -98,15 +98,15 @@ def load_only(config: RunConfig, when_loaded: Callable[[DynamicRun], None]) -> N
 
 
 @contextmanager
-def installed(dynamic: DynamicRun) -> Iterator[None]:
+def installed(session: Session) -> Iterator[None]:
     """Put a run's trainer and data loading in LLaMA-Factory's workflows for a while."""
     with contextlib.ExitStack() as stack:
         for stage in STAGES.values():
             workflow = workflow_of(stage.name)
             bases = (DynamicTrainerMixin, getattr(workflow, stage.trainer))
             trainer = type(f"Dynamic{stage.trainer}", bases, {"batch_losses": staticmethod(stage.batch_losses)})
-            get_dataset = partial(loading.load_pool, workflow.get_dataset, dynamic)
-            stack.enter_context(replaced(workflow, stage.trainer, partial(trainer, dataflex=dynamic)))
+            get_dataset = partial(loading.load_pool, workflow.get_dataset, session)
+            stack.enter_context(replaced(workflow, stage.trainer, partial(session.trainer, trainer)))
             stack.enter_context(replaced(workflow, "get_dataset", get_dataset))
         yield
 
@@ -120,37 +120,38 @@ def data_errors_told() -> Iterator[None]:
         yield
 
 
-def _decided_args(original: Callable[..., Any], dynamic: DynamicRun, args: Any) -> Any:
+def _decided_args(original: Callable[..., Any], session: Session, args: Any) -> Any:
     """Return LLaMA-Factory's arguments of a training, after deciding what it goes on from.
 
     The decision is the main process's, made before a model is loaded. What a resume does not change is parsed again
     with the value in force.
     """
-    source = dynamic.config.source
+    source = session.inputs.config.source
     parsed = parse_to_train(original, args, source)
     training_args = parsed[2]
     if not training_args.do_train:
         return parsed
-    found = distributed.on_main(partial(_resume, dynamic, training_args))
+    found = distributed.on_main(partial(_resume, session.inputs.config, training_args))
     if found is not None:
-        dynamic.config, dynamic.resume = found.effective(dynamic.config), found
-        if dynamic.config.llamafactory != args:
-            parsed = parse_to_train(original, dict(dynamic.config.llamafactory), source)
+        session.go_on(found)
+        in_force = session.inputs.config.llamafactory
+        if in_force != args:
+            parsed = parse_to_train(original, dict(in_force), source)
     parsed[2].resume_from_checkpoint = None if found is None else str(found.folder)
     return parsed
 
 
-def _resume(dynamic: DynamicRun, training_args: Any) -> Resume | None:
+def _resume(config: RunConfig, training_args: Any) -> Resume | None:
     """Return what a training goes on from, after saying what it leaves and what is different."""
-    found, left = find(dynamic.config)
+    found, left = find(config)
     for line in left:
         logger.warning(line)
     if found is None:
         return None
     problems = list(found.problems())
     if problems:
-        raise ConfigError(problems=problems, source=dynamic.config.source)
-    processes = dynamic.check_processes(found.state, training_args)
+        raise ConfigError(problems=problems, source=config.source)
+    processes = check_processes(found.state, training_args)
     print(f"dataflex: going on from {found.folder} (step {found.marker.step})")
     for line in [*found.lines(), *([] if processes is None else [processes])]:
         print(f"dataflex: {line}")

@@ -1,0 +1,133 @@
+"""The trainer's part that evaluates: the loss of every evaluation set, from the Trainer's own forwards."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from dataflex import distributed
+from dataflex.trainer.base import RunTrainer, warn
+from dataflex.trainer.evaluation import DomainEvaluation, Numbers, as_logs, check_evaluation, means
+from dataflex.trainer.rounds import IndexedCollator, IndexedDataset
+
+
+class EvaluatingTrainer(RunTrainer):
+    """Adds the numbers of each evaluation set to the Trainer's metrics and to the record."""
+
+    _evaluated: dict[str, Numbers]
+    """Those of the running evaluation, by set."""
+    _has_logits: bool
+    """Whether evaluation gave logits for each sample and token, as far as this process saw."""
+
+    def _make_evaluation(self) -> DomainEvaluation | None:
+        """Return what measures every evaluation set; None where there is none, or where responses are generated."""
+        sets = self.dataflex.data.evaluation
+        if sets is None or getattr(self.args, "predict_with_generate", False):
+            return None
+        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
+        decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return DomainEvaluation(sets, decode, self.args.device)
+
+    def _evaluation_loss(
+        self, model: Any, inputs: dict[str, Any], indices: torch.Tensor, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Return the Trainer's own loss of an evaluation batch, and note the losses of its samples."""
+        assert self.domain_evaluation is not None
+        given = {key: inputs[key] for key in ("input_ids", "labels")}  # the Trainer may take the labels out
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        logits = outputs.get("logits") if isinstance(outputs, dict) else next(iter(outputs[1:]), None)
+        shape = (len(indices), given["labels"].shape[1])
+        if isinstance(logits, torch.Tensor) and logits.shape[:2] == shape:
+            self.domain_evaluation.add(indices.cpu().numpy(), logits, given["input_ids"], given["labels"])
+        else:
+            self._has_logits = False
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Return the Trainer's loader; the batches of an evaluation set have the number of each sample.
+
+        So have those of training, if LLaMA-Factory draws the samples and a weighter may want to know which they are.
+        """
+        first = self._first_index(dataset) if description == "Evaluation" else None
+        if (
+            description == "Training"
+            and self.dataflex.data.whole is not None
+            and self.dataflex.inputs.components.weight
+        ):
+            first = 0
+        if first is None:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        collate = self.data_collator
+        self.data_collator = IndexedCollator(collate, first)
+        try:
+            return super()._get_dataloader(IndexedDataset(dataset), description, *args, **kwargs)
+        finally:
+            self.data_collator = collate
+
+    def _first_index(self, dataset: Any) -> int | None:
+        """Return where an evaluation set begins among all; None for another data set."""
+        if self.domain_evaluation is None:
+            return None
+        sets = self.domain_evaluation.sets
+        if isinstance(self.eval_dataset, dict):
+            found = [name for name, part in self.eval_dataset.items() if part is dataset]
+            return int(sets.offsets[sets.domains.index(found[0])]) if found else None
+        return 0 if dataset is self.eval_dataset else None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the Trainer's sampler, which may look at the rows."""
+        rows = train_dataset.dataset if isinstance(train_dataset, IndexedDataset) else train_dataset
+        return super()._get_train_sampler(rows)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Return the Trainer's sampler, which may look at the rows."""
+        rows = eval_dataset.dataset if isinstance(eval_dataset, IndexedDataset) else eval_dataset
+        return super()._get_eval_sampler(rows)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the Trainer's evaluation, and add the numbers of each evaluation set to its metrics."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.domain_evaluation is None:
+            return output
+        if not distributed.everywhere(self._has_logits, self.args.device):
+            warn(
+                f"{type(self.causal_model()).__name__} gives no logits for each sample and token in evaluation, so "
+                "there is no loss of each evaluation set, only the Trainer's eval_loss."
+            )
+            self.domain_evaluation = None
+            self._evaluated = {}
+            return output
+        found = self.domain_evaluation.finish()
+        if found is None:
+            return output
+        self._evaluated |= found
+        prefix = str(kwargs.get("metric_key_prefix", "eval"))
+        if isinstance(self.eval_dataset, dict):  # this pass was over one of them, whose name ends the prefix
+            prefix = prefix.removesuffix("_" + next(iter(found)))
+            output.metrics.update(as_logs(found, prefix))
+        else:
+            output.metrics.update(as_logs({**found, **means(found)}, prefix))
+        return output
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as the Trainer does, and put the numbers of each evaluation set on record."""
+        clock = self.dataflex.clock
+        if clock.is_evaluating:  # one of several data sets, called by the call below
+            return super().evaluate(*args, **kwargs)
+        self._evaluated = {}
+        with clock.evaluating():
+            metrics = super().evaluate(*args, **kwargs)
+        if not self._evaluated:
+            return metrics
+        check_evaluation(self._evaluated, self.state.global_step)
+        found = means(self._evaluated)
+        if isinstance(self.eval_dataset, dict):
+            further = as_logs(found, str(kwargs.get("metric_key_prefix", "eval")))
+            self.log(dict(further))
+            metrics.update(further)
+        if self._started is not None:
+            record = partial(self._started.recorder.evaluation, self.state.global_step, self._evaluated, found)
+            distributed.on_main(record)
+        return metrics

@@ -1,0 +1,69 @@
+"""What a run's selection is expected to cost, told when training begins."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dataflex.api.measurement import Measurement
+from dataflex.api.probe import GradientFeatures, GradientNorms
+from dataflex.api.schedule import RunOutline
+from dataflex.api.selector import overhead_limit
+from dataflex.data.pool import Pool
+from dataflex.data.sampling import IndexArray
+from dataflex.trainer import console
+from dataflex.trainer.run import LoadedRun
+
+if TYPE_CHECKING:
+    from dataflex.probe.model import ModelProbe
+
+_CALIBRATION_SAMPLES = 8
+
+
+def expected_cost(run: LoadedRun, pool: Pool, probe: ModelProbe) -> str | None:
+    """Return what the selection is expected to cost, after measuring a few samples; None if nothing is to say.
+
+    A training step is taken for a forward and backward of its samples, or for three forwards.
+    """
+    components, steps = run.inputs.components, run.steps
+    if not components.select:
+        return None
+    entry = components.select[-1]
+    selector, measurements = entry.component, run.inputs.needs[entry.key].measurements
+    if not measurements:
+        return None
+    if overhead_limit(selector) is not None:
+        return None
+    by_length = np.argsort(pool.lengths, kind="stable")
+    some = by_length[np.linspace(0, pool.size - 1, min(pool.size, _CALIBRATION_SAMPLES)).astype(np.int64)]
+    with run.clock.deciding():
+        seconds = [_seconds_of(each, probe, some) for each in measurements]
+    others = run.data.validation[entry.key].size if entry.key in run.data.validation else 0
+    expected = replace(steps.schedule, total_steps=steps.expected)
+    outline = RunOutline(expected, steps.global_batch_size, pool.size, len(pool.domains), validation=others)
+    counts = [selector.measured_samples(each, outline) for each in measurements]
+    total = sum(sample * count for sample, count in zip(seconds, counts, strict=True))
+    forward = seconds[0] / measurements[0].forwards
+    training = 3 * forward * steps.expected * steps.global_batch_size
+    scored, passes = selector.scored_samples(pool.size), selector.expected_passes(expected.num_updates)
+    often = "once" if passes == 1 else f"{passes} times"
+    samples = f"{scored} samples" + (f" and {others} validation samples" if others else "")
+    return (
+        f"select {selector.name}: scoring {samples}, {often} in this run, is expected to take "
+        f"{console.duration(total)}, {total / training:.2g} times the training itself (after {some.size} samples)."
+    )
+
+
+def _seconds_of(measurement: Measurement[Any], probe: ModelProbe, samples: IndexArray) -> float:
+    """Return the seconds that measuring one of a few samples takes."""
+    measure = partial(probe.measure, measurement)
+    if isinstance(measurement, GradientFeatures | GradientNorms):  # moments there are only after a step
+        measure = partial(probe.gradient_norms, settings=replace(measurement.settings, preconditioner="none"))
+    measure(samples[:2])  # the first run also pays what is paid once; of one sample a probe cannot tell all of that
+    began = time.perf_counter()
+    measure(samples)
+    return (time.perf_counter() - began) / samples.size
