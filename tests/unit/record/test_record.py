@@ -379,7 +379,7 @@ def test_a_record_of_the_first_version_is_read_the_same(tmp_path: Path) -> None:
     writer = begin_record(tmp_path, POOL, {"select": "loss", "mix": "odm"})
     writer.round(plan(0, [3, 7, 7, 0], update=None), POOL, Cost())
     ranked = {"ranks": np.array([3, 0, 1, 7]), "candidates": {"a": 5, "b\u00e9": 4}, "epochs": np.array([1.5, 0.25])}
-    clipped = {"capped": {"a": 0.75}, "undecided": {"mix": "why"}, "budget": {"scored": 5}}
+    clipped = {"clipped_shares": {"a": 0.75}, "undecided": {"mix": "why"}, "budget": {"scored": 5}}
     writer.round(plan(1, [9, 1, 1, 2], [0.5, np.nan, 2, -1], unscored=3, **ranked, **clipped), POOL, COST)
     new = read_run(tmp_path)
     tables = [new.plan(number).select(["index", "domain", "score", "rank"]).to_pydict() for number in range(2)]
