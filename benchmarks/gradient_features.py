@@ -101,6 +101,7 @@ def one(options: argparse.Namespace) -> dict[str, float]:
     from dataflex.api.probe import GradientSettings
     from dataflex.data.pool import Pool
     from dataflex.probe.batches import length_batches
+    from dataflex.probe.gradient_features import GradientSimilarities
     from dataflex.probe.model import ModelProbe
     from dataflex.probe.moments import read_moments
 
@@ -147,7 +148,7 @@ def one(options: argparse.Namespace) -> dict[str, float]:
         return options.samples
 
     def features(settings: GradientSettings) -> int:
-        probe.stream(everyone, settings, lambda batch, values, losses: None)
+        probe.measure(GradientSimilarities(settings, np.zeros((1, settings.dim), dtype=np.float32)), everyone)
         return options.samples
 
     def singly(project: bool) -> float:
@@ -155,8 +156,8 @@ def one(options: argparse.Namespace) -> dict[str, float]:
         began = time.perf_counter()
         count = PROJECTED_TOGETHER
         rows = np.argsort(pool.lengths, kind="stable")[np.linspace(0, options.samples - 1, count).astype(int)]
-        from dataflex.probe.features import AdamPreconditioner
-        from dataflex.probe.sketch import RademacherSketch
+        from dataflex.probe.preconditioners import AdamPreconditioner
+        from dataflex.probe.projections import RademacherProjection
 
         direction = AdamPreconditioner(read_moments(optimizer, model), less=False)
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -176,7 +177,7 @@ def one(options: argparse.Namespace) -> dict[str, float]:
         middle = time.perf_counter()
         out = torch.zeros(count, options.dim, device=device)
         part = min(size, PROJECTED_ELEMENTS)
-        RademacherSketch(options.dim, 0, device).add(out, "all", 0, kept[:, :part], part)
+        RademacherProjection(options.dim, 0, device).add(out, "all", 0, kept[:, :part], part)
         if device.type == "cuda":
             torch.cuda.synchronize()
         end = time.perf_counter()

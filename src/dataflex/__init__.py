@@ -23,7 +23,7 @@ from dataflex.api.params import (
     shares_of,
     shares_problem,
 )
-from dataflex.api.probe import GenerationSettings, GradientFeatures, GradientNorms, GradientSettings, Probe
+from dataflex.api.probe import GenerationSettings, GradientSettings, Probe
 from dataflex.api.reference import Reference, ReferenceParams
 from dataflex.api.registry import register
 from dataflex.api.schedule import RunOutline
@@ -42,6 +42,10 @@ from dataflex.files import distinct, write_atomically
 from dataflex.probe.embeddings import Embeddings, HiddenStates
 from dataflex.probe.error_norms import ErrorNorms
 from dataflex.probe.expert_loads import ExpertLoads
+from dataflex.probe.generations import Generations
+from dataflex.probe.gradient_features import GradientFeatures, GradientSimilarities, StoredFeatures
+from dataflex.probe.gradient_norms import GradientNorms
+from dataflex.probe.gradient_products import GradientProducts
 from dataflex.probe.losses import Losses, TokenMeans
 
 if TYPE_CHECKING:
@@ -63,9 +67,12 @@ EXPORTS = {
     "ExpertLoads": "dataflex.probe.expert_loads",
     "FeatureStore": "dataflex.probe.store",
     "GenerationSettings": "dataflex.api.probe",
-    "GradientFeatures": "dataflex.api.probe",
-    "GradientNorms": "dataflex.api.probe",
+    "Generations": "dataflex.probe.generations",
+    "GradientFeatures": "dataflex.probe.gradient_features",
+    "GradientNorms": "dataflex.probe.gradient_norms",
+    "GradientProducts": "dataflex.probe.gradient_products",
     "GradientSettings": "dataflex.api.probe",
+    "GradientSimilarities": "dataflex.probe.gradient_features",
     "Group": "dataflex.api.selection",
     "HiddenStates": "dataflex.probe.embeddings",
     "IGNORE_INDEX": "dataflex.data.pool",
@@ -98,6 +105,7 @@ EXPORTS = {
     "StepBatch": "dataflex.api.context",
     "StepContext": "dataflex.api.context",
     "StepStatistics": "dataflex.api.context",
+    "StoredFeatures": "dataflex.probe.gradient_features",
     "TokenLosses": "dataflex.api.context",
     "TokenMeans": "dataflex.probe.losses",
     "ValidationParams": "dataflex.api.params",
@@ -140,9 +148,12 @@ __all__ = [
     "ExpertLoads",
     "FeatureStore",
     "GenerationSettings",
+    "Generations",
     "GradientFeatures",
     "GradientNorms",
+    "GradientProducts",
     "GradientSettings",
+    "GradientSimilarities",
     "Group",
     "HiddenStates",
     "IndexArray",
@@ -174,6 +185,7 @@ __all__ = [
     "StepBatch",
     "StepContext",
     "StepStatistics",
+    "StoredFeatures",
     "TokenLosses",
     "TokenMeans",
     "ValidationParams",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataflex import Needs, ReferenceParams, Selector, SelectorParams, distributed, register
+from dataflex import Losses, Needs, ReferenceParams, Selector, SelectorParams, distributed, register
 
 
 class ExcessSamplesParams(SelectorParams, ReferenceParams):
@@ -24,7 +24,7 @@ class ExcessSamples(Selector[ExcessSamplesParams]):
         tokens = ctx.reference.token_losses(candidates[:5])
         np.testing.assert_allclose(theirs[:5], [each.mean() for each in tokens], rtol=1e-5)
         assert [each.size for each in tokens] == ctx.pool.trained_tokens[candidates[:5]].tolist()
-        return ctx.probe.losses(candidates) - theirs
+        return ctx.probe.measure(Losses(), candidates) - theirs
 
     def on_step(self, statistics):
         if distributed.rank() == 0:

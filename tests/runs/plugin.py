@@ -9,21 +9,30 @@ import torch
 
 from dataflex import ComponentParams, Selection, Selector, distributed, register
 from dataflex.api.probe import GenerationSettings, GradientSettings
+from dataflex.probe.embeddings import Embeddings
+from dataflex.probe.error_norms import ErrorNorms
+from dataflex.probe.generations import Generations
+from dataflex.probe.gradient_features import GradientFeatures, GradientSimilarities
+from dataflex.probe.gradient_norms import GradientNorms
+from dataflex.probe.gradient_products import GradientProducts
+from dataflex.probe.losses import Losses
 
 LOOKS = {
-    "losses": lambda ctx, some: ctx.probe.losses(some),
-    "error_norms": lambda ctx, some: ctx.probe.error_norms(some),
-    "embeddings": lambda ctx, some: ctx.probe.embeddings(some),
-    "norms": lambda ctx, some: ctx.probe.gradient_norms(some, GradientSettings("adam")),
-    "gradients": lambda ctx, some: ctx.probe.gradients(some[:7], GradientSettings(dim=64)),
-    "similarities": lambda ctx, some: ctx.probe.similarities(
-        some, GradientSettings("adam_less", dim=64), np.ones((2, 64), dtype=np.float32)
+    "losses": lambda ctx, some: ctx.probe.measure(Losses(), some),
+    "error_norms": lambda ctx, some: ctx.probe.measure(ErrorNorms(), some),
+    "embeddings": lambda ctx, some: ctx.probe.measure(Embeddings(), some),
+    "norms": lambda ctx, some: ctx.probe.measure(GradientNorms(GradientSettings("adam")), some),
+    "gradients": lambda ctx, some: ctx.probe.measure(GradientFeatures(GradientSettings(dim=64)), some[:7]),
+    "similarities": lambda ctx, some: ctx.probe.measure(
+        GradientSimilarities(GradientSettings("adam_less", dim=64), np.ones((2, 64), dtype=np.float32)), some
     ),
-    "products": lambda ctx, some: ctx.probe.products(
-        [some[:6], some[6:9], some[9:14]], GradientSettings(), some[:2], ctx.pool
+    "products": lambda ctx, some: ctx.probe.measure(
+        GradientProducts(GradientSettings(), (6, 3, 5), ctx.pool, some[:2]), some[:14]
     ),
-    "generate": lambda ctx, some: ctx.probe.generate(
-        [[1, 5, 6], [1, 7]], GenerationSettings(samples=2, max_new_tokens=4), 0
+    "generate": lambda ctx, some: ctx.probe.measure(
+        Generations(GenerationSettings(samples=2, max_new_tokens=4)),
+        np.arange(2),
+        [{"input_ids": [1, 5, 6]}, {"input_ids": [1, 7]}],
     ),
 }
 
@@ -57,9 +66,9 @@ class Keep(Selector):
     Params = KeepParams
 
     def choose(self, ctx, candidates, count):
-        settings = GradientSettings(sketch="identity", reduction=self.params.reduction, normalize=False)
+        settings = GradientSettings(projection="identity", reduction=self.params.reduction, normalize=False)
         indices = np.linspace(0, candidates.size - 1, self.params.samples).astype(np.int64)
-        gradients = ctx.probe.gradients(indices, settings)
+        gradients = ctx.probe.measure(GradientFeatures(settings), indices)
         if distributed.rank() == 0:
             torch.save({"gradients": torch.from_numpy(gradients), "rows": ctx.pool.rows(indices)}, self.params.file)
         return Selection(candidates[:count])

@@ -224,7 +224,7 @@ WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
         influence(proj_dim=1_000_000),
         ["proj_dim", "1000000", "trainable parameters"],
     ),
-    "kronecker with adam": (influence(sketch="kronecker"), ["sketch: kronecker", "preconditioner: none"]),
+    "kronecker with adam": (influence(projection="kronecker"), ["projection: kronecker", "preconditioner: none"]),
     "a value LLaMA-Factory refuses": (
         {**{"stage": "pt", "dataset": "texts", "neat_packing": True}, "dataflex": SELECT},
         ["LLaMA-Factory", "neat_packing"],

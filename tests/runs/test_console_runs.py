@@ -29,6 +29,7 @@ STOPPING = """
 import os, signal, time
 from pathlib import Path
 from dataflex import Selector, register
+from dataflex.probe.losses import Losses
 
 here = Path(__file__).parent
 if "LOCAL_RANK" in os.environ:  # one of two processes: never come to anything
@@ -45,13 +46,13 @@ class Stopped(Selector):
             os.kill(os.getpid(), signal.SIGINT)
 
     def score(self, ctx, candidates):
-        return ctx.probe.losses(candidates)
+        return ctx.probe.measure(Losses(), candidates)
 
 
 @register("selector", "test_late")
 class Late(Selector):
     def score(self, ctx, candidates):
-        return ctx.probe.losses(candidates) * (float("nan") if ctx.update else 1)
+        return ctx.probe.measure(Losses(), candidates) * (float("nan") if ctx.update else 1)
 """
 
 RUN_ALL = """

@@ -141,7 +141,7 @@ def write_inputs(root: Path) -> None:
         "method": "less",
         "validation": "held",
         "subtask_column": "task",
-        "sketch": "identity",
+        "projection": "identity",
         "checkpoints": [str(root / "warm" / f"checkpoint-{step}") for step in (4, 8)],
     }
     select = tiny.arguments(root / "model", data, root / "select", **lora, dataset="alpha,beta")

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dataflex import ErrorNorms, Losses, Measurement
+from dataflex import Measurement
 from dataflex.api.component import Component
 from dataflex.api.components import Components, only
 from dataflex.api.context import RoundContext
@@ -26,6 +26,7 @@ from dataflex.data.rng import derive_rng
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray, PassSampler
 from dataflex.planning.planner import Plan, Planner
+from dataflex.probe.gradient_products import GradientProducts
 from dataflex.record.checkpoint import STATE_VERSION, mark_complete, write_state
 from dataflex.record.writer import RunWriter
 
@@ -57,7 +58,14 @@ def make_pool(sizes: dict[str, int], lengths: Sequence[int] | None = None, rows:
     return pool
 
 
-class FakeProbe:
+class MeasuringProbe:
+    """Answers a measurement by the method of its name, with (measurement, indices, samples)."""
+
+    def measure(self, measurement: Measurement[Any], indices: IndexArray, samples: Any = None) -> Any:
+        return getattr(self, measurement.name)(measurement, indices, samples)
+
+
+class FakeProbe(MeasuringProbe):
     """Returns what it was given, and remembers what it was asked for.
 
     Args:
@@ -77,33 +85,33 @@ class FakeProbe:
         self.asked: list[IndexArray] = []
         self.settings: list[GradientSettings] = []
 
-    def losses(self, indices: IndexArray) -> NDArray[np.float32]:
+    def losses(self, measurement: Any, indices: IndexArray, samples: None) -> NDArray[np.float32]:
         self.asked.append(np.asarray(indices))
         return self.values[indices]
 
     error_norms = losses
 
-    def measure(self, measurement: Measurement[Any], indices: IndexArray) -> NDArray[np.float32]:
-        assert isinstance(measurement, Losses | ErrorNorms)
-        return self.losses(indices)
+    def gradient_norms(self, measurement: Any, indices: IndexArray, samples: None) -> NDArray[np.float32]:
+        self.settings.append(measurement.settings)
+        return self.losses(measurement, indices, samples)
 
-    def gradient_norms(self, indices: IndexArray, settings: GradientSettings) -> NDArray[np.float32]:
-        self.settings.append(settings)
-        return self.losses(indices)
-
-    def gradients(self, indices: IndexArray, settings: GradientSettings, pool: Pool) -> NDArray[np.float32]:
+    def gradient_features(self, measurement: Any, indices: IndexArray, samples: Pool) -> NDArray[np.float32]:
         assert self.targets is not None
-        assert pool.size == len(self.targets)
-        self.settings.append(settings)
+        assert samples.size == len(self.targets)
+        self.settings.append(measurement.settings)
         return np.asarray(self.targets[indices], dtype=np.float32)
 
-    def similarities(
-        self, indices: IndexArray, settings: GradientSettings, targets: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    def gradient_similarities(self, measurement: Any, indices: IndexArray, samples: None) -> NDArray[np.float32]:
         assert self.features is not None
-        self.settings.append(settings)
+        self.settings.append(measurement.settings)
         self.asked.append(np.asarray(indices))
-        return np.asarray(self.features[indices] @ targets.T, dtype=np.float32)
+        return np.asarray(self.features[indices] @ measurement.others.T, dtype=np.float32)
+
+
+def products_of(probe: Any, groups: list[IndexArray], settings: GradientSettings, others: IndexArray) -> Any:
+    """Return the inner products of gradients in groups of the pool, and with other samples of it."""
+    sizes = tuple(group.size for group in groups)
+    return probe.measure(GradientProducts(settings, sizes, probe.pool, others), np.concatenate(groups))
 
 
 def context(pool: Pool, losses: Sequence[float] | NDArray[Any] = (), **changes: Any) -> RoundContext:

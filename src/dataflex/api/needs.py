@@ -50,7 +50,7 @@ class Needs:
             what ``weigh`` is shown: the losses of the tokens, or (whatever else is named) those of the samples.
     """
 
-    measurements: tuple[Measurement, ...] = ()
+    measurements: tuple[Measurement[Any], ...] = ()
     validation: ValidationParams | None = None
     reference: ReferenceParams | None = None
     columns: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ from dataflex.config.arguments import with_words
 from dataflex.config.masking import masks
 from dataflex.config.misplaced import SECTION as SECTION
 from dataflex.config.misplaced import belongs, nested, unknown_in
+from dataflex.config.renames import with_names_of_now
 from dataflex.config.yaml_file import BESIDE_METHOD, read_yaml
 from dataflex.data.columns import WantedColumn
 from dataflex.errors import ConfigError, DataFlexError, Problem, did_you_mean, unknown
@@ -258,6 +259,7 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
         registry.load_components([], base)
         return plain, [Problem(SECTION, _no_section(section))]
     loaded = _load_plugins(section, base, problems)
+    section = with_names_of_now(section, SECTION, notes, problems)
     settings = {key: value for key, value in section.items() if value is None or key not in registry.CONFIG_KEYS}
     hint = partial(_belongs, section)
     config = validate(DataFlexConfig, settings, SECTION, problems, hint=hint)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex import ComponentError, DivergenceError, RoundContext
+from dataflex import (
+    ComponentError,
+    DivergenceError,
+    Losses,
+    RoundContext,
+)
 
 
 def validation_losses(ctx: RoundContext) -> NDArray[np.float64]:
@@ -18,7 +23,7 @@ def validation_losses(ctx: RoundContext) -> NDArray[np.float64]:
         DivergenceError: if its loss is not finite.
     """
     pool = ctx.validation
-    losses = ctx.probe.losses(np.arange(pool.size, dtype=np.int64), pool=pool).astype(np.float64)
+    losses = ctx.probe.measure(Losses(), np.arange(pool.size, dtype=np.int64), pool).astype(np.float64)
     tokens = pool.trained_tokens.astype(np.float64)
     counts = np.add.reduceat(tokens, pool.offsets[:-1])
     sums = np.add.reduceat(np.where(tokens > 0, losses, 0.0) * tokens, pool.offsets[:-1])

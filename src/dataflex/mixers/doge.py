@@ -12,8 +12,8 @@ gradients of length 1 and W in [0, 5] both are the same but for the 1e-6.
 The code with all domains as targets means to leave <g_i, g_i> out of W_i, as the formula does; but the sets of tensors
 it compares are never equal, so that it keeps it in. Here it is left out.
 
-The g_i are sums of per-sample gradients of the step's own samples, sketched to ``proj_dim`` numbers each, in every step
-by another map. Inner products of sketches are unbiased with a standard deviation of about |g_i| |g_j| / sqrt(proj_dim),
+The g_i are sums of per-sample gradients of the step's own samples, projected to ``proj_dim`` numbers each, in every
+step by another map. Their inner products are unbiased with a standard deviation of about |g_i| |g_j| / sqrt(proj_dim),
 so that their errors average out over the steps, and no matrix of K whole gradients is held. A domain the step has
 nothing of gets no gain, W_i = 0, and takes no part in the sums and the mean; the code goes on with the gradient it had
 last.
@@ -72,10 +72,10 @@ class DogeParams(LossWeightParams, ValidationParams):
     )
     validation_size: int = Field(8, ge=1, description="Validation samples of each sub-task drawn for each step.")
     validation_seed: int = Field(0, ge=0, description="Seed of that draw.")
-    sketch: Literal["count", "rademacher", "kronecker", "identity"] = Field(
+    projection: Literal["count", "rademacher", "kronecker", "identity"] = Field(
         "count", description="Random linear map of the gradients; identity keeps every number (for tests)."
     )
-    proj_dim: int = Field(8192, ge=1, description="Length of a sketch; at most the number of trainable parameters.")
+    proj_dim: int = Field(8192, ge=1, description="Length of a projection; at most the number of trainable parameters.")
     projection_seed: int = Field(0, ge=0, description="Seed of the maps; every step has one of its own.")
     unsupported_parameters: Literal["error", "ignore"] = Field(
         "error", description="What to do with trainable parameters that have no per-sample rule."
@@ -93,7 +93,7 @@ class DogeParams(LossWeightParams, ValidationParams):
     def settings(self, reduction: Literal["mean", "sum"], step: int) -> GradientSettings:
         """Return what the probe is asked for in a step: plain gradients at their own length, all by one map."""
         return GradientSettings(
-            sketch=self.sketch,
+            projection=self.projection,
             dim=self.proj_dim,
             seed=key_of(self.projection_seed, "doge", step) % 2**31,
             reduction=reduction,
@@ -130,15 +130,15 @@ class DogeMixer(LossWeightMixer[DogeParams]):
         return exponentiated_update(weights, gains, self.params.reweight_eps)
 
     def _domain_gradients(self, ctx: StepContext, present: NDArray[np.int64]) -> Matrix:
-        """Return the sketched gradients of the mean losses of the domains ``present`` (P,) in the step, (P, k)."""
-        features = ctx.probe.gradients(ctx.indices, self.params.settings("sum", ctx.step))
+        """Return the projected gradients of the mean losses of the domains ``present`` (P,) in the step, (P, k)."""
+        features = ctx.probe.measure(GradientFeatures(self.params.settings("sum", ctx.step)), ctx.indices)
         owners = ctx.pool.domain_ids(ctx.indices)
         return np.stack(
             [features[owners == domain].sum(axis=0, dtype=np.float64) / ctx.tokens[domain] for domain in present]
         )
 
     def _validation_gradients(self, ctx: StepContext) -> Matrix:
-        """Return the mean sketched gradient of a few fresh validation samples of each sub-task, (S, k).
+        """Return the mean projected gradient of a few fresh validation samples of each sub-task, (S, k).
 
         Raises:
             ComponentError: if a sub-task has no sample with a trained token.
@@ -152,7 +152,9 @@ class DogeMixer(LossWeightMixer[DogeParams]):
                 raise ComponentError(f"no validation sample of {name!r} has a token that is trained on.")
             count = min(self.params.validation_size, usable.size)
             drawn.append(np.sort(rng.choice(usable, count, replace=False)))
-        features = ctx.probe.gradients(np.concatenate(drawn), self.params.settings("mean", ctx.step), held)
+        features = ctx.probe.measure(
+            GradientFeatures(self.params.settings("mean", ctx.step)), np.concatenate(drawn), held
+        )
         parts = np.split(features, np.cumsum([part.size for part in drawn])[:-1])
         return np.stack([part.mean(axis=0, dtype=np.float64) for part in parts])
 

@@ -90,7 +90,7 @@ class MoeBalanceMixer(Mixer[MoeBalanceParams]):
             start + np.sort(ctx.rng.choice(size, min(size, self.params.samples_per_domain), replace=False))
             for start, size in zip(ctx.pool.offsets[:-1], ctx.pool.domain_sizes, strict=True)
         ]
-        loads = ctx.probe.expert_loads(np.concatenate(drawn)).astype(np.float64)
+        loads = ctx.probe.measure(ExpertLoads(), np.concatenate(drawn)).astype(np.float64)
         parts = np.split(loads, np.cumsum([part.size for part in drawn])[:-1])
         return np.stack([part.mean(axis=0) for part in parts])
 

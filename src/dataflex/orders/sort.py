@@ -61,7 +61,7 @@ class SortOrder(Order[SortParams]):
             return ctx.pool.lengths[selection.indices].astype(np.float32)
         if self.params.by == "loss":
             distinct, inverse = np.unique(selection.indices, return_inverse=True)
-            return ctx.probe.losses(distinct)[inverse]
+            return ctx.probe.measure(Losses(), distinct)[inverse]
         if selection.scores is None:
             raise ComponentError("order.by: selection needs a selector that scores; this one gave no scores.")
         return selection.scores

@@ -11,56 +11,70 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from dataflex import distributed
+from dataflex.api.measurement import MeasuredBatch
 from dataflex.api.probe import GradientSettings
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
+from dataflex.errors import ComponentError
 from dataflex.probe.checkpoints import adapter_settings
+from dataflex.probe.gradient_runs import feature_size, gradient_batches, projection_of, reduced_gradients
 from dataflex.probe.moments import Moments
 from dataflex.probe.store import FeatureStore
 
 if TYPE_CHECKING:
     from dataflex.probe.model import ModelProbe
+    from dataflex.probe.runner import Runner
 
 _CHUNK_ROWS = 256
 """Samples after which a chunk of whole batches is closed."""
 
 
-def extract(probe: ModelProbe, pool: Pool, indices: IndexArray, settings: GradientSettings, root: Path) -> FeatureStore:
+def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureStore:
     """Return the store of the samples' features, after making the chunks that are missing.
 
     Collective. Every process makes its share of the chunks; under a sharded model all run the same number of batches.
 
     Args:
-        probe: the model.
-        pool: what ``indices`` are of.
-        indices: shape (n,); row positions in the store are positions in it.
-        settings: what is made of the gradients.
+        runner: the model and the samples; row positions in the store are positions in its ``indices``.
+        settings: what is made of the gradients; features have length 1.
         root: folder of the stores; each state of model, data and settings has one of its own in it.
+
+    Raises:
+        ComponentError: if the samples are a list of rows, whose content has no digest.
     """
+    probe, samples = runner.probe, runner.samples
+    if not isinstance(samples, Pool):
+        raise ComponentError("features are kept of the run's samples and of validation samples, not of a list of rows.")
     key = {
-        "model": model_digest(probe.model(), probe.sharded),
-        "adapter": adapter_settings(probe.model()),
+        "model": model_digest(runner.model, probe.sharded),
+        "adapter": adapter_settings(runner.model),
         "precision": _precision(probe),
         "moments": None if settings.preconditioner == "none" else moments_digest(probe.optimizer_moments()),
-        "data": pool.content_digest,
-        "samples": hashlib.sha256(np.ascontiguousarray(indices, dtype="<i8").data).hexdigest(),
+        "data": samples.content_digest,
+        "samples": hashlib.sha256(np.ascontiguousarray(runner.indices, dtype="<i8").data).hexdigest(),
         "settings": asdict(settings),
         "batch_tokens": probe.gradient_batch_tokens or probe.batch_tokens,
     }
-    dim = sum(probe.parameter_sizes().values()) if settings.sketch == "identity" else settings.dim
-    with probe.sketching(pool, indices, settings) as features_of:
-        batches = probe.gradient_batches(pool, indices)
+    with reduced_gradients(runner, settings, projection_of(probe, settings)) as gradient_features:
+
+        def with_lengths(batch: MeasuredBatch) -> Tensor:
+            """Return features of length 1, and their lengths before in a last column, (B, k + 1)."""
+            features = gradient_features(batch)
+            return torch.cat([normalize(features, dim=1), features.norm(dim=1, keepdim=True)], dim=1)
+
+        batches = gradient_batches(runner)
         chunks = _chunks(batches)
         rows = [sum(batch.size for batch in chunk) for chunk in chunks]
-        store = FeatureStore.open(root, key, np.concatenate(batches), dim, "float16", rows)
+        store = FeatureStore.open(root, key, np.concatenate(batches), feature_size(probe, settings), "float16", rows)
         missing = distributed.on_main(store.missing)
         if missing:
-            _make(probe, indices, store, chunks, missing, features_of)
+            _make(runner, store, chunks, missing, with_lengths)
             made = np.concatenate([batch for number in missing for batch in chunks[number]])
-            probe.count(pool, indices[made])
+            probe.count(samples, runner.indices[made])
     distributed.barrier()
     return store
 
@@ -72,31 +86,30 @@ def _precision(probe: ModelProbe) -> str:
 
 
 def _make(
-    probe: ModelProbe,
-    indices: IndexArray,
+    runner: Runner,
     store: FeatureStore,
     chunks: list[list[IndexArray]],
     missing: list[int],
-    features_of: Callable[[IndexArray], tuple[Tensor, Tensor]],
+    with_lengths: Callable[[MeasuredBatch], Tensor],
 ) -> None:
     """Write this process's share of the missing chunks."""
     rank, world_size = distributed.rank(), distributed.world_size()
     mine = missing[rank::world_size]
     longest = max(len(chunks[number]) for number in missing)
     total = sum(len(chunks[number]) for number in mine)
-    with tqdm(total=total, desc="Features", unit="batch", disable=not probe.progress) as bar:
+    with tqdm(total=total, desc="Features", unit="batch", disable=not runner.probe.progress) as bar:
         for turn in range(-(-len(missing) // world_size)):
             batches = chunks[mine[turn]] if turn < len(mine) else []
             found = []
             for batch in batches:
-                found.append(features_of(indices[batch]))
+                found.append(runner.attempt(with_lengths, runner.indices[batch]))
                 bar.update()
-            if probe.sharded:  # a forward is collective, and the others may have more batches
+            if runner.probe.sharded:  # a forward is collective, and the others may have more batches
                 for _ in range(longest - len(batches)):
-                    features_of(indices[chunks[missing[0]][0]])
+                    runner.attempt(with_lengths, runner.indices[chunks[missing[0]][0]])
             if found:
-                features, lengths = (torch.cat(both) for both in zip(*found, strict=True))
-                store.write(mine[turn], features, lengths)
+                values = torch.cat(found)
+                store.write(mine[turn], values[:, :-1], values[:, -1])
 
 
 def _chunks(batches: list[IndexArray]) -> list[list[IndexArray]]:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,29 @@ _VLLM_MEMORY = 0.9
 """Share of the device memory that is free when vLLM starts which it may take."""
 
 
+@dataclass(frozen=True)
+class Generator:
+    """A model that generates.
+
+    Attributes:
+        model: a causal language model of transformers, or PEFT's wrapper of one.
+        pad_token_id: fills up the left of shorter prompts.
+        eos_token_ids: tokens that end a response.
+        batch_tokens: tokens of one batch at most, prompts and responses, padding counted; one prompt is always taken.
+        device: where the model lives.
+        synced: whether a forward is collective (ZeRO-3, FSDP), so that all ranks have to go on until the last is done.
+    """
+
+    model: torch.nn.Module
+    pad_token_id: int
+    eos_token_ids: list[int]
+    batch_tokens: int
+    device: torch.device
+    synced: bool = False
+
+
 def generate_responses(
-    model: torch.nn.Module,
-    pad_token_id: int,
-    eos_token_ids: list[int],
-    prompts: list[list[int]],
-    settings: GenerationSettings,
-    seed: int,
-    batch_tokens: int,
-    device: torch.device,
-    synced: bool,
-    rank: int,
-    world_size: int,
+    generator: Generator, prompts: list[list[int]], settings: GenerationSettings, seed: int
 ) -> list[list[list[int]]]:
     """Return ``settings.samples`` responses to each prompt, the same on every rank. Call it on all ranks.
 
@@ -54,17 +66,10 @@ def generate_responses(
     end-of-sequence token, or ``settings.max_new_tokens`` of them.
 
     Args:
-        model: a causal language model of transformers, or PEFT's wrapper of one.
-        pad_token_id: fills up the left of shorter prompts.
-        eos_token_ids: tokens that end a response.
+        generator: the model.
         prompts: token ids of each prompt, at least one each.
         settings: how to sample.
         seed: of the samples.
-        batch_tokens: tokens of one batch at most, prompts and responses, padding counted; one prompt is always taken.
-        device: where the model lives.
-        synced: whether a forward is collective (ZeRO-3, FSDP), so that all ranks have to go on until the last is done.
-        rank: number of this process.
-        world_size: number of processes.
 
     Returns:
         Token ids: one list per prompt, of one list per response.
@@ -72,24 +77,31 @@ def generate_responses(
     Raises:
         ComponentError: if a prompt is empty, or vLLM is asked for and cannot run.
     """
+    model, eos_token_ids = generator.model, generator.eos_token_ids
     empty = [number for number, prompt in enumerate(prompts) if not prompt]
     if empty:
         raise ComponentError(f"generation: prompt {empty[0]} has no token.")
     decoder = _decoder(model)
     if settings.backend == "vllm":
-        if synced:
+        if generator.synced:
             raise ComponentError("generation: backend vllm needs the whole weights on one process; use backend hf.")
         return distributed.on_main(lambda: _vllm_responses(model, eos_token_ids, prompts, settings, seed))
     rows = settings.samples * np.array([len(prompt) + settings.max_new_tokens for prompt in prompts], dtype=np.int64)
-    batches = length_batches(rows, batch_tokens)
+    batches = length_batches(rows, generator.batch_tokens)
+    rank, world_size = distributed.rank(), distributed.world_size()
     mine, useful = share_of(batches, rank, world_size)
-    config = _generation_config(settings, pad_token_id, eos_token_ids)
+    config = _generation_config(settings, generator.pad_token_id, eos_token_ids)
     found: dict[int, list[list[int]]] = {}
     with probe_mode(model), _without_own_settings(decoder), _generate_of(model, decoder) as generate:
-        for number, batch in enumerate(mine if synced else mine[:useful]):
+        for number, batch in enumerate(mine if generator.synced else mine[:useful]):
             torch.manual_seed(key_of(seed, "generate", rank + number * world_size) % 2**63)
-            inputs = _left_padded([prompts[index] for index in batch], pad_token_id, device)
-            tokens = generate(**inputs, generation_config=config, synced_gpus=synced, logits_processor=[_refuse_broken])
+            inputs = _left_padded([prompts[index] for index in batch], generator.pad_token_id, generator.device)
+            tokens = generate(
+                **inputs,
+                generation_config=config,
+                synced_gpus=generator.synced,
+                logits_processor=[_refuse_broken],
+            )
             new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
             if number < useful:
                 for place, index in enumerate(batch.tolist()):

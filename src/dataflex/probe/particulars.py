@@ -33,7 +33,7 @@ _AGREEMENT_LOW_PRECISION = 2e-2
 
 
 def look_at_head(probe: ModelProbe, samples: Samples, indices: IndexArray) -> None:
-    """Find out whether the chunked head gives the model's own losses; stays open where no sample has one.
+    """Find out whether the chunked head gives the model's own losses; stays open if no sample has one.
 
     Asked at every measurement while it does: a cap on the logits may matter only later in training.
     """

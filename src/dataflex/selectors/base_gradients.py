@@ -15,6 +15,7 @@ from dataflex import (
     ComponentParams,
     GradientFeatures,
     GradientSettings,
+    GradientSimilarities,
     IndexArray,
     InputPath,
     Needs,
@@ -24,39 +25,17 @@ from dataflex import (
     ScoreArray,
     Selector,
     SelectorParams,
+    StoredFeatures,
     ValidationParams,
 )
 
 if TYPE_CHECKING:
     from dataflex import FeatureStore
 
-_ADAMS = (
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adamw_apex_fused",
-    "adamw_bnb_8bit",
-    "adamw_8bit",
-    "paged_adamw_32bit",
-    "paged_adamw_8bit",
-)
-"""Values of ``optim`` whose moments ``probe/moments.py`` can read; the Trainer knows many more Adams."""
-_DEEPSPEED_ADAMS = ("adamw_torch", "adamw_torch_fused")
-"""The same, where DeepSpeed flattens the optimizer's state."""
-_DEEPSPEED_OWN_ADAMS = ("adam", "adamw")
-"""The same, of ``optimizer.type`` in a DeepSpeed configuration, which then wins over ``optim``."""
 _OTHER_ORDER = ("galore_", "apollo_", "lomo", "adalomo")
 """How values of ``optim`` begin whose parameters are in another order than in other optimizers."""
-_NO_MOMENTS = {
-    "use_galore": "GaLore keeps its moments in a subspace of each gradient",
-    "use_apollo": "APOLLO keeps its moments in a subspace of each gradient",
-    "use_badam": "BAdam keeps moments of one block at a time",
-    "use_adam_mini": "Adam-mini keeps one second moment for many parameters",
-    "use_muon": "Muon keeps no second moment",
-}
-"""LLaMA-Factory keys that choose an optimizer whose state holds no moment for each parameter.
-
-They also have their parameters in another order.
-"""
+_OTHER_ORDER_KEYS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+"""LLaMA-Factory keys that choose such an optimizer."""
 
 
 class GradientParams(ComponentParams):
@@ -79,7 +58,7 @@ class GradientParams(ComponentParams):
 class FeatureParams(GradientParams):
     """Parameters of gradient features."""
 
-    sketch: Literal["count", "rademacher", "kronecker", "identity"] = Field(
+    projection: Literal["count", "rademacher", "kronecker", "identity"] = Field(
         "count", description="Random linear map of the gradients; identity keeps every number (for tests)."
     )
     proj_dim: int = Field(8192, ge=1, description="Length of a feature; at most the number of trainable parameters.")
@@ -92,7 +71,12 @@ class FeatureParams(GradientParams):
 
     def settings(self, **changes: Any) -> GradientSettings:
         """Return what the probe is asked for, with ``changes``."""
-        chosen = {"sketch": self.sketch, "dim": self.proj_dim, "seed": self.projection_seed, "store": self.feature_dir}
+        chosen = {
+            "projection": self.projection,
+            "dim": self.proj_dim,
+            "seed": self.projection_seed,
+            "store": self.feature_dir,
+        }
         return super().settings(**{**chosen, **changes})
 
 
@@ -174,49 +158,24 @@ class GradientSelector(Selector[GradientT]):
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield what shows before a model is loaded: Adam's direction needs an Adam, and a step of it."""
         yield from super().problems(run)
-        moments = self.params.preconditioner != "none"
-        if moments:
+        if self.params.preconditioner != "none" and self.stored_checkpoints:
             yield from self._moment_problems(run)
 
     def _moment_problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield why Adam's moments cannot be had in a run."""
-        name, given = self.params.preconditioner, run.llamafactory
-        if self.params.settings().sketch == "kronecker":
-            yield "sketch", "kronecker works on the gradient itself; it needs preconditioner: none."
+        """Yield why the moments of stored checkpoints cannot be had; the measurement tells of the run's own."""
+        settings, given = self.params.settings(), run.llamafactory
+        if settings.projection == "kronecker":
+            yield "projection", "kronecker works on the gradient itself; it needs preconditioner: none."
         optimizer = str(given.get("optim") or "adamw_torch")
-        chosen = [key for key in _NO_MOMENTS if str(given.get(key, False)).lower() in ("1", "true", "yes")]
-        if self.stored_checkpoints:
-            if optimizer.startswith(_OTHER_ORDER):
-                chosen.append(f"optim: {optimizer}")
-            for key in chosen:
-                yield (
-                    "preconditioner",
-                    f"{name!r} does not go with {key}: the moments of checkpoints are matched by the order of this "
-                    "run's optimizer, and this one has another order. Use optim: adamw_torch, or preconditioner: none.",
-                )
-            return
-        if run.warmup_steps == 0 and not run.offline:
-            yield (
-                "preconditioner",
-                f"{name!r} reads the optimizer's moments, and before the first step there are none. Set "
-                "dataflex.warmup_steps to 1 or more (LESS warms up on 5 % of the pool), or preconditioner: none.",
-            )
+        chosen = [key for key in _OTHER_ORDER_KEYS if str(given.get(key, False)).lower() in ("1", "true", "yes")]
+        if optimizer.startswith(_OTHER_ORDER):
+            chosen.append(f"optim: {optimizer}")
         for key in chosen:
-            yield "preconditioner", f"{name!r} does not go with {key}: {_NO_MOMENTS[key]}."
-        own = _deepspeed_value(run, "optimizer", "type")
-        if own is not None and str(own).lower() not in _DEEPSPEED_OWN_ADAMS:
             yield (
                 "preconditioner",
-                f"{name!r} reads Adam's moments, and the DeepSpeed configuration has the optimizer {own}; name Adam or "
-                "AdamW there, or set preconditioner: none.",
-            )
-        readable = _ADAMS if zero_stage(run) is None else _DEEPSPEED_ADAMS
-        if own is None and optimizer not in readable:
-            where = "" if readable is _ADAMS else "under DeepSpeed "
-            yield (
-                "preconditioner",
-                f"{name!r} reads Adam's moments, and {where}those of optim: {optimizer} cannot be read; use one of "
-                f"{', '.join(readable)}, or preconditioner: none.",
+                f"{settings.preconditioner!r} does not go with {key}: the moments of checkpoints are matched by the "
+                "order of this run's optimizer, and this one has another order. Use optim: adamw_torch, or "
+                "preconditioner: none.",
             )
 
 
@@ -225,7 +184,10 @@ class InfluenceSelector(GradientSelector[InfluenceT]):
 
     def needs(self, run: RunView) -> Needs:
         """Return the gradients of training and validation samples."""
-        return Needs(measurements=(GradientFeatures(self.params.settings()),), validation=self.params)
+        settings = self.params.settings()
+        if self.stored_checkpoints:  # whose moments are not the run's
+            settings = replace(settings, preconditioner="none")
+        return Needs(measurements=(GradientFeatures(settings),), validation=self.params)
 
     def __init__(self, params: InfluenceT) -> None:
         super().__init__(params)
@@ -249,23 +211,23 @@ class InfluenceSelector(GradientSelector[InfluenceT]):
         """
         if checkpoint not in self._validation_features:
             raw = replace(settings, preconditioner="none")
-            features = ctx.probe.gradients(np.arange(ctx.validation.size), raw, ctx.validation)
+            features = ctx.probe.measure(GradientFeatures(raw), np.arange(ctx.validation.size), ctx.validation)
             self._validation_features[checkpoint] = subtask_means(features, ctx)
         return self._validation_features[checkpoint]
 
     def influence(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
         """Return each candidate's mean inner product with every sub-task's samples, (n, S)."""
-        return ctx.probe.similarities(candidates, settings, self.validation_features(ctx, settings))
+        return ctx.probe.measure(GradientSimilarities(settings, self.validation_features(ctx, settings)), candidates)
 
     def extract(self, ctx: RoundContext, candidates: IndexArray) -> list[FeatureStore]:
         """Make the candidates' features in ``feature_dir``, under every checkpoint or the model as it is."""
         settings = self.params.settings()
         if not self.stored_checkpoints:
-            return [ctx.probe.extract(candidates, settings)]
+            return [ctx.probe.measure(StoredFeatures(settings), candidates)]
         stores = []
         for folder in self.stored_checkpoints:
             with ctx.probe.checkpoint(folder):
-                stores.append(ctx.probe.extract(candidates, settings))
+                stores.append(ctx.probe.measure(StoredFeatures(settings), candidates))
         return stores
 
 
@@ -317,7 +279,9 @@ class CheckpointSelector(InfluenceSelector[CheckpointedT]):
         for folder, weight in zip(self.params.checkpoints, weights, strict=True):
             with ctx.probe.checkpoint(folder):
                 targets = self.validation_features(ctx, settings, folder)
-                total += np.float32(weight / scale) * ctx.probe.similarities(candidates, settings, targets)
+                total += np.float32(weight / scale) * ctx.probe.measure(
+                    GradientSimilarities(settings, targets), candidates
+                )
         return total
 
 

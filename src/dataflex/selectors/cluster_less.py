@@ -87,7 +87,7 @@ class ClusterLessSelector(CheckpointSelector[ClusterLessParams]):
         """Cluster the pool at the first decision; make the features of the validation samples."""
         super().begin(ctx)
         if self._clusters is None:
-            embeddings = ctx.probe.embeddings(np.arange(ctx.pool.size))
+            embeddings = ctx.probe.measure(Embeddings(), np.arange(ctx.pool.size))
             seed = int.from_bytes(ctx.rng.bytes(4), "little")
             self._clusters = on_main(partial(self._cluster, embeddings, seed))
 

@@ -85,7 +85,7 @@ class DeltaLossSelector(Selector[DeltaLossParams]):
         else:
             ctx.not_decided("the first losses are only noted, the draw is uniform")
         if new.size:
-            self._baseline[new] = ctx.probe.losses(new)
+            self._baseline[new] = ctx.probe.measure(Losses(), new)
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return by how much every candidate's loss fell; 0 if it is noted just now, NaN if there is none."""
@@ -93,7 +93,7 @@ class DeltaLossSelector(Selector[DeltaLossParams]):
         first, noted = self._baseline[candidates], self._noted[candidates]
         if noted.all():
             return first - first
-        delta = np.where(noted, first - first, first - ctx.probe.losses(candidates))
+        delta = np.where(noted, first - first, first - ctx.probe.measure(Losses(), candidates))
         if self.params.relative:
             delta = delta / np.where(first == 0, 1, first)  # nothing can fall below a first loss of 0
         return delta

@@ -43,5 +43,5 @@ class El2nSelector(Selector[El2nParams]):
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return the error of every candidate, negative with ``focus: low``; NaN where no token is trained on."""
-        errors = ctx.probe.error_norms(candidates)
+        errors = ctx.probe.measure(ErrorNorms(), candidates)
         return errors if self.params.focus == "high" else -errors

@@ -34,5 +34,5 @@ class GrandSelector(GradientSelector[GrandParams]):
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return the gradient's length of every candidate, negative with ``focus: low``; NaN without a loss."""
-        lengths = ctx.probe.gradient_norms(candidates, self.params.settings())
+        lengths = ctx.probe.measure(GradientNorms(self.params.settings()), candidates)
         return lengths if self.params.focus == "high" else -lengths

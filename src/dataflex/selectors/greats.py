@@ -30,6 +30,7 @@ from pydantic import Field
 from dataflex import (
     ComponentError,
     GradientNorms,
+    GradientProducts,
     GradientSettings,
     Group,
     IndexArray,
@@ -101,7 +102,9 @@ class GreatsSelector(Selector[GreatsParams]):
         number = min(self.params.validation_size, usable.size)
         targets = np.sort(ctx.rng.choice(usable, number, replace=False))
         settings = GradientSettings(unsupported=self.params.unsupported_parameters)
-        products = ctx.probe.products(groups, settings, targets, ctx.validation)
+        sizes = tuple(candidates.size for candidates in groups)
+        measurement = GradientProducts(settings, sizes, ctx.validation, targets)
+        products = ctx.probe.measure(measurement, np.concatenate(groups))
         eta = self.params.learning_rate or ctx.learning_rate
         chosen, gains = [], []
         for candidates, matrix, count in zip(groups, products, wanted, strict=True):

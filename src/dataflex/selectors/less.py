@@ -1,7 +1,7 @@
 """LESS: the samples whose next optimizer step would most decrease the loss on a validation set.
 
 With Gamma(z) the direction Adam's next step would take for training sample z alone, g(v) the gradient of validation
-sample v, and both sketched to ``proj_dim`` numbers of length 1,
+sample v, and both projected to ``proj_dim`` numbers of length 1,
 
     score(z) = max over sub-tasks j of  mean over v in V_j of  cos(g(v), Gamma(z)).
 

@@ -58,7 +58,7 @@ class LossSelector(Selector[LossParams]):
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return the loss of every candidate; NaN where no token is trained on."""
-        return ctx.probe.losses(candidates)
+        return ctx.probe.measure(Losses(), candidates)
 
     def pick(self, scores: ScoreArray, count: int, rng: np.random.Generator) -> IndexArray:
         """Return ``count`` positions drawn by the weight of their part."""

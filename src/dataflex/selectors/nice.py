@@ -31,7 +31,10 @@ from pydantic import Field, model_validator
 from dataflex import (
     IGNORE_INDEX,
     ComponentError,
+    Generations,
     GenerationSettings,
+    GradientFeatures,
+    GradientSimilarities,
     IndexArray,
     Pool,
     Probe,
@@ -105,7 +108,7 @@ class NiceSelector(InfluenceSelector[NiceParams]):
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return each candidate's similarity with its nearest sub-task, shape (n,); NaN without a trained token."""
         assert self._directions is not None
-        return ctx.probe.similarities(candidates, self.params.settings(), self._directions).max(axis=1)
+        return ctx.probe.measure(GradientSimilarities(self.params.settings(), self._directions), candidates).max(axis=1)
 
     def target_directions(self, ctx: RoundContext) -> ScoreArray:
         """Return the mean target gradient of each sub-task that has one, shape (J, k), float32.
@@ -127,7 +130,8 @@ class NiceSelector(InfluenceSelector[NiceParams]):
             top_k=params.generation_top_k,
             backend=params.generation_backend,
         )
-        responses = ctx.probe.generate(prompts, generation, int(ctx.rng.integers(2**62)))
+        generations = Generations(generation, int(ctx.rng.integers(2**62)))
+        responses = ctx.probe.measure(generations, numbers, [{"input_ids": prompt} for prompt in prompts])
         rewards = on_main(lambda: response_rewards(self._reward, ctx.probe, prompts, responses, references))
         gradients = self._policy_gradients(ctx.probe, prompts, responses, advantages(rewards, params.baseline))
         lengths = np.linalg.norm(gradients, axis=1)
@@ -157,7 +161,7 @@ class NiceSelector(InfluenceSelector[NiceParams]):
             return np.zeros((len(prompts), 1), dtype=np.float32)
         pool = response_pool([(prompts[number], responses[number][sample]) for number, sample in kept])
         settings = self.params.settings(preconditioner="none", reduction="sum", normalize=False)
-        features = probe.gradients(np.arange(pool.size, dtype=np.int64), settings, pool)
+        features = probe.measure(GradientFeatures(settings), np.arange(pool.size, dtype=np.int64), pool)
         gradients = np.zeros((len(prompts), features.shape[1]), dtype=np.float32)
         for feature, (number, sample) in zip(features, kept, strict=True):
             gradients[number] += np.float32(weights[number, sample] / weights.shape[1]) * feature

@@ -7,7 +7,7 @@ gradients, which short samples have, count more. The scores do not depend on the
 once, at the first decision.
 
 Source: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent (NeurIPS 2020, arXiv 2002.08484),
-equation 1 (TracInCP), with sketched gradients (its appendix on random projections).
+equation 1 (TracInCP), with projected gradients (its appendix on random projections).
 Cost: one forward and backward of the pool and the validation samples for every checkpoint, once.
 """
 
@@ -39,7 +39,7 @@ class TracinSelector(CheckpointSelector[TracinParams]):
             "checkpoints",
             "checkpoint_weights",
             "preconditioner",
-            "sketch",
+            "projection",
             "proj_dim",
             "projection_seed",
             "unsupported_parameters",

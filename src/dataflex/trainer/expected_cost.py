@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataflex.api.measurement import Measurement
-from dataflex.api.probe import GradientFeatures, GradientNorms
 from dataflex.api.schedule import RunOutline
 from dataflex.api.selector import overhead_limit
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
+from dataflex.probe.gradient_features import GradientFeatures
+from dataflex.probe.gradient_norms import GradientNorms
 from dataflex.trainer import console
 from dataflex.trainer.run import LoadedRun
 
@@ -62,7 +63,8 @@ def _seconds_of(measurement: Measurement[Any], probe: ModelProbe, samples: Index
     """Return the seconds that measuring one of a few samples takes."""
     measure = partial(probe.measure, measurement)
     if isinstance(measurement, GradientFeatures | GradientNorms):  # moments there are only after a step
-        measure = partial(probe.gradient_norms, settings=replace(measurement.settings, preconditioner="none"))
+        plain = GradientNorms(replace(measurement.settings, preconditioner="none"))
+        measure = partial(probe.measure, plain)
     measure(samples[:2])  # the first run also pays what is paid once; of one sample a probe cannot tell all of that
     began = time.perf_counter()
     measure(samples)

@@ -14,12 +14,12 @@ from typing import Any, NoReturn
 import torch
 from transformers import TrainingArguments
 
-from dataflex.api.probe import GradientFeatures
 from dataflex.errors import ConfigError
 from dataflex.planning.planner import Arrangement
 from dataflex.probe.checkpoints import saved_moments
-from dataflex.probe.features import make_sketch
+from dataflex.probe.gradient_features import GradientFeatures
 from dataflex.probe.model import ModelProbe
+from dataflex.probe.projections import make_projection
 from dataflex.trainer import terminal
 from dataflex.trainer.callback import DynamicCallback
 from dataflex.trainer.evaluating import EvaluatingTrainer
@@ -144,11 +144,11 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         return Path(str(last or given["model_name_or_path"]))
 
     def _check_features(self, probe: ModelProbe) -> None:
-        """Have a sketch that does not go with the model show before the first step."""
+        """Have a projection that does not go with the model show before the first step."""
         for needs in self.dataflex.inputs.needs.values():
             for measurement in needs.measurements:
                 if isinstance(measurement, GradientFeatures):
-                    make_sketch(measurement.settings, probe.parameter_sizes(), probe.device)
+                    make_projection(measurement.settings, probe.parameter_sizes(), probe.device)
 
     def arrangement(self) -> Arrangement:
         """Return what the user's keys say about the order of samples."""

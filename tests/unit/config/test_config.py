@@ -409,8 +409,8 @@ def test_built_in_methods() -> None:
 
 
 def test_the_nearest_of_a_few_values_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"select\.sketch: .*'count'.* got 'cout'; did you mean 'count'\?"):
-        split_config({"dataflex": {"select": {"method": "less", "sketch": "cout"}}})
+    with pytest.raises(ConfigError, match=r"select\.projection: .*'count'.* got 'cout'; did you mean 'count'\?"):
+        split_config({"dataflex": {"select": {"method": "less", "projection": "cout"}}})
 
 
 def test_another_method_leaves_the_old_ones_parameters_behind(tmp_path: Path) -> None:
@@ -422,3 +422,20 @@ def test_another_method_leaves_the_old_ones_parameters_behind(tmp_path: Path) ->
     same = load(tmp_path, section, "dataflex.select.method=loss", "dataflex.select.focus_weight=2")
     assert same.dataflex is not None
     assert same.dataflex.select == {"method": "loss", "focus": "low", "focus_weight": 2}
+
+
+def test_a_parameter_of_an_earlier_name_is_read_with_a_note() -> None:
+    for select in ({"method": "less", "sketch": "rademacher"}, [{"method": "less", "sketch": "rademacher"}]):
+        config = split_config({"dataflex": {"select": select, "warmup_steps": 2}})
+        (params,) = [params for _, params in config.params.values()]
+        assert params.projection == "rademacher"
+        assert [
+            note
+            for note in config.notes
+            if note.endswith("sketch is called projection now; the old name is still read.")
+        ]
+    assert not split_config({"dataflex": {"select": {"method": "less", "projection": "count"}}}).notes
+    with pytest.raises(ConfigError, match=r"dataflex.select.sketch: is projection now, which is there too"):
+        split_config({"dataflex": {"select": {"method": "less", "sketch": "count", "projection": "count"}}})
+    with pytest.raises(ConfigError, match="sketch"):  # loss never had it
+        split_config({"dataflex": {"select": {"method": "loss", "sketch": "count"}}})

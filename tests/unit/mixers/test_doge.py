@@ -21,7 +21,7 @@ from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError
 from dataflex.mixers.doge import DogeMixer, alignments
 from dataflex.probe.model import ModelProbe
-from unit.fakes import build, context, make_pool
+from unit.fakes import MeasuringProbe, build, context, make_pool
 from unit.probe.test_gradients import a_batch, llama, lora, make, probe_of
 
 GOLDEN = np.array([[1, 0], [0.6, 0.8], [0, 1]])
@@ -30,7 +30,7 @@ GOLDEN_WEIGHTS = [0.331111, 0.336451, 0.332438]
 """After one step from equal weights at learning rate 1e-3 and mu 0.05."""
 
 
-class Gradients:
+class Gradients(MeasuringProbe):
     """A probe that knows the gradient of every sample, and of every validation sample."""
 
     def __init__(self, samples: Any, targets: Any = None) -> None:
@@ -38,13 +38,13 @@ class Gradients:
         self.settings: list[GradientSettings] = []
         self.drawn: list[list[int]] = []
 
-    def gradients(
-        self, indices: NDArray[np.int64], settings: GradientSettings, pool: Pool | None = None
+    def gradient_features(
+        self, measurement: Any, indices: NDArray[np.int64], samples: Pool | None
     ) -> NDArray[np.float32]:
-        self.settings.append(settings)
-        if pool is not None:
+        self.settings.append(measurement.settings)
+        if samples is not None:
             self.drawn.append(indices.tolist())
-        return np.asarray((self.samples if pool is None else self.targets)[indices], dtype=np.float32)
+        return np.asarray((self.samples if samples is None else self.targets)[indices], dtype=np.float32)
 
 
 def begun(pool: Pool, **params: Any) -> DogeMixer:
@@ -248,7 +248,7 @@ def test_a_resumed_run_goes_on_as_it_was() -> None:
 def test_gradients_keep_their_length() -> None:
     pool, validation = make_pool({"a": 1, "b": 1, "c": 1}), make_pool({"v": 4})
     probe = Gradients(GOLDEN, np.ones((4, 2)))
-    given = {"sketch": "rademacher", "proj_dim": 64, "projection_seed": 5, "unsupported_parameters": "ignore"}
+    given = {"projection": "rademacher", "proj_dim": 64, "projection_seed": 5, "unsupported_parameters": "ignore"}
     mixer = begun(pool, target="validation", **given)
     mixer.update_weights(step_of(pool, probe, [0, 1, 2], [1, 1, 1], targets=validation))
     domains, targets = probe.settings
@@ -401,13 +401,13 @@ def test_domain_gradients_are_those_of_the_domains_mean_losses(maker: Any) -> No
     model, inputs, labels, probe = real(maker)
     tokens = tokens_of(labels)
     assert tokens[2] == 0
-    mixer = begun(probe.pool, sketch="identity")
+    mixer = begun(probe.pool, projection="identity")
     found = mixer._domain_gradients(step_of(probe.pool, probe, INDICES, tokens), PRESENT)
     expected = autograd(model, inputs, labels)
     assert expected[PRESENT].any(axis=1).all()
     np.testing.assert_allclose(found, expected[PRESENT], rtol=1e-5, atol=1e-6)
     rate, mu = 0.1, 0.01
-    official = begun(probe.pool, sketch="identity", mu=mu)
+    official = begun(probe.pool, projection="identity", mu=mu)
     official.update_weights(step_of(probe.pool, probe, INDICES, tokens, rate=rate))
     given = [None if number == 2 else row.tolist() for number, row in enumerate(expected)]
     np.testing.assert_allclose(
@@ -418,7 +418,7 @@ def test_domain_gradients_are_those_of_the_domains_mean_losses(maker: Any) -> No
 
 def test_the_target_is_the_mean_gradient_of_validation_samples() -> None:
     model, inputs, labels, probe = real(llama)
-    mixer = begun(probe.pool, sketch="identity", target="validation")
+    mixer = begun(probe.pool, projection="identity", target="validation")
     validation = probe_of(model, inputs, labels).pool
     validation.__dict__["trained"] = np.arange(7) != 1
     ctx = step_of(probe.pool, probe, INDICES, tokens_of(labels), targets=validation)

@@ -22,7 +22,7 @@ from dataflex.mixers.aioli import AioliMixer, mixing_matrix
 from dataflex.mixers.base_validation_loss import validation_losses
 from dataflex.mixers.skill_it import SkillItMixer, read_graph
 from dataflex.record.checkpoint import STATE_VERSION, read_state, write_state
-from unit.fakes import build, context, make_pool
+from unit.fakes import MeasuringProbe, build, context, make_pool
 
 
 def pool_of(count: int) -> Pool:
@@ -35,13 +35,13 @@ def targets_of(names: tuple[str, ...], samples: int = 2) -> Pool:
     return pool
 
 
-class Losses:
+class Losses(MeasuringProbe):
     """A probe whose validation losses are those of the next row; every sample of a domain has its domain's loss."""
 
     def __init__(self, rows: Any) -> None:
         self.rows, self.calls = np.asarray(rows, dtype=np.float32), 0
 
-    def losses(self, indices: np.ndarray, pool: Pool) -> np.ndarray:
+    def losses(self, measurement: Any, indices: np.ndarray, pool: Pool) -> np.ndarray:
         self.calls += 1
         return self.rows[self.calls - 1][pool.domain_ids(indices)]
 
@@ -329,8 +329,8 @@ def test_validation_losses_are_means_over_tokens() -> None:
     pool.__dict__["trained_tokens"] = np.array([1, 3, 2, 0, 2], dtype=np.int32)
     losses = np.array([4, 1, 2, np.nan, 1], dtype=np.float32)
 
-    class Samples:
-        def losses(self, indices: np.ndarray, pool: Pool) -> np.ndarray:
+    class Samples(MeasuringProbe):
+        def losses(self, measurement: Any, indices: np.ndarray, pool: Pool) -> np.ndarray:
             return losses[indices]
 
     given = context(pool, validation_pool=pool, probe=Samples())

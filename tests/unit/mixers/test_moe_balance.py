@@ -34,8 +34,9 @@ from dataflex.config.loading import RunConfig
 from dataflex.data.pool import Pool
 from dataflex.errors import ComponentError
 from dataflex.mixers.moe_balance import MoeBalanceMixer, mean_distances
+from dataflex.probe.expert_loads import ExpertLoads
 from dataflex.probe.model import ModelProbe
-from unit.fakes import build, context, make_planner, make_pool, plans
+from unit.fakes import MeasuringProbe, build, context, make_planner, make_pool, plans
 from unit.probe.test_gradients import SIZES, VOCAB, llama, lora, make, mixtral, qwen3_moe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
@@ -134,7 +135,7 @@ def test_loads_are_those_of_the_gates(name: str) -> None:
     assert expected.shape == (20, sum(experts))
     model.train()
     for budget in (1, 60, 10_000):
-        found = probe_of(model, pool, budget).expert_loads(indices)
+        found = probe_of(model, pool, budget).measure(ExpertLoads(), indices)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=1e-6)
     for part in np.split(found, np.cumsum(experts)[:-1], axis=1):
@@ -147,13 +148,15 @@ def test_padding_on_either_side_does_not_count() -> None:
     expected = watched(model, pool, np.arange(30))
     for options in ({"side": "left"}, {"four": True}, {"side": "left", "four": True}):
         probe = probe_of(model, pool, collate=lambda rows, options=options: collate(rows, **options))
-        np.testing.assert_allclose(probe.expert_loads(np.arange(30)), expected, atol=1e-6)
+        np.testing.assert_allclose(probe.measure(ExpertLoads(), np.arange(30)), expected, atol=1e-6)
 
 
 def test_a_batch_without_a_mask_is_all_real() -> None:
     model, pool = make(lambda: mixtral(**SPREAD)), a_pool()
     alone = probe_of(model, pool, 1, collate=lambda rows: {**collate(rows), "attention_mask": None})
-    np.testing.assert_allclose(alone.expert_loads(np.arange(30)), watched(model, pool, np.arange(30)), atol=1e-6)
+    np.testing.assert_allclose(
+        alone.measure(ExpertLoads(), np.arange(30)), watched(model, pool, np.arange(30)), atol=1e-6
+    )
 
 
 def test_a_router_that_is_no_plain_softmax() -> None:
@@ -177,12 +180,12 @@ def test_a_router_that_is_no_plain_softmax() -> None:
         with torch.no_grad():
             model(input_ids=torch.tensor([row["input_ids"]]))
         expected.append([(one == expert).double().mean().item() for one in chosen for expert in range(8)])
-    np.testing.assert_allclose(probe_of(model, pool).expert_loads(np.arange(30)), expected, atol=1e-6)
+    np.testing.assert_allclose(probe_of(model, pool).measure(ExpertLoads(), np.arange(30)), expected, atol=1e-6)
 
 
 def test_ranks_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pool = make(lambda: mixtral(**SPREAD)), a_pool()
-    whole = probe_of(model, pool).expert_loads(np.arange(30))
+    whole = probe_of(model, pool).measure(ExpertLoads(), np.arange(30))
     parts: list[torch.Tensor] = []
 
     def reduced(values: torch.Tensor) -> torch.Tensor:
@@ -193,7 +196,7 @@ def test_ranks_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "all_reduce_sum", reduced)
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        probe_of(model, pool).expert_loads(np.arange(30))
+        probe_of(model, pool).measure(ExpertLoads(), np.arange(30))
     assert all(0 < int(part.any(dim=1).sum()) < 30 for part in parts)
     np.testing.assert_allclose(sum(parts), whole, atol=1e-6)
 
@@ -203,7 +206,7 @@ def test_looking_leaves_no_trace() -> None:
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
     probe = probe_of(model, pool)
-    probe.expert_loads(np.arange(30))
+    probe.measure(ExpertLoads(), np.arange(30))
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -215,13 +218,14 @@ def test_dense_models_are_refused_by_name() -> None:
     pool = a_pool()
     for model in (llama(), lora()):
         with pytest.raises(ComponentError, match=r"^LlamaForCausalLM .*moe_balance needs a mixture-of-experts model"):
-            probe_of(model, pool).expert_loads(np.arange(3))
+            probe_of(model, pool).measure(ExpertLoads(), np.arange(3))
 
 
 def test_experts_that_are_not_handed_numbers_are_refused() -> None:
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    probe = probe_of(GraniteMoeForCausalLM(GraniteMoeConfig(**{**SIZES, **sizes})), a_pool())
     with pytest.raises(ComponentError, match=r"^GraniteMoeForCausalLM shows no routing"):
-        probe_of(GraniteMoeForCausalLM(GraniteMoeConfig(**{**SIZES, **sizes})), a_pool()).expert_loads(np.arange(3))
+        probe.measure(ExpertLoads(), np.arange(3))
 
 
 def test_an_expert_without_weights_is_refused() -> None:
@@ -229,20 +233,20 @@ def test_an_expert_without_weights_is_refused() -> None:
     gate = model.model.layers[0].mlp.gate
     gate.register_forward_hook(lambda gate, args, output: (*output[:2], output[2] + 3))
     with pytest.raises(ComponentError, match="use expert 6 and has 4"):
-        probe_of(model, a_pool()).expert_loads(np.arange(30))
+        probe_of(model, a_pool()).measure(ExpertLoads(), np.arange(30))
 
 
 # The mixer
 
 
-class Loads:
+class Loads(MeasuringProbe):
     """A probe that knows the loads of every sample, and remembers what it was asked for."""
 
     def __init__(self, loads: NDArray[np.float64]) -> None:
         self.loads = loads
         self.asked: list[NDArray[np.int64]] = []
 
-    def expert_loads(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+    def expert_loads(self, measurement: Any, indices: NDArray[np.int64], samples: None) -> NDArray[np.float32]:
         self.asked.append(indices)
         return self.loads[indices].astype(np.float32)
 

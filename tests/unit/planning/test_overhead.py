@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex import Embeddings, Losses, Measurement
 from dataflex.api.components import Components, only
 from dataflex.api.context import RoundContext
 from dataflex.api.mixer import Mixer, MixerParams
@@ -26,7 +25,7 @@ from dataflex.trainer import expected_cost as trainer_cost
 from dataflex.trainer.inputs import RunData, RunInputs
 from dataflex.trainer.run import LoadedRun
 from dataflex.trainer.steps import RunSteps
-from unit.fakes import FakeProbe, make_pool
+from unit.fakes import FakeProbe, MeasuringProbe, make_pool
 
 COSTS = {"seconds_per_sample", "fixed_seconds", "step_seconds"}
 
@@ -451,23 +450,21 @@ def test_scores_of_other_parameters_are_made_again(caplog: pytest.LogCaptureFixt
 # The estimate of a run without a cap
 
 
-class PricedProbe:
+class PricedProbe(MeasuringProbe):
     """Takes a second for a sample's loss, three for its gradient, and a while at the very first."""
 
     def __init__(self) -> None:
         self.clock, self.settings, self.asked = 0.0, [], []
 
-    def losses(self, indices: np.ndarray) -> None:
+    def losses(self, measurement: Any, indices: np.ndarray, samples: None) -> None:
         self.clock += indices.size + (50.0 if not self.asked else 0.0)
         self.asked.append(indices)
 
-    def measure(self, measurement: Measurement[Any], indices: np.ndarray) -> None:
-        assert isinstance(measurement, Losses | Embeddings)
-        self.losses(indices)
+    embeddings = losses
 
-    def gradient_norms(self, indices: np.ndarray, settings: Any) -> None:
-        self.settings.append(settings)
-        self.losses(np.repeat(indices, 3))
+    def gradient_norms(self, measurement: Any, indices: np.ndarray, samples: None) -> None:
+        self.settings.append(measurement.settings)
+        self.losses(measurement, np.repeat(indices, 3), samples)
 
 
 @pytest.fixture

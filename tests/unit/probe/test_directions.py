@@ -14,13 +14,18 @@ from torch import Tensor
 
 from dataflex.api.probe import GradientSettings
 from dataflex.data.token_loss import IGNORE_INDEX, shifted
-from dataflex.probe.features import AdamPreconditioner, NoPreconditioner, Preconditioner, Sink, SketchSink
+from dataflex.probe.error_norms import ErrorNorms
+from dataflex.probe.gradient_features import GradientFeatures, GradientSimilarities
+from dataflex.probe.gradient_norms import GradientNorms
 from dataflex.probe.gradients import GradientPass, canonical
 from dataflex.probe.head import error_norm
 from dataflex.probe.layers import Outer
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.moments import Moments, read_moments
-from dataflex.probe.sketch import CountSketch, IdentitySketch
+from dataflex.probe.preconditioners import AdamPreconditioner, NoPreconditioner, Preconditioner
+from dataflex.probe.projections import CountProjection, IdentityProjection
+from dataflex.probe.reducers import ProjectionReducer, Reducer
+from unit.fakes import products_of
 from unit.probe.test_gradients import (
     EXACT,
     LENGTHS,
@@ -64,16 +69,18 @@ def sizes_of(model: Model) -> dict[str, int]:
     return {canonical(name): value.numel() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def measured(model: Model, sink: Sink, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+def measured(model: Model, sink: Reducer, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     sink.begin(labels.shape[0], torch.float64)
     sink.block_elements = 200
-    GradientPass(model, sink.take, "mean", True, "error").run(dict(inputs), shifted(labels))
+    GradientPass(model, sink.add, "mean", True, "error").run(dict(inputs), shifted(labels))
     return sink.result
 
 
 def directions(model: Model, preconditioner: Preconditioner, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Return whole directions, (B, P)."""
-    return measured(model, SketchSink(preconditioner, IdentitySketch(sizes_of(model), CPU), CPU), inputs, labels)
+    return measured(
+        model, ProjectionReducer(preconditioner, IdentityProjection(sizes_of(model), CPU), CPU), inputs, labels
+    )
 
 
 def parameters_of(model: Model) -> Tensor:
@@ -192,18 +199,18 @@ def test_loss_falls_by_the_influence(adam: bool) -> None:
         assert 2 * errors[2] - errors[1] == pytest.approx(0, abs=1e-5 * abs(influence))
 
 
-def test_a_sketched_influence_is_as_close_as_its_variance_says() -> None:
+def test_a_projected_influence_is_as_close_as_its_variance_says() -> None:
     model = make(smooth)
     sizes = sizes_of(model)
     x, y = directions(model, NoPreconditioner(), *a_batch([9, 6]))
     dim, seeds = 256, 40
     pair, estimates = torch.stack([x, y]), []
     for seed in range(seeds):
-        sketch = CountSketch(dim, seed, CPU)
-        out = torch.zeros(2, sketch.width, dtype=torch.float64)
+        projection = CountProjection(dim, seed, CPU)
+        out = torch.zeros(2, projection.width, dtype=torch.float64)
         for name, piece in zip(sizes, pair.split(list(sizes.values()), dim=1), strict=True):
-            sketch.add(out, name, 0, piece.clone(), sizes[name])
-        first, second = sketch.folded(out)
+            projection.add(out, name, 0, piece.clone(), sizes[name])
+        first, second = projection.folded(out)
         estimates.append(float(first @ second))
     variance = float((x @ x) * (y @ y) + (x @ y) ** 2 - 2 * (x**2 @ y**2)) / dim
     assert abs(np.mean(estimates) - float(x @ y)) < 5 * np.sqrt(variance / seeds)
@@ -213,32 +220,36 @@ def test_a_sketched_influence_is_as_close_as_its_variance_says() -> None:
 # What the probe makes of them
 
 
-@pytest.mark.parametrize("sketch", ["count", "rademacher", "kronecker"])
-def test_features_are_linear_in_the_gradients(sketch: str) -> None:
+@pytest.mark.parametrize("projection", ["count", "rademacher", "kronecker"])
+def test_features_are_linear_in_the_gradients(projection: str) -> None:
     """A feature is one linear map of the whole gradient, however it was put together."""
     model = make(MODELS["lora"])
     inputs, labels = a_batch(LENGTHS)
-    settings = GradientSettings(sketch=sketch, dim=96, normalize=False)
+    settings = GradientSettings(projection=projection, dim=96, normalize=False)
     probe = probe_of(model, inputs, labels)
-    found = probe.gradients(np.arange(5), settings)
+    found = probe.measure(GradientFeatures(settings), np.arange(5))
     np.testing.assert_allclose(
-        found, probe_of(model, inputs, labels, batch_tokens=1).gradients(np.arange(5), settings), 1e-4
+        found, probe_of(model, inputs, labels, batch_tokens=1).measure(GradientFeatures(settings), np.arange(5)), 1e-4
     )
-    unit = probe.gradients(np.arange(5), GradientSettings(sketch=sketch, dim=96))
+    unit = probe.measure(GradientFeatures(GradientSettings(projection=projection, dim=96)), np.arange(5))
     np.testing.assert_allclose(unit, found / np.linalg.norm(found, axis=1, keepdims=True), rtol=1e-5)
     targets = np.random.default_rng(0).normal(size=(3, 96)).astype(np.float32)
-    np.testing.assert_allclose(probe.similarities(np.arange(5), settings, targets), found @ targets.T, rtol=1e-4)
+    np.testing.assert_allclose(
+        probe.measure(GradientSimilarities(settings, targets), np.arange(5)), found @ targets.T, rtol=1e-4
+    )
 
 
-def test_a_count_sketch_of_the_gradient() -> None:
+def test_a_count_projection_of_the_gradient() -> None:
     model = make(MODELS["mixtral"])
     inputs, labels = a_batch(LENGTHS)
-    found = probe_of(model, inputs, labels).gradients(np.arange(5), GradientSettings(dim=128, seed=3, normalize=False))
-    sketch = CountSketch(128, 3, CPU)
-    expected = torch.zeros(5, sketch.width, dtype=torch.float64)
+    found = probe_of(model, inputs, labels).measure(
+        GradientFeatures(GradientSettings(dim=128, seed=3, normalize=False)), np.arange(5)
+    )
+    projection = CountProjection(128, 3, CPU)
+    expected = torch.zeros(5, projection.width, dtype=torch.float64)
     for name, rows in one_by_one(model, inputs, labels).items():
-        sketch.add(expected, name, 0, rows.clone(), rows.shape[1])
-    np.testing.assert_allclose(found, sketch.folded(expected).numpy(), rtol=1e-4, atol=1e-6)
+        projection.add(expected, name, 0, rows.clone(), rows.shape[1])
+    np.testing.assert_allclose(found, projection.folded(expected).numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_lengths_are_exact() -> None:
@@ -247,13 +258,13 @@ def test_lengths_are_exact() -> None:
     inputs, labels = a_batch(LENGTHS)
     labels[2] = IGNORE_INDEX
     probe = probe_of(model, inputs, labels, moments=lambda: read_moments(optimizer, model))
-    lengths = probe.gradient_norms(np.arange(5), GradientSettings())
+    lengths = probe.measure(GradientNorms(GradientSettings()), np.arange(5))
     exact = np.linalg.norm(flat(one_by_one(model, inputs, labels), model), axis=1)
     assert np.isnan(lengths).tolist() == [False, False, True, False, False]
     exact[2] = np.nan
     np.testing.assert_allclose(lengths, exact, rtol=1e-5)
     adam = directions(model, AdamPreconditioner(moments_of(model, optimizer), less=False), inputs, labels)
-    lengths = probe.gradient_norms(np.arange(5), GradientSettings(preconditioner="adam"))
+    lengths = probe.measure(GradientNorms(GradientSettings(preconditioner="adam")), np.arange(5))
     scored = [0, 1, 3, 4]
     np.testing.assert_allclose(lengths[scored], adam.norm(dim=1).numpy()[scored], rtol=1e-5)
 
@@ -275,7 +286,11 @@ def test_products_equal_those_of_whole_gradients(
     if preconditioner == "adam":
         used = AdamPreconditioner(moments_of(model, optimizer), less=False)
     rows = directions(model, used, inputs, labels).numpy()
-    for group, found in zip(groups, probe.products(groups, settings, targets, probe.pool), strict=True):
+    for group, found in zip(
+        groups,
+        products_of(probe, groups, settings, targets),
+        strict=True,
+    ):
         exact = rows[group] @ rows[np.concatenate([group, targets])].T
         np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5 * np.abs(exact).max())
 
@@ -284,8 +299,8 @@ def test_features_without_a_sketch_keep_every_product() -> None:
     model = make(llama)
     inputs, labels = a_batch(LENGTHS)
     probe = probe_of(model, inputs, labels)
-    features = probe.gradients(np.arange(5), EXACT)
-    (products,) = probe.products([np.arange(5)], EXACT, np.arange(5), probe.pool)
+    features = probe.measure(GradientFeatures(EXACT), np.arange(5))
+    (products,) = products_of(probe, [np.arange(5)], EXACT, np.arange(5))
     np.testing.assert_allclose(products, np.hstack([features @ features.T] * 2), rtol=1e-4, atol=1e-5)
 
 
@@ -310,7 +325,7 @@ def test_error_norms_of_samples() -> None:
     model = make(llama).float()
     inputs, labels = a_batch(LENGTHS)
     labels[3] = IGNORE_INDEX
-    found = probe_of(model, inputs, labels).error_norms(np.arange(5))
+    found = probe_of(model, inputs, labels).measure(ErrorNorms(), np.arange(5))
     with probe_mode(model):
         chances = model(**inputs).logits.softmax(-1)
     targets = shifted(labels)

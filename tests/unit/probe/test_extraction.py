@@ -20,8 +20,11 @@ from dataflex.data.pool import Pool
 from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import DivergenceError
 from dataflex.probe import extraction
+from dataflex.probe.gradient_features import GradientFeatures, GradientSimilarities, StoredFeatures
+from dataflex.probe.gradient_runs import gradient_batches
 from dataflex.probe.model import ModelProbe
 from dataflex.probe.moments import Moments
+from dataflex.probe.runner import Runner
 from dataflex.probe.store import FeatureStore
 
 VOCAB = 41
@@ -117,13 +120,13 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The samples whose gradients were taken, in order."""
     indices: list[int] = []
-    original = ModelProbe._gradient_batch
+    original = Runner.attempt
 
-    def noting(self: ModelProbe, probe: Any, sink: Any, pool: Pool, rows: np.ndarray) -> Any:
+    def noting(self: Runner, measure: Any, rows: np.ndarray) -> Any:
         indices.extend(rows.tolist())
-        return original(self, probe, sink, pool, rows)
+        return original(self, measure, rows)
 
-    monkeypatch.setattr(ModelProbe, "_gradient_batch", noting)
+    monkeypatch.setattr(Runner, "attempt", noting)
     return indices
 
 
@@ -137,8 +140,8 @@ def test_similarities_are_those_without_a_store(
     indices[4] = UNLABELLED
     indices = np.unique(indices)[::-1].copy()
     probe = probe_of(model, moments=moments_of(model))
-    plain = probe.similarities(indices, settings, targets_of())
-    stored = probe.similarities(indices, kept(settings, tmp_path), targets_of())
+    plain = probe.measure(GradientSimilarities(settings, targets_of()), indices)
+    stored = probe.measure(GradientSimilarities(kept(settings, tmp_path), targets_of()), indices)
     assert np.isnan(plain[indices == UNLABELLED]).all()
     scale = 1.0 if normalize else float(np.nanmax(np.abs(plain)))
     np.testing.assert_allclose(stored, plain, atol=1e-3 * scale)
@@ -147,8 +150,8 @@ def test_similarities_are_those_without_a_store(
 
 def test_the_lengths_kept_are_those_of_the_features(model: Any, tmp_path: Path) -> None:
     probe, everyone = probe_of(model), np.arange(SAMPLES)
-    store = probe.extract(everyone, kept(PLAIN, tmp_path))
-    features = probe.gradients(everyone, GradientSettings(dim=96, normalize=False))
+    store = probe.measure(StoredFeatures(kept(PLAIN, tmp_path)), everyone)
+    features = probe.measure(GradientFeatures(GradientSettings(dim=96, normalize=False)), everyone)
     lengths = np.linalg.norm(features, axis=1)
     lengths[UNLABELLED] = np.nan
     np.testing.assert_allclose(store.norms(), lengths, rtol=1e-4)
@@ -159,11 +162,11 @@ def test_the_lengths_kept_are_those_of_the_features(model: Any, tmp_path: Path) 
 
 def test_what_is_there_is_not_made_again(model: Any, tmp_path: Path, measured: list[int]) -> None:
     probe, everyone = probe_of(model), np.arange(SAMPLES)
-    first = probe.similarities(everyone, kept(PLAIN, tmp_path), targets_of())
+    first = probe.measure(GradientSimilarities(kept(PLAIN, tmp_path), targets_of()), everyone)
     assert set(measured) == set(range(SAMPLES))
     made = probe.cost.samples
     measured.clear()
-    second = probe.similarities(everyone, kept(PLAIN, tmp_path), targets_of())
+    second = probe.measure(GradientSimilarities(kept(PLAIN, tmp_path), targets_of()), everyone)
     assert measured == []
     assert probe.cost.samples == made
     np.testing.assert_array_equal(first, second)
@@ -180,7 +183,7 @@ def test_a_killed_extraction_goes_on_where_it_was(
 ) -> None:
     everyone = np.arange(SAMPLES)
     first = probe_of(model)
-    whole = first.extract(everyone, kept(PLAIN, tmp_path / "whole"))
+    whole = first.measure(StoredFeatures(kept(PLAIN, tmp_path / "whole")), everyone)
     assert len(whole.chunks) >= 4
     calls = 0
 
@@ -198,19 +201,19 @@ def test_a_killed_extraction_goes_on_where_it_was(
         if where == "while writing":
             patch.setattr(FeatureStore, "write", dying(FeatureStore.write, 2))
         else:
-            chunks = extraction._chunks(first.gradient_batches(first.pool, everyone))
+            chunks = extraction._chunks(gradient_batches(Runner(first, StoredFeatures(), everyone)))
             # The look at two samples takes three passes; then into the third chunk.
             passes = 3 + len(chunks[0]) + len(chunks[1])
-            patch.setattr(ModelProbe, "_gradient_batch", dying(ModelProbe._gradient_batch, passes))
+            patch.setattr(Runner, "attempt", dying(Runner.attempt, passes))
         with pytest.raises(KeyboardInterrupt):
-            probe_of(model).extract(everyone, kept(PLAIN, tmp_path / "cut"))
+            probe_of(model).measure(StoredFeatures(kept(PLAIN, tmp_path / "cut")), everyone)
     (folder,) = (tmp_path / "cut").iterdir()
     assert len(list(folder.glob("features-*.bin"))) == 2
     done = {int(index) for chunk in (0, 1) for index in whole.positions(chunk)}
 
     measured.clear()
     probe = probe_of(model)
-    probe.extract(everyone, kept(PLAIN, tmp_path / "cut"))
+    probe.measure(StoredFeatures(kept(PLAIN, tmp_path / "cut")), everyone)
     looked_at = 4  # two samples, each alone and both together
     assert sorted(measured[looked_at:]) == sorted(set(range(SAMPLES)) - done)
     assert probe.cost.samples == SAMPLES - len(done)
@@ -220,15 +223,15 @@ def test_a_killed_extraction_goes_on_where_it_was(
 @pytest.mark.parametrize("weight", ["lora_A", "embed_tokens"])
 def test_another_weight_is_another_folder(tmp_path: Path, weight: str) -> None:
     model, everyone = lora(), np.arange(10)
-    first = probe_of(model).extract(everyone, kept(PLAIN, tmp_path)).folder
+    first = probe_of(model).measure(StoredFeatures(kept(PLAIN, tmp_path)), everyone).folder
     value = next(value for name, value in model.named_parameters() if weight in name)
     before = value.detach().clone()
     with torch.no_grad():
         value[3, 3] += 1e-6
-    assert probe_of(model).extract(everyone, kept(PLAIN, tmp_path)).folder != first
+    assert probe_of(model).measure(StoredFeatures(kept(PLAIN, tmp_path)), everyone).folder != first
     with torch.no_grad():
         value.copy_(before)
-    assert probe_of(model).extract(everyone, kept(PLAIN, tmp_path)).folder == first
+    assert probe_of(model).measure(StoredFeatures(kept(PLAIN, tmp_path)), everyone).folder == first
 
 
 @pytest.mark.parametrize("column", ["input_ids", "labels", "attention_mask", "position_ids"])
@@ -240,9 +243,9 @@ def test_another_token_anywhere_is_another_folder(model: Any, tmp_path: Path, co
     first, second = probe_of(model, rows), probe_of(model, changed)
     assert first.pool.fingerprint == second.pool.fingerprint
     indices = np.array([3, 501, 900])
-    found = [probe.extract(indices, kept(PLAIN, tmp_path)) for probe in (first, second)]
+    found = [probe.measure(StoredFeatures(kept(PLAIN, tmp_path)), indices) for probe in (first, second)]
     assert found[0].folder != found[1].folder
-    assert probe_of(model, rows).extract(indices, kept(PLAIN, tmp_path)).folder == found[0].folder
+    assert probe_of(model, rows).measure(StoredFeatures(kept(PLAIN, tmp_path)), indices).folder == found[0].folder
 
 
 def test_anything_the_collator_is_given_is_in_the_digest() -> None:
@@ -295,13 +298,13 @@ def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
 
 def test_other_trained_parameters_are_another_folder(tmp_path: Path) -> None:
     model, everyone = lora(), np.arange(10)
-    first = probe_of(model).extract(everyone, kept(PLAIN, tmp_path)).folder
+    first = probe_of(model).measure(StoredFeatures(kept(PLAIN, tmp_path)), everyone).folder
     for name, value in model.named_parameters():
         value.requires_grad_("lora_" in name and "layers.1." not in name)
-    assert probe_of(model).extract(everyone, kept(PLAIN, tmp_path)).folder != first
+    assert probe_of(model).measure(StoredFeatures(kept(PLAIN, tmp_path)), everyone).folder != first
     for name, value in model.named_parameters():
         value.requires_grad_("lora_" in name)
-    assert probe_of(model).extract(everyone, kept(PLAIN, tmp_path)).folder == first
+    assert probe_of(model).measure(StoredFeatures(kept(PLAIN, tmp_path)), everyone).folder == first
 
 
 @pytest.mark.parametrize("changes", [{"lora_alpha": 32}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}}])
@@ -309,25 +312,29 @@ def test_an_adapter_of_another_scaling_is_another_folder(tmp_path: Path, changes
     one, other, indices = lora(), lora(**changes), np.arange(10)
     for (name, value), (_, its) in zip(one.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(value, its), name
-    features = [probe_of(model).gradients(indices, PLAIN) for model in (one, other)]
+    features = [probe_of(model).measure(GradientFeatures(PLAIN), indices) for model in (one, other)]
     assert np.abs(features[0] - features[1]).max() > 1e-3
-    folders = {probe_of(model).extract(indices, kept(PLAIN, tmp_path)).folder for model in (one, other, lora())}
+    folders = {
+        probe_of(model).measure(StoredFeatures(kept(PLAIN, tmp_path)), indices).folder for model in (one, other, lora())
+    }
     assert len(folders) == 2
 
 
 def test_other_settings_are_another_folder(model: Any, tmp_path: Path) -> None:
     indices = np.arange(6)
     variants = [
-        {"dim": 64}, {"seed": 1}, {"sketch": "rademacher"}, {"sketch": "kronecker"}, {"sketch": "identity"},
+        {"dim": 64}, {"seed": 1}, {"projection": "rademacher"}, {"projection": "kronecker"}, {"projection": "identity"},
         {"reduction": "sum"}, {"preconditioner": "adam"}, {"preconditioner": "adam_less"},
     ]  # fmt: skip
     probe = probe_of(model, moments=moments_of(model))
-    folders = {probe.extract(indices, kept(PLAIN, tmp_path)).folder}
+    folders = {probe.measure(StoredFeatures(kept(PLAIN, tmp_path)), indices).folder}
     for changes in variants:
-        folders.add(probe.extract(indices, kept(GradientSettings(**{"dim": 96, **changes}), tmp_path)).folder)
+        folders.add(
+            probe.measure(StoredFeatures(kept(GradientSettings(**{"dim": 96, **changes}), tmp_path)), indices).folder
+        )
     assert len(folders) == 1 + len(variants)
     # Length and direction are kept apart, so both uses share a folder.
-    probe.extract(indices, kept(GradientSettings(dim=96, normalize=False), tmp_path))
+    probe.measure(StoredFeatures(kept(GradientSettings(dim=96, normalize=False), tmp_path)), indices)
     assert len(list(tmp_path.iterdir())) == len(folders)
 
 
@@ -335,23 +342,26 @@ def test_other_settings_are_another_folder(model: Any, tmp_path: Path) -> None:
 def test_other_moments_are_another_folder(model: Any, tmp_path: Path, key: str) -> None:
     settings, indices = kept(GradientSettings(dim=96, preconditioner="adam"), tmp_path), np.arange(6)
     moments = moments_of(model)()
-    first = probe_of(model, moments=lambda: moments).extract(indices, settings).folder
+    first = probe_of(model, moments=lambda: moments).measure(StoredFeatures(settings), indices).folder
     name = sorted(moments)[5]
     value = getattr(moments[name], key)
     changes = {"step": 4, "betas": (0.9, 0.99), "eps": 1e-7}
     other = value * 1.001 if isinstance(value, torch.Tensor) else changes[key]
     changed = {**moments, name: Moments(**{**vars(moments[name]), key: other})}
-    assert probe_of(model, moments=lambda: changed).extract(indices, settings).folder != first
+    assert probe_of(model, moments=lambda: changed).measure(StoredFeatures(settings), indices).folder != first
     plain = kept(PLAIN, tmp_path)
-    without = [probe_of(model, moments=lambda m=m: m).extract(indices, plain).folder for m in (moments, changed)]
+    without = [
+        probe_of(model, moments=lambda m=m: m).measure(StoredFeatures(plain), indices).folder
+        for m in (moments, changed)
+    ]
     assert without[0] == without[1]
 
 
 @pytest.mark.parametrize("indices", [[0, 1, 2, 3], [0, 1, 2, 3, 4, 6], [0, 1, 2, 3, 5, 4]])
 def test_other_samples_are_another_folder(model: Any, tmp_path: Path, indices: list[int]) -> None:
     probe = probe_of(model)
-    first = probe.extract(np.arange(6), kept(PLAIN, tmp_path)).folder
-    assert probe.extract(np.array(indices), kept(PLAIN, tmp_path)).folder != first
+    first = probe.measure(StoredFeatures(kept(PLAIN, tmp_path)), np.arange(6)).folder
+    assert probe.measure(StoredFeatures(kept(PLAIN, tmp_path)), np.array(indices)).folder != first
 
 
 def test_a_model_that_mixes_samples_is_extracted_one_at_a_time(tmp_path: Path) -> None:
@@ -360,9 +370,9 @@ def test_a_model_that_mixes_samples_is_extracted_one_at_a_time(tmp_path: Path) -
     for name, value in model.named_parameters():
         value.requires_grad_("wte" in name or "wpe" in name or "ln" in name)
     probe, everyone = probe_of(model), np.arange(SAMPLES)
-    stored = probe.similarities(everyone, kept(PLAIN, tmp_path), targets_of())
-    assert probe._samples_apart is False
-    np.testing.assert_allclose(stored, probe.similarities(everyone, PLAIN, targets_of()), atol=1e-3)
+    stored = probe.measure(GradientSimilarities(kept(PLAIN, tmp_path), targets_of()), everyone)
+    assert probe.samples_apart is False
+    np.testing.assert_allclose(stored, probe.measure(GradientSimilarities(PLAIN, targets_of()), everyone), atol=1e-3)
     (folder,) = tmp_path.iterdir()
     assert FeatureStore.load(folder).chunks == [8] * 5
 
@@ -384,7 +394,7 @@ def test_a_gradient_that_is_not_finite_is_an_error(model: Any, tmp_path: Path, s
             row["input_ids"][1] = 5
     settings = kept(PLAIN, tmp_path) if store else PLAIN
     with pytest.raises(DivergenceError, match=r"gradient of pool index 23 is not finite.* diverged"):
-        probe_of(broken_at(model, 5), rows).similarities(np.arange(SAMPLES), settings, targets_of())
+        probe_of(broken_at(model, 5), rows).measure(GradientSimilarities(settings, targets_of()), np.arange(SAMPLES))
 
 
 def test_a_sample_without_a_label_is_no_error(model: Any) -> None:
@@ -393,5 +403,5 @@ def test_a_sample_without_a_label_is_no_error(model: Any) -> None:
     for number, row in enumerate(rows):
         if number != UNLABELLED:
             row["input_ids"] = [token if token != 5 else 6 for token in row["input_ids"]]
-    found = probe_of(broken_at(model, 5), rows).similarities(np.arange(SAMPLES), PLAIN, targets_of())
+    found = probe_of(broken_at(model, 5), rows).measure(GradientSimilarities(PLAIN, targets_of()), np.arange(SAMPLES))
     assert np.flatnonzero(np.isnan(found).any(axis=1)).tolist() == [UNLABELLED]

@@ -19,7 +19,7 @@ from dataflex import distributed
 from dataflex.api.probe import GenerationSettings
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe import generation
-from dataflex.probe.generation import generate_responses
+from dataflex.probe.generation import Generator, generate_responses
 from dataflex.trainer.mixin import _tokens
 from tiny import make_model
 
@@ -43,17 +43,9 @@ def some_prompts(count: int = 7) -> list[list[int]]:
 
 
 def responses(model: Any, prompts: list[list[int]], settings: GenerationSettings = SETTINGS, **changes: Any) -> Any:
-    given: dict[str, Any] = {
-        "pad_token_id": EOS,
-        "eos_token_ids": [EOS],
-        "seed": 5,
-        "batch_tokens": 150,
-        "device": torch.device("cpu"),
-        "synced": False,
-        "rank": 0,
-        "world_size": 1,
-    }
-    return generate_responses(model, prompts=prompts, settings=settings, **(given | changes))
+    seed = changes.pop("seed", 5)
+    given: dict[str, Any] = {"pad_token_id": EOS, "eos_token_ids": [EOS], "batch_tokens": 150, **changes}
+    return generate_responses(Generator(model, device=torch.device("cpu"), **given), prompts, settings, seed)
 
 
 def test_every_prompt_gets_its_number_of_responses(model: Any) -> None:
@@ -85,18 +77,21 @@ def test_ranks_together_generate_what_one_does(
     )
     parts: list[dict[int, Any]] = []
     counts = []
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "gather_objects", lambda value: parts.append(dict(value)) or [])
         for rank in range(world_size):
             calls.clear()
+            patch.setattr(distributed, "rank", lambda rank=rank: rank)
             with pytest.raises(KeyError):  # alone, a rank has only its share
-                responses(model, prompts, rank=rank, world_size=world_size, synced=synced)
+                responses(model, prompts, synced=synced)
             counts.append(len(calls))
     assert sum(map(len, parts)) == len(prompts)  # every prompt once
     assert not synced or len(set(counts)) == 1  # as many collective forwards everywhere
     monkeypatch.setattr(distributed, "gather_objects", lambda value: parts)
     for rank in range(world_size):
-        assert responses(model, prompts, rank=rank, world_size=world_size, synced=synced) == alone
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        assert responses(model, prompts, synced=synced) == alone
 
 
 def test_padding_and_company_do_not_matter_to_the_distribution(model: Any) -> None:

@@ -36,11 +36,12 @@ from dataflex.api.probe import GradientSettings
 from dataflex.data.token_loss import IGNORE_INDEX, shifted
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe import gradients as probe_gradients
+from dataflex.probe.gradient_features import GradientFeatures, GradientSimilarities
 from dataflex.probe.gradients import GradientPass, RoutedRows, canonical, parameter_names
 from dataflex.probe.layers import Contribution, blocks
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe
-from unit.fakes import make_pool
+from unit.fakes import make_pool, products_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
 
@@ -554,7 +555,7 @@ def flat(rows: Rows, model: Model) -> np.ndarray:
     return torch.cat([rows[name] for name in names], 1).numpy()
 
 
-EXACT = GradientSettings(sketch="identity", normalize=False)
+EXACT = GradientSettings(projection="identity", normalize=False)
 
 
 @pytest.mark.parametrize("name", ["llama tied", "lora and a whole head"])
@@ -564,8 +565,8 @@ def test_a_probe_gives_every_sample_its_gradient(name: str) -> None:
     labels[3] = IGNORE_INDEX
     probe = probe_of(model, inputs, labels)
     order = np.array([4, 0, 3, 2, 1])
-    found = probe.gradients(order, EXACT)
-    assert probe._samples_apart
+    found = probe.measure(GradientFeatures(EXACT), order)
+    assert probe.samples_apart
     expected = flat(one_by_one(model.eval(), inputs, labels), model)
     np.testing.assert_allclose(found, expected[order], rtol=1e-5, atol=1e-6)
     assert not found[2].any()
@@ -577,11 +578,11 @@ def test_a_probe_of_a_model_that_mixes_samples_takes_one_at_a_time() -> None:
         parameter.requires_grad_("wte" in name or "wpe" in name or "ln" in name)
     inputs, labels = a_batch(LENGTHS)
     probe = probe_of(model, inputs, labels)
-    found = probe.gradients(np.arange(5), EXACT)
-    assert probe._samples_apart is False
+    found = probe.measure(GradientFeatures(EXACT), np.arange(5))
+    assert probe.samples_apart is False
     np.testing.assert_allclose(found, flat(one_by_one(model, inputs, labels), model), rtol=1e-5, atol=1e-6)
     with pytest.raises(ComponentError, match="wpe mixes the rows"):
-        probe.products([np.arange(3)], EXACT, np.arange(1), probe.pool)
+        products_of(probe, [np.arange(3)], EXACT, np.arange(1))
 
 
 def test_one_sample_does_not_tell_whether_samples_keep_apart() -> None:
@@ -589,10 +590,10 @@ def test_one_sample_does_not_tell_whether_samples_keep_apart() -> None:
     inputs, labels = a_batch(LENGTHS)
     probe = probe_of(model, inputs, labels)
     exact = flat(one_by_one(model, inputs, labels), model)
-    np.testing.assert_allclose(probe.gradients(np.array([2]), EXACT), exact[[2]], rtol=1e-5, atol=1e-6)
-    assert probe._samples_apart is None
-    np.testing.assert_allclose(probe.gradients(np.arange(5), EXACT), exact, rtol=1e-5, atol=1e-6)
-    assert probe._samples_apart is False
+    np.testing.assert_allclose(probe.measure(GradientFeatures(EXACT), np.array([2])), exact[[2]], rtol=1e-5, atol=1e-6)
+    assert probe.samples_apart is None
+    np.testing.assert_allclose(probe.measure(GradientFeatures(EXACT), np.arange(5)), exact, rtol=1e-5, atol=1e-6)
+    assert probe.samples_apart is False
 
 
 def test_nor_do_samples_without_a_label() -> None:
@@ -601,8 +602,8 @@ def test_nor_do_samples_without_a_label() -> None:
     labels[1:] = IGNORE_INDEX
     probe = probe_of(model, inputs, labels)
     exact = flat(one_by_one(model, inputs, labels), model)
-    np.testing.assert_allclose(probe.gradients(np.arange(5), EXACT), exact, rtol=1e-5, atol=1e-6)
-    assert probe._samples_apart is None
+    np.testing.assert_allclose(probe.measure(GradientFeatures(EXACT), np.arange(5)), exact, rtol=1e-5, atol=1e-6)
+    assert probe.samples_apart is None
 
 
 def test_products_of_samples_without_a_label() -> None:
@@ -610,7 +611,7 @@ def test_products_of_samples_without_a_label() -> None:
     inputs, labels = a_batch(LENGTHS)
     labels[[1, 4]] = IGNORE_INDEX
     probe = probe_of(model, inputs, labels)
-    (found,) = probe.products([np.arange(4)], EXACT, np.array([4, 0]), probe.pool)
+    (found,) = products_of(probe, [np.arange(4)], EXACT, np.array([4, 0]))
     exact = flat(one_by_one(model, inputs, labels), model)
     exact = exact[:4] @ exact[[0, 1, 2, 3, 4, 0]].T
     exact[1], exact[:, [1, 4]] = np.nan, np.nan
@@ -621,15 +622,15 @@ def test_products_that_are_not_finite() -> None:
     model = make(MODELS["llama tied"])
     inputs, labels = a_batch(LENGTHS)
     probe = probe_of(model, inputs, labels)
-    probe.products([np.arange(3)], EXACT, np.arange(1), probe.pool)
+    products_of(probe, [np.arange(3)], EXACT, np.arange(1))
     with torch.no_grad():
         model.lm_head.weight[1] = 1e200  # finite, but its gradients' products are not
     with pytest.raises(DivergenceError, match="has training diverged"):
-        probe.products([np.arange(3)], EXACT, np.arange(1), probe.pool)
+        products_of(probe, [np.arange(3)], EXACT, np.arange(1))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(DivergenceError, match="has training diverged"):
-        probe_of(model, inputs, labels).products([np.arange(3)], EXACT, np.arange(1), probe.pool)
+        products_of(probe_of(model, inputs, labels), [np.arange(3)], EXACT, np.arange(1))
 
 
 def test_no_memory_for_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -641,7 +642,7 @@ def test_no_memory_for_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(GradientPass, "_forward", full)
     with pytest.raises(ComponentError, match=r"4 samples of .* tokens, which are one batch\. Set a smaller group_size"):
-        probe.products([np.arange(3)], EXACT, np.arange(1), probe.pool)
+        products_of(probe, [np.arange(3)], EXACT, np.arange(1))
 
 
 def test_similarities_are_not_made_in_low_precision() -> None:
@@ -650,10 +651,12 @@ def test_similarities_are_not_made_in_low_precision() -> None:
     autocast = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
     probe = probe_of(model, inputs, labels, **autocast)
     settings = GradientSettings(dim=64, normalize=True)
-    features = probe.gradients(np.arange(5), settings)
+    features = probe.measure(GradientFeatures(settings), np.arange(5))
     targets = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
     exact = features.astype(np.float64) @ targets.T
-    np.testing.assert_allclose(probe.similarities(np.arange(5), settings, targets), exact, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        probe.measure(GradientSimilarities(settings, targets), np.arange(5)), exact, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_trained_heads_gradients_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,10 @@ from dataflex.data.token_loss import shifted
 from dataflex.errors import DivergenceError
 from dataflex.probe import head as probe_head
 from dataflex.probe.batches import length_batches, share_of
+from dataflex.probe.embeddings import Embeddings
+from dataflex.probe.error_norms import ErrorNorms
 from dataflex.probe.head import chunked_forward, full_forward, replaced_forward
+from dataflex.probe.losses import Losses
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe
 from unit.fakes import make_pool
@@ -194,24 +197,24 @@ def test_losses_are_taken_in_full_precision_from_a_low_precision_head(model: Lla
 def test_probe_equals_one_forward_per_sample(model: LlamaForCausalLM, budget: int) -> None:
     probe = probe_of(model, budget=budget)
     indices = np.random.default_rng(1).permutation(40)[:25]
-    values = probe.losses(indices)
+    values = probe.measure(Losses(), indices)
     assert values.dtype == np.float32
     np.testing.assert_allclose(values, by_hand(model, [ROWS[index] for index in indices]), rtol=1e-4)
     assert np.isnan(values).any()
     assert probe.chunked_head
     assert probe.cost.samples == 25
     assert probe.cost.tokens == sum(len(ROWS[index]["input_ids"]) for index in indices)
-    probe.losses(indices[:5])
+    probe.measure(Losses(), indices[:5])
     assert probe.cost.samples == 30
 
 
 def test_probe_of_nothing(model: LlamaForCausalLM) -> None:
-    assert probe_of(model).losses(np.empty(0, dtype=np.int64)).shape == (0,)
+    assert probe_of(model).measure(Losses(), np.empty(0, dtype=np.int64)).shape == (0,)
 
 
 def test_a_model_that_changes_its_logits_is_probed_through_them(scaled: ScaledLlama) -> None:
     probe = probe_of(scaled)
-    values = probe.losses(np.arange(40))
+    values = probe.measure(Losses(), np.arange(40))
     assert probe.chunked_head is False
     np.testing.assert_allclose(values, by_hand(scaled, ROWS), rtol=1e-4)
 
@@ -219,7 +222,7 @@ def test_a_model_that_changes_its_logits_is_probed_through_them(scaled: ScaledLl
 def test_a_first_batch_without_labels_proves_nothing_about_the_head(scaled: ScaledLlama) -> None:
     unlabelled = [{"input_ids": [1], "labels": [IGNORED]} for _ in range(64)]  # the shortest: a batch of their own
     rows = [*ROWS, *unlabelled]
-    values = probe_of(scaled, rows).losses(np.arange(len(rows)))
+    values = probe_of(scaled, rows).measure(Losses(), np.arange(len(rows)))
     np.testing.assert_allclose(values[:40], by_hand(scaled, ROWS), rtol=1e-4)
 
 
@@ -236,10 +239,10 @@ def test_a_cap_that_matters_only_later_is_noticed_later(model: LlamaForCausalLM)
     probe = probe_of(capped)
     with torch.no_grad():
         weight.mul_(0.02)  # as after random initialisation
-    np.testing.assert_allclose(probe.losses(np.arange(40)), by_hand(capped, ROWS), rtol=1e-3)
+    np.testing.assert_allclose(probe.measure(Losses(), np.arange(40)), by_hand(capped, ROWS), rtol=1e-3)
     with torch.no_grad():
         weight.mul_(500)  # as after training
-    np.testing.assert_allclose(probe.losses(np.arange(40)), by_hand(capped, ROWS), rtol=1e-3)
+    np.testing.assert_allclose(probe.measure(Losses(), np.arange(40)), by_hand(capped, ROWS), rtol=1e-3)
 
 
 def test_autocast_is_used_and_still_close(model: LlamaForCausalLM) -> None:
@@ -251,7 +254,7 @@ def test_autocast_is_used_and_still_close(model: LlamaForCausalLM) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             yield
 
-    values = probe_of(model, autocast=autocast).losses(np.arange(40))
+    values = probe_of(model, autocast=autocast).measure(Losses(), np.arange(40))
     assert entered
     exact = by_hand(model, ROWS)
     np.testing.assert_allclose(values, exact, rtol=0.1)
@@ -260,7 +263,7 @@ def test_autocast_is_used_and_still_close(model: LlamaForCausalLM) -> None:
 
 def test_processes_share_the_work(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     indices = np.arange(40)
-    whole = probe_of(model).losses(indices)
+    whole = probe_of(model).measure(Losses(), indices)
     assert len(length_batches(probe_of(model).pool.lengths, 64)) % 4 != 0  # so that some process repeats a batch
     parts, forwards = [], []
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
@@ -271,7 +274,7 @@ def test_processes_share_the_work(model: LlamaForCausalLM, monkeypatch: pytest.M
         probe = probe_of(model, chunked_head=True)
         calls = []
         hook = model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        parts.append(np.nan_to_num(probe.losses(indices), nan=1e6))
+        parts.append(np.nan_to_num(probe.measure(Losses(), indices), nan=1e6))
         hook.remove()
         forwards.append(len(calls))
     assert len(set(forwards)) == 1  # under ZeRO-3 and FSDP a forward is collective
@@ -324,21 +327,21 @@ def test_a_probe_leaves_no_trace(request: pytest.FixtureRequest, which: str) -> 
 
     probe = probe_of(model)
     probe.collate = noisy
-    first = probe.losses(np.arange(40))
+    first = probe.measure(Losses(), np.arange(40))
     after = everything_of(model)
     model.train()
     model.lm_head.weight.grad = None
     for key, value in before.items():
         assert same(value, after[key]), key
     assert torch.equal(gradient, torch.ones_like(gradient))
-    np.testing.assert_array_equal(first, probe.losses(np.arange(40)))  # no dropout
+    np.testing.assert_array_equal(first, probe.measure(Losses(), np.arange(40)))  # no dropout
 
 
 def test_a_probe_that_fails_leaves_no_trace(model: LlamaForCausalLM) -> None:
     before = everything_of(model)
     broken = [{"input_ids": [VOCAB + 5, 1], "labels": [1, 1]}]
     with pytest.raises(IndexError):
-        probe_of(model, broken).losses(np.array([0]))
+        probe_of(model, broken).measure(Losses(), np.array([0]))
     after = everything_of(model)
     for key, value in before.items():
         assert same(value, after[key]), key
@@ -378,18 +381,18 @@ def test_what_is_not_finite_is_no_sample_without_a_token() -> None:
     everyone = np.arange(12)
     with torch.no_grad():
         broken.get_input_embeddings().weight[7] = torch.nan
-    fine = probe_of(broken, rows).losses(everyone)
+    fine = probe_of(broken, rows).measure(Losses(), everyone)
     assert np.isnan(fine[4])
     assert np.isfinite(fine[9])
     rows[4]["input_ids"][0] = 7  # has no loss all the same
-    assert np.array_equal(np.isnan(probe_of(broken, rows).losses(everyone)), np.isnan(fine))
+    assert np.array_equal(np.isnan(probe_of(broken, rows).measure(Losses(), everyone)), np.isnan(fine))
     rows[9]["input_ids"][0] = 7
     probe = probe_of(broken, rows)
-    for measure, what in ((probe.losses, "loss"), (probe.error_norms, "error norm")):
+    for measurement, what in ((Losses(), "loss"), (ErrorNorms(), "error norm")):
         with pytest.raises(DivergenceError, match=rf"the {what} of pool index 9 is not finite: has training diverged"):
-            measure(everyone)
+            probe.measure(measurement, everyone)
     other = pool_of(rows)
     with pytest.raises(DivergenceError, match="the loss of validation sample 9 is not finite"):
-        probe.losses(everyone, other)
+        probe.measure(Losses(), everyone, other)
     with pytest.raises(DivergenceError, match=r"hidden state of pool index 4 \(and 1 more of 12\) is not finite"):
-        probe.embeddings(everyone)
+        probe.measure(Embeddings(), everyone)

@@ -27,7 +27,7 @@ ORDER = np.random.default_rng(7).permutation(N)
 KEY: dict[str, Any] = {
     "model": "adapter-1",
     "data": "fingerprint-1",
-    "settings": {"preconditioner": "adam", "sketch": "count", "seed": 0, "normalize": True},
+    "settings": {"preconditioner": "adam", "projection": "count", "seed": 0, "normalize": True},
     "template": "chat",
 }
 UNTRAINED = 4
@@ -171,7 +171,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "adapter": {"key": {**KEY, "model": "adapter-2"}},
     "data": {"key": {**KEY, "data": "fingerprint-2"}},
     "preconditioner": {"key": {**KEY, "settings": {**KEY["settings"], "preconditioner": "none"}}},
-    "sketch": {"key": {**KEY, "settings": {**KEY["settings"], "sketch": "identity"}}},
+    "projection": {"key": {**KEY, "settings": {**KEY["settings"], "projection": "identity"}}},
     "seed": {"key": {**KEY, "settings": {**KEY["settings"], "seed": 1}}},
     "type of a value": {"key": {**KEY, "settings": {**KEY["settings"], "seed": False}}},
     "normalize": {"key": {**KEY, "settings": {**KEY["settings"], "normalize": False}}},

@@ -78,12 +78,12 @@ def test_the_only_validation_sample_is_the_best_candidate(probe: FakeProbe) -> N
 
 def test_validation_gradients_are_plain_and_made_once_in_a_round(probe: FakeProbe, targets: Pool) -> None:
     ctx = context(make_pool({"a": 15, "b": 25}), probe=probe, validation_pool=targets)
-    selector = build(LessSelector, preconditioner="adam_less", sketch="rademacher", proj_dim=64, projection_seed=4)
+    selector = build(LessSelector, preconditioner="adam_less", projection="rademacher", proj_dim=64, projection_seed=4)
     selector.begin(ctx)
     for begin, end in ((0, 15), (15, 40)):
         selector.select(ctx, group_of(ctx.pool, 5, begin, end))
     assert [asked.preconditioner for asked in probe.settings] == ["none", "adam_less", "adam_less"]
-    assert {(asked.sketch, asked.dim, asked.seed, asked.normalize) for asked in probe.settings} == {
+    assert {(asked.projection, asked.dim, asked.seed, asked.normalize) for asked in probe.settings} == {
         ("rademacher", 64, 4, True)
     }
     assert [(asked[0], asked[-1]) for asked in probe.asked] == [(0, 14), (15, 39)]
@@ -281,7 +281,7 @@ def test_validation_names_are_read_as_data_set_names_are() -> None:
         {"proj_dim": -8},
         {"proj_dim": 2.5},
         {"projection_seed": -1},
-        {"sketch": "gaussian"},
+        {"projection": "gaussian"},
         {"preconditioner": "sgd"},
         {"aggregation": "median"},
         {"validation": ""},

@@ -248,7 +248,7 @@ def test_checkpoints_hide_no_other_problem(tmp_path: Path) -> None:
         assert set(found) == {"dataflex.select.preconditioner"}
         assert key in found["dataflex.select.preconditioner"]
         assert problems("less", {**select, "preconditioner": "none"}, **changes) == {}
-    assert set(problems("less", {**select, "sketch": "kronecker"})) == {"dataflex.select.sketch"}
+    assert set(problems("less", {**select, "projection": "kronecker"})) == {"dataflex.select.projection"}
 
 
 NICE = {**HELD, "reward": "exact_match", "generation_backend": "vllm"}

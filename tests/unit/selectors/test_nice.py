@@ -16,16 +16,17 @@ from dataflex.api.context import RoundContext
 from dataflex.api.probe import GenerationSettings, GradientSettings
 from dataflex.data.pool import Pool
 from dataflex.errors import ComponentError
-from dataflex.probe.generation import generate_responses
+from dataflex.probe.generation import Generator, generate_responses
+from dataflex.probe.generations import Generations
 from dataflex.selectors.nice import NiceSelector, advantages, prompt_and_reference, response_pool
 from tiny import make_model
-from unit.fakes import build, context, make_pool, scores_of
+from unit.fakes import MeasuringProbe, build, context, make_pool, scores_of
 
 VOCAB = 4
 IGNORED = -100
 
 
-class SoftmaxProbe:
+class SoftmaxProbe(MeasuringProbe):
     """A policy with one softmax per prompt token and no memory: log pi(y | x) = sum_t log softmax(theta[x])[y_t].
 
     Its gradient is known, counts(y) - T p, so no model is needed. ``scripted`` holds the responses to each prompt.
@@ -45,31 +46,30 @@ class SoftmaxProbe:
         gradient[prompt] = len(response) * self.probabilities[prompt] - counts
         return gradient.ravel()
 
-    def generate(self, prompts: list[list[int]], settings: GenerationSettings, seed: int) -> Any:
-        self.seeds.append(seed)
-        self.generation = settings
-        return [self.scripted[prompt[0]] for prompt in prompts]
+    def generations(self, measurement: Any, indices: np.ndarray, samples: Any) -> Any:
+        self.seeds.append(measurement.seed)
+        self.generation = measurement.settings
+        return [self.scripted[samples[index]["input_ids"][0]] for index in indices]
 
     def decode(self, tokens: list[int]) -> str:
         return " ".join(map(str, tokens))
 
-    def gradients(self, indices: np.ndarray, settings: GradientSettings, pool: Pool | None = None) -> np.ndarray:
-        assert pool is not None
-        self.asked.append(settings)
+    def gradient_features(self, measurement: Any, indices: np.ndarray, samples: Pool) -> np.ndarray:
+        self.asked.append(measurement.settings)
         found = []
-        for row in pool.rows(indices):
+        for row in samples.rows(indices):
             assert len(row["input_ids"]) == len(row["attention_mask"]) == len(row["labels"])
             response = [label for label in row["labels"] if label != IGNORED]
             assert row["input_ids"][-len(response) :] == response
             found.append(self.loss_gradient(row["input_ids"][0], response))
         return np.array(found, dtype=np.float32)
 
-    def similarities(self, indices: np.ndarray, settings: GradientSettings, targets: np.ndarray) -> np.ndarray:
-        self.asked.append(settings)
+    def gradient_similarities(self, measurement: Any, indices: np.ndarray, samples: None) -> np.ndarray:
+        self.asked.append(measurement.settings)
         features = np.array([self.loss_gradient(*self.samples[index]) for index in indices])
         lengths = np.linalg.norm(features, axis=1, keepdims=True)
         with np.errstate(invalid="ignore"):
-            return ((features / lengths) @ targets.T).astype(np.float32)
+            return ((features / lengths) @ measurement.others.T).astype(np.float32)
 
 
 def target_row(prompt: int, reference: list[int] | None = None) -> dict[str, list[int]]:
@@ -181,14 +181,14 @@ def test_a_step_along_the_target_raises_the_reward(tmp_path: Path) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     class ModelProbe(SoftmaxProbe):
-        def generate(self, prompts: list[list[int]], settings: GenerationSettings, seed: int) -> Any:
-            cpu = torch.device("cpu")
-            return generate_responses(model, 2, [2], prompts, settings, seed, 100_000, cpu, False, 0, 1)
+        def generations(self, measurement: Any, indices: np.ndarray, samples: Any) -> Any:
+            generator = Generator(model, 2, [2], 100_000, torch.device("cpu"))
+            prompts = [samples[index]["input_ids"] for index in indices]
+            return generate_responses(generator, prompts, measurement.settings, measurement.seed)
 
-        def gradients(self, indices: np.ndarray, settings: GradientSettings, pool: Pool | None = None) -> np.ndarray:
-            assert pool is not None
+        def gradient_features(self, measurement: Any, indices: np.ndarray, samples: Pool) -> np.ndarray:
             found = []
-            for row in pool.rows(indices):
+            for row in samples.rows(indices):
                 ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
                 logits = model(input_ids=ids).logits
                 loss = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
@@ -200,7 +200,7 @@ def test_a_step_along_the_target_raises_the_reward(tmp_path: Path) -> None:
 
     def expected_reward() -> float:
         settings = GenerationSettings(samples=1500, max_new_tokens=3)
-        (drawn,) = probe.generate([[5, 9]], settings, seed=3)
+        (drawn,) = probe.measure(Generations(settings, 3), np.arange(1), [{"input_ids": [5, 9]}])
         return float(np.mean([reward("", probe.decode(response), "") for response in drawn]))
 
     probe = ModelProbe(POLICY, {})
@@ -234,7 +234,7 @@ def test_the_sample_that_teaches_the_best_token_comes_first() -> None:
     assert chosen.indices.tolist() == [3]
     settings = probe.asked[1]
     assert (settings.preconditioner, settings.reduction, settings.normalize) == ("adam", "mean", True)
-    assert (settings.sketch, settings.dim, settings.seed) == ("count", 8192, 0)
+    assert (settings.projection, settings.dim, settings.seed) == ("count", 8192, 0)
 
 
 def test_mean_within_and_maximum_over_subtasks() -> None:

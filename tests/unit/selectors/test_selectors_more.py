@@ -17,7 +17,6 @@ from datasets import Dataset, load_from_disk
 
 from dataflex.api.component import made_with, take_back
 from dataflex.api.components import only
-from dataflex.api.probe import GradientSettings
 from dataflex.commands.offline import Amount, score_pool
 from dataflex.data.pool import Pool
 from dataflex.data.token_loss import IGNORE_INDEX
@@ -28,7 +27,7 @@ from dataflex.selectors.less import LessSelector
 from dataflex.selectors.tracin import TracinSelector
 from dataflex.trainer.inputs import RunData
 from unit import fakes
-from unit.fakes import FakeProbe, ScoreSelector, build, context, decided, group_of, scores_of
+from unit.fakes import FakeProbe, MeasuringProbe, ScoreSelector, build, context, decided, group_of, scores_of
 
 
 def make_pool(sizes: dict[str, int], untrained: Any = ()) -> Pool:
@@ -109,7 +108,7 @@ def test_a_learning_rate_of_zero_ranks_as_a_vanishing_one() -> None:
     assert greedy(matrix, 9, 0.0)[0].tolist() == np.argsort(-matrix[:, 9:].mean(axis=1)).tolist()
 
 
-class ProductProbe:
+class ProductProbe(MeasuringProbe):
     """Exact inner products of given gradients."""
 
     def __init__(self, gradients: np.ndarray, validation: np.ndarray) -> None:
@@ -117,11 +116,12 @@ class ProductProbe:
         self.groups: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
 
-    def products(self, groups: Any, settings: GradientSettings, targets: Any, target_pool: Pool) -> list[np.ndarray]:
-        assert target_pool.size == len(self.validation)
+    def gradient_products(self, measurement: Any, indices: np.ndarray, samples: None) -> list[np.ndarray]:
+        assert measurement.validation.size == len(self.validation)
+        groups = np.split(indices, np.cumsum(measurement.sizes)[:-1])
         self.groups += groups
-        self.targets.append(targets)
-        return [products(self.gradients[group], self.validation[targets]) for group in groups]
+        self.targets.append(measurement.others)
+        return [products(self.gradients[group], self.validation[measurement.others]) for group in groups]
 
 
 @pytest.mark.parametrize("budget, sizes", [(8, [8, 8]), (20, [16, 16, 8]), (3, [6]), (17, [16, 16, 2])])
@@ -350,7 +350,7 @@ def test_every_member_is_drawn_equally_often() -> None:
 
 
 class EmbeddingProbe(FakeProbe):
-    def embeddings(self, indices: np.ndarray) -> np.ndarray:
+    def embeddings(self, measurement: Any, indices: np.ndarray, samples: None) -> np.ndarray:
         assert indices.tolist() == list(range(N))
         self.embedded = getattr(self, "embedded", 0) + 1
         return self.space[indices]
@@ -487,7 +487,7 @@ def test_tracin_scores_are_made_once(course: CheckpointProbe) -> None:
         {"checkpoint_weights": [0.0, 0.0, 1.0]},
         {"checkpoints": ["three", "two", "one"]},
         {"preconditioner": "adam"},
-        {"sketch": "rademacher"},
+        {"projection": "rademacher"},
         {"proj_dim": 64},
         {"projection_seed": 1},
         {"unsupported_parameters": "ignore"},

@@ -25,13 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataflex.api.probe import GradientSettings
 from dataflex.data.rng import key_of
+from dataflex.errors import ComponentError
 from dataflex.probe.layers import Contribution, Lookup, Outer, Whole, at_least_float32, product
 
 _DENSE_BLOCK = 4096
 
 
-class Sketch(ABC):
+class Projection(ABC):
     """Adds pieces of per-sample gradients to features.
 
     Args:
@@ -62,7 +64,7 @@ class Sketch(ABC):
         """
 
 
-class CountSketch(Sketch):
+class CountProjection(Projection):
     """Signs and rotations of blocks of k; see the module's text."""
 
     def __init__(self, dim: int, seed: int, device: torch.device) -> None:
@@ -116,7 +118,7 @@ def rotated_sum(values: Tensor, lead: int, rotations: Tensor, dim: int) -> Tenso
     return blocks.gather(2, source.expand(blocks.shape)).sum(1)
 
 
-class RademacherSketch(Sketch):
+class RademacherProjection(Projection):
     """A dense projection; its blocks are drawn again at every use, as P x k signs cannot be kept."""
 
     def add(self, out: Tensor, name: str, start: int, values: Tensor, total: int) -> None:
@@ -132,7 +134,7 @@ class RademacherSketch(Sketch):
         return random_signs(_DENSE_BLOCK * self.dim, key, self.device).view(_DENSE_BLOCK, self.dim)
 
 
-class IdentitySketch(Sketch):
+class IdentityProjection(Projection):
     """The whole gradient, parameter after parameter.
 
     Args:
@@ -151,7 +153,7 @@ class IdentitySketch(Sketch):
         out[:, begin : begin + values.shape[1]] += values
 
 
-class KroneckerSketch:
+class KroneckerProjection:
     """Projects a layer's inputs to a numbers and its output gradients to b, with a b = k; see the module's text.
 
     Args:
@@ -165,7 +167,7 @@ class KroneckerSketch:
         self.width = dim
         self.inner = max(size for size in range(1, math.isqrt(dim) + 1) if dim % size == 0)
         self.outer = dim // self.inner
-        self._count = CountSketch(dim, seed, device)
+        self._count = CountProjection(dim, seed, device)
         self._drawn: dict[tuple[str, int], Tensor] = {}
 
     def folded(self, sums: Tensor) -> Tensor:
@@ -206,3 +208,28 @@ def random_signs(count: int, key: int, device: torch.device) -> Tensor:
     generator = np.random.Generator(np.random.Philox(key=key))
     bits = np.unpackbits(np.frombuffer(generator.bytes(-(-count // 8)), dtype=np.uint8), count=count)
     return torch.from_numpy(bits.view(np.int8)).to(device).mul_(2).sub_(1)
+
+
+def make_projection(
+    settings: GradientSettings, sizes: dict[str, int], device: torch.device
+) -> Projection | KroneckerProjection:
+    """Return the projection of ``settings`` for parameters of the given sizes.
+
+    Raises:
+        ComponentError: if the feature would be longer than the gradient, or the projection does not go with the
+            preconditioner.
+    """
+    total = sum(sizes.values())
+    if settings.projection == "identity":
+        return IdentityProjection(sizes, device)
+    if settings.dim > total:
+        raise ComponentError(
+            f"proj_dim: a feature of {settings.dim} numbers is longer than the gradient it stands for ({total} "
+            "trainable parameters). Use a smaller proj_dim, or projection: identity."
+        )
+    if settings.projection == "kronecker":
+        if settings.preconditioner != "none":
+            raise ComponentError("projection: kronecker works on the gradient itself; it needs preconditioner: none.")
+        return KroneckerProjection(settings.dim, settings.seed, device)
+    kind = CountProjection if settings.projection == "count" else RademacherProjection
+    return kind(settings.dim, settings.seed, device)

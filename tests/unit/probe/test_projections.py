@@ -15,14 +15,15 @@ from torch import Tensor
 
 from dataflex.api.probe import GradientSettings
 from dataflex.errors import ComponentError
-from dataflex.probe.features import make_sketch
+from dataflex.probe.gradient_features import GradientFeatures, GradientSimilarities
 from dataflex.probe.layers import Lookup, Outer, Whole
 from dataflex.probe.model import ModelProbe
-from dataflex.probe.sketch import (
-    CountSketch,
-    IdentitySketch,
-    KroneckerSketch,
-    RademacherSketch,
+from dataflex.probe.projections import (
+    CountProjection,
+    IdentityProjection,
+    KroneckerProjection,
+    RademacherProjection,
+    make_projection,
     random_signs,
     rotated_sum,
 )
@@ -31,17 +32,17 @@ from unit.fakes import make_pool
 from unit.probe.test_gradients import collate, llama, lora, whole
 
 CPU = torch.device("cpu")
-KINDS = [CountSketch, RademacherSketch]
+KINDS = [CountProjection, RademacherProjection]
 
 
-def mapped(sketch: Any, rows: Tensor, name: str = "w", pieces: list[int] | None = None) -> Tensor:
+def mapped(projection: Any, rows: Tensor, name: str = "w", pieces: list[int] | None = None) -> Tensor:
     """Return the features of (B, n) gradients of one parameter, given piece by piece."""
     total = rows.shape[1]
     edges = [0, *(pieces or []), total]
-    out = torch.zeros(rows.shape[0], sketch.width, dtype=rows.dtype)
+    out = torch.zeros(rows.shape[0], projection.width, dtype=rows.dtype)
     for begin, end in pairwise(edges):
-        sketch.add(out, name, begin, rows[:, begin:end].clone(), total)
-    return sketch.folded(out)
+        projection.add(out, name, begin, rows[:, begin:end].clone(), total)
+    return projection.folded(out)
 
 
 def stated_variance(x: Tensor, y: Tensor, dim: int) -> Tensor:
@@ -51,7 +52,7 @@ def stated_variance(x: Tensor, y: Tensor, dim: int) -> Tensor:
 
 
 def pairs(kind: str, count: int, size: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Return pairs of vectors of nothing in particular, or with a structure a sketch could trip over."""
+    """Return pairs of vectors of nothing in particular, or with a structure a projection could trip over."""
     generator = torch.Generator().manual_seed(5)
     x, noise = (torch.randn(count, size, generator=generator, dtype=torch.float64) for _ in range(2))
     if kind == "repeated":
@@ -64,7 +65,12 @@ def pairs(kind: str, count: int, size: int, dim: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     "kind, structure",
-    [(CountSketch, "generic"), (CountSketch, "repeated"), (CountSketch, "uneven"), (RademacherSketch, "generic")],
+    [
+        (CountProjection, "generic"),
+        (CountProjection, "repeated"),
+        (CountProjection, "uneven"),
+        (RademacherProjection, "generic"),
+    ],
 )
 def test_inner_products_are_kept_with_the_stated_variance(kind: Any, structure: str) -> None:
     dim, size, seeds = 64, 6400, 200
@@ -96,29 +102,29 @@ def test_kronecker_keeps_inner_products() -> None:
     exact = sum(float(both[0] @ both[1]) for both in map(whole, parts.values()))
     estimates = []
     for seed in range(400):
-        sketch, out = KroneckerSketch(48, seed, CPU), torch.zeros(2, 48, dtype=torch.float64)
+        projection, out = KroneckerProjection(48, seed, CPU), torch.zeros(2, 48, dtype=torch.float64)
         for name, uses in parts.items():
             for use in uses:
-                sketch.add_part(out, name, use)
+                projection.add_part(out, name, use)
         estimates.append(float(out[0] @ out[1]))
     assert abs(np.mean(estimates) - exact) < 4 * np.std(estimates) / 20
 
 
 def test_kronecker_is_linear_in_the_gradient() -> None:
     inputs, gradients = torch.randn(3, 4, 10, dtype=torch.float64), torch.randn(3, 4, 6, dtype=torch.float64)
-    sketch = KroneckerSketch(12, 1, CPU)
+    projection = KroneckerProjection(12, 1, CPU)
     together, apart = torch.zeros(2, 3, 12, dtype=torch.float64)
-    sketch.add_part(together, "w", Outer(inputs, gradients))
+    projection.add_part(together, "w", Outer(inputs, gradients))
     for token in range(4):
-        sketch.add_part(apart, "w", Outer(inputs[:, token : token + 1], gradients[:, token : token + 1]))
+        projection.add_part(apart, "w", Outer(inputs[:, token : token + 1], gradients[:, token : token + 1]))
     torch.testing.assert_close(together, apart)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear(kind: Any) -> None:
     x, y = pairs("generic", 2, 5000, 32)
-    sketch = kind(32, 0, CPU)
-    torch.testing.assert_close(mapped(sketch, 2 * x - 3 * y), 2 * mapped(sketch, x) - 3 * mapped(sketch, y))
+    projection = kind(32, 0, CPU)
+    torch.testing.assert_close(mapped(projection, 2 * x - 3 * y), 2 * mapped(projection, x) - 3 * mapped(projection, y))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -163,18 +169,18 @@ def test_parameters_of_one_shape_do_not_share_their_signs() -> None:
     """Under one map for all layers, opposite gradients of two layers would be lost."""
     x, _ = pairs("generic", 1, 3000, 64)
     for kind in KINDS:
-        sketch = kind(64, 0, CPU)
-        kept = mapped(sketch, x, "one") + mapped(sketch, -x, "other")
+        projection = kind(64, 0, CPU)
+        kept = mapped(projection, x, "one") + mapped(projection, -x, "other")
         assert kept.norm() > x.norm()
 
 
 def test_identity_is_the_gradient_in_order() -> None:
     sizes = {"a": 5, "b": 3, "c": 4}
     x = torch.arange(24, dtype=torch.float32).view(2, 12)
-    sketch, out = IdentitySketch(sizes, CPU), torch.zeros(2, 12)
+    projection, out = IdentityProjection(sizes, CPU), torch.zeros(2, 12)
     for name, begin, end in (("c", 8, 12), ("a", 0, 2), ("b", 5, 8), ("a", 2, 5)):
         start = begin - {"a": 0, "b": 5, "c": 8}[name]
-        sketch.add(out, name, start, x[:, begin:end].clone(), sizes[name])
+        projection.add(out, name, start, x[:, begin:end].clone(), sizes[name])
     assert torch.equal(out, x)
 
 
@@ -187,16 +193,16 @@ def test_signs_are_fair_and_depend_on_the_key() -> None:
     assert abs(int((signs * random_signs(100_003, 4, CPU)).sum())) < 4 * 100_003**0.5
 
 
-def test_what_cannot_be_sketched() -> None:
+def test_what_cannot_be_projected() -> None:
     sizes = {"a": 60, "b": 40}
-    for sketch in ("count", "rademacher", "kronecker"):
+    for projection in ("count", "rademacher", "kronecker"):
         with pytest.raises(ComponentError, match=r"proj_dim.*101.*100"):
-            make_sketch(GradientSettings(sketch=sketch, dim=101), sizes, CPU)
-        assert make_sketch(GradientSettings(sketch=sketch, dim=100), sizes, CPU).dim == 100
-    assert make_sketch(GradientSettings(sketch="identity", dim=8192), sizes, CPU).dim == 100
+            make_projection(GradientSettings(projection=projection, dim=101), sizes, CPU)
+        assert make_projection(GradientSettings(projection=projection, dim=100), sizes, CPU).dim == 100
+    assert make_projection(GradientSettings(projection="identity", dim=8192), sizes, CPU).dim == 100
     for preconditioner in ("adam", "adam_less"):
         with pytest.raises(ComponentError, match=r"kronecker.*preconditioner: none"):
-            make_sketch(GradientSettings(preconditioner, "kronecker", dim=10), sizes, CPU)
+            make_projection(GradientSettings(preconditioner, "kronecker", dim=10), sizes, CPU)
 
 
 # Ranking
@@ -236,31 +242,31 @@ def probe() -> ModelProbe:
 
 @pytest.fixture(scope="module")
 def exact(probe: ModelProbe) -> np.ndarray:
-    return influence(probe, GradientSettings(sketch="identity"))
+    return influence(probe, GradientSettings(projection="identity"))
 
 
 def influence(probe: ModelProbe, settings: GradientSettings) -> np.ndarray:
     """Return the mean cosine of 64 samples with 16 validation samples."""
-    targets = probe.gradients(np.arange(64, 80), settings).mean(0, keepdims=True)
-    return probe.similarities(np.arange(64), settings, targets)[:, 0]
+    targets = probe.measure(GradientFeatures(settings), np.arange(64, 80)).mean(0, keepdims=True)
+    return probe.measure(GradientSimilarities(settings, targets), np.arange(64))[:, 0]
 
 
-@pytest.mark.parametrize("sketch", ["count", "kronecker"])
-def test_sketched_influence_ranks_as_the_exact_one(probe: ModelProbe, exact: np.ndarray, sketch: str) -> None:
+@pytest.mark.parametrize("projection", ["count", "kronecker"])
+def test_projected_influence_ranks_as_the_exact_one(probe: ModelProbe, exact: np.ndarray, projection: str) -> None:
     assert sum(probe.parameter_sizes().values()) == 3 * 8192
-    found = influence(probe, GradientSettings(sketch=sketch, dim=8192))
+    found = influence(probe, GradientSettings(projection=projection, dim=8192))
     assert spearmanr(found, exact).statistic > 0.9
     assert np.abs(found - exact).max() < 5 / 8192**0.5
 
 
 def test_all_blocks_together_are_the_same_sketch() -> None:
-    sketch = CountSketch(37, 3, torch.device("cpu"))
+    projection = CountProjection(37, 3, torch.device("cpu"))
     for start, size in ((0, 400), (5, 20), (36, 3), (74, 111), (100, 300)):
         values = torch.randn(4, size, dtype=torch.float64)
-        sums = torch.zeros(4, sketch.width, dtype=torch.float64)
-        sketch.add(sums, "weight", start, values.clone(), 400)
-        expected = sketch.folded(sums)
-        signs, rotations, _ = sketch._table("weight", 400)
+        sums = torch.zeros(4, projection.width, dtype=torch.float64)
+        projection.add(sums, "weight", start, values.clone(), 400)
+        expected = projection.folded(sums)
+        signs, rotations, _ = projection._table("weight", 400)
         blocks = slice(start // 37, -(-(start + size) // 37))
         found = rotated_sum(values * signs[start : start + size], start % 37, rotations[blocks], 37)
         assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,51 @@
+"""Responses that the model in training gives to prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from dataflex.api.measurement import Measurement, MeasurementRun, register_measurement
+from dataflex.api.probe import GenerationSettings
+
+Responses = list[list[list[int]]]
+"""Token ids: one list for each prompt, of one list for each response."""
+
+
+@register_measurement("generations")
+@dataclass(frozen=True)
+class Generations(Measurement[Responses]):
+    """Sampled responses to prompts, token ids without the prompt: ``settings.samples`` for each sample measured.
+
+    A sample's prompt is all of its ``input_ids``; rows of nothing but prompts are given as
+    ``[{"input_ids": prompt}, ...]``. Responses depend on the model, the prompts and the seed alone.
+
+    Attributes:
+        settings: how responses are sampled.
+        seed: of the samples.
+    """
+
+    settings: GenerationSettings = field(default_factory=GenerationSettings)
+    seed: int = 0
+
+    forwards: ClassVar[float] = 1.0
+    """Of a prompt; each token of a response is a forward of one token on top."""
+
+    def run(self, run: MeasurementRun) -> Responses:
+        """Return the responses.
+
+        Raises:
+            ComponentError: if a prompt is empty, or vLLM is asked for and cannot run.
+        """
+        from dataflex.probe.generation import Generator, generate_responses
+        from dataflex.probe.gradient_runs import runner_of
+
+        runner = runner_of(run)
+        probe = runner.probe
+        assert probe.tokens is not None
+        tokens = probe.tokens
+        generator = Generator(
+            runner.model, tokens.pad, list(tokens.eos), probe.batch_tokens, probe.device, probe.sharded
+        )
+        prompts = [list(row["input_ids"]) for row in runner.samples.rows(runner.indices)]
+        return generate_responses(generator, prompts, self.settings, self.seed)

@@ -1,0 +1,117 @@
+"""Exact inner products of the gradients of whole batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dataflex.api.measurement import MeasurementRun, register_measurement
+from dataflex.data.rules import ScoreArray
+from dataflex.errors import ComponentError, DivergenceError
+from dataflex.probe.gradient_norms import GradientMeasurement
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dataflex.data.samples import Samples
+    from dataflex.data.sampling import IndexArray
+    from dataflex.probe.gradients import GradientPass
+    from dataflex.probe.reducers import ProductReducer
+    from dataflex.probe.runner import Runner
+
+
+@register_measurement("gradient_products")
+@dataclass(frozen=True, eq=False)
+class GradientProducts(GradientMeasurement[list[ScoreArray]]):
+    """Inner products of update directions within groups of samples and with validation samples, without a projection.
+
+    Measured samples are taken as groups, one after another. Each group is one forward and backward of its samples and
+    the validation samples. The result has an array (b, b + m) for each group of b: of its samples with its samples,
+    then with the m validation samples; NaN for a sample without a trained token.
+
+    Attributes:
+        sizes: samples of each group; they add up to the samples measured.
+        validation: what ``others`` are numbers of.
+        others: the validation samples, (m,).
+    """
+
+    sizes: tuple[int, ...] = ()
+    validation: Samples | None = None
+    others: IndexArray | None = None
+
+    def run(self, run: MeasurementRun) -> list[ScoreArray]:
+        """Return the inner products of every group.
+
+        Raises:
+            ComponentError: if the samples of a batch do not keep apart in the model, or it does not fit into memory.
+        """
+        import torch
+
+        from dataflex import distributed
+        from dataflex.probe.batches import share_of
+        from dataflex.probe.gradient_runs import new_pass, preconditioner_of, runner_of
+        from dataflex.probe.reducers import ProductReducer
+
+        if sum(self.sizes) != run.indices.size:
+            raise ComponentError(
+                f"gradient products: groups of {sum(self.sizes)} samples were given for {run.indices.size} samples."
+            )
+        runner = runner_of(run)
+        probe = runner.probe
+        groups = np.split(runner.indices, np.cumsum(self.sizes)[:-1]) if self.sizes else []
+        others = [] if self.validation is None or self.others is None else self.validation.rows(self.others)
+        results = [np.zeros((group.size, group.size + len(others))) for group in groups]
+        reducer = ProductReducer(preconditioner_of(probe, self.settings), probe.device)
+        mine, useful = share_of(
+            [np.array([number]) for number in range(len(groups))], distributed.rank(), distributed.world_size()
+        )
+        gradient_pass = new_pass(runner, self.settings, reducer)
+        for turn, (number,) in enumerate(mine):
+            group = groups[number]
+            products = _products(runner, gradient_pass, reducer, runner.samples.rows(group) + others)
+            if turn < useful:
+                results[number] = products[: group.size].double().cpu().numpy()
+        probe.count(runner.samples, runner.indices)
+        if not results:
+            return []
+        flat = torch.from_numpy(np.concatenate([result.ravel() for result in results])).float().to(probe.device)
+        whole = distributed.all_reduce_sum(flat).cpu().numpy()
+        ends = np.cumsum([result.size for result in results])
+        return [part.reshape(each.shape) for part, each in zip(np.split(whole, ends[:-1]), results, strict=True)]
+
+
+def _products(
+    runner: Runner, gradient_pass: GradientPass, reducer: ProductReducer, rows: list[dict[str, Any]]
+) -> Tensor:
+    """Return the inner products of all pairs of one batch, NaN for samples without a trained token."""
+    import torch
+
+    from dataflex.data.token_loss import IGNORE_INDEX
+    from dataflex.probe.batches import inputs_of
+    from dataflex.probe.gradient_runs import wide_dtype
+    from dataflex.probe.gradients import RoutedRows
+
+    inputs, labels = inputs_of(runner.probe, rows)
+    reducer.begin(len(rows), wide_dtype(runner.model))
+    try:
+        losses = gradient_pass.run(inputs, labels)
+    except RoutedRows as error:
+        raise ComponentError(
+            f"inner products of whole batches cannot be taken: {error} mixes the rows of its samples."
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise ComponentError(
+            f"the device has not the memory for the inner products of {len(rows)} samples of {labels.shape[1]} "
+            "tokens, which are one batch. Set a smaller group_size, candidate_factor or validation_size, or "
+            "shorten cutoff_len."
+        ) from error
+    runner.probe.after_backward()
+    empty = (labels == IGNORE_INDEX).all(1)
+    products = reducer.result.masked_fill(empty.unsqueeze(0) | empty.unsqueeze(1), 0.0)
+    if not torch.isfinite(products).all():
+        raise DivergenceError(
+            f"the inner products of a batch are not finite (its largest loss is {float(losses[~empty].max()):g})"
+        )
+    return products.masked_fill(empty.unsqueeze(0) | empty.unsqueeze(1), torch.nan)

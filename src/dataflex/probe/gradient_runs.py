@@ -1,0 +1,151 @@
+"""Gradients of samples under the batch runner: one forward and backward of a batch, and a reducer behind it.
+
+Whether the samples of a batch keep apart in a model's layers is found out once, on two short samples: routed rows do
+not, and then gradients are taken one sample at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from dataflex import distributed
+from dataflex.api.measurement import MeasuredBatch, MeasurementRun
+from dataflex.api.probe import GradientSettings
+from dataflex.data.rules import ScoreArray
+from dataflex.data.sampling import IndexArray
+from dataflex.errors import DivergenceError
+from dataflex.probe.batches import length_batches
+from dataflex.probe.gradients import GradientPass, RoutedRows
+from dataflex.probe.mode import reshard
+from dataflex.probe.particulars import COMPARED_SAMPLES, is_low_precision, short_samples
+from dataflex.probe.preconditioners import Preconditioner, make_preconditioner
+from dataflex.probe.projections import make_projection
+from dataflex.probe.reducers import ProjectionReducer, Reducer
+
+if TYPE_CHECKING:
+    from dataflex.probe.model import ModelProbe
+    from dataflex.probe.runner import Runner
+
+logger = logging.getLogger(__name__)
+
+_AGREEMENT = 1e-2
+_AGREEMENT_LOW_PRECISION = 0.2
+
+
+def runner_of(run: MeasurementRun) -> Runner:
+    """Return the runner behind what measurements see of it; there is no other."""
+    return cast("Runner", run)
+
+
+def preconditioner_of(probe: ModelProbe, settings: GradientSettings) -> Preconditioner:
+    """Return what turns gradients into update directions, with the optimizer's moments if it needs them."""
+    return make_preconditioner(settings, None if settings.preconditioner == "none" else probe.optimizer_moments())
+
+
+def projection_of(probe: ModelProbe, settings: GradientSettings) -> ProjectionReducer:
+    """Return the reducer to features, (B, k)."""
+    projection = make_projection(settings, probe.parameter_sizes(), probe.device)
+    return ProjectionReducer(preconditioner_of(probe, settings), projection, probe.device)
+
+
+def feature_size(probe: ModelProbe, settings: GradientSettings) -> int:
+    """Return the length of a feature, k."""
+    return sum(probe.parameter_sizes().values()) if settings.projection == "identity" else settings.dim
+
+
+def each_gradient(
+    run: MeasurementRun, settings: GradientSettings, reducer: Reducer, finish: Callable[[Tensor], Tensor]
+) -> ScoreArray:
+    """Return ``finish`` of what a reducer makes of every sample's gradient, (n, ...), on every process."""
+    runner = runner_of(run)
+    with reduced_gradients(runner, settings, reducer) as measure:
+        return runner.each(lambda batch: finish(measure(batch)), gradient_batches(runner))
+
+
+def gradient_batches(runner: Runner) -> list[IndexArray]:
+    """Return the batches gradients are taken in, as positions in the runner's samples; the same on any processes."""
+    probe, lengths = runner.probe, runner.samples.lengths[runner.indices]
+    if not probe.samples_apart:  # they do not keep apart, or no two samples were there to tell
+        return length_batches(lengths, 1)
+    return length_batches(lengths, probe.gradient_batch_tokens or probe.batch_tokens)
+
+
+def new_pass(runner: Runner, settings: GradientSettings, reducer: Reducer) -> GradientPass:
+    """Return a pass over the model whose gradients go to a reducer."""
+    head = runner.chunked_head
+    reshard(runner.model)
+    return GradientPass(runner.model, reducer.add, settings.reduction, head, settings.unsupported)
+
+
+@contextmanager
+def reduced_gradients(
+    runner: Runner, settings: GradientSettings, reducer: Reducer
+) -> Iterator[Callable[[MeasuredBatch], Tensor]]:
+    """Give a function from a batch to what the reducer makes of its samples' gradients, (B, ...)."""
+    gradient_pass = new_pass(runner, settings, reducer)
+
+    def reduced(batch: MeasuredBatch) -> tuple[Tensor, Tensor]:
+        reducer.begin(len(batch.labels), wide_dtype(runner.model))
+        losses = gradient_pass.run(batch.inputs, batch.labels)
+        runner.probe.after_backward()
+        return reducer.result, losses
+
+    def measure(batch: MeasuredBatch) -> Tensor:
+        values, losses = reduced(batch)
+        broken = ~torch.isfinite(values.flatten(1) if values.dim() > 1 else values[:, None]).all(1)
+        broken = (broken & ~torch.isnan(losses)) | torch.isinf(losses)
+        if broken.any():
+            first = batch.indices[broken.cpu().numpy()][0]
+            loss = float(losses[broken][0])
+            raise DivergenceError(f"the gradient of {runner.called(first)} is not finite (its loss is {loss:g})")
+        return values
+
+    _look_at_samples(runner, reduced)
+    yield measure
+    if gradient_pass.left_out:
+        logger.warning("Left out of the gradient features: %s.", ", ".join(sorted(gradient_pass.left_out)))
+
+
+def _look_at_samples(runner: Runner, reduced: Callable[[MeasuredBatch], tuple[Tensor, Tensor]]) -> None:
+    """Find out whether two samples have the same gradients together as each alone, if there are two."""
+    probe = runner.probe
+    if probe.samples_apart is not None or not runner.indices.size:
+        return
+    rows = short_samples(runner.samples, runner.indices)
+    losses: list[Tensor] = []
+
+    def values_of(batch: MeasuredBatch) -> Tensor:
+        values, batch_losses = reduced(batch)
+        losses.append(batch_losses)
+        return values
+
+    found = [runner.attempt(values_of, row[None]) for row in rows]
+    alone = [values for values, loss in zip(found, losses, strict=True) if not torch.isnan(loss).any()]
+    if len(alone) < COMPARED_SAMPLES:  # nothing to compare: the question stays open
+        return
+    apart = True
+    try:
+        both = runner.attempt(values_of, rows)
+    except RoutedRows as error:
+        logger.info("%s mixes the rows of its samples: gradients are taken one sample at a time.", error)
+        apart = False
+    else:
+        single = torch.cat(alone)
+        low = is_low_precision(runner.model, probe.device)
+        tolerance = _AGREEMENT_LOW_PRECISION if low else _AGREEMENT
+        apart = bool((both - single).norm() <= tolerance * single.norm() + 1e-12)
+        if not apart:
+            logger.info("Samples change each other's gradients in a batch: they are taken one at a time.")
+    probe.after_backward()
+    probe.samples_apart = distributed.everywhere(apart, probe.device)
+
+
+def wide_dtype(model: torch.nn.Module) -> torch.dtype:
+    """Return the type sums of gradients are in."""
+    return torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32

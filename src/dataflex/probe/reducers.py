@@ -1,0 +1,126 @@
+"""What is kept of per-sample gradients: a projection of the update direction, its length, or inner products.
+
+A reducer gets the gradients of a batch parameter by parameter, in blocks that stay in the processor's cache, and keeps
+only what it is for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dataflex.probe.layers import Contribution, Outer, blocks
+from dataflex.probe.preconditioners import NoPreconditioner, Preconditioner
+from dataflex.probe.projections import KroneckerProjection, Projection
+
+_CPU_BLOCK = 1 << 18
+_DEVICE_BLOCK = 1 << 26
+"""Numbers in a block of gradients, of all samples of a batch together."""
+
+
+class Reducer(ABC):
+    """Adds up what is kept of the gradients of a batch: :meth:`begin`, :meth:`add` per parameter, :attr:`result`."""
+
+    def __init__(self, preconditioner: Preconditioner, device: torch.device) -> None:
+        self.preconditioner, self.device = preconditioner, device
+        self.batch = 0
+        self.block_elements = _CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
+
+    @property
+    @abstractmethod
+    def result(self) -> Tensor:
+        """What was made of the batch, (B, ...)."""
+
+    @abstractmethod
+    def begin(self, batch: int, dtype: torch.dtype) -> None:
+        """Start a batch of so many samples; ``dtype`` is float32 or float64."""
+
+    @abstractmethod
+    def add(self, name: str, parts: list[Contribution]) -> None:
+        """Add all uses of one parameter."""
+
+    def update_directions(self, name: str, parts: list[Contribution]) -> Iterator[tuple[int, Tensor, int]]:
+        """Yield a parameter's directions block by block: (first element, (B, n), elements of the parameter)."""
+        parts = self.preconditioner.everywhere(name, parts, self.batch, self.device)
+        if not parts:
+            return
+        total = parts[0].rows * parts[0].columns
+        for start, gradients in blocks(parts, self.block_elements):
+            yield start, self.preconditioner(name, start, gradients), total
+
+
+class ProjectionReducer(Reducer):
+    """Projected directions: result (B, k)."""
+
+    def __init__(
+        self, preconditioner: Preconditioner, projection: Projection | KroneckerProjection, device: torch.device
+    ) -> None:
+        super().__init__(preconditioner, device)
+        self.projection = projection
+
+    def begin(self, batch: int, dtype: torch.dtype) -> None:
+        """Start with zero features."""
+        self.batch = batch
+        self._sums = torch.zeros(batch, self.projection.width, dtype=dtype, device=self.device)
+
+    @property
+    def result(self) -> Tensor:
+        """The features of the batch, (B, k)."""
+        return self.projection.folded(self._sums)
+
+    def add(self, name: str, parts: list[Contribution]) -> None:
+        """Add a parameter to the features."""
+        if isinstance(self.projection, KroneckerProjection):
+            for part in parts:
+                self.projection.add_part(self._sums, name, part)
+            return
+        for start, values, total in self.update_directions(name, parts):
+            self.projection.add(self._sums, name, start, values, total)
+
+
+class NormReducer(Reducer):
+    """Exact squared lengths of the directions: result (B,)."""
+
+    def begin(self, batch: int, dtype: torch.dtype) -> None:
+        """Start with zero."""
+        self.batch = batch
+        self._squares = torch.zeros(batch, dtype=dtype, device=self.device)
+
+    @property
+    def result(self) -> Tensor:
+        """The squared lengths, (B,)."""
+        return self._squares
+
+    def add(self, name: str, parts: list[Contribution]) -> None:
+        """Add a parameter's squares."""
+        for _, values, _ in self.update_directions(name, parts):
+            self._squares += values.square().sum(1)
+
+
+class ProductReducer(Reducer):
+    """Exact inner products of the directions of all pairs of a batch: result (B, B).
+
+    Without a preconditioner, a matrix product's share is taken over tokens where that is cheaper.
+    """
+
+    def begin(self, batch: int, dtype: torch.dtype) -> None:
+        """Start with zero."""
+        self.batch = batch
+        self._products = torch.zeros(batch, batch, dtype=dtype, device=self.device)
+
+    @property
+    def result(self) -> Tensor:
+        """The inner products, (B, B)."""
+        return self._products
+
+    def add(self, name: str, parts: list[Contribution]) -> None:
+        """Add a parameter's inner products."""
+        plain = isinstance(self.preconditioner, NoPreconditioner)
+        if plain and len(parts) == 1 and isinstance(parts[0], Outer) and parts[0].small:
+            self._products += parts[0].gram()
+            return
+        for _, values, _ in self.update_directions(name, parts):
+            self._products += values @ values.T
