@@ -147,3 +147,11 @@ def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", path.read_text()):
         if target and "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+def test_modules_named_in_the_architecture_exist() -> None:
+    root = DOCS.parent
+    named = re.findall(r"[\w/]+\.py\b", (root / "ARCHITECTURE.md").read_text() + (root / "CONTRIBUTING.md").read_text())
+    paths = ["/" + str(path.relative_to(root)) for folder in ("src", "tests") for path in (root / folder).rglob("*.py")]
+    assert len(named) > 20
+    assert not [name for name in named if not any(path.endswith("/" + name) for path in paths)]

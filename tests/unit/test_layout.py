@@ -1,0 +1,74 @@
+"""The package's layout: few modules in its root, imports in one direction, functions of a size that can be read."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src/dataflex"
+
+MODULES = 6
+"""Modules in the root of the package, at most; ``__init__`` and ``__main__`` are two of them."""
+
+LINES = 60
+PARAMETERS = 8
+
+UNTIL_SPLIT = {
+    "planning/planner.py: __init__",
+    "planning/run_plan.py: plan_of",
+    "probe/gradients.py: _after_product",
+}
+"""Functions that are still beyond the limits; none is to be added."""
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions_in(source: str) -> Iterator[Function]:
+    return (each for each in ast.walk(ast.parse(source)) if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def lines_of(function: Function) -> int:
+    assert function.end_lineno is not None
+    return function.end_lineno - function.lineno + 1
+
+
+def parameters_of(function: Function) -> int:
+    """Count the parameters, ``*args`` and ``**kwargs`` among them, but neither ``self`` nor ``cls``."""
+    given = function.args
+    names = [each.arg for each in (*given.posonlyargs, *given.args)]
+    own = len(names) - (names[:1] in (["self"], ["cls"]))
+    return own + len(given.kwonlyargs) + (given.vararg is not None) + (given.kwarg is not None)
+
+
+def test_lines_and_parameters_are_counted() -> None:
+    source = "class A:\n    @f\n    def a(self, b, /, c, *d, e=1, **f):\n        return (\n            b\n        )\n"
+    [function] = functions_in(source)
+    assert (lines_of(function), parameters_of(function)) == (4, 5)
+    [function] = functions_in("async def a(b, self): pass")
+    assert (lines_of(function), parameters_of(function)) == (1, 2)
+
+
+def test_the_root_of_the_package_has_few_modules() -> None:
+    modules = sorted(path.name for path in PACKAGE.glob("*.py"))
+    assert len(modules) <= MODULES, modules
+
+
+def test_functions_are_short_and_take_few_arguments() -> None:
+    found = {
+        f"{path.relative_to(PACKAGE)}: {each.name}": (lines_of(each), parameters_of(each))
+        for path in PACKAGE.rglob("*.py")
+        for each in functions_in(path.read_text())
+    }
+    assert len(found) > 1000  # all of the package was read
+    beyond = {name: sizes for name, sizes in found.items() if sizes[0] > LINES or sizes[1] > PARAMETERS}
+    assert not beyond.keys() - UNTIL_SPLIT, beyond
+
+
+def test_imports_go_in_one_direction(capsys: pytest.CaptureFixture[str]) -> None:
+    status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert status == 0, capsys.readouterr().out
