@@ -141,7 +141,7 @@ class Trace:
         def traced_decision(rounds, slot):
             self.decisions.append([slot.number, slot.start_step, watch.optimizer_steps])
             self.eos = list(rounds.probe.tokens.eos)
-            for targets in rounds.planner.validation.values():
+            for targets in rounds.planner.readings.validation.values():
                 self.targets |= dict(zip(targets.domains, targets.domain_sizes.tolist(), strict=True))
             return decide(rounds, slot)
 

@@ -80,6 +80,23 @@ class Plan:
         return hashlib.sha256(self.indices.astype("<i8").tobytes()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Readings:
+    """What components read in their context, beside the pool and the progress of the rounds.
+
+    Attributes:
+        validation: the validation samples of the components that asked for some, by configuration key.
+        references: the same of references.
+        learning_rate: returns the optimizer's present one.
+        total_steps: steps the run is expected to take; None: those of the schedule.
+    """
+
+    validation: Mapping[str, Pool] = field(default_factory=dict)
+    references: Mapping[str, Reference] = field(default_factory=dict)
+    learning_rate: Callable[[], float] = lambda: 0.0
+    total_steps: int | None = None
+
+
 class Planner:
     """Makes the plan of each round. Its calls are the same on every rank.
 
@@ -90,11 +107,8 @@ class Planner:
         seed: the run's seed.
         global_batch_size: samples of one optimizer step.
         arrangement: what orders a plan without an ``order`` component.
-        validation: the validation samples of the components that asked for some, by configuration key.
-        references: the same of references.
-        learning_rate: returns the optimizer's present one.
         limit: scores in the last selector's place if its cost is limited.
-        expected_steps: steps the run is expected to take; none: those of the schedule.
+        readings: for the contexts of the components; None: nothing.
     """
 
     def __init__(
@@ -106,17 +120,14 @@ class Planner:
         seed: int,
         global_batch_size: int,
         arrangement: Arrangement = "shuffle",
-        validation: Mapping[str, Pool] | None = None,
-        references: Mapping[str, Reference] | None = None,
-        learning_rate: Callable[[], float] = lambda: 0.0,
         limit: LimitedScoring | None = None,
-        expected_steps: int | None = None,
+        readings: Readings | None = None,
     ) -> None:
-        self.pool, self.components, self.schedule, self.validation = pool, components, schedule, validation or {}
-        self.learning_rate = learning_rate
+        self.pool, self.components, self.schedule = pool, components, schedule
+        self.readings = readings or Readings()
         self.chain = SelectorChain(components.select, pool, limit) if components.select else None
-        self.references = references or {}
-        self.expected = schedule if expected_steps is None else replace(schedule, total_steps=expected_steps)
+        total = self.readings.total_steps
+        self.expected = schedule if total is None else replace(schedule, total_steps=total)
         self._mixing: list[str] = []
         """Why the mixer decided nothing in the present round."""
         self.seed, self.global_batch_size, self.arrangement = seed, global_batch_size, arrangement
@@ -252,9 +263,9 @@ class Planner:
             steps=slot.steps,
             size=slot.steps * self.global_batch_size,
             total_steps=max(self.expected.total_steps, slot.start_step + slot.steps),
-            validation_pool=self.validation.get(key),
-            reference_losses=self.references.get(key),
-            learning_rate=self.learning_rate(),
+            validation_pool=self.readings.validation.get(key),
+            reference_losses=self.readings.references.get(key),
+            learning_rate=self.readings.learning_rate(),
         )
 
     def _groups(

@@ -18,7 +18,7 @@ from dataflex.api.selector import overhead_limit
 from dataflex.config.changes import snapshot
 from dataflex.data.pool import Pool
 from dataflex.planning.overhead import LimitedScoring
-from dataflex.planning.planner import Arrangement, Planner
+from dataflex.planning.planner import Arrangement, Planner, Readings
 from dataflex.record.checkpoint import STATE_VERSION, check_state
 from dataflex.record.schema import OverheadLimit, Summary
 from dataflex.trainer.clock import Clock
@@ -123,11 +123,8 @@ class LoadedRun:
             seed=self.inputs.settings.seed,
             global_batch_size=self.steps.global_batch_size,
             arrangement=arrangement,
-            validation=self.data.validation,
-            references=references,
-            learning_rate=learning_rate,
             limit=limit,
-            expected_steps=self.steps.expected,
+            readings=Readings(self.data.validation, references, learning_rate, self.steps.expected),
         )
 
 

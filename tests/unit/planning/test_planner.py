@@ -25,7 +25,7 @@ from dataflex.mixers.odm import OdmMixer
 from dataflex.mixers.static import StaticMixer
 from dataflex.mixers.uniform import UniformMixer
 from dataflex.orders.shuffle import ShuffleOrder
-from dataflex.planning.planner import Planner, epoch_limits
+from dataflex.planning.planner import Planner, Readings, epoch_limits
 from dataflex.record.checkpoint import STATE_VERSION, read_state, write_state
 from dataflex.record.reader import read_run
 from dataflex.record.schema import Cost
@@ -601,7 +601,9 @@ def test_each_component_gets_its_own_validation_samples() -> None:
     for targets in ({"select": mine, "mix": other}, {"mix": other}):
         components = Components(select=only("select", build(Looking)), mix=Mixing(Mixing.Params()))
         pool = make_pool({"a": 60, "b": 30, "c": 10})
-        planner = Planner(pool, components, Schedule(0, 2, -1, 4), seed=1, global_batch_size=4, validation=targets)
+        planner = Planner(
+            pool, components, Schedule(0, 2, -1, 4), seed=1, global_batch_size=4, readings=Readings(targets)
+        )
         plans(planner, 1)
         assert seen["mix"] is other
         assert seen["select"] is targets.get("select")
