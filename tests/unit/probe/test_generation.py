@@ -20,7 +20,7 @@ from dataflex.api.probe import GenerationSettings
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe import generation
 from dataflex.probe.generation import Generator, generate_responses
-from dataflex.trainer.mixin import _tokens
+from dataflex.trainer.probing import _tokens
 from tiny import make_model
 
 EOS = 2
