@@ -238,6 +238,27 @@ def _without_effect(settings: DataFlexConfig, components: Components) -> Iterato
 
 
 @dataclass(frozen=True)
+class DataOutline:
+    """What is known of a run's samples.
+
+    Attributes:
+        samples: training samples; None: not known.
+        domains: samples of each domain; None: not known.
+        validation: validation samples by configuration key, as far as known.
+        mean_length: mean tokens of a training sample; None: not known.
+        unknown: why ``samples`` is None.
+        about: whether samples were counted before preprocessing, which may drop some.
+    """
+
+    samples: int | None
+    domains: Mapping[str, int] | None
+    validation: Mapping[str, int] = field(default_factory=dict)
+    mean_length: float | None = None
+    unknown: str = ""
+    about: bool = False
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """What a run will do, and the text that says so.
 
@@ -247,12 +268,8 @@ class RunPlan:
         keys: LLaMA-Factory's.
         total: optimizer steps of the run; None: not known.
         run: what components judge by; None where the length of the run or of its rounds is not known.
-        samples: training samples; None: not known.
-        domains: samples of each domain; None: not known.
         needs: what the components ask of the run, by configuration key.
-        validation: validation samples by configuration key, as far as known.
-        unknown: why ``samples`` is None.
-        about: whether samples were counted before preprocessing, which may drop some.
+        data: what is known of the samples.
     """
 
     settings: DataFlexConfig
@@ -260,21 +277,17 @@ class RunPlan:
     keys: TrainerKeys
     total: int | None
     run: RunOutline | None
-    samples: int | None
-    domains: Mapping[str, int] | None
     needs: Mapping[str, Needs]
-    validation: Mapping[str, int] = field(default_factory=dict)
-    unknown: str = ""
-    about: bool = False
+    data: DataOutline
 
     def notes(self) -> list[str]:
         """Return what will not happen in the run although it was asked for."""
         if self.run is None:
             return list(_without_effect(self.settings, self.components))
         components = self.components
-        if self.domains is None:  # what a mixer says depends on how many there are
+        if self.data.domains is None:  # what a mixer says depends on how many there are
             components = replace(components, mix=None)
-        return notes_of(self.settings, components, self.run, self.validation)
+        return notes_of(self.settings, components, self.run, self.data.validation)
 
     def lines(self) -> list[str]:
         """Return the plan, one line for each matter."""
@@ -285,14 +298,14 @@ class RunPlan:
         return [f"  {name:<{width}}  {text}" for name, text in rows]
 
     def _data(self) -> str:
-        if self.samples is None:
-            return f"samples not known before the data is loaded: {self.unknown}"
-        text = f"{'about ' if self.about else ''}{_count(self.samples, 'sample')}"
-        if self.domains is None or len(self.domains) < 2:
+        if self.data.samples is None:
+            return f"samples not known before the data is loaded: {self.data.unknown}"
+        text = f"{'about ' if self.data.about else ''}{_count(self.data.samples, 'sample')}"
+        if self.data.domains is None or len(self.data.domains) < 2:
             return text
-        shown = [f"{name} {size:,}" for name, size in list(self.domains.items())[:_NAMED]]
-        more = f", and {len(self.domains) - _NAMED} more" if len(self.domains) > _NAMED else ""
-        return f"{text} in {len(self.domains)} domains: {', '.join(shown)}{more}"
+        shown = [f"{name} {size:,}" for name, size in list(self.data.domains.items())[:_NAMED]]
+        more = f", and {len(self.data.domains) - _NAMED} more" if len(self.data.domains) > _NAMED else ""
+        return f"{text} in {len(self.data.domains)} domains: {', '.join(shown)}{more}"
 
     def _steps(self) -> str:
         keys, settings = self.keys, self.settings
@@ -307,11 +320,13 @@ class RunPlan:
             until = f"; training ends after {settings.train_seconds:g} s of training and decisions"
         if self.total is None:
             return f"not known before the data is loaded, each of {batch}{until}"
-        about = "about " if until or (self.about and self._counts_samples()) else ""
+        about = "about " if until or (self.data.about and self._counts_samples()) else ""
         text = f"{about}{self.total:,}, each of {batch}"
-        if self.samples:
+        if self.data.samples:
             passes = _number(self._passes(self.total))
-            text += f": {'about ' if self.about else ''}{passes} {'pass' if passes == '1' else 'passes'} over the data"
+            text += (
+                f": {'about ' if self.data.about else ''}{passes} {'pass' if passes == '1' else 'passes'} over the data"
+            )
         if self._counts_cycles() and self.run is not None:
             cycle = self.run.schedule.cycle_steps
             text += (
@@ -322,10 +337,10 @@ class RunPlan:
 
     def _passes(self, steps: int) -> float:
         """Return the passes over the data so many steps make; where nothing is planned the last step may be short."""
-        assert self.samples
+        assert self.data.samples
         if self.components.plans_data:
-            return steps * self.keys.global_batch_size / self.samples
-        return steps / trainer_steps(replace(self.keys, epochs=1), self.samples)
+            return steps * self.keys.global_batch_size / self.data.samples
+        return steps / trainer_steps(replace(self.keys, epochs=1), self.data.samples)
 
     def _counts_samples(self) -> bool:
         """Whether the number of steps follows from that of the samples."""
@@ -353,7 +368,7 @@ class RunPlan:
             return
         share = ""
         if run.pool_size:
-            share = f", {'about ' if self.about else ''}{_percent(run.round_samples / run.pool_size)} of the pool"
+            share = f", {'about ' if self.data.about else ''}{_percent(run.round_samples / run.pool_size)} of the pool"
         length = min(schedule.update_steps, run.decided_steps)
         default = "" if self.settings.update_steps is not None else " (the default of update_steps)"
         each = "each " if schedule.num_rounds > 1 else ""
@@ -387,7 +402,7 @@ class RunPlan:
             times = total // steps + (last and total % steps > 0)
             return f"{times:,} (every {_count(steps, 'step')})"
         if strategy == "epoch":
-            if not self.samples or total is None:
+            if not self.data.samples or total is None:
                 return "after every pass over the data"
             return f"{math.ceil(self._passes(total)):,} (after every pass over the data)"
         return f"by save_strategy: {strategy}"
@@ -396,7 +411,7 @@ class RunPlan:
         """Return what the components measure, against what training computes."""
         training = _FORWARDS_OF_TRAINING * run.total_steps * run.global_batch_size
         for key, component in self.components.items():
-            outline = replace(run, validation=self.validation.get(key, 0))
+            outline = replace(run, validation=self.data.validation.get(key, 0))
             forwards = expected_forwards(component, self.needs[key], outline)
             if not forwards:
                 continue
@@ -435,35 +450,29 @@ def plan_of(
     settings: DataFlexConfig,
     components: Components,
     keys: TrainerKeys,
-    *,
     needs: Mapping[str, Needs],
-    num_samples: int | None,
-    domains: Mapping[str, int] | None,
-    validation: Mapping[str, int] | None = None,
-    mean_length: float | None = None,
-    unknown: str = "",
-    about: bool = False,
+    data: DataOutline,
 ) -> RunPlan:
-    """Return the plan of a run; the arguments are those of :class:`RunPlan` and of :func:`schedule_of`."""
-    count = _UNKNOWN_DOMAINS if domains is None else len(domains)
-    schedule = schedule_of(settings, components, keys, num_samples=num_samples, domains=count, mean_length=mean_length)
-    run, total = None, None
+    """Return the plan of a run; the arguments are those of :class:`RunPlan`."""
+    count = _UNKNOWN_DOMAINS if data.domains is None else len(data.domains)
+    schedule = schedule_of(
+        settings, components, keys, num_samples=data.samples, domains=count, mean_length=data.mean_length
+    )
+    run = None
     if schedule is None:
         total = total_steps(
             settings,
             components,
             keys,
-            num_samples=num_samples,
+            num_samples=data.samples,
             update_steps=settings.update_steps,
-            mean_length=mean_length,
+            mean_length=data.mean_length,
         )
     else:
         total = schedule.total_steps
-        pool = num_samples if components.plans_data else None
+        pool = data.samples if components.plans_data else None
         run = RunOutline(schedule, keys.global_batch_size, pool, count, keys.accumulation)
-    return RunPlan(
-        settings, components, keys, total, run, num_samples, domains, needs, validation or {}, unknown, about
-    )
+    return RunPlan(settings, components, keys, total, run, needs, data)
 
 
 _UNKNOWN_DOMAINS = 2

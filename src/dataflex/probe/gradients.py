@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -61,6 +62,25 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
 def canonical(name: str) -> str:
     """Return a parameter's name without what DDP, FSDP, checkpointing and compilation put in front of it."""
     return _WRAPPERS.sub("", name)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a module that is watched from inside.
+
+    Attributes:
+        module: the module.
+        own: its own trainable parameters: attribute -> name.
+        seen: names of those whose use was caught in this call.
+        args: of its forward.
+        kwargs: of its forward.
+    """
+
+    module: nn.Module
+    own: dict[str, str]
+    seen: set[str]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class GradientPass:
@@ -301,7 +321,7 @@ class GradientPass:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             seen: set[str] = set()
-            after_linear = partial(self._after_product, module, own, seen, args, kwargs)
+            after_linear = partial(self._after_product, _Call(module, own, seen, args, kwargs))
             with watched("linear", after_linear), watched("embedding", partial(self._after_lookup, module, own, seen)):
                 output = original(*args, **kwargs)
             self._after_norm(module, own, seen, args, output)
@@ -323,19 +343,16 @@ class GradientPass:
 
     def _after_product(
         self,
-        module: nn.Module,
-        own: dict[str, str],
-        seen: set[str],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        call: _Call,
         output: Tensor,
         inputs: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
     ) -> None:
         """Catch a product inside a module, with the parameter, or the expert's part of one, that it was made with."""
-        for key, name in own.items():
-            parameter = module._parameters[key]
+        seen = call.seen
+        for key, name in call.own.items():
+            parameter = call.module._parameters[key]
             assert parameter is not None
             if bias is parameter:
                 seen.add(name)
@@ -350,9 +367,9 @@ class GradientPass:
             seen.add(name)
             self._expect(name, 1)
             samples = self._rows
-            if is_experts(module):
-                samples = self._routed(args, kwargs, place // max(1, weight.shape[0]))
-                seen.update(other for other in own.values())
+            if is_experts(call.module):
+                samples = self._routed(call.args, call.kwargs, place // max(1, weight.shape[0]))
+                seen.update(call.own.values())
             if not inputs.requires_grad:
                 self._roots.append(output)
             kept, rows = inputs.detach(), parameter.numel() // parameter.shape[-1]

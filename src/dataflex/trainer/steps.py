@@ -14,7 +14,7 @@ from dataflex.config.loading import DataFlexConfig
 from dataflex.data.pool import Pool, some
 from dataflex.errors import ConfigError, Problem
 from dataflex.planning.planner import epoch_limits
-from dataflex.planning.run_plan import RunPlan, plan_of, problems_of, trainer_keys
+from dataflex.planning.run_plan import DataOutline, RunPlan, plan_of, problems_of, trainer_keys
 from dataflex.trainer.inputs import RunData, RunInputs
 from dataflex.trainer.resume import Resume, nothing_left
 
@@ -92,16 +92,13 @@ def decide_steps(inputs: RunInputs, data: RunData, args: TrainingArguments) -> R
         settings = settings.model_copy(update={"update_steps": inputs.resume.marker.config["dataflex.update_steps"]})
     samples = data.samples
     by_tokens = settings.train_tokens is not None and samples is not None
-    plan = plan_of(
-        settings,
-        inputs.components,
-        keys,
-        needs=inputs.needs,
-        num_samples=None if samples is None else samples.size,
+    known = DataOutline(
+        samples=None if samples is None else samples.size,
         domains=data.sizes,
+        validation={key: found.size for key, found in data.validation.items()},
         mean_length=float(samples.lengths.mean()) if by_tokens and samples is not None else None,
     )
-    plan = replace(plan, validation={key: found.size for key, found in data.validation.items()})
+    plan = plan_of(settings, inputs.components, keys, inputs.needs, known)
     if plan.run is None:  # LLaMA-Factory counts
         return replace(RunSteps.none(settings), global_batch_size=keys.global_batch_size, plan=plan)
     expected = plan.run.schedule.total_steps

@@ -9,7 +9,7 @@ from dataflex.config.checks.values import dataset_names, number, truthy
 from dataflex.config.loading import SECTION, DataFlexConfig, RunConfig
 from dataflex.config.processes import planned_processes
 from dataflex.errors import Problem
-from dataflex.planning.run_plan import RunPlan, TrainerKeys, plan_of, problems_of, problems_of_warmup
+from dataflex.planning.run_plan import DataOutline, RunPlan, TrainerKeys, plan_of, problems_of, problems_of_warmup
 
 _WORK = ("do_train", "do_eval", "do_predict")
 
@@ -99,14 +99,11 @@ def planned(config: RunConfig, certain: bool = False) -> RunPlan:
             names = tuple(asked.validation.validation or ()) or dataset_names(config, "eval_dataset")
             counts = [rows_of(config, name) for name in names]
             validation[key] = sum(count for count in counts if count is not None)
-    return plan_of(
-        settings,
-        components,
-        trainer_keys(config, certain),
-        needs=needs,
+    data = DataOutline(
+        samples=sum(samples.values()) if samples else None,
         domains=None if settings.domain_column else samples or dict.fromkeys(dataset_names(config), 0),
-        num_samples=sum(samples.values()) if samples else None,
         validation=validation,
         unknown=reason,
         about=True,
     )
+    return plan_of(settings, components, trainer_keys(config, certain), needs, data)
