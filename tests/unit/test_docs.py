@@ -99,8 +99,10 @@ def test_every_key_of_the_section_is_documented() -> None:
     text = (DOCS / "configuration.md").read_text()
     section = text.split("## Keys of the section")[1].split("\n## ")[0]
     check_table(DataFlexConfig, section)
-    (example,) = examples(text)
+    example, chain = examples(text)
     assert set(split_config(example).params) == set(registry.CONFIG_KEYS)
+    selectors = split_config(chain).build_components().select
+    assert [(entry.keep, entry.every) for entry in selectors] == [(0.5, 4), (None, 1)]
 
 
 def test_every_refused_key_is_documented() -> None:

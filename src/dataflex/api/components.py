@@ -15,6 +15,7 @@ from dataflex.api.reference import ReferenceParams
 from dataflex.api.selector import Selector
 from dataflex.api.source import label_of
 from dataflex.api.weighter import Weighter
+from dataflex.data.sampling import exactly
 from dataflex.errors import ConfigError, Problem
 
 ComponentT = TypeVar("ComponentT", bound=Component)
@@ -40,7 +41,7 @@ class Entry(Generic[ComponentT]):
     def kept_of(self, candidates: int) -> int:
         """Return how many of ``candidates`` samples are left for the next selector: at least 1, at most all."""
         assert self.keep is not None
-        wanted = round(self.keep * candidates) if self.keep < 1 else int(self.keep)
+        wanted = round(exactly(self.keep) * candidates) if self.keep < 1 else int(self.keep)
         return min(max(wanted, 1), candidates)
 
 

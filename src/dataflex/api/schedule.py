@@ -135,6 +135,7 @@ class RunOutline:
         domains: number of domains.
         accumulation: micro-batches of an optimizer step on one process.
         validation: validation samples of the component that is asked, 0 where it has none.
+        every: it decides once in so many decisions.
     """
 
     schedule: Schedule
@@ -143,6 +144,7 @@ class RunOutline:
     domains: int = 1
     accumulation: int = 1
     validation: int = 0
+    every: int = 1
 
     @property
     def total_steps(self) -> int:
@@ -151,8 +153,8 @@ class RunOutline:
 
     @property
     def decisions(self) -> int:
-        """Decisions of the run."""
-        return self.schedule.num_updates
+        """Decisions of the run, or of the component that is asked."""
+        return math.ceil(self.schedule.num_updates / self.every)
 
     @property
     def decided_steps(self) -> int:

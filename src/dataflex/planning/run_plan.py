@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dataflex.api.component import Component
-from dataflex.api.components import Components
+from dataflex.api.components import Components, Entry
 from dataflex.api.needs import Needs
 from dataflex.api.schedule import RunOutline, Schedule, default_update_steps
 from dataflex.api.selector import Selector, overhead_limit
@@ -183,7 +183,36 @@ def problems_of(settings: DataFlexConfig, components: Components, run: RunOutlin
                 "samples (per device x gradient_accumulation_steps x processes); lower that, or add data."
             )
         found.append(Problem(key, problem + remedy))
-    return found
+        return found
+    return found + _problems_of_filters(components, pool, run.round_samples)
+
+
+def _problems_of_filters(components: Components, pool: int, wanted: int) -> list[Problem]:
+    """Return which filter leaves too few samples for a round, or is to leave more than come to it."""
+    came = pool
+    for entry in components.select[:-1]:
+        key, name = f"{_SECTION}.{entry.key}.keep", entry.component.name
+        assert entry.keep is not None
+        if entry.keep >= came:
+            return [Problem(key, f"{entry.keep:g} samples are to be left, and {came} come to {name}. Lower it.")]
+        came = entry.kept_of(came)
+        if came <= wanted:
+            return [
+                Problem(
+                    key,
+                    f"{name} leaves {came} samples, and a round takes {wanted}: {components.select[-1].component.name} "
+                    "would have nothing to choose. Raise it, or shorten update_steps.",
+                )
+            ]
+    return []
+
+
+def outline_of(entry: Entry[Selector], components: Components, run: RunOutline) -> RunOutline:
+    """Return what one selector of a chain sees of a run: the samples that come to it, and how often it decides."""
+    size = run.pool_size
+    for before in components.select[: components.select.index(entry)]:
+        size = None if size is None else before.kept_of(size)
+    return replace(run, pool_size=size, every=entry.every)
 
 
 def notes_of(
@@ -199,7 +228,9 @@ def notes_of(
     """
     notes = list(_without_effect(settings, components))
     for key, component in components.items():
-        reason = component.cannot_act(replace(run, validation=validation.get(key, 0)))
+        entry = next((each for each in components.select if each.key == key), None)
+        outline = run if entry is None else outline_of(entry, components, run)
+        reason = component.cannot_act(replace(outline, validation=validation.get(key, 0)))
         if reason is not None:
             notes.append(f"{key} {component.name}: {reason}.")
     if components.items() and settings.train_seconds is not None and not run.decisions:
@@ -358,7 +389,7 @@ class RunPlan:
         if settings.warmup_steps:
             again = " at the start of every cycle" if _in_cycles(settings, self.components) else ""
             yield "warm-up", f"{_count(settings.warmup_steps, 'step')}{again}: a uniform draw, nothing is decided"
-        acting = ", ".join(f"{key} {component.name}" for key, component in self.components.items())
+        acting = ", ".join(f"{key} {component.name}{self._place(key)}" for key, component in self.components.items())
         if run is None:
             yield "decisions", acting
             return
@@ -378,6 +409,18 @@ class RunPlan:
             f"{_count(run.round_samples, 'sample')}{share}",
         )
         yield "decisions", f"{run.decisions:,}: {acting}"
+
+    def _place(self, key: str) -> str:
+        """Return what is said of a component's place in a chain."""
+        entries: list[Entry[Any]] = [*self.components.select, *self.components.weight]
+        for entry in entries:
+            if entry.key == key:
+                kept = "" if entry.keep is None else f"keeps {_percent(entry.keep) if entry.keep < 1 else entry.keep}"
+                unit = "decision" if key.startswith("select") else "step"
+                often = "" if entry.every == 1 else f"one {unit} in {entry.every}"
+                said = ", ".join(part for part in (kept, often) if part)
+                return f" ({said})" if said else ""
+        return ""
 
     def _events(self) -> Iterator[tuple[str, str]]:
         keys = self.keys
@@ -411,7 +454,9 @@ class RunPlan:
         """Return what the components measure, against what training computes."""
         training = _FORWARDS_OF_TRAINING * run.total_steps * run.global_batch_size
         for key, component in self.components.items():
-            outline = replace(run, validation=self.data.validation.get(key, 0))
+            entry = next((each for each in self.components.select if each.key == key), None)
+            outline = run if entry is None else outline_of(entry, self.components, run)
+            outline = replace(outline, validation=self.data.validation.get(key, 0))
             forwards = expected_forwards(component, self.needs[key], outline)
             if not forwards:
                 continue

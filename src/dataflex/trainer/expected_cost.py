@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dataflex.api.components import Entry
 from dataflex.api.measurement import Measurement
 from dataflex.api.schedule import RunOutline
-from dataflex.api.selector import overhead_limit
+from dataflex.api.selector import Selector, overhead_limit
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
+from dataflex.planning.run_plan import outline_of
 from dataflex.probe.gradient_features import GradientFeatures
 from dataflex.probe.gradient_norms import GradientNorms
 from dataflex.trainer import console
@@ -30,14 +32,18 @@ def expected_cost(run: LoadedRun, pool: Pool, probe: ModelProbe) -> str | None:
 
     A training step is taken for a forward and backward of its samples, or for three forwards.
     """
-    components, steps = run.inputs.components, run.steps
-    if not components.select:
+    chain = run.inputs.components.select
+    if not chain or overhead_limit(chain[-1].component) is not None:
         return None
-    entry = components.select[-1]
+    found = [_cost_of(entry, run, pool, probe) for entry in chain]
+    return " ".join(text for text in found if text is not None) or None
+
+
+def _cost_of(entry: Entry[Selector], run: LoadedRun, pool: Pool, probe: ModelProbe) -> str | None:
+    """Return what one selector is expected to cost; None if it measures nothing."""
+    steps = run.steps
     selector, measurements = entry.component, run.inputs.needs[entry.key].measurements
     if not measurements:
-        return None
-    if overhead_limit(selector) is not None:
         return None
     by_length = np.argsort(pool.lengths, kind="stable")
     some = by_length[np.linspace(0, pool.size - 1, min(pool.size, _CALIBRATION_SAMPLES)).astype(np.int64)]
@@ -45,16 +51,18 @@ def expected_cost(run: LoadedRun, pool: Pool, probe: ModelProbe) -> str | None:
         seconds = [_seconds_of(each, probe, some) for each in measurements]
     others = run.data.validation[entry.key].size if entry.key in run.data.validation else 0
     expected = replace(steps.schedule, total_steps=steps.expected)
-    outline = RunOutline(expected, steps.global_batch_size, pool.size, len(pool.domains), validation=others)
+    everything = RunOutline(expected, steps.global_batch_size, pool.size, len(pool.domains), validation=others)
+    outline = outline_of(entry, run.inputs.components, everything)
     counts = [selector.measured_samples(each, outline) for each in measurements]
     total = sum(sample * count for sample, count in zip(seconds, counts, strict=True))
     forward = seconds[0] / measurements[0].forwards
     training = 3 * forward * steps.expected * steps.global_batch_size
-    scored, passes = selector.scored_samples(pool.size), selector.expected_passes(expected.num_updates)
+    assert outline.pool_size is not None
+    scored, passes = selector.scored_samples(outline.pool_size), selector.expected_passes(outline.decisions)
     often = "once" if passes == 1 else f"{passes} times"
     samples = f"{scored} samples" + (f" and {others} validation samples" if others else "")
     return (
-        f"select {selector.name}: scoring {samples}, {often} in this run, is expected to take "
+        f"{entry.key} {selector.name}: scoring {samples}, {often} in this run, is expected to take "
         f"{console.duration(total)}, {total / training:.2g} times the training itself (after {some.size} samples)."
     )
 

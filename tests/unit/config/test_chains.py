@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dataflex.config.changes import differences, snapshot
+from dataflex.config.checks.chains import problems_of_chains
 from dataflex.config.loading import RunConfig, load_config, split_config
 from dataflex.errors import ConfigError
 from dataflex.record.configuration import recorded
@@ -140,3 +141,50 @@ def test_changes_of_a_chain_at_a_resume(tmp_path: Path) -> None:
         "dataflex.select.1.method",
         "dataflex.select.method",
     ]
+
+
+PLUGIN = """
+from dataflex import ComponentParams, Selection, Selector, SelectorParams, register
+
+
+@register("selector", "pairs")
+class Pairs(Selector[SelectorParams]):
+    def choose(self, ctx, candidates, count):
+        return Selection(candidates[:count])
+"""
+
+
+def refused(tmp_path: Path, select: Any) -> dict[str, str]:
+    """Return what selectors are told and cannot do."""
+    (tmp_path / "pairs.py").write_text(PLUGIN)
+    config = loaded(tmp_path, select=select, plugins=["pairs.py"])
+    return {each.key.removeprefix("dataflex.select."): each.message for each in problems_of_chains(config)}
+
+
+def test_what_chooses_samples_together_takes_no_rule_and_no_limit(tmp_path: Path) -> None:
+    assert refused(tmp_path, {"method": "pairs", "rule": "top_k", "temperature": 1.0}) == {}  # as a record says
+    found = refused(tmp_path, {"method": "pairs", "rule": "sample", "temperature": 2.0, "max_overhead": 0.01})
+    assert set(found) == {"rule", "temperature", "max_overhead"}
+    assert all("pairs chooses samples together, in its own choose()" in message for message in found.values())
+    assert "decides for every round" in refused(tmp_path, {"method": "pairs", "every": 2})["every"]
+
+
+def test_a_limit_is_that_of_the_last_selector(tmp_path: Path) -> None:
+    chain = [{"method": "el2n", "keep": 0.5, "max_overhead": 0.1}, {"method": "grand"}]
+    assert "set it for the last one (select.1)" in refused(tmp_path, chain)["0.max_overhead"]
+    assert refused(tmp_path, [{"method": "el2n", "keep": 0.5}, {"method": "grand", "max_overhead": 0.1}]) == {}
+
+
+@pytest.mark.parametrize("method", ["full", "greats"])
+def test_what_draws_from_passes_stands_alone(tmp_path: Path, method: str) -> None:
+    chain = [{"method": "el2n", "keep": 0.5}, {"method": method}]
+    assert "draws from passes" in refused(tmp_path, chain)["1.method"]
+    assert refused(tmp_path, {"method": method}) == {}
+
+
+def test_a_filter_is_not_asked_more_often_than_what_follows_it(tmp_path: Path) -> None:
+    def chain(first: int, second: int) -> list[dict[str, Any]]:
+        return [{"method": "el2n", "keep": 0.5, "every": first}, {"method": "grand", "every": second}]
+
+    assert "is below that of select.1 (4)" in refused(tmp_path, chain(2, 4))["0.every"]
+    assert refused(tmp_path, chain(4, 4)) == refused(tmp_path, chain(6, 4)) == {}

@@ -275,3 +275,30 @@ def test_accelerators_that_are_only_seen_make_no_error(data: Path, monkeypatch: 
     monkeypatch.setenv("NPROC_PER_NODE", "8")
     (problem,) = problems_of_plan(config(data, section))
     assert "5 steps, all of them warm-up" in str(problem)
+
+
+def test_filters_that_leave_too_few_samples_show_before_loading(data: Path) -> None:
+    def said(*keeps: float, steps: int = 4) -> list[tuple[str, str]]:
+        chain = [{"method": "el2n", "keep": keep} for keep in keeps]
+        section = {"update_steps": steps, "select": [*chain, {"method": "loss"}]}
+        return [(each.key, each.message) for each in problems_of_plan(config(data, section, max_steps=8))]
+
+    assert said(0.5) == []  # 12 of 25, and a round takes 8
+    ((key, message),) = said(0.5, steps=6)
+    assert key == "dataflex.select.0.keep"
+    assert "el2n leaves 12 samples, and a round takes 12" in message
+    ((key, message),) = said(0.8, 0.3)
+    assert key == "dataflex.select.1.keep"
+    assert "leaves 6 samples" in message
+    ((key, message),) = said(25)
+    assert "25 samples are to be left, and 25 come to el2n" in message
+    assert said(24) == []
+
+
+def test_the_plan_tells_what_each_selector_of_a_chain_does(data: Path) -> None:
+    chain = [{"method": "el2n", "keep": 0.5, "every": 4}, {"method": "grand", "every": 2}]
+    plan = planned(config(data, {"update_steps": 2, "select": chain}, max_steps=16))
+    text = "\n".join(plan.lines())
+    assert "8: select.0 el2n (keeps 50 %, one decision in 4), select.1 grand (one decision in 2)" in text
+    assert "select.0 el2n: 0.52 times the work of training (50 forward passes" in text  # 25 samples, twice
+    assert "select.1 grand: 1.5 times the work of training (144 forward passes" in text  # 12 samples, 4 times, 3 each
