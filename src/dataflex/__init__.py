@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dataflex.api.component import State
+from dataflex.api.component import Component, State
 from dataflex.api.context import RoundContext, StepBatch, StepContext, StepStatistics, TokenLosses
 from dataflex.api.measurement import MeasuredBatch, Measurement, MeasurementRun, register_measurement
 from dataflex.api.mixer import DomainParams, Mixer, MixerParams
@@ -57,6 +57,7 @@ __version__ = "0.1.0"
 EXPORTS = {
     "CheckpointError": "dataflex.errors",
     "ColumnArray": "dataflex.data.columns",
+    "Component": "dataflex.api.component",
     "ComponentError": "dataflex.errors",
     "ComponentParams": "dataflex.api.params",
     "ConfigError": "dataflex.errors",
@@ -138,6 +139,7 @@ __all__ = [
     "IGNORE_INDEX",
     "CheckpointError",
     "ColumnArray",
+    "Component",
     "ComponentError",
     "ComponentParams",
     "ConfigError",

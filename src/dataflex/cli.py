@@ -101,7 +101,9 @@ def _add_training(commands: _Commands) -> None:
         command.add_argument("overrides", nargs="*", help="key=value, e.g. dataflex.select.method=loss")
     listing = commands.add_parser("list", help="families, methods, and their parameters with defaults")
     listing.add_argument("name", nargs="?", help="a family or a method; none: everything")
-    listing.add_argument("--plugins", nargs="*", default=[], help="Python files that register components")
+    listing.add_argument(
+        "--plugins", nargs="*", default=[], help="Python files that register components or measurements"
+    )
     commands.add_parser("version", help="versions of DataFlex and of what it runs on")
 
 

@@ -24,6 +24,7 @@ pytestmark = [
 ]
 
 PLUGIN = str(Path(__file__).with_name("plugin.py"))
+NEAR_VALIDATION = str(Path(__file__).parent.parent / "plugins" / "near_validation.py")
 WRAPPERS = {
     "ddp": "DistributedDataParallel",
     "zero2": "stage 2",
@@ -82,6 +83,8 @@ RESUMED = {
 }
 # name -> saved after this step, killed before that one, where; rounds start at 0, 2, 5
 CUTS = {"middle": (3, 5, ["one", "zero3", "fsdp2"]), "boundary": (5, 6, ["one", "ddp"])}
+NEAR = ["one", "ddp"]
+UNTRAINED = 4
 CUT_CASES = [(cut, mode) for cut, (_, _, modes) in CUTS.items() for mode in modes]
 
 
@@ -127,6 +130,35 @@ def add_kept(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
         workshop.add(f"kept-{mode}", **run)
 
 
+def near(**params: Any) -> dict[str, Any]:
+    """Return the changes of a run with the plug-in written from the documentation; shares change with every round."""
+    select = {"method": "near_validation", "validation": "tagged", "subtask_column": "task", **params}
+    points = [{"step": 0, "proportions": [0.6, 0.2, 0.2]}, {"step": 6, "proportions": [0.2, 0.2, 0.6]}]
+    parts = {"plugins": [NEAR_VALIDATION], "mix": {"method": "schedule", "points": points}}
+    return {"dataset": "alpha,beta,partly", **section(select, **parts)}
+
+
+def add_near(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
+    for mode in settings:
+        if mode in NEAR:
+            run = {**settings[mode], **near()}
+            saving = {"save_strategy": "steps", "save_steps": 3}
+            workshop.add(f"near-{mode}", **run)
+            workshop.add(f"near-cut-{mode}", stop_at=5, **run, **saving)
+            workshop.add(f"near-resumed-{mode}", into=f"near-cut-{mode}", **run, **saving)
+            workshop.add(f"near-limited-{mode}", **{**settings[mode], **near(max_overhead=0.5)})
+
+
+def add_partly_trained_data(folder: Path) -> None:
+    """Add a data set with samples whose prompts are so long that no token of the answer is left to train on."""
+    info = json.loads((folder / "dataset_info.json").read_text())
+    rows = json.loads((folder / "gamma.json").read_text())
+    long = {"instruction": "the cat sees " * 1000, "input": "", "output": "the dog likes " * 13}
+    (folder / "partly.json").write_text(json.dumps([*rows[:3], *[long] * UNTRAINED, *rows[3:]]))
+    info["partly"] = {"file_name": "partly.json"}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
 def add_tagged_data(folder: Path) -> None:
     """Add two validation sets whose rows have a task each."""
     info = json.loads((folder / "dataset_info.json").read_text())
@@ -142,6 +174,7 @@ def add_tagged_data(folder: Path) -> None:
 def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("deepspeed")
     add_tagged_data(workshop.data)
+    add_partly_trained_data(workshop.data)
     modes = {"ddp": {}, "zero2": tiny.zero(folder, 2), "zero3": tiny.zero(folder, 3), "fsdp2": FSDP2}
     # An adapter of each kind of layer: ZeRO-3 takes its time for every module.
     base = {"dataset": "alpha,beta", "max_steps": 7, "lora_target": "q_proj,down_proj"}
@@ -152,6 +185,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         add_neutral(workshop, settings)
         add_resumed(workshop, settings)
         add_kept(workshop, settings)
+        add_near(workshop, settings)
         if processes == 1:
             tagged = {"validation": "tagged", "subtask_column": "task"}
             workshop.add("by-column", **one["one"], **section(less(**tagged)))
@@ -232,3 +266,60 @@ def test_a_column_divides_the_validation_set(runs: Any) -> None:
     expected = {"tagged/rhymes": 4, "tagged/sums": 8, "labelled/sums": 16}
     assert runs.trace("by-columns")["targets"] == expected
     assert all(np.isfinite(list(plan.values())).all() for plan in plans(runs, "by-columns"))
+
+
+def trained_together(runs: Any, name: str, processes: int) -> list[list[int]]:
+    """Return the samples of every step of a run, those of all its processes, ascending."""
+    found: dict[int, list[int]] = {}
+    for rank in range(processes):
+        for step, indices in runs.trace(name, rank)["micro_batches"]:
+            found.setdefault(step, []).extend(indices)
+    return [sorted(found[step]) for step in sorted(found)]
+
+
+def planned(runs: Any, name: str, batch: int = 4) -> list[list[int]]:
+    """Return the samples of every step on a run's record, ascending."""
+    steps = []
+    for line in runs.rounds(name):
+        indices = plan_table(runs.root / name, line["round"])["index"].to_pylist()
+        steps += [sorted(indices[first : first + batch]) for first in range(0, len(indices), batch)]
+    return steps
+
+
+def test_a_plugin_with_its_own_pooling_never_selects_an_untrained_sample(runs: Any) -> None:
+    untrained = set(range(48 + 32 + 3, 48 + 32 + 3 + UNTRAINED))
+    decided = [line for line in runs.rounds("near-one") if not line.get("warmup")]
+    assert [line["unscored"] for line in decided] == [UNTRAINED] * 2
+    assert all(line["domains"]["partly"] > 0 for line in decided)
+    assert decided[0]["proportions"] != decided[1]["proportions"]
+    for plan in plans(runs, "near-one"):
+        assert untrained.isdisjoint(plan)
+        assert all(-1 <= score <= 1 for score in plan.values())
+
+
+def test_a_plugin_with_its_own_pooling_selects_on_two_processes_what_it_does_on_one(runs: Any) -> None:
+    assert runs.plan_digests("near-ddp") == runs.plan_digests("near-one")
+    for one, two in zip(plans(runs, "near-one"), plans(runs, "near-ddp"), strict=True):
+        assert [two[index] for index in one] == pytest.approx(list(one.values()), abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", NEAR)
+def test_a_plugin_with_its_own_pooling_goes_on_after_a_resume(runs: Any, mode: str) -> None:
+    whole, resumed = runs.trace(f"near-{mode}"), runs.trace(f"near-cut-{mode}")
+    assert min(step for step, _ in resumed["micro_batches"]) == 3
+    assert runs.plan_digests(f"near-cut-{mode}") == runs.plan_digests(f"near-{mode}")
+    assert plans(runs, f"near-cut-{mode}") == plans(runs, f"near-{mode}")
+    assert resumed["weights"] == whole["weights"]
+
+
+@pytest.mark.parametrize("mode", NEAR)
+def test_a_plugin_with_its_own_pooling_under_an_overhead_limit(runs: Any, mode: str) -> None:
+    name = f"near-limited-{mode}"
+    assert trained_together(runs, name, NEAR.index(mode) + 1) == planned(runs, name)
+    budgets = [line["budget"] for line in runs.rounds(name) if not line.get("warmup")]
+    assert abs(budgets[0]["scored"] - 32) <= 1  # rounded in each domain; how many later is a matter of seconds
+    summary = json.loads((runs.root / name / "dataflex" / "summary.json").read_text())
+    limit = summary["overhead_limit"]
+    assert (limit["max_overhead"], limit["decisions"]) == (0.5, 2)
+    assert limit["scores"] == sum(budget["scored"] for budget in budgets)
+    assert limit["kept"] == (summary["overhead_fraction"] <= 0.5)

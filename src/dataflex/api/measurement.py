@@ -9,7 +9,7 @@ the memory, and returns the values in the order of the samples. A component asks
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, cast
 
 from typing_extensions import TypeVar
@@ -175,6 +175,12 @@ def register_measurement(name: str) -> Callable[[MeasurementType], MeasurementTy
 def available_measurements() -> dict[str, type[Measurement[Any]]]:
     """Return the registered measurements by name, sorted."""
     return dict(sorted(_registered.items()))
+
+
+def forget_measurements(names: Iterable[str]) -> None:
+    """Undo the registration of measurements, those of a plug-in that failed after it made them."""
+    for name in names:
+        del _registered[name]
 
 
 def quantity_of(measurement: Measurement[Any]) -> str:

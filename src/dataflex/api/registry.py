@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from dataflex.api.component import Component
+from dataflex.api.measurement import available_measurements, forget_measurements
 from dataflex.api.mixer import DomainParams, Mixer
 from dataflex.api.order import Order
 from dataflex.api.params import ComponentParams
@@ -334,13 +335,16 @@ def _load_plugin(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is no Python file; its name must end in .py.")
-    before = set(_registered)
+    before, measurements = set(_registered), set(available_measurements())
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    problem = "it registers no component; put @dataflex.register(family, name) before a class."
+    problem = (
+        "it registers no component and no measurement; put @dataflex.register(family, name) or "
+        "@dataflex.register_measurement(name) before a class."
+    )
     try:
         spec.loader.exec_module(module)
-        if _registered.keys() - before:
+        if _registered.keys() - before or available_measurements().keys() - measurements:
             return
         cause: BaseException | None = None
     except ConfigError as error:
@@ -354,6 +358,7 @@ def _load_plugin(path: Path) -> None:
     del sys.modules[name]
     for key in _registered.keys() - before:
         del _registered[key]
+    forget_measurements(available_measurements().keys() - measurements)
     place = str(path)
     if isinstance(cause, SyntaxError):
         place = f"{cause.filename}, line {cause.lineno}"

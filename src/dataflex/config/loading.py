@@ -63,7 +63,9 @@ class DataFlexConfig(BaseModel):
         ge=1,
         description="Tokens in one forward of a probe; none: four training micro-batches of the longest sample.",
     )
-    plugins: list[str] = Field(default_factory=list, description="Python files that register components.")
+    plugins: list[str] = Field(
+        default_factory=list, description="Python files that register components or measurements."
+    )
     select: dict[str, Any] | list[dict[str, Any]] | None = Field(
         None, description="The selector: {method: name, ...parameters}; or a list of them, filters first."
     )

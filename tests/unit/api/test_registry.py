@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from dataflex import ComponentParams, Mixer, Order, Selector, cli
-from dataflex.api import registry
+from dataflex.api import measurement, registry
 from dataflex.api.component import state_of
 from dataflex.config.loading import split_config
 from dataflex.errors import ComponentError, ConfigError
 
 HEAD = "import numpy as np\nfrom dataflex import *\nfrom pydantic import Field\n"  # three lines
 SCORE = "    def score(self, ctx, candidates):\n        return candidates\n"
+MEASUREMENT = '@register_measurement("mine")\nclass Mine(Measurement):\n    def measure(self, batch): pass\n'
 
 
 def selector(body: str, before: str = "") -> str:
@@ -34,7 +35,12 @@ BROKEN: dict[str, tuple[str, int | None, list[str]]] = {
     "an error": (f"{HEAD}\n1 / 0\n", 5, ["ZeroDivisionError: division by zero"]),
     "an error further down": (f"{HEAD}np.zeros(-1)\n", 4, ["ValueError", "negative"]),
     "an exit": (f"{HEAD}raise SystemExit(3)\n", 4, ["SystemExit: 3"]),
-    "nothing": (HEAD, None, ["registers no component", "@dataflex.register(family, name)"]),
+    "nothing": (
+        HEAD,
+        None,
+        ["registers no component", "@dataflex.register(family, name)", "@dataflex.register_measurement(name)"],
+    ),
+    "an error after a measurement": (f"{HEAD}{MEASUREMENT}1 / 0\n", 7, ["ZeroDivisionError"]),
     "no family": (f'{HEAD}@register("selectr", "mine")\nclass Mine: pass\n', 4, ["'selectr'", "'selector'"]),
     "another family": (f'{HEAD}@register("mixer", "mine")\nclass Mine(Order): pass\n', 4, ["Mine", "extend Mixer"]),
     "a function": (f'{HEAD}@register("mixer", "mine")\ndef mine(): pass\n', 4, ["mine", "extend Mixer"]),
@@ -140,7 +146,8 @@ UNMADE: dict[str, tuple[str, int, list[str]]] = {
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget afterwards what a test registers."""
     registry.load_components([])
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    for module in (registry, measurement):
+        monkeypatch.setattr(module, "_registered", dict(module._registered))
 
 
 def write(folder: Path, text: str, name: str = "mine.py") -> Path:
@@ -161,13 +168,18 @@ def test_a_file_whose_components_cannot_work(tmp_path: Path, name: str) -> None:
     text, line, words = BROKEN[name]
     (tmp_path / "beside.py").write_text("")
     file = write(tmp_path, text)
-    before = dict(registry._registered)
+    before = dict(registry._registered), measurement.available_measurements()
     said = said_of(file)
     place = str(file) if line is None else f"{file}, line {line}"
     assert said.startswith(f"dataflex.plugins: {place}: ")
     for word in words:
         assert word in said, said
-    assert registry._registered == before
+    assert (registry._registered, measurement.available_measurements()) == before
+
+
+def test_a_file_may_register_nothing_but_measurements(tmp_path: Path) -> None:
+    registry.load_components([str(write(tmp_path, f"{HEAD}{MEASUREMENT}"))])
+    assert "mine" in measurement.available_measurements()
 
 
 @pytest.mark.parametrize("name", UNMADE)
