@@ -193,7 +193,7 @@ class Kept:
 
         def kept_norm(trainer, model, *args, **kwargs):
             if trainer.state.global_step == self.step:
-                self.offsets = torch.as_tensor(trainer.dataflex.offsets)
+                self.offsets = torch.as_tensor(trainer.dataflex.data.offsets)
                 self.gradients = {name: each.grad.clone() for name, each in trainer.model.named_parameters()}
             return clip(trainer, model, *args, **kwargs)
 

@@ -37,7 +37,7 @@ from pathlib import Path
 from dataflex import cli
 from dataflex.commands import offline
 from dataflex.probe import extraction
-from dataflex.probe.model import ModelProbe
+from dataflex.probe import gradient_runs
 from dataflex.probe.store import FeatureStore
 
 
@@ -46,14 +46,14 @@ class Killed(BaseException):
 
 
 measured, left = [], [None]
-gradient_batch, write, score_pool = ModelProbe._gradient_batch, FeatureStore.write, offline.score_pool
+new_pass, write, score_pool = gradient_runs.new_pass, FeatureStore.write, offline.score_pool
 extraction._CHUNK_ROWS = 16
 
 
-def noting(self, probe, sink, pool, rows):
-    if pool is self.pool:
-        measured.extend(rows.tolist())
-    return gradient_batch(self, probe, sink, pool, rows)
+def noting(runner, settings, reducer):
+    if runner.samples is runner.probe.pool:
+        measured.extend(runner.indices.tolist())
+    return new_pass(runner, settings, reducer)
 
 
 def dying(self, *args):
@@ -73,7 +73,7 @@ def keeping(run, probe, output, amount):
     return found
 
 
-ModelProbe._gradient_batch, FeatureStore.write, offline.score_pool = noting, dying, keeping
+gradient_runs.new_pass, FeatureStore.write, offline.score_pool = noting, dying, keeping
 results = {}
 for name, item in json.load(open(sys.argv[1])).items():
     out, err = io.StringIO(), io.StringIO()

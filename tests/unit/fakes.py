@@ -128,7 +128,7 @@ def context(pool: Pool, losses: Sequence[float] | NDArray[Any] = (), **changes: 
         steps=1,
         size=1,
         total_steps=1,
-        candidates=np.arange(pool.size),
+        candidates=changes.pop("candidates") if "candidates" in changes else np.arange(pool.size),
     )
     return dataclasses.replace(given, **changes)
 

@@ -16,7 +16,8 @@ from unit.fakes import FakeProbe, build, context, group_of, make_pool
 
 @pytest.fixture
 def classes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    own = {key: cls for key, cls in registry._registered.items() if cls.__module__.startswith("dataflex.")}
+    monkeypatch.setattr(registry, "_registered", own)
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {"__name__": "readme"}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):

@@ -187,18 +187,18 @@ def too_few_scores(selector: Selector, pool: Pool, candidates: IndexArray, score
     without = candidates[np.isnan(scores)]
     strange = without[pool.trained[without]]
     untrained = without.size - strange.size
-    reasons = []
-    if untrained:
-        reasons.append(f"{'the others' if not strange.size else untrained} have no token to train on")
-    if strange.size:
-        shown = ", ".join(map(str, strange[:5]))
-        more = ", ..." if strange.size > 5 else ""
-        reasons.append(
-            f"{label_of(selector, ('score',))} has none for {strange.size} with one: pool indices {shown}{more}"
+    scored = f"only {candidates.size - without.size} of {candidates.size} have a score"
+    if not strange.size:
+        return (
+            f"{count} samples are wanted but {scored} (the others have no token to train on). Shorten update_steps or "
+            "check the data."
         )
+    shown = ", ".join(map(str, strange[:5])) + (", ..." if strange.size > 5 else "")
+    others = f", {untrained} more have none" if untrained else ""
     return (
-        f"{count} samples are wanted but only {candidates.size - without.size} of {candidates.size} have a score "
-        f"({'; '.join(reasons)}). Shorten update_steps or check the data."
+        f"{label_of(selector, ('score',))} returned NaN for {strange.size} candidates that have a token to train on "
+        f"(pool indices {shown}){others}: {count} samples are wanted but {scored}. Return a number for them, or "
+        "shorten update_steps."
     )
 
 

@@ -364,6 +364,8 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name = re.match(r"# (\w+\.py)\n", text)
         if name is not None:
             (root / name[1]).write_text(text)
+    for plugin in (ROOT / "tests" / "plugins").glob("*.py"):  # another text is another plug-in than that of other tests
+        (root / plugin.name).write_text(plugin.read_text() + "\n# named by a page\n")
     for model in ("model", "models/llama-2-7b", "saves/reference"):
         (root / model).mkdir(parents=True)
         (root / model / "config.json").write_text('{"num_local_experts": 8}')  # for moe_balance

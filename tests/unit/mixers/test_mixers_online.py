@@ -366,7 +366,7 @@ def test_unimax_has_the_numbers_of_another_implementation() -> None:
     """The example of the package unimax-sampling, in units of 10 000 000 characters."""
     sizes = {"swe": 179955884499, "fas": 184595788282, "ekk": 42541080893, "isl": 10027573389, "fao": 549707867}
     pool = Pool(None, tuple(sizes), np.array(list(sizes.values())))  # type: ignore[arg-type]
-    ctx = context(pool, total_steps=250_000_000, steps=1, size=1000)
+    ctx = context(pool, total_steps=250_000_000, steps=1, size=1000, candidates=np.arange(0))
     shares = dict(zip(sizes, build(UnimaxMixer, max_epochs=4).mix(ctx).tolist(), strict=True))
     expected = {
         "fao": 0.008795325872,
