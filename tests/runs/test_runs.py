@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import tiny
+from dataflex.cli import main
+from dataflex.record.reader import read_run
 from records import plan_table, round_lines
 
 pytestmark = pytest.mark.launch
@@ -107,6 +109,7 @@ def runs(workshop: Any) -> Any:
         add_uniform_pair(workshop, name, 2, **changes)
     add_boundaries(workshop, 2)
     add_families(workshop, ["select", "mix", "order", "weight"], 2)
+    add_chains(workshop, 2)
     elastic = {**resumable("composed", accumulation=1), "dropout": False}
     workshop.add("elastic-whole", **elastic)
     workshop.add("elastic-cut", stop_at=5, **elastic)
@@ -130,6 +133,7 @@ def runs(workshop: Any) -> Any:
     workshop.add("sequential-full", dataflex={"update_steps": 4, "select": {"method": "full"}}, **passes)
     add_boundaries(workshop, 1)
     add_families(workshop, list(FAMILIES), 1)
+    add_chains(workshop, 1)
     for name, look in (("probe-no", []), ("probe-yes", ["losses"])):
         selector = {"select": {"method": "test_blind", "look": look}, "plugins": [PLUGIN]}
         workshop.add(name, **TWO_SETS, **section(**selector), dropout=True)
@@ -187,6 +191,22 @@ def add_variants(workshop: Any) -> None:
     tokenizer.add_special_tokens({"extra_special_tokens": ["red", "blue", "</s>"]})
     tokenizer.save_pretrained(further)
     workshop.add("further-ends", **section(select={"method": "loss"}), model_name_or_path=str(further), max_steps=2)
+
+
+def chained(processes: int, **last: Any) -> dict[str, Any]:
+    """A run of 8 steps whose filter decides in rounds 1 and 3, and which is saved inside round 2."""
+    select = [{"method": "el2n", "keep": 0.5, "every": 2}, {"method": "loss", "focus": "high", **last}]
+    parts = {"warmup_steps": 1, "update_steps": 2, "select": select}
+    run = {**TWO_SETS, "per_device_train_batch_size": 4 // processes, "save_strategy": "steps", "save_steps": 4}
+    return {**run, "dataflex": parts}
+
+
+def add_chains(workshop: Any, processes: int) -> None:
+    workshop.add(f"chain-whole-{processes}", **chained(processes))
+    for name, last in (("chain", {}), ("chain-limited", {"max_overhead": 0.9})):
+        run = chained(processes, **last)
+        workshop.add(f"{name}-cut-{processes}", stop_at=5, **run)
+        workshop.add(f"{name}-resumed-{processes}", into=f"{name}-cut-{processes}", **run)
 
 
 EVALUATED = {"eval_dataset": "held", "eval_strategy": "steps", "eval_steps": 2}
@@ -357,6 +377,78 @@ def test_two_processes_resumed_by_one(runs: Any) -> None:
 def test_one_process_and_two_make_the_same_plans(runs: Any) -> None:
     assert runs.plan_digests("one-or-two-1") == runs.plan_digests("one-or-two-2")
     assert plan_table(runs.root / "one-or-two-1", 1).column("score").null_count == 0
+
+
+def filters_of(runs: Any, name: str) -> list[tuple[Any, ...]]:
+    """Return each decision of a run's filter: round, counts, the samples it left and all that came to it."""
+    record = read_run(runs.root / name)
+    found = []
+    for each in record.rounds:
+        for one, table in record.filtered(each):
+            indices = record.filters.indices(table).tolist()
+            left, out = sorted(indices[: one.number_kept]), sorted(indices[one.number_kept :])
+            found.append((each.round, one.method, one.candidates, one.kept, left, out))
+    return found
+
+
+def test_a_chain_resumed_and_on_two_processes_decides_the_same(runs: Any) -> None:
+    expected, filters = runs.plan_digests("chain-whole-1"), filters_of(runs, "chain-whole-1")
+    assert [(number, method, kept) for number, method, _, kept, _, _ in filters] == [
+        (1, "el2n", {"pool": 40}), (3, "el2n", {"pool": 40})
+    ]  # fmt: skip
+    assert filters[0][4] != filters[1][4]  # the model has changed in between
+    standing = [line["standing"] for line in runs.rounds("chain-whole-1")]
+    assert standing == [[], [], ["select.0"], [], ["select.0"]]
+    for name in ("chain-cut-1", "chain-whole-2", "chain-cut-2"):
+        assert runs.plan_digests(name) == expected, name
+        assert filters_of(runs, name) == filters, name
+        assert [line["standing"] for line in runs.rounds(name)] == standing
+    for processes in (1, 2):
+        whole, resumed = runs.trace(f"chain-whole-{processes}"), runs.trace(f"chain-cut-{processes}")
+        assert min(step for step, _ in resumed["micro_batches"]) == 4  # inside a round
+        assert resumed["weights"] == whole["weights"]
+    by_round = {number: set(left) for number, _, _, _, left, _ in filters}
+    for number, since in ((1, 1), (2, 1), (3, 3), (4, 3)):
+        assert set(plan_table(runs.root / "chain-whole-1", number).column("index").to_pylist()) <= by_round[since]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_chain_under_an_overhead_limit_is_one_on_all_processes(runs: Any, processes: int) -> None:
+    name = f"chain-limited-cut-{processes}"
+    lines = runs.rounds(name)
+    assert [line["round"] for line in lines] == [0, 1, 2, 3, 4]
+    assert all("scored" in line["budget"] for line in lines[1:])
+    assert lines[1]["budget"]["scored"] > 0
+    by_round = {number: set(left) for number, _, _, _, left, _ in filters_of(runs, name)}
+    assert list(by_round) == [1, 3]
+    batches = trained(runs, name, processes)
+    for line in lines:
+        planned = plan_table(runs.root / name, line["round"]).column("index").to_pylist()
+        steps = range(max(line["start_step"], 4), line["start_step"] + line["steps"])
+        last = planned[-4 * len(steps) :] if steps else []
+        assert [index for step, indices in batches if step in steps for index in indices] == last
+        if line["round"]:
+            assert set(planned) <= by_round[1 if line["round"] < 3 else 3]
+    limit = json.loads((runs.root / name / "dataflex" / "summary.json").read_text())["overhead_limit"]
+    assert (limit["max_overhead"], limit["decisions"]) == (0.9, 4)
+
+
+def test_a_chain_is_explained(runs: Any, capsys: Any) -> None:
+    name = "chain-cut-2"
+    filters = filters_of(runs, name)
+    _, _, _, kept, left, out = filters[0]
+    assert main(["explain", str(runs.root / name), "--no-text", "--json", "--index", str(left[0]), str(out[0])]) == 0
+    samples = json.loads(capsys.readouterr().out)["samples"]
+    for sample, is_kept in zip(samples, (True, False), strict=True):
+        first, second = sample["filtered"]
+        assert (first["round"], first["until"], first["kept"], first["candidates"]) == (1, 2, is_kept, 80)
+        assert (first["rank"] <= kept["pool"]) == is_kept
+        assert (second["round"], second["until"]) == (3, 4)
+        assert is_kept or not {place["round"] for place in sample["placements"]} & {1, 2}
+    assert main(["explain", str(runs.root / name), "--no-text", "--top", "3", "--round", "2"]) == 0
+    assert "select.0 el2n left 40 of 80 samples in round 1, which stands\nselect.1 loss chose 8 of 40 samples\n" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_probe_leaves_no_trace(runs: Any) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dataflex.config.checks.values import dataset_names
 from dataflex.config.loading import RunConfig
 from dataflex.errors import ConfigError
+from dataflex.explain.filters import Filtered, filtered_samples, parts_of_round, times_decided
 from dataflex.explain.samples import Part, Texts, load_texts
 from dataflex.explain.text import lines_of, ranges
 from dataflex.record.reader import RunRecord, read_run
@@ -99,6 +100,8 @@ class Sample:
     planned: int
     trained: int
     placements: list[Placement]
+    filtered: list[Filtered]
+    """What the filters said of it, in the order they decided; empty without a list of selectors."""
     not_in: list[int]
     """Rounds whose plan does not have it."""
     text: list[Part] | None
@@ -297,6 +300,7 @@ def samples(record: Record, indices: Sequence[int], texts: Texts | None) -> list
         if positions.size:
             for place in record.placements(each, positions):
                 placed[place.index].append(place)
+    filtered = filtered_samples(record.run, wanted)
     found = []
     for index in dict.fromkeys(map(int, indices)):
         places = placed[index]
@@ -311,6 +315,7 @@ def samples(record: Record, indices: Sequence[int], texts: Texts | None) -> list
                 planned=len(places),
                 trained=sum(place.trained for place in places),
                 placements=places,
+                filtered=filtered[index],
                 not_in=[number for number in record.rounds if number not in within],
                 text=_text(texts, index),
             )
@@ -350,7 +355,14 @@ def top_of_round(record: Record, number: int, count: int, texts: Texts | None) -
         {**asdict(place), "dataset": record.dataset_of(place.domain), "text": _text(texts, place.index)}
         for place in places
     ]
-    return {"round": number, "size": each.size, "by": by, "domains": each.domains, "samples": listed}
+    return {
+        "round": number,
+        "size": each.size,
+        "by": by,
+        "domains": each.domains,
+        "selectors": parts_of_round(record.run, each),
+        "samples": listed,
+    }
 
 
 def overview(record: Record, texts: Texts | None) -> dict[str, Any]:
@@ -392,6 +404,7 @@ def overview(record: Record, texts: Texts | None) -> dict[str, Any]:
         "trained": sum(record.trained_rows(each) for each in record.run.rounds),
         "distinct": int(np.count_nonzero(counts)),
         "domains": uses,
+        "selectors": times_decided(record.run),
         "most_often": most_often,
         "as_often_as_the_last": int(np.count_nonzero(counts == counts[often[-1]])) if often.size else 0,
     }

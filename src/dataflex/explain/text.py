@@ -13,6 +13,7 @@ from dataflex.report.tables import NOTHING, Table, to_text
 
 if TYPE_CHECKING:
     from dataflex.explain.explain import Sample
+    from dataflex.explain.filters import SelectorPart
 
 _LISTED = 50
 """Samples found by their text whose indices are printed."""
@@ -71,6 +72,7 @@ def _sample_lines(sample: Sample, full: bool, rounds_missing: bool) -> list[str]
         trained = f"{trained}, in the rounds on record"
     told = f"planned {_times(sample.planned)}, {trained}" if sample.planned else never
     lines = [f"Sample {sample.index}{where}: {told}", *_text_lines(sample.text, full)]
+    lines += _filter_lines(sample)
     if not sample.placements:
         return lines
     header = ["round", "chosen by", "steps", "step", "trained", "position", "score", "rank", "decided", "counted"]
@@ -100,6 +102,25 @@ def _sample_lines(sample: Sample, full: bool, rounds_missing: bool) -> list[str]
     return lines
 
 
+def _filter_lines(sample: Sample) -> list[str]:
+    """Return what filters of a list of selectors said of a sample."""
+    if not sample.filtered:
+        return []
+    header = ["filter", "round", "stands until", "score", "rank", "for the next"]
+    rows = [
+        [
+            f"{said.key} {said.method}",
+            str(said.round),
+            str(said.until),
+            NOTHING if said.score is None else f"{said.score:.4g}",
+            _rank(said.rank, said.candidates),
+            "kept" if said.kept else "left out",
+        ]
+        for said in sample.filtered
+    ]
+    return to_text(Table("", header, rows, 1), _width()).rstrip("\n").split("\n")[1:]
+
+
 def _top_lines(found: dict[str, Any], full: bool) -> list[str]:
     told = {
         "rank": "best first by rank",
@@ -107,6 +128,7 @@ def _top_lines(found: dict[str, Any], full: bool) -> list[str]:
         "position": "in training order: the round has no scores",
     }
     lines = [f"Round {found['round']}: {len(found['samples'])} of {found['size']:,} samples, {told[found['by']]}"]
+    lines += [_part_line(part, number == len(found["selectors"]) - 1) for number, part in enumerate(found["selectors"])]
     for place in found["samples"]:
         score = "" if place["score"] is None else f", score {place['score']:.4g}"
         where = _where(place["domain"], place["dataset"], place["row"])
@@ -114,6 +136,20 @@ def _top_lines(found: dict[str, Any], full: bool) -> list[str]:
         lines += ["", f"Sample {place['index']}{where}{score}{rank}, step {place['step']}"]
         lines += _text_lines(place["text"], full)
     return lines
+
+
+def _part_line(part: SelectorPart, is_last: bool) -> str:
+    """Return what a selector of a list did in a round."""
+    name = f"{part.key} {part.method}"
+    of = "" if part.candidates is None or part.left is None else f"{part.left:,} of {_count(part.candidates, 'sample')}"
+    earlier = "an earlier round" if part.decided_in is None else f"round {part.decided_in}"
+    if part.decided:
+        return f"{name} {'chose' if is_last else 'left'} {of or _count(part.left or 0, 'sample')}"
+    if is_last:
+        return f"{name} chose {of or _count(part.left or 0, 'sample')} by what it scored up to {earlier}"
+    if not of:
+        return f"{name} was not asked, since the result of a later selector stands; it decided last in {earlier}"
+    return f"{name} left {of} in {earlier}, which stands"
 
 
 def _overview_lines(found: dict[str, Any], full: bool) -> list[str]:
@@ -129,6 +165,10 @@ def _overview_lines(found: dict[str, Any], full: bool) -> list[str]:
         f"{found['trained']:,} trained on",
         *table.rstrip("\n").split("\n")[1:],
         "",
+        *(
+            f"{each.key} {each.method} decided in {each.decided:,} of {_count(each.rounds, 'round')}."
+            for each in found["selectors"]
+        ),
         "Planned most often:",
     ]
     for often in found["most_often"]:

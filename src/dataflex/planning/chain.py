@@ -143,6 +143,8 @@ class SelectorChain:
         self.entries, self.pool, self.limit = entries, pool, limit
         self.outcomes: list[StageOutcome] = []
         """What each filter did in the present round."""
+        self.standing: list[str] = []
+        """Keys of the entries that did not decide in the present round, so that what they found before stands."""
         self._held: dict[str, dict[str, _Held]] = {}
         """What stands for an entry in a group, by configuration key and name of the group."""
         self._limited_at: int | None = None
@@ -164,6 +166,7 @@ class SelectorChain:
         parts = [self._entering(group, update) for group in groups]
         for number, entry in enumerate(self.entries[:-1]):
             self.outcomes.append(self._filter(number, entry, parts, update, context))
+        self.standing = [outcome.key for outcome in self.outcomes if not outcome.samples.size]
         if len(self.entries) > 1 and len(groups) == 1 and groups[0].size == self.pool.size:
             self._check_enough(parts[0], size)
         return self._choose(self.entries[-1], parts, update, context)
@@ -237,6 +240,8 @@ class SelectorChain:
         if self.limit is not None:
             self.limit.open(may_score)
             self._limited_at = update if may_score else self._limited_at
+        if all(part.held is not None for part in parts) if self.limit is None else not may_score:
+            self.standing.append(entry.key)
         found = []
         for part, ctx in zip(parts, contexts, strict=True):
             if overrides(selector, "select"):

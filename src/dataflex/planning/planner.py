@@ -73,6 +73,8 @@ class Plan:
     """Why the selector chose nothing from a group: ``pool``, or a domain where a mixer decides."""
     stages: tuple[StageOutcome, ...] = ()
     """What each filter of a chain of selectors did, in their order."""
+    standing: tuple[str, ...] = ()
+    """Keys of the selectors that did not decide in this round because of ``every``."""
 
     @property
     def sha256(self) -> str:
@@ -196,6 +198,7 @@ class Planner:
             self._undecided(slot, not_chosen, len(groups)),
             not_chosen,
             () if chain is None else tuple(chain.outcomes),
+            () if chain is None else tuple(chain.standing),
         )
 
     def _undecided(self, slot: RoundSlot, not_chosen: dict[str, str], groups: int) -> dict[str, str]:

@@ -27,6 +27,7 @@ from dataflex.record.schema import (
     CHANGES,
     DOMAIN_WEIGHTS,
     EVALUATIONS,
+    FILTERS,
     HEADER,
     LOSS_WEIGHTS,
     PLANS,
@@ -37,6 +38,7 @@ from dataflex.record.schema import (
     Change,
     DomainWeights,
     Evaluation,
+    Filtering,
     Header,
     Round,
     Summary,
@@ -239,6 +241,15 @@ class RunRecord:
     def plans(self) -> PlanReader:
         """The plans of the rounds."""
         return PlanReader(self.path / FOLDER / PLANS)
+
+    @cached_property
+    def filters(self) -> PlanReader:
+        """The samples that came to filters; of a round as :meth:`filtered` returns it."""
+        return PlanReader(self.path / FOLDER / FILTERS)
+
+    def filtered(self, each: Round) -> list[tuple[Filtering, Round]]:
+        """Return the filters that decided in a round, each with the round as :attr:`filters` reads its samples."""
+        return [(one, replace(each, plan=one.table, size=one.size)) for one in each.filters if one.table is not None]
 
     @cached_property
     def _by_number(self) -> dict[int, Round]:

@@ -31,6 +31,7 @@ VERSION = 2
 HEADER = "record.json"
 ROUNDS = "rounds.jsonl"
 PLANS = "plans"
+FILTERS = "filters"
 EVALUATIONS = "evaluations.jsonl"
 CHANGES = "changes.jsonl"
 SUMMARY = "summary.json"
@@ -99,6 +100,29 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Filtering:
+    """What a filter of a list of selectors did in a round."""
+
+    key: str
+    """Its configuration key, ``select.0`` for the first."""
+    method: str
+    candidates: dict[str, NonNegativeInt] = field(default_factory=dict)
+    """How many samples came to it, of each group: ``pool``, or the domains if a mixer decides."""
+    kept: dict[str, NonNegativeInt] = field(default_factory=dict)
+    """How many of them it left for the next selector."""
+    of_update: dict[str, NonNegativeInt] = field(default_factory=dict)
+    """The decision, from 0, whose result stands for each group."""
+    unscored: NonNegativeInt = 0
+    """Candidates without a score."""
+    size: NonNegativeInt = 0
+    """How many samples it decided about in this round; 0 if what it left earlier stands."""
+    number_kept: NonNegativeInt = 0
+    """How many of those it left; they are the first in the table."""
+    table: Place | None = None
+    """Where these samples are, in :data:`FILTERS`, with their scores and ranks."""
+
+
+@dataclass(frozen=True)
 class Round:
     """One line of ``rounds.jsonl``."""
 
@@ -134,6 +158,10 @@ class Round:
         field(default_factory=dict)
     )
     """The share wanted of each domain that ``max_epochs_per_domain`` gave less."""
+    filters: list[Filtering] = field(default_factory=list)
+    """What the selectors before the last one did."""
+    standing: list[str] = field(default_factory=list)
+    """Keys of the selectors whose earlier result stands in this round, because they decide once in several."""
     budget: dict[str, Any] | None = None
     """What was scored under ``max_overhead``, and why so much."""
 

@@ -6,6 +6,7 @@
     record.json                  the version of these files, the pool's domains and the methods
     rounds.jsonl                 one line per round
     evaluations.jsonl            one line per evaluation
+    filters/from-round-N.arrows  the samples that came to filters of a list of selectors, those they left first
     plans/from-round-N.arrows    the samples of round N and the next ones: position, index, domain, row, score, rank
     loss_weights.csv             the domains' weights in the loss of every step, where a mixer weighs the loss
     domain_weights.json          what such a mixer found, at the run's end
@@ -37,6 +38,7 @@ import yaml
 from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically
+from dataflex.planning.chain import StageOutcome
 from dataflex.planning.planner import Plan
 from dataflex.record.checkpoint import checkpoints, marked
 from dataflex.record.configuration import FILE as CONFIGURATION
@@ -51,6 +53,7 @@ from dataflex.record.schema import (
     CHANGES,
     DOMAIN_WEIGHTS,
     EVALUATIONS,
+    FILTERS,
     HEADER,
     LOSS_WEIGHTS,
     PLANS,
@@ -62,6 +65,7 @@ from dataflex.record.schema import (
     Cost,
     DomainWeights,
     Evaluation,
+    Filtering,
     Header,
     Round,
     Summary,
@@ -93,6 +97,7 @@ class RunWriter:
         self._starts: list[dict[str, Any]] = []
         self._header = Header(VERSION)
         self._plans: PlanWriter | None = None
+        self._filters: PlanWriter | None = None
         self._rounds: set[int] = set()
         try:
             (self.folder / PLANS).mkdir(parents=True, exist_ok=True)
@@ -137,6 +142,8 @@ class RunWriter:
         self._rounds = {each.round for each in rounds}
         kept = [each.plan for each in rounds if each.plan is not None]
         self._plans = PlanWriter(self.folder / PLANS, list(self._header.domains), kept)
+        tables = [filtered.table for each in rounds for filtered in each.filters if filtered.table is not None]
+        self._filters = PlanWriter(self.folder / FILTERS, list(self._header.domains), tables)
         self._set_tasks_aside()
         for name in (SUMMARY, DOMAIN_WEIGHTS):
             (self.folder / name).unlink(missing_ok=True)  # they speak of a finished run
@@ -176,7 +183,7 @@ class RunWriter:
         found = [each for each in (checkpoint.parent / FOLDER, checkpoint.parent) if read_identity(each) == run]
         if found:
             for path in found[0].iterdir():
-                if path.name in (PLANS, PLUGINS):
+                if path.name in (PLANS, FILTERS, PLUGINS):
                     shutil.copytree(path, self.folder / path.name, dirs_exist_ok=True)
                 elif path.name in _TAKEN_ALONG or path.name.startswith(_UNTIL):
                     shutil.copy2(path, self.folder / path.name)
@@ -340,9 +347,35 @@ class RunWriter:
             candidates=plan.candidates,
             epochs=_named(pool, plan.epochs) if len(pool.domains) > 1 and plan.epochs.size else {},
             clipped_shares=plan.clipped_shares,
+            filters=[self._filtering(plan.slot.number, stage, pool) for stage in plan.stages],
+            standing=list(plan.standing),
             budget=plan.budget,
         )
         self._append(ROUNDS, line)
+
+    def _filtering(self, number: int, stage: StageOutcome, pool: Pool) -> Filtering:
+        """Return what a filter did in a round, its samples written: first those it left, then the others."""
+        table = None
+        if stage.samples.size:
+            assert self._filters is not None
+            (self.folder / FILTERS).mkdir(exist_ok=True)
+            order = np.argsort(~stage.is_kept, kind="stable")
+            samples = stage.samples[order]
+            scores = None if stage.scores is None else stage.scores[order].astype(np.float32, copy=False)
+            ranks = None if stage.ranks is None else stage.ranks[order]
+            rows = Rows(samples, pool.domain_ids(samples), pool.row_numbers(samples), scores, ranks)
+            table = self._filters.write(number, rows)
+        return Filtering(
+            key=stage.key,
+            method=stage.method,
+            candidates=stage.candidates,
+            kept=stage.kept,
+            of_update=stage.of_update,
+            unscored=stage.unscored,
+            size=stage.samples.size,
+            number_kept=int(np.count_nonzero(stage.is_kept)),
+            table=table,
+        )
 
     def evaluation(self, line: Evaluation) -> None:
         """Record what an evaluation found."""
