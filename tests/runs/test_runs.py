@@ -195,7 +195,7 @@ def add_variants(workshop: Any) -> None:
 
 def chained(processes: int, **last: Any) -> dict[str, Any]:
     """A run of 8 steps whose filter decides in rounds 1 and 3, and which is saved inside round 2."""
-    select = [{"method": "el2n", "keep": 0.5, "every": 2}, {"method": "loss", "focus": "high", **last}]
+    select = [{"method": "el2n", "keep": 0.5, "every": 2}, {"method": "grand", **last}]
     parts = {"warmup_steps": 1, "update_steps": 2, "select": select}
     run = {**TWO_SETS, "per_device_train_batch_size": 4 // processes, "save_strategy": "steps", "save_steps": 4}
     return {**run, "dataflex": parts}
@@ -446,7 +446,7 @@ def test_a_chain_is_explained(runs: Any, capsys: Any) -> None:
         assert (second["round"], second["until"]) == (3, 4)
         assert is_kept or not {place["round"] for place in sample["placements"]} & {1, 2}
     assert main(["explain", str(runs.root / name), "--no-text", "--top", "3", "--round", "2"]) == 0
-    assert "select.0 el2n left 40 of 80 samples in round 1, which stands\nselect.1 loss chose 8 of 40 samples\n" in (
+    assert "select.0 el2n left 40 of 80 samples in round 1, which stands\nselect.1 grand chose 8 of 40 samples\n" in (
         capsys.readouterr().out
     )
 
