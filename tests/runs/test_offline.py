@@ -37,7 +37,8 @@ from pathlib import Path
 from dataflex import cli
 from dataflex.commands import offline
 from dataflex.probe import extraction
-from dataflex.probe import gradient_runs
+from dataflex.probe.gradient_norms import GradientMeasurement
+from dataflex.probe.runner import Runner
 from dataflex.probe.store import FeatureStore
 
 
@@ -46,14 +47,14 @@ class Killed(BaseException):
 
 
 measured, left = [], [None]
-new_pass, write, score_pool = gradient_runs.new_pass, FeatureStore.write, offline.score_pool
+attempt, write, score_pool = Runner.attempt, FeatureStore.write, offline.score_pool
 extraction._CHUNK_ROWS = 16
 
 
-def noting(runner, settings, reducer):
-    if runner.samples is runner.probe.pool:
-        measured.extend(runner.indices.tolist())
-    return new_pass(runner, settings, reducer)
+def noting(self, measure, indices):
+    if self.samples is self.probe.pool and isinstance(self.measurement, GradientMeasurement):
+        measured.extend(indices.tolist())
+    return attempt(self, measure, indices)
 
 
 def dying(self, *args):
@@ -73,7 +74,7 @@ def keeping(run, probe, output, amount):
     return found
 
 
-gradient_runs.new_pass, FeatureStore.write, offline.score_pool = noting, dying, keeping
+Runner.attempt, FeatureStore.write, offline.score_pool = noting, dying, keeping
 results = {}
 for name, item in json.load(open(sys.argv[1])).items():
     out, err = io.StringIO(), io.StringIO()

@@ -23,7 +23,7 @@ from dataflex.errors import ComponentError
 from dataflex.probe.checkpoints import adapter_settings
 from dataflex.probe.gradient_runs import feature_size, gradient_batches, projection_of, reduced_gradients
 from dataflex.probe.moments import Moments
-from dataflex.probe.store import FeatureStore
+from dataflex.probe.store import FeatureStore, bytes_of
 
 if TYPE_CHECKING:
     from dataflex.probe.model import ModelProbe
@@ -151,4 +151,4 @@ def _add(digest: Any, value: Tensor) -> None:
     local = getattr(value, "ds_tensor", local)
     local = local.to_local() if isinstance(local, torch.distributed.tensor.DTensor) else local
     digest.update(str((tuple(value.shape), value.dtype)).encode())
-    digest.update(local.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    digest.update(bytes_of(local))

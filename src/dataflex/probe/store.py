@@ -176,8 +176,8 @@ class FeatureStore:
                 "or store float32; if that does not help, the model's gradients are not finite."
             )
         try:
-            write_atomically(self._norms_file(chunk), _bytes_of(norms.detach().float()))
-            write_atomically(self._features_file(chunk), _bytes_of(stored))
+            write_atomically(self._norms_file(chunk), bytes_of(norms.detach().float()))
+            write_atomically(self._features_file(chunk), bytes_of(stored))
         except OSError as error:
             raise DataFlexError(f"{self.folder} cannot be written ({error}).") from error
 
@@ -401,5 +401,8 @@ def _file_size(path: Path) -> int:
         return -1
 
 
-def _bytes_of(values: Tensor) -> bytes:
-    return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+def bytes_of(values: Tensor) -> memoryview:
+    """Return the bytes of a tensor's values, row after row."""
+    # contiguous() leaves a slice of one value as it is, with a stride that view refuses: only a copy has stride 1.
+    copied = values.cpu().clone(memory_format=torch.contiguous_format)
+    return copied.flatten().view(torch.uint8).numpy().data

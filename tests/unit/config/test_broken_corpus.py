@@ -388,7 +388,9 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def named(example: dict[str, Any]) -> set[str]:
     section = example["dataflex"] or {}
     given = [example.get("dataset", "alpha"), example.get("eval_dataset")]
-    given += [(section.get(family) or {}).get("validation") for family in ("select", "mix")]
+    for entries in (section.get("select"), section.get("mix")):
+        each_entry = entries if isinstance(entries, list) else [entries or {}]
+        given += [entry.get("validation") for entry in each_entry]
     words = [word for each in given for word in ([each] if isinstance(each, str) else each or [])]
     return {name.strip() for word in words for name in word.split(",")}
 

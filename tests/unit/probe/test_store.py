@@ -97,6 +97,20 @@ def test_input_type_does_not_matter(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(store), values.detach().float().numpy())
 
 
+def test_columns_of_a_wider_table_are_written_as_they_are(tmp_path: Path) -> None:
+    """Features and lengths may be slices of one table: a chunk of one row is then a slice with a stride."""
+    store = opened(tmp_path)
+    table = torch.cat([features(), norms()[:, None]], dim=1)
+    for chunk in store.missing():
+        rows = table[store.positions(chunk)]
+        store.write(chunk, rows[:, :-1], rows[:, -1])
+    whole = opened(tmp_path / "whole")
+    fill(whole)
+    assert [path.read_bytes() for path in sorted(store.folder.glob("*.bin"))] == [
+        path.read_bytes() for path in sorted(whole.folder.glob("*.bin"))
+    ]
+
+
 def test_untrained_samples_are_stored_as_zeros(tmp_path: Path) -> None:
     store = opened(tmp_path, order=np.arange(N), chunks=[N])
     values = features()
