@@ -26,6 +26,16 @@ class RunView(Protocol):
         ...
 
     @property
+    def zero_stage(self) -> int:
+        """Stage of ZeRO in DeepSpeed's configuration, 0 to 3; 0 without one."""
+        ...
+
+    @property
+    def sharded_by(self) -> Literal["fsdp", "ZeRO-3"] | None:
+        """Which of the two spreads the weights of the model over the processes, if any."""
+        ...
+
+    @property
     def warmup_steps(self) -> int:
         """Optimizer steps before the first decision."""
         ...

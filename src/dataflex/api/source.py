@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,14 @@ def place_of(cls: type) -> str | None:
     if file is None:
         return None
     try:
-        return f"{file}, line {inspect.getsourcelines(cls)[1]}"
+        return f"{file}, line {_first_line(cls)}"
     except (OSError, TypeError):  # the file changed meanwhile, or the class was made by a call
         return file
+
+
+@cache  # reading a source file takes milliseconds, and labels are made at every step
+def _first_line(cls: type) -> int:
+    return inspect.getsourcelines(cls)[1]
 
 
 def label_of(component: Component, methods: Sequence[str] = ()) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -148,6 +148,20 @@ class RunConfig:
             except (OSError, ValueError):
                 return {}
         return given if isinstance(given, dict) else {}
+
+    @property
+    def zero_stage(self) -> int:
+        """Stage of ZeRO in DeepSpeed's configuration, 0 to 3; 0 without one."""
+        block = (self.deepspeed or {}).get("zero_optimization")
+        stage = block.get("stage", 0) if isinstance(block, dict) else 0
+        return stage if isinstance(stage, int) else 0
+
+    @property
+    def sharded_by(self) -> Literal["fsdp", "ZeRO-3"] | None:
+        """Which of the two spreads the weights of the model over the processes, if any."""
+        if self.llamafactory.get("fsdp"):
+            return "fsdp"
+        return "ZeRO-3" if self.zero_stage == 3 else None
 
     def with_assets(self) -> RunConfig:
         """Return the configuration with ``asset:NAME`` values replaced by paths, fetching what is not there yet.

@@ -37,37 +37,37 @@ def error_norm(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def full_forward(
-    model: torch.nn.Module, inputs: dict[str, Any], targets: Tensor, statistic: Statistic = cross_entropy
+    model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, statistic: Statistic = cross_entropy
 ) -> Tensor:
     """Return per-sample token means (B,) from the model's own logits; NaN where no token counts."""
-    rows, columns = torch.nonzero(targets != IGNORE_INDEX, as_tuple=True)
+    rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
     logits = model(**inputs, use_cache=False).logits[rows, columns].float()
-    return _means(statistic(logits, targets[rows, columns]), rows, targets)
+    return _means(statistic(logits, labels[rows, columns]), rows, labels)
 
 
 def chunked_forward(
-    model: torch.nn.Module, inputs: dict[str, Any], targets: Tensor, statistic: Statistic = cross_entropy
+    model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, statistic: Statistic = cross_entropy
 ) -> Tensor:
     """Return per-sample token means (B,), applying the head only where a token counts, in chunks."""
-    rows, columns = torch.nonzero(targets != IGNORE_INDEX, as_tuple=True)
-    labels = targets[rows, columns]
-    values = torch.zeros(rows.numel(), dtype=torch.float32, device=targets.device)
+    rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
+    counted = labels[rows, columns]
+    values = torch.zeros(rows.numel(), dtype=torch.float32, device=labels.device)
 
     def run(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         for begin in range(0, rows.numel(), HEAD_CHUNK):
             part = slice(begin, begin + HEAD_CHUNK)
-            values[part] = statistic(apply(hidden[rows[part], columns[part]]).float(), labels[part])
+            values[part] = statistic(apply(hidden[rows[part], columns[part]]).float(), counted[part])
         return hidden[..., :1]
 
     with replaced_forward(model.get_output_embeddings(), run):
         model(**inputs, use_cache=False)
-    return _means(values, rows, targets)
+    return _means(values, rows, labels)
 
 
-def _means(values: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+def _means(values: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
     """Return means over each sample's positions, (B,)."""
-    counts = (targets != IGNORE_INDEX).sum(1)
-    return sample_means(values.new_zeros(targets.shape[0]).index_add_(0, rows, values), counts)
+    counts = (labels != IGNORE_INDEX).sum(1)
+    return sample_means(values.new_zeros(labels.shape[0]).index_add_(0, rows, values), counts)
 
 
 @contextmanager

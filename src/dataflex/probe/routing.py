@@ -33,14 +33,14 @@ def stacked_experts(model: nn.Module) -> dict[nn.Module, int]:
     return found
 
 
-def real_tokens(inputs: dict[str, Any], targets: Tensor) -> Tensor:
+def real_tokens(inputs: dict[str, Any], labels: Tensor) -> Tensor:
     """Return which positions of a batch are not padding, in the shape of its labels, (B, T).
 
     Attention masks are (B, T), or (B, 1, T, T) with 0 where a position sees another: real tokens see themselves.
     """
     mask = inputs.get("attention_mask")
     if mask is None:
-        return torch.ones_like(targets, dtype=torch.bool)
+        return torch.ones_like(labels, dtype=torch.bool)
     if mask.dim() == 4:
         return torch.diagonal(mask[:, 0], dim1=1, dim2=2) == 0
     return mask != 0

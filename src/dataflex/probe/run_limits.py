@@ -49,14 +49,14 @@ def moment_problems(settings: GradientSettings, run: RunView) -> Iterator[tuple[
         )
     for key in _chosen(run):
         yield "preconditioner", f"{name!r} does not go with {key}: {_NO_MOMENTS[key]}."
-    own = deepspeed_value(run, "optimizer", "type")
+    own = _deepspeed_value(run, "optimizer", "type")
     if own is not None and str(own).lower() not in _DEEPSPEED_OWN_ADAMS:
         yield (
             "preconditioner",
             f"{name!r} reads Adam's moments, and the DeepSpeed configuration has the optimizer {own}; name Adam or "
             "AdamW there, or set preconditioner: none.",
         )
-    readable, optimizer = _ADAMS if zero_stage(run) is None else _DEEPSPEED_ADAMS, _optimizer(run)
+    readable, optimizer = _ADAMS if run.deepspeed is None else _DEEPSPEED_ADAMS, _optimizer(run)
     if own is None and optimizer not in readable:
         where = "" if readable is _ADAMS else "under DeepSpeed "
         yield (
@@ -80,15 +80,7 @@ def _chosen(run: RunView) -> list[str]:
     return [key for key in _NO_MOMENTS if str(run.llamafactory.get(key, False)).lower() in ("1", "true", "yes")]
 
 
-def zero_stage(run: RunView) -> int | None:
-    """Return the stage in a run's DeepSpeed configuration; None without DeepSpeed."""
-    if run.deepspeed is None:
-        return None
-    stage = deepspeed_value(run, "zero_optimization", "stage")
-    return stage if isinstance(stage, int) else 0
-
-
-def deepspeed_value(run: RunView, block: str, key: str) -> Any:
+def _deepspeed_value(run: RunView, block: str, key: str) -> Any:
     """Return a value of a block of a run's DeepSpeed configuration, None if it is not there."""
     found = (run.deepspeed or {}).get(block)
     return found.get(key) if isinstance(found, dict) else None

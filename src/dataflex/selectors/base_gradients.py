@@ -249,7 +249,7 @@ class CheckpointSelector(InfluenceSelector[CheckpointedT]):
 
     def _spread_problems(self, run: RunView, moments: bool) -> Iterator[tuple[str, str]]:
         """Yield why stored checkpoints cannot be looked at in a run whose model or optimizer is spread out."""
-        spread = spread_by(run)
+        spread = run.sharded_by
         if spread is not None:
             others = "Train under DDP (neither deepspeed nor fsdp)" + ("" if moments else " or ZeRO-2")
             yield (
@@ -257,7 +257,7 @@ class CheckpointSelector(InfluenceSelector[CheckpointedT]):
                 f"stored weights cannot be looked at while {spread} spreads the model over the processes. {others}, or "
                 "score the pool before with dataflex-cli score, also without them, and train on what it selects.",
             )
-        elif moments and zero_stage(run) is not None:
+        elif moments and run.deepspeed is not None:
             yield (
                 "checkpoints",
                 f"with preconditioner: {self.params.preconditioner} the moments in each checkpoint's optimizer.pt are "
@@ -302,24 +302,3 @@ def subtask_means(features: ScoreArray, ctx: RoundContext) -> ScoreArray:
             )
         means.append(part.mean(axis=0))
     return np.stack(means).astype(np.float32)
-
-
-def spread_by(run: RunView) -> str | None:
-    """Return what spreads the weights of a run over its processes, ``fsdp`` or ``ZeRO-3``, or None."""
-    if run.llamafactory.get("fsdp"):
-        return "fsdp"
-    return "ZeRO-3" if zero_stage(run) == 3 else None
-
-
-def zero_stage(run: RunView) -> int | None:
-    """Return the stage in a run's DeepSpeed configuration; None without DeepSpeed."""
-    if run.deepspeed is None:
-        return None
-    stage = _deepspeed_value(run, "zero_optimization", "stage")
-    return stage if isinstance(stage, int) else 0
-
-
-def _deepspeed_value(run: RunView, block: str, key: str) -> Any:
-    """Return a value of a block of a run's DeepSpeed configuration, None if it is not there."""
-    found = (run.deepspeed or {}).get(block)
-    return found.get(key) if isinstance(found, dict) else None

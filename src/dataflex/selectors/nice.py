@@ -44,7 +44,7 @@ from dataflex import (
     on_main,
     register,
 )
-from dataflex.selectors.base_gradients import InfluenceParams, InfluenceSelector, spread_by
+from dataflex.selectors.base_gradients import InfluenceParams, InfluenceSelector
 from dataflex.selectors.base_rewards import Reward, RewardChoice
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class NiceSelector(InfluenceSelector[NiceParams]):
             return
         if find_spec("vllm") is None:
             yield "generation_backend", "vllm is not installed; pip install vllm, or set generation_backend: hf."
-        spread = spread_by(run)
+        spread = run.sharded_by
         if spread is not None:
             yield (
                 "generation_backend",

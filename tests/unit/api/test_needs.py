@@ -116,6 +116,13 @@ def test_what_a_component_may_read_of_its_run(tmp_path):
         assert RunConfig({"deepspeed": given}, None).deepspeed == zero
     assert RunConfig({"deepspeed": str(tmp_path / "none.json")}, None).deepspeed == {}
     assert RunConfig({}, DataFlexConfig(warmup_steps=7), offline=True).warmup_steps == 7
+    assert (plain.zero_stage, plain.sharded_by) == (0, None)
+    assert (RunConfig({"deepspeed": zero}, None).zero_stage, RunConfig({"deepspeed": zero}, None).sharded_by) == (
+        2,
+        None,
+    )
+    assert RunConfig({"deepspeed": {"zero_optimization": {"stage": 3}}}, None).sharded_by == "ZeRO-3"
+    assert RunConfig({"fsdp": "full_shard"}, None).sharded_by == "fsdp"
 
 
 def test_validation_samples_are_there_for_those_who_asked():

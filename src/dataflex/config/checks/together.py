@@ -14,7 +14,6 @@ from dataflex.config.checks.values import (
     number,
     truthy,
     word,
-    zero_stage,
 )
 from dataflex.config.loading import RunConfig
 from dataflex.errors import Problem, unknown
@@ -155,7 +154,7 @@ def _sharded(config: RunConfig) -> Iterator[Problem]:
     for key in ("use_galore", "use_apollo"):
         if truthy(config, key):
             yield Problem(key, "is not possible with deepspeed; remove one of the two.")
-    if zero_stage(config) == 3:
+    if config.zero_stage == 3:
         for key, why in _NO_ZERO_3.items():
             if truthy(config, key):
                 yield Problem(key, f"does not go with DeepSpeed's ZeRO-3: {why}.")

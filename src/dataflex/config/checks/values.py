@@ -61,10 +61,3 @@ def evaluates(config: RunConfig) -> bool:
 def has_evaluation_data(config: RunConfig) -> bool:
     """Return whether there is something to evaluate on."""
     return bool(dataset_names(config, "eval_dataset")) or number(config, "val_size", 0.0) > 1e-6
-
-
-def zero_stage(config: RunConfig) -> int:
-    """Return the stage of ZeRO in DeepSpeed's configuration, 0 without one."""
-    block = (config.deepspeed or {}).get("zero_optimization")
-    stage = block.get("stage", 0) if isinstance(block, dict) else 0
-    return stage if isinstance(stage, int) else 0

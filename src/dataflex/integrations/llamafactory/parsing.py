@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from dataflex.config.arguments import llamafactory_keys
-from dataflex.config.checks.values import truthy, zero_stage
+from dataflex.config.checks.values import truthy
 from dataflex.config.loading import RunConfig
 from dataflex.errors import ConfigError, DataFlexError, Problem
 
@@ -134,7 +134,7 @@ def dry_run(config: RunConfig) -> list[str]:
             contextlib.redirect_stderr(io.StringIO()),
             replaced(parser, "_set_transformers_logging", lambda: None),
             replaced(parser, "is_torch_bf16_gpu_available", lambda: True),
-            replaced(parser, "is_deepspeed_zero3_enabled", lambda: zero_stage(config) == 3),
+            replaced(parser, "is_deepspeed_zero3_enabled", lambda: config.zero_stage == 3),
             replaced(transformers, "set_seed", lambda *args, **options: None),
         ):
             arguments = _parsed(parser.get_train_args, {**given, "use_cpu": True}, config.source)
