@@ -56,6 +56,7 @@ class Cases:
         self._mixers()
         self._loss_weighing_mixers()
         self._orders_and_weighters()
+        self._columns_and_lists()
         self._together()
 
     def _add(self, name: str, section: Json, changes: Json | None = None) -> None:
@@ -186,6 +187,17 @@ class Cases:
             cooling = {"strategy": strategy, "temperature": 0.4, "temperature_end": 2.0, "temperature_steps": 6}
             self._add(f"weight-loss-{strategy}", {"weight": {"method": "loss", **cooling}}, batch)
 
+    def _columns_and_lists(self) -> None:
+        scored = {"dataset": "scored", "per_device_train_batch_size": 4}
+        column = {"method": "score_column", "column": "quality"}
+        self._add("select-score_column", {"select": {**column, "direction": "low"}}, scored)
+        self._add("order-score_column", {"order": column}, scored)
+        self._add("weight-score_column", {"weight": {**column, "normalized": True}}, scored)
+        low_loss = {"method": "loss", "focus": "low"}
+        self._add("select-list", {"select": [{**column, "keep": 0.5, "every": 2}, low_loss]}, scored)
+        weights = [{"method": "loss", "temperature": 0.4, "every": 2}, column]
+        self._add("weight-list", {"weight": weights}, {**scored, **TWICE})
+
     def _together(self) -> None:
         weight = {"method": "loss", "temperature": 0.4}
         select = {"method": "loss", "focus": "high"}
@@ -217,8 +229,13 @@ class Cases:
     def methods(self) -> set[str]:
         """Return the methods that are trained, as ``family/method``."""
         families = ("select", "mix", "order", "weight")
-        sections = [case["dataflex"] for case in self.of.values()]
-        return {f"{key}/{section[key]['method']}" for section in sections for key in families if key in section}
+        found = set()
+        for case in self.of.values():
+            for family in families:
+                entries = case["dataflex"].get(family, [])
+                for entry in entries if isinstance(entries, list) else [entries]:
+                    found.add(f"{family}/{entry['method']}")
+        return found
 
 
 class Machine:
@@ -241,7 +258,11 @@ class Machine:
         rows = json.loads((data / "held.json").read_text())
         tagged = [{**row, "task": "abc"[number % 3]} for number, row in enumerate(rows)]
         (data / "tagged.json").write_text(json.dumps(tagged))
-        (data / "dataset_info.json").write_text(json.dumps(info | {"tagged": {"file_name": "tagged.json"}}))
+        rows = json.loads((data / "alpha.json").read_text())
+        scored = [{**row, "quality": (7 * number % 11) / 10} for number, row in enumerate(rows)]
+        (data / "scored.json").write_text(json.dumps(scored))
+        more = {name: {"file_name": f"{name}.json"} for name in ("tagged", "scored")}
+        (data / "dataset_info.json").write_text(json.dumps(info | more))
         (inputs / "mixtures.csv").write_text(MIXTURES)
         (inputs / "losses.csv").write_text(LOSSES)
         reward = "def words(prompt, response, reference):\n    return float(len(set(response) & set(reference)))\n"

@@ -18,6 +18,7 @@ SOME = (
     "mix-doremi-current-2",
     "mix-doge-paper-1",
     "weight-loss-sample-2",
+    "select-list",
     "select-mix-order",
     "pt-everything",
 )
