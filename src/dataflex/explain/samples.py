@@ -113,7 +113,7 @@ def load_texts(record: RunRecord, full: bool) -> Texts | str:
     ]
     if other:
         return f"the data is not that of the run any more: {', '.join(other)}."
-    known = [start["fingerprints"]["dataset"] for start in record.starts if "dataset" in start.get("fingerprints", {})]
+    known = [start.fingerprints["dataset"] for start in record.starts if "dataset" in start.fingerprints]
     if known and known[-1] != pool.fingerprint:
         return "the data is not that of the run any more: it has as many samples, but others."
     return Texts(pool, tokenizer, full)

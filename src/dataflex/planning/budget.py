@@ -57,6 +57,28 @@ class Budget:
             raise ValueError(f"prior must be positive, got {self.prior}")
 
 
+@dataclass
+class LimitedDecision:
+    """What one decision did under the cap, in all groups."""
+
+    clusters: int
+    """Clusters of the pool."""
+    scored: int
+    """Samples scored."""
+    allowed: int
+    """Samples the cap allowed."""
+    max_age: int
+    """Decisions, this one included, for which a score is valid."""
+    chosen_by_own_score: float
+    """Share of the chosen samples with a valid score of their own."""
+    seconds_per_sample: float | None = None
+    """Measured, of scoring one sample on all processes together; None before the first scores."""
+    fixed_seconds: float | None = None
+    """Measured, of what a decision costs whatever it scores: the mean so far."""
+    step_seconds: float | None = None
+    """Mean time of a training step so far."""
+
+
 @dataclass(frozen=True)
 class Costs:
     """What training and decisions have cost in this run so far, in seconds; equal on all ranks."""

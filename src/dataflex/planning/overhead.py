@@ -28,7 +28,7 @@ from dataflex.data.clusters import token_clusters
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
-from dataflex.planning.budget import Budget, Costs, Draw, ScoreBook, affordable, draw_by_rule
+from dataflex.planning.budget import Budget, Costs, Draw, LimitedDecision, ScoreBook, affordable, draw_by_rule
 
 if TYPE_CHECKING:
     from dataflex.api.schedule import Schedule
@@ -90,8 +90,8 @@ class LimitedScoring:
         """The selector's parameters the book's scores depend on."""
         self._seconds, self._samples = 0.0, 0
         self._fixed_seconds, self._fixed_count = 0.0, 0
-        self.notes: dict[str, Any] = {}
-        """What the present decision did, for the record."""
+        self.done: LimitedDecision | None = None
+        """What the present decision did, for the record; None before it chose."""
         self._now = _Decision(True)
         self._decisions, self._scoring, self._scored = 0, 0, 0
         """Decisions, those of them that scored, and the scores they made in all."""
@@ -100,7 +100,7 @@ class LimitedScoring:
 
     def open(self, may_score: bool = True) -> None:
         """Begin a decision; ``may_score``: whether it is one in which the selector decides."""
-        self.notes, self._now = {}, _Decision(may_score)
+        self.done, self._now = None, _Decision(may_score)
 
     def choose(self, selector: Selector, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return ``count`` of the candidates, scoring no more of them than the limit allows."""
@@ -111,14 +111,16 @@ class LimitedScoring:
         self._made_with = made_with
         book = self._book_now()
         now = self._now
+        if self.done is None:
+            self.done = LimitedDecision(int(book.clusters.max()) + 1, 0, 0, 0, 0.0)
+        done = self.done
         if now.allowed is None:
-            self.notes = {"scored": 0, "clusters": int(book.clusters.max()) + 1}
             now.allowed = self._allowed(ctx, book) if now.may_score else 0
             self._decisions += 1
         share = count / ctx.size
         if round(now.allowed * share):
             self._score(selector, ctx, book, candidates, share)
-        self.notes["allowed"] = now.allowed
+        done.allowed = now.allowed
         max_age = book.max_age(candidates, count, ctx.update)
         used, estimated = book.used[candidates], book.estimates(candidates, ctx.update, max_age)
         try:
@@ -128,8 +130,8 @@ class LimitedScoring:
         # Of all groups of the decision, where a mixer makes several.
         now.by_own_score += int((book.scored_at[chosen] > ctx.update - max_age).sum())
         now.chosen += chosen.size
-        self.notes["max_age"] = max(max_age, self.notes.get("max_age", 0))
-        self.notes["chosen_by_own_score"] = round(now.by_own_score / now.chosen, 4)
+        done.max_age = max(max_age, done.max_age)
+        done.chosen_by_own_score = round(now.by_own_score / now.chosen, 4)
         ranks = _ranks(selector, estimated, used, np.searchsorted(candidates, chosen))
         unscored = int(book.unscorable(candidates).sum())
         ranked = 0 if ranks is None else candidates.size - unscored
@@ -160,11 +162,10 @@ class LimitedScoring:
             seconds_per_sample=self._seconds / self._samples,
             fixed_seconds=max(0.0, fixed - paid_fixed),
         )
-        self.notes |= {
-            "seconds_per_sample": round(costs.seconds_per_sample, 6),
-            "fixed_seconds": round(fixed, 4),
-            "step_seconds": round(costs.expected_step_seconds, 6),
-        }
+        assert self.done is not None
+        self.done.seconds_per_sample = round(costs.seconds_per_sample, 6)
+        self.done.fixed_seconds = round(fixed, 4)
+        self.done.step_seconds = round(costs.expected_step_seconds, 6)
         return affordable(
             costs,
             self.budget,
@@ -219,9 +220,10 @@ class LimitedScoring:
             self._warn_if_over(selector, ctx)
         book.record(np.concatenate(done), np.concatenate(values), ctx.update)
         scored = sum(part.size for part in done)
-        self._scoring += not self.notes["scored"]
+        assert self.done is not None
+        self._scoring += not self.done.scored
         self._scored += scored
-        self.notes["scored"] += scored
+        self.done.scored += scored
 
     def _warn_if_over(self, selector: Selector, ctx: RoundContext) -> None:
         """Say so where the first decision alone took more than the cap allows the whole run."""

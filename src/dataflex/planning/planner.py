@@ -33,6 +33,7 @@ from dataflex.data.rng import derive_rng, key_of
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray, KeyedPermutation, PassSampler, exactly
 from dataflex.errors import ComponentError, ConfigError
+from dataflex.planning.budget import LimitedDecision
 from dataflex.planning.chain import SelectorChain, StageOutcome
 from dataflex.planning.overhead import LimitedScoring
 
@@ -57,7 +58,7 @@ class Plan:
     """The domain shares in force (with a mixer) or found in the plan, shape (K,)."""
     unscored: int = 0
     """Candidates left out because they have no score."""
-    budget: dict[str, Any] | None = None
+    budget: LimitedDecision | None = None
     """What was scored under ``max_overhead``, and why so much."""
     ranks: IndexArray | None = None
     """The rank of each among the candidates of its group, in the same order, 1 the best; 0 where it has none."""
@@ -177,7 +178,7 @@ class Planner:
         else:
             self.planned += self._counts(groups)
         limit = None if chain is None else chain.limit
-        budget = None if limit is None else limit.notes or None
+        budget = None if limit is None else limit.done
         ranked = {
             group.name: int(part.ranked) for group, part in zip(groups, parts, strict=True) if part.ranks is not None
         }

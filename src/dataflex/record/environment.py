@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,12 @@ from dataflex.config.checks import dataset_names
 from dataflex.config.loading import SECTION, RunConfig
 from dataflex.config.masking import masked, masked_argument
 from dataflex.data.fingerprints import WEIGHTS, digest_of_ends, file_digest, is_file, is_model_folder, model_digests
-from dataflex.errors import ConfigError
 from dataflex.record.configuration import FILE as CONFIGURATION
 from dataflex.record.configuration import PLUGINS, Recorded
 from dataflex.record.files import json_lines, read_object
 from dataflex.record.identity import now
-from dataflex.record.schema import CHANGES, Change, from_json
+from dataflex.record.schema import CHANGES, ENVIRONMENT, Change, Environment, Start, from_json
 from dataflex.record.versions import installed_versions
-
-FILE = "environment.json"
 
 _WHOLE = 2**30
 """Files of data up to so many bytes are digested whole; larger ones count by their size and their ends."""
@@ -58,7 +56,7 @@ _VARIABLES = (
 """Environment variables on record where they are set: the launcher's, and those that change what is loaded."""
 
 
-def environment(config: RunConfig, kept: Recorded, world_size: int, step: int) -> dict[str, Any]:
+def environment(config: RunConfig, kept: Recorded, world_size: int, step: int) -> Start:
     """Return the entry of one start of a run, but for what only the run knows of its data.
 
     Args:
@@ -67,22 +65,22 @@ def environment(config: RunConfig, kept: Recorded, world_size: int, step: int) -
         world_size: processes.
         step: optimizer steps done, after which it goes on.
     """
-    return {
-        "step": step,
-        "started": now(),
-        "versions": {"python": platform.python_version(), **installed_versions()},
-        "platform": platform.platform(),
-        "processes": world_size,
-        "devices": _devices(),
-        "environment": {name: masked(os.environ[name]) for name in _VARIABLES if name in os.environ},
-        "working_directory": str(Path.cwd()),
-        "command": [masked_argument(argument) for argument in sys.argv],
-        "configuration": config.source and str(Path(config.source).absolute()),
-        "plugins": _plugins(kept),
-        "model": _model(str(config.llamafactory.get("model_name_or_path") or ""), kept),
-        "datasets": _datasets(config),
-        "files": _named_files(kept.configuration.get(SECTION)),
-    }
+    return Start(
+        step=step,
+        started=now(),
+        versions={"python": platform.python_version(), **installed_versions()},
+        platform=platform.platform(),
+        processes=world_size,
+        devices=_devices(),
+        environment={name: masked(os.environ[name]) for name in _VARIABLES if name in os.environ},
+        working_directory=str(Path.cwd()),
+        command=[masked_argument(argument) for argument in sys.argv],
+        configuration=config.source and str(Path(config.source).absolute()),
+        plugins=_plugins(kept),
+        model=_model(str(config.llamafactory.get("model_name_or_path") or ""), kept),
+        datasets=_datasets(config),
+        files=_named_files(kept.configuration.get(SECTION)),
+    )
 
 
 def _devices() -> list[str]:
@@ -207,51 +205,53 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def starts(run: Path) -> list[dict[str, Any]]:
-    """Return the entries on record of a run, the first start first; none in records of the first release.
+def read_environment(record: Path) -> Environment:
+    """Return what a run was started with, by the folder of its record; no start in records of the first release.
 
     Raises:
         ConfigError: if the file is not what it should be.
     """
-    file = run / SECTION / FILE
-    found = (read_object(file) or {}).get("starts", [])
-    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
-        raise ConfigError(f"{file}: expected a list of objects under 'starts'.")
-    return found
+    return from_json(Environment, read_object(record / ENVIRONMENT) or {}, record / ENVIRONMENT)
 
 
-def repeated_start(config: RunConfig) -> dict[str, Any] | None:
-    """Return the last entry of the record a configuration is of, where it is the file of one; else None."""
+@dataclass(frozen=True)
+class Repeated:
+    """The last start of the run whose configuration is run again."""
+
+    start: Start
+    was_changed: bool
+    """Whether its settings were others for a part of that run."""
+
+
+def repeated_start(config: RunConfig) -> Repeated | None:
+    """Return the last start on record if a configuration is the file of a record, else None."""
     file = Path(config.source).absolute() if config.source else None
-    if file is None or file.name != CONFIGURATION or not (file.parent / FILE).is_file():
+    if file is None or file.name != CONFIGURATION or not (file.parent / ENVIRONMENT).is_file():
         return None
-    found = (read_object(file.parent / FILE) or {}).get("starts") or [{}]
+    starts = read_environment(file.parent).starts
     lines = [from_json(Change, value, where) for where, value in json_lines(file.parent / CHANGES)]
-    changed = [line for line in lines if line.holds]
-    return {**found[-1], "changed": len(changed)}
+    return Repeated(starts[-1] if starts else Start(0), any(line.holds for line in lines))
 
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(repeated: Repeated, now: Start) -> list[str]:
     """Return in what a start differs from the one on record that it repeats, as far as numbers may depend on it."""
-    found = []
-    if then.get("changed"):
+    found, then = [], repeated.start
+    if repeated.was_changed:
         found.append("settings were changed while that run went on, and config.yaml has only the last (changes.jsonl)")
-    if then.get("processes") not in (None, now["processes"]):
-        found.append(f"it had {then['processes']} processes, this one {now['processes']} (NPROC_PER_NODE)")
-    if "devices" in then and then["devices"] != now["devices"]:
-        devices = [", ".join(dict.fromkeys(each)) or "the CPU" for each in (then["devices"], now["devices"])]
+    if then.processes not in (None, now.processes):
+        found.append(f"it had {then.processes} processes, this one {now.processes} (NPROC_PER_NODE)")
+    if then.devices not in (None, now.devices):
+        devices = [", ".join(dict.fromkeys(each or [])) or "the CPU" for each in (then.devices, now.devices)]
         found.append(f"it ran on {devices[0]}, this one on {devices[1]}")
-    for package, version in (then.get("versions") or {}).items():
-        if now["versions"].get(package) != version:
-            found.append(f"{package} was {version}, now {now['versions'].get(package, 'not installed')}")
-    if "model" in then and then["model"] != now["model"]:
+    for package, version in then.versions.items():
+        if now.versions.get(package) != version:
+            found.append(f"{package} was {version}, now {now.versions.get(package, 'not installed')}")
+    if then.model and then.model != now.model:
         found.append("the files of the base model are others")
-    for name, entry in (then.get("datasets") or {}).items():
-        if name in now["datasets"] and _digests(entry) != _digests(now["datasets"][name]):
+    for name, entry in then.datasets.items():
+        if name in now.datasets and _digests(entry) != _digests(now.datasets[name]):
             found.append(f"data set {name!r} has another content")
-    tokenized = [
-        key for key, value in (then.get("fingerprints") or {}).items() if now["fingerprints"].get(key) != value
-    ]
+    tokenized = [key for key, value in then.fingerprints.items() if now.fingerprints.get(key) != value]
     if tokenized and not any("content" in each for each in found):
         found.append(f"{', '.join(tokenized)} gives other samples")
     return found

@@ -6,7 +6,6 @@ that has another identity is another run's, whatever its number.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import uuid
@@ -14,14 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically
+from dataflex.record.files import read_object
+from dataflex.record.schema import RUN, Identity, Origin, from_json, to_json
 
 FOLDER = "dataflex"
 """The record, in the output folder."""
-RUN_FILE = "run.json"
 LOCK_FILE = ".dataflex.lock"
 """In the output folder itself: the record's folder is moved when a new run begins."""
 
@@ -37,25 +36,20 @@ def read_identity(record: Path) -> str | None:
     Raises:
         ConfigError: if the file cannot be read.
     """
-    try:
-        value = json.loads((record / RUN_FILE).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise ConfigError(f"{record / RUN_FILE} is not readable JSON ({error}).") from error
-    return value.get("id") if isinstance(value, dict) else None
+    value = read_object(record / RUN)
+    return None if value is None else from_json(Identity, value, record / RUN).id
 
 
-def write_identity(record: Path, identity: str, continues: dict[str, Any] | None = None) -> None:
+def write_identity(record: Path, identity: str, continues: Origin | None = None) -> None:
     """Write whose record a folder is.
 
     Args:
         record: the folder.
         identity: of the run.
-        continues: ``run``, ``step`` and ``checkpoint`` of another run that this one goes on from.
+        continues: the other run that this one goes on from.
     """
-    value = {"id": identity, "began": now()} | ({} if continues is None else {"continues": continues})
-    write_atomically(record / RUN_FILE, (json_text(value, indent=2) + "\n").encode())
+    value = to_json(Identity(identity, now(), continues))
+    write_atomically(record / RUN, (json_text(value, indent=2) + "\n").encode())
 
 
 def now() -> str:

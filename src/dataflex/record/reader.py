@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dataflex.errors import ConfigError
 from dataflex.record.configuration import read_configuration
-from dataflex.record.environment import starts
+from dataflex.record.environment import read_environment
 from dataflex.record.files import json_lines, read_object
 from dataflex.record.identity import FOLDER
 from dataflex.record.loss_weights import LossWeights, read_loss_weights
@@ -41,6 +41,7 @@ from dataflex.record.schema import (
     Filtering,
     Header,
     Round,
+    Start,
     Summary,
     Task,
     from_json,
@@ -96,7 +97,7 @@ class RunRecord:
     name: str
     config: Mapping[str, Any]
     """LLaMA-Factory's keys, and ``dataflex``."""
-    starts: list[dict[str, Any]]
+    starts: list[Start]
     """The entries of ``environment.json``, the first start first; empty in older records."""
     rounds: list[Round]
     changes: list[Change]
@@ -343,7 +344,7 @@ def read_run(path: Path) -> RunRecord:
         path=path,
         name=path.resolve().name,
         config=config,
-        starts=starts(path),
+        starts=read_environment(folder).starts,
         rounds=read_rounds(folder, header),
         changes=[from_json(Change, value, where) for where, value in json_lines(folder / CHANGES)],
         summary=summary,

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from dataflex.errors import ConfigError
+from dataflex.planning.budget import LimitedDecision
 
 VERSION = 2
 """Of the record's files. A record without :data:`HEADER` is of version 1."""
@@ -35,6 +36,8 @@ FILTERS = "filters"
 EVALUATIONS = "evaluations.jsonl"
 CHANGES = "changes.jsonl"
 SUMMARY = "summary.json"
+ENVIRONMENT = "environment.json"
+RUN = "run.json"
 LOSS_WEIGHTS = "loss_weights.csv"
 DOMAIN_WEIGHTS = "domain_weights.json"
 TASKS = "tasks"
@@ -162,7 +165,7 @@ class Round:
     """What the selectors before the last one did."""
     standing: list[str] = field(default_factory=list)
     """Keys of the selectors whose earlier result stands in this round, because they decide once in several."""
-    budget: dict[str, Any] | None = None
+    budget: LimitedDecision | None = None
     """What was scored under ``max_overhead``, and why so much."""
 
     @cached_property
@@ -320,6 +323,65 @@ class Task:
     """What guessing gives, of tasks with choices."""
     notes: list[str] = field(default_factory=list)
     """What a reader of the numbers should know."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run, the first or a resume: an entry of :data:`ENVIRONMENT`."""
+
+    step: NonNegativeInt
+    """Optimizer steps done before."""
+    started: str = ""
+    """Time in UTC, as ISO 8601."""
+    finished: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of Python and of the installed packages that numbers may depend on."""
+    platform: str = ""
+    processes: NonNegativeInt | None = None
+    devices: list[str] | None = None
+    """Names of the accelerators of the main process; none on a CPU. None: not on record."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables that were set, of those that change a run."""
+    working_directory: str = ""
+    command: list[str] = field(default_factory=list)
+    configuration: str = ""
+    """The file the configuration came from."""
+    plugins: list[dict[str, str]] = field(default_factory=list)
+    """Files with their digests, and entry points with their packages."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """``name``, and ``files`` or ``commit`` of the base model."""
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """``entry`` and ``files`` of each data set that lies in files."""
+    files: dict[str, Any] = field(default_factory=dict)
+    """Files that the section names, with their digests."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Of the tokenized samples, by the key of the configuration that names the data."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """:data:`ENVIRONMENT`: every start of a run, the first one first."""
+
+    starts: list[Start] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run, and the place in it, that another one goes on from."""
+
+    run: str | None
+    step: NonNegativeInt
+    checkpoint: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """:data:`RUN`: which run a folder is."""
+
+    id: str | None = None
+    began: str = ""
+    """Time in UTC, as ISO 8601."""
+    continues: Origin | None = None
 
 
 def to_json(value: Any, header: Header | None = None) -> dict[str, Any]:

@@ -43,8 +43,7 @@ from dataflex.planning.planner import Plan
 from dataflex.record.checkpoint import checkpoints, marked
 from dataflex.record.configuration import FILE as CONFIGURATION
 from dataflex.record.configuration import PLUGINS
-from dataflex.record.environment import FILE as ENVIRONMENT
-from dataflex.record.environment import starts
+from dataflex.record.environment import read_environment
 from dataflex.record.files import json_lines
 from dataflex.record.identity import FOLDER, new_identity, now, read_identity, write_identity
 from dataflex.record.plans import PlanWriter, Rows
@@ -52,6 +51,7 @@ from dataflex.record.reader import read_header
 from dataflex.record.schema import (
     CHANGES,
     DOMAIN_WEIGHTS,
+    ENVIRONMENT,
     EVALUATIONS,
     FILTERS,
     HEADER,
@@ -64,10 +64,13 @@ from dataflex.record.schema import (
     Change,
     Cost,
     DomainWeights,
+    Environment,
     Evaluation,
     Filtering,
     Header,
+    Origin,
     Round,
+    Start,
     Summary,
     from_json,
     to_json,
@@ -94,7 +97,7 @@ class RunWriter:
 
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / FOLDER
-        self._starts: list[dict[str, Any]] = []
+        self._starts: list[Start] = []
         self._header = Header(VERSION)
         self._plans: PlanWriter | None = None
         self._filters: PlanWriter | None = None
@@ -115,7 +118,7 @@ class RunWriter:
         domains: Mapping[str, int] | None = None,
         methods: Mapping[str, str] | None = None,
         plugins: Mapping[str, bytes] | None = None,
-        start: dict[str, Any] | None = None,
+        start: Start | None = None,
     ) -> Evaluation | None:
         """Start or go on with the record, and return the last evaluation on it, if any.
 
@@ -149,14 +152,14 @@ class RunWriter:
             (self.folder / name).unlink(missing_ok=True)  # they speak of a finished run
         for name, source in (plugins or {}).items():
             write_atomically(self.folder / PLUGINS / name, source)
-        self._starts = [*(starts(self.folder.parent) if kept_rounds is not None else []), start or {}]
+        self._starts = [*(read_environment(self.folder).starts if kept_rounds is not None else []), start or Start(0)]
         self._write_environment()
         text = yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True)
         write_atomically(self.folder / CONFIGURATION, text.encode())
         return evaluations[-1] if evaluations else None
 
     def _write_environment(self) -> None:
-        write_atomically(self.folder / ENVIRONMENT, (json_text({"starts": self._starts}, indent=2) + "\n").encode())
+        self._write(ENVIRONMENT, Environment(self._starts))
 
     def open_new(self) -> str:
         """Begin the record of a new run, and return its identity.
@@ -193,7 +196,7 @@ class RunWriter:
                 f"{step} are not in this run's record"
             )
         identity = new_identity()
-        write_identity(self.folder, identity, {"run": run, "step": step, "checkpoint": str(checkpoint.absolute())})
+        write_identity(self.folder, identity, Origin(run, step, str(checkpoint.absolute())))
         return identity
 
     def open_resumed(self, step: int) -> str:
@@ -383,7 +386,7 @@ class RunWriter:
 
     def summary(self, summary: Summary) -> None:
         """Write what the run took."""
-        self._starts[-1]["finished"] = now()
+        self._starts[-1] = replace(self._starts[-1], finished=now())
         self._write_environment()
         self._write(SUMMARY, summary)
 

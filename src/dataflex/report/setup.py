@@ -12,6 +12,7 @@ import yaml
 from dataflex.config.loading import SECTION
 from dataflex.files import json_text
 from dataflex.record.reader import RunRecord
+from dataflex.record.schema import Start, to_json
 from dataflex.report.measure import MeasuredRun
 from dataflex.report.tables import NOTHING, Table
 
@@ -31,8 +32,8 @@ def setup_table(runs: Sequence[MeasuredRun]) -> Table:
         "evaluated on": lambda record: _names(record.config.get("eval_dataset")),
         "samples of a step": _batch,
         "seeds": _seeds,
-        "began": lambda record: _date(record, 0, "started"),
-        "ended": lambda record: _date(record, -1, "finished"),
+        "began": lambda record: _date(record.starts[0].started if record.starts else None),
+        "ended": lambda record: _date(_last(record).finished),
         "started": _starts,
         "changed at a resume": _changes,
         "rounds not on record": lambda record: (
@@ -54,7 +55,7 @@ def setup_texts(runs: Sequence[MeasuredRun]) -> list[tuple[str, str]]:
         whole = yaml.safe_dump(dict(run.record.config), sort_keys=False, allow_unicode=True)
         texts.append((f"Configuration: {run.label}", whole))
         if run.record.starts:
-            last = json_text(run.record.starts[-1], indent=2, ensure_ascii=False)
+            last = json_text(to_json(run.record.starts[-1]), indent=2, ensure_ascii=False)
             texts.append((f"Environment: {run.label}", last))
     return texts
 
@@ -62,7 +63,7 @@ def setup_texts(runs: Sequence[MeasuredRun]) -> list[tuple[str, str]]:
 def _model(record: RunRecord) -> str:
     parts = [str(record.config.get("model_name_or_path") or "")]
     adapter = record.config.get("adapter_name_or_path")
-    commit = (_last(record).get("model") or {}).get("commit")
+    commit = _last(record).model.get("commit")
     parts += [f"commit {str(commit)[:12]}"] if commit else []
     parts += [f"with the adapter {adapter}"] if adapter else []
     return ", ".join(part for part in parts if part)
@@ -98,7 +99,7 @@ def _batch(record: RunRecord) -> str:
     if device is None:
         return ""
     accumulation = record.config.get("gradient_accumulation_steps") or 1
-    processes = _last(record).get("processes")
+    processes = _last(record).processes
     return f"{device} per device x {accumulation} accumulated" + (f" x {processes} processes" if processes else "")
 
 
@@ -108,16 +109,15 @@ def _seeds(record: RunRecord) -> str:
     return ", ".join([*found, *([f"decisions {ours}"] if ours is not None else [])])
 
 
-def _date(record: RunRecord, which: int, key: str) -> str:
-    value = record.starts[which].get(key) if record.starts else None
+def _date(value: str | None) -> str:
     try:
-        return f"{datetime.fromisoformat(value):%Y-%m-%d %H:%M} UTC" if isinstance(value, str) else ""
+        return f"{datetime.fromisoformat(value):%Y-%m-%d %H:%M} UTC" if value else ""
     except ValueError:
         return str(value)
 
 
 def _starts(record: RunRecord) -> str:
-    resumed = [str(start.get("step")) for start in record.starts[1:]]
+    resumed = [str(start.step) for start in record.starts[1:]]
     return f"{len(resumed) + 1} times, again from step {', '.join(resumed)}" if resumed else ""
 
 
@@ -132,16 +132,15 @@ def _changes(record: RunRecord) -> str:
 
 def _processes(record: RunRecord) -> str:
     last = _last(record)
-    if not last.get("processes"):
+    if not last.processes:
         return ""
-    devices = last.get("devices") or ["CPU"]
-    return f"{last['processes']} ({', '.join(dict.fromkeys(map(str, devices)))}), {last.get('platform', '')}"
+    return f"{last.processes} ({', '.join(dict.fromkeys(last.devices or ['CPU']))}), {last.platform}"
 
 
 def _versions(record: RunRecord) -> str:
-    found = _last(record).get("versions") or {}
+    found = _last(record).versions
     return ", ".join(f"{name} {found[name]}" for name in _SHOWN_VERSIONS if name in found)
 
 
-def _last(record: RunRecord) -> dict[str, Any]:
-    return record.starts[-1] if record.starts else {}
+def _last(record: RunRecord) -> Start:
+    return record.starts[-1] if record.starts else Start(0)

@@ -92,7 +92,7 @@ class PlannedRounds:
             dict(zip(self.pool.domains, self.pool.domain_counts(plan.indices).tolist(), strict=True)),
             self.pool.size,
             seconds,
-            scored=None if plan.budget is None else plan.budget["scored"],
+            scored=None if plan.budget is None else plan.budget.scored,
             loss_weights=weights,
             undecided={f"{key} {names[key]}": why for key, why in plan.undecided.items()},
         )

@@ -94,7 +94,7 @@ class Recorder:
                 identity = writer.open_continued(resume.folder, resume.marker.run, step)
             writer.changes(step, changes_of(resume))
         start = environment(inputs.config, kept, distributed.world_size(), step)
-        start["fingerprints"] = self._data.fingerprints_by_key()
+        start = replace(start, fingerprints=self._data.fingerprints_by_key())
         if repeated is not None and (other := differences(repeated, start)):
             print(f"dataflex: warning: this run does not repeat the one on record: {'; '.join(other)}")
         self._last_evaluation = writer.begin(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dataflex.config.loading import RunConfig, load_config, split_config
 from dataflex.errors import ConfigError
 from dataflex.record.configuration import read_configuration, recorded
 from dataflex.record.environment import differences, environment, repeated_start
+from dataflex.record.schema import Environment, Start, from_json, to_json
 
 PLUGIN = """
 from dataflex import ComponentParams, InputPath, OutputPath, Selection, Selector, register
@@ -152,8 +154,9 @@ def test_the_environment_names_what_a_colleague_needs(tmp_path: Path, monkeypatc
     keys = tiny.arguments(model, data, tmp_path / "out", dataset="alpha,beta", eval_dataset="held")
     mix = {"method": "static", "proportions": str(shares)}
     config = split_config({**keys, "dataflex": {"update_steps": 2, "mix": mix}}, source="run.yaml")
-    found = environment(config, recorded(config), 2, 4)
-    assert json.loads(json.dumps(found)) == found
+    written_start = environment(config, recorded(config), 2, 4)
+    found = json.loads(json.dumps(to_json(written_start)))
+    assert from_json(Start, found, "here") == written_start
     assert found["processes"] == 2
     assert found["step"] == 4
     assert found["environment"]["NPROC_PER_NODE"] == "2"
@@ -183,28 +186,29 @@ def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path: Path) -> None:
     (tmp_path / "models--org--name" / "refs" / "main").write_text("a" * 40)
     keys = {"model_name_or_path": "org/name", "cache_dir": str(tmp_path), "output_dir": "out"}
     config = split_config({**keys, "dataflex": {}})
-    assert environment(config, recorded(config), 1, 0)["model"] == {"name": "org/name", "commit": "a" * 40}
+    assert environment(config, recorded(config), 1, 0).model == {"name": "org/name", "commit": "a" * 40}
 
 
 def test_what_differs_from_the_run_that_is_repeated_is_named(tmp_path: Path) -> None:
     model, data = tiny.make_model(tmp_path / "model"), tiny.make_data(tmp_path / "data")
     keys = {**tiny.arguments(model, data, tmp_path / "out"), "dataflex": {}}
     config = split_config(keys)
-    first = {**environment(config, recorded(config), 1, 0), "fingerprints": {"dataset": "ab"}}
+    first = replace(environment(config, recorded(config), 1, 0), fingerprints={"dataset": "ab"})
     file = written(config, tmp_path / "run")
     assert repeated_start(load_config(file)) is None  # a record without it
-    (file.parent / "environment.json").write_text(json.dumps({"starts": [{}, first]}))
+    (file.parent / "environment.json").write_text(json.dumps(to_json(Environment([Start(0), first]))))
     then = repeated_start(load_config(file))
     assert then is not None
-    assert differences(then, {**environment(config, recorded(config), 1, 0), "fingerprints": {"dataset": "ab"}}) == []
+    assert differences(then, first) == []
     (data / "alpha.json").write_text("[]")
     (file.parent / "changes.jsonl").write_text(
         json.dumps({"resumed_at": 1, "step": 1, "key": "k", "from": 1, "to": 2, "effect": "from this step on"}) + "\n"
     )
     then = repeated_start(load_config(file))
     assert then is not None
-    then["versions"]["torch"], then["devices"] = "1.0", ["A", "A"]
-    other = differences(then, {**environment(config, recorded(config), 2, 0), "fingerprints": {"dataset": "cd"}})
+    earlier = replace(then.start, versions={**then.start.versions, "torch": "1.0"}, devices=["A", "A"])
+    now = replace(environment(config, recorded(config), 2, 0), fingerprints={"dataset": "cd"})
+    other = differences(replace(then, start=earlier), now)
     assert all(
         any(word in text for text in other) for word in ("changes.jsonl", "1 processes", "A, this", "torch was 1.0")
     )

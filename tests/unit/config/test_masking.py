@@ -19,6 +19,7 @@ from dataflex.errors import ConfigError
 from dataflex.explain.samples import load_texts
 from dataflex.record.configuration import read_configuration, recorded
 from dataflex.record.environment import environment
+from dataflex.record.schema import to_json
 
 SECRET = "hf_abcDEF123"
 
@@ -110,7 +111,7 @@ def test_no_file_of_the_record_has_them_and_running_it_asks(
     monkeypatch.setattr("sys.argv", ["dataflex-cli", "train", "run.yaml", f"hub_token={SECRET}"])
     config = split_config(keys)
     kept = recorded(config)
-    assert SECRET not in json.dumps([kept.configuration, environment(config, kept, 1, 0)])
+    assert SECRET not in json.dumps([kept.configuration, to_json(environment(config, kept, 1, 0))])
     file = tmp_path / "run" / "dataflex" / "config.yaml"
     file.parent.mkdir(parents=True)
     file.write_text(yaml.safe_dump(kept.configuration))

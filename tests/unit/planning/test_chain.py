@@ -233,7 +233,7 @@ def test_the_limit_counts_all_selectors(every: int, monkeypatch: pytest.MonkeyPa
     made = run.run()
     assert run.decided <= 0.5 * run.train
     assert run.decided > 0.3 * run.train
-    scored = sum(plan.budget["scored"] for plan in made)
+    scored = sum(plan.budget.scored for plan in made)
     assert scored == sum(each.size for _, each in run.last.asked)
     left = set(made[0].stages[0].samples[made[0].stages[0].is_kept].tolist())
     assert all(set(each.tolist()) <= left for _, each in run.last.asked)
@@ -244,5 +244,5 @@ def test_the_limit_counts_all_selectors(every: int, monkeypatch: pytest.MonkeyPa
 def test_the_limited_selector_scores_only_when_it_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     run = timed(Clock(0.5, every=4, last_every=2), monkeypatch)
     made = run.run()
-    assert [update for update, plan in enumerate(made) if plan.budget["scored"]] == [0, 2, 4, 6, 8]
+    assert [update for update, plan in enumerate(made) if plan.budget.scored] == [0, 2, 4, 6, 8]
     assert all(plan.indices.size == 80 for plan in made)

@@ -27,7 +27,7 @@ from dataflex.trainer.run import LoadedRun
 from dataflex.trainer.steps import RunSteps
 from unit.fakes import FakeProbe, MeasuringProbe, make_pool
 
-COSTS = {"seconds_per_sample", "fixed_seconds", "step_seconds"}
+COSTS = ("seconds_per_sample", "fixed_seconds", "step_seconds")
 
 
 class Costly(Selector):
@@ -128,7 +128,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def scored(plans: list[Plan]) -> list[int]:
-    return [plan.budget["scored"] for plan in plans if plan.budget is not None]
+    return [plan.budget.scored for plan in plans if plan.budget is not None]
 
 
 MIXED = {"sizes": {"a": 900, "b": 60, "c": 40}, "shares": [0.2, 0.4, 0.4]}
@@ -199,7 +199,7 @@ def test_what_cannot_be_afforded_is_not_scored() -> None:
     assert scored(plans) == [32, 0, 0, 0, 0, 0]  # what it costs is not known before
     for plan in plans:
         assert np.unique(plan.indices).size == plan.indices.size == 80
-        assert plan.budget["max_age"] >= 1
+        assert plan.budget.max_age >= 1
 
 
 def test_the_first_decision_finds_out_what_scoring_costs() -> None:
@@ -208,16 +208,16 @@ def test_the_first_decision_finds_out_what_scoring_costs() -> None:
     plan = simulation.round()
     lead, rest, more = simulation.selector.asked
     assert (lead.size, rest.size) == (16, 16)
-    assert np.unique(np.concatenate([lead, rest, more])).size == plan.budget["scored"] == 32 + more.size
-    assert plan.budget["seconds_per_sample"] == pytest.approx(0.04)
-    assert plan.budget["step_seconds"] == pytest.approx(1.0)
+    assert np.unique(np.concatenate([lead, rest, more])).size == plan.budget.scored == 32 + more.size
+    assert plan.budget.seconds_per_sample == pytest.approx(0.04)
+    assert plan.budget.step_seconds == pytest.approx(1.0)
     # 0.9 x 0.25 of the training until the next decision, 40 s; validation is paid for already
     assert more.size == int((0.9 * 0.25 * 40 - 0.6 - 32 * 0.04) / 0.04)
     following = simulation.round()
-    assert [asked.size for asked in simulation.selector.asked[3:]] == [16, following.budget["scored"] - 16]
-    assert following.budget["seconds_per_sample"] == pytest.approx(0.04)
-    assert following.budget["fixed_seconds"] == pytest.approx(0.6)
-    assert following.budget["scored"] == int((0.9 * 0.25 * 20 - 0.6) / 0.04)
+    assert [asked.size for asked in simulation.selector.asked[3:]] == [16, following.budget.scored - 16]
+    assert following.budget.seconds_per_sample == pytest.approx(0.04)
+    assert following.budget.fixed_seconds == pytest.approx(0.6)
+    assert following.budget.scored == int((0.9 * 0.25 * 20 - 0.6) / 0.04)
 
 
 def test_a_cap_too_small_for_the_first_decision_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -261,8 +261,8 @@ def test_a_run_says_why_it_missed_its_cap() -> None:
 
 def test_before_a_step_was_timed_only_the_cost_is_found_out() -> None:
     simulation = Simulation(per_sample=0.04, fixed=0.6)
-    assert simulation.round().budget["scored"] == 32
-    assert simulation.round().budget["scored"] > 100
+    assert simulation.round().budget.scored == 32
+    assert simulation.round().budget.scored > 100
 
 
 @pytest.mark.parametrize("warmup", [0, 20])
@@ -274,10 +274,10 @@ def test_groups_share_one_allowance(warmup: int) -> None:
         if plan.budget is None:
             continue
         asked, simulation.selector.asked = np.concatenate(simulation.selector.asked), []
-        assert np.unique(asked).size == asked.size == plan.budget["scored"]
-        wanted = plan.budget["allowed"] * np.array([0.2, 0.4, 0.4])
+        assert np.unique(asked).size == asked.size == plan.budget.scored
+        wanted = plan.budget.allowed * np.array([0.2, 0.4, 0.4])
         counts = np.bincount(domains[asked], minlength=3)
-        if plan.budget["allowed"] > 32 and plan.slot.update:
+        if plan.budget.allowed > 32 and plan.slot.update:
             assert counts.tolist() == np.minimum(np.round(wanted), [900, 60, 40]).tolist()
         assert (counts <= wanted + 32 * 0.2 + 1).all()  # before the first decision's allowance come the two draws
     assert simulation.overhead <= 0.25
@@ -288,26 +288,26 @@ def test_a_groups_scores_cost_what_they_cost() -> None:
     simulation = Simulation(per_sample=0.01, fixed=0.3, warmup=20, **MIXED)
     for plan in simulation.run():
         if plan.budget is not None:
-            assert plan.budget["seconds_per_sample"] == pytest.approx(0.01)
+            assert plan.budget.seconds_per_sample == pytest.approx(0.01)
             if plan.slot.update:
-                assert plan.budget["fixed_seconds"] == pytest.approx(0.3)
+                assert plan.budget.fixed_seconds == pytest.approx(0.3)
 
 
 def test_a_tiny_first_group_does_not_hide_the_fixed_cost() -> None:
     simulation = Simulation(per_sample=0.01, fixed=2.0, warmup=20, shares=[0.03, 0.97])
     notes = [plan.budget for plan in simulation.run() if plan.budget is not None]
-    assert all(note["seconds_per_sample"] == pytest.approx(0.01) for note in notes)
-    assert notes[1]["fixed_seconds"] == pytest.approx(2.0)
+    assert all(note.seconds_per_sample == pytest.approx(0.01) for note in notes)
+    assert notes[1].fixed_seconds == pytest.approx(2.0)
 
 
 def test_the_record_says_what_was_done_and_why() -> None:
     plans = Simulation(warmup=20).run()
     assert plans[0].budget is None  # a warm-up round
     for plan in plans[1:]:
-        assert plan.budget.keys() == {"scored", "allowed", "clusters", "max_age", "chosen_by_own_score"} | COSTS
-        assert plan.budget["clusters"] == 9
-        assert 0 <= plan.budget["chosen_by_own_score"] <= 1
-        assert plan.budget["scored"] <= plan.budget["allowed"] + 32
+        assert min(getattr(plan.budget, name) for name in COSTS) > 0
+        assert plan.budget.clusters == 9
+        assert 0 <= plan.budget.chosen_by_own_score <= 1
+        assert plan.budget.scored <= plan.budget.allowed + 32
     assert len({id(plan.budget) for plan in plans}) == len(plans)
 
 
@@ -319,8 +319,8 @@ def test_what_a_record_says_of_a_choice() -> None:
             continue
         seen |= {int(index) for part in simulation.selector.asked for index in part}
         own = np.mean([int(index) in seen for index in plan.indices])
-        assert plan.budget["chosen_by_own_score"] <= own + 1e-4  # those that are not too old
-    assert plan.budget["chosen_by_own_score"] > 0.5
+        assert plan.budget.chosen_by_own_score <= own + 1e-4  # those that are not too old
+    assert plan.budget.chosen_by_own_score > 0.5
 
 
 def test_the_best_of_what_is_known_is_chosen() -> None:

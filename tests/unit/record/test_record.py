@@ -19,10 +19,11 @@ from transformers import Trainer
 
 from dataflex.api.schedule import RoundSlot
 from dataflex.errors import ConfigError
+from dataflex.planning.budget import LimitedDecision
 from dataflex.planning.planner import Plan
 from dataflex.record import plans
 from dataflex.record.reader import read_run
-from dataflex.record.schema import Cost, DomainMeasures, Evaluation, Measures, Summary
+from dataflex.record.schema import Cost, DomainMeasures, Evaluation, Measures, Start, Summary
 from dataflex.record.writer import RunWriter
 from dataflex.trainer.mixin import DynamicTrainerMixin
 from unit.fakes import as_version_1, begin_record, make_pool, raw_plans
@@ -101,14 +102,14 @@ def test_a_round_is_a_line_that_repeats_nothing_and_a_part_of_a_file(tmp_path: P
 
 def test_configuration_environment_and_summary(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
-    writer.begin({"stage": "sft", "dataflex": {"mix": {"proportions": [0.5, 0.5]}}}, None, start={"step": 0})
+    writer.begin({"stage": "sft", "dataflex": {"mix": {"proportions": [0.5, 0.5]}}}, None, start=Start(step=4))
     record = tmp_path / "dataflex"
     written = yaml.safe_load((record / "config.yaml").read_text())
     assert written == {"stage": "sft", "dataflex": {"mix": {"proportions": [0.5, 0.5]}}}
     writer.summary(Summary(**SUMMARY))
     assert json.loads((record / "summary.json").read_text()) == SUMMARY
     (start,) = json.loads((record / "environment.json").read_text())["starts"]
-    assert start["step"] == 0
+    assert start["step"] == 4
     assert datetime.fromisoformat(start["finished"]).tzinfo is not None
     assert sorted(path.name for path in record.iterdir()) == [
         "config.yaml", "environment.json", "plans", "record.json", "summary.json",
@@ -379,7 +380,7 @@ def test_a_record_of_the_first_version_is_read_the_same(tmp_path: Path) -> None:
     writer = begin_record(tmp_path, POOL, {"select": "loss", "mix": "odm"})
     writer.round(plan(0, [3, 7, 7, 0], update=None), POOL, Cost())
     ranked = {"ranks": np.array([3, 0, 1, 7]), "candidates": {"a": 5, "b\u00e9": 4}, "epochs": np.array([1.5, 0.25])}
-    clipped = {"clipped_shares": {"a": 0.75}, "undecided": {"mix": "why"}, "budget": {"scored": 5}}
+    clipped = {"clipped_shares": {"a": 0.75}, "undecided": {"mix": "why"}, "budget": LimitedDecision(8, 5, 6, 1, 0.5)}
     writer.round(plan(1, [9, 1, 1, 2], [0.5, np.nan, 2, -1], unscored=3, **ranked, **clipped), POOL, COST)
     new = read_run(tmp_path)
     tables = [new.plan(number).select(["index", "domain", "score", "rank"]).to_pydict() for number in range(2)]
