@@ -9,13 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dataflex.api.component import Component, State
-from dataflex.api.context import RoundContext, StepBatch, StepContext, StepStatistics, TokenLosses
+from dataflex.api.context import EmbeddingArray, RoundContext, StepBatch, StepContext, StepStatistics, TokenLosses
 from dataflex.api.measurement import MeasuredBatch, Measurement, MeasurementRun, register_measurement
 from dataflex.api.mixer import DomainParams, Mixer, MixerParams
 from dataflex.api.needs import Needs, RunView
 from dataflex.api.order import Order
 from dataflex.api.params import (
     ComponentParams,
+    EmbeddingParams,
     InputPath,
     OutputPath,
     Shares,
@@ -63,6 +64,8 @@ EXPORTS = {
     "ConfigError": "dataflex.errors",
     "DivergenceError": "dataflex.errors",
     "DomainParams": "dataflex.api.mixer",
+    "EmbeddingArray": "dataflex.api.context",
+    "EmbeddingParams": "dataflex.api.params",
     "Embeddings": "dataflex.probe.embeddings",
     "ErrorNorms": "dataflex.probe.error_norms",
     "ExpertLoads": "dataflex.probe.expert_loads",
@@ -145,6 +148,8 @@ __all__ = [
     "ConfigError",
     "DivergenceError",
     "DomainParams",
+    "EmbeddingArray",
+    "EmbeddingParams",
     "Embeddings",
     "ErrorNorms",
     "ExpertLoads",

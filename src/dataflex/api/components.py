@@ -10,7 +10,7 @@ from dataflex.api.measurement import Measurement
 from dataflex.api.mixer import Mixer
 from dataflex.api.needs import Needs, RunView
 from dataflex.api.order import Order
-from dataflex.api.params import ValidationParams
+from dataflex.api.params import EmbeddingParams, ValidationParams
 from dataflex.api.reference import ReferenceParams
 from dataflex.api.selector import Selector
 from dataflex.api.source import label_of
@@ -100,6 +100,7 @@ def _unfit(needs: Needs) -> str | None:
     groups: dict[str, tuple[Any, type]] = {
         "validation": (needs.validation, ValidationParams),
         "reference": (needs.reference, ReferenceParams),
+        "embeddings": (needs.embeddings, EmbeddingParams),
     }
     for name, (given, group) in groups.items():
         if given is not None and not isinstance(given, group):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
 
     from dataflex.api.reference import Reference
     from dataflex.data.pool import Pool
+
+
+EmbeddingArray = NDArray[np.floating[Any]]
+"""Embeddings of samples, shape (n, H): float32, or a read-only memory map of float16."""
+
+SourceT = TypeVar("SourceT")
+
+EmbeddingSource = Callable[["Pool | None"], EmbeddingArray]
+"""Gives the embeddings of all samples of a pool; None: of the run's."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,15 @@ def _asked_for(validation: Pool | None) -> Pool:
     return validation
 
 
+def _embeddings_asked_for(source: SourceT | None) -> SourceT:
+    if source is None:
+        raise ComponentError(
+            "embeddings are read by a component that asked for none; return Needs(embeddings=self.params) from its "
+            "needs(), whose parameters extend dataflex.EmbeddingParams."
+        )
+    return source
+
+
 @dataclass(frozen=True)
 class TokenLosses:
     """The losses of the tokens of ``n`` samples; column t is the loss of predicting token t + 1.
@@ -127,6 +146,8 @@ class StepBatch:
             elementwise weighters.
         places: where the samples are in the pool, shape (n,), on the device of ``losses``; None in a stream.
         tokens: the losses of their tokens; None if the weighter asks for none.
+        validation_pool: the validation samples, if the weighter asked for them; read them as :attr:`validation`.
+        embedding_source: gives embeddings, if the weighter asked for them; call :meth:`embeddings`.
     """
 
     losses: Tensor
@@ -136,6 +157,32 @@ class StepBatch:
     probe: Probe | None = None
     places: Tensor | None = None
     tokens: TokenLosses | None = None
+    validation_pool: Pool | None = None
+    embedding_source: Callable[[IndexArray, Pool | None], EmbeddingArray] | None = None
+
+    @property
+    def validation(self) -> Pool:
+        """The validation samples, one domain for each sub-task.
+
+        Raises:
+            ComponentError: if the weighter did not ask for any.
+        """
+        return _asked_for(self.validation_pool)
+
+    def embeddings(self, samples: Pool | None = None) -> EmbeddingArray:
+        """Return unit-length embeddings, one row for each sample; zeros for a sample without text.
+
+        Those of the model in training are measured as it is before the step, once for all weighters that ask for the
+        same. A weighter that needs those of validation samples only now and then keeps them itself.
+
+        Args:
+            samples: all samples of :attr:`validation`, in their order; None: those of the step, (n, H).
+
+        Raises:
+            ComponentError: if the weighter did not ask for any.
+        """
+        source = _embeddings_asked_for(self.embedding_source)
+        return source(self.indices if samples is None else np.arange(samples.size), samples)
 
     @property
     def progress(self) -> float:
@@ -226,6 +273,8 @@ class RoundContext:
     """The reference, if the component asked for one; read it as :attr:`reference`."""
     learning_rate: float = 0.0
     """The optimizer's, at the first step of the round."""
+    embedding_source: EmbeddingSource | None = None
+    """Gives embeddings, if the component asked for them; call :meth:`embeddings`."""
     undecided: list[str] = field(default_factory=list)
     """Why nothing was decided, as :meth:`not_decided` was told."""
 
@@ -251,6 +300,21 @@ class RoundContext:
                 "Needs(reference=self.params) from its needs()."
             )
         return self.reference_losses
+
+    def embeddings(self, samples: Pool | None = None) -> EmbeddingArray:
+        """Return unit-length embeddings of all samples, one row for each, shape (N, H); zeros for one without text.
+
+        The same on every process. Those of the model in training are float32 and measured once in a decision for all
+        components that ask for the same. Those of an encoder are a read-only memory map of float16, made once and kept
+        on disk.
+
+        Args:
+            samples: :attr:`validation`; None: the run's pool.
+
+        Raises:
+            ComponentError: if the component did not ask for any.
+        """
+        return _embeddings_asked_for(self.embedding_source)(samples)
 
     def not_decided(self, why: str) -> None:
         """Put on record that this decision does not follow from what the component is for, and why.

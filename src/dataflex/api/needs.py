@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from dataflex.api.measurement import Measurement
-    from dataflex.api.params import ValidationParams
+    from dataflex.api.params import EmbeddingParams, ValidationParams
     from dataflex.api.reference import ReferenceParams
 
 
@@ -58,6 +58,8 @@ class Needs:
         step_losses: what ``on_step`` is told of the losses of every training step, without a further forward: nothing,
             the means of the domains, those of the samples too, or the losses of the tokens too. Of a weighter it is
             what ``weigh`` is shown: the losses of the tokens, or (whatever else is named) those of the samples.
+        embeddings: which embeddings it reads with ``ctx.embeddings()`` (a weighter: ``batch.embeddings()``), of
+            training and of validation samples; None: it wants none.
     """
 
     measurements: tuple[Measurement[Any], ...] = ()
@@ -65,3 +67,4 @@ class Needs:
     reference: ReferenceParams | None = None
     columns: tuple[str, ...] = ()
     step_losses: Literal["nothing", "domains", "samples", "tokens"] = "nothing"
+    embeddings: EmbeddingParams | None = None

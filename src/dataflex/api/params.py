@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,31 @@ class ValidationParams(ComponentParams):
         if isinstance(names, list) and not [name for name in names if str(name).strip()]:
             raise ValueError("must name a data set")
         return [str(name).strip() for name in names] if isinstance(names, list) else names
+
+
+class EmbeddingParams(ComponentParams):
+    """Which vectors stand for samples, and of what they are made; a component reads them with ``ctx.embeddings``."""
+
+    encoder: InputPath | None = Field(
+        None,
+        description="What makes the embeddings: the folder or hub name of an encoder, asset:all-minilm-l6-v2, or the "
+        "http(s) URL of an OpenAI-compatible service; none: the model in training.",
+    )
+    encoder_backend: Literal["auto", "transformers", "sentence_transformers", "vllm", "openai"] = Field(
+        "auto", description="What runs the encoder; auto: by the form of its name and its files."
+    )
+    layer: int = Field(
+        -1, description="Layer of the model in training, or of an encoder run by transformers: 0 are its embeddings."
+    )
+    pooling: Literal["auto", "mean", "weighted_mean", "first", "last"] = Field(
+        "auto", description="How token states become one vector; auto: the encoder's own, mean without one."
+    )
+    embedding_text: Literal["all", "prompt", "response"] = Field(
+        "all", description="Which part of a sample is embedded; the response are the tokens that are trained on."
+    )
+    embedding_folder: OutputPath | None = Field(
+        None, description="Folder in which embeddings of an encoder are kept; none: embeddings in the output_dir."
+    )
 
 
 def _form_of_shares(value: Any) -> Any:

@@ -181,6 +181,7 @@ def _context(run: LoadedRun, model: LoadedModel, selector: Selector) -> RoundCon
         candidates=np.arange(pool.size),
         validation_pool=run.data.validation.get("select"),
         reference_losses=model.references.get("select"),
+        embedding_source=model.embeddings.of_all("select"),
     )
 
 

@@ -39,6 +39,7 @@ from dataflex.planning.overhead import LimitedScoring
 
 if TYPE_CHECKING:
     from dataflex.api.reference import Reference
+    from dataflex.embedding.service import EmbeddingService
 
 Arrangement = Literal["shuffle", "sequential", "group_by_length"]
 
@@ -92,12 +93,14 @@ class Readings:
         references: the same of references.
         learning_rate: returns the optimizer's present one.
         total_steps: steps the run is expected to take; None: those of the schedule.
+        embeddings: gives embeddings to the components that asked for some; None: nobody did.
     """
 
     validation: Mapping[str, Pool] = field(default_factory=dict)
     references: Mapping[str, Reference] = field(default_factory=dict)
     learning_rate: Callable[[], float] = lambda: 0.0
     total_steps: int | None = None
+    embeddings: EmbeddingService | None = None
 
 
 class Planner:
@@ -255,6 +258,7 @@ class Planner:
     def context(self, component: Component, slot: RoundSlot, probe: Probe, group: str = "pool") -> RoundContext:
         """Return what ``component`` may base its part of a round on; every group has random numbers of its own."""
         key = next(key for key, own in self.components.items() if own is component)
+        embeddings = self.readings.embeddings
         place = () if key == family_key(key) else (key,)  # a chain may have a method twice
         return RoundContext(
             pool=self.pool,
@@ -270,6 +274,7 @@ class Planner:
             validation_pool=self.readings.validation.get(key),
             reference_losses=self.readings.references.get(key),
             learning_rate=self.readings.learning_rate(),
+            embedding_source=None if embeddings is None else embeddings.of_all(key),
         )
 
     def _groups(

@@ -17,6 +17,7 @@ from dataflex.api.needs import Needs
 from dataflex.api.schedule import RunOutline, Schedule, default_update_steps
 from dataflex.api.selector import Selector, overhead_limit
 from dataflex.data.sampling import exactly
+from dataflex.embedding.of_model import measurements_of
 from dataflex.errors import Problem
 
 if TYPE_CHECKING:
@@ -479,7 +480,7 @@ def expected_forwards(component: Component, needs: Needs, run: RunOutline) -> fl
         run: what is known of it, with the number of the component's own validation samples.
     """
     steps = float(run.decided_steps * run.global_batch_size)
-    forwards = sum(each.forwards * component.measured_samples(each, run) for each in needs.measurements)
+    forwards = sum(each.forwards * component.measured_samples(each, run) for each in measurements_of(needs))
     if needs.reference is not None and needs.reference.reference_losses is None:
         of_samples = component.family in ("selector", "order")  # which ask for a sample's losses once in a run
         forwards += float(run.pool_size) if of_samples and run.pool_size else 0.0 if of_samples else steps

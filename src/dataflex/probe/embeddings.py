@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dataflex.api.measurement import MeasuredBatch, Measurement, register_measurement
+from dataflex.data.pool import IGNORE_INDEX
+from dataflex.data.stages import STAGES
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from dataflex.api.needs import RunView
+
+
+Pooling = Literal["mean", "weighted_mean", "first", "last"]
+"""How the states of a sample's tokens become one vector."""
+
+TextPart = Literal["all", "prompt", "response"]
+"""Which tokens of a sample are meant."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +60,59 @@ class Embeddings(HiddenStates):
         pooling: ``mean`` of all tokens; ``weighted_mean``, token t of a sample (from 1) with weight t (SGPT,
             Muennighoff 2022); the ``first`` or the ``last`` token. The tokens of a packed row are those of one sample.
         normalize: scale every vector to length 1.
+        text: which tokens are pooled: ``all``, the ``response`` (those that are trained on) or the ``prompt`` (the
+            others). The forward is that of the whole sample. A sample without such a token has a vector of zeros.
     """
 
-    pooling: Literal["mean", "weighted_mean", "first", "last"] = "mean"
+    pooling: Pooling = "mean"
     normalize: bool = True
+    text: TextPart = "all"
+
+    def measure(self, batch: MeasuredBatch) -> Tensor:
+        """Return the pooled hidden states of the wanted tokens, (B, H)."""
+        mask = batch.mask
+        if self.text != "all":
+            trained = (batch.labels != IGNORE_INDEX).roll(1, 1)  # the last label is that of no token
+            mask = mask & (trained if self.text == "response" else ~trained)
+        return self.reduce(batch.hidden_states(self.layer).float(), mask)
 
     def reduce(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return the pooled hidden states, (B, H)."""
         import torch
 
-        if self.pooling in ("mean", "weighted_mean"):
-            weights = mask if self.pooling == "mean" else mask * mask.cumsum(1)
-            hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
-            pooled = (hidden * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True)
-        else:
-            numbers = mask.cumsum(1)
-            wanted = numbers == (1 if self.pooling == "first" else numbers[:, -1:])
-            place = (wanted & mask).int().argmax(1)
-            pooled = hidden[torch.arange(len(hidden), device=hidden.device), place]
-        return torch.nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
+        found = pooled(hidden, mask, self.pooling)
+        return torch.nn.functional.normalize(found, dim=-1) if self.normalize else found
+
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
+        """Yield why the parts of a sample cannot be told apart."""
+        if self.text == "all":
+            return
+        stage = str(run.llamafactory.get("stage", "sft"))
+        trains_on_all = str(run.llamafactory.get("train_on_prompt", False)).lower() in ("1", "true", "yes")
+        if (stage in STAGES and stage != "sft") or trains_on_all:
+            why = "train_on_prompt is set" if trains_on_all else f"the stage is {stage}"
+            yield (
+                "embedding_text",
+                f"{self.text!r} goes by which tokens are trained on, and {why}: all are. Use all.",
+            )
+
+
+def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """Return one vector for each row of hidden states, (B, H), zeros where no token counts.
+
+    Args:
+        hidden: (B, T, H); anything where the mask is false.
+        mask: which tokens count, (B, T), bool.
+        pooling: as in :class:`Embeddings`.
+    """
+    import torch
+
+    if pooling in ("mean", "weighted_mean"):
+        weights = mask if pooling == "mean" else mask * mask.cumsum(1)
+        hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
+        return (hidden * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
+    numbers = mask.cumsum(1)
+    wanted = numbers == (1 if pooling == "first" else numbers[:, -1:])
+    place = (wanted & mask).int().argmax(1)
+    found = hidden[torch.arange(len(hidden), device=hidden.device), place]
+    return found.masked_fill(~mask.any(1, keepdim=True), 0.0)

@@ -12,6 +12,7 @@ from dataflex.trainer import console
 if TYPE_CHECKING:
     from llamafactory.hparams import FinetuningArguments
 
+    from dataflex.embedding.service import EmbeddingService
     from dataflex.probe.model import ModelProbe
     from dataflex.trainer.evaluation import DomainEvaluation
     from dataflex.trainer.run import LoadedRun, StartedRun
@@ -27,6 +28,8 @@ class RunTrainer(Trainer):
     """The run as it was loaded."""
     probe: ModelProbe | None
     """Measures the samples from when training begins; None before, and in a stream."""
+    embeddings: EmbeddingService | None
+    """Gives embeddings to the components that ask for some; None where there is no probe."""
     step_loss: StepLoss
     domain_evaluation: DomainEvaluation | None
     _started: StartedRun | None

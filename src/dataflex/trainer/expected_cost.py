@@ -15,6 +15,7 @@ from dataflex.api.schedule import RunOutline
 from dataflex.api.selector import Selector, overhead_limit
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
+from dataflex.embedding.of_model import measurements_of
 from dataflex.planning.run_plan import outline_of
 from dataflex.probe.gradient_features import GradientFeatures
 from dataflex.probe.gradient_norms import GradientNorms
@@ -42,7 +43,7 @@ def expected_cost(run: LoadedRun, pool: Pool, probe: ModelProbe) -> str | None:
 def _cost_of(entry: Entry[Selector], run: LoadedRun, pool: Pool, probe: ModelProbe) -> str | None:
     """Return what one selector is expected to cost; None if it measures nothing."""
     steps = run.steps
-    selector, measurements = entry.component, run.inputs.needs[entry.key].measurements
+    selector, measurements = entry.component, measurements_of(run.inputs.needs[entry.key])
     if not measurements:
         return None
     by_length = np.argsort(pool.lengths, kind="stable")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from dataflex.api.component import State
     from dataflex.api.needs import Needs
-    from dataflex.api.params import ValidationParams
+    from dataflex.api.params import EmbeddingParams, ValidationParams
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class RunInputs:
     def wanted_validation(self) -> dict[str, ValidationParams]:
         """What components want to be told about validation samples, by configuration key."""
         return {key: needs.validation for key, needs in self.needs.items() if needs.validation is not None}
+
+    @cached_property
+    def wanted_embeddings(self) -> dict[str, EmbeddingParams]:
+        """Which embeddings components ask for, by configuration key."""
+        return {key: needs.embeddings for key, needs in self.needs.items() if needs.embeddings is not None}
 
     @property
     def budget(self) -> Budget:

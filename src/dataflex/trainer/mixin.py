@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import TrainingArguments
 
+from dataflex.embedding.service import EmbeddingService
 from dataflex.errors import ConfigError
 from dataflex.planning.planner import Arrangement
 from dataflex.probe.checkpoints import saved_moments
@@ -70,7 +71,7 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
             steps.set_in(args, inputs.plans_data)
         self.dataflex = LoadedRun.of(inputs, data, steps)
         self._when_loaded = when_loaded
-        self._started, self.probe = None, None
+        self._started, self.probe, self.embeddings = None, None, None
         self._evaluated, self._has_logits = {}, True
         self._is_spent = False
         """Whether the checkpoint to go on from has nothing left of the budget."""
@@ -105,6 +106,7 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         inputs, samples = self.dataflex.inputs, self.dataflex.data.samples
         if samples is not None and (inputs.plans_data or inputs.components.weight):
             self.probe = make_probe(self, samples)
+            self.embeddings = EmbeddingService(inputs.wanted_embeddings, samples, self.probe)
             self._check_features(self.probe)
         self.step_loss.references.make()
         resume = inputs.resume
@@ -118,7 +120,9 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
     def start(self, output_dir: Path, num_steps: int) -> None:
         """Start the run, when the Trainer has made its optimizer and counted its steps."""
         references = self.step_loss.references.of_samples()
-        model = None if self.probe is None else LoadedModel(self.probe, references)
+        model = None
+        if self.probe is not None and self.embeddings is not None:
+            model = LoadedModel(self.probe, references, self.embeddings)
         self._started = self.dataflex.start(
             output_dir, num_steps, self.arrangement(), model, lambda: float(self.lr_scheduler.get_last_lr()[0])
         )
@@ -131,9 +135,9 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
             raise ConfigError("streaming: the samples are not known before training; switch it off.")
         probe = make_probe(self, samples)
         probe.moments = lambda: saved_moments(given, self.optimizer, self.raw_model())
-        self.probe = probe
+        self.probe, self.embeddings = probe, EmbeddingService(self.dataflex.inputs.wanted_embeddings, samples, probe)
         self.step_loss.references.make()
-        when_loaded(self.dataflex, LoadedModel(probe, self.step_loss.references.of_samples()))
+        when_loaded(self.dataflex, LoadedModel(probe, self.step_loss.references.of_samples(), self.embeddings))
         raise NothingTrained
 
     def finetuning_saved_folder(self) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -68,7 +70,7 @@ class PlannedRounds:
             DivergenceError: if the model's losses are not finite.
         """
         before, earlier = replace(self.probe.cost), self._clock.decision_seconds
-        with self._clock.deciding():
+        with self._clock.deciding(), self._embeddings():
             try:
                 plan = self.planner.plan(slot, self.probe)
             except DivergenceError as error:
@@ -80,6 +82,16 @@ class PlannedRounds:
         if distributed.rank() == 0:
             console.say(self._line_of(plan, seconds))
         return plan
+
+    @contextmanager
+    def _embeddings(self) -> Iterator[None]:
+        """Have the embeddings of the model in training be those of one decision, and drop them behind it."""
+        service = self.planner.readings.embeddings
+        if service is not None:
+            service.forget()
+        yield
+        if service is not None:
+            service.forget()
 
     def _line_of(self, plan: Plan, seconds: float) -> str:
         """Return what is said about a round that has just been decided."""

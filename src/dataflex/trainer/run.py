@@ -17,6 +17,7 @@ from dataflex.api.context import StepContext, StepStatistics
 from dataflex.api.selector import overhead_limit
 from dataflex.config.changes import snapshot
 from dataflex.data.pool import Pool
+from dataflex.embedding.service import EmbeddingService
 from dataflex.planning.overhead import LimitedScoring
 from dataflex.planning.planner import Arrangement, Planner, Readings
 from dataflex.record.checkpoint import STATE_VERSION, check_state
@@ -41,10 +42,12 @@ class LoadedModel:
     Attributes:
         probe: on the model of the run.
         references: what the components that asked for a reference read of it, by configuration key.
+        embeddings: gives embeddings to the components that asked for some.
     """
 
     probe: ModelProbe
     references: Mapping[str, Reference]
+    embeddings: EmbeddingService
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class LoadedRun:
         planned = None
         recorder = Recorder(run.inputs, run.data, run.clock, run.steps.notes())
         if run.data.pool is not None and model is not None:
-            planner = run.make_planner(run.data.pool, arrangement, learning_rate, model.references)
+            planner = run.make_planner(run.data.pool, arrangement, learning_rate, model.references, model.embeddings)
             planned = PlannedRounds(run.inputs.components, run.data.pool, model.probe, planner, run.clock, recorder)
         started = StartedRun(run, planned, recorder, learning_rate)
         if run.inputs.resume is not None:
@@ -108,6 +111,7 @@ class LoadedRun:
         arrangement: Arrangement,
         learning_rate: Callable[[], float],
         references: Mapping[str, Reference],
+        embeddings: EmbeddingService | None = None,
     ) -> Planner:
         """Return what makes the plans."""
         components, schedule = self.inputs.components, self.steps.schedule
@@ -124,7 +128,7 @@ class LoadedRun:
             global_batch_size=self.steps.global_batch_size,
             arrangement=arrangement,
             limit=limit,
-            readings=Readings(self.data.validation, references, learning_rate, self.steps.expected),
+            readings=Readings(self.data.validation, references, learning_rate, self.steps.expected, embeddings),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from dataflex.api.components import family_key
-from dataflex.api.context import StepBatch, StepContext, TokenLosses
+from dataflex.api.context import EmbeddingArray, StepBatch, StepContext, TokenLosses
+from dataflex.data.pool import Pool
+from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means, shifted
 from dataflex.probe.mode import probe_mode
 from dataflex.trainer.domain_loss import DomainLoss
@@ -46,7 +49,11 @@ class StepLoss:
         for entry in run.inputs.components.weight:
             needs = run.inputs.needs[entry.key]
             reference = needs.reference is not None
-            weighings.append(Weighing(entry, reference or needs.step_losses == "tokens", reference))
+            validation, embeddings = run.data.validation.get(entry.key), None
+            if needs.embeddings is not None:
+                embeddings = partial(self._embeddings, entry.key)
+            tokens = reference or needs.step_losses == "tokens"
+            weighings.append(Weighing(entry, tokens, reference, validation, embeddings))
         size = run.steps.global_batch_size
         self.loss = WeightedLoss(
             samples_per_step=size if args.average_tokens_across_devices else size // args.world_size,
@@ -66,6 +73,8 @@ class StepLoss:
         loss.step = self._trainer.state.global_step
         loss.active = schedule.slot_at(min(loss.step, schedule.total_steps - 1)).update is not None
         loss.decided.clear()
+        if self._trainer.embeddings is not None:
+            self._trainer.embeddings.forget()
         if not loss.active:
             return
         with self._run.clock.deciding():
@@ -146,6 +155,13 @@ class StepLoss:
         run, step = self._trainer.started, self.loss.step
         total = max(run.steps.expected, step + 1)
         return StepBatch(losses, step, total, run.data.samples, self._trainer.probe, places, tokens)
+
+    def _embeddings(self, key: str, indices: IndexArray, samples: Pool | None) -> EmbeddingArray:
+        """Return the embeddings that a weighter asks for."""
+        service = self._trainer.embeddings
+        source = None if service is None else service.of_some(key)
+        assert source is not None, "weights with embeddings are decided in training alone"
+        return source(indices, samples)
 
 
 def _kept(wanted: dict[str, Needs]) -> SampleLosses | None:

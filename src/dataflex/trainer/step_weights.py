@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from dataflex import distributed
 from dataflex.api.components import Entry
-from dataflex.api.context import StepBatch, TokenLosses
+from dataflex.api.context import EmbeddingArray, StepBatch, TokenLosses
 from dataflex.api.source import label_of
 from dataflex.api.weighter import Weighter
+from dataflex.data.pool import Pool
+from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError
 
@@ -50,11 +52,15 @@ class Weighing:
         entry: the weighter, its configuration key and its cadence.
         tokens: whether it looks at the losses of tokens.
         reference: whether it looks at a reference's.
+        validation: its validation samples, if it asks for some.
+        embeddings: gives it embeddings, if it asks for some.
     """
 
     entry: Entry[Weighter]
     tokens: bool = False
     reference: bool = False
+    validation: Pool | None = None
+    embeddings: Callable[[IndexArray, Pool | None], EmbeddingArray] | None = None
 
     def acts_in(self, step: int) -> bool:
         """Return whether it weighs the step after ``step`` others."""
@@ -162,7 +168,9 @@ class StepWeights:
             assert shown.trained is not None
             reference = shown.references[each.entry.key] if each.reference else None
             tokens = TokenLosses(shown.per_token, shown.trained, reference)
-        given = weighter.weigh(self.make_batch(shown.means, shown.places, tokens))
+        batch = self.make_batch(shown.means, shown.places, tokens)
+        batch = replace(batch, validation_pool=each.validation, embedding_source=each.embeddings)
+        given = weighter.weigh(batch)
         check_weights(weighter, given, shown.means.numel(), None if tokens is None else tokens.trained)
         weights = given.to(shown.means)
         if weights.dim() == 1:

@@ -135,6 +135,33 @@ def test_layers_and_poolings_are_those_of_transformers_own_hidden_states(models:
     np.testing.assert_allclose(units, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-4)
 
 
+def half_trained(row: dict[str, list[int]], number: int) -> dict[str, list[int]]:
+    """Return a row whose first tokens are a prompt: of row 0 none, of row 1 all."""
+    length = len(row["input_ids"])
+    prompt = 0 if number == 0 else length if number == 1 else length // 2
+    return {**row, "labels": [IGNORED] * prompt + row["input_ids"][prompt:]}
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "first", "last"])
+def test_parts_of_a_sample_are_pooled_by_which_tokens_are_trained_on(
+    models: dict[str, Any], pooling: str, left: bool
+) -> None:
+    model, rows = models["llama"], [half_trained(row, number) for number, row in enumerate(ROWS)]
+    probe = probe_of(model, pool=pool_of(rows), collate=lambda some: collate(some, left))
+    for part in ("prompt", "response"):
+        found = probe.measure(Embeddings(-1, pooling, False, part), np.arange(9))  # type: ignore[arg-type]
+        for number, row in enumerate(rows):
+            with torch.no_grad():
+                states = model(input_ids=torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states[-1]
+            trained = np.array(row["labels"]) != IGNORED
+            trained[0] = False  # nothing predicts the first token
+            wanted = trained if part == "response" else ~trained
+            expected = pooled(states[0][wanted], pooling) if wanted.any() else np.zeros(16)
+            np.testing.assert_allclose(found[number], expected, rtol=1e-3, atol=2e-4, err_msg=f"{part} {number}")
+    assert not probe.measure(Embeddings(text="response"), np.array([1])).any()
+
+
 def test_no_other_layer_is_kept_or_returned(models: dict[str, Any]) -> None:
     asked: list[Any] = []
     model = models["llama"]

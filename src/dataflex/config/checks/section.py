@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 from dataflex.api.component import Component
 from dataflex.config.checks.chains import problems_of_chains
+from dataflex.config.checks.embeddings import problems_of_embeddings
 from dataflex.config.checks.references import problems_of_references
 from dataflex.config.checks.values import dataset_names, number, truthy
 from dataflex.config.loading import SECTION, RunConfig
 from dataflex.data.stages import STAGES
+from dataflex.embedding.of_model import measurements_of
 from dataflex.errors import Problem
 
 SPECIAL_LOSSES = {
@@ -38,6 +40,7 @@ def problems_of_section(config: RunConfig) -> Iterator[Problem]:
         _components,
         problems_of_chains,
         problems_of_references,
+        problems_of_embeddings,
         _validation,
         _neat_packing,
         _best_model,
@@ -157,7 +160,7 @@ def _columns(config: RunConfig) -> Iterator[Problem]:
 def _components(config: RunConfig) -> Iterator[Problem]:
     for key, component in config.build_components().items():
         found = list(component.problems(config))
-        for measurement in component.needs(config).measurements:
+        for measurement in measurements_of(component.needs(config)):
             found += measurement.problems(config)
         yield from (Problem(f"{SECTION}.{key}.{parameter}", message) for parameter, message in found)
 
@@ -211,7 +214,7 @@ def _neat_packing(config: RunConfig) -> Iterator[Problem]:
     for key, component in components.items():
         asked = component.needs(config)
         makes_table = asked.reference is not None and asked.reference.reference_losses is not None
-        if asked.measurements or asked.validation is not None or makes_table:
+        if measurements_of(asked) or asked.validation is not None or makes_table:
             measuring.append(f"{SECTION}.{key}.method: {component.name}")
     if measuring:
         yield Problem(

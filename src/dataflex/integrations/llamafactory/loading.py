@@ -135,6 +135,7 @@ def _load_whole(load: Loader, session: Session, data_args: Any) -> Module:
         for column, values in kept.items():
             samples.keep_column(column, values)
         session.add_whole(samples)
+        _add_validation(load, session, data_args, module["eval_dataset"])
         _check_data(session, training_args)
         # Problems of the rounds show before a model is loaded.
         _open(decide_steps(session.inputs, session.data, training_args), training_args)
@@ -159,15 +160,20 @@ def _load_planned(load: Loader, session: Session, data_args: Any) -> Module:
         warning = small_domains(session.inputs, pool, steps.global_batch_size)
         if warning is not None and training_args.process_index == 0:
             logger.warning(warning)
-    for key, request in session.inputs.wanted_validation.items():
-        samples = _load_validation(load, data_args, f"dataflex.{key}", request, evaluation)
-        samples.decode = load.decode
-        session.add_validation(key, samples)
+    _add_validation(load, session, data_args, evaluation)
     _check_data(session, training_args)
     if session.trains:
         _open(decide_steps(session.inputs, session.data, training_args), training_args)
     module = {"train_dataset": pool.dataset}
     return module if evaluation is None else {**module, "eval_dataset": evaluation}
+
+
+def _add_validation(load: Loader, session: Session, data_args: Any, held_out: Any) -> None:
+    """Load the validation samples of the components that ask for some."""
+    for key, request in session.inputs.wanted_validation.items():
+        samples = _load_validation(load, data_args, f"dataflex.{key}", request, held_out)
+        samples.decode = load.decode
+        session.add_validation(key, samples)
 
 
 def _check_data(session: Session, training_args: Any) -> None:

@@ -1,0 +1,26 @@
+"""What components ask for as embeddings, before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dataflex.api.weighter import Weighter
+from dataflex.config.checks.values import truthy
+from dataflex.config.loading import SECTION, RunConfig
+from dataflex.errors import Problem
+
+
+def problems_of_embeddings(config: RunConfig) -> Iterator[Problem]:
+    """Return what is wrong with the embeddings that components ask for."""
+    for key, component in config.build_components().items():
+        params = component.needs(config).embeddings
+        if params is None:
+            continue
+        if truthy(config, "streaming"):
+            yield Problem("streaming", f"{SECTION}.{key} embeds samples, and a stream has none yet; set it to false.")
+        if params.encoder is None and isinstance(component, Weighter) and component.elementwise:
+            yield Problem(
+                f"{SECTION}.{key}.encoder",
+                f"{component.name!r} weighs the samples of every process on its own, and the model in training embeds "
+                "those of all processes together; name an encoder.",
+            )

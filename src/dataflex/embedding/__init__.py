@@ -1,0 +1,1 @@
+"""Embeddings of samples for components: of the model in training, or of an encoder."""

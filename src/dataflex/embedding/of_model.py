@@ -1,0 +1,24 @@
+"""Embeddings of the model in training, as far as they are known before it is loaded: a measurement like any other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dataflex.api.measurement import Measurement
+from dataflex.api.needs import Needs
+from dataflex.api.params import EmbeddingParams
+from dataflex.probe.embeddings import Embeddings
+
+
+def model_embeddings(params: EmbeddingParams) -> Embeddings:
+    """Return the measurement by which the model in training gives the embeddings that parameters describe."""
+    pooling = "mean" if params.pooling == "auto" else params.pooling
+    return Embeddings(params.layer, pooling, text=params.embedding_text)
+
+
+def measurements_of(needs: Needs) -> tuple[Measurement[Any], ...]:
+    """Return all that a component measures on the model in training, its embeddings among it."""
+    params = needs.embeddings
+    if params is None or params.encoder is not None:
+        return needs.measurements
+    return (*needs.measurements, model_embeddings(params))

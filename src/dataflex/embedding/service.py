@@ -1,0 +1,64 @@
+"""What components read as ``ctx.embeddings``: one service of the run, shared by all that ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+
+from dataflex.api.context import EmbeddingArray, EmbeddingSource
+from dataflex.api.params import EmbeddingParams
+from dataflex.api.probe import Probe
+from dataflex.data.pool import Pool
+from dataflex.data.sampling import IndexArray
+from dataflex.embedding.of_model import model_embeddings
+from dataflex.probe.embeddings import Embeddings
+
+_Kept = tuple[IndexArray, EmbeddingArray]
+
+
+class EmbeddingService:
+    """Gives the embeddings that components ask for.
+
+    Those of the model in training are measured when they are read, on all processes together, and kept until
+    :meth:`forget`: components that ask for the same share them.
+
+    Args:
+        wanted: what components ask for, by configuration key.
+        pool: the samples of the run.
+        probe: measures them on the model in training.
+    """
+
+    def __init__(self, wanted: Mapping[str, EmbeddingParams], pool: Pool, probe: Probe) -> None:
+        self._wanted, self._pool, self._probe = dict(wanted), pool, probe
+        self._kept: dict[tuple[Embeddings, str], list[_Kept]] = {}
+
+    def of_all(self, key: str) -> EmbeddingSource | None:
+        """Return what gives a component the embeddings of all samples of a pool; None if it did not ask for any."""
+        params = self._wanted.get(key)
+        return None if params is None else partial(self._all, params)
+
+    def of_some(self, key: str) -> Callable[[IndexArray, Pool | None], EmbeddingArray] | None:
+        """Return what gives a component the embeddings of some samples of a pool; None if it did not ask for any."""
+        params = self._wanted.get(key)
+        return None if params is None else partial(self._some, params)
+
+    def forget(self) -> None:
+        """Drop what was measured, because the model changes or nobody reads it any more."""
+        self._kept.clear()
+
+    def _all(self, params: EmbeddingParams, samples: Pool | None = None) -> EmbeddingArray:
+        return self._some(params, np.arange((self._pool if samples is None else samples).size), samples)
+
+    def _some(self, params: EmbeddingParams, indices: IndexArray, samples: Pool | None = None) -> EmbeddingArray:
+        measurement = model_embeddings(params)
+        of = "" if samples is None or samples is self._pool else samples.content_digest
+        kept = self._kept.setdefault((measurement, of), [])
+        for known, values in kept:
+            if np.array_equal(known, indices):
+                return values
+        values = self._probe.measure(measurement, indices, samples)
+        values.flags.writeable = False
+        kept.append((indices, values))
+        return values
