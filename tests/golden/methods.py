@@ -174,6 +174,11 @@ class Cases:
             self._add(f"order-{by}", {"order": {"method": "sort", "by": by}}, two)
         falling = {"method": "sort", "by": "selection", "descending": True}
         self._add("order-selection", {"select": {"method": "el2n"}, "order": falling}, two)
+        self._add("order-fold", {"order": {"method": "fold", "layers": 3}}, two)
+        self._add("order-zigzag", {"order": {"method": "zigzag", "by": "length", "layers": 2, "jit": 4}}, two)
+        self._add("order-segment", {"order": {"method": "segment", "by": "length", "front": 25, "back": 20}}, two)
+        self._add("order-stair", {"order": {"method": "stair", "by": "length", "descending": True}}, two)
+        self._add("order-saw", {"order": {"method": "saw", "sections": 2, "radius": 0.2}}, two)
         for normalization in ("token", "sample"):
             for accumulated in (1, 2):
                 steps = {**two, "per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulated}

@@ -28,6 +28,13 @@ class Order(Component[ParamsT]):
         """Return the samples of all plans."""
         return float(run.decided_steps * run.global_batch_size)
 
+    def unfit(self, samples: int) -> tuple[str, str] | None:
+        """Return a parameter and why it does not fit so many samples arranged at a time, or None.
+
+        Asked before the model is loaded; the text is an error.
+        """
+        return None
+
     @property
     def reads_scores(self) -> bool:
         """Whether :meth:`arrange` reads ``selection.scores``, which not every selector gives."""

@@ -1,10 +1,10 @@
-"""Curriculum by sorting each round's samples by a score, easy to hard or the reverse.
+"""Curriculum by sorting samples by a score, easy to hard or the reverse.
 
-The score is the loss under the current model (a forward pass over the plan), the token length, or what the selector
-scored. Ties keep a random order, so a constant score is a shuffle. Samples without a score (no token to train on, or
-taken without a choice) come last.
+The score is the loss under the current model (a forward pass over the plan), the token length, what the selector
+scored, or a column of the raw rows. Ties keep a random order, so a constant score is a shuffle. Samples without a score
+(no token to train on, or taken without a choice) come last.
 Source: the classic curriculum (Bengio et al. 2009); the "sorting" pattern of arXiv 2605.30334.
-Cost: ``loss``: one forward pass over the plan per update; otherwise none.
+Cost: ``loss``: one forward pass over what is arranged; otherwise none.
 """
 
 from __future__ import annotations
@@ -14,54 +14,22 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from dataflex import (
-    ComponentError,
-    ComponentParams,
-    IndexArray,
-    Losses,
-    Needs,
-    Order,
-    RoundContext,
-    RunView,
-    ScoreArray,
-    Selection,
-    check_scores,
-    register,
-)
-from dataflex.orders.base_sorting import sorted_positions
+from dataflex import IndexArray, register
+from dataflex.orders.base_curriculum import CurriculumOrder, CurriculumParams
 
 
-class SortParams(ComponentParams):
+class SortParams(CurriculumParams):
     """Parameters of the sorted order."""
 
-    by: Literal["loss", "length", "selection"] = Field("loss", description="The score that is sorted by.")
-    descending: bool = Field(False, description="Largest score first.")
+    ties: Literal["input", "random"] = Field(
+        "random", description="Samples of equal score: in the order they come in, or in a random one."
+    )
 
 
 @register("order", "sort")
-class SortOrder(Order[SortParams]):
+class SortOrder(CurriculumOrder[SortParams]):
     """Sorts the plan by a score."""
 
-    @property
-    def reads_scores(self) -> bool:
-        """Whether it sorts by what the selector scored."""
-        return self.params.by == "selection"
-
-    def needs(self, run: RunView) -> Needs:
-        """Return the losses of the plan's samples, if it is sorted by them."""
-        return Needs(measurements=(Losses(),) if self.params.by == "loss" else ())
-
-    def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
-        """Return the sorting permutation."""
-        scores = check_scores(self, self._scores(ctx, selection), selection.indices)
-        return sorted_positions(scores, self.params.descending, ctx.rng)
-
-    def _scores(self, ctx: RoundContext, selection: Selection) -> ScoreArray:
-        if self.params.by == "length":
-            return ctx.pool.lengths[selection.indices].astype(np.float32)
-        if self.params.by == "loss":
-            distinct, inverse = np.unique(selection.indices, return_inverse=True)
-            return ctx.probe.measure(Losses(), distinct)[inverse]
-        if selection.scores is None:
-            raise ComponentError("order.by: selection needs a selector that scores; this one gave no scores.")
-        return selection.scores
+    def pattern(self, size: int, rng: np.random.Generator) -> IndexArray:
+        """Return the ranks as they are."""
+        return np.arange(size, dtype=np.int64)

@@ -1,0 +1,141 @@
+"""Curricula: samples sorted by a score and put into a pattern; what the orders that do so share."""
+
+from __future__ import annotations
+
+from typing import Literal, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from dataflex import (
+    ColumnArray,
+    ComponentError,
+    ComponentParams,
+    IndexArray,
+    Losses,
+    Needs,
+    Order,
+    RoundContext,
+    RunOutline,
+    RunView,
+    Selection,
+    Wrong,
+    check_scores,
+    unusable_score,
+)
+from dataflex.orders.base_patterns import shuffled_in_windows
+from dataflex.orders.base_sorting import sorted_positions
+
+
+class ScoreParams(ComponentParams):
+    """Which score samples are sorted by, and what is shuffled."""
+
+    by: Literal["loss", "length", "selection", "column"] = Field("loss", description="The score that is sorted by.")
+    column: str | None = Field(
+        None, min_length=1, description="With by: column, the column of the raw data with a number for each row."
+    )
+    ties: Literal["input", "random"] = Field(
+        "input", description="Samples of equal score: in the order they come in, or in a random one."
+    )
+    jit: int = Field(
+        0, ge=0, description="Samples in each of the windows that are shuffled after the pattern; 0 or 1: none."
+    )
+
+    @model_validator(mode="after")
+    def _column_is_there(self) -> Self:
+        if self.by == "column" and self.column is None:
+            raise ValueError("by: column needs column, the name of a column of the raw data")
+        if self.by != "column" and self.column is not None:
+            raise ValueError(f"column: {self.column} is read with by: column only, and by is {self.by}; set it")
+        return self
+
+
+class CurriculumParams(ScoreParams):
+    """Parameters of a pattern over sorted samples."""
+
+    descending: bool = Field(False, description="Largest score first.")
+
+
+ScoreParamsT = TypeVar("ScoreParamsT", bound=ScoreParams, covariant=True)
+CurriculumParamsT = TypeVar("CurriculumParamsT", bound=CurriculumParams, covariant=True)
+
+
+class ScoredOrder(Order[ScoreParamsT]):
+    """Sorts samples by a score and puts them into a pattern, those without a score last."""
+
+    @property
+    def descending(self) -> bool:
+        """Whether rank 0 is the largest score."""
+        return False
+
+    def pattern(self, size: int, rng: np.random.Generator) -> IndexArray:
+        """Return the ranks 0 to ``size`` - 1 of the sorted samples in training order."""
+        raise NotImplementedError(f"order {self.name!r} does not define pattern()")
+
+    def moves_nothing(self, samples: int) -> str | None:
+        """Return why so many samples are too few for the pattern, without a full stop; None: they are not."""
+        return None
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether it sorts by what the selector scored."""
+        return self.params.by == "selection"
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the losses or the column that samples are sorted by."""
+        return Needs(
+            measurements=(Losses(),) if self.params.by == "loss" else (),
+            columns=() if self.params.column is None else (self.params.column,),
+        )
+
+    def column_problem(self, column: str, values: ColumnArray) -> Wrong | None:
+        """Return what keeps the values from being scores."""
+        return unusable_score(column, values)
+
+    def cannot_act(self, run: RunOutline) -> str | None:
+        """Return that there is nothing to arrange, or too few samples for the pattern."""
+        return super().cannot_act(run) or self.moves_nothing(run.round_samples)
+
+    def unfit(self, samples: int) -> tuple[str, str] | None:
+        """Return that a window would hold all samples, and so nothing of the pattern would be left."""
+        if self.params.jit < max(samples, 2):
+            return None
+        return "jit", (
+            f"a window of {self.params.jit} samples does not fit: {samples} samples are arranged at a time, so it "
+            "would hold them all, and shuffling it would leave nothing of the order. Lower it, or use method: shuffle."
+        )
+
+    def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
+        """Return the permutation of the pattern."""
+        scores = self._scores(ctx, selection)
+        if self.params.ties == "random":
+            ranked = sorted_positions(scores, self.descending, ctx.rng)
+        else:
+            ranked = np.argsort(-scores if self.descending else scores, kind="stable")
+        scored = scores.size - int(np.isnan(scores).sum())
+        ranks = shuffled_in_windows(self.pattern(scored, ctx.rng), self.params.jit, ctx.rng)
+        return np.concatenate([ranked[:scored][ranks], ranked[scored:]])
+
+    def _scores(self, ctx: RoundContext, selection: Selection) -> NDArray[np.floating]:
+        indices = selection.indices
+        if self.params.by == "column":
+            assert self.params.column is not None
+            return ctx.pool.numbers(self.params.column)[indices]
+        if self.params.by == "length":
+            return ctx.pool.lengths[indices].astype(np.float64)
+        if self.params.by == "loss":
+            distinct, inverse = np.unique(indices, return_inverse=True)
+            return check_scores(self, ctx.probe.measure(Losses(), distinct), distinct)[inverse]
+        if selection.scores is None:
+            raise ComponentError("order.by: selection needs a selector that scores; this one gave no scores.")
+        return check_scores(self, selection.scores, indices)
+
+
+class CurriculumOrder(ScoredOrder[CurriculumParamsT]):
+    """A pattern that begins at the smallest, or the largest, score."""
+
+    @property
+    def descending(self) -> bool:
+        """Whether rank 0 is the largest score."""
+        return self.params.descending

@@ -1,0 +1,68 @@
+"""Segments: samples from the ends of the score's range first and last, the others between, each part shuffled.
+
+Of n samples the first int(n x / 100) come from the low or the high end, the last int(n y / 100) too, and what is left
+is between them. If both are from one end, they share its samples at random.
+Source: SEG of arXiv 2605.30334 (Dai et al., ACL 2026); microsoft/data-efficacy, ``data_ordering/segment.py``.
+Cost: that of the score; ``loss``: one forward pass over what is arranged.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from dataflex import IndexArray, register
+from dataflex.orders.base_curriculum import ScoredOrder, ScoreParams
+from dataflex.orders.base_patterns import segment_sizes, segmented
+
+
+class SegmentParams(ScoreParams):
+    """Parameters of segments."""
+
+    jit: int = Field(
+        0,
+        ge=0,
+        description="Samples in each of the windows that are shuffled after the pattern, as in the earlier release "
+        "(the official code has none here); 0 or 1: none.",
+    )
+    front: float = Field(10.0, ge=0, le=100, description="Per cent of the samples in the first part.")
+    back: float = Field(10.0, ge=0, le=100, description="Per cent of the samples in the last part.")
+    front_from: Literal["low", "high"] = Field("low", description="End of the scores that the first part is from.")
+    back_from: Literal["low", "high"] = Field("high", description="End of the scores that the last part is from.")
+    overlap: Literal["refuse", "rescale"] = Field(
+        "refuse", description="Parts of more than 100 per cent together: an error, or both scaled down to the whole."
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        total = self.front + self.back
+        if total == 0:
+            raise ValueError("front and back are both 0, which is a shuffle; set one of them, or use method: shuffle")
+        if total > 100 and self.overlap == "refuse":
+            raise ValueError(
+                f"front and back are {self.front:g} and {self.back:g} per cent, {total:g} together; use at most 100, "
+                "or overlap: rescale, as the official code does"
+            )
+        return self
+
+
+@register("order", "segment")
+class SegmentOrder(ScoredOrder[SegmentParams]):
+    """Begins and ends with samples from the ends of the scores, the others between."""
+
+    def moves_nothing(self, samples: int) -> str | None:
+        """Return that the first and the last part have no sample."""
+        if any(segment_sizes(samples, self.params.front, self.params.back)):
+            return None
+        return (
+            f"front: {self.params.front:g} and back: {self.params.back:g} per cent of {samples} samples are none, so "
+            "the order is a shuffle; raise them, or arrange more samples at a time"
+        )
+
+    def pattern(self, size: int, rng: np.random.Generator) -> IndexArray:
+        """Return the three parts one after another."""
+        first, last = segment_sizes(size, self.params.front, self.params.back)
+        high = self.params.front_from == "high", self.params.back_from == "high"
+        return segmented((first, size - first - last, last), high, rng.permutation)
