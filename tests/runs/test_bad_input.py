@@ -198,6 +198,10 @@ WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"dataflex": {"weight": {"method": "test_key"}, "plugins": ["bad_plugin.py"]}},
         ["weighter 'test_key' failed in weigh", "bad_plugin.py, line 39", "(raised in ", "traceback.txt"],
     ),
+    "what a selector did not ask for": (
+        {"dataflex": {"update_steps": 2, "select": {"method": "test_unasked"}, "plugins": ["bad_plugin.py"]}},
+        ["selector 'test_unasked', in score (", "bad_plugin.py, line 51)", "Needs(validation=self.params)"],
+    ),
     "a list for a selection": (
         {"dataflex": {"update_steps": 2, "select": {"method": "test_list"}, "plugins": ["bad_plugin.py"]}},
         ["selector 'test_list' (ListSelector.choose, ", "bad_plugin.py, line 44", "a list", "Selection"],
@@ -321,6 +325,12 @@ class KeyWeighter(Weighter):
 class ListSelector(Selector):
     def choose(self, ctx, candidates, count):
         return candidates[:count].tolist()
+
+
+@register("selector", "test_unasked")
+class UnaskedSelector(Selector):
+    def score(self, ctx, candidates):
+        return np.full(candidates.size, ctx.validation.size)
 """
 
 

@@ -117,8 +117,8 @@ class Component(Generic[ParamsT]):
         """Take back what :meth:`state_dict` returned."""
 
 
-def _params_named_by(cls: type[Component[ComponentParams]]) -> type[ComponentParams] | None:
-    """Return the parameter model among the type arguments of a class's bases.
+def _params_named_by(cls: type[Component[ComponentParams]]) -> Any:
+    """Return the type argument of a component among a class's bases, whatever it is: ``register`` checks it.
 
     Of a type variable it is the bound, if that is no wider than the model the class has inherited.
     """
@@ -127,10 +127,11 @@ def _params_named_by(cls: type[Component[ComponentParams]]) -> type[ComponentPar
         if not (isinstance(origin, type) and issubclass(origin, Component)):
             continue
         for argument in get_args(base):
-            is_open = isinstance(argument, TypeVar)
-            found = argument.__bound__ if is_open else argument
-            if isinstance(found, type) and issubclass(found, cls.Params if is_open else ComponentParams):
-                return found
+            if not isinstance(argument, TypeVar):
+                return argument
+            bound = argument.__bound__
+            if isinstance(bound, type) and issubclass(bound, cls.Params):
+                return bound
     return None
 
 

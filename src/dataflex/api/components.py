@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from dataflex.api.component import Component
-from dataflex.api.measurement import Measurement
+from dataflex.api.measurement import UNREGISTERED, Measurement, is_registered
 from dataflex.api.mixer import Mixer
 from dataflex.api.needs import Needs, RunView
 from dataflex.api.order import Order
@@ -97,6 +97,9 @@ def _unfit(needs: Needs) -> str | None:
     measured = needs.measurements
     if not isinstance(measured, tuple) or not all(isinstance(each, Measurement) for each in measured):
         return f"asks for measurements {measured!r}; needed is a tuple of measurements, as (Losses(),)."
+    for each in measured:
+        if not is_registered(each):
+            return f"asks for {type(each).__name__}, {UNREGISTERED}."
     groups: dict[str, tuple[Any, type]] = {
         "validation": (needs.validation, ValidationParams),
         "reference": (needs.reference, ReferenceParams),

@@ -214,19 +214,22 @@ class StepBatch:
     @property
     def token_losses(self) -> Tensor:
         """The losses of the tokens, shape (n, T); 0 where none is trained on."""
-        return self._tokens.losses
+        return self._asked("token_losses").losses
 
     @property
     def trained(self) -> Tensor:
         """Which tokens count in the loss, shape (n, T), bool."""
-        return self._tokens.trained
+        return self._asked("trained").trained
 
     @property
     def reference_losses(self) -> Tensor:
         """The losses of the reference at the same tokens, shape (n, T); 0 where none is trained on."""
-        if self._tokens.reference is None:
-            raise ComponentError("batch.reference_losses: needs() of the weighter names no reference.")
-        return self._tokens.reference
+        if self.tokens is None or self.tokens.reference is None:
+            raise ComponentError(
+                "batch.reference_losses is read by a weighter that asked for no reference; return "
+                "Needs(reference=self.params) from its needs()."
+            )
+        return self.tokens.reference
 
     @property
     def _pool(self) -> Pool:
@@ -234,11 +237,11 @@ class StepBatch:
             raise ComponentError("batch.pool: a stream has none; set streaming: false.")
         return self.pool
 
-    @property
-    def _tokens(self) -> TokenLosses:
+    def _asked(self, name: str) -> TokenLosses:
         if self.tokens is None:
             raise ComponentError(
-                'batch.token_losses: needs() of the weighter must return Needs(step_losses="tokens"), or a reference.'
+                f"batch.{name} is read by a weighter that asked for no losses of tokens; return "
+                'Needs(step_losses="tokens") from its needs().'
             )
         return self.tokens
 

@@ -172,6 +172,15 @@ def register_measurement(name: str) -> Callable[[MeasurementType], MeasurementTy
     return add
 
 
+UNREGISTERED = "which is no measurement with a name; put @dataflex.register_measurement(NAME) before the class"
+"""What a message says of an unregistered measurement, behind the name of its class."""
+
+
+def is_registered(measurement: Measurement[Any]) -> bool:
+    """Return whether the class of a measurement has a name of its own."""
+    return "name" in vars(type(measurement))
+
+
 def available_measurements() -> dict[str, type[Measurement[Any]]]:
     """Return the registered measurements by name, sorted."""
     return dict(sorted(_registered.items()))

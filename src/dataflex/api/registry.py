@@ -274,6 +274,8 @@ def failure_of_component(error: BaseException) -> str | None:
     holders = [each.f_locals.get("self") for each, _ in own]
     component = next((each for each in holders if isinstance(each, Component)), None)
     who = "a plug-in" if component is None else f"{component.family} {component.name!r}"
+    if isinstance(cause, DataFlexError):
+        return f"{who}, in {frame.f_code.co_name} ({frame.f_code.co_filename}, line {line}): {cause}"
     text = " ".join(f"{type(cause).__name__}: {cause}".split()).rstrip(":. ")
     last, last_line = frames[-1]
     below = "" if last is frame else f" (raised in {last.f_code.co_filename}, line {last_line})"

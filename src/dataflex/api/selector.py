@@ -150,9 +150,19 @@ def overhead_limit(selector: Selector) -> float | None:
     return None if selector.rule_params is None else selector.rule_params.max_overhead
 
 
-def overrides(selector: Selector, method: str) -> bool:
+def overrides(cls: type[Component], method: str) -> bool:
     """Return whether a selector's class, or a base of it, has its own way of deciding."""
-    return bool(getattr(type(selector), method) is not getattr(Selector, method))
+    return bool(getattr(cls, method) is not getattr(Selector, method))
+
+
+def chooses_sets(cls: type[Component]) -> bool:
+    """Return whether selectors of a class have a way of their own to choose, not by one score per sample."""
+    return overrides(cls, "choose") or overrides(cls, "select")
+
+
+def refuses_limit(cls: type[Component]) -> bool:
+    """Return whether a class has no use for ``max_overhead``: it cannot score a part of the candidates."""
+    return issubclass(cls, Selector) and (chooses_sets(cls) or cls.partial_scores is not None)
 
 
 def choice_by_scores(
@@ -257,6 +267,8 @@ def check_scores(component: Component[Any], scores: ScoreArray, candidates: Inde
         ComponentError: naming the component and the first offending samples.
     """
     label = label_of(component, ("score",))
+    if scores is None:
+        raise ComponentError(f"{label} returned None; needed is one number per candidate. Is a return missing?")
     try:
         values = np.asarray(scores, dtype=np.float32)
     except (TypeError, ValueError) as error:

@@ -400,7 +400,10 @@ def _without_method(prefix: str, family: str, given: Any) -> tuple[str, str]:
     if not isinstance(given, dict):
         meant = f" {{method: {words[0]}}}" if len(words) == 1 and isinstance(words[0], str) else " {method: name}"
         hint = did_you_mean(words[0], known) if words and isinstance(words[0], str) and words[0] not in known else ""
-        return prefix, f"must be a mapping, got {given!r}; write{meant}{hint or '.'} Known: {names}."
+        form = "a mapping"
+        if isinstance(given, list) and prefix.removeprefix(f"{SECTION}.") in CHAINS:
+            form, meant = "a mapping or a list of mappings", f" [{meant.strip()}]"
+        return prefix, f"must be {form}, got {given!r}; write{meant}{hint or '.'} Known: {names}."
     if "method" in given:
         return f"{prefix}.method", f"must be the name of a {family}, got {given['method']!r}. Known: {names}."
     for key in given:

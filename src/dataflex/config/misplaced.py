@@ -7,8 +7,10 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from dataflex.api import registry
+from dataflex.api.selector import refuses_limit
 from dataflex.config.arguments import llamafactory_keys
 from dataflex.config.legacy import FLAT_KEYS
+from dataflex.config.yaml_file import BESIDE_METHOD
 from dataflex.errors import unknown
 
 SECTION = "dataflex"
@@ -41,17 +43,37 @@ def belongs(key: str, place: str, own: Collection[str], section: Mapping[str, An
         return f"the parameters of a method stand beside method, under {place}."
     methods = list(_methods_with(key, section or {}))
     if methods:
-        family, method = methods[0]
-        names = ", ".join(name for each, name in methods if each == family)
-        if (section or {}).get(family) is None:
-            return f"is a parameter of a {registry.CONFIG_KEYS[family]} ({names}); it belongs under {SECTION}.{family}."
-        if inside.partition(".")[0] == family:
-            return f"is a parameter of another method ({names})."
-        return f"is a parameter of {family}: {{method: {method}}}; it belongs under {SECTION}.{family}."
+        return _of_methods(inside.partition(".")[0], methods, section or {})
     for family, kind in registry.CONFIG_KEYS.items():
         if key in registry.available(kind) and not inside:
             return f"is a {kind}; write {SECTION}: {{{family}: {{method: {key}}}}}."
+    near = difflib.get_close_matches(key, BESIDE_METHOD, n=1, cutoff=0.75)
+    if near and inside.partition(".")[0] in ("select", "weight"):
+        return f"unknown key {key!r}; did you mean {near[0]!r}?"
     return None
+
+
+def _of_methods(here: str, methods: list[tuple[str, str]], section: Mapping[str, Any]) -> str:
+    """Return a sentence that names the methods a key is a parameter of.
+
+    Args:
+        here: the family under which the key stands, or nothing.
+        methods: family and name of each, the section's own first.
+        section: as far as it is given.
+    """
+    family, method = methods[0]
+    names = ", ".join(name for each, name in methods if each == family)
+    own = section.get(here)
+    known = ""
+    if isinstance(own, Mapping) and own.get("method") in registry.available(registry.CONFIG_KEYS[here]):
+        fields = registry.get(registry.CONFIG_KEYS[here], own["method"]).Params.model_fields
+        known = f" Those of {own['method']}: {', '.join(fields) or 'none'}."
+    if here == family:
+        return f"is a parameter of another method ({names}).{known}"
+    given = section.get(family)
+    if isinstance(given, Mapping) and given.get("method") == method:
+        return f"is a parameter of {family}: {{method: {method}}}; it belongs under {SECTION}.{family}.{known}"
+    return f"is a parameter of a {registry.CONFIG_KEYS[family]} ({names}); it belongs under {SECTION}.{family}.{known}"
 
 
 def _methods_with(key: str, section: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -62,7 +84,7 @@ def _methods_with(key: str, section: Mapping[str, Any]) -> Iterable[tuple[str, s
         (family, method)
         for family, kind in registry.CONFIG_KEYS.items()
         for method, cls in registry.available(kind).items()
-        if key in cls.Params.model_fields
+        if key in cls.Params.model_fields and not (key == "max_overhead" and refuses_limit(cls))
     ]
     yield from (each for each in known if named.get(each[0]) == each[1])
     yield from (each for each in known if each[0] in named and named[each[0]] != each[1])

@@ -248,7 +248,8 @@ class Pool:
         if name not in self._columns:
             raise ConfigError(
                 f"{unknown('column', name, self._columns)} Columns of the raw data are kept with the samples if "
-                f"dataflex.columns names them (columns: [{name}])."
+                f"dataflex.columns names them (columns: [{name}]), or needs() of a component does "
+                f"(Needs(columns=({name!r},)))."
             )
         return self._columns[name]
 

@@ -244,7 +244,7 @@ class SelectorChain:
             self.standing.append(entry.key)
         found = []
         for part, ctx in zip(parts, contexts, strict=True):
-            if overrides(selector, "select"):
+            if overrides(type(selector), "select"):
                 begin(ctx)
                 found.append(selector.select(ctx, part.group))
                 continue
@@ -346,7 +346,7 @@ def _kept_by(entry: Entry[Selector], ctx: RoundContext, part: _Part, count: int 
     """
     selector, candidates = entry.component, part.candidates
     is_kept = np.zeros(candidates.size, dtype=bool)
-    if overrides(selector, "choose"):
+    if overrides(type(selector), "choose"):
         wanted = entry.kept_of(candidates.size) if count is None else count
         chosen = checked_choice(selector, selector.choose(ctx, candidates, wanted), candidates, part.group.name)
         if chosen.indices.size != wanted:

@@ -325,7 +325,7 @@ class LimitedScoring:
 
 def _draw_of(selector: Selector) -> Draw:
     """Return what draws by estimates as the selector's rule does by scores, ties in random order."""
-    if not overrides(selector, "pick"):
+    if not overrides(type(selector), "pick"):
         return partial(draw_by_rule, rule=selector.params.rule, temperature=selector.params.temperature)
 
     def draw(positions: IndexArray, estimated: ScoreArray, count: int, rng: np.random.Generator) -> IndexArray:

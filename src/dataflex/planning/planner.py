@@ -475,8 +475,10 @@ def check_proportions(
     try:
         values = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        kind = type(given).__name__
-        raise ComponentError(f"{label} returned a {kind} that is no array of {count} numbers: {error}") from error
+        raise ComponentError(
+            f"{label} returned a {type(given).__name__}; needed is an array of {count} numbers, one for each of "
+            f"{some(pool.domains)}, in this order."
+        ) from error
     if values.shape != (count,) or not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
         shown = f"[{some([repr(float(share)) for share in values.ravel()])}]"
         raise ComponentError(

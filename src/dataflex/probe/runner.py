@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataflex import distributed
-from dataflex.api.measurement import MeasuredBatch, Measurement, quantity_of
+from dataflex.api.measurement import UNREGISTERED, MeasuredBatch, Measurement, is_registered, quantity_of
+from dataflex.api.source import place_of
 from dataflex.data.rules import ScoreArray
 from dataflex.data.samples import RowList, Samples
 from dataflex.data.sampling import IndexArray
@@ -88,11 +89,8 @@ class Runner:
         indices: IndexArray,
         samples: Samples | Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        if "name" not in vars(type(measurement)):
-            raise ComponentError(
-                f"{type(measurement).__name__} is no measurement with a name; put "
-                "@dataflex.register_measurement(NAME) before the class."
-            )
+        if not is_registered(measurement):
+            raise ComponentError(f"the probe was given {type(measurement).__name__}, {UNREGISTERED}.")
         self.probe, self.measurement = probe, measurement
         self.samples: Samples
         if samples is None:
@@ -181,8 +179,10 @@ class Runner:
         name, count = self.measurement.name, batch.indices.size
         if not isinstance(values, Tensor) or not values.dim() or values.shape[0] != count:
             got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            place = place_of(type(self.measurement))
             raise ComponentError(
-                f"measurement {name!r} returned {got} for a batch of {count} samples; the first dimension is theirs."
+                f"measurement {name!r}{f' ({place})' if place else ''} returned {got} for a batch of {count} samples; "
+                f"needed is a torch tensor whose first dimension is {count}."
             )
         if not values.is_floating_point():
             return values.long()
@@ -197,9 +197,15 @@ class Runner:
         broken = np.isinf(values).reshape(len(values), -1).any(axis=1)
         if broken.any():
             more = f" (and {int(broken.sum()) - 1} more of {broken.size})" if broken.sum() > 1 else ""
-            raise DivergenceError(
-                f"the {quantity_of(self.measurement)} of {self.called(self.indices[broken][0])}{more} is not finite"
-            )
+            found = f"{self.called(self.indices[broken][0])}{more}"
+            place = place_of(type(self.measurement))
+            if place is not None:
+                raise ComponentError(
+                    f"measurement {self.measurement.name!r} ({type(self.measurement).__name__}, {place}) gives NaN or "
+                    f"infinity for {found}. Return finite numbers; `untrained` says what stands for a sample without a "
+                    "trained token. If the code is right, the model's numbers are not finite: training has diverged."
+                )
+            raise DivergenceError(f"the {quantity_of(self.measurement)} of {found} is not finite")
 
     def called(self, index: int) -> str:
         """Return how messages call a sample."""

@@ -255,10 +255,15 @@ def check_weights(weighter: Weighter, weights: Tensor, count: int, trained: Tens
     """
     label = label_of(weighter, ("weigh",))
     if not isinstance(weights, torch.Tensor):
-        raise ComponentError(f"{label} returned a {type(weights).__name__}; needed is a tensor of {count} weights.")
+        raise ComponentError(
+            f"{label} returned {'None' if weights is None else f'a {type(weights).__name__}'}; needed is a tensor of "
+            f"{count} weights."
+        )
     if weights.shape != (count,) and (trained is None or weights.shape != trained.shape):
-        samples = f"{count} samples" if trained is None else f"{count} samples of {trained.shape[1]} tokens"
-        raise ComponentError(f"{label} returned weights of shape {tuple(weights.shape)} for {samples}.")
+        tokens = "" if trained is None else f", or {tuple(trained.shape)}, one per token"
+        raise ComponentError(
+            f"{label} returned weights of shape {tuple(weights.shape)}; needed is ({count},), one per sample{tokens}."
+        )
     counted = weights if weights.dim() == 1 or trained is None else weights[trained.to(weights.device)]
     if not bool((torch.isfinite(counted) & (counted >= 0)).all()):
         raise ComponentError(f"{label} returned weights that are NaN, infinite or negative: {counted.tolist()}")

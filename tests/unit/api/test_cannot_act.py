@@ -49,7 +49,12 @@ def make(family: str, name: str, **params: Any) -> Component:
 
 def test_every_method_can_act_in_a_long_run_of_many_rounds() -> None:
     registry.load_components([], None)
-    names = [(family, name) for family in registry.CONFIG_KEYS.values() for name in registry.available(family)]
+    names = [
+        (family, name)
+        for family in registry.CONFIG_KEYS.values()
+        for name, cls in registry.available(family).items()
+        if cls.__module__.startswith("dataflex.")
+    ]
     assert len(names) >= 31
     for family, name in names:
         assert make(family, name).cannot_act(outline(total=2400)) is None, name

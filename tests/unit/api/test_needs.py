@@ -17,6 +17,7 @@ from dataflex import (
     Selector,
     SelectorParams,
     ValidationParams,
+    register_measurement,
 )
 from dataflex.api import registry
 from dataflex.api.component import Component
@@ -139,6 +140,7 @@ class AskingParams(SelectorParams, ValidationParams):
     ask: str = "nothing"
 
 
+@register_measurement("test_slow")
 @dataclass(frozen=True)
 class Slow(Measurement):
     forwards: ClassVar[float] = 7.0
@@ -151,13 +153,18 @@ class Slow(Measurement):
             yield "ask", "does not go with lomo."
 
 
+class Unnamed(Losses):
+    pass
+
+
 class Asking(Selector[AskingParams]):
     family, name = "selector", "test_asking"
 
     def needs(self, run):
         if self.params.ask == "slow":
             return Needs(measurements=(Slow(), Losses()), validation=self.params)
-        return {"nothing": Needs(), "dict": {}, "class": Needs(measurements=Losses)}[self.params.ask]
+        asked = {"class": Needs(measurements=Losses), "unnamed": Needs(measurements=(Unnamed(),))}
+        return {"nothing": Needs(), "dict": {}, **asked}[self.params.ask]
 
     def score(self, ctx, candidates):
         return np.zeros(candidates.size)
@@ -186,6 +193,7 @@ def asking(monkeypatch):
     [
         ({"ask": "dict"}, "returned a dict from needs()"),
         ({"ask": "class"}, "a tuple of measurements"),
+        ({"ask": "unnamed"}, "asks for Unnamed, which is no measurement with a name"),
         ({"method": "test_bare"}, "must extend dataflex.ValidationParams"),
     ],
 )

@@ -73,6 +73,11 @@ BROKEN: dict[str, tuple[str, int | None, list[str]]] = {
         ["Mine.on_step(self) must take (self, statistics)"],
     ),
     "no model of parameters": (selector(f"    Params = dict\n{SCORE}"), 4, ["Mine.Params", "ComponentParams"]),
+    "no model of parameters in brackets": (
+        f'{HEAD}class P:\n    pass\n@register("selector", "mine")\nclass Mine(Selector[P]):\n{SCORE}',
+        6,
+        ["Mine.Params", "ComponentParams"],
+    ),
     "parameters without a rule": (
         selector(f"    Params = MineParams\n{SCORE}", params("x: int = 1", "ComponentParams")),
         6,

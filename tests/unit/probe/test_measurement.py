@@ -24,7 +24,7 @@ import dataflex
 from dataflex import Embeddings, HiddenStates, Losses, MeasuredBatch, Measurement, register_measurement
 from dataflex.api import measurement as registry
 from dataflex.data.pool import Pool
-from dataflex.errors import ComponentError, ConfigError, DivergenceError
+from dataflex.errors import ComponentError, ConfigError
 from dataflex.probe import runner
 from dataflex.probe.model import ModelProbe
 from unit.fakes import make_pool
@@ -327,7 +327,8 @@ def test_what_is_not_finite_names_the_sample(models: dict[str, Any]) -> None:
             return torch.from_numpy(batch.indices).float().log()
 
     probe = probe_of(models["llama"])
-    with pytest.raises(DivergenceError, match="the logarithm of pool index 0 is not finite"):
+    place = r"measurement 'broken' \(Broken, .*test_measurement.py, line \d+\)"
+    with pytest.raises(ComponentError, match=rf"{place} gives NaN or infinity for pool index 0\. Return finite"):
         probe.measure(Broken(), np.arange(9))
     assert probe.measure(Broken(), np.arange(1, 9)).shape == (8,)
 
@@ -337,9 +338,12 @@ def test_what_is_not_finite_names_the_sample(models: dict[str, Any]) -> None:
     [
         (
             lambda batch: batch.mask.sum(),
-            r"measurement 'odd' returned a tensor of shape \(\) for a batch of \d+ samples",
+            r"measurement 'odd' \(.*line \d+\) returned a tensor of shape \(\) for a batch of \d+ samples",
         ),
-        (lambda batch: [1.0] * len(batch.labels), "measurement 'odd' returned list for a batch"),
+        (
+            lambda batch: [1.0] * len(batch.labels),
+            r"returned list for a batch of \d samples; needed is a torch tensor whose first dimension is \d",
+        ),
         (lambda batch: batch.mask, r"measurement 'odd' returned values of shape \(\d+,\) of torch.int64 after"),
     ],
 )
@@ -389,5 +393,7 @@ def test_a_measurement_without_a_name_of_its_own(models: dict[str, Any]) -> None
     class Mine(Losses):
         pass
 
-    with pytest.raises(ComponentError, match=r"Mine is no measurement with a name.*register_measurement\(NAME\)"):
+    with pytest.raises(
+        ComponentError, match=r"Mine, which is no measurement with a name.*register_measurement\(NAME\)"
+    ):
         probe_of(models["llama"]).measure(Mine(), np.arange(2))

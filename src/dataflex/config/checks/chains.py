@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from dataflex.api.components import Entry
-from dataflex.api.selector import Selector, SelectorParams, overhead_limit, overrides
+from dataflex.api.selector import Selector, SelectorParams, chooses_sets, overhead_limit, overrides
 from dataflex.config.loading import SECTION, RunConfig
 from dataflex.errors import Problem
 
@@ -18,14 +18,14 @@ def problems_of_chains(config: RunConfig) -> Iterator[Problem]:
         yield from _of_rule(entry)
         yield from _of_limit(entry, entries)
     last = entries[-1] if entries else None
-    if last is not None and last.every > 1 and _chooses_sets(last.component):
+    if last is not None and last.every > 1 and chooses_sets(type(last.component)):
         yield Problem(
             f"{SECTION}.{last.key}.every",
             f"{last.component.name} gives no scores from which the rounds between could be chosen; it decides for "
             "every round. Remove it.",
         )
     for entry in entries if len(entries) > 1 else ():
-        if overrides(entry.component, "select"):
+        if overrides(type(entry.component), "select"):
             yield Problem(
                 f"{SECTION}.{entry.key}.method",
                 f"{entry.component.name} draws from passes over the data itself and cannot stand in a list of "
@@ -40,16 +40,11 @@ def problems_of_chains(config: RunConfig) -> Iterator[Problem]:
             )
 
 
-def _chooses_sets(selector: Selector) -> bool:
-    """Return whether a selector has a way of its own to choose, not by one score per sample."""
-    return overrides(selector, "choose") or overrides(selector, "select")
-
-
 def _of_rule(entry: Entry[Selector]) -> Iterator[Problem]:
     """Parameters of the rule, of a selector that does not go by it."""
     selector = entry.component
     params = selector.rule_params
-    if params is None or not _chooses_sets(selector):
+    if params is None or not chooses_sets(type(selector)):
         return
     for name in ("rule", "temperature"):
         if getattr(params, name) != SelectorParams.model_fields[name].default:
@@ -65,7 +60,7 @@ def _of_limit(entry: Entry[Selector], entries: tuple[Entry[Selector], ...]) -> I
     if overhead_limit(selector) is None:
         return
     key = f"{SECTION}.{entry.key}.max_overhead"
-    if _chooses_sets(selector):
+    if chooses_sets(type(selector)):
         yield Problem(
             key,
             f"{selector.name} chooses samples together, in its own choose(); there are no scores of single samples of "

@@ -167,6 +167,11 @@ def _component_errors_told(output: Path) -> Iterator[None]:
     """
     try:
         yield
+    except (ComponentError, ConfigError) as error:  # it says what is wrong, but not where in the component's code
+        said = failure_of_component(error)
+        if said is None:
+            raise
+        raise ComponentError(said) from error
     except DataFlexError:
         raise
     except Exception as error:
