@@ -35,6 +35,10 @@ class SelectorParams(ComponentParams):
     max_overhead: float | None = Field(
         None, gt=0, description="Cap on decision time over training time; none: every candidate is scored every time."
     )
+    within: Literal["pool", "domain"] = Field(
+        "pool",
+        description="What a sample is compared with: the pool, or its own domain, each of which then has its share.",
+    )
 
 
 class Selector(Component[ParamsT]):
@@ -148,6 +152,11 @@ class Selector(Component[ParamsT]):
 def overhead_limit(selector: Selector) -> float | None:
     """Return a selector's ``max_overhead``; None if it is not given, or the selector has no such parameter."""
     return None if selector.rule_params is None else selector.rule_params.max_overhead
+
+
+def compares_in_domains(selector: Selector) -> bool:
+    """Return whether a selector compares the samples of each domain with one another alone."""
+    return selector.rule_params is not None and selector.rule_params.within == "domain"
 
 
 def overrides(cls: type[Component], method: str) -> bool:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from dataflex import distributed
 from dataflex.api.context import RoundContext
-from dataflex.api.selector import Selector, check_scores
+from dataflex.api.selector import Selector, check_scores, compares_in_domains
 from dataflex.config.loading import RunConfig
+from dataflex.data.apportion import apportion
 from dataflex.data.pool import Pool
 from dataflex.data.rng import derive_rng
 from dataflex.data.rules import ScoreArray
@@ -146,9 +149,11 @@ def score_pool(run: LoadedRun, model: LoadedModel, output: Path, amount: Amount)
     size = model.probe.pool.size
     amount.of(size, size)  # too many shows before the dear part
     ctx = _context(run, model, selector)
-    everyone = np.arange(size)
+    pool = ctx.pool
+    ends = pool.offsets if compares_in_domains(selector) else np.array([0, size])
+    groups = [np.arange(begin, end) for begin, end in pairwise(ends.tolist())]
     selector.begin(ctx)
-    scores = check_scores(selector, selector.score(ctx, everyone), everyone)
+    scores = np.concatenate([check_scores(selector, selector.score(ctx, group), group) for group in groups])
     scored = int(np.count_nonzero(~np.isnan(scores)))
     if not scored:
         raise DataFlexError(
@@ -156,8 +161,24 @@ def score_pool(run: LoadedRun, model: LoadedModel, output: Path, amount: Amount)
             "trained on. Check the template, cutoff_len and mask_history."
         )
     count = amount.of(scored, size)
-    best = best_first(scores, ctx.rng)
-    return distributed.on_main(partial(_write, run.inputs.config, model.probe.pool, output, scores, best, count))
+    ranks = np.concatenate([ranks_of_all(scores[group], ctx.rng) for group in groups])
+    counts = counts_chosen([scores[group] for group in groups], count)
+    is_chosen = ranks <= np.repeat(counts, [group.size for group in groups])
+    return distributed.on_main(partial(_write, run.inputs.config, pool, output, scores, ranks, is_chosen))
+
+
+def ranks_of_all(scores: ScoreArray, rng: np.random.Generator) -> IndexArray:
+    """Return the rank of each score, 1 the best, ties in random order; those without one (NaN) come last."""
+    ranks = np.empty(scores.size, dtype=np.int64)
+    ranks[best_first(scores, rng)] = np.arange(1, scores.size + 1)
+    return ranks
+
+
+def counts_chosen(scores: list[ScoreArray], count: int) -> IndexArray:
+    """Return how many samples each group gives, in proportion to its size; none more than have a score."""
+    sizes = np.array([group.size for group in scores], dtype=np.float64)
+    room = np.array([np.count_nonzero(~np.isnan(group)) for group in scores], dtype=np.int64)
+    return apportion(np.zeros(sizes.size), sizes, count, np.empty(0, dtype=np.int64), room).counts
 
 
 def best_first(scores: ScoreArray, rng: np.random.Generator) -> IndexArray:
@@ -185,19 +206,19 @@ def _context(run: LoadedRun, model: LoadedModel, selector: Selector) -> RoundCon
     )
 
 
-def _write(config: RunConfig, pool: Pool, output: Path, scores: ScoreArray, best: IndexArray, count: int) -> Scored:
+def _write(
+    config: RunConfig, pool: Pool, output: Path, scores: ScoreArray, ranks: IndexArray, is_chosen: NDArray[np.bool_]
+) -> Scored:
     output.mkdir(parents=True, exist_ok=True)
     everyone = np.arange(pool.size)
-    ids, chosen = pool.domain_ids(everyone), np.sort(best[:count])
-    ranks = np.empty(pool.size, dtype=np.int64)
-    ranks[best] = everyone + 1
+    ids, chosen = pool.domain_ids(everyone), np.flatnonzero(is_chosen)
     columns = {
         "index": pa.array(everyone),
         "dataset": pa.DictionaryArray.from_arrays(ids.astype(np.int32), list(pool.domains)),
         "row": row_column(pool, everyone),
         "score": pa.array(scores, from_pandas=True),
         "rank": pa.array(ranks),
-        "selected": pa.array(ranks <= count),
+        "selected": pa.array(is_chosen),
         "tokens": pa.array(pool.lengths),
     }
     temporary = output / f".{TABLE}"

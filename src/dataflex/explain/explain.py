@@ -206,7 +206,6 @@ class Record:
         for position in map(int, positions):
             domain = names[ids[position]]
             score, rank = _number(scores, position), _number(ranks, position)
-            group = domain if "mix" in each.components or "mix" in each.undecided else "pool"
             place = Placement(
                 index=int(indices[position]),
                 round=each.round,
@@ -219,7 +218,7 @@ class Record:
                 row=_whole(rows, position),
                 score=score,
                 rank=_whole(ranks, position),
-                candidates=None if rank is None else each.candidates.get(group),
+                candidates=None if rank is None else each.candidates.get(each.group_of(domain, each.candidates)),
                 proportion=each.proportions.get(domain),
                 share=each.shares.get(domain, 0.0),
             )
@@ -231,7 +230,7 @@ class Record:
             mixer = self.run.components.get("mix")
             return "uniform draw (warm-up)" if mixer is None else f"draw, initial shares of {mixer} (warm-up)"
         selector, mixer = each.components.get("select"), each.components.get("mix")
-        why = each.not_chosen.get(domain if "mix" in self.run.components else "pool")
+        why = each.not_chosen.get(each.group_of(domain, {**each.candidates, **each.not_chosen}))
         if why is not None:
             return f"not by {self.run.components.get('select')}: {why}"
         if selector is None and "mix" in each.undecided:

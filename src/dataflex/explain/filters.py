@@ -87,14 +87,13 @@ def _said(
     """Return what a filter said of some samples in a round in which it decided, by group; all it decided about."""
     indices = run.filters.indices(table)
     ids, names = run.filters.labels(table)
-    by_domain = "mix" in each.components or "mix" in each.undecided
-    found: dict[str, dict[int, Filtered]] = {names[i] if by_domain else "pool": {} for i in np.unique(ids)}
+    found: dict[str, dict[int, Filtered]] = {each.group_of(names[i], one.candidates): {} for i in np.unique(ids)}
     positions = np.flatnonzero(np.isin(indices, wanted))
     if not positions.size:
         return found
     scores, ranks = run.filters.numbers(table, "score"), run.filters.numbers(table, "rank")
     for position in map(int, positions):
-        group = names[ids[position]] if by_domain else "pool"
+        group = each.group_of(names[ids[position]], one.candidates)
         found[group][int(indices[position])] = Filtered(
             round=each.round,
             until=each.round,

@@ -3,7 +3,8 @@
 Every selector of a chain decides once in ``every`` decisions. In between, the samples a filter left last stand for it,
 and the scores of the last selector, from which every round is chosen anew. What stands for a selector stands for all
 before it too, so these are not asked. Samples are chosen from each group (the pool, or each domain where a mixer
-decides) apart, and a filter keeps its share of each.
+decides) apart, and a filter keeps its share of each. A selector that compares samples ``within`` their domain is given
+each domain of the pool as a group of its own.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from dataflex.api.selector import (
     check_scores,
     checked_choice,
     choice_by_scores,
+    compares_in_domains,
     overrides,
+    too_few_scores,
 )
+from dataflex.data.apportion import apportion
 from dataflex.data.pool import Pool
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
@@ -149,9 +153,13 @@ class SelectorChain:
         """What stands for an entry in a group, by configuration key and name of the group."""
         self._limited_at: int | None = None
         """The last decision in which the last entry might score, under a limit."""
+        self._owed = np.zeros(len(pool.domains))
+        """What rounding kept from each domain so far, in samples, if the last entry compares within domains."""
 
-    def select(self, groups: list[Group], update: int, size: int, context: ContextOf) -> list[Selection]:
-        """Return the samples of a round, of each group.
+    def select(
+        self, groups: list[Group], update: int, size: int, context: ContextOf
+    ) -> tuple[list[Group], list[Selection]]:
+        """Return the samples of a round, of each group; the groups are domains if the last selector divides the pool.
 
         Args:
             groups: what samples are wanted from.
@@ -203,18 +211,24 @@ class SelectorChain:
     ) -> StageOutcome:
         """Leave each part what a filter keeps of its candidates."""
         acting = [part for part in parts if part.begin_at <= number]
-        came = {part.group.name: part.candidates.size for part in acting}
+        divided = [_divided(part, self.pool) if compares_in_domains(entry.component) else [part] for part in acting]
+        own = [each for these in divided for each in these]
+        came = {part.group.name: part.candidates.size for part in own}
         begin, tables = _Beginning(entry.component), []
-        counts = _counts_kept(entry, [part.candidates.size for part in acting])
-        contexts = self._contexts(entry, acting, context) if acting else []
-        for part, ctx, count in zip(acting, contexts, counts, strict=True):
+        counts = _counts_kept(entry, [part.candidates.size for part in own])
+        is_divided = len(own) > len(acting)
+        contexts = self._contexts(entry, own, context) if own else []
+        for part, ctx, count in zip(own, contexts, counts, strict=True):
             begin(ctx)
-            table = _kept_by(entry, ctx, part, count)
+            table = _kept_by(entry, ctx, part, count, is_divided)
             tables.append(table)
             part.candidates = table.samples[table.is_kept]
-            self._hold(entry, part.group, update, samples=part.candidates, came=table.samples.size)
-        of_update = {part.group.name: update for part in acting}
-        kept = {part.group.name: part.candidates.size for part in acting}
+        kept = {part.group.name: part.candidates.size for part in own}
+        of_update = dict.fromkeys(kept, update)
+        for part, these in zip(acting, divided, strict=True):
+            came_here = sum(came[each.group.name] for each in these)
+            part.candidates = np.concatenate([each.candidates for each in these])
+            self._hold(entry, part.group, update, samples=part.candidates, came=came_here)
         for part in parts:
             held = self._held.get(entry.key, {}).get(part.group.name)
             if part not in acting and held is not None and part.begin_at == number + 1:
@@ -232,18 +246,25 @@ class SelectorChain:
             f"{self.pool.size} samples, and a round takes {size}. Raise keep, or shorten update_steps."
         )
 
-    def _choose(self, entry: Entry[Selector], parts: list[_Part], update: int, context: ContextOf) -> list[Selection]:
-        """Return what the last selector chooses of each part."""
+    def _choose(
+        self, entry: Entry[Selector], parts: list[_Part], update: int, context: ContextOf
+    ) -> tuple[list[Group], list[Selection]]:
+        """Return the groups that the last selector chooses from, and what it chooses of each."""
         selector, begin = entry.component, _Beginning(entry.component)
-        contexts = self._contexts(entry, parts, context)
         may_score = self._limited_at is None or update - self._limited_at >= entry.every
         if self.limit is not None:
             self.limit.open(may_score)
             self._limited_at = update if may_score else self._limited_at
         if all(part.held is not None for part in parts) if self.limit is None else not may_score:
             self.standing.append(entry.key)
+        divided = _divided(parts[0], self.pool) if len(parts) == 1 and compares_in_domains(selector) else parts
+        contexts = self._contexts(entry, divided, context)
+        if len(divided) > len(parts):
+            self._give_budgets(entry, parts[0], divided, contexts, begin, update)
+            contexts = [ctx for part, ctx in zip(divided, contexts, strict=True) if part.group.budget]
+            divided = [part for part in divided if part.group.budget]
         found = []
-        for part, ctx in zip(parts, contexts, strict=True):
+        for part, ctx in zip(divided, contexts, strict=True):
             if overrides(type(selector), "select"):
                 begin(ctx)
                 found.append(selector.select(ctx, part.group))
@@ -253,7 +274,47 @@ class SelectorChain:
         if contexts[0].undecided:
             why = "; ".join(dict.fromkeys(contexts[0].undecided))
             found = [each if each.undecided is not None else replace(each, undecided=why) for each in found]
-        return found
+        return [part.group for part in divided], found
+
+    def _give_budgets(
+        self,
+        entry: Entry[Selector],
+        whole: _Part,
+        divided: list[_Part],
+        contexts: list[RoundContext],
+        begin: _Beginning,
+        update: int,
+    ) -> None:
+        """Divide the samples wanted of the pool among its domains, in proportion to their sizes.
+
+        A domain with fewer candidates that have a score gives all of them, and the others give the more. If the last
+        selector chooses by scores, they are made here, so that it is known how many there are.
+        """
+        selector = entry.component
+        passes, rest = divmod(whole.group.budget, whole.candidates.size)
+        if self.limit is None and not overrides(type(selector), "choose") and rest:
+            for part, ctx in zip(divided, contexts, strict=True):
+                if part.held is None:
+                    scores = _scores(selector, ctx, part.candidates, begin)
+                    part.held = _Held(update, part.group.start, part.group.stop, part.candidates, scores)
+            if whole.held is None:
+                scores = np.concatenate([_held_scores(part) for part in divided])
+                self._hold(entry, whole.group, update, samples=whole.candidates, scores=scores)
+        room = np.zeros(len(self.pool.domains), dtype=np.int64)
+        domains = self.pool.domain_ids(np.array([part.group.start for part in divided]))
+        usable = [
+            self.pool.trained[part.candidates] if part.held is None else ~np.isnan(_held_scores(part))
+            for part in divided
+        ]
+        room[domains] = [np.count_nonzero(each) for each in usable]
+        if room.sum() < rest:
+            known = np.where(np.concatenate(usable), np.float32(0), np.float32(np.nan))
+            raise ComponentError(too_few_scores(selector, self.pool, whole.candidates, known, rest))
+        sizes = self.pool.domain_sizes.astype(np.float64)
+        shares = apportion(self._owed, sizes, rest, np.empty(0, dtype=np.int64), room)
+        self._owed = shares.owed
+        for part, domain in zip(divided, domains, strict=True):
+            part.group.budget = passes * part.candidates.size + int(shares.counts[domain])
 
     def _choice(
         self,
@@ -270,8 +331,7 @@ class SelectorChain:
         if self.limit is not None:
             return self.limit.choose(selector, ctx, candidates, count)
         if part.held is not None:
-            assert part.held.scores is not None
-            return choice_by_scores(selector, ctx, candidates, part.held.scores, count)
+            return choice_by_scores(selector, ctx, candidates, _held_scores(part), count)
         begin(ctx)
         if entry.every == 1:
             return checked_choice(selector, selector.choose(ctx, candidates, count), candidates, part.group.name)
@@ -291,6 +351,7 @@ class SelectorChain:
                 if entry.key in self._held
             },
             "limited_at": self._limited_at,
+            "owed": self._owed.copy(),
             "limit": {} if self.limit is None else self.limit.state_dict(),
         }
 
@@ -307,8 +368,40 @@ class SelectorChain:
                 continue
             self._held[entry.key] = {name: _Held.of(each) for name, each in stored["groups"].items()}
         self._limited_at = None if state["limited_at"] is None else int(state["limited_at"])
+        if "owed" in state:  # not in checkpoints of earlier versions, in which nothing was divided
+            self._owed = np.array(state["owed"], dtype=np.float64)
         if self.limit is not None:
             self.limit.load_state_dict(state["limit"])
+
+
+def _scores(selector: Selector, ctx: RoundContext, candidates: IndexArray, begin: _Beginning) -> ScoreArray:
+    begin(ctx)
+    return check_scores(selector, selector.score(ctx, candidates), candidates)
+
+
+def _held_scores(part: _Part) -> ScoreArray:
+    assert part.held is not None
+    assert part.held.scores is not None
+    return part.held.scores
+
+
+def _divided(part: _Part, pool: Pool) -> list[_Part]:
+    """Return a part for each domain of which a part has candidates; the part itself if there is one."""
+    ends = np.searchsorted(part.candidates, pool.offsets)
+    domains = np.flatnonzero(np.diff(ends))
+    if domains.size < 2:
+        return [part]
+    found = []
+    for domain in map(int, domains):
+        begin, end = ends[domain], ends[domain + 1]
+        start, stop = map(int, pool.offsets[domain : domain + 2])
+        group = Group(pool.domains[domain], start, stop, 0, part.group.sampler)
+        held = part.held
+        if held is not None:
+            scores = _held_scores(part)[begin:end]
+            held = replace(held, start=start, stop=stop, samples=held.samples[begin:end], scores=scores)
+        found.append(_Part(group, part.candidates[begin:end], part.begin_at, held))
+    return found
 
 
 @dataclass(frozen=True)
@@ -338,8 +431,8 @@ def _counts_kept(entry: Entry[Selector], sizes: list[int]) -> list[int | None]:
     return [max(1, int(count)) for count in np.diff(ends, prepend=0)]
 
 
-def _kept_by(entry: Entry[Selector], ctx: RoundContext, part: _Part, count: int | None) -> _Table:
-    """Return what a filter says of the candidates of a part.
+def _kept_by(entry: Entry[Selector], ctx: RoundContext, part: _Part, count: int | None, is_divided: bool) -> _Table:
+    """Return what a filter says of the candidates of a part; of a divided pool, a domain without a score is left out.
 
     Raises:
         ComponentError: if no candidate has a score.
@@ -357,6 +450,8 @@ def _kept_by(entry: Entry[Selector], ctx: RoundContext, part: _Part, count: int 
         return _Table(candidates, is_kept)
     scores = check_scores(selector, selector.score(ctx, candidates), candidates)
     scored = np.flatnonzero(~np.isnan(scores))
+    if is_divided and count is None and not scored.size:
+        return _Table(candidates, is_kept, scores, np.zeros(candidates.size, dtype=np.int64), candidates.size)
     wanted = entry.kept_of(max(scored.size, 1)) if count is None else count
     chosen = choice_by_scores(selector, ctx, candidates, scores, wanted)
     is_kept[np.searchsorted(candidates, chosen.indices)] = True

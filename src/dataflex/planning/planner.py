@@ -161,7 +161,7 @@ class Planner:
         self._mixing = []
         groups, decided, clipped = self._groups(slot, probe)
         chain = self.chain if slot.update is not None else None
-        parts = self._select(slot, probe, groups, chain)
+        groups, parts = self._select(slot, probe, groups, chain)
         selection = join(parts)
         arranged = self._arrange(slot, probe, selection)
         if arranged is not None and selection.passes is not None and self._keeps_passes(slot):
@@ -363,18 +363,19 @@ class Planner:
 
     def _select(
         self, slot: RoundSlot, probe: Probe, groups: list[Group], chain: SelectorChain | None
-    ) -> list[Selection]:
+    ) -> tuple[list[Group], list[Selection]]:
+        """Return the groups that samples are chosen from, and what is chosen of each."""
         if chain is None or slot.update is None:
-            return [group.draw_passes() for group in groups]
+            return groups, [group.draw_passes() for group in groups]
 
         def context(entry: Entry[Selector], group: str) -> RoundContext:
             return self.context(entry.component, slot, probe, group)
 
-        found = chain.select(groups, slot.update, slot.steps * self.global_batch_size, context)
+        groups, found = chain.select(groups, slot.update, slot.steps * self.global_batch_size, context)
         label = label_of(chain.entries[-1].component, ("select", "choose", "score"))
         for group, selection in zip(groups, found, strict=True):
             self._check_selection(label, selection, group)
-        return found
+        return groups, found
 
     def _check_selection(self, label: str, selection: Selection, group: Group) -> None:
         check_form(label, selection)

@@ -15,7 +15,7 @@ from dataflex.api.component import Component
 from dataflex.api.components import Components, Entry
 from dataflex.api.needs import Needs
 from dataflex.api.schedule import RunOutline, Schedule, default_update_steps
-from dataflex.api.selector import Selector, overhead_limit
+from dataflex.api.selector import Selector, compares_in_domains, overhead_limit
 from dataflex.data.sampling import exactly
 from dataflex.embedding.of_model import measurements_of
 from dataflex.errors import Problem
@@ -242,6 +242,17 @@ def notes_of(
             f"{_SECTION}.warmup_steps: by num_train_epochs the run is expected to have {run.total_steps} steps, all of "
             "them warm-up; whether anything is decided depends on how many more train_seconds allows."
         )
+    for entry in components.select:
+        if compares_in_domains(entry.component) and (components.mix is not None or run.domains == 1):
+            why = (
+                "the mixer decides how many samples each domain gives, and"
+                if components.mix
+                else "there is one domain:"
+            )
+            notes.append(
+                f"{entry.key} {entry.component.name}: within: domain changes nothing; {why} samples are compared with "
+                "those of their own domain anyway."
+            )
     pool = run.pool_size
     by_domain = components.mix is not None and any(entry.component.chooses for entry in components.select)
     if by_domain and pool is not None and run.round_samples >= pool:

@@ -110,7 +110,8 @@ class Filtering:
     """Its configuration key, ``select.0`` for the first."""
     method: str
     candidates: dict[str, NonNegativeInt] = field(default_factory=dict)
-    """How many samples came to it, of each group: ``pool``, or the domains if a mixer decides."""
+    """How many samples came to it, of each group: ``pool``, or the domains if a mixer decides or it compares within
+    them."""
     kept: dict[str, NonNegativeInt] = field(default_factory=dict)
     """How many of them it left for the next selector."""
     of_update: dict[str, NonNegativeInt] = field(default_factory=dict)
@@ -146,7 +147,7 @@ class Round:
     undecided: dict[str, str] = field(default_factory=dict)
     """Why the method of a family decided nothing."""
     not_chosen: dict[str, str] = field(default_factory=dict)
-    """Why the selector chose nothing from ``pool`` or, with a mixer, a domain."""
+    """Why the selector chose nothing from a group, as in :attr:`candidates`."""
     cost: Cost = field(default_factory=Cost)
     warmup: bool = False
     pool: Annotated[dict[str, NonNegativeInt], IN_HEADER] = field(default_factory=dict)
@@ -154,7 +155,8 @@ class Round:
     unscored: NonNegativeInt = 0
     """Candidates left out because they have no score."""
     candidates: Annotated[dict[str, NonNegativeInt], BY_DOMAIN] = field(default_factory=dict)
-    """How many samples were ranked in each group: ``pool``, or the domains if a mixer decides."""
+    """How many samples were ranked in each group: ``pool``, or the domains if a mixer decides or the selector compares
+    within them."""
     epochs: Annotated[dict[str, float], BY_DOMAIN] = field(default_factory=dict)
     """Passes over each domain up to and including this round; empty in older records, and with one domain."""
     clipped_shares: Annotated[dict[str, float], Field(validation_alias=AliasChoices("clipped_shares", "capped"))] = (
@@ -173,6 +175,16 @@ class Round:
         """Share of each domain in the plan, by count."""
         total = sum(self.domains.values())
         return {name: count / total for name, count in self.domains.items()} if total else {}
+
+    def group_of(self, domain: str, counts: Mapping[str, Any]) -> str:
+        """Return the group that the samples of a domain were in: itself, or ``pool``.
+
+        Args:
+            domain: its name.
+            counts: something that is told of each group.
+        """
+        by_domain = "mix" in self.components or "mix" in self.undecided or counts.keys() - {"pool"}
+        return domain if by_domain else "pool"
 
 
 def _nan_of_null(value: Any) -> Any:

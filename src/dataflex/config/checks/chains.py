@@ -46,6 +46,11 @@ def _of_rule(entry: Entry[Selector]) -> Iterator[Problem]:
     params = selector.rule_params
     if params is None or not chooses_sets(type(selector)):
         return
+    if params.within == "domain" and overrides(type(selector), "select"):
+        yield Problem(
+            f"{SECTION}.{entry.key}.within",
+            f"{selector.name} draws from passes over the data itself; its samples are not compared. Remove it.",
+        )
     for name in ("rule", "temperature"):
         if getattr(params, name) != SelectorParams.model_fields[name].default:
             yield Problem(
