@@ -53,6 +53,7 @@ class Cases:
         self.of: dict[str, Json] = {}
         self._selectors()
         self._influence_selectors()
+        self._neighbour_selectors()
         self._mixers()
         self._loss_weighing_mixers()
         self._orders_and_weighters()
@@ -111,6 +112,10 @@ class Cases:
         words = {"type": "python", "path": str(self.inputs / "rewards.py"), "function": "words"}
         self._select("nice", method="nice", reward=words, **HELD, **generated)
         self._select("nice-no-baseline", method="nice", reward=words, baseline="none", **HELD, **generated)
+
+    def _neighbour_selectors(self) -> None:
+        self._select("near", method="near", **TASKS)
+        self._select("near-layer", method="near", layer=1, pooling="last", max_k=3, **HELD)
 
     def _mixers(self) -> None:
         self._mix("uniform", method="uniform")

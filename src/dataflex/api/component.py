@@ -8,7 +8,7 @@ any number of processes, exact resume, and a record of every one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from dataflex.api.schedule import RunOutline
 from dataflex.api.source import label_of
 from dataflex.data.columns import ColumnArray, Wrong
 from dataflex.errors import ComponentError
+
+if TYPE_CHECKING:
+    from dataflex.data.pool import Pool
 
 ParamsT = TypeVar("ParamsT", bound=ComponentParams, covariant=True)
 """The parameter model of a component."""
@@ -71,6 +74,10 @@ class Component(Generic[ParamsT]):
             is wrong, a sentence without its full stop that begins with the name of the column.
         """
         return None
+
+    def pool_problems(self, pool: Pool) -> Iterator[tuple[str, str]]:
+        """Yield a parameter and what is wrong with it for these samples, before the model is loaded."""
+        yield from ()
 
     def wanted_rounds(self, domains: int) -> int:
         """Return into how many rounds a pass and the run are divided at least where ``update_steps`` is not given.

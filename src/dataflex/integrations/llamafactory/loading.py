@@ -13,7 +13,7 @@ from typing import Any
 from dataflex.data.columns import ColumnArray, WantedColumn, join_columns
 from dataflex.data.pool import DomainSamples, Pool, of_one
 from dataflex.data.stages import STAGES, SampleFields
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, Problem
 from dataflex.integrations.llamafactory.data_errors import Load, place_of_row, refuse_empty, told
 from dataflex.integrations.llamafactory.division import load_divided
 from dataflex.integrations.llamafactory.evaluation_sets import load_evaluation
@@ -155,6 +155,7 @@ def _load_planned(load: Loader, session: Session, data_args: Any) -> Module:
     problem = None if mixer is None or column is None else mixer.check_domains(pool.domains)
     if problem is not None:
         raise ConfigError(f"dataflex.mix.{problem[0]}: {problem[1]}")
+    _check_pool(session, pool)
     if session.trains:
         steps = decide_steps(session.inputs, session.data, training_args)  # problems show before a model is loaded
         warning = small_domains(session.inputs, pool, steps.global_batch_size)
@@ -166,6 +167,21 @@ def _load_planned(load: Loader, session: Session, data_args: Any) -> Module:
         _open(decide_steps(session.inputs, session.data, training_args), training_args)
     module = {"train_dataset": pool.dataset}
     return module if evaluation is None else {**module, "eval_dataset": evaluation}
+
+
+def _check_pool(session: Session, pool: Pool) -> None:
+    """Ask the components whether they can be used with the samples.
+
+    Raises:
+        ConfigError: with all that they say.
+    """
+    found = [
+        Problem(f"dataflex.{key}.{parameter}", message)
+        for key, component in session.inputs.components.items()
+        for parameter, message in component.pool_problems(pool)
+    ]
+    if found:
+        raise ConfigError(problems=found)
 
 
 def _add_validation(load: Loader, session: Session, data_args: Any, held_out: Any) -> None:

@@ -1,0 +1,384 @@
+"""Exact nearest neighbours of many queries: the base is read once, in blocks, and scored by matrix products.
+
+Products in single precision only sort out what cannot be among the nearest. What is left is measured again, pair by
+pair in double precision, so that a distance depends on nothing but its two rows: neither on how rows lie in blocks, nor
+on threads, processes or the device. Equal distances go to the lower index.
+
+Time: one product of all queries with the base, and a pass over its values. Memory: a block of the base, and about
+``1.2 k`` candidates for each query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex import distributed
+
+if TYPE_CHECKING:
+    import torch
+
+Metric = Literal["cosine", "l2"]
+Vectors = NDArray[np.floating[Any]]
+
+_QUERIES = 2048
+"""Queries scored together with one reading of the base."""
+_CELLS = 1 << 22
+"""Numbers in a block of the base, and in its scores: both stay in the processor's cache."""
+_DEVICE_CELLS = 1 << 27
+"""The same on an accelerator."""
+_MUCH = 1 << 32
+"""Products of numbers from which on an accelerator is worth the way there."""
+_PAIRS = 1 << 12
+"""Pairs measured together in double precision."""
+_CROWDED = 64
+"""Queries looked at together if more candidates are equally near than are kept."""
+
+
+def nearest(
+    queries: Vectors,
+    base: Vectors,
+    k: int,
+    *,
+    metric: Metric = "cosine",
+    device: str | torch.device | None = None,
+    exclude_self: bool = False,
+    share: bool = False,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the ``k`` nearest base rows of every query, nearest first.
+
+    Args:
+        queries: shape (M, H), finite.
+        base: shape (N, H), finite; a memory map is read block by block.
+        k: neighbours wanted; at most N are there, or N - 1 with ``exclude_self``.
+        metric: ``cosine`` (1 - cosine; 1 for a row of zeros) or ``l2`` (the Euclidean distance).
+        device: what computes the products; None: the accelerator of this process if it has one and there is much to
+            compute, else the processor.
+        exclude_self: query i is base row i, and no neighbour of itself.
+        share: the processes divide the queries; all make this call with the same arguments.
+
+    Returns:
+        Indices, int64, and distances, float32, both of shape (M, min(k, N)); the same on every process.
+
+    Raises:
+        ValueError: if the shapes do not fit, or ``k`` is below 1.
+    """
+    if queries.ndim != 2 or base.ndim != 2 or queries.shape[1] != base.shape[1]:
+        raise ValueError(f"queries {queries.shape} and base {base.shape} must be matrices of the same width")
+    if exclude_self and queries.shape[0] > base.shape[0]:
+        raise ValueError(f"{queries.shape[0]} queries cannot each be one of {base.shape[0]} base rows")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    count = min(k, base.shape[0] - int(exclude_self))
+    world = distributed.world_size() if share else 1
+    bounds = np.linspace(0, queries.shape[0], world + 1).astype(int)
+    first, last = (int(bounds[distributed.rank()]), int(bounds[distributed.rank() + 1])) if share else (0, len(queries))
+    indices = np.empty((last - first, count), dtype=np.int64)
+    distances = np.empty((last - first, count), dtype=np.float32)
+    for begin in range(first, last if count else first, _QUERIES):
+        end = min(begin + _QUERIES, last)
+        engine = _engine(queries[begin:end], base, metric, device, begin if exclude_self else None)
+        indices[begin - first : end - first], distances[begin - first : end - first] = _search(engine, count)
+    if world == 1:
+        return indices, distances
+    parts = distributed.gather_objects((indices, distances))
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+class _Scores(Protocol):
+    """The scores of a block: larger is nearer."""
+
+    def above(self, cut: Vectors) -> tuple[NDArray[np.int64], NDArray[np.int64], Vectors]:
+        """Return rows, columns (by row, then column) and values of the scores above each row's ``cut``."""
+        ...
+
+
+class _Queries:
+    """Some queries and the base, and how they are compared.
+
+    A score is q.b for unit rows, or q.b - |b|^2 / 2, which orders the base rows as their distances do.
+
+    Args:
+        queries: shape (m, H).
+        base: shape (N, H).
+        metric: as in :func:`nearest`.
+        first: the base row that the first query is and must not find; None: it may find any.
+    """
+
+    device_cells = _CELLS
+
+    def __init__(self, queries: Vectors, base: Vectors, metric: Metric, first: int | None) -> None:
+        self.base, self.metric, self.first = base, metric, first
+        kind = np.result_type(queries.dtype, base.dtype)
+        self.dtype: np.dtype[Any] = np.dtype(np.float64 if kind == np.float64 else np.float32)
+        self.rounding = float(np.finfo(np.float64 if kind == np.float64 else np.float32).eps)
+        self.exact = np.asarray(queries, dtype=np.float64)
+        self.lengths = np.sqrt(np.einsum("ij,ij->i", self.exact, self.exact))
+        scaled = self.exact / np.where(self.lengths, self.lengths, 1)[:, None] if metric == "cosine" else self.exact
+        self.matrix = np.ascontiguousarray(scaled, dtype=self.dtype)
+        self.longest = 0.0
+        """Length of the longest base row so far."""
+
+    def __len__(self) -> int:
+        return len(self.matrix)
+
+    @property
+    def error(self) -> Vectors:
+        """A bound on the rounding error of a score, shape (m,)."""
+        unit = (self.matrix.shape[1] + 16) * self.rounding
+        if self.metric == "cosine":
+            return np.full(len(self), unit)
+        return unit * (self.lengths * self.longest + self.longest**2)
+
+    def blocks(self) -> Iterator[tuple[int, _Scores]]:
+        """Yield the scores of all base rows in blocks, each with the number of its first row."""
+        width = max(len(self), self.base.shape[1])
+        rows = max(256, min(self.device_cells // width, self.base.shape[0]))
+        for begin in range(0, self.base.shape[0], rows):
+            block = np.asarray(self.base[begin : begin + rows])
+            yield begin, self.scores(begin, block)
+
+    def scores(self, begin: int, block: Vectors) -> _Scores:
+        """Return the scores of base rows from ``begin`` on, (m, n)."""
+        raise NotImplementedError
+
+    def own(self, begin: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return rows and columns of the pairs in a block that are a query and itself."""
+        if self.first is None:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        low, high = max(begin, self.first), min(begin + size, self.first + len(self))
+        numbers = np.arange(low, max(low, high), dtype=np.int64)
+        return numbers - self.first, numbers - begin
+
+    def measured(self, rows: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the distances of pairs of a query and a base row, in double precision, shape (n,)."""
+        found = np.empty(rows.size)
+        for begin in range(0, rows.size, _PAIRS):
+            part = slice(begin, begin + _PAIRS)
+            vectors, asked = self.base[ids[part]].astype(np.float64), self.exact[rows[part]]
+            if self.metric == "l2":
+                vectors -= asked
+                found[part] = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+                continue
+            lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors)) * self.lengths[rows[part]]
+            cosines = np.einsum("ij,ij->i", vectors, asked) / np.where(lengths, lengths, 1)
+            found[part] = np.maximum(1 - cosines, 0)
+        return found
+
+
+class _HostScores:
+    def __init__(self, values: Vectors) -> None:
+        self.values = values
+
+    def above(self, cut: Vectors) -> tuple[NDArray[np.int64], NDArray[np.int64], Vectors]:
+        places = np.flatnonzero(self.values > cut[:, None])
+        rows, columns = np.divmod(places, self.values.shape[1])
+        return rows, columns, self.values.reshape(-1)[places]
+
+
+class _HostQueries(_Queries):
+    """Products on the processor."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._room = np.empty(0, dtype=self.dtype)
+
+    def scores(self, begin: int, block: Vectors) -> _HostScores:
+        block = _widened(block) if block.dtype == np.float16 else block.astype(self.dtype, copy=False)
+        squares = np.einsum("ij,ij->i", block, block)
+        if self._room.size < len(self) * len(block):
+            self._room = np.empty(len(self) * len(block), dtype=self.dtype)
+        values = self._room[: len(self) * len(block)].reshape(len(self), len(block))
+        if self.metric == "l2":
+            self.longest = max(self.longest, float(np.sqrt(squares.max())))
+            np.matmul(self.matrix, block.T, out=values)
+            values -= squares / 2
+        else:
+            if np.abs(squares - 1).max() > 2 * self.rounding:
+                block = block / np.sqrt(np.where(squares, squares, 1))[:, None]
+            np.matmul(self.matrix, block.T, out=values)
+        values[self.own(begin, len(block))] = -np.inf
+        return _HostScores(values)
+
+
+def _widened(block: Vectors) -> Vectors:
+    import torch
+
+    return torch.from_numpy(np.array(block)).float().numpy()
+
+
+class _DeviceScores:
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    def above(self, cut: Vectors) -> tuple[NDArray[np.int64], NDArray[np.int64], Vectors]:
+        import torch
+
+        limit = torch.from_numpy(cut).to(self.values.device, self.values.dtype)
+        places = (self.values > limit[:, None]).view(-1).nonzero().squeeze(1)
+        rows, columns = np.divmod(places.cpu().numpy(), self.values.shape[1])
+        return rows, columns, self.values.view(-1)[places].cpu().numpy()
+
+
+class _DeviceQueries(_Queries):
+    """Products on an accelerator, in full single precision."""
+
+    device_cells = _DEVICE_CELLS
+
+    def __init__(self, queries: Vectors, base: Vectors, metric: Metric, first: int | None, device: Any) -> None:
+        import torch
+
+        super().__init__(queries, base, metric, first)
+        self.device = torch.device(device)
+        self.on_device = torch.from_numpy(self.matrix).to(self.device)
+
+    def scores(self, begin: int, block: Vectors) -> _DeviceScores:
+        import torch
+
+        rows = torch.from_numpy(np.array(block)).to(self.device).to(self.on_device.dtype)
+        squares = (rows * rows).sum(1)
+        if self.metric == "cosine":
+            rows /= torch.where(squares > 0, squares, torch.ones_like(squares)).sqrt()[:, None]
+        with _full_precision():
+            values = self.on_device @ rows.T
+        if self.metric == "l2":
+            self.longest = max(self.longest, float(squares.max().sqrt()))
+            values -= squares / 2
+        own_rows, own_columns = (torch.from_numpy(each).to(self.device) for each in self.own(begin, len(block)))
+        values[own_rows, own_columns] = -torch.inf
+        return _DeviceScores(values)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Multiply on NVIDIA devices without TF32's shortened numbers."""
+    import torch
+
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def _engine(
+    queries: Vectors, base: Vectors, metric: Metric, device: str | torch.device | None, first: int | None
+) -> _Queries:
+    is_double = np.result_type(queries.dtype, base.dtype) == np.float64
+    if device is None and not is_double and queries.shape[0] * base.size > _MUCH:
+        device = _accelerator()
+    if device is None or str(device) == "cpu":
+        return _HostQueries(queries, base, metric, first)
+    return _DeviceQueries(queries, base, metric, first, device)
+
+
+def _accelerator() -> torch.device | None:
+    import torch
+
+    return torch.accelerator.current_accelerator(check_available=True)
+
+
+class _Best:
+    """The ``width`` best candidates of every query so far, by score."""
+
+    def __init__(self, queries: int, count: int, dtype: np.dtype[Any]) -> None:
+        self.count, self.width = count, count + max(32, count // 8)
+        self.values = np.full((queries, self.width), -np.inf, dtype=dtype)
+        self.ids = np.full((queries, self.width), -1, dtype=np.int64)
+        self.last = np.full(queries, -np.inf, dtype=dtype)
+        """The ``count``-th best score of each query."""
+        self.dropped = np.full(queries, -np.inf, dtype=dtype)
+        """No score that was left out for want of room is above this."""
+        self._waiting: list[tuple[NDArray[np.int64], NDArray[np.int64], Vectors]] = []
+        self._counts = np.zeros(queries, dtype=np.int64)
+
+    def add(self, rows: NDArray[np.int64], ids: NDArray[np.int64], values: Vectors) -> None:
+        """Take note of candidates, in the order of ``rows``."""
+        self._waiting.append((rows, ids, values))
+        self._counts += np.bincount(rows, minlength=self._counts.size)
+        if self._counts.sum() > self.values.size or self._counts.max() > 4 * self.width:
+            self.settle()
+
+    def settle(self) -> None:
+        """Leave the best ones."""
+        rows = np.concatenate([part[0] for part in self._waiting])
+        order = np.argsort(rows.astype(np.uint16), kind="stable")
+        rows = rows[order]
+        places = np.arange(rows.size) - np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
+        shape = (self._counts.size, self.width + int(self._counts.max()))
+        values = np.full(shape, -np.inf, dtype=self.values.dtype)
+        ids = np.full(shape, -1, dtype=np.int64)
+        values[:, : self.width], ids[:, : self.width] = self.values, self.ids
+        values[rows, self.width + places] = np.concatenate([part[2] for part in self._waiting])[order]
+        ids[rows, self.width + places] = np.concatenate([part[1] for part in self._waiting])[order]
+        kept = np.argpartition(values, shape[1] - self.width, axis=1)[:, shape[1] - self.width :]
+        is_cut = np.count_nonzero(self.ids >= 0, axis=1) + self._counts > self.width
+        self.values, self.ids = np.take_along_axis(values, kept, axis=1), np.take_along_axis(ids, kept, axis=1)
+        self.dropped = np.where(is_cut, np.maximum(self.dropped, self.values.min(axis=1)), self.dropped)
+        place = self.width - self.count
+        self.last = np.partition(self.values, place, axis=1)[:, place]
+        self._waiting, self._counts = [], np.zeros_like(self._counts)
+
+    def finish(self) -> None:
+        """Leave the best ones of all that was added."""
+        if self._waiting:
+            self.settle()
+
+
+def _search(queries: _Queries, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the nearest base rows of some queries, and their distances, both (m, count)."""
+    best = _Best(len(queries), count, queries.dtype)
+    for begin, scores in queries.blocks():
+        rows, columns, values = scores.above(_cut(best.last, queries))
+        best.add(rows, columns + begin, values)
+    best.finish()
+    found = np.empty((len(queries), count), dtype=np.int64)
+    distances = np.empty((len(queries), count))
+    cut = _cut(best.last, queries)
+    is_crowded = best.dropped > cut
+    clear = np.flatnonzero(~is_crowded)
+    flat = np.repeat(clear, best.width), best.ids[clear].ravel()
+    is_there = flat[1] >= 0
+    found[clear], distances[clear] = _ordered(queries, flat[0][is_there], flat[1][is_there], count)
+    crowded = np.flatnonzero(is_crowded)
+    for begin in range(0, crowded.size, _CROWDED):
+        chosen = crowded[begin : begin + _CROWDED]
+        found[chosen], distances[chosen] = _crowded(queries, chosen, cut, count)
+    return found, distances
+
+
+def _cut(last: Vectors, queries: _Queries) -> Vectors:
+    """Return the scores below which nothing can be nearer than the candidates whose scores are ``last``."""
+    return (last - 2 * queries.error).astype(queries.dtype)
+
+
+def _crowded(
+    queries: _Queries, chosen: NDArray[np.int64], cut: Vectors, count: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the nearest base rows of queries with too many candidates at about the same distance."""
+    limits = np.full(len(queries), np.inf, dtype=queries.dtype)
+    limits[chosen] = cut[chosen]
+    kept_rows, kept_ids = [], []
+    for begin, scores in queries.blocks():
+        rows, columns, _ = scores.above(limits)
+        kept_rows.append(rows)
+        kept_ids.append(columns + begin)
+    rows, ids = np.concatenate(kept_rows), np.concatenate(kept_ids)
+    order = np.argsort(rows, kind="stable")
+    return _ordered(queries, rows[order], ids[order], count)
+
+
+def _ordered(
+    queries: _Queries, rows: NDArray[np.int64], ids: NDArray[np.int64], count: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the first ``count`` of each query's candidates by distance and index; ``rows`` ascend."""
+    distances = queries.measured(rows, ids)
+    order = np.lexsort((ids, distances, rows))
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    places = order[starts[:, None] + np.arange(count)]
+    return ids[places], distances[places]

@@ -1,0 +1,176 @@
+"""NEAR: the samples nearest to the validation samples, rank by rank.
+
+For every validation sample q, the query, the candidates are listed by falling cosine cos(e(q), e(x)) of embeddings. The
+lists are read column by column: the nearest candidate of every query in the queries' order, then the second nearest of
+every query, and so on; each candidate is taken once. Every decision goes on where the last one stopped, so that a run
+reads down the lists; when they are used up, it begins again at their top.
+
+Source: the NEAR selector of DataFlex (arXiv 2603.26164). Reading column by column is the round-robin of RDS+ (arXiv
+2503.01807) in which a query whose next candidate is taken loses its turn.
+Differs from it: the search is exact; a decision does not return the same prefix again; validation samples are what the
+run names, not the first hundred of the pool.
+Cost: the embeddings, and one product of all queries with them: M N H multiplications for M queries of length H. With an
+encoder both are made once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from dataflex import (
+    ComponentError,
+    IndexArray,
+    InputPath,
+    Needs,
+    Pool,
+    RoundContext,
+    RunView,
+    ScoreArray,
+    Selection,
+    State,
+    nearest,
+    register,
+)
+from dataflex.selectors.base_neighbours import (
+    TargetParams,
+    TargetSelector,
+    array_file,
+    file_problems,
+    usable,
+    vectors_of,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class NearParams(TargetParams):
+    """Parameters of NEAR."""
+
+    max_k: int = Field(1000, ge=1, description="Length of each validation sample's list; at least the samples wanted.")
+    indices_path: InputPath | None = Field(
+        None,
+        description="Lists made before: a .npy file of pool indices, a row for each query; none: they are searched.",
+    )
+
+
+@register("selector", "near")
+class NearSelector(TargetSelector[NearParams]):
+    """Takes the nearest neighbours of every validation sample, rank by rank."""
+
+    state_depends_on: ClassVar[frozenset[str]] = frozenset({"indices_path", "encoder"})
+
+    def __init__(self, params: NearParams) -> None:
+        super().__init__(params)
+        self._taken: NDArray[np.bool_] | None = None
+        """Which samples of the pool were taken since the lists were begun, shape (N,)."""
+        self._depth = params.max_k
+        """Length of the lists: the largest number of samples wanted so far, if that is larger."""
+        self._kept: dict[tuple[int, int], tuple[IndexArray, int, IndexArray, ScoreArray | None]] = {}
+        """Of candidates between two indices: the candidates, the length of the lists, and what :func:`scanned` made of
+        them; only if embeddings do not change."""
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the embeddings and the validation samples; nothing if the lists are given."""
+        return super().needs(run) if self.params.indices_path is None else Needs()
+
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with the file of the lists."""
+        if self.params.indices_path is not None:
+            yield from file_problems("indices_path", self.params.indices_path, 2)
+
+    def pool_problems(self, pool: Pool) -> Iterator[tuple[str, str]]:
+        """Yield which indices in the file of the lists are none of the pool."""
+        path = self.params.indices_path
+        if path is None:
+            return
+        table = array_file(path, 2)
+        if not np.issubdtype(table.dtype, np.integer):
+            yield "indices_path", f"{path!r} holds {table.dtype}; needed are pool indices, which are integers."
+            return
+        low, high = int(table.min()), int(table.max())
+        if low < 0 or high >= pool.size:
+            yield (
+                "indices_path",
+                f"{path!r} holds indices from {low} to {high}; those of the {pool.size} samples of this pool are 0 to "
+                f"{pool.size - 1}. Make the file for the data as it is now; -1 stands for a neighbour not found.",
+            )
+
+    def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
+        """Return the next candidates down the lists."""
+        trained = usable(self, ctx, candidates, count)
+        self._depth = max(self._depth, count)
+        order, cosines = self._lists(ctx, trained)
+        if order.size < count:
+            raise ComponentError(
+                f"selector 'near': {count} samples are wanted, and the lists in {self.params.indices_path!r} hold "
+                f"{order.size} of the {trained.size} candidates. Make longer lists, or shorten update_steps."
+            )
+        if self._taken is None:
+            self._taken = np.zeros(ctx.pool.size, dtype=bool)
+        left = np.flatnonzero(~self._taken[order])
+        places = left[:count]
+        if left.size < count:
+            logger.warning(
+                "select near: the lists of neighbours are used up after %d samples; they are read from the top again.",
+                order.size,
+            )
+            self._taken[order] = False
+            again = np.setdiff1d(np.arange(order.size), places)[: count - places.size]
+            self._taken[order[again]] = True
+            places = np.concatenate([places, again])
+        else:
+            self._taken[order[places]] = True
+        return Selection(
+            order[places],
+            None if cosines is None else cosines[places],
+            candidates.size - trained.size,
+            ranks=places + 1,
+            ranked=candidates.size,
+        )
+
+    def _lists(self, ctx: RoundContext, candidates: IndexArray) -> tuple[IndexArray, ScoreArray | None]:
+        """Return the candidates in the order of the lists, and the cosine by which each was found."""
+        if self.params.indices_path is not None:
+            table = array_file(self.params.indices_path, 2)
+            order = scanned(table)[0]
+            return order[np.isin(order, candidates)], None
+        key = int(candidates[0]), int(candidates[-1])
+        known = self._kept.get(key)
+        if known is not None and known[1] == self._depth and np.array_equal(known[0], candidates):
+            return known[2], known[3]
+        queries, _ = self.queries(ctx)
+        found, distances = nearest(queries, vectors_of(ctx, candidates), self._depth, share=True)
+        order, first = scanned(found)
+        cosines = 1 - distances.T.ravel()[first]
+        if self.params.encoder is not None:
+            self._kept[key] = candidates, self._depth, candidates[order], cosines
+        return candidates[order], cosines
+
+    def state_dict(self) -> State:
+        """Return which samples were taken."""
+        taken = None if self._taken is None else np.packbits(self._taken)
+        return {"taken": taken, "size": 0 if self._taken is None else self._taken.size, "depth": self._depth}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back which samples were taken."""
+        taken = state["taken"]
+        self._taken = None if taken is None else np.unpackbits(taken, count=int(state["size"])).astype(bool)
+        self._depth = max(int(state["depth"]), self.params.max_k)
+
+
+def scanned(table: NDArray[np.integer]) -> tuple[IndexArray, IndexArray]:
+    """Return the distinct numbers of a table, column by column, and the place of each in that reading.
+
+    Args:
+        table: a row for each query, nearest first, shape (M, k).
+    """
+    reading = np.asarray(table).T.ravel()
+    numbers, first = np.unique(reading, return_index=True)
+    order = np.argsort(first, kind="stable")
+    return numbers[order].astype(np.int64), first[order]

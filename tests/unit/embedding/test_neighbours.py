@@ -1,0 +1,110 @@
+"""Nearest neighbours against a search by sorting all distances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dataflex import nearest
+from dataflex.embedding import neighbours
+
+
+def sorted_distances(queries: NDArray[Any], base: NDArray[Any], metric: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return all base rows by distance and index, and the distances, in double precision."""
+    queries, base = queries.astype(np.float64), base.astype(np.float64)
+    if metric == "l2":
+        distances = np.sqrt(((queries[:, None] - base[None]) ** 2).sum(-1))
+    else:
+        lengths = np.outer(np.linalg.norm(queries, axis=1), np.linalg.norm(base, axis=1))
+        distances = 1 - (queries @ base.T) / np.where(lengths, lengths, 1)
+    numbers = np.broadcast_to(np.arange(len(base)), distances.shape)
+    order = np.lexsort((numbers, np.round(distances, 12)))
+    return order, np.take_along_axis(distances, order, 1)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "_QUERIES", 20)
+    monkeypatch.setattr(neighbours._Queries, "device_cells", 300 * 20)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_all_is_found_in_order(metric: Any, dtype: Any, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for size, k in ((1000, 1), (1000, 40), (900, 300), (50, 60), (1, 1)):
+        base = rng.standard_normal((size, 9)).astype(dtype)
+        queries = rng.standard_normal((33, 9)).astype(dtype)
+        if size > 100:
+            base[5:300], base[400], queries[3] = base[5], 0, 0  # ties by the hundred, and rows without a direction
+            queries[0] = base[5]
+        indices, distances = nearest(queries, base, k, metric=metric)
+        order, expected = sorted_distances(queries, base, metric)
+        assert indices.dtype == np.int64
+        assert distances.dtype == np.float32
+        np.testing.assert_array_equal(indices, order[:, :k])
+        np.testing.assert_allclose(distances, expected[:, :k], atol=1e-6)
+
+
+def test_a_query_is_not_its_own_neighbour_but_its_double_is() -> None:
+    base = np.random.default_rng(0).standard_normal((300, 5)).astype(np.float32)
+    base[17] = base[250]
+    indices, distances = nearest(base, base, 299, exclude_self=True, metric="l2")
+    assert indices.shape == (300, 299)
+    assert not (indices == np.arange(300)[:, None]).any()
+    assert (indices[17, 0], indices[250, 0]) == (250, 17)
+    assert distances[17, 0] == 0
+    assert nearest(base[:1], base[:1], 3, exclude_self=True)[0].shape == (1, 0)
+
+
+def test_neither_blocks_nor_neighbours_in_a_call_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    base, queries = (rng.standard_normal((size, 130)).astype(np.float32) for size in (2000, 41))
+    base[1000:1500] = base[:500]
+    indices, distances = nearest(queries, base, 25)
+    monkeypatch.setattr(neighbours, "_QUERIES", 7)
+    monkeypatch.setattr(neighbours, "_PAIRS", 64)
+    monkeypatch.setattr(neighbours._Queries, "device_cells", 130 * 333)
+    again, equal = nearest(queries, base, 25)
+    np.testing.assert_array_equal(again, indices)
+    assert distances.tobytes() == equal.tobytes()
+    alone, one = nearest(queries[40:], base, 25)
+    np.testing.assert_array_equal(alone[0], indices[40])
+    assert one[0].tobytes() == distances[40].tobytes()
+
+
+def test_products_of_a_device_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    base = rng.standard_normal((1500, 40)).astype(np.float16)
+    base[100:900] = base[100]
+    queries = base[[100, 3, 1200]]
+    asked: list[Any] = [{"metric": "cosine"}, {"metric": "l2", "exclude_self": True}]
+    expected = [nearest(queries, base, 50, **how) for how in asked]
+    engine = neighbours._DeviceQueries
+    monkeypatch.setattr(neighbours, "_engine", lambda q, b, metric, device, first: engine(q, b, metric, first, "cpu"))
+    found = [nearest(queries, base, 50, **how) for how in asked]
+    for (indices, distances), (same, equal) in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(indices, same)
+        assert distances.tobytes() == equal.tobytes()
+
+
+def test_a_memory_map_is_read(tmp_path: Path) -> None:
+    base = np.random.default_rng(5).standard_normal((700, 8)).astype(np.float16)
+    np.save(tmp_path / "base.npy", base)
+    stored = np.load(tmp_path / "base.npy", mmap_mode="r")
+    indices, _ = nearest(stored[:3], stored, 5)
+    np.testing.assert_array_equal(indices, sorted_distances(base[:3], base, "cosine")[0][:, :5])
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="same width"):
+        nearest(np.zeros((2, 3)), np.zeros((2, 4)), 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        nearest(np.zeros((2, 3)), np.zeros((2, 3)), 0)
+    with pytest.raises(ValueError, match="each be one of"):
+        nearest(np.zeros((3, 3)), np.zeros((2, 3)), 1, exclude_self=True)
