@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -110,6 +111,7 @@ def runs(workshop: Any) -> Any:
     add_boundaries(workshop, 2)
     add_families(workshop, ["select", "mix", "order", "weight"], 2)
     add_chains(workshop, 2)
+    add_walks(workshop, 2)
     elastic = {**resumable("composed", accumulation=1), "dropout": False}
     workshop.add("elastic-whole", **elastic)
     workshop.add("elastic-cut", stop_at=5, **elastic)
@@ -122,6 +124,8 @@ def runs(workshop: Any) -> Any:
 
     workshop.copy("elastic-cut", "elastic-resumed")
     workshop.add("elastic-resumed", **{**elastic, "gradient_accumulation_steps": 2})
+    workshop.copy("walk-cut-2", "walk-elastic")
+    workshop.add("walk-elastic", **walking(1))
     workshop.add("one-or-two-1", **TWO_SETS, **section(select={"method": "loss"}), per_device_train_batch_size=4)
     workshop.add("no-section-lora", **UNIFORM_CASES["sft-lora-1"])
     workshop.add("no-section-pt", **UNIFORM_CASES["pt-full-1"])
@@ -134,6 +138,7 @@ def runs(workshop: Any) -> Any:
     add_boundaries(workshop, 1)
     add_families(workshop, list(FAMILIES), 1)
     add_chains(workshop, 1)
+    add_walks(workshop, 1)
     for name, look in (("probe-no", []), ("probe-yes", ["losses"])):
         selector = {"select": {"method": "test_blind", "look": look}, "plugins": [PLUGIN]}
         workshop.add(name, **TWO_SETS, **section(**selector), dropout=True)
@@ -207,6 +212,19 @@ def add_chains(workshop: Any, processes: int) -> None:
         run = chained(processes, **last)
         workshop.add(f"{name}-cut-{processes}", stop_at=5, **run)
         workshop.add(f"{name}-resumed-{processes}", into=f"{name}-cut-{processes}", **run)
+
+
+def walking(processes: int) -> dict[str, Any]:
+    """A run of 128 samples along passes of 80, each in three sweeps by the loss; the second one begins in round 2."""
+    order = {"method": "fold", "by": "loss", "layers": 3, "scope": "run", "passes": "new", "jit": 4}
+    run = {**TWO_SETS, **section(order=order), "save_strategy": "steps", "save_steps": 3}
+    return {**run, "per_device_train_batch_size": 8 // processes, "gradient_accumulation_steps": 2}
+
+
+def add_walks(workshop: Any, processes: int) -> None:
+    workshop.add(f"walk-whole-{processes}", **walking(processes))
+    if processes == 2:
+        workshop.add("walk-cut-2", stop_at=5, **walking(2))
 
 
 EVALUATED = {"eval_dataset": "held", "eval_strategy": "steps", "eval_steps": 2}
@@ -372,6 +390,18 @@ def test_two_processes_resumed_by_one(runs: Any) -> None:
     resumed = load_file(runs.root / "elastic-resumed" / "adapter_model.safetensors")
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-5)
+
+
+def test_a_walk_is_the_same_on_one_process_on_two_and_after_a_resume_on_another_number(runs: Any) -> None:
+    digests = runs.plan_digests("walk-whole-1")
+    assert len(digests) == 4
+    assert runs.plan_digests("walk-whole-2") == digests
+    assert runs.plan_digests("walk-elastic") == digests
+    plans = [plan_table(runs.root / "walk-elastic", number).column("index").to_numpy() for number in range(4)]
+    assert np.array_equal(np.sort(np.concatenate(plans)[:80]), np.arange(80))
+    measured = [line["cost"]["samples"] for line in runs.rounds("walk-whole-1")]
+    assert [count > 0 for count in measured] == [False, True, True, False]  # when a pass is put in order, and only then
+    assert measured[2] - measured[1] == 16  # those of the warm-up round, which are not measured in the first pass
 
 
 def test_one_process_and_two_make_the_same_plans(runs: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dataflex.api.component import Component, ParamsT
@@ -16,7 +18,12 @@ class Order(Component[ParamsT]):
     """Arranges the samples of a plan."""
 
     def cannot_act(self, run: RunOutline) -> str | None:
-        """Return that rounds of one step leave nothing to arrange: a step's gradient does not depend on the order."""
+        """Return that rounds of one step leave nothing to arrange: a step's gradient does not depend on the order.
+
+        Of an order that walks, that there is one step, or that the run ends before its pass does.
+        """
+        if self.walks and run.decided_steps > 1:
+            return self._ends_early(run)
         if min(run.schedule.update_steps, run.decided_steps) > 1:
             return None
         return (
@@ -24,14 +31,26 @@ class Order(Component[ParamsT]):
             "dataflex.update_steps"
         )
 
+    def _ends_early(self, run: RunOutline) -> str | None:
+        trained = run.decided_steps * run.global_batch_size
+        if run.pool_size is None or trained >= run.pool_size:
+            return None
+        return (
+            f"the run trains on {trained:,} samples and the pool has {run.pool_size:,}, so the end of the order is "
+            "never reached; train a whole pass (num_train_epochs: 1), or put each round in order"
+        )
+
     def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
-        """Return the samples of all plans."""
-        return float(run.decided_steps * run.global_batch_size)
+        """Return the samples of all plans, or of an order that walks the pool for each pass that it puts in order."""
+        trained = run.decided_steps * run.global_batch_size
+        if not self.walks or run.pool_size is None:
+            return float(trained)
+        return float(run.pool_size * (1 if self.repeats else math.ceil(trained / run.pool_size)))
 
-    def unfit(self, samples: int) -> tuple[str, str] | None:
-        """Return a parameter and why it does not fit so many samples arranged at a time, or None.
+    def unfit(self, run: RunOutline) -> tuple[str, str] | None:
+        """Return a parameter and why it does not fit the run, which is then an error; None: all do.
 
-        Asked before the model is loaded; the text is an error.
+        Asked before the model is loaded.
         """
         return None
 
@@ -39,6 +58,31 @@ class Order(Component[ParamsT]):
     def reads_scores(self) -> bool:
         """Whether :meth:`arrange` reads ``selection.scores``, which not every selector gives."""
         return False
+
+    @property
+    def walks(self) -> bool:
+        """Whether it arranges the samples of a whole pass, along which the rounds walk, instead of those of a round.
+
+        :meth:`arrange` is then asked when a pass over the pool (with a mixer, over a domain) begins, or in the middle
+        of one if rounds before were arranged otherwise: with the samples that are still to come, in the order of the
+        pool. Its random numbers are keyed by the pass. The framework keeps the order, also in checkpoints.
+        """
+        return False
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the order of one pass is that of the next ones too, for an order that walks."""
+        return True
+
+    def outline(self, run: RunOutline, domains: Mapping[str, int] | None, is_mixed: bool) -> list[str]:
+        """Return what else the plan of the run says of it, lines without a full stop.
+
+        Args:
+            run: what is known of it.
+            domains: samples of each domain; None: not known.
+            is_mixed: whether there is a mixer.
+        """
+        return []
 
     keeps_passes: ClassVar[bool] = False
     """Whether the samples of a domain come in passes whatever :meth:`arrange` returns: of one domain, those of an

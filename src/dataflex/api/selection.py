@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray, PassSampler
+from dataflex.data.sampling import IndexArray, PassSampler, Walk
 from dataflex.errors import ComponentError
 
 
@@ -33,17 +33,17 @@ class Group:
         """Pool indices of the group, ascending, shape (size,)."""
         return np.arange(self.start, self.stop, dtype=np.int64)
 
-    def draw(self, count: int) -> IndexArray:
-        """Return the next ``count`` pool indices of the group's running pass."""
-        drawn = self.sampler.draw(count)
+    def draw(self, count: int, walk: Walk | None = None) -> IndexArray:
+        """Return the next ``count`` pool indices of the group's running pass, which ``walk`` may put in order."""
+        drawn = self.sampler.draw(count, walk)
         drawn += self.start
         return drawn
 
-    def draw_passes(self) -> Selection:
-        """Return the next ``budget`` samples of the group's running pass, in random order already."""
+    def draw_passes(self, walk: Walk | None = None) -> Selection:
+        """Return the next ``budget`` samples of the group's running pass, in random order already or in a walk's."""
         begin = self.sampler.drawn
         numbers = np.arange(begin, begin + self.budget, dtype=np.int64) // self.size
-        return Selection(self.draw(self.budget), shuffled=True, passes=numbers)
+        return Selection(self.draw(self.budget, walk), shuffled=True, passes=numbers)
 
 
 @dataclass(frozen=True)

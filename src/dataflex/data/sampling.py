@@ -6,6 +6,8 @@ Everything here is linear in the number of indices asked for, never in the size 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -98,10 +100,43 @@ def _add_modulo(
     np.minimum(target, hashed, out=target)
 
 
+@dataclass(frozen=True)
+class Walk:
+    """How passes are put in order by something else than chance.
+
+    Attributes:
+        maker: tells one way of doing so from another.
+        arrange: returns the positions of some elements, given with the number of their pass, in the order in which
+            they are to be drawn.
+        repeats: whether the order of one pass is that of the next ones too.
+    """
+
+    maker: str
+    arrange: Callable[[int, IndexArray], IndexArray]
+    repeats: bool
+
+
+@dataclass(frozen=True)
+class PassOrder:
+    """The order of one pass that a walk has decided.
+
+    Attributes:
+        number: the pass.
+        elements: all elements in the order in which they are drawn, shape (size,).
+        begin: how many of them had been drawn before it was decided; the others are in the walk's order.
+        maker: of the walk.
+    """
+
+    number: int
+    elements: IndexArray
+    begin: int
+    maker: str
+
+
 class PassSampler:
     """Draws ``range(size)`` in passes: every element once, in a fresh order, before any element comes again.
 
-    Its whole state is :attr:`drawn`, the number of elements drawn so far.
+    Its whole state is :attr:`drawn`, the number of elements drawn so far, and :attr:`decided`.
 
     Args:
         size: number of elements, >= 1.
@@ -113,18 +148,51 @@ class PassSampler:
     def __init__(self, size: int, *, seed: int, name: str, shuffle: bool = True) -> None:
         self.size, self.seed, self.name, self.shuffle = size, seed, name, shuffle
         self.drawn = 0
+        self.decided: PassOrder | None = None
+        """The order of the running pass, if a walk has decided it."""
 
-    def draw(self, count: int) -> IndexArray:
-        """Return the next ``count`` elements (int64) and move on."""
+    def draw(self, count: int, walk: Walk | None = None) -> IndexArray:
+        """Return the next ``count`` elements (int64) and move on.
+
+        Args:
+            count: of the elements.
+            walk: puts the elements of each pass in order that are still to be drawn; None: a pass that was put in order
+                goes on in it, others have an order by chance.
+        """
         parts = []
         while count > 0:
             number, offset = divmod(self.drawn, self.size)
             take = min(count, self.size - offset)
-            positions = np.arange(offset, offset + take, dtype=np.int64)
-            parts.append(self._order(number)(positions) if self.shuffle else positions)
+            if walk is not None:
+                self._decide(number, offset, walk)
+            elif self.decided is not None and self.decided.number < number:
+                self.decided = None
+            parts.append(self._elements(number, np.arange(offset, offset + take, dtype=np.int64)))
             self.drawn += take
             count -= take
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+    def _decide(self, number: int, offset: int, walk: Walk) -> None:
+        """Put a pass in order, but for its first ``offset`` elements, unless this walk has done so."""
+        decided = self.decided
+        if decided is not None and decided.maker == walk.maker:
+            if decided.number == number:
+                return
+            if walk.repeats and decided.begin == offset == 0:
+                self.decided = replace(decided, number=number)
+                return
+        before = self._elements(number, np.arange(offset, dtype=np.int64))
+        is_left = np.ones(self.size, dtype=bool)
+        is_left[before] = False
+        left = np.flatnonzero(is_left)
+        elements = np.concatenate([before, left[walk.arrange(number, left)]])
+        self.decided = PassOrder(number, elements, offset, walk.maker)
+
+    def _elements(self, number: int, positions: IndexArray) -> IndexArray:
+        """Return the elements at positions of a pass."""
+        if self.decided is not None and self.decided.number == number:
+            return self.decided.elements[positions]
+        return self._order(number)(positions) if self.shuffle else positions
 
     def _order(self, number: int) -> KeyedPermutation:
         return KeyedPermutation(self.size, key_of(self.seed, "pass", self.name, number))

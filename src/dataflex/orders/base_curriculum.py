@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Self, TypeVar
 
 import numpy as np
@@ -42,6 +43,24 @@ class ScoreParams(ComponentParams):
         0, ge=0, description="Samples in each of the windows that are shuffled after the pattern; 0 or 1: none."
     )
 
+    scope: Literal["round", "run"] = Field(
+        "round", description="What is put in order: each round's samples, or every pass, along which the rounds walk."
+    )
+    passes: Literal["same", "new"] = Field(
+        "same", description="With scope: run, whether every pass has the order of the first, or is put in order anew."
+    )
+
+    @model_validator(mode="after")
+    def _scope_fits(self) -> Self:
+        if self.scope == "run" and self.by == "selection":
+            raise ValueError(
+                "scope: run puts the pool in order before anything is selected, so there is no by: selection; use "
+                "another score, or scope: round"
+            )
+        if self.scope == "round" and self.passes == "new":
+            raise ValueError("passes: new is about scope: run; each round is put in order anew as it is")
+        return self
+
     @model_validator(mode="after")
     def _column_is_there(self) -> Self:
         if self.by == "column" and self.column is None:
@@ -78,6 +97,24 @@ class ScoredOrder(Order[ScoreParamsT]):
         return None
 
     @property
+    def walks(self) -> bool:
+        """Whether passes are put in order, not rounds."""
+        return self.params.scope == "run"
+
+    @property
+    def repeats(self) -> bool:
+        """Whether every pass has the order of the first."""
+        return self.params.passes == "same"
+
+    def outline(self, run: RunOutline, domains: Mapping[str, int] | None, is_mixed: bool) -> list[str]:
+        """Return what is put in order, and when."""
+        if not self.walks:
+            return []
+        what = "each domain is" if is_mixed else "the pool is"
+        when = "once, at the first decision" if self.repeats else "when a pass over it begins"
+        return [f"{what} put in order by {self.params.column or self.params.by} {when}; the rounds walk along it"]
+
+    @property
     def reads_scores(self) -> bool:
         """Whether it sorts by what the selector scored."""
         return self.params.by == "selection"
@@ -95,11 +132,17 @@ class ScoredOrder(Order[ScoreParamsT]):
 
     def cannot_act(self, run: RunOutline) -> str | None:
         """Return that there is nothing to arrange, or too few samples for the pattern."""
-        return super().cannot_act(run) or self.moves_nothing(run.round_samples)
+        samples = self._arranged_samples(run)
+        return super().cannot_act(run) or (None if samples is None else self.moves_nothing(samples))
 
-    def unfit(self, samples: int) -> tuple[str, str] | None:
+    def _arranged_samples(self, run: RunOutline) -> int | None:
+        """Return how many samples are arranged at a time, at most; None: not known."""
+        return run.pool_size if self.walks else run.round_samples
+
+    def unfit(self, run: RunOutline) -> tuple[str, str] | None:
         """Return that a window would hold all samples, and so nothing of the pattern would be left."""
-        if self.params.jit < max(samples, 2):
+        samples = self._arranged_samples(run)
+        if samples is None or self.params.jit < max(samples, 2):
             return None
         return "jit", (
             f"a window of {self.params.jit} samples does not fit: {samples} samples are arranged at a time, so it "

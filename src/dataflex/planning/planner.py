@@ -8,6 +8,7 @@ the pool (or of a domain, with a mixer) once, in a fresh order, before any comes
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from dataflex.api.component import Component, State
 from dataflex.api.components import Components, Entry, family_key
 from dataflex.api.context import RoundContext
 from dataflex.api.mixer import Mixer
+from dataflex.api.order import Order
 from dataflex.api.probe import Probe
 from dataflex.api.schedule import RoundSlot, Schedule
 from dataflex.api.selection import Group, Selection, check_form, join
@@ -31,7 +33,7 @@ from dataflex.data.apportion import LATER_ROUNDS, Apportioned, apportion
 from dataflex.data.pool import Pool, some
 from dataflex.data.rng import derive_rng, key_of
 from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray, KeyedPermutation, PassSampler, exactly
+from dataflex.data.sampling import IndexArray, KeyedPermutation, PassOrder, PassSampler, Walk, exactly
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.planning.budget import LimitedDecision
 from dataflex.planning.chain import SelectorChain, StageOutcome
@@ -164,9 +166,10 @@ class Planner:
         groups, parts = self._select(slot, probe, groups, chain)
         selection = join(parts)
         arranged = self._arrange(slot, probe, selection)
-        if arranged is not None and selection.passes is not None and self._keeps_passes(slot):
+        ranks_in_group = self._ranks_in_group(slot, selection)
+        if arranged is not None and ranks_in_group is not None:
             sizes = [part.indices.size for part in parts]
-            arranged = in_passes(arranged, np.repeat(np.arange(len(parts)), sizes), selection.passes)
+            arranged = in_passes(arranged, np.repeat(np.arange(len(parts)), sizes), ranks_in_group)
         indices, scores, ranks = selection.indices, selection.scores, selection.ranks
         if arranged is not None:
             indices = indices[arranged]
@@ -241,6 +244,7 @@ class Planner:
             "shares": self._shares.copy(),
             "warned": sorted(self._warned),
             "chain": None if self.chain is None else self.chain.state_dict(),
+            "orders": {name: vars(sampler.decided) for name, sampler in self._samplers.items() if sampler.decided},
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -254,6 +258,13 @@ class Planner:
         self._warned = set(state["warned"])
         if self.chain is not None and state["chain"] is not None:
             self.chain.load_state_dict(state["chain"])
+        for name, order in state.get("orders", {}).items():
+            self._samplers[name].decided = PassOrder(**order)
+
+    @property
+    def _samplers(self) -> dict[str, PassSampler]:
+        """Where the passes of each group stand, by the name in their key."""
+        return {sampler.name: sampler for sampler in (self._pool_sampler, *self._domain_samplers)}
 
     def context(self, component: Component, slot: RoundSlot, probe: Probe, group: str = "pool") -> RoundContext:
         """Return what ``component`` may base its part of a round on; every group has random numbers of its own."""
@@ -366,7 +377,7 @@ class Planner:
     ) -> tuple[list[Group], list[Selection]]:
         """Return the groups that samples are chosen from, and what is chosen of each."""
         if chain is None or slot.update is None:
-            return groups, [group.draw_passes() for group in groups]
+            return groups, [group.draw_passes(self._walk(slot, probe, group)) for group in groups]
 
         def context(entry: Entry[Selector], group: str) -> RoundContext:
             return self.context(entry.component, slot, probe, group)
@@ -404,18 +415,37 @@ class Planner:
         """Return the permutation that puts a selection into training order; None where it is in it."""
         size = selection.indices.size
         order = self.components.order
-        if order is not None and slot.update is not None:
-            given = order.arrange(self.context(order, slot, probe), selection)
-            return _permutation(label_of(order, ("arrange",)), given, size)
+        if order is not None and slot.update is not None and not order.walks:
+            return _arranged(order, self.context(order, slot, probe), selection)
         if self.arrangement == "sequential" or (self.arrangement == "shuffle" and selection.shuffled):
             return None
         if self.arrangement == "group_by_length":
             return self._group_by_length(slot, selection.indices)
         return KeyedPermutation(size, key_of(self.seed, "shuffle", slot.number))(np.arange(size, dtype=np.int64))
 
-    def _keeps_passes(self, slot: RoundSlot) -> bool:
+    def _ranks_in_group(self, slot: RoundSlot, selection: Selection) -> IndexArray | None:
+        """Return by which numbers the samples of each group must ascend in a plan, shape (n,); None: by none."""
         order = self.components.order
-        return order is None or slot.update is None or order.keeps_passes
+        if order is None or slot.update is None:
+            return selection.passes
+        if order.walks:
+            return np.arange(selection.indices.size)
+        return selection.passes if order.keeps_passes else None
+
+    def _walk(self, slot: RoundSlot, probe: Probe, group: Group) -> Walk | None:
+        """Return what puts a group's passes in order; None if they have an order by chance."""
+        order = self.components.order
+        if order is None or slot.update is None or not order.walks:
+            return None
+
+        def arrange(number: int, samples: IndexArray) -> IndexArray:
+            # Keyed by the pass and not by the round, so that the order does not depend on how long rounds are.
+            rng = derive_rng(self.seed, order.family, order.name, "pass", number, group.name)
+            context = replace(self.context(order, slot, probe), rng=rng)
+            return _arranged(order, context, Selection(group.start + samples))
+
+        made_with = order.params.model_dump(mode="json")
+        return Walk(json.dumps([order.name, made_with], sort_keys=True), arrange, order.repeats)
 
     def _group_by_length(self, slot: RoundSlot, indices: IndexArray) -> IndexArray:
         """Return the Trainer's own length grouping of a plan, in global batches."""
@@ -429,7 +459,14 @@ class Planner:
         )
 
 
-def _permutation(label: str, given: Any, size: int) -> IndexArray:
+def _arranged(order: Order, ctx: RoundContext, selection: Selection) -> IndexArray:
+    """Return the permutation that an order puts a selection into.
+
+    Raises:
+        ComponentError: if it returns none.
+    """
+    label, size = label_of(order, ("arrange",)), selection.indices.size
+    given: Any = order.arrange(ctx, selection)
     try:
         positions = np.asarray(given)
     except ValueError as error:

@@ -166,7 +166,7 @@ def problems_of(settings: DataFlexConfig, components: Components, run: RunOutlin
     """Return why nothing would ever be decided, or a selector would have nothing to choose from."""
     found = problems_of_warmup(settings, components, run.total_steps)
     if components.order is not None and run.decisions:
-        unfit = components.order.unfit(run.round_samples)
+        unfit = components.order.unfit(run)
         found += [] if unfit is None else [Problem(f"{_SECTION}.order.{unfit[0]}", unfit[1])]
     pool = run.pool_size
     if not components.select or components.mix is not None or pool is None or not run.decisions:
@@ -424,6 +424,9 @@ class RunPlan:
             f"{_count(run.round_samples, 'sample')}{share}",
         )
         yield "decisions", f"{run.decisions:,}: {acting}"
+        if self.components.order is not None:
+            is_mixed = self.components.mix is not None
+            yield from (("order", text) for text in self.components.order.outline(run, self.data.domains, is_mixed))
 
     def _place(self, key: str) -> str:
         """Return what is said of a component's place in a chain."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dataflex.api.order import Order
+from dataflex.api.schedule import RunOutline, Schedule
 from dataflex.api.selection import Selection
 from dataflex.config.loading import split_config
 from dataflex.errors import ConfigError
@@ -256,12 +257,19 @@ def test_windows_that_touch_are_allowed() -> None:
 
 def test_a_window_that_holds_everything_is_refused_and_patterns_of_nothing_are_told() -> None:
     order = build(FoldOrder, by="length", jit=40)
-    assert order.unfit(41) is None
-    found = order.unfit(40)
+
+    def run(steps: int) -> RunOutline:
+        return RunOutline(Schedule(0, steps, -1, 100), 1, 60)
+
+    assert order.unfit(run(41)) is None
+    found = order.unfit(run(40))
     assert found is not None
     assert found[0] == "jit"
     assert "a window of 40 samples does not fit: 40 samples" in found[1]
-    assert build(FoldOrder).unfit(1) is None
+    assert build(FoldOrder).unfit(run(1)) is None
+    walking = build(FoldOrder, by="length", jit=60, scope="run")
+    assert "60 samples are arranged" in str(walking.unfit(run(1)))
+    assert build(FoldOrder, by="length", jit=59, scope="run").unfit(run(1)) is None
     assert build(FoldOrder, layers=5).moves_nothing(6) is None
     assert "layers: 5 of 5 samples" in str(build(FoldOrder, layers=5).moves_nothing(5))
     assert "a window has 2 of 10 samples and layers is 2" in str(build(SawOrder).moves_nothing(10))

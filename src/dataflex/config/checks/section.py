@@ -133,7 +133,15 @@ def _domains(config: RunConfig) -> Iterator[Problem]:
 
 def _order(config: RunConfig) -> Iterator[Problem]:
     components = config.build_components()
-    if components.order is None or not components.order.reads_scores:
+    if components.order is None:
+        return
+    if components.order.walks and components.select:
+        yield Problem(
+            f"{SECTION}.order",
+            f"{components.order.name!r} puts the whole pool in order here, and {components.select[-1].key} chooses the "
+            "samples of every round; put rounds in order (scope: round), or remove the selector.",
+        )
+    if not components.order.reads_scores:
         return
     if not components.select or not components.select[-1].component.scores_samples:
         yield Problem(
