@@ -283,8 +283,8 @@ class LimitedScoring:
         if self._first_seconds > allowed:
             return (
                 f"because the cap comes to {allowed:.3g} s in this run and the first decision, which has to find out "
-                f"what scoring costs, took {self._first_seconds:.3g} s ({sample}, clusters and validation features "
-                "included)"
+                f"what scoring costs, took {self._first_seconds:.3g} s ({sample}; the rest went to what a decision "
+                "needs whatever it scores, such as clusters, validation samples and selectors before this one)"
             )
         others = spent.decision_seconds - self._scoring_seconds
         if others > self._scoring_seconds:

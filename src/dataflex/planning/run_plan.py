@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dataflex.api.component import Component
-from dataflex.api.components import Components, Entry
+from dataflex.api.components import Components, Entry, family_key
 from dataflex.api.needs import Needs
 from dataflex.api.schedule import RunOutline, Schedule, default_update_steps
 from dataflex.api.selector import Selector, compares_in_domains, overhead_limit
@@ -404,13 +404,15 @@ class RunPlan:
         if settings.warmup_steps:
             again = " at the start of every cycle" if _in_cycles(settings, self.components) else ""
             yield "warm-up", f"{_count(settings.warmup_steps, 'step')}{again}: a uniform draw, nothing is decided"
-        acting = ", ".join(f"{key} {component.name}{self._place(key)}" for key, component in self.components.items())
+        named = {key: f"{key} {component.name}{self._place(key)}" for key, component in self.components.items()}
+        weighing = ", ".join(text for key, text in named.items() if family_key(key) == "weight")
+        acting = ", ".join(text for key, text in named.items() if family_key(key) != "weight" or run is None)
         if run is None:
             yield "decisions", acting
             return
         schedule = run.schedule
         if not self.components.plans_data:
-            yield "decisions", f"in every step after warm-up, {run.decided_steps:,}: {acting}"
+            yield "decisions", f"in every step after warm-up, {run.decided_steps:,}: {weighing}"
             return
         share = ""
         if run.pool_size:
@@ -424,6 +426,8 @@ class RunPlan:
             f"{_count(run.round_samples, 'sample')}{share}",
         )
         yield "decisions", f"{run.decisions:,}: {acting}"
+        if weighing:
+            yield "weights", f"in every step after warm-up, {run.decided_steps:,}: {weighing}"
         if self.components.order is not None:
             is_mixed = self.components.mix is not None
             yield from (("order", text) for text in self.components.order.outline(run, self.data.domains, is_mixed))
@@ -470,7 +474,7 @@ class RunPlan:
 
     def _cost(self, run: RunOutline) -> Iterator[tuple[str, str]]:
         """Return what the components measure, against what training computes."""
-        training = _FORWARDS_OF_TRAINING * run.total_steps * run.global_batch_size
+        training, before = _FORWARDS_OF_TRAINING * run.total_steps * run.global_batch_size, 0.0
         for key, component in self.components.items():
             entry = next((each for each in self.components.select if each.key == key), None)
             outline = run if entry is None else outline_of(entry, self.components, run)
@@ -479,11 +483,16 @@ class RunPlan:
             if not forwards:
                 continue
             ratio = forwards / training
-            text = f"{key} {component.name}: {_number(ratio)} times the work of training"
-            yield "cost", f"{text} ({forwards:,.0f} forward passes of a sample; a training step has 3 for each)"
             cap = overhead_limit(component) if isinstance(component, Selector) else None
+            text = f"{key} {component.name}: {_number(ratio)} times the work of training"
+            text += "" if cap is None else " if all candidates were scored"
+            yield "cost", f"{text} ({forwards:,.0f} forward passes of a sample; a training step has 3 for each)"
             if cap is not None:
-                yield "cap", f"max_overhead: decisions may take {cap:g} times the time of training"
+                text = f"max_overhead: decisions may take {cap:g} times the time of training"
+                if before > cap:
+                    text += f", and the selectors before {key}, which have no limit, take about {_number(before)}"
+                yield "cap", text
+            before += ratio if entry is not None else 0.0
 
 
 def expected_forwards(component: Component, needs: Needs, run: RunOutline) -> float:

@@ -146,6 +146,23 @@ def test_the_plan_of_a_composed_run(data: Path) -> None:
     assert found["cost"].startswith("select less: 2 times the work of training (1,800 forward passes")
 
 
+def test_the_plan_tells_weights_from_decisions_and_the_cost_of_filters_from_the_limit(data: Path) -> None:
+    filtered = [
+        {"method": "el2n", "keep": 0.5},
+        {"method": "el2n", "focus": "low", "max_overhead": 0.25},
+    ]
+    section = {"warmup_steps": 5, "update_steps": 10, "select": filtered, "weight": {"method": "loss"}}
+    found = lines(data, section, per_device_train_batch_size=1, max_steps=25)
+    assert found["decisions"] == "2: select.0 el2n (keeps 50 %), select.1 el2n"
+    assert found["weights"] == "in every step after warm-up, 20: weight loss"
+    # 2 decisions on 25 samples and on 12, against 25 steps of one sample at 3; the last line of each name is looked at
+    assert found["cost"].startswith("select.1 el2n: 0.32 times the work of training if all candidates were scored")
+    assert found["cap"] == (
+        "max_overhead: decisions may take 0.25 times the time of training, and the selectors before select.1, which "
+        "have no limit, take about 0.67"
+    )
+
+
 def test_the_plan_of_a_run_without_update_steps(data: Path) -> None:
     found = lines(data, {"select": {"method": "loss"}})
     assert found["steps"].startswith("about 38, each of 2 samples")  # 37.5
