@@ -56,8 +56,8 @@ class Needs:
         reference: the frozen model, or the table of its token losses, it compares with; None: it wants none.
         columns: columns of the raw data it reads with ``ctx.pool.column(name)``.
         step_losses: what ``on_step`` is told of the losses of every training step, without a further forward: nothing,
-            the means of the domains, those of the samples too, or the losses of the tokens too. Of a weighter it is
-            what ``weigh`` is shown: the losses of the tokens, or (whatever else is named) those of the samples.
+            the means of the domains, those of the samples too, or the losses of the tokens too. A weighter is
+            always shown the losses of the samples, and with ``tokens`` those of the tokens, too.
         embeddings: which embeddings it reads with ``ctx.embeddings()`` (a weighter: ``batch.embeddings()``), of
             training and of validation samples; None: it wants none.
     """

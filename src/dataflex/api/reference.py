@@ -62,7 +62,11 @@ class ReferenceParams(ComponentParams):
         if self.reference_model is None:
             return
         if self.reference_model.startswith(PREFIX):
-            yield "reference_model", f"{self.reference_model!r}: name the folder that dataflex-cli assets prints."
+            yield (
+                "reference_model",
+                f"{self.reference_model!r} is not read here; name the folder that "
+                f"`dataflex-cli assets {self.reference_model.removeprefix(PREFIX)}` prints.",
+            )
             return
         folder = Path(self.reference_model)
         beside = folder.parent != Path() and folder.parent.is_dir()  # a folder that is not there, and no hub name

@@ -56,8 +56,8 @@ class Selector(Component[ParamsT]):
     chooses: ClassVar[bool] = True
     """Whether it leaves samples out of a round that is shorter than a pass for good reason; ``full`` does not."""
     partial_scores: ClassVar[str | None] = None
-    """Why scoring a part of the candidates does not tell about the others, nor is cheaper; then ``max_overhead`` is
-    refused. None: it is."""
+    """Why ``max_overhead`` is refused: scores of some candidates do not tell about the others, or scores cost nothing;
+    None: it is not refused."""
 
     @property
     def rule_params(self) -> SelectorParams | None:

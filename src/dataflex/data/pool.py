@@ -81,6 +81,11 @@ class Pool:
         domains: names of the domains, in order.
         domain_sizes: samples in each, >= 1; they add up to ``len(dataset)``.
         fields: of a sample, by its stage.
+
+    Attributes:
+        domains: names of the domains, in order.
+        domain_sizes: samples in each, shape (K,).
+        offsets: index of the first sample of each domain, and N last, shape (K + 1,).
     """
 
     def __init__(

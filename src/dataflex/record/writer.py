@@ -232,7 +232,9 @@ class RunWriter:
         aside = _earlier(self.folder)
         self.folder.rename(aside)
         with_them = f" with its {len(left)} checkpoints" if left else ""
-        print(f"dataflex: the record of an earlier run in this folder is kept as {aside}{with_them}")
+        cut = not left and keep is None and not (aside / SUMMARY).exists()
+        anew = ". It was cut off before its first checkpoint (save_steps), so this run begins at step 0" if cut else ""
+        print(f"dataflex: the record of an earlier run in this folder is kept as {aside}{with_them}{anew}")
         (self.folder / PLANS).mkdir(parents=True)
 
     def _move_aside(self, folders: list[Path], what: str) -> None:

@@ -83,7 +83,7 @@ def decision(
     steps = f"steps {first}-{last}" if last > first else f"step {first}"
     parts = [f"{sum(planned.values())} of {pool_size}" + (f": {largest(planned)}" if len(planned) > 1 else " samples")]
     if loss_weights is not None:
-        parts.append(f"loss weights {largest(loss_weights, '{:.3g}')}")
+        parts.append(f"loss weights at its start {largest(loss_weights, '{:.3g}')}")
     if scored is not None:
         parts.append(f"{scored} scored under the cap")
     parts += [f"not decided by {who}: {why}" for who, why in (undecided or {}).items()]
