@@ -92,6 +92,32 @@ def on_main(function: Callable[[], T]) -> T:
     return cast(T, box[0])
 
 
+def on_each(function: Callable[[], T]) -> list[T]:
+    """Call ``function`` on every process at once and return the values of all, in order of rank, on every process.
+
+    One may take longer than another by more than ``ddp_timeout``, as in :func:`on_main`.
+
+    Raises:
+        DataFlexError: on every process, if ``function`` raised one on any: that of the lowest rank.
+    """
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return [function()]
+    group = _waiting_group()
+    own: T | DataFlexError
+    try:
+        own = function()
+    except DataFlexError as error:
+        own = error
+    values: list[T | DataFlexError | None] = [None] * world_size()
+    dist.all_gather_object(values, own, group=group)
+    for value in values:
+        if isinstance(value, DataFlexError):
+            raise value
+    return cast(list[T], values)
+
+
 def _waiting_group() -> dist.ProcessGroup:
     """Return a group of all processes in which one may wait for days; made by all together at the first call.
 

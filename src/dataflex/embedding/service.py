@@ -13,6 +13,7 @@ from dataflex.api.probe import Probe
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
 from dataflex.embedding.of_model import model_embeddings
+from dataflex.embedding.stored import StoredEmbeddings
 from dataflex.probe.embeddings import Embeddings
 
 _Kept = tuple[IndexArray, EmbeddingArray]
@@ -28,25 +29,40 @@ class EmbeddingService:
         wanted: what components ask for, by configuration key.
         pool: the samples of the run.
         probe: measures them on the model in training.
+        stored: the embeddings that encoders made, by configuration key.
     """
 
-    def __init__(self, wanted: Mapping[str, EmbeddingParams], pool: Pool, probe: Probe) -> None:
-        self._wanted, self._pool, self._probe = dict(wanted), pool, probe
+    def __init__(
+        self,
+        wanted: Mapping[str, EmbeddingParams],
+        pool: Pool,
+        probe: Probe,
+        stored: Mapping[str, StoredEmbeddings] | None = None,
+    ) -> None:
+        self._wanted, self._pool, self._probe, self._stored = dict(wanted), pool, probe, dict(stored or {})
         self._kept: dict[tuple[Embeddings, str], list[_Kept]] = {}
 
     def of_all(self, key: str) -> EmbeddingSource | None:
         """Return what gives a component the embeddings of all samples of a pool; None if it did not ask for any."""
+        if key in self._stored:
+            return self._stored[key].of
         params = self._wanted.get(key)
         return None if params is None else partial(self._all, params)
 
     def of_some(self, key: str) -> Callable[[IndexArray, Pool | None], EmbeddingArray] | None:
         """Return what gives a component the embeddings of some samples of a pool; None if it did not ask for any."""
+        if key in self._stored:
+            return partial(self._rows, self._stored[key])
         params = self._wanted.get(key)
         return None if params is None else partial(self._some, params)
 
     def forget(self) -> None:
         """Drop what was measured, because the model changes or nobody reads it any more."""
         self._kept.clear()
+
+    @staticmethod
+    def _rows(stored: StoredEmbeddings, indices: IndexArray, samples: Pool | None = None) -> EmbeddingArray:
+        return stored.of(samples)[indices]
 
     def _all(self, params: EmbeddingParams, samples: Pool | None = None) -> EmbeddingArray:
         return self._some(params, np.arange((self._pool if samples is None else samples).size), samples)

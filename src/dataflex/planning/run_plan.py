@@ -337,7 +337,7 @@ class RunPlan:
 
     def lines(self) -> list[str]:
         """Return the plan, one line for each matter."""
-        rows = [("data", self._data()), ("steps", self._steps()), *self._rounds(), *self._events()]
+        rows = [("data", self._data()), ("steps", self._steps()), *self._rounds(), *self._embeddings(), *self._events()]
         if self.run is not None:
             rows += self._cost(self.run)
         width = max(len(name) for name, _ in rows)
@@ -443,6 +443,18 @@ class RunPlan:
                 said = ", ".join(part for part in (kept, often) if part)
                 return f" ({said})" if said else ""
         return ""
+
+    def _embeddings(self) -> Iterator[tuple[str, str]]:
+        """Return the embeddings that encoders make, which cost the model in training nothing."""
+        for key, needs in self.needs.items():
+            if needs.embeddings is None or needs.embeddings.encoder is None:
+                continue
+            samples = "the samples" if self.data.samples is None else _count(self.data.samples, "sample")
+            held = self.data.validation.get(key, 0)
+            samples += f" and {_count(held, 'validation sample')}" if held else ""
+            folder = needs.embeddings.embedding_folder or "embeddings in the output_dir"
+            name = needs.embeddings.encoder
+            yield "embeddings", f"{key}: of {samples} by {name}, made once before the model is loaded, kept in {folder}"
 
     def _events(self) -> Iterator[tuple[str, str]]:
         keys = self.keys

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dataflex.api.component import State
     from dataflex.api.needs import Needs
     from dataflex.api.params import EmbeddingParams, ValidationParams
+    from dataflex.embedding.stored import StoredEmbeddings
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,14 @@ class RunData:
         whole: the training samples, as one domain, if LLaMA-Factory draws them; None in a stream.
         validation: the validation samples of the components that asked for some, by configuration key.
         evaluation: the evaluation samples, one domain for each data set.
+        embeddings: those that encoders made, by configuration key of the components that asked for them.
     """
 
     pool: Pool | None = None
     whole: Pool | None = None
     validation: dict[str, Pool] = field(default_factory=dict)
     evaluation: Pool | None = None
+    embeddings: dict[str, StoredEmbeddings] = field(default_factory=dict)
 
     @property
     def samples(self) -> Pool | None:

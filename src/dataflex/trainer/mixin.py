@@ -106,7 +106,9 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         inputs, samples = self.dataflex.inputs, self.dataflex.data.samples
         if samples is not None and (inputs.plans_data or inputs.components.weight):
             self.probe = make_probe(self, samples)
-            self.embeddings = EmbeddingService(inputs.wanted_embeddings, samples, self.probe)
+            self.embeddings = EmbeddingService(
+                inputs.wanted_embeddings, samples, self.probe, self.dataflex.data.embeddings
+            )
             self._check_features(self.probe)
         self.step_loss.references.make()
         resume = inputs.resume
@@ -135,7 +137,8 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
             raise ConfigError("streaming: the samples are not known before training; switch it off.")
         probe = make_probe(self, samples)
         probe.moments = lambda: saved_moments(given, self.optimizer, self.raw_model())
-        self.probe, self.embeddings = probe, EmbeddingService(self.dataflex.inputs.wanted_embeddings, samples, probe)
+        wanted, stored = self.dataflex.inputs.wanted_embeddings, self.dataflex.data.embeddings
+        self.probe, self.embeddings = probe, EmbeddingService(wanted, samples, probe, stored)
         self.step_loss.references.make()
         when_loaded(self.dataflex, LoadedModel(probe, self.step_loss.references.of_samples(), self.embeddings))
         raise NothingTrained

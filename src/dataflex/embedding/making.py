@@ -1,0 +1,120 @@
+"""Making the embeddings of texts by an encoder: what is on disk is read, what is missing is made by all processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dataflex import distributed
+from dataflex.embedding.encoders import Encoder, EncoderChoice
+from dataflex.embedding.store import CHUNK_ROWS, EmbeddingStore
+from dataflex.embedding.texts import Texts
+from dataflex.errors import DataFlexError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class EncoderRun:
+    """An encoder that is loaded when something is to be made, and the folder its embeddings are kept in.
+
+    Attributes:
+        choice: the encoder.
+        root: folder of the stores; each list of texts has one of its own in it.
+        device: where the encoder runs on this process.
+        progress: whether to show a progress bar.
+        chunk_rows: texts of a chunk.
+    """
+
+    choice: EncoderChoice
+    root: Path
+    device: torch.device | str = "cpu"
+    progress: bool = False
+    chunk_rows: int = CHUNK_ROWS
+    _encoder: Encoder | None = field(default=None, init=False)
+    _key: dict[str, Any] | None = field(default=None, init=False)
+
+    def open(self) -> Encoder:
+        """Return the encoder, loaded once.
+
+        Raises:
+            DataFlexError: if it cannot be loaded, or its service does not answer.
+        """
+        if self._encoder is None:
+            self._encoder = self.choice.load(self.device)
+        return self._encoder
+
+    def close(self) -> None:
+        """Give back the encoder's memory."""
+        if self._encoder is not None:
+            self._encoder.close()
+            self._encoder = None
+
+    def embed(self, texts: Texts, what: str = "texts") -> EmbeddingStore:
+        """Return the finished store of the embeddings of texts. All processes make this call together.
+
+        Args:
+            texts: a text without anything but white space has a row of zeros.
+            what: they are, for messages.
+
+        Raises:
+            DataFlexError: on every process, if the encoder or the disk fails on one; finished chunks stay.
+        """
+        folder, missing = distributed.on_main(partial(self._found, texts, what))
+        if missing:
+            distributed.on_each(partial(self._make, folder, texts, missing, what))
+        store = EmbeddingStore.load(folder)
+        assert store is not None
+        return store
+
+    def _found(self, texts: Texts, what: str) -> tuple[Path, list[int]]:
+        """Return the folder of the store, begun if there is none, and the chunks that are missing."""
+        if self._key is None:
+            self._key = self.choice.key()
+        key = {**self._key, "texts": texts.digest, "rows": texts.size}
+        folder = self.root / f"embeddings-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+        store = EmbeddingStore.load(folder)
+        if store is None:
+            encoder = self.open()
+            about = {"encoder": encoder.says, "of": what, "key": key}
+            store = EmbeddingStore.make(folder, texts.size, encoder.dim, about, self.chunk_rows)
+        return folder, store.missing()
+
+    def _make(self, folder: Path, texts: Texts, missing: list[int], what: str) -> None:
+        """Make this process's share of the missing chunks."""
+        store, encoder = EmbeddingStore.load(folder), self.open()
+        assert store is not None
+        mine = missing[distributed.rank() :: distributed.world_size()]
+        for chunk in tqdm(mine, desc=f"Embeddings of {what}", unit="chunk", disable=not self.progress, leave=False):
+            start, stop = store.range_of(chunk)
+            store.write(chunk, unit_vectors(encoder, texts.read(start, stop), start))
+
+
+def unit_vectors(encoder: Encoder, texts: list[str], first: int = 0) -> NDArray[np.float32]:
+    """Return a vector of length 1 for each text, (n, H); zeros for one of white space alone.
+
+    Raises:
+        DataFlexError: if the encoder gives numbers that are not finite; ``first`` is the number of the first text.
+    """
+    found = np.zeros((len(texts), encoder.dim), dtype=np.float32)
+    there = np.array([number for number, text in enumerate(texts) if text.strip()], dtype=np.int64)
+    if not there.size:
+        return found
+    vectors = encoder.encode([texts[number] for number in there])
+    if vectors.shape != (there.size, encoder.dim):
+        raise DataFlexError(f"{encoder.says} gave vectors of shape {vectors.shape} for {there.size} texts.")
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    if not np.isfinite(lengths).all():
+        bad = int(there[~np.isfinite(lengths)][0]) + first
+        raise DataFlexError(f"{encoder.says} gives numbers that are not finite for text {bad}.")
+    found[there] = vectors / np.where(lengths > 0, lengths, 1.0)[:, None]
+    return found

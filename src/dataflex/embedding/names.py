@@ -1,0 +1,48 @@
+"""How encoders are named, and what their files hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from dataflex.errors import ConfigError
+
+MODULES_FILE = "modules.json"
+"""By which a folder has the layout of sentence-transformers."""
+_UNREAD_FOLDERS = {"onnx", "openvino", "coreml"}
+_READ_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".py", ".jinja")
+
+
+def is_url(name: str) -> bool:
+    """Return whether an encoder is named by the address of a service."""
+    return name.startswith(("http://", "https://"))
+
+
+def files_digest(folder: Path) -> str:
+    """Return a digest of the files an encoder is made of: names and contents."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder)
+        unread = inside.parts[0] in _UNREAD_FOLDERS or any(part.startswith(".") for part in inside.parts)
+        if unread or file.suffix not in _READ_FILES or not file.is_file():
+            continue
+        digest.update(f"{inside.as_posix()} {file.stat().st_size} ".encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_json(file: Path) -> Any:
+    """Return what a JSON file of an encoder holds; None if there is no such file.
+
+    Raises:
+        ConfigError: if it is no JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"encoder: {file} is not valid JSON: {error}.") from error

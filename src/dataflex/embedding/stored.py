@@ -1,0 +1,121 @@
+"""The embeddings of a run that encoders make: before the model is loaded, once, for all components that ask."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex import distributed
+from dataflex.api.params import EmbeddingParams
+from dataflex.data.pool import Pool
+from dataflex.embedding.encoders import EncoderChoice, choose
+from dataflex.embedding.making import EncoderRun
+from dataflex.embedding.store import EmbeddingStore
+from dataflex.embedding.texts import SampleTexts
+from dataflex.errors import ComponentError
+
+if TYPE_CHECKING:
+    import torch
+
+FOLDER = "embeddings"
+"""In the output folder, where no other is named."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredEmbeddings:
+    """What one component reads of an encoder's embeddings.
+
+    Attributes:
+        pool: the samples of the run.
+        of_pool: their embeddings, on disk.
+        validation: the component's validation samples; None: it asks for none.
+        of_validation: their embeddings.
+    """
+
+    pool: Pool
+    of_pool: EmbeddingStore
+    validation: Pool | None = None
+    of_validation: EmbeddingStore | None = None
+
+    def of(self, samples: Pool | None) -> NDArray[np.floating[Any]]:
+        """Return the embeddings of all samples of a pool, a memory map; None: of the run's.
+
+        Raises:
+            ComponentError: if they are other samples than those of the run and of the component's validation set.
+        """
+        if samples is None or samples is self.pool:
+            return self.of_pool.array()
+        if self.of_validation is None or samples is not self.validation:
+            raise ComponentError(
+                "an encoder's embeddings are those of the run's pool and of the component's validation samples; ask "
+                "for ctx.embeddings() or ctx.embeddings(ctx.validation)."
+            )
+        return self.of_validation.array()
+
+
+class RunEncoders:
+    """The encoders that the components of a run ask for; each is loaded at most once.
+
+    Args:
+        wanted: which embeddings components ask for, by configuration key.
+        output_dir: of the run.
+        device: where encoders run on this process.
+        progress: whether to show progress bars.
+
+    Raises:
+        DataFlexError: if an encoder is not there, or a service does not answer.
+    """
+
+    def __init__(
+        self, wanted: Mapping[str, EmbeddingParams], output_dir: Path, device: torch.device | str, progress: bool
+    ) -> None:
+        self._wanted = {key: params for key, params in wanted.items() if params.encoder is not None}
+        self._runs: dict[tuple[EncoderChoice, Path], EncoderRun] = {}
+        self._run_of: dict[str, EncoderRun] = {}
+        for key, params in self._wanted.items():
+            choice = distributed.on_each(partial(choose, params))[distributed.rank()]
+            root = Path(params.embedding_folder).expanduser() if params.embedding_folder else output_dir / FOLDER
+            run = self._runs.setdefault((choice, root), EncoderRun(choice, root, device, progress))
+            self._run_of[key] = run
+            if choice.backend == "openai":  # whether it answers shows now
+                distributed.on_each(run.open)
+
+    def make(self, pool: Pool, validation: Mapping[str, Pool]) -> dict[str, StoredEmbeddings]:
+        """Return what each component reads, by configuration key, after making what is missing. Collective.
+
+        Args:
+            pool: the samples of the run.
+            validation: the validation samples of the components that asked for some.
+        """
+        found = {}
+        try:
+            for key, params in self._wanted.items():
+                run, held = self._run_of[key], validation.get(key)
+                of_pool = _embedded(run, SampleTexts(pool, params.embedding_text), "samples")
+                of_held = None
+                if held is not None:
+                    of_held = _embedded(run, SampleTexts(held, params.embedding_text), "validation samples")
+                found[key] = StoredEmbeddings(pool, of_pool, held, of_held)
+        finally:
+            for run in self._runs.values():
+                run.close()
+        return found
+
+
+def _embedded(run: EncoderRun, texts: SampleTexts, what: str) -> EmbeddingStore:
+    begin = time.monotonic()
+    store = run.embed(texts, what)
+    if distributed.rank() == 0:
+        seconds = time.monotonic() - begin
+        print(
+            f"dataflex: embeddings of {store.rows:,} {what}, {store.dim} numbers each, {seconds:.1f} s: {store.folder}",
+            flush=True,
+        )
+    return store

@@ -1,0 +1,58 @@
+"""Encoders run by vLLM's embedding mode in this process. This has not been run with vLLM: tests have a stand-in."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex import distributed
+from dataflex.errors import ConfigError, DataFlexError
+
+
+class VllmEncoder:
+    """A model as vLLM pools it.
+
+    Args:
+        folder: of the model.
+
+    Raises:
+        ConfigError: if vLLM is not installed, or several processes would each start an engine.
+        DataFlexError: if the engine does not start.
+    """
+
+    def __init__(self, folder: str) -> None:
+        if distributed.world_size() > 1:
+            raise ConfigError(
+                "encoder_backend: vllm runs in one process; make the embeddings before with dataflex-cli embed in "
+                "one, or start a server (vllm serve) and name its URL as encoder."
+            )
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ConfigError(
+                f"encoder_backend: vllm cannot be imported ({error}); pip install vllm, or use transformers."
+            ) from error
+        try:
+            self._engine: Any = LLM(model=folder, runner="pooling")
+            self.dim = len(self._vectors(["a"])[0])
+        except (RuntimeError, ValueError, OSError) as error:
+            raise DataFlexError(f"encoder: vLLM cannot run {folder}: {error}") from error
+        self.says = f"{Path(folder).name} by vLLM"
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return a vector for each text, (n, H)."""
+        return np.asarray(self._vectors(texts), dtype=np.float32)
+
+    def close(self) -> None:
+        """End the engine."""
+        del self._engine
+        gc.collect()
+
+    def _vectors(self, texts: Sequence[str]) -> list[list[float]]:
+        found = self._engine.embed(list(texts), truncate_prompt_tokens=-1, use_tqdm=False)
+        return [each.outputs.embedding for each in found]
