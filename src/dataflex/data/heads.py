@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from dataflex.data.raw import FILE_TYPES, HEAD, Entry, rows
 
 
-@dataclass
+@dataclass(frozen=True)
 class Head:
     """What the beginning of a data set's files shows of its columns.
 
     Attributes:
-        columns: those that are seen, in their order -> whether one of their values is text; None if the file's type has
-            nothing but text.
+        columns: those that are seen, in their order -> whether their values are text; None if the file's type has
+            nothing but text, or some values are text and others are not.
         is_all: whether a column that is not seen cannot come later: all of a file was read, or it has a header.
     """
 
@@ -27,14 +27,19 @@ def head_of(entry: Entry) -> Head:
     Raises:
         RawDataError: if a file cannot be read.
     """
-    found = Head()
+    kinds: dict[str, set[bool]] = {}  # of each column, whether its values are text
+    is_all = True
     for file in entry.files:
         kind = FILE_TYPES[file.suffix[1:]]
         for _, row in rows(file, whole=False):
             if not isinstance(row, dict):
                 return Head(is_all=False)
             for name, value in row.items():
-                is_text = None if kind == "csv" else isinstance(value, str) or bool(found.columns.get(name, False))
-                found.columns[name] = is_text
-        found.is_all &= kind != "json" or file.stat().st_size <= HEAD
-    return found
+                seen = kinds.setdefault(name, set())
+                if kind == "csv":
+                    seen |= {True, False}
+                elif value is not None:
+                    seen.add(isinstance(value, str))
+        is_all &= kind != "json" or file.stat().st_size <= HEAD
+    columns = {name: None if len(seen) > 1 else True in seen for name, seen in kinds.items()}
+    return Head(columns, is_all)

@@ -321,6 +321,13 @@ def test_columns_are_looked_for_at_the_head_of_the_files(keys: dict[str, Any]) -
     assert found(keys, {**SELECT, "columns": ["quality"]}, neat_packing=True) == {}
     misspelt = found(keys, {**SELECT, "columns": ["qualty"]})["dataflex.columns"]
     assert "'qualty'; did you mean 'quality'?" in misspelt
+    # A text among numbers is one problem, of the data; null is no value of either kind.
+    by_column = {"select": {"method": "score_column", "column": "quality"}}
+    assert set(found(keys, {"select": {"method": "score_column", "column": "note"}})) == {"dataflex.select"}
+    (folder / "a.json").write_text(json.dumps([row | {"quality": None}, row, row | {"quality": "high"}]))
+    assert set(found(keys, by_column)) == {"dataset"}
+    (folder / "a.json").write_text(json.dumps([row | {"quality": None}, row, row]))
+    assert found(keys, by_column) == {}
     # A column may come after the head of a large JSON file.
     rows = [{key: row[key] for key in ("instruction", "input", "output")}] * 60_000
     (folder / "b.json").write_text(json.dumps([*rows, row]))
