@@ -183,6 +183,10 @@ class Cases:
         self._add("order-zigzag", {"order": {"method": "zigzag", "by": "length", "layers": 2, "jit": 4}}, two)
         self._add("order-segment", {"order": {"method": "segment", "by": "length", "front": 25, "back": 20}}, two)
         self._add("order-stair", {"order": {"method": "stair", "by": "length", "descending": True}}, two)
+        along = {"method": "fold", "layers": 3, "scope": "run", "jit": 4}
+        self._add("order-run", {"update_steps": 2, "order": along}, two)
+        stages = [{"domains": ["beta"], "share": 0.3}, {"domains": ["alpha", "beta"]}]
+        self._add("order-stages", {"update_steps": 2, "order": {"method": "stages", "stages": stages}}, two)
         self._add("order-saw", {"order": {"method": "saw", "sections": 2, "radius": 0.2}}, two)
         for normalization in ("token", "sample"):
             for accumulated in (1, 2):

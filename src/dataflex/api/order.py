@@ -59,6 +59,20 @@ class Order(Component[ParamsT]):
         """Whether :meth:`arrange` reads ``selection.scores``, which not every selector gives."""
         return False
 
+    draws: ClassVar[bool] = False
+    """Whether :meth:`draw` says which samples come when, so that nothing is left for a selector or a mixer."""
+
+    def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
+        """Return a parameter and what is wrong with it for these domains, or None. Called before a model is loaded."""
+        return None
+
+    def draw(self, ctx: RoundContext) -> IndexArray:
+        """Return the samples of a round in training order, shape (ctx.size,), of an order that draws.
+
+        Called for warm-up rounds, too. ``ctx.rng`` gives the same numbers in every round.
+        """
+        raise NotImplementedError(f"order {self.name!r} does not define draw()")
+
     @property
     def walks(self) -> bool:
         """Whether it arranges the samples of a whole pass, along which the rounds walk, instead of those of a round.

@@ -84,7 +84,7 @@ def register(family: str, name: str) -> Callable[[ComponentType], ComponentType]
 DECIDING: dict[str, tuple[str, ...]] = {
     "selector": ("score", "choose", "select"),
     "mixer": ("mix",),
-    "order": ("arrange",),
+    "order": ("arrange", "draw"),
     "weighter": ("weigh",),
 }
 """Family -> the methods by which it decides, one of which a component defines."""
@@ -110,6 +110,7 @@ def _unfit(cls: type, family: str) -> str | None:
         return f"{cls.__name__} does not define {how}, by which a component of this family decides{hint}"
     return (
         _replaced(cls)
+        or _half_drawing(cls)
         or _unknown_in_state(cls)
         or _wrong_word(cls, base)
         or _misfit(cls, base)
@@ -136,6 +137,13 @@ def _replaced(cls: type) -> str | None:
         if hasattr(cls, name):
             return f"{cls.__name__}.{name} is not read any more; {instead}."
     return None
+
+
+def _half_drawing(cls: type) -> str | None:
+    """Return that an order says it draws and has no :meth:`Order.draw`, or the reverse; or None."""
+    if not issubclass(cls, Order) or cls.draws != _is_inherited(cls, Order, "draw"):
+        return None
+    return f"{cls.__name__}.draws must be True in an order that defines draw(), and in no other."
 
 
 def _unknown_in_state(cls: type[Component]) -> str | None:

@@ -376,6 +376,9 @@ class Planner:
         self, slot: RoundSlot, probe: Probe, groups: list[Group], chain: SelectorChain | None
     ) -> tuple[list[Group], list[Selection]]:
         """Return the groups that samples are chosen from, and what is chosen of each."""
+        order = self.components.order
+        if order is not None and order.draws:
+            return groups, [self._drawn(order, slot, probe, *groups)]
         if chain is None or slot.update is None:
             return groups, [group.draw_passes(self._walk(slot, probe, group)) for group in groups]
 
@@ -415,7 +418,7 @@ class Planner:
         """Return the permutation that puts a selection into training order; None where it is in it."""
         size = selection.indices.size
         order = self.components.order
-        if order is not None and slot.update is not None and not order.walks:
+        if order is not None and slot.update is not None and not (order.walks or order.draws):
             return _arranged(order, self.context(order, slot, probe), selection)
         if self.arrangement == "sequential" or (self.arrangement == "shuffle" and selection.shuffled):
             return None
@@ -431,6 +434,14 @@ class Planner:
         if order.walks:
             return np.arange(selection.indices.size)
         return selection.passes if order.keeps_passes else None
+
+    def _drawn(self, order: Order, slot: RoundSlot, probe: Probe, group: Group) -> Selection:
+        """Return the samples that an order draws, in training order."""
+        rng = derive_rng(self.seed, order.family, order.name, "run")
+        context = replace(self.context(order, slot, probe), rng=rng)
+        found = Selection(order.draw(context), shuffled=True)
+        self._check_selection(label_of(order, ("draw",)), found, group)
+        return found
 
     def _walk(self, slot: RoundSlot, probe: Probe, group: Group) -> Walk | None:
         """Return what puts a group's passes in order; None if they have an order by chance."""

@@ -55,6 +55,11 @@ BROKEN: dict[str, tuple[str, int | None, list[str]]] = {
         ["Mine does not define loss_weights() or update_weights()"],
     ),
     "no arrange": (f'{HEAD}@register("order", "mine")\nclass Mine(Order): pass\n', 4, ["define arrange()"]),
+    "an order that draws and does not say so": (
+        f'{HEAD}@register("order", "mine")\nclass Mine(Order):\n    def draw(self, ctx): pass\n',
+        4,
+        ["Mine.draws must be True in an order that defines draw()"],
+    ),
     "no weigh": (f'{HEAD}@register("weighter", "mine")\nclass Mine(Weighter): pass\n', 4, ["define weigh()"]),
     "a weigh of the earlier release": (
         f'{HEAD}@register("weighter", "mine")\nclass Mine(Weighter):\n    def weigh(self, losses, step): pass\n',

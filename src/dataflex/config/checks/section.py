@@ -124,17 +124,25 @@ def _domains(config: RunConfig) -> Iterator[Problem]:
                 "tokenized_path",
                 f"{SECTION}.domain_column is read from raw data, which tokenized data has no more; remove.",
             )
-        return  # the mixer is asked when the names of the domains are known
-    if components.mix is not None and dataset_names(config):
-        problem = components.mix.check_domains(dataset_names(config))
-        if problem is not None:
-            yield Problem(f"{SECTION}.mix.{problem[0]}", problem[1])
+        return  # they are asked when the names of the domains are known
+    for key, component in (("mix", components.mix), ("order", components.order)):
+        if component is not None and dataset_names(config):
+            problem = component.check_domains(dataset_names(config))
+            if problem is not None:
+                yield Problem(f"{SECTION}.{key}.{problem[0]}", problem[1])
 
 
 def _order(config: RunConfig) -> Iterator[Problem]:
     components = config.build_components()
     if components.order is None:
         return
+    if components.order.draws and (components.select or components.mix is not None):
+        other = "mix" if components.mix is not None else components.select[-1].key
+        yield Problem(
+            f"{SECTION}.order",
+            f"{components.order.name!r} says itself which samples come when, so there is nothing to decide for "
+            f"{other}; remove one of the two.",
+        )
     if components.order.walks and components.select:
         yield Problem(
             f"{SECTION}.order",
