@@ -38,7 +38,7 @@ from dataflex.data.rng import derive_rng, key_of
 from dataflex.data.rules import ScoreArray, ranks_among, ranks_among_scored, sample_softmax, sample_without_replacement
 from dataflex.data.sampling import IndexArray, KeyedPermutation, exactly
 from dataflex.distributed import on_main
-from dataflex.embedding.neighbours import nearest
+from dataflex.embedding.neighbours import kernel_densities, nearest
 from dataflex.errors import CheckpointError, ComponentError, ConfigError, DivergenceError, Problem, unknown
 from dataflex.files import distinct, write_atomically
 from dataflex.probe.embeddings import Embeddings, HiddenStates
@@ -122,6 +122,7 @@ EXPORTS = {
     "derive_rng": "dataflex.data.rng",
     "distinct": "dataflex.files",
     "exactly": "dataflex.data.sampling",
+    "kernel_densities": "dataflex.embedding.neighbours",
     "key_of": "dataflex.data.rng",
     "nearest": "dataflex.embedding.neighbours",
     "on_main": "dataflex.distributed",
@@ -207,6 +208,7 @@ __all__ = [
     "derive_rng",
     "distinct",
     "exactly",
+    "kernel_densities",
     "key_of",
     "nearest",
     "on_main",

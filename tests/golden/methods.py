@@ -116,6 +116,8 @@ class Cases:
     def _neighbour_selectors(self) -> None:
         self._select("near", method="near", **TASKS)
         self._select("near-layer", method="near", layer=1, pooling="last", max_k=3, **HELD)
+        self._select("tsds", method="tsds", **TASKS)
+        self._select("tsds-uniform", method="tsds", variant="uniform", replacement=True, alpha=0.8, c=1.0, **HELD)
 
     def _mixers(self) -> None:
         self._mix("uniform", method="uniform")

@@ -60,6 +60,11 @@ class Selector(Component[ParamsT]):
     None: it is not refused."""
 
     @property
+    def may_repeat(self) -> bool:
+        """Whether :meth:`choose` may return a candidate several times."""
+        return False
+
+    @property
     def rule_params(self) -> SelectorParams | None:
         """Its parameters, if they are those of a selector that chooses by one score per sample; else None."""
         return self.params if isinstance(self.params, SelectorParams) else None
@@ -261,7 +266,7 @@ def checked_choice(selector: Selector, chosen: Selection, candidates: IndexArray
     inside = chosen.indices[(chosen.indices >= first) & (chosen.indices <= last)]
     seen = np.zeros(last - first + 1, dtype=bool)
     seen[inside - first] = True
-    if np.count_nonzero(seen) < inside.size:
+    if np.count_nonzero(seen) < inside.size and not selector.may_repeat:
         raise ComponentError(f"{label} chose a sample of {group!r} more than once.")
     seen[candidates - first] = False
     if seen.any():

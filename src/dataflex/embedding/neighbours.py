@@ -1,4 +1,6 @@
-"""Exact nearest neighbours of many queries: the base is read once, in blocks, and scored by matrix products.
+"""Exact nearest neighbours of many queries, and densities.
+
+The base is read once, in blocks, and scored by matrix products.
 
 Products in single precision only sort out what cannot be among the nearest. What is left is measured again, pair by
 pair in double precision, so that a distance depends on nothing but its two rows: neither on how rows lie in blocks, nor
@@ -81,12 +83,68 @@ def nearest(
     distances = np.empty((last - first, count), dtype=np.float32)
     for begin in range(first, last if count else first, _QUERIES):
         end = min(begin + _QUERIES, last)
-        engine = _engine(queries[begin:end], base, metric, device, begin if exclude_self else None)
+        own = np.arange(begin, end) if exclude_self else None
+        engine = _engine(queries[begin:end], base, metric, device, own)
         indices[begin - first : end - first], distances[begin - first : end - first] = _search(engine, count)
     if world == 1:
         return indices, distances
     parts = distributed.gather_objects((indices, distances))
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+def kernel_densities(
+    vectors: Vectors,
+    rows: NDArray[np.int64],
+    bandwidth: float,
+    k: int,
+    *,
+    device: str | torch.device | None = None,
+    share: bool = False,
+) -> NDArray[np.float64]:
+    """Return the density of vectors at some of them: the sum of max(0, 1 - D^2 / bandwidth^2) over the ``k`` nearest.
+
+    D is the Euclidean distance. A vector is its own nearest and adds exactly 1.
+
+    Args:
+        vectors: shape (N, H).
+        rows: which of them, shape (n,).
+        bandwidth: > 0.
+        k: vectors that count at most, the one itself included, >= 1.
+        device: as in :func:`nearest`.
+        share: the processes divide the rows; all make this call with the same arguments.
+
+    Returns:
+        Shape (n,), the same on every process.
+    """
+    found = np.ones(rows.size)
+    for number, begin in enumerate(range(0, rows.size, _QUERIES)):
+        # By blocks of a size of its own, so that the products are the same on any number of processes.
+        if share and number % distributed.world_size() != distributed.rank():
+            continue
+        part = slice(begin, begin + _QUERIES)
+        queries = _engine(vectors[rows[part]], vectors, "l2", device, rows[part])
+        found[part] += _kernel_sums(queries, bandwidth, k - 1)
+    if not share or distributed.world_size() == 1:
+        return found
+    return np.maximum.reduce(distributed.gather_objects(found))
+
+
+def _kernel_sums(queries: _Queries, bandwidth: float, k: int) -> NDArray[np.float64]:
+    """Return the sum of the kernel over the ``k`` nearest base rows of each query, (m,)."""
+    squares = np.einsum("ij,ij->i", queries.exact, queries.exact)
+    cut = ((squares - bandwidth**2) / 2).astype(queries.dtype)
+    sums, counts = np.zeros(len(queries)), np.zeros(len(queries), dtype=np.int64)
+    for _, scores in queries.blocks():
+        rows, _, values = scores.above(cut)
+        kernels = np.minimum(1.0, (values.astype(np.float64) - cut[rows]) * 2 / bandwidth**2)
+        sums += np.bincount(rows, kernels, minlength=len(queries))
+        counts += np.bincount(rows, minlength=len(queries))
+    many = np.flatnonzero(counts > k)
+    if many.size and k:
+        few = _engine(queries.exact[many].astype(queries.dtype), queries.base, "l2", queries.device, queries.own[many])
+        _, distances = _search(few, k)
+        sums[many] = np.maximum(0, 1 - distances**2 / bandwidth**2).sum(axis=1)
+    return sums if k else np.zeros(len(queries))
 
 
 class _Scores(Protocol):
@@ -106,13 +164,15 @@ class _Queries:
         queries: shape (m, H).
         base: shape (N, H).
         metric: as in :func:`nearest`.
-        first: the base row that the first query is and must not find; None: it may find any.
+        own: the base row that each query is and must not find; None: it may find any.
     """
 
     device_cells = _CELLS
+    device: str | torch.device = "cpu"
 
-    def __init__(self, queries: Vectors, base: Vectors, metric: Metric, first: int | None) -> None:
-        self.base, self.metric, self.first = base, metric, first
+    def __init__(self, queries: Vectors, base: Vectors, metric: Metric, own: NDArray[np.int64] | None) -> None:
+        self.base, self.metric = base, metric
+        self.own = np.full(len(queries), -1, dtype=np.int64) if own is None else own
         kind = np.result_type(queries.dtype, base.dtype)
         self.dtype: np.dtype[Any] = np.dtype(np.float64 if kind == np.float64 else np.float32)
         self.rounding = float(np.finfo(np.float64 if kind == np.float64 else np.float32).eps)
@@ -146,13 +206,10 @@ class _Queries:
         """Return the scores of base rows from ``begin`` on, (m, n)."""
         raise NotImplementedError
 
-    def own(self, begin: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def own_places(self, begin: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return rows and columns of the pairs in a block that are a query and itself."""
-        if self.first is None:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
-        low, high = max(begin, self.first), min(begin + size, self.first + len(self))
-        numbers = np.arange(low, max(low, high), dtype=np.int64)
-        return numbers - self.first, numbers - begin
+        rows = np.flatnonzero((self.own >= begin) & (self.own < begin + size))
+        return rows, self.own[rows] - begin
 
     def measured(self, rows: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the distances of pairs of a query and a base row, in double precision, shape (n,)."""
@@ -201,7 +258,7 @@ class _HostQueries(_Queries):
             if np.abs(squares - 1).max() > 2 * self.rounding:
                 block = block / np.sqrt(np.where(squares, squares, 1))[:, None]
             np.matmul(self.matrix, block.T, out=values)
-        values[self.own(begin, len(block))] = -np.inf
+        values[self.own_places(begin, len(block))] = -np.inf
         return _HostScores(values)
 
 
@@ -229,10 +286,12 @@ class _DeviceQueries(_Queries):
 
     device_cells = _DEVICE_CELLS
 
-    def __init__(self, queries: Vectors, base: Vectors, metric: Metric, first: int | None, device: Any) -> None:
+    def __init__(
+        self, queries: Vectors, base: Vectors, metric: Metric, own: NDArray[np.int64] | None, device: Any
+    ) -> None:
         import torch
 
-        super().__init__(queries, base, metric, first)
+        super().__init__(queries, base, metric, own)
         self.device = torch.device(device)
         self.on_device = torch.from_numpy(self.matrix).to(self.device)
 
@@ -248,7 +307,7 @@ class _DeviceQueries(_Queries):
         if self.metric == "l2":
             self.longest = max(self.longest, float(squares.max().sqrt()))
             values -= squares / 2
-        own_rows, own_columns = (torch.from_numpy(each).to(self.device) for each in self.own(begin, len(block)))
+        own_rows, own_columns = (torch.from_numpy(each).to(self.device) for each in self.own_places(begin, len(block)))
         values[own_rows, own_columns] = -torch.inf
         return _DeviceScores(values)
 
@@ -267,14 +326,18 @@ def _full_precision() -> Iterator[None]:
 
 
 def _engine(
-    queries: Vectors, base: Vectors, metric: Metric, device: str | torch.device | None, first: int | None
+    queries: Vectors,
+    base: Vectors,
+    metric: Metric,
+    device: str | torch.device | None,
+    own: NDArray[np.int64] | None,
 ) -> _Queries:
     is_double = np.result_type(queries.dtype, base.dtype) == np.float64
     if device is None and not is_double and queries.shape[0] * base.size > _MUCH:
         device = _accelerator()
     if device is None or str(device) == "cpu":
-        return _HostQueries(queries, base, metric, first)
-    return _DeviceQueries(queries, base, metric, first, device)
+        return _HostQueries(queries, base, metric, own)
+    return _DeviceQueries(queries, base, metric, own, device)
 
 
 def _accelerator() -> torch.device | None:

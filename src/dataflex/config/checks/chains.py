@@ -31,6 +31,13 @@ def problems_of_chains(config: RunConfig) -> Iterator[Problem]:
                 f"{entry.component.name} draws from passes over the data itself and cannot stand in a list of "
                 "selectors; name it alone, or take another one.",
             )
+    for entry in entries[:-1]:
+        if entry.component.may_repeat:
+            yield Problem(
+                f"{SECTION}.{entry.key}",
+                f"{entry.component.name} may take a sample several times, and a filter keeps or drops it; let it draw "
+                "without replacement, or put it last.",
+            )
     for entry, following in pairwise(entries):
         if entry.every < following.every:
             yield Problem(

@@ -1,0 +1,289 @@
+"""TSDS: samples whose distribution matches that of the validation samples and stays diverse.
+
+With d_ij the Euclidean distance of the embeddings of validation sample i (M of them) and candidate j, and rho_j the
+density of the candidates at j, mass g_ij is moved so that
+
+    (alpha / C) sum_ij g_ij d_ij + (1 - alpha) t    is least, subject to  sum_j g_ij = 1 / M  and  rho_j g_ij <= t / M,
+
+and sample j is drawn with probability p_j = sum_i g_ij. For a given t = 1 / s every validation sample fills its nearest
+candidates one after another with 1 / (M s rho_j) until its mass is spent; the least value is found exactly, by going
+through the values of s at which one more candidate is filled. With variant ``kde``
+
+    rho_u = sum over the kde_k nearest u' in U of max(0, 1 - |u - u'|^2 / sigma^2),
+
+where U are the ``max_k`` nearest candidates of all validation samples together, so that a group of near-duplicates has
+about the mass of one sample. With ``uniform``, or sigma 0, rho = 1.
+
+Source: Liu et al., TSDS: Data Selection for Task-Specific Model Finetuning (NeurIPS 2024, arXiv 2410.11303), algorithms
+1 and 2; the steps and defaults of its code (ZifanL/TSDS).
+Differs from it: searches are exact; ``max_k`` and ``kde_k`` are not cut at a tenth of the pool; a validation sample
+whose mass fits into its nearest candidate before the search for s has reached it gives it 1 / M, where the code stops
+with an assertion.
+Cost: the embeddings, one product of queries and candidates, and for ``kde`` one of the candidates looked at with U.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Literal, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from dataflex import (
+    ComponentError,
+    EmbeddingArray,
+    IndexArray,
+    InputPath,
+    Needs,
+    Pool,
+    RoundContext,
+    RunView,
+    Selection,
+    State,
+    kernel_densities,
+    nearest,
+    ranks_among,
+    register,
+    sample_without_replacement,
+)
+from dataflex.selectors.base_neighbours import (
+    TargetParams,
+    TargetSelector,
+    array_file,
+    file_problems,
+    usable,
+    vectors_of,
+)
+
+Numbers = NDArray[np.float64]
+
+
+class TsdsParams(TargetParams):
+    """Parameters of TSDS."""
+
+    variant: Literal["kde", "uniform"] = Field(
+        "kde", description="kde: near-duplicates share the mass of one sample; uniform: every sample counts the same."
+    )
+    alpha: float = Field(0.5, gt=0, lt=1, description="Weight of nearness; the rest is that of diversity.")
+    c: float = Field(5.0, gt=0, description="C of the paper: a distance; the larger, the more diverse.")
+    sigma: float = Field(
+        0.75, ge=0, description="For kde: distance below which samples count as near-duplicates; 0: as uniform."
+    )
+    max_k: int = Field(5000, ge=1, description="Candidates looked at for each validation sample, the nearest ones.")
+    kde_k: int = Field(1000, ge=1, description="For kde: near-duplicates of a sample that are counted at most.")
+    replacement: bool = Field(False, description="Draw with replacement, so that a sample may come several times.")
+    probs_path: InputPath | None = Field(
+        None,
+        description="Probabilities made before: a .npy file with a number for each sample; none: they are computed.",
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        idle = sorted({"sigma", "kde_k"} & self.model_fields_set) if self.variant == "uniform" else []
+        if idle:
+            raise ValueError(f"{' and '.join(idle)} has no use with variant uniform; remove it")
+        return self
+
+
+@register("selector", "tsds")
+class TsdsSelector(TargetSelector[TsdsParams]):
+    """Draws samples so that they are distributed as the validation samples, and diverse."""
+
+    state_depends_on: ClassVar[frozenset[str]] = frozenset(TsdsParams.model_fields) - {"replacement"}
+
+    def __init__(self, params: TsdsParams) -> None:
+        super().__init__(params)
+        self._kept: dict[str, tuple[IndexArray, Numbers]] = {}
+        """Of candidates, by digest: which have a probability, and these; only if embeddings do not change."""
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether it draws with replacement."""
+        return self.params.replacement
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the embeddings and the validation samples; nothing if the probabilities are given."""
+        return super().needs(run) if self.params.probs_path is None else Needs()
+
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with the file of the probabilities."""
+        if self.params.probs_path is not None:
+            yield from file_problems("probs_path", self.params.probs_path, 1)
+
+    def pool_problems(self, pool: Pool) -> Iterator[tuple[str, str]]:
+        """Yield what keeps the numbers in the file from being probabilities of the pool's samples."""
+        path = self.params.probs_path
+        if path is None:
+            return
+        given = array_file(path, 1)
+        if given.size != pool.size:
+            yield (
+                "probs_path",
+                f"{path!r} holds {given.size} numbers, and the pool has {pool.size} samples. Make the file for the "
+                "data as it is now.",
+            )
+        elif not np.isfinite(given).all() or given.min() < 0 or given.sum() <= 0:
+            yield "probs_path", f"{path!r} must hold finite numbers that are not negative and not all zero."
+
+    def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
+        """Return candidates drawn by their probabilities."""
+        trained = usable(self, ctx, candidates, 1 if self.params.replacement else count)
+        places, shares = self._probabilities(ctx, trained)
+        scores = np.zeros(trained.size)
+        scores[places] = shares
+        if self.params.replacement:
+            drawn = np.repeat(places, ctx.rng.multinomial(count, shares / shares.sum()))
+        else:
+            if places.size < count:
+                raise ComponentError(self._too_few(places.size, count, trained.size))
+            drawn = places[sample_without_replacement(shares, count, ctx.rng)]
+        distinct, number = np.unique(drawn, return_inverse=True)
+        return Selection(
+            trained[drawn],
+            scores[drawn].astype(np.float32),
+            candidates.size - trained.size,
+            ranks=ranks_among(scores, distinct)[number],
+            ranked=trained.size,
+        )
+
+    def _too_few(self, positive: int, count: int, candidates: int) -> str:
+        given = self.params.probs_path is not None
+        raised = "Give more of them one" if given else "Raise max_k or c, lower alpha"
+        return (
+            f"selector 'tsds': {count} samples are wanted without replacement, and only {positive} of {candidates} "
+            f"candidates have a probability above 0. {raised}, shorten update_steps, or set replacement: true."
+        )
+
+    def _probabilities(self, ctx: RoundContext, candidates: IndexArray) -> tuple[IndexArray, Numbers]:
+        """Return the positions of the candidates of positive probability, ascending, and the probabilities."""
+        if self.params.probs_path is not None:
+            given = np.asarray(array_file(self.params.probs_path, 1)[candidates], dtype=np.float64)
+            places = np.flatnonzero(given)
+            if not places.size:
+                raise ComponentError(
+                    f"selector 'tsds': none of {candidates.size} candidates has a probability above 0 in "
+                    f"{self.params.probs_path!r}."
+                )
+            return places, given[places]
+        key = hashlib.sha256(np.ascontiguousarray(candidates).tobytes()).hexdigest()
+        if key not in self._kept:
+            queries, _ = self.queries(ctx)
+            shares = probabilities(queries, vectors_of(ctx, candidates), self.params)
+            places = np.flatnonzero(shares)
+            if self.params.encoder is None:
+                return places, shares[places]
+            self._kept[key] = places, shares[places]
+        return self._kept[key]
+
+    def state_dict(self) -> State:
+        """Return the probabilities, if they hold for the whole run."""
+        return {key: {"places": places, "shares": shares} for key, (places, shares) in self._kept.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back the probabilities."""
+        self._kept = {key: (each["places"], each["shares"]) for key, each in state.items()}
+
+
+class Filled(NamedTuple):
+    """How far the masses of the queries reach.
+
+    Attributes:
+        level: s; a query's mass is worth as much as s candidates of density 1.
+        last: the last neighbour of each query that has its full share, counted from 0; -1: none.
+        is_found: whether s is the best of all; else it is the largest that was looked at.
+    """
+
+    level: float
+    last: IndexArray
+    is_found: bool
+
+
+def probabilities(queries: EmbeddingArray, base: EmbeddingArray, params: TsdsParams) -> Numbers:
+    """Return the probability of every candidate, shape (N,), float64, sum 1.
+
+    Args:
+        queries: embeddings of the validation samples, shape (M, H).
+        base: those of the candidates, shape (N, H).
+        params: alpha, c and so on.
+    """
+    ids, found = nearest(queries, base, params.max_k, metric="l2", share=True)
+    distances = found.astype(np.float64)
+    densities: Callable[[int], Numbers] = lambda columns: np.ones((len(ids), columns))  # noqa: E731
+    if params.variant == "kde" and params.sigma > 0:
+        densities = _Densities(ids, base, params)
+    balance = (1 - params.alpha) * params.c / params.alpha * len(ids)
+    filled, rho = fill(distances, densities, balance)
+    return shares_of_candidates(ids, rho, filled, len(base))
+
+
+class _Densities:
+    """Densities of the candidates in the first columns of a table of neighbours, each made once."""
+
+    def __init__(self, ids: IndexArray, base: EmbeddingArray, params: TsdsParams) -> None:
+        self.known, places = np.unique(ids, return_inverse=True)
+        self.places = places.reshape(ids.shape)
+        self.vectors = base if self.known.size == len(base) else base[self.known]
+        self.params = params
+        self.values = np.zeros(self.known.size)
+
+    def __call__(self, columns: int) -> Numbers:
+        rows = np.unique(self.places[:, :columns])
+        rows = rows[self.values[rows] == 0]
+        self.values[rows] = kernel_densities(self.vectors, rows, self.params.sigma, self.params.kde_k, share=True)
+        return self.values[self.places[:, :columns]]
+
+
+def fill(distances: Numbers, densities: Callable[[int], Numbers], balance: float) -> tuple[Filled, Numbers]:
+    """Return how far the masses reach, and the densities of the neighbours they reach.
+
+    Going through s upwards, query i has its first k + 1 neighbours filled at s = m_ik, the sum of 1 / rho over them.
+    There the sum of its distances, as if all of it lay no nearer, grows by m_ik (d_i,k+1 - d_ik). s is the first at
+    which the growth over all queries comes up to ``balance``.
+
+    Args:
+        distances: to the neighbours of each query, ascending, shape (M, L).
+        densities: returns rho of the first columns of neighbours, (M, columns).
+        balance: (1 - alpha) C M / alpha.
+    """
+    width = distances.shape[1]
+    # With rho >= 1 masses reach at least as far as with rho = 1.
+    reach = np.cumsum((np.diff(distances, axis=1) * np.arange(1, width)).sum(axis=0))
+    columns = min(width, 2 * int(np.searchsorted(reach, balance)) + 2)
+    while True:
+        rho = densities(columns)
+        filled = _filled(distances[:, :columns], rho, balance)
+        is_inside = filled.is_found and bool((filled.last < columns - 2).all())
+        if is_inside or columns == width:
+            return filled, rho
+        columns = min(width, 2 * columns)
+
+
+def _filled(distances: Numbers, rho: Numbers, balance: float) -> Filled:
+    """Return how far the masses reach among the neighbours given, whose densities are ``rho``."""
+    number, width = distances.shape
+    masses = np.cumsum(1 / rho[:, :-1], axis=1)
+    growth = (np.diff(distances, axis=1) * masses).T.ravel()
+    levels = masses.T.ravel()  # neighbour by neighbour, so that equal ones are taken in that order, then by query
+    order = np.argsort(levels, kind="stable")
+    stop = int(np.searchsorted(np.cumsum(growth[order]), balance))
+    if stop == order.size:
+        return Filled(float(masses.max()) if masses.size else 1.0, np.full(number, width - 2, dtype=np.int64), False)
+    counts = np.bincount(order[:stop] % number, minlength=number)
+    return Filled(float(levels[order[stop]]), counts - 1, True)
+
+
+def shares_of_candidates(ids: IndexArray, rho: Numbers, filled: Filled, size: int) -> Numbers:
+    """Return the mass of every candidate, shape (size,), sum 1.
+
+    Each query gives 1 / (M s rho) to its neighbours up to the last one, and the rest of its 1 / M to the next.
+    """
+    number, width = rho.shape
+    full = np.arange(width) <= filled.last[:, None]
+    mass = np.where(full, 1 / (number * filled.level * rho), 0)
+    rest = np.maximum(0, 1 / number - mass.sum(axis=1))
+    mass[np.arange(number), filled.last + 1] = rest
+    shares = np.bincount(ids[:, :width].ravel(), mass.ravel(), minlength=size)
+    return shares / shares.sum()
