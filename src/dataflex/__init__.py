@@ -48,6 +48,7 @@ from dataflex.probe.generations import Generations
 from dataflex.probe.gradient_features import GradientFeatures, GradientSimilarities, StoredFeatures
 from dataflex.probe.gradient_norms import GradientNorms
 from dataflex.probe.gradient_products import GradientProducts
+from dataflex.probe.logit_norms import LogitNorms, LogitProjections
 from dataflex.probe.losses import Losses, TokenMeans
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ EXPORTS = {
     "IndexArray": "dataflex.data.sampling",
     "InputPath": "dataflex.api.params",
     "KeyedPermutation": "dataflex.data.sampling",
+    "LogitNorms": "dataflex.probe.logit_norms",
+    "LogitProjections": "dataflex.probe.logit_norms",
     "Losses": "dataflex.probe.losses",
     "MeasuredBatch": "dataflex.api.measurement",
     "Measurement": "dataflex.api.measurement",
@@ -169,6 +172,8 @@ __all__ = [
     "IndexArray",
     "InputPath",
     "KeyedPermutation",
+    "LogitNorms",
+    "LogitProjections",
     "Losses",
     "MeasuredBatch",
     "Measurement",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from dataflex.data.sampling import IndexArray
 
 if TYPE_CHECKING:
     from dataflex.api.needs import RunView
-    from dataflex.data.pool import Pool
+    from dataflex.data.samples import Samples
 
 TABLE_FILE = "reference.json"
 """Lists what is in a table of reference losses."""
@@ -30,6 +30,9 @@ _OWN_TOKENS = ("add_tokens", "add_special_tokens", "new_special_tokens_config", 
 
 class ReferenceParams(ComponentParams):
     """Where the reference's losses come from."""
+
+    reference_is_optional: ClassVar[bool] = False
+    """Whether a component may do without one."""
 
     reference_model: InputPath | None = Field(
         None, description="The frozen reference: folder (of a model or an adapter) or hub name; same tokenizer."
@@ -46,9 +49,14 @@ class ReferenceParams(ComponentParams):
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
-        if self.reference_model is None and self.reference_losses is None:
+        if not self.names_reference and not self.reference_is_optional:
             raise ValueError("needs reference_model, reference_losses or both")
         return self
+
+    @property
+    def names_reference(self) -> bool:
+        """Whether a model or a table is named."""
+        return self.reference_model is not None or self.reference_losses is not None
 
     def reference_problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the reference, as far as it shows without loading it."""
@@ -101,16 +109,17 @@ class Reference(Protocol):
     Its losses never change, so that of a sample is computed once in a run, or read from the table.
     """
 
-    def losses(self, indices: IndexArray, samples: Pool | None = None) -> ScoreArray:
+    def losses(self, indices: IndexArray, samples: Samples | None = None) -> ScoreArray:
         """Return the reference's token-mean loss of each sample, shape (n,), float32; NaN without a trained token.
 
         Args:
             indices: numbers of the samples, (n,).
-            samples: what they are numbers of, such as ``ctx.validation``; None: the run's pool.
+            samples: what they are numbers of, such as ``ctx.validation``; None: the run's pool. Losses of samples other
+                than the run's own need the model, not a table alone.
         """
         ...
 
-    def token_losses(self, indices: IndexArray, samples: Pool | None = None) -> list[NDArray[np.float32]]:
+    def token_losses(self, indices: IndexArray, samples: Samples | None = None) -> list[NDArray[np.float32]]:
         """Return the reference's losses of the trained tokens of each sample, from left to right."""
         ...
 

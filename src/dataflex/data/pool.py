@@ -280,10 +280,18 @@ class Pool:
         Raises:
             ValueError: if the pool has no tokenizer.
         """
-        if self.decode is None:
+        return self.texts(np.array([index]))[0]
+
+    def texts(self, indices: IndexArray) -> list[str]:
+        """Return the texts of samples, as :meth:`text`.
+
+        Raises:
+            ValueError: if the pool has no tokenizer.
+        """
+        decode = self.decode
+        if decode is None:
             raise ValueError("this pool has no tokenizer to decode with")
-        sample = self.dataset[int(index)]
-        return "\n".join(self.decode(sample[name]) for name in self.fields.tokens)
+        return ["\n".join(decode(row[name]) for name in self.fields.tokens) for row in self.rows(indices)]
 
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
         """Return samples as the collator takes them."""

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from dataflex import distributed
 from dataflex.api.reference import TABLE_FILE, TABLE_FORMAT, ReferenceParams, read_table, vocabulary_problem
 from dataflex.data.pool import Pool
+from dataflex.data.samples import Samples
 from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX, shifted
 from dataflex.errors import ComponentError, ConfigError
@@ -312,7 +313,7 @@ class TableMaker:
 
 
 def losses_of(
-    pool: Pool,
+    pool: Samples,
     indices: IndexArray,
     reference: ReferenceModel,
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],

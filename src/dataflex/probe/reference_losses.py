@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dataflex.data.pool import Pool
 from dataflex.data.rules import ScoreArray
+from dataflex.data.samples import Samples
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 from dataflex.probe.mode import preserved_rng
@@ -18,7 +19,7 @@ from dataflex.probe.reference import ReferenceModel, ReferenceTable
 _BLOCK = 4096
 """Samples whose token losses are held at a time, where their means are wanted."""
 
-Compute = Callable[[Pool, IndexArray, ReferenceModel], tuple[NDArray[np.int64], NDArray[np.float32]]]
+Compute = Callable[[Samples, IndexArray, ReferenceModel], tuple[NDArray[np.int64], NDArray[np.float32]]]
 """Returns the number of losses of each sample, and the losses sample after sample."""
 
 
@@ -39,10 +40,10 @@ class ReferenceLosses:
     table: ReferenceTable | None
     model: Callable[[], ReferenceModel] | None
     compute: Compute
-    _means: dict[int, tuple[Pool, ScoreArray, NDArray[np.bool_]]] = field(default_factory=dict)
+    _means: dict[int, tuple[Samples, ScoreArray, NDArray[np.bool_]]] = field(default_factory=dict)
     """Of the samples of each pool so far, and of which they are known: the model is frozen, so they stay."""
 
-    def losses(self, indices: IndexArray, samples: Pool | None = None) -> ScoreArray:
+    def losses(self, indices: IndexArray, samples: Samples | None = None) -> ScoreArray:
         """Return the reference's token-mean loss of each sample, (n,), float32; NaN without a trained token."""
         pool = samples or self.pool
         if id(pool) not in self._means:
@@ -57,7 +58,7 @@ class ReferenceLosses:
             known[block] = True
         return means[indices]
 
-    def token_losses(self, indices: IndexArray, samples: Pool | None = None) -> list[NDArray[np.float32]]:
+    def token_losses(self, indices: IndexArray, samples: Samples | None = None) -> list[NDArray[np.float32]]:
         """Return the reference's losses of the trained tokens of each sample, from left to right.
 
         Raises:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dataflex import distributed
 from dataflex.api.reference import ReferenceParams
-from dataflex.data.pool import Pool
+from dataflex.data.samples import Samples
 from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import shifted
 from dataflex.errors import ConfigError
@@ -70,7 +70,7 @@ class References:
         return found
 
     def _compute(
-        self, pool: Pool, indices: IndexArray, reference: ReferenceModel
+        self, pool: Samples, indices: IndexArray, reference: ReferenceModel
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return how many losses each sample has, and the losses sample after sample, and count their cost."""
         trainer = self._trainer
@@ -78,7 +78,7 @@ class References:
             trainer.probe.count(pool, indices)
         return losses_of(pool, indices, reference, trainer.data_collator, trainer.args.device, self._batch_tokens(pool))
 
-    def _batch_tokens(self, pool: Pool) -> int:
+    def _batch_tokens(self, pool: Samples) -> int:
         """Return the tokens, padding counted, of one forward."""
         given = self._run.inputs.settings.probe_batch_tokens
         return given or self._trainer.args.per_device_train_batch_size * int(pool.lengths.max())

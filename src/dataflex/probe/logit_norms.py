@@ -1,0 +1,154 @@
+"""How rich the predictions over a sample are: the nuclear norm of its logits, and their distance to others'.
+
+The logits of a sample are a matrix of T tokens by V words of the vocabulary. Its nuclear norm is the sum of its
+singular values: the roots of the eigenvalues of its Gram matrix, of which the smaller one (T x T, if T < V) is made in
+double precision, a part of the vocabulary at a time. That costs T^2 V operations, where the singular values themselves
+take several times as many.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+from dataflex.api.measurement import MeasuredBatch, Measurement, MeasurementRun, register_measurement
+from dataflex.data.rng import derive_rng
+from dataflex.data.rules import ScoreArray
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_PART = 8192
+"""Columns of the larger side that are multiplied at a time."""
+
+
+@register_measurement("logit_projections")
+@dataclass(frozen=True)
+class LogitProjections(Measurement):
+    """A random projection of each sample's logits (tokens x vocabulary), shape (n, rows * columns).
+
+    A subsampled Fourier transform of both sides: random signs, the real part of the transform, and of that ``columns``
+    frequencies of the vocabulary and ``rows`` of the tokens, drawn with replacement. Samples of different lengths are
+    projected by the same signs and the same relative frequencies of the tokens.
+
+    Attributes:
+        rows: frequencies of the tokens.
+        columns: frequencies of the vocabulary.
+        seed: of the signs and frequencies; projections are comparable only under one seed.
+    """
+
+    rows: int = 8
+    columns: int = 128
+    seed: int = 0
+
+    quantity: ClassVar[str] = "logits"
+
+    def run(self, run: MeasurementRun) -> ScoreArray:
+        """Return the projections."""
+        return run.each(partial(_projections, _Projector(self)))
+
+
+@register_measurement("logit_norms")
+@dataclass(frozen=True, eq=False)
+class LogitNorms(Measurement):
+    """The nuclear norm of each sample's logits, and the mean distance of their projection to others, shape (n, 2).
+
+    The logits are those of all tokens, the prompt's too. NaN for a sample without a trained token.
+
+    Attributes:
+        projection: how logits are projected.
+        others: projections to compare with, shape (M, rows * columns); None: the distance is 0.
+    """
+
+    projection: LogitProjections = field(default_factory=LogitProjections)
+    others: ScoreArray | None = None
+
+    quantity: ClassVar[str] = "nuclear norm"
+    untrained: ClassVar[float | None] = math.nan
+
+    def run(self, run: MeasurementRun) -> ScoreArray:
+        """Return norms and distances."""
+        return run.each(partial(_norms, _Projector(self.projection), self.others))
+
+
+def _logits(batch: MeasuredBatch) -> list[Tensor]:
+    """Return the logits of each sample, (T, V), without padding."""
+    logits = batch.model(**batch.inputs, use_cache=False).logits
+    return [row[mask] for row, mask in zip(logits, batch.mask, strict=True)]
+
+
+def _projections(projector: _Projector, batch: MeasuredBatch) -> Tensor:
+    import torch
+
+    return torch.stack([projector(each.float()) for each in _logits(batch)])
+
+
+def _norms(projector: _Projector, others: ScoreArray | None, batch: MeasuredBatch) -> Tensor:
+    import torch
+
+    found = []
+    for logits in map(torch.Tensor.float, _logits(batch)):
+        distance = logits.new_zeros(())
+        if others is not None:
+            known = torch.from_numpy(others).to(logits.device)
+            distance = torch.linalg.vector_norm(known - projector(logits), dim=1).mean()
+        found.append(torch.stack([nuclear_norm(logits), distance]))
+    return torch.stack(found)
+
+
+def nuclear_norm(matrix: Tensor) -> Tensor:
+    """Return the sum of a matrix' singular values, a float32 scalar."""
+    import torch
+
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.T
+    gram = matrix.new_zeros((matrix.shape[0], matrix.shape[0]), dtype=torch.float64)
+    for part in matrix.split(_PART, dim=1):
+        double = part.double()
+        gram.addmm_(double, double.T)
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum().float()
+
+
+class _Projector:
+    """Projects logits; the transform of the vocabulary is made when their width is known."""
+
+    def __init__(self, settings: LogitProjections) -> None:
+        self.settings = settings
+        self._columns: Tensor | None = None
+        rng = derive_rng(settings.seed, "logit_projections", "rows")
+        self._frequencies = rng.random(settings.rows)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the projection of logits (T, V), shape (rows * columns,)."""
+        if self._columns is None:
+            self._columns = self._transform(logits.shape[1], logits.device)
+        tokens, device = logits.shape[0], logits.device
+        signs = self._signs(tokens, "tokens", device)
+        chosen = [int(share * tokens) for share in self._frequencies]
+        rows = _cosines(tokens, chosen, device).T * signs
+        scale = math.sqrt(self.settings.rows * self.settings.columns)
+        return (rows @ (logits @ self._columns)).flatten() / scale
+
+    def _transform(self, width: int, device: torch.device) -> Tensor:
+        """Return signs times cosines, (V, columns)."""
+        rng = derive_rng(self.settings.seed, "logit_projections", "columns")
+        chosen = rng.integers(width, size=self.settings.columns).tolist()
+        return _cosines(width, chosen, device) * self._signs(width, "words", device)[:, None]
+
+    def _signs(self, count: int, of: str, device: torch.device) -> Tensor:
+        """Return random signs; the first ones are the same whatever the count."""
+        import torch
+
+        drawn = derive_rng(self.settings.seed, "logit_projections", of).random(count)
+        return torch.from_numpy((drawn < 0.5) * 2.0 - 1.0).float().to(device)
+
+
+def _cosines(size: int, frequencies: list[int], device: torch.device) -> Tensor:
+    """Return the real part of the discrete Fourier transform at some frequencies, (size, frequencies)."""
+    import torch
+
+    places = torch.arange(size, device=device)[:, None] * torch.tensor(frequencies, device=device)[None, :] % size
+    return torch.cos(places.double() * (2 * math.pi / size)).float()

@@ -1,0 +1,279 @@
+"""DSIR: samples whose words and pairs of words are those of the validation samples rather than those of the pool.
+
+Words and pairs of neighbouring words of the lower-case text are hashed into ``buckets``. With p the share of each
+bucket in the text of the validation samples and q that in the text of the pool,
+
+    log w(x) = sum over the words and pairs of x of  log(p_b + 1e-8) - log(q_b + 1e-8),
+
+and samples are drawn without replacement in proportion to w: the largest log w(x) + Gumbel noise are chosen.
+
+Source: Xie et al., Data Selection for Language Models via Importance Resampling (NeurIPS 2023, arXiv 2302.03169) and
+its package ``data-selection``, whose defaults these are. Here the hash has a seed, the noise follows from the seed of
+the run, and separate targets take turns instead of one choosing after the other.
+Cost: none of the model. The text of pool and validation samples is read once in a run, on the main process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import ClassVar, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from dataflex import (
+    ConfigError,
+    IndexArray,
+    Needs,
+    Pool,
+    RoundContext,
+    RunView,
+    ScoreArray,
+    Selector,
+    SelectorParams,
+    ValidationParams,
+    on_main,
+    register,
+)
+
+_WORD = re.compile(r"\w+|[^\w\s]+")
+_FLOOR = 1e-8
+"""Added to every share before its logarithm."""
+_BLOCK = 4096
+"""Texts that are read and hashed at a time."""
+_KNOWN_WORDS = 1 << 20
+"""Words whose hash is remembered."""
+
+logger = logging.getLogger(__name__)
+
+
+class DsirParams(SelectorParams, ValidationParams):
+    """Parameters of DSIR."""
+
+    buckets: int = Field(10_000, ge=2, le=1 << 24, description="Number of buckets words and pairs are hashed into.")
+    hash_seed: int = Field(0, ge=0, lt=1 << 64, description="Seed of the hash.")
+    min_words: int = Field(100, ge=1, description="Samples of fewer words have no score.")
+    smoothing: float = Field(0.0, ge=0, description="Added to every bucket's count in the validation samples.")
+    resample: bool = Field(True, description="Draw in proportion to the weights; false: the largest weights.")
+    separate_targets: bool = Field(
+        False, description="Choose for each sub-task of the validation samples apart; false: for all of them together."
+    )
+    target_shares: list[float] | None = Field(
+        None, description="Share of the choice for each sub-task, with separate_targets; none: equal ones."
+    )
+
+    @model_validator(mode="after")
+    def _shares_of_targets(self) -> Self:
+        shares = self.target_shares
+        if shares is None:
+            return self
+        if not self.separate_targets:
+            raise ValueError("target_shares are for separate_targets: true")
+        if not shares or min(shares) <= 0:
+            raise ValueError(f"target_shares must be positive numbers, got {shares}")
+        return self
+
+
+@register("selector", "dsir")
+class DsirSelector(Selector[DsirParams]):
+    """Prefers samples with the words of the validation samples."""
+
+    partial_scores: ClassVar[str | None] = (
+        "the scores are made of the text alone, once in a run, and need no forward; remove it"
+    )
+
+    def __init__(self, params: DsirParams) -> None:
+        super().__init__(params)
+        self._weights: NDArray[np.float64] | None = None
+        """log w of every sample of the pool for each target, shape (N, T); NaN for a text that is too short."""
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the validation samples."""
+        return Needs(validation=self.params)
+
+    def begin(self, ctx: RoundContext) -> None:
+        """Weigh all samples of the pool, once in a run."""
+        if self._weights is not None:
+            return
+        targets = len(ctx.validation.domains) if self.params.separate_targets else 1
+        shares = self.params.target_shares
+        if shares is not None and len(shares) != targets:
+            raise ConfigError(
+                f"dsir.target_shares has {len(shares)} numbers, and there are {targets} sub-tasks of validation samples "
+                f"({', '.join(ctx.validation.domains)})."
+            )
+        self._weights = on_main(partial(log_weights, ctx.pool, ctx.validation, self.params))
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return log w of every candidate, with the noise of the draw; for separate targets its place in the turns."""
+        assert self._weights is not None
+        weights = self._weights[candidates]
+        scores = np.full(candidates.size, np.nan, dtype=np.float32)
+        long = np.flatnonzero(~np.isnan(weights[:, 0]))
+        keys = weights[long]
+        if self.params.resample:
+            keys = keys + ctx.rng.gumbel(size=keys.shape)
+        if keys.shape[1] == 1:
+            scores[long] = keys[:, 0]
+        else:
+            shares = self.params.target_shares or [1.0] * keys.shape[1]
+            scores[long[in_turn(keys, shares)]] = np.arange(long.size, 0, -1) / long.size
+        return scores
+
+
+class Grams(NamedTuple):
+    """The buckets of the words and pairs of some texts, text after text."""
+
+    words: NDArray[np.unsignedinteger]
+    pairs: NDArray[np.unsignedinteger]
+    lengths: IndexArray
+    """Words of each text; it has one pair less, if it has any."""
+
+    def counts(self, buckets: int) -> NDArray[np.int64]:
+        """Return how often each bucket occurs."""
+        return np.bincount(self.words, minlength=buckets) + np.bincount(self.pairs, minlength=buckets)
+
+    def sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the sum over each text of a value of every bucket."""
+        return _sums(values[self.words], self.lengths) + _sums(values[self.pairs], np.maximum(self.lengths - 1, 0))
+
+
+def _sums(values: NDArray[np.float64], lengths: IndexArray) -> NDArray[np.float64]:
+    owners = np.repeat(np.arange(lengths.size), lengths)
+    return np.bincount(owners, weights=values, minlength=lengths.size)
+
+
+class _Words(dict[str, int]):
+    """Word -> 64 bits of a seeded hash of it."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._key = seed.to_bytes(8, "little")
+
+    def __missing__(self, word: str) -> int:
+        encoded = word.encode("utf-8", errors="surrogatepass")
+        found = int.from_bytes(hashlib.blake2b(encoded, digest_size=8, key=self._key).digest(), "little")
+        if len(self) < _KNOWN_WORDS:
+            self[word] = found
+        return found
+
+
+@dataclass
+class Hasher:
+    """Hashes the words and pairs of texts: each word once with BLAKE2, pairs by mixing the two numbers.
+
+    Attributes:
+        buckets: how many there are.
+        seed: of the hash.
+    """
+
+    buckets: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._words = _Words(self.seed)
+        self._dtype = np.uint16 if self.buckets <= 1 << 16 else np.uint32
+
+    def grams(self, texts: list[str]) -> Grams:
+        """Return the buckets of every word, and of every pair of neighbouring words, of some texts."""
+        split = [_WORD.findall(text.lower()) for text in texts]
+        lengths = np.array([len(words) for words in split], dtype=np.int64)
+        total = int(lengths.sum())
+        hashes = np.fromiter(map(self._words.__getitem__, chain.from_iterable(split)), np.uint64, total)
+        inside = np.ones(total, dtype=bool)  # whether a word has one before it in its text
+        inside[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
+        second = np.flatnonzero(inside)
+        pairs = _mixed(hashes[second - 1] * np.uint64(0x9E3779B97F4A7C15) + hashes[second])
+        return Grams(self._in_buckets(hashes), self._in_buckets(pairs), lengths)
+
+    def _in_buckets(self, hashes: NDArray[np.uint64]) -> NDArray[np.unsignedinteger]:
+        return (hashes % np.uint64(self.buckets)).astype(self._dtype)
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the values with every bit depending on all others (the finalizer of SplitMix64, Steele et al. 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def grams_of(pool: Pool, hasher: Hasher, indices: IndexArray) -> Iterator[Grams]:
+    """Return an iterator over the grams of some samples, block by block."""
+    for begin in range(0, indices.size, _BLOCK):
+        yield hasher.grams(pool.texts(indices[begin : begin + _BLOCK]))
+
+
+def log_weights(pool: Pool, validation: Pool, params: DsirParams) -> NDArray[np.float64]:
+    """Return log w of every sample for each target, shape (N, T); NaN for texts of fewer than ``min_words`` words.
+
+    Raises:
+        ConfigError: if no text of the pool is long enough, or a target has no word.
+    """
+    hasher = Hasher(params.buckets, params.hash_seed)
+    targets = dict(zip(validation.domains, np.split(np.arange(validation.size), validation.offsets[1:-1]), strict=True))
+    if not params.separate_targets:
+        targets = {", ".join(targets): np.arange(validation.size)}
+    raw = list(grams_of(pool, hasher, np.arange(pool.size)))
+    seen = sum((part.counts(params.buckets) for part in raw), np.zeros(params.buckets, dtype=np.int64))
+    lengths = np.concatenate([part.lengths for part in raw])
+    short = lengths < params.min_words
+    if short.all():
+        raise ConfigError(
+            f"dsir.min_words: none of the pool's {pool.size} samples has {params.min_words} words (the longest has "
+            f"{int(lengths.max(initial=0))}). Lower it."
+        )
+    if short.any():
+        logger.warning(
+            "select dsir: %d of %d samples have fewer than min_words (%d) words and are not chosen.",
+            np.count_nonzero(short),
+            pool.size,
+            params.min_words,
+        )
+    weights = np.empty((pool.size, len(targets)))
+    for number, (name, indices) in enumerate(targets.items()):
+        wanted = np.full(params.buckets, params.smoothing)
+        for part in grams_of(validation, hasher, indices):
+            wanted += part.counts(params.buckets)
+        if not wanted.any():
+            raise ConfigError(f"dsir.validation: the text of {name} has no word to compare with.")
+        values = log_ratios(wanted, seen)
+        weights[:, number] = np.concatenate([part.sums(values) for part in raw])
+    weights[short] = np.nan
+    return weights
+
+
+def log_ratios(wanted: NDArray[np.floating], seen: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Return log(p + 1e-8) - log(q + 1e-8) of every bucket, from its counts in target and pool."""
+    p, q = wanted / wanted.sum(), seen / seen.sum()
+    return np.log(p + _FLOOR) - np.log(q + _FLOOR)
+
+
+def in_turn(keys: NDArray[np.float64], shares: list[float]) -> IndexArray:
+    """Return the rows in the order in which targets take them in turn, each the largest of its keys that is left.
+
+    The target that is furthest behind its share is next; so of the first k rows each target took its share of k, less
+    than one more or less, whatever k is.
+
+    Args:
+        keys: of each row for each target, shape (n, T).
+        shares: of the targets, positive, any scale.
+    """
+    size, targets = keys.shape
+    whole = np.asarray(shares, dtype=np.float64) / np.sum(shares)
+    due = np.concatenate([np.arange(1, size + 1) / share for share in whole])
+    turns = np.tile(np.arange(targets), (size, 1)).T.ravel()[np.argsort(due, kind="stable")[:size]]
+    falling = [iter(np.argsort(-keys[:, target], kind="stable").tolist()) for target in range(targets)]
+    taken = bytearray(size)
+    order = np.empty(size, dtype=np.int64)
+    for place, target in enumerate(turns.tolist()):
+        row = next(row for row in falling[target] if not taken[row])
+        taken[row] = 1
+        order[place] = row
+    return order

@@ -1,0 +1,166 @@
+"""IFD: samples whose prompt helps least in saying the answer, as long as it helps at all.
+
+With c(x) the mean cross entropy of the answer's tokens given the prompt and d(x) that of the same tokens without it,
+
+    cherry:          r(x) = c(x) / d(x),             no score if r(x) > limit
+    superfiltering:  r(x) = exp(c(x) - d(x)),        no score if r(x) >= limit
+
+and the largest r(x) come first. The answer is the tokens that are trained on, found by their labels. Without the prompt
+the sequence is the sample's first token (the beginning-of-sequence token, if the template writes one) and the answer,
+so that the first token of an answer counts in both means, and an answer of one token has a score.
+
+Source: Li et al., From Quantity to Quality: Boosting LLM Performance with Self-Guided Data Selection for Instruction
+Tuning (NAACL 2024, arXiv 2308.12032); Li et al., Superfiltering (ACL 2024, arXiv 2402.00530), who take the ratio of
+perplexities under a small model: name it as ``reference_model``.
+Cost: two forwards per decision, over the candidates and over their answers; with a reference both once in a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from dataflex import (
+    IGNORE_INDEX,
+    IndexArray,
+    Losses,
+    Measurement,
+    Needs,
+    Pool,
+    ReferenceParams,
+    RoundContext,
+    RunOutline,
+    RunView,
+    ScoreArray,
+    Selector,
+    SelectorParams,
+    register,
+)
+
+
+class IfdParams(SelectorParams, ReferenceParams):
+    """Parameters of IFD."""
+
+    reference_is_optional: ClassVar[bool] = True
+
+    variant: Literal["cherry", "superfiltering"] = Field(
+        "cherry", description="The ratio of mean losses, or of perplexities."
+    )
+    limit: float | None = Field(
+        1.0,
+        gt=0,
+        description="Samples of a larger ratio (superfiltering: as large, too) are left out; none: no sample is.",
+    )
+
+
+class Answers:
+    """The samples of a pool without their prompts: the first token, and the tokens that are trained on.
+
+    Args:
+        pool: the samples.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    @property
+    def size(self) -> int:
+        """Number of samples, N."""
+        return self._pool.size
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of every sample, shape (N,)."""
+        return (self._pool.trained_tokens + 1).astype(np.int32)
+
+    def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
+        """Return samples as the collator takes them."""
+        return [_answer_alone(row) for row in self._pool.rows(indices)]
+
+
+def _answer_alone(row: dict[str, Any]) -> dict[str, Any]:
+    tokens, labels = row["input_ids"], row["labels"]
+    answer = [token for token, label in zip(tokens[1:], labels[1:], strict=True) if label != IGNORE_INDEX]
+    ids = [tokens[0], *answer]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE_INDEX, *answer]}
+
+
+@register("selector", "ifd")
+class IfdSelector(Selector[IfdParams]):
+    """Prefers samples whose answer is hard to follow from the prompt."""
+
+    def __init__(self, params: IfdParams) -> None:
+        super().__init__(params)
+        self._answers: Answers | None = None
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the reference if one is named, else the losses of the candidates."""
+        if self.params.names_reference:
+            return Needs(reference=self.params)
+        return Needs(measurements=(Losses(),))
+
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
+        """Yield what leaves samples without a prompt of their own."""
+        given = run.llamafactory
+        if given.get("stage", "sft") != "sft":
+            yield (
+                "method",
+                f"ifd compares answers with and without their prompts; stage {given['stage']} has no prompts.",
+            )
+        for key in ("packing", "neat_packing"):
+            if given.get(key) is True:
+                yield (
+                    "method",
+                    f"ifd needs the prompt and the answer of each sample; {key} puts several into one. Remove it.",
+                )
+        if given.get("train_on_prompt") is True:
+            yield "method", "train_on_prompt has prompts trained on, and ifd knows answers by that. Remove it."
+        if self.params.names_reference and self.params.reference_model is None:
+            yield (
+                "reference_losses",
+                "a table has the losses of answers behind their prompts alone, and ifd needs those without; name the "
+                "reference_model, too.",
+            )
+
+    def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
+        """Return the candidates of all decisions, each with its prompt and without."""
+        return 2 * super().measured_samples(measurement, run)
+
+    def begin(self, ctx: RoundContext) -> None:
+        """Make the samples without prompts."""
+        self._answers = self._answers or Answers(ctx.pool)
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return the ratio of every candidate; NaN where no token is trained on or the prompt is of no help."""
+        assert self._answers is not None
+        if self.params.names_reference:
+            given = ctx.reference.losses(candidates)
+            alone = ctx.reference.losses(candidates, self._answers)
+        else:
+            given = ctx.probe.measure(Losses(), candidates)
+            alone = ctx.probe.measure(Losses(), candidates, self._answers)
+        return difficulty(given, alone, self.params.variant, self.params.limit)
+
+
+def difficulty(given: ScoreArray, alone: ScoreArray, variant: str = "cherry", limit: float | None = 1.0) -> ScoreArray:
+    """Return the ratio of each sample, shape (n,); NaN where it has none, or one beyond the limit.
+
+    Args:
+        given: mean losses of the answers behind their prompts, shape (n,), NaN where there is no answer.
+        alone: the same without the prompts. Of an answer that is certain by itself (0) no prompt can be of help.
+        variant: how the two are compared.
+        limit: what a ratio is at most; None: anything.
+    """
+    with_prompt, without = given.astype(np.float64), alone.astype(np.float64)
+    if variant == "superfiltering":
+        ratios = np.exp(with_prompt - without)
+        beyond = np.zeros(ratios.shape, dtype=bool) if limit is None else ratios >= limit
+    else:
+        ratios = np.divide(with_prompt, without, out=np.full(without.shape, np.nan), where=without != 0)
+        beyond = np.zeros(ratios.shape, dtype=bool) if limit is None else ratios > limit
+    return np.where(beyond, np.nan, ratios).astype(np.float32)

@@ -1,0 +1,76 @@
+"""Perplexity filtering: the samples in the middle, at the low or at the high end of the losses.
+
+With l(x) the mean cross entropy of all trained tokens of x (the logarithm of its perplexity), ranked from 0 to N - 1
+among the N candidates that have one, k of them are chosen:
+
+    middle:  ranks (N - k) // 2  to  (N - k) // 2 + k - 1,      score(x) = -2 |rank(x) - (N - 1) / 2 + 1/4| / N
+    low:     the k smallest,                                    score(x) = -l(x)
+    high:    the k largest,                                     score(x) =  l(x)
+
+The quarter has the lower of two ranks that are equally far from the middle come first, so the best k scores are exactly
+those ranks, whatever k is.
+
+Source: Marion et al., When Less is More: Investigating Data Pruning for Pretraining LLMs at Scale (2023, arXiv
+2309.04564), who keep the middle half by a reference model's perplexity; Ankner et al., Perplexed by Perplexity (2024,
+arXiv 2405.20541), whose best part depends on the data.
+Cost: one forward over the candidates per decision; with a reference one forward of it over the pool per run.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from dataflex import (
+    IndexArray,
+    Losses,
+    Needs,
+    ReferenceParams,
+    RoundContext,
+    RunView,
+    ScoreArray,
+    Selector,
+    SelectorParams,
+    register,
+)
+
+
+class PerplexityParams(SelectorParams, ReferenceParams):
+    """Parameters of perplexity filtering."""
+
+    reference_is_optional: ClassVar[bool] = True
+
+    focus: Literal["middle", "low", "high"] = Field("middle", description="Which perplexities are preferred.")
+
+
+@register("selector", "perplexity")
+class PerplexitySelector(Selector[PerplexityParams]):
+    """Prefers samples of medium, low or high perplexity under the model in training or a reference."""
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the reference if one is named, else the losses of the candidates."""
+        if self.params.names_reference:
+            return Needs(reference=self.params)
+        return Needs(measurements=(Losses(),))
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return how near the middle, how low or how high every candidate's loss is; NaN where it has none."""
+        if self.params.names_reference:
+            losses = ctx.reference.losses(candidates)
+        else:
+            losses = ctx.probe.measure(Losses(), candidates)
+        if self.params.focus == "middle":
+            return nearness_to_middle(losses)
+        return losses if self.params.focus == "high" else -losses
+
+
+def nearness_to_middle(losses: ScoreArray) -> ScoreArray:
+    """Return a score of each loss whose best k are the middle k of the ranks; equal losses rank by position."""
+    scores = np.full(losses.size, np.nan, dtype=np.float32)
+    scored = np.flatnonzero(~np.isnan(losses))
+    ranks = np.empty(scored.size, dtype=np.float64)
+    ranks[np.argsort(losses[scored], kind="stable")] = np.arange(scored.size)
+    scores[scored] = -2 * np.abs(ranks - (scored.size - 1) / 2 + 0.25) / max(scored.size, 1)
+    return scores

@@ -1,0 +1,183 @@
+"""S2L: as many samples from each cluster of loss trajectories, the smallest clusters first.
+
+The losses of a sample in the steps it was trained in are its trajectory. No extra forward is made: they are those the
+training itself computes. The ``points`` last ones are kept; a shorter trajectory goes on with its last loss. The
+candidates' trajectories are divided into ``clusters`` clusters by k-means, samples that were not trained yet being one
+cluster more. Clusters take part from the smallest to the largest: each gives all it has, or an equal part of the
+samples that are still wanted, at random. Clusters of at most ``leftover_size`` samples only give what all others lack.
+
+Source: Yang et al., SmallToLarge (S2L): Scalable Data Selection for Fine-tuning Large Language Models by Summarizing
+Training Trajectories of Small Models (NeurIPS 2024, arXiv 2403.07384), and its code ``schedules/s2l.py``. There a
+small proxy is trained first, and measured on all samples every 500 steps.
+Cost: none of the model; k-means on the main process at every decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from dataflex import (
+    IndexArray,
+    Needs,
+    RoundContext,
+    RunOutline,
+    RunView,
+    ScoreArray,
+    Selector,
+    SelectorParams,
+    State,
+    StepStatistics,
+    on_main,
+    register,
+)
+
+_EXACT_KMEANS = 50_000
+"""Samples up to which k-means looks at all of them in every iteration."""
+_UNSEEN = -1
+"""In place of a cluster's number: not trained yet."""
+
+
+class S2lParams(SelectorParams):
+    """Parameters of S2L."""
+
+    points: int = Field(8, ge=1, description="Losses of a trajectory: those of the last times the sample was trained.")
+    clusters: int = Field(100, ge=1, description="Number of clusters of trajectories.")
+    iterations: int = Field(20, ge=1, description="Iterations of k-means.")
+    leftover_size: int = Field(2, ge=0, description="Clusters of at most so many samples come after all others.")
+
+
+@register("selector", "s2l")
+class S2lSelector(Selector[S2lParams]):
+    """Chooses evenly from groups of samples that are learned alike."""
+
+    state_depends_on: ClassVar[frozenset[str]] = frozenset({"points"})
+    partial_scores: ClassVar[str | None] = (
+        "the losses are those of the training steps and need no forward; remove it"
+    )
+
+    def __init__(self, params: S2lParams) -> None:
+        super().__init__(params)
+        self._losses = np.empty((0, params.points), dtype=np.float32)
+        """The last losses of each sample, the oldest first, shape (N or less, points)."""
+        self._times = np.empty(0, dtype=np.int32)
+        """How often each sample was trained, shape (N or less,)."""
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the losses of every step's samples."""
+        return Needs(step_losses="samples")
+
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
+        """Yield that nothing is trained where a pool is only scored."""
+        if run.offline:
+            yield "method", "s2l chooses by the losses of training steps, and scoring a pool trains nothing."
+
+    def cannot_act(self, run: RunOutline) -> str | None:
+        """Return that no loss is seen before the only decision, or only those of a part of the pool."""
+        if run.decisions == 1 and not run.schedule.warmup_steps:
+            return "the only decision comes before the first step, whose losses it would choose by; set warmup_steps"
+        warmup = run.schedule.warmup_steps * run.global_batch_size
+        if run.pool_size is not None and warmup < run.pool_size:
+            return (
+                f"the warm-up trains {warmup} of about {run.pool_size} samples; the others have no trajectory at the "
+                "first decision and are one cluster. Set warmup_steps to one pass or more"
+            )
+        return None
+
+    def on_step(self, statistics: StepStatistics) -> None:
+        """Keep the losses of a step's samples."""
+        known = ~np.isnan(statistics.sample_losses)
+        indices, losses = statistics.indices[known], statistics.sample_losses[known]
+        if not indices.size:
+            return
+        self._make_room(int(indices.max()) + 1)
+        while indices.size:  # a sample may be in a step more than once
+            first = np.unique(indices, return_index=True)[1]
+            self._keep(indices[first], losses[first])
+            rest = np.setdiff1d(np.arange(indices.size), first)
+            indices, losses = indices[rest], losses[rest]
+
+    def _make_room(self, size: int) -> None:
+        missing = size - self._times.size
+        if missing > 0:
+            self._times = np.concatenate([self._times, np.zeros(missing, dtype=np.int32)])
+            self._losses = np.concatenate([self._losses, np.full((missing, self.params.points), np.nan, np.float32)])
+
+    def _keep(self, indices: IndexArray, losses: ScoreArray) -> None:
+        full = indices[self._times[indices] >= self.params.points]
+        self._losses[full] = np.roll(self._losses[full], -1, axis=1)
+        self._losses[indices, np.minimum(self._times[indices], self.params.points - 1)] = losses
+        self._times[indices] += 1
+
+    def begin(self, ctx: RoundContext) -> None:
+        """Make room for samples that were not trained yet."""
+        self._make_room(ctx.pool.size)
+        if not self._times[ctx.candidates].any():
+            ctx.not_decided("no sample was trained yet, the draw is random")
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return how early every candidate is taken, in (0, 1]; NaN where no token is trained on."""
+        scores = np.full(candidates.size, np.nan, dtype=np.float32)
+        usable = np.flatnonzero(ctx.pool.trained[candidates])
+        samples = candidates[usable]
+        clusters = np.full(samples.size, _UNSEEN, dtype=np.int64)
+        seen = self._times[samples] > 0
+        seed = int.from_bytes(ctx.rng.bytes(4), "little")
+        if seen.any():
+            points = filled(self._losses[samples[seen]], self._times[samples[seen]])
+            clusters[seen] = on_main(partial(clusters_of, points, self.params, seed))
+        order = evenly(clusters, self.params.leftover_size, ctx.rng)
+        scores[usable[order]] = np.arange(order.size, 0, -1) / max(order.size, 1)
+        return scores
+
+    def state_dict(self) -> State:
+        """Return the trajectories."""
+        return {"losses": self._losses.copy(), "times": self._times.copy()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back the trajectories."""
+        self._losses = np.array(state["losses"], dtype=np.float32)
+        self._times = np.array(state["times"], dtype=np.int32)
+
+
+def filled(losses: NDArray[np.float32], times: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Return trajectories whose missing points are the last loss, shape (n, points); each has one at least."""
+    places = np.arange(losses.shape[1])
+    last = np.minimum(places[None, :], np.minimum(times, losses.shape[1])[:, None] - 1)
+    return np.take_along_axis(losses, last, axis=1)
+
+
+def clusters_of(points: NDArray[np.float32], params: S2lParams, seed: int) -> NDArray[np.int64]:
+    """Return the cluster of each trajectory by k-means, shape (n,); there are no more clusters than different ones."""
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
+    number = min(params.clusters, np.unique(points, axis=0).shape[0])
+    kind = KMeans if points.shape[0] <= _EXACT_KMEANS else MiniBatchKMeans
+    model = kind(number, n_init=1, max_iter=params.iterations, random_state=seed)
+    labels: NDArray[np.int64] = model.fit_predict(points).astype(np.int64)
+    return labels
+
+
+def evenly(clusters: NDArray[np.int64], leftover_size: int, rng: np.random.Generator) -> IndexArray:
+    """Return positions in an order whose first k are, for every k, an even choice from the clusters.
+
+    The smallest clusters come first and share alike: (k - taken so far) // (clusters left) of each, or all it has.
+    Read from the end this is a round in which every cluster gives one in turn, the largest first; that order is made.
+    Members of a cluster are in random order. Clusters of at most ``leftover_size`` come behind, all in random order.
+    """
+    _, numbers, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
+    rising = np.empty(sizes.size, dtype=np.int64)
+    rising[np.argsort(sizes, kind="stable")] = np.arange(sizes.size)
+    shuffled = rng.permutation(clusters.size)
+    grouped = shuffled[np.argsort(numbers[shuffled], kind="stable")]
+    turn = np.empty(clusters.size, dtype=np.int64)  # number of a sample within its cluster
+    turn[grouped] = np.arange(clusters.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    last = sizes[numbers] <= leftover_size
+    turn[last], rank = clusters.size, -rising[numbers]
+    rank[last] = 0
+    return shuffled[np.lexsort((rank[shuffled], turn[shuffled]))]
