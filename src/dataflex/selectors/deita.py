@@ -9,7 +9,7 @@ filter leaves too few, the best of the others follow.
 Source: Liu et al., What Makes Good Data for Alignment? A Comprehensive Study of Automatic Data Selection in Instruction
 Tuning (ICLR 2024, arXiv 2312.15685), and its code ``combined_filter.py``. There two models score complexity and quality
 (the expected rating of 1 to 6 over the six tokens' probabilities); here any tool may have written them. The s of a
-conversation is a sum over its turns there: write that into one column and name 1's or nothing else beside it.
+conversation is a sum of products over its turns there: write that into one column and name it as ``quality`` alone.
 Cost: the embeddings, and N x kept x H operations at a decision.
 """
 
@@ -24,6 +24,7 @@ from pydantic import Field
 
 from dataflex import (
     ColumnArray,
+    ComponentError,
     EmbeddingParams,
     IndexArray,
     Needs,
@@ -72,7 +73,7 @@ class DeitaSelector(Selector[DeitaParams]):
         return unusable_score(column, values)
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return how early every candidate is taken, for a pool that is scored: in (0, 1], below 0 if it is like one."""
+        """Return how early every candidate of a pool that is scored is taken, in (0, 1]; below 0 if it is rejected."""
         values = self.values(ctx, candidates)
         kept, rejected = self._filtered(ctx, candidates, values, candidates.size)
         scores = np.full(candidates.size, np.nan, dtype=np.float32)
@@ -83,13 +84,18 @@ class DeitaSelector(Selector[DeitaParams]):
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return the first ``count`` candidates the filter leaves; if they are too few, the best of the others too."""
         values = self.values(ctx, candidates)
+        scored = int(np.count_nonzero(~np.isnan(values)))
+        if scored < count:
+            raise ComponentError(
+                f"select deita: {count} samples are wanted but only {scored} of {candidates.size} have a number in the "
+                "columns and a token to train on. Shorten update_steps or check the data."
+            )
         kept, rejected = self._filtered(ctx, candidates, values, count)
         if kept.size < count:
             _tell(count, kept.size, self.params.threshold)
         chosen = np.sort(np.concatenate([kept, rejected])[:count])
-        unscored = int(np.count_nonzero(np.isnan(values)))
-        ranks = ranks_among_scored(values, chosen) if chosen.size else None
-        return Selection(candidates[chosen], values[chosen], unscored, ranks=ranks, ranked=candidates.size - unscored)
+        ranks = ranks_among_scored(values, chosen)
+        return Selection(candidates[chosen], values[chosen], candidates.size - scored, ranks=ranks, ranked=scored)
 
     def values(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return the product of every candidate; NaN where it has none."""
@@ -111,8 +117,8 @@ class DeitaSelector(Selector[DeitaParams]):
 
 def _tell(count: int, kept: int, threshold: float) -> None:
     logger.warning(
-        "select deita: of %d samples wanted, %d are unlike all better ones (cosine at most %g); the others are the best "
-        "of the rest.",
+        "select deita: of %d samples wanted, %d are unlike all better ones (cosine at most %g); the others are the "
+        "best of the rest.",
         count,
         kept,
         threshold,

@@ -106,8 +106,8 @@ class DsirSelector(Selector[DsirParams]):
         shares = self.params.target_shares
         if shares is not None and len(shares) != targets:
             raise ConfigError(
-                f"dsir.target_shares has {len(shares)} numbers, and there are {targets} sub-tasks of validation samples "
-                f"({', '.join(ctx.validation.domains)})."
+                f"dsir.target_shares has {len(shares)} numbers, and there are {targets} sub-tasks of validation "
+                f"samples ({', '.join(ctx.validation.domains)})."
             )
         self._weights = on_main(partial(log_weights, ctx.pool, ctx.validation, self.params))
 
@@ -147,7 +147,7 @@ class Grams(NamedTuple):
 
 def _sums(values: NDArray[np.float64], lengths: IndexArray) -> NDArray[np.float64]:
     owners = np.repeat(np.arange(lengths.size), lengths)
-    return np.bincount(owners, weights=values, minlength=lengths.size)
+    return np.bincount(owners, weights=values, minlength=lengths.size).astype(np.float64, copy=False)
 
 
 class _Words(dict[str, int]):
@@ -258,8 +258,8 @@ def log_ratios(wanted: NDArray[np.floating], seen: NDArray[np.integer]) -> NDArr
 def in_turn(keys: NDArray[np.float64], shares: list[float]) -> IndexArray:
     """Return the rows in the order in which targets take them in turn, each the largest of its keys that is left.
 
-    The target that is furthest behind its share is next; so of the first k rows each target took its share of k, less
-    than one more or less, whatever k is.
+    Target t takes its j-th row at time (j - 1/2) / share of t, so that of the first k rows each took its share of k,
+    rounded up or down, whatever k is.
 
     Args:
         keys: of each row for each target, shape (n, T).
@@ -267,7 +267,7 @@ def in_turn(keys: NDArray[np.float64], shares: list[float]) -> IndexArray:
     """
     size, targets = keys.shape
     whole = np.asarray(shares, dtype=np.float64) / np.sum(shares)
-    due = np.concatenate([np.arange(1, size + 1) / share for share in whole])
+    due = np.concatenate([(np.arange(size) + 0.5) / share for share in whole])
     turns = np.tile(np.arange(targets), (size, 1)).T.ravel()[np.argsort(due, kind="stable")[:size]]
     falling = [iter(np.argsort(-keys[:, target], kind="stable").tolist()) for target in range(targets)]
     taken = bytearray(size)

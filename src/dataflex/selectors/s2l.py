@@ -57,9 +57,7 @@ class S2lSelector(Selector[S2lParams]):
     """Chooses evenly from groups of samples that are learned alike."""
 
     state_depends_on: ClassVar[frozenset[str]] = frozenset({"points"})
-    partial_scores: ClassVar[str | None] = (
-        "the losses are those of the training steps and need no forward; remove it"
-    )
+    partial_scores: ClassVar[str | None] = "the losses are those of the training steps and need no forward; remove it"
 
     def __init__(self, params: S2lParams) -> None:
         super().__init__(params)

@@ -16,10 +16,10 @@ Cost: one forward over the candidates and ``memory`` samples per decision, and T
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from pydantic import Field
-
-from typing import Any
 
 from dataflex import (
     IndexArray,
