@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from dataflex import (
     ColumnArray,
     ComponentError,
-    ComponentParams,
+    EmbeddingArray,
+    EmbeddingParams,
     IndexArray,
     Losses,
     Needs,
@@ -21,6 +22,7 @@ from dataflex import (
     RunOutline,
     RunView,
     Selection,
+    ValidationParams,
     Wrong,
     check_scores,
     unusable_score,
@@ -28,11 +30,24 @@ from dataflex import (
 from dataflex.orders.base_patterns import shuffled_in_windows
 from dataflex.orders.base_sorting import sorted_positions
 
+_BLOCK = 1 << 14
+"""Embeddings read at a time."""
 
-class ScoreParams(ComponentParams):
-    """Which score samples are sorted by, and what is shuffled."""
 
-    by: Literal["loss", "length", "selection", "column"] = Field("loss", description="The score that is sorted by.")
+class DistanceParams(EmbeddingParams, ValidationParams):
+    """What distances of embeddings are to, and of what they are made."""
+
+    distance_to: Literal["validation", "pool"] = Field(
+        "validation", description="With by: embedding, whose mean a sample's distance is to."
+    )
+
+
+class ScoreParams(DistanceParams):
+    """Which score samples are sorted by, what is put in order, and what is shuffled."""
+
+    by: Literal["loss", "length", "selection", "column", "embedding"] = Field(
+        "loss", description="The score that is sorted by."
+    )
     column: str | None = Field(
         None, min_length=1, description="With by: column, the column of the raw data with a number for each row."
     )
@@ -67,6 +82,18 @@ class ScoreParams(ComponentParams):
             raise ValueError("by: column needs column, the name of a column of the raw data")
         if self.by != "column" and self.column is not None:
             raise ValueError(f"column: {self.column} is read with by: column only, and by is {self.by}; set it")
+        return self
+
+    @model_validator(mode="after")
+    def _embeddings_are_used(self) -> Self:
+        fields = DistanceParams.model_fields
+        unused = [name for name, field in fields.items() if getattr(self, name) != field.default]
+        if self.by != "embedding" and unused:
+            raise ValueError(
+                f"{', '.join(unused)}: used with by: embedding only, and by is {self.by}; set it, or leave them out"
+            )
+        if self.distance_to == "pool" and (self.validation is not None or self.subtask_column is not None):
+            raise ValueError("validation samples are not used with distance_to: pool; leave them out")
         return self
 
 
@@ -112,7 +139,13 @@ class ScoredOrder(Order[ScoreParamsT]):
             return []
         what = "each domain is" if is_mixed else "the pool is"
         when = "once, at the first decision" if self.repeats else "when a pass over it begins"
-        return [f"{what} put in order by {self.params.column or self.params.by} {when}; the rounds walk along it"]
+        return [f"{what} put in order by {self._score_in_words} {when}; the rounds walk along it"]
+
+    @property
+    def _score_in_words(self) -> str:
+        if self.params.by == "embedding":
+            return f"the distance to the mean of the {self.params.distance_to}"
+        return self.params.column or self.params.by
 
     @property
     def reads_scores(self) -> bool:
@@ -120,10 +153,13 @@ class ScoredOrder(Order[ScoreParamsT]):
         return self.params.by == "selection"
 
     def needs(self, run: RunView) -> Needs:
-        """Return the losses or the column that samples are sorted by."""
+        """Return the losses, the column or the embeddings that samples are sorted by."""
+        embeds = self.params.by == "embedding"
         return Needs(
             measurements=(Losses(),) if self.params.by == "loss" else (),
             columns=() if self.params.column is None else (self.params.column,),
+            embeddings=self.params if embeds else None,
+            validation=self.params if embeds and self.params.distance_to == "validation" else None,
         )
 
     def column_problem(self, column: str, values: ColumnArray) -> Wrong | None:
@@ -170,9 +206,39 @@ class ScoredOrder(Order[ScoreParamsT]):
         if self.params.by == "loss":
             distinct, inverse = np.unique(indices, return_inverse=True)
             return check_scores(self, ctx.probe.measure(Losses(), distinct), distinct)[inverse]
+        if self.params.by == "embedding":
+            vectors = ctx.embeddings()
+            others = ctx.embeddings(ctx.validation) if self.params.distance_to == "validation" else vectors
+            return distances_to(_mean(others), vectors, indices)
         if selection.scores is None:
             raise ComponentError("order.by: selection needs a selector that scores; this one gave no scores.")
         return check_scores(self, selection.scores, indices)
+
+
+def distances_to(center: NDArray[np.float64], vectors: EmbeddingArray, indices: IndexArray) -> NDArray[np.float64]:
+    """Return the distance of some rows to a vector, shape (n,); NaN for a row of zeros, a sample without text.
+
+    Args:
+        center: the vector, shape (H,).
+        vectors: of all samples, shape (N, H); read block by block.
+        indices: the rows, shape (n,).
+    """
+    found = np.full(indices.size, np.nan)
+    for begin in range(0, indices.size, _BLOCK):
+        rows = np.asarray(vectors[indices[begin : begin + _BLOCK]], dtype=np.float64)
+        has_text = rows.any(axis=1)
+        found[begin : begin + _BLOCK][has_text] = np.linalg.norm(rows[has_text] - center, axis=1)
+    return found
+
+
+def _mean(vectors: EmbeddingArray) -> NDArray[np.float64]:
+    """Return the mean of the rows that are not zero."""
+    total, count = np.zeros(vectors.shape[1]), 0
+    for begin in range(0, len(vectors), _BLOCK):
+        rows = np.asarray(vectors[begin : begin + _BLOCK], dtype=np.float64)
+        total += rows.sum(axis=0)
+        count += int(rows.any(axis=1).sum())
+    return total / max(count, 1)
 
 
 class CurriculumOrder(ScoredOrder[CurriculumParamsT]):

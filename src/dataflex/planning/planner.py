@@ -8,12 +8,11 @@ the pool (or of a domain, with a mixer) once, in a fresh order, before any comes
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +34,7 @@ from dataflex.data.rng import derive_rng, key_of
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray, KeyedPermutation, PassOrder, PassSampler, Walk, exactly
 from dataflex.errors import ComponentError, ConfigError
+from dataflex.planning.arrangement import arranged, in_passes, maker_of
 from dataflex.planning.budget import LimitedDecision
 from dataflex.planning.chain import SelectorChain, StageOutcome
 from dataflex.planning.overhead import LimitedScoring
@@ -419,7 +419,7 @@ class Planner:
         size = selection.indices.size
         order = self.components.order
         if order is not None and slot.update is not None and not (order.walks or order.draws):
-            return _arranged(order, self.context(order, slot, probe), selection)
+            return arranged(order, self.context(order, slot, probe), selection)
         if self.arrangement == "sequential" or (self.arrangement == "shuffle" and selection.shuffled):
             return None
         if self.arrangement == "group_by_length":
@@ -453,10 +453,9 @@ class Planner:
             # Keyed by the pass and not by the round, so that the order does not depend on how long rounds are.
             rng = derive_rng(self.seed, order.family, order.name, "pass", number, group.name)
             context = replace(self.context(order, slot, probe), rng=rng)
-            return _arranged(order, context, Selection(group.start + samples))
+            return arranged(order, context, Selection(group.start + samples))
 
-        made_with = order.params.model_dump(mode="json")
-        return Walk(json.dumps([order.name, made_with], sort_keys=True), arrange, order.repeats)
+        return Walk(maker_of(order), arrange, order.repeats)
 
     def _group_by_length(self, slot: RoundSlot, indices: IndexArray) -> IndexArray:
         """Return the Trainer's own length grouping of a plan, in global batches."""
@@ -468,39 +467,6 @@ class Planner:
         return np.asarray(
             get_length_grouped_indices(lengths, self.global_batch_size, generator=generator), dtype=np.int64
         )
-
-
-def _arranged(order: Order, ctx: RoundContext, selection: Selection) -> IndexArray:
-    """Return the permutation that an order puts a selection into.
-
-    Raises:
-        ComponentError: if it returns none.
-    """
-    label, size = label_of(order, ("arrange",)), selection.indices.size
-    given: Any = order.arrange(ctx, selection)
-    try:
-        positions = np.asarray(given)
-    except ValueError as error:
-        raise ComponentError(f"{label} returned a {type(given).__name__} that is no array: {error}") from error
-    whole = positions.shape == (size,) and np.issubdtype(positions.dtype, np.integer)
-    if not whole or not np.array_equal(np.sort(positions), np.arange(size)):
-        raise ComponentError(f"{label} did not return a permutation of {size} positions, as integers.")
-    return positions
-
-
-def in_passes(positions: IndexArray, groups: IndexArray, passes: IndexArray) -> IndexArray:
-    """Return a permutation whose groups have the same places, but in each of which earlier passes come first.
-
-    Args:
-        positions: a permutation of a selection.
-        groups: the group of each of the selection's samples.
-        passes: the pass of each over its group.
-    """
-    place = np.arange(positions.size)
-    group, number = groups[positions], passes[positions]
-    found = np.empty_like(positions)
-    found[np.lexsort((place, group))] = positions[np.lexsort((place, number, group))]
-    return found
 
 
 def epoch_limits(mixer: Mixer | None, pool: Pool) -> NDArray[np.int64] | None:

@@ -33,6 +33,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "schedule": {"points": [{"step": 0, "proportions": [1, 1, 1]}]},
     "doremi": {"reference_model": "r"},
     "score_column": {"column": "quality"},
+    "stages": {"stages": [{"domains": ["a"]}, {"domains": ["b", "c"]}]},
 }
 
 

@@ -12,7 +12,8 @@ from dataflex import ComponentParams, Mixer, Order, Selection, Selector
 from dataflex.api.selection import check_form
 from dataflex.api.selector import check_scores
 from dataflex.errors import ComponentError
-from dataflex.planning.planner import _permutation, check_proportions
+from dataflex.planning.arrangement import as_permutation
+from dataflex.planning.planner import check_proportions
 from unit.fakes import make_pool
 
 HERE = Path(__file__).name
@@ -72,8 +73,8 @@ def test_selections(chosen: Any, words: str) -> None:
 @pytest.mark.parametrize("given", [None, [0, 0, 1], [0.0, 1.0, 2.0], [[0], [1, 2]], ["a", "b", "c"], [0, 1]])
 def test_permutations(given: Any) -> None:
     with pytest.raises(ComponentError, match="somebody "):
-        _permutation("somebody", given, 3)
-    assert _permutation("somebody", [2, 0, 1], 3).tolist() == [2, 0, 1]
+        as_permutation("somebody", given, 3)
+    assert as_permutation("somebody", [2, 0, 1], 3).tolist() == [2, 0, 1]
 
 
 def test_a_built_in_component_has_no_file_in_its_errors() -> None:

@@ -159,12 +159,7 @@ def test_dynamic_weight_and_reorder(base: Path) -> None:
     assert {key: order[key] for key in ("method", "by", "descending")} == {
         "method": "sort",
         "by": "loss",
-        "column": None,
         "descending": False,
-        "ties": "random",
-        "jit": 0,
-        "scope": "round",
-        "passes": "same",
     }
     shuffled = section(split(base, train_type="dynamic_reorder", component_name="shuffle", **file))
     assert shuffled["order"] == {"method": "shuffle"}

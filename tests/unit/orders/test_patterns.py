@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from dataflex.api.schedule import RunOutline, Schedule
 from dataflex.api.selection import Selection
 from dataflex.config.loading import split_config
 from dataflex.errors import ConfigError
+from dataflex.orders import base_curriculum
 from dataflex.orders.base_patterns import (
     folded,
     segment_sizes,
@@ -276,3 +278,49 @@ def test_a_window_that_holds_everything_is_refused_and_patterns_of_nothing_are_t
     assert build(SawOrder).moves_nothing(40) is None
     assert "of 9 samples are none" in str(build(SegmentOrder).moves_nothing(9))
     assert build(SegmentOrder).moves_nothing(10) is None
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("to", ["validation", "pool"])
+def test_distances_of_embeddings(to: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(seed)
+    monkeypatch.setattr(base_curriculum, "_BLOCK", 7)
+    for _ in range(20):
+        size = int(rng.integers(2, 60))
+        pool, held = make_pool({"a": size}), make_pool({"held": 9})
+        vectors, others = rng.normal(size=(size, 5)), rng.normal(size=(9, 5))
+        vectors[rng.random(size) < 0.1] = 0  # samples without text
+        others[0] = 0
+        given = [each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-9) for each in (vectors, others)]
+        vectors, others = (each.astype(np.float16 if seed else np.float32) for each in given)
+        ctx = context(pool, validation_pool=held)
+        ctx = dataclasses.replace(ctx, embedding_source=lambda who, v=vectors, o=others: v if who is None else o)
+        center = [row.astype(float) for row in (others if to == "validation" else vectors) if row.any()]
+        mean = sum(center) / max(len(center), 1)
+        indices = rng.permutation(size)[: int(rng.integers(1, size + 1))]
+        far = {i: float(np.sqrt(((vectors[i].astype(float) - mean) ** 2).sum())) for i in range(size)}
+        expected = sorted(
+            range(indices.size), key=lambda place: (not vectors[indices[place]].any(), far[int(indices[place])])
+        )
+        order = build(SortOrder, by="embedding", distance_to=to)
+        found = order.arrange(ctx, Selection(indices))
+        whole = [place for place in expected if vectors[indices[place]].any()]
+        sorted_far = [far[int(indices[place])] for place in whole]
+        np.testing.assert_allclose([far[int(each)] for each in indices[found[: len(whole)]]], sorted_far, rtol=1e-6)
+        assert sorted(found[len(whole) :].tolist()) == sorted(set(expected) - set(whole))
+
+
+def test_what_distances_need() -> None:
+    order = build(FoldOrder, by="embedding", encoder="asset:all-minilm-l6-v2", validation="held")
+    needs = order.needs(None)
+    assert needs.embeddings is order.params
+    assert needs.validation is order.params
+    assert build(FoldOrder, by="embedding", distance_to="pool").needs(None).validation is None
+    assert build(FoldOrder).needs(None).embeddings is None
+    for params, text in (
+        ({"encoder": "x"}, "encoder: used with by: embedding only, and by is loss"),
+        ({"distance_to": "pool", "layer": 2}, "distance_to, layer|layer, distance_to"),
+        ({"by": "embedding", "distance_to": "pool", "validation": "held"}, "not used with distance_to: pool"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            split_config({"dataflex": {"order": {"method": "fold", **params}}})
