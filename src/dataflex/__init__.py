@@ -39,6 +39,7 @@ from dataflex.data.rules import ScoreArray, ranks_among, ranks_among_scored, sam
 from dataflex.data.sampling import IndexArray, KeyedPermutation, exactly
 from dataflex.distributed import on_main
 from dataflex.embedding.neighbours import kernel_densities, nearest
+from dataflex.embedding.stored import embed_texts
 from dataflex.errors import CheckpointError, ComponentError, ConfigError, DivergenceError, Problem, unknown
 from dataflex.files import distinct, write_atomically
 from dataflex.probe.embeddings import Embeddings, HiddenStates
@@ -124,6 +125,7 @@ EXPORTS = {
     "check_scores": "dataflex.api.selector",
     "derive_rng": "dataflex.data.rng",
     "distinct": "dataflex.files",
+    "embed_texts": "dataflex.embedding.stored",
     "exactly": "dataflex.data.sampling",
     "kernel_densities": "dataflex.embedding.neighbours",
     "key_of": "dataflex.data.rng",
@@ -212,6 +214,7 @@ __all__ = [
     "check_scores",
     "derive_rng",
     "distinct",
+    "embed_texts",
     "exactly",
     "kernel_densities",
     "key_of",

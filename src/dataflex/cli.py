@@ -122,6 +122,11 @@ def _add_offline(commands: _Commands) -> None:
             amount.add_argument("--fraction", type=_share, default=0.05, help="share of the pool to select (0.05)")
             amount.add_argument("--count", type=_positive, help="number of samples to select")
 
+    embed = commands.add_parser("embed", help="make the embeddings that a YAML's components read, without training")
+    embed.add_argument("config", type=Path, help="a LLaMA-Factory YAML whose dataflex: section asks for embeddings")
+    embed.add_argument("overrides", nargs="*", help="key=value, e.g. dataflex.select.encoder=asset:all-minilm-l6-v2")
+    embed.add_argument("--output", type=Path, help="folder they are kept in (default: where the run looks for them)")
+
 
 def _add_record(commands: _Commands) -> None:
     report = commands.add_parser("report", help="one HTML page and a table about one or several runs")
@@ -241,6 +246,12 @@ def _scored(options: argparse.Namespace, fraction: float, count: int | None) -> 
     return score(asked)
 
 
+def _embed(options: argparse.Namespace) -> int:
+    from dataflex.commands.embed import Asked, embed
+
+    return embed(Asked(options.config, options.overrides, options.arguments, options.output))
+
+
 def _list(options: argparse.Namespace) -> int:
     from dataflex.commands.listing import render
 
@@ -347,6 +358,7 @@ _STOPPED = {
     "train": "stopped before the training began.",
     "features": "stopped; the same command goes on with the features that are kept.",
     "score": "stopped, nothing is selected; the same command begins again, with the features that are kept.",
+    "embed": "stopped; the same command goes on with the embeddings that are kept.",
     "eval": "stopped; the same command begins again.",
 }
 """What is said of a command that is stopped and does not say it itself."""
@@ -355,6 +367,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "features": _features,
     "score": _score,
+    "embed": _embed,
     "check": _check,
     "list": _list,
     "version": _version,

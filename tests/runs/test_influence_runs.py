@@ -56,6 +56,8 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "less-full-none": (less(proj_dim=1024, preconditioner="none"), FULL, ["zero2", "zero3"]),
     "grand": ({"method": "grand", "preconditioner": "adam"}, FULL, ["zero3"]),
     "greats": ({"method": "greats", "validation": "held"}, {}, ["ddp", "zero3"]),
+    "nearest": ({"method": "near", "validation": "held", "max_k": 4}, {}, ["zero3", "fsdp2"]),
+    "nearest-encoder": ({"method": "near", "validation": "held", "max_k": 4, "encoder": "the model"}, {}, ["ddp"]),
     "icons": ({"method": "icons", "validation": "held,gamma", "proj_dim": 256}, {}, ["ddp"]),
     "cluster_less": (
         {"method": "cluster_less", "validation": "held", "proj_dim": 256, "cluster_size": 8, "representatives": 2},
@@ -95,6 +97,8 @@ def section(select: dict[str, Any], **parts: Any) -> dict[str, Any]:
 
 def add_methods(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
     for method, (select, changes, modes) in METHODS.items():
+        if "encoder" in select:
+            select = {**select, "encoder": str(workshop.model)}
         for mode in settings:
             if mode in ["one", *modes]:
                 workshop.add(f"{method}-{mode}", **settings[mode], **section(select), **changes)
@@ -216,6 +220,14 @@ def test_two_processes_select_what_one_does(runs: Any, method: str, mode: str) -
         np.testing.assert_allclose([second[index] for index in first], expected, rtol=1e-4, atol=1e-4 * scale)
     assert runs.plan_digests(f"{method}-{mode}") == runs.plan_digests(f"{method}-one")
     assert len({frozenset(plan) for plan in one}) == 2  # the model's training changes what is selected
+
+
+def test_two_processes_keep_the_embeddings_that_one_does(runs: Any) -> None:
+    one, two = (sorted((runs.root / f"nearest-encoder-{mode}" / "embeddings").iterdir()) for mode in ("one", "ddp"))
+    assert [folder.name for folder in one] == [folder.name for folder in two]
+    assert len(one) == 2
+    for first, second in zip(one, two, strict=True):
+        np.testing.assert_array_equal(np.load(first / "embeddings.npy"), np.load(second / "embeddings.npy"))
 
 
 @pytest.mark.parametrize(("method", "mode"), METHOD_CASES)

@@ -1,4 +1,4 @@
-"""``dataflex-cli features`` and ``score``: LESS from warm-up to a training on what was selected, and what is refused.
+"""``dataflex-cli features``, ``score`` and ``embed``: from a warm-up to a training on what LESS selected.
 
 All commands run in one process, one after another.
 """
@@ -31,12 +31,16 @@ EVEN, EVEN_WORDS = 56, [29, 33, 28, 36, 31, 35, 30, 34]
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 COMMANDS = """
-import contextlib, gc, io, json, os, sys, traceback
+import contextlib, functools, gc, io, json, os, sys, traceback
 os.environ["LLAMAFACTORY_VERBOSITY"] = "WARN"
 from pathlib import Path
 from dataflex import cli
 from dataflex.commands import offline
+from dataflex.embedding import model_run, stored
+from dataflex.embedding.store import EmbeddingStore
+from dataflex.embedding.transformers_encoder import TransformersEncoder
 from dataflex.probe import extraction
+from dataflex.probe.embeddings import Embeddings
 from dataflex.probe.gradient_norms import GradientMeasurement
 from dataflex.probe.runner import Runner
 from dataflex.probe.store import FeatureStore
@@ -46,23 +50,28 @@ class Killed(BaseException):
     pass
 
 
-measured, left = [], [None]
-attempt, write, score_pool = Runner.attempt, FeatureStore.write, offline.score_pool
+measured, encoded, left = [], [], [None]
+attempt, encode, score_pool = Runner.attempt, TransformersEncoder.encode, offline.score_pool
 extraction._CHUNK_ROWS = 16
 
 
 def noting(self, measure, indices):
-    if self.samples is self.probe.pool and isinstance(self.measurement, GradientMeasurement):
+    if self.samples is self.probe.pool and isinstance(self.measurement, GradientMeasurement | Embeddings):
         measured.extend(indices.tolist())
     return attempt(self, measure, indices)
 
 
-def dying(self, *args):
+def dying(write, self, *args):
     if left[0] is not None:
         left[0] -= 1
         if left[0] < 0:
             raise Killed
     write(self, *args)
+
+
+def encoding(self, texts):
+    encoded.extend(texts)
+    return encode(self, texts)
 
 
 def keeping(run, probe, output, amount):
@@ -74,11 +83,15 @@ def keeping(run, probe, output, amount):
     return found
 
 
-Runner.attempt, FeatureStore.write, offline.score_pool = noting, dying, keeping
+Runner.attempt, TransformersEncoder.encode, offline.score_pool = noting, encoding, keeping
+for store in (FeatureStore, EmbeddingStore):
+    store.write = functools.partialmethod(functools.partial(dying, store.write))
+stored.EncoderRun = functools.partial(stored.EncoderRun, chunk_rows=16)
+model_run.ModelRun = functools.partial(model_run.ModelRun, chunk_rows=16)
 results = {}
 for name, item in json.load(open(sys.argv[1])).items():
     out, err = io.StringIO(), io.StringIO()
-    measured.clear()
+    measured.clear(), encoded.clear()
     left[0] = item.get("writes")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -92,6 +105,7 @@ for name, item in json.load(open(sys.argv[1])).items():
     if name == "warm":
         gc.freeze()  # what the imports made need not be looked at in every run
     results[name] = {"status": status, "out": out.getvalue(), "err": err.getvalue(), "measured": list(measured)}
+    results[name]["encoded"] = list(encoded)
 Path(sys.argv[2]).write_text(json.dumps(results))
 """
 
@@ -150,6 +164,9 @@ def write_inputs(root: Path) -> None:
     for method in ("grand", "random", "full"):
         section = {"dataflex": {"select": {"method": method}}}
         (root / f"{method}.yaml").write_text(yaml.safe_dump({**select, **section, "output_dir": str(root / method)}))
+    near = {"method": "near", "validation": "held"}
+    section = {"dataflex": {"update_steps": 2, "select": near}, "output_dir": str(root / "near")}
+    (root / "near.yaml").write_text(yaml.safe_dump({**select, **section}))
     clusters = {"method": "cluster_less", "proj_dim": 128, "cluster_size": 8}  # validation samples: eval_dataset
     section = {"dataflex": {"select": clusters}}
     adapter = {
@@ -164,6 +181,8 @@ def commands(root: Path) -> dict[str, dict[str, Any]]:
     features = root / "features"
     select, warm = str(root / "select.yaml"), str(root / "warm.yaml")
     less = ["score", select, "--features", str(features)]
+    own = ["embed", str(root / "near.yaml"), "lora_dropout=0"]
+    embed = ["embed", str(root / "near.yaml"), f"dataflex.select.encoder={root / 'model'}"]
     made: dict[str, list[str]] = {
         "warm": ["train", warm],
         "whole": ["features", select, "--features", str(root / "whole")],
@@ -194,6 +213,15 @@ def commands(root: Path) -> dict[str, dict[str, Any]]:
             "score", str(root / "grand.yaml"), "stage=pt", "dataset=texts", "packing=false", "--count", "5",
             "--output", str(root / "pt"),
         ],
+        "embed whole": [*embed, "--output", str(root / "embedded")],
+        "embed cut": embed,
+        "embed gone on": embed,
+        "embed all there": embed,
+        "embed model cut": [*own, "--output", str(root / "own")],
+        "embed model": [*own, "--output", str(root / "own")],
+        "embed for nobody": ["embed", str(root / "grand.yaml")],
+        "embed sharded": [*own, f"deepspeed={root / 'ds.json'}"],
+        "embed of nothing": ["embed", str(root / "near.yaml"), f"dataflex.select.encoder={root / 'data'}"],
         "count 0": [*less, "--count", "0"],
         "count a": [*less, "--count", "a"],
         "fraction 0": [*less, "--fraction", "0"],
@@ -209,7 +237,8 @@ def commands(root: Path) -> dict[str, dict[str, Any]]:
         "no moments": ["score", str(root / "clusters.yaml"), f"adapter_name_or_path={root / 'final'}"],
         "other scaling": ["features", select, "lora_alpha=32", "--features", str(root / "other")],
     }  # fmt: skip
-    return {name: {"arguments": arguments, "writes": 7 if name == "cut" else None} for name, arguments in made.items()}
+    writes = {"cut": 7, "embed cut": 3, "embed model cut": 2}
+    return {name: {"arguments": arguments, "writes": writes.get(name)} for name, arguments in made.items()}
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +299,51 @@ def test_scoring_reads_what_is_there(outcomes: Outcomes) -> None:
         outcomes.text(name)
         assert outcomes.results[name]["measured"] == []
     assert len(list((outcomes.root / "features").iterdir())) == 2
+
+
+# Embeddings
+
+
+def embedded(outcomes: Outcomes, name: str) -> list[Path]:
+    """Return the folders a command printed, of samples and of validation samples, which have 32 numbers each."""
+    text = outcomes.text(name)
+    found = re.findall(r"dataflex: embeddings of (\d+) .*samples \(32 numbers each, .* s\): (.+)", text)
+    assert [int(count) for count, _ in found] == [80, 12]
+    return [Path(folder) for _, folder in found]
+
+
+def test_a_killed_embed_goes_on_where_it_was(outcomes: Outcomes) -> None:
+    outcomes.text("warm")
+    assert outcomes.results["embed cut"]["status"] == "killed"
+    whole, again = embedded(outcomes, "embed whole"), embedded(outcomes, "embed gone on")
+    assert [folder.parent for folder in again] == [outcomes.root / "near" / "embeddings"] * 2
+    for one, other in zip(whole, again, strict=True):
+        assert one.name == other.name
+        assert (one / "embeddings.npy").read_bytes() == (other / "embeddings.npy").read_bytes()
+        vectors = np.load(one / "embeddings.npy").astype(np.float32)
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
+    everything = outcomes.results["embed whole"]["encoded"]
+    assert len(everything) == 80 + 12
+    assert outcomes.results["embed gone on"]["encoded"] == everything[3 * 16 :]
+    assert embedded(outcomes, "embed all there") == again
+    assert outcomes.results["embed all there"]["encoded"] == []
+
+
+def test_embeddings_of_the_model_itself_are_kept_too(outcomes: Outcomes) -> None:
+    assert outcomes.results["embed model cut"]["status"] == "killed"
+    folders = embedded(outcomes, "embed model")
+    vectors = np.load(folders[0] / "embeddings.npy").astype(np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
+    assert sorted(outcomes.results["embed model"]["measured"]) == list(range(2 * 16, 80))
+    assert not outcomes.results["embed model"]["encoded"]
+    assert folders[0].parent == outcomes.root / "own"
+
+
+def test_what_embed_refuses(outcomes: Outcomes) -> None:
+    assert "no component of dataflex: reads embeddings" in outcomes.text("embed for nobody", 2)
+    assert "embedding without training holds the whole model" in outcomes.text("embed sharded", 2)
+    said = outcomes.text("embed of nothing", 2)
+    assert "dataflex.select.encoder: no encoder in" in said
 
 
 # Scores

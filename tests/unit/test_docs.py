@@ -6,15 +6,18 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from dataflex import EmbeddingParams
 from dataflex.api import registry
 from dataflex.config.checks import SPECIAL_LOSSES, STAGES
 from dataflex.config.legacy import FLAT_KEYS, TRAIN_TYPES, UNUSED_PARAMETERS
 from dataflex.config.loading import DataFlexConfig, split_config
+from unit.fakes import context, make_pool
 
 DOCS = Path(__file__).parents[2] / "docs"
 METHODS = DOCS / "methods"
@@ -103,6 +106,25 @@ def test_every_key_of_the_section_is_documented() -> None:
     assert set(split_config(example).params) == set(registry.CONFIG_KEYS)
     selectors = split_config(chain).build_components().select
     assert [(entry.keep, entry.every) for entry in selectors] == [(0.5, 4), (None, 1)]
+
+
+def test_the_page_of_embeddings_has_every_parameter_and_an_example_that_works() -> None:
+    text = (DOCS / "embeddings.md").read_text()
+    check_table(EmbeddingParams, text.split("## Of the model in training")[0])
+    (example,) = examples(text)
+    assert split_config(example).params["select"][1].model_dump()["encoder"] == "asset:all-minilm-l6-v2"
+    (source,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    try:
+        exec(source, names)
+    finally:
+        registry._registered.pop(("selector", "like"), None)
+    like = names["Like"](names["LikeParams"]())
+    pool, held = make_pool({"a": 3}), make_pool({"v": 1})
+    vectors = {3: np.eye(3), 1: np.array([[0.0, 1.0, 0.0]])}
+    ctx = context(pool, validation_pool=held, embedding_source=lambda of: vectors[3 if of is None else of.size])
+    assert like.score(ctx, np.array([0, 1])).tolist() == [0, 1]
+    assert like.needs(None).embeddings is like.params
 
 
 def test_every_refused_key_is_documented() -> None:

@@ -75,16 +75,30 @@ def prepared(config: RunConfig, output: Path, feature_dir: Path | None) -> RunCo
         raise ConfigError(
             f"{config.source}: dataflex.select must name a selector that scores samples, e.g. {{method: less}}."
         )
-    for key in _SHARDED:
-        if config.llamafactory.get(key):
-            raise ConfigError(f"{key}: scoring without training holds the whole model on every process; leave it out.")
     params = dict(config.params)
     if isinstance(selector, InfluenceSelector):
         cls, given = params["select"]
         kept = str(feature_dir or selector.params.feature_dir or output / "features")
         params["select"] = (cls, given.model_copy(update={"feature_dir": kept}))
+    return alone(replace(config, params=params), output, "scoring")
+
+
+def alone(config: RunConfig, output: Path, doing: str) -> RunConfig:
+    """Return a training configuration as one that loads everything and does not train, writing under ``output``.
+
+    Args:
+        config: the configuration.
+        output: folder.
+        doing: what is done instead, for messages.
+
+    Raises:
+        ConfigError: if it spreads the model over processes.
+    """
+    for key in _SHARDED:
+        if config.llamafactory.get(key):
+            raise ConfigError(f"{key}: {doing} without training holds the whole model on every process; leave it out.")
     changes = {"do_train": True, "output_dir": str(output), "overwrite_output_dir": True, "report_to": "none"}
-    return replace(config, llamafactory={**config.llamafactory, **changes}, params=params, offline=True)
+    return replace(config, llamafactory={**config.llamafactory, **changes}, offline=True)
 
 
 def run(config: RunConfig, command: str, output: Path, amount: Amount) -> None:

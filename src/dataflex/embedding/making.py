@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,7 +53,8 @@ class EncoderRun:
             DataFlexError: if it cannot be loaded, or its service does not answer.
         """
         if self._encoder is None:
-            self._encoder = self.choice.load(self.device)
+            with quietly():
+                self._encoder = self.choice.load(self.device)
         return self._encoder
 
     def close(self) -> None:
@@ -118,3 +122,27 @@ def unit_vectors(encoder: Encoder, texts: list[str], first: int = 0) -> NDArray[
         raise DataFlexError(f"{encoder.says} gives numbers that are not finite for text {bad}.")
     found[there] = vectors / np.where(lengths > 0, lengths, 1.0)[:, None]
     return found
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep Transformers from printing the configuration of the encoder as if it were the model's."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def told(make: Callable[[], EmbeddingStore], what: str) -> EmbeddingStore:
+    """Make embeddings, and print on the main process where they are, of what shape, and how long it took."""
+    begin = time.monotonic()
+    store = make()
+    if distributed.rank() == 0:
+        seconds = time.monotonic() - begin
+        print(f"dataflex: embeddings of {store.rows:,} {what} ({store.dim} numbers each, {seconds:.1f} s): ", end="")
+        print(store.folder, flush=True)
+    return store

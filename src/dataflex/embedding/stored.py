@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,9 @@ from dataflex import distributed
 from dataflex.api.params import EmbeddingParams
 from dataflex.data.pool import Pool
 from dataflex.embedding.encoders import EncoderChoice, choose
-from dataflex.embedding.making import EncoderRun
+from dataflex.embedding.making import EncoderRun, told
 from dataflex.embedding.store import EmbeddingStore
-from dataflex.embedding.texts import SampleTexts
+from dataflex.embedding.texts import SampleTexts, TextList
 from dataflex.errors import ComponentError
 
 if TYPE_CHECKING:
@@ -98,10 +97,12 @@ class RunEncoders:
         try:
             for key, params in self._wanted.items():
                 run, held = self._run_of[key], validation.get(key)
-                of_pool = _embedded(run, SampleTexts(pool, params.embedding_text), "samples")
+                texts = SampleTexts(pool, params.embedding_text)
+                of_pool = told(partial(run.embed, texts, "samples"), "samples")
                 of_held = None
                 if held is not None:
-                    of_held = _embedded(run, SampleTexts(held, params.embedding_text), "validation samples")
+                    texts = SampleTexts(held, params.embedding_text)
+                    of_held = told(partial(run.embed, texts, "validation samples"), "validation samples")
                 found[key] = StoredEmbeddings(pool, of_pool, held, of_held)
         finally:
             for run in self._runs.values():
@@ -109,13 +110,22 @@ class RunEncoders:
         return found
 
 
-def _embedded(run: EncoderRun, texts: SampleTexts, what: str) -> EmbeddingStore:
-    begin = time.monotonic()
-    store = run.embed(texts, what)
-    if distributed.rank() == 0:
-        seconds = time.monotonic() - begin
-        print(
-            f"dataflex: embeddings of {store.rows:,} {what}, {store.dim} numbers each, {seconds:.1f} s: {store.folder}",
-            flush=True,
-        )
-    return store
+def embed_texts(
+    texts: Sequence[str], params: EmbeddingParams, folder: Path, device: torch.device | str = "cpu"
+) -> NDArray[np.floating[Any]]:
+    """Return an encoder's embeddings of texts, a memory map, (n, H); made once and kept in a folder. Collective.
+
+    Args:
+        texts: one without anything but white space has a row of zeros.
+        params: name the encoder; the part of a sample and the folder in them are not read.
+        folder: where the stores are.
+        device: where the encoder runs on this process.
+
+    Raises:
+        DataFlexError: if the encoder or the disk fails; finished chunks stay.
+    """
+    run = EncoderRun(choose(params), Path(folder), device)
+    try:
+        return run.embed(TextList(texts)).array()
+    finally:
+        run.close()

@@ -52,7 +52,7 @@ def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureSt
     key = {
         "model": model_digest(runner.model, probe.sharded),
         "adapter": adapter_settings(runner.model),
-        "precision": _precision(probe),
+        "precision": precision_of(probe),
         "moments": None if settings.preconditioner == "none" else moments_digest(probe.optimizer_moments()),
         "data": samples.content_digest,
         "samples": hashlib.sha256(np.ascontiguousarray(runner.indices, dtype="<i8").data).hexdigest(),
@@ -79,7 +79,8 @@ def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureSt
     return store
 
 
-def _precision(probe: ModelProbe) -> str:
+def precision_of(probe: ModelProbe) -> str:
+    """Return the number type in which a forward computes."""
     device = probe.device.type
     with probe.autocast():
         return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "as stored"

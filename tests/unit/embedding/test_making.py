@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dataflex import EmbeddingParams, distributed
+from dataflex import EmbeddingParams, distributed, embed_texts
 from dataflex.data.pool import Pool
 from dataflex.embedding import making, stored
 from dataflex.embedding.encoders import EncoderChoice
@@ -243,3 +243,10 @@ def test_a_vector_for_each_text_is_wanted(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     run.close()
     assert replace(run).root == tmp_path
+
+
+def test_texts_that_are_no_samples(letters: Letters, tmp_path: Path) -> None:
+    found = embed_texts(["ab", " "], EmbeddingParams(encoder="x"), tmp_path)
+    np.testing.assert_allclose(found[0, :2], 2**-0.5, atol=1e-3)
+    assert not found[1].any()
+    assert letters.is_closed

@@ -23,6 +23,7 @@ from dataflex.integrations.llamafactory.parsing import replaced
 from dataflex.integrations.llamafactory.session import Session
 from dataflex.integrations.llamafactory.tokenized import is_stored, keep_columns, kept_columns, refuse_foreign_folder
 from dataflex.selectors.base_gradients import ValidationParams
+from dataflex.trainer.mixin import NothingTrained
 from dataflex.trainer.steps import RunSteps, decide_steps, small_domains
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,8 @@ def load_pool(
     module = _load_whole(load, session, data_args) if whole else _load_planned(load, session, data_args)
     if encoders is not None and session.data.samples is not None:
         session.add_embeddings(encoders.make(session.data.samples, session.data.validation))
+    if session.data_only:
+        raise NothingTrained
     return module
 
 
@@ -136,14 +139,14 @@ def _encoders(session: Session, training_args: Any) -> RunEncoders | None:
 def _load_whole(load: Loader, session: Session, data_args: Any) -> Module:
     """Return the dataset module of a run whose samples LLaMA-Factory draws, or which does not train."""
     training_args = load.training_args
-    trains = training_args.do_train and session.trains
+    reads = training_args.do_train and (session.trains or bool(session.inputs.wanted_embeddings))
     module: Module = {}
     kept: dict[str, ColumnArray] = {}
     if data_args.dataset or is_stored(data_args):
-        wanted = session.inputs.config.wanted_columns() if trains else dict[str, WantedColumn]()
+        wanted = session.inputs.config.wanted_columns() if reads else dict[str, WantedColumn]()
         module, _, kept = load_with_columns(load, _train_only(data_args), wanted)
     module["eval_dataset"] = load_evaluation(load, data_args, session, module.pop("eval_dataset", None))
-    if trains:
+    if reads:
         samples = Pool.concatenate({"dataset": module["train_dataset"]}, fields=load.fields)
         samples.decode = load.decode
         for column, values in kept.items():
@@ -151,7 +154,7 @@ def _load_whole(load: Loader, session: Session, data_args: Any) -> Module:
         session.add_whole(samples)
         _add_validation(load, session, data_args, module["eval_dataset"])
         _check_data(session, training_args)
-        # Problems of the rounds show before a model is loaded.
+    if training_args.do_train and session.trains:  # problems of the rounds show before a model is loaded
         _open(decide_steps(session.inputs, session.data, training_args), training_args)
     return {key: value for key, value in module.items() if value is not None}
 

@@ -76,8 +76,10 @@ def _only_run(output_dir: Path) -> Iterator[None]:
         yield
 
 
-def load_only(config: RunConfig, when_loaded: WhenLoaded) -> None:
+def load_only(config: RunConfig, when_loaded: WhenLoaded | None) -> None:
     """Load everything as for training, call ``when_loaded`` at the point where training would begin, and leave.
+
+    Without a ``when_loaded`` it leaves as soon as the data is there, with the embeddings that encoders make of it.
 
     Raises:
         DataFlexError: for what a user can mend.
@@ -85,7 +87,7 @@ def load_only(config: RunConfig, when_loaded: WhenLoaded) -> None:
     import torch.distributed as dist
     from llamafactory.train import tuner
 
-    session = Session(RunInputs.of(config), when_loaded)
+    session = Session(RunInputs.of(config), when_loaded, data_only=when_loaded is None)
     with (
         _only_run(Path(str(config.llamafactory["output_dir"]))),
         replaced(tuner, "get_train_args", partial(parse_to_train, tuner.get_train_args, source=config.source)),

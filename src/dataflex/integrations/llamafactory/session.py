@@ -18,10 +18,11 @@ class Session:
     Args:
         inputs: what the run is given.
         when_loaded: what is called when everything is loaded; nothing is then trained.
+        data_only: whether to leave when the data is loaded, without the model.
     """
 
-    def __init__(self, inputs: RunInputs, when_loaded: WhenLoaded | None = None) -> None:
-        self._inputs, self._data, self._when_loaded = inputs, RunData(), when_loaded
+    def __init__(self, inputs: RunInputs, when_loaded: WhenLoaded | None = None, data_only: bool = False) -> None:
+        self._inputs, self._data, self._when_loaded, self.data_only = inputs, RunData(), when_loaded, data_only
 
     @property
     def inputs(self) -> RunInputs:
@@ -36,7 +37,7 @@ class Session:
     @property
     def trains(self) -> bool:
         """Whether the run is to train if LLaMA-Factory's keys say so, and is not only loaded."""
-        return self._when_loaded is None
+        return self._when_loaded is None and not self.data_only
 
     def go_on(self, resume: Resume) -> None:
         """Have the run go on from a checkpoint."""
