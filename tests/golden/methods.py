@@ -118,6 +118,9 @@ class Cases:
         self._select("near-layer", method="near", layer=1, pooling="last", max_k=3, **HELD)
         self._select("tsds", method="tsds", **TASKS)
         self._select("tsds-uniform", method="tsds", variant="uniform", replacement=True, alpha=0.8, c=1.0, **HELD)
+        self._select("rds_plus", method="rds_plus", **TASKS)
+        for rule in ("round_robin_repop", "max"):
+            self._select(f"rds_plus-{rule}", method="rds_plus", rule=rule, **HELD)
 
     def _mixers(self) -> None:
         self._mix("uniform", method="uniform")

@@ -73,6 +73,18 @@ def vectors_of(ctx: RoundContext, samples: IndexArray) -> EmbeddingArray:
     return vectors if samples.size == ctx.pool.size else vectors[samples]
 
 
+def scanned(table: NDArray[np.integer]) -> tuple[IndexArray, IndexArray]:
+    """Return the distinct numbers of a table, column by column, and the place of each in that reading.
+
+    Args:
+        table: a row for each query, nearest first, shape (M, k).
+    """
+    reading = np.asarray(table).T.ravel()
+    numbers, first = np.unique(reading, return_index=True)
+    order = np.argsort(first, kind="stable")
+    return numbers[order].astype(np.int64), first[order]
+
+
 def array_file(path: str, dimensions: int) -> NDArray[Any]:
     """Return the array in a ``.npy`` file, as a memory map.
 

@@ -42,6 +42,7 @@ from dataflex.selectors.base_neighbours import (
     TargetSelector,
     array_file,
     file_problems,
+    scanned,
     usable,
     vectors_of,
 )
@@ -52,7 +53,9 @@ logger = logging.getLogger(__name__)
 class NearParams(TargetParams):
     """Parameters of NEAR."""
 
-    max_k: int = Field(1000, ge=1, description="Length of each validation sample's list; at least the samples wanted.")
+    max_k: int = Field(
+        1000, ge=1, description="Length of each validation sample's list; doubled while they hold too few samples."
+    )
     indices_path: InputPath | None = Field(
         None,
         description="Lists made before: a .npy file of pool indices, a row for each query; none: they are searched.",
@@ -70,7 +73,7 @@ class NearSelector(TargetSelector[NearParams]):
         self._taken: NDArray[np.bool_] | None = None
         """Which samples of the pool were taken since the lists were begun, shape (N,)."""
         self._depth = params.max_k
-        """Length of the lists: the largest number of samples wanted so far, if that is larger."""
+        """Length of the lists; doubled while they hold fewer samples than are wanted."""
         self._kept: dict[tuple[int, int], tuple[IndexArray, int, IndexArray, ScoreArray | None]] = {}
         """Of candidates between two indices: the candidates, the length of the lists, and what :func:`scanned` made of
         them; only if embeddings do not change."""
@@ -104,8 +107,10 @@ class NearSelector(TargetSelector[NearParams]):
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return the next candidates down the lists."""
         trained = usable(self, ctx, candidates, count)
-        self._depth = max(self._depth, count)
         order, cosines = self._lists(ctx, trained)
+        while order.size < count and self.params.indices_path is None:
+            self._depth *= 2
+            order, cosines = self._lists(ctx, trained)
         if order.size < count:
             raise ComponentError(
                 f"selector 'near': {count} samples are wanted, and the lists in {self.params.indices_path!r} hold "
@@ -162,15 +167,3 @@ class NearSelector(TargetSelector[NearParams]):
         taken = state["taken"]
         self._taken = None if taken is None else np.unpackbits(taken, count=int(state["size"])).astype(bool)
         self._depth = max(int(state["depth"]), self.params.max_k)
-
-
-def scanned(table: NDArray[np.integer]) -> tuple[IndexArray, IndexArray]:
-    """Return the distinct numbers of a table, column by column, and the place of each in that reading.
-
-    Args:
-        table: a row for each query, nearest first, shape (M, k).
-    """
-    reading = np.asarray(table).T.ravel()
-    numbers, first = np.unique(reading, return_index=True)
-    order = np.argsort(first, kind="stable")
-    return numbers[order].astype(np.int64), first[order]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dataflex import ComponentError, RoundContext
-from dataflex.selectors.near import NearSelector, scanned
+from dataflex.selectors.base_neighbours import scanned
+from dataflex.selectors.near import NearSelector
 from unit.fakes import build, context, decided, group_of, make_pool
 
 TABLE = np.array([[3, 1, 4], [3, 5, 1]])
