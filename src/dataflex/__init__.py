@@ -9,7 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dataflex.api.component import Component, State
-from dataflex.api.context import EmbeddingArray, RoundContext, StepBatch, StepContext, StepStatistics, TokenLosses
+from dataflex.api.context import (
+    EmbeddingArray,
+    RoundContext,
+    StepBatch,
+    StepContext,
+    StepStart,
+    StepStatistics,
+    TokenLosses,
+)
 from dataflex.api.measurement import MeasuredBatch, Measurement, MeasurementRun, register_measurement
 from dataflex.api.mixer import DomainParams, Mixer, MixerParams
 from dataflex.api.needs import Needs, RunView
@@ -113,6 +121,7 @@ EXPORTS = {
     "State": "dataflex.api.component",
     "StepBatch": "dataflex.api.context",
     "StepContext": "dataflex.api.context",
+    "StepStart": "dataflex.api.context",
     "StepStatistics": "dataflex.api.context",
     "StoredFeatures": "dataflex.probe.gradient_features",
     "TokenLosses": "dataflex.api.context",
@@ -201,6 +210,7 @@ __all__ = [
     "State",
     "StepBatch",
     "StepContext",
+    "StepStart",
     "StepStatistics",
     "StoredFeatures",
     "TokenLosses",

@@ -206,6 +206,13 @@ class Cases:
             cooling = {"strategy": strategy, "temperature": 0.4, "temperature_end": 2.0, "temperature_steps": 6}
             self._add(f"weight-loss-{strategy}", {"weight": {"method": "loss", **cooling}}, batch)
 
+        for name in ("adapt", "joint_update_aware"):
+            for accumulated in (1, 2):
+                steps = {**batch, "gradient_accumulation_steps": accumulated}
+                anchored = {"method": name, "anchor_every": 3, "anchors": 8, "center_samples": 16, **HELD}
+                self._add(f"weight-{name}-{accumulated}", {"weight": anchored}, steps)
+        self._add("weight-adapt-layer", {"weight": {"method": "adapt", "layer": 1, "pooling": "last", **HELD}}, batch)
+
     def _columns_and_lists(self) -> None:
         scored = {"dataset": "scored", "per_device_train_batch_size": 4}
         column = {"method": "score_column", "column": "quality"}

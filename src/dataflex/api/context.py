@@ -130,6 +130,36 @@ class TokenLosses:
 
 
 @dataclass(frozen=True)
+class StepStart:
+    """What a weighter may measure before the forwards of an optimizer step; the same on every rank.
+
+    Attributes:
+        step: optimizer steps done so far.
+        total_steps: optimizer steps the run is expected to take.
+        rng: keyed by (seed, component, step): the same numbers on every rank and after a resume.
+        pool: the training samples; None in a stream.
+        probe: measures on the model in training; None in a stream.
+        validation_pool: the validation samples, if the weighter asked for them; read them as :attr:`validation`.
+    """
+
+    step: int
+    total_steps: int
+    rng: np.random.Generator
+    pool: Pool | None = None
+    probe: Probe | None = None
+    validation_pool: Pool | None = None
+
+    @property
+    def validation(self) -> Pool:
+        """The validation samples, one domain for each sub-task.
+
+        Raises:
+            ComponentError: if the weighter did not ask for any.
+        """
+        return _asked_for(self.validation_pool)
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """The samples of one optimizer step whose loss a weighter scales.
 
@@ -148,6 +178,7 @@ class StepBatch:
         tokens: the losses of their tokens; None if the weighter asks for none.
         validation_pool: the validation samples, if the weighter asked for them; read them as :attr:`validation`.
         embedding_source: gives embeddings, if the weighter asked for them; call :meth:`embeddings`.
+        pooled: their hidden states, reduced to one vector each; None if the weighter asks for none.
     """
 
     losses: Tensor
@@ -159,6 +190,7 @@ class StepBatch:
     tokens: TokenLosses | None = None
     validation_pool: Pool | None = None
     embedding_source: Callable[[IndexArray, Pool | None], EmbeddingArray] | None = None
+    pooled: Tensor | None = None
 
     @property
     def validation(self) -> Pool:
@@ -230,6 +262,16 @@ class StepBatch:
                 "Needs(reference=self.params) from its needs()."
             )
         return self.tokens.reference
+
+    @property
+    def step_embeddings(self) -> Tensor:
+        """What is made of the samples' hidden states in the step's own forward, shape (n, H), float32, detached."""
+        if self.pooled is None:
+            raise ComponentError(
+                "batch.step_embeddings is read by a weighter that asked for none; return "
+                "Needs(step_embeddings=Embeddings()) from its needs()."
+            )
+        return self.pooled
 
     @property
     def _pool(self) -> Pool:

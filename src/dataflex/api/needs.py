@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dataflex.api.measurement import Measurement
     from dataflex.api.params import EmbeddingParams, ValidationParams
     from dataflex.api.reference import ReferenceParams
+    from dataflex.probe.embeddings import HiddenStates
 
 
 class RunView(Protocol):
@@ -60,6 +61,8 @@ class Needs:
             always shown the losses of the samples, and with ``tokens`` those of the tokens, too.
         embeddings: which embeddings it reads with ``ctx.embeddings()`` (a weighter: ``batch.embeddings()``), of
             training and of validation samples; None: it wants none.
+        step_embeddings: what a weighter is shown of the hidden states of the step's own forward, reduced to a vector
+            for each sample, as ``batch.step_embeddings``; None: nothing.
     """
 
     measurements: tuple[Measurement[Any], ...] = ()
@@ -68,3 +71,4 @@ class Needs:
     columns: tuple[str, ...] = ()
     step_losses: Literal["nothing", "domains", "samples", "tokens"] = "nothing"
     embeddings: EmbeddingParams | None = None
+    step_embeddings: HiddenStates | None = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from pydantic import Field
 
 from dataflex.api.component import Component
-from dataflex.api.context import StepBatch
+from dataflex.api.context import StepBatch, StepStart
 from dataflex.api.measurement import Measurement
 from dataflex.api.params import ComponentParams
 from dataflex.api.schedule import RunOutline
@@ -51,6 +51,13 @@ class Weighter(Component[WeighterParamsT]):
         """Return the samples of all steps that are weighted."""
         return float(run.decided_steps * run.global_batch_size)
 
+    def begin_step(self, start: StepStart) -> None:
+        """Measure what the weights of a step need beside its samples, as the embeddings of validation samples.
+
+        Called on all processes together before the forwards of every step that it weighs. Under ZeRO-3 and FSDP the
+        model can be run here, and not in :meth:`weigh`.
+        """
+
     def weigh(self, batch: StepBatch) -> Tensor:
         """Return what the losses are multiplied by: 1 everywhere is plain training.
 
@@ -59,6 +66,6 @@ class Weighter(Component[WeighterParamsT]):
 
         Args:
             batch: the samples of the step, with their losses; the losses of their tokens if :meth:`needs` asks for
-                ``step_losses="tokens"`` or for a reference.
+                ``step_losses="tokens"`` or for a reference, their embeddings if it asks for ``step_embeddings``.
         """
         raise NotImplementedError(f"weighter {self.name!r} does not define weigh()")

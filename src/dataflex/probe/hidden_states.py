@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dataflex.errors import ComponentError
@@ -24,13 +26,7 @@ def hidden_states(model: nn.Module, inputs: dict[str, Any], layer: int) -> Tenso
     Raises:
         ComponentError: if the model has no such layer.
     """
-    count = int(model.config.get_text_config().num_hidden_layers)
-    number = layer if layer >= 0 else count + 1 + layer
-    if not 0 <= number <= count:
-        raise ComponentError(
-            f"layer: the model has {count} layers, so its hidden states are numbered 0 (the embeddings) to {count}, or "
-            f"{-count - 1} to -1; got {layer}."
-        )
+    number, count = _number_of(model, layer)
     layers = None if number == count else layers_of(model, count)
     found: list[Tensor] = []
 
@@ -54,6 +50,64 @@ def hidden_states(model: nn.Module, inputs: dict[str, Any], layer: int) -> Tenso
         finally:
             handle.remove()
     return found[0]
+
+
+def _number_of(model: nn.Module, layer: int) -> tuple[int, int]:
+    """Return the number of a layer from 0, and how many layers a model has.
+
+    Raises:
+        ComponentError: if the model has no such layer.
+    """
+    count = int(model.config.get_text_config().num_hidden_layers)
+    number = layer if layer >= 0 else count + 1 + layer
+    if not 0 <= number <= count:
+        raise ComponentError(
+            f"layer: the model has {count} layers, so its hidden states are numbered 0 (the embeddings) to {count}, or "
+            f"{-count - 1} to -1; got {layer}."
+        )
+    return number, count
+
+
+def consumer_of(model: nn.Module, layer: int) -> nn.Module:
+    """Return the module of a model that is given the hidden states of one layer.
+
+    Raises:
+        ComponentError: if the model has no such layer, or is of a build whose layers are not found.
+    """
+    number, count = _number_of(model, layer)
+    if number == count:
+        head: nn.Module = model.get_output_embeddings()
+        return head
+    layers = layers_of(model, count)
+    if layers is None:
+        raise ComponentError(
+            f"layer: the layers of {type(model).__name__} are not found, so a training step can read only the last "
+            f"hidden states (layer: -1); got {layer}."
+        )
+    return layers[number]
+
+
+@contextmanager
+def watched(consumers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Show the hidden states that go into modules while a model runs, detached; the run itself is not touched.
+
+    Args:
+        consumers: name -> module, from :func:`consumer_of`.
+        see: called with the name and the states, (B, T, H), without gradients.
+    """
+
+    def shown(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            with torch.no_grad():
+                see(name, (args[0] if args else kwargs["hidden_states"]).detach())
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in consumers.items():
+            handle = module.register_forward_pre_hook(shown(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 def layers_of(model: nn.Module, count: int) -> nn.ModuleList | None:

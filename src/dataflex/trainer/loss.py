@@ -56,6 +56,8 @@ class WeightedLoss:
     """Domain of each of them, (B,), if the domains are weighed."""
     references: Mapping[str, Tensor] = field(default_factory=dict)
     """Configuration key -> the losses of its reference at each of their tokens that counts, (c,)."""
+    pooled: dict[str, Tensor] = field(default_factory=dict)
+    """Configuration key -> a vector of each sample's hidden states, (B, H), filled in while the forward runs."""
     step: int = 0
     """Optimizer steps done so far."""
     active: bool = True
@@ -90,7 +92,8 @@ class WeightedLoss:
             assert self.domains is not None
             weighs.decide(self.domains, sums.detach(), excess)
         means = sample_means(sums.detach(), counts)
-        weights = self._weights(MicroBatch(labels, per_token.detach(), means, self.places, self.references))
+        shown = MicroBatch(labels, per_token.detach(), means, self.places, self.references, self.pooled)
+        weights = self._weights(shown)
         weighted = _weighted(per_token, sums, weights)
         if self.weights is not None:
             counted = _weighted((labels != ignore_index).to(sums), counts.to(sums), weights)

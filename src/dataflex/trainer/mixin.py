@@ -190,7 +190,8 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
     ) -> Any:
         """Return a training micro-batch's loss through our loss function."""
         self.step_loss.prepare(inputs, indices)
-        with loss_function(self.causal_model(), self.step_loss.loss):
+        loss = self.step_loss.loss
+        with self.step_loss.watching(inputs, loss.pooled), loss_function(self.causal_model(), loss):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataflex.api.components import family_key
-from dataflex.api.context import EmbeddingArray, StepBatch, StepContext, TokenLosses
+from dataflex.api.components import Entry, family_key
+from dataflex.api.context import EmbeddingArray, StepBatch, StepContext, StepStart, TokenLosses
 from dataflex.data.pool import Pool
+from dataflex.data.rng import derive_rng
 from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means, shifted
+from dataflex.probe.hidden_states import consumer_of, watched
 from dataflex.probe.mode import probe_mode
+from dataflex.probe.routing import real_tokens
 from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.loss import MIX, WeightedLoss
 from dataflex.trainer.references import References
@@ -25,6 +30,7 @@ from dataflex.trainer.step_weights import MicroBatch, StepWeights, Weighing
 
 if TYPE_CHECKING:
     from dataflex.api.needs import Needs
+    from dataflex.api.weighter import Weighter
     from dataflex.trainer.mixin import DynamicTrainerMixin
 
 
@@ -45,15 +51,19 @@ class StepLoss:
         if mixer is not None and mixer.weighs_loss:
             needs = run.inputs.needs["mix"]
             self.domain_loss = DomainLoss(mixer, needs, run.data.domains, args.device, self._step_context)
-        weighings = []
+        weighings, model = [], trainer.causal_model()
+        self._consumers: dict[str, torch.nn.Module] = {}
+        """The modules into which the hidden states go that weighters look at, by configuration key."""
         for entry in run.inputs.components.weight:
             needs = run.inputs.needs[entry.key]
             reference = needs.reference is not None
             validation, embeddings = run.data.validation.get(entry.key), None
             if needs.embeddings is not None:
                 embeddings = partial(self._embeddings, entry.key)
-            tokens = reference or needs.step_losses == "tokens"
-            weighings.append(Weighing(entry, tokens, reference, validation, embeddings))
+            tokens, pooled = reference or needs.step_losses == "tokens", needs.step_embeddings
+            weighings.append(Weighing(entry, tokens, reference, validation, embeddings, pooled is not None))
+            if pooled is not None:
+                self._consumers[entry.key] = consumer_of(model, pooled.layer)
         size = run.steps.global_batch_size
         self.loss = WeightedLoss(
             samples_per_step=size if args.average_tokens_across_devices else size // args.world_size,
@@ -78,6 +88,8 @@ class StepLoss:
         if not loss.active:
             return
         with self._run.clock.deciding():
+            if loss.weights is not None:
+                loss.weights.begin(loss.step, self._step_start)
             if domain_loss is not None:
                 self._count_tokens(domain_loss, samples)
             of_domains = domain_loss is not None and not domain_loss.decided
@@ -113,6 +125,29 @@ class StepLoss:
             with self._run.clock.deciding(inside_step=True):
                 loss.references = self.references.look_up(keys, inputs, places)
 
+    @contextmanager
+    def watching(self, inputs: dict[str, Any], found: dict[str, Tensor]) -> Iterator[None]:
+        """Fill in a vector of the hidden states of each sample of a micro-batch, by configuration key, in its forward.
+
+        Args:
+            inputs: what the model is given, with labels.
+            found: what is filled in.
+        """
+        found.clear()
+        loss = self.loss
+        if loss.weights is None or not loss.active or loss.decided:
+            yield
+            return
+        mask, needs = real_tokens(inputs, inputs["labels"]), self._run.inputs.needs
+
+        def see(key: str, hidden: Tensor) -> None:
+            pooled = needs[key].step_embeddings
+            assert pooled is not None
+            found[key] = pooled.reduce(hidden.float(), mask)
+
+        with watched({key: self._consumers[key] for key in loss.weights.pooled_keys(loss.step)}, see):
+            yield
+
     def _count_tokens(self, domain_loss: DomainLoss, samples: list[dict[str, Any]]) -> None:
         """Begin a step of the domains' weights with its tokens by domain."""
         counts = torch.cat([(shifted(batch["labels"]) != IGNORE_INDEX).sum(1) for batch in samples])
@@ -132,8 +167,10 @@ class StepLoss:
                 inputs = dict(trainer._prepare_inputs(batch))
                 places = inputs.pop(INDEX_KEY, None)
                 references = self.references.look_up(keys, inputs, places)
-                labels, per_token = trainer.batch_losses(model, inputs)
-                found.append(MicroBatch(labels, per_token, _means(per_token, labels), places, references))
+                pooled: dict[str, Tensor] = {}
+                with self.watching(inputs, pooled):
+                    labels, per_token = trainer.batch_losses(model, inputs)
+                found.append(MicroBatch(labels, per_token, _means(per_token, labels), places, references, pooled))
         return found
 
     def _decide_domains(self, domain_loss: DomainLoss, batches: list[MicroBatch]) -> None:
@@ -149,6 +186,19 @@ class StepLoss:
     def _step_context(self, tokens: np.ndarray, losses: np.ndarray, excess: np.ndarray) -> StepContext:
         """Return what the mixer is given of the step that is about to be made, or has just been made."""
         return self._trainer.started.step_context(self.loss.step, tokens, losses, excess)
+
+    def _step_start(self, entry: Entry[Weighter]) -> StepStart:
+        """Return what a weighter is given before the forwards of the step that is about to be made."""
+        run, step = self._trainer.started, self.loss.step
+        weighter, place = entry.component, () if entry.key == family_key(entry.key) else (entry.key,)
+        return StepStart(
+            step=step,
+            total_steps=max(run.steps.expected, step + 1),
+            rng=derive_rng(run.inputs.settings.seed, weighter.family, weighter.name, *place, step),
+            pool=run.data.samples,
+            probe=self._trainer.probe,
+            validation_pool=run.data.validation.get(entry.key),
+        )
 
     def _step_batch(self, losses: Tensor, places: Tensor | None, tokens: TokenLosses | None) -> StepBatch:
         """Return what a weighter is given of the step that is about to be made."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dataflex import distributed
 from dataflex.api.components import Entry
-from dataflex.api.context import EmbeddingArray, StepBatch, TokenLosses
+from dataflex.api.context import EmbeddingArray, StepBatch, StepStart, TokenLosses
 from dataflex.api.source import label_of
 from dataflex.api.weighter import Weighter
 from dataflex.data.pool import Pool
@@ -29,6 +29,7 @@ class MicroBatch:
         means: token-mean loss of every sample, (B,); NaN where no token counts.
         places: where the samples are in the pool, (B,); None in a stream.
         references: configuration key -> the reference's loss at each position that counts, (c,), row after row.
+        pooled: configuration key -> one vector of each sample's hidden states, (B, H).
     """
 
     labels: Tensor
@@ -36,6 +37,7 @@ class MicroBatch:
     means: Tensor
     places: Tensor | None = None
     references: Mapping[str, Tensor] = field(default_factory=dict)
+    pooled: Mapping[str, Tensor] = field(default_factory=dict)
 
     def reference(self, key: str) -> Tensor:
         """Return a reference's loss of every position, (B, T); 0 where no token counts."""
@@ -54,6 +56,7 @@ class Weighing:
         reference: whether it looks at a reference's.
         validation: its validation samples, if it asks for some.
         embeddings: gives it embeddings, if it asks for some.
+        pooled: whether it looks at the hidden states of the step's forward.
     """
 
     entry: Entry[Weighter]
@@ -61,6 +64,7 @@ class Weighing:
     reference: bool = False
     validation: Pool | None = None
     embeddings: Callable[[IndexArray, Pool | None], EmbeddingArray] | None = None
+    pooled: bool = False
 
     def acts_in(self, step: int) -> bool:
         """Return whether it weighs the step after ``step`` others."""
@@ -76,15 +80,19 @@ class _Samples:
     per_token: Tensor | None = None
     trained: Tensor | None = None
     references: Mapping[str, Tensor] = field(default_factory=dict)
+    pooled: Mapping[str, Tensor] = field(default_factory=dict)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> _Samples:
         """Return the same after a change of every tensor."""
+        pooled = {key: change(values) for key, values in self.pooled.items()}
+        places = None if self.places is None else change(self.places)
+        return replace(self.changed_tokens(change), means=change(self.means), places=places, pooled=pooled)
 
-        def of(values: Tensor | None) -> Tensor | None:
-            return None if values is None else change(values)
-
+    def changed_tokens(self, change: Callable[[Tensor], Tensor]) -> _Samples:
+        """Return the same after a change of what has a column for each token."""
         references = {key: change(values) for key, values in self.references.items()}
-        return _Samples(change(self.means), of(self.places), of(self.per_token), of(self.trained), references)
+        per_token, trained = (None if each is None else change(each) for each in (self.per_token, self.trained))
+        return replace(self, per_token=per_token, trained=trained, references=references)
 
 
 MakeBatch = Callable[[Tensor, Tensor | None, TokenLosses | None], StepBatch]
@@ -113,6 +121,21 @@ class StepWeights:
     def reference_keys(self, step: int) -> list[str]:
         """Return the configuration keys of the weighters that look at a reference in the step after ``step`` others."""
         return [each.entry.key for each in self.weighings if each.reference and each.acts_in(step)]
+
+    def pooled_keys(self, step: int) -> list[str]:
+        """Return the configuration keys of the weighters that look at hidden states in the step after ``step`` others."""
+        return [each.entry.key for each in self.weighings if each.pooled and each.acts_in(step)]
+
+    def begin(self, step: int, start: Callable[[Entry[Weighter]], StepStart]) -> None:
+        """Have the weighters that act in the step after ``step`` others measure what they need, on all processes.
+
+        Args:
+            step: optimizer steps done so far.
+            start: makes what a weighter is given.
+        """
+        for each in self.weighings:
+            if each.acts_in(step):
+                each.entry.component.begin_step(start(each.entry))
 
     def decide(self, batches: Sequence[MicroBatch], step: int) -> list[Tensor] | None:
         """Return the weights of each micro-batch, (B,) or (B, T); None if no weighter acts in the step.
@@ -169,7 +192,8 @@ class StepWeights:
             reference = shown.references[each.entry.key] if each.reference else None
             tokens = TokenLosses(shown.per_token, shown.trained, reference)
         batch = self.make_batch(shown.means, shown.places, tokens)
-        batch = replace(batch, validation_pool=each.validation, embedding_source=each.embeddings)
+        pooled = shown.pooled[each.entry.key] if each.pooled else None
+        batch = replace(batch, validation_pool=each.validation, embedding_source=each.embeddings, pooled=pooled)
         given = weighter.weigh(batch)
         check_weights(weighter, given, shown.means.numel(), None if tokens is None else tokens.trained)
         weights = given.to(shown.means)
@@ -201,8 +225,10 @@ def _side_by_side(batches: Sequence[MicroBatch], acting: Sequence[Weighing]) -> 
     means = torch.cat([batch.means for batch in batches])
     known = [batch.places for batch in batches if batch.places is not None]
     places = torch.cat(known) if known else None
+    looking = [each.entry.key for each in acting if each.pooled]
+    pooled = {key: torch.cat([batch.pooled[key] for batch in batches]) for key in looking}
     if not any(each.tokens for each in acting):
-        return _Samples(means, places)
+        return _Samples(means, places, pooled=pooled)
     columns = max(batch.labels.shape[1] for batch in batches)
 
     def joined(values: Callable[[MicroBatch], Tensor]) -> Tensor:
@@ -215,6 +241,7 @@ def _side_by_side(batches: Sequence[MicroBatch], acting: Sequence[Weighing]) -> 
         joined(lambda batch: batch.per_token),
         joined(lambda batch: batch.labels != IGNORE_INDEX),
         {key: joined(lambda batch, key=key: batch.reference(key)) for key in keys},  # type: ignore[misc]
+        pooled,
     )
 
 
@@ -233,7 +260,7 @@ def _of_all_processes(samples: _Samples, sizes: Sequence[int]) -> tuple[_Samples
         columns = samples.per_token.shape[1]
         widths = distributed.all_gather(torch.tensor([columns], device=samples.means.device))
         columns = int(widths.max())
-        samples = samples.changed(lambda values: values if values.dim() == 1 else _widened(values, columns))
+        samples = samples.changed_tokens(lambda values: _widened(values, columns))
     samples = samples.changed(distributed.all_gather)
     order = torch.arange(samples.means.numel(), device=samples.means.device)
     if len(set(sizes)) == 1:

@@ -26,6 +26,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "greats": {"validation": "v"},
     "tracin": {"validation": "v", "checkpoints": ["c"]},
     "nice": {"validation": "v", "reward": "exact_match"},
+    "adapt": {"validation": "v"},
+    "joint_update_aware": {"validation": "v"},
     "aioli": {"validation": "v"},
     "skill_it": {"validation": "v"},
     "static": {"proportions": [1, 1, 1]},

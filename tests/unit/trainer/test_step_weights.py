@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dataflex import Needs, StepBatch, Weighter, WeighterParams
+from dataflex import Needs, StepBatch, StepStart, Weighter, WeighterParams
 from dataflex.api import registry
 from dataflex.api.components import Entry
 from dataflex.errors import ComponentError
@@ -204,3 +205,37 @@ def test_a_plugin_written_from_the_documentation_weighs_tokens_by_their_excess_l
         total = sum(map(len, excess))
         chosen = sum(int((each >= least).sum()) for each in excess)
         np.testing.assert_allclose(weights[mask].numpy(), (values >= least) * (total / chosen), rtol=1e-6)
+
+
+def with_embeddings(batch: MicroBatch, seed: int, *keys: str) -> MicroBatch:
+    vectors = torch.randn(len(batch.means), 3, generator=torch.Generator().manual_seed(seed))
+    return dataclasses.replace(batch, pooled={key: vectors + number for number, key in enumerate(keys)})
+
+
+def test_embeddings_come_with_their_samples() -> None:
+    first, second = (with_embeddings(micro_batch(seed, columns=5 + seed), seed, "weight.0") for seed in (0, 1))
+    looking, other = (scripted(lambda batch: torch.ones(len(batch.losses))) for _ in range(2))
+    weights = asking(looking, other)
+    weights.weighings = (dataclasses.replace(weights.weighings[0], pooled=True), weights.weighings[1])
+    weights.decide([first, second], 0)
+    kept = torch.tensor([True, False, True])
+    expected = torch.cat([batch.pooled["weight.0"][kept] for batch in (first, second)])
+    assert torch.equal(looking.seen.step_embeddings, expected)
+    assert weights.pooled_keys(0) == ["weight.0"]
+    with pytest.raises(ComponentError, match=r"Needs\(step_embeddings=Embeddings\(\)\)"):
+        _ = other.seen.step_embeddings
+
+
+def test_weighters_begin_the_steps_they_weigh() -> None:
+    begun: list[tuple[str, int]] = []
+
+    class Beginning(Scripted):
+        def begin_step(self, start: StepStart) -> None:
+            begun.append((self.label, start.step))
+
+    often, seldom = (scripted(lambda batch: batch.losses, Beginning) for _ in range(2))
+    often.label, seldom.label = "often", "seldom"
+    weights = asking(often, seldom, every=(1, 2))
+    for step in range(3):
+        weights.begin(step, lambda entry, step=step: StepStart(step, 9, np.random.default_rng(0)))
+    assert begun == [("often", 0), ("seldom", 0), ("often", 1), ("often", 2), ("seldom", 2)]

@@ -184,6 +184,11 @@ def _components(config: RunConfig) -> Iterator[Problem]:
 def _validation(config: RunConfig) -> Iterator[Problem]:
     for key, component in config.build_components().items():
         asked = component.needs(config).validation
+        if asked is not None and component.family == "weighter" and truthy(config, "streaming"):
+            yield Problem(
+                "streaming",
+                f"{SECTION}.{key} measures samples on the model, and those of a stream are not known; set it to false.",
+            )
         if asked is not None and asked.validation is None:
             yield from _without_validation(config, f"{SECTION}.{key}.validation", component)
 
