@@ -123,7 +123,7 @@ class StepWeights:
         return [each.entry.key for each in self.weighings if each.reference and each.acts_in(step)]
 
     def pooled_keys(self, step: int) -> list[str]:
-        """Return the configuration keys of the weighters that look at hidden states in the step after ``step`` others."""
+        """Return the configuration keys of the weighters that look at hidden states after ``step`` others."""
         return [each.entry.key for each in self.weighings if each.pooled and each.acts_in(step)]
 
     def begin(self, step: int, start: Callable[[Entry[Weighter]], StepStart]) -> None:
