@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+
 from dataflex.api.component import Component, ParamsT
 from dataflex.api.context import RoundContext
 from dataflex.api.measurement import Measurement
@@ -45,6 +47,10 @@ class Order(Component[ParamsT]):
         trained = run.decided_steps * run.global_batch_size
         if not self.walks or run.pool_size is None:
             return float(trained)
+        if self.renews:  # the rest of the running pass at every decision, and the passes that begin in its round
+            begins = np.arange(run.decisions) * run.round_samples % run.pool_size
+            passes = -(-(begins + run.round_samples) // run.pool_size)
+            return float((passes * run.pool_size - begins).sum())
         return float(run.pool_size * (1 if self.repeats else math.ceil(trained / run.pool_size)))
 
     def unfit(self, run: RunOutline) -> tuple[str, str] | None:
@@ -87,6 +93,11 @@ class Order(Component[ParamsT]):
     def repeats(self) -> bool:
         """Whether the order of one pass is that of the next ones too, for an order that walks."""
         return True
+
+    @property
+    def renews(self) -> bool:
+        """Whether an order that walks puts what is left of a pass in order anew at every decision."""
+        return False
 
     def outline(self, run: RunOutline, domains: Mapping[str, int] | None, is_mixed: bool) -> list[str]:
         """Return what else the plan of the run says of it, lines without a full stop.

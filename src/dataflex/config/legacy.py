@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.api import registry
+from dataflex.config import legacy_orders
 from dataflex.config.yaml_file import read_yaml
 from dataflex.errors import ConfigError, Problem, unknown
 
@@ -45,8 +46,8 @@ TEMPLATE = "custom"
 PLACEHOLDERS = ("/path/to/", "checkpoint-xxx")
 """What stands in the shipped files of the earlier release for a path."""
 
-METHOD_NAMES = {"order": {"sorting": "sort"}, "mix": {"dynamic_moe": "moe_balance"}}
-"""Methods whose name changed, by configuration key."""
+METHOD_NAMES = {"mix": {"dynamic_moe": "moe_balance"}}
+"""Methods whose name changed, by configuration key; for orders see ``legacy_orders.py``."""
 
 PARAMETER_NAMES = {
     "gradient_type": "preconditioner",
@@ -63,8 +64,6 @@ UNUSED_PARAMETERS = (
     "score_batch_size",
     "replacement",
     "save_interval",
-    "score_field",
-    "window",
     "task_boundaries",
     "clustering_batch_size",
     "clustering_method",
@@ -124,7 +123,8 @@ def _translate_flat(
     if method == TEMPLATE and not _is_there(key, base):
         problems.append(Problem("component_name", _template(key, flat)))
         return None, notes
-    component = {"method": METHOD_NAMES.get(key, {}).get(method, method)}
+    name_now = legacy_orders.method_of(method) if key == "order" else METHOD_NAMES.get(key, {}).get(method, method)
+    component = {"method": name_now}
     component |= _parameters(flat.get("components_cfg_file"), bucket, method, base, problems, notes)
     section = _schedule(flat, problems)
     section[key] = component
@@ -209,7 +209,28 @@ def _mixture(flat: dict[str, Any], component: dict[str, Any], problems: list[Pro
 def _parameters(
     file: Any, bucket: str, method: str, base: Path | None, problems: list[Problem], notes: list[str]
 ) -> dict[str, Any]:
-    """Return the method's parameters from the components file; its defaults where there is no file."""
+    """Return the method's parameters by the names they have now."""
+    params = _entry(file, bucket, method, base, problems, notes)
+    if bucket == "reorders":
+        return legacy_orders.parameters_of(method, params, f"{bucket}.{method}.params", notes, problems)
+    for old, new in PARAMETER_NAMES.items():
+        if old in params:
+            params[new] = params.pop(old)
+    if params.get("preconditioner") == "sgd":
+        params["preconditioner"] = "none"
+    if "reward_model_path" in params:
+        params["reward"] = {"type": "model", "path": params.pop("reward_model_path")}
+        params.pop("policy_model_path", None)
+    for name in UNUSED_PARAMETERS:
+        if params.pop(name, None):
+            notes.append(f"{bucket}.{method}.params.{name} is accepted and has no effect: nothing here needs it.")
+    return params
+
+
+def _entry(
+    file: Any, bucket: str, method: str, base: Path | None, problems: list[Problem], notes: list[str]
+) -> dict[str, Any]:
+    """Return the method's parameters as the components file has them; none where there is no file."""
     if file is None:
         return {}
     path = _find(str(file), base)
@@ -231,19 +252,6 @@ def _parameters(
                 f"{path}: {bucket}.{method}.params.{name} is still the template's {value!r}; put the real path there."
             )
             problems.append(Problem("components_cfg_file", text))
-    if "polarity" in params:
-        params["descending"] = params.pop("polarity") != "higher_later"
-    for old, new in PARAMETER_NAMES.items():
-        if old in params:
-            params[new] = params.pop(old)
-    if params.get("preconditioner") == "sgd":
-        params["preconditioner"] = "none"
-    if "reward_model_path" in params:
-        params["reward"] = {"type": "model", "path": params.pop("reward_model_path")}
-        params.pop("policy_model_path", None)
-    for name in UNUSED_PARAMETERS:
-        if params.pop(name, None):
-            notes.append(f"{bucket}.{method}.params.{name} is accepted and has no effect: nothing here needs it.")
     return params
 
 

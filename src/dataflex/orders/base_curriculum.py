@@ -61,8 +61,10 @@ class ScoreParams(DistanceParams):
     scope: Literal["round", "run"] = Field(
         "round", description="What is put in order: each round's samples, or every pass, along which the rounds walk."
     )
-    passes: Literal["same", "new"] = Field(
-        "same", description="With scope: run, whether every pass has the order of the first, or is put in order anew."
+    passes: Literal["same", "new", "rest"] = Field(
+        "same",
+        description="With scope: run: every pass has the order of the first, or each is put in order anew, or at every "
+        "decision what is left of the pass is.",
     )
 
     @model_validator(mode="after")
@@ -72,8 +74,10 @@ class ScoreParams(DistanceParams):
                 "scope: run puts the pool in order before anything is selected, so there is no by: selection; use "
                 "another score, or scope: round"
             )
-        if self.scope == "round" and self.passes == "new":
-            raise ValueError("passes: new is about scope: run; each round is put in order anew as it is")
+        if self.scope == "round" and self.passes != "same":
+            raise ValueError(
+                f"passes: {self.passes} is about scope: run; with scope: round each round is put in order anew"
+            )
         return self
 
     @model_validator(mode="after")
@@ -133,13 +137,22 @@ class ScoredOrder(Order[ScoreParamsT]):
         """Whether every pass has the order of the first."""
         return self.params.passes == "same"
 
+    @property
+    def renews(self) -> bool:
+        """Whether what is left of a pass is put in order anew at every decision."""
+        return self.params.passes == "rest"
+
     def outline(self, run: RunOutline, domains: Mapping[str, int] | None, is_mixed: bool) -> list[str]:
         """Return what is put in order, and when."""
         if not self.walks:
             return []
         what = "each domain is" if is_mixed else "the pool is"
-        when = "once, at the first decision" if self.repeats else "when a pass over it begins"
-        return [f"{what} put in order by {self._score_in_words} {when}; the rounds walk along it"]
+        when = {
+            "same": "once, at the first decision",
+            "new": "when a pass over it begins",
+            "rest": "as far as it is left of the pass, at every decision",
+        }
+        return [f"{what} put in order by {self._score_in_words} {when[self.params.passes]}; the rounds walk along it"]
 
     @property
     def _score_in_words(self) -> str:

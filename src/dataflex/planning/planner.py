@@ -451,11 +451,13 @@ class Planner:
 
         def arrange(number: int, samples: IndexArray) -> IndexArray:
             # Keyed by the pass and not by the round, so that the order does not depend on how long rounds are.
-            rng = derive_rng(self.seed, order.family, order.name, "pass", number, group.name)
+            round_number = (slot.number,) if order.renews else ()
+            rng = derive_rng(self.seed, order.family, order.name, "pass", number, group.name, *round_number)
             context = replace(self.context(order, slot, probe), rng=rng)
             return arranged(order, context, Selection(group.start + samples))
 
-        return Walk(maker_of(order), arrange, order.repeats)
+        maker = f"{maker_of(order)} {slot.number}" if order.renews else maker_of(order)
+        return Walk(maker, arrange, order.repeats)
 
     def _group_by_length(self, slot: RoundSlot, indices: IndexArray) -> IndexArray:
         """Return the Trainer's own length grouping of a plan, in global batches."""

@@ -69,6 +69,37 @@ def test_the_model_is_asked_once_or_at_the_beginning_of_every_pass(passes: str) 
     assert trained.reshape(3, 100).tolist() == expected
 
 
+def test_what_is_left_of_a_pass_may_be_put_in_order_at_every_decision() -> None:
+    losses = np.random.default_rng(8).random((20, 100))
+
+    class Learning(FakeProbe):
+        """The losses of one decision after another."""
+
+        def losses(self, measurement, indices, samples):
+            self.values = losses[len(self.asked)]
+            return super().losses(measurement, indices, samples)
+
+    probe = Learning(LOSSES)
+    order = build(SortOrder, scope="run", passes="rest")
+    planner = make(steps=10, order=order)
+    trained = walked(planner, 5, probe)
+    assert [asked.size for asked in probe.asked] == [100, 60, 20, 100, 80, 40]  # the third round begins a pass
+    measured = RunOutline(Schedule(0, 10, -1, 50), 4, 100)
+    assert order.measured_samples(order.needs(None).measurements[0], measured) == 400
+    left = np.arange(100)
+    for number, (begin, end) in enumerate([(0, 40), (40, 80), (80, 100)]):
+        expected = left[np.argsort(losses[number][left])][: end - begin]
+        assert trained[begin:end].tolist() == expected.tolist()
+        left = np.setdiff1d(left, expected)
+    assert np.array_equal(np.sort(trained[100:200]), np.arange(100))
+    second, half = make(steps=10, order=order), make(steps=10, order=order)
+    plans(half, 2, Learning(LOSSES))
+    handed_over(half, second)
+    again = Learning(LOSSES)
+    again.asked = probe.asked[:2]
+    assert np.array_equal(walked(second, 3, again, first=2), trained[80:])
+
+
 def test_chance_is_keyed_by_the_pass_and_not_by_the_round() -> None:
     given = {"by": "length", "jit": 9, "scope": "run"}
     found = [
