@@ -53,6 +53,7 @@ class Cases:
         self.of: dict[str, Json] = {}
         self._selectors()
         self._influence_selectors()
+        self._score_selectors()
         self._neighbour_selectors()
         self._mixers()
         self._loss_weighing_mixers()
@@ -121,6 +122,32 @@ class Cases:
         self._select("rds_plus", method="rds_plus", **TASKS)
         for rule in ("round_robin_repop", "max"):
             self._select(f"rds_plus-{rule}", method="rds_plus", rule=rule, **HELD)
+
+    def _score_selectors(self) -> None:
+        reference = {"reference_model": str(self.inputs / "reference")}
+        for focus in ("middle", "low", "high"):
+            self._select(f"perplexity-{focus}", method="perplexity", focus=focus)
+        self._select("perplexity-reference", method="perplexity", rule="sample", **reference)
+        self._select("rho_loss", method="rho_loss", **reference)
+        for variant in ("cherry", "superfiltering"):
+            self._select(f"ifd-{variant}", method="ifd", variant=variant, limit=None)
+        self._select("ifd-reference", method="ifd", limit=None, **reference)
+        self._select("dsir", method="dsir", min_words=2, **HELD)
+        self._select("dsir-targets", method="dsir", min_words=2, separate_targets=True, resample=False, **TASKS)
+        self._select("s2l", {"max_steps": 12}, method="s2l", clusters=4, points=3)
+        self._select("uds", TWICE, method="uds", alpha=1.0, memory=6)
+        self._select("deita", {"dataset": "scored"}, method="deita", quality="quality", threshold=0.98)
+        self._select("within", method="el2n", within="domain")
+        self._add(
+            "select-within-list",
+            {
+                "select": [
+                    {"method": "dsir", "min_words": 2, "within": "domain", "keep": 0.6, **HELD},
+                    {"method": "el2n"},
+                ]
+            },
+            {"dataset": "alpha,beta"},
+        )
 
     def _mixers(self) -> None:
         self._mix("uniform", method="uniform")
