@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from dataflex.probe.store import FeatureStore
@@ -161,7 +161,7 @@ def write_inputs(root: Path) -> None:
     }
     select = tiny.arguments(root / "model", data, root / "select", **lora, dataset="alpha,beta")
     (root / "select.yaml").write_text(yaml.safe_dump({**select, "dataflex": {"select": less}}))
-    for method in ("grand", "random", "full"):
+    for method in ("grand", "random", "full", "ifd", "s2l"):
         section = {"dataflex": {"select": {"method": method}}}
         (root / f"{method}.yaml").write_text(yaml.safe_dump({**select, **section, "output_dir": str(root / method)}))
     near = {"method": "near", "validation": "held"}
@@ -201,6 +201,11 @@ def commands(root: Path) -> dict[str, dict[str, Any]]:
         ],
         "grand": ["score", str(root / "grand.yaml"), "dataset=alpha", "val_size=0.25", "--count", "8"],
         "clusters": ["score", str(root / "clusters.yaml")],
+        "difficulty": [
+            "score", str(root / "ifd.yaml"), "dataflex.select.within=domain", "dataflex.select.limit=null",
+            "--count", "9",
+        ],
+        "no losses of steps": ["score", str(root / "s2l.yaml")],
         "packed": [
             "score", str(root / "grand.yaml"), "dataset=even", "packing=true", f"cutoff_len={EVEN}", "--count", "3",
             "--output", str(root / "packed"),
@@ -351,7 +356,6 @@ def test_what_embed_refuses(outcomes: Outcomes) -> None:
 
 def adapted(outcomes: Outcomes, folder: Path) -> Any:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(outcomes.root / "model", dtype=torch.float32)
     return PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
@@ -388,6 +392,30 @@ def logged_rates(folder: Path, after: int) -> float:
     return float(
         np.mean([entry["learning_rate"] for entry in log if "learning_rate" in entry and entry["step"] > after])
     )
+
+
+def test_the_difficulty_is_that_of_answers_with_and_without_their_prompts(outcomes: Outcomes) -> None:
+    outcomes.text("difficulty")
+    kept = json.loads((outcomes.root / "ifd" / "scores" / "samples.json").read_text())
+    table = outcomes.table("ifd/scores")
+    model = AutoModelForCausalLM.from_pretrained(outcomes.root / "model", dtype=torch.float32).eval()
+
+    def mean_loss(ids: list[int], answer: list[int]) -> float:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        return float(losses[-len(answer) :].mean())
+
+    ratios = []
+    for row in kept["pool"]:
+        answer = [label for label in row["labels"] if label >= 0]  # at the end of the sample
+        assert row["input_ids"][-len(answer) :] == answer
+        ratios.append(mean_loss(row["input_ids"], answer) / mean_loss([row["input_ids"][0], *answer], answer))
+    np.testing.assert_allclose(table["score"].astype(float), ratios, rtol=1e-4)
+    selected = np.flatnonzero(table["selected"].astype(bool))
+    assert np.bincount(selected >= 48).tolist() == [5, 4]  # 9 x 48 / 80 = 5.4
+    best = [np.argsort(-np.array(ratios)[:48])[:5], 48 + np.argsort(-np.array(ratios)[48:])[:4]]
+    assert sorted(selected.tolist()) == sorted(np.concatenate(best).tolist())
 
 
 def test_scores_are_those_of_the_paper(outcomes: Outcomes) -> None:
@@ -559,6 +587,7 @@ def test_samples_whose_rows_are_not_known_are_kept_tokenized(outcomes: Outcomes)
         ("too many", ["--count", "81", "80"]),
         ("random", ["random.yaml", "dataflex.select", "scores samples"]),
         ("full", ["full.yaml", "dataflex.select", "scores samples"]),
+        ("no losses of steps", ["dataflex.select.method", "s2l", "trains nothing"]),
         ("no features", ["grand.yaml", "dataflex.select", "less, icons, tracin, nice", "grand"]),
         ("no features of all", ["clusters.yaml", "dataflex.select", "less, icons, tracin, nice", "cluster_less"]),
         ("deepspeed", ["deepspeed", "leave it out"]),

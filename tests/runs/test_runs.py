@@ -112,6 +112,8 @@ def runs(workshop: Any) -> Any:
     add_families(workshop, ["select", "mix", "order", "weight"], 2)
     add_chains(workshop, 2)
     add_walks(workshop, 2)
+    workshop.add("scored-cut", stop_at=5, **scored(2))
+    workshop.add("scored-resumed", into="scored-cut", **scored(2))
     elastic = {**resumable("composed", accumulation=1), "dropout": False}
     workshop.add("elastic-whole", **elastic)
     workshop.add("elastic-cut", stop_at=5, **elastic)
@@ -126,6 +128,7 @@ def runs(workshop: Any) -> Any:
     workshop.add("elastic-resumed", **{**elastic, "gradient_accumulation_steps": 2})
     workshop.copy("walk-cut-2", "walk-elastic")
     workshop.add("walk-elastic", **walking(1))
+    workshop.add("scored-whole", **scored(1))
     workshop.add("one-or-two-1", **TWO_SETS, **section(select={"method": "loss"}), per_device_train_batch_size=4)
     workshop.add("no-section-lora", **UNIFORM_CASES["sft-lora-1"])
     workshop.add("no-section-pt", **UNIFORM_CASES["pt-full-1"])
@@ -212,6 +215,17 @@ def add_chains(workshop: Any, processes: int) -> None:
         run = chained(processes, **last)
         workshop.add(f"{name}-cut-{processes}", stop_at=5, **run)
         workshop.add(f"{name}-resumed-{processes}", into=f"{name}-cut-{processes}", **run)
+
+
+def scored(processes: int) -> dict[str, Any]:
+    """A run of 8 steps whose selectors read texts, the losses of steps, and the samples trained last."""
+    select = [
+        {"method": "dsir", "validation": ["held"], "min_words": 2, "keep": 0.8, "every": 2},
+        {"method": "s2l", "clusters": 3, "points": 2, "within": "domain", "keep": 0.7},
+        {"method": "uds", "alpha": 1.0, "memory": 10, "within": "domain"},
+    ]
+    run = {**TWO_SETS, "per_device_train_batch_size": 4 // processes, "save_strategy": "steps", "save_steps": 4}
+    return {**run, "dataflex": {"warmup_steps": 1, "update_steps": 2, "select": select}}
 
 
 def walking(processes: int) -> dict[str, Any]:
@@ -440,6 +454,17 @@ def test_a_chain_resumed_and_on_two_processes_decides_the_same(runs: Any) -> Non
     by_round = {number: set(left) for number, _, _, _, left, _ in filters}
     for number, since in ((1, 1), (2, 1), (3, 3), (4, 3)):
         assert set(plan_table(runs.root / "chain-whole-1", number).column("index").to_pylist()) <= by_round[since]
+
+
+def test_scores_of_texts_and_of_steps_are_the_same_on_two_processes_and_after_a_resume(runs: Any) -> None:
+    assert min(step for step, _ in runs.trace("scored-cut")["micro_batches"]) == 4
+    assert runs.plan_digests("scored-cut") == runs.plan_digests("scored-whole")
+    assert filters_of(runs, "scored-cut") == filters_of(runs, "scored-whole")
+    counts = np.zeros(2)
+    for line in runs.rounds("scored-whole")[1:]:
+        assert list(line["candidates"]) == ["alpha", "beta"]
+        counts += [line["domains"][name] for name in ("alpha", "beta")]
+    assert abs(counts[0] - counts.sum() * 48 / 80) < 1
 
 
 @pytest.mark.parametrize("processes", [1, 2])
