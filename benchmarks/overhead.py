@@ -115,7 +115,7 @@ def probe(model: str, samples: int, repeats: int) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
-    from dataflex import assets
+    from dataflex import Losses, assets
     from dataflex.data.pool import Pool
     from dataflex.probe.batches import length_batches
     from dataflex.probe.model import ModelProbe
@@ -140,8 +140,8 @@ def probe(model: str, samples: int, repeats: int) -> dict[str, Any]:
                 inputs.pop("labels")
                 language_model(**inputs, use_cache=False).logits.sum().item()
 
-    meter.losses(indices[:8])  # chooses the head's path
-    times = alternate({"bare forward": bare, "probe": lambda: meter.losses(indices)}, repeats)
+    meter.measure(Losses(), indices[:8])  # chooses the head's path
+    times = alternate({"bare forward": bare, "probe": lambda: meter.measure(Losses(), indices)}, repeats)
     return {"seconds": times, "relative_to_bare_forward": times["bare forward"] / times["probe"], "samples": samples}
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -98,9 +99,15 @@ class EncoderRun:
         store, encoder = EmbeddingStore.load(folder), self.open()
         assert store is not None
         mine = missing[distributed.rank() :: distributed.world_size()]
-        for chunk in tqdm(mine, desc=f"Embeddings of {what}", unit="chunk", disable=not self.progress, leave=False):
-            start, stop = store.range_of(chunk)
-            store.write(chunk, unit_vectors(encoder, texts.read(start, stop), start))
+        with ThreadPoolExecutor(1) as reader:  # the next texts are decoded while the device works
+            ahead = [reader.submit(texts.read, *store.range_of(chunk)) for chunk in mine[:1]]
+            for number, chunk in enumerate(self._bar(mine, what)):
+                read = ahead.pop().result()
+                ahead = [reader.submit(texts.read, *store.range_of(later)) for later in mine[number + 1 : number + 2]]
+                store.write(chunk, unit_vectors(encoder, read, store.range_of(chunk)[0]))
+
+    def _bar(self, chunks: list[int], what: str) -> tqdm[int]:
+        return tqdm(chunks, desc=f"Embeddings of {what}", unit="chunk", disable=not self.progress, leave=False)
 
 
 def unit_vectors(encoder: Encoder, texts: list[str], first: int = 0) -> NDArray[np.float32]:
