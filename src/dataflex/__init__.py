@@ -46,6 +46,7 @@ from dataflex.data.rng import derive_rng, key_of
 from dataflex.data.rules import ScoreArray, ranks_among, ranks_among_scored, sample_softmax, sample_without_replacement
 from dataflex.data.sampling import IndexArray, KeyedPermutation, exactly
 from dataflex.distributed import on_main
+from dataflex.embedding.clusters import spherical_kmeans
 from dataflex.embedding.neighbours import kernel_densities, nearest
 from dataflex.embedding.stored import embed_texts
 from dataflex.errors import CheckpointError, ComponentError, ConfigError, DivergenceError, Problem, unknown
@@ -149,6 +150,7 @@ EXPORTS = {
     "sample_without_replacement": "dataflex.data.rules",
     "shares_of": "dataflex.api.params",
     "shares_problem": "dataflex.api.params",
+    "spherical_kmeans": "dataflex.embedding.clusters",
     "unknown": "dataflex.errors",
     "unusable_score": "dataflex.data.columns",
     "write_atomically": "dataflex.files",
@@ -239,6 +241,7 @@ __all__ = [
     "sample_without_replacement",
     "shares_of",
     "shares_problem",
+    "spherical_kmeans",
     "unknown",
     "unusable_score",
     "write_atomically",

@@ -122,6 +122,9 @@ class Cases:
         self._select("rds_plus", method="rds_plus", **TASKS)
         for rule in ("round_robin_repop", "max"):
             self._select(f"rds_plus-{rule}", method="rds_plus", rule=rule, **HELD)
+        for criterion in ("k_center", "facility_location"):
+            self._select(f"diversity-{criterion}", method="diversity", criterion=criterion, covered=20)
+        self._select("coincide", method="coincide", clusters=5)
 
     def _score_selectors(self) -> None:
         reference = {"reference_model": str(self.inputs / "reference")}

@@ -1,0 +1,232 @@
+"""COINCIDE: more samples of clusters that are like others and spread out, and of each those that stand for it best.
+
+The candidates are clustered by spherical k-means on their embeddings. With c_i the centre of cluster i and C_i its
+samples,
+
+    S_i = mean of cos(c_i, c_j) over the clusters j with cos(c_i, c_j) <= similar,
+    D_i = mean over x, y in C_i of k(x, y),    k(x, y) = exp(-|x - y|^2 / (2 gamma^2)),
+    P_i = exp(S_i / (tau D_i)) / sum_j exp(S_j / (tau D_j)).
+
+From the largest P_i down, cluster i has round(what is left * P_i / sum of the P_j not yet visited) samples, at most all
+of them. Inside a cluster samples are taken greedily, the next one such that the maximum mean discrepancy
+
+    mean k(C_i, C_i) + mean k(T, T) - 2 mean k(C_i, T)
+
+between the cluster and the taken ones T is least.
+
+Source: Lee et al., Concept-skill Transferability-based Data Selection for Large Vision-Language Models (EMNLP 2024),
+section 3 (arXiv 2406.10995; code G-JWLee/COINCIDE_code). ``similar: 0.9``, gamma and the 50 iterations are the code's,
+tau is that of its scripts; S_i of the paper is that of ``similar: 1``.
+Differs from it: embeddings are the run's, not five layers of a small vision model; samples that rounding or small
+clusters leave over are taken from other clusters.
+Cost: the embeddings, N K H multiplications for each iteration of k-means with K clusters, and the kernels of clusters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from dataflex import (
+    EmbeddingArray,
+    EmbeddingParams,
+    IndexArray,
+    Needs,
+    RoundContext,
+    RunView,
+    Selection,
+    Selector,
+    State,
+    on_main,
+    register,
+    spherical_kmeans,
+)
+from dataflex.selectors.base_neighbours import usable, vectors_of
+
+Numbers = NDArray[np.float64]
+Clusters = tuple[IndexArray, NDArray[np.float32]]
+"""The cluster of every candidate, and the centres."""
+
+_CLUSTER_SIZE = 64
+"""Mean number of samples in a cluster where the number of clusters is not given."""
+_MOST_CLUSTERS = 10_000
+_ROWS = 2048
+"""Members of a cluster whose kernels are made together."""
+_DIGITS = 12
+"""Decimals of a discrepancy that count; the others are rounding."""
+
+
+class CoincideParams(EmbeddingParams):
+    """Parameters of COINCIDE."""
+
+    clusters: int | None = Field(
+        None, ge=1, description="Clusters; none: one for 64 candidates, at most 10,000. Never more than candidates."
+    )
+    cluster_iterations: int = Field(50, ge=1, description="Iterations of k-means at most.")
+    similar: float = Field(
+        0.9,
+        ge=-1,
+        le=1,
+        description="Clusters whose centres have a larger cosine do not count in S; 1: all others count.",
+    )
+    gamma: float = Field(1.0, gt=0, description="Width of the kernel.")
+    tau: float = Field(0.1, gt=0, description="Temperature of the shares; larger is flatter.")
+
+
+@register("selector", "coincide")
+class CoincideSelector(Selector[CoincideParams]):
+    """Takes from each cluster its share, and of it the samples that stand for it."""
+
+    state_depends_on: ClassVar[frozenset[str]] = frozenset(EmbeddingParams.model_fields) | {
+        "clusters",
+        "cluster_iterations",
+    }
+
+    def __init__(self, params: CoincideParams) -> None:
+        super().__init__(params)
+        self._kept: dict[str, Clusters] = {}
+        """Clusters of candidates, by their digest; only if embeddings do not change."""
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the embeddings."""
+        return Needs(embeddings=self.params)
+
+    def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
+        """Return what stands for the clusters, in their order."""
+        trained = usable(self, ctx, candidates, count)
+        vectors = vectors_of(ctx, trained)
+        labels, centres = self._clusters(ctx, trained, vectors)
+        places = on_main(partial(self._chosen, vectors, labels, centres, count))
+        return Selection(trained[places], None, candidates.size - trained.size)
+
+    def _clusters(self, ctx: RoundContext, candidates: IndexArray, vectors: EmbeddingArray) -> Clusters:
+        key = hashlib.sha256(np.ascontiguousarray(candidates).tobytes()).hexdigest()
+        if key not in self._kept:
+            number = self.params.clusters or min(_MOST_CLUSTERS, -(-candidates.size // _CLUSTER_SIZE))
+            number, iterations = min(number, candidates.size), self.params.cluster_iterations
+            found: Clusters = on_main(lambda: spherical_kmeans(vectors, number, iterations, ctx.rng))
+            if self.params.encoder is None:
+                return found
+            self._kept[key] = found
+        return self._kept[key]
+
+    def _chosen(
+        self, vectors: EmbeddingArray, labels: IndexArray, centres: NDArray[np.float32], count: int
+    ) -> IndexArray:
+        members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
+        densities = np.array([density(_rows(vectors, each), self.params.gamma) for each in members])
+        shares = cluster_shares(transferability(centres, self.params.similar), densities, self.params.tau)
+        sizes = np.array([each.size for each in members])
+        chosen = [
+            each if wanted == each.size else each[standing_for(_rows(vectors, each), int(wanted), self.params.gamma)]
+            for each, wanted in zip(members, allocated(shares, sizes, count), strict=True)
+        ]
+        return np.concatenate(chosen)
+
+    def state_dict(self) -> State:
+        """Return the clusters, if they hold for the whole run."""
+        return {key: {"labels": labels, "centres": centres} for key, (labels, centres) in self._kept.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take back the clusters."""
+        self._kept = {key: (each["labels"], each["centres"]) for key, each in state.items()}
+
+
+def _rows(vectors: EmbeddingArray, rows: IndexArray) -> Numbers:
+    return np.asarray(vectors[rows], dtype=np.float64)
+
+
+def transferability(centres: NDArray[np.floating], similar: float) -> Numbers:
+    """Return the mean cosine of each centre with those not too similar to it, shape (K,); 0 where there is none.
+
+    Args:
+        centres: of length 1, shape (K, H).
+        similar: cosines above this do not count; that of a centre with itself never does.
+    """
+    vectors = centres.astype(np.float64)
+    found = np.zeros(len(vectors))
+    for begin in range(0, len(vectors), _ROWS):
+        cosines = vectors[begin : begin + _ROWS] @ vectors.T
+        counts = cosines <= similar
+        rows = np.arange(len(cosines))
+        counts[rows, begin + rows] = False
+        number = counts.sum(axis=1)
+        found[begin : begin + _ROWS] = np.where(counts, cosines, 0).sum(axis=1) / np.maximum(number, 1)
+    return found
+
+
+def kernel(vectors: Numbers, others: Numbers, gamma: float) -> Numbers:
+    """Return exp(-|x - y|^2 / (2 gamma^2)) of all pairs, shape (n, m)."""
+    squares = (vectors**2).sum(axis=1)[:, None] + (others**2).sum(axis=1) - 2 * vectors @ others.T
+    values: Numbers = np.exp(-np.maximum(squares, 0) / (2 * gamma**2))
+    return values
+
+
+def _mean_kernels(vectors: Numbers, gamma: float) -> Numbers:
+    """Return the mean kernel of each vector with all of them, itself included, shape (n,)."""
+    blocks = [vectors[begin : begin + _ROWS] for begin in range(0, len(vectors), _ROWS)]
+    return sum((kernel(vectors, block, gamma).sum(axis=1) for block in blocks), np.zeros(len(vectors))) / len(vectors)
+
+
+def density(vectors: Numbers, gamma: float) -> float:
+    """Return the mean kernel over all pairs, each vector with itself included: 1 for a single one."""
+    return float(_mean_kernels(vectors, gamma).mean())
+
+
+def cluster_shares(transfer: Numbers, densities: Numbers, tau: float) -> Numbers:
+    """Return P of every cluster, shape (K,)."""
+    logits = transfer / densities / tau
+    shares: Numbers = np.exp(logits - logits.max())
+    return shares / shares.sum()
+
+
+def allocated(shares: Numbers, sizes: IndexArray, count: int) -> IndexArray:
+    """Return how many samples each cluster gives, shape (K,), ``count`` in all and none more than it has.
+
+    Args:
+        shares: P of every cluster.
+        sizes: samples of every cluster; they add up to at least ``count``.
+        count: samples wanted.
+    """
+    given = np.zeros_like(sizes)
+    while (left := count - int(given.sum())) > 0:
+        order = np.argsort(-shares, kind="stable")
+        order = order[given[order] < sizes[order]]
+        rest = shares[order][::-1].cumsum()[::-1]
+        for place, number in enumerate(order):
+            part = shares[number] / rest[place] if rest[place] > 0 else 1 / (order.size - place)
+            taken = min(round(left * float(part)), int(sizes[number] - given[number]))
+            given[number] += taken
+            left -= taken
+    return given
+
+
+def standing_for(vectors: Numbers, count: int, gamma: float) -> IndexArray:
+    """Return ``count`` rows taken greedily so that the discrepancy to all is least, in the order taken.
+
+    Equal ones are taken by their index.
+
+    Args:
+        vectors: of one cluster, shape (n, H).
+        count: at most n.
+        gamma: width of the kernel.
+    """
+    mean = _mean_kernels(vectors, gamma)
+    towards, within, to_all = np.zeros(len(vectors)), 0.0, 0.0
+    left = np.ones(len(vectors), dtype=bool)
+    chosen = np.empty(count, dtype=np.int64)
+    for number in range(count):
+        size = number + 1
+        # k(x, x) = 1
+        values = (within + 2 * towards + 1) / size**2 - 2 * (to_all + mean) / size
+        best = int(np.where(left, np.round(values, _DIGITS), np.inf).argmin())
+        within += 2 * towards[best] + 1
+        to_all += mean[best]
+        towards += kernel(vectors, vectors[best : best + 1], gamma)[:, 0]
+        left[best], chosen[number] = False, best
+    return chosen

@@ -1,0 +1,187 @@
+"""Diversity: samples that together cover the pool, by their embeddings.
+
+- ``k_center``: the first sample is drawn; each further one is the candidate farthest from those chosen, its distance
+  being 1 - the largest cosine with one of them. No candidate is then more than twice as far (in the Euclidean distance)
+  from a chosen sample as it has to be.
+- ``facility_location``: each sample is the one that adds most to  mean over x of max over chosen s of (1 + cos(x, s)),
+  which is at least 1 - 1/e of the best value there is. x are ``covered`` candidates drawn for the decision.
+
+Source: k-centre: Gonzalez (1985); Sener and Savarese, Active Learning for Convolutional Neural Networks (ICLR 2018),
+algorithm 1 (arXiv 1708.00489). Facility location: Wei et al., Submodularity in Data Subset Selection and Active
+Learning (ICML 2015), by lazy evaluation (Minoux 1978).
+Cost: the embeddings; ``k_center`` one product of all candidates with every sample chosen, ``facility_location`` one of
+the ``covered`` samples with every candidate whose gain is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from dataflex import (
+    EmbeddingArray,
+    EmbeddingParams,
+    IndexArray,
+    Needs,
+    RoundContext,
+    RunView,
+    Selection,
+    Selector,
+    register,
+)
+from dataflex.selectors.base_neighbours import usable, vectors_of
+
+_ROWS = 8192
+"""Candidates compared with chosen samples at a time."""
+_BATCH = 256
+"""Candidates looked at together before all others are."""
+_EQUAL = 1e-6
+"""Gains that differ by less are equal."""
+_SAME = 1e-5
+"""Distances up to this are 0: those of vectors that differ by rounding."""
+
+Numbers = NDArray[np.float64]
+
+
+class DiversityParams(EmbeddingParams):
+    """Parameters of the selection by diversity."""
+
+    criterion: Literal["k_center", "facility_location"] = Field(
+        "k_center",
+        description="k_center: no candidate far from a chosen sample; facility_location: all near on average.",
+    )
+    covered: int = Field(
+        10_000, ge=1, description="For facility_location: candidates that are to be covered, drawn for every decision."
+    )
+
+
+@register("selector", "diversity")
+class DiversitySelector(Selector[DiversityParams]):
+    """Takes samples that are far from each other, or near to all others."""
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the embeddings."""
+        return Needs(embeddings=self.params)
+
+    def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
+        """Return samples that cover the candidates."""
+        trained = usable(self, ctx, candidates, count)
+        vectors = vectors_of(ctx, trained)
+        if self.params.criterion == "k_center":
+            places, gains = farthest_first(vectors, count, int(ctx.rng.integers(trained.size)))
+        else:
+            number = min(self.params.covered, trained.size)
+            drawn = np.sort(ctx.rng.choice(trained.size, number, replace=False))
+            places, gains = best_facilities(vectors, np.asarray(vectors[drawn], dtype=np.float32), count)
+        return Selection(
+            trained[places],
+            gains.astype(np.float32),
+            candidates.size - trained.size,
+            ranks=np.arange(1, count + 1),
+            ranked=trained.size,
+        )
+
+
+def farthest_first(vectors: EmbeddingArray, count: int, first: int) -> tuple[IndexArray, Numbers]:
+    """Return ``count`` rows, each the farthest from those before it, and its distance to them; equal ones by index.
+
+    The farthest few rows are compared among themselves: as long as one of them is farther than all others were before,
+    it is the next one, and the others need not be looked at.
+
+    Args:
+        vectors: of length 1 or 0, shape (N, H).
+        count: at most N.
+        first: the first row; its distance is 2.
+    """
+    distances = np.full(len(vectors), 2.0)
+    chosen, found = [first], [2.0]
+    fresh = [first]
+    while True:
+        _come_nearer(distances, vectors, fresh)
+        distances[chosen] = -1.0
+        if len(chosen) >= count:
+            break
+        if distances.max() <= 0:  # only duplicates of chosen ones are left
+            rest = np.flatnonzero(distances == 0)[: count - len(chosen)]
+            return np.append(chosen, rest), np.append(found, np.zeros(rest.size))
+        batch, bound = _largest(distances, _BATCH)
+        few = np.asarray(vectors[batch], dtype=np.float32)
+        among, own = _snapped(1 - few @ few.T), distances[batch]
+        fresh = []
+        while len(chosen) < count:
+            best = int(own.argmax())
+            if fresh and own[best] <= bound:
+                break
+            fresh.append(int(batch[best]))
+            chosen.append(int(batch[best]))
+            found.append(float(own[best]))
+            own = np.minimum(own, among[best])
+            own[best] = -1.0
+    return np.array(chosen), np.array(found)
+
+
+def _come_nearer(distances: Numbers, vectors: EmbeddingArray, rows: list[int]) -> None:
+    """Lower the distances to those of the rows that have just been chosen."""
+    centres = np.asarray(vectors[rows], dtype=np.float32).T
+    for begin, block in _blocks(vectors):
+        part = distances[begin : begin + len(block)]
+        np.minimum(part, _snapped(1 - (block @ centres).max(axis=1)), out=part)
+
+
+def _blocks(vectors: EmbeddingArray) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    for begin in range(0, len(vectors), _ROWS):
+        yield begin, np.asarray(vectors[begin : begin + _ROWS], dtype=np.float32)
+
+
+def _snapped(distances: NDArray[np.float32]) -> Numbers:
+    return np.where(distances <= _SAME, 0.0, distances).astype(np.float64)
+
+
+def _largest(values: Numbers, count: int) -> tuple[IndexArray, float]:
+    """Return the places of the largest values, ascending, equal ones by place, and the largest of the others."""
+    if values.size <= count:
+        return np.arange(values.size), -np.inf
+    least, bound = np.sort(np.partition(values, values.size - count - 1)[values.size - count - 1 :])[[1, 0]]
+    above = np.flatnonzero(values > least)
+    ties = np.flatnonzero(values == least)[: count - above.size]
+    return np.sort(np.concatenate([above, ties])), float(bound)
+
+
+def best_facilities(vectors: EmbeddingArray, covered: NDArray[np.float32], count: int) -> tuple[IndexArray, Numbers]:
+    """Return ``count`` rows, each the one that covers most of what is not covered, and by how much on average.
+
+    A gain falls as rows are chosen, so an older one is a bound: only the rows of the largest bounds are looked at.
+
+    Args:
+        vectors: of length 1 or 0, shape (N, H).
+        covered: what is to be covered, shape (A, H).
+        count: at most N.
+    """
+    reach = np.zeros(len(covered), dtype=np.float32)
+    total = covered.mean(axis=0, dtype=np.float64)
+    bounds = 1 + np.concatenate([block.astype(np.float64) @ total for _, block in _blocks(vectors)])
+    chosen, gains = list[int](), list[float]()
+    while len(chosen) < count:
+        if bounds.max() <= _EQUAL:  # all is covered
+            rest = np.flatnonzero(bounds > -np.inf)[: count - len(chosen)]
+            return np.append(chosen, rest), np.append(gains, np.zeros(rest.size))
+        batch, outside = _largest(bounds, _BATCH)
+        near = 1 + np.asarray(vectors[batch], dtype=np.float32) @ covered.T
+        for repeat in range(count - len(chosen)):
+            fresh = np.maximum(near - reach, 0).mean(axis=1, dtype=np.float64)
+            fresh[np.isneginf(bounds[batch])] = -np.inf
+            is_known = not repeat and bool(np.allclose(fresh, bounds[batch], rtol=0, atol=_EQUAL))
+            bounds[batch] = fresh
+            largest = fresh.max()
+            if np.isneginf(largest) or (largest < outside + _EQUAL and not is_known):
+                break
+            best = int(np.flatnonzero(fresh >= largest - _EQUAL)[0])
+            chosen.append(int(batch[best]))
+            gains.append(float(fresh[best]))
+            np.maximum(reach, near[best], out=reach)
+            bounds[chosen[-1]] = -np.inf
+    return np.array(chosen), np.array(gains)
