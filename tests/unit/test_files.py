@@ -49,6 +49,10 @@ ELSEWHERE = {
     "explain/text.py": "a part of a message",
     "report/setup.py": "a part of a message",
     "config/masking.py": "an environment variable",
+    "planning/arrangement.py": "a copy in memory",
+    "embedding/openai_encoder.py": "sent to a service, and a part of a message",
+    "embedding/making.py": "a digest",
+    "embedding/model_run.py": "a digest",
 }
 
 

@@ -360,13 +360,14 @@ SCORED = {("offline", 1)}
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the examples name: plug-ins, checkpoints, a table of mixtures."""
     root = tmp_path_factory.mktemp("examples")
-    for text in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+    pages = "".join((ROOT / name).read_text() for name in ("README.md", "docs/measurements.md"))
+    for text in re.findall(r"```python\n(.*?)```", pages, re.DOTALL):
         name = re.match(r"# (\w+\.py)\n", text)
         if name is not None:
             (root / name[1]).write_text(text)
     for plugin in (ROOT / "tests" / "plugins").glob("*.py"):  # another text is another plug-in than that of other tests
         (root / plugin.name).write_text(plugin.read_text() + "\n# named by a page\n")
-    for model in ("model", "models/llama-2-7b", "saves/reference"):
+    for model in ("model", "models/llama-2-7b", "models/smollm2-135m", "saves/reference", "saves/held-out"):
         (root / model).mkdir(parents=True)
         (root / model / "config.json").write_text('{"num_local_experts": 8}')  # for moe_balance
     for step in (100, 200, 105, 211, 317, 420):
@@ -388,7 +389,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def named(example: dict[str, Any]) -> set[str]:
     section = example["dataflex"] or {}
     given = [example.get("dataset", "alpha"), example.get("eval_dataset")]
-    for entries in (section.get("select"), section.get("mix")):
+    for entries in map(section.get, ("select", "mix", "order", "weight")):
         each_entry = entries if isinstance(entries, list) else [entries or {}]
         given += [entry.get("validation") for entry in each_entry]
     words = [word for each in given for word in ([each] if isinstance(each, str) else each or [])]
@@ -410,7 +411,7 @@ def test_the_examples_of_the_documentation(
     monkeypatch.chdir(examples)
     data = examples / f"data-{page}-{number}"
     data.mkdir()
-    scores = {"quality": 0.5, "difficulty": 2, "weight": 1}
+    scores = {"quality": 0.5, "complexity": 0.5, "difficulty": 2, "weight": 1}
     rows = json.dumps([{"instruction": "a", "input": "", "output": "b", "topic": "c", **scores}] * 2000)
     for name in named(example):
         (data / f"{name}.json").write_text(rows)

@@ -566,7 +566,9 @@ def scored_run(scores: Any, seed: int = 0) -> Any:
     inputs = SimpleNamespace(components=components, settings=settings, config=config)
     probe: Any = FakeProbe()
     probe.pool = pool
-    return SimpleNamespace(inputs=inputs, data=RunData(pool)), SimpleNamespace(probe=probe, references={})
+    return SimpleNamespace(inputs=inputs, data=RunData(pool)), SimpleNamespace(
+        probe=probe, references={}, embeddings=SimpleNamespace(of_all=lambda key: None)
+    )
 
 
 def outcome(folder: Path, scores: Any, amount: Amount, seed: int = 0) -> dict[str, Any]:
