@@ -1,4 +1,4 @@
-"""Selectors for the tests: one draws blindly, after looking at the model where asked; one keeps what it saw."""
+"""For the tests: selectors that draw blindly after looks at the model, or keep what they saw; a weighter that looks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from typing import Literal
 import numpy as np
 import torch
 
-from dataflex import ComponentParams, Selection, Selector, distributed, register
+from dataflex import (
+    ComponentParams,
+    EmbeddingParams,
+    Needs,
+    Selection,
+    Selector,
+    ValidationParams,
+    Weighter,
+    WeighterParams,
+    distributed,
+    register,
+)
 from dataflex.api.probe import GenerationSettings, GradientSettings
 from dataflex.probe.embeddings import Embeddings
 from dataflex.probe.error_norms import ErrorNorms
@@ -72,3 +83,20 @@ class Keep(Selector):
         if distributed.rank() == 0:
             torch.save({"gradients": torch.from_numpy(gradients), "rows": ctx.pool.rows(indices)}, self.params.file)
         return Selection(candidates[:count])
+
+
+class TiltParams(WeighterParams, ValidationParams, EmbeddingParams):
+    pass
+
+
+@register("weighter", "test_tilt")
+class Tilt(Weighter[TiltParams]):
+    """Weighs a sample by 1 plus its mean cosine with the validation samples."""
+
+    def needs(self, run):
+        return Needs(validation=self.params, embeddings=self.params)
+
+    def weigh(self, batch):
+        own, held = batch.embeddings(), batch.embeddings(batch.validation)
+        assert (len(own), len(held)) == (batch.losses.numel(), batch.validation.size)
+        return torch.from_numpy(1 + own.astype(np.float32) @ held.astype(np.float32).mean(0)).to(batch.losses)

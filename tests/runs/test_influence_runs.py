@@ -86,6 +86,7 @@ RESUMED = {
 # name -> saved after this step, killed before that one, where; rounds start at 0, 2, 5
 CUTS = {"middle": (3, 5, ["one", "zero3", "fsdp2"]), "boundary": (5, 6, ["one", "ddp"])}
 NEAR = ["one", "ddp"]
+TILTED = ["one", "ddp", "zero3", "fsdp2"]
 UNTRAINED = 4
 CUT_CASES = [(cut, mode) for cut, (_, _, modes) in CUTS.items() for mode in modes]
 
@@ -153,6 +154,17 @@ def add_near(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
             workshop.add(f"near-limited-{mode}", **{**settings[mode], **near(max_overhead=0.5)})
 
 
+def add_tilted(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
+    weight = {"method": "test_tilt", "validation": "held"}
+    stored = {**weight, "encoder": str(workshop.model)}
+    for mode in settings:
+        if mode in TILTED:
+            workshop.add(f"tilted-{mode}", **{**settings[mode], **section({"method": "random"}, weight=weight)})
+    if "one" in settings:
+        parts = {"warmup_steps": 1, "plugins": [PLUGIN], "weight": stored}
+        workshop.add("tilted-alone", **{**settings["one"], "dataflex": parts})
+
+
 def add_partly_trained_data(folder: Path) -> None:
     """Add a data set with samples whose prompts are so long that no token of the answer is left to train on."""
     info = json.loads((folder / "dataset_info.json").read_text())
@@ -190,6 +202,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         add_resumed(workshop, settings)
         add_kept(workshop, settings)
         add_near(workshop, settings)
+        add_tilted(workshop, settings)
         if processes == 1:
             tagged = {"validation": "tagged", "subtask_column": "task"}
             workshop.add("by-column", **one["one"], **section(less(**tagged)))
@@ -278,6 +291,18 @@ def test_a_column_divides_the_validation_set(runs: Any) -> None:
     expected = {"tagged/rhymes": 4, "tagged/sums": 8, "labelled/sums": 16}
     assert runs.trace("by-columns")["targets"] == expected
     assert all(np.isfinite(list(plan.values())).all() for plan in plans(runs, "by-columns"))
+
+
+@pytest.mark.parametrize("mode", TILTED[1:])
+def test_a_weighter_reads_the_same_embeddings_on_two_processes(runs: Any, mode: str) -> None:
+    one, two = runs.trace("tilted-one"), runs.trace(f"tilted-{mode}")
+    assert runs.plan_digests(f"tilted-{mode}") == runs.plan_digests("tilted-one")
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-4)
+
+
+def test_a_weighter_alone_has_validation_samples_and_an_encoder(runs: Any) -> None:
+    assert len(runs.trace("tilted-alone")["losses"]) == 7
+    assert len(list((runs.root / "tilted-alone" / "embeddings").iterdir())) == 2
 
 
 def trained_together(runs: Any, name: str, processes: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ from dataflex import assets
 from dataflex.api.params import EmbeddingParams
 from dataflex.embedding.names import MODULES_FILE, files_digest, is_url
 from dataflex.errors import ConfigError, unknown
+from dataflex.probe.embeddings import layer_problem
 
 if TYPE_CHECKING:
     import torch
@@ -131,6 +132,9 @@ def problems_of_encoder(params: EmbeddingParams) -> Iterator[tuple[str, str]]:
         folder = Path(name).expanduser()
         if not any((folder / file).is_file() for file in ("config.json", MODULES_FILE)):
             yield "encoder", f"no encoder in {name!r} (there is no config.json)."
+        problem = layer_problem(folder, params.layer)
+        if problem is not None:
+            yield "layer", problem
 
 
 def choose(params: EmbeddingParams) -> EncoderChoice:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dataflex.api.measurement import MeasuredBatch, Measurement, register_measurement
@@ -49,6 +51,12 @@ class HiddenStates(Measurement):
         """Return what :meth:`reduce` makes of the layer's hidden states."""
         return self.reduce(batch.hidden_states(self.layer).float(), batch.mask)
 
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
+        """Yield that the model has no such layer, if its folder says so."""
+        problem = layer_problem(Path(str(run.llamafactory.get("model_name_or_path", ""))), self.layer)
+        if problem is not None:
+            yield "layer", problem
+
 
 @register_measurement("embeddings")
 @dataclass(frozen=True)
@@ -84,7 +92,8 @@ class Embeddings(HiddenStates):
         return torch.nn.functional.normalize(found, dim=-1) if self.normalize else found
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield why the parts of a sample cannot be told apart."""
+        """Yield that the model has no such layer, and why the parts of a sample cannot be told apart."""
+        yield from super().problems(run)
         if self.text == "all":
             return
         stage = str(run.llamafactory.get("stage", "sft"))
@@ -95,6 +104,28 @@ class Embeddings(HiddenStates):
                 "embedding_text",
                 f"{self.text!r} goes by which tokens are trained on, and {why}: all are. Use all.",
             )
+
+
+def layer_problem(folder: Path, layer: int) -> str | None:
+    """Return that the model in a folder has no such layer; None if it has, or the folder does not say."""
+    try:
+        config = json.loads((folder.expanduser() / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        count = next(int(config[name]) for name in _LAYER_COUNTS if name in config)
+    except (OSError, ValueError, TypeError, AttributeError, StopIteration):
+        return None  # what is wrong with a model's folder is told elsewhere
+    return None if -count - 1 <= layer <= count else _no_layer(count, layer)
+
+
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What kinds of models call the number of their layers in config.json."""
+
+
+def _no_layer(count: int, layer: int) -> str:
+    return (
+        f"the model has {count} layers, so its hidden states are numbered 0 (the embeddings) to {count}, or "
+        f"{-count - 1} to -1; got {layer}."
+    )
 
 
 def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:

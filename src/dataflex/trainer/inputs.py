@@ -151,6 +151,7 @@ class RunData:
             **({} if self.samples is None else {"dataset": self.samples.fingerprint}),
             **({} if self.evaluation is None else {"eval_dataset": self.evaluation.fingerprint}),
             **{f"dataflex.{key}.validation": samples.fingerprint for key, samples in self.validation.items()},
+            **{f"dataflex.{key}.encoder": stored.of_pool.folder.name for key, stored in self.embeddings.items()},
             **{f"column {name}": digest for name, digest in self.column_fingerprints.items()},
         }
 

@@ -250,3 +250,15 @@ def test_texts_that_are_no_samples(letters: Letters, tmp_path: Path) -> None:
     np.testing.assert_allclose(found[0, :2], 2**-0.5, atol=1e-3)
     assert not found[1].any()
     assert letters.is_closed
+
+
+def test_a_service_that_is_down_shows_before_anything_is_embedded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("dataflex.embedding.openai_encoder.time.sleep", pauses.append)
+    wanted = {"select": EmbeddingParams(encoder="http://127.0.0.1:9/v1#small")}
+    with pytest.raises(DataFlexError, match=r"127.0.0.1:9/v1/embeddings does not answer after 5 tries"):
+        RunEncoders(wanted, tmp_path, "cpu", False)
+    assert pauses == [1, 2, 4, 8]
+    assert not list(tmp_path.iterdir())

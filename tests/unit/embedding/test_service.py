@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -165,6 +167,22 @@ def test_what_cannot_be_had_is_refused_before_a_model_is_loaded() -> None:
     assert not said(config, "dataflex.weight.encoder")
     config.llamafactory["streaming"] = True
     assert "embeds samples" in said(config, "streaming")
+
+
+def test_a_layer_that_is_not_there_shows_before_the_model_is_loaded(tmp_path: Path) -> None:
+    config = asking("test_near", layer=5)
+    config.llamafactory["model_name_or_path"] = str(tmp_path)
+    for content, is_told in (
+        ({"num_hidden_layers": 4}, True),
+        ({"text_config": {"n_layer": 4}}, True),
+        ({"num_hidden_layers": 5}, False),
+        ({"vocab_size": 3}, False),
+        ([], False),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        assert ("has 4 layers" in said(config, "dataflex.select.layer")) == is_told
+        encoder = asking("test_near", layer=5, encoder=str(tmp_path))
+        assert ("has 4 layers" in said(encoder, "dataflex.select.layer")) == is_told
 
 
 def test_embeddings_of_the_model_in_training_are_a_measurement_of_the_plan() -> None:
