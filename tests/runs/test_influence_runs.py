@@ -88,6 +88,7 @@ CUTS = {"middle": (3, 5, ["one", "zero3", "fsdp2"]), "boundary": (5, 6, ["one", 
 NEAR = ["one", "ddp"]
 TILTED = ["one", "ddp", "zero3", "fsdp2"]
 UNTRAINED = 4
+ANCHORED = ["ddp", "zero3", "fsdp2"]
 CUT_CASES = [(cut, mode) for cut, (_, _, modes) in CUTS.items() for mode in modes]
 
 
@@ -165,6 +166,18 @@ def add_tilted(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
         workshop.add("tilted-alone", **{**settings["one"], "dataflex": parts})
 
 
+def add_anchored(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
+    """Runs that weigh samples by their hidden states in the step's own forward, or in the one before its backwards."""
+    if "one" in settings:
+        settings = {**settings, "twice": {**settings["one"], "per_device_train_batch_size": 2, **TWICE}}
+    anchors = {"validation": "held", "anchors": 8, "center_samples": 16, "anchor_every": 2}
+    weight = [{"method": "adapt", **anchors}, {"method": "joint_update_aware", "layer": 1, "every": 2, **anchors}]
+    for mode in settings:
+        if mode in ["one", "twice", *ANCHORED]:
+            run = {**settings[mode], **FULL, "max_steps": 4}
+            workshop.add(f"anchored-{mode}", dataflex={"warmup_steps": 1, "weight": weight}, **run)
+
+
 def add_partly_trained_data(folder: Path) -> None:
     """Add a data set with samples whose prompts are so long that no token of the answer is left to train on."""
     info = json.loads((folder / "dataset_info.json").read_text())
@@ -203,6 +216,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         add_kept(workshop, settings)
         add_near(workshop, settings)
         add_tilted(workshop, settings)
+        add_anchored(workshop, settings)
         if processes == 1:
             tagged = {"validation": "tagged", "subtask_column": "task"}
             workshop.add("by-column", **one["one"], **section(less(**tagged)))
@@ -247,6 +261,14 @@ def test_two_processes_keep_the_embeddings_that_one_does(runs: Any) -> None:
 def test_the_wrapper_is_the_one_meant(runs: Any, method: str, mode: str) -> None:
     for rank in (0, 1):
         assert WRAPPERS[mode] in runs.trace(f"{method}-{mode}", rank)["wrapper"]
+
+
+@pytest.mark.parametrize("mode", ["twice", *ANCHORED])
+def test_weights_by_hidden_states_are_those_of_one_process_without_accumulation(runs: Any, mode: str) -> None:
+    one, other = (runs.trace(f"anchored-{name}")["losses"] for name in ("one", mode))
+    assert len(one) == 4
+    assert one[1] < 0.8 * one[0]  # after the warm-up adapt's weights are below 1
+    np.testing.assert_allclose(other, one, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "mode"), NEUTRAL_CASES)
