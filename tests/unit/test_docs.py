@@ -15,7 +15,8 @@ from pydantic_core import PydanticUndefined
 from dataflex import EmbeddingParams
 from dataflex.api import registry
 from dataflex.config.checks import SPECIAL_LOSSES, STAGES
-from dataflex.config.legacy import FLAT_KEYS, TRAIN_TYPES, UNUSED_PARAMETERS
+from dataflex.config.legacy import FLAT_KEYS, TRAIN_TYPES
+from dataflex.config.legacy_parameters import UNUSED_PARAMETERS
 from dataflex.config.loading import DataFlexConfig, split_config
 from unit.fakes import context, make_pool
 

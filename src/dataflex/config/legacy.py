@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.api import registry
-from dataflex.config import legacy_orders
-from dataflex.config.yaml_file import read_yaml
+from dataflex.config import legacy_pipelines
+from dataflex.config.legacy_parameters import ComponentsFile
 from dataflex.errors import ConfigError, Problem, unknown
 
 TRAIN_TYPES = {
@@ -43,47 +43,6 @@ FLAT_KEYS = (
 TEMPLATE = "custom"
 """The component that the earlier release shipped to be filled in."""
 
-PLACEHOLDERS = ("/path/to/", "checkpoint-xxx")
-"""What stands in the shipped files of the earlier release for a path."""
-
-METHOD_NAMES = {"mix": {"dynamic_moe": "moe_balance"}}
-"""Methods whose name changed, by configuration key; for orders see ``legacy_orders.py``."""
-
-PARAMETER_NAMES = {
-    "gradient_type": "preconditioner",
-    "samples_per_cluster": "representatives",
-    "clustering_max_iter": "cluster_iterations",
-    "mc_samples": "samples",
-    "reference_model_path": "reference_model",
-    "c": "smoothing",
-}
-"""Parameters whose name changed."""
-
-UNUSED_PARAMETERS = (
-    "cache_dir",
-    "score_batch_size",
-    "replacement",
-    "save_interval",
-    "task_boundaries",
-    "clustering_batch_size",
-    "clustering_method",
-    "representative_strategy",
-    "embedding_model",
-    "embedding_layer",
-    "max_prompt_length",
-    "warmup_steps",
-    "reward_scale",
-    "min_exploration_rate",
-    "collect_steps",
-    "eval_samples",
-    "eval_batch_size",
-    "num_eval_samples",
-    "use_proxy_as_reference",
-    "reward_model_backend",
-    "reward_backend_params",
-)
-"""Parameters of the earlier release that nothing here needs; accepted, with a note."""
-
 
 def translate(raw: dict[str, Any], base: Path | None, problems: list[Problem]) -> tuple[dict[str, Any], Any, list[str]]:
     """Split ``raw`` into LLaMA-Factory's keys and a ``dataflex:`` section.
@@ -100,7 +59,17 @@ def translate(raw: dict[str, Any], base: Path | None, problems: list[Problem]) -
     if section is not None:
         problems.append(Problem(next(iter(flat)), "flat keys cannot be combined with a dataflex: section; use one."))
         return rest, None, []
-    return rest, *_translate_flat(flat, base, problems)
+    section, notes = _translate_flat(flat, base, problems)
+    if section is not None and section.get("train_steps") and _is_set(rest.get("max_steps")):
+        notes.append(
+            f"max_steps: {rest.pop('max_steps')} has no effect: train_step ({section['train_steps']}) is given."
+        )
+    return rest, section, notes
+
+
+def _is_set(steps: Any) -> bool:
+    """Return whether LLaMA-Factory's ``max_steps`` ends the run."""
+    return isinstance(steps, int | float) and steps > 0
 
 
 def _translate_flat(
@@ -110,8 +79,15 @@ def _translate_flat(
     train_type = flat.get("train_type", "static")
     if train_type == "static":
         return None, notes
+    file = ComponentsFile(flat.get("components_cfg_file"), base, problems, notes)
+    if train_type == legacy_pipelines.TRAIN_TYPE:
+        section = legacy_pipelines.pipeline(flat, file)
+        if section is not None:
+            _note_unused(flat, section, problems, notes)
+        return section, notes
     if train_type not in TRAIN_TYPES:
-        problems.append(Problem("train_type", unknown("train_type", str(train_type), ["static", *TRAIN_TYPES])))
+        known = ["static", *TRAIN_TYPES, legacy_pipelines.TRAIN_TYPE]
+        problems.append(Problem("train_type", unknown("train_type", str(train_type), known)))
         return None, notes
     key, bucket = TRAIN_TYPES[train_type]
     method = flat.get("component_name")
@@ -123,23 +99,25 @@ def _translate_flat(
     if method == TEMPLATE and not _is_there(key, base):
         problems.append(Problem("component_name", _template(key, flat)))
         return None, notes
-    name_now = legacy_orders.method_of(method) if key == "order" else METHOD_NAMES.get(key, {}).get(method, method)
-    component = {"method": name_now}
-    component |= _parameters(flat.get("components_cfg_file"), bucket, method, base, problems, notes)
     section = _schedule(flat, problems)
-    section[key] = component
+    section[key] = component = file.component(bucket, method)
     if "seed" in component:
         section["seed"] = component.pop("seed")
-    if key == "mix":
-        _mixture(flat, component, problems, notes)
+    _note_unused(flat, section, problems, notes)
+    return section, notes
+
+
+def _note_unused(flat: dict[str, Any], section: dict[str, Any], problems: list[Problem], notes: list[str]) -> None:
+    """Fold the mixture keys into the mixer, and note the keys that have no effect."""
+    if "mix" in section:
+        _mixture(flat, section["mix"], problems, notes)
     else:
         for name in ("mixture_sample_rule", "init_mixture_proportions", "mixer_eval_dataset"):
             if flat.get(name) is not None:
-                notes.append(f"{name} has no effect with train_type: {train_type}.")
+                notes.append(f"{name} has no effect with train_type: {flat['train_type']}.")
     for name in ("freeze_gate", "early_stopping_min_delta"):
         if flat.get(name):
             notes.append(f"{name} is accepted and has no effect: nothing here needs it.")
-    return section, notes
 
 
 def _is_there(key: str, base: Path | None) -> bool:
@@ -204,59 +182,3 @@ def _mixture(flat: dict[str, Any], component: dict[str, Any], problems: list[Pro
         notes.append("static_mix without init_mixture_proportions: every domain gets the same share.")
     if flat.get("mixer_eval_dataset") is not None:
         notes.append(f"mixer_eval_dataset has no effect: the mixer {component['method']!r} evaluates nothing.")
-
-
-def _parameters(
-    file: Any, bucket: str, method: str, base: Path | None, problems: list[Problem], notes: list[str]
-) -> dict[str, Any]:
-    """Return the method's parameters by the names they have now."""
-    params = _entry(file, bucket, method, base, problems, notes)
-    if bucket == "reorders":
-        return legacy_orders.parameters_of(method, params, f"{bucket}.{method}.params", notes, problems)
-    for old, new in PARAMETER_NAMES.items():
-        if old in params:
-            params[new] = params.pop(old)
-    if params.get("preconditioner") == "sgd":
-        params["preconditioner"] = "none"
-    if "reward_model_path" in params:
-        params["reward"] = {"type": "model", "path": params.pop("reward_model_path")}
-        params.pop("policy_model_path", None)
-    for name in UNUSED_PARAMETERS:
-        if params.pop(name, None):
-            notes.append(f"{bucket}.{method}.params.{name} is accepted and has no effect: nothing here needs it.")
-    return params
-
-
-def _entry(
-    file: Any, bucket: str, method: str, base: Path | None, problems: list[Problem], notes: list[str]
-) -> dict[str, Any]:
-    """Return the method's parameters as the components file has them; none where there is no file."""
-    if file is None:
-        return {}
-    path = _find(str(file), base)
-    if path is None:
-        notes.append(f"components_cfg_file: no file {str(file)!r}; {method!r} runs with its defaults.")
-        return {}
-    try:
-        entry = (read_yaml(path, []).get(bucket) or {}).get(method)
-    except ConfigError as error:
-        problems.append(Problem("components_cfg_file", str(error)))
-        return {}
-    if entry is None:
-        notes.append(f"components_cfg_file: {path} has no {bucket}.{method}; it runs with its defaults.")
-        return {}
-    params = dict(entry.get("params") or {}) if isinstance(entry, dict) else {}
-    for name, value in params.items():
-        if isinstance(value, str) and any(part in value for part in PLACEHOLDERS) and not Path(value).exists():
-            text = (
-                f"{path}: {bucket}.{method}.params.{name} is still the template's {value!r}; put the real path there."
-            )
-            problems.append(Problem("components_cfg_file", text))
-    return params
-
-
-def _find(file: str, base: Path | None) -> Path | None:
-    for folder in (Path.cwd(), base):
-        if folder is not None and (folder / file).is_file():
-            return folder / file
-    return None

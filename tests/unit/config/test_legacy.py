@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+import earlier
 from dataflex.api import registry
 from dataflex.config.legacy import FLAT_KEYS
 from dataflex.config.loading import RunConfig, split_config
@@ -256,7 +258,8 @@ def test_mixture_keys_of_another_family_leave_a_note(base: Path) -> None:
     "keys, key, text",
     [
         ({"train_type": "dynamic_selct"}, "train_type", "did you mean 'dynamic_select'"),
-        ({"train_type": "dynamic_lego"}, "train_type", "dynamic_mix"),
+        ({"train_type": "dynamic_legos"}, "train_type", "did you mean 'dynamic_lego'"),
+        ({"train_type": "dynamic_lego"}, "component_name", "needed is the name of a pipeline"),
         ({"train_type": "dynamic_select"}, "component_name", "needed"),
         ({"train_type": "dynamic_select", "component_name": "Loss"}, "dataflex.select.method", "did you mean 'loss'"),
         ({"train_type": "dynamic_select", "component_name": "custom"}, "component_name",
@@ -336,3 +339,167 @@ def test_unknown_parameters_in_the_components_file_are_problems(base: Path) -> N
 def test_all_flat_keys_are_ours() -> None:
     raw = {"stage": "sft", **dict.fromkeys(FLAT_KEYS), "train_type": "static"}
     assert split_config(raw).llamafactory == {"stage": "sft"}
+
+
+@pytest.fixture
+def shipped(tmp_path: Path) -> Path:
+    """Return a folder with the earlier release's components file, and the files that it names."""
+    text = yaml.safe_dump(earlier.components()).replace("REFERENCE", "reference")
+    for name in ("top_indices.npy", "tsds_probs.npy"):
+        np.save(tmp_path / name, np.zeros((1, 1)))
+        text = text.replace(f" {name}", f" {tmp_path / name}")
+    (tmp_path / "components.yaml").write_text(text)
+    return tmp_path
+
+
+def given(shipped: Path, name: str, **keys: Any) -> RunConfig:
+    return split(shipped, **{**earlier.FILES[name], "components_cfg_file": "components.yaml", **keys})
+
+
+@pytest.mark.parametrize("name", earlier.FILES)
+def test_every_example_of_the_earlier_release_is_understood(shipped: Path, name: str) -> None:
+    config = given(shipped, name)
+    assert set(config.llamafactory) == {"stage", "dataset"}
+    assert config.resolved()["dataflex"] is not None
+    config.build_components()
+
+
+def test_there_are_as_many_examples_as_were_shipped() -> None:
+    assert len(earlier.FILES) == 22
+
+
+def test_selectors_that_read_files_made_before(shipped: Path) -> None:
+    near, tsds = (given(shipped, f"selectors/{name}").resolved()["dataflex"]["select"] for name in ("near", "tsds"))
+    assert (near["method"], near["indices_path"]) == ("near", str(shipped / "top_indices.npy"))
+    assert (tsds["method"], tsds["probs_path"]) == ("tsds", str(shipped / "tsds_probs.npy"))
+
+
+def test_coincide(shipped: Path) -> None:
+    config = given(shipped, "selectors/coincide")
+    found = config.resolved()["dataflex"]
+    select = found["select"]
+    assert (select["clusters"], select["cluster_iterations"], select["tau"], found["seed"]) == (10000, 10, 1.0, 42)
+    for name in ("density_chunk", "single_member_density", "clustering_batch_size"):
+        assert any(f"selectors.coincide.params.{name}" in note for note in config.notes)
+
+
+def test_weighters_have_the_defaults_of_their_release(shipped: Path) -> None:
+    adapt = given(shipped, "weighters/adapt").resolved()["dataflex"]["weight"]
+    assert (adapt["tau"], adapt["anchor_every"], adapt["center_samples"], adapt["anchors"]) == (1.0, 50, 0, None)
+    joint = given(shipped, "weighters/joint_update_aware").resolved()["dataflex"]["weight"]
+    wanted = {
+        "beta": 0.1,
+        "tau": 0.05,
+        "iterations": 5,
+        "damping": 1.0,
+        "anchors": 1,
+        "pooling": "last",
+        "mode": "full",
+    }
+    assert {key: joint[key] for key in wanted} == wanted
+    assert (joint["anchor_every"], joint["center_samples"], joint["layer"]) == (50, 0, -1)
+    bare = split(shipped, train_type="dynamic_weight", component_name="adapt").resolved()["dataflex"]["weight"]
+    assert bare["tau"] == 1.0
+    own = {"weighters": {"joint_update_aware": {"params": {"mode": "uniform", "tau": 1, "normalize": False}}}}
+    (shipped / "own.yaml").write_text(yaml.safe_dump(own))
+    config = given(shipped, "weighters/joint_update_aware", components_cfg_file="own.yaml")
+    assert config.resolved()["dataflex"]["weight"]["method"] == "uniform"
+
+
+def nice(shipped: Path, **params: Any) -> RunConfig:
+    own = {"selectors": {"nice": {"params": {"reward_backend_params": earlier.BACKENDS, **params}}}}
+    (shipped / "own.yaml").write_text(yaml.safe_dump(own))
+    return given(shipped, "selectors/nice", components_cfg_file="own.yaml")
+
+
+def test_rewards_of_nice_are_judges(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DF_API_KEY", "key")
+    config = nice(shipped, reward_model_backend="local_vllm")
+    reward = config.resolved()["dataflex"]["select"]["reward"]
+    assert (reward["type"], reward["base_url"]) == ("judge", "http://localhost:8000/v1")
+    assert reward["model"] == "meta-llama/Llama-3.1-8B"
+    assert reward["options"] == {"temperature": 0.0, "top_p": 0.9, "max_tokens": 512, "top_k": 40, "seed": 42}
+    (note,) = [note for note in config.notes if "local_vllm" in note]
+    assert "vllm serve meta-llama/Llama-3.1-8B --tensor-parallel-size 1 --gpu-memory-utilization 0.9" in note
+    reward = nice(shipped, reward_model_backend="api").resolved()["dataflex"]["select"]["reward"]
+    assert (reward["type"], reward["base_url"]) == ("judge", "https://api.openai.com/v1")
+    assert (reward["model"], reward["api_key_env"], reward["options"]) == ("gpt-4o", "DF_API_KEY", {"temperature": 0.0})
+    (shipped / "config.json").write_text("{}")
+    model = nice(shipped, reward_model_backend="api", reward_model_path=str(shipped))
+    assert any("reward_model_backend is accepted and has no effect" in note for note in model.notes)
+
+
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        ({"reward_model_backend": "locl_vllm"}, "did you mean 'local_vllm'"),
+        (
+            {
+                "reward_model_backend": "api",
+                "reward_backend_params": {"api": {"api_url": "u", "model_name": "m", "api_key": "sk-123"}},
+            },
+            "name of an environment variable",
+        ),
+    ],
+)
+def test_rewards_of_nice_that_cannot_be(shipped: Path, params: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        nice(shipped, **params)
+
+
+def test_train_step_goes_before_max_steps(shipped: Path) -> None:
+    config = given(shipped, "mixers/dynamic_moe")
+    assert "max_steps" not in config.llamafactory
+    assert config.resolved()["dataflex"]["train_steps"] == 2000
+    assert any(note.startswith("max_steps: 2000 has no effect: train_step") for note in config.notes)
+    kept = given(shipped, "mixers/dynamic_moe", train_step=0)
+    assert kept.llamafactory["max_steps"] == 2000
+
+
+def test_a_pipeline_is_a_section_of_several_families(shipped: Path) -> None:
+    config = given(shipped, "pipelines/hierarchical")
+    found = config.resolved()["dataflex"]
+    assert (found["warmup_steps"], found["update_steps"], found["updates"], found["train_steps"]) == (100, 50, -1, 500)
+    first, second = found["select"]
+    assert (first["method"], first["keep"], first["every"], second["method"]) == ("loss", 0.5, 4, "random")
+    assert (found["mix"]["method"], found["order"]["method"]) == ("odm", "saw")
+    assert found["weight"]["method"] == "loss"
+    found = given(shipped, "pipelines/select_then_reorder").resolved()["dataflex"]
+    assert (found["select"]["method"], found["select"].get("keep")) == ("less", None)
+
+
+@pytest.mark.parametrize(
+    ("stages", "text"),
+    [
+        ([], "needed is the name of a pipeline"),
+        ([{"family": "selectr", "component": "loss"}], "did you mean 'selector'"),
+        ([{"family": "selector"}], "needed is the name of a method"),
+        ([{"family": "selector", "component": "loss", "evry": 3}], "did you mean 'every'"),
+        ([{"family": "mixer", "component": "odm"}] * 2, "two stages of mix"),
+        ([{"family": "mixer", "component": "odm", "enabled": False}], "no stage is enabled"),
+        ([{"family": "selector", "component": "loss", "mode": "drew"}], "unknown mode 'drew'"),
+        ([{"family": "selector", "component": name} for name in ("loss", "random")], "must come last"),
+        (["loss"], "must be a mapping"),
+    ],
+)
+def test_pipelines_that_cannot_be(shipped: Path, stages: list[Any], text: str) -> None:
+    (shipped / "own.yaml").write_text(yaml.safe_dump({"pipelines": {"mine": {"stages": stages}}}))
+    keys = {"train_type": "dynamic_lego", "component_name": "mine", "components_cfg_file": "own.yaml"}
+    found = problems(shipped, **keys)
+    assert any(text in message for message in found.values()), found
+
+
+def test_stages_may_begin_and_act_at_times_of_their_own(shipped: Path) -> None:
+    stages = [
+        {"family": "selector", "component": "loss", "warmup_step": 4, "every": 6},
+        {"family": "mixer", "component": "random", "warmup_step": 8, "every": 4, "params": {"seed": 5}},
+        {"family": "weighter", "component": "loss", "every": 3},
+    ]
+    (shipped / "own.yaml").write_text(yaml.safe_dump({"pipelines": {"mine": stages}}))
+    keys = {"train_type": "dynamic_lego", "component_name": "mine", "components_cfg_file": "own.yaml"}
+    config = split(shipped, **keys)
+    found = config.resolved()["dataflex"]
+    assert (found["warmup_steps"], found["update_steps"], found["seed"]) == (8, 2, 5)
+    assert (found["select"]["every"], found["weight"]["every"]) == (3, 3)
+    assert any("all begin after 8" in note for note in config.notes)
+    assert any("mix decides at every decision, once in 2 steps" in note for note in config.notes)
