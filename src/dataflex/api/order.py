@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,14 +43,18 @@ class Order(Component[ParamsT]):
 
     def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
         """Return the samples of all plans, or of an order that walks the pool for each pass that it puts in order."""
-        trained = run.decided_steps * run.global_batch_size
-        if not self.walks or run.pool_size is None:
+        trained, pool = run.decided_steps * run.global_batch_size, run.pool_size
+        if not self.walks or pool is None:
             return float(trained)
         if self.renews:  # the rest of the running pass at every decision, and the passes that begin in its round
-            begins = np.arange(run.decisions) * run.round_samples % run.pool_size
-            passes = -(-(begins + run.round_samples) // run.pool_size)
-            return float((passes * run.pool_size - begins).sum())
-        return float(run.pool_size * (1 if self.repeats else math.ceil(trained / run.pool_size)))
+            begins = np.arange(run.decisions) * run.round_samples % pool
+            begun = -(-(begins + run.round_samples) // pool)
+            return float((begun * pool - begins).sum())
+        if not self.repeats:
+            return float(pool * math.ceil(trained / pool))
+        # A pass that begins with a warm-up has an order of its own.
+        warmup = run.schedule.warmup_steps > 0 and run.total_steps * run.global_batch_size > pool
+        return float(2 * pool if warmup else pool)
 
     def unfit(self, run: RunOutline) -> tuple[str, str] | None:
         """Return a parameter and why it does not fit the run, which is then an error; None: all do.
@@ -99,12 +102,11 @@ class Order(Component[ParamsT]):
         """Whether an order that walks puts what is left of a pass in order anew at every decision."""
         return False
 
-    def outline(self, run: RunOutline, domains: Mapping[str, int] | None, is_mixed: bool) -> list[str]:
+    def outline(self, run: RunOutline, is_mixed: bool) -> list[str]:
         """Return what else the plan of the run says of it, lines without a full stop.
 
         Args:
             run: what is known of it.
-            domains: samples of each domain; None: not known.
             is_mixed: whether there is a mixer.
         """
         return []

@@ -7,6 +7,7 @@ A cycle is one warm-up round of ``warmup_steps`` and ``updates`` rounds of ``upd
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -136,6 +137,7 @@ class RunOutline:
         accumulation: micro-batches of an optimizer step on one process.
         validation: validation samples of the component that is asked, 0 where it has none.
         every: it decides once in so many decisions.
+        sizes: samples of each domain; None: not known.
     """
 
     schedule: Schedule
@@ -145,6 +147,7 @@ class RunOutline:
     accumulation: int = 1
     validation: int = 0
     every: int = 1
+    sizes: Mapping[str, int] | None = None
 
     @property
     def total_steps(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal, Self, TypeVar
 
 import numpy as np
@@ -142,7 +141,7 @@ class ScoredOrder(Order[ScoreParamsT]):
         """Whether what is left of a pass is put in order anew at every decision."""
         return self.params.passes == "rest"
 
-    def outline(self, run: RunOutline, domains: Mapping[str, int] | None, is_mixed: bool) -> list[str]:
+    def outline(self, run: RunOutline, is_mixed: bool) -> list[str]:
         """Return what is put in order, and when."""
         if not self.walks:
             return []
@@ -152,7 +151,10 @@ class ScoredOrder(Order[ScoreParamsT]):
             "new": "when a pass over it begins",
             "rest": "as far as it is left of the pass, at every decision",
         }
-        return [f"{what} put in order by {self._score_in_words} {when[self.params.passes]}; the rounds walk along it"]
+        said = f"{what} put in order by {self._score_in_words} {when[self.params.passes]}; the rounds walk along it"
+        small = [name for name, size in (run.sizes or {}).items() if is_mixed and 1 < size <= self.params.jit]
+        whole = f"jit: {self.params.jit} samples are all of {', '.join(small)}, where nothing of the order is left"
+        return [said, whole] if small else [said]
 
     @property
     def _score_in_words(self) -> str:

@@ -9,7 +9,7 @@ Cost: none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -122,16 +122,30 @@ class StagesOrder(Order[StagesParams]):
             yield problem
 
     def cannot_act(self, run: RunOutline) -> str | None:
-        """Return nothing: stages say which samples come, also in a round of one step."""
-        return None
+        """Return which stages the run ends before."""
+        total = run.total_steps * run.global_batch_size
+        ends = self._ends(self._sizes(run), total) or []
+        late = [number for number, before in enumerate(ends[:-1], start=1) if before >= total]
+        if not late:
+            return None
+        stages = ", ".join(f"{number + 1} ({', '.join(self.params.stages[number].domains)})" for number in late)
+        return (
+            f"stage {stages} never begins: the stages before take all {total:,} samples of the run; train longer, or "
+            "give the stages shares"
+        )
 
-    def outline(self, run: RunOutline, domains: Mapping[str, int] | None, is_mixed: bool) -> list[str]:
+    def _sizes(self, run: RunOutline) -> list[int] | None:
+        """Return how many samples the domains of each stage have; None: not known."""
+        sizes = run.sizes
+        if sizes is None:
+            return None
+        names = tuple(sizes)
+        return [sum(sizes.get(name, 0) for name in _meant(stage.domains, names)) for stage in self.params.stages]
+
+    def outline(self, run: RunOutline, is_mixed: bool) -> list[str]:
         """Return how many steps each stage has, and how often it goes through its domains."""
         total = run.total_steps * run.global_batch_size
-        sizes = None
-        if domains is not None and all(domains.values()):
-            names = tuple(domains)
-            sizes = [sum(domains.get(name, 0) for name in _meant(stage.domains, names)) for stage in self.params.stages]
+        sizes = self._sizes(run)
         ends = self._ends(sizes, total)
         found, begin = [], 0
         for number, stage in enumerate(self.params.stages):

@@ -430,7 +430,7 @@ class RunPlan:
             yield "weights", f"in every step after warm-up, {run.decided_steps:,}: {weighing}"
         if self.components.order is not None:
             is_mixed = self.components.mix is not None
-            yield from (("order", text) for text in self.components.order.outline(run, self.data.domains, is_mixed))
+            yield from (("order", text) for text in self.components.order.outline(run, is_mixed))
 
     def _place(self, key: str) -> str:
         """Return what is said of a component's place in a chain."""
@@ -555,7 +555,8 @@ def plan_of(
     else:
         total = schedule.total_steps
         pool = data.samples if components.plans_data else None
-        run = RunOutline(schedule, keys.global_batch_size, pool, count, keys.accumulation)
+        sizes = data.domains if data.domains and all(data.domains.values()) else None
+        run = RunOutline(schedule, keys.global_batch_size, pool, count, keys.accumulation, sizes=sizes)
     return RunPlan(settings, components, keys, total, run, needs, data)
 
 

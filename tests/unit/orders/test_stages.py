@@ -154,8 +154,12 @@ def test_neither_a_mixer_nor_a_selector_goes_with_it() -> None:
 
 def test_the_plan_says_how_long_each_stage_is() -> None:
     def outline(total: int, *stages: dict[str, Any], sizes: dict[str, int] | None = SIZES) -> list[str]:
-        run = RunOutline(Schedule(0, 5, -1, total), 4, 100)
-        return build(StagesOrder, stages=list(stages)).outline(run, sizes, False)
+        run = RunOutline(Schedule(0, 5, -1, total), 4, 100, sizes=sizes)
+        order = build(StagesOrder, stages=list(stages))
+        never = order.cannot_act(run)
+        assert (never is not None) == (total == 5 and sizes is not None)
+        assert never is None or "stage 2 (a, c) never begins: the stages before take all 20 samples" in never
+        return order.outline(run, False)
 
     shared = {"domains": ["a"], "share": 0.3}, {"domains": ["b", "c"]}
     assert outline(50, *shared) == [
@@ -170,4 +174,4 @@ def test_the_plan_says_how_long_each_stage_is() -> None:
         "after the last stage the first comes again",
     ]
     assert outline(5, *passes)[1] == "stage 2 (a, c): nothing: the run ends before it"
-    assert outline(5, *passes, sizes={"a": 0, "b": 0, "c": 0})[0].endswith("which are not counted yet")
+    assert outline(5, *passes, sizes=None)[0].endswith("which are not counted yet")

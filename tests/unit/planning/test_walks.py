@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -264,11 +265,17 @@ def test_what_a_walk_costs_and_when_it_cannot_act() -> None:
     assert "every round is one optimizer step" in str(build(FoldOrder).cannot_act(run(25, 1)))
     assert "trains on 96 samples and the pool has 100" in str(once.cannot_act(run(24, 5)))
     assert "every round is one optimizer step" in str(once.cannot_act(run(1, 1)))
-    assert once.outline(run(60, 5), None, False) == [
+    assert once.outline(run(60, 5), False) == [
         "the pool is put in order by loss once, at the first decision; the rounds walk along it"
     ]
-    assert anew.outline(run(60, 5), None, True)[0].startswith("each domain is put in order by loss when a pass over it")
-    assert build(FoldOrder).outline(run(60, 5), None, False) == []
+    assert anew.outline(run(60, 5), True)[0].startswith("each domain is put in order by loss when a pass over it")
+    assert build(FoldOrder).outline(run(60, 5), False) == []
+    warm = RunOutline(Schedule(5, 5, -1, 60), 4, 100)
+    assert once.measured_samples(measurement, warm) == 200  # the rest of the first pass, and a whole one
+    windows = build(FoldOrder, by="length", scope="run", jit=30)
+    sizes = dataclasses.replace(run(60, 5), sizes={"a": 60, "b": 30, "c": 10})
+    assert "all of b, c, where nothing of the order is left" in windows.outline(sizes, True)[1]
+    assert len(windows.outline(sizes, False)) == 1
 
 
 def test_the_mixers_shares_are_what_they_are_without_a_walk() -> None:
