@@ -57,7 +57,11 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "grand": ({"method": "grand", "preconditioner": "adam"}, FULL, ["zero3"]),
     "greats": ({"method": "greats", "validation": "held"}, {}, ["ddp", "zero3"]),
     "nearest": ({"method": "near", "validation": "held", "max_k": 4}, {}, ["zero3", "fsdp2"]),
-    "nearest-encoder": ({"method": "near", "validation": "held", "max_k": 4, "encoder": "the model"}, {}, ["ddp"]),
+    "nearest-encoder": (
+        {"method": "near", "validation": "held", "max_k": 4, "encoder": "the model"},
+        {},
+        ["ddp", "zero3", "fsdp2"],
+    ),
     "icons": ({"method": "icons", "validation": "held,gamma", "proj_dim": 256}, {}, ["ddp"]),
     "cluster_less": (
         {"method": "cluster_less", "validation": "held", "proj_dim": 256, "cluster_size": 8, "representatives": 2},
@@ -249,8 +253,9 @@ def test_two_processes_select_what_one_does(runs: Any, method: str, mode: str) -
     assert len({frozenset(plan) for plan in one}) == 2  # the model's training changes what is selected
 
 
-def test_two_processes_keep_the_embeddings_that_one_does(runs: Any) -> None:
-    one, two = (sorted((runs.root / f"nearest-encoder-{mode}" / "embeddings").iterdir()) for mode in ("one", "ddp"))
+@pytest.mark.parametrize("mode", ["ddp", "zero3", "fsdp2"])
+def test_two_processes_keep_the_embeddings_that_one_does(runs: Any, mode: str) -> None:
+    one, two = (sorted((runs.root / f"nearest-encoder-{each}" / "embeddings").iterdir()) for each in ("one", mode))
     assert [folder.name for folder in one] == [folder.name for folder in two]
     assert len(one) == 2
     for first, second in zip(one, two, strict=True):

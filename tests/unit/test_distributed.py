@@ -43,6 +43,9 @@ def work(rank: int, root: Path) -> None:
     assert time.perf_counter() - began > 0.9 * LONGER  # both waited
     with pytest.raises(ComponentError, match="no judge"):
         distributed.on_main(failing)
+    assert distributed.on_each(lambda: rank) == [0, 1]
+    with pytest.raises(ComponentError, match="no judge"):
+        distributed.on_each(failing if rank == 1 else lambda: "done")
     group = distributed._waiting_group()
     assert distributed._waiting_group() is group
     assert group is not dist.group.WORLD

@@ -53,8 +53,12 @@ class EncoderRun:
         Raises:
             DataFlexError: if it cannot be loaded, or its service does not answer.
         """
+        from dataflex.probe.mode import preserved_rng
+        from dataflex.probe.reference import whole_models
+
         if self._encoder is None:
-            with quietly():
+            # Whole on each process, and without a trace in the random streams that the model in training begins with.
+            with quietly(), whole_models(), preserved_rng():
                 self._encoder = self.choice.load(self.device)
         return self._encoder
 
@@ -96,10 +100,12 @@ class EncoderRun:
 
     def _make(self, folder: Path, texts: Texts, missing: list[int], what: str) -> None:
         """Make this process's share of the missing chunks."""
+        from dataflex.probe.mode import preserved_rng
+
         store, encoder = EmbeddingStore.load(folder), self.open()
         assert store is not None
         mine = missing[distributed.rank() :: distributed.world_size()]
-        with ThreadPoolExecutor(1) as reader:  # the next texts are decoded while the device works
+        with preserved_rng(), ThreadPoolExecutor(1) as reader:  # the next texts are decoded while the device works
             ahead = [reader.submit(texts.read, *store.range_of(chunk)) for chunk in mine[:1]]
             for number, chunk in enumerate(self._bar(mine, what)):
                 read = ahead.pop().result()

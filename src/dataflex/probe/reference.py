@@ -167,7 +167,7 @@ def load_reference(
     is_adapter = (Path(name) / "adapter_config.json").is_file()
     kind: Any = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
     try:
-        with _whole_models(), preserved_rng():
+        with whole_models(), preserved_rng():
             theirs = AutoTokenizer.from_pretrained(name, **options)
             problem = vocabulary_problem(tokenizer.get_vocab(), theirs.get_vocab(), name)
             if problem is not None:
@@ -182,7 +182,7 @@ def load_reference(
 
 
 @contextmanager
-def _whole_models() -> Iterator[None]:
+def whole_models() -> Iterator[None]:
     """Have models loaded whole on every process, though the run spreads its own over them."""
     from transformers.integrations import deepspeed
 

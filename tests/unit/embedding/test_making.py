@@ -89,6 +89,23 @@ def test_what_is_made_is_neither_made_nor_loaded_again(tmp_path: Path) -> None:
     assert run_of(tmp_path, name="other").embed(TextList(TEXTS)).folder != first.folder
 
 
+def test_an_encoder_leaves_no_trace_in_random_streams(tmp_path: Path) -> None:
+    import torch
+
+    class Drawing(Letters):
+        def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            torch.rand(3)
+            return super().encode(texts)
+
+    run = run_of(tmp_path, Drawing())
+    choice: Any = run.choice
+    load = choice.load
+    choice.load = lambda device: (torch.rand(3), load(device))[1]
+    before = torch.get_rng_state()
+    run.embed(TextList(TEXTS))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_finished_chunks_outlive_a_kill(tmp_path: Path) -> None:
     encoder = Letters(until=8)
     with pytest.raises(KeyboardInterrupt):
