@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import earlier_files
 import numpy as np
 import psutil
 import pytest
@@ -26,6 +27,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+import earlier
 import tiny
 from dataflex.cli import main
 from dataflex.record.reader import read_run
@@ -152,7 +154,9 @@ def runs(workshop: Any) -> Any:
     add_strategies(workshop, 1)
     add_deaths(workshop)
     add_resumes(workshop)
-    workshop.start(1)
+    with earlier_files.judge() as address:
+        earlier_files.add_earlier(workshop, address)
+        workshop.start(1)
     return workshop
 
 
@@ -333,6 +337,19 @@ def test_a_method_that_cannot_act_says_so_on_record(runs: Any) -> None:
         assert line["undecided"] == {"mix": "there are no laws yet, the shares are the prior"}
     summary = json.loads((runs.root / "default-less" / "dataflex" / "summary.json").read_text())
     assert "notes" not in summary
+
+
+@pytest.mark.parametrize("name", earlier.FILES)
+def test_the_examples_of_the_earlier_release_train(runs: Any, name: str) -> None:
+    run, keys = f"earlier-{name.replace('/', '-')}", earlier.shortened(earlier.FILES[name])
+    trace = runs.trace(run)
+    updates = max(keys.get("update_times", 2), 2)
+    assert [entry["step"] for entry in trace["history"] if "loss" in entry] == list(range(1, 2 + 2 * updates))
+    family, _, method = name.partition("/")
+    lines = runs.rounds(run)
+    assert [line["steps"] for line in lines] == ([] if family == "weighters" else [1, *[2] * updates])
+    if family == "selectors":
+        assert all(line["components"] == {"select": method} for line in lines[1:] if not line.get("undecided"))
 
 
 @pytest.mark.parametrize(("ours", "plain"), [("no-section-lora", "sft-lora-1"), ("no-section-pt", "pt-full-1")])
