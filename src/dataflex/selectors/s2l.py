@@ -154,11 +154,20 @@ def clusters_of(points: NDArray[np.float32], params: S2lParams, seed: int) -> ND
     """Return the cluster of each trajectory by k-means, shape (n,); there are no more clusters than different ones."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
-    number = min(params.clusters, np.unique(points, axis=0).shape[0])
+    number = _different(points, params.clusters)
     kind = KMeans if points.shape[0] <= _EXACT_KMEANS else MiniBatchKMeans
     model = kind(number, n_init=1, max_iter=params.iterations, random_state=seed)
     labels: NDArray[np.int64] = model.fit_predict(points).astype(np.int64)
     return labels
+
+
+def _different(points: NDArray[np.float32], enough: int) -> int:
+    """Return how many different trajectories there are, at most ``enough``; most are told by the first few."""
+    looked_at, found = 0, 0
+    while looked_at < len(points) and found < enough:
+        looked_at = max(4 * enough, 4 * looked_at)
+        found = np.unique(points[:looked_at], axis=0).shape[0]
+    return min(found, enough)
 
 
 def evenly(clusters: NDArray[np.int64], leftover_size: int, rng: np.random.Generator) -> IndexArray:
