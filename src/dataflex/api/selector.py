@@ -64,6 +64,9 @@ class Selector(Component[ParamsT]):
         """Whether :meth:`choose` may return a candidate several times."""
         return False
 
+    without_score: ClassVar[str | None] = None
+    """Why a candidate with a token to train on may have no score, and what to set then; None: each has one."""
+
     @property
     def rule_params(self) -> SelectorParams | None:
         """Its parameters, if they are those of a selector that chooses by one score per sample; else None."""
@@ -216,6 +219,11 @@ def too_few_scores(selector: Selector, pool: Pool, candidates: IndexArray, score
         return (
             f"{count} samples are wanted but {scored} (the others have no token to train on). Shorten update_steps or "
             "check the data."
+        )
+    if selector.without_score is not None:
+        return (
+            f"select {selector.name}: {count} samples are wanted but {scored}: {selector.without_score}. Or shorten "
+            "update_steps."
         )
     shown = ", ".join(map(str, strange[:5])) + (", ..." if strange.size > 5 else "")
     others = f", {untrained} more have none" if untrained else ""

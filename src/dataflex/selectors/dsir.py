@@ -89,6 +89,8 @@ class DsirSelector(Selector[DsirParams]):
         "the scores are made of the text alone, once in a run, and need no forward; remove it"
     )
 
+    without_score: ClassVar[str | None] = "the others have fewer than min_words words; lower it"
+
     def __init__(self, params: DsirParams) -> None:
         super().__init__(params)
         self._weights: NDArray[np.float64] | None = None
@@ -97,6 +99,26 @@ class DsirSelector(Selector[DsirParams]):
     def needs(self, run: RunView) -> Needs:
         """Return the validation samples."""
         return Needs(validation=self.params)
+
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
+        """Yield another number of target_shares than of data sets, if these are the sub-tasks."""
+        shares, names = self.params.target_shares, self.params.validation
+        if (
+            shares is not None
+            and names is not None
+            and self.params.subtask_column is None
+            and len(shares) != len(names)
+        ):
+            yield "target_shares", f"has {len(shares)} numbers for {len(names)} sub-tasks ({', '.join(names)})."
+
+    def pool_problems(self, pool: Pool) -> Iterator[tuple[str, str]]:
+        """Yield that all samples are too short, as far as their tokens tell: a word has one or more."""
+        longest = int(pool.lengths.max())
+        if longest < self.params.min_words:
+            yield (
+                "min_words",
+                f"no sample has {self.params.min_words} words: the longest has {longest} tokens. Lower it.",
+            )
 
     def begin(self, ctx: RoundContext) -> None:
         """Weigh all samples of the pool, once in a run."""

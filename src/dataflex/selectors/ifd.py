@@ -94,6 +94,10 @@ def _answer_alone(row: dict[str, Any]) -> dict[str, Any]:
 class IfdSelector(Selector[IfdParams]):
     """Prefers samples whose answer is hard to follow from the prompt."""
 
+    without_score: ClassVar[str | None] = (
+        "the prompts of the others are of no help, as their ratios are beyond the limit; raise limit, or set it to null"
+    )
+
     def __init__(self, params: IfdParams) -> None:
         super().__init__(params)
         self._answers: Answers | None = None

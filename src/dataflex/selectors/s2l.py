@@ -76,14 +76,16 @@ class S2lSelector(Selector[S2lParams]):
             yield "method", "s2l chooses by the losses of training steps, and scoring a pool trains nothing."
 
     def cannot_act(self, run: RunOutline) -> str | None:
-        """Return that no loss is seen before the only decision, or only those of a part of the pool."""
-        if run.decisions == 1 and not run.schedule.warmup_steps:
+        """Return that the only decision comes before losses are seen, or when only those of a part of the pool are."""
+        if run.decisions != 1:
+            return None
+        if not run.schedule.warmup_steps:
             return "the only decision comes before the first step, whose losses it would choose by; set warmup_steps"
         warmup = run.schedule.warmup_steps * run.global_batch_size
         if run.pool_size is not None and warmup < run.pool_size:
             return (
                 f"the warm-up trains {warmup} of about {run.pool_size} samples; the others have no trajectory at the "
-                "first decision and are one cluster. Set warmup_steps to one pass or more"
+                "only decision and are one cluster. Set warmup_steps to one pass or more, or lower update_steps"
             )
         return None
 

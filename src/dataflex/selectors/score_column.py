@@ -39,6 +39,7 @@ class ScoreColumnSelector(Selector[ScoreColumnParams]):
     """Prefers samples with large, or small, values of a column."""
 
     partial_scores: ClassVar[str | None] = "the scores are in the data and cost nothing; remove it"
+    without_score: ClassVar[str | None] = "the others have no number in the column; check the data"
 
     def needs(self, run: RunView) -> Needs:
         """Return the column."""

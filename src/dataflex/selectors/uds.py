@@ -75,7 +75,9 @@ class UdsSelector(Selector[UdsParams]):
     def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
         """Return the candidates of every decision; of projections alone, the samples that are remembered."""
         if isinstance(measurement, LogitProjections):
-            return float(self.params.memory * run.decisions)
+            warmup = run.total_steps - run.decided_steps
+            steps = warmup + np.arange(run.decisions) * run.decided_steps / max(run.decisions, 1)
+            return float(np.minimum(steps * run.global_batch_size, self.params.memory).sum())
         return super().measured_samples(measurement, run)
 
     def on_step(self, statistics: StepStatistics) -> None:

@@ -35,6 +35,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "schedule": {"points": [{"step": 0, "proportions": [1, 1, 1]}]},
     "doremi": {"reference_model": "r"},
     "score_column": {"column": "quality"},
+    "rho_loss": {"reference_model": "r"},
+    "dsir": {"validation": "v"},
+    "deita": {"quality": "quality"},
     "stages": {"stages": [{"domains": ["a"]}, {"domains": ["b", "c"]}]},
 }
 

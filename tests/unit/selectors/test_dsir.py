@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dataflex.data.pool import Pool
-from dataflex.errors import ConfigError
+from dataflex.errors import ComponentError, ConfigError
 from dataflex.selectors.dsir import DsirSelector, Grams, Hasher, in_turn, log_ratios, log_weights
 from unit.fakes import build, context, make_pool, scores_of
 
@@ -198,3 +198,22 @@ def test_duplicated_samples_have_one_weight() -> None:
     texts = draw_texts(np.random.default_rng(8), 5)
     found = weigh(texts + texts[:2] * 3, {"t": texts[:2]})[:, 0]
     assert found[5:].tolist() == found[:2].tolist() * 3
+
+
+def test_what_shows_before_the_model_is_loaded() -> None:
+    selector = build(DsirSelector, min_words=8)
+    (problem,) = selector.pool_problems(make_pool({"a": 3}, lengths=[5, 7, 6]))
+    assert problem == ("min_words", "no sample has 8 words: the longest has 7 tokens. Lower it.")
+    assert not list(selector.pool_problems(make_pool({"a": 1}, lengths=[8])))
+    view: Any = None
+    given = {"separate_targets": True, "target_shares": [1.0, 2.0], "validation": ["a"]}
+    assert [key for key, _ in build(DsirSelector, **given).problems(view)] == ["target_shares"]
+    assert not list(build(DsirSelector, **{**given, "validation": ["a", "b"]}).problems(view))
+
+
+def test_too_few_long_texts() -> None:
+    texts = ["a b", "c d", *draw_texts(np.random.default_rng(9), 3, least=5)]
+    selector, ctx = selector_and_context(texts, {"t": texts}, min_words=5)
+    selector.begin(ctx)
+    with pytest.raises(ComponentError, match="only 3 of 5 have a score: the others have fewer than min_words words"):
+        selector.choose(ctx, np.arange(5), 4)

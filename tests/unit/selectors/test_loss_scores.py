@@ -275,3 +275,10 @@ def few_tokens() -> list[dict[str, Any]]:
         {key: [value if value < 0 else value % 23 + 2 for value in values] for key, values in row.items()}
         for row in rows()
     ]
+
+
+def test_too_few_prompts_that_help() -> None:
+    pool = make_pool({"a": 4}, rows=rows()[:4])
+    ctx = dataclasses.replace(context(pool), probe=TwoLosses())
+    with pytest.raises(ComponentError, match="only 2 of 4 have a score: the prompts of the others are of no help"):
+        decided(build(IfdSelector, limit=0.7), ctx, group_of(pool, 3))

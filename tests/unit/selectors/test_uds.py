@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dataflex import LogitNorms, LogitProjections
+from dataflex.api.schedule import RunOutline, Schedule
 from dataflex.data.rng import derive_rng
 from dataflex.probe import logit_norms
 from dataflex.probe.logit_norms import nuclear_norm
@@ -140,3 +141,10 @@ def test_without_diversity_nothing_is_remembered() -> None:
     selector.on_step(step([1, 2], [1.0, 1.0]))
     assert selector.state_dict()["recent"].size == 0
     assert build(UdsSelector).needs(None).step_losses == "samples"
+
+
+def test_projections_are_counted_as_far_as_there_are_samples() -> None:
+    run = RunOutline(Schedule(2, 5, -1, 22), 4, 100)
+    selector = build(UdsSelector, memory=30)
+    assert selector.measured_samples(LogitProjections(), run) == 8 + 28 + 30 + 30
+    assert selector.measured_samples(LogitNorms(), run) == 400
