@@ -134,7 +134,7 @@ def _kernel_sums(queries: _Queries, bandwidth: float, k: int) -> NDArray[np.floa
     squares = np.einsum("ij,ij->i", queries.exact, queries.exact)
     cut = ((squares - bandwidth**2) / 2).astype(queries.dtype)
     sums, counts = np.zeros(len(queries)), np.zeros(len(queries), dtype=np.int64)
-    for _, scores in queries.blocks():
+    for _, _, scores in queries.blocks():
         rows, _, values = scores.above(cut)
         kernels = np.minimum(1.0, (values.astype(np.float64) - cut[rows]) * 2 / bandwidth**2)
         sums += np.bincount(rows, kernels, minlength=len(queries))
@@ -152,6 +152,10 @@ class _Scores(Protocol):
 
     def above(self, cut: Vectors) -> tuple[NDArray[np.int64], NDArray[np.int64], Vectors]:
         """Return rows, columns (by row, then column) and values of the scores above each row's ``cut``."""
+        ...
+
+    def best(self, count: int) -> tuple[NDArray[np.int64], Vectors]:
+        """Return columns and values of the ``count`` largest scores of each row, in any order; all if there are fewer."""
         ...
 
 
@@ -194,13 +198,13 @@ class _Queries:
             return np.full(len(self), unit)
         return unit * (self.lengths * self.longest + self.longest**2)
 
-    def blocks(self) -> Iterator[tuple[int, _Scores]]:
-        """Yield the scores of all base rows in blocks, each with the number of its first row."""
+    def blocks(self) -> Iterator[tuple[int, int, _Scores]]:
+        """Yield the scores of all base rows in blocks, with the number of the first row and how many there are."""
         width = max(len(self), self.base.shape[1])
         rows = max(256, min(self.device_cells // width, self.base.shape[0]))
         for begin in range(0, self.base.shape[0], rows):
             block = np.asarray(self.base[begin : begin + rows])
-            yield begin, self.scores(begin, block)
+            yield begin, len(block), self.scores(begin, block)
 
     def scores(self, begin: int, block: Vectors) -> _Scores:
         """Return the scores of base rows from ``begin`` on, (m, n)."""
@@ -235,6 +239,13 @@ class _HostScores:
         places = np.flatnonzero(self.values > cut[:, None])
         rows, columns = np.divmod(places, self.values.shape[1])
         return rows, columns, self.values.reshape(-1)[places]
+
+    def best(self, count: int) -> tuple[NDArray[np.int64], Vectors]:
+        size = self.values.shape[1]
+        if size <= count:
+            return np.broadcast_to(np.arange(size), self.values.shape), self.values.copy()
+        columns = np.argpartition(self.values, size - count, axis=1)[:, size - count :]
+        return columns, np.take_along_axis(self.values, columns, axis=1)
 
 
 class _HostQueries(_Queries):
@@ -279,6 +290,10 @@ class _DeviceScores:
         places = (self.values > limit[:, None]).view(-1).nonzero().squeeze(1)
         rows, columns = np.divmod(places.cpu().numpy(), self.values.shape[1])
         return rows, columns, self.values.view(-1)[places].cpu().numpy()
+
+    def best(self, count: int) -> tuple[NDArray[np.int64], Vectors]:
+        values, columns = self.values.topk(min(count, self.values.shape[1]), dim=1, sorted=False)
+        return columns.cpu().numpy(), values.cpu().numpy()
 
 
 class _DeviceQueries(_Queries):
@@ -360,6 +375,20 @@ class _Best:
         self._waiting: list[tuple[NDArray[np.int64], NDArray[np.int64], Vectors]] = []
         self._counts = np.zeros(queries, dtype=np.int64)
 
+    def begin(self, scores: _Scores, size: int) -> None:
+        """Take the best of the first block, of ``size`` base rows from 0 on."""
+        columns, values = scores.best(self.width)
+        place = columns.shape[1]
+        self.ids[:, :place], self.values[:, :place] = columns, values
+        self.ids[np.isneginf(self.values)] = -1  # a query itself
+        if size > self.width:
+            self.dropped = self.values.min(axis=1)
+        self._rank()
+
+    def _rank(self) -> None:
+        place = self.width - self.count
+        self.last = np.partition(self.values, place, axis=1)[:, place]
+
     def add(self, rows: NDArray[np.int64], ids: NDArray[np.int64], values: Vectors) -> None:
         """Take note of candidates, in the order of ``rows``."""
         self._waiting.append((rows, ids, values))
@@ -383,8 +412,7 @@ class _Best:
         is_cut = np.count_nonzero(self.ids >= 0, axis=1) + self._counts > self.width
         self.values, self.ids = np.take_along_axis(values, kept, axis=1), np.take_along_axis(ids, kept, axis=1)
         self.dropped = np.where(is_cut, np.maximum(self.dropped, self.values.min(axis=1)), self.dropped)
-        place = self.width - self.count
-        self.last = np.partition(self.values, place, axis=1)[:, place]
+        self._rank()
         self._waiting, self._counts = [], np.zeros_like(self._counts)
 
     def finish(self) -> None:
@@ -396,7 +424,10 @@ class _Best:
 def _search(queries: _Queries, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the nearest base rows of some queries, and their distances, both (m, count)."""
     best = _Best(len(queries), count, queries.dtype)
-    for begin, scores in queries.blocks():
+    for begin, size, scores in queries.blocks():
+        if begin == 0:
+            best.begin(scores, size)
+            continue
         rows, columns, values = scores.above(_cut(best.last, queries))
         best.add(rows, columns + begin, values)
     best.finish()
@@ -405,14 +436,30 @@ def _search(queries: _Queries, count: int) -> tuple[NDArray[np.int64], NDArray[n
     cut = _cut(best.last, queries)
     is_crowded = best.dropped > cut
     clear = np.flatnonzero(~is_crowded)
-    flat = np.repeat(clear, best.width), best.ids[clear].ravel()
-    is_there = flat[1] >= 0
-    found[clear], distances[clear] = _ordered(queries, flat[0][is_there], flat[1][is_there], count)
+    found[clear], distances[clear] = _sorted(queries, clear, np.sort(best.ids[clear], axis=1), count)
     crowded = np.flatnonzero(is_crowded)
     for begin in range(0, crowded.size, _CROWDED):
         chosen = crowded[begin : begin + _CROWDED]
         found[chosen], distances[chosen] = _crowded(queries, chosen, cut, count)
     return found, distances
+
+
+def _sorted(
+    queries: _Queries, rows: NDArray[np.int64], ids: NDArray[np.int64], count: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the first ``count`` of each query's candidates by distance and index.
+
+    Args:
+        queries: all of them.
+        rows: those that are asked for, shape (m,).
+        ids: their candidates, ascending, -1 for none, shape (m, width).
+        count: at most the candidates of any.
+    """
+    is_there = ids >= 0
+    distances = np.full(ids.shape, np.inf)
+    distances[is_there] = queries.measured(np.repeat(rows, np.count_nonzero(is_there, axis=1)), ids[is_there])
+    order = np.argsort(distances, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(distances, order, axis=1)
 
 
 def _cut(last: Vectors, queries: _Queries) -> Vectors:
@@ -427,7 +474,7 @@ def _crowded(
     limits = np.full(len(queries), np.inf, dtype=queries.dtype)
     limits[chosen] = cut[chosen]
     kept_rows, kept_ids = [], []
-    for begin, scores in queries.blocks():
+    for begin, _, scores in queries.blocks():
         rows, columns, _ = scores.above(limits)
         kept_rows.append(rows)
         kept_ids.append(columns + begin)
