@@ -22,6 +22,7 @@ import platform
 import resource
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,12 @@ def index_of(vectors: NDArray[np.float32], exact: bool) -> Any:
 def theirs(queries: NDArray[np.float32], base: NDArray[np.float32], exact: bool) -> tuple[NDArray[np.float64], Any]:
     """Return the probabilities by the steps of the authors' code, and the seconds of each."""
     marks = [("start", time.perf_counter())]
-    number, size = len(queries), len(base)
+    size = len(base)
     max_k, kde_k = min(MAX_K, size // 10), min(KDE_K, size // 10)
     squares, ids = index_of(base, exact).search(queries, max_k)
     d = np.sqrt(np.maximum(squares, 0))
     marks.append(("neighbours", time.perf_counter()))
-    known, places = np.unique(ids[ids >= 0], return_inverse=True)
+    known = np.unique(ids[ids >= 0])
     among = base[known]
     squares, others = index_of(among, exact).search(among, kde_k)
     kernel = np.where(others >= 0, np.maximum(0, 1 - squares / SIGMA**2), 0)
@@ -88,7 +89,7 @@ def theirs(queries: NDArray[np.float32], base: NDArray[np.float32], exact: bool)
     marks.append(("densities", time.perf_counter()))
     shares = by_heap(d.astype(np.float64), ids, rho, size)
     marks.append(("heap", time.perf_counter()))
-    return shares, {name: now - before for (_, before), (name, now) in zip(marks, marks[1:], strict=False)}
+    return shares, {name: now - before for (_, before), (name, now) in pairwise(marks)}
 
 
 def by_heap(d: NDArray[np.float64], ids: NDArray[np.int64], rho: NDArray[np.float64], size: int) -> NDArray[np.float64]:
@@ -124,13 +125,18 @@ def by_heap(d: NDArray[np.float64], ids: NDArray[np.int64], rho: NDArray[np.floa
 
 def ours(queries: NDArray[np.float32], base: NDArray[np.float32], exact: bool) -> tuple[NDArray[np.float64], Any]:
     """Return the probabilities by the selector's own function."""
+    from dataflex import nearest
     from dataflex.selectors.tsds import TsdsParams, probabilities
 
     size = len(base)
     params = TsdsParams(
         alpha=ALPHA, c=C, sigma=SIGMA, max_k=min(MAX_K, size // 10), kde_k=min(KDE_K, size // 10), encoder="made before"
     )
-    return probabilities(queries, base, params), {}
+    began = time.perf_counter()
+    ids, distances = nearest(queries, base, params.max_k, metric="l2")
+    found = time.perf_counter()
+    shares = probabilities(ids, distances, base, params)
+    return shares, {"neighbours": found - began, "densities and level": time.perf_counter() - found}
 
 
 def run(folder: str, which: str, exact: bool, pipe: Any) -> None:

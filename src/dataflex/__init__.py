@@ -46,6 +46,7 @@ from dataflex.data.rng import derive_rng, key_of
 from dataflex.data.rules import ScoreArray, ranks_among, ranks_among_scored, sample_softmax, sample_without_replacement
 from dataflex.data.sampling import IndexArray, KeyedPermutation, exactly
 from dataflex.distributed import on_main
+from dataflex.embedding.approximate import find_neighbours
 from dataflex.embedding.clusters import spherical_kmeans
 from dataflex.embedding.neighbours import kernel_densities, nearest
 from dataflex.embedding.stored import embed_texts
@@ -138,6 +139,7 @@ EXPORTS = {
     "embed_texts": "dataflex.embedding.stored",
     "exactly": "dataflex.data.sampling",
     "kernel_densities": "dataflex.embedding.neighbours",
+    "find_neighbours": "dataflex.embedding.approximate",
     "key_of": "dataflex.data.rng",
     "nearest": "dataflex.embedding.neighbours",
     "on_main": "dataflex.distributed",
@@ -228,6 +230,7 @@ __all__ = [
     "distinct",
     "embed_texts",
     "exactly",
+    "find_neighbours",
     "kernel_densities",
     "key_of",
     "nearest",

@@ -322,6 +322,8 @@ class RoundContext:
     """Gives embeddings, if the component asked for them; call :meth:`embeddings`."""
     undecided: list[str] = field(default_factory=list)
     """Why nothing was decided, as :meth:`not_decided` was told."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of the decision, as :meth:`note` was told."""
 
     @property
     def validation(self) -> Pool:
@@ -368,3 +370,7 @@ class RoundContext:
         selector can also say so of each group, in :attr:`Selection.undecided`.
         """
         self.undecided.append(why)
+
+    def note(self, text: str) -> None:
+        """Tell the user something about this decision: it is warned of now, and is in the run's summary."""
+        self.notes.append(text)

@@ -168,6 +168,8 @@ def score_pool(run: LoadedRun, model: LoadedModel, output: Path, amount: Amount)
     groups = [np.arange(begin, end) for begin, end in pairwise(ends.tolist())]
     selector.begin(ctx)
     scores = np.concatenate([check_scores(selector, selector.score(ctx, group), group) for group in groups])
+    if distributed.rank() == 0:
+        print(*(f"dataflex: {note}" for note in ctx.notes), sep="\n", end="\n" if ctx.notes else "")
     scored = int(np.count_nonzero(~np.isnan(scores)))
     if not scored:
         raise DataFlexError(

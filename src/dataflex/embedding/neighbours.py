@@ -92,6 +92,13 @@ def nearest(
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
+def pair_distances(
+    queries: Vectors, base: Vectors, rows: NDArray[np.int64], ids: NDArray[np.int64], metric: Metric
+) -> NDArray[np.float64]:
+    """Return the distances of pairs of a query and a base row as :func:`nearest` has them, shape (n,)."""
+    return _HostQueries(queries, base, metric, None).measured(rows, ids)
+
+
 def kernel_densities(
     vectors: Vectors,
     rows: NDArray[np.int64],
@@ -155,7 +162,7 @@ class _Scores(Protocol):
         ...
 
     def best(self, count: int) -> tuple[NDArray[np.int64], Vectors]:
-        """Return columns and values of the ``count`` largest scores of each row, in any order; all if there are fewer."""
+        """Return columns and values of each row's ``count`` largest scores, in any order; all if there are fewer."""
         ...
 
 

@@ -138,6 +138,8 @@ class Planner:
         self.expected = schedule if total is None else replace(schedule, total_steps=total)
         self._mixing: list[str] = []
         """Why the mixer decided nothing in the present round."""
+        self.notes: list[str] = []
+        """What components told the user since somebody read and cleared this."""
         self.seed, self.global_batch_size, self.arrangement = seed, global_batch_size, arrangement
         shuffle = arrangement != "sequential"
         self._pool_sampler = PassSampler(pool.size, seed=seed, name="pool", shuffle=shuffle)
@@ -286,6 +288,7 @@ class Planner:
             reference_losses=self.readings.references.get(key),
             learning_rate=self.readings.learning_rate(),
             embedding_source=None if embeddings is None else embeddings.of_all(key),
+            notes=self.notes,
         )
 
     def _groups(

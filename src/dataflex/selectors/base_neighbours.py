@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from dataflex import (
     ComponentError,
@@ -20,6 +22,7 @@ from dataflex import (
     RunView,
     Selector,
     ValidationParams,
+    find_neighbours,
 )
 
 
@@ -50,6 +53,42 @@ class TargetSelector(Selector[TargetT]):
                 f"selector {self.name!r}: no validation sample has text to embed; check the data and embedding_text."
             )
         return vectors[rows], ctx.validation.domain_ids(rows)
+
+
+class NeighbourParams(TargetParams):
+    """Parameters of selectors that look up the nearest candidates of every validation sample."""
+
+    search: Literal["auto", "exact", "faiss"] = Field(
+        "auto",
+        description="How neighbours are found: exactly, by an index of faiss, or exactly up to two million candidates.",
+    )
+
+
+NeighbourT = TypeVar("NeighbourT", bound=NeighbourParams, covariant=True)
+
+
+class NeighbourSelector(TargetSelector[NeighbourT]):
+    """Base of selectors that look up the nearest candidates of every validation sample."""
+
+    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
+        """Yield that faiss is not installed."""
+        yield from super().problems(run)
+        if self.params.search == "faiss" and find_spec("faiss") is None:
+            yield "search", "faiss is not installed; pip install 'dataflex[embeddings]', or set search: exact."
+
+    def neighbours(
+        self, ctx: RoundContext, base: EmbeddingArray, k: int, metric: Literal["cosine", "l2"]
+    ) -> tuple[IndexArray, NDArray[np.float32]]:
+        """Return the ``k`` nearest of some embeddings to each validation sample's, and the distances, both (M, k)."""
+        queries, _ = self.queries(ctx)
+        found = find_neighbours(queries, base, k, metric=metric, search=self.params.search)
+        if found.recall is not None:
+            ctx.note(
+                f"select {self.name}: faiss found {100 * found.recall:.1f} % of the {found.indices.shape[1]} nearest "
+                f"neighbours among {len(base)} candidates, compared with an exact search for some of the "
+                f"{len(queries)} validation samples."
+            )
+        return found.indices, found.distances
 
 
 def usable(selector: Selector[Any], ctx: RoundContext, candidates: IndexArray, count: int) -> IndexArray:

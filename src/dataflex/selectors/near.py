@@ -15,7 +15,6 @@ encoder both are made once.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -34,12 +33,11 @@ from dataflex import (
     ScoreArray,
     Selection,
     State,
-    nearest,
     register,
 )
 from dataflex.selectors.base_neighbours import (
-    TargetParams,
-    TargetSelector,
+    NeighbourParams,
+    NeighbourSelector,
     array_file,
     file_problems,
     scanned,
@@ -47,10 +45,8 @@ from dataflex.selectors.base_neighbours import (
     vectors_of,
 )
 
-logger = logging.getLogger(__name__)
 
-
-class NearParams(TargetParams):
+class NearParams(NeighbourParams):
     """Parameters of NEAR."""
 
     max_k: int = Field(
@@ -63,7 +59,7 @@ class NearParams(TargetParams):
 
 
 @register("selector", "near")
-class NearSelector(TargetSelector[NearParams]):
+class NearSelector(NeighbourSelector[NearParams]):
     """Takes the nearest neighbours of every validation sample, rank by rank."""
 
     state_depends_on: ClassVar[frozenset[str]] = frozenset({"indices_path", "encoder"})
@@ -83,7 +79,8 @@ class NearSelector(TargetSelector[NearParams]):
         return super().needs(run) if self.params.indices_path is None else Needs()
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield what is wrong with the file of the lists."""
+        """Yield what is wrong with the file of the lists, or with the search."""
+        yield from super().problems(run)
         if self.params.indices_path is not None:
             yield from file_problems("indices_path", self.params.indices_path, 2)
 
@@ -121,9 +118,9 @@ class NearSelector(TargetSelector[NearParams]):
         left = np.flatnonzero(~self._taken[order])
         places = left[:count]
         if left.size < count:
-            logger.warning(
-                "select near: the lists of neighbours are used up after %d samples; they are read from the top again.",
-                order.size,
+            ctx.note(
+                f"select near: the lists of neighbours are used up after {order.size} samples in round {ctx.round}; "
+                "they are read from the top again."
             )
             self._taken[order] = False
             again = np.setdiff1d(np.arange(order.size), places)[: count - places.size]
@@ -149,8 +146,7 @@ class NearSelector(TargetSelector[NearParams]):
         known = self._kept.get(key)
         if known is not None and known[1] == self._depth and np.array_equal(known[0], candidates):
             return known[2], known[3]
-        queries, _ = self.queries(ctx)
-        found, distances = nearest(queries, vectors_of(ctx, candidates), self._depth, share=True)
+        found, distances = self.neighbours(ctx, vectors_of(ctx, candidates), self._depth, "cosine")
         order, first = scanned(found)
         cosines = 1 - distances.T.ravel()[first]
         if self.params.encoder is not None:

@@ -44,14 +44,13 @@ from dataflex import (
     Selection,
     State,
     kernel_densities,
-    nearest,
     ranks_among,
     register,
     sample_without_replacement,
 )
 from dataflex.selectors.base_neighbours import (
-    TargetParams,
-    TargetSelector,
+    NeighbourParams,
+    NeighbourSelector,
     array_file,
     file_problems,
     usable,
@@ -61,7 +60,7 @@ from dataflex.selectors.base_neighbours import (
 Numbers = NDArray[np.float64]
 
 
-class TsdsParams(TargetParams):
+class TsdsParams(NeighbourParams):
     """Parameters of TSDS."""
 
     variant: Literal["kde", "uniform"] = Field(
@@ -89,7 +88,7 @@ class TsdsParams(TargetParams):
 
 
 @register("selector", "tsds")
-class TsdsSelector(TargetSelector[TsdsParams]):
+class TsdsSelector(NeighbourSelector[TsdsParams]):
     """Draws samples so that they are distributed as the validation samples, and diverse."""
 
     state_depends_on: ClassVar[frozenset[str]] = frozenset(TsdsParams.model_fields) - {"replacement"}
@@ -109,7 +108,8 @@ class TsdsSelector(TargetSelector[TsdsParams]):
         return super().needs(run) if self.params.probs_path is None else Needs()
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield what is wrong with the file of the probabilities."""
+        """Yield what is wrong with the file of the probabilities, or with the search."""
+        yield from super().problems(run)
         if self.params.probs_path is not None:
             yield from file_problems("probs_path", self.params.probs_path, 1)
 
@@ -170,8 +170,9 @@ class TsdsSelector(TargetSelector[TsdsParams]):
             return places, given[places]
         key = hashlib.sha256(np.ascontiguousarray(candidates).tobytes()).hexdigest()
         if key not in self._kept:
-            queries, _ = self.queries(ctx)
-            shares = probabilities(queries, vectors_of(ctx, candidates), self.params)
+            vectors = vectors_of(ctx, candidates)
+            ids, distances = self.neighbours(ctx, vectors, self.params.max_k, "l2")
+            shares = probabilities(ids, distances, vectors, self.params)
             places = np.flatnonzero(shares)
             if self.params.encoder is None:
                 return places, shares[places]
@@ -201,21 +202,20 @@ class Filled(NamedTuple):
     is_found: bool
 
 
-def probabilities(queries: EmbeddingArray, base: EmbeddingArray, params: TsdsParams) -> Numbers:
+def probabilities(ids: IndexArray, distances: NDArray[np.float32], base: EmbeddingArray, params: TsdsParams) -> Numbers:
     """Return the probability of every candidate, shape (N,), float64, sum 1.
 
     Args:
-        queries: embeddings of the validation samples, shape (M, H).
-        base: those of the candidates, shape (N, H).
+        ids: the nearest candidates of every validation sample, nearest first, shape (M, k).
+        distances: to them, shape (M, k).
+        base: embeddings of the candidates, shape (N, H).
         params: alpha, c and so on.
     """
-    ids, found = nearest(queries, base, params.max_k, metric="l2", share=True)
-    distances = found.astype(np.float64)
     densities: Callable[[int], Numbers] = lambda columns: np.ones((len(ids), columns))  # noqa: E731
     if params.variant == "kde" and params.sigma > 0:
         densities = _Densities(ids, base, params)
     balance = (1 - params.alpha) * params.c / params.alpha * len(ids)
-    filled, rho = fill(distances, densities, balance)
+    filled, rho = fill(distances.astype(np.float64), densities, balance)
     return shares_of_candidates(ids, rho, filled, len(base))
 
 

@@ -77,6 +77,9 @@ class PlannedRounds:
                 where = f"in the decision of round {slot.number}, after step {slot.start_step}"
                 raise DivergenceError(f"{where}, {error.what}") from error
             distributed.require_equal(plan.sha256, f"the plan of round {slot.number}")
+        for note in self.planner.notes:
+            self._recorder.note(note)
+        self.planner.notes.clear()
         seconds, after = self._clock.decision_seconds - earlier, self.probe.cost
         self._recorder.round(plan, Cost(seconds, after.samples - before.samples, after.tokens - before.tokens))
         if distributed.rank() == 0:

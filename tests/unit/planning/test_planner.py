@@ -19,6 +19,7 @@ from dataflex.api.schedule import Schedule
 from dataflex.api.selection import Selection
 from dataflex.api.selector import Selector
 from dataflex.data.apportion import apportion
+from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.mixers.ado import ADOMixer
 from dataflex.mixers.odm import OdmMixer
@@ -647,3 +648,14 @@ def test_the_first_decision_of_delta_loss_is_a_uniform_draw() -> None:
     first, second = plans(planner, 2, FakeProbe(np.linspace(1, 2, 50)))
     assert "first losses are only noted" in first.undecided["select"]
     assert second.undecided == {}
+
+
+def test_what_components_tell_the_user_is_kept_until_it_is_read() -> None:
+    class Telling(ScoreSelector):
+        def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
+            ctx.note(f"round {ctx.round}")
+            return Selection(candidates[:count])
+
+    planner = make_planner(make_pool({"a": 20, "b": 20}), select=Telling(lambda candidates: candidates))
+    plans(planner, 2)
+    assert planner.notes == ["round 0", "round 1"]

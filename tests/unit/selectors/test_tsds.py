@@ -11,9 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-from dataflex import ComponentError
+from dataflex import ComponentError, nearest
+from dataflex.selectors import tsds
 from dataflex.selectors.near import NearSelector
-from dataflex.selectors.tsds import TsdsParams, TsdsSelector, fill, probabilities
+from dataflex.selectors.tsds import TsdsParams, TsdsSelector, fill
 from unit.fakes import build, context, decided, group_of, make_pool
 from unit.selectors.test_near import embedded
 
@@ -23,6 +24,10 @@ QUERIES = np.array([(0.06, 0.02), (0.9, 0.8)])
 
 def given(**params: Any) -> TsdsParams:
     return TsdsParams(**{"alpha": 0.5, "c": 0.5, **params})
+
+
+def probabilities(queries: NDArray[Any], base: NDArray[Any], params: TsdsParams) -> NDArray[Any]:
+    return tsds.probabilities(*nearest(queries, base, params.max_k, metric="l2"), base, params)
 
 
 def neighbours(queries: NDArray[Any], base: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[Any]]:
