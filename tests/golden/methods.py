@@ -218,6 +218,8 @@ class Cases:
         self._add("order-zigzag", {"order": {"method": "zigzag", "by": "length", "layers": 2, "jit": 4}}, two)
         self._add("order-segment", {"order": {"method": "segment", "by": "length", "front": 25, "back": 20}}, two)
         self._add("order-stair", {"order": {"method": "stair", "by": "length", "descending": True}}, two)
+        near = {"method": "sort", "by": "embedding", "distance_to": "pool", "layer": 1}
+        self._add("order-embedding", {"update_steps": 2, "order": near}, two)
         along = {"method": "fold", "layers": 3, "scope": "run", "jit": 4}
         self._add("order-run", {"update_steps": 2, "order": along}, two)
         stages = [{"domains": ["beta"], "share": 0.3}, {"domains": ["alpha", "beta"]}]

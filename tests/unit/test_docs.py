@@ -128,6 +128,13 @@ def test_the_page_of_embeddings_has_every_parameter_and_an_example_that_works() 
     assert like.needs(None).embeddings is like.params
 
 
+def test_the_sections_of_the_page_of_curricula_are_read() -> None:
+    found = re.findall(r"`(order: \{.*?\})`", (DOCS / "curricula.md").read_text())
+    assert len(found) >= 9
+    for text in found:
+        assert split_config({"dataflex": yaml.safe_load(text)}).params["order"], text
+
+
 def test_every_refused_key_is_documented() -> None:
     text = (DOCS / "configuration.md").read_text().split("Refused before")[1].split("\n## ")[0]
     for key in SPECIAL_LOSSES:

@@ -42,7 +42,7 @@ class DistanceParams(EmbeddingParams, ValidationParams):
 
 
 class ScoreParams(DistanceParams):
-    """Which score samples are sorted by, what is put in order, and what is shuffled."""
+    """The score that samples are sorted by, the samples that are sorted together, and the shuffles."""
 
     by: Literal["loss", "length", "selection", "column", "embedding"] = Field(
         "loss", description="The score that is sorted by."

@@ -1,4 +1,4 @@
-"""Patterns over sorted samples: which rank stands at which place. Ranks are 0 to n - 1, in the direction of the sort.
+"""Patterns over sorted samples: the rank at each place. Ranks are 0 to n - 1, in the direction of the sort.
 
 Source: arXiv 2605.30334 (Dai et al., ACL 2026) and microsoft/data-efficacy, ``data_ordering/common.py``; folding is
 from arXiv 2506.21545.

@@ -4,7 +4,7 @@ With L layers sweep l takes the ranks l, l + L, l + 2 L and so on; each sweep go
 easy samples come back after hard ones. L = 1 is sorting.
 Source: FO of arXiv 2605.30334 (Dai et al., ACL 2026), folding of arXiv 2506.21545; microsoft/data-efficacy,
 ``data_ordering/common.py:folding_order``.
-Cost: that of the score; ``loss``: one forward pass over what is arranged.
+Cost: that of the score; ``loss``: one forward pass over the samples that are put in order.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The windows are those of ``stair``; inside, every second of the L sweeps goes down.
 Source: SAW of arXiv 2605.30334 (Dai et al., ACL 2026); microsoft/data-efficacy,
 ``data_ordering/common.py:cross_guidance_order``.
-Cost: that of the score; ``loss``: one forward pass over what is arranged.
+Cost: that of the score; ``loss``: one forward pass over the samples that are put in order.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Of n samples the first int(n x / 100) come from the low or the high end, the last int(n y / 100) too, and what is left
 is between them. If both are from one end, they share its samples at random.
 Source: SEG of arXiv 2605.30334 (Dai et al., ACL 2026); microsoft/data-efficacy, ``data_ordering/segment.py``.
-Cost: that of the score; ``loss``: one forward pass over what is arranged.
+Cost: that of the score; ``loss``: one forward pass over the samples that are put in order.
 """
 
 from __future__ import annotations

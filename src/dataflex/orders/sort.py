@@ -4,7 +4,7 @@ The score is the loss under the current model (a forward pass over the plan), th
 scored, or a column of the raw rows. Ties keep a random order, so a constant score is a shuffle. Samples without a score
 (no token to train on, or taken without a choice) come last.
 Source: the classic curriculum (Bengio et al. 2009); the "sorting" pattern of arXiv 2605.30334.
-Cost: ``loss``: one forward pass over what is arranged; otherwise none.
+Cost: ``loss``: one forward pass over the samples that are put in order; otherwise none.
 """
 
 from __future__ import annotations

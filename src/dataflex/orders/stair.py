@@ -4,7 +4,7 @@ Of n samples the window around border z of Z sections holds the ranks from round
 without the last, with R = round(rho n), halves to the even number; inside, they are swept L times in one direction.
 Source: STR of arXiv 2605.30334 (Dai et al., ACL 2026); microsoft/data-efficacy,
 ``data_ordering/common.py:cross_guidance_order``.
-Cost: that of the score; ``loss``: one forward pass over what is arranged.
+Cost: that of the score; ``loss``: one forward pass over the samples that are put in order.
 """
 
 from __future__ import annotations

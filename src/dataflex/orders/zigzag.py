@@ -4,7 +4,7 @@ With L layers sweep l takes the ranks l, l + L, l + 2 L and so on, backwards if 
 L = 1 is sorting.
 Source: ZIG of arXiv 2605.30334 (Dai et al., ACL 2026); microsoft/data-efficacy,
 ``data_ordering/common.py:zigzag_order``.
-Cost: that of the score; ``loss``: one forward pass over what is arranged.
+Cost: that of the score; ``loss``: one forward pass over the samples that are put in order.
 """
 
 from __future__ import annotations
