@@ -68,7 +68,7 @@ class TransformersEncoder:
         config = model.config.get_text_config()
         self.dim = int(config.hidden_size)
         self._layer = _checked_layer(layer, int(config.num_hidden_layers))
-        self.most_tokens = _most_tokens(folder, self._tokenizer, config)
+        self.most_tokens = longest_text(folder, self._tokenizer, config)
         self._lower = bool((read_json(folder / "sentence_bert_config.json") or {}).get("do_lower_case"))
         self._prefix = _prefix(folder)
         # Right, whatever its files say: absolute positions would move under padding on the left.
@@ -135,7 +135,7 @@ def _checked_layer(layer: int, count: int) -> int | None:
     return None if number == count else number
 
 
-def _most_tokens(folder: Path, tokenizer: Any, config: Any) -> int:
+def longest_text(folder: Path, tokenizer: Any, config: Any) -> int:
     """Return how many tokens of a text are read: what its files say for sentences, else what the model takes."""
     said = (read_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
     if said:

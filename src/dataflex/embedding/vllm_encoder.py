@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex import distributed
+from dataflex.embedding.transformers_encoder import longest_text
 from dataflex.errors import ConfigError, DataFlexError
 
 
@@ -32,17 +33,22 @@ class VllmEncoder:
                 "one, or start a server (vllm serve) and name its URL as encoder."
             )
         try:
-            from vllm import LLM
+            from vllm import LLM  # first: without it nothing is read
         except ImportError as error:
             raise ConfigError(
                 f"encoder_backend: vllm cannot be imported ({error}); pip install vllm, or use transformers."
             ) from error
+        from transformers import AutoConfig, AutoTokenizer
+
         try:
-            self._engine: Any = LLM(model=folder, runner="pooling")
+            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder).get_text_config()
+            self._most = longest_text(Path(folder), self._tokenizer, config)
+            self._engine: Any = LLM(model=folder, runner="pooling", max_model_len=self._most)
             self.dim = len(self._vectors(["a"])[0])
         except (RuntimeError, ValueError, OSError) as error:
             raise DataFlexError(f"encoder: vLLM cannot run {folder}: {error}") from error
-        self.says = f"{Path(folder).name} by vLLM"
+        self.says = f"{Path(folder).name} by vLLM, at most {self._most} tokens of a text"
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return a vector for each text, (n, H)."""
@@ -54,5 +60,7 @@ class VllmEncoder:
         gc.collect()
 
     def _vectors(self, texts: Sequence[str]) -> list[list[float]]:
-        found = self._engine.embed(list(texts), truncate_prompt_tokens=-1, use_tqdm=False)
+        # Cut here: how vLLM is asked to do so changes from release to release.
+        rows = self._tokenizer(list(texts), truncation=True, max_length=self._most)["input_ids"]
+        found = self._engine.embed([{"prompt_token_ids": row} for row in rows], use_tqdm=False)
         return [each.outputs.embedding for each in found]

@@ -359,24 +359,30 @@ def test_a_service_that_is_down() -> None:
 # vLLM
 
 
-def test_vllm_is_asked_by_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_is_asked_by_its_own_names(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class LLM:
-        def __init__(self, model: str, runner: str) -> None:
-            assert (model, runner) == ("/some/model", "pooling")
+        def __init__(self, model: str, runner: str, max_model_len: int) -> None:
+            assert (model, runner, max_model_len) == (folder, "pooling", 32)
 
-        def embed(self, texts: list[str], truncate_prompt_tokens: int, use_tqdm: bool) -> list[Any]:
-            return [SimpleNamespace(outputs=SimpleNamespace(embedding=[float(len(text)), 1.0])) for text in texts]
+        def embed(self, prompts: list[dict[str, list[int]]], use_tqdm: bool) -> list[Any]:
+            rows = [each["prompt_token_ids"] for each in prompts]
+            return [
+                SimpleNamespace(outputs=SimpleNamespace(embedding=[float(len(row)), float(row[0])])) for row in rows
+            ]
+
+    folder = str(model)
 
     fake = ModuleType("vllm")
     fake.LLM = LLM  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    encoder = VllmEncoder("/some/model")
-    assert encoder.encode(["abc", "d"]).tolist() == [[3, 1], [1, 1]]
+    encoder = VllmEncoder(folder)
+    first = WORDS.index("cat") + 3
+    assert encoder.encode(["cat sat", "cat " * 50]).tolist() == [[2, first], [32, first]]
     assert encoder.dim == 2
     monkeypatch.setattr("dataflex.distributed.world_size", lambda: 2)
     with pytest.raises(ConfigError, match="name its URL"):
-        VllmEncoder("/some/model")
+        VllmEncoder(folder)
     monkeypatch.setattr("dataflex.distributed.world_size", lambda: 1)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match="pip install vllm"):
-        VllmEncoder("/some/model")
+        VllmEncoder(folder)

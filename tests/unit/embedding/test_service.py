@@ -9,16 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex import EmbeddingParams, Embeddings, Needs, Selector, SelectorParams, StepBatch, ValidationParams
+from dataflex import (
+    EmbeddingParams,
+    Embeddings,
+    Needs,
+    RunOutline,
+    Selector,
+    SelectorParams,
+    StepBatch,
+    ValidationParams,
+)
 from dataflex.api import registry
+from dataflex.api.components import Components, only
+from dataflex.api.schedule import Schedule
 from dataflex.api.weighter import Weighter, WeighterParams
 from dataflex.config.checks import problems_of
-from dataflex.config.loading import RunConfig, split_config
+from dataflex.config.loading import DataFlexConfig, RunConfig, split_config
 from dataflex.data.pool import Pool
 from dataflex.embedding.of_model import measurements_of
 from dataflex.embedding.service import EmbeddingService
 from dataflex.errors import ComponentError
 from dataflex.planning.planner import Readings
+from dataflex.planning.run_plan import DataOutline, TrainerKeys, expected_forwards, plan_of
 from unit.fakes import context, make_planner, make_pool, plans
 from unit.trainer.test_run import SELECT, run_of
 
@@ -191,3 +203,24 @@ def test_embeddings_of_the_model_in_training_are_a_measurement_of_the_plan() -> 
     assert measured == Embeddings(3, "last", text="response")
     assert measurements_of(Near(NearParams()).needs(None)) == (Embeddings(),)
     assert measurements_of(Near(NearParams(encoder="asset:all-minilm-l6-v2")).needs(None)) == ()
+    run = RunOutline(Schedule(0, 5, -1, 20), 8, pool_size=100, validation=6)
+    assert expected_forwards(own, own.needs(None), run) == 4 * (100 + 6)  # 4 decisions
+    near = Near(NearParams(encoder="asset:all-minilm-l6-v2"))
+    assert expected_forwards(near, near.needs(None), run) == 0
+
+
+def test_the_plan_of_a_run_tells_what_encoders_make() -> None:
+    near = Near(NearParams(encoder="asset:all-minilm-l6-v2", embedding_folder="vectors"))
+    keys = TrainerKeys(max_steps=20, per_device=2)
+    plan = plan_of(
+        DataFlexConfig(update_steps=5),
+        Components(select=only("select", near)),
+        keys,
+        {"select": near.needs(None)},
+        DataOutline(100, {"a": 100}, {"select": 6}),
+    )
+    (line,) = [line for line in plan.lines() if "embeddings" in line]
+    assert line.split(maxsplit=1)[1] == (
+        "select: of 100 samples and 6 validation samples by asset:all-minilm-l6-v2, made once before the model is "
+        "loaded, kept in vectors"
+    )
