@@ -44,6 +44,8 @@ class Component(Generic[ParamsT]):
 
     state_depends_on: ClassVar[frozenset[str]] = frozenset()
     """Parameters that the state is made with. If a run is resumed with other values of them, the state is made anew."""
+    reference_passes: ClassVar[int] = 1
+    """Forwards of the reference a sample takes, if it asks for one; with a table one less."""
 
     def __init__(self, params: ParamsT) -> None:
         self.params = params

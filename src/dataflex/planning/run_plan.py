@@ -519,9 +519,10 @@ def expected_forwards(component: Component, needs: Needs, run: RunOutline) -> fl
     """
     steps = float(run.decided_steps * run.global_batch_size)
     forwards = sum(each.forwards * component.measured_samples(each, run) for each in measurements_of(needs))
-    if needs.reference is not None and needs.reference.reference_losses is None:
+    if needs.reference is not None:
+        passes = component.reference_passes - (needs.reference.reference_losses is not None)
         of_samples = component.family in ("selector", "order")  # which ask for a sample's losses once in a run
-        forwards += float(run.pool_size) if of_samples and run.pool_size else 0.0 if of_samples else steps
+        forwards += passes * (float(run.pool_size or 0) if of_samples else steps)
     if component.decides_within_step and run.accumulation > 1:
         forwards += steps
     return forwards

@@ -94,6 +94,7 @@ def _answer_alone(row: dict[str, Any]) -> dict[str, Any]:
 class IfdSelector(Selector[IfdParams]):
     """Prefers samples whose answer is hard to follow from the prompt."""
 
+    reference_passes: ClassVar[int] = 2
     without_score: ClassVar[str | None] = (
         "the prompts of the others are of no help, as their ratios are beyond the limit; raise limit, or set it to null"
     )

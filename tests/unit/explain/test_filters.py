@@ -236,3 +236,22 @@ def test_a_report_of_a_list_of_selectors_names_them(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", True)
     assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
     assert "coarse, fine" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("within", [(0,), (1,), (0, 1)])
+def test_ranks_within_a_domain_are_told_among_its_samples(within: tuple[int, ...], tmp_path: Path, capsys: Any) -> None:
+    planner = planner_of(False)
+    assert planner.chain is not None
+    for number in within:
+        component = planner.chain.entries[number].component
+        component.params = component.Params(within="domain")
+    run = tmp_path / "run"
+    write_rounds(planner, begin_record(run, planner.pool, {"select": "coarse, fine"}, CONFIGURATION), range(ROUNDS))
+    for sample in ask(capsys, run, "--index", *map(str, range(50)))["samples"]:
+        expected = [filtering(0 in within, update)[sample["index"]] for update in (0, 3, 6)]
+        assert [(one["score"], one["rank"], one["candidates"], one["kept"]) for one in sample["filtered"]] == expected
+        for place in sample["placements"]:
+            if place["round"]:
+                assert place["chosen_by"] == "coarse, fine"
+                assert 1 <= place["rank"] <= place["candidates"]
+                assert (place["candidates"] < 20) == (1 in within)  # of 24 that the filter left of both

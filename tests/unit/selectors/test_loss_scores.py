@@ -13,6 +13,7 @@ import torch
 from dataflex import IGNORE_INDEX, Losses
 from dataflex.api.schedule import RunOutline, Schedule
 from dataflex.errors import ComponentError
+from dataflex.planning.run_plan import expected_forwards
 from dataflex.selectors.ifd import Answers, IfdSelector, difficulty
 from dataflex.selectors.perplexity import PerplexitySelector, nearness_to_middle
 from dataflex.selectors.rho_loss import RhoLossSelector
@@ -232,6 +233,13 @@ def test_a_table_alone_has_no_losses_without_prompts() -> None:
 def test_every_candidate_is_measured_twice() -> None:
     run = RunOutline(Schedule(0, 5, -1, 20), 4, 100)
     assert build(IfdSelector).measured_samples(Losses(), run) == 800
+    for given, forwards in (
+        ({}, 800),
+        ({"reference_model": "m"}, 200),
+        ({"reference_model": "m", "reference_losses": "t"}, 100),
+    ):
+        selector = build(IfdSelector, **given)
+        assert expected_forwards(selector, selector.needs(None), run) == forwards
 
 
 @pytest.mark.parametrize("seed", SEEDS)
