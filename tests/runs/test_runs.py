@@ -244,6 +244,8 @@ def add_walks(workshop: Any, processes: int) -> None:
     workshop.add(f"walk-whole-{processes}", **walking(processes))
     if processes == 2:
         workshop.add("walk-cut-2", stop_at=5, **walking(2))
+        workshop.add("walk-again-2", stop_at=5, **walking(2))
+        workshop.add("walk-resumed-2", into="walk-again-2", **walking(2))
 
 
 EVALUATED = {"eval_dataset": "held", "eval_strategy": "steps", "eval_steps": 2}
@@ -429,6 +431,8 @@ def test_a_walk_is_the_same_on_one_process_on_two_and_after_a_resume_on_another_
     assert len(digests) == 4
     assert runs.plan_digests("walk-whole-2") == digests
     assert runs.plan_digests("walk-elastic") == digests
+    assert runs.plan_digests("walk-again-2") == digests
+    assert runs.trace("walk-again-2")["weights"] == runs.trace("walk-whole-2")["weights"]
     plans = [plan_table(runs.root / "walk-elastic", number).column("index").to_numpy() for number in range(4)]
     assert np.array_equal(np.sort(np.concatenate(plans)[:80]), np.arange(80))
     measured = [line["cost"]["samples"] for line in runs.rounds("walk-whole-1")]
