@@ -48,7 +48,8 @@ from dataflex.data.sampling import IndexArray, KeyedPermutation, exactly
 from dataflex.distributed import on_main
 from dataflex.embedding.approximate import find_neighbours
 from dataflex.embedding.clusters import spherical_kmeans
-from dataflex.embedding.neighbours import kernel_densities, nearest
+from dataflex.embedding.densities import kernel_densities
+from dataflex.embedding.neighbours import nearest
 from dataflex.embedding.stored import embed_texts
 from dataflex.errors import CheckpointError, ComponentError, ConfigError, DivergenceError, Problem, unknown
 from dataflex.files import distinct, write_atomically
@@ -138,7 +139,7 @@ EXPORTS = {
     "distinct": "dataflex.files",
     "embed_texts": "dataflex.embedding.stored",
     "exactly": "dataflex.data.sampling",
-    "kernel_densities": "dataflex.embedding.neighbours",
+    "kernel_densities": "dataflex.embedding.densities",
     "find_neighbours": "dataflex.embedding.approximate",
     "key_of": "dataflex.data.rng",
     "nearest": "dataflex.embedding.neighbours",

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours of many queries, and densities.
+"""Exact nearest neighbours of many queries.
 
 The base is read once, in blocks, and scored by matrix products.
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Metric = Literal["cosine", "l2"]
 Vectors = NDArray[np.floating[Any]]
 
-_QUERIES = 2048
+QUERIES = 2048
 """Queries scored together with one reading of the base."""
 _CELLS = 1 << 22
 """Numbers in a block of the base, and in its scores: both stay in the processor's cache."""
@@ -81,11 +81,11 @@ def nearest(
     first, last = (int(bounds[distributed.rank()]), int(bounds[distributed.rank() + 1])) if share else (0, len(queries))
     indices = np.empty((last - first, count), dtype=np.int64)
     distances = np.empty((last - first, count), dtype=np.float32)
-    for begin in range(first, last if count else first, _QUERIES):
-        end = min(begin + _QUERIES, last)
+    for begin in range(first, last if count else first, QUERIES):
+        end = min(begin + QUERIES, last)
         own = np.arange(begin, end) if exclude_self else None
-        engine = _engine(queries[begin:end], base, metric, device, own)
-        indices[begin - first : end - first], distances[begin - first : end - first] = _search(engine, count)
+        engine = engine_of(queries[begin:end], base, metric, device, own)
+        indices[begin - first : end - first], distances[begin - first : end - first] = search(engine, count)
     if world == 1:
         return indices, distances
     parts = distributed.gather_objects((indices, distances))
@@ -97,61 +97,6 @@ def pair_distances(
 ) -> NDArray[np.float64]:
     """Return the distances of pairs of a query and a base row as :func:`nearest` has them, shape (n,)."""
     return _HostQueries(queries, base, metric, None).measured(rows, ids)
-
-
-def kernel_densities(
-    vectors: Vectors,
-    rows: NDArray[np.int64],
-    bandwidth: float,
-    k: int,
-    *,
-    device: str | torch.device | None = None,
-    share: bool = False,
-) -> NDArray[np.float64]:
-    """Return the density of vectors at some of them: the sum of max(0, 1 - D^2 / bandwidth^2) over the ``k`` nearest.
-
-    D is the Euclidean distance. A vector is its own nearest and adds exactly 1.
-
-    Args:
-        vectors: shape (N, H).
-        rows: which of them, shape (n,).
-        bandwidth: > 0.
-        k: vectors that count at most, the one itself included, >= 1.
-        device: as in :func:`nearest`.
-        share: the processes divide the rows; all make this call with the same arguments.
-
-    Returns:
-        Shape (n,), the same on every process.
-    """
-    found = np.ones(rows.size)
-    for number, begin in enumerate(range(0, rows.size, _QUERIES)):
-        # By blocks of a size of its own, so that the products are the same on any number of processes.
-        if share and number % distributed.world_size() != distributed.rank():
-            continue
-        part = slice(begin, begin + _QUERIES)
-        queries = _engine(vectors[rows[part]], vectors, "l2", device, rows[part])
-        found[part] += _kernel_sums(queries, bandwidth, k - 1)
-    if not share or distributed.world_size() == 1:
-        return found
-    return np.maximum.reduce(distributed.gather_objects(found))
-
-
-def _kernel_sums(queries: _Queries, bandwidth: float, k: int) -> NDArray[np.float64]:
-    """Return the sum of the kernel over the ``k`` nearest base rows of each query, (m,)."""
-    squares = np.einsum("ij,ij->i", queries.exact, queries.exact)
-    cut = ((squares - bandwidth**2) / 2).astype(queries.dtype)
-    sums, counts = np.zeros(len(queries)), np.zeros(len(queries), dtype=np.int64)
-    for _, _, scores in queries.blocks():
-        rows, _, values = scores.above(cut)
-        kernels = np.minimum(1.0, (values.astype(np.float64) - cut[rows]) * 2 / bandwidth**2)
-        sums += np.bincount(rows, kernels, minlength=len(queries))
-        counts += np.bincount(rows, minlength=len(queries))
-    many = np.flatnonzero(counts > k)
-    if many.size and k:
-        few = _engine(queries.exact[many].astype(queries.dtype), queries.base, "l2", queries.device, queries.own[many])
-        _, distances = _search(few, k)
-        sums[many] = np.maximum(0, 1 - distances**2 / bandwidth**2).sum(axis=1)
-    return sums if k else np.zeros(len(queries))
 
 
 class _Scores(Protocol):
@@ -166,7 +111,7 @@ class _Scores(Protocol):
         ...
 
 
-class _Queries:
+class Queries:
     """Some queries and the base, and how they are compared.
 
     A score is q.b for unit rows, or q.b - |b|^2 / 2, which orders the base rows as their distances do.
@@ -255,7 +200,7 @@ class _HostScores:
         return columns, np.take_along_axis(self.values, columns, axis=1)
 
 
-class _HostQueries(_Queries):
+class _HostQueries(Queries):
     """Products on the processor."""
 
     def __init__(self, *given: Any) -> None:
@@ -303,7 +248,7 @@ class _DeviceScores:
         return columns.cpu().numpy(), values.cpu().numpy()
 
 
-class _DeviceQueries(_Queries):
+class _DeviceQueries(Queries):
     """Products on an accelerator, in full single precision."""
 
     device_cells = _DEVICE_CELLS
@@ -347,13 +292,14 @@ def _full_precision() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def _engine(
+def engine_of(
     queries: Vectors,
     base: Vectors,
     metric: Metric,
     device: str | torch.device | None,
     own: NDArray[np.int64] | None,
-) -> _Queries:
+) -> Queries:
+    """Return what compares queries with a base on a device; the arguments are those of :class:`Queries`."""
     is_double = np.result_type(queries.dtype, base.dtype) == np.float64
     if device is None and not is_double and queries.shape[0] * base.size > _MUCH:
         device = _accelerator()
@@ -428,7 +374,7 @@ class _Best:
             self.settle()
 
 
-def _search(queries: _Queries, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def search(queries: Queries, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the nearest base rows of some queries, and their distances, both (m, count)."""
     best = _Best(len(queries), count, queries.dtype)
     for begin, size, scores in queries.blocks():
@@ -452,7 +398,7 @@ def _search(queries: _Queries, count: int) -> tuple[NDArray[np.int64], NDArray[n
 
 
 def _sorted(
-    queries: _Queries, rows: NDArray[np.int64], ids: NDArray[np.int64], count: int
+    queries: Queries, rows: NDArray[np.int64], ids: NDArray[np.int64], count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the first ``count`` of each query's candidates by distance and index.
 
@@ -469,13 +415,13 @@ def _sorted(
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(distances, order, axis=1)
 
 
-def _cut(last: Vectors, queries: _Queries) -> Vectors:
+def _cut(last: Vectors, queries: Queries) -> Vectors:
     """Return the scores below which nothing can be nearer than the candidates whose scores are ``last``."""
     return (last - 2 * queries.error).astype(queries.dtype)
 
 
 def _crowded(
-    queries: _Queries, chosen: NDArray[np.int64], cut: Vectors, count: int
+    queries: Queries, chosen: NDArray[np.int64], cut: Vectors, count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the nearest base rows of queries with too many candidates at about the same distance."""
     limits = np.full(len(queries), np.inf, dtype=queries.dtype)
@@ -491,7 +437,7 @@ def _crowded(
 
 
 def _ordered(
-    queries: _Queries, rows: NDArray[np.int64], ids: NDArray[np.int64], count: int
+    queries: Queries, rows: NDArray[np.int64], ids: NDArray[np.int64], count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the first ``count`` of each query's candidates by distance and index; ``rows`` ascend."""
     distances = queries.measured(rows, ids)

@@ -28,8 +28,8 @@ def sorted_distances(queries: NDArray[Any], base: NDArray[Any], metric: str) -> 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_QUERIES", 20)
-    monkeypatch.setattr(neighbours._Queries, "device_cells", 300 * 20)
+    monkeypatch.setattr(neighbours, "QUERIES", 20)
+    monkeypatch.setattr(neighbours.Queries, "device_cells", 300 * 20)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
@@ -67,9 +67,9 @@ def test_neither_blocks_nor_neighbours_in_a_call_change_a_bit(monkeypatch: pytes
     base, queries = (rng.standard_normal((size, 130)).astype(np.float32) for size in (2000, 41))
     base[1000:1500] = base[:500]
     indices, distances = nearest(queries, base, 25)
-    monkeypatch.setattr(neighbours, "_QUERIES", 7)
+    monkeypatch.setattr(neighbours, "QUERIES", 7)
     monkeypatch.setattr(neighbours, "_PAIRS", 64)
-    monkeypatch.setattr(neighbours._Queries, "device_cells", 130 * 333)
+    monkeypatch.setattr(neighbours.Queries, "device_cells", 130 * 333)
     again, equal = nearest(queries, base, 25)
     np.testing.assert_array_equal(again, indices)
     assert distances.tobytes() == equal.tobytes()
@@ -86,7 +86,7 @@ def test_products_of_a_device_give_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     asked: list[Any] = [{"metric": "cosine"}, {"metric": "l2", "exclude_self": True}]
     expected = [nearest(queries, base, 50, **how) for how in asked]
     engine = neighbours._DeviceQueries
-    monkeypatch.setattr(neighbours, "_engine", lambda q, b, metric, device, first: engine(q, b, metric, first, "cpu"))
+    monkeypatch.setattr(neighbours, "engine_of", lambda q, b, metric, device, first: engine(q, b, metric, first, "cpu"))
     found = [nearest(queries, base, 50, **how) for how in asked]
     for (indices, distances), (same, equal) in zip(found, expected, strict=True):
         np.testing.assert_array_equal(indices, same)
