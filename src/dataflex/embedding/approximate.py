@@ -41,7 +41,13 @@ class Neighbours(NamedTuple):
 
 
 def find_neighbours(
-    queries: Vectors, base: Vectors, k: int, *, metric: Metric = "cosine", search: Search = "auto"
+    queries: Vectors,
+    base: Vectors,
+    k: int,
+    *,
+    metric: Metric = "cosine",
+    search: Search = "auto",
+    measured: int | None = None,
 ) -> Neighbours:
     """Return the ``k`` nearest base rows of every query, nearest first; all processes make this call together.
 
@@ -52,6 +58,7 @@ def find_neighbours(
         metric: as in :func:`~dataflex.embedding.neighbours.nearest`.
         search: ``exact``; ``faiss``, an approximate index; ``auto``: exact up to two million base rows, or if faiss is
             not installed.
+        measured: as in :func:`~dataflex.embedding.neighbours.nearest`, of an exact search.
 
     Raises:
         DataFlexError: if faiss is asked for and not installed.
@@ -60,7 +67,7 @@ def find_neighbours(
     if search == "faiss" and not is_there:
         raise DataFlexError("search: faiss is not installed; pip install 'dataflex[embeddings]', or set search: exact.")
     if search == "exact" or (search == "auto" and not (is_there and base.shape[0] > _LARGE)):
-        return Neighbours(*nearest(queries, base, k, metric=metric, share=True))
+        return Neighbours(*nearest(queries, base, k, metric=metric, share=True, measured=measured))
     return distributed.on_main(lambda: _by_faiss(queries, base, min(k, base.shape[0]), metric))
 
 

@@ -17,7 +17,7 @@ from dataflex import distributed
 from dataflex.data.rng import derive_rng
 from dataflex.embedding import neighbours
 from dataflex.embedding.clusters import spherical_kmeans
-from dataflex.embedding.neighbours import Queries, Vectors, engine_of, nearest, search
+from dataflex.embedding.neighbours import Queries, Vectors, engine_of, search
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _EXACT = 1 << 40
 """Multiplications up to which every vector is compared with all."""
-_PROBES = 16
+_PROBES = 10
 """Cells that a vector is compared with."""
 _TRAINED = 64
 """Vectors for each cell that the centres are made of."""
@@ -134,9 +134,7 @@ class _Kernels:
         drawn = np.unique(np.linspace(0, size - 1, min(size, _TRAINED * number)).astype(np.int64))
         rng = derive_rng(0, "densities")
         _, centres = distributed.on_main(lambda: spherical_kmeans(self.vectors[drawn], number, _ITERATIONS, rng))
-        share = self.world > 1
-        cell_of = nearest(self.vectors, centres, 1, device=self.device, share=share)[0][:, 0]
-        return cell_of, nearest(self.vectors[rows], centres, _PROBES, device=self.device, share=share)[0]
+        return _nearest_cells(self.vectors, centres, 1)[:, 0], _nearest_cells(self.vectors[rows], centres, _PROBES)
 
     def _sums(self, queries: Queries) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Return the sum of the kernel over the base rows of each query, and how many are inside of it, (m,)."""
@@ -153,3 +151,14 @@ class _Kernels:
     def _joined(self, found: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return what all processes found, each its part, the others 0."""
         return found if self.world == 1 else np.maximum.reduce(distributed.gather_objects(found))
+
+
+def _nearest_cells(vectors: Vectors, centres: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Return the cells whose centres have the largest cosines with each vector, in any order, (n, count)."""
+    count = min(count, len(centres))
+    found = np.empty((len(vectors), count), dtype=np.int64)
+    for begin in range(0, len(vectors), neighbours.QUERIES):
+        cosines = np.asarray(vectors[begin : begin + neighbours.QUERIES], dtype=np.float32) @ centres.T
+        place = len(centres) - count
+        found[begin : begin + len(cosines)] = np.argpartition(cosines, place, axis=1)[:, place:]
+    return found

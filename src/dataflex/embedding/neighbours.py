@@ -50,6 +50,7 @@ def nearest(
     device: str | torch.device | None = None,
     exclude_self: bool = False,
     share: bool = False,
+    measured: int | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return the ``k`` nearest base rows of every query, nearest first.
 
@@ -62,6 +63,8 @@ def nearest(
             compute, else the processor.
         exclude_self: query i is base row i, and no neighbour of itself.
         share: the processes divide the queries; all make this call with the same arguments.
+        measured: neighbours of each query that are measured in double precision, to save time where only the first of
+            many matter; the others have the order and distances of the products. None: all.
 
     Returns:
         Indices, int64, and distances, float32, both of shape (M, min(k, N)); the same on every process.
@@ -85,7 +88,7 @@ def nearest(
         end = min(begin + QUERIES, last)
         own = np.arange(begin, end) if exclude_self else None
         engine = engine_of(queries[begin:end], base, metric, device, own)
-        indices[begin - first : end - first], distances[begin - first : end - first] = search(engine, count)
+        indices[begin - first : end - first], distances[begin - first : end - first] = search(engine, count, measured)
     if world == 1:
         return indices, distances
     parts = distributed.gather_objects((indices, distances))
@@ -166,6 +169,13 @@ class Queries:
         """Return rows and columns of the pairs in a block that are a query and itself."""
         rows = np.flatnonzero((self.own >= begin) & (self.own < begin + size))
         return rows, self.own[rows] - begin
+
+    def distances(self, rows: NDArray[np.int64], scores: Vectors) -> NDArray[np.float64]:
+        """Return the distances that scores of some queries stand for, up to rounding, of the shape of the scores."""
+        if self.metric == "cosine":
+            return 1 - scores.astype(np.float64)
+        squares: NDArray[np.float64] = self.lengths[rows, None] ** 2 - 2 * scores.astype(np.float64)
+        return np.sqrt(np.maximum(squares, 0))
 
     def measured(self, rows: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the distances of pairs of a query and a base row, in double precision, shape (n,)."""
@@ -374,7 +384,7 @@ class _Best:
             self.settle()
 
 
-def search(queries: Queries, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def search(queries: Queries, count: int, measured: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the nearest base rows of some queries, and their distances, both (m, count)."""
     best = _Best(len(queries), count, queries.dtype)
     for begin, size, scores in queries.blocks():
@@ -389,7 +399,7 @@ def search(queries: Queries, count: int) -> tuple[NDArray[np.int64], NDArray[np.
     cut = _cut(best.last, queries)
     is_crowded = best.dropped > cut
     clear = np.flatnonzero(~is_crowded)
-    found[clear], distances[clear] = _sorted(queries, clear, np.sort(best.ids[clear], axis=1), count)
+    found[clear], distances[clear] = _sorted(queries, best, clear, measured)
     crowded = np.flatnonzero(is_crowded)
     for begin in range(0, crowded.size, _CROWDED):
         chosen = crowded[begin : begin + _CROWDED]
@@ -398,20 +408,27 @@ def search(queries: Queries, count: int) -> tuple[NDArray[np.int64], NDArray[np.
 
 
 def _sorted(
-    queries: Queries, rows: NDArray[np.int64], ids: NDArray[np.int64], count: int
+    queries: Queries, best: _Best, chosen: NDArray[np.int64], measured: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the first ``count`` of each query's candidates by distance and index.
+    """Return the nearest base rows of some queries by distance and index, and their distances.
 
     Args:
         queries: all of them.
-        rows: those that are asked for, shape (m,).
-        ids: their candidates, ascending, -1 for none, shape (m, width).
-        count: at most the candidates of any.
+        best: their candidates.
+        chosen: which queries, shape (m,).
+        measured: how many of each are measured, and the rest ordered by scores; None: all.
     """
-    is_there = ids >= 0
-    distances = np.full(ids.shape, np.inf)
-    distances[is_there] = queries.measured(np.repeat(rows, np.count_nonzero(is_there, axis=1)), ids[is_there])
-    order = np.argsort(distances, axis=1, kind="stable")[:, :count]
+    order = np.argsort(best.ids[chosen], axis=1)
+    ids = np.take_along_axis(best.ids[chosen], order, axis=1)
+    scores = np.take_along_axis(best.values[chosen], order, axis=1)
+    is_asked = ids >= 0
+    distances = np.where(is_asked, queries.distances(chosen, scores), np.inf)
+    width = best.width if measured is None else measured + max(32, measured // 8)
+    if width < best.width:
+        place = best.width - width
+        is_asked &= scores >= np.partition(scores, place, axis=1)[:, place, None]
+    distances[is_asked] = queries.measured(np.repeat(chosen, np.count_nonzero(is_asked, axis=1)), ids[is_asked])
+    order = np.argsort(distances, axis=1, kind="stable")[:, : best.count]
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(distances, order, axis=1)
 
 

@@ -77,11 +77,19 @@ class NeighbourSelector(TargetSelector[NeighbourT]):
             yield "search", "faiss is not installed; pip install 'dataflex[embeddings]', or set search: exact."
 
     def neighbours(
-        self, ctx: RoundContext, base: EmbeddingArray, k: int, metric: Literal["cosine", "l2"]
+        self,
+        ctx: RoundContext,
+        base: EmbeddingArray,
+        k: int,
+        metric: Literal["cosine", "l2"],
+        measured: int | None = None,
     ) -> tuple[IndexArray, NDArray[np.float32]]:
-        """Return the ``k`` nearest of some embeddings to each validation sample's, and the distances, both (M, k)."""
+        """Return the ``k`` nearest of some embeddings to each validation sample's, and the distances, both (M, k).
+
+        ``measured``: of how many the order is exact, and not only up to rounding; None: of all.
+        """
         queries, _ = self.queries(ctx)
-        found = find_neighbours(queries, base, k, metric=metric, search=self.params.search)
+        found = find_neighbours(queries, base, k, metric=metric, search=self.params.search, measured=measured)
         if found.recall is not None:
             ctx.note(
                 f"select {self.name}: faiss found {100 * found.recall:.1f} % of the {found.indices.shape[1]} nearest "

@@ -59,6 +59,9 @@ from dataflex.selectors.base_neighbours import (
 
 Numbers = NDArray[np.float64]
 
+_MEASURED = 1000
+"""Neighbours whose order is exact; the distances of those further away are to single precision."""
+
 
 class TsdsParams(NeighbourParams):
     """Parameters of TSDS."""
@@ -171,7 +174,7 @@ class TsdsSelector(NeighbourSelector[TsdsParams]):
         key = hashlib.sha256(np.ascontiguousarray(candidates).tobytes()).hexdigest()
         if key not in self._kept:
             vectors = vectors_of(ctx, candidates)
-            ids, distances = self.neighbours(ctx, vectors, self.params.max_k, "l2")
+            ids, distances = self.neighbours(ctx, vectors, self.params.max_k, "l2", _MEASURED)
             shares = probabilities(ids, distances, vectors, self.params)
             places = np.flatnonzero(shares)
             if self.params.encoder is None:

@@ -93,6 +93,19 @@ def test_products_of_a_device_give_the_same(monkeypatch: pytest.MonkeyPatch) -> 
         assert distances.tobytes() == equal.tobytes()
 
 
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_what_is_not_measured_is_right_up_to_rounding(metric: Any) -> None:
+    rng = np.random.default_rng(6)
+    base, queries = (rng.standard_normal((size, 9)).astype(np.float32) for size in (1500, 30))
+    indices, distances = nearest(queries, base, 400, metric=metric)
+    first, near = nearest(queries, base, 400, metric=metric, measured=20)
+    np.testing.assert_array_equal(first[:, :20], indices[:, :20])
+    assert near[:, :20].tobytes() == distances[:, :20].tobytes()
+    np.testing.assert_allclose(near, distances, atol=2e-6)
+    assert np.mean(first != indices) < 0.01
+    assert (np.diff(near, axis=1) >= 0).all()
+
+
 def test_a_memory_map_is_read(tmp_path: Path) -> None:
     base = np.random.default_rng(5).standard_normal((700, 8)).astype(np.float16)
     np.save(tmp_path / "base.npy", base)
