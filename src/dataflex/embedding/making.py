@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -78,25 +79,57 @@ class EncoderRun:
         Raises:
             DataFlexError: on every process, if the encoder or the disk fails on one; finished chunks stay.
         """
-        folder, missing = distributed.on_main(partial(self._found, texts, what))
-        if missing:
-            distributed.on_each(partial(self._make, folder, texts, missing, what))
+        key, folder, is_complete = distributed.on_main(partial(self._found, texts))
+        if not is_complete:
+            with self._alone(folder):
+                missing = distributed.on_main(partial(self._begun, key, folder, texts.size, what))
+                if missing:
+                    distributed.on_each(partial(self._make, folder, texts, missing, what))
         store = EmbeddingStore.load(folder)
         assert store is not None
+        if self._encoder is not None and self._encoder.dim != store.dim:
+            raise DataFlexError(
+                f"{folder} holds embeddings of {store.dim} numbers, and {self._encoder.says} gives "
+                f"{self._encoder.dim}: it is another one now. Delete {folder} to make the embeddings again."
+            )
         return store
 
-    def _found(self, texts: Texts, what: str) -> tuple[Path, list[int]]:
-        """Return the folder of the store, begun if there is none, and the chunks that are missing."""
+    def _found(self, texts: Texts) -> tuple[dict[str, Any], Path, bool]:
+        """Return what the embeddings depend on, the folder of their store, and whether all of them are there."""
         if self._key is None:
             self._key = self.choice.key()
         key = {**self._key, "texts": texts.digest, "rows": texts.size}
         folder = self.root / f"embeddings-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
         store = EmbeddingStore.load(folder)
+        return key, folder, store is not None and not store.missing()
+
+    @contextmanager
+    def _alone(self, folder: Path) -> Iterator[None]:
+        """Have other runs that want the same embeddings wait, as the runs of a comparison that share a folder do."""
+        lock = FileLock(folder / ".lock")
+
+        def take() -> None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire(poll_interval=0.5)
+            except OSError as error:
+                raise DataFlexError(f"{folder} cannot be written ({error}).") from error
+
+        distributed.on_main(take)
+        try:
+            yield
+        finally:
+            if distributed.rank() == 0:
+                lock.release()
+
+    def _begun(self, key: dict[str, Any], folder: Path, rows: int, what: str) -> list[int]:
+        """Return the chunks that are missing in a store, begun if there is none."""
+        store = EmbeddingStore.load(folder)
         if store is None:
             encoder = self.open()
             about = {"encoder": encoder.says, "of": what, "key": key}
-            store = EmbeddingStore.make(folder, texts.size, encoder.dim, about, self.chunk_rows)
-        return folder, store.missing()
+            store = EmbeddingStore.make(folder, rows, encoder.dim, about, self.chunk_rows)
+        return store.missing()
 
     def _make(self, folder: Path, texts: Texts, missing: list[int], what: str) -> None:
         """Make this process's share of the missing chunks."""

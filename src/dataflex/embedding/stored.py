@@ -93,16 +93,20 @@ class RunEncoders:
             pool: the samples of the run.
             validation: the validation samples of the components that asked for some.
         """
+        made: dict[tuple[int, int, str], EmbeddingStore] = {}
+
+        def of(key: str, samples: Pool, what: str) -> EmbeddingStore:
+            run, part = self._run_of[key], self._wanted[key].embedding_text
+            place = id(run), id(samples), part
+            if place not in made:
+                made[place] = told(partial(run.embed, SampleTexts(samples, part), what), what)
+            return made[place]
+
         found = {}
         try:
-            for key, params in self._wanted.items():
-                run, held = self._run_of[key], validation.get(key)
-                texts = SampleTexts(pool, params.embedding_text)
-                of_pool = told(partial(run.embed, texts, "samples"), "samples")
-                of_held = None
-                if held is not None:
-                    texts = SampleTexts(held, params.embedding_text)
-                    of_held = told(partial(run.embed, texts, "validation samples"), "validation samples")
+            for key in self._wanted:
+                of_pool, held = of(key, pool, "samples"), validation.get(key)
+                of_held = None if held is None else of(key, held, "validation samples")
                 found[key] = StoredEmbeddings(pool, of_pool, held, of_held)
         finally:
             for run in self._runs.values():

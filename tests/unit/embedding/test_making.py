@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,9 @@ def test_processes_share_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     encoders = [Letters(), Letters()]
     runs = [run_of(tmp_path / "two", encoder) for encoder in encoders]
     monkeypatch.setattr(distributed, "rank", lambda: 0)
-    folder, missing = runs[0]._found(TextList(TEXTS), "texts")
+    key, folder, is_complete = runs[0]._found(TextList(TEXTS))
+    assert not is_complete
+    missing = runs[0]._begun(key, folder, len(TEXTS), "texts")
     for rank, run in enumerate(runs):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         run._make(folder, TextList(TEXTS), missing, "texts")
@@ -144,6 +147,32 @@ def test_processes_share_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert store is not None
     assert not store.missing()
     np.testing.assert_array_equal(store.array(), alone)
+
+
+def test_another_run_waits_for_the_same_embeddings(tmp_path: Path) -> None:
+    second, others = Letters(), list[threading.Thread]()
+
+    class First(Letters):
+        def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            if not others:
+                others.append(threading.Thread(target=run_of(tmp_path, second).embed, args=[TextList(TEXTS)]))
+                others[0].start()
+                others[0].join(0.2)
+                assert others[0].is_alive()
+            return super().encode(texts)
+
+    store = run_of(tmp_path, First()).embed(TextList(TEXTS))
+    others[0].join()
+    assert second.read == []
+    np.testing.assert_array_equal(store.array(), units())
+
+
+def test_a_service_whose_model_is_another_one_now(tmp_path: Path) -> None:
+    run_of(tmp_path).embed(TextList(TEXTS))
+    run = run_of(tmp_path, Letters(dim=5))
+    run.open()  # as a service is, to see that it answers
+    with pytest.raises(DataFlexError, match=r"holds embeddings of 8 numbers, and letters gives 5: it is another one"):
+        run.embed(TextList(TEXTS))
 
 
 def test_bad_stores_and_encoders_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
