@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,12 @@ from dataflex.embedding.encoders import EncoderChoice, choose
 from dataflex.embedding.making import EncoderRun, told
 from dataflex.embedding.store import EmbeddingStore
 from dataflex.embedding.texts import SampleTexts, TextList
-from dataflex.errors import ComponentError
+from dataflex.errors import ComponentError, ConfigError, DataFlexError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 FOLDER = "embeddings"
 """In the output folder, where no other is named."""
@@ -79,12 +81,12 @@ class RunEncoders:
         self._runs: dict[tuple[EncoderChoice, Path], EncoderRun] = {}
         self._run_of: dict[str, EncoderRun] = {}
         for key, params in self._wanted.items():
-            choice = distributed.on_each(partial(choose, params))[distributed.rank()]
+            choice = _named(key, partial(choose, params))
             root = Path(params.embedding_folder).expanduser() if params.embedding_folder else output_dir / FOLDER
             run = self._runs.setdefault((choice, root), EncoderRun(choice, root, device, progress))
             self._run_of[key] = run
             if choice.backend == "openai":  # whether it answers shows now
-                distributed.on_each(run.open)
+                _named(key, run.open)
 
     def make(self, pool: Pool, validation: Mapping[str, Pool]) -> dict[str, StoredEmbeddings]:
         """Return what each component reads, by configuration key, after making what is missing. Collective.
@@ -112,6 +114,20 @@ class RunEncoders:
             for run in self._runs.values():
                 run.close()
         return found
+
+
+def _named(key: str, function: Callable[[], T]) -> T:
+    """Return a function's value on this process, after all have called it; errors name the component's key.
+
+    Raises:
+        ConfigError: in the place of the function's errors, which begin with a parameter.
+    """
+    found: list[T] = []
+    try:
+        distributed.on_each(lambda: found.append(function()))
+    except DataFlexError as error:
+        raise ConfigError(f"dataflex.{key}.{' '.join(str(error).split())}") from error
+    return found[0]
 
 
 def embed_texts(

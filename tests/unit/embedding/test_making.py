@@ -304,7 +304,7 @@ def test_a_service_that_is_down_shows_before_anything_is_embedded(
     pauses: list[float] = []
     monkeypatch.setattr("dataflex.embedding.openai_encoder.time.sleep", pauses.append)
     wanted = {"select": EmbeddingParams(encoder="http://127.0.0.1:9/v1#small")}
-    with pytest.raises(DataFlexError, match=r"127.0.0.1:9/v1/embeddings does not answer after 5 tries"):
+    with pytest.raises(DataFlexError, match=r"^dataflex.select.encoder: http://127.0.0.1:9/v1/emb.* after 5 tries"):
         RunEncoders(wanted, tmp_path, "cpu", False)
     assert pauses == [1, 2, 4, 8]
     assert not list(tmp_path.iterdir())
