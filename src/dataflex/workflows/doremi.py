@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from dataflex import assets
 from dataflex.api.components import family_key
 from dataflex.compare.digests import expanded
 from dataflex.compare.experiment import joined, read_base
@@ -123,6 +124,7 @@ def load(path: Path) -> tuple[tuple[Stage, ...], list[str]]:
 def _recipes(base: Mapping[str, Any], settings: DoremiSettings, output: Path) -> Iterator[Recipe]:
     mix, data = f"{SECTION}.mix", {"dataset": SAME_DATA, DOMAIN_COLUMN: SAME_DATA}
     model = settings.reference.get("model_name_or_path") or base.get("model_name_or_path")
+    model = assets.resolve(model) if isinstance(model, str) else model
     names = checks.dataset_names(RunConfig(dict(base), None))
     yield Recipe("reference", {mix: {"method": "proportional"}}, data, check=_reference_problems)
     yield Recipe(
