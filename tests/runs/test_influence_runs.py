@@ -62,6 +62,9 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         ["ddp", "zero3", "fsdp2"],
     ),
+    "tsds-encoder": ({"method": "tsds", "validation": "held", "encoder": "the model"}, {}, ["ddp"]),
+    "rds_plus": ({"method": "rds_plus", "validation": "held,gamma"}, {}, ["ddp"]),
+    "diversity": ({"method": "diversity"}, {}, ["ddp"]),
     "icons": ({"method": "icons", "validation": "held,gamma", "proj_dim": 256}, {}, ["ddp"]),
     "cluster_less": (
         {"method": "cluster_less", "validation": "held", "proj_dim": 256, "cluster_size": 8, "representatives": 2},
@@ -90,6 +93,7 @@ RESUMED = {
 # name -> saved after this step, killed before that one, where; rounds start at 0, 2, 5
 CUTS = {"middle": (3, 5, ["one", "zero3", "fsdp2"]), "boundary": (5, 6, ["one", "ddp"])}
 NEAR = ["one", "ddp"]
+LISTED = ["near", "tsds"]
 TILTED = ["one", "ddp", "zero3", "fsdp2"]
 UNTRAINED = 4
 ANCHORED = ["ddp", "zero3", "fsdp2"]
@@ -203,6 +207,16 @@ def add_tagged_data(folder: Path) -> None:
     (folder / "dataset_info.json").write_text(json.dumps(info))
 
 
+def add_listed(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
+    for method in LISTED:
+        select = {"method": method, "validation": "held", "encoder": str(workshop.model)}
+        saving = {"save_strategy": "steps", "save_steps": 5}
+        run = {**settings["one"], **section(select, warmup_steps=0, update_steps=2)}
+        workshop.add(f"listed-{method}", **run)
+        workshop.add(f"listed-cut-{method}", stop_at=6, **run, **saving)
+        workshop.add(f"listed-resumed-{method}", into=f"listed-cut-{method}", **run, **saving)
+
+
 @pytest.fixture(scope="module")
 def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("deepspeed")
@@ -222,6 +236,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         add_tilted(workshop, settings)
         add_anchored(workshop, settings)
         if processes == 1:
+            add_listed(workshop, settings)
             tagged = {"validation": "tagged", "subtask_column": "task"}
             workshop.add("by-column", **one["one"], **section(less(**tagged)))
             workshop.add("by-columns", **one["one"], **section(less(**tagged | {"validation": "tagged,labelled"})))
@@ -374,6 +389,18 @@ def test_a_plugin_with_its_own_pooling_goes_on_after_a_resume(runs: Any, mode: s
     assert runs.plan_digests(f"near-cut-{mode}") == runs.plan_digests(f"near-{mode}")
     assert plans(runs, f"near-cut-{mode}") == plans(runs, f"near-{mode}")
     assert resumed["weights"] == whole["weights"]
+
+
+@pytest.mark.parametrize("method", LISTED)
+def test_what_was_taken_of_neighbours_is_known_after_a_resume(runs: Any, method: str) -> None:
+    name = f"listed-cut-{method}"
+    assert min(step for step, _ in runs.trace(name)["micro_batches"]) == 5
+    assert runs.plan_digests(name) == runs.plan_digests(f"listed-{method}")
+    assert runs.trace(name)["weights"] == runs.trace(f"listed-{method}")["weights"]
+    chosen = [index for plan in plans(runs, name) for index in plan]
+    assert len(chosen) == 28
+    if method == "near":
+        assert len(set(chosen)) == 28  # every decision goes on where the last one stopped
 
 
 @pytest.mark.parametrize("mode", NEAR)
