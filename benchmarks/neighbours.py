@@ -3,9 +3,9 @@
     python benchmarks/neighbours.py                    # 10^6 x 384 vectors, 1,000 queries
     python benchmarks/neighbours.py --size 200000 --repeats 5
 
-Both are measured in turn: numpy's product of the queries with blocks of the vectors, whose values are not looked at, and
-``dataflex.nearest`` for several k and both metrics. Medians are compared, of the clock and of the processor: the second
-holds on a busy machine, too, but hides that the product runs on all cores and the rest on one.
+Both are measured in turn: numpy's product of the queries with blocks of the vectors, whose values are not looked at,
+and ``dataflex.nearest`` for several k and both metrics. Medians are compared, of the clock and of the processor: the
+second holds on a busy machine, too, but hides that the product runs on all cores and the rest on one.
 """
 
 from __future__ import annotations
@@ -61,8 +61,6 @@ def main() -> int:
     functions: dict[str, Callable[[], None]] = {"product": product}
     for k, metric in [(k, metric) for k in (10, 100, 1000) for metric in ("cosine", "l2")]:
         functions[f"{metric}, k {k}"] = partial(search, k, metric)
-            queries, stored, k, metric=metric, device="cpu"
-        )
     nearest(queries[:2], stored[:2000], 5)  # imports
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(options.repeats):
