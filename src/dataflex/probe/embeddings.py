@@ -43,13 +43,22 @@ class HiddenStates(Measurement):
 
         Args:
             hidden: (B, T, H), float32; anything at padding.
-            mask: which positions are tokens and not padding, (B, T), bool. Padding may be on either side.
+            mask: which positions are meant, (B, T), bool. Padding may be on either side.
         """
         raise NotImplementedError
 
+    def tokens(self, mask: Tensor, labels: Tensor) -> Tensor:
+        """Return which positions are meant, (B, T), bool: all tokens.
+
+        Args:
+            mask: which positions are tokens and not padding, (B, T), bool.
+            labels: the token to be predicted at each position, (B, T); -100 where none is trained on.
+        """
+        return mask
+
     def measure(self, batch: MeasuredBatch) -> Tensor:
         """Return what :meth:`reduce` makes of the layer's hidden states."""
-        return self.reduce(batch.hidden_states(self.layer).float(), batch.mask)
+        return self.reduce(batch.hidden_states(self.layer).float(), self.tokens(batch.mask, batch.labels))
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield that the model has no such layer, if its folder says so."""
@@ -76,13 +85,12 @@ class Embeddings(HiddenStates):
     normalize: bool = True
     text: TextPart = "all"
 
-    def measure(self, batch: MeasuredBatch) -> Tensor:
-        """Return the pooled hidden states of the wanted tokens, (B, H)."""
-        mask = batch.mask
-        if self.text != "all":
-            trained = (batch.labels != IGNORE_INDEX).roll(1, 1)  # the last label is that of no token
-            mask = mask & (trained if self.text == "response" else ~trained)
-        return self.reduce(batch.hidden_states(self.layer).float(), mask)
+    def tokens(self, mask: Tensor, labels: Tensor) -> Tensor:
+        """Return the positions of the wanted part of every sample."""
+        if self.text == "all":
+            return mask
+        trained = (labels != IGNORE_INDEX).roll(1, 1)  # the last label is that of no token
+        return mask & (trained if self.text == "response" else ~trained)
 
     def reduce(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return the pooled hidden states, (B, H)."""

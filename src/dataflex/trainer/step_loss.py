@@ -138,12 +138,12 @@ class StepLoss:
         if loss.weights is None or not loss.active or loss.decided:
             yield
             return
-        mask, needs = real_tokens(inputs, inputs["labels"]), self._run.inputs.needs
+        mask, labels = real_tokens(inputs, inputs["labels"]), shifted(inputs["labels"])
 
         def see(key: str, hidden: Tensor) -> None:
-            pooled = needs[key].step_embeddings
-            assert pooled is not None
-            found[key] = pooled.reduce(hidden.float(), mask)
+            wanted = self._run.inputs.needs[key].step_embeddings
+            assert wanted is not None
+            found[key] = wanted.reduce(hidden.float(), wanted.tokens(mask, labels))
 
         with watched({key: self._consumers[key] for key in loss.weights.pooled_keys(loss.step)}, see):
             yield

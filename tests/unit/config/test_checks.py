@@ -407,3 +407,12 @@ print(status, sorted({"torch", "transformers", "llamafactory", "scipy.stats", "p
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "2 []\n"
     assert "unknown data set 'c'" in done.stderr
+
+
+def test_a_stream_has_no_samples_for_a_weighter_to_measure(keys: dict[str, Any]) -> None:
+    weight = {"weight": {"method": "adapt", "validation": ["b"]}}
+    message = found(keys, weight, dataset="a", streaming=True, max_steps=3)["streaming"]
+    assert "dataflex.weight measures samples" in message
+    assert "streaming" not in found(keys, weight, dataset="a", max_steps=3)
+    missing = found(keys, {"weight": {"method": "joint_update_aware"}}, dataset="a")
+    assert "looks at validation samples" in missing["dataflex.weight.validation"]

@@ -176,8 +176,11 @@ def _columns(config: RunConfig) -> Iterator[Problem]:
 def _components(config: RunConfig) -> Iterator[Problem]:
     for key, component in config.build_components().items():
         found = list(component.problems(config))
-        for measurement in measurements_of(component.needs(config)):
+        needs = component.needs(config)
+        for measurement in measurements_of(needs):
             found += measurement.problems(config)
+        if needs.step_embeddings is not None and needs.step_embeddings not in needs.measurements:
+            found += needs.step_embeddings.problems(config)
         yield from (Problem(f"{SECTION}.{key}.{parameter}", message) for parameter, message in found)
 
 
