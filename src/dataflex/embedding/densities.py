@@ -138,7 +138,7 @@ class _Kernels:
 
     def _sums(self, queries: Queries) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Return the sum of the kernel over the base rows of each query, and how many are inside of it, (m,)."""
-        squares = np.einsum("ij,ij->i", queries.exact, queries.exact)
+        squares = np.einsum("ij,ij->i", queries.matrix, queries.matrix)
         cut = ((squares - self.bandwidth**2) / 2).astype(queries.dtype)
         sums, counts = np.zeros(len(queries)), np.zeros(len(queries), dtype=np.int64)
         for _, _, scores in queries.blocks():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -135,15 +136,24 @@ class Queries:
         kind = np.result_type(queries.dtype, base.dtype)
         self.dtype: np.dtype[Any] = np.dtype(np.float64 if kind == np.float64 else np.float32)
         self.rounding = float(np.finfo(np.float64 if kind == np.float64 else np.float32).eps)
-        self.exact = np.asarray(queries, dtype=np.float64)
-        self.lengths = np.sqrt(np.einsum("ij,ij->i", self.exact, self.exact))
-        scaled = self.exact / np.where(self.lengths, self.lengths, 1)[:, None] if metric == "cosine" else self.exact
+        self._given = queries
+        scaled = self.exact / np.where(self.lengths, self.lengths, 1)[:, None] if metric == "cosine" else queries
         self.matrix = np.ascontiguousarray(scaled, dtype=self.dtype)
         self.longest = 0.0
         """Length of the longest base row so far."""
 
     def __len__(self) -> int:
         return len(self.matrix)
+
+    @cached_property
+    def exact(self) -> NDArray[np.float64]:
+        """The queries in double precision, (m, H)."""
+        return np.asarray(self._given, dtype=np.float64)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.float64]:
+        """Their lengths, (m,)."""
+        return np.sqrt(np.einsum("ij,ij->i", self.exact, self.exact))
 
     @property
     def error(self) -> Vectors:

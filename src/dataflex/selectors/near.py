@@ -136,6 +136,13 @@ class NearSelector(NeighbourSelector[NearParams]):
             ranked=candidates.size,
         )
 
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return, for offline scores, how early the lists come to each candidate: 1 for the first, NaN for never."""
+        scores = np.full(candidates.size, np.nan, dtype=np.float32)
+        order, _ = self._lists(ctx, usable(self, ctx, candidates, 1))
+        scores[np.searchsorted(candidates, order)] = 1 - np.arange(order.size) / order.size
+        return scores
+
     def _lists(self, ctx: RoundContext, candidates: IndexArray) -> tuple[IndexArray, ScoreArray | None]:
         """Return the candidates in the order of the lists, and the cosine by which each was found."""
         if self.params.indices_path is not None:

@@ -29,6 +29,7 @@ from dataflex import (
     EmbeddingArray,
     IndexArray,
     RoundContext,
+    ScoreArray,
     Selection,
     nearest,
     register,
@@ -65,14 +66,26 @@ class RdsPlusSelector(TargetSelector[RdsPlusParams]):
         base = vectors_of(ctx, trained)
         lists = [listed(queries[tasks == task], base, count, self.params.rule) for task in np.unique(tasks)]
         places = scanned(np.stack(lists))[0][:count]
-        _, distances = nearest(vectors_of(ctx, trained[places]), queries, 1, share=True)
         return Selection(
             trained[places],
-            1 - distances[:, 0],
+            _nearness(vectors_of(ctx, trained[places]), queries),
             candidates.size - trained.size,
             ranks=np.arange(1, count + 1),
             ranked=trained.size,
         )
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return, for offline scores, each candidate's cosine with the nearest validation sample; NaN: no token."""
+        scores = np.full(candidates.size, np.nan, dtype=np.float32)
+        trained = usable(self, ctx, candidates, 1)
+        queries, _ = self.queries(ctx)
+        scores[np.searchsorted(candidates, trained)] = _nearness(vectors_of(ctx, trained), queries)
+        return scores
+
+
+def _nearness(base: EmbeddingArray, queries: EmbeddingArray) -> ScoreArray:
+    """Return the cosine of each row with the nearest query, (n,)."""
+    return 1 - nearest(base, queries, 1, share=True)[1][:, 0]
 
 
 def listed(queries: EmbeddingArray, base: EmbeddingArray, count: int, rule: Rule) -> IndexArray:
@@ -85,8 +98,7 @@ def listed(queries: EmbeddingArray, base: EmbeddingArray, count: int, rule: Rule
         rule: as in the parameters.
     """
     if rule == "max":
-        _, distances = nearest(base, queries, 1, share=True)
-        return best(1 - distances[:, 0], count)
+        return best(_nearness(base, queries), count)
     length = _LENGTH
     while True:
         table, _ = nearest(queries, base, length, share=True)

@@ -41,6 +41,7 @@ from dataflex import (
     Pool,
     RoundContext,
     RunView,
+    ScoreArray,
     Selection,
     State,
     kernel_densities,
@@ -59,7 +60,7 @@ from dataflex.selectors.base_neighbours import (
 
 Numbers = NDArray[np.float64]
 
-_MEASURED = 1000
+_MEASURED = 100
 """Neighbours whose order is exact; the distances of those further away are to single precision."""
 
 
@@ -151,6 +152,16 @@ class TsdsSelector(NeighbourSelector[TsdsParams]):
             ranks=ranks_among(scores, distinct)[number],
             ranked=trained.size,
         )
+
+    def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
+        """Return the probability of every candidate; NaN without a token to train on. For offline scores."""
+        scores = np.full(candidates.size, np.nan, dtype=np.float32)
+        trained = usable(self, ctx, candidates, 1)
+        places, shares = self._probabilities(ctx, trained)
+        inside = np.zeros(trained.size)
+        inside[places] = shares
+        scores[np.searchsorted(candidates, trained)] = inside
+        return scores
 
     def _too_few(self, positive: int, count: int, candidates: int) -> str:
         given = self.params.probs_path is not None

@@ -11,7 +11,7 @@ import pytest
 from dataflex import ComponentError, RoundContext
 from dataflex.selectors.base_neighbours import scanned
 from dataflex.selectors.near import NearSelector
-from unit.fakes import build, context, decided, group_of, make_pool
+from unit.fakes import build, context, decided, group_of, make_pool, scores_of
 
 TABLE = np.array([[3, 1, 4], [3, 5, 1]])
 
@@ -156,6 +156,16 @@ def test_samples_without_a_token_or_text_are_left_out() -> None:
     ctx.embeddings(ctx.validation)[:] = 0
     with pytest.raises(ComponentError, match="no validation sample has text"):
         decided(build(NearSelector), ctx, group_of(ctx.pool, 5))
+
+
+def test_offline_scores_fall_down_the_lists() -> None:
+    ctx = embedded()
+    ctx.pool.trained[:5] = False
+    scores = scores_of(build(NearSelector, max_k=3), ctx, np.arange(60))
+    listed = np.flatnonzero(~np.isnan(scores))
+    assert listed[np.argsort(-scores[listed])].tolist() == by_hand(ctx, 60, np.arange(5, 60))[: listed.size]
+    assert scores.dtype == np.float32
+    assert np.nanmax(scores) == 1
 
 
 def test_one_candidate_and_duplicates() -> None:

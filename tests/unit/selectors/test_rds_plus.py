@@ -12,7 +12,7 @@ from dataflex import Embeddings
 from dataflex.selectors import rds_plus
 from dataflex.selectors.base_neighbours import scanned
 from dataflex.selectors.rds_plus import RdsPlusParams, RdsPlusSelector, best, listed, repopped
-from unit.fakes import build, context, decided, group_of, make_pool
+from unit.fakes import build, context, decided, group_of, make_pool, scores_of
 from unit.selectors.test_near import embedded
 
 SIMILARITIES = np.array([(0.9, 0.8, 0.7, 0.1, 0.2, 0.3), (0.95, 0.6, 0.3, 0.85, 0.2, 0.5)])
@@ -91,6 +91,15 @@ def test_the_order_of_validation_samples_changes_no_whole_pass() -> None:
     table = table_of(np.random.default_rng(0).normal(size=(5, 40)))
     for columns in (1, 3, 9):
         assert set(scanned(table[:, :columns])[0]) == set(scanned(table[::-1, :columns])[0])
+
+
+def test_offline_scores_are_cosines_with_the_nearest() -> None:
+    ctx = embedded()
+    ctx.pool.trained[3] = False
+    scores = scores_of(build(RdsPlusSelector), ctx, np.arange(60))
+    expected = (ctx.embeddings() @ ctx.embeddings(ctx.validation).T).max(axis=1)
+    expected[3] = np.nan
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
 
 
 def test_groups_samples_without_a_token_duplicates_and_one_candidate() -> None:

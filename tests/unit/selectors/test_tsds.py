@@ -15,7 +15,7 @@ from dataflex import ComponentError, nearest
 from dataflex.selectors import tsds
 from dataflex.selectors.near import NearSelector
 from dataflex.selectors.tsds import TsdsParams, TsdsSelector, fill
-from unit.fakes import build, context, decided, group_of, make_pool
+from unit.fakes import build, context, decided, group_of, make_pool, scores_of
 from unit.selectors.test_near import embedded
 
 CANDIDATES = np.array([(0, 0), (0.1, 0), (0, 0.1), (1, 0), (0, 1), (1, 1), (2, 2), (3, 0)])
@@ -166,7 +166,7 @@ def value(seed: int, number: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_no_linear_program_does_better(seed: int) -> None:
-    for number in range(60):
+    for number in range(334):  # about a thousand in all
         reached, best = value(seed, number)
         assert reached == pytest.approx(best, abs=1e-6), (seed, number)
 
@@ -255,6 +255,16 @@ def test_groups_and_samples_without_a_token() -> None:
     other.pool.trained[20:25] = False
     same = decided(resumed, other, group_of(ctx.pool, 10, 20, 60))
     np.testing.assert_array_equal(same.indices, chosen.indices)
+
+
+def test_offline_scores_are_the_probabilities() -> None:
+    ctx = embedded(size=60)
+    ctx.pool.trained[5] = False
+    scores = scores_of(build(TsdsSelector, c=0.5), ctx, np.arange(60))
+    trained = np.delete(np.arange(60), 5)
+    queries = ctx.embeddings(ctx.validation)
+    np.testing.assert_allclose(scores[trained], probabilities(queries, ctx.embeddings()[trained], TsdsParams(c=0.5)))
+    assert np.flatnonzero(np.isnan(scores)).tolist() == [5]
 
 
 def test_too_few_with_a_probability_is_told() -> None:
