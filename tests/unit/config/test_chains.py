@@ -151,6 +151,12 @@ from dataflex import ComponentParams, Selection, Selector, SelectorParams, regis
 class Pairs(Selector[SelectorParams]):
     def choose(self, ctx, candidates, count):
         return Selection(candidates[:count])
+
+
+@register("selector", "passing")
+class Passing(Selector[SelectorParams]):
+    def select(self, ctx, group):
+        return group.draw_passes()
 """
 
 
@@ -167,6 +173,12 @@ def test_what_chooses_samples_together_takes_no_rule_and_no_limit(tmp_path: Path
     assert set(found) == {"rule", "temperature", "max_overhead"}
     assert all("pairs chooses samples together, in its own choose()" in message for message in found.values())
     assert "decides for every round" in refused(tmp_path, {"method": "pairs", "every": 2})["every"]
+
+
+def test_what_draws_from_passes_compares_nothing_within_domains(tmp_path: Path) -> None:
+    assert "its samples are not compared" in refused(tmp_path, {"method": "passing", "within": "domain"})["within"]
+    for method in ("pairs", "el2n"):
+        assert refused(tmp_path, {"method": method, "within": "domain"}) == {}
 
 
 def test_a_limit_is_that_of_the_last_selector(tmp_path: Path) -> None:
