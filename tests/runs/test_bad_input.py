@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -54,6 +55,14 @@ BEFORE_LOADING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "wrong choice": (
         {"dataflex": {"select": {"method": "loss", "focus": "hi"}}},
         ["dataflex.select.focus", "'high'", "'medium'", "'low'"],
+    ),
+    "no file of lists": (
+        {"dataflex": {"select": {"method": "near", "indices_path": "nowhere.npy"}}},
+        ["dataflex.select.indices_path", "no file 'nowhere.npy'"],
+    ),
+    "a width without a use": (
+        {"dataflex": {"select": {"method": "tsds", "variant": "uniform", "sigma": 0.5, "validation": "held"}}},
+        ["dataflex.select", "sigma has no use with variant uniform"],
     ),
     "quantiles descend": (
         {"dataflex": {"select": {"method": "loss", "quantiles": [0.7, 0.3]}}},
@@ -229,6 +238,14 @@ WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["proj_dim", "1000000", "trainable parameters"],
     ),
     "kronecker with adam": (influence(projection="kronecker"), ["projection: kronecker", "preconditioner: none"]),
+    "lists of another pool": (
+        {"dataflex": {"update_steps": 2, "select": {"method": "near", "indices_path": "far.npy"}}},
+        ["dataflex.select.indices_path", "'far.npy'", "from 0 to 48", "0 to 47"],
+    ),
+    "probabilities of another pool": (
+        {"dataflex": {"update_steps": 2, "select": {"method": "tsds", "probs_path": "few.npy"}}},
+        ["dataflex.select.probs_path", "'few.npy'", "47 numbers", "48 samples"],
+    ),
     "a value LLaMA-Factory refuses": (
         {**{"stage": "pt", "dataset": "texts", "neat_packing": True}, "dataflex": SELECT},
         ["LLaMA-Factory", "neat_packing"],
@@ -351,6 +368,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
     info["pairs"] = {"file_name": "pairs.json", "ranking": True, "columns": columns}
     (root / "data" / "dataset_info.json").write_text(json.dumps(info))
+    np.save(root / "far.npy", np.arange(49).reshape(7, 7))
+    np.save(root / "few.npy", np.ones(47))
     (root / "broken.py").write_text("1 / 0\n")
     (root / "bad_plugin.py").write_text(BAD_PLUGIN)
     (root / "FILE").write_text("precious")
