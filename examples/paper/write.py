@@ -28,8 +28,8 @@ ENCODER = {"encoder": "Qwen/Qwen3-Embedding-0.6B"}
 ANSWER = {"type": "exact_match", "pattern": r"answer is \(?([A-J])"}
 """What rewards a response to a question of MMLU."""
 
-WORD = {"type": "exact_match", "pattern": r"(\w+)"}
-"""What rewards a response in a small run: its last word."""
+WORDS = {"type": "python", "path": f"{PLACE}/rewards.py", "function": "words"}
+"""What rewards a response in a small run."""
 
 SELECTORS: dict[str, Keys] = {
     "random": {},
@@ -76,8 +76,9 @@ LEFT_OUT = {
 """Methods without a variant, and why."""
 
 SMALL_SELECTORS: dict[str, Keys] = {
-    "nice": {"reward": WORD, "samples": 2, "max_new_tokens": 8, "proj_dim": 512},
+    "nice": {"reward": WORDS, "samples": 4, "max_new_tokens": 16, "proj_dim": 512},
     "cluster_less": {"cluster_size": 8, "representatives": 2, "proj_dim": 512},
+    "dsir": {"min_words": 5},
     **{name: {"proj_dim": 512} for name in ("less", "icons")},
     **{name: {} for name in ("near", "tsds", "coincide", "diversity")},
 }
