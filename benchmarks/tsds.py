@@ -133,7 +133,7 @@ def ours(queries: NDArray[np.float32], base: NDArray[np.float32], exact: bool) -
         alpha=ALPHA, c=C, sigma=SIGMA, max_k=min(MAX_K, size // 10), kde_k=min(KDE_K, size // 10), encoder="made before"
     )
     began = time.perf_counter()
-    ids, distances = nearest(queries, base, params.max_k, metric="l2", measured=100)
+    ids, distances = nearest(queries, base, params.max_k, metric="l2", measured=1000)
     found = time.perf_counter()
     shares = probabilities(ids, distances, base, params)
     return shares, {"neighbours": found - began, "densities and level": time.perf_counter() - found}

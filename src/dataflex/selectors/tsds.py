@@ -60,7 +60,7 @@ from dataflex.selectors.base_neighbours import (
 
 Numbers = NDArray[np.float64]
 
-_MEASURED = 100
+_MEASURED = 1000
 """Neighbours whose order is exact; the distances of those further away are to single precision."""
 
 
