@@ -76,7 +76,7 @@ LEFT_OUT = {
 """Methods without a variant, and why."""
 
 SMALL_SELECTORS: dict[str, Keys] = {
-    "nice": {"reward": WORDS, "samples": 4, "max_new_tokens": 16, "proj_dim": 512},
+    "nice": {"reward": WORDS, "samples": 2, "max_new_tokens": 8, "proj_dim": 512},
     "cluster_less": {"cluster_size": 8, "representatives": 2, "proj_dim": 512},
     "dsir": {"min_words": 5},
     **{name: {"proj_dim": 512} for name in ("less", "icons")},
