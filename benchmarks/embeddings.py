@@ -9,16 +9,16 @@ Samples per second of
     bare model      the forward of a language model without its head, of tokenized and sorted rows
     measurement     the measurement ``Embeddings`` of the same rows, by the probe
 
-Every variant runs in a process of its own, which also gives its peak memory, and the processes take turns.
+Each of the two is measured in turn with its floor in one process, because a machine's speed drifts by more than what is
+to be seen; ratios are of neighbours in time, and their median counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,53 +31,33 @@ from overhead import _sample, machine
 
 PAIRS = {"service": "bare forward", "measurement": "bare model"}
 """Variant -> the floor it is compared with."""
-VARIANTS = tuple(name for pair in PAIRS.items() for name in pair)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="asset:all-minilm-l6-v2")
     parser.add_argument("--model", default="asset:smollm2-135m-instruct")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--texts", type=int, default=1024)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--texts", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--output", type=Path, help="JSON file of the results")
-    parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(one(options)))
-        return
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in options.variants}
-    for repeat in range(options.repeats):
-        for name in options.variants if repeat % 2 == 0 else options.variants[::-1]:
-            found[name].append(apart(options, name))
-            print(name, found[name][-1], flush=True)
-    speed = {name: statistics.median(run["samples_per_second"] for run in runs) for name, runs in found.items()}
-    results = {
-        "samples_per_second": speed,
-        "relative_to_floor": {
-            name: speed[name] / speed[floor] for name, floor in PAIRS.items() if name in speed and floor in speed
-        },
-        "peak_memory_gb": {name: max(run["peak_memory_gb"] for run in runs) for name, runs in found.items()},
-        "runs": found,
-    }
-    print(json.dumps(results, indent=2))
+    results = {}
+    for name in options.variants:
+        results[name] = in_turn(options, name, PAIRS[name])
+        print(
+            name,
+            json.dumps({key: value for key, value in results[name].items() if key != "runs"}, indent=2),
+            flush=True,
+        )
     if options.output:
         content = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "results": results}
         options.output.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def apart(options: argparse.Namespace, name: str) -> dict[str, float]:
-    """Run one variant in a process of its own."""
-    command = [sys.executable, __file__, "--one", name, "--encoder", options.encoder, "--model", options.model]
-    command += ["--texts", str(options.texts), "--samples", str(options.samples)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def one(options: argparse.Namespace) -> dict[str, float]:
-    """Measure one variant here."""
+def in_turn(options: argparse.Namespace, name: str, floor: str) -> dict[str, Any]:
+    """Measure a variant and its floor by turns: first the one, then the other, then both the other way round."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,26 +66,38 @@ def one(options: argparse.Namespace) -> dict[str, float]:
         "service": service,
         "bare model": bare_model,
         "measurement": measurement,
-    }[options.one]
+    }
+    runs: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        work = prepare(options, device, Path(folder))
-        work(True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        count = work(False)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        work = {each: prepare[each](options, device, Path(folder)) for each in (name, floor)}
+        for repeat in range(-1, options.repeats):  # the first time warms up
+            order = [name, floor] if repeat % 2 == 0 else [floor, name]
+            both = {each: speed(work[each], device) for each in order}
+            if repeat >= 0:
+                runs.append(both)
+    ratios = [both[name] / both[floor] for both in runs]
+    return {
+        "samples_per_second": statistics.median(both[name] for both in runs),
+        "samples_per_second_of_the_floor": statistics.median(both[floor] for both in runs),
+        "relative_to_floor": statistics.median(ratios),
+        "from_to": [min(ratios), max(ratios)],
+        "runs": runs,
+    }
+
+
+def speed(work: Work, device: Any) -> float:
+    """Return samples per second."""
+    import torch
+
+    began = time.perf_counter()
+    count = work()
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    return {"samples_per_second": count / seconds, "peak_memory_gb": round(peak / 1e9, 3)}
+        torch.cuda.synchronize()
+    return count / (time.perf_counter() - began)
 
 
-Work = Callable[[bool], int]
-"""Does the work, of a few samples to warm up or of all, and returns how many they were."""
+Work = Callable[[], int]
+"""Does all of the work and returns how many samples there were."""
 
 
 def texts_of(count: int) -> list[str]:
@@ -147,8 +139,8 @@ def bare_forward(options: argparse.Namespace, device: Any, folder: Path) -> Work
     ]
 
     @torch.inference_mode()
-    def work(is_warm_up: bool) -> int:
-        for batch in batches[-1:] if is_warm_up else batches:
+    def work() -> int:
+        for batch in batches:
             inputs = batch.to(device)
             states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
             ((states * mask).sum(1) / mask.sum(1)).cpu()
@@ -165,10 +157,11 @@ def service(options: argparse.Namespace, device: Any, folder: Path) -> Work:
 
     texts = texts_of(options.texts)
     backend = EmbeddingParams(encoder=options.encoder, encoder_backend="transformers")
-    run = EncoderRun(choose(backend), folder, device)
+    run = EncoderRun(choose(backend), folder / "embeddings", device)
 
-    def work(is_warm_up: bool) -> int:
-        return run.embed(TextList(texts[:8] if is_warm_up else texts)).rows
+    def work() -> int:
+        shutil.rmtree(run.root, ignore_errors=True)
+        return run.embed(TextList(texts)).rows
 
     return work
 
@@ -184,8 +177,8 @@ def bare_model(options: argparse.Namespace, device: Any, folder: Path) -> Work:
     batches = [probe.collate(probe.pool.rows(batch)) for batch in order]
 
     @torch.no_grad()
-    def work(is_warm_up: bool) -> int:
-        for batch in batches[-1:] if is_warm_up else batches:
+    def work() -> int:
+        for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
             states, mask = decoder(**inputs, use_cache=False).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
             ((states * mask).sum(1) / mask.sum(1)).cpu()
@@ -199,8 +192,8 @@ def measurement(options: argparse.Namespace, device: Any, folder: Path) -> Work:
 
     probe = probe_of(options, device)
 
-    def work(is_warm_up: bool) -> int:
-        return len(probe.measure(Embeddings(), np.arange(8 if is_warm_up else options.samples)))
+    def work() -> int:
+        return len(probe.measure(Embeddings(), np.arange(options.samples)))
 
     return work
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from dataflex import nearest
@@ -68,7 +69,7 @@ def test_neither_blocks_nor_neighbours_in_a_call_change_a_bit(monkeypatch: pytes
     base[1000:1500] = base[:500]
     indices, distances = nearest(queries, base, 25)
     monkeypatch.setattr(neighbours, "QUERIES", 7)
-    monkeypatch.setattr(neighbours, "_PAIRS", 64)
+    monkeypatch.setattr(neighbours, "_PAIR_CELLS", 512)
     monkeypatch.setattr(neighbours.Queries, "device_cells", 130 * 333)
     again, equal = nearest(queries, base, 25)
     np.testing.assert_array_equal(again, indices)
@@ -76,6 +77,18 @@ def test_neither_blocks_nor_neighbours_in_a_call_change_a_bit(monkeypatch: pytes
     alone, one = nearest(queries[40:], base, 25)
     np.testing.assert_array_equal(alone[0], indices[40])
     assert one[0].tobytes() == distances[40].tobytes()
+
+
+def test_the_number_of_threads_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    base, queries = (rng.standard_normal((size, 20)).astype(np.float32) for size in (900, 5))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    one = nearest(queries, base, 30, metric="l2")
+    for threads in (2, 7):  # of seven, some have no query
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        indices, distances = nearest(queries, base, 30, metric="l2")
+        np.testing.assert_array_equal(indices, one[0])
+        assert distances.tobytes() == one[1].tobytes()
 
 
 def test_products_of_a_device_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
