@@ -4,8 +4,8 @@
     python benchmarks/neighbours.py --size 200000 --repeats 5
 
 Both are measured in turn: numpy's product of the queries with blocks of the vectors, whose values are not looked at,
-and ``dataflex.nearest`` for several k and both metrics. Medians are compared, of the clock and of the processor: the
-second holds on a busy machine, too, but hides that the product runs on all cores and the rest on one.
+and ``dataflex.nearest`` for several k and both metrics. Each search is compared with the product right before it,
+because a machine's speed drifts, and the median of these ratios counts, of the clock and of the processor.
 """
 
 from __future__ import annotations
@@ -58,23 +58,23 @@ def main() -> int:
     def search(k: int, metric: Any) -> None:
         nearest(queries, stored, k, metric=metric, device="cpu")
 
-    functions: dict[str, Callable[[], None]] = {"product": product}
-    for k, metric in [(k, metric) for k in (10, 100, 1000) for metric in ("cosine", "l2")]:
-        functions[f"{metric}, k {k}"] = partial(search, k, metric)
     nearest(queries[:2], stored[:2000], 5)  # imports
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    found: dict[str, dict[str, list[float]]] = {}
     for _ in range(options.repeats):
-        for name, function in functions.items():
-            taken[name].append(seconds(function))
-    medians = {name: [statistics.median(values) for values in zip(*both, strict=True)] for name, both in taken.items()}
-    floor = medians["product"]
-    found = {
+        for k, metric in [(k, metric) for k in (10, 100, 1000) for metric in ("cosine", "l2")]:
+            floor, taken = seconds(product), seconds(partial(search, k, metric))
+            of = found.setdefault(f"{metric}, k {k}", {"product": [], "seconds": [], "clock": [], "processor": []})
+            of["product"].append(round(floor[0], 3))
+            of["seconds"].append(round(taken[0], 3))
+            of["clock"].append(round(taken[0] / floor[0], 3))
+            of["processor"].append(round(taken[1] / floor[1], 3))
+    medians = {
         name: {
-            "seconds": round(clock, 3),
-            "of_the_product": round(clock / floor[0], 3),
-            "of_the_product_in_processor_time": round(cpu / floor[1], 3),
+            "seconds": statistics.median(of["seconds"]),
+            "of_the_product": statistics.median(of["clock"]),
+            "of_the_product_in_processor_time": statistics.median(of["processor"]),
         }
-        for name, (clock, cpu) in medians.items()
+        for name, of in found.items()
     }
     result = {
         "command": " ".join(sys.argv),
@@ -82,7 +82,7 @@ def main() -> int:
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
     }
-    result |= {"numpy": np.__version__, "medians": found}
+    result |= {"numpy": np.__version__, "medians": medians, "repeats": found}
     print(json.dumps(result, indent=2))
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
