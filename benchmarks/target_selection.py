@@ -3,8 +3,7 @@
     python benchmarks/target_selection.py --data FOLDER               # the comparison: 36 runs
     python benchmarks/target_selection.py --data FOLDER --what copies # near-duplicates: 3 runs
 
-The pool has seven kinds of samples; a sixth is grade-school mathematics and a sixth are questions of science with
-choices. The targets are GSM8K and ARC-easy: validation and held-out samples come from their test sets. Each variant
+The pool has seven kinds of samples; a sixth is grade-school mathematics and a sixth are questions with choices. The targets are GSM8K and ARC-easy: validation and held-out samples come from their test sets. Each variant
 trains a few steps on random samples, then selects once for one of the targets and trains on what it selected.
 ``dataflex-cli compare`` makes the runs and judges the held-out losses.
 
@@ -37,7 +36,7 @@ Row = dict[str, str]
 
 POOL = {
     "mathematics": ("gsm8k_train", 40),
-    "science": ("flan_cot", 40),
+    "questions": ("flan_cot", 40),
     "dolly": ("dolly", 40),
     "code": ("gpteacher_codegen", 30),
     "dialogue": ("gpteacher_roleplay", 30),
@@ -45,7 +44,7 @@ POOL = {
     "nlp": ("p3_sample", 30),
 }
 """Data set of the pool -> its file and how many samples."""
-WANTED = {"gsm8k": "mathematics", "arc_easy": "science"}
+WANTED = {"gsm8k": "mathematics", "arc_easy": "questions"}
 """Target -> the kind of samples it needs."""
 ENCODER = "asset:all-minilm-l6-v2"
 SELECTORS: dict[str, dict[str, Any]] = {
@@ -119,13 +118,18 @@ def write_data(source: Path, folder: Path, model: str) -> Path:
         fitting = (
             row for row in rows if TOKENS[0] <= len(tokenizer("\n".join(row.values())).input_ids) <= TOKENS[1] - 8
         )
-        return [row for row, _ in zip(fitting, range(count), strict=False)]
+        found = [row for row, _ in zip(fitting, range(count), strict=False)]
+        if len(found) < count:
+            raise SystemExit(
+                f"{name}: {len(found)} samples of {TOKENS[0]} to {TOKENS[1] - 8} tokens, and {count} are needed"
+            )
+        return found
 
     sets: dict[str, list[Row]] = {}
     for name, (file, count) in POOL.items():
         rows = rows_of(source / "instruct" / f"{file}.jsonl")
-        if name == "science":
-            rows = [row for row in rows if row["domain"] == "reasoning/qasc"]
+        if name == "questions":
+            rows = [row for row in rows if row["domain"] in ("reasoning/ecqa", "reasoning/qasc")]
         sets[name] = drawn(name, [instruction(row) for row in rows], count)
     tests = {
         "gsm8k": [instruction(row) for row in rows_of(source / "eval" / "gsm8k_test.jsonl")],
