@@ -3,8 +3,9 @@
     python benchmarks/target_selection.py --data FOLDER               # the comparison: 36 runs
     python benchmarks/target_selection.py --data FOLDER --what copies # near-duplicates: 3 runs
 
-The pool has seven kinds of samples; a sixth is grade-school mathematics and a sixth are questions with choices. The targets are GSM8K and ARC-easy: validation and held-out samples come from their test sets. Each variant
-trains a few steps on random samples, then selects once for one of the targets and trains on what it selected.
+The pool has seven kinds of samples; a sixth is grade-school mathematics and a sixth are questions with choices. The
+targets are GSM8K and ARC-easy: validation and held-out samples come from their test sets. Each variant trains a few
+steps on random samples, then selects once for one of the targets and trains on what it selected.
 ``dataflex-cli compare`` makes the runs and judges the held-out losses.
 
 For ``copies`` the pool also has 100 near-duplicates of each of 20 samples of mathematics, in which some words were
