@@ -95,6 +95,13 @@ class Component(Generic[ParamsT]):
         """
         return None
 
+    def unfit(self, run: RunOutline) -> tuple[str, str] | None:
+        """Return a parameter and why it does not fit the run, which is then an error; None: all do.
+
+        Asked before the model is loaded.
+        """
+        return None
+
     def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
         """Return how many samples it measures in the whole run, each as often as it does so.
 

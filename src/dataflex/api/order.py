@@ -56,13 +56,6 @@ class Order(Component[ParamsT]):
         warmup = run.schedule.warmup_steps > 0 and run.total_steps * run.global_batch_size > pool
         return float(2 * pool if warmup else pool)
 
-    def unfit(self, run: RunOutline) -> tuple[str, str] | None:
-        """Return a parameter and why it does not fit the run, which is then an error; None: all do.
-
-        Asked before the model is loaded.
-        """
-        return None
-
     @property
     def reads_scores(self) -> bool:
         """Whether :meth:`arrange` reads ``selection.scores``, which not every selector gives."""

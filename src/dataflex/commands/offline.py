@@ -71,9 +71,12 @@ def prepared(config: RunConfig, output: Path, feature_dir: Path | None) -> RunCo
     if len(chain) > 1:
         raise ConfigError(f"{config.source}: dataflex.select is a list of methods; a pool is scored by one, name it.")
     selector = chain[0].component if chain else None
-    if selector is None or not selector.scores_samples or type(selector).score is Selector.score:
+    if selector is None:
+        raise ConfigError(f"{config.source}: dataflex.select must name a method that scores samples, e.g. perplexity.")
+    if not selector.scores_samples or type(selector).score is Selector.score:
         raise ConfigError(
-            f"{config.source}: dataflex.select must name a selector that scores samples, e.g. {{method: less}}."
+            f"{config.source}: dataflex.select: {selector.name} has no score of a sample by itself; it chooses in a "
+            "training run only. Choose a method that scores, e.g. perplexity."
         )
     params = dict(config.params)
     if isinstance(selector, InfluenceSelector):

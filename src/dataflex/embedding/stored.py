@@ -94,6 +94,10 @@ class RunEncoders:
         Args:
             pool: the samples of the run.
             validation: the validation samples of the components that asked for some.
+
+        Raises:
+            ConfigError: if none of the samples, or of the validation samples, has text.
+            DataFlexError: if an encoder or the disk fails.
         """
         made: dict[tuple[int, int, str], EmbeddingStore] = {}
 
@@ -110,6 +114,12 @@ class RunEncoders:
                 of_pool, held = of(key, pool, "samples"), validation.get(key)
                 of_held = None if held is None else of(key, held, "validation samples")
                 found[key] = StoredEmbeddings(pool, of_pool, held, of_held)
+                for store, what in ((of_pool, "sample"), (of_held, "validation sample")):
+                    if store is not None and not np.any(store.array()):
+                        part = self._wanted[key].embedding_text
+                        raise ConfigError(
+                            f"dataflex.{key}.embedding_text: no {what} has text to embed ({part}); check the data."
+                        )
         finally:
             for run in self._runs.values():
                 run.close()

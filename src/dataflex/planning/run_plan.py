@@ -165,9 +165,10 @@ def problems_of_warmup(settings: DataFlexConfig, components: Components, total: 
 def problems_of(settings: DataFlexConfig, components: Components, run: RunOutline) -> list[Problem]:
     """Return why nothing would ever be decided, or a selector would have nothing to choose from."""
     found = problems_of_warmup(settings, components, run.total_steps)
-    if components.order is not None and run.decisions:
-        unfit = components.order.unfit(run)
-        found += [] if unfit is None else [Problem(f"{_SECTION}.order.{unfit[0]}", unfit[1])]
+    entries = {entry.key: entry for entry in components.select}
+    for key, component in components.items() if run.decisions else ():
+        unfit = component.unfit(outline_of(entries[key], components, run) if key in entries else run)
+        found += [] if unfit is None else [Problem(f"{_SECTION}.{key}.{unfit[0]}", unfit[1])]
     pool = run.pool_size
     if not components.select or components.mix is not None or pool is None or not run.decisions:
         return found

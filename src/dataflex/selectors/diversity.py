@@ -109,8 +109,8 @@ def farthest_first(vectors: EmbeddingArray, count: int, first: int) -> tuple[Ind
             rest = np.flatnonzero(distances == 0)[: count - len(chosen)]
             return np.append(chosen, rest), np.append(found, np.zeros(rest.size))
         batch, bound = _largest(distances, _BATCH)
-        few = np.asarray(vectors[batch], dtype=np.float32)
-        among, own = _snapped(1 - few @ few.T), distances[batch]
+        few = np.asarray(vectors[batch], dtype=np.float64)
+        among, own = _distances(few @ few.T), distances[batch]
         fresh = []
         while len(chosen) < count:
             best = int(own.argmax())
@@ -126,10 +126,10 @@ def farthest_first(vectors: EmbeddingArray, count: int, first: int) -> tuple[Ind
 
 def _come_nearer(distances: Numbers, vectors: EmbeddingArray, rows: list[int]) -> None:
     """Lower the distances to those of the rows that have just been chosen."""
-    centres = np.asarray(vectors[rows], dtype=np.float32).T
+    centres = np.asarray(vectors[rows], dtype=np.float64).T
     for begin, block in _blocks(vectors):
         part = distances[begin : begin + len(block)]
-        np.minimum(part, _snapped(1 - (block @ centres).max(axis=1)), out=part)
+        np.minimum(part, _distances((block.astype(np.float64) @ centres).max(axis=1)), out=part)
 
 
 def _blocks(vectors: EmbeddingArray) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -137,7 +137,13 @@ def _blocks(vectors: EmbeddingArray) -> Iterator[tuple[int, NDArray[np.float32]]
         yield begin, np.asarray(vectors[begin : begin + _ROWS], dtype=np.float32)
 
 
-def _snapped(distances: NDArray[np.float32]) -> Numbers:
+def _distances(cosines: Numbers) -> Numbers:
+    """Return the distances to single precision, 0 where they are next to nothing.
+
+    The last bits of a product depend on the place of a row in its block. Rounded from double precision, the distances
+    of equal rows are equal, and their order is that of their indices.
+    """
+    distances = (1 - cosines).astype(np.float32)
     return np.where(distances <= _SAME, 0.0, distances).astype(np.float64)
 
 

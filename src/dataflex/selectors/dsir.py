@@ -112,13 +112,15 @@ class DsirSelector(Selector[DsirParams]):
             yield "target_shares", f"has {len(shares)} numbers for {len(names)} sub-tasks ({', '.join(names)})."
 
     def pool_problems(self, pool: Pool) -> Iterator[tuple[str, str]]:
-        """Yield that all samples are too short, as far as their tokens tell: a word has one or more."""
-        longest = int(pool.lengths.max())
-        if longest < self.params.min_words:
-            yield (
-                "min_words",
-                f"no sample has {self.params.min_words} words: the longest has {longest} tokens. Lower it.",
-            )
+        """Yield that all samples are too short. Few texts are read if one is long enough: the longest come first."""
+        wanted, longest = self.params.min_words, 0
+        order = np.argsort(-pool.lengths, kind="stable")
+        for index in order[pool.lengths[order] >= wanted]:  # a word has one token or more
+            longest = max(longest, len(_WORD.findall(pool.text(int(index)).lower())))
+            if longest >= wanted:
+                return
+        said = f"{longest} words" if longest else f"{int(pool.lengths.max())} tokens"
+        yield "min_words", f"no sample has {wanted} words: the longest has {said}. Lower it."
 
     def begin(self, ctx: RoundContext) -> None:
         """Weigh all samples of the pool, once in a run."""

@@ -16,11 +16,11 @@ encoder both are made once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dataflex import (
     ComponentError,
@@ -29,6 +29,7 @@ from dataflex import (
     Needs,
     Pool,
     RoundContext,
+    RunOutline,
     RunView,
     ScoreArray,
     Selection,
@@ -56,6 +57,13 @@ class NearParams(NeighbourParams):
         None,
         description="Lists made before: a .npy file of pool indices, a row for each query; none: they are searched.",
     )
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        idle = self.model_fields_set - {"indices_path"} if self.indices_path is not None else set()
+        if idle:
+            raise ValueError(f"{', '.join(sorted(idle))}: not used, as indices_path gives the lists; leave it out")
+        return self
 
 
 @register("selector", "near")
@@ -100,6 +108,20 @@ class NearSelector(NeighbourSelector[NearParams]):
                 f"{path!r} holds indices from {low} to {high}; those of the {pool.size} samples of this pool are 0 to "
                 f"{pool.size - 1}. Make the file for the data as it is now; -1 stands for a neighbour not found.",
             )
+
+    def unfit(self, run: RunOutline) -> tuple[str, str] | None:
+        """Return that the lists that are given hold fewer samples than a round takes."""
+        path = self.params.indices_path
+        if path is None or any(file_problems("indices_path", path, 2)):
+            return None
+        table = array_file(path, 2)
+        held = np.unique(table[table >= 0]).size
+        if held >= run.round_samples:
+            return None
+        return "indices_path", (
+            f"the lists in {path!r} hold {held} different samples, and a round takes {run.round_samples}. Make longer "
+            "lists, or shorten update_steps."
+        )
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return the next candidates down the lists."""

@@ -40,6 +40,7 @@ from dataflex import (
     Needs,
     Pool,
     RoundContext,
+    RunOutline,
     RunView,
     ScoreArray,
     Selection,
@@ -88,6 +89,9 @@ class TsdsParams(NeighbourParams):
         idle = sorted({"sigma", "kde_k"} & self.model_fields_set) if self.variant == "uniform" else []
         if idle:
             raise ValueError(f"{' and '.join(idle)} has no use with variant uniform; remove it")
+        idle = sorted(self.model_fields_set - {"probs_path", "replacement"}) if self.probs_path is not None else []
+        if idle:
+            raise ValueError(f"{', '.join(idle)}: not used, as probs_path gives the probabilities; leave it out")
         return self
 
 
@@ -131,6 +135,20 @@ class TsdsSelector(NeighbourSelector[TsdsParams]):
             )
         elif not np.isfinite(given).all() or given.min() < 0 or given.sum() <= 0:
             yield "probs_path", f"{path!r} must hold finite numbers that are not negative and not all zero."
+
+    def unfit(self, run: RunOutline) -> tuple[str, str] | None:
+        """Return that fewer samples than a round takes have a probability, if these are given and none may repeat."""
+        path = self.params.probs_path
+        if path is None or self.params.replacement or any(file_problems("probs_path", path, 1)):
+            return None
+        given = array_file(path, 1)
+        positive = int(np.count_nonzero(given > 0))
+        if positive >= run.round_samples:
+            return None
+        return "probs_path", (
+            f"{positive} of {given.size} samples have a probability above 0 in {path!r}, and a round takes "
+            f"{run.round_samples} without replacement. Shorten update_steps, or set replacement: true."
+        )
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return candidates drawn by their probabilities."""

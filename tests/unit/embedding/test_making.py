@@ -22,7 +22,7 @@ from dataflex.embedding.making import EncoderRun
 from dataflex.embedding.store import EmbeddingStore
 from dataflex.embedding.stored import RunEncoders
 from dataflex.embedding.texts import SampleTexts, TextList
-from dataflex.errors import ComponentError, DataFlexError
+from dataflex.errors import ComponentError, ConfigError, DataFlexError
 
 TEXTS = [f"{'abcdefgh'[number % 8] * (number % 5)}" for number in range(23)]
 
@@ -262,6 +262,15 @@ def test_a_run_makes_each_embedding_once_for_all_who_ask(letters: Letters, tmp_p
     assert len(list((tmp_path / "own").iterdir())) == 1
     with pytest.raises(ComponentError, match="of the run's pool and of the component's validation samples"):
         found["order"].of(held)
+
+
+def test_samples_without_any_text_are_refused(letters: Letters, tmp_path: Path) -> None:
+    pool, empty = pool_of(ROWS), pool_of([([8, 8], [-100, -100])])
+    wanted = {"select": EmbeddingParams(encoder="x", embedding_text="response")}
+    for samples, held, what in ((pool, {"select": empty}, "validation sample"), (empty, {}, "sample")):
+        with pytest.raises(ConfigError, match=rf"select.embedding_text: no {what} has text to embed \(response\)"):
+            RunEncoders(wanted, tmp_path, "cpu", False).make(samples, held)
+    assert letters.is_closed
 
 
 def test_components_read_an_encoders_embeddings_by_their_service(letters: Letters, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dataflex import ComponentError, RoundContext
+from dataflex.api.schedule import RunOutline, Schedule
 from dataflex.selectors.base_neighbours import scanned
 from dataflex.selectors.near import NearSelector
 from unit.fakes import build, context, decided, group_of, make_pool, scores_of
@@ -70,6 +71,23 @@ def test_a_given_table_is_read_and_one_that_is_too_short_refused(tmp_path: Path)
     assert decided(selector, context(pool), group_of(pool, 4)).indices.tolist() == [3, 1, 5, 4]
     with pytest.raises(ComponentError, match=r"5 samples are wanted, and the lists in '.*' hold 4 of the 6"):
         decided(selector, context(pool), group_of(pool, 5))
+
+
+def test_lists_that_are_shorter_than_a_round_and_parameters_beside_them_are_refused(tmp_path: Path) -> None:
+    def round_of(samples: int) -> RunOutline:
+        return RunOutline(Schedule(0, samples, -1, 100), 1, 6)
+
+    path = write(tmp_path, np.array([[1, -1, 3], [1, 3, 5]]))
+    selector = build(NearSelector, indices_path=path)
+    assert selector.unfit(round_of(3)) is None
+    found = selector.unfit(round_of(4))
+    assert found is not None
+    assert found[0] == "indices_path"
+    assert "hold 3 different samples, and a round takes 4" in found[1]
+    assert build(NearSelector).unfit(round_of(50)) is None
+    assert build(NearSelector, indices_path=str(tmp_path / "absent.npy")).unfit(round_of(4)) is None
+    with pytest.raises(ValueError, match="encoder, max_k: not used, as indices_path gives the lists"):
+        build(NearSelector, indices_path=path, encoder="x", max_k=3)
 
 
 @pytest.mark.parametrize(

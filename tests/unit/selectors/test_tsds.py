@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 
 from dataflex import ComponentError, nearest
+from dataflex.api.schedule import RunOutline, Schedule
 from dataflex.selectors import tsds
 from dataflex.selectors.near import NearSelector
 from dataflex.selectors.tsds import TsdsParams, TsdsSelector, fill
@@ -294,6 +295,16 @@ def test_given_probabilities_are_read_and_checked(tmp_path: Path) -> None:
     assert "3 numbers, and the pool has 4 samples" in next(with_file(np.ones(3)).pool_problems(pool))[1]
     assert "finite numbers" in next(with_file(np.array([1.0, np.nan, 0, 0])).pool_problems(pool))[1]
     assert "1 dimension" in next(with_file(np.ones((2, 2))).problems(None))[1]
+    selector = with_file(np.array([0.0, 3, 0, 1]))
+    assert selector.unfit(RunOutline(Schedule(0, 2, -1, 9), 1, 4)) is None
+    found = selector.unfit(RunOutline(Schedule(0, 3, -1, 9), 1, 4))
+    assert found is not None
+    assert found[0] == "probs_path"
+    assert "2 of 4 samples have a probability above 0" in found[1]
+    again = build(TsdsSelector, probs_path=str(tmp_path / "p.npy"), replacement=True)
+    assert again.unfit(RunOutline(Schedule(0, 3, -1, 9), 1, 4)) is None
+    with pytest.raises(ValueError, match="alpha, max_k: not used, as probs_path gives the probabilities"):
+        build(TsdsSelector, probs_path="p.npy", alpha=0.6, max_k=100)
 
 
 def test_parameters_without_a_use_are_refused() -> None:

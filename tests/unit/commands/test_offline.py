@@ -1,0 +1,32 @@
+"""Scoring a pool without training: which selectors can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataflex.commands.offline import prepared
+from dataflex.config.loading import split_config
+from dataflex.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"select": {"method": "diversity"}}, "dataflex.select: diversity has no score of a sample by itself"),
+        ({"select": {"method": "coincide"}}, "dataflex.select: coincide has no score of a sample by itself"),
+        ({"select": {"method": "random"}}, "dataflex.select: random has no score of a sample by itself"),
+        ({"weight": {"method": "uniform"}}, "dataflex.select must name a method that scores samples"),
+    ],
+)
+def test_what_has_no_scores_is_refused_by_name(section: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepared(split_config({"dataflex": section}), tmp_path, None)
+
+
+def test_what_scores_is_not(tmp_path: Path) -> None:
+    for method in ("near", "tsds", "rds_plus", "perplexity"):
+        config = split_config({"dataflex": {"select": {"method": method}}})
+        assert prepared(config, tmp_path, None).llamafactory["output_dir"] == str(tmp_path)
