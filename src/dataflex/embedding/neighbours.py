@@ -252,7 +252,7 @@ class _HostScores:
 
 
 class _HostQueries(Queries):
-    """Products on the processor. Torch's take two thirds of the time of NumPy's."""
+    """Products on the processor, by torch, whose took four fifths of the time of NumPy's in blocks of this size."""
 
     def __init__(self, *given: Any) -> None:
         import torch
@@ -342,12 +342,15 @@ def _full_precision() -> Iterator[None]:
     """Multiply without shortened numbers, TF32 on NVIDIA devices and bfloat16 on some processors."""
     import torch
 
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    allowed = [each.fp32_precision for each in backends]
     try:
+        for each in backends:
+            each.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        for each, precision in zip(backends, allowed, strict=True):
+            each.fp32_precision = precision
 
 
 def engine_of(

@@ -91,6 +91,17 @@ def test_the_number_of_threads_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
         assert distances.tobytes() == one[1].tobytes()
 
 
+def test_shortened_numbers_that_training_allows_stay_allowed() -> None:
+    matmul = torch.backends.cuda.matmul
+    was = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"  # as transformers sets it under tf32: true
+        nearest(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), 2)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = was
+
+
 def test_products_of_a_device_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(4)
     base = rng.standard_normal((1500, 40)).astype(np.float16)
