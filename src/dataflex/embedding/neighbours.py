@@ -270,7 +270,8 @@ class _HostQueries(Queries):
         _multiply(self.matrix, block, values)
         if self.metric == "l2":
             self.longest = max(self.longest, float(np.sqrt(squares.max())))
-            values -= squares / 2
+            half = squares / 2
+            _by_threads(len(self), lambda rows: np.subtract(values[rows], half, out=values[rows]))
         values[self.own_places(begin, len(block))] = -np.inf
         return _HostScores(values)
 

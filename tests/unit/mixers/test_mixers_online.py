@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -251,15 +250,13 @@ def test_odm_leaves_a_domain_without_a_loss_the_floor_or_the_least(variant: str)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_odm_with_many_domains_is_quick(variant: str) -> None:
+def test_odm_with_many_domains(variant: str) -> None:
     mixer, pool = build(OdmMixer, variant=variant), pool_of(1000)
     rng = np.random.default_rng(0)
-    begin = time.perf_counter()
     for step in range(200):
         policy = mixer.mix(context(pool))
         losses = np.where(rng.random(1000) < 0.3, rng.uniform(1, 4, 1000), NAN)
         mixer.on_step(heard(losses.tolist(), policy.tolist(), step + 1))
-    assert time.perf_counter() - begin < 5
     assert policy.sum() == pytest.approx(1, abs=1e-9)
     assert policy.min() >= exploration(199, 1000) - 1e-15
 
@@ -331,10 +328,8 @@ def test_group_dro_does_not_overflow_and_takes_many_domains() -> None:
     mixer, pool = build(GroupDroMixer, eta=1.0), pool_of(1000)
     mixer.initial(context(pool))
     losses = np.linspace(1, 2000, 1000).tolist()
-    begin = time.perf_counter()
     for step in range(50):
         mixer.update_weights(stepped(pool, losses, step))
-    assert time.perf_counter() - begin < 5
     assert mixer.loss_weights[-1] == pytest.approx(1)
     assert np.isfinite(mixer.loss_weights).all()
 
@@ -444,9 +439,7 @@ def test_unimax_in_warm_up_and_of_many_domains() -> None:
     ctx = context(pool, total_steps=50, steps=1, size=1)
     np.testing.assert_allclose(build(UnimaxMixer).initial(ctx), [0.2, 0.8])
     assert build(UnimaxMixer, initial_proportions=[3, 1]).initial(ctx).tolist() == [3, 1]
-    begin = time.perf_counter()
     shares = build(UnimaxMixer).mix(context(pool_of(1000), total_steps=1000, steps=1, size=500))
-    assert time.perf_counter() - begin < 1
     assert shares.sum() == pytest.approx(1)
 
 
