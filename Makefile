@@ -7,7 +7,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 # Where Python may not keep what it compiled, every start with LLaMA-Factory costs three times as much.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo docs test golden install lint lock clean
+.PHONY: demo docs test golden test-gpu bench-gpu install lint lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dataflex-cli demo
@@ -24,6 +24,15 @@ test: $(VENV)/.installed
 
 golden: $(VENV)/.installed
 	$(BIN)/python tests/golden/methods.py --check
+
+# Both need an accelerator with 80 GB. PYTHON_GPU is an interpreter that has torch for it, and what DataFlex needs.
+PYTHON_GPU ?= $(BIN)/python
+
+test-gpu:
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON_GPU) -m pytest tests/gpu -x -p no:cacheprovider --durations 10
+
+bench-gpu:
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON_GPU) benchmarks/gpu.py $(BENCH_GPU)
 
 install: $(VENV)/.installed
 

@@ -1,0 +1,88 @@
+"""Trainings that share their starts: what to run, and what each run left."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tiny
+from records import round_lines
+
+HERE = Path(__file__).parent
+ON_THE_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+
+
+@dataclass
+class Workshop:
+    """Collects specifications of runs, starts them together, and reads what they left."""
+
+    root: Path
+    model: Path
+    dropout_model: Path
+    data: Path
+    environment: dict[str, str] = field(default_factory=lambda: dict(ON_THE_CPU))
+    specs: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(
+        self,
+        name: str,
+        *,
+        plain: bool = False,
+        stop_at: int | None = None,
+        die_at: int | None = None,
+        keep: int | None = None,
+        **changes: Any,
+    ) -> Path:
+        """Add a run; ``into`` names another run's folder to go on in."""
+        output = self.root / changes.pop("into", name)
+        model = self.dropout_model if changes.pop("dropout", False) else self.model
+        args = tiny.arguments(model, self.data, output, **changes)
+        self.specs.append({"name": name, "args": args, "plain": plain, "stop_at": stop_at, "die_at": die_at})
+        self.specs[-1]["keep"] = keep
+        return output
+
+    def repeat(self, name: str, source: str) -> None:
+        """Add a run of another run's record."""
+        record = self.root / source / "dataflex" / "config.yaml"
+        args = {"output_dir": str(self.root / name)}
+        self.specs.append({"name": name, "args": args, "record": str(record)})
+
+    def start(self, processes: int, *, torchrun: bool = False) -> None:
+        """Run everything added so far in one start of ``processes`` processes, by torchrun if there are several."""
+        spec = self.root / f"spec-{processes}-{len(list(self.root.iterdir()))}.json"
+        spec.write_text(json.dumps(self.specs))
+        self.specs = []
+        launcher = [sys.executable]
+        if processes > 1 or torchrun:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        environment = {**os.environ, **self.environment, "PYTHONWARNINGS": "ignore"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), environment.get("PYTHONPATH", "")])
+        log = spec.with_suffix(".log")
+        with log.open("w") as stream:
+            command = [*launcher, str(HERE / "runner.py"), str(spec)]
+            status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False)
+        assert status.returncode == 0, log.read_text()[-6000:]
+
+    def trace(self, name: str, rank: int = 0) -> dict[str, Any]:
+        """Return what a finished run left; fails if the run did."""
+        result = json.loads((self.root / name / f"trace-{rank}.json").read_text())
+        assert result["error"] in (None, "killed"), (name, result["error"])
+        return result
+
+    def rounds(self, name: str) -> list[dict[str, Any]]:
+        """Return what is on record of each round of a run."""
+        return round_lines(self.root / name)
+
+    def plan_digests(self, name: str) -> list[str]:
+        """Return the digests of a run's plans in order."""
+        return [line["plan_sha256"] for line in self.rounds(name)]
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy a run's folder."""
+        shutil.copytree(self.root / source, self.root / target)
