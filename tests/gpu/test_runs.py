@@ -31,7 +31,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "greats": {"update_steps": 4, "select": {"method": "greats"}},
     "grand": {"update_steps": 4, "select": {"method": "grand"}},
     "rds_plus": {"update_steps": 4, "select": {"method": "rds_plus"}},
-    "nice": {"update_steps": 4, "select": {"method": "nice", "proj_dim": 256, "reward": REWARD, "samples": 4}},
+    "nice": {
+        "warmup_steps": 2,
+        "update_steps": 3,
+        "select": {"method": "nice", "proj_dim": 256, "reward": REWARD, "samples": 4},
+    },
     "capped": {"warmup_steps": 2, "update_steps": 3, "select": {**LESS, "max_overhead": 2.0}},
 }
 RESUMED = {"warmup_steps": 3, "update_steps": 3, "select": LESS}
