@@ -25,11 +25,15 @@ def preserved_rng() -> Iterator[None]:
 
 @contextlib.contextmanager
 def probe_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module's mode and every random stream is as before."""
+    """Evaluation mode without gradients; afterwards every module's mode and every random stream is as before.
+
+    A compiled model is run as it is written: graphs do not see hooks that come and go, and each shape and mode would be
+    compiled anew.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with preserved_rng(), torch.no_grad():
+        with preserved_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module in training:

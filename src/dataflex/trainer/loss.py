@@ -66,6 +66,9 @@ class WeightedLoss:
     """Weights of the step's micro-batches on this process, if they were decided before the forward."""
     calls: int = 0
 
+    # Under torch_compile this part stays as it is written: it holds numbers of the step, each of which would be
+    # compiled into a graph of its own.
+    @torch.compiler.disable
     def __call__(
         self,
         logits: Tensor,
