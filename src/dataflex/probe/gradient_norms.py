@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from dataflex.api.measurement import Measurement, MeasurementRun, ResultT, register_measurement
 from dataflex.api.probe import GradientSettings
 from dataflex.data.rules import ScoreArray
-from dataflex.probe.run_limits import moment_problems
+from dataflex.probe.run_limits import layer_problems, moment_problems
 
 if TYPE_CHECKING:
     from dataflex.api.needs import RunView
@@ -31,7 +31,8 @@ class GradientMeasurement(Measurement[ResultT]):
     untrained: ClassVar[float | None] = math.nan
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield why the optimizer's moments cannot be had, if they are wanted."""
+        """Yield why gradients cannot be taken, or the optimizer's moments not be had if they are wanted."""
+        yield from layer_problems(run)
         yield from moment_problems(self.settings, run)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dataflex.api.needs import RunView
@@ -35,6 +35,23 @@ They also have their parameters in another order.
 """
 
 
+_OTHER_LAYERS = {
+    "use_unsloth": "unsloth computes LoRA and the layers around it in kernels of its own",
+    "fp8": "layers in fp8 multiply in kernels of their own",
+}
+"""LLaMA-Factory keys under which the inputs of trained layers are never seen -> why."""
+
+
+def layer_problems(run: RunView) -> Iterator[tuple[str, str]]:
+    """Yield why the gradients of single samples cannot be taken in a run: a parameter, the reason."""
+    for key in _set(run, _OTHER_LAYERS):
+        yield (
+            "method",
+            f"takes the gradients of single samples from the layers' inputs, and {_OTHER_LAYERS[key]}. Remove {key}, "
+            "or use a method that takes no gradients, such as loss.",
+        )
+
+
 def moment_problems(settings: GradientSettings, run: RunView) -> Iterator[tuple[str, str]]:
     """Yield why the optimizer's moments cannot be had in a run, if the settings want them: a parameter, the reason."""
     name = settings.preconditioner
@@ -47,7 +64,7 @@ def moment_problems(settings: GradientSettings, run: RunView) -> Iterator[tuple[
             f"{name!r} reads the optimizer's moments, and before the first step there are none. Set "
             "dataflex.warmup_steps to 1 or more (LESS warms up on 5 % of the pool), or preconditioner: none.",
         )
-    for key in _chosen(run):
+    for key in _set(run, _NO_MOMENTS):
         yield "preconditioner", f"{name!r} does not go with {key}: {_NO_MOMENTS[key]}."
     own = _deepspeed_value(run, "optimizer", "type")
     if own is not None and str(own).lower() not in _DEEPSPEED_OWN_ADAMS:
@@ -76,8 +93,9 @@ def _optimizer(run: RunView) -> str:
     return str(run.llamafactory.get("optim") or "adamw_torch")
 
 
-def _chosen(run: RunView) -> list[str]:
-    return [key for key in _NO_MOMENTS if str(run.llamafactory.get(key, False)).lower() in ("1", "true", "yes")]
+def _set(run: RunView, keys: Iterable[str]) -> list[str]:
+    """Return which of some switches a run has on."""
+    return [key for key in keys if str(run.llamafactory.get(key, False)).lower() in ("1", "true", "yes")]
 
 
 def _deepspeed_value(run: RunView, block: str, key: str) -> Any:

@@ -261,6 +261,15 @@ def test_adam_needs_its_moments(changes: dict[str, Any], text: str) -> None:
     assert problems({**LESS, "preconditioner": "none"}, **changes) == {}
 
 
+@pytest.mark.usefixtures("all_packages")
+@pytest.mark.parametrize("key", ["use_unsloth", "fp8"])
+def test_gradients_need_the_layers_as_they_are(key: str) -> None:
+    for select in (LESS, {"method": "grand"}, {"method": "greats", "validation": ["x"]}):
+        assert key in problems(select, **{key: True})["dataflex.select.method"]
+        assert "dataflex.select.method" not in problems(select, **{key: False})
+    assert "dataflex.select.method" not in problems({"method": "loss"}, **{key: True})
+
+
 @pytest.mark.parametrize("method", ["less", "icons"])
 def test_validation_samples_are_needed(method: str) -> None:
     assert "eval_dataset" in problems({"method": method})["dataflex.select.validation"]
