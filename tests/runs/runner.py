@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -233,7 +233,7 @@ def weights_digest(folder: Path) -> str | None:
     return None
 
 
-def train(item: dict[str, Any]) -> dict[str, Any]:
+def train(item: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     args = dict(item["args"])
     args["disable_tqdm"] = True
     watch = Watch(item.get("stop_at"))
@@ -242,12 +242,12 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
     try:
         with fsdp_on_cpu() if args.get("fsdp") else nullcontext() if kept is None else kept.watching():
             if item.get("plain"):
-                tuner.run_exp(args, [watch])
+                tuner.run_exp(args, [watch, *callbacks])
             elif item.get("record"):
                 overrides = [f"{key}={value}" for key, value in args.items()]
-                run(load_config(Path(item["record"]), overrides), [watch])
+                run(load_config(Path(item["record"]), overrides), [watch, *callbacks])
             else:
-                run(split_config(args), [watch])
+                run(split_config(args), [watch, *callbacks])
     except Killed:
         error = "killed"
     except Exception as problem:  # noqa: BLE001 - told to the test that looks at this run

@@ -19,6 +19,7 @@ from dataflex.api.context import StepContext, StepStatistics
 from dataflex.api.mixer import Mixer
 from dataflex.api.needs import Needs
 from dataflex.api.source import label_of
+from dataflex.data.sums import sum_dtype
 from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.trainer.statistics import check_losses, domain_sums
@@ -44,7 +45,7 @@ class DomainLoss:
     ) -> None:
         self.mixer, self.needs, self.domains = mixer, needs, domains
         self.device, self.make_context = device, make_context
-        self.dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
+        self.dtype = sum_dtype(device)
         self._tokens = torch.zeros(len(domains), dtype=self.dtype, device=device)
         self._weights: Tensor | None = None
         self.used: Floats = np.empty(0)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dataflex import distributed
 from dataflex.data.pool import Pool
+from dataflex.data.sums import sum_dtype
 from dataflex.data.token_loss import IGNORE_INDEX, shifted, token_losses
 from dataflex.errors import DivergenceError
 
@@ -72,8 +73,7 @@ class DomainEvaluation:
             Domain to loss (mean over its tokens, nats), perplexity, bits_per_byte (None where there is no byte),
             tokens, bytes and samples. A domain without a counted token has NaN for a loss.
         """
-        narrow = self._device.type in ("mps", "npu")
-        seen = torch.from_numpy(self._seen).to(self._device, torch.float32 if narrow else torch.float64)
+        seen = torch.from_numpy(self._seen).to(self._device, sum_dtype(self._device))
         everyone = distributed.all_gather(seen).view(-1, *seen.shape).amax(0).cpu().double().numpy()
         self.clear()
         found = {}
