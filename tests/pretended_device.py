@@ -113,7 +113,7 @@ class DeviceTensor(Tensor):
     @staticmethod
     def __new__(cls, real: Tensor, place: torch.device) -> DeviceTensor:
         if place.type == "mps" and real.dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support it.")
         self: DeviceTensor = Tensor._make_wrapper_subclass(
             cls,
             real.size(),

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -233,7 +233,7 @@ def weights_digest(folder: Path) -> str | None:
     return None
 
 
-def train(item: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+def train(item: dict[str, Any]) -> dict[str, Any]:
     args = dict(item["args"])
     args["disable_tqdm"] = True
     watch = Watch(item.get("stop_at"))
@@ -242,12 +242,12 @@ def train(item: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()) -> di
     try:
         with fsdp_on_cpu() if args.get("fsdp") else nullcontext() if kept is None else kept.watching():
             if item.get("plain"):
-                tuner.run_exp(args, [watch, *callbacks])
+                tuner.run_exp(args, [watch])
             elif item.get("record"):
                 overrides = [f"{key}={value}" for key, value in args.items()]
-                run(load_config(Path(item["record"]), overrides), [watch, *callbacks])
+                run(load_config(Path(item["record"]), overrides), [watch])
             else:
-                run(split_config(args), [watch, *callbacks])
+                run(split_config(args), [watch])
     except Killed:
         error = "killed"
     except Exception as problem:  # noqa: BLE001 - told to the test that looks at this run

@@ -2,8 +2,8 @@
 
 The logits of a sample are a matrix of T tokens by V words of the vocabulary. Its nuclear norm is the sum of its
 singular values: the roots of the eigenvalues of its Gram matrix, of which the smaller one (T x T, if T < V) is made in
-double precision (single on a device without it), a part of the vocabulary at a time. That costs T^2 V operations, where the singular values themselves
-take several times as many.
+double precision (single on a device without it), a part of the vocabulary at a time. That costs T^2 V operations, where
+the singular values themselves take several times as many.
 """
 
 from __future__ import annotations

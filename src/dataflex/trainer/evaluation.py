@@ -59,11 +59,14 @@ class DomainEvaluation:
         expected = shifted(labels)
         # One sample at a time, because the logits are made float32 for it.
         losses = torch.cat([token_losses(logits[i : i + 1], expected[i : i + 1]) for i in range(len(indices))])
-        totals = losses.cpu().double().sum(1).numpy()
-        counts = (expected != IGNORE_INDEX).sum(1).cpu().numpy()
-        for row in np.flatnonzero(self._bytes[indices] < 0):
-            text = counted_bytes(input_ids[row].tolist(), labels[row].tolist(), self._decode)
-            self._bytes[indices[row]] = text
+        seen = torch.stack([losses, (expected != IGNORE_INDEX).to(losses)]).cpu()  # one wait for the device
+        totals, counts = seen.double().sum(2).numpy()
+        unknown = np.flatnonzero(self._bytes[indices] < 0)
+        if unknown.size:
+            tokens = torch.stack([input_ids, labels]).cpu()
+            for row in unknown:
+                ids, own = tokens[:, row].tolist()
+                self._bytes[indices[row]] = counted_bytes(ids, own, self._decode)
         self._seen[indices] = np.column_stack([totals, counts, self._bytes[indices]])
 
     def finish(self) -> dict[str, Numbers] | None:

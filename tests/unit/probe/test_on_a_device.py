@@ -1,4 +1,4 @@
-"""Everything the probe measures, on a pretended accelerator: the numbers of the CPU, and no operator it would refuse."""
+"""What the probe measures and searches, on a pretended accelerator: the CPU's numbers, and nothing it would refuse."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import dataflex
 from dataflex.api.measurement import available_measurements
 from dataflex.api.probe import GenerationSettings, GradientSettings
 from dataflex.data.pool import Pool
-from dataflex.embedding.densities import kernel_densities
+from dataflex.embedding import densities
 from dataflex.embedding.neighbours import nearest
 from dataflex.probe.embeddings import Embeddings
 from dataflex.probe.error_norms import ErrorNorms
@@ -76,7 +76,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def lora() -> torch.nn.Module:
-    settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     return get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), settings)
 
 
@@ -148,15 +148,10 @@ MEASURED: dict[str, Callable[[ModelProbe, Path], Any]] = {
     "logit_projections": plainly(LogitProjections(4, 8)),
     "logit_norms": plainly(LogitNorms(LogitProjections(4, 8), OTHERS[:, :32])),
     "expert_loads": plainly(ExpertLoads()),
-    "gradient_features": plainly(
-        *(GradientFeatures(settings(projection=each)) for each in ("count", "rademacher", "identity")),
-        GradientFeatures(settings(preconditioner="none", projection="kronecker")),
-        GradientFeatures(settings(preconditioner="none", reduction="sum")),
-        GradientFeatures(settings(preconditioner="adam_less")),
-    ),
+    "gradient_features": plainly(GradientFeatures(settings())),
     "gradient_similarities": plainly(GradientSimilarities(settings(), OTHERS)),
     "stored_features": stored,
-    "gradient_norms": plainly(GradientNorms(settings()), GradientNorms(settings(preconditioner="none"))),
+    "gradient_norms": plainly(GradientNorms(settings())),
     "gradient_products": products,
     "generations": generated,
 }
@@ -189,13 +184,23 @@ def taken(
     model: torch.nn.Module, name: str, folder: Path, kind: str = "cuda"
 ) -> tuple[list[np.ndarray], list[np.ndarray], Counts]:
     """Return what a measurement gives on the CPU and on the pretended device, and what the device did for it."""
-    here = MEASURED[name](make_probe(model, torch.device("cpu")), folder / "cpu")
+    measured = (MEASURED | VARIANTS)[name]
+    here = measured(make_probe(model, torch.device("cpu")), folder / "cpu")
     with pretended(kind) as (place, counts):
-        there = MEASURED[name](make_probe(on_device(copy.deepcopy(model), place), place), folder / kind)
+        there = measured(make_probe(on_device(copy.deepcopy(model), place), place), folder / kind)
     return [np.asarray(each) for each in here], [np.asarray(each) for each in there], counts
 
 
+VARIANTS: dict[str, Callable[[ModelProbe, Path], Any]] = {
+    "rademacher": plainly(GradientFeatures(settings(projection="rademacher"))),
+    "identity": plainly(GradientFeatures(settings(projection="identity", preconditioner="adam_less"))),
+    "kronecker": plainly(GradientFeatures(settings(projection="kronecker", preconditioner="none"))),
+    "summed": plainly(GradientFeatures(settings(preconditioner="none", reduction="sum"))),
+}
+"""Other ways to take gradients, for one model."""
+
 PAIRS = [(model, name) for model in MODELS for name in MEASURED if name != "expert_loads" or model == "experts"]
+PAIRS += [("lora", name) for name in VARIANTS]
 
 
 @pytest.mark.parametrize(("model", "name"), PAIRS)
@@ -212,8 +217,72 @@ def test_it_gives_the_numbers_of_the_cpu(
     assert not [line for line in counts.unordered if not line.startswith("transformers/")]
 
 
-@pytest.mark.parametrize("name", [name for name in MEASURED if name != "expert_loads"])
+@pytest.mark.parametrize("name", [*(name for name in MEASURED if name != "expert_loads"), *VARIANTS])
 def test_it_runs_without_float64(name: str, models: dict[str, torch.nn.Module], tmp_path: Path) -> None:
     here, there, _ = taken(models["lora"], name, tmp_path, "mps")
     for expected, found in zip(here, there, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.nanmax(np.abs(expected)))
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_neighbours_are_those_of_the_cpu(metric: Any, dtype: Any) -> None:
+    base = np.random.default_rng(3).standard_normal((300, 12)).astype(dtype)
+    expected = nearest(base[:40], base, 5, metric=metric, device="cpu", exclude_self=True)
+    for kind in ("cuda", "mps"):
+        with pretended(kind) as (place, _):
+            found = nearest(base[:40], base, 5, metric=metric, device=place, exclude_self=True)
+        assert np.array_equal(found[0], expected[0])
+        np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+
+
+def test_densities_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = np.random.default_rng(4).standard_normal((400, 6)).astype(np.float32)
+    rows = np.arange(0, 400, 3)
+    for exact in (densities._EXACT, 0):  # all vectors compared, and those of near cells
+        monkeypatch.setattr(densities, "_EXACT", exact)
+        expected = densities.kernel_densities(vectors, rows, 1.5, 50, device="cpu")
+        with pretended() as (place, counts):
+            found = densities.kernel_densities(vectors, rows, 1.5, 50, device=place)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert counts.waits
+
+
+def test_reference_losses_are_those_of_the_cpu(models: dict[str, torch.nn.Module]) -> None:
+    pool = Pool.concatenate({"all": Dataset.from_list(ROWS)})
+    indices = np.array([4, 0, 3, 6])
+
+    def taken_on(place: torch.device, model: torch.nn.Module) -> Any:
+        reference = ReferenceModel(model, contextlib.nullcontext)
+        return losses_of(pool, indices, reference, collate, place, 48)
+
+    expected = taken_on(torch.device("cpu"), models["full"])
+    with pretended() as (place, counts):
+        found = taken_on(place, on_device(copy.deepcopy(models["full"]), place))
+    assert found[0].tolist() == expected[0].tolist()
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5)
+    batches = sum(count for line, count in counts.waits.items() if "nonzero" in line)
+    assert counts.waits.total() <= 2 * batches + 2  # each forward and its positions, and twice what is gathered
+
+
+def test_the_pretended_device_refuses_what_a_device_refuses() -> None:
+    """Else all of this shows nothing."""
+    here = torch.ones(2)
+    with pretended() as (place, counts):
+        there = torch.ones(2, device=place)
+        assert there.device == place
+        with pytest.raises(RuntimeError, match="same device"):
+            here + there
+        with pytest.raises(RuntimeError, match="same device"):
+            here[torch.tensor([0])] = there[:1]
+        with pytest.raises(TypeError, match="to numpy"):
+            there.numpy()
+        assert not counts.waits
+        assert (there + 1).sum().item() == 4
+        assert bool(there.any())
+        assert there[there > 0].tolist() == there.cpu().tolist()
+        assert counts.waits.total() == 5  # a mask and tolist are two
+        there.index_add_(0, torch.zeros(2, dtype=torch.int64, device=place), there.clone())
+        assert counts.unordered.total() == 1
+    with pretended("mps") as (place, _), pytest.raises(TypeError, match="float64"):
+        torch.ones(2, device=place).double()
