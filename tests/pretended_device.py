@@ -224,7 +224,8 @@ def _real(value: Any) -> Any:
 
 
 def _count(name: str, operator: Any, there: list[DeviceTensor], args: Sequence[Any]) -> None:
-    by_mask = name in INDEXED and any(each.dtype in (torch.bool, torch.uint8) for each in there[1:])
+    indices = [each for each in args[1] if isinstance(each, DeviceTensor)] if name in INDEXED else []
+    by_mask = any(each.dtype in (torch.bool, torch.uint8) for each in indices)
     if name in WAITS or by_mask:
         _counts.waits[f"{_line()} {'mask' if by_mask else name}"] += 1
     if name in UNORDERED and there and there[0].is_floating_point():
