@@ -53,7 +53,7 @@ class Workshop:
         args = {"output_dir": str(self.root / name)}
         self.specs.append({"name": name, "args": args, "record": str(record)})
 
-    def start(self, processes: int, *, torchrun: bool = False) -> None:
+    def start(self, processes: int, script: str = "runner.py", *, torchrun: bool = False) -> None:
         """Run everything added so far in one start of ``processes`` processes, by torchrun if there are several."""
         spec = self.root / f"spec-{processes}-{len(list(self.root.iterdir()))}.json"
         spec.write_text(json.dumps(self.specs))
@@ -65,7 +65,7 @@ class Workshop:
         environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), environment.get("PYTHONPATH", "")])
         log = spec.with_suffix(".log")
         with log.open("w") as stream:
-            command = [*launcher, str(HERE / "runner.py"), str(spec)]
+            command = [*launcher, str(HERE / script), str(spec)]
             status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False)
         assert status.returncode == 0, log.read_text()[-6000:]
 

@@ -385,9 +385,17 @@ def engine_of(
     is_double = np.result_type(queries.dtype, base.dtype) == np.float64
     if device is None and not is_double and queries.shape[0] * base.size > _MUCH:
         device = _accelerator()
-    if device is None or str(device) == "cpu":
+    if device is None or str(device) == "cpu" or (is_double and not _has_float64(device)):
         return _HostQueries(queries, base, metric, own)
     return _DeviceQueries(queries, base, metric, own, device)
+
+
+def _has_float64(device: str | torch.device) -> bool:
+    import torch
+
+    from dataflex.data.sums import sum_dtype
+
+    return sum_dtype(torch.device(device)) == torch.float64
 
 
 def _accelerator() -> torch.device | None:

@@ -107,7 +107,7 @@ class TransformersEncoder:
         halves = [{name: values[part] for name, values in rows.items()} for part in _halves(count)]
         return np.concatenate([self._vectors(half) for half in halves])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _forward(self, rows: dict[str, list[list[int]]]) -> NDArray[np.float32]:
         inputs = self._tokenizer.pad(rows, return_tensors="pt").to(self._device)
         if self._layer is None:

@@ -72,7 +72,7 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
             group = groups[number]
             products = _products(runner, gradient_pass, reducer, runner.samples.rows(group) + others)
             if turn < useful:
-                results[number] = products[: group.size].double().cpu().numpy()
+                results[number] = products[: group.size].cpu().double().numpy()
         probe.count(runner.samples, runner.indices)
         if not results:
             return []

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from dataflex.data.sums import row_sums, sum_dtype
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe.head import HEAD_CHUNK, replaced_forward
@@ -162,12 +163,13 @@ class GradientPass:
         """Return what is differentiated, and each sample's summed loss (B,)."""
         rows, columns = torch.nonzero(targets != IGNORE_INDEX, as_tuple=True)
         labels = targets[rows, columns]
-        per_token = torch.ones_like(counts) if self.reduction == "sum" else 1.0 / counts.clamp(min=1).double()
+        wide = sum_dtype(targets.device)
+        per_token = torch.ones_like(counts) if self.reduction == "sum" else 1.0 / counts.clamp(min=1).to(wide)
         weights = (per_token * self._scale)[rows]
         if not self.chunked_head:
             logits = at_least_float32(self.model(**inputs, use_cache=False).logits[rows, columns])
             losses = F.cross_entropy(logits, labels, reduction="none")
-            return (losses * weights.to(losses.dtype)).sum(), _sums(losses, rows, self._batch)
+            return (losses * weights.to(losses.dtype)).sum(), row_sums(losses.detach(), rows, columns, targets.shape)
         head = self.model.get_output_embeddings()
         found: list[Tensor] = []
 
@@ -181,7 +183,7 @@ class GradientPass:
         # Through the model's output, because ZeRO-3 and FSDP fetch what a backward needs when it comes from there.
         with replaced_forward(head, run_head):
             objective = self.model(**inputs, use_cache=False).logits.sum()
-        return objective, _sums(found[0], rows, self._batch)
+        return objective, row_sums(found[0], rows, columns, targets.shape)
 
     def _head(
         self,
@@ -309,8 +311,7 @@ class GradientPass:
         """Return a vector's contribution: ``values`` summed over each sample's tokens."""
         if samples is None:
             return Whole(summed_over_tokens(values, self._batch))
-        wide = at_least_float32(values)
-        return Whole(wide.new_zeros(self._batch, wide.shape[-1]).index_add_(0, samples, wide))
+        return Whole(Rows.of(samples, self._batch).apart(at_least_float32(values)).sum(1))
 
     def _watch(self, module: nn.Module, own: dict[str, str]) -> Callable[[], None]:
         """Catch the matrix products and normalisations inside a module of an unknown kind; returns how to undo it."""
@@ -550,8 +551,3 @@ def _place_in(parameter: Tensor, weight: Tensor) -> int | None:
     if offset < 0 or offset >= parameter.numel() or offset % weight.numel():
         return None
     return offset // parameter.shape[-1]
-
-
-def _sums(losses: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """Return per-sample sums of per-position losses, (B,)."""
-    return losses.new_zeros(batch).index_add_(0, rows, losses.detach())

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dataflex.data.sums import row_sums
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means
 
 HEAD_CHUNK = 1024
@@ -42,7 +43,7 @@ def full_forward(
     """Return per-sample token means (B,) from the model's own logits; NaN where no token counts."""
     rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
     logits = model(**inputs, use_cache=False).logits[rows, columns].float()
-    return _means(statistic(logits, labels[rows, columns]), rows, labels)
+    return _means(statistic(logits, labels[rows, columns]), rows, columns, labels)
 
 
 def chunked_forward(
@@ -61,13 +62,13 @@ def chunked_forward(
 
     with replaced_forward(model.get_output_embeddings(), run):
         model(**inputs, use_cache=False)
-    return _means(values, rows, labels)
+    return _means(values, rows, columns, labels)
 
 
-def _means(values: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+def _means(values: Tensor, rows: Tensor, columns: Tensor, labels: Tensor) -> Tensor:
     """Return means over each sample's positions, (B,)."""
     counts = (labels != IGNORE_INDEX).sum(1)
-    return sample_means(values.new_zeros(labels.shape[0]).index_add_(0, rows, values), counts)
+    return sample_means(row_sums(values, rows, columns, labels.shape), counts)
 
 
 @contextmanager

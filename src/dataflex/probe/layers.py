@@ -69,7 +69,7 @@ class Rows:
     @staticmethod
     def of(samples: Tensor, batch: int) -> Rows:
         """Return the places of rows whose samples are given, (R,)."""
-        counts = torch.bincount(samples, minlength=batch)
+        counts = (samples.unsqueeze(1) == torch.arange(batch, device=samples.device)).sum(0)
         order = torch.argsort(samples, stable=True)
         slots = torch.empty_like(samples)
         numbers = torch.arange(samples.numel(), device=samples.device)
@@ -152,13 +152,22 @@ class Lookup(Contribution):
         self.batch, self.columns = gradients.shape[0], gradients.shape[-1]
         self.rows = self.count = rows
 
+    @cached_property
+    def _together(self) -> tuple[Tensor, Tensor]:
+        """The first token of each row in each sample, (B, T), bool, and there the sum over its like, (B, T, H).
+
+        A product, so that tokens are added in the same order in every run.
+        """
+        same = self.ids.unsqueeze(2) == self.ids.unsqueeze(1)
+        values = at_least_float32(self.gradients)
+        return ~same.tril(-1).any(2), torch.bmm(same.to(values), values)
+
     def block(self, begin: int, end: int) -> Tensor:
         """Return rows ``begin`` to ``end`` of the table's gradients."""
-        values = at_least_float32(self.gradients)
-        out = values.new_zeros(self.batch, end - begin, self.columns)
-        sample, position = torch.nonzero((self.ids >= begin) & (self.ids < end), as_tuple=True)
-        row = sample * (end - begin) + self.ids[sample, position] - begin
-        out.view(-1, self.columns).index_add_(0, row, values[sample, position])
+        first, sums = self._together
+        out = sums.new_zeros(self.batch, end - begin, self.columns)
+        sample, position = torch.nonzero(first & (self.ids >= begin) & (self.ids < end), as_tuple=True)
+        out[sample, self.ids[sample, position] - begin] = sums[sample, position]
         return out
 
 

@@ -2,8 +2,8 @@
 
 The logits of a sample are a matrix of T tokens by V words of the vocabulary. Its nuclear norm is the sum of its
 singular values: the roots of the eigenvalues of its Gram matrix, of which the smaller one (T x T, if T < V) is made in
-double precision, a part of the vocabulary at a time. That costs T^2 V operations, where the singular values themselves
-take several times as many.
+double precision (single on a device without it), a part of the vocabulary at a time. That costs T^2 V operations, where
+the singular values themselves take several times as many.
 """
 
 from __future__ import annotations
@@ -103,13 +103,17 @@ def nuclear_norm(matrix: Tensor) -> Tensor:
     """Return the sum of a matrix' singular values, a float32 scalar."""
     import torch
 
+    from dataflex.data.sums import sum_dtype
+
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    gram = matrix.new_zeros((matrix.shape[0], matrix.shape[0]), dtype=torch.float64)
+    gram = matrix.new_zeros((matrix.shape[0], matrix.shape[0]), dtype=sum_dtype(matrix.device))
     for part in matrix.split(_PART, dim=1):
-        double = part.double()
-        gram.addmm_(double, double.T)
-    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum().float()
+        wide = part.to(gram.dtype)
+        gram.addmm_(wide, wide.T)
+    if gram.dtype != torch.float64:  # a device without it has no eigenvalues either
+        gram = gram.cpu()
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum().float().to(matrix.device)
 
 
 class _Projector:
@@ -150,5 +154,7 @@ def _cosines(size: int, frequencies: list[int], device: torch.device) -> Tensor:
     """Return the real part of the discrete Fourier transform at some frequencies, (size, frequencies)."""
     import torch
 
+    from dataflex.data.sums import sum_dtype
+
     places = torch.arange(size, device=device)[:, None] * torch.tensor(frequencies, device=device)[None, :] % size
-    return torch.cos(places.double() * (2 * math.pi / size)).float()
+    return torch.cos(places.to(sum_dtype(device)) * (2 * math.pi / size)).float()

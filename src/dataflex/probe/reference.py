@@ -74,8 +74,8 @@ class ReferenceModel:
 
 def counted_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross entropy at each position whose label counts, (n,), float32, row after row."""
-    counted = labels != IGNORE_INDEX
-    return F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
+    rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)  # once: the processor waits for it
+    return F.cross_entropy(logits[rows, columns].float(), labels[rows, columns], reduction="none")
 
 
 class ReferenceTable:
@@ -340,16 +340,13 @@ def losses_of(
         labels = shifted(inputs.pop("labels"))
         counts[torch.from_numpy(batch).to(device)] = (labels != IGNORE_INDEX).sum(1)
         found.append((batch, reference.losses(inputs, labels)))
-    counts = distributed.all_reduce_sum(counts)
-    ends = torch.cumsum(counts, 0)
+    known: NDArray[np.int64] = distributed.all_reduce_sum(counts).cpu().numpy()
+    ends = np.cumsum(known)
     values = torch.zeros(int(ends[-1]), dtype=torch.float32, device=device)
     for batch, losses in found:
-        taken = 0
-        for row in batch:
-            count, stop = int(counts[row]), int(ends[row])
-            values[stop - count : stop] = losses[taken : taken + count]
-            taken += count
-    return counts.cpu().numpy(), distributed.all_reduce_sum(values).cpu().numpy()
+        for row, part in zip(batch, losses.split(known[batch].tolist()), strict=True):
+            values[ends[row] - known[row] : ends[row]] = part
+    return known, distributed.all_reduce_sum(values).cpu().numpy()
 
 
 def _counts_of(path: Path) -> Path:

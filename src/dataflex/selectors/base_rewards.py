@@ -367,7 +367,7 @@ class RewardModel:
                         add_special_tokens=tokenizer.chat_template is None,
                         return_tensors="pt",
                     )
-                    parts.append(model(**inputs.to(device)).logits[:, -1].double().cpu())
+                    parts.append(model(**inputs.to(device)).logits[:, -1].cpu().double())
             finally:
                 model.to("cpu")
         values = torch.cat(parts).numpy() if parts else np.empty(0)

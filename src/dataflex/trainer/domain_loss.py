@@ -19,6 +19,7 @@ from dataflex.api.context import StepContext, StepStatistics
 from dataflex.api.mixer import Mixer
 from dataflex.api.needs import Needs
 from dataflex.api.source import label_of
+from dataflex.data.sums import row_sums, sum_dtype
 from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.trainer.statistics import check_losses, domain_sums
@@ -44,7 +45,7 @@ class DomainLoss:
     ) -> None:
         self.mixer, self.needs, self.domains = mixer, needs, domains
         self.device, self.make_context = device, make_context
-        self.dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
+        self.dtype = sum_dtype(device)
         self._tokens = torch.zeros(len(domains), dtype=self.dtype, device=device)
         self._weights: Tensor | None = None
         self.used: Floats = np.empty(0)
@@ -76,7 +77,7 @@ class DomainLoss:
         if self.follows:
             self._take()
         elif self.needs.step_losses == "nothing":  # it goes by what it measures itself
-            self._update(np.empty(0), np.empty(0))
+            self._update(self._tokens.cpu().numpy().astype(np.int64), np.empty(0), np.empty(0))
 
     @property
     def num_tokens(self) -> Tensor:
@@ -93,11 +94,9 @@ class DomainLoss:
         """
         if reference is None:
             return None
-        counted = labels != IGNORE_INDEX
-        excess = torch.zeros_like(per_token)
-        above = (per_token.detach()[counted] - reference).clamp(min=0)
-        excess[counted] = torch.where(torch.isfinite(reference), above, torch.nan)
-        return excess.sum(1)
+        rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
+        above = (per_token.detach()[rows, columns] - reference).clamp(min=0)
+        return row_sums(torch.where(torch.isfinite(reference), above, torch.nan), rows, columns, labels.shape)
 
     def decide(self, domains: Tensor, sums: Tensor, excess: Tensor | None) -> None:
         """Decide the step's weights from the losses of this process's samples of the whole step.
@@ -109,12 +108,12 @@ class DomainLoss:
         """
         columns = torch.stack([sums, torch.zeros_like(sums) if excess is None else excess], dim=1).to(self.dtype)
         totals = domain_sums(domains, columns, len(self.domains))
-        means = (distributed.all_reduce_sum(totals) / self._tokens.unsqueeze(1)).cpu().numpy().astype(np.float64)
-        losses, excesses = means.T
-        self._update(losses, excesses if self.uses_reference else np.empty(0))
+        counts = self._tokens.unsqueeze(1)
+        known = torch.cat([distributed.all_reduce_sum(totals) / counts, counts], dim=1).cpu()  # the one wait for both
+        losses, excesses, tokens = known.numpy().astype(np.float64).T
+        self._update(tokens.astype(np.int64), losses, excesses if self.uses_reference else np.empty(0))
 
-    def _update(self, losses: Floats, excess: Floats) -> None:
-        tokens = self._tokens.cpu().numpy().astype(np.int64)
+    def _update(self, tokens: NDArray[np.int64], losses: Floats, excess: Floats) -> None:
         ctx = self.make_context(tokens, losses, excess)
         check_losses(self.domains, tokens, losses, ctx.step + 1)
         self._check_excess(tokens, excess, ctx.step + 1)

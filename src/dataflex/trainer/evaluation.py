@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dataflex import distributed
 from dataflex.data.pool import Pool
+from dataflex.data.sums import sum_dtype
 from dataflex.data.token_loss import IGNORE_INDEX, shifted, token_losses
 from dataflex.errors import DivergenceError
 
@@ -58,11 +59,14 @@ class DomainEvaluation:
         expected = shifted(labels)
         # One sample at a time, because the logits are made float32 for it.
         losses = torch.cat([token_losses(logits[i : i + 1], expected[i : i + 1]) for i in range(len(indices))])
-        totals = losses.cpu().double().sum(1).numpy()
-        counts = (expected != IGNORE_INDEX).sum(1).cpu().numpy()
-        for row in np.flatnonzero(self._bytes[indices] < 0):
-            text = counted_bytes(input_ids[row].tolist(), labels[row].tolist(), self._decode)
-            self._bytes[indices[row]] = text
+        seen = torch.stack([losses, (expected != IGNORE_INDEX).to(losses)]).cpu()  # one wait for the device
+        totals, counts = seen.double().sum(2).numpy()
+        unknown = np.flatnonzero(self._bytes[indices] < 0)
+        if unknown.size:
+            tokens = torch.stack([input_ids, labels]).cpu()
+            for row in unknown:
+                ids, own = tokens[:, row].tolist()
+                self._bytes[indices[row]] = counted_bytes(ids, own, self._decode)
         self._seen[indices] = np.column_stack([totals, counts, self._bytes[indices]])
 
     def finish(self) -> dict[str, Numbers] | None:
@@ -72,8 +76,7 @@ class DomainEvaluation:
             Domain to loss (mean over its tokens, nats), perplexity, bits_per_byte (None where there is no byte),
             tokens, bytes and samples. A domain without a counted token has NaN for a loss.
         """
-        narrow = self._device.type in ("mps", "npu")
-        seen = torch.from_numpy(self._seen).to(self._device, torch.float32 if narrow else torch.float64)
+        seen = torch.from_numpy(self._seen).to(self._device, sum_dtype(self._device))
         everyone = distributed.all_gather(seen).view(-1, *seen.shape).amax(0).cpu().double().numpy()
         self.clear()
         found = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from transformers.trainer_utils import IntervalStrategy
 
 from dataflex.trainer import console
@@ -53,9 +54,9 @@ class LoggingTrainer(RunTrainer):
         if loss.domain_loss is not None and loss.active:
             for name, weight in zip(domains, loss.domain_loss.used.tolist(), strict=True):
                 logs[f"dataflex/loss_weight/{name}"] = weight
-        if loss.weights is not None and loss.weights.last is not None:
-            logs["dataflex/weight_min"] = loss.weights.last.min().item()
-            logs["dataflex/weight_max"] = loss.weights.last.max().item()
+        weights = None if loss.weights is None else loss.weights.last
+        if weights is not None:
+            logs["dataflex/weight_min"], logs["dataflex/weight_max"] = torch.stack(weights.aminmax()).tolist()
         return logs
 
     def _round_logs(self) -> dict[str, float]:

@@ -101,7 +101,9 @@ class References:
             return {}
         given = {name: value for name, value in inputs.items() if name != "labels"}
         labels = shifted(inputs["labels"])
-        indices = None if places is None else places.cpu().numpy()
+        indices = None
+        if places is not None and any(isinstance(self._sources[key], ReferenceTable) for key in keys):
+            indices = places.cpu().numpy()  # a model does not ask for them, and the copy waits for the device
         found: dict[int, Tensor] = {}
         for key in keys:
             source = self._sources[key]

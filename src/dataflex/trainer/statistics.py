@@ -13,6 +13,7 @@ from torch import Tensor
 from dataflex import distributed
 from dataflex.api.context import StepStatistics
 from dataflex.data.sampling import IndexArray
+from dataflex.data.sums import sum_dtype
 from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError, DataFlexError, DivergenceError
 from dataflex.trainer.sample_losses import SampleLosses
@@ -73,7 +74,7 @@ class StepAccumulator:
         self.sample_losses = sample_losses
         self.num_domains = len(offsets) - 1
         self._ends = torch.as_tensor(offsets[1:], device=device)
-        dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
+        dtype = sum_dtype(device)
         self._sums = torch.zeros(self.num_domains, 4, dtype=dtype, device=device)
         self._totals = torch.zeros(4, dtype=dtype, device=device)
         self._weighed = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -111,8 +112,16 @@ class StepWeights:
         self.weighings, self.make_batch = tuple(weighings), make_batch
         self.by_sample = any(each.entry.component.params.normalization == "sample" for each in weighings)
         """Whether the loss is the mean over samples of their token means."""
-        self.last: Tensor | None = None
+        self._last: tuple[Tensor, Tensor | None] | None = None
+        """The weights decided last, and which tokens are trained on if they are weights of tokens."""
+
+    @property
+    def last(self) -> Tensor | None:
         """The weights decided last, of samples or of trained tokens, flat."""
+        if self._last is None:
+            return None
+        weights, trained = self._last
+        return weights if trained is None else weights[trained]
 
     def needs_all(self, step: int) -> bool:
         """Return whether weights of the step after ``step`` others depend on all of its samples together."""
@@ -166,25 +175,29 @@ class StepWeights:
     def _product(self, acting: Sequence[Weighing], samples: _Samples, step: int, together: bool) -> Tensor:
         """Return the product of the weighters' weights, (n,) or (n, T); 1 of what is not trained on."""
         # A loss that is not finite is nothing to weigh by; the statistics of the step end the run on all processes.
-        scored = torch.isfinite(samples.means)
-        if not bool(scored.any()):
+        scored = torch.isfinite(samples.means).nonzero().squeeze(1)
+        if not scored.numel():
             return torch.ones_like(samples.means)
         shown = samples.changed(lambda values: values[scored])
-        product: Tensor | None = None
-        for each in acting:
-            given = self._given(each, shown)
-            product = given if product is None else _times(product, given)
-        assert product is not None
-        counted = product if product.dim() == 1 or shown.trained is None else product[shown.trained]
-        if together and not bool((counted > 0).any()):
+        factors = [self._given(each, shown) for each in acting]
+        product = reduce(_times, factors)
+        trained = None if product.dim() == 1 else shown.trained
+        counted = product > 0 if trained is None else (product > 0) & trained
+        # What is known of the numbers is asked for at once, because the processor waits for the answer.
+        answers = [*((torch.isfinite(each) & (each >= 0)).all() for each in factors), counted.any()]
+        *are_weights, weighs = torch.stack(answers).tolist()
+        for each, weights, is_right in zip(acting, factors, are_weights, strict=True):
+            if not is_right:
+                raise ComponentError(_no_weights(each.entry.component, weights, shown.trained))
+        if together and not weighs:
             raise ComponentError(_no_weight(acting, step + 1))
-        self.last = counted
-        weights = product.new_ones((scored.numel(), *product.shape[1:]))
-        weights[scored] = product
-        return weights
+        self._last = product, trained
+        all_weights = product.new_ones((samples.means.numel(), *product.shape[1:]))
+        all_weights[scored] = product
+        return all_weights
 
     def _given(self, each: Weighing, shown: _Samples) -> Tensor:
-        """Return one weighter's weights, checked, on the device of the losses and 1 where no token is trained on."""
+        """Return one weighter's weights, of a right shape, on the losses' device; 1 where no token is trained on."""
         weighter, tokens = each.entry.component, None
         if each.tokens:
             assert shown.per_token is not None
@@ -195,7 +208,7 @@ class StepWeights:
         pooled = shown.pooled[each.entry.key] if each.pooled else None
         batch = replace(batch, validation_pool=each.validation, embedding_source=each.embeddings, pooled=pooled)
         given = weighter.weigh(batch)
-        check_weights(weighter, given, shown.means.numel(), None if tokens is None else tokens.trained)
+        check_shape(weighter, given, shown.means.numel(), None if tokens is None else tokens.trained)
         weights = given.to(shown.means)
         if weights.dim() == 1:
             return weights
@@ -268,8 +281,15 @@ def _of_all_processes(samples: _Samples, sizes: Sequence[int]) -> tuple[_Samples
     return samples.changed(lambda values: values[order]), order
 
 
-def check_weights(weighter: Weighter, weights: Tensor, count: int, trained: Tensor | None) -> None:
-    """Check finite, non-negative weights, one for each sample or for each token that is trained on.
+def _no_weights(weighter: Weighter, weights: Tensor, trained: Tensor | None) -> str:
+    """Return that a weighter returned numbers that are no weights, and those of what is trained on."""
+    counted = weights if weights.dim() == 1 or trained is None else weights[trained]
+    label = label_of(weighter, ("weigh",))
+    return f"{label} returned weights that are NaN, infinite or negative: {counted.tolist()}"
+
+
+def check_shape(weighter: Weighter, weights: Tensor, count: int, trained: Tensor | None) -> None:
+    """Check that there is one weight for each sample or for each token.
 
     Args:
         weighter: that returned them.
@@ -291,6 +311,3 @@ def check_weights(weighter: Weighter, weights: Tensor, count: int, trained: Tens
         raise ComponentError(
             f"{label} returned weights of shape {tuple(weights.shape)}; needed is ({count},), one per sample{tokens}."
         )
-    counted = weights if weights.dim() == 1 or trained is None else weights[trained.to(weights.device)]
-    if not bool((torch.isfinite(counted) & (counted >= 0)).all()):
-        raise ComponentError(f"{label} returned weights that are NaN, infinite or negative: {counted.tolist()}")

@@ -86,7 +86,9 @@ class JointUpdateAwareWeighter(AnchoredWeighter[JointUpdateAwareParams]):
             likeness = torch.zeros_like(likeness)
         beta = 0.0 if params.mode == "align_only" else params.beta
         damping = 2 / (2 + beta / params.tau) if params.damping is None else params.damping
-        return joint_weights(likeness, vectors @ vectors.T, beta, params.tau, params.iterations, damping)
+        # On the processor: a few numbers, and on a device every iteration would wait to be told whether it is the last.
+        both = torch.cat([likeness.unsqueeze(1), vectors @ vectors.T], dim=1).cpu()
+        return joint_weights(both[:, 0], both[:, 1:], beta, params.tau, params.iterations, damping)
 
 
 def joint_weights(likeness: Tensor, alike: Tensor, beta: float, tau: float, iterations: int, damping: float) -> Tensor:
