@@ -142,22 +142,23 @@ def sketch(
     scales = (0.0,) * 6 if terms is None else terms.scales
     # As numbers with a sign, so that every key is of one type for the compiler.
     keys = [word - (1 << 32) if word >> 31 else word for word in key_words(key)]
-    _sketch[(*tiles, splits)](
-        values,
-        *moments,
-        out,
-        size,
-        start,
-        dim,
-        first,
-        batch,
-        *keys,
-        *scales,
-        ADAM=terms is not None,
-        SAMPLES=samples,
-        PLACES=places,
-        BLOCKS=each,
-    )
+    with torch.cuda.device_of(values):  # Triton starts its kernels on the current device
+        _sketch[(*tiles, splits)](
+            values,
+            *moments,
+            out,
+            size,
+            start,
+            dim,
+            first,
+            batch,
+            *keys,
+            *scales,
+            ADAM=terms is not None,
+            SAMPLES=samples,
+            PLACES=places,
+            BLOCKS=each,
+        )
     return out.sum(0)
 
 

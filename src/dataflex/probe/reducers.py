@@ -1,6 +1,6 @@
 """What is kept of per-sample gradients: a projection of the update direction, its length, or inner products.
 
-A reducer gets the gradients of a batch parameter by parameter, in blocks that stay in the processor's cache, and keeps
+A reducer gets the gradients of a batch parameter by parameter, in blocks, which on a CPU stay in its cache, and keeps
 only what it is for.
 """
 
@@ -16,9 +16,13 @@ from dataflex.probe.layers import Contribution, Outer, blocks
 from dataflex.probe.preconditioners import NoPreconditioner, Preconditioner
 from dataflex.probe.projections import KroneckerProjection, Projection
 
-_CPU_BLOCK = 1 << 18
+_CPU_BLOCK = 1 << 21
 _DEVICE_BLOCK = 1 << 26
-"""Numbers in a block of gradients, of all samples of a batch together."""
+"""Numbers in a block of gradients, of all samples of a batch together.
+
+On a CPU a block stays in the outer cache. Smaller ones, for the inner caches, lose more than they gain: each block's
+product goes over all of its layer's inputs again.
+"""
 
 
 class Reducer(ABC):

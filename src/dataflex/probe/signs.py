@@ -49,9 +49,9 @@ def random_signs(key: int, first: int, count: int, length: int, device: torch.de
         end = min(begin + step, count)
         left, right = _row_keys(key, first + begin, end - begin, device)
         bits = _words(places, left.unsqueeze(1), right.unsqueeze(1))
-        # The low half of each int64, and of that a byte at a time: eight signs are one number of a table.
-        octets = bits.view(torch.int32)[:, ::2].contiguous().view(torch.uint8)
-        signs = _octets(device).index_select(0, octets.flatten().int()).view(torch.int8)
+        # The low half of each int64, a byte at a time: eight signs are one number of a table.
+        octets = bits.view(torch.uint8).view(end - begin, words, 8)[..., :4].flatten()
+        signs = _octets(device).index_select(0, octets.int()).view(torch.int8)
         out[begin:end] = signs.view(end - begin, 32 * words)[:, :length]
     return out
 
@@ -73,16 +73,17 @@ class SignTables:
     def __init__(self, limit: int = 1 << 30) -> None:
         self.limit = limit
         self._tables: dict[tuple[int, int, int], Tensor] = {}
-        self._bytes = 0
+        self.bytes = 0
+        """What the kept signs take."""
 
     def rows(self, key: int, first: int, count: int, length: int, total: int) -> Tensor:
         """Return what :func:`random_signs` gives on the CPU; kept are all ``total`` rows, if there is room for them."""
         name = (key, length, total)
         if name not in self._tables:
-            if self._bytes + total * length > self.limit:
+            if self.bytes + total * length > self.limit:
                 return random_signs(key, first, count, length, torch.device("cpu"))
             self._tables[name] = random_signs(key, 0, total, length, torch.device("cpu"))
-            self._bytes += total * length
+            self.bytes += total * length
         return self._tables[name][first : first + count]
 
 
