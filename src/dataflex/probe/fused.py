@@ -52,9 +52,8 @@ def _word(places: tl.tensor, left: tl.tensor, right: tl.tensor) -> tl.tensor:
     return _finished(_stepped(places + left) ^ right)
 
 
-@triton.jit(
-    do_not_specialize=["size", "start", "dim", "first", "batch", "key_a", "key_b", "key_c", "key_d"]
-)  # else every shape would be compiled anew
+# Specialised in its numbers, it would be compiled anew for nearly every parameter.
+@triton.jit(do_not_specialize=["size", "start", "dim", "first", "batch", "key_a", "key_b", "key_c", "key_d"])
 def _sketch(
     values: tl.tensor,
     average: tl.tensor,
@@ -94,8 +93,8 @@ def _sketch(
         rotation = (_word(tl.full((), _ROTATION_PLACE, tl.uint32), left, right).to(tl.int64) * dim) >> 32
         source = places - rotation.to(tl.int32)
         source = tl.where(source < 0, source + dim, source)
-        # But for one place it is; said so that threads lie side by side in the places, not in the samples. Nothing is
-        # read several numbers at a time on the strength of it, because no beginning is known to be aligned.
+        # True but for one place. Without it the compiler puts threads side by side in the samples, which are far apart
+        # in memory. No load becomes a vector by it, because no beginning is known to be aligned.
         source = tl.max_contiguous(source, PLACES)
         element = row * dim + source
         inside_piece = (places < dim) & (element >= start) & (element < start + size)
@@ -125,7 +124,7 @@ def sketch(
         key: of the parameter's signs and rotations.
         dim: length of a sketch, below 2^30.
         terms: of Adam's direction; none: the gradients themselves.
-        programs: programs to share the work among; another number gives other roundings.
+        programs: programs to share the work among; their number decides over the rounding.
     """
     values = values.contiguous()
     batch, size = values.shape

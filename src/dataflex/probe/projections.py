@@ -45,7 +45,6 @@ MAP_VERSION = 2
 """Of the maps that settings stand for; features of two versions are not compared."""
 
 
-
 class Projection(ABC):
     """Adds pieces of per-sample gradients to features.
 

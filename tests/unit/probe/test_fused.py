@@ -98,7 +98,10 @@ def test_a_sample_has_the_same_sketch_in_any_batch(fused: ModuleType) -> None:
 
 @pytest.mark.parametrize("adam", [False, True])
 def test_compiled_for_a_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, adam: bool) -> None:
-    """Threads lie side by side in the places of a block, so that they read one stretch of memory together."""
+    """Threads lie side by side in the places of a block, so that they read one stretch of memory together.
+
+    That a block's places are said to be contiguous makes no load a vector: it would read over the end of the block.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -109,10 +112,14 @@ def test_compiled_for_a_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     types |= dict.fromkeys(("values", "average", "square", "out"), "*fp32") | dict.fromkeys(constants, "constexpr")
     scales = kernel.arg_names[kernel.arg_names.index("average_scale") : kernel.arg_names.index("ADAM")]
     types |= dict.fromkeys(scales, "fp32") | {"start": "i64"}
-    made = triton.compile(ASTSource(kernel, types, constexprs=constants), target=GPUTarget("cuda", 90, 32))
+    aligned = {(number,): [["tt.divisibility", 16]] for number in range(4)}  # the tensors, as in a run
+    source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     layouts = [line for line in made.asm["ttgir"].splitlines() if line.startswith("#blocked =")]
     assert len(layouts) == 1
     assert "threadsPerWarp = [1, 32], warpsPerCTA = [1, 4], order = [1, 0]" in layouts[0]
+    assert "ld.global.b32" in made.asm["ptx"]
+    assert "ld.global.v" not in made.asm["ptx"]
     assert "atom" not in made.asm["ptx"]
     sys.modules.pop(NAME, None)
 

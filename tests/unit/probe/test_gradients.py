@@ -387,7 +387,8 @@ def test_factors_are_kept_in_the_type_they_were_multiplied_in(name: str) -> None
         assert (error <= 0.02 * rows.norm(dim=1) + 1e-6).all(), parameter
     if name == "llama tied":
         first = [key for key in shared if "layers.0.self_attn" in key and "o_proj" not in key]
-        assert len(first) == 3 and len({shared[key] for key in first}) == 1
+        assert len(first) == 3
+        assert len({shared[key] for key in first}) == 1
 
 
 def test_gradient_checkpointing() -> None:
