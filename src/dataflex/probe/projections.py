@@ -34,7 +34,8 @@ from dataflex.api.probe import GradientSettings
 from dataflex.data.rng import key_of
 from dataflex.errors import ComponentError
 from dataflex.probe.layers import Contribution, Lookup, Outer, Whole, at_least_float32, product
-from dataflex.probe.preconditioners import NoPreconditioner, Preconditioner
+from dataflex.probe.moments import Moments
+from dataflex.probe.preconditioners import AdamPreconditioner, AdamTerms, NoPreconditioner, Preconditioner
 from dataflex.probe.signs import SignTables, random_numbers, random_signs
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,10 @@ _DENSE_ROWS = 4096
 
 MAP_VERSION = 2
 """Of the maps that settings stand for; features of two versions are not compared."""
+
+
+Sketch = Callable[[Tensor, int, int, int, AdamTerms | None], Tensor]
+"""Makes a count sketch of gradients, given their start, a key, its length and terms; see ``fused.sketch``."""
 
 
 class Projection(ABC):
@@ -265,28 +270,33 @@ class KroneckerProjection:
 
 
 @cache
-def fused_sketch(device: torch.device) -> Callable[..., Tensor] | None:
-    """Return the kernel that makes a sketch in one pass on a device, or None if it does not work there.
-
-    It is tried once: compiled, and compared with :func:`plain_sketch`.
-    """
+def fused_sketch(device: torch.device) -> Sketch | None:
+    """Return the kernel that makes a sketch in one pass on a device, or None if it does not work there."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    from triton.errors import TritonError
-
     from dataflex.probe.fused import sketch
 
-    values = torch.linspace(-1, 1, 3 * 100, device=device).view(3, 100)
+    return sketch if works(sketch, device) else None
+
+
+def works(sketch: Sketch, device: torch.device) -> bool:
+    """Say whether a kernel can be compiled on a device and gives the numbers of :func:`plain_sketch`; log why not."""
+    from triton.errors import TritonError
+
+    values = torch.linspace(-1, 1, 300, device=device).view(3, 100)
+    moments = Moments(values[1], values[2].square(), 1, (0.9, 0.99), 1e-8)
+    adam = AdamPreconditioner({"": moments}, less=False)
     try:
-        found = sketch(values, 7, 1, 32, None)
+        found = sketch(values[:, 7:], 7, 1, 32, adam.terms(""))
     except (TritonError, OSError, RuntimeError, subprocess.SubprocessError) as error:  # no compiler for its launcher
-        logger.warning("Gradient features are made without the fused kernel, which is slower: %s", error)
-        return None
-    expected = plain_sketch(values.clone(), 7, 1, 32)
-    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
-        logger.warning("Gradient features are made without the fused kernel, which is slower: its numbers are wrong.")
-        return None
-    return sketch
+        reason = str(error)
+    else:
+        expected = plain_sketch(adam("", 7, values[:, 7:].clone()), 7, 1, 32)
+        if torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
+            return True
+        reason = "its numbers are wrong"
+    logger.warning("Gradient features are made without the fused kernel, which is slower: %s", reason)
+    return False
 
 
 def make_projection(

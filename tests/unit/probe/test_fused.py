@@ -7,14 +7,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from dataflex.probe import projections
 from dataflex.probe.moments import Moments
 from dataflex.probe.preconditioners import AdamPreconditioner, NoPreconditioner, Preconditioner
-from dataflex.probe.projections import CountProjection, fused_sketch, plain_sketch
+from dataflex.probe.projections import CountProjection, fused_sketch, plain_sketch, works
 
 triton = pytest.importorskip("triton")
 CPU = torch.device("cpu")
@@ -94,6 +96,43 @@ def test_a_sample_has_the_same_sketch_in_any_batch(fused: ModuleType) -> None:
     values, made = torch.randn(8, 500), preconditioner("adam", 500)
     whole = fused.sketch(values, 0, 5, 64, made.terms("w"), 1)
     assert torch.equal(fused.sketch(values[2:3], 0, 5, 64, made.terms("w"), 1), whole[2:3])
+
+
+@pytest.mark.parametrize("with_kernel", [True, False])
+@pytest.mark.parametrize("kind", ["none", "adam"])
+def test_a_projection_on_a_device(
+    fused: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, with_kernel: bool
+) -> None:
+    """What a projection does there, on the CPU's tensors: with the kernel and without it the CPU's features."""
+    used = []
+
+    def kernel(*args: Any) -> Tensor:
+        used.append(args)
+        return fused.sketch(*args)
+
+    monkeypatch.setattr(projections, "fused_sketch", lambda device: kernel if with_kernel else None)
+    values, made = torch.randn(3, 400, generator=torch.Generator().manual_seed(0)), preconditioner(kind, 400)
+    sums = []
+    for device in (CPU, torch.device("cuda")):
+        projection = CountProjection(100, 3, device)
+        out = torch.zeros(3, projection.width)
+        for begin, end in ((0, 150), (150, 400)):
+            projection.add_directions(out, "w", begin, values[:, begin:end].clone(), 400, made)
+        sums.append(projection.folded(out).double())
+    assert distance(sums[1], sums[0]) < 1e-6
+    assert len(used) == (2 if with_kernel else 0)
+
+
+def test_a_kernel_is_tried_before_it_is_used(fused: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    def no_compiler(*args: Any) -> Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    assert works(fused.sketch, CPU)
+    assert not caplog.messages
+    assert not works(no_compiler, CPU)
+    assert not works(lambda *args: fused.sketch(*args) * 1.01, CPU)
+    reasons = [message.rpartition(": ")[2] for message in caplog.messages]
+    assert reasons == ["Failed to find C compiler", "its numbers are wrong"]
 
 
 @pytest.mark.parametrize("adam", [False, True])
