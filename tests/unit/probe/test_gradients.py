@@ -38,7 +38,7 @@ from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe import gradients as probe_gradients
 from dataflex.probe.gradient_features import GradientFeatures, GradientSimilarities
 from dataflex.probe.gradients import GradientPass, RoutedRows, canonical, parameter_names
-from dataflex.probe.layers import Contribution, Outer, blocks
+from dataflex.probe.layers import Contribution, Outer, blocks, product
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe
 from unit.fakes import make_pool, products_of
@@ -361,6 +361,19 @@ def test_products_are_made_in_full_precision() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         GradientPass(model, emit, "mean", True, "error").run(inputs, shifted(labels))
     assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("rows, columns", [(3, 4), (40, 8), (8, 40), (16, 15), (15, 16), (40, 40)])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_a_product_of_any_shape(rows: int, columns: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randn(2, 7, size, generator=generator).to(t) for size, t in zip((rows, columns), dtypes, strict=True)
+    )
+    found = product(left.transpose(1, 2), right)
+    assert found.dtype == torch.float32
+    exact = torch.einsum("btr,btc->brc", left.double(), right.double())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["lora", "llama tied", "mixtral"])
