@@ -6,6 +6,7 @@ Samples per second of
 
     floor       forward and backward of the same length-sorted batches, no per-sample gradient
     features    per-sample gradients in Adam's direction, count-sketched to k = 8192 (this project)
+    plain       the same without Adam
     kronecker   per-sample gradients without Adam, inputs and output gradients projected before they are multiplied
     one by one  one backward per sample, Adam's direction, not projected
     dense       the same, and a dense Rademacher projection to k of 16 gradients at a time; of more than 4 million
@@ -32,7 +33,7 @@ from typing import Any
 import numpy as np
 from overhead import _sample, machine
 
-VARIANTS = ("floor", "features", "kronecker", "one by one", "dense")
+VARIANTS = ("floor", "features", "plain", "kronecker", "one by one", "dense")
 PROJECTED_TOGETHER = 16
 PROJECTED_ELEMENTS = 4_000_000
 
@@ -186,11 +187,12 @@ def one(options: argparse.Namespace) -> dict[str, float]:
     work: dict[str, Callable[[], float]] = {
         "floor": floor,
         "features": partial(features, GradientSettings("adam", "count", options.dim)),
+        "plain": partial(features, GradientSettings("none", "count", options.dim)),
         "kronecker": partial(features, GradientSettings("none", "kronecker", options.dim)),
         "one by one": partial(singly, False),
         "dense": partial(singly, True),
     }
-    if options.one in ("floor", "features", "kronecker"):
+    if options.one in ("floor", "features", "plain", "kronecker"):
         work[options.one]()
     if device.type == "cuda":
         torch.cuda.synchronize()

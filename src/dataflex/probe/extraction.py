@@ -23,6 +23,7 @@ from dataflex.errors import ComponentError
 from dataflex.probe.checkpoints import adapter_settings
 from dataflex.probe.gradient_runs import feature_size, gradient_batches, projection_of, reduced_gradients
 from dataflex.probe.moments import Moments
+from dataflex.probe.projections import MAP_VERSION
 from dataflex.probe.store import FeatureStore, bytes_of
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureSt
         "data": samples.content_digest,
         "samples": hashlib.sha256(np.ascontiguousarray(runner.indices, dtype="<i8").data).hexdigest(),
         "settings": asdict(settings),
+        "map": MAP_VERSION,
         "batch_tokens": probe.gradient_batch_tokens or probe.batch_tokens,
     }
     with reduced_gradients(runner, settings, projection_of(probe, settings)) as gradient_features:

@@ -50,7 +50,7 @@ def preconditioner_of(probe: ModelProbe, settings: GradientSettings) -> Precondi
 
 def projection_of(probe: ModelProbe, settings: GradientSettings) -> ProjectionReducer:
     """Return the reducer to features, (B, k)."""
-    projection = make_projection(settings, probe.parameter_sizes(), probe.device)
+    projection = make_projection(settings, probe.parameter_sizes(), probe.device, probe.signs)
     return ProjectionReducer(preconditioner_of(probe, settings), projection, probe.device)
 
 

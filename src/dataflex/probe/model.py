@@ -26,6 +26,7 @@ from dataflex.probe.gradients import canonical, parameter_names
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.moments import Moments
 from dataflex.probe.runner import Runner
+from dataflex.probe.signs import SignTables
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class ModelProbe:
     """Whether the head may be applied chunk by chunk; None: not known yet."""
     samples_apart: bool | None = None
     """Whether the samples of a batch keep apart in the model's layers; None: not known yet."""
+    signs: SignTables = field(default_factory=SignTables)
+    """Random signs, kept from one measurement to the next on a CPU."""
     most_tokens: dict[str, int] = field(default_factory=dict)
     """Lower token budgets, by the names of measurements for which a device ran out of memory."""
 

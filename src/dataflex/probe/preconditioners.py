@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +24,21 @@ class Preconditioner(ABC):
     def __call__(self, name: str, start: int, gradients: Tensor) -> Tensor:
         """Return the directions of a block, (B, n); may overwrite ``gradients``."""
 
+    @abstractmethod
+    def signed(self, name: str, start: int, gradients: Tensor, signs: Tensor) -> Callable[[Tensor, slice], None]:
+        """Return a function that adds a stretch of a block's directions, times signs, to numbers of its shape.
+
+        Args:
+            name: the parameter.
+            start: number of the block's first element.
+            gradients: the block, (B, n); may be overwritten.
+            signs: (n,), of the type of ``gradients``.
+        """
+
+    def terms(self, name: str) -> AdamTerms | None:
+        """Return the terms of a parameter's directions; none: the gradients themselves."""
+        return None
+
     def everywhere(self, name: str, parts: list[Contribution], batch: int, device: torch.device) -> list[Contribution]:
         """Return ``parts``, with zeros added where the direction of a zero gradient is not zero."""
         return parts
@@ -33,6 +50,47 @@ class NoPreconditioner(Preconditioner):
     def __call__(self, name: str, start: int, gradients: Tensor) -> Tensor:
         """Return the gradients."""
         return gradients
+
+    def signed(self, name: str, start: int, gradients: Tensor, signs: Tensor) -> Callable[[Tensor, slice], None]:
+        """Return a function that adds a stretch of the gradients, times signs."""
+        return lambda out, part: out.addcmul_(gradients[:, part], signs[part])
+
+
+@dataclass(frozen=True)
+class AdamTerms:
+    """What a gradient g becomes: (a m + b g) / (sqrt(c v + d g^2 + inside) + outside).
+
+    Attributes:
+        average: m, of every element of a parameter, (n,).
+        square: v, the same.
+        average_scale: a.
+        gradient_scale: b.
+        square_scale: c.
+        squared_gradient_scale: d.
+        inside: added under the root.
+        outside: added to the root.
+    """
+
+    average: Tensor
+    square: Tensor
+    average_scale: float
+    gradient_scale: float
+    square_scale: float
+    squared_gradient_scale: float
+    inside: float
+    outside: float
+
+    @property
+    def scales(self) -> tuple[float, float, float, float, float, float]:
+        """The numbers, in the order they are listed in."""
+        return (
+            self.average_scale,
+            self.gradient_scale,
+            self.square_scale,
+            self.squared_gradient_scale,
+            self.inside,
+            self.outside,
+        )
 
 
 class AdamPreconditioner(Preconditioner):
@@ -48,28 +106,39 @@ class AdamPreconditioner(Preconditioner):
     """
 
     def __init__(self, moments: dict[str, Moments], less: bool) -> None:
-        self.less = less
         self.moments = moments
-        self._flat = {
-            name: (_flattened(item.exp_avg), _flattened(item.exp_avg_sq), item) for name, item in moments.items()
-        }
+        self._terms = {name: _terms(item, less) for name, item in moments.items()}
 
     def __call__(self, name: str, start: int, gradients: Tensor) -> Tensor:
         """Return the directions, in place of ``gradients``."""
-        average, square, item = self._flat[name]
-        part = slice(start, start + gradients.shape[1])
-        first, second = (_LESS_BETAS) if self.less else item.betas
-        average, square = (values[part].to(gradients.dtype) for values in (average, square))
-        # The corrections are folded into the denominator, so that the numbers are gone over as few times as possible.
-        left = 1.0 if self.less else 1 - first ** (item.step + 1)
-        right = 1.0 if self.less else 1 - second ** (item.step + 1)
-        scale = left * left / right
-        below = torch.addcmul(square * (second * scale), gradients, gradients, value=(1 - second) * scale)
-        if self.less:
-            below.add_(_LESS_EPSILON).sqrt_()
-        else:
-            below.sqrt_().add_(item.eps * left)
-        return torch.lerp(average, gradients, 1 - first, out=gradients).div_(below)
+        terms = self._terms[name]
+        below = self._below(terms, start, gradients)
+        average = _part(terms.average, start, gradients) * terms.average_scale
+        return torch.add(average, gradients, alpha=terms.gradient_scale, out=gradients).div_(below)
+
+    def signed(self, name: str, start: int, gradients: Tensor, signs: Tensor) -> Callable[[Tensor, slice], None]:
+        """Return a function that adds a stretch of the directions, times signs.
+
+        The signs are given to the moment and to a factor, which all samples share, and the division adds up: each
+        sample's numbers are gone over five times.
+        """
+        terms = self._terms[name]
+        below = self._below(terms, start, gradients)
+        average = (_part(terms.average, start, gradients) * signs).mul_(terms.average_scale)
+        above = torch.addcmul(average, gradients, signs, value=terms.gradient_scale, out=gradients)
+        return lambda out, part: out.addcdiv_(above[:, part], below[:, part])
+
+    def terms(self, name: str) -> AdamTerms:
+        """Return the terms of a parameter's directions."""
+        return self._terms[name]
+
+    def _below(self, terms: AdamTerms, start: int, gradients: Tensor) -> Tensor:
+        """Return what a block's directions are divided by, (B, n)."""
+        square = _part(terms.square, start, gradients) * terms.square_scale
+        if terms.inside:
+            square.add_(terms.inside)
+        below = torch.addcmul(square, gradients, gradients, value=terms.squared_gradient_scale).sqrt_()
+        return below.add_(terms.outside) if terms.outside else below
 
     def everywhere(self, name: str, parts: list[Contribution], batch: int, device: torch.device) -> list[Contribution]:
         """Return ``parts``, with zeros where they leave out rows: the moments move those too."""
@@ -84,8 +153,20 @@ class AdamPreconditioner(Preconditioner):
         return [*parts, Zeros(batch, rows, columns, device)]
 
 
-def _flattened(values: Tensor) -> Tensor:
-    return values.detach().reshape(-1)
+def _terms(item: Moments, less: bool) -> AdamTerms:
+    """Return the terms of a parameter; the corrections of its bias are folded into the denominator."""
+    first, second = _LESS_BETAS if less else item.betas
+    left = 1.0 if less else 1 - first ** (item.step + 1)
+    right = 1.0 if less else 1 - second ** (item.step + 1)
+    scale = left * left / right
+    average, square = (values.detach().reshape(-1) for values in (item.exp_avg, item.exp_avg_sq))
+    inside, outside = (_LESS_EPSILON, 0.0) if less else (0.0, item.eps * left)
+    return AdamTerms(average, square, first, 1 - first, second * scale, (1 - second) * scale, inside, outside)
+
+
+def _part(values: Tensor, start: int, gradients: Tensor) -> Tensor:
+    """Return the stretch of a parameter's numbers that a block of gradients is for, in its type."""
+    return values[start : start + gradients.shape[1]].to(gradients.dtype)
 
 
 def make_preconditioner(settings: GradientSettings, moments: dict[str, Moments] | None) -> Preconditioner:

@@ -12,14 +12,19 @@ comparison with published numbers. ``kronecker`` projects a layer's input and ou
 (LoGra, Choe et al. 2024), which is linear in the gradient, so it serves only without a preconditioner. ``identity``
 keeps everything.
 
-All randomness is a function of (seed, parameter name, place in the parameter): independent of batches, processes and
-sharding. Sums are in float32 (float64 where the gradients are).
+All randomness is a hash of (seed, parameter name, place in the parameter): independent of batches, processes, sharding
+and device. Sums are in float32 (float64 where the gradients are).
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
+import subprocess
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -29,8 +34,20 @@ from dataflex.api.probe import GradientSettings
 from dataflex.data.rng import key_of
 from dataflex.errors import ComponentError
 from dataflex.probe.layers import Contribution, Lookup, Outer, Whole, at_least_float32, product
+from dataflex.probe.moments import Moments
+from dataflex.probe.preconditioners import AdamPreconditioner, AdamTerms, NoPreconditioner, Preconditioner
+from dataflex.probe.signs import SignTables, random_numbers, random_signs
 
-_DENSE_BLOCK = 4096
+logger = logging.getLogger(__name__)
+
+_DENSE_ROWS = 4096
+
+MAP_VERSION = 2
+"""Of the maps that settings stand for; features of two versions are not compared."""
+
+
+Sketch = Callable[[Tensor, int, int, int, AdamTerms | None], Tensor]
+"""Makes a count sketch of gradients, given their start, a key, its length and terms; see ``fused.sketch``."""
 
 
 class Projection(ABC):
@@ -63,42 +80,95 @@ class Projection(ABC):
             total: elements of the parameter.
         """
 
+    def add_directions(
+        self, out: Tensor, name: str, start: int, gradients: Tensor, total: int, preconditioner: Preconditioner
+    ) -> None:
+        """Add the map of a piece of one parameter's directions to ``out``; see :meth:`add`.
+
+        Args:
+            out: (B, width), changed in place.
+            name: the parameter.
+            start: number of the piece's first element in the parameter, flattened.
+            gradients: the piece before it is preconditioned, (B, n); may be overwritten.
+            total: elements of the parameter.
+            preconditioner: makes directions of gradients.
+        """
+        self.add(out, name, start, preconditioner(name, start, gradients), total)
+
 
 class CountProjection(Projection):
-    """Signs and rotations of blocks of k; see the module's text."""
+    """Signs and rotations of blocks of k; see the module's text.
 
-    def __init__(self, dim: int, seed: int, device: torch.device) -> None:
+    Args:
+        dim: length of a feature, k.
+        seed: of the map.
+        device: where the features are.
+        tables: where signs are kept on the CPU.
+    """
+
+    def __init__(self, dim: int, seed: int, device: torch.device, tables: SignTables | None = None) -> None:
         super().__init__(dim, seed, device)
         self.width = 2 * dim  # a rotated block is added in one piece, and what runs over the end is folded back
-        self._tables: dict[str, tuple[Tensor, Tensor, list[int]]] = {}
+        self._tables = SignTables() if tables is None else tables
+        self._rotations: dict[str, list[int]] = {}
 
     def add(self, out: Tensor, name: str, start: int, values: Tensor, total: int) -> None:
-        """Add a piece: block by block in the processor's cache, all blocks together on an accelerator."""
-        signs, rotations, numbers = self._table(name, total)
-        first, stop = start // self.dim, start + values.shape[1]
-        if self.device.type != "cpu":
-            blocks = slice(first, -(-stop // self.dim))
-            values *= signs[start:stop]
-            out[:, : self.dim] += rotated_sum(values, start - first * self.dim, rotations[blocks], self.dim)
+        """Add a piece."""
+        self.add_directions(out, name, start, values, total, NoPreconditioner())
+
+    def add_directions(
+        self, out: Tensor, name: str, start: int, gradients: Tensor, total: int, preconditioner: Preconditioner
+    ) -> None:
+        """Add a piece's directions: block by block in the processor's cache, all blocks together on an accelerator."""
+        if self.device.type == "cpu":
+            self._add_blocks(out, name, start, gradients, total, preconditioner)
             return
-        values *= signs[start:stop]
-        for block in range(first, -(-stop // self.dim)):
+        key = self._key(name)
+        kernel = fused_sketch(self.device) if gradients.dtype != torch.float64 else None
+        if kernel is not None:
+            out[:, : self.dim] += kernel(gradients, start, key, self.dim, preconditioner.terms(name))
+        else:
+            directions = preconditioner(name, start, gradients)
+            out[:, : self.dim] += plain_sketch(directions, start, key, self.dim)
+
+    def _add_blocks(
+        self, out: Tensor, name: str, start: int, gradients: Tensor, total: int, preconditioner: Preconditioner
+    ) -> None:
+        stop = start + gradients.shape[1]
+        first, last, blocks = start // self.dim, -(-stop // self.dim), -(-total // self.dim)
+        key = self._key(name)
+        if name not in self._rotations:
+            self._rotations[name] = random_numbers(key, 0, blocks, self.dim, self.device).tolist()
+        rows = self._tables.rows(key, first, last - first, self.dim, blocks)
+        signs = rows.reshape(-1)[start - first * self.dim : stop - first * self.dim].to(gradients.dtype)
+        add = preconditioner.signed(name, start, gradients, signs)
+        for block in range(first, last):
             low, high = max(start, block * self.dim), min(stop, (block + 1) * self.dim)
-            begin = (low - block * self.dim + numbers[block]) % self.dim
-            out[:, begin : begin + high - low] += values[:, low - start : high - start]
+            begin = (low - block * self.dim + self._rotations[name][block]) % self.dim
+            add(out[:, begin : begin + high - low], slice(low - start, high - start))
 
     def folded(self, sums: Tensor) -> Tensor:
         """Return the features, (B, k)."""
         return sums[:, : self.dim] + sums[:, self.dim :]
 
-    def _table(self, name: str, total: int) -> tuple[Tensor, Tensor, list[int]]:
-        """Return a parameter's signs (int8, one byte for each of its elements) and its blocks' rotations, twice."""
-        if name not in self._tables:
-            signs = random_signs(total, key_of(self.seed, "sign", name), self.device)
-            generator = np.random.Generator(np.random.Philox(key=key_of(self.seed, "rotation", name)))
-            rotations = generator.integers(self.dim, size=-(-total // self.dim))
-            self._tables[name] = signs, torch.from_numpy(rotations).to(self.device), rotations.tolist()
-        return self._tables[name]
+    def _key(self, name: str) -> int:
+        return key_of(self.seed, "count", name)
+
+
+def plain_sketch(values: Tensor, start: int, key: int, dim: int) -> Tensor:
+    """Return the count sketch of a piece of directions in a few operations, whatever the number of blocks: (B, dim).
+
+    Args:
+        values: the piece, (B, n); overwritten.
+        start: number of its first element in the parameter.
+        key: of the parameter's signs and rotations.
+        dim: length of a sketch.
+    """
+    stop, first = start + values.shape[1], start // dim
+    number = -(-stop // dim) - first
+    signs = random_signs(key, first, number, dim, values.device)
+    values *= signs.view(-1)[start - first * dim : stop - first * dim]
+    return rotated_sum(values, start - first * dim, random_numbers(key, first, number, dim, values.device), dim)
 
 
 def rotated_sum(values: Tensor, lead: int, rotations: Tensor, dim: int) -> Tensor:
@@ -119,19 +189,15 @@ def rotated_sum(values: Tensor, lead: int, rotations: Tensor, dim: int) -> Tenso
 
 
 class RademacherProjection(Projection):
-    """A dense projection; its blocks are drawn again at every use, as P x k signs cannot be kept."""
+    """A dense projection; its rows are made again at every use, as P x k signs cannot be kept."""
 
     def add(self, out: Tensor, name: str, start: int, values: Tensor, total: int) -> None:
         """Add a piece, ``4096`` rows of the projection at a time."""
-        stop = start + values.shape[1]
-        for block in range(start // _DENSE_BLOCK, -(-stop // _DENSE_BLOCK)):
-            low, high = max(start, block * _DENSE_BLOCK), min(stop, (block + 1) * _DENSE_BLOCK)
-            signs = self._signs(name, block)[low - block * _DENSE_BLOCK : high - block * _DENSE_BLOCK]
-            out.addmm_(values[:, low - start : high - start], signs.to(values.dtype), alpha=1 / math.sqrt(self.dim))
-
-    def _signs(self, name: str, block: int) -> Tensor:
-        key = key_of(self.seed, "dense", name, block)
-        return random_signs(_DENSE_BLOCK * self.dim, key, self.device).view(_DENSE_BLOCK, self.dim)
+        key = key_of(self.seed, "dense", name)
+        for begin in range(0, values.shape[1], _DENSE_ROWS):
+            part = values[:, begin : begin + _DENSE_ROWS]
+            signs = random_signs(key, start + begin, part.shape[1], self.dim, self.device)
+            out.addmm_(part, signs.to(values.dtype), alpha=1 / math.sqrt(self.dim))
 
 
 class IdentityProjection(Projection):
@@ -198,22 +264,51 @@ class KroneckerProjection:
     def _projection(self, name: str, size: int, dim: int) -> Tensor:
         """Return a (size, dim) matrix of signs / sqrt(dim)."""
         if (name, size) not in self._drawn:
-            drawn = random_signs(size * dim, key_of(self.seed, "kronecker", name), self.device)
-            self._drawn[name, size] = drawn.view(size, dim).float() / math.sqrt(dim)
+            drawn = random_signs(key_of(self.seed, "kronecker", name), 0, size, dim, self.device)
+            self._drawn[name, size] = drawn.float() / math.sqrt(dim)
         return self._drawn[name, size]
 
 
-def random_signs(count: int, key: int, device: torch.device) -> Tensor:
-    """Return random signs, (count,), int8: a function of ``key`` and ``count`` alone."""
-    generator = np.random.Generator(np.random.Philox(key=key))
-    bits = np.unpackbits(np.frombuffer(generator.bytes(-(-count // 8)), dtype=np.uint8), count=count)
-    return torch.from_numpy(bits.view(np.int8)).to(device).mul_(2).sub_(1)
+@cache
+def fused_sketch(device: torch.device) -> Sketch | None:
+    """Return the kernel that makes a sketch in one pass on a device, or None if it does not work there."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from dataflex.probe.fused import sketch
+
+    return sketch if works(sketch, device) else None
+
+
+def works(sketch: Sketch, device: torch.device) -> bool:
+    """Say whether a kernel can be compiled on a device and gives the numbers of :func:`plain_sketch`; log why not."""
+    from triton.errors import TritonError
+
+    values = torch.linspace(-1, 1, 300, device=device).view(3, 100)
+    moments = Moments(values[1], values[2].square(), 1, (0.9, 0.99), 1e-8)
+    adam = AdamPreconditioner({"": moments}, less=False)
+    try:
+        found = sketch(values[:, 7:], 7, 1, 32, adam.terms(""))
+    except (TritonError, OSError, RuntimeError, subprocess.SubprocessError) as error:  # no compiler for its launcher
+        reason = str(error)
+    else:
+        expected = plain_sketch(adam("", 7, values[:, 7:].clone()), 7, 1, 32)
+        if torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
+            return True
+        reason = "its numbers are wrong"
+    logger.warning("Gradient features are made without the fused kernel, which is slower: %s", reason)
+    return False
 
 
 def make_projection(
-    settings: GradientSettings, sizes: dict[str, int], device: torch.device
+    settings: GradientSettings, sizes: dict[str, int], device: torch.device, tables: SignTables | None = None
 ) -> Projection | KroneckerProjection:
     """Return the projection of ``settings`` for parameters of the given sizes.
+
+    Args:
+        settings: of the gradients.
+        sizes: elements of every parameter, by name.
+        device: where the features are.
+        tables: where ``count`` keeps signs on the CPU; none: for this projection alone.
 
     Raises:
         ComponentError: if the feature would be longer than the gradient, or the projection does not go with the
@@ -231,5 +326,6 @@ def make_projection(
         if settings.preconditioner != "none":
             raise ComponentError("projection: kronecker works on the gradient itself; it needs preconditioner: none.")
         return KroneckerProjection(settings.dim, settings.seed, device)
-    kind = CountProjection if settings.projection == "count" else RademacherProjection
-    return kind(settings.dim, settings.seed, device)
+    if settings.projection == "rademacher":
+        return RademacherProjection(settings.dim, settings.seed, device)
+    return CountProjection(settings.dim, settings.seed, device, tables)

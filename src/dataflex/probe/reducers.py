@@ -1,6 +1,6 @@
 """What is kept of per-sample gradients: a projection of the update direction, its length, or inner products.
 
-A reducer gets the gradients of a batch parameter by parameter, in blocks that stay in the processor's cache, and keeps
+A reducer gets the gradients of a batch parameter by parameter, in blocks, which on a CPU stay in its cache, and keeps
 only what it is for.
 """
 
@@ -16,9 +16,13 @@ from dataflex.probe.layers import Contribution, Outer, blocks
 from dataflex.probe.preconditioners import NoPreconditioner, Preconditioner
 from dataflex.probe.projections import KroneckerProjection, Projection
 
-_CPU_BLOCK = 1 << 18
+_CPU_BLOCK = 1 << 21
 _DEVICE_BLOCK = 1 << 26
-"""Numbers in a block of gradients, of all samples of a batch together."""
+"""Numbers in a block of gradients, of all samples of a batch together.
+
+On a CPU a block stays in the outer cache. Smaller ones, for the inner caches, lose more than they gain: each block's
+product goes over all of its layer's inputs again.
+"""
 
 
 class Reducer(ABC):
@@ -42,14 +46,19 @@ class Reducer(ABC):
     def add(self, name: str, parts: list[Contribution]) -> None:
         """Add all uses of one parameter."""
 
-    def update_directions(self, name: str, parts: list[Contribution]) -> Iterator[tuple[int, Tensor, int]]:
-        """Yield a parameter's directions block by block: (first element, (B, n), elements of the parameter)."""
+    def gradients(self, name: str, parts: list[Contribution]) -> Iterator[tuple[int, Tensor, int]]:
+        """Yield a parameter's gradients block by block: (first element, (B, n), elements of the parameter)."""
         parts = self.preconditioner.everywhere(name, parts, self.batch, self.device)
         if not parts:
             return
         total = parts[0].rows * parts[0].columns
         for start, gradients in blocks(parts, self.block_elements):
-            yield start, self.preconditioner(name, start, gradients), total
+            yield start, gradients, total
+
+    def update_directions(self, name: str, parts: list[Contribution]) -> Iterator[Tensor]:
+        """Yield a parameter's directions block by block, (B, n)."""
+        for start, gradients, _ in self.gradients(name, parts):
+            yield self.preconditioner(name, start, gradients)
 
 
 class ProjectionReducer(Reducer):
@@ -77,8 +86,8 @@ class ProjectionReducer(Reducer):
             for part in parts:
                 self.projection.add_part(self._sums, name, part)
             return
-        for start, values, total in self.update_directions(name, parts):
-            self.projection.add(self._sums, name, start, values, total)
+        for start, gradients, total in self.gradients(name, parts):
+            self.projection.add_directions(self._sums, name, start, gradients, total, self.preconditioner)
 
 
 class NormReducer(Reducer):
@@ -96,7 +105,7 @@ class NormReducer(Reducer):
 
     def add(self, name: str, parts: list[Contribution]) -> None:
         """Add a parameter's squares."""
-        for _, values, _ in self.update_directions(name, parts):
+        for values in self.update_directions(name, parts):
             self._squares += values.square().sum(1)
 
 
@@ -122,5 +131,5 @@ class ProductReducer(Reducer):
         if plain and len(parts) == 1 and isinstance(parts[0], Outer) and parts[0].small:
             self._products += parts[0].gram()
             return
-        for _, values, _ in self.update_directions(name, parts):
+        for values in self.update_directions(name, parts):
             self._products += values @ values.T

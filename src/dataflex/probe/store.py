@@ -31,7 +31,8 @@ from dataflex.files import json_text, write_atomically
 
 FeatureType = Literal["float16", "bfloat16", "float32"]
 
-FORMAT = 1
+FORMAT = 2
+"""1: features made with other random signs."""
 MANIFEST_FILE = "manifest.json"
 ORDER_FILE = "order.npy"
 _TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

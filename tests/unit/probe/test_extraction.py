@@ -320,6 +320,13 @@ def test_an_adapter_of_another_scaling_is_another_folder(tmp_path: Path, changes
     assert len(folders) == 2
 
 
+def test_another_random_map_is_another_folder(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe, settings = probe_of(model), kept(PLAIN, tmp_path)
+    first = probe.measure(StoredFeatures(settings), np.arange(6)).folder
+    monkeypatch.setattr(extraction, "MAP_VERSION", extraction.MAP_VERSION + 1)
+    assert probe.measure(StoredFeatures(settings), np.arange(6)).folder != first
+
+
 def test_other_settings_are_another_folder(model: Any, tmp_path: Path) -> None:
     indices = np.arange(6)
     variants = [

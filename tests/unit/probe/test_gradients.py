@@ -38,7 +38,7 @@ from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe import gradients as probe_gradients
 from dataflex.probe.gradient_features import GradientFeatures, GradientSimilarities
 from dataflex.probe.gradients import GradientPass, RoutedRows, canonical, parameter_names
-from dataflex.probe.layers import Contribution, blocks
+from dataflex.probe.layers import Contribution, Outer, blocks, product
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe
 from unit.fakes import make_pool, products_of
@@ -361,6 +361,47 @@ def test_products_are_made_in_full_precision() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         GradientPass(model, emit, "mean", True, "error").run(inputs, shifted(labels))
     assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("rows, columns", [(3, 4), (40, 8), (8, 40), (16, 15), (15, 16), (40, 40)])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_a_product_of_any_shape(rows: int, columns: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randn(2, 7, size, generator=generator).to(t) for size, t in zip((rows, columns), dtypes, strict=True)
+    )
+    found = product(left.transpose(1, 2), right)
+    assert found.dtype == torch.float32
+    exact = torch.einsum("btr,btc->brc", left.double(), right.double())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "llama tied", "mixtral"])
+def test_factors_are_kept_in_the_type_they_were_multiplied_in(name: str) -> None:
+    """Under autocast a product's float32 input is rounded, as autograd rounds it for the parameter's own gradient."""
+    torch.manual_seed(0)
+    model = MODELS[name]().float().eval()
+    inputs, labels = a_batch(LENGTHS)
+    types, shared = set(), {}
+
+    def emit(name: str, parts: list[Contribution]) -> None:
+        for part in parts:
+            if isinstance(part, Outer):
+                types.update({part.inputs.dtype, part.gradients.dtype})
+                shared[name] = part.inputs.data_ptr()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = together(model, inputs, labels)[0]
+        expected = one_by_one(model, inputs, labels)
+        GradientPass(model, emit, "mean", True, "error").run(inputs, shifted(labels))
+    assert types == {torch.bfloat16}
+    for parameter, rows in expected.items():
+        error = (found[parameter] - rows).norm(dim=1)
+        assert (error <= 0.02 * rows.norm(dim=1) + 1e-6).all(), parameter
+    if name == "llama tied":
+        first = [key for key in shared if "layers.0.self_attn" in key and "o_proj" not in key]
+        assert len(first) == 3
+        assert len({shared[key] for key in first}) == 1
 
 
 def test_gradient_checkpointing() -> None:

@@ -18,14 +18,15 @@ from dataflex.errors import ComponentError
 from dataflex.probe.gradient_features import GradientFeatures, GradientSimilarities
 from dataflex.probe.layers import Lookup, Outer, Whole
 from dataflex.probe.model import ModelProbe
+from dataflex.probe.moments import Moments
+from dataflex.probe.preconditioners import make_preconditioner
 from dataflex.probe.projections import (
     CountProjection,
     IdentityProjection,
     KroneckerProjection,
     RademacherProjection,
     make_projection,
-    random_signs,
-    rotated_sum,
+    plain_sketch,
 )
 from tiny import WORDS, sentence
 from unit.fakes import make_pool
@@ -184,15 +185,6 @@ def test_identity_is_the_gradient_in_order() -> None:
     assert torch.equal(out, x)
 
 
-def test_signs_are_fair_and_depend_on_the_key() -> None:
-    signs = random_signs(100_003, 3, CPU)
-    assert signs.dtype == torch.int8
-    assert set(signs.tolist()) == {-1, 1}
-    assert abs(int(signs.sum())) < 4 * 100_003**0.5
-    assert torch.equal(signs, random_signs(100_003, 3, CPU))
-    assert abs(int((signs * random_signs(100_003, 4, CPU)).sum())) < 4 * 100_003**0.5
-
-
 def test_what_cannot_be_projected() -> None:
     sizes = {"a": 60, "b": 40}
     for projection in ("count", "rademacher", "kronecker"):
@@ -260,13 +252,27 @@ def test_projected_influence_ranks_as_the_exact_one(probe: ModelProbe, exact: np
 
 
 def test_all_blocks_together_are_the_same_sketch() -> None:
-    projection = CountProjection(37, 3, torch.device("cpu"))
+    projection = CountProjection(37, 3, CPU)
     for start, size in ((0, 400), (5, 20), (36, 3), (74, 111), (100, 300)):
         values = torch.randn(4, size, dtype=torch.float64)
         sums = torch.zeros(4, projection.width, dtype=torch.float64)
         projection.add(sums, "weight", start, values.clone(), 400)
-        expected = projection.folded(sums)
-        signs, rotations, _ = projection._table("weight", 400)
-        blocks = slice(start // 37, -(-(start + size) // 37))
-        found = rotated_sum(values * signs[start : start + size], start % 37, rotations[blocks], 37)
-        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+        found = plain_sketch(values, start, projection._key("weight"), 37)
+        assert torch.allclose(found, projection.folded(sums), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [CountProjection, RademacherProjection, IdentityProjection])
+@pytest.mark.parametrize("preconditioner", ["none", "adam", "adam_less"])
+def test_directions_are_projected(kind: Any, preconditioner: str) -> None:
+    """Signs and the sum are part of the preconditioner's passes in some projections."""
+    generator = torch.Generator().manual_seed(2)
+    gradients, average, square = (torch.randn(n, 500, generator=generator, dtype=torch.float64) for n in (3, 1, 1))
+    moments = {"w": Moments(average[0], square[0].square(), 4, (0.8, 0.95), 1e-3)}
+    made = make_preconditioner(GradientSettings(preconditioner), moments)
+    projection = kind({"w": 500}, CPU) if kind is IdentityProjection else kind(37, 3, CPU)
+    found, expected = torch.zeros(2, 3, projection.width, dtype=torch.float64)
+    for begin, end in ((0, 130), (130, 131), (131, 500)):
+        projection.add_directions(found, "w", begin, gradients[:, begin:end].clone(), 500, made)
+    projection.add(expected, "w", 0, made("w", 0, gradients.clone()), 500)
+    assert expected.norm() > 1
+    torch.testing.assert_close(projection.folded(found), projection.folded(expected))

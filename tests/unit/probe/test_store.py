@@ -224,7 +224,7 @@ TAMPERED: list[tuple[list[str], Any, str]] = [
     (["dtype"], "bfloat16", "dtype is"),
     (["chunks"], [8, 5, 1, 9], "chunks is"),
     (["order"], "0" * 64, "order is"),
-    (["format"], 2, "format is 2 there and 1 here"),
+    (["format"], 1, "format is 1 there and 2 here"),
 ]
 
 
@@ -247,7 +247,7 @@ def test_a_manifest_that_differs_is_an_error(tmp_path: Path, keys: list[str], va
     assert contents(store) == before
 
 
-@pytest.mark.parametrize("content", [b"", b'{"format": 1', b"[]", b"\xff\xfe\x00", b'{"format": 1, "dim": NaN}'])
+@pytest.mark.parametrize("content", [b"", b'{"format": 2', b"[]", b"\xff\xfe\x00", b'{"format": 2, "dim": NaN}'])
 def test_a_corrupt_manifest_is_an_error(tmp_path: Path, content: bytes) -> None:
     store = opened(tmp_path)
     fill(store)
