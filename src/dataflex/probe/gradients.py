@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe.checkpointing import Run, recomputed_layers, recomputing
-from dataflex.probe.head import HEAD_CHUNK, replaced_forward
+from dataflex.probe.head import HEAD_CHUNK, behind_head, counted_logits, replaced_forward
 from dataflex.probe.layers import (
     Contribution,
     Lookup,
@@ -177,7 +177,13 @@ class GradientPass:
         per_token = torch.ones_like(counts) if self.reduction == "sum" else 1.0 / counts.clamp(min=1).double()
         weights = (per_token * self._scale)[rows]
         if not self.chunked_head:
-            logits = at_least_float32(self.model(**inputs, use_cache=False).logits[rows, columns])
+            # A chunk's gradient would have to go through the rest of the model's forward, which runs once. The hook on
+            # a head that is trained needs its samples in order.
+            if any(map(self._own, self.model.get_output_embeddings().modules())):
+                logits = self.model(**inputs, use_cache=False).logits[rows, columns]
+            else:
+                logits = counted_logits(self.model, inputs, rows, columns)
+            logits = at_least_float32(logits)
             losses = F.cross_entropy(logits, labels, reduction="none")
             return (losses * weights.to(losses.dtype)).sum(), _sums(losses, rows, self._batch)
         head = self.model.get_output_embeddings()
@@ -211,13 +217,13 @@ class GradientPass:
         starts = range(0, hidden.shape[0], HEAD_CHUNK)
         for name in trained.values():
             self._expect(name, len(starts))
-        gradient, losses = torch.zeros_like(hidden), []
+        gradient, losses, finish = torch.zeros_like(hidden), [], behind_head(self.model)
         for begin in starts:
             part = slice(begin, begin + HEAD_CHUNK)
             chunk = hidden[part].detach().requires_grad_()
             self._rows = rows[part]
             logits = apply(chunk)
-            loss = F.cross_entropy(at_least_float32(logits), labels[part], reduction="none")
+            loss = F.cross_entropy(at_least_float32(finish(logits)), labels[part], reduction="none")
             losses.append(loss.detach())
             self._check_all_seen([loss])
             wanted = [chunk, logits] if trained else [chunk]
