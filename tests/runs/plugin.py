@@ -20,6 +20,7 @@ from dataflex import (
     register,
 )
 from dataflex.api.probe import GenerationSettings, GradientSettings
+from dataflex.probe.checkpointing import recomputed_layers
 from dataflex.probe.embeddings import Embeddings
 from dataflex.probe.error_norms import ErrorNorms
 from dataflex.probe.generations import Generations

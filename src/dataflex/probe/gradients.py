@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe.checkpointing import Run, recomputed_layers, recomputing
-from dataflex.probe.head import HEAD_CHUNK, behind_head, counted_logits, replaced_forward
+from dataflex.probe.head import HEAD_CHUNK, behind_head, counted_logits, replaced_forward, slope_behind_head
 from dataflex.probe.layers import (
     Contribution,
     Lookup,
@@ -186,7 +186,7 @@ class GradientPass:
             logits = at_least_float32(logits)
             losses = F.cross_entropy(logits, labels, reduction="none")
             return (losses * weights.to(losses.dtype)).sum(), _sums(losses, rows, self._batch)
-        head = self.model.get_output_embeddings()
+        head, slope = self.model.get_output_embeddings(), slope_behind_head(self.model)
         found: list[Tensor] = []
 
         def run_head(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -194,7 +194,9 @@ class GradientPass:
             gradient = torch.zeros_like(hidden)
             gradient[rows, columns], losses = self._head(apply, hidden[rows, columns], labels, rows, weights)
             found.append(losses)
-            return (hidden * gradient).sum(-1, keepdim=True)
+            # Zero, because what the model does with its logits is done to this, too: a cap's slope there is 1.
+            value = (hidden * gradient).sum(-1, keepdim=True)
+            return (value - value.detach()) / slope
 
         # Through the model's output, because ZeRO-3 and FSDP fetch what a backward needs when it comes from there.
         with replaced_forward(head, run_head):

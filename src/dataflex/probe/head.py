@@ -124,6 +124,13 @@ def behind_head(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     return finish
 
 
+def slope_behind_head(model: torch.nn.Module) -> float:
+    """Return the derivative of :func:`behind_head` at 0."""
+    with torch.enable_grad():
+        zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        return float(torch.autograd.grad(behind_head(model)(zero), zero)[0])
+
+
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and value else None
 

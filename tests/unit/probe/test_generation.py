@@ -66,7 +66,6 @@ def test_a_batch_that_does_not_fit_is_halved(model: Any, monkeypatch: pytest.Mon
     assert [len(each) for each in found] == [len(each) for each in whole]
     assert max(sizes) > 2
     assert limit.tokens is not None
-    assert responses(model, prompts, limit=limit) == found
     collective = BatchLimit("generate responses", "Set fewer.", collective=True)
     with pytest.raises(ComponentError, match=r"to generate responses of \d samples .*probe_batch_tokens to less than"):
         responses(model, prompts, limit=collective)

@@ -250,7 +250,22 @@ def test_logits_changed_behind_the_head() -> None:
         if "norm" in name:
             nn.init.normal_(parameter, std=0.3)
     inputs, labels = a_batch(LENGTHS)
-    assert_same(together(model, inputs, labels, chunked=False)[0], one_by_one(model, inputs, labels))
+    expected = one_by_one(model, inputs, labels)
+    for chunked in (True, False):
+        assert_same(together(model, inputs, labels, chunked)[0], expected)
+
+
+def test_a_frozen_head_is_applied_where_a_token_counts() -> None:
+    model = make(lambda: lora(gemma2()))
+    inputs, labels = a_batch(LENGTHS)
+    sizes: list[int] = []
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda *given: sizes.append(given[-1].shape[:2].numel())
+    )
+    found = together(model, inputs, labels, chunked=False)[0]
+    handle.remove()
+    assert sizes == [int((shifted(labels) != IGNORE_INDEX).sum())]
+    assert_same(found, one_by_one(model, inputs, labels))
 
 
 @pytest.mark.parametrize("name", ["llama tied", "opt, learned positions", "qwen3 moe", "lora"])
