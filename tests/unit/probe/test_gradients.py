@@ -366,6 +366,21 @@ def test_low_precision_is_close() -> None:
     assert (cosines < 1 - 1e-7).all()  # it was in use
 
 
+def test_the_precision_is_that_of_the_device_that_computes() -> None:
+    """Parameters may be kept elsewhere: FSDP offloads them to the CPU."""
+    model = lora().eval()
+    seen: set[bool] = set()
+    inputs, labels = a_batch(LENGTHS)
+    device = torch.device("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        emit = lambda name, parts: seen.add(torch.is_autocast_enabled("cuda"))  # noqa: E731
+        GradientPass(model, emit, "mean", True, "error", device).run(dict(inputs), shifted(labels))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert seen == {False}
+
+
 def test_products_are_made_in_full_precision() -> None:
     model = lora().eval()
     dtypes = set()
