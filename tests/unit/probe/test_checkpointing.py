@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -105,6 +106,23 @@ def test_the_precision_of_the_forward_is_that_of_the_second_run() -> None:
     inputs, labels = a_batch(LENGTHS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plain = together(model, inputs, labels)[0]
+        found = together(checkpointed(model), inputs, labels)[0]
+    assert_same(found, plain, 1e-6)
+
+
+def test_a_backward_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device: neither the precision nor whether gradients are made is that of the forward's thread."""
+    model = lora(llama(initializer_range=0.2)).eval()
+    inputs, labels = a_batch(LENGTHS)
+    grad = torch.autograd.grad
+
+    def in_a_thread(*args: Any, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(grad, *args, **kwargs).result()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = together(model, inputs, labels)[0]
+        monkeypatch.setattr(torch.autograd, "grad", in_a_thread)
         found = together(checkpointed(model), inputs, labels)[0]
     assert_same(found, plain, 1e-6)
 
