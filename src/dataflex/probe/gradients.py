@@ -31,6 +31,7 @@ from dataflex.probe.checkpointing import Run, recomputed_layers, recomputing
 from dataflex.probe.head import HEAD_CHUNK, behind_head, counted_logits, replaced_forward, slope_behind_head
 from dataflex.probe.layers import (
     Contribution,
+    DoraCalls,
     Lookup,
     NormRecipe,
     Outer,
@@ -123,7 +124,7 @@ class GradientPass:
         self._rows: Tensor | None = None
         self._mixed: str | None = None
         self._complete = False
-        self._dora = "outside"
+        self._dora = DoraCalls()
         self._spread = any(isinstance(module, FSDPModule) for module in model.modules())
         self._roots: list[Tensor] = []
         self._uses: dict[str, int] = {}
@@ -168,7 +169,7 @@ class GradientPass:
     def _clear(self) -> None:
         self._roots, self._uses, self._parts, self._done, self._awaited = [], {}, {}, set(), {}
         self._rows = self._mixed = None
-        self._dora = "outside"
+        self._dora.leave()
 
     def _forward(self, inputs: dict[str, Any], targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is differentiated, and each sample's summed loss (B,)."""
@@ -266,7 +267,7 @@ class GradientPass:
                     hook = partial(self._after_layer, own=own, path=name)
                     handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
                     if is_dora(module):
-                        handles.append(module.register_forward_pre_hook(self._enter_dora))
+                        handles.append(module.register_forward_pre_hook(self._dora.enter))
                 else:
                     restore.append(self._watch(module, own))
             with recomputing(self.model, self._layers, self._begin_layer, self._differentiate_layer):
@@ -314,10 +315,10 @@ class GradientPass:
         """Catch a layer's input now and its output's gradient later."""
         inputs = args[0].detach()
         if is_dora(module):
-            self._dora = "outside"
+            self._dora.leave()
         if not output.requires_grad:
             return None
-        if self._is_of_norm(inputs, args[0].requires_grad):
+        if self._dora.is_norm(inputs, args[0].requires_grad):
             return output.detach()
         if not args[0].requires_grad:
             self._roots.append(output)
@@ -337,23 +338,6 @@ class GradientPass:
 
         output.register_hook(arrived)
         return None
-
-    def _enter_dora(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._dora = "before the norm"
-
-    def _is_of_norm(self, inputs: Tensor, differentiable: bool) -> bool:
-        """Return whether DoRA multiplies its two matrices by a call on the identity, for a norm without a gradient.
-
-        A use whose gradient never arrives would keep all others of the two from being handed on.
-        """
-        if self._dora == "in the norm":
-            self._dora = "inside"
-            return True
-        square = inputs.dim() == 2 and inputs.shape[0] == inputs.shape[1] and not differentiable
-        if self._dora != "before the norm" or not square:
-            return False
-        self._dora = "in the norm"
-        return True
 
     def _rule(
         self, module: nn.Module, key: str, inputs: Tensor, gradient: Tensor, samples: Tensor | None
