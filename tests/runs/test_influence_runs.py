@@ -326,7 +326,8 @@ def test_gradients_are_those_of_plain_autograd(runs: Any, mode: str) -> None:
 
     assert runs.trace(f"kept-{mode}")["error"] is None
     kept = torch.load(runs.root / f"kept-{mode}.pt", weights_only=True)
-    assert kept["recomputed"] == 2  # LLaMA-Factory checkpoints activations by default
+    # LLaMA-Factory checkpoints activations by default; accelerate wraps the four parts of a layer one by one.
+    assert kept["recomputed"] == (8 if mode == "wrapped" else 2)
     model = AutoModelForCausalLM.from_pretrained(runs.model, dtype=torch.float32).eval()
     for row, got in zip(kept["rows"], kept["gradients"], strict=True):
         inputs, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
