@@ -274,10 +274,10 @@ def measure(part: Part, device: torch.device, seconds: float) -> dict[str, Any]:
     found: dict[str, Any] = {"part": asdict(part), "trained": sum(value.numel() for value in trained.values())}
     for name, (checkpoints, samples, run) in work.items():
         set_checkpointing(model, checkpoints)
-        probe.most_tokens.clear()
+        probe.limits.clear()
         with contextlib.suppress(torch.OutOfMemoryError):
             found[name] = timed(clock, run, samples, 0.0 if name == "features, dense" else seconds)
-            found[name]["tokens_cut_to"] = dict(probe.most_tokens)
+            found[name]["tokens_cut_to"] = {kind: limit.tokens for kind, limit in probe.limits.items()}
         found.setdefault(name, {"failed": "out of memory"})
     speeds = {name: each.get("samples_per_second") for name, each in found.items() if isinstance(each, dict)}
     for name, speed in speeds.items():

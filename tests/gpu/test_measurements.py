@@ -220,8 +220,38 @@ def test_a_batch_that_does_not_fit_is_halved(cuda: torch.device) -> None:
         probe = make_probe(model, cuda, samples, 65536)
         found = probe.measure(GradientFeatures(PLAIN), rows)
         probe.measure(Losses(), rows)
-    assert probe.most_tokens["gradient_features"] < 65536
+    most = probe.limits["gradient_features"].tokens
+    assert most is not None
+    assert most < 65536
     assert distance(found, wanted) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "experts"])
+def test_a_gradient_batch_needs_the_memory_of_a_training_step(cuda: torch.device, kind: str) -> None:
+    model: Any = make_model(kind, torch.bfloat16, checkpoints=True).to(cuda)
+    model.enable_input_require_grads()
+    samples = make_samples(8, 900, 1024)
+    batch = {name: value.to(cuda) for name, value in collate(samples.rows(np.arange(8))).items()}
+    probe = make_probe(model, cuda, samples, 8 * 1024)
+
+    def step() -> None:
+        model(**batch, use_cache=False).loss.backward()
+
+    def most(work: Callable[[], Any]) -> int:
+        """Return the bytes some work takes beyond those that are there before it."""
+        work()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    model.train()
+    of_training = most(step)
+    of_probe = most(lambda: probe.measure(GradientFeatures(PLAIN), np.arange(8)))
+    assert probe.limits["gradient_features"].tokens is None
+    assert of_probe <= 1.1 * of_training
 
 
 def test_waits_for_the_device_in_a_gradient_batch(cuda: torch.device) -> None:

@@ -20,6 +20,7 @@ from dataflex import (
     register,
 )
 from dataflex.api.probe import GenerationSettings, GradientSettings
+from dataflex.probe.checkpointing import recomputed_layers
 from dataflex.probe.embeddings import Embeddings
 from dataflex.probe.error_norms import ErrorNorms
 from dataflex.probe.generations import Generations
@@ -81,7 +82,9 @@ class Keep(Selector):
         indices = np.linspace(0, candidates.size - 1, self.params.samples).astype(np.int64)
         gradients = ctx.probe.measure(GradientFeatures(settings), indices)
         if distributed.rank() == 0:
-            torch.save({"gradients": torch.from_numpy(gradients), "rows": ctx.pool.rows(indices)}, self.params.file)
+            recomputed = len(recomputed_layers(ctx.probe.model()))
+            kept = {"gradients": torch.from_numpy(gradients), "rows": ctx.pool.rows(indices), "recomputed": recomputed}
+            torch.save(kept, self.params.file)
         return Selection(candidates[:count])
 
 

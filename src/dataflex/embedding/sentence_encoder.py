@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.data.sampling import IndexArray
 from dataflex.errors import ConfigError
+from dataflex.probe.memory import BatchLimit, release_memory
 
 if TYPE_CHECKING:
     import torch
 
 _BATCH = 64
-"""Texts of one forward; the package sorts them by length."""
+"""Texts of one forward, of similar length."""
 
 
 class SentenceEncoder:
@@ -41,6 +43,7 @@ class SentenceEncoder:
             self._model = SentenceTransformer(folder, device=str(device), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"encoder: {folder} cannot be loaded: {error}") from error
+        self._limit = BatchLimit("make embeddings", "Use a smaller encoder.", "texts", "characters")
         self.dim = int(self._model.encode(["a"], convert_to_numpy=True, show_progress_bar=False).shape[1])
         limit = self._model.max_seq_length
         most = "" if limit is None else f", at most {limit} tokens of a text"
@@ -48,14 +51,21 @@ class SentenceEncoder:
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return a vector for each text, (n, H)."""
-        found = self._model.encode(list(texts), batch_size=_BATCH, convert_to_numpy=True, show_progress_bar=False)
-        return np.asarray(found, dtype=np.float32)
+
+        def vectors(batch: IndexArray) -> NDArray[np.float32]:
+            given = [texts[row] for row in batch]
+            values = self._model.encode(given, batch_size=_BATCH, convert_to_numpy=True, show_progress_bar=False)
+            return np.asarray(values, dtype=np.float32)
+
+        lengths = np.array([len(text) for text in texts], dtype=np.int64)
+        order = np.argsort(-lengths, kind="stable")
+        found = np.zeros((len(texts), self.dim), dtype=np.float32)
+        for begin in range(0, len(texts), _BATCH):
+            for part, values in self._limit.parts(vectors, order[begin : begin + _BATCH], lengths):
+                found[part] = values
+        return found
 
     def close(self) -> None:
         """Give back the memory of the model."""
-        import torch
-
-        is_cuda = self._model.device.type == "cuda"
         del self._model
-        if is_cuda:
-            torch.cuda.empty_cache()
+        release_memory()

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dataflex.data.sampling import IndexArray
 from dataflex.embedding.names import MODULES_FILE, read_json
-from dataflex.errors import ConfigError, DataFlexError
+from dataflex.errors import ConfigError
 from dataflex.probe.batches import length_batches
 from dataflex.probe.embeddings import Pooling, pooled
+from dataflex.probe.memory import BatchLimit, release_memory
 
 BATCH_TOKENS = 16384
 """Tokens, padding counted, of one forward."""
@@ -56,6 +58,7 @@ class TransformersEncoder:
         from transformers import AutoModel, AutoTokenizer
 
         self._device, self._batch_tokens = torch.device(device), batch_tokens
+        self._limit = BatchLimit("make embeddings", "Use a smaller encoder.", "texts")
         self.pooling: Pooling = pooling_of(folder) if pooling == "auto" else cast(Pooling, pooling)
         dtype: Any = torch.float32 if self._device.type == "cpu" else "auto"
         try:
@@ -83,29 +86,19 @@ class TransformersEncoder:
         rows = self._tokenizer(texts, truncation=True, max_length=self.most_tokens, padding=False)
         lengths = np.array([len(ids) for ids in rows["input_ids"]], dtype=np.int64)
         found = np.zeros((len(texts), self.dim), dtype=np.float32)
+
+        def vectors(batch: IndexArray) -> NDArray[np.float32]:
+            return self._forward({name: [values[row] for row in batch] for name, values in rows.items()})
+
         for batch in length_batches(lengths, self._batch_tokens):
-            found[batch] = self._vectors({name: [values[row] for row in batch] for name, values in rows.items()})
+            for part, values in self._limit.parts(vectors, batch, lengths):
+                found[part] = values
         return found
 
     def close(self) -> None:
         """Give back the memory of the model."""
         del self._model
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _vectors(self, rows: dict[str, list[list[int]]]) -> NDArray[np.float32]:
-        """Return the vectors of a batch; halves it while memory runs out."""
-        count = len(rows["input_ids"])
-        try:
-            return self._forward(rows)
-        except torch.OutOfMemoryError as error:
-            if count == 1:
-                raise DataFlexError(
-                    f"encoder: the device has not the memory for a text of {len(rows['input_ids'][0])} tokens."
-                ) from error
-        torch.cuda.empty_cache()
-        halves = [{name: values[part] for name, values in rows.items()} for part in _halves(count)]
-        return np.concatenate([self._vectors(half) for half in halves])
+        release_memory()
 
     @torch.no_grad()
     def _forward(self, rows: dict[str, list[list[int]]]) -> NDArray[np.float32]:
@@ -118,10 +111,6 @@ class TransformersEncoder:
             pooled(states.float(), inputs["attention_mask"].bool(), self.pooling).cpu().numpy()
         )
         return vectors
-
-
-def _halves(count: int) -> tuple[slice, slice]:
-    return slice(0, count // 2), slice(count // 2, count)
 
 
 def _checked_layer(layer: int, count: int) -> int | None:

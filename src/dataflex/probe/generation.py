@@ -2,7 +2,8 @@
 
 Prompts are batched by length under a token budget, the same batches on any number of processes, and every batch draws
 from random streams seeded by its own number. So the responses depend on the model, the prompts and the seed alone, and
-the training's random streams are as before.
+the training's random streams are as before. Only a batch that does not fit into the memory is halved, and the second
+half then draws from streams of its own.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from dataflex import distributed
 from dataflex.api.probe import GenerationSettings
 from dataflex.data.rng import key_of
+from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.files import json_text
 from dataflex.probe.batches import length_batches, share_of
+from dataflex.probe.memory import BatchLimit, release_memory
 from dataflex.probe.mode import probe_mode
 
 _VLLM_MEMORY = 0.9
@@ -46,6 +49,7 @@ class Generator:
         eos_token_ids: tokens that end a response.
         batch_tokens: tokens of one batch at most, prompts and responses, padding counted; one prompt is always taken.
         device: where the model lives.
+        limit: of batches, counted in the same way, found where memory runs out.
         synced: whether a forward is collective (ZeRO-3, FSDP), so that all ranks have to go on until the last is done.
     """
 
@@ -54,6 +58,7 @@ class Generator:
     eos_token_ids: list[int]
     batch_tokens: int
     device: torch.device
+    limit: BatchLimit
     synced: bool = False
 
 
@@ -75,7 +80,7 @@ def generate_responses(
         Token ids: one list per prompt, of one list per response.
 
     Raises:
-        ComponentError: if a prompt is empty, or vLLM is asked for and cannot run.
+        ComponentError: if a prompt is empty, or does not fit into the memory, or vLLM is asked for and cannot run.
     """
     model, eos_token_ids = generator.model, generator.eos_token_ids
     empty = [number for number, prompt in enumerate(prompts) if not prompt]
@@ -94,21 +99,28 @@ def generate_responses(
     found: dict[int, list[list[int]]] = {}
     with probe_mode(model), _without_own_settings(decoder), _generate_of(model, decoder) as generate:
         for number, batch in enumerate(mine if generator.synced else mine[:useful]):
-            torch.manual_seed(key_of(seed, "generate", rank + number * world_size) % 2**63)
-            inputs = _left_padded([prompts[index] for index in batch], generator.pad_token_id, generator.device)
-            tokens = generate(
-                **inputs,
-                generation_config=config,
-                synced_gpus=generator.synced,
-                logits_processor=[_refuse_broken],
-            )
-            new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
-            if number < useful:
-                for place, index in enumerate(batch.tolist()):
-                    own = new[place * settings.samples : (place + 1) * settings.samples]
-                    found[index] = [_ended(response, eos_token_ids) for response in own]
-    for part in distributed.gather_objects(found):
-        found.update(part)
+            whole = rank + number * world_size
+
+            def responses(part: IndexArray, whole: int = whole, first: int = int(batch[0])) -> list[list[int]]:
+                stream = (whole,) if part[0] == first else (whole, int(part[0]))
+                torch.manual_seed(key_of(seed, "generate", *stream) % 2**63)
+                inputs = _left_padded([prompts[index] for index in part], generator.pad_token_id, generator.device)
+                tokens = generate(
+                    **inputs,
+                    generation_config=config,
+                    synced_gpus=generator.synced,
+                    logits_processor=[_refuse_broken],
+                )
+                new: list[list[int]] = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+                return new
+
+            for part, new in generator.limit.parts(responses, batch, rows):
+                if number < useful:
+                    for place, index in enumerate(part.tolist()):
+                        own = new[place * settings.samples : (place + 1) * settings.samples]
+                        found[index] = [_ended(response, eos_token_ids) for response in own]
+    for theirs in distributed.gather_objects(found):
+        found.update(theirs)
     return [found[index] for index in range(len(prompts))]
 
 
@@ -209,7 +221,7 @@ def _vllm_responses(
         raise ComponentError("generation: backend vllm needs a CUDA GPU; use backend hf.")
     from peft import PeftModel
 
-    torch.cuda.empty_cache()
+    release_memory()
     free, total = torch.cuda.mem_get_info()
     engine: dict[str, Any] = {
         "skip_tokenizer_init": True,

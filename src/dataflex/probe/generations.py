@@ -44,8 +44,9 @@ class Generations(Measurement[Responses]):
         probe = runner.probe
         assert probe.tokens is not None
         tokens = probe.tokens
+        limit = probe.limit(self.name, "generate responses", "Set a smaller samples or max_new_tokens.")
         generator = Generator(
-            runner.model, tokens.pad, list(tokens.eos), probe.batch_tokens, probe.device, probe.sharded
+            runner.model, tokens.pad, list(tokens.eos), probe.batch_tokens, probe.device, limit, probe.sharded
         )
         prompts = [list(row["input_ids"]) for row in runner.samples.rows(runner.indices)]
         return generate_responses(generator, prompts, self.settings, self.seed)

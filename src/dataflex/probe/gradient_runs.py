@@ -80,7 +80,8 @@ def new_pass(runner: Runner, settings: GradientSettings, reducer: Reducer) -> Gr
     """Return a pass over the model whose gradients go to a reducer."""
     head = runner.chunked_head
     reshard(runner.model)
-    return GradientPass(runner.model, reducer.add, settings.reduction, head, settings.unsupported)
+    device = runner.probe.device
+    return GradientPass(runner.model, reducer.add, settings.reduction, head, settings.unsupported, device)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ the two is each sample's gradient (``layers``). Autograd is asked for the gradie
 parameter, so no ``.grad`` is written and no reducer of DDP, DeepSpeed or FSDP fires (they hang on the parameters'
 accumulation nodes). A parameter's gradients are handed on as soon as its last use has been seen, and dropped.
 
+Layers that the training recomputes are recomputed here, too (``checkpointing``): their hooks act in the second run.
+
 The raw module must be run, not the wrapper. Under ZeRO-3 the hooks go before DeepSpeed's own, so that the order in
 which it fetches parameters stays the one it recorded.
 """
@@ -26,9 +28,11 @@ from torch.distributed.fsdp import FSDPModule
 from dataflex.data.sums import row_sums, sum_dtype
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means
 from dataflex.errors import ComponentError, DivergenceError
-from dataflex.probe.head import HEAD_CHUNK, replaced_forward
+from dataflex.probe.checkpointing import Run, recomputed_layers, recomputing
+from dataflex.probe.head import HEAD_CHUNK, behind_head, counted_logits, replaced_forward, slope_behind_head
 from dataflex.probe.layers import (
     Contribution,
+    DoraCalls,
     Lookup,
     NormRecipe,
     Outer,
@@ -93,6 +97,7 @@ class GradientPass:
         reduction: gradient of each sample's token mean or token sum.
         chunked_head: apply the head chunk by chunk on the positions that count, inside the model's own forward.
         unsupported: whether trainable parameters of a kind without a rule end the run or are left out.
+        device: where the batches are; parameters may be elsewhere (FSDP offloads them to the CPU).
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class GradientPass:
         reduction: Literal["mean", "sum"],
         chunked_head: bool,
         unsupported: Literal["error", "ignore"],
+        device: torch.device,
     ) -> None:
         self.model, self.emit = model, emit
         self.reduction, self.chunked_head, self.unsupported = reduction, chunked_head, unsupported
@@ -110,8 +116,8 @@ class GradientPass:
         if not self.names:
             raise ComponentError("the model has no trainable parameter a gradient could be taken of.")
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-        self._device = device = next(model.parameters()).device.type
-        half |= torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        self._device = device.type
+        half |= torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
         self._scale = _FLOAT16_SCALE if half else 1.0
         self._batch = 0
         self._head_names: dict[str, str] = {}
@@ -119,9 +125,14 @@ class GradientPass:
         self._rows: Tensor | None = None
         self._mixed: str | None = None
         self._complete = False
+        self._dora = DoraCalls()
         self._spread = any(isinstance(module, FSDPModule) for module in model.modules())
         self._roots: list[Tensor] = []
         self._uses: dict[str, int] = {}
+        self._layers = recomputed_layers(model)
+        self._layer_names: dict[nn.Module, set[str]] = {}
+        self._awaited: dict[str, int] = {}
+        """Calls of layers that hold a parameter and have not been run again yet, by its name."""
         self._parts: dict[str, list[Contribution]] = {}
         self._done: set[str] = set()
         self._norms: dict[str, NormRecipe] = {}
@@ -144,9 +155,10 @@ class GradientPass:
             with torch.enable_grad(), self._hooks():
                 objective, sums = self._forward(inputs, targets, counts)
                 if objective.requires_grad:
-                    self._check_all_seen(objective)
-                    self._complete = True
+                    self._check_all_seen([objective])
                     torch.autograd.grad(objective, self._roots, allow_unused=True)
+                    self._check_spread()
+                    self._complete = True
             if self._mixed is not None:  # not in the backward: FSDP2 must see its end
                 raise RoutedRows(self._mixed)
             for name in self.names.values():
@@ -157,8 +169,9 @@ class GradientPass:
         return sample_means(sums, counts)
 
     def _clear(self) -> None:
-        self._roots, self._uses, self._parts, self._done = [], {}, {}, set()
+        self._roots, self._uses, self._parts, self._done, self._awaited = [], {}, {}, set(), {}
         self._rows = self._mixed = self._shared = None
+        self._dora.leave()
 
     def _forward(self, inputs: dict[str, Any], targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is differentiated, and each sample's summed loss (B,)."""
@@ -168,10 +181,16 @@ class GradientPass:
         per_token = torch.ones_like(counts) if self.reduction == "sum" else 1.0 / counts.clamp(min=1).to(wide)
         weights = (per_token * self._scale)[rows]
         if not self.chunked_head:
-            logits = at_least_float32(self.model(**inputs, use_cache=False).logits[rows, columns])
+            # A chunk's gradient would have to go through the rest of the model's forward, which runs once. The hook on
+            # a head that is trained needs its samples in order.
+            if any(map(self._own, self.model.get_output_embeddings().modules())):
+                logits = self.model(**inputs, use_cache=False).logits[rows, columns]
+            else:
+                logits = counted_logits(self.model, inputs, rows, columns)
+            logits = at_least_float32(logits)
             losses = F.cross_entropy(logits, labels, reduction="none")
             return (losses * weights.to(losses.dtype)).sum(), row_sums(losses.detach(), rows, columns, targets.shape)
-        head = self.model.get_output_embeddings()
+        head, slope = self.model.get_output_embeddings(), slope_behind_head(self.model)
         found: list[Tensor] = []
 
         def run_head(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -179,7 +198,9 @@ class GradientPass:
             gradient = torch.zeros_like(hidden)
             gradient[rows, columns], losses = self._head(apply, hidden[rows, columns], labels, rows, weights)
             found.append(losses)
-            return (hidden * gradient).sum(-1, keepdim=True)
+            # Zero, because what the model does with its logits is done to this, too: a cap's slope there is 1.
+            value = (hidden * gradient).sum(-1, keepdim=True)
+            return (value - value.detach()) / slope
 
         # Through the model's output, because ZeRO-3 and FSDP fetch what a backward needs when it comes from there.
         with replaced_forward(head, run_head):
@@ -202,15 +223,15 @@ class GradientPass:
         starts = range(0, hidden.shape[0], HEAD_CHUNK)
         for name in trained.values():
             self._expect(name, len(starts))
-        gradient, losses = torch.zeros_like(hidden), []
+        gradient, losses, finish = torch.zeros_like(hidden), [], behind_head(self.model)
         for begin in starts:
             part = slice(begin, begin + HEAD_CHUNK)
             chunk = hidden[part].detach().requires_grad_()
             self._rows = rows[part]
             logits = apply(chunk)
-            loss = F.cross_entropy(at_least_float32(logits), labels[part], reduction="none")
+            loss = F.cross_entropy(at_least_float32(finish(logits)), labels[part], reduction="none")
             losses.append(loss.detach())
-            self._check_all_seen(loss)
+            self._check_all_seen([loss])
             wanted = [chunk, logits] if trained else [chunk]
             gradients = torch.autograd.grad((loss * weights[part].to(loss.dtype)).sum(), wanted)
             gradient[part] = gradients[0]
@@ -234,6 +255,8 @@ class GradientPass:
         self._head_names = self._own(head) if head is not None else {}
         below = [] if head is None else [module for module in head.modules() if module is not head]
         self._inside_head = {name for module in below for name in self._own(module).values()}
+        for layer in self._layers:
+            self._layer_names[layer] = {name for module in layer.modules() for name in self._own(module).values()}
         embedding = self.model.get_input_embeddings()
         handles, restore = [], []
         try:
@@ -246,9 +269,12 @@ class GradientPass:
                 if type(module).forward in (nn.Linear.forward, nn.Embedding.forward) or is_dora(module):
                     hook = partial(self._after_layer, own=own, path=name)
                     handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+                    if is_dora(module):
+                        handles.append(module.register_forward_pre_hook(self._dora.enter))
                 else:
                     restore.append(self._watch(module, own))
-            yield
+            with recomputing(self.model, self._layers, self._begin_layer, self._differentiate_layer):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -259,6 +285,27 @@ class GradientPass:
         """Return the trainable parameters a module owns itself, by key; under FSDP2 not to be asked in a forward."""
         return {key: self.names[id(value)] for key, value in module._parameters.items() if id(value) in self.names}
 
+    def _begin_layer(self, layer: nn.Module) -> None:
+        """Keep the parameters of a layer from being handed on before it has been run again."""
+        for name in self._layer_names[layer]:
+            self._awaited[name] = self._awaited.get(name, 0) + 1
+
+    def _differentiate_layer(
+        self, layer: nn.Module, run: Run, inputs: list[Tensor], gradients: list[Tensor]
+    ) -> list[Tensor | None]:
+        """Run a layer again, with the hooks acting, and return the gradients of its inputs."""
+        outer, self._roots = self._roots, []
+        pairs = [(out, grad) for out, grad in zip(run(), gradients, strict=True) if out.requires_grad]
+        self._check_all_seen([out for out, _ in pairs])
+        for name in self._layer_names[layer]:
+            self._awaited[name] -= 1
+        roots, self._roots = [*inputs, *self._roots], outer
+        if not pairs:
+            return [None] * len(inputs)
+        outputs, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, roots, given, allow_unused=True)
+        return list(found[: len(inputs)])
+
     def _root(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """Make everything after the token embedding differentiable, and ask for the gradient there."""
         if not output.requires_grad:
@@ -267,10 +314,14 @@ class GradientPass:
 
     def _after_layer(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, own: Any, path: str
-    ) -> None:
+    ) -> Tensor | None:
         """Catch a layer's input now and its output's gradient later."""
+        if is_dora(module):
+            self._dora.leave()
         if not output.requires_grad:
-            return
+            return None
+        if self._dora.is_norm(args[0].detach(), args[0].requires_grad):
+            return output.detach()
         if not args[0].requires_grad:
             self._roots.append(output)
         for name in own.values():
@@ -289,6 +340,7 @@ class GradientPass:
                     self._arrived(name, self._rule(module, key, inputs, self._unscaled(gradient), samples))
 
         output.register_hook(arrived)
+        return None
 
     def _as_used(self, inputs: Tensor, output: Tensor) -> Tensor:
         """Return a product's input in the type it was multiplied in: under autocast a lower one than it came in.
@@ -338,6 +390,8 @@ class GradientPass:
         implementation = getattr(config, "_experts_implementation", None)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():  # the first of two runs, or nothing that is differentiated
+                return original(*args, **kwargs)
             seen: set[str] = set()
             after_linear = partial(self._after_product, _Call(module, own, seen, args, kwargs))
             with watched("linear", after_linear), watched("embedding", partial(self._after_lookup, module, own, seen)):
@@ -445,16 +499,16 @@ class GradientPass:
             return
         path = next(iter(rest.values()))
         if path not in self._norms:
-            recipe = None
+            found = None
             if isinstance(output, Tensor) and args and set(rest) <= {"weight", "bias"}:
-                recipe = norm_recipe(module, args[0].detach(), output.detach())
-            if recipe is None and isinstance(output, Tensor) and not torch.isfinite(output).all():
+                found = norm_recipe(module, args[0].detach(), output.detach())
+            if found is None and isinstance(output, Tensor) and not torch.isfinite(output).all():
                 raise DivergenceError(f"the output of the layer of {path} is not finite")
-            if recipe is None:
+            if found is None:
                 self._refuse(f"a parameter of {type(module).__name__}", rest.values())
                 return
-            self._norms[path] = recipe
-        kept = normalized(args[0].detach(), self._norms[path])
+            self._norms[path] = found
+        kept, recipe = args[0].detach(), self._norms[path]
         if not args[0].requires_grad:
             self._roots.append(output)
         for name in rest.values():
@@ -465,7 +519,8 @@ class GradientPass:
             if self._in_order(gradient, samples, path):
                 gradient = self._unscaled(gradient)
                 for key, name in rest.items():
-                    self._arrived(name, self._whole(gradient * kept if key == "weight" else gradient, samples))
+                    of_weight = gradient * normalized(kept, recipe) if key == "weight" else gradient
+                    self._arrived(name, self._whole(of_weight, samples))
 
         output.register_hook(arrived)
 
@@ -478,16 +533,11 @@ class GradientPass:
             )
         self.left_out.update(rest)
 
-    def _check_all_seen(self, objective: Tensor) -> None:
+    def _check_all_seen(self, outputs: list[Tensor]) -> None:
         """Refuse trainable parameters that were used where no hook saw it, once: theirs would count as no gradient."""
-        if self._complete:
+        if self._complete or self._spread:
             return
-        if self._spread:  # autograd's leaves are not the parameters there, so what is not used counts as missed too
-            missed = set(self.names.values()) - self._uses.keys() - self.left_out
-            if missed:
-                self._refuse("not seen in the forward of these samples", missed)
-            return
-        used = used_leaves(objective)
+        used = set().union(*map(used_leaves, outputs))
         for module in self.model.modules():
             own = self._own(module).items()
             missed = {
@@ -497,6 +547,14 @@ class GradientPass:
             }
             if missed:
                 self._refuse(f"a parameter of {type(module).__name__}", missed)
+
+    def _check_spread(self) -> None:
+        """Do the same under FSDP2, where autograd's leaves are not the parameters: unused ones count as missed, too."""
+        if self._complete or not self._spread:
+            return
+        missed = set(self.names.values()) - self._uses.keys() - self.left_out
+        if missed:
+            self._refuse("not seen in the forward of these samples", missed)
 
     def _in_order(self, gradient: Tensor, samples: Tensor | None, path: str) -> bool:
         """Return whether the rows of a gradient belong to the samples in order, or to those that ``samples`` names."""
@@ -518,7 +576,7 @@ class GradientPass:
         self._parts.setdefault(name, []).append(part)
         self._uses[name] -= 1
         # What the head holds is complete behind its last chunk.
-        if not self._uses[name] and self._rows is None:
+        if not self._uses[name] and not self._awaited.get(name) and self._rows is None:
             self._hand_on(name)
 
     def _hand_on(self, name: str) -> None:

@@ -1,7 +1,9 @@
 """Per-sample means of a function of each token's logits, at about the price of the bare forward.
 
 The language-model head runs inside the model's own forward on the positions that count, in chunks, so that the
-(tokens x vocabulary) logits never exist at once.
+(tokens x vocabulary) logits never exist at once. What a model does with its logits behind the head is repeated for each
+chunk if its configuration says what it is, and whether that is all is found out on two samples (``particulars``). If it
+is not, the logits have to go through the rest of the model's forward, which runs once: those that count, together.
 """
 
 from __future__ import annotations
@@ -41,28 +43,103 @@ def full_forward(
     model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, statistic: Statistic = cross_entropy
 ) -> Tensor:
     """Return per-sample token means (B,) from the model's own logits; NaN where no token counts."""
-    rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
-    logits = model(**inputs, use_cache=False).logits[rows, columns].float()
-    return _means(statistic(logits, labels[rows, columns]), rows, columns, labels)
+    rows, columns, values = full_values(model, inputs, labels, statistic)
+    return _means(values, rows, columns, labels)
 
 
 def chunked_forward(
     model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, statistic: Statistic = cross_entropy
 ) -> Tensor:
     """Return per-sample token means (B,), applying the head only where a token counts, in chunks."""
+    rows, columns, values = chunked_values(model, inputs, labels, statistic)
+    return _means(values, rows, columns, labels)
+
+
+def full_values(
+    model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, statistic: Statistic = cross_entropy
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows, columns and values of the positions that count, each (n,), from the model's own logits."""
+    rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
+    logits = counted_logits(model, inputs, rows, columns).float()
+    return rows, columns, statistic(logits, labels[rows, columns])
+
+
+def chunked_values(
+    model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, statistic: Statistic = cross_entropy
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what :func:`full_values` does, applying the head in chunks."""
     rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
     counted = labels[rows, columns]
     values = torch.zeros(rows.numel(), dtype=torch.float32, device=labels.device)
+    finish = behind_head(model)
 
     def run(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         for begin in range(0, rows.numel(), HEAD_CHUNK):
             part = slice(begin, begin + HEAD_CHUNK)
-            values[part] = statistic(apply(hidden[rows[part], columns[part]]).float(), counted[part])
+            values[part] = statistic(finish(apply(hidden[rows[part], columns[part]])).float(), counted[part])
         return hidden[..., :1]
 
     with replaced_forward(model.get_output_embeddings(), run):
         model(**inputs, use_cache=False)
-    return _means(values, rows, columns, labels)
+    return rows, columns, values
+
+
+def counted_logits(model: torch.nn.Module, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
+    """Return a model's own logits at some positions alone, (n, V); all of what it does behind the head is done.
+
+    Args:
+        model: run once.
+        inputs: of the model, B samples of T tokens.
+        rows: of the positions, (n,), below B.
+        columns: of the positions, (n,), below T.
+    """
+    picked = False
+
+    def run(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        nonlocal picked
+        picked = hidden.dim() == 3
+        return apply(hidden[rows, columns].unsqueeze(0) if picked else hidden)
+
+    with replaced_forward(model.get_output_embeddings(), run):
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits[0] if picked else logits[rows, columns]
+
+
+def behind_head(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what a model does with its logits behind the head, as far as its configuration says.
+
+    They are capped (Gemma 2: ``final_logit_softcapping``), multiplied (Cohere: ``logit_scale``) or divided (Granite:
+    ``logits_scaling``).
+    """
+    config = model.config.get_text_config()
+    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    factor, divisor, cap = (_number(getattr(config, name, None)) for name in names)
+
+    def finish(logits: Tensor) -> Tensor:
+        if factor is not None:
+            logits = logits * factor
+        if divisor is not None:
+            logits = logits / divisor
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return finish
+
+
+def slope_behind_head(model: torch.nn.Module) -> float:
+    """Return the derivative of :func:`behind_head` at 0."""
+    with torch.enable_grad():
+        zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        return float(torch.autograd.grad(behind_head(model)(zero), zero)[0])
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and value else None
+
+
+def first_counted(labels: Tensor, most: int) -> Tensor:
+    """Return labels (B, T) of which only the first ``most`` of each sample count."""
+    counted = labels != IGNORE_INDEX
+    return labels.masked_fill(counted.cumsum(1) > most, IGNORE_INDEX)
 
 
 def _means(values: Tensor, rows: Tensor, columns: Tensor, labels: Tensor) -> Tensor:

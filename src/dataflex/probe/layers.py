@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -294,6 +295,35 @@ def dora_sum(output: Tensor, base_result: Tensor, magnitude: Tensor) -> Tensor:
 def is_dora(module: nn.Module) -> bool:
     """Return whether the module holds PEFT's DoRA magnitudes of a linear layer."""
     return type(module).__name__ == "DoraLinearLayer"
+
+
+class DoraCalls:
+    """Tells apart the two calls of its matrices by which PEFT's DoRA layer takes the norm of their product.
+
+    It calls both on the identity first, and the norm has no gradient: uses whose gradients never arrive would keep all
+    others of these matrices until the end of the batch.
+    """
+
+    _place: Literal["outside", "before the norm", "in the norm", "behind the norm"] = "outside"
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note that a DoRA layer begins."""
+        self._place = "before the norm"
+
+    def leave(self) -> None:
+        """Note that it ends."""
+        self._place = "outside"
+
+    def is_norm(self, inputs: Tensor, differentiable: bool) -> bool:
+        """Return whether the call of a layer, given its inputs, is one of the two."""
+        if self._place == "in the norm":
+            self._place = "behind the norm"
+            return True
+        square = inputs.dim() == 2 and inputs.shape[0] == inputs.shape[1] and not differentiable
+        if self._place != "before the norm" or not square:
+            return False
+        self._place = "in the norm"
+        return True
 
 
 def is_experts(module: nn.Module) -> bool:

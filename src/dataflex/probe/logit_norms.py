@@ -9,6 +9,7 @@ the singular values themselves take several times as many.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
@@ -48,7 +49,8 @@ class LogitProjections(Measurement):
 
     def run(self, run: MeasurementRun) -> ScoreArray:
         """Return the projections."""
-        return run.each(partial(_projections, _Projector(self)))
+        projector = _Projector(self)
+        return run.each(partial(_of_each_sample, projector, _chunked(run)))
 
 
 @register_measurement("logit_norms")
@@ -71,32 +73,52 @@ class LogitNorms(Measurement):
 
     def run(self, run: MeasurementRun) -> ScoreArray:
         """Return norms and distances."""
-        return run.each(partial(_norms, _Projector(self.projection), self.others))
+        norms = partial(_norm, _Projector(self.projection), self.others)
+        return run.each(partial(_of_each_sample, norms, _chunked(run)))
 
 
-def _logits(batch: MeasuredBatch) -> list[Tensor]:
-    """Return the logits of each sample, (T, V), without padding."""
-    logits = batch.model(**batch.inputs, use_cache=False).logits
-    return [row[mask] for row, mask in zip(logits, batch.mask, strict=True)]
+def _chunked(run: MeasurementRun) -> bool:
+    from dataflex.probe.gradient_runs import runner_of
+
+    return bool(run.indices.size) and runner_of(run).chunked_head
 
 
-def _projections(projector: _Projector, batch: MeasuredBatch) -> Tensor:
+def _of_each_sample(use: Callable[[Tensor], Tensor], chunked: bool, batch: MeasuredBatch) -> Tensor:
+    """Return what a function makes of the logits of each sample, (T, V), float32, without padding; stacked.
+
+    Args:
+        use: the function.
+        chunked: whether the head may be applied to one sample after another, so that only its logits exist at a time.
+        batch: the samples.
+    """
     import torch
 
-    return torch.stack([projector(each.float()) for each in _logits(batch)])
+    from dataflex.probe.head import behind_head, replaced_forward
 
+    found: list[Tensor] = []
+    if not chunked:
+        logits = batch.model(**batch.inputs, use_cache=False).logits
+        return torch.stack([use(row[mask].float()) for row, mask in zip(logits, batch.mask, strict=True)])
+    finish = behind_head(batch.model)
 
-def _norms(projector: _Projector, others: ScoreArray | None, batch: MeasuredBatch) -> Tensor:
-    import torch
+    def run(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        found.extend(use(finish(apply(row[mask])).float()) for row, mask in zip(hidden, batch.mask, strict=True))
+        return hidden[..., :1]
 
-    found = []
-    for logits in map(torch.Tensor.float, _logits(batch)):
-        distance = logits.new_zeros(())
-        if others is not None:
-            known = torch.from_numpy(others).to(logits.device)
-            distance = torch.linalg.vector_norm(known - projector(logits), dim=1).mean()
-        found.append(torch.stack([nuclear_norm(logits), distance]))
+    with replaced_forward(batch.model.get_output_embeddings(), run):
+        batch.model(**batch.inputs, use_cache=False)
     return torch.stack(found)
+
+
+def _norm(projector: _Projector, others: ScoreArray | None, logits: Tensor) -> Tensor:
+    """Return the nuclear norm of a sample's logits and the mean distance of their projection to others', (2,)."""
+    import torch
+
+    distance = logits.new_zeros(())
+    if others is not None:
+        known = torch.from_numpy(others).to(logits.device)
+        distance = torch.linalg.vector_norm(known - projector(logits), dim=1).mean()
+    return torch.stack([nuclear_norm(logits), distance])
 
 
 def nuclear_norm(matrix: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from dataflex.errors import ComponentError
 from dataflex.probe.checkpoints import learning_rates, weights_of
 from dataflex.probe.cost import Cost
 from dataflex.probe.gradients import canonical, parameter_names
+from dataflex.probe.memory import BatchLimit
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.moments import Moments
 from dataflex.probe.runner import Runner
@@ -78,8 +79,8 @@ class ModelProbe:
     """Whether the samples of a batch keep apart in the model's layers; None: not known yet."""
     signs: SignTables = field(default_factory=SignTables)
     """Random signs, kept from one measurement to the next on a CPU."""
-    most_tokens: dict[str, int] = field(default_factory=dict)
-    """Lower token budgets, by the names of measurements for which a device ran out of memory."""
+    limits: dict[str, BatchLimit] = field(default_factory=dict)
+    """What the device was found to have the memory for, by the names of measurements."""
 
     def measure(
         self,
@@ -91,6 +92,16 @@ class ModelProbe:
         runner = Runner(self, measurement, indices, samples)
         with probe_mode(runner.model), self.autocast():
             return measurement.run(runner)
+
+    def limit(self, name: str, what: str, single: str) -> BatchLimit:
+        """Return the limit of the batches of a measurement.
+
+        Args:
+            name: of the measurement.
+            what: is done to a batch, for messages.
+            single: what to set where a sample alone does not fit.
+        """
+        return self.limits.setdefault(name, BatchLimit(what, single, collective=self.sharded))
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of token ids, special tokens left out."""

@@ -1,7 +1,7 @@
 """What is particular to a model, found out on two short samples.
 
 At every measurement: whether the head may be applied chunk by chunk (a model that changes its logits behind the head
-is probed through its own logits from then on).
+in a way that its configuration does not tell is probed through its own logits from then on).
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dataflex import distributed
 from dataflex.data.samples import Samples
 from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.probe.batches import inputs_of
-from dataflex.probe.head import chunked_forward, full_forward
+from dataflex.probe.head import chunked_forward, first_counted, full_forward
 
 if TYPE_CHECKING:
     from dataflex.probe.model import ModelProbe
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 COMPARED_SAMPLES = 2
 """Samples whose losses and gradients are compared with the model's own."""
+_COMPARED_TOKENS = 256
+"""Tokens of each whose logits are; all logits of a long sample may not fit into the memory."""
 _LOOKED_AT = 64
 """Samples among which those are looked for."""
 _AGREEMENT = 2e-3
@@ -41,17 +44,31 @@ def look_at_head(probe: ModelProbe, samples: Samples, indices: IndexArray) -> No
         return
     model = probe.model()
     inputs, labels = inputs_of(probe, samples.rows(short_samples(samples, indices)))
-    chunked = chunked_forward(model, inputs, labels)
-    plain = full_forward(model, inputs, labels)
-    tolerance = _AGREEMENT_LOW_PRECISION if is_low_precision(model, probe.device) else _AGREEMENT
-    scored = ~torch.isnan(plain)
-    agrees = torch.allclose(chunked[scored], plain[scored], rtol=tolerance, atol=tolerance)
-    agrees = distributed.everywhere(agrees, probe.device)
-    if distributed.everywhere(not scored.any(), probe.device):
+    found = head_agrees(model, inputs, labels, probe.device)
+    agrees = distributed.everywhere(found is not False, probe.device)
+    if distributed.everywhere(found is None, probe.device):
         return
     if not agrees:
         logger.info("The model changes its logits after the head: losses are taken from its full logits.")
     probe.chunked_head = agrees
+
+
+def head_agrees(model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, device: torch.device) -> bool | None:
+    """Return whether the chunked head gives a model's own losses; None if no token of the samples is trained on.
+
+    Args:
+        model: run twice.
+        inputs: of the model.
+        labels: shifted, (B, T).
+        device: the model runs on.
+    """
+    labels = first_counted(labels, _COMPARED_TOKENS)
+    chunked, plain = chunked_forward(model, inputs, labels), full_forward(model, inputs, labels)
+    tolerance = _AGREEMENT_LOW_PRECISION if is_low_precision(model, device) else _AGREEMENT
+    scored = ~torch.isnan(plain)
+    if not scored.any():
+        return None
+    return torch.allclose(chunked[scored], plain[scored], rtol=tolerance, atol=tolerance)
 
 
 def short_samples(samples: Samples, indices: IndexArray) -> IndexArray:

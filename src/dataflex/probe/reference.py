@@ -11,14 +11,13 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
@@ -33,10 +32,14 @@ from dataflex.data.token_loss import IGNORE_INDEX, shifted
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.files import json_text, write_atomically
 from dataflex.probe.batches import length_batches, share_of
+from dataflex.probe.head import chunked_values, full_values
+from dataflex.probe.memory import BatchLimit
 from dataflex.probe.mode import preserved_rng
+from dataflex.probe.particulars import head_agrees
 
 _BLOCK = 4096
 """Samples of a table that are computed together and written at a time."""
+_SINGLE = "Shorten cutoff_len, or name a smaller reference_model."
 _OPEN_DOMAINS = 128
 """Domains of a table that are kept open: a process may have a thousand files."""
 _OF_A_MODEL = ("config.json", "adapter_config.json", "model", "pytorch_model", "adapter_model")
@@ -59,23 +62,22 @@ class Reference(Protocol):
 
 @dataclass
 class ReferenceModel:
-    """A frozen model, run on every batch."""
+    """A frozen model, run on every batch; its head is applied chunk by chunk if that gives the same."""
 
     model: torch.nn.Module
     autocast: Callable[[], AbstractContextManager[Any]]
+    limit: BatchLimit = field(default_factory=lambda: BatchLimit("compute a reference's losses", _SINGLE))
+    """Of batches of samples that are not those of a training step."""
+    _chunked: bool | None = None
 
     @torch.no_grad()
     def losses(self, inputs: dict[str, Any], labels: Tensor, indices: IndexArray | None = None) -> Tensor:
         """Return the loss at each position that counts, (n,), float32."""
         with self.autocast():
-            logits = self.model(**inputs, use_cache=False).logits
-        return counted_losses(logits, labels)
-
-
-def counted_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross entropy at each position whose label counts, (n,), float32, row after row."""
-    rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)  # once: the processor waits for it
-    return F.cross_entropy(logits[rows, columns].float(), labels[rows, columns], reduction="none")
+            if self._chunked is None:
+                self._chunked = head_agrees(self.model, inputs, labels, labels.device)
+            values = full_values if self._chunked is False else chunked_values
+            return values(self.model, inputs, labels)[2]
 
 
 class ReferenceTable:
@@ -330,16 +332,21 @@ def losses_of(
         device: where the reference runs.
         batch_tokens: tokens, padding counted, of one forward.
     """
-    batches = length_batches(pool.lengths[indices], batch_tokens)
+    lengths = pool.lengths[indices]
+    batches = length_batches(lengths, batch_tokens)
     mine, useful = share_of(batches, distributed.rank(), distributed.world_size())
     counts = torch.zeros(indices.size, dtype=torch.int64, device=device)
     found: list[tuple[IndexArray, Tensor]] = []
-    for batch in mine[:useful]:
+
+    def losses_of_batch(batch: IndexArray) -> Tensor:
         rows = collate(pool.rows(indices[batch]))
         inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in rows.items()}
         labels = shifted(inputs.pop("labels"))
         counts[torch.from_numpy(batch).to(device)] = (labels != IGNORE_INDEX).sum(1)
-        found.append((batch, reference.losses(inputs, labels)))
+        return reference.losses(inputs, labels)
+
+    for batch in mine[:useful]:
+        found += reference.limit.parts(losses_of_batch, batch, lengths)
     known: NDArray[np.int64] = distributed.all_reduce_sum(counts).cpu().numpy()
     ends = np.cumsum(known)
     values = torch.zeros(int(ends[-1]), dtype=torch.float32, device=device)

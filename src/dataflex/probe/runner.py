@@ -2,13 +2,12 @@
 
 Batches are sorted by length and cut under a token budget, the same ones on any number of processes. Each process runs
 its share, and all run the same number (a repeated batch is thrown away), because under ZeRO-3 and FSDP a forward is
-collective. A batch that does not fit into the memory is halved; not where a forward is collective, since the other
-processes wait in the middle of theirs.
+collective. A batch that does not fit into the memory is halved (``memory``); not where a forward is collective, since
+the other processes wait in the middle of theirs.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -36,8 +35,6 @@ from dataflex.probe.routing import real_tokens
 
 if TYPE_CHECKING:
     from dataflex.probe.model import ModelProbe
-
-logger = logging.getLogger(__name__)
 
 _SUMMED_ROWS = 65536
 """Rows of values summed over the processes at a time."""
@@ -151,29 +148,14 @@ class Runner:
         A value of a sample without a trained token is the measurement's ``untrained`` if it has one; any other that is
         not a number is infinite, so that the two are never mixed.
         """
-        most = self.probe.most_tokens.get(self.measurement.name)
-        if most is None:
-            return self._values(measure, rows)
-        count = max(1, most // max(1, int(self.samples.lengths[rows].max())))
-        return _joined([self._values(measure, rows[begin : begin + count]) for begin in range(0, rows.size, count)])
+        what = f"measure {quantity_of(self.measurement)}"
+        limit = self.probe.limit(self.measurement.name, what, "Shorten cutoff_len.")
+        parts = limit.parts(lambda part: self._values(measure, part), rows, self.samples.lengths)
+        return parts[0][1] if len(parts) == 1 else torch.cat([values for _, values in parts])
 
     def _values(self, measure: Callable[[MeasuredBatch], Tensor], rows: IndexArray) -> Tensor:
         batch = Batch(self, rows)
-        tokens = batch.labels.numel()
-        try:
-            return self._checked(measure(batch), batch)
-        except torch.OutOfMemoryError as error:
-            if rows.size == 1 or self.probe.sharded:
-                raise ComponentError(
-                    f"the device has not the memory to measure {quantity_of(self.measurement)} of {rows.size} samples "
-                    f"of {batch.labels.shape[1]} tokens. Set dataflex.probe_batch_tokens to less than {tokens}"
-                    + (", or shorten cutoff_len." if rows.size == 1 else ".")
-                ) from error
-        del batch  # behind the handler, whose traceback holds what filled the memory
-        torch.cuda.empty_cache()
-        self.probe.most_tokens[self.measurement.name] = tokens // 2
-        logger.warning("Out of memory: batches of %s have %d tokens from now on.", self.measurement.name, tokens // 2)
-        return _joined([self._values(measure, half) for half in np.array_split(rows, 2)])
+        return self._checked(measure(batch), batch)
 
     def _checked(self, values: Tensor, batch: Batch) -> Tensor:
         name, count = self.measurement.name, batch.indices.size
@@ -244,10 +226,6 @@ class _Values:
         for part in self._values.split(_SUMMED_ROWS):
             part.copy_(distributed.all_reduce_sum(part.to(self._device)))
         return self._values.cpu().numpy()
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _checked_indices(indices: Any, size: int, name: str) -> IndexArray:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dataflex.data.pool import Pool
+from dataflex.probe.checkpointing import recomputed_layers
 from dataflex.probe.checkpoints import saved_moments
 from dataflex.probe.model import ModelProbe, Tokens
 from dataflex.probe.moments import read_moments
@@ -23,9 +24,11 @@ def make_probe(trainer: DynamicTrainerMixin, pool: Pool) -> ModelProbe:
     micro_batch = args.per_device_train_batch_size * cutoff
     given = trainer.dataflex.inputs.settings.probe_batch_tokens
     sharded = trainer.is_fsdp_enabled or trainer.zero_stage() == 3
-    # The probe keeps all activations, which a training that checkpoints them may have no memory for; and where the
-    # model is sharded, no process may halve its batches on its own.
-    cautious = sharded and trainer.causal_model().is_gradient_checkpointing
+    # Gradients recompute the layers that the training does. A model that recomputes by code of its own keeps all of its
+    # activations in the probe, which its training may have no memory for; and where the model is sharded, no process
+    # may halve its batches on its own.
+    model = trainer.causal_model()
+    cautious = sharded and model.is_gradient_checkpointing and not recomputed_layers(model)
     return ModelProbe(
         pool=pool,
         model=trainer.raw_model,

@@ -72,7 +72,7 @@ def sizes_of(model: Model) -> dict[str, int]:
 def measured(model: Model, sink: Reducer, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     sink.begin(labels.shape[0], torch.float64)
     sink.block_elements = 200
-    GradientPass(model, sink.add, "mean", True, "error").run(dict(inputs), shifted(labels))
+    GradientPass(model, sink.add, "mean", True, "error", torch.device("cpu")).run(dict(inputs), shifted(labels))
     return sink.result
 
 

@@ -20,6 +20,7 @@ from dataflex.api.probe import GenerationSettings
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe import generation
 from dataflex.probe.generation import Generator, generate_responses
+from dataflex.probe.memory import BatchLimit
 from dataflex.trainer.probing import _tokens
 from tiny import make_model
 
@@ -45,7 +46,29 @@ def some_prompts(count: int = 7) -> list[list[int]]:
 def responses(model: Any, prompts: list[list[int]], settings: GenerationSettings = SETTINGS, **changes: Any) -> Any:
     seed = changes.pop("seed", 5)
     given: dict[str, Any] = {"pad_token_id": EOS, "eos_token_ids": [EOS], "batch_tokens": 150, **changes}
+    given.setdefault("limit", BatchLimit("generate responses", "Set fewer."))
     return generate_responses(Generator(model, device=torch.device("cpu"), **given), prompts, settings, seed)
+
+
+def test_a_batch_that_does_not_fit_is_halved(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, generate, sizes = some_prompts(), type(model).generate, []
+
+    def short_of_memory(self: Any, **kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError
+        return generate(self, **kwargs)
+
+    whole = responses(model, prompts)
+    monkeypatch.setattr(type(model), "generate", short_of_memory)
+    limit = BatchLimit("generate responses", "Set fewer.")
+    found = responses(model, prompts, limit=limit)
+    assert [len(each) for each in found] == [len(each) for each in whole]
+    assert max(sizes) > 2
+    assert limit.tokens is not None
+    collective = BatchLimit("generate responses", "Set fewer.", collective=True)
+    with pytest.raises(ComponentError, match=r"to generate responses of \d samples .*probe_batch_tokens to less than"):
+        responses(model, prompts, limit=collective)
 
 
 def test_every_prompt_gets_its_number_of_responses(model: Any) -> None:

@@ -58,6 +58,7 @@ SIZES = {
     "attention_dropout": 0.3,
 }
 MOE = {"num_experts_per_tok": 2, "experts_implementation": "eager"}  # grouped_mm has no float64
+CPU = torch.device("cpu")
 Model = Any
 Rows = dict[str, Tensor]
 """Flattened per-sample gradients by parameter, (B, n)."""
@@ -218,7 +219,8 @@ def together(
         assert name not in found
         found[name] = whole(parts) if parts else torch.zeros(labels.shape[0], 1, dtype=torch.float64)
 
-    probe = GradientPass(model, emit, options.get("reduction", "mean"), chunked, options.get("unsupported", "error"))
+    reduction, unsupported = options.get("reduction", "mean"), options.get("unsupported", "error")
+    probe = GradientPass(model, emit, reduction, chunked, unsupported, CPU)
     losses = probe.run(dict(inputs), shifted(labels))
     return found, losses, probe
 
@@ -248,7 +250,22 @@ def test_logits_changed_behind_the_head() -> None:
         if "norm" in name:
             nn.init.normal_(parameter, std=0.3)
     inputs, labels = a_batch(LENGTHS)
-    assert_same(together(model, inputs, labels, chunked=False)[0], one_by_one(model, inputs, labels))
+    expected = one_by_one(model, inputs, labels)
+    for chunked in (True, False):
+        assert_same(together(model, inputs, labels, chunked)[0], expected)
+
+
+def test_a_frozen_head_is_applied_where_a_token_counts() -> None:
+    model = make(lambda: lora(gemma2()))
+    inputs, labels = a_batch(LENGTHS)
+    sizes: list[int] = []
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda *given: sizes.append(given[-1].shape[:2].numel())
+    )
+    found = together(model, inputs, labels, chunked=False)[0]
+    handle.remove()
+    assert sizes == [int((shifted(labels) != IGNORE_INDEX).sum())]
+    assert_same(found, one_by_one(model, inputs, labels))
 
 
 @pytest.mark.parametrize("name", ["llama tied", "opt, learned positions", "qwen3 moe", "lora"])
@@ -349,6 +366,21 @@ def test_low_precision_is_close() -> None:
     assert (cosines < 1 - 1e-7).all()  # it was in use
 
 
+def test_the_precision_is_that_of_the_device_that_computes() -> None:
+    """Parameters may be kept elsewhere: FSDP offloads them to the CPU."""
+    model = lora().eval()
+    seen: set[bool] = set()
+    inputs, labels = a_batch(LENGTHS)
+    device = torch.device("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        emit = lambda name, parts: seen.add(torch.is_autocast_enabled("cuda"))  # noqa: E731
+        GradientPass(model, emit, "mean", True, "error", device).run(dict(inputs), shifted(labels))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert seen == {False}
+
+
 def test_products_are_made_in_full_precision() -> None:
     model = lora().eval()
     dtypes = set()
@@ -359,7 +391,7 @@ def test_products_are_made_in_full_precision() -> None:
 
     inputs, labels = a_batch(LENGTHS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        GradientPass(model, emit, "mean", True, "error").run(inputs, shifted(labels))
+        GradientPass(model, emit, "mean", True, "error", CPU).run(inputs, shifted(labels))
     assert dtypes == {torch.float32}
 
 
@@ -487,7 +519,7 @@ def test_no_trace(name: str, fails: str) -> None:
         if fails == "in the backward":
             raise InterruptedError
 
-    probe = GradientPass(model, emit, "mean", True, "error")
+    probe = GradientPass(model, emit, "mean", True, "error", CPU)
     with contextlib.nullcontext() if fails == "never" else pytest.raises((InterruptedError, IndexError)):
         probe.run(inputs, shifted(labels))
     after = trace(model)
@@ -501,7 +533,7 @@ def test_a_pass_goes_on_after_a_failed_batch() -> None:
     model = make(llama)
     inputs, labels = a_batch(LENGTHS)
     found: Rows = {}
-    probe = GradientPass(model, lambda name, parts: found.update({name: whole(parts)}), "mean", True, "error")
+    probe = GradientPass(model, lambda name, parts: found.update({name: whole(parts)}), "mean", True, "error", CPU)
     with pytest.raises(IndexError):
         probe.run({**inputs, "input_ids": inputs["input_ids"] + VOCAB}, shifted(labels))
     probe.run(inputs, shifted(labels))
@@ -558,7 +590,7 @@ def test_an_unused_parameter_has_no_gradient() -> None:
 
 def test_a_frozen_model() -> None:
     with pytest.raises(ComponentError, match="no trainable parameter"):
-        GradientPass(only("nothing"), lambda name, parts: None, "mean", True, "error")
+        GradientPass(only("nothing"), lambda name, parts: None, "mean", True, "error", CPU)
 
 
 def test_positions_looked_up_once_for_all_samples() -> None:
@@ -711,6 +743,6 @@ def test_a_trained_heads_gradients_are_not_padded(monkeypatch: pytest.MonkeyPatc
         if name == "lm_head.weight":
             kept.extend(part.gradients.numel() for part in parts)
 
-    probe = GradientPass(model.eval(), emit, "mean", True, "error")
+    probe = GradientPass(model.eval(), emit, "mean", True, "error", CPU)
     probe.run(inputs, shifted(labels))
     assert sum(kept) == int((shifted(labels) != IGNORE_INDEX).sum()) * VOCAB

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from dataflex import distributed
 from dataflex.data.pool import Pool
@@ -25,6 +36,7 @@ from dataflex.probe.head import chunked_forward, full_forward, replaced_forward
 from dataflex.probe.losses import Losses
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe
+from dataflex.probe.particulars import short_samples
 from unit.fakes import make_pool
 
 VOCAB = 29
@@ -77,10 +89,14 @@ def test_shares_are_balanced_by_tokens() -> None:
 # Losses
 
 
+SIZES = {
+    **{"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64},
+}
+
+
 def config(**changes: Any) -> LlamaConfig:
-    given = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
-    return LlamaConfig(**{**given, **heads, "initializer_range": 0.5, "attention_dropout": 0.3, **changes})
+    return LlamaConfig(**{**SIZES, "initializer_range": 0.5, "attention_dropout": 0.3, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +233,50 @@ def test_a_model_that_changes_its_logits_is_probed_through_them(scaled: ScaledLl
     values = probe.measure(Losses(), np.arange(40))
     assert probe.chunked_head is False
     np.testing.assert_allclose(values, by_hand(scaled, ROWS), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "maker",
+    [
+        lambda: Gemma2ForCausalLM(
+            Gemma2Config(**SIZES, head_dim=4, query_pre_attn_scalar=4, final_logit_softcapping=2.0)
+        ),
+        lambda: CohereForCausalLM(CohereConfig(**SIZES, pad_token_id=0, logit_scale=3.0)),
+        lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=0.3)),
+    ],
+    ids=["capped", "multiplied", "divided"],
+)
+def test_logits_changed_as_the_configuration_says(maker: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    model = maker().eval()
+    nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
+    probe = probe_of(model)
+    values = probe.measure(Losses(), np.arange(40))
+    assert probe.chunked_head
+    np.testing.assert_allclose(values, by_hand(model, ROWS), rtol=1e-4)
+
+
+def test_no_forward_makes_all_logits(scaled: ScaledLlama, model: LlamaForCausalLM) -> None:
+    """The head is given positions that count alone, whatever the model does behind it."""
+    for each, chunked in ((scaled, False), (model, True)):
+        most: list[int] = []
+        probe = probe_of(each)
+        head = each.get_output_embeddings()
+        linear = head.forward
+
+        def counting(x: torch.Tensor, most: list[int] = most, linear: Any = linear) -> torch.Tensor:
+            most.append(x.shape[:-1].numel())
+            return linear(x)
+
+        head.forward = counting
+        try:
+            probe.measure(Losses(), np.arange(40))
+        finally:
+            del head.forward
+        assert probe.chunked_head is chunked
+        counted = np.array([sum(label != IGNORED for label in row["labels"][1:]) for row in ROWS[:40]])
+        looked_at = short_samples(probe.pool, np.arange(40))  # once with all of their logits, once in chunks
+        assert sum(most) == counted.sum() + 2 * counted[looked_at].sum()
 
 
 def test_a_first_batch_without_labels_proves_nothing_about_the_head(scaled: ScaledLlama) -> None:

@@ -156,6 +156,58 @@ def test_a_batch_of_other_tokens_is_an_error(model: Path, tmp_path: Path) -> Non
         ReferenceTable(tmp_path, samples, "weight.1").losses(batch, targets, np.array([0, 5]))
 
 
+def test_no_forward_of_a_reference_makes_all_logits_and_batches_are_halved(model: Path) -> None:
+    samples, reference, sizes, tokens = pool(), loaded(model), [], []
+    everyone = np.arange(samples.size)
+    expected = losses_of(samples, everyone, loaded(model), collate, CPU, 20)
+    head, forward = reference.model.get_output_embeddings(), reference.model.forward
+    reference.losses(
+        {key: value for key, value in collate(samples.rows(everyone[:2])).items() if key != "labels"},
+        (shifted(collate(samples.rows(everyone[:2]))["labels"])),
+    )
+    handle = head.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape))
+
+    def short_of_memory(**inputs: Any) -> Any:
+        tokens.append(inputs["input_ids"].numel())
+        if tokens[-1] > 30:
+            raise torch.OutOfMemoryError
+        return forward(**inputs)
+
+    reference.model.forward = short_of_memory
+    found = losses_of(samples, everyone, reference, collate, CPU, 1000)
+    handle.remove()
+    assert max(tokens) > 30
+    assert reference.limit.tokens is not None
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5)
+
+
+def test_a_reference_that_caps_its_logits(model: Path) -> None:
+    """Its losses are those of its own forward, whether or not its configuration tells."""
+    samples = pool()
+    batch = collate(samples.rows(np.arange(3)))
+    labels = shifted(batch.pop("labels"))
+    for configured in (True, False):
+        reference = loaded(model)
+        raw, cap = reference.model, 0.5
+        original = raw.forward
+        raw.lm_head.weight *= 50
+
+        def capped(original: Any = original, cap: float = cap, **inputs: Any) -> Any:
+            output = original(**inputs)
+            if output.logits.shape[-1] > 1:
+                output.logits = cap * torch.tanh(output.logits / cap)
+            return output
+
+        raw.forward = capped
+        if configured:
+            raw.config.final_logit_softcapping = cap
+        logits = raw(**batch).logits[labels != -100]
+        expected = torch.nn.functional.cross_entropy(logits, labels[labels != -100], reduction="none")
+        torch.testing.assert_close(reference.losses(batch, labels), expected)
+        assert reference._chunked is configured
+
+
 def test_a_domain_cut_off_is_made_again(model: Path, tmp_path: Path) -> None:
     samples, reference = pool(), loaded(model)
     table = maker(tmp_path, samples)

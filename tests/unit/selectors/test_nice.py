@@ -18,6 +18,7 @@ from dataflex.data.pool import Pool
 from dataflex.errors import ComponentError
 from dataflex.probe.generation import Generator, generate_responses
 from dataflex.probe.generations import Generations
+from dataflex.probe.memory import BatchLimit
 from dataflex.selectors.nice import NiceSelector, advantages, prompt_and_reference, response_pool
 from tiny import make_model
 from unit.fakes import MeasuringProbe, build, context, make_pool, scores_of
@@ -182,7 +183,7 @@ def test_a_step_along_the_target_raises_the_reward(tmp_path: Path) -> None:
 
     class ModelProbe(SoftmaxProbe):
         def generations(self, measurement: Any, indices: np.ndarray, samples: Any) -> Any:
-            generator = Generator(model, 2, [2], 100_000, torch.device("cpu"))
+            generator = Generator(model, 2, [2], 100_000, torch.device("cpu"), BatchLimit("generate", ""))
             prompts = [samples[index]["input_ids"] for index in indices]
             return generate_responses(generator, prompts, measurement.settings, measurement.seed)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dataflex.api.context import StepStatistics
 from dataflex.api.schedule import Schedule
@@ -304,19 +306,24 @@ def test_a_probe_is_first_given_two_samples(method: str, size: int, measured: in
 @pytest.mark.parametrize(
     "sharded, checkpointing, given, expected",
     [
-        (False, False, None, 4 * 50),
-        (False, True, None, 4 * 50),
-        (True, False, None, 4 * 50),
-        (True, True, None, 50),
-        (True, True, 70, 70),
-        (False, False, 70, 70),
+        (False, "no", None, 4 * 50),
+        (False, "by layers", None, 4 * 50),
+        (False, "by its own code", None, 4 * 50),
+        (True, "no", None, 4 * 50),
+        (True, "by layers", None, 4 * 50),
+        (True, "by its own code", None, 50),
+        (True, "by its own code", 70, 70),
+        (False, "no", 70, 70),
     ],
 )
 @pytest.mark.parametrize("zero", [False, True])
 def test_tokens_of_a_gradient_batch(
-    sharded: bool, checkpointing: bool, given: int | None, expected: int, zero: bool
+    sharded: bool, checkpointing: str, given: int | None, expected: int, zero: bool
 ) -> None:
-    """A sharded training that checkpoints activations has no memory to spare, and cannot halve its batches."""
+    """Where the probe cannot recompute what a sharded training does, it has no memory to spare and cannot halve."""
+    model = torch.nn.ModuleList([GradientCheckpointingLayer(), torch.nn.Linear(1, 1)])
+    model[0].gradient_checkpointing = checkpointing == "by layers"
+    model.__dict__["is_gradient_checkpointing"] = checkpointing != "no"
     case = run_of({"a": 3}, **SELECT, probe_batch_tokens=given)
     args = SimpleNamespace(per_device_train_batch_size=4, device="cpu", process_index=0, disable_tqdm=True)
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2, decode=lambda tokens, **_: "")
@@ -325,7 +332,7 @@ def test_tokens_of_a_gradient_batch(
         args=args,
         is_fsdp_enabled=sharded and not zero,
         zero_stage=lambda: 3 if sharded and zero else 2 if zero else 0,
-        causal_model=lambda: SimpleNamespace(is_gradient_checkpointing=checkpointing),
+        causal_model=lambda: model,
         raw_model=lambda: None,
         data_collator=None,
         accelerator=SimpleNamespace(autocast=None),
