@@ -7,6 +7,7 @@ is probed through its own logits from then on).
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,19 +40,25 @@ def look_at_head(probe: ModelProbe, samples: Samples, indices: IndexArray) -> No
     """
     if probe.chunked_head is False or not indices.size:
         return
+    found = distributed.on_each(partial(_heads_agree, probe, samples, indices))
+    if None in found:
+        return
+    probe.chunked_head = all(found)
+    if not probe.chunked_head:
+        logger.info("The model changes its logits after the head: losses are taken from its full logits.")
+
+
+def _heads_agree(probe: ModelProbe, samples: Samples, indices: IndexArray) -> bool | None:
+    """Return whether the chunked head gives the model's own losses; None if no sample has one."""
     model = probe.model()
     inputs, labels = inputs_of(probe, samples.rows(short_samples(samples, indices)))
     chunked = chunked_forward(model, inputs, labels)
     plain = full_forward(model, inputs, labels)
     tolerance = _AGREEMENT_LOW_PRECISION if is_low_precision(model, probe.device) else _AGREEMENT
     scored = ~torch.isnan(plain)
-    agrees = torch.allclose(chunked[scored], plain[scored], rtol=tolerance, atol=tolerance)
-    agrees = distributed.everywhere(agrees, probe.device)
-    if distributed.everywhere(not scored.any(), probe.device):
-        return
-    if not agrees:
-        logger.info("The model changes its logits after the head: losses are taken from its full logits.")
-    probe.chunked_head = agrees
+    if not scored.any():
+        return None
+    return torch.allclose(chunked[scored], plain[scored], rtol=tolerance, atol=tolerance)
 
 
 def short_samples(samples: Samples, indices: IndexArray) -> IndexArray:
