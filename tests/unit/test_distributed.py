@@ -81,29 +81,34 @@ def waits_and_passes_values(rank: int) -> None:
     assert left <= 0
 
 
+def on_second(error: Exception, rank: int) -> None:
+    """Raise an error on the second process, in a block of both."""
+    with distributed.together():
+        if rank == 1:
+            raise error
+
+
 def agrees_on_errors(rank: int) -> None:
-    with pytest.raises(ComponentError, match="^no judge$"):
+    with pytest.raises(ComponentError, match="no judge"):
         distributed.on_main(failing)
-    with pytest.raises(ComponentError, match="^no judge$"):
+    with pytest.raises(ComponentError, match="no judge"):
         distributed.on_each(failing if rank == 1 else lambda: "done")
     for made in (
         DivergenceError("the loss of pool index 3 is nan"),
         ConfigError(problems=[Problem("dataflex.mix", "no"), Problem("x", "y")], source="a.yaml"),
         TwoParts("one", "two"),
     ):
-        with pytest.raises(DataFlexError) as caught, distributed.together():
-            if rank == 1:
-                raise made
+        with pytest.raises(DataFlexError) as caught:
+            on_second(made, rank)
         assert str(caught.value) == str(made)
         assert rank == 1 or type(caught.value) is (DataFlexError if isinstance(made, TwoParts) else type(made))
     # Of two errors all raise that of the lowest rank.
-    with pytest.raises(DataFlexError, match="^rank 0$"), distributed.together():
+    with pytest.raises(DataFlexError, match="rank 0"), distributed.together():
         raise DataFlexError(f"rank {rank}")
     # Another exception stays what it is on its process.
     other = (KeyError, "weight") if rank == 1 else (DataFlexError, r"process 1 has failed \(KeyError: 'weight'\)")
-    with pytest.raises(other[0], match=other[1]), distributed.together():
-        if rank == 1:
-            raise KeyError("weight")
+    with pytest.raises(other[0], match=other[1]):
+        on_second(KeyError("weight"), rank)
     # A value that cannot be told is an error, too.
     with pytest.raises(Exception, match="pickle"):
         distributed.on_main(lambda: lambda: None)
@@ -120,18 +125,15 @@ def meets_the_others_in_their_next_call(rank: int) -> None:
         distributed.barrier,
     ]
     for call in calls:
-        with pytest.raises(ComponentError, match="^no judge$"), distributed.together(), distributed.together():
-            if rank == 1:
-                failing()
-            call()
-            pytest.fail("the others go on")
+        with pytest.raises(ComponentError, match="no judge"), distributed.together(), distributed.together():
+            failing() if rank == 1 else call()
         assert distributed.on_each(lambda: rank) == [0, 1]
     # A process that finds nobody raises by itself, and the others when they come.
     distributed._PATIENCE = 0.2
     if rank == 0:
         while not Path("alone").exists():
             time.sleep(0.01)
-    with pytest.raises(ComponentError, match="^no judge$"):
+    with pytest.raises(ComponentError, match="no judge"):
         distributed.on_each(failing if rank == 1 else lambda: 1)
     Path("alone").touch()
     assert distributed.on_each(lambda: rank) == [0, 1]
@@ -182,7 +184,7 @@ def watched(rank: int, port: int, root: Path, what: Callable[[int], None]) -> No
             watch.begin()
             what(rank)
             told.write_text("done")
-    except Exception as error:  # noqa: BLE001 - the test looks at it
+    except Exception as error:
         told.write_text(f"{type(error).__name__}: {error}")
         raise SystemExit(1) from error
 
