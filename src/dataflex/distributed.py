@@ -54,8 +54,10 @@ _boards: WeakKeyDictionary[dist.ProcessGroup, _Board] = WeakKeyDictionary()
 """By the default group they belong to: that may be destroyed and made anew."""
 _calls = itertools.count()
 """Numbers of the calls, the same on all processes, because all make the same calls in the same order."""
-_watches = itertools.count()
+_run = 0
+"""Number of the run: calls are counted anew in each, since a failure leaves processes at different calls."""
 _watch: Watch | None = None
+"""Of the run."""
 
 
 def world_size() -> int:
@@ -260,7 +262,7 @@ class _Board:
         Raises:
             DataFlexError: that of the lowest rank, if there is one; see :func:`together`.
         """
-        call = f"{next(_calls)}"
+        call = f"{_run}/{next(_calls)}"
         with _connection_told():
             if error is not None:
                 self._post(f"{call}/error/{self.rank}", _pickled(error, self.rank))
@@ -393,14 +395,14 @@ class Watch:
 
     def begin(self) -> None:
         """Begin to look, if there are several processes; all of them do so. Again: nothing."""
-        global _watch
+        global _watch, _run, _calls
         if self._board is not None:
             return
         self._board = _board()
         if self._board is None:
             return
-        self._key = f"watch/{next(_watches)}"
-        _watch = self
+        _watch, _run, _calls = self, _run + 1, itertools.count()
+        self._key = f"{_run}/watch"
         store = self._board.another()
         self._thread = threading.Thread(target=self._look, args=(store,), name="dataflex-watch", daemon=True)
         self._thread.start()

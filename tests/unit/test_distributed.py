@@ -221,7 +221,8 @@ def end_by_themselves(rank: int) -> None:
         (fails_at_its_end, ["DataFlexError: no judge", "ComponentError: no judge"]),
         (leaves_nothing_behind, ["done", "done"]),
     ):
-        assert watched(rank, what) == said[rank], what
+        found = watched(rank, what)
+        assert found == said[rank], (what, found)
 
 
 def is_in_a_collective(rank: int) -> None:
