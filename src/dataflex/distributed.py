@@ -313,23 +313,25 @@ class _Board:
         return True
 
     def _post(self, key: str, data: bytes) -> None:
-        pieces = range(0, len(data), _PIECE)
-        for number, begin in enumerate(pieces):
-            self.store.set(f"{key}/{number}", data[begin : begin + _PIECE])
-        self.store.set(key, str(len(pieces)))
+        """Write bytes: the number of pieces and the first one under the key itself, which comes last."""
+        pieces = [data[begin : begin + _PIECE] for begin in range(0, len(data), _PIECE)]
+        for number, piece in enumerate(pieces[1:], start=1):
+            self.store.set(f"{key}/{number}", piece)
+        self.store.set(key, f"{len(pieces)} ".encode() + pieces[0])
 
     def _fetch(self, key: str) -> bytes:
         if not self.store.check([key]):
             raise DataFlexError(
                 "the processes wait for different things. A component must make the same calls of ctx on every process."
             )
-        return b"".join(self.store.get(f"{key}/{number}") for number in range(int(self.store.get(key))))
+        count, _, first = self.store.get(key).partition(b" ")
+        return first + b"".join(self.store.get(f"{key}/{number}") for number in range(1, int(count)))
 
     def _wipe(self, call: str, ranks: Sequence[int]) -> None:
         """Remove what a call has left, when everybody has read it."""
         for each in ranks:
             key = f"{call}/value/{each}"
-            for number in range(int(self.store.get(key))):
+            for number in range(1, int(self.store.get(key).partition(b" ")[0])):
                 self.store.delete_key(f"{key}/{number}")
             self.store.delete_key(key)
         for name in ("here", "errors", "all", "read"):
