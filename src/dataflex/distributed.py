@@ -138,7 +138,8 @@ def on_main(function: Callable[[], T]) -> T:
     many megabytes takes a moment for each process, since all of them fetch it from one store.
 
     Raises:
-        DataFlexError: on every process, if ``function`` raised one; see :func:`together` for other exceptions.
+        DataFlexError: on every process, if ``function`` raised one. Another exception is raised on rank 0, and on the
+            others a DataFlexError that tells it.
     """
     board = _board()
     if board is None:
