@@ -18,7 +18,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
@@ -275,20 +275,22 @@ class _Board:
             are_all_here = self.wait(f"{call}/all", None if error is None else _PATIENCE)
             if not are_all_here or self.store.get(f"{call}/all") != b"0":
                 self._fail(call, error)
-            found = [None if each == self.rank else self._fetch(f"{call}/value/{each}") for each in ranks]
+            keys = {each: f"{call}/value/{each}" for each in ranks if each != self.rank}
+            found = dict(zip(keys, self._fetch(list(keys.values())), strict=True))
             if self.store.add(f"{call}/read", 1) == self.size:
-                self._wipe(call, ranks)
-        return found
+                sizes = {keys[each]: len(other) for each, other in found.items()}
+                own = {} if data is None else {f"{call}/value/{self.rank}": len(data)}
+                self._wipe(call, sizes | own)
+        return [found.get(each) for each in ranks]
 
     def _fail(self, call: str, error: Exception | None) -> NoReturn:
         """Raise the error of the lowest rank that has one."""
-        failed = [each for each in range(self.size) if self.store.check([f"{call}/error/{each}"])]
-        lowest = min(failed, default=self.rank)
+        lowest = next((each for each in range(self.size) if self.store.check([f"{call}/error/{each}"])), self.rank)
         self._is_own = error is not None and lowest == self.rank
         if error is not None and self._is_own:
             self._agreed = error
             raise error
-        self._agreed = told = cast(DataFlexError, pickle.loads(self._fetch(f"{call}/error/{lowest}")))
+        self._agreed = told = cast(DataFlexError, pickle.loads(self._fetch([f"{call}/error/{lowest}"])[0]))
         raise told from error
 
     def wait(self, key: str, patience: float | None = None) -> bool:
@@ -320,19 +322,29 @@ class _Board:
             self.store.set(f"{key}/{number}", piece)
         self.store.set(key, f"{len(pieces)} ".encode() + pieces[0])
 
-    def _fetch(self, key: str) -> bytes:
-        if not self.store.check([key]):
+    def _fetch(self, keys: Sequence[str]) -> list[bytes]:
+        """Return what was posted under keys, in as few looks as there can be: all processes make them at once."""
+        if keys and not self.store.check(list(keys)):
             raise DataFlexError(
                 "the processes wait for different things. A component must make the same calls of ctx on every process."
             )
-        count, _, first = self.store.get(key).partition(b" ")
-        return first + b"".join(self.store.get(f"{key}/{number}") for number in range(1, int(count)))
+        together = len(keys) > 1 and self.store.has_extended_api()
+        heads = self.store.multi_get(list(keys)) if together else [self.store.get(key) for key in keys]
+        found = []
+        for key, head in zip(keys, heads, strict=True):
+            count, _, first = head.partition(b" ")
+            found.append(first + b"".join(self.store.get(f"{key}/{number}") for number in range(1, int(count))))
+        return found
 
-    def _wipe(self, call: str, ranks: Sequence[int]) -> None:
-        """Remove what a call has left, when everybody has read it."""
-        for each in ranks:
-            key = f"{call}/value/{each}"
-            for number in range(1, int(self.store.get(key).partition(b" ")[0])):
+    def _wipe(self, call: str, posted: Mapping[str, int]) -> None:
+        """Remove what a call has left, when everybody has read it.
+
+        Args:
+            call: its name.
+            posted: the bytes under each key.
+        """
+        for key, size in posted.items():
+            for number in range(1, -(-size // _PIECE)):
                 self.store.delete_key(f"{key}/{number}")
             self.store.delete_key(key)
         for name in ("here", "errors", "all", "read"):
@@ -453,6 +465,7 @@ class Watch:
             return
         self.failure = failure
         if not self._left.wait(_GRACE):
+            threading.Timer(_PATIENCE, os._exit, [_FAILED]).start()  # if somebody holds what printing needs
             self._report(failure)
             os._exit(_FAILED)
 
