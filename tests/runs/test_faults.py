@@ -37,7 +37,8 @@ def errors(workshop: Any) -> dict[str, list[str]]:
     """The error of each process, by run; a process that nobody tells of a fault waits for half an hour."""
     cases = {**FAULTS, **(SHARDED if HAS_DEEPSPEED else {})}
     for name, (fault, _) in cases.items():
-        section = {"plugins": [str(HERE / "faults.py")], "update_steps": 2}
+        section: dict[str, Any] = {"plugins": [str(HERE / "faults.py")], "update_steps": 2}
+        section["probe_batch_tokens"] = 64  # several batches on each process
         section["select"] = {"method": "test_fault", "fault": fault}
         changes = tiny.zero(workshop.data, 3) if name in SHARDED else {}
         workshop.add(f"fault-{name}", max_steps=2, dataflex=section, **changes)
@@ -46,7 +47,6 @@ def errors(workshop: Any) -> dict[str, list[str]]:
     return {name: [json.loads(path.read_text())["error"] for path in paths] for name, paths in traces.items()}
 
 
-@pytest.mark.timeout(280)
 @pytest.mark.parametrize("name", [*FAULTS, *SHARDED])
 def test_both_processes_have_the_error_of_one(errors: dict[str, list[str]], name: str) -> None:
     if name not in errors:
@@ -58,7 +58,7 @@ def test_both_processes_have_the_error_of_one(errors: dict[str, list[str]], name
         assert word in first[2]
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_both_nodes_end_with_the_error_of_a_step_on_one(workshop: Any, tmp_path: Path) -> None:
     """Two launchers, as on two machines: nobody but the processes themselves tells one node of the other's end."""
     section = {"plugins": [str(HERE / "faults.py")], "weight": {"method": "test_stumble"}}
@@ -78,7 +78,7 @@ def test_both_nodes_end_with_the_error_of_a_step_on_one(workshop: Any, tmp_path:
         for node in range(2)
     ]  # fmt: skip
     try:
-        said = [node.communicate(timeout=150)[1] for node in nodes]
+        said = [node.communicate(timeout=240)[1] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
