@@ -57,6 +57,10 @@ class DivergenceError(DataFlexError):
             "(bf16, fp16); checkpoints saved before are kept."
         )
 
+    def __reduce__(self) -> tuple[type[DivergenceError], tuple[str]]:
+        """Return how it is made again in another process: from what it was made from, not from its message."""
+        return type(self), (self.what,)
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""

@@ -85,14 +85,15 @@ class EncoderRun:
                 missing = distributed.on_main(partial(self._begun, key, folder, texts.size, what))
                 if missing:
                     distributed.on_each(partial(self._make, folder, texts, missing, what))
-        store = EmbeddingStore.load(folder)
-        assert store is not None
-        if self._encoder is not None and self._encoder.dim != store.dim:
-            raise DataFlexError(
-                f"{folder} holds embeddings of {store.dim} numbers, and {self._encoder.says} gives "
-                f"{self._encoder.dim}: it is another one now. Delete {folder} to make the embeddings again."
-            )
-        return store
+        with distributed.together():
+            store = EmbeddingStore.load(folder)
+            assert store is not None
+            if self._encoder is not None and self._encoder.dim != store.dim:
+                raise DataFlexError(
+                    f"{folder} holds embeddings of {store.dim} numbers, and {self._encoder.says} gives "
+                    f"{self._encoder.dim}: it is another one now. Delete {folder} to make the embeddings again."
+                )
+            return store
 
     def _found(self, texts: Texts) -> tuple[dict[str, Any], Path, bool]:
         """Return what the embeddings depend on, the folder of their store, and whether all of them are there."""

@@ -110,16 +110,17 @@ class RunEncoders:
 
         found = {}
         try:
-            for key in self._wanted:
-                of_pool, held = of(key, pool, "samples"), validation.get(key)
-                of_held = None if held is None else of(key, held, "validation samples")
-                found[key] = StoredEmbeddings(pool, of_pool, held, of_held)
-                for store, what in ((of_pool, "sample"), (of_held, "validation sample")):
-                    if store is not None and not np.any(store.array()):
-                        part = self._wanted[key].embedding_text
-                        raise ConfigError(
-                            f"dataflex.{key}.embedding_text: no {what} has text to embed ({part}); check the data."
-                        )
+            with distributed.together():
+                for key in self._wanted:
+                    of_pool, held = of(key, pool, "samples"), validation.get(key)
+                    of_held = None if held is None else of(key, held, "validation samples")
+                    found[key] = StoredEmbeddings(pool, of_pool, held, of_held)
+                    for store, what in ((of_pool, "sample"), (of_held, "validation sample")):
+                        if store is not None and not np.any(store.array()):
+                            part = self._wanted[key].embedding_text
+                            raise ConfigError(
+                                f"dataflex.{key}.embedding_text: no {what} has text to embed ({part}); check the data."
+                            )
         finally:
             for run in self._runs.values():
                 run.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,10 +75,10 @@ def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureSt
         store = FeatureStore.open(root, key, np.concatenate(batches), feature_size(probe, settings), "float16", rows)
         missing = distributed.on_main(store.missing)
         if missing:
-            _make(runner, store, chunks, missing, with_lengths)
+            with distributed.together(), runner.unfit_noted() as noted:
+                _make(runner, store, chunks, missing, with_lengths, noted)
             made = np.concatenate([batch for number in missing for batch in chunks[number]])
             probe.count(samples, runner.indices[made])
-    distributed.barrier()
     return store
 
 
@@ -94,8 +95,9 @@ def _make(
     chunks: list[list[IndexArray]],
     missing: list[int],
     with_lengths: Callable[[MeasuredBatch], Tensor],
+    noted: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """Write this process's share of the missing chunks."""
+    """Write this process's share of the missing chunks; a chunk with a batch whose error is noted is not written."""
     rank, world_size = distributed.rank(), distributed.world_size()
     mine = missing[rank::world_size]
     longest = max(len(chunks[number]) for number in missing)
@@ -105,12 +107,14 @@ def _make(
             batches = chunks[mine[turn]] if turn < len(mine) else []
             found = []
             for batch in batches:
-                found.append(runner.attempt(with_lengths, runner.indices[batch]))
+                with noted():
+                    found.append(runner.attempt(with_lengths, runner.indices[batch]))
                 bar.update()
             if runner.probe.sharded:  # a forward is collective, and the others may have more batches
                 for _ in range(longest - len(batches)):
-                    runner.attempt(with_lengths, runner.indices[chunks[missing[0]][0]])
-            if found:
+                    with noted():
+                        runner.attempt(with_lengths, runner.indices[chunks[missing[0]][0]])
+            if found and len(found) == len(batches):
                 values = torch.cat(found)
                 store.write(mine[turn], values[:, :-1], values[:, -1])
 

@@ -97,7 +97,12 @@ def generate_responses(
     mine, useful = share_of(batches, rank, world_size)
     config = _generation_config(settings, generator.pad_token_id, eos_token_ids)
     found: dict[int, list[list[int]]] = {}
-    with probe_mode(model), _without_own_settings(decoder), _generate_of(model, decoder) as generate:
+    with (
+        distributed.together(),
+        probe_mode(model),
+        _without_own_settings(decoder),
+        _generate_of(model, decoder) as generate,
+    ):
         for number, batch in enumerate(mine if generator.synced else mine[:useful]):
             whole = rank + number * world_size
 

@@ -68,11 +68,13 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
             [np.array([number]) for number in range(len(groups))], distributed.rank(), distributed.world_size()
         )
         gradient_pass = new_pass(runner, self.settings, reducer)
-        for turn, (number,) in enumerate(mine):
-            group = groups[number]
-            products = _products(runner, gradient_pass, reducer, runner.samples.rows(group) + others)
-            if turn < useful:
-                results[number] = products[: group.size].cpu().double().numpy()
+        with distributed.together(), runner.unfit_noted() as noted:
+            for turn, (number,) in enumerate(mine):
+                group = groups[number]
+                with noted():
+                    products = _products(runner, gradient_pass, reducer, runner.samples.rows(group) + others)
+                    if turn < useful:
+                        results[number] = products[: group.size].cpu().double().numpy()
         probe.count(runner.samples, runner.indices)
         if not results:
             return []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -118,6 +119,14 @@ def _look_at_samples(runner: Runner, reduced: Callable[[MeasuredBatch], tuple[Te
     probe = runner.probe
     if probe.samples_apart is not None or not runner.indices.size:
         return
+    found = distributed.on_each(partial(_keep_apart, runner, reduced))
+    if None not in found:
+        probe.samples_apart = all(found)
+
+
+def _keep_apart(runner: Runner, reduced: Callable[[MeasuredBatch], tuple[Tensor, Tensor]]) -> bool | None:
+    """Return whether two samples have the same gradients together as each alone; None if there are no two."""
+    probe = runner.probe
     rows = short_samples(runner.samples, runner.indices)
     losses: list[Tensor] = []
 
@@ -129,7 +138,7 @@ def _look_at_samples(runner: Runner, reduced: Callable[[MeasuredBatch], tuple[Te
     found = [runner.attempt(values_of, row[None]) for row in rows]
     alone = [values for values, loss in zip(found, losses, strict=True) if not torch.isnan(loss).any()]
     if len(alone) < COMPARED_SAMPLES:  # nothing to compare: the question stays open
-        return
+        return None
     apart = True
     try:
         both = runner.attempt(values_of, rows)
@@ -144,7 +153,7 @@ def _look_at_samples(runner: Runner, reduced: Callable[[MeasuredBatch], tuple[Te
         if not apart:
             logger.info("Samples change each other's gradients in a batch: they are taken one at a time.")
     probe.after_backward()
-    probe.samples_apart = distributed.everywhere(apart, probe.device)
+    return apart
 
 
 def wide_dtype(model: torch.nn.Module) -> torch.dtype:

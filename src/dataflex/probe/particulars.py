@@ -7,6 +7,7 @@ in a way that its configuration does not tell is probed through its own logits f
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,15 +43,19 @@ def look_at_head(probe: ModelProbe, samples: Samples, indices: IndexArray) -> No
     """
     if probe.chunked_head is False or not indices.size:
         return
+    found = distributed.on_each(partial(_heads_agree, probe, samples, indices))
+    if None in found:
+        return
+    probe.chunked_head = all(found)
+    if not probe.chunked_head:
+        logger.info("The model changes its logits after the head: losses are taken from its full logits.")
+
+
+def _heads_agree(probe: ModelProbe, samples: Samples, indices: IndexArray) -> bool | None:
+    """Return whether the chunked head gives the model's own losses; None if no sample has one."""
     model = probe.model()
     inputs, labels = inputs_of(probe, samples.rows(short_samples(samples, indices)))
-    found = head_agrees(model, inputs, labels, probe.device)
-    agrees = distributed.everywhere(found is not False, probe.device)
-    if distributed.everywhere(found is None, probe.device):
-        return
-    if not agrees:
-        logger.info("The model changes its logits after the head: losses are taken from its full logits.")
-    probe.chunked_head = agrees
+    return head_agrees(model, inputs, labels, probe.device)
 
 
 def head_agrees(model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, device: torch.device) -> bool | None:

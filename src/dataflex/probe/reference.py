@@ -104,12 +104,17 @@ class ReferenceTable:
         """Return the losses of a domain and where those of each sample end.
 
         Raises:
-            ConfigError: if the two do not belong together.
+            ConfigError: if one cannot be read, or the two do not belong together.
         """
         path = self._paths[domain]
-        ends = np.cumsum(np.load(_counts_of(path)), dtype=np.int64)
         losses = path.with_name(f"{path.name}.f32")
-        size = losses.stat().st_size
+        try:
+            ends, size = np.cumsum(np.load(_counts_of(path)), dtype=np.int64), losses.stat().st_size
+        except (OSError, ValueError, EOFError) as error:
+            raise ConfigError(
+                f"dataflex.{self.key}.reference_losses: the table's losses of {self.pool.domains[domain]!r} cannot be "
+                f"read on this machine ({error}); every node needs the table."
+            ) from error
         if size != 4 * ends[-1]:
             raise ConfigError(
                 f"dataflex.{self.key}.reference_losses: {losses} holds {size // 4} losses of "
@@ -254,7 +259,7 @@ class TableMaker:
         lock = FileLock(self.folder / ".lock", timeout=0)
         distributed.on_main(partial(self._lock, lock))
         try:
-            with preserved_rng():
+            with distributed.together(), preserved_rng():
                 for domain in missing:
                     self._make_domain(self.pool.domains.index(domain), reference)
                     distributed.on_main(partial(self._list, domain, name))
@@ -345,8 +350,9 @@ def losses_of(
         counts[torch.from_numpy(batch).to(device)] = (labels != IGNORE_INDEX).sum(1)
         return reference.losses(inputs, labels)
 
-    for batch in mine[:useful]:
-        found += reference.limit.parts(losses_of_batch, batch, lengths)
+    with distributed.together():
+        for batch in mine[:useful]:
+            found += reference.limit.parts(losses_of_batch, batch, lengths)
     known: NDArray[np.int64] = distributed.all_reduce_sum(counts).cpu().numpy()
     ends = np.cumsum(known)
     values = torch.zeros(int(ends[-1]), dtype=torch.float32, device=device)

@@ -4,12 +4,16 @@ Batches are sorted by length and cut under a token budget, the same ones on any 
 its share, and all run the same number (a repeated batch is thrown away), because under ZeRO-3 and FSDP a forward is
 collective. A batch that does not fit into the memory is halved (``memory``); not where a forward is collective, since
 the other processes wait in the middle of theirs.
+
+An error of one process is raised by all, before the values are gathered. Under ZeRO-3 and FSDP a process that has found
+numbers it cannot use goes on with its batches first; one that fails within a forward cannot be waited for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +30,7 @@ from dataflex.data.rules import ScoreArray
 from dataflex.data.samples import RowList, Samples
 from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX
-from dataflex.errors import ComponentError, DivergenceError
+from dataflex.errors import ComponentError, DataFlexError, DivergenceError
 from dataflex.probe.batches import inputs_of, length_batches, share_of
 from dataflex.probe.head import Statistic, chunked_forward, full_forward
 from dataflex.probe.hidden_states import hidden_states
@@ -40,6 +44,10 @@ _SUMMED_ROWS = 65536
 """Rows of values summed over the processes at a time."""
 _DEVICE_VALUES = 1 << 24
 """Values of all samples that are kept on the device until the end; more are kept in the CPU's memory."""
+
+
+class UnfitValues(ComponentError):
+    """A measurement returned values of the wrong kind or shape; the forwards they are of are done."""
 
 
 class Batch:
@@ -120,11 +128,13 @@ class Runner:
             batches = length_batches(self.samples.lengths[self.indices], self.probe.batch_tokens)
         mine, useful = share_of(batches, distributed.rank(), distributed.world_size())
         values = _Values(self.indices.size, self.probe.device)
-        for number, batch in enumerate(self.bar(mine)):
-            found = self.attempt(measure, self.indices[batch])
-            values.like(found, self.measurement.name)
-            if number < useful:
-                values.put(batch, found)
+        with distributed.together(), self.unfit_noted() as noted:
+            for number, batch in enumerate(self.bar(mine)):
+                with noted():
+                    found = self.attempt(measure, self.indices[batch])
+                    values.like(found, self.measurement.name)
+                    if number < useful:
+                        values.put(batch, found)
         whole = values.gathered()
         self._check_finite(whole)
         self.probe.count(self.samples, self.indices)
@@ -135,8 +145,31 @@ class Runner:
         if not self.samples.size:
             return np.zeros(0, dtype=np.float32)
         values = _Values(0, self.probe.device)
-        values.like(self.attempt(measure, np.zeros(1, dtype=np.int64)), self.measurement.name)
+        with distributed.together():
+            values.like(self.attempt(measure, np.zeros(1, dtype=np.int64)), self.measurement.name)
         return values.gathered()
+
+    @contextmanager
+    def unfit_noted(self) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+        """Give what to run each batch in: where a forward is collective, an error behind it waits for the last batch.
+
+        Raises:
+            DataFlexError: the first one noted, at the end.
+        """
+        first: list[DataFlexError] = []
+
+        @contextmanager
+        def noted() -> Iterator[None]:
+            try:
+                yield
+            except (DivergenceError, UnfitValues) as error:
+                if not self.probe.sharded:
+                    raise
+                first.append(error)
+
+        yield noted
+        if first:
+            raise first[0]
 
     def bar(self, batches: list[IndexArray]) -> tqdm[IndexArray]:
         """Return batches with a progress bar."""
@@ -162,7 +195,7 @@ class Runner:
         if not isinstance(values, Tensor) or not values.dim() or values.shape[0] != count:
             got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             place = place_of(type(self.measurement))
-            raise ComponentError(
+            raise UnfitValues(
                 f"measurement {name!r}{f' ({place})' if place else ''} returned {got} for a batch of {count} samples; "
                 f"needed is a torch tensor whose first dimension is {count}."
             )
@@ -210,7 +243,7 @@ class _Values:
             self._values = torch.zeros(shape, dtype=found.dtype, device=device)
         elif found.shape[1:] != self._values.shape[1:] or found.dtype != self._values.dtype:
             before, now = (f"{tuple(each.shape[1:])} of {each.dtype}" for each in (self._values, found))
-            raise ComponentError(
+            raise UnfitValues(
                 f"measurement {name!r} returned values of shape {now} after {before}, depending on its batch."
             )
 

@@ -91,7 +91,7 @@ class EvaluatingTrainer(RunTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         if self.domain_evaluation is None:
             return output
-        if not distributed.everywhere(self._has_logits, self.args.device):
+        if not distributed.everywhere(self._has_logits):
             warn(
                 f"{type(self.causal_model()).__name__} gives no logits for each sample and token in evaluation, so "
                 "there is no loss of each evaluation set, only the Trainer's eval_loss."

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import TrainingArguments
 
+from dataflex import distributed
 from dataflex.embedding.service import EmbeddingService
 from dataflex.errors import ConfigError
 from dataflex.planning.planner import Arrangement
@@ -104,13 +105,14 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         if self._when_loaded is not None:
             self._stop_before_training(self._when_loaded)
         inputs, samples = self.dataflex.inputs, self.dataflex.data.samples
-        if samples is not None and (inputs.plans_data or inputs.components.weight):
-            self.probe = make_probe(self, samples)
-            self.embeddings = EmbeddingService(
-                inputs.wanted_embeddings, samples, self.probe, self.dataflex.data.embeddings
-            )
-            self._check_features(self.probe)
-        self.step_loss.references.make()
+        with distributed.together():
+            if samples is not None and (inputs.plans_data or inputs.components.weight):
+                self.probe = make_probe(self, samples)
+                self.embeddings = EmbeddingService(
+                    inputs.wanted_embeddings, samples, self.probe, self.dataflex.data.embeddings
+                )
+                self._check_features(self.probe)
+            self.step_loss.references.make()
         resume = inputs.resume
         if resume is None:
             return super().train(**kwargs)
@@ -125,9 +127,10 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         model = None
         if self.probe is not None and self.embeddings is not None:
             model = LoadedModel(self.probe, references, self.embeddings)
-        self._started = self.dataflex.start(
-            output_dir, num_steps, self.arrangement(), model, lambda: float(self.lr_scheduler.get_last_lr()[0])
-        )
+        with distributed.together():
+            self._started = self.dataflex.start(
+                output_dir, num_steps, self.arrangement(), model, lambda: float(self.lr_scheduler.get_last_lr()[0])
+            )
 
     def _stop_before_training(self, when_loaded: WhenLoaded) -> NoReturn:
         """Call ``when_loaded`` on the model as it was loaded, with the moments saved beside it, and leave."""
@@ -135,12 +138,13 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         given, samples = self.finetuning_saved_folder(), self.dataflex.data.samples
         if samples is None:
             raise ConfigError("streaming: the samples are not known before training; switch it off.")
-        probe = make_probe(self, samples)
-        probe.moments = lambda: saved_moments(given, self.optimizer, self.raw_model())
-        wanted, stored = self.dataflex.inputs.wanted_embeddings, self.dataflex.data.embeddings
-        self.probe, self.embeddings = probe, EmbeddingService(wanted, samples, probe, stored)
-        self.step_loss.references.make()
-        when_loaded(self.dataflex, LoadedModel(probe, self.step_loss.references.of_samples(), self.embeddings))
+        with distributed.together():
+            probe = make_probe(self, samples)
+            probe.moments = lambda: saved_moments(given, self.optimizer, self.raw_model())
+            wanted, stored = self.dataflex.inputs.wanted_embeddings, self.dataflex.data.embeddings
+            self.probe, self.embeddings = probe, EmbeddingService(wanted, samples, probe, stored)
+            self.step_loss.references.make()
+            when_loaded(self.dataflex, LoadedModel(probe, self.step_loss.references.of_samples(), self.embeddings))
         raise NothingTrained
 
     def finetuning_saved_folder(self) -> Path:

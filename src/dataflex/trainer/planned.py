@@ -68,7 +68,13 @@ class PlannedRounds:
 
         Raises:
             DivergenceError: if the model's losses are not finite.
+            DataFlexError: on every process, if a component fails on one.
         """
+        with distributed.together():
+            return self._decide(slot)
+
+    def _decide(self, slot: RoundSlot) -> Plan:
+        """Do what :meth:`decide` does, on this process."""
         before, earlier = replace(self.probe.cost), self._clock.decision_seconds
         with self._clock.deciding(), self._embeddings():
             try:

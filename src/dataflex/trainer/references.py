@@ -121,7 +121,6 @@ class References:
             with run.clock.deciding():
                 model = self._load(key, params.reference_model)
                 self._maker(key, folder).make(missing, model, params.reference_model)
-        distributed.barrier()
         return ReferenceTable(folder, pool, key)
 
     def _check_table(self, key: str, params: ReferenceParams, folder: Path) -> list[str]:

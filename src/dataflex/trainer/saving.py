@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -13,6 +14,9 @@ from dataflex import distributed
 from dataflex.errors import DivergenceError
 from dataflex.record import checkpoint
 from dataflex.trainer.base import RunTrainer
+
+if TYPE_CHECKING:
+    from dataflex.api.component import State
 
 
 class SavingTrainer(RunTrainer):
@@ -31,12 +35,14 @@ class SavingTrainer(RunTrainer):
             output = super()._finalize_training(trial, samples, start_time)
         finally:
             self.args.save_total_limit = limit
-        best = self.state.best_model_checkpoint
-        if limit == 1 and best is not None and self.args.process_index == 0:
-            # As the Trainer does, but for checkpoints of this run alone.
-            checkpoint.keep_only(Path(self._get_output_dir(trial=trial)), self.started.recorder.identity, Path(best))
-        distributed.barrier()
+        distributed.on_main(partial(self._keep_best, Path(self._get_output_dir(trial=trial)), limit))
         return output
+
+    def _keep_best(self, run_dir: Path, limit: int | None) -> None:
+        """Delete checkpoints as the Trainer does when it keeps the best one alone, but only those of this run."""
+        best = self.state.best_model_checkpoint
+        if limit == 1 and best is not None:
+            checkpoint.keep_only(run_dir, self.started.recorder.identity, Path(best))
 
     def save_state(self) -> None:
         """Save the Trainer's state, which LLaMA-Factory does after it has saved the model, and put that on record."""
@@ -56,7 +62,7 @@ class SavingTrainer(RunTrainer):
         Raises:
             DivergenceError: on every process.
         """
-        if not distributed.everywhere(weights_are_finite(self.model), self.args.device):
+        if not distributed.everywhere(weights_are_finite(self.model)):
             raise DivergenceError(f"the trained weights after step {self.state.global_step} are not finite")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -64,31 +70,31 @@ class SavingTrainer(RunTrainer):
         self.check_weights()  # before an older checkpoint goes for this one
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
-        main = self.args.process_index == 0
-        if main:
-            checkpoint.delete(folder)  # what a killed run wrote of it
-        distributed.barrier()
+        distributed.on_main(partial(checkpoint.delete, folder))  # what a killed run wrote of it
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        run, step = self.started, self.state.global_step
-        state = run.state_dict(step)
-        distributed.barrier()
-        if main:
-            checkpoint.write_state(folder, state)
-            checkpoint.mark_complete(
-                folder,
-                run.recorder.identity,
-                step,
-                run.snapshot,
-                local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", self.args.world_size)),
-                has_scaler=self.accelerator.scaler is not None and not self.is_deepspeed_enabled,
-            )
-            checkpoint.rotate(run_dir, limit, run.recorder.identity, self.state.best_global_step)
+        step = self.state.global_step
+        with distributed.together():  # every process has written its part behind it
+            state = self.started.state_dict(step)
+        distributed.on_main(partial(self._complete, run_dir, folder, state, limit))
         self._saved_at = step
-        distributed.barrier()
+
+    def _complete(self, run_dir: Path, folder: Path, state: State, limit: int | None) -> None:
+        """Write the run's state into a checkpoint and mark it as complete; then delete older ones."""
+        run, step = self.started, self.state.global_step
+        checkpoint.write_state(folder, state)
+        checkpoint.mark_complete(
+            folder,
+            run.recorder.identity,
+            step,
+            run.snapshot,
+            local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", self.args.world_size)),
+            has_scaler=self.accelerator.scaler is not None and not self.is_deepspeed_enabled,
+        )
+        checkpoint.rotate(run_dir, limit, run.recorder.identity, self.state.best_global_step)
 
 
 def weights_are_finite(model: torch.nn.Module) -> bool:

@@ -328,7 +328,6 @@ def test_processes_share_the_work(model: LlamaForCausalLM, monkeypatch: pytest.M
     parts, forwards = [], []
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda values: values)
-    monkeypatch.setattr(distributed, "everywhere", lambda value, device: value)
     for rank in range(4):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         probe = probe_of(model, chunked_head=True)

@@ -28,6 +28,7 @@ from dataflex.config.loading import RunConfig
 from dataflex.errors import ComponentError, ConfigError, DataFlexError
 from dataflex.files import write_atomically
 from dataflex.integrations.llamafactory import loading
+from dataflex.integrations.llamafactory.launch import report_error
 from dataflex.integrations.llamafactory.parsing import parse_to_train, replaced
 from dataflex.integrations.llamafactory.session import Session
 from dataflex.integrations.llamafactory.stages import STAGES, WORKFLOWS, workflow_of
@@ -55,14 +56,16 @@ def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> No
     from llamafactory.train import tuner
 
     if config.dataflex is None:
-        parsing = replaced(tuner, "get_train_args", partial(parse_to_train, tuner.get_train_args, source=config.source))
-        with parsing, data_errors_told():
-            tuner.run_exp(dict(config.llamafactory), callbacks)
+        with _watched() as watch:
+            parse = partial(_watched_args, tuner.get_train_args, watch, config.source)
+            with replaced(tuner, "get_train_args", parse), data_errors_told():
+                tuner.run_exp(dict(config.llamafactory), callbacks)
         return
     session, output = Session(RunInputs.of(config)), Path(str(config.llamafactory["output_dir"]))
     with (
+        _watched() as watch,
         _only_run(output),
-        replaced(tuner, "get_train_args", partial(_decided_args, tuner.get_train_args, session)),
+        replaced(tuner, "get_train_args", partial(_decided_args, tuner.get_train_args, session, watch)),
         installed(session),
         _component_errors_told(output),
     ):
@@ -89,14 +92,27 @@ def load_only(config: RunConfig, when_loaded: WhenLoaded | None) -> None:
 
     session = Session(RunInputs.of(config), when_loaded, data_only=when_loaded is None)
     with (
+        _watched() as watch,
         _only_run(Path(str(config.llamafactory["output_dir"]))),
-        replaced(tuner, "get_train_args", partial(parse_to_train, tuner.get_train_args, source=config.source)),
+        replaced(tuner, "get_train_args", partial(_watched_args, tuner.get_train_args, watch, config.source)),
         installed(session),
         contextlib.suppress(NothingTrained),
     ):
         tuner.run_exp(dict(config.llamafactory))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _watched() -> distributed.Watch:
+    """Return what ends this process with the error of another one; it begins when the arguments are parsed."""
+    return distributed.Watch(lambda text: report_error(f"dataflex: {text}"), failure_of_component)
+
+
+def _watched_args(original: Callable[..., Any], watch: distributed.Watch, source: str, args: Any) -> Any:
+    """Return LLaMA-Factory's arguments of a training. Parsing them makes the process group, which is watched then."""
+    parsed = parse_to_train(original, args, source)
+    watch.begin()
+    return parsed
 
 
 @contextmanager
@@ -122,14 +138,14 @@ def data_errors_told() -> Iterator[None]:
         yield
 
 
-def _decided_args(original: Callable[..., Any], session: Session, args: Any) -> Any:
+def _decided_args(original: Callable[..., Any], session: Session, watch: distributed.Watch, args: Any) -> Any:
     """Return LLaMA-Factory's arguments of a training, after deciding what it goes on from.
 
     The decision is the main process's, made before a model is loaded. What a resume does not change is parsed again
     with the value in force.
     """
     source = session.inputs.config.source
-    parsed = parse_to_train(original, args, source)
+    parsed = _watched_args(original, watch, source, args)
     training_args = parsed[2]
     if not training_args.do_train:
         return parsed
