@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,9 +11,6 @@ from torch import Tensor
 
 from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX, shifted
-
-if TYPE_CHECKING:
-    from dataflex.probe.model import ModelProbe
 
 
 def length_batches(lengths: np.ndarray, batch_tokens: int) -> list[IndexArray]:
@@ -41,14 +39,26 @@ def share_of(batches: list[IndexArray], rank: int, world_size: int) -> tuple[lis
     return mine + batches[:1] * (most - useful), useful
 
 
-def inputs_of(probe: ModelProbe, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Tensor]:
-    """Return the model inputs of rows on the device, and their shifted labels (B, T); all ignored if they have none."""
-    inputs = {key: _to(value, probe.device) for key, value in probe.collate(rows).items()}
+def inputs_of(batch: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Any], Tensor]:
+    """Return the model inputs of a collated batch on the device, and its shifted labels (B, T).
+
+    Without labels all of them are ignored.
+    """
+    inputs = {key: on_device(value, device) for key, value in batch.items()}
     labels = inputs.pop("labels", None)
     if labels is None:
         return inputs, torch.full_like(inputs["input_ids"], IGNORE_INDEX)
     return inputs, shifted(labels)
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+def on_device(value: Any, device: torch.device) -> Any:
+    """Return a value on the device if it is a tensor.
+
+    A copy to a GPU is made from pinned memory, behind what the GPU has to do: from any other memory the process would
+    wait until the GPU is idle.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)

@@ -93,7 +93,7 @@ def _products(
     from dataflex.probe.gradient_runs import wide_dtype
     from dataflex.probe.gradients import RoutedRows
 
-    inputs, labels = inputs_of(runner.probe, rows)
+    inputs, labels = inputs_of(runner.probe.collate(rows), runner.probe.device)
     reducer.begin(len(rows), wide_dtype(runner.model))
     try:
         losses = gradient_pass.run(inputs, labels)

@@ -40,7 +40,7 @@ def look_at_head(probe: ModelProbe, samples: Samples, indices: IndexArray) -> No
     if probe.chunked_head is False or not indices.size:
         return
     model = probe.model()
-    inputs, labels = inputs_of(probe, samples.rows(short_samples(samples, indices)))
+    inputs, labels = inputs_of(probe.collated(samples, short_samples(samples, indices)), probe.device)
     chunked = chunked_forward(model, inputs, labels)
     plain = full_forward(model, inputs, labels)
     tolerance = _AGREEMENT_LOW_PRECISION if is_low_precision(model, probe.device) else _AGREEMENT

@@ -50,7 +50,7 @@ class Batch:
 
     def __init__(self, runner: Runner, indices: IndexArray) -> None:
         self._runner, self.indices = runner, indices
-        self.inputs, self.labels = inputs_of(runner.probe, runner.samples.rows(indices))
+        self.inputs, self.labels = inputs_of(runner.probe.collated(runner.samples, indices), runner.probe.device)
 
     @property
     def model(self) -> torch.nn.Module:
