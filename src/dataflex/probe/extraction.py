@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,8 @@ from dataflex import distributed
 from dataflex.api.measurement import MeasuredBatch
 from dataflex.api.probe import GradientSettings
 from dataflex.data.pool import Pool
-from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
+from dataflex.probe.batches import Batches
 from dataflex.probe.checkpoints import adapter_settings
 from dataflex.probe.gradient_runs import feature_size, gradient_batches, projection_of, reduced_gradients
 from dataflex.probe.moments import Moments
@@ -69,12 +70,12 @@ def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureSt
         batches = gradient_batches(runner)
         chunks = _chunks(batches)
         rows = [sum(batch.size for batch in chunk) for chunk in chunks]
-        store = FeatureStore.open(root, key, np.concatenate(batches), feature_size(probe, settings), "float16", rows)
+        store = FeatureStore.open(root, key, batches.order, feature_size(probe, settings), "float16", rows)
         missing = distributed.on_main(store.missing)
         if missing:
             _make(runner, store, chunks, missing, with_lengths)
-            made = np.concatenate([batch for number in missing for batch in chunks[number]])
-            probe.count(samples, runner.indices[made])
+            is_made = np.repeat(np.isin(np.arange(len(rows)), missing), rows)
+            probe.count(samples, runner.indices[batches.order[is_made]])
     distributed.barrier()
     return store
 
@@ -89,7 +90,7 @@ def precision_of(probe: ModelProbe) -> str:
 def _make(
     runner: Runner,
     store: FeatureStore,
-    chunks: list[list[IndexArray]],
+    chunks: list[Batches],
     missing: list[int],
     with_lengths: Callable[[MeasuredBatch], Tensor],
 ) -> None:
@@ -100,7 +101,7 @@ def _make(
     total = sum(len(chunks[number]) for number in mine)
     with tqdm(total=total, desc="Features", unit="batch", disable=not runner.probe.progress) as bar:
         for turn in range(-(-len(missing) // world_size)):
-            batches = chunks[mine[turn]] if turn < len(mine) else []
+            batches = chunks[mine[turn]] if turn < len(mine) else chunks[0][:0]
             found = []
             for batch in batches:
                 found.append(runner.attempt(with_lengths, runner.indices[batch]))
@@ -113,17 +114,15 @@ def _make(
                 store.write(mine[turn], values[:, :-1], values[:, -1])
 
 
-def _chunks(batches: list[IndexArray]) -> list[list[IndexArray]]:
+def _chunks(batches: Batches) -> list[Batches]:
     """Return batches in chunks of a few hundred samples."""
-    chunks: list[list[IndexArray]] = []
-    rows = _CHUNK_ROWS
-    for batch in batches:
+    begins, rows = [0], 0
+    for number, batch in enumerate(batches):
         if rows >= _CHUNK_ROWS:
-            chunks.append([])
+            begins.append(number)
             rows = 0
-        chunks[-1].append(batch)
         rows += batch.size
-    return chunks
+    return [batches[begin:end] for begin, end in pairwise([*begins, len(batches)])]
 
 
 def model_digest(model: nn.Module, sharded: bool) -> str:

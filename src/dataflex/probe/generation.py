@@ -29,7 +29,7 @@ from dataflex.api.probe import GenerationSettings
 from dataflex.data.rng import key_of
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.files import json_text
-from dataflex.probe.batches import length_batches, share_of
+from dataflex.probe.batches import length_batches
 from dataflex.probe.mode import probe_mode
 
 _VLLM_MEMORY = 0.9
@@ -89,7 +89,7 @@ def generate_responses(
     rows = settings.samples * np.array([len(prompt) + settings.max_new_tokens for prompt in prompts], dtype=np.int64)
     batches = length_batches(rows, generator.batch_tokens)
     rank, world_size = distributed.rank(), distributed.world_size()
-    mine, useful = share_of(batches, rank, world_size)
+    mine, useful = batches.share(rank, world_size)
     config = _generation_config(settings, generator.pad_token_id, eos_token_ids)
     found: dict[int, list[list[int]]] = {}
     with probe_mode(model), _without_own_settings(decoder), _generate_of(model, decoder) as generate:

@@ -32,7 +32,7 @@ from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.files import json_text, write_atomically
-from dataflex.probe.batches import inputs_of, length_batches, share_of
+from dataflex.probe.batches import inputs_of, length_batches, on_device
 from dataflex.probe.collation import Collation
 from dataflex.probe.mode import preserved_rng
 
@@ -332,12 +332,12 @@ def losses_of(
         batch_tokens: tokens, padding counted, of one forward.
     """
     batches = length_batches(pool.lengths[indices], batch_tokens)
-    mine, useful = share_of(batches, distributed.rank(), distributed.world_size())
+    mine, useful = batches.share(distributed.rank(), distributed.world_size())
     counts = torch.zeros(indices.size, dtype=torch.int64, device=device)
     found: list[tuple[IndexArray, Tensor]] = []
     for batch in mine[:useful]:
         inputs, labels = inputs_of(collation.of(pool, indices[batch]), device)
-        counts[torch.from_numpy(batch).to(device)] = (labels != IGNORE_INDEX).sum(1)
+        counts[on_device(torch.from_numpy(batch), device)] = (labels != IGNORE_INDEX).sum(1)
         found.append((batch, reference.losses(inputs, labels)))
     counts = distributed.all_reduce_sum(counts)
     ends = torch.cumsum(counts, 0)
