@@ -212,7 +212,7 @@ def one_plan(name: str) -> dict[str, float]:
     class Stored:
         """Losses that were measured before."""
 
-        def losses(self, indices: np.ndarray) -> np.ndarray:
+        def measure(self, measurement: Any, indices: np.ndarray, samples: Any = None) -> np.ndarray:
             """Return them."""
             assert losses is not None
             return losses[indices]
