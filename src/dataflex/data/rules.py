@@ -22,7 +22,7 @@ _SPREAD = 5.0
 """Standard deviations of the guess within which the order statistic is looked for."""
 
 
-def order_statistics(values: NDArray[np.floating], first: int, count: int = 1) -> NDArray[np.floating]:
+def order_statistics(values: NDArray[Any], first: int, count: int = 1) -> NDArray[Any]:
     """Return the values at places ``first`` to ``first + count - 1`` of the sorted array, shape (count,). O(N).
 
     Evenly spaced values tell between which two the wanted ones are most likely, and only those between are sorted: two
@@ -43,7 +43,7 @@ def order_statistics(values: NDArray[np.floating], first: int, count: int = 1) -
         below, between = 0, []
         for part in _parts(values):
             from_low = part >= low
-            below += part.size - np.count_nonzero(from_low)
+            below += part.size - int(np.count_nonzero(from_low))
             between.append(part[from_low & (part <= high)])
         inside = np.concatenate(between)
         if below <= first and last < below + inside.size:
@@ -63,7 +63,7 @@ def quantiles(values: NDArray[np.floating], shares: Sequence[float]) -> NDArray[
     return found
 
 
-def top_k(scores: NDArray[np.floating], count: int) -> IndexArray:
+def top_k(scores: NDArray[np.floating | np.integer], count: int) -> IndexArray:
     """Return the positions of the ``count`` largest scores, ascending; ties go to the lower position. O(N)."""
     if count >= scores.size:
         return np.arange(scores.size, dtype=np.int64)

@@ -33,7 +33,7 @@ Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 _TOKENS, _MASK, _LABELS = "input_ids", "attention_mask", "labels"
 _COMPARED = 8
-"""Samples of which both ways must give the same: the shortest, the longest and some between."""
+"""Samples of which both ways must give the same, beside the shortest and the longest."""
 
 
 class Collation:
@@ -71,9 +71,9 @@ class Collation:
         if columns is None:
             return None
         reader = _Reader(pool.dataset.select_columns(columns).with_format("arrow"), columns, padding)
-        by_length = np.argsort(pool.lengths, kind="stable")
-        some = by_length[np.unique(np.linspace(0, pool.size - 1, min(pool.size, _COMPARED)).astype(np.int64))]
-        for indices in (some, some[:1]):
+        shortest, longest = int(pool.lengths.argmin()), int(pool.lengths.argmax())
+        spaced = np.linspace(0, pool.size - 1, min(pool.size, _COMPARED)).astype(np.int64)
+        for indices in (np.array([shortest]), np.unique([shortest, longest, *spaced])):
             if not _same(reader.read(indices), self.collate(pool.rows(indices))):
                 logger.info("The collator does more than padding: it is asked for every batch.")
                 return None

@@ -55,7 +55,7 @@ def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureSt
         "adapter": adapter_settings(runner.model),
         "precision": precision_of(probe),
         "moments": None if settings.preconditioner == "none" else moments_digest(probe.optimizer_moments()),
-        "data": samples.content_digest,
+        "data": distributed.on_main(lambda: samples.content_digest),
         "samples": hashlib.sha256(np.ascontiguousarray(runner.indices, dtype="<i8").data).hexdigest(),
         "settings": asdict(settings),
         "batch_tokens": probe.gradient_batch_tokens or probe.batch_tokens,

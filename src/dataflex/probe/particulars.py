@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dataflex import distributed
+from dataflex.data.rules import top_k
 from dataflex.data.samples import Samples
 from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX
@@ -56,7 +57,9 @@ def look_at_head(probe: ModelProbe, samples: Samples, indices: IndexArray) -> No
 
 def short_samples(samples: Samples, indices: IndexArray) -> IndexArray:
     """Return a few short samples with a token to train on, or just short ones where there are none near."""
-    shortest = indices[np.argsort(samples.lengths[indices], kind="stable")[:_LOOKED_AT]]
+    lengths = samples.lengths[indices]
+    places = top_k(-lengths, _LOOKED_AT)
+    shortest = indices[places[np.argsort(lengths[places], kind="stable")]]
     trained = [any(label != IGNORE_INDEX for label in _labels(row)[1:]) for row in samples.rows(shortest)]
     return shortest[np.argsort(~np.array(trained), kind="stable")[:COMPARED_SAMPLES]]
 
