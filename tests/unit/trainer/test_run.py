@@ -328,6 +328,7 @@ def test_tokens_of_a_gradient_batch(
         causal_model=lambda: SimpleNamespace(is_gradient_checkpointing=checkpointing),
         raw_model=lambda: None,
         data_collator=None,
+        plain_collators=(),
         accelerator=SimpleNamespace(autocast=None),
         processing_class=tokenizer,
         stop_tokens=None,
