@@ -46,20 +46,17 @@ class Collation:
     """
 
     def __init__(self, collate: Collate, plain: tuple[type, ...] = ()) -> None:
-        self.collate, self.plain = collate, plain
-        self._padding = _padding_of(collate, plain)
-        self._readers: WeakKeyDictionary[Pool, _Reader | None] = WeakKeyDictionary()
-
-    def __call__(self, rows: list[dict[str, Any]]) -> Mapping[str, Any]:
-        """Return what the collator makes of rows."""
-        return self.collate(rows)
+        self.collate, self._plain = collate, plain
+        self._readers: WeakKeyDictionary[Pool, tuple[_Padding, _Reader | None]] = WeakKeyDictionary()
 
     def of(self, samples: Samples, indices: IndexArray) -> Mapping[str, Any]:
         """Return what the collator makes of samples, by their numbers, shape (B,)."""
-        if self._padding is not None and isinstance(samples, Pool):
-            if samples not in self._readers:
-                self._readers[samples] = self._reader(samples, self._padding)
-            reader = self._readers[samples]
+        padding = _padding_of(self.collate, self._plain)  # anew: the tokenizer's side may change, as for generation
+        if padding is not None and isinstance(samples, Pool):
+            of, reader = self._readers.get(samples, (None, None))
+            if of != padding:
+                reader = self._reader(samples, padding)
+                self._readers[samples] = padding, reader
             found = None if reader is None else reader.read(indices)
             if found is not None:
                 return found

@@ -152,6 +152,16 @@ def test_the_collator_is_asked_if_a_column_is_more_than_tokens(
     compare(DataCollatorForLanguageModeling(tokenizer_of(), mlm=False), texts, reads=False)
 
 
+def test_the_side_may_change() -> None:
+    tokenizer, pool = tokenizer_of(), pool_of(dataset_of(rows_of(0)))
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    collation = Collation(collate)
+    for side in ("right", "left", "right"):
+        tokenizer.padding_side = side
+        found = collation.of(pool, np.arange(9))
+        assert all(torch.equal(found[name], value) for name, value in collate(pool.rows(np.arange(9))).items())
+
+
 def test_rows_in_a_list_go_through_the_collator() -> None:
     collate = DataCollatorForSeq2Seq(tokenizer_of())
     rows = rows_of(0)
