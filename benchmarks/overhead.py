@@ -3,10 +3,13 @@
     python benchmarks/overhead.py training --model asset:smollm2-135m-instruct
     python benchmarks/overhead.py probe --model asset:smollm2-135m-instruct
     python benchmarks/overhead.py plans
+    python benchmarks/overhead.py rows
 
 ``training``: tokens per second of a dynamic run with random selection, and of uniform weights, against plain
 LLaMA-Factory on samples of one length. ``probe``: the loss probe against the bare forward of the same length-sorted
 batches. ``plans``: time and memory of plans from a pool of 10^8 samples in 10 or 1000 domains, and of their record.
+``rows``: time from the numbers of samples of 512 tokens to padded tensors, by the collator, as the probe does it, and
+from flat arrays in memory, which is the floor.
 Results are printed and, with ``--output``, written as JSON.
 """
 
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +168,49 @@ def alternate(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def rows(model: str, samples: int, repeats: int) -> dict[str, Any]:
+    """Time what comes before a forward, in turn, in random batches of 8 samples from a data set on the disk."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, DataCollatorForSeq2Seq
+
+    from dataflex import assets
+    from dataflex.data.pool import Pool
+    from dataflex.probe.collation import Collation
+
+    rng, length = np.random.default_rng(0), 512
+    tokenizer = AutoTokenizer.from_pretrained(assets.resolve(model))
+    tokens = rng.integers(10, tokenizer.vocab_size, (samples, length))
+    columns = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": tokens}
+    collate = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
+    collation = Collation(collate)
+    batches = [rng.integers(0, samples, 8) for _ in range(samples // 8)]
+    with tempfile.TemporaryDirectory() as folder:
+        written = Dataset.from_dict({name: list(values) for name, values in columns.items()})
+        written.save_to_disk(folder)
+        pool = Pool.concatenate({"samples": Dataset.load_from_disk(folder)})
+
+        def flat(batch: np.ndarray) -> None:
+            for values in columns.values():
+                padded = np.zeros((batch.size, length), dtype=np.int64)
+                padded[:, :length] = values[batch]
+                torch.from_numpy(padded)
+
+        ways: dict[str, Callable[[np.ndarray], Any]] = {
+            "collator": lambda batch: collate(pool.rows(batch)),
+            "probe": lambda batch: collation.of(pool, batch),
+            "flat arrays": flat,
+        }
+        seconds = alternate({name: partial(each, way, batches) for name, way in ways.items()}, repeats)
+    return {"microseconds_per_sample": {name: 1e6 * value / (8 * len(batches)) for name, value in seconds.items()}}
+
+
+def each(way: Callable[[np.ndarray], Any], batches: list[np.ndarray]) -> None:
+    """Do something with each batch."""
+    for batch in batches:
+        way(batch)
+
+
 PLAN_CASES: dict[str, tuple[dict[str, Any], int, int]] = {
     "mixture, 10^6 samples": ({"mix": {"method": "proportional"}}, 10**6, 10),
     "mixture, 10^7 samples": ({"mix": {"method": "proportional"}}, 10**7, 10),
@@ -212,7 +259,7 @@ def one_plan(name: str) -> dict[str, float]:
     class Stored:
         """Losses that were measured before."""
 
-        def losses(self, indices: np.ndarray) -> np.ndarray:
+        def measure(self, measurement: Any, indices: np.ndarray, samples: Any = None) -> np.ndarray:
             """Return them."""
             assert losses is not None
             return losses[indices]
@@ -235,7 +282,7 @@ def one_plan(name: str) -> dict[str, float]:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["training", "probe", "plans", "one-plan"])
+    parser.add_argument("what", choices=["training", "probe", "plans", "rows", "one-plan"])
     parser.add_argument("--model", default="asset:smollm2-135m-instruct")
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--samples", type=int, default=96)
@@ -251,6 +298,7 @@ def main() -> None:
             "training": lambda: training(options.model, options.steps, options.repeats, Path(folder)),
             "probe": lambda: probe(options.model, options.samples, options.repeats),
             "plans": plans,
+            "rows": lambda: rows(options.model, max(options.samples, 2048), options.repeats),
         }
         result = {"command": " ".join(["python", *sys.argv]), **measure[options.what]()}
     print(json.dumps(result, indent=2))

@@ -43,7 +43,14 @@ from dataflex.data.columns import ColumnArray, Wrong, unusable_score
 from dataflex.data.domain_names import by_domain
 from dataflex.data.pool import IGNORE_INDEX, Pool
 from dataflex.data.rng import derive_rng, key_of
-from dataflex.data.rules import ScoreArray, ranks_among, ranks_among_scored, sample_softmax, sample_without_replacement
+from dataflex.data.rules import (
+    ScoreArray,
+    quantiles,
+    ranks_among,
+    ranks_among_scored,
+    sample_softmax,
+    sample_without_replacement,
+)
 from dataflex.data.sampling import IndexArray, KeyedPermutation, exactly
 from dataflex.distributed import on_main
 from dataflex.embedding.approximate import find_neighbours
@@ -145,6 +152,7 @@ EXPORTS = {
     "nearest": "dataflex.embedding.neighbours",
     "on_main": "dataflex.distributed",
     "preserved_rng": "dataflex.probe.mode",
+    "quantiles": "dataflex.data.rules",
     "ranks_among": "dataflex.data.rules",
     "ranks_among_scored": "dataflex.data.rules",
     "register": "dataflex.api.registry",
@@ -237,6 +245,7 @@ __all__ = [
     "nearest",
     "on_main",
     "preserved_rng",
+    "quantiles",
     "ranks_among",
     "ranks_among_scored",
     "register",

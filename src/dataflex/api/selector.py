@@ -14,7 +14,7 @@ from dataflex.api.params import ComponentParams
 from dataflex.api.schedule import RunOutline
 from dataflex.api.selection import Group, Selection, check_form, with_whole_passes
 from dataflex.api.source import label_of
-from dataflex.data.rules import ScoreArray, ranks_of, sample_softmax, top_k
+from dataflex.data.rules import ScoreArray, count_nan, ranks_of, sample_softmax, top_k
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 
@@ -197,7 +197,7 @@ def choice_by_scores(
     Raises:
         ComponentError: if fewer candidates have a score, or the rule returns something else than positions of them.
     """
-    unscored = int(np.count_nonzero(np.isnan(scores)))
+    unscored = count_nan(scores)
     if candidates.size - unscored < count:
         raise ComponentError(too_few_scores(selector, ctx.pool, candidates, scores, count))
     picked = checked_positions(selector, selector.pick(scores, count, ctx.rng), scores, count)
@@ -272,13 +272,13 @@ def checked_choice(selector: Selector, chosen: Selection, candidates: IndexArray
         return chosen  # the planner refuses its shape or its kind
     first, last = int(candidates[0]), int(candidates[-1])
     inside = chosen.indices[(chosen.indices >= first) & (chosen.indices <= last)]
-    seen = np.zeros(last - first + 1, dtype=bool)
-    seen[inside - first] = True
-    if np.count_nonzero(seen) < inside.size and not selector.may_repeat:
+    ascending = np.sort(inside)
+    is_first = np.diff(ascending, prepend=first - 1) != 0
+    if not is_first.all() and not selector.may_repeat:
         raise ComponentError(f"{label} chose a sample of {group!r} more than once.")
-    seen[candidates - first] = False
-    if seen.any():
-        raise ComponentError(f"{label} chose {np.count_nonzero(seen)} samples of {group!r} that were no candidates.")
+    strange = np.count_nonzero(is_first & (candidates[np.searchsorted(candidates, ascending)] != ascending))
+    if strange:
+        raise ComponentError(f"{label} chose {strange} samples of {group!r} that were no candidates.")
     return chosen
 
 

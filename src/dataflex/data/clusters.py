@@ -8,11 +8,13 @@ samples; then the pool is read once, a few thousand samples at a time, so memory
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex import distributed
 from dataflex.data.rng import derive_rng, key_of
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ def token_clusters(pool: Pool, num_clusters: int, seed: int) -> NDArray[np.int32
 
     There can be fewer clusters than asked for where samples repeat or share no informative token. With ``N`` at most
     ``num_clusters`` every sample is a cluster of its own. The same pool, seed and number of threads give the same
-    clusters; a run on several processes computes them once and sends them around.
+    clusters. Collective: the main process fits, all of them find the clusters of a share of the samples, and all get
+    the same ones.
 
     Args:
         pool: the samples, read by their ``input_ids``.
@@ -54,15 +57,28 @@ def token_clusters(pool: Pool, num_clusters: int, seed: int) -> NDArray[np.int32
         raise ValueError(f"num_clusters must be at least 1, got {num_clusters}")
     if pool.size <= num_clusters:
         return np.arange(pool.size, dtype=np.int32)
+    fitted = distributed.on_main(partial(_fitted, pool, num_clusters, seed))
+    if fitted is None:
+        return np.zeros(pool.size, dtype=np.int32)
+    labels = np.concatenate(distributed.on_each(partial(_predicted, pool, *fitted)))
+    return np.unique(labels, return_inverse=True)[1].astype(np.int32)
+
+
+def _fitted(pool: Pool, num_clusters: int, seed: int) -> tuple[NDArray[np.int64], Any] | None:
+    """Return the columns of the token counts that tell samples apart, and the pipeline; None without two columns."""
     counts = _fitted_counts(pool, max(_FITTED, 10 * num_clusters), seed)
     found_in = counts.getnnz(axis=0)
     columns = np.flatnonzero((found_in >= _MIN_SAMPLES) & (found_in <= _MAX_SHARE * counts.shape[0]))
-    if columns.size < 2:
-        return np.zeros(pool.size, dtype=np.int32)
-    model = _fitted_model(counts[:, columns], num_clusters, seed)
-    tables = pool.dataset.with_format("arrow").iter(batch_size=_ROWS)
-    labels = np.concatenate([model.predict(_token_counts(table)[:, columns]) for table in tables])
-    return np.unique(labels, return_inverse=True)[1].astype(np.int32)
+    return None if columns.size < 2 else (columns, _fitted_model(counts[:, columns], num_clusters, seed))
+
+
+def _predicted(pool: Pool, columns: NDArray[np.int64], model: Any) -> NDArray[np.int32]:
+    """Return the clusters of this process's share of the samples; any number of processes reads the same tables."""
+    tables = -(-pool.size // _ROWS)
+    first, last = (tables * rank // distributed.world_size() for rank in (distributed.rank(), distributed.rank() + 1))
+    share = pool.dataset.select(range(first * _ROWS, min(last * _ROWS, pool.size))).with_format("arrow")
+    found = [model.predict(_token_counts(table)[:, columns]) for table in share.iter(batch_size=_ROWS)]
+    return np.concatenate([np.empty(0, dtype=np.int32), *found])
 
 
 def _fitted_counts(pool: Pool, count: int, seed: int) -> csr_matrix:

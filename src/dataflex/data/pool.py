@@ -178,6 +178,13 @@ class Pool:
         """Tokens of each domain, shape (K,)."""
         return np.add.reduceat(self.lengths.astype(np.int64), self.offsets[:-1])
 
+    @property
+    def outline(self) -> str:
+        """A digest of domains and of every sample's length."""
+        digest = hashlib.sha256(repr((self.domains, self.domain_sizes.tolist())).encode())
+        digest.update(np.ascontiguousarray(self.lengths).data)
+        return digest.hexdigest()
+
     @cached_property
     def fingerprint(self) -> str:
         """A digest of domains, of every sample's length and trained tokens, and of evenly spaced samples' content.

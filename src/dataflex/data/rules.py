@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,15 +14,62 @@ ScoreArray = NDArray[np.float32]
 
 _BLOCK = 1 << 20
 """Scores looked at together where ranks are counted."""
+_CACHED = 1 << 15
+"""Scores worked on together, so that what is between two operations stays in the processor's cache."""
+_LOOKED_AT = 1 << 16
+"""Scores among which the place of an order statistic is guessed."""
+_SPREAD = 5.0
+"""Standard deviations of the guess within which the order statistic is looked for."""
 
 
-def top_k(scores: NDArray[np.floating], count: int) -> IndexArray:
+def order_statistics(values: NDArray[Any], first: int, count: int = 1) -> NDArray[Any]:
+    """Return the values at places ``first`` to ``first + count - 1`` of the sorted array, shape (count,). O(N).
+
+    Evenly spaced values tell between which two the wanted ones are most likely, and only those between are sorted: two
+    comparisons of each value, where a partition moves it several times. If the guess is wrong, there is the partition.
+
+    Args:
+        values: not NaN, shape (N,).
+        first: at least 0.
+        count: ``first + count`` is at most N.
+    """
+    last = first + count - 1
+    if values.size > _BLOCK:
+        some = np.sort(values[:: -(-values.size // _LOOKED_AT)])
+        share = np.array([first, last]) / values.size
+        spread = _SPREAD * np.sqrt(some.size * share * (1 - share)) + 2
+        places = np.rint(share * some.size + np.array([-1, 1]) * spread).astype(np.int64)
+        low, high = some[np.clip(places, 0, some.size - 1)]
+        below, between = 0, []
+        for part in _parts(values):
+            from_low = part >= low
+            below += part.size - int(np.count_nonzero(from_low))
+            between.append(part[from_low & (part <= high)])
+        inside = np.concatenate(between)
+        if below <= first and last < below + inside.size:
+            return np.sort(inside)[first - below : last - below + 1]
+    return np.partition(values, (first, last))[first : last + 1]
+
+
+def quantiles(values: NDArray[np.floating], shares: Sequence[float]) -> NDArray[np.float64]:
+    """Return the quantiles of values that are not NaN, interpolated linearly as ``numpy.quantile`` does, bit by bit."""
+    found = np.empty(len(shares))
+    for number, share in enumerate(shares):
+        place = (values.size - 1) * np.float64(share)
+        first = int(place)
+        low, *more = order_statistics(values, first, min(2, values.size - first))
+        high, part = more[0] if more else low, place - first
+        found[number] = low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part)
+    return found
+
+
+def top_k(scores: NDArray[np.floating | np.integer], count: int) -> IndexArray:
     """Return the positions of the ``count`` largest scores, ascending; ties go to the lower position. O(N)."""
     if count >= scores.size:
         return np.arange(scores.size, dtype=np.int64)
     if count == 0:
         return np.empty(0, dtype=np.int64)
-    threshold = np.partition(scores, scores.size - count)[scores.size - count]
+    threshold = order_statistics(scores, scores.size - count)[0]
     above = np.flatnonzero(scores > threshold)
     ties = np.flatnonzero(scores == threshold)[: count - above.size]
     return np.sort(np.concatenate([above, ties])).astype(np.int64)
@@ -115,13 +165,13 @@ def sample_without_replacement(
     Raises:
         ValueError: if fewer than ``count`` weights are positive.
     """
-    positive = int(np.count_nonzero(weights > 0))
+    positive = sum(int(np.count_nonzero(part > 0)) for part in _parts(weights))
     if count == 0:
         return np.empty(0, dtype=np.int64)
     if positive < count:
         raise ValueError(f"cannot draw {count} samples without replacement from {positive} of positive weight")
     with np.errstate(divide="ignore"):
-        return sample_softmax(np.log(weights) / temperature, count, rng)
+        return _drawn(weights, lambda part: np.log(part) / temperature, count, rng)
 
 
 def sample_softmax(logits: NDArray[np.floating], count: int, rng: np.random.Generator) -> IndexArray:
@@ -133,9 +183,35 @@ def sample_softmax(logits: NDArray[np.floating], count: int, rng: np.random.Gene
     Returns:
         Distinct positions, ascending, shape (count,).
     """
-    keys = rng.standard_exponential(logits.size, dtype=np.float32)
-    np.maximum(keys, np.finfo(np.float32).tiny, out=keys)
-    np.log(keys, out=keys)
-    # Relative to the largest, so that single precision is enough for the noise.
-    np.subtract(logits - logits.max(), keys, out=keys, casting="same_kind")
+    return _drawn(logits, lambda part: part, count, rng)
+
+
+def _drawn(
+    values: NDArray[np.floating],
+    logits_of: Callable[[NDArray[np.floating]], NDArray[np.floating]],
+    count: int,
+    rng: np.random.Generator,
+) -> IndexArray:
+    """Return :func:`sample_softmax` of what ``logits_of`` makes of the values, part by part.
+
+    No array of the logits is made: memory that was not in use before costs more than the arithmetic.
+    """
+    largest = max(logits_of(part).max() for part in _parts(values))
+    keys = np.empty(values.size, dtype=np.float32)
+    for part, key in zip(_parts(values), _parts(keys), strict=True):
+        key[:] = rng.standard_exponential(key.size, dtype=np.float32)
+        np.maximum(key, np.finfo(np.float32).tiny, out=key)
+        np.log(key, out=key)
+        # Relative to the largest, so that single precision is enough for the noise.
+        np.subtract(logits_of(part) - largest, key, out=key, casting="same_kind")
     return top_k(keys, count)
+
+
+def count_nan(values: NDArray[np.floating]) -> int:
+    """Return how many values are NaN."""
+    return sum(int(np.count_nonzero(np.isnan(part))) for part in _parts(values))
+
+
+def _parts(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Return an iterator over views of an array, each small enough for the processor's cache."""
+    return (values[begin : begin + _CACHED] for begin in range(0, values.size, _CACHED))

@@ -50,7 +50,7 @@ class ModelRun:
             "adapter": adapter_settings(model),
             "precision": precision_of(self.probe),
             "measurement": asdict(self.measurement),
-            "samples": samples.content_digest,
+            "samples": distributed.on_main(lambda: samples.content_digest),
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         folder = self.root / f"embeddings-{digest[:16]}"

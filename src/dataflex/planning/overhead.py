@@ -141,7 +141,7 @@ class LimitedScoring:
     def _book_now(self) -> ScoreBook:
         if self._book is None:
             number = int(np.clip(self.pool.size // _CLUSTER_SIZE, *_CLUSTERS))
-            clusters = distributed.on_main(partial(token_clusters, self.pool, number, self.seed))
+            clusters = token_clusters(self.pool, number, self.seed)
             self._book = ScoreBook(clusters, self.budget)
         return self._book
 

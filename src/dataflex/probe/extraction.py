@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,8 @@ from dataflex import distributed
 from dataflex.api.measurement import MeasuredBatch
 from dataflex.api.probe import GradientSettings
 from dataflex.data.pool import Pool
-from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
+from dataflex.probe.batches import Batches
 from dataflex.probe.checkpoints import adapter_settings
 from dataflex.probe.gradient_runs import feature_size, gradient_batches, projection_of, reduced_gradients
 from dataflex.probe.moments import Moments
@@ -56,7 +57,7 @@ def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureSt
         "adapter": adapter_settings(runner.model),
         "precision": precision_of(probe),
         "moments": None if settings.preconditioner == "none" else moments_digest(probe.optimizer_moments()),
-        "data": samples.content_digest,
+        "data": distributed.on_main(lambda: samples.content_digest),
         "samples": hashlib.sha256(np.ascontiguousarray(runner.indices, dtype="<i8").data).hexdigest(),
         "settings": asdict(settings),
         "map": MAP_VERSION,
@@ -72,13 +73,14 @@ def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureSt
         batches = gradient_batches(runner)
         chunks = _chunks(batches)
         rows = [sum(batch.size for batch in chunk) for chunk in chunks]
-        store = FeatureStore.open(root, key, np.concatenate(batches), feature_size(probe, settings), "float16", rows)
+        store = FeatureStore.open(root, key, batches.order, feature_size(probe, settings), "float16", rows)
         missing = distributed.on_main(store.missing)
         if missing:
             with distributed.together(), runner.unfit_noted() as noted:
                 _make(runner, store, chunks, missing, with_lengths, noted)
-            made = np.concatenate([batch for number in missing for batch in chunks[number]])
-            probe.count(samples, runner.indices[made])
+            is_made = np.repeat(np.isin(np.arange(len(rows)), missing), rows)
+            probe.count(samples, runner.indices[batches.order[is_made]])
+    distributed.barrier()
     return store
 
 
@@ -92,7 +94,7 @@ def precision_of(probe: ModelProbe) -> str:
 def _make(
     runner: Runner,
     store: FeatureStore,
-    chunks: list[list[IndexArray]],
+    chunks: list[Batches],
     missing: list[int],
     with_lengths: Callable[[MeasuredBatch], Tensor],
     noted: Callable[[], AbstractContextManager[None]],
@@ -104,7 +106,7 @@ def _make(
     total = sum(len(chunks[number]) for number in mine)
     with tqdm(total=total, desc="Features", unit="batch", disable=not runner.probe.progress) as bar:
         for turn in range(-(-len(missing) // world_size)):
-            batches = chunks[mine[turn]] if turn < len(mine) else []
+            batches = chunks[mine[turn]] if turn < len(mine) else chunks[0][:0]
             found = []
             for batch in batches:
                 with noted():
@@ -119,17 +121,15 @@ def _make(
                 store.write(mine[turn], values[:, :-1], values[:, -1])
 
 
-def _chunks(batches: list[IndexArray]) -> list[list[IndexArray]]:
+def _chunks(batches: Batches) -> list[Batches]:
     """Return batches in chunks of a few hundred samples."""
-    chunks: list[list[IndexArray]] = []
-    rows = _CHUNK_ROWS
-    for batch in batches:
+    begins, rows = [0], 0
+    for number, batch in enumerate(batches):
         if rows >= _CHUNK_ROWS:
-            chunks.append([])
+            begins.append(number)
             rows = 0
-        chunks[-1].append(batch)
         rows += batch.size
-    return chunks
+    return [batches[begin:end] for begin, end in pairwise([*begins, len(batches)])]
 
 
 def model_digest(model: nn.Module, sharded: bool) -> str:

@@ -31,7 +31,7 @@ from dataflex.data.rng import key_of
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.files import json_text
-from dataflex.probe.batches import length_batches, share_of
+from dataflex.probe.batches import length_batches
 from dataflex.probe.memory import BatchLimit, release_memory
 from dataflex.probe.mode import probe_mode
 
@@ -94,7 +94,7 @@ def generate_responses(
     rows = settings.samples * np.array([len(prompt) + settings.max_new_tokens for prompt in prompts], dtype=np.int64)
     batches = length_batches(rows, generator.batch_tokens)
     rank, world_size = distributed.rank(), distributed.world_size()
-    mine, useful = share_of(batches, rank, world_size)
+    mine, useful = batches.share(rank, world_size)
     config = _generation_config(settings, generator.pad_token_id, eos_token_ids)
     found: dict[int, list[list[int]]] = {}
     with (

@@ -50,7 +50,7 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
         import torch
 
         from dataflex import distributed
-        from dataflex.probe.batches import share_of
+        from dataflex.probe.batches import length_batches
         from dataflex.probe.gradient_runs import new_pass, preconditioner_of, runner_of
         from dataflex.probe.reducers import ProductReducer
 
@@ -64,9 +64,8 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
         others = [] if self.validation is None or self.others is None else self.validation.rows(self.others)
         results = [np.zeros((group.size, group.size + len(others))) for group in groups]
         reducer = ProductReducer(preconditioner_of(probe, self.settings), probe.device)
-        mine, useful = share_of(
-            [np.array([number]) for number in range(len(groups))], distributed.rank(), distributed.world_size()
-        )
+        each_alone = length_batches(np.ones(len(groups), dtype=np.int64), 1)
+        mine, useful = each_alone.share(distributed.rank(), distributed.world_size())
         gradient_pass = new_pass(runner, self.settings, reducer)
         with distributed.together(), runner.unfit_noted() as noted:
             for turn, (number,) in enumerate(mine):
@@ -95,7 +94,7 @@ def _products(
     from dataflex.probe.gradient_runs import wide_dtype
     from dataflex.probe.gradients import RoutedRows
 
-    inputs, labels = inputs_of(runner.probe, rows)
+    inputs, labels = inputs_of(runner.probe.collate(rows), runner.probe.device)
     reducer.begin(len(rows), wide_dtype(runner.model))
     try:
         losses = gradient_pass.run(inputs, labels)

@@ -19,9 +19,8 @@ from dataflex import distributed
 from dataflex.api.measurement import MeasuredBatch, MeasurementRun
 from dataflex.api.probe import GradientSettings
 from dataflex.data.rules import ScoreArray
-from dataflex.data.sampling import IndexArray
 from dataflex.errors import DivergenceError
-from dataflex.probe.batches import length_batches
+from dataflex.probe.batches import Batches, length_batches
 from dataflex.probe.gradients import GradientPass, RoutedRows
 from dataflex.probe.mode import reshard
 from dataflex.probe.particulars import COMPARED_SAMPLES, is_low_precision, short_samples
@@ -69,7 +68,7 @@ def each_gradient(
         return runner.each(lambda batch: finish(measure(batch)), gradient_batches(runner))
 
 
-def gradient_batches(runner: Runner) -> list[IndexArray]:
+def gradient_batches(runner: Runner) -> Batches:
     """Return the batches gradients are taken in, as positions in the runner's samples; the same on any processes."""
     probe, lengths = runner.probe, runner.samples.lengths[runner.indices]
     if not probe.samples_apart:  # they do not keep apart, or no two samples were there to tell

@@ -21,6 +21,7 @@ from dataflex.data.samples import Samples
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 from dataflex.probe.checkpoints import learning_rates, weights_of
+from dataflex.probe.collation import Collate, Collation
 from dataflex.probe.cost import Cost
 from dataflex.probe.gradients import canonical, parameter_names
 from dataflex.probe.memory import BatchLimit
@@ -47,6 +48,7 @@ class ModelProbe:
         pool: the samples.
         model: returns the module to run (the raw one; the wrapper's own forward belongs to training).
         collate: the training collator, on rows of the pool.
+        plain_collators: classes of it that do nothing but pad; see :class:`~dataflex.probe.collation.Collation`.
         autocast: the training precision.
         device: where the model lives.
         batch_tokens: tokens, padding counted, of one forward.
@@ -61,7 +63,7 @@ class ModelProbe:
 
     pool: Pool
     model: Callable[[], torch.nn.Module]
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    collate: Collate
     autocast: Callable[[], AbstractContextManager[Any]]
     device: torch.device
     batch_tokens: int
@@ -72,6 +74,7 @@ class ModelProbe:
     after_backward: Callable[[], None] = lambda: None
     saved_moments: Callable[[Path], dict[str, Moments]] | None = None
     progress: bool = False
+    plain_collators: tuple[type, ...] = ()
     cost: Cost = field(default_factory=Cost)
     chunked_head: bool | None = None
     """Whether the head may be applied chunk by chunk; None: not known yet."""
@@ -81,6 +84,7 @@ class ModelProbe:
     """Random signs, kept from one measurement to the next on a CPU."""
     limits: dict[str, BatchLimit] = field(default_factory=dict)
     """What the device was found to have the memory for, by the names of measurements."""
+    _collation: Collation | None = field(default=None, init=False, repr=False)
 
     def measure(
         self,
@@ -102,6 +106,12 @@ class ModelProbe:
             single: what to set where a sample alone does not fit.
         """
         return self.limits.setdefault(name, BatchLimit(what, single, collective=self.sharded))
+
+    def collated(self, samples: Samples, indices: IndexArray) -> Mapping[str, Any]:
+        """Return what the training collator makes of samples."""
+        if self._collation is None or self._collation.collate is not self.collate:
+            self._collation = Collation(self.collate, self.plain_collators)
+        return self._collation.of(samples, indices)
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of token ids, special tokens left out."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dataflex import distributed
+from dataflex.data.rules import top_k
 from dataflex.data.samples import Samples
 from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX
@@ -54,7 +55,7 @@ def look_at_head(probe: ModelProbe, samples: Samples, indices: IndexArray) -> No
 def _heads_agree(probe: ModelProbe, samples: Samples, indices: IndexArray) -> bool | None:
     """Return whether the chunked head gives the model's own losses; None if no sample has one."""
     model = probe.model()
-    inputs, labels = inputs_of(probe, samples.rows(short_samples(samples, indices)))
+    inputs, labels = inputs_of(probe.collated(samples, short_samples(samples, indices)), probe.device)
     return head_agrees(model, inputs, labels, probe.device)
 
 
@@ -78,7 +79,9 @@ def head_agrees(model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, 
 
 def short_samples(samples: Samples, indices: IndexArray) -> IndexArray:
     """Return a few short samples with a token to train on, or just short ones where there are none near."""
-    shortest = indices[np.argsort(samples.lengths[indices], kind="stable")[:_LOOKED_AT]]
+    lengths = samples.lengths[indices]
+    places = top_k(-lengths, _LOOKED_AT)
+    shortest = indices[places[np.argsort(lengths[places], kind="stable")]]
     trained = [any(label != IGNORE_INDEX for label in _labels(row)[1:]) for row in samples.rows(shortest)]
     return shortest[np.argsort(~np.array(trained), kind="stable")[:COMPARED_SAMPLES]]
 

@@ -28,10 +28,11 @@ from dataflex.api.reference import TABLE_FILE, TABLE_FORMAT, ReferenceParams, re
 from dataflex.data.pool import Pool
 from dataflex.data.samples import Samples
 from dataflex.data.sampling import IndexArray
-from dataflex.data.token_loss import IGNORE_INDEX, shifted
+from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.files import json_text, write_atomically
-from dataflex.probe.batches import length_batches, share_of
+from dataflex.probe.batches import inputs_of, length_batches, on_device
+from dataflex.probe.collation import Collation
 from dataflex.probe.head import chunked_values, full_values
 from dataflex.probe.memory import BatchLimit
 from dataflex.probe.mode import preserved_rng
@@ -211,7 +212,7 @@ class TableMaker:
     Attributes:
         folder: of the table.
         pool: the run's samples.
-        collate: the training collator, on rows of the pool.
+        collation: of the training collator.
         device: where the reference runs.
         batch_tokens: tokens, padding counted, of one forward.
         key: configuration key of the component that names it, for messages.
@@ -220,7 +221,7 @@ class TableMaker:
 
     folder: Path
     pool: Pool
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    collation: Collation
     device: torch.device
     batch_tokens: int
     key: str
@@ -305,7 +306,7 @@ class TableMaker:
         bar = tqdm(total=end - begin, desc=f"Reference losses of {name}", unit="sample", disable=not self.progress)
         for start in range(begin, end, _BLOCK):
             indices = np.arange(start, min(start + _BLOCK, end), dtype=np.int64)
-            found, values = losses_of(self.pool, indices, reference, self.collate, self.device, self.batch_tokens)
+            found, values = losses_of(self.pool, indices, reference, self.collation, self.device, self.batch_tokens)
             counts.append(found)
             if main:
                 with temporary.open("ab") as stream:
@@ -323,7 +324,7 @@ def losses_of(
     pool: Samples,
     indices: IndexArray,
     reference: ReferenceModel,
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    collation: Collation,
     device: torch.device,
     batch_tokens: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -333,21 +334,19 @@ def losses_of(
         pool: the samples.
         indices: those that are wanted, (n,).
         reference: is run on them, shared over the processes.
-        collate: the training collator.
+        collation: of the training collator.
         device: where the reference runs.
         batch_tokens: tokens, padding counted, of one forward.
     """
     lengths = pool.lengths[indices]
     batches = length_batches(lengths, batch_tokens)
-    mine, useful = share_of(batches, distributed.rank(), distributed.world_size())
+    mine, useful = batches.share(distributed.rank(), distributed.world_size())
     counts = torch.zeros(indices.size, dtype=torch.int64, device=device)
     found: list[tuple[IndexArray, Tensor]] = []
 
     def losses_of_batch(batch: IndexArray) -> Tensor:
-        rows = collate(pool.rows(indices[batch]))
-        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in rows.items()}
-        labels = shifted(inputs.pop("labels"))
-        counts[torch.from_numpy(batch).to(device)] = (labels != IGNORE_INDEX).sum(1)
+        inputs, labels = inputs_of(collation.of(pool, indices[batch]), device)
+        counts[on_device(torch.from_numpy(batch), device)] = (labels != IGNORE_INDEX).sum(1)
         return reference.losses(inputs, labels)
 
     with distributed.together():

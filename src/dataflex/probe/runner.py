@@ -31,7 +31,7 @@ from dataflex.data.samples import RowList, Samples
 from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError, DataFlexError, DivergenceError
-from dataflex.probe.batches import inputs_of, length_batches, share_of
+from dataflex.probe.batches import Batches, inputs_of, length_batches, on_device
 from dataflex.probe.head import Statistic, chunked_forward, full_forward
 from dataflex.probe.hidden_states import hidden_states
 from dataflex.probe.particulars import look_at_head
@@ -55,7 +55,7 @@ class Batch:
 
     def __init__(self, runner: Runner, indices: IndexArray) -> None:
         self._runner, self.indices = runner, indices
-        self.inputs, self.labels = inputs_of(runner.probe, runner.samples.rows(indices))
+        self.inputs, self.labels = inputs_of(runner.probe.collated(runner.samples, indices), runner.probe.device)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -111,7 +111,7 @@ class Runner:
         look_at_head(self.probe, self.samples, self.indices)
         return bool(self.probe.chunked_head)
 
-    def each(self, measure: Callable[[MeasuredBatch], Tensor], batches: list[IndexArray] | None = None) -> ScoreArray:
+    def each(self, measure: Callable[[MeasuredBatch], Tensor], batches: Batches | None = None) -> ScoreArray:
         """Return what a function makes of every batch, in the order of the samples, (n, ...), on every process.
 
         Args:
@@ -126,7 +126,7 @@ class Runner:
             return self._nothing(measure)
         if batches is None:
             batches = length_batches(self.samples.lengths[self.indices], self.probe.batch_tokens)
-        mine, useful = share_of(batches, distributed.rank(), distributed.world_size())
+        mine, useful = batches.share(distributed.rank(), distributed.world_size())
         values = _Values(self.indices.size, self.probe.device)
         with distributed.together(), self.unfit_noted() as noted:
             for number, batch in enumerate(self.bar(mine)):
@@ -171,7 +171,7 @@ class Runner:
         if first:
             raise first[0]
 
-    def bar(self, batches: list[IndexArray]) -> tqdm[IndexArray]:
+    def bar(self, batches: Batches) -> tqdm[IndexArray]:
         """Return batches with a progress bar."""
         return tqdm(batches, desc="Scoring", unit="batch", disable=not self.probe.progress, leave=False)
 
@@ -250,7 +250,7 @@ class _Values:
     def put(self, batch: IndexArray, found: Tensor) -> None:
         """Keep the values of a batch, whose positions are given."""
         assert self._values is not None
-        places = torch.from_numpy(batch).to(self._values.device)
+        places = on_device(torch.from_numpy(batch), self._values.device)
         self._values[places] = found.to(self._values.device)
 
     def gathered(self) -> NDArray[Any]:

@@ -14,8 +14,9 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,8 @@ _BLOCK_BYTES = 1 << 28
 """Most a block of features takes on the device, as float32."""
 _LEFTOVER_AGE = 3600.0
 """Seconds after which a temporary file belongs to a process that was killed."""
+_SUMMED_ROWS = 65536
+"""Rows of products summed over the processes at a time."""
 _SHOWN = 80
 """Characters of a value that an error message shows."""
 
@@ -146,7 +149,7 @@ class FeatureStore:
 
     def positions(self, chunk: int) -> IndexArray:
         """Return the positions of a chunk's samples in the caller's list, in the order of its rows, shape (rows,)."""
-        start = sum(self.chunks[:chunk])
+        start = int(self._starts[chunk])
         return self.order[start : start + self.chunks[chunk]].copy()
 
     def write(self, chunk: int, features: Tensor, norms: Tensor) -> None:
@@ -182,12 +185,15 @@ class FeatureStore:
         except OSError as error:
             raise DataFlexError(f"{self.folder} cannot be written ({error}).") from error
 
-    def blocks(self, device: torch.device | str, rows: int = 4096) -> Iterator[tuple[IndexArray, Tensor]]:
-        """Return an iterator over all features, read from memory maps in the order of the rows.
+    def blocks(
+        self, device: torch.device | str, rows: int = 4096, chunks: Iterable[int] | None = None
+    ) -> Iterator[tuple[IndexArray, Tensor]]:
+        """Return an iterator over features, read from memory maps in the order of the rows.
 
         Args:
             device: where the blocks go.
             rows: most rows of a block; fewer where they would take more than 256 MiB, and at the end of a chunk.
+            chunks: numbers of those to read, ascending; None: all.
 
         Returns:
             Pairs of positions in the caller's list, shape (b,), and their features, shape (b, dim), float32.
@@ -196,7 +202,8 @@ class FeatureStore:
             DataFlexError: if a chunk is missing.
         """
         self._require_complete()
-        return self._blocks(device, max(1, min(rows, _BLOCK_BYTES // (4 * self.dim))))
+        chunks = range(len(self.chunks)) if chunks is None else chunks
+        return self._blocks(device, max(1, min(rows, _BLOCK_BYTES // (4 * self.dim))), chunks)
 
     def norms(self) -> ScoreArray:
         """Return the norm of every sample by its position in the caller's list, shape (N,), float32.
@@ -208,9 +215,18 @@ class FeatureStore:
         norms = np.empty(self.size, dtype=np.float32)
         start = 0
         for chunk, rows in enumerate(self.chunks):
-            norms[self.order[start : start + rows]] = np.fromfile(self._norms_file(chunk), dtype=np.float32)
+            norms[self.order[start : start + rows]] = self.norms_of(chunk)
             start += rows
         return norms
+
+    def norms_of(self, chunk: int) -> ScoreArray:
+        """Return the norms of a chunk's samples, in the order of its rows, shape (rows,), float32."""
+        return np.fromfile(self._norms_file(chunk), dtype=np.float32)
+
+    @cached_property
+    def _starts(self) -> IndexArray:
+        """First row of each chunk."""
+        return np.cumsum([0, *self.chunks], dtype=np.int64)[:-1]
 
     @property
     def _row_bytes(self) -> int:
@@ -267,9 +283,11 @@ class FeatureStore:
                 "computation of its features again; it goes on where it was cut."
             )
 
-    def _blocks(self, device: torch.device | str, rows: int) -> Iterator[tuple[IndexArray, Tensor]]:
-        first = 0
-        for chunk, count in enumerate(self.chunks):
+    def _blocks(
+        self, device: torch.device | str, rows: int, chunks: Iterable[int]
+    ) -> Iterator[tuple[IndexArray, Tensor]]:
+        for chunk in chunks:
+            first, count = int(self._starts[chunk]), self.chunks[chunk]
             shape = (count, self._row_bytes)
             # Bytes, because numpy has no bfloat16.
             stored = np.memmap(self._features_file(chunk), dtype=np.uint8, mode="r", shape=shape)
@@ -277,11 +295,12 @@ class FeatureStore:
                 stop = min(start + rows, count)
                 block = torch.from_numpy(np.array(stored[start:stop])).view(_TYPES[self.dtype])
                 yield self.order[first + start : first + stop].copy(), block.to(device).float()
-            first += count
 
 
 def similarities(store: FeatureStore, targets: Tensor, device: torch.device | str) -> ScoreArray:
     """Return the inner products of every feature with each target, block by block.
+
+    Collective: each process reads its share of the chunks, and all of them get all products.
 
     Args:
         store: a complete store.
@@ -299,10 +318,20 @@ def similarities(store: FeatureStore, targets: Tensor, device: torch.device | st
             f"{store.folder} holds features of length {store.dim}, the targets are of shape {tuple(targets.shape)}."
         )
     columns = targets.detach().to(device, torch.float32).T
-    scores = np.empty((store.size, targets.shape[0]), dtype=np.float32)
-    for positions, block in store.blocks(device):
-        scores[positions] = (block @ columns).cpu().numpy()
-    scores[np.isnan(store.norms())] = np.nan
+    scores = np.zeros((store.size, targets.shape[0]), dtype=np.float32)
+    mine = range(distributed.rank(), len(store.chunks), distributed.world_size())
+
+    def fill_in() -> None:
+        for positions, block in store.blocks(device, chunks=mine):
+            scores[positions] = (block @ columns).cpu().numpy()
+        for chunk in mine:
+            scores[store.positions(chunk)[np.isnan(store.norms_of(chunk))]] = np.nan
+
+    distributed.on_each(fill_in)
+    if distributed.world_size() > 1:
+        for begin in range(0, store.size, _SUMMED_ROWS):
+            part = torch.from_numpy(scores[begin : begin + _SUMMED_ROWS])
+            part.copy_(distributed.all_reduce_sum(part.to(device, copy=True)))
     return scores
 
 

@@ -136,6 +136,11 @@ class RunData:
         """Those of the raw columns that are kept with the training samples."""
         return {} if self.samples is None else self.samples.column_fingerprints
 
+    def outline(self) -> str:
+        """Return a digest of the training samples' domains and lengths, which takes no reading of their tokens."""
+        samples = self.samples
+        return "" if samples is None else samples.outline
+
     def fingerprints(self) -> State:
         """Return what tells the samples from others, for a checkpoint."""
         return {

@@ -56,6 +56,8 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
 
     batch_losses: BatchLosses = staticmethod(causal_losses)
     """How the stage computes the losses of a batch."""
+    plain_collators: tuple[type, ...] = ()
+    """Classes of the stage's collator that do nothing but pad rows of tokens."""
 
     def __init__(
         self,

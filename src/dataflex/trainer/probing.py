@@ -42,6 +42,7 @@ def make_probe(trainer: DynamicTrainerMixin, pool: Pool) -> ModelProbe:
         sharded=sharded,
         after_backward=partial(_release, trainer),
         saved_moments=lambda folder: saved_moments(folder, trainer.optimizer, trainer.raw_model()),
+        plain_collators=trainer.plain_collators,
         progress=args.process_index == 0 and not args.disable_tqdm,
     )
 

@@ -18,6 +18,7 @@ from dataflex.data.samples import Samples
 from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import shifted
 from dataflex.errors import ConfigError
+from dataflex.probe.collation import Collation
 from dataflex.probe.reference import Reference, ReferenceModel, ReferenceTable, TableMaker, load_reference, losses_of
 from dataflex.probe.reference_losses import ReferenceLosses
 
@@ -39,6 +40,7 @@ class References:
         """What each component that asks for a reference names, by configuration key."""
         self._sources: dict[str, Reference] = {}
         self._models: dict[str, ReferenceModel] = {}
+        self._collation = Collation(trainer.data_collator, trainer.plain_collators)
 
     def make(self) -> None:
         """Load the models and make what is missing of the tables; on all processes together."""
@@ -76,7 +78,7 @@ class References:
         trainer = self._trainer
         if trainer.probe is not None:
             trainer.probe.count(pool, indices)
-        return losses_of(pool, indices, reference, trainer.data_collator, trainer.args.device, self._batch_tokens(pool))
+        return losses_of(pool, indices, reference, self._collation, trainer.args.device, self._batch_tokens(pool))
 
     def _batch_tokens(self, pool: Samples) -> int:
         """Return the tokens, padding counted, of one forward."""
@@ -131,12 +133,12 @@ class References:
         return missing
 
     def _maker(self, key: str, folder: Path) -> TableMaker:
-        trainer, args, pool = self._trainer, self._trainer.args, self._run.data.samples
+        args, pool = self._trainer.args, self._run.data.samples
         assert pool is not None
         return TableMaker(
             folder,
             pool,
-            trainer.data_collator,
+            self._collation,
             args.device,
             self._batch_tokens(pool),
             key,

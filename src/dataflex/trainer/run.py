@@ -227,14 +227,14 @@ class StartedRun:
         return self.recorder.finish(step, made, limit)
 
     def state_dict(self, step: int) -> State:
-        """Return everything the run needs to go on exactly."""
+        """Return everything the run needs to go on exactly; on all processes together."""
         return {
             "version": STATE_VERSION,
             "run": self.recorder.identity,
             "step": step,
             "batch": self.steps.global_batch_size,
             "processes": distributed.world_size(),
-            **self.data.fingerprints(),
+            **distributed.on_main(self.data.fingerprints),
             **({"plan": None, "planner": None} if self.rounds is None else self.rounds.state_dict()),
             "methods": self.inputs.methods,
             "components": {key: state_of(component) for key, component in self.inputs.components.items()},

@@ -130,6 +130,60 @@ def test_an_exponential_of_zero_changes_nothing(first: float) -> None:
     assert (0 in chosen.tolist()) == (first > 0)
 
 
+@pytest.mark.parametrize("kind", ["spread", "few", "ascending", "periodic", "equal", "infinite"])
+def test_order_statistics_are_those_of_the_sorted_array(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(rules, "_BLOCK", 10)
+    monkeypatch.setattr(rules, "_LOOKED_AT", 20)
+    monkeypatch.setattr(rules, "_CACHED", 7)
+    partitions = []
+    partition = np.partition
+    monkeypatch.setattr(np, "partition", lambda *given: partitions.append(1) or partition(*given))
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        size = int(rng.integers(1, 400))
+        values = {
+            "spread": rng.standard_normal(size),
+            "few": rng.integers(0, 4, size),
+            "ascending": np.arange(size),
+            "periodic": np.arange(size) % max(1, size // 20),  # the values looked at are all alike
+            "equal": np.zeros(size),
+            "infinite": rng.choice([-np.inf, 0, 1, np.inf], size),
+        }[kind].astype(rng.choice(["f4", "f8"]))
+        first = int(rng.integers(0, size))
+        count = int(rng.integers(1, min(4, size - first) + 1))
+        found = rules.order_statistics(values, first, count)
+        assert found.dtype == values.dtype
+        np.testing.assert_array_equal(found, np.sort(values)[first : first + count])
+    assert len(partitions) < (300 if kind == "periodic" else 60)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_quantiles_are_those_of_numpy_bit_by_bit(monkeypatch: pytest.MonkeyPatch, blocks: bool) -> None:
+    if blocks:
+        monkeypatch.setattr(rules, "_BLOCK", 10)
+        monkeypatch.setattr(rules, "_LOOKED_AT", 20)
+    rng = np.random.default_rng(1)
+    for _ in range(400):
+        values = rng.standard_exponential(int(rng.integers(1, 300))).astype(np.float32)
+        shares = tuple(rng.choice([rng.random(), 0.5, 0.25, 0.33, 1e-9, 1 - 1e-9], 2).tolist())
+        assert rules.quantiles(values, shares).tolist() == np.quantile(values, shares).tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_draw_in_parts_is_the_draw_in_one_piece(dtype: type) -> None:
+    size, temperature = 100_000, 1.7
+    weights = np.random.default_rng(2).choice([0.0, 1.0, 5.0], size).astype(dtype)
+    rng = np.random.default_rng(3)
+    noise = np.log(np.maximum(rng.standard_exponential(size, dtype=np.float32), np.finfo(np.float32).tiny))
+    with np.errstate(divide="ignore"):
+        logits = np.log(weights) / temperature
+    keys = (logits - logits.max() - noise).astype(np.float32)
+    wanted = np.sort(np.argsort(-keys, kind="stable")[:5000])
+    found = sample_without_replacement(weights, 5000, np.random.default_rng(3), temperature)
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(rules.sample_softmax(logits, 5000, np.random.default_rng(3)), wanted)
+
+
 # The base class of selectors
 
 

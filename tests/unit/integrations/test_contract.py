@@ -25,6 +25,8 @@ def test_workflows_look_their_trainer_and_data_up_by_name(stages: dict, stage: s
     module, trainer = stages[stage], STAGES[stage].trainer
     source = inspect.getsource(getattr(module, f"run_{stage}"))
     assert f"{trainer}(" in source
+    assert f"data_collator = {STAGES[stage].collator}(" in source
+    assert inspect.isclass(getattr(module, STAGES[stage].collator))
     assert f'get_dataset(template, model_args, data_args, training_args, stage="{stage}", **tokenizer_module)' in source
     assert source.index("get_dataset(") < source.index("load_model(")
     assert "trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)" in source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from dataflex.data.pool import Pool
 from dataflex.data.token_loss import shifted
 from dataflex.errors import DivergenceError
 from dataflex.probe import head as probe_head
-from dataflex.probe.batches import length_batches, share_of
+from dataflex.probe.batches import length_batches
 from dataflex.probe.embeddings import Embeddings
 from dataflex.probe.error_norms import ErrorNorms
 from dataflex.probe.head import chunked_forward, full_forward, replaced_forward
@@ -64,16 +65,51 @@ def test_batches_hold_every_position_once_under_the_budget(seed: int) -> None:
 
 
 def test_no_sample_no_batch() -> None:
-    assert length_batches(np.empty(0, dtype=np.int32), 100) == []
-    assert share_of([], 0, 2) == ([], 0)
+    batches = length_batches(np.empty(0, dtype=np.int32), 100)
+    assert list(batches) == []
+    mine, useful = batches.share(0, 2)
+    assert (list(mine), useful) == ([], 0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_batches_are_those_cut_one_after_another(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, int(rng.choice([2, 9, 300, 200_000])), int(rng.integers(1, 400))).astype(np.int32)
+    budget = int(rng.integers(1, 900))
+    left, wanted = np.argsort(-lengths, kind="stable"), []
+    while left.size:
+        count = max(1, budget // max(1, lengths[left[0]]))
+        wanted.append(left[:count])
+        left = left[count:]
+    found = length_batches(lengths, budget)
+    assert len(found) == len(wanted)
+    for part in (slice(None), slice(1, None, 3), slice(2, 5), slice(0, 0)):
+        cut = found[part]
+        assert len(cut) == len(wanted[part])
+        assert all(map(np.array_equal, cut, wanted[part]))
+    assert np.array_equal(found[-1], wanted[-1])
+    with pytest.raises(IndexError):
+        found[len(wanted)]
+
+
+def test_as_many_batches_as_samples_take_the_memory_of_their_order() -> None:
+    lengths = np.full(1_000_000, 7, dtype=np.int32)
+    tracemalloc.start()
+    batches = length_batches(lengths, 1)
+    mine, _ = batches.share(1, 3)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (len(batches), len(mine)) == (1_000_000, 333_334)
+    assert kept < batches.order.nbytes + 100_000
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 30])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_shares_cover_every_batch_once_and_are_of_equal_number(count: int, world_size: int) -> None:
-    batches = [np.array([number]) for number in range(count)]
-    shares = [share_of(batches, rank, world_size) for rank in range(world_size)]
+    batches = length_batches(np.ones(count, dtype=np.int32), 1)
+    shares = [batches.share(rank, world_size) for rank in range(world_size)]
     assert len({len(mine) for mine, _ in shares}) == 1
+    assert all(batch.tolist() == [0] for mine, number in shares for batch in mine[number:])
     assert len(shares[0][0]) == -(-count // world_size)
     useful = [int(batch[0]) for mine, number in shares for batch in mine[:number]]
     assert sorted(useful) == list(range(count))
@@ -82,7 +118,7 @@ def test_shares_cover_every_batch_once_and_are_of_equal_number(count: int, world
 def test_shares_are_balanced_by_tokens() -> None:
     lengths = np.random.default_rng(0).integers(1, 500, 4000)
     batches = length_batches(lengths, 2000)
-    work = [sum(int(lengths[batch].sum()) for batch in share_of(batches, rank, 4)[0]) for rank in range(4)]
+    work = [sum(int(lengths[batch].sum()) for batch in batches.share(rank, 4)[0]) for rank in range(4)]
     assert max(work) < 1.02 * min(work)
 
 

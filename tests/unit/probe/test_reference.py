@@ -20,6 +20,7 @@ from dataflex.data.pool import Pool
 from dataflex.data.token_loss import shifted
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.mixers.doremi import DoReMiParams
+from dataflex.probe.collation import Collation
 from dataflex.probe.reference import ReferenceModel, ReferenceTable, TableMaker, load_reference, losses_of
 from dataflex.probe.reference_losses import ReferenceLosses
 
@@ -58,7 +59,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def maker(folder: Path, samples: Pool) -> TableMaker:
-    return TableMaker(folder, samples, collate, CPU, batch_tokens=20, key="mix")
+    return TableMaker(folder, samples, Collation(collate), CPU, batch_tokens=20, key="mix")
 
 
 def loaded(model: Path) -> ReferenceModel:
@@ -242,7 +243,7 @@ def test_what_a_component_reads_of_its_reference(model: Path, tmp_path: Path) ->
 
     def compute(of: Pool, indices: np.ndarray, frozen: ReferenceModel) -> tuple[np.ndarray, np.ndarray]:
         runs.append((of, indices.tolist()))
-        return losses_of(of, indices, frozen, collate, CPU, 20)
+        return losses_of(of, indices, frozen, Collation(collate), CPU, 20)
 
     found = ReferenceLosses("select", samples, None, lambda: reference, compute)
     everyone = np.arange(samples.size)

@@ -335,6 +335,7 @@ def test_tokens_of_a_gradient_batch(
         causal_model=lambda: model,
         raw_model=lambda: None,
         data_collator=None,
+        plain_collators=(),
         accelerator=SimpleNamespace(autocast=None),
         processing_class=tokenizer,
         stop_tokens=None,

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dataflex import distributed
 from dataflex.data.columns import ColumnArray, WantedColumn, join_columns
 from dataflex.data.pool import DomainSamples, Pool, of_one
 from dataflex.data.stages import STAGES, SampleFields
@@ -210,12 +211,27 @@ def _add_validation(load: Loader, session: Session, data_args: Any, held_out: An
 
 
 def _check_data(session: Session, training_args: Any) -> None:
-    """Compare the data with that of the checkpoint a run goes on from."""
+    """Compare the data of the processes, and that of the main one with the checkpoint a run goes on from.
+
+    Raises:
+        ConfigError: on every process, if they have samples of other lengths.
+        CheckpointError: on every process, if the checkpoint was written for other data.
+    """
     inputs, data = session.inputs, session.data
+    if distributed.world_size() > 1 and len(set(distributed.on_each(data.outline))) > 1:
+        raise ConfigError(
+            "dataset: the processes have different training samples. They must read the same files with the same "
+            "settings; let one process tokenize the data beforehand (tokenized_path), and start the run again."
+        )
     if inputs.resume is None:
         return
-    data.check(inputs.resume.state, inputs.methods)
-    line = data.says_of_evaluation(inputs.resume.state)
+    state = inputs.resume.state
+
+    def compared() -> str | None:
+        data.check(state, inputs.methods)
+        return data.says_of_evaluation(state)
+
+    line = distributed.on_main(compared)
     if line is not None and training_args.process_index == 0:
         logger.warning(line)
 

@@ -122,7 +122,11 @@ def installed(session: Session) -> Iterator[None]:
         for stage in STAGES.values():
             workflow = workflow_of(stage.name)
             bases = (DynamicTrainerMixin, getattr(workflow, stage.trainer))
-            trainer = type(f"Dynamic{stage.trainer}", bases, {"batch_losses": staticmethod(stage.batch_losses)})
+            of_stage = {
+                "batch_losses": staticmethod(stage.batch_losses),
+                "plain_collators": (getattr(workflow, stage.collator),),
+            }
+            trainer = type(f"Dynamic{stage.trainer}", bases, of_stage)
             get_dataset = partial(loading.load_pool, workflow.get_dataset, session)
             stack.enter_context(replaced(workflow, stage.trainer, partial(session.trainer, trainer)))
             stack.enter_context(replaced(workflow, "get_dataset", get_dataset))

@@ -27,12 +27,15 @@ class StageAdapter:
     Attributes:
         stage: what a sample is.
         trainer: name of the trainer class in the stage's workflow module, which is extended.
+        collator: name of the collator class in the workflow module. Of rows with nothing but tokens, masks and labels
+            it makes nothing but padded tensors, unless its settings or its template have more to add.
         batch_losses: computes the losses of a batch.
         note_packing: makes packed samples of rows with a processor of LLaMA-Factory, and says which rows each holds.
     """
 
     stage: stages.Stage
     trainer: str
+    collator: str
     batch_losses: BatchLosses
     note_packing: Callable[[Any, dict[str, list[Any]]], tuple[dict[str, list[Any]], RowsOfSamples]]
 
@@ -45,8 +48,16 @@ class StageAdapter:
 STAGES = {
     adapter.name: adapter
     for adapter in (
-        StageAdapter(stages.STAGES["sft"], "CustomSeq2SeqTrainer", causal_losses, pack_conversations),
-        StageAdapter(stages.STAGES["pt"], "CustomTrainer", causal_losses, pack_texts),
+        StageAdapter(
+            stages.STAGES["sft"],
+            "CustomSeq2SeqTrainer",
+            "SFTDataCollatorWith4DAttentionMask",
+            causal_losses,
+            pack_conversations,
+        ),
+        StageAdapter(
+            stages.STAGES["pt"], "CustomTrainer", "DataCollatorForLanguageModeling", causal_losses, pack_texts
+        ),
     )
 }
 

@@ -1,0 +1,184 @@
+"""What the training collator makes of samples, from Arrow's buffers if that gives the same tensors.
+
+A collator takes rows of Python lists, and making, padding and reading these costs about ten times what the tokens
+themselves need. Rows that hold nothing but tokens are padded by one assignment instead. That is done only for the
+collator classes named in :class:`Collation`, only for samples without any other column, and only if a few samples of
+the run give equal tensors either way; the collator is asked in every other case.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dataflex.data.pool import Pool
+from dataflex.data.samples import Samples
+from dataflex.data.sampling import IndexArray
+from dataflex.data.token_loss import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+
+_TOKENS, _MASK, _LABELS = "input_ids", "attention_mask", "labels"
+_COMPARED = 8
+"""Samples of which both ways must give the same, beside the shortest and the longest."""
+
+
+class Collation:
+    """From samples to what the training collator makes of them.
+
+    Args:
+        collate: the training collator.
+        plain: classes of collators, beside those of transformers, of which it is known that they make nothing but
+            padded tensors of rows that hold nothing but tokens, masks and labels. Subclasses of them are not meant.
+    """
+
+    def __init__(self, collate: Collate, plain: tuple[type, ...] = ()) -> None:
+        self.collate, self._plain = collate, plain
+        self._readers: WeakKeyDictionary[Pool, tuple[_Padding, _Reader | None]] = WeakKeyDictionary()
+
+    def of(self, samples: Samples, indices: IndexArray) -> Mapping[str, Any]:
+        """Return what the collator makes of samples, by their numbers, shape (B,)."""
+        padding = _padding_of(self.collate, self._plain)  # anew: the tokenizer's side may change, as for generation
+        if padding is not None and isinstance(samples, Pool):
+            of, reader = self._readers.get(samples, (None, None))
+            if of != padding:
+                reader = self._reader(samples, padding)
+                self._readers[samples] = padding, reader
+            found = None if reader is None else reader.read(indices)
+            if found is not None:
+                return found
+        return self.collate(samples.rows(indices))
+
+    def _reader(self, pool: Pool, padding: _Padding) -> _Reader | None:
+        """Return what reads a pool's columns; None if the collator is to be asked."""
+        columns = _plain_columns(pool.dataset, padding)
+        if columns is None:
+            return None
+        reader = _Reader(pool.dataset.select_columns(columns).with_format("arrow"), columns, padding)
+        shortest, longest = int(pool.lengths.argmin()), int(pool.lengths.argmax())
+        spaced = np.linspace(0, pool.size - 1, min(pool.size, _COMPARED)).astype(np.int64)
+        for indices in (np.array([shortest]), np.unique([shortest, longest, *spaced])):
+            if not _same(reader.read(indices), self.collate(pool.rows(indices))):
+                logger.info("The collator does more than padding: it is asked for every batch.")
+                return None
+        return reader
+
+
+@dataclass(frozen=True)
+class _Padding:
+    """How a collator pads.
+
+    Attributes:
+        token: fills ``input_ids``.
+        label: fills ``labels``.
+        left: whether rows end, and do not begin, together.
+        multiple: of which the width is one.
+        makes_labels: whether labels are the tokens, ignored where they are the one that fills.
+    """
+
+    token: int
+    label: int
+    left: bool
+    multiple: int
+    makes_labels: bool
+
+
+class _Reader:
+    """Reads samples of a data set in Arrow's format, and pads them."""
+
+    def __init__(self, dataset: Dataset, columns: list[str], padding: _Padding) -> None:
+        self._dataset, self._columns, self._padding = dataset, columns, padding
+
+    def read(self, indices: IndexArray) -> dict[str, Tensor] | None:
+        """Return the padded columns, each (B, T), int64; None if a row has a null or columns of different lengths."""
+        table = self._dataset[indices.tolist()]
+        padding, place, lengths = self._padding, None, np.empty(0, dtype=np.int64)
+        fill = {_TOKENS: padding.token, _MASK: 0, _LABELS: padding.label}
+        found: dict[str, Tensor] = {}
+        for name in self._columns:
+            lists = table.column(name).combine_chunks()
+            values = lists.flatten()
+            if lists.null_count or values.null_count:
+                return None
+            own = np.diff(lists.offsets.to_numpy())
+            if place is None:
+                place, lengths = _places(own, padding), own
+            elif not np.array_equal(own, lengths):
+                return None
+            padded = np.full(place.shape, fill[name], dtype=np.int64)
+            padded[place] = values.to_numpy()
+            found[name] = torch.from_numpy(padded)
+        if padding.makes_labels:
+            tokens = found[_TOKENS]
+            found[_LABELS] = tokens.masked_fill(tokens == padding.token, IGNORE_INDEX)
+        return found
+
+
+def _places(lengths: NDArray[np.int64], padding: _Padding) -> NDArray[np.bool_]:
+    """Return which places of a batch are filled from rows of these lengths, shape (B, T)."""
+    width = -(-int(lengths.max()) // padding.multiple) * padding.multiple
+    columns = np.arange(width)
+    return columns >= width - lengths[:, None] if padding.left else columns < lengths[:, None]
+
+
+def _padding_of(collate: Collate, plain: tuple[type, ...]) -> _Padding | None:
+    """Return how a collator pads; None if its class is not known, or its settings are not those of padding alone."""
+    from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
+
+    if type(collate) not in (DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, *plain):
+        return None
+    if isinstance(collate, DataCollatorForLanguageModeling):
+        if collate.mlm:
+            return None
+        label, makes_labels = IGNORE_INDEX, True
+    elif isinstance(collate, DataCollatorForSeq2Seq):
+        if collate.padding is not True and collate.padding != "longest":
+            return None
+        label, makes_labels = collate.label_pad_token_id, False
+    else:
+        return None
+    tokenizer = collate.tokenizer
+    if collate.return_tensors != "pt" or tokenizer.pad_token_id is None:
+        return None
+    left = tokenizer.padding_side == "left"
+    return _Padding(tokenizer.pad_token_id, label, left, collate.pad_to_multiple_of or 1, makes_labels)
+
+
+def _plain_columns(dataset: Dataset, padding: _Padding) -> list[str] | None:
+    """Return the columns a collator makes tensors of; None if there is another one, which it may make something of."""
+    import pyarrow as pa
+
+    schema = dataset.features.arrow_schema
+    filled = [field for field in schema if not pa.types.is_null(field.type)]
+    wanted = {_TOKENS, _MASK} if padding.makes_labels else {_TOKENS, _MASK, _LABELS}
+    if {field.name for field in filled} != wanted:
+        return None
+    if padding.makes_labels and len(filled) < len(schema):
+        return None
+    lists_of_integers = all(
+        pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type) for field in filled
+    )
+    return [field.name for field in filled] if lists_of_integers else None
+
+
+def _same(found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> bool:
+    """Return whether two batches have the same tensors and nothing else."""
+    if found is None or found.keys() != wanted.keys():
+        return False
+    return all(
+        isinstance(value, Tensor) and value.dtype == found[name].dtype and torch.equal(value, found[name])
+        for name, value in wanted.items()
+    )
