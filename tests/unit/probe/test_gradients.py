@@ -425,7 +425,7 @@ def test_factors_are_kept_in_the_type_they_were_multiplied_in(name: str) -> None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = together(model, inputs, labels)[0]
         expected = one_by_one(model, inputs, labels)
-        GradientPass(model, emit, "mean", True, "error").run(inputs, shifted(labels))
+        GradientPass(model, emit, "mean", True, "error", torch.device("cpu")).run(inputs, shifted(labels))
     assert types == {torch.bfloat16}
     for parameter, rows in expected.items():
         error = (found[parameter] - rows).norm(dim=1)

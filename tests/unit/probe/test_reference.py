@@ -160,7 +160,7 @@ def test_a_batch_of_other_tokens_is_an_error(model: Path, tmp_path: Path) -> Non
 def test_no_forward_of_a_reference_makes_all_logits_and_batches_are_halved(model: Path) -> None:
     samples, reference, sizes, tokens = pool(), loaded(model), [], []
     everyone = np.arange(samples.size)
-    expected = losses_of(samples, everyone, loaded(model), collate, CPU, 20)
+    expected = losses_of(samples, everyone, loaded(model), Collation(collate), CPU, 20)
     head, forward = reference.model.get_output_embeddings(), reference.model.forward
     reference.losses(
         {key: value for key, value in collate(samples.rows(everyone[:2])).items() if key != "labels"},
@@ -175,7 +175,7 @@ def test_no_forward_of_a_reference_makes_all_logits_and_batches_are_halved(model
         return forward(**inputs)
 
     reference.model.forward = short_of_memory
-    found = losses_of(samples, everyone, reference, collate, CPU, 1000)
+    found = losses_of(samples, everyone, reference, Collation(collate), CPU, 1000)
     handle.remove()
     assert max(tokens) > 30
     assert reference.limit.tokens is not None
