@@ -21,7 +21,9 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def functions_in(source: str) -> Iterator[Function]:
-    return (each for each in ast.walk(ast.parse(source)) if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef))
+    """Return the functions of a module but Triton's kernels, which are given numbers and pointers one by one."""
+    found = (each for each in ast.walk(ast.parse(source)) if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef))
+    return (each for each in found if not any("triton.jit" in ast.unparse(mark) for mark in each.decorator_list))
 
 
 def lines_of(function: Function) -> int:
@@ -41,6 +43,7 @@ def test_lines_and_parameters_are_counted() -> None:
     source = "class A:\n    @f\n    def a(self, b, /, c, *d, e=1, **f):\n        return (\n            b\n        )\n"
     [function] = functions_in(source)
     assert (lines_of(function), parameters_of(function)) == (4, 5)
+    assert not list(functions_in("@triton.jit(do_not_specialize=[1])\ndef a(b): pass"))
     [function] = functions_in("async def a(b, self): pass")
     assert (lines_of(function), parameters_of(function)) == (1, 2)
 

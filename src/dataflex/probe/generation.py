@@ -91,17 +91,26 @@ def generate_responses(
         if generator.synced:
             raise ComponentError("generation: backend vllm needs the whole weights on one process; use backend hf.")
         return distributed.on_main(lambda: _vllm_responses(model, eos_token_ids, prompts, settings, seed))
+    with distributed.together():
+        found = _own_responses(generator, decoder, prompts, settings, seed)
+    for theirs in distributed.gather_objects(found):
+        found.update(theirs)
+    return [found[index] for index in range(len(prompts))]
+
+
+def _own_responses(
+    generator: Generator, decoder: Any, prompts: list[list[int]], settings: GenerationSettings, seed: int
+) -> dict[int, list[list[int]]]:
+    """Return the responses to the prompts that this process has its share of, by the number of the prompt."""
     rows = settings.samples * np.array([len(prompt) + settings.max_new_tokens for prompt in prompts], dtype=np.int64)
-    batches = length_batches(rows, generator.batch_tokens)
     rank, world_size = distributed.rank(), distributed.world_size()
-    mine, useful = batches.share(rank, world_size)
-    config = _generation_config(settings, generator.pad_token_id, eos_token_ids)
+    mine, useful = length_batches(rows, generator.batch_tokens).share(rank, world_size)
+    config = _generation_config(settings, generator.pad_token_id, generator.eos_token_ids)
     found: dict[int, list[list[int]]] = {}
     with (
-        distributed.together(),
-        probe_mode(model),
+        probe_mode(generator.model),
         _without_own_settings(decoder),
-        _generate_of(model, decoder) as generate,
+        _generate_of(generator.model, decoder) as generate,
     ):
         for number, batch in enumerate(mine if generator.synced else mine[:useful]):
             whole = rank + number * world_size
@@ -123,10 +132,8 @@ def generate_responses(
                 if number < useful:
                     for place, index in enumerate(part.tolist()):
                         own = new[place * settings.samples : (place + 1) * settings.samples]
-                        found[index] = [_ended(response, eos_token_ids) for response in own]
-    for theirs in distributed.gather_objects(found):
-        found.update(theirs)
-    return [found[index] for index in range(len(prompts))]
+                        found[index] = [_ended(response, generator.eos_token_ids) for response in own]
+    return found
 
 
 def _decoder(model: torch.nn.Module) -> Any:
