@@ -56,8 +56,7 @@ def shop(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Work
 
 def add(shop: Workshop, name: str, section: dict[str, Any] | None, **changes: Any) -> None:
     """Add a run over three domains; in bfloat16 on a device."""
-    low = "OMP_NUM_THREADS" in shop.environment and shop.environment != ON_THE_CPU
-    given = {"dataset": "alpha,beta,gamma", "bf16": low, **EVALUATED, **changes}
+    given = {"dataset": "alpha,beta,gamma", "bf16": shop.environment != ON_THE_CPU, **EVALUATED, **changes}
     shop.add(name, plain=section is None, **given, **({} if section is None else {"dataflex": section}))
 
 
@@ -65,9 +64,7 @@ def add_resumed(shop: Workshop, kind: str) -> None:
     """Add a run, the same run killed behind a checkpoint, and the rest of that one."""
     keep = {"save_strategy": "steps", "save_steps": 4, "full_determinism": True}
     add(shop, f"{kind}-whole", RESUMED, **keep)
-    shop.specs[-1]["stop_at"] = None
-    add(shop, f"{kind}-cut", RESUMED, **keep)
-    shop.specs[-1]["stop_at"] = 6
+    add(shop, f"{kind}-cut", RESUMED, stop_at=6, **keep)
     checkpoint = str(shop.root / f"{kind}-cut" / "checkpoint-4")
     add(shop, f"{kind}-rest", RESUMED, into=f"{kind}-cut", resume_from_checkpoint=checkpoint, **keep)
 
@@ -136,7 +133,7 @@ def test_four_bit_weights(shop: Workshop, cuda: torch.device) -> None:
 
 
 def test_fsdp2_with_parameters_on_the_host(shop: Workshop, cuda: torch.device, tmp_path: Path) -> None:
-    """Features are those without FSDP, up to bfloat16: the plans of both runs are mostly the same."""
+    """The parameters' device is not that of the batches, whose precision the gradients must be taken in."""
     config = tmp_path / "fsdp.json"
     config.write_text(json.dumps({"fsdp_version": 2, "reshard_after_forward": True}))
     fsdp = {"fsdp": "full_shard auto_wrap offload", "fsdp_config": str(config)}

@@ -44,6 +44,8 @@ from dataflex.trainer.planned import PlannedRounds
 from dataflex.trainer.rounds import INDEX_KEY
 from dataflex.trainer.run import StartedRun
 
+ON_THE_CPU = os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu"
+
 
 class Killed(BaseException):
     """Stands for the process being killed: nothing catches it."""
@@ -215,10 +217,13 @@ class Kept:
 
 
 def start_deepspeed() -> None:
-    """Start the process group by way of DeepSpeed, without the operation it would compile; gloo does as well."""
+    """Start the process group by way of DeepSpeed; on the CPU without the operation it would compile, as gloo does."""
     import deepspeed
     import deepspeed.ops
 
+    if not ON_THE_CPU:
+        deepspeed.init_distributed(dist_backend="nccl", auto_mpi_discovery=False, verbose=False)
+        return
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
@@ -240,7 +245,7 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
     trace, death = Trace(watch), Death(item.get("die_at"))
     error, kept = None, None if item.get("keep") is None else Kept(item["keep"])
     try:
-        with fsdp_on_cpu() if args.get("fsdp") else nullcontext() if kept is None else kept.watching():
+        with fsdp_on_cpu() if args.get("fsdp") and ON_THE_CPU else nullcontext() if kept is None else kept.watching():
             if item.get("plain"):
                 tuner.run_exp(args, [watch])
             elif item.get("record"):

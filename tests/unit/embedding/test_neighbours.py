@@ -91,7 +91,20 @@ def test_the_number_of_threads_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
         assert distances.tobytes() == one[1].tobytes()
 
 
-def test_shortened_numbers_that_training_allows_stay_allowed() -> None:
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_both_libraries_of_products_find_the_same(metric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = np.random.default_rng(5).standard_normal((3000, 40)).astype(np.float32)
+    base[2000:2500] = base[:500]  # equal distances
+    found = []
+    for is_intel in (True, False):
+        monkeypatch.setattr(neighbours, "_is_intel", lambda value=is_intel: value)
+        found.append(nearest(base[:200], base, 12, metric=metric, device="cpu"))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+def test_shortened_numbers_that_training_allows_stay_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "_is_intel", lambda: True)  # torch multiplies
     matmul = torch.backends.cuda.matmul
     was = matmul.fp32_precision
     try:
