@@ -83,7 +83,7 @@ class DeltaLossSelector(Selector[DeltaLossParams]):
         if not self._noted[new].all():
             new = new[self._noted[new] & ctx.pool.trained[new]]
         else:
-            ctx.not_decided("the first losses are only stored, the draw is uniform")
+            ctx.not_decided("the first losses are only noted, the draw is uniform")
         if new.size:
             self._baseline[new] = ctx.probe.measure(Losses(), new)
 

@@ -109,9 +109,7 @@ class DsirSelector(Selector[DsirParams]):
         return Needs(validation=self.params)
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield a problem if ``target_shares`` does not have one number per data set while the data sets are the
-        sub-tasks.
-        """
+        """Yield a problem if the data sets are the sub-tasks and ``target_shares`` has another length."""
         shares, names = self.params.target_shares, self.params.validation
         if (
             shares is not None
@@ -246,7 +244,7 @@ class Hasher:
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return hashes in which every bit depends on all bits of the input (finalizer of SplitMix64, Steele et al. 2014)."""
+    """Return hashes whose bits each depend on all bits of the input (finalizer of SplitMix64, Steele et al. 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
