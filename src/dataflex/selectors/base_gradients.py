@@ -43,8 +43,8 @@ class GradientParams(ComponentParams):
 
     preconditioner: Literal["none", "adam", "adam_less"] = Field(
         "none",
-        description="Direction of a sample: none, its gradient; adam, the next step of the run's Adam optimizer; "
-        "adam_less, the Adam step as the code of LESS computes it.",
+        description="Direction of a training sample: none, its gradient; adam, the next step of the run's Adam "
+        "optimizer; adam_less, the Adam step as the code of LESS computes it.",
     )
     unsupported_parameters: Literal["error", "ignore"] = Field(
         "error",
@@ -96,8 +96,8 @@ class CheckpointParams(ComponentParams):
 
     checkpoints: list[InputPath] = Field(
         default_factory=list,
-        description="Checkpoint folders of an earlier run of the same model, in order. If empty, the model in "
-        "training is measured.",
+        description="Checkpoint folders of an earlier run of the same model, in order. If empty, the current model "
+        "is measured.",
     )
     checkpoint_weights: list[float] | None = Field(
         None,

@@ -146,7 +146,7 @@ def array_file(path: str, dimensions: int) -> NDArray[Any]:
     """Return the array in a ``.npy`` file as a memory map.
 
     Raises:
-        ConfigError: if there is no such file, or it does not hold a non-empty numeric array of ``dimensions``
+        ConfigError: if the file cannot be read, or its array is empty, not numeric, or not of ``dimensions``
             dimensions.
     """
     try:

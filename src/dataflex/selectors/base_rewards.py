@@ -326,7 +326,7 @@ def _imported(label: str, path: Path, name: str) -> Callable[[str, str, str], An
             raise ComponentError(f"{label}: importing it failed with {type(error).__name__}: {error}") from error
     function = vars(module).get(name)
     if not callable(function):
-        raise ComponentError(f"{label}: {name} is not a function but a {type(function).__name__}.")
+        raise ComponentError(f"{label}: {name} is not a function (its type is {type(function).__name__}).")
     return function
 
 
@@ -416,7 +416,7 @@ def _load_reward_model(path: Path) -> tuple[Any, Any]:
 def _one_process() -> Iterator[None]:
     """Load a model whole on this process, even if ZeRO-3 shards the models of the training.
 
-    Only the main process loads the reward model. Sharding it would be collective and wait for the other processes.
+    Only the main process loads the reward model. Sharding is collective, so it would wait for the other processes.
     """
     from transformers.integrations import deepspeed
 

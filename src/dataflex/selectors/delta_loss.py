@@ -69,7 +69,7 @@ class DeltaLossSelector(Selector[DeltaLossParams]):
         if run.decisions > 1:
             return None
         return (
-            "the first decision only stores the losses and draws uniformly, and the run has no second decision; lower "
+            "the first decision only stores the losses and draws uniformly, and the run has no second one; lower "
             "dataflex.update_steps"
         )
 

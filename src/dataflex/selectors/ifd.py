@@ -52,7 +52,9 @@ class IfdParams(SelectorParams, ReferenceParams):
     reference_is_optional: ClassVar[bool] = True
 
     variant: Literal["cherry", "superfiltering"] = Field(
-        "cherry", description="Ratio of mean losses (cherry) or of perplexities (superfiltering)."
+        "cherry",
+        description="Ratio of mean losses (cherry) or of perplexities (superfiltering); the two rank samples "
+        "differently.",
     )
     limit: float | None = Field(
         1.0,
@@ -114,7 +116,7 @@ class IfdSelector(Selector[IfdParams]):
         return Needs(measurements=(Losses(),))
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield settings under which a sample has no prompt of its own, or no prompt that its labels show."""
+        """Yield settings under which samples have no prompt, or the labels do not tell the prompt from the answer."""
         given = run.llamafactory
         if given.get("stage", "sft") != "sft":
             yield (
@@ -161,7 +163,8 @@ class IfdSelector(Selector[IfdParams]):
 
 
 def difficulty(given: ScoreArray, alone: ScoreArray, variant: str = "cherry", limit: float | None = 1.0) -> ScoreArray:
-    """Return the ratio of each sample, shape (n,), float32; NaN if it has no ratio or one beyond the limit.
+    """Return the ratio of each sample, shape (n,), float32; NaN if a sample has no ratio or its ratio is beyond the
+    limit.
 
     Args:
         given: mean losses of the answers after their prompts, shape (n,), NaN without an answer.

@@ -6,7 +6,7 @@ the second nearest of every query, and so on. Each candidate is taken once. Ever
 that the last one reached, so that a run reads down the lists. At the end of the lists it starts again at the top.
 
 Source: the NEAR selector of DataFlex (arXiv 2603.26164). Reading column by column is the round-robin of RDS+ (arXiv
-2503.01807), in which a query loses its turn if its next candidate is already taken.
+2503.01807). There a query loses its turn if its next candidate is already taken.
 Differs from it: the search is exact. A decision does not return the same samples again. The run names the validation
 samples; they are not the first hundred samples of the pool.
 Cost: the embeddings, and one product of all queries with them: M N H multiplications for M queries of length H. With an
@@ -53,7 +53,8 @@ class NearParams(NeighbourParams):
     max_k: int = Field(
         1000,
         ge=1,
-        description="Length of the list of each validation sample; doubled as often as the lists hold too few samples.",
+        description="Length of the list of each validation sample; doubled while the lists hold fewer samples than a "
+        "round takes.",
     )
     indices_path: InputPath | None = Field(
         None,

@@ -76,7 +76,7 @@ class S2lSelector(Selector[S2lParams]):
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield a problem if a pool is only scored, as nothing is trained then."""
         if run.offline:
-            yield "method", "s2l chooses by the losses of training steps, and scoring a pool has no training steps."
+            yield "method", "s2l chooses by the losses of training steps, and scoring a pool trains nothing."
 
     def cannot_act(self, run: RunOutline) -> str | None:
         """Return a reason if the only decision comes before any losses, or with losses of a part of the pool only."""
