@@ -88,6 +88,7 @@ class ClusterLessSelector(CheckpointSelector[ClusterLessParams]):
         super().begin(ctx)
         if self._clusters is None:
             embeddings = ctx.probe.measure(Embeddings(), np.arange(ctx.pool.size))
+            # Drawn on every process, so that the processes draw the same representatives later.
             seed = int.from_bytes(ctx.rng.bytes(4), "little")
             self._clusters = on_main(partial(self._cluster, embeddings, seed))
 

@@ -134,7 +134,7 @@ def _tell(count: int, kept: int, threshold: float) -> None:
 
 
 def unlike(vectors: NDArray[np.floating], falling: IndexArray, threshold: float, count: int) -> IndexArray:
-    """Return the positions in ``falling`` of the first ``count`` accepted rows, shape (n,) or fewer.
+    """Return the positions in ``falling`` of the first accepted rows, at most ``count`` of them.
 
     A row is accepted if its cosine with every row accepted before is at most ``threshold``.
 

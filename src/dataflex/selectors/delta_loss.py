@@ -81,6 +81,7 @@ class DeltaLossSelector(Selector[DeltaLossParams]):
         self._noted = np.isnan(self._baseline)
         new = ctx.candidates
         if not self._noted[new].all():
+            # Samples without a trained token never get a first loss, so measuring them again has no use.
             new = new[self._noted[new] & ctx.pool.trained[new]]
         else:
             ctx.not_decided("the first losses are only noted, the draw is uniform")

@@ -187,6 +187,8 @@ def best_facilities(vectors: EmbeddingArray, covered: NDArray[np.float32], count
             fresh[np.isneginf(bounds[batch])] = -np.inf
             is_known = not repeat and bool(np.allclose(fresh, bounds[batch], rtol=0, atol=_EQUAL))
             bounds[batch] = fresh
+            # If the bounds of the batch were exact, its best row is the best of all, even if a bound outside is as
+            # large. Otherwise another batch is formed with the lower bounds.
             largest = fresh.max()
             if np.isneginf(largest) or (largest < outside + _EQUAL and not is_known):
                 break

@@ -236,6 +236,7 @@ class Hasher:
         inside = np.ones(total, dtype=bool)  # whether a word has a predecessor in its text
         inside[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
         second = np.flatnonzero(inside)
+        # The factor (an odd number) makes the hash of a pair depend on the order of its words.
         pairs = _mixed(hashes[second - 1] * np.uint64(0x9E3779B97F4A7C15) + hashes[second])
         return Grams(self._in_buckets(hashes), self._in_buckets(pairs), lengths)
 

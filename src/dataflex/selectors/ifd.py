@@ -90,6 +90,7 @@ class Answers:
 
 
 def _answer_alone(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row reduced to its first token and the tokens that are trained on."""
     tokens, labels = row["input_ids"], row["labels"]
     answer = [token for token, label in zip(tokens[1:], labels[1:], strict=True) if label != IGNORE_INDEX]
     ids = [tokens[0], *answer]
@@ -163,8 +164,7 @@ class IfdSelector(Selector[IfdParams]):
 
 
 def difficulty(given: ScoreArray, alone: ScoreArray, variant: str = "cherry", limit: float | None = 1.0) -> ScoreArray:
-    """Return the ratio of each sample, shape (n,), float32; NaN if a sample has no ratio or its ratio is beyond the
-    limit.
+    """Return the ratio of each sample, shape (n,), float32; NaN without a ratio, or with a ratio beyond the limit.
 
     Args:
         given: mean losses of the answers after their prompts, shape (n,), NaN without an answer.

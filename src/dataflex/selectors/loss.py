@@ -83,6 +83,7 @@ class LossSelector(Selector[LossParams]):
 def focus_weights(losses: ScoreArray, params: LossParams) -> NDArray[np.float32]:
     """Return the draw weight of every sample, shape (N,); 0 if the loss is NaN."""
     weights = np.zeros(losses.size, dtype=np.float32)
+    # The maximum is NaN if any loss is. Without a NaN no copy is needed.
     scored = losses[~np.isnan(losses)] if np.isnan(losses.max(initial=-np.inf)) else losses
     if not scored.size:
         return weights

@@ -152,6 +152,7 @@ class NearSelector(NeighbourSelector[NearParams]):
                 "read from the top again."
             )
             self._taken[order] = False
+            # A round has no sample twice, so the samples that it has taken already are skipped.
             again = np.setdiff1d(np.arange(order.size), places)[: count - places.size]
             self._taken[order[again]] = True
             places = np.concatenate([places, again])

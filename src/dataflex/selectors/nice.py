@@ -172,6 +172,7 @@ class NiceSelector(InfluenceSelector[NiceParams]):
         self, probe: Probe, prompts: list[list[int]], responses: list[list[list[int]]], weights: RewardArray
     ) -> ScoreArray:
         """Return 1/S sum_s weights[m, s] grad(-log pi(response s of prompt m)) of each prompt, shape (M, k)."""
+        # Empty responses and responses of weight 0 add nothing, so their gradients are not computed.
         kept = [
             (number, sample)
             for number, own in enumerate(responses)

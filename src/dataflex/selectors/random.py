@@ -40,5 +40,6 @@ class RandomSelector(Selector[ComponentParams]):
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
         """Return ``count`` distinct candidates, ascending."""
         key = int.from_bytes(ctx.rng.bytes(16), "little")
+        # Evaluates the permutation at ``count`` positions alone instead of shuffling all candidates.
         chosen = KeyedPermutation(candidates.size, key)(np.arange(count, dtype=np.int64))
         return Selection(candidates[np.sort(chosen)])

@@ -273,7 +273,7 @@ class _Densities:
 
     def __call__(self, columns: int) -> Numbers:
         rows = np.unique(self.places[:, :columns])
-        rows = rows[self.values[rows] == 0]
+        rows = rows[self.values[rows] == 0]  # a density is at least 1, so 0 means not computed yet
         self.values[rows] = kernel_densities(self.vectors, rows, self.params.sigma, self.params.kde_k, share=True)
         return self.values[self.places[:, :columns]]
 
@@ -299,6 +299,7 @@ def fill(distances: Numbers, densities: Callable[[int], Numbers], balance: float
     while True:
         rho = densities(columns)
         filled = _filled(distances[:, :columns], rho, balance)
+        # A query that fills all columns examined might also fill later neighbours below this s.
         is_inside = filled.is_found and bool((filled.last < columns - 2).all())
         if is_inside or columns == width:
             return filled, rho

@@ -65,8 +65,8 @@ class LossWeighter(Weighter[LossWeighterParams]):
         if self.params.temperature_end is not None and self.params.temperature_steps > run.total_steps:
             reached = self.temperature_at(run.total_steps)
             return (
-                f"temperature_end ({self.params.temperature_end:g}) is the temperature at step "
-                f"{self.params.temperature_steps}, and the run has {run.total_steps} steps: it ends at the temperature "
+                f"temperature_end ({self.params.temperature_end:g}) is reached at step "
+                f"{self.params.temperature_steps}, and the run has {run.total_steps} steps: the temperature ends at "
                 f"{reached:.3g}. Lower temperature_steps"
             )
         return None
