@@ -3,9 +3,12 @@
 - ``k_center``: the first sample is drawn at random. Each further sample is the candidate farthest from the chosen
   samples. The distance of a candidate is 1 - its largest cosine with a chosen sample. In the Euclidean distance, the
   farthest candidate is then at most twice as far from a chosen sample as in the best possible choice.
-- ``facility_location``: each sample is the candidate that adds most to  mean over x of max over chosen s of (1 + cos(x,
-  s)). The value reached is at least 1 - 1/e of the best possible value. x are ``covered`` candidates, drawn for each
-  decision.
+- ``facility_location``: each sample is the candidate that adds most to
+
+      mean over x of max over chosen s of (1 + cos(x, s)),
+
+  with x the ``covered`` candidates, drawn for each decision. The value reached is at least 1 - 1/e of the best possible
+  value.
 
 Source: k-centre: Gonzalez (1985); Sener and Savarese, Active Learning for Convolutional Neural Networks (ICLR 2018),
 algorithm 1 (arXiv 1708.00489). Facility location: Wei et al., Submodularity in Data Subset Selection and Active
