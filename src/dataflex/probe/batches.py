@@ -22,7 +22,7 @@ class Batches(Sequence[IndexArray]):
 
     Args:
         order: positions of the samples, batch after batch, (n,).
-        begins: index in ``order`` at which each stretch begins, ascending. A stretch is a row of batches of one size.
+        begins: index in ``order`` at which each stretch begins, ascending. A stretch is a run of batches of one size.
         sizes: samples per batch of each stretch. The last batch of all may have fewer.
         ends: number of batches up to the end of each stretch.
         numbers: numbers of the batches in this sequence. A number of ``ends[-1]`` or more stands for the first batch.
