@@ -73,7 +73,7 @@ def generate_responses(
 
     Args:
         generator: the model.
-        prompts: token ids of each prompt, at least one per prompt.
+        prompts: token ids of each prompt, at least one token each.
         settings: sampling settings.
         seed: seed of the samples.
 
@@ -166,7 +166,7 @@ def _refuse_broken(input_ids: Tensor, scores: Tensor) -> Tensor:
     """Return the scores of the next token unchanged.
 
     Raises:
-        DivergenceError: if a score is NaN or infinite, so that no token can be sampled.
+        DivergenceError: if a score is NaN or plus infinity, so that no token can be sampled.
     """
     if torch.isnan(scores).any() or torch.isposinf(scores).any():
         raise DivergenceError("the scores of a response's next token are not finite")
