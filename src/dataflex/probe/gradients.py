@@ -398,7 +398,7 @@ class GradientPass:
     def _outer(
         self, inputs: Tensor, gradient: Tensor, samples: Tensor | None, first: int = 0, rows: int | None = None
     ) -> Outer:
-        """Return the contribution of a matrix product; ``samples`` names the sample of each row if rows are not in order."""
+        """Return a matrix product's contribution; ``samples`` is the sample of each row if rows are not in order."""
         if samples is None:
             return Outer(flat_rows(inputs, self._batch), flat_rows(gradient, self._batch), first, rows)
         return Outer(inputs, gradient, first, rows, Rows.of(samples, self._batch))

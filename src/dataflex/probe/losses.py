@@ -1,4 +1,4 @@
-"""The loss of each sample."""
+"""Token-mean losses of samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TokenMeans(Measurement):
     untrained: ClassVar[float | None] = math.nan
 
     def token_values(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return one number for each position, (n,), from logits (n, V), float32, and labels (n,)."""
+        """Return one value per position, (n,), from logits (n, V), float32, and labels (n,)."""
         raise NotImplementedError
 
     def measure(self, batch: MeasuredBatch) -> Tensor:

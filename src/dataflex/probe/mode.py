@@ -1,4 +1,4 @@
-"""Measuring without leaving a trace: evaluation mode, no gradients, and every random stream put back."""
+"""Measuring without a trace: evaluation mode, no gradients, and restored random streams."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def preserved_rng() -> Iterator[None]:
 
 @contextlib.contextmanager
 def probe_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module's mode and every random stream is as before.
+    """Run in evaluation mode without gradients; at the end, restore every module's mode and every random stream.
 
-    A compiled model is run as it is written: graphs do not see hooks that come and go, and each shape and mode would be
-    compiled anew.
+    A compiled model runs eagerly. Compiled graphs do not see temporary hooks, and each new shape and mode would start
+    another compilation.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -37,11 +37,11 @@ def probe_mode(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         for module in training:
-            module.training = True
+            module.training = True  # not train(), which would change the mode of all modules inside
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Have FSDP2's modules hold their own parameters again, which a forward alone may leave gathered."""
+    """Let FSDP2's modules hold their shards again; after a forward pass alone, parameters may stay gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
