@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def release_memory() -> None:
-    """Return the device memory that torch has cached for later use."""
+    """Give the memory that torch has cached back to the device."""
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
 

@@ -146,7 +146,7 @@ class ModelProbe:
         return learning_rates([Path(folder) for folder in folders])
 
     def parameter_sizes(self) -> dict[str, int]:
-        """Return the number of elements of every trainable parameter, by name; a sharded parameter counts as a whole."""
+        """Return the number of elements of every trainable parameter, by name; a sharded parameter counts whole."""
         model = self.model()
         names = parameter_names(model)
         return {
