@@ -108,8 +108,9 @@ def _check_adapter(model: torch.nn.Module, folder: Path) -> None:
 def _load_full(model: Any, folder: Path) -> list[str]:
     """Load a whole model's trainable weights; return the names that only the model or only the checkpoint has.
 
-    Transformers loads the folder as a second model in main memory. For some models it stores weights under other names
-    and shapes than those in memory (each expert separately), and only its own loading code reverts that.
+    Transformers loads the folder as a second model in main memory. It stores the weights of some models under other
+    names and shapes than those in memory, each expert separately for example. Only Transformers' own loading code
+    reverts that.
     """
     if (folder / _ADAPTER_CONFIG).is_file() or not any((folder / name).is_file() for name in _FULL):
         raise ComponentError(f"checkpoints: {folder} holds no model weights ({_FULL[0]} is missing).")

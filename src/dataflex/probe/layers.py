@@ -241,7 +241,7 @@ def blocks(parts: list[Contribution], elements: int) -> Iterator[tuple[int, Tens
 
 @dataclass(frozen=True)
 class NormRecipe:
-    """Formula by which a normalisation layer scales its input, before the multiplication by its weight."""
+    """Formula for the scaled input of a normalisation layer, which the layer then multiplies by its weight."""
 
     epsilon: float
     centred: bool

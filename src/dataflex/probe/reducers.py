@@ -1,7 +1,7 @@
 """Reducers of per-sample gradients: to a projection of the update direction, its length, or inner products.
 
-A reducer receives the gradients of a batch parameter by parameter, in blocks, which on a CPU stay in the cache. It
-stores only its result.
+A reducer receives the gradients of a batch parameter by parameter, in blocks, which on a CPU stay in the cache. Only
+the reduced values are stored.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Reducer(ABC):
         """Add all uses of one parameter."""
 
     def gradients(self, name: str, parts: list[Contribution]) -> Iterator[tuple[int, Tensor, int]]:
-        """Yield a parameter's gradients in blocks: (first element's index, (B, n), number of elements of the parameter)."""
+        """Yield a parameter's gradients in blocks: (index of the first element, (B, n), elements of the parameter)."""
         parts = self.preconditioner.everywhere(name, parts, self.batch, self.device)
         if not parts:
             return

@@ -191,7 +191,7 @@ def load_reference(
 
 @contextmanager
 def whole_models() -> Iterator[None]:
-    """Load models whole on every process while the context is open, although the run shards its own model.
+    """Load models whole on every process while the context is open, even if the run shards its own model.
 
     DeepSpeed's and FSDP's settings are hidden from Transformers and restored at the end.
     """
@@ -234,7 +234,7 @@ class TableMaker:
         """Return the domains whose losses are not in the table yet.
 
         Raises:
-            ConfigError: if the table belongs to another reference, or one of its domains had other samples.
+            ConfigError: if the table belongs to another reference, or was made for other samples of a domain.
         """
         table = read_table(self.folder)
         if table is None:

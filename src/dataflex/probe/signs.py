@@ -100,8 +100,8 @@ def _row_keys(key: int, first: int, count: int, device: torch.device) -> tuple[T
 def _words(places: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return the words of rows at some indices, broadcast, as 32 bits in int64.
 
-    One row key enters before the first step and the other after it. If both entered before it, rows whose first keys
-    are close to each other would have the same words at shifted indices.
+    The first row key is added before the first step of the hash, the second is combined after it. With both keys before
+    it, rows whose first keys are close to each other would have the same words at shifted indices.
     """
     return _finished(_stepped((places + left) & MASK).bitwise_xor_(right))
 

@@ -108,7 +108,7 @@ class FeatureStore:
 
     @classmethod
     def load(cls, path: Path) -> FeatureStore:
-        """Return the finished store in folder ``path``; its manifest describes it completely.
+        """Return the finished store in folder ``path``; only the path is needed, because the manifest describes the store.
 
         Raises:
             DataFlexError: if the folder holds no store, or the store is incomplete, damaged, or from another release.
