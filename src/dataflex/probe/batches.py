@@ -84,7 +84,7 @@ def length_batches(lengths: np.ndarray, batch_tokens: int) -> Batches:
         keys = keys.astype(np.uint16)  # numpy sorts 16-bit integers by radix sort, in linear time
     order = np.argsort(keys, kind="stable")
     descending = lengths[order]
-    # Index behind the last sample of each length.
+    # For each length, the index after its last sample.
     ends = np.append(np.flatnonzero(descending[1:] != descending[:-1]) + 1, order.size)
     begins, sizes, counts, begin = [], [], [], 0
     for end in ends.tolist():

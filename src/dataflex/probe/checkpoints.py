@@ -119,6 +119,7 @@ def _load_full(model: Any, folder: Path) -> list[str]:
         stored, found = type(model).from_pretrained(
             folder,
             config=model.config,
+            # A type that holds the values of all trainable parameters, so that loading rounds none of them.
             dtype=reduce(torch.promote_types, [value.dtype for value in trainable.values()]),
             ignore_mismatched_sizes=True,  # raised below, with the name of the parameter
             output_loading_info=True,

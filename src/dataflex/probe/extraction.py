@@ -58,7 +58,7 @@ def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureSt
         "adapter": adapter_settings(runner.model),
         "precision": precision_of(probe),
         "moments": None if settings.preconditioner == "none" else moments_digest(probe.optimizer_moments()),
-        "data": distributed.on_main(lambda: samples.content_digest),
+        "data": distributed.on_main(lambda: samples.content_digest),  # the digest reads all data, so once is enough
         "samples": hashlib.sha256(np.ascontiguousarray(runner.indices, dtype="<i8").data).hexdigest(),
         "settings": asdict(settings),
         "map": MAP_VERSION,

@@ -65,7 +65,7 @@ class BlockSums:
         return all(tensor.dtype == torch.float32 for tensor in used)
 
 
-# Of the fast-math rules only contraction is on, which fuses a product and a sum. The others would lose NaN.
+# Of the fast-math rules only contraction is on, which may fuse a product and a sum. Other rules would not preserve NaN.
 @njit(nogil=True, error_model="numpy", fastmath={"contract"})
 def _add(
     out: np.ndarray,

@@ -127,7 +127,7 @@ def _look_at_samples(runner: Runner, reduced: Callable[[MeasuredBatch], tuple[Te
         return
     found = distributed.on_each(partial(_keep_apart, runner, reduced))
     if None not in found:
-        probe.samples_apart = all(found)
+        probe.samples_apart = all(found)  # all processes must agree, because the answer decides the batches
 
 
 def _keep_apart(runner: Runner, reduced: Callable[[MeasuredBatch], tuple[Tensor, Tensor]]) -> bool | None:

@@ -172,6 +172,7 @@ class GradientPass:
                 objective, sums = self._forward(inputs, targets, counts)
                 if objective.requires_grad:
                     self._check_all_seen([objective])
+                    # The returned gradients are not needed: the hooks receive them during the backward pass.
                     torch.autograd.grad(objective, self._roots, allow_unused=True)
                     self._check_spread()
                     self._complete = True
@@ -198,7 +199,7 @@ class GradientPass:
         per_token = torch.ones_like(counts) if self.reduction == "sum" else 1.0 / counts.clamp(min=1).to(wide)
         weights = (per_token * self._scale)[rows]
         if not self.chunked_head:
-            # The gradients pass through the rest of the model's forward, which runs once and so not chunk by chunk.
+            # The gradients pass through the rest of the model's forward, which runs once. So there are no chunks.
             # A trained head gets all positions, because its hook needs the samples in order. Otherwise the head gets
             # only the positions that count.
             if any(map(self._own, self.model.get_output_embeddings().modules())):
@@ -281,6 +282,7 @@ class GradientPass:
         embedding = self.model.get_input_embeddings()
         handles, restore = [], []
         try:
+            # All hooks are prepended, so that they run before DeepSpeed's; see the docstring of the module.
             handles.append(embedding.register_forward_hook(self._root, prepend=True))
             for name, module in self.model.named_modules():
                 own = self._own(module)
@@ -346,7 +348,7 @@ class GradientPass:
         if not output.requires_grad:
             return None
         if self._dora.is_norm(args[0].detach(), args[0].requires_grad):
-            return output.detach()
+            return output.detach()  # the norm is a constant to autograd, so no gradient of this use would arrive
         # Autograd visits only the paths to its roots. An input without a gradient leads to none, so the output is one.
         if not args[0].requires_grad:
             self._roots.append(output)
@@ -533,6 +535,7 @@ class GradientPass:
             found = None
             if isinstance(output, Tensor) and args and set(rest) <= {"weight", "bias"}:
                 found = norm_recipe(module, args[0].detach(), output.detach())
+            # NaN and infinity agree with no recipe, but the cause is the training, not the kind of the layer.
             if found is None and isinstance(output, Tensor) and not torch.isfinite(output).all():
                 raise DivergenceError(f"the output of the layer of {path} is not finite")
             if found is None:

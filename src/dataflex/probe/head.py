@@ -1,9 +1,10 @@
 """Per-sample means of a function of each token's logits, at about the cost of a forward pass without the head.
 
-The language-model head runs inside the model's own forward, in chunks and only on the positions that count (those with
-a label). So the (tokens x vocabulary) logits never exist at once. If the configuration describes the model's operations
-behind the head, these are applied to each chunk. Two samples show whether the result is right (``particulars``). If it
-is not, the logits that count go through the rest of the model's forward together, because that runs once.
+The language-model head runs inside the model's own forward, in chunks and only on the positions that count (the
+positions with a label). So the (tokens x vocabulary) logits never exist at once. If the configuration describes the
+model's operations after the head, the chunks go through the same operations. Two samples show whether the result is
+right (``particulars``). If it is not, the logits that count go through the rest of the model's forward together,
+because that runs once.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def error_norm(logits: Tensor, labels: Tensor) -> Tensor:
     scale = torch.logsumexp(logits, -1)
     squares = torch.exp(torch.logsumexp(2 * logits, -1) - 2 * scale)
     picked = torch.exp(logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - scale)
-    return (squares - 2 * picked + 1).clamp(min=0).sqrt()
+    return (squares - 2 * picked + 1).clamp(min=0).sqrt()  # |p - e|^2 = |p|^2 - 2 p_label + 1; rounding may go below 0
 
 
 def full_forward(
@@ -85,7 +86,7 @@ def chunked_values(
 
 
 def counted_logits(model: torch.nn.Module, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the model's own logits at some positions only, (n, V), after all operations behind the head.
+    """Return the model's own logits at some positions only, (n, V), including all operations after the head.
 
     Args:
         model: the model; its forward runs once.
@@ -106,7 +107,7 @@ def counted_logits(model: torch.nn.Module, inputs: dict[str, Any], rows: Tensor,
 
 
 def behind_head(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the function that a model applies to its logits behind the head, as far as the configuration describes it.
+    """Return the function that a model applies to its logits after the head, as far as the configuration describes it.
 
     Logits may be capped (Gemma 2: ``final_logit_softcapping``), multiplied (Cohere: ``logit_scale``) or divided
     (Granite: ``logits_scaling``).

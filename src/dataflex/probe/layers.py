@@ -264,7 +264,7 @@ def norm_recipe(module: nn.Module, inputs: Tensor, output: Tensor) -> NormRecipe
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None or weight.dim() != 1 or weight.shape[0] != inputs.shape[-1]:
         return None
-    tolerance = 2e-2 if output.dtype in _LOW or inputs.dtype in _LOW else 1e-4
+    tolerance = 2e-2 if output.dtype in _LOW or inputs.dtype in _LOW else 1e-4  # 16-bit values are rounded
     shift = 0.0 if bias is None else at_least_float32(bias.detach())
     for recipe in (NormRecipe(epsilon, centred) for epsilon in _epsilons(module) for centred in (False, True)):
         scaled = normalized(inputs, recipe)

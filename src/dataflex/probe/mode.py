@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 def preserved_rng() -> Iterator[None]:
     """Put Python's, numpy's, torch's and the devices' random states back at the end."""
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - saved, not used
+    # Before CUDA is initialised, devices have no random states to restore.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         try:
             yield

@@ -1,7 +1,7 @@
 """Checks of a model's behaviour on two short samples.
 
 Each measurement that uses the head checks whether the head may be applied in chunks. If a model changes its logits
-behind the head in a way that its configuration does not describe, later measurements use the model's own logits.
+after the head in a way that its configuration does not describe, later measurements use the model's own logits.
 """
 
 from __future__ import annotations

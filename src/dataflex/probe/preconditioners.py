@@ -156,6 +156,8 @@ class AdamPreconditioner(Preconditioner):
 def _terms(item: Moments, less: bool) -> AdamTerms:
     """Return the terms of a parameter; the bias corrections are folded into the denominator."""
     first, second = _LESS_BETAS if less else item.betas
+    # With left = 1 - b1^t and right = 1 - b2^t, numerator and denominator of the direction are multiplied by left:
+    # (m' / left) / (sqrt(v' / right) + eps) = m' / (sqrt(v' left^2 / right) + eps left).
     left = 1.0 if less else 1 - first ** (item.step + 1)
     right = 1.0 if less else 1 - second ** (item.step + 1)
     scale = left * left / right

@@ -114,7 +114,7 @@ class CountProjection(Projection):
 
     def __init__(self, dim: int, seed: int, device: torch.device, tables: SignTables | None = None) -> None:
         super().__init__(dim, seed, device)
-        self.width = 2 * dim  # a rotated block is added in one piece; `folded` adds the part behind column k
+        self.width = 2 * dim  # a rotated block is added in one piece; `folded` adds the columns from k on
         self._tables = SignTables() if tables is None else tables
         self._rotations: dict[str, Tensor] = {}
         self._fused = block_sums() if device.type == "cpu" else None
@@ -316,7 +316,7 @@ def block_sums() -> BlockSums | None:
     return BlockSums(torch.get_num_threads())
 
 
-@cache
+@cache  # the compilation and the comparison run once per device
 def fused_sketch(device: torch.device) -> Sketch | None:
     """Return the kernel that makes a sketch in one pass on a device; None if it does not work there."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:

@@ -102,7 +102,7 @@ class ReferenceTable:
         self._opened = lru_cache(maxsize=_OPEN_DOMAINS)(self._open)
 
     def _open(self, domain: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the losses of a domain, and the index behind the last loss of each sample.
+        """Return the losses of a domain, and for each sample the index after its last loss.
 
         Raises:
             ConfigError: if a file cannot be read, or the two files do not belong together.

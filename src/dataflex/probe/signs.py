@@ -62,7 +62,7 @@ def random_numbers(key: int, first: int, count: int, below: int, device: torch.d
     """Return a random number from 0 to ``below - 1`` for each row, ``first`` to ``first + count``: int64, (count,)."""
     left, right = _row_keys(key, first, count, device)
     place = torch.full((count,), ROTATION_PLACE, device=device)
-    return (_words(place, left, right) * below) >> 32
+    return (_words(place, left, right) * below) >> 32  # scales 32 random bits to the range without a division
 
 
 class SignTables:

@@ -108,7 +108,7 @@ class FeatureStore:
 
     @classmethod
     def load(cls, path: Path) -> FeatureStore:
-        """Return the finished store in folder ``path``; only the path is needed, because the manifest describes the store.
+        """Return the finished store in folder ``path``. The path is enough, because the manifest describes the store.
 
         Raises:
             DataFlexError: if the folder holds no store, or the store is incomplete, damaged, or from another release.
@@ -181,6 +181,7 @@ class FeatureStore:
                 "or store float32; if that does not help, the model's gradients are not finite."
             )
         try:
+            # The features come last, because their file marks the chunk as complete.
             write_atomically(self._norms_file(chunk), bytes_of(norms.detach().float()))
             write_atomically(self._features_file(chunk), bytes_of(stored))
         except OSError as error:
@@ -298,6 +299,7 @@ class FeatureStore:
             stored = np.memmap(self._features_file(chunk), dtype=np.uint8, mode="r", shape=shape)
             for start in range(0, count, rows):
                 stop = min(start + rows, count)
+                # A copy, because a tensor must not share the read-only memory of the map.
                 block = torch.from_numpy(np.array(stored[start:stop])).view(_TYPES[self.dtype])
                 yield self.order[first + start : first + stop].copy(), block.to(device).float()
 
