@@ -119,7 +119,7 @@ class GradientPass:
         self.names = parameter_names(model)
         self.left_out: set[str] = set()
         if not self.names:
-            raise ComponentError("the model has no trainable parameter a gradient could be taken of.")
+            raise ComponentError("the model has no trainable parameter, so there are no gradients to compute.")
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
         self._device = device.type
         half |= torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
@@ -199,9 +199,9 @@ class GradientPass:
         per_token = torch.ones_like(counts) if self.reduction == "sum" else 1.0 / counts.clamp(min=1).to(wide)
         weights = (per_token * self._scale)[rows]
         if not self.chunked_head:
-            # The gradients pass through the rest of the model's forward, which runs once. So there are no chunks.
-            # A trained head gets all positions, because its hook needs the samples in order. Otherwise the head gets
-            # only the positions that count.
+            # The gradients pass through the rest of the model's forward, which runs once, so the head runs once, too. A
+            # trained head gets all positions, because its hook needs the samples in order. Otherwise the head gets only
+            # the positions that count.
             if any(map(self._own, self.model.get_output_embeddings().modules())):
                 logits = self.model(**inputs, use_cache=False).logits[rows, columns]
             else:

@@ -36,8 +36,8 @@ def stacked_experts(model: nn.Module) -> dict[nn.Module, int]:
 def real_tokens(inputs: dict[str, Any], labels: Tensor) -> Tensor:
     """Return the mask of the positions of a batch that are not padding, in the shape of the labels, (B, T).
 
-    Attention masks are (B, T), or (B, 1, T, T) with 0 if a position sees another one. Tokens see themselves, padding
-    does not.
+    Attention masks are (B, T), or (B, 1, T, T) with 0 if a position sees another position. Tokens see themselves;
+    padding does not.
     """
     mask = inputs.get("attention_mask")
     if mask is None:

@@ -112,7 +112,7 @@ class Runner:
         return bool(self.probe.chunked_head)
 
     def each(self, measure: Callable[[MeasuredBatch], Tensor], batches: Batches | None = None) -> ScoreArray:
-        """Return the values of a function of batches, in the order of the samples, (n, ...), on every process.
+        """Apply a function to every batch; return the values in the order of the samples, (n, ...), on every process.
 
         Args:
             measure: returns the values of a batch, (B, ...).
