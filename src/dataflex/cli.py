@@ -104,6 +104,13 @@ def _add_training(commands: _Commands) -> None:
     listing.add_argument(
         "--plugins", nargs="*", default=[], help="Python files that register components or measurements"
     )
+    schema = commands.add_parser(
+        "schema", help="the JSON schema of a configuration, with which an editor checks a YAML"
+    )
+    schema.add_argument(
+        "--plugins", nargs="*", default=[], help="Python files that register components or measurements"
+    )
+    schema.add_argument("--output", type=Path, metavar="FILE", help="write the schema to a file instead of printing it")
     commands.add_parser("version", help="versions of DataFlex and of what it runs on")
 
 
@@ -259,6 +266,13 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
+def _schema(options: argparse.Namespace) -> int:
+    from dataflex.commands.schema import write_schema
+
+    print(write_schema(options.plugins, options.output))
+    return 0
+
+
 def _version(options: argparse.Namespace) -> int:
     from dataflex.record.versions import installed_versions
 
@@ -370,6 +384,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "embed": _embed,
     "check": _check,
     "list": _list,
+    "schema": _schema,
     "version": _version,
     "report": _report,
     "eval": _eval,
