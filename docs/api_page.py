@@ -14,8 +14,8 @@ HEAD = """# Python API
 
 <!-- `make docs` writes this page from the docstrings. Edit the docstrings instead. -->
 
-Every name on this page is imported from `dataflex`. A component of your own needs no other module, and the built-in methods
-use no other. The [README](../README.md#a-component-of-your-own) shows how a component is written, and
+Every name on this page is imported from `dataflex`. A component of your own needs no other module, and the built-in
+methods use no other. The [README](../README.md#a-component-of-your-own) shows how a component is written, and
 [methods](methods/README.md#what-a-component-of-your-own-may-say-about-a-run) lists the methods that it may define.
 """
 

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the pages of the site, and the navigation.
+"""Hooks of mkdocs: they choose the pages of the site and complete the navigation.
 
 The site has the repository's own paths (``README.md``, ``docs/configuration.md``, ``benchmarks/README.md``). So a
 relative link between two files leads to the same file on the repository's page and on the site, and no file is copied.
@@ -51,7 +51,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def published() -> list[str]:
     """Return the paths of the published files, from the root of the repository."""
     found = {path.relative_to(ROOT).as_posix() for pattern in PUBLISHED for path in ROOT.glob(pattern)}
-    return sorted(path for path in found if (ROOT / path).is_file())
+    files = (path for path in found if (ROOT / path).is_file())
+    return sorted(files, key=lambda path: (not path.endswith("README.md"), path))  # the index of a folder first
 
 
 def expanded(nav: list[Any], pages: list[str]) -> list[Any]:
