@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = (
@@ -46,6 +48,34 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     ours = [File(path, str(ROOT), config.site_dir, config.use_directory_urls) for path in published()]
     made = File.generated(config, PARAMETERS, content=_parameters_page().page())
     return Files([*theme, *ours, made])
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Return a page whose links lead to files of the site."""
+    return with_links_on_the_site(markdown, Path(page.file.src_uri).parent, set(files.src_uris))
+
+
+def with_links_on_the_site(markdown: str, folder: Path, paths: set[str]) -> str:
+    """Return a page whose links to files and folders of the repository work on the site, too.
+
+    A link to a folder becomes a link to the folder's README.md. If a file or folder of the repository is not on the site,
+    as the source code, the text of the link stays without the link. Every other link is left to the checks of mkdocs.
+
+    Args:
+        markdown: the text of the page.
+        folder: the folder of the page, from the root of the repository.
+        paths: the paths of all files on the site.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        text, target = match.groups()
+        found = (ROOT / folder / target).resolve()
+        path = found.relative_to(ROOT).as_posix() if found.is_relative_to(ROOT) else ""
+        if not found.exists() or path in paths:
+            return match[0]
+        return f"[{text}]({target.rstrip('/')}/README.md)" if f"{path}/README.md" in paths else text
+
+    return re.sub(r"\[([^\[\]]+)\]\(([^()#:\s]+)\)", replaced, markdown)
 
 
 def published() -> list[str]:

@@ -35,6 +35,24 @@ def test_patterns_stand_for_the_pages_of_a_folder_that_are_not_named(hooks: Modu
     assert hooks.expanded(nav, pages[:3]) == [{"Start": ["a.md"]}, {"Guides": ["docs/c.md", "docs/b.md"]}]
 
 
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("[a](api.md)", "[a](api.md)"),
+        ("[a](methods)", "[a](methods/README.md)"),
+        ("[a](methods/)", "[a](methods/README.md)"),
+        ("[a](../src/dataflex/cli.py)", "a"),
+        ("[a](../src)", "a"),
+        ("[a](absent)", "[a](absent)"),
+        ("[a](api.md#b)", "[a](api.md#b)"),
+        ("[a](https://example.org)", "[a](https://example.org)"),
+    ],
+)
+def test_links_lead_to_files_of_the_site(hooks: ModuleType, link: str, expected: str) -> None:
+    paths = {"docs/api.md", "docs/methods/README.md"}
+    assert hooks.with_links_on_the_site(f"See {link}.", Path("docs"), paths) == f"See {expected}."
+
+
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
