@@ -58,8 +58,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def with_links_on_the_site(markdown: str, folder: Path, paths: set[str]) -> str:
     """Return a page whose links to files and folders of the repository work on the site, too.
 
-    A link to a folder becomes a link to the folder's README.md. If a file or folder of the repository is not on the site,
-    as the source code, the text of the link stays without the link. Every other link is left to the checks of mkdocs.
+    A link to a folder becomes a link to the README.md of the folder. A link to a file that is not on the site, for
+    example to source code, becomes plain text. Every other link is left to the checks of mkdocs.
 
     Args:
         markdown: the text of the page.
