@@ -67,7 +67,7 @@ def schema(plugins: list[str]) -> dict[str, Any]:
         section["properties"][key] = _choice(key, DataFlexConfig.model_fields[key].description or "")
     return {
         "$schema": DRAFT,
-        "title": "LLaMA-Factory configuration with a dataflex: section",
+        "description": "A LLaMA-Factory configuration with a dataflex: section.",
         "type": "object",
         "properties": {SECTION: section},
         "additionalProperties": True,
@@ -159,7 +159,8 @@ def _family(
         }
         chosen = {"type": "object", "required": ["method"], "properties": {"method": {"const": name}}}
         conditions.append({"if": chosen, "then": then})
-    any_method = {"description": f"Name of the {kind}.", "enum": list(family)}
+    summaries = [_summary(cls) for cls in family.values()]  # a key of editors, which validators ignore
+    any_method = {"description": f"Name of the {kind}.", "enum": list(family), "enumDescriptions": summaries}
     return {"required": ["method"], "properties": {"method": any_method}, "allOf": conditions}
 
 
