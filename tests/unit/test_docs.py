@@ -191,6 +191,26 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), target
 
 
+def commands(text: str) -> list[str]:
+    """Return the lines of code blocks that start with a command, without comments."""
+    lines = re.findall(r"^(?: {4})?((?:[A-Z_]+=\S+ )*(?:dataflex-cli|make|pip) .*)$", text, flags=re.MULTILINE)
+    return [line.partition("#")[0].rstrip() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("page", "translation"),
+    [
+        ("README.md", "README.zh-CN.md"),
+        ("docs/tutorials/1-first-selection-run.md", "docs/tutorials/first-selection-run.zh-CN.md"),
+    ],
+)
+def test_a_translation_has_the_same_files_and_commands(page: str, translation: str) -> None:
+    text, translated = ((DOCS.parent / name).read_text(encoding="utf-8") for name in (page, translation))
+    assert examples(text) == examples(translated)
+    assert commands(text) == commands(translated)
+    assert len(commands(text)) > 5
+
+
 def test_modules_named_in_the_architecture_exist() -> None:
     root = DOCS.parent
     named = re.findall(r"[\w/]+\.py\b", (root / "ARCHITECTURE.md").read_text() + (root / "CONTRIBUTING.md").read_text())
