@@ -57,10 +57,6 @@ class ComponentParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-Names = str | list[str | int | float | bool]
-"""What may be written for a list of names: the list, or the names in one text, separated by commas."""
-
-
 class ValidationParams(ComponentParams):
     """Which samples stand for what the model is to become good at."""
 
@@ -71,7 +67,7 @@ class ValidationParams(ComponentParams):
         None, description="Column of the raw data whose values divide the validation samples into sub-tasks."
     )
 
-    @field_validator("validation", mode="before", json_schema_input_type=Names | None)
+    @field_validator("validation", mode="before", json_schema_input_type=str | list[str | int | float | bool] | None)
     @classmethod
     def _names(cls, value: Any) -> Any:
         names = value.split(",") if isinstance(value, str) else value
