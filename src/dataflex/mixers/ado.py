@@ -163,7 +163,7 @@ class ADOMixer(Mixer[ADOParams]):
         if ctx.start_step >= max(self.params.start_step, last + self.params.fit_steps):
             self._fit(ctx)
         if not self._preferred.size:
-            ctx.not_decided("not every domain has a law yet, so the shares are the prior")
+            ctx.not_decided("there are no laws yet, the shares are the prior")
             return self._prior
         return (1 - _NEW) * self._mean + _NEW * self._preferred
 
