@@ -195,7 +195,7 @@ class ADOMixer(Mixer[ADOParams]):
         """Fit the law of every domain to its history. A domain whose fit fails keeps its previous law."""
         self._fitted_at, self.fits = ctx.start_step, self.fits + 1
         failed = []
-        laws = self.laws.copy()
+        laws = self.laws.copy()  # state_dict hands out the array itself
         for domain, name in enumerate(ctx.pool.domains):
             n, losses = self._history.curve(
                 domain,

@@ -161,8 +161,8 @@ class StepWeightMixer(LossWeightMixer[StepWeightT]):
         if self.decides_within_step or run.decided_steps > 1:
             return None
         return (
-            "with weights: previous the first step after warm-up has equal weights, and the run has no second step "
-            "after warm-up; train longer"
+            "with weights: previous the first step after warm-up has equal weights, and the run has no second one; "
+            "train longer"
         )
 
 

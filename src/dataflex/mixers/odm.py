@@ -68,7 +68,7 @@ class OdmMixer(Mixer[OdmParams]):
         """Return that exploration keeps the shares equal at every decision of the run, or that nothing is learned."""
         if self.params.variant == "official" and run.decisions == 1 and run.schedule.warmup_steps:
             return (
-                "the only decision comes right after the warm-up, from which variant: official learns nothing; lower "
+                "the only decision comes after the warm-up, from which variant: official learns nothing; lower "
                 "dataflex.update_steps"
             )
         last = run.schedule.last_decision or 0
@@ -78,9 +78,8 @@ class OdmMixer(Mixer[OdmParams]):
         if last >= needed:
             return None
         return (
-            f"the last decision comes after {last} of {run.total_steps} steps, and with {run.domains} domains "
-            f"exploration keeps the shares equal for the first {needed - 1} steps; lower dataflex.update_steps or "
-            "train longer"
+            f"the last decision comes after {last} of {run.total_steps} steps, and before {needed} steps with "
+            f"{run.domains} domains exploration keeps the shares equal; lower dataflex.update_steps or train longer"
         )
 
     def on_step(self, statistics: StepStatistics) -> None:
@@ -94,6 +93,7 @@ class OdmMixer(Mixer[OdmParams]):
             return
         if not self.steps:
             self._rewards, self._log_perplexities = np.zeros(losses.size), np.full(losses.size, -np.inf)
+        # Copies, because state_dict hands out the arrays themselves.
         rewards, logs = self._rewards.copy(), self._log_perplexities.copy()
         rewards[present] *= alpha
         rewards[present] += (1.0 - alpha) * losses[present] / statistics.proportions[present]

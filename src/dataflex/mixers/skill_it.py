@@ -96,8 +96,8 @@ class SkillItMixer(Mixer[SkillItParams]):
         if run.decisions > 1:
             return None
         return (
-            "the first decision uses the graph alone, and the run has no second decision, in which validation losses "
-            "would count; lower dataflex.update_steps"
+            "the first decision goes by the graph alone, and the run has no second decision, in which validation "
+            "losses would count; lower dataflex.update_steps"
         )
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:

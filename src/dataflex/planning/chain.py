@@ -95,6 +95,7 @@ class _Held:
     """Number of candidates of a filter."""
 
     def state(self) -> State:
+        # One bit for each sample of the group: smaller in a checkpoint than indices.
         inside = np.zeros(self.stop - self.start, dtype=bool)
         inside[self.samples - self.start] = True
         return {
