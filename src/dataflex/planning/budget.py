@@ -71,7 +71,7 @@ class LimitedDecision:
     max_age: int
     """Number of latest decisions, including this one, whose scores are valid."""
     chosen_by_own_score: float
-    """Share of the chosen samples that have a valid score, in [0, 1]."""
+    """Share of the chosen samples with a valid score instead of an estimate, in [0, 1]."""
     seconds_per_sample: float | None = None
     """Measured seconds of scoring one sample on all processes together. None before the first scores."""
     fixed_seconds: float | None = None
