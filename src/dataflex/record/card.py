@@ -124,7 +124,7 @@ def _run(record: RunRecord) -> Iterator[str]:
     rows: list[list[str]] = [["base model", _cell(record.config.get("model_name_or_path"))]]
     if start is not None and start.model.get("commit"):
         rows.append(["commit of the base model", _cell(start.model["commit"])])
-    rows.append(["stage, trained parameters", _cell(", ".join(_of(record, "stage", "finetuning_type")))])
+    rows.append(["stage, finetuning type", _cell(", ".join(_of(record, "stage", "finetuning_type")))])
     rows.append(["optimizer steps", f"{record.steps:,}"])
     if summary is not None:
         rows.append(["tokens trained on", f"{summary.tokens:,}"])
