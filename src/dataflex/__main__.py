@@ -1,4 +1,4 @@
-"""``python -m dataflex`` is ``dataflex-cli``."""
+"""The command line as a module: ``python -m dataflex`` is the same program as ``dataflex-cli``."""
 
 import sys
 

@@ -570,7 +570,7 @@ def test_what_the_budget_and_the_machine_allow(lab: Lab, monkeypatch: pytest.Mon
     lab.write(equal={"tokens": 500}, **variants(a={**RANDOM, "gradient_accumulation_steps": 2}))
     load(lab.file)
     lab.write(equal={"wall_clock": 60})
-    with pytest.raises(ConfigError, match=r"--jobs: 2 runs at a time on 1 device take each other's time"):
+    with pytest.raises(ConfigError, match=r"--jobs: 2 runs at the same time on 1 device slow each other down"):
         lab.compare(jobs=2)
     with pytest.raises(ConfigError, match=r"--jobs: 3 runs at a time on 2 devices"):
         compare(lab.file, program=lab.program, at_once=Workers(3, ("0", "1")))

@@ -621,7 +621,7 @@ def test_targets(evaluated: Evaluated, tmp_path: Path) -> None:
     (full / "model.safetensors").unlink()
     _refused(full, "has no weights: they were not saved", "checkpoint-12")
     (full / "dataflex" / "summary.json").unlink()
-    _refused(full, "its training has not ended", "checkpoint-12")
+    _refused(full, "the training has not ended", "checkpoint-12")
     merged = tmp_path / "merged"
     shutil.copytree(evaluated.run, merged)
     record = {"adapter_name_or_path": "a,b", "dataflex": {}}
