@@ -106,7 +106,7 @@ def _base_of(folder: Path) -> str:
     base = assets.resolve(str(base))
     if not Path(base).exists() and not _HUB_NAME.fullmatch(base):
         raise ConfigError(
-            f"{path}: the base model {base} does not exist. Name another one, and this folder with --adapter."
+            f"{path}: the base model {base} does not exist. Name another, and this folder with --adapter."
         )
     return base
 

@@ -138,7 +138,7 @@ def run(config: RunConfig, command: str, output: Path, amount: Amount) -> None:
     if command == "features" and not reads_all:
         raise ConfigError(
             f"{config.source}: dataflex.select: {selector.name!r} does not read gradient features of every sample. "
-            "Use dataflex-cli score, or a selector that reads them: less, icons, tracin or nice."
+            "Use dataflex-cli score, or a selector that reads them (less, icons, tracin, nice)."
         )
 
     def when_loaded(run: LoadedRun, model: LoadedModel) -> None:
