@@ -1,4 +1,4 @@
-"""The command line as a module: ``python -m dataflex`` is the same program as ``dataflex-cli``."""
+"""``python -m dataflex`` runs ``dataflex-cli``."""
 
 import sys
 
