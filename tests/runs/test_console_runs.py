@@ -217,8 +217,8 @@ def test_the_terminal_is_short_and_the_log_is_whole(folder: Path, outcomes: dict
     assert {"dataflex/round", "dataflex/tokens", "dataflex/loss/beta"} <= set(losses(folder / "out" / "two")[-1])
     run = folder / "out" / "two"
     assert lines[-2:] == [
-        f"dataflex: what it did, on one page: dataflex-cli report {run}",
-        f"dataflex: which samples, and why: dataflex-cli explain {run} --top 5",
+        f"dataflex: the run on one page: dataflex-cli report {run}",
+        f"dataflex: the chosen samples and the reasons: dataflex-cli explain {run} --top 5",
     ]
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from dataflex import distributed
 from dataflex.errors import DivergenceError
 from dataflex.record import checkpoint
+from dataflex.record.card import write_card
 from dataflex.trainer.base import RunTrainer
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ class SavingTrainer(RunTrainer):
         super().save_metrics(split, *args, **kwargs)
         if self._started is not None:
             self._started.recorder.saved(split)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the Trainer's model card with our section. The Trainer calls this before a push to the hub."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            write_card(Path(self.args.output_dir))
 
     def check_weights(self) -> None:
         """Refuse to go on with weights that are not finite, as after a finite loss of a gradient that was not.

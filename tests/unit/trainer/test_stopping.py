@@ -60,7 +60,7 @@ def test_a_signal_ends_any_command_without_a_traceback(
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setitem(cli._COMMANDS, "eval", told_to_stop)
     assert cli.main(["eval", "model", "--tasks", "task"]) == status
-    assert capsys.readouterr().err == "\ndataflex: stopped; the same command begins again.\n"
+    assert capsys.readouterr().err == "\ndataflex: stopped. Repeat the command to start again.\n"
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataflex import distributed
 from dataflex.api.registry import failure_of_component
+from dataflex.config.checks.values import truthy
 from dataflex.config.loading import RunConfig
 from dataflex.errors import ComponentError, ConfigError, DataFlexError
 from dataflex.files import write_atomically
@@ -32,6 +33,7 @@ from dataflex.integrations.llamafactory.launch import report_error
 from dataflex.integrations.llamafactory.parsing import parse_to_train, replaced
 from dataflex.integrations.llamafactory.session import Session
 from dataflex.integrations.llamafactory.stages import STAGES, WORKFLOWS, workflow_of
+from dataflex.record.card import write_card
 from dataflex.record.identity import only_run_in
 from dataflex.trainer.inputs import RunInputs, check_processes
 from dataflex.trainer.mixin import DynamicTrainerMixin, NothingTrained, WhenLoaded
@@ -70,6 +72,9 @@ def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> No
         _component_errors_told(output),
     ):
         tuner.run_exp(dict(config.llamafactory), callbacks)
+        # After LLaMA-Factory's own card, which it writes last. The process group is gone, so the rank is torchrun's.
+        if truthy(config, "do_train") and os.environ.get("RANK", "0") == "0":
+            write_card(output)
 
 
 @contextmanager
