@@ -209,7 +209,7 @@ def test_another_global_batch_size_is_not_gone_on_with() -> None:
     state = {**first.state_dict(0), "processes": 2}
     other = {"gradient_accumulation_steps": 4, "world_size": 1}
     assert check_processes(state, arguments(deepspeed="zero.json")) is None
-    assert "1 processes go on with what 2 had begun" in check_processes(state, arguments(**other, deepspeed=None))
+    assert "by a run of 2 processes, and this run has 1" in check_processes(state, arguments(**other, deepspeed=None))
     with pytest.raises(CheckpointError, match=r"in parts for 2 processes, this run has 1"):
         check_processes(state, arguments(**other, deepspeed="zero.json"))
     with pytest.raises(CheckpointError, match=r"global batch size .* of 8, this run has 16"):
@@ -353,7 +353,7 @@ def test_other_evaluation_data_is_said() -> None:
     )
     state = {"step": 3, **first.fingerprints()}
     assert same.says_of_evaluation(state) is None
-    assert "evaluation data is not that of before step 3" in str(other.says_of_evaluation(state))
+    assert "evaluation data differs from the data used up to step 3" in str(other.says_of_evaluation(state))
     assert RunData().says_of_evaluation(state) is None
 
 
