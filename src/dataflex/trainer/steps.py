@@ -142,7 +142,7 @@ def _check_epochs(inputs: RunInputs, pool: Pool, found: RunSteps) -> None:
     if limits is None or inputs.budget.is_set or steps * batch <= limits.sum():
         return
     raise ConfigError(
-        f"dataflex.mix.max_epochs_per_domain: this limit allows {limits.sum()} samples of all domains together, enough "
+        f"dataflex.mix.max_epochs_per_domain: this limit allows {limits.sum()} samples, enough "
         f"for {limits.sum() // batch} steps, and this run's {steps} steps need {steps * batch}. Raise the limit, or "
         "train less (train_steps, max_steps, num_train_epochs)."
     )
