@@ -1,8 +1,8 @@
 """Weights of the domains in the loss of one optimizer step: how they are decided and applied.
 
-The loss of a step is sum_i weight_i * (token-mean loss of domain i). The means are taken over the step's whole global
-batch: all micro-batches of all processes. So a token of domain i has the coefficient weight_i / tokens_i. The number
-tokens_i is counted from the labels before the first forward pass.
+The loss of a step is sum_i weight_i * (token-mean loss of domain i). The means are computed over the step's whole
+global batch: all micro-batches of all processes. So a token of domain i has the coefficient weight_i / tokens_i. The
+number tokens_i is counted from the labels before the first forward pass.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def _last(output_dir: Path, own: str | None, asked: bool) -> tuple[Path | None, 
         raise CheckpointError(
             f"resume_from_checkpoint: {output_dir} has no complete checkpoint. {' '.join(left)}".rstrip()
         )
-    # This run has checkpoints with a marker, and all of them lack something. Starting anew would hide that.
+    # This run has checkpoints with a marker, and all of them lack something. A new run would hide that.
     if any(marker.run == own for _, marker in marked(output_dir)):
         raise CheckpointError(f"output_dir: the run in {output_dir} cannot resume. {' '.join(left)} {_NEW_RUN}")
     if own is None:

@@ -54,7 +54,7 @@ def domain_sums(domains: Tensor, values: Tensor, num_domains: int) -> Tensor:
 
     The sums are a matrix product. Unlike a scattered addition, it adds in a fixed order on every device.
     """
-    # Values that are not finite are taken out first: in the product, 0 * inf would spread NaN to all domains.
+    # Values that are not finite are replaced by 0 first: in the product, 0 * inf would spread NaN to all domains.
     membership = torch.nn.functional.one_hot(domains, num_domains).to(values).T
     finite = torch.isfinite(values)
     sums = membership @ torch.where(finite, values, 0.0)

@@ -99,8 +99,8 @@ def _batches(rows: Any, sizes: Sequence[int], batch_size: int) -> Any:
         begins += starts
         ends += [min(start + batch_size, offset) for start in starts]
         numbers += [number] * len(starts)
-    # Derived from `rows`, and not created anew, so that the datasets library includes the rows in the fingerprint by
-    # which it caches the samples made from this data set.
+    # Derived from `rows`, and not created from scratch, so that the datasets library includes the rows in the
+    # fingerprint by which it caches the samples made from this data set.
     batches = rows.select(range(len(begins))).select_columns(rows.column_names[:1])
     for name, column in (("begin", begins), ("end", ends), (DOMAIN, numbers)):
         batches = batches.add_column(name, column)
