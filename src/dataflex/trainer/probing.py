@@ -27,8 +27,7 @@ def make_probe(trainer: DynamicTrainerMixin, pool: Pool) -> ModelProbe:
     # The probe recomputes the same layers as the training, to save memory. If a model recomputes with its own code, the
     # probe cannot, and stores all activations; the training may have left no memory for them. A process normally
     # halves its batches then. On a sharded model it must not, because the processes would run different numbers of
-    # forward passes. So such a model starts with
-    # batches of no more tokens than the longest sample has.
+    # forward passes. So such a model starts with batches of no more tokens than the longest sample has.
     model = trainer.causal_model()
     cautious = sharded and model.is_gradient_checkpointing and not recomputed_layers(model)
     return ModelProbe(

@@ -39,7 +39,7 @@ class IndexedDataset(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> list[tuple[int, Row]]:
-        """Return several rows at once."""
+        """Return several rows at once. A DataLoader calls this, if it exists, instead of reading row by row."""
         return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
 
 
@@ -112,6 +112,7 @@ class RoundStream:
         # The loader has a separate random generator. A loader draws the base seed of its workers when it is iterated,
         # and a draw from the global stream would make a resumed run differ from an uninterrupted one.
         generator = torch.Generator().manual_seed(key_of(args.seed, "loader", plan.slot.number) % 2**63)
+        # `prepare` deals the batches of the plan to the processes in turn.
         loader = trainer.accelerator.prepare(
             DataLoader(
                 IndexedDataset(trainer.train_dataset),
