@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from dataflex.probe.mode import preserved_rng
     from dataflex.probe.store import FeatureStore
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 EXPORTS = {
     "CheckpointError": "dataflex.errors",

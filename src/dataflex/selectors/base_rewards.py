@@ -198,10 +198,9 @@ def _from_name(value: Any) -> Any:
     return {"type": value} if isinstance(value, str) else value
 
 
-RewardChoice = Annotated[
-    Annotated[ExactMatchParams | PythonParams | ModelParams | JudgeParams, Field(discriminator="type")],
-    BeforeValidator(_from_name),
-]
+_Reward = Annotated[ExactMatchParams | PythonParams | ModelParams | JudgeParams, Field(discriminator="type")]
+
+RewardChoice = Annotated[_Reward, BeforeValidator(_from_name, json_schema_input_type=Literal["exact_match"] | _Reward)]
 """Field type of a reward: a mapping with ``type`` and parameters, or the type alone."""
 
 

@@ -63,6 +63,6 @@ class ScoreColumnWeighter(Weighter[ScoreColumnWeighterParams]):
             assert batch.pool is not None  # streaming data is refused before the run
             weights = batch.pool.numbers(self.params.column)
             scale = weights.mean() if self.params.normalized else 1.0
-            self._weights = batch.losses.new_tensor((weights / scale).tolist())
+            self._weights = batch.losses.new_tensor(weights / scale)
         assert batch.places is not None
         return self._weights[batch.places]

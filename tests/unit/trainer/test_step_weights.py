@@ -145,7 +145,7 @@ def test_a_chain_that_leaves_nothing_is_refused() -> None:
     [
         (
             lambda batch: batch.token_losses[:, :2],
-            r"shape \(2, 2\); needed is \(2,\), one per sample, or \(2, 5\), one per token",
+            r"shape \(2, 2\); the shape must be \(2,\), one per sample, or \(2, 5\), one per token",
         ),
         (lambda batch: batch.token_losses - 9, "NaN, infinite or negative"),
         (lambda batch: batch.losses.tolist(), "returned a list"),
