@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import tiny
+from dataflex.api import measurement, registry
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DATA_SETS = ("docs_to_code", "code_to_docs", "docs_to_code_val", "code_to_docs_val")
@@ -46,3 +50,20 @@ def copy(folder: Path, saves: Path) -> Path:
         target.write_text(text, encoding="utf-8")
     tiny.make_experts(saves / "mix" / "experts")
     return copied
+
+
+@contextmanager
+def plugins_forgotten() -> Iterator[None]:
+    """Forget the plug-ins that are loaded meanwhile: two files may register one name, but not in one process."""
+    registry.load_components([])
+    before = [(where, dict(where)) for where in (registry._registered, measurement._registered)]
+    loaded = set(sys.modules)
+    try:
+        yield
+    finally:
+        for where, entries in before:
+            where.clear()
+            where.update(entries)
+        for name in set(sys.modules) - loaded:
+            if name.startswith("dataflex_plugin_"):
+                del sys.modules[name]

@@ -13,7 +13,6 @@ import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from dataflex.api import registry
 from dataflex.cli import _parser
 from dataflex.compare.merging import merged
 from dataflex.compare.settings import ExperimentSettings
@@ -23,8 +22,8 @@ from dataflex.errors import ConfigError
 from dataflex.evaluation.tasks import TaskSettings
 from dataflex.workflows.doremi import DoremiSettings
 from dataflex.workflows.regmix import RegmixSettings
+from example_files import plugins_forgotten
 
-registry.load_components([])
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -53,17 +52,16 @@ def yaml_blocks() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture
-def plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Return a folder with the plug-in files that the pages show, and forget their components after the test."""
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+def plugins(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder with the plug-in files that the pages show."""
+    for path in (ROOT / "tests" / "plugins").glob("*.py"):
+        (tmp_path / path.name).write_text(path.read_text())
     for page in PAGES:
         for block in blocks(page, "python"):
             if named := re.match(r"# (\w+\.py)\n", block):
                 (tmp_path / named[1]).write_text(block)
-    for path in (ROOT / "tests" / "plugins").glob("*.py"):
-        if not (tmp_path / path.name).exists():
-            (tmp_path / path.name).write_text(path.read_text())
-    return tmp_path
+    with plugins_forgotten():
+        yield tmp_path
 
 
 def read(content: Any, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ BUILT_IN = [
     for name, cls in registry.available(family).items()
     if cls.__module__.startswith("dataflex.")
 ]
+
+
+@pytest.fixture(autouse=True)
+def _no_plugins() -> Iterator[None]:
+    with example_files.plugins_forgotten():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +134,11 @@ def test_the_table_of_the_readme_lists_every_file_once() -> None:
     listed = re.findall(r"^\| \[`([^`]+)`\]\(([^)]+)\) \|", (EXAMPLES / "README.md").read_text(), flags=re.MULTILINE)
     assert all(shown == target for shown, target in listed)
     assert sorted(shown for shown, _ in listed) == YAMLS
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", (EXAMPLES / "README.md").read_text()):
+        assert (EXAMPLES / target).exists(), target
 
 
 def test_the_readme_and_the_comment_name_the_step_before() -> None:
