@@ -6,6 +6,7 @@ import argparse
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,9 @@ def commands(page: str) -> Iterator[str]:
             yield match[1]
 
 
+SHELL = ("|", ">", ">>", "&&", "&", ";")
+"""Words of a shell that end the arguments of a command."""
+
 OPTIONAL = re.compile(r"(?<!\S)\[((?:[^\[\]]|\[[^\[\]]*\])*)\](?!\S)")
 """A part in brackets, as usage lines have it, with up to one level of brackets in it."""
 
@@ -159,7 +163,7 @@ def written_out(usage: str) -> list[list[str]]:
     command = re.split(r"\s#", usage)[0]
     optional = OPTIONAL.search(command)
     if optional is None:
-        words = shlex.split(command)[1:]
+        words = list(takewhile(lambda word: word not in SHELL, shlex.split(command)[1:]))
         return [[PLACEHOLDERS.get(word, word) for word in words if PLACEHOLDERS.get(word) != ""]]
     before, after = command[: optional.start()], command[optional.end() :]
     choices = ["", *re.split(r"\s\|\s(?![^\[]*\])", optional[1])]
