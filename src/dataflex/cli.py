@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(overrides=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for add in (_add_training, _add_offline, _add_record, _add_evaluation, _add_experiments):
+    for add in (_add_training, _add_schema, _add_offline, _add_record, _add_evaluation, _add_experiments):
         add(commands)
     assets = commands.add_parser("assets", help="the demo's model and data, by name")
     assets.add_argument("name", nargs="?", help="which to fetch; none: list them")
@@ -105,6 +105,27 @@ def _add_training(commands: _Commands) -> None:
         "--plugins", nargs="*", default=[], help="Python files that register components or measurements"
     )
     commands.add_parser("version", help="versions of DataFlex and of what it runs on")
+
+
+def _add_schema(commands: _Commands) -> None:
+    command = commands.add_parser(
+        "schema",
+        help="print the JSON schema with which an editor completes and checks a YAML file",
+        description="Print the JSON schema of a configuration with a dataflex: section. An editor completes and checks "
+        "a YAML file with it, if the first line of the file is `# yaml-language-server: $schema=FILE`.",
+        epilog="example:\n  dataflex-cli schema --output dataflex.schema.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # else argparse joins the lines of the example
+    )
+    command.add_argument(
+        "--plugins",
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="Python files that register components; the schema includes their methods",
+    )
+    command.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the schema to a file instead of printing it"
+    )
 
 
 def _add_offline(commands: _Commands) -> None:
@@ -259,6 +280,13 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
+def _schema(options: argparse.Namespace) -> int:
+    from dataflex.commands.schema import write_schema
+
+    print(write_schema(options.plugins, options.output))
+    return 0
+
+
 def _version(options: argparse.Namespace) -> int:
     from dataflex.record.versions import installed_versions
 
@@ -370,6 +398,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "embed": _embed,
     "check": _check,
     "list": _list,
+    "schema": _schema,
     "version": _version,
     "report": _report,
     "eval": _eval,

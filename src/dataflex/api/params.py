@@ -67,7 +67,7 @@ class ValidationParams(ComponentParams):
         None, description="Column of the raw data whose values divide the validation samples into sub-tasks."
     )
 
-    @field_validator("validation", mode="before")
+    @field_validator("validation", mode="before", json_schema_input_type=str | list[str | int | float | bool] | None)
     @classmethod
     def _names(cls, value: Any) -> Any:
         names = value.split(",") if isinstance(value, str) else value

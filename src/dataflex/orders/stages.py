@@ -41,7 +41,7 @@ class Stage(BaseModel):
         None, gt=0, le=1, description="Share of the run's samples; none: until each of the domains' has come once."
     )
 
-    @field_validator("domains", mode="before")
+    @field_validator("domains", mode="before", json_schema_input_type=str | list[str | int | float | bool])
     @classmethod
     def _names(cls, value: Any) -> Any:
         names = value.split(",") if isinstance(value, str) else value
@@ -58,7 +58,7 @@ class StagesParams(ComponentParams):
         default_factory=list, description="Domains that are in no stage; one that is in none and not here is an error."
     )
 
-    @field_validator("left_out", mode="before")
+    @field_validator("left_out", mode="before", json_schema_input_type=list[str | int | float | bool])
     @classmethod
     def _names(cls, value: Any) -> Any:
         return [str(name).strip() for name in value] if isinstance(value, list) else value
