@@ -1,4 +1,4 @@
-"""One pass from gradients to a sketch on a processor: direction, signs, rotations and the sum over blocks. Needs Numba.
+"""Count sketches of gradients in one pass on a CPU: direction, signs, rotations and the sum over blocks. Needs Numba.
 
 The operations of :mod:`dataflex.probe.projections` read and write every element several times. This kernel reads every
 gradient once and writes only to the sketch, which stays in the processor's cache. Threads share out the elements of the
@@ -17,11 +17,9 @@ from torch import Tensor
 
 from dataflex.probe.preconditioners import AdamTerms
 
-_NO_SCALES = (0.0,) * 6
-
 
 class BlockSums:
-    """Adds count sketches on several threads.
+    """Adds the count sketches of gradients, or of Adam's directions, on several threads.
 
     Args:
         threads: at least 1.
@@ -44,14 +42,13 @@ class BlockSums:
             rotations: of these blocks, int64, (J,).
             terms: of Adam's direction, with float32 moments; None adds the gradients themselves.
         """
-        dim = signs.shape[1]
-        adam = terms is not None
-        moments = (terms.average, terms.square) if terms is not None else (values[0], values[0])
-        scales = terms.scales if terms is not None else _NO_SCALES
-        arrays = [tensor.numpy() for tensor in (out, values.contiguous(), signs, rotations, *moments)]
-        edges = [dim * number // self._threads for number in range(self._threads + 1)]
-        fixed = (*arrays, start, adam, np.array(scales, dtype=np.float32))
-        work = [(*fixed, *span) for span in pairwise(edges)]
+        values = values.contiguous()
+        used = (values[0], values[0]) if terms is None else (terms.average, terms.square)
+        moments = tuple(tensor.numpy() for tensor in used)
+        scales = np.array([] if terms is None else terms.scales, dtype=np.float32)
+        arrays = [tensor.numpy() for tensor in (out, values, signs, rotations)]
+        edges = [signs.shape[1] * number // self._threads for number in range(self._threads + 1)]
+        work = [(*arrays, start, moments, scales, span) for span in pairwise(edges)]
         if self._pool is None:
             _add(*work[0])
         else:
@@ -71,15 +68,15 @@ def _add(
     values: np.ndarray,
     signs: np.ndarray,
     rotations: np.ndarray,
-    average: np.ndarray,
-    square: np.ndarray,
     start: int,
-    adam: bool,
+    moments: tuple[np.ndarray, np.ndarray],
     scales: np.ndarray,
-    begin: int,
-    end: int,
+    span: tuple[int, int],
 ) -> None:
-    """Add the elements of the blocks that fall on elements ``begin`` to ``end`` of the sketches."""
+    """Add the signed elements that fall on a span of the sketches. Empty ``scales`` add the gradients themselves."""
+    begin, end = span
+    average, square = moments
+    adam = scales.size > 0
     batch, size = values.shape
     blocks, dim = signs.shape
     first = start // dim
