@@ -32,6 +32,19 @@ class HiddenStates(Measurement):
     Attributes:
         layer: 0 are the embeddings, 1 the first layer's output and so on; -1 is the last layer behind the final
             normalisation. The numbers are those of Transformers' ``output_hidden_states``.
+
+    Example:
+        The length of the mean hidden state of each sample:
+
+        >>> import torch
+        >>> from dataflex import register_measurement
+        >>> @register_measurement("mean_lengths")
+        ... @dataclass(frozen=True)
+        ... class MeanLengths(HiddenStates):
+        ...     def reduce(self, hidden, mask):
+        ...         return pooled(hidden, mask, "mean").norm(dim=1)
+        >>> MeanLengths(layer=6).reduce(torch.tensor([[[3.0, 4.0]]]), torch.tensor([[True]]))
+        tensor([5.])
     """
 
     layer: int = -1
@@ -79,6 +92,13 @@ class Embeddings(HiddenStates):
         normalize: scale every vector to length 1.
         text: which tokens are pooled: ``all``, the ``response`` (those that are trained on) or the ``prompt`` (the
             others). The forward is that of the whole sample. A sample without such a token has a vector of zeros.
+
+    Example:
+        >>> import torch
+        >>> hidden = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [9.0, 9.0]]])
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> Embeddings(layer=6, pooling="last").reduce(hidden, mask)
+        tensor([[0.6000, 0.8000]])
     """
 
     pooling: Pooling = "mean"

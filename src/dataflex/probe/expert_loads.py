@@ -22,6 +22,18 @@ class ExpertLoads(Measurement):
 
     A place is one token at one of the experts it is sent to. The shares of a layer are not negative and sum to 1.
     Layers without a choice of experts are left out.
+
+    Example:
+        A mixer that measures the mean expert loads of the first samples of each domain:
+
+        >>> from dataflex import Mixer, MixerParams, Needs
+        >>> class Balance(Mixer[MixerParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(ExpertLoads(),))
+        ...     def mix(self, ctx):
+        ...         firsts = [np.arange(start, start + 8) for start in ctx.pool.offsets[:-1]]
+        ...         loads = [ctx.probe.measure(ExpertLoads(), first).mean(axis=0) for first in firsts]
+        ...         return 1 / np.max(loads, axis=1)
     """
 
     quantity: ClassVar[str] = "last hidden state"

@@ -35,6 +35,15 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
         sizes: samples of each group; they add up to the samples measured.
         validation: what ``others`` are numbers of.
         others: the validation samples, (m,).
+
+    Example:
+        A selector that measures the products of all candidates as one group:
+
+        >>> from dataflex import Selector, SelectorParams
+        >>> class Agreeing(Selector[SelectorParams]):
+        ...     def score(self, ctx, candidates):
+        ...         (products,) = ctx.probe.measure(GradientProducts(sizes=(candidates.size,)), candidates)
+        ...         return products.mean(axis=1)
     """
 
     sizes: tuple[int, ...] = ()

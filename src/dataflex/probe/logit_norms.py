@@ -39,6 +39,15 @@ class LogitProjections(Measurement):
         rows: frequencies of the tokens.
         columns: frequencies of the vocabulary.
         seed: of the signs and frequencies; projections are comparable only under one seed.
+
+    Example:
+        A selector that measures the distance of each candidate's logits from their mean:
+
+        >>> from dataflex import Selector, SelectorParams
+        >>> class Unusual(Selector[SelectorParams]):
+        ...     def score(self, ctx, candidates):
+        ...         found = ctx.probe.measure(LogitProjections(rows=8, columns=64), candidates)
+        ...         return ((found - found.mean(axis=0)) ** 2).sum(axis=1)
     """
 
     rows: int = 8
@@ -63,6 +72,16 @@ class LogitNorms(Measurement):
     Attributes:
         projection: how logits are projected.
         others: projections to compare with, shape (M, rows * columns); None: the distance is 0.
+
+    Example:
+        A selector that prefers samples with a large nuclear norm of their logits:
+
+        >>> from dataflex import Needs, Selector, SelectorParams
+        >>> class Varied(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(LogitNorms(),))
+        ...     def score(self, ctx, candidates):
+        ...         return ctx.probe.measure(LogitNorms(), candidates)[:, 0]
     """
 
     projection: LogitProjections = field(default_factory=LogitProjections)

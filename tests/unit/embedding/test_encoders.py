@@ -233,8 +233,8 @@ def test_what_is_wrong_shows_before_anything_is_fetched(tmp_path: Path, monkeypa
     assert "pip install vllm" in told(encoder="a/b", encoder_backend="vllm")["encoder_backend"]
     assert "is the address of a service" in told(encoder="http://x/v1", encoder_backend="vllm")["encoder_backend"]
     assert set(told(encoder="http://x/v1", layer=3, pooling="last")) == {"layer", "pooling"}
-    assert "none is named" in told(encoder_backend="vllm")["encoder_backend"]
-    assert "not kept on disk" in told(embedding_folder="x")["embedding_folder"]
+    assert "encoder is not set" in told(encoder_backend="vllm")["encoder_backend"]
+    assert "are not stored" in told(embedding_folder="x")["embedding_folder"]
     assert told() == told(encoder="a/b") == told(encoder="http://x/v1") == told(layer=2, pooling="last") == {}
 
 
