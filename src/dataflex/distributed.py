@@ -144,6 +144,7 @@ def on_main(function: Callable[[], T]) -> T:
             0, and the other processes raise a DataFlexError that describes it.
 
     Example:
+        >>> from dataflex import on_main
         >>> on_main(lambda: sorted({"math", "code"}))
         ['code', 'math']
     """

@@ -16,12 +16,15 @@ class Problem:
     """One error in a configuration: the dotted key, and a message that says how to correct the value.
 
     Example:
+        >>> from dataflex import Problem
         >>> print(Problem("dataflex.select.keep", "must be at most 1, got 1.5."))
         dataflex.select.keep: must be at most 1, got 1.5.
     """
 
     key: str
+    """The dotted key of the setting; empty if the error belongs to no setting."""
     message: str
+    """The error and its correction, a sentence."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.message}" if self.key else self.message
@@ -31,6 +34,7 @@ class ConfigError(DataFlexError):
     """Invalid input: a configuration, a path or an argument. The error holds every problem found, not only the first.
 
     Example:
+        >>> from dataflex import ConfigError, Problem
         >>> problems = [Problem("dataflex.seed", "must be an integer."), Problem("dataflex.mix", "needs a method.")]
         >>> print(ConfigError(problems=problems, source="train.yaml"))
         train.yaml: 2 problems
@@ -57,6 +61,7 @@ class CheckpointError(DataFlexError):
     Example:
         A component that checks the state of a checkpoint before it loads the state:
 
+        >>> from dataflex import CheckpointError
         >>> def load_state_dict(state):
         ...     if "means" not in state:
         ...         raise CheckpointError("the checkpoint has no means of the domains; start a new run.")
@@ -70,6 +75,7 @@ class ComponentError(DataFlexError):
     """An error of a component: it returned a value that cannot be used (NaN scores, a wrong shape, ...).
 
     Example:
+        >>> from dataflex import ComponentError
         >>> def score(lengths):
         ...     if not any(lengths):
         ...         raise ComponentError("every sample has length 0; check the data.")
@@ -83,6 +89,7 @@ class DivergenceError(DataFlexError):
     """A loss or another value is not finite although the model can be trained on the samples.
 
     Example:
+        >>> from dataflex import DivergenceError
         >>> error = DivergenceError("the loss of domain 'code' in step 3 is nan")
         >>> str(error)[:66]
         "the loss of domain 'code' in step 3 is nan: has training diverged?"
@@ -111,6 +118,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """Return the message for an unknown name: its kind, the most similar valid name, and all valid names.
 
     Example:
+        >>> from dataflex import unknown
         >>> unknown("domain", "cod", ["code", "math"])
         "unknown domain 'cod'; did you mean 'code'? Known: code, math."
     """

@@ -19,6 +19,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
+        >>> from dataflex import write_atomically
         >>> folder = Path(tempfile.mkdtemp())
         >>> write_atomically(folder / "scores.json", b"[0.5]")
         >>> [file.name for file in folder.iterdir()]
@@ -29,7 +31,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     with temporary.open("wb") as stream:
         stream.write(content)
         stream.flush()
-        os.fsync(stream.fileno())
+        os.fsync(stream.fileno())  # the content must be on disk before the file has its name
     temporary.replace(path)
 
 
@@ -52,6 +54,8 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         RepeatedKeyError: if a key appears twice. Python's default hook would silently keep the last value.
 
     Example:
+        >>> import json
+        >>> from dataflex import distinct
         >>> json.loads('{"code": 0.3, "math": 0.7}', object_pairs_hook=distinct)
         {'code': 0.3, 'math': 0.7}
         >>> json.loads('{"code": 0.3, "code": 0.7}', object_pairs_hook=distinct)

@@ -49,7 +49,9 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    result = doctest.testmod(importlib.import_module(name))
+    result = doctest.testmod(
+        importlib.import_module(name), globs={"__name__": "__main__"}
+    )  # imports are in the example
     assert result.attempted
     assert not result.failed
     assert not list((tmp_path / "here").iterdir())  # an example must not write into the working directory

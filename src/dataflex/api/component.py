@@ -55,8 +55,11 @@ class Component(Generic[ParamsT]):
     """
 
     family: ClassVar[str]
+    """``selector``, ``mixer``, ``order`` or ``weighter``."""
     name: ClassVar[str]
+    """The registered name, as ``method:`` in YAML."""
     Params: ClassVar[type[ComponentParams]] = ComponentParams
+    """The parameter model."""
 
     state_depends_on: ClassVar[frozenset[str]] = frozenset()
     """Names of the parameters that the state depends on. If a run resumes with other values, the state is rebuilt."""

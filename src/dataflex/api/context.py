@@ -35,6 +35,8 @@ class StepStatistics:
     """Losses and counts of the last optimizer step, over the whole global batch (all micro-batches, all ranks).
 
     Example:
+        >>> import numpy as np
+        >>> from dataflex import StepStatistics
         >>> statistics = StepStatistics(
         ...     step=1, losses=np.array([2.0, 1.0]), tokens=np.array([30, 10]), samples=np.array([3, 1])
         ... )
@@ -74,35 +76,41 @@ class StepContext:
     """The data that the loss weights of one optimizer step may depend on. It is the same on every rank.
 
     Example:
-        A mixer that weights each domain in proportion to its loss:
+        A mixer that weighs each of two domains in proportion to its loss:
 
-        >>> from dataflex import Mixer, Needs
+        >>> import numpy as np
+        >>> from dataflex import Mixer, Needs, StepContext
         >>> class ByLoss(Mixer):
         ...     weighs_loss = True
         ...     loss_weights = np.ones(2)
         ...     def needs(self, run):
         ...         return Needs(step_losses="domains")
+        ...     def mix(self, ctx):
+        ...         return self.initial(ctx)
         ...     def update_weights(self, ctx: StepContext):
         ...         self.loss_weights = np.nan_to_num(ctx.losses, nan=1.0)
     """
 
     pool: Pool
+    """The training samples."""
     probe: Probe
+    """Measures on the model in training."""
     step: int
     """Number of completed optimizer steps before this step."""
     total_steps: int
     """Expected number of optimizer steps of the run."""
     learning_rate: float
+    """The learning rate of the optimizer in this step."""
     indices: IndexArray
     """Pool indices of the samples in the global batch of the step (all micro-batches, all ranks), shape (B,)."""
     tokens: NDArray[np.int64]
     """Number of tokens of each domain in the step that count in the loss, shape (K,)."""
     losses: NDArray[np.float64]
     """Unweighted token-mean loss of each domain over these tokens, shape (K,). NaN for a domain without samples in the
-    step. Empty for mixers that weigh by ``probe``."""
+    step. Empty for a mixer that needs no ``step_losses``."""
     excess: NDArray[np.float64]
-    """Token mean of max(loss - reference loss, 0) of each domain, shape (K,). NaN as for ``losses``. Empty for mixers
-    that do not weigh by ``excess``."""
+    """Token mean of max(loss - reference loss, 0) of each domain, shape (K,). NaN as for ``losses``. Empty for a mixer
+    that needs no reference."""
     validation_pool: Pool | None = None
     """The validation samples, if the mixer needs them. Read them as :attr:`validation`."""
 
@@ -146,6 +154,7 @@ class TokenLosses:
 
     Example:
         >>> import torch
+        >>> from dataflex import TokenLosses
         >>> tokens = TokenLosses(torch.tensor([[1.0, 3.0, 0.0]]), torch.tensor([[True, True, False]]))
         >>> tokens.losses.sum(1) / tokens.trained.sum(1)
         tensor([2.])
@@ -171,8 +180,13 @@ class StepStart:
     Example:
         A weighter that measures the mean validation loss every 100 steps:
 
-        >>> from dataflex import Losses, Weighter, WeighterParams
-        >>> class Targeted(Weighter[WeighterParams]):
+        >>> import numpy as np
+        >>> from dataflex import Losses, Needs, StepStart, ValidationParams, Weighter, WeighterParams
+        >>> class TargetParams(WeighterParams, ValidationParams):
+        ...     pass
+        >>> class Targeted(Weighter[TargetParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(Losses(),), validation=self.params)
         ...     def begin_step(self, start: StepStart):
         ...         if start.step % 100 == 0:
         ...             samples = start.validation
@@ -219,6 +233,7 @@ class StepBatch:
 
     Example:
         >>> import torch
+        >>> from dataflex import StepBatch
         >>> batch = StepBatch(torch.tensor([2.0, 4.0, 3.0]), step=10, total_steps=40)
         >>> 1 + batch.progress * (batch.losses > batch.losses.median())
         tensor([1.0000, 1.2500, 1.0000])
@@ -340,7 +355,7 @@ class RoundContext:
     Example:
         A selector that draws random scores in its first decision, and then prefers samples with a high loss:
 
-        >>> from dataflex import Losses, Needs, Selector, SelectorParams
+        >>> from dataflex import Losses, Needs, RoundContext, Selector, SelectorParams
         >>> class Hard(Selector[SelectorParams]):
         ...     def needs(self, run):
         ...         return Needs(measurements=(Losses(),))
@@ -351,7 +366,9 @@ class RoundContext:
     """
 
     pool: Pool
+    """The training samples."""
     probe: Probe
+    """Measures on the model in training."""
     rng: np.random.Generator
     """Generator keyed by (seed, component, round): the same random values on every rank and after a resume."""
     round: int

@@ -35,7 +35,9 @@ class MeasuredBatch(Protocol):
     Example:
         A measurement of the mean probability of the trained tokens of each sample:
 
-        >>> import dataclasses, torch
+        >>> import dataclasses
+        >>> import torch
+        >>> from dataflex import MeasuredBatch, Measurement, register_measurement
         >>> @register_measurement("mean_probability")
         ... @dataclasses.dataclass(frozen=True)
         ... class MeanProbability(Measurement):
@@ -99,6 +101,7 @@ class MeasurementRun(Protocol):
         A measurement that standardises its values over all samples of the call:
 
         >>> import dataclasses
+        >>> from dataflex import Measurement, MeasurementRun, register_measurement
         >>> @register_measurement("standard_lengths")
         ... @dataclasses.dataclass(frozen=True)
         ... class StandardLengths(Measurement):
@@ -134,6 +137,7 @@ class Measurement(ABC, Generic[ResultT]):
 
     Example:
         >>> import dataclasses
+        >>> from dataflex import Measurement, register_measurement
         >>> @register_measurement("prompt_share")
         ... @dataclasses.dataclass(frozen=True)
         ... class PromptShare(Measurement):
@@ -181,6 +185,7 @@ def register_measurement(name: str) -> Callable[[MeasurementType], MeasurementTy
 
     Example:
         >>> import dataclasses
+        >>> from dataflex import Measurement, register_measurement
         >>> @register_measurement("length")
         ... @dataclasses.dataclass(frozen=True)
         ... class Length(Measurement):

@@ -18,6 +18,7 @@ class DomainParams(ComponentParams):
     """Parameters of all mixers.
 
     Example:
+        >>> from dataflex import DomainParams
         >>> DomainParams(max_epochs_per_domain=4.0).given_initial is None
         True
     """
@@ -39,6 +40,8 @@ class MixerParams(DomainParams):
     """Parameters of mixers that decide. They add the proportions that hold before the first decision.
 
     Example:
+        >>> from pydantic import Field
+        >>> from dataflex import MixerParams
         >>> class TemperatureParams(MixerParams):
         ...     temperature: float = Field(2.0, gt=0, description="Larger values give more equal proportions.")
         >>> TemperatureParams(initial_proportions={"code": 0.3, "math": 0.7}).temperature
@@ -70,6 +73,8 @@ class Mixer(Component[MixerParamsT]):
         Proportions by the square root of the domain sizes:
 
         >>> from types import SimpleNamespace
+        >>> import numpy as np
+        >>> from dataflex import Mixer, MixerParams
         >>> class SquareRoot(Mixer[MixerParams]):
         ...     def mix(self, ctx):
         ...         return np.sqrt(ctx.pool.domain_sizes)

@@ -17,15 +17,13 @@ class RunView(Protocol):
     """The settings of a run that a component may read before anything is loaded.
 
     Example:
-        A component that measures losses only if the user has set a cutoff:
+        A selector that does not support sharded weights:
 
-        >>> from dataflex import Losses, Selector, SelectorParams
-        >>> class Short(Selector[SelectorParams]):
-        ...     def needs(self, run: RunView):
-        ...         return Needs(measurements=(Losses(),) if "cutoff_len" in run.llamafactory else ())
+        >>> from dataflex import RunView, Selector, SelectorParams
+        >>> class Local(Selector[SelectorParams]):
         ...     def problems(self, run: RunView):
         ...         if run.sharded_by is not None:
-        ...             yield "method", f"does not work with {run.sharded_by}."
+        ...             yield "method", f"local needs the whole model on each process; do not use {run.sharded_by}."
     """
 
     @property
@@ -82,7 +80,7 @@ class Needs:
             weighter reads the vectors as ``batch.step_embeddings``. None means that the weighter needs no vectors.
 
     Example:
-        >>> from dataflex import Losses, ValidationParams
+        >>> from dataflex import Losses, Needs, ValidationParams
         >>> validation = ValidationParams(validation=["gsm8k"])
         >>> needs = Needs(measurements=(Losses(),), validation=validation, columns=("quality",))
         >>> needs.step_losses

@@ -22,7 +22,8 @@ class Order(Component[ParamsT]):
         Short samples first:
 
         >>> from types import SimpleNamespace
-        >>> from dataflex import ComponentParams
+        >>> import numpy as np
+        >>> from dataflex import ComponentParams, Order, Selection
         >>> class ShortFirst(Order[ComponentParams]):
         ...     def arrange(self, ctx, selection):
         ...         return np.argsort(ctx.pool.lengths[selection.indices], kind="stable")

@@ -55,6 +55,8 @@ class ComponentParams(BaseModel):
     """Base of the parameters of every component: typed fields with defaults. Unknown keys are refused.
 
     Example:
+        >>> from pydantic import Field
+        >>> from dataflex import ComponentParams
         >>> class WindowParams(ComponentParams):
         ...     window: int = Field(100, ge=1, description="Number of steps to average over.")
         >>> WindowParams(window=20)
@@ -68,6 +70,7 @@ class ValidationParams(ComponentParams):
     """Parameters that choose the validation samples: samples of the tasks that the model should become good at.
 
     Example:
+        >>> from dataflex import ValidationParams
         >>> ValidationParams(validation="gsm8k, mbpp").validation
         ['gsm8k', 'mbpp']
     """
@@ -92,7 +95,7 @@ class EmbeddingParams(ComponentParams):
     """Parameters of the embeddings that a component reads with ``ctx.embeddings``.
 
     Example:
-        >>> from dataflex import Needs
+        >>> from dataflex import EmbeddingParams, Needs
         >>> params = EmbeddingParams(layer=6, pooling="mean")
         >>> Needs(embeddings=params).embeddings.layer
         6
@@ -146,6 +149,7 @@ def shares_of(given: Shares, names: tuple[str, ...], key: str = "proportions") -
         ConfigError: if the shares do not match the names, are negative or not finite, or are all zero.
 
     Example:
+        >>> from dataflex import shares_of
         >>> shares_of({"math": 3, "code": 1}, ("code", "math"))
         array([1., 3.])
     """
@@ -163,6 +167,7 @@ def shares_problem(given: Shares | None, names: tuple[str, ...]) -> str | None:
     """Return the problem of the shares for the domains ``names``, or None if the shares are valid.
 
     Example:
+        >>> from dataflex import shares_problem
         >>> shares_problem([0.5, 0.5], ("code", "math", "web"))
         'has 2 numbers for 3 domains (code, math, web).'
     """

@@ -30,7 +30,7 @@ class GradientSettings:
         store: folder that stores the features. None means that features are discarded after use.
 
     Example:
-        >>> from dataflex import GradientFeatures
+        >>> from dataflex import GradientFeatures, GradientSettings
         >>> settings = GradientSettings(preconditioner="adam", projection="rademacher", dim=1024)
         >>> GradientFeatures(settings).settings.dim
         1024
@@ -52,7 +52,7 @@ class Probe(Protocol):
     Example:
         A selector that prefers samples with a high loss:
 
-        >>> from dataflex import Losses, Needs, Selector, SelectorParams
+        >>> from dataflex import Losses, Needs, Probe, Selector, SelectorParams
         >>> class Hard(Selector[SelectorParams]):
         ...     def needs(self, run):
         ...         return Needs(measurements=(Losses(),))
@@ -95,15 +95,19 @@ class GenerationSettings:
     """Settings for sampling responses from the model in training.
 
     Example:
-        >>> from dataflex import Generations
+        >>> from dataflex import GenerationSettings, Generations
         >>> Generations(GenerationSettings(samples=8, temperature=0.7)).settings.samples
         8
     """
 
     samples: int = 4
+    """Number of responses to each prompt."""
     max_new_tokens: int = 256
+    """Maximum number of tokens of a response."""
     temperature: float = 1.0
+    """Temperature of the softmax over the next token."""
     top_p: float = 1.0
+    """Smallest total probability of the tokens to sample from. 1.0 means no limit."""
     top_k: int = 0
     """Number of most probable tokens to sample from. 0 means no limit."""
     backend: Literal["hf", "vllm"] = "hf"

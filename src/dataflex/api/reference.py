@@ -32,6 +32,8 @@ class ReferenceParams(ComponentParams):
     """Parameters for the source of the reference losses: a model, a table or both.
 
     Example:
+        >>> from pydantic import Field
+        >>> from dataflex import ReferenceParams
         >>> class ExcessParams(ReferenceParams):
         ...     clip: float = Field(10.0, gt=0, description="Largest excess loss that counts.")
         >>> ExcessParams(reference_model="models/base").names_reference
@@ -118,7 +120,7 @@ class Reference(Protocol):
     Example:
         A selector that scores samples by the excess loss over the reference:
 
-        >>> from dataflex import Losses, Needs, Selector, SelectorParams
+        >>> from dataflex import Losses, Needs, ReferenceParams, Selector, SelectorParams
         >>> class ExcessParams(SelectorParams, ReferenceParams):
         ...     pass
         >>> class Excess(Selector[ExcessParams]):

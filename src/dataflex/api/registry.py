@@ -58,7 +58,7 @@ def register(family: str, name: str) -> Callable[[ComponentType], ComponentType]
             default, or another class has the name.
 
     Example:
-        >>> from dataflex import Selector, SelectorParams
+        >>> from dataflex import Selector, SelectorParams, register
         >>> @register("selector", "longest")
         ... class Longest(Selector[SelectorParams]):
         ...     def score(self, ctx, candidates):
@@ -130,12 +130,12 @@ def _unfit(cls: type, family: str) -> str | None:
 
 _REPLACED = {
     "needs_validation": "return Needs(validation=self.params) from needs(); the parameters extend ValidationParams",
-    "probes": "name what is measured in needs(), as Needs(measurements=(Losses(),))",
-    "measures_samples": "name what is measured in needs(), as Needs(measurements=(Losses(),))",
+    "probes": "name the measurements in needs(), as Needs(measurements=(Losses(),))",
+    "measures_samples": "name the measurements in needs(), as Needs(measurements=(Losses(),))",
     "weighs_loss_by": 'set weighs_loss = True, and return Needs(step_losses="domains") (or reference, or measurements) '
     "from needs()",
     "learns_from_losses": 'return Needs(step_losses="domains") from needs()',
-    "expected_forwards": "name what is measured in needs(), and define measured_samples() if the default is not right",
+    "expected_forwards": "name the measurements in needs(), and define measured_samples() if the default is not right",
 }
 """Attributes of components in earlier releases -> the current replacement."""
 
@@ -373,7 +373,8 @@ def _load_plugin(path: Path) -> None:
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the code of somebody's file raises
         problem, cause = f"importing it failed with {type(error).__name__}: {error}.", error
         if isinstance(error, ModuleNotFoundError) and error.name and (path.parent / f"{error.name}.py").is_file():
-            problem += " Modules beside a plug-in are found only where PYTHONPATH names their folder."
+            problem += " Modules beside a plug-in are found only if PYTHONPATH names their folder."
+    # A failed plug-in must leave nothing behind, neither its module nor a part of its components.
     del sys.modules[name]
     for key in _registered.keys() - before:
         del _registered[key]

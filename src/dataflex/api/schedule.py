@@ -36,6 +36,7 @@ class Schedule:
         total_steps: optimizer steps of the run, >= 1.
 
     Example:
+        >>> from dataflex.api.schedule import Schedule
         >>> schedule = Schedule(warmup_steps=10, update_steps=20, updates=-1, total_steps=100)
         >>> schedule.num_updates, schedule.slot_at(35)
         (5, RoundSlot(number=2, start_step=30, steps=20, update=1))
@@ -145,6 +146,8 @@ class RunOutline:
         sizes: samples of each domain; None if unknown.
 
     Example:
+        >>> from dataflex import RunOutline
+        >>> from dataflex.api.schedule import Schedule
         >>> schedule = Schedule(warmup_steps=10, update_steps=20, updates=-1, total_steps=100)
         >>> run = RunOutline(schedule, global_batch_size=8, pool_size=1000)
         >>> run.decisions, run.decided_steps, run.round_samples

@@ -17,6 +17,8 @@ class Group:
     """A contiguous range of the pool, from which ``budget`` samples are chosen: the whole pool or one domain.
 
     Example:
+        >>> from dataflex import Group
+        >>> from dataflex.data.sampling import PassSampler
         >>> group = Group("math", start=100, stop=104, budget=2, sampler=PassSampler(4, seed=1, name="math"))
         >>> group.candidates
         array([100, 101, 102, 103])
@@ -25,9 +27,13 @@ class Group:
     """
 
     name: str
+    """The name of the domain, or of the pool."""
     start: int
+    """Pool index of the first sample."""
     stop: int
+    """Pool index after the last sample."""
     budget: int
+    """Number of samples to choose."""
     sampler: PassSampler
     """The state of the passes over this group. All rounds of the run share it."""
 
@@ -72,6 +78,8 @@ class Selection:
         undecided: why these samples do not follow the method of the selector; None if they do.
 
     Example:
+        >>> import numpy as np
+        >>> from dataflex import Selection
         >>> chosen = Selection(np.array([3, 8]), scores=np.array([0.9, 0.4], dtype=np.float32))
         >>> chosen.indices.size, chosen.shuffled
         (2, False)

@@ -26,6 +26,8 @@ class SelectorParams(ComponentParams):
     """Parameters of selectors that choose by one score per sample.
 
     Example:
+        >>> from pydantic import Field
+        >>> from dataflex import SelectorParams
         >>> class FocusParams(SelectorParams):
         ...     center: float = Field(1.0, description="The preferred loss.")
         >>> FocusParams(rule="sample", temperature=0.5).center
@@ -56,6 +58,8 @@ class Selector(Component[ParamsT]):
 
     Example:
         >>> from types import SimpleNamespace
+        >>> import numpy as np
+        >>> from dataflex import Selector, SelectorParams
         >>> class Longest(Selector[SelectorParams]):
         ...     def score(self, ctx, candidates):
         ...         return ctx.pool.lengths[candidates]
@@ -147,7 +151,7 @@ class Selector(Component[ParamsT]):
         values = scores[scored]
         if params.rule == "top_k":
             return scored[top_k(values, count)]
-        spread = float(values.std()) or 1.0
+        spread = float(values.std()) or 1.0  # equal scores have a deviation of 0
         return scored[sample_softmax(values.astype(np.float64) / (spread * params.temperature), count, rng)]
 
     def rank(self, scores: ScoreArray, picked: IndexArray) -> IndexArray | None:
@@ -311,6 +315,8 @@ def check_scores(component: Component[Any], scores: ScoreArray, candidates: Inde
         ComponentError: if not. The message names the component and the first wrong samples.
 
     Example:
+        >>> import numpy as np
+        >>> from dataflex import Selector, SelectorParams, check_scores
         >>> class Longest(Selector[SelectorParams]):
         ...     family, name = "selector", "longest"
         >>> check_scores(Longest(SelectorParams()), [3, 5], np.array([10, 11]))

@@ -21,6 +21,7 @@ class WeighterParams(ComponentParams):
 
     Example:
         >>> from pydantic import Field
+        >>> from dataflex import WeighterParams
         >>> class RampParams(WeighterParams):
         ...     strength: float = Field(1.0, ge=0, description="Extra weight of hard samples at the end of the run.")
         >>> RampParams(normalization="sample").strength
@@ -42,7 +43,7 @@ class Weighter(Component[WeighterParamsT]):
 
     Example:
         >>> import torch
-        >>> from dataflex import StepBatch
+        >>> from dataflex import StepBatch, Weighter, WeighterParams
         >>> class Ramp(Weighter[WeighterParams]):
         ...     def weigh(self, batch):
         ...         return 1 + batch.progress * (batch.losses > batch.losses.median())

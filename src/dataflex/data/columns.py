@@ -60,6 +60,7 @@ class Packs:
         known = ~np.isnan(there)
         tokens = np.where(known, self.tokens, 0)
         first = np.full(self.sizes.size, np.nan)
+        # In reverse, so that the first of several values of a sample is written last.
         first[samples[known][::-1]] = there[known][::-1]
         # Sums start at the first value, so that the mean of equal values is exactly this value.
         excess = np.where(known & (there != first[samples]), there - first[samples], 0.0)
@@ -106,7 +107,7 @@ def lacking(column: str, name: str, columns: Sequence[str]) -> str:
     """Return the message that a data set lacks a column."""
     return (
         f"the data set {name!r} has no column {column!r}{did_you_mean(column, columns) or '.'} It has "
-        f"{', '.join(map(repr, columns)) or 'none'}. Every data set that is trained on needs a column that is kept."
+        f"{', '.join(map(repr, columns)) or 'none'}. Every training data set needs this column."
     )
 
 
@@ -153,6 +154,8 @@ def unusable_score(column: str, values: ColumnArray) -> Wrong | None:
     """Return why a column cannot be the scores of samples (text, an infinite value, no value at all), or None.
 
     Example:
+        >>> import numpy as np
+        >>> from dataflex import unusable_score
         >>> unusable_score("quality", np.array([0.5, np.inf, np.nan]))
         (1, "'quality' is inf; a score must be finite")
     """
@@ -186,6 +189,7 @@ def join_columns(parts: Sequence[tuple[str, ColumnArray]], column: str, key: str
 def column_digest(values: ColumnArray) -> str:
     """Return a digest of the values. All NaN values are equal in the digest."""
     if values.dtype == object:
+        # The space before a text keeps an empty text apart from a missing one.
         return hashlib.sha256("\0".join("" if text is None else f" {text}" for text in values).encode()).hexdigest()
     plain = np.where(np.isnan(values.astype(np.float64)), np.nan, values)
     return hashlib.sha256(np.ascontiguousarray(plain).data).hexdigest()

@@ -36,6 +36,7 @@ def by_domain(given: Mapping[str, T], names: tuple[str, ...]) -> dict[str, T]:
     """Return a mapping whose keys are replaced by the domain names that they refer to. Unknown keys stay unchanged.
 
     Example:
+        >>> from dataflex import by_domain
         >>> by_domain({"1.0": 0.3, "yes": 0.7}, ("1", "True"))
         {'1': 0.3, 'True': 0.7}
     """

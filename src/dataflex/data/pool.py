@@ -24,9 +24,13 @@ IGNORE_INDEX = -100
 """The label of a token that is not trained on."""
 
 _NAMED = 10
+"""Maximum number of names in a message."""
 _FINGERPRINT_ROWS = 512
+"""Number of samples whose content is part of a fingerprint."""
 _SCAN_ROWS = 10_000
+"""Number of samples per read in a scan of the pool."""
 _COUNTED = 1 << 16
+"""Number of indices per block for counting, so that memory does not grow with the number of indices."""
 
 
 class DomainSamples(NamedTuple):
@@ -88,7 +92,9 @@ class Pool:
         offsets: index of the first sample of each domain, followed by N, shape (K + 1,).
 
     Example:
+        >>> import numpy as np
         >>> from datasets import Dataset
+        >>> from dataflex import Pool
         >>> code = Dataset.from_dict({"input_ids": [[1, 5, 2], [1, 6]], "labels": [[-100, 5, 2], [-100, 6]]})
         >>> math = Dataset.from_dict({"input_ids": [[1, 7, 8, 2]], "labels": [[-100, -100, 8, 2]]})
         >>> pool = Pool.concatenate({"code": code, "math": math})

@@ -56,6 +56,8 @@ def quantiles(values: NDArray[np.floating], shares: Sequence[float]) -> NDArray[
     """Return the quantiles of values that are not NaN, bitwise equal to ``numpy.quantile`` with linear interpolation.
 
     Example:
+        >>> import numpy as np
+        >>> from dataflex import quantiles
         >>> quantiles(np.array([1.0, 2.0, 3.0, 4.0]), [0.25, 0.5])
         array([1.75, 2.5 ])
     """
@@ -103,6 +105,8 @@ def ranks_among(scores: NDArray[np.floating], chosen: IndexArray) -> IndexArray:
         chosen: distinct positions, ascending, shape (k,).
 
     Example:
+        >>> import numpy as np
+        >>> from dataflex import ranks_among
         >>> ranks_among(np.array([0.1, 0.9, 0.5, 0.7]), np.array([1, 2]))
         array([1, 3])
     """
@@ -157,6 +161,8 @@ def ranks_among_scored(scores: NDArray[np.floating], chosen: IndexArray) -> Inde
         chosen: distinct positions of candidates with a score, ascending, shape (k,).
 
     Example:
+        >>> import numpy as np
+        >>> from dataflex import ranks_among_scored
         >>> ranks_among_scored(np.array([0.1, np.nan, 0.5, 0.7]), np.array([0, 2]))
         array([3, 2])
     """
@@ -182,6 +188,8 @@ def sample_without_replacement(
         ValueError: if fewer than ``count`` weights are positive.
 
     Example:
+        >>> import numpy as np
+        >>> from dataflex import sample_without_replacement
         >>> sample_without_replacement(np.array([0.0, 2.0, 5.0, 0.0]), 2, np.random.default_rng(0))
         array([1, 2])
     """
@@ -204,6 +212,8 @@ def sample_softmax(logits: NDArray[np.floating], count: int, rng: np.random.Gene
         Distinct positions, ascending, shape (count,).
 
     Example:
+        >>> import numpy as np
+        >>> from dataflex import sample_softmax
         >>> sample_softmax(np.array([0.0, 100.0, 100.0]), 2, np.random.default_rng(0))
         array([1, 2])
     """
@@ -224,7 +234,7 @@ def _drawn(
     keys = np.empty(values.size, dtype=np.float32)
     for part, key in zip(_parts(values), _parts(keys), strict=True):
         key[:] = rng.standard_exponential(key.size, dtype=np.float32)
-        np.maximum(key, np.finfo(np.float32).tiny, out=key)
+        np.maximum(key, np.finfo(np.float32).tiny, out=key)  # a draw can be 0, and log(0) is infinite
         np.log(key, out=key)
         # Subtract the largest logit so that single precision is enough for the noise.
         np.subtract(logits_of(part) - largest, key, out=key, casting="same_kind")

@@ -26,6 +26,7 @@ def exactly(number: float) -> Fraction:
     """Return a number as the exact fraction of its decimal form, so that products do not suffer from binary rounding.
 
     Example:
+        >>> from dataflex import exactly
         >>> 0.07 * 100, exactly(0.07) * 100
         (7.000000000000001, Fraction(7, 1))
     """
@@ -46,6 +47,8 @@ class KeyedPermutation:
         key: the key of the permutation. Equal keys and sizes give equal permutations.
 
     Example:
+        >>> import numpy as np
+        >>> from dataflex import KeyedPermutation, key_of
         >>> permutation = KeyedPermutation(5, key_of(42, "my_order"))
         >>> order = permutation(np.arange(5))
         >>> sorted(order.tolist())

@@ -64,6 +64,8 @@ def find_neighbours(
         DataFlexError: if ``search`` is ``faiss`` and faiss is not installed.
 
     Example:
+        >>> import numpy as np
+        >>> from dataflex import find_neighbours
         >>> base = np.eye(4, dtype=np.float32)
         >>> found = find_neighbours(np.array([[0.9, 0.1, 0.0, 0.0]], dtype=np.float32), base, k=2, search="exact")
         >>> found.indices, found.recall
@@ -84,7 +86,7 @@ def _by_faiss(queries: Vectors, base: Vectors, k: int, metric: Metric) -> Neighb
     if short.size:
         found[short] = nearest(queries[short], base, k, metric=metric)[0]
     rows = np.repeat(np.arange(len(queries)), k)
-    found = np.sort(found, axis=1)
+    found = np.sort(found, axis=1)  # with the stable sort by distance below, ties go to the lower index
     distances = pair_distances(queries, base, rows, found.ravel(), metric).reshape(found.shape)
     order = np.argsort(distances, axis=1, kind="stable")
     indices = np.take_along_axis(found, order, axis=1)

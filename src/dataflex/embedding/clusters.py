@@ -31,6 +31,8 @@ def spherical_kmeans(
         returned, numbered from 0 without gaps.
 
     Example:
+        >>> import numpy as np
+        >>> from dataflex import spherical_kmeans
         >>> vectors = np.array([[1, 0], [0.8, 0.6], [0, -1], [-0.6, -0.8]])
         >>> clusters, centres = spherical_kmeans(vectors, 2, 10, np.random.default_rng(0))
         >>> bool(clusters[0] == clusters[1] != clusters[2] == clusters[3]), centres.shape

@@ -61,6 +61,8 @@ def kernel_densities(
         Densities of shape (n,), the same on every process.
 
     Example:
+        >>> import numpy as np
+        >>> from dataflex import kernel_densities
         >>> vectors = np.array([[0.0, 0.0], [0.5, 0.0], [9.0, 0.0]])
         >>> kernel_densities(vectors, np.array([0, 2]), bandwidth=1.0, k=3)
         array([1.75, 1.  ])

@@ -79,6 +79,8 @@ def nearest(
         ValueError: if the shapes do not match, or ``k`` is below 1.
 
     Example:
+        >>> import numpy as np
+        >>> from dataflex import nearest
         >>> base = np.array([[0.0, 0.0], [3.0, 4.0], [1.0, 0.0]], dtype=np.float32)
         >>> indices, distances = nearest(base[:1], base, k=2, metric="l2", exclude_self=True)
         >>> indices, distances
@@ -450,6 +452,7 @@ class _Best:
     def settle(self) -> None:
         """Reduce the added candidates to the best ones."""
         rows = np.concatenate([part[0] for part in self._waiting])
+        # Row numbers are below QUERIES, and numpy sorts 16-bit integers by radix, which is faster.
         order = np.argsort(rows.astype(np.uint16), kind="stable")
         rows = rows[order]
         places = np.arange(rows.size) - np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
@@ -507,6 +510,7 @@ def _sorted(
         measured: number of candidates of each query to measure in double precision; scores order the others. None means
             all.
     """
+    # By index first: the stable sort by distance below then gives ties to the lower index.
     order = np.argsort(best.ids[chosen], axis=1)
     ids = np.take_along_axis(best.ids[chosen], order, axis=1)
     scores = np.take_along_axis(best.values[chosen], order, axis=1)
@@ -523,6 +527,7 @@ def _sorted(
 
 def _cut(last: Vectors, queries: Queries) -> Vectors:
     """Return the scores below which no row can be nearer than the candidates whose scores are ``last``."""
+    # Twice the error, because both compared scores are rounded.
     return (last - 2 * queries.error).astype(queries.dtype)
 
 

@@ -119,7 +119,7 @@ class OpenAIEncoder:
                 said = str(getattr(error, "reason", error))
         raise DataFlexError(
             f"encoder: {url} does not answer after {_TRIES} tries ({said}). Start the service or check the "
-            "URL; what is already made is kept."
+            "URL; finished embeddings stay on disk."
         )
 
     def _answer(self, url: str, content: dict[str, Any] | None) -> Any:
@@ -135,7 +135,7 @@ class OpenAIEncoder:
         if code in (401, 403):
             return f"The key is read from the environment variable {KEY}."
         if code == 404:
-            return f"The model asked for is {self._model!r}." if "_model" in vars(self) else "Is the URL right?"
+            return f"The requested model is {self._model!r}." if "_model" in vars(self) else "Is the URL right?"
         return "If a text is too long for it, embed the prompt alone (embedding_text) or shorten cutoff_len."
 
 

@@ -122,8 +122,8 @@ class EmbeddingStore:
         start, stop = self.range_of(chunk)
         if values.shape != (stop - start, self.dim):
             raise DataFlexError(
-                f"{self.folder} holds embeddings of {self.dim} numbers, and those of rows {start} to {stop - 1} have "
-                f"shape {values.shape}: the encoder is another one now. {_remedy(self.folder)}"
+                f"{self.folder} holds embeddings of length {self.dim}, and those of rows {start} to {stop - 1} have "
+                f"shape {values.shape}: the encoder has changed. {_remedy(self.folder)}"
             )
         content = np.ascontiguousarray(values, dtype=_TYPE)
         try:

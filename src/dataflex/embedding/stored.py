@@ -162,7 +162,8 @@ def embed_texts(
     Example:
         A selector that prefers samples whose text is similar to a topic:
 
-        >>> from dataflex import Needs, Selector, SelectorParams
+        >>> from pathlib import Path
+        >>> from dataflex import EmbeddingParams, Needs, Selector, SelectorParams, embed_texts
         >>> class TopicParams(SelectorParams, EmbeddingParams):
         ...     topic: str = "proofs in number theory"
         >>> class Topic(Selector[TopicParams]):

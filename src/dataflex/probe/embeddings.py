@@ -34,16 +34,17 @@ class HiddenStates(Measurement):
             normalisation. The numbers are those of Transformers' ``output_hidden_states``.
 
     Example:
-        The length of the mean hidden state of each sample:
+        The length of the sum of each sample's hidden states:
 
+        >>> from dataclasses import dataclass
         >>> import torch
-        >>> from dataflex import register_measurement
-        >>> @register_measurement("mean_lengths")
+        >>> from dataflex import HiddenStates, register_measurement
+        >>> @register_measurement("sum_lengths")
         ... @dataclass(frozen=True)
-        ... class MeanLengths(HiddenStates):
+        ... class SumLengths(HiddenStates):
         ...     def reduce(self, hidden, mask):
-        ...         return pooled(hidden, mask, "mean").norm(dim=1)
-        >>> MeanLengths(layer=6).reduce(torch.tensor([[[3.0, 4.0]]]), torch.tensor([[True]]))
+        ...         return hidden.masked_fill(~mask[..., None], 0).sum(1).norm(dim=1)
+        >>> SumLengths(layer=6).reduce(torch.tensor([[[3.0, 4.0]]]), torch.tensor([[True]]))
         tensor([5.])
     """
 
@@ -95,6 +96,7 @@ class Embeddings(HiddenStates):
 
     Example:
         >>> import torch
+        >>> from dataflex import Embeddings
         >>> hidden = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [9.0, 9.0]]])
         >>> mask = torch.tensor([[True, True, False]])
         >>> Embeddings(layer=6, pooling="last").reduce(hidden, mask)

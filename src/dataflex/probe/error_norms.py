@@ -21,6 +21,7 @@ class ErrorNorms(TokenMeans):
         Two equally likely tokens, of which the first is the label:
 
         >>> import torch
+        >>> from dataflex import ErrorNorms
         >>> ErrorNorms().token_values(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
         tensor([0.7071])
     """

@@ -24,16 +24,14 @@ class ExpertLoads(Measurement):
     Layers without a choice of experts are left out.
 
     Example:
-        A mixer that measures the mean expert loads of the first samples of each domain:
+        A selector that prefers samples whose tokens use the experts evenly:
 
-        >>> from dataflex import Mixer, MixerParams, Needs
-        >>> class Balance(Mixer[MixerParams]):
+        >>> from dataflex import ExpertLoads, Needs, Selector, SelectorParams
+        >>> class Even(Selector[SelectorParams]):
         ...     def needs(self, run):
         ...         return Needs(measurements=(ExpertLoads(),))
-        ...     def mix(self, ctx):
-        ...         firsts = [np.arange(start, start + 8) for start in ctx.pool.offsets[:-1]]
-        ...         loads = [ctx.probe.measure(ExpertLoads(), first).mean(axis=0) for first in firsts]
-        ...         return 1 / np.max(loads, axis=1)
+        ...     def score(self, ctx, candidates):
+        ...         return -ctx.probe.measure(ExpertLoads(), candidates).max(axis=1)
     """
 
     quantity: ClassVar[str] = "last hidden state"

@@ -28,7 +28,7 @@ class Generations(Measurement[Responses]):
         A selector that prefers prompts with different responses:
 
         >>> import numpy as np
-        >>> from dataflex import Needs, Selector, SelectorParams
+        >>> from dataflex import GenerationSettings, Generations, Needs, Selector, SelectorParams
         >>> class Uncertain(Selector[SelectorParams]):
         ...     def needs(self, run):
         ...         return Needs(measurements=(Generations(GenerationSettings(samples=8)),))

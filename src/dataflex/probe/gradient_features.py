@@ -28,7 +28,7 @@ class GradientFeatures(GradientMeasurement[ScoreArray]):
 
     Example:
         >>> import torch
-        >>> from dataflex import GradientSettings
+        >>> from dataflex import GradientFeatures, GradientSettings
         >>> measurement = GradientFeatures(GradientSettings(preconditioner="adam", dim=1024))
         >>> measurement.feature(torch.tensor([[3.0, 4.0]]))
         tensor([[0.6000, 0.8000]])
@@ -64,15 +64,17 @@ class GradientSimilarities(GradientMeasurement[ScoreArray]):
     Example:
         A selector that prefers samples whose gradients are similar to those of validation samples:
 
-        >>> from dataflex import Needs, Selector, SelectorParams, ValidationParams
+        >>> import numpy as np
+        >>> from dataflex import GradientFeatures, GradientSimilarities, Needs
+        >>> from dataflex import Selector, SelectorParams, ValidationParams
         >>> class TargetParams(SelectorParams, ValidationParams):
         ...     pass
         >>> class Target(Selector[TargetParams]):
         ...     def needs(self, run):
-        ...         return Needs(measurements=(GradientSimilarities(),), validation=self.params)
+        ...         return Needs((GradientFeatures(), GradientSimilarities()), validation=self.params)
         ...     def score(self, ctx, candidates):
-        ...         held = ctx.validation
-        ...         features = ctx.probe.measure(GradientFeatures(), np.arange(held.size), held)
+        ...         samples = ctx.validation
+        ...         features = ctx.probe.measure(GradientFeatures(), np.arange(samples.size), samples)
         ...         return ctx.probe.measure(GradientSimilarities(others=features), candidates).mean(axis=1)
     """
 
@@ -118,13 +120,15 @@ class StoredFeatures(GradientMeasurement["FeatureStore"]):
     """The features of samples, of length 1, kept in ``settings.store``; those that are not there yet are made.
 
     Example:
-        A selector that reads the stored features in blocks:
+        A selector that stores the features and prefers samples with a large gradient:
 
-        >>> from dataflex import GradientSettings, Selector, SelectorParams
+        >>> from dataflex import GradientSettings, Needs, Selector, SelectorParams, StoredFeatures
         >>> class Stored(Selector[SelectorParams]):
+        ...     features = StoredFeatures(GradientSettings(store="features"))
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(self.features,))
         ...     def score(self, ctx, candidates):
-        ...         store = ctx.probe.measure(StoredFeatures(GradientSettings(store="features")), candidates)
-        ...         return store.norms()
+        ...         return ctx.probe.measure(self.features, candidates).norms()
     """
 
     def run(self, run: MeasurementRun) -> FeatureStore:

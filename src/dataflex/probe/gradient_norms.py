@@ -46,7 +46,7 @@ class GradientNorms(GradientMeasurement[ScoreArray]):
     Example:
         A selector that prefers samples with a large update under Adam:
 
-        >>> from dataflex import GradientSettings, Needs, Selector, SelectorParams
+        >>> from dataflex import GradientNorms, GradientSettings, Needs, Selector, SelectorParams
         >>> class Large(Selector[SelectorParams]):
         ...     def needs(self, run):
         ...         return Needs(measurements=(GradientNorms(GradientSettings("adam")),))

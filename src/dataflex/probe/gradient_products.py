@@ -39,8 +39,10 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
     Example:
         A selector that measures the products of all candidates as one group:
 
-        >>> from dataflex import Selector, SelectorParams
+        >>> from dataflex import GradientProducts, Needs, Selector, SelectorParams
         >>> class Agreeing(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(GradientProducts(),))
         ...     def score(self, ctx, candidates):
         ...         (products,) = ctx.probe.measure(GradientProducts(sizes=(candidates.size,)), candidates)
         ...         return products.mean(axis=1)

@@ -43,10 +43,12 @@ class LogitProjections(Measurement):
     Example:
         A selector that measures the distance of each candidate's logits from their mean:
 
-        >>> from dataflex import Selector, SelectorParams
+        >>> from dataflex import LogitProjections, Needs, Selector, SelectorParams
         >>> class Unusual(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(LogitProjections(),))
         ...     def score(self, ctx, candidates):
-        ...         found = ctx.probe.measure(LogitProjections(rows=8, columns=64), candidates)
+        ...         found = ctx.probe.measure(LogitProjections(), candidates)
         ...         return ((found - found.mean(axis=0)) ** 2).sum(axis=1)
     """
 
@@ -76,7 +78,7 @@ class LogitNorms(Measurement):
     Example:
         A selector that prefers samples with a large nuclear norm of their logits:
 
-        >>> from dataflex import Needs, Selector, SelectorParams
+        >>> from dataflex import LogitNorms, Needs, Selector, SelectorParams
         >>> class Varied(Selector[SelectorParams]):
         ...     def needs(self, run):
         ...         return Needs(measurements=(LogitNorms(),))

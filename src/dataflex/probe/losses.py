@@ -18,7 +18,9 @@ class TokenMeans(Measurement):
     Example:
         The mean entropy of the model's predictions:
 
+        >>> from dataclasses import dataclass
         >>> import torch
+        >>> from dataflex import TokenMeans, register_measurement
         >>> @register_measurement("entropies")
         ... @dataclass(frozen=True)
         ... class Entropies(TokenMeans):
@@ -46,6 +48,7 @@ class Losses(TokenMeans):
 
     Example:
         >>> import torch
+        >>> from dataflex import Losses
         >>> Losses().token_values(torch.zeros(1, 4), torch.tensor([0]))
         tensor([1.3863])
     """

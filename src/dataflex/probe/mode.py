@@ -16,6 +16,8 @@ def preserved_rng() -> Iterator[None]:
     """Put Python's, numpy's, torch's and the devices' random states back at the end.
 
     Example:
+        >>> import torch
+        >>> from dataflex import preserved_rng
         >>> with preserved_rng():
         ...     noise = torch.rand(3)
         >>> bool((torch.rand(3) == noise).all())

@@ -60,7 +60,11 @@ class FeatureStore:
         chunks: rows of each chunk.
 
     Example:
-        >>> import tempfile, torch
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> import torch
+        >>> from dataflex import FeatureStore
         >>> root = Path(tempfile.mkdtemp())
         >>> store = FeatureStore.open(root, {"data": "v1"}, np.arange(3), dim=2, dtype="float32", chunks=[2, 1])
         >>> for chunk in store.missing():

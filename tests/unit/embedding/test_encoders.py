@@ -334,7 +334,7 @@ def test_what_passes_is_tried_again_and_what_does_not_is_told(service: str) -> N
     with pytest.raises(DataFlexError, match="OPENAI_API_KEY"):
         encoder.encode(["ab"])
     Service.failures[:] = [500] * 5
-    with pytest.raises(DataFlexError, match=r"does not answer after 5 tries \(500 .*what is already made is kept"):
+    with pytest.raises(DataFlexError, match=r"does not answer after 5 tries \(500 .*finished embeddings stay on disk"):
         encoder.encode(["ab"])
 
 

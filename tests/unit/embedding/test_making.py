@@ -171,7 +171,9 @@ def test_a_service_whose_model_is_another_one_now(tmp_path: Path) -> None:
     run_of(tmp_path).embed(TextList(TEXTS))
     run = run_of(tmp_path, Letters(dim=5))
     run.open()  # as a service is, to see that it answers
-    with pytest.raises(DataFlexError, match=r"holds embeddings of length 8, and letters gives length 5: the encoder has changed"):
+    with pytest.raises(
+        DataFlexError, match=r"holds embeddings of length 8, and letters gives length 5: the encoder has changed"
+    ):
         run.embed(TextList(TEXTS))
 
 
