@@ -202,7 +202,7 @@ def state_of(component: Component) -> State:
     state = component.state_dict()
     label = label_of(component, ("state_dict",))
     if not isinstance(state, dict):
-        raise ComponentError(f"{label} returned a {type(state).__name__} as its state; needed is a dict.")
+        raise ComponentError(f"{label} returned a {type(state).__name__} as its state; a dict is needed.")
     for path, value in _parts(state):
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             continue

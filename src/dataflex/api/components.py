@@ -93,7 +93,7 @@ class Components:
 def _unfit(needs: Needs) -> str | None:
     """Return the error in the needs that the code of a component returned, or None."""
     if not isinstance(needs, Needs):
-        return f"returned a {type(needs).__name__} from needs(); needed is a dataflex.Needs."
+        return f"returned a {type(needs).__name__} from needs(); a dataflex.Needs is needed."
     measured = needs.measurements
     if not isinstance(measured, tuple) or not all(isinstance(each, Measurement) for each in measured):
         return f"asks for measurements {measured!r}; a tuple of measurements is needed, such as (Losses(),)."

@@ -108,7 +108,7 @@ class Mixer(Component[MixerParamsT]):
         """Return that the user has set the proportions of warm-up rounds although the run has no warm-up round."""
         if self.params.given_initial is None or self.begins_with_initial or run.schedule.warmup_steps:
             return None
-        return "initial_proportions are those of warm-up rounds, and there are none; set dataflex.warmup_steps"
+        return "initial_proportions apply to warm-up rounds only, and the run has none; set dataflex.warmup_steps"
 
     def cannot_learn(self, run: RunOutline) -> str | None:
         """Return why the mixer cannot learn its shares or loss weights in this run, or None if it can.

@@ -185,7 +185,7 @@ def shares_problem(given: Shares | None, names: tuple[str, ...]) -> str | None:
             return strange[0]
         missing = [name for name in names if name not in given]
         if missing:
-            return f"has no share of {', '.join(missing)}; every domain needs one, 0 leaves it out."
+            return f"has no share of {', '.join(missing)}; every domain needs a share, and 0 excludes it."
     elif len(given) != len(names):
         return f"has {len(given)} numbers for {len(names)} domains ({', '.join(names)})."
     values = list(given.values()) if isinstance(given, dict) else given

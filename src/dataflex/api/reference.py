@@ -73,24 +73,24 @@ class ReferenceParams(ComponentParams):
         if self.reference_model is None and table is None:
             yield (
                 "reference_losses",
-                f"{self.reference_losses!r} holds no table of reference losses (it has no {TABLE_FILE}); name the "
-                "reference_model it is to be made from.",
+                f"{self.reference_losses!r} holds no table of reference losses (it has no {TABLE_FILE}); set "
+                "reference_model to compute the table.",
             )
         if self.reference_model is None:
             return
         if self.reference_model.startswith(PREFIX):
             yield (
                 "reference_model",
-                f"{self.reference_model!r} is not read here; name the folder that "
+                f"{self.reference_model!r} is not supported here; set the folder that "
                 f"`dataflex-cli assets {self.reference_model.removeprefix(PREFIX)}` prints.",
             )
             return
         folder = Path(self.reference_model)
-        beside = folder.parent != Path() and folder.parent.is_dir()  # An existing parent: a wrong path and no hub name.
+        beside = folder.parent != Path() and folder.parent.is_dir()  # The parent exists, so this is a wrong path and not a hub name.
         if not self.reference_model.startswith(("/", "./", "../")) and not folder.is_dir() and not beside:
             return
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-            yield "reference_model", f"no model in {self.reference_model!r} (there is no config.json)."
+            yield "reference_model", f"no model in {self.reference_model!r} (it has no config.json)."
             return
         problem = tokenizer_problem(folder, run.llamafactory)
         if problem is not None:
@@ -108,7 +108,7 @@ class ReferenceParams(ComponentParams):
         return (
             "reference_losses",
             f"{self.reference_losses!r} has no losses of {', '.join(missing)} (it has {', '.join(table['domains'])}); "
-            "name the reference_model they are to be made from.",
+            "set reference_model to compute them.",
         )
 
 
@@ -179,8 +179,8 @@ def vocabulary_problem(mine: dict[str, int], theirs: dict[str, int], reference: 
     other = next((token for token, number in mine.items() if theirs.get(token) != number), None)
     if other is None:
         return None
-    found = f"id {theirs[other]}" if other in theirs else "not in it"
+    found = f"id {theirs[other]}" if other in theirs else "missing"
     return (
-        f"{reference!r} has another tokenizer: token {other!r} is id {mine[other]} in this run and {found} there "
+        f"{reference!r} has another tokenizer: token {other!r} is id {mine[other]} in this run and {found} in the reference "
         f"({len(mine)} and {len(theirs)} tokens). Token losses can only be compared under one tokenizer."
     )

@@ -260,7 +260,7 @@ def instantiate(cls: type[Component], params: ComponentParams) -> Component:
         if file is None:  # A failing built-in class is a bug of the package, so the traceback is needed.
             raise
         said = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{cls.__name__} ({_line_in(error, file)}) cannot be made: {said}") from error
+        raise ConfigError(f"{cls.__name__} ({_line_in(error, file)}) cannot be constructed: {said}") from error
     if vars(component).get("params") is not params:
         raise ConfigError(f"{cls.__name__} ({place_of(cls)}): its __init__ must call super().__init__(params).")
     return component
@@ -321,7 +321,7 @@ def load_components(plugins: list[str], base: Path | None = None) -> None:
             package = "a package" if point.dist is None else f"the package {point.dist.name}"
             said = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             message = f"{package} names components by the entry point {point.name} = {point.value}, which cannot be "
-            problems.append(Problem("", f"{message}loaded: {said} Mend or uninstall it."))
+            problems.append(Problem("", f"{message}loaded: {said} Repair or uninstall it."))
     for plugin in plugins:
         try:
             _load_plugin(find_plugin(plugin, base))

@@ -178,7 +178,7 @@ def _text_or_nothing(row: Mapping[str, Any], column: str | None) -> str | None:
     value = row.get(column) if column is not None else None
     if not value or isinstance(value, str):
         return None
-    return f"{column!r} is {_kind(value)} ({show(value)}); needed is text."
+    return f"{column!r} is {_kind(value)} ({show(value)}); text is needed."
 
 
 def _unusable(entry: Entry, row: Mapping[str, Any], stage: str) -> str | None:
@@ -207,7 +207,7 @@ def _unusable(entry: Entry, row: Mapping[str, Any], stage: str) -> str | None:
             return f"{column!r} holds {show(message)}; mappings with {role_tag!r} and {content_tag!r} are needed."
         if entry.formatting == "openai" and role_tag in message and message[role_tag] not in speakers:
             known = ", ".join(repr(tag) for tag in speakers if tag is not None)
-            return f"a message is of {show(message[role_tag])}; known are {known} (tags)."
+            return f"the speaker of a message is {show(message[role_tag])}; known speakers are {known} (tags)."
     turns = None if column not in row else _turns(entry, messages or [])
     if turns is not None:
         return turns if stage == "pt" else None  # otherwise the row is left out
@@ -253,10 +253,10 @@ def _turns(entry: Entry, messages: list[dict[str, Any]]) -> str | None:
         expected = [tag for tag in (asking, answering)[turn % 2] if tag is not None]
         if speaker not in expected:
             needed = " or ".join(map(repr, expected))
-            return f"message {turn + 1} is of {show(speaker)}, and one of {needed} is needed there."
+            return f"the speaker of message {turn + 1} is {show(speaker)}; {needed} is needed there."
     if len(speakers) % 2 != (1 if entry.ranking else 0):
         parity = "odd" if entry.ranking else "even"
-        return f"it has {len(speakers)} messages, the system's not counted; needed is an {parity} number."
+        return f"it has {len(speakers)} messages, the system's not counted; an {parity} number is needed."
     if not speakers:
         return "it has no messages."
     return None

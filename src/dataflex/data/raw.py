@@ -150,9 +150,9 @@ def read_entry(name: str, entry: Mapping[str, Any], folder: Path) -> Entry | Non
         raise RawDataError(f"{path} is an empty folder")
     for file in files:
         if not file.is_file():
-            raise RawDataError(f"{file} is no file")
+            raise RawDataError(f"{file} is not a file")
         if file.suffix[1:] not in FILE_TYPES:
-            raise RawDataError(f"{file}: the ending must be one of {', '.join(FILE_TYPES)}")
+            raise RawDataError(f"{file}: the file extension must be one of {', '.join(FILE_TYPES)}")
         if FILE_TYPES[file.suffix[1:]] != FILE_TYPES[files[0].suffix[1:]]:
             raise RawDataError(f"{path} holds files of different types: {files[0].name} and {file.name}")
     columns = dict.fromkeys(COLUMNS) | entry["columns"] if "columns" in entry else COLUMNS

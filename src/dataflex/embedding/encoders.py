@@ -120,9 +120,9 @@ def problems_of_encoder(params: EmbeddingParams) -> Iterator[tuple[str, str]]:
     if backend in ("sentence_transformers", "vllm", "openai") or is_url(name):
         who = "openai" if is_url(name) else backend
         if params.layer != -1:
-            yield "layer", f"{who} gives finished vectors; only transformers takes a layer."
+            yield "layer", f"{who} returns pooled vectors; only transformers supports layer."
         if params.pooling != "auto":
-            yield "pooling", f"{who} pools as the encoder does; only transformers takes a pooling. Use auto."
+            yield "pooling", f"{who} uses the encoder's own pooling; only transformers supports pooling. Use auto."
     if name.startswith(assets.PREFIX):
         short = name.removeprefix(assets.PREFIX)
         encoders = [asset.name for asset in assets.ASSETS.values() if asset.kind != "data"]
@@ -131,7 +131,7 @@ def problems_of_encoder(params: EmbeddingParams) -> Iterator[tuple[str, str]]:
     elif not is_url(name) and backend != "openai" and _is_path(name):
         folder = Path(name).expanduser()
         if not any((folder / file).is_file() for file in ("config.json", MODULES_FILE)):
-            yield "encoder", f"no encoder in {name!r} (there is no config.json)."
+            yield "encoder", f"no encoder in {name!r} (it has no config.json)."
         problem = layer_problem(folder, params.layer)
         if problem is not None:
             yield "layer", problem
@@ -176,4 +176,4 @@ def _folder_of(name: str) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=_SKIPPED_ON_HUB))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ConfigError(f"encoder: {name!r} is no folder here, and the hub does not give it: {error}") from error
+        raise ConfigError(f"encoder: {name!r} is no folder here, and the hub does not provide it: {error}") from error

@@ -171,7 +171,7 @@ def unit_vectors(encoder: Encoder, texts: list[str], first: int = 0) -> NDArray[
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
     if not np.isfinite(lengths).all():
         bad = int(there[~np.isfinite(lengths)][0]) + first
-        raise DataFlexError(f"{encoder.says} gives numbers that are not finite for text {bad}.")
+        raise DataFlexError(f"{encoder.says} returned values that are not finite for text {bad}.")
     found[there] = vectors / np.where(lengths > 0, lengths, 1.0)[:, None]
     return found
 

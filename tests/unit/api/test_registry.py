@@ -147,7 +147,7 @@ UNMADE: dict[str, tuple[str, int, list[str]]] = {
     "an error": (
         selector(f"    def __init__(self, params):\n        super().__init__(params)\n        {{}}['x']\n{SCORE}"),
         8,
-        ["Mine", "cannot be made", "KeyError: 'x'"],
+        ["Mine", "cannot be constructed", "KeyError: 'x'"],
     ),
 }
 

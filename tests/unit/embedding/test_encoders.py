@@ -227,7 +227,7 @@ def test_auto_goes_by_the_name_and_the_files(model: Path, tmp_path: Path, monkey
 
 def test_what_is_wrong_shows_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "find_spec", lambda name: None)
-    assert "there is no config.json" in told(encoder=str(tmp_path))["encoder"]
+    assert "it has no config.json" in told(encoder=str(tmp_path))["encoder"]
     assert "did you mean 'all-minilm-l6-v2'" in told(encoder="asset:all-minilm-l6-v3")["encoder"]
     assert "dataflex[embeddings]" in told(encoder="a/b", encoder_backend="sentence_transformers")["encoder_backend"]
     assert "pip install vllm" in told(encoder="a/b", encoder_backend="vllm")["encoder_backend"]
@@ -243,7 +243,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(ConfigError, match=r"'a/b' is no folder here, and the hub does not give it: no route"):
+    with pytest.raises(ConfigError, match=r"'a/b' is no folder here, and the hub does not provide it: no route"):
         choose(EmbeddingParams(encoder="a/b"))
 
 
