@@ -86,7 +86,8 @@ class ReferenceParams(ComponentParams):
             )
             return
         folder = Path(self.reference_model)
-        beside = folder.parent != Path() and folder.parent.is_dir()  # The parent exists, so this is a wrong path and not a hub name.
+        # If the parent exists, a missing folder is a wrong path and not a hub name.
+        beside = folder.parent != Path() and folder.parent.is_dir()
         if not self.reference_model.startswith(("/", "./", "../")) and not folder.is_dir() and not beside:
             return
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
@@ -181,6 +182,6 @@ def vocabulary_problem(mine: dict[str, int], theirs: dict[str, int], reference: 
         return None
     found = f"id {theirs[other]}" if other in theirs else "missing"
     return (
-        f"{reference!r} has another tokenizer: token {other!r} is id {mine[other]} in this run and {found} in the reference "
-        f"({len(mine)} and {len(theirs)} tokens). Token losses can only be compared under one tokenizer."
+        f"{reference!r} has another tokenizer: token {other!r} is id {mine[other]} in this run and {found} in the "
+        f"reference ({len(mine)} and {len(theirs)} tokens). Token losses can only be compared under one tokenizer."
     )
