@@ -69,8 +69,7 @@ def nearest(
         exclude_self: whether query i is base row i and excluded from its own neighbours.
         share: whether the processes divide the queries. All processes then make this call with the same arguments.
         measured: number of neighbours of each query whose distance is computed in double precision. A smaller number
-            saves time if only the first of many neighbours matter. The other neighbours have the order and distances of
-            the single-precision products. None means all.
+            saves time. The other neighbours have the order and distances of the products. None means all.
 
     Returns:
         Indices, int64, and distances, float32, both of shape (M, min(k, N)). They are the same on every process.
