@@ -27,7 +27,7 @@ TextPart = Literal["all", "prompt", "response"]
 
 @dataclass(frozen=True)
 class HiddenStates(Measurement):
-    """Base of measurements that are made of one layer's hidden states at every token: define :meth:`reduce`.
+    """Base of measurements computed from one layer's hidden states at every token. Subclasses define :meth:`reduce`.
 
     Attributes:
         layer: 0 is the token embeddings, 1 the first layer's output and so on. -1 is the last layer after the final
@@ -92,7 +92,7 @@ class Embeddings(HiddenStates):
             Muennighoff 2022); the ``first`` or the ``last`` token. The tokens of a packed row count as one sample.
         normalize: scale every vector to length 1.
         text: tokens to pool: ``all``, the ``response`` (the tokens that are trained on) or the ``prompt`` (the
-            others). The forward is that of the whole sample. A sample without such a token has a vector of zeros.
+            others). The forward pass is always over the whole sample. A sample without such a token gives zeros.
 
     Example:
         >>> import torch

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class ExpertLoads(Measurement):
     """The share of each sample's routing slots that each expert gets, shape (n, layers * experts).
 
-    A slot is one token at one of the experts it is sent to. The shares of a layer are not negative and sum to 1.
+    A slot is one token at one of its chosen experts. The shares of a layer are not negative and sum to 1.
     Layers without a choice of experts are left out.
 
     Example:

@@ -22,7 +22,7 @@ class Generations(Measurement[Responses]):
 
     Attributes:
         settings: how responses are sampled.
-        seed: of the samples.
+        seed: seed of the sampled responses.
 
     Example:
         A selector that prefers prompts with different responses:

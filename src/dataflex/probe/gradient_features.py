@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 @register_measurement("gradient_features")
 @dataclass(frozen=True)
 class GradientFeatures(GradientMeasurement[ScoreArray]):
-    """The feature of each of a few samples, shape (n, k); 0 for a sample without a trained token.
+    """The feature of each sample, shape (n, k); 0 for a sample without a trained token.
 
-    ``settings.store`` plays no part; features of many samples are kept by :class:`StoredFeatures`.
+    All features are in memory, so measure few samples. ``settings.store`` is ignored; to store the features of many
+    samples, use :class:`StoredFeatures`.
 
     Example:
         >>> import torch
@@ -118,7 +119,9 @@ class GradientSimilarities(GradientMeasurement[ScoreArray]):
 @register_measurement("stored_features")
 @dataclass(frozen=True)
 class StoredFeatures(GradientMeasurement["FeatureStore"]):
-    """The features of samples, of length 1, kept in ``settings.store``; those that are not there yet are made.
+    """The features of samples, scaled to length 1 and stored in the folder ``settings.store``.
+
+    Features that the folder already holds are read, and the missing features are computed.
 
     Example:
         A selector that stores the features and prefers samples with a large gradient:

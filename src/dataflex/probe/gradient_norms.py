@@ -41,7 +41,7 @@ class GradientMeasurement(Measurement[ResultT]):
 class GradientNorms(GradientMeasurement[ScoreArray]):
     """The exact length of each sample's update direction, shape (n,); NaN for a sample without a trained token.
 
-    Nothing is projected: ``projection``, ``dim``, ``seed``, ``normalize`` and ``store`` play no part.
+    Directions are not projected, so ``projection``, ``dim``, ``seed``, ``normalize`` and ``store`` have no effect.
 
     Example:
         A selector that prefers samples with a large update under Adam:

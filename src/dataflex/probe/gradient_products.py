@@ -32,9 +32,9 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
     of the group, then the m validation samples. The products of a sample without a trained token are NaN.
 
     Attributes:
-        sizes: samples of each group; they add up to the samples measured.
-        validation: the samples that ``others`` indexes.
-        others: the validation samples, (m,).
+        sizes: number of samples in each group; the numbers add up to that of the measured samples.
+        validation: the validation samples; None means no validation samples.
+        others: indices of the validation samples to use, (m,); None means no validation samples.
 
     Example:
         A selector that measures the products of all candidates as one group:

@@ -36,9 +36,9 @@ class LogitProjections(Measurement):
     different lengths are projected by the same signs and the same relative frequencies of the tokens.
 
     Attributes:
-        rows: frequencies of the tokens.
-        columns: frequencies of the vocabulary.
-        seed: of the signs and frequencies; projections are comparable only under one seed.
+        rows: number of frequencies of the tokens.
+        columns: number of frequencies of the vocabulary.
+        seed: seed of the signs and frequencies; projections are comparable only under one seed.
 
     Example:
         A selector that measures the distance of each candidate's logits from their mean:
@@ -72,8 +72,8 @@ class LogitNorms(Measurement):
     The logits of all tokens count, including those of the prompt. A sample without a trained token gives NaN.
 
     Attributes:
-        projection: how logits are projected.
-        others: projections to compare with, shape (M, rows * columns); None: the distance is 0.
+        projection: settings of the projection.
+        others: projections to compare with, shape (M, rows * columns). If None, the distance is 0.
 
     Example:
         A selector that prefers samples with a large nuclear norm of their logits:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TokenMeans(Measurement):
-    """Base of measurements that are the mean over a sample's trained tokens of a function of the token's logits.
+    """Base of measurements that average a function of each trained token's logits over the tokens of a sample.
 
     Example:
         The mean entropy of the model's predictions:

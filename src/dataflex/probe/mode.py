@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 @contextlib.contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Put Python's, numpy's, torch's and the devices' random states back at the end.
+    """Restore the random states of Python, numpy, torch and the devices at the end of the context.
 
     Example:
         >>> import torch

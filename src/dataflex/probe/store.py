@@ -57,8 +57,8 @@ class FeatureStore:
         key: the values that the features depend on, as JSON values.
         order: row r is the sample at position ``order[r]`` of the caller's list, shape (N,), read-only.
         dim: length of a feature, k.
-        dtype: how features are stored; they are read as float32.
-        chunks: rows of each chunk.
+        dtype: number type of the stored features; features are read as float32.
+        chunks: number of rows of each chunk.
 
     Example:
         >>> import tempfile
