@@ -37,7 +37,7 @@ def errors(workshop: Any) -> dict[str, list[str]]:
     """The error of each process, by run; a process that nobody tells of a fault waits for half an hour."""
     cases = {**FAULTS, **(SHARDED if HAS_DEEPSPEED else {})}
     for name, (fault, _) in cases.items():
-        section: dict[str, Any] = {"plugins": [str(HERE / "faults.py")], "update_steps": 2}
+        section: dict[str, Any] = {"plugins": [str(HERE / "failing_components.py")], "update_steps": 2}
         section["probe_batch_tokens"] = 64  # several batches on each process
         section["select"] = {"method": "test_fault", "fault": fault}
         changes = tiny.zero(workshop.data, 3) if name in SHARDED else {}
@@ -61,7 +61,7 @@ def test_both_processes_have_the_error_of_one(errors: dict[str, list[str]], name
 @pytest.mark.timeout(300)
 def test_both_nodes_end_with_the_error_of_a_step_on_one(workshop: Any, tmp_path: Path) -> None:
     """Two launchers, as on two machines: nobody but the processes themselves tells one node of the other's end."""
-    section = {"plugins": [str(HERE / "faults.py")], "weight": {"method": "test_stumble"}}
+    section = {"plugins": [str(HERE / "failing_components.py")], "weight": {"method": "test_stumble"}}
     args = tiny.arguments(workshop.model, workshop.data, tmp_path / "out", dataflex=section)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(args))
     with socket.socket() as free:

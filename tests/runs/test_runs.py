@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import earlier_files
+import earlier_release_runs
 import numpy as np
 import psutil
 import pytest
@@ -27,7 +27,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-import earlier
+import earlier_release
 import tiny
 from dataflex.cli import main
 from dataflex.record.reader import read_run
@@ -154,8 +154,8 @@ def runs(workshop: Any) -> Any:
     add_strategies(workshop, 1)
     add_deaths(workshop)
     add_resumes(workshop)
-    with earlier_files.judge() as address:
-        earlier_files.add_earlier(workshop, address)
+    with earlier_release_runs.judge() as address:
+        earlier_release_runs.add_earlier(workshop, address)
         workshop.start(1)
     return workshop
 
@@ -341,9 +341,9 @@ def test_a_method_that_cannot_act_says_so_on_record(runs: Any) -> None:
     assert "notes" not in summary
 
 
-@pytest.mark.parametrize("name", earlier.FILES)
+@pytest.mark.parametrize("name", earlier_release.FILES)
 def test_the_examples_of_the_earlier_release_train(runs: Any, name: str) -> None:
-    run, keys = f"earlier-{name.replace('/', '-')}", earlier.shortened(earlier.FILES[name])
+    run, keys = f"earlier-{name.replace('/', '-')}", earlier_release.shortened(earlier_release.FILES[name])
     trace = runs.trace(run)
     updates = max(keys.get("update_times", 2), 2)
     assert [entry["step"] for entry in trace["history"] if "loss" in entry] == list(range(1, 2 + 2 * updates))

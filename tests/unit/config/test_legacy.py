@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-import earlier
+import earlier_release
 from dataflex.api import registry
 from dataflex.config.legacy import FLAT_KEYS
 from dataflex.config.loading import RunConfig, split_config
@@ -344,7 +344,7 @@ def test_all_flat_keys_are_ours() -> None:
 @pytest.fixture
 def shipped(tmp_path: Path) -> Path:
     """Return a folder with the earlier release's components file, and the files that it names."""
-    text = yaml.safe_dump(earlier.components()).replace("REFERENCE", "reference")
+    text = yaml.safe_dump(earlier_release.components()).replace("REFERENCE", "reference")
     for name in ("top_indices.npy", "tsds_probs.npy"):
         np.save(tmp_path / name, np.zeros((1, 1)))
         text = text.replace(f" {name}", f" {tmp_path / name}")
@@ -353,10 +353,10 @@ def shipped(tmp_path: Path) -> Path:
 
 
 def given(shipped: Path, name: str, **keys: Any) -> RunConfig:
-    return split(shipped, **{**earlier.FILES[name], "components_cfg_file": "components.yaml", **keys})
+    return split(shipped, **{**earlier_release.FILES[name], "components_cfg_file": "components.yaml", **keys})
 
 
-@pytest.mark.parametrize("name", earlier.FILES)
+@pytest.mark.parametrize("name", earlier_release.FILES)
 def test_every_example_of_the_earlier_release_is_understood(shipped: Path, name: str) -> None:
     config = given(shipped, name)
     assert set(config.llamafactory) == {"stage", "dataset"}
@@ -365,7 +365,7 @@ def test_every_example_of_the_earlier_release_is_understood(shipped: Path, name:
 
 
 def test_there_are_as_many_examples_as_were_shipped() -> None:
-    assert len(earlier.FILES) == 22
+    assert len(earlier_release.FILES) == 22
 
 
 def test_selectors_that_read_files_made_before(shipped: Path) -> None:
@@ -407,7 +407,7 @@ def test_weighters_have_the_defaults_of_their_release(shipped: Path) -> None:
 
 
 def nice(shipped: Path, **params: Any) -> RunConfig:
-    own = {"selectors": {"nice": {"params": {"reward_backend_params": earlier.BACKENDS, **params}}}}
+    own = {"selectors": {"nice": {"params": {"reward_backend_params": earlier_release.BACKENDS, **params}}}}
     (shipped / "own.yaml").write_text(yaml.safe_dump(own))
     return given(shipped, "selectors/nice", components_cfg_file="own.yaml")
 

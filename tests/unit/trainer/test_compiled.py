@@ -21,7 +21,7 @@ from dataflex.trainer.loss import WeightedLoss, loss_function
 from dataflex.trainer.step_weights import StepWeights
 from dataflex.weighters.loss import LossWeighter
 from unit.fakes import build, make_pool
-from unit.trainer.test_weighted_loss import weights_of
+from unit.trainer.test_loss import weights_of
 
 LENGTHS = (8, 12, 5, 9)
 

@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-import composed
+import composed_loss
 import numpy as np
 import pytest
 
@@ -127,7 +127,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def add_composed_runs(workshop: Any, reference: Path, processes: int) -> None:
     """Add runs of two steps, of which the gradient of the second is kept: the first one after the warm-up."""
-    section = composed.section(reference, EXCESS_TOKENS)
+    section = composed_loss.section(reference, EXCESS_TOKENS)
     for name, accumulation in COMPOSED:
         kind = PT if name == "pt" else {"finetuning_type": "full"}
         run = mixed(
@@ -343,13 +343,13 @@ def test_loss_coefficients_are_the_product_of_all_that_weigh(
     run = f"composed-{name}-{accumulation}-{processes}"
     runs.trace(run)
     reference = Path(runs.root.joinpath("reference.txt").read_text())
-    expected = composed.gradient_by_hand(runs.root / run, processes, runs.model, reference)
-    for part in composed.kept(runs.root / run, processes):
-        assert composed.distance(part["gradients"], expected) < 1e-6
+    expected = composed_loss.gradient_by_hand(runs.root / run, processes, runs.model, reference)
+    for part in composed_loss.kept(runs.root / run, processes):
+        assert composed_loss.distance(part["gradients"], expected) < 1e-6
     if (accumulation, processes) == (4, 1):
         for factor in ("samples", "tokens", "domains", "means"):
-            other = composed.gradient_by_hand(runs.root / run, processes, runs.model, reference, without=factor)
-            assert composed.distance(other, expected) > 1e-2, factor
+            other = composed_loss.gradient_by_hand(runs.root / run, processes, runs.model, reference, without=factor)
+            assert composed_loss.distance(other, expected) > 1e-2, factor
 
 
 def test_a_selector_compares_with_a_reference_and_sees_the_losses_of_every_step(runs: Any) -> None:

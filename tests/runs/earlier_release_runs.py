@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-import earlier
+import earlier_release
 import tiny
 
 
@@ -56,17 +56,17 @@ def add_earlier(workshop: Any, address: str) -> None:
     rng = np.random.default_rng(0)
     np.save(folder / "top_indices.npy", np.stack([rng.permutation(80) for _ in range(12)]))
     np.save(folder / "tsds_probs.npy", rng.dirichlet(np.ones(80)))
-    found = earlier.shortened(earlier.components())
+    found = earlier_release.shortened(earlier_release.components())
     params = {name: entry["params"] for name, entry in found["selectors"].items()}
     params["near"]["indices_path"] = str(folder / "top_indices.npy")
     params["tsds"]["probs_path"] = str(folder / "tsds_probs.npy")
     found["mixers"]["doremi"]["params"]["reference_model_path"] = str(workshop.model)
-    service = {**earlier.BACKENDS["api"], "api_url": address, "api_key": None}
+    service = {**earlier_release.BACKENDS["api"], "api_url": address, "api_key": None}
     params["nice"] |= {"reward_model_backend": "api", "reward_backend_params": {"api": service}, "max_new_tokens": 6}
     (folder / "components.yaml").write_text(yaml.safe_dump(found))
     experts = {"model_name_or_path": str(tiny.make_experts(folder / "experts")), "lora_target": "q_proj,v_proj"}
     shared = {"dataset": "alpha,beta", "eval_dataset": "held", "max_steps": -1, "num_train_epochs": 1.0}
     shared |= {"components_cfg_file": str(folder / "components.yaml")}
-    for name, keys in earlier.FILES.items():
+    for name, keys in earlier_release.FILES.items():
         model = experts if name == "mixers/dynamic_moe" else {}
-        workshop.add(f"earlier-{name.replace('/', '-')}", **{**shared, **model, **earlier.shortened(keys)})
+        workshop.add(f"earlier-{name.replace('/', '-')}", **{**shared, **model, **earlier_release.shortened(keys)})
