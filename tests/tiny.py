@@ -50,24 +50,44 @@ def make_model(folder: Path, *, dropout: float = 0.0, hidden: int = 32, seed: in
 
 
 def make_data(folder: Path, sizes: dict[str, int] | None = None) -> Path:
-    """Write alpaca data sets of the given sizes, a text set for pt, and their dataset_info.json."""
+    """Write alpaca data sets of the given sizes, two text sets for pt, and their dataset_info.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    info: dict[str, Any] = {}
+    (folder / "dataset_info.json").unlink(missing_ok=True)
     for name, size in (sizes or {"alpha": 48, "beta": 32, "gamma": 16, "held": 12}).items():
         rng = random.Random(name)
         rows = [
             {"instruction": sentence(rng), "input": "", "output": sentence(rng, 2, 20 if name == "beta" else 10)}
             for _ in range(size)
         ]
-        (folder / f"{name}.json").write_text(json.dumps(rows))
-        info[name] = {"file_name": f"{name}.json"}
+        add_data(folder, name, rows)
     for name, size in (("texts", 40), ("pages", 24)):
         rng = random.Random(name)
-        rows = [{"text": sentence(rng, 10, 60)} for _ in range(size)]
-        (folder / f"{name}.json").write_text(json.dumps(rows))
-        info[name] = {"file_name": f"{name}.json", "columns": {"prompt": "text"}}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
+        add_data(folder, name, [{"text": sentence(rng, 10, 60)} for _ in range(size)], columns={"prompt": "text"})
     return folder
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Return the raw rows of a data set that ``add_data`` wrote."""
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def add_data(folder: Path, name: str, rows: list[dict[str, Any]], **entry: Any) -> None:
+    """Write the rows of a data set to ``<name>.json`` and add the data set to dataset_info.json.
+
+    Args:
+        folder: LLaMA-Factory's ``dataset_dir``.
+        name: Name of the data set. An existing one is replaced.
+        rows: Raw rows.
+        entry: Further keys of the entry in dataset_info.json.
+    """
+    (folder / f"{name}.json").write_text(json.dumps(rows))
+    add_entries(folder, {name: {"file_name": f"{name}.json", **entry}})
+
+
+def add_entries(folder: Path, entries: dict[str, Any]) -> None:
+    """Add entries to dataset_info.json, which is made if it does not exist."""
+    file = folder / "dataset_info.json"
+    file.write_text(json.dumps({**(json.loads(file.read_text()) if file.exists() else {}), **entries}))
 
 
 def arguments(model: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
@@ -99,8 +119,8 @@ def arguments(model: Path, data: Path, output: Path, **changes: Any) -> dict[str
     return {**base, **changes}
 
 
-def zero(folder: Path, stage: int) -> dict[str, Any]:
-    """Write a DeepSpeed configuration and return the argument that names it."""
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    """Return a DeepSpeed configuration of a stage of ZeRO."""
     config: dict[str, Any] = {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
@@ -116,8 +136,13 @@ def zero(folder: Path, stage: int) -> dict[str, Any]:
             "stage3_gather_16bit_weights_on_model_save": True,
             "stage3_param_persistence_threshold": 0,  # else parameters this small are never partitioned
         }
+    return config
+
+
+def zero(folder: Path, stage: int) -> dict[str, Any]:
+    """Write a DeepSpeed configuration and return the argument that names it."""
     path = folder / f"ds_z{stage}_config.json"
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(deepspeed_config(stage)))
     return {"deepspeed": str(path)}
 
 

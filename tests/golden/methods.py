@@ -312,15 +312,11 @@ class Machine:
         tiny.make_model(inputs / "dropout", dropout=0.1)
         tiny.make_experts(inputs / "experts")
         data = tiny.make_data(inputs / "data")
-        info = json.loads((data / "dataset_info.json").read_text())
-        rows = json.loads((data / "held.json").read_text())
-        tagged = [{**row, "task": "abc"[number % 3]} for number, row in enumerate(rows)]
-        (data / "tagged.json").write_text(json.dumps(tagged))
-        rows = json.loads((data / "alpha.json").read_text())
+        tagged = [{**row, "task": "abc"[number % 3]} for number, row in enumerate(tiny.rows_of(data, "held"))]
+        tiny.add_data(data, "tagged", tagged)
+        rows = tiny.rows_of(data, "alpha")
         scored = [{**row, "quality": (7 * number % 11) / 10} for number, row in enumerate(rows)]
-        (data / "scored.json").write_text(json.dumps(scored))
-        more = {name: {"file_name": f"{name}.json"} for name in ("tagged", "scored")}
-        (data / "dataset_info.json").write_text(json.dumps(info | more))
+        tiny.add_data(data, "scored", scored)
         (inputs / "mixtures.csv").write_text(MIXTURES)
         (inputs / "losses.csv").write_text(LOSSES)
         reward = "def words(prompt, response, reference):\n    return float(len(set(response) & set(reference)))\n"

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import tiny
-from runs.workshop import ON_THE_CPU, Workshop
+from launch import ON_THE_CPU
+from runs.workshop import Workshop
 
 EVALUATED = {"eval_dataset": "held", "eval_strategy": "steps", "eval_steps": 4}
 LESS: dict[str, Any] = {"method": "less", "preconditioner": "adam", "proj_dim": 256}
@@ -38,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "capped": {"warmup_steps": 2, "update_steps": 3, "select": {**LESS, "max_overhead": 2.0}},
 }
+ON_THE_DEVICE = {"OMP_NUM_THREADS": "8", "PYTHONWARNINGS": "ignore"}
 RESUMED = {"warmup_steps": 3, "update_steps": 3, "select": LESS}
 
 
@@ -50,7 +52,7 @@ def shop(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Work
         model=tiny.make_model(inputs / "model", hidden=64),
         dropout_model=tiny.make_model(inputs / "dropout", dropout=0.1),
         data=tiny.make_data(inputs / "data"),
-        environment={"OMP_NUM_THREADS": "8"} if device.type == "cuda" else ON_THE_CPU,
+        environment=ON_THE_DEVICE if device.type == "cuda" else ON_THE_CPU,
     )
 
 
@@ -111,7 +113,7 @@ def test_under_torchrun(shop: Workshop) -> None:
 def test_zero3_with_everything_offloaded(shop: Workshop, cuda: torch.device, tmp_path: Path) -> None:
     settings = tiny.zero(tmp_path, 3)
     path = Path(settings["deepspeed"])
-    config = json.loads(path.read_text())
+    config = tiny.deepspeed_config(3)
     where = {"device": "cpu", "pin_memory": True}
     config["zero_optimization"] |= {"offload_param": where, "offload_optimizer": where}
     config["zero_force_ds_cpu_optimizer"] = False

@@ -18,7 +18,8 @@ from typing import Any
 
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, PartialState
+from between_runs import forget_training
 from llamafactory.train import tuner
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -84,6 +85,7 @@ def train(item: dict[str, Any], steps: Steps) -> None:
 
 
 def main() -> None:
+    variables = set(os.environ)
     for item in json.loads(Path(sys.argv[1]).read_text()):
         folder = Path(item["args"]["output_dir"])
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,9 +100,7 @@ def main() -> None:
         print(f"=== {item['name']}: {time.perf_counter() - began:.1f} s, error: {error}", flush=True)
         (folder / "trace-0.json").write_text(json.dumps({"error": error}))
         (folder / "counts.json").write_text(json.dumps(steps.taken))
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        PartialState._reset_state()
+        forget_training(variables)
 
 
 if __name__ == "__main__":

@@ -14,36 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from between_runs import forget_training, start_deepspeed
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+import tiny
 from dataflex.errors import ComponentError
 from dataflex.probe.moments import read_moments
 
 READ_AT = (2, 4)
 STEPS = 5
 DECODER_LAYER = "LlamaDecoderLayer"
-
-
-def deepspeed_config(stage: int) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
-    if stage == 3:
-        zero["stage3_param_persistence_threshold"] = 0  # else parameters this small are never partitioned
-    return {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero,
-    }
 
 
 def mode_arguments(mode: str) -> dict[str, Any]:
@@ -56,7 +42,7 @@ def mode_arguments(mode: str) -> dict[str, Any]:
                 "cpu_ram_efficient_loading": False,
             },
         }
-    return {"deepspeed": deepspeed_config(int(mode[-1]))} if mode.startswith("zero") else {}
+    return {"deepspeed": tiny.deepspeed_config(int(mode[-1]))} if mode.startswith("zero") else {}
 
 
 class Reader(TrainerCallback):
@@ -154,10 +140,9 @@ def train(path: str, output: Path, mode: str, *, lora: bool, reads: bool) -> dic
 
 def main() -> None:
     path, output = sys.argv[1], Path(sys.argv[2])
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled; gloo does as well
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    start_deepspeed(on_the_cpu=True)
     rank = dist.get_rank()
-    environment = dict(os.environ)
+    variables = set(os.environ)
     gc.freeze()  # what the imports made: every training collects garbage several times
     for mode in ("ddp", "fsdp2", "zero1", "zero2", "zero3"):
         for run, lora, reads in (("full", False, True), ("unread", False, False), ("lora", True, True)):
@@ -165,12 +150,7 @@ def main() -> None:
             result = train(path, output, mode, lora=lora, reads=reads)
             torch.save(result, output / f"{mode}-{run}-{rank}.pt")
             print(f"{mode} {run}: {time.perf_counter() - start:.1f} s, reading {result['seconds']:.3f} s", flush=True)
-            unset_hf_deepspeed_config()
-            for key in set(os.environ) - set(environment):
-                del os.environ[key]
-            AcceleratorState._reset_state(True)
-            GradientState._reset_state()
-            PartialState._reset_state()
+            forget_training(variables)
     dist.barrier()
     dist.destroy_process_group()
 

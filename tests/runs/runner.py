@@ -25,14 +25,14 @@ os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from between_runs import forget_training, start_deepspeed
 from llamafactory.train import tuner
 from llamafactory.train.pt import workflow as pt
 from llamafactory.train.sft import workflow as sft
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dataflex.config.loading import load_config, split_config
 from dataflex.integrations.llamafactory.parsing import replaced
@@ -216,18 +216,6 @@ class Kept:
         )
 
 
-def start_deepspeed() -> None:
-    """Start the process group by way of DeepSpeed; on the CPU without the operation it would compile, as gloo does."""
-    import deepspeed
-    import deepspeed.ops
-
-    if not ON_THE_CPU:
-        deepspeed.init_distributed(dist_backend="nccl", auto_mpi_discovery=False, verbose=False)
-        return
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-
-
 def weights_digest(folder: Path) -> str | None:
     for name in ("adapter_model.safetensors", "model.safetensors"):
         if (folder / name).is_file():
@@ -291,8 +279,8 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     items = json.loads(Path(sys.argv[1]).read_text())
     if any(item["args"].get("deepspeed") for item in items):
-        start_deepspeed()
-    environment = dict(os.environ)
+        start_deepspeed(ON_THE_CPU)
+    variables = set(os.environ)
     for item in items:
         print(f"=== {item['name']}", flush=True)
         began = time.perf_counter()
@@ -306,12 +294,7 @@ def main() -> None:
                 stream.write(f"{result['died_in']}\n")
         if dist.is_initialized():
             dist.barrier()
-        unset_hf_deepspeed_config()
-        for key in set(os.environ) - set(environment):
-            del os.environ[key]
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        PartialState._reset_state()
+        forget_training(variables)
         if item is items[0]:
             gc.collect()
             gc.freeze()  # what the imports made, which is most of what every run's collections would look at

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import yaml
 
 import tiny
 from dataflex import cli
+from launch import run_script
 from unit.data.test_raw import FAULTS, GOOD
 
 HERE = Path(__file__).parent
@@ -356,18 +354,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bad")
     tiny.make_model(root / "model")
     tiny.make_data(root / "data")
-    (root / "data" / "empty.json").write_text("[]")
+    tiny.add_data(root / "data", "empty", [])
     (root / "data" / "malformed.json").write_text('[{"instruction": ')
-    info = json.loads((root / "data" / "dataset_info.json").read_text())
-    info |= {name: {"file_name": f"{name}.json"} for name in ("empty", "malformed", "gone")}
+    tiny.add_entries(root / "data", {name: {"file_name": f"{name}.json"} for name in ("malformed", "gone")})
     row = json.dumps({"instruction": "the cat", "input": "", "output": "sees"})
     (root / "data" / "cut.jsonl").write_text(f"{row}\n{row}\n{row[:-9]}")
-    info["cut"] = {"file_name": "cut.jsonl"}
+    tiny.add_entries(root / "data", {"cut": {"file_name": "cut.jsonl"}})
     pairs = [{"instruction": "the cat", "input": "", "chosen": "sees", "rejected": "likes"}] * 4
-    (root / "data" / "pairs.json").write_text(json.dumps(pairs))
     columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
-    info["pairs"] = {"file_name": "pairs.json", "ranking": True, "columns": columns}
-    (root / "data" / "dataset_info.json").write_text(json.dumps(info))
+    tiny.add_data(root / "data", "pairs", pairs, ranking=True, columns=columns)
     np.save(root / "far.npy", np.arange(49).reshape(7, 7))
     np.save(root / "few.npy", np.ones(47))
     (root / "broken.py").write_text("1 / 0\n")
@@ -500,15 +495,8 @@ def outcomes(inputs: Path) -> dict[str, tuple[Any, str]]:
     script, spec, result = inputs / "run_all.py", inputs / "in.json", inputs / "out.json"
     script.write_text(RUN_ALL)
     spec.write_text(json.dumps(items))
-    done = subprocess.run(
-        [sys.executable, str(script), str(spec), str(result), str(folder / "checkpoint-4" / "optimizer.pt")],
-        cwd=inputs,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    optimizer, environment = folder / "checkpoint-4" / "optimizer.pt", {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    run_script(script, spec, result, optimizer, log=inputs / "log", cwd=inputs, environment=environment)
     found = json.loads(result.read_text())
     assert found["good"][0] == 0, found["good"][1]
     return found

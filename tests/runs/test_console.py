@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 import tiny
+from launch import run_script
 from records import plan_table, round_lines
 
 pytestmark = pytest.mark.launch
@@ -118,15 +119,8 @@ def outcomes(folder: Path) -> dict[str, list[Any]]:
     script, spec, result = folder / "run_all.py", folder / "in.json", folder / "result.json"
     script.write_text(RUN_ALL)
     spec.write_text(json.dumps(commands))
-    done = subprocess.run(
-        [sys.executable, str(script), str(spec), str(result)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    # Warnings stay on, because they would be seen in the terminal, too.
+    run_script(script, spec, result, log=folder / "log", cwd=folder, environment={"OMP_NUM_THREADS": "1"})
     return json.loads(result.read_text())
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tiny
+from launch import run_script
 from records import round_lines
 
 HERE = Path(__file__).parent
@@ -141,20 +139,15 @@ def write_data(data: Path) -> None:
     ]
     rng.shuffle(rows)
     texts = [{"text": f"{row['instruction']} {row['output']}", "topic": row["topic"]} for row in rows]
-    info = json.loads((data / "dataset_info.json").read_text())
     for prefix, given, columns in (("", rows, {}), ("pt ", texts, {"columns": {"prompt": "text"}})):
         for name, kept in {
             "mixed": given,
             **{topic: [row for row in given if row["topic"] == topic] for topic in TOPICS},
         }.items():
-            (data / f"{prefix}{name}.json").write_text(json.dumps(kept))
-            info[prefix + name] = {"file_name": f"{prefix}{name}.json", **columns}
+            tiny.add_data(data, prefix + name, kept, **columns)
     holed = [{**row, "topic": None if number in (3, 5) else row["topic"]} for number, row in enumerate(rows)]
-    (data / "holed.json").write_text(json.dumps(holed))
-    (data / "minus.json").write_text(json.dumps([*rows[:7], {**rows[7], "weight": -1}, *rows[8:]]))
-    info["minus"] = {"file_name": "minus.json"}
-    info["holed"] = {"file_name": "holed.json"}
-    (data / "dataset_info.json").write_text(json.dumps(info))
+    tiny.add_data(data, "holed", holed)
+    tiny.add_data(data, "minus", [*rows[:7], {**rows[7], "weight": -1}, *rows[8:]])
 
 
 @pytest.fixture(scope="module")
@@ -220,14 +213,8 @@ def found(root: Path) -> dict[str, Any]:
         "a split of nothing": run("x5", column="instruction", val_size=0.25),
     }
     (root / "job.json").write_text(json.dumps({"pools": pools, "runs": runs}))
-    paths = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "PYTHONPATH": paths}
-    command = [sys.executable, "-c", DRIVER, str(root / "job.json"), str(root / "results.json")]
-    with (root / "log").open("w") as stream:
-        status = subprocess.run(
-            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=root, check=False
-        )
-    assert status.returncode == 0, (root / "log").read_text()[-6000:]
+    (root / "driver.py").write_text(DRIVER)
+    run_script(root / "driver.py", root / "job.json", root / "results.json", log=root / "log", cwd=root)
     return json.loads((root / "results.json").read_text())
 
 

@@ -195,23 +195,17 @@ def add_anchored(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:
 
 def add_partly_trained_data(folder: Path) -> None:
     """Add a data set with samples whose prompts are so long that no token of the answer is left to train on."""
-    info = json.loads((folder / "dataset_info.json").read_text())
-    rows = json.loads((folder / "gamma.json").read_text())
+    rows = tiny.rows_of(folder, "gamma")
     long = {"instruction": "the cat sees " * 1000, "input": "", "output": "the dog likes " * 13}
-    (folder / "partly.json").write_text(json.dumps([*rows[:3], *[long] * UNTRAINED, *rows[3:]]))
-    info["partly"] = {"file_name": "partly.json"}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
+    tiny.add_data(folder, "partly", [*rows[:3], *[long] * UNTRAINED, *rows[3:]])
 
 
 def add_tagged_data(folder: Path) -> None:
     """Add two validation sets whose rows have a task each."""
-    info = json.loads((folder / "dataset_info.json").read_text())
     for name, source, tasks in (("tagged", "held", ["sums", "rhymes", "sums"]), ("labelled", "gamma", ["sums"])):
-        rows = json.loads((folder / f"{source}.json").read_text())
+        rows = tiny.rows_of(folder, source)
         tagged = [{**row, "task": tasks[number % len(tasks)]} for number, row in enumerate(rows)]
-        (folder / f"{name}.json").write_text(json.dumps(tagged))
-        info[name] = {"file_name": f"{name}.json"}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
+        tiny.add_data(folder, name, tagged)
 
 
 def add_listed(workshop: Any, settings: dict[str, dict[str, Any]]) -> None:

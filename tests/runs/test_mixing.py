@@ -170,9 +170,7 @@ def make_noise(folder: Path) -> Path:
                 for i in range(24)
             ]
             rows.append({"text": " ".join(chosen)})
-        (folder / f"{name}.json").write_text(json.dumps(rows))
-    info = {name: {"file_name": f"{name}.json", "columns": {"prompt": "text"}} for name in ("order", "noise")}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
+        tiny.add_data(folder, name, rows, columns={"prompt": "text"})
     return folder
 
 

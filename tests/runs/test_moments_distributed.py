@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 
 import tiny
+from launch import ON_THE_CPU, run_script
 
 HERE = Path(__file__).parent
 pytestmark = [
@@ -27,21 +25,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, in
     """What one start of two processes found, by mode, run and rank."""
     folder = tmp_path_factory.mktemp("moments")
     model = tiny.make_model(folder / "model")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_TORCH_DEVICE": "cpu",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(HERE / "moments_runner.py"), str(model), str(folder)]
-    done = subprocess.run(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+    environment = {**ON_THE_CPU, "CUDA_VISIBLE_DEVICES": ""}
+    script = HERE / "moments_runner.py"
+    run_script(script, model, folder, log=folder / "log", processes=2, environment=environment)
     found = {}
     for file in folder.glob("*-*.pt"):
         mode, run, rank = file.stem.split("-")

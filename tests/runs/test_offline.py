@@ -6,10 +6,7 @@ All commands run in one process, one after another.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from dataflex.probe.store import FeatureStore
+from launch import run_script
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 
@@ -142,14 +140,11 @@ def write_inputs(root: Path) -> None:
         rows = json.loads((data / f"{name}.json").read_text())
         rows = [{**row, "source": f"{name} № {number}"} for number, row in enumerate(rows)]
         (data / f"{name}.json").write_text(json.dumps(rows))
-    held = json.loads((data / "held.json").read_text())
-    held = [{**row, "task": TASKS[number % 3]} for number, row in enumerate(held)]
-    (data / "held.json").write_text(json.dumps(held))
+    held = [{**row, "task": TASKS[number % 3]} for number, row in enumerate(tiny.rows_of(data, "held"))]
+    tiny.add_data(data, "held", held)
     # Any two of these together are longer than EVEN tokens, so each is packed alone, and the longest comes first.
     even = [{"instruction": " ".join(tiny.WORDS[:1] * count), "input": "", "output": "cat"} for count in EVEN_WORDS]
-    (data / "even.json").write_text(json.dumps(even))
-    info = json.loads((data / "dataset_info.json").read_text())
-    (data / "dataset_info.json").write_text(json.dumps({**info, "even": {"file_name": "even.json"}}))
+    tiny.add_data(data, "even", even)
     (root / "ds.json").write_text("{}")
 
     lora = {"lora_dropout": 0.1, "learning_rate": 0.01, "lr_scheduler_type": "linear"}
@@ -256,15 +251,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     script, spec, result = root / "commands.py", root / "in.json", root / "out.json"
     script.write_text(COMMANDS)
     spec.write_text(json.dumps(commands(root)))
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu",
-        "PYTHONWARNINGS": "ignore",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(script), str(spec), str(result)],
-        cwd=root, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_script(script, spec, result, log=root / "log", cwd=root)
     return Outcomes(root, json.loads(result.read_text()))
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tiny
+from launch import ON_THE_CPU, run_script
 from records import round_lines
 
 HERE = Path(__file__).parent
-ON_THE_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
 
 
 @dataclass
@@ -58,16 +55,14 @@ class Workshop:
         spec = self.root / f"spec-{processes}-{len(list(self.root.iterdir()))}.json"
         spec.write_text(json.dumps(self.specs))
         self.specs = []
-        launcher = [sys.executable]
-        if processes > 1 or torchrun:
-            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        environment = {**os.environ, **self.environment, "PYTHONWARNINGS": "ignore"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), environment.get("PYTHONPATH", "")])
-        log = spec.with_suffix(".log")
-        with log.open("w") as stream:
-            command = [*launcher, str(HERE / script), str(spec)]
-            status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False)
-        assert status.returncode == 0, log.read_text()[-6000:]
+        run_script(
+            HERE / script,
+            spec,
+            log=spec.with_suffix(".log"),
+            processes=processes,
+            torchrun=torchrun,
+            environment=self.environment,
+        )
 
     def trace(self, name: str, rank: int = 0) -> dict[str, Any]:
         """Return what a finished run left; fails if the run did."""

@@ -203,26 +203,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "model").mkdir()
     (root / "model" / "config.json").write_text("{}")
     tiny.make_data(root / "data", {"alpha": 48, "beta": 32, "held": 12})
-    info = json.loads((root / "data" / "dataset_info.json").read_text())
-    info |= {
+    entries = {
         "gone": {"file_name": "gone.json"},
         "text": "alpha.json",
         "list": ["alpha.json"],
         "number": 5,
         "nothing": {},
+        "columns": {"file_name": "alpha.json", "columns": {"prompt": "question"}},
+        "cut": {"file_name": "cut.json"},
     }
-    info["columns"] = {"file_name": "alpha.json", "columns": {"prompt": "question"}}
-    info["role"] = {"file_name": "role.json", "formatting": "sharegpt"}
-    info["pairs"] = {
-        "file_name": "pairs.json",
-        "ranking": True,
-        "columns": {"prompt": "q", "chosen": "a", "rejected": "b"},
-    }
-    info |= {name: {"file_name": f"{name}.json"} for name in ("empty", "cut")}
-    (root / "data" / "dataset_info.json").write_text(json.dumps(info))
-    (root / "data" / "role.json").write_text(json.dumps([{"conversations": [{"role": "user", "content": "a"}]}] * 3))
-    (root / "data" / "pairs.json").write_text(json.dumps([{"q": "a", "a": "b", "b": "c"}] * 3))
-    (root / "data" / "empty.json").write_text("[]")
+    tiny.add_entries(root / "data", entries)
+    conversation = {"conversations": [{"role": "user", "content": "a"}]}
+    tiny.add_data(root / "data", "role", [conversation] * 3, formatting="sharegpt")
+    columns = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    tiny.add_data(root / "data", "pairs", [{"q": "a", "a": "b", "b": "c"}] * 3, ranking=True, columns=columns)
+    tiny.add_data(root / "data", "empty", [])
     (root / "data" / "cut.json").write_text('[{"instruction": "a", "input')
     return root
 
@@ -412,12 +407,9 @@ def test_the_examples_of_the_documentation(
     data = examples / f"data-{page}-{number}"
     data.mkdir()
     scores = {"quality": 0.5, "complexity": 0.5, "difficulty": 2, "weight": 1}
-    rows = json.dumps([{"instruction": "a", "input": "", "output": "b", "topic": "c", **scores}] * 2000)
+    tiny.add_entries(data, {})  # a file without entries, if the example names no data set
     for name in named(example):
-        (data / f"{name}.json").write_text(rows)
-    (data / "dataset_info.json").write_text(
-        json.dumps({name: {"file_name": f"{name}.json"} for name in named(example)})
-    )
+        tiny.add_data(data, name, [{"instruction": "a", "input": "", "output": "b", "topic": "c", **scores}] * 2000)
     keys = tiny.arguments(examples / "model", data, examples / "out", **example)
     keys |= {"dataset_dir": str(data), "max_steps": example.get("max_steps", -1)}
     if not Path(str(keys["model_name_or_path"])).exists():

@@ -65,14 +65,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         texts.append({"text": f"{text} {answer}", **row_of(number, "pairs")})
     bare = [{key: row[key] for key in ("instruction", "input", "output")} for row in pairs]
     worded = [{**row, "quality": "good"} for row in pairs]
+    entries: dict[str, Any] = {"chats": {"formatting": "sharegpt"}, "texts": {"columns": {"prompt": "text"}}}
     files = {"pairs": pairs, "chats": chats, "texts": texts, "bare": bare, "worded": worded}
     for name, rows in files.items():
-        (data / f"{name}.json").write_text(json.dumps(rows))
-    info: dict[str, Any] = {name: {"file_name": f"{name}.json"} for name in files}
-    info["drawn"] = {"file_name": "pairs.json", "num_samples": 25}
-    info["chats"]["formatting"] = "sharegpt"
-    info["texts"]["columns"] = {"prompt": "text"}
-    (data / "dataset_info.json").write_text(json.dumps(info))
+        tiny.add_data(data, name, rows, **entries.get(name, {}))
+    tiny.add_entries(data, {"drawn": {"file_name": "pairs.json", "num_samples": 25}})
     return root
 
 

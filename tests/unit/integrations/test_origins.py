@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"instruction": words_of(i), "input": "", "output": "cat", "kind": KINDS[i * 2 % 3], "note": f"№ {i}"}
         for i in range(SIZE)
     ]
-    (data / "pairs.json").write_text(json.dumps(pairs))
+    tiny.add_data(data, "pairs", pairs)
     turns = [{"from": "human", "value": ""}, {"from": "gpt", "value": "dog"}]
     chats = [
         {
@@ -43,14 +43,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for i in range(SIZE)
     ]
-    (data / "chats.json").write_text(json.dumps(chats))
-    info = {
-        "pairs": {"file_name": "pairs.json"},
-        "drawn": {"file_name": "pairs.json", "num_samples": 25},
-        "chats": {"file_name": "chats.json", "formatting": "sharegpt"},
-        "elsewhere": {"hf_hub_url": "someone/something"},
-    }
-    (data / "dataset_info.json").write_text(json.dumps(info))
+    tiny.add_data(data, "chats", chats, formatting="sharegpt")
+    drawn = {"file_name": "pairs.json", "num_samples": 25}
+    tiny.add_entries(data, {"drawn": drawn, "elsewhere": {"hf_hub_url": "someone/something"}})
     return root
 
 

@@ -516,13 +516,9 @@ def test_the_prior_is_the_share_of_tokens(tmp_path: Path) -> None:
 def test_values_of_a_column_are_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lab = Lab(tmp_path, {"proxies": {"count": 4, "max_epochs": None}, "target": "held", "regressor": "linear"})
     tiny.make_model(tmp_path / "model")
-    info = json.loads((lab.data / "dataset_info.json").read_text())
-    files = {"b.c": "beta.json", "alpha": "gamma.json"}
-    whole = [
-        {**row, "kind": value} for value, file in files.items() for row in json.loads((lab.data / file).read_text())
-    ]
-    (lab.data / "whole.json").write_text(json.dumps(whole))
-    (lab.data / "dataset_info.json").write_text(json.dumps({**info, "whole": {"file_name": "whole.json"}}))
+    sources = {"b.c": "beta", "alpha": "gamma"}
+    whole = [{**row, "kind": value} for value, name in sources.items() for row in tiny.rows_of(lab.data, name)]
+    tiny.add_data(lab.data, "whole", whole)
     lab.base |= {"dataset": "gamma,beta"}
     lab.write()
     names, separate = regmix_module._sizes(regmix_module.load(lab.file))
