@@ -1,4 +1,4 @@
-"""How far the model's prediction of each token is from the token."""
+"""Distance between the model's predicted distribution and the token, for each token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss of each sample."""
+"""Token-mean losses of samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TokenMeans(Measurement):
-    """Base of measurements that are the mean over a sample's trained tokens of a function of the token's logits.
+    """Base of measurements that average a function of each trained token's logits over the tokens of a sample.
 
     Example:
         The mean entropy of the model's predictions:
@@ -33,7 +33,7 @@ class TokenMeans(Measurement):
     untrained: ClassVar[float | None] = math.nan
 
     def token_values(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return one number for each position, (n,), from logits (n, V), float32, and labels (n,)."""
+        """Return one value per position, (n,), from logits (n, V), float32, and labels (n,)."""
         raise NotImplementedError
 
     def measure(self, batch: MeasuredBatch) -> Tensor:

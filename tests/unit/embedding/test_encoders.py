@@ -110,7 +110,7 @@ def test_a_batch_that_does_not_fit_is_halved(model: Path, monkeypatch: pytest.Mo
         raise MemoryError
 
     monkeypatch.setattr(encoder, "_forward", no_memory)
-    with pytest.raises(DataFlexError, match="has not the memory to make embeddings of 1 text of"):
+    with pytest.raises(DataFlexError, match="does not have enough memory to make embeddings of 1 text of"):
         encoder.encode(TEXTS)
 
 
