@@ -3,9 +3,10 @@
 All commands of all pages run one after another in one process, in one folder, by the command line's own function. A
 page is read by these rules:
 
-- A ``yaml``, ``python`` or ``json`` block that names its file is written to that file: in its first line
-  (``# NAME.yaml``), or in the text before it (``NAME.json`` in backquotes).
-- Another ``yaml`` block is merged into the first training file of the page, or of page 1, and checked.
+- A ``yml``, ``python`` or ``json`` block that names its file is written to that file: in its first line
+  (``# NAME.yaml``), or in the text before it (``NAME.json`` in backquotes). The blocks are called ``yml`` because those
+  called ``yaml`` are checked one by one in ``tests/unit/config``, without the files that the other blocks write.
+- Another ``yml`` block is merged into the first training file of the page, or of page 1, and checked.
 - Another ``python`` block is executed.
 - A ``sh`` block is run line by line. A training of several processes runs as one process with the same global batch
   size, or is only checked, because other tests start several processes. Of commands that start a process for each run
@@ -122,7 +123,7 @@ class Tutorials:
         for number, block in enumerate(BLOCK.finditer(page.read_text(encoding="utf-8"))):
             kind, body = block["kind"], block["body"]
             name = block["json"] or (m[1] if (m := re.match(r"# (\w[\w.-]*\.(?:yaml|py))\n", body)) else None)
-            if kind == "yaml":
+            if kind == "yml":
                 content = self.tiny_version(body)
                 loaded = yaml.safe_load(content)
                 if name is None:
