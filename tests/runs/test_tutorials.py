@@ -36,7 +36,9 @@ pytestmark = pytest.mark.launch
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs" / "tutorials").glob("[0-9]*.md"))
-BLOCK = re.compile(r"(?:`(?P<json>[\w.]+\.json)`[^\n]*\n\n)?^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.DOTALL | re.M)
+BLOCK = re.compile(
+    r"(?:`(?P<json>[\w.]+\.json)`[^\n]*\n\n(?=```json))?^```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE
+)
 SETTING_UP = {"pip", "git", "cd", "make"}
 """Programs of a page that prepare a machine and are not run."""
 
