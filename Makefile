@@ -14,6 +14,7 @@ demo: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/api_page.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check src tests benchmarks

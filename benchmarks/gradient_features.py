@@ -1,6 +1,7 @@
 """What do per-sample gradient features cost? Against the forward and backward no such method can avoid.
 
     python benchmarks/gradient_features.py            # LoRA and full fine-tuning of SmolLM2-135M
+    python benchmarks/gradient_features.py --tuning linear --texts --samples 48 --peer peer/bin/python
 
 Samples per second of
 
@@ -11,6 +12,8 @@ Samples per second of
     one by one  one backward per sample, Adam's direction, not projected
     dense       the same, and a dense Rademacher projection to k of 16 gradients at a time; of more than 4 million
                 elements the first 4 million are projected and timed, and the others' time is reckoned from theirs
+    peer        bergson's gradients of the body's linear layers, in the environment of its interpreter (``--peer``);
+                see peers/bergson_features.py
 
 Every variant runs in a process of its own, which also gives its peak memory, and the processes take turns.
 """
@@ -24,6 +27,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -34,6 +38,7 @@ import numpy as np
 from overhead import _sample, machine
 
 VARIANTS = ("floor", "features", "plain", "kronecker", "one by one", "dense")
+PEER = Path(__file__).parent / "peers" / "bergson_features.py"
 PROJECTED_TOGETHER = 16
 PROJECTED_ELEMENTS = 4_000_000
 
@@ -41,14 +46,22 @@ PROJECTED_ELEMENTS = 4_000_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="asset:smollm2-135m-instruct")
-    parser.add_argument("--tuning", nargs="+", choices=["lora", "full"], default=["lora", "full"])
+    parser.add_argument(
+        "--tuning",
+        nargs="+",
+        choices=["lora", "full", "linear"],
+        default=["lora", "full"],
+        help="linear: full tuning of the linear layers without the head",
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--texts", action="store_true", help="every token counts, as in pre-training")
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--dim", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 weights, as on an accelerator")
+    parser.add_argument("--peer", type=Path, help="interpreter of an environment with bergson, measured in turn")
     parser.add_argument("--output", type=Path, help="JSON file of the results")
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -56,10 +69,11 @@ def main() -> None:
         print(json.dumps(one(options)))
         return
     results: dict[str, Any] = {}
+    names = [*options.variants, *(["peer"] if options.peer else [])]
     for tuning in options.tuning:
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in options.variants}
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for repeat in range(options.repeats):
-            for name in options.variants if repeat % 2 == 0 else options.variants[::-1]:
+            for name in names if repeat % 2 == 0 else names[::-1]:
                 if name in ("one by one", "dense") and repeat:
                     continue  # slow, and far from the others
                 found[name].append(apart(options, tuning, name))
@@ -73,11 +87,38 @@ def main() -> None:
 
 def apart(options: argparse.Namespace, tuning: str, name: str) -> dict[str, float]:
     """Run one variant in a process of its own."""
+    if name == "peer":
+        return peer(options)
     command = [sys.executable, __file__, "--one", name, "--tuning", tuning, "--model", options.model]
     command += ["--samples", str(options.samples), "--batch-tokens", str(options.batch_tokens)]
-    command += ["--dim", str(options.dim), "--rank", str(options.rank), *(["--bf16"] if options.bf16 else [])]
+    command += ["--dim", str(options.dim), "--rank", str(options.rank)]
+    command += [*(["--bf16"] if options.bf16 else []), *(["--texts"] if options.texts else [])]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def peer(options: argparse.Namespace) -> dict[str, float]:
+    """Run bergson on the same samples, in its own environment."""
+    from transformers import AutoTokenizer
+
+    from dataflex import assets
+
+    path = assets.resolve(options.model)
+    samples = make_samples(options, AutoTokenizer.from_pretrained(path).vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "samples.jsonl"
+        file.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        command = [str(options.peer), str(PEER), "--model", str(path), "--samples", str(file)]
+        command += ["--batch-tokens", str(options.batch_tokens)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def make_samples(options: argparse.Namespace, vocabulary: int) -> list[dict[str, Any]]:
+    """Return the samples all variants measure."""
+    rng = np.random.default_rng(0)
+    samples = [_sample(rng, vocabulary) for _ in range(options.samples)]
+    return [{**sample, "labels": sample["input_ids"]} for sample in samples] if options.texts else samples
 
 
 def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
@@ -87,6 +128,7 @@ def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         "samples_per_second": speed,
         "relative_to_floor": {name: value / speed["floor"] for name, value in speed.items() if "floor" in speed},
         "relative_to_dense": {name: value / speed["dense"] for name, value in speed.items() if "dense" in speed},
+        "relative_to_peer": {name: value / speed["peer"] for name, value in speed.items() if "peer" in speed},
         "peak_memory_gb": {name: max(run["peak_memory_gb"] for run in runs) for name, runs in found.items() if runs},
         "runs": found,
     }
@@ -115,11 +157,12 @@ def one(options: argparse.Namespace) -> dict[str, float]:
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(r=options.rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    elif options.tuning[0] == "linear":
+        body = {id(part.weight) for part in model.base_model.modules() if isinstance(part, torch.nn.Linear)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in body)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    rng = np.random.default_rng(0)
-    pool = Pool.concatenate(
-        {"samples": Dataset.from_list([_sample(rng, tokenizer.vocab_size) for _ in range(options.samples)])}
-    )
+    pool = Pool.concatenate({"samples": Dataset.from_list(make_samples(options, tokenizer.vocab_size))})
     collate = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4)

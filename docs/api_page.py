@@ -1,22 +1,23 @@
-"""Writes ``docs/api.md`` from the docstrings and signatures of all that ``dataflex`` exports: ``make docs``."""
+"""Writes ``docs/api.md`` from the docstrings and signatures of all names that ``dataflex`` exports: ``make docs``."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from pathlib import Path
 
 import dataflex
 
 PAGE = Path(__file__).with_name("api.md")
 
-HEAD = """# What a component of your own may use
+HEAD = """# Python API
 
-<!-- Written by `make docs` from the docstrings; edit those. -->
+<!-- `make docs` writes this page from the docstrings. Edit the docstrings instead. -->
 
-Everything here is imported from `dataflex`, and the built-in methods use nothing else. How a component is written is in
-the [README](../README.md#a-component-of-your-own), and the methods it may define are in
-[methods](methods/README.md#what-a-component-of-your-own-may-say-about-a-run).
+Every name on this page is imported from `dataflex`. A component of your own needs no other module, and the built-in
+methods use no other. The [README](../README.md#a-component-of-your-own) shows how a component is written, and
+[methods](methods/README.md#what-a-component-of-your-own-may-say-about-a-run) lists the methods that it may define.
 """
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.Assign | ast.AnnAssign
@@ -33,11 +34,12 @@ def page() -> str:
             kinds["Functions"].append(f"### `{name}{_signature(node)}`\n\n{_doc(node)}\n")
         else:
             kinds["Values and types"].append(f"### `{ast.unparse(node)}`\n\n{text}\n")
-    return "\n".join([HEAD, *(f"## {kind}\n\n" + "\n".join(texts) for kind, texts in kinds.items())])
+    text = "\n".join([HEAD, *(f"## {kind}\n\n" + "\n".join(texts) for kind, texts in kinds.items())])
+    return re.sub(r":(?:attr|class|data|func|meth):`~?([^`]+)`", r"`\1`", text)  # Markdown has no roles
 
 
 def _definition(module: str, name: str) -> tuple[Definition, str]:
-    """Return what defines a name in a module, and the text that follows an assignment."""
+    """Return the definition of a name in a module, and the docstring that follows an assignment."""
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None
@@ -56,14 +58,14 @@ def _is(target: ast.AST | None, name: str) -> bool:
 
 
 def _text(node: ast.AST) -> str:
-    """Return the text of a string that stands alone, as the description of what is before it."""
+    """Return the text of a string literal that documents the assignment before it, or an empty text."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
         return " ".join(node.value.value.split())
     return ""
 
 
 def _doc(node: ast.ClassDef | ast.FunctionDef) -> str:
-    """Return a docstring; its sections and examples as code, where line ends count."""
+    """Return a docstring. Its sections and examples become a code block, which keeps their line ends."""
     lines = (ast.get_docstring(node) or "").splitlines()
     titles = ("Args:", "Raises:", "Attributes:", "Example:", "Returns:", "Yields:")
     begin = next((number for number, line in enumerate(lines) if line in titles), len(lines))
@@ -77,7 +79,7 @@ def _signature(node: ast.FunctionDef) -> str:
 
 
 def _of_class(node: ast.ClassDef) -> str:
-    """Return a class: its docstring, its fields with what is said of them, and its methods."""
+    """Return the text of a class: its docstring, its fields with their docstrings, and its methods."""
     bases = ", ".join(ast.unparse(base) for base in node.bases)
     parts = [f"### `{node.name}{f'({bases})' if bases else ''}`\n\n{_doc(node)}\n"]
     for member, after in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):

@@ -1,4 +1,4 @@
-"""``python -m dataflex`` is ``dataflex-cli``."""
+"""``python -m dataflex`` runs ``dataflex-cli``."""
 
 import sys
 

@@ -1,10 +1,16 @@
-"""The command line: parse, call, print. Nothing heavy is imported before it is needed."""
+"""The command line ``dataflex-cli``: arguments of every command, and the calls of the functions behind them.
+
+Each function imports the modules of its command when it runs. ``--help`` and ``list`` stay fast that way, because they
+need no torch.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,26 +22,33 @@ from dataflex.errors import DataFlexError, did_you_mean
 from dataflex.trainer import stopping
 
 _Commands = Any
-"""What ``add_subparsers`` returns; argparse does not name its type."""
+"""Type of the object that ``add_subparsers`` returns. The class is private in argparse."""
 
 BAD_INPUT = 2
-"""Exit status for what the user can mend."""
+"""Exit status for errors that the user can correct."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 2 for bad input, or a failing worker's status."""
+    """Run a command.
+
+    Args:
+        argv: the arguments after the program's name. None means those of this process.
+
+    Returns:
+        The exit status: 0, 2 for bad input, or the status of a worker process that failed.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     parser = _parser()
     known = sorted(_COMMANDS)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
-        hint = did_you_mean(arguments[0], known) or "."
+        hint = did_you_mean(arguments[0], known) or "."  # argparse lists the commands but suggests none
         print(f"unknown command {arguments[0]!r}{hint} Commands: {', '.join(known)}.", file=sys.stderr)
         return BAD_INPUT
     options, further = parser.parse_known_args(arguments)
     if further and (options.overrides is None or any(text.startswith("-") for text in further)):
         parser.error(f"unrecognized arguments: {' '.join(further)}")
-    if further:  # argparse takes the overrides before the first option only
-        options.overrides += further
+    if further:  # argparse assigns only the overrides before the first option
+        options.overrides = [*options.overrides, *further]
     options.arguments = arguments
     if options.command is None:
         parser.print_help()
@@ -45,8 +58,9 @@ def main(argv: list[str] | None = None) -> int:
             status = _COMMANDS[options.command](options)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail either
+    except BrokenPipeError:  # the program that reads our output has ended, for example `| head`
+        # Python flushes the output at its exit, which must not fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except DataFlexError as error:
         return _fail(str(error), error)
@@ -62,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 TRACEBACK = "DATAFLEX_TRACEBACK"
-"""Environment variable: print the tracebacks of errors that are told in one paragraph."""
+"""Environment variable: ``1`` prints tracebacks beside the messages of errors that the user can correct."""
 
 
 def _fail(text: str, error: Exception) -> int:
@@ -78,134 +92,389 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dataflex-cli",
         description="Select, mix, order and weight the training data of a LLaMA-Factory run while it trains.",
+        epilog="Every command has its own help with an example: dataflex-cli train --help",
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(overrides=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for add in (_add_training, _add_offline, _add_record, _add_evaluation, _add_experiments):
-        add(commands)
-    assets = commands.add_parser("assets", help="the demo's model and data, by name")
-    assets.add_argument("name", nargs="?", help="which to fetch; none: list them")
-    demo = commands.add_parser("demo", help="train a small model with and without selection, and compare")
-    demo.add_argument("--output", type=Path, help="folder of the demo's files and runs")
+    _add_training(commands)
+    _add_schema(commands)
+    _add_offline(commands)
+    _add_record(commands)
+    _add_explain(commands)
+    _add_evaluation(commands)
+    _add_experiments(commands)
+    _add_others(commands)
     return parser
 
 
-def _add_training(commands: _Commands) -> None:
-    for name, text in (
-        ("train", "train a YAML"),
-        ("check", "validate a YAML without loading a model, and report all problems"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("config", type=Path, help="a LLaMA-Factory YAML or JSON file, with a dataflex: section")
-        command.add_argument("overrides", nargs="*", help="key=value, e.g. dataflex.select.method=loss")
-    listing = commands.add_parser("list", help="families, methods, and their parameters with defaults")
-    listing.add_argument("name", nargs="?", help="a family or a method; none: everything")
-    listing.add_argument(
-        "--plugins", nargs="*", default=[], help="Python files that register components or measurements"
+def _command(commands: _Commands, name: str, summary: str, description: str, example: str) -> argparse.ArgumentParser:
+    """Add a command and return its parser.
+
+    Args:
+        commands: the commands of the main parser.
+        name: the command.
+        summary: its line in the list of commands.
+        description: the paragraph at the top of its help.
+        example: a command line, printed at the end of its help.
+    """
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, 79),
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # else argparse joins the lines of the example
     )
-    commands.add_parser("version", help="versions of DataFlex and of what it runs on")
+    return command
+
+
+def _add_training(commands: _Commands) -> None:
+    train = _command(
+        commands,
+        "train",
+        "train a model as a YAML file says",
+        "Train a model with LLaMA-Factory. If the file has a dataflex: section, the section selects, mixes, orders and "
+        "weights the training data while the model trains. A run that was interrupted resumes from its last checkpoint "
+        "when the same command is repeated.",
+        "dataflex-cli train run.yaml dataflex.select.method=loss output_dir=saves/loss",
+    )
+    check = _command(
+        commands,
+        "check",
+        "report all problems of a YAML file and the plan of its run, without loading a model",
+        "Check a configuration without loading a model. The command reports all problems together. If it finds none, "
+        "it prints the plan of the run: steps, rounds, decisions and their expected cost.",
+        "dataflex-cli check run.yaml",
+    )
+    for command in (train, check):
+        command.add_argument("config", type=Path, help="LLaMA-Factory YAML or JSON file, with a dataflex: section")
+        _add_overrides(command, "dataflex.select.method=loss")
+    listing = _command(
+        commands,
+        "list",
+        "print the methods and their parameters",
+        "Print every method of the four families (select, mix, order, weight) with its parameters, the values that "
+        "each parameter takes, and the defaults.",
+        "dataflex-cli list less",
+    )
+    listing.add_argument("name", nargs="?", help="a family or a method (default: print everything)")
+    listing.add_argument(
+        "--plugins",
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="Python files that register further components or measurements",
+    )
+    _command(
+        commands,
+        "version",
+        "print the versions of DataFlex and of the packages it runs on",
+        "Print the installed versions of DataFlex, LLaMA-Factory, torch and the other packages that results may "
+        "depend on, one on each line.",
+        "dataflex-cli version",
+    )
+
+
+def _add_overrides(command: argparse.ArgumentParser, example: str) -> None:
+    # Without a default argparse lists the overrides among the arguments that are required.
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"settings that replace those of the file, for example {example}",
+    )
+
+
+def _add_schema(commands: _Commands) -> None:
+    command = _command(
+        commands,
+        "schema",
+        "print the JSON schema with which an editor completes and checks a YAML file",
+        "Print the JSON schema of a configuration with a dataflex: section. An editor completes and checks a YAML file "
+        "with it, if the first line of the file is `# yaml-language-server: $schema=FILE`.",
+        "dataflex-cli schema --output dataflex.schema.json",
+    )
+    command.add_argument(
+        "--plugins",
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="Python files that register components; the schema includes their methods",
+    )
+    command.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the schema to a file instead of printing it"
+    )
 
 
 def _add_offline(commands: _Commands) -> None:
-    for name, text in (
-        ("features", "compute and keep the gradient features of a YAML's data sets, without training"),
-        ("score", "score a YAML's data sets with its selector, without training, and write the best of them"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("config", type=Path, help="a LLaMA-Factory YAML with a dataflex: section and a selector")
-        command.add_argument("overrides", nargs="*", help="key=value")
-        command.add_argument("--features", type=Path, help="folder features are kept in (default: OUTPUT/features)")
-        command.add_argument("--output", type=Path, help="folder to write to (default: output_dir/scores)")
-        if name == "score":
-            amount = command.add_mutually_exclusive_group()
-            amount.add_argument("--fraction", type=_share, default=0.05, help="share of the pool to select (0.05)")
-            amount.add_argument("--count", type=_positive, help="number of samples to select")
-
-    embed = commands.add_parser("embed", help="make the embeddings that a YAML's components read, without training")
-    embed.add_argument("config", type=Path, help="a LLaMA-Factory YAML whose dataflex: section asks for embeddings")
-    embed.add_argument("overrides", nargs="*", help="key=value, e.g. dataflex.select.encoder=asset:all-minilm-l6-v2")
-    embed.add_argument("--output", type=Path, help="folder they are kept in (default: where the run looks for them)")
+    features = _command(
+        commands,
+        "features",
+        "compute the gradient features of a pool and store them on disk, without training",
+        "Compute the gradient features that the selector of the file reads, for every sample of the training data, and "
+        "store them on disk. Nothing is trained. An interrupted command resumes with the stored features.",
+        "dataflex-cli features select.yaml --features saves/features",
+    )
+    score = _command(
+        commands,
+        "score",
+        "score a pool once with a selector and write the best samples as a data set, without training",
+        "Score every sample of the training data with the selector of the file. The command writes a table of all "
+        "scores, and the samples with the highest scores as a data set for LLaMA-Factory. Nothing is trained.",
+        "dataflex-cli score select.yaml --fraction 0.05 --output saves/scores",
+    )
+    for command in (features, score):
+        command.add_argument("config", type=Path, help="LLaMA-Factory YAML file, with a selector in dataflex.select")
+        _add_overrides(command, "dataflex.select.method=less")
+        command.add_argument(
+            "--features", type=Path, metavar="DIR", help="folder of the stored features (default: OUTPUT/features)"
+        )
+        command.add_argument(
+            "--output", type=Path, metavar="DIR", help="folder of the results (default: scores in output_dir)"
+        )
+    amount = score.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--fraction", type=_share, default=0.05, help="share of the scored samples to select (default: 0.05)"
+    )
+    amount.add_argument("--count", type=_positive, metavar="N", help="number of samples to select")
+    embed = _command(
+        commands,
+        "embed",
+        "compute the embeddings that a YAML file's components read, without training",
+        "Compute the embeddings that the components of the file read, and store those of an encoder on disk. A run of "
+        "the same file reads them from there. Nothing is trained.",
+        "dataflex-cli embed run.yaml dataflex.select.encoder=asset:all-minilm-l6-v2",
+    )
+    embed.add_argument("config", type=Path, help="LLaMA-Factory YAML file, with a component that reads embeddings")
+    _add_overrides(embed, "dataflex.select.encoder=asset:all-minilm-l6-v2")
+    embed.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the embeddings (default: the folder in which a run of the file looks for them)",
+    )
 
 
 def _add_record(commands: _Commands) -> None:
-    report = commands.add_parser("report", help="one HTML page and a table about one or several runs")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
-    report.add_argument("--output", type=Path, help="the HTML file")
-    explain = commands.add_parser("explain", help="which samples a run chose, when and why, with their text")
-    explain.add_argument("run", type=Path, metavar="RUN", help="a run's output_dir")
-    asked = explain.add_mutually_exclusive_group()
-    asked.add_argument("--index", type=_not_negative, nargs="+", default=[], metavar="I", help="samples, by pool index")
-    asked.add_argument("--text", metavar="PHRASE", help="samples whose text contains this")
-    asked.add_argument("--top", type=_positive, metavar="N", help="the best N samples of a round")
-    explain.add_argument("--round", type=_not_negative, metavar="R", help="of --top (the last one with a selector)")
-    explain.add_argument("--no-text", action="store_true", help="do not load the data for the samples' texts")
-    explain.add_argument("--full", action="store_true", help="texts whole, with special tokens")
-    explain.add_argument("--json", action="store_true", help="print JSON")
-    export = commands.add_parser("export", help="write the samples a run chose as a data set")
-    export.add_argument("run", type=Path, metavar="RUN", help="a run's output_dir")
-    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty folder to write to")
+    report = _command(
+        commands,
+        "report",
+        "write one HTML page, and print a table, about one or several runs",
+        "Write one HTML page about one run or several: losses, evaluations, proportions, scores and costs. The main "
+        "figures are also printed as a table.",
+        "dataflex-cli report saves/first saves/control --output report.html",
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the output_dir of a run")
+    report.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the HTML file (default: RUN/dataflex/report.html for one run, dataflex-report.html for several)",
+    )
+    export = _command(
+        commands,
+        "export",
+        "write the samples that a run chose as a data set",
+        "Write the raw rows of the samples that a run chose as a data set for LLaMA-Factory. By default these are the "
+        "samples of all rounds after the warm-up.",
+        "dataflex-cli export saves/first --output saves/chosen",
+    )
+    export.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty folder for the data set")
     rounds = export.add_mutually_exclusive_group()
-    rounds.add_argument("--round", type=_not_negative, metavar="R", help="of one round (default: all but the warm-up)")
-    rounds.add_argument("--all", action="store_true", help="of all rounds, the warm-up too")
+    rounds.add_argument(
+        "--round", type=_not_negative, metavar="R", help="one round (default: all rounds after the warm-up)"
+    )
+    rounds.add_argument("--all", action="store_true", help="all rounds, including the warm-up")
+
+
+def _add_explain(commands: _Commands) -> None:
+    explain = _command(
+        commands,
+        "explain",
+        "print which samples a run chose, when, why, and their text",
+        "Print which samples a run trained on: in which round, which method chose them, with which score and rank, and "
+        "their text. Without --index, --text or --top the command gives an overview of the run.",
+        "dataflex-cli explain saves/first --top 5 --round 2",
+    )
+    explain.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run")
+    asked = explain.add_mutually_exclusive_group()
+    asked.add_argument(
+        "--index", type=_not_negative, nargs="+", default=[], metavar="I", help="explain these samples, by pool index"
+    )
+    asked.add_argument("--text", metavar="PHRASE", help="explain the samples whose text contains this phrase")
+    asked.add_argument("--top", type=_positive, metavar="N", help="explain the N best samples of a round")
+    explain.add_argument(
+        "--round",
+        type=_not_negative,
+        metavar="R",
+        help="the round of --top (default: the last round in which a selector chose)",
+    )
+    explain.add_argument("--no-text", action="store_true", help="leave out the texts, so that no data is loaded")
+    explain.add_argument("--full", action="store_true", help="print whole texts, with special tokens")
+    explain.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_evaluation(commands: _Commands) -> None:
-    evaluation = commands.add_parser("eval", help="run downstream tasks with a model or the result of a run")
-    evaluation.add_argument("model", metavar="MODEL_OR_RUN", help="a run or model folder, asset:NAME or a hub name")
-    evaluation.add_argument(
-        "--tasks", nargs="+", required=True, help=".jsonl files, YAML files of task settings, or tasks of lm-eval"
+    evaluation = _command(
+        commands,
+        "eval",
+        "run downstream tasks with a model or with the result of a run",
+        "Run multiple-choice or exact-match tasks with lm-evaluation-harness, and report the results with standard "
+        "errors. The model is that of a finished run, a model folder, or a model of the hub.",
+        "dataflex-cli eval saves/first --tasks questions.jsonl --output tasks",
     )
-    evaluation.add_argument("--adapter", type=Path, help="folder of an adapter to put on the model")
-    evaluation.add_argument("--output", type=Path, help="folder for the results (default: RUN/dataflex/tasks)")
-    evaluation.add_argument("--fewshot-file", type=Path, help="rows of the same form to take examples from")
-    evaluation.add_argument("--num-fewshot", type=int, help="examples before each question")
-    evaluation.add_argument("--choices", choices=("letters", "text"), help="what of a choice is scored (letters)")
-    evaluation.add_argument("--limit", type=int, help="questions of each task, drawn by the seed")
-    evaluation.add_argument("--batch-size", type=_positive, default=8, help="prompts at once (8)")
-    evaluation.add_argument("--device", help="e.g. cpu or cuda:0 (default: the accelerator if there is one)")
     evaluation.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights (as stored)"
+        "model", metavar="MODEL_OR_RUN", help="a run folder, a model folder, asset:NAME or the name of a hub model"
     )
-    evaluation.add_argument("--apply-chat-template", action="store_true", help="ask in the model's chat template")
-    evaluation.add_argument("--seed", type=_not_negative, default=42, help="of the draw under --limit (42)")
+    evaluation.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="TASK",
+        help=".jsonl files of questions, YAML files of task settings, or names of lm-eval's tasks",
+    )
+    evaluation.add_argument("--adapter", type=Path, metavar="DIR", help="folder of an adapter to load on the model")
+    evaluation.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the results (default: RUN/dataflex/tasks; required if the model is not a run)",
+    )
+    _add_questions(evaluation)
+    evaluation.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="prompts in one batch (default: 8)"
+    )
+    evaluation.add_argument("--device", help="for example cpu or cuda:0 (default: the accelerator if there is one)")
+    evaluation.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="data type of the weights (default: auto, the type in which they are stored)",
+    )
+    evaluation.add_argument(
+        "--apply-chat-template", action="store_true", help="put the prompts into the model's chat template"
+    )
+
+
+def _add_questions(evaluation: argparse.ArgumentParser) -> None:
+    """Add the options that choose the questions of a task and their form."""
+    evaluation.add_argument(
+        "--fewshot-file",
+        type=Path,
+        metavar="FILE",
+        help="rows of the same form as the task's, from which the few-shot examples are drawn",
+    )
+    evaluation.add_argument("--num-fewshot", type=int, metavar="N", help="few-shot examples before each question")
+    evaluation.add_argument(
+        "--choices",
+        choices=("letters", "text"),
+        help="score the letter of each choice, or its text (default: letters)",
+    )
+    evaluation.add_argument(
+        "--limit", type=int, metavar="N", help="number of questions of each task, drawn with --seed (default: all)"
+    )
+    evaluation.add_argument(
+        "--seed", type=_not_negative, default=42, help="seed for drawing the questions of --limit (default: 42)"
+    )
 
 
 def _add_experiments(commands: _Commands) -> None:
-    compare = commands.add_parser("compare", help="train variants over seeds and say what their differences support")
-    compare.add_argument("experiment", type=Path, help="a YAML that names the variants, the seeds and the budget")
-    compare.add_argument("--jobs", type=_positive, help="runs at a time (default: one for each CUDA device, else one)")
-    compare.add_argument("--dry-run", action="store_true", help="print what would be run, and what it would cost")
-    doremi = commands.add_parser("doremi", help="train a reference, a proxy that weighs the data sets, and the model")
-    doremi.add_argument("file", type=Path, help="a YAML with base, output_dir, and what each of the three changes")
-    only = doremi.add_mutually_exclusive_group()
-    only.add_argument("--print", action="store_true", help="print the three YAMLs, to train them by hand")
-    only.add_argument("--dry-run", action="store_true", help="print how far each of the three is")
-    regmix = commands.add_parser("regmix", help="train small models on many mixtures, and predict the best mixture")
-    regmix.add_argument("file", type=Path, help="a YAML with base, output_dir, proxies, target, regressor, final")
-    regmix.add_argument(
-        "--jobs", type=_positive, help="proxies at a time (default: one for each CUDA device, else one)"
+    compare = _command(
+        commands,
+        "compare",
+        "train variants over several seeds and compare their results with intervals",
+        "Train the variants of an experiment over several seeds at an equal budget. The result is a table, a page, and "
+        "a sentence for each difference that says whether the runs support it. Complete runs are not repeated.",
+        "dataflex-cli compare experiment.yaml --dry-run",
     )
-    regmix.add_argument("--dry-run", action="store_true", help="print what would be trained")
+    compare.add_argument("experiment", type=Path, help="YAML file with the base, the variants, seeds and the budget")
+    _add_jobs(compare, "runs")
+    compare.add_argument("--dry-run", action="store_true", help="print the runs that are missing and their cost")
+    doremi = _command(
+        commands,
+        "doremi",
+        "run DoReMi: train a reference, a proxy that weighs the data sets, and the final model",
+        "Run the three trainings of DoReMi one after another: the reference, the proxy that finds the proportions of "
+        "the data sets, and the model that is trained with them. Trainings that are complete are not repeated.",
+        "dataflex-cli doremi doremi.yaml --dry-run",
+    )
+    doremi.add_argument("file", type=Path, help="YAML file with base, output_dir, and the changes of each training")
+    only = doremi.add_mutually_exclusive_group()
+    only.add_argument("--print", action="store_true", help="print the three YAML files, to train them by hand")
+    only.add_argument("--dry-run", action="store_true", help="print the state of each of the three trainings")
+    regmix = _command(
+        commands,
+        "regmix",
+        "run RegMix: train small models on many mixtures and predict the best mixture",
+        "Run RegMix: train small proxy models on many mixtures of the data sets, fit a regression of their losses, "
+        "predict the best mixture, and train the final model with it. Trainings that are complete are not repeated.",
+        "dataflex-cli regmix regmix.yaml --jobs 2",
+    )
+    regmix.add_argument("file", type=Path, help="YAML file with base, output_dir, proxies, target, regressor, final")
+    _add_jobs(regmix, "proxies")
+    regmix.add_argument("--dry-run", action="store_true", help="print the trainings that are missing")
+
+
+def _add_jobs(command: argparse.ArgumentParser, runs: str) -> None:
+    command.add_argument(
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help=f"{runs} to train at the same time (default: one for each CUDA device, or one without any)",
+    )
+
+
+def _add_others(commands: _Commands) -> None:
+    assets = _command(
+        commands,
+        "assets",
+        "list or fetch the models and data sets of the demo",
+        "Fetch a model or data set that a configuration names as asset:NAME, and print its folder. Assets are stored "
+        "in a cache on this machine.",
+        "dataflex-cli assets python-docs",
+    )
+    assets.add_argument("name", nargs="?", help="the asset to fetch (default: list all assets)")
+    demo = _command(
+        commands,
+        "demo",
+        "train a small model with and without selection, and compare the two runs",
+        "Fine-tune a model of 135 million parameters twice, on a uniform draw of the data and on a selection. The "
+        "command compares both runs and takes a few minutes on two CPU cores.",
+        "dataflex-cli demo --output demo-output",
+    )
+    demo.add_argument("--output", type=Path, metavar="DIR", help="folder of the demo (default: demo-output)")
+    completion = _command(
+        commands,
+        "completion",
+        "print a script that completes commands and options in a shell",
+        "Print a script with which a shell completes the commands, options and file names of dataflex-cli. The shell "
+        "reads it at its start if its configuration file evaluates it.",
+        "echo 'eval \"$(dataflex-cli completion bash)\"' >> ~/.bashrc",
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell that reads the script")
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number in (0, 1], got {text!r}")
     return value
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _not_negative(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
     return int(text)
 
 
@@ -256,6 +525,13 @@ def _list(options: argparse.Namespace) -> int:
     from dataflex.commands.listing import render
 
     print(render(options.name, options.plugins))
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from dataflex.commands.schema import write_schema
+
+    print(write_schema(options.plugins, options.output))
     return 0
 
 
@@ -354,14 +630,21 @@ def _demo(options: argparse.Namespace) -> int:
     return demo.run(options.output)
 
 
+def _completion(options: argparse.Namespace) -> int:
+    from dataflex.commands.completion import script
+
+    print(script(_parser(), options.shell))
+    return 0
+
+
 _STOPPED = {
     "train": "stopped before the training began.",
-    "features": "stopped; the same command goes on with the features that are kept.",
-    "score": "stopped, nothing is selected; the same command begins again, with the features that are kept.",
-    "embed": "stopped; the same command goes on with the embeddings that are kept.",
-    "eval": "stopped; the same command begins again.",
+    "features": "stopped. Repeat the command to resume with the stored features.",
+    "score": "stopped before samples were selected. Repeat the command to score again, with the stored features.",
+    "embed": "stopped. Repeat the command to resume with the stored embeddings.",
+    "eval": "stopped. Repeat the command to start again.",
 }
-"""What is said of a command that is stopped and does not say it itself."""
+"""Message when Ctrl-C or SIGTERM stops a command that prints no message of its own."""
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
@@ -370,6 +653,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "embed": _embed,
     "check": _check,
     "list": _list,
+    "schema": _schema,
     "version": _version,
     "report": _report,
     "eval": _eval,
@@ -380,4 +664,5 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "regmix": _regmix,
     "assets": _assets,
     "demo": _demo,
+    "completion": _completion,
 }

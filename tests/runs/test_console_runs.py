@@ -139,7 +139,7 @@ def test_after_ctrl_c_the_same_command_goes_on(folder: Path, outcomes: dict[str,
     status, _, error = outcomes["stopped"]
     assert status == 130, error
     assert "Traceback" not in error
-    assert error.splitlines()[-1] == "dataflex: stopped; the same command goes on from step 4."
+    assert error.splitlines()[-1] == "dataflex: stopped; the same command resumes from step 4."
     status, _, error = outcomes["goes on"]
     assert status == 0, error
     assert [line["round"] for line in round_lines(folder / "out" / "one")] == [0, 1, 2]
@@ -165,7 +165,7 @@ def test_after_ctrl_c_many_processes_say_one_line(folder: Path, outcomes: dict[s
     assert process.returncode == 130, output
     assert "Traceback" not in output
     assert [line for line in output.splitlines() if "stopped" in line] == [
-        "dataflex: stopped; the same command goes on from step 4."
+        "dataflex: stopped; the same command resumes from step 4."
     ]
     assert output.splitlines()[-1].startswith("dataflex: stopped")
 
@@ -217,8 +217,8 @@ def test_the_terminal_is_short_and_the_log_is_whole(folder: Path, outcomes: dict
     assert {"dataflex/round", "dataflex/tokens", "dataflex/loss/beta"} <= set(losses(folder / "out" / "two")[-1])
     run = folder / "out" / "two"
     assert lines[-2:] == [
-        f"dataflex: what it did, on one page: dataflex-cli report {run}",
-        f"dataflex: which samples, and why: dataflex-cli explain {run} --top 5",
+        f"dataflex: the run on one page: dataflex-cli report {run}",
+        f"dataflex: the chosen samples and the reasons: dataflex-cli explain {run} --top 5",
     ]
 
 

@@ -296,10 +296,8 @@ def test_a_killed_command_goes_on_where_it_was(outcomes: Outcomes) -> None:
 def test_the_last_line_is_the_command_that_scores(outcomes: Outcomes) -> None:
     root = outcomes.root
     last = outcomes.text("gone on").splitlines()[-1]
-    assert (
-        last
-        == f"dataflex: to score with them: dataflex-cli score {root / 'select.yaml'} --features {root / 'features'}"
-    )
+    again = f"dataflex-cli score {root / 'select.yaml'} --features {root / 'features'}"
+    assert last == f"dataflex: to score with these features: {again}"
 
 
 def test_scoring_reads_what_is_there(outcomes: Outcomes) -> None:
@@ -313,9 +311,9 @@ def test_scoring_reads_what_is_there(outcomes: Outcomes) -> None:
 
 
 def embedded(outcomes: Outcomes, name: str) -> list[Path]:
-    """Return the folders a command printed, of samples and of validation samples, which have 32 numbers each."""
+    """Return the folders a command printed, of samples and of validation samples, of length 32."""
     text = outcomes.text(name)
-    found = re.findall(r"dataflex: embeddings of (\d+) .*samples \(32 numbers each, .* s\): (.+)", text)
+    found = re.findall(r"dataflex: embeddings of (\d+) .*samples \(length 32, .* s\): (.+)", text)
     assert [int(count) for count, _ in found] == [80, 12]
     return [Path(folder) for _, folder in found]
 
@@ -349,7 +347,7 @@ def test_embeddings_of_the_model_itself_are_kept_too(outcomes: Outcomes) -> None
 
 def test_what_embed_refuses(outcomes: Outcomes) -> None:
     assert "no component of dataflex: reads embeddings" in outcomes.text("embed for nobody", 2)
-    assert "embedding without training holds the whole model" in outcomes.text("embed sharded", 2)
+    assert "embedding without training loads the whole model" in outcomes.text("embed sharded", 2)
     said = outcomes.text("embed of nothing", 2)
     assert "dataflex.select.encoder: no encoder in" in said
 
@@ -582,19 +580,19 @@ def test_samples_whose_rows_are_not_known_are_kept_tokenized(outcomes: Outcomes)
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("count 0", ["--count", "at least 1", "got 0"]),
+        ("count 0", ["--count", "at least 1", "got '0'"]),
         ("count a", ["--count", "'a'"]),
-        ("fraction 0", ["--fraction", "(0, 1]", "got 0"]),
-        ("fraction 2", ["--fraction", "(0, 1]", "got 2"]),
+        ("fraction 0", ["--fraction", "(0, 1]", "got '0'"]),
+        ("fraction 2", ["--fraction", "(0, 1]", "got '2'"]),
         ("both", ["--count", "not allowed with", "--fraction"]),
         ("too many", ["--count", "81", "80"]),
-        ("random", ["random.yaml", "dataflex.select", "random has no score of a sample by itself"]),
-        ("full", ["full.yaml", "dataflex.select", "full has no score of a sample by itself"]),
+        ("random", ["random.yaml", "dataflex.select", "random gives single samples no score"]),
+        ("full", ["full.yaml", "dataflex.select", "full gives single samples no score"]),
         ("no losses of steps", ["dataflex.select.method", "s2l", "trains nothing"]),
         ("no features", ["grand.yaml", "dataflex.select", "less, icons, tracin, nice", "grand"]),
         ("no features of all", ["clusters.yaml", "dataflex.select", "less, icons, tracin, nice", "cluster_less"]),
-        ("deepspeed", ["deepspeed", "leave it out"]),
-        ("fsdp", ["fsdp", "leave it out"]),
+        ("deepspeed", ["deepspeed", "Remove"]),
+        ("fsdp", ["fsdp", "Remove"]),
         ("no moments", ["optimizer.pt", "final", "preconditioner: none"]),
         ("other scaling", ["checkpoint-4", "lora_alpha = 8", "32", "adapter settings"]),
     ],

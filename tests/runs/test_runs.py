@@ -658,6 +658,12 @@ def test_the_record_is_complete(runs: Any) -> None:
     assert line["components"] == {"select": "loss", "mix": "proportional", "order": "sort", "weight": "loss"}
     assert line["cost"]["samples"] == 80
     assert line["cost"]["tokens"] > 80
+    card = (folder.parent / "README.md").read_text()
+    assert card.startswith("---\n"), "the Trainer's card, with its metadata"
+    assert "`select: loss`, `mix: proportional`, `order: sort`, `weight: loss`" in card
+    assert hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest() in card
+    assert f"| tokens trained on | {summary['tokens']:,} |" in card
+    assert "dataflex: begin" not in (runs.root / "no-section-lora" / "README.md").read_text()
 
 
 def measured(runs: Any, name: str) -> list[tuple[int, float]]:

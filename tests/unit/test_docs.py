@@ -103,8 +103,12 @@ def test_every_key_of_the_section_is_documented() -> None:
     text = (DOCS / "configuration.md").read_text()
     section = text.split("## Keys of the section")[1].split("\n## ")[0]
     check_table(DataFlexConfig, section)
-    example, chain = examples(text)
+    (example,) = examples(text)
     assert set(split_config(example).params) == set(registry.CONFIG_KEYS)
+
+
+def test_the_list_of_selectors_in_the_guide_is_read() -> None:
+    (chain,) = examples((DOCS / "guide.md").read_text())
     selectors = split_config(chain).build_components().select
     assert [(entry.keep, entry.every) for entry in selectors] == [(0.5, 4), (None, 1)]
 
@@ -143,12 +147,18 @@ def test_every_refused_key_is_documented() -> None:
         assert f"`{stage}`" in text
 
 
+def test_the_schema_of_the_editor_line_is_the_file_that_the_command_writes() -> None:
+    text = (DOCS / "configuration.md").read_text()
+    (named,) = re.findall(r"# yaml-language-server: \$schema=(\S+)", text)
+    assert f"dataflex-cli schema --output {named}" in text
+
+
 def test_every_environment_variable_of_the_launcher_is_documented() -> None:
     package = DOCS.parent / "src" / "dataflex"
     files = (package / "integrations" / "llamafactory" / "launch.py", package / "config" / "processes.py")
     source = "".join(file.read_text() for file in files)
     used = set(re.findall(r"(?:environ\.get|setdefault)\(\"([A-Z_]+)\"", source)) - {"PATH", "RANK", "LOCAL_RANK"}
-    text = (DOCS / "configuration.md").read_text().split("## Several processes")[1].split("\n## ")[0]
+    text = (DOCS / "guide-processes.md").read_text().split("## Variables of the launcher")[1].split("\n## ")[0]
     assert len(used) > 10
     for name in used:
         assert f"`{name}" in text, name
@@ -179,6 +189,26 @@ def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", path.read_text()):
         if target and "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+def commands(text: str) -> list[str]:
+    """Return the lines of code blocks that start with a command, without comments."""
+    lines = re.findall(r"^(?: {4})?((?:[A-Z_]+=\S+ )*(?:dataflex-cli|make|pip) .*)$", text, flags=re.MULTILINE)
+    return [line.partition("#")[0].rstrip() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("page", "translation"),
+    [
+        ("README.md", "README.zh-CN.md"),
+        ("docs/tutorials/1-first-selection-run.md", "docs/tutorials/first-selection-run.zh-CN.md"),
+    ],
+)
+def test_a_translation_has_the_same_files_and_commands(page: str, translation: str) -> None:
+    text, translated = ((DOCS.parent / name).read_text(encoding="utf-8") for name in (page, translation))
+    assert examples(text) == examples(translated)
+    assert commands(text) == commands(translated)
+    assert len(commands(text)) > 5
 
 
 def test_modules_named_in_the_architecture_exist() -> None:

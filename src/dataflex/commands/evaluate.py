@@ -1,4 +1,4 @@
-"""``dataflex-cli eval``: what to evaluate, with which tasks, and where the results go."""
+"""``dataflex-cli eval``: find the model, the tasks and the folder of the results, and evaluate."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Target:
-    """What is evaluated.
+    """The model that is evaluated.
 
     Attributes:
-        model: a folder with weights, or a name on the hub.
-        adapter: the adapter on it.
-        run: the run folder that was named; None where a model was.
+        model: a folder with weights, or the name of a hub model.
+        adapter: folder of the adapter on the model. None means no adapter.
+        run: the run folder that the user named. None means that the user named a model.
     """
 
     model: str
@@ -45,11 +45,11 @@ def resolve_target(named: str, adapter: Path | None = None) -> Target:
     """Find the model behind a run folder, a model folder, ``asset:NAME`` or a hub name.
 
     Args:
-        named: what the user named.
-        adapter: an adapter to put on it.
+        named: the run, folder or model that the user named.
+        adapter: folder of an adapter to load on the model. None means no further adapter.
 
     Raises:
-        ConfigError: where there is nothing of that name, it has no weights, or its training is not finished.
+        ConfigError: if the folder does not exist, if it has no weights, or if the training of the run is not finished.
     """
     if adapter is not None:
         _base_of(adapter)
@@ -62,13 +62,13 @@ def resolve_target(named: str, adapter: Path | None = None) -> Target:
             raise ConfigError(f"no such run or model folder: {named}{did_you_mean(str(folder), beside) or '.'}")
         return Target(named, adapter, None)
     if not folder.is_dir():
-        raise ConfigError(f"{named} is a file; expected a run folder, a model folder, asset:NAME or a hub name.")
+        raise ConfigError(f"{named} is a file. Expected a run folder, a model folder, asset:NAME or a hub model.")
     run = folder if (folder / "dataflex" / "config.yaml").is_file() else None
     if run is not None:
         _check_finished(run)
     if (folder / "adapter_config.json").is_file():
         if adapter is not None:
-            raise ConfigError(f"--adapter: {named} has an adapter of its own; name its base model instead.")
+            raise ConfigError(f"--adapter: {named} already has an adapter. Name its base model instead.")
         return Target(_base_of(folder), folder, folder)
     if not (folder / "config.json").is_file() or not _has(folder, _WEIGHTS):
         raise ConfigError(f"{named} has no weights{_checkpoints_in(folder)}.")
@@ -78,17 +78,17 @@ def resolve_target(named: str, adapter: Path | None = None) -> Target:
 def _check_finished(run: Path) -> None:
     if not (run / "dataflex" / "summary.json").is_file():
         raise ConfigError(
-            f"{run}: its training has not ended (there is no dataflex/summary.json), so it has no weights to "
+            f"{run}: the training has not ended (dataflex/summary.json does not exist), so there are no weights to "
             f"evaluate{_checkpoints_in(run)}."
         )
     if not _has(run, _WEIGHTS) and not _has(run, _ADAPTER):
-        raise ConfigError(f"{run} has no weights: they were not saved, or are gone{_checkpoints_in(run)}.")
+        raise ConfigError(f"{run} has no weights: they were not saved, or were deleted{_checkpoints_in(run)}.")
     recorded = read_configuration(run)
     earlier = [name for name in str(recorded.get("adapter_name_or_path") or "").split(",") if name]
     if len(earlier) > 1 or (earlier and recorded.get("create_new_adapter")):
         raise ConfigError(
-            f"{run}: its adapter was trained on a base with other adapters merged into it (adapter_name_or_path); "
-            "export the whole model with llamafactory-cli export, and evaluate that."
+            f"{run}: the adapter was trained on a base model into which other adapters were merged "
+            "(adapter_name_or_path). Export the whole model with llamafactory-cli export, and evaluate the export."
         )
 
 
@@ -96,7 +96,7 @@ def _base_of(folder: Path) -> str:
     """Return the base model of an adapter folder."""
     path = folder / "adapter_config.json"
     if not path.is_file():
-        raise ConfigError(f"{folder} is no adapter folder: it has no adapter_config.json.")
+        raise ConfigError(f"{folder} is no adapter folder: adapter_config.json is missing.")
     if not _has(folder, _ADAPTER):
         raise ConfigError(f"{folder} has no adapter weights ({' or '.join(_ADAPTER)}).")
     try:
@@ -105,7 +105,9 @@ def _base_of(folder: Path) -> str:
         raise ConfigError(f"{path} names no base model (base_model_name_or_path).") from error
     base = assets.resolve(str(base))
     if not Path(base).exists() and not _HUB_NAME.fullmatch(base):
-        raise ConfigError(f"{path}: its base model {base} does not exist; name the base, and this with --adapter.")
+        raise ConfigError(
+            f"{path}: the base model {base} does not exist. Name another, and this folder with --adapter."
+        )
     return base
 
 
@@ -114,24 +116,24 @@ def _has(folder: Path, names: tuple[str, ...]) -> bool:
 
 
 def _checkpoints_in(folder: Path) -> str:
-    """Return how to evaluate the last checkpoint in a folder, or nothing."""
+    """Return the end of a sentence that names the last checkpoint in a folder. Without one the text is empty."""
     numbers = sorted(
         int(path.name.removeprefix("checkpoint-"))
         for path in folder.glob("checkpoint-*")
         if path.name.removeprefix("checkpoint-").isdigit()
     )
-    return f"; its last checkpoint is {folder / f'checkpoint-{numbers[-1]}'}" if numbers else ""
+    return f"; the last checkpoint is {folder / f'checkpoint-{numbers[-1]}'}" if numbers else ""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is evaluated, on what, and where the results go.
+    """An evaluation that the user requests.
 
     Attributes:
-        named: run folder, model folder, ``asset:NAME`` or hub name.
-        tasks: as :func:`dataflex.evaluation.tasks.read_settings` takes them.
-        adapter: an adapter to put on the model.
-        output: folder of the results; none: ``dataflex/tasks`` of the run.
+        named: run folder, model folder, ``asset:NAME`` or the name of a hub model.
+        tasks: files or names of tasks, as :func:`dataflex.evaluation.tasks.read_settings` reads them.
+        adapter: folder of an adapter to load on the model. None means no further adapter.
+        output: folder of the results. None means ``dataflex/tasks`` of the run.
         changes: settings that replace those of every task.
     """
 
@@ -143,10 +145,14 @@ class Request:
 
 
 def evaluate(request: Request, asking: Asking) -> Path:
-    """Evaluate, print the tables, and return the folder the results are in.
+    """Evaluate, print the tables, and return the folder of the results.
+
+    Args:
+        request: the model, the tasks and the folders.
+        asking: the settings of the forward passes, such as batch size and data type.
 
     Raises:
-        ConfigError: for whatever is wrong with the arguments, the tasks or the model.
+        ConfigError: if the arguments, the tasks or the model have errors. The error lists all of them.
     """
     problems: list[Problem] = []
     settings = []
@@ -161,7 +167,7 @@ def evaluate(request: Request, asking: Asking) -> Path:
         if output is None and target.run is not None:
             output = target.run / "dataflex" / "tasks"
         if output is None:
-            missing = f"needed, the folder for the results: {request.named} is not a run folder."
+            missing = f"required, because {request.named} is not a run folder; name a folder for the results."
             problems.append(Problem("--output", missing))
     except ConfigError as error:
         problems += error.problems

@@ -1,4 +1,4 @@
-"""What ``dataflex-cli list`` prints: families, methods and their parameters, read from the registry."""
+"""``dataflex-cli list``: the text about families, methods and their parameters, made from the registry."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from dataflex.errors import ConfigError, unknown
 
 
 def render(name: str | None, plugins: list[str]) -> str:
-    """Return the text for a family, a method, or everything.
+    """Return the text about a family, a method, or all methods.
+
+    Args:
+        name: a family, its configuration key, or a method. None means all methods.
+        plugins: Python files that register further components.
 
     Raises:
-        ConfigError: if nothing is called ``name``.
+        ConfigError: if no family and no method has this name.
     """
     registry.load_components(plugins)
     keys = {family: key for key, family in registry.CONFIG_KEYS.items()}
@@ -53,18 +57,18 @@ def _parameter(name: str, field: FieldInfo) -> str:
 
 
 def in_yaml(value: Any) -> str:
-    """Return a default as it is written in a configuration, on one line."""
+    """Return a default value in YAML, on one line."""
     plain = list(value) if isinstance(value, tuple) else value
     text = yaml.safe_dump(plain, default_flow_style=True, width=1000, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
 def values_in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """Return which values a parameter takes: kinds by name, ranges as in ``number in (0, 1]``.
+    """Return the values that a parameter takes in words, for example ``number in (0, 1] or null``.
 
     Args:
-        annotation: its type.
-        metadata: the constraints beside it, as pydantic keeps them.
+        annotation: the type of the parameter.
+        metadata: the constraints of the parameter, as pydantic stores them.
     """
     kinds = [part if isinstance(part, str) else _kind(*part) for part in _alternatives(annotation, list(metadata))]
     kinds = list(dict.fromkeys(kinds))
@@ -72,7 +76,7 @@ def values_in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def _alternatives(annotation: Any, limits: list[Any]) -> list[Any]:
-    """Return the types that a type is one of, each with its constraints; null as text, last."""
+    """Return the members of a union type, each with its constraints. ``"null"`` comes last if None is a member."""
     while get_origin(annotation) is Annotated:
         annotation, *more = get_args(annotation)
         limits = [*more, *limits]
@@ -83,7 +87,7 @@ def _alternatives(annotation: Any, limits: list[Any]) -> list[Any]:
 
 
 def _kind(annotation: Any, metadata: list[Any]) -> str:
-    """Return one type in words."""
+    """Return a type that is no union in words."""
     limits = [limit for each in metadata for limit in (each.metadata if isinstance(each, FieldInfo) else [each])]
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
@@ -105,7 +109,7 @@ _KINDS: dict[Any, str] = {int: "whole number", float: "number", bool: "true or f
 
 
 def _key(name: str, field: FieldInfo) -> str:
-    """Return a key of a mapping, with its value where there is only one."""
+    """Return the key of a mapping, with its value if only one value is allowed."""
     fixed = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     return f"{name}: {fixed[0]}" if len(fixed) == 1 else name
 
@@ -120,7 +124,7 @@ def _plural(kind: str) -> str:
 
 
 def _bounds(limits: Sequence[Any]) -> str:
-    """Return the range that constraints leave, with a space before it, or nothing."""
+    """Return the range that constraints allow, with a space before it. Without constraints the text is empty."""
     low = next((limit for limit in limits if isinstance(limit, Ge | Gt)), None)
     high = next((limit for limit in limits if isinstance(limit, Le | Lt)), None)
     lower = low.ge if isinstance(low, Ge) else low.gt if isinstance(low, Gt) else None

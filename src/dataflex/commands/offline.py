@@ -1,8 +1,8 @@
 """Scoring a pool once, without training: ``dataflex-cli features`` and ``dataflex-cli score``.
 
-The model, the adapter, the data sets and the validation samples are loaded by LLaMA-Factory's own run of the YAML, up
-to where training would begin. There the selector of the ``dataflex:`` section scores the whole pool, with the optimizer
-moments saved beside the adapter or the checkpoints where its preconditioner needs them.
+LLaMA-Factory's own run of the YAML file loads the model, the adapter, the data sets and the validation samples. Before
+the training would begin, the selector of the ``dataflex:`` section scores the whole pool. If its preconditioner needs
+optimizer moments, they are read from the files beside the adapter or in the checkpoints.
 """
 
 from __future__ import annotations
@@ -42,41 +42,56 @@ _SHARDED = ("deepspeed", "fsdp", "use_unsloth")
 
 @dataclass(frozen=True)
 class Amount:
-    """How much of the pool is selected: a share in (0, 1], or a number of samples."""
+    """Amount of samples to select.
+
+    Attributes:
+        fraction: share of the samples that have a score, in (0, 1]. It counts if ``count`` is None.
+        count: number of samples.
+    """
 
     fraction: float = 0.05
     count: int | None = None
 
     def of(self, scored: int, size: int) -> int:
-        """Return the number of samples, at least 1, of a pool of ``size`` samples of which ``scored`` have a score.
+        """Return the number of samples to select, at least 1.
+
+        Args:
+            scored: number of samples that have a score.
+            size: number of samples in the pool.
 
         Raises:
-            ConfigError: if fewer have one.
+            ConfigError: if ``count`` is larger than ``scored``.
         """
         if self.count is None:
             return max(1, round(exactly(self.fraction) * scored))
         if self.count > scored:
             there = f"the pool has {size}" if scored == size else f"only {scored} of the pool's {size} have a score"
-            raise ConfigError(f"--count: {self.count} samples are wanted, {there}.")
+            raise ConfigError(f"--count: {self.count} samples are wanted, but {there}.")
         return self.count
 
 
 def prepared(config: RunConfig, output: Path, feature_dir: Path | None) -> RunConfig:
-    """Return a training configuration as one that only scores, writing under ``output``.
+    """Return the configuration for scoring only, made from that of a training.
+
+    Args:
+        config: the configuration of the training.
+        output: folder of the results.
+        feature_dir: folder of the stored features. None means the selector's ``feature_dir``, or ``features`` in
+            ``output``.
 
     Raises:
-        ConfigError: if the configuration has no selector that scores, or spreads the model over processes.
+        ConfigError: if the configuration has no selector that scores, or shards the model over processes.
     """
     chain = config.build_components().select
     if len(chain) > 1:
-        raise ConfigError(f"{config.source}: dataflex.select is a list of methods; a pool is scored by one, name it.")
+        raise ConfigError(f"{config.source}: dataflex.select is a list of methods. Name one method to score with.")
     selector = chain[0].component if chain else None
     if selector is None:
         raise ConfigError(f"{config.source}: dataflex.select must name a method that scores samples, e.g. perplexity.")
     if not selector.scores_samples or type(selector).score is Selector.score:
         raise ConfigError(
-            f"{config.source}: dataflex.select: {selector.name} has no score of a sample by itself; it chooses in a "
-            "training run only. Choose a method that scores, e.g. perplexity."
+            f"{config.source}: dataflex.select: {selector.name} gives single samples no score. It chooses only in a "
+            "training run. Choose a method that scores, e.g. perplexity."
         )
     params = dict(config.params)
     if isinstance(selector, InfluenceSelector):
@@ -87,28 +102,34 @@ def prepared(config: RunConfig, output: Path, feature_dir: Path | None) -> RunCo
 
 
 def alone(config: RunConfig, output: Path, doing: str) -> RunConfig:
-    """Return a training configuration as one that loads everything and does not train, writing under ``output``.
+    """Return a configuration that loads everything and does not train, made from that of a training.
 
     Args:
-        config: the configuration.
-        output: folder.
-        doing: what is done instead, for messages.
+        config: the configuration of the training.
+        output: folder that replaces the ``output_dir``.
+        doing: the work that replaces the training, as a word for messages, for example ``scoring``.
 
     Raises:
-        ConfigError: if it spreads the model over processes.
+        ConfigError: if the configuration shards the model over processes.
     """
     for key in _SHARDED:
         if config.llamafactory.get(key):
-            raise ConfigError(f"{key}: {doing} without training holds the whole model on every process; leave it out.")
+            raise ConfigError(f"{key}: {doing} without training loads the whole model in every process. Remove {key}.")
     changes = {"do_train": True, "output_dir": str(output), "overwrite_output_dir": True, "report_to": "none"}
     return replace(config, llamafactory={**config.llamafactory, **changes}, offline=True)
 
 
 def run(config: RunConfig, command: str, output: Path, amount: Amount) -> None:
-    """Do what ``dataflex-cli features`` or ``score`` does, and print where things are.
+    """Compute the features or the scores of a pool, and print the paths of the results.
+
+    Args:
+        config: the configuration that :func:`prepared` returned.
+        command: ``features`` or ``score``.
+        output: folder of the results.
+        amount: number of samples to select.
 
     Raises:
-        ConfigError: for ``features``, if the selector does not read those of the whole pool.
+        ConfigError: if the command is ``features`` and the selector does not read the features of the whole pool.
     """
     from dataflex.integrations.llamafactory.run import load_only
 
@@ -116,8 +137,8 @@ def run(config: RunConfig, command: str, output: Path, amount: Amount) -> None:
     reads_all = isinstance(selector, InfluenceSelector) and not isinstance(selector, ClusterLessSelector)
     if command == "features" and not reads_all:
         raise ConfigError(
-            f"{config.source}: dataflex.select: features are made for less, icons, tracin, nice and the like; "
-            f"{selector.name!r} does not read those of every sample. Use dataflex-cli score."
+            f"{config.source}: dataflex.select: {selector.name!r} does not read gradient features of every sample. "
+            "Use dataflex-cli score, or a selector that reads them (less, icons, tracin, nice)."
         )
 
     def when_loaded(run: LoadedRun, model: LoadedModel) -> None:
@@ -134,7 +155,13 @@ def _features(run: LoadedRun, model: LoadedModel) -> list[str]:
 
 @dataclass(frozen=True)
 class Scored:
-    """What ``dataflex-cli score`` found: samples, how many of them have no score, and what was written."""
+    """The result of ``dataflex-cli score``.
+
+    Attributes:
+        samples: number of samples in the pool.
+        unscored: number of samples without a score.
+        selected: the data set that was written.
+    """
 
     samples: int
     unscored: int
@@ -148,7 +175,7 @@ def _scores(run: LoadedRun, model: LoadedModel, output: Path, amount: Amount) ->
 
 
 def make_features(run: LoadedRun, model: LoadedModel) -> list[Path]:
-    """Make the pool's features under every checkpoint (or the model as it is), and return their folders."""
+    """Compute the features of the pool for each checkpoint, or for the loaded model, and return their folders."""
     selector = run.inputs.components.select[0].component
     assert isinstance(selector, InfluenceSelector)
     ctx = _context(run, model, selector)
@@ -156,15 +183,24 @@ def make_features(run: LoadedRun, model: LoadedModel) -> list[Path]:
 
 
 def score_pool(run: LoadedRun, model: LoadedModel, output: Path, amount: Amount) -> Scored:
-    """Score the pool, write the table and the selected data set under ``output``, and return what was found.
+    """Score the pool, and write the table of scores and the selected data set.
+
+    Args:
+        run: the loaded run.
+        model: the loaded model.
+        output: folder of the results.
+        amount: number of samples to select.
+
+    Returns:
+        The counts and the data set that was written.
 
     Raises:
-        ConfigError: if more samples are wanted than have a score.
-        DataFlexError: if none has one.
+        ConfigError: if more samples are requested than have a score.
+        DataFlexError: if no sample has a score.
     """
     selector = run.inputs.components.select[0].component
     size = model.probe.pool.size
-    amount.of(size, size)  # too many shows before the dear part
+    amount.of(size, size)  # so that a count that is too large fails before the expensive part
     ctx = _context(run, model, selector)
     pool = ctx.pool
     ends = pool.offsets if compares_in_domains(selector) else np.array([0, size])
@@ -176,8 +212,8 @@ def score_pool(run: LoadedRun, model: LoadedModel, output: Path, amount: Amount)
     scored = int(np.count_nonzero(~np.isnan(scores)))
     if not scored:
         raise DataFlexError(
-            f"selector {selector.name!r} has no score for any of the pool's {size} samples: no token of theirs is "
-            "trained on. Check the template, cutoff_len and mask_history."
+            f"selector {selector.name!r} has no score for any of the pool's {size} samples, because none of their "
+            "tokens is trained on. Check the template, cutoff_len and mask_history."
         )
     count = amount.of(scored, size)
     ranks = np.concatenate([ranks_of_all(scores[group], ctx.rng) for group in groups])
@@ -187,21 +223,28 @@ def score_pool(run: LoadedRun, model: LoadedModel, output: Path, amount: Amount)
 
 
 def ranks_of_all(scores: ScoreArray, rng: np.random.Generator) -> IndexArray:
-    """Return the rank of each score, 1 the best, ties in random order; those without one (NaN) come last."""
+    """Return the rank of each score. Rank 1 is the highest score, ties are in random order, and NaN comes last."""
     ranks = np.empty(scores.size, dtype=np.int64)
     ranks[best_first(scores, rng)] = np.arange(1, scores.size + 1)
     return ranks
 
 
 def counts_chosen(scores: list[ScoreArray], count: int) -> IndexArray:
-    """Return how many samples each group gives, in proportion to its size; none more than have a score."""
+    """Return the number of samples to select from each group, shape (groups,).
+
+    The numbers are in proportion to the sizes of the groups, and no group gives more samples than have a score.
+
+    Args:
+        scores: the scores of each group, NaN for samples without a score.
+        count: number of samples to select from all groups together.
+    """
     sizes = np.array([group.size for group in scores], dtype=np.float64)
     room = np.array([np.count_nonzero(~np.isnan(group)) for group in scores], dtype=np.int64)
     return apportion(np.zeros(sizes.size), sizes, count, np.empty(0, dtype=np.int64), room).counts
 
 
 def best_first(scores: ScoreArray, rng: np.random.Generator) -> IndexArray:
-    """Return all positions by falling score, ties in random order, and last those without one (NaN)."""
+    """Return all indices by falling score. Ties are in random order, and samples without a score (NaN) come last."""
     return np.lexsort((rng.random(scores.size), -scores))
 
 

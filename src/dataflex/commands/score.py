@@ -1,4 +1,4 @@
-"""``dataflex-cli features`` and ``score``: the folders of a command line, and one process or several."""
+"""``dataflex-cli features`` and ``score``: choose the folders, and start one process or several."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from dataflex.config.processes import is_worker
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command line asks for.
+    """The arguments of a command line.
 
     Attributes:
         command: ``features`` or ``score``.
         config: the YAML file.
         overrides: ``key=value`` texts.
-        arguments: the whole command line after the program's name, for further processes.
-        output: folder to write to; none: ``scores`` in the output_dir.
-        features: folder features are kept in; none: ``features`` in the output.
-        amount: how much of the pool is selected.
+        arguments: the whole command line after the program's name, with which further processes are started.
+        output: folder of the results. None means ``scores`` in the output_dir.
+        features: folder of the stored features. None means the selector's ``feature_dir``, or ``features`` in the
+            folder of the results.
+        amount: number of samples to select.
     """
 
     command: str
@@ -35,10 +36,13 @@ class Asked:
 
 
 def score(asked: Asked) -> int:
-    """Score a pool, or make its features, and return the exit status.
+    """Score a pool, or compute its features, and return the exit status.
+
+    Args:
+        asked: the arguments.
 
     Raises:
-        ConfigError: for what the user can mend.
+        ConfigError: for errors that the user can correct.
     """
     from dataflex.integrations.llamafactory import launch
 
@@ -55,5 +59,5 @@ def score(asked: Asked) -> int:
         offline.run(config, asked.command, output, asked.amount)
         status = 0
     if status == 0 and asked.command == "features":
-        print(f"dataflex: to score with them: {shlex.join(['dataflex-cli', 'score', *asked.arguments[1:]])}")
+        print(f"dataflex: to score with these features: {shlex.join(['dataflex-cli', 'score', *asked.arguments[1:]])}")
     return status

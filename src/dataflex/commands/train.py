@@ -1,4 +1,4 @@
-"""``dataflex-cli train`` and ``check``: one configuration, checked, and trained in one process or several."""
+"""``dataflex-cli train`` and ``check``: check a configuration, and train it in one process or several."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def checked_config(path: Path, overrides: list[str], *, offline: bool = False) -
     Args:
         path: the YAML or JSON file.
         overrides: ``key=value`` texts.
-        offline: whether it is only to score.
+        offline: whether the configuration is used without training, to score or to embed samples.
 
     Raises:
-        ConfigError: with every problem together.
+        ConfigError: if there are problems. The error lists all of them.
     """
     raw = read_yaml(path, overrides)
     config, problems = parse_config(raw, str(path), path.resolve().parent)
@@ -40,7 +40,7 @@ def checked_config(path: Path, overrides: list[str], *, offline: bool = False) -
 
 
 def print_notes(config: RunConfig) -> None:
-    """Print what the user should know of a configuration, beside its problems."""
+    """Print the notes about a configuration: facts that the user should know although they are no errors."""
     for note in (*config.notes, *resume.notes(config)):
         print(f"dataflex: note: {note}", file=sys.stderr)
 
@@ -48,13 +48,17 @@ def print_notes(config: RunConfig) -> None:
 def check(path: Path, overrides: list[str]) -> None:
     """Check a configuration, and print the plan of its run.
 
+    Args:
+        path: the YAML or JSON file.
+        overrides: ``key=value`` texts.
+
     Raises:
-        ConfigError: with every problem together.
+        ConfigError: if there are problems. The error lists all of them.
     """
     from dataflex.integrations.llamafactory import parsing
 
     config = checked_config(path, overrides)
-    notes = parsing.dry_run(config)  # last: it imports torch and LLaMA-Factory, which takes most of the time
+    notes = parsing.dry_run(config)  # last, because the import of torch and LLaMA-Factory takes most of the time
     print_notes(replace(config, notes=(*config.notes, *notes)))
     for line in resume.told(config):
         print(f"dataflex: note: {line}", file=sys.stderr)
@@ -68,10 +72,17 @@ def check(path: Path, overrides: list[str]) -> None:
 
 
 def train(path: Path, overrides: list[str]) -> int:
-    """Train a configuration, in as many processes as LLaMA-Factory's launcher would start, and return the exit status.
+    """Train a configuration in as many processes as LLaMA-Factory's launcher starts.
+
+    Args:
+        path: the YAML or JSON file.
+        overrides: ``key=value`` texts.
+
+    Returns:
+        The exit status.
 
     Raises:
-        ConfigError: for what the user can mend.
+        ConfigError: for errors that the user can correct.
     """
     from dataflex.integrations.llamafactory import launch
 
@@ -97,13 +108,13 @@ def _train_here(config: RunConfig) -> int:
 
 
 def _print_next(config: RunConfig) -> None:
-    """Say what can be looked at of a training that has ended, where its record is on this machine."""
+    """Print the commands that show a finished training, if the record of the run is on this machine."""
     output = Path(str(config.llamafactory.get("output_dir")))
     trained = config.dataflex is not None and config.llamafactory.get("do_train")
     if not trained or not (output / "dataflex" / "summary.json").is_file():
         return
     folder = shlex.quote(str(output))
-    print(f"dataflex: what it did, on one page: dataflex-cli report {folder}")
+    print(f"dataflex: the run on one page: dataflex-cli report {folder}")
     if (output / "dataflex" / "rounds.jsonl").is_file():
         top = " --top 5" if "select" in config.families else ""
-        print(f"dataflex: which samples, and why: dataflex-cli explain {folder}{top}")
+        print(f"dataflex: the chosen samples and the reasons: dataflex-cli explain {folder}{top}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -43,7 +43,11 @@ class DataFlexConfig(BaseModel):
     update_steps: int | None = Field(
         None, ge=1, description="Length of a round in optimizer steps; none: a part of a pass, by what decides."
     )
-    updates: int = Field(-1, description="Decisions in a cycle; -1: until training ends.")
+    updates: int = Field(
+        -1,
+        description="Decisions in a cycle; -1: until training ends.",
+        json_schema_extra={"anyOf": [{"const": -1}, {"minimum": 1}]},
+    )
     train_steps: int | None = Field(None, ge=1, description="Total optimizer steps; wins over num_train_epochs.")
     train_tokens: int | None = Field(
         None, ge=1, description="Training ends when so many tokens are trained on, in the place of a number of steps."
@@ -83,6 +87,9 @@ class DataFlexConfig(BaseModel):
         return value
 
 
+_Keep = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)]
+
+
 class EntryOptions(BaseModel):
     """What stands beside the parameters of a selector or a weighter, and is not its own."""
 
@@ -91,7 +98,7 @@ class EntryOptions(BaseModel):
     every: int = Field(1, ge=1, description="It decides once in so many decisions (a weighter: steps).")
     keep: int | float | None = Field(None, description="What a selector leaves for the next one: a share or a number.")
 
-    @field_validator("keep", mode="before")
+    @field_validator("keep", mode="before", json_schema_input_type=_Keep | None)
     @classmethod
     def _share_or_number(cls, value: Any) -> Any:
         number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,1 +1,1 @@
-"""The trainers that DataFlex runs in."""
+"""Integrations with the trainers that DataFlex runs in."""

@@ -1,1 +1,1 @@
-"""The built-in mixers, one method per file."""
+"""The built-in mixers. Each method has a module, and shared parts are in the ``base_*`` modules."""

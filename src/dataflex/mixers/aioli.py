@@ -1,23 +1,23 @@
-"""Aioli: measures, while training, how each domain lowers each validation loss, and follows that.
+"""Aioli: measures during training how much each domain lowers each validation loss, and shifts the shares to that.
 
 Chen et al., "Aioli: A Unified Optimization Framework for Language Model Data Mixing", ICLR 2025, arXiv 2411.05735.
-The losses are taken for linear in the proportions, L_i(after) = L_i(before) - sum_j A_ij p_j, and the run goes through
-cycles of
+The method assumes that losses are linear in the proportions: L_i(after) = L_i(before) - sum_j A_ij p_j. The run repeats
+this cycle:
 
-1. LearnParams: ``lp_rounds`` sweeps through the K domains, each in a new random order. The round of domain j is trained
-   on the mixture with p_j = f (``one_hot_factor``) and (1 - f) / (K - 1) of each other domain; the validation losses
-   before it less those after it are one column of Delta. With Delta averaged over the sweeps and W the matrix of the
-   mixtures, row i of A solves W A_i = Delta_i.
-2. ``normalize``: min A is subtracted where it is negative, and A is divided by its sum.
-3. p_j <- p_j * exp(eta * sum_i A_ij), from equal shares on; with ``ema`` = c: A_ema <- (1 - c) * A + c * A_ema, and
-   p_j ~ exp(eta * sum_i A_ema_ij), each time from equal shares.
-4. ``exploit_rounds`` rounds on p.
+1. LearnParams: ``lp_rounds`` sweeps through the K domains, each sweep in a new random order. The round of domain j
+   trains on the mixture with p_j = f (``one_hot_factor``) and (1 - f) / (K - 1) for each other domain. Column j of
+   Delta is the validation losses before the round minus those after the round, averaged over the sweeps. W is the
+   matrix of the mixtures. Row i of A solves W A_i = Delta_i.
+2. ``normalize``: min A is subtracted if it is negative. Then A is divided by its sum.
+3. p_j <- p_j * exp(eta * sum_i A_ij). The first p has equal shares. With ``ema`` = c, A_ema <- (1 - c) * A + c * A_ema
+   and p_j ~ exp(eta * sum_i A_ema_ij) instead, which starts from equal shares every time.
+4. ``exploit_rounds`` rounds with the proportions p.
 
-So a round, ``update_steps`` optimizer steps, is what the authors' code calls lp_steps. M validation domains give an A
-of M x K; sums over them need no M = K.
+A round has ``update_steps`` optimizer steps, which the authors' code calls lp_steps. With M validation domains A has
+the shape (M, K). The sums over A do not need M = K.
 
-Cost: lp_rounds * K + 1 forwards of the validation samples in a cycle, and as many rounds less one on the mixtures of
-LearnParams, which are part of the training.
+Cost: in each cycle lp_rounds * K + 1 forward passes over the validation samples. The lp_rounds * K rounds of
+LearnParams are part of the training, but use the mixtures of LearnParams instead of p.
 """
 
 from __future__ import annotations
@@ -50,27 +50,32 @@ class AioliParams(MixerParams, ValidationParams):
     """Parameters of Aioli."""
 
     eta: float = Field(0.2, gt=0, description="Step size of the proportions.")
-    lp_rounds: int = Field(4, ge=1, description="Sweeps through the domains in one LearnParams.")
-    exploit_rounds: int = Field(50, ge=1, description="Rounds on the found proportions before the next LearnParams.")
-    one_hot_factor: float = Field(
-        0.75, gt=0, le=1, description="f, the share of a domain in its own mixture; above 1 / K."
+    lp_rounds: int = Field(4, ge=1, description="Sweeps through the domains in one LearnParams phase.")
+    exploit_rounds: int = Field(
+        50, ge=1, description="Rounds that train on the learned proportions before the next LearnParams."
     )
-    normalize: bool = Field(True, description="Whether A is made non-negative, with sum 1.")
+    one_hot_factor: float = Field(
+        0.75, gt=0, le=1, description="f, the share of domain j in its LearnParams mixture; above 1 / K."
+    )
+    normalize: bool = Field(True, description="Whether to shift A to be non-negative and scale it to sum 1.")
     ema: float | None = Field(
-        None, ge=0, lt=1, description="Weight of the earlier A in a moving average; none: the proportions add up."
+        None,
+        ge=0,
+        lt=1,
+        description="Weight c of the earlier A in a moving average. Default: no average, each update continues from p.",
     )
 
 
 @register("mixer", "aioli")
 class AioliMixer(Mixer[AioliParams]):
-    """Alternates between learning the mixing law and training on what it says."""
+    """Alternates between measuring how domains lower validation losses and training on the resulting shares."""
 
     state_depends_on: ClassVar[frozenset[str]] = frozenset({"lp_rounds", "one_hot_factor"})
 
     def __init__(self, params: AioliParams) -> None:
         super().__init__(params)
         self.proportions: NDArray[np.float64] = np.empty(0)
-        """p, shape (K,), sum 1; equal shares before the first LearnParams."""
+        """p, shape (K,), sum 1. Equal shares before the first LearnParams ends."""
         self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._tried = 0
         self._exploited: int | None = None
@@ -80,66 +85,71 @@ class AioliMixer(Mixer[AioliParams]):
         self._average: NDArray[np.float64] = np.empty((0, 0))
 
     def needs(self, run: RunView) -> Needs:
-        """Return the losses of validation samples."""
+        """Ask for the losses of the validation samples."""
         return Needs(measurements=(Losses(),), validation=self.params)
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield that the passes over a domain may not be capped."""
+        """Yield that ``max_epochs_per_domain`` cannot be used with this mixer, if it is set."""
         if self.params.max_epochs_per_domain is not None:
             yield (
                 "max_epochs_per_domain",
-                "aioli cannot have it: a round that is cut is trained on another mixture than the one it is solved "
-                "with. Leave it out.",
+                "cannot be used with aioli: a round with a capped domain trains on another mixture than the one that "
+                "the update assumes. Remove it.",
             )
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
-        """Check the initial proportions, and that the mixtures of LearnParams differ."""
+        """Check the initial proportions, and that the mixtures of LearnParams prefer their domain."""
         factor = self.params.one_hot_factor
         if len(names) > 1 and factor * len(names) <= 1:
             return (
                 "one_hot_factor",
-                f"must be above 1 / {len(names)} with {len(names)} domains, so that the mixtures of LearnParams prefer "
-                f"their domain; got {factor}.",
+                f"must be above 1 / {len(names)} with {len(names)} domains, so that each mixture of LearnParams "
+                f"prefers one domain; got {factor}.",
             )
         return super().check_domains(names)
 
     def wanted_rounds(self, domains: int) -> int:
-        """Return the rounds of one cycle: LearnParams, and training on what it found."""
+        """Return the rounds of one cycle: the rounds of LearnParams and ``exploit_rounds``."""
         return int(self.params.lp_rounds * domains + self.params.exploit_rounds)
 
     def cannot_learn(self, run: RunOutline) -> str | None:
-        """Return that LearnParams takes all rounds, so that nothing is trained on what it finds."""
+        """Return that LearnParams uses all rounds, so that the run never trains on its result."""
         learning = self.params.lp_rounds * run.domains
         if run.decisions > learning:
             return None
         return (
             f"LearnParams takes {learning} rounds (lp_rounds x {run.domains} domains), and the run has "
-            f"{run.decisions}: what it finds is never trained on. Lower dataflex.update_steps or lp_rounds, or train "
-            "longer"
+            f"{run.decisions}, so it never trains on the learned proportions. Lower dataflex.update_steps or "
+            "lp_rounds, or train longer"
         )
 
     def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
-        """Return the validation samples, as often as LearnParams measures them."""
+        """Return the number of validation samples times the number of measurements in the run."""
         learning = self.params.lp_rounds * run.domains
         full, rest = divmod(run.decisions, learning + self.params.exploit_rounds)
         measured = full * (learning + 1) + min(rest, learning + 1)
         return float(run.validation * measured)
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return the given initial proportions, or equal ones; a measurement under way ends before the warm-up."""
+        """Return the configured initial proportions, or equal ones, shape (K,).
+
+        A measurement that is still open is finished first, so that it does not count the effect of the warm-up round.
+        """
         self._measure(ctx)
+        # The warm-up round changes the model, so the next drop needs fresh losses to start from.
         self._before = np.empty(0)
         count = len(ctx.pool.domains)
         return np.full(count, 1.0 / count) if self.params.initial_proportions is None else super().initial(ctx)
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return a mixture of LearnParams, or p."""
+        """Return the next mixture of LearnParams, or p, shape (K,), sum 1."""
         count = len(ctx.pool.domains)
         if count == 1:
             return np.ones(1)
         if not self.proportions.size:
             self.proportions = np.full(count, 1.0 / count)
         self._measure(ctx)
+        # LearnParams may end only after a whole sweep, so that Delta has every domain equally often.
         if self._drops.size and self._tried >= self.params.lp_rounds * count and self._tried % count == 0:
             self._update(self._tried // count)
         elif not self._drops.size and (self._exploited is None or self._exploited >= self.params.exploit_rounds):
@@ -156,7 +166,7 @@ class AioliMixer(Mixer[AioliParams]):
         return _mixtures(count, self.params.one_hot_factor)[self._trained_on]
 
     def _measure(self, ctx: RoundContext) -> None:
-        """Add what the round just trained for a domain lowered the losses by, where it was one of LearnParams."""
+        """Add the drop of the validation losses over the last round to Delta, if LearnParams chose its mixture."""
         if self._trained_on is None:
             return
         after = validation_losses(ctx)
@@ -164,7 +174,7 @@ class AioliMixer(Mixer[AioliParams]):
         self._before, self._trained_on = after, None
 
     def _update(self, sweeps: int) -> None:
-        """Set p by what ``sweeps`` sweeps have shown, and end LearnParams."""
+        """Update p from the Delta of ``sweeps`` sweeps, and end LearnParams."""
         found = mixing_matrix(self._drops / sweeps, self.params.one_hot_factor)
         matrix = _normalized(found) if self.params.normalize else found
         if self.params.ema is None:
@@ -177,7 +187,7 @@ class AioliMixer(Mixer[AioliParams]):
         self._drops, self._before, self._exploited = np.empty((0, 0)), np.empty(0), 0
 
     def state_dict(self) -> State:
-        """Return p, where the cycle stands, and what was measured in it."""
+        """Return p, the position in the cycle, and the measurements of the present LearnParams."""
         return {
             "proportions": self.proportions,
             "order": self._order,
@@ -190,7 +200,7 @@ class AioliMixer(Mixer[AioliParams]):
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         self.proportions, self._order, self._tried = state["proportions"], state["order"], int(state["tried"])
         self._exploited, self._trained_on, self._before = state["exploited"], state["trained_on"], state["before"]
         self._drops, self._average = state["drops"].copy(), state["average"]
@@ -200,21 +210,24 @@ def mixing_matrix(drops: NDArray[np.float64], one_hot_factor: float) -> NDArray[
     """Return A, whose rows solve W A_i = drops_i, shape (M, K).
 
     Args:
-        drops: by how much the loss of validation domain i fell in the round of domain j, shape (M, K), K >= 2.
-        one_hot_factor: f; not 1 / K, where all mixtures are the same.
+        drops: how much the loss of validation domain i fell in the round of domain j, shape (M, K), K >= 2.
+        one_hot_factor: f. It must not be 1 / K, because then all mixtures are equal and W is singular.
     """
     return np.asarray(np.linalg.solve(_mixtures(drops.shape[1], one_hot_factor), drops.T).T, dtype=np.float64)
 
 
 def _mixtures(count: int, factor: float) -> NDArray[np.float64]:
-    """Return W: in row j the mixture of domain j's round, shape (K, K)."""
+    """Return W, shape (K, K). Row j is the mixture of domain j's round."""
     mixtures = np.full((count, count), (1 - factor) / (count - 1))
     np.fill_diagonal(mixtures, factor)
     return mixtures
 
 
 def _normalized(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the matrix less its lowest entry, where that is negative, over its sum; equal entries where all are 0."""
+    """Return the matrix shifted and scaled to sum 1.
+
+    The lowest entry is subtracted from all entries if it is negative. If all entries are then 0, the result is uniform.
+    """
     shifted: NDArray[np.float64] = matrix - min(0.0, float(matrix.min()))
     total = float(shifted.sum())
     return shifted / total if total > 0 else np.full(shifted.shape, 1.0 / shifted.size)

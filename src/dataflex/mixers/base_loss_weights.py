@@ -1,7 +1,7 @@
-"""What mixers share that weigh the domains in the loss: uniform sampling, exponentiated updates, and the average.
+"""Shared parts of the mixers that weigh the domains in the loss: fixed sampling shares, updates and averages.
 
-Their result is not the last weight of each domain but the average over all steps, as in DoReMi (Xie et al. 2023,
-arXiv 2305.10429, Algorithm 1) and DoGE (Fan et al. 2023, arXiv 2310.15393, Algorithm 1).
+The result of such a mixer is the average of its weights over all steps, not the last weights. DoReMi (Xie et al. 2023,
+arXiv 2305.10429, Algorithm 1) and DoGE (Fan et al. 2023, arXiv 2310.15393, Algorithm 1) do the same.
 """
 
 from __future__ import annotations
@@ -32,17 +32,21 @@ class LossWeightParams(DomainParams):
     """Parameters of mixers that weigh the domains in the loss."""
 
     proportions: Shares | None = Field(
-        None, description="Shares the samples are drawn by, in every round: list, mapping or JSON file; none: uniform."
+        None,
+        description="Sampling share of each domain in every round: list, mapping or JSON file. Default: equal shares.",
     )
 
 
 class StepWeightParams(LossWeightParams):
-    """Parameters of those that decide from a step's losses, for which the losses of the step before can stand in."""
+    """Parameters of mixers that decide the loss weights from the losses of a step.
+
+    The losses of the step before can be used instead of those of the step itself.
+    """
 
     weights: Literal["current", "previous"] = Field(
         "current",
-        description="Weights in a step's loss: decided from that step itself (a second forward where gradients are "
-        "accumulated), or from the one before.",
+        description="current: decide the loss weights of a step from that step, which costs a second forward pass "
+        "with gradient accumulation. previous: decide them from the step before.",
     )
 
 
@@ -51,7 +55,10 @@ StepWeightT = TypeVar("StepWeightT", bound=StepWeightParams, covariant=True)
 
 
 class LossWeightMixer(Mixer[LossWeightT]):
-    """Draws samples by fixed shares and weighs the domains in the loss; write :meth:`updated`."""
+    """Draws samples by fixed shares and weighs the domains in the loss of every step.
+
+    A subclass defines :meth:`updated`.
+    """
 
     weighs_loss: ClassVar[bool] = True
     constant_shares: ClassVar[bool] = True
@@ -62,16 +69,21 @@ class LossWeightMixer(Mixer[LossWeightT]):
         self._weights: NDArray[np.float64] = np.empty(0)
         self._sum: NDArray[np.float64] = np.empty(0)
         self._shares: NDArray[np.float64] = np.empty(0)
-        """Those of a file as they were when training began: it may change while a run goes on."""
+        """The shares read from a file, stored because the file may change during the run."""
         self.steps = 0
-        """Times the weights were decided."""
+        """How many times the weights were decided."""
 
     @abstractmethod
     def updated(self, weights: NDArray[np.float64], ctx: StepContext) -> NDArray[np.float64]:
-        """Return the weights that follow ``weights`` after looking at a step, shape (K,), sum 1."""
+        """Return the next weights of the domains in the loss, shape (K,), sum 1.
+
+        Args:
+            weights: the present weights, shape (K,), sum 1.
+            ctx: the step that the next weights are decided from.
+        """
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return the given shares, or equal ones."""
+        """Return the configured sampling shares, or equal shares if none are configured, shape (K,)."""
         given, names = self.params.proportions, ctx.pool.domains
         if not self._weights.size:
             self._weights = np.full(len(names), 1.0 / len(names))
@@ -83,17 +95,17 @@ class LossWeightMixer(Mixer[LossWeightT]):
         return self._shares
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return the same shares as in warm-up rounds: only the loss changes."""
+        """Return the same sampling shares as in warm-up rounds, because only the loss weights change."""
         return self.initial(ctx)
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
-        """Check names or length, sign and sum of the given shares."""
+        """Check the names, number, sign and sum of the configured shares."""
         problem = shares_problem(self.params.proportions, names)
         return None if problem is None else ("proportions", problem)
 
     @property
     def loss_weights(self) -> NDArray[np.float64]:
-        """The weights of the domains in the loss, shape (K,), sum 1; equal before the first decision."""
+        """The present weights of the domains in the loss, shape (K,), sum 1. Equal before the first decision."""
         return self._weights
 
     @property
@@ -102,15 +114,16 @@ class LossWeightMixer(Mixer[LossWeightT]):
         return self._sum / self.steps if self.steps else self._weights
 
     def update_weights(self, ctx: StepContext) -> None:
-        """Decide the weights from a step."""
+        """Decide the weights from a step, and add them to the average."""
         self._weights = self.updated(self._weights, ctx)
         self._sum = self._sum + self._weights
         self.steps += 1
 
     def result(self, names: tuple[str, ...]) -> dict[str, Any] | None:
-        """Return the average weights, which are the method's result, and the last ones.
+        """Return the average weights, which are the result of the method, and the last weights.
 
-        None where they were never decided, as in a run that ends in its warm-up: equal weights would look like a find.
+        Return None if the weights were never decided, as in a run that ends in its warm-up. Otherwise equal
+        weights would look like a result.
         """
         if not self.steps:
             return None
@@ -126,25 +139,25 @@ class LossWeightMixer(Mixer[LossWeightT]):
         return {"weights": self._weights, "sum": self._sum, "steps": self.steps, "shares": self._shares}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         self._weights, self._sum, self.steps = state["weights"], state["sum"], int(state["steps"])
         self._shares = state["shares"]
 
 
 class StepWeightMixer(LossWeightMixer[StepWeightT]):
-    """Decides the weights from the losses of a step, that step's or the one's before it."""
+    """Decides the loss weights from the losses of the present step or of the step before."""
 
     def needs(self, run: RunView) -> Needs:
-        """Return the step's losses by domain."""
+        """Ask for the losses of each step by domain."""
         return Needs(step_losses="domains")
 
     @property
     def decides_within_step(self) -> bool:
-        """Whether the weights in a step's loss are decided from that step itself."""
+        """Whether the weights in the loss of a step are decided from that step itself."""
         return self.params.weights == "current"
 
     def cannot_learn(self, run: RunOutline) -> str | None:
-        """Return that weights taken from the step before are never used."""
+        """Return that ``weights: previous`` needs a second step after the warm-up, if the run has none."""
         if self.decides_within_step or run.decided_steps > 1:
             return None
         return (
@@ -158,12 +171,12 @@ def exponentiated_update(
 ) -> NDArray[np.float64]:
     """Return ``(1 - c) * normalised(weights * exp(gains)) + c / K``, shape (K,), sum 1.
 
-    Computed in logarithms, so that no gain overflows. A weight of 0 stays 0 without smoothing.
+    The computation is done in logarithms, so that no gain overflows. A weight of 0 stays 0 without smoothing.
 
     Args:
         weights: non-negative, with a positive sum, shape (K,).
         gains: finite, shape (K,).
-        smoothing: c, in [0, 1]; every weight is then at least c / K.
+        smoothing: c, in [0, 1]. Every weight is then at least c / K.
     """
     with np.errstate(divide="ignore"):
         logs = np.log(weights) + gains

@@ -1,4 +1,4 @@
-"""Domain mixtures drawn around a prior, from nearly one domain alone to nearly the prior itself.
+"""Random domain mixtures around a prior, from mixtures of almost one domain alone to mixtures close to the prior.
 
 A mixture is a vector of K non-negative weights with sum 1.
 """
@@ -17,27 +17,28 @@ Floats = NDArray[np.float64]
 _DRAWS_PER_MIXTURE = 100
 _MIN_DRAWS = 100_000
 BLOCK = 65_536
-"""Mixtures drawn at a time."""
+"""Mixtures drawn in one batch, which bounds the memory."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How mixtures are drawn around a prior p, shape (K,).
+    """Distribution of random mixtures around a prior p, shape (K,).
 
-    Each is a draw from Dirichlet(s q), q ~ p ** temperature scaled to sum 1 and s one of ``strengths`` values between
-    ``min_strength`` and ``max_strength``, equally spaced in the logarithm; s + 1 is how often smaller than q (1 - q)
-    the variance of a weight is, and the mean is q for every s. Weights below ``min_weight`` become 0 and the others are
-    scaled to sum 1. A mixture with a domain beyond its bound is rejected.
+    Each mixture is a draw from Dirichlet(s q). q is p ** temperature, scaled to sum 1. s is drawn from ``strengths``
+    values between ``min_strength`` and ``max_strength``, equally spaced in the logarithm. A weight has the mean q and
+    the variance q (1 - q) / (s + 1). Weights below ``min_weight`` become 0, and the others are scaled to sum 1. A
+    mixture in which a domain exceeds its bound is rejected.
 
     Attributes:
-        temperature: exponent of the prior; 1: as it is, 0: uniform.
+        temperature: exponent of the prior. 1 keeps the prior, 0 makes it uniform.
         min_strength: the smallest s.
         max_strength: the largest s.
         strengths: number of values of s.
         min_weight: smallest weight other than 0, below 1 / K.
-        max_epochs: domain k may have at most ``max_epochs * sizes[k] / budget``; none: no bound.
-        sizes: tokens of each domain, shape (K,); none: in proportion to the prior.
-        budget: tokens that are to be trained on; none: the sum of the sizes.
+        max_epochs: passes over a domain. The weight of domain k is at most ``max_epochs * sizes[k] / budget``. None
+            means that there is no bound.
+        sizes: tokens of each domain, shape (K,). None means that the sizes are proportional to the prior.
+        budget: tokens to train on. None means the sum of the sizes.
     """
 
     temperature: float = 0.5
@@ -50,36 +51,43 @@ class Drawing:
     budget: float | None = None
 
     def check(self, domains: int) -> None:
-        """Check the numbers that need no prior.
+        """Check the settings that do not depend on the prior.
 
         Args:
             domains: K.
 
         Raises:
-            ConfigError: if one is out of range.
+            ConfigError: if a setting is out of range.
         """
         if not (self.temperature >= 0 and np.isfinite(self.temperature)):
             raise bad("temperature", f"must be finite and >= 0, got {self.temperature}.")
         low, high = self.min_strength, self.max_strength
         if not 0 < low <= high < np.inf:
-            raise bad("min_strength", f"0 < min_strength <= max_strength, got {low} and {high}.")
+            raise bad(
+                "min_strength",
+                f"must be positive and at most max_strength, which must be finite. Got min_strength {low} and "
+                f"max_strength {high}.",
+            )
         if self.strengths < 1:
-            raise bad("strengths", f"1 or more, got {self.strengths}.")
+            raise bad("strengths", f"must be at least 1, got {self.strengths}.")
         if not 0 <= self.min_weight < 1 / domains:
             raise bad("min_weight", f"must be at least 0 and below 1 / {domains}, got {self.min_weight}.")
 
     def bounds(self, prior: Floats) -> Floats:
-        """Return the largest allowed weight of each domain, shape (K,); infinity if there is no bound.
+        """Return the largest allowed weight of each domain, shape (K,). Infinity means that there is no bound.
+
+        Args:
+            prior: shares of sum 1, shape (K,).
 
         Raises:
-            ConfigError: if a number is out of range, or the bounds leave less than 1 in all.
+            ConfigError: if a setting is out of range, or if the bounds add up to less than 1.
         """
         if self.max_epochs is None:
             return np.full(prior.size, np.inf)
         if not (self.max_epochs > 0 and np.isfinite(self.max_epochs)):
-            raise bad("max_epochs", f"must be positive and finite, or none, got {self.max_epochs}.")
+            raise bad("max_epochs", f"must be positive and finite, or None for no bound; got {self.max_epochs}.")
         if self.sizes is None and self.budget is not None:
-            raise bad("budget", "needs the sizes of the domains beside it.")
+            raise bad("budget", "can be used only together with sizes.")
         tokens = prior if self.sizes is None else np.asarray(self.sizes, dtype=np.float64)
         if tokens.shape != prior.shape or not np.isfinite(tokens).all() or (tokens < 0).any() or tokens.sum() <= 0:
             raise bad("sizes", f"must be {prior.size} finite numbers >= 0 with a positive sum, got {tokens.tolist()}.")
@@ -90,13 +98,13 @@ class Drawing:
         if np.minimum(bounds, 1.0)[prior > 0].sum() < 1:
             raise bad(
                 "max_epochs",
-                f"{self.max_epochs:g} passes over every domain are not enough for the budget: the largest weights "
-                f"({_shown(bounds)}) add up to less than 1. Raise max_epochs or lower the budget.",
+                f"{self.max_epochs:g} passes over every domain are not enough for the budget: the largest allowed "
+                f"weights ({_shown(bounds)}) add up to less than 1. Raise max_epochs or lower the budget.",
             )
         return bounds
 
     def block(self, prior: Floats, count: int, rng: np.random.Generator) -> Floats:
-        """Return ``count`` mixtures around a prior of sum 1, shape (count, K), whatever the bounds."""
+        """Return ``count`` mixtures around a prior of sum 1, shape (count, K). The bounds are not applied."""
         support = np.flatnonzero(prior)
         center = prior[support] ** self.temperature
         center /= center.sum()
@@ -118,33 +126,35 @@ def sample_mixtures(
     """Draw mixtures around a prior.
 
     Args:
-        prior: non-negative, any scale, shape (K,); a domain of 0 has weight 0 in every mixture.
-        count: mixtures wanted.
+        prior: non-negative, any scale, shape (K,). A domain with prior 0 has weight 0 in every mixture.
+        count: number of mixtures to return.
         rng: the source of all randomness.
         drawing: the distribution, and the bounds.
-        distinct: draw no mixture twice, to 6 decimals: for mixtures that cost a training each.
+        distinct: whether to return only mixtures that differ when rounded to 6 decimals. Meant for mixtures that cost a
+            training run each.
 
     Returns:
         The mixtures, shape (count, K), rows of sum 1.
 
     Raises:
-        ConfigError: if an argument is out of range, or no or too few mixtures fit the bounds.
+        ConfigError: if an argument is out of range, or if too few mixtures satisfy the bounds.
     """
     shares = shares_of_prior(prior)
     if count < 1:
-        raise bad("count", f"{count} mixtures cannot be drawn; 1 or more.")
+        raise bad("count", f"must be at least 1, got {count}.")
     drawing.check(shares.size)
     bounds = drawing.bounds(shares)
     found = np.empty((0, shares.size))
     limit = max(_MIN_DRAWS, _DRAWS_PER_MIXTURE * count)
     drawn = 0
+    # Tight bounds can reject almost every draw: the limit turns an endless search into an error.
     while len(found) < count:
         if drawn >= limit:
             raise bad(
                 "max_epochs",
-                f"of {drawn} drawn mixtures only {len(found)} "
-                f"{'differ and ' if distinct else ''}have every domain within its bound ({_shown(bounds)}), "
-                f"and {count} are wanted. Raise max_epochs, lower the budget or ask for fewer.",
+                f"only {len(found)} of {drawn} drawn mixtures {'differ and ' if distinct else ''}keep every domain "
+                f"within its largest weight ({_shown(bounds)}), but {count} are needed. Raise max_epochs, lower the "
+                "budget, or draw fewer mixtures.",
             )
         size = min(limit - drawn, max(count, 1024), BLOCK)
         drawn += size
@@ -157,7 +167,7 @@ def sample_mixtures(
 
 
 def bad(key: str, message: str) -> ConfigError:
-    """Return the error of one key."""
+    """Return the configuration error of one key."""
     return ConfigError(problems=[Problem(key, message)])
 
 
@@ -165,13 +175,13 @@ def shares_of_prior(prior: Floats) -> Floats:
     """Return a prior scaled to sum 1, shape (K,).
 
     Raises:
-        ConfigError: if it has another shape, or a value that is negative or not finite, or only zeros.
+        ConfigError: if the prior is not one-dimensional, has a negative or non-finite value, or has only zeros.
     """
     shares = np.asarray(prior, dtype=np.float64)
     if shares.ndim != 1 or not shares.size:
-        raise bad("prior", f"must be one number for each domain, got shape {shares.shape}.")
+        raise bad("prior", f"must hold one number for each domain, got shape {shares.shape}.")
     if not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() <= 0:
-        raise bad("prior", f"must be finite, not negative and have a positive sum, got {shares.tolist()}.")
+        raise bad("prior", f"must be finite and non-negative with a positive sum, got {shares.tolist()}.")
     return shares / shares.sum()
 
 
@@ -180,7 +190,7 @@ def _shown(bounds: Floats) -> str:
 
 
 def _dirichlet(center: Floats, strengths: Floats, rng: np.random.Generator) -> Floats:
-    """Return one draw from Dirichlet(strength * center) for each of ``strengths`` (n,), shape (n, K)."""
+    """Return one draw from Dirichlet(strength * center) for each strength, shape (n, K) for n strengths."""
     drawn = np.empty((strengths.size, center.size))
     for strength in np.unique(strengths):
         rows = strengths == strength

@@ -1,9 +1,9 @@
-"""Scaling laws of losses: L(n) = exp(e) + exp(a) * n ** -alpha, a bounded history to fit them to, and the fit.
+"""Scaling laws of losses, L(n) = exp(e) + exp(a) * n ** -alpha: a bounded history of losses, and the fit of a law.
 
 The objective is that of ADO's code (Jiang et al. 2024, arXiv 2410.11820): Huber losses of log L, summed over the
-points, and hinge penalties that keep the parameters in range. The authors run L-BFGS from all 512 points of a grid;
-here the objective is evaluated on the whole grid at once, and L-BFGS (scipy's, with the gradient) starts from the best
-few.
+points, and hinge penalties that keep the parameters in range. The authors run L-BFGS from all 512 points of a grid.
+Here the objective is evaluated on the whole grid at once, and L-BFGS (scipy, with the gradient) starts from the best
+few grid points only.
 """
 
 from __future__ import annotations
@@ -22,25 +22,28 @@ HUBER_DELTA = 1e-3
 MAX_A = 6.5
 MIN_ALPHA, MAX_ALPHA = 1e-3, 0.8
 SMOOTHING_ORDER = 3
-"""Degree of the polynomials the loss is smoothed with."""
+"""Degree of the polynomials that smooth the losses."""
 FEWEST_POINTS = 4
-"""Points a fit needs: one more than a law has parameters."""
+"""Fewest points of a fit: one more than a law has parameters."""
 
 _ALPHAS = 8
 _GRID: FloatArray = np.stack(
     np.meshgrid(np.arange(-2, 6, 1.0), np.arange(-2, 2, 0.5), np.arange(_ALPHAS) / 10, indexing="ij"), axis=-1
 ).reshape(-1, 3)
 _GRID_POINTS = 64
+"""Most data points used on the grid and in the first searches."""
 _STARTS = 3
+"""Grid points, each with another alpha, that searches start from."""
 _MOST_RESTARTS = 5
 _NEAR = 1e-3
+"""Distance to the kink of a, within which the Nelder-Mead search runs."""
 _ROUGHLY = {"maxiter": 60, "ftol": 1e-6, "gtol": 1e-6}
 _LBFGS = {"maxiter": 200, "ftol": 1e-11, "gtol": 1e-8}
 _SIMPLEX = {"maxiter": 600, "xatol": 1e-7, "fatol": 1e-9}
 
 
 def reducible(laws: FloatArray, n: FloatArray) -> FloatArray:
-    """Return log(L(n) - exp(e)) = a - alpha * log n of each law.
+    """Return log(L(n) - exp(e)) = a - alpha * log n of each law, shape (K,).
 
     Args:
         laws: a, e and alpha, shape (K, 3).
@@ -51,27 +54,27 @@ def reducible(laws: FloatArray, n: FloatArray) -> FloatArray:
 
 
 def objective(law: FloatArray, log_n: FloatArray, log_loss: FloatArray, min_e: float = -math.inf) -> float:
-    """Return what a fit minimises: Huber losses of log L summed over the points, and the penalties.
+    """Return the objective of a fit: Huber losses of log L summed over the points, plus the penalties.
 
     Args:
         law: a, e and alpha, shape (3,).
         log_n: shape (T,).
         log_loss: shape (T,).
-        min_e: e below it is penalised.
+        min_e: e below this value is penalised.
     """
     return _value_and_gradient(law, log_n, log_loss, 0.0, min_e)[0]
 
 
 def fit(n: FloatArray, losses: FloatArray, min_irreducible: float | None = None) -> FloatArray | None:
-    """Return a, e and alpha of the law that fits best, shape (3,); None where no law can be fitted.
+    """Return a, e and alpha of the law that fits best, shape (3,), or None if no law can be fitted.
 
-    That is so for fewer than :data:`FEWEST_POINTS` points, a loss or a number that is not positive and finite, and a
-    search that ends at a parameter that is not finite.
+    No law can be fitted to fewer than :data:`FEWEST_POINTS` points, to a loss that is not positive and finite, to an n
+    that is not positive, or if the search ends at a parameter that is not finite.
 
     Args:
         n: samples seen, shape (T,).
         losses: shape (T,).
-        min_irreducible: exp(e) below it is penalised; none: no floor.
+        min_irreducible: exp(e) below this value is penalised. None means that there is no lower limit.
     """
     if n.size < FEWEST_POINTS or not (np.isfinite(losses) & (losses > 0) & (n > 0)).all():
         return None
@@ -79,6 +82,7 @@ def fit(n: FloatArray, losses: FloatArray, min_irreducible: float | None = None)
     min_e = -math.inf if min_irreducible is None else math.log(min_irreducible)
     few = np.unique(np.linspace(0, n.size - 1, min(n.size, _GRID_POINTS)).round().astype(np.int64))
     on_grid = _grid_values(log_n[few], log_loss[few], n.size / few.size, min_e)
+    # The best (a, e) of each alpha, so that the starts differ in alpha.
     of_alpha = on_grid.reshape(-1, _ALPHAS).argmin(axis=0) * _ALPHAS + np.arange(_ALPHAS)
     starts = _GRID[of_alpha[np.argsort(on_grid[of_alpha], kind="stable")[:_STARTS]]]
     law = _search(starts, log_n, log_loss, few, min_e)
@@ -88,15 +92,18 @@ def fit(n: FloatArray, losses: FloatArray, min_irreducible: float | None = None)
 def _search(
     starts: FloatArray, log_n: FloatArray, log_loss: FloatArray, few: NDArray[np.int64], min_e: float
 ) -> FloatArray:
-    """Return the law with the lowest objective that searches from ``starts`` end at.
+    """Return the law with the lowest objective among those that the searches from ``starts`` reach.
 
-    L-BFGS goes on from every start with a few of the points, then from the best end with all of them, and begins anew
-    there while that helps. It would stop at the kinks of the penalties: those of alpha and e are its bounds at first,
-    and then it may leave them; at that of a, which is no bound, Nelder and Mead's simplex goes on.
+    L-BFGS first runs from every start on a part of the points. It then runs from the best result on all points, and
+    restarts there as long as that lowers the objective.
+
+    The penalties have kinks, at which L-BFGS stops too early. For alpha and e the kinks are therefore bounds in the
+    first searches, and later searches also run without bounds. The kink of a is not a bound, because a is not a
+    coordinate of the search. Near this kink a Nelder-Mead search continues.
     """
     from scipy.optimize import minimize
 
-    # Searched for is a - alpha * center in a's place: the parameters then hardly depend on each other.
+    # The search uses a - alpha * center instead of a: centred like this, the parameters hardly depend on each other.
     center = float(log_n.mean())
     x, scale = log_n - center, 1.0 / HUBER_DELTA
 
@@ -128,9 +135,9 @@ def _search(
 def _value_and_gradient(
     law: FloatArray, x: FloatArray, log_loss: FloatArray, center: float, min_e: float, weight: float = 1.0
 ) -> tuple[float, FloatArray]:
-    """Return the objective and its gradient, for a law whose first number is a - alpha * center, at x = log n - center.
+    """Return the objective and its gradient for a law (a - alpha * center, e, alpha), at x = log n - center.
 
-    Every point counts ``weight`` times. At a kink of a penalty the gradient is that of the side without it.
+    Every point counts ``weight`` times. At a kink of a penalty the gradient is that of the side without the penalty.
     """
     middle, e, alpha = law
     power = middle - alpha * x
@@ -158,7 +165,7 @@ def _value_and_gradient(
 
 
 def _grid_values(log_n: FloatArray, log_loss: FloatArray, scale: float, min_e: float) -> FloatArray:
-    """Return the objective at every point of the grid, shape (G,), each of its points counting ``scale`` times."""
+    """Return the objective at every grid point, shape (G,). Every data point counts ``scale`` times."""
     a, e, alpha = _GRID[:, 0, None], _GRID[:, 1, None], _GRID[:, 2, None]
     residual = np.logaddexp(a - alpha * log_n, e) - log_loss
     slope = np.clip(residual, -HUBER_DELTA, HUBER_DELTA)
@@ -168,21 +175,22 @@ def _grid_values(log_n: FloatArray, log_loss: FloatArray, scale: float, min_e: f
 
 
 class LossHistory:
-    """The losses of K domains over a run in a bounded number of points, each the mean of as many steps.
+    """History of the losses of K domains in a bounded number of points.
 
-    A point is kept for every step until there are ``most``; then neighbouring points are replaced by their means, which
-    halves their number and doubles the steps of a point, and so on. Steps that do not fill a point yet wait.
+    Each point is the mean over ``stride`` steps. Every step is one point until ``most`` points are stored. Then each
+    pair of neighbouring points is replaced by its mean, which halves the number of points and doubles the stride. Steps
+    that do not fill a point yet are summed until they do.
 
     Args:
-        most: points kept at most, even.
+        most: largest number of stored points, even.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.stride = 1
-        """Steps of a point."""
+        """Steps in each point."""
         self.size = 0
-        """Points kept."""
+        """Number of stored points."""
         self._points: FloatArray = np.empty((0, 2, 0))
         self._waiting: FloatArray = np.empty((2, 0))
         self._waited = 0
@@ -191,8 +199,8 @@ class LossHistory:
         """Add a step.
 
         Args:
-            samples: of each domain seen so far, this step included, shape (K,).
-            losses: shape (K,); NaN makes the point NaN.
+            samples: samples of each domain seen so far, including this step, shape (K,).
+            losses: shape (K,). NaN makes the point NaN.
         """
         now = np.stack([samples.astype(np.float64), losses])
         self._waiting = now if self._waited == 0 else self._waiting + now
@@ -217,15 +225,16 @@ class LossHistory:
     def curve(
         self, domain: int, *, of_domain: bool, ignore_steps: int, smoothing_steps: int
     ) -> tuple[FloatArray, FloatArray]:
-        """Return the points of a domain to fit a law to, n and smoothed loss, shape (T,) each.
+        """Return the points of a domain that a law is fitted to: n and the smoothed losses, shape (T,) each.
 
-        They begin with the first point whose steps all have a loss. A Savitzky-Golay filter of ``smoothing_steps``
-        (in points: an odd number, at most all of them) smooths the losses, where its window is longer than its degree
-        plus one; then the points with a step among the first ``ignore_steps`` go.
+        The points begin with the first one whose steps all have a loss. A Savitzky-Golay filter smooths the losses. Its
+        window is ``smoothing_steps`` in points, rounded down to an odd number and to the number of points. A window of
+        at most the filter's degree plus one would change nothing, so the filter is left out then. After the smoothing,
+        every point with a step among the first ``ignore_steps`` is removed.
 
         Args:
-            domain: its number.
-            of_domain: whether n counts the domain's own samples, not all.
+            domain: index of the domain.
+            of_domain: whether n counts only the samples of this domain instead of all samples.
             ignore_steps: >= 0.
             smoothing_steps: >= 0.
         """
@@ -246,7 +255,7 @@ class LossHistory:
         return n[ignored:], losses[ignored:]
 
     def state_dict(self) -> State:
-        """Return the points, and the steps that do not fill one yet."""
+        """Return the points, and the sum of the steps that do not fill a point yet."""
         return {
             "most": self.most,
             "points": self._points[: self.size].copy(),
@@ -256,10 +265,10 @@ class LossHistory:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned.
+        """Restore the state that :meth:`state_dict` returned.
 
         Raises:
-            CheckpointError: if that history kept another number of points at most.
+            CheckpointError: if the state has another limit on the number of points.
         """
         if state["most"] != self.most:
             raise CheckpointError(

@@ -1,20 +1,22 @@
 """DoReMi: domain weights that minimise the worst-case excess loss over a reference model.
 
 Xie et al., "DoReMi: Optimizing Data Mixtures Speeds Up Language Model Pretraining", NeurIPS 2023, arXiv 2305.10429.
-This is step 2 of three: a proxy is trained with domains drawn uniformly; in every optimizer step, over its whole
-global batch (all micro-batches, all processes),
+This mixer is step 2 of the three steps: it trains a proxy model with domains drawn uniformly. In every optimizer step,
+over the whole global batch (all micro-batches, all processes),
 
     lambda_i = (1 / tokens of domain i) * sum over its tokens of max(loss - reference loss, 0)
     alpha    <- normalised(alpha * exp(eta * lambda)),  alpha <- (1 - c) * alpha + c / K
     loss     =  sum_i alpha_i * (token-mean loss of domain i)
 
-and the average of alpha over the steps is what the final model's domains are drawn by. A domain that a step has
-nothing of keeps its last lambda, 0 before its first. In the authors' code it keeps it too, but begins at the logarithm
-of the vocabulary's size; and the average there counts the weights before the first step as one step. The clip acts on
-lambda alone: the reference is constant, so subtracting it changes no gradient.
+The result is the average of alpha over the steps, by which the domains of the final model are drawn. A domain without a
+token in the step keeps its last lambda, or 0 if it had no token so far. max(., 0) acts on lambda only: the reference
+loss is constant, so subtracting it from the loss would change no gradient.
 
-Cost: the reference's forward of every batch, or nothing with a table of its losses; with gradient accumulation and
-``weights: current`` a second forward of the proxy.
+Differences from the authors' code: there the first lambda is the logarithm of the vocabulary size, and the average
+counts the weights before the first step as one step.
+
+Cost: the reference's forward pass over every batch, or nothing with a table of its losses. With gradient accumulation
+and ``weights: current`` there is also a second forward pass of the proxy.
 """
 
 from __future__ import annotations
@@ -34,33 +36,33 @@ class DoReMiParams(StepWeightParams, ReferenceParams):
 
     reweight_eta: float = Field(1.0, gt=0, description="eta, the step size of the weights.")
     reweight_eps: float = Field(
-        1e-3, ge=0, le=1, description="c, the share of the uniform distribution mixed in; every weight is at least c/K."
+        1e-3, ge=0, le=1, description="c, the share of equal weights mixed in: every weight is at least c / K."
     )
 
 
 @register("mixer", "doremi")
 class DoReMiMixer(StepWeightMixer[DoReMiParams]):
-    """Weighs the domains by their excess loss over the reference."""
+    """Weighs the domains in the loss by their excess loss over the reference."""
 
     def __init__(self, params: DoReMiParams) -> None:
         super().__init__(params)
         self._excess: NDArray[np.float64] = np.empty(0)
 
     def needs(self, run: RunView) -> Needs:
-        """Return the step's losses by domain, and the reference."""
+        """Ask for the losses of each step by domain, and for the reference."""
         return Needs(step_losses="domains", reference=self.params)
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield a cap on the passes over a domain."""
+        """Yield that ``max_epochs_per_domain`` cannot be used with this mixer, if it is set."""
         if self.params.max_epochs_per_domain is not None:
             yield (
                 "max_epochs_per_domain",
-                "doremi cannot have it: a domain that is used up keeps its last excess loss, which raises its weight "
-                "in every later step. Leave it out.",
+                "cannot be used with doremi: a domain that reaches the limit would keep its last excess loss, which "
+                "raises its weight in every later step. Remove it.",
             )
 
     def updated(self, weights: NDArray[np.float64], ctx: StepContext) -> NDArray[np.float64]:
-        """Return alpha after one exponentiated step along the excess losses."""
+        """Return alpha after one exponentiated update with the excess losses, shape (K,), sum 1."""
         last = self._excess if self._excess.size else np.zeros_like(weights)
         self._excess = np.where(np.isnan(ctx.excess), last, ctx.excess)
         return exponentiated_update(weights, self.params.reweight_eta * self._excess, self.params.reweight_eps)
@@ -70,6 +72,6 @@ class DoReMiMixer(StepWeightMixer[DoReMiParams]):
         return {**super().state_dict(), "excess": self._excess}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         super().load_state_dict(state)
         self._excess = state["excess"]

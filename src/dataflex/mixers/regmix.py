@@ -1,14 +1,14 @@
-"""RegMix: the mixture of the lowest loss as a regression over small models predicts it.
+"""RegMix: the mixture with the lowest loss that a regression over small models predicts.
 
-Many small models are trained, each on its own mixture; a regression learns their loss from the mixture; of 100,000
-simulated mixtures the mean of the 128 with the lowest predicted loss is trained on, in every round. The small models'
-mixtures and losses are read from two tables.
+Many small models are trained, each on another mixture. A regression learns their loss as a function of the mixture.
+100,000 mixtures are simulated, and the mean of the 128 with the lowest predicted loss is the mixture of every round.
+The mixtures and losses of the small models are read from two tables.
 
 Source: Liu et al., ICLR 2025, arXiv 2407.01492; code sail-sg/regmix.
-Differs from it: the number of trees is found on held-out fifths of the table, where the code stops on the mixtures it
-reports the correlation on; mixtures are simulated as those of the small models are drawn, where the code simulates with
-Dirichlet(prior).
-Cost: seconds, once; the small models are trained elsewhere.
+Differences from the code: it stops adding trees by the error on the same mixtures that it reports the correlation on,
+while the number of trees here is found on held-out fifths of the table. The code simulates mixtures with
+Dirichlet(prior), while here they are simulated by the distribution that the small models' mixtures are drawn from.
+Cost: some seconds, once. The small models are trained outside this run.
 """
 
 from __future__ import annotations
@@ -42,27 +42,32 @@ class RegMixParams(DomainParams):
     """Parameters of the RegMix mixer."""
 
     mixtures: InputPath = Field(
-        min_length=1, description="CSV file: a row of weights for each small model, a column for each domain."
+        min_length=1, description="CSV file: one row of weights for each small model, one column for each domain."
     )
-    losses: InputPath = Field(min_length=1, description="CSV file: the losses of the same models in the same order.")
+    losses: InputPath = Field(min_length=1, description="CSV file: the losses of the same models, in the same order.")
     target: str | list[str] | None = Field(
-        None, description="Column of losses to minimise, or columns, whose mean is; none: all."
+        None, description="Column of losses to minimise, or columns whose mean is minimised. Default: all columns."
     )
-    regressor: Regressor = Field("lightgbm", description="Trees, for 64 models or more, or least squares.")
-    samples: int = Field(100_000, ge=1, description="Mixtures simulated.")
-    top: int = Field(128, ge=1, description="How many of them, those of the lowest predicted loss, are averaged.")
+    regressor: Regressor = Field(
+        "lightgbm", description="lightgbm: trees, for at least 64 models. linear: least squares."
+    )
+    samples: int = Field(100_000, ge=1, description="Number of simulated mixtures.")
+    top: int = Field(128, ge=1, description="How many mixtures with the lowest predicted loss are averaged.")
     prior: Shares | None = Field(
-        None, description="Weights the mixtures are simulated around: list, mapping or JSON file; none: by size."
+        None, description="Weights that mixtures are simulated around: list, mapping or JSON file. Default: by size."
     )
     unit: Literal["tokens", "samples"] = Field(
-        "tokens", description="What a weight is a share of; of tokens, they are divided by the domains' mean lengths."
+        "tokens",
+        description="Unit of the weights. tokens: divided by the domains' mean lengths to get shares of samples.",
     )
-    seed: int = Field(0, ge=0, description="Of the simulation and the held-out fifths; not the run's seed.")
+    seed: int = Field(
+        0, ge=0, description="Seed of the simulation and of the held-out fifths, separate from the run's seed."
+    )
 
 
 @register("mixer", "regmix")
 class RegMixMixer(Mixer[RegMixParams]):
-    """Keeps the mixture that a regression over small models says is best."""
+    """Uses the mixture that a regression over small models predicts to be best."""
 
     constant_shares: ClassVar[bool] = True
     state_depends_on: ClassVar[frozenset[str]] = frozenset(
@@ -72,10 +77,10 @@ class RegMixMixer(Mixer[RegMixParams]):
     def __init__(self, params: RegMixParams) -> None:
         super().__init__(params)
         self._mixture: NDArray[np.float64] = np.empty(0)
-        """The mixture found, shape (K,), sum 1, in shares of ``unit``; empty until the first round."""
+        """The best mixture, shape (K,), sum 1, in shares of ``unit``. Empty until the first round."""
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return the mixture found, as shares of samples; the first call finds it."""
+        """Return the best mixture as shares of samples, shape (K,). The first call computes the mixture."""
         lengths = ctx.pool.domain_tokens / ctx.pool.domain_sizes if self.params.unit == "tokens" else np.ones(1)
         if not self._mixture.size:
             self._mixture = self._found(ctx.pool.domains, ctx.pool.domain_sizes * lengths)
@@ -88,7 +93,7 @@ class RegMixMixer(Mixer[RegMixParams]):
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
         """Check both tables, the target, the regressor and the prior."""
         if self.params.target == []:
-            return "target", "must name a column of losses, or be left out."
+            return "target", "must name at least one column of losses; remove it to use all columns."
         if self.params.top > self.params.samples:
             return "top", f"must be at most samples ({self.params.samples}), got {self.params.top}."
         wrong = shares_problem(self.params.prior, names)
@@ -102,11 +107,11 @@ class RegMixMixer(Mixer[RegMixParams]):
         return None
 
     def state_dict(self) -> State:
-        """Return the mixture found: a resumed run neither reads the tables nor fits again."""
+        """Return the best mixture, so that a resumed run neither reads the tables nor fits again."""
         return {"mixture": self._mixture}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         self._mixture = state["mixture"]
 
     def _found(self, names: tuple[str, ...], sizes: Floats) -> Floats:
@@ -118,10 +123,12 @@ class RegMixMixer(Mixer[RegMixParams]):
         return best_mixture(regressions, prior, rng, drawing, samples=self.params.samples, top=self.params.top)
 
     def _runs(self, names: tuple[str, ...]) -> tuple[Floats, Floats]:
-        """Return the mixtures, columns in the order of ``names``, (n, K), and the losses of the targets (n, targets).
+        """Return the mixtures (n, K) and the losses of the targets (n, targets).
+
+        The columns of the mixtures are in the order of ``names``.
 
         Raises:
-            ConfigError: if a table cannot be read, or nothing can be fitted to what it holds.
+            ConfigError: if a table cannot be read, or no regression can be fitted to its values.
         """
         found, mixtures, loss_columns, losses = read_runs(self.params.mixtures, self.params.losses)
         columns = list(by_domain(dict.fromkeys(found), names))
@@ -131,7 +138,8 @@ class RegMixMixer(Mixer[RegMixParams]):
         missing = [name for name in names if name not in columns]
         if missing:
             raise _bad(
-                "mixtures", f"{self.params.mixtures}: has no column {', '.join(missing)}; every domain needs one."
+                "mixtures",
+                f"{self.params.mixtures} has no column for {', '.join(missing)}. Every domain needs a column.",
             )
         target = self.params.target
         wanted = list(loss_columns) if target is None else [target] if isinstance(target, str) else target

@@ -1,9 +1,9 @@
-"""Proportions that follow a given timetable: named mixtures at named optimizer steps, and a line between them.
+"""Shares that follow a given timetable: mixtures at given optimizer steps, interpolated between these steps.
 
-Before the first point its proportions hold, after the last point those of the last. A round has the proportions of its
-first step, so ``update_steps`` is how finely a line is followed.
+Before the first point the shares of the first point hold, and after the last point those of the last. A round has the
+shares of its first step, so ``update_steps`` decides how closely the rounds follow a line.
 
-Source: common practice; two-stage pre-training and annealing on better data are such timetables.
+Source: common practice, such as two-stage pre-training and annealing on better data.
 Cost: none.
 """
 
@@ -20,11 +20,11 @@ from dataflex import DomainParams, Mixer, RoundContext, RunOutline, Shares, Stat
 
 
 class SchedulePoint(BaseModel):
-    """The proportions at one optimizer step."""
+    """The shares at one optimizer step."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    step: int = Field(ge=0, description="Optimizer steps done when they hold.")
+    step: int = Field(ge=0, description="Number of optimizer steps after which the shares hold.")
     proportions: Shares = Field(description="Share of each domain, any scale: list, mapping or JSON file.")
 
 
@@ -32,10 +32,10 @@ class ScheduleParams(DomainParams):
     """Parameters of the schedule mixer."""
 
     points: list[SchedulePoint] = Field(
-        min_length=1, description="Steps, ascending, and the proportions at each: {step: 0, proportions: ...}."
+        min_length=1, description="Ascending steps and the shares at each: {step: 0, proportions: ...}."
     )
     interpolation: Literal["linear", "step"] = Field(
-        "linear", description="Between two points: a line, or the proportions of the earlier one."
+        "linear", description="Shares between two points: linear interpolation, or the shares of the earlier point."
     )
 
     @field_validator("points")
@@ -43,26 +43,26 @@ class ScheduleParams(DomainParams):
     def _steps_ascend(cls, points: list[SchedulePoint]) -> list[SchedulePoint]:
         for before, after in pairwise(points):
             if after.step <= before.step:
-                raise ValueError(f"steps must ascend, but {after.step} comes after {before.step}")
+                raise ValueError(f"the steps of the points must ascend, but {after.step} comes after {before.step}")
         return points
 
 
 @register("mixer", "schedule")
 class ScheduleMixer(Mixer[ScheduleParams]):
-    """Follows given proportions over the run."""
+    """Follows a given timetable of shares."""
 
     state_depends_on: ClassVar[frozenset[str]] = frozenset({"points"})
 
     def __init__(self, params: ScheduleParams) -> None:
         super().__init__(params)
         self._shares: NDArray[np.float64] = np.empty((0, 0))
-        """The proportions of every point as they were when training began, rows of sum 1: a file may change."""
+        """The shares of every point, rows of sum 1. Stored because a file may change during the run."""
 
     def cannot_learn(self, run: RunOutline) -> str | None:
-        """Return which points of the timetable the run never comes to."""
+        """Return which points of the timetable the run never reaches."""
         slot = run.schedule.slot_at(run.total_steps - 1)
         late = [point.step for point in self.params.points[1:] if point.step > slot.start_step]
-        if self.params.interpolation == "linear":  # the line to a point is followed before it is reached
+        if self.params.interpolation == "linear":  # the line to a point is followed before the point is reached
             late = [step for step in late if step > run.total_steps or not slot.start_step]
         if not late:
             return None
@@ -73,11 +73,11 @@ class ScheduleMixer(Mixer[ScheduleParams]):
         )
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return the timetable's proportions: it holds in warm-up rounds too."""
+        """Return the shares of the timetable, which also holds in warm-up rounds."""
         return self.mix(ctx)
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return the proportions of the round's first step, shape (K,), sum 1."""
+        """Return the shares at the first step of the round, shape (K,), sum 1."""
         points = self.params.points
         if not self._shares.size:
             shares = np.stack([shares_of(point.proportions, ctx.pool.domains) for point in points])
@@ -89,15 +89,15 @@ class ScheduleMixer(Mixer[ScheduleParams]):
         return np.array([np.interp(ctx.start_step, steps, column) for column in self._shares.T])
 
     def state_dict(self) -> State:
-        """Return the proportions of the points."""
+        """Return the shares of the points."""
         return {"shares": self._shares}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         self._shares = state["shares"]
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
-        """Check names or length, sign and sum of the proportions of every point."""
+        """Check the names, number, sign and sum of the shares of every point."""
         for number, point in enumerate(self.params.points):
             problem = shares_problem(point.proportions, names)
             if problem is not None:

@@ -1,4 +1,4 @@
-"""Skill-it: more of the domains that teach what is not known yet, by a graph of which domain helps which.
+"""Skill-it: larger shares for domains that help validation domains with a high loss, by a graph of domains.
 
 Chen et al., "Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models", NeurIPS 2023,
 arXiv 2307.14430, Algorithm 1. With A_ij how much training on domain i helps validation domain j, and L_j(t) the loss of
@@ -7,11 +7,11 @@ validation domain j before round t:
     first decision   p_i ~ exp(eta * sum_j A_ij)
     then             p_i ~ exp(eta * sum of the last ``window`` rounds t, this one included, of sum_j A_ij * L_j(t))
 
-The authors' code evaluates inside the first step of a round, after its mixture is drawn, so that its window ends one
-round earlier; here the losses of the model as it is at the decision count. The graph is given: learning it takes runs
-of their own, all from the same model, which one run that moves on cannot stand for.
+The authors' code evaluates inside the first step of a round, after the round's mixture is drawn, so its window ends one
+round earlier. Here the losses of the model at the decision are included. The graph is given. Learning the graph would
+take separate runs that all start from the same model. A single run cannot replace them, because its model changes.
 
-Cost: one forward of the validation samples per decision.
+Cost: one forward pass over the validation samples for each decision.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 _KEY = "dataflex.mix.graph"
 _BETWEEN = 0.5
-"""What the default graph has between different domains."""
+"""Entry of the default graph for two different domains."""
 
 
 class SkillItParams(MixerParams, ValidationParams):
@@ -58,16 +58,16 @@ class SkillItParams(MixerParams, ValidationParams):
 
     graph: list[list[float]] | InputPath | None = Field(
         None,
-        description="A: a row for each domain, a number >= 0 in it for each validation domain; or a JSON or CSV file "
-        "of one with names; none: 1 for a domain's own, 0.5 for the others.",
+        description="A: one row for each domain with one number >= 0 for each validation domain, or a JSON or CSV file "
+        "with names. Default: 1 for a domain's own validation domain, 0.5 for the others.",
     )
     eta: float = Field(0.2, gt=0, description="Step size of the proportions.")
-    window: int = Field(3, ge=1, description="Decisions whose losses count.")
+    window: int = Field(3, ge=1, description="Number of latest decisions whose losses count.")
 
 
 @register("mixer", "skill_it")
 class SkillItMixer(Mixer[SkillItParams]):
-    """Follows the validation losses through the graph."""
+    """Shares by the validation losses and a graph of which domain helps which."""
 
     state_depends_on: ClassVar[frozenset[str]] = frozenset({"graph"})
 
@@ -75,14 +75,14 @@ class SkillItMixer(Mixer[SkillItParams]):
         super().__init__(params)
         self._losses: NDArray[np.float64] = np.empty((0, 0))
         self._graph: NDArray[np.float64] = np.empty((0, 0))
-        """A as it was when training began, shape (K, M): a file may change while a run goes on."""
+        """A, shape (K, M). Stored because a file may change during the run."""
 
     def needs(self, run: RunView) -> Needs:
-        """Return the losses of validation samples."""
+        """Ask for the losses of validation samples."""
         return Needs(measurements=(Losses(),), validation=self.params)
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
-        """Check the initial proportions and the graph, as far as the training domains go."""
+        """Check the initial proportions, and the graph as far as the domains are known."""
         named = self.params.validation if self.params.subtask_column is None else None
         try:
             if self.params.graph is not None or named is not None:
@@ -92,20 +92,20 @@ class SkillItMixer(Mixer[SkillItParams]):
         return super().check_domains(names)
 
     def cannot_learn(self, run: RunOutline) -> str | None:
-        """Return that the only decision goes by the graph alone."""
+        """Return that the run's only decision uses the graph alone."""
         if run.decisions > 1:
             return None
         return (
-            "the first decision goes by the graph alone, and the run has no second one in which validation losses "
-            "count; lower dataflex.update_steps"
+            "the first decision goes by the graph alone, and the run has no second decision, in which validation "
+            "losses would count; lower dataflex.update_steps"
         )
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return the given initial proportions, or those of the first decision."""
+        """Return the configured initial proportions, or those of the first decision."""
         return self._first(ctx) if self.params.initial_proportions is None else super().initial(ctx)
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return p, after measuring the validation losses."""
+        """Measure the validation losses and return p, shape (K,), sum 1."""
         graph, now = self._read(ctx), validation_losses(ctx)[None]
         if not self._losses.size:
             self._losses = now
@@ -128,22 +128,22 @@ class SkillItMixer(Mixer[SkillItParams]):
         return {"graph": self._graph, "losses": self._losses}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         self._graph, self._losses = state["graph"], state["losses"]
 
 
 def read_graph(
     given: list[list[float]] | str | None, names: tuple[str, ...], targets: tuple[str, ...] | None
 ) -> NDArray[np.float64]:
-    """Return the graph with a row for each of ``names`` and a column for each of ``targets``, shape (K, M).
+    """Return the graph with a row for each training domain and a column for each validation domain, shape (K, M).
 
     Args:
         given: rows in domain order, a file, or None for the default graph.
         names: the training domains.
-        targets: the validation domains; None: not known yet, and then the columns are as given.
+        targets: the validation domains. None means that they are not known yet, and the columns are used as given.
 
     Raises:
-        ConfigError: if it does not fit the names, or has numbers that are negative or not finite.
+        ConfigError: if the graph does not fit the names, or has values that are negative or not finite.
     """
     if given is None:
         return _default_graph(names, targets or names)
@@ -159,7 +159,10 @@ def read_graph(
         numbers = given
         width = len(targets) if targets is not None else len(numbers[0]) if numbers else 0
         if len(numbers) != len(names):
-            raise ConfigError(f"{_KEY}: has {len(numbers)} rows for {len(names)} domains ({', '.join(names)}).")
+            raise ConfigError(
+                f"{_KEY}: has {len(numbers)} rows for {len(names)} domains ({', '.join(names)}). Every domain needs "
+                "one row."
+            )
         for name, row in zip(names, numbers, strict=True):
             if len(row) != width or not width:
                 wanted = f"validation domains ({', '.join(targets)})" if targets else "columns in the first row"
@@ -176,11 +179,14 @@ def read_graph(
 
 
 def _default_graph(names: tuple[str, ...], targets: tuple[str, ...]) -> NDArray[np.float64]:
-    """Return 1 where a validation domain is the domain's own (by name, else by position), and 0.5 elsewhere."""
+    """Return the graph with 1 for a domain and its own validation domain, and 0.5 for all other pairs.
+
+    If both have the same names, domains are matched by name, otherwise by position.
+    """
     if len(names) != len(targets):
         raise ConfigError(
-            f"{_KEY}: needed, because {len(targets)} validation domains ({', '.join(targets)}) do not stand for "
-            f"{len(names)} domains ({', '.join(names)}) one by one."
+            f"{_KEY}: must be given, because the {len(targets)} validation domains ({', '.join(targets)}) cannot be "
+            f"matched one to one with the {len(names)} domains ({', '.join(names)})."
         )
     same = targets if set(targets) == set(names) else names
     return np.where(np.asarray(names)[:, None] == np.asarray(same), 1.0, _BETWEEN)
@@ -193,11 +199,11 @@ def _check_names(where: str, kind: str, found: Iterable[str], known: tuple[str, 
         raise ConfigError(f"{_KEY}: {where}: {unknown(kind, strange[0], known)}")
     missing = [name for name in known if name not in given]
     if missing:
-        raise ConfigError(f"{_KEY}: {where}: nothing for {kind} {', '.join(map(repr, missing))}.")
+        raise ConfigError(f"{_KEY}: {where}: no value for {kind} {', '.join(map(repr, missing))}.")
 
 
 def _read_file(path: Path) -> dict[str, dict[str, float]]:
-    """Return the graph in a file, row by row."""
+    """Return the graph in a JSON or CSV file, row by row."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         rows = _read_csv(text) if path.suffix.lower() == ".csv" else json.loads(text, object_pairs_hook=distinct)
@@ -205,7 +211,8 @@ def _read_file(path: Path) -> dict[str, dict[str, float]]:
         raise ConfigError(f"{_KEY}: {str(path)!r} cannot be read: {error}") from error
     if not _is_table(rows):
         raise ConfigError(
-            f"{_KEY}: {str(path)!r} holds no mapping of domain names to mappings of validation domain names to numbers."
+            f"{_KEY}: {str(path)!r} must hold a mapping from domain names to mappings from validation domain names to "
+            "numbers."
         )
     return {name: {column: float(value) for column, value in row.items()} for name, row in rows.items()}
 
@@ -224,10 +231,10 @@ def _is_table(rows: Any) -> bool:
 
 
 def _read_csv(text: str) -> dict[str, dict[str, float]]:
-    """Return the rows of a table: names of the validation domains on top, a domain's name first in each row."""
+    """Return the rows of a table. Its header names the validation domains, and each row starts with a domain."""
     lines = [line for line in csv.reader(text.splitlines()) if line]
     if not lines:
-        raise ValueError("it is empty")
+        raise ValueError("the file is empty")
     columns = lines[0][1:]
     for line in lines[1:]:
         if len(line) != len(columns) + 1:

@@ -1,4 +1,4 @@
-"""Given proportions, the same in every round. Cost: none."""
+"""Given shares, the same in every round. Cost: none."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ class StaticParams(DomainParams):
     """Parameters of the static mixer."""
 
     proportions: Shares = Field(
-        description="Share of each domain, any scale: list in domain order, mapping by name, or a JSON file of one."
+        description="Share of each domain, any scale: list in domain order, mapping by name, or JSON file."
     )
     unit: Literal["samples", "tokens"] = Field(
-        "samples", description="What the shares are of; of tokens, they are divided by the domains' mean lengths."
+        "samples",
+        description="Unit of the shares. tokens: divided by the domains' mean lengths to get shares of samples.",
     )
 
 
 @register("mixer", "static")
 class StaticMixer(Mixer[StaticParams]):
-    """Keeps the given proportions."""
+    """Uses the given shares in every round."""
 
     constant_shares: ClassVar[bool] = True
     state_depends_on: ClassVar[frozenset[str]] = frozenset({"proportions"})
@@ -32,10 +33,10 @@ class StaticMixer(Mixer[StaticParams]):
     def __init__(self, params: StaticParams) -> None:
         super().__init__(params)
         self._shares: NDArray[np.float64] | None = None
-        """Those of a file as they were when training began: it may change while a run goes on."""
+        """The shares read from a file, stored because the file may change during the run."""
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return the given proportions, as shares of samples."""
+        """Return the given shares as shares of samples, shape (K,)."""
         given = self.params.proportions
         shares = shares_of(given, ctx.pool.domains) if self._shares is None else self._shares
         if isinstance(given, str):
@@ -45,7 +46,7 @@ class StaticMixer(Mixer[StaticParams]):
         return shares
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return the given proportions."""
+        """Return the given shares."""
         return self.initial(ctx)
 
     def state_dict(self) -> State:
@@ -53,10 +54,10 @@ class StaticMixer(Mixer[StaticParams]):
         return {} if self._shares is None else {"shares": self._shares}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         self._shares = state.get("shares") if isinstance(self.params.proportions, str) else None
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
-        """Check names or length, sign and sum of the proportions."""
+        """Check the names, number, sign and sum of the shares."""
         problem = shares_problem(self.params.proportions, names)
         return None if problem is None else ("proportions", problem)

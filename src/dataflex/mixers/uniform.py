@@ -17,7 +17,7 @@ class UniformMixer(Mixer[MixerParams]):
     constant_shares: ClassVar[bool] = True
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return the given initial proportions, or equal ones."""
+        """Return the configured initial proportions, or equal ones."""
         return super().initial(ctx) if self.params.initial_proportions is not None else self.mix(ctx)
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:

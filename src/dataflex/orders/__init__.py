@@ -1,1 +1,1 @@
-"""The built-in orders, one method per file."""
+"""The built-in orders. Each method has a module, and shared parts are in the ``base_*`` modules."""

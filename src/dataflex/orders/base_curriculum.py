@@ -1,4 +1,4 @@
-"""Curricula: samples sorted by a score and put into a pattern; what the orders that do so share."""
+"""Shared parts of the orders that sort samples by a score and arrange the sorted samples in a pattern."""
 
 from __future__ import annotations
 
@@ -30,61 +30,67 @@ from dataflex.orders.base_patterns import shuffled_in_windows
 from dataflex.orders.base_sorting import sorted_positions
 
 _BLOCK = 1 << 14
-"""Embeddings read at a time."""
+"""Embeddings read at a time, which bounds the memory."""
 
 
 class DistanceParams(EmbeddingParams, ValidationParams):
-    """What distances of embeddings are to, and of what they are made."""
+    """Parameters of embedding distances: the center of the distances, and how embeddings are computed."""
 
     distance_to: Literal["validation", "pool"] = Field(
-        "validation", description="With by: embedding, whose mean a sample's distance is to."
+        "validation", description="With by: embedding, the samples whose mean embedding distances are measured to."
     )
 
 
 class ScoreParams(DistanceParams):
-    """The score that samples are sorted by, the samples that are sorted together, and the shuffles."""
+    """Parameters of the score, of the samples that are sorted together, and of the random order in ties and windows."""
 
     by: Literal["loss", "length", "selection", "column", "embedding"] = Field(
-        "loss", description="The score that is sorted by."
+        "loss", description="Score that samples are sorted by."
     )
     column: str | None = Field(
-        None, min_length=1, description="With by: column, the column of the raw data with a number for each row."
+        None, min_length=1, description="With by: column, the column of the raw data that holds a number for each row."
     )
     ties: Literal["input", "random"] = Field(
-        "input", description="Samples of equal score: in the order they come in, or in a random one."
+        "input", description="Order of samples with equal scores: as they arrive, or random."
     )
     jit: int = Field(
-        0, ge=0, description="Samples in each of the windows that are shuffled after the pattern; 0 or 1: none."
+        0, ge=0, description="Size in samples of the windows that are shuffled after the pattern. 0 or 1: no shuffle."
     )
 
     scope: Literal["round", "run"] = Field(
-        "round", description="What is put in order: each round's samples, or every pass, along which the rounds walk."
+        "round",
+        description="round: arrange the samples of each round. run: arrange whole passes, which the rounds follow.",
     )
     passes: Literal["same", "new", "rest"] = Field(
         "same",
-        description="With scope: run: every pass has the order of the first, or each is put in order anew, or at every "
-        "decision what is left of the pass is.",
+        description="With scope: run. same: every pass has the order of the first. new: each pass is arranged when it "
+        "begins. rest: the rest of the pass is arranged again at every decision.",
     )
 
     @model_validator(mode="after")
     def _scope_fits(self) -> Self:
         if self.scope == "run" and self.by == "selection":
             raise ValueError(
-                "scope: run puts the pool in order before anything is selected, so there is no by: selection; use "
+                "scope: run arranges the pool before anything is selected, so by: selection has no scores; use "
                 "another score, or scope: round"
             )
         if self.scope == "round" and self.passes != "same":
             raise ValueError(
-                f"passes: {self.passes} is about scope: run; with scope: round each round is put in order anew"
+                f"passes: {self.passes} needs scope: run, and scope is round, which arranges every round; set scope: "
+                "run "
+                "or remove passes"
             )
         return self
 
     @model_validator(mode="after")
     def _column_is_there(self) -> Self:
         if self.by == "column" and self.column is None:
-            raise ValueError("by: column needs column, the name of a column of the raw data")
+            raise ValueError("by: column needs the parameter column, the name of a column of the raw data")
         if self.by != "column" and self.column is not None:
-            raise ValueError(f"column: {self.column} is read with by: column only, and by is {self.by}; set it")
+            raise ValueError(
+                f"column: {self.column} is used with by: column only, and by is {self.by}; set by: column or remove "
+                "column"
+            )
         return self
 
     @model_validator(mode="after")
@@ -93,10 +99,11 @@ class ScoreParams(DistanceParams):
         unused = [name for name, field in fields.items() if getattr(self, name) != field.default]
         if self.by != "embedding" and unused:
             raise ValueError(
-                f"{', '.join(unused)}: used with by: embedding only, and by is {self.by}; set it, or leave them out"
+                f"{', '.join(unused)}: used with by: embedding only, and by is {self.by}; set by: embedding or remove "
+                "them"
             )
         if self.distance_to == "pool" and (self.validation is not None or self.subtask_column is not None):
-            raise ValueError("validation samples are not used with distance_to: pool; leave them out")
+            raise ValueError("validation and subtask_column are not used with distance_to: pool; remove them")
         return self
 
 
@@ -111,7 +118,7 @@ CurriculumParamsT = TypeVar("CurriculumParamsT", bound=CurriculumParams, covaria
 
 
 class ScoredOrder(Order[ScoreParamsT]):
-    """Sorts samples by a score and puts them into a pattern, those without a score last."""
+    """Sorts samples by a score and arranges them in a pattern. Samples without a score come last."""
 
     @property
     def descending(self) -> bool:
@@ -119,41 +126,47 @@ class ScoredOrder(Order[ScoreParamsT]):
         return False
 
     def pattern(self, size: int, rng: np.random.Generator) -> IndexArray:
-        """Return the ranks 0 to ``size`` - 1 of the sorted samples in training order."""
+        """Return the ranks 0 to ``size`` - 1 of the sorted samples in training order, shape (size,)."""
         raise NotImplementedError(f"order {self.name!r} does not define pattern()")
 
     def moves_nothing(self, samples: int) -> str | None:
-        """Return why so many samples are too few for the pattern, without a full stop; None: they are not."""
+        """Return why a number of samples is too small for the pattern, without a full stop, or None if it is not.
+
+        Args:
+            samples: samples that are arranged at a time.
+        """
         return None
 
     @property
     def walks(self) -> bool:
-        """Whether passes are put in order, not rounds."""
+        """Whether whole passes are arranged, instead of the samples of each round."""
         return self.params.scope == "run"
 
     @property
     def repeats(self) -> bool:
-        """Whether every pass has the order of the first."""
+        """Whether every pass has the order of the first pass."""
         return self.params.passes == "same"
 
     @property
     def renews(self) -> bool:
-        """Whether what is left of a pass is put in order anew at every decision."""
+        """Whether the rest of a pass is arranged again at every decision."""
         return self.params.passes == "rest"
 
     def outline(self, run: RunOutline, is_mixed: bool) -> list[str]:
-        """Return what is put in order, and when."""
+        """Return lines of the run plan that say which samples are arranged, and when."""
         if not self.walks:
             return []
         what = "each domain is" if is_mixed else "the pool is"
         when = {
             "same": "once, at the first decision",
             "new": "when a pass over it begins",
-            "rest": "as far as it is left of the pass, at every decision",
+            "rest": "for the rest of the pass, at every decision",
         }
         said = f"{what} put in order by {self._score_in_words} {when[self.params.passes]}; the rounds walk along it"
         small = [name for name, size in (run.sizes or {}).items() if is_mixed and 1 < size <= self.params.jit]
-        whole = f"jit: {self.params.jit} samples are all of {', '.join(small)}, where nothing of the order is left"
+        whole = (
+            f"jit: a window of {self.params.jit} samples holds all of {', '.join(small)}, so the order there is random"
+        )
         return [said, whole] if small else [said]
 
     @property
@@ -164,11 +177,11 @@ class ScoredOrder(Order[ScoreParamsT]):
 
     @property
     def reads_scores(self) -> bool:
-        """Whether it sorts by what the selector scored."""
+        """Whether the samples are sorted by the selector's scores."""
         return self.params.by == "selection"
 
     def needs(self, run: RunView) -> Needs:
-        """Return the losses, the column or the embeddings that samples are sorted by."""
+        """Ask for the losses, the column or the embeddings that samples are sorted by."""
         embeds = self.params.by == "embedding"
         return Needs(
             measurements=(Losses(),) if self.params.by == "loss" else (),
@@ -178,30 +191,31 @@ class ScoredOrder(Order[ScoreParamsT]):
         )
 
     def column_problem(self, column: str, values: ColumnArray) -> Wrong | None:
-        """Return what keeps the values from being scores."""
+        """Return why the values of a column cannot be scores, or None."""
         return unusable_score(column, values)
 
     def cannot_act(self, run: RunOutline) -> str | None:
-        """Return that there is nothing to arrange, or too few samples for the pattern."""
+        """Return that there is nothing to arrange, or that there are too few samples for the pattern."""
         samples = self._arranged_samples(run)
         return super().cannot_act(run) or (None if samples is None else self.moves_nothing(samples))
 
     def _arranged_samples(self, run: RunOutline) -> int | None:
-        """Return how many samples are arranged at a time, at most; None: not known."""
+        """Return the largest number of samples that are arranged at a time. None means unknown."""
         return run.pool_size if self.walks else run.round_samples
 
     def unfit(self, run: RunOutline) -> tuple[str, str] | None:
-        """Return that a window would hold all samples, and so nothing of the pattern would be left."""
+        """Return that a window of ``jit`` would hold all samples, so that nothing of the pattern would be left."""
         samples = self._arranged_samples(run)
         if samples is None or self.params.jit < max(samples, 2):
             return None
         return "jit", (
-            f"a window of {self.params.jit} samples does not fit: {samples} samples are arranged at a time, so it "
-            "would hold them all, and shuffling it would leave nothing of the order. Lower it, or use method: shuffle."
+            f"a window of {self.params.jit} samples is too large: {samples} samples are arranged at a time, so the "
+            "window "
+            "would hold them all, and shuffling it would leave nothing of the order. Lower jit, or use method: shuffle."
         )
 
     def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
-        """Return the permutation of the pattern."""
+        """Return the permutation that puts the selection into the pattern."""
         scores = self._scores(ctx, selection)
         if self.params.ties == "random":
             ranked = sorted_positions(scores, self.descending, ctx.rng)
@@ -219,6 +233,7 @@ class ScoredOrder(Order[ScoreParamsT]):
         if self.params.by == "length":
             return ctx.pool.lengths[indices].astype(np.float64)
         if self.params.by == "loss":
+            # A plan can hold a sample several times, and its loss is measured once.
             distinct, inverse = np.unique(indices, return_inverse=True)
             return check_scores(self, ctx.probe.measure(Losses(), distinct), distinct)[inverse]
         if self.params.by == "embedding":
@@ -226,17 +241,22 @@ class ScoredOrder(Order[ScoreParamsT]):
             others = ctx.embeddings(ctx.validation) if self.params.distance_to == "validation" else vectors
             return distances_to(_mean(others), vectors, indices)
         if selection.scores is None:
-            raise ComponentError("order.by: selection needs a selector that scores; this one gave no scores.")
+            raise ComponentError(
+                "order.by: selection needs a selector that scores, but this selector returned no scores. Use another "
+                "by."
+            )
         return check_scores(self, selection.scores, indices)
 
 
 def distances_to(center: NDArray[np.float64], vectors: EmbeddingArray, indices: IndexArray) -> NDArray[np.float64]:
-    """Return the distance of some rows to a vector, shape (n,); NaN for a row of zeros, a sample without text.
+    """Return the distances of some embeddings to a center, shape (n,).
+
+    The distance of a sample without text, whose embedding is all zeros, is NaN.
 
     Args:
-        center: the vector, shape (H,).
-        vectors: of all samples, shape (N, H); read block by block.
-        indices: the rows, shape (n,).
+        center: shape (H,).
+        vectors: embeddings of all samples, shape (N, H), read block by block.
+        indices: the samples to return, shape (n,).
     """
     found = np.full(indices.size, np.nan)
     for begin in range(0, indices.size, _BLOCK):
@@ -247,7 +267,7 @@ def distances_to(center: NDArray[np.float64], vectors: EmbeddingArray, indices: 
 
 
 def _mean(vectors: EmbeddingArray) -> NDArray[np.float64]:
-    """Return the mean of the rows that are not zero."""
+    """Return the mean of the embeddings, without those that are all zeros."""
     total, count = np.zeros(vectors.shape[1]), 0
     for begin in range(0, len(vectors), _BLOCK):
         rows = np.asarray(vectors[begin : begin + _BLOCK], dtype=np.float64)
@@ -257,7 +277,7 @@ def _mean(vectors: EmbeddingArray) -> NDArray[np.float64]:
 
 
 class CurriculumOrder(ScoredOrder[CurriculumParamsT]):
-    """A pattern that begins at the smallest, or the largest, score."""
+    """A pattern that begins at the smallest score, or at the largest if ``descending``."""
 
     @property
     def descending(self) -> bool:

@@ -1,4 +1,4 @@
-"""Sorting the samples of a plan by a score; what orders that sort share."""
+"""Sorting the samples of a plan by a score, shared by the orders that sort."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from dataflex import IndexArray, KeyedPermutation
 
 
 def sorted_positions(scores: NDArray[np.floating], descending: bool, rng: np.random.Generator) -> IndexArray:
-    """Return the positions of the scores from small to large, those without a score (NaN) last.
+    """Return the positions of the scores in sorted order, shape (n,). Samples without a score (NaN) come last.
 
-    Equal scores, and samples without one, are in a random order.
+    Equal scores, and samples without a score, are in a random order.
 
     Args:
         scores: shape (n,).
-        descending: from large to small.
+        descending: whether to sort from large to small.
         rng: the source of the random order.
     """
     key = int.from_bytes(rng.bytes(16), "little")
     shuffled = KeyedPermutation(scores.size, key)(np.arange(scores.size, dtype=np.int64))
+    # A stable sort of shuffled scores orders ties at random. NaN is sorted last, also after the change of sign.
     ranked = -scores if descending else scores
     return shuffled[np.argsort(ranked[shuffled], kind="stable")]

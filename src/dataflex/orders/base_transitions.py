@@ -1,4 +1,4 @@
-"""Sorted samples with a pattern inside windows around the borders of sections; what stair and saw share."""
+"""Sorted samples with a pattern in windows around the borders of sections, shared by stair and saw."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from dataflex.orders.base_patterns import window_radius
 class TransitionParams(CurriculumParams):
     """Parameters of sections with transition windows between them."""
 
-    sections: int = Field(2, ge=2, description="Equal parts of the sorted samples; between two is a window.")
+    sections: int = Field(2, ge=2, description="Equal parts of the sorted samples, with a window around each border.")
     radius: float = Field(0.225, gt=0, le=0.5, description="Half the width of a window, as a share of the samples.")
-    layers: int = Field(3, ge=1, description="Sweeps through the samples of a window.")
+    layers: int = Field(3, ge=1, description="Number of sweeps through the samples of a window.")
     overlap: Literal["refuse", "clamp"] = Field(
-        "refuse", description="Windows that overlap: an error, or the later one begins where the earlier one ends."
+        "refuse",
+        description="Overlapping windows: raise an error, or start the later window at the end of the earlier one.",
     )
 
     @model_validator(mode="after")
@@ -27,8 +28,8 @@ class TransitionParams(CurriculumParams):
             most = 1 / (2 * self.sections)
             raise ValueError(
                 f"windows of radius {self.radius:g} overlap: each takes {2 * self.radius:g} of the samples, and the "
-                f"borders of {self.sections} sections are {1 / self.sections:.4g} of them apart; use a radius of at "
-                f"most {int(most * 1e4) / 1e4:g}, fewer sections, or overlap: clamp, as the official code does"
+                f"borders of {self.sections} sections are {1 / self.sections:.4g} of the samples apart; use a radius "
+                f"of at most {int(most * 1e4) / 1e4:g}, fewer sections, or overlap: clamp, as the official code does"
             )
         return self
 
@@ -37,10 +38,10 @@ TransitionParamsT = TypeVar("TransitionParamsT", bound=TransitionParams, covaria
 
 
 class TransitionOrder(CurriculumOrder[TransitionParamsT]):
-    """Sorted samples, swept several times inside the windows."""
+    """Sorted samples, with several sweeps inside the windows."""
 
     def moves_nothing(self, samples: int) -> str | None:
-        """Return that a window has no more samples than layers."""
+        """Return that a window has at most as many samples as layers, so that the pattern changes nothing."""
         width = 2 * window_radius(samples, self.params.radius)
         if width > self.params.layers > 1:
             return None

@@ -1,9 +1,9 @@
-"""Segments: samples from the ends of the score's range first and last, the others between, each part shuffled.
+"""Segments: three shuffled parts, of which the first and the last are from the ends of the score range.
 
-Of n samples the first int(n x / 100) come from the low or the high end, the last int(n y / 100) too, and what is left
-is between them. If both are from one end, they share its samples at random.
+Of n samples the first int(n x / 100) are from the low or the high end, and so are the last int(n y / 100). The rest is
+between them. If both parts are from the same end, its samples are divided between them at random.
 Source: SEG of arXiv 2605.30334 (Dai et al., ACL 2026); microsoft/data-efficacy, ``data_ordering/segment.py``.
-Cost: that of the score; ``loss``: one forward pass over the samples that are put in order.
+Cost: that of the score. ``by: loss`` costs one forward pass over the arranged samples.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ class SegmentParams(ScoreParams):
     jit: int = Field(
         0,
         ge=0,
-        description="Samples in each of the windows that are shuffled after the pattern, as in the earlier release "
-        "(the official code has none here); 0 or 1: none.",
+        description="Size in samples of the windows that are shuffled after the pattern. The official code has no such "
+        "windows for segments. 0 or 1: no shuffle.",
     )
-    front: float = Field(10.0, ge=0, le=100, description="Per cent of the samples in the first part.")
-    back: float = Field(10.0, ge=0, le=100, description="Per cent of the samples in the last part.")
-    front_from: Literal["low", "high"] = Field("low", description="End of the scores that the first part is from.")
-    back_from: Literal["low", "high"] = Field("high", description="End of the scores that the last part is from.")
+    front: float = Field(10.0, ge=0, le=100, description="Percentage of the samples in the first part.")
+    back: float = Field(10.0, ge=0, le=100, description="Percentage of the samples in the last part.")
+    front_from: Literal["low", "high"] = Field("low", description="End of the score range that the first part is from.")
+    back_from: Literal["low", "high"] = Field("high", description="End of the score range that the last part is from.")
     overlap: Literal["refuse", "rescale"] = Field(
-        "refuse", description="Parts of more than 100 per cent together: an error, or both scaled down to the whole."
+        "refuse",
+        description="If both parts exceed 100 per cent together: raise an error, or scale both down to the whole.",
     )
 
     @model_validator(mode="after")
@@ -50,7 +51,7 @@ class SegmentParams(ScoreParams):
 
 @register("order", "segment")
 class SegmentOrder(ScoredOrder[SegmentParams]):
-    """Begins and ends with samples from the ends of the scores, the others between."""
+    """Starts and ends with samples from the ends of the scores, with all others between."""
 
     def moves_nothing(self, samples: int) -> str | None:
         """Return that the first and the last part have no sample."""
@@ -62,7 +63,7 @@ class SegmentOrder(ScoredOrder[SegmentParams]):
         )
 
     def pattern(self, size: int, rng: np.random.Generator) -> IndexArray:
-        """Return the three parts one after another."""
+        """Return the ranks of the three parts one after another."""
         first, last = segment_sizes(size, self.params.front, self.params.back)
         high = self.params.front_from == "high", self.params.back_from == "high"
         return segmented((first, size - first - last, last), high, rng.permutation)

@@ -1,4 +1,4 @@
-"""A random order, fresh for every round: what a run without ``order:`` does. Cost: none."""
+"""A new random order in every round, as in a run without ``order:``. Cost: none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataflex import ComponentParams, IndexArray, KeyedPermutation, Order, Round
 
 @register("order", "shuffle")
 class ShuffleOrder(Order[ComponentParams]):
-    """Shuffles the plan."""
+    """Shuffles the samples of each round."""
 
     keeps_passes: ClassVar[bool] = True
 

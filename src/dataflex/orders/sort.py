@@ -1,10 +1,10 @@
-"""Curriculum by sorting samples by a score, easy to hard or the reverse.
+"""Curriculum: samples sorted by a score, from easy to hard or the reverse.
 
-The score is the loss under the current model (a forward pass over the plan), the token length, what the selector
-scored, or a column of the raw rows. Ties keep a random order, so a constant score is a shuffle. Samples without a score
-(no token to train on, or taken without a choice) come last.
+The score is the loss under the current model, the token length, the selector's score, a column of the raw rows, or the
+distance of embeddings. Equal scores are in a random order by default, so a constant score gives a shuffle. Samples
+without a score come last: those without a trained token, and those taken without a choice.
 Source: the classic curriculum (Bengio et al. 2009); the "sorting" pattern of arXiv 2605.30334.
-Cost: ``loss``: one forward pass over the samples that are put in order; otherwise none.
+Cost: ``by: loss`` costs one forward pass over the arranged samples. Other scores cost none, except embeddings.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class SortParams(CurriculumParams):
     """Parameters of the sorted order."""
 
     ties: Literal["input", "random"] = Field(
-        "random", description="Samples of equal score: in the order they come in, or in a random one."
+        "random", description="Order of samples with equal scores: as they arrive, or random."
     )
 
 
 @register("order", "sort")
 class SortOrder(CurriculumOrder[SortParams]):
-    """Sorts the plan by a score."""
+    """Sorts samples by a score."""
 
     def pattern(self, size: int, rng: np.random.Generator) -> IndexArray:
-        """Return the ranks as they are."""
+        """Return the ranks in ascending order."""
         return np.arange(size, dtype=np.int64)

@@ -1,8 +1,8 @@
-"""Fixed stages: these domains first, then those, each shuffled, for given shares of the run.
+"""Fixed stages: given domains are trained on one after another for given shares of the run, each stage shuffled.
 
-A stage goes through the samples of its domains in passes, each in a fresh random order. Of the T samples of the run a
-stage with a share has T times its share; one without a share has each of its samples once, and the last one what is
-left. If no stage has a share, the first comes again after the last.
+A stage draws the samples of its domains in passes, each in a new random order. With T samples in the run, a stage with
+a share has T times its share. A stage without a share has one pass, and the last stage has the rest of the run. If no
+stage has a share, the first stage follows the last one again.
 Source: common practice (staged fine-tuning; general data first, the best last).
 Cost: none.
 """
@@ -32,16 +32,16 @@ from dataflex import (
 
 
 class Stage(BaseModel):
-    """Domains that are trained on together for a while."""
+    """One stage: its domains and its length."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     domains: list[str] = Field(min_length=1, description="Names of the domains.")
     share: float | None = Field(
-        None, gt=0, le=1, description="Share of the run's samples; none: until each of the domains' has come once."
+        None, gt=0, le=1, description="Share of the run's samples. Default: one pass over the domains."
     )
 
-    @field_validator("domains", mode="before")
+    @field_validator("domains", mode="before", json_schema_input_type=str | list[str | int | float | bool])
     @classmethod
     def _names(cls, value: Any) -> Any:
         names = value.split(",") if isinstance(value, str) else value
@@ -55,10 +55,10 @@ class StagesParams(ComponentParams):
         min_length=2, description="Domains and shares, in the order of training: {domains: [...], share: ...}."
     )
     left_out: list[str] = Field(
-        default_factory=list, description="Domains that are in no stage; one that is in none and not here is an error."
+        default_factory=list, description="Domains that are not trained on. A domain in no stage must be named here."
     )
 
-    @field_validator("left_out", mode="before")
+    @field_validator("left_out", mode="before", json_schema_input_type=list[str | int | float | bool])
     @classmethod
     def _names(cls, value: Any) -> Any:
         return [str(name).strip() for name in value] if isinstance(value, list) else value
@@ -70,13 +70,13 @@ class StagesParams(ComponentParams):
         if None not in shares:
             if abs(total - 1) > 1e-6:
                 raise ValueError(
-                    f"the shares add up to {total:g}, not to 1; change one, or leave out that of the last stage, which "
-                    "then takes what the others leave"
+                    f"the shares add up to {total:g} instead of 1; change a share, or remove that of the last stage, "
+                    "which then gets the rest of the run"
                 )
         elif shares[-1] is not None:
             raise ValueError(
-                "the last stage lasts as long as the run does, so it has a share only if all have one; leave it out, "
-                "or give one to every stage"
+                "the last stage lasts until the run ends, so it can have a share only if all stages have one; remove "
+                "it, or give every stage a share"
             )
         elif total >= 1:
             raise ValueError(f"the shares add up to {total:g}, and nothing is left for the stages without one")
@@ -91,11 +91,14 @@ class StagesOrder(Order[StagesParams]):
 
     @property
     def comes_again(self) -> bool:
-        """Whether the first stage follows the last."""
+        """Whether the first stage follows the last one."""
         return all(stage.share is None for stage in self.params.stages)
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
-        """Return which stage names something that is no domain, or which domain is in none."""
+        """Return a parameter and its problem, or None.
+
+        The parameter may name an unknown domain, or a domain twice. A domain may also be in no stage.
+        """
         used: set[str] = set()
         for key, given in self._named():
             meant = _meant(given, names)
@@ -105,24 +108,29 @@ class StagesOrder(Order[StagesParams]):
             if len(set(meant)) < len(meant):
                 return key, f"names a domain twice: {', '.join(given)}."
             if key == "left_out" and used & set(meant):
-                return key, f"{', '.join(sorted(used & set(meant)))}: in a stage, too; remove it from one of the two."
+                return (
+                    key,
+                    f"{', '.join(sorted(used & set(meant)))}: also in a stage; remove it from the stage or from "
+                    "left_out.",
+                )
             used |= set(meant)
         missing = [name for name in names if name not in used]
         if missing:
             return "stages", (
-                f"in no stage: {', '.join(missing)}. Add to a stage, or name in left_out if no sample of it is to be "
+                f"in no stage: {', '.join(missing)}. Add each to a stage, or to left_out if none of its samples is to "
+                "be "
                 "trained on."
             )
         return None
 
     def pool_problems(self, pool: Pool) -> Iterator[tuple[str, str]]:
-        """Yield what :meth:`check_domains` says of the pool's domains."""
+        """Yield the problem that :meth:`check_domains` finds with the pool's domains."""
         problem = self.check_domains(pool.domains)
         if problem is not None:
             yield problem
 
     def cannot_act(self, run: RunOutline) -> str | None:
-        """Return which stages the run ends before."""
+        """Return the stages that the run never reaches."""
         total = run.total_steps * run.global_batch_size
         ends = self._ends(self._sizes(run), total) or []
         late = [number for number, before in enumerate(ends[:-1], start=1) if before >= total]
@@ -130,12 +138,12 @@ class StagesOrder(Order[StagesParams]):
             return None
         stages = ", ".join(f"{number + 1} ({', '.join(self.params.stages[number].domains)})" for number in late)
         return (
-            f"stage {stages} never begins: the stages before take all {total:,} samples of the run; train longer, or "
+            f"stage {stages} never begins: the stages before use all {total:,} samples of the run; train longer, or "
             "give the stages shares"
         )
 
     def _sizes(self, run: RunOutline) -> list[int] | None:
-        """Return how many samples the domains of each stage have; None: not known."""
+        """Return the number of samples of the domains of each stage. None means unknown."""
         sizes = run.sizes
         if sizes is None:
             return None
@@ -143,7 +151,7 @@ class StagesOrder(Order[StagesParams]):
         return [sum(sizes.get(name, 0) for name in _meant(stage.domains, names)) for stage in self.params.stages]
 
     def outline(self, run: RunOutline, is_mixed: bool) -> list[str]:
-        """Return how many steps each stage has, and how often it goes through its domains."""
+        """Return the steps of each stage, and its passes over its domains, one line for each stage."""
         total = run.total_steps * run.global_batch_size
         sizes = self._sizes(run)
         ends = self._ends(sizes, total)
@@ -165,7 +173,7 @@ class StagesOrder(Order[StagesParams]):
         return [*found, "after the last stage the first comes again"] if self.comes_again and begin < total else found
 
     def draw(self, ctx: RoundContext) -> IndexArray:
-        """Return the samples of the round, stage after stage."""
+        """Return the samples of the round in training order, shape (ctx.size,)."""
         members = [self._members(stage, ctx.pool) for stage in self.params.stages]
         batch = ctx.size // ctx.steps
         ends = self._ends([samples.size for samples in members], ctx.total_steps * batch)
@@ -182,6 +190,7 @@ class StagesOrder(Order[StagesParams]):
             if number < len(ends) - 1:
                 left = min(left, ends[number] - within)
             take = min(left, stop - place)
+            # Keyed by stage and pass, not by round, so that a pass continues across rounds.
             order = KeyedPermutation(samples.size, key_of(key, "stage", number, cycle, turn))
             parts.append(samples[order(np.arange(offset, offset + take, dtype=np.int64))])
             place += take
@@ -198,12 +207,12 @@ class StagesOrder(Order[StagesParams]):
         return np.concatenate([np.arange(pool.offsets[k], pool.offsets[k + 1], dtype=np.int64) for k in numbers])
 
     def _ends(self, sizes: list[int] | None, total: int) -> list[int] | None:
-        """Return after how many samples of the run each stage ends; None: not known without sizes.
+        """Return after how many samples of the run each stage ends. None means that sizes are needed but unknown.
 
-        The last one ends with the run, or if stages come again after a pass over its domains.
+        The last stage ends with the run, or if the stages repeat, after one pass over its domains.
 
         Args:
-            sizes: samples of each stage's domains; None: not known.
+            sizes: samples of each stage's domains. None means unknown.
             total: samples of the run.
         """
         if sizes is None and any(stage.share is None for stage in self.params.stages[:-1]):
@@ -221,5 +230,5 @@ class StagesOrder(Order[StagesParams]):
 
 
 def _meant(given: list[str], names: tuple[str, ...]) -> list[str]:
-    """Return names as the domains have them; one that is no domain's as it is given."""
+    """Return the names as the domains spell them. A name that belongs to no domain is returned unchanged."""
     return [next(iter(by_domain({name: None}, names))) for name in given]

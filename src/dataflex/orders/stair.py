@@ -1,10 +1,10 @@
-"""Stairs: sorted samples in sections, with the samples around the border of two sections folded.
+"""Stairs: sorted samples in sections, with the samples around each border folded.
 
-Of n samples the window around border z of Z sections holds the ranks from round(n z / Z) - R to round(n z / Z) + R,
-without the last, with R = round(rho n), halves to the even number; inside, they are swept L times in one direction.
+Of n samples in Z sections, the window around border z holds the ranks from round(n z / Z) - R to round(n z / Z) + R -
+1. R is round(rho n), with halves rounded to even. Inside a window there are L sweeps in the same direction.
 Source: STR of arXiv 2605.30334 (Dai et al., ACL 2026); microsoft/data-efficacy,
 ``data_ordering/common.py:cross_guidance_order``.
-Cost: that of the score; ``loss``: one forward pass over the samples that are put in order.
+Cost: that of the score. ``by: loss`` costs one forward pass over the arranged samples.
 """
 
 from __future__ import annotations

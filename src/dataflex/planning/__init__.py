@@ -1,1 +1,1 @@
-"""From the components' decisions to plans: rounds, overhead and the plan of a run."""
+"""Planning of rounds from the decisions of the components, the limit on overhead, and the plan of a run."""

@@ -1,4 +1,4 @@
-"""What an order returns, checked, and what the planner makes of it."""
+"""Checks of the permutation that an order returns, and the planner's use of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from dataflex.errors import ComponentError
 
 
 def maker_of(order: Order) -> str:
-    """Return what tells an order's walk from others: its name and parameters, whatever its paths are relative to."""
+    """Return a key of an order, which a stored pass is compared with: the order's name and parameters as JSON.
+
+    Existing paths that are read are made absolute, so that the key does not depend on the working directory. Paths that
+    are written are left out, because they do not change the order.
+    """
     found: dict[str, Any] = {"method": order.name, **order.params.model_dump(mode="json")}
     for name, mark in path_fields(type(order.params)).items():
         if mark.is_written:
@@ -29,37 +33,51 @@ def maker_of(order: Order) -> str:
 
 
 def arranged(order: Order, ctx: RoundContext, selection: Selection) -> IndexArray:
-    """Return the permutation that an order puts a selection into.
+    """Return the permutation that an order arranges a selection in.
 
     Raises:
-        ComponentError: if it returns none.
+        ComponentError: if the order returns no permutation.
     """
     return as_permutation(label_of(order, ("arrange",)), order.arrange(ctx, selection), selection.indices.size)
 
 
 def as_permutation(label: str, given: Any, size: int) -> IndexArray:
-    """Return what somebody gave as an array, after checking that it is a permutation of ``range(size)``.
+    """Return a component's result as an array, after checking that it is a permutation of ``range(size)``.
+
+    Args:
+        label: name of the component's method, for the error.
+        given: the result.
+        size: length of the permutation.
 
     Raises:
-        ComponentError: naming what gave it, if it is none.
+        ComponentError: if the result is no permutation.
     """
     try:
         positions = np.asarray(given)
     except ValueError as error:
-        raise ComponentError(f"{label} returned a {type(given).__name__} that is no array: {error}") from error
+        raise ComponentError(
+            f"{label} returned a {type(given).__name__} that cannot be converted to an array: {error}"
+        ) from error
     whole = positions.shape == (size,) and np.issubdtype(positions.dtype, np.integer)
     if not whole or not np.array_equal(np.sort(positions), np.arange(size)):
-        raise ComponentError(f"{label} did not return a permutation of {size} positions, as integers.")
+        raise ComponentError(
+            f"{label} must return a permutation of {size} positions (the integers 0 to {size - 1}), but did not."
+        )
     return positions
 
 
 def in_passes(positions: IndexArray, groups: IndexArray, passes: IndexArray) -> IndexArray:
-    """Return a permutation whose groups have the same places, but in each of which earlier passes come first.
+    """Reorder the samples of each group so that earlier passes come first.
+
+    Every group keeps its positions in the permutation.
 
     Args:
-        positions: a permutation of a selection.
-        groups: the group of each of the selection's samples.
-        passes: the pass of each over its group.
+        positions: a permutation of a selection, shape (n,).
+        groups: the group of each sample of the selection, shape (n,).
+        passes: the pass of each sample over its group, shape (n,).
+
+    Returns:
+        The changed permutation, shape (n,).
     """
     place = np.arange(positions.size)
     group, number = groups[positions], passes[positions]

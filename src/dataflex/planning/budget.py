@@ -1,11 +1,12 @@
-"""Selection under a cap on its cost: how many samples are scored now, which, and what stands in for the others.
+"""Selection under a limit on its cost: how many samples to score, which ones, and estimates for the others.
 
 Scoring the whole pool at every decision can cost many times the training. Under ``max_overhead`` a decision scores as
-many candidates as the run's measured costs allow (:func:`affordable`), drawn evenly from clusters of similar samples
-(:meth:`ScoreBook.pick`). Scores are kept and used until newer ones are plenty (:meth:`ScoreBook.max_age`); a candidate
-without one gets the mean of its cluster, shrunk to that of all (:meth:`ScoreBook.estimates`).
+many candidates as the run's measured costs allow (:func:`affordable`). They are drawn evenly from clusters of similar
+samples (:meth:`ScoreBook.pick`). Scores are stored and reused until there are enough newer ones
+(:meth:`ScoreBook.max_age`). A candidate without a score gets the mean of its cluster, shrunk towards the mean of all
+(:meth:`ScoreBook.estimates`).
 
-Nothing here reads a clock: measured seconds are arguments, and the same arguments give the same decisions.
+Nothing in this module reads a clock. Measured seconds are arguments, and the same arguments give the same decisions.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from dataflex.data.sampling import IndexArray
 ClusterArray = NDArray[np.int32]
 
 NEVER = -1
-"""In :attr:`ScoreBook.scored_at`: not scored yet."""
+"""Entry of :attr:`ScoreBook.scored_at` for a sample that was not scored yet."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The policy's parameters.
+    """Parameters of the policy that limits the cost of decisions.
 
     Attributes:
-        max_overhead: cap on decision seconds over training seconds, of the whole run, > 0.
-        safety: share of the cap that is planned with. The last decision's cost is known only when it is spent, and
-            later steps may be faster than those measured.
-        minimum: fewest samples a decision scores (all candidates where there are fewer); below it the mean and
-            spread of the fresh scores say little.
-        coverage: a score stays valid until this many times the wanted samples have newer ones.
-        prior: what the mean of all counts in a cluster's estimate, in samples, > 0.
+        max_overhead: limit on the run's decision seconds divided by its training seconds, > 0.
+        safety: share of the limit that is used for planning, in (0, 1]. It leaves a margin, because the cost of the
+            last decision is known only after the decision, and later steps may be faster than the measured ones.
+        minimum: fewest samples that a decision scores, or all candidates if there are fewer. With fewer scores their
+            mean and spread would say little.
+        coverage: a score stays valid until newer scores exist for this many times the wanted samples, >= 1.
+        prior: weight of the mean of all samples in the estimate of a cluster, counted in samples, > 0.
     """
 
     max_overhead: float
@@ -59,46 +60,46 @@ class Budget:
 
 @dataclass
 class LimitedDecision:
-    """What one decision did under the cap, in all groups."""
+    """Record of one decision under the limit, over all groups."""
 
     clusters: int
-    """Clusters of the pool."""
+    """Number of clusters of the pool."""
     scored: int
-    """Samples scored."""
+    """Number of samples scored."""
     allowed: int
-    """Samples the cap allowed."""
+    """Number of samples that the limit allowed to score."""
     max_age: int
-    """Decisions, this one included, for which a score is valid."""
+    """Number of latest decisions, including this one, whose scores are valid."""
     chosen_by_own_score: float
-    """Share of the chosen samples with a valid score of their own."""
+    """Share of the chosen samples with a valid score instead of an estimate, in [0, 1]."""
     seconds_per_sample: float | None = None
-    """Measured, of scoring one sample on all processes together; None before the first scores."""
+    """Measured seconds of scoring one sample on all processes together. None before the first scores."""
     fixed_seconds: float | None = None
-    """Measured, of what a decision costs whatever it scores: the mean so far."""
+    """Mean measured seconds of a decision that do not depend on the number of scored samples."""
     step_seconds: float | None = None
-    """Mean time of a training step so far."""
+    """Mean seconds of a training step so far."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What training and decisions have cost in this run so far, in seconds; equal on all ranks."""
+    """Cost of training and of decisions in the run so far, in seconds. Equal on all ranks."""
 
     train_seconds: float
-    """Spent on training steps so far."""
+    """Seconds spent on training steps so far."""
     train_steps: int
-    """Steps that took."""
+    """Number of training steps done in these seconds."""
     decision_seconds: float
-    """Spent on decisions so far: scoring, calibration, clusters, planning."""
+    """Seconds spent on decisions so far: scoring, calibration, clusters, planning."""
     seconds_per_sample: float
-    """Of scoring one average sample on all ranks together (wall time over samples), > 0."""
+    """Seconds of scoring one average sample on all ranks together (wall time over samples), > 0."""
     fixed_seconds: float
-    """Of a decision whatever it scores (validation features, planning), >= 0."""
+    """Seconds of a decision besides scoring (validation features, planning), >= 0."""
     step_seconds: float | None = None
-    """Expected of a training step to come; none: the mean of those so far."""
+    """Expected seconds of a future training step. None means the mean of the steps so far."""
 
     @property
     def expected_step_seconds(self) -> float:
-        """What a training step to come is expected to take; 0 where nothing says."""
+        """Expected seconds of a future training step, or 0 before the first step if none are given."""
         if self.step_seconds is not None:
             return self.step_seconds
         return self.train_seconds / self.train_steps if self.train_steps else 0.0
@@ -107,30 +108,31 @@ class Costs:
 def affordable(
     costs: Costs, budget: Budget, *, round_steps: int, remaining_steps: int, candidates: int, has_scores: bool
 ) -> int:
-    """Return how many candidates may be scored at this decision; 0: skip it, fixed cost and all.
+    """Return how many candidates may be scored at this decision. 0 means to skip it, including its fixed cost.
 
-    The allowance of a decision is ``safety x max_overhead x (training so far + round_steps to come)`` less what
-    decisions have cost so far. What one decision does not spend, the next ones have; what one overspends, they lack.
-    The last decision's allowance is that of the whole run, so the run ends under the cap as far as the costs are known:
-    it can miss it by about the error of one decision's estimated cost, which is much only where few dear decisions fit.
+    The allowance of a decision is ``safety x max_overhead x (training so far + round_steps to come)`` minus the cost of
+    all decisions so far. Unspent allowance is left for the next decisions, and overspending reduces it. The last
+    decision may use the allowance of the whole run, so the run ends under the limit as far as the costs are known. The
+    run can miss the limit by about the error in the estimated cost of one decision. This error matters only if the run
+    affords few decisions that each cost much.
 
-    - A decision is worth its fixed cost when it scores at least ``minimum`` samples and spends at least as much on
-      scoring as on the rest. Otherwise it is skipped, and a later one has its allowance too. The last decision, which
-      has none to save for, only needs ``minimum`` samples.
-    - Where there is no score yet, the decision may take an advance on the allowance of later rounds, up to what makes
-      it worth its fixed cost: without scores every round until then would be drawn at random. Later decisions are
-      skipped until the advance is paid back. If not even the whole run's allowance is enough for the fixed cost and
-      ``minimum`` samples, nothing is scored.
+    - A decision is worth its fixed cost if it scores at least ``minimum`` samples and spends at least as much time on
+      scoring as on the fixed part. Otherwise the decision is skipped, and its allowance is left for a later one. The
+      last decision only needs ``minimum`` samples, because there is no later one.
+    - If there is no score yet, the decision may use the allowance of later rounds in advance, up to the amount that
+      makes it worth its fixed cost. Without scores, every round until then would be drawn at random. Later decisions
+      are skipped until the advance is paid back. If even the allowance of the whole run does not cover the fixed cost
+      and ``minimum`` samples, nothing is scored.
 
-    Before anything is known about the time of a training step the answer is 0.
+    The result is 0 as long as the time of a training step is unknown.
 
     Args:
-        costs: measured so far.
-        budget: the policy.
-        round_steps: optimizer steps until the next decision, those of a warm-up round between included.
+        costs: measured costs so far.
+        budget: parameters of the policy.
+        round_steps: optimizer steps until the next decision, including those of a warm-up round between.
         remaining_steps: optimizer steps until the run ends, at least ``round_steps``.
-        candidates: samples that could be scored.
-        has_scores: whether there are scores of earlier decisions to go on with.
+        candidates: number of samples that could be scored.
+        has_scores: whether earlier decisions left scores that can be used.
 
     Raises:
         ValueError: if the cost of a sample is not positive.
@@ -149,34 +151,35 @@ def affordable(
 
 
 def _payable(costs: Costs, budget: Budget, steps: int, most: int) -> int:
-    """Return how many samples, at most ``most``, can be scored out of the allowance after ``steps`` more steps."""
+    """Return how many samples, at most ``most``, the allowance after ``steps`` more steps pays for."""
     trained = costs.train_seconds + steps * costs.expected_step_seconds
     allowance = budget.safety * budget.max_overhead * trained - costs.decision_seconds - costs.fixed_seconds
     return max(0, int(min(most, allowance / costs.seconds_per_sample)))
 
 
 class ScoreBook:
-    """The scores of the pool's samples, how old they are, and what they say about samples without one.
+    """Scores of the pool's samples, their age, and estimates for samples without a score.
 
-    Scores are kept as z-scores of the decision they were made at: less the mean of that decision's fresh scores, over
-    their standard deviation. This makes scores of different decisions comparable as long as each fresh set is a random
-    draw from the same candidates, which :meth:`pick` sees to, and while training moves and stretches the scores of all
-    samples alike. Of a domain's candidates and of the whole pool's they are not comparable: one book holds both only if
-    each decision records every set of candidates on its own.
+    Scores are also stored as z-scores of their decision: the decision's mean score is subtracted, and the difference is
+    divided by the standard deviation of its scores. z-scores of different decisions are comparable under two
+    conditions. Each decision scores a random draw of the same candidates, as :meth:`pick` returns. And training shifts
+    and scales the scores of all samples alike. z-scores within a domain and within the whole pool are not comparable,
+    so a book holds both only if every decision records each set of candidates separately.
 
     Indices are pool indices. ``N`` is the size of the pool.
 
     Args:
         clusters: the cluster of every sample, from 0, shape (N,).
-        budget: the policy.
+        budget: parameters of the policy.
 
     Attributes:
-        scores: as recorded, shape (N,), float32; NaN: never scored, or no score exists.
-        standard: their z-scores, shape (N,), float32; NaN likewise.
-        scored_at: number of the decision that scored each, shape (N,), int32; ``NEVER`` where none did. With a NaN
-            score a sample cannot be scored (no token to train on) and is neither picked nor chosen again.
-        used: whether each was chosen since it was last scored, shape (N,), bool. An old score says nothing new about a
-            sample trained on since, so those come after all others.
+        scores: the recorded scores, shape (N,), float32. NaN if the sample was never scored or has no score.
+        standard: their z-scores, shape (N,), float32. NaN as in ``scores``.
+        scored_at: number of the decision that scored each sample, shape (N,), int32, or ``NEVER``. A sample that was
+            scored and has the score NaN cannot be scored (it has no trained token), and is neither picked nor chosen
+            again.
+        used: whether each sample was chosen since it was last scored, shape (N,), bool. Training on a sample makes its
+            old score obsolete, so used samples come after all others.
     """
 
     def __init__(self, clusters: ClusterArray, budget: Budget) -> None:
@@ -188,22 +191,23 @@ class ScoreBook:
         self.used = np.zeros(self.clusters.size, dtype=bool)
 
     def has_scores(self, candidates: IndexArray) -> bool:
-        """Return whether any of ``candidates`` has a score, of whatever age."""
+        """Return whether any of ``candidates`` has a score of any age."""
         return not bool(np.isnan(self.scores[candidates]).all())
 
     def unscorable(self, candidates: IndexArray) -> NDArray[np.bool_]:
-        """Return which of ``candidates`` are known to have no score, shape (n,)."""
+        """Return which of ``candidates`` were scored and have no score, shape (n,)."""
         return (self.scored_at[candidates] != NEVER) & np.isnan(self.scores[candidates])
 
     def pick(self, candidates: IndexArray, count: int, rng: np.random.Generator) -> IndexArray:
-        """Return which candidates to score now.
+        """Return the candidates to score at this decision.
 
-        Every cluster gives its share of ``count``, rounded up or down at random so that on average the shares are
-        exact (systematic sampling): also where there are more clusters than samples to score, every cluster has its
-        turn. Within a cluster those never scored come first, then those with the oldest scores, ties at random.
+        Every cluster gets a share of ``count`` in proportion to its scorable candidates. The share is rounded up or
+        down at random, so that it is exact on average (systematic sampling). All clusters therefore have a chance, even
+        if there are more clusters than samples to score. Within a cluster the samples that were never scored come
+        first, then those with the oldest scores. Ties are broken at random.
 
         Returns:
-            Distinct candidates that can be scored, ascending, shape (count,) or fewer where there are not as many.
+            Distinct scorable candidates, ascending, shape (count,), or all of them if there are fewer than ``count``.
         """
         scorable = candidates[~self.unscorable(candidates)]
         if count >= scorable.size:
@@ -213,18 +217,18 @@ class ScoreBook:
         shuffled = shuffled[np.argsort(clusters * (ages.max() + 2) + ages, kind="stable")]
         sizes = np.bincount(clusters)
         ends = np.cumsum(sizes)
-        # Exact in integers: how many of the equally spaced marks, shifted by chance, lie before each cluster's end.
+        # Integers keep this exact: the number of equally spaced marks, shifted at random, before each cluster's end.
         marks = (ends * count + int(rng.integers(scorable.size))) // scorable.size
         counts = np.diff(marks, prepend=0)
         rank = np.arange(scorable.size) - np.repeat(ends - sizes, sizes)
         return np.sort(shuffled[rank < np.repeat(counts, sizes)])
 
     def record(self, indices: IndexArray, scores: ScoreArray, update: int) -> None:
-        """Remember the scores made at a decision; once for each set of candidates, after :meth:`pick`.
+        """Store the scores of a decision. Call it once for each set of candidates, after :meth:`pick`.
 
         Args:
             indices: distinct samples, shape (n,).
-            scores: higher is chosen first, shape (n,); NaN where the sample has none.
+            scores: shape (n,). Higher scores are chosen first. NaN means that the sample has no score.
             update: number of the decision, from 0.
 
         Raises:
@@ -241,15 +245,16 @@ class ScoreBook:
         self.used[indices] = False
 
     def max_age(self, candidates: IndexArray, wanted: int, update: int) -> int:
-        """Return for how many decisions, the present one included, a score is valid.
+        """Return the number of latest decisions, including the present one, whose scores are valid.
 
-        The smallest number of latest decisions that scored ``coverage x wanted`` of the candidates, or all decisions
-        so far if that is not reached: scores are as new as they can be while there are several to choose each from.
+        It is the smallest number of latest decisions that scored at least ``coverage x wanted`` of the candidates, or
+        all decisions so far if none is large enough. Scores are thus as new as possible, while each sample is still
+        chosen from several scored ones.
 
         Args:
             candidates: samples to choose from.
-            wanted: samples to be chosen.
-            update: number of the present decision, its scores recorded.
+            wanted: number of samples to choose.
+            update: number of the present decision. Its scores must be recorded already.
 
         Returns:
             Between 1 and ``update + 1``.
@@ -260,11 +265,11 @@ class ScoreBook:
         return int(enough[0]) + 1 if enough.size else update + 1
 
     def estimates(self, candidates: IndexArray, update: int, max_age: int) -> ScoreArray:
-        """Return the expected z-score of each candidate, shape (n,), float32; NaN where it cannot be scored.
+        """Return the expected z-score of each candidate, shape (n,), float32. NaN if it cannot be scored.
 
-        A score made at one of the last ``max_age`` decisions counts as it is. The others have the mean z-score m of the
-        n valid ones in their cluster, shrunk to the mean of all: ``all + n / (n + prior) * (m - all)``. Without any
-        valid score every estimate is 0.
+        A score of one of the last ``max_age`` decisions is used as it is. Any other candidate gets the mean m of the n
+        valid z-scores in its cluster, shrunk towards the mean of all: ``all + n / (n + prior) * (m - all)``. If no
+        score is valid, every estimate is 0.
         """
         own = self.standard[candidates]
         valid = ~np.isnan(own) & (update - self.scored_at[candidates] < max_age)
@@ -285,19 +290,19 @@ class ScoreBook:
         rng: np.random.Generator,
         draw: Draw,
     ) -> tuple[IndexArray, ScoreArray]:
-        """Return the chosen candidates and their estimates; they are ``used`` from now on.
+        """Choose candidates by their estimates, and mark them as ``used``.
 
-        Candidates chosen since they were last scored are taken only when the others are too few.
+        Candidates that were chosen since they were last scored are chosen again only if the others are too few.
 
         Args:
             candidates: samples to choose from.
-            count: samples to choose.
-            update: number of the present decision, its scores recorded.
-            rng: breaks ties (members of a cluster without a score of their own are tied) and draws the sample.
-            draw: takes so many of some candidates by their estimates.
+            count: number of samples to choose.
+            update: number of the present decision. Its scores must be recorded already.
+            rng: breaks ties and draws the sample. Members of a cluster without a score have equal estimates.
+            draw: draws a number of positions by their estimates.
 
         Returns:
-            Distinct pool indices, ascending, and estimates (float32), both of shape (count,).
+            Distinct pool indices, ascending, and their estimates (float32), both of shape (count,).
 
         Raises:
             ValueError: if fewer than ``count`` candidates can be scored.
@@ -323,7 +328,7 @@ class ScoreBook:
         return candidates[chosen], estimated[chosen]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is remembered, the clusters included, as numpy arrays."""
+        """Return the clusters, scores, ages and marks as numpy arrays."""
         return {
             "clusters": self.clusters.copy(),
             "scores": self.scores.copy(),
@@ -333,10 +338,10 @@ class ScoreBook:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned.
+        """Restore the state that :meth:`state_dict` returned.
 
         Raises:
-            ValueError: if it is of a pool of another size.
+            ValueError: if the state is of a pool of another size.
         """
         if state["clusters"].shape != self.clusters.shape:
             raise ValueError(f"the state is of {state['clusters'].size} samples, the pool has {self.clusters.size}")
@@ -348,7 +353,7 @@ class ScoreBook:
 
 
 Draw = Callable[[IndexArray, ScoreArray, int, np.random.Generator], IndexArray]
-"""Returns so many of some positions by the estimates of all: (positions, estimates, count, rng)."""
+"""Draws some of the positions by the estimates of all candidates: (positions, estimates, count, rng) -> positions."""
 
 
 def draw_by_rule(
@@ -359,15 +364,16 @@ def draw_by_rule(
     rule: Literal["top_k", "sample"] = "top_k",
     temperature: float = 1.0,
 ) -> IndexArray:
-    """Return ``count`` of ``positions`` by their estimates, ties drawn at random.
+    """Return ``count`` of ``positions`` by their estimates, with ties broken at random.
 
     Args:
-        positions: of candidates.
+        positions: positions among the candidates.
         estimated: estimates of all candidates.
-        count: at most the number of positions; at 0 none are taken.
-        rng: the source of draws.
-        rule: ``top_k``: the best estimates; ``sample``: without replacement, p ~ exp(estimate / temperature).
-        temperature: for ``sample``, of the z-scores, > 0.
+        count: at most the number of positions. 0 returns no position.
+        rng: the source of randomness.
+        rule: ``top_k`` returns the best estimates. ``sample`` draws without replacement, p ~ exp(estimate /
+            temperature).
+        temperature: for ``sample``, in units of z-scores, > 0.
     """
     if rule == "sample":
         return positions[sample_softmax(estimated[positions].astype(np.float64) / temperature, count, rng)]
@@ -376,11 +382,11 @@ def draw_by_rule(
 
 
 def _standardised(scores: ScoreArray) -> ScoreArray:
-    """Return z-scores over the scores that are not NaN; 0 where they are all equal."""
+    """Return z-scores over the scores that are not NaN. All are 0 if these scores are all equal."""
     known = scores[~np.isnan(scores)].astype(np.float64)
     if not known.size:
         return scores
     mean, spread = known.mean(), known.std()
-    if spread <= 1e-6 * abs(mean):
+    if spread <= 1e-6 * abs(mean):  # only rounding errors differ
         spread = np.inf
     return ((scores - mean) / spread).astype(np.float32)

@@ -1,10 +1,12 @@
-"""A chain of selectors at work: filters leave a part of the candidates, the last selector chooses the round's samples.
+"""Running a chain of selectors: filters keep a part of the candidates, the last selector chooses the round's samples.
 
-Every selector of a chain decides once in ``every`` decisions. In between, the samples a filter left last stand for it,
-and the scores of the last selector, from which every round is chosen anew. What stands for a selector stands for all
-before it too, so these are not asked. Samples are chosen from each group (the pool, or each domain where a mixer
-decides) apart, and a filter keeps its share of each. A selector that compares samples ``within`` their domain is given
-each domain of the pool as a group of its own.
+Every selector of a chain decides once in ``every`` decisions. Between two decisions of a filter, the samples that it
+kept last are used again. Between two decisions of the last selector, its scores are used again, and every round is
+chosen anew from them. A stored result includes the effect of all selectors before it, so these are not called either.
+
+Samples are chosen from each group separately. A group is the pool, or each domain if there is a mixer. A filter keeps
+its share of each group. A selector that compares samples ``within`` their domain gets each domain of the pool as a
+separate group.
 """
 
 from __future__ import annotations
@@ -42,24 +44,26 @@ from dataflex.planning.overhead import LimitedScoring
 logger = logging.getLogger(__name__)
 
 ContextOf = Callable[[Entry[Selector], str], RoundContext]
-"""Returns the context of an entry for a group."""
+"""Returns the context of an entry for a group, given by name."""
 
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """What one filter of a chain did in a round.
+    """Result of one filter of a chain in a round.
 
     Attributes:
-        key: its configuration key.
-        method: its name.
-        candidates: how many samples came to it, of each group.
-        kept: how many it left, of each group.
-        unscored: candidates without a score.
-        of_update: the decision whose result stands, of each group; another one than the present if it did not decide.
-        samples: the candidates of the groups it decided about, ascending; empty where it did not decide.
-        scores: their scores, NaN where one has none; None if the method gives none.
-        ranks: their ranks within their group, 1 the best, 0 for those without; None if nothing is ranked.
-        is_kept: whether each was left for the next selector.
+        key: configuration key of the filter.
+        method: name of the filter.
+        candidates: number of samples that reached the filter, by group.
+        kept: number of samples that the filter kept, by group.
+        unscored: number of candidates without a score.
+        of_update: number of the decision that the result is of, by group. An earlier decision if the filter did not
+            decide in this round.
+        samples: the candidates of the groups that the filter decided about, ascending. Empty if it did not decide.
+        scores: scores of ``samples``, NaN for a sample without a score. None if the method returns no scores.
+        ranks: ranks of ``samples`` in their group, 1 is the best, 0 for a sample without a rank. None if nothing is
+            ranked.
+        is_kept: whether each of ``samples`` was kept for the next selector.
     """
 
     key: str
@@ -76,21 +80,22 @@ class StageOutcome:
 
 @dataclass(frozen=True)
 class _Held:
-    """What stands for a selector in a group until it decides again."""
+    """Stored result of a selector for a group, used until the selector decides again."""
 
     update: int
-    """Number of the decision it is of."""
+    """Number of the decision that the result is of."""
     start: int
     stop: int
-    """The group's range of the pool."""
+    """Range of the group in the pool: from ``start`` to ``stop`` - 1."""
     samples: IndexArray
-    """The samples a filter left; of the last selector its candidates. Ascending."""
+    """The samples that a filter kept, or the candidates of the last selector. Ascending."""
     scores: ScoreArray | None = None
-    """Of the last selector, the scores of its candidates."""
+    """Scores of the candidates, for the last selector only."""
     came: int = 0
-    """How many candidates a filter had."""
+    """Number of candidates of a filter."""
 
     def state(self) -> State:
+        # One bit for each sample of the group: smaller in a checkpoint than indices.
         inside = np.zeros(self.stop - self.start, dtype=bool)
         inside[self.samples - self.start] = True
         return {
@@ -111,7 +116,7 @@ class _Held:
 
 @dataclass
 class _Beginning:
-    """Calls a selector's ``begin`` once in a decision, when something is about to be scored or chosen."""
+    """Calls a selector's ``begin`` at most once in a decision, right before the first score or choice."""
 
     selector: Selector
     done: bool = False
@@ -129,46 +134,50 @@ class _Part:
     group: Group
     candidates: IndexArray
     begin_at: int = 0
-    """Number of the first entry that is asked."""
+    """Number of the first entry that is called for the group."""
     held: _Held | None = None
-    """What stands for the last entry, if that is not asked."""
+    """Stored result of the last entry, if that entry is not called."""
 
 
 class SelectorChain:
-    """The selectors of a run, and what stands for those that do not decide every time.
+    """The selectors of a run, and the stored results of selectors that do not decide every time.
 
     Args:
-        entries: at least one; all but the last have ``keep``.
+        entries: at least one. All but the last have ``keep``.
         pool: the samples.
-        limit: scores in the last one's place if its cost is limited.
+        limit: scores in the last selector's place if its cost is limited.
     """
 
     def __init__(self, entries: tuple[Entry[Selector], ...], pool: Pool, limit: LimitedScoring | None = None) -> None:
         self.entries, self.pool, self.limit = entries, pool, limit
         self.outcomes: list[StageOutcome] = []
-        """What each filter did in the present round."""
+        """Result of each filter in the present round."""
         self.standing: list[str] = []
-        """Keys of the entries that did not decide in the present round, so that what they found before stands."""
+        """Keys of the entries that did not decide in the present round, so that their stored results were used."""
         self._held: dict[str, dict[str, _Held]] = {}
-        """What stands for an entry in a group, by configuration key and name of the group."""
+        """Stored results, by configuration key and name of the group."""
         self._limited_at: int | None = None
-        """The last decision in which the last entry might score, under a limit."""
+        """Number of the last decision in which the last entry was allowed to score, under a limit."""
         self._owed = np.zeros(len(pool.domains))
-        """What rounding kept from each domain so far, in samples, if the last entry compares within domains."""
+        """Rounding error of each domain so far, in samples, if the last entry compares within domains. Shape (K,)."""
 
     def select(
         self, groups: list[Group], update: int, size: int, context: ContextOf
     ) -> tuple[list[Group], list[Selection]]:
-        """Return the samples of a round, of each group; the groups are domains if the last selector divides the pool.
+        """Choose the samples of a round.
 
         Args:
-            groups: what samples are wanted from.
+            groups: groups with the number of samples wanted from each.
             update: number of the decision.
             size: samples of the round.
             context: returns the context of an entry for a group.
 
+        Returns:
+            The groups that samples were chosen from, and the selection of each. The groups are domains if the last
+            selector compares within domains.
+
         Raises:
-            ConfigError: if the filters leave fewer samples of the pool than the round takes.
+            ConfigError: if the filters keep fewer samples of the pool than the round needs.
         """
         self.outcomes = []
         parts = [self._entering(group, update) for group in groups]
@@ -180,7 +189,7 @@ class SelectorChain:
         return self._choose(self.entries[-1], parts, update, context)
 
     def _entering(self, group: Group, update: int) -> _Part:
-        """Return where a group enters the chain: after the last entry whose result stands."""
+        """Return the group as a part that enters the chain after the last entry with a stored result."""
         for number in reversed(range(len(self.entries))):
             held = self._standing(self.entries[number], group.name, update)
             if held is None:
@@ -191,7 +200,7 @@ class SelectorChain:
         return _Part(group, group.candidates)
 
     def _standing(self, entry: Entry[Selector], group: str, update: int) -> _Held | None:
-        """Return what stands for an entry in a group; None if it is to decide."""
+        """Return the stored result of an entry for a group. None if the entry is to decide."""
         held = self._held.get(entry.key, {}).get(group)
         return None if held is None or update - held.update >= entry.every else held
 
@@ -201,7 +210,10 @@ class SelectorChain:
             self._held.setdefault(entry.key, {})[group.name] = held
 
     def _contexts(self, entry: Entry[Selector], parts: list[_Part], context: ContextOf) -> list[RoundContext]:
-        """Return the context of each part; all have the same candidates, and say the same if nothing is decided."""
+        """Return the context of each part.
+
+        All contexts have the candidates of all parts, and share one list of reasons for which nothing was decided.
+        """
         everyone = parts[0].candidates if len(parts) == 1 else np.concatenate([part.candidates for part in parts])
         undecided: list[str] = []
         return [replace(context(entry, part.group.name), candidates=everyone, undecided=undecided) for part in parts]
@@ -209,7 +221,7 @@ class SelectorChain:
     def _filter(
         self, number: int, entry: Entry[Selector], parts: list[_Part], update: int, context: ContextOf
     ) -> StageOutcome:
-        """Leave each part what a filter keeps of its candidates."""
+        """Run a filter on the parts it decides about, and reduce their candidates to those that it keeps."""
         acting = [part for part in parts if part.begin_at <= number]
         divided = [_divided(part, self.pool) if compares_in_domains(entry.component) else [part] for part in acting]
         own = [each for these in divided for each in these]
@@ -237,19 +249,19 @@ class SelectorChain:
         return _outcome(entry, came, kept, of_update, tables)
 
     def _check_enough(self, part: _Part, size: int) -> None:
-        """Refuse filters that leave fewer samples of the pool than a round takes."""
+        """Raise an error if the filters keep fewer samples of the pool than a round needs."""
         if part.candidates.size >= size:
             return
         last = self.entries[-2]
         raise ConfigError(
             f"dataflex.{last.key}.keep: {last.component.name} leaves {part.candidates.size} of the pool's "
-            f"{self.pool.size} samples, and a round takes {size}. Raise keep, or shorten update_steps."
+            f"{self.pool.size} samples, and a round takes {size}. Raise keep, or lower dataflex.update_steps."
         )
 
     def _choose(
         self, entry: Entry[Selector], parts: list[_Part], update: int, context: ContextOf
     ) -> tuple[list[Group], list[Selection]]:
-        """Return the groups that the last selector chooses from, and what it chooses of each."""
+        """Return the groups that the last selector chooses from, and the selection of each."""
         selector, begin = entry.component, _Beginning(entry.component)
         may_score = self._limited_at is None or update - self._limited_at >= entry.every
         if self.limit is not None:
@@ -261,6 +273,7 @@ class SelectorChain:
         contexts = self._contexts(entry, divided, context)
         if len(divided) > len(parts):
             self._give_budgets(entry, parts[0], divided, contexts, begin, update)
+            # A domain that gives no sample is no group of the plan.
             contexts = [ctx for part, ctx in zip(divided, contexts, strict=True) if part.group.budget]
             divided = [part for part in divided if part.group.budget]
         found = []
@@ -271,7 +284,7 @@ class SelectorChain:
                 continue
             choose = partial(self._choice, entry, part, ctx, begin, update)
             found.append(with_whole_passes(part.candidates, part.group.budget, choose))
-        if contexts[0].undecided:
+        if contexts[0].undecided:  # one list, shared by all contexts
             why = "; ".join(dict.fromkeys(contexts[0].undecided))
             found = [each if each.undecided is not None else replace(each, undecided=why) for each in found]
         return [part.group for part in divided], found
@@ -285,10 +298,10 @@ class SelectorChain:
         begin: _Beginning,
         update: int,
     ) -> None:
-        """Divide the samples wanted of the pool among its domains, in proportion to their sizes.
+        """Divide the number of samples wanted from the pool among its domains, in proportion to their sizes.
 
-        A domain with fewer candidates that have a score gives all of them, and the others give the more. If the last
-        selector chooses by scores, they are made here, so that it is known how many there are.
+        A domain with too few candidates that have a score gives all of them, and the other domains give more. If the
+        last selector chooses by scores, it is called here, so that the number of candidates with a score is known.
         """
         selector = entry.component
         passes, rest = divmod(whole.group.budget, whole.candidates.size)
@@ -340,7 +353,7 @@ class SelectorChain:
         return choice_by_scores(selector, ctx, candidates, scores, count)
 
     def state_dict(self) -> State:
-        """Return what stands for the selectors that do not decide every time, and the limit's scores and costs."""
+        """Return the stored results of the selectors, and the scores and costs under the limit."""
         return {
             "held": {
                 entry.key: {
@@ -356,7 +369,10 @@ class SelectorChain:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned, but for selectors that have other parameters now."""
+        """Restore the state that :meth:`state_dict` returned.
+
+        The stored result of a selector with other parameters than in the state is dropped, with a warning.
+        """
         self._held = {}
         for entry in self.entries:
             stored = state["held"].get(entry.key)
@@ -364,7 +380,11 @@ class SelectorChain:
                 continue
             if stored["made_with"] != _made_with(entry):
                 if distributed.rank() == 0:
-                    logger.warning("%s %s: it is another one now, and decides anew.", entry.key, entry.component.name)
+                    logger.warning(
+                        "%s %s: method, keep or parameters differ from the checkpoint, so the selector decides again.",
+                        entry.key,
+                        entry.component.name,
+                    )
                 continue
             self._held[entry.key] = {name: _Held.of(each) for name, each in stored["groups"].items()}
         self._limited_at = None if state["limited_at"] is None else int(state["limited_at"])
@@ -386,7 +406,7 @@ def _held_scores(part: _Part) -> ScoreArray:
 
 
 def _divided(part: _Part, pool: Pool) -> list[_Part]:
-    """Return a part for each domain of which a part has candidates; the part itself if there is one."""
+    """Return one part for each domain that has candidates. With fewer than two such domains, return the part itself."""
     ends = np.searchsorted(part.candidates, pool.offsets)
     domains = np.flatnonzero(np.diff(ends))
     if domains.size < 2:
@@ -406,7 +426,7 @@ def _divided(part: _Part, pool: Pool) -> list[_Part]:
 
 @dataclass(frozen=True)
 class _Table:
-    """What a filter said of a group's candidates; the fields are those of :class:`StageOutcome`."""
+    """Result of a filter for the candidates of a group. The fields are those of :class:`StageOutcome`."""
 
     samples: IndexArray
     is_kept: NDArray[np.bool_]
@@ -416,7 +436,7 @@ class _Table:
 
 
 def _counts_kept(entry: Entry[Selector], sizes: list[int]) -> list[int | None]:
-    """Return how many samples of each group a filter keeps; None: a share of those that have a score."""
+    """Return how many samples of each group a filter keeps. None means its share of the samples with a score."""
     assert entry.keep is not None
     if entry.keep < 1:
         return [None] * len(sizes)
@@ -424,15 +444,17 @@ def _counts_kept(entry: Entry[Selector], sizes: list[int]) -> list[int | None]:
     if wanted > total and sizes:
         raise ConfigError(
             f"dataflex.{entry.key}.keep: {wanted} samples are to be left, and only {total} come to "
-            f"{entry.component.name}. Lower it, or give a share."
+            f"{entry.component.name}. Lower keep, or use a share below 1."
         )
-    # In proportion, and exactly so many in all.
+    # Proportional to the sizes. The difference of rounded cumulative sums makes the total exact.
     ends = np.cumsum(sizes, dtype=np.int64) * wanted // max(total, 1)
     return [max(1, int(count)) for count in np.diff(ends, prepend=0)]
 
 
 def _kept_by(entry: Entry[Selector], ctx: RoundContext, part: _Part, count: int | None, is_divided: bool) -> _Table:
-    """Return what a filter says of the candidates of a part; of a divided pool, a domain without a score is left out.
+    """Return the result of a filter for the candidates of a part.
+
+    In a pool divided into domains, a domain in which no candidate has a score keeps no sample.
 
     Raises:
         ComponentError: if no candidate has a score.
@@ -444,7 +466,8 @@ def _kept_by(entry: Entry[Selector], ctx: RoundContext, part: _Part, count: int 
         chosen = checked_choice(selector, selector.choose(ctx, candidates, wanted), candidates, part.group.name)
         if chosen.indices.size != wanted:
             raise ComponentError(
-                f"selector {selector.name!r} chose {chosen.indices.size} samples of {part.group.name!r}, not {wanted}."
+                f"selector {selector.name!r} chose {chosen.indices.size} samples of {part.group.name!r}, but must "
+                f"choose {wanted}."
             )
         is_kept[np.searchsorted(candidates, chosen.indices)] = True
         return _Table(candidates, is_kept)
@@ -470,7 +493,7 @@ def _outcome(
     of_update: dict[str, int],
     tables: list[_Table],
 ) -> StageOutcome:
-    """Return what a filter did, of all groups."""
+    """Return the result of a filter over all groups."""
     samples = np.concatenate([np.empty(0, np.int64), *(table.samples for table in tables)])
     is_kept = np.concatenate([np.empty(0, bool), *(table.is_kept for table in tables)])
     scores = [table.scores for table in tables if table.scores is not None]
@@ -490,6 +513,6 @@ def _outcome(
 
 
 def _made_with(entry: Entry[Selector]) -> dict[str, Any]:
-    """Return what a selector's result depends on, of the configuration."""
+    """Return the part of the configuration that a selector's result depends on."""
     params = entry.component.params.model_dump(mode="json")
     return {"method": entry.component.name, "keep": entry.keep, "params": params}

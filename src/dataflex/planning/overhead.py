@@ -1,10 +1,10 @@
-"""Selection under ``select.max_overhead``: clocks, calibration and memory around the policy in ``budget``.
+"""Selection under ``select.max_overhead``: clocks, calibration and stored scores around the policy in ``budget``.
 
-A decision first scores a small draw of candidates, which also pays what every decision pays (the validation
-features), then as many more as the cap allows; the difference tells the two costs apart. The very first decision, which
-knows of no cost, scores two small draws before it knows how many more. Seconds are those of rank 0, told to all, so
-that all ranks decide the same; a run with a cap is reproducible given the seconds in its record, and a round once
-planned is kept by checkpoints.
+A decision first scores a small draw of candidates. This call also pays the fixed cost that every decision has, such as
+the validation features. The decision then scores as many more candidates as the limit allows. The difference separates
+the two costs. The very first decision knows no cost yet, so it scores two small draws before it computes how many more
+it may score. All seconds are measured on rank 0 and sent to all ranks, so that all ranks decide the same. A run with a
+limit is reproducible given the seconds in its record. Checkpoints store the rounds that are already planned.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from dataflex.data.pool import Pool
 
 _CLUSTER_SIZE = 64
+"""Samples of the pool for each cluster, within the limits of _CLUSTERS."""
 _CLUSTERS = (8, 256)
 """Fewest and most clusters."""
 _CALIBRATION = 16
-"""Samples in the draw that tells what a decision costs whatever it scores."""
+"""Samples in the draw that measures the fixed cost of a decision."""
 _CHOICE_ONLY = {"rule", "temperature", "max_overhead"}
 """Parameters of a selector that its scores do not depend on."""
 
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds the run has spent so far, of rank 0."""
+    """Seconds that the run has spent so far, measured on rank 0."""
 
     train_seconds: float
     decision_seconds: float
@@ -56,28 +57,28 @@ class Spent:
 
 @dataclass
 class _Decision:
-    """What the present decision has done so far, in all groups."""
+    """Progress of the present decision, over all groups."""
 
     may_score: bool
-    """Whether it is one in which the selector decides."""
+    """Whether the selector decides at this decision."""
     allowed: int | None = None
-    """How many samples it may score; None: not yet found out."""
+    """How many samples the decision may score. None if not computed yet."""
     has_begun: bool = False
     has_paid: bool = False
-    """Whether what every decision costs is measured."""
+    """Whether the fixed cost of the decision is measured."""
     by_own_score: int = 0
     chosen: int = 0
 
 
 class LimitedScoring:
-    """Scores some candidates, remembers the scores, and chooses by what is known.
+    """Scores some candidates, stores the scores, and chooses by the scores and estimates known so far.
 
     Args:
         pool: the samples.
-        max_overhead: limit on decision seconds over training seconds, of the whole run.
-        seed: of the clusters.
+        max_overhead: limit on the run's decision seconds divided by its training seconds.
+        seed: seed of the clusters.
         schedule: the rounds.
-        spent: returns the seconds so far, the running decision's included; called on rank 0.
+        spent: returns the seconds so far, including those of the running decision. Called on rank 0.
     """
 
     def __init__(
@@ -87,26 +88,33 @@ class LimitedScoring:
         self._spent = spent
         self._book: ScoreBook | None = None
         self._made_with: dict[str, Any] = {}
-        """The selector's parameters the book's scores depend on."""
+        """Parameters of the selector that the stored scores depend on."""
         self._seconds, self._samples = 0.0, 0
         self._fixed_seconds, self._fixed_count = 0.0, 0
         self.done: LimitedDecision | None = None
-        """What the present decision did, for the record; None before it chose."""
+        """Record of the present decision. None before it chose."""
         self._now = _Decision(True)
         self._decisions, self._scoring, self._scored = 0, 0, 0
-        """Decisions, those of them that scored, and the scores they made in all."""
+        """Number of decisions, number of decisions that scored, and number of scores in the run."""
         self._first_seconds, self._scoring_seconds = 0.0, 0.0
-        """What decisions had taken when the first had found out what scoring costs, and what all scoring took."""
+        """Decision seconds when the first decision had measured the costs, and seconds of all scoring."""
 
     def open(self, may_score: bool = True) -> None:
-        """Begin a decision; ``may_score``: whether it is one in which the selector decides."""
+        """Begin a decision.
+
+        Args:
+            may_score: whether the selector decides at this decision. If not, the stored scores are used.
+        """
         self.done, self._now = None, _Decision(may_score)
 
     def choose(self, selector: Selector, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
-        """Return ``count`` of the candidates, scoring no more of them than the limit allows."""
+        """Return ``count`` of the candidates, after scoring at most as many of them as the limit allows."""
         made_with = {**selector.params.model_dump(mode="json", exclude=_CHOICE_ONLY), "method": selector.name}
         if self._book is not None and made_with != self._made_with:
-            logger.warning("select %s: its parameters changed, so its scores are made again.", selector.name)
+            logger.warning(
+                "select %s: its parameters changed, so its stored scores are discarded and computed again.",
+                selector.name,
+            )
             self._book, self._seconds, self._samples, self._fixed_seconds, self._fixed_count = None, 0.0, 0, 0.0, 0
         self._made_with = made_with
         book = self._book_now()
@@ -127,7 +135,7 @@ class LimitedScoring:
             chosen, estimates = book.choose(candidates, count, ctx.update, ctx.rng, draw=_draw_of(selector))
         except ValueError as error:
             raise ComponentError(f"selector {selector.name!r}: {error}") from error
-        # Of all groups of the decision, where a mixer makes several.
+        # Summed over all groups of the decision: with a mixer each domain is a group.
         now.by_own_score += int((book.scored_at[chosen] > ctx.update - max_age).sum())
         now.chosen += chosen.size
         done.max_age = max(max_age, done.max_age)
@@ -146,9 +154,9 @@ class LimitedScoring:
         return self._book
 
     def _allowed(self, ctx: RoundContext, book: ScoreBook) -> int:
-        """Return how many samples this decision may score in all."""
+        """Return how many samples this decision may score in all groups together."""
         everyone = np.arange(self.pool.size)
-        if not self._samples:  # nothing is known of the cost yet: the two calibrating draws, then as it turns out
+        if not self._samples:  # no cost is known yet: two calibration draws, then more if affordable
             return min(2 * _CALIBRATION, self.pool.size)
         return self._affordable(ctx, book.has_scores(everyone), 0.0)
 
@@ -176,7 +184,7 @@ class LimitedScoring:
         )
 
     def _steps_to_next(self, ctx: RoundContext) -> int:
-        """Return the optimizer steps until the next decision, a warm-up round between included."""
+        """Return the optimizer steps until the next decision, including a warm-up round between."""
         step = ctx.start_step + ctx.steps
         while step < ctx.total_steps:
             slot = self.schedule.slot_at(step)
@@ -188,7 +196,10 @@ class LimitedScoring:
     def _score(
         self, selector: Selector, ctx: RoundContext, book: ScoreBook, candidates: IndexArray, share: float
     ) -> None:
-        """Score ``share`` of what is allowed, more at the first decision where the measured costs allow it."""
+        """Score ``share`` of the allowed samples, and record the scores and costs.
+
+        The first decision may score more afterwards if the measured costs allow it.
+        """
         now, unknown = self._now, not self._samples
         assert now.allowed is not None
         picked = book.pick(candidates, max(round(now.allowed * share), 2 if unknown else 1), ctx.rng)
@@ -226,7 +237,7 @@ class LimitedScoring:
         self.done.scored += scored
 
     def _warn_if_over(self, selector: Selector, ctx: RoundContext) -> None:
-        """Say so where the first decision alone took more than the cap allows the whole run."""
+        """Log a warning if the first decision alone took more time than the limit allows for the whole run."""
         spent = distributed.on_main(self._spent)
         self._first_seconds = spent.decision_seconds
         if not ctx.start_step:
@@ -234,8 +245,8 @@ class LimitedScoring:
         whole = spent.train_seconds * ctx.total_steps / ctx.start_step
         if spent.decision_seconds > self.budget.max_overhead * whole:
             logger.warning(
-                "select %s: max_overhead of %g allows %.3g s of decisions in the whole run, and finding out what "
-                "scoring costs took %.3g s: the cap is missed, and nothing more is scored.",
+                "select %s: max_overhead of %g allows %.3g s of decisions in the whole run, but measuring the cost of "
+                "scoring took %.3g s. The run exceeds the limit, and nothing more is scored.",
                 selector.name,
                 self.budget.max_overhead,
                 self.budget.max_overhead * whole,
@@ -255,7 +266,7 @@ class LimitedScoring:
         return scores, seconds
 
     def closing(self, spent: Spent) -> dict[str, Any]:
-        """Return how the run kept to its cap: numbers, and a sentence that says why it missed it.
+        """Return how the run kept to its limit: numbers, and a sentence that explains a missed limit.
 
         Args:
             spent: seconds of the whole run.
@@ -277,22 +288,25 @@ class LimitedScoring:
         return {**found, "kept": False, "text": f"above max_overhead ({cap:g}), {self._missed(spent)}; {rests}"}
 
     def _missed(self, spent: Spent) -> str:
-        """Return why decisions took more than the cap allows."""
+        """Return why decisions took more time than the limit allows."""
         allowed = self.budget.max_overhead * spent.train_seconds
         sample = f"a sample {self._seconds / max(self._samples, 1):.2g} s to score"
         if self._first_seconds > allowed:
             return (
-                f"because the cap comes to {allowed:.3g} s in this run and the first decision, which has to find out "
-                f"what scoring costs, took {self._first_seconds:.3g} s ({sample}; the rest went to what a decision "
-                "needs whatever it scores, such as clusters, validation samples and selectors before this one)"
+                f"because the limit is {allowed:.3g} s in this run and the first decision, which has to measure the "
+                f"cost of scoring, took {self._first_seconds:.3g} s ({sample}; the rest is the fixed cost of a "
+                "decision, "
+                "such as clusters, validation samples and selectors before this one)"
             )
         others = spent.decision_seconds - self._scoring_seconds
         if others > self._scoring_seconds:
             return (
-                f"because {others:.3g} of {spent.decision_seconds:.3g} s were no scoring (clusters, mixing, ordering)"
+                f"because {others:.3g} of {spent.decision_seconds:.3g} s of decisions were not scoring (clusters, "
+                "mixing, "
+                "ordering)"
             )
         return (
-            f"because decisions took longer, or training steps less long, than those before them ({allowed:.3g} s "
+            f"because decisions took longer, or training steps less time, than those before them ({allowed:.3g} s "
             f"allowed, {spent.decision_seconds:.3g} s spent; {sample})"
         )
 
@@ -309,7 +323,7 @@ class LimitedScoring:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         if not state:
             return
         self._made_with = state["made_with"]
@@ -324,7 +338,7 @@ class LimitedScoring:
 
 
 def _draw_of(selector: Selector) -> Draw:
-    """Return what draws by estimates as the selector's rule does by scores, ties in random order."""
+    """Return a draw by estimates that follows the selector's rule for scores. Ties are in random order."""
     if not overrides(type(selector), "pick"):
         return partial(draw_by_rule, rule=selector.params.rule, temperature=selector.params.temperature)
 
@@ -337,12 +351,14 @@ def _draw_of(selector: Selector) -> Draw:
 
 
 def _ranks(selector: Selector, estimated: ScoreArray, used: NDArray[np.bool_], chosen: IndexArray) -> IndexArray | None:
-    """Return the rank of each chosen position by its estimate, shape (k,); used candidates come after all others.
+    """Return the rank of each chosen position by its estimate, shape (k,), or None if the selector ranks nothing.
+
+    Used candidates come after all others.
 
     Args:
-        selector: that ranks.
-        estimated: of all candidates; NaN where one cannot be scored.
-        used: whether each was chosen since it was last scored.
+        selector: the selector that ranks.
+        estimated: estimates of all candidates. NaN if a candidate cannot be scored.
+        used: whether each candidate was chosen since it was last scored.
         chosen: positions, ascending.
     """
     ranks = np.empty(chosen.size, dtype=np.int64)

@@ -1,8 +1,8 @@
-"""From decisions to plans: the planner asks the components, in the order select, mix, order, for each round.
+"""Planning of rounds: the planner calls the components of each round in the order select, mix, order.
 
-A plan has exactly ``steps x global batch size`` indices. Domain counts come from the mixer's proportions, and what
-rounding leaves over is carried to the next round. Where nothing selects, samples are drawn in passes: every sample of
-the pool (or of a domain, with a mixer) once, in a fresh order, before any comes again.
+A plan has exactly ``steps x global batch size`` indices. The number of samples of each domain follows the mixer's
+proportions, and the rounding error is carried to the next round. Without a selector, samples are drawn in passes: every
+sample of the pool (or of a domain, with a mixer) once in a new order, before any sample repeats.
 """
 
 from __future__ import annotations
@@ -50,33 +50,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """The samples of one round, in training order, and where they came from."""
+    """The samples of one round, in training order, and the decisions that led to them."""
 
     slot: RoundSlot
     indices: IndexArray
     """Pool indices, shape (steps * global batch size,)."""
     scores: ScoreArray | None = None
-    """The selector's score of each, in the same order; NaN where it has none."""
+    """The selector's score of each sample, in the same order. NaN for a sample without a score."""
     proportions: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    """The domain shares in force (with a mixer) or found in the plan, shape (K,)."""
+    """The domain shares in force (with a mixer) or the shares of the domains in the plan, shape (K,)."""
     unscored: int = 0
-    """Candidates left out because they have no score."""
+    """Number of candidates left out because they have no score."""
     budget: LimitedDecision | None = None
-    """What was scored under ``max_overhead``, and why so much."""
+    """Record of the decision under ``max_overhead``."""
     ranks: IndexArray | None = None
-    """The rank of each among the candidates of its group, in the same order, 1 the best; 0 where it has none."""
+    """Rank of each sample among the candidates of its group, in the same order. 1 is the best, 0 means no rank."""
     candidates: dict[str, int] = field(default_factory=dict)
-    """How many candidates were ranked in each group: ``pool``, or the domains where a mixer decides."""
+    """Number of ranked candidates in each group: ``pool``, or the domains if there is a mixer."""
     epochs: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    """Samples planned of each domain up to and including this round, over its size, shape (K,); empty: unknown."""
+    """Samples of each domain planned up to the end of this round, over its size, shape (K,). Empty if unknown."""
     clipped_shares: dict[str, float] = field(default_factory=dict)
-    """The share the mixer wanted of each domain that ``max_epochs_per_domain`` gave less."""
+    """The mixer's share of each domain whose share ``max_epochs_per_domain`` reduced."""
     undecided: dict[str, str] = field(default_factory=dict)
     """Why a component decided nothing in this round, by configuration key."""
     not_chosen: dict[str, str] = field(default_factory=dict)
-    """Why the selector chose nothing from a group: ``pool``, or a domain where a mixer decides."""
+    """Why the selector chose nothing from a group: ``pool``, or a domain if there is a mixer."""
     stages: tuple[StageOutcome, ...] = ()
-    """What each filter of a chain of selectors did, in their order."""
+    """Result of each filter of a chain of selectors, in the order of the chain."""
     standing: tuple[str, ...] = ()
     """Keys of the selectors that did not decide in this round because of ``every``."""
 
@@ -88,14 +88,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Readings:
-    """What components read in their context, beside the pool and the progress of the rounds.
+    """Inputs of the components' contexts, besides the pool and the progress of the rounds.
 
     Attributes:
-        validation: the validation samples of the components that asked for some, by configuration key.
-        references: the same of references.
-        learning_rate: returns the optimizer's present one.
-        total_steps: steps the run is expected to take; None: those of the schedule.
-        embeddings: gives embeddings to the components that asked for some; None: nobody did.
+        validation: validation samples of the components that need some, by configuration key.
+        references: references of the components that need one, by configuration key.
+        learning_rate: returns the optimizer's present learning rate.
+        total_steps: expected steps of the run. None means those of the schedule.
+        embeddings: source of embeddings for the components that need some. None if no component does.
     """
 
     validation: Mapping[str, Pool] = field(default_factory=dict)
@@ -106,17 +106,17 @@ class Readings:
 
 
 class Planner:
-    """Makes the plan of each round. Its calls are the same on every rank.
+    """Plans each round. All its methods must be called in the same order on every rank.
 
     Args:
         pool: the samples.
-        components: the run's components; a weighter among them is not used here.
+        components: the run's components. Weighters are not used here.
         schedule: the rounds.
         seed: the run's seed.
         global_batch_size: samples of one optimizer step.
-        arrangement: what orders a plan without an ``order`` component.
+        arrangement: training order of a plan without an ``order`` component.
         limit: scores in the last selector's place if its cost is limited.
-        readings: for the contexts of the components; None: nothing.
+        readings: inputs of the components' contexts. None means no inputs.
     """
 
     def __init__(
@@ -135,11 +135,12 @@ class Planner:
         self.readings = readings or Readings()
         self.chain = SelectorChain(components.select, pool, limit) if components.select else None
         total = self.readings.total_steps
+        # A budget of tokens or seconds may end the run earlier than the schedule.
         self.expected = schedule if total is None else replace(schedule, total_steps=total)
         self._mixing: list[str] = []
-        """Why the mixer decided nothing in the present round."""
+        """Reasons why the mixer decided nothing in the present round."""
         self.notes: list[str] = []
-        """What components told the user since somebody read and cleared this."""
+        """Messages of components to the user. The reader of this list clears it."""
         self.seed, self.global_batch_size, self.arrangement = seed, global_batch_size, arrangement
         shuffle = arrangement != "sequential"
         self._pool_sampler = PassSampler(pool.size, seed=seed, name="pool", shuffle=shuffle)
@@ -148,19 +149,21 @@ class Planner:
             for name, size in zip(pool.domains, pool.domain_sizes, strict=True)
         ]
         self.planned = np.zeros(len(pool.domains), dtype=np.int64)
-        """Samples planned of each domain so far, shape (K,)."""
+        """Samples of each domain planned so far, shape (K,)."""
         self.owed = np.zeros(len(pool.domains))
-        """Shares times samples of the rounds so far minus the samples planned, where a mixer decides, shape (K,)."""
+        """Rounding error: shares times samples of the rounds so far minus planned samples, with a mixer, shape (K,)."""
         self._shares = np.empty(0)
-        """What the mixer wanted last, shape (K,); empty before the first round."""
+        """Latest shares that the mixer returned, shape (K,). Empty before the first round."""
         self._limits = epoch_limits(components.mix, pool)
         self._warned: set[str] = set()
 
     def plan(self, slot: RoundSlot, probe: Probe) -> Plan:
-        """Return the plan of a round. May probe the model, on all ranks together.
+        """Return the plan of a round.
+
+        The components may measure the model, which all ranks must do together.
 
         Raises:
-            ComponentError: if a component returns something no plan can be made of.
+            ComponentError: if a component returns an invalid result.
         """
         self._mixing = []
         groups, decided, clipped = self._groups(slot, probe)
@@ -215,7 +218,7 @@ class Planner:
 
         Args:
             slot: the round.
-            not_chosen: why the selector chose nothing from a group.
+            not_chosen: why the selector chose nothing from a group, by group.
             groups: number of groups.
         """
         found, mixer = dict[str, str](), self.components.mix
@@ -231,11 +234,11 @@ class Planner:
 
     @property
     def epochs(self) -> NDArray[np.float64]:
-        """Samples planned of each domain so far, divided by its size, shape (K,)."""
+        """Samples of each domain planned so far, divided by its size, shape (K,)."""
         return self.planned / self.pool.domain_sizes
 
     def state_dict(self) -> State:
-        """Return how far each pass has come, and how much of every domain was planned."""
+        """Return the positions in all passes, the planned samples, and the state of the selector chain."""
         return {
             "pool": self._pool_sampler.drawn,
             "domains": {
@@ -250,7 +253,7 @@ class Planner:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         self._pool_sampler.drawn = int(state["pool"])
         for name, sampler in zip(self.pool.domains, self._domain_samplers, strict=True):
             sampler.drawn = int(state["domains"][name])
@@ -265,14 +268,16 @@ class Planner:
 
     @property
     def _samplers(self) -> dict[str, PassSampler]:
-        """Where the passes of each group stand, by the name in their key."""
+        """The samplers of the pool and of the domains, by their name."""
         return {sampler.name: sampler for sampler in (self._pool_sampler, *self._domain_samplers)}
 
     def context(self, component: Component, slot: RoundSlot, probe: Probe, group: str = "pool") -> RoundContext:
-        """Return what ``component`` may base its part of a round on; every group has random numbers of its own."""
+        """Return the context of a component for its part of a round. Every group has separate random numbers."""
         key = next(key for key, own in self.components.items() if own is component)
         embeddings = self.readings.embeddings
-        place = () if key == family_key(key) else (key,)  # a chain may have a method twice
+        place = (
+            () if key == family_key(key) else (key,)
+        )  # a chain may use a method twice, and each use needs other random numbers
         return RoundContext(
             pool=self.pool,
             probe=probe,
@@ -294,7 +299,10 @@ class Planner:
     def _groups(
         self, slot: RoundSlot, probe: Probe
     ) -> tuple[list[Group], NDArray[np.float64] | None, dict[str, float]]:
-        """Return the ranges samples are wanted from and, where a mixer decides, the shares in force and the cut ones.
+        """Return the groups with the number of samples wanted from each, the shares in force, and the reduced shares.
+
+        The shares in force are None without a mixer. The reduced shares are the mixer's shares of the domains whose
+        share ``max_epochs_per_domain`` reduced, by domain.
 
         Raises:
             ConfigError: if ``max_epochs_per_domain`` leaves too few samples for the round.
@@ -319,13 +327,13 @@ class Planner:
         return groups, found.shares, clipped
 
     def _counts(self, groups: list[Group]) -> NDArray[np.int64]:
-        """Return how many samples the groups, each a domain, are asked for, shape (K,)."""
+        """Return the number of samples wanted from each domain, shape (K,). Every group must be a domain."""
         counts = np.zeros(len(self.pool.domains), dtype=np.int64)
         counts[self.pool.domain_ids(np.array([group.start for group in groups]))] = [group.budget for group in groups]
         return counts
 
     def _apportioned(self, slot: RoundSlot, wanted: NDArray[np.float64], size: int) -> Apportioned:
-        """Return how many samples of each domain a round has, and keep what is left over for the next.
+        """Return the number of samples of each domain in a round, and store the rounding error for the next round.
 
         Raises:
             ConfigError: if ``max_epochs_per_domain`` leaves too few samples.
@@ -342,7 +350,7 @@ class Planner:
         return found
 
     def _samples_of_later_rounds(self, slot: RoundSlot) -> NDArray[np.int64]:
-        """Return the samples up to the end of each of the next rounds, counted from the end of ``slot``."""
+        """Return the samples from the end of ``slot`` to the end of each of the next rounds."""
         begin = end = slot.start_step + slot.steps
         ends: list[int] = []
         while end < self.schedule.total_steps and len(ends) < LATER_ROUNDS:
@@ -352,15 +360,15 @@ class Planner:
         return np.array(ends, dtype=np.int64)
 
     def _tell(self, slot: RoundSlot, clipped: dict[str, float]) -> None:
-        """Say once of each domain that ``max_epochs_per_domain`` gives it less than the mixer wants."""
+        """Log once for each domain that ``max_epochs_per_domain`` gives it a smaller share than the mixer."""
         newly = [name for name in clipped if name not in self._warned]
         if newly and distributed.rank() == 0:
             logger.warning(
-                "mix: max_epochs_per_domain is reached by %s in round %d; what the mixer wants more of %s goes to the "
-                "other domains, by their shares.",
+                "mix: max_epochs_per_domain is reached by %s in round %d; the rest of the share of %s goes to the "
+                "other domains, in proportion to their shares.",
                 some(newly),
                 slot.number,
-                "it" if len(newly) == 1 else "them",
+                "this domain" if len(newly) == 1 else "these domains",
             )
         self._warned.update(newly)
 
@@ -371,14 +379,15 @@ class Planner:
         return (
             f"dataflex.mix.max_epochs_per_domain: round {slot.number} needs {size} samples, but only {rest} are left "
             f"of {some(names)}, which the mixer gives a share: enough for {rest // self.global_batch_size} of its "
-            f"{slot.steps} steps, until step {slot.start_step + rest // self.global_batch_size} of the run. Raise it, "
-            "give other domains a share, or train less (train_steps, max_steps, num_train_epochs)."
+            f"{slot.steps} steps, until step {slot.start_step + rest // self.global_batch_size} of the run. Raise "
+            "max_epochs_per_domain, give other domains a share, or train less (train_steps, max_steps, "
+            "num_train_epochs)."
         )
 
     def _select(
         self, slot: RoundSlot, probe: Probe, groups: list[Group], chain: SelectorChain | None
     ) -> tuple[list[Group], list[Selection]]:
-        """Return the groups that samples are chosen from, and what is chosen of each."""
+        """Return the groups that samples are chosen from, and the selection of each."""
         order = self.components.order
         if order is not None and order.draws:
             return groups, [self._drawn(order, slot, probe, *groups)]
@@ -399,26 +408,35 @@ class Planner:
         indices = selection.indices
         if indices.shape != (group.budget,) or not np.issubdtype(indices.dtype, np.integer):
             raise ComponentError(
-                f"{label} returned {indices.dtype} indices of shape {indices.shape}, not {group.budget} integers."
+                f"{label} returned {indices.dtype} indices of shape {indices.shape}; needed are {group.budget} "
+                "integers."
             )
         if indices.min() < group.start or indices.max() >= group.stop:
-            raise ComponentError(f"{label} returned indices outside {group.name!r} [{group.start}, {group.stop}).")
+            raise ComponentError(
+                f"{label} returned indices outside {group.name!r}, whose range is [{group.start}, {group.stop})."
+            )
         if selection.scores is not None and selection.scores.shape != indices.shape:
-            raise ComponentError(f"{label} returned {selection.scores.shape} scores for {indices.shape} indices.")
+            raise ComponentError(
+                f"{label} returned scores of shape {selection.scores.shape} for indices of shape {indices.shape}."
+            )
         ranks = selection.ranks
         if ranks is None:
             return
         if ranks.shape != indices.shape or not np.issubdtype(ranks.dtype, np.integer):
             raise ComponentError(
-                f"{label} returned {ranks.dtype} ranks of shape {ranks.shape} for {indices.shape} indices."
+                f"{label} returned {ranks.dtype} ranks of shape {ranks.shape} for indices of shape {indices.shape}; "
+                "needed "
+                "are integers of the same shape."
             )
         if ranks.min() < 0 or ranks.max() > selection.ranked:
             raise ComponentError(
-                f"{label} returned ranks outside 0 (none) to {selection.ranked}, the candidates ranked."
+                f"{label} returned ranks outside the range from 0 (no rank) to {selection.ranked}, the number of "
+                "ranked "
+                "candidates."
             )
 
     def _arrange(self, slot: RoundSlot, probe: Probe, selection: Selection) -> IndexArray | None:
-        """Return the permutation that puts a selection into training order; None where it is in it."""
+        """Return the permutation that puts a selection into training order. None if it is in training order already."""
         size = selection.indices.size
         order = self.components.order
         if order is not None and slot.update is not None and not (order.walks or order.draws):
@@ -430,7 +448,10 @@ class Planner:
         return KeyedPermutation(size, key_of(self.seed, "shuffle", slot.number))(np.arange(size, dtype=np.int64))
 
     def _ranks_in_group(self, slot: RoundSlot, selection: Selection) -> IndexArray | None:
-        """Return by which numbers the samples of each group must ascend in a plan, shape (n,); None: by none."""
+        """Return numbers in whose ascending order the samples of each group must be trained, shape (n,).
+
+        None means that any order is allowed.
+        """
         order = self.components.order
         if order is None or slot.update is None:
             return selection.passes
@@ -447,18 +468,19 @@ class Planner:
         return found
 
     def _walk(self, slot: RoundSlot, probe: Probe, group: Group) -> Walk | None:
-        """Return what puts a group's passes in order; None if they have an order by chance."""
+        """Return the walk that arranges a group's passes. None if no order arranges them in this round."""
         order = self.components.order
         if order is None or slot.update is None or not order.walks:
             return None
 
         def arrange(number: int, samples: IndexArray) -> IndexArray:
-            # Keyed by the pass and not by the round, so that the order does not depend on how long rounds are.
+            # Keyed by the pass instead of the round, so that the order does not depend on the length of rounds.
             round_number = (slot.number,) if order.renews else ()
             rng = derive_rng(self.seed, order.family, order.name, "pass", number, group.name, *round_number)
             context = replace(self.context(order, slot, probe), rng=rng)
             return arranged(order, context, Selection(group.start + samples))
 
+        # With the round in the key, the sampler takes the walk for another one and arranges the rest of the pass.
         maker = f"{maker_of(order)} {slot.number}" if order.renews else maker_of(order)
         return Walk(maker, arrange, order.repeats)
 
@@ -475,7 +497,7 @@ class Planner:
 
 
 def epoch_limits(mixer: Mixer | None, pool: Pool) -> NDArray[np.int64] | None:
-    """Return the most samples a run may plan of each domain, shape (K,); None where nothing limits them."""
+    """Return the most samples of each domain that a run may plan, shape (K,). None means no limit."""
     if mixer is None or mixer.params.max_epochs_per_domain is None:
         return None
     passes = exactly(mixer.params.max_epochs_per_domain)
@@ -485,7 +507,7 @@ def epoch_limits(mixer: Mixer | None, pool: Pool) -> NDArray[np.int64] | None:
 def check_proportions(
     component: Component, given: NDArray[np.float64], pool: Pool, method: str = "mix"
 ) -> NDArray[np.float64]:
-    """Return proportions that a method returned scaled to sum 1.
+    """Check the proportions that a method returned, and return them scaled to sum 1, shape (K,).
 
     Raises:
         ComponentError: if they are not K finite, non-negative numbers with a positive sum.

@@ -1,7 +1,7 @@
-"""The plan of a run: its steps, rounds and decisions, what they cost, and whether anything would be decided at all.
+"""The plan of a run: its steps, rounds, decisions and their cost, and whether anything is decided at all.
 
-``check`` makes it from the rows of the data files, ``train`` from the pool, before the model is loaded; both print the
-same block. Nothing here imports torch.
+``check`` makes the plan from the rows of the data files. ``train`` makes it from the pool, before the model is loaded.
+Both print the same lines. Nothing in this module imports torch.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 _SECTION = "dataflex"
 _FORWARDS_OF_TRAINING = 3
-"""Forward passes a sample that is trained on counts as: one, and a backward of about two."""
+"""Cost of training on one sample, in forward passes: one forward pass, and a backward pass that costs about two."""
 
 
 @dataclass(frozen=True)
 class TrainerKeys:
-    """What the plan needs of LLaMA-Factory's keys, defaults filled in."""
+    """LLaMA-Factory's keys that the plan depends on, with defaults filled in."""
 
     max_steps: int = -1
     epochs: float = 3.0
@@ -52,7 +52,7 @@ class TrainerKeys:
 
 
 def trainer_keys(args: TrainingArguments) -> TrainerKeys:
-    """Return LLaMA-Factory's keys as its own parsing has them."""
+    """Return the keys from LLaMA-Factory's parsed training arguments."""
     return TrainerKeys(
         max_steps=args.max_steps,
         epochs=args.num_train_epochs,
@@ -76,14 +76,14 @@ def total_steps(
     update_steps: int | None,
     mean_length: float | None = None,
 ) -> int | None:
-    """Return the optimizer steps of a run, those expected where a budget ends it; None where they are not known.
+    """Return the optimizer steps of a run, or the expected steps if a budget ends it. None means unknown.
 
     Args:
-        settings: the section.
-        components: of the run.
-        keys: LLaMA-Factory's.
-        num_samples: of the training data; None: not known.
-        update_steps: length of a round; None: not known, or there are none.
+        settings: the ``dataflex`` section.
+        components: components of the run.
+        keys: LLaMA-Factory's keys.
+        num_samples: number of training samples. None means unknown.
+        update_steps: length of a round. None means unknown, or that there are no rounds.
         mean_length: mean tokens of a sample, which ``train_tokens`` needs.
     """
     batch = keys.global_batch_size
@@ -113,7 +113,7 @@ def schedule_of(
     domains: int,
     mean_length: float | None = None,
 ) -> Schedule | None:
-    """Return the rounds of a run; None where they are not known. The arguments are those of :func:`total_steps`."""
+    """Return the rounds of a run. None means unknown. For the arguments see :func:`total_steps`."""
     length = settings.update_steps
     total = total_steps(
         settings, components, keys, num_samples=num_samples, update_steps=length, mean_length=mean_length
@@ -122,6 +122,8 @@ def schedule_of(
         in_cycles = total is None and _in_cycles(settings, components)
         if num_samples is None or (total is None and not in_cycles):
             return None
+        # The default length of a round depends on the steps of the run. With cycles it is the other way round: the
+        # steps follow from the length, so the length is computed first, without the steps.
         length = default_update_steps(
             rounds=max(component.wanted_rounds(domains) for _, component in components.items()),
             num_samples=num_samples,
@@ -136,18 +138,24 @@ def schedule_of(
 
 
 def _in_cycles(settings: DataFlexConfig, components: Components) -> bool:
-    """Return whether training is divided into cycles; with weight alone that takes both keys."""
+    """Return whether training is divided into cycles.
+
+    With ``weight`` alone this needs both ``updates`` and ``update_steps``.
+    """
     return settings.updates > 0 and (components.plans_data or settings.update_steps is not None)
 
 
 def trainer_steps(keys: TrainerKeys, num_samples: int) -> int:
-    """Return the steps the Trainer takes for its ``num_train_epochs``, whose last step of an epoch may be short."""
+    """Return the steps that the Trainer takes for its ``num_train_epochs``.
+
+    The last step of an epoch may have fewer samples than the others.
+    """
     batches = math.ceil(num_samples / (keys.per_device * keys.processes))
     return math.ceil(keys.epochs * max(1, math.ceil(batches / keys.accumulation)))
 
 
 def problems_of_warmup(settings: DataFlexConfig, components: Components, total: int) -> list[Problem]:
-    """Return that all of the run's steps are warm-up, where they are."""
+    """Return a problem if all steps of the run are warm-up."""
     names = [f"{key} {component.name}" for key, component in components.items()]
     if not names or settings.warmup_steps < total or settings.train_seconds is not None:
         return []
@@ -157,13 +165,13 @@ def problems_of_warmup(settings: DataFlexConfig, components: Components, total: 
     return [
         Problem(
             f"{_SECTION}.warmup_steps",
-            f"{steps}: {', '.join(names)} would never decide anything. {remedy} ({length}).",
+            f"{steps}, so {', '.join(names)} would never decide anything. {remedy} ({length}).",
         )
     ]
 
 
 def problems_of(settings: DataFlexConfig, components: Components, run: RunOutline) -> list[Problem]:
-    """Return why nothing would ever be decided, or a selector would have nothing to choose from."""
+    """Return why nothing would ever be decided, or why a selector would have nothing to choose from."""
     found = problems_of_warmup(settings, components, run.total_steps)
     entries = {entry.key: entry for entry in components.select}
     for key, component in components.items() if run.decisions else ():
@@ -185,7 +193,7 @@ def problems_of(settings: DataFlexConfig, components: Components, run: RunOutlin
             key = "per_device_train_batch_size"
             remedy = (
                 f"would have nothing to choose even in a round of one step. A step trains on {run.global_batch_size} "
-                "samples (per device x gradient_accumulation_steps x processes); lower that, or add data."
+                "samples (per device x gradient_accumulation_steps x processes); lower this number, or add data."
             )
         found.append(Problem(key, problem + remedy))
         return found
@@ -193,27 +201,27 @@ def problems_of(settings: DataFlexConfig, components: Components, run: RunOutlin
 
 
 def _problems_of_filters(components: Components, pool: int, wanted: int) -> list[Problem]:
-    """Return which filter leaves too few samples for a round, or is to leave more than come to it."""
+    """Return the filter that keeps too few samples for a round, or that is to keep more samples than reach it."""
     came = pool
     for entry in components.select[:-1]:
         key, name = f"{_SECTION}.{entry.key}.keep", entry.component.name
         assert entry.keep is not None
         if entry.keep >= came:
-            return [Problem(key, f"{entry.keep:g} samples are to be left, and {came} come to {name}. Lower it.")]
+            return [Problem(key, f"{entry.keep:g} samples are to be left, and {came} come to {name}. Lower keep.")]
         came = entry.kept_of(came)
         if came <= wanted:
             return [
                 Problem(
                     key,
                     f"{name} leaves {came} samples, and a round takes {wanted}: {components.select[-1].component.name} "
-                    "would have nothing to choose. Raise it, or shorten update_steps.",
+                    "would have nothing to choose. Raise keep, or lower dataflex.update_steps.",
                 )
             ]
     return []
 
 
 def outline_of(entry: Entry[Selector], components: Components, run: RunOutline) -> RunOutline:
-    """Return what one selector of a chain sees of a run: the samples that come to it, and how often it decides."""
+    """Return the outline of a run for one selector of a chain: the samples that reach it, and how often it decides."""
     size = run.pool_size
     for before in components.select[: components.select.index(entry)]:
         size = None if size is None else before.kept_of(size)
@@ -223,12 +231,12 @@ def outline_of(entry: Entry[Selector], components: Components, run: RunOutline) 
 def notes_of(
     settings: DataFlexConfig, components: Components, run: RunOutline, validation: Mapping[str, int]
 ) -> list[str]:
-    """Return what will not happen in the run although it was asked for, one sentence or two for each.
+    """Return why requested decisions will not happen in the run, one or two sentences for each.
 
     Args:
-        settings: the section.
-        components: of the run.
-        run: what is known of it.
+        settings: the ``dataflex`` section.
+        components: components of the run.
+        run: outline of the run.
         validation: number of validation samples by configuration key, as far as known.
     """
     notes = list(_without_effect(settings, components))
@@ -240,8 +248,8 @@ def notes_of(
             notes.append(f"{key} {component.name}: {reason}.")
     if components.items() and settings.train_seconds is not None and not run.decisions:
         notes.append(
-            f"{_SECTION}.warmup_steps: by num_train_epochs the run is expected to have {run.total_steps} steps, all of "
-            "them warm-up; whether anything is decided depends on how many more train_seconds allows."
+            f"{_SECTION}.warmup_steps: num_train_epochs gives {run.total_steps} expected steps, all of them warm-up; "
+            "anything is decided only if train_seconds allows more steps."
         )
     for entry in components.select:
         if compares_in_domains(entry.component) and (components.mix is not None or run.domains == 1):
@@ -260,14 +268,14 @@ def notes_of(
         last = components.select[-1]
         notes.append(
             f"{last.key} {last.component.name}: a round takes {run.round_samples} samples and the pool has {pool}: "
-            "a domain whose share is a multiple of its size is taken whole and nothing is chosen from it. Shorten "
-            "update_steps."
+            "if a domain's part of the round is a multiple of its size, all its samples are taken and nothing is "
+            "chosen. Lower dataflex.update_steps."
         )
     return notes
 
 
 def _without_effect(settings: DataFlexConfig, components: Components) -> Iterator[str]:
-    """Keys of rounds that were set where nothing has rounds."""
+    """Yield the keys of rounds that are set although the run has no rounds."""
     given = settings.model_fields_set
     if not components.items():
         unused: list[str] = [key for key in ("warmup_steps", "probe_batch_tokens") if key in given]
@@ -278,21 +286,21 @@ def _without_effect(settings: DataFlexConfig, components: Components) -> Iterato
         unused = [key for key in ("update_steps", "updates") if getattr(settings, key) not in (None, -1)]
         if unused:
             yield (
-                f"{_SECTION}.{unused[0]}: with weight alone there are no rounds; it counts only together with "
-                f"{'updates' if unused[0] == 'update_steps' else 'update_steps'}, where warm-up steps come again in "
-                "every cycle."
+                f"{_SECTION}.{unused[0]}: no effect, because with weight alone there are no rounds; set "
+                f"{'updates' if unused[0] == 'update_steps' else 'update_steps'} as well if the warm-up steps are to "
+                "repeat in every cycle."
             )
 
 
 @dataclass(frozen=True)
 class DataOutline:
-    """What is known of a run's samples.
+    """Known numbers of a run's samples.
 
     Attributes:
-        samples: training samples; None: not known.
-        domains: samples of each domain; None: not known.
-        validation: validation samples by configuration key, as far as known.
-        mean_length: mean tokens of a training sample; None: not known.
+        samples: number of training samples. None means unknown.
+        domains: number of samples of each domain. None means unknown.
+        validation: number of validation samples by configuration key, as far as known.
+        mean_length: mean tokens of a training sample. None means unknown.
         unknown: why ``samples`` is None.
         about: whether samples were counted before preprocessing, which may drop some.
     """
@@ -307,16 +315,17 @@ class DataOutline:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run will do, and the text that says so.
+    """The plan of a run, and its text.
 
     Attributes:
-        settings: the section.
-        components: of the run.
-        keys: LLaMA-Factory's.
-        total: optimizer steps of the run; None: not known.
-        run: what components judge by; None where the length of the run or of its rounds is not known.
-        needs: what the components ask of the run, by configuration key.
-        data: what is known of the samples.
+        settings: the ``dataflex`` section.
+        components: components of the run.
+        keys: LLaMA-Factory's keys.
+        total: optimizer steps of the run. None means unknown.
+        run: outline that components check themselves against. None if the length of the run or of its rounds is
+            unknown.
+        needs: the needs of the components, by configuration key.
+        data: known numbers of the samples.
     """
 
     settings: DataFlexConfig
@@ -328,16 +337,16 @@ class RunPlan:
     data: DataOutline
 
     def notes(self) -> list[str]:
-        """Return what will not happen in the run although it was asked for."""
+        """Return why requested decisions will not happen in the run."""
         if self.run is None:
             return list(_without_effect(self.settings, self.components))
         components = self.components
-        if self.data.domains is None:  # what a mixer says depends on how many there are
+        if self.data.domains is None:  # the notes of a mixer depend on the number of domains
             components = replace(components, mix=None)
         return notes_of(self.settings, components, self.run, self.data.validation)
 
     def lines(self) -> list[str]:
-        """Return the plan, one line for each matter."""
+        """Return the plan as text lines, one or more for each subject."""
         rows = [("data", self._data()), ("steps", self._steps()), *self._rounds(), *self._embeddings(), *self._events()]
         if self.run is not None:
             rows += self._cost(self.run)
@@ -383,18 +392,21 @@ class RunPlan:
         return text + until
 
     def _passes(self, steps: int) -> float:
-        """Return the passes over the data so many steps make; where nothing is planned the last step may be short."""
+        """Return the passes over the data in a number of steps.
+
+        Without a plan the passes are those of the Trainer, in which the last step of a pass may have fewer samples.
+        """
         assert self.data.samples
         if self.components.plans_data:
             return steps * self.keys.global_batch_size / self.data.samples
         return steps / trainer_steps(replace(self.keys, epochs=1), self.data.samples)
 
     def _counts_samples(self) -> bool:
-        """Whether the number of steps follows from that of the samples."""
+        """Whether the number of steps follows from the number of samples."""
         return not self._counts_cycles() and self.settings.train_steps is None and self.keys.max_steps <= 0
 
     def _counts_cycles(self) -> bool:
-        """Whether the number of steps follows from that of the cycles."""
+        """Whether the number of steps follows from the number of cycles."""
         given = self.settings.train_steps or self.settings.train_tokens or self.keys.max_steps > 0
         return _in_cycles(self.settings, self.components) and not given
 
@@ -434,7 +446,7 @@ class RunPlan:
             yield from (("order", text) for text in self.components.order.outline(run, is_mixed))
 
     def _place(self, key: str) -> str:
-        """Return what is said of a component's place in a chain."""
+        """Return the text on ``keep`` and ``every`` of a component in a chain. Empty if there is nothing to say."""
         entries: list[Entry[Any]] = [*self.components.select, *self.components.weight]
         for entry in entries:
             if entry.key == key:
@@ -446,7 +458,7 @@ class RunPlan:
         return ""
 
     def _embeddings(self) -> Iterator[tuple[str, str]]:
-        """Return the embeddings that encoders make, which cost the model in training nothing."""
+        """Yield a line for each component with an encoder's embeddings, which need no pass of the model in training."""
         for key, needs in self.needs.items():
             if needs.embeddings is None or needs.embeddings.encoder is None:
                 continue
@@ -469,7 +481,13 @@ class RunPlan:
         yield "checkpoints", "none but the model at the end" if keys.save_strategy == "no" else saved
 
     def _times(self, strategy: str, every: float, last: bool = False) -> str:
-        """Return how often something happens; ``last``: also at the last step."""
+        """Return how often an event happens.
+
+        Args:
+            strategy: ``steps``, ``epoch`` or another strategy of the Trainer.
+            every: steps between two events, or a share of the run if below 1.
+            last: whether the event also happens at the last step.
+        """
         total = self.total
         if strategy == "steps" and total is None:
             return f"every {every:.0%} of the run" if every < 1 else f"every {_count(int(every), 'step')}"
@@ -486,7 +504,7 @@ class RunPlan:
         return f"by save_strategy: {strategy}"
 
     def _cost(self, run: RunOutline) -> Iterator[tuple[str, str]]:
-        """Return what the components measure, against what training computes."""
+        """Yield the cost of each component's measurements, relative to the computation of training."""
         training, before = _FORWARDS_OF_TRAINING * run.total_steps * run.global_batch_size, 0.0
         for key, component in self.components.items():
             entry = next((each for each in self.components.select if each.key == key), None)
@@ -509,20 +527,23 @@ class RunPlan:
 
 
 def expected_forwards(component: Component, needs: Needs, run: RunOutline) -> float:
-    """Return what a component computes in the whole run, in forward passes of one sample.
+    """Return the computation of a component in the whole run, in forward passes of one sample.
 
-    A forward and backward counts as three, and so does a sample that is trained on.
+    A forward and backward pass counts as three. So does training on a sample.
 
     Args:
         component: the component.
-        needs: what it asks of the run.
-        run: what is known of it, with the number of the component's own validation samples.
+        needs: needs of the component.
+        run: outline of the run, with the number of the component's own validation samples.
     """
     steps = float(run.decided_steps * run.global_batch_size)
     forwards = sum(each.forwards * component.measured_samples(each, run) for each in measurements_of(needs))
     if needs.reference is not None:
         passes = component.reference_passes - (needs.reference.reference_losses is not None)
-        of_samples = component.family in ("selector", "order")  # which ask for a sample's losses once in a run
+        of_samples = component.family in (
+            "selector",
+            "order",
+        )  # these need the reference losses of a sample only once in a run
         forwards += passes * (float(run.pool_size or 0) if of_samples else steps)
     if component.decides_within_step and run.accumulation > 1:
         forwards += steps
@@ -539,7 +560,7 @@ def plan_of(
     needs: Mapping[str, Needs],
     data: DataOutline,
 ) -> RunPlan:
-    """Return the plan of a run; the arguments are those of :class:`RunPlan`."""
+    """Return the plan of a run. The arguments are those of :class:`RunPlan`."""
     count = _UNKNOWN_DOMAINS if data.domains is None else len(data.domains)
     schedule = schedule_of(
         settings, components, keys, num_samples=data.samples, domains=count, mean_length=data.mean_length
@@ -563,7 +584,7 @@ def plan_of(
 
 
 _UNKNOWN_DOMAINS = 2
-"""Taken for the number of domains where it is not known."""
+"""Assumed number of domains if the number is unknown."""
 
 
 def _count(number: int, unit: str, plural: str = "s") -> str:
@@ -571,7 +592,7 @@ def _count(number: int, unit: str, plural: str = "s") -> str:
 
 
 def _number(value: float) -> str:
-    """Return a number of one or more with one decimal at most, a smaller one with two digits."""
+    """Return a value of 1 or more with at most one decimal, and a smaller one with two significant digits."""
     return f"{value:.2g}" if value < 1 else f"{round(value, 1):,g}" if value < 1e5 else f"{value:,.0f}"
 
 

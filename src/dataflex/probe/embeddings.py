@@ -32,6 +32,20 @@ class HiddenStates(Measurement):
     Attributes:
         layer: 0 are the embeddings, 1 the first layer's output and so on; -1 is the last layer behind the final
             normalisation. The numbers are those of Transformers' ``output_hidden_states``.
+
+    Example:
+        The length of the sum of each sample's hidden states:
+
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from dataflex import HiddenStates, register_measurement
+        >>> @register_measurement("sum_lengths")
+        ... @dataclass(frozen=True)
+        ... class SumLengths(HiddenStates):
+        ...     def reduce(self, hidden, mask):
+        ...         return hidden.masked_fill(~mask[..., None], 0).sum(1).norm(dim=1)
+        >>> SumLengths(layer=6).reduce(torch.tensor([[[3.0, 4.0]]]), torch.tensor([[True]]))
+        tensor([5.])
     """
 
     layer: int = -1
@@ -79,6 +93,14 @@ class Embeddings(HiddenStates):
         normalize: scale every vector to length 1.
         text: which tokens are pooled: ``all``, the ``response`` (those that are trained on) or the ``prompt`` (the
             others). The forward is that of the whole sample. A sample without such a token has a vector of zeros.
+
+    Example:
+        >>> import torch
+        >>> from dataflex import Embeddings
+        >>> hidden = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [9.0, 9.0]]])
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> Embeddings(layer=6, pooling="last").reduce(hidden, mask)
+        tensor([[0.6000, 0.8000]])
     """
 
     pooling: Pooling = "mean"

@@ -22,6 +22,16 @@ class ExpertLoads(Measurement):
 
     A place is one token at one of the experts it is sent to. The shares of a layer are not negative and sum to 1.
     Layers without a choice of experts are left out.
+
+    Example:
+        A selector that prefers samples whose tokens use the experts evenly:
+
+        >>> from dataflex import ExpertLoads, Needs, Selector, SelectorParams
+        >>> class Even(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(ExpertLoads(),))
+        ...     def score(self, ctx, candidates):
+        ...         return -ctx.probe.measure(ExpertLoads(), candidates).max(axis=1)
     """
 
     quantity: ClassVar[str] = "last hidden state"

@@ -23,6 +23,18 @@ class Generations(Measurement[Responses]):
     Attributes:
         settings: how responses are sampled.
         seed: of the samples.
+
+    Example:
+        A selector that prefers prompts with different responses:
+
+        >>> import numpy as np
+        >>> from dataflex import GenerationSettings, Generations, Needs, Selector, SelectorParams
+        >>> class Uncertain(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(Generations(GenerationSettings(samples=8)),))
+        ...     def score(self, ctx, candidates):
+        ...         found = ctx.probe.measure(Generations(GenerationSettings(samples=8)), candidates)
+        ...         return np.array([len({tuple(response) for response in responses}) for responses in found])
     """
 
     settings: GenerationSettings = field(default_factory=GenerationSettings)

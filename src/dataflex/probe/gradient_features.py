@@ -25,6 +25,13 @@ class GradientFeatures(GradientMeasurement[ScoreArray]):
     """The feature of each of a few samples, shape (n, k); 0 for a sample without a trained token.
 
     ``settings.store`` plays no part; features of many samples are kept by :class:`StoredFeatures`.
+
+    Example:
+        >>> import torch
+        >>> from dataflex import GradientFeatures, GradientSettings
+        >>> measurement = GradientFeatures(GradientSettings(preconditioner="adam", dim=1024))
+        >>> measurement.feature(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.6000, 0.8000]])
     """
 
     untrained: ClassVar[float | None] = 0.0
@@ -53,6 +60,22 @@ class GradientSimilarities(GradientMeasurement[ScoreArray]):
 
     Attributes:
         others: the features to compare with, shape (S, k).
+
+    Example:
+        A selector that prefers samples whose gradients are similar to those of validation samples:
+
+        >>> import numpy as np
+        >>> from dataflex import GradientFeatures, GradientSimilarities, Needs
+        >>> from dataflex import Selector, SelectorParams, ValidationParams
+        >>> class TargetParams(SelectorParams, ValidationParams):
+        ...     pass
+        >>> class Target(Selector[TargetParams]):
+        ...     def needs(self, run):
+        ...         return Needs((GradientFeatures(), GradientSimilarities()), validation=self.params)
+        ...     def score(self, ctx, candidates):
+        ...         samples = ctx.validation
+        ...         features = ctx.probe.measure(GradientFeatures(), np.arange(samples.size), samples)
+        ...         return ctx.probe.measure(GradientSimilarities(others=features), candidates).mean(axis=1)
     """
 
     others: ScoreArray | None = None
@@ -94,7 +117,19 @@ class GradientSimilarities(GradientMeasurement[ScoreArray]):
 @register_measurement("stored_features")
 @dataclass(frozen=True)
 class StoredFeatures(GradientMeasurement["FeatureStore"]):
-    """The features of samples, of length 1, kept in ``settings.store``; those that are not there yet are made."""
+    """The features of samples, of length 1, kept in ``settings.store``; those that are not there yet are made.
+
+    Example:
+        A selector that stores the features and prefers samples with a large gradient:
+
+        >>> from dataflex import GradientSettings, Needs, Selector, SelectorParams, StoredFeatures
+        >>> class Stored(Selector[SelectorParams]):
+        ...     features = StoredFeatures(GradientSettings(store="features"))
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(self.features,))
+        ...     def score(self, ctx, candidates):
+        ...         return ctx.probe.measure(self.features, candidates).norms()
+    """
 
     def run(self, run: MeasurementRun) -> FeatureStore:
         """Return the store.

@@ -42,6 +42,16 @@ class GradientNorms(GradientMeasurement[ScoreArray]):
     """The exact length of each sample's update direction, shape (n,); NaN for a sample without a trained token.
 
     Nothing is projected: ``projection``, ``dim``, ``seed``, ``normalize`` and ``store`` play no part.
+
+    Example:
+        A selector that prefers samples with a large update under Adam:
+
+        >>> from dataflex import GradientNorms, GradientSettings, Needs, Selector, SelectorParams
+        >>> class Large(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(GradientNorms(GradientSettings("adam")),))
+        ...     def score(self, ctx, candidates):
+        ...         return ctx.probe.measure(GradientNorms(GradientSettings("adam")), candidates)
     """
 
     def run(self, run: MeasurementRun) -> ScoreArray:

@@ -35,6 +35,17 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
         sizes: samples of each group; they add up to the samples measured.
         validation: what ``others`` are numbers of.
         others: the validation samples, (m,).
+
+    Example:
+        A selector that measures the products of all candidates as one group:
+
+        >>> from dataflex import GradientProducts, Needs, Selector, SelectorParams
+        >>> class Agreeing(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(GradientProducts(),))
+        ...     def score(self, ctx, candidates):
+        ...         (products,) = ctx.probe.measure(GradientProducts(sizes=(candidates.size,)), candidates)
+        ...         return products.mean(axis=1)
     """
 
     sizes: tuple[int, ...] = ()

@@ -39,6 +39,17 @@ class LogitProjections(Measurement):
         rows: frequencies of the tokens.
         columns: frequencies of the vocabulary.
         seed: of the signs and frequencies; projections are comparable only under one seed.
+
+    Example:
+        A selector that measures the distance of each candidate's logits from their mean:
+
+        >>> from dataflex import LogitProjections, Needs, Selector, SelectorParams
+        >>> class Unusual(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(LogitProjections(),))
+        ...     def score(self, ctx, candidates):
+        ...         found = ctx.probe.measure(LogitProjections(), candidates)
+        ...         return ((found - found.mean(axis=0)) ** 2).sum(axis=1)
     """
 
     rows: int = 8
@@ -63,6 +74,16 @@ class LogitNorms(Measurement):
     Attributes:
         projection: how logits are projected.
         others: projections to compare with, shape (M, rows * columns); None: the distance is 0.
+
+    Example:
+        A selector that prefers samples with a large nuclear norm of their logits:
+
+        >>> from dataflex import LogitNorms, Needs, Selector, SelectorParams
+        >>> class Varied(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(LogitNorms(),))
+        ...     def score(self, ctx, candidates):
+        ...         return ctx.probe.measure(LogitNorms(), candidates)[:, 0]
     """
 
     projection: LogitProjections = field(default_factory=LogitProjections)

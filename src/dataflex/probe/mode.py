@@ -13,7 +13,16 @@ from torch.distributed.fsdp import FSDPModule
 
 @contextlib.contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Put Python's, numpy's, torch's and the devices' random states back at the end."""
+    """Put Python's, numpy's, torch's and the devices' random states back at the end.
+
+    Example:
+        >>> import torch
+        >>> from dataflex import preserved_rng
+        >>> with preserved_rng():
+        ...     noise = torch.rand(3)
+        >>> bool((torch.rand(3) == noise).all())
+        True
+    """
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - saved, not used
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         try:

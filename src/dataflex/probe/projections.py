@@ -8,9 +8,9 @@ product over seeds is
 
 that of a dense Rademacher projection, or less (two numbers of one block never meet).
 ``rademacher`` is that dense projection, entries of sign / sqrt(k), made block by block: P x k operations, for
-comparison with published numbers. ``kronecker`` projects a layer's input and output gradient before they are multiplied
-(LoGra, Choe et al. 2024), which is linear in the gradient, so it serves only without a preconditioner. ``identity``
-keeps everything.
+comparison with published numbers. ``kronecker`` makes count sketches of a layer's inputs and output gradients before it
+multiplies them (LoGra, Choe et al. 2024, with count sketches instead of dense matrices). The result is linear in the
+gradient, so it serves only without a preconditioner. ``identity`` keeps every element.
 
 All randomness is a hash of (seed, parameter name, place in the parameter): independent of batches, processes, sharding
 and device. Sums are in float32 (float64 where the gradients are).
@@ -25,6 +25,7 @@ import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -38,11 +39,14 @@ from dataflex.probe.moments import Moments
 from dataflex.probe.preconditioners import AdamPreconditioner, AdamTerms, NoPreconditioner, Preconditioner
 from dataflex.probe.signs import SignTables, random_numbers, random_signs
 
+if TYPE_CHECKING:  # needs Numba, which not every environment has
+    from dataflex.probe.fused_cpu import BlockSums
+
 logger = logging.getLogger(__name__)
 
 _DENSE_ROWS = 4096
 
-MAP_VERSION = 2
+MAP_VERSION = 3
 """Of the maps that settings stand for; features of two versions are not compared."""
 
 
@@ -110,7 +114,8 @@ class CountProjection(Projection):
         super().__init__(dim, seed, device)
         self.width = 2 * dim  # a rotated block is added in one piece, and what runs over the end is folded back
         self._tables = SignTables() if tables is None else tables
-        self._rotations: dict[str, list[int]] = {}
+        self._rotations: dict[str, Tensor] = {}
+        self._fused = block_sums() if device.type == "cpu" else None
 
     def add(self, out: Tensor, name: str, start: int, values: Tensor, total: int) -> None:
         """Add a piece."""
@@ -138,18 +143,54 @@ class CountProjection(Projection):
         first, last, blocks = start // self.dim, -(-stop // self.dim), -(-total // self.dim)
         key = self._key(name)
         if name not in self._rotations:
-            self._rotations[name] = random_numbers(key, 0, blocks, self.dim, self.device).tolist()
+            self._rotations[name] = random_numbers(key, 0, blocks, self.dim, self.device)
+        rotations = self._rotations[name][first:last]
         rows = self._tables.rows(key, first, last - first, self.dim, blocks)
+        terms = preconditioner.terms(name)
+        # The kernel goes along the rows of a sketch, so it is slow for many short rows.
+        if self._fused is not None and self._fused.serves(gradients, terms) and gradients.shape[0] < self.dim:
+            self._fused.add(out, gradients, start, rows, rotations, terms)
+            return
         signs = rows.reshape(-1)[start - first * self.dim : stop - first * self.dim].to(gradients.dtype)
         add = preconditioner.signed(name, start, gradients, signs)
-        for block in range(first, last):
+        for block, rotation in zip(range(first, last), rotations.tolist(), strict=True):
             low, high = max(start, block * self.dim), min(stop, (block + 1) * self.dim)
-            begin = (low - block * self.dim + self._rotations[name][block]) % self.dim
+            begin = (low - block * self.dim + rotation) % self.dim
             add(out[:, begin : begin + high - low], slice(low - start, high - start))
 
     def folded(self, sums: Tensor) -> Tensor:
         """Return the features, (B, k)."""
         return sums[:, : self.dim] + sums[:, self.dim :]
+
+    def of(self, name: str, start: int, vectors: Tensor, total: int) -> Tensor:
+        """Return the sketches of parts of vectors: (..., k).
+
+        Args:
+            name: of the map.
+            start: number of the parts' first element in their vectors.
+            vectors: float32 or float64, (..., n).
+            total: length of a whole vector.
+        """
+        flat = vectors.reshape(-1, vectors.shape[-1])
+        sums = flat.new_zeros(flat.shape[0], self.width)
+        # Adding may overwrite its argument, and a model's own tensors are behind the vectors.
+        self.add(sums, name, start, flat if self.device.type == "cpu" else flat.clone(), total)
+        return self.folded(sums).view(*vectors.shape[:-1], self.dim)
+
+    def of_units(self, name: str, places: Tensor, total: int) -> Tensor:
+        """Return the sketches of the unit vectors with 1 at the given places: float32, (..., k).
+
+        Args:
+            name: of the map.
+            places: int64, (...).
+            total: length of a vector.
+        """
+        key, blocks = self._key(name), -(-total // self.dim)
+        signs = random_signs(key, 0, blocks, self.dim, self.device).view(-1)
+        rotations = random_numbers(key, 0, blocks, self.dim, self.device)
+        out = torch.zeros(*places.shape, self.dim, device=self.device)
+        targets = (places + rotations[places // self.dim]) % self.dim
+        return out.scatter_(-1, targets.unsqueeze(-1), signs[places].float().unsqueeze(-1))
 
     def _key(self, name: str) -> int:
         return key_of(self.seed, "count", name)
@@ -220,7 +261,10 @@ class IdentityProjection(Projection):
 
 
 class KroneckerProjection:
-    """Projects a layer's inputs to a numbers and its output gradients to b, with a b = k; see the module's text.
+    """Sketches a layer's inputs to a elements and its output gradients to b, with a b = k; see the module's text.
+
+    Both sketches are count sketches. The variance of an inner product of sketches of a elements is at most that of a
+    dense projection to a elements, and a count sketch goes over its argument once instead of a times.
 
     Args:
         dim: length of a feature, k.
@@ -229,44 +273,43 @@ class KroneckerProjection:
     """
 
     def __init__(self, dim: int, seed: int, device: torch.device) -> None:
-        self.dim, self.seed, self.device = dim, seed, device
+        self.dim = dim
         self.width = dim
         self.inner = max(size for size in range(1, math.isqrt(dim) + 1) if dim % size == 0)
         self.outer = dim // self.inner
-        self._count = CountProjection(dim, seed, device)
-        self._drawn: dict[tuple[str, int], Tensor] = {}
+        self._whole, self._columns, self._rows = (
+            CountProjection(size, seed, device) for size in (dim, self.inner, self.outer)
+        )
 
     def folded(self, sums: Tensor) -> Tensor:
-        """Return the features: what was added up."""
+        """Return the features, which are the sums themselves."""
         return sums
 
     def add_part(self, out: Tensor, name: str, part: Contribution) -> None:
-        """Add one use of a parameter to ``out``, (B, k); vectors are count-sketched."""
+        """Add one use of a parameter to ``out``, (B, k). The gradient of a vector is count-sketched to k elements."""
         if isinstance(part, Whole):
-            sums = part.values.new_zeros(part.batch, self._count.width, dtype=out.dtype)
-            self._count.add(sums, name, 0, at_least_float32(part.values).clone(), part.columns)
-            out += self._count.folded(sums)
+            out += self._whole.of(name, 0, at_least_float32(part.values), part.columns)
             return
         assert isinstance(part, Outer | Lookup)
+        rows, columns = f"{name}/rows", f"{name}/columns"
         gradients = at_least_float32(part.gradients)
-        rows = self._projection(f"{name}/rows", part.rows, self.outer)
-        columns = self._projection(f"{name}/columns", part.columns, self.inner)
         if isinstance(part, Outer):
-            inputs = at_least_float32(part.inputs)
-            # One expert of several has a stretch of all the rows.
-            left = part.apart(gradients @ rows[part.first : part.first + part.count].to(gradients.dtype))
-            right = part.apart(inputs @ columns.to(inputs.dtype))
+            # One expert of several has a part of the rows, which starts at the row ``first``.
+            left = part.apart(self._rows.of(rows, part.first, gradients, part.rows))
+            right = part.apart(self._columns.of(columns, 0, at_least_float32(part.inputs), part.columns))
         else:
-            left = rows[part.ids].to(gradients.dtype)
-            right = gradients @ columns.to(gradients.dtype)
+            left = self._rows.of_units(rows, part.ids, part.rows).to(gradients.dtype)
+            right = self._columns.of(columns, 0, gradients, part.columns)
         out += product(left.transpose(1, 2), right).reshape(out.shape[0], -1)
 
-    def _projection(self, name: str, size: int, dim: int) -> Tensor:
-        """Return a (size, dim) matrix of signs / sqrt(dim)."""
-        if (name, size) not in self._drawn:
-            drawn = random_signs(key_of(self.seed, "kronecker", name), 0, size, dim, self.device)
-            self._drawn[name, size] = drawn.float() / math.sqrt(dim)
-        return self._drawn[name, size]
+
+def block_sums() -> BlockSums | None:
+    """Return the kernel that adds sketches in one pass on a processor, or None without Numba."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from dataflex.probe.fused_cpu import BlockSums
+
+    return BlockSums(torch.get_num_threads())
 
 
 @cache

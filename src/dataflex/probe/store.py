@@ -58,6 +58,20 @@ class FeatureStore:
         dim: length of a feature, k.
         dtype: how features are stored; they are read as float32.
         chunks: rows of each chunk.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> import torch
+        >>> from dataflex import FeatureStore
+        >>> root = Path(tempfile.mkdtemp())
+        >>> store = FeatureStore.open(root, {"data": "v1"}, np.arange(3), dim=2, dtype="float32", chunks=[2, 1])
+        >>> for chunk in store.missing():
+        ...     rows = store.positions(chunk).size
+        ...     store.write(chunk, torch.tensor([[0.6, 0.8]]).repeat(rows, 1), torch.full((rows,), 5.0))
+        >>> FeatureStore.load(store.folder).norms()
+        array([5., 5., 5.], dtype=float32)
     """
 
     folder: Path

@@ -1,1 +1,1 @@
-"""The run record: every decision of a run and what it cost, and the report made from it."""
+"""Run record: every decision of a run and its cost, and the readers of these files."""

@@ -1,9 +1,10 @@
-"""What DataFlex adds to a checkpoint: its state, and a marker that says whose it is and that every file was written.
+"""DataFlex's part of a checkpoint: the run's state, and a marker with the run's identity and the size of every file.
 
-``dataflex_state.npz`` holds the round, the plan, the position in it and the components' states;
-``dataflex_complete.json``, written last, names the run, the step and the configuration in force, and lists every file
-of the checkpoint with its size. A checkpoint without the marker, or whose files differ from it, was cut off while it
-was written and is not used. Nor is one that lacks a part which an exact resume needs, such as the optimizer.
+``dataflex_state.npz`` holds the round, the plan, the position in it and the components' states.
+``dataflex_complete.json`` is written last. It names the run, the step and the configuration in force, and lists every
+file of the checkpoint with its size. A checkpoint without the marker, or whose files differ from it, was interrupted
+while it was written and is not used. A checkpoint that lacks a part which an exact resume needs, such as the optimizer,
+is not used either.
 
 Nothing here imports torch.
 """
@@ -36,14 +37,14 @@ _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
 
 def write_state(folder: Path, state: State) -> None:
-    """Write a state as one file, from which :func:`read_state` makes equal values of the same types.
+    """Write a state as one file, from which :func:`read_state` restores equal values of the same types.
 
     Args:
-        folder: of the checkpoint.
-        state: None, True and False, numbers, text, numpy arrays and scalars, in dicts, lists and tuples.
+        folder: folder of the checkpoint.
+        state: None, booleans, numbers, text, numpy arrays and scalars, in dicts, lists and tuples.
 
     Raises:
-        ComponentError: naming what else is in it, and where.
+        ComponentError: naming a value of any other type, and its position in the state.
     """
     arrays: dict[str, np.ndarray] = {}
     tree = _split(state, arrays, "the state")
@@ -54,7 +55,7 @@ def write_state(folder: Path, state: State) -> None:
 
 
 def check_state(state: State, owner: str) -> None:
-    """Raise what :func:`write_state` would raise for the state of ``owner``."""
+    """Raise the error that :func:`write_state` would raise for the state of ``owner``."""
     _split(state, {}, f"state_dict() of {owner}")
 
 
@@ -62,33 +63,36 @@ def read_state(folder: Path) -> State:
     """Return the state of a checkpoint.
 
     Raises:
-        CheckpointError: if there is none, or it cannot be read.
+        CheckpointError: if the checkpoint has no state, or the state cannot be read.
     """
     path = folder / STATE_FILE
     if not path.is_file():
         raise CheckpointError(
             f"{folder} has no {STATE_FILE}: it was not written by a run with a dataflex: section, so there is no round "
-            "to go on with."
+            "to resume. Name a checkpoint of a DataFlex run, or begin a new run."
         )
     try:
         with np.load(path, allow_pickle=False) as stored:
             tree = json.loads(str(stored[_TREE_KEY]))
-            # Earlier releases wrote the dict itself.
+            # Earlier releases wrote the dict itself. It has the key "version", which a tree of `_split` never has.
             state = _join(tree, stored) if isinstance(tree, dict) and "version" not in tree else tree
     except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
     version = state.get("version") if isinstance(state, dict) else None
     if version != STATE_VERSION:
-        raise CheckpointError(f"{path} has version {version}, this release reads {STATE_VERSION}.")
+        raise CheckpointError(
+            f"{path} has version {version}, and this release reads version {STATE_VERSION}. Resume with the release "
+            "that wrote it, or begin a new run."
+        )
     return state
 
 
-# In the tree every JSON object is one of ours, with a single key that says what it stands for; the dicts of a state are
-# lists of pairs. So no name of a domain and no key of a component is taken for a marker, and keys keep their types.
+# In the tree, every JSON object has a single key that names the kind of the value. The dicts of a state are stored as
+# lists of pairs. So a domain name or a component's key is never mistaken for such a kind, and keys keep their types.
 
 
 def _split(value: Any, arrays: dict[str, np.ndarray], where: str) -> Any:
-    """Return ``value`` as JSON, with every array put into ``arrays``."""
+    """Return ``value`` as JSON, after moving every array in it to ``arrays``."""
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value
@@ -120,7 +124,7 @@ def _split(value: Any, arrays: dict[str, np.ndarray], where: str) -> Any:
 
 
 def _join(tree: Any, arrays: Any) -> Any:
-    """Return what :func:`_split` made ``tree`` of."""
+    """Return the value from which :func:`_split` made ``tree``."""
     if isinstance(tree, list):
         return [_join(item, arrays) for item in tree]
     if not isinstance(tree, dict):
@@ -139,15 +143,15 @@ def _join(tree: Any, arrays: Any) -> Any:
 
 @dataclass(frozen=True)
 class Marker:
-    """What a complete checkpoint says about itself.
+    """Contents of a complete checkpoint's marker file.
 
     Attributes:
-        run: identity of the run that wrote it.
-        step: optimizer steps done.
-        config: the configuration in force, as :func:`dataflex.config.changes.snapshot` gives it.
-        local_processes: processes on the main one's machine, each of which left its random state there.
+        run: identity of the run that wrote the checkpoint.
+        step: number of optimizer steps done.
+        config: configuration in force, as :func:`dataflex.config.changes.snapshot` returns it.
+        local_processes: number of processes on the main process's machine. Each one left its random state there.
         has_scaler: whether gradients were scaled, as under fp16.
-        files: size of each file.
+        files: size of each file in bytes.
     """
 
     run: str
@@ -170,6 +174,7 @@ class Marker:
         return found
 
     def _has(self, *patterns: str) -> bool:
+        """Return whether a file matches one of the patterns."""
         return any(fnmatchcase(name, pattern) for name in self.files for pattern in patterns)
 
 
@@ -181,19 +186,22 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "the Trainer's state": ("trainer_state.json",),
     "the state of the rounds": (STATE_FILE,),
 }
-"""Parts of a checkpoint and the files any of which holds it, under DDP, FSDP and DeepSpeed."""
+"""Parts of a checkpoint, and the files of which any one holds the part, under DDP, FSDP or DeepSpeed."""
 
 
 _DELETED = ".deleted-"
-"""Begins the name of a checkpoint that is being deleted."""
+"""Prefix of the name of a checkpoint that is being deleted."""
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint, or what was written of one; if that is cut off, the rest is not taken for a checkpoint."""
+    """Delete a checkpoint or a part of one.
+
+    The folder is renamed first, so that the rest of an interrupted deletion is not mistaken for a checkpoint.
+    """
     if not folder.exists():
         return
     doomed = folder.with_name(f"{_DELETED}{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)  # what cannot be deleted is no reason to end a training
+    shutil.rmtree(doomed, ignore_errors=True)  # a file that cannot be deleted must not end the training
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -201,7 +209,7 @@ def delete(folder: Path) -> None:
 def mark_complete(
     folder: Path, run: str, step: int, config: dict[str, Any], *, local_processes: int = 1, has_scaler: bool = False
 ) -> None:
-    """Write the marker, with every file's size."""
+    """Write the marker, with the size of every file."""
     marker = {
         "run": run,
         "step": step,
@@ -214,16 +222,17 @@ def mark_complete(
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    names = (MARKER_FILE, f".{MARKER_FILE}.")  # the second begins the name under which it is written
+    """Return the size of every file of a checkpoint except the marker."""
+    names = (MARKER_FILE, f".{MARKER_FILE}.")  # the second is the prefix of the marker's temporary name
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(names))
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def read_marker(folder: Path) -> Marker:
-    """Return what a checkpoint says about itself.
+    """Return the marker of a checkpoint, after checking its files.
 
     Raises:
-        CheckpointError: saying why the checkpoint cannot be used, if it says nothing or is not whole.
+        CheckpointError: with the reason why the checkpoint cannot be used, if it has no marker or is not complete.
     """
     if not folder.is_dir():
         raise CheckpointError("there is no such folder")
@@ -254,20 +263,21 @@ def read_marker(folder: Path) -> Marker:
 
 
 def problem_of(folder: Path) -> str | None:
-    """Return why a run cannot go on from a checkpoint, or None if it can."""
+    """Return the reason why a run cannot resume from a checkpoint, or None if it can."""
     try:
         lacks = read_marker(folder).lacks
     except CheckpointError as error:
         return str(error)
     if "the optimizer" in lacks:
         return (
-            f"it was saved without {_words(lacks)} (save_only_model: true), so a run that went on from it would begin "
-            "them anew"
+            f"it was saved without {_words(lacks)} (save_only_model: true), so a resumed run would start them from the "
+            "beginning"
         )
     return f"it was saved without {_words(lacks)}" if lacks else None
 
 
 def _words(names: list[str]) -> str:
+    """Return names as an enumeration."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
@@ -280,22 +290,22 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def marked(output_dir: Path) -> Iterator[tuple[Path, Marker]]:
-    """Yield the checkpoints whose writing came to its end, newest step first."""
+    """Yield the checkpoints that were written completely, newest step first."""
     for folder in checkpoints(output_dir):
         try:
             marker = read_marker(folder)
         except CheckpointError:
-            continue  # whose it is, nobody knows
+            continue  # without a valid marker the run that wrote it is unknown
         if folder.name == f"checkpoint-{marker.step}":
             yield folder, marker
 
 
 def last_complete(output_dir: Path, run: str | None) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that a run can go on from, and a line for each newer one that had to be left.
+    """Return the newest checkpoint that a run can resume from, and a line for each newer checkpoint that is not used.
 
     Args:
-        output_dir: the run's folder.
-        run: its identity; None: any.
+        output_dir: output folder of the run.
+        run: identity of the run. None accepts checkpoints of any run.
     """
     left: list[str] = []
     for folder in checkpoints(output_dir):
@@ -305,7 +315,7 @@ def last_complete(output_dir: Path, run: str | None) -> tuple[Path | None, list[
             if run is not None and marker.run != run:
                 problem = f"it belongs to another run ({marker.run[:8]}, this one is {run[:8]})"
             elif folder.name != f"checkpoint-{marker.step}":
-                problem = f"it was written at step {marker.step}, whatever its name"
+                problem = f"it was written at step {marker.step}, although its name says otherwise"
         if problem is None:
             return folder, left
         left.append(f"{folder} is not used: {problem}.")
@@ -313,7 +323,7 @@ def last_complete(output_dir: Path, run: str | None) -> tuple[Path | None, list[
 
 
 def keep_only(output_dir: Path, run: str, best: Path) -> None:
-    """Delete every checkpoint of a run but the one with the best evaluation, wherever that is."""
+    """Delete every checkpoint of a run except the one with the best evaluation, which may be in any folder."""
     for folder, marker in list(marked(output_dir)):
         if marker.run == run and folder.resolve() != best.resolve():
             delete(folder)
@@ -322,15 +332,15 @@ def keep_only(output_dir: Path, run: str, best: Path) -> None:
 def rotate(output_dir: Path, limit: int | None, run: str, best_step: int | None) -> None:
     """Delete the oldest checkpoints of a run, by step, until ``limit`` are left.
 
-    The newest and the best one stay, and so does every folder that is not a complete checkpoint of this run.
+    The newest and the best checkpoint are never deleted, nor is a folder that is not a complete checkpoint of this run.
 
     Args:
-        output_dir: the run's folder.
-        limit: None or at most 0: no checkpoint is deleted.
-        run: its identity.
-        best_step: step of the checkpoint with the best evaluation, if that is looked for.
+        output_dir: output folder of the run.
+        limit: number of checkpoints to leave. None, 0 and negative numbers delete nothing.
+        run: identity of the run.
+        best_step: step of the checkpoint with the best evaluation, if the run tracks it.
     """
-    for left in output_dir.glob(f"{_DELETED}checkpoint-*"):
+    for left in output_dir.glob(f"{_DELETED}checkpoint-*"):  # rests of interrupted deletions
         shutil.rmtree(left, ignore_errors=True)
     if limit is None or limit <= 0:
         return

@@ -1,4 +1,4 @@
-"""The configuration on record: a file that ``dataflex-cli train`` takes as it is, from any working directory."""
+"""Configuration on record: a file that ``dataflex-cli train`` can run as it is, from any working directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dataflex.record.files import one_line
 
 FILE = "config.yaml"
 PLUGINS = "plugins"
-"""Folder of the record with the plug-in files as they were."""
+"""Folder of the record with copies of the plug-in files."""
 
 _INPUTS = (
     "model_name_or_path",
@@ -44,10 +44,10 @@ _INPUTS = (
     "export_quantization_dataset",
     "resume_from_checkpoint",
 )
-"""LLaMA-Factory's keys that may name a file or a folder that is there."""
+"""LLaMA-Factory's keys that may name an existing file or folder."""
 
 _LISTS = ("adapter_name_or_path", "ref_model_adapters", "reward_model_adapters")
-"""Those that may name several, with commas between them."""
+"""The keys among them that may name several paths, separated by commas."""
 
 _OUTPUTS = (
     "output_dir",
@@ -59,21 +59,21 @@ _OUTPUTS = (
     "profiler_output_dir",
     "swanlab_logdir",
 )
-"""LLaMA-Factory's keys that name folders, which need not be there yet."""
+"""LLaMA-Factory's keys that name folders which need not exist yet."""
 
 _OF_THE_FOLDER = ("overwrite_output_dir", "resume_from_checkpoint")
-"""Keys that say what is to be done with what the output folder holds; they are not the run's."""
+"""Keys about the contents of the output folder. They are no settings of the run itself."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What is kept of a configuration.
+    """The recorded form of a configuration.
 
     Attributes:
-        configuration: LLaMA-Factory's keys and the ``dataflex:`` section with every default filled in; paths are
+        configuration: LLaMA-Factory's keys and the ``dataflex:`` section with every default filled in. Paths are
             absolute, secrets masked.
-        plugins: the source of each plug-in file, by its name in the record.
-        sources: where each of them was, by the same name.
+        plugins: source code of each plug-in file, by its name in the record.
+        sources: original path of each plug-in file, by its name in the record.
     """
 
     configuration: dict[str, Any]
@@ -82,10 +82,11 @@ class Recorded:
 
 
 def recorded(config: RunConfig) -> Recorded:
-    """Return what is kept of a configuration.
+    """Return the recorded form of a configuration.
 
-    The keys that speak of the output folder (``overwrite_output_dir``, and ``resume_from_checkpoint`` of a checkpoint
-    in it) are left out: a run that is repeated begins anew, and in a folder of its own.
+    The keys about the output folder are left out: ``overwrite_output_dir``, and ``resume_from_checkpoint`` if it names
+    a
+    checkpoint in the output folder. A repeated run starts from the beginning, and in a separate folder.
     """
     found = config.resolved()
     found |= {key: name for key, name in config.assets.items() if key in found}
@@ -112,9 +113,9 @@ def recorded(config: RunConfig) -> Recorded:
 
 
 def _plugins(config: RunConfig) -> tuple[dict[str, bytes], dict[str, Path]]:
-    """Return the sources of the plug-in files and where they are, by names that tell their contents apart.
+    """Return the sources and the paths of the plug-in files, by names that include a digest of the contents.
 
-    No other file of such a name is found in their place, whatever the working directory holds.
+    With such a name, no other file of the same name is loaded instead, whatever the working directory contains.
     """
     texts, sources = dict[str, bytes](), dict[str, Path]()
     assert config.dataflex is not None
@@ -128,15 +129,20 @@ def _plugins(config: RunConfig) -> tuple[dict[str, bytes], dict[str, Path]]:
 
 
 def _absolute(name: str) -> str:
-    """Return an absolute path; ``~`` stays, as whoever reads the configuration fills it in or does not."""
+    """Return an absolute path.
+
+    A leading ``~`` stays, because the reader of the configuration decides whether to expand it.
+    """
     return name if name.startswith("~") or Path(name).is_absolute() else os.path.abspath(name)  # noqa: PTH100
 
 
 def _absolute_if_there(name: str) -> str:
+    """Return an absolute path if the file or folder exists, otherwise the name unchanged."""
     return _absolute(name) if name and (is_file(Path(name)) or os.path.isdir(name)) else name  # noqa: PTH112
 
 
 def _absolute_each(value: Any, is_written: bool) -> Any:
+    """Make a path, or each path in nested lists, absolute. A path that is only read is changed only if it exists."""
     if isinstance(value, list):
         return [_absolute_each(item, is_written) for item in value]
     if not isinstance(value, str):
@@ -145,7 +151,7 @@ def _absolute_each(value: Any, is_written: bool) -> Any:
 
 
 def _make_absolute(params: BaseModel, dumped: dict[str, Any]) -> None:
-    """Make the paths among parameters, and those of parameters within them, absolute in ``dumped``."""
+    """Make the paths among the parameters, and among nested parameters, absolute in ``dumped``."""
     for name, mark in path_fields(type(params)).items():
         dumped[name] = _absolute_each(dumped[name], mark.is_written)
     for name in type(params).model_fields:
@@ -159,26 +165,27 @@ def _make_absolute(params: BaseModel, dumped: dict[str, Any]) -> None:
 
 
 def _absolute_data(name: Any) -> Any:
+    """Return ``dataset_dir`` as an absolute path, unless it names online data or an asset."""
     if not isinstance(name, str) or name == "ONLINE" or name.startswith(("asset:", "REMOTE:")):
         return name
     return _absolute(name)
 
 
 def _is_elsewhere(value: Any, output_dir: Any) -> bool:
-    """Return whether a value is the path of something outside the output folder."""
+    """Return whether a value is a path outside the output folder."""
     if not isinstance(value, str) or value.lower() in ("true", "false") or not isinstance(output_dir, str):
         return False
     return not Path(value).resolve().is_relative_to(Path(output_dir).resolve())
 
 
 def read_configuration(run: Path) -> dict[str, Any]:
-    """Return the configuration on record of a run: LLaMA-Factory's keys, and ``dataflex``.
+    """Return the recorded configuration of a run: LLaMA-Factory's keys, and ``dataflex``.
 
     Args:
         run: the run's ``output_dir``.
 
     Raises:
-        ConfigError: if the folder is no run's, or the file is not what it should be.
+        ConfigError: if the folder is not an output folder of a run, or the file has another form.
     """
     file = run / SECTION / FILE
     if not run.is_dir():

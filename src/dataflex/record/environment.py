@@ -1,7 +1,7 @@
-"""``environment.json``: what a run was started with, beside its configuration.
+"""``environment.json``: the environment in which a run was started, in addition to its configuration.
 
-One entry for each start of the run, the first and every resume: versions, processes, command line, and digests of the
-plug-ins, the data and the base model.
+The file has one entry for each start of the run, the first and every resume: versions, processes, command line, and
+digests of the plug-ins, the data and the base model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataflex.record.schema import CHANGES, ENVIRONMENT, Change, Environment, St
 from dataflex.record.versions import installed_versions
 
 _WHOLE = 2**30
-"""Files of data up to so many bytes are digested whole; larger ones count by their size and their ends."""
+"""Largest size in bytes of a data file whose whole content is digested. Of a larger file, the size and the ends are."""
 
 _VARIABLES = (
     "FORCE_TORCHRUN",
@@ -53,17 +53,17 @@ _VARIABLES = (
     "PYTHONHASHSEED",
     "CUBLAS_WORKSPACE_CONFIG",
 )
-"""Environment variables on record where they are set: the launcher's, and those that change what is loaded."""
+"""Environment variables that are recorded if they are set: the launcher's, and those that change the loaded files."""
 
 
 def environment(config: RunConfig, kept: Recorded, world_size: int, step: int) -> Start:
-    """Return the entry of one start of a run, but for what only the run knows of its data.
+    """Return the entry of one start of a run, without the fingerprints of its data.
 
     Args:
-        config: with its assets resolved.
-        kept: what is kept of it.
-        world_size: processes.
-        step: optimizer steps done, after which it goes on.
+        config: configuration of the run, with its assets resolved.
+        kept: recorded form of the configuration.
+        world_size: number of processes.
+        step: number of optimizer steps done before this start.
     """
     return Start(
         step=step,
@@ -84,13 +84,14 @@ def environment(config: RunConfig, kept: Recorded, world_size: int, step: int) -
 
 
 def _devices() -> list[str]:
-    """Return the names of the accelerators this process sees; none on a CPU."""
+    """Return the names of the accelerators that this process sees; empty on a CPU."""
     import torch
 
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def _plugins(kept: Recorded) -> list[dict[str, str]]:
+    """Return the plug-in files with their digests, and the installed plug-in packages."""
     files = [
         {"file": f"{PLUGINS}/{name}", "from": str(kept.sources[name]), "sha256": hashlib.sha256(text).hexdigest()}
         for name, text in kept.plugins.items()
@@ -104,7 +105,7 @@ def _plugins(kept: Recorded) -> list[dict[str, str]]:
 
 
 def _model(name: str, kept: Recorded) -> dict[str, Any]:
-    """Return what the base model is: the files of its folder, or the commit of the hub's model in the cache."""
+    """Return the identity of the base model: the files of its folder, or the commit of the hub's model in the cache."""
     given = str(kept.configuration.get("model_name_or_path", name))
     folder = Path(name)
     if is_model_folder(folder):
@@ -114,11 +115,11 @@ def _model(name: str, kept: Recorded) -> dict[str, Any]:
 
 
 def _of_folder(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return size and digest of the files that make a model; those of weights count by their size and ends."""
+    """Return size and digest of the files of a model. The digest of a weights file covers its size and its ends."""
     found: dict[str, dict[str, Any]] = {}
     try:
         digests = model_digests(folder)
-    except OSError as error:  # the record must not end a run that works without the file
+    except OSError as error:  # the run may work without this file, so the record must not end it
         return {str(error.filename): {"unreadable": str(error.strerror)}}
     for name, digest in digests.items():
         key = "sha256_of_ends" if Path(name).suffix in WEIGHTS else "sha256"
@@ -127,7 +128,7 @@ def _of_folder(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _hub_commit(name: str, configuration: dict[str, Any]) -> str | None:
-    """Return the commit of a model in the hub's cache."""
+    """Return the commit of a model in the hub's cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -138,15 +139,15 @@ def _hub_commit(name: str, configuration: dict[str, Any]) -> str | None:
             cache_dir=configuration.get("cache_dir"),
             revision=configuration.get("model_revision") or "main",
         )
-    except HFValidationError:  # no name of a hub: a folder that is gone, or one of another hub
+    except HFValidationError:  # not a name of this hub: a folder that was deleted, or a name of another hub
         return None
     return Path(path).parent.name if isinstance(path, str) else None
 
 
 def local_datasets(config: RunConfig) -> Iterator[tuple[str, dict[str, Any], list[Path]]]:
-    """Yield name, entry of dataset_info.json and local files of the data sets that are used.
+    """Yield name, entry of dataset_info.json and local files of each data set of the run.
 
-    Those are the data sets trained on, evaluated on, and named for validation by a component.
+    These are the data sets for training and evaluation, and those that a component names for validation.
 
     Raises:
         ConfigError: if dataset_info.json is not readable.
@@ -166,6 +167,7 @@ def local_datasets(config: RunConfig) -> Iterator[tuple[str, dict[str, Any], lis
 
 
 def _datasets(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return the entry and the files with their digests of each data set of the run."""
     return {
         name: {"entry": masked(entry), "files": {str(file.absolute()): _of_file(file) for file in files}}
         for name, entry, files in local_datasets(config)
@@ -173,6 +175,7 @@ def _datasets(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def _of_file(path: Path) -> dict[str, Any]:
+    """Return size and digest of a file."""
     try:
         size = path.stat().st_size
         if size <= _WHOLE:
@@ -183,7 +186,7 @@ def _of_file(path: Path) -> dict[str, Any]:
 
 
 def _named_files(section: Any) -> dict[str, Any]:
-    """Return the files and models on this machine that the section names, wherever it does."""
+    """Return the local files and models that the section names at any level, with their digests."""
     found: dict[str, Any] = {}
     for name in _strings(section):
         path = Path(name)
@@ -195,6 +198,7 @@ def _named_files(section: Any) -> dict[str, Any]:
 
 
 def _strings(value: Any) -> Iterator[str]:
+    """Yield all strings in nested dictionaries and lists."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -206,25 +210,25 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def read_environment(record: Path) -> Environment:
-    """Return what a run was started with, by the folder of its record; no start in records of the first release.
+    """Return the starts of a run from the folder of its record. Records of the first release have none.
 
     Raises:
-        ConfigError: if the file is not what it should be.
+        ConfigError: if the file has another form.
     """
     return from_json(Environment, read_object(record / ENVIRONMENT) or {}, record / ENVIRONMENT)
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """The last start of the run whose configuration is run again."""
+    """The last start of the run whose recorded configuration is run again."""
 
     start: Start
     was_changed: bool
-    """Whether its settings were others for a part of that run."""
+    """Whether a part of that run had other settings."""
 
 
 def repeated_start(config: RunConfig) -> Repeated | None:
-    """Return the last start on record if a configuration is the file of a record, else None."""
+    """Return the last start on record if a configuration is the file of a record, otherwise None."""
     file = Path(config.source).absolute() if config.source else None
     if file is None or file.name != CONFIGURATION or not (file.parent / ENVIRONMENT).is_file():
         return None
@@ -234,10 +238,10 @@ def repeated_start(config: RunConfig) -> Repeated | None:
 
 
 def differences(repeated: Repeated, now: Start) -> list[str]:
-    """Return in what a start differs from the one on record that it repeats, as far as numbers may depend on it."""
+    """Return the differences of a start from the recorded one that it repeats, if results may depend on them."""
     found, then = [], repeated.start
     if repeated.was_changed:
-        found.append("settings were changed while that run went on, and config.yaml has only the last (changes.jsonl)")
+        found.append("settings were changed during that run, and config.yaml has only the last ones (changes.jsonl)")
     if then.processes not in (None, now.processes):
         found.append(f"it had {then.processes} processes, this one {now.processes} (NPROC_PER_NODE)")
     if then.devices not in (None, now.devices):
@@ -247,7 +251,7 @@ def differences(repeated: Repeated, now: Start) -> list[str]:
         if now.versions.get(package) != version:
             found.append(f"{package} was {version}, now {now.versions.get(package, 'not installed')}")
     if then.model and then.model != now.model:
-        found.append("the files of the base model are others")
+        found.append("the files of the base model differ")
     for name, entry in then.datasets.items():
         if name in now.datasets and _digests(entry) != _digests(now.datasets[name]):
             found.append(f"data set {name!r} has another content")
@@ -258,5 +262,5 @@ def differences(repeated: Repeated, now: Start) -> list[str]:
 
 
 def _digests(entry: dict[str, Any]) -> list[Any]:
-    """Return entry and contents of a data set, wherever its files lie."""
+    """Return the entry and the contents of a data set, without the paths of its files."""
     return [entry.get("entry"), list((entry.get("files") or {}).values())]

@@ -1,4 +1,4 @@
-"""Read JSON, JSON lines and Parquet, with an error that names the file and what is wrong in it."""
+"""Readers of JSON, JSON lines and Parquet. Their errors name the file and the fault in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file, or None where there is no file."""
+    """Return the JSON object in a file, or None if the file does not exist."""
     if not path.is_file():
         return None
     try:
@@ -27,9 +27,9 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield where each object of a JSON-lines file stands, and the object.
+    """Yield the file and line number of each object of a JSON-lines file, and the object.
 
-    A last line that was cut off while it was written is left out, and so are empty lines and a missing file.
+    An incomplete last line, which a killed process leaves, is skipped. So are empty lines and a missing file.
     """
     if not path.is_file():
         return
@@ -50,12 +50,12 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parquet_table(path: Path, names: Sequence[str]) -> pyarrow.Table:
-    """Return columns of a Parquet file, as far as it has them.
+    """Return columns of a Parquet file. Names that the file does not have are skipped.
 
     Raises:
-        ConfigError: if it cannot be read.
+        ConfigError: if the file cannot be read.
     """
-    import pyarrow.parquet  # a third of a second, which reading JSON need not wait for
+    import pyarrow.parquet  # takes a third of a second, so readers of JSON do not import it
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -66,5 +66,5 @@ def parquet_table(path: Path, names: Sequence[str]) -> pyarrow.Table:
 
 
 def one_line(error: Exception) -> str:
-    """Text of an error without its line breaks."""
+    """Return the text of an error without line breaks."""
     return " ".join(str(error).split())

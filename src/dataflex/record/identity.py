@@ -1,7 +1,7 @@
-"""Which run a folder is: ``run.json`` in the record, and a lock that only one run at a time holds.
+"""Identity of the run in a folder: ``run.json`` in the record, and a lock that only one run at a time holds.
 
-A run gets its identity when its record begins, and writes it into every checkpoint. A checkpoint in the same folder
-that has another identity is another run's, whatever its number.
+A run gets its identity when its record begins, and writes the identity into every checkpoint. A checkpoint in the same
+folder with another identity belongs to another run, whatever its step.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from dataflex.record.files import read_object
 from dataflex.record.schema import RUN, Identity, Origin, from_json, to_json
 
 FOLDER = "dataflex"
-"""The record, in the output folder."""
+"""Name of the record's folder in the output folder."""
 LOCK_FILE = ".dataflex.lock"
-"""In the output folder itself: the record's folder is moved when a new run begins."""
+"""Name of the lock file. It is in the output folder, because the record's folder is moved when a new run begins."""
 
 
 def new_identity() -> str:
@@ -31,7 +31,7 @@ def new_identity() -> str:
 
 
 def read_identity(record: Path) -> str | None:
-    """Return the identity of the run whose record a folder is; None if it is none, or an earlier release's.
+    """Return the identity of the run of a record; None if the folder is no record, or a record of an earlier release.
 
     Raises:
         ConfigError: if the file cannot be read.
@@ -41,35 +41,35 @@ def read_identity(record: Path) -> str | None:
 
 
 def write_identity(record: Path, identity: str, continues: Origin | None = None) -> None:
-    """Write whose record a folder is.
+    """Write the identity of the run into its record.
 
     Args:
-        record: the folder.
-        identity: of the run.
-        continues: the other run that this one goes on from.
+        record: folder of the record.
+        identity: identity of the run.
+        continues: the other run from whose checkpoint this run resumes.
     """
     value = to_json(Identity(identity, now(), continues))
     write_atomically(record / RUN, (json_text(value, indent=2) + "\n").encode())
 
 
 def now() -> str:
-    """Return the present time, as it is written on record."""
+    """Return the current time in the format of the record."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @contextmanager
 def only_run_in(folder: Path, key: str = "output_dir") -> Iterator[None]:
-    """Hold the lock on a folder for a while.
+    """Hold the lock on a folder during the block.
 
-    It is a POSIX record lock: it ends with the process that took it, also if that is killed, and children such as the
-    workers of a data loader do not inherit it.
+    The lock is a POSIX record lock. It ends with the process that holds it, even if that process is killed. Child
+    processes, such as the workers of a data loader, do not inherit it.
 
     Args:
-        folder: made if it is not there.
-        key: the setting named in errors.
+        folder: folder to lock. It is created if it does not exist.
+        key: setting that errors name.
 
     Raises:
-        ConfigError: if another process holds it, or the folder cannot be written to.
+        ConfigError: if another process holds the lock, or the folder cannot be written to.
     """
     import fcntl
 
@@ -84,13 +84,13 @@ def only_run_in(folder: Path, key: str = "output_dir") -> Iterator[None]:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             stream.seek(0)
-            holder = stream.read().strip() or "a process that has not said who it is"
+            holder = stream.read().strip() or "an unknown process"
             raise ConfigError(
                 f"{key}: another run is at work in {folder} ({holder}). Wait for its end, or choose another folder."
             ) from error
         except OSError as error:
-            # Some network file systems have no locks. Training must go on there, as it does without us.
-            print(f"dataflex: {folder} cannot be locked ({error.strerror}); see that no other run writes to it")
+            # Some network file systems have no locks. LLaMA-Factory can train there, so DataFlex must not refuse.
+            print(f"dataflex: {folder} cannot be locked ({error.strerror}); make sure that no other run writes to it")
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {now()}\n")
         stream.flush()

@@ -1,4 +1,4 @@
-"""Read ``loss_weights.csv``: what the domains weighed in the loss of each optimizer step."""
+"""Reader of ``loss_weights.csv``: the weights of the domains in the loss of each optimizer step."""
 
 from __future__ import annotations
 
@@ -18,38 +18,37 @@ from dataflex.errors import ConfigError
 from dataflex.record.files import one_line
 
 KEPT_STEPS = 2000
-"""Steps kept of a file, at most; evenly spread, with the first and the last."""
+"""Largest number of steps that are returned of a file. They are evenly spread and include the first and the last."""
 
 _BLOCK = 1 << 23
-"""Bytes read at once."""
+"""Number of bytes read at once."""
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The weights of K domains in the loss over the steps of a run, thinned."""
+    """Weights of K domains in the loss over the steps of a run, thinned to at most :data:`KEPT_STEPS` steps."""
 
     names: list[str]
     steps: NDArray[np.int64]
-    """Optimizer steps kept, counted from 1, ascending, shape (steps,)."""
+    """Optimizer steps of the values, counted from 1, ascending, shape (steps,)."""
     values: NDArray[np.float64]
-    """Their weights, shape (steps, K)."""
+    """Weights of the domains in these steps, shape (steps, K)."""
     total: int
-    """Steps in the file."""
+    """Number of steps in the file."""
     mean: NDArray[np.float64]
     """Mean over all steps in the file, shape (K,)."""
 
 
 def read_loss_weights(path: Path) -> LossWeights | None:
-    """Return the weights, however long the file is from one block of it at a time.
+    """Return the weights. Only one block of the file is in memory at a time, however long the file is.
 
-    A last line that was cut off while it was written is left out. Steps that a resumed run made again are the same as
-    before and count once.
+    An incomplete last line is skipped. Steps that a resumed run repeats are equal to the earlier ones and count once.
 
     Returns:
-        None where there is no file, or no step in it yet.
+        None if there is no file, or if it holds no step yet.
 
     Raises:
-        ConfigError: if the file has another shape.
+        ConfigError: if the file has another form.
     """
     if not path.is_file():
         return None
@@ -66,6 +65,8 @@ def read_loss_weights(path: Path) -> LossWeights | None:
             at, weights = at[first], weights[first]
             if not at.size:
                 continue
+            # Every `every`-th step of the file is returned. When too many are collected, half of them are dropped and
+            # `every` doubles, so the steps stay evenly spread without knowing the length of the file.
             chosen = np.arange(-total % every, at.size, every)
             steps, values = np.concatenate([steps, at[chosen]]), np.concatenate([values, weights[chosen]])
             while steps.size >= KEPT_STEPS:
@@ -80,7 +81,7 @@ def read_loss_weights(path: Path) -> LossWeights | None:
 
 
 def _header(stream: BinaryIO, path: Path) -> list[str] | None:
-    """Return the names of the domains, and leave the stream behind them; None where they are not all written yet."""
+    """Return the names of the domains, and leave the stream behind them; None if the header is not complete yet."""
     try:
         header = next(csv.reader(line.decode() for line in iter(stream.readline, b"")), [])
     except (UnicodeDecodeError, csv.Error) as error:
@@ -97,7 +98,7 @@ def _header(stream: BinaryIO, path: Path) -> list[str] | None:
 
 
 def _blocks(stream: BinaryIO) -> Iterator[bytes]:
-    """Yield the rest of the file in pieces of whole lines, without a last line that has no end."""
+    """Yield the rest of the file in blocks of whole lines, without an incomplete last line."""
     rest = b""
     while read := stream.read(_BLOCK):
         block = rest + read

@@ -1,9 +1,10 @@
-"""The plans of a run's rounds in a few files, to which they are appended while the run goes on.
+"""Plans of a run's rounds in a few files, to which each round is appended.
 
 ``plans/from-round-NNNNN.arrows`` is an Arrow IPC stream: a head with the columns and the names of the domains, then
-one compressed batch of rows for each round. When a file has reached a size, the next round begins a new one. The line
-of a round in ``rounds.jsonl`` has the bytes its plan takes, is written after it, and so never names a plan that is not
-there. What a killed run wrote beyond that is written over. A file can be read whole by any reader of Arrow streams::
+one compressed batch of rows for each round. When a file has reached :data:`FULL` bytes, the next round begins another
+file. The line of a round in ``rounds.jsonl`` holds the byte range of its plan. It is written after the plan, so it
+never names a plan that does not exist. Bytes that a killed run wrote beyond the last such line are overwritten. Any
+reader of Arrow streams can read a whole file::
 
     pyarrow.ipc.open_stream("plans/from-round-00000.arrows").read_pandas()
 
@@ -25,11 +26,11 @@ from dataflex.errors import ConfigError
 from dataflex.record.files import one_line, parquet_table
 from dataflex.record.schema import ROUNDS, Place, Round
 
-if TYPE_CHECKING:  # a third of a second, which reading JSON need not wait for
+if TYPE_CHECKING:  # the import takes a third of a second, so readers of JSON do not import it
     import pyarrow
 
 FULL = 64 * 2**20
-"""Bytes from which on a file takes no further round."""
+"""Size in bytes at which a file gets no further round."""
 _SUFFIX = ".arrows"
 _ROUND, _POSITION, _INDEX, _DOMAIN, _ROW, _SCORE, _RANK = COLUMNS = (
     "round", "position", "index", "domain", "row", "score", "rank",
@@ -38,27 +39,27 @@ _ROUND, _POSITION, _INDEX, _DOMAIN, _ROW, _SCORE, _RANK = COLUMNS = (
 
 @dataclass(frozen=True)
 class Rows:
-    """The samples of a round in training order; every array is of shape (size,)."""
+    """The samples of a round in training order. Every array has the shape (size,)."""
 
     indices: NDArray[np.int64]
     domains: NDArray[np.int64]
-    """Number of each sample's domain."""
+    """Index of each sample's domain."""
     rows: NDArray[np.int64] | None = None
-    """Row in the data set, negative if it is not known."""
+    """Row of each sample in its data set; negative if it is not known."""
     scores: NDArray[np.float32] | None = None
-    """NaN: none."""
+    """Score of each sample; NaN for a sample without a score."""
     ranks: NDArray[np.int64] | None = None
-    """1 is the best, 0: none."""
+    """Rank of each sample from 1, the best; 0 for a sample without a rank."""
 
 
 class PlanWriter:
-    """Appends plans, after the last one that is kept.
+    """Appends plans behind the last one that a resumed run keeps.
 
     Args:
-        folder: ``plans`` in the record.
+        folder: folder ``plans`` of the record.
         domains: names of the pool's domains.
-        kept: places of the plans that are kept; what lies behind them in their files is cut off, and files with none
-            of them are deleted.
+        kept: byte ranges of the plans to keep. Bytes behind them are cut off, and files without any of them are
+            deleted.
     """
 
     def __init__(self, folder: Path, domains: Sequence[str], kept: Iterable[Place] = ()) -> None:
@@ -80,11 +81,13 @@ class PlanWriter:
         options = pa.ipc.IpcWriteOptions(compression="zstd")
         self._stream = pa.ipc.new_stream(self._sink, self._schema, options=options)
         nothing = np.zeros(0, np.int64)
-        self._head = self._bytes_of(0, Rows(nothing, nothing))  # the columns and the names go before the first batch
+        # An empty batch makes the stream write its head, with the columns and the names, before the first real batch.
+        self._head = self._bytes_of(0, Rows(nothing, nothing))
         self._file, self._end = "", 0
         self._cut(list(kept))
 
     def _cut(self, kept: list[Place]) -> None:
+        """Cut the files behind the plans to keep, and continue the last file if it fits."""
         ends: dict[str, int] = {}
         for place in kept:
             ends[place.file] = max(ends.get(place.file, 0), place.end)
@@ -98,14 +101,14 @@ class PlanWriter:
             self._file, self._end = kept[-1].file, ends[kept[-1].file]
 
     def _takes_on(self, path: Path) -> bool:
-        """Return whether a file was begun as this writer would begin it."""
+        """Return whether a file has the head that this writer would write, so that it can be continued."""
         if not path.is_file():
             return False
         with path.open("rb") as stream:
             return stream.read(len(self._head)) == self._head
 
     def write(self, number: int, rows: Rows) -> Place:
-        """Append the plan of a round, and return where it is."""
+        """Append the plan of a round, and return its byte range."""
         content = self._bytes_of(number, rows)
         if not self._file or self._end >= FULL:
             self._file, self._end = f"from-round-{number:05d}{_SUFFIX}", len(self._head)
@@ -118,6 +121,7 @@ class PlanWriter:
         return Place(self._file, begin, self._end)
 
     def _bytes_of(self, number: int, rows: Rows) -> bytes:
+        """Return the bytes that the stream writes for the plan of a round."""
         import pyarrow as pa
 
         size = rows.indices.size
@@ -148,7 +152,7 @@ class PlanReader:
     """Reads the plans of a record, one round at a time.
 
     Args:
-        folder: ``plans`` in the record.
+        folder: folder ``plans`` of the record.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -165,10 +169,10 @@ class PlanReader:
         return f"{self.folder / each.plan.file}, round {each.round}"
 
     def table(self, each: Round, names: Sequence[str] = COLUMNS) -> pyarrow.Table:
-        """Return columns of the plan of a round; those that a file of version 1 lacks are left out.
+        """Return columns of the plan of a round. Columns that a file of version 1 lacks are left out.
 
         Raises:
-            ConfigError: if the plan is not there, or its file not what it should be.
+            ConfigError: if the plan does not exist, or its file has another form.
         """
         if each.plan is None:
             return self._table_of_version_1(each, names)
@@ -209,6 +213,7 @@ class PlanReader:
         return self._heads[path.name]
 
     def _table_of_version_1(self, each: Round, names: Sequence[str]) -> pyarrow.Table:
+        """Return columns of the Parquet file of a round."""
         path = Path(self.where(each))
         if not path.is_file():
             raise ConfigError(f"{path} is missing; expected the plan of round {each.round} of {ROUNDS}.")
@@ -232,7 +237,7 @@ class PlanReader:
         return indices.astype(np.int64, copy=False)
 
     def labels(self, each: Round) -> tuple[NDArray[np.int64], list[str]]:
-        """Return the domain of each sample of a round as a number, and the name each number stands for."""
+        """Return the domain of each sample of a round as an index, and the domain names that the indices refer to."""
         import pyarrow as pa
 
         column = self._needed(each, _DOMAIN)
@@ -244,7 +249,7 @@ class PlanReader:
         return values.indices.to_numpy().astype(np.int64), values.dictionary.to_pylist()
 
     def numbers(self, each: Round, name: str) -> NDArray[Any] | None:
-        """Return the rows, scores or ranks of a round, NaN for those that are not there; None if all are not."""
+        """Return the rows, scores or ranks of a round, with NaN for missing values; None if all are missing."""
         table = self.table(each, [name])
         if name not in table.column_names or table.column(name).null_count == table.num_rows:
             return None
@@ -254,6 +259,7 @@ class PlanReader:
         return values
 
     def _needed(self, each: Round, name: str) -> pyarrow.ChunkedArray:
+        """Return a column of the plan of a round that every file must have."""
         table = self.table(each, [name])
         if name not in table.column_names:
             raise ConfigError(f"{self.where(each)} has no column {name!r}; expected a plan written by a DataFlex run.")

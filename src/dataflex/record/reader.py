@@ -1,7 +1,7 @@
-"""Read a run folder back: what was decided in each round, what it cost, and how the losses went.
+"""Reader of a run folder: the decisions of each round, their cost, and the losses.
 
-A run folder is LLaMA-Factory's ``output_dir``; ours is the ``dataflex`` folder in it. Small files are read at
-once and checked; plans are read only when asked for, one round and one column at a time.
+A run folder is LLaMA-Factory's ``output_dir``. DataFlex's record is the folder ``dataflex`` in it. Small files are read
+at once and checked. Plans are read only when they are requested, one round and one column at a time.
 """
 
 from __future__ import annotations
@@ -68,71 +68,73 @@ FAMILIES = ("select", "mix", "order", "weight")
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which samples the plans of a run name."""
+    """Statistics of the samples that the plans of a run name."""
 
     samples: int
-    """Rows of all plans."""
+    """Number of rows of all plans."""
     distinct: int
-    """Different pool indices among them."""
+    """Number of different pool indices among them."""
     overlap: Curve
-    """(round, Jaccard similarity of its set of samples with that of the round before)."""
+    """(round, Jaccard similarity of its set of samples with the set of the round before)."""
     repeats: Curve
-    """(round, share of its samples that were planned before, in an earlier round or earlier in this one)."""
+    """(round, share of its samples that were planned before, in an earlier round or earlier in the same one)."""
     seen: dict[str, Curve]
-    """Domain to (round, distinct samples of the domain in the plans up to this one)."""
+    """Domain -> (round, number of distinct samples of the domain in the plans up to and including this round)."""
     times: NDArray[np.int64]
-    """``times[k]``: samples that are in the plans exactly ``k`` times, k >= 1; ``times[0]`` is 0."""
+    """``times[k]``: number of samples that are in the plans exactly ``k`` times, k >= 1. ``times[0]`` is 0."""
 
     @property
     def mean_overlap(self) -> float | None:
-        """Mean over consecutive rounds; None where there is only one."""
+        """Mean over consecutive rounds; None if there is only one round."""
         return sum(value for _, value in self.overlap) / len(self.overlap) if self.overlap else None
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder says. Plans stay on disk until one of the methods is called."""
+    """Contents of a run folder. Plans stay on disk until a method reads them."""
 
     path: Path
     name: str
     config: Mapping[str, Any]
     """LLaMA-Factory's keys, and ``dataflex``."""
     starts: list[Start]
-    """The entries of ``environment.json``, the first start first; empty in older records."""
+    """Entries of ``environment.json``, first start first; empty in older records."""
     rounds: list[Round]
     changes: list[Change]
-    """The lines of ``changes.jsonl``: what was changed at a resume."""
+    """Lines of ``changes.jsonl``: settings that were changed at a resume."""
     summary: Summary | None
     """None while the run is unfinished."""
     steps: int
-    """Optimizer steps done, as far as the folder shows."""
+    """Number of optimizer steps done, as far as the folder shows."""
     train_loss: Curve
     eval_loss: dict[str, Curve]
-    """Evaluation set (``eval`` where it has no name) to its loss, as the Trainer logged it."""
+    """Evaluation set (``eval`` if it has no name) -> its loss, as the Trainer logged it."""
     evaluations: list[Evaluation]
-    """Ascending by step, one for each; empty in older records and where none was made."""
+    """Evaluations, ascending by step, one per step; empty in older records and for a run without evaluation."""
     tasks: list[Task]
-    """By name."""
+    """Results of downstream tasks, sorted by name."""
     domain_loss: dict[str, Curve]
     domain_tokens: dict[str, Curve]
-    """Domain to (step, its tokens trained on up to then); empty in older records."""
+    """Domain -> (step, number of its tokens trained on up to this step); empty in older records."""
     loss_weights: LossWeights | None
-    """Weights of the domains in the loss; None where the loss is not weighted by domain."""
+    """Weights of the domains in the loss; None if the loss is not weighted by domain."""
     domain_weights: DomainWeights | None
-    """The result of such a run; None while it is unfinished."""
+    """Final weights of a run whose loss is weighted by domain; None while the run is unfinished."""
     weights: dict[str, Curve]
-    """``min`` and ``max`` of the sample weights, where a weighter logged them."""
+    """``min`` and ``max`` of the sample weights, if a weighter logged them."""
     tokens_at: dict[int, int]
-    """Logged step to the tokens trained on up to it; empty in older records."""
+    """Logged step -> number of tokens trained on up to this step; empty in older records."""
     seconds_at: dict[int, float]
-    """Step with a training loss to the seconds of training, decisions and evaluation up to it; empty in older
-    records."""
+    """Step with a training loss -> seconds of training, decisions and evaluation up to this step.
+
+    Empty in older records.
+    """
     logged_train_seconds: Curve
-    """(step, seconds of training steps up to it), as far as logged; empty in older records."""
+    """(step, seconds of training steps up to this step), as far as logged; empty in older records."""
 
     @property
     def components(self) -> dict[str, str]:
-        """Method of each kind of decision the run makes, in the order of :data:`FAMILIES`."""
+        """Method of each kind of decision of the run, in the order of :data:`FAMILIES`."""
         found: dict[str, str] = {}
         for each in self.rounds:
             found |= {family: name for family, name in each.components.items() if name}
@@ -144,13 +146,19 @@ class RunRecord:
 
     @property
     def rounds_missing(self) -> list[int]:
-        """Numbers of the rounds before the last one that are not on record: those of a run this one goes on from."""
+        """Numbers of the rounds before the last one that are not on record.
+
+        Another run, which this one resumed, made them.
+        """
         there = {each.round for each in self.rounds}
         return [number for number in range(max(there, default=0)) if number not in there]
 
     @property
     def acting(self) -> str:
-        """The methods as text, each with in how many of the rounds after warm-up it acted, where not in all."""
+        """The methods as text.
+
+        A method that did not act in all rounds after warm-up is followed by the number of its rounds.
+        """
         decided = [each for each in self.rounds if not each.warmup]
         texts = []
         for family, name in self.components.items():
@@ -161,29 +169,29 @@ class RunRecord:
 
     @property
     def decision_seconds(self) -> float:
-        """Seconds spent on decisions: the summary's figure, or the sum over the rounds so far."""
+        """Seconds spent on decisions: the summary's value, or the sum over the rounds so far."""
         if self.summary:
             return self.summary.decision_seconds
         return sum(each.cost.seconds for each in self.rounds)
 
     @property
     def evaluate_seconds(self) -> float | None:
-        """Seconds spent on evaluations so far; None where the record does not say."""
+        """Seconds spent on evaluations so far; None if they are not on record."""
         if self.summary and self.summary.evaluate_seconds is not None:
             return self.summary.evaluate_seconds
         return self.evaluations[-1].evaluate_seconds if self.evaluations else None
 
     @property
     def train_seconds(self) -> float | None:
-        """Seconds of training steps so far; None where the record does not say."""
+        """Seconds of training steps so far; None if they are not on record."""
         found = self.trained
         return None if found is None else found[1]
 
     @property
     def trained(self) -> tuple[int, float] | None:
-        """Step up to which the seconds of training steps are known, and these; None where the record does not say.
+        """Last step for which the seconds of training steps are known, and these seconds; None if none is on record.
 
-        Those of a run without a summary are known up to its last evaluation or the last log of its newest checkpoint.
+        For a run without a summary, they are known up to its last evaluation or the last log of its newest checkpoint.
         """
         if self.summary:
             return self.steps, self.summary.train_seconds
@@ -192,7 +200,7 @@ class RunRecord:
 
     @property
     def tokens(self) -> int | None:
-        """Tokens trained on so far; None where the record does not say yet."""
+        """Number of tokens trained on so far; None if it is not on record yet."""
         if self.summary:
             return self.summary.tokens
         known = [*self.tokens_at.values(), *(each.tokens for each in self.evaluations)]
@@ -200,15 +208,16 @@ class RunRecord:
 
     @property
     def pool(self) -> dict[str, int]:
-        """Samples of each domain in the pool; empty where the record does not say."""
+        """Number of samples of each domain in the pool; empty if it is not on record."""
         return next((each.pool for each in reversed(self.rounds) if each.pool), {})
 
     @cached_property
     def passes(self) -> dict[str, NDArray[np.float64]]:
-        """Domain to the passes over it up to and including each of :attr:`rounds`, shape (rounds,).
+        """Domain -> number of passes over it up to and including each of :attr:`rounds`, shape (rounds,).
 
-        As recorded, or samples planned over samples in the pool; NaN where a round gives neither. Domains without any
-        number are left out.
+        The number is the recorded one, or samples planned over samples in the pool. It is NaN if the round has neither.
+        A
+        domain without any number is left out.
         """
         names = dict.fromkeys(name for each in self.rounds for name in each.domains)
         found = {name: np.full(len(self.rounds), np.nan) for name in names}
@@ -226,7 +235,7 @@ class RunRecord:
 
     @property
     def mean_loss_weights(self) -> dict[str, float]:
-        """Mean weight of each domain in the loss over the steps so far; empty where the loss is not weighted so."""
+        """Mean weight of each domain in the loss over the steps so far; empty if the loss is not weighted by domain."""
         if self.domain_weights:
             return self.domain_weights.proportions
         if self.loss_weights:
@@ -235,7 +244,7 @@ class RunRecord:
 
     @property
     def has_plans(self) -> bool:
-        """Whether the plans are kept in the folder."""
+        """Whether the folder holds the plans."""
         return bool(self.rounds) and bool(self.plans)
 
     @cached_property
@@ -245,11 +254,14 @@ class RunRecord:
 
     @cached_property
     def filters(self) -> PlanReader:
-        """The samples that came to filters; of a round as :meth:`filtered` returns it."""
+        """The samples that filters decided on.
+
+        A round's samples are read with the rounds that :meth:`filtered` returns.
+        """
         return PlanReader(self.path / FOLDER / FILTERS)
 
     def filtered(self, each: Round) -> list[tuple[Filtering, Round]]:
-        """Return the filters that decided in a round, each with the round as :attr:`filters` reads its samples."""
+        """Return the filters that decided in a round, each with the round to pass to :attr:`filters`."""
         return [(one, replace(each, plan=one.table, size=one.size)) for one in each.filters if one.table is not None]
 
     @cached_property
@@ -257,10 +269,10 @@ class RunRecord:
         return {each.round: each for each in self.rounds}
 
     def round(self, number: int) -> Round:
-        """Return what was decided in round ``number``.
+        """Return the decisions of round ``number``.
 
         Raises:
-            ConfigError: if it is not on record.
+            ConfigError: if the round is not on record.
         """
         if number not in self._by_number:
             raise ConfigError(f"{self.path}: round {number} is not on record.")
@@ -275,7 +287,7 @@ class RunRecord:
         return self.plans.indices(self.round(number))
 
     def plan_scores(self, number: int) -> NDArray[np.float32] | None:
-        """Return the scores of round ``number`` that are finite numbers, or None if there is none."""
+        """Return the finite scores of round ``number``, or None if there are none."""
         scores = self.plans.numbers(self.round(number), "score")
         if scores is None:
             return None
@@ -283,14 +295,14 @@ class RunRecord:
         return finite if finite.size else None
 
     def coverage(self) -> Coverage | None:
-        """Count distinct and repeated samples and the overlap of rounds, one plan in memory at a time.
+        """Count distinct and repeated samples and the overlap of rounds, with one plan in memory at a time.
 
         Returns:
-            None where the folder has no plans.
+            None if the folder has no plans.
         """
         if not self.has_plans:
             return None
-        planned = np.zeros(0, dtype=np.int32)  # how often each pool index was, so far
+        planned = np.zeros(0, dtype=np.int32)  # number of times each pool index was planned so far
         seen = {name: 0 for each in self.rounds for name in each.domains}
         seen_after: dict[str, Curve] = {name: [] for name in seen}
         before: NDArray[np.int64] | None = None
@@ -325,10 +337,10 @@ def read_run(path: Path) -> RunRecord:
     """Read the small files of a run folder.
 
     Args:
-        path: LLaMA-Factory's ``output_dir`` of a run that DataFlex made, finished or not.
+        path: LLaMA-Factory's ``output_dir`` of a DataFlex run, finished or not.
 
     Raises:
-        ConfigError: if ``path`` is not such a folder, or a file in it is not what it should be.
+        ConfigError: if ``path`` is not such a folder, or a file in it has another form.
     """
     config = read_configuration(path)
     folder = path / FOLDER
@@ -339,7 +351,8 @@ def read_run(path: Path) -> RunRecord:
     steps = reached if told is None else told
     weights = read_loss_weights(folder / LOSS_WEIGHTS)
     results = path / "all_results.json"
-    final = read_object(results) if summary else None  # what an earlier run left was moved when this one began
+    # An earlier run's results were moved away when this run began, so those of a finished run are its own.
+    final = read_object(results) if summary else None
     return RunRecord(
         path=path,
         name=path.resolve().name,
@@ -365,13 +378,13 @@ def read_run(path: Path) -> RunRecord:
 
 
 def read_header(folder: Path) -> Header | None:
-    """Return what a record says for all its rounds; None for a record of version 1.
+    """Return the header of a record, which holds for all its rounds; None for a record of version 1.
 
     Args:
-        folder: the record.
+        folder: folder of the record.
 
     Raises:
-        ConfigError: if it is of a later version, or not readable.
+        ConfigError: if the record has a later version, or is not readable.
     """
     file = folder / HEADER
     value = read_object(file)
@@ -387,15 +400,18 @@ def read_header(folder: Path) -> Header | None:
 
 
 def _read(kind: type[T], file: Path) -> T | None:
+    """Return the object in a JSON file; None if the file does not exist."""
     value = read_object(file)
     return None if value is None else from_json(kind, value, file)
 
 
 def _read_task(file: Path) -> Task:
+    """Return the results of one downstream task."""
     return from_json(Task, read_object(file) or {}, file)
 
 
 def _read_domain_weights(path: Path, weights: LossWeights | None) -> DomainWeights | None:
+    """Return the final domain weights, after checking their domains."""
     found = _read(DomainWeights, path)
     if found and weights and found.proportions.keys() != set(weights.names):
         raise ConfigError(f"{path}: 'proportions' does not name the domains of {LOSS_WEIGHTS}.")
@@ -403,14 +419,14 @@ def _read_domain_weights(path: Path, weights: LossWeights | None) -> DomainWeigh
 
 
 def read_rounds(folder: Path, header: Header | None) -> list[Round]:
-    """Return the rounds by number; a round that was planned again after a resume counts as planned last.
+    """Return the rounds by number. If a round was planned again after a resume, the last plan counts.
 
     Args:
-        folder: the record.
-        header: of it; None for a record of version 1, whose lines have all of it.
+        folder: folder of the record.
+        header: header of the record; None for version 1, whose lines hold all fields themselves.
 
     Raises:
-        ConfigError: if a line is not what it should be.
+        ConfigError: if a line has another form.
     """
     rounds: dict[int, Round] = {}
     pool: dict[str, int] = {}
@@ -418,7 +434,7 @@ def read_rounds(folder: Path, header: Header | None) -> list[Round]:
         each = from_json(Round, value, where, header)
         if header is not None:
             each = replace(each, pool=header.domains, components=_acting(each, header))
-        elif each.pool == pool:  # kept once: domains may be many, and rounds too
+        elif each.pool == pool:  # share one dictionary, because there may be many domains and many rounds
             each = replace(each, pool=pool)
         pool = each.pool
         rounds[each.round] = each
@@ -432,7 +448,7 @@ def _acting(each: Round, header: Header) -> dict[str, str | None]:
 
 
 def _read_evaluations(path: Path) -> list[Evaluation]:
-    """Return the evaluations by step; of several at one step, also after a resume, the last counts."""
+    """Return the evaluations by step. Of several at one step, for example after a resume, the last counts."""
     found = {}
     for where, value in json_lines(path):
         each = from_json(Evaluation, value, where)
@@ -441,7 +457,7 @@ def _read_evaluations(path: Path) -> list[Evaluation]:
 
 
 def _reaching(planned: NDArray[np.int32], indices: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Return the counts, made longer where the last of ``indices`` (ascending) is beyond them."""
+    """Return the counts, extended with zeros if the last of ``indices`` (ascending) is beyond them."""
     if not indices.size or indices[-1] < planned.size:
         return planned
     longer = np.zeros(max(int(indices[-1]) + 1, planned.size * 5 // 4), dtype=np.int32)
@@ -450,7 +466,7 @@ def _reaching(planned: NDArray[np.int32], indices: NDArray[np.int64]) -> NDArray
 
 
 def _jaccard(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
-    """Size of the intersection over size of the union, of two arrays without repetitions."""
+    """Return the size of the intersection over the size of the union of two arrays without repetitions."""
     common = np.intersect1d(first, second, assume_unique=True).size
     union = first.size + second.size - common
     return common / union if union else math.nan

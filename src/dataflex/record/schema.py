@@ -1,7 +1,7 @@
-"""What the files of a run record hold: one class for each, which the writer and the reader share.
+"""Contents of the files of a run record: one class per file, shared by the writer and the reader.
 
-A field is named here and nowhere else: the writer makes these objects and :func:`to_json` writes them, and
-:func:`from_json` makes the same objects of what it reads. A field that has its default is not written.
+Each field is declared only here. The writer creates these objects and :func:`to_json` writes them. The reader gets the
+same objects from :func:`from_json`. A field with its default value is not written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataflex.errors import ConfigError
 from dataflex.planning.budget import LimitedDecision
 
 VERSION = 2
-"""Of the record's files. A record without :data:`HEADER` is of version 1."""
+"""Version of the record's files. A record without :data:`HEADER` has version 1."""
 
 HEADER = "record.json"
 ROUNDS = "rounds.jsonl"
@@ -45,14 +45,14 @@ TASKS = "tasks"
 T = TypeVar("T")
 
 BY_DOMAIN = "by domain"
-"""Marks a field that has a value for each domain: lines have the values alone, in the order of the header."""
+"""Marks a field with a value for each domain. Lines hold the values alone, in the order of the header."""
 IN_HEADER = "in the header"
 """Marks a field that lines leave out, because it follows from the header."""
 
 
 @dataclass(frozen=True)
 class Methods:
-    """The method of each part of the section, from a round on."""
+    """Method of each part of the section, from a round on."""
 
     from_round: NonNegativeInt
     methods: dict[str, str]
@@ -60,13 +60,13 @@ class Methods:
 
 @dataclass(frozen=True)
 class Header:
-    """``record.json``: the version of the files, and what holds for every round."""
+    """``record.json``: the version of the files, and the values that hold for every round."""
 
     version: NonNegativeInt
     domains: dict[str, NonNegativeInt] = field(default_factory=dict)
-    """Samples of each domain in the pool, in its order; empty if the run plans no rounds."""
+    """Number of samples of each domain in the pool, in the pool's order; empty if the run plans no rounds."""
     methods: list[Methods] = field(default_factory=list)
-    """Ascending by round; a resume may change them."""
+    """Methods, ascending by round. A resume may change them."""
 
     def methods_at(self, number: int) -> dict[str, str]:
         """Return the methods that hold in a round."""
@@ -77,7 +77,7 @@ class Header:
         return found
 
     def with_methods(self, number: int, methods: dict[str, str]) -> list[Methods]:
-        """Return the methods as they are if from round ``number`` on others hold."""
+        """Return the list of methods after adding those that hold from round ``number`` on."""
         earlier = [each for each in self.methods if each.from_round < number]
         if earlier and earlier[-1].methods == methods:
             return earlier
@@ -86,7 +86,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the decision of a round cost."""
+    """Cost of the decision of a round."""
 
     seconds: NonNegativeFloat = 0.0
     samples: NonNegativeInt = 0
@@ -95,7 +95,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Place:
-    """The bytes of a file in ``plans`` that hold the plan of one round."""
+    """Byte range of one round's plan in a file of ``plans``."""
 
     file: str
     begin: NonNegativeInt
@@ -104,26 +104,29 @@ class Place:
 
 @dataclass(frozen=True)
 class Filtering:
-    """What a filter of a list of selectors did in a round."""
+    """Result of one filter, a selector before the last one of a list, in a round."""
 
     key: str
-    """Its configuration key, ``select.0`` for the first."""
+    """Configuration key of the filter, ``select.0`` for the first."""
     method: str
     candidates: dict[str, NonNegativeInt] = field(default_factory=dict)
-    """How many samples came to it, of each group: ``pool``, or the domains if a mixer decides or it compares within
-    them."""
+    """Number of samples in each group before the filter.
+
+    There is one group, ``pool``, unless a mixer decides or the filter compares within domains. Then each domain is a
+    group.
+    """
     kept: dict[str, NonNegativeInt] = field(default_factory=dict)
-    """How many of them it left for the next selector."""
+    """Number of samples in each group that passed the filter to the next selector."""
     of_update: dict[str, NonNegativeInt] = field(default_factory=dict)
-    """The decision, from 0, whose result stands for each group."""
+    """Number of the decision, from 0, whose result holds for each group."""
     unscored: NonNegativeInt = 0
-    """Candidates without a score."""
+    """Number of candidates without a score."""
     size: NonNegativeInt = 0
-    """How many samples it decided about in this round; 0 if what it left earlier stands."""
+    """Number of samples that the filter decided on in this round; 0 if an earlier result holds."""
     number_kept: NonNegativeInt = 0
-    """How many of those it left; they are the first in the table."""
+    """Number of these samples that passed. They come first in the table."""
     table: Place | None = None
-    """Where these samples are, in :data:`FILTERS`, with their scores and ranks."""
+    """Byte range of these samples in :data:`FILTERS`, with their scores and ranks."""
 
 
 @dataclass(frozen=True)
@@ -134,73 +137,77 @@ class Round:
     start_step: NonNegativeInt
     steps: NonNegativeInt
     size: NonNegativeInt
-    """Samples in the plan."""
+    """Number of samples in the plan."""
     domains: Annotated[dict[str, NonNegativeInt], BY_DOMAIN]
-    """Samples of each domain in the plan."""
+    """Number of samples of each domain in the plan."""
     plan_sha256: str = ""
     plan: Place | None = None
-    """Where the plan is; None in records of version 1, which have a file for each round."""
+    """Byte range of the plan; None in records of version 1, which have a file for each round."""
     proportions: Annotated[dict[str, float], BY_DOMAIN] = field(default_factory=dict)
-    """Share of each domain in force; of domains with :attr:`clipped_shares`, no longer the wanted one."""
+    """Share of each domain in force. For a domain in :attr:`clipped_shares` it is lower than the requested share."""
     components: Annotated[dict[str, str | None], IN_HEADER] = field(default_factory=dict)
     """Method of each family that acted."""
     undecided: dict[str, str] = field(default_factory=dict)
-    """Why the method of a family decided nothing."""
+    """Reason why the method of a family decided nothing."""
     not_chosen: dict[str, str] = field(default_factory=dict)
-    """Why the selector chose nothing from a group, as in :attr:`candidates`."""
+    """Reason why the selector chose nothing from a group. The groups are those of :attr:`candidates`."""
     cost: Cost = field(default_factory=Cost)
     warmup: bool = False
     pool: Annotated[dict[str, NonNegativeInt], IN_HEADER] = field(default_factory=dict)
-    """Samples of each domain in the pool; empty if an older record does not say."""
+    """Number of samples of each domain in the pool; empty in older records without it."""
     unscored: NonNegativeInt = 0
-    """Candidates left out because they have no score."""
+    """Number of candidates that were left out because they have no score."""
     candidates: Annotated[dict[str, NonNegativeInt], BY_DOMAIN] = field(default_factory=dict)
-    """How many samples were ranked in each group: ``pool``, or the domains if a mixer decides or the selector compares
-    within them."""
+    """Number of ranked samples in each group.
+
+    There is one group, ``pool``, unless a mixer decides or the selector compares within domains. Then each domain is a
+    group.
+    """
     epochs: Annotated[dict[str, float], BY_DOMAIN] = field(default_factory=dict)
     """Passes over each domain up to and including this round; empty in older records, and with one domain."""
     clipped_shares: Annotated[dict[str, float], Field(validation_alias=AliasChoices("clipped_shares", "capped"))] = (
         field(default_factory=dict)
     )
-    """The share wanted of each domain that ``max_epochs_per_domain`` gave less."""
+    """Requested share of each domain that ``max_epochs_per_domain`` reduced."""
     filters: list[Filtering] = field(default_factory=list)
-    """What the selectors before the last one did."""
+    """Results of the selectors before the last one."""
     standing: list[str] = field(default_factory=list)
-    """Keys of the selectors whose earlier result stands in this round, because they decide once in several."""
+    """Keys of the selectors whose earlier result holds in this round, because they decide once in several."""
     budget: LimitedDecision | None = None
-    """What was scored under ``max_overhead``, and why so much."""
+    """Number of samples scored under ``max_overhead``, and the reason for this number."""
 
     @cached_property
     def shares(self) -> dict[str, float]:
-        """Share of each domain in the plan, by count."""
+        """Share of each domain in the plan, by number of samples."""
         total = sum(self.domains.values())
         return {name: count / total for name, count in self.domains.items()} if total else {}
 
     def group_of(self, domain: str, counts: Mapping[str, Any]) -> str:
-        """Return the group that the samples of a domain were in: itself, or ``pool``.
+        """Return the group that the samples of a domain were in: the domain itself, or ``pool``.
 
         Args:
-            domain: its name.
-            counts: something that is told of each group.
+            domain: name of the domain.
+            counts: dictionary with the groups as keys.
         """
         by_domain = "mix" in self.components or "mix" in self.undecided or counts.keys() - {"pool"}
         return domain if by_domain else "pool"
 
 
 def _nan_of_null(value: Any) -> Any:
+    """Return NaN for null, other values unchanged."""
     return math.nan if value is None else value
 
 
 Measured = Annotated[float, BeforeValidator(_nan_of_null)]
-"""A number that is null in a file if it is not finite, and NaN here."""
+"""A number that is NaN here, and null in a file, if it is not finite."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """How well a text is predicted; NaN if none of its tokens counts."""
+    """Prediction quality of a text; NaN if none of its tokens counts in the loss."""
 
     loss: Measured
-    """Nats per token."""
+    """Mean loss in nats per token."""
     perplexity: Measured
     bits_per_byte: float | None
     """None if the text has no bytes."""
@@ -208,7 +215,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class DomainMeasures(Measures):
-    """The same for one evaluation set, and how large it is."""
+    """Prediction quality of one evaluation set, and the size of the set."""
 
     tokens: NonNegativeInt
     bytes: NonNegativeInt
@@ -217,7 +224,7 @@ class DomainMeasures(Measures):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One line of ``evaluations.jsonl``; tokens and seconds are those of the run up to then."""
+    """One line of ``evaluations.jsonl``. Tokens and seconds are those of the run up to the evaluation."""
 
     step: NonNegativeInt
     tokens: NonNegativeInt
@@ -240,16 +247,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class OverheadLimit:
-    """How a run kept to its ``max_overhead``."""
+    """Result of a run's ``max_overhead``."""
 
     max_overhead: float
     decisions: NonNegativeInt
     decisions_that_scored: NonNegativeInt
     scores: NonNegativeInt
-    """Made in all."""
+    """Number of scores computed in the whole run."""
     kept: bool
     text: str
-    """The same as a sentence that goes on from "decisions are", and why the limit was missed."""
+    """Rest of a sentence that begins with "decisions are": the result, and the reason if the limit was missed."""
 
 
 @dataclass(frozen=True)
@@ -266,24 +273,24 @@ class Summary:
     evaluate_seconds: NonNegativeFloat | None = None
     """None in older records."""
     saved: list[str] = field(default_factory=list)
-    """What LLaMA-Factory has written since training ended, in order."""
+    """Names of the results that LLaMA-Factory has written since training ended, in order."""
     evaluation: Evaluation | None = None
-    """The last one; None if none was made, and in older records."""
+    """The last evaluation; None if there was none, and in older records."""
     notes: list[str] = field(default_factory=list)
-    """What did not happen in the run although it was asked for."""
+    """Notes on configured actions that did not happen in the run."""
     overhead_limit: Annotated[OverheadLimit | None, Field(validation_alias=AliasChoices("overhead_limit", "cap"))] = (
         None
     )
-    """How the run kept to ``max_overhead``; None without one, and in older records."""
+    """Result of ``max_overhead``; None without it, and in older records."""
 
 
 @dataclass(frozen=True)
 class DomainWeights:
-    """``domain_weights.json``: what a mixer that weighs the domains in the loss found, by domain."""
+    """``domain_weights.json``: the result of a mixer that weights the domains in the loss, by domain."""
 
     method: str
     steps: NonNegativeInt
-    """Steps whose loss was weighted."""
+    """Number of steps whose loss was weighted."""
     proportions: dict[str, NonNegativeFloat]
     """Mean weights over these steps."""
     last: dict[str, NonNegativeFloat]
@@ -294,14 +301,14 @@ class Change:
     """One line of ``changes.jsonl``: a setting that was changed at a resume."""
 
     resumed_at: NonNegativeInt
-    """Optimizer steps done when the run went on."""
+    """Number of optimizer steps done at the resume."""
     step: int
-    """From which optimizer step on it holds."""
+    """Number of optimizer steps done when the change takes effect."""
     key: str
     before: Annotated[Any, Field(validation_alias=AliasChoices("before", "from"))]
     now: Annotated[Any, Field(validation_alias=AliasChoices("now", "to"))]
     effect: str
-    """:data:`FROM_HERE`, or that it has none."""
+    """:data:`FROM_HERE`, or :data:`NO_EFFECT`."""
 
     @property
     def holds(self) -> bool:
@@ -315,16 +322,16 @@ NO_EFFECT = "none, the earlier value stays"
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a downstream task."""
+    """A metric of a downstream task."""
 
     value: float | None
-    """None if it is not a number."""
+    """None if the metric is not a number."""
     stderr: NonNegativeFloat | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """One file of ``tasks``: how the trained model did at a downstream task."""
+    """One file of ``tasks``: the results of the trained model on a downstream task."""
 
     task: str
     form: str
@@ -332,9 +339,9 @@ class Task:
     num_fewshot: NonNegativeInt
     metrics: dict[str, Metric]
     chance: float | None = None
-    """What guessing gives, of tasks with choices."""
+    """Expected value of guessing, for a task with choices."""
     notes: list[str] = field(default_factory=list)
-    """What a reader of the numbers should know."""
+    """Notes that a reader of the metrics needs."""
 
 
 @dataclass(frozen=True)
@@ -342,44 +349,44 @@ class Start:
     """One start of a run, the first or a resume: an entry of :data:`ENVIRONMENT`."""
 
     step: NonNegativeInt
-    """Optimizer steps done before."""
+    """Number of optimizer steps done before this start."""
     started: str = ""
     """Time in UTC, as ISO 8601."""
     finished: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    """Of Python and of the installed packages that numbers may depend on."""
+    """Versions of Python and of the installed packages that results may depend on."""
     platform: str = ""
     processes: NonNegativeInt | None = None
     devices: list[str] | None = None
-    """Names of the accelerators of the main process; none on a CPU. None: not on record."""
+    """Names of the accelerators of the main process; empty on a CPU. None means that they are not on record."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables that were set, of those that change a run."""
+    """Environment variables that change a run and were set."""
     working_directory: str = ""
     command: list[str] = field(default_factory=list)
     configuration: str = ""
-    """The file the configuration came from."""
+    """The file that the configuration was read from."""
     plugins: list[dict[str, str]] = field(default_factory=list)
     """Files with their digests, and entry points with their packages."""
     model: dict[str, Any] = field(default_factory=dict)
     """``name``, and ``files`` or ``commit`` of the base model."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """``entry`` and ``files`` of each data set that lies in files."""
+    """``entry`` and ``files`` of each data set that consists of local files."""
     files: dict[str, Any] = field(default_factory=dict)
     """Files that the section names, with their digests."""
     fingerprints: dict[str, str] = field(default_factory=dict)
-    """Of the tokenized samples, by the key of the configuration that names the data."""
+    """Fingerprints of the tokenized samples, by the configuration key that names the data."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """:data:`ENVIRONMENT`: every start of a run, the first one first."""
+    """:data:`ENVIRONMENT`: every start of a run, first start first."""
 
     starts: list[Start] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The run, and the place in it, that another one goes on from."""
+    """The run, and the checkpoint of it, from which another run resumed."""
 
     run: str | None
     step: NonNegativeInt
@@ -388,7 +395,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Identity:
-    """:data:`RUN`: which run a folder is."""
+    """:data:`RUN`: identity of the run in a folder."""
 
     id: str | None = None
     began: str = ""
@@ -397,11 +404,11 @@ class Identity:
 
 
 def to_json(value: Any, header: Header | None = None) -> dict[str, Any]:
-    """Return an object of this module as it is written.
+    """Return an object of this module in its written form.
 
     Args:
         value: an instance of one of the classes.
-        header: of the record, for fields that are written by domain.
+        header: header of the record, for fields that are written by domain.
     """
     found: dict[str, Any] = {}
     kind: Any = type(value)
@@ -419,10 +426,10 @@ def from_json(kind: type[T], value: Mapping[str, Any], where: Path | str, header
     """Return the object that :func:`to_json` wrote.
 
     Args:
-        kind: its class.
-        value: what was read.
-        where: of it, for messages.
-        header: of the record; None for version 1, whose lines name the domains.
+        kind: class of the object.
+        value: the value read from the file.
+        where: file and line of the value, for messages.
+        header: header of the record; None for version 1, whose lines name the domains.
 
     Raises:
         ConfigError: naming the file, the key and the fault.
@@ -441,7 +448,7 @@ def from_json(kind: type[T], value: Mapping[str, Any], where: Path | str, header
 
 
 def _of_domains(values: list[Any], header: Header | None, where: str) -> dict[str, Any]:
-    """Return the values by the names of the domains; null is no value."""
+    """Return the values by domain name. A domain with null is left out."""
     names = [] if header is None else list(header.domains)
     if len(values) != len(names):
         raise ConfigError(f"{where} has {len(values)} values, {HEADER} names {len(names)} domains.")
@@ -449,11 +456,13 @@ def _of_domains(values: list[Any], header: Header | None, where: str) -> dict[st
 
 
 def _any(kind: type[T]) -> Any:
-    return kind  # a type is hashable, which mypy does not know of a type variable's
+    """Return the class with a type that mypy accepts as hashable."""
+    return kind  # mypy does not know that the class of a type variable is hashable
 
 
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Return pydantic's validator of a class."""
     return TypeAdapter(kind)
 
 
@@ -469,6 +478,7 @@ def _fields(kind: Any) -> list[tuple[str, Any, tuple[Any, ...]]]:
 
 
 def _plain(value: Any) -> Any:
+    """Return a value made of dictionaries, lists and plain values."""
     if is_dataclass(value):
         return to_json(value)
     if isinstance(value, Mapping):

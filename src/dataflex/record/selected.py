@@ -1,4 +1,4 @@
-"""Writing chosen samples as a data set of LLaMA-Factory: the raw rows if they are known, else the tokenized samples."""
+"""Writer of selected samples as a LLaMA-Factory data set: raw rows if they are known, otherwise tokenized samples."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _MEDIA = ("images", "videos", "audios")
 
 @dataclass(frozen=True)
 class Selected:
-    """What was written, and how to train on it.
+    """The written data sets, and instructions for training on them.
 
     Attributes:
-        counts: domain -> samples chosen, and samples there are.
-        overrides: what to give a training, ``key=value``.
-        tokenized: why the samples were written tokenized; None if their rows were.
-        notes: what the user should know.
+        counts: domain -> number of selected samples, and number of all its samples.
+        overrides: ``key=value`` arguments for a training command.
+        tokenized: reason why tokenized samples were written; None if raw rows were.
+        notes: notes for the user.
     """
 
     counts: dict[str, tuple[int, int]]
@@ -42,7 +42,7 @@ class Selected:
     notes: tuple[str, ...] = ()
 
     def lines(self) -> Iterator[str]:
-        """Yield what to tell; the last line is the command that trains on the samples."""
+        """Yield the lines for the user. The last line is the command that trains on the samples."""
         for name, (count, size) in self.counts.items():
             yield f"selected {count} of {size} samples of {name}"
         if self.tokenized is not None:
@@ -54,15 +54,16 @@ class Selected:
 
 
 def write_selected(pool: Pool, chosen: IndexArray, folder: Path, given: dict[str, Any]) -> Selected:
-    """Write chosen samples of a pool under a folder.
+    """Write selected samples of a pool to a folder.
 
-    ``dataset_info.json`` beside the rows has the entries of the original one: for data sets that were chosen from with
-    the new file, for all others, such as evaluation and validation sets, with the place of the old one.
+    The ``dataset_info.json`` beside the rows holds the entries of the original one. A data set with selected samples
+    points
+    to the written file. Any other data set, such as one for evaluation or validation, points to the old file.
 
     Args:
-        pool: with the rows of its samples, as far as they are known.
-        chosen: ascending indices, each once.
-        folder: is made.
+        pool: the pool, with the raw rows of its samples if they are known.
+        chosen: pool indices of the samples, ascending, each once.
+        folder: target folder, which is created.
         given: LLaMA-Factory's keys of the run.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,12 +100,13 @@ def write_selected(pool: Pool, chosen: IndexArray, folder: Path, given: dict[str
     write_atomically(folder / INFO, (json_text({**written, **entries}, indent=2) + "\n").encode())
     overrides = [f"dataset_dir={folder}", f"dataset={','.join(kept)}"]
     if any(key in (entry.get("columns") or {}) for entry in written.values() for key in _MEDIA):
-        overrides.append(f"media_dir={given.get('media_dir') or source}")  # it is dataset_dir if it is not given
+        # Without `media_dir` LLaMA-Factory uses `dataset_dir`, and the media files are in the old one.
+        overrides.append(f"media_dir={given.get('media_dir') or source}")
     return Selected(counts, tuple(overrides), notes=tuple(_notes(given, kept)))
 
 
 def row_column(pool: Pool, indices: IndexArray) -> pa.Array:
-    """Return the row of each sample in its data set, null if it is not known."""
+    """Return the row of each sample in its data set; null if it is not known."""
     rows = pool.row_numbers(indices)
     if rows is None:
         return pa.nulls(indices.size, pa.int64())
@@ -112,7 +114,7 @@ def row_column(pool: Pool, indices: IndexArray) -> pa.Array:
 
 
 def _positions(pool: Pool, chosen: IndexArray, dataset: str) -> IndexArray:
-    """Return which raw rows of a data set the chosen samples are, ascending."""
+    """Return the raw rows of a data set that the selected samples come from, ascending."""
     found = [np.zeros(0, dtype=np.int64)]
     for number, name in enumerate(pool.domains):
         if pool.rows_of[name].dataset == dataset:
@@ -122,16 +124,17 @@ def _positions(pool: Pool, chosen: IndexArray, dataset: str) -> IndexArray:
 
 
 def _moved(entry: dict[str, Any], source: Path) -> dict[str, Any]:
-    """Return the entry of a data set that stays where it is, for a ``dataset_info.json`` elsewhere."""
+    """Return the entry of a data set that is not moved, for a ``dataset_info.json`` in another folder."""
     return {key: str(source / value) if key in _PLACES else value for key, value in entry.items()}
 
 
 def _notes(given: dict[str, Any], kept: list[str]) -> Iterator[str]:
+    """Yield a note for each evaluation data set whose samples were selected from."""
     evaluated = given.get("eval_dataset") or []
     names = [name.strip() for name in evaluated.split(",")] if isinstance(evaluated, str) else evaluated
     for name in names:
         if name in kept:
             yield (
-                f"eval_dataset {name!r} was chosen from, so with this dataset_dir an evaluation sees the chosen rows "
-                "only; give it another name to evaluate on all of it."
+                f"samples of eval_dataset {name!r} were selected, so with this dataset_dir an evaluation uses only the "
+                "selected rows; to evaluate on all rows, enter the whole data set under another name."
             )

@@ -1,4 +1,4 @@
-"""The loss curves of a run, from what the Hugging Face Trainer and LLaMA-Factory logged."""
+"""Loss curves of a run, from the logs of the Hugging Face Trainer and LLaMA-Factory."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from dataflex.errors import ConfigError
 from dataflex.record.files import json_lines, read_object
 
 Curve = list[tuple[int, float]]
-"""Optimizer step, round number or tokens, and value; ascending, one value for each."""
+"""Pairs of a position (optimizer step, round number or tokens) and a value, ascending, one value per position."""
 
 Entry = dict[str, Any]
-"""One log entry; ``step`` is an int."""
+"""One log entry. Its ``step`` is an int."""
 
 _EVAL_LOSS = r"eval_(?:(.+)_)?loss"
 
 MEANS = ("token_weighted", "unweighted")
-"""Logged together as if they were evaluation sets: the means over the sets."""
+"""Means over the evaluation sets, which are logged together as if they were sets."""
 
 _SECONDS = ("dataflex/train_seconds", "dataflex/decision_seconds", "dataflex/evaluate_seconds")
 
 
 def read_log(path: Path, *, finished: bool, steps: int | None = None) -> tuple[list[Entry], int]:
-    """Return the log entries of a run folder and the optimizer steps done.
+    """Return the log entries of a run folder, and the number of optimizer steps done.
 
-    A finished run has ``trainer_state.json``. Until then the newest checkpoint's holds the log up to its step,
-    and LLaMA-Factory's ``trainer_log.jsonl`` the losses since; a ``trainer_state.json`` of another step, and a
-    checkpoint beyond the last line of that log, are an earlier run's.
+    A finished run has ``trainer_state.json``. Before the end, the newest checkpoint's ``trainer_state.json`` holds the
+    log
+    up to its step, and LLaMA-Factory's ``trainer_log.jsonl`` the losses since. A ``trainer_state.json`` of another step
+    belongs to an earlier run. So does a checkpoint beyond the last line of ``trainer_log.jsonl``.
 
     Args:
         path: the run folder.
         finished: whether training has ended.
-        steps: optimizer steps of a finished run, where they are known.
+        steps: number of optimizer steps of a finished run, if it is known.
     """
     final = path / "trainer_state.json"
     if finished and final.is_file():
@@ -50,10 +51,11 @@ def read_log(path: Path, *, finished: bool, steps: int | None = None) -> tuple[l
 
 
 def _read_lines(file: Path) -> list[Entry]:
-    """Return the entries of ``trainer_log.jsonl``, to which every attempt appends, ascending by step.
+    """Return the entries of ``trainer_log.jsonl``, ascending by step. Every start of the run appends to this file.
 
-    Where a step is smaller than the one before, an attempt that got further was given up: what it logged from that
-    step on is left out.
+    If a step is smaller than the step before it, the run was resumed from an earlier step. The entries from that step
+    on
+    that were logged before are left out.
     """
     kept: list[Entry] = []
     for where, value in json_lines(file):
@@ -65,6 +67,7 @@ def _read_lines(file: Path) -> list[Entry]:
 
 
 def _read_state(file: Path) -> tuple[list[Entry], int]:
+    """Return the log entries and the last step of a ``trainer_state.json``."""
     state = read_object(file) or {}
     history, global_step = state.get("log_history", []), state.get("global_step", 0)
     if not isinstance(history, list) or not isinstance(global_step, int):
@@ -79,14 +82,14 @@ def train_curve(log: list[Entry]) -> Curve:
 
 
 def tokens_at(log: list[Entry]) -> dict[int, int]:
-    """Return the tokens trained on up to each logged step; empty for a run that logged none."""
+    """Return the number of tokens trained on up to each logged step; empty for a run that logged none."""
     return {step: int(value) for step, value in curves(log, r"dataflex/(tokens)").get("tokens", [])}
 
 
 def seconds_at(log: list[Entry]) -> dict[int, float]:
     """Return the seconds of training, decisions and evaluation together up to each logged training loss.
 
-    The log of an evaluation at the same step has the seconds after it, and does not count.
+    The log of an evaluation at the same step is left out, because its seconds include the evaluation.
     """
     return {
         entry["step"]: float(sum(entry[key] for key in _SECONDS))
@@ -101,12 +104,12 @@ def train_seconds_at(log: list[Entry]) -> Curve:
 
 
 def eval_curves(log: list[Entry], results: dict[str, Any], last_step: int) -> dict[str, Curve]:
-    """Return the loss of each evaluation set, ``eval`` where the set has no name; means over the sets are left out.
+    """Return the loss of each evaluation set, under ``eval`` if the set has no name. Means over the sets are left out.
 
     Args:
-        log: the Trainer's entries.
-        results: ``all_results.json``, the only place of an evaluation made after training.
-        last_step: the step that evaluation belongs to.
+        log: log entries of the Trainer.
+        results: contents of ``all_results.json``, the only file that holds an evaluation made after training.
+        last_step: step of that evaluation.
     """
     found = curves(log, _EVAL_LOSS)
     for name, final in curves([{**results, "step": last_step}], _EVAL_LOSS).items():
@@ -118,9 +121,9 @@ def eval_curves(log: list[Entry], results: dict[str, Any], last_step: int) -> di
 
 
 def curves(log: list[Entry], pattern: str) -> dict[str, Curve]:
-    """Return a curve for every log key that ``pattern`` matches, named by its group.
+    """Return a curve for every log key that ``pattern`` matches, named by the group of the pattern.
 
-    Where a step was logged twice the last value wins.
+    If a step was logged twice, the last value counts.
     """
     regex = re.compile(pattern)
     matches = {key: regex.fullmatch(key) for key in dict.fromkeys(key for entry in log for key in entry)}
@@ -134,17 +137,19 @@ def curves(log: list[Entry], pattern: str) -> dict[str, Curve]:
 
 
 def _newest_checkpoint_state(path: Path) -> Path | None:
+    """Return the ``trainer_state.json`` of the newest checkpoint."""
     files = [file for file in path.glob("checkpoint-*/trainer_state.json") if _checkpoint_step(file) >= 0]
     return max(files, key=_checkpoint_step, default=None)
 
 
 def _checkpoint_step(file: Path) -> int:
+    """Return the step in the name of a checkpoint's folder; -1 if it has none."""
     number = file.parent.name.removeprefix("checkpoint-")
     return int(number) if number.isdecimal() else -1
 
 
 def _entry(value: object, step_key: str, where: Path | str) -> Entry:
-    """Return a log entry with its step under ``step``."""
+    """Return a log entry with its step under the key ``step``."""
     if not isinstance(value, dict) or not isinstance(value.get(step_key), int):
         raise ConfigError(f"{where}: a log entry has no integer {step_key!r}: {str(value)[:80]}")
     return {**value, "step": value[step_key]}

@@ -1,4 +1,4 @@
-"""Versions of what a run is made of."""
+"""Versions of the packages that a run depends on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ PACKAGES = ("dataflex", "llamafactory", "torch", "transformers", "accelerate", "
 
 
 def installed_versions() -> dict[str, str]:
-    """Return package -> version of those that are installed."""
+    """Return package -> version, for the packages that are installed."""
     found = {}
     for package in PACKAGES:
         try:

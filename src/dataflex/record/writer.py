@@ -1,25 +1,25 @@
-"""Writing the run record: ``<output_dir>/dataflex/`` with every decision of a run and what it cost.
+"""Writer of the run record: ``<output_dir>/dataflex/`` with every decision of a run and its cost.
 
     config.yaml                  the configuration with every default filled in, to be run again
     environment.json             versions, processes, command, and digests of data, model and plug-ins of every start
-    plugins/                     the plug-in files as they were
+    plugins/                     copies of the plug-in files
     record.json                  the version of these files, the pool's domains and the methods
     rounds.jsonl                 one line per round
     evaluations.jsonl            one line per evaluation
-    filters/from-round-N.arrows  the samples that came to filters of a list of selectors, those they left first
+    filters/from-round-N.arrows  the samples that the filters of a list of selectors decided on, passed samples first
     plans/from-round-N.arrows    the samples of round N and the next ones: position, index, domain, row, score, rank
-    loss_weights.csv             the domains' weights in the loss of every step, where a mixer weighs the loss
-    domain_weights.json          what such a mixer found, at the run's end
-    summary.json                 what the run took, at its end
-    run.json                     the run's identity, and the run it goes on from if that has another
-    changes.jsonl                the settings that were changed at a resume, from which step on
+    loss_weights.csv             the domain weights in the loss of every step, if a mixer weights the loss
+    domain_weights.json          the result of such a mixer, written at the end of the run
+    summary.json                 time, tokens and notes of the run, written at its end
+    run.json                     the run's identity, and the run it resumed if that run has another identity
+    changes.jsonl                the settings that were changed at a resume, and the step from which each change holds
     config-until-step-N.yaml     the configuration up to such a change
 
-:mod:`dataflex.record.schema` says what is in each.
+:mod:`dataflex.record.schema` declares the contents of each file.
 
-Written by the main process. A resumed run keeps the rounds up to its checkpoint and goes on after them. Results of
-downstream tasks (``tasks``), which another command puts here, are set aside when training begins or goes on: they
-speak of the model as it was.
+The main process writes the record. A resumed run keeps the rounds up to its checkpoint and continues after them. The
+results of downstream tasks (``tasks``) come from another command. They are moved aside when training begins or resumes,
+because they belong to the model as it was before.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ from dataflex.record.schema import (
 )
 
 RESULTS = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "predict_results.json")
-"""What LLaMA-Factory writes beside the record when a training has ended."""
+"""Files that LLaMA-Factory writes beside the record when a training has ended."""
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ _TAKEN_ALONG = (HEADER, ROUNDS, EVALUATIONS, LOSS_WEIGHTS, CONFIGURATION, ENVIRO
 
 
 class RunWriter:
-    """Writes one run's record.
+    """Writes the record of one run.
 
     Args:
         output_dir: LLaMA-Factory's output folder of the run.
@@ -120,21 +120,21 @@ class RunWriter:
         plugins: Mapping[str, bytes] | None = None,
         start: Start | None = None,
     ) -> Evaluation | None:
-        """Start or go on with the record, and return the last evaluation on it, if any.
+        """Start or continue the record, and return the last evaluation in it, if any.
 
         Args:
-            configuration: as it is kept.
-            kept_rounds: rounds a resumed run keeps; None for a new run.
-            step: optimizer steps done, after which a resumed run goes on.
-            domains: samples of each domain in the pool; None if no rounds are planned.
-            methods: of each part of the section, from here on.
-            plugins: sources of the plug-in files, by their names in the record.
-            start: this start's entry of ``environment.json``.
+            configuration: the recorded form of the configuration.
+            kept_rounds: number of rounds that a resumed run keeps; None for a new run.
+            step: number of optimizer steps done before this start.
+            domains: number of samples of each domain in the pool; None if no rounds are planned.
+            methods: method of each part of the section, from this start on.
+            plugins: source code of the plug-in files, by their names in the record.
+            start: entry of this start in ``environment.json``.
         """
         evaluations: list[Evaluation] = []
         rounds: list[Round] = []
         if kept_rounds is not None:
-            # What was recorded after the checkpoint is made again, the same.
+            # Everything recorded after the checkpoint is dropped: the resumed run makes the same decisions again.
             self._header = read_header(self.folder) or self._header
             rounds = self._keep(ROUNDS, Round, lambda each: each.round < kept_rounds)
             evaluations = self._keep(EVALUATIONS, Evaluation, lambda each: each.step <= step)
@@ -149,7 +149,7 @@ class RunWriter:
         self._filters = PlanWriter(self.folder / FILTERS, list(self._header.domains), tables)
         self._set_tasks_aside()
         for name in (SUMMARY, DOMAIN_WEIGHTS):
-            (self.folder / name).unlink(missing_ok=True)  # they speak of a finished run
+            (self.folder / name).unlink(missing_ok=True)  # only a finished run has these files
         for name, source in (plugins or {}).items():
             write_atomically(self.folder / PLUGINS / name, source)
         self._starts = [*(read_environment(self.folder).starts if kept_rounds is not None else []), start or Start(0)]
@@ -159,13 +159,14 @@ class RunWriter:
         return evaluations[-1] if evaluations else None
 
     def _write_environment(self) -> None:
+        """Write the starts of the run."""
         self._write(ENVIRONMENT, Environment(self._starts))
 
     def open_new(self) -> str:
         """Begin the record of a new run, and return its identity.
 
-        An earlier record, the results that LLaMA-Factory left beside it and all checkpoints are moved to a folder of
-        their own.
+        An earlier record, the results that LLaMA-Factory left beside it and all checkpoints are moved to a separate
+        folder.
         """
         self._set_aside()
         identity = new_identity()
@@ -173,14 +174,14 @@ class RunWriter:
         return identity
 
     def open_continued(self, checkpoint: Path, run: str, step: int) -> str:
-        """Begin the record of a run that goes on from another one's checkpoint, and return its identity.
+        """Begin the record of a run that resumes from another run's checkpoint, and return its identity.
 
-        The rounds before are taken along if the record of that run is found beside the checkpoint.
+        The earlier rounds are copied if the record of the other run is found beside the checkpoint.
 
         Args:
-            checkpoint: the folder.
-            run: identity of the run that wrote it.
-            step: optimizer steps done there.
+            checkpoint: folder of the checkpoint.
+            run: identity of the run that wrote the checkpoint.
+            step: number of optimizer steps done in the checkpoint.
         """
         self._set_aside(keep=checkpoint)
         found = [each for each in (checkpoint.parent / FOLDER, checkpoint.parent) if read_identity(each) == run]
@@ -200,25 +201,26 @@ class RunWriter:
         return identity
 
     def open_resumed(self, step: int) -> str:
-        """Go on with the record of a run, and return its identity.
+        """Continue the record of a run, and return its identity.
 
-        Checkpoints of another run, and those of this one after ``step``, are moved to a folder of their own: the
-        first were put here by somebody, and the second need not be what comes now.
+        Checkpoints of another run, and checkpoints of this run after ``step``, are moved to a separate folder. The user
+        may
+        have put the first ones here. The second ones may differ from the checkpoints that this run will write.
         """
         identity = read_identity(self.folder)
         assert identity is not None
         self._move_aside(
             [each for each, marker in marked(self.folder.parent) if marker.run != identity or marker.step > step],
-            "checkpoints that this run does not go on from",
+            "checkpoints that this run does not resume from",
         )
         for name in RESULTS:
-            (self.folder.parent / name).unlink(missing_ok=True)  # of a finished run, which now goes on
+            (self.folder.parent / name).unlink(missing_ok=True)  # the run had finished, and is trained further
         return identity
 
     def _set_aside(self, keep: Path | None = None) -> None:
-        """Move what an earlier run left in the same folder to a name of its own.
+        """Move the files of an earlier run in the same folder to a separate folder.
 
-        All goes into the record first, so that it stays together wherever this is cut off.
+        All files are moved into the record first, so that they stay together even if this is interrupted.
 
         Args:
             keep: a checkpoint that is still to be read.
@@ -226,18 +228,19 @@ class RunWriter:
         output_dir = self.folder.parent
         left = [path for path in checkpoints(output_dir) if keep is None or not path.samefile(keep)]
         if not left and not (self.folder / CONFIGURATION).exists():
-            return  # nothing, or a run that was killed before it began
+            return  # the folder is empty, or holds a run that was killed before it began
         for path in [*(output_dir / name for name in RESULTS if (output_dir / name).exists()), *left]:
             path.rename(self.folder / path.name)
         aside = _earlier(self.folder)
         self.folder.rename(aside)
         with_them = f" with its {len(left)} checkpoints" if left else ""
         cut = not left and keep is None and not (aside / SUMMARY).exists()
-        anew = ". It was cut off before its first checkpoint (save_steps), so this run begins at step 0" if cut else ""
+        anew = ". It was stopped before its first checkpoint (save_steps), so this run begins at step 0" if cut else ""
         print(f"dataflex: the record of an earlier run in this folder is kept as {aside}{with_them}{anew}")
         (self.folder / PLANS).mkdir(parents=True)
 
     def _move_aside(self, folders: list[Path], what: str) -> None:
+        """Move folders to a separate folder, and print their names."""
         if not folders:
             return
         aside = _earlier(self.folder)
@@ -247,7 +250,7 @@ class RunWriter:
         print(f"dataflex: {what} are kept in {aside}: {', '.join(path.name for path in folders)}")
 
     def _set_tasks_aside(self) -> None:
-        """Move results of downstream tasks of the model as it was to a name of their own."""
+        """Move the results of downstream tasks aside, because they belong to the model before this training."""
         tasks = self.folder / TASKS
         if tasks.exists():
             aside = _earlier(tasks)
@@ -255,7 +258,7 @@ class RunWriter:
             print(f"dataflex: the task results of the model before this training are kept as {aside}")
 
     def _keep(self, name: str, kind: type[T], is_kept: Callable[[T], bool]) -> list[T]:
-        """Keep some lines of a file, and return what they hold. A last line that was cut off is not kept."""
+        """Keep some lines of a file, and return their objects. An incomplete last line is not kept."""
         path = self.folder / name
         lines = [(value, from_json(kind, value, where, self._header)) for where, value in json_lines(path)]
         kept = [(value, each) for value, each in lines if is_kept(each)]
@@ -264,7 +267,7 @@ class RunWriter:
         return [each for _, each in kept]
 
     def _keep_loss_weights(self, step: int) -> None:
-        """Keep the rows of steps up to ``step``."""
+        """Keep the rows of the steps up to ``step``."""
         path = self.folder / LOSS_WEIGHTS
         if not path.exists():
             return
@@ -280,12 +283,12 @@ class RunWriter:
         temporary.replace(path)
 
     def loss_weights(self, step: int, names: tuple[str, ...], weights: np.ndarray) -> None:
-        """Record the weights of the domains in a step's loss.
+        """Record the domain weights in a step's loss.
 
         Args:
-            step: optimizer steps done, that one included.
-            names: of the domains.
-            weights: shape (K,).
+            step: number of optimizer steps done, including this one.
+            names: names of the domains.
+            weights: weight of each domain, shape (K,).
         """
         path = self.folder / LOSS_WEIGHTS
         is_new = not path.exists() or path.stat().st_size == 0
@@ -300,13 +303,13 @@ class RunWriter:
         return number in self._rounds
 
     def changes(self, step: int, lines: list[Change]) -> None:
-        """Record the settings that are changed at a resume, and keep the configuration up to there.
+        """Record the settings that are changed at a resume, and keep a copy of the configuration up to the resume.
 
-        What was changed at a later step, by a run that is given up now, is taken back.
+        Changes at a later step are removed: they belong to a continuation of the run that this resume replaces.
 
         Args:
-            step: optimizer steps done where the run goes on.
-            lines: one for each setting.
+            step: number of optimizer steps done at the resume.
+            lines: one entry for each changed setting.
         """
         self._keep(CHANGES, Change, lambda each: each.resumed_at < step)
         later = sorted(
@@ -326,11 +329,11 @@ class RunWriter:
             self._append(CHANGES, line)
 
     def domain_weights(self, found: DomainWeights) -> None:
-        """Write what a mixer that weighs the loss found."""
+        """Write the result of a mixer that weights the loss."""
         self._write(DOMAIN_WEIGHTS, found)
 
     def round(self, plan: Plan, pool: Pool, cost: Cost) -> None:
-        """Record a round before it is trained: its plan first, then its line."""
+        """Record a round before it is trained: first its plan, then its line."""
         assert self._plans is not None
         ids = pool.domain_ids(plan.indices)
         scores = None if plan.scores is None else plan.scores.astype(np.float32, copy=False)
@@ -359,7 +362,7 @@ class RunWriter:
         self._append(ROUNDS, line)
 
     def _filtering(self, number: int, stage: StageOutcome, pool: Pool) -> Filtering:
-        """Return what a filter did in a round, its samples written: first those it left, then the others."""
+        """Write the samples of a filter in a round, passed samples first, and return the entry for the round's line."""
         table = None
         if stage.samples.size:
             assert self._filters is not None
@@ -383,30 +386,32 @@ class RunWriter:
         )
 
     def evaluation(self, line: Evaluation) -> None:
-        """Record what an evaluation found."""
+        """Record an evaluation."""
         self._append(EVALUATIONS, line)
 
     def summary(self, summary: Summary) -> None:
-        """Write what the run took."""
+        """Write the summary of the run."""
         self._starts[-1] = replace(self._starts[-1], finished=now())
         self._write_environment()
         self._write(SUMMARY, summary)
 
     def _append(self, name: str, line: Any) -> None:
+        """Append an object to a file of JSON lines."""
         with (self.folder / name).open("a", encoding="utf-8") as stream:
             stream.write(json_text(to_json(line, self._header)) + "\n")
 
     def _write(self, name: str, value: Any) -> None:
+        """Write an object to a JSON file."""
         write_atomically(self.folder / name, (json_text(to_json(value), indent=2) + "\n").encode())
 
 
 def _named(pool: Pool, values: np.ndarray) -> dict[str, Any]:
-    """Return a value of each domain by its name."""
+    """Return the value of each domain by its name."""
     return dict(zip(pool.domains, values.tolist(), strict=True))
 
 
 def _earlier(folder: Path) -> Path:
-    """Return a name beside ``folder`` that is free."""
+    """Return an unused name beside ``folder``."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}-earlier-{number}")).exists():
         number += 1

@@ -1,4 +1,4 @@
-"""What the influence methods share: the parameters of gradient features, the validation set, and its features."""
+"""Shared base of the influence methods: parameters of gradient features, the validation samples and their features."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dataflex import FeatureStore
 
 _OTHER_ORDER = ("galore_", "apollo_", "lomo", "adalomo")
-"""How values of ``optim`` begin whose parameters are in another order than in other optimizers."""
+"""Prefixes of ``optim`` values whose optimizers store the parameters in another order than the other optimizers."""
 _OTHER_ORDER_KEYS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 """LLaMA-Factory keys that choose such an optimizer."""
 
@@ -43,14 +43,21 @@ class GradientParams(ComponentParams):
 
     preconditioner: Literal["none", "adam", "adam_less"] = Field(
         "none",
-        description="Direction of a sample: its gradient, the optimizer's next Adam step, or that of LESS's code.",
+        description="Direction of a training sample: none, its gradient; adam, the next step of the run's Adam "
+        "optimizer; adam_less, the Adam step as the code of LESS computes it.",
     )
     unsupported_parameters: Literal["error", "ignore"] = Field(
-        "error", description="What to do with trainable parameters that have no per-sample rule."
+        "error",
+        description="Trainable parameters of a kind without a rule for per-sample gradients: error ends the run, "
+        "ignore leaves them out.",
     )
 
     def settings(self, **changes: Any) -> GradientSettings:
-        """Return what the probe is asked for, with ``changes``."""
+        """Return the settings of the gradient measurement.
+
+        Args:
+            changes: settings that replace those of the parameters.
+        """
         chosen = {"preconditioner": self.preconditioner, "unsupported": self.unsupported_parameters}
         return GradientSettings(**{**chosen, **changes})
 
@@ -59,18 +66,22 @@ class FeatureParams(GradientParams):
     """Parameters of gradient features."""
 
     projection: Literal["count", "rademacher", "kronecker", "identity"] = Field(
-        "count", description="Random linear map of the gradients; identity keeps every number (for tests)."
+        "count", description="Random linear map that shortens gradients; identity keeps every element (for tests)."
     )
     proj_dim: int = Field(8192, ge=1, description="Length of a feature; at most the number of trainable parameters.")
-    projection_seed: int = Field(0, ge=0, description="Seed of the map.")
+    projection_seed: int = Field(0, ge=0, description="Seed of the projection.")
     feature_dir: OutputPath | None = Field(
         None,
-        description="Folder to keep the pool's features in, so that a killed decision goes on where it was; none: they "
-        "are used and dropped.",
+        description="Folder that stores the features of the pool, so that a decision that was killed resumes with "
+        "them. If null, the features are discarded after use.",
     )
 
     def settings(self, **changes: Any) -> GradientSettings:
-        """Return what the probe is asked for, with ``changes``."""
+        """Return the settings of the gradient measurement.
+
+        Args:
+            changes: settings that replace those of the parameters.
+        """
         chosen = {
             "projection": self.projection,
             "dim": self.proj_dim,
@@ -81,14 +92,17 @@ class FeatureParams(GradientParams):
 
 
 class CheckpointParams(ComponentParams):
-    """Stored checkpoints that stand for the course of a run."""
+    """Parameters that name stored checkpoints, which stand for the course of a run."""
 
     checkpoints: list[InputPath] = Field(
         default_factory=list,
-        description="Checkpoint folders of an earlier run of the same model, in order; none: the model as it is.",
+        description="Checkpoint folders of an earlier run of the same model, in order. If empty, the current model "
+        "is measured.",
     )
     checkpoint_weights: list[float] | None = Field(
-        None, description="Weight of each checkpoint, scaled to sum 1; none: mean learning rate of its part of the run."
+        None,
+        description="Weight of each checkpoint, scaled to sum 1. If null, the mean learning rate of the checkpoint's "
+        "part of the run.",
     )
 
     @model_validator(mode="after")
@@ -97,27 +111,33 @@ class CheckpointParams(ComponentParams):
         if weights is None:
             return self
         if len(weights) != len(self.checkpoints):
-            raise ValueError(f"checkpoint_weights has {len(weights)} numbers for {len(self.checkpoints)} checkpoints")
+            raise ValueError(
+                f"checkpoint_weights has {len(weights)} numbers for {len(self.checkpoints)} checkpoints; give one each"
+            )
         if min(weights) < 0 or sum(weights) <= 0:
-            raise ValueError(f"checkpoint_weights must not be negative and not all zero, got {weights}")
+            raise ValueError(f"checkpoint_weights must be 0 or more and not all 0, got {weights}")
         return self
 
     def checkpoint_problems(self, moments: bool) -> Iterator[tuple[str, str]]:
-        """Yield what is wrong with the folders; ``moments``: whether the optimizer's are wanted."""
+        """Yield a problem of each checkpoint folder that cannot be used.
+
+        Args:
+            moments: whether the optimizer's moments are read, too.
+        """
         for folder in self.checkpoints:
             if not Path(folder).is_dir():
-                yield "checkpoints", f"there is no folder {folder!r}."
+                yield "checkpoints", f"there is no folder {folder!r}. Name the folder of a checkpoint."
             elif not any(Path(folder).glob("*model*.safetensors")) and not any(Path(folder).glob("adapter_model.*")):
-                yield "checkpoints", f"{folder!r} holds no model and no adapter."
+                yield "checkpoints", f"{folder!r} holds no model and no adapter. Name the folder of a checkpoint."
             elif moments and not (Path(folder) / "optimizer.pt").is_file():
                 yield (
                     "checkpoints",
-                    f"{folder!r} has no optimizer.pt, which holds Adam's moments; use preconditioner: none.",
+                    f"{folder!r} has no optimizer.pt, the file of Adam's moments. Set preconditioner: none.",
                 )
             elif self.checkpoint_weights is None and not (Path(folder) / "trainer_state.json").is_file():
                 yield (
                     "checkpoints",
-                    f"{folder!r} has no trainer_state.json to take its weight from; set checkpoint_weights.",
+                    f"{folder!r} has no trainer_state.json, from which its weight is read. Set checkpoint_weights.",
                 )
 
 
@@ -126,16 +146,21 @@ class InfluenceParams(SelectorParams, FeatureParams, ValidationParams):
 
 
 class CheckpointedParams(InfluenceParams, CheckpointParams):
-    """Parameters of those that may compare under stored checkpoints."""
+    """Parameters of influence selectors that may use the gradients of stored checkpoints."""
 
 
 class LessParams(CheckpointedParams):
-    """Parameters of LESS, and of what scores samples as it does."""
+    """Parameters of LESS, and of other selectors that score samples like LESS."""
 
     preconditioner: Literal["none", "adam", "adam_less"] = Field(
-        "adam", description="Direction of a training sample; validation samples keep their gradient."
+        "adam",
+        description="Direction of a training sample: none, its gradient; adam, the next step of the run's Adam "
+        "optimizer; adam_less, the Adam step as the code of LESS computes it. Validation samples keep "
+        "their gradient.",
     )
-    aggregation: Literal["max", "mean"] = Field("max", description="Over sub-tasks.")
+    aggregation: Literal["max", "mean"] = Field(
+        "max", description="Score of a sample from its influence on the sub-tasks: the largest one or the mean."
+    )
 
 
 GradientT = TypeVar("GradientT", bound=GradientParams, covariant=True)
@@ -144,25 +169,28 @@ CheckpointedT = TypeVar("CheckpointedT", bound=CheckpointedParams, covariant=Tru
 
 
 class GradientSelector(Selector[GradientT]):
-    """Base of selectors that look at per-sample gradients."""
+    """Base of selectors that measure per-sample gradients."""
 
     @property
     def stored_checkpoints(self) -> list[str]:
-        """The checkpoint folders whose gradients count; none: the model as it is."""
+        """The checkpoint folders whose gradients are measured. If empty, the model in training is measured."""
         return []
 
     def expected_passes(self, decisions: int) -> int:
-        """Return how often the pool is gone through in a run, for the estimate of its cost."""
+        """Return how often the pool is measured in a run, for the estimate of the run's cost."""
         return decisions * max(1, len(self.stored_checkpoints))
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield what shows before a model is loaded: Adam's direction needs an Adam, and a step of it."""
+        """Yield problems that show before a model is loaded: missing or unusable moments of stored checkpoints."""
         yield from super().problems(run)
         if self.params.preconditioner != "none" and self.stored_checkpoints:
             yield from self._moment_problems(run)
 
     def _moment_problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield why the moments of stored checkpoints cannot be had; the measurement tells of the run's own."""
+        """Yield why the moments of stored checkpoints cannot be used.
+
+        The measurement itself checks the moments of the run's own optimizer.
+        """
         settings, given = self.params.settings(), run.llamafactory
         if settings.projection == "kronecker":
             yield "projection", "kronecker works on the gradient itself; it needs preconditioner: none."
@@ -173,9 +201,9 @@ class GradientSelector(Selector[GradientT]):
         for key in chosen:
             yield (
                 "preconditioner",
-                f"{settings.preconditioner!r} does not go with {key}: the moments of checkpoints are matched by the "
-                "order of this run's optimizer, and this one has another order. Use optim: adamw_torch, or "
-                "preconditioner: none.",
+                f"{settings.preconditioner!r} cannot be combined with {key}: the moments in checkpoints are matched "
+                "with parameters by the order of this run's optimizer, and this optimizer has another order. Set "
+                "optim: adamw_torch, or preconditioner: none.",
             )
 
 
@@ -185,29 +213,38 @@ class InfluenceSelector(GradientSelector[InfluenceT]):
     def needs(self, run: RunView) -> Needs:
         """Return the gradients of training and validation samples."""
         settings = self.params.settings()
-        if self.stored_checkpoints:  # whose moments are not the run's
+        if self.stored_checkpoints:
+            # Moments come from the checkpoints, so the run's own optimizer need not have any.
             settings = replace(settings, preconditioner="none")
         return Needs(measurements=(GradientFeatures(settings),), validation=self.params)
 
     def __init__(self, params: InfluenceT) -> None:
         super().__init__(params)
         self._validation_features: dict[str, ScoreArray] = {}
-        """Mean feature of each sub-task in this decision, (S, k), by stored checkpoint; "": of the model as it is."""
+        """Mean feature of each sub-task in this decision, (S, k), by checkpoint folder; "" is the model in training."""
 
     def begin(self, ctx: RoundContext) -> None:
-        """Make the features of the validation samples; those of stored checkpoints when these are looked at."""
+        """Measure the features of the validation samples.
+
+        With stored checkpoints they are measured later, when each checkpoint is loaded.
+        """
         self._validation_features = {}
         if not self.stored_checkpoints:
             self.validation_features(ctx, self.params.settings())
 
     def validation_features(self, ctx: RoundContext, settings: GradientSettings, checkpoint: str = "") -> ScoreArray:
-        """Return the mean feature of each sub-task, (S, k), float32; made once in a decision for a checkpoint.
+        """Return the mean feature of each sub-task, shape (S, k), float32, computed once per decision and checkpoint.
 
-        Validation samples keep their raw gradient whatever the preconditioner. Where each has length 1, the inner
-        product with a training feature of length 1 is the mean of its cosines with the sub-task's samples.
+        Validation samples keep their raw gradient whatever the preconditioner. If features have length 1, the inner
+        product of a training feature with such a mean is the mean of its cosines with the sub-task's samples.
+
+        Args:
+            ctx: the round.
+            settings: settings of the training features; the preconditioner is ignored.
+            checkpoint: folder whose weights are loaded; "" is the model in training.
 
         Raises:
-            ComponentError: if a sub-task has no sample with a trained token.
+            ComponentError: if a sub-task has no sample with a trained token and a gradient.
         """
         if checkpoint not in self._validation_features:
             raw = replace(settings, preconditioner="none")
@@ -216,11 +253,15 @@ class InfluenceSelector(GradientSelector[InfluenceT]):
         return self._validation_features[checkpoint]
 
     def influence(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
-        """Return each candidate's mean inner product with every sub-task's samples, (n, S)."""
+        """Return the mean inner product of each candidate with the samples of every sub-task, shape (n, S)."""
         return ctx.probe.measure(GradientSimilarities(settings, self.validation_features(ctx, settings)), candidates)
 
     def extract(self, ctx: RoundContext, candidates: IndexArray) -> list[FeatureStore]:
-        """Make the candidates' features in ``feature_dir``, under every checkpoint or the model as it is."""
+        """Store the candidates' features in ``feature_dir``, for every checkpoint or for the model in training.
+
+        Returns:
+            One store per checkpoint, or a single store.
+        """
         settings = self.params.settings()
         if not self.stored_checkpoints:
             return [ctx.probe.measure(StoredFeatures(settings), candidates)]
@@ -232,15 +273,15 @@ class InfluenceSelector(GradientSelector[InfluenceT]):
 
 
 class CheckpointSelector(InfluenceSelector[CheckpointedT]):
-    """Base of selectors that compare them under stored checkpoints, or under the model as it is."""
+    """Base of influence selectors that measure stored checkpoints, or else the model in training."""
 
     @property
     def stored_checkpoints(self) -> list[str]:
-        """The checkpoint folders whose gradients count; none: the model as it is."""
+        """The checkpoint folders whose gradients are measured. If empty, the model in training is measured."""
         return self.params.checkpoints
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield also what is wrong with the folders, and with a model that is spread out."""
+        """Yield also problems of the checkpoint folders, and of a model or optimizer that is spread over processes."""
         yield from super().problems(run)
         moments = self.params.preconditioner != "none"
         yield from self.params.checkpoint_problems(moments)
@@ -248,31 +289,38 @@ class CheckpointSelector(InfluenceSelector[CheckpointedT]):
             yield from self._spread_problems(run, moments)
 
     def _spread_problems(self, run: RunView, moments: bool) -> Iterator[tuple[str, str]]:
-        """Yield why stored checkpoints cannot be looked at in a run whose model or optimizer is spread out."""
+        """Yield why a run whose model or optimizer is spread over processes cannot measure stored checkpoints."""
         spread = run.sharded_by
         if spread is not None:
             others = "Train under DDP (neither deepspeed nor fsdp)" + ("" if moments else " or ZeRO-2")
             yield (
                 "checkpoints",
-                f"stored weights cannot be looked at while {spread} spreads the model over the processes. {others}, or "
-                "score the pool before with dataflex-cli score, also without them, and train on what it selects.",
+                f"stored weights cannot be loaded while {spread} spreads the model over the processes. {others}. Or "
+                "score the pool before the training with dataflex-cli score, under DDP too, and train on the selected "
+                "samples.",
             )
         elif moments and run.deepspeed is not None:
             yield (
                 "checkpoints",
-                f"with preconditioner: {self.params.preconditioner} the moments in each checkpoint's optimizer.pt are "
-                "matched with this run's optimizer parameter by parameter, and DeepSpeed flattens it. Train under DDP "
-                "(no deepspeed), set preconditioner: none, or score the pool before with dataflex-cli score, without "
-                "deepspeed, and train on what it selects.",
+                f"preconditioner: {self.params.preconditioner} matches the moments in each checkpoint's optimizer.pt "
+                "with this run's optimizer parameter by parameter, and DeepSpeed flattens the optimizer's parameters. "
+                "Train under DDP (no deepspeed) or set preconditioner: none. Or score the pool before the training "
+                "with dataflex-cli score, without deepspeed, and train on the selected samples.",
             )
 
     def measured(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
-        """Return the influence of each candidate on every sub-task, (n, S), under what there is."""
+        """Return the influence of each candidate on every sub-task, shape (n, S).
+
+        It is measured under the stored checkpoints, or under the model in training if there are none.
+        """
         measure = self.over_checkpoints if self.stored_checkpoints else self.influence
         return measure(ctx, candidates, settings)
 
     def over_checkpoints(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
-        """Return :meth:`influence` summed over stored checkpoints by their weights, scaled to sum 1, (n, S)."""
+        """Return the weighted sum of :meth:`influence` over the stored checkpoints, shape (n, S).
+
+        The weights are scaled to sum 1.
+        """
         total = np.zeros((candidates.size, len(ctx.validation.domains)), dtype=np.float32)
         weights = self.params.checkpoint_weights or ctx.probe.learning_rates(self.params.checkpoints)
         scale = sum(weights)
@@ -286,10 +334,14 @@ class CheckpointSelector(InfluenceSelector[CheckpointedT]):
 
 
 def subtask_means(features: ScoreArray, ctx: RoundContext) -> ScoreArray:
-    """Return the mean feature of each sub-task, (S, k); samples whose feature is zero are left out.
+    """Return the mean feature of each sub-task, shape (S, k), float32; samples whose feature is zero are left out.
+
+    Args:
+        features: features of all validation samples, shape (n, k).
+        ctx: the round.
 
     Raises:
-        ComponentError: if a sub-task has none left.
+        ComponentError: if every sample of a sub-task is left out.
     """
     means, held = [], ctx.validation
     for name, low, high in zip(held.domains, held.offsets, held.offsets[1:], strict=False):
@@ -297,8 +349,8 @@ def subtask_means(features: ScoreArray, ctx: RoundContext) -> ScoreArray:
         part = part[(part != 0).any(axis=1)]
         if not part.size:
             raise ComponentError(
-                f"no validation sample of {name!r} has a token that is trained on and a gradient. Check its template "
-                "and cutoff_len."
+                f"no validation sample of {name!r} has both a token that is trained on and a gradient. Check its "
+                "template and cutoff_len."
             )
         means.append(part.mean(axis=0))
     return np.stack(means).astype(np.float32)

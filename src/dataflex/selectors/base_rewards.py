@@ -1,8 +1,7 @@
 """Rewards: one number per response, higher is better; by exact match, a Python function, a model or a judge.
 
-A configuration names a reward by its type, ``reward: exact_match``, or with parameters,
-``reward: {type: python, path: my_rewards.py, function: score}``. What can be checked without loading anything is
-checked when the configuration is read.
+A configuration names a reward by its type, ``reward: exact_match``, or by a mapping with parameters, ``reward: {type:
+python, path: my_rewards.py, function: score}``. All checks that need no loading run when the configuration is read.
 """
 
 from __future__ import annotations
@@ -32,27 +31,28 @@ from dataflex import ComponentError, ComponentParams
 RewardArray = NDArray[np.float64]
 
 _SHOWN = 60
-"""Characters of a text shown in a message."""
+"""Characters of a text that are shown in a message."""
 _FIRST_WAIT = 1.0
-"""Seconds before the second attempt at a judge; doubled from one attempt to the next."""
+"""Seconds between the first and the second request to a judge; the wait doubles with every further attempt."""
 _LONGEST_WAIT = 30.0
+"""Longest wait between two requests to a judge, in seconds."""
 _TRANSIENT = (408, 409, 429)
-"""HTTP statuses below 500 after which another attempt makes sense."""
+"""HTTP statuses below 500 after which a request is repeated."""
 
 
 class Reward(Protocol):
-    """Says how good responses are. Called on the main process alone."""
+    """Rates responses. Called on the main process only."""
 
     def __call__(self, prompts: list[str], responses: list[str], references: list[str]) -> RewardArray:
         """Return one finite number per response, shape (n,), float64; higher is better.
 
         Args:
-            prompts: text before each response.
-            responses: texts to judge.
-            references: the right answer to each prompt, as the validation set has it.
+            prompts: the text before each response.
+            responses: the texts to rate.
+            references: the right answer to each prompt, from the validation samples.
 
         Raises:
-            ComponentError: naming the reward, the response and the cause.
+            ComponentError: if a response cannot be rated; the message names the reward, the response and the cause.
         """
         ...
 
@@ -61,15 +61,17 @@ class RewardParams(ComponentParams):
     """Base of the parameters of all rewards."""
 
     def build(self) -> Reward:
-        """Return the reward; nothing is loaded before its first call."""
+        """Return the reward. Nothing is loaded before the reward is called first."""
         raise NotImplementedError
 
 
 class ExactMatchParams(RewardParams):
-    """1 where the response's answer is that of the reference, else 0."""
+    """Parameters of a reward that is 1 if the response has the reference's answer, else 0."""
 
     type: Literal["exact_match"] = "exact_match"
-    pattern: str = Field(r"####\s*(.+)", description="First group of the last match is the answer.")
+    pattern: str = Field(
+        r"####\s*(.+)", description="Regular expression; the first group of its last match is the answer."
+    )
 
     @field_validator("pattern")
     @classmethod
@@ -77,9 +79,9 @@ class ExactMatchParams(RewardParams):
         try:
             groups = re.compile(value).groups
         except re.error as error:
-            raise ValueError(f"is no regular expression: {error}") from error
+            raise ValueError(f"is not a regular expression: {error}") from error
         if groups < 1:
-            raise ValueError("needs a group, (...), around the answer")
+            raise ValueError("needs a group in parentheses, (...), around the answer")
         return value
 
     def build(self) -> Reward:
@@ -88,11 +90,11 @@ class ExactMatchParams(RewardParams):
 
 
 class PythonParams(RewardParams):
-    """A function (prompt, response, reference) -> float in a Python file."""
+    """Parameters of a reward that is a function (prompt, response, reference) -> float in a Python file."""
 
     type: Literal["python"] = "python"
     path: str = Field(description="Python file, relative to the working directory or to the YAML's folder.")
-    function: str = Field(description="Name of the function in it.")
+    function: str = Field(description="Name of the function in the file.")
 
     @field_validator("path")
     @classmethod
@@ -104,10 +106,10 @@ class PythonParams(RewardParams):
         try:
             names = _top_level_names(ast.parse(Path(self.path).read_bytes(), self.path))
         except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{self.path} is no Python file: {error}") from error
+            raise ValueError(f"{self.path} cannot be parsed as a Python file: {error}") from error
         if self.function not in names:
             raise ValueError(
-                f"{self.path} has no function {self.function!r}; it has {', '.join(sorted(names)) or 'none'}"
+                f"{self.path} has no function {self.function!r}; the file has {', '.join(sorted(names)) or 'none'}"
             )
         return self
 
@@ -117,11 +119,11 @@ class PythonParams(RewardParams):
 
 
 class ModelParams(RewardParams):
-    """The output of a sequence-classification model."""
+    """Parameters of a reward that is the output of a sequence-classification model."""
 
     type: Literal["model"] = "model"
     path: str = Field(description="Model folder, relative to the working directory or to the YAML's folder.")
-    batch_size: int = Field(8, ge=1, description="Responses in one forward.")
+    batch_size: int = Field(8, ge=1, description="Responses in one forward pass.")
 
     @field_validator("path")
     @classmethod
@@ -137,25 +139,27 @@ class ModelParams(RewardParams):
 
 
 class JudgeParams(RewardParams):
-    """A number that a language model behind an OpenAI-compatible server gives."""
+    """Parameters of a reward that a language model behind an OpenAI-compatible server gives."""
 
     type: Literal["judge"] = "judge"
-    base_url: str = Field(description="Up to and without /chat/completions, e.g. http://localhost:8000/v1.")
-    model: str = Field(description="Name of the model there.")
-    api_key_env: str | None = Field(None, description="Environment variable that holds the key; none: no key is sent.")
+    base_url: str = Field(description="Address of the server without /chat/completions, e.g. http://localhost:8000/v1.")
+    model: str = Field(description="Name of the model on the server.")
+    api_key_env: str | None = Field(
+        None, description="Environment variable that holds the API key. If null, no key is sent."
+    )
     prompt: str = Field(
         "Rate the response to the prompt from 0 (useless) to 10 (perfect), given a reference answer.\n\n"
         "Prompt:\n{prompt}\n\nReference answer:\n{reference}\n\nResponse:\n{response}\n\n"
         "End your answer with the rating, a single number.",
-        description="The question, with {prompt}, {response} and {reference}.",
+        description="Prompt of the judge, with {prompt}, {response} and {reference}.",
     )
     scale: tuple[float, float] = Field((0.0, 10.0), description="Lowest and highest number the judge may give.")
     options: dict[str, Any] = Field(
         default_factory=lambda: {"temperature": 0}, description="Further fields of the request."
     )
-    timeout: float = Field(60.0, gt=0, description="Seconds one request may take.")
-    retries: int = Field(3, ge=0, description="Further attempts after one that failed.")
-    concurrency: int = Field(8, ge=1, description="Requests at a time.")
+    timeout: float = Field(60.0, gt=0, description="Longest time of one request, in seconds.")
+    retries: int = Field(3, ge=0, description="Further attempts after a failed request.")
+    concurrency: int = Field(8, ge=1, description="Number of requests that run at the same time.")
 
     @field_validator("base_url")
     @classmethod
@@ -168,21 +172,21 @@ class JudgeParams(RewardParams):
     @classmethod
     def _is_set(cls, value: str | None) -> str | None:
         if value is not None and not os.environ.get(value):
-            raise ValueError("names an environment variable that is not set")
+            raise ValueError("names an environment variable that is not set or empty")
         return value
 
     @field_validator("prompt")
     @classmethod
     def _shows_the_response(cls, value: str) -> str:
         if "{response}" not in value:
-            raise ValueError("needs {response}, or the judge does not see what it rates")
+            raise ValueError("needs {response}; without it the judge does not see the response that it rates")
         return value
 
     @field_validator("scale")
     @classmethod
     def _ascends(cls, value: tuple[float, float]) -> tuple[float, float]:
         if value[0] >= value[1]:
-            raise ValueError("must be the lowest and the highest number, in this order")
+            raise ValueError(f"must be the lowest and the highest number, in this order; got {list(value)}")
         return value
 
     def build(self) -> Reward:
@@ -194,15 +198,17 @@ def _from_name(value: Any) -> Any:
     return {"type": value} if isinstance(value, str) else value
 
 
-RewardChoice = Annotated[
-    Annotated[ExactMatchParams | PythonParams | ModelParams | JudgeParams, Field(discriminator="type")],
-    BeforeValidator(_from_name),
-]
+_Reward = Annotated[ExactMatchParams | PythonParams | ModelParams | JudgeParams, Field(discriminator="type")]
+
+RewardChoice = Annotated[_Reward, BeforeValidator(_from_name, json_schema_input_type=Literal["exact_match"] | _Reward)]
 """Field type of a reward: a mapping with ``type`` and parameters, or the type alone."""
 
 
 def _located(value: str, info: ValidationInfo, exists: Callable[[Path], bool], kind: str) -> Path:
-    """Return the absolute path of what is named relative to the working directory or to the context's ``base``."""
+    """Return the absolute path of a file or folder.
+
+    ``value`` is relative to the working directory or to the context's ``base``.
+    """
     base = (info.context or {}).get("base")
     folders = list(dict.fromkeys(folder for folder in (Path.cwd(), base) if folder is not None))
     for folder in folders:
@@ -212,7 +218,7 @@ def _located(value: str, info: ValidationInfo, exists: Callable[[Path], bool], k
 
 
 def _top_level_names(tree: ast.Module) -> set[str]:
-    """Return the names a module defines or imports at its top level, functions and classes of branches included."""
+    """Return the names that a module defines or imports at its top level, including those inside ``if`` and ``try``."""
     names: set[str] = set()
     nodes = list(tree.body)
     while nodes:
@@ -237,8 +243,8 @@ class ExactMatch:
     def __call__(self, prompts: list[str], responses: list[str], references: list[str]) -> RewardArray:
         """Return 1.0 or 0.0 for each response, shape (n,).
 
-        Where the pattern is not in the reference, the whole texts are compared; where it is in the reference but not in
-        the response, the reward is 0.
+        If the pattern is not in the reference, the whole texts are compared. If it is in the reference but not in the
+        response, the reward is 0.
         """
         return np.array(
             [float(self._equal(*pair)) for pair in zip(responses, references, strict=True)], dtype=np.float64
@@ -258,12 +264,12 @@ class ExactMatch:
 
 
 def _normalised(text: str) -> str:
-    """Return a text in lower case, numbers without thousands commas, other commas and spaces as one space."""
+    """Return a text in lower case without thousands commas; other commas and whitespace become one space."""
     return " ".join(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.casefold()).replace(",", " ").split())
 
 
 class PythonFunction:
-    """Calls a function of a file for every response."""
+    """Calls a function of a Python file for every response."""
 
     def __init__(self, path: Path, function: str) -> None:
         self._path = path
@@ -274,8 +280,7 @@ class PythonFunction:
         """Return the function's values, shape (n,).
 
         Raises:
-            ComponentError: if the file cannot be imported, or the function raises or returns anything but a finite
-                number.
+            ComponentError: if the file cannot be imported, the function raises, or its result is not a finite number.
         """
         label = f"reward python ({self._path}, {self._name})"
         if self._function is None:
@@ -288,14 +293,14 @@ class PythonFunction:
                 cause = f"raised {type(error).__name__}: {error}"
                 raise ComponentError(f"{label} {cause} {_of(index, texts[0], texts[1])}.") from error
             if not isinstance(value, numbers.Real | np.bool_) or not math.isfinite(value):
-                cause = f"returned {value!r}, a finite number is needed,"
-                raise ComponentError(f"{label} {cause} {_of(index, texts[0], texts[1])}.")
+                cause = f"returned {value!r}"
+                raise ComponentError(f"{label} {cause} {_of(index, texts[0], texts[1])}. A finite number is needed.")
             values[index] = float(value)
         return values
 
 
 def _of(index: int, prompt: str, response: str) -> str:
-    """Return which response a message is about."""
+    """Return the part of a message that names the response."""
     return f"for response {index} ({_short(response)} to the prompt {_short(prompt)})"
 
 
@@ -304,15 +309,15 @@ def _short(text: str) -> str:
 
 
 def _imported(label: str, path: Path, name: str) -> Callable[[str, str, str], Any]:
-    """Return a function of a Python file, imported once per process."""
+    """Return a function of a Python file, which is imported once per process."""
     module_name = f"dataflex_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     module = sys.modules.get(module_name)
     if module is None:
         spec = importlib.util.spec_from_file_location(module_name, path)
         if spec is None or spec.loader is None:
-            raise ComponentError(f"{label}: the file's name must end in .py.")
+            raise ComponentError(f"{label}: the file name must end in .py.")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
+        sys.modules[module_name] = module  # before the file runs: dataclasses, for one, look their module up there
         try:
             spec.loader.exec_module(module)
         except Exception as error:
@@ -320,12 +325,12 @@ def _imported(label: str, path: Path, name: str) -> Callable[[str, str, str], An
             raise ComponentError(f"{label}: importing it failed with {type(error).__name__}: {error}") from error
     function = vars(module).get(name)
     if not callable(function):
-        raise ComponentError(f"{label}: {name} is no function.")
+        raise ComponentError(f"{label}: {name} is not a function (its type is {type(function).__name__}).")
     return function
 
 
 class RewardModel:
-    """Scores texts by a sequence-classification model of transformers with its own tokenizer.
+    """Scores texts with a sequence-classification model of transformers and the model's tokenizer.
 
     The model is on the training device during a call and in main memory between calls.
     """
@@ -336,13 +341,14 @@ class RewardModel:
         self._loaded: tuple[Any, Any] | None = None
 
     def __call__(self, prompts: list[str], responses: list[str], references: list[str]) -> RewardArray:
-        """Return the last logit of each response (the only one of most reward models), shape (n,).
+        """Return the last logit of each response, shape (n,). Most reward models have a single logit.
 
-        The text is the tokenizer's chat template of prompt and response; without a template it is the prompt, a new
-        line and the response. It is cut at the tokenizer's own limit.
+        The text is the tokenizer's chat template applied to prompt and response. Without a template it is the prompt, a
+        new line and the response. It is truncated at the tokenizer's limit.
 
         Raises:
-            ComponentError: if the model cannot be loaded, has no trained output layer, or gives NaN.
+            ComponentError: if the model cannot be loaded, has no trained output layer, or gives a logit that is not
+                finite.
         """
         import torch
 
@@ -353,7 +359,7 @@ class RewardModel:
                 self._loaded = _load_reward_model(self._path)
             model, tokenizer = self._loaded
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-            # without a padding token texts of unequal length cannot share a forward
+            # Without a padding token, texts of unequal length cannot share a forward pass.
             size = 1 if tokenizer.pad_token_id is None else self._batch_size
             texts = [_conversation(tokenizer, *pair) for pair in zip(prompts, responses, strict=True)]
             parts = []
@@ -383,7 +389,7 @@ def _load_reward_model(path: Path) -> tuple[Any, Any]:
     """Return the model in evaluation mode and its tokenizer.
 
     Raises:
-        ComponentError: if either cannot be loaded, or weights are missing.
+        ComponentError: if the model or the tokenizer cannot be loaded, or weights are missing.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -397,7 +403,9 @@ def _load_reward_model(path: Path) -> tuple[Any, Any]:
         raise ComponentError(f"reward model ({path}) cannot be loaded: {error}") from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
-        raise ComponentError(f"reward model ({path}) has no weights for {missing}: it was not trained to score texts.")
+        raise ComponentError(
+            f"reward model ({path}) has no weights for {missing}: the model was not trained to score texts."
+        )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
@@ -405,7 +413,10 @@ def _load_reward_model(path: Path) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
-    """Load a model whole although the training's models are sharded by ZeRO-3: only the main process is here."""
+    """Load a model whole on this process, even if ZeRO-3 shards the models of the training.
+
+    Only the main process loads the reward model. Sharding is collective, so it would wait for the other processes.
+    """
     from transformers.integrations import deepspeed
 
     training = deepspeed._hf_deepspeed_config_weak_ref
@@ -434,7 +445,8 @@ class Judge:
         """Return the judge's numbers, shape (n,), within ``scale``.
 
         Raises:
-            ComponentError: if a response has no number after all attempts, with the address and the last failure.
+            ComponentError: if a response has no number after all attempts; the message has the address and the last
+                failure.
         """
         import httpx
 
@@ -491,7 +503,7 @@ class Judge:
 
 
 def _final_number(text: str) -> float | None:
-    """Return the number at the end of a text (``Rating: 8/10`` is 8), or None."""
+    """Return the number at the end of a text (``Rating: 8/10`` gives 8), or None."""
     match = re.search(r"(?<![\d.])(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*\d+(?:\.\d+)?)?\W*$", text)
     return None if match is None else float(match[1])
 

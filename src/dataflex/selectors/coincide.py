@@ -1,4 +1,4 @@
-"""COINCIDE: more samples of clusters that are like others and spread out, and of each those that stand for it best.
+"""COINCIDE: more samples from clusters that are similar to others and spread out, and the most typical samples of each.
 
 The candidates are clustered by spherical k-means on their embeddings. With c_i the centre of cluster i and C_i its
 samples,
@@ -7,19 +7,21 @@ samples,
     D_i = mean over x, y in C_i of k(x, y),    k(x, y) = exp(-|x - y|^2 / (2 gamma^2)),
     P_i = exp(S_i / (tau D_i)) / sum_j exp(S_j / (tau D_j)).
 
-From the largest P_i down, cluster i has round(what is left * P_i / sum of the P_j not yet visited) samples, at most all
-of them. Inside a cluster samples are taken greedily, the next one such that the maximum mean discrepancy
+Clusters are visited by falling P_i. Cluster i gives round(n_left * P_i / sum of P_j over the clusters not yet visited)
+samples, at most all of its samples, with n_left the samples still to be chosen. Inside a cluster samples are chosen
+greedily: the next sample is the one for which the maximum mean discrepancy
 
     mean k(C_i, C_i) + mean k(T, T) - 2 mean k(C_i, T)
 
-between the cluster and the taken ones T is least.
+between the cluster and its chosen samples T is smallest.
 
 Source: Lee et al., Concept-skill Transferability-based Data Selection for Large Vision-Language Models (EMNLP 2024),
-section 3 (arXiv 2406.10995; code G-JWLee/COINCIDE_code). ``similar: 0.9``, gamma and the 50 iterations are the code's,
-tau is that of its scripts; S_i of the paper is that of ``similar: 1``.
-Differs from it: embeddings are the run's, not five layers of a small vision model; samples that rounding or small
-clusters leave over are taken from other clusters.
-Cost: the embeddings, N K H multiplications for each iteration of k-means with K clusters, and the kernels of clusters.
+section 3 (arXiv 2406.10995; code G-JWLee/COINCIDE_code). ``similar: 0.9``, gamma and the 50 iterations are the defaults
+of the code, tau is the value of its scripts. ``similar: 1`` gives the paper's S_i.
+Differs from it: embeddings are those of the run, not five layers of a small vision model. If rounding or small clusters
+leave samples to be chosen, other clusters give them.
+Cost: the embeddings, N K H multiplications for each iteration of k-means with K clusters, and the kernels within
+clusters.
 """
 
 from __future__ import annotations
@@ -50,37 +52,43 @@ from dataflex.selectors.base_neighbours import usable, vectors_of
 
 Numbers = NDArray[np.float64]
 Clusters = tuple[IndexArray, NDArray[np.float32]]
-"""The cluster of every candidate, and the centres."""
+"""The cluster of every candidate, (n,), and the centres, (K, H)."""
 
 _CLUSTER_SIZE = 64
-"""Mean number of samples in a cluster where the number of clusters is not given."""
+"""Mean number of samples in a cluster if the number of clusters is not set."""
 _MOST_CLUSTERS = 10_000
+"""Largest number of clusters if it is not set."""
 _ROWS = 2048
-"""Members of a cluster whose kernels are made together."""
+"""Rows of a kernel or cosine matrix that are computed at a time, to bound the memory."""
 _DIGITS = 12
-"""Decimals of a discrepancy that count; the others are rounding."""
+"""Decimals of a discrepancy that are compared. Further decimals are rounding errors, which must not decide."""
 
 
 class CoincideParams(EmbeddingParams):
     """Parameters of COINCIDE."""
 
     clusters: int | None = Field(
-        None, ge=1, description="Clusters; none: one for 64 candidates, at most 10,000. Never more than candidates."
+        None,
+        ge=1,
+        description="Number of clusters, at most the number of candidates. If null, one for 64 candidates, at most "
+        "10,000.",
     )
-    cluster_iterations: int = Field(50, ge=1, description="Iterations of k-means at most.")
+    cluster_iterations: int = Field(50, ge=1, description="Largest number of k-means iterations.")
     similar: float = Field(
         0.9,
         ge=-1,
         le=1,
-        description="Clusters whose centres have a larger cosine do not count in S; 1: all others count.",
+        description="Clusters whose centres have a larger cosine do not count in S. With 1 all other clusters count.",
     )
     gamma: float = Field(1.0, gt=0, description="Width of the kernel.")
-    tau: float = Field(0.1, gt=0, description="Temperature of the shares; larger is flatter.")
+    tau: float = Field(
+        0.1, gt=0, description="Temperature of the cluster shares; larger values make the shares more equal."
+    )
 
 
 @register("selector", "coincide")
 class CoincideSelector(Selector[CoincideParams]):
-    """Takes from each cluster its share, and of it the samples that stand for it."""
+    """Takes a share of samples from each cluster, the most typical ones first."""
 
     state_depends_on: ClassVar[frozenset[str]] = frozenset(EmbeddingParams.model_fields) | {
         "clusters",
@@ -90,14 +98,14 @@ class CoincideSelector(Selector[CoincideParams]):
     def __init__(self, params: CoincideParams) -> None:
         super().__init__(params)
         self._kept: dict[str, Clusters] = {}
-        """Clusters of candidates, by their digest; only if embeddings do not change."""
+        """Clusters by the digest of the candidates; filled only if the embeddings are those of a fixed encoder."""
 
     def needs(self, run: RunView) -> Needs:
         """Return the embeddings."""
         return Needs(embeddings=self.params)
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
-        """Return what stands for the clusters, in their order."""
+        """Return the chosen samples, cluster by cluster."""
         trained = usable(self, ctx, candidates, count)
         vectors = vectors_of(ctx, trained)
         labels, centres = self._clusters(ctx, trained, vectors)
@@ -129,11 +137,11 @@ class CoincideSelector(Selector[CoincideParams]):
         return np.concatenate(chosen)
 
     def state_dict(self) -> State:
-        """Return the clusters, if they hold for the whole run."""
+        """Return the clusters that hold for the whole run."""
         return {key: {"labels": labels, "centres": centres} for key, (labels, centres) in self._kept.items()}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back the clusters."""
+        """Restore the clusters."""
         self._kept = {key: (each["labels"], each["centres"]) for key, each in state.items()}
 
 
@@ -142,11 +150,14 @@ def _rows(vectors: EmbeddingArray, rows: IndexArray) -> Numbers:
 
 
 def transferability(centres: NDArray[np.floating], similar: float) -> Numbers:
-    """Return the mean cosine of each centre with those not too similar to it, shape (K,); 0 where there is none.
+    """Return the mean cosine of each centre with the other centres that are not too similar to it, shape (K,).
 
     Args:
-        centres: of length 1, shape (K, H).
-        similar: cosines above this do not count; that of a centre with itself never does.
+        centres: unit vectors, shape (K, H).
+        similar: cosines above this do not count. The cosine of a centre with itself never counts.
+
+    Returns:
+        S of every cluster; 0 if no other centre counts.
     """
     vectors = centres.astype(np.float64)
     found = np.zeros(len(vectors))
@@ -168,37 +179,47 @@ def kernel(vectors: Numbers, others: Numbers, gamma: float) -> Numbers:
 
 
 def _mean_kernels(vectors: Numbers, gamma: float) -> Numbers:
-    """Return the mean kernel of each vector with all of them, itself included, shape (n,)."""
+    """Return the mean kernel of each vector with all vectors, itself included, shape (n,)."""
     blocks = [vectors[begin : begin + _ROWS] for begin in range(0, len(vectors), _ROWS)]
     return sum((kernel(vectors, block, gamma).sum(axis=1) for block in blocks), np.zeros(len(vectors))) / len(vectors)
 
 
 def density(vectors: Numbers, gamma: float) -> float:
-    """Return the mean kernel over all pairs, each vector with itself included: 1 for a single one."""
+    """Return the mean kernel over all pairs of vectors, each paired with itself too. A single vector has 1."""
     return float(_mean_kernels(vectors, gamma).mean())
 
 
 def cluster_shares(transfer: Numbers, densities: Numbers, tau: float) -> Numbers:
-    """Return P of every cluster, shape (K,)."""
+    """Return P of every cluster, shape (K,).
+
+    Args:
+        transfer: S of every cluster, shape (K,).
+        densities: D of every cluster, shape (K,).
+        tau: the temperature.
+    """
     logits = transfer / densities / tau
     shares: Numbers = np.exp(logits - logits.max())
     return shares / shares.sum()
 
 
 def allocated(shares: Numbers, sizes: IndexArray, count: int) -> IndexArray:
-    """Return how many samples each cluster gives, shape (K,), ``count`` in all and none more than it has.
+    """Return the number of samples that each cluster gives, shape (K,), in all ``count``.
+
+    No cluster gives more samples than it has.
 
     Args:
         shares: P of every cluster.
-        sizes: samples of every cluster; they add up to at least ``count``.
-        count: samples wanted.
+        sizes: the number of samples of every cluster; their sum is at least ``count``.
+        count: the number of samples to choose.
     """
     given = np.zeros_like(sizes)
+    # A pass may give too few samples, because of rounding or small clusters. Further passes give the rest.
     while (left := count - int(given.sum())) > 0:
         order = np.argsort(-shares, kind="stable")
         order = order[given[order] < sizes[order]]
         rest = shares[order][::-1].cumsum()[::-1]
         for place, number in enumerate(order):
+            # Shares may underflow to 0; the clusters left then give equal parts.
             part = shares[number] / rest[place] if rest[place] > 0 else 1 / (order.size - place)
             taken = min(round(left * float(part)), int(sizes[number] - given[number]))
             given[number] += taken
@@ -207,12 +228,12 @@ def allocated(shares: Numbers, sizes: IndexArray, count: int) -> IndexArray:
 
 
 def standing_for(vectors: Numbers, count: int, gamma: float) -> IndexArray:
-    """Return ``count`` rows taken greedily so that the discrepancy to all is least, in the order taken.
+    """Return ``count`` rows, chosen greedily so that their discrepancy to all rows is smallest, in the order chosen.
 
-    Equal ones are taken by their index.
+    Of equal rows the one with the lowest index is chosen.
 
     Args:
-        vectors: of one cluster, shape (n, H).
+        vectors: embeddings of one cluster, shape (n, H).
         count: at most n.
         gamma: width of the kernel.
     """
@@ -222,7 +243,7 @@ def standing_for(vectors: Numbers, count: int, gamma: float) -> IndexArray:
     chosen = np.empty(count, dtype=np.int64)
     for number in range(count):
         size = number + 1
-        # k(x, x) = 1
+        # The discrepancy after adding each row, without mean k(C, C), which is the same for all. k(x, x) is 1.
         values = (within + 2 * towards + 1) / size**2 - 2 * (to_all + mean) / size
         best = int(np.where(left, np.round(values, _DIGITS), np.inf).argmin())
         within += 2 * towards[best] + 1

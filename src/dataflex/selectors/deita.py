@@ -1,16 +1,17 @@
-"""DEITA: the best by complexity times quality, without those that are like a better one.
+"""DEITA: the best samples by complexity times quality, without those similar to a better one.
 
     s(x) = complexity(x) * quality(x)
 
-with both numbers from columns of the raw data. Samples are looked at by falling s; one is kept if the cosine of its
-embedding with that of every sample kept before is at most ``threshold``, until as many are kept as are wanted. If the
-filter leaves too few, the best of the others follow.
+Both factors are columns of the raw data. Samples are visited by falling s. A sample is accepted if the cosine of its
+embedding with every accepted sample is at most ``threshold``, until enough samples are accepted. If the filter accepts
+too few, the best rejected samples follow.
 
 Source: Liu et al., What Makes Good Data for Alignment? A Comprehensive Study of Automatic Data Selection in Instruction
 Tuning (ICLR 2024, arXiv 2312.15685), and its code ``combined_filter.py``. There two models score complexity and quality
-(the expected rating of 1 to 6 over the six tokens' probabilities); here any tool may have written them. The s of a
-conversation is a sum of products over its turns there: write that into one column and name it as ``quality`` alone.
-Cost: the embeddings, and N x kept x H operations at a decision.
+(the expected rating of 1 to 6 over the probabilities of the six rating tokens). Here any tool may have written the
+columns. There the s of a conversation is a sum of products over its turns. For that, write the sum into one column and
+name it as ``quality``, without ``complexity``.
+Cost: the embeddings, and N x accepted x H operations per decision.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from dataflex import (
 )
 
 _BLOCK = 512
-"""Samples that are compared with all kept ones at a time."""
+"""Samples that are compared with all accepted ones at a time."""
 _KEPT = 8192
-"""Kept samples that a block is multiplied with at a time."""
+"""Accepted samples that a block is multiplied with at a time."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +55,18 @@ class DeitaParams(SelectorParams, EmbeddingParams):
 
     quality: str = Field(min_length=1, description="Column of the raw data with the quality of each row.")
     complexity: str | None = Field(
-        None, min_length=1, description="Column with the complexity of each row; none: quality holds the product."
+        None,
+        min_length=1,
+        description="Column of the raw data with the complexity of each row. If null, quality holds the product.",
     )
-    threshold: float = Field(0.9, ge=-1, le=1, description="Largest cosine of a sample with one that is kept.")
+    threshold: float = Field(
+        0.9, ge=-1, le=1, description="Largest cosine of an accepted sample with a better accepted one."
+    )
 
 
 @register("selector", "deita")
 class DeitaSelector(Selector[DeitaParams]):
-    """Prefers complex samples of good quality that are not alike."""
+    """Prefers complex samples of good quality that are not similar to each other."""
 
     def needs(self, run: RunView) -> Needs:
         """Return the columns and the embeddings."""
@@ -69,11 +74,14 @@ class DeitaSelector(Selector[DeitaParams]):
         return Needs(columns=tuple(name for name in columns if name is not None), embeddings=self.params)
 
     def column_problem(self, column: str, values: ColumnArray) -> Wrong | None:
-        """Return what keeps the values from being scores."""
+        """Return the reason why the values of a column cannot be scores, or None."""
         return unusable_score(column, values)
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return how early every candidate of a pool that is scored is taken, in (0, 1]; below 0 if it is rejected."""
+        """Return a score for every candidate by the order in which candidates are chosen, for offline scores.
+
+        Accepted candidates have scores in (0, 1], rejected ones in [-1, 0).
+        """
         values = self.values(ctx, candidates)
         kept, rejected = self._filtered(ctx, candidates, values, candidates.size)
         scores = np.full(candidates.size, np.nan, dtype=np.float32)
@@ -82,13 +90,13 @@ class DeitaSelector(Selector[DeitaParams]):
         return scores
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
-        """Return the first ``count`` candidates the filter leaves; if they are too few, the best of the others too."""
+        """Return the first ``count`` accepted candidates; if the filter accepts fewer, also the best rejected ones."""
         values = self.values(ctx, candidates)
         scored = int(np.count_nonzero(~np.isnan(values)))
         if scored < count:
             raise ComponentError(
                 f"select deita: {count} samples are wanted but only {scored} of {candidates.size} have a number in the "
-                "columns and a token to train on. Shorten update_steps or check the data."
+                "columns and a token to train on. Lower update_steps or check the data."
             )
         kept, rejected = self._filtered(ctx, candidates, values, count)
         if kept.size < count:
@@ -98,7 +106,7 @@ class DeitaSelector(Selector[DeitaParams]):
         return Selection(candidates[chosen], values[chosen], candidates.size - scored, ranks=ranks, ranked=scored)
 
     def values(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return the product of every candidate; NaN where it has none."""
+        """Return s of every candidate; NaN if the candidate has no value or no token to train on."""
         found = ctx.pool.numbers(self.params.quality)[candidates]
         if self.params.complexity is not None:
             found = found * ctx.pool.numbers(self.params.complexity)[candidates]
@@ -117,8 +125,8 @@ class DeitaSelector(Selector[DeitaParams]):
 
 def _tell(count: int, kept: int, threshold: float) -> None:
     logger.warning(
-        "select deita: of %d samples wanted, %d are unlike all better ones (cosine at most %g); the others are the "
-        "best of the rest.",
+        "select deita: %d samples are wanted, but the filter accepts only %d (cosine of at most %g with every better "
+        "accepted sample). The others are the best rejected samples.",
         count,
         kept,
         threshold,
@@ -126,13 +134,15 @@ def _tell(count: int, kept: int, threshold: float) -> None:
 
 
 def unlike(vectors: NDArray[np.floating], falling: IndexArray, threshold: float, count: int) -> IndexArray:
-    """Return the positions in ``falling`` of the first ``count`` rows whose cosine with all earlier ones is no larger.
+    """Return the positions in ``falling`` of the first accepted rows, at most ``count`` of them.
+
+    A row is accepted if its cosine with every row accepted before is at most ``threshold``.
 
     Args:
-        vectors: of all samples, of length 1 (or 0), shape (N, H).
-        falling: rows of it, the best first, shape (n,).
-        threshold: the largest cosine with a row that was returned before.
-        count: how many are wanted; fewer are returned if no more are unlike.
+        vectors: embeddings of all samples, of length 1 (or 0), shape (N, H).
+        falling: rows of ``vectors``, the best first, shape (n,).
+        threshold: the largest cosine with a row accepted before.
+        count: the number of rows wanted; fewer are returned if the filter accepts fewer.
     """
     kept = np.empty((min(count, falling.size), vectors.shape[1]), dtype=np.float32)
     positions: list[int] = []

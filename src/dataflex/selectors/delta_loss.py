@@ -1,17 +1,17 @@
 """Delta-loss selection: a window that slides from the samples learned fastest to those learned slowest.
 
-The first decision stores every sample's loss l0 and draws uniformly. Decision number u (from 1, of U in all) ranks the
-pool by the fall delta = l0 - l, largest first, and prefers the window [s, s + w N) with
+The first decision stores the loss l0 of every sample and draws uniformly. Decision number u (from 1, of U in all) ranks
+the pool by the fall delta = l0 - l, largest first, and prefers the window [s, s + w N) with
 
-    s = sigmoid(10 ((u - 1) / (U - 1) - 0.5)) (1 - w) N,
+    s = sigmoid(10 ((u - 1) / (U - 1) - 0.5)) (1 - w) N.
 
-both ends rounded down, cut where delta becomes negative. Weight 1 inside, ``outside_weight`` outside, drawn without
-replacement.
+Both ends are rounded down, and the window ends early at the first negative delta. Samples are drawn without
+replacement, with weight 1 inside the window and ``outside_weight`` outside.
 
-Source: the delta-loss selector of DataFlex (arXiv 2603.26164), whose defaults these are.
-Differs from it: a run with a single decision is no division by zero, and the baseline is part of the checkpoint.
-``relative`` ranks by delta / l0 instead, which does not favour samples of high entropy.
-Cost: one forward pass over the pool per update.
+Source: the delta-loss selector of DataFlex (arXiv 2603.26164), which has the same defaults.
+Differs from it: a run with a single decision causes no division by zero, and the stored losses are part of the
+checkpoint. ``relative`` ranks by delta / l0 instead, which does not favour samples of high entropy.
+Cost: one forward pass over the pool per decision.
 """
 
 from __future__ import annotations
@@ -43,44 +43,45 @@ class DeltaLossParams(ComponentParams):
     """Parameters of the delta-loss selector."""
 
     window_size: float = Field(0.2, gt=0, le=1, description="Share of the pool inside the window.")
-    outside_weight: float = Field(0.025, gt=0, le=1, description="Draw weight outside the window; 1 inside.")
-    relative: bool = Field(False, description="Rank by the fall relative to the first loss.")
+    outside_weight: float = Field(0.025, gt=0, le=1, description="Draw weight outside the window; inside it is 1.")
+    relative: bool = Field(False, description="Rank by the fall divided by the first loss.")
 
 
 @register("selector", "delta_loss")
 class DeltaLossSelector(Selector[DeltaLossParams]):
-    """Prefers a sliding window of samples ranked by how far their loss fell."""
+    """Prefers a sliding window of samples, ranked by the fall of their loss."""
 
     def __init__(self, params: DeltaLossParams) -> None:
         super().__init__(params)
         self._baseline: ScoreArray | None = None
-        """First losses of the whole pool, shape (N,); NaN where not measured yet, or no token is trained on."""
+        """First losses of the whole pool, shape (N,); NaN if not measured yet, or without a trained token."""
         self._noted = np.zeros(0, dtype=bool)
-        """Who had no first loss before this decision, shape (N,)."""
+        """Whether each sample had no first loss before this decision, shape (N,)."""
         self._decision = 1, 1
-        """Number of this decision, from 1, and how many there are."""
+        """Number of this decision, from 1, and the number of decisions of the run."""
 
     def needs(self, run: RunView) -> Needs:
         """Return the losses of the candidates."""
         return Needs(measurements=(Losses(),))
 
     def cannot_act(self, run: RunOutline) -> str | None:
-        """Return that the only decision has no earlier losses to compare with."""
+        """Return a reason if the run has a single decision, which has no earlier losses to compare with."""
         if run.decisions > 1:
             return None
         return (
-            "the first decision only notes the losses and draws uniformly, and the run has no second one; lower "
+            "the first decision only stores the losses and draws uniformly, and the run has no second one; lower "
             "dataflex.update_steps"
         )
 
     def begin(self, ctx: RoundContext) -> None:
-        """Note the losses of the candidates that have none noted yet."""
+        """Store the losses of the candidates that have no stored loss yet."""
         self._decision = ctx.update + 1, ctx.num_updates
         if self._baseline is None:
             self._baseline = np.full(ctx.pool.size, np.nan, dtype=np.float32)
         self._noted = np.isnan(self._baseline)
         new = ctx.candidates
         if not self._noted[new].all():
+            # Samples without a trained token never get a first loss, so measuring them again has no use.
             new = new[self._noted[new] & ctx.pool.trained[new]]
         else:
             ctx.not_decided("the first losses are only noted, the draw is uniform")
@@ -88,18 +89,18 @@ class DeltaLossSelector(Selector[DeltaLossParams]):
             self._baseline[new] = ctx.probe.measure(Losses(), new)
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return by how much every candidate's loss fell; 0 if it is noted just now, NaN if there is none."""
+        """Return the fall of every candidate's loss; 0 if its first loss is from this decision, NaN without a loss."""
         assert self._baseline is not None
         first, noted = self._baseline[candidates], self._noted[candidates]
         if noted.all():
-            return first - first
+            return first - first  # 0, and NaN without a loss
         delta = np.where(noted, first - first, first - ctx.probe.measure(Losses(), candidates))
         if self.params.relative:
-            delta = delta / np.where(first == 0, 1, first)  # nothing can fall below a first loss of 0
+            delta = delta / np.where(first == 0, 1, first)  # from a first loss of 0 no loss can fall
         return delta
 
     def pick(self, scores: ScoreArray, count: int, rng: np.random.Generator) -> IndexArray:
-        """Return ``count`` positions drawn by the window of this decision; uniformly if no loss has changed."""
+        """Return ``count`` positions, drawn by the window of this decision, or uniformly if no loss has changed."""
         if _nothing_fell(scores):
             return sample_without_replacement((~np.isnan(scores)).astype(np.float64), count, rng)
         update, num_updates = self._decision
@@ -114,17 +115,24 @@ class DeltaLossSelector(Selector[DeltaLossParams]):
         return {} if self._baseline is None else {"baseline": self._baseline}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back the first losses."""
+        """Restore the first losses."""
         self._baseline = state.get("baseline")
 
 
 def _nothing_fell(falls: ScoreArray) -> bool:
-    """Return whether no loss has changed, as when all of them are noted just now."""
+    """Return whether no loss has changed, for example because all first losses are from this decision."""
     return not np.any(falls[~np.isnan(falls)])
 
 
 def window_start(update: int, num_updates: int, size: int, window_size: float) -> float:
-    """Return where the window begins among ``size`` ranked samples; ``update`` counts from 1."""
+    """Return s, the rank at which the window begins.
+
+    Args:
+        update: number of the decision, from 1.
+        num_updates: number of decisions of the run.
+        size: number of ranked samples.
+        window_size: w, the share of the samples inside the window.
+    """
     progress = (update - 1) / (num_updates - 1) if num_updates > 1 else 0.0
     return (1.0 - window_size) * size / (1.0 + math.exp(-10.0 * (progress - 0.5)))
 
@@ -132,10 +140,10 @@ def window_start(update: int, num_updates: int, size: int, window_size: float) -
 def window_weights(
     delta: NDArray[np.floating], update: int, num_updates: int, params: DeltaLossParams
 ) -> NDArray[np.float64]:
-    """Return the draw weight of every sample, shape (N,); 0 where ``delta`` is NaN.
+    """Return the draw weight of every sample, shape (N,); 0 if ``delta`` is NaN.
 
-    Samples are ranked by ``delta``, largest first, ties by position. The window goes from rank floor(s) to before rank
-    floor(s + w N), is one rank at least, and ends at the first negative one.
+    Samples are ranked by ``delta``, largest first, ties by position. The window has the ranks from floor(s) to floor(s
+    + w N) - 1, at least one rank. It ends before the first negative ``delta``.
     """
     scored = np.flatnonzero(~np.isnan(delta))
     ranked = scored[np.argsort(-delta[scored], kind="stable")]
@@ -149,5 +157,5 @@ def window_weights(
 
 
 def _whole(rank: float) -> int:
-    """Return the rank rounded down; one that falls short of a whole number by a rounding error alone is that number."""
+    """Return the rank rounded down. A rank that is below an integer by a rounding error alone becomes that integer."""
     return math.floor(rank * (1.0 + 1e-12))

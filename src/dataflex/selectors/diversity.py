@@ -1,16 +1,20 @@
 """Diversity: samples that together cover the pool, by their embeddings.
 
-- ``k_center``: the first sample is drawn; each further one is the candidate farthest from those chosen, its distance
-  being 1 - the largest cosine with one of them. No candidate is then more than twice as far (in the Euclidean distance)
-  from a chosen sample as it has to be.
-- ``facility_location``: each sample is the one that adds most to  mean over x of max over chosen s of (1 + cos(x, s)),
-  which is at least 1 - 1/e of the best value there is. x are ``covered`` candidates drawn for the decision.
+- ``k_center``: the first sample is drawn at random. Each further sample is the candidate farthest from the chosen
+  samples. The distance of a candidate is 1 - its largest cosine with a chosen sample. In the Euclidean distance, the
+  farthest candidate is then at most twice as far from a chosen sample as in the best possible choice.
+- ``facility_location``: each sample is the candidate that adds most to
+
+      mean over x of max over chosen s of (1 + cos(x, s)),
+
+  with x the ``covered`` candidates, drawn for each decision. The value reached is at least 1 - 1/e of the best possible
+  value.
 
 Source: k-centre: Gonzalez (1985); Sener and Savarese, Active Learning for Convolutional Neural Networks (ICLR 2018),
 algorithm 1 (arXiv 1708.00489). Facility location: Wei et al., Submodularity in Data Subset Selection and Active
 Learning (ICML 2015), by lazy evaluation (Minoux 1978).
-Cost: the embeddings; ``k_center`` one product of all candidates with every sample chosen, ``facility_location`` one of
-the ``covered`` samples with every candidate whose gain is looked at.
+Cost: the embeddings. ``k_center`` multiplies all candidates with every chosen sample. ``facility_location`` multiplies
+the ``covered`` samples with every candidate whose gain is computed.
 """
 
 from __future__ import annotations
@@ -36,13 +40,13 @@ from dataflex import (
 from dataflex.selectors.base_neighbours import usable, vectors_of
 
 _ROWS = 8192
-"""Candidates compared with chosen samples at a time."""
+"""Candidates that are compared with chosen samples at a time."""
 _BATCH = 256
-"""Candidates looked at together before all others are."""
+"""Most promising candidates, which are compared among themselves before all candidates are compared again."""
 _EQUAL = 1e-6
-"""Gains that differ by less are equal."""
+"""Gains that differ by less count as equal."""
 _SAME = 1e-5
-"""Distances up to this are 0: those of vectors that differ by rounding."""
+"""Distances up to this count as 0: the vectors differ by rounding alone."""
 
 Numbers = NDArray[np.float64]
 
@@ -52,10 +56,11 @@ class DiversityParams(EmbeddingParams):
 
     criterion: Literal["k_center", "facility_location"] = Field(
         "k_center",
-        description="k_center: no candidate far from a chosen sample; facility_location: all near on average.",
+        description="k_center: no candidate is far from a chosen sample; facility_location: candidates are near a "
+        "chosen sample on average.",
     )
     covered: int = Field(
-        10_000, ge=1, description="For facility_location: candidates that are to be covered, drawn for every decision."
+        10_000, ge=1, description="For facility_location: number of candidates to cover, drawn for every decision."
     )
 
 
@@ -87,15 +92,15 @@ class DiversitySelector(Selector[DiversityParams]):
 
 
 def farthest_first(vectors: EmbeddingArray, count: int, first: int) -> tuple[IndexArray, Numbers]:
-    """Return ``count`` rows, each the farthest from those before it, and its distance to them; equal ones by index.
+    """Return ``count`` rows, each the farthest from the rows before it, and its distance to them; ties by index.
 
-    The farthest few rows are compared among themselves: as long as one of them is farther than all others were before,
-    it is the next one, and the others need not be looked at.
+    A batch of the farthest rows is compared among itself. As long as one of them is farther than every row outside the
+    batch was before, it is the next row, and the rows outside need no comparison.
 
     Args:
         vectors: of length 1 or 0, shape (N, H).
         count: at most N.
-        first: the first row; its distance is 2.
+        first: the first row; its distance is given as 2.
     """
     distances = np.full(len(vectors), 2.0)
     chosen, found = [first], [2.0]
@@ -105,7 +110,7 @@ def farthest_first(vectors: EmbeddingArray, count: int, first: int) -> tuple[Ind
         distances[chosen] = -1.0
         if len(chosen) >= count:
             break
-        if distances.max() <= 0:  # only duplicates of chosen ones are left
+        if distances.max() <= 0:  # only duplicates of chosen rows are left
             rest = np.flatnonzero(distances == 0)[: count - len(chosen)]
             return np.append(chosen, rest), np.append(found, np.zeros(rest.size))
         batch, bound = _largest(distances, _BATCH)
@@ -125,7 +130,7 @@ def farthest_first(vectors: EmbeddingArray, count: int, first: int) -> tuple[Ind
 
 
 def _come_nearer(distances: Numbers, vectors: EmbeddingArray, rows: list[int]) -> None:
-    """Lower the distances to those of the rows that have just been chosen."""
+    """Lower the distances in place to the distances to newly chosen rows, if these are smaller."""
     centres = np.asarray(vectors[rows], dtype=np.float64).T
     for begin, block in _blocks(vectors):
         part = distances[begin : begin + len(block)]
@@ -138,17 +143,20 @@ def _blocks(vectors: EmbeddingArray) -> Iterator[tuple[int, NDArray[np.float32]]
 
 
 def _distances(cosines: Numbers) -> Numbers:
-    """Return the distances to single precision, 0 where they are next to nothing.
+    """Return the distances in single precision, with 0 for those up to ``_SAME``.
 
-    The last bits of a product depend on the place of a row in its block. Rounded from double precision, the distances
-    of equal rows are equal, and their order is that of their indices.
+    The last bits of a product depend on the position of a row in its block. After rounding from double precision the
+    distances of equal rows are equal, so ties are decided by the index.
     """
     distances = (1 - cosines).astype(np.float32)
     return np.where(distances <= _SAME, 0.0, distances).astype(np.float64)
 
 
 def _largest(values: Numbers, count: int) -> tuple[IndexArray, float]:
-    """Return the places of the largest values, ascending, equal ones by place, and the largest of the others."""
+    """Return the positions of the ``count`` largest values, ascending, and the largest of the other values.
+
+    Of equal values the lower positions come first.
+    """
     if values.size <= count:
         return np.arange(values.size), -np.inf
     least, bound = np.sort(np.partition(values, values.size - count - 1)[values.size - count - 1 :])[[1, 0]]
@@ -158,13 +166,14 @@ def _largest(values: Numbers, count: int) -> tuple[IndexArray, float]:
 
 
 def best_facilities(vectors: EmbeddingArray, covered: NDArray[np.float32], count: int) -> tuple[IndexArray, Numbers]:
-    """Return ``count`` rows, each the one that covers most of what is not covered, and by how much on average.
+    """Return ``count`` rows, each the one with the largest gain in coverage, and these gains.
 
-    A gain falls as rows are chosen, so an older one is a bound: only the rows of the largest bounds are looked at.
+    The gain of a row falls as rows are chosen, so an earlier gain is an upper bound. Only the rows with the largest
+    bounds are computed again.
 
     Args:
         vectors: of length 1 or 0, shape (N, H).
-        covered: what is to be covered, shape (A, H).
+        covered: vectors to cover, shape (A, H).
         count: at most N.
     """
     reach = np.zeros(len(covered), dtype=np.float32)
@@ -172,7 +181,7 @@ def best_facilities(vectors: EmbeddingArray, covered: NDArray[np.float32], count
     bounds = 1 + np.concatenate([block.astype(np.float64) @ total for _, block in _blocks(vectors)])
     chosen, gains = list[int](), list[float]()
     while len(chosen) < count:
-        if bounds.max() <= _EQUAL:  # all is covered
+        if bounds.max() <= _EQUAL:  # everything is covered, no row has a gain
             rest = np.flatnonzero(bounds > -np.inf)[: count - len(chosen)]
             return np.append(chosen, rest), np.append(gains, np.zeros(rest.size))
         batch, outside = _largest(bounds, _BATCH)
@@ -182,6 +191,8 @@ def best_facilities(vectors: EmbeddingArray, covered: NDArray[np.float32], count
             fresh[np.isneginf(bounds[batch])] = -np.inf
             is_known = not repeat and bool(np.allclose(fresh, bounds[batch], rtol=0, atol=_EQUAL))
             bounds[batch] = fresh
+            # If the bounds of the batch were exact, its best row is the best of all, even if a bound outside is as
+            # large. Otherwise another batch is formed with the lower bounds.
             largest = fresh.max()
             if np.isneginf(largest) or (largest < outside + _EQUAL and not is_known):
                 break

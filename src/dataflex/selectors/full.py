@@ -1,7 +1,7 @@
-"""All data: passes over the pool, every sample once before any comes again. The plain-training baseline.
+"""All data: passes over the pool, with every sample once before any sample repeats. The plain-training baseline.
 
-With ``disable_shuffling: true`` the samples come in the order of the data sets, as in LLaMA-Factory. A run's last step
-is filled from the next pass where the number of samples is not a multiple of the global batch size.
+With ``disable_shuffling: true`` the samples have the order of the data sets, as in LLaMA-Factory. If the number of
+samples is not a multiple of the global batch size, the last step of a pass is filled from the next pass.
 Cost: none.
 """
 
@@ -12,7 +12,7 @@ from dataflex import ComponentParams, Group, RoundContext, Selection, Selector, 
 
 @register("selector", "full")
 class FullSelector(Selector[ComponentParams]):
-    """Goes on with the running pass over the group."""
+    """Takes the next samples of the running pass over the pool."""
 
     may_exceed_pool = True
     scores_samples = False

@@ -1,13 +1,13 @@
-"""ICONS: samples that are influential for many tasks, by majority vote.
+"""ICONS: samples that are influential for many sub-tasks, by vote.
 
-With I_j(z) the mean cosine between the gradient of z and those of sub-task j's validation samples,
+With I_j(z) the mean cosine between the gradient of z and the gradients of sub-task j's validation samples,
 
     vote_j(z) = 1 if I_j(z) is among the largest ``vote_share`` of the candidates, else 0,
     score(z)  = sum over j of vote_j(z),  ties broken by the mean percentile of I_j(z).
 
-Source: Wu et al., ICONS: Influence Consensus for Vision-Language Data Selection (arXiv 2501.00654), section 3; votes of
-the top 20 %, gradients without a preconditioner.
-Cost: one forward and backward of every candidate and validation sample per update.
+Source: Wu et al., ICONS: Influence Consensus for Vision-Language Data Selection (arXiv 2501.00654), section 3: votes
+for the top 20 %, gradients without a preconditioner.
+Cost: one forward and backward pass over all candidates and validation samples per decision.
 """
 
 from __future__ import annotations
@@ -25,28 +25,33 @@ class IconsParams(InfluenceParams):
     """Parameters of ICONS."""
 
     vote_share: float = Field(
-        0.2, gt=0, lt=1, description="Share of the candidates each sub-task votes for; near the share selected."
+        0.2,
+        gt=0,
+        lt=1,
+        description="Share of the candidates that each sub-task votes for; best near the share of the candidates "
+        "that is selected.",
     )
 
 
 @register("selector", "icons")
 class IconsSelector(InfluenceSelector[IconsParams]):
-    """Prefers samples many sub-tasks vote for."""
+    """Prefers samples that many sub-tasks vote for."""
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return votes plus the mean percentile in (0, 1); NaN where no token is trained on."""
+        """Return the votes plus the mean percentile in (0, 1); NaN if no token is trained on."""
         influence = self.influence(ctx, candidates, self.params.settings())
         return consensus(influence, self.params.vote_share)
 
 
 def consensus(influence: ScoreArray, vote_share: float) -> ScoreArray:
-    """Return each sample's votes plus its mean percentile, (n,), float32; NaN rows stay NaN.
+    """Return each sample's votes plus its mean percentile, shape (n,), float32; NaN for rows with NaN.
 
     Args:
-        influence: (n, S).
-        vote_share: share of the samples each sub-task votes for; its count is rounded up, ties at the cut all count.
+        influence: influence of each sample on every sub-task, shape (n, S).
+        vote_share: share of the samples that each sub-task votes for. Their number is rounded up, and all samples tied
+            at the cut get a vote.
     """
-    from scipy.stats import rankdata  # takes half a second, which `check` and `list` need not wait for
+    from scipy.stats import rankdata  # imported here, as `check` and `list` would wait half a second for it
 
     scores = np.full(influence.shape[0], np.nan, dtype=np.float32)
     scored = ~np.isnan(influence).any(axis=1)

@@ -1,18 +1,21 @@
-"""IFD: samples whose prompt helps least in saying the answer, as long as it helps at all.
+"""IFD: samples whose prompt helps least to predict the answer, provided that it helps at all.
 
-With c(x) the mean cross entropy of the answer's tokens given the prompt and d(x) that of the same tokens without it,
+With c(x) the mean cross entropy of the answer's tokens given the prompt and d(x) that of the same tokens without the
+prompt,
 
     cherry:          r(x) = c(x) / d(x),             no score if r(x) > limit
     superfiltering:  r(x) = exp(c(x) - d(x)),        no score if r(x) >= limit
 
-and the largest r(x) come first. The answer is the tokens that are trained on, found by their labels. Without the prompt
-the sequence is the sample's first token (the beginning-of-sequence token, if the template writes one) and the answer,
-so that the first token of an answer counts in both means, and an answer of one token has a score.
+and the samples of largest r(x) come first. The answer consists of the tokens that are trained on, found by their
+labels. Without the prompt the sequence is the sample's first token (the beginning-of-sequence token, if the template
+writes one) followed by the answer. So the first token of an answer counts in both means, and an answer of one token has
+a score.
 
 Source: Li et al., From Quantity to Quality: Boosting LLM Performance with Self-Guided Data Selection for Instruction
-Tuning (NAACL 2024, arXiv 2308.12032); Li et al., Superfiltering (ACL 2024, arXiv 2402.00530), who take the ratio of
-perplexities under a small model: name it as ``reference_model``.
-Cost: two forwards per decision, over the candidates and over their answers; with a reference both once in a run.
+Tuning (NAACL 2024, arXiv 2308.12032). Li et al., Superfiltering (ACL 2024, arXiv 2402.00530), use the ratio of
+perplexities under a small model; name that model as ``reference_model``.
+Cost: two forward passes per decision, one over the candidates and one over their answers. With a reference, both run
+once in a run.
 """
 
 from __future__ import annotations
@@ -49,17 +52,20 @@ class IfdParams(SelectorParams, ReferenceParams):
     reference_is_optional: ClassVar[bool] = True
 
     variant: Literal["cherry", "superfiltering"] = Field(
-        "cherry", description="The ratio of mean losses, or of perplexities."
+        "cherry",
+        description="Ratio of mean losses (cherry) or of perplexities (superfiltering); the two rank samples "
+        "differently.",
     )
     limit: float | None = Field(
         1.0,
         gt=0,
-        description="Samples of a larger ratio (superfiltering: as large, too) are left out; none: no sample is.",
+        description="Samples with a larger ratio are left out, with superfiltering also those with an equal ratio. "
+        "If null, no sample is left out.",
     )
 
 
 class Answers:
-    """The samples of a pool without their prompts: the first token, and the tokens that are trained on.
+    """The samples of a pool without their prompts: the first token, followed by the tokens that are trained on.
 
     Args:
         pool: the samples.
@@ -75,15 +81,16 @@ class Answers:
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
-        """Tokens of every sample, shape (N,)."""
+        """Number of tokens of every shortened sample, shape (N,)."""
         return (self._pool.trained_tokens + 1).astype(np.int32)
 
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
-        """Return samples as the collator takes them."""
+        """Return shortened samples as inputs of the collator."""
         return [_answer_alone(row) for row in self._pool.rows(indices)]
 
 
 def _answer_alone(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row reduced to its first token and the tokens that are trained on."""
     tokens, labels = row["input_ids"], row["labels"]
     answer = [token for token, label in zip(tokens[1:], labels[1:], strict=True) if label != IGNORE_INDEX]
     ids = [tokens[0], *answer]
@@ -92,11 +99,11 @@ def _answer_alone(row: dict[str, Any]) -> dict[str, Any]:
 
 @register("selector", "ifd")
 class IfdSelector(Selector[IfdParams]):
-    """Prefers samples whose answer is hard to follow from the prompt."""
+    """Prefers samples whose prompt helps little to predict the answer."""
 
     reference_passes: ClassVar[int] = 2
     without_score: ClassVar[str | None] = (
-        "the prompts of the others are of no help, as their ratios are beyond the limit; raise limit, or set it to null"
+        "the prompts of the others are of no help, as their ratios exceed the limit; raise limit, or set it to null"
     )
 
     def __init__(self, params: IfdParams) -> None:
@@ -110,7 +117,7 @@ class IfdSelector(Selector[IfdParams]):
         return Needs(measurements=(Losses(),))
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield what leaves samples without a prompt of their own."""
+        """Yield settings under which samples have no prompt, or the labels do not tell the prompt from the answer."""
         given = run.llamafactory
         if given.get("stage", "sft") != "sft":
             yield (
@@ -121,27 +128,31 @@ class IfdSelector(Selector[IfdParams]):
             if given.get(key) is True:
                 yield (
                     "method",
-                    f"ifd needs the prompt and the answer of each sample; {key} puts several into one. Remove it.",
+                    f"ifd needs the prompt and the answer of each sample; {key} joins several samples. Remove {key}.",
                 )
         if given.get("train_on_prompt") is True:
-            yield "method", "train_on_prompt has prompts trained on, and ifd knows answers by that. Remove it."
+            yield (
+                "method",
+                "ifd takes the trained tokens for the answer, and train_on_prompt trains on prompts, too. Remove "
+                "train_on_prompt.",
+            )
         if self.params.names_reference and self.params.reference_model is None:
             yield (
                 "reference_losses",
-                "a table has the losses of answers behind their prompts alone, and ifd needs those without; name the "
-                "reference_model, too.",
+                "a table holds only the losses of answers after their prompts, and ifd also needs the losses without "
+                "prompts. Name the reference_model, too.",
             )
 
     def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
-        """Return the candidates of all decisions, each with its prompt and without."""
+        """Return the candidates of all decisions twice, with and without their prompts."""
         return 2 * super().measured_samples(measurement, run)
 
     def begin(self, ctx: RoundContext) -> None:
-        """Make the samples without prompts."""
+        """Prepare the samples without prompts."""
         self._answers = self._answers or Answers(ctx.pool)
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return the ratio of every candidate; NaN where no token is trained on or the prompt is of no help."""
+        """Return the ratio of every candidate; NaN if no token is trained on or the ratio exceeds ``limit``."""
         assert self._answers is not None
         if self.params.names_reference:
             given = ctx.reference.losses(candidates)
@@ -153,13 +164,14 @@ class IfdSelector(Selector[IfdParams]):
 
 
 def difficulty(given: ScoreArray, alone: ScoreArray, variant: str = "cherry", limit: float | None = 1.0) -> ScoreArray:
-    """Return the ratio of each sample, shape (n,); NaN where it has none, or one beyond the limit.
+    """Return the ratio of each sample, shape (n,), float32; NaN without a ratio, or with a ratio beyond the limit.
 
     Args:
-        given: mean losses of the answers behind their prompts, shape (n,), NaN where there is no answer.
-        alone: the same without the prompts. Of an answer that is certain by itself (0) no prompt can be of help.
-        variant: how the two are compared.
-        limit: what a ratio is at most; None: anything.
+        given: mean losses of the answers after their prompts, shape (n,), NaN without an answer.
+        alone: mean losses of the answers without their prompts, shape (n,). An answer with the loss 0 has no ``cherry``
+            ratio, as no prompt can help to predict it.
+        variant: ``cherry`` or ``superfiltering``.
+        limit: largest ratio; None means no limit.
     """
     with_prompt, without = given.astype(np.float64), alone.astype(np.float64)
     if variant == "superfiltering":

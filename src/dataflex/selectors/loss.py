@@ -1,12 +1,13 @@
-"""Loss selection: prefer samples of high, medium or low loss under the current model.
+"""Loss selection: samples of high, medium or low loss under the model in training.
 
-Every round scores the pool with the token-mean loss l(x), splits it at two quantiles into low, medium and high, and
-draws the round without replacement with weight ``focus_weight`` in the focused part and 1 elsewhere. With the default
-weight 5 and thirds, 71 % of the draws fall in the focused part.
+Every round scores the pool with the token-mean loss l(x) and splits it at two quantiles into low, medium and high.
+Samples are drawn without replacement, with weight ``focus_weight`` in the focused part and 1 elsewhere. With the
+default weight 5 and thirds, 71 % of the draws are from the focused part.
 
-Source: the loss selector of DataFlex (arXiv 2603.26164), whose defaults these are.
-Differs from it: nothing is redrawn with replacement, and samples without a token to train on are left out and counted.
-Cost: one forward pass over the pool per update.
+Source: the loss selector of DataFlex (arXiv 2603.26164), which has the same defaults.
+Differs from it: no sample is drawn again with replacement, and samples without a token to train on are left out and
+counted.
+Cost: one forward pass over the pool per decision.
 """
 
 from __future__ import annotations
@@ -33,15 +34,19 @@ from dataflex import (
 )
 
 _BLOCK = 1 << 15
-"""Losses looked at together, which stay in the processor's cache."""
+"""Losses that are processed at a time, so that they stay in the processor's cache."""
 
 
 class LossParams(ComponentParams):
     """Parameters of the loss selector."""
 
-    focus: Literal["high", "medium", "low"] = Field("medium", description="Which part of the losses is preferred.")
-    focus_weight: float = Field(5.0, gt=0, description="Weight of a sample in the focused part; 1 elsewhere.")
-    quantiles: tuple[float, float] = Field((0.33, 0.66), description="Where low ends and high begins, in (0, 1).")
+    focus: Literal["high", "medium", "low"] = Field("medium", description="Part of the losses that is preferred.")
+    focus_weight: float = Field(
+        5.0, gt=0, description="Draw weight of a sample in the focused part; elsewhere it is 1."
+    )
+    quantiles: tuple[float, float] = Field(
+        (0.33, 0.66), description="Quantiles at which low ends and high begins, in (0, 1)."
+    )
     temperature: float = Field(1.0, gt=0, description="Draw in proportion to weight ** (1 / temperature).")
 
     @model_validator(mode="after")
@@ -54,30 +59,31 @@ class LossParams(ComponentParams):
 
 @register("selector", "loss")
 class LossSelector(Selector[LossParams]):
-    """Draws from loss quantiles."""
+    """Draws samples by the quantile of their loss."""
 
     def needs(self, run: RunView) -> Needs:
         """Return the losses of the candidates."""
         return Needs(measurements=(Losses(),))
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return the loss of every candidate; NaN where no token is trained on."""
+        """Return the loss of every candidate; NaN if no token is trained on."""
         return ctx.probe.measure(Losses(), candidates)
 
     def pick(self, scores: ScoreArray, count: int, rng: np.random.Generator) -> IndexArray:
-        """Return ``count`` positions drawn by the weight of their part."""
+        """Return ``count`` positions, drawn by the weight of their part."""
         return sample_without_replacement(focus_weights(scores, self.params), count, rng, self.params.temperature)
 
     def rank(self, scores: ScoreArray, picked: IndexArray) -> IndexArray | None:
-        """Return the ranks from the preferred end; None for ``medium``, of which neither end is the better one."""
+        """Return the ranks from the preferred end; None for ``medium``, which prefers neither end."""
         if self.params.focus == "medium":
             return None
         return ranks_among_scored(scores if self.params.focus == "high" else -scores, picked)
 
 
 def focus_weights(losses: ScoreArray, params: LossParams) -> NDArray[np.float32]:
-    """Return the draw weight of every sample, shape (N,); 0 where the loss is NaN."""
+    """Return the draw weight of every sample, shape (N,); 0 if the loss is NaN."""
     weights = np.zeros(losses.size, dtype=np.float32)
+    # The maximum is NaN if any loss is. Without a NaN no copy is needed.
     scored = losses[~np.isnan(losses)] if np.isnan(losses.max(initial=-np.inf)) else losses
     if not scored.size:
         return weights

@@ -1,16 +1,16 @@
 """NEAR: the samples nearest to the validation samples, rank by rank.
 
-For every validation sample q, the query, the candidates are listed by falling cosine cos(e(q), e(x)) of embeddings. The
-lists are read column by column: the nearest candidate of every query in the queries' order, then the second nearest of
-every query, and so on; each candidate is taken once. Every decision goes on where the last one stopped, so that a run
-reads down the lists; when they are used up, it begins again at their top.
+For every validation sample q, the query, the candidates are listed by falling cosine cos(e(q), e(x)) of their
+embeddings. The lists are read column by column: the nearest candidate of every query in the order of the queries, then
+the second nearest of every query, and so on. Each candidate is taken once. Every decision continues at the position
+that the last one reached, so that a run reads down the lists. At the end of the lists it starts again at the top.
 
 Source: the NEAR selector of DataFlex (arXiv 2603.26164). Reading column by column is the round-robin of RDS+ (arXiv
-2503.01807) in which a query whose next candidate is taken loses its turn.
-Differs from it: the search is exact; a decision does not return the same prefix again; validation samples are what the
-run names, not the first hundred of the pool.
+2503.01807). There a query loses its turn if its next candidate is already taken.
+Differs from it: the search is exact. A decision does not return the same samples again. The run names the validation
+samples; they are not the first hundred samples of the pool.
 Cost: the embeddings, and one product of all queries with them: M N H multiplications for M queries of length H. With an
-encoder both are made once.
+encoder both are computed once.
 """
 
 from __future__ import annotations
@@ -51,18 +51,22 @@ class NearParams(NeighbourParams):
     """Parameters of NEAR."""
 
     max_k: int = Field(
-        1000, ge=1, description="Length of each validation sample's list; doubled while they hold too few samples."
+        1000,
+        ge=1,
+        description="Length of the list of each validation sample; doubled while the lists hold fewer samples than a "
+        "round takes.",
     )
     indices_path: InputPath | None = Field(
         None,
-        description="Lists made before: a .npy file of pool indices, a row for each query; none: they are searched.",
+        description="Lists of neighbours from a .npy file: pool indices, one row per validation sample, nearest "
+        "first. If null, neighbours are searched.",
     )
 
     @model_validator(mode="after")
     def _used(self) -> Self:
         idle = self.model_fields_set - {"indices_path"} if self.indices_path is not None else set()
         if idle:
-            raise ValueError(f"{', '.join(sorted(idle))}: not used, as indices_path gives the lists; leave it out")
+            raise ValueError(f"{', '.join(sorted(idle))}: not used, as indices_path gives the lists; remove them")
         return self
 
 
@@ -75,42 +79,45 @@ class NearSelector(NeighbourSelector[NearParams]):
     def __init__(self, params: NearParams) -> None:
         super().__init__(params)
         self._taken: NDArray[np.bool_] | None = None
-        """Which samples of the pool were taken since the lists were begun, shape (N,)."""
+        """Which samples of the pool were taken since the lists were last begun, shape (N,)."""
         self._depth = params.max_k
         """Length of the lists; doubled while they hold fewer samples than are wanted."""
         self._kept: dict[tuple[int, int], tuple[IndexArray, int, IndexArray, ScoreArray | None]] = {}
-        """Of candidates between two indices: the candidates, the length of the lists, and what :func:`scanned` made of
-        them; only if embeddings do not change."""
+        """Cached lists, by the first and last index of their candidates.
+
+        Each value holds the candidates, the length of the lists, the candidates in the order of :func:`scanned`, and
+        their cosines. Filled only if the embeddings are those of a fixed encoder.
+        """
 
     def needs(self, run: RunView) -> Needs:
-        """Return the embeddings and the validation samples; nothing if the lists are given."""
+        """Return the embeddings and the validation samples; nothing if the lists come from a file."""
         return super().needs(run) if self.params.indices_path is None else Needs()
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield what is wrong with the file of the lists, or with the search."""
+        """Yield problems of the search and of the file of lists."""
         yield from super().problems(run)
         if self.params.indices_path is not None:
             yield from file_problems("indices_path", self.params.indices_path, 2)
 
     def pool_problems(self, pool: Pool) -> Iterator[tuple[str, str]]:
-        """Yield which indices in the file of the lists are none of the pool."""
+        """Yield a problem if the file of lists holds indices outside the pool."""
         path = self.params.indices_path
         if path is None:
             return
         table = array_file(path, 2)
         if not np.issubdtype(table.dtype, np.integer):
-            yield "indices_path", f"{path!r} holds {table.dtype}; needed are pool indices, which are integers."
+            yield "indices_path", f"{path!r} holds values of type {table.dtype}; pool indices are integers."
             return
         low, high = int(table.min()), int(table.max())
         if low < 0 or high >= pool.size:
             yield (
                 "indices_path",
-                f"{path!r} holds indices from {low} to {high}; those of the {pool.size} samples of this pool are 0 to "
-                f"{pool.size - 1}. Make the file for the data as it is now; -1 stands for a neighbour not found.",
+                f"{path!r} holds indices from {low} to {high}; the {pool.size} samples of this pool have the indices 0 "
+                f"to {pool.size - 1}. Write the file for this data. An index of -1 means that no neighbour was found.",
             )
 
     def unfit(self, run: RunOutline) -> tuple[str, str] | None:
-        """Return that the lists that are given hold fewer samples than a round takes."""
+        """Return a problem if the lists from the file hold fewer samples than a round takes."""
         path = self.params.indices_path
         if path is None or any(file_problems("indices_path", path, 2)):
             return None
@@ -119,12 +126,12 @@ class NearSelector(NeighbourSelector[NearParams]):
         if held >= run.round_samples:
             return None
         return "indices_path", (
-            f"the lists in {path!r} hold {held} different samples, and a round takes {run.round_samples}. Make longer "
-            "lists, or shorten update_steps."
+            f"the lists in {path!r} hold {held} different samples, and a round takes {run.round_samples}. Write longer "
+            "lists, or lower update_steps."
         )
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
-        """Return the next candidates down the lists."""
+        """Return the next ``count`` candidates down the lists."""
         trained = usable(self, ctx, candidates, count)
         order, cosines = self._lists(ctx, trained)
         while order.size < count and self.params.indices_path is None:
@@ -133,7 +140,7 @@ class NearSelector(NeighbourSelector[NearParams]):
         if order.size < count:
             raise ComponentError(
                 f"selector 'near': {count} samples are wanted, and the lists in {self.params.indices_path!r} hold "
-                f"{order.size} of the {trained.size} candidates. Make longer lists, or shorten update_steps."
+                f"{order.size} of the {trained.size} candidates. Write longer lists, or lower update_steps."
             )
         if self._taken is None:
             self._taken = np.zeros(ctx.pool.size, dtype=bool)
@@ -141,10 +148,11 @@ class NearSelector(NeighbourSelector[NearParams]):
         places = left[:count]
         if left.size < count:
             ctx.note(
-                f"select near: the lists of neighbours are used up after {order.size} samples in round {ctx.round}; "
-                "they are read from the top again."
+                f"select near: the lists of neighbours ended after {order.size} samples in round {ctx.round}; they are "
+                "read from the top again."
             )
             self._taken[order] = False
+            # A round has no sample twice, so the samples that it has taken already are skipped.
             again = np.setdiff1d(np.arange(order.size), places)[: count - places.size]
             self._taken[order[again]] = True
             places = np.concatenate([places, again])
@@ -159,14 +167,20 @@ class NearSelector(NeighbourSelector[NearParams]):
         )
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return, for offline scores, how early the lists come to each candidate: 1 for the first, NaN for never."""
+        """Return the position of each candidate in the lists as a score, for offline scores.
+
+        The first candidate has 1, later ones have less. A candidate that is not in the lists has NaN.
+        """
         scores = np.full(candidates.size, np.nan, dtype=np.float32)
         order, _ = self._lists(ctx, usable(self, ctx, candidates, 1))
         scores[np.searchsorted(candidates, order)] = 1 - np.arange(order.size) / order.size
         return scores
 
     def _lists(self, ctx: RoundContext, candidates: IndexArray) -> tuple[IndexArray, ScoreArray | None]:
-        """Return the candidates in the order of the lists, and the cosine by which each was found."""
+        """Return the candidates in the order of the lists, and the cosine by which each was found.
+
+        The cosines are None if the lists come from a file.
+        """
         if self.params.indices_path is not None:
             table = array_file(self.params.indices_path, 2)
             order = scanned(table)[0]
@@ -183,12 +197,12 @@ class NearSelector(NeighbourSelector[NearParams]):
         return candidates[order], cosines
 
     def state_dict(self) -> State:
-        """Return which samples were taken."""
+        """Return which samples were taken, and the length of the lists."""
         taken = None if self._taken is None else np.packbits(self._taken)
         return {"taken": taken, "size": 0 if self._taken is None else self._taken.size, "depth": self._depth}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back which samples were taken."""
+        """Restore which samples were taken, and the length of the lists."""
         taken = state["taken"]
         self._taken = None if taken is None else np.unpackbits(taken, count=int(state["size"])).astype(bool)
         self._depth = max(int(state["depth"]), self.params.max_k)

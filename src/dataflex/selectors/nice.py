@@ -1,19 +1,21 @@
-"""NICE: LESS for what cannot be differentiated, by the policy gradient of a reward.
+"""NICE: LESS for metrics without a gradient, by the policy gradient of a reward.
 
-For every validation prompt x the model in training samples S responses y_s, each gets a reward r_s, and the target is
-the gradient of the expected reward, written as that of a loss,
+For every validation prompt x the model in training samples S responses y_s, and each gets a reward r_s. The target is
+the gradient of the expected reward, written as the gradient of a loss,
 
     g(x) = 1/S sum_s a_s grad(-log pi(y_s | x)),    a_s = r_s - mean of the other responses' rewards,
 
-with the log-likelihood summed over the response's tokens. Samples z are scored as in LESS: features of length 1, the
-mean within each sub-task, then score(z) = max over sub-tasks j of <mean_j g(x) / |g(x)|, Gamma(z) / |Gamma(z)|> with
-Gamma the direction the optimizer would take on z.
+with the log-likelihood summed over the response's tokens. Samples z are scored as in LESS: features have length 1 and
+are averaged within each sub-task. With Gamma the direction that the optimizer would take on z,
 
-Source: NICE (Wang et al., ICML 2025; JTWang2000/NICE), whose sampling settings these are (but 8 responses, not 20).
-Differs from it: rewards have a leave-one-out baseline (``baseline: none`` is the source's), prompts without a
-difference in reward are left out, the responses come from the current model at every update, and the end token is part
-of a response, where the source leaves it out.
-Cost: per update one gradient for every sample of the pool and, for every validation prompt, S generated responses,
+    score(z) = max over sub-tasks j of  <mean_j g(x) / |g(x)|, Gamma(z) / |Gamma(z)|>.
+
+Source: NICE (Wang et al., ICML 2025; JTWang2000/NICE), which has the same sampling settings, except for 20 responses
+instead of 8.
+Differs from it: rewards have a leave-one-out baseline (``baseline: none`` is the source's). Prompts without a
+difference in reward are left out. The responses come from the model in training at every decision. The end token is
+part of a response; the source leaves it out.
+Cost per decision: one gradient for every sample of the pool and, for every validation prompt, S generated responses,
 their rewards and their gradients.
 """
 
@@ -55,24 +57,40 @@ RewardArray = NDArray[np.float64]
 class NiceParams(InfluenceParams):
     """Parameters of NICE."""
 
-    reward: RewardChoice = Field(description="exact_match, python, model or judge, or a mapping with type and more.")
+    reward: RewardChoice = Field(
+        description="Reward of a response: the type exact_match, or a mapping with type (exact_match, python, model "
+        "or judge) and its parameters."
+    )
     baseline: Literal["leave_one_out", "none"] = Field(
-        "leave_one_out", description="Subtracted from a reward: the mean of the prompt's other rewards, or nothing."
+        "leave_one_out",
+        description="Subtracted from a reward: leave_one_out, the mean of the prompt's other rewards; none, nothing.",
     )
     samples: int = Field(8, ge=1, description="Responses to each validation prompt; the paper has 20.")
     max_new_tokens: int = Field(256, ge=1, description="Longest response, in tokens.")
-    generation_temperature: float = Field(1.2, gt=0, description="Temperature of the responses.")
-    generation_top_p: float = Field(0.95, gt=0, le=1, description="Nucleus the tokens are drawn from; 1: all.")
-    generation_top_k: int = Field(50, ge=0, description="Likeliest tokens that are drawn from; 0: all.")
-    generation_backend: Literal["hf", "vllm"] = Field("hf", description="What generates.")
+    generation_temperature: float = Field(1.2, gt=0, description="Sampling temperature of the responses.")
+    generation_top_p: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="Probability mass of the nucleus that tokens are sampled from; 1 means all tokens.",
+    )
+    generation_top_k: int = Field(
+        50, ge=0, description="Number of most likely tokens that are sampled from; 0 means all tokens."
+    )
+    generation_backend: Literal["hf", "vllm"] = Field(
+        "hf", description="Generation by the model in training (hf), or by vLLM on a copy of it (vllm)."
+    )
     preconditioner: Literal["none", "adam", "adam_less"] = Field(
-        "adam", description="Direction of a training sample; responses keep their gradient."
+        "adam",
+        description="Direction of a training sample: none, its gradient; adam, the next step of the run's Adam "
+        "optimizer; adam_less, the Adam step as the code of LESS computes it. Responses keep their "
+        "gradient.",
     )
 
     @model_validator(mode="after")
     def _others_exist(self) -> Self:
         if self.baseline == "leave_one_out" and self.samples < 2:
-            raise ValueError("samples must be at least 2 with baseline leave_one_out")
+            raise ValueError(f"samples must be at least 2 with baseline leave_one_out, got {self.samples}")
         return self
 
 
@@ -84,29 +102,32 @@ class NiceSelector(InfluenceSelector[NiceParams]):
         super().__init__(params)
         self._reward: Reward = params.reward.build()
         self._directions: ScoreArray | None = None
-        """Target directions of this decision, (J, k)."""
+        """Target directions of this decision, shape (J, k)."""
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield what shows before a model is loaded: vLLM is a package of its own and needs the whole weights."""
+        """Yield a problem if vLLM is set but not installed, or if the model is spread over processes.
+
+        vLLM needs the whole weights on one process.
+        """
         yield from super().problems(run)
         if self.params.generation_backend != "vllm":
             return
         if find_spec("vllm") is None:
-            yield "generation_backend", "vllm is not installed; pip install vllm, or set generation_backend: hf."
+            yield "generation_backend", "vllm is not installed. Run pip install vllm, or set generation_backend: hf."
         spread = run.sharded_by
         if spread is not None:
             yield (
                 "generation_backend",
-                f"vllm needs the whole weights on one process, and {spread} spreads them over all; set "
+                f"vllm needs the whole weights on one process, and {spread} spreads them over all processes. Set "
                 "generation_backend: hf.",
             )
 
     def begin(self, ctx: RoundContext) -> None:
-        """Generate responses, have them rewarded and make the target directions."""
+        """Generate responses, compute their rewards and the target directions."""
         self._directions = self.target_directions(ctx)
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return each candidate's similarity with its nearest sub-task, shape (n,); NaN without a trained token."""
+        """Return each candidate's largest similarity with a sub-task, shape (n,); NaN without a trained token."""
         assert self._directions is not None
         return ctx.probe.measure(GradientSimilarities(self.params.settings(), self._directions), candidates).max(axis=1)
 
@@ -114,8 +135,8 @@ class NiceSelector(InfluenceSelector[NiceParams]):
         """Return the mean target gradient of each sub-task that has one, shape (J, k), float32.
 
         Raises:
-            ComponentError: if a validation sample has no prompt or answer, or no prompt has responses of different
-                reward.
+            ComponentError: if a validation sample has no prompt or no answer, or if no prompt has responses of
+                different rewards.
         """
         params = self.params
         numbers = np.arange(ctx.validation.size, dtype=np.int64)
@@ -141,7 +162,7 @@ class NiceSelector(InfluenceSelector[NiceParams]):
             raise ComponentError(
                 f"selector 'nice': every prompt's {params.samples} responses have the same reward (mean reward "
                 f"{rewards.mean():.4g}), so there is nothing to learn from. Raise generation_temperature or samples, "
-                "or take a finer reward or easier validation prompts."
+                "or use a finer reward or easier validation prompts."
             )
         subtasks = ctx.validation.domain_ids(numbers)
         units = gradients[used] / lengths[used, None]
@@ -151,6 +172,7 @@ class NiceSelector(InfluenceSelector[NiceParams]):
         self, probe: Probe, prompts: list[list[int]], responses: list[list[list[int]]], weights: RewardArray
     ) -> ScoreArray:
         """Return 1/S sum_s weights[m, s] grad(-log pi(response s of prompt m)) of each prompt, shape (M, k)."""
+        # Empty responses and responses of weight 0 add nothing, so their gradients are not computed.
         kept = [
             (number, sample)
             for number, own in enumerate(responses)
@@ -173,10 +195,10 @@ def prompt_and_reference(row: dict[str, Any], number: int) -> tuple[list[int], l
 
     Args:
         row: ``input_ids`` and ``labels`` of a validation sample.
-        number: of the sample, for messages.
+        number: index of the sample, for messages.
 
     Raises:
-        ComponentError: if either is missing.
+        ComponentError: if the prompt or the answer is missing.
     """
     if "labels" not in row:
         raise ComponentError(
@@ -190,10 +212,13 @@ def prompt_and_reference(row: dict[str, Any], number: int) -> tuple[list[int], l
     while start and labels[start - 1] != IGNORE_INDEX:
         start -= 1
     if not stop:
-        raise ComponentError(f"selector 'nice': validation sample {number} has no answer left within cutoff_len.")
+        raise ComponentError(
+            f"selector 'nice': validation sample {number} has no answer left within cutoff_len. Raise cutoff_len or "
+            "remove the sample."
+        )
     if not start:
         raise ComponentError(
-            f"selector 'nice': validation sample {number} has no prompt before its answer; train_on_prompt must be off."
+            f"selector 'nice': validation sample {number} has no prompt before its answer. Set train_on_prompt: false."
         )
     return list(row["input_ids"][:start]), labels[start:stop]
 
@@ -205,10 +230,10 @@ def response_rewards(
     responses: list[list[list[int]]],
     references: list[list[int]],
 ) -> RewardArray:
-    """Return the reward of every response, shape (M, S), float64; responses number m S to (m + 1) S - 1 are prompt m's.
+    """Return the reward of every response, shape (M, S), float64; row m has the responses to prompt m.
 
     Raises:
-        ComponentError: if the reward is not one finite number per response.
+        ComponentError: if the reward does not return one finite number per response.
     """
     texts = [text for prompt, own in zip(prompts, responses, strict=True) for text in [probe.decode(prompt)] * len(own)]
     answers = [probe.decode(response) for own in responses for response in own]
@@ -218,18 +243,19 @@ def response_rewards(
     values = np.asarray(reward(texts, answers, wanted), dtype=np.float64)
     if values.shape != (len(answers),) or not np.isfinite(values).all():
         raise ComponentError(
-            f"selector 'nice': the reward returned shape {values.shape} with {np.isnan(values).sum()} NaN for "
-            f"{len(answers)} responses; one finite number per response is needed."
+            f"selector 'nice': the reward returned an array of shape {values.shape} with {np.isnan(values).sum()} NaN "
+            f"for {len(answers)} responses; one finite number per response is needed."
         )
     return values.reshape(len(prompts), -1)
 
 
 def advantages(rewards: RewardArray, baseline: Literal["leave_one_out", "none"]) -> RewardArray:
-    """Return what weighs each response's gradient, shape (M, S); exactly 0 for a prompt of equal rewards.
+    """Return the weight of each response's gradient, shape (M, S); exactly 0 for a prompt whose rewards are all equal.
 
     Args:
-        rewards: shape (M, S), S at least 2 for ``leave_one_out``.
-        baseline: ``leave_one_out`` subtracts the mean of the prompt's other rewards, ``none`` nothing.
+        rewards: shape (M, S), with S at least 2 for ``leave_one_out``.
+        baseline: ``leave_one_out`` subtracts the mean of the prompt's other rewards, ``none`` subtracts nothing and
+            keeps equal rewards.
     """
     if baseline == "none":
         return rewards
@@ -238,7 +264,7 @@ def advantages(rewards: RewardArray, baseline: Literal["leave_one_out", "none"])
 
 
 def response_pool(pairs: list[tuple[list[int], list[int]]]) -> Pool:
-    """Return prompts followed by their responses as training samples; the responses' tokens alone are trained on."""
+    """Return prompts followed by their responses as training samples; only tokens of the responses are trained on."""
     from datasets import Dataset
 
     columns = {

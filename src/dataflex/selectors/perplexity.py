@@ -1,19 +1,20 @@
 """Perplexity filtering: the samples in the middle, at the low or at the high end of the losses.
 
-With l(x) the mean cross entropy of all trained tokens of x (the logarithm of its perplexity), ranked from 0 to N - 1
-among the N candidates that have one, k of them are chosen:
+l(x) is the mean cross entropy of all trained tokens of x, the logarithm of its perplexity. The N candidates with a loss
+are ranked from 0 to N - 1, and k of them are chosen:
 
     middle:  ranks (N - k) // 2  to  (N - k) // 2 + k - 1,      score(x) = -2 |rank(x) - (N - 1) / 2 + 1/4| / N
     low:     the k smallest,                                    score(x) = -l(x)
     high:    the k largest,                                     score(x) =  l(x)
 
-The quarter has the lower of two ranks that are equally far from the middle come first, so the best k scores are exactly
-those ranks, whatever k is.
+Of two ranks that are equally far from the middle, the quarter prefers the lower one. So the best k scores are exactly
+the ranks above, for every k.
 
 Source: Marion et al., When Less is More: Investigating Data Pruning for Pretraining LLMs at Scale (2023, arXiv
-2309.04564), who keep the middle half by a reference model's perplexity; Ankner et al., Perplexed by Perplexity (2024,
-arXiv 2405.20541), whose best part depends on the data.
-Cost: one forward over the candidates per decision; with a reference one forward of it over the pool per run.
+2309.04564), who keep the middle half by the perplexity of a reference model. Ankner et al., Perplexed by Perplexity
+(2024, arXiv 2405.20541), for whom the best part depends on the data.
+Cost: one forward pass over the candidates per decision. With a reference, one forward pass of the reference over the
+pool per run.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class PerplexityParams(SelectorParams, ReferenceParams):
 
     reference_is_optional: ClassVar[bool] = True
 
-    focus: Literal["middle", "low", "high"] = Field("middle", description="Which perplexities are preferred.")
+    focus: Literal["middle", "low", "high"] = Field("middle", description="Part of the perplexities that is preferred.")
 
 
 @register("selector", "perplexity")
@@ -56,7 +57,7 @@ class PerplexitySelector(Selector[PerplexityParams]):
         return Needs(measurements=(Losses(),))
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return how near the middle, how low or how high every candidate's loss is; NaN where it has none."""
+        """Return the score of every candidate by the formulas of the module's docstring; NaN without a loss."""
         if self.params.names_reference:
             losses = ctx.reference.losses(candidates)
         else:
@@ -67,7 +68,10 @@ class PerplexitySelector(Selector[PerplexityParams]):
 
 
 def nearness_to_middle(losses: ScoreArray) -> ScoreArray:
-    """Return a score of each loss whose best k are the middle k of the ranks; equal losses rank by position."""
+    """Return a score for each loss such that the best k scores are the middle k ranks.
+
+    Equal losses rank by position. A loss of NaN has the score NaN.
+    """
     scores = np.full(losses.size, np.nan, dtype=np.float32)
     scored = np.flatnonzero(~np.isnan(losses))
     ranks = np.empty(scored.size, dtype=np.float64)

@@ -1,20 +1,23 @@
-"""RDS+: the samples whose representations in the model are nearest to those of the validation samples, by turns.
+"""RDS+: the samples whose hidden states in the model are nearest to those of the validation samples, in turns.
 
-A representation is the mean of the last layer's states over all tokens of prompt and response, that of token i with
-weight i, scaled to length 1. With cos(q, x) of validation sample q and candidate x, a sub-task lists the candidates by
+The embedding of a sample is the mean of the last layer's hidden states over all tokens of prompt and response. Token i
+has weight i, and the mean is scaled to length 1. With cos(q, x) of validation sample q and candidate x, a sub-task
+lists the candidates by
 
-- ``round_robin``: its validation samples take turns. Each offers the next candidate of its own list, by falling cosine;
-  one that is taken costs it its turn.
-- ``round_robin_repop``: the same, but it offers the best candidate that is not taken yet.
+- ``round_robin``: the validation samples of the sub-task take turns. At its turn, each offers the next candidate of its
+  list, by falling cosine. If that candidate is already taken, the turn is lost.
+- ``round_robin_repop``: the validation samples take turns, and each offers its best candidate that is not taken yet.
 - ``max``: falling max over q of cos(q, x).
 
-Of several sub-tasks each offers the next candidate of its list in turn; one that is taken costs it its turn.
+Several sub-tasks take turns, too. At its turn, each offers the next candidate of its list. If that candidate is already
+taken, the turn is lost.
 
 Source: Ivison et al., Large-Scale Data Selection for Instruction Tuning (arXiv 2503.01807; code
-hamishivi/automated-instruction-selection). ``round_robin`` and the turns of sub-tasks are its algorithm,
-``max`` is what its code for large pools does, and ``round_robin_repop`` is that of arXiv 2602.14696.
-Differs from it: padding has no weight; several sub-tasks may have any rule, where the code has ``max``.
-Cost: one forward of pool and validation set per update, and a product of all validation samples with all candidates.
+hamishivi/automated-instruction-selection). ``round_robin`` and the turns of sub-tasks are its algorithm. ``max`` is the
+rule of its code for large pools. ``round_robin_repop`` is from arXiv 2602.14696.
+Differs from it: padding has no weight. Several sub-tasks may use any rule; the code has ``max`` for them.
+Cost: one forward pass over pool and validation samples per decision, and a product of all validation samples with all
+candidates.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from dataflex.selectors.base_neighbours import TargetParams, TargetSelector, sca
 Rule = Literal["round_robin", "round_robin_repop", "max"]
 
 _LENGTH = 1000
-"""Length of the lists of neighbours at first."""
+"""First length of the lists of neighbours; doubled while they hold too few."""
 
 
 class RdsPlusParams(TargetParams):
@@ -47,20 +50,21 @@ class RdsPlusParams(TargetParams):
 
     rule: Rule = Field(
         "round_robin",
-        description="How a sub-task lists candidates: its validation samples take turns (one whose next candidate is "
-        "taken loses its turn, or offers its best one that is not), or by the largest cosine with any.",
+        description="Order in which a sub-task lists candidates. round_robin: validation samples take turns, and one "
+        "whose next candidate is taken loses its turn; round_robin_repop: it offers its best candidate "
+        "that is not taken; max: by the largest cosine with any validation sample.",
     )
     pooling: Literal["auto", "mean", "weighted_mean", "first", "last"] = Field(
-        "weighted_mean", description="How token states become one vector; weighted_mean: token i has weight i."
+        "weighted_mean", description="Pooling of token states into one vector; weighted_mean: token i has weight i."
     )
 
 
 @register("selector", "rds_plus")
 class RdsPlusSelector(TargetSelector[RdsPlusParams]):
-    """Takes the samples nearest to the validation samples, by turns."""
+    """Takes the samples nearest to the validation samples, in turns."""
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
-        """Return the first candidates of what the sub-tasks offer in turn."""
+        """Return the first ``count`` candidates that the sub-tasks offer in turns."""
         trained = usable(self, ctx, candidates, count)
         queries, tasks = self.queries(ctx)
         base = vectors_of(ctx, trained)
@@ -75,7 +79,10 @@ class RdsPlusSelector(TargetSelector[RdsPlusParams]):
         )
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return, for offline scores, each candidate's cosine with the nearest validation sample; NaN: no token."""
+        """Return each candidate's cosine with its nearest validation sample, for offline scores.
+
+        A candidate without a token to train on has NaN.
+        """
         scores = np.full(candidates.size, np.nan, dtype=np.float32)
         trained = usable(self, ctx, candidates, 1)
         queries, _ = self.queries(ctx)
@@ -84,16 +91,16 @@ class RdsPlusSelector(TargetSelector[RdsPlusParams]):
 
 
 def _nearness(base: EmbeddingArray, queries: EmbeddingArray) -> ScoreArray:
-    """Return the cosine of each row with the nearest query, (n,)."""
+    """Return the cosine of each row with its nearest query, shape (n,)."""
     return 1 - nearest(base, queries, 1, share=True)[1][:, 0]
 
 
 def listed(queries: EmbeddingArray, base: EmbeddingArray, count: int, rule: Rule) -> IndexArray:
-    """Return the first ``count`` rows of the base as one sub-task lists them.
+    """Return the first ``count`` rows of the base in the order of one sub-task's list.
 
     Args:
-        queries: shape (M, H).
-        base: shape (N, H).
+        queries: embeddings of the sub-task's validation samples, shape (M, H).
+        base: embeddings of the candidates, shape (N, H).
         count: at most N.
         rule: as in the parameters.
     """
@@ -114,9 +121,13 @@ def best(scores: NDArray[np.floating], count: int) -> IndexArray:
 
 
 def repopped(table: IndexArray, count: int) -> IndexArray:
-    """Return up to ``count`` numbers of a table whose rows in turn take their first number that is not taken yet.
+    """Return up to ``count`` entries of a table whose rows take turns, each with its first entry not taken yet.
 
-    Fewer are returned if a row has none left before that many are taken.
+    Fewer are returned if a row has no entry left before ``count`` are taken.
+
+    Args:
+        table: one row per query, nearest neighbour first, shape (M, k).
+        count: the number of entries wanted.
     """
     taken = np.zeros(int(table.max()) + 1, dtype=bool)
     rows = table.tolist()

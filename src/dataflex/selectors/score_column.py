@@ -1,8 +1,9 @@
-"""Selection by a score from the data: the samples with the highest, or the lowest, values of a column of the raw rows.
+"""Selection by a score from the data: the samples with the highest or lowest values in a column of the raw rows.
 
-Any score that another tool has written beside the text will do: a quality classifier's, a reward, a perplexity. Samples
-without a score are not chosen. The scores are the same at every decision, so ``top_k`` chooses the same samples again;
-``rule: sample`` draws others, and in a chain ``keep`` makes it a filter.
+Any score that another tool has written into the data is possible: from a quality classifier, a reward model, a
+perplexity. Samples without a score are not chosen. The scores are the same at every decision, so ``top_k`` chooses the
+same samples again. ``rule: sample`` draws other samples each time, and ``keep`` in a list of selectors makes this
+selector a filter.
 Cost: none.
 """
 
@@ -46,10 +47,10 @@ class ScoreColumnSelector(Selector[ScoreColumnParams]):
         return Needs(columns=(self.params.column,))
 
     def column_problem(self, column: str, values: ColumnArray) -> Wrong | None:
-        """Return what keeps the values from being scores."""
+        """Return the reason why the values of the column cannot be scores, or None."""
         return unusable_score(column, values)
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return the value of every candidate, negative with ``direction: low``; NaN where it has none."""
+        """Return the value of every candidate, negative with ``direction: low``; NaN without a value."""
         values = ctx.pool.numbers(self.params.column)[candidates].astype("float32")
         return values if self.params.direction == "high" else -values

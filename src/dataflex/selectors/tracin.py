@@ -1,14 +1,14 @@
-"""TracIn: the influence of training samples summed over stored checkpoints of a run.
+"""TracIn: the influence of training samples, summed over stored checkpoints of a run.
 
     score(z) = max over sub-tasks j of  mean over v in V_j of  sum_i eta_i <g_i(z), g_i(v)>,
 
-with g_i the gradient at checkpoint i and eta_i its learning rate (scaled to sum 1). Inner products, not cosines: long
-gradients, which short samples have, count more. The scores do not depend on the model in training, so they are made
-once, at the first decision.
+with g_i the gradient at checkpoint i and eta_i its learning rate (scaled to sum 1). The inner products are not cosines,
+so large gradients, which short samples have, count more. The scores do not depend on the model in training, so they are
+computed once, at the first decision.
 
 Source: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent (NeurIPS 2020, arXiv 2002.08484),
 equation 1 (TracInCP), with projected gradients (its appendix on random projections).
-Cost: one forward and backward of the pool and the validation samples for every checkpoint, once.
+Cost: one forward and backward pass over the pool and the validation samples for every checkpoint, once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TracinParams(CheckpointedParams):
 
 @register("selector", "tracin")
 class TracinSelector(CheckpointSelector[TracinParams]):
-    """Prefers samples whose steps would have helped the validation set during an earlier run."""
+    """Prefers samples whose training steps would have reduced the validation loss during an earlier run."""
 
     state_depends_on: ClassVar[frozenset[str]] = frozenset(
         {
@@ -49,15 +49,16 @@ class TracinSelector(CheckpointSelector[TracinParams]):
     def __init__(self, params: TracinParams) -> None:
         super().__init__(params)
         self._scores: ScoreArray | None = None
-        """Scores of the pool, shape (N,); -inf where not made yet, NaN where there is none."""
+        """Scores of the pool, shape (N,); -inf if not computed yet, NaN without a trained token."""
 
     def expected_passes(self, decisions: int) -> int:
-        """Return the number of checkpoints: scores are made once."""
+        """Return the number of checkpoints, as the scores are computed once."""
         return len(self.params.checkpoints)
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return the influence of every candidate; NaN where no token is trained on."""
-        if self._scores is None:  # kept from call to call, but the same whoever asks first
+        """Return the influence of every candidate; NaN if no token is trained on."""
+        # score() must not change the state. A cache is allowed: the scores do not depend on the order of the calls.
+        if self._scores is None:
             self._scores = np.full(ctx.pool.size, -np.inf, dtype=np.float32)
         missing = candidates[np.isneginf(self._scores[candidates])]
         if missing.size:
@@ -66,9 +67,9 @@ class TracinSelector(CheckpointSelector[TracinParams]):
         return self._scores[candidates]
 
     def state_dict(self) -> State:
-        """Return the scores made so far."""
+        """Return the scores computed so far."""
         return {} if self._scores is None else {"scores": self._scores}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back the scores."""
+        """Restore the scores."""
         self._scores = state.get("scores")

@@ -1,25 +1,26 @@
-"""TSDS: samples whose distribution matches that of the validation samples and stays diverse.
+"""TSDS: samples whose distribution matches the distribution of the validation samples and stays diverse.
 
-With d_ij the Euclidean distance of the embeddings of validation sample i (M of them) and candidate j, and rho_j the
-density of the candidates at j, mass g_ij is moved so that
+d_ij is the Euclidean distance between the embeddings of validation sample i (of M) and candidate j, and rho_j the
+density of the candidates at j. The masses g_ij minimise
 
-    (alpha / C) sum_ij g_ij d_ij + (1 - alpha) t    is least, subject to  sum_j g_ij = 1 / M  and  rho_j g_ij <= t / M,
+    (alpha / C) sum_ij g_ij d_ij + (1 - alpha) t    subject to  sum_j g_ij = 1 / M  and  rho_j g_ij <= t / M,
 
 and sample j is drawn with probability p_j = sum_i g_ij. For a given t = 1 / s every validation sample fills its nearest
-candidates one after another with 1 / (M s rho_j) until its mass is spent; the least value is found exactly, by going
-through the values of s at which one more candidate is filled. With variant ``kde``
+candidates one after another with 1 / (M s rho_j) until its mass is spent. The minimum is exact: the search visits all
+values of s at which one more candidate is filled. With variant ``kde``
 
     rho_u = sum over the kde_k nearest u' in U of max(0, 1 - |u - u'|^2 / sigma^2),
 
-where U are the ``max_k`` nearest candidates of all validation samples together, so that a group of near-duplicates has
-about the mass of one sample. With ``uniform``, or sigma 0, rho = 1.
+with U the ``max_k`` nearest candidates of all validation samples together. A group of near-duplicates then has about
+the mass of one sample. With ``uniform``, or sigma 0, rho = 1.
 
 Source: Liu et al., TSDS: Data Selection for Task-Specific Model Finetuning (NeurIPS 2024, arXiv 2410.11303), algorithms
-1 and 2; the steps and defaults of its code (ZifanL/TSDS).
-Differs from it: searches are exact; ``max_k`` and ``kde_k`` are not cut at a tenth of the pool; a validation sample
-whose mass fits into its nearest candidate before the search for s has reached it gives it 1 / M, where the code stops
-with an assertion.
-Cost: the embeddings, one product of queries and candidates, and for ``kde`` one of the candidates looked at with U.
+1 and 2, with the steps and defaults of its code (ZifanL/TSDS).
+Differs from it: searches are exact. ``max_k`` and ``kde_k`` are not limited to a tenth of the pool. A validation sample
+that has filled no candidate when the search for s ends gives its whole mass 1 / M to its nearest candidate; the code
+stops with an assertion.
+Cost: the embeddings, one product of validation samples and candidates, and for ``kde`` one product of the candidates
+whose density is needed with U.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ from dataflex.selectors.base_neighbours import (
 Numbers = NDArray[np.float64]
 
 _MEASURED = 1000
-"""Neighbours whose order is exact; the distances of those further away are to single precision."""
+"""Nearest neighbours whose order is exact; the distances of the others are in single precision."""
 
 
 class TsdsParams(NeighbourParams):
@@ -71,58 +72,67 @@ class TsdsParams(NeighbourParams):
     variant: Literal["kde", "uniform"] = Field(
         "kde", description="kde: near-duplicates share the mass of one sample; uniform: every sample counts the same."
     )
-    alpha: float = Field(0.5, gt=0, lt=1, description="Weight of nearness; the rest is that of diversity.")
-    c: float = Field(5.0, gt=0, description="C of the paper: a distance; the larger, the more diverse.")
-    sigma: float = Field(
-        0.75, ge=0, description="For kde: distance below which samples count as near-duplicates; 0: as uniform."
+    alpha: float = Field(0.5, gt=0, lt=1, description="Weight of nearness; diversity has the weight 1 - alpha.")
+    c: float = Field(
+        5.0, gt=0, description="C of the paper, a distance; a larger value makes the selection more diverse."
     )
-    max_k: int = Field(5000, ge=1, description="Candidates looked at for each validation sample, the nearest ones.")
-    kde_k: int = Field(1000, ge=1, description="For kde: near-duplicates of a sample that are counted at most.")
-    replacement: bool = Field(False, description="Draw with replacement, so that a sample may come several times.")
+    sigma: float = Field(
+        0.75, ge=0, description="For kde: distance below which samples count as near-duplicates; 0 means as uniform."
+    )
+    max_k: int = Field(
+        5000, ge=1, description="Number of nearest candidates that each validation sample can give mass to."
+    )
+    kde_k: int = Field(
+        1000, ge=1, description="For kde: largest number of near-duplicates that count in the density of a sample."
+    )
+    replacement: bool = Field(False, description="Draw with replacement, so that a sample may occur several times.")
     probs_path: InputPath | None = Field(
         None,
-        description="Probabilities made before: a .npy file with a number for each sample; none: they are computed.",
+        description="Probabilities from a .npy file, a number for each sample of the pool. If null, they are computed.",
     )
 
     @model_validator(mode="after")
     def _used(self) -> Self:
         idle = sorted({"sigma", "kde_k"} & self.model_fields_set) if self.variant == "uniform" else []
         if idle:
-            raise ValueError(f"{' and '.join(idle)} has no use with variant uniform; remove it")
+            raise ValueError(f"{' and '.join(idle)} has no use with variant uniform; remove {' and '.join(idle)}")
         idle = sorted(self.model_fields_set - {"probs_path", "replacement"}) if self.probs_path is not None else []
         if idle:
-            raise ValueError(f"{', '.join(idle)}: not used, as probs_path gives the probabilities; leave it out")
+            raise ValueError(f"{', '.join(idle)}: not used, as probs_path gives the probabilities; remove them")
         return self
 
 
 @register("selector", "tsds")
 class TsdsSelector(NeighbourSelector[TsdsParams]):
-    """Draws samples so that they are distributed as the validation samples, and diverse."""
+    """Draws samples whose distribution matches the distribution of the validation samples and stays diverse."""
 
     state_depends_on: ClassVar[frozenset[str]] = frozenset(TsdsParams.model_fields) - {"replacement"}
 
     def __init__(self, params: TsdsParams) -> None:
         super().__init__(params)
         self._kept: dict[str, tuple[IndexArray, Numbers]] = {}
-        """Of candidates, by digest: which have a probability, and these; only if embeddings do not change."""
+        """Positions and probabilities of the candidates with a positive probability, by the digest of the candidates.
+
+        Filled only if the embeddings are those of a fixed encoder.
+        """
 
     @property
     def may_repeat(self) -> bool:
-        """Whether it draws with replacement."""
+        """Whether samples are drawn with replacement."""
         return self.params.replacement
 
     def needs(self, run: RunView) -> Needs:
-        """Return the embeddings and the validation samples; nothing if the probabilities are given."""
+        """Return the embeddings and the validation samples; nothing if the probabilities come from a file."""
         return super().needs(run) if self.params.probs_path is None else Needs()
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield what is wrong with the file of the probabilities, or with the search."""
+        """Yield problems of the search and of the file of probabilities."""
         yield from super().problems(run)
         if self.params.probs_path is not None:
             yield from file_problems("probs_path", self.params.probs_path, 1)
 
     def pool_problems(self, pool: Pool) -> Iterator[tuple[str, str]]:
-        """Yield what keeps the numbers in the file from being probabilities of the pool's samples."""
+        """Yield a problem if the file does not hold one probability for each sample of the pool."""
         path = self.params.probs_path
         if path is None:
             return
@@ -130,14 +140,14 @@ class TsdsSelector(NeighbourSelector[TsdsParams]):
         if given.size != pool.size:
             yield (
                 "probs_path",
-                f"{path!r} holds {given.size} numbers, and the pool has {pool.size} samples. Make the file for the "
-                "data as it is now.",
+                f"{path!r} holds {given.size} numbers, and the pool has {pool.size} samples. Write the file for this "
+                "data.",
             )
         elif not np.isfinite(given).all() or given.min() < 0 or given.sum() <= 0:
-            yield "probs_path", f"{path!r} must hold finite numbers that are not negative and not all zero."
+            yield "probs_path", f"{path!r} must hold finite numbers of 0 or more that are not all 0."
 
     def unfit(self, run: RunOutline) -> tuple[str, str] | None:
-        """Return that fewer samples than a round takes have a probability, if these are given and none may repeat."""
+        """Return a problem if the file gives fewer samples a probability than a round takes without replacement."""
         path = self.params.probs_path
         if path is None or self.params.replacement or any(file_problems("probs_path", path, 1)):
             return None
@@ -147,7 +157,7 @@ class TsdsSelector(NeighbourSelector[TsdsParams]):
             return None
         return "probs_path", (
             f"{positive} of {given.size} samples have a probability above 0 in {path!r}, and a round takes "
-            f"{run.round_samples} without replacement. Shorten update_steps, or set replacement: true."
+            f"{run.round_samples} without replacement. Lower update_steps, or set replacement: true."
         )
 
     def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
@@ -172,7 +182,7 @@ class TsdsSelector(NeighbourSelector[TsdsParams]):
         )
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
-        """Return the probability of every candidate; NaN without a token to train on. For offline scores."""
+        """Return the probability of every candidate, for offline scores; NaN without a token to train on."""
         scores = np.full(candidates.size, np.nan, dtype=np.float32)
         trained = usable(self, ctx, candidates, 1)
         places, shares = self._probabilities(ctx, trained)
@@ -183,21 +193,21 @@ class TsdsSelector(NeighbourSelector[TsdsParams]):
 
     def _too_few(self, positive: int, count: int, candidates: int) -> str:
         given = self.params.probs_path is not None
-        raised = "Give more of them one" if given else "Raise max_k or c, lower alpha"
+        raised = "Give more of them one in the file" if given else "Raise max_k or c, lower alpha"
         return (
             f"selector 'tsds': {count} samples are wanted without replacement, and only {positive} of {candidates} "
-            f"candidates have a probability above 0. {raised}, shorten update_steps, or set replacement: true."
+            f"candidates have a probability above 0. {raised}, lower update_steps, or set replacement: true."
         )
 
     def _probabilities(self, ctx: RoundContext, candidates: IndexArray) -> tuple[IndexArray, Numbers]:
-        """Return the positions of the candidates of positive probability, ascending, and the probabilities."""
+        """Return the positions of the candidates with a positive probability, ascending, and these probabilities."""
         if self.params.probs_path is not None:
             given = np.asarray(array_file(self.params.probs_path, 1)[candidates], dtype=np.float64)
             places = np.flatnonzero(given)
             if not places.size:
                 raise ComponentError(
                     f"selector 'tsds': none of {candidates.size} candidates has a probability above 0 in "
-                    f"{self.params.probs_path!r}."
+                    f"{self.params.probs_path!r}. Write the file for this data."
                 )
             return places, given[places]
         key = hashlib.sha256(np.ascontiguousarray(candidates).tobytes()).hexdigest()
@@ -212,21 +222,21 @@ class TsdsSelector(NeighbourSelector[TsdsParams]):
         return self._kept[key]
 
     def state_dict(self) -> State:
-        """Return the probabilities, if they hold for the whole run."""
+        """Return the probabilities that hold for the whole run."""
         return {key: {"places": places, "shares": shares} for key, (places, shares) in self._kept.items()}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back the probabilities."""
+        """Restore the probabilities."""
         self._kept = {key: (each["places"], each["shares"]) for key, each in state.items()}
 
 
 class Filled(NamedTuple):
-    """How far the masses of the queries reach.
+    """Result of the search for s: the candidates that each query fills.
 
     Attributes:
-        level: s; a query's mass is worth as much as s candidates of density 1.
-        last: the last neighbour of each query that has its full share, counted from 0; -1: none.
-        is_found: whether s is the best of all; else it is the largest that was looked at.
+        level: s; the mass of a query fills s candidates of density 1.
+        last: index of the last neighbour that each query fills completely, counted from 0; -1 means none.
+        is_found: whether s is optimal. If not, s is the largest value that the neighbours given allow.
     """
 
     level: float
@@ -239,9 +249,9 @@ def probabilities(ids: IndexArray, distances: NDArray[np.float32], base: Embeddi
 
     Args:
         ids: the nearest candidates of every validation sample, nearest first, shape (M, k).
-        distances: to them, shape (M, k).
+        distances: the distances to these candidates, shape (M, k).
         base: embeddings of the candidates, shape (N, H).
-        params: alpha, c and so on.
+        params: parameters of TSDS.
     """
     densities: Callable[[int], Numbers] = lambda columns: np.ones((len(ids), columns))  # noqa: E731
     if params.variant == "kde" and params.sigma > 0:
@@ -252,7 +262,7 @@ def probabilities(ids: IndexArray, distances: NDArray[np.float32], base: Embeddi
 
 
 class _Densities:
-    """Densities of the candidates in the first columns of a table of neighbours, each made once."""
+    """Densities of the candidates in the first columns of a table of neighbours, each computed once."""
 
     def __init__(self, ids: IndexArray, base: EmbeddingArray, params: TsdsParams) -> None:
         self.known, places = np.unique(ids, return_inverse=True)
@@ -263,30 +273,33 @@ class _Densities:
 
     def __call__(self, columns: int) -> Numbers:
         rows = np.unique(self.places[:, :columns])
-        rows = rows[self.values[rows] == 0]
+        rows = rows[self.values[rows] == 0]  # a density is at least 1, so 0 means not computed yet
         self.values[rows] = kernel_densities(self.vectors, rows, self.params.sigma, self.params.kde_k, share=True)
         return self.values[self.places[:, :columns]]
 
 
 def fill(distances: Numbers, densities: Callable[[int], Numbers], balance: float) -> tuple[Filled, Numbers]:
-    """Return how far the masses reach, and the densities of the neighbours they reach.
+    """Return the neighbours that each query fills, and the densities of the columns examined.
 
-    Going through s upwards, query i has its first k + 1 neighbours filled at s = m_ik, the sum of 1 / rho over them.
-    There the sum of its distances, as if all of it lay no nearer, grows by m_ik (d_i,k+1 - d_ik). s is the first at
-    which the growth over all queries comes up to ``balance``.
+    Let m_ik be the sum of 1 / rho over the first k + 1 neighbours of query i. At s = m_ik query i fills these
+    neighbours. With growing t, the cost of its distances falls at the rate 1 / M times the sum of (d_i,k+1 - d_ij) /
+    rho_j over the filled neighbours j. At s = m_ik this sum grows by m_ik (d_i,k+1 - d_ik). The optimal s is the
+    smallest one at which the sum over all queries reaches ``balance``.
 
     Args:
         distances: to the neighbours of each query, ascending, shape (M, L).
-        densities: returns rho of the first columns of neighbours, (M, columns).
+        densities: function that returns rho of the first ``columns`` neighbours, shape (M, columns).
         balance: (1 - alpha) C M / alpha.
     """
     width = distances.shape[1]
-    # With rho >= 1 masses reach at least as far as with rho = 1.
+    # Densities are costly, so they are computed for few columns first. With rho >= 1 masses reach at least as far as
+    # with rho = 1, which gives the first number of columns.
     reach = np.cumsum((np.diff(distances, axis=1) * np.arange(1, width)).sum(axis=0))
     columns = min(width, 2 * int(np.searchsorted(reach, balance)) + 2)
     while True:
         rho = densities(columns)
         filled = _filled(distances[:, :columns], rho, balance)
+        # A query that fills all columns examined might also fill later neighbours below this s.
         is_inside = filled.is_found and bool((filled.last < columns - 2).all())
         if is_inside or columns == width:
             return filled, rho
@@ -294,11 +307,17 @@ def fill(distances: Numbers, densities: Callable[[int], Numbers], balance: float
 
 
 def _filled(distances: Numbers, rho: Numbers, balance: float) -> Filled:
-    """Return how far the masses reach among the neighbours given, whose densities are ``rho``."""
+    """Return the neighbours that each query fills among the neighbours given.
+
+    Args:
+        distances: to the neighbours of each query, ascending, shape (M, L).
+        rho: densities of the neighbours, shape (M, L).
+        balance: as for :func:`fill`.
+    """
     number, width = distances.shape
     masses = np.cumsum(1 / rho[:, :-1], axis=1)
     growth = (np.diff(distances, axis=1) * masses).T.ravel()
-    levels = masses.T.ravel()  # neighbour by neighbour, so that equal ones are taken in that order, then by query
+    levels = masses.T.ravel()  # neighbour by neighbour: the stable sort keeps this order for equal levels
     order = np.argsort(levels, kind="stable")
     stop = int(np.searchsorted(np.cumsum(growth[order]), balance))
     if stop == order.size:
@@ -310,7 +329,14 @@ def _filled(distances: Numbers, rho: Numbers, balance: float) -> Filled:
 def shares_of_candidates(ids: IndexArray, rho: Numbers, filled: Filled, size: int) -> Numbers:
     """Return the mass of every candidate, shape (size,), sum 1.
 
-    Each query gives 1 / (M s rho) to its neighbours up to the last one, and the rest of its 1 / M to the next.
+    Each query gives 1 / (M s rho) to its neighbours up to the last filled one, and the rest of its 1 / M to the next
+    neighbour.
+
+    Args:
+        ids: the nearest candidates of every query, nearest first, shape (M, k).
+        rho: densities of the first neighbours, shape (M, L), L at most k.
+        filled: the neighbours that each query fills.
+        size: number of candidates.
     """
     number, width = rho.shape
     full = np.arange(width) <= filled.last[:, None]

@@ -1,1 +1,1 @@
-"""The trainer mixin: rounds, weighted loss, step statistics and checkpoint state."""
+"""Trainer mixin: rounds, weighted loss, step statistics and checkpoint state."""

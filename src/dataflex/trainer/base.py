@@ -1,4 +1,4 @@
-"""What the parts of the trainer share: the run, from loaded to started, and the model under its wrappers."""
+"""Base class of the trainer's parts: access to the run, from loaded to started, and to the model under its wrappers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 class RunTrainer(Trainer):
-    """A Trainer of a run; its parts are the classes that extend it."""
+    """Hugging Face Trainer of a DataFlex run. The classes that extend it each add one part of the behaviour."""
 
     finetuning_args: FinetuningArguments
     data_collator: Any
     dataflex: LoadedRun
-    """The run as it was loaded."""
+    """The loaded run."""
     probe: ModelProbe | None
-    """Measures the samples from when training begins; None before, and in a stream."""
+    """Measures samples on the model in training. None before training begins, and None if the data is streamed."""
     embeddings: EmbeddingService | None
-    """Gives embeddings to the components that ask for some; None where there is no probe."""
+    """Gives embeddings to the components that request them. None whenever :attr:`probe` is None."""
     step_loss: StepLoss
     domain_evaluation: DomainEvaluation | None
     _started: StartedRun | None
@@ -39,7 +39,7 @@ class RunTrainer(Trainer):
         """The run in training.
 
         Raises:
-            RuntimeError: before training has begun.
+            RuntimeError: if training has not begun.
         """
         if self._started is None:
             raise RuntimeError("training has not begun")
@@ -47,22 +47,25 @@ class RunTrainer(Trainer):
 
     @property
     def own_loss(self) -> bool:
-        """Whether training steps use our loss function; LLaMA-Factory's special losses keep their own path."""
+        """Whether training steps use DataFlex's loss function. LLaMA-Factory's special losses bypass it."""
         return self.compute_loss_func is None and self.label_smoother is None
 
     def raw_model(self) -> torch.nn.Module:
-        """Return the module whose forward may be run between steps without touching the wrapper's state."""
+        """Return the module whose forward may run between steps without changing the state of its wrapper.
+
+        Under FSDP this is the wrapped model, because only the wrapper can gather the sharded parameters.
+        """
         if self.is_fsdp_enabled:
             return self.model_wrapped
         return self.accelerator.unwrap_model(self.model_wrapped)
 
     def causal_model(self) -> torch.nn.Module:
-        """Return the Hugging Face model itself, under any adapter."""
+        """Return the Hugging Face model, without wrappers and without an adapter."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if _is_peft(model) else model
 
     def zero_stage(self) -> int:
-        """Return the stage of ZeRO, 0 without DeepSpeed."""
+        """Return the ZeRO stage of DeepSpeed; 0 without DeepSpeed."""
         return int(self.accelerator.state.deepspeed_plugin.zero_stage) if self.is_deepspeed_enabled else 0
 
 
@@ -73,7 +76,7 @@ def _is_peft(model: torch.nn.Module) -> bool:
 
 
 def warn(line: str) -> None:
-    """Log a warning of the main process, above the progress bars."""
+    """Log a warning on the main process, above the progress bars."""
     from llamafactory.extras import logging
 
     with console.above_bars():

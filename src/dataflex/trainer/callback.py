@@ -1,4 +1,4 @@
-"""What the run does at the Trainer's events."""
+"""Trainer callback that starts the run, counts its steps and tokens, and writes its summary."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ if TYPE_CHECKING:
 
 
 class DynamicCallback(TrainerCallback):
-    """Hears the Trainer's events for the run."""
+    """Connects the Trainer's events to the run."""
 
     def __init__(self, trainer: DynamicTrainerMixin) -> None:
         self.trainer = trainer
         self._statistics = StepStatistics(0, np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the run, and take back a checkpoint's state."""
+        """Start the run and restore the state of its checkpoint."""
         self.trainer.start(Path(args.output_dir), state.max_steps)
         run = self.trainer.started
         resumed, has_budget = run.inputs.resume is not None, run.inputs.budget.is_set
         if resumed:
             self._take_patience_back(state)
         if has_budget or resumed:
-            # eval_steps: 0.1 and the like are shares of the run; and the state of a checkpoint has the earlier ones.
+            # `eval_steps: 0.1` and similar keys are shares of the run's length. The Trainer has computed them from
+            # `max_steps`, which is only an upper bound under a budget, or restored the earlier values of a checkpoint.
             state.compute_steps(args, run.steps.expected)
         if has_budget:
             state.max_steps = max(state.global_step + 1, run.steps.expected)
@@ -45,20 +46,25 @@ class DynamicCallback(TrainerCallback):
             console.say(f"dataflex: {expected}")
 
     def _take_patience_back(self, state: TrainerState) -> None:
-        """Have early stopping count on from the checkpoint; of its own it would begin anew."""
+        """Restore the early-stopping counter from the checkpoint; otherwise the Trainer restarts it at 0."""
         stored = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback) and isinstance(stored, dict):
                 callback.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the step's clock."""
+        """Start timing the step."""
         self.trainer.dataflex.clock.begin_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Count the step's tokens before the learning rate is set anew; where a budget is spent, end the run."""
+        """Gather the step's statistics and count its tokens; end the run if its budget is spent.
+
+        The Trainer fires this event before it updates the learning rate. A schedule that follows a budget therefore
+        sees the
+        tokens of this step.
+        """
         run, step = self.trainer.dataflex, state.global_step + 1
         clock = run.clock
         accumulator, rounds = self.trainer.step_loss.accumulator, self.trainer.started.rounds
@@ -70,11 +76,18 @@ class DynamicCallback(TrainerCallback):
         check_step(run.data.domains, self._statistics, totals)
         clock.count_tokens(totals.tokens)
         if clock.budget.is_set:
+            # `max_steps` is an estimate of the run's length, so the progress bar shows it. The Trainer stops at the
+            # step that equals it, then evaluates and saves as at any regular end.
             share = clock.progress
             state.max_steps = step if share >= 1 else max(step + 1, math.ceil(step / max(share, 1e-9)))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Hand on the step's statistics, and keep the epoch count and epoch-wise actions right."""
+        """Pass the step's statistics to the components, and trigger the actions that are due at the end of an epoch.
+
+        An epoch is one pass over the pool. The Trainer sees a single epoch, so `state.epoch` and the flags of the
+        strategy
+        `epoch` are set here.
+        """
         run = self.trainer.started
         run.clock.end_step()
         run.end_of_step(self._statistics)
@@ -95,7 +108,7 @@ class DynamicCallback(TrainerCallback):
             control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the summary and say what the decisions cost."""
+        """Write the summary and print the cost of the decisions."""
         run = self.trainer.started
         self.trainer.check_weights()
         told = len(run.recorder.notes)
@@ -103,7 +116,7 @@ class DynamicCallback(TrainerCallback):
         for note in run.recorder.notes[told:]:
             warn(note)
         if run.clock.budget.is_set and run.clock.progress < 1:
-            warn(f"training ended after {100 * run.clock.progress:.1f} % of its budget of tokens or seconds.")
+            warn(f"training ended after only {100 * run.clock.progress:.1f} % of its budget of tokens or seconds.")
         if args.process_index == 0:
             console.say(
                 f"dataflex: training {summary.train_seconds:.1f} s, decisions {summary.decision_seconds:.1f} s "

@@ -1,4 +1,4 @@
-"""How far a run is: its seconds and tokens, and the share of its budget that is spent."""
+"""Clock of a run: its seconds, its tokens, and the share of its budget that is spent."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Budget:
-    """A number of tokens or seconds that ends a run; with neither, a number of steps does.
+    """Number of tokens or seconds that ends a run. If both are None, the number of steps ends it.
 
     Attributes:
-        tokens: trained on.
-        seconds: of training and decisions.
+        tokens: number of tokens to train on.
+        seconds: seconds of training and decisions together.
     """
 
     tokens: int | None = None
@@ -31,22 +31,22 @@ class Budget:
 
     @classmethod
     def of(cls, settings: DataFlexConfig) -> Budget:
-        """Return the budget that a section gives."""
+        """Return the budget that the ``dataflex:`` section sets."""
         return cls(settings.train_tokens, settings.train_seconds)
 
     @property
     def is_set(self) -> bool:
-        """Whether a number of tokens or seconds ends the run, not a number of steps."""
+        """Whether a number of tokens or seconds ends the run, instead of a number of steps."""
         return self.tokens is not None or self.seconds is not None
 
     def share(self, tokens: int, seconds: float) -> float:
-        """Return the share that is spent, from 0; 1 and more: the run ends."""
+        """Return the share of the budget that is spent, 0 or more. The run ends at 1."""
         if self.tokens is not None:
             return tokens / self.tokens
         return seconds / self.seconds if self.seconds is not None else 0.0
 
     def is_spent(self, state: State) -> bool:
-        """Return whether nothing is left of it in a checkpoint's state."""
+        """Return whether the state of a checkpoint has spent the whole budget."""
         return self.share(int(state["tokens"]), float(state["train_seconds"]) + float(state["decision_seconds"])) >= 1
 
 
@@ -54,7 +54,7 @@ class Clock:
     """Counts the seconds of training steps, decisions and evaluations, and the tokens trained on.
 
     Args:
-        budget: what ends the run, if not a number of steps.
+        budget: the tokens or seconds that end the run.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -62,7 +62,7 @@ class Clock:
         self.train_seconds = self.decision_seconds = self.evaluate_seconds = 0.0
         self.tokens = 0
         self.progress = 0.0
-        """Share of the budget that is spent; 0 without one."""
+        """Share of the budget that is spent; 0 without a budget."""
         self._step_began = 0.0
         self._decision_began: float | None = None
         self._evaluation_began: float | None = None
@@ -72,7 +72,7 @@ class Clock:
         """Count the seconds of the block as a decision's.
 
         Args:
-            inside_step: the block lies in a training step, whose seconds are counted apart.
+            inside_step: whether the block runs inside a training step. Its seconds are then subtracted from the step's.
         """
         began = self._decision_began = time.perf_counter()
         yield
@@ -84,7 +84,7 @@ class Clock:
 
     @property
     def spent(self) -> Spent:
-        """The seconds so far, with those of a running decision."""
+        """The seconds so far, including those of a running decision."""
         running = 0.0 if self._decision_began is None else time.perf_counter() - self._decision_began
         return Spent(self.train_seconds, self.decision_seconds + running)
 
@@ -95,7 +95,7 @@ class Clock:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Count the seconds of the block as an evaluation's, also if it fails."""
+        """Count the seconds of the block as an evaluation's, even if it fails."""
         began = self._evaluation_began = time.perf_counter()
         try:
             yield
@@ -104,11 +104,14 @@ class Clock:
             self._evaluation_began = None
 
     def begin_step(self) -> None:
-        """Start the clock of a training step."""
+        """Start timing a training step."""
         self._step_began = time.perf_counter()
 
     def count_tokens(self, tokens: int) -> None:
-        """Count a step's tokens and, with a budget, what it has spent; the main process's clock counts."""
+        """Count a step's tokens and, with a budget, update the share of it that is spent.
+
+        The main process's clock decides, so that all processes end at the same step.
+        """
         self.tokens += tokens
         if self.budget.is_set:
             seconds = self.train_seconds + self.decision_seconds + time.perf_counter() - self._step_began
@@ -119,7 +122,7 @@ class Clock:
         self.train_seconds += time.perf_counter() - self._step_began
 
     def so_far(self) -> dict[str, Any]:
-        """Return tokens and seconds of each kind, as they are on record and in logs."""
+        """Return the tokens and the seconds of each kind, as the record and the logs hold them."""
         running = 0.0 if self._evaluation_began is None else time.perf_counter() - self._evaluation_began
         return {
             "tokens": self.tokens,
@@ -129,7 +132,7 @@ class Clock:
         }
 
     def state_dict(self) -> State:
-        """Return what has been counted."""
+        """Return the counters for a checkpoint."""
         return {
             "train_seconds": self.train_seconds,
             "decision_seconds": self.decision_seconds,
@@ -138,7 +141,7 @@ class Clock:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Count on from what :meth:`state_dict` returned."""
+        """Restore the counters that :meth:`state_dict` returned."""
         self.train_seconds = float(state["train_seconds"])
         self.decision_seconds = float(state["decision_seconds"])
         self.evaluate_seconds = float(state["evaluate_seconds"])

@@ -1,4 +1,7 @@
-"""Text for the terminal: lines above a progress bar, and the words for decisions, logs and times. No torch here."""
+"""Text for the terminal: lines above a progress bar, and the wording of decisions, logs and times.
+
+Nothing here imports torch, because the command line uses it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from dataflex.api.schedule import RoundSlot
 from dataflex.record.trainer_log import MEANS
 
 _LISTED = 6
-"""Names that are listed one by one; of more the largest, and how many others there are."""
+"""Largest number of names that are listed one by one. Of more names the largest are listed, and the others counted."""
 
 _LOSS = re.compile(r"eval_(?:(.+)_)?loss")
 _NOT_SHOWN = re.compile(
@@ -30,18 +33,18 @@ def say(text: str) -> None:
 
 
 def above_bars() -> AbstractContextManager[None]:
-    """Have what others print meanwhile, such as a logger, stand above any progress bar."""
+    """Print the output of others in the block, such as a logger's, above any progress bar."""
     return tqdm.external_write_mode(file=sys.stdout)
 
 
 def end_bars() -> None:
-    """End every progress bar, so that the next line begins at the left."""
+    """Close every progress bar, so that the next line starts at the left margin."""
     for bar in list(tqdm._instances):  # tqdm has no public list of them
         bar.close()
 
 
 def duration(seconds: float) -> str:
-    """Return a time as a person would say it."""
+    """Return a time in the unit a person would use: seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.2g} s"
     if seconds < 6000:
@@ -50,7 +53,7 @@ def duration(seconds: float) -> str:
 
 
 def largest(values: Mapping[str, float], form: str = "{}") -> str:
-    """Return names with their values in their order; of many the largest, and how many more there are."""
+    """Return names with their values. Of more than six, list the five largest and count the others."""
     shown = list(values)
     if len(values) > _LISTED:
         shown = sorted(values, key=lambda name: -values[name])[: _LISTED - 1]
@@ -72,12 +75,12 @@ def decision(
 
     Args:
         slot: the round and its optimizer steps.
-        planned: samples of each domain in its plan.
-        pool_size: samples to choose from.
-        seconds: the decision took.
-        scored: samples that were scored, where a cap limits them.
-        loss_weights: what each domain's loss is multiplied with, where a mixer weighs the loss.
-        undecided: why a method decided nothing.
+        planned: number of samples of each domain in the plan.
+        pool_size: number of samples in the pool.
+        seconds: seconds that the decision took.
+        scored: number of scored samples, if ``max_overhead`` limits them.
+        loss_weights: weight of each domain's loss, if a mixer weights the loss.
+        undecided: reasons why a method decided nothing, by method.
     """
     first, last = slot.start_step + 1, slot.start_step + slot.steps
     steps = f"steps {first}-{last}" if last > first else f"step {first}"
@@ -93,12 +96,12 @@ def decision(
 
 
 def log(logs: Mapping[str, object], step: int, total_steps: int | None) -> str | None:
-    """Return the line about what the Trainer logged; None if there is nothing to show.
+    """Return the line about a log of the Trainer; None if it holds nothing to show.
 
     Args:
-        logs: all it logged.
-        step: optimizer steps done.
-        total_steps: those of the run; None if it is not known.
+        logs: all logged values.
+        step: number of optimizer steps done.
+        total_steps: number of steps of the run; None if it is not known.
     """
     of = f"step {step}" if total_steps is None else f"step {step} of {total_steps}"
     numbers = {key: value for key, value in logs.items() if isinstance(value, int | float)}
@@ -111,7 +114,7 @@ def log(logs: Mapping[str, object], step: int, total_steps: int | None) -> str |
 
 
 def _evaluation(numbers: Mapping[str, float]) -> str:
-    """Return the losses of an evaluation in short, and other metrics, such as those of responses."""
+    """Return the losses of an evaluation in short, followed by other metrics, such as those of generated responses."""
     losses = {match[1] or "": numbers[key] for key in numbers if (match := _LOSS.fullmatch(key))}
     means = {name: losses.pop(name) for name in MEANS if name in losses}
     whole = losses.pop("", means.get(MEANS[0]) if not losses else None)
@@ -127,5 +130,5 @@ def _evaluation(numbers: Mapping[str, float]) -> str:
 
 
 def without_details(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return metrics without ours of a run's progress, and of evaluation sets their losses alone."""
+    """Return the metrics without DataFlex's progress values, and without all but the loss of each evaluation set."""
     return {key: value for key, value in metrics.items() if not _DETAIL.fullmatch(key)}

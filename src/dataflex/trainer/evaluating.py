@@ -1,4 +1,4 @@
-"""The trainer's part that evaluates: the loss of every evaluation set, from the Trainer's own forwards."""
+"""Part of the trainer that evaluates: the metrics of every evaluation set, from the Trainer's own forward passes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dataflex.trainer.rounds import IndexedCollator, IndexedDataset
 
 
 class EvaluatingTrainer(RunTrainer):
-    """Adds the numbers of each evaluation set to the Trainer's metrics and to the record."""
+    """Adds the metrics of each evaluation set to the Trainer's metrics and to the run record."""
 
     _evaluated: dict[str, Numbers]
-    """Those of the running evaluation, by set."""
+    """Metrics of the running evaluation, by evaluation set."""
     _has_logits: bool
-    """Whether evaluation gave logits for each sample and token, as far as this process saw."""
+    """Whether every evaluation batch on this process returned logits for each sample and token."""
 
     def _make_evaluation(self) -> DomainEvaluation | None:
-        """Return what measures every evaluation set; None where there is none, or where responses are generated."""
+        """Return the measurement of the evaluation sets; None without sets, or if evaluation generates responses."""
         sets = self.dataflex.data.evaluation
         if sets is None or getattr(self.args, "predict_with_generate", False):
             return None
@@ -33,9 +33,9 @@ class EvaluatingTrainer(RunTrainer):
     def _evaluation_loss(
         self, model: Any, inputs: dict[str, Any], indices: torch.Tensor, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """Return the Trainer's own loss of an evaluation batch, and note the losses of its samples."""
+        """Return the Trainer's own loss of an evaluation batch, and store the losses of its samples."""
         assert self.domain_evaluation is not None
-        given = {key: inputs[key] for key in ("input_ids", "labels")}  # the Trainer may take the labels out
+        given = {key: inputs[key] for key in ("input_ids", "labels")}  # the Trainer may remove the labels from `inputs`
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         logits = outputs.get("logits") if isinstance(outputs, dict) else next(iter(outputs[1:]), None)
         shape = (len(indices), given["labels"].shape[1])
@@ -46,9 +46,11 @@ class EvaluatingTrainer(RunTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """Return the Trainer's loader; the batches of an evaluation set have the number of each sample.
+        """Return the Trainer's loader. The batches of an evaluation set also hold the index of each sample.
 
-        So have those of training, if LLaMA-Factory draws the samples and a weighter may want to know which they are.
+        Training batches hold the indices, too, if LLaMA-Factory draws the samples and the run has a weighter, which may
+        read
+        them.
         """
         first = self._first_index(dataset) if description == "Evaluation" else None
         if (
@@ -59,6 +61,7 @@ class EvaluatingTrainer(RunTrainer):
             first = 0
         if first is None:
             return super()._get_dataloader(dataset, description, *args, **kwargs)
+        # The Trainer reads its collator from this attribute and has no argument for it.
         collate = self.data_collator
         self.data_collator = IndexedCollator(collate, first)
         try:
@@ -67,7 +70,10 @@ class EvaluatingTrainer(RunTrainer):
             self.data_collator = collate
 
     def _first_index(self, dataset: Any) -> int | None:
-        """Return where an evaluation set begins among all; None for another data set."""
+        """Return the index of an evaluation set's first sample among all evaluation samples.
+
+        None for another data set.
+        """
         if self.domain_evaluation is None:
             return None
         sets = self.domain_evaluation.sets
@@ -77,24 +83,24 @@ class EvaluatingTrainer(RunTrainer):
         return 0 if dataset is self.eval_dataset else None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the Trainer's sampler, which may look at the rows."""
+        """Return the Trainer's sampler for the rows themselves, because it may read fields of them, such as lengths."""
         rows = train_dataset.dataset if isinstance(train_dataset, IndexedDataset) else train_dataset
         return super()._get_train_sampler(rows)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        """Return the Trainer's sampler, which may look at the rows."""
+        """Return the Trainer's sampler for the rows themselves, because it may read fields of them, such as lengths."""
         rows = eval_dataset.dataset if isinstance(eval_dataset, IndexedDataset) else eval_dataset
         return super()._get_eval_sampler(rows)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the Trainer's evaluation, and add the numbers of each evaluation set to its metrics."""
+        """Run the Trainer's evaluation loop, and add the metrics of each evaluation set to its metrics."""
         output = super().evaluation_loop(*args, **kwargs)
         if self.domain_evaluation is None:
             return output
         if not distributed.everywhere(self._has_logits):
             warn(
                 f"{type(self.causal_model()).__name__} gives no logits for each sample and token in evaluation, so "
-                "there is no loss of each evaluation set, only the Trainer's eval_loss."
+                "the loss of each evaluation set cannot be computed. The Trainer's eval_loss is reported alone."
             )
             self.domain_evaluation = None
             self._evaluated = {}
@@ -104,7 +110,7 @@ class EvaluatingTrainer(RunTrainer):
             return output
         self._evaluated |= found
         prefix = str(kwargs.get("metric_key_prefix", "eval"))
-        if isinstance(self.eval_dataset, dict):  # this pass was over one of them, whose name ends the prefix
+        if isinstance(self.eval_dataset, dict):  # a pass over one of the sets, whose name ends the prefix
             prefix = prefix.removesuffix("_" + next(iter(found)))
             output.metrics.update(as_logs(found, prefix))
         else:
@@ -112,9 +118,9 @@ class EvaluatingTrainer(RunTrainer):
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as the Trainer does, and put the numbers of each evaluation set on record."""
+        """Evaluate as the Trainer does, and write the metrics of each evaluation set to the run record."""
         clock = self.dataflex.clock
-        if clock.is_evaluating:  # one of several data sets, called by the call below
+        if clock.is_evaluating:  # with several data sets, the Trainer's `evaluate` calls this method for each of them
             return super().evaluate(*args, **kwargs)
         self._evaluated = {}
         with clock.evaluating():

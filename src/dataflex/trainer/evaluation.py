@@ -1,7 +1,7 @@
-"""Loss, perplexity and bits per byte of every evaluation data set, from the Trainer's own evaluation forwards.
+"""Loss, perplexity and bits per byte of every evaluation set, from the Trainer's own evaluation forward passes.
 
-A sample counts once whatever the batches and the processes are; tokens and bytes are those of the labels that count
-in the loss. Sums are made in float64.
+A sample counts once, however it is batched and distributed over processes. Tokens and bytes are those of the labels
+that count in the loss. Sums are computed in float64.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ Numbers = dict[str, Any]
 
 
 class DomainEvaluation:
-    """Measures one pass over evaluation samples, batch by batch.
+    """Measures one pass over the evaluation samples, batch by batch.
 
     Args:
-        sets: the evaluation samples, one domain for each data set.
-        decode: token ids to text, without special tokens.
-        device: where the model runs.
+        sets: the evaluation samples; each evaluation set is one domain.
+        decode: converts token ids to text without special tokens.
+        device: device of the model.
     """
 
     def __init__(self, sets: Pool, decode: Callable[[list[int]], str], device: torch.device) -> None:
         self.sets, self._decode, self._device = sets, decode, device
         self._bytes = np.full(sets.size, -1, dtype=np.int64)
-        """Bytes of each sample's counted text, -1 where not known on this process."""
+        """Bytes of each sample's counted text; -1 if this process has not computed them."""
         self.clear()
 
     def clear(self) -> None:
         """Start a new pass."""
-        # Loss sum, tokens and bytes of each sample this process saw, -1 where it saw none.
+        # Loss sum, tokens and bytes of each sample; -1 for a sample that this process has not seen.
         self._seen = np.full((self.sets.size, 3), -1.0)
 
     def add(self, indices: NDArray[np.int64], logits: Tensor, input_ids: Tensor, labels: Tensor) -> None:
         """Add a batch.
 
         Args:
-            indices: number of each sample in :attr:`sets`, (B,).
-            logits: (B, T, V).
-            input_ids: (B, T).
-            labels: (B, T), not shifted.
+            indices: index of each sample in :attr:`sets`, (B,).
+            logits: logits of the model, (B, T, V).
+            input_ids: token ids, (B, T).
+            labels: labels, not shifted, (B, T).
         """
         expected = shifted(labels)
-        # One sample at a time, because the logits are made float32 for it.
+        # One sample at a time, because the logits are converted to float32: a whole batch would need much memory.
         losses = torch.cat([token_losses(logits[i : i + 1], expected[i : i + 1]) for i in range(len(indices))])
         seen = torch.stack([losses, (expected != IGNORE_INDEX).to(losses)]).cpu()  # one wait for the device
         totals, counts = seen.double().sum(2).numpy()
@@ -70,13 +70,15 @@ class DomainEvaluation:
         self._seen[indices] = np.column_stack([totals, counts, self._bytes[indices]])
 
     def finish(self) -> dict[str, Numbers] | None:
-        """Return the numbers of each domain seen on any process, and start a new pass; None where nothing was seen.
+        """Return the metrics of each evaluation set that any process has seen, and start a new pass.
 
         Returns:
-            Domain to loss (mean over its tokens, nats), perplexity, bits_per_byte (None where there is no byte),
-            tokens, bytes and samples. A domain without a counted token has NaN for a loss.
+            None if no sample was seen. Otherwise a dictionary from evaluation set to loss (mean over its tokens, in
+            nats), perplexity, bits_per_byte (None without bytes), tokens, bytes and samples. The loss of a set without
+            a counted token is NaN.
         """
         seen = torch.from_numpy(self._seen).to(self._device, sum_dtype(self._device))
+        # The maximum over processes picks the values of a sample from any process that saw it: the others hold -1.
         everyone = distributed.all_gather(seen).view(-1, *seen.shape).amax(0).cpu().double().numpy()
         self.clear()
         found = {}
@@ -90,11 +92,11 @@ class DomainEvaluation:
 
 
 def check_evaluation(domains: dict[str, Numbers], step: int) -> None:
-    """Check that every evaluation set with a token that counts has a finite loss; one without has NaN.
+    """Check that every evaluation set with a counted token has a finite loss. Without counted tokens the loss is NaN.
 
     Args:
-        domains: as :meth:`DomainEvaluation.finish` returns them.
-        step: optimizer steps done.
+        domains: metrics, as :meth:`DomainEvaluation.finish` returns them.
+        step: number of optimizer steps done.
 
     Raises:
         DivergenceError: naming the first set whose loss is not finite.
@@ -106,7 +108,7 @@ def check_evaluation(domains: dict[str, Numbers], step: int) -> None:
 
 
 def numbers(total: float, tokens: float, size: float) -> Numbers:
-    """Return the metrics of a text: from its loss sum in nats, its tokens and its bytes."""
+    """Return the metrics of a text with a loss sum ``total`` in nats, ``tokens`` tokens and ``size`` bytes."""
     loss = total / tokens if tokens else math.nan
     bits = total / math.log(2) / size if size else None
     return {
@@ -119,7 +121,7 @@ def numbers(total: float, tokens: float, size: float) -> Numbers:
 
 
 def perplexity(loss: float) -> float:
-    """Return ``exp(loss)``, infinity where that is too large for a float."""
+    """Return ``exp(loss)``; infinity if the result is too large for a float."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -127,10 +129,10 @@ def perplexity(loss: float) -> float:
 
 
 def means(domains: dict[str, Numbers]) -> dict[str, Numbers]:
-    """Return the metrics over all tokens together and their means over the domains.
+    """Return the metrics over all tokens together, and the means of the metrics over the domains.
 
     Args:
-        domains: as :meth:`DomainEvaluation.finish` returns them. Domains without a token are left out.
+        domains: metrics, as :meth:`DomainEvaluation.finish` returns them. Domains without a counted token are left out.
     """
     known = [each for each in domains.values() if each["tokens"]]
     tokens = np.array([each["tokens"] for each in known], dtype=np.float64)
@@ -150,7 +152,10 @@ def means(domains: dict[str, Numbers]) -> dict[str, Numbers]:
 
 
 def as_logs(groups: dict[str, Numbers], prefix: str) -> dict[str, float]:
-    """Return ``<prefix>_<group>_<metric>`` of every group, as trackers take them; those that are finite numbers."""
+    """Return the metrics of every group as ``<prefix>_<group>_<metric>``, the keys that trackers expect.
+
+    Values that are None or not finite are left out.
+    """
     return {
         f"{prefix}_{name}_{metric}": value
         for name, group in groups.items()
@@ -160,10 +165,10 @@ def as_logs(groups: dict[str, Numbers], prefix: str) -> dict[str, float]:
 
 
 def counted_bytes(input_ids: list[int], labels: list[int], decode: Callable[[list[int]], str]) -> int:
-    """Return the UTF-8 bytes of the text that the labels in the loss stand for; special tokens have none.
+    """Return the number of UTF-8 bytes of the text of the labels that count in the loss. Special tokens have no bytes.
 
-    The text of a stretch of labels is what the sample's text gains by it, so that a tokenizer's treatment of a leading
-    space does not matter. Padding behind the last counted label is not looked at.
+    The text of a span of labels is the text that the sample gains by the span. So a tokenizer's treatment of a leading
+    space does not change the result. Padding after the last counted label is not read.
     """
     counted = [position for position in range(1, len(labels)) if labels[position] != IGNORE_INDEX]
     size, position = 0, 0

@@ -1,4 +1,4 @@
-"""What a run's selection is expected to cost, told when training begins."""
+"""Estimate of the cost of a run's selection, printed when training begins."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ _CALIBRATION_SAMPLES = 8
 
 
 def expected_cost(run: LoadedRun, pool: Pool, probe: ModelProbe) -> str | None:
-    """Return what the selection is expected to cost, after measuring a few samples; None if nothing is to say.
+    """Return a text on the expected cost of the selection, after measuring a few samples; None if no selector measures.
 
-    A training step is taken for a forward and backward of its samples, or for three forwards.
+    None is also returned if ``max_overhead`` limits the selection, because the cost is then the limit. The training is
+    estimated as three forward passes over its samples, the usual cost of a forward and a backward pass.
     """
     chain = run.inputs.components.select
     if not chain or overhead_limit(chain[-1].component) is not None:
@@ -41,12 +42,13 @@ def expected_cost(run: LoadedRun, pool: Pool, probe: ModelProbe) -> str | None:
 
 
 def _cost_of(entry: Entry[Selector], run: LoadedRun, pool: Pool, probe: ModelProbe) -> str | None:
-    """Return what one selector is expected to cost; None if it measures nothing."""
+    """Return a text on the expected cost of one selector; None if it measures nothing."""
     steps = run.steps
     selector, measurements = entry.component, measurements_of(run.inputs.needs[entry.key])
     if not measurements:
         return None
     by_length = np.argsort(pool.lengths, kind="stable")
+    # Evenly spaced in the order of length, so that a few samples stand for the pool's lengths.
     some = by_length[np.linspace(0, pool.size - 1, min(pool.size, _CALIBRATION_SAMPLES)).astype(np.int64)]
     with run.clock.deciding():
         seconds = [_seconds_of(each, probe, some) for each in measurements]
@@ -69,12 +71,14 @@ def _cost_of(entry: Entry[Selector], run: LoadedRun, pool: Pool, probe: ModelPro
 
 
 def _seconds_of(measurement: Measurement[Any], probe: ModelProbe, samples: IndexArray) -> float:
-    """Return the seconds that measuring one of a few samples takes."""
+    """Return the mean seconds of one measurement per sample, measured on a few samples."""
     measure = partial(probe.measure, measurement)
-    if isinstance(measurement, GradientFeatures | GradientNorms):  # moments there are only after a step
+    # Before the first step the optimizer has no moments, so gradients are timed without a preconditioner.
+    if isinstance(measurement, GradientFeatures | GradientNorms):
         plain = GradientNorms(replace(measurement.settings, preconditioner="none"))
         measure = partial(probe.measure, plain)
-    measure(samples[:2])  # the first run also pays what is paid once; of one sample a probe cannot tell all of that
+    # A first run, not timed, pays the one-time costs. It takes two samples: a single one does not trigger all of them.
+    measure(samples[:2])
     began = time.perf_counter()
     measure(samples)
     return (time.perf_counter() - began) / samples.size

@@ -1,4 +1,4 @@
-"""What a run is given: its configuration with the components it names, what it goes on from, and its data."""
+"""Inputs of a run: its configuration with the components it names, the checkpoint it resumes from, and its data."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What is known of a run before its data is loaded.
+    """Everything that is known of a run before its data is loaded.
 
     Attributes:
         config: the configuration, with a ``dataflex:`` section.
-        settings: the section.
-        components: those it names.
-        resume: what the run goes on from.
+        settings: the ``dataflex:`` section.
+        components: the components that the section names.
+        resume: the checkpoint that the run resumes from; None for a new run.
     """
 
     config: RunConfig
@@ -52,55 +52,55 @@ class RunInputs:
         return cls(config, config.dataflex, config.build_components())
 
     def going_on(self, resume: Resume) -> RunInputs:
-        """Return the inputs of the run that goes on from a checkpoint, with the settings that stay in force."""
+        """Return the inputs of the run that resumes from a checkpoint, with the settings that stay in force."""
         return replace(self, config=resume.effective(self.config), resume=resume)
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """The methods of each family that decides."""
+        """Method names of each component family that decides."""
         return self.components.names()
 
     @cached_property
     def methods(self) -> dict[str, str]:
-        """The method of each component, by configuration key."""
+        """Method name of each component, by configuration key."""
         return {key: component.name for key, component in self.components.items()}
 
     @cached_property
     def needs(self) -> dict[str, Needs]:
-        """What the components ask of the run, by configuration key."""
+        """Needs that each component declares, by configuration key."""
         return self.components.needs(self.config)
 
     @property
     def plans_data(self) -> bool:
-        """Whether the data path is ours; with ``weight`` alone it stays LLaMA-Factory's."""
+        """Whether DataFlex draws the samples. With only ``weight`` components, LLaMA-Factory draws them."""
         return self.components.plans_data
 
     @cached_property
     def wanted_validation(self) -> dict[str, ValidationParams]:
-        """What components want to be told about validation samples, by configuration key."""
+        """Parameters of the validation samples that components need, by configuration key."""
         return {key: needs.validation for key, needs in self.needs.items() if needs.validation is not None}
 
     @cached_property
     def wanted_embeddings(self) -> dict[str, EmbeddingParams]:
-        """Which embeddings components ask for, by configuration key."""
+        """Parameters of the embeddings that components need, by configuration key."""
         return {key: needs.embeddings for key, needs in self.needs.items() if needs.embeddings is not None}
 
     @property
     def budget(self) -> Budget:
-        """What ends the run, if not a number of steps."""
+        """The budget of tokens or seconds that ends the run; not set if a number of steps ends it."""
         return Budget.of(self.settings)
 
 
 @dataclass(frozen=True)
 class RunData:
-    """The samples of a run, as far as they are loaded.
+    """The loaded samples of a run.
 
     Attributes:
-        pool: those the run plans; None if LLaMA-Factory draws them.
-        whole: the training samples, as one domain, if LLaMA-Factory draws them; None in a stream.
-        validation: the validation samples of the components that asked for some, by configuration key.
-        evaluation: the evaluation samples, one domain for each data set.
-        embeddings: those that encoders made, by configuration key of the components that asked for them.
+        pool: training samples that the run plans; None if LLaMA-Factory draws them.
+        whole: training samples as one domain, if LLaMA-Factory draws them; None if the data is streamed.
+        validation: validation samples of the components that need some, by configuration key.
+        evaluation: evaluation samples; each data set is one domain.
+        embeddings: embeddings that encoders computed, by configuration key of the components that need them.
     """
 
     pool: Pool | None = None
@@ -111,38 +111,38 @@ class RunData:
 
     @property
     def samples(self) -> Pool | None:
-        """The training samples, whoever draws them; None in a stream, and in a run that does not train."""
+        """The training samples, whoever draws them; None if the data is streamed, and in a run that does not train."""
         return self.pool if self.pool is not None else self.whole
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names of the domains statistics are kept for."""
+        """Names of the domains that statistics are computed for."""
         return self.pool.domains if self.pool is not None else ("all",)
 
     @property
     def offsets(self) -> np.ndarray:
-        """First pool index of each domain and the end, shape (K + 1,)."""
+        """First pool index of each domain, followed by the pool's size, shape (K + 1,)."""
         return self.pool.offsets if self.pool is not None else np.array([0, 1])
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Training samples of each domain; 0 if they are not known."""
+        """Number of training samples of each domain; 0 if it is not known."""
         if self.pool is not None:
             return dict(zip(self.pool.domains, self.pool.domain_sizes.tolist(), strict=True))
         return {"all": 0 if self.whole is None else self.whole.size}
 
     @property
     def column_fingerprints(self) -> dict[str, str]:
-        """Those of the raw columns that are kept with the training samples."""
+        """Fingerprints of the raw columns that are stored with the training samples, by column."""
         return {} if self.samples is None else self.samples.column_fingerprints
 
     def outline(self) -> str:
-        """Return a digest of the training samples' domains and lengths, which takes no reading of their tokens."""
+        """Return a digest of the domains and lengths of the training samples. It does not read their tokens."""
         samples = self.samples
         return "" if samples is None else samples.outline
 
     def fingerprints(self) -> State:
-        """Return what tells the samples from others, for a checkpoint."""
+        """Return the fingerprints of all samples, for a checkpoint."""
         return {
             "pool_fingerprint": None if self.samples is None else self.samples.fingerprint,
             "evaluation_fingerprint": None if self.evaluation is None else self.evaluation.fingerprint,
@@ -151,7 +151,7 @@ class RunData:
         }
 
     def fingerprints_by_key(self) -> dict[str, str]:
-        """Return the same by the key that names the samples, for the record."""
+        """Return the same fingerprints by the configuration key that names the samples, for the run record."""
         return {
             **({} if self.samples is None else {"dataset": self.samples.fingerprint}),
             **({} if self.evaluation is None else {"eval_dataset": self.evaluation.fingerprint}),
@@ -161,51 +161,56 @@ class RunData:
         }
 
     def check(self, state: State, methods: dict[str, str]) -> None:
-        """Refuse a checkpoint that was written for other training or validation samples, before a model is loaded.
+        """Check that a checkpoint was written for these training and validation samples, before the model is loaded.
 
         Args:
-            state: of the checkpoint.
-            methods: of this run, by configuration key.
+            state: state of the checkpoint.
+            methods: method names of this run, by configuration key.
 
         Raises:
-            CheckpointError: naming what differs.
+            CheckpointError: naming the difference, if there is one.
         """
         now = None if self.samples is None else self.samples.fingerprint
         if state["pool_fingerprint"] != now:
             raise CheckpointError(
                 f"dataset: the checkpoint of step {state['step']} was written for other training data (fingerprint "
-                f"{str(state['pool_fingerprint'])[:12]}, this run's data has {str(now)[:12]}): the files, or what is "
-                "made of them, have changed since."
+                f"{str(state['pool_fingerprint'])[:12]}, this run's data has {str(now)[:12]}): the data files, or the "
+                "samples that preprocessing makes from them, have changed since. Restore them, or use another "
+                "output_dir for a new run."
             )
         before = state["column_fingerprints"]
         for name, digest in self.column_fingerprints.items():
             if before.get(name, digest) != digest:
                 raise CheckpointError(
                     f"the checkpoint of step {state['step']} was written with other values in the raw column {name!r} "
-                    f"(fingerprint {before[name][:12]}, this run's has {digest[:12]}). Put them back, or begin a new "
-                    "run."
+                    f"(fingerprint {before[name][:12]}, this run's has {digest[:12]}). Restore the values, or use "
+                    "another output_dir for a new run."
                 )
         for key, samples in self.validation.items():
             then = state["validation_fingerprints"].get(key)
             if then != samples.fingerprint and state["methods"].get(key) == methods[key]:
                 raise CheckpointError(
                     f"the checkpoint of step {state['step']} was written with another validation set of dataflex.{key} "
-                    f"(fingerprint {str(then)[:12]}, this run's has {samples.fingerprint[:12]})."
+                    f"(fingerprint {str(then)[:12]}, this run's has {samples.fingerprint[:12]}). Restore it, or use "
+                    "another output_dir for a new run."
                 )
 
     def says_of_evaluation(self, state: State) -> str | None:
-        """Return a line if a checkpoint's run was evaluated on other samples."""
+        """Return a warning if the run of a checkpoint was evaluated on other samples; else None."""
         then, now = state["evaluation_fingerprint"], None if self.evaluation is None else self.evaluation.fingerprint
         if then is None or now is None or then == now:
             return None
-        return f"the evaluation data is not that of before step {state['step']}; do not compare across it."
+        return (
+            f"the evaluation data differs from the data used up to step {state['step']}: do not compare evaluations "
+            "before and after this step."
+        )
 
 
 def check_processes(state: State, args: TrainingArguments) -> str | None:
-    """Refuse a checkpoint that does not go with the processes, and return what else is to be said of them.
+    """Check that a checkpoint fits the number of processes, and return a warning if that number differs; else None.
 
     Raises:
-        CheckpointError: if the global batch size is another, or the number of processes under DeepSpeed.
+        CheckpointError: if the global batch size differs, or if the number of processes differs under DeepSpeed.
     """
     now = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if state["batch"] != now:
@@ -219,10 +224,10 @@ def check_processes(state: State, args: TrainingArguments) -> str | None:
         return None
     if args.deepspeed:
         raise CheckpointError(
-            f"the checkpoint of step {state['step']} has DeepSpeed's optimizer in parts for {then} processes, this "
-            f"run has {now}. Start as many again."
+            f"the checkpoint of step {state['step']} holds DeepSpeed's optimizer state split over {then} processes, "
+            f"and this run has {now}. Start {then} processes, or use another output_dir for a new run."
         )
     return (
-        f"{now} processes go on with what {then} had begun: decisions are the same, the random streams of dropout "
-        "begin anew."
+        f"the checkpoint was written by a run of {then} processes, and this run has {now}: decisions stay the same, "
+        "but the random streams of dropout start again."
     )

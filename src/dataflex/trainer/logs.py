@@ -1,4 +1,4 @@
-"""The trainer's part that logs: the round, the domains, and how far the run is."""
+"""Part of the trainer that logs: the round, the domains, and the progress of the run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from dataflex.trainer.base import RunTrainer
 
 
 class LoggingTrainer(RunTrainer):
-    """Adds to the Trainer's logs what the run decides and what its steps show."""
+    """Adds the run's decisions, losses and progress to the Trainer's logs."""
 
     _logged_round: int
     """The last round whose proportions were logged."""
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add how far the run is to every log, and the round and the domains to one of training.
+        """Add the progress of the run to a training or evaluation log, and the round and the domains to a training log.
 
-        What is not a finite number of ours or of an evaluation is left out: the state's JSON could not hold it.
+        Values of DataFlex or of an evaluation that are not finite are left out, because the JSON of the Trainer's state
+        cannot hold them.
         """
         if "loss" in logs:
             logs.update(self._dataflex_logs())
@@ -30,22 +31,23 @@ class LoggingTrainer(RunTrainer):
         ours = [key for key in logs if key.startswith(("dataflex/", "eval_"))]
         taken = {key: logs.pop(key) for key in ours if isinstance(logs[key], float) and not math.isfinite(logs[key])}
         super().log(logs, *args, **kwargs)
-        logs.update(taken)
+        logs.update(taken)  # for the caller: the Trainer reads its metrics after logging them
 
     def log_metrics(self, split: str, metrics: dict[str, float]) -> None:
-        """Print the metrics of the run's end without what the record and the files of results have anyway."""
+        """Print the metrics at the end of the run, without the details that the record and the result files hold."""
         super().log_metrics(split, console.without_details(metrics))
 
     def _dataflex_logs(self) -> dict[str, float]:
+        """Return DataFlex's values for a training log."""
         run, logs = self.started, {}
         pool, domains = run.data.pool, run.data.domains
         means = run.mean_losses.take()
         if means.size and self.own_loss:
             for name, loss in zip(domains, means.tolist(), strict=True):
-                if loss == loss:  # NaN for a domain that no step had any of
+                if loss == loss:  # NaN for a domain without a token in any step since the last log
                     logs[f"dataflex/loss/{name}"] = loss
         logs.update(self._round_logs())
-        if pool is not None and run.domain_samples.any():  # LLaMA-Factory's special losses show nothing
+        if pool is not None and run.domain_samples.any():  # LLaMA-Factory's special losses report no samples
             epochs = run.domain_samples / pool.domain_sizes
             for name, tokens, passes in zip(domains, run.domain_tokens.tolist(), epochs.tolist(), strict=True):
                 logs[f"dataflex/domain_tokens/{name}"] = tokens
@@ -60,6 +62,7 @@ class LoggingTrainer(RunTrainer):
         return logs
 
     def _round_logs(self) -> dict[str, float]:
+        """Return the number and the proportions of the running round; nothing if the run has no rounds."""
         rounds = self.started.rounds
         logs: dict[str, float] = {}
         if rounds is not None and rounds.plan is not None:
@@ -69,9 +72,10 @@ class LoggingTrainer(RunTrainer):
         return logs
 
     def log_round(self) -> None:
-        """Log the proportions of a round that has just begun, if the step is not logged anyway.
+        """Log the proportions of a round that has just begun, unless the step is logged anyway.
 
-        Not inside an event: a log takes back the control's ``should_log``, which the same event may have set.
+        This must not run inside an event: a log resets the control's ``should_log``, and the same event may have set
+        it.
         """
         rounds, step = self.started.rounds, self.state.global_step
         plan = None if rounds is None else rounds.plan

@@ -1,14 +1,16 @@
-"""The training loss: token losses times loss coefficients, inside the model's own forward.
+"""Training loss: token losses times loss coefficients, computed inside the model's own forward pass.
 
     L = (1 / N) sum over the tokens of c_bt l_bt,      N: the Trainer's own count of the step's tokens
 
-The coefficient of a token is a product. Plain training is c = 1; a weighter gives w_b or w_bt; the mean over samples of
-their token means gives N / (n N_b), with n samples in the step and N_b tokens in sample b; weights of the domains give
-w_i N / N_i, with N_i tokens of domain i in the step.
+The coefficient of a token is a product of three factors. Plain training has c = 1.
+- A weighter gives w_b or w_bt.
+- The mean over samples of their token means gives N / (n N_b), with n samples in the step and N_b tokens in sample b.
+- Domain weights give w_i N / N_i, with N_i tokens of domain i in the step.
 
-While a training step's forward runs, the model's ``loss_function`` is ours. Everything around it (auxiliary losses,
-the scaling by processes, gradient accumulation) stays the Trainer's, so weight 1 everywhere is the plain run: the
-token losses are the same cross entropy, summed and divided by the same ``num_items_in_batch``.
+While the forward pass of a training step runs, DataFlex's loss function replaces the model's ``loss_function``.
+Everything around it (auxiliary losses, the scaling by processes, gradient accumulation) stays the Trainer's. So weight
+1 everywhere is the plain run: the token losses are the same cross entropy, summed and divided by the same
+``num_items_in_batch``.
 """
 
 from __future__ import annotations
@@ -29,19 +31,20 @@ from dataflex.trainer.statistics import BatchLosses
 from dataflex.trainer.step_weights import MicroBatch, StepWeights
 
 MIX = "mix"
-"""Configuration key of the mixer, under which its reference is kept."""
+"""Configuration key of the mixer. Its reference losses are stored under this key."""
 
 
 @dataclass
 class WeightedLoss:
-    """A ``loss_function`` for Hugging Face causal language models.
+    """Loss function for Hugging Face causal language models that multiplies token losses with coefficients.
 
     Attributes:
-        samples_per_step: samples of one optimizer step, on all processes or on one, whatever the Trainer's own scaling
-            leaves to be divided by.
-        observe: called with each micro-batch's losses.
+        samples_per_step: samples of one optimizer step that the loss is divided by; of all processes if the Trainer
+            averages tokens over devices, otherwise of one process, because the Trainer then averages the losses of the
+            processes.
+        observe: called with the losses of each micro-batch.
         weights: the weighters, or None.
-        domain_loss: weighs the domains, or None.
+        domain_loss: the domain weights, or None.
         global_batch_size: samples of one optimizer step on all processes.
     """
 
@@ -51,23 +54,24 @@ class WeightedLoss:
     domain_loss: DomainLoss | None = None
     global_batch_size: int = 1
     places: Tensor | None = None
-    """Where the samples of the micro-batch in its forward now are in the pool, (B,); None in a stream."""
+    """Pool index of each sample of the micro-batch whose forward pass runs, (B,); None if the data is streamed."""
     domains: Tensor | None = None
-    """Domain of each of them, (B,), if the domains are weighed."""
+    """Domain of each sample of the micro-batch, (B,), if the run has domain weights."""
     references: Mapping[str, Tensor] = field(default_factory=dict)
-    """Configuration key -> the losses of its reference at each of their tokens that counts, (c,)."""
+    """Configuration key -> the reference losses of the micro-batch at each position that counts, (c,)."""
     pooled: dict[str, Tensor] = field(default_factory=dict)
-    """Configuration key -> a vector of each sample's hidden states, (B, H), filled in while the forward runs."""
+    """Configuration key -> one pooled hidden-state vector per sample, (B, H). The forward pass fills it in."""
     step: int = 0
-    """Optimizer steps done so far."""
+    """Number of optimizer steps done so far."""
     active: bool = True
-    """False in warm-up rounds: every coefficient is 1."""
+    """False in warm-up rounds, where every coefficient is 1."""
     decided: deque[Tensor] = field(default_factory=deque)
-    """Weights of the step's micro-batches on this process, if they were decided before the forward."""
+    """Weights of the step's micro-batches on this process, if they were decided before the forward passes."""
     calls: int = 0
+    """Number of calls so far. Shows whether a model's forward pass has used this function."""
 
-    # Under torch_compile this part stays as it is written: it holds numbers of the step, each of which would be
-    # compiled into a graph of its own.
+    # Excluded from torch_compile: this part reads values that differ in every step, and each value would compile
+    # another graph.
     @torch.compiler.disable
     def __call__(
         self,
@@ -79,7 +83,7 @@ class WeightedLoss:
         shift_labels: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """Return the micro-batch's loss, as ``transformers.loss.loss_utils.ForCausalLMLoss`` would with weights."""
+        """Return the micro-batch's loss: ``transformers.loss.loss_utils.ForCausalLMLoss`` with loss coefficients."""
         self.calls += 1
         labels = (shifted(labels) if shift_labels is None else shift_labels).to(logits.device)
         per_token = token_losses(logits, labels)
@@ -105,7 +109,7 @@ class WeightedLoss:
         return self._total(weighted, counts, num_items_in_batch)
 
     def _weights(self, batch: MicroBatch) -> Tensor | None:
-        """Return the weighters' weights of the micro-batch, (B,) or (B, T); None: 1 everywhere."""
+        """Return the weighters' weights of the micro-batch, (B,) or (B, T); None means 1 everywhere."""
         if self.weights is None:
             return None
         if self.decided:
@@ -114,17 +118,18 @@ class WeightedLoss:
         return None if found is None else found[0]
 
     def _total(self, weighted: Tensor, counts: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Return the loss of the weighted sums of samples (B,).
+        """Return the loss of the weighted token-loss sums of samples, (B,).
 
-        The Trainer's N cancels in the mean over samples and in weights of domains, and so it is left out there, but for
-        one factor N if both are in use.
+        The Trainer's N cancels in the mean over samples and in domain weights, so it is left out there. If both are in
+        use,
+        one factor N remains.
         """
         by_sample = self.weights is not None and self.weights.by_sample
         if by_sample:
             weighted = weighted / counts.clamp(min=1)
         if self.domain_loss is None and not by_sample:
             return _divide(weighted.sum(), counts.sum(), num_items_in_batch)
-        # The sum over a step of what is divided by this is, after the Trainer's scaling, a mean over its samples.
+        # After the Trainer's scaling, a sum over the step that is divided by this number is a mean over its samples.
         samples = counts.numel() if num_items_in_batch is None else self.samples_per_step
         if self.domain_loss is None:
             return weighted.sum() / samples
@@ -134,7 +139,7 @@ class WeightedLoss:
         return total * (self.global_batch_size / samples)
 
     def _of_domains(self, values: Tensor) -> Tensor:
-        """Return values of samples, (B,), times the coefficients of their domains, if those are weighed."""
+        """Return values of samples, (B,), times the coefficients of their domains, if the run has domain weights."""
         if self.domain_loss is None:
             return values
         assert self.domains is not None
@@ -142,12 +147,12 @@ class WeightedLoss:
 
 
 def _weighted(per_token: Tensor, sums: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the weighted sums of samples, (B,).
+    """Return the weighted token-loss sums of samples, (B,).
 
     Args:
-        per_token: (B, T).
-        sums: of its rows, (B,).
-        weights: (B,), (B, T), or None for 1.
+        per_token: token losses, (B, T).
+        sums: sums of the rows of ``per_token``, (B,).
+        weights: weights of shape (B,) or (B, T). None means 1 everywhere.
     """
     if weights is None:
         return sums
@@ -155,6 +160,7 @@ def _weighted(per_token: Tensor, sums: Tensor, weights: Tensor | None) -> Tensor
 
 
 def _divide(total: Tensor, tokens: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Return the total divided by the Trainer's token count, or by the micro-batch's own count without one."""
     if num_items_in_batch is None:
         return total / tokens
     if isinstance(num_items_in_batch, Tensor):
@@ -164,11 +170,13 @@ def _divide(total: Tensor, tokens: Tensor, num_items_in_batch: Tensor | int | No
 
 @contextmanager
 def loss_function(model: torch.nn.Module, function: WeightedLoss) -> Iterator[None]:
-    """Make ``function`` the loss function of a Hugging Face model for the time of a forward.
+    """Replace the loss function of a Hugging Face model by ``function`` during a forward pass.
 
     Raises:
-        ComponentError: if the loss is weighed and the model's forward did not call it.
+        ComponentError: if the loss is weighted and the model's forward pass did not call ``function``.
     """
+    # `loss_function` is a property of the class, and its setter stores the instance attribute `_loss_function`. A model
+    # that had no such attribute must lose it again, to return to the default of its class.
     own = model.__dict__.get("_loss_function", _ABSENT)
     before = function.calls
     model.loss_function = function
@@ -182,9 +190,10 @@ def loss_function(model: torch.nn.Module, function: WeightedLoss) -> Iterator[No
     weighs = function.weights is not None or function.domain_loss is not None
     if weighs and function.calls == before:
         raise ComponentError(
-            f"{type(model).__name__} computes its loss without its loss_function, so no weight can reach it; "
-            "remove weight: (or the mix: that weighs the loss) or use a model class of transformers."
+            f"{type(model).__name__} computes its loss without its loss_function, so weights cannot be applied to it; "
+            "remove weight: (or the mix: that weights the loss), or use a model class of transformers."
         )
 
 
 _ABSENT: Literal["absent"] = "absent"
+"""Marks an attribute that does not exist. None could be a stored value."""

@@ -1,8 +1,8 @@
 """The trainer: a mixin over LLaMA-Factory's trainer of the stage.
 
-The training loop is the Hugging Face Trainer's. Overridden are the loaders, the loss of a training step, the learning
-rate's schedule if a budget ends the run, the log, the evaluation, the checkpoint and the start of training; a callback
-hears the rest.
+The training loop is the Hugging Face Trainer's. Overridden are the data loaders, the loss of a training step, the
+learning rate schedule if a budget ends the run, the log, the evaluation, the checkpoint and the start of training. A
+callback handles all other events.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ WhenLoaded = Callable[[LoadedRun, LoadedModel], None]
 
 
 class NothingTrained(Exception):
-    """Everything was loaded and used, and nothing is to be trained."""
+    """Leaves the Trainer after everything was loaded and used, in a command that does not train."""
 
 
 class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
-    """Trains a run of DataFlex; goes before LLaMA-Factory's trainer class in the bases.
+    """Trains a run of DataFlex. The mixin precedes LLaMA-Factory's trainer class in the list of base classes.
 
     Args:
-        inputs: what the run is given.
-        data: its samples.
-        when_loaded: what is called when everything is loaded; nothing is then trained.
-        args: the Trainer's arguments.
-        kwargs: those of LLaMA-Factory's trainer.
+        inputs: inputs of the run.
+        data: samples of the run.
+        when_loaded: called when everything is loaded; the run then ends without training.
+        args: arguments of the Trainer.
+        kwargs: further arguments of LLaMA-Factory's trainer.
     """
 
     batch_losses: BatchLosses = staticmethod(causal_losses)
-    """How the stage computes the losses of a batch."""
+    """Computes the token losses of a batch of the stage."""
     plain_collators: tuple[type, ...] = ()
-    """Classes of the stage's collator that do nothing but pad rows of tokens."""
+    """Collator classes of the stage that only pad rows of tokens."""
 
     def __init__(
         self,
@@ -77,19 +77,23 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         self._started, self.probe, self.embeddings = None, None, None
         self._evaluated, self._has_logits = {}, True
         self._is_spent = False
-        """Whether the checkpoint to go on from has nothing left of the budget."""
+        """Whether the checkpoint to resume from has spent the whole budget."""
         self._evaluated_at = self._saved_at = self._logged_round = -1
         self.stop_tokens: list[int] | None = (kwargs.get("gen_kwargs") or {}).get("eos_token_id")
-        """What LLaMA-Factory's own generation stops at; None in a stage that generates nothing."""
+        """Tokens that end a response in LLaMA-Factory's own generation; None in a stage without generation."""
         super().__init__(args=args, **kwargs)
         self.domain_evaluation = self._make_evaluation()
         self.step_loss = StepLoss(self)
         terminal.shorten(self.callback_handler, knows_end=not inputs.budget.is_set)
-        # First, because the progress bar and the logs take the run's length from the state as we leave it.
+        # Inserted as the first callback: it sets the run's length in the Trainer's state, and the progress bar and the
+        # logs read the length from there.
         self.callback_handler.callbacks.insert(0, DynamicCallback(self))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the schedule of learning rates; if a budget ends the run, it follows the budget."""
+        """Return the learning rate schedule.
+
+        If a budget ends the run, the schedule follows the spent share of the budget.
+        """
         clock, expected = self.dataflex.clock, self.dataflex.steps.expected
         if not clock.budget.is_set:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -98,12 +102,13 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         return scheduler
 
     def get_train_dataloader(self) -> Any:
-        """Return the rounds, or LLaMA-Factory's own loader if only weights are decided."""
-        planned = self.dataflex.inputs.plans_data or self._is_spent  # a stream of rounds may have none left
+        """Return the stream of rounds, or LLaMA-Factory's own loader if the run decides weights alone."""
+        # If the budget is spent, nothing is left to train: a stream of rounds then yields no batch.
+        planned = self.dataflex.inputs.plans_data or self._is_spent
         return RoundStream(self) if planned else super().get_train_dataloader()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, from the checkpoint that the run goes on from, if any, whatever is given."""
+        """Train. The run's inputs name the checkpoint to resume from, if any; ``resume_from_checkpoint`` is ignored."""
         if self._when_loaded is not None:
             self._stop_before_training(self._when_loaded)
         inputs, samples = self.dataflex.inputs, self.dataflex.data.samples
@@ -118,13 +123,13 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         resume = inputs.resume
         if resume is None:
             return super().train(**kwargs)
-        if inputs.budget.is_spent(resume.state):  # nothing to train: the Trainer has no other way to be told so
+        if inputs.budget.is_spent(resume.state):  # `max_steps` is the only way to make the Trainer train nothing
             self.args.max_steps = resume.marker.step
             self._is_spent = True
         return super().train(resume_from_checkpoint=str(resume.folder), **kwargs)
 
     def start(self, output_dir: Path, num_steps: int) -> None:
-        """Start the run, when the Trainer has made its optimizer and counted its steps."""
+        """Start the run. The Trainer calls this after it has made its optimizer and counted its steps."""
         references = self.step_loss.references.of_samples()
         model = None
         if self.probe is not None and self.embeddings is not None:
@@ -135,11 +140,14 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
             )
 
     def _stop_before_training(self, when_loaded: WhenLoaded) -> NoReturn:
-        """Call ``when_loaded`` on the model as it was loaded, with the moments saved beside it, and leave."""
-        self.create_optimizer()  # for the order of its parameters
+        """Call ``when_loaded`` with the model and the optimizer moments saved beside it, and leave the Trainer."""
+        self.create_optimizer()  # saved moments are stored in the order of the optimizer's parameters
         given, samples = self.finetuning_saved_folder(), self.dataflex.data.samples
         if samples is None:
-            raise ConfigError("streaming: the samples are not known before training; switch it off.")
+            raise ConfigError(
+                "streaming: this command needs all samples before training, and with streaming: true they are not "
+                "known. Set streaming: false."
+            )
         with distributed.together():
             probe = make_probe(self, samples)
             probe.moments = lambda: saved_moments(given, self.optimizer, self.raw_model())
@@ -150,34 +158,37 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         raise NothingTrained
 
     def finetuning_saved_folder(self) -> Path:
-        """Return the folder the trained weights came from: the adapter's, or the model's."""
+        """Return the folder that the trained weights were loaded from: the last adapter's, or the model's."""
         given = self.dataflex.inputs.config.llamafactory
         adapters = given.get("adapter_name_or_path")
         last = adapters.split(",")[-1].strip() if isinstance(adapters, str) else (adapters or [None])[-1]
         return Path(str(last or given["model_name_or_path"]))
 
     def _check_features(self, probe: ModelProbe) -> None:
-        """Have a projection that does not go with the model show before the first step."""
+        """Make every projection once, so that one that does not fit the model raises its error before training."""
         for needs in self.dataflex.inputs.needs.values():
             for measurement in needs.measurements:
                 if isinstance(measurement, GradientFeatures):
                     make_projection(measurement.settings, probe.parameter_sizes(), probe.device)
 
     def arrangement(self) -> Arrangement:
-        """Return what the user's keys say about the order of samples."""
+        """Return the order of samples that LLaMA-Factory's and the Trainer's keys set."""
         strategy = self.args.train_sampling_strategy
         if self.finetuning_args.disable_shuffling or strategy == "sequential":
             return "sequential"
         return "group_by_length" if strategy == "group_by_length" else "shuffle"
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Fetch the micro-batches of the next optimizer step, and decide the weights that take all of them."""
+        """Fetch the micro-batches of the next optimizer step, and decide the weights that depend on all of them."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_loss.begin(samples)
         return samples, num_items
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute a training step's loss with weights and statistics; evaluation stays as it is."""
+        """Compute the loss of a training step with weights and statistics.
+
+        The loss of an evaluation batch is unchanged.
+        """
         indices = inputs.pop(INDEX_KEY, None)
         if not model.training:
             if indices is None or self.domain_evaluation is None:
@@ -194,14 +205,14 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
     def _weighted_loss(
         self, model: Any, inputs: dict[str, Any], indices: torch.Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Return a training micro-batch's loss through our loss function."""
+        """Return the loss of a training micro-batch, computed with DataFlex's loss function."""
         self.step_loss.prepare(inputs, indices)
         loss = self.step_loss.loss
         with self.step_loss.watching(inputs, loss.pooled), loss_function(self.causal_model(), loss):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Log, evaluate and save what is due, a step at most once.
+        """Log, evaluate and save as the Trainer requests, but evaluate and save at most once per step.
 
         A run is one epoch for the Trainer, so the end of its last pass is announced twice: by the step, and by the end
         of the epoch.
@@ -216,14 +227,15 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
 
 
 def follow(scheduler: Any, position: Callable[[], float]) -> None:
-    """Have a schedule of learning rates read its place from ``position`` in the place of counting its calls.
+    """Make a learning rate schedule read its position from ``position`` instead of counting its own steps.
 
     Raises:
-        ConfigError: if it is not made of functions of the step.
+        ConfigError: if the schedule is not defined by functions of the step.
     """
     if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         raise ConfigError(
-            f"lr_scheduler_type: {type(scheduler).__name__} cannot follow a budget of tokens or seconds; use cosine."
+            f"lr_scheduler_type: {type(scheduler).__name__} cannot follow a budget of tokens or seconds, because its "
+            "learning rate is no function of the step; use cosine, linear or another schedule that is."
         )
 
     def at_position(rate: Callable[[float], float]) -> Callable[[int], float]:

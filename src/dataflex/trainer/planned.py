@@ -1,4 +1,4 @@
-"""The rounds of a run that plans its data, each decided when training reaches it."""
+"""Rounds of a run that plans its data. Each round is decided when training reaches it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 class PlannedRounds:
-    """Decides the rounds; :meth:`plan_for` is what training calls.
+    """Decides the rounds of a run. Training calls :meth:`plan_for`.
 
     Args:
-        components: of the run.
-        pool: the samples.
-        probe: measures them on the model in training.
+        components: components of the run.
+        pool: training samples.
+        probe: measures samples on the model in training.
         planner: makes the plans.
-        clock: of the run.
-        recorder: writes the run's record.
+        clock: clock of the run.
+        recorder: writes the run record.
     """
 
     def __init__(
@@ -48,33 +48,36 @@ class PlannedRounds:
         self.pool, self.probe, self.planner = pool, probe, planner
         self._components, self._clock, self._recorder = components, clock, recorder
         self.plan: Plan | None = None
-        """That of the running round; None before the first."""
+        """Plan of the running round; None before the first."""
 
     def plan_for(self, step: int) -> Plan:
-        """Return the plan of the round in which optimizer step ``step`` (from 0) is trained, made at most once."""
+        """Return the plan of the round that contains optimizer step ``step`` (from 0).
+
+        Each plan is made at most once.
+        """
         slot = self.planner.schedule.slot_at(step)
         if self.plan is None or self.plan.slot != slot:
             self.plan = self.decide(slot)
         return self.plan
 
     def samples_of(self, step: int) -> IndexArray:
-        """Return the samples of step number ``step`` (from 0) in the order of the plan, shape (n,)."""
+        """Return the pool indices of the samples of step ``step`` (from 0), in the order of the plan, shape (n,)."""
         plan, batch = self.plan_for(step), self.planner.global_batch_size
         begin = (step - plan.slot.start_step) * batch
         return plan.indices[begin : begin + batch]
 
     def decide(self, slot: RoundSlot) -> Plan:
-        """Make the plan of a round, and put it on record.
+        """Make the plan of a round, and write it to the run record.
 
         Raises:
             DivergenceError: if the model's losses are not finite.
-            DataFlexError: on every process, if a component fails on one.
+            DataFlexError: on every process, if a component fails on one process.
         """
         with distributed.together():
             return self._decide(slot)
 
     def _decide(self, slot: RoundSlot) -> Plan:
-        """Do what :meth:`decide` does, on this process."""
+        """Decide on this process; see :meth:`decide`."""
         before, earlier = replace(self.probe.cost), self._clock.decision_seconds
         with self._clock.deciding(), self._embeddings():
             try:
@@ -94,7 +97,10 @@ class PlannedRounds:
 
     @contextmanager
     def _embeddings(self) -> Iterator[None]:
-        """Have the embeddings of the model in training be those of one decision, and drop them behind it."""
+        """Discard the embeddings of the model in training before and after the block.
+
+        The model changes with every step, so one decision must not read the embeddings of another.
+        """
         service = self.planner.readings.embeddings
         if service is not None:
             service.forget()
@@ -103,7 +109,7 @@ class PlannedRounds:
             service.forget()
 
     def _line_of(self, plan: Plan, seconds: float) -> str:
-        """Return what is said about a round that has just been decided."""
+        """Return the terminal line about a round that has just been decided."""
         slot, mixer, names = plan.slot, self._components.mix, self._components.names()
         weights = None
         if mixer is not None and mixer.weighs_loss and slot.update is not None:
@@ -119,10 +125,11 @@ class PlannedRounds:
         )
 
     def state_dict(self) -> State:
-        """Return the running round with its plan, and the planner's state."""
+        """Return the running round with its plan, and the state of the planner."""
         return {"plan": self._plan_state(), "planner": self.planner.state_dict()}
 
     def _plan_state(self) -> State | None:
+        """Return the plan of the running round for a checkpoint; None before the first round."""
         if self.plan is None:
             return None
         slot = self.plan.slot
@@ -138,13 +145,13 @@ class PlannedRounds:
         return state if self.plan.scores is None else {**state, "scores": self.plan.scores}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned.
+        """Restore the state that :meth:`state_dict` returned.
 
         Args:
-            state: of the checkpoint, with the step it was written at.
+            state: state of the checkpoint, including the step it was written at.
 
         Raises:
-            CheckpointError: if the run's total cuts the checkpoint's round otherwise.
+            CheckpointError: if the run's total number of steps gives the checkpoint's round another length.
         """
         self.planner.load_state_dict(state["planner"])
         stored, schedule = state["plan"], self.planner.schedule

@@ -1,4 +1,4 @@
-"""Making the probe of a trainer, from its arguments and its model."""
+"""Construction of a trainer's probe from its arguments and its model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ _PROBE_MICRO_BATCHES = 4
 
 
 def make_probe(trainer: DynamicTrainerMixin, pool: Pool) -> ModelProbe:
-    """Return what measures the samples of a pool on the model in training."""
+    """Return the probe that measures samples of a pool on the model in training."""
     args = trainer.args
     cutoff = int(pool.lengths.max())
     micro_batch = args.per_device_train_batch_size * cutoff
     given = trainer.dataflex.inputs.settings.probe_batch_tokens
     sharded = trainer.is_fsdp_enabled or trainer.zero_stage() == 3
-    # Gradients recompute the layers that the training does. A model that recomputes by code of its own keeps all of its
-    # activations in the probe, which its training may have no memory for; and where the model is sharded, no process
-    # may halve its batches on its own.
+    # The probe recomputes the same layers as the training, to save memory. If a model recomputes with its own code, the
+    # probe cannot, and stores all activations; the training may have left no memory for them. A process normally
+    # halves its batches then. On a sharded model it must not, because the processes would run different numbers of
+    # forward passes. So such a model starts with batches of no more tokens than the longest sample has.
     model = trainer.causal_model()
     cautious = sharded and model.is_gradient_checkpointing and not recomputed_layers(model)
     return ModelProbe(
@@ -48,17 +49,17 @@ def make_probe(trainer: DynamicTrainerMixin, pool: Pool) -> ModelProbe:
 
 
 def _release(trainer: DynamicTrainerMixin) -> None:
-    """Have ZeRO-3 let go of the parameters of layers whose backward was not run to its end."""
+    """Make ZeRO-3 release the parameters of layers whose backward pass did not run to its end."""
     if trainer.zero_stage() == 3:
         trainer.model_wrapped.optimizer.parameter_offload.release_backward_leftovers()
 
 
 def _tokens(processing_class: Any, stops: list[int] | None) -> Tokens:
-    """Return what generation needs of a tokenizer, or of a processor's.
+    """Return the parts of a tokenizer, or of a processor's tokenizer, that generation needs.
 
     Args:
         processing_class: the tokenizer or processor.
-        stops: tokens that end a response; None: the tokenizer's end-of-sequence token.
+        stops: tokens that end a response. None means the tokenizer's end-of-sequence token.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     return Tokens(

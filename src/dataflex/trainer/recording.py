@@ -1,4 +1,4 @@
-"""What a run in training puts on record. The main process writes; on the others nothing is written."""
+"""Recorder of a run in training. Only the main process writes; on the other processes nothing is written."""
 
 from __future__ import annotations
 
@@ -45,42 +45,44 @@ class Recorder:
     """Writes the record of a run in training.
 
     Args:
-        inputs: what the run is given.
-        data: its samples.
-        clock: how far it is.
-        notes: what the user should know of the run.
+        inputs: inputs of the run.
+        data: samples of the run.
+        clock: clock of the run.
+        notes: notes for the user on the run.
     """
 
     def __init__(self, inputs: RunInputs, data: RunData, clock: Clock, notes: list[str]) -> None:
         self._inputs, self._data, self._clock = inputs, data, clock
         self.notes = list(notes)
         self.identity = ""
-        """The run's."""
+        """Identity of the run; empty before :meth:`start`."""
         self._writer: RunWriter | None = None
         self._last_evaluation: Evaluation | None = None
         self._finished: Summary | None = None
         self._saved: list[str] = []
-        """What LLaMA-Factory has written since training ended, in order."""
+        """Names of the results that LLaMA-Factory has written since training ended, in order."""
 
     def note(self, text: str) -> None:
-        """Note what the user should know, and warn of it now."""
+        """Add a note for the user to the record, and log it as a warning."""
         self.notes.append(text)
         if distributed.rank() == 0:
             logger.warning(text)
 
     def start(self, output_dir: Path, rounds: PlannedRounds | None) -> None:
-        """Begin the record, or go on with it.
+        """Begin the record, or continue an existing one.
 
         Args:
-            output_dir: LLaMA-Factory's.
-            rounds: of the run, if it plans its data.
+            output_dir: LLaMA-Factory's output folder.
+            rounds: rounds of the run, if it plans its data.
         """
         self.identity = distributed.on_main(partial(self._start, output_dir, rounds))
 
     def _start(self, output_dir: Path, rounds: PlannedRounds | None) -> str:
+        """Begin or continue the record on the main process, and return the run's identity."""
         self._writer = writer = RunWriter(output_dir)
         inputs, resume = self._inputs, self._inputs.resume
-        kept = recorded(inputs.config)  # first: the configuration may lie in the record that is now set aside
+        # Read before `open_new`: the configuration file may lie in the old record, and that is moved away then.
+        kept = recorded(inputs.config)
         repeated = None if resume is not None else repeated_start(inputs.config)
         plan = None if rounds is None else rounds.plan
         kept_rounds, step = None, 0
@@ -107,27 +109,27 @@ class Recorder:
             start=start,
         )
         if rounds is not None and plan is not None and not writer.has_round(plan.slot.number):
-            # The checkpoint lies in this round, and its own record was not there to be taken along.
+            # The checkpoint lies inside this round, and no record that holds the round was found beside it.
             writer.round(replace(plan, epochs=rounds.planner.epochs), rounds.pool, Cost())
         return identity
 
     def round(self, plan: Plan, cost: Cost) -> None:
-        """Put a round that has just been decided on record."""
+        """Write a round that has just been decided."""
         if self._writer is not None and self._data.pool is not None:
             self._writer.round(plan, self._data.pool, cost)
 
     def loss_weights(self, step: int, weights: NDArray[np.float64]) -> None:
-        """Put the weights of the domains in a step's loss on record.
+        """Write the domain weights of a step's loss.
 
         Args:
-            step: optimizer steps done, that one included.
-            weights: shape (K,).
+            step: number of optimizer steps done, including this one.
+            weights: weight of each domain, shape (K,).
         """
         if self._writer is not None:
             self._writer.loss_weights(step, self._data.domains, weights)
 
     def evaluation(self, step: int, domains: dict[str, Numbers], groups: dict[str, Numbers]) -> None:
-        """Put the numbers of an evaluation on record."""
+        """Write the metrics of an evaluation."""
         if self._writer is None or self._data.evaluation is None:
             return
         self._last_evaluation = Evaluation(
@@ -142,7 +144,7 @@ class Recorder:
         self._write_again()
 
     def saved(self, name: str) -> None:
-        """Put on record that the model, or the results of ``train``, ``eval`` or ``predict``, have been written."""
+        """Record that the model, or the results of ``train``, ``eval`` or ``predict``, have been written."""
         if self._finished is not None and name not in self._saved:
             self._saved.append(name)
             self._write_again()
@@ -151,9 +153,9 @@ class Recorder:
         """Write the summary of a run whose training has ended, and return it.
 
         Args:
-            step: optimizer steps done.
-            rounds: begun.
-            limit: how the run kept to its ``max_overhead``.
+            step: number of optimizer steps done.
+            rounds: number of rounds begun.
+            limit: result of the run's ``max_overhead``, if it has one.
         """
         names, warmup = self._inputs.names, self._inputs.settings.warmup_steps
         if names and step <= warmup:
@@ -174,7 +176,7 @@ class Recorder:
         return self._write_again() or self._finished
 
     def _write_again(self) -> Summary | None:
-        """Write the summary with what has come since training ended; None while it has not."""
+        """Write the summary with everything that has come since training ended; return None before the end."""
         if self._finished is None:
             return None
         clock = self._clock.so_far()
@@ -189,7 +191,7 @@ class Recorder:
 
 
 def changes_of(resume: Resume) -> list[Change]:
-    """Return the settings that a resume changes, as they are put on record."""
+    """Return the settings that a resume changes, as entries of the run record."""
     return [
         Change(
             resumed_at=resume.marker.step,

@@ -1,4 +1,4 @@
-"""The references of a run: frozen models, and tables of their token losses, shared by the components that name them."""
+"""References of a run: frozen models, and tables of their token losses, shared by the components that name them."""
 
 from __future__ import annotations
 
@@ -27,23 +27,25 @@ if TYPE_CHECKING:
 
 
 class References:
-    """What the components of a run compare the model with. Each model is loaded, and each table made, once.
+    """References that the components of a run compare the model with.
+
+    Each model is loaded, and each table computed, once.
 
     Args:
-        trainer: of the run.
+        trainer: trainer of the run.
     """
 
     def __init__(self, trainer: DynamicTrainerMixin) -> None:
         self._trainer, self._run = trainer, trainer.dataflex
         wanted = {key: needs.reference for key, needs in self._run.inputs.needs.items()}
         self.wanted: dict[str, ReferenceParams] = {key: params for key, params in wanted.items() if params is not None}
-        """What each component that asks for a reference names, by configuration key."""
+        """Parameters of the reference that each component names, by configuration key."""
         self._sources: dict[str, Reference] = {}
         self._models: dict[str, ReferenceModel] = {}
         self._collation = Collation(trainer.data_collator, trainer.plain_collators)
 
     def make(self) -> None:
-        """Load the models and make what is missing of the tables; on all processes together."""
+        """Load the models and compute the missing parts of the tables, on all processes together."""
         tables: dict[str, ReferenceTable] = {}
         for key, params in self.wanted.items():
             folder = params.reference_losses
@@ -60,7 +62,10 @@ class References:
                 self._sources[key] = self._model(key, params.reference_model)
 
     def of_samples(self) -> dict[str, ReferenceLosses]:
-        """Return what components read at decisions, by configuration key; the models are shared."""
+        """Return the reference losses that components read in decisions, by configuration key.
+
+        Their models are shared.
+        """
         pool, found = self._run.data.pool, {}
         for key, params in self.wanted.items():
             if pool is None:
@@ -74,14 +79,17 @@ class References:
     def _compute(
         self, pool: Samples, indices: IndexArray, reference: ReferenceModel
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return how many losses each sample has, and the losses sample after sample, and count their cost."""
+        """Return the number of losses of each sample, and the losses sample after sample.
+
+        Their cost is added to the probe's.
+        """
         trainer = self._trainer
         if trainer.probe is not None:
             trainer.probe.count(pool, indices)
         return losses_of(pool, indices, reference, self._collation, trainer.args.device, self._batch_tokens(pool))
 
     def _batch_tokens(self, pool: Samples) -> int:
-        """Return the tokens, padding counted, of one forward."""
+        """Return the number of tokens of one forward pass, padding included."""
         given = self._run.inputs.settings.probe_batch_tokens
         return given or self._trainer.args.per_device_train_batch_size * int(pool.lengths.max())
 
@@ -92,12 +100,12 @@ class References:
         return self._models[name]
 
     def look_up(self, keys: Sequence[str], inputs: dict[str, Any], places: Tensor | None) -> dict[str, Tensor]:
-        """Return the references' losses of a micro-batch at each position that counts, (c,), by component.
+        """Return the reference losses of a micro-batch at each position that counts, (c,), by component.
 
         Args:
             keys: configuration keys of the components.
-            inputs: what the model is given, with labels.
-            places: where the samples are in the pool, (B,); None in a stream.
+            inputs: inputs of the model, with labels.
+            places: pool index of each sample, (B,); None if the data is streamed.
         """
         if not keys:
             return {}
@@ -105,7 +113,7 @@ class References:
         labels = shifted(inputs["labels"])
         indices = None
         if places is not None and any(isinstance(self._sources[key], ReferenceTable) for key in keys):
-            indices = places.cpu().numpy()  # a model does not ask for them, and the copy waits for the device
+            indices = places.cpu().numpy()  # only for tables, because the copy waits for the device
         found: dict[int, Tensor] = {}
         for key in keys:
             source = self._sources[key]
@@ -114,7 +122,7 @@ class References:
         return {key: found[id(self._sources[key])] for key in keys}
 
     def _make_table(self, key: str, params: ReferenceParams, folder: Path) -> ReferenceTable:
-        """Return a table, after adding the domains it lacks."""
+        """Return a table, after computing the domains that it lacks."""
         run, pool = self._run, self._run.data.samples
         assert pool is not None
         missing = self._check_table(key, params, folder)
@@ -126,13 +134,17 @@ class References:
         return ReferenceTable(folder, pool, key)
 
     def _check_table(self, key: str, params: ReferenceParams, folder: Path) -> list[str]:
-        """Return the domains a table lacks, after checking that it is of these samples and this reference."""
+        """Return the domains that a table lacks, after checking that it belongs to these samples and this reference."""
         missing: list[str] = distributed.on_main(partial(self._maker(key, folder).missing, params))
         if missing and params.reference_model is None:
-            raise ConfigError(f"dataflex.{key}.reference_losses: {folder} has no losses of {', '.join(missing)}.")
+            raise ConfigError(
+                f"dataflex.{key}.reference_losses: {folder} has no losses of {', '.join(missing)}. Add reference_model "
+                "to compute them, or name a folder that holds them."
+            )
         return missing
 
     def _maker(self, key: str, folder: Path) -> TableMaker:
+        """Return the object that reads and completes the table in a folder."""
         args, pool = self._trainer.args, self._run.data.samples
         assert pool is not None
         return TableMaker(
@@ -146,6 +158,7 @@ class References:
         )
 
     def _load(self, key: str, name: str) -> ReferenceModel:
+        """Load a frozen model in the precision of the training."""
         trainer, given = self._trainer, self._run.inputs.config.llamafactory
         names = {"cache_dir": "cache_dir", "trust_remote_code": "trust_remote_code", "hf_hub_token": "token"}
         options = {theirs: given[ours] for ours, theirs in names.items() if given.get(ours) is not None}

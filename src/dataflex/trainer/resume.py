@@ -1,6 +1,6 @@
-"""What a run goes on from: nothing, or a checkpoint, with the settings that differ from that one's.
+"""Starting point of a run: nothing, or a checkpoint, with the settings that differ from the checkpoint's.
 
-Nothing here imports torch or LLaMA-Factory, so ``check`` says the same as ``train``.
+Nothing here imports torch or LLaMA-Factory, so that ``check`` reports the same as ``train``.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from dataflex.record.checkpoint import Marker, checkpoints, last_complete, marke
 from dataflex.record.identity import FOLDER, read_identity
 
 _PLANNING = ("select", "mix", "order")
-"""The kinds of decision that are made for a round, and hold for all of it."""
+"""Component families whose decisions are made for a round and hold for the whole round."""
 _NEW_RUN = "Set overwrite_output_dir: true for a new run (nothing is deleted), or choose another output_dir."
 
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to go on from.
+    """A checkpoint to resume from.
 
     Attributes:
-        folder: of the checkpoint.
-        marker: what it says about itself.
-        is_own: whether the record in ``output_dir`` is that of the run that wrote it.
+        folder: folder of the checkpoint.
+        marker: contents of the checkpoint's marker file.
+        is_own: whether ``output_dir`` holds the record of the run that wrote the checkpoint.
         changes: the settings that differ.
-        state: what the run needs to go on.
+        state: the run's state in the checkpoint.
     """
 
     folder: Path
@@ -44,33 +44,37 @@ class Resume:
 
     @property
     def next_decision(self) -> int:
-        """Optimizer steps done when the next round begins; the checkpoint's if it is at a round's end."""
+        """Number of optimizer steps done when the next round begins.
+
+        At the end of a round this is the checkpoint's step.
+        """
         plan = self.state["plan"]
         return self.marker.step if plan is None else max(self.marker.step, plan["start_step"] + plan["steps"])
 
     def holds_from(self, change: Change) -> int:
-        """Return how many optimizer steps are done when a change begins to hold."""
+        """Return the number of optimizer steps done when a change takes effect."""
         return self.next_decision if change.family in _PLANNING else self.marker.step
 
     def effective(self, config: RunConfig) -> RunConfig:
-        """Return the configuration with the earlier values of what a resume does not change."""
+        """Return the configuration with the earlier value of every setting that a resume does not change."""
         kept = kept_values(self.changes)
         given = {key: value for key, value in config.llamafactory.items() if key not in kept}
         return replace(config, llamafactory=given | {key: value for key, value in kept.items() if value is not None})
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what cannot change."""
+        """Yield a problem for each setting that differs but cannot change at a resume."""
         for change in self.changes:
             if change.effect == "fixed":
                 yield Problem(
                     change.key,
-                    f"cannot change at a resume ({change.values}): {change.reason}. Use the earlier value to go on "
+                    f"cannot change at a resume ({change.values}): {change.reason}. Use the earlier value to resume "
                     f"from {self.folder}, or another output_dir for a new run.",
                 )
             elif change.is_method and change.family in _PLANNING:
                 yield from self._problem_of_method(change)
 
     def _problem_of_method(self, change: Change) -> Iterator[Problem]:
+        """Yield a problem if another method cannot take over at this checkpoint."""
         had_rounds, plan = self.state["planner"] is not None, self.state["plan"]
         methods = set(self.state["components"])
         for each in self.changes:
@@ -81,8 +85,8 @@ class Resume:
             yield Problem(
                 change.key,
                 f"cannot change at a resume ({change.values}): a run with select, mix or order draws its samples in "
-                "rounds, one without them in LLaMA-Factory's way, and neither can go on where the other stopped. Use "
-                "another output_dir for a new run.",
+                "rounds, one without them in LLaMA-Factory's way, and neither can continue where the other stopped. "
+                "Use another output_dir for a new run.",
             )
         elif plan is not None and self.next_decision > self.marker.step:
             yield Problem(
@@ -94,7 +98,7 @@ class Resume:
             )
 
     def lines(self) -> Iterator[str]:
-        """Yield a line for each setting that differs and may."""
+        """Yield a line for each setting that differs and is allowed to."""
         for change in self.changes:
             if change.effect == "from here":
                 yield f"{change.key} holds from step {self.holds_from(change) + 1} on: {change.values}."
@@ -106,11 +110,11 @@ class Resume:
 
 
 def find(config: RunConfig) -> tuple[Resume | None, list[str]]:
-    """Return the checkpoint a configuration goes on from, if any, and a line for each that is left.
+    """Return the checkpoint that a configuration resumes from, if any, and a line for each checkpoint that is not used.
 
     Raises:
-        CheckpointError: if the user named a checkpoint that cannot be used, or asked to resume and there is none, or
-            the folder holds a run that could neither go on nor be begun anew without a word.
+        CheckpointError: if a named checkpoint cannot be used, if a resume is requested and there is no checkpoint, or
+            if the folder holds a run that cannot resume and that a new run would replace unnoticed.
     """
     if config.dataflex is None or config.offline or not truthy(config, "do_train"):
         return None, []
@@ -133,14 +137,14 @@ def find(config: RunConfig) -> tuple[Resume | None, list[str]]:
 
 
 def last_of(output_dir: Path) -> Marker | None:
-    """Return what the checkpoint says that the run in a folder would go on from; None if it has none."""
+    """Return the marker of the checkpoint that the run in a folder would resume from; None if it has none."""
     own = read_identity(output_dir / FOLDER)
     folder = None if own is None else last_complete(output_dir, own)[0]
     return None if folder is None else read_marker(folder)
 
 
 def problems_of(config: RunConfig) -> Iterator[Problem]:
-    """Yield why a configuration cannot go on from the checkpoint it would go on from."""
+    """Yield the reasons why a configuration cannot resume from its checkpoint."""
     try:
         resume, _ = find(config)
     except CheckpointError as error:
@@ -156,9 +160,9 @@ def problems_of(config: RunConfig) -> Iterator[Problem]:
 
 
 def nothing_left(resume: Resume, total: int, config: RunConfig) -> Problem | None:
-    """Return that a run of ``total`` steps would train nothing after its checkpoint, if that is so.
+    """Return a problem if a run of ``total`` steps would train nothing after its checkpoint; else None.
 
-    A run that was cut off after its last step goes on all the same: it has not been evaluated and saved yet.
+    A run that was interrupted after its last step may resume: it has not been evaluated and saved yet.
     """
     step = resume.marker.step
     if step < total:
@@ -173,25 +177,29 @@ def nothing_left(resume: Resume, total: int, config: RunConfig) -> Problem | Non
 
 
 def told(config: RunConfig) -> Iterator[str]:
-    """Yield what a configuration without problems goes on from, and what is different."""
+    """Yield the lines for the user about a resume: checkpoints not used, the one that is, and the settings that differ.
+
+    The configuration must have no problems.
+    """
     resume, left = find(config)
     yield from left
     if resume is not None:
-        yield f"goes on from {resume.folder} (step {resume.marker.step})."
+        yield f"resumes from {resume.folder} (step {resume.marker.step})."
         yield from resume.lines()
 
 
 def notes(config: RunConfig) -> Iterator[str]:
-    """Yield what a user should know about checkpoints before the run starts."""
+    """Yield notes for the user about checkpoints, before the run starts."""
     saves = str(config.llamafactory.get("save_strategy", "steps")).lower() not in ("no", "false")
     if config.dataflex is not None and saves and truthy(config, "save_only_model"):
         yield (
             "save_only_model: true: checkpoints hold the model alone, without optimizer, schedule and random state, so "
-            "this run cannot go on from one if it is cut off."
+            "this run cannot resume if it is interrupted."
         )
 
 
 def _named(folder: Path) -> Path:
+    """Return a checkpoint folder that the user named, after checking that it can be used."""
     problem = problem_of(folder)
     if problem is not None:
         complete, _ = last_complete(folder.parent, None)
@@ -201,13 +209,13 @@ def _named(folder: Path) -> Path:
 
 
 def _last(output_dir: Path, own: str | None, asked: bool) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint of the folder's run, and a line for each newer one."""
+    """Return the newest usable checkpoint of the folder's run, and a line for each newer one that is not used."""
     there = checkpoints(output_dir)
     if own is None and any(True for _ in marked(output_dir)):
         raise CheckpointError(
             f"output_dir: {output_dir} holds checkpoints ({', '.join(path.name for path in there)}) without the record "
-            f"of their run ({FOLDER}/run.json), so it cannot be told whether they are this run's. Name the one to go "
-            f"on from with resume_from_checkpoint: PATH. {_NEW_RUN}"
+            f"of their run ({FOLDER}/run.json), so it is unknown whether they belong to this run. Name the one to "
+            f"resume from with resume_from_checkpoint: PATH. {_NEW_RUN}"
         )
     complete, left = last_complete(output_dir, own) if own is not None else (None, [])
     if complete is not None:
@@ -216,8 +224,9 @@ def _last(output_dir: Path, own: str | None, asked: bool) -> tuple[Path | None, 
         raise CheckpointError(
             f"resume_from_checkpoint: {output_dir} has no complete checkpoint. {' '.join(left)}".rstrip()
         )
-    if any(marker.run == own for _, marker in marked(output_dir)):  # whole, but not enough to go on from
-        raise CheckpointError(f"output_dir: the run in {output_dir} cannot go on. {' '.join(left)} {_NEW_RUN}")
+    # This run has checkpoints with a marker, and all of them lack something. A new run would hide that.
+    if any(marker.run == own for _, marker in marked(output_dir)):
+        raise CheckpointError(f"output_dir: the run in {output_dir} cannot resume. {' '.join(left)} {_NEW_RUN}")
     if own is None:
         left = [f"{folder} is not used: {problem_of(folder)}." for folder in there]
     return None, left

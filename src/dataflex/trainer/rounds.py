@@ -1,8 +1,8 @@
-"""The training data loader: one fresh loader per round, opened exactly between two optimizer steps.
+"""The training data loader: each round gets a separate loader, opened exactly between two optimizer steps.
 
-The Trainer pulls the micro-batches of one optimizer step together, so the code behind a round's last batch runs when
-the next step asks for data: after the optimizer step, its callbacks, evaluation and checkpoint. Prefetching, workers
-and accelerate's look-ahead stay inside a round's own loader.
+The Trainer fetches all micro-batches of an optimizer step together. So the code after a round's last batch runs when
+the next step requests data: after the optimizer step, its callbacks, its evaluation and its checkpoint. Prefetching,
+workers and accelerate's look-ahead never cross the end of a round, because each round has a separate loader.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from dataflex.trainer.mixin import DynamicTrainerMixin
 
 INDEX_KEY = "dataflex_index"
-"""Key of the samples' indices in a batch; taken out before the model sees it."""
+"""Key of the samples' indices in a batch. It is removed before the model receives the batch."""
 
 Row = dict[str, Any]
 _CHUNK = 4096
 
 
 class IndexedDataset(Dataset):
-    """Rows of a map-style data set together with their index."""
+    """Rows of a map-style data set, paired with their indices."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -39,12 +39,12 @@ class IndexedDataset(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> list[tuple[int, Row]]:
-        """Return several rows at once."""
+        """Return several rows at once. A DataLoader calls this, if it exists, instead of reading row by row."""
         return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
 
 
 class IndexedCollator:
-    """A collator of rows, with their indices, counted from ``first``, added to the batch."""
+    """Collator that adds the rows' indices to the batch, counted from ``first``."""
 
     def __init__(self, collate: Callable[[list[Row]], Row], first: int = 0) -> None:
         self.collate, self.first = collate, first
@@ -57,7 +57,10 @@ class IndexedCollator:
 
 
 class IndexSampler(Sampler[int]):
-    """Yields given indices, without turning them into Python objects before they are due."""
+    """Sampler of given indices.
+
+    It converts them to Python integers in chunks, so that a long plan needs little memory.
+    """
 
     def __init__(self, indices: IndexArray) -> None:
         self.indices = indices
@@ -71,9 +74,9 @@ class IndexSampler(Sampler[int]):
 
 
 class RoundStream:
-    """What ``get_train_dataloader`` returns: all micro-batches of this process, round after round.
+    """All training micro-batches of this process, round after round; the return value of ``get_train_dataloader``.
 
-    Its length is that of the whole run, so the Trainer sees one epoch of ``max_steps`` updates.
+    Its length is that of the whole run, so the Trainer sees one epoch of ``max_steps`` optimizer steps.
     """
 
     def __init__(self, trainer: DynamicTrainerMixin) -> None:
@@ -85,7 +88,7 @@ class RoundStream:
 
     @property
     def dataset(self) -> Any:
-        """The pool's samples; the Trainer reads their number for its log."""
+        """The samples of the pool. The Trainer logs their number."""
         return self._trainer.train_dataset
 
     def __iter__(self) -> Iterator[Row]:
@@ -99,16 +102,17 @@ class RoundStream:
                 delivered += 1
                 yield batch
             if delivered != wanted:
-                raise RuntimeError(f"round {plan.slot.number} gave {delivered} micro-batches, {wanted} are needed")
+                raise RuntimeError(f"round {plan.slot.number} delivered {delivered} micro-batches instead of {wanted}")
 
     def _open(self, plan: Plan, skipped: int) -> Iterator[Row]:
-        """Yield this process's micro-batches of a plan, without its first ``skipped`` optimizer steps."""
+        """Yield this process's micro-batches of a plan, without those of its first ``skipped`` optimizer steps."""
         trainer, args = self._trainer, self._trainer.args
         workers = args.dataloader_num_workers
         indices = plan.indices[skipped * trainer.dataflex.steps.global_batch_size :]
-        # A generator of its own: a loader draws its workers' base seed when iterated, and from the global stream that
-        # would make a resumed run differ from an uninterrupted one.
+        # The loader has a separate random generator. A loader draws the base seed of its workers when it is iterated,
+        # and a draw from the global stream would make a resumed run differ from an uninterrupted one.
         generator = torch.Generator().manual_seed(key_of(args.seed, "loader", plan.slot.number) % 2**63)
+        # `prepare` deals the batches of the plan to the processes in turn.
         loader = trainer.accelerator.prepare(
             DataLoader(
                 IndexedDataset(trainer.train_dataset),
@@ -125,6 +129,7 @@ class RoundStream:
         try:
             yield from loader
         finally:
-            # prepare() keeps every loader for the life of the accelerator.
+            # `prepare` stores every loader for the life of the accelerator, so a run of many rounds would collect
+            # them all.
             loaders = trainer.accelerator._dataloaders
             loaders[:] = [other for other in loaders if other is not loader]

@@ -1,4 +1,4 @@
-"""A run apart from any trainer: loaded, when its data is there, and started, when training begins."""
+"""A run, independent of any trainer: loaded when its data is there, and started when training begins."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What measures the samples when the model is there.
+    """The objects that measure samples once the model is loaded.
 
     Attributes:
-        probe: on the model of the run.
-        references: what the components that asked for a reference read of it, by configuration key.
-        embeddings: gives embeddings to the components that asked for some.
+        probe: the probe of the run's model.
+        references: reference losses for the components that need them, by configuration key.
+        embeddings: gives embeddings to the components that need them.
     """
 
     probe: ModelProbe
@@ -55,10 +55,10 @@ class LoadedRun:
     """A run whose data is loaded.
 
     Attributes:
-        inputs: what it is given.
-        data: its samples.
-        steps: how long it trains, in which rounds.
-        clock: how far it is.
+        inputs: inputs of the run.
+        data: samples of the run.
+        steps: number of steps and rounds of the run.
+        clock: clock of the run.
     """
 
     inputs: RunInputs
@@ -68,7 +68,7 @@ class LoadedRun:
 
     @classmethod
     def of(cls, inputs: RunInputs, data: RunData, steps: RunSteps) -> LoadedRun:
-        """Return the run, at its beginning."""
+        """Return the run before its first step."""
         return cls(inputs, data, steps, Clock(inputs.budget))
 
     def start(
@@ -79,20 +79,20 @@ class LoadedRun:
         model: LoadedModel | None,
         learning_rate: Callable[[], float],
     ) -> StartedRun:
-        """Return the run as training begins: its checkpoint's state taken back, its record begun.
+        """Return the run as training begins, with the state of its checkpoint restored and its record begun.
 
         Args:
-            output_dir: LLaMA-Factory's.
-            num_steps: those the Trainer has counted.
-            arrangement: what orders a plan without an ``order`` component.
-            model: None if nothing is measured, as in a stream.
-            learning_rate: returns the optimizer's present one.
+            output_dir: LLaMA-Factory's output folder.
+            num_steps: number of steps that the Trainer has counted.
+            arrangement: order of the samples in a plan without an ``order`` component.
+            model: None if nothing is measured, as in a run that streams its data.
+            learning_rate: returns the optimizer's current learning rate.
 
         Raises:
             CheckpointError: if the checkpoint was written by a run that does not match this one.
         """
         run = replace(self, steps=self.steps.counted(self.inputs, num_steps))
-        for _, component in run.inputs.components.items():  # rather now than at the first checkpoint
+        for _, component in run.inputs.components.items():  # a bad state must not fail only at the first checkpoint
             check_state(component.state_dict(), f"{component.family} {component.name!r}")
         planned = None
         recorder = Recorder(run.inputs, run.data, run.clock, run.steps.notes())
@@ -102,6 +102,7 @@ class LoadedRun:
         started = StartedRun(run, planned, recorder, learning_rate)
         if run.inputs.resume is not None:
             started.load_state_dict(run.inputs.resume.state)
+        # After the state: the record continues behind the restored round, and the notes of the restoring go into it.
         recorder.start(output_dir, planned)
         return started
 
@@ -113,7 +114,7 @@ class LoadedRun:
         references: Mapping[str, Reference],
         embeddings: EmbeddingService | None = None,
     ) -> Planner:
-        """Return what makes the plans."""
+        """Return the planner of the run."""
         components, schedule = self.inputs.components, self.steps.schedule
         limit = None
         share = overhead_limit(components.select[-1].component) if components.select else None
@@ -133,13 +134,13 @@ class LoadedRun:
 
 
 class StartedRun:
-    """A run in training: what it decides, what its steps have shown, and its state for a checkpoint.
+    """A run in training: it decides, collects the statistics of the steps, and has a state for checkpoints.
 
     Args:
-        run: as it was loaded.
-        rounds: of a run that plans its data; None if LLaMA-Factory draws the samples.
-        recorder: writes its record.
-        learning_rate: returns the optimizer's present one.
+        run: the loaded run.
+        rounds: rounds of a run that plans its data; None if LLaMA-Factory draws the samples.
+        recorder: writes the run record.
+        learning_rate: returns the optimizer's current learning rate.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class StartedRun:
         self.inputs, self.data, self.steps, self.clock = run.inputs, run.data, run.steps, run.clock
         self.rounds, self.recorder, self._learning_rate = rounds, recorder, learning_rate
         self.mean_losses = MeanLosses()
-        """Of the steps since the last log. The Trainer's own mean begins anew at a resume, and so does this."""
+        """Mean losses of the steps since the last log. A resume resets them, as it does the Trainer's own mean."""
         self._tokens = np.zeros(len(self.data.domains), np.int64)
         self._samples = np.zeros(len(self.data.domains), np.int64)
 
@@ -161,33 +162,34 @@ class StartedRun:
         """The rounds of a run that plans its data.
 
         Raises:
-            RuntimeError: for another run.
+            RuntimeError: if LLaMA-Factory draws the samples.
         """
         if self.rounds is None:
-            raise RuntimeError("the samples of this run are LLaMA-Factory's, so there are no rounds")
+            raise RuntimeError("LLaMA-Factory draws the samples of this run, so it has no rounds")
         return self.rounds
 
     @cached_property
     def snapshot(self) -> dict[str, Any]:
         """The settings in force, for a checkpoint."""
         found = snapshot(self.inputs.config)
+        # The length of the rounds may have been chosen for this run. A resume must use the same length.
         length = {"dataflex.update_steps": self.steps.schedule.update_steps}
         return found | length if self.inputs.plans_data else found
 
     @property
     def domain_tokens(self) -> NDArray[np.int64]:
-        """Tokens of each domain trained on so far that count in the loss, shape (K,)."""
+        """Number of tokens of each domain trained on so far that count in the loss, shape (K,)."""
         return self._tokens
 
     @property
     def domain_samples(self) -> NDArray[np.int64]:
-        """Samples of each domain trained on so far, shape (K,)."""
+        """Number of samples of each domain trained on so far, shape (K,)."""
         return self._samples
 
     def step_context(
         self, step: int, tokens: NDArray[np.int64], losses: NDArray[np.float64], excess: NDArray[np.float64]
     ) -> StepContext:
-        """Return what the loss weights of step number ``step`` (from 0) may depend on."""
+        """Return the context from which a mixer decides the loss weights of step number ``step`` (from 0)."""
         rounds = self.planned
         return StepContext(
             pool=rounds.pool,
@@ -203,7 +205,7 @@ class StartedRun:
         )
 
     def end_of_step(self, statistics: StepStatistics) -> None:
-        """Hand an optimizer step's statistics to the components."""
+        """Pass an optimizer step's statistics to the components."""
         self._tokens = self._tokens + statistics.tokens
         self._samples = self._samples + statistics.samples
         plan = None if self.rounds is None else self.rounds.plan
@@ -217,7 +219,7 @@ class StartedRun:
         """Write the summary and return it.
 
         Args:
-            step: optimizer steps done.
+            step: number of optimizer steps done.
         """
         rounds = self.rounds
         chain = None if rounds is None else rounds.planner.chain
@@ -227,7 +229,7 @@ class StartedRun:
         return self.recorder.finish(step, made, limit)
 
     def state_dict(self, step: int) -> State:
-        """Return everything the run needs to go on exactly; on all processes together."""
+        """Return everything the run needs to resume exactly; called by all processes together."""
         return {
             "version": STATE_VERSION,
             "run": self.recorder.identity,
@@ -245,19 +247,19 @@ class StartedRun:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned.
+        """Restore the state that :meth:`state_dict` returned.
 
         Raises:
-            CheckpointError: if the run's total cuts the checkpoint's round otherwise.
+            CheckpointError: if the run's total number of steps gives the checkpoint's round another length.
         """
         for key, component in self.inputs.components.items():
-            if state["methods"].get(key) != component.name:  # another method begins with what it sees from here on
+            if state["methods"].get(key) != component.name:  # another method starts without a state
                 continue
             changed = take_back(component, state["components"][key], state["made_with"][key])
             if changed:
                 self.recorder.note(
-                    f"{key} {component.name}: what it had made by step {state['step']} was made with another "
-                    f"{' and '.join(changed)}, so it is made anew."
+                    f"{key} {component.name}: its state up to step {state['step']} was computed with another "
+                    f"{' and '.join(changed)}. It is discarded and computed again."
                 )
         self.clock.load_state_dict(state)
         self._tokens, self._samples = state["domain_tokens"], state["domain_samples"]

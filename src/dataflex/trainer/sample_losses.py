@@ -1,4 +1,4 @@
-"""Losses of the samples or tokens of a step, joined with its one reduction over the processes."""
+"""Losses of the samples or tokens of a step, gathered with the step's single reduction over the processes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Kept = Literal["samples", "tokens"]
 
 
 class SampleLosses:
-    """Keeps what the micro-batches of a step showed of their samples, on the device.
+    """Stores the losses of the samples of a step's micro-batches on the device.
 
     Args:
-        kept: the mean of every sample, or also the loss of every token.
+        kept: "samples" stores the mean loss of each sample; "tokens" also stores the loss of each token.
     """
 
     def __init__(self, kept: Kept) -> None:
@@ -33,10 +33,10 @@ class SampleLosses:
         """Add a micro-batch.
 
         Args:
-            sums: of the token losses of each sample, (B,).
-            counts: of the tokens, (B,).
+            sums: summed token losses of each sample, (B,).
+            counts: number of tokens of each sample that count in the loss, (B,).
             per_token: token losses, (B, T).
-            labels: shifted, (B, T).
+            labels: shifted labels, (B, T).
         """
         self._sums.append(sums)
         self._counts.append(counts)
@@ -44,11 +44,13 @@ class SampleLosses:
             self._tokens.append(torch.where(labels == IGNORE_INDEX, torch.nan, per_token))
 
     def packed(self, columns: int, like: Tensor) -> Tensor:
-        """Return this process's part, to be added to those of the others: flat, 0 where theirs are.
+        """Return this process's part of the reduction, flat, with zeros at the positions of the other processes.
+
+        The sum over all processes then holds the values of every process, so the step needs no separate gather.
 
         Args:
-            columns: tokens of the longest sample of the step.
-            like: has the type and the device of what is reduced.
+            columns: number of tokens of the step's longest sample.
+            like: a tensor with the type and the device of the reduction.
         """
         rows = [sample_means(sums, counts).unsqueeze(1) for sums, counts in zip(self._sums, self._counts, strict=True)]
         if self.kept == "tokens":
@@ -56,7 +58,7 @@ class SampleLosses:
                 torch.nn.functional.pad(each, (0, columns - each.shape[1]), value=torch.nan) for each in self._tokens
             ]
             rows = [torch.cat(parts, dim=1) for parts in zip(rows, wide, strict=True)]
-        own = torch.stack(rows).to(like)  # (micro-batches, B, values of a sample): all are of one size in a plan
+        own = torch.stack(rows).to(like)  # (micro-batches, B, values of a sample); a plan's micro-batches are full
         everyone = torch.zeros(
             own.shape[0], distributed.world_size(), *own.shape[1:], dtype=like.dtype, device=like.device
         )
@@ -68,24 +70,25 @@ class SampleLosses:
     def unpacked(
         self, values: NDArray[np.float64], samples: int, tokens: int, step: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return the means of the samples, (n,), in the order of the plan, and the losses of their tokens, (n, T).
+        """Return the mean losses of the samples, (n,), and the losses of their tokens, (n, T).
 
-        Those of tokens are NaN where none is trained on, and (n, 0) if they are not kept.
+        Both are in the order of the plan. A token loss is NaN at positions that are not trained on. The shape is (n, 0)
+        if token losses are not stored.
 
         Args:
-            values: the sum of what every process packed.
-            samples: of the step, n.
-            tokens: of the step that count, for a check.
-            step: its number, for messages.
+            values: sum of the parts that all processes packed.
+            samples: number of samples of the step, n.
+            tokens: number of tokens of the step that count in the loss, for a check.
+            step: number of the step, for messages.
 
         Raises:
-            ComponentError: if a trained token lies behind the end of its sample, as in a batch padded at the left.
+            ComponentError: if a trained token lies behind the end of its sample, as in a batch padded on the left.
         """
         table = values.reshape(samples, -1).astype(np.float32)
         found = table[:, 1:]
         if self.kept == "tokens" and int((~np.isnan(found)).sum()) != tokens:
             raise ComponentError(
-                f"step {step}: the losses of {int((~np.isnan(found)).sum())} tokens are where {tokens} are trained on; "
-                'samples must be padded at the right for step_losses: "tokens".'
+                f"step {step}: found the losses of {int((~np.isnan(found)).sum())} tokens, but {tokens} tokens are "
+                'trained on. A component with step_losses: "tokens" needs batches that are padded on the right.'
             )
         return table[:, 0], found

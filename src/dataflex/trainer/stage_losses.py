@@ -1,4 +1,4 @@
-"""How the losses of a batch are computed, which is a matter of the stage that is trained."""
+"""Token losses of a batch, which each training stage computes in its own way."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor
 from dataflex.data.token_loss import shifted, token_losses
 
 BatchLosses = Callable[[torch.nn.Module, dict[str, Any]], tuple[Tensor, Tensor]]
-"""Given the model and what it is fed, returns the labels and the losses of tokens, both (B, T)."""
+"""Computes the labels and the token losses, both (B, T), from the model and its inputs."""
 
 
 def causal_losses(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the labels of a batch, of the tokens that are predicted, and their losses: cross entropies.
+    """Return the shifted labels of a batch and the cross entropy of each predicted token, both (B, T).
 
-    All logits exist at once. The training forward of the same batch, which follows, holds them and their gradients, so
-    that chunks would not lower the most memory of a step.
+    The logits of the whole batch exist at once. The training forward pass of the same batch, which follows, holds them
+    and
+    their gradients, so computing in chunks would not lower the peak memory of a step.
     """
     labels = shifted(inputs["labels"])
     given = {name: value for name, value in inputs.items() if name != "labels"}

@@ -1,4 +1,4 @@
-"""Step statistics: per-domain losses of the whole global batch, gathered once per optimizer step."""
+"""Step statistics: losses per domain over the whole global batch, gathered once per optimizer step."""
 
 from __future__ import annotations
 
@@ -21,39 +21,40 @@ from dataflex.trainer.sample_losses import SampleLosses
 
 @dataclass
 class BatchLosses:
-    """What one micro-batch showed: token-loss sums and token counts of its samples, (B,), detached."""
+    """Losses of one micro-batch: sums of token losses and numbers of tokens of its samples, (B,), detached."""
 
     sums: Tensor
     counts: Tensor
     excess: Tensor | None = None
-    """Sums of max(loss - reference loss, 0), where a reference is looked at."""
+    """Sums of max(loss - reference loss, 0) of the samples, (B,), if a reference is used."""
     coefficients: Tensor | None = None
-    """Sum of the loss coefficients of its tokens, if a weighter acts in the step; a scalar."""
+    """Sum of the loss coefficients of all tokens, if a weighter acts in the step; a scalar."""
     per_token: Tensor | None = None
-    """The loss of every position, (B, T); 0 where no token counts."""
+    """Loss of every position, (B, T); 0 at positions that do not count in the loss."""
     labels: Tensor | None = None
     """Shifted labels, (B, T)."""
 
 
 @dataclass(frozen=True)
 class StepTotals:
-    """An optimizer step over all processes."""
+    """Totals of an optimizer step over all processes."""
 
     tokens: int
-    """Input tokens, padding left out."""
+    """Number of input tokens, without padding."""
     labels: int
-    """Labels that count in the loss."""
+    """Number of labels that count in the loss."""
     loss: float
-    """Sum of the losses of its micro-batches; not finite where one of them is not."""
+    """Sum of the losses of the micro-batches; not finite if any of these losses is not."""
     coefficients: float | None = None
-    """Sum of the loss coefficients of its tokens; None if no weighter acted in it."""
+    """Sum of the loss coefficients of all tokens; None if no weighter acted in the step."""
 
 
 def domain_sums(domains: Tensor, values: Tensor, num_domains: int) -> Tensor:
-    """Return the sums of rows (n, C) by their domain (n,), shape (K, C); NaN where one of a domain's is not finite.
+    """Return the sums of rows (n, C) by their domain (n,), shape (K, C); NaN if a row of the domain is not finite.
 
-    A product, which unlike a scattered addition has one order of adding on every device.
+    The sums are a matrix product. Unlike a scattered addition, it adds in a fixed order on every device.
     """
+    # Values that are not finite are replaced by 0 first: in the product, 0 * inf would spread NaN to all domains.
     membership = torch.nn.functional.one_hot(domains, num_domains).to(values).T
     finite = torch.isfinite(values)
     sums = membership @ torch.where(finite, values, 0.0)
@@ -61,13 +62,13 @@ def domain_sums(domains: Tensor, values: Tensor, num_domains: int) -> Tensor:
 
 
 class StepAccumulator:
-    """Adds up micro-batches on the device; one reduction over the processes per optimizer step.
+    """Adds up micro-batches on the device, with one reduction over the processes per optimizer step.
 
     Args:
-        offsets: first pool index of each domain and ``N`` last, shape (K + 1,); a single domain where the data path
-            is LLaMA-Factory's own and samples carry no index.
-        device: where the training runs.
-        sample_losses: keeps losses of samples or tokens, if a component asks for them.
+        offsets: first pool index of each domain, followed by the pool's size, shape (K + 1,). A single domain is used
+            if LLaMA-Factory draws the samples and they carry no index.
+        device: device of the training.
+        sample_losses: stores losses of samples or tokens, if a component needs them.
     """
 
     def __init__(self, offsets: np.ndarray, device: torch.device, sample_losses: SampleLosses | None = None) -> None:
@@ -79,7 +80,7 @@ class StepAccumulator:
         self._totals = torch.zeros(4, dtype=dtype, device=device)
         self._weighed = False
         self.indices: Tensor | None = None
-        """Pool indices of the micro-batch in its forward now, (B,), or None."""
+        """Pool indices of the micro-batch whose forward pass runs, (B,), or None."""
 
     def add(self, batch: BatchLosses) -> None:
         """Add a micro-batch's losses."""
@@ -104,11 +105,11 @@ class StepAccumulator:
         return torch.searchsorted(self._ends, indices.to(self._ends.device), right=True)
 
     def add_loss(self, loss: Tensor) -> None:
-        """Add a micro-batch's loss as the Trainer takes it, whoever computes it."""
+        """Add the loss of a micro-batch that the Trainer trains on, whichever loss function computed it."""
         self._totals[2] += loss.detach().to(self._totals)
 
     def add_tokens(self, inputs: dict[str, Tensor]) -> None:
-        """Count a micro-batch's input tokens, padding left out, and those of its labels that count."""
+        """Count a micro-batch's input tokens, without padding, and its labels that count in the loss."""
         labels = inputs.get("labels")
         if labels is not None:
             self._totals[1] += (labels[..., 1:] != IGNORE_INDEX).sum()
@@ -121,12 +122,13 @@ class StepAccumulator:
     def finish(
         self, step: int, indices: IndexArray | None = None, lengths: NDArray[np.int32] | None = None
     ) -> tuple[StepStatistics, StepTotals]:
-        """Return the statistics of the optimizer step just made, over all processes; start anew.
+        """Return the statistics of the optimizer step that has just ended, over all processes, and reset the sums.
 
         Args:
-            step: optimizer steps done, that one included.
-            indices: its samples, in the order of the plan, (n,), if losses of samples are kept.
-            lengths: their tokens, (n,).
+            step: number of optimizer steps done, including this one.
+            indices: pool indices of the step's samples, in the order of the plan, (n,), if losses of samples are
+                stored.
+            lengths: number of tokens of each sample, (n,).
         """
         parts = [self._sums.flatten(), self._totals]
         if self.sample_losses is not None:
@@ -152,12 +154,15 @@ class StepAccumulator:
 
 
 class MeanLosses:
-    """The mean loss of each domain over several steps, weighted so that it is part of the mean loss of the steps.
+    """Mean loss of each domain over several steps, weighted so that it is part of the mean loss of the steps.
 
-    The Trainer's ``loss`` is the mean over the steps since the last log of each step's token-mean loss, so a token of a
-    step with n tokens counts 1/n. The same weights give domain d sum_s q_sd l_sd / sum_s q_sd, of its token-mean loss
-    l_sd in step s and its share q_sd of the step's tokens. With one domain that is ``loss``; with several, ``loss`` is
-    the mean of the domains' means with their mean shares.
+    The Trainer's ``loss`` is the mean, over the steps since the last log, of each step's token-mean loss. So a token of
+    a
+    step with n tokens counts 1/n. With the same weights, the mean of domain d is sum_s q_sd l_sd / sum_s q_sd. Here
+    l_sd is
+    the domain's token-mean loss in step s, and q_sd its share of the step's tokens. With one domain this equals
+    ``loss``.
+    With several, ``loss`` is the mean of the domains' means, weighted with their mean shares.
     """
 
     def __init__(self) -> None:
@@ -165,7 +170,7 @@ class MeanLosses:
         self._shares: NDArray[np.float64] = np.zeros(0)
 
     def add(self, step: StepStatistics) -> None:
-        """Add a step; one whose loss is not finite is left out, as it is of ``loss``."""
+        """Add a step. A step whose loss is not finite is left out, as the Trainer leaves it out of ``loss``."""
         trained = step.tokens > 0
         if not trained.any() or not np.isfinite(step.losses[trained]).all():
             return
@@ -176,7 +181,10 @@ class MeanLosses:
         self._shares = self._shares + shares
 
     def take(self) -> NDArray[np.float64]:
-        """Return the means, (K,), NaN for a domain without a token, and start anew; (0,) if no step was added."""
+        """Return the means, (K,), and reset them.
+
+        A domain without a token has NaN. The shape is (0,) if no step was added.
+        """
         means = np.full(self._shares.size, np.nan)
         np.divide(self._losses, self._shares, out=means, where=self._shares > 0)
         self._losses = self._shares = np.zeros(0)
@@ -184,11 +192,11 @@ class MeanLosses:
 
 
 def check_step(domains: tuple[str, ...], statistics: StepStatistics, totals: StepTotals) -> None:
-    """Check that an optimizer step had something to learn and a finite loss; the same on every process.
+    """Check that an optimizer step had tokens to train on and a finite loss. The result is the same on every process.
 
     Raises:
         DataFlexError: if no token of the step counts in the loss, or all of them have the coefficient 0.
-        DivergenceError: if its loss, or that of a domain, is not finite.
+        DivergenceError: if the loss of the step or of a domain is not finite.
     """
     check_losses(domains, statistics.tokens, statistics.losses, statistics.step)
     if totals.coefficients == 0 and totals.labels:
@@ -208,7 +216,7 @@ def check_step(domains: tuple[str, ...], statistics: StepStatistics, totals: Ste
 
 
 def check_losses(domains: tuple[str, ...], tokens: NDArray[np.int64], losses: NDArray[np.float64], step: int) -> None:
-    """Check that every domain a step had tokens of has a finite loss.
+    """Check that every domain with tokens in a step has a finite loss.
 
     Raises:
         DivergenceError: naming the domain and the step.

@@ -1,4 +1,4 @@
-"""A training step's part before its forwards: what its loss coefficients are decided from."""
+"""Loss coefficients of a training step: the measurements and decisions that precede its forward passes."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 
 class StepLoss:
-    """Decides the loss coefficients of one step after another, and adds up what its forwards show.
+    """Decides the loss coefficients of each step, and adds up the losses of its forward passes.
 
     Args:
-        trainer: whose steps they are.
+        trainer: trainer of the run.
     """
 
     def __init__(self, trainer: DynamicTrainerMixin) -> None:
@@ -53,7 +53,7 @@ class StepLoss:
             self.domain_loss = DomainLoss(mixer, needs, run.data.domains, args.device, self._step_context)
         weighings, model = [], trainer.causal_model()
         self._consumers: dict[str, torch.nn.Module] = {}
-        """The modules into which the hidden states go that weighters look at, by configuration key."""
+        """Modules that receive the hidden states that weighters read, by configuration key of the weighter."""
         for entry in run.inputs.components.weight:
             needs = run.inputs.needs[entry.key]
             reference = needs.reference is not None
@@ -74,7 +74,11 @@ class StepLoss:
         )
 
     def begin(self, samples: list[dict[str, Any]]) -> None:
-        """Begin a step, and decide the coefficients that are not left to the one forward.
+        """Begin a step, and decide all coefficients that the training forward pass cannot decide on the way.
+
+        With a single micro-batch, the coefficients are decided from the losses of its training forward pass. With
+        several, a
+        coefficient that depends on all of them needs their losses in advance, from forward passes without gradients.
 
         Args:
             samples: the step's micro-batches on this process.
@@ -102,11 +106,11 @@ class StepLoss:
                     loss.decided.extend(loss.weights.decide(batches, loss.step) or ())
 
     def prepare(self, inputs: dict[str, Any], places: Tensor | None) -> None:
-        """Have ready what the loss of a micro-batch needs beside its logits.
+        """Provide the inputs of a micro-batch's loss other than the logits.
 
         Args:
-            inputs: what the model is given.
-            places: where the samples are in the pool, (B,); None in a stream.
+            inputs: inputs of the model.
+            places: pool index of each sample, (B,); None if the data is streamed.
         """
         loss, domain_loss = self.loss, self.domain_loss
         self.accumulator.indices = places if self._run.data.pool is not None else None
@@ -127,11 +131,11 @@ class StepLoss:
 
     @contextmanager
     def watching(self, inputs: dict[str, Any], found: dict[str, Tensor]) -> Iterator[None]:
-        """Fill in a vector of the hidden states of each sample of a micro-batch, by configuration key, in its forward.
+        """Fill in one pooled hidden-state vector per sample, by configuration key, during a micro-batch's forward pass.
 
         Args:
-            inputs: what the model is given, with labels.
-            found: what is filled in.
+            inputs: inputs of the model, with labels.
+            found: dictionary that is filled in.
         """
         found.clear()
         loss = self.loss
@@ -149,14 +153,14 @@ class StepLoss:
             yield
 
     def _count_tokens(self, domain_loss: DomainLoss, samples: list[dict[str, Any]]) -> None:
-        """Begin a step of the domains' weights with its tokens by domain."""
+        """Begin a step of the domain weights with its number of tokens in each domain."""
         counts = torch.cat([(shifted(batch["labels"]) != IGNORE_INDEX).sum(1) for batch in samples])
         domains = self.accumulator.domains_of(torch.cat([batch[INDEX_KEY] for batch in samples]))
         column = counts.to(domains.device, domain_loss.dtype).unsqueeze(1)
         domain_loss.begin(domain_sums(domains, column, len(domain_loss.domains))[:, 0])
 
     def _look_ahead(self, samples: list[dict[str, Any]]) -> list[MicroBatch]:
-        """Return what the forwards of several micro-batches show, without gradients and without a trace."""
+        """Return the losses of several micro-batches from forward passes that need no gradients and leave no trace."""
         trainer, loss = self._trainer, self.loss
         keys = loss.weights.reference_keys(loss.step) if loss.weights is not None else []
         if self.domain_loss is not None and self.domain_loss.uses_reference and not self.domain_loss.decided:
@@ -174,7 +178,7 @@ class StepLoss:
         return found
 
     def _decide_domains(self, domain_loss: DomainLoss, batches: list[MicroBatch]) -> None:
-        """Decide the domains' weights from the micro-batches of a whole step."""
+        """Decide the domain weights from the micro-batches of a whole step."""
         places = torch.cat([batch.places for batch in batches if batch.places is not None])
         sums = torch.cat([batch.per_token.sum(1) for batch in batches])
         excess = [
@@ -184,12 +188,13 @@ class StepLoss:
         domain_loss.decide(self.accumulator.domains_of(places), sums, torch.cat(compared) if compared else None)
 
     def _step_context(self, tokens: np.ndarray, losses: np.ndarray, excess: np.ndarray) -> StepContext:
-        """Return what the mixer is given of the step that is about to be made, or has just been made."""
+        """Return the mixer's context of the step that is about to begin or has just ended."""
         return self._trainer.started.step_context(self.loss.step, tokens, losses, excess)
 
     def _step_start(self, entry: Entry[Weighter]) -> StepStart:
-        """Return what a weighter is given before the forwards of the step that is about to be made."""
+        """Return a weighter's context before the forward passes of the step that is about to begin."""
         run, step = self._trainer.started, self.loss.step
+        # Several weighters of one method must not share random numbers. A single one is keyed by its method alone.
         weighter, place = entry.component, () if entry.key == family_key(entry.key) else (entry.key,)
         return StepStart(
             step=step,
@@ -201,13 +206,13 @@ class StepLoss:
         )
 
     def _step_batch(self, losses: Tensor, places: Tensor | None, tokens: TokenLosses | None) -> StepBatch:
-        """Return what a weighter is given of the step that is about to be made."""
+        """Return a weighter's view of the step that is about to begin."""
         run, step = self._trainer.started, self.loss.step
         total = max(run.steps.expected, step + 1)
         return StepBatch(losses, step, total, run.data.samples, self._trainer.probe, places, tokens)
 
     def _embeddings(self, key: str, indices: IndexArray, samples: Pool | None) -> EmbeddingArray:
-        """Return the embeddings that a weighter asks for."""
+        """Return the embeddings that a weighter requests."""
         service = self._trainer.embeddings
         source = None if service is None else service.of_some(key)
         assert source is not None, "weights with embeddings are decided in training alone"
@@ -215,14 +220,14 @@ class StepLoss:
 
 
 def _kept(wanted: dict[str, Needs]) -> SampleLosses | None:
-    """Return what keeps the losses of the samples or tokens of every step; None if no component asks for them.
+    """Return the store of the losses of samples or tokens of every step; None if no component needs them.
 
-    A weighter is shown its step as a :class:`StepBatch` instead.
+    Weighters do not count: they receive the losses of their step in a :class:`StepBatch`.
     """
     asked = {needs.step_losses for key, needs in wanted.items() if family_key(key) != "weight"}
     return SampleLosses("tokens") if "tokens" in asked else SampleLosses("samples") if "samples" in asked else None
 
 
 def _means(per_token: Tensor, labels: Tensor) -> Tensor:
-    """Return the token-mean loss of every sample, (B,); NaN where no token counts."""
+    """Return the token-mean loss of each sample, (B,); NaN for a sample without a counted token."""
     return sample_means(per_token.sum(1), (labels != IGNORE_INDEX).sum(1))

@@ -1,4 +1,4 @@
-"""The weighters' part in the loss of a step: what they are shown, and what they return, checked and multiplied."""
+"""Weights of the weighters in the loss of a step: their inputs, and their outputs, checked and multiplied."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from dataflex.errors import ComponentError
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What the forward of one micro-batch showed, detached.
+    """Results of the forward pass of one micro-batch, detached.
 
     Attributes:
         labels: shifted labels, (B, T).
-        per_token: the loss of every position, (B, T); 0 where no token counts.
-        means: token-mean loss of every sample, (B,); NaN where no token counts.
-        places: where the samples are in the pool, (B,); None in a stream.
-        references: configuration key -> the reference's loss at each position that counts, (c,), row after row.
-        pooled: configuration key -> one vector of each sample's hidden states, (B, H).
+        per_token: loss of every position, (B, T); 0 at positions that do not count in the loss.
+        means: token-mean loss of each sample, (B,); NaN for a sample without a counted token.
+        places: pool index of each sample, (B,); None if the data is streamed.
+        references: configuration key -> reference loss of each position that counts, (c,), row after row.
+        pooled: configuration key -> one pooled hidden-state vector per sample, (B, H).
     """
 
     labels: Tensor
@@ -41,7 +41,7 @@ class MicroBatch:
     pooled: Mapping[str, Tensor] = field(default_factory=dict)
 
     def reference(self, key: str) -> Tensor:
-        """Return a reference's loss of every position, (B, T); 0 where no token counts."""
+        """Return the reference loss of every position, (B, T); 0 at positions that do not count in the loss."""
         values = torch.zeros_like(self.per_token)
         values[self.labels != IGNORE_INDEX] = self.references[key].to(values)
         return values
@@ -49,15 +49,15 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Weighing:
-    """A weighter of the run and what it asks for.
+    """A weighter of the run and its inputs.
 
     Attributes:
         entry: the weighter, its configuration key and its cadence.
-        tokens: whether it looks at the losses of tokens.
-        reference: whether it looks at a reference's.
-        validation: its validation samples, if it asks for some.
-        embeddings: gives it embeddings, if it asks for some.
-        pooled: whether it looks at the hidden states of the step's forward.
+        tokens: whether it reads the losses of tokens.
+        reference: whether it reads reference losses.
+        validation: its validation samples, if it needs some.
+        embeddings: returns embeddings, if it needs some.
+        pooled: whether it reads hidden states of the step's forward pass.
     """
 
     entry: Entry[Weighter]
@@ -68,13 +68,13 @@ class Weighing:
     pooled: bool = False
 
     def acts_in(self, step: int) -> bool:
-        """Return whether it weighs the step after ``step`` others."""
+        """Return whether the weighter acts in step number ``step`` (from 0)."""
         return step % self.entry.every == 0
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """Samples of a step side by side: the token columns are as many as the longest one has."""
+    """Samples of a step, padded to the token columns of the longest one."""
 
     means: Tensor
     places: Tensor | None
@@ -84,28 +84,28 @@ class _Samples:
     pooled: Mapping[str, Tensor] = field(default_factory=dict)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> _Samples:
-        """Return the same after a change of every tensor."""
+        """Return a copy with ``change`` applied to every tensor."""
         pooled = {key: change(values) for key, values in self.pooled.items()}
         places = None if self.places is None else change(self.places)
         return replace(self.changed_tokens(change), means=change(self.means), places=places, pooled=pooled)
 
     def changed_tokens(self, change: Callable[[Tensor], Tensor]) -> _Samples:
-        """Return the same after a change of what has a column for each token."""
+        """Return a copy with ``change`` applied to the tensors that have a column for each token."""
         references = {key: change(values) for key, values in self.references.items()}
         per_token, trained = (None if each is None else change(each) for each in (self.per_token, self.trained))
         return replace(self, per_token=per_token, trained=trained, references=references)
 
 
 MakeBatch = Callable[[Tensor, Tensor | None, TokenLosses | None], StepBatch]
-"""From losses, places and token losses to what a weighter is given."""
+"""Makes a weighter's input from the sample losses, the pool indices and the token losses."""
 
 
 class StepWeights:
-    """Asks the weighters of a run for the weights of one step after another.
+    """Asks the weighters of a run for their weights, step after step.
 
     Args:
-        weighings: the weighters, in the order they are named.
-        make_batch: makes what a weighter is given.
+        weighings: the weighters, in the order of the configuration.
+        make_batch: makes the input of a weighter.
     """
 
     def __init__(self, weighings: Sequence[Weighing], make_batch: MakeBatch) -> None:
@@ -113,34 +113,34 @@ class StepWeights:
         self.by_sample = any(each.entry.component.params.normalization == "sample" for each in weighings)
         """Whether the loss is the mean over samples of their token means."""
         self._last: tuple[Tensor, Tensor | None] | None = None
-        """The weights decided last, and which tokens are trained on if they are weights of tokens."""
+        """The weights decided last, and a mask of the trained tokens if the weights are of tokens."""
 
     @property
     def last(self) -> Tensor | None:
-        """The weights decided last, of samples or of trained tokens, flat."""
+        """The weights decided last, of samples or of trained tokens, as a flat tensor."""
         if self._last is None:
             return None
         weights, trained = self._last
         return weights if trained is None else weights[trained]
 
     def needs_all(self, step: int) -> bool:
-        """Return whether weights of the step after ``step`` others depend on all of its samples together."""
+        """Return whether the weights of step number ``step`` (from 0) depend on all samples of the step together."""
         return any(each.acts_in(step) and not each.entry.component.elementwise for each in self.weighings)
 
     def reference_keys(self, step: int) -> list[str]:
-        """Return the configuration keys of the weighters that look at a reference in the step after ``step`` others."""
+        """Return the configuration keys of the weighters that read a reference in step number ``step`` (from 0)."""
         return [each.entry.key for each in self.weighings if each.reference and each.acts_in(step)]
 
     def pooled_keys(self, step: int) -> list[str]:
-        """Return the configuration keys of the weighters that look at hidden states after ``step`` others."""
+        """Return the configuration keys of the weighters that read hidden states in step number ``step`` (from 0)."""
         return [each.entry.key for each in self.weighings if each.pooled and each.acts_in(step)]
 
     def begin(self, step: int, start: Callable[[Entry[Weighter]], StepStart]) -> None:
-        """Have the weighters that act in the step after ``step`` others measure what they need, on all processes.
+        """Let the weighters that act in step number ``step`` (from 0) measure; called on all processes.
 
         Args:
-            step: optimizer steps done so far.
-            start: makes what a weighter is given.
+            step: number of optimizer steps done so far.
+            start: makes the input of a weighter.
         """
         for each in self.weighings:
             if each.acts_in(step):
@@ -150,8 +150,8 @@ class StepWeights:
         """Return the weights of each micro-batch, (B,) or (B, T); None if no weighter acts in the step.
 
         Args:
-            batches: of this process; those of the whole step if weights depend on all of its samples.
-            step: optimizer steps done so far.
+            batches: micro-batches of this process; all of the step if weights depend on all of its samples.
+            step: number of optimizer steps done so far.
         """
         acting = [each for each in self.weighings if each.acts_in(step)]
         if not acting:
@@ -161,7 +161,7 @@ class StepWeights:
         if together and distributed.world_size() > 1:
             samples, order = _of_all_processes(samples, [batch.means.numel() for batch in batches])
         weights = self._product(acting, samples, step, together)
-        if order is not None:
+        if order is not None:  # undo the order of the plan, and take this process's samples
             own = torch.empty_like(weights)
             own[order] = weights
             count = sum(batch.means.numel() for batch in batches)
@@ -173,8 +173,11 @@ class StepWeights:
         ]
 
     def _product(self, acting: Sequence[Weighing], samples: _Samples, step: int, together: bool) -> Tensor:
-        """Return the product of the weighters' weights, (n,) or (n, T); 1 of what is not trained on."""
-        # A loss that is not finite is nothing to weigh by; the statistics of the step end the run on all processes.
+        """Return the product of the weighters' weights, (n,) or (n, T).
+
+        It is 1 for samples and tokens that are not trained on.
+        """
+        # Weighters never see a loss that is not finite. `check_step` ends the run for such a loss, on all processes.
         scored = torch.isfinite(samples.means).nonzero().squeeze(1)
         if not scored.numel():
             return torch.ones_like(samples.means)
@@ -183,7 +186,7 @@ class StepWeights:
         product = reduce(_times, factors)
         trained = None if product.dim() == 1 else shown.trained
         counted = product > 0 if trained is None else (product > 0) & trained
-        # What is known of the numbers is asked for at once, because the processor waits for the answer.
+        # All checks are read from the device at once, because each read makes the CPU wait for the device.
         answers = [*((torch.isfinite(each) & (each >= 0)).all() for each in factors), counted.any()]
         *are_weights, weighs = torch.stack(answers).tolist()
         for each, weights, is_right in zip(acting, factors, are_weights, strict=True):
@@ -197,7 +200,10 @@ class StepWeights:
         return all_weights
 
     def _given(self, each: Weighing, shown: _Samples) -> Tensor:
-        """Return one weighter's weights, of a right shape, on the losses' device; 1 where no token is trained on."""
+        """Return a weighter's weights on the losses' device, after checking their shape.
+
+        Tokens that are not trained on have weight 1.
+        """
         weighter, tokens = each.entry.component, None
         if each.tokens:
             assert shown.per_token is not None
@@ -217,14 +223,14 @@ class StepWeights:
 
 
 def _times(first: Tensor, second: Tensor) -> Tensor:
-    """Return the product of weights of samples or tokens."""
+    """Return the product of two weights, each of samples (n,) or of tokens (n, T)."""
     if first.dim() == second.dim():
         return first * second
     return first * second.unsqueeze(1) if first.dim() == 2 else first.unsqueeze(1) * second
 
 
 def _no_weight(acting: Sequence[Weighing], step: int) -> str:
-    """Return that weighters leave nothing of a step to train."""
+    """Return the error message for weighters whose weights are all 0 in a step."""
     labels = " and ".join(label_of(each.entry.component, ("weigh",)) for each in acting)
     returned = "returned" if len(acting) == 1 else "together give"
     return (
@@ -234,7 +240,7 @@ def _no_weight(acting: Sequence[Weighing], step: int) -> str:
 
 
 def _side_by_side(batches: Sequence[MicroBatch], acting: Sequence[Weighing]) -> _Samples:
-    """Return the samples of micro-batches, with what the weighters ask for."""
+    """Return the samples of micro-batches, with the tensors that the weighters read."""
     means = torch.cat([batch.means for batch in batches])
     known = [batch.places for batch in batches if batch.places is not None]
     places = torch.cat(known) if known else None
@@ -259,15 +265,16 @@ def _side_by_side(batches: Sequence[MicroBatch], acting: Sequence[Weighing]) -> 
 
 
 def _widened(values: Tensor, columns: int) -> Tensor:
-    """Return (B, T) values with zeros up to ``columns`` columns."""
+    """Return (B, T) values padded with zeros to ``columns`` columns."""
     return torch.nn.functional.pad(values, (0, columns - values.shape[1]))
 
 
 def _of_all_processes(samples: _Samples, sizes: Sequence[int]) -> tuple[_Samples, Tensor]:
-    """Return the samples of all processes in the order of the plan, and where each was among the gathered ones.
+    """Return the samples of all processes in the order of the plan, and their positions among the gathered samples.
 
-    The processes take turns in the plan: the micro-batches are dealt to them one after another. If they are not all of
-    one size, as at the end of a pass without a plan, the samples stay in the order of the processes.
+    The plan is dealt to the processes one micro-batch after another. If the micro-batches differ in size, as at the end
+    of
+    a pass without a plan, the samples stay in the order of the processes.
     """
     if samples.per_token is not None:
         columns = samples.per_token.shape[1]
@@ -282,32 +289,36 @@ def _of_all_processes(samples: _Samples, sizes: Sequence[int]) -> tuple[_Samples
 
 
 def _no_weights(weighter: Weighter, weights: Tensor, trained: Tensor | None) -> str:
-    """Return that a weighter returned numbers that are no weights, and those of what is trained on."""
+    """Return the error message for weights that are NaN, infinite or negative."""
     counted = weights if weights.dim() == 1 or trained is None else weights[trained]
     label = label_of(weighter, ("weigh",))
-    return f"{label} returned weights that are NaN, infinite or negative: {counted.tolist()}"
+    return (
+        f"{label} returned weights that are NaN, infinite or negative: {counted.tolist()}; every weight must be a "
+        "finite number of at least 0."
+    )
 
 
 def check_shape(weighter: Weighter, weights: Tensor, count: int, trained: Tensor | None) -> None:
-    """Check that there is one weight for each sample or for each token.
+    """Check that a weighter returned one weight for each sample or for each token.
 
     Args:
-        weighter: that returned them.
-        weights: what it returned.
+        weighter: the weighter that returned the weights.
+        weights: the returned value.
         count: number of samples.
-        trained: which tokens are trained on, (n, T), if the weighter sees tokens.
+        trained: mask of the trained tokens, (n, T), if the weighter reads tokens.
 
     Raises:
-        ComponentError: naming the weighter and what it returned.
+        ComponentError: naming the weighter and the returned value.
     """
     label = label_of(weighter, ("weigh",))
     if not isinstance(weights, torch.Tensor):
         raise ComponentError(
-            f"{label} returned {'None' if weights is None else f'a {type(weights).__name__}'}; needed is a tensor of "
-            f"{count} weights."
+            f"{label} returned {'None' if weights is None else f'a {type(weights).__name__}'}; it must return a tensor "
+            f"of {count} weights, one per sample."
         )
     if weights.shape != (count,) and (trained is None or weights.shape != trained.shape):
         tokens = "" if trained is None else f", or {tuple(trained.shape)}, one per token"
         raise ComponentError(
-            f"{label} returned weights of shape {tuple(weights.shape)}; needed is ({count},), one per sample{tokens}."
+            f"{label} returned weights of shape {tuple(weights.shape)}; the shape must be ({count},), one per "
+            f"sample{tokens}."
         )

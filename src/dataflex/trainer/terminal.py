@@ -1,4 +1,4 @@
-"""The training log on the terminal: a short line for what the Trainer prints whole, and the trackers keep."""
+"""Training log on the terminal: a short line per log. The trackers still get the Trainer's full log."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Logs = dict[str, Any]
 
 
 class _ShortLines(TrainerCallback):
-    """A short line for each log of the training.
+    """Prints a short line for each log of the training.
 
     Args:
-        knows_end: whether the number of the run's steps is known.
+        knows_end: whether the number of steps of the run is known.
     """
 
     def __init__(self, knows_end: bool) -> None:
@@ -45,7 +45,7 @@ class _ShortLines(TrainerCallback):
 
 
 class ShortProgress(_ShortLines, ProgressCallback):
-    """The Trainer's progress bar, with a short line for each log while the bar of the training is there."""
+    """The Trainer's progress bar, with a short line for each log while the training bar is shown."""
 
     def _shows(self) -> bool:
         return self.training_bar is not None
@@ -56,8 +56,8 @@ class ShortPrinter(_ShortLines, PrinterCallback):
 
 
 def shorten(handler: CallbackHandler, knows_end: bool) -> None:
-    """Put the short lines in the place of the Trainer's own printing, whichever of the two it has."""
+    """Replace the callback by which the Trainer prints its logs, whichever of the two it uses, by the short lines."""
     short = {ProgressCallback: ShortProgress, PrinterCallback: ShortPrinter}
     for place, callback in enumerate(handler.callbacks):
-        if type(callback) in short:  # not a notebook's
+        if type(callback) in short:  # other callbacks stay, such as a notebook's progress bar
             handler.callbacks[place] = short[type(callback)](knows_end)

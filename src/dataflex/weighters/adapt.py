@@ -1,17 +1,17 @@
-"""ADAPT: weights by the likeness of a sample to the validation samples (ICLR 2026, arXiv 2605.05227).
+"""ADAPT: weights by the similarity of a sample to the validation samples (ICLR 2026, arXiv 2605.05227).
 
 With z the embedding of a sample (:mod:`~dataflex.weighters.base_anchors`), pooled with weight t at token t, and the
-anchors a, validation samples:
+anchors a, which are validation samples:
 
     s_i = mean over the anchors of cos(z_i, a)
     w_i = sigmoid(s_i / tau)
 
-The weight of a sample depends on it and the anchors alone. tau = 1, the paper's, gives almost the same weight to all
-samples, because s hardly varies without a centre; so tau is smaller here and the centre is taken off.
-``defaults: dataflex_1`` has the earlier release's values.
+The weight of a sample depends on the sample and the anchors alone. The paper's tau = 1 gives almost the same weight to
+all samples, because s hardly varies as long as no centre is subtracted. So the default tau is smaller, and the centre
+is subtracted. ``defaults: dataflex_1`` has the values of the earlier release.
 
-Cost: no further forward of the step's samples. Every ``anchor_every`` steps one forward of the anchors and of the
-samples of the centre.
+Cost: no further forward pass over the step's samples. Every ``anchor_every`` steps one forward pass over the anchors
+and the samples of the centre.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ class AdaptParams(AnchorParams):
 
     earlier: ClassVar = {"tau": 1.0, "anchors": None, "center_samples": 0}
 
-    tau: float = Field(0.1, gt=0, description="Smaller tells samples further apart; the paper has 1.")
-    clip: float | None = Field(None, gt=0, le=1, description="Largest weight; none: 1.")
+    tau: float = Field(
+        0.1, gt=0, description="Temperature; a smaller value separates the weights of samples more. The paper has 1."
+    )
+    clip: float | None = Field(
+        None, gt=0, le=1, description="Largest weight. If null, weights are not clipped; all are below 1."
+    )
 
 
 @register("weighter", "adapt")
@@ -43,7 +47,7 @@ class AdaptWeighter(AnchoredWeighter[AdaptParams]):
     elementwise = True
 
     def weigh(self, batch: StepBatch) -> Tensor:
-        """Return the weights of the samples, in (0, 1)."""
+        """Return the weights of the samples, in (0, 1), shape (n,)."""
         vectors, mean = self.compared(batch)
         weights = (vectors @ mean / self.params.tau).sigmoid()
         return weights if self.params.clip is None else weights.clamp(max=self.params.clip)

@@ -1,4 +1,4 @@
-"""Weight 1 for every sample: plain training, the control for weighters that decide. Cost: none."""
+"""Weight 1 for every sample: plain training, the control for all other weighters. Cost: none."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 @register("weighter", "uniform")
 class UniformWeighter(Weighter[WeighterParams]):
-    """Every sample counts the same."""
+    """Gives every sample the weight 1."""
 
     elementwise = True
 
     def weigh(self, batch: StepBatch) -> Tensor:
-        """Return ones."""
+        """Return ones, shape (n,)."""
         return batch.losses.new_ones(batch.losses.shape)

@@ -15,9 +15,9 @@ from dataflex.errors import ConfigError
 @pytest.mark.parametrize(
     "section, message",
     [
-        ({"select": {"method": "diversity"}}, "dataflex.select: diversity has no score of a sample by itself"),
-        ({"select": {"method": "coincide"}}, "dataflex.select: coincide has no score of a sample by itself"),
-        ({"select": {"method": "random"}}, "dataflex.select: random has no score of a sample by itself"),
+        ({"select": {"method": "diversity"}}, "dataflex.select: diversity gives single samples no score"),
+        ({"select": {"method": "coincide"}}, "dataflex.select: coincide gives single samples no score"),
+        ({"select": {"method": "random"}}, "dataflex.select: random gives single samples no score"),
         ({"weight": {"method": "uniform"}}, "dataflex.select must name a method that scores samples"),
     ],
 )

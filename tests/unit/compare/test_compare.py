@@ -570,9 +570,9 @@ def test_what_the_budget_and_the_machine_allow(lab: Lab, monkeypatch: pytest.Mon
     lab.write(equal={"tokens": 500}, **variants(a={**RANDOM, "gradient_accumulation_steps": 2}))
     load(lab.file)
     lab.write(equal={"wall_clock": 60})
-    with pytest.raises(ConfigError, match=r"--jobs: 2 runs at a time on 1 device take each other's time"):
+    with pytest.raises(ConfigError, match=r"--jobs: 2 runs at the same time on 1 device slow each other down"):
         lab.compare(jobs=2)
-    with pytest.raises(ConfigError, match=r"--jobs: 3 runs at a time on 2 devices"):
+    with pytest.raises(ConfigError, match=r"--jobs: 3 runs at the same time on 2 devices"):
         compare(lab.file, program=lab.program, at_once=Workers(3, ("0", "1")))
     assert lab.launches() == []
     (lab.folder / "mmlu.jsonl").write_text(question("who ?"))
@@ -817,7 +817,7 @@ def test_a_signal_ends_the_runs_and_is_answered_by_how_to_go_on(
     lab.write(seeds=[2], variants={"plain": {"dataflex": {}}, "better": {"dataflex.select.method": "random"}})
     status, said = stopped(lab, number)
     assert status == 128 + number
-    assert "stopped. What is complete is kept" in said
+    assert "stopped. Complete runs are kept" in said
     assert f"dataflex-cli compare {lab.file}" in said
     assert lab.compare(dry_run=True) == 0
     out = capsys.readouterr().out

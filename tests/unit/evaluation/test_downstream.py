@@ -621,7 +621,7 @@ def test_targets(evaluated: Evaluated, tmp_path: Path) -> None:
     (full / "model.safetensors").unlink()
     _refused(full, "has no weights: they were not saved", "checkpoint-12")
     (full / "dataflex" / "summary.json").unlink()
-    _refused(full, "its training has not ended", "checkpoint-12")
+    _refused(full, "the training has not ended", "checkpoint-12")
     merged = tmp_path / "merged"
     shutil.copytree(evaluated.run, merged)
     record = {"adapter_name_or_path": "a,b", "dataflex": {}}
@@ -636,7 +636,7 @@ def test_targets(evaluated: Evaluated, tmp_path: Path) -> None:
     _refused(tmp_path, "has no weights")
     _refused(tmp_path / "nothing" / "here", "no such run or model folder")
     _refused("asset:smol", "unknown asset 'smol'")
-    with pytest.raises(ConfigError, match="has an adapter of its own"):
+    with pytest.raises(ConfigError, match="already has an adapter"):
         resolve_target(str(evaluated.run), evaluated.run)
     with pytest.raises(ConfigError, match="is no adapter folder"):
         resolve_target(str(model), model)
@@ -654,7 +654,7 @@ def test_bad_arguments_are_reported_together(evaluated: Evaluated, capfd: pytest
     assert main(["eval", str(evaluated.folder / "model"), "--tasks", missing]) == 2
     text = capfd.readouterr().err
     assert "did you mean 'choice.jsonl'?" in text
-    assert "--output: needed" in text
+    assert "--output: required" in text
 
 
 @pytest.mark.parametrize(

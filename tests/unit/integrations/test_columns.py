@@ -309,7 +309,7 @@ def test_tokenized_data_without_the_columns_is_refused(root: Path, tmp_path: Pat
     shutil.copytree(tmp_path / "bare", tmp_path / "other", dirs_exist_ok=True)
     tokenized(root, tmp_path / "shorter", ("rank",), max_samples=20)
     shutil.copy(tmp_path / "shorter" / "dataflex_columns.parquet", tmp_path / "other")
-    with pytest.raises(ConfigError, match="was kept for other samples"):
+    with pytest.raises(ConfigError, match="was written for other samples"):
         tokenized(root, tmp_path / "other", ("rank",))
 
 

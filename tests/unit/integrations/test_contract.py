@@ -331,3 +331,15 @@ def test_arguments_are_read_as_the_parser_reads_them() -> None:
         enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
         if enums and "list" not in read[name].types:
             assert set(read[name].choices) == {str(member.value) for member in enums[0]}, name
+
+
+def test_the_model_card_is_the_last_file_of_a_run() -> None:
+    """Our section of the card is written after LLaMA-Factory's run, and in the Trainer's method before a push."""
+    from transformers import Trainer
+
+    for stage in STAGES:
+        run = inspect.getsource(getattr(workflow_of(stage), f"run_{stage}"))
+        assert run.rstrip().endswith(
+            "create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)"
+        )
+    assert "self.create_model_card(" in inspect.getsource(Trainer.push_to_hub)

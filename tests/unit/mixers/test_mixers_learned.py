@@ -294,7 +294,7 @@ def test_ado_begins_with_the_given_shares() -> None:
     [
         ({"prior": [1, 0, 1]}, "prior", "is 0 for b"),
         ({"prior": [1, 1]}, "prior", "2 numbers for 3"),
-        ({"min_probability": 0.34}, "min_probability", r"more than 1 together; at most 0.333333"),
+        ({"min_probability": 0.34}, "min_probability", r"adds up to more than 1; use at most 0.333333"),
         ({"initial_proportions": {"a": 1, "b": 1, "x": 1}}, "initial_proportions", "unknown domain 'x'"),
     ],
 )
@@ -507,7 +507,7 @@ def test_skill_it_does_not_overflow_with_a_thousand_domains() -> None:
 def test_the_default_graph_goes_by_name_then_by_position() -> None:
     assert read_graph(None, ("a", "b"), ("b", "a")).tolist() == [[0.5, 1], [1, 0.5]]
     assert read_graph(None, ("a", "b"), ("x", "y")).tolist() == [[1, 0.5], [0.5, 1]]
-    with pytest.raises(ConfigError, match=r"3 validation domains .* do not stand for 2 domains"):
+    with pytest.raises(ConfigError, match=r"3 validation domains .* cannot be matched one to one with the 2 domains"):
         read_graph(None, ("a", "b"), ("x", "y", "z"))
 
 
@@ -550,15 +550,15 @@ def test_a_large_graph(tmp_path: Path) -> None:
         ([[1, 2], [1]], "row of 'b' has 1 numbers for 2"),
         ([[1, 2], [1, -1]], "not negative, got -1.0 in the row of 'b', column 2"),
         ([[], []], "row of 'a' has 0 numbers"),
-        ("a,x\nb,1\n", "nothing for domain 'a'"),
+        ("a,x\nb,1\n", "no value for domain 'a'"),
         ("-,x\na,1\nb,1\nc,1\n", "unknown domain 'c'"),
         ("-,x,y\na,1,2\nb,1\n", "1 numbers for 2 columns"),
         ("-,x\na,1\na,1\n", "'a' is there twice"),
         ("-,x\na,one\nb,1\n", "cannot be read"),
-        ("", "cannot be read: it is empty"),
+        ("", "cannot be read: the file is empty"),
         ({"a": {"x": 1}, "b": {"z": 1}}, "row 'b': unknown validation domain 'z'"),
-        ({"a": 1, "b": 2}, "holds no mapping"),
-        ({"a": {"x": True}, "b": {"x": 1}}, "holds no mapping"),
+        ({"a": 1, "b": 2}, "must hold a mapping"),
+        ({"a": {"x": True}, "b": {"x": 1}}, "must hold a mapping"),
         ({"a": {"x": float("nan")}, "b": {"x": 1}}, "finite"),
     ],
 )

@@ -516,7 +516,10 @@ def problems_of_schedule(**given: Any) -> str:
     [
         ({}, r"mix\.points: needed"),
         ({"points": []}, r"mix\.points: .*at least 1 item"),
-        ({"points": [{"step": 5, "proportions": [1]}] * 2}, r"mix\.points: steps must ascend, but 5 comes after 5"),
+        (
+            {"points": [{"step": 5, "proportions": [1]}] * 2},
+            r"mix\.points: the steps of the points must ascend, but 5 comes after 5",
+        ),
         ({"points": [{"step": -1, "proportions": [1]}]}, r"points\.0\.step: .*greater than or equal to 0"),
         ({"points": [{"step": 0.5, "proportions": [1]}]}, r"points\.0\.step: .*whole number"),
         ({"points": [{"step": 0}]}, r"points\.0\.proportions: needed"),

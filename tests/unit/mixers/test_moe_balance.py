@@ -419,5 +419,5 @@ def test_a_model_without_experts_is_refused_before_anything_is_loaded(tmp_path: 
     assert problems('{"model_type": "mixtral", "num_local_experts": 8}') == []
     (problem,) = problems('{"model_type": "llama"}')
     assert problem[0] == "method"
-    assert "mixture of experts" in problem[1]
+    assert "mixture-of-experts" in problem[1]
     assert list(build(MoeBalanceMixer).problems(RunConfig({"model_name_or_path": "org/name"}, None))) == []

@@ -242,8 +242,8 @@ def test_a_pattern_in_a_plan() -> None:
         ({"method": "segment", "front": 0, "back": 0}, "both 0, which is a shuffle"),
         ({"method": "segment", "descending": True}, "descending"),
         ({"method": "fold", "layers": 0}, "layers"),
-        ({"method": "fold", "by": "column"}, "by: column needs column"),
-        ({"method": "fold", "column": "quality"}, "read with by: column only"),
+        ({"method": "fold", "by": "column"}, "by: column needs the parameter column"),
+        ({"method": "fold", "column": "quality"}, "used with by: column only"),
         ({"method": "fold", "jit": -1}, "jit"),
     ],
 )
@@ -267,7 +267,7 @@ def test_a_window_that_holds_everything_is_refused_and_patterns_of_nothing_are_t
     found = order.unfit(run(40))
     assert found is not None
     assert found[0] == "jit"
-    assert "a window of 40 samples does not fit: 40 samples" in found[1]
+    assert "a window of 40 samples is too large: 40 samples" in found[1]
     assert build(FoldOrder).unfit(run(1)) is None
     walking = build(FoldOrder, by="length", jit=60, scope="run")
     assert "60 samples are arranged" in str(walking.unfit(run(1)))

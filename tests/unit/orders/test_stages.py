@@ -100,9 +100,9 @@ def test_another_seed_shuffles_otherwise() -> None:
 @pytest.mark.parametrize(
     "stages, text",
     [
-        ([{"domains": ["a"], "share": 0.5}, {"domains": ["b"], "share": 0.4}], "add up to 0.9, not to 1"),
-        ([{"domains": ["a"], "share": 0.7}, {"domains": ["b"], "share": 0.4}], "add up to 1.1, not to 1"),
-        ([{"domains": ["a"]}, {"domains": ["b"], "share": 0.4}], "the last stage lasts as long as the run does"),
+        ([{"domains": ["a"], "share": 0.5}, {"domains": ["b"], "share": 0.4}], "add up to 0.9 instead of 1"),
+        ([{"domains": ["a"], "share": 0.7}, {"domains": ["b"], "share": 0.4}], "add up to 1.1 instead of 1"),
+        ([{"domains": ["a"]}, {"domains": ["b"], "share": 0.4}], "the last stage lasts until the run ends"),
         ([{"domains": ["a"], "share": 1.0}, {"domains": ["b"]}], "nothing is left"),
         ([{"domains": ["a"], "share": 0}, {"domains": ["b"]}], "share"),
         ([{"domains": ["a"]}], "stages"),
@@ -121,7 +121,7 @@ def test_what_cannot_be_is_refused(stages: list[Any], text: str) -> None:
         ([["alpa"], ["beta"]], [], "stages.0.domains", "unknown domain 'alpa'; did you mean 'alpha'"),
         ([["alpha"], ["beta"]], [], "stages", "in no stage: 7, True"),
         ([["alpha", "alpha"], ["beta"]], [], "stages.0.domains", "names a domain twice"),
-        ([["alpha"], ["beta", 7]], ["true", "beta"], "left_out", "beta: in a stage, too"),
+        ([["alpha"], ["beta", 7]], ["true", "beta"], "left_out", "beta: also in a stage"),
         ([["alpha"], ["beta", 7]], ["gamma"], "left_out", "unknown domain 'gamma'"),
     ],
 )
@@ -158,7 +158,7 @@ def test_the_plan_says_how_long_each_stage_is() -> None:
         order = build(StagesOrder, stages=list(stages))
         never = order.cannot_act(run)
         assert (never is not None) == (total == 5 and sizes is not None)
-        assert never is None or "stage 2 (a, c) never begins: the stages before take all 20 samples" in never
+        assert never is None or "stage 2 (a, c) never begins: the stages before use all 20 samples" in never
         return order.outline(run, False)
 
     shared = {"domains": ["a"], "share": 0.3}, {"domains": ["b", "c"]}

@@ -162,7 +162,7 @@ def test_what_other_parameters_found_does_not_stand(caplog: pytest.LogCaptureFix
     after.load_state_dict(before.state_dict())
     plans(after, 1, first=1)
     assert [update for update, _ in last.asked] == [1]
-    assert "select.1 watched: it is another one now" in caplog.text
+    assert "select.1 watched: method, keep or parameters differ from the checkpoint" in caplog.text
 
 
 def test_a_method_twice_in_a_chain_has_random_numbers_of_its_own() -> None:

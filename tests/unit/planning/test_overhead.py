@@ -249,13 +249,13 @@ def test_a_run_says_why_it_missed_its_cap() -> None:
     dear.run()
     found = dear.limit.closing(Spent(dear.train, dear.decided))
     assert (found["kept"], found["decisions"], found["decisions_that_scored"], found["scores"]) == (False, 2, 1, 32)
-    for words in ("above max_overhead (0.25)", "comes to 15 s", "first decision", "took 161 s", "5 s to score"):
+    for words in ("above max_overhead (0.25)", "the limit is 15 s", "first decision", "took 161 s", "5 s to score"):
         assert words in found["text"]
     assert "decided 2 times, on 32 scores, made at 1 of the decisions" in found["text"]
     again = Simulation(per_sample=5.0, fixed=1.0, warmup=20, rounds=2)
     again.limit.load_state_dict(dear.limit.state_dict())
     assert again.limit.closing(Spent(dear.train, dear.decided)) == found
-    assert "no scoring" in dear.limit.closing(Spent(1000.0, 500.0))["text"]
+    assert "were not scoring" in dear.limit.closing(Spent(1000.0, 500.0))["text"]
     assert "longer" in dear.limit.closing(Spent(750.0, 200.0))["text"]
 
 

@@ -297,15 +297,15 @@ def test_the_digest_is_of_the_indices_in_order() -> None:
 @pytest.mark.parametrize(
     "selection, text",
     [
-        (Selection(np.arange(7)), "7,.*not 8"),
-        (Selection(np.arange(8.0)), "float64.*not 8 integers"),
-        (Selection(np.arange(93, 101)), r"outside 'pool' \[0, 100\)"),
-        (Selection(np.arange(-1, 7)), r"outside 'pool' \[0, 100\)"),
+        (Selection(np.arange(7)), "7,.*needed are 8"),
+        (Selection(np.arange(8.0)), "float64.*needed are 8 integers"),
+        (Selection(np.arange(93, 101)), r"outside 'pool', whose range is \[0, 100\)"),
+        (Selection(np.arange(-1, 7)), r"outside 'pool', whose range is \[0, 100\)"),
         (Selection(np.arange(8), np.zeros(7, dtype=np.float32)), "scores"),
         (Selection(np.arange(8), ranks=np.arange(7), ranked=100), r"ranks of shape \(7,\)"),
         (Selection(np.arange(8), ranks=np.arange(8.0), ranked=100), "float64 ranks"),
-        (Selection(np.arange(8), ranks=np.arange(1, 9), ranked=7), r"outside 0 \(none\) to 7"),
-        (Selection(np.arange(8), ranks=np.arange(-1, 7), ranked=100), "outside 0"),
+        (Selection(np.arange(8), ranks=np.arange(1, 9), ranked=7), r"outside the range from 0 \(no rank\) to 7"),
+        (Selection(np.arange(8), ranks=np.arange(-1, 7), ranked=100), "outside the range from 0"),
     ],
 )
 def test_a_selection_no_plan_can_be_made_of_names_the_selector(selection: Selection, text: str) -> None:

@@ -212,7 +212,8 @@ def test_it_gives_the_numbers_of_the_cpu(
     assert len(here) == len(there)
     for expected, found in zip(here, there, strict=True):
         assert expected.size
-        tolerance = 2e-2 if model == "bf16" else 2e-5
+        # Stored features are float16: a difference in the last bit of float32 may round to the next float16.
+        tolerance = 2e-2 if model == "bf16" else 1e-3 if name == "stored_features" else 2e-5
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * np.nanmax(np.abs(expected)))
     assert counts.waits
     assert not [line for line in counts.unordered if not line.startswith("transformers/")]

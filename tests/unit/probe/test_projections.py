@@ -121,6 +121,28 @@ def test_kronecker_is_linear_in_the_gradient() -> None:
     torch.testing.assert_close(together, apart)
 
 
+def test_a_kronecker_sketch_is_not_worse_than_one_of_dense_matrices() -> None:
+    """Of matrices x g and y h, (a + 2)(b + 2) / (a b) - 1 bounds the dense variance over |x|^2 |y|^2 |g|^2 |h|^2."""
+    x, y = pairs("uneven", 20, 300, 8)
+    g, h = pairs("repeated", 20, 200, 16)
+    (inputs, gradients), estimates = (torch.cat([x, y]), torch.cat([g, h])), []
+    for seed in range(300):
+        projection, out = KroneckerProjection(128, seed, CPU), torch.zeros(40, 128, dtype=torch.float64)
+        projection.add_part(out, "w", Outer(inputs.unsqueeze(1), gradients.unsqueeze(1)))
+        estimates.append((out[:20] * out[20:]).sum(1))
+    found, exact = torch.stack(estimates), (x * y).sum(1) * (g * h).sum(1)
+    scale = torch.stack([each.square().sum(1) for each in (x, y, g, h)]).prod(0)
+    variance = ((found - exact) ** 2).mean(0) / scale
+    assert ((found.mean(0) - exact).abs() < 4 * found.std(0) / 300**0.5).all()
+    assert float(variance.mean()) < 10 / 8 * 18 / 16 - 1
+
+
+def test_sketches_of_unit_vectors() -> None:
+    places = torch.tensor([[0, 3, 36], [37, 99, 3]])
+    expected = CountProjection(37, 3, CPU).of("w", 0, torch.eye(100)[places], 100)
+    assert torch.equal(CountProjection(37, 3, CPU).of_units("w", places, 100), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear(kind: Any) -> None:
     x, y = pairs("generic", 2, 5000, 32)

@@ -135,7 +135,7 @@ def test_what_would_not_come_back_is_refused_with_its_place(value: Any, text: st
 def test_a_state_of_an_earlier_release_is_refused_by_its_version(tmp_path: Path) -> None:
     tree = {"version": 2, "step": 3, "plan": {"indices": {"__tree__": "array_0"}}}
     np.savez(tmp_path / STATE_FILE, __tree__=np.array(json.dumps(tree)), array_0=np.arange(2))
-    with pytest.raises(CheckpointError, match=f"version 2, this release reads {STATE_VERSION}"):
+    with pytest.raises(CheckpointError, match=f"version 2, and this release reads version {STATE_VERSION}"):
         read_state(tmp_path)
 
 
@@ -144,7 +144,7 @@ def test_a_missing_or_newer_state_is_an_error(tmp_path: Path) -> None:
         read_state(tmp_path)
     write_state(tmp_path, STATE)
     write_state(tmp_path, {**STATE, "version": STATE_VERSION + 1})
-    with pytest.raises(CheckpointError, match=f"version {STATE_VERSION + 1}.*reads {STATE_VERSION}"):
+    with pytest.raises(CheckpointError, match=f"version {STATE_VERSION + 1}.*reads version {STATE_VERSION}"):
         read_state(tmp_path)
 
 

@@ -93,7 +93,7 @@ def test_duplicates_count_once_until_nothing_else_is_left(caplog: pytest.LogCapt
     assert chosen(ctx, 3) == [0, 2, 5]
     assert not caplog.records
     assert chosen(ctx, 4) == [0, 1, 2, 5]
-    assert "of 4 samples wanted, 3 are unlike all better ones" in caplog.text
+    assert "4 samples are wanted, but the filter accepts only 3" in caplog.text
 
 
 def test_half_precision_maps_are_read() -> None:

@@ -203,12 +203,12 @@ def test_duplicated_samples_have_one_weight() -> None:
 def test_what_shows_before_the_model_is_loaded() -> None:
     selector = build(DsirSelector, min_words=8)
     (problem,) = selector.pool_problems(make_pool({"a": 3}, lengths=[5, 7, 6]))
-    assert problem == ("min_words", "no sample has 8 words: the longest has 7 tokens. Lower it.")
+    assert problem == ("min_words", "no sample has 8 words: the longest has 7 tokens. Lower min_words.")
     texts = ["w", "a b c, d e f", "x y"]
     pool = make_pool({"a": 3}, rows=[{"input_ids": [i]} for i in range(3)], lengths=[7, 9, 8])
     pool.decode = lambda tokens: texts[tokens[0]]
     (problem,) = selector.pool_problems(pool)
-    assert problem == ("min_words", "no sample has 8 words: the longest has 7 words. Lower it.")
+    assert problem == ("min_words", "no sample has 8 words: the longest has 7 words. Lower min_words.")
     texts[2] += " a b c d e f"
     assert not list(selector.pool_problems(pool))
     view: Any = None

@@ -63,7 +63,7 @@ def test_bad_checkpoints(tmp_path: Path, method: str) -> None:
     assert "no folder 'gone'" in message(good, "gone")
     assert "holds no model and no adapter" in message(good, empty)
     assert "no trainer_state.json" in message(good, unweighted)
-    assert "set checkpoint_weights" in message(unweighted)
+    assert "Set checkpoint_weights" in message(unweighted)
     assert message(good, unweighted, checkpoint_weights=[1.0, 0.0]) == ""
     assert "no optimizer.pt" in message(good, bare)
     assert message(good, bare, preconditioner="none") == ""
@@ -74,8 +74,8 @@ def test_bad_checkpoints(tmp_path: Path, method: str) -> None:
     [
         ([1.0], "1 numbers for 2 checkpoints"),
         ([1.0, 1.0, 1.0], "3 numbers for 2 checkpoints"),
-        ([2.0, -1.0], "not be negative"),
-        ([0.0, 0.0], "not all zero"),
+        ([2.0, -1.0], "must be 0 or more"),
+        ([0.0, 0.0], "not all 0"),
         ([], "0 numbers for 2 checkpoints"),
         ([1.0, float("nan")], "finite"),
     ],

@@ -207,8 +207,8 @@ def test_the_largest_ratio_up_to_one_comes_first() -> None:
     "given, said",
     [
         ({"stage": "pt"}, "stage pt has no prompts"),
-        ({"packing": True}, "packing puts several into one"),
-        ({"train_on_prompt": True}, "train_on_prompt has prompts trained on"),
+        ({"packing": True}, "packing joins several samples"),
+        ({"train_on_prompt": True}, "train_on_prompt trains on prompts"),
     ],
 )
 def test_what_leaves_no_prompts_is_refused(given: dict[str, Any], said: str) -> None:

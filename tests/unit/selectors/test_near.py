@@ -93,11 +93,11 @@ def test_lists_that_are_shorter_than_a_round_and_parameters_beside_them_are_refu
 @pytest.mark.parametrize(
     "table, message",
     [
-        (np.array([1, 2]), "needed are numbers in 2 dimensions"),
+        (np.array([1, 2]), "numbers with 2 dimensions is needed"),
         (np.empty((0, 3), int), "shape"),
-        (np.array([["a"]]), "needed are numbers"),
-        (np.array([[0.5]]), "pool indices, which are integers"),
-        (np.array([[0, -1]]), "indices from -1 to 0; those of the 6 samples of this pool are 0 to 5"),
+        (np.array([["a"]]), "array of numbers"),
+        (np.array([[0.5]]), "pool indices are integers"),
+        (np.array([[0, -1]]), "indices from -1 to 0; the 6 samples of this pool have the indices 0 to 5"),
         (np.array([[0, 6]]), "indices from 0 to 6"),
     ],
 )
@@ -132,7 +132,7 @@ def test_used_up_lists_begin_again_with_a_note() -> None:
     first, second = (decided(selector, ctx, group_of(ctx.pool, 8)).indices.tolist() for _ in range(2))
     assert len(set(first) | set(second)) == 12
     assert second[4:] == first[:4]
-    assert "used up after 12 samples" in "".join(ctx.notes)
+    assert "ended after 12 samples" in "".join(ctx.notes)
     third = decided(selector, ctx, group_of(ctx.pool, 8)).indices.tolist()
     assert third == [each for each in by_hand(ctx, 12) if each not in first[:4]]
 

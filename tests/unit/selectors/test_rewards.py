@@ -77,7 +77,7 @@ def test_a_name_alone_is_its_type() -> None:
     [
         ("exact", "'exact_match', 'python', 'model', 'judge'"),
         ({"pattern": "(a)"}, "type"),
-        ({"type": "exact_match", "pattern": "("}, "no regular expression"),
+        ({"type": "exact_match", "pattern": "("}, "not a regular expression"),
         ({"type": "exact_match", "pattern": "a"}, "needs a group"),
         ({"type": "exact_match", "patterns": "(a)"}, "patterns"),
         ("python", "path"),
@@ -145,7 +145,7 @@ def test_a_file_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ComponentError, match="importing it failed with ModuleNotFoundError"):
         call(reward, ("a", "b", "c"))
     path = write(tmp_path, "score = 1\n", "number.py")
-    with pytest.raises(ComponentError, match="score is no function"):
+    with pytest.raises(ComponentError, match="score is not a function"):
         call(python(path), ("a", "b", "c"))
 
 
@@ -155,9 +155,9 @@ def test_a_missing_function_shows_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, text)
     for name in ("branch", "root", "alias", "Thing"):
         python(path, name)
-    with pytest.raises(ValidationError, match=r"no function 'score'; it has Thing, alias, branch, root, sys"):
+    with pytest.raises(ValidationError, match=r"no function 'score'; the file has Thing, alias, branch, root, sys"):
         python(path)
-    with pytest.raises(ValidationError, match="no Python file"):
+    with pytest.raises(ValidationError, match="cannot be parsed as a Python file"):
         python(write(tmp_path, "def score(:\n", "broken.py"))
 
 

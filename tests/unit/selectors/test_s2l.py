@@ -108,7 +108,7 @@ def test_before_anything_was_trained_the_draw_is_random() -> None:
     pool = make_pool({"a": 40})
     draws = [decided(build(S2lSelector), context(pool, seed=seed), group_of(pool, 10)) for seed in range(5)]
     assert len({tuple(draw.indices.tolist()) for draw in draws}) == 5
-    assert draws[0].undecided == "no sample was trained yet, the draw is random"
+    assert draws[0].undecided == "no sample was trained on yet, the draw is random"
 
 
 def test_samples_without_a_token_to_train_on_are_left_out() -> None:

@@ -616,11 +616,11 @@ def test_a_share_is_of_the_samples_that_have_a_score(tmp_path: Path, fraction: f
 
 def test_more_than_have_a_score(tmp_path: Path) -> None:
     scores = [1.0, np.nan, 2.0, np.nan, 3.0, np.nan]
-    with pytest.raises(ConfigError, match=r"--count: 4 samples are wanted, only 3 of the pool's 6 have a score"):
+    with pytest.raises(ConfigError, match=r"--count: 4 samples are wanted, but only 3 of the pool's 6 have a score"):
         score_pool(*scored_run(scores), tmp_path, Amount(count=4))
     run, probe = scored_run(scores)
     run.inputs.components.select[0].component.function = None  # nothing is scored before it shows
-    with pytest.raises(ConfigError, match=r"--count: 7 samples are wanted, the pool has 6"):
+    with pytest.raises(ConfigError, match=r"--count: 7 samples are wanted, but the pool has 6"):
         score_pool(run, probe, tmp_path, Amount(count=7))
     assert not list(tmp_path.iterdir())
 

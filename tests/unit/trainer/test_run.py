@@ -209,8 +209,8 @@ def test_another_global_batch_size_is_not_gone_on_with() -> None:
     state = {**first.state_dict(0), "processes": 2}
     other = {"gradient_accumulation_steps": 4, "world_size": 1}
     assert check_processes(state, arguments(deepspeed="zero.json")) is None
-    assert "1 processes go on with what 2 had begun" in check_processes(state, arguments(**other, deepspeed=None))
-    with pytest.raises(CheckpointError, match=r"in parts for 2 processes, this run has 1"):
+    assert "by a run of 2 processes, and this run has 1" in check_processes(state, arguments(**other, deepspeed=None))
+    with pytest.raises(CheckpointError, match=r"split over 2 processes, and this run has 1"):
         check_processes(state, arguments(**other, deepspeed="zero.json"))
     with pytest.raises(CheckpointError, match=r"global batch size .* of 8, this run has 16"):
         check_processes(state, arguments(world_size=4))
@@ -246,7 +246,8 @@ def test_state_made_with_other_parameters_is_made_anew(tmp_path: Path, given: An
         caplog.clear()
         again.load_state_dict(state)
         (note,) = again.recorder.notes
-        assert note == f"mix {method}: what it had made by step 2 was made with another {key}, so it is made anew."
+        expected = f"its state up to step 2 was computed with another {key}. It is discarded and computed again."
+        assert note == f"mix {method}: {expected}"
         assert [record.message for record in caplog.records] == [note]
         assert again.planned.plan_for(2).proportions.tolist() == [0.25, 0.75]
         same = started(mix={"method": method, key: make(old)})
@@ -353,7 +354,7 @@ def test_other_evaluation_data_is_said() -> None:
     )
     state = {"step": 3, **first.fingerprints()}
     assert same.says_of_evaluation(state) is None
-    assert "evaluation data is not that of before step 3" in str(other.says_of_evaluation(state))
+    assert "evaluation data differs from the data used up to step 3" in str(other.says_of_evaluation(state))
     assert RunData().says_of_evaluation(state) is None
 
 

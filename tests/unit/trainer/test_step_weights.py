@@ -94,7 +94,7 @@ def test_what_a_weighter_did_not_ask_for_is_told() -> None:
         asking(weighter, tokens=False).decide([micro_batch(0)], 0)
     weighter.rule = lambda batch: batch.reference_losses
     with pytest.raises(
-        ComponentError, match=r"batch.reference_losses .* asked for no reference.* Needs\(reference=self.params\)"
+        ComponentError, match=r"batch.reference_losses .* needs\(\) name no reference.* Needs\(reference=self.params\)"
     ):
         asking(weighter).decide([micro_batch(0)], 0)
     with pytest.raises(ComponentError, match="stream"):
@@ -145,7 +145,7 @@ def test_a_chain_that_leaves_nothing_is_refused() -> None:
     [
         (
             lambda batch: batch.token_losses[:, :2],
-            r"shape \(2, 2\); needed is \(2,\), one per sample, or \(2, 5\), one per token",
+            r"shape \(2, 2\); the shape must be \(2,\), one per sample, or \(2, 5\), one per token",
         ),
         (lambda batch: batch.token_losses - 9, "NaN, infinite or negative"),
         (lambda batch: batch.losses.tolist(), "returned a list"),

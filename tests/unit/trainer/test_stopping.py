@@ -26,23 +26,24 @@ def save(folder: Path, step: int, complete: bool = True) -> None:
 
 
 def test_the_last_complete_checkpoint_is_named(tmp_path: Path) -> None:
-    nothing = "stopped before the first checkpoint; the same command begins again."
+    nothing = "stopped before the first checkpoint; the same command starts over."
     assert text(tmp_path / "none") == nothing
     save(tmp_path, 90, complete=False)
     assert text(tmp_path) == nothing
     save(tmp_path, 30)
     save(tmp_path, 60)
-    assert text(tmp_path) == "stopped; the same command goes on from step 60."
-    assert text(tmp_path, resume_from_checkpoint=True) == "stopped; the same command goes on from step 60."
+    assert text(tmp_path) == "stopped; the same command resumes from step 60."
+    assert text(tmp_path, resume_from_checkpoint=True) == "stopped; the same command resumes from step 60."
 
 
 def test_a_command_that_would_not_go_on_is_not_said_to(tmp_path: Path) -> None:
-    again = "stopped; the same command begins again, because overwrite_output_dir is true"
+    again = "stopped; the same command starts over, because overwrite_output_dir is true"
     assert text(tmp_path, overwrite_output_dir=True) == f"{again}."
     save(tmp_path, 60)
-    assert text(tmp_path, overwrite_output_dir=True) == f"{again}; resume_from_checkpoint=true goes on from step 60."
+    newest = "with resume_from_checkpoint=true it resumes from step 60."
+    assert text(tmp_path, overwrite_output_dir=True) == f"{again}; {newest}"
     assert text(tmp_path, resume_from_checkpoint="runs/checkpoint-5") == (
-        "stopped; the same command begins at runs/checkpoint-5 again, resume_from_checkpoint=true goes on from step 60."
+        f"stopped; the same command resumes from runs/checkpoint-5 again; {newest}"
     )
     assert text(tmp_path, do_train=False) == "stopped."
     plain = RunConfig({"do_train": True, "output_dir": str(tmp_path)}, None)
@@ -60,7 +61,7 @@ def test_a_signal_ends_any_command_without_a_traceback(
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setitem(cli._COMMANDS, "eval", told_to_stop)
     assert cli.main(["eval", "model", "--tasks", "task"]) == status
-    assert capsys.readouterr().err == "\ndataflex: stopped; the same command begins again.\n"
+    assert capsys.readouterr().err == "\ndataflex: stopped. Repeat the command to start again.\n"
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 

@@ -216,7 +216,7 @@ def test_loss_based_weights_by_hand() -> None:
 @pytest.mark.parametrize(
     "weights, text",
     [
-        ([1.0, 1.0], r"shape \(2,\); needed is \(4,\), one per sample"),
+        ([1.0, 1.0], r"shape \(2,\); the shape must be \(4,\), one per sample"),
         ([1.0, 1.0, float("nan"), 1.0], "NaN, infinite or negative"),
         ([1.0, 1.0, float("inf"), 1.0], "NaN, infinite or negative"),
         ([1.0, 1.0, -0.1, 1.0], "NaN, infinite or negative"),

@@ -1,1 +1,1 @@
-"""Everything that knows LLaMA-Factory: its runs, its data loading, its stages, its errors."""
+"""Integration with LLaMA-Factory: its runs, its data loading, its stages and its errors."""

@@ -1,7 +1,7 @@
-"""What went wrong while LLaMA-Factory loaded data: the setting, the data set, the file and line, the root cause.
+"""Explanations of errors in LLaMA-Factory's data loading: the setting, the data set, the file and line, the root cause.
 
-LLaMA-Factory's errors say neither which data set they are about nor where. Which one it was at, and at which of its
-steps, is read from the frames of the error; where in the files, by reading them (:mod:`dataflex.data.faults`).
+LLaMA-Factory's errors name neither the data set nor the file. The data set and the step of the load are read from the
+stack frames of the error. The line in the file is found by reading the file (:mod:`dataflex.data.faults`).
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from dataflex.errors import ConfigError, DataFlexError
 from dataflex.record.files import one_line
 
 _NOTHING_LEFT = ("Cannot find valid samples", "Cannot find sufficient samples")
-"""What LLaMA-Factory says where preprocessing leaves no sample."""
+"""Beginnings of LLaMA-Factory's errors for preprocessing that leaves no sample."""
 _SPEAKING = (ValueError, RuntimeError, OSError, ImportError)
-"""Errors whose text says enough without their type."""
+"""Errors whose text is clear without the name of their type."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """One load by LLaMA-Factory.
+    """One load of data by LLaMA-Factory.
 
     Attributes:
-        data_args: its arguments.
-        stage: its stage.
-        key: the setting that names the data sets; empty: ``dataset`` and ``eval_dataset``, each its own.
-        generates: whether evaluation data is answered by generation.
+        data_args: LLaMA-Factory's data arguments.
+        stage: LLaMA-Factory's stage.
+        key: setting that names the data sets. If empty, ``dataset`` names the training and ``eval_dataset`` the
+            evaluation data sets.
+        generates: whether evaluation generates responses.
     """
 
     data_args: Any
@@ -43,31 +44,31 @@ class Load:
     generates: bool = False
 
     def names(self, key: str) -> list[str]:
-        """Return the data sets that are named by ``key``."""
+        """Return the names of the data sets that the setting ``key`` lists."""
         found = self.data_args.eval_dataset if key == "eval_dataset" else self.data_args.dataset
         return list(dict.fromkeys(found or self.data_args.eval_dataset or []))
 
 
 @contextmanager
 def told(load: Load) -> Iterator[None]:
-    """Turn whatever a load raises into an error that says what to mend.
+    """Convert any error of a load into an error that tells the user what to fix.
 
     Raises:
-        ConfigError: for anything that is not one of our own errors.
+        ConfigError: for every error that is not a :class:`DataFlexError` already.
     """
     try:
         yield
     except DataFlexError:
         raise
-    except Exception as error:  # LLaMA-Factory, datasets, pandas and templates raise anything about somebody's data
+    except Exception as error:  # faulty data raises errors of any type in LLaMA-Factory, datasets, pandas and templates
         raise _explained(load, error) from error
 
 
 def refuse_empty(load: Load, module: Mapping[str, Any]) -> None:
-    """Refuse what was loaded where a part of it has no sample.
+    """Check that every loaded part of the data has a sample.
 
     Raises:
-        ConfigError: naming the part.
+        ConfigError: naming the part without samples.
     """
     if load.data_args.streaming:
         return
@@ -79,6 +80,7 @@ def refuse_empty(load: Load, module: Mapping[str, Any]) -> None:
 
 
 def _explained(load: Load, error: Exception) -> ConfigError:
+    """Return the explanation of an error of LLaMA-Factory's load."""
     key, name, step, rows = _where(load, error)
     names = [name] if name is not None else load.names(key)
     root = _root(error)
@@ -96,9 +98,10 @@ def _explained(load: Load, error: Exception) -> ConfigError:
 
 
 def _where(load: Load, error: Exception) -> tuple[str, str | None, str, int]:
-    """Return the setting and the data set an error is about, the step of the load, and the rows that were to be split.
+    """Return the setting and the data set of an error, the step of the load, and the number of rows to be split.
 
-    The frames are those of ``llamafactory.data.loader``. ``test_contract.py`` holds it to their names.
+    The frames are those of ``llamafactory.data.loader``. ``test_contract.py`` checks the names of its functions and
+    variables that are read here.
     """
     key, name, step, rows = "dataset", None, "", 0
     for frame, _ in walk_tb(error.__traceback__):
@@ -117,13 +120,17 @@ def _where(load: Load, error: Exception) -> tuple[str, str | None, str, int]:
 
 
 def _root(error: Exception) -> Exception:
-    """Return what an error was raised for first; text that another process sent is no cause."""
+    """Return the error at the start of a chain of causes.
+
+    The text that another process sent does not count as a cause.
+    """
     while isinstance(error.__cause__, Exception) and type(error.__cause__).__name__ != "RemoteTraceback":
         error = error.__cause__
     return error
 
 
 def _text(error: Exception) -> str:
+    """Return the text of an error on one line, with its type if the text alone may be unclear."""
     text = one_line(error)
     if not text:
         return type(error).__name__
@@ -131,20 +138,24 @@ def _text(error: Exception) -> str:
 
 
 def _joined(names: list[str]) -> str:
+    """Return the names of data sets for a message."""
     return ", ".join(map(repr, names)) or "the data"
 
 
 def _sentence(key: str, names: list[str], what: str) -> str:
+    """Return the message that data sets cannot be used."""
     return f"{key}: {_joined(names)} cannot be used: {what}"
 
 
 def _without_rows(load: Load, key: str, names: list[str]) -> ConfigError:
+    """Return the error for data sets without a row."""
     if load.data_args.max_samples == 0:
         return ConfigError(f"max_samples: 0 leaves no row of {_joined(names)}.")
     return ConfigError(_sentence(key, names, _fault(load, key, names) or "it is empty."))
 
 
 def _without_samples(load: Load, key: str, names: list[str]) -> ConfigError:
+    """Return the error for data sets of which preprocessing leaves no sample."""
     found = _fault(load, key, names)
     if found is None and load.stage == "pt" and load.data_args.packing:
         found = (
@@ -158,7 +169,7 @@ def _without_samples(load: Load, key: str, names: list[str]) -> ConfigError:
 
 
 def _fault(load: Load, key: str, names: list[str]) -> str | None:
-    """Return the first thing that is wrong in the files of the data sets; None where none shows or there are none."""
+    """Return the first fault in the files of the data sets; None if there are no local files or no fault is found."""
     folder = load.data_args.dataset_dir
     info = _info(folder)
     for name in names:
@@ -181,12 +192,12 @@ def _fault(load: Load, key: str, names: list[str]) -> str | None:
 
 
 def place_of_row(folder: Any, name: str, row: int) -> str:
-    """Return where a row of a data set is: file and line, if it is in one local file.
+    """Return the position of a row of a data set: file and line if the data set is one local file.
 
     Args:
-        folder: ``dataset_dir``.
-        name: of the data set.
-        row: its number, from 0.
+        folder: the value of ``dataset_dir``.
+        name: name of the data set.
+        row: number of the row, from 0.
     """
     plainly = f"row {row} (counted from 0) of {name!r}"
     info = _info(folder)
@@ -197,13 +208,13 @@ def place_of_row(folder: Any, name: str, row: int) -> str:
         if entry is None or len(entry.files) != 1:
             return plainly
         place, _ = next(islice(raw.rows(entry.files[0]), row, None))
-    except (raw.RawDataError, StopIteration):  # the file is not what was loaded any more
+    except (raw.RawDataError, StopIteration):  # the file has changed since it was loaded
         return plainly
     return str(place)
 
 
 def _info(folder: Any) -> dict[str, Any]:
-    """Return the entries LLaMA-Factory reads; none where they are on a hub, or there is no such file."""
+    """Return the entries of ``dataset_info.json``; none if they are on a hub, or if there is no such file."""
     if isinstance(folder, dict):
         return folder
     try:

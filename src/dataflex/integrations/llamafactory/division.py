@@ -1,8 +1,10 @@
-"""One data set divided by a column of its raw data: each value is what a data set of its own would be.
+"""Division of one data set by a raw column, so that each value is treated like a separate data set.
 
-While such a data set is loaded, four names of ``llamafactory.data.loader`` are replaced: the raw columns are still
-there when ``align_dataset`` is called, ``split_dataset`` is then done for each value, ``_get_preprocessed_dataset``
-gets batches of one value each, and ``_get_dataset_processor`` what processes them.
+While such a data set is loaded, four names of ``llamafactory.data.loader`` are replaced.
+- ``align_dataset``: the last function that sees the raw columns. The value of each row is stored there.
+- ``split_dataset``: splits the rows of each value separately.
+- ``_get_preprocessed_dataset``: gets batches of one value each.
+- ``_get_dataset_processor``: returns the processor for these batches.
 """
 
 from __future__ import annotations
@@ -23,29 +25,34 @@ from dataflex.integrations.llamafactory.parsing import replaced
 
 
 class _Division:
-    """A raw column while a data set is loaded; its methods stand around LLaMA-Factory's functions of those names.
+    """A raw column while a data set is loaded. The methods wrap LLaMA-Factory's functions.
 
     Args:
-        column: of the raw data.
-        key: the setting that names it, for messages.
-        name: of the data set, for messages.
+        column: name of the raw column.
+        key: setting that names the column, for messages.
+        name: name of the data set, for messages.
     """
 
     def __init__(self, column: str, key: str, name: str) -> None:
         self.column, self.key, self.name = column, key, name
         self.values: list[str] = []
-        """The distinct values in their order."""
+        """The distinct values, sorted."""
         self.codes: NDArray[np.int64] = np.zeros(0, np.int64)
-        """Which of them each row has."""
+        """The index in :attr:`values` of each row's value."""
 
     def align(self, align: Callable[..., Any], dataset: Any, *args: Any) -> Any:
-        """Bring raw rows into LLaMA-Factory's form, noting their values."""
-        if len(dataset):  # else it says so itself
+        """Convert raw rows to LLaMA-Factory's format, and store their values."""
+        if len(dataset):  # LLaMA-Factory reports an empty data set itself
             self.values, self.codes = values_of(dataset, self.column, self.key, self.name)
         return align(dataset, *args)
 
     def split(self, split: Callable[..., Any], aligned: Any, evaluation: Any, data_args: Any, seed: int) -> Any:
-        """Split validation rows off the rows of each value: the rows, where they are, and how many have each value."""
+        """Split validation rows off the rows of each value.
+
+        Returns:
+            The training and the validation part. Each is a tuple of all aligned rows, the positions of the part's rows
+            sorted by value, and the number of rows of each value.
+        """
         from datasets import Dataset
 
         order = np.argsort(self.codes, kind="stable")
@@ -53,7 +60,8 @@ class _Division:
         if not data_args.val_size:
             return {"train": (aligned, order, np.diff(bounds))}, {}
         kept: dict[str, list[NDArray[np.int64]]] = {"train": [], "validation": []}
-        positions: dict[int, dict[str, NDArray[np.int64]]] = {}  # depend on nothing but the number of rows
+        # Keyed by the number of rows: for one seed the split depends on nothing else.
+        positions: dict[int, dict[str, NDArray[np.int64]]] = {}
         for value, (low, high) in zip(self.values, pairwise(bounds.tolist()), strict=True):
             if high - low not in positions:
                 numbers = Dataset.from_dict({"row": np.arange(high - low)})
@@ -79,7 +87,7 @@ class _Division:
         *args: Any,
         **named: Any,
     ) -> Any:
-        """Make samples of rows, in batches of one value each."""
+        """Preprocess rows in batches of one value each."""
         aligned, rows, sizes = divided
         return in_batches(preprocess, aligned.select(rows), sizes.tolist(), *args, **named)
 
@@ -87,17 +95,17 @@ class _Division:
 def load_divided(
     load: Callable[..., dict[str, Any]], data_args: Any, key: str, column: str, column_key: str, prefix: str
 ) -> dict[str, DomainSamples]:
-    """Load a data set, each value of a raw column treated as a data set of its own; return its module, divided.
+    """Load a data set with each value of a raw column treated like a separate data set, and return its divided parts.
 
-    Values are split (``val_size``), packed and cut into batches each for itself, in one pass over the data.
+    The rows of each value are split (``val_size``), packed and cut into batches separately, in one pass over the data.
 
     Args:
-        load: LLaMA-Factory's loading.
-        data_args: its arguments, which name the one data set.
-        key: the setting that names it, for messages.
-        column: of the raw data.
-        column_key: the setting that names it, for messages.
-        prefix: what the names of the domains begin with, before the value.
+        load: loads data with LLaMA-Factory.
+        data_args: LLaMA-Factory's data arguments, which name the one data set.
+        key: setting that names the data set, for messages.
+        column: name of the raw column.
+        column_key: setting that names the column, for messages.
+        prefix: prefix of the domain names, before the value.
     """
     from llamafactory.data import loader
 
@@ -113,18 +121,18 @@ def load_divided(
 
 
 def values_of(dataset: Any, column: str, key: str, name: str) -> tuple[list[str], NDArray[np.int64]]:
-    """Return the distinct values of a raw column in their order, as text, and which of them each row has.
+    """Return the distinct values of a raw column, sorted and as text, and the index of each row's value among them.
 
-    Numbers are in the order of numbers, text in that of its characters' codes.
+    Numbers are sorted as numbers, text by character codes.
 
     Args:
-        dataset: the raw rows.
-        column: its column.
-        key: the setting that names it, for messages.
-        name: of the data set, for messages.
+        dataset: raw rows.
+        column: name of the column.
+        key: setting that names the column, for messages.
+        name: name of the data set, for messages.
 
     Raises:
-        ConfigError: if there is no such column, a row has no value in it, or values are neither text nor numbers.
+        ConfigError: if the column does not exist, a row has no value in it, or values are neither text nor numbers.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -135,7 +143,9 @@ def values_of(dataset: Any, column: str, key: str, name: str) -> tuple[list[str]
     kind = found.type
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     if not (text or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-        raise ConfigError(f"{key}: {column!r} of {name!r} holds {kind}; needed are text, numbers or true and false.")
+        raise ConfigError(
+            f"{key}: the column {column!r} of {name!r} holds {kind}; it must hold text, numbers or booleans."
+        )
     missing = pc.is_null(found, nan_is_null=True)
     if text:
         missing = pc.or_kleene(missing, pc.equal(pc.utf8_trim_whitespace(found), "").fill_null(True))
@@ -144,7 +154,7 @@ def values_of(dataset: Any, column: str, key: str, name: str) -> tuple[list[str]
         some = ", ".join(map(str, rows[:10])) + (", ..." if rows.size > 10 else "")
         raise ConfigError(
             f"{key}: {rows.size} of {len(found)} rows of {name!r} have no value in {column!r} (rows {some}, counted "
-            "from 0). Give each one, or leave them out."
+            "from 0). Fill in the values, or remove the rows."
         )
     coded = pc.dictionary_encode(found)
     distinct = coded.dictionary.to_pylist()
@@ -155,8 +165,8 @@ def values_of(dataset: Any, column: str, key: str, name: str) -> tuple[list[str]
 
 
 def _divided(dataset: Any, names: list[str]) -> DomainSamples:
-    """Return a preprocessed data set without the numbers of the values, and how many samples each has."""
-    if DOMAIN not in dataset.column_names:  # no batch gave a sample
+    """Return a preprocessed data set without the numbers of the values, and the number of samples of each value."""
+    if DOMAIN not in dataset.column_names:  # no batch produced a sample
         return DomainSamples(dataset, dict.fromkeys(names, 0))
     sizes = np.bincount(column_of(dataset, DOMAIN).to_numpy(), minlength=len(names))
     return DomainSamples(dataset.remove_columns(DOMAIN), dict(zip(names, sizes.tolist(), strict=True)))

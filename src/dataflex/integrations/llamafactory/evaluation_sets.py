@@ -1,4 +1,4 @@
-"""What the Trainer evaluates on, data set by data set."""
+"""Loading of the evaluation data, data set by data set."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dataflex.trainer.evaluation import TOKEN_WEIGHTED, UNWEIGHTED
 
 
 def load_evaluation(load: Callable[..., dict[str, Any]], data_args: Any, session: Session, found: Any) -> Any:
-    """Return what the Trainer is to evaluate on, and tell the run which sample is from which data set.
+    """Return the evaluation data for the Trainer, and register each evaluation set with the run.
 
     Args:
-        load: LLaMA-Factory's loading.
-        data_args: its arguments.
-        session: of the run.
-        found: what was split off the training data or stored with it: a data set, several by name, divided ones, or
-            None.
+        load: loads data with LLaMA-Factory.
+        data_args: LLaMA-Factory's data arguments.
+        session: session of the run.
+        found: evaluation data that was split off the training data or stored with it: a data set, several by name,
+            divided ones, or None.
     """
     parts = found
     if found is None and data_args.eval_dataset:
@@ -36,13 +36,13 @@ def load_evaluation(load: Callable[..., dict[str, Any]], data_args: Any, session
     if parts is None:
         return None
     if not isinstance(parts, dict | list):
-        names = data_args.dataset or []  # of the stored ones nobody knows the name any more
+        names = data_args.dataset or []  # a stored data set has lost its name
         parts = {names[0] if len(names) == 1 and not is_stored(data_args) else "held_out": parts}
     pool = (
         Pool.of_domains(parts, "eval_dataset") if isinstance(parts, list) else Pool.concatenate(parts, "eval_dataset")
     )
     for name in (TOKEN_WEIGHTED, UNWEIGHTED):
         if name in pool.domains:
-            raise ConfigError(f"eval_dataset: {name!r} is the name of a mean over the data sets; name it otherwise.")
+            raise ConfigError(f"eval_dataset: {name!r} is reserved for a mean over the data sets. Rename the data set.")
     session.add_evaluation(pool)
     return parts if data_args.eval_on_each_dataset and data_args.eval_dataset else pool.dataset

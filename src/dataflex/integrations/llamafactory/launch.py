@@ -1,8 +1,8 @@
-"""Starting a run in one process or many, after LLaMA-Factory's convention and environment variables.
+"""Launcher of a run in one process or several, with LLaMA-Factory's conventions and environment variables.
 
-``FORCE_TORCHRUN``, ``NNODES``, ``NODE_RANK``, ``NPROC_PER_NODE``, ``MASTER_ADDR``, ``MASTER_PORT`` and, for elastic
-jobs, ``RDZV_ID``, ``MIN_NNODES``, ``MAX_NNODES``, ``MAX_RESTARTS``. On a machine without an accelerator the workers
-use gloo, and what accelerate and DeepSpeed need there is set.
+The variables are ``FORCE_TORCHRUN``, ``NNODES``, ``NODE_RANK``, ``NPROC_PER_NODE``, ``MASTER_ADDR``, ``MASTER_PORT``
+and, for elastic jobs, ``RDZV_ID``, ``MIN_NNODES``, ``MAX_NNODES``, ``MAX_RESTARTS``. On a machine without an
+accelerator the workers use gloo, and the launcher sets the variables that accelerate and DeepSpeed need for it.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from dataflex.config.processes import is_worker
 from dataflex.trainer.stopping import Stopped
 
 ERROR_FOLDER = "DATAFLEX_ERROR_FOLDER"
-"""Where workers leave the text of an error, so that the launcher prints it once."""
+"""Environment variable that names the folder for the workers' error messages. The launcher prints each message once."""
 
 
 def wants_many() -> bool:
-    """Return whether LLaMA-Factory's launcher would start several processes here."""
+    """Return whether LLaMA-Factory's launcher would start several processes on this machine."""
     from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt, use_ray
 
     return is_env_enabled("FORCE_TORCHRUN") or (get_device_count() > 1 and not use_ray() and not use_kt())
 
 
 def run_many(arguments: list[str]) -> int:
-    """Start ``dataflex`` with these arguments (``["train", "run.yaml"]``) under torchrun.
+    """Start ``dataflex`` with the arguments (such as ``["train", "run.yaml"]``) under torchrun.
 
     Returns:
-        The first failing worker's exit status, or 0.
+        The exit status of the first worker that failed, or 0.
 
     Raises:
-        Stopped: if a signal asked for it; the workers have ended then.
+        Stopped: if a signal stopped the run. The workers have ended by then.
     """
     from llamafactory.extras.misc import find_available_port, get_device_count
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -65,6 +65,7 @@ def run_many(arguments: list[str]) -> int:
 
 
 def _rendezvous(address: str, port: str) -> list[str]:
+    """Return torchrun's options for the nodes and their meeting point."""
     nodes = os.environ.get("NNODES", "1")
     rdzv_id = os.environ.get("RDZV_ID")
     if rdzv_id is None:
@@ -77,10 +78,10 @@ def _rendezvous(address: str, port: str) -> list[str]:
 
 
 def _set_environment(processes: int, accelerator: bool) -> None:
-    """Set what workers need and the user has not set."""
+    """Set the environment variables that workers need and the user has not set."""
     bin_folder = str(Path(sys.executable).parent)
     if bin_folder not in os.environ.get("PATH", "").split(os.pathsep):
-        # DeepSpeed builds its operators with the ninja beside this Python.
+        # DeepSpeed compiles its operators with the `ninja` that is installed beside this Python.
         os.environ["PATH"] = os.pathsep.join([bin_folder, os.environ.get("PATH", "")])
     if accelerator:
         if os.environ.get("OPTIM_TORCH", "1").lower() in ("1", "true", "y"):
@@ -88,13 +89,16 @@ def _set_environment(processes: int, accelerator: bool) -> None:
             os.environ.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, processes))))
-    # Without it accelerate names the device cpu:<rank>, which torch.load cannot map a checkpoint to.
+    # Without this variable accelerate names the device cpu:<rank>, and torch.load cannot map a checkpoint to it.
     os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _quieten_torchrun() -> None:
-    """Have torchrun not log that workers failed or were stopped, which we say ourselves; ``LOGLEVEL`` has it do so."""
+    """Silence torchrun's log about workers that failed or were stopped, unless ``LOGLEVEL`` is set.
+
+    DataFlex prints these messages itself.
+    """
     if "LOGLEVEL" in os.environ:
         return
     for name in list(logging.root.manager.loggerDict):
@@ -103,7 +107,7 @@ def _quieten_torchrun() -> None:
 
 
 def report_error(text: str) -> None:
-    """Print an error once, on a line of its own: a worker leaves it for the launcher, any other process prints it."""
+    """Report an error once. A worker writes it to a file for the launcher, any other process prints it."""
     from dataflex.trainer import console
 
     console.end_bars()
@@ -115,11 +119,11 @@ def report_error(text: str) -> None:
 
 
 def _print_errors(folder: Path, otherwise: str) -> None:
-    """Print what workers left, each text once.
+    """Print the workers' messages, each text once.
 
     Args:
-        folder: where they left it.
-        otherwise: what to say if none left anything.
+        folder: folder of the messages.
+        otherwise: message to print if there is none.
     """
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())] or [f"dataflex: {otherwise}"]
     print(file=sys.stderr)  # a worker's progress bar may have been left in the middle of a line

@@ -1,4 +1,4 @@
-"""Data loaded by LLaMA-Factory's own ``get_dataset``, once per data set, and put together as the run's pool."""
+"""Data loading with LLaMA-Factory's own ``get_dataset``, called once per data set, and the pool of the results."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from dataflex.trainer.steps import RunSteps, decide_steps, small_domains
 logger = logging.getLogger(__name__)
 
 Module = dict[str, Any]
-"""LLaMA-Factory's dataset module: ``train_dataset`` and ``eval_dataset``."""
+"""LLaMA-Factory's dataset module: a dictionary with ``train_dataset`` and ``eval_dataset``."""
 
 LoadData = Callable[..., Module]
-"""Loads what ``data_args`` name; a :class:`Loader`, or something around one."""
+"""Loads the data sets that ``data_args`` name: a :class:`Loader`, or a wrapper of one."""
 
 
 @dataclass(frozen=True)
 class Loader:
-    """LLaMA-Factory's ``get_dataset`` with everything but the arguments of the data.
+    """LLaMA-Factory's ``get_dataset``, with all arguments bound except the data arguments.
 
     Attributes:
-        get_dataset: the function.
+        get_dataset: LLaMA-Factory's function.
         template: the chat template.
-        model_args: its model arguments.
-        training_args: its training arguments.
-        stage: its stage.
+        model_args: LLaMA-Factory's model arguments.
+        training_args: LLaMA-Factory's training arguments.
+        stage: LLaMA-Factory's stage.
         tokenizer_module: the tokenizer, and the processor if there is one.
     """
 
@@ -62,12 +62,12 @@ class Loader:
         return STAGES[self.stage].fields
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of tokens, special ones left out."""
+        """Return the text of tokens, without special tokens."""
         tokenizer = self.tokenizer_module["tokenizer"]
         return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def __call__(self, data_args: Any, key: str = "") -> Module:
-        """Return the dataset module; ``key`` is the setting that names the data sets, for messages.
+        """Return the dataset module. ``key`` is the setting that names the data sets, for messages.
 
         Raises:
             ConfigError: if a data set cannot be loaded, or has no sample.
@@ -90,7 +90,7 @@ def load_plainly(
     stage: str,
     **tokenizer_module: Any,
 ) -> Module:
-    """Return LLaMA-Factory's dataset module, its errors told as configuration errors."""
+    """Return LLaMA-Factory's dataset module, with its errors converted to configuration errors."""
     return Loader(get_dataset, template, model_args, training_args, stage, tokenizer_module)(data_args)
 
 
@@ -104,9 +104,9 @@ def load_pool(
     stage: str,
     **tokenizer_module: Any,
 ) -> Module:
-    """Return LLaMA-Factory's dataset module; where the data path is ours, its training set is the run's pool.
+    """Return LLaMA-Factory's dataset module. If DataFlex draws the samples, its training set is the run's pool.
 
-    Called by the workflow before the model is loaded.
+    The workflow calls this before it loads the model.
 
     Raises:
         ConfigError: if a data set cannot be loaded, is empty, or does not fit the rounds.
@@ -117,7 +117,7 @@ def load_pool(
             _open(decide_steps(session.inputs, session.data, training_args), training_args)
         return load(data_args)
     encoders = _encoders(session, training_args)
-    whole = not (session.inputs.plans_data and training_args.do_train)  # then LLaMA-Factory loads all data sets as one
+    whole = not (session.inputs.plans_data and training_args.do_train)  # LLaMA-Factory loads all data sets as one
     if (whole or len(set(data_args.dataset)) == 1) and data_args.dataset:
         refuse_foreign_folder(data_args)
     module = _load_whole(load, session, data_args) if whole else _load_planned(load, session, data_args)
@@ -155,13 +155,13 @@ def _load_whole(load: Loader, session: Session, data_args: Any) -> Module:
         session.add_whole(samples)
         _add_validation(load, session, data_args, module["eval_dataset"])
         _check_data(session, training_args)
-    if training_args.do_train and session.trains:  # problems of the rounds show before a model is loaded
+    if training_args.do_train and session.trains:  # raises the errors of the rounds before the model is loaded
         _open(decide_steps(session.inputs, session.data, training_args), training_args)
     return {key: value for key, value in module.items() if value is not None}
 
 
 def _load_planned(load: Loader, session: Session, data_args: Any) -> Module:
-    """Return the dataset module of a run that plans its samples, which are its pool."""
+    """Return the dataset module of a run that plans its samples. Its training set is the run's pool."""
     training_args = load.training_args
     names = tuple(dict.fromkeys(data_args.dataset))
     inputs = session.inputs
@@ -175,7 +175,9 @@ def _load_planned(load: Loader, session: Session, data_args: Any) -> Module:
         raise ConfigError(f"dataflex.mix.{problem[0]}: {problem[1]}")
     _check_pool(session, pool)
     if session.trains:
-        steps = decide_steps(session.inputs, session.data, training_args)  # problems show before a model is loaded
+        # The steps are decided here to raise their errors before more data is loaded, and again below, because the
+        # plan's costs include the validation samples.
+        steps = decide_steps(session.inputs, session.data, training_args)
         warning = small_domains(session.inputs, pool, steps.global_batch_size)
         if warning is not None and training_args.process_index == 0:
             logger.warning(warning)
@@ -191,7 +193,7 @@ def _check_pool(session: Session, pool: Pool) -> None:
     """Ask the components whether they can be used with the samples.
 
     Raises:
-        ConfigError: with all that they say.
+        ConfigError: with all problems that they report.
     """
     found = [
         Problem(f"dataflex.{key}.{parameter}", message)
@@ -203,7 +205,7 @@ def _check_pool(session: Session, pool: Pool) -> None:
 
 
 def _add_validation(load: Loader, session: Session, data_args: Any, held_out: Any) -> None:
-    """Load the validation samples of the components that ask for some."""
+    """Load the validation samples of the components that need some."""
     for key, request in session.inputs.wanted_validation.items():
         samples = _load_validation(load, data_args, f"dataflex.{key}", request, held_out)
         samples.decode = load.decode
@@ -211,10 +213,10 @@ def _add_validation(load: Loader, session: Session, data_args: Any, held_out: An
 
 
 def _check_data(session: Session, training_args: Any) -> None:
-    """Compare the data of the processes, and that of the main one with the checkpoint a run goes on from.
+    """Compare the data of all processes, and the main process's data with the checkpoint that the run resumes from.
 
     Raises:
-        ConfigError: on every process, if they have samples of other lengths.
+        ConfigError: on every process, if the samples of the processes differ in their lengths.
         CheckpointError: on every process, if the checkpoint was written for other data.
     """
     inputs, data = session.inputs, session.data
@@ -243,7 +245,7 @@ def _open(steps: RunSteps, training_args: Any) -> None:
 
 
 def _train_only(data_args: Any) -> Any:
-    """Return the arguments that load the training data, and what is split off it, alone."""
+    """Return the arguments that load only the training data, with the validation data that ``val_size`` splits off."""
     if is_stored(data_args):
         return data_args
     only = copy.copy(data_args)
@@ -254,14 +256,14 @@ def _train_only(data_args: Any) -> Any:
 def load_noting_rows(
     load: Loader, data_args: Any, names: tuple[str, ...], domain_column: str | None, columns: Mapping[str, WantedColumn]
 ) -> tuple[Pool, Any]:
-    """Return the pool, which knows the rows of its samples as far as anybody does, and what was split off it.
+    """Return the pool, with the raw rows of its samples if they are known, and the data that was split off.
 
     Args:
-        load: LLaMA-Factory's loading.
-        data_args: its arguments.
-        names: the data sets.
-        domain_column: of the raw data, whose values are the domains; None: the data sets are.
-        columns: the raw columns that are kept with the samples, by name.
+        load: loads data with LLaMA-Factory.
+        data_args: LLaMA-Factory's data arguments.
+        names: names of the data sets.
+        domain_column: raw column whose values are the domains. None means that each data set is a domain.
+        columns: raw columns to store with the samples, by name.
     """
     origins: list[Origin] = []
     kept: list[dict[str, ColumnArray]] = []
@@ -286,7 +288,7 @@ def load_noting_rows(
 def load_with_columns(
     load: Loader, data_args: Any, columns: Mapping[str, WantedColumn], key: str = ""
 ) -> tuple[Module, Origin, dict[str, ColumnArray]]:
-    """Return a dataset module, where the training samples in it are from, and the wanted raw columns of them."""
+    """Return a dataset module, the origin of its training samples, and the values of the wanted raw columns."""
     from llamafactory.data import loader
 
     origin = Origin(data_args.dataset or (), columns, partial(place_of_row, data_args.dataset_dir))
@@ -310,13 +312,17 @@ def load_with_columns(
 def _load_domains(
     load: LoadData, data_args: Any, names: tuple[str, ...], column: str | None
 ) -> tuple[list[DomainSamples], Any]:
-    """Return the training data, and what was split off it: divided too, of one undivided data set that itself, or None.
+    """Return the training data and the validation data that ``val_size`` splits off.
+
+    The training data is one part per data set. The validation data is a list of the same form. It is a single data set
+    if
+    there is only one data set and no column, and None if nothing is split off.
 
     Args:
-        load: LLaMA-Factory's loading.
-        data_args: its arguments.
-        names: the data sets.
-        column: of the raw data, whose values are the domains; None: the data sets are.
+        load: loads data with LLaMA-Factory.
+        data_args: LLaMA-Factory's data arguments.
+        names: names of the data sets.
+        column: raw column whose values are the domains. None means that each data set is a domain.
     """
     if column is None and len(names) == 1:
         module = load(data_args)
@@ -324,8 +330,8 @@ def _load_domains(
     root = data_args.tokenized_path
     if is_stored(data_args):
         raise ConfigError(
-            f"tokenized_path: {root} holds one merged data set, whose domains cannot be told apart. Name an empty "
-            "folder; every data set is saved in a folder of its own there."
+            f"tokenized_path: {root} holds one merged data set, so the domains of its samples are not known. Name an "
+            "empty folder: each data set is then saved in a separate subfolder."
         )
     parts: list[DomainSamples] = []
     held_out: list[DomainSamples] = []
@@ -345,7 +351,7 @@ def _load_domains(
 
 
 def _load_validation(load: Loader, data_args: Any, section: str, request: ValidationParams, held_out: Any) -> Pool:
-    """Return the validation samples, one domain for each sub-task, preprocessed as training samples are.
+    """Return the validation samples, one domain for each sub-task, preprocessed like training samples but not packed.
 
     Raises:
         ConfigError: if there are none.
@@ -354,9 +360,14 @@ def _load_validation(load: Loader, data_args: Any, section: str, request: Valida
     names = request.validation or data_args.eval_dataset
     if not names:
         if held_out is None:
-            raise ConfigError(f"{key}: needed are validation samples; name data sets here, or set eval_dataset.")
+            raise ConfigError(
+                f"{key}: this component needs validation samples. Name data sets here, or set eval_dataset."
+            )
         if request.subtask_column is not None:
-            raise ConfigError(f"{section}.subtask_column: samples split off by val_size have no columns any more.")
+            raise ConfigError(
+                f"{section}.subtask_column: samples that val_size splits off have lost their raw columns. Name data "
+                f"sets in {key}, or set eval_dataset."
+            )
         return Pool.concatenate({"validation": held_out}, key, load.fields)
     parts: list[DomainSamples] = []
     for name in dict.fromkeys(names):

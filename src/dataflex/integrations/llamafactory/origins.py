@@ -1,9 +1,15 @@
-"""Which raw rows each sample was made from, noted while LLaMA-Factory loads training data.
+"""Raw rows of each sample, recorded while LLaMA-Factory loads training data.
 
-What becomes of a row between the file and the pool: ``num_samples`` draws some, ``max_samples`` keeps the first,
-``val_size`` splits some off and shuffles the rest, a division by a column sorts them, rows without a prompt or a
-response are dropped, and packing puts several into one sample. Each of these is noted, or made again from what it
-depends on; nothing is read or tokenized twice. Those of a stored ``tokenized_path`` have no rows any more.
+Between the file and the pool several things happen to a row.
+- ``num_samples`` draws some rows, and ``max_samples`` keeps the first ones.
+- ``val_size`` splits some rows off and shuffles the rest.
+- A division by a column sorts the rows.
+- Rows without a prompt or a response are dropped.
+- Packing puts several rows into one sample.
+
+Each of these steps is recorded, or repeated from its inputs. Nothing is read or tokenized twice. The samples of a
+stored
+``tokenized_path`` have lost their rows.
 """
 
 from __future__ import annotations
@@ -30,16 +36,16 @@ from dataflex.errors import ConfigError
 from dataflex.integrations.llamafactory.batches import DOMAIN, in_batches, shards, take_packs
 
 SPLIT_OFF = 1e-6
-"""Above it LLaMA-Factory splits ``val_size`` off."""
+"""LLaMA-Factory splits validation data off if ``val_size`` is above this value."""
 
 
 class Origin:
-    """The rows of one load of training data; three methods stand around LLaMA-Factory's functions of their names.
+    """The raw rows of one load of training data. Three methods wrap LLaMA-Factory's functions.
 
     Args:
-        names: the data sets, in the order they are loaded.
-        columns: the raw columns that are wanted, by name.
-        place: says where a row of a data set is, by its name and number.
+        names: names of the data sets, in the order of loading.
+        columns: the wanted raw columns, by name.
+        place: returns the file and line of a row, from the name of its data set and its number.
     """
 
     def __init__(
@@ -47,41 +53,42 @@ class Origin:
     ) -> None:
         self.names, self.columns, self._place = names, columns, place
         self._raws: list[Any] = []
-        """The rows of each data set as they were read."""
+        """The raw rows of each data set."""
         self._aligned: Any = None
-        """The same rows in LLaMA-Factory's form, one data set after another."""
+        """The same rows in LLaMA-Factory's format, one data set after another."""
         self._drawn: list[bool] = []
-        """Whether ``num_samples`` drew those of each data set."""
+        """Whether ``num_samples`` drew the rows, for each data set."""
         self._positions: IndexArray | None = None
-        """Raw row of each sample, or of each row that is packed; None: the same."""
+        """Raw row of each sample, or of each row that is packed. None means that the two are in the same order."""
         self._packs: Packs | None = None
-        """Which of these rows each packed sample is made of."""
+        """The rows of each packed sample, as indices of :attr:`_positions`."""
         self._is_known = False
 
     @property
     def is_stored(self) -> bool:
-        """Whether the data was there tokenized, without rows."""
+        """Whether the data was stored tokenized, so that its rows are not known."""
         return self._aligned is None
 
     def align(self, align: Callable[..., Any], dataset: Any, attributes: Any, *args: Any) -> Any:
-        """Bring raw rows into LLaMA-Factory's form.
+        """Convert raw rows to LLaMA-Factory's format, and store the raw rows.
 
         Raises:
-            ConfigError: if a column that is wanted is not there.
+            ConfigError: if a wanted column does not exist.
         """
         name = self.names[len(self._raws)]
-        for column, wanted in self.columns.items() if len(dataset) else ():  # if it is empty, it says so itself
+        # LLaMA-Factory reports an empty data set itself.
+        for column, wanted in self.columns.items() if len(dataset) else ():
             check_column(dataset, column, wanted.key, name)
         self._raws.append(dataset)
         self._drawn.append(attributes.num_samples is not None)
         return align(dataset, attributes, *args)
 
     def split(self, split: Callable[..., Any], aligned: Any, evaluation: Any, args: Any, seed: int) -> Any:
-        """Split validation rows off, if any are to be."""
+        """Split validation rows off, and record the positions of the training rows."""
         self._aligned = aligned
         result = split(aligned, evaluation, args, seed)
         training = result[0].get("train")
-        if isinstance(training, tuple):  # divided by a column: the rows of each value together
+        if isinstance(training, tuple):  # divided by a column; the rows are sorted by value
             self._positions = training[1]
         elif training is not None and args.val_size > SPLIT_OFF:
             self._positions = _split_again(split, len(aligned), args, seed)
@@ -90,7 +97,10 @@ class Origin:
     def preprocess(
         self, preprocess: Callable[..., Any], rows: Any, data_args: Any, *args: Any, is_eval: bool = False
     ) -> Any:
-        """Make samples of rows, and keep which rows each is packed of: if columns are wanted, or in a division."""
+        """Preprocess rows.
+
+        With packing, record the rows of each sample if columns are wanted or the data set is divided.
+        """
         if is_eval or rows is None or not data_args.packing:
             return preprocess(rows, data_args, *args, is_eval=is_eval)
         if isinstance(rows, tuple) or not self.columns:
@@ -102,7 +112,7 @@ class Origin:
         return samples
 
     def settle(self, samples: int, is_packed: bool) -> None:
-        """Leave out rows that gave no sample; afterwards it is known which rows each of the samples was, or not."""
+        """Remove the positions of rows that gave no sample, and decide whether the rows of the samples are known."""
         if self.is_stored:
             return
         if is_packed:
@@ -117,16 +127,19 @@ class Origin:
         self._is_known = samples == (handed if self._positions is None else self._positions.size)
 
     def rows(self, sizes: Mapping[str, int]) -> dict[str, Rows]:
-        """Return the row of each sample by domain; of one data set, if it is known, and one row is one sample.
+        """Return the rows of the samples by domain.
+
+        The result is empty if the rows are not known, or if samples are packed. It requires a single data set.
 
         Args:
-            sizes: samples of each domain that the samples are divided into, in their order.
+            sizes: number of samples of each domain, in the order of the samples.
         """
         if not self._is_known or self._packs is not None:
             return {}
         (name,), (raw,), numbers = self.names, self._raws, None
         if self._drawn[0]:
-            if raw._indices is None:  # the draw happens to be a stretch of the file; nobody says which
+            # The datasets library stores a selection of consecutive rows as a slice without its start.
+            if raw._indices is None:
                 return {}
             numbers = raw._indices.column(0).to_numpy().astype(np.int64)
         bounds = np.cumsum([0, *sizes.values()]).tolist()
@@ -136,17 +149,17 @@ class Origin:
         }
 
     def column(self, column: str) -> ColumnArray:
-        """Return the values of a raw column, one for each sample: of a packed one the mean over its tokens.
+        """Return the values of a raw column, one per sample. A packed sample has the mean over its tokens.
 
         Raises:
-            ConfigError: if rows cannot be followed to samples, text is packed, or a component cannot use a value.
+            ConfigError: if the rows of the samples are not known, text is packed, or a component cannot use a value.
         """
         wanted = self.columns[column]
         key = wanted.key
         if not self._is_known:
             raise ConfigError(
-                f"{key}: {column!r} cannot be kept, because it is not known which rows LLaMA-Factory made the samples "
-                f"of {', '.join(map(repr, self.names))} from."
+                f"{key}: the column {column!r} cannot be stored with the samples, because it is not known from which "
+                f"rows LLaMA-Factory made the samples of {', '.join(map(repr, self.names))}. Leave the column out."
             )
         parts = [(name, read_column(raw, column)) for name, raw in zip(self.names, self._raws, strict=True)]
         values = join_columns(parts, column, key)
@@ -161,11 +174,11 @@ class Origin:
         return self._packs.mean(values.astype(np.float64))
 
     def _place_of(self, position: int) -> str:
-        """Return where a raw row is, by its position among those of all data sets."""
+        """Return the file and line of a raw row, from its position among the rows of all data sets."""
         for name, raw, is_drawn in zip(self.names, self._raws, self._drawn, strict=True):
             if position < len(raw):
                 indices = raw._indices
-                if indices is None and is_drawn:  # nobody says which rows were drawn
+                if indices is None and is_drawn:  # the drawn rows are a slice without its start
                     return f"a row of {name!r}"
                 return self._place(name, position if indices is None else int(indices.column(0)[position].as_py()))
             position -= len(raw)
@@ -178,7 +191,10 @@ def without_groups(samples: Any) -> Any:
 
 
 def _split_again(split: Callable[..., Any], size: int, args: Any, seed: int) -> IndexArray:
-    """Return the rows that a split keeps for training; it depends on nothing but their number and the seed."""
+    """Return the positions of the rows that a split keeps for training.
+
+    They depend on the number of rows and the seed alone.
+    """
     from datasets import Dataset
 
     training = split(Dataset.from_dict({"row": np.arange(size)}), None, args, seed)[0]["train"]
@@ -186,7 +202,7 @@ def _split_again(split: Callable[..., Any], size: int, args: Any, seed: int) -> 
 
 
 def _gives_a_sample(aligned: Any) -> Any:
-    """Return which rows LLaMA-Factory's supervised processor does not drop as invalid, (n,)."""
+    """Return a mask of the rows that LLaMA-Factory's supervised processor does not drop as invalid, (n,)."""
     import pyarrow.compute as pc
 
     table = aligned.select_columns(["_prompt", "_response"]).with_format("arrow")[:]

@@ -1,7 +1,7 @@
-"""Which rows LLaMA-Factory packs into each sample, noted while its own processors pack them.
+"""Rows of each packed sample, recorded while LLaMA-Factory's own processors pack.
 
-A processor returns samples without their rows. Here it is run as it is, and what it hands to the functions it calls is
-kept: the tokens of each row, and how they are shared out.
+A processor returns samples without their rows. So it runs unchanged, and the functions that it calls are wrapped to
+record the tokens of each row and the way the rows are packed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 from dataflex.integrations.llamafactory.parsing import replaced
 
 RowsOfSamples = tuple[list[list[int]], list[list[int]]]
-"""Of each sample: its rows, and how many tokens each of them has in it."""
+"""Rows of each sample, and the number of tokens that each of these rows has in the sample."""
 
 
 def pack_conversations(processor: Any, rows: dict[str, list[Any]]) -> tuple[dict[str, list[Any]], RowsOfSamples]:
-    """Return what LLaMA-Factory's packing processor of sft makes of rows, and the rows of each sample."""
+    """Run LLaMA-Factory's packing processor of stage sft on rows, and return the samples and the rows of each."""
     from llamafactory.data.processor import supervised
 
     noting, knapsack = copy.copy(processor), supervised.greedy_knapsack
@@ -47,19 +47,22 @@ def pack_conversations(processor: Any, rows: dict[str, list[Any]]) -> tuple[dict
     for number, tokens in enumerate(encoded):
         if len(tokens) <= processor.data_args.cutoff_len:
             of_length[len(tokens)].append(number)
+    # LLaMA-Factory takes the last unused row of a length in the same way. The tokens are compared below, so that a
+    # release that does it differently raises an error.
     packed = [[of_length[length].pop() for length in sack] for sack in sacks]
     for sample, numbers in zip(samples["input_ids"] if packed else [], packed, strict=True):
         together = [token for number in numbers for token in encoded[number]]
         if len(used) != len(encoded) or sample[: len(together)] != together:
-            raise RuntimeError("which rows LLaMA-Factory packs into a sample cannot be followed in this release")
+            raise RuntimeError("this release of LLaMA-Factory packs rows in an unknown way; use a supported release")
     return samples, ([[used[number] for number in numbers] for numbers in packed], sacks)
 
 
 def pack_texts(processor: Any, rows: dict[str, list[Any]]) -> tuple[dict[str, list[Any]], RowsOfSamples]:
-    """Return what LLaMA-Factory's packing processor of pt makes of rows, and the rows of each sample."""
+    """Run LLaMA-Factory's packing processor of stage pt on rows, and return the samples and the rows of each."""
     noting = copy.copy(processor)
     noting.tokenizer = tokenizer = _Counting(processor.tokenizer)
     samples = noting.preprocess_dataset(rows)
+    # The processor joins the tokens of all texts and cuts them into blocks of `cutoff_len`.
     bounds = np.concatenate([[0], np.cumsum(tokenizer.lengths)])
     size = processor.data_args.cutoff_len
     numbers, tokens = list[list[int]](), list[list[int]]()
@@ -72,7 +75,7 @@ def pack_texts(processor: Any, rows: dict[str, list[Any]]) -> tuple[dict[str, li
 
 
 class _Counting:
-    """A tokenizer that keeps how many tokens each text of its last call has."""
+    """Wrapper of a tokenizer that stores the number of tokens of each text of the last call."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

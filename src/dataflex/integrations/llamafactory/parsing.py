@@ -1,4 +1,4 @@
-"""LLaMA-Factory's own parsing of arguments: its errors with the keys they are about, and a dry run of it."""
+"""Argument parsing with LLaMA-Factory's own parser: errors that name the keys, and a dry run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dataflex.config.loading import RunConfig
 from dataflex.errors import ConfigError, DataFlexError, Problem
 
 _OF_THE_DEVICE = ("bf16", "fp16", "pure_bf16", "tf32", "bf16_full_eval", "fp16_full_eval", "fp8")
-"""Keys whose refusal depends on the machine: another one may train than the one that checks."""
+"""Keys that depend on the device: the machine that checks may refuse a key that the machine that trains accepts."""
 _LEFT_OUT = ("deepspeed", "tf32")
-"""Keys whose parsing sets up processes or the device; what can be wrong with them is looked at elsewhere."""
+"""Keys whose parsing sets up processes or the device. Their values are checked elsewhere."""
 
 
 @contextmanager
 def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """Set a module's name for a while."""
+    """Replace an attribute of a module during the block."""
     original = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -38,10 +38,10 @@ def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 
 
 def parse(get_train_args: Callable[..., Any], args: dict[str, Any], source: str = "") -> Any:
-    """Return what LLaMA-Factory's parser makes of the arguments; ``source``: the file they are from, for messages.
+    """Return the arguments parsed by LLaMA-Factory's parser. ``source`` is the file they come from, for messages.
 
     Raises:
-        ConfigError: for whatever it does not accept, naming the keys it is about.
+        ConfigError: for every argument that the parser does not accept, naming the keys in question.
     """
     try:
         return get_train_args(args)
@@ -52,24 +52,27 @@ def parse(get_train_args: Callable[..., Any], args: dict[str, Any], source: str 
 
 
 def parse_to_train(get_train_args: Callable[..., Any], args: dict[str, Any], source: str = "") -> Any:
-    """Do what :func:`parse` does, and try what the Trainer would try only after the model is loaded.
+    """Parse like :func:`parse`, and also check arguments that the Trainer checks only after the model is loaded.
 
     Raises:
-        ConfigError: also for arguments of the optimizer and of the schedule of learning rates that do not fit them, and
-            for a model that is to be divided over processes where there is one.
+        ConfigError: also for arguments that do not fit the optimizer or the learning rate schedule, and for a model
+            that is to be sharded over processes if there is only one process.
     """
     found = parse(get_train_args, args, source)
     training_args = found[2]
     _try_schedule(training_args, source)
     _try_optimizer(training_args, source)
     if training_args.fsdp and training_args.world_size == 1:
-        text = "divides the model over processes, and this is one; start with FORCE_TORCHRUN=1."
+        text = (
+            "shards the model over processes, but the run has a single process. Set FORCE_TORCHRUN=1, and "
+            "NPROC_PER_NODE to the number of processes."
+        )
         raise ConfigError(problems=[Problem("fsdp", text)], source=source)
     return found
 
 
 def _explained(error: Exception, args: dict[str, Any]) -> Problem:
-    """Return LLaMA-Factory's error with the given keys that the refusing lines of its source look at."""
+    """Return LLaMA-Factory's error with the given keys that the raising statements of its source read."""
     looked_at = [key for frame in traceback.extract_tb(error.__traceback__) for key in _keys_at(frame)]
     mentioned = [key for key in llamafactory_keys() if f"`{key}`" in str(error) or f"--{key} " in f"{error} "]
     keys = [key for key in dict.fromkeys([*sorted(mentioned), *reversed(looked_at)]) if args.get(key) is not None]
@@ -80,7 +83,7 @@ def _explained(error: Exception, args: dict[str, Any]) -> Problem:
 
 
 def _keys_at(frame: traceback.FrameSummary) -> list[str]:
-    """Return the arguments that the statement a frame stands at, or the condition before it, looks at."""
+    """Return the arguments that the statement of a stack frame reads, or the condition before the statement."""
     if frame.lineno is None or not any(name in frame.filename for name in ("llamafactory", "transformers")):
         return []
     for node in _statements(frame.filename):
@@ -94,7 +97,7 @@ def _keys_at(frame: traceback.FrameSummary) -> list[str]:
 
 @cache
 def _statements(file: str) -> list[ast.AST]:
-    """Return the statements of a source file, inner ones first."""
+    """Return the statements of a source file, inner statements first."""
     try:
         tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     except (OSError, SyntaxError):
@@ -104,19 +107,22 @@ def _statements(file: str) -> list[ast.AST]:
 
 
 def _spans(node: ast.AST, line: int) -> bool:
+    """Return whether a statement includes a line."""
     return getattr(node, "lineno", 0) <= line <= getattr(node, "end_lineno", 0)
 
 
 def _attributes(node: ast.AST) -> list[str]:
+    """Return the names of LLaMA-Factory's arguments that a statement reads."""
     names = [each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)]
     return [name for name in names if name in llamafactory_keys()]
 
 
 def dry_run(config: RunConfig) -> list[str]:
-    """Parse a configuration as training would, without setting anything up; return notes about this machine.
+    """Parse a configuration as training would, without setting anything up, and return notes about this machine.
 
-    No folder is made, no process group, no context on a device; loggers, the environment and random states stay as they
-    are. What depends on the device alone is a note, because another machine may train.
+    The dry run creates no folder, no process group and no context on a device. Loggers, the environment and random
+    states
+    stay unchanged. A problem that depends on the device alone is a note, because another machine may train.
 
     Raises:
         ConfigError: for arguments that no machine accepts.
@@ -133,6 +139,7 @@ def dry_run(config: RunConfig) -> list[str]:
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
             replaced(parser, "_set_transformers_logging", lambda: None),
+            # True, because the machine that trains may support bf16. `_notes` reports if this machine does not.
             replaced(parser, "is_torch_bf16_gpu_available", lambda: True),
             replaced(parser, "is_deepspeed_zero3_enabled", lambda: config.zero_stage == 3),
             replaced(transformers, "set_seed", lambda *args, **options: None),
@@ -148,7 +155,7 @@ def dry_run(config: RunConfig) -> list[str]:
 
 
 def _parsed(get_train_args: Callable[..., Any], given: dict[str, Any], source: str) -> Any:
-    """Parse; where the error is in no line that names a key, find the keys without which it does not occur."""
+    """Parse the arguments. If the error names no key, find the keys whose removal avoids it."""
     try:
         return parse(get_train_args, given, source)
     except ConfigError as error:
@@ -164,7 +171,7 @@ def _parsed(get_train_args: Callable[..., Any], given: dict[str, Any], source: s
 
 
 def _try_schedule(args: Any, source: str) -> None:
-    """Make the schedule of learning rates of a parameter, as the Trainer does after it has loaded the model."""
+    """Make the learning rate schedule for one parameter, which the Trainer does only after it has loaded the model."""
     import torch
     from transformers import get_scheduler
 
@@ -184,7 +191,10 @@ def _try_schedule(args: Any, source: str) -> None:
 
 
 def _try_optimizer(args: Any, source: str) -> None:
-    """Make the optimizer of a parameter, where it is given arguments, as the Trainer does after loading the model."""
+    """Make the optimizer for one parameter if ``optim_args`` is set.
+
+    The Trainer does it only after loading the model.
+    """
     if not args.optim_args:
         return
     import torch
@@ -193,14 +203,14 @@ def _try_optimizer(args: Any, source: str) -> None:
     given = f"{args.optim_args!r} (name=value, name=value) with optim: {args.optim.value}"
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
-        if not {"params", "model", "optimizer_dict"} & set(options):  # else it is made for layers of the model
+        if not {"params", "model", "optimizer_dict"} & set(options):  # such optimizers need layers of the model
             kind([torch.nn.Parameter(torch.zeros(1))], **options)
     except Exception as error:
         raise ConfigError(problems=[Problem("optim_args", f"{given}: {error}.")], source=source) from error
 
 
 def _notes(config: RunConfig) -> Iterator[str]:
-    """Yield what the arguments ask of the machine that trains, where this one does not have it."""
+    """Yield notes on arguments that need devices which this machine does not have."""
     from llamafactory.extras.misc import get_device_count, is_env_enabled
     from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
@@ -213,7 +223,7 @@ def _notes(config: RunConfig) -> Iterator[str]:
     }
     missing = [key for key in asked if not here.get(key, devices > 0)]
     if missing:
-        yield f"{', '.join(missing)}: this machine has no device for it; train on one that has."
+        yield f"{', '.join(missing)}: this machine has no device that supports it; train on a machine that has one."
     for key in ("deepspeed", "fsdp"):
         if config.llamafactory.get(key) and devices < 2 and not is_env_enabled("FORCE_TORCHRUN"):
-            yield f"{key}: with one accelerator or none, training starts with FORCE_TORCHRUN=1 only."
+            yield f"{key}: with fewer than two accelerators, training starts only if FORCE_TORCHRUN=1 is set."

@@ -1,4 +1,4 @@
-"""The pool of a run without its model, for what reads the data again after a run or before one."""
+"""Loading of a run's pool without its model, for commands that read the data before or after a run."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _TOKENIZER_KEYS = (
 
 
 def pool_of(config: RunConfig, domain_column: str | None = None, columns: Sequence[str] = ()) -> tuple[Pool, Any]:
-    """Load the pool of a run and its tokenizer, without the model, printing and logging nothing.
+    """Load the pool of a run and its tokenizer, without the model. Nothing is printed or logged.
 
-    Only the keys that preprocessing depends on are used, so that it works on a machine that could not train: what says
-    how to train or on what (precision, quantization, DeepSpeed, the output folder) is left out. Nothing is written but
-    what the datasets library keeps in its cache.
+    Only the keys that preprocessing depends on are used. Keys about training and devices (precision, quantization,
+    DeepSpeed, the output folder) are left out, so that this works on a machine that could not train. Nothing is written
+    except to the cache of the datasets library.
 
     Args:
-        config: the configuration of a run that plans its data; of its section nothing is read.
-        domain_column: that of its section.
-        columns: raw columns that are kept with the samples.
+        config: configuration of a run that plans its data. Its ``dataflex:`` section is not read.
+        domain_column: the section's ``domain_column``.
+        columns: raw columns to store with the samples.
 
     Returns:
         The pool, and the tokenizer as LLaMA-Factory sets it up for the template.
 
     Raises:
-        ConfigError: if LLaMA-Factory does not accept the arguments, or a data set cannot be loaded or is empty.
-        OSError: if the tokenizer is not there.
+        ConfigError: if LLaMA-Factory does not accept the arguments, or if a data set cannot be loaded or is empty.
+        OSError: if the tokenizer is not found.
     """
     wanted = dict.fromkeys(columns, WantedColumn("dataflex.columns"))
     disabled = logging.root.manager.disable
@@ -71,7 +71,7 @@ def pool_of(config: RunConfig, domain_column: str | None = None, columns: Sequen
             data_args.eval_dataset = None
             if (root := data_args.tokenized_path) is not None:
                 kept = [root] if len(names) == 1 else [str(Path(root) / name) for name in names]
-                if not all(map(has_tokenized_data, kept)):  # it would be written there
+                if not all(map(has_tokenized_data, kept)):  # LLaMA-Factory would write the tokenized data there
                     data_args.tokenized_path = None
             pool, _ = load_noting_rows(load, data_args, names, domain_column, wanted)
     finally:

@@ -1,13 +1,14 @@
-"""A run by LLaMA-Factory: its own ``run_exp``, with our parts in it while it goes on.
+"""A run by LLaMA-Factory's own ``run_exp``, with DataFlex's trainer and data loading installed.
 
-Its callbacks, evaluation, prediction, plotting and saving are LLaMA-Factory's. For the time of the run three names are
-replaced, and put back afterwards:
+Callbacks, evaluation, prediction, plotting and saving are LLaMA-Factory's. During the run three names are replaced, and
+restored afterwards:
 
-    llamafactory.train.{sft,pt}.workflow.CustomSeq2SeqTrainer / CustomTrainer   our mixin over the same class
+    llamafactory.train.{sft,pt}.workflow.CustomSeq2SeqTrainer / CustomTrainer   DataFlex's mixin over the same class
     llamafactory.train.{sft,pt}.workflow.get_dataset                            the same, once per data set
-    llamafactory.train.tuner.get_train_args                                     its errors told as configuration errors
+    llamafactory.train.tuner.get_train_args                                     its errors as configuration errors
 
-Without a section it is ``get_dataset`` in the workflow of every stage and ``get_train_args``, for their errors only.
+Without a ``dataflex:`` section, ``get_dataset`` in the workflow of every stage and ``get_train_args`` are replaced, to
+convert their errors only.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataflex import distributed
 from dataflex.api.registry import failure_of_component
+from dataflex.config.checks.values import truthy
 from dataflex.config.loading import RunConfig
 from dataflex.errors import ComponentError, ConfigError, DataFlexError
 from dataflex.files import write_atomically
@@ -32,6 +34,7 @@ from dataflex.integrations.llamafactory.launch import report_error
 from dataflex.integrations.llamafactory.parsing import parse_to_train, replaced
 from dataflex.integrations.llamafactory.session import Session
 from dataflex.integrations.llamafactory.stages import STAGES, WORKFLOWS, workflow_of
+from dataflex.record.card import write_card
 from dataflex.record.identity import only_run_in
 from dataflex.trainer.inputs import RunInputs, check_processes
 from dataflex.trainer.mixin import DynamicTrainerMixin, NothingTrained, WhenLoaded
@@ -44,14 +47,14 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> None:
-    """Train: LLaMA-Factory's run of the configuration, with our parts in it where there is a ``dataflex:`` section.
+    """Train: run the configuration with LLaMA-Factory, extended by DataFlex if there is a ``dataflex:`` section.
 
     Args:
         config: the loaded configuration.
-        callbacks: Trainer callbacks to add, as ``run_exp`` takes them.
+        callbacks: further Trainer callbacks, as for ``run_exp``.
 
     Raises:
-        DataFlexError: for what a user can mend; LLaMA-Factory's own errors in arguments come as ConfigError.
+        DataFlexError: for errors that a user can fix. LLaMA-Factory's errors about arguments are raised as ConfigError.
     """
     from llamafactory.train import tuner
 
@@ -70,22 +73,27 @@ def run(config: RunConfig, callbacks: list[TrainerCallback] | None = None) -> No
         _component_errors_told(output),
     ):
         tuner.run_exp(dict(config.llamafactory), callbacks)
+        # After LLaMA-Factory's own card, which it writes last. The process group is gone, so the rank is torchrun's.
+        if truthy(config, "do_train") and os.environ.get("RANK", "0") == "0":
+            write_card(output)
 
 
 @contextmanager
 def _only_run(output_dir: Path) -> Iterator[None]:
-    """Have the main process hold the lock on the output folder, which shows now if it cannot be written to."""
+    """Hold the lock on the output folder on the main process. This fails at once if the folder cannot be written to."""
+    # The process group does not exist yet, so the rank is read from the environment.
     with only_run_in(output_dir) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
         yield
 
 
 def load_only(config: RunConfig, when_loaded: WhenLoaded | None) -> None:
-    """Load everything as for training, call ``when_loaded`` at the point where training would begin, and leave.
+    """Load everything as for training, call ``when_loaded`` instead of training, and return.
 
-    Without a ``when_loaded`` it leaves as soon as the data is there, with the embeddings that encoders make of it.
+    If ``when_loaded`` is None, return as soon as the data is loaded and the encoders have computed their embeddings of
+    it.
 
     Raises:
-        DataFlexError: for what a user can mend.
+        DataFlexError: for errors that a user can fix.
     """
     import torch.distributed as dist
     from llamafactory.train import tuner
@@ -104,12 +112,12 @@ def load_only(config: RunConfig, when_loaded: WhenLoaded | None) -> None:
 
 
 def _watched() -> distributed.Watch:
-    """Return what ends this process with the error of another one; it begins when the arguments are parsed."""
+    """Return the watch that ends this process if another one fails. It begins when the arguments are parsed."""
     return distributed.Watch(lambda text: report_error(f"dataflex: {text}"), failure_of_component)
 
 
 def _watched_args(original: Callable[..., Any], watch: distributed.Watch, source: str, args: Any) -> Any:
-    """Return LLaMA-Factory's arguments of a training. Parsing them makes the process group, which is watched then."""
+    """Return LLaMA-Factory's parsed arguments, and begin the watch: parsing creates the process group that it needs."""
     parsed = parse_to_train(original, args, source)
     watch.begin()
     return parsed
@@ -117,7 +125,7 @@ def _watched_args(original: Callable[..., Any], watch: distributed.Watch, source
 
 @contextmanager
 def installed(session: Session) -> Iterator[None]:
-    """Put a run's trainer and data loading in LLaMA-Factory's workflows for a while."""
+    """Install a run's trainer and data loading in LLaMA-Factory's workflows during the block."""
     with contextlib.ExitStack() as stack:
         for stage in STAGES.values():
             workflow = workflow_of(stage.name)
@@ -135,7 +143,7 @@ def installed(session: Session) -> Iterator[None]:
 
 @contextmanager
 def data_errors_told() -> Iterator[None]:
-    """Have every workflow of LLaMA-Factory say what is wrong with data for a while, and nothing else changed."""
+    """Convert the data errors of every workflow of LLaMA-Factory during the block, and change nothing else."""
     with contextlib.ExitStack() as stack:
         for workflow in map(workflow_of, WORKFLOWS):
             stack.enter_context(replaced(workflow, "get_dataset", partial(loading.load_plainly, workflow.get_dataset)))
@@ -143,10 +151,11 @@ def data_errors_told() -> Iterator[None]:
 
 
 def _decided_args(original: Callable[..., Any], session: Session, watch: distributed.Watch, args: Any) -> Any:
-    """Return LLaMA-Factory's arguments of a training, after deciding what it goes on from.
+    """Return LLaMA-Factory's parsed arguments, after deciding which checkpoint the run resumes from.
 
-    The decision is the main process's, made before a model is loaded. What a resume does not change is parsed again
-    with the value in force.
+    The main process decides, before the model is loaded. If a setting differs that a resume cannot change, the
+    arguments
+    are parsed again with the earlier value.
     """
     source = session.inputs.config.source
     parsed = _watched_args(original, watch, source, args)
@@ -164,7 +173,7 @@ def _decided_args(original: Callable[..., Any], session: Session, watch: distrib
 
 
 def _resume(config: RunConfig, training_args: Any) -> Resume | None:
-    """Return what a training goes on from, after saying what it leaves and what is different."""
+    """Return the checkpoint to resume from, if any. The unused checkpoints and the settings that differ are printed."""
     found, left = find(config)
     for line in left:
         logger.warning(line)
@@ -174,7 +183,7 @@ def _resume(config: RunConfig, training_args: Any) -> Resume | None:
     if problems:
         raise ConfigError(problems=problems, source=config.source)
     processes = check_processes(found.state, training_args)
-    print(f"dataflex: going on from {found.folder} (step {found.marker.step})")
+    print(f"dataflex: resuming from {found.folder} (step {found.marker.step})")
     for line in [*found.lines(), *([] if processes is None else [processes])]:
         print(f"dataflex: {line}")
     return found
@@ -182,14 +191,14 @@ def _resume(config: RunConfig, training_args: Any) -> Resume | None:
 
 @contextmanager
 def _component_errors_told(output: Path) -> Iterator[None]:
-    """Tell errors under the code of somebody's component in one paragraph; their traceback goes into the record.
+    """Convert errors in a component's code into one paragraph, and write their traceback into the record.
 
     Raises:
-        ComponentError: in their place; errors of the framework itself are left as they are.
+        ComponentError: instead of such an error. Errors of DataFlex itself are not changed.
     """
     try:
         yield
-    except (ComponentError, ConfigError) as error:  # it says what is wrong, but not where in the component's code
+    except (ComponentError, ConfigError) as error:  # the message is clear, but does not name the component's code
         said = failure_of_component(error)
         if said is None:
             raise

@@ -1,4 +1,4 @@
-"""What a run of ours is given and has loaded so far, from one call of LLaMA-Factory's workflow to the next."""
+"""Session of a run: its inputs and the data loaded so far, shared between the calls of LLaMA-Factory's workflow."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dataflex.trainer.resume import Resume
 
 
 class Session:
-    """Is filled by the functions that stand in LLaMA-Factory's places, in the order in which it calls them.
+    """State of a run that the functions installed in LLaMA-Factory fill in, in the order in which it calls them.
 
     Args:
-        inputs: what the run is given.
-        when_loaded: what is called when everything is loaded; nothing is then trained.
-        data_only: whether to leave when the data is loaded, without the model.
+        inputs: inputs of the run.
+        when_loaded: called when everything is loaded; the run then ends without training.
+        data_only: whether the run ends when the data is loaded, without the model.
     """
 
     def __init__(self, inputs: RunInputs, when_loaded: WhenLoaded | None = None, data_only: bool = False) -> None:
@@ -26,41 +26,41 @@ class Session:
 
     @property
     def inputs(self) -> RunInputs:
-        """What the run is given."""
+        """Inputs of the run."""
         return self._inputs
 
     @property
     def data(self) -> RunData:
-        """What is loaded so far."""
+        """The data loaded so far."""
         return self._data
 
     @property
     def trains(self) -> bool:
-        """Whether the run is to train if LLaMA-Factory's keys say so, and is not only loaded."""
+        """Whether the run trains if LLaMA-Factory's keys say so. False if it only loads."""
         return self._when_loaded is None and not self.data_only
 
     def go_on(self, resume: Resume) -> None:
-        """Have the run go on from a checkpoint."""
+        """Make the run resume from a checkpoint."""
         self._inputs = self._inputs.going_on(resume)
 
     def add_pool(self, pool: Pool) -> None:
-        """Take the samples the run plans."""
+        """Store the samples that the run plans."""
         self._data = replace(self._data, pool=pool)
 
     def add_whole(self, samples: Pool) -> None:
-        """Take the samples LLaMA-Factory draws."""
+        """Store the samples that LLaMA-Factory draws."""
         self._data = replace(self._data, whole=samples)
 
     def add_validation(self, key: str, samples: Pool) -> None:
-        """Take the validation samples of a component, named by its configuration key."""
+        """Store the validation samples of the component with the configuration key ``key``."""
         self._data = replace(self._data, validation={**self._data.validation, key: samples})
 
     def add_embeddings(self, embeddings: dict[str, StoredEmbeddings]) -> None:
-        """Take the embeddings that encoders made, by configuration key."""
+        """Store the embeddings that encoders computed, by configuration key."""
         self._data = replace(self._data, embeddings=embeddings)
 
     def add_evaluation(self, samples: Pool) -> None:
-        """Take the evaluation samples."""
+        """Store the evaluation samples."""
         self._data = replace(self._data, evaluation=samples)
 
     def trainer(self, kind: type[DynamicTrainerMixin], **arguments: Any) -> DynamicTrainerMixin:
@@ -68,6 +68,6 @@ class Session:
 
         Args:
             kind: the mixin over LLaMA-Factory's class.
-            arguments: LLaMA-Factory's.
+            arguments: LLaMA-Factory's arguments of the class.
         """
         return kind(inputs=self._inputs, data=self._data, when_loaded=self._when_loaded, **arguments)

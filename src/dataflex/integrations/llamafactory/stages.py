@@ -1,8 +1,8 @@
-"""The adapters of LLaMA-Factory's stages that can train rounds.
+"""Adapters of LLaMA-Factory's stages that can train in rounds.
 
-What a sample of a stage is (its fields, whether rows are packed) is in :mod:`dataflex.data.stages`. An adapter adds
-which class of which workflow is extended, how the losses of a batch are computed, and how rows become packed samples.
-A further stage is an entry there and one here.
+The form of a sample in a stage (its fields, whether rows are packed) is defined in :mod:`dataflex.data.stages`. An
+adapter adds the trainer class to extend, the computation of a batch's losses, and the packing of rows into samples. A
+further stage needs an entry there and one here.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from dataflex.integrations.llamafactory.packing import RowsOfSamples, pack_conve
 from dataflex.trainer.stage_losses import BatchLosses, causal_losses
 
 WORKFLOWS = ("sft", "pt", "dpo", "kto", "ppo", "rm")
-"""LLaMA-Factory's stages, each with a workflow module of its own."""
+"""LLaMA-Factory's stages. Each has a separate workflow module."""
 
 
 @dataclass(frozen=True)
 class StageAdapter:
-    """How LLaMA-Factory trains a stage.
+    """The way LLaMA-Factory trains a stage.
 
     Attributes:
-        stage: what a sample is.
-        trainer: name of the trainer class in the stage's workflow module, which is extended.
-        collator: name of the collator class in the workflow module. Of rows with nothing but tokens, masks and labels
-            it makes nothing but padded tensors, unless its settings or its template have more to add.
+        stage: form of a sample.
+        trainer: name of the trainer class in the stage's workflow module. The class is extended.
+        collator: name of the collator class in the workflow module. For rows of tokens, masks and labels alone it only
+            pads tensors, unless its settings or its template add more.
         batch_losses: computes the losses of a batch.
-        note_packing: makes packed samples of rows with a processor of LLaMA-Factory, and says which rows each holds.
+        note_packing: packs rows with a processor of LLaMA-Factory, and returns the samples and the rows of each.
     """
 
     stage: stages.Stage
@@ -63,5 +63,5 @@ STAGES = {
 
 
 def workflow_of(stage: str) -> Any:
-    """Return the workflow module of a stage, whose names are looked up when it runs."""
+    """Return the workflow module of a stage. The workflow looks up the names in this module when it runs."""
     return import_module(f"llamafactory.train.{stage}.workflow")

@@ -1,0 +1,111 @@
+"""Count sketches of gradients in one pass on a CPU: direction, signs, rotations and the sum over blocks. Needs Numba.
+
+The operations of :mod:`dataflex.probe.projections` read and write every element several times. This kernel reads every
+gradient once and writes only to the sketch, which stays in the processor's cache. Threads share out the elements of the
+sketch, and every element adds up its blocks in order, so the result does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from dataflex.probe.preconditioners import AdamTerms
+
+
+class BlockSums:
+    """Adds the count sketches of gradients, or of Adam's directions, on several threads.
+
+    Args:
+        threads: at least 1.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def add(
+        self, out: Tensor, values: Tensor, start: int, signs: Tensor, rotations: Tensor, terms: AdamTerms | None
+    ) -> None:
+        """Add the count sketch of a piece of one parameter's gradients, or of their directions.
+
+        Args:
+            out: the sketches, float32, (B, at least dim), contiguous; their first dim columns are changed in place.
+            values: the gradients, float32, (B, n).
+            start: number of the piece's first element in the parameter.
+            signs: of the J blocks of ``dim`` elements that the piece touches, int8, (J, dim).
+            rotations: of these blocks, int64, (J,).
+            terms: of Adam's direction, with float32 moments; None adds the gradients themselves.
+        """
+        values = values.contiguous()
+        used = (values[0], values[0]) if terms is None else (terms.average, terms.square)
+        moments = tuple(tensor.numpy() for tensor in used)
+        scales = np.array([] if terms is None else terms.scales, dtype=np.float32)
+        arrays = [tensor.numpy() for tensor in (out, values, signs, rotations)]
+        edges = [signs.shape[1] * number // self._threads for number in range(self._threads + 1)]
+        work = [(*arrays, start, moments, scales, span) for span in pairwise(edges)]
+        if self._pool is None:
+            _add(*work[0])
+        else:
+            list(self._pool.map(lambda each: _add(*each), work))  # raises the errors of the threads
+
+    @staticmethod
+    def serves(values: Tensor, terms: AdamTerms | None) -> bool:
+        """Return whether the kernel takes gradients and moments of these types."""
+        used = [values] if terms is None else [values, terms.average, terms.square]
+        return all(tensor.dtype == torch.float32 for tensor in used)
+
+
+# Contraction alone of the "fast" rules: products and sums may be one operation, but a NaN stays a NaN.
+@njit(nogil=True, error_model="numpy", fastmath={"contract"})
+def _add(
+    out: np.ndarray,
+    values: np.ndarray,
+    signs: np.ndarray,
+    rotations: np.ndarray,
+    start: int,
+    moments: tuple[np.ndarray, np.ndarray],
+    scales: np.ndarray,
+    span: tuple[int, int],
+) -> None:
+    """Add the signed elements that fall on a span of the sketches. Empty ``scales`` add the gradients themselves."""
+    begin, end = span
+    average, square = moments
+    adam = scales.size > 0
+    batch, size = values.shape
+    blocks, dim = signs.shape
+    first = start // dim
+    above, below = np.empty(end - begin, np.float32), np.empty(end - begin, np.float32)
+    for block in range(blocks):
+        for wrapped in range(2):
+            # Element e of a block goes to (e + rotation) % dim: those that stay inside, then those that wrap around.
+            shift = (first + block) * dim - rotations[block] + wrapped * dim  # from places in a sketch to elements
+            low = begin if wrapped else max(begin, rotations[block])
+            high = min(end, rotations[block]) if wrapped else end
+            low, high = max(low, start - shift), min(high, start + size - shift)
+            count = high - low
+            if count <= 0:
+                continue
+            element = low + shift
+            sign = signs[block, element - (first + block) * dim : element - (first + block) * dim + count]
+            if adam:
+                mean, spread = average[element : element + count], square[element : element + count]
+                for place in range(count):  # shared by all samples
+                    above[place] = scales[0] * mean[place]
+                    below[place] = scales[2] * spread[place] + scales[4]
+            for sample in range(batch):
+                gradient = values[sample, element - start : element - start + count]
+                sums = out[sample, low:high]
+                if adam:
+                    for place in range(count):
+                        value = gradient[place]
+                        root = np.sqrt(below[place] + scales[3] * value * value) + scales[5]
+                        sums[place] += (above[place] + scales[1] * value) / root * np.float32(sign[place])
+                else:
+                    for place in range(count):
+                        sums[place] += gradient[place] * np.float32(sign[place])
