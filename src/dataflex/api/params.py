@@ -77,8 +77,8 @@ class ValidationParams(ComponentParams):
 
     validation: list[str] | None = Field(
         None,
-        description="Data sets of the validation samples, each a sub-task. If null, the data sets of eval_dataset, or the "
-        "samples that val_size splits off.",
+        description="Data sets of the validation samples, each a sub-task. If null, the data sets of eval_dataset, or "
+        "the samples that val_size splits off.",
     )
     subtask_column: str | None = Field(
         None, description="Column of the raw data whose values divide the validation samples into sub-tasks."
