@@ -86,7 +86,7 @@ def names_of(kind: str) -> list[str]:
     return [name for name in names if (name == "expert_loads") <= (kind == "experts")]
 
 
-def test_every_measurement_is_here() -> None:
+def test_every_built_in_measurement_is_tested_on_the_device() -> None:
     covered = {name.split()[0] for name in names_of("experts")}
     assert covered | {"generations"} >= {name for name in available_measurements() if "." not in name}
 
@@ -108,7 +108,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_against_float64_on_the_cpu(
+def test_measurements_agree_with_float64_on_the_cpu(
     kind: str, dtype: torch.dtype, device: torch.device, exact: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
     if kind == "experts" and dtype == torch.bfloat16:
@@ -148,7 +148,7 @@ def test_features_under_autocast_are_the_gradients_of_one_backward_each(
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_the_same_bits_every_time(kind: str, device: torch.device) -> None:
+def test_repeated_measurements_give_the_same_bits(kind: str, device: torch.device) -> None:
     probe = make_probe(make_model(kind, torch.bfloat16).to(device), device, make_samples(64, 8, 400), 4096)
     rows = np.arange(64)
 
@@ -254,7 +254,7 @@ def test_a_gradient_batch_needs_the_memory_of_a_training_step(cuda: torch.device
     assert of_probe <= 1.1 * of_training
 
 
-def test_waits_for_the_device_in_a_gradient_batch(cuda: torch.device) -> None:
+def test_a_gradient_batch_waits_for_the_device_a_bounded_number_of_times(cuda: torch.device) -> None:
     probe = make_probe(make_model("lora", torch.bfloat16).to(cuda), cuda, tokens=100_000)
     probe.measure(GradientFeatures(PLAIN), EVERYONE)
     with warnings.catch_warnings(record=True) as seen:

@@ -98,7 +98,7 @@ def test_a_resumed_run_has_the_same_bits(alone: Workshop) -> None:
     check_resumed(alone, "alone")
 
 
-def test_under_torchrun(shop: Workshop) -> None:
+def test_runs_of_one_process_under_torchrun_train_and_resume(shop: Workshop) -> None:
     """One process with NCCL: the collectives are made, though there is nobody to wait for."""
     for name in ("less", "group_dro", "cluster_less"):
         add(shop, f"torchrun-{name}", METHODS[name])
@@ -110,7 +110,9 @@ def test_under_torchrun(shop: Workshop) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-def test_zero3_with_everything_offloaded(shop: Workshop, cuda: torch.device, tmp_path: Path) -> None:
+def test_zero3_trains_with_parameters_and_optimizer_offloaded(
+    shop: Workshop, cuda: torch.device, tmp_path: Path
+) -> None:
     settings = tiny.zero(tmp_path, 3)
     path = Path(settings["deepspeed"])
     config = tiny.deepspeed_config(3)
@@ -126,7 +128,7 @@ def test_zero3_with_everything_offloaded(shop: Workshop, cuda: torch.device, tmp
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
-def test_four_bit_weights(shop: Workshop, cuda: torch.device) -> None:
+def test_four_bit_weights_train(shop: Workshop, cuda: torch.device) -> None:
     for name in ("less", "loss"):
         add(shop, f"qlora-{name}", METHODS[name], quantization_bit=4, quantization_method="bnb")
     shop.start(1)
@@ -134,7 +136,7 @@ def test_four_bit_weights(shop: Workshop, cuda: torch.device) -> None:
         assert len(shop.trace(f"qlora-{name}")["losses"]) == 8
 
 
-def test_fsdp2_with_parameters_on_the_host(shop: Workshop, cuda: torch.device, tmp_path: Path) -> None:
+def test_fsdp2_trains_with_parameters_offloaded_to_the_host(shop: Workshop, cuda: torch.device, tmp_path: Path) -> None:
     """The parameters' device is not that of the batches, whose precision the gradients must be taken in."""
     config = tmp_path / "fsdp.json"
     config.write_text(json.dumps({"fsdp_version": 2, "reshard_after_forward": True}))
@@ -144,7 +146,7 @@ def test_fsdp2_with_parameters_on_the_host(shop: Workshop, cuda: torch.device, t
     assert len(shop.trace("fsdp2-less")["losses"]) == 8
 
 
-def test_compiled(shop: Workshop, cuda: torch.device) -> None:
+def test_a_compiled_model_trains(shop: Workshop, cuda: torch.device) -> None:
     add(shop, "compiled-loss", METHODS["loss"], torch_compile=True)
     shop.start(1)
     assert len(shop.trace("compiled-loss")["losses"]) == 8

@@ -386,7 +386,9 @@ def write(root: Path, name: str, changes: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("name", BEFORE_LOADING)
-def test_found_before_anything_is_loaded(inputs: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_configuration_is_refused_before_anything_is_loaded(
+    inputs: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes, words = BEFORE_LOADING[name]
     path = write(inputs, name, changes)
     assert cli.main(["check", str(path)]) == 2
@@ -398,7 +400,7 @@ def test_found_before_anything_is_loaded(inputs: Path, name: str, capsys: pytest
     assert (inputs / "FILE").read_text() == "precious"
 
 
-def test_all_problems_are_told_together(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_are_reported_together(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"lerning_rate": 1, "dataset": "alpa", "dataflex": {"update_steps": 0, "select": {"method": "los"}}}
     assert cli.main(["check", str(write(inputs, "several", changes))]) == 2
     text = capsys.readouterr().err
@@ -418,7 +420,9 @@ def test_all_problems_are_told_together(inputs: Path, capsys: pytest.CaptureFixt
         (["assets", "smolm2"], ["smolm2"]),
     ],
 )
-def test_bad_arguments(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_of_the_command_line_are_refused(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(arguments) == 2
     text = capsys.readouterr().err
     assert "Traceback" not in text
@@ -426,7 +430,7 @@ def test_bad_arguments(arguments: list[str], words: list[str], capsys: pytest.Ca
         assert word in text
 
 
-def test_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_yaml_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text("a: [1, 2\nb: {")
     assert cli.main(["check", str(tmp_path / "run.yaml")]) == 2
     assert "run.yaml, line 2, column 2: did not find expected ',' or ']'" in capsys.readouterr().err
@@ -504,7 +508,7 @@ def outcomes(inputs: Path) -> dict[str, tuple[Any, str]]:
 
 @pytest.mark.launch
 @pytest.mark.parametrize("name", WHILE_RUNNING)
-def test_found_while_running(outcomes: dict[str, tuple[Any, str]], name: str) -> None:
+def test_an_error_during_the_run_ends_it_with_one_paragraph(outcomes: dict[str, tuple[Any, str]], name: str) -> None:
     status, text = outcomes[name]
     assert status == 2, (status, text)
     assert "Traceback" not in text
@@ -516,7 +520,7 @@ def test_found_while_running(outcomes: dict[str, tuple[Any, str]], name: str) ->
 @pytest.mark.launch
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", LOADED)
-def test_data_that_cannot_be_loaded(outcomes: dict[str, tuple[Any, str]], name: str, kind: str) -> None:
+def test_data_that_cannot_be_loaded_is_named(outcomes: dict[str, tuple[Any, str]], name: str, kind: str) -> None:
     status, text = outcomes[f"{name} {kind}"]
     assert status == 2, (status, text)
     for word in LOADED[name][1]:
@@ -525,7 +529,7 @@ def test_data_that_cannot_be_loaded(outcomes: dict[str, tuple[Any, str]], name: 
 
 @pytest.mark.launch
 @pytest.mark.parametrize("name", [*FAULTY, *GOOD])
-def test_what_is_said_of_raw_data_is_what_llamafactory_makes_of_it(
+def test_raw_data_is_called_faulty_only_if_llamafactory_fails_on_it(
     outcomes: dict[str, tuple[Any, str]], name: str
 ) -> None:
     status, text = outcomes[f"raw {name}"]
@@ -538,13 +542,17 @@ def test_what_is_said_of_raw_data_is_what_llamafactory_makes_of_it(
 
 
 @pytest.mark.launch
-def test_weights_that_are_not_finite_are_no_checkpoint(inputs: Path, outcomes: dict[str, tuple[Any, str]]) -> None:
+def test_a_model_with_weights_that_are_not_finite_is_not_saved_as_a_checkpoint(
+    inputs: Path, outcomes: dict[str, tuple[Any, str]]
+) -> None:
     assert outcomes["a diverged run, before its checkpoint"][0] == 2
     assert not list((inputs / "out" / "a-diverged-run,-before-its-checkpoint").glob("checkpoint-*"))
 
 
 @pytest.mark.launch
 @pytest.mark.parametrize("name", ["a feature longer than the gradient", "kronecker with adam"])
-def test_found_before_the_first_step(inputs: Path, outcomes: dict[str, tuple[Any, str]], name: str) -> None:
+def test_settings_that_do_not_fit_the_model_end_the_run_before_the_first_round(
+    inputs: Path, outcomes: dict[str, tuple[Any, str]], name: str
+) -> None:
     assert outcomes[name][0] == 2
     assert not (inputs / "out" / name.replace(" ", "-") / "dataflex" / "rounds.jsonl").exists()

@@ -129,7 +129,7 @@ def losses(run: Path) -> list[dict[str, Any]]:
     return [entry for entry in history if "loss" in entry]
 
 
-def test_after_ctrl_c_the_same_command_goes_on(folder: Path, outcomes: dict[str, list[Any]]) -> None:
+def test_after_ctrl_c_the_same_command_resumes(folder: Path, outcomes: dict[str, list[Any]]) -> None:
     status, _, error = outcomes["stopped"]
     assert status == 130, error
     assert "Traceback" not in error
@@ -139,7 +139,7 @@ def test_after_ctrl_c_the_same_command_goes_on(folder: Path, outcomes: dict[str,
     assert [line["round"] for line in round_lines(folder / "out" / "one")] == [0, 1, 2]
 
 
-def test_after_ctrl_c_many_processes_say_one_line(folder: Path, outcomes: dict[str, list[Any]]) -> None:
+def test_after_ctrl_c_two_processes_print_one_line(folder: Path, outcomes: dict[str, list[Any]]) -> None:
     assert outcomes["stopped too"][0] == 130
     command = ["train", str(folder / "one.yaml"), f"output_dir={folder / 'out' / 'many'}"]
     process = subprocess.Popen(
@@ -164,7 +164,9 @@ def test_after_ctrl_c_many_processes_say_one_line(folder: Path, outcomes: dict[s
     assert output.splitlines()[-1].startswith("dataflex: stopped")
 
 
-def test_with_one_domain_its_loss_is_the_loss_also_after_a_resume(folder: Path, outcomes: dict[str, list[Any]]) -> None:
+def test_the_loss_of_the_only_domain_equals_the_logged_loss_also_after_a_resume(
+    folder: Path, outcomes: dict[str, list[Any]]
+) -> None:
     assert outcomes["goes on"][0] == 0
     entries = losses(folder / "out" / "one")
     assert [entry["step"] for entry in entries] == [3, 6]  # step 6: since the resume at step 4
@@ -172,7 +174,7 @@ def test_with_one_domain_its_loss_is_the_loss_also_after_a_resume(folder: Path, 
         assert entry["dataflex/loss/alpha"] == pytest.approx(entry["loss"], rel=1e-5)
 
 
-def test_with_several_domains_the_loss_lies_between_theirs(folder: Path, outcomes: dict[str, list[Any]]) -> None:
+def test_the_logged_loss_lies_between_the_losses_of_the_domains(folder: Path, outcomes: dict[str, list[Any]]) -> None:
     assert outcomes["two"][0] == 0, outcomes["two"][2]
     entries = losses(folder / "out" / "two")
     assert [entry["step"] for entry in entries] == [3, 6]
@@ -236,7 +238,7 @@ def planned(run: Path, number: int) -> Any:
     return plan_table(run, number).to_pandas()
 
 
-def test_plans_and_explain_name_the_row(folder: Path, outcomes: dict[str, list[Any]]) -> None:
+def test_plans_and_explain_name_the_raw_row_of_a_sample(folder: Path, outcomes: dict[str, list[Any]]) -> None:
     plan = planned(folder / "out" / "two", 1)
     offset = plan["domain"].map({"alpha": 0, "beta": 48}).astype(int)
     assert (plan["row"] == plan["index"] - offset).all()
@@ -247,7 +249,7 @@ def test_plans_and_explain_name_the_row(folder: Path, outcomes: dict[str, list[A
     assert told == [tuple(map(str, row)) for row in best.itertuples(index=False)]
 
 
-def test_what_a_run_selected_is_a_data_set(folder: Path, outcomes: dict[str, list[Any]]) -> None:
+def test_selected_samples_are_exported_as_a_data_set(folder: Path, outcomes: dict[str, list[Any]]) -> None:
     run = folder / "out" / "two"
     for name, target, numbers in (("export", "exported", [1, 2]), ("export round", "exported-1", [1])):
         status, out, error = outcomes[name]

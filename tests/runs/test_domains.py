@@ -219,14 +219,14 @@ def found(root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", LOADING)
-def test_a_domain_is_what_a_data_set_of_its_rows_would_be(found: dict[str, Any], name: str) -> None:
+def test_a_domain_equals_a_data_set_of_its_rows(found: dict[str, Any], name: str) -> None:
     one, apart = found["pools"][name], found["pools"][f"{name}, apart"]
     assert list(one["sizes"]) == sorted(TOPICS)
     assert list(one["sizes"].values()) == list(apart["sizes"].values())
     assert one["rows"] == apart["rows"]
 
 
-def test_domains_of_several_data_sets_and_of_numbers(found: dict[str, Any]) -> None:
+def test_values_of_a_column_divide_several_data_sets_and_may_be_numbers(found: dict[str, Any]) -> None:
     sizes = found["pools"]["numbers"]["sizes"]
     assert list(sizes) == ["mixed/0", "mixed/1", "mixed/2", "ant/0", "ant/1", "ant/2"]
     assert sum(sizes.values()) == sum(TOPICS.values()) + TOPICS["ant"]
@@ -237,7 +237,7 @@ def rounds(root: Path, name: str) -> list[dict[str, Any]]:
     return round_lines(root / name)
 
 
-def test_a_mixer_mixes_the_values(found: dict[str, Any], root: Path) -> None:
+def test_a_mixer_mixes_the_values_of_a_column(found: dict[str, Any], root: Path) -> None:
     assert found["runs"]["static"]["error"] is None
     made = rounds(root, "static")
     assert [line["pool"] for line in made] == [dict(sorted(TOPICS.items()))] * 2
@@ -245,7 +245,7 @@ def test_a_mixer_mixes_the_values(found: dict[str, Any], root: Path) -> None:
     assert made[1]["epochs"] == {"ant": 4 / 130, "bee hive": 2 / 29, "zebra": 2 / 37}
 
 
-def test_what_is_split_off_keeps_its_domains(found: dict[str, Any]) -> None:
+def test_samples_that_are_split_off_keep_their_domains(found: dict[str, Any]) -> None:
     run = found["runs"]["split"]
     assert run["error"] is None
     assert {name: run["pool"][name] + run["evaluation"][name] for name in TOPICS} == TOPICS
@@ -263,7 +263,7 @@ def test_a_mixer_and_a_selector_each_have_their_validation_samples(found: dict[s
     assert all(0.2 < share < 0.5 for share in shares.values())
 
 
-def test_capped_domains_are_on_record(found: dict[str, Any], root: Path) -> None:
+def test_capped_domains_are_recorded(found: dict[str, Any], root: Path) -> None:
     assert found["runs"]["capped"]["error"] is None
     made = rounds(root, "capped")
     assert made[-1]["epochs"]["bee hive"] == 1
@@ -286,7 +286,7 @@ def test_capped_domains_are_on_record(found: dict[str, Any], root: Path) -> None
         ("a split of nothing", ["val_size", "'instruction'", "1 rows"]),
     ],
 )
-def test_what_cannot_be_divided_is_told_before_the_model_is_loaded(
+def test_a_column_that_cannot_divide_the_data_is_refused_before_the_model_is_loaded(
     found: dict[str, Any], name: str, parts: list[str]
 ) -> None:
     error = found["runs"][name]["error"]
@@ -299,7 +299,7 @@ def raw(root: Path, name: str) -> list[dict[str, Any]]:
     return json.loads((root / "data" / f"{name}.json").read_text())
 
 
-def test_samples_are_chosen_sorted_and_weighed_by_columns(found: dict[str, Any], root: Path) -> None:
+def test_columns_choose_sort_and_weigh_samples(found: dict[str, Any], root: Path) -> None:
     run, rows = found["runs"]["scored"], raw(root, "mixed")
     assert run["error"] is None
     best = sorted(range(len(rows)), key=lambda number: rows[number]["quality"])[:4]
@@ -315,9 +315,7 @@ def test_samples_are_chosen_sorted_and_weighed_by_columns(found: dict[str, Any],
 
 
 @pytest.mark.parametrize("name", ["scored weights", "scored tokens", "scored tokens again"])
-def test_weights_alone_are_those_of_the_rows_that_llamafactory_draws(
-    found: dict[str, Any], root: Path, name: str
-) -> None:
+def test_a_weighter_alone_weighs_the_rows_that_llamafactory_draws(found: dict[str, Any], root: Path, name: str) -> None:
     run, rows = found["runs"][name], [*raw(root, "ant"), *raw(root, "mixed")]
     assert run["error"] is None
     losses, again = run["first"]

@@ -155,7 +155,7 @@ def metrics(sums: list[tuple[float, int, int]]) -> dict[str, float]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("name", ["merged", "each", "one-batch"])
-def test_each_set_equals_a_float64_computation(runs: Any, name: str, processes: int) -> None:
+def test_the_losses_of_each_evaluation_set_equal_a_float64_computation(runs: Any, name: str, processes: int) -> None:
     run = f"{name}-{processes}"
     last = lines(runs, run)[-1]
     sums = {}
@@ -180,7 +180,7 @@ def test_each_set_equals_a_float64_computation(runs: Any, name: str, processes: 
 
 
 @pytest.mark.parametrize("name", sorted(RUNS.keys() - {"tokens", "empty-tokens"}))
-def test_two_processes_measure_what_one_measures(runs: Any, name: str) -> None:
+def test_one_process_and_two_evaluate_the_same_losses(runs: Any, name: str) -> None:
     one, two = lines(runs, f"{name}-1")[-1], lines(runs, f"{name}-2")[-1]
     assert one["fingerprint"] == two["fingerprint"]
     assert one["domains"].keys() == two["domains"].keys()
@@ -234,7 +234,7 @@ def test_packed_text_counts_every_block_once(runs: Any, processes: int) -> None:
         assert found["bytes"] == size
 
 
-def test_split_off_samples_are_told_apart(runs: Any) -> None:
+def test_samples_that_val_size_splits_off_are_evaluated_by_domain(runs: Any) -> None:
     last = lines(runs, "split-1")[-1]
     assert {name: each["samples"] for name, each in last["domains"].items()} == {"alpha": 12, "beta": 8}
 
@@ -276,7 +276,7 @@ def test_a_budget_of_tokens_ends_the_run(runs: Any, name: str) -> None:
     assert runs.plan_digests(folder) == runs.plan_digests("evaluation-tokens-1")
 
 
-def test_a_budget_on_llamafactorys_own_data_path(runs: Any) -> None:
+def test_a_budget_of_tokens_ends_a_run_on_llamafactorys_own_data_path(runs: Any) -> None:
     for name in ("empty-tokens-1", "empty-tokens-2"):
         found = summary(runs, name)
         assert 6300 <= found["tokens"] < 6300 + 6 * 63
@@ -291,7 +291,7 @@ def test_a_budget_on_llamafactorys_own_data_path(runs: Any) -> None:
     assert summary(runs, "empty-tokens-1")["tokens"] == summary(runs, "empty-tokens-2")["tokens"]
 
 
-def test_a_spent_budget_is_not_trained_on(runs: Any) -> None:
+def test_a_resumed_run_with_a_spent_budget_trains_no_further_step(runs: Any) -> None:
     assert summary(runs, "tokens-1")["tokens"] == summary(runs, "cut")["tokens"]
     assert summary(runs, "tokens-1")["steps"] == summary(runs, "cut")["steps"]
 

@@ -48,7 +48,7 @@ def errors(workshop: Any) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("name", [*FAULTS, *SHARDED])
-def test_both_processes_have_the_error_of_one(errors: dict[str, list[str]], name: str) -> None:
+def test_an_error_on_one_process_ends_both_with_its_message(errors: dict[str, list[str]], name: str) -> None:
     if name not in errors:
         pytest.skip("needs deepspeed")
     first, second = (error.partition(": ") for error in errors[name])
@@ -59,7 +59,7 @@ def test_both_processes_have_the_error_of_one(errors: dict[str, list[str]], name
 
 
 @pytest.mark.timeout(300)
-def test_both_nodes_end_with_the_error_of_a_step_on_one(workshop: Any, tmp_path: Path) -> None:
+def test_an_error_in_a_step_on_one_node_ends_both_with_its_message(workshop: Any, tmp_path: Path) -> None:
     """Two launchers, as on two machines: nobody but the processes themselves tells one node of the other's end."""
     section = {"plugins": [str(HERE / "failing_components.py")], "weight": {"method": "test_stumble"}}
     args = tiny.arguments(workshop.model, workshop.data, tmp_path / "out", dataflex=section)

@@ -256,7 +256,7 @@ def plans(runs: Any, name: str) -> list[dict[int, float]]:
 
 
 @pytest.mark.parametrize(("method", "mode"), METHOD_CASES)
-def test_two_processes_select_what_one_does(runs: Any, method: str, mode: str) -> None:
+def test_one_process_and_two_select_the_same_samples(runs: Any, method: str, mode: str) -> None:
     one, two = plans(runs, f"{method}-one"), plans(runs, f"{method}-{mode}")
     assert len(one) == len(two) == 2
     for first, second in zip(one, two, strict=True):
@@ -270,7 +270,7 @@ def test_two_processes_select_what_one_does(runs: Any, method: str, mode: str) -
 
 
 @pytest.mark.parametrize("mode", ["ddp", "zero3", "fsdp2"])
-def test_two_processes_keep_the_embeddings_that_one_does(runs: Any, mode: str) -> None:
+def test_one_process_and_two_compute_the_same_embeddings(runs: Any, mode: str) -> None:
     one, two = (sorted((runs.root / f"nearest-encoder-{each}" / "embeddings").iterdir()) for each in ("one", mode))
     assert [folder.name for folder in one] == [folder.name for folder in two]
     assert len(one) == 2
@@ -279,13 +279,13 @@ def test_two_processes_keep_the_embeddings_that_one_does(runs: Any, mode: str) -
 
 
 @pytest.mark.parametrize(("method", "mode"), METHOD_CASES)
-def test_the_wrapper_is_the_one_meant(runs: Any, method: str, mode: str) -> None:
+def test_each_run_is_wrapped_by_the_intended_class(runs: Any, method: str, mode: str) -> None:
     for rank in (0, 1):
         assert WRAPPERS[mode] in runs.trace(f"{method}-{mode}", rank)["wrapper"]
 
 
 @pytest.mark.parametrize("mode", ["twice", *ANCHORED])
-def test_weights_by_hidden_states_are_those_of_one_process_without_accumulation(runs: Any, mode: str) -> None:
+def test_weights_from_hidden_states_do_not_depend_on_processes_or_accumulation(runs: Any, mode: str) -> None:
     one, other = (runs.trace(f"anchored-{name}")["losses"] for name in ("one", mode))
     assert len(one) == 4
     assert one[1] < 0.8 * one[0]  # after the warm-up adapt's weights are below 1
@@ -293,7 +293,7 @@ def test_weights_by_hidden_states_are_those_of_one_process_without_accumulation(
 
 
 @pytest.mark.parametrize(("kind", "mode"), NEUTRAL_CASES)
-def test_looking_changes_nothing(runs: Any, kind: str, mode: str) -> None:
+def test_measurements_leave_the_training_unchanged(runs: Any, kind: str, mode: str) -> None:
     blind, looking = f"blind-{kind}-{mode}", f"looking-{kind}-{mode}"
     for rank in range(1 if mode == "one" else 2):
         expected, got = runs.trace(blind, rank), runs.trace(looking, rank)
@@ -305,7 +305,7 @@ def test_looking_changes_nothing(runs: Any, kind: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("cut", "mode"), CUT_CASES)
-def test_killed_and_resumed_is_never_killed(runs: Any, cut: str, mode: str) -> None:
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(runs: Any, cut: str, mode: str) -> None:
     whole, resumed = runs.trace(f"whole-{mode}"), runs.trace(f"{cut}-cut-{mode}")
     assert resumed["error"] is None
     assert min(step for step, _ in resumed["micro_batches"]) == CUTS[cut][0]
@@ -315,7 +315,7 @@ def test_killed_and_resumed_is_never_killed(runs: Any, cut: str, mode: str) -> N
 
 
 @pytest.mark.parametrize("mode", ["one", *MODES, "gathered", "wrapped"])
-def test_gradients_are_those_of_plain_autograd(runs: Any, mode: str) -> None:
+def test_gradients_equal_plain_autograd(runs: Any, mode: str) -> None:
     from transformers import AutoModelForCausalLM
 
     assert runs.trace(f"kept-{mode}")["error"] is None
@@ -379,14 +379,14 @@ def test_a_plugin_with_its_own_pooling_never_selects_an_untrained_sample(runs: A
         assert all(-1 <= score <= 1 for score in plan.values())
 
 
-def test_a_plugin_with_its_own_pooling_selects_on_two_processes_what_it_does_on_one(runs: Any) -> None:
+def test_a_plugin_with_its_own_pooling_selects_the_same_on_one_process_and_two(runs: Any) -> None:
     assert runs.plan_digests("near-ddp") == runs.plan_digests("near-one")
     for one, two in zip(plans(runs, "near-one"), plans(runs, "near-ddp"), strict=True):
         assert [two[index] for index in one] == pytest.approx(list(one.values()), abs=1e-4)
 
 
 @pytest.mark.parametrize("mode", NEAR)
-def test_a_plugin_with_its_own_pooling_goes_on_after_a_resume(runs: Any, mode: str) -> None:
+def test_a_plugin_with_its_own_pooling_resumes_exactly(runs: Any, mode: str) -> None:
     whole, resumed = runs.trace(f"near-{mode}"), runs.trace(f"near-cut-{mode}")
     assert min(step for step, _ in resumed["micro_batches"]) == 3
     assert runs.plan_digests(f"near-cut-{mode}") == runs.plan_digests(f"near-{mode}")
@@ -395,7 +395,7 @@ def test_a_plugin_with_its_own_pooling_goes_on_after_a_resume(runs: Any, mode: s
 
 
 @pytest.mark.parametrize("method", LISTED)
-def test_what_was_taken_of_neighbours_is_known_after_a_resume(runs: Any, method: str) -> None:
+def test_the_position_in_the_lists_of_neighbours_survives_a_resume(runs: Any, method: str) -> None:
     name = f"listed-cut-{method}"
     assert min(step for step, _ in runs.trace(name)["micro_batches"]) == 5
     assert runs.plan_digests(name) == runs.plan_digests(f"listed-{method}")
@@ -407,7 +407,7 @@ def test_what_was_taken_of_neighbours_is_known_after_a_resume(runs: Any, method:
 
 
 @pytest.mark.parametrize("mode", NEAR)
-def test_a_plugin_with_its_own_pooling_under_an_overhead_limit(runs: Any, mode: str) -> None:
+def test_a_plugin_with_its_own_pooling_keeps_to_an_overhead_limit(runs: Any, mode: str) -> None:
     name = f"near-limited-{mode}"
     assert trained_together(runs, name, NEAR.index(mode) + 1) == planned(runs, name)
     budgets = [line["budget"] for line in runs.rounds(name) if not line.get("warmup")]

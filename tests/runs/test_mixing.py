@@ -202,7 +202,7 @@ def weights_of(workshop: Any, name: str) -> tuple[list[str], np.ndarray]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_killed_and_resumed_is_the_same(runs: Any, name: str) -> None:
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(runs: Any, name: str) -> None:
     whole, resumed = runs.trace(f"{name}-whole"), runs.trace(f"{name}-cut")
     assert resumed["micro_batches"][0][0] == 3
     assert runs.plan_digests(f"{name}-cut") == runs.plan_digests(f"{name}-whole")
@@ -217,7 +217,7 @@ def test_killed_and_resumed_is_the_same(runs: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_are_one(runs: Any, name: str) -> None:
+def test_one_process_and_two_give_the_same_run(runs: Any, name: str) -> None:
     runs.trace(f"{name}-two", 1)
     one, two = runs.rounds(f"{name}-whole"), runs.rounds(f"{name}-two")
     for ours, theirs in zip(one, two, strict=True):
@@ -231,7 +231,7 @@ def test_two_processes_are_one(runs: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SPREAD)
-def test_zero_3_is_ddp(runs: Any, name: str) -> None:
+def test_zero_3_gives_the_run_of_ddp(runs: Any, name: str) -> None:
     assert "stage 3" in runs.trace(f"{name}-zero3", 1)["wrapper"]
     assert runs.plan_digests(f"{name}-zero3") == runs.plan_digests(f"{name}-two")
     ours, theirs = weights_of(runs, f"{name}-zero3")[1], weights_of(runs, f"{name}-two")[1]
@@ -241,7 +241,7 @@ def test_zero_3_is_ddp(runs: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["doremi", "doremi_previous", "group_dro", "doge"])
-def test_accumulation_does_not_matter(runs: Any, name: str) -> None:
+def test_accumulation_does_not_change_the_run(runs: Any, name: str) -> None:
     assert runs.plan_digests(f"{name}-accumulated") == runs.plan_digests(f"{name}-whole")
     ours, theirs = weights_of(runs, f"{name}-accumulated")[1], weights_of(runs, f"{name}-whole")[1]
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
@@ -273,12 +273,12 @@ def test_the_loss_is_the_weighted_sum_of_the_domains(runs: Any, name: str) -> No
     assert np.ptp(rows[:, 1]) > 0
 
 
-def test_the_table_gives_the_models_losses(runs: Any) -> None:
+def test_a_table_of_reference_losses_equals_the_losses_of_the_model(runs: Any) -> None:
     model, table = weights_of(runs, "doremi-whole")[1], weights_of(runs, "doremi_table-whole")[1]
     np.testing.assert_allclose(model, table, rtol=1e-5)
 
 
-def test_the_average_is_that_of_the_steps(runs: Any) -> None:
+def test_the_recorded_average_is_the_mean_over_the_steps(runs: Any) -> None:
     found = json.loads((runs.root / "doremi-whole" / "dataflex" / "domain_weights.json").read_text())
     head, rows = weights_of(runs, "doremi-whole")
     assert list(found["proportions"]) == head[1:]
@@ -311,7 +311,7 @@ def test_every_change_of_proportions_is_logged(runs: Any) -> None:
             assert entry[f"dataflex/proportion/{domain}"] == pytest.approx(share)
 
 
-def test_a_round_is_logged_where_its_steps_are_not(runs: Any) -> None:
+def test_a_round_is_logged_even_if_no_step_of_it_is(runs: Any) -> None:
     history = [entry for entry in runs.trace("seldom-logged")["history"] if "dataflex/round" in entry]
     assert [entry["step"] for entry in history if "loss" in entry] == [4, 8]
     starts = [line["start_step"] + 1 for line in runs.rounds("seldom-logged")]
@@ -321,7 +321,7 @@ def test_a_round_is_logged_where_its_steps_are_not(runs: Any) -> None:
     assert [entry["epoch"] for entry in history] == pytest.approx([8 * step / size for step in starts], abs=1e-3)
 
 
-def test_epochs_are_what_was_trained(runs: Any) -> None:
+def test_logged_epochs_count_the_samples_that_were_trained(runs: Any) -> None:
     rounds = runs.rounds("capped-whole")
     sizes = rounds[0]["pool"]
     for domain, size in sizes.items():

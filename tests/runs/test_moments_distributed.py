@@ -43,7 +43,7 @@ def assert_near(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("run", ["full", "lora"])
 @pytest.mark.parametrize("mode", SHARDED)
-def test_moments_are_those_of_ddp(results: dict, mode: str, run: str) -> None:
+def test_moments_under_sharding_equal_those_under_ddp(results: dict, mode: str, run: str) -> None:
     for rank in (0, 1):
         expected, got = results["ddp", run, 0]["moments"], results[mode, run, rank]["moments"]
         assert got.keys() == expected.keys() == {2, 4}
@@ -75,12 +75,12 @@ def test_reading_does_not_change_the_weights(results: dict, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["ddp", *SHARDED])
-def test_before_the_first_step(results: dict, mode: str) -> None:
+def test_reading_moments_before_the_first_step_is_an_error(results: dict, mode: str) -> None:
     for rank in (0, 1):
         assert "dataflex.warmup_steps to at least 1" in results[mode, "full", rank]["error"]
 
 
-def test_the_modes_were_those_meant(results: dict) -> None:
+def test_each_mode_used_the_intended_wrapper(results: dict) -> None:
     kinds = {mode: results[mode, "full", 0] for mode in ("ddp", *SHARDED)}
     assert kinds["ddp"]["wrapper"][0] == "DistributedDataParallel"
     assert "FSDPModule" in kinds["fsdp2"]["wrapper"]

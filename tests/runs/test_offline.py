@@ -262,7 +262,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_killed_command_goes_on_where_it_was(outcomes: Outcomes) -> None:
+def test_a_killed_features_command_resumes(outcomes: Outcomes) -> None:
     outcomes.text("warm")
     assert outcomes.results["cut"]["status"] == "killed"
     whole, again = outcomes.folders("whole"), outcomes.folders("gone on")
@@ -280,14 +280,14 @@ def test_a_killed_command_goes_on_where_it_was(outcomes: Outcomes) -> None:
     assert outcomes.folders("all there") == again
 
 
-def test_the_last_line_is_the_command_that_scores(outcomes: Outcomes) -> None:
+def test_the_last_line_of_features_is_the_command_that_scores(outcomes: Outcomes) -> None:
     root = outcomes.root
     last = outcomes.text("gone on").splitlines()[-1]
     again = f"dataflex-cli score {root / 'select.yaml'} --features {root / 'features'}"
     assert last == f"dataflex: to score with these features: {again}"
 
 
-def test_scoring_reads_what_is_there(outcomes: Outcomes) -> None:
+def test_scoring_reads_the_stored_features(outcomes: Outcomes) -> None:
     for name in ("score", "mean"):
         outcomes.text(name)
         assert outcomes.results[name]["measured"] == []
@@ -305,7 +305,7 @@ def embedded(outcomes: Outcomes, name: str) -> list[Path]:
     return [Path(folder) for _, folder in found]
 
 
-def test_a_killed_embed_goes_on_where_it_was(outcomes: Outcomes) -> None:
+def test_a_killed_embed_command_resumes(outcomes: Outcomes) -> None:
     outcomes.text("warm")
     assert outcomes.results["embed cut"]["status"] == "killed"
     whole, again = embedded(outcomes, "embed whole"), embedded(outcomes, "embed gone on")
@@ -322,7 +322,7 @@ def test_a_killed_embed_goes_on_where_it_was(outcomes: Outcomes) -> None:
     assert outcomes.results["embed all there"]["encoded"] == []
 
 
-def test_embeddings_of_the_model_itself_are_kept_too(outcomes: Outcomes) -> None:
+def test_embed_also_stores_embeddings_of_the_trained_model(outcomes: Outcomes) -> None:
     assert outcomes.results["embed model cut"]["status"] == "killed"
     folders = embedded(outcomes, "embed model")
     vectors = np.load(folders[0] / "embeddings.npy").astype(np.float32)
@@ -332,7 +332,7 @@ def test_embeddings_of_the_model_itself_are_kept_too(outcomes: Outcomes) -> None
     assert folders[0].parent == outcomes.root / "own"
 
 
-def test_what_embed_refuses(outcomes: Outcomes) -> None:
+def test_embed_refuses_encoders_and_sections_it_cannot_use(outcomes: Outcomes) -> None:
     assert "no component of dataflex: reads embeddings" in outcomes.text("embed for nobody", 2)
     assert "embedding without training loads the whole model" in outcomes.text("embed sharded", 2)
     said = outcomes.text("embed of nothing", 2)
@@ -382,7 +382,7 @@ def logged_rates(folder: Path, after: int) -> float:
     )
 
 
-def test_the_difficulty_is_that_of_answers_with_and_without_their_prompts(outcomes: Outcomes) -> None:
+def test_ifd_compares_answers_with_and_without_their_prompts(outcomes: Outcomes) -> None:
     outcomes.text("difficulty")
     kept = json.loads((outcomes.root / "ifd" / "scores" / "samples.json").read_text())
     table = outcomes.table("ifd/scores")
@@ -406,7 +406,7 @@ def test_the_difficulty_is_that_of_answers_with_and_without_their_prompts(outcom
     assert sorted(selected.tolist()) == sorted(np.concatenate(best).tolist())
 
 
-def test_scores_are_those_of_the_paper(outcomes: Outcomes) -> None:
+def test_less_scores_follow_the_formula_of_the_paper(outcomes: Outcomes) -> None:
     """Sum of eta_i times the mean cosine with a sub-task's samples; the best sub-task counts."""
     folders = outcomes.folders("gone on")
     kept = json.loads((outcomes.root / "select" / "scores" / "samples.json").read_text())
@@ -438,7 +438,7 @@ def test_scores_are_those_of_the_paper(outcomes: Outcomes) -> None:
 
 
 @pytest.mark.parametrize("folder, count", [("select/scores", 8), ("mean", 5), ("clusters/scores", 4)])
-def test_the_table(outcomes: Outcomes, folder: str, count: int) -> None:
+def test_the_table_of_scores_has_a_row_for_each_sample(outcomes: Outcomes, folder: str, count: int) -> None:
     outcomes.text("clusters")
     table = outcomes.table(folder)
     assert list(table) == ["index", "dataset", "row", "score", "rank", "selected", "tokens"]
@@ -482,7 +482,7 @@ def test_the_best_rows_are_written_as_they_were(outcomes: Outcomes) -> None:
     assert lines[-1] == f"dataflex: to train on them: dataflex-cli train YAML dataset_dir={folder} dataset=alpha,beta"
 
 
-def test_rows_of_a_command_with_evaluation_sets(outcomes: Outcomes) -> None:
+def test_selected_rows_are_written_also_with_evaluation_sets(outcomes: Outcomes) -> None:
     table, folder = outcomes.table("clusters/scores"), outcomes.root / "clusters" / "scores" / "selected"
     written = []
     for name in ("alpha", "beta"):
@@ -502,7 +502,7 @@ def steps_of(folder: Path) -> int:
     return int(json.loads((folder / "trainer_state.json").read_text())["global_step"])
 
 
-def test_llama_factory_trains_on_them(outcomes: Outcomes) -> None:
+def test_llama_factory_trains_on_the_selected_rows(outcomes: Outcomes) -> None:
     outcomes.text("final")
     assert steps_of(outcomes.root / "final") == 2
     assert (outcomes.root / "final" / "adapter_model.safetensors").is_file()

@@ -130,7 +130,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, l
     }
 
 
-def test_every_run_ends_well(workshop: Any, runs: dict[str, Any]) -> None:
+def test_every_run_ends_without_an_error(workshop: Any, runs: dict[str, Any]) -> None:
     errors = {
         name: error
         for name in runs
@@ -140,14 +140,14 @@ def test_every_run_ends_well(workshop: Any, runs: dict[str, Any]) -> None:
     assert all(len(steps) == STEPS for steps in runs.values())
 
 
-def test_nothing_is_added_in_the_order_of_threads(runs: dict[str, Any]) -> None:
+def test_no_run_adds_floats_in_an_order_that_depends_on_threads(runs: dict[str, Any]) -> None:
     """But what a model adds itself so, a mixture of experts."""
     lines = {line for steps in runs.values() for step in steps for line in step["unordered"]}
     assert not [line for line in lines if not line.startswith(("transformers/", "peft/"))]
 
 
 @pytest.mark.parametrize("name", BUDGETS)
-def test_a_step_waits_no_oftener_than_it_must(name: str, runs: dict[str, Any]) -> None:
+def test_a_step_waits_for_the_device_no_more_often_than_listed(name: str, runs: dict[str, Any]) -> None:
     def most(of: str) -> Counter[str]:
         return max((step["waits"] for step in runs[of][2:]), key=Counter.total)
 

@@ -315,7 +315,7 @@ def add_defaults(workshop: Any) -> None:
     workshop.add("default-ado", **TWO_SETS, dataflex={"mix": {"method": "ado"}}, max_steps=4)
 
 
-def test_a_method_alone_decides_several_times(runs: Any) -> None:
+def test_a_method_alone_decides_several_times_in_a_short_run(runs: Any) -> None:
     less = runs.rounds("default-less")
     assert [line["steps"] for line in less] == [2, 2, 2, 2]
     for line in less:
@@ -331,7 +331,7 @@ def test_a_method_alone_decides_several_times(runs: Any) -> None:
     assert others[-1]["proportions"]["alpha"] != others[-1]["proportions"]["beta"]
 
 
-def test_a_method_that_cannot_act_says_so_on_record(runs: Any) -> None:
+def test_a_method_that_cannot_act_is_recorded_with_the_reason(runs: Any) -> None:
     summary = json.loads((runs.root / "default-ado" / "dataflex" / "summary.json").read_text())
     (note,) = summary["notes"]
     assert note.startswith("mix ado: laws are first fitted after start_step (1000) steps")
@@ -355,7 +355,7 @@ def test_the_examples_of_the_earlier_release_train(runs: Any, name: str) -> None
 
 
 @pytest.mark.parametrize(("ours", "plain"), [("no-section-lora", "sft-lora-1"), ("no-section-pt", "pt-full-1")])
-def test_without_a_section_the_run_is_llamafactorys(runs: Any, ours: str, plain: str) -> None:
+def test_a_run_without_a_section_equals_llamafactorys_run(runs: Any, ours: str, plain: str) -> None:
     assert runs.trace(ours)["weights"] == runs.trace(f"{plain}-plain-1")["weights"]
     assert not (runs.root / ours / "dataflex").exists()
 
@@ -370,7 +370,7 @@ def test_uniform_weights_are_plain_training(runs: Any, case: str, processes: int
     assert not runs.rounds(f"{case}-uniform-{processes}")  # the data path is LLaMA-Factory's own
 
 
-def test_full_in_order_is_llamafactory_without_shuffling(runs: Any) -> None:
+def test_the_full_selector_in_order_equals_llamafactory_without_shuffling(runs: Any) -> None:
     assert runs.trace("sequential-full")["weights"] == runs.trace("sequential-plain")["weights"]
     assert len(runs.rounds("sequential-full")) == 3
 
@@ -404,7 +404,7 @@ def test_rounds_train_exactly_their_plans(runs: Any, accumulation: int, workers:
     ("family", "processes"),
     [(family, 1) for family in FAMILIES] + [(family, 2) for family in ("select", "mix", "order", "weight")],
 )
-def test_killed_and_resumed_is_never_killed(runs: Any, family: str, processes: int) -> None:
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(runs: Any, family: str, processes: int) -> None:
     whole = f"{family}-whole-{processes}"
     resumed = f"{family}-cut-{processes}"
     first, second = runs.trace(whole), runs.trace(resumed)
@@ -418,7 +418,7 @@ def test_killed_and_resumed_is_never_killed(runs: Any, family: str, processes: i
         assert min(trained_again) == 3  # it went on at the checkpoint, not at the start
 
 
-def test_two_processes_resumed_by_one(runs: Any) -> None:
+def test_a_run_of_two_processes_can_be_resumed_by_one(runs: Any) -> None:
     assert runs.plan_digests("elastic-resumed") == runs.plan_digests("elastic-whole")
     whole = load_file(runs.root / "elastic-whole" / "adapter_model.safetensors")
     resumed = load_file(runs.root / "elastic-resumed" / "adapter_model.safetensors")
@@ -490,7 +490,7 @@ def test_scores_of_texts_and_of_steps_are_the_same_on_two_processes_and_after_a_
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_chain_under_an_overhead_limit_is_one_on_all_processes(runs: Any, processes: int) -> None:
+def test_a_chain_under_an_overhead_limit_decides_the_same_on_all_processes(runs: Any, processes: int) -> None:
     name = f"chain-limited-cut-{processes}"
     lines = runs.rounds(name)
     assert [line["round"] for line in lines] == [0, 1, 2, 3, 4]
@@ -535,7 +535,7 @@ def test_a_probe_leaves_no_trace(runs: Any) -> None:
     assert runs.rounds("probe-yes")[1]["cost"]["samples"] > 0 == runs.rounds("probe-no")[1]["cost"]["samples"]
 
 
-def test_a_run_is_repeated_from_its_record(runs: Any) -> None:
+def test_a_run_can_be_repeated_from_its_record(runs: Any) -> None:
     first, again = runs.trace("probe-yes"), runs.trace("probe-yes-again")
     assert again["weights"] == first["weights"]
     assert again["losses"] == first["losses"]
@@ -613,12 +613,12 @@ def test_epochs_repeat_the_cycle(runs: Any) -> None:
     ]  # fmt: skip
 
 
-def test_flat_keys_are_the_native_run(runs: Any) -> None:
+def test_flat_keys_give_the_run_of_the_native_section(runs: Any) -> None:
     assert runs.plan_digests("flat-keys") == runs.plan_digests("native-keys")
     assert runs.trace("flat-keys")["weights"] == runs.trace("native-keys")["weights"]
 
 
-def test_sample_means_are_another_normalisation(runs: Any) -> None:
+def test_normalisation_by_sample_changes_the_loss(runs: Any) -> None:
     assert runs.trace("sample-means")["losses"] != pytest.approx(
         runs.trace("sft-lora-1-plain-1")["losses"][:2], abs=1e-4
     )
@@ -630,7 +630,7 @@ def test_responses_end_where_llamafactorys_own_generation_ends(runs: Any) -> Non
     assert runs.trace("further-ends")["eos"] == tokenizer.convert_tokens_to_ids(["</s>", "red", "blue"])
 
 
-def test_the_record_is_complete(runs: Any) -> None:
+def test_the_record_has_every_file_and_every_round(runs: Any) -> None:
     folder = runs.root / "composed-whole-1" / "dataflex"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["rounds"] == len(runs.rounds("composed-whole-1")) == 4
@@ -676,7 +676,7 @@ def without_costs(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "cost"} for line in lines]
 
 
-def test_killed_at_twenty_moments_is_never_killed(runs: Any) -> None:
+def test_a_run_killed_at_twenty_moments_equals_an_uninterrupted_run(runs: Any) -> None:
     whole, end = runs.trace("deaths-whole"), runs.trace("deaths")
     died_in = (runs.root / "deaths" / "deaths.txt").read_text().split()
     assert len(died_in) == DEATHS  # none of the starts came to its end
@@ -719,7 +719,7 @@ def on_record(runs: Any, name: str, file: str = "config.yaml") -> dict[str, Any]
     return dict(yaml.safe_load((runs.root / name / "dataflex" / file).read_text()))
 
 
-def test_other_settings_at_a_resume_do_what_the_record_says(runs: Any) -> None:
+def test_settings_changed_at_a_resume_have_the_recorded_effect(runs: Any) -> None:
     whole, changed = runs.trace("changes-whole"), runs.trace("changes")
     rates = {entry["step"]: entry["learning_rate"] for entry in whole["history"] if "learning_rate" in entry}
     mine = {entry["step"]: entry["learning_rate"] for entry in changed["history"] if "learning_rate" in entry}
@@ -767,20 +767,20 @@ def test_a_run_in_a_new_folder_has_the_earlier_rounds_on_record(runs: Any) -> No
     assert about["continues"]["step"] == 4
 
 
-def test_a_run_that_saved_models_only_does_not_go_on(runs: Any) -> None:
+def test_a_run_that_saved_models_only_cannot_be_resumed(runs: Any) -> None:
     error = json.loads((runs.root / "only-model" / "trace-0.json").read_text())["error"]
     assert "save_only_model: true" in error
     assert "optimizer" in error
 
 
-def test_early_stopping_counts_on(runs: Any) -> None:
+def test_early_stopping_keeps_its_count_after_a_resume(runs: Any) -> None:
     for name in ("patient-whole", "patient"):
         steps = [step for event, step in runs.trace(name)["events"] if event == "save"]
         assert max(steps) == 4  # nothing is better than at step 1, three times
     assert min(steps) == 4
 
 
-def test_a_new_run_that_is_killed_goes_on_as_itself(runs: Any) -> None:
+def test_a_new_run_that_is_killed_resumes_its_own_checkpoints(runs: Any) -> None:
     """The earlier run in the folder had a checkpoint, which the new one had not reached when it was killed."""
     assert runs.trace("again")["weights"] == runs.trace("again-whole")["weights"]
     (earlier, other) = sorted((runs.root / "again").glob("dataflex-earlier-*"))
@@ -828,7 +828,7 @@ def newcomer(runs: Any) -> Path:
     return runs.root.parent / "newcomer"
 
 
-def test_a_newcomers_component_survives_a_kill_on_two_processes(runs: Any, newcomer: Path) -> None:
+def test_the_component_of_the_readme_survives_a_kill_on_two_processes(runs: Any, newcomer: Path) -> None:
     assert len(readme_block("python", "near_loss").splitlines()) < 40
     process, cut = start(newcomer), newcomer / "cut"
     wait_for_checkpoint(process, cut, "checkpoint-6")
@@ -862,7 +862,7 @@ def test_the_mixer_of_the_readme_mixes_by_loss(runs: Any) -> None:
     assert len({tuple(share) for share in shares}) == len(shares) > 1
 
 
-def test_a_failing_worker_is_our_exit_status(newcomer: Path) -> None:
+def test_a_failing_worker_gives_the_exit_status_of_the_command(newcomer: Path) -> None:
     component = (
         "@register('order', 'failing')\nclass Failing(Order):\n    def arrange(self, ctx, selection):\n        ..."
     )

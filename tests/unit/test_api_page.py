@@ -36,13 +36,13 @@ def test_a_built_in_method_imports_nothing_that_a_plug_in_could_not(path: Path) 
     assert imports_of(path.read_text(encoding="utf-8"), path.parent.name) == []
 
 
-def test_what_a_plug_in_could_not_import_is_seen() -> None:
+def test_imports_that_a_plug_in_could_not_use_are_found() -> None:
     text = "from dataflex.mixers.base_x import a\nfrom dataflex import Mixer, cli\nimport dataflex.probe\n"
     assert imports_of(text, "mixers") == ["cli", "dataflex.probe"]
     assert imports_of("def f():\n    from dataflex.mixers.base_x import a\n", "selectors") == ["dataflex.mixers.base_x"]
 
 
-def test_the_page_is_what_the_docstrings_say() -> None:
+def test_the_page_equals_the_docstrings() -> None:
     spec = importlib.util.spec_from_file_location("api_page", ROOT / "docs" / "api_page.py")
     assert spec is not None
     assert spec.loader is not None

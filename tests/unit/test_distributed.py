@@ -148,7 +148,7 @@ def test_two_processes_wait_and_fail_together(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(work, args=(tmp_path,), nprocs=2)
 
 
-def test_one_process_waits_for_nobody() -> None:
+def test_one_process_does_not_wait() -> None:
     assert not dist.is_initialized()
     assert distributed.on_main(lambda: 5) == 5
     assert distributed.on_each(lambda: 5) == [5]
@@ -267,7 +267,7 @@ ENDED = "ended: process 0 has failed (KeyError: 'weight'). Its own output has th
         (waits_for_one_that_is_killed, [-signal.SIGKILL, 0], LOST),
     ],
 )
-def test_a_process_that_ends_ends_the_other(
+def test_an_ended_process_ends_the_other(
     what: Callable[[int], None], status: list[int], said: str | None, tmp_path: Path
 ) -> None:
     """Whatever the other waits for; nobody told it, it would for half an hour."""

@@ -132,7 +132,7 @@ def test_a_block_with_a_mistake_is_refused(content: Any, plugins: Path) -> None:
         read(content, plugins)
 
 
-def test_every_exception_is_of_a_block_that_is_there() -> None:
+def test_every_listed_exception_names_an_existing_block() -> None:
     found = list(yaml_blocks())
     for page, begin in NOT_A_FILE:
         assert any(of == page and block.startswith(begin) for of, block in found), (page, begin)
@@ -187,7 +187,7 @@ def test_every_command_parses(page: str, command: str) -> None:
         assert all("=" in word for word in (*(options.overrides or ()), *further)), words
 
 
-def test_a_usage_line_is_written_out() -> None:
+def test_the_optional_parts_of_a_usage_line_are_expanded() -> None:
     found = written_out("dataflex-cli explain RUN [--index I ... | --top N [--round R]] [--json]  # a comment")
     assert found == [
         ["explain", "RUN"],
@@ -201,7 +201,7 @@ def test_a_usage_line_is_written_out() -> None:
     ]
 
 
-def test_enough_is_found() -> None:
+def test_enough_blocks_and_commands_are_found() -> None:
     assert len(list(yaml_blocks())) > 70
     assert len(all_commands()) > 100
     assert {command.split()[1] for _, command in all_commands()} >= _verbs()

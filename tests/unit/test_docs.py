@@ -88,7 +88,7 @@ def test_every_method_has_a_page(key: str, name: str, cls: Any) -> None:
     assert split_config(example).params[key][0] is cls
 
 
-def test_no_page_is_of_nothing() -> None:
+def test_every_page_is_of_a_built_in_method() -> None:
     pages = {path.stem for path in METHODS.glob("*.md")} - {"README"}
     assert pages == {f"{key}-{name}" for key, name, _ in BUILT_IN}
 
@@ -107,7 +107,7 @@ def test_every_key_of_the_section_is_documented() -> None:
     assert set(split_config(example).params) == set(registry.CONFIG_KEYS)
 
 
-def test_the_list_of_selectors_in_the_guide_is_read() -> None:
+def test_the_list_of_selectors_in_the_guide_is_accepted() -> None:
     (chain,) = examples((DOCS / "guide.md").read_text())
     selectors = split_config(chain).build_components().select
     assert [(entry.keep, entry.every) for entry in selectors] == [(0.5, 4), (None, 1)]
@@ -132,7 +132,7 @@ def test_the_page_of_embeddings_has_every_parameter_and_an_example_that_works() 
     assert like.needs(None).embeddings is like.params
 
 
-def test_the_sections_of_the_page_of_curricula_are_read() -> None:
+def test_the_sections_of_the_page_of_curricula_are_accepted() -> None:
     found = re.findall(r"`(order: \{.*?\})`", (DOCS / "curricula.md").read_text())
     assert len(found) >= 9
     for text in found:

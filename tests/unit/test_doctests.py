@@ -44,7 +44,7 @@ def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_registries")
 @pytest.mark.parametrize("name", modules_with_examples())
-def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_of_docstrings_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("here", "temporary"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "here")

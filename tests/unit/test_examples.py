@@ -106,7 +106,7 @@ def test_every_registered_method_has_an_example() -> None:
 
 
 @pytest.mark.parametrize("name", YAMLS)
-def test_two_comment_lines_say_what_it_shows_and_how_long_it_takes(name: str) -> None:
+def test_every_example_begins_with_two_comment_lines(name: str) -> None:
     lines = (EXAMPLES / name).read_text().splitlines()
     assert re.fullmatch(r"# [A-Z].*\.", lines[0])
     assert re.match(r"# Takes about \d+ minutes? on two (CPU cores|GPUs)\.", lines[1])
@@ -120,7 +120,7 @@ def test_runs_write_to_a_folder_with_the_name_of_their_file(name: str) -> None:
         assert content(name)["output_dir"] == f"saves/examples/{name.removesuffix('.yaml')}"
 
 
-def test_nothing_but_assets_and_files_of_the_examples_is_named() -> None:
+def test_examples_name_only_assets_and_files_of_the_examples() -> None:
     for name in YAMLS:
         keys = content(name)
         for base in (keys, keys.get("base", {})) if isinstance(keys, dict) else ():

@@ -32,7 +32,7 @@ def test_numbers_that_are_not_finite_become_null() -> None:
     }
 
 
-def test_what_is_no_json_is_refused() -> None:
+def test_values_without_a_json_form_are_refused() -> None:
     with pytest.raises(TypeError):
         json_text({"array": np.zeros(2)})
 
@@ -56,7 +56,7 @@ ELSEWHERE = {
 }
 
 
-def test_nothing_else_writes_json() -> None:
+def test_no_other_module_writes_json() -> None:
     root = Path(dataflex.__file__).parent
     found = set()
     for path in root.rglob("*.py"):

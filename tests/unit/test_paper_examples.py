@@ -24,7 +24,7 @@ RECIPES = sorted(name for name in FILES if name.endswith(".yaml"))
 DATA_SETS = ("openhermes", "mmlu_valid", *paper.DOMAINS, "prose")
 
 
-def test_the_files_are_what_the_tables_say() -> None:
+def test_the_files_equal_those_written_from_the_tables() -> None:
     written = [path for path in FOLDER.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
     assert {path.relative_to(FOLDER).as_posix(): path.read_text() for path in written} == FILES
 

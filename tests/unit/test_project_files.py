@@ -48,7 +48,7 @@ def test_the_workflow_runs_the_commands_of_the_makefile_on_the_versions_of_the_p
 
 
 @pytest.mark.parametrize("name", ["bug", "feature", "method"])
-def test_the_forms_of_issues_ask_for_something(name: str) -> None:
+def test_the_issue_forms_ask_questions(name: str) -> None:
     form = read(f".github/ISSUE_TEMPLATE/{name}.yml")
     assert form.keys() >= {"name", "description", "body"}
     asked = [each["id"] for each in form["body"] if each["type"] != "markdown"]

@@ -25,7 +25,7 @@ def classes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names
 
 
-def test_the_selector_goes_by_a_target_that_falls_once_in_a_decision(classes: dict[str, Any]) -> None:
+def test_the_selector_lowers_its_target_once_in_a_decision(classes: dict[str, Any]) -> None:
     losses = np.linspace(1.0, 3.0, 60).astype(np.float32)
     losses[[7, 41]] = np.nan  # samples without a trained token
     target = np.float32(np.nanquantile(losses, 0.5))
@@ -40,7 +40,7 @@ def test_the_selector_goes_by_a_target_that_falls_once_in_a_decision(classes: di
     assert sorted(chosen.tolist()) == [number for number in range(60) if number not in (7, 41)]
 
 
-def test_the_mixer_gives_shares_by_loss_and_says_that_it_measures(classes: dict[str, Any]) -> None:
+def test_the_mixer_gives_shares_by_loss_and_needs_the_losses(classes: dict[str, Any]) -> None:
     mixer = build(classes["ByLossMixer"])
     losses = [1.0] * 10 + [3.0] * 4
     ctx = context(make_pool({"a": 10, "b": 4}), probe=FakeProbe(losses))

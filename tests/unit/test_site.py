@@ -27,7 +27,7 @@ def hooks() -> ModuleType:
     return module
 
 
-def test_patterns_stand_for_the_pages_of_a_folder_that_are_not_named(hooks: ModuleType) -> None:
+def test_patterns_of_the_navigation_match_pages_that_are_not_listed(hooks: ModuleType) -> None:
     pages = ["a.md", "docs/b.md", "docs/c.md", "docs/t/d.md", "docs/t/e.md"]
     nav = [{"Start": ["a.md"]}, {"Tutorials": ["docs/t/*.md"]}, {"Guides": ["docs/c.md", "docs/*.md"]}]
     tutorials = {"Tutorials": ["docs/t/d.md", "docs/t/e.md"]}

@@ -104,7 +104,9 @@ def work(rank: int, folder: Path, fingerprint: str) -> None:
 
 
 @pytest.mark.launch
-def test_two_processes_share_the_work_and_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_share_the_work_and_give_the_results_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     filled(tmp_path)
     pool = pool_of(COUNT)
     torch.multiprocessing.spawn(work, args=(tmp_path, pool.fingerprint), nprocs=WORLD)

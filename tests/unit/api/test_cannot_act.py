@@ -116,14 +116,16 @@ def test_every_method_can_act_in_a_long_run_of_many_rounds() -> None:
         ("weighter", "loss", {"temperature_end": 0.1, "temperature_steps": 5000}, {}, "ends at 0.28"),
     ],
 )
-def test_what_stops_a_method(family: str, name: str, params: dict[str, Any], run: dict[str, Any], text: str) -> None:
+def test_a_method_names_what_prevents_its_decisions(
+    family: str, name: str, params: dict[str, Any], run: dict[str, Any], text: str
+) -> None:
     registry.load_components([], None)
     found = make(family, name, **params).cannot_act(outline(**run))
     assert found is not None
     assert re.search(text, found), found
 
 
-def test_one_domain_leaves_no_mixer_anything() -> None:
+def test_no_mixer_can_act_on_one_domain() -> None:
     registry.load_components([], None)
     for name in registry.available("mixer"):
         component = make("mixer", name)
@@ -185,7 +187,7 @@ def test_a_selector_by_domain_may_find_every_domain_taken_whole() -> None:
         ({"weight": {"method": "loss"}, "update_steps": 3}, ["dataflex.update_steps", "updates"]),
     ],
 )
-def test_keys_of_rounds_where_there_are_none(section: dict[str, Any], words: list[str]) -> None:
+def test_keys_of_rounds_are_noted_in_a_run_without_rounds(section: dict[str, Any], words: list[str]) -> None:
     (note,) = notes(outline(), **section)
     for word in words:
         assert word in note
@@ -193,7 +195,7 @@ def test_keys_of_rounds_where_there_are_none(section: dict[str, Any], words: lis
     assert notes(outline(), update_steps=3, updates=2) == []
 
 
-def test_the_component_of_the_documentation() -> None:
+def test_the_component_of_the_documentation_says_when_it_cannot_act() -> None:
     """What docs/methods/README.md shows works as it says."""
     page = (Path(__file__).parents[3] / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
     (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

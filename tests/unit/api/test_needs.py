@@ -108,7 +108,7 @@ def test_a_component_asks_for_nothing_unless_it_says_so():
     assert Needs().step_losses == "nothing"
 
 
-def test_what_a_component_may_read_of_its_run(tmp_path):
+def test_a_component_reads_parts_of_the_configuration_and_the_plan(tmp_path):
     zero = {"zero_optimization": {"stage": 2}}
     (tmp_path / "zero.json").write_text(json.dumps(zero))
     plain: RunView = RunConfig({"optim": "lomo"}, None)
@@ -126,7 +126,7 @@ def test_what_a_component_may_read_of_its_run(tmp_path):
     assert RunConfig({"fsdp": "full_shard"}, None).sharded_by == "fsdp"
 
 
-def test_validation_samples_are_there_for_those_who_asked():
+def test_validation_samples_are_given_to_components_that_need_them():
     held = make_pool({"x": 3})
     assert context(make_pool({"a": 4}), validation_pool=held).validation is held
     with pytest.raises(ComponentError, match=r"return Needs\(validation=self.params\) from its needs\(\)"):
@@ -204,7 +204,7 @@ def test_needs_that_nothing_can_provide_are_refused_by_check(asking, select, sai
     assert select.get("method", "test_asking") in problem.message
 
 
-def test_problems_of_a_measurement_are_those_of_who_asks_for_it(asking):
+def test_problems_of_a_measurement_are_reported_for_the_component_that_needs_it(asking):
     config = asking(ask="slow")
     config.llamafactory["optim"] = "lomo"
     found = {each.key: each.message for each in problems_of(config)}

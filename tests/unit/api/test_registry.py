@@ -174,7 +174,7 @@ def said_of(file: Path, section: dict[str, object] | None = None) -> str:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_file_whose_components_cannot_work(tmp_path: Path, name: str) -> None:
+def test_a_file_of_components_that_cannot_work_is_refused_with_class_and_line(tmp_path: Path, name: str) -> None:
     text, line, words = BROKEN[name]
     (tmp_path / "beside.py").write_text("")
     file = write(tmp_path, text)
@@ -193,7 +193,7 @@ def test_a_file_may_register_nothing_but_measurements(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", UNMADE)
-def test_a_component_that_cannot_be_made(tmp_path: Path, name: str) -> None:
+def test_a_component_whose_constructor_fails_is_named_with_its_line(tmp_path: Path, name: str) -> None:
     text, line, words = UNMADE[name]
     file = write(tmp_path, text)
     said = said_of(file, {"select": {"method": "mine"}})
@@ -202,7 +202,7 @@ def test_a_component_that_cannot_be_made(tmp_path: Path, name: str) -> None:
         assert word in said, said
 
 
-def test_two_files_of_one_name(tmp_path: Path) -> None:
+def test_a_name_registered_by_two_files_and_a_missing_file_are_named_together(tmp_path: Path) -> None:
     first = write(tmp_path, selector(SCORE), "first.py")
     second = write(tmp_path, selector(SCORE) + "# another\n", "second.py")
     with pytest.raises(ConfigError) as error:
@@ -215,7 +215,7 @@ def test_two_files_of_one_name(tmp_path: Path) -> None:
         registry.find_plugin("secnd.py", tmp_path)
 
 
-def test_a_good_one_with_everything(tmp_path: Path) -> None:
+def test_a_component_with_every_optional_method_is_accepted(tmp_path: Path) -> None:
     body = (
         "    Params = MineParams\n    def __init__(self, params, extra=None):\n        super().__init__(params)\n"
         "    def score(self, ctx, candidates, *, more=1):\n        return candidates\n"
@@ -265,7 +265,7 @@ def test_an_error_under_a_component_names_it_and_the_line(tmp_path: Path) -> Non
     assert said.startswith(f"selector 'mine' failed in choose, {file}, line 11: TypeError: ")
 
 
-def test_an_error_of_the_framework_is_none_of_a_component(tmp_path: Path) -> None:
+def test_an_error_of_the_framework_is_not_attributed_to_a_component(tmp_path: Path) -> None:
     failing(tmp_path)
     with pytest.raises(ZeroDivisionError) as error:
         1 / 0  # noqa: B018
@@ -276,7 +276,7 @@ def test_an_error_of_the_framework_is_none_of_a_component(tmp_path: Path) -> Non
     assert registry.failure_of_component(built_in.value) is None
 
 
-def test_the_command_line_tells_it_and_keeps_the_traceback(
+def test_the_command_line_prints_the_error_of_a_component_and_keeps_the_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, component = failing(tmp_path)
@@ -304,7 +304,7 @@ def test_the_command_line_tells_it_and_keeps_the_traceback(
         ([1], ["a list as its state"]),
     ],
 )
-def test_a_state_that_no_checkpoint_holds(state: object, words: list[str]) -> None:
+def test_a_state_that_a_checkpoint_cannot_store_is_refused(state: object, words: list[str]) -> None:
     class Stateful(Order):
         family, name = "order", "stateful"
 
@@ -320,7 +320,7 @@ def test_a_state_that_no_checkpoint_holds(state: object, words: list[str]) -> No
         assert word in str(error.value)
 
 
-def test_a_state_that_a_checkpoint_holds() -> None:
+def test_a_state_that_a_checkpoint_can_store_is_accepted() -> None:
     class Stateful(Mixer):
         family, name = "mixer", "stateful"
 

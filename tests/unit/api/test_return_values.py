@@ -42,7 +42,7 @@ def line_of(method: Any) -> int:
 
 
 @pytest.mark.parametrize("scores", [None, "x", ["a"] * 4, [[1], [2, 3]], [1.0, np.inf, 0.0, 0.0], {1: 2}])
-def test_scores(scores: Any) -> None:
+def test_bad_scores_name_method_file_and_line(scores: Any) -> None:
     expected = rf"selector 'scoring' \(Scoring.score, .*{HERE}, line {line_of(Scoring.score)}\) returned "
     with pytest.raises(ComponentError, match=expected):
         check_scores(Scoring(Selector.Params()), scores, np.arange(4))
@@ -50,7 +50,7 @@ def test_scores(scores: Any) -> None:
 
 @pytest.mark.parametrize("method", ["mix", "initial"])
 @pytest.mark.parametrize("given", [None, "x", [[1], [1, 2]], [1.0], {"a": 1}])
-def test_proportions(method: str, given: Any) -> None:
+def test_bad_proportions_name_method_file_and_line(method: str, given: Any) -> None:
     line = line_of(getattr(Mixing, method))
     with pytest.raises(ComponentError, match=rf"mixer 'mixing' \(Mixing.{method}, .*{HERE}, line {line}\) returned "):
         check_proportions(Mixing(Mixer.Params()), given, POOL, method)
@@ -65,13 +65,13 @@ def test_proportions(method: str, given: Any) -> None:
         (Selection(np.arange(2), [1.0, 2.0]), "a Selection whose scores are a list"),  # type: ignore[arg-type]
     ],
 )
-def test_selections(chosen: Any, words: str) -> None:
+def test_bad_selections_name_method_file_and_line(chosen: Any, words: str) -> None:
     with pytest.raises(ComponentError, match=f"somebody returned {words}"):
         check_form("somebody", chosen)
 
 
 @pytest.mark.parametrize("given", [None, [0, 0, 1], [0.0, 1.0, 2.0], [[0], [1, 2]], ["a", "b", "c"], [0, 1]])
-def test_permutations(given: Any) -> None:
+def test_bad_permutations_name_method_file_and_line(given: Any) -> None:
     with pytest.raises(ComponentError, match="somebody "):
         as_permutation("somebody", given, 3)
     assert as_permutation("somebody", [2, 0, 1], 3).tolist() == [2, 0, 1]

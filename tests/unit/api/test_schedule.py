@@ -61,7 +61,7 @@ def test_steps_outside_the_run_are_an_error(step: int) -> None:
         Schedule(1, 2, 3, 10).slot_at(step)
 
 
-def test_the_papers_schedule() -> None:
+def test_the_schedule_of_the_paper_has_its_decision_steps() -> None:
     schedule = Schedule(100, 50, 30, 1600)
     assert schedule.num_updates == 30
     assert schedule.rounds_per_cycle == 31
@@ -74,7 +74,7 @@ def test_steps_per_pass_rounds_up() -> None:
     assert [steps_per_pass(count, 8) for count in (1, 7, 8, 9, 16, 17)] == [1, 1, 1, 2, 2, 3]
 
 
-def test_the_last_decision_and_the_rounds_equal_a_walk() -> None:
+def test_the_last_decision_and_number_of_rounds_equal_a_step_by_step_count() -> None:
     for warmup, length, updates, total in GRID:
         schedule, rounds = Schedule(warmup, length, updates, total), walk(warmup, length, updates, total)
         decisions = [entry for entry in rounds if entry[3] is not None]
@@ -99,7 +99,9 @@ def test_the_last_decision_and_the_rounds_equal_a_walk() -> None:
         (4, 9, 8, 60, 1),
     ],
 )
-def test_a_round_without_update_steps(rounds: int, samples: int, batch: int, steps: int | None, expected: int) -> None:
+def test_without_update_steps_rounds_have_their_default_length(
+    rounds: int, samples: int, batch: int, steps: int | None, expected: int
+) -> None:
     found = default_update_steps(rounds=rounds, num_samples=samples, global_batch_size=batch, run_steps=steps)
     assert found == expected
     if rounds > 1 and samples >= rounds * batch:

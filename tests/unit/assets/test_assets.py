@@ -66,7 +66,7 @@ def test_unknown_asset_suggests_the_nearest() -> None:
         assets.fetch("python-doc")
 
 
-def test_resolve_touches_only_assets(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_leaves_other_names_unchanged(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _add_asset(monkeypatch, lambda target: None)
     assert assets.resolve("data/asset:toy") == "data/asset:toy"
     assert assets.resolve("asset:toy") == str(cache / "toy")
@@ -191,7 +191,9 @@ def test_no_function_is_in_two_domains(docs: tuple[Path, Path]) -> None:
     assert not answers & questions
 
 
-def test_same_packages_same_files(docs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_packages_give_the_same_files(
+    docs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     again = _build_docs(tmp_path / "again", monkeypatch, 0.5)
     for path in docs[0].iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes()
@@ -203,7 +205,7 @@ def test_too_little_documentation_is_an_error(tmp_path: Path, monkeypatch: pytes
         python_docs.build(tmp_path)
 
 
-def test_function_is_taken_apart() -> None:
+def test_a_function_is_divided_into_its_parts() -> None:
     text = '''
 class Ring:
     @property
@@ -283,7 +285,7 @@ def tokenizer(smollm2: Path) -> Any:
 
 
 @pytest.mark.launch
-def test_tokenizer_ids(tokenizer: Any) -> None:
+def test_the_tokenizer_gives_known_ids(tokenizer: Any) -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     assert len(tokenizer) == 49152
     known = {

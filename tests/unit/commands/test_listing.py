@@ -43,7 +43,7 @@ class Point(BaseModel):
         (Any, "value"),
     ],
 )
-def test_types_in_words(annotation: Any, words: str) -> None:
+def test_types_are_shown_in_words(annotation: Any, words: str) -> None:
     assert values_in_words(annotation) == words
 
 
@@ -51,11 +51,11 @@ def test_types_in_words(annotation: Any, words: str) -> None:
     ("value", "text"),
     [(None, "null"), (True, "true"), (0.1, "0.1"), ("x", "x"), ("on", "'on'"), ((0.3, 0.6), "[0.3, 0.6]"), ([], "[]")],
 )
-def test_defaults_as_in_yaml(value: Any, text: str) -> None:
+def test_defaults_are_shown_as_in_yaml(value: Any, text: str) -> None:
     assert in_yaml(value) == text
 
 
-def test_nothing_of_python_is_shown() -> None:
+def test_no_python_type_is_shown() -> None:
     lines = [line for line in render(None, []).splitlines() if line.startswith("      ")]
     assert len(lines) > 150
     for line in lines:

@@ -21,12 +21,12 @@ from dataflex.errors import ConfigError
         ({"weight": {"method": "uniform"}}, "dataflex.select must name a method that scores samples"),
     ],
 )
-def test_what_has_no_scores_is_refused_by_name(section: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_selector_without_scores_is_refused_by_name(section: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         prepared(split_config({"dataflex": section}), tmp_path, None)
 
 
-def test_what_scores_is_not(tmp_path: Path) -> None:
+def test_a_selector_with_scores_is_accepted(tmp_path: Path) -> None:
     for method in ("near", "tsds", "rds_plus", "perplexity"):
         config = split_config({"dataflex": {"select": {"method": method}}})
         assert prepared(config, tmp_path, None).llamafactory["output_dir"] == str(tmp_path)

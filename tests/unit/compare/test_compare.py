@@ -286,14 +286,14 @@ def test_only_seeds_of_both_are_paired() -> None:
 # The plan.
 
 
-def test_overrides_are_merged_and_null_takes_away() -> None:
+def test_overrides_are_merged_and_null_removes_a_key() -> None:
     base = {"a": 1, "b": {"c": 2, "d": {"e": 3, "f": 4}}, "list": [1, 2]}
     change = {"b.d.e": 5, "b": {"c": None, "g": {"h": 6}}, "list": [7], "a": None, "new.key": "x"}
     assert merged(base, change) == {"b": {"d": {"e": 5, "f": 4}, "g": {"h": 6}}, "list": [7], "new": {"key": "x"}}
     assert base["b"]["c"] == 2
 
 
-def test_another_method_has_none_of_the_parameters_of_the_base() -> None:
+def test_another_method_drops_the_parameters_of_the_base() -> None:
     mix = {"method": "static", "weights": [1]}
     base = {"dataflex": {"select": {"method": "loss", "focus": "low"}, "mix": mix, "seed": 1}, "x": 1}
 
@@ -313,7 +313,7 @@ def test_another_method_has_none_of_the_parameters_of_the_base() -> None:
     assert select({"dataflex": {"select": None}}) is None
 
 
-def test_a_run_is_trained_with_what_the_experiment_says(lab: Lab) -> None:
+def test_a_run_is_trained_with_the_keys_of_its_variant(lab: Lab) -> None:
     lab.base |= {"num_train_epochs": 2, "seed": 9, "dataflex": {"mix": {"method": "uniform"}, "update_steps": 2}}
     lab.write(
         equal={"tokens": 500},
@@ -339,7 +339,7 @@ def test_a_run_is_trained_with_what_the_experiment_says(lab: Lab) -> None:
     assert "max_steps: 8" in experiment.notes[0]
 
 
-def test_a_key_stands_for_everything_a_run_depends_on(lab: Lab) -> None:
+def test_the_key_of_a_run_changes_with_everything_the_run_depends_on(lab: Lab) -> None:
     def keys() -> dict[str, str]:
         return {run.name: run.key for run in load(lab.file).runs}
 
@@ -394,7 +394,7 @@ def test_a_key_stands_for_everything_a_run_depends_on(lab: Lab) -> None:
 @pytest.mark.parametrize(
     "mix", [{"method": "doge", "target": "validation"}, {"method": "skill_it"}, {"method": "aioli"}]
 )
-def test_a_key_stands_for_the_validation_data_of_a_mixer(lab: Lab, mix: dict[str, Any]) -> None:
+def test_the_key_of_a_run_changes_with_the_validation_data_of_a_mixer(lab: Lab, mix: dict[str, Any]) -> None:
     lab.base |= {"dataset": "alpha,beta", "dataflex": {"mix": {**mix, "validation": ["gamma", "held"]}}}
     lab.write(variants={"plain": {}, "without": {"dataflex": {"mix": {"method": "proportional"}}}}, seeds=[1])
     before, without = load(lab.file).runs
@@ -404,7 +404,7 @@ def test_a_key_stands_for_the_validation_data_of_a_mixer(lab: Lab, mix: dict[str
     assert still_without.key == without.key
 
 
-def test_a_key_stands_for_a_table_of_reference_losses(lab: Lab) -> None:
+def test_the_key_of_a_run_changes_with_a_table_of_reference_losses(lab: Lab) -> None:
     table = lab.folder / "losses" / "reference.json"
     table.parent.mkdir()
     content = {"format": 1, "domains": {"alpha": {}, "beta": {}}}
@@ -534,7 +534,7 @@ def test_bad_input_is_named_before_anything_runs(lab: Lab) -> None:
     assert not lab.output.exists()
 
 
-def test_the_nearest_key_of_what_a_variant_takes_away(lab: Lab) -> None:
+def test_a_misspelt_key_that_a_variant_removes_is_named_with_the_nearest_key(lab: Lab) -> None:
     lab.base["dataflex"] = {"update_steps": 2, "select": {"method": "loss", "focus": "low"}}
     section = "dataflex.select"
     taken = {
@@ -550,7 +550,7 @@ def test_the_nearest_key_of_what_a_variant_takes_away(lab: Lab) -> None:
     assert not lab.output.exists()
 
 
-def test_what_will_not_happen_in_a_variant_is_said(lab: Lab) -> None:
+def test_notes_name_decisions_that_a_variant_does_not_make(lab: Lab) -> None:
     lab.write(variants={"plain": {"dataflex": {}}, "idle": {"dataflex": {"update_steps": 2}}, "better": RANDOM})
     assert [note for note in load(lab.file).notes if "no effect" in note] == [
         "idle: update_steps: without select, mix, order and weight nothing is decided, so it has no effect."
@@ -562,7 +562,7 @@ def test_what_will_not_happen_in_a_variant_is_said(lab: Lab) -> None:
     ]
 
 
-def test_what_the_budget_and_the_machine_allow(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_budget_and_machine_are_checked(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     same = {**RANDOM, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     lab.write(output_dir="~/out", **variants(a=same))
     monkeypatch.setenv("HOME", str(lab.folder))
@@ -582,7 +582,7 @@ def test_what_the_budget_and_the_machine_allow(lab: Lab, monkeypatch: pytest.Mon
         load(lab.file)
 
 
-def test_ctrl_c_while_the_experiment_is_read(
+def test_ctrl_c_while_the_experiment_is_read_ends_the_command(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(path: Path) -> None:
@@ -596,7 +596,7 @@ def test_ctrl_c_while_the_experiment_is_read(
 # Running.
 
 
-def test_everything_is_run_once_and_read_right(
+def test_every_run_is_made_once_and_its_results_are_read(
     whole: tuple[Lab, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lab, out = whole
@@ -668,7 +668,7 @@ def unpacked(values: dict[str, str]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
 
 
-def test_only_what_is_missing_is_made(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_missing_runs_are_made(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     lab.write(seeds=[1], **variants(better=RANDOM))
     assert lab.compare() == 0
     lab.launches()
@@ -706,7 +706,7 @@ def test_only_what_is_missing_is_made(lab: Lab, capsys: pytest.CaptureFixture[st
         lab.compare()
 
 
-def test_what_changed_meanwhile_is_not_compared(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_whose_inputs_changed_is_not_compared(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     lab.write(seeds=[1], **variants(better=RANDOM, worse={"dataflex.mix.method": "uniform"}))
     before = (lab.data / "alpha.json").read_text()
     lab.behave({"better/1": "edits"})
@@ -723,7 +723,7 @@ def test_what_changed_meanwhile_is_not_compared(lab: Lab, capsys: pytest.Capture
     assert lab.launches() == [("train", "better", 1), ("train", "worse", 1)]
 
 
-def test_files_that_cannot_be_written(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_cannot_be_written_are_named(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     lab.write(seeds=[1], **variants(better=RANDOM))
     folder = lab.folder_of("plain", 1)
     folder.parent.mkdir(parents=True)
@@ -737,7 +737,7 @@ def test_files_that_cannot_be_written(lab: Lab, capsys: pytest.CaptureFixture[st
         lab.compare()
 
 
-def test_a_crashing_variant_is_told_and_the_others_finish(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_variant_is_named_and_the_others_finish(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     lab.write(seeds=[1, 2])
     lab.behave({"better/2": "crash"})
     assert lab.compare() == 1
@@ -799,7 +799,7 @@ def stopped(lab: Lab, number: int) -> tuple[int | None, str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes end with their parent on Linux only")
-def test_a_killed_comparison_goes_on(lab: Lab) -> None:
+def test_a_killed_comparison_resumes(lab: Lab) -> None:
     lab.settings["variants"].pop("worse")
     lab.write()
     assert stopped(lab, signal.SIGKILL)[0] == -signal.SIGKILL
@@ -811,7 +811,7 @@ def test_a_killed_comparison_goes_on(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_runs_and_is_answered_by_how_to_go_on(
+def test_a_signal_ends_the_runs_and_the_command_to_resume_is_printed(
     number: int, lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lab.write(seeds=[2], variants={"plain": {"dataflex": {}}, "better": {"dataflex.select.method": "random"}})
@@ -975,7 +975,7 @@ def tmp_tasks(lab: Lab, *names: str) -> Path:
 
 
 @pytest.mark.launch
-def test_two_real_runs_are_killed_and_go_on(tmp_path: Path) -> None:
+def test_a_comparison_of_two_real_runs_resumes_after_a_kill(tmp_path: Path) -> None:
     model, data = tiny.make_model(tmp_path / "model"), tiny.make_data(tmp_path / "data")
     base = tiny.arguments(model, data, tmp_path, dataset="alpha,beta", eval_dataset="held,gamma")
     base |= {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 1, "logging_steps": 10}

@@ -235,7 +235,7 @@ def test_the_corpus_is_large() -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_broken_files(
+def test_every_broken_file_is_refused_with_its_key(
     folder: Path, group: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every broken file ends with status 2 and a message that names its key; all of a group in one test, for speed."""
@@ -298,7 +298,7 @@ def test_the_parsers_reason_is_kept(tmp_path: Path, text: str, capsys: pytest.Ca
         assert word in said, said
 
 
-def test_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_bytes("stage: sft\nrun_name: f\xfcr".encode("latin-1"))
     for path, word in (
         (tmp_path / "run.yaml", "line 2: not UTF-8"),
@@ -324,7 +324,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture
         ("dataflex.select={}", "dataflex.select=null takes away"),
     ],
 )
-def test_overrides_that_cannot_be_merged(
+def test_overrides_that_cannot_be_merged_are_refused(
     folder: Path, override: str, word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(folder, {"dataflex": SELECT})
@@ -332,7 +332,7 @@ def test_overrides_that_cannot_be_merged(
     assert word in capsys.readouterr().err
 
 
-def test_an_override_given_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_override_given_twice_with_other_values_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(folder, {"dataflex": SELECT})
     assert cli.main(["check", str(path), "learning_rate=1e-4", "learning_rate=2e-4"]) == 2
     assert "learning_rate is given twice, first as '1e-4'" in capsys.readouterr().err
@@ -395,7 +395,7 @@ def named(example: dict[str, Any]) -> set[str]:
     ("page", "number", "example"), EXAMPLES, ids=[f"{page}-{number}" for page, number, _ in EXAMPLES]
 )
 @pytest.mark.usefixtures("all_packages")
-def test_the_examples_of_the_documentation(
+def test_the_examples_of_the_documentation_pass_check(
     examples: Path,
     page: str,
     number: int,

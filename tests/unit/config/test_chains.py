@@ -31,7 +31,7 @@ def problem(tmp_path: Path, *overrides: str, **section: Any) -> str:
     return str(caught.value)
 
 
-def test_a_list_is_a_chain_and_a_mapping_a_chain_of_one(tmp_path: Path) -> None:
+def test_a_list_is_a_chain_and_a_mapping_is_a_chain_of_one_entry(tmp_path: Path) -> None:
     components = loaded(tmp_path, select=CHAIN, weight=[{"method": "uniform"}, {"method": "loss"}]).build_components()
     found = [(entry.key, entry.component.name, entry.every, entry.keep) for entry in components.select]
     assert found == [("select.0", "el2n", 1, 0.5), ("select.1", "loss", 4, None)]
@@ -44,7 +44,7 @@ def test_a_list_is_a_chain_and_a_mapping_a_chain_of_one(tmp_path: Path) -> None:
         assert (entry.key, entry.every, entry.keep) == ("select", 3, None)
 
 
-def test_what_a_filter_leaves() -> None:
+def test_keep_gives_the_number_of_samples_a_filter_keeps() -> None:
     def kept(keep: float, candidates: int) -> int:
         section = {"select": [{"method": "el2n", "keep": keep}, {"method": "loss"}]}
         return split_config({"dataflex": section}).build_components().select[0].kept_of(candidates)
@@ -53,13 +53,13 @@ def test_what_a_filter_leaves() -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 0.0, 1.0, 1.5, -1, -0.5, True, "half"], ids=lambda value: f"keep={value!r}")
-def test_a_share_that_is_none(tmp_path: Path, keep: Any) -> None:
+def test_a_keep_that_is_no_share_is_refused(tmp_path: Path, keep: Any) -> None:
     said = problem(tmp_path, select=[{"method": "el2n", "keep": keep}, {"method": "loss"}])
     assert "dataflex.select.0.keep: must be" in said
     assert ("got true" if keep is True else f"got {keep!r}") in said
 
 
-def test_keep_is_for_filters_and_needed_there(tmp_path: Path) -> None:
+def test_keep_is_required_for_filters_and_refused_for_the_last_selector(tmp_path: Path) -> None:
     assert "dataflex.select.0.keep: needed" in problem(tmp_path, select=[{"method": "el2n"}, {"method": "loss"}])
     last = [{"method": "el2n", "keep": 0.5}, {"method": "loss", "keep": 0.5}]
     assert "dataflex.select.1.keep: the last selector takes" in problem(tmp_path, select=last)
@@ -71,11 +71,11 @@ def test_keep_is_for_filters_and_needed_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "often"])
-def test_a_cadence_that_is_none(tmp_path: Path, every: Any) -> None:
+def test_an_every_that_is_no_positive_number_is_refused(tmp_path: Path, every: Any) -> None:
     assert "dataflex.select.every: must be" in problem(tmp_path, select={"method": "loss", "every": every})
 
 
-def test_what_is_no_chain(tmp_path: Path) -> None:
+def test_a_value_that_is_no_chain_is_refused(tmp_path: Path) -> None:
     assert "dataflex.select: must be" in problem(tmp_path, select=[])
     assert "dataflex.select.1.method: unknown selector 'lss'; did you mean 'loss'?" in problem(
         tmp_path, select=[{"method": "el2n", "keep": 0.5}, {"method": "lss"}]
@@ -87,19 +87,19 @@ def test_what_is_no_chain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["dataflex.select.0.keep", "dataflex.select[0].keep"])
-def test_an_override_of_one_entry(tmp_path: Path, key: str) -> None:
+def test_an_override_can_change_one_entry(tmp_path: Path, key: str) -> None:
     first, second = loaded(tmp_path, f"{key}=0.3", "dataflex.select.1.every=2", select=CHAIN).build_components().select
     assert (first.keep, second.every, second.component.params.focus) == (0.3, 2, "low")
 
 
-def test_another_method_in_one_entry_drops_the_parameters_but_not_the_place(tmp_path: Path) -> None:
+def test_another_method_in_one_entry_drops_its_parameters_but_keeps_its_position(tmp_path: Path) -> None:
     _, second = loaded(tmp_path, "dataflex.select.1.method=grand", select=CHAIN).build_components().select
     assert (second.component.name, second.every) == ("grand", 4)
     config = loaded(tmp_path, "dataflex.select.method=grand", select={"method": "loss", "every": 4, "focus": "low"})
     assert config.build_components().select[0].every == 4
 
 
-def test_overrides_that_do_not_fit_a_chain(tmp_path: Path) -> None:
+def test_overrides_that_do_not_fit_a_chain_are_refused(tmp_path: Path) -> None:
     said = problem(tmp_path, "dataflex.select.method=loss", select=CHAIN)
     assert "dataflex.select is a list in the file; name one of its entries, 0 (el2n), 1 (loss)" in said
     assert "name one of its entries" in problem(tmp_path, "dataflex.select.2.keep=0.5", select=CHAIN)
@@ -123,7 +123,7 @@ def test_a_chain_on_record_is_read_back(tmp_path: Path) -> None:
     assert split_config(counted).build_components().select[0].keep == 7
 
 
-def test_changes_of_a_chain_at_a_resume(tmp_path: Path) -> None:
+def test_changes_of_a_chain_at_a_resume_have_their_effects(tmp_path: Path) -> None:
     before = snapshot(loaded(tmp_path, select=CHAIN))
 
     def changed(*overrides: str, select: Any = CHAIN) -> list[tuple[str, str, bool]]:
@@ -167,7 +167,7 @@ def refused(tmp_path: Path, select: Any) -> dict[str, str]:
     return {each.key.removeprefix("dataflex.select."): each.message for each in problems_of_chains(config)}
 
 
-def test_what_chooses_samples_together_takes_no_rule_and_no_limit(tmp_path: Path) -> None:
+def test_selectors_that_choose_samples_together_take_no_rule_and_no_limit(tmp_path: Path) -> None:
     assert refused(tmp_path, {"method": "pairs", "rule": "top_k", "temperature": 1.0}) == {}  # as a record says
     found = refused(tmp_path, {"method": "pairs", "rule": "sample", "temperature": 2.0, "max_overhead": 0.01})
     assert set(found) == {"rule", "temperature", "max_overhead"}
@@ -175,26 +175,26 @@ def test_what_chooses_samples_together_takes_no_rule_and_no_limit(tmp_path: Path
     assert "decides for every round" in refused(tmp_path, {"method": "pairs", "every": 2})["every"]
 
 
-def test_what_draws_from_passes_compares_nothing_within_domains(tmp_path: Path) -> None:
+def test_selectors_that_draw_from_passes_do_not_compare_within_domains(tmp_path: Path) -> None:
     assert "its samples are not compared" in refused(tmp_path, {"method": "passing", "within": "domain"})["within"]
     for method in ("pairs", "el2n"):
         assert refused(tmp_path, {"method": method, "within": "domain"}) == {}
 
 
-def test_a_limit_is_that_of_the_last_selector(tmp_path: Path) -> None:
+def test_only_the_last_selector_takes_an_overhead_limit(tmp_path: Path) -> None:
     chain = [{"method": "el2n", "keep": 0.5, "max_overhead": 0.1}, {"method": "grand"}]
     assert "set it for the last one (select.1)" in refused(tmp_path, chain)["0.max_overhead"]
     assert refused(tmp_path, [{"method": "el2n", "keep": 0.5}, {"method": "grand", "max_overhead": 0.1}]) == {}
 
 
 @pytest.mark.parametrize("method", ["full", "greats"])
-def test_what_draws_from_passes_stands_alone(tmp_path: Path, method: str) -> None:
+def test_selectors_that_draw_from_passes_are_refused_in_a_chain(tmp_path: Path, method: str) -> None:
     chain = [{"method": "el2n", "keep": 0.5}, {"method": method}]
     assert "draws from passes" in refused(tmp_path, chain)["1.method"]
     assert refused(tmp_path, {"method": method}) == {}
 
 
-def test_a_filter_is_not_asked_more_often_than_what_follows_it(tmp_path: Path) -> None:
+def test_a_filter_may_not_decide_more_often_than_the_next_selector(tmp_path: Path) -> None:
     def chain(first: int, second: int) -> list[dict[str, Any]]:
         return [{"method": "el2n", "keep": 0.5, "every": first}, {"method": "grand", "every": second}]
 

@@ -69,7 +69,7 @@ def test_every_key_of_the_installed_release_is_in_the_table() -> None:
         ({}, {"dataflex": {**MIX, "weight": {"method": "loss"}}}, "from here"),
     ],
 )
-def test_what_a_difference_does(before: dict[str, Any], now: dict[str, Any], effect: str) -> None:
+def test_every_difference_has_its_effect(before: dict[str, Any], now: dict[str, Any], effect: str) -> None:
     assert one(before, now).effect == effect
 
 
@@ -94,9 +94,7 @@ def test_what_a_difference_does(before: dict[str, Any], now: dict[str, Any], eff
         ({}, {"dataflex": {**MIX, "updates": -1, "seed": 42}}),
     ],
 )
-def test_a_default_that_is_written_out_and_another_spelling_are_no_difference(
-    before: dict[str, Any], now: dict[str, Any]
-) -> None:
+def test_a_written_default_and_another_spelling_are_no_difference(before: dict[str, Any], now: dict[str, Any]) -> None:
     assert changed(before, now) == []
     if "update_steps" not in str(now):
         assert changed(now, before) == []
@@ -109,7 +107,7 @@ def test_another_method_is_one_difference() -> None:
     assert (change.key, change.before, change.now) == ("dataflex.select.method", None, "loss")
 
 
-def test_deepspeed_counts_by_what_its_file_says(tmp_path: Path) -> None:
+def test_a_deepspeed_file_is_compared_by_its_content(tmp_path: Path) -> None:
     def file(name: str, **config: Any) -> dict[str, str]:
         (tmp_path / name).write_text(
             json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, **config})
@@ -124,7 +122,7 @@ def test_deepspeed_counts_by_what_its_file_says(tmp_path: Path) -> None:
     assert "deepspeed" in {change.key for change in changed(first, {}) if change.effect == "fixed"}
 
 
-def test_a_model_counts_by_its_files(tmp_path: Path) -> None:
+def test_a_model_is_compared_by_its_files(tmp_path: Path) -> None:
     def model(name: str, layers: int) -> dict[str, str]:
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "config.json").write_text(json.dumps({"num_hidden_layers": layers}))
@@ -139,12 +137,12 @@ def test_a_model_counts_by_its_files(tmp_path: Path) -> None:
     assert one({"model_name_or_path": "org/a"}, {"model_name_or_path": "org/b"}).effect == "fixed"
 
 
-def test_a_snapshot_has_no_token() -> None:
+def test_a_snapshot_holds_no_secret() -> None:
     secrets = {"hub_token": "hf_secret", "hf_hub_token": "hf_secret", "swanlab_api_key": "hf_secret"}
     assert "hf_secret" not in json.dumps(snapshot(split_config({**KEYS, **secrets})))
 
 
-def test_a_plugin_counts_by_its_source(tmp_path: Path) -> None:
+def test_a_plugin_is_compared_by_its_source(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from dataflex import Weighter, register\n\n@register('weighter', 'mine_of_changes')\nclass Mine(Weighter):\n"
         "    def weigh(self, batch):\n        return batch.losses\n"

@@ -59,14 +59,14 @@ def test_a_good_run_has_no_problem(keys: dict[str, Any], section: dict[str, Any]
     assert found(keys, section) == {}
 
 
-def test_text_that_yaml_reads_as_true_or_false_is_told_so(keys: dict[str, Any]) -> None:
+def test_a_word_that_yaml_reads_as_true_or_false_is_named(keys: dict[str, Any]) -> None:
     assert "reads no and off as false" in found(keys, SELECT, run_name=False)["run_name"]
     assert "reads yes and on as true" in found(keys, SELECT, run_name=True)["run_name"]
     assert "no, steps" in found(keys, SELECT, logging_strategy=True)["logging_strategy"]
     assert found(keys, SELECT, eval_strategy=False) == {}
 
 
-def test_a_data_set_is_named_once(keys: dict[str, Any]) -> None:
+def test_a_data_set_named_twice_is_refused(keys: dict[str, Any]) -> None:
     assert found(keys, SELECT, dataset="a,b,a") == {
         "dataset": "'a' is named 2 times; name it once, and give its share with mix."
     }
@@ -79,7 +79,7 @@ def test_a_remote_data_set_needs_no_file(keys: dict[str, Any]) -> None:
     assert found(keys, SELECT, dataset_dir="/nowhere", tokenized_path="/tmp/tokens") == {}
 
 
-def test_a_model_folder_has_a_config(keys: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_folder_without_a_config_is_refused(keys: dict[str, Any], tmp_path: Path) -> None:
     assert "config.json" in found(keys, None, model_name_or_path=str(tmp_path))["model_name_or_path"]
     (tmp_path / "config.json").write_text("{}")
     assert found(keys, None, model_name_or_path=str(tmp_path)) == {}
@@ -99,7 +99,9 @@ def test_a_model_folder_has_a_config(keys: dict[str, Any], tmp_path: Path) -> No
         ({"dataflx": {}}, "dataflx", "did you mean 'dataflex'"),
     ],
 )
-def test_problems_of_any_run(keys: dict[str, Any], changes: dict[str, Any], key: str, text: str) -> None:
+def test_problems_of_runs_with_and_without_a_section_are_named(
+    keys: dict[str, Any], changes: dict[str, Any], key: str, text: str
+) -> None:
     for section in (None, SELECT):
         problems = found(keys, section, **changes)
         assert set(problems) == {key}
@@ -111,7 +113,7 @@ def test_an_output_dir_below_a_file_is_refused(keys: dict[str, Any], tmp_path: P
     assert "is a file" in found(keys, None, output_dir=str(tmp_path / "file" / "run"))["output_dir"]
 
 
-def test_a_broken_dataset_info_is_told(keys: dict[str, Any]) -> None:
+def test_a_broken_dataset_info_is_named(keys: dict[str, Any]) -> None:
     (Path(keys["dataset_dir"]) / "dataset_info.json").write_text("{")
     assert "not valid JSON" in found(keys, SELECT)["dataset_dir"]
 
@@ -156,7 +158,9 @@ PLANNING = [SELECT, MIX, ORDER]
         ({"label_smoothing_factor": 0.0}, []),
     ],
 )
-def test_what_goes_together(keys: dict[str, Any], changes: dict[str, Any], refused: list[dict[str, Any]]) -> None:
+def test_keys_that_do_not_go_together_are_refused(
+    keys: dict[str, Any], changes: dict[str, Any], refused: list[dict[str, Any]]
+) -> None:
     (name,) = [key for key in changes if key != "dataset"] or ["dataset"]
     pairs = {"stage"} & {*changes} and changes["stage"] != "pt"  # then LLaMA-Factory wants pairs of answers
     assert set(found(keys, None, **changes)) == ({"dataset"} if pairs else set())
@@ -174,7 +178,7 @@ def test_other_trainers_are_refused(keys: dict[str, Any], monkeypatch: pytest.Mo
     assert found(keys, SELECT) == {}
 
 
-def test_steps_are_set_in_one_place(keys: dict[str, Any]) -> None:
+def test_steps_set_in_two_places_are_refused(keys: dict[str, Any]) -> None:
     section = {**SELECT, "train_steps": 10}
     assert set(found(keys, section, max_steps=5)) == {"dataflex.train_steps"}
     assert found(keys, section, max_steps=-1) == {}
@@ -195,7 +199,9 @@ def test_all_problems_are_found_together(keys: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"max_steps": "many"}, {"val_size": "a tenth"}])
-def test_a_value_that_is_no_number_is_no_crash(keys: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_a_value_that_is_no_number_is_left_to_llamafactorys_parser(
+    keys: dict[str, Any], changes: dict[str, Any]
+) -> None:
     found(keys, {**SELECT, "train_steps": 3}, **changes)  # LLaMA-Factory's own parser explains it
 
 
@@ -241,7 +247,7 @@ def test_batches_of_one_sample_cannot_be_measured(keys: dict[str, Any], section:
     assert found(keys, None, neat_packing=True, flash_attn="fa2") == {}
 
 
-def test_llamafactory_takes_batches_of_one_there() -> None:
+def test_llamafactory_refuses_neat_packed_batches_of_several_rows() -> None:
     collator = Path(find_spec("llamafactory").origin).parent / "data" / "collator.py"
     source = collator.read_text().split("class SFTDataCollatorWith4DAttentionMask")[1].split("\nclass ")[0]
     called = source.split("def __call__")[1]
@@ -262,7 +268,7 @@ def test_llamafactory_takes_batches_of_one_there() -> None:
         ({"metric_for_best_model": "code_perplexity"}, SELECT, "greater_is_better", "false"),
     ],
 )
-def test_what_ends_a_run(
+def test_settings_that_give_a_run_two_ends_are_refused(
     keys: dict[str, Any], changes: dict[str, Any], section: dict[str, Any], key: str, text: str
 ) -> None:
     problems = found(keys, section, **changes)
@@ -291,7 +297,7 @@ def test_a_finished_run_is_not_trained_into(keys: dict[str, Any], tmp_path: Path
     assert found(keys, SELECT, **evaluating, do_predict=True, predict_with_generate=True) == {}
 
 
-def test_what_a_domain_column_goes_with(keys: dict[str, Any]) -> None:
+def test_keys_that_do_not_go_with_a_domain_column_are_refused(keys: dict[str, Any]) -> None:
     column = {"domain_column": "topic"}
     for section in (SELECT, MIX, ORDER):
         assert found(keys, {**section, **column}) == {}
@@ -334,7 +340,7 @@ def test_columns_are_looked_for_at_the_head_of_the_files(keys: dict[str, Any]) -
     assert found(keys, wanted) == {}
 
 
-def test_columns_of_samples_that_cannot_be_followed(keys: dict[str, Any]) -> None:
+def test_columns_are_refused_if_samples_cannot_be_traced_to_rows(keys: dict[str, Any]) -> None:
     wanted = {**WEIGHT, "columns": ["output"]}
     assert found(keys, wanted) == {}
     assert "dataflex.columns keeps 'output'" in found(keys, wanted, streaming=True, max_steps=4)["streaming"]
@@ -366,7 +372,7 @@ class Looking(Mixer):
         return Needs(measurements=(Losses(),), validation=self.params) if self.params.looks else Needs()
 
 
-def test_validation_samples_of_a_mixer(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_samples_of_a_mixer_are_checked(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._registered, ("mixer", "test_looking"), Looking)
     mix = {"method": "test_looking"}
     assert found(keys, {"mix": {**mix, "looks": False}}) == {}
@@ -385,7 +391,9 @@ def test_validation_samples_of_a_mixer(keys: dict[str, Any], monkeypatch: pytest
 
 
 @pytest.mark.parametrize("mix", [{"method": "group_dro"}, {"method": "doge"}])
-def test_what_weighs_the_loss_needs_the_loss(keys: dict[str, Any], mix: dict[str, Any]) -> None:
+def test_mixers_that_need_the_loss_of_a_step_are_refused_with_special_losses(
+    keys: dict[str, Any], mix: dict[str, Any]
+) -> None:
     assert found(keys, {"mix": mix}) == {}
     assert found(keys, {"mix": mix, "weight": {"method": "loss"}}) == {}
     for key in ("use_dft_loss", "enable_liger_kernel"):
@@ -409,7 +417,7 @@ print(status, sorted({"torch", "transformers", "llamafactory", "scipy.stats", "p
     assert "unknown data set 'c'" in done.stderr
 
 
-def test_a_stream_has_no_samples_for_a_weighter_to_measure(keys: dict[str, Any]) -> None:
+def test_a_weighter_that_measures_is_refused_with_streaming(keys: dict[str, Any]) -> None:
     weight = {"weight": {"method": "adapt", "validation": ["b"]}}
     message = found(keys, weight, dataset="a", streaming=True, max_steps=3)["streaming"]
     assert "dataflex.weight measures samples" in message

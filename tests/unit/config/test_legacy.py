@@ -81,7 +81,7 @@ def test_gradient_selectors_keep_their_meaning(base: Path, tmp_path: Path) -> No
 LOSS = {"method": "loss", "focus": "medium", "focus_weight": 5.0, "quantiles": [0.33, 0.66], "temperature": 1.0}
 
 
-def test_dynamic_select(base: Path) -> None:
+def test_dynamic_select_becomes_a_selector(base: Path) -> None:
     config = split(
         base,
         train_type="dynamic_select",
@@ -108,21 +108,21 @@ def test_dynamic_select(base: Path) -> None:
     assert any("score_batch_size" in note for note in config.notes)
 
 
-def test_the_same_run_in_the_native_form(base: Path) -> None:
+def test_flat_keys_equal_the_native_section(base: Path) -> None:
     schedule = {"warmup_step": 4, "update_step": 2, "update_times": -1}
     flat = split(base, train_type="dynamic_select", component_name="loss", **schedule)
     native = split(base, dataflex={"warmup_steps": 4, "update_steps": 2, "updates": -1, "select": {"method": "loss"}})
     assert flat.resolved() == native.resolved()
 
 
-def test_static_is_a_plain_run(base: Path) -> None:
+def test_train_type_static_is_a_plain_run(base: Path) -> None:
     for keys in ({"train_type": "static"}, {"warmup_step": 5, "components_cfg_file": "configs/components.yaml"}):
         config = split(base, **keys)
         assert config.dataflex is None
         assert config.llamafactory == {"stage": "sft", "dataset": "a,b"}
 
 
-def test_train_step_and_the_seed_of_a_method(base: Path) -> None:
+def test_train_step_and_the_seed_of_a_method_are_read(base: Path) -> None:
     config = split(
         base,
         train_type="dynamic_select",
@@ -146,14 +146,14 @@ def test_train_step_and_the_seed_of_a_method(base: Path) -> None:
     }
 
 
-def test_defaults_of_the_schedule_keys(base: Path) -> None:
+def test_the_schedule_keys_have_the_earlier_defaults(base: Path) -> None:
     found = section(split(base, train_type="dynamic_select", component_name="loss", update_step=5, train_step=0))
     assert (found["warmup_steps"], found["updates"], found["train_steps"]) == (0, 1, None)
     found = section(split(base, train_type="dynamic_select", component_name="loss"))
     assert found["update_steps"] is None
 
 
-def test_dynamic_weight_and_reorder(base: Path) -> None:
+def test_dynamic_weight_and_reorder_become_components(base: Path) -> None:
     file = {"components_cfg_file": "configs/components.yaml"}
     weight = section(split(base, train_type="dynamic_weight", component_name="loss", **file))["weight"]
     assert (weight["method"], weight["strategy"], weight["delta"]) == ("loss", "quadratic", 2.0)
@@ -204,7 +204,7 @@ STATIC = {"train_type": "dynamic_mix", "component_name": "odm", "static_mix": Tr
         ),
     ],
 )
-def test_dynamic_mix(base: Path, keys: dict[str, Any], mix: dict[str, Any]) -> None:
+def test_dynamic_mix_becomes_a_mixer(base: Path, keys: dict[str, Any], mix: dict[str, Any]) -> None:
     assert section(split(base, **{"train_type": "dynamic_mix", **keys}))["mix"] == {
         "max_epochs_per_domain": None,
         **({"unit": "samples"} if mix["method"] == "static" else {}),
@@ -336,7 +336,7 @@ def test_unknown_parameters_in_the_components_file_are_problems(base: Path) -> N
     assert "did you mean 'focus_weight'" in found["dataflex.select.focus_wieght"]
 
 
-def test_all_flat_keys_are_ours() -> None:
+def test_no_flat_key_is_passed_to_llamafactory() -> None:
     raw = {"stage": "sft", **dict.fromkeys(FLAT_KEYS), "train_type": "static"}
     assert split_config(raw).llamafactory == {"stage": "sft"}
 
@@ -368,13 +368,13 @@ def test_there_are_as_many_examples_as_were_shipped() -> None:
     assert len(earlier_release.FILES) == 22
 
 
-def test_selectors_that_read_files_made_before(shipped: Path) -> None:
+def test_selectors_that_read_precomputed_files_keep_their_meaning(shipped: Path) -> None:
     near, tsds = (given(shipped, f"selectors/{name}").resolved()["dataflex"]["select"] for name in ("near", "tsds"))
     assert (near["method"], near["indices_path"]) == ("near", str(shipped / "top_indices.npy"))
     assert (tsds["method"], tsds["probs_path"]) == ("tsds", str(shipped / "tsds_probs.npy"))
 
 
-def test_coincide(shipped: Path) -> None:
+def test_coincide_keeps_its_meaning(shipped: Path) -> None:
     config = given(shipped, "selectors/coincide")
     found = config.resolved()["dataflex"]
     select = found["select"]
@@ -412,7 +412,7 @@ def nice(shipped: Path, **params: Any) -> RunConfig:
     return given(shipped, "selectors/nice", components_cfg_file="own.yaml")
 
 
-def test_rewards_of_nice_are_judges(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reward_backends_of_nice_become_judges(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DF_API_KEY", "key")
     config = nice(shipped, reward_model_backend="local_vllm")
     reward = config.resolved()["dataflex"]["select"]["reward"]
@@ -442,12 +442,14 @@ def test_rewards_of_nice_are_judges(shipped: Path, monkeypatch: pytest.MonkeyPat
         ),
     ],
 )
-def test_rewards_of_nice_that_cannot_be(shipped: Path, params: dict[str, Any], text: str) -> None:
+def test_reward_backends_of_nice_without_an_equivalent_are_refused(
+    shipped: Path, params: dict[str, Any], text: str
+) -> None:
     with pytest.raises(ConfigError, match=text):
         nice(shipped, **params)
 
 
-def test_train_step_goes_before_max_steps(shipped: Path) -> None:
+def test_train_step_overrides_max_steps(shipped: Path) -> None:
     config = given(shipped, "mixers/dynamic_moe")
     assert "max_steps" not in config.llamafactory
     assert config.resolved()["dataflex"]["train_steps"] == 2000
@@ -456,7 +458,7 @@ def test_train_step_goes_before_max_steps(shipped: Path) -> None:
     assert kept.llamafactory["max_steps"] == 2000
 
 
-def test_a_pipeline_is_a_section_of_several_families(shipped: Path) -> None:
+def test_a_pipeline_becomes_a_section_of_several_families(shipped: Path) -> None:
     config = given(shipped, "pipelines/hierarchical")
     found = config.resolved()["dataflex"]
     assert (found["warmup_steps"], found["update_steps"], found["updates"], found["train_steps"]) == (100, 50, -1, 500)
@@ -482,7 +484,7 @@ def test_a_pipeline_is_a_section_of_several_families(shipped: Path) -> None:
         (["loss"], "must be a mapping"),
     ],
 )
-def test_pipelines_that_cannot_be(shipped: Path, stages: list[Any], text: str) -> None:
+def test_pipelines_without_an_equivalent_are_refused(shipped: Path, stages: list[Any], text: str) -> None:
     (shipped / "own.yaml").write_text(yaml.safe_dump({"pipelines": {"mine": {"stages": stages}}}))
     keys = {"train_type": "dynamic_lego", "component_name": "mine", "components_cfg_file": "own.yaml"}
     found = problems(shipped, **keys)

@@ -48,7 +48,7 @@ def split(folder: Path, name: str, **keys: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_the_shipped_reorders(tmp_path: Path, name: str) -> None:
+def test_the_shipped_reorders_become_orders(tmp_path: Path, name: str) -> None:
     config = split(tmp_path, name, update_times=-1)
     found = config.resolved()["dataflex"]["order"]
     assert {key: found[key] for key in EXPECTED[name]} == EXPECTED[name]
@@ -68,7 +68,7 @@ def translated(reorder: str, selects: bool = False, **given: Any) -> tuple[dict[
     return found, notes, [str(problem) for problem in problems]
 
 
-def test_times_scores_and_directions() -> None:
+def test_times_scores_and_directions_of_reorders_are_translated() -> None:
     assert translated("folding", apply_at="update", score_field="q")[0] == {"layers": 3, "by": "column", "column": "q"}
     assert translated("stair", apply_at="start")[0] == {"by": "loss", "scope": "run"}
     assert translated("reuse_selector_scores", selects=True) == ({"by": "selection"}, [], [])
@@ -85,7 +85,7 @@ def test_times_scores_and_directions() -> None:
     assert "reorder_every is accepted" in translated("dynamic_saw", reorder_every=3)[1][0]
 
 
-def test_words_that_nobody_knows_are_told_with_those_that_are_known() -> None:
+def test_unknown_words_are_named_with_the_known_words() -> None:
     (problem,) = translated("stair", score_source="modelloss")[2]
     assert "unknown score_source 'modelloss'; did you mean 'model_loss'" in problem
     (problem,) = translated("stair", apply_at="statics")[2]
@@ -98,7 +98,7 @@ def test_without_a_components_file_the_earlier_defaults_hold(tmp_path: Path) -> 
     assert (order["method"], order["layers"], order["passes"], order["descending"]) == ("fold", 3, "rest", True)
 
 
-def test_a_parameter_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_parameter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"reorders": {"saw": {"params": {"teeth": 3}}}}))
     flat = {"train_type": "dynamic_reorder", "component_name": "saw", "components_cfg_file": "c.yaml"}
     with pytest.raises(ConfigError, match="teeth"):

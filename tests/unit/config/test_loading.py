@@ -44,7 +44,7 @@ def problems(folder: Path, section: Any, *overrides: str) -> dict[str, str]:
 @pytest.mark.parametrize("word", ["no", "No", "NO", "off", "false", '"no"'])
 @pytest.mark.parametrize("key", ["eval_strategy", "save_strategy", "logging_strategy"])
 @pytest.mark.parametrize("form", ["file", "command line", "plain run"])
-def test_a_strategy_of_no_is_the_word(tmp_path: Path, key: str, word: str, form: str) -> None:
+def test_a_strategy_written_no_is_read_as_the_word(tmp_path: Path, key: str, word: str, form: str) -> None:
     path = tmp_path / "run.yaml"
     section = "" if form == "plain run" else "dataflex: {select: {method: random}}\n"
     path.write_text(section + (f"{key}: {word}\n" if form != "command line" else f"{key}: steps\n"))
@@ -52,7 +52,7 @@ def test_a_strategy_of_no_is_the_word(tmp_path: Path, key: str, word: str, form:
     assert config.llamafactory[key] == "no"
 
 
-def test_only_keys_that_take_words_alone_have_them_read_so(tmp_path: Path) -> None:
+def test_only_keys_that_take_words_read_true_and_false_as_words(tmp_path: Path) -> None:
     given = {"do_train": False, "include_num_input_tokens_seen": False, "run_name": False, "hub_strategy": False}
     config = load(tmp_path, {"select": {"method": "random"}}, **given, eval_strategy=True)
     assert config.llamafactory == {**FLAT, **given, "eval_strategy": True}
@@ -92,7 +92,7 @@ def test_a_section_becomes_settings_and_components(tmp_path: Path) -> None:
     )  # fresh ones, with no state in common
 
 
-def test_defaults(tmp_path: Path) -> None:
+def test_a_section_has_its_default_schedule(tmp_path: Path) -> None:
     ours = load(tmp_path, {"select": {"method": "random"}}).dataflex
     assert ours is not None
     assert ours.model_dump(include={"warmup_steps", "update_steps", "updates", "train_steps", "seed"}) == {
@@ -108,14 +108,14 @@ def test_weight_alone_leaves_the_data_path(tmp_path: Path) -> None:
     assert not load(tmp_path, {"weight": {"method": "loss"}}).build_components().plans_data
 
 
-def test_no_section_is_a_plain_run() -> None:
+def test_a_file_without_a_section_is_a_plain_run() -> None:
     config = split_config(dict(FLAT))
     assert config.dataflex is None
     assert config.llamafactory == FLAT
     assert config.resolved() == {**FLAT, "dataflex": None}
 
 
-def test_a_section_without_components_decides_nothing_and_says_so(tmp_path: Path) -> None:
+def test_a_section_without_components_gives_a_note(tmp_path: Path) -> None:
     config = load(tmp_path, {"warmup_steps": 3})
     assert config.dataflex is not None
     assert config.params == {}
@@ -207,7 +207,7 @@ def test_updates_are_positive_or_open(tmp_path: Path, updates: float) -> None:
 
 
 @pytest.mark.parametrize("section", [[1, 2], "select", 3])
-def test_a_section_that_is_no_mapping_is_an_error(tmp_path: Path, section: Any) -> None:
+def test_a_section_that_is_no_mapping_is_refused(tmp_path: Path, section: Any) -> None:
     with pytest.raises(ConfigError, match="must be a mapping"):
         load(tmp_path, section)
 
@@ -227,7 +227,7 @@ def test_values_that_are_no_number_are_refused(tmp_path: Path) -> None:
 # Reading the file
 
 
-def test_missing_files_and_bad_overrides(tmp_path: Path) -> None:
+def test_missing_files_and_bad_overrides_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no such file: .*nothing\.yaml"):
         read_yaml(tmp_path / "nothing.yaml", [])
     with pytest.raises(ConfigError, match=r"\.yaml, \.yml or \.json"):
@@ -371,7 +371,7 @@ def test_registering_needs_a_fitting_class() -> None:
     assert "bare" not in registry.available("selector")
 
 
-def test_a_name_is_taken_once_per_family() -> None:
+def test_a_name_can_be_registered_once_per_family() -> None:
     @registry.register("selector", "mine")
     class First(Selector):
         def score(self, ctx, candidates):
@@ -395,12 +395,12 @@ def test_a_name_is_taken_once_per_family() -> None:
     assert registry.get("mixer", "mine") is Other
 
 
-def test_unknown_methods_are_told_with_the_nearest_name() -> None:
+def test_an_unknown_method_is_named_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"mixer 'proportionl'; did you mean 'proportional'\?.*random.*static"):
         registry.get("mixer", "proportionl")
 
 
-def test_built_in_methods() -> None:
+def test_every_module_of_a_family_registers_the_method_of_its_name() -> None:
     names = {family: set(registry.available(family)) for family in registry.FAMILIES}
     assert names["selector"] >= {"random", "full", "loss", "delta_loss"}
     assert names["mixer"] >= {"static", "proportional", "uniform", "random"}
@@ -413,7 +413,7 @@ def test_the_nearest_of_a_few_values_is_named() -> None:
         split_config({"dataflex": {"select": {"method": "less", "projection": "cout"}}})
 
 
-def test_another_method_leaves_the_old_ones_parameters_behind(tmp_path: Path) -> None:
+def test_another_method_drops_the_parameters_of_the_old_method(tmp_path: Path) -> None:
     section = {"select": {"method": "loss", "focus": "low"}, "mix": {"method": "proportional", "temperature": 2.0}}
     config = load(tmp_path, section, "dataflex.select.method=random")
     assert config.dataflex is not None

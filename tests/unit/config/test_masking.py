@@ -33,7 +33,7 @@ SECRET = "hf_abcDEF123"
         "token", "tokens", "Authorization Token", "openai_apikey",
     ],
 )  # fmt: skip
-def test_keys_of_secrets(key: str) -> None:
+def test_keys_of_secrets_are_recognised(key: str) -> None:
     assert is_secret(key, SECRET)
     assert not is_secret(key, "")
     assert not is_secret(key, None)
@@ -49,11 +49,11 @@ def test_keys_of_secrets(key: str) -> None:
         "probe_batch_tokens_file", "token_column", "key", "hub_model_id", "normalization", "unit", "secretary_name",
     ],
 )  # fmt: skip
-def test_keys_that_only_look_like_it(key: str) -> None:
+def test_keys_that_resemble_secrets_are_not_masked(key: str) -> None:
     assert not is_secret(key, "some text")
 
 
-def test_of_llamafactorys_keys_these_are_secrets() -> None:
+def test_the_secret_keys_of_llamafactory_are_known() -> None:
     assert {key for key in llamafactory_keys() if is_secret(key, SECRET)} == {
         "hf_hub_token", "ms_hub_token", "om_hub_token", "hub_token",
         "swanlab_api_key", "swanlab_lark_webhook_url", "swanlab_lark_secret",
@@ -71,7 +71,7 @@ NESTED: dict[str, Any] = {
 }
 
 
-def test_masks_say_of_which_key_they_are_and_are_filled_again() -> None:
+def test_a_mask_names_its_key_and_is_replaced_by_the_value() -> None:
     hidden = masked(NESTED)
     text = yaml.safe_dump(hidden)
     assert SECRET not in text
@@ -88,7 +88,7 @@ def test_masks_say_of_which_key_they_are_and_are_filled_again() -> None:
     assert handed_on({"dataset": "chat"}) == {}
 
 
-def test_arguments() -> None:
+def test_secrets_in_command_line_arguments_are_masked() -> None:
     assert masked_argument(f"hub_token={SECRET}") == "hub_token=<not recorded: hub_token>"
     assert SECRET not in masked_argument(f"--dataflex.select.reward.options.api_key={SECRET}")
     assert masked_argument("max_new_tokens=64") == "max_new_tokens=64"
@@ -105,7 +105,7 @@ def keys(tmp_path: Path) -> dict[str, Any]:
     return tiny.arguments(model, data, tmp_path / "out", **changes)
 
 
-def test_no_file_of_the_record_has_them_and_running_it_asks(
+def test_the_record_has_no_secret_and_repeating_it_asks_for_the_secret(
     keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["dataflex-cli", "train", "run.yaml", f"hub_token={SECRET}"])
@@ -127,7 +127,7 @@ def test_no_file_of_the_record_has_them_and_running_it_asks(
     assert SECRET not in json.dumps(read_configuration(tmp_path / "run"))
 
 
-def test_runs_of_a_comparison_get_them_by_their_environment(
+def test_runs_of_a_comparison_get_secrets_by_their_environment(
     keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Run:

@@ -39,12 +39,12 @@ ZIPF = 1 / np.arange(1, 23)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 7])
-def test_shares_that_stay_never_drift(size: int) -> None:
+def test_counts_of_constant_shares_never_drift(size: int) -> None:
     worst = max(np.abs(each).max() for each in errors(fixed(ZIPF, size, 5000), 22))
     assert worst < 1 - 1e-6
 
 
-def test_the_number_of_samples_of_one_domain_by_hand() -> None:
+def test_counts_of_one_domain_equal_a_computation_by_hand() -> None:
     # 5,000 rounds of 4 samples, a seventh of them: 2,857.14
     shares = np.array([1.0, 2.0, 4.0])
     *_, last = errors(fixed(shares, 4, 5000), 3, later=8)
@@ -68,7 +68,7 @@ def shapes(rng: np.random.Generator, number: int) -> Floats:
     )[number % 5]
 
 
-def test_shares_of_any_shape_that_stay_are_within_one() -> None:
+def test_counts_of_constant_shares_of_any_shape_stay_within_one() -> None:
     rng = np.random.default_rng(3)
     for number in range(50):
         shares, size = shapes(rng, number), int(rng.choice([1, 1, 2, 3, 5, 16]))
@@ -76,7 +76,7 @@ def test_shares_of_any_shape_that_stay_are_within_one() -> None:
         assert worst < 1, (shares, size)
 
 
-def test_the_largest_fraction_alone_would_not_be_enough() -> None:
+def test_rounding_by_the_largest_fraction_alone_exceeds_one() -> None:
     """The look-ahead is what keeps the promise; this case was found by search."""
     shares = np.array([22, 9, 9, 9, 9, 8, 6, 5, *[1] * 14], dtype=float)
     assert max(np.abs(each).max() for each in errors(fixed(shares, 2, 100), 22, later=0)) >= 1
@@ -85,13 +85,13 @@ def test_the_largest_fraction_alone_would_not_be_enough() -> None:
 
 @pytest.mark.parametrize("spread", [1.0, 10.0])
 @pytest.mark.parametrize("size", [4, 8])
-def test_changing_shares_stay_within_one(size: int, spread: float) -> None:
+def test_counts_of_changing_shares_stay_within_one(size: int, spread: float) -> None:
     rng = np.random.default_rng(1)
     rounds = ((rng.dirichlet(np.full(22, spread)), size) for _ in range(5000))
     assert max(np.abs(each).max() for each in errors(rounds, 22)) < 1
 
 
-def test_shares_that_move_slowly_or_in_steps_stay_within_one() -> None:
+def test_counts_of_shares_that_move_slowly_or_in_steps_stay_within_one() -> None:
     angles = np.arange(22)
     waves = ((1.01 + np.sin(number / 7 + angles), 4) for number in range(3000))
     assert max(np.abs(each).max() for each in errors(waves, 22)) < 1
@@ -111,13 +111,13 @@ def test_a_domain_of_a_small_share_gets_its_samples() -> None:
     assert got[0] < 2500 <= got[1]
 
 
-def test_a_share_of_zero_gets_nothing_even_where_something_is_owed() -> None:
+def test_a_domain_of_share_zero_gets_no_sample_even_if_samples_are_owed() -> None:
     found = apportion(np.array([0.6, 0.3, -0.9]), np.array([0.0, 0.0, 1.0]), 1, NOTHING_KNOWN)
     assert found.counts.tolist() == [0, 0, 1]
     np.testing.assert_allclose(found.owed, [0.6, 0.3, -0.9])
 
 
-def test_more_due_than_there_is_room_waits() -> None:
+def test_samples_owed_beyond_the_size_of_a_round_are_given_later() -> None:
     found = apportion(np.array([0.6, 0.5, -0.5, -0.6]), np.array([1.0, 1.0, 0.0, 0.0]), 1, NOTHING_KNOWN)
     assert found.counts.tolist() == [1, 0, 0, 0]
     np.testing.assert_allclose(found.owed.sum(), 0, atol=1e-12)
@@ -138,7 +138,7 @@ def test_counts_of_one_round_are_within_one_of_its_shares() -> None:
         assert sum(counts) == total
 
 
-def test_rounds_of_a_million_samples_and_a_thousand_domains() -> None:
+def test_counts_stay_exact_for_a_million_samples_and_a_thousand_domains() -> None:
     shares = np.random.default_rng(0).dirichlet(np.ones(1000))
     later = 10**6 * np.arange(1, LATER_ROUNDS + 1)
     owed = np.zeros(1000)

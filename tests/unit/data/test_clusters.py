@@ -46,7 +46,7 @@ def test_topics_become_clusters() -> None:
     assert purity(clusters, np.arange(600) % 6) > 0.95
 
 
-def test_the_seed_decides_and_nothing_else_does() -> None:
+def test_clusters_depend_on_the_seed_alone() -> None:
     rows = topics(400, 5, 2)
     pool = pool_of(rows)
     first = token_clusters(pool, 12, seed=3)
@@ -56,7 +56,7 @@ def test_the_seed_decides_and_nothing_else_does() -> None:
     assert not np.array_equal(token_clusters(pool, 12, seed=4), first)
 
 
-def test_samples_are_read_whatever_pieces_the_data_set_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_do_not_depend_on_the_chunks_of_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = topics(300, 5, 4)
     whole = token_clusters(pool_of(rows), 5, seed=0)
     pieces = [Dataset.from_dict({"input_ids": rows[begin : begin + 70]}) for begin in range(0, 300, 70)]
@@ -66,7 +66,7 @@ def test_samples_are_read_whatever_pieces_the_data_set_is_in(monkeypatch: pytest
     assert np.array_equal(token_clusters(Pool(backwards.select(order), ("all",), np.array([300])), 5, seed=0), whole)
 
 
-def test_a_part_of_a_large_pool_is_enough_to_fit_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_pool_is_clustered_after_a_fit_on_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dataflex.data.clusters._FITTED", 150)
     clusters = token_clusters(pool_of(topics(900, 6, 5)), 12, seed=1)
     assert purity(clusters, np.arange(900) % 6) > 0.9
@@ -91,7 +91,9 @@ def test_equal_samples_share_a_cluster() -> None:
         ([[1, 2]] * 10 + [[3, 4]] * 10, 1, 1),
     ],
 )
-def test_degenerate_pools(rows: list[list[int]], num_clusters: int, found: int) -> None:
+def test_degenerate_pools_give_as_many_clusters_as_possible(
+    rows: list[list[int]], num_clusters: int, found: int
+) -> None:
     clusters = token_clusters(pool_of(rows), num_clusters, seed=0)
     assert sorted(set(clusters.tolist())) == list(range(found))
 

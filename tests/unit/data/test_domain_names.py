@@ -80,7 +80,7 @@ def test_json_files_have_text_for_every_name(tmp_path: Path) -> None:
     assert "numbers" in str(shares_problem(str(file), ("1", "2")))
 
 
-def test_what_no_domain_has_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_no_domain_has_is_refused(tmp_path: Path) -> None:
     assert "'3'" in str(shares_problem({"1": 0.5, "3": 0.5}, ("1", "2")))
     assert "'1.0'" in str(shares_problem({"1": 0.5, "1.0": 0.5}, ("1", "2")))  # the domain has a share already
     assert "'yes'" in str(shares_problem({"yes": 0.5, "1": 0.5}, ("1", "2")))  # a word is no number
@@ -93,7 +93,7 @@ def test_a_value_that_two_domains_have_must_be_written_as_one_of_them() -> None:
     assert by_domain({"on": 1}, ("yes", "true")) == {"on": 1}
 
 
-def test_graphs_and_tables_by_name(tmp_path: Path) -> None:
+def test_graphs_and_tables_are_read_by_domain_name(tmp_path: Path) -> None:
     graph = tmp_path / "graph.json"
     graph.write_text(json.dumps({"false": {"1.0": 0.1, "2.0": 0.2}, "true": {"1.0": 0.3, "2.0": 0.4}}))
     assert read_graph(str(graph), ("False", "True"), ("1", "2")).tolist() == [[0.1, 0.2], [0.3, 0.4]]
@@ -106,6 +106,6 @@ def test_graphs_and_tables_by_name(tmp_path: Path) -> None:
     assert found[0].tolist() == [0.8, 0.2]
 
 
-def test_shares_that_name_nothing_still_fail_by_name() -> None:
+def test_shares_of_unknown_domains_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"'mats'.*did you mean 'math'"):
         shares_of({"mats": 1.0, "code": 1.0}, ("math", "code"))

@@ -35,13 +35,13 @@ def values(rows: list[Any], **given: Any) -> tuple[list[str], list[int]]:
         (["é", "z", "a b"], ["a b", "z", "é"]),
     ],
 )
-def test_values_are_in_their_own_order_and_rows_keep_theirs(rows: list[Any], names: list[str]) -> None:
+def test_values_are_sorted_and_rows_keep_their_order(rows: list[Any], names: list[str]) -> None:
     found, codes = values(rows)
     assert found == names
     assert [names[code] for code in codes] == [str(row) for row in rows]
 
 
-def test_values_of_a_selection_are_those_of_its_rows() -> None:
+def test_values_of_a_selected_data_set_are_those_of_its_rows() -> None:
     dataset = Dataset.from_dict({"topic": list("abcabc")}).select([5, 0, 3])
     names, codes = values_of(dataset, "topic", "key", "data")
     assert (names, codes.tolist()) == (["a", "c"], [1, 0, 0])
@@ -58,7 +58,7 @@ def test_a_column_of_nulls_is_refused() -> None:
         values([None, None], features=Features({"text": Value("string"), "topic": Value("null")}))
 
 
-def test_lists_are_no_domains() -> None:
+def test_a_column_of_lists_is_refused() -> None:
     with pytest.raises(ConfigError, match="'topic' of 'data' holds list"):
         values([["a"], ["b"]])
 
@@ -73,7 +73,7 @@ def tokens(*numbers: int) -> Dataset:
     return Dataset.from_dict({"input_ids": [[number] for number in numbers]})
 
 
-def test_a_pool_of_data_sets_of_several_domains() -> None:
+def test_a_pool_joins_data_sets_of_several_domains() -> None:
     pool = Pool.of_domains(
         [DomainSamples(tokens(0, 1, 2), {"a/x": 1, "a/y": 2}), DomainSamples(tokens(3, 4), {"b/x": 2})]
     )
@@ -159,7 +159,7 @@ def test_a_checkpoint_of_other_values_in_a_column_is_refused() -> None:
     now.check({**state, **without.fingerprints()}, {})
 
 
-def test_labels_count_in_the_comparison_of_data() -> None:
+def test_data_with_other_labels_counts_as_other_data() -> None:
     """``train_on_prompt`` changes no token, and what is trained on."""
     rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}] * 3
     pools = [

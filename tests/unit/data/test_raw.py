@@ -126,7 +126,7 @@ FAULTS: dict[str, tuple[str, str | bytes, dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_named_with_its_place(tmp_path: Path, name: str) -> None:
+def test_a_fault_is_named_with_file_and_line(tmp_path: Path, name: str) -> None:
     file, content, entry, words = FAULTS[name]
     found = fault(tmp_path, file, content, **entry)
     assert found is not None
@@ -172,12 +172,12 @@ GOOD: dict[str, tuple[str, str | bytes, str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_nothing_is_found_in_data_that_loads(tmp_path: Path, name: str) -> None:
+def test_no_fault_is_found_in_data_that_loads(tmp_path: Path, name: str) -> None:
     file, content, stage, entry = GOOD[name]
     assert fault(tmp_path, file, content, stage, **entry) is None
 
 
-def test_tables_of_arrow(tmp_path: Path) -> None:
+def test_faults_in_arrow_tables_are_found(tmp_path: Path) -> None:
     good, bad = (pa.Table.from_pylist([ALPACA, {**ALPACA, "output": output}]) for output in ("x", None))
     for name, table in (("good", good), ("bad", bad)):
         pq.write_table(table, tmp_path / f"{name}.parquet")
@@ -219,7 +219,7 @@ def test_prompts_alone_are_enough_where_answers_are_generated(tmp_path: Path) ->
     assert faults.fault(read, "sft", answers=False) is None
 
 
-def test_a_value_longer_than_a_piece(tmp_path: Path) -> None:
+def test_a_value_longer_than_a_read_block_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{**ALPACA, "output": "x" * 3_000_000}, ALPACA]))
     assert [place.row for place, _ in raw.rows(tmp_path / "a.json")] == [0, 1]
 
@@ -242,13 +242,13 @@ def test_a_value_longer_than_a_piece(tmp_path: Path) -> None:
         ({"file_name": "a.json", "num_samples": 0}, ["num_samples", "at least 1"]),
     ],
 )
-def test_an_entry_of_a_wrong_form(entry: Any, words: list[str]) -> None:
+def test_an_entry_of_a_wrong_form_is_refused(entry: Any, words: list[str]) -> None:
     found = " ".join(raw.entry_problems(entry))
     for word in words:
         assert word in found, found
 
 
-def test_files_that_are_not_there_or_not_of_one_type(tmp_path: Path) -> None:
+def test_missing_files_and_folders_of_mixed_types_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "a.json").write_text("[]")
     (tmp_path / "mixed" / "b.csv").write_text("")

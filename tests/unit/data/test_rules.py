@@ -131,7 +131,7 @@ def test_an_exponential_of_zero_changes_nothing(first: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["spread", "few", "ascending", "periodic", "equal", "infinite"])
-def test_order_statistics_are_those_of_the_sorted_array(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_order_statistics_equal_the_sorted_array(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(rules, "_BLOCK", 10)
     monkeypatch.setattr(rules, "_LOOKED_AT", 20)
     monkeypatch.setattr(rules, "_CACHED", 7)
@@ -158,7 +158,7 @@ def test_order_statistics_are_those_of_the_sorted_array(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("blocks", [False, True])
-def test_quantiles_are_those_of_numpy_bit_by_bit(monkeypatch: pytest.MonkeyPatch, blocks: bool) -> None:
+def test_quantiles_equal_numpys_bit_by_bit(monkeypatch: pytest.MonkeyPatch, blocks: bool) -> None:
     if blocks:
         monkeypatch.setattr(rules, "_BLOCK", 10)
         monkeypatch.setattr(rules, "_LOOKED_AT", 20)
@@ -170,7 +170,7 @@ def test_quantiles_are_those_of_numpy_bit_by_bit(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_draw_in_parts_is_the_draw_in_one_piece(dtype: type) -> None:
+def test_a_draw_in_chunks_equals_a_draw_in_one_piece(dtype: type) -> None:
     size, temperature = 100_000, 1.7
     weights = np.random.default_rng(2).choice([0.0, 1.0, 5.0], size).astype(dtype)
     rng = np.random.default_rng(3)
@@ -238,7 +238,7 @@ def test_a_score_that_is_no_number_names_the_component(bad: float) -> None:
         decided(selector, context(pool), group_of(pool, 3, start=2))
 
 
-def test_a_sample_without_a_score_is_left_out_and_no_fault() -> None:
+def test_a_sample_without_a_score_is_left_out_without_an_error() -> None:
     pool = make_pool({"a": 10})
     selector = ScoreSelector(lambda candidates: np.where(candidates == 7, np.nan, candidates))
     chosen = decided(selector, context(pool), group_of(pool, 3, start=2))
@@ -271,7 +271,7 @@ def test_too_few_scores_blame_the_samples_at_fault_alone() -> None:
         ([0, 2], r"picked 1 candidates without a score \(NaN\)"),
     ],
 )
-def test_a_rule_that_picks_something_else(picked: list, said: str) -> None:
+def test_a_rule_that_returns_other_samples_is_refused(picked: list, said: str) -> None:
     class Odd(ScoreSelector):
         def pick(self, scores: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
             return np.array(picked)
@@ -435,7 +435,7 @@ def test_delta_loss_ranks_by_the_fall() -> None:
 
 
 @pytest.mark.parametrize("selector", [build(LossSelector), build(RandomSelector), build(FullSelector)])
-def test_what_is_no_ranking_has_no_ranks(selector: Selector) -> None:
+def test_selectors_without_a_ranking_record_no_ranks(selector: Selector) -> None:
     pool = make_pool({"a": 50})
     chosen = decided(selector, context(pool, np.arange(50)), group_of(pool, 20))
     assert (chosen.ranks, chosen.ranked) == (None, 0)

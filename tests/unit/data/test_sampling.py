@@ -64,7 +64,7 @@ def test_small_permutations_are_all_equally_likely() -> None:
     assert stats.chisquare(counts).pvalue > SMALL
 
 
-def test_large_permutation_sends_a_position_everywhere() -> None:
+def test_a_large_permutation_spreads_a_position_uniformly() -> None:
     size, keys = 90_001, 3000
     positions = np.array([0, 1, 2, 45_000, 89_999, 90_000])
     drawn = np.stack([KeyedPermutation(size, key)(positions) for key in range(keys)])
@@ -81,7 +81,7 @@ def test_large_permutation_sends_a_position_everywhere() -> None:
     assert stats.chisquare(np.bincount(drawn[:, 0] % 16, minlength=16)).pvalue > SMALL
 
 
-def test_large_permutation_keeps_no_trace_of_the_positions() -> None:
+def test_a_large_permutation_does_not_correlate_with_the_positions() -> None:
     size, fixed_points = 90_001, 0
     bound = 5 / np.sqrt(size)
     for key in range(12):
@@ -116,7 +116,7 @@ def test_split_draws_equal_one_draw() -> None:
     assert np.array_equal(np.bincount(whole[:85]), np.full(17, 5))  # five whole passes
 
 
-def test_pass_sampler_goes_on_from_its_count() -> None:
+def test_pass_sampler_resumes_from_its_count() -> None:
     first = PassSampler(17, seed=3, name="pool")
     first.draw(23)
     second = PassSampler(17, seed=3, name="pool")

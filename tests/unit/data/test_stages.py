@@ -51,5 +51,5 @@ def test_a_sample_of_several_token_fields_is_as_long_as_all_of_them() -> None:
         ({"stage": "dpo"}, False),
     ],
 )
-def test_whether_rows_are_packed(given: dict[str, Any], packed: bool) -> None:
+def test_stage_and_keys_decide_if_rows_are_packed(given: dict[str, Any], packed: bool) -> None:
     assert is_packed(split_config(given)) is packed

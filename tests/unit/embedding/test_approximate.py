@@ -34,7 +34,9 @@ class Halved:
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
-def test_what_an_index_finds_is_measured_and_completed(metric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_from_an_index_are_measured_again_and_completed(
+    metric: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queries, base = data()
     monkeypatch.setattr(approximate, "find_spec", lambda name: name)
     monkeypatch.setattr(approximate, "_index", lambda base, metric: Halved(base))
@@ -65,7 +67,7 @@ def test_small_pools_are_searched_exactly(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.skipif(find_spec("faiss") is None, reason="faiss is not installed")
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
-def test_faiss_finds_most(metric: Any) -> None:
+def test_faiss_finds_most_exact_neighbours(metric: Any) -> None:
     queries, base = data()
     found = find_neighbours(queries, base, 10, metric=metric, search="faiss")
     again = find_neighbours(queries, base, 10, metric=metric, search="faiss")

@@ -30,7 +30,7 @@ def by_pairs(vectors: NDArray[Any], rows: NDArray[Any], bandwidth: float, k: int
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("k", [1, 5, 60, 600])
-def test_sums_over_all_pairs(seed: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_densities_equal_sums_over_all_pairs(seed: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, rows = data(seed), np.random.default_rng(seed).permutation(600)[:170]
     expected = by_pairs(vectors, rows, 0.75, k)
     monkeypatch.setattr(neighbours, "QUERIES", 64)
@@ -39,11 +39,13 @@ def test_sums_over_all_pairs(seed: int, k: int, monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_allclose(kernel_densities(vectors, rows, 0.75, k), expected, rtol=1e-5)
 
 
-def test_a_lone_vector_has_exactly_1() -> None:
+def test_a_vector_without_neighbours_has_density_1() -> None:
     assert kernel_densities(np.eye(5, dtype=np.float32), np.arange(5), 0.75, 3).tolist() == [1] * 5
 
 
-def test_cells_that_miss_something_are_seen(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_neighbours_that_cells_miss_are_found_and_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     vectors, rows = data(0), np.arange(600)
     monkeypatch.setattr(densities, "_EXACT", 0)
     monkeypatch.setattr(densities, "_PROBES", 1)

@@ -85,7 +85,7 @@ def test_padded_batches_give_what_single_texts_give(model: Path, pooling: str) -
             np.testing.assert_allclose(found, (weights @ states[0] / weights.sum()).numpy(), atol=2e-5)
 
 
-def test_long_texts_are_cut_where_the_model_ends(model: Path) -> None:
+def test_long_texts_are_cut_at_the_context_of_the_model(model: Path) -> None:
     encoder = TransformersEncoder(model, "cpu")
     assert encoder.most_tokens == 32
     long = "cat " * 100
@@ -114,7 +114,7 @@ def test_a_batch_that_does_not_fit_is_halved(model: Path, monkeypatch: pytest.Mo
         encoder.encode(TEXTS)
 
 
-def test_what_cannot_be_loaded_is_told(model: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_named(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has 3 layers.*-4 to -1; got 7"):
         TransformersEncoder(model, "cpu", layer=7)
     (tmp_path / "config.json").write_text("{}")
@@ -144,7 +144,9 @@ def sentence_layout(folder: Path, pooling: dict[str, Any], *further: str) -> Pat
         ({"pooling_mode": "mean"}, "mean"),
     ],
 )
-def test_the_pooling_is_the_one_its_files_name(tmp_path: Path, pooling: dict[str, Any], expected: str) -> None:
+def test_the_pooling_is_read_from_the_files_of_the_model(
+    tmp_path: Path, pooling: dict[str, Any], expected: str
+) -> None:
     folder = sentence_layout(save_model(tmp_path, "bert"), pooling, "Normalize")
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 4, "do_lower_case": true}')
     (folder / "config_sentence_transformers.json").write_text(
@@ -164,7 +166,7 @@ def test_the_pooling_is_the_one_its_files_name(tmp_path: Path, pooling: dict[str
         ({"pooling_mode_mean_tokens": True}, ("Dense",), "has a Dense layer"),
     ],
 )
-def test_what_only_sentence_transformers_does_is_refused(
+def test_models_that_only_sentence_transformers_can_run_are_refused(
     tmp_path: Path, pooling: dict[str, Any], further: tuple[str, ...], said: str
 ) -> None:
     folder = sentence_layout(save_model(tmp_path, "bert"), pooling, *further)
@@ -190,7 +192,7 @@ def test_minilm_gives_what_sentence_transformers_gives(minilm: Path) -> None:
 
 
 @pytest.mark.launch
-def test_the_package_sentence_transformers_itself(minilm: Path, tmp_path: Path) -> None:
+def test_the_sentence_transformers_backend_equals_the_package(minilm: Path, tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers")
     choice = choose(EmbeddingParams(encoder=str(minilm)))
     assert choice.backend == "sentence_transformers"
@@ -209,7 +211,9 @@ def told(**params: Any) -> dict[str, str]:
     return dict(problems_of_encoder(EmbeddingParams(**params)))
 
 
-def test_auto_goes_by_the_name_and_the_files(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_auto_is_decided_by_the_name_and_the_files(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def backend(**params: Any) -> str:
         return choose(EmbeddingParams(**params)).backend
 
@@ -225,7 +229,9 @@ def test_auto_goes_by_the_name_and_the_files(model: Path, tmp_path: Path, monkey
     assert backend(encoder=str(folder), pooling="last") == "transformers"
 
 
-def test_what_is_wrong_shows_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_settings_are_refused_before_anything_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(encoders, "find_spec", lambda name: None)
     assert "it has no config.json" in told(encoder=str(tmp_path))["encoder"]
     assert "did you mean 'all-minilm-l6-v2'" in told(encoder="asset:all-minilm-l6-v3")["encoder"]
@@ -238,7 +244,7 @@ def test_what_is_wrong_shows_before_anything_is_fetched(tmp_path: Path, monkeypa
     assert told() == told(encoder="a/b") == told(encoder="http://x/v1") == told(layer=2, pooling="last") == {}
 
 
-def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(name: str, **options: Any) -> str:
         raise OSError("no route")
 
@@ -247,7 +253,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         choose(EmbeddingParams(encoder="a/b"))
 
 
-def test_the_key_follows_files_and_settings(tmp_path: Path) -> None:
+def test_the_key_of_an_encoder_changes_with_files_and_settings(tmp_path: Path) -> None:
     folder = save_model(tmp_path, "bert")
     first = EncoderChoice("transformers", str(folder)).key()
     assert EncoderChoice("transformers", str(folder), 1).key() != first
@@ -312,7 +318,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def test_a_service_is_asked_in_batches_and_in_order(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_sent_to_a_service_in_batches_and_in_order(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     encoder = OpenAIEncoder(service)
     texts = [chr(97 + number % 26) * (1 + number) for number in range(150)]
@@ -323,7 +329,7 @@ def test_a_service_is_asked_in_batches_and_in_order(service: str, monkeypatch: p
     assert sorted(count for *_, count in Service.seen) == [1, 22, 64, 64]
 
 
-def test_what_passes_is_tried_again_and_what_does_not_is_told(service: str) -> None:
+def test_temporary_errors_of_a_service_are_retried_and_others_reported(service: str) -> None:
     encoder = OpenAIEncoder(service, pause=0.001)
     Service.failures[:] = [503, 429]
     assert encoder.encode(["ab"]).tolist() == [[2, 97]]
@@ -338,7 +344,7 @@ def test_what_passes_is_tried_again_and_what_does_not_is_told(service: str) -> N
         encoder.encode(["ab"])
 
 
-def test_which_model_of_a_service_is_meant(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_of_a_service_is_found_by_its_name(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Service, "models", ["small", "large"])
     with pytest.raises(DataFlexError, match=r"has 2 models \(small, large\).*/v1#small"):
         OpenAIEncoder(service)
@@ -351,7 +357,7 @@ def test_which_model_of_a_service_is_meant(service: str, monkeypatch: pytest.Mon
         OpenAIEncoder("own-model")
 
 
-def test_a_service_that_is_down() -> None:
+def test_a_service_that_is_down_is_named() -> None:
     with pytest.raises(DataFlexError, match=r"127.0.0.1:9/v1/models does not answer after 5 tries \(.*refused"):
         OpenAIEncoder("http://127.0.0.1:9/v1", pause=0.001)
 
@@ -359,7 +365,7 @@ def test_a_service_that_is_down() -> None:
 # vLLM
 
 
-def test_vllm_is_asked_by_its_own_names(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_is_called_with_its_own_argument_names(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class LLM:
         def __init__(self, model: str, runner: str, max_model_len: int) -> None:
             assert (model, runner, max_model_len) == (folder, "pooling", 32)

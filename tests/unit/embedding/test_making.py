@@ -81,7 +81,7 @@ def test_rows_are_unit_vectors_in_the_order_of_the_texts(tmp_path: Path) -> None
     assert not found[[number for number, text in enumerate(TEXTS) if not text]].any()
 
 
-def test_what_is_made_is_neither_made_nor_loaded_again(tmp_path: Path) -> None:
+def test_stored_embeddings_are_neither_computed_nor_loaded_again(tmp_path: Path) -> None:
     first = run_of(tmp_path).embed(TextList(TEXTS))
     again = run_of(tmp_path)
     assert again.embed(TextList(TEXTS)) == first
@@ -90,7 +90,7 @@ def test_what_is_made_is_neither_made_nor_loaded_again(tmp_path: Path) -> None:
     assert run_of(tmp_path, name="other").embed(TextList(TEXTS)).folder != first.folder
 
 
-def test_an_encoder_leaves_no_trace_in_random_streams(tmp_path: Path) -> None:
+def test_an_encoder_leaves_random_streams_unchanged(tmp_path: Path) -> None:
     import torch
 
     class Drawing(Letters):
@@ -107,7 +107,7 @@ def test_an_encoder_leaves_no_trace_in_random_streams(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_finished_chunks_outlive_a_kill(tmp_path: Path) -> None:
+def test_finished_chunks_survive_a_kill(tmp_path: Path) -> None:
     encoder = Letters(until=8)
     with pytest.raises(KeyboardInterrupt):
         run_of(tmp_path, encoder).embed(TextList(TEXTS))
@@ -118,7 +118,7 @@ def test_finished_chunks_outlive_a_kill(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.array(), units())
 
 
-def test_a_chunk_half_written_is_made_again(tmp_path: Path) -> None:
+def test_a_half_written_chunk_is_computed_again(tmp_path: Path) -> None:
     store = run_of(tmp_path).embed(TextList(TEXTS))
     (store.folder / "done" / "2").unlink()
     with (store.folder / "embeddings.npy").open("r+b") as stream:
@@ -149,7 +149,7 @@ def test_processes_share_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     np.testing.assert_array_equal(store.array(), alone)
 
 
-def test_another_run_waits_for_the_same_embeddings(tmp_path: Path) -> None:
+def test_a_second_run_waits_for_the_same_embeddings(tmp_path: Path) -> None:
     second, others = Letters(), list[threading.Thread]()
 
     class First(Letters):
@@ -167,7 +167,7 @@ def test_another_run_waits_for_the_same_embeddings(tmp_path: Path) -> None:
     np.testing.assert_array_equal(store.array(), units())
 
 
-def test_a_service_whose_model_is_another_one_now(tmp_path: Path) -> None:
+def test_a_service_that_serves_another_model_is_refused(tmp_path: Path) -> None:
     run_of(tmp_path).embed(TextList(TEXTS))
     run = run_of(tmp_path, Letters(dim=5))
     run.open()  # as a service is, to see that it answers
@@ -177,7 +177,7 @@ def test_a_service_whose_model_is_another_one_now(tmp_path: Path) -> None:
         run.embed(TextList(TEXTS))
 
 
-def test_bad_stores_and_encoders_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_stores_and_encoders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = run_of(tmp_path).embed(TextList(TEXTS))
     (store.folder / "done" / "1").unlink()
     with pytest.raises(DataFlexError, match=r"holds embeddings of length 8.*has changed. Delete"):
@@ -219,7 +219,7 @@ def pool_of(rows: list[tuple[list[int], list[int]]]) -> Pool:
 ROWS = [([1, 2, 3], [-100, 2, 3]), ([4, 5], [4, 5]), ([6, 7], [-100, -100])]
 
 
-def test_parts_of_samples_are_told_by_their_labels() -> None:
+def test_labels_decide_which_part_of_a_sample_is_embedded() -> None:
     pool = pool_of(ROWS)
     assert SampleTexts(pool).read(0, 3) == ["abc", "de", "fg"]
     assert SampleTexts(pool, "prompt").read(0, 3) == ["a", "", "fg"]
@@ -244,7 +244,7 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> Letters:
     return encoder
 
 
-def test_a_run_makes_each_embedding_once_for_all_who_ask(letters: Letters, tmp_path: Path) -> None:
+def test_a_run_computes_each_embedding_once_for_all_components(letters: Letters, tmp_path: Path) -> None:
     pool, held = pool_of(ROWS), pool_of([([8, 8], [8, 8])])
     params = EmbeddingParams(encoder="x")
     wanted = {
@@ -290,7 +290,7 @@ def test_components_read_an_encoders_embeddings_by_their_service(letters: Letter
     np.testing.assert_array_equal(some(np.array([2, 0]), None), source(None)[[2, 0]])
 
 
-def test_a_vector_for_each_text_is_wanted(tmp_path: Path) -> None:
+def test_an_encoder_must_return_a_vector_for_each_text(tmp_path: Path) -> None:
     class Short(Letters):
         def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
             return super().encode(texts)[:1]
@@ -302,14 +302,14 @@ def test_a_vector_for_each_text_is_wanted(tmp_path: Path) -> None:
     assert replace(run).root == tmp_path
 
 
-def test_texts_that_are_no_samples(letters: Letters, tmp_path: Path) -> None:
+def test_texts_that_are_not_samples_can_be_embedded(letters: Letters, tmp_path: Path) -> None:
     found = embed_texts(["ab", " "], EmbeddingParams(encoder="x"), tmp_path)
     np.testing.assert_allclose(found[0, :2], 2**-0.5, atol=1e-3)
     assert not found[1].any()
     assert letters.is_closed
 
 
-def test_a_service_that_is_down_shows_before_anything_is_embedded(
+def test_a_service_that_is_down_is_named_before_anything_is_embedded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []

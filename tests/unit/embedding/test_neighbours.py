@@ -36,7 +36,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_all_is_found_in_order(metric: Any, dtype: Any, seed: int) -> None:
+def test_neighbours_equal_a_full_sort(metric: Any, dtype: Any, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for size, k in ((1000, 1), (1000, 40), (900, 300), (50, 60), (1, 1)):
         base = rng.standard_normal((size, 9)).astype(dtype)
@@ -52,7 +52,7 @@ def test_all_is_found_in_order(metric: Any, dtype: Any, seed: int) -> None:
         np.testing.assert_allclose(distances, expected[:, :k], atol=1e-6)
 
 
-def test_a_query_is_not_its_own_neighbour_but_its_double_is() -> None:
+def test_a_query_is_not_its_own_neighbour_but_its_duplicate_is() -> None:
     base = np.random.default_rng(0).standard_normal((300, 5)).astype(np.float32)
     base[17] = base[250]
     indices, distances = nearest(base, base, 299, exclude_self=True, metric="l2")
@@ -63,7 +63,7 @@ def test_a_query_is_not_its_own_neighbour_but_its_double_is() -> None:
     assert nearest(base[:1], base[:1], 3, exclude_self=True)[0].shape == (1, 0)
 
 
-def test_neither_blocks_nor_neighbours_in_a_call_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_sizes_and_numbers_of_neighbours_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(3)
     base, queries = (rng.standard_normal((size, 130)).astype(np.float32) for size in (2000, 41))
     base[1000:1500] = base[:500]
@@ -103,7 +103,7 @@ def test_both_libraries_of_products_find_the_same(metric: Any, monkeypatch: pyte
     np.testing.assert_array_equal(found[0][1], found[1][1])
 
 
-def test_shortened_numbers_that_training_allows_stay_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_precision_of_products_that_training_set_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "_is_intel", lambda: True)  # torch multiplies
     matmul = torch.backends.cuda.matmul
     was = matmul.fp32_precision
@@ -131,7 +131,7 @@ def test_products_of_a_device_give_the_same(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
-def test_what_is_not_measured_is_right_up_to_rounding(metric: Any) -> None:
+def test_distances_that_are_not_recomputed_are_right_up_to_rounding(metric: Any) -> None:
     rng = np.random.default_rng(6)
     base, queries = (rng.standard_normal((size, 9)).astype(np.float32) for size in (1500, 30))
     indices, distances = nearest(queries, base, 400, metric=metric)

@@ -96,7 +96,7 @@ def service(probe: Any, pool: Pool, **wanted: EmbeddingParams) -> EmbeddingServi
     return EmbeddingService(wanted, pool, probe)
 
 
-def test_components_that_ask_for_the_same_share_one_measurement() -> None:
+def test_components_with_the_same_embeddings_share_one_measurement() -> None:
     probe, pool = CountingProbe(), make_pool({"a": 5})
     wanted = {"select": NearParams(), "order": NearParams(pooling="mean"), "mix": NearParams(pooling="last")}
     shared = service(probe, pool, **wanted)
@@ -114,7 +114,7 @@ def test_components_that_ask_for_the_same_share_one_measurement() -> None:
     assert shared.of_all("weight") is None
 
 
-def test_a_weighter_reads_those_of_its_step_and_of_validation_samples() -> None:
+def test_a_weighter_reads_embeddings_of_its_step_and_of_validation_samples() -> None:
     import torch
 
     probe, pool, held = CountingProbe(), make_pool({"a": 5}), make_pool({"v": 3}, rows=[{"input_ids": [1]}] * 3)
@@ -132,7 +132,7 @@ def test_a_weighter_reads_those_of_its_step_and_of_validation_samples() -> None:
     assert len(probe.asked) == 2
 
 
-def test_a_decision_reads_them_of_its_context() -> None:
+def test_a_decision_reads_embeddings_from_its_context() -> None:
     with pytest.raises(ComponentError, match=r"return Needs\(embeddings=self.params\)"):
         context(make_pool({"a": 4})).embeddings()
     probe, pool = CountingProbe(), make_pool({"a": 40})
@@ -144,7 +144,7 @@ def test_a_decision_reads_them_of_its_context() -> None:
     assert len(probe.asked) == 1
 
 
-def test_a_run_hands_them_to_its_components() -> None:
+def test_a_run_gives_embeddings_to_its_components() -> None:
     from dataflex.trainer.run import LoadedRun
     from unit.trainer.test_run import arguments
 
@@ -168,7 +168,7 @@ def said(config: RunConfig, key: str) -> str:
     return " ".join(each.message for each in problems_of(config) if each.key == key)
 
 
-def test_what_cannot_be_had_is_refused_before_a_model_is_loaded() -> None:
+def test_embeddings_that_cannot_be_computed_are_refused_before_a_model_is_loaded() -> None:
     assert "must extend dataflex.EmbeddingParams" in said(asking("test_bare_embeddings"), "dataflex.select")
     config = asking("test_near", embedding_text="prompt")
     assert not said(config, "dataflex.select.embedding_text")
@@ -181,7 +181,7 @@ def test_what_cannot_be_had_is_refused_before_a_model_is_loaded() -> None:
     assert "embeds samples" in said(config, "streaming")
 
 
-def test_a_layer_that_is_not_there_shows_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_a_missing_layer_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     config = asking("test_near", layer=5)
     config.llamafactory["model_name_or_path"] = str(tmp_path)
     for content, is_told in (
@@ -209,7 +209,7 @@ def test_embeddings_of_the_model_in_training_are_a_measurement_of_the_plan() -> 
     assert expected_forwards(near, near.needs(None), run) == 0
 
 
-def test_the_plan_of_a_run_tells_what_encoders_make() -> None:
+def test_the_plan_of_a_run_lists_the_embeddings_of_encoders() -> None:
     near = Near(NearParams(encoder="asset:all-minilm-l6-v2", embedding_folder="vectors"))
     keys = TrainerKeys(max_steps=20, per_device=2)
     plan = plan_of(

@@ -168,7 +168,7 @@ def _check(metric: dict[str, float], right: list[bool]) -> None:
     assert metric["stderr"] == pytest.approx(values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def test_letters_equal_plain_transformers(evaluated: Evaluated) -> None:
+def test_choices_by_letter_equal_plain_transformers(evaluated: Evaluated) -> None:
     result = evaluated.results["letters"]
     right: dict[str, list[bool]] = {subject: [] for subject in SUBJECTS}
     for row in _read(evaluated.folder / "choice.jsonl"):
@@ -188,7 +188,7 @@ def test_letters_equal_plain_transformers(evaluated: Evaluated) -> None:
     assert result["form"] == "multiple_choice"
 
 
-def test_text_equals_plain_transformers(evaluated: Evaluated) -> None:
+def test_choices_by_text_equal_plain_transformers(evaluated: Evaluated) -> None:
     result = evaluated.results["text"]
     right, right_norm = [], []
     rows = _read(evaluated.folder / "choice.jsonl")
@@ -204,7 +204,7 @@ def test_text_equals_plain_transformers(evaluated: Evaluated) -> None:
     assert result["chance"] == pytest.approx(np.mean([1 / len(row["choices"]) for row in rows]))
 
 
-def test_equal_to_the_harness_called_by_hand(evaluated: Evaluated, tmp_path: Path) -> None:
+def test_results_equal_the_harness_called_by_hand(evaluated: Evaluated, tmp_path: Path) -> None:
     """The same numbers from tasks in the harness's own style, written here."""
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
@@ -296,7 +296,9 @@ def test_equal_to_the_harness_called_by_hand(evaluated: Evaluated, tmp_path: Pat
     assert results["numbers"]["chance"] is None
 
 
-def test_tasks_of_the_harness(evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_of_the_harness_are_run_by_name(
+    evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A group of two tasks that the harness knows by name: its numbers, with errors and chance."""
     from lm_eval.tasks import TaskManager
 
@@ -339,7 +341,7 @@ def test_tasks_of_the_harness(evaluated: Evaluated, tmp_path: Path, monkeypatch:
         downstream.evaluate_tasks(model, None, read_settings(["local_tow"]), tmp_path / "out")
 
 
-def test_the_chat_template(evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_use_the_chat_template(evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Examples become turns; a template without a place for the description is told."""
     from dataflex.evaluation import harness
     from dataflex.evaluation.downstream import Asking, evaluate_tasks
@@ -390,7 +392,7 @@ def test_an_adapter_with_embeddings_of_its_own_fits_its_base(evaluated: Evaluate
         assert torch.allclose(loaded.model(ids).logits, trained(ids).logits, atol=1e-6)
 
 
-def test_what_is_written_and_printed(evaluated: Evaluated) -> None:
+def test_results_are_written_and_printed(evaluated: Evaluated) -> None:
     result = evaluated.results["part"]
     assert (result["samples"], result["settings"]["limit"], result["settings"]["batch_size"]) == (8, 8, 4)
     assert (result["model"], result["adapter"]) == (str(evaluated.folder / "model"), str(evaluated.run))
@@ -411,12 +413,12 @@ def test_what_is_written_and_printed(evaluated: Evaluated) -> None:
     assert not list((evaluated.run / "dataflex" / "tasks").glob(".*"))
 
 
-def test_a_prompt_that_is_cut_is_told(evaluated: Evaluated) -> None:
+def test_a_prompt_that_is_cut_gives_a_note(evaluated: Evaluated) -> None:
     notes = evaluated.results["long"]["notes"]
     assert any(note.startswith("1 prompts were longer than the model's context of 256 tokens") for note in notes)
 
 
-def test_the_draw_under_a_limit_is_that_of_the_seed(tmp_path: Path) -> None:
+def test_a_limit_draws_the_questions_by_the_seed(tmp_path: Path) -> None:
     rows = _choice_rows("x", {"a": 30, "b": 30})
     settings = TaskSettings(name="t", file=_write(tmp_path / "t.jsonl", rows), limit=20)
     task, problems = load_task(settings)
@@ -448,7 +450,7 @@ def test_the_draw_under_a_limit_is_that_of_the_seed(tmp_path: Path) -> None:
         ("", 0, 0),
     ],
 )
-def test_numbers_found_in_answers(tmp_path: Path, response: str, strict: int, flexible: int) -> None:
+def test_the_last_number_of_an_answer_is_found(tmp_path: Path, response: str, strict: int, flexible: int) -> None:
     from dataflex.evaluation.harness import configured
 
     rows = [{"question": "how many?", "answer": "so\n#### $18.0"}]
@@ -495,7 +497,7 @@ def test_errors_and_means_against_numpy() -> None:
         (1.0, 0.0, 20, False),
     ],
 )
-def test_the_warning_about_chance(value: float, stderr: float | None, count: int, told: bool) -> None:
+def test_a_result_near_chance_gives_a_warning(value: float, stderr: float | None, count: int, told: bool) -> None:
     note = chance_note("acc", Metric(value=value, stderr=stderr), [0.25] * count)
     assert (note is not None) is told
 
@@ -526,7 +528,7 @@ NUMBER = {"instruction": "q", "output": "#### 4"}
         ([{**GOOD, "answer": "Z"}] * 9, "And 6 more like these"),
     ],
 )
-def test_bad_rows(tmp_path: Path, rows: list[Any], text: str) -> None:
+def test_bad_rows_are_named_with_their_line(tmp_path: Path, rows: list[Any], text: str) -> None:
     problems = task_problems(TaskSettings(name="t", file=_write(tmp_path / "t.jsonl", rows)))
     assert text in "\n".join(map(str, problems))
     assert len(problems) <= 3
@@ -548,7 +550,7 @@ def test_bad_rows(tmp_path: Path, rows: list[Any], text: str) -> None:
         ({"file": None, "task": "gsm8k", "form": "generation"}, "t.form: cannot be set for the harness's task"),
     ],
 )
-def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
     _write(tmp_path / "choice.jsonl", [{**GOOD, "subject": "one"}, {**GOOD, "subject": "two"}])
     _write(tmp_path / "dev.jsonl", [{**GOOD, "subject": name} for name in ("one", "two", "one", "two", "one")])
     _write(tmp_path / "numbers.jsonl", [NUMBER])
@@ -572,7 +574,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any
         ("[{file: a.jsonl}, {file: b/a.jsonl}]", "a: two tasks have this name"),
     ],
 )
-def test_bad_task_files(tmp_path: Path, content: str, text: str) -> None:
+def test_bad_task_files_are_refused(tmp_path: Path, content: str, text: str) -> None:
     path = tmp_path / "tasks.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError) as error:
@@ -580,7 +582,7 @@ def test_bad_task_files(tmp_path: Path, content: str, text: str) -> None:
     assert text in str(error.value)
 
 
-def test_names_after_tasks(tmp_path: Path) -> None:
+def test_task_names_are_checked(tmp_path: Path) -> None:
     file = _write(tmp_path / "some.jsonl", [GOOD])
     first, second = read_settings([str(file), "arc_easy"], {"limit": 3})
     assert (first.name, first.file, first.limit, first.task) == ("some", file, 3, None)
@@ -590,7 +592,7 @@ def test_names_after_tasks(tmp_path: Path) -> None:
             read_settings([name])
 
 
-def test_prompts_of_ones_own(tmp_path: Path) -> None:
+def test_prompts_can_be_given_by_a_template(tmp_path: Path) -> None:
     rows = [{**GOOD, "question": "1 {x}?", "subject": "old_maths"}]
     settings = TaskSettings(
         name="t",
@@ -604,7 +606,7 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
     assert task.description("old_maths") == "On old maths: "
 
 
-def test_targets(evaluated: Evaluated, tmp_path: Path) -> None:
+def test_tasks_are_found_by_their_targets(evaluated: Evaluated, tmp_path: Path) -> None:
     model = evaluated.folder / "model"
     assert resolve_target(str(evaluated.run)).adapter == evaluated.run
     by_hand = resolve_target(str(model), evaluated.run)
@@ -665,7 +667,7 @@ def test_bad_arguments_are_reported_together(evaluated: Evaluated, capfd: pytest
         (["--num-fewshot", "1", "--fewshot-file", "{folder}/numbers_dev.jsonl"], "max_new_tokens: 256 must be below"),
     ],
 )
-def test_what_shows_with_the_model(
+def test_problems_that_need_the_model_are_reported(
     evaluated: Evaluated, capfd: pytest.CaptureFixture[str], tmp_path: Path, options: list[str], text: str
 ) -> None:
     command = ["eval", str(evaluated.folder / "model"), "--tasks", str(evaluated.folder / "numbers.jsonl")]

@@ -166,7 +166,9 @@ def test_the_row_and_the_data_set_are_named(tmp_path: Path, capsys: Any) -> None
         ("alpha,beta", "gone/easy", None),
     ],
 )
-def test_the_data_set_of_a_domain(dataset: Any, domain: str | None, expected: str | None, tmp_path: Path) -> None:
+def test_the_data_set_of_a_domain_is_found(
+    dataset: Any, domain: str | None, expected: str | None, tmp_path: Path
+) -> None:
     run = write_run(tmp_path / "run", COMPONENTS["order"], dataset=dataset)
     assert Record(run).dataset_of(domain) == expected
 
@@ -205,7 +207,7 @@ def test_every_sample_is_explained_as_the_plans_say(
     assert ask(capsys, as_version_1(run), "--index", *map(str, range(50))) == answer
 
 
-def test_a_rank_is_that_among_all_candidates(tmp_path: Path, capsys: Any) -> None:
+def test_a_rank_counts_all_candidates(tmp_path: Path, capsys: Any) -> None:
     run = write_run(tmp_path / "run", COMPONENTS["all"])
     ranked = 0
     for sample in ask(capsys, run, "--index", *map(str, range(50)))["samples"]:
@@ -220,7 +222,7 @@ def test_a_rank_is_that_among_all_candidates(tmp_path: Path, capsys: Any) -> Non
     assert ranked == 3 * 10  # 5 of alpha and 5 of beta, of which all are there once more, in each round
 
 
-def test_steps_of_an_attempt_that_was_given_up_are_not_trained(tmp_path: Path, capsys: Any) -> None:
+def test_steps_of_an_abandoned_attempt_do_not_count_as_trained(tmp_path: Path, capsys: Any) -> None:
     run = write_run(tmp_path / "run", COMPONENTS["select"], reached=11)
     with (run / "trainer_log.jsonl").open("a") as stream:
         stream.write(json.dumps({"current_steps": 8, "loss": 1.0}) + "\n")  # resumed from step 7
@@ -239,7 +241,9 @@ def test_steps_of_an_attempt_that_was_given_up_are_not_trained(tmp_path: Path, c
         ("all", "draw, initial shares of static (warm-up)", {"loss", "loss (every sample of beta)"}),
     ],
 )
-def test_what_chose_a_sample_is_named(name: str, warm: str, chosen: set[str], tmp_path: Path, capsys: Any) -> None:
+def test_the_method_that_chose_a_sample_is_named(
+    name: str, warm: str, chosen: set[str], tmp_path: Path, capsys: Any
+) -> None:
     run = write_run(tmp_path / "run", COMPONENTS[name])
     places = [place for s in ask(capsys, run, "--index", *map(str, range(50)))["samples"] for place in s["placements"]]
     assert {place["chosen_by"] for place in places if place["round"] == 0} == {warm}
@@ -247,7 +251,7 @@ def test_what_chose_a_sample_is_named(name: str, warm: str, chosen: set[str], tm
     assert all(place["domain"] == "beta" for place in places if "every sample" in place["chosen_by"])
 
 
-def test_a_sample_in_words(tmp_path: Path, capsys: Any) -> None:
+def test_a_sample_is_explained_in_words(tmp_path: Path, capsys: Any) -> None:
     run = write_run(tmp_path / "run", COMPONENTS["select"], reached=9)
     index, times = Counter(row.index for row in raw_rows(run)).most_common(1)[0]
     own = [row for row in raw_rows(run) if row.index == index]
@@ -268,7 +272,7 @@ def test_a_sample_in_words(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("name, by", [("select", "rank"), ("unranked", "score"), ("order", "position")])
-def test_the_best_of_a_round(name: str, by: str, tmp_path: Path, capsys: Any) -> None:
+def test_the_best_samples_of_a_round_are_listed(name: str, by: str, tmp_path: Path, capsys: Any) -> None:
     run = write_run(tmp_path / "run", COMPONENTS[name])
     rows = [row for row in raw_rows(run) if row.round == 2]
     keys = {
@@ -396,14 +400,16 @@ def broken(run: Path, how: str) -> None:
         ("whole", ["--full"], r"--no-text: --full needs the texts"),
     ],
 )
-def test_what_cannot_be_explained_says_why(how: str, words: list[str], text: str, tmp_path: Path, capsys: Any) -> None:
+def test_a_request_that_cannot_be_explained_is_refused_with_the_reason(
+    how: str, words: list[str], text: str, tmp_path: Path, capsys: Any
+) -> None:
     run = as_version_1(write_run(tmp_path / "run", COMPONENTS["select"]))
     broken(run, how)
     found = refused(capsys, run, *(words if "--no-text" in words or "--text" in words else ["--no-text", *words]))
     assert re.search(text, found), found
 
 
-def test_a_folder_that_is_no_run(tmp_path: Path, capsys: Any) -> None:
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: Any) -> None:
     assert "is not a folder" in refused(capsys, tmp_path / "nowhere")
     assert "config.yaml is missing" in refused(capsys, tmp_path)
 
@@ -435,7 +441,7 @@ def joined(parts: list[dict[str, str]], kind: str) -> str:
     return " ".join(part["text"] for part in parts if part["kind"] == kind)
 
 
-def test_texts_are_those_of_the_data(texts: Path, capsys: Any) -> None:
+def test_texts_are_read_from_the_data(texts: Path, capsys: Any) -> None:
     raw = raw_data(texts)
     for words in ([], ["--full"]):
         answer = ask(capsys, texts, "--index", *map(str, range(50)), *words, text=True)
@@ -469,9 +475,7 @@ def test_samples_are_found_by_their_text(texts: Path, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("case", ["sizes", "sets", "data", "tokenizer"])
-def test_without_the_data_of_the_run_it_is_explained_without_texts(
-    case: str, texts: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_a_run_without_its_data_is_explained_without_texts(case: str, texts: Path, tmp_path: Path, capsys: Any) -> None:
     run = tmp_path / "run"
     shutil.copytree(texts, run)
     data = shutil.copytree(texts.parent / "data", tmp_path / "data")

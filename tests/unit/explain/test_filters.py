@@ -113,7 +113,7 @@ def told(capsys: pytest.CaptureFixture[str], run: Path, *words: str) -> str:
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_every_sample_is_told_what_the_filter_said_of_it(mixed: bool, tmp_path: Path, capsys: Any) -> None:
+def test_every_sample_has_its_score_and_rank_in_the_filter(mixed: bool, tmp_path: Path, capsys: Any) -> None:
     run = write_run(tmp_path / "run", mixed)
     samples = ask(capsys, run, "--index", *map(str, range(50)))["samples"]
     for sample in samples:
@@ -135,7 +135,7 @@ def test_every_sample_is_told_what_the_filter_said_of_it(mixed: bool, tmp_path: 
                 assert place["score"] == pytest.approx(moved(SECOND, place["round"] - 1)[sample["index"]])
 
 
-def test_the_files_hold_what_was_left_first(tmp_path: Path) -> None:
+def test_the_files_list_the_samples_that_each_filter_kept(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", True)
     (file,) = (run / "dataflex" / "filters").iterdir()
     table = pa.ipc.open_stream(file.read_bytes()).read_all()
@@ -156,7 +156,7 @@ def test_the_files_hold_what_was_left_first(tmp_path: Path) -> None:
     assert read_run(run).round(5).filters[0].of_update == {"alpha": 3, "beta": 3}
 
 
-def test_which_selectors_decided_in_a_round(tmp_path: Path, capsys: Any) -> None:
+def test_the_selectors_that_decided_in_a_round_are_named(tmp_path: Path, capsys: Any) -> None:
     run = write_run(tmp_path / "run", False, last_every=2)
     lines = [json.loads(line) for line in (run / "dataflex" / "rounds.jsonl").read_text().splitlines()]
     # Decisions 0 to 6: the filter is due at 0, 3, 6 and the last one at 0, 2, 4, 6; at 3 the last one's result stands.
@@ -179,7 +179,7 @@ def test_which_selectors_decided_in_a_round(tmp_path: Path, capsys: Any) -> None
     ]
 
 
-def test_the_parts_in_words(tmp_path: Path, capsys: Any) -> None:
+def test_the_decisions_of_a_chain_are_explained_in_words(tmp_path: Path, capsys: Any) -> None:
     often = write_run(tmp_path / "often", False)
     assert (
         "select.0 coarse left 24 of 50 samples in round 1, which stands\nselect.1 fine chose 8 of 24 samples\n"
@@ -199,7 +199,7 @@ def test_the_parts_in_words(tmp_path: Path, capsys: Any) -> None:
     assert ["select.0", "coarse", "1", "4", f"{score:.4g}", str(rank), "of", "50", "left", "out"] in lines
 
 
-def test_a_resumed_record_is_that_of_a_run_never_cut(tmp_path: Path) -> None:
+def test_a_resumed_record_equals_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
     whole = write_run(tmp_path / "whole", True)
     cut, planner = tmp_path / "cut", planner_of(True)
     methods = {"select": "coarse, fine", "mix": "static"}
@@ -239,7 +239,9 @@ def test_a_report_of_a_list_of_selectors_names_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("within", [(0,), (1,), (0, 1)])
-def test_ranks_within_a_domain_are_told_among_its_samples(within: tuple[int, ...], tmp_path: Path, capsys: Any) -> None:
+def test_ranks_within_a_domain_count_the_samples_of_the_domain(
+    within: tuple[int, ...], tmp_path: Path, capsys: Any
+) -> None:
     planner = planner_of(False)
     assert planner.chain is not None
     for number in within:

@@ -214,7 +214,7 @@ def test_a_block_of_texts_has_the_mean_over_its_tokens(root: Path) -> None:
         ("pairs", "note", {"packing": True}, ["'note' holds text, and with packing", "packing: false"]),
     ],
 )
-def test_what_cannot_be_kept_is_refused(
+def test_a_column_that_cannot_be_stored_is_refused(
     root: Path, dataset: str, column: str, changes: dict[str, Any], parts: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -223,7 +223,7 @@ def test_what_cannot_be_kept_is_refused(
         assert part in str(caught.value)
 
 
-def test_rows_are_cut_off_not_lost(root: Path) -> None:
+def test_a_row_that_cutoff_len_truncates_keeps_its_value(root: Path) -> None:
     """A row longer than ``cutoff_len`` gives a shorter sample, its value is its own."""
     pool, _, _ = load(root, ("rank",), dataset="pairs", cutoff_len=3)
     assert pool.column("rank").tolist() == list(range(SIZE))
@@ -310,7 +310,7 @@ def test_tokenized_data_without_the_columns_is_refused(root: Path, tmp_path: Pat
         tokenized(root, tmp_path / "other", ("rank",))
 
 
-def test_a_column_that_was_not_kept_is_named(root: Path) -> None:
+def test_a_column_that_was_not_stored_is_named(root: Path) -> None:
     pool, _, _ = load(root, ("quality",), dataset="pairs")
     with pytest.raises(ConfigError, match=r"unknown column 'qualty'; did you mean 'quality'.*columns: \[qualty\]"):
         pool.column("qualty")
@@ -326,7 +326,7 @@ def test_means_of_equal_values_are_that_value() -> None:
     assert packs.mean(values).tolist() == pytest.approx([(3 + 14 + 44) / 21, 8, (1 + 80) / 6])
 
 
-def test_digests_are_of_the_values() -> None:
+def test_digests_of_columns_depend_on_their_values() -> None:
     numbers = np.array([1.0, np.nan, 2.0])
     assert column_digest(numbers) == column_digest(np.array([1.0, -np.nan, 2.0]))
     assert column_digest(numbers) != column_digest(np.array([1.0, 0.0, 2.0]))

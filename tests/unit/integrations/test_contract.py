@@ -33,12 +33,12 @@ def test_workflows_look_their_trainer_and_data_up_by_name(stages: dict, stage: s
     assert inspect.isclass(getattr(module, trainer))
 
 
-def test_get_dataset(stages: dict) -> None:
+def test_get_dataset_has_the_expected_parameters(stages: dict) -> None:
     names = ["template", "model_args", "data_args", "training_args", "stage", "tokenizer", "processor"]
     assert parameters(stages["sft"].get_dataset) == names
 
 
-def test_what_divides_a_data_set() -> None:
+def test_the_functions_that_split_and_preprocess_a_data_set_are_called_as_expected() -> None:
     from llamafactory.data import loader
 
     assert parameters(loader.split_dataset) == ["dataset", "eval_dataset", "data_args", "seed"]
@@ -57,7 +57,7 @@ def test_what_divides_a_data_set() -> None:
     )
 
 
-def test_the_frames_of_a_load() -> None:
+def test_the_frames_of_a_load_have_the_expected_variables() -> None:
     from llamafactory.data import loader
 
     assert {"dataset_names", "dataset_name"} <= set(loader._get_merged_dataset.__code__.co_varnames)
@@ -71,7 +71,7 @@ def test_the_frames_of_a_load() -> None:
         assert workflow_of(stage).get_dataset is loader.get_dataset
 
 
-def test_what_an_entry_and_a_row_may_have() -> None:
+def test_entries_and_rows_have_the_expected_keys() -> None:
     from llamafactory.data import converter, parser
     from llamafactory.extras.constants import FILEEXT2TYPE
 
@@ -94,14 +94,14 @@ def test_whole_models_can_be_loaded_under_deepspeed_and_fsdp() -> None:
     assert "ACCELERATE_USE_FSDP" in inspect.getsource(fsdp.is_fsdp_enabled)
 
 
-def test_tuner() -> None:
+def test_the_tuner_has_the_expected_functions() -> None:
     from llamafactory.train import tuner
 
     assert parameters(tuner.run_exp) == ["args", "callbacks"]
     assert "get_train_args(args)" in inspect.getsource(tuner._training_function)
 
 
-def test_rows_of_samples() -> None:
+def test_align_dataset_keeps_rows_in_order() -> None:
     from datasets import Dataset
     from llamafactory.data import loader
     from llamafactory.data.parser import DatasetAttr
@@ -122,7 +122,7 @@ def test_rows_of_samples() -> None:
     assert rows.select([7, 2, 5])._indices.column(0).to_pylist() == [7, 2, 5]
 
 
-def test_packing() -> None:
+def test_packing_processors_call_the_expected_functions() -> None:
     from llamafactory.data import loader
     from llamafactory.data.processor import supervised
     from llamafactory.data.processor.pretrain import PretrainDatasetProcessor
@@ -143,7 +143,7 @@ def test_packing() -> None:
     assert "block_size = self.data_args.cutoff_len" in texts
 
 
-def test_parts_of_a_data_set_for_several_processes() -> None:
+def test_a_data_set_is_divided_over_processes_as_expected() -> None:
     from datasets import Dataset
 
     from dataflex.integrations.llamafactory.batches import shards
@@ -156,7 +156,7 @@ def test_parts_of_a_data_set_for_several_processes() -> None:
     assert shards(3, None) == [3]
 
 
-def test_printing_of_logs() -> None:
+def test_logs_are_printed_by_the_expected_callbacks() -> None:
     from tqdm import tqdm
     from transformers import PrinterCallback, ProgressCallback, Trainer
 
@@ -174,7 +174,7 @@ def test_the_mean_loss_begins_anew_at_a_log_and_at_a_resume() -> None:
     assert "tr_loss -= tr_loss" in inspect.getsource(Trainer._maybe_log_save_evaluate)
 
 
-def test_trainer_seams() -> None:
+def test_the_trainer_calls_the_replaced_methods() -> None:
     from transformers import Trainer
 
     assert parameters(Trainer.compute_loss) == ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
@@ -191,7 +191,7 @@ def test_trainer_seams() -> None:
     assert [loop.index(name) for name in order] == sorted(loop.index(name) for name in order)
 
 
-def test_what_a_resume_takes_from_a_checkpoint() -> None:
+def test_a_resume_reads_the_expected_values_from_a_checkpoint() -> None:
     from transformers import EarlyStoppingCallback, Trainer, TrainerState
     from transformers.trainer_callback import CallbackHandler
 
@@ -232,7 +232,7 @@ def test_defaults_read_from_the_source_files_are_those_of_the_classes() -> None:
     assert set(real) - set(found) <= {"output_dir"}
 
 
-def test_evaluation_seams() -> None:
+def test_the_trainer_evaluates_through_the_replaced_methods() -> None:
     from transformers import Trainer
     from transformers.trainer_callback import DefaultFlowCallback
 
@@ -248,7 +248,7 @@ def test_evaluation_seams() -> None:
     assert parameters(Trainer.create_scheduler) == ["self", "num_training_steps", "optimizer"]
 
 
-def test_what_loads_a_pool_without_a_model() -> None:
+def test_a_pool_is_loaded_without_a_model_by_the_expected_functions() -> None:
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
@@ -289,7 +289,7 @@ def test_template_names_read_from_source_are_the_registered_ones() -> None:
     assert set(TEMPLATES) == templates()
 
 
-def test_tables_of_the_checks() -> None:
+def test_tables_of_the_checks_match_the_installed_releases() -> None:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from transformers.training_args import OptimizerNames
 

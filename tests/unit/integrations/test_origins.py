@@ -77,7 +77,7 @@ CASES: dict[str, tuple[str | None, dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_row_is_the_one_the_text_was_made_from(root: Path, name: str) -> None:
+def test_a_sample_is_traced_to_the_row_of_its_text(root: Path, name: str) -> None:
     column, changes, size = CASES[name]
     pool, tokenizer, _ = load(root, column, **{"dataset": "pairs", **changes})
     everyone = np.arange(pool.size)
@@ -119,7 +119,7 @@ def test_chosen_samples_of_a_divided_data_set_are_written_raw(root: Path, tmp_pa
     assert sorted(numbers_in(again, tokenizer)) == sorted(numbers[chosen])
 
 
-def test_media_are_looked_for_where_they_were(root: Path, tmp_path: Path) -> None:
+def test_media_of_exported_rows_are_found_in_the_original_folder(root: Path, tmp_path: Path) -> None:
     pool, _, given = load(root, dataset="pairs")
     info = json.loads((root / "data" / "dataset_info.json").read_text())
     source = tmp_path / "media"

@@ -60,11 +60,13 @@ def test_an_error_names_the_keys_it_is_about(
         ({"optim": "ademamix", "optim_args": "alpha=high"}, "optim_args"),
     ],
 )
-def test_schedule_and_optimizer_are_made(keys: dict[str, Any], changes: dict[str, Any], key: str) -> None:
+def test_a_schedule_or_optimizer_that_cannot_be_built_names_its_key(
+    keys: dict[str, Any], changes: dict[str, Any], key: str
+) -> None:
     assert error(keys, **changes).startswith(f"run.yaml: {key}: ")
 
 
-def test_what_fits_is_accepted(keys: dict[str, Any]) -> None:
+def test_schedules_and_optimizers_with_fitting_arguments_are_accepted(keys: dict[str, Any]) -> None:
     for changes in (
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "val_size": 0.1},
@@ -98,7 +100,7 @@ def test_a_dry_run_leaves_no_trace(
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_the_machine_lacks_is_a_note(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_capability_of_the_machine_is_a_note(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -116,7 +118,7 @@ def test_what_the_machine_lacks_is_a_note(keys: dict[str, Any], monkeypatch: pyt
     assert parsing.dry_run(split_config({**keys, "bf16": True, "use_cpu": True})) == []
 
 
-def test_training_refuses_before_the_model(keys: dict[str, Any]) -> None:
+def test_train_refuses_bad_arguments_before_the_model_is_loaded(keys: dict[str, Any]) -> None:
     from llamafactory.hparams import get_train_args
 
     def refused(**changes: Any) -> str:

@@ -79,7 +79,7 @@ NUMBERS = np.arange(500, 6000, 23) * 32.0
 
 
 @pytest.mark.parametrize("law", [(1.0, 0.7, 0.3), (2.0, -1.0, 0.2), (3.0, 0.5, 0.5), (4.0, -2.5, 0.35)])
-def test_a_curve_without_noise_gives_its_law_back(law: tuple[float, float, float]) -> None:
+def test_the_fit_recovers_the_law_of_a_curve_without_noise(law: tuple[float, float, float]) -> None:
     a, e, alpha = law
     found = base_scaling_law.fit(NUMBERS, np.exp(e) + np.exp(a) * NUMBERS**-alpha)
     np.testing.assert_allclose(found, law, rtol=1e-4)
@@ -118,7 +118,7 @@ def test_the_gradient_is_that_of_the_objective(law: tuple[float, float, float]) 
         assert gradient[number] == pytest.approx((ahead - behind) / 2e-6, rel=1e-4)
 
 
-def test_no_law_is_made_of_too_little() -> None:
+def test_too_few_points_give_no_law() -> None:
     assert base_scaling_law.fit(NUMBERS[:3], np.ones(3)) is None
     assert base_scaling_law.fit(NUMBERS[:9], np.array([1.0] * 8 + [0.0])) is None
     assert base_scaling_law.fit(NUMBERS[:9], np.array([1.0] * 8 + [np.nan])) is None
@@ -141,7 +141,7 @@ def test_the_history_is_bounded_and_keeps_means() -> None:
     assert history.curve(0, of_domain=True, ignore_steps=9, smoothing_steps=0)[0][0] == 3 * (16 + 4.5)
 
 
-def test_a_history_of_another_length_is_not_taken_back() -> None:
+def test_a_state_of_another_length_is_refused() -> None:
     history = base_scaling_law.LossHistory(64)
     for number in range(40):
         history.add(np.array([number + 1]), np.array([2.0]))
@@ -173,7 +173,7 @@ def with_laws(mixer: Any, laws: Any) -> Any:
     return mixer
 
 
-def test_ado_prefers_what_the_golden_numbers_say() -> None:
+def test_ado_gives_the_golden_numbers() -> None:
     pool = make_pool({"a": 600, "b": 400})
     mixer = build(ADOMixer, min_probability=0.0, start_step=10**6)
     mixer.mix(context(pool))
@@ -428,7 +428,7 @@ def test_aioli_with_a_moving_average_begins_at_equal_shares_each_time() -> None:
         used += 3
 
 
-def test_a_warm_up_between_does_not_count_as_learning() -> None:
+def test_a_warm_up_between_rounds_does_not_count_as_learning() -> None:
     rows = [[3.0], [2.5], [9.0], [8.8]]
     probe, pool, targets = Losses(rows), pool_of(2), targets_of(("v",))
     given = {"validation_pool": targets, "probe": probe, "num_updates": 99}
@@ -504,7 +504,7 @@ def test_skill_it_does_not_overflow_with_a_thousand_domains() -> None:
         np.testing.assert_allclose(shares, 1 / 1000, rtol=1e-9)
 
 
-def test_the_default_graph_goes_by_name_then_by_position() -> None:
+def test_the_default_graph_matches_names_then_positions() -> None:
     assert read_graph(None, ("a", "b"), ("b", "a")).tolist() == [[0.5, 1], [1, 0.5]]
     assert read_graph(None, ("a", "b"), ("x", "y")).tolist() == [[1, 0.5], [0.5, 1]]
     with pytest.raises(ConfigError, match=r"3 validation domains .* cannot be matched one to one with the 2 domains"):
@@ -536,7 +536,7 @@ def test_a_graph_in_a_file_is_read_once(tmp_path: Path) -> None:
     )
 
 
-def test_a_large_graph(tmp_path: Path) -> None:
+def test_a_large_graph_is_accepted(tmp_path: Path) -> None:
     names = tuple(f"domain {number}" for number in range(600))
     file = tmp_path / "graph.json"
     file.write_text(json.dumps({name: dict.fromkeys(names, 1) for name in names}))

@@ -89,7 +89,7 @@ def test_longer_gradients_are_cut_to_max_grad_norm(max_grad_norm: float, weights
     np.testing.assert_allclose(mixer.loss_weights, weights, atol=1e-6)
 
 
-def test_validation_gradients_are_cut_as_well() -> None:
+def test_validation_gradients_are_cut_to_max_grad_norm() -> None:
     gradients, targets = np.array([[8.0, 0.0], [0.0, 0.5]]), np.array([[0.0, 6.0], [3.0, 0.0]])
     found = alignments(gradients, targets, "official", 4.0)
     # cut to (4, 0), (0, 0.5) and (0, 4), (3, 0); the mean length of the first two is 2.25, and 5 the largest W
@@ -97,7 +97,7 @@ def test_validation_gradients_are_cut_as_well() -> None:
 
 
 @pytest.mark.parametrize("variant", ["official", "paper"])
-def test_the_golden_number(variant: str) -> None:
+def test_doge_gives_the_golden_number(variant: str) -> None:
     pool = make_pool({"a": 1, "b": 1, "c": 1})
     mixer = begun(pool, variant=variant)
     mixer.update_weights(step_of(pool, Gradients(GOLDEN), [0, 1, 2], [1, 1, 1]))
@@ -105,7 +105,7 @@ def test_the_golden_number(variant: str) -> None:
     np.testing.assert_allclose(alignments(GOLDEN, None, variant, 1.0), [0.6, 1.4, 0.8], rtol=2e-6)
 
 
-def test_by_default_it_is_the_official_variant() -> None:
+def test_the_default_is_the_official_variant() -> None:
     long = alignments(10 * GOLDEN, None, "official", 1.0)
     np.testing.assert_allclose(long, [0.6, 1.4, 0.8], rtol=2e-6)  # cut to length 1
     np.testing.assert_allclose(alignments(10 * GOLDEN, None, "paper", 1.0), [60, 140, 80])
@@ -156,7 +156,7 @@ def by_hand(
 @pytest.mark.parametrize("target", ["others", "validation"])
 @pytest.mark.parametrize("variant", ["official", "paper"])
 @pytest.mark.parametrize("count", [2, 3, 7])
-def test_twenty_steps_with_absent_domains(count: int, variant: str, target: str) -> None:
+def test_twenty_steps_with_absent_domains_follow_the_formula(count: int, variant: str, target: str) -> None:
     rng = np.random.default_rng(count)
     pool = make_pool({f"d{number}": 5 for number in range(count)})
     validation = make_pool({"v": 3, "w": 2}) if target == "validation" else None
@@ -202,7 +202,7 @@ def test_an_absent_domain_gets_no_gain() -> None:
 
 
 @pytest.mark.parametrize("tokens", [[4, 0, 0], [0, 0, 0]])
-def test_nothing_to_compare_with_changes_nothing(tokens: list[int]) -> None:
+def test_weights_stay_if_there_is_no_other_domain_to_compare_with(tokens: list[int]) -> None:
     pool = make_pool({"a": 2, "b": 2, "c": 2})
     for variant in ("official", "paper"):
         mixer = begun(pool, variant=variant)
@@ -210,7 +210,7 @@ def test_nothing_to_compare_with_changes_nothing(tokens: list[int]) -> None:
         np.testing.assert_array_equal(mixer.loss_weights, np.full(3, 1 / 3))
 
 
-def test_weights_stand_still_at_a_learning_rate_of_zero() -> None:
+def test_weights_stay_at_a_learning_rate_of_zero() -> None:
     pool = make_pool({"a": 1, "b": 1, "c": 1})
     mixer = begun(pool)
     for rate in (1e-2, 0.0):
@@ -219,7 +219,7 @@ def test_weights_stand_still_at_a_learning_rate_of_zero() -> None:
         assert np.allclose(mixer.loss_weights, before, atol=1e-12) == (rate == 0)
 
 
-def test_a_resumed_run_goes_on_as_it_was() -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run() -> None:
     pool, validation = make_pool({"a": 4, "b": 4, "c": 4}), make_pool({"v": 9})
     rng = np.random.default_rng(0)
     samples, seen = rng.normal(size=(6, 12, 5)), rng.normal(size=(9, 5))
@@ -245,7 +245,7 @@ def test_a_resumed_run_goes_on_as_it_was() -> None:
 # What is asked of the probe
 
 
-def test_gradients_keep_their_length() -> None:
+def test_gradients_are_projected_without_normalisation() -> None:
     pool, validation = make_pool({"a": 1, "b": 1, "c": 1}), make_pool({"v": 4})
     probe = Gradients(GOLDEN, np.ones((4, 2)))
     given = {"projection": "rademacher", "proj_dim": 64, "projection_seed": 5, "unsupported_parameters": "ignore"}
@@ -257,7 +257,7 @@ def test_gradients_keep_their_length() -> None:
     assert targets == dataclasses.replace(asked, reduction="mean")  # also its map
 
 
-def test_every_step_has_a_map_of_its_own() -> None:
+def test_every_step_draws_another_random_map() -> None:
     pool = make_pool({"a": 1, "b": 1, "c": 1})
     probe = Gradients(GOLDEN)
     for seed, step in [(0, 0), (0, 1), (1, 0), (0, 1)]:
@@ -268,7 +268,7 @@ def test_every_step_has_a_map_of_its_own() -> None:
     assert second == again
 
 
-def test_a_step_costs_by_its_own_domains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_computes_only_with_its_own_domains(monkeypatch: pytest.MonkeyPatch) -> None:
     count, calls = 3000, []
     pool = make_pool({f"d{number}": 1 for number in range(count)})
     domain_ids = Pool.domain_ids
@@ -314,7 +314,7 @@ def asks(**params: Any) -> bool:
     return build(DogeMixer, **params).needs(RunConfig({}, None)).validation is not None
 
 
-def test_validation_is_asked_for_only_where_it_is_used() -> None:
+def test_validation_samples_are_needed_only_by_variants_that_use_them() -> None:
     assert asks(target="validation", validation=["v"])
     assert asks(target="validation", subtask_column="kind")
     assert not asks()
@@ -342,7 +342,7 @@ def test_bad_parameters_are_refused(given: dict[str, Any]) -> None:
         DogeMixer.Params(**given)
 
 
-def test_samples_are_drawn_uniformly_or_as_told() -> None:
+def test_samples_are_drawn_uniformly_or_by_the_given_shares() -> None:
     pool = make_pool({"a": 30, "b": 10})
     ctx: RoundContext = context(pool)
     assert begun(pool).mix(ctx).tolist() == [1, 1]
@@ -397,7 +397,7 @@ def autograd(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) 
 
 
 @pytest.mark.parametrize("maker", [llama, lora], ids=["llama", "lora"])
-def test_domain_gradients_are_those_of_the_domains_mean_losses(maker: Any) -> None:
+def test_domain_gradients_equal_autograd_of_the_mean_losses(maker: Any) -> None:
     model, inputs, labels, probe = real(maker)
     tokens = tokens_of(labels)
     assert tokens[2] == 0
@@ -431,7 +431,7 @@ def test_the_target_is_the_mean_gradient_of_validation_samples() -> None:
     np.testing.assert_allclose(mixer._validation_gradients(ctx)[0], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_sketched_inner_products_lie_around_the_exact_ones() -> None:
+def test_sketched_inner_products_are_close_to_the_exact_ones() -> None:
     model, inputs, labels, probe = real(lambda: llama(num_hidden_layers=1))
     exact = autograd(model, inputs, labels)
     dim, steps = 256, 50

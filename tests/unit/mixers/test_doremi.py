@@ -49,7 +49,7 @@ def mixer(domains: int, **params: Any) -> DoReMiMixer:
     return made
 
 
-def test_golden_update() -> None:
+def test_an_update_has_the_golden_numbers() -> None:
     made = mixer(3)
     made._weights = np.array([0.5, 0.3, 0.2])
     made.update_weights(step([0.2, 0.0, 0.5]))
@@ -58,7 +58,7 @@ def test_golden_update() -> None:
 
 @pytest.mark.parametrize("domains", [2, 3, 7])
 @pytest.mark.parametrize("eta, c", [(1.0, 1e-3), (0.1, 0.05), (3.0, 0.0)])
-def test_trajectory_is_the_papers(domains: int, eta: float, c: float) -> None:
+def test_the_trajectory_follows_the_formula_of_the_paper(domains: int, eta: float, c: float) -> None:
     rng = random.Random(domains)
     made = mixer(domains, reweight_eta=eta, reweight_eps=c)
     alpha, last, total = [1.0 / domains] * domains, [0.0] * domains, [0.0] * domains
@@ -85,7 +85,7 @@ def test_trajectory_is_the_papers(domains: int, eta: float, c: float) -> None:
     assert found["steps"] == 20
 
 
-def test_nothing_is_found_where_nothing_was_decided() -> None:
+def test_a_run_without_steps_has_no_mixture() -> None:
     names, made = ("d0", "d1"), mixer(2)
     assert made.result(names) is None
     made.update_weights(step([0.1, 0.2]))
@@ -99,7 +99,7 @@ def test_equal_excess_leaves_the_weights() -> None:
     np.testing.assert_allclose(made.loss_weights, [0.1, 0.2, 0.3, 0.4], rtol=1e-12)
 
 
-def test_no_gain_overflows() -> None:
+def test_a_large_excess_does_not_overflow() -> None:
     assert exponentiated_update(np.array([0.5, 0.5]), np.array([2000.0, 0.0]), 0.1) == pytest.approx([0.95, 0.05])
 
 
@@ -250,12 +250,12 @@ def in_a_group(rank: int, store: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_gradient_is_that_of_the_papers_objective() -> None:
+def test_the_gradient_equals_that_of_the_papers_objective() -> None:
     check(0, 1)
 
 
 @pytest.mark.timeout(300)
-def test_gradient_on_two_processes(tmp_path: Path) -> None:
+def test_the_gradient_is_the_same_on_two_processes(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(in_a_group, args=(tmp_path / "store",), nprocs=2)
 
 
@@ -273,7 +273,7 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
         weighs.decide(torch.tensor([0, 1]), torch.tensor([1.0, NAN]), torch.tensor([1.0, NAN]))
 
 
-def test_what_a_mixer_measures_and_is_not_finite_is_told_with_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_that_is_not_finite_is_named_with_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(ctx: StepContext) -> None:
         raise DivergenceError("the gradient of pool index 3 is not finite")
 
@@ -291,7 +291,7 @@ def test_what_a_mixer_measures_and_is_not_finite_is_told_with_its_step(monkeypat
         weighs.decide(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
 
 
-def test_a_broken_reference_is_no_absent_domain() -> None:
+def test_a_reference_loss_that_is_not_finite_is_an_error() -> None:
     for broken in (NAN, math.inf):
         weighs = DomainLoss(
             mixer(2),

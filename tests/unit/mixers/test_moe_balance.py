@@ -127,7 +127,7 @@ def watched(model: Any, pool: Pool, indices: NDArray[np.int64]) -> NDArray[np.fl
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_loads_are_those_of_the_gates(name: str) -> None:
+def test_loads_equal_those_of_the_gates(name: str) -> None:
     maker, experts = MODELS[name]
     model, pool = make(maker), a_pool()
     indices = np.random.default_rng(1).permutation(30)[:20]
@@ -143,7 +143,7 @@ def test_loads_are_those_of_the_gates(name: str) -> None:
         assert (part.std(axis=0) > 0.01).all()  # the samples differ, and every expert is used
 
 
-def test_padding_on_either_side_does_not_count() -> None:
+def test_padding_on_either_side_does_not_count_as_load() -> None:
     model, pool = make(lambda: mixtral(**SPREAD)), a_pool()
     expected = watched(model, pool, np.arange(30))
     for options in ({"side": "left"}, {"four": True}, {"side": "left", "four": True}):
@@ -151,7 +151,7 @@ def test_padding_on_either_side_does_not_count() -> None:
         np.testing.assert_allclose(probe.measure(ExpertLoads(), np.arange(30)), expected, atol=1e-6)
 
 
-def test_a_batch_without_a_mask_is_all_real() -> None:
+def test_without_a_mask_every_token_counts() -> None:
     model, pool = make(lambda: mixtral(**SPREAD)), a_pool()
     alone = probe_of(model, pool, 1, collate=lambda rows: {**collate(rows), "attention_mask": None})
     np.testing.assert_allclose(
@@ -159,7 +159,7 @@ def test_a_batch_without_a_mask_is_all_real() -> None:
     )
 
 
-def test_a_router_that_is_no_plain_softmax() -> None:
+def test_loads_of_a_router_without_a_plain_softmax_are_measured() -> None:
     """DeepSeek-V3 chooses by sigmoid plus a bias within groups: what its router returns is what counts."""
     sizes = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 8}
     attention = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 4, "qk_nope_head_dim": 4}
@@ -201,7 +201,7 @@ def test_ranks_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(sum(parts), whole, atol=1e-6)
 
 
-def test_looking_leaves_no_trace() -> None:
+def test_measuring_loads_leaves_no_trace() -> None:
     model, pool = make(lambda: mixtral(**SPREAD)).train(), a_pool()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
@@ -221,7 +221,7 @@ def test_dense_models_are_refused_by_name() -> None:
             probe_of(model, pool).measure(ExpertLoads(), np.arange(3))
 
 
-def test_experts_that_are_not_handed_numbers_are_refused() -> None:
+def test_experts_that_receive_no_indices_are_refused() -> None:
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
     probe = probe_of(GraniteMoeForCausalLM(GraniteMoeConfig(**{**SIZES, **sizes})), a_pool())
     with pytest.raises(ComponentError, match=r"^GraniteMoeForCausalLM shows no routing"):
@@ -280,7 +280,7 @@ def reference(
 
 @pytest.mark.parametrize("distance", ["l2", "cos"])
 @pytest.mark.parametrize("sizes", [[8, 24], [8, 8, 16], [16, 8, 8, 8, 24, 8, 8]])
-def test_shares_over_twenty_decisions(sizes: list[int], distance: str) -> None:
+def test_shares_over_twenty_decisions_follow_the_formula(sizes: list[int], distance: str) -> None:
     pool = make_pool({f"d{number}": size for number, size in enumerate(sizes)})
     mixer = build(MoeBalanceMixer, distance=distance, eta=3.0, smoothing=0.1)
     layers = [4, 6, 3]
@@ -297,7 +297,7 @@ def test_shares_over_twenty_decisions(sizes: list[int], distance: str) -> None:
     assert len(sizes) == 2 or max(expected) > 1.2 * min(expected)  # two domains are equally far from each other
 
 
-def test_two_domains_by_hand() -> None:
+def test_shares_of_two_domains_equal_a_computation_by_hand() -> None:
     # l2 of (1, 0, 0) and (0, .6, .4) is sqrt(1 + .36 + .16); the mean with the distance 0 to itself is half of that
     loads = np.array([[1, 0, 0], [0, 0.6, 0.4]])
     np.testing.assert_allclose(mean_distances(loads, "l2"), [math.sqrt(1.52) / 2] * 2)
@@ -319,7 +319,7 @@ def test_many_domains_take_no_array_of_all_pairs_and_experts() -> None:
         assert found[domain] == pytest.approx(sum(apart) / 300, rel=1e-12)
 
 
-def test_what_is_redundant_gets_less() -> None:
+def test_a_redundant_domain_gets_a_smaller_share() -> None:
     pool = make_pool({"a": 8, "b": 8, "alone": 8})
     loads = np.repeat([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], 8, axis=0)
     mixer = build(MoeBalanceMixer)
@@ -334,7 +334,7 @@ def test_equal_domains_only_come_nearer_to_each_other() -> None:
     np.testing.assert_allclose(shares, 0.95 * np.array([0.75, 0.25]) + 0.05 / 2)
 
 
-def test_where_the_shares_begin() -> None:
+def test_shares_begin_at_the_initial_proportions_or_sizes() -> None:
     pool = make_pool({"a": 30, "b": 10})
     ctx = context(pool, probe=Loads(np.full((40, 4), 0.25)))
     mixer = build(MoeBalanceMixer, initial_proportions={"b": 3, "a": 0}, smoothing=0)
@@ -362,7 +362,7 @@ def test_samples_are_drawn_anew_for_every_decision() -> None:
     assert drawn(1, build(MoeBalanceMixer, samples_per_domain=8)) == second
 
 
-def test_a_resumed_run_goes_on_as_it_was() -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run() -> None:
     pool = make_pool({"a": 16, "b": 8, "c": 8})
 
     def rounds(mixer: Any, numbers: range) -> list[list[float]]:
@@ -387,7 +387,7 @@ def test_plans_follow_the_shares() -> None:
         assert np.bincount(pool.domain_ids(plan.indices)).tolist() == [30, 10]  # two domains are equally far apart
 
 
-def test_domains_of_a_real_model() -> None:
+def test_domains_that_use_other_experts_get_larger_shares() -> None:
     """Two domains of the same tokens and one of others: the shares leave the two."""
     model, rng = make(lambda: mixtral(**SPREAD)), np.random.default_rng(3)
     tokens = [np.arange(3, 9), np.arange(3, 9), np.arange(40, 46)]
@@ -406,7 +406,7 @@ def test_bad_parameters_are_refused(given: dict[str, Any]) -> None:
         MoeBalanceMixer.Params(**given)
 
 
-def test_shares_are_of_the_pools_domains() -> None:
+def test_initial_proportions_must_fit_the_domains() -> None:
     mixer = build(MoeBalanceMixer, initial_proportions=[1, 2])
     assert mixer.check_domains(("a", "b", "c"))[0] == "initial_proportions"
 

@@ -183,7 +183,7 @@ def test_odm_official_counts_the_steps_of_the_warm_up_but_learns_nothing_from_th
     assert mixer.mix(context(pool))[0] == pytest.approx(expected[0], abs=0.01)
 
 
-def test_odm_official_keeps_the_shares_of_the_warm_up_until_it_has_heard_more() -> None:
+def test_odm_official_keeps_the_shares_of_the_warm_up_until_rewards_arrive() -> None:
     pool = make_pool({"a": 30, "b": 10})
     mixer = build(OdmMixer, variant="official", initial_proportions={"b": 1, "a": 3})
     planner = make_planner(pool, steps=2, batch=4, warmup=5, rounds=2, mix=mixer)
@@ -201,7 +201,7 @@ def test_odm_official_keeps_the_shares_of_the_warm_up_until_it_has_heard_more() 
     assert "mix" not in decided.undecided
 
 
-def test_odm_hears_rewards_in_warm_up_but_keeps_to_the_initial_proportions() -> None:
+def test_odm_learns_in_warm_up_but_keeps_the_initial_proportions() -> None:
     pool = make_pool({"a": 30, "b": 10})
     mixer = build(OdmMixer, initial_proportions={"b": 1, "a": 3})
     planner = make_planner(pool, steps=2, batch=4, warmup=5, rounds=2, mix=mixer)
@@ -239,7 +239,7 @@ def test_odm_exponents_are_neither_clipped_nor_overflow() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_odm_leaves_a_domain_without_a_loss_the_floor_or_the_least(variant: str) -> None:
+def test_odm_gives_a_domain_without_a_loss_the_floor_or_the_least_share(variant: str) -> None:
     mixer = build(OdmMixer, variant=variant)
     for step in range(10):
         mixer.on_step(heard([2.0, NAN, 3.0], [0.5, 0.0, 0.5], step + 1))
@@ -250,7 +250,7 @@ def test_odm_leaves_a_domain_without_a_loss_the_floor_or_the_least(variant: str)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_odm_with_many_domains(variant: str) -> None:
+def test_odm_works_with_many_domains(variant: str) -> None:
     mixer, pool = build(OdmMixer, variant=variant), pool_of(1000)
     rng = np.random.default_rng(0)
     for step in range(200):
@@ -434,7 +434,7 @@ def test_unimax_keeps_the_cap_over_a_whole_run() -> None:
     assert np.unique(indices).size == 360
 
 
-def test_unimax_in_warm_up_and_of_many_domains() -> None:
+def test_unimax_works_in_warm_up_and_with_many_domains() -> None:
     pool = make_pool({"a": 10, "b": 90})
     ctx = context(pool, total_steps=50, steps=1, size=1)
     np.testing.assert_allclose(build(UnimaxMixer).initial(ctx), [0.2, 0.8])
@@ -581,7 +581,7 @@ def trajectory(mixer: Mixer, pool: Pool, table: list[list[float]], begin: int) -
     ],
     ids=["odm-paper", "odm-official", "group_dro"],
 )
-def test_state_taken_in_the_middle_goes_on_exactly(make: Any, cut: int, tmp_path: Path) -> None:
+def test_a_state_stored_in_the_middle_resumes_exactly(make: Any, cut: int, tmp_path: Path) -> None:
     pool, table = pool_of(3), loss_table(3)
     whole = trajectory(make(), pool, table, 0)
     first = make()
@@ -593,7 +593,7 @@ def test_state_taken_in_the_middle_goes_on_exactly(make: Any, cut: int, tmp_path
     assert begun + trajectory(second, pool, table, cut) == whole
 
 
-def test_state_is_not_changed_by_going_on() -> None:
+def test_a_stored_state_is_not_changed_by_later_steps() -> None:
     mixer = build(OdmMixer)
     mixer.on_step(heard([1.0, 2.0], [0.5, 0.5]))
     state = mixer.state_dict()

@@ -55,7 +55,7 @@ def test_proportional_does_not_overflow() -> None:
     np.testing.assert_allclose(shares, [0, 1], atol=1e-12)
 
 
-def test_static_keeps_what_is_given() -> None:
+def test_static_keeps_the_given_proportions() -> None:
     mixer = build(StaticMixer, proportions=[7, 2, 1])
     assert mixer.mix(context(POOL)).tolist() == [7, 2, 1]
     assert mixer.initial(context(POOL)).tolist() == [7, 2, 1]
@@ -69,7 +69,7 @@ def test_uniform_gives_equal_shares() -> None:
     "mixer, expected",
     [(UniformMixer, [1, 1, 1]), (ProportionalMixer, [90, 9, 1]), (RandomMixer, [90, 9, 1])],
 )
-def test_initial_proportions(mixer: type[Mixer], expected: list[float]) -> None:
+def test_initial_proportions_are_normalised_and_checked(mixer: type[Mixer], expected: list[float]) -> None:
     own = build(mixer).initial(context(POOL))
     np.testing.assert_allclose(own / own.sum(), np.array(expected) / sum(expected))
     assert build(mixer, initial_proportions=[1, 2, 3]).initial(context(POOL)).tolist() == [1, 2, 3]
@@ -176,7 +176,7 @@ class Given(Mixer):
         [0.0, 0.0, 0.0],
     ],
 )
-def test_proportions_no_plan_can_be_made_of_name_the_mixer(value: object) -> None:
+def test_unusable_proportions_name_the_mixer(value: object) -> None:
     mixer = build(Given)
     mixer.value = np.array(value)
     with pytest.raises(ComponentError, match=r"mixer 'given' .*3 finite.*a, b, c"):

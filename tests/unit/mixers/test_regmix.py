@@ -125,13 +125,13 @@ def test_a_domain_without_a_prior_is_left_out_and_costly_mixtures_are_distinct()
         ({"min_weight": 0.25}, "min_weight: .* below 1 / 4"),
     ],
 )
-def test_mixtures_that_cannot_be_drawn(given: dict[str, Any], text: str) -> None:
+def test_mixtures_that_cannot_be_drawn_are_refused(given: dict[str, Any], text: str) -> None:
     settings: dict[str, Any] = {"prior": PRIOR, "count": 100, **given}
     with pytest.raises(ConfigError, match=text):
         sample_mixtures(settings.pop("prior"), settings.pop("count"), rng(), Drawing(**settings))
 
 
-def test_a_linear_truth_is_found() -> None:
+def test_a_linear_relation_is_recovered() -> None:
     truth = np.array([2.0, 3.5, 1.25, 4.0])
     mixtures = sample_mixtures(PRIOR, 12, rng(), Drawing(max_epochs=None))
     regression = fit(mixtures, mixtures @ truth, "linear", seed=0)
@@ -170,7 +170,7 @@ def test_the_order_of_the_domains_does_not_matter_and_fits_repeat(regressor: Any
     np.testing.assert_allclose(permuted, plain, atol=1e-9)
 
 
-def test_few_mixtures_are_refused_before_trees_become_a_constant() -> None:
+def test_too_few_mixtures_for_trees_are_refused() -> None:
     mixtures = sample_mixtures(PRIOR, MIN_LIGHTGBM, rng())
     assert np.ptp(fit(mixtures, curved(mixtures), "lightgbm", 0).predict(mixtures)) > 0
     cross_validated(mixtures, curved(mixtures), "lightgbm", 0)
@@ -181,7 +181,7 @@ def test_few_mixtures_are_refused_before_trees_become_a_constant() -> None:
         cross_validated(mixtures, curved(mixtures), "lightgbm", 0, folds=2)
 
 
-def test_nothing_else_is_fitted_where_lightgbm_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lightgbm_the_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     mixtures = sample_mixtures(PRIOR, 100, rng())
     monkeypatch.setitem(sys.modules, "lightgbm", None)
     with pytest.raises(ConfigError, match=r"pip install dataflex\[regmix\].*regressor: linear"):
@@ -211,7 +211,7 @@ EYE = np.eye(3)
         (np.ones(3), [1.0, 2.0, 3.0], "mixtures: .* must have the shapes"),
     ],
 )
-def test_runs_that_cannot_be_fitted(mixtures: Any, losses: Any, text: str) -> None:
+def test_runs_that_cannot_be_fitted_are_refused(mixtures: Any, losses: Any, text: str) -> None:
     for function in (fit, cross_validated):
         with pytest.raises(ConfigError, match=text):
             function(np.array(mixtures), np.array(losses), "linear", 0)
@@ -232,7 +232,7 @@ def test_cross_validation_leaves_each_mixture_out() -> None:
         cross_validated(mixtures, losses, "linear", 0, folds=16)
 
 
-def test_accuracy_of_a_constant_has_no_correlation() -> None:
+def test_a_constant_prediction_has_no_correlation() -> None:
     found = accuracy(np.ones(3), np.array([1.0, 2.0, 3.0]))
     assert np.isnan([found.spearman, found.pearson]).all()
     assert found.mse == pytest.approx(5 / 3)
@@ -279,7 +279,7 @@ def test_the_search_holds_a_part_of_the_mixtures_at_a_time(monkeypatch: pytest.M
     np.testing.assert_allclose(found, simulated[by_hand[:40]].mean(axis=0), rtol=1e-12)
 
 
-def test_tables_come_back_exactly(tmp_path: Path) -> None:
+def test_tables_are_read_back_exactly(tmp_path: Path) -> None:
     names, values = ("a, b", 'say "c"'), rng().random((5, 2))
     write_table(tmp_path / "t.csv", names, values)
     found, back = read_table(tmp_path / "t.csv")
@@ -307,7 +307,7 @@ def test_tables_come_back_exactly(tmp_path: Path) -> None:
         ("index\n1\n", "no columns"),
     ],
 )
-def test_bad_tables(tmp_path: Path, text: str, message: str) -> None:
+def test_bad_tables_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_table(tmp_path / "t.csv")
@@ -369,7 +369,7 @@ def test_weights_are_of_tokens_or_of_samples(tmp_path: Path) -> None:
     np.testing.assert_allclose(by_tokens * [10, 20, 40], by_samples, atol=1e-12)
 
 
-def test_the_prior_is_the_size_or_what_is_given(tmp_path: Path) -> None:
+def test_the_prior_is_the_size_or_the_given_one(tmp_path: Path) -> None:
     given = {**tables(tmp_path), "samples": 4000, "top": 4000}  # the mean of all that is simulated
     by_size = build(RegMixMixer, **given, unit="samples").mix(context(POOL))
     np.testing.assert_allclose(by_size, np.sqrt([60, 30, 10]) / np.sqrt([60, 30, 10]).sum(), atol=0.03)
@@ -379,7 +379,7 @@ def test_the_prior_is_the_size_or_what_is_given(tmp_path: Path) -> None:
     np.testing.assert_allclose(uneven, [0.25, 0, 0.75], atol=0.03)
 
 
-def test_a_plan_has_the_mixture_found(tmp_path: Path) -> None:
+def test_a_plan_follows_the_mixture_that_was_found(tmp_path: Path) -> None:
     mixer = build(RegMixMixer, **tables(tmp_path), unit="samples", target="y")
     shares = mixer.mix(context(POOL))
     for plan in plans(make_planner(POOL, steps=4, batch=25, mix=mixer), 2):

@@ -100,7 +100,7 @@ def _parts(size: int, front: float, back: float) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("pattern, ten, eleven", GOLDEN)
-def test_the_official_permutations(pattern: Any, ten: str, eleven: str) -> None:
+def test_patterns_equal_the_official_permutations(pattern: Any, ten: str, eleven: str) -> None:
     assert pattern(10).tolist() == numbers(ten)
     assert pattern(11).tolist() == numbers(eleven)
 
@@ -120,7 +120,7 @@ def swept(items: Sequence[int], layers: int, turns: bool) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_patterns_by_their_definitions(seed: int) -> None:
+def test_patterns_equal_their_definitions(seed: int) -> None:
     rng = np.random.default_rng(seed)
     for _ in range(20):
         size, layers, sections = int(rng.integers(0, 60)), int(rng.integers(1, 8)), int(rng.integers(1, 6))
@@ -139,7 +139,7 @@ def test_patterns_by_their_definitions(seed: int) -> None:
 
 
 @pytest.mark.parametrize("high", [(False, True), (True, False), (False, False), (True, True)])
-def test_segments_take_the_ends_they_name(high: tuple[bool, bool]) -> None:
+def test_segments_take_samples_from_the_named_ends(high: tuple[bool, bool]) -> None:
     ranks = segmented((3, 10, 4), high, np.random.default_rng(1).permutation)
     assert np.array_equal(np.sort(ranks), np.arange(17))
     front, back = set(ranks[:3].tolist()), set(ranks[13:].tolist())
@@ -151,7 +151,7 @@ def test_segments_take_the_ends_they_name(high: tuple[bool, bool]) -> None:
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_an_order_is_a_permutation_that_the_scores_order_alone_decides(name: str) -> None:
+def test_an_order_depends_only_on_the_ranking_of_the_scores(name: str) -> None:
     cls, params = PATTERNS[name]
     rng = np.random.default_rng(4)
     pool = make_pool({"a": 50})
@@ -179,7 +179,7 @@ def test_one_layer_is_sorting_and_two_layers_of_a_zigzag_go_up_and_down() -> Non
     assert (np.diff(twice[16:]) < 0).all()
 
 
-def test_equal_scores_stay_in_the_order_they_come_in() -> None:
+def test_samples_of_equal_scores_keep_their_order() -> None:
     selection = Selection(np.arange(4), np.array([2, 1, 2, 1], dtype=np.float32))
     for descending, expected in ((True, [0, 2, 1, 3]), (False, [1, 3, 0, 2])):
         for cls in (SortOrder, FoldOrder, ZigzagOrder):
@@ -192,7 +192,7 @@ def test_equal_scores_stay_in_the_order_they_come_in() -> None:
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_windows_are_shuffled_and_nothing_leaves_its_window(name: str) -> None:
+def test_samples_are_shuffled_within_windows_only(name: str) -> None:
     cls, params = PATTERNS[name]
     pool, selection = make_pool({"a": 103}), Selection(np.arange(103), np.arange(103, dtype=np.float32))
 
@@ -226,7 +226,7 @@ def test_scores_come_from_losses_lengths_and_columns() -> None:
     assert not build(FoldOrder, by="length").needs(None).measurements
 
 
-def test_a_pattern_in_a_plan() -> None:
+def test_a_plan_follows_a_pattern() -> None:
     selector = ScoreSelector(lambda candidates: candidates.astype(np.float32))
     order = build(ZigzagOrder, by="selection", layers=2)
     (plan,) = plans(make_planner(make_pool({"a": 40}), steps=3, batch=4, select=selector, order=order), 1)
@@ -247,7 +247,7 @@ def test_a_pattern_in_a_plan() -> None:
         ({"method": "fold", "jit": -1}, "jit"),
     ],
 )
-def test_what_cannot_be_is_refused(order: dict[str, Any], text: str) -> None:
+def test_bad_parameters_of_patterns_are_refused(order: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         split_config({"dataflex": {"order": order}})
 
@@ -257,7 +257,7 @@ def test_windows_that_touch_are_allowed() -> None:
         assert split_config({"dataflex": {"order": {"method": "stair", **order}}}).params
 
 
-def test_a_window_that_holds_everything_is_refused_and_patterns_of_nothing_are_told() -> None:
+def test_a_window_of_the_whole_plan_is_refused_and_patterns_without_effect_are_noted() -> None:
     order = build(FoldOrder, by="length", jit=40)
 
     def run(steps: int) -> RunOutline:
@@ -282,7 +282,7 @@ def test_a_window_that_holds_everything_is_refused_and_patterns_of_nothing_are_t
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("to", ["validation", "pool"])
-def test_distances_of_embeddings(to: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_can_be_distances_of_embeddings(to: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(seed)
     monkeypatch.setattr(base_curriculum, "_BLOCK", 7)
     for _ in range(20):
@@ -310,7 +310,7 @@ def test_distances_of_embeddings(to: str, seed: int, monkeypatch: pytest.MonkeyP
         assert sorted(found[len(whole) :].tolist()) == sorted(set(expected) - set(whole))
 
 
-def test_what_distances_need() -> None:
+def test_distances_need_embeddings() -> None:
     order = build(FoldOrder, by="embedding", encoder="asset:all-minilm-l6-v2", validation="held")
     needs = order.needs(None)
     assert needs.embeddings is order.params

@@ -39,7 +39,7 @@ def test_sort_by_loss_scores_each_sample_once() -> None:
 
 
 @pytest.mark.parametrize("descending", [False, True])
-def test_ties_are_in_random_order_by_round(descending: bool) -> None:
+def test_ties_are_broken_at_random_in_every_round(descending: bool) -> None:
     selection = Selection(np.arange(40), np.repeat([1.0, 2.0], 20))
     order = build(SortOrder, by="selection", descending=descending)
     first, second = (order.arrange(context(POOL, round=number), selection) for number in (0, 1))
@@ -77,7 +77,7 @@ def test_shuffle_is_a_fresh_permutation_every_round() -> None:
     assert np.array_equal(drawn[2], order.arrange(context(POOL, round=2), SELECTION))
 
 
-def test_sort_in_a_plan() -> None:
+def test_a_plan_is_sorted() -> None:
     selector = ScoreSelector(lambda candidates: LOSSES[candidates])
     planner = make_planner(POOL, steps=3, batch=4, select=selector, order=build(SortOrder, by="selection"))
     (plan,) = plans(planner, 1)

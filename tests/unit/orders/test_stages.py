@@ -39,7 +39,7 @@ def check_passes(part: np.ndarray, members: range | list[int]) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
-def test_shares_of_the_run_whatever_the_length_of_rounds(steps: int) -> None:
+def test_stages_have_their_shares_of_the_run_for_any_length_of_rounds(steps: int) -> None:
     stages = {"domains": ["a"], "share": 0.25}, {"domains": ["b", "c"], "share": 0.45}, {"domains": ["c"], "share": 0.3}
     planner = make(*stages, steps=steps, rounds=-(-50 // steps))
     total = planner.schedule.total_steps * 4
@@ -76,7 +76,7 @@ def test_a_stage_without_a_share_is_one_pass_and_the_last_takes_what_is_left() -
     assert np.unique(found[110:]).size == 40
 
 
-def test_stages_hold_in_warm_up_rounds_and_after_a_resume() -> None:
+def test_stages_continue_in_warm_up_rounds_and_after_a_resume() -> None:
     stages = {"domains": ["a"], "share": 0.5}, {"domains": ["b", "c"]}
     planner = make(*stages, warmup=3, steps=4, rounds=8)
     found = plans(planner, 9)
@@ -92,7 +92,7 @@ def test_stages_hold_in_warm_up_rounds_and_after_a_resume() -> None:
     np.testing.assert_allclose(found[-1].epochs, counts / [60, 30, 10])
 
 
-def test_another_seed_shuffles_otherwise() -> None:
+def test_another_seed_gives_another_shuffle() -> None:
     stages = {"domains": ["a"], "share": 0.5}, {"domains": ["b", "c"]}
     assert not np.array_equal(trained(make(*stages, seed=1), 3), trained(make(*stages, seed=2), 3))
 
@@ -110,7 +110,7 @@ def test_another_seed_shuffles_otherwise() -> None:
         ([{"domain": ["a"]}, {"domains": ["b"]}], "domain"),
     ],
 )
-def test_what_cannot_be_is_refused(stages: list[Any], text: str) -> None:
+def test_bad_stages_are_refused(stages: list[Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         split_config({"dataflex": {"order": {"method": "stages", "stages": stages}}})
 
@@ -141,7 +141,7 @@ def test_a_domain_may_come_twice_or_be_left_out() -> None:
     assert set(domains(trained(planner, 40))) == {"a", "b"}
 
 
-def test_neither_a_mixer_nor_a_selector_goes_with_it() -> None:
+def test_stages_are_refused_with_a_mixer_or_a_selector() -> None:
     order = {"method": "stages", "stages": [{"domains": "x"}, {"domains": "y"}]}
     for other, method in (("mix", "uniform"), ("select", "loss")):
         raw = {"stage": "sft", "dataset": "x,y", "dataflex": {"order": order, other: {"method": method}}}
@@ -152,7 +152,7 @@ def test_neither_a_mixer_nor_a_selector_goes_with_it() -> None:
     assert problem.key == "dataflex.order.stages.1.domains"
 
 
-def test_the_plan_says_how_long_each_stage_is() -> None:
+def test_the_plan_lists_the_length_of_each_stage() -> None:
     def outline(total: int, *stages: dict[str, Any], sizes: dict[str, int] | None = SIZES) -> list[str]:
         run = RunOutline(Schedule(0, 5, -1, total), 4, 100, sizes=sizes)
         order = build(StagesOrder, stages=list(stages))

@@ -34,7 +34,7 @@ def test_allowance_is_the_cap_times_training_so_far_and_to_come_less_what_was_sp
     assert allowed(costs(), candidates=30) == 30
 
 
-def test_a_decision_that_is_not_worth_its_fixed_cost_is_skipped_and_its_allowance_kept() -> None:
+def test_a_decision_not_worth_its_fixed_cost_is_skipped_and_saves_its_allowance() -> None:
     assert allowed(costs(decision_seconds=97.0)) == 0  # 3 s are left, 5 s are fixed
     assert allowed(costs(decision_seconds=91.0)) == 0  # 4 samples, but less on them than on the rest
     assert allowed(costs(decision_seconds=91.0, fixed_seconds=4.0)) == 5
@@ -148,7 +148,7 @@ def test_every_candidate_is_as_likely_to_be_picked_however_small_its_cluster() -
     assert times / 4000 == pytest.approx(6 / 80, abs=4.5 * np.sqrt(6 / 80 / 4000))
 
 
-def test_never_scored_come_first_then_the_oldest() -> None:
+def test_candidates_without_a_score_are_picked_first_then_the_oldest_scores() -> None:
     book = book_of(np.zeros(12))
     candidates, rng = np.arange(12), np.random.default_rng(3)
     seen: list[int] = []
@@ -170,14 +170,14 @@ def test_samples_without_a_score_are_never_picked_again() -> None:
     assert not book.has_scores(np.array([0, 1, 3]))
 
 
-def test_a_pick_depends_on_nothing_but_its_arguments() -> None:
+def test_a_pick_depends_on_its_arguments_alone() -> None:
     book = book_of(np.arange(1000) % 7)
     first, second, other = (book.pick(np.arange(1000), 90, np.random.default_rng(seed)) for seed in (5, 5, 6))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
 
 
-def test_a_score_is_valid_until_newer_ones_are_plenty() -> None:
+def test_a_score_expires_when_enough_newer_scores_exist() -> None:
     book = book_of(np.zeros(1000))
     everyone = np.arange(1000)
     for update in range(6):
@@ -196,7 +196,7 @@ def test_samples_without_a_score_do_not_count_as_scored() -> None:
     assert book.max_age(np.arange(20), 6, 1) == 2
 
 
-def test_estimates_by_hand() -> None:
+def test_estimates_equal_a_computation_by_hand() -> None:
     book = book_of([0, 0, 0, 1, 1, 2, 3, 3], Budget(0.25, prior=1.0))
     # Decision 0: mean 20, deviation 10. Decision 1: mean 3, deviation 2, on a scale of its own.
     book.record(np.array([0, 3, 6]), np.array([10, 30, np.nan], dtype=np.float32), 0)
@@ -214,7 +214,7 @@ def test_estimates_by_hand() -> None:
 
 
 @pytest.mark.parametrize("values", [[3.3, 3.3, 3.3], [7.0], [0.0, 0.0]])
-def test_equal_scores_say_nothing(values: list[float]) -> None:
+def test_equal_scores_give_equal_estimates(values: list[float]) -> None:
     book = book_of(np.zeros(4))
     book.record(np.arange(len(values)), np.array(values, dtype=np.float32), 0)
     assert book.estimates(np.arange(4), 0, 1).tolist() == [0, 0, 0, 0]
@@ -314,7 +314,7 @@ def test_scoring_a_few_percent_finds_much_of_the_best_tenth() -> None:
     assert uninformative[9] > 0.25  # clusters that say nothing: own scores alone
 
 
-def test_a_resumed_run_decides_as_one_never_cut() -> None:
+def test_a_resumed_run_decides_as_an_uninterrupted_one() -> None:
     rng = np.random.default_rng(5)
     clusters, truth = rng.integers(0, 9, 500), rng.normal(size=500)
     whole, cut = book_of(clusters), book_of(clusters)

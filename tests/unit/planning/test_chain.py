@@ -114,7 +114,7 @@ def test_samples_without_a_score_are_left_out_by_a_filter() -> None:
     assert not stage.is_kept[:20].any()
 
 
-def test_between_its_decisions_what_a_selector_found_stands_for_it() -> None:
+def test_the_last_result_of_a_selector_holds_until_its_next_decision() -> None:
     first, second = Watched(FIRST, moving=True), Watched(SECOND, moving=True)
     planner = make_planner(make_pool(SIZES), select=chain((first, 4, 0.5), (second, 2, None)))
     made = plans(planner, 6)
@@ -139,7 +139,7 @@ def resumable(mixed: bool) -> Planner:
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("done", [1, 2, 3, 5])
-def test_a_resumed_chain_decides_as_one_never_cut(mixed: bool, done: int, tmp_path: Path) -> None:
+def test_a_resumed_chain_decides_as_an_uninterrupted_one(mixed: bool, done: int, tmp_path: Path) -> None:
     expected = plans(resumable(mixed), 8)
     cut = resumable(mixed)
     plans(cut, done)
@@ -151,7 +151,7 @@ def test_a_resumed_chain_decides_as_one_never_cut(mixed: bool, done: int, tmp_pa
         assert plan.stages[0].kept == other.stages[0].kept
 
 
-def test_what_other_parameters_found_does_not_stand(caplog: pytest.LogCaptureFixture) -> None:
+def test_results_of_other_parameters_are_discarded_at_a_resume(caplog: pytest.LogCaptureFixture) -> None:
     def planner(**params: Any) -> tuple[Planner, Watched]:
         last = Watched(SECOND, **params)
         return make_planner(make_pool(SIZES), select=chain((Watched(FIRST), 4, 0.5), (last, 4, None))), last
@@ -165,7 +165,7 @@ def test_what_other_parameters_found_does_not_stand(caplog: pytest.LogCaptureFix
     assert "select.1 watched: method, keep or parameters differ from the checkpoint" in caplog.text
 
 
-def test_a_method_twice_in_a_chain_has_random_numbers_of_its_own() -> None:
+def test_two_entries_of_one_method_draw_different_random_numbers() -> None:
     select = chain((build(RandomSelector), 1, 0.5), (build(RandomSelector), 1, None))
     (plan,) = plans(make_planner(make_pool(SIZES), select=select), 1)
     alone = make_planner(make_pool(SIZES), select=(Entry(build(RandomSelector), "select"),))

@@ -193,7 +193,7 @@ def test_a_cheap_selector_scores_everything() -> None:
     assert simulation.overhead < 0.02
 
 
-def test_what_cannot_be_afforded_is_not_scored() -> None:
+def test_candidates_beyond_the_allowance_are_not_scored() -> None:
     simulation = Simulation(per_sample=5.0, fixed=1.0, rounds=6)
     plans = simulation.run()
     assert scored(plans) == [32, 0, 0, 0, 0, 0]  # what it costs is not known before
@@ -202,7 +202,7 @@ def test_what_cannot_be_afforded_is_not_scored() -> None:
         assert plan.budget.max_age >= 1
 
 
-def test_the_first_decision_finds_out_what_scoring_costs() -> None:
+def test_the_first_decision_measures_the_cost_of_scoring() -> None:
     simulation = Simulation(per_sample=0.04, fixed=0.6, warmup=20)
     simulation.round()
     plan = simulation.round()
@@ -220,7 +220,7 @@ def test_the_first_decision_finds_out_what_scoring_costs() -> None:
     assert following.budget.scored == int((0.9 * 0.25 * 20 - 0.6) / 0.04)
 
 
-def test_a_cap_too_small_for_the_first_decision_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cap_too_small_for_the_first_decision_gives_a_note(caplog: pytest.LogCaptureFixture) -> None:
     dear = Simulation(per_sample=5.0, fixed=1.0, warmup=20, rounds=2)  # 161 s against a quarter of 60 s
     dear.round()
     dear.round()
@@ -233,7 +233,7 @@ def test_a_cap_too_small_for_the_first_decision_is_said(caplog: pytest.LogCaptur
     assert caplog.text == ""
 
 
-def test_a_run_says_how_it_kept_to_its_cap() -> None:
+def test_the_summary_explains_how_a_run_kept_to_its_cap() -> None:
     simulation = Simulation(warmup=20)
     plans = simulation.run()
     found = simulation.limit.closing(Spent(simulation.train, simulation.decided))
@@ -244,7 +244,7 @@ def test_a_run_says_how_it_kept_to_its_cap() -> None:
     assert found["text"].startswith("within max_overhead (0.25); it was decided 10 times, on ")
 
 
-def test_a_run_says_why_it_missed_its_cap() -> None:
+def test_the_summary_explains_why_a_run_missed_its_cap() -> None:
     dear = Simulation(per_sample=5.0, fixed=1.0, warmup=20, rounds=2)  # 161 s against a quarter of 60 s
     dear.run()
     found = dear.limit.closing(Spent(dear.train, dear.decided))
@@ -259,7 +259,7 @@ def test_a_run_says_why_it_missed_its_cap() -> None:
     assert "longer" in dear.limit.closing(Spent(750.0, 200.0))["text"]
 
 
-def test_before_a_step_was_timed_only_the_cost_is_found_out() -> None:
+def test_before_a_step_was_timed_only_the_cost_is_measured() -> None:
     simulation = Simulation(per_sample=0.04, fixed=0.6)
     assert simulation.round().budget.scored == 32
     assert simulation.round().budget.scored > 100
@@ -283,7 +283,7 @@ def test_groups_share_one_allowance(warmup: int) -> None:
     assert simulation.overhead <= 0.25
 
 
-def test_a_groups_scores_cost_what_they_cost() -> None:
+def test_the_scores_of_a_group_are_charged_at_their_cost() -> None:
     """The validation features are paid for by the first group of a decision; the others' seconds are all scoring."""
     simulation = Simulation(per_sample=0.01, fixed=0.3, warmup=20, **MIXED)
     for plan in simulation.run():
@@ -300,7 +300,7 @@ def test_a_tiny_first_group_does_not_hide_the_fixed_cost() -> None:
     assert notes[1].fixed_seconds == pytest.approx(2.0)
 
 
-def test_the_record_says_what_was_done_and_why() -> None:
+def test_the_record_explains_each_decision() -> None:
     plans = Simulation(warmup=20).run()
     assert plans[0].budget is None  # a warm-up round
     for plan in plans[1:]:
@@ -311,7 +311,7 @@ def test_the_record_says_what_was_done_and_why() -> None:
     assert len({id(plan.budget) for plan in plans}) == len(plans)
 
 
-def test_what_a_record_says_of_a_choice() -> None:
+def test_the_record_counts_the_scores_behind_a_choice() -> None:
     simulation = Simulation(per_sample=0.02, warmup=20)
     seen: set[int] = set()
     for plan in simulation.run():
@@ -323,7 +323,7 @@ def test_what_a_record_says_of_a_choice() -> None:
     assert plan.budget.chosen_by_own_score > 0.5
 
 
-def test_the_best_of_what_is_known_is_chosen() -> None:
+def test_the_best_known_samples_are_chosen() -> None:
     simulation = Simulation(per_sample=0.02, warmup=20)
     simulation.round()
     plan = simulation.round()
@@ -373,7 +373,7 @@ def test_bad_scores_are_named() -> None:
         simulation.round()
 
 
-def test_drawing_keeps_to_the_rule() -> None:
+def test_draws_follow_the_rule_of_the_selector() -> None:
     def mean(**params: Any) -> float:
         simulation = Simulation(per_sample=1e-5, fixed=0.0, warmup=20, rule="sample", **params)
         simulation.round()
@@ -384,7 +384,7 @@ def test_drawing_keeps_to_the_rule() -> None:
     assert abs(mean(temperature=1e6)) < 0.3
 
 
-def test_the_selectors_own_choice_is_not_asked() -> None:
+def test_the_choose_method_of_the_selector_is_not_called() -> None:
     simulation = Simulation()
     assert simulation.planner.chain is not None
     assert simulation.planner.chain.limit is simulation.limit
@@ -400,14 +400,14 @@ def test_the_selectors_own_choice_is_not_asked() -> None:
     assert simulation.selector.asked[0].size == 1000
 
 
-def test_a_round_of_whole_passes_has_nothing_to_say() -> None:
+def test_a_round_of_whole_passes_needs_no_scores() -> None:
     simulation = Simulation(warmup=20, sizes={"a": 40}, rounds=3)
     assert all(plan.budget is None for plan in simulation.run())
     assert simulation.selector.asked == []
 
 
 @pytest.mark.parametrize("done", [1, 2, 4])
-def test_a_resumed_run_decides_as_one_never_cut(done: int) -> None:
+def test_a_resumed_run_decides_as_an_uninterrupted_one(done: int) -> None:
     whole, cut = Simulation(warmup=20, **MIXED), Simulation(warmup=20, **MIXED)
     for _ in range(done):
         whole.round()
@@ -423,7 +423,7 @@ def test_a_resumed_run_decides_as_one_never_cut(done: int) -> None:
         np.testing.assert_array_equal(plan.scores, expected.scores)
 
 
-def test_scores_of_other_parameters_are_made_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_scores_of_other_parameters_are_computed_again(caplog: pytest.LogCaptureFixture) -> None:
     cut, choice, other = Simulation(warmup=20), Simulation(warmup=20, rule="sample"), Simulation(warmup=20)
     for _ in range(3):
         cut.round()
@@ -484,7 +484,7 @@ def expected_cost(probe: PricedProbe, select: dict[str, Any], targets: Pool | No
     return told, run.clock.decision_seconds
 
 
-def test_the_expected_cost_of_losses(priced: PricedProbe) -> None:
+def test_the_expected_cost_of_losses_follows_the_measured_time(priced: PricedProbe) -> None:
     text, seconds = expected_cost(priced, {"method": "loss"})
     # 3 decisions x 160 s; training: 34 steps x 8 samples x 3 s
     assert text == (
@@ -495,7 +495,7 @@ def test_the_expected_cost_of_losses(priced: PricedProbe) -> None:
     assert priced.asked[1].tolist() == [0, 22, 45, 68, 90, 113, 136, 159]  # short ones and long ones
 
 
-def test_the_expected_cost_of_gradients(priced: PricedProbe) -> None:
+def test_the_expected_cost_of_gradients_follows_the_measured_time(priced: PricedProbe) -> None:
     select = {"method": "less", "validation": "held", "proj_dim": 64}
     text, _ = expected_cost(priced, select, make_pool({"held": 20}))
     assert text is not None
@@ -510,6 +510,6 @@ def test_the_expected_cost_of_gradients(priced: PricedProbe) -> None:
 
 
 @pytest.mark.parametrize("select", [{"method": "random"}, {"method": "el2n", "max_overhead": 0.2}])
-def test_nothing_is_measured_where_nothing_is_to_say(priced: PricedProbe, select: dict[str, Any]) -> None:
+def test_no_cost_is_measured_if_none_is_expected(priced: PricedProbe, select: dict[str, Any]) -> None:
     assert expected_cost(priced, select) == (None, 0.0)
     assert priced.asked == []

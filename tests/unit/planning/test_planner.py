@@ -115,7 +115,7 @@ def test_a_domain_of_share_zero_gives_no_sample() -> None:
     assert np.bincount(planner.pool.domain_ids(plan.indices)).tolist() == [0, 4, 4]
 
 
-def test_without_a_mixer_the_record_shows_what_was_found() -> None:
+def test_without_a_mixer_the_record_has_the_shares_that_resulted() -> None:
     planner = make(steps=25)
     (plan,) = plans(planner, 1)  # one whole pass
     assert plan.proportions.tolist() == [0.6, 0.3, 0.1]
@@ -140,7 +140,7 @@ def test_samples_of_a_domain_repeat_only_when_it_is_exhausted() -> None:
     assert seen[90:].sum() == 20
 
 
-def test_warm_up_draws_uniformly_whatever_selects() -> None:
+def test_warm_up_draws_uniformly_with_any_selector() -> None:
     pool = make_pool({"a": 40})
     counts = np.zeros(40)
     seeds = 1000
@@ -308,7 +308,7 @@ def test_the_digest_is_of_the_indices_in_order() -> None:
         (Selection(np.arange(8), ranks=np.arange(-1, 7), ranked=100), "outside the range from 0"),
     ],
 )
-def test_a_selection_no_plan_can_be_made_of_names_the_selector(selection: Selection, text: str) -> None:
+def test_an_unusable_selection_names_the_selector(selection: Selection, text: str) -> None:
     class Broken(Selector):
         family, name = "selector", "broken"
         Params = ComponentParams
@@ -321,7 +321,7 @@ def test_a_selection_no_plan_can_be_made_of_names_the_selector(selection: Select
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.uint64, np.int16])
-def test_numbers_of_a_selector_may_be_numpys(kind: type, tmp_path: Path) -> None:
+def test_a_selector_may_return_numpy_scalars(kind: type, tmp_path: Path) -> None:
     class Numpys(Selector):
         family, name = "selector", "numpys"
         Params = ComponentParams
@@ -384,7 +384,7 @@ def test_a_domain_taken_whole_is_not_ranked() -> None:
     assert sorted(plan.ranks[plan.ranks > 0].tolist()) == list(range(1, 11))
 
 
-def test_what_a_component_is_told_about_a_round() -> None:
+def test_a_component_gets_the_context_of_its_round() -> None:
     seen: list[RoundContext] = []
 
     class Watching(Selector):
@@ -401,7 +401,7 @@ def test_what_a_component_is_told_about_a_round() -> None:
     assert seen[0].rng.integers(2**62) != seen[1].rng.integers(2**62)
 
 
-def test_domains_and_tokens_of_a_pool() -> None:
+def test_a_pool_counts_domains_and_tokens() -> None:
     pool = make_pool({"a": 2, "b": 3}, lengths=[1, 2, 4, 8, 16])
     assert pool.size == 5
     assert pool.domain_ids(np.array([0, 1, 2, 4])).tolist() == [0, 0, 1, 1]
@@ -451,7 +451,7 @@ def fill(wanted: list[float], total: int, limits: list[int]) -> list[int]:
     return counts
 
 
-def test_what_exceeds_a_limit_goes_to_the_others_by_their_shares() -> None:
+def test_shares_beyond_a_limit_go_to_the_other_domains_by_their_shares() -> None:
     rng = np.random.default_rng(11)
     for _ in range(300):
         size = int(rng.integers(1, 8))
@@ -481,7 +481,7 @@ def test_what_exceeds_a_limit_goes_to_the_others_by_their_shares() -> None:
             apportion(np.zeros(size), wanted, room + 1, LATER, limits)
 
 
-def test_shares_in_force_after_a_cap_by_hand() -> None:
+def test_shares_after_a_cap_equal_a_computation_by_hand() -> None:
     # of 20: 10, 6, 4 wanted; at most 4 of the first, so 6 more by 3:2, but at most 8 of the second
     found = apportion(np.zeros(3), np.array([5, 3, 2]), 20, LATER, np.array([4, 8, 100]))
     assert found.counts.tolist() == [4, 8, 8]
@@ -493,14 +493,14 @@ def test_shares_in_force_after_a_cap_by_hand() -> None:
     np.testing.assert_allclose(found.owed, [0, -0.4, 0.4], atol=1e-12)
 
 
-def test_a_cap_on_passes_is_rounded_down_and_not_below_what_is_allowed() -> None:
+def test_a_cap_on_passes_is_rounded_down_without_rounding_error() -> None:
     pool = make_pool({"a": 100, "b": 10, "c": 3})  # 1.15 x 100 is 114.99999999999999 in floating point
     found = epoch_limits(changing([1, 1, 1], max_epochs_per_domain=1.15), pool)
     assert found is not None
     assert found.tolist() == [115, 11, 3]
 
 
-def test_no_domain_is_gone_through_more_often_than_allowed(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_no_domain_is_repeated_more_often_than_allowed(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     mixer = changing([0.2, 0.2, 0.6], max_epochs_per_domain=1.55)
     planner = make(mix=mixer, steps=2, batch=4)
     made = plans(planner, 5)  # 8 each, 4.8 of them c; of its 10 samples 15 may be planned: 5, 5, 4, 1, and then none
@@ -528,7 +528,7 @@ def test_no_domain_is_gone_through_more_often_than_allowed(caplog: pytest.LogCap
     assert lines[3].epochs == dict(zip("abc", made[3].epochs.tolist(), strict=True))
 
 
-def test_a_used_up_mixture_ends_with_what_is_left() -> None:
+def test_an_exhausted_mixture_is_an_error_that_counts_the_samples_left() -> None:
     planner = make(mix=changing([0, 1, 1], max_epochs_per_domain=1), steps=5, batch=4)
     plans(planner, 2)  # all 40 samples of b and c
     with pytest.raises(ConfigError) as caught:
@@ -566,7 +566,7 @@ def test_a_capped_planner_resumes_exactly(selector: type[Selector] | None, caplo
     assert not caplog.records  # what was said before the checkpoint is not said again
 
 
-def test_epochs_count_what_is_planned_without_a_mixer_too() -> None:
+def test_epochs_count_planned_samples_also_without_a_mixer() -> None:
     planner = make(steps=5, batch=5, select=build(RandomSelector))
     total = np.zeros(3)
     for plan in plans(planner, 4):
@@ -574,7 +574,7 @@ def test_epochs_count_what_is_planned_without_a_mixer_too() -> None:
         np.testing.assert_allclose(plan.epochs, total / [60, 30, 10])
 
 
-def test_bad_proportions_of_many_domains_are_told_shortly() -> None:
+def test_an_error_in_proportions_of_many_domains_is_short() -> None:
     pool = make_pool({f"d{number}": 2 for number in range(1000)})
     with pytest.raises(ComponentError) as caught:
         plans(make_planner(pool, mix=changing([np.nan] * 1000)), 1)
@@ -624,7 +624,7 @@ def test_a_round_of_the_whole_pool_is_not_decided_by_its_selector() -> None:
     assert plan.undecided == {}  # that is what it is for
 
 
-def test_a_round_is_decided_where_one_domain_leaves_a_choice() -> None:
+def test_a_round_is_decided_if_one_domain_leaves_a_choice() -> None:
     pool = make_pool({"a": 4, "b": 100})
     given = {"select": ScoreSelector(lambda candidates: candidates), "mix": build(StaticMixer, proportions=[1, 1])}
     (plan,) = plans(make_planner(pool, steps=2, **given), 1)  # 4 of each
@@ -632,7 +632,7 @@ def test_a_round_is_decided_where_one_domain_leaves_a_choice() -> None:
     assert plan.not_chosen == {"a": "every sample is taken"}
 
 
-def test_a_mixer_that_knows_nothing_yet_decides_nothing() -> None:
+def test_a_mixer_that_has_learned_nothing_decides_nothing() -> None:
     pool = make_pool({"a": 50, "b": 50})
     for mixer, words in ((OdmMixer, "exploration keeps the shares equal"), (ADOMixer, "there are no laws yet")):
         planner = make_planner(pool, steps=2, warmup=2, mix=build(mixer))
@@ -650,7 +650,7 @@ def test_the_first_decision_of_delta_loss_is_a_uniform_draw() -> None:
     assert second.undecided == {}
 
 
-def test_what_components_tell_the_user_is_kept_until_it_is_read() -> None:
+def test_notes_of_components_are_stored_until_they_are_read() -> None:
     class Telling(ScoreSelector):
         def choose(self, ctx: RoundContext, candidates: IndexArray, count: int) -> Selection:
             ctx.note(f"round {ctx.round}")

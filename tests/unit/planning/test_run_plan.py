@@ -70,7 +70,7 @@ def config(data: Path, section: dict[str, Any] | None = None, **keys: Any) -> Ru
         ("nowhere", None),
     ],
 )
-def test_rows_of_a_data_set(data: Path, name: str, rows: int | None) -> None:
+def test_rows_of_a_data_set_are_counted(data: Path, name: str, rows: int | None) -> None:
     assert rows_of(config(data), name) == rows
     if rows is not None:
         assert rows_of(config(data, max_samples=10), name) == 10
@@ -92,14 +92,14 @@ def test_rows_of_a_data_set(data: Path, name: str, rows: int | None) -> None:
         ({"mix_strategy": "interleave_over"}, {}),
     ],
 )
-def test_training_samples(data: Path, keys: dict[str, Any], samples: dict[str, int]) -> None:
+def test_training_samples_are_counted(data: Path, keys: dict[str, Any], samples: dict[str, int]) -> None:
     found, reason = training_samples(config(data, **keys))
     assert found == samples
     assert bool(reason) == (not samples)
 
 
 @pytest.mark.parametrize("val_size, kept", [(0.8, 5), (0.28, 17), (0.1, 22), (0.92, 2), (5, 20)])
-def test_training_samples_left_by_a_split_are_those_of_datasets(data: Path, val_size: float, kept: int) -> None:
+def test_a_split_leaves_as_many_training_samples_as_in_datasets(data: Path, val_size: float, kept: int) -> None:
     rows = Dataset.from_list(ROWS).train_test_split(test_size=val_size)["train"].num_rows
     assert training_samples(config(data, val_size=val_size))[0] == {"array.json": rows} == {"array.json": kept}
 
@@ -116,7 +116,7 @@ def test_a_part_of_an_epoch_is_its_share_of_the_steps_and_not_its_rounding_error
     assert lines(data, cycles, **keys, num_train_epochs=1.1)["steps"].startswith("110,")
 
 
-def test_the_plan_of_a_composed_run(data: Path) -> None:
+def test_the_plan_of_a_composed_run_has_its_rounds_and_costs(data: Path) -> None:
     """75 samples in steps of 4: 25 + 2 x 10 steps in a cycle, three times."""
     found = lines(
         data,
@@ -146,7 +146,7 @@ def test_the_plan_of_a_composed_run(data: Path) -> None:
     assert found["cost"].startswith("select less: 2 times the work of training (1,800 forward passes")
 
 
-def test_the_plan_tells_weights_from_decisions_and_the_cost_of_filters_from_the_limit(data: Path) -> None:
+def test_the_plan_separates_weights_from_decisions_and_filters_from_the_limit(data: Path) -> None:
     filtered = [
         {"method": "el2n", "keep": 0.5},
         {"method": "el2n", "focus": "low", "max_overhead": 0.25},
@@ -163,7 +163,7 @@ def test_the_plan_tells_weights_from_decisions_and_the_cost_of_filters_from_the_
     )
 
 
-def test_the_plan_of_a_run_without_update_steps(data: Path) -> None:
+def test_the_plan_of_a_run_without_update_steps_has_default_rounds(data: Path) -> None:
     found = lines(data, {"select": {"method": "loss"}})
     assert found["steps"].startswith("about 38, each of 2 samples")  # 37.5
     assert "cycles" not in found["steps"]
@@ -185,14 +185,16 @@ def test_the_plan_of_a_run_without_update_steps(data: Path) -> None:
         ({"eval_strategy": "epoch", "save_strategy": "epoch"}, "3 (after every pass", "3 (after every pass"),
     ],
 )
-def test_events_of_a_plain_run(data: Path, keys: dict[str, Any], evaluations: str, checkpoints: str) -> None:
+def test_a_plain_run_has_events_but_no_decisions(
+    data: Path, keys: dict[str, Any], evaluations: str, checkpoints: str
+) -> None:
     found = lines(data, **keys)
     assert found["evaluations"].startswith(evaluations)
     assert found["checkpoints"].startswith(checkpoints)
     assert "decisions" not in found
 
 
-def test_what_is_known_without_the_data(data: Path) -> None:
+def test_a_plan_without_the_data_has_the_known_parts(data: Path) -> None:
     found = lines(data, {"warmup_steps": 3, "select": {"method": "loss"}}, dataset="hub", max_steps=20)
     assert found["data"].startswith("samples not known before the data is loaded: the rows of 'hub'")
     assert found["steps"].startswith("20, each of 2 samples")
@@ -211,7 +213,9 @@ def test_what_is_known_without_the_data(data: Path) -> None:
         ({"select": {"method": "loss"}}, {"per_device_train_batch_size": 25}, ["per_device_train_batch_size", "25"]),
     ],
 )
-def test_what_could_decide_nothing(data: Path, section: dict[str, Any], keys: dict[str, Any], words: list[str]) -> None:
+def test_a_section_that_could_decide_nothing_is_refused(
+    data: Path, section: dict[str, Any], keys: dict[str, Any], words: list[str]
+) -> None:
     (problem,) = problems_of_plan(config(data, section, **keys))
     for word in words:
         assert word in str(problem), problem
@@ -235,7 +239,7 @@ LESS = {"select": {"method": "loss"}}
         ({}, {"num_train_epochs": 0}, ["num_train_epochs"]),
     ],
 )
-def test_what_would_do_nothing(
+def test_a_run_without_any_work_is_refused(
     data: Path, section: dict[str, Any] | None, keys: dict[str, Any], words: list[str]
 ) -> None:
     (problem,) = problems_of_work(config(data, section, **keys))
@@ -256,7 +260,7 @@ def test_what_would_do_nothing(
         (None, {"num_train_epochs": 0}),  # without a section the run is LLaMA-Factory's own
     ],
 )
-def test_what_does_something(data: Path, section: dict[str, Any] | None, keys: dict[str, Any]) -> None:
+def test_a_run_with_some_work_is_accepted(data: Path, section: dict[str, Any] | None, keys: dict[str, Any]) -> None:
     assert list(problems_of_work(config(data, section, **keys))) == []
 
 
@@ -271,7 +275,9 @@ def test_what_does_something(data: Path, section: dict[str, Any] | None, keys: d
         ({"LOCAL_RANK": "0", "WORLD_SIZE": "16"}, 16),
     ],
 )
-def test_processes(data: Path, environment: dict[str, str], number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_processes_is_found(
+    data: Path, environment: dict[str, str], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("FORCE_TORCHRUN", "NPROC_PER_NODE", "NNODES", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(processes, "_visible_devices", lambda: 0)
@@ -280,7 +286,7 @@ def test_processes(data: Path, environment: dict[str, str], number: int, monkeyp
     assert trainer_keys(config(data)).global_batch_size == 2 * number
 
 
-def test_accelerators_that_are_only_seen_make_no_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerators_that_are_only_visible_make_no_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight of them would make 5 steps of 37: all warm-up. torch may see fewer."""
     for name in ("FORCE_TORCHRUN", "NPROC_PER_NODE", "NNODES", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -294,7 +300,7 @@ def test_accelerators_that_are_only_seen_make_no_error(data: Path, monkeypatch: 
     assert "5 steps, all of them warm-up" in str(problem)
 
 
-def test_filters_that_leave_too_few_samples_show_before_loading(data: Path) -> None:
+def test_filters_that_leave_too_few_samples_are_refused_before_loading(data: Path) -> None:
     def said(*keeps: float, steps: int = 4) -> list[tuple[str, str]]:
         chain = [{"method": "el2n", "keep": keep} for keep in keeps]
         section = {"update_steps": steps, "select": [*chain, {"method": "loss"}]}
@@ -312,7 +318,7 @@ def test_filters_that_leave_too_few_samples_show_before_loading(data: Path) -> N
     assert said(24) == []
 
 
-def test_the_plan_tells_what_each_selector_of_a_chain_does(data: Path) -> None:
+def test_the_plan_describes_each_selector_of_a_chain(data: Path) -> None:
     chain = [{"method": "el2n", "keep": 0.5, "every": 4}, {"method": "grand", "every": 2}]
     plan = planned(config(data, {"update_steps": 2, "select": chain}, max_steps=16))
     text = "\n".join(plan.lines())

@@ -47,14 +47,14 @@ def handed_over(first: Planner, second: Planner) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 25, 60])
-def test_rounds_walk_along_one_order_whatever_their_length(steps: int) -> None:
+def test_rounds_of_any_length_follow_one_order(steps: int) -> None:
     rounds = -(-300 // (steps * 4))
     trained = walked(make(steps=steps, order=build(FoldOrder, **BY_LENGTH)), rounds)
     assert np.array_equal(trained[:300], np.tile(SWEEPS, 3))
 
 
 @pytest.mark.parametrize("passes", ["same", "new"])
-def test_the_model_is_asked_once_or_at_the_beginning_of_every_pass(passes: str) -> None:
+def test_scores_are_measured_once_or_at_the_beginning_of_every_pass(passes: str) -> None:
     class Turning(FakeProbe):
         """Every measurement finds the opposite of the one before."""
 
@@ -70,7 +70,7 @@ def test_the_model_is_asked_once_or_at_the_beginning_of_every_pass(passes: str) 
     assert trained.reshape(3, 100).tolist() == expected
 
 
-def test_what_is_left_of_a_pass_may_be_put_in_order_at_every_decision() -> None:
+def test_the_rest_of_a_pass_may_be_ordered_again_at_every_decision() -> None:
     losses = np.random.default_rng(8).random((20, 100))
 
     class Learning(FakeProbe):
@@ -101,7 +101,7 @@ def test_what_is_left_of_a_pass_may_be_put_in_order_at_every_decision() -> None:
     assert np.array_equal(walked(second, 3, again, first=2), trained[80:])
 
 
-def test_chance_is_keyed_by_the_pass_and_not_by_the_round() -> None:
+def test_random_numbers_depend_on_the_pass_and_not_on_the_round() -> None:
     given = {"by": "length", "jit": 9, "scope": "run"}
     found = [
         walked(make(steps=steps, order=build(SortOrder, passes=passes, **given)), rounds)
@@ -127,7 +127,7 @@ def test_after_a_warm_up_the_rest_of_the_pass_is_put_in_order_and_then_whole_pas
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("done", [1, 3, 8])
-def test_a_restored_walk_goes_on_without_asking_the_model_again(done: int, mixed: bool) -> None:
+def test_a_restored_walk_continues_without_measuring_again(done: int, mixed: bool) -> None:
     def new() -> Planner:
         mixer = {"mix": build(StaticMixer, proportions=[1, 1, 2])} if mixed else {}
         return make(steps=3, warmup=2, order=build(ZigzagOrder, scope="run", layers=4), **mixer)
@@ -255,7 +255,7 @@ def run(steps: int, round_steps: int, pool: int | None = 100) -> RunOutline:
     return RunOutline(Schedule(0, round_steps, -1, steps), 4, pool)
 
 
-def test_what_a_walk_costs_and_when_it_cannot_act() -> None:
+def test_a_walk_has_a_cost_and_names_when_it_cannot_act() -> None:
     once, anew = (build(FoldOrder, scope="run", passes=passes) for passes in ("same", "new"))
     measurement = once.needs(None).measurements[0]
     assert once.measured_samples(measurement, run(60, 5)) == 100
@@ -278,7 +278,7 @@ def test_what_a_walk_costs_and_when_it_cannot_act() -> None:
     assert len(windows.outline(sizes, False)) == 1
 
 
-def test_the_mixers_shares_are_what_they_are_without_a_walk() -> None:
+def test_a_walk_does_not_change_the_shares_of_a_mixer() -> None:
     class Falling(Mixer):
         family, name = "mixer", "falling"
 

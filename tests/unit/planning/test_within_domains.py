@@ -37,7 +37,7 @@ def domains_of(indices: np.ndarray) -> list[int]:
     return np.bincount(np.searchsorted([60, 90], indices, side="right"), minlength=3).tolist()
 
 
-def test_one_scale_starves_a_domain_and_comparing_within_domains_does_not() -> None:
+def test_comparing_within_domains_does_not_starve_a_domain() -> None:
     pool = make_pool(SIZES)
     (one_scale,) = plans(make_planner(pool, select=selector_of(SCALED, "pool"), steps=5), 1)
     assert domains_of(one_scale.indices) == [20, 0, 0]
@@ -54,7 +54,7 @@ def test_one_scale_starves_a_domain_and_comparing_within_domains_does_not() -> N
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_any_increasing_scale_of_a_domain_leaves_the_choice_as_it_is(seed: int) -> None:
+def test_an_increasing_map_of_the_scores_of_a_domain_leaves_the_choice(seed: int) -> None:
     rng = np.random.default_rng(seed)
     pool = make_pool(SIZES)
     expected = plans(make_planner(pool, select=selector_of(SCORES)), 4)
@@ -89,7 +89,7 @@ def test_a_draw_takes_the_share_of_each_domain_and_prefers_its_good_ones() -> No
         assert times[start:stop][above].sum() > 2 * times[start:stop][~above].sum()
 
 
-def test_what_a_domain_lacks_in_scores_the_others_give() -> None:
+def test_samples_without_scores_in_a_domain_are_replaced_from_other_domains() -> None:
     table = SCALED.copy()
     table[61:90] = np.nan  # one sample of chat is left
     planner = make_planner(make_pool(SIZES), select=selector_of(table), steps=5)
@@ -104,7 +104,7 @@ def test_what_a_domain_lacks_in_scores_the_others_give() -> None:
         plans(make_planner(make_pool(SIZES), select=selector_of(table), steps=5), 1)
 
 
-def test_a_round_longer_than_the_pool_takes_it_whole_first() -> None:
+def test_a_round_longer_than_the_pool_takes_the_whole_pool_first() -> None:
     (plan,) = plans(make_planner(make_pool(SIZES), select=selector_of(SCALED), steps=60, batch=2), 1)
     assert domains_of(plan.indices) == [72, 36, 12]
     times = np.bincount(plan.indices, minlength=100)
@@ -145,7 +145,7 @@ def test_a_domain_without_any_score_is_left_out_by_a_filter() -> None:
     assert plan.stages[0].unscored == 30
 
 
-def test_scores_stand_between_decisions() -> None:
+def test_scores_hold_between_decisions() -> None:
     one = Watched(SCALED, moving=True, within="domain")
     planner = make_planner(make_pool(SIZES), select=chain((one, 3, None)), steps=5)
     made = plans(planner, 6)
@@ -166,7 +166,7 @@ def resumable() -> Planner:
 
 
 @pytest.mark.parametrize("done", [1, 2, 5])
-def test_a_resumed_run_decides_as_one_never_cut(done: int, tmp_path: Path) -> None:
+def test_a_resumed_run_decides_as_an_uninterrupted_one(done: int, tmp_path: Path) -> None:
     expected = plans(resumable(), 8)
     cut = resumable()
     plans(cut, done)
@@ -192,7 +192,7 @@ def test_a_limited_decision_takes_each_domains_share(monkeypatch: pytest.MonkeyP
     assert made[-1].budget.scored > 0
 
 
-def test_with_a_mixer_it_changes_nothing_and_the_run_says_so() -> None:
+def test_comparing_within_domains_has_no_effect_with_a_mixer_and_gives_a_note() -> None:
     planner = make_planner(make_pool(SIZES), select=selector_of(SCALED), mix=build(StaticMixer, proportions=[1, 1, 2]))
     same = make_planner(
         make_pool(SIZES), select=selector_of(SCALED, "pool"), mix=build(StaticMixer, proportions=[1, 1, 2])
@@ -212,7 +212,7 @@ def test_with_a_mixer_it_changes_nothing_and_the_run_says_so() -> None:
     assert "there is one domain" in note
 
 
-def test_a_pool_of_one_domain_is_chosen_from_as_ever() -> None:
+def test_comparing_within_domains_has_no_effect_on_one_domain() -> None:
     planner = make_planner(make_pool({"a": 100}), select=selector_of(SCORES))
     same = make_planner(make_pool({"a": 100}), select=selector_of(SCORES, "pool"))
     for plan, other in zip(plans(planner, 3), plans(same, 3), strict=True):

@@ -66,7 +66,7 @@ def runs_of(model: Model) -> list[int]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_are_the_same(name: str) -> None:
+def test_gradients_with_and_without_recomputation_are_equal(name: str) -> None:
     model = make(MODELS[name])
     inputs, labels = a_batch(LENGTHS)
     expected = one_by_one(model, inputs, labels)
@@ -80,14 +80,14 @@ def test_gradients_are_the_same(name: str) -> None:
         assert_same(found, plain, 1e-10)
 
 
-def test_a_training_that_keeps_all_activations() -> None:
+def test_without_checkpointing_no_layer_is_recomputed() -> None:
     model = make(llama)
     runs = runs_of(model)
     together(model, *a_batch(LENGTHS))
     assert runs == [1, 1]
 
 
-def test_under_the_wrapper_of_fsdp() -> None:
+def test_layers_under_the_wrapper_of_fsdp_are_recomputed() -> None:
     model = make(llama)
     inputs, labels = a_batch(LENGTHS)
     expected = one_by_one(model, inputs, labels)
@@ -101,7 +101,7 @@ def test_under_the_wrapper_of_fsdp() -> None:
     assert "forward" not in model.model.layers[0].__dict__
 
 
-def test_the_precision_of_the_forward_is_that_of_the_second_run() -> None:
+def test_the_second_forward_has_the_precision_of_the_first() -> None:
     model = lora(llama(initializer_range=0.2)).eval()
     inputs, labels = a_batch(LENGTHS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -110,7 +110,7 @@ def test_the_precision_of_the_forward_is_that_of_the_second_run() -> None:
     assert_same(found, plain, 1e-6)
 
 
-def test_a_backward_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backward_in_another_thread_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device: neither the precision nor whether gradients are made is that of the forward's thread."""
     model = lora(llama(initializer_range=0.2)).eval()
     inputs, labels = a_batch(LENGTHS)
@@ -127,7 +127,7 @@ def test_a_backward_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert_same(found, plain, 1e-6)
 
 
-def test_a_parameter_of_several_layers() -> None:
+def test_a_parameter_of_several_layers_has_its_whole_gradient() -> None:
     """It is handed on once, behind the last of the layers that hold it."""
     model = make(lambda: llama(num_hidden_layers=3))
     model.model.layers[2].self_attn = model.model.layers[0].self_attn
@@ -137,7 +137,7 @@ def test_a_parameter_of_several_layers() -> None:
     assert_same(together(checkpointed(model), inputs, labels)[0], expected)
 
 
-def test_what_layers_hand_on_beside_their_outputs_has_its_gradient() -> None:
+def test_further_outputs_of_a_layer_have_their_gradients() -> None:
     sizes = {**SIZES, "num_hidden_layers": 4, "head_dim": 4, "vocab_size_per_layer_input": 61}
     config = Gemma3nTextConfig(
         **sizes,

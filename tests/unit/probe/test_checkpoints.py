@@ -106,7 +106,9 @@ def trained(model: Any, seed: int = 1) -> Any:
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoints_weights_inside_and_ones_own_afterwards(tmp_path: Path, kind: str, fails: bool) -> None:
+def test_the_model_has_the_weights_of_the_checkpoint_inside_and_its_own_afterwards(
+    tmp_path: Path, kind: str, fails: bool
+) -> None:
     torch.manual_seed(0)
     model = KINDS[kind]()
     other = trained(model)
@@ -125,7 +127,7 @@ def test_a_checkpoints_weights_inside_and_ones_own_afterwards(tmp_path: Path, ki
     assert {name: value.data_ptr() for name, value in model.named_parameters()} == places  # the optimizer's too
 
 
-def test_checkpoints_in_several_files(tmp_path: Path) -> None:
+def test_checkpoints_in_several_files_are_read(tmp_path: Path) -> None:
     model = llama()
     other = trained(model)
     other.save_pretrained(tmp_path, max_shard_size="8KB")
@@ -134,7 +136,7 @@ def test_checkpoints_in_several_files(tmp_path: Path) -> None:
         assert_same(bits(model), bits(other))
 
 
-def test_frozen_parameters_stay_ones_own(tmp_path: Path) -> None:
+def test_frozen_parameters_stay_unchanged(tmp_path: Path) -> None:
     model = freeze(llama())
     llama().save_pretrained(tmp_path)  # everything in it is different
     before = bits(model)
@@ -172,7 +174,7 @@ def test_a_checkpoint_of_another_model_is_an_error(tmp_path: Path, mine: Any, th
 
 
 @pytest.mark.parametrize("make", [mixtral, qwen3_moe])
-def test_experts_stored_one_by_one_and_in_several_files(tmp_path: Path, make: Any) -> None:
+def test_experts_stored_separately_and_in_several_files_are_read(tmp_path: Path, make: Any) -> None:
     model = make()
     other = trained(model)
     other.save_pretrained(tmp_path, max_shard_size="8KB")
@@ -187,7 +189,7 @@ def test_experts_stored_one_by_one_and_in_several_files(tmp_path: Path, make: An
 
 
 @pytest.mark.parametrize("make", [llama, mixtral, lora])
-def test_looking_draws_no_random_number(tmp_path: Path, make: Any) -> None:
+def test_reading_a_checkpoint_draws_no_random_number(tmp_path: Path, make: Any) -> None:
     model = make()
     trained(model).save_pretrained(tmp_path)
     state = torch.get_rng_state()
@@ -196,7 +198,7 @@ def test_looking_draws_no_random_number(tmp_path: Path, make: Any) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_parameter_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_parameter_is_named(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -211,7 +213,7 @@ def test_a_parameter_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["absent", "cut"])
-def test_a_file_that_cannot_be_read(tmp_path: Path, damage: str) -> None:
+def test_an_unreadable_file_is_named(tmp_path: Path, damage: str) -> None:
     model = llama()
     model.save_pretrained(tmp_path, max_shard_size="8KB")
     path = sorted(tmp_path.glob("model-*.safetensors"))[1]
@@ -249,7 +251,7 @@ def test_an_adapter_of_another_configuration_is_an_error(tmp_path: Path, key: st
     assert_same(bits(model), before)
 
 
-def test_an_adapter_configuration_of_an_older_peft(tmp_path: Path) -> None:
+def test_an_adapter_configuration_of_an_older_peft_is_read(tmp_path: Path) -> None:
     base, path = llama(), tmp_path / "adapter_config.json"
     model = lora(base)
     other = trained(model)
@@ -298,7 +300,7 @@ def assert_same_moments(found: dict[str, Moments], expected: dict[str, Moments])
 
 
 @pytest.mark.parametrize("kind", ["full", "tied", "freeze", "lora"])
-def test_saved_moments_are_those_that_were_saved(tmp_path: Path, kind: str) -> None:
+def test_saved_moments_are_read_back(tmp_path: Path, kind: str) -> None:
     model = KINDS[kind]()
     optimizer = stepped(model)
     expected = read_moments(optimizer, model)
@@ -319,7 +321,7 @@ def test_a_parameter_that_never_had_a_gradient_has_zero_moments_in_both(tmp_path
     assert_same_moments(found, read_moments(optimizer, model))
 
 
-def test_no_optimizer_file(tmp_path: Path) -> None:
+def test_a_checkpoint_without_an_optimizer_file_is_refused(tmp_path: Path) -> None:
     model = llama()
     with pytest.raises(ComponentError, match=r"no optimizer\.pt.* preconditioner: none"):
         saved_moments(tmp_path, torch.optim.AdamW(groups(model)), model)
@@ -333,14 +335,14 @@ def test_no_optimizer_file(tmp_path: Path) -> None:
         (llama, lambda: llama(intermediate_size=32), "no Adam moments of .*mlp"),
     ],
 )
-def test_moments_of_other_parameters(tmp_path: Path, mine: Any, theirs: Any, text: str) -> None:
+def test_moments_of_other_parameters_are_refused(tmp_path: Path, mine: Any, theirs: Any, text: str) -> None:
     torch.save(stepped(theirs()).state_dict(), tmp_path / "optimizer.pt")
     model = mine()
     with pytest.raises(ComponentError, match=f"{text}.* preconditioner: none"):
         saved_moments(tmp_path, torch.optim.AdamW(groups(model)), model)
 
 
-def test_moments_of_another_optimizer(tmp_path: Path) -> None:
+def test_moments_of_another_optimizer_are_refused(tmp_path: Path) -> None:
     model = llama()
     optimizer = torch.optim.SGD(groups(model), lr=0.1, momentum=0.9)
     ids = torch.zeros(1, 4, dtype=torch.long)
@@ -370,7 +372,7 @@ def states(root: Path, log: dict[int, float | None], steps: list[int]) -> list[P
     return folders
 
 
-def test_the_mean_rate_of_each_stretch_scaled_to_one(tmp_path: Path) -> None:
+def test_weights_are_the_mean_rates_before_each_checkpoint_scaled_to_one(tmp_path: Path) -> None:
     log = {1: 1.0, 2: 3.0, 3: None, 4: 2.0, 5: 5.0, 6: 3.0, 7: 2.0, 8: 0.0}
     folders = states(tmp_path, log, [4, 6, 8])
     assert learning_rates(folders) == pytest.approx([2 / 7, 4 / 7, 1 / 7])
@@ -378,7 +380,7 @@ def test_the_mean_rate_of_each_stretch_scaled_to_one(tmp_path: Path) -> None:
     assert learning_rates(folders[1:]) == pytest.approx([14 / 19, 5 / 19])  # the first stretch begins with the run
 
 
-def test_a_stretch_without_an_entry(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_logged_rate_is_refused(tmp_path: Path) -> None:
     folders = states(tmp_path, {10: 1.0, 20: 0.5}, [10, 15])
     with pytest.raises(ConfigError, match=r"checkpoint-15.*after step 10; set checkpoint_weights"):
         learning_rates(folders)
@@ -386,12 +388,12 @@ def test_a_stretch_without_an_entry(tmp_path: Path) -> None:
         learning_rates(folders[::-1])
 
 
-def test_rates_that_are_all_zero(tmp_path: Path) -> None:
+def test_rates_that_are_all_zero_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="all 0; set checkpoint_weights"):
         learning_rates(states(tmp_path, {1: 0.0, 2: 0.0}, [1, 2]))
 
 
-def test_a_state_that_cannot_be_read(tmp_path: Path) -> None:
+def test_an_unreadable_trainer_state_is_refused(tmp_path: Path) -> None:
     folders = states(tmp_path, {1: 1.0}, [1, 2])
     (folders[0] / "trainer_state.json").write_text('{"log')
     with pytest.raises(ConfigError, match=r"checkpoint-1/trainer_state\.json cannot be read.*set checkpoint_weights"):

@@ -94,7 +94,9 @@ def compare(collate: Any, pool: Samples, plain: tuple[type, ...] = (), *, reads:
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("multiple", [None, 8])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_conversations(sft: Any, template: Any, side: str, multiple: int | None, seed: int) -> None:
+def test_batches_of_conversations_equal_the_collators(
+    sft: Any, template: Any, side: str, multiple: int | None, seed: int
+) -> None:
     given = {"tokenizer": tokenizer_of(side), "pad_to_multiple_of": multiple, "label_pad_token_id": -100 + 103 * seed}
     rows = dataset_of(rows_of(seed, **MEDIA))
     drawn = rows.shuffle(seed=3).select(range(50))  # by way of a table of indices
@@ -105,12 +107,12 @@ def test_conversations(sft: Any, template: Any, side: str, multiple: int | None,
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_texts(side: str) -> None:
+def test_batches_of_texts_equal_the_collators(side: str) -> None:
     rows = dataset_of(rows_of(0)).remove_columns("labels")
     compare(DataCollatorForLanguageModeling(tokenizer_of(side), mlm=False), pool_of(rows), reads=True)
 
 
-def test_the_collator_is_asked_if_it_does_more_than_padding(sft: Any, template: Any) -> None:
+def test_the_collator_is_called_if_it_does_more_than_padding(sft: Any, template: Any) -> None:
     tokenizer, rows = tokenizer_of(), dataset_of(rows_of(0, **MEDIA))
     given = {"tokenizer": tokenizer, "template": template}
     four = sft(**given, block_diag_attn=True, attn_implementation="sdpa", compute_dtype=torch.float16)
@@ -126,7 +128,7 @@ def test_the_collator_is_asked_if_it_does_more_than_padding(sft: Any, template: 
     compare(DataCollatorForSeq2Seq(tokenizer, padding="max_length", max_length=64), plain, reads=False)
 
 
-def test_the_collator_is_asked_if_a_column_is_more_than_tokens(
+def test_the_collator_is_called_if_a_column_is_more_than_tokens(
     sft: Any, template: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collate = sft(tokenizer=tokenizer_of(), template=template)
@@ -152,7 +154,7 @@ def test_the_collator_is_asked_if_a_column_is_more_than_tokens(
     compare(DataCollatorForLanguageModeling(tokenizer_of(), mlm=False), texts, reads=False)
 
 
-def test_the_side_may_change() -> None:
+def test_the_padding_side_may_change_between_batches() -> None:
     tokenizer, pool = tokenizer_of(), pool_of(dataset_of(rows_of(0)))
     collate = DataCollatorForSeq2Seq(tokenizer)
     collation = Collation(collate)

@@ -96,7 +96,7 @@ def alone(inputs: dict[str, Tensor], labels: Tensor, row: int) -> tuple[dict[str
 
 @pytest.mark.parametrize("implementation", [{}, {"foreach": True}, {"fused": True}], ids=["plain", "foreach", "fused"])
 @pytest.mark.parametrize("name", ["llama tied", "mixtral", "lora", "dora"])
-def test_adam_direction_is_the_optimizers_next_step(name: str, implementation: dict[str, bool]) -> None:
+def test_the_adam_direction_equals_the_next_optimizer_step(name: str, implementation: dict[str, bool]) -> None:
     model = make(MODELS[name])
     optimizer = trained(model, **implementation)
     inputs, labels = a_batch(LENGTHS)
@@ -111,7 +111,7 @@ def test_adam_direction_is_the_optimizers_next_step(name: str, implementation: d
 
 
 @pytest.mark.parametrize("less", [False, True])
-def test_what_a_sample_does_not_touch_moves_with_the_moments(less: bool) -> None:
+def test_parameters_without_a_gradient_move_with_the_moments(less: bool) -> None:
     model = make(lambda: mixtral(num_local_experts=8))
     optimizer = trained(model)
     moments = moments_of(model, optimizer)
@@ -141,7 +141,9 @@ def test_what_a_sample_does_not_touch_moves_with_the_moments(less: bool) -> None
     "moments, gradient, inside, outside",
     [((0.01, 1e-6), 0.02, 9.266958, 9.299940), ((1e-6, 1e-12), 2e-6, 0.010999, 1.087495)],
 )
-def test_golden_numbers(moments: tuple[float, float], gradient: float, inside: float, outside: float) -> None:
+def test_directions_have_the_golden_numbers(
+    moments: tuple[float, float], gradient: float, inside: float, outside: float
+) -> None:
     average, square = (torch.tensor([value], dtype=torch.float64) for value in moments)
     # After very many steps nothing is left of Adam's bias correction.
     item = Moments(average, square, 10**6, (0.9, 0.999), 1e-8)
@@ -151,7 +153,7 @@ def test_golden_numbers(moments: tuple[float, float], gradient: float, inside: f
         assert made.item() == pytest.approx(expected, rel=5e-5 if expected < 1 else 1e-6)
 
 
-def test_a_parameter_without_history() -> None:
+def test_a_parameter_without_moments_uses_zero_moments() -> None:
     zeros = torch.zeros(2, dtype=torch.float64)
     adam = AdamPreconditioner({"x": Moments(zeros, zeros, 0, (0.9, 0.999), 1e-8)}, less=False)
     made = adam("x", 0, torch.tensor([[3.0, 0.0], [-0.2, 1e-3]], dtype=torch.float64))
@@ -182,7 +184,7 @@ def falls(model: Model, moved: Tensor, rates: list[float], held: tuple[dict[str,
 
 
 @pytest.mark.parametrize("adam", [False, True])
-def test_loss_falls_by_the_influence(adam: bool) -> None:
+def test_the_loss_falls_by_the_influence(adam: bool) -> None:
     model = make(smooth)
     optimizer = trained(model)
     plain = NoPreconditioner()
@@ -239,7 +241,7 @@ def test_features_are_linear_in_the_gradients(projection: str) -> None:
     )
 
 
-def test_a_count_projection_of_the_gradient() -> None:
+def test_a_count_projection_sums_signed_entries_of_the_gradient() -> None:
     model = make(MODELS["mixtral"])
     inputs, labels = a_batch(LENGTHS)
     found = probe_of(model, inputs, labels).measure(
@@ -252,7 +254,7 @@ def test_a_count_projection_of_the_gradient() -> None:
     np.testing.assert_allclose(found, projection.folded(expected).numpy(), rtol=1e-4, atol=1e-6)
 
 
-def test_lengths_are_exact() -> None:
+def test_lengths_of_gradients_are_exact() -> None:
     model = make(MODELS["llama tied"])
     optimizer = trained(model)
     inputs, labels = a_batch(LENGTHS)
@@ -307,12 +309,12 @@ def test_features_without_a_sketch_keep_every_product() -> None:
 # EL2N
 
 
-def test_error_norm_golden_number() -> None:
+def test_the_error_norm_has_the_golden_number() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     assert error_norm(logits, torch.tensor([0])).item() == pytest.approx(0.424336, abs=1e-6)
 
 
-def test_error_norm_is_the_distance_to_the_answer() -> None:
+def test_the_error_norm_is_the_distance_to_the_label() -> None:
     logits = 4 * torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(50) % 7
     exact = (logits.double().softmax(-1) - F.one_hot(labels, 7)).norm(dim=-1)
@@ -321,7 +323,7 @@ def test_error_norm_is_the_distance_to_the_answer() -> None:
     assert error_norm(sure, torch.tensor([0, 1])).tolist() == pytest.approx([0, 2**0.5])
 
 
-def test_error_norms_of_samples() -> None:
+def test_error_norms_of_samples_are_means_over_tokens() -> None:
     model = make(llama).float()
     inputs, labels = a_batch(LENGTHS)
     labels[3] = IGNORE_INDEX

@@ -132,7 +132,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("preconditioner", ["none", "adam", "adam_less"])
-def test_similarities_are_those_without_a_store(
+def test_similarities_equal_those_without_a_store(
     model: Any, tmp_path: Path, preconditioner: Any, normalize: bool
 ) -> None:
     settings = GradientSettings(preconditioner=preconditioner, dim=96, normalize=normalize)
@@ -148,7 +148,7 @@ def test_similarities_are_those_without_a_store(
     assert np.nanstd(plain) > 0.02 * scale
 
 
-def test_the_lengths_kept_are_those_of_the_features(model: Any, tmp_path: Path) -> None:
+def test_stored_lengths_equal_those_of_the_features(model: Any, tmp_path: Path) -> None:
     probe, everyone = probe_of(model), np.arange(SAMPLES)
     store = probe.measure(StoredFeatures(kept(PLAIN, tmp_path)), everyone)
     features = probe.measure(GradientFeatures(GradientSettings(dim=96, normalize=False)), everyone)
@@ -160,7 +160,7 @@ def test_the_lengths_kept_are_those_of_the_features(model: Any, tmp_path: Path) 
         np.testing.assert_allclose(block.numpy(), expected, atol=1e-3)
 
 
-def test_what_is_there_is_not_made_again(model: Any, tmp_path: Path, measured: list[int]) -> None:
+def test_stored_features_are_not_computed_again(model: Any, tmp_path: Path, measured: list[int]) -> None:
     probe, everyone = probe_of(model), np.arange(SAMPLES)
     first = probe.measure(GradientSimilarities(kept(PLAIN, tmp_path), targets_of()), everyone)
     assert set(measured) == set(range(SAMPLES))
@@ -178,7 +178,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("where", ["while writing", "while measuring"])
-def test_a_killed_extraction_goes_on_where_it_was(
+def test_a_killed_extraction_resumes(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int], where: str
 ) -> None:
     everyone = np.arange(SAMPLES)
@@ -221,7 +221,7 @@ def test_a_killed_extraction_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize("weight", ["lora_A", "embed_tokens"])
-def test_another_weight_is_another_folder(tmp_path: Path, weight: str) -> None:
+def test_another_weight_gives_another_folder(tmp_path: Path, weight: str) -> None:
     model, everyone = lora(), np.arange(10)
     first = probe_of(model).measure(StoredFeatures(kept(PLAIN, tmp_path)), everyone).folder
     value = next(value for name, value in model.named_parameters() if weight in name)
@@ -235,7 +235,7 @@ def test_another_weight_is_another_folder(tmp_path: Path, weight: str) -> None:
 
 
 @pytest.mark.parametrize("column", ["input_ids", "labels", "attention_mask", "position_ids"])
-def test_another_token_anywhere_is_another_folder(model: Any, tmp_path: Path, column: str) -> None:
+def test_another_token_anywhere_gives_another_folder(model: Any, tmp_path: Path, column: str) -> None:
     # The fingerprint looks at the tokens of 512 samples; what is measured are the features of three others.
     rows = [{**row, "attention_mask": [1] * 3, "position_ids": [0, 1, 2]} for row in rows_of(1000)]
     changed = copy.deepcopy(rows)
@@ -248,7 +248,7 @@ def test_another_token_anywhere_is_another_folder(model: Any, tmp_path: Path, co
     assert probe_of(model, rows).measure(StoredFeatures(kept(PLAIN, tmp_path)), indices).folder == found[0].folder
 
 
-def test_anything_the_collator_is_given_is_in_the_digest() -> None:
+def test_every_input_of_the_collator_is_in_the_digest() -> None:
     ids = [[5, 6, 7], [8, 9]]
     variants: list[dict[str, Any]] = [
         {},
@@ -278,7 +278,7 @@ def test_anything_the_collator_is_given_is_in_the_digest() -> None:
     assert len(set(found)) == len(variants)
 
 
-def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_content_alone(tmp_path: Path) -> None:
     columns = {"input_ids": [[3, 4, 5], [6], [7, 8]], "images": [["x"], None, ["y", "z"]]}
     longer = {name: [values[2], *values, values[0]] for name, values in columns.items()}
     plain = Dataset.from_dict(columns)
@@ -296,7 +296,7 @@ def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
     assert Pool(plain, ("a", "b"), np.array([1, 2])).content_digest != Pool(plain, ("a",), np.array([3])).content_digest
 
 
-def test_other_trained_parameters_are_another_folder(tmp_path: Path) -> None:
+def test_other_trained_parameters_give_another_folder(tmp_path: Path) -> None:
     model, everyone = lora(), np.arange(10)
     first = probe_of(model).measure(StoredFeatures(kept(PLAIN, tmp_path)), everyone).folder
     for name, value in model.named_parameters():
@@ -308,7 +308,7 @@ def test_other_trained_parameters_are_another_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"lora_alpha": 32}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}}])
-def test_an_adapter_of_another_scaling_is_another_folder(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_another_scaling_of_an_adapter_gives_another_folder(tmp_path: Path, changes: dict[str, Any]) -> None:
     one, other, indices = lora(), lora(**changes), np.arange(10)
     for (name, value), (_, its) in zip(one.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(value, its), name
@@ -320,14 +320,16 @@ def test_an_adapter_of_another_scaling_is_another_folder(tmp_path: Path, changes
     assert len(folders) == 2
 
 
-def test_another_random_map_is_another_folder(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_the_random_map_gives_another_folder(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     probe, settings = probe_of(model), kept(PLAIN, tmp_path)
     first = probe.measure(StoredFeatures(settings), np.arange(6)).folder
     monkeypatch.setattr(extraction, "MAP_VERSION", extraction.MAP_VERSION + 1)
     assert probe.measure(StoredFeatures(settings), np.arange(6)).folder != first
 
 
-def test_other_settings_are_another_folder(model: Any, tmp_path: Path) -> None:
+def test_other_settings_give_another_folder(model: Any, tmp_path: Path) -> None:
     indices = np.arange(6)
     variants = [
         {"dim": 64}, {"seed": 1}, {"projection": "rademacher"}, {"projection": "kronecker"}, {"projection": "identity"},
@@ -346,7 +348,7 @@ def test_other_settings_are_another_folder(model: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step", "betas", "eps"])
-def test_other_moments_are_another_folder(model: Any, tmp_path: Path, key: str) -> None:
+def test_other_moments_give_another_folder(model: Any, tmp_path: Path, key: str) -> None:
     settings, indices = kept(GradientSettings(dim=96, preconditioner="adam"), tmp_path), np.arange(6)
     moments = moments_of(model)()
     first = probe_of(model, moments=lambda: moments).measure(StoredFeatures(settings), indices).folder
@@ -365,7 +367,7 @@ def test_other_moments_are_another_folder(model: Any, tmp_path: Path, key: str) 
 
 
 @pytest.mark.parametrize("indices", [[0, 1, 2, 3], [0, 1, 2, 3, 4, 6], [0, 1, 2, 3, 5, 4]])
-def test_other_samples_are_another_folder(model: Any, tmp_path: Path, indices: list[int]) -> None:
+def test_other_samples_give_another_folder(model: Any, tmp_path: Path, indices: list[int]) -> None:
     probe = probe_of(model)
     first = probe.measure(StoredFeatures(kept(PLAIN, tmp_path)), np.arange(6)).folder
     assert probe.measure(StoredFeatures(kept(PLAIN, tmp_path)), np.array(indices)).folder != first

@@ -59,7 +59,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
         (32, 5000, 70, 12, 1, 8),  # a piece within one block
     ],
 )
-def test_equal_to_the_plain_passes(
+def test_the_kernel_equals_the_plain_passes(
     fused: ModuleType,
     kind: str,
     dtype: torch.dtype,
@@ -84,7 +84,7 @@ def test_equal_to_the_plain_passes(
     assert distance(plain, expected) < 1e-6
 
 
-def test_parameters_of_more_than_32_bits(fused: ModuleType) -> None:
+def test_the_kernel_handles_offsets_beyond_32_bits(fused: ModuleType) -> None:
     start = (2**33 + 3) * 40 + 5
     values = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
     found = fused.sketch(values, start, 2**127 + 11, 40, None)
@@ -100,7 +100,7 @@ def test_a_sample_has_the_same_sketch_in_any_batch(fused: ModuleType) -> None:
 
 @pytest.mark.parametrize("with_kernel", [True, False])
 @pytest.mark.parametrize("kind", ["none", "adam"])
-def test_a_projection_on_a_device(
+def test_a_projection_on_a_device_uses_the_kernel(
     fused: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, with_kernel: bool
 ) -> None:
     """What a projection does there, on the CPU's tensors: with the kernel and without it the CPU's features."""
@@ -123,7 +123,7 @@ def test_a_projection_on_a_device(
     assert len(used) == (2 if with_kernel else 0)
 
 
-def test_a_kernel_is_tried_before_it_is_used(fused: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_kernel_is_tested_before_its_first_use(fused: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
     def no_compiler(*args: Any) -> Tensor:
         raise RuntimeError("Failed to find C compiler")
 
@@ -136,7 +136,7 @@ def test_a_kernel_is_tried_before_it_is_used(fused: ModuleType, caplog: pytest.L
 
 
 @pytest.mark.parametrize("adam", [False, True])
-def test_compiled_for_a_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, adam: bool) -> None:
+def test_the_kernel_compiles_for_a_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, adam: bool) -> None:
     """Threads lie side by side in the places of a block, so that they read one stretch of memory together.
 
     That a block's places are said to be contiguous makes no load a vector: it would read over the end of the block.
@@ -163,5 +163,5 @@ def test_compiled_for_a_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     sys.modules.pop(NAME, None)
 
 
-def test_not_used_on_a_cpu() -> None:
+def test_the_triton_kernel_is_not_used_on_a_cpu() -> None:
     assert fused_sketch(CPU) is None

@@ -45,7 +45,7 @@ def sketched(values: Tensor, start: int, total: int, dim: int, made: Preconditio
         (4096, 9000, 0, 9000, 5),
     ],
 )
-def test_equal_to_the_plain_passes(kind: str, dim: int, total: int, start: int, size: int, batch: int) -> None:
+def test_the_kernel_equals_the_plain_passes(kind: str, dim: int, total: int, start: int, size: int, batch: int) -> None:
     values = torch.randn(batch, size, generator=torch.Generator().manual_seed(0))
     made = preconditioner(kind, total)
     expected = sketched(values.double(), start, total, dim, made, 0)
@@ -55,7 +55,7 @@ def test_equal_to_the_plain_passes(kind: str, dim: int, total: int, start: int, 
     assert torch.equal(found[0], found[2])
 
 
-def test_a_gradient_that_is_not_finite_stays_so() -> None:
+def test_a_gradient_that_is_not_finite_gives_a_sketch_that_is_not_finite() -> None:
     values = torch.zeros(2, 64)
     values[1, 5] = torch.nan
     for kind in ("none", "adam"):
@@ -63,13 +63,13 @@ def test_a_gradient_that_is_not_finite_stays_so() -> None:
         assert found.isnan().sum(1).tolist() == [0, 1]
 
 
-def test_other_types_go_without_the_kernel() -> None:
+def test_gradients_of_other_types_do_not_use_the_kernel() -> None:
     values, low = torch.randn(2, 64), preconditioner("adam", 64, torch.bfloat16)
     assert not fused_cpu.BlockSums.serves(values.double(), None)
     assert not fused_cpu.BlockSums.serves(values, low.terms("w"))
     assert torch.equal(sketched(values, 0, 64, 32, low, 2), sketched(values, 0, 64, 32, low, 0))
 
 
-def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_the_plain_passes_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert CountProjection(32, 3, CPU)._fused is None

@@ -79,7 +79,7 @@ def test_every_prompt_gets_its_number_of_responses(model: Any) -> None:
     assert responses(model, []) == []
 
 
-def test_the_seed_alone_decides(model: Any) -> None:
+def test_responses_depend_on_the_seed_alone(model: Any) -> None:
     first = responses(model, some_prompts())
     torch.rand(11)
     assert responses(model, some_prompts()) == first
@@ -88,7 +88,7 @@ def test_the_seed_alone_decides(model: Any) -> None:
 
 @pytest.mark.parametrize("synced", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_ranks_together_generate_what_one_does(
+def test_several_ranks_generate_the_responses_of_one(
     model: Any, monkeypatch: pytest.MonkeyPatch, world_size: int, synced: bool
 ) -> None:
     prompts = some_prompts()
@@ -117,7 +117,7 @@ def test_ranks_together_generate_what_one_does(
         assert responses(model, prompts, synced=synced) == alone
 
 
-def test_padding_and_company_do_not_matter_to_the_distribution(model: Any) -> None:
+def test_padding_and_batch_neighbours_do_not_change_the_distribution(model: Any) -> None:
     """At a temperature near 0 responses are greedy: a batch of unequal prompts gives what each prompt alone gives."""
     settings = GenerationSettings(samples=1, max_new_tokens=5, temperature=1e-4)
     prompts = some_prompts(4)
@@ -143,7 +143,7 @@ def test_responses_end_with_the_first_eos(model: Any) -> None:
         assert response[-1] in ends or len(response) == 6
 
 
-def test_frequencies_are_those_of_the_policy(model: Any) -> None:
+def test_token_frequencies_follow_the_policy(model: Any) -> None:
     prompt = [5, 9, 20]
     settings = GenerationSettings(samples=4000, max_new_tokens=1, temperature=2.0)
     ((*drawn,),) = responses(model, [prompt], settings)
@@ -157,7 +157,7 @@ def test_frequencies_are_those_of_the_policy(model: Any) -> None:
     assert {token for ((*own,),) in [greedy] for (token,) in own} == {int(expected.argmax())}
 
 
-def test_no_trace_is_left(model: Any) -> None:
+def test_generation_leaves_no_trace(model: Any) -> None:
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     model.config.use_cache = False
@@ -191,7 +191,7 @@ def test_generation_caches_although_training_checkpoints(model: Any, monkeypatch
     assert set(widths[1:]) == {1}
 
 
-def test_the_adapter_takes_part(model: Any) -> None:
+def test_the_adapter_is_active_in_generation(model: Any) -> None:
     plain = responses(model, some_prompts())
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5)).train()
     before = set(vars(wrapped.base_model))
@@ -246,7 +246,9 @@ class LLM:
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_what_vllm_is_given(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapted: bool) -> None:
+def test_vllm_gets_the_generation_settings(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapted: bool
+) -> None:
     package = tmp_path / "path" / "vllm"
     (package / "lora").mkdir(parents=True)
     (package / "__init__.py").write_text(STAND_IN)
@@ -280,7 +282,7 @@ def test_what_vllm_is_given(model: Any, tmp_path: Path, monkeypatch: pytest.Monk
             responses(given, [[5]], settings)
 
 
-def test_responses_end_at_eos_where_nothing_else_is_told() -> None:
+def test_responses_end_at_the_eos_token_by_default() -> None:
     tokenizer = SimpleNamespace(pad_token_id=1, eos_token_id=EOS, decode=lambda tokens, **_: "")
     assert _tokens(tokenizer, None).eos == (EOS,)
     assert _tokens(SimpleNamespace(tokenizer=tokenizer), [EOS, 7, EOS, 7, 5]).eos == (EOS, 7, 5)

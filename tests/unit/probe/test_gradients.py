@@ -235,7 +235,7 @@ def assert_same(found: Rows, expected: Rows, tolerance: float = 1e-5, floor: flo
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_of_every_sample(name: str) -> None:
+def test_gradients_of_every_parameter_equal_one_backward_for_each_sample(name: str) -> None:
     model = make(MODELS[name])
     inputs, labels = a_batch(LENGTHS)
     expected = one_by_one(model, inputs, labels)
@@ -244,7 +244,7 @@ def test_every_parameter_of_every_sample(name: str) -> None:
         assert_same(together(model, inputs, labels, chunked)[0], expected)
 
 
-def test_logits_changed_behind_the_head() -> None:
+def test_logits_changed_behind_the_head_give_right_gradients() -> None:
     model = make(gemma2)
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -255,7 +255,7 @@ def test_logits_changed_behind_the_head() -> None:
         assert_same(together(model, inputs, labels, chunked)[0], expected)
 
 
-def test_a_frozen_head_is_applied_where_a_token_counts() -> None:
+def test_a_frozen_head_is_applied_to_trained_tokens_only() -> None:
     model = make(lambda: lora(gemma2()))
     inputs, labels = a_batch(LENGTHS)
     sizes: list[int] = []
@@ -269,7 +269,7 @@ def test_a_frozen_head_is_applied_where_a_token_counts() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama tied", "opt, learned positions", "qwen3 moe", "lora"])
-def test_padding_on_the_left(name: str) -> None:
+def test_padding_on_the_left_gives_the_same_gradients(name: str) -> None:
     model = make(MODELS[name])
     left, right = a_batch(LENGTHS, "left"), a_batch(LENGTHS)
     expected = one_by_one(model, *right)
@@ -292,7 +292,7 @@ def test_a_sample_has_the_same_gradient_in_any_batch(size: int) -> None:
 @pytest.mark.parametrize(
     "name", ["llama", "llama tied", "lora and a whole head", "lora on the head", "lora, whole head and embedding"]
 )
-def test_a_head_in_many_chunks(monkeypatch: pytest.MonkeyPatch, name: str, chunk: int) -> None:
+def test_a_head_in_many_chunks_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch, name: str, chunk: int) -> None:
     monkeypatch.setattr(probe_gradients, "HEAD_CHUNK", chunk)
     model = make(MODELS[name])
     # Samples with equally many labels, and a number of rows their count divides: nothing but order tells them apart.
@@ -300,7 +300,7 @@ def test_a_head_in_many_chunks(monkeypatch: pytest.MonkeyPatch, name: str, chunk
     assert_same(together(model, inputs, labels)[0], one_by_one(model, inputs, labels))
 
 
-def test_a_dora_head_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dora_head_in_many_chunks_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_gradients, "HEAD_CHUNK", 5)
     model = make(lambda: lora(target_modules=["lm_head"], use_dora=True))
     inputs, labels = a_batch(LENGTHS)
@@ -308,7 +308,7 @@ def test_a_dora_head_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-def test_token_sums(chunked: bool) -> None:
+def test_gradients_of_token_sums_equal_one_backward_for_each_sample(chunked: bool) -> None:
     model = make(llama)
     inputs, labels = a_batch(LENGTHS)
     sums = one_by_one(model, inputs, labels, "sum")
@@ -316,7 +316,7 @@ def test_token_sums(chunked: bool) -> None:
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-def test_a_sample_without_a_label(chunked: bool) -> None:
+def test_a_sample_without_a_label_has_a_zero_gradient(chunked: bool) -> None:
     model = make(llama)
     inputs, labels = a_batch(LENGTHS)
     labels[1] = IGNORE_INDEX
@@ -331,7 +331,7 @@ def test_a_sample_without_a_label(chunked: bool) -> None:
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-def test_losses_are_the_models_own(chunked: bool) -> None:
+def test_losses_equal_those_of_the_model(chunked: bool) -> None:
     model = make(llama)
     inputs, labels = a_batch(LENGTHS)
     losses = together(model, inputs, labels, chunked)[1]
@@ -343,7 +343,7 @@ def test_losses_are_the_models_own(chunked: bool) -> None:
 # Kinds of computation
 
 
-def test_experts_in_their_default_implementation() -> None:
+def test_experts_in_their_default_implementation_give_right_gradients() -> None:
     torch.manual_seed(0)
     model = mixtral().eval()
     default = model.config._experts_implementation
@@ -354,7 +354,7 @@ def test_experts_in_their_default_implementation() -> None:
     assert_same(found, {name: rows.double() for name, rows in expected.items()}, 1e-4, floor=0.01)
 
 
-def test_low_precision_is_close() -> None:
+def test_gradients_in_low_precision_are_close() -> None:
     torch.manual_seed(0)
     model = lora(llama(initializer_range=0.2)).eval()
     inputs, labels = a_batch(LENGTHS)
@@ -366,7 +366,7 @@ def test_low_precision_is_close() -> None:
     assert (cosines < 1 - 1e-7).all()  # it was in use
 
 
-def test_the_precision_is_that_of_the_device_that_computes() -> None:
+def test_the_precision_depends_on_the_computing_device() -> None:
     """Parameters may be kept elsewhere: FSDP offloads them to the CPU."""
     model = lora().eval()
     seen: set[bool] = set()
@@ -381,7 +381,7 @@ def test_the_precision_is_that_of_the_device_that_computes() -> None:
     assert seen == {False}
 
 
-def test_products_are_made_in_full_precision() -> None:
+def test_products_are_computed_in_full_precision() -> None:
     model = lora().eval()
     dtypes = set()
 
@@ -397,7 +397,7 @@ def test_products_are_made_in_full_precision() -> None:
 
 @pytest.mark.parametrize("rows, columns", [(3, 4), (40, 8), (8, 40), (16, 15), (15, 16), (40, 40)])
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
-def test_a_product_of_any_shape(rows: int, columns: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def test_products_of_any_shape_are_right(rows: int, columns: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = (
         torch.randn(2, 7, size, generator=generator).to(t) for size, t in zip((rows, columns), dtypes, strict=True)
@@ -409,7 +409,7 @@ def test_a_product_of_any_shape(rows: int, columns: int, dtypes: tuple[torch.dty
 
 
 @pytest.mark.parametrize("name", ["lora", "llama tied", "mixtral"])
-def test_factors_are_kept_in_the_type_they_were_multiplied_in(name: str) -> None:
+def test_factors_are_stored_in_the_type_of_the_product(name: str) -> None:
     """Under autocast a product's float32 input is rounded, as autograd rounds it for the parameter's own gradient."""
     torch.manual_seed(0)
     model = MODELS[name]().float().eval()
@@ -436,7 +436,7 @@ def test_factors_are_kept_in_the_type_they_were_multiplied_in(name: str) -> None
         assert len({shared[key] for key in first}) == 1
 
 
-def test_gradient_checkpointing() -> None:
+def test_gradient_checkpointing_does_not_change_gradients() -> None:
     model = make(MODELS["lora"])
     inputs, labels = a_batch(LENGTHS)
     expected = one_by_one(model, inputs, labels)
@@ -458,7 +458,7 @@ def test_attention_implementations_agree() -> None:
     assert_same(*found)
 
 
-def test_a_quantised_base() -> None:
+def test_adapters_on_a_quantised_base_have_right_gradients() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     base = llama(hidden_size=64, intermediate_size=64)
@@ -505,7 +505,7 @@ def trace(model: Model) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["llama tied", "mixtral", "dora", "opt, learned positions", "lora and a whole head"])
 @pytest.mark.parametrize("fails", ["never", "in the forward", "in the backward"])
-def test_no_trace(name: str, fails: str) -> None:
+def test_a_gradient_batch_leaves_no_trace(name: str, fails: str) -> None:
     model = make(MODELS[name])
     if name == "mixtral":
         model.config._experts_implementation = "grouped_mm"
@@ -529,7 +529,7 @@ def test_no_trace(name: str, fails: str) -> None:
     assert after == before
 
 
-def test_a_pass_goes_on_after_a_failed_batch() -> None:
+def test_a_pass_can_be_used_after_a_failed_batch() -> None:
     model = make(llama)
     inputs, labels = a_batch(LENGTHS)
     found: Rows = {}
@@ -588,12 +588,12 @@ def test_an_unused_parameter_has_no_gradient() -> None:
     assert_same({**found, **{name: torch.zeros(5, 1) for name in idle}}, one_by_one(model, inputs, labels))
 
 
-def test_a_frozen_model() -> None:
+def test_a_frozen_model_is_refused() -> None:
     with pytest.raises(ComponentError, match="no trainable parameter"):
         GradientPass(only("nothing"), lambda name, parts: None, "mean", True, "error", CPU)
 
 
-def test_positions_looked_up_once_for_all_samples() -> None:
+def test_positions_shared_by_all_samples_have_right_gradients() -> None:
     model = make(lambda: only("wpe", gpt2()))
     with pytest.raises(RoutedRows, match="wpe"):
         together(model, *a_batch(LENGTHS))
@@ -658,7 +658,7 @@ def test_a_probe_of_a_model_that_mixes_samples_takes_one_at_a_time() -> None:
         products_of(probe, [np.arange(3)], EXACT, np.arange(1))
 
 
-def test_one_sample_does_not_tell_whether_samples_keep_apart() -> None:
+def test_one_sample_cannot_show_if_the_model_mixes_samples() -> None:
     model = make(lambda: only("wpe", gpt2()))
     inputs, labels = a_batch(LENGTHS)
     probe = probe_of(model, inputs, labels)
@@ -669,7 +669,7 @@ def test_one_sample_does_not_tell_whether_samples_keep_apart() -> None:
     assert probe.samples_apart is False
 
 
-def test_nor_do_samples_without_a_label() -> None:
+def test_samples_without_a_label_cannot_show_if_the_model_mixes_samples() -> None:
     model = make(lambda: only("wpe", gpt2()))
     inputs, labels = a_batch(LENGTHS)
     labels[1:] = IGNORE_INDEX
@@ -679,7 +679,7 @@ def test_nor_do_samples_without_a_label() -> None:
     assert probe.samples_apart is None
 
 
-def test_products_of_samples_without_a_label() -> None:
+def test_products_of_samples_without_a_label_are_nan() -> None:
     model = make(MODELS["llama tied"])
     inputs, labels = a_batch(LENGTHS)
     labels[[1, 4]] = IGNORE_INDEX
@@ -691,7 +691,7 @@ def test_products_of_samples_without_a_label() -> None:
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-6)
 
 
-def test_products_that_are_not_finite() -> None:
+def test_products_that_are_not_finite_are_an_error() -> None:
     model = make(MODELS["llama tied"])
     inputs, labels = a_batch(LENGTHS)
     probe = probe_of(model, inputs, labels)
@@ -706,7 +706,7 @@ def test_products_that_are_not_finite() -> None:
         products_of(probe_of(model, inputs, labels), [np.arange(3)], EXACT, np.arange(1))
 
 
-def test_no_memory_for_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_does_not_fit_into_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(MODELS["llama tied"])
     probe = probe_of(model, *a_batch(LENGTHS))
 
@@ -718,7 +718,7 @@ def test_no_memory_for_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
         products_of(probe, [np.arange(3)], EXACT, np.arange(1))
 
 
-def test_similarities_are_not_made_in_low_precision() -> None:
+def test_similarities_are_computed_in_full_precision() -> None:
     model = make(MODELS["llama tied"]).float()
     inputs, labels = a_batch(LENGTHS)
     autocast = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}

@@ -21,7 +21,9 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_states_are_those_of_the_model_and_its_gradients_stay(model: LlamaForCausalLM, checkpointing: bool) -> None:
+def test_watched_states_equal_the_models_and_gradients_are_unchanged(
+    model: LlamaForCausalLM, checkpointing: bool
+) -> None:
     torch.manual_seed(1)
     inputs = {"input_ids": torch.randint(0, 31, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
     inputs["labels"] = inputs["input_ids"]
@@ -54,7 +56,7 @@ def test_the_states_are_those_of_the_model_and_its_gradients_stay(model: LlamaFo
     assert not model.lm_head._forward_pre_hooks
 
 
-def test_a_layer_that_is_not_there(model: LlamaForCausalLM) -> None:
+def test_a_missing_layer_is_refused(model: LlamaForCausalLM) -> None:
     with pytest.raises(ComponentError, match=r"3 layers.*got 4"):
         consumer_of(model, 4)
 

@@ -115,7 +115,7 @@ def pooled(hidden: torch.Tensor, pooling: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_layers_and_poolings_are_those_of_transformers_own_hidden_states(models: dict[str, Any], name: str) -> None:
+def test_embeddings_equal_the_pooled_hidden_states_of_transformers(models: dict[str, Any], name: str) -> None:
     model = models[name]
     with torch.no_grad():
         alone = [
@@ -172,7 +172,7 @@ def test_no_other_layer_is_kept_or_returned(models: dict[str, Any]) -> None:
     assert not any(kwargs.get("output_hidden_states") for kwargs in asked)
 
 
-def test_a_model_of_an_unknown_build_gives_its_layers_itself(
+def test_a_model_of_unknown_structure_returns_its_hidden_states(
     models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = probe_of(models["llama"]).measure(Embeddings(layer=2), np.arange(9))
@@ -181,7 +181,7 @@ def test_a_model_of_an_unknown_build_gives_its_layers_itself(
 
 
 @pytest.mark.parametrize("layer", [4, -5])
-def test_a_layer_that_is_not_there(models: dict[str, Any], layer: int) -> None:
+def test_a_missing_layer_is_refused(models: dict[str, Any], layer: int) -> None:
     with pytest.raises(ComponentError, match=rf"has 3 layers.*0 \(the embeddings\) to 3, or -4 to -1; got {layer}"):
         probe_of(models["llama"]).measure(Embeddings(layer), np.arange(2))
 
@@ -273,19 +273,19 @@ def test_samples_may_be_the_pool_another_pool_or_a_list_of_rows(models: dict[str
         probe.measure(Sums(), np.arange(2), [others[0], {"labels": [1]}])
 
 
-def test_nothing_has_the_shape_of_values(models: dict[str, Any]) -> None:
+def test_measuring_no_samples_gives_an_empty_array_of_the_right_shape(models: dict[str, Any]) -> None:
     register_measurement("sums")(Sums)
     assert probe_of(models["llama"]).measure(Sums(), np.empty(0, dtype=np.int64)).shape == (0, 2)
 
 
-def test_many_values_are_kept_in_the_cpus_memory(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_values_are_stored_in_cpu_memory(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = probe_of(models["llama"]).measure(Embeddings(), np.arange(9))
     monkeypatch.setattr(runner, "_DEVICE_VALUES", 0)
     monkeypatch.setattr(runner, "_SUMMED_ROWS", 2)
     np.testing.assert_array_equal(probe_of(models["llama"]).measure(Embeddings(), np.arange(9)), expected)
 
 
-def test_whole_numbers_stay_whole(models: dict[str, Any]) -> None:
+def test_integer_values_stay_integers(models: dict[str, Any]) -> None:
     @register_measurement("big")
     class Big(Measurement):
         def measure(self, batch: MeasuredBatch) -> torch.Tensor:
@@ -318,7 +318,7 @@ def test_a_batch_that_does_not_fit_is_halved(models: dict[str, Any]) -> None:
         probe_of(models["llama"], 10_000, sharded=True).measure(Greedy(), np.arange(9))
 
 
-def test_what_is_not_finite_names_the_sample(models: dict[str, Any]) -> None:
+def test_a_value_that_is_not_finite_is_named_with_its_sample(models: dict[str, Any]) -> None:
     @register_measurement("broken")
     class Broken(Measurement):
         quantity: ClassVar[str] = "logarithm"
@@ -347,7 +347,7 @@ def test_what_is_not_finite_names_the_sample(models: dict[str, Any]) -> None:
         (lambda batch: batch.mask, r"measurement 'odd' returned values of shape \(\d+,\) of torch.int64 after"),
     ],
 )
-def test_values_of_a_wrong_shape(models: dict[str, Any], returned: Callable[[Any], Any], said: str) -> None:
+def test_values_of_a_wrong_shape_are_refused(models: dict[str, Any], returned: Callable[[Any], Any], said: str) -> None:
     @register_measurement("odd")
     class Odd(Measurement):
         def measure(self, batch: MeasuredBatch) -> torch.Tensor:
@@ -366,7 +366,7 @@ def test_values_of_a_wrong_shape(models: dict[str, Any], returned: Callable[[Any
         (np.ones(9, dtype=bool), "got bool"),
     ],
 )
-def test_numbers_that_are_none_of_samples(models: dict[str, Any], indices: np.ndarray, said: str) -> None:
+def test_indices_outside_the_samples_are_refused(models: dict[str, Any], indices: np.ndarray, said: str) -> None:
     with pytest.raises(ComponentError, match=said):
         probe_of(models["llama"]).measure(Losses(), indices)
 
@@ -374,13 +374,13 @@ def test_numbers_that_are_none_of_samples(models: dict[str, Any], indices: np.nd
 # The registry
 
 
-def test_names_are_taken_once() -> None:
+def test_a_measurement_name_can_be_registered_once() -> None:
     with pytest.raises(ConfigError, match=r"'losses' is already registered by Losses \(dataflex.probe.losses\)"):
         register_measurement("losses")(Sums)
     assert dataflex.Losses.name == "losses"
 
 
-def test_what_cannot_measure_is_no_measurement() -> None:
+def test_a_class_that_cannot_measure_is_refused() -> None:
     with pytest.raises(ConfigError, match="Empty does not define measure"):
         register_measurement("empty")(type("Empty", (Measurement,), {}))
     with pytest.raises(ConfigError, match="does not extend Measurement"):
@@ -389,7 +389,7 @@ def test_what_cannot_measure_is_no_measurement() -> None:
         register_measurement("")
 
 
-def test_a_measurement_without_a_name_of_its_own(models: dict[str, Any]) -> None:
+def test_a_measurement_without_a_name_is_refused(models: dict[str, Any]) -> None:
     class Mine(Losses):
         pass
 

@@ -41,14 +41,14 @@ def test_every_row_is_computed_once_in_order(seed: int) -> None:
     assert max(device.tried) <= 100  # it is remembered
 
 
-def test_what_fits_is_not_cut() -> None:
+def test_a_batch_that_fits_is_not_cut() -> None:
     lengths = np.full(8, 10)
     device, limit = Device(80, lengths), BatchLimit("measure lengths", SINGLE)
     assert len(limit.parts(device, np.arange(8), lengths)) == 1
     assert limit.tokens is None
 
 
-def test_what_does_not_fit_says_what_to_set() -> None:
+def test_a_sample_that_does_not_fit_names_the_setting_to_change() -> None:
     lengths = np.array([50, 4, 4])
     device = Device(40, lengths)
     with pytest.raises(ComponentError, match=rf"to measure lengths of 1 sample of 50 tokens\. {SINGLE}$"):

@@ -88,7 +88,9 @@ def groups(model: nn.Module, decay: float = 0.1) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("implementation", [{}, {"foreach": True}, {"fused": True}])
-def test_torch(kind: Callable[..., torch.optim.Optimizer], implementation: dict[str, bool]) -> None:
+def test_moments_of_torch_optimizers_follow_the_recursion(
+    kind: Callable[..., torch.optim.Optimizer], implementation: dict[str, bool]
+) -> None:
     model = Tiny()
     decay = 0.0 if kind is torch.optim.Adam else 0.1  # Adam's own is part of the gradient
     optimizer = kind(groups(model, decay), lr=0.01, betas=BETAS, eps=EPS, **implementation)
@@ -99,7 +101,7 @@ def test_torch(kind: Callable[..., torch.optim.Optimizer], implementation: dict[
     assert moments["large.weight"].exp_avg is optimizer.state[model.large.weight]["exp_avg"]
 
 
-def test_accelerates_wrapper() -> None:
+def test_moments_are_read_under_accelerates_wrapper() -> None:
     model = Tiny()
     accelerator = Accelerator(cpu=True)
     optimizer = accelerator.prepare(torch.optim.AdamW(groups(model), betas=BETAS, eps=EPS))
@@ -108,7 +110,7 @@ def test_accelerates_wrapper() -> None:
     assert_by_hand(read_moments(optimizer, model), gradients)
 
 
-def test_parameter_without_a_gradient_so_far() -> None:
+def test_a_parameter_without_a_gradient_has_zero_moments() -> None:
     model = Tiny()
     optimizer = torch.optim.AdamW(groups(model, decay=0.0), lr=0.01, betas=BETAS, eps=EPS)
     train(model, optimizer, 3)
@@ -129,7 +131,7 @@ def test_parameter_without_a_gradient_so_far() -> None:
     assert read_moments(optimizer, model)["unused.weight"].step == 1
 
 
-def test_reading_changes_nothing() -> None:
+def test_reading_moments_changes_nothing() -> None:
     ends = []
     for reads in (False, True):
         model = Tiny()
@@ -150,7 +152,7 @@ def test_reading_changes_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit", "PagedAdamW8bit", "AdamW32bit"])
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-def test_bitsandbytes(name: str) -> None:
+def test_moments_of_bitsandbytes_are_close_to_the_recursion(name: str) -> None:
     optim = pytest.importorskip("bitsandbytes").optim
     model = Tiny()
     optimizer = getattr(optim, name)(groups(model), lr=0.01, betas=BETAS, eps=EPS)
@@ -209,14 +211,14 @@ def test_amsgrad_is_refused() -> None:
         read_moments(optimizer, model)
 
 
-def test_before_the_first_step() -> None:
+def test_reading_before_the_first_step_is_an_error() -> None:
     model = Tiny()
     optimizer = torch.optim.AdamW(groups(model))
     with pytest.raises(ComponentError, match=r"dataflex\.warmup_steps to at least 1, or preconditioner: none"):
         read_moments(optimizer, model)
 
 
-def test_parameter_the_optimizer_does_not_have() -> None:
+def test_a_parameter_the_optimizer_does_not_have_is_an_error() -> None:
     model = Tiny()
     optimizer = torch.optim.AdamW(groups(model))
     train(model, optimizer, 1)

@@ -168,7 +168,7 @@ def built_in_measurements() -> set[str]:
     return {name for name, kind in available_measurements().items() if kind.__module__.startswith("dataflex.")}
 
 
-def test_every_measurement_is_taken_here() -> None:
+def test_every_built_in_measurement_is_tested_on_the_device() -> None:
     assert built_in_measurements() == set(MEASURED)
 
 
@@ -205,7 +205,7 @@ PAIRS += [("lora", name) for name in VARIANTS]
 
 
 @pytest.mark.parametrize(("model", "name"), PAIRS)
-def test_it_gives_the_numbers_of_the_cpu(
+def test_measurements_on_the_device_equal_those_on_the_cpu(
     model: str, name: str, models: dict[str, torch.nn.Module], tmp_path: Path
 ) -> None:
     here, there, counts = taken(models[model], name, tmp_path)
@@ -220,7 +220,9 @@ def test_it_gives_the_numbers_of_the_cpu(
 
 
 @pytest.mark.parametrize("name", [*(name for name in MEASURED if name != "expert_loads"), *VARIANTS])
-def test_it_runs_without_float64(name: str, models: dict[str, torch.nn.Module], tmp_path: Path) -> None:
+def test_measurements_run_on_a_device_without_float64(
+    name: str, models: dict[str, torch.nn.Module], tmp_path: Path
+) -> None:
     here, there, _ = taken(models["lora"], name, tmp_path, "mps")
     for expected, found in zip(here, there, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.nanmax(np.abs(expected)))
@@ -228,7 +230,7 @@ def test_it_runs_without_float64(name: str, models: dict[str, torch.nn.Module], 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_neighbours_are_those_of_the_cpu(metric: Any, dtype: Any) -> None:
+def test_neighbours_on_the_device_equal_those_on_the_cpu(metric: Any, dtype: Any) -> None:
     base = np.random.default_rng(3).standard_normal((300, 12)).astype(dtype)
     expected = nearest(base[:40], base, 5, metric=metric, device="cpu", exclude_self=True)
     for kind in ("cuda", "mps"):
@@ -238,7 +240,7 @@ def test_neighbours_are_those_of_the_cpu(metric: Any, dtype: Any) -> None:
         np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
 
 
-def test_densities_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_densities_on_the_device_equal_those_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = np.random.default_rng(4).standard_normal((400, 6)).astype(np.float32)
     rows = np.arange(0, 400, 3)
     for exact in (densities._EXACT, 0):  # all vectors compared, and those of near cells
@@ -250,7 +252,7 @@ def test_densities_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None
         assert counts.waits
 
 
-def test_reference_losses_are_those_of_the_cpu(models: dict[str, torch.nn.Module]) -> None:
+def test_reference_losses_on_the_device_equal_those_on_the_cpu(models: dict[str, torch.nn.Module]) -> None:
     pool = Pool.concatenate({"all": Dataset.from_list(ROWS)})
     indices = np.array([4, 0, 3, 6])
 
@@ -269,7 +271,7 @@ def test_reference_losses_are_those_of_the_cpu(models: dict[str, torch.nn.Module
     assert counts.waits.total() <= 2 * batches + 2  # each forward and its positions, and twice what is gathered
 
 
-def test_the_pretended_device_refuses_what_a_device_refuses() -> None:
+def test_the_pretended_device_refuses_the_operations_a_device_refuses() -> None:
     """Else all of this shows nothing."""
     here = torch.ones(2)
     with pretended() as (place, counts):

@@ -64,7 +64,7 @@ def test_batches_hold_every_position_once_under_the_budget(seed: int) -> None:
         assert lengths[before].min() >= lengths[batch].max()
 
 
-def test_no_sample_no_batch() -> None:
+def test_no_samples_give_no_batch() -> None:
     batches = length_batches(np.empty(0, dtype=np.int32), 100)
     assert list(batches) == []
     mine, useful = batches.share(0, 2)
@@ -72,7 +72,7 @@ def test_no_sample_no_batch() -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_batches_are_those_cut_one_after_another(seed: int) -> None:
+def test_batches_equal_those_cut_one_after_another(seed: int) -> None:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, int(rng.choice([2, 9, 300, 200_000])), int(rng.integers(1, 400))).astype(np.int32)
     budget = int(rng.integers(1, 900))
@@ -231,7 +231,7 @@ def testchunked_head_equals_full_logits(model: LlamaForCausalLM, monkeypatch: py
     assert torch.isnan(chunked).nonzero().flatten().tolist() == [3]
 
 
-def test_losses_are_taken_in_full_precision_from_a_low_precision_head(model: LlamaForCausalLM) -> None:
+def test_losses_of_a_low_precision_head_are_computed_in_full_precision(model: LlamaForCausalLM) -> None:
     low = LlamaForCausalLM(config()).bfloat16()
     low.load_state_dict(model.state_dict())
     inputs = collate(ROWS[:10])
@@ -246,7 +246,7 @@ def test_losses_are_taken_in_full_precision_from_a_low_precision_head(model: Lla
 
 
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
-def test_probe_equals_one_forward_per_sample(model: LlamaForCausalLM, budget: int) -> None:
+def test_losses_equal_one_forward_per_sample(model: LlamaForCausalLM, budget: int) -> None:
     probe = probe_of(model, budget=budget)
     indices = np.random.default_rng(1).permutation(40)[:25]
     values = probe.measure(Losses(), indices)
@@ -260,7 +260,7 @@ def test_probe_equals_one_forward_per_sample(model: LlamaForCausalLM, budget: in
     assert probe.cost.samples == 30
 
 
-def test_probe_of_nothing(model: LlamaForCausalLM) -> None:
+def test_measuring_no_samples_gives_an_empty_array(model: LlamaForCausalLM) -> None:
     assert probe_of(model).measure(Losses(), np.empty(0, dtype=np.int64)).shape == (0,)
 
 
@@ -282,7 +282,7 @@ def test_a_model_that_changes_its_logits_is_probed_through_them(scaled: ScaledLl
     ],
     ids=["capped", "multiplied", "divided"],
 )
-def test_logits_changed_as_the_configuration_says(maker: Callable[[], Any]) -> None:
+def test_logits_are_capped_and_scaled_as_configured(maker: Callable[[], Any]) -> None:
     torch.manual_seed(0)
     model = maker().eval()
     nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
@@ -292,7 +292,7 @@ def test_logits_changed_as_the_configuration_says(maker: Callable[[], Any]) -> N
     np.testing.assert_allclose(values, by_hand(model, ROWS), rtol=1e-4)
 
 
-def test_no_forward_makes_all_logits(scaled: ScaledLlama, model: LlamaForCausalLM) -> None:
+def test_no_forward_computes_all_logits(scaled: ScaledLlama, model: LlamaForCausalLM) -> None:
     """The head is given positions that count alone, whatever the model does behind it."""
     for each, chunked in ((scaled, False), (model, True)):
         most: list[int] = []
@@ -322,7 +322,7 @@ def test_a_first_batch_without_labels_proves_nothing_about_the_head(scaled: Scal
     np.testing.assert_allclose(values[:40], by_hand(scaled, ROWS), rtol=1e-4)
 
 
-def test_a_cap_that_matters_only_later_is_noticed_later(model: LlamaForCausalLM) -> None:
+def test_a_cap_that_acts_only_in_a_later_batch_is_noticed_there(model: LlamaForCausalLM) -> None:
     class CappedLlama(LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
@@ -341,7 +341,7 @@ def test_a_cap_that_matters_only_later_is_noticed_later(model: LlamaForCausalLM)
     np.testing.assert_allclose(probe.measure(Losses(), np.arange(40)), by_hand(capped, ROWS), rtol=1e-3)
 
 
-def test_autocast_is_used_and_still_close(model: LlamaForCausalLM) -> None:
+def test_losses_under_autocast_are_close(model: LlamaForCausalLM) -> None:
     entered = []
 
     @contextlib.contextmanager
@@ -442,7 +442,7 @@ def test_a_probe_that_fails_leaves_no_trace(model: LlamaForCausalLM) -> None:
         assert same(value, after[key]), key
 
 
-def test_a_replaced_forward_is_put_back_whoever_had_set_it() -> None:
+def test_a_replaced_forward_is_restored_also_if_it_was_set_on_the_instance() -> None:
     module = torch.nn.Linear(2, 2)
     x = torch.ones(1, 2)
     plain = module(x)
@@ -465,7 +465,7 @@ def test_a_replaced_forward_is_put_back_whoever_had_set_it() -> None:
     assert mine.calls == 1
 
 
-def test_what_is_not_finite_is_no_sample_without_a_token() -> None:
+def test_a_loss_that_is_not_finite_is_not_read_as_a_sample_without_tokens() -> None:
     """One token breaks every sample that has it; those without a trained token keep their NaN."""
     torch.manual_seed(0)
     broken, rows = LlamaForCausalLM(config()), rows_of(12, seed=1)

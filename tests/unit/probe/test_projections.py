@@ -137,14 +137,14 @@ def test_a_kronecker_sketch_is_not_worse_than_one_of_dense_matrices() -> None:
     assert float(variance.mean()) < 10 / 8 * 18 / 16 - 1
 
 
-def test_sketches_of_unit_vectors() -> None:
+def test_sketches_of_unit_vectors_equal_their_projections() -> None:
     places = torch.tensor([[0, 3, 36], [37, 99, 3]])
     expected = CountProjection(37, 3, CPU).of("w", 0, torch.eye(100)[places], 100)
     assert torch.equal(CountProjection(37, 3, CPU).of_units("w", places, 100), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_linear(kind: Any) -> None:
+def test_projections_are_linear(kind: Any) -> None:
     x, y = pairs("generic", 2, 5000, 32)
     projection = kind(32, 0, CPU)
     torch.testing.assert_close(mapped(projection, 2 * x - 3 * y), 2 * mapped(projection, x) - 3 * mapped(projection, y))
@@ -152,7 +152,7 @@ def test_linear(kind: Any) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_however_a_gradient_is_cut(kind: Any, seed: int) -> None:
+def test_a_projection_does_not_depend_on_how_a_gradient_is_cut(kind: Any, seed: int) -> None:
     rng = np.random.default_rng(seed)
     dim, size = int(rng.integers(1, 100)), int(rng.integers(100, 9000))
     x, _ = pairs("generic", 4, size, dim)
@@ -164,7 +164,7 @@ def test_the_same_however_a_gradient_is_cut(kind: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shards_add_up(kind: Any) -> None:
+def test_projections_of_shards_add_up(kind: Any) -> None:
     """Each process holds a stretch of the parameters; the sum of their features is the feature of the whole."""
     x, _ = pairs("generic", 3, 6000, 64)
     total = torch.zeros(3, 64, dtype=torch.float64)
@@ -177,7 +177,7 @@ def test_shards_add_up(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_map_for_a_seed_and_a_name(kind: Any) -> None:
+def test_a_map_is_determined_by_seed_and_name(kind: Any) -> None:
     x, _ = pairs("generic", 1, 3000, 64)
     first = mapped(kind(64, 1, CPU), x)
     assert torch.equal(first, mapped(kind(64, 1, CPU), x))
@@ -207,7 +207,7 @@ def test_identity_is_the_gradient_in_order() -> None:
     assert torch.equal(out, x)
 
 
-def test_what_cannot_be_projected() -> None:
+def test_inputs_that_cannot_be_projected_are_refused() -> None:
     sizes = {"a": 60, "b": 40}
     for projection in ("count", "rademacher", "kronecker"):
         with pytest.raises(ComponentError, match=r"proj_dim.*101.*100"):

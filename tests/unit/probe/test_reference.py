@@ -69,7 +69,7 @@ def loaded(model: Path) -> ReferenceModel:
     return ReferenceModel(found, torch.no_grad)
 
 
-def test_one_of_the_two_is_needed() -> None:
+def test_a_reference_model_or_a_table_is_needed() -> None:
     with pytest.raises(ValueError, match="reference_model, reference_losses or both"):
         DoReMiParams()
 
@@ -105,7 +105,7 @@ def test_a_larger_vocabulary_with_the_same_ids_is_fine() -> None:
     assert "missing in the reference" in str(vocabulary_problem({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 1}, "ref"))
 
 
-def test_the_table_is_the_models_losses(model: Path, tmp_path: Path) -> None:
+def test_a_table_holds_the_losses_of_the_model(model: Path, tmp_path: Path) -> None:
     samples, reference = pool(), loaded(model)
     params = DoReMiParams(reference_model=str(model), reference_losses=str(tmp_path / "table"))
     table = maker(tmp_path / "table", samples)
@@ -128,7 +128,7 @@ def test_the_table_is_the_models_losses(model: Path, tmp_path: Path) -> None:
             np.testing.assert_allclose(source.losses(batch, targets, indices).numpy(), expected, rtol=1e-5)
 
 
-def test_what_a_table_does_not_fit_is_refused(model: Path, tmp_path: Path) -> None:
+def test_a_table_of_other_data_is_refused(model: Path, tmp_path: Path) -> None:
     samples, folder = pool(), tmp_path / "table"
     alone = DoReMiParams(reference_losses=str(folder))
     assert "holds no table" in problems(model, reference_losses=str(folder))["reference_losses"]
@@ -157,7 +157,7 @@ def test_a_batch_of_other_tokens_is_an_error(model: Path, tmp_path: Path) -> Non
         ReferenceTable(tmp_path, samples, "weight.1").losses(batch, targets, np.array([0, 5]))
 
 
-def test_no_forward_of_a_reference_makes_all_logits_and_batches_are_halved(model: Path) -> None:
+def test_a_reference_computes_logits_in_chunks_and_halves_batches(model: Path) -> None:
     samples, reference, sizes, tokens = pool(), loaded(model), [], []
     everyone = np.arange(samples.size)
     expected = losses_of(samples, everyone, loaded(model), Collation(collate), CPU, 20)
@@ -183,7 +183,7 @@ def test_no_forward_of_a_reference_makes_all_logits_and_batches_are_halved(model
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-5)
 
 
-def test_a_reference_that_caps_its_logits(model: Path) -> None:
+def test_the_losses_of_a_reference_that_caps_its_logits_are_right(model: Path) -> None:
     """Its losses are those of its own forward, whether or not its configuration tells."""
     samples = pool()
     batch = collate(samples.rows(np.arange(3)))
@@ -209,7 +209,7 @@ def test_a_reference_that_caps_its_logits(model: Path) -> None:
         assert reference._chunked is configured
 
 
-def test_a_domain_cut_off_is_made_again(model: Path, tmp_path: Path) -> None:
+def test_a_truncated_domain_is_computed_again(model: Path, tmp_path: Path) -> None:
     samples, reference = pool(), loaded(model)
     table = maker(tmp_path, samples)
     table.make(["alpha"], reference, str(model))
@@ -221,7 +221,7 @@ def test_a_domain_cut_off_is_made_again(model: Path, tmp_path: Path) -> None:
     assert table.missing(params) == []
 
 
-def test_a_damaged_table_is_found(model: Path, tmp_path: Path) -> None:
+def test_a_damaged_table_is_refused(model: Path, tmp_path: Path) -> None:
     samples = pool()
     maker(tmp_path, samples).make(list(samples.domains), loaded(model), str(model))
     for file in tmp_path.glob("*.f32"):
@@ -230,14 +230,14 @@ def test_a_damaged_table_is_found(model: Path, tmp_path: Path) -> None:
         ReferenceTable(tmp_path, samples, "weight.1").losses({}, torch.zeros(1, 2), np.array([0]))
 
 
-def test_one_run_at_a_time_makes_a_table(model: Path, tmp_path: Path) -> None:
+def test_one_run_at_a_time_computes_a_table(model: Path, tmp_path: Path) -> None:
     from filelock import FileLock
 
     with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another run is making the table"):
         maker(tmp_path, pool()).make(["alpha"], loaded(model), str(model))
 
 
-def test_what_a_component_reads_of_its_reference(model: Path, tmp_path: Path) -> None:
+def test_a_component_reads_sample_and_token_losses_of_its_reference(model: Path, tmp_path: Path) -> None:
     samples, others = pool(), pool()
     reference, runs = loaded(model), []
 

@@ -35,7 +35,7 @@ def word(key: int, row: int, place: int) -> int:
 
 @pytest.mark.parametrize("first", [0, 2**32 - 2, 2**40 + 5])
 @pytest.mark.parametrize("key", [0, KEY, 2**128 - 1])
-def test_equal_to_pythons_integers(key: int, first: int) -> None:
+def test_signs_equal_the_hash_in_python_integers(key: int, first: int) -> None:
     found = random_signs(key, first, 4, 100, CPU)
     assert found.dtype == torch.int8
     for row in range(4):
@@ -45,7 +45,7 @@ def test_equal_to_pythons_integers(key: int, first: int) -> None:
     assert random_numbers(key, first, 4, 8191, CPU).tolist() == expected
 
 
-def test_any_piece_can_be_made_alone() -> None:
+def test_any_piece_of_the_signs_can_be_computed_alone() -> None:
     whole = random_signs(KEY, 0, 600, 4000, CPU)  # several chunks
     assert torch.equal(whole[437:441, :77], random_signs(KEY, 437, 4, 77, CPU))
     assert torch.equal(random_numbers(KEY, 0, 50, 1000, CPU)[7:9], random_numbers(KEY, 7, 2, 1000, CPU))
@@ -100,7 +100,7 @@ def test_words_have_all_bytes_equally_often() -> None:
 
 
 @pytest.mark.parametrize("below", [1, 2, 100, 8192])
-def test_numbers_are_spread_evenly(below: int) -> None:
+def test_hash_values_are_spread_evenly(below: int) -> None:
     found = random_numbers(KEY, 0, 100_000, below, CPU).numpy()
     counts = np.bincount(found, minlength=below)
     assert counts.size == below

@@ -77,7 +77,7 @@ def contents(store: FeatureStore) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("rows", [1, 3, 4096])
-def test_round_trip_is_the_rounding_of_the_type(tmp_path: Path, dtype: str, rows: int) -> None:
+def test_features_are_read_back_rounded_to_the_stored_type(tmp_path: Path, dtype: str, rows: int) -> None:
     store = opened(tmp_path, dtype=dtype)
     assert not store.complete
     fill(store)
@@ -90,7 +90,7 @@ def test_round_trip_is_the_rounding_of_the_type(tmp_path: Path, dtype: str, rows
     assert store.nbytes <= on_disk <= store.nbytes + 256
 
 
-def test_input_type_does_not_matter(tmp_path: Path) -> None:
+def test_the_type_of_the_input_does_not_matter(tmp_path: Path) -> None:
     store = opened(tmp_path, order=np.arange(N), chunks=[N], dtype="bfloat16")
     values = features().bfloat16().requires_grad_()
     store.write(0, values, norms().double())
@@ -199,7 +199,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_change_is_another_folder(tmp_path: Path) -> None:
+def test_every_change_of_the_key_gives_another_folder(tmp_path: Path) -> None:
     base = opened(tmp_path)
     fill(base)
     folders = {base.folder}
@@ -304,7 +304,7 @@ def test_targets_of_another_length_are_an_error(tmp_path: Path) -> None:
         similarities(store, torch.zeros(2, DIM + 1), "cpu")
 
 
-def test_memory_is_that_of_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_similarities_need_the_memory_of_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, dim, block_bytes = 12_800, 8192, 8 << 20
     monkeypatch.setattr(store_module, "_BLOCK_BYTES", block_bytes)
     chunks = [10_000, 2_800]
@@ -428,7 +428,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path, changes: dict[str, Any], er
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_sample_at_all(tmp_path: Path) -> None:
+def test_a_store_of_no_samples_is_complete(tmp_path: Path) -> None:
     store = opened(tmp_path, order=np.empty(0, dtype=np.int64), chunks=[])
     assert store.complete
     assert store.norms().shape == (0,)

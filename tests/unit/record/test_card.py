@@ -45,7 +45,7 @@ def finish(writer: RunWriter, steps: int, **more: Any) -> None:
 @pytest.mark.parametrize(
     ("steps", "trained"), [(4, {"a": 4, "b|c": 4}), (3, {"a": 3, "b|c": 3}), (2, {"a": 2, "b|c": 2}), (0, {})]
 )
-def test_samples_count_as_far_as_training_went(tmp_path: Path, steps: int, trained: dict[str, int]) -> None:
+def test_samples_count_up_to_the_last_trained_step(tmp_path: Path, steps: int, trained: dict[str, int]) -> None:
     finish(begun(tmp_path), steps)
     found = trained_by_domain(read_run(tmp_path))
     assert found == {"a": 0, "b|c": 0, **trained}

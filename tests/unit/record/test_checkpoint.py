@@ -72,13 +72,13 @@ def assert_same(here: Any, there: Any, where: str = "") -> None:
         assert here == there or (here != here and there != there), where
 
 
-def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_state_is_read_back_unchanged(tmp_path: Path) -> None:
     write_state(tmp_path, STATE)
     assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]  # no temporary file is left
     assert_same(STATE, read_state(tmp_path))
 
 
-def test_no_name_is_taken_for_a_marker(tmp_path: Path) -> None:
+def test_keys_that_resemble_markers_are_kept(tmp_path: Path) -> None:
     array = np.arange(3)
     names = ["__tree__", "array", "array_0", "scalar", "dict", "tuple", "float", "version", "", "a/b", "a.npy", "\x00"]
     state = {
@@ -122,7 +122,7 @@ class Kind(int):
         (np.zeros(2, dtype="V2"), "array of"),
     ],
 )
-def test_what_would_not_come_back_is_refused_with_its_place(value: Any, text: str, tmp_path: Path) -> None:
+def test_values_that_cannot_be_stored_are_refused_with_their_path(value: Any, text: str, tmp_path: Path) -> None:
     with pytest.raises(ComponentError) as caught:
         write_state(tmp_path, {"version": STATE_VERSION, "components": {"mix": {"seen": [0, value]}}})
     assert text in str(caught.value)
@@ -149,7 +149,7 @@ def test_a_missing_or_newer_state_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_a_state_that_was_cut_off_is_an_error(tmp_path: Path, share: float) -> None:
+def test_a_truncated_state_is_an_error(tmp_path: Path, share: float) -> None:
     write_state(tmp_path, STATE)
     whole = (tmp_path / STATE_FILE).read_bytes()
     (tmp_path / STATE_FILE).write_bytes(whole[: int(share * len(whole))])
@@ -206,13 +206,13 @@ def test_a_checkpoint_has_all_that_an_exact_resume_needs(
     assert problem is None if lacks is None else lacks in str(problem)
 
 
-def test_a_checkpoint_of_the_model_alone_says_what_would_begin_anew(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_model_alone_lists_the_missing_parts(tmp_path: Path) -> None:
     folder = make(tmp_path / "checkpoint-10", parts=("model.safetensors", "trainer_state.json"))
     for word in ("optimizer", "schedule of learning rates", "random state", "save_only_model: true"):
         assert word in str(problem_of(folder))
 
 
-def test_no_marker_no_folder_and_a_broken_marker(tmp_path: Path) -> None:
+def test_a_missing_or_broken_marker_is_named(tmp_path: Path) -> None:
     assert "no such folder" in str(problem_of(tmp_path / "checkpoint-1"))
     folder = make(tmp_path / "checkpoint-2", complete=False)
     assert MARKER_FILE in str(problem_of(folder))
@@ -242,7 +242,7 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
     assert last_complete(tmp_path / "nothing", RUN) == (None, [])
 
 
-def test_a_checkpoint_of_another_run_or_under_another_name_is_left(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_or_name_is_not_taken(tmp_path: Path) -> None:
     make(tmp_path / "checkpoint-5")
     make(tmp_path / "checkpoint-9", run="other")
     shutil.copytree(tmp_path / "checkpoint-5", tmp_path / "checkpoint-8")
@@ -269,7 +269,7 @@ def names(folder: Path) -> list[int]:
         (9, 5, [5, 10, 15, 20]),
     ],
 )
-def test_the_oldest_by_step_are_deleted_whatever_the_times_of_files(
+def test_the_oldest_checkpoints_by_step_are_deleted(
     tmp_path: Path, limit: int | None, best: int | None, left: list[int]
 ) -> None:
     for age, step in enumerate((20, 5, 15, 10)):  # a copy or a download gives files other times
@@ -281,7 +281,7 @@ def test_the_oldest_by_step_are_deleted_whatever_the_times_of_files(
     assert names(tmp_path) == [1, *left, 98, 99]
 
 
-def test_a_deletion_that_is_cut_off_leaves_no_checkpoint_and_is_finished_later(
+def test_an_interrupted_deletion_leaves_no_checkpoint_and_is_finished_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (5, 10):
@@ -297,7 +297,7 @@ def test_a_deletion_that_is_cut_off_leaves_no_checkpoint_and_is_finished_later(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_run_left_of_the_marker_is_no_part_of_the_next_one(tmp_path: Path) -> None:
+def test_a_half_written_marker_of_a_killed_run_is_ignored(tmp_path: Path) -> None:
     folder = make(tmp_path / "checkpoint-5", complete=False)
     (folder / f".{MARKER_FILE}.123.tmp").write_text("{")
     mark_complete(folder, RUN, 5, {})
@@ -305,7 +305,7 @@ def test_what_a_killed_run_left_of_the_marker_is_no_part_of_the_next_one(tmp_pat
     assert problem_of(folder) is None
 
 
-def test_of_a_run_that_looked_for_its_best_model_only_that_is_kept(tmp_path: Path) -> None:
+def test_keep_only_leaves_the_best_checkpoint_of_the_run(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         make(tmp_path / f"checkpoint-{step}", run="other" if step == 15 else RUN)
     keep_only(tmp_path, RUN, tmp_path / "checkpoint-5")

@@ -83,7 +83,7 @@ KEYS: dict[str, Any] = {
 }
 
 
-def test_paths_are_found_from_another_working_directory(
+def test_recorded_paths_work_from_another_working_directory(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = written(split_config(KEYS, base=place), tmp_path / "run")
@@ -117,7 +117,7 @@ def test_paths_are_found_from_another_working_directory(
     assert recorded(again).configuration == kept  # a record of a record is the same, names included
 
 
-def test_a_checkpoint_of_another_run_is_an_input(place: Path) -> None:
+def test_a_checkpoint_of_another_run_is_recorded_as_an_input(place: Path) -> None:
     kept = recorded(split_config({**KEYS, "resume_from_checkpoint": "elsewhere/checkpoint-3"}, base=place))
     assert kept.configuration["resume_from_checkpoint"] == "elsewhere/checkpoint-3"  # nothing is there
     (place / "elsewhere" / "checkpoint-3").mkdir(parents=True)
@@ -145,7 +145,7 @@ def test_records_of_the_first_release_are_read(tmp_path: Path) -> None:
         read_configuration(tmp_path)
 
 
-def test_the_environment_names_what_a_colleague_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_lists_versions_hardware_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = tiny.make_model(tmp_path / "model"), tiny.make_data(tmp_path / "data")
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     monkeypatch.setattr("sys.argv", ["dataflex-cli", "train", "run.yaml", "hf_hub_token=hf_secret", "max_steps=3"])
@@ -189,7 +189,7 @@ def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path: Path) -> None:
     assert environment(config, recorded(config), 1, 0).model == {"name": "org/name", "commit": "a" * 40}
 
 
-def test_what_differs_from_the_run_that_is_repeated_is_named(tmp_path: Path) -> None:
+def test_differences_from_the_repeated_run_are_named(tmp_path: Path) -> None:
     model, data = tiny.make_model(tmp_path / "model"), tiny.make_data(tmp_path / "data")
     keys = {**tiny.arguments(model, data, tmp_path / "out"), "dataflex": {}}
     config = split_config(keys)

@@ -55,7 +55,7 @@ def write(output: Path, first: int, stop: int, kept: int | None) -> RunWriter:
     return writer
 
 
-def test_a_round_is_a_line_that_repeats_nothing_and_a_part_of_a_file(tmp_path: Path) -> None:
+def test_a_round_is_one_line_without_repetition_and_part_of_a_plan_file(tmp_path: Path) -> None:
     writer = begin_record(tmp_path, POOL, {"select": "loss"}, {"stage": "sft", "dataflex": {"seed": 3}})
     writer.round(plan(0, [3, 7, 7, 0], update=None), POOL, Cost())
     ranked = {"ranks": np.array([3, 0, 1, 7]), "candidates": {"pool": 7}}
@@ -100,7 +100,7 @@ def test_a_round_is_a_line_that_repeats_nothing_and_a_part_of_a_file(tmp_path: P
     assert record.plan_scores(1).tolist() == [0.5, 2.0, -1.0]
 
 
-def test_configuration_environment_and_summary(tmp_path: Path) -> None:
+def test_configuration_environment_and_summary_are_written(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
     writer.begin({"stage": "sft", "dataflex": {"mix": {"proportions": [0.5, 0.5]}}}, None, start=Start(step=4))
     record = tmp_path / "dataflex"
@@ -123,7 +123,7 @@ def strict(text: str) -> dict[str, Any]:
     return json.loads(text, parse_constant=refuse)
 
 
-def test_what_is_not_finite_is_null_on_record_and_read_as_missing(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_recorded_as_null(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
     writer.begin({"dataflex": {}}, None)
     nan = float("nan")
@@ -156,7 +156,7 @@ SUMMARY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_logs_hold_no_number_of_ours_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_are_not_finite_are_not_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     logged = {}
 
     def log(trainer: Trainer, logs: dict[str, float]) -> None:
@@ -199,7 +199,7 @@ def test_a_resumed_run_keeps_the_evaluations_so_far(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 4]
 
 
-def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+def test_a_truncated_line_is_dropped(tmp_path: Path) -> None:
     write(tmp_path, 0, 3, None)
     path = tmp_path / "dataflex" / "rounds.jsonl"
     path.write_text(path.read_text()[:-20])
@@ -260,7 +260,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_configuration_error(tmp_path: P
         RunWriter(tmp_path / "file")
 
 
-def test_loss_weights_go_on_after_a_checkpoint(tmp_path: Path) -> None:
+def test_loss_weights_continue_after_a_checkpoint(tmp_path: Path) -> None:
     names = ("plain", 'with "quotes", a comma', "two\nlines", "a\u2028b")
     writer = RunWriter(tmp_path)
     for step in range(1, 7):
@@ -282,7 +282,7 @@ def test_loss_weights_go_on_after_a_checkpoint(tmp_path: Path) -> None:
         assert next(csv.reader(stream)) == ["step", *names]
 
 
-def test_a_round_does_not_name_a_method_that_decided_nothing(tmp_path: Path) -> None:
+def test_a_round_names_only_methods_that_decided(tmp_path: Path) -> None:
     undecided = {"select": "every sample is taken"}
     writer = begin_record(tmp_path, POOL, {"select": "loss", "mix": "odm"})
     writer.round(plan(0, [0, 1, 2, 3], undecided=undecided, not_chosen={"a": "it"}), POOL, COST)
@@ -297,7 +297,7 @@ def indices(output: Path) -> list[list[int]]:
     return [record.plan_indices(each.round).tolist() for each in record.rounds]
 
 
-def test_many_short_rounds_are_a_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_short_rounds_are_written_to_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "FULL", 2**17)
     write(tmp_path, 0, 1_000, None)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -333,7 +333,7 @@ def test_plans_are_read_while_they_are_written(tmp_path: Path) -> None:
         assert indices(tmp_path) == [[earlier, 5] for earlier in range(number + 1)]
 
 
-def test_other_methods_from_a_resume_on_are_on_record(tmp_path: Path) -> None:
+def test_methods_changed_at_a_resume_are_recorded(tmp_path: Path) -> None:
     write(tmp_path, 0, 4, None)
     for kept, name in ((2, "odm"), (3, "odm"), (4, "ado"), (4, "loss")):
         writer = RunWriter(tmp_path)
@@ -345,7 +345,7 @@ def test_other_methods_from_a_resume_on_are_on_record(tmp_path: Path) -> None:
     assert [each["from_round"] for each in header["methods"]] == [0, 2, 4]
 
 
-def test_a_plan_that_is_not_what_its_line_says_is_named(tmp_path: Path) -> None:
+def test_a_plan_that_differs_from_its_digest_is_named(tmp_path: Path) -> None:
     write(tmp_path, 0, 3, None)
     (file,) = (tmp_path / "dataflex" / "plans").iterdir()
     lines, whole = tmp_path / "dataflex" / "rounds.jsonl", file.read_bytes()
@@ -376,7 +376,7 @@ def test_a_record_of_a_later_version_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-def test_a_record_of_the_first_version_is_read_the_same(tmp_path: Path) -> None:
+def test_a_record_of_the_first_version_gives_the_same_values(tmp_path: Path) -> None:
     writer = begin_record(tmp_path, POOL, {"select": "loss", "mix": "odm"})
     writer.round(plan(0, [3, 7, 7, 0], update=None), POOL, Cost())
     ranked = {"ranks": np.array([3, 0, 1, 7]), "candidates": {"a": 5, "b\u00e9": 4}, "epochs": np.array([1.5, 0.25])}

@@ -207,7 +207,7 @@ def settled(ask: Callable[[], Any], done: Callable[[Any], bool]) -> Any:
     return found
 
 
-def test_losses_are_those_of_the_record(whole: Opened) -> None:
+def test_charts_show_the_losses_of_the_record(whole: Opened) -> None:
     shown = whole.charts()
     log = [log_entry(step, True) for step in range(1, 19)]
     clock = [step * 2.0 + 1 + step // 3 + 0.5 * (step // 3) for step in range(1, 19)]
@@ -236,7 +236,7 @@ def test_losses_are_those_of_the_record(whole: Opened) -> None:
     assert not any("eval_loss" in title for title in shown)
 
 
-def test_data_charts_are_those_of_the_plans(whole: Opened, runs: dict[str, Path]) -> None:
+def test_data_charts_show_the_counts_of_the_plans(whole: Opened, runs: dict[str, Path]) -> None:
     shown, made = whole.charts(), raw_plans(runs["all"])
     rounds = round_lines(runs["all"])
     sets = [set(plan["index"]) for plan in made]
@@ -281,7 +281,7 @@ def test_data_charts_are_those_of_the_plans(whole: Opened, runs: dict[str, Path]
     close(points(scores, "highest"), [(i, max(plan["score"])) for i, plan in enumerate(made) if i])
 
 
-def test_costs_weights_and_tasks_are_those_of_the_record(whole: Opened) -> None:
+def test_charts_show_costs_weights_and_tasks_of_the_record(whole: Opened) -> None:
     shown = whole.charts()
     assert {bar["name"]: bar["x"] for bar in shown["Seconds by run"]} == {
         "training": [36],
@@ -333,7 +333,7 @@ def test_every_family_has_its_charts_or_a_reason(runs: dict[str, Path], name: st
     assert all(len(reason) > 10 and reason.endswith(".") for reason in missing.values())
 
 
-def test_runs_of_all_families_are_told_apart_without_colours(browser: Any, runs: dict[str, Path]) -> None:
+def test_runs_can_be_distinguished_without_colours(browser: Any, runs: dict[str, Path]) -> None:
     opened = Opened(browser, report([runs[name] for name in DRAWN], runs["all"] / "all.html")).drawn()
     shown = opened.charts()
     alone = {title for titles in (COMMON, PLANNED, SCORED, ASKED) for title in titles if "{}" in title}
@@ -353,7 +353,7 @@ def test_runs_of_all_families_are_told_apart_without_colours(browser: Any, runs:
     opened.page.context.close()
 
 
-def test_report_asks_the_network_for_nothing_and_complains_of_nothing(whole: Opened) -> None:
+def test_the_page_makes_no_request_and_logs_no_error(whole: Opened) -> None:
     assert set(whole.charts()) == {title.format("all") for title in DRAWN["all"]}
     whole.asked_for_nothing()
 
@@ -405,7 +405,7 @@ def test_tab_reaches_every_control_with_visible_focus(whole: Opened) -> None:
     assert reached == {str(i) for i in range(count)}
 
 
-def test_curves_are_hidden_and_data_opened_with_the_keyboard(whole: Opened) -> None:
+def test_the_keyboard_hides_curves_and_opens_data(whole: Opened) -> None:
     figure = whole.page.locator("figure", has=whole.page.get_by_text("Evaluation loss by domain", exact=True))
     button = figure.get_by_role("button", name="other <i>")
     button.focus()
@@ -438,7 +438,7 @@ def test_every_chart_is_described(whole: Opened) -> None:
     )
 
 
-def test_page_without_script_or_in_an_old_browser_says_so(browser: Any, runs: dict[str, Path]) -> None:
+def test_without_scripts_or_in_an_old_browser_the_page_shows_a_message(browser: Any, runs: dict[str, Path]) -> None:
     file = report([runs["select"]])
     silent = Opened(browser, file, java_script_enabled=False).page
     assert "The charts need JavaScript." in str(silent.locator("noscript").text_content())

@@ -282,7 +282,7 @@ def write_log(run: Path, steps: Sequence[int], loss: float = 7.0) -> None:
         stream.writelines(json.dumps({"current_steps": step, "loss": loss}) + "\n" for step in steps)
 
 
-def test_attempt_that_was_given_up_does_not_count(tmp_path: Path) -> None:
+def test_abandoned_attempt_does_not_count(tmp_path: Path) -> None:
     run = write_config(tmp_path / "run", select="loss")
     write_log(run, range(1, 58), loss=7.0)
     write_state(run / "checkpoint-40", history(40), 40)
@@ -301,7 +301,7 @@ def test_checkpoint_of_an_earlier_run_is_not_read(tmp_path: Path) -> None:
     assert (read_run(run).steps, read_run(run).train_loss) == (2, [(1, 7.0), (2, 7.0)])
 
 
-def test_files_an_earlier_run_left_are_not_read_as_those_of_a_finished_one(tmp_path: Path) -> None:
+def test_files_of_an_earlier_run_are_not_read(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     write_summary(run, steps=4)  # trainer_state.json, written a little later, is still that of 9 steps
     write_log(run, range(1, 5))
@@ -322,7 +322,7 @@ def test_seconds_of_a_training_loss_are_those_before_the_evaluation_of_its_step(
     assert read_run(run).seconds_at == {1: 2.75, 2: 5.5}
 
 
-def test_run_that_has_just_begun_has_no_numbers_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_that_has_just_begun_has_empty_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_config(tmp_path / "run", select="loss")
     record = read_run(run)
     assert (record.steps, record.train_loss, record.rounds) == (0, [], [])
@@ -367,7 +367,7 @@ def test_run_that_is_training_has_the_cost_and_tokens_of_its_last_evaluation(tmp
     assert column(run_table(runs), "train s") == ["12.0"]
 
 
-def test_summary_may_have_the_later_keys_or_not(tmp_path: Path) -> None:
+def test_summary_is_read_with_and_without_later_keys(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     assert read_run(run).evaluate_seconds is None
     write_summary(run, steps=9, evaluate_seconds=2.5, evaluation=evaluation_line(9, {"a": 1.0}))
@@ -406,7 +406,7 @@ def wrong_evaluation() -> dict[str, Any]:
     return line
 
 
-def test_means_are_no_evaluation_sets(tmp_path: Path) -> None:
+def test_means_are_not_listed_as_evaluation_sets(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     means = {"eval_token_weighted_loss": 1.0, "eval_unweighted_loss": 2.0}
     write_state(run, [{"step": 3, "eval_loss": 3.0, **means}], 3)
@@ -417,7 +417,7 @@ def test_means_are_no_evaluation_sets(tmp_path: Path) -> None:
     assert set(read_run(run).eval_loss) == {"unweighted"}
 
 
-def test_pool_of_many_rounds_is_kept_once(tmp_path: Path) -> None:
+def test_pool_of_many_rounds_is_stored_once(tmp_path: Path) -> None:
     run = write_config(tmp_path / "run", mix="odm")
     sizes = [{"math": 9}, {"math": 9}, {"math": 8}]
     write_rounds(run, [round_line(i, {"math": 6}, pool=pool) for i, pool in enumerate(sizes)])
@@ -491,7 +491,7 @@ START = {
 AGAIN = {**START, "step": 5, "started": "2026-03-02T09:05:00+00:00", "finished": "2026-03-02T10:05:00+00:00"}
 
 
-def test_page_says_what_was_run(tmp_path: Path) -> None:
+def test_page_shows_methods_model_and_data(tmp_path: Path) -> None:
     run, plain = finished_run(tmp_path / "run"), finished_run(tmp_path / "plain")
     config = {
         "model_name_or_path": "org/m", "stage": "sft", "finetuning_type": "lora", "template": "qwen",
@@ -536,7 +536,7 @@ def test_data_sets_are_shown_with_their_samples_or_their_column(tmp_path: Path) 
     assert row[1].endswith("d7 (1,007), and 2 more")
 
 
-def test_page_says_what_was_changed_and_which_rounds_are_elsewhere(tmp_path: Path) -> None:
+def test_page_shows_changed_settings_and_rounds_in_other_folders(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     (each,) = measured(run)
     here = {"resumed_at": 5, "step": 7, "key": "dataflex.mix.proportions", "before": [1, 1], "now": [3, 1]}
@@ -611,7 +611,7 @@ def test_runs_are_compared_side_by_side(tmp_path: Path) -> None:
     assert column(table, "samples") == ["18", "-"]
 
 
-def test_weight_only_run_leaves_out_what_it_has_not(tmp_path: Path) -> None:
+def test_weight_only_run_has_no_data_charts(tmp_path: Path) -> None:
     runs = measured(weight_run(tmp_path / "run"))
     assert [table.title for table in tables(runs)] == ["Runs"]
     assert not {"samples", "distinct", "overlap"} & set(run_table(runs).header)
@@ -734,7 +734,7 @@ def looks(found: Figure) -> list[tuple[Any, Any]]:
     return [(trace.get("line", {}).get("dash"), trace["marker"]["symbol"]) for trace in found["data"]]
 
 
-def test_eight_runs_look_different_also_where_they_are_points(tmp_path: Path) -> None:
+def test_eight_runs_look_different_as_lines_and_as_points(tmp_path: Path) -> None:
     paths = [finished_run(tmp_path / name) for name in "abcdefgh"]
     for path in paths:
         write_task(path, "quiz", chance=None)
@@ -747,7 +747,7 @@ def test_eight_runs_look_different_also_where_they_are_points(tmp_path: Path) ->
         assert len(set(swatches)) == 8
 
 
-def test_drawn_ones_of_many_domains_look_different(tmp_path: Path) -> None:
+def test_drawn_domains_look_different(tmp_path: Path) -> None:
     run = write_config(tmp_path / "run", mix="odm")
     large = (0, 35, 40, 56, 70, 80)  # numbers of the same dash or symbol, or both
     counts = {f"domain-{i}": 100 if i in large else 1 for i in range(90)}
@@ -872,7 +872,7 @@ def test_proportions_are_stacked_over_steps(tmp_path: Path, num_domains: int) ->
 
 
 @pytest.mark.parametrize("num_domains", [2, 7, 1000])
-def test_passes_and_what_was_cut_of_domains_are_drawn(tmp_path: Path, num_domains: int) -> None:
+def test_passes_and_caps_of_domains_are_drawn(tmp_path: Path, num_domains: int) -> None:
     run = mixed_run(tmp_path / "run", num_domains)
     lines = rounds_of(run)
     counted = [{key: each[key] for key in each if key != "epochs"} for each in lines]
@@ -908,7 +908,7 @@ def test_passes_need_their_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_domains", [2, 7, 1000])
-def test_loss_weights_are_those_of_the_file(tmp_path: Path, num_domains: int) -> None:
+def test_loss_weights_are_read_from_the_file(tmp_path: Path, num_domains: int) -> None:
     run = mixed_run(tmp_path / "run", num_domains, steps=100 if num_domains == 1000 else 5000)
     written = read_csv(run)
     at = {int(row[0]): row[1:] for row in written}
@@ -960,7 +960,7 @@ def test_loss_against_the_tokens_of_each_domain(tmp_path: Path, num_domains: int
     )  # 20 times as many tokens, of domains that differ by 2 and more
 
 
-def test_few_tokens_of_a_domain_are_on_a_plain_scale_and_none_are_left_out(tmp_path: Path) -> None:
+def test_domains_with_few_tokens_have_a_linear_scale_and_without_tokens_are_left_out(tmp_path: Path) -> None:
     run = write_config(tmp_path / "run", mix="odm")
     log = [
         {"step": step, "dataflex/loss/a": 1.0, "dataflex/domain_tokens/a": 100 * (step - 1)}
@@ -1020,7 +1020,7 @@ def test_mixtures_of_several_runs_are_in_one_report(tmp_path: Path) -> None:
     assert {row[table.header.index("loss weight")] for row in table.rows if row[0] == "older"} == {"-"}
 
 
-def test_weights_being_written_are_read_up_to_the_last_whole_line(tmp_path: Path) -> None:
+def test_weights_are_read_up_to_the_last_whole_line(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     file = run / "dataflex" / "loss_weights.csv"
     for text in ("", "step,a", "step,a,b\n", "step,a,b\n1,0.5,0.2"):
@@ -1070,7 +1070,7 @@ def test_weights_of_another_shape_are_named(tmp_path: Path, text: str, message: 
         read_run(run)
 
 
-def test_result_of_other_domains_than_the_weights_is_named(tmp_path: Path) -> None:
+def test_result_with_other_domains_than_the_weights_is_named(tmp_path: Path) -> None:
     run = mixed_run(tmp_path / "run", 2, steps=3)
     write_domain_weights(run, ["a", "b"])
     with pytest.raises(ConfigError, match=r"domain_weights\.json: 'proportions' does not name the domains"):
@@ -1144,7 +1144,7 @@ def test_task_without_a_number_has_none_in_the_table_and_no_point(tmp_path: Path
     assert data(figure).rows == [["run", "quiz f1", "0.5", "+- 0"], ["chance", "quiz f1", "0.5", ""]]
 
 
-def test_long_names_of_rows_are_shortened_only_where_they_stay_apart(tmp_path: Path) -> None:
+def test_long_row_names_are_shortened_only_if_they_stay_distinct(tmp_path: Path) -> None:
     assert row_labels(["a" * 40 + "b", "c & d"], 11) == ["aaaa...aaab", "c &amp; d"]
     names = ["mmlu_high_school_macroeconomics", "mmlu_high_school_microeconomics"]
     run = finished_run(tmp_path / ("a" * 20 + "1" + "b" * 20))
@@ -1159,7 +1159,7 @@ def test_long_names_of_rows_are_shortened_only_where_they_stay_apart(tmp_path: P
     assert cost["layout"]["yaxis"]["ticktext"] == [run.name, other.name]
 
 
-def test_times_planned_are_put_together_where_they_are_many(tmp_path: Path) -> None:
+def test_many_repeat_counts_are_grouped(tmp_path: Path) -> None:
     run = write_config(tmp_path / "run", order="sort")
     write_rounds(run, [round_line(0, {"math": 45}, pool={"math": 9})])
     write_plan(run, 0, [0] * 30 + [1] * 13 + [2, 3], None)
@@ -1190,14 +1190,14 @@ def test_data_below_a_chart_is_thinned_with_both_ends() -> None:
     assert apart.rows[-1] == ["c", "998", "1"]
 
 
-def test_every_curve_has_data_where_they_are_more_than_rows() -> None:
+def test_every_curve_has_data_points_if_curves_outnumber_rows() -> None:
     curves = [line([(i, 0.5), (i + 1, 0.25 * i)], f"curve {i}", style(i), 100) for i in range(60)]
     shown = data(figure(curves, "step", "loss"), 50)
     assert [(row[0], row[2]) for row in shown.rows] == [(f"curve {i}", f"{0.25 * i:.5g}") for i in range(60)]
     assert shown.note == "60 of 120 points, the last of each curve."
 
 
-def test_large_places_keep_their_digits() -> None:
+def test_large_sample_indices_keep_their_digits() -> None:
     places = [0.123456, 9876.54, 12345.67, 100_010.5, -2_345_678.25, 3e15, 1e15 + 0.5]
     rows = data(figure([line([(x, 1.0) for x in places], "a", style(0), 100)], "seconds", "loss")).rows
     assert [row[0] for row in rows] == [
@@ -1263,7 +1263,7 @@ def test_only_an_earlier_report_is_replaced(tmp_path: Path) -> None:
         report([run], tmp_path / "nowhere" / "page.html")
 
 
-def test_numbers_are_printed_without_plotly(
+def test_tables_are_printed_without_plotly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished_run(tmp_path / "run")
@@ -1275,7 +1275,7 @@ def test_numbers_are_printed_without_plotly(
     assert not (run / "dataflex" / "report.html").exists()
 
 
-def test_output_into_a_pipe_that_was_closed_is_no_error(tmp_path: Path) -> None:
+def test_output_into_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     command = [sys.executable, "-m", "dataflex", "report", str(run)]
     reading, writing = os.pipe()

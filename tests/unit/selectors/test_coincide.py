@@ -31,7 +31,7 @@ CENTRES = np.stack([each.sum(axis=0) / np.linalg.norm(each.sum(axis=0)) for each
 SIZES = np.array([3, 2, 2])
 
 
-def test_golden_numbers_of_clusters() -> None:
+def test_clusters_have_the_golden_numbers() -> None:
     transfer = transferability(CENTRES, 0.9)
     np.testing.assert_allclose(transfer, (-0.287443, 0.130526, -0.078459), atol=1e-6)
     np.testing.assert_allclose(transferability(CENTRES, 1.0), (0.312321, 0.521305, -0.078459), atol=1e-6)
@@ -50,7 +50,7 @@ def discrepancies(vectors: NDArray[Any], chosen: list[int], gamma: float) -> lis
     return [float(k.mean() + k[np.ix_(part, part)].mean() - 2 * k[:, part].mean()) for part in parts]
 
 
-def test_golden_numbers_inside_a_cluster() -> None:
+def test_a_choice_inside_a_cluster_has_the_golden_numbers() -> None:
     points = np.array([0.0, 0.2, 0.5, 1.5, 1.6])[:, None]
     for gamma, order, values in (
         (1.0, [2, 3, 0, 4], (0.113470, 0.043804, 0.004651, 0.013343)),
@@ -62,7 +62,7 @@ def test_golden_numbers_inside_a_cluster() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_greedy_choices_look_at_everything(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_equals_a_full_greedy_search(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coincide, "_ROWS", 4)
     rng = np.random.default_rng(seed)
     for _ in range(20):
@@ -79,7 +79,7 @@ def test_greedy_choices_look_at_everything(seed: int, monkeypatch: pytest.Monkey
         assert standing_for(vectors @ turn, len(vectors), gamma).tolist() == chosen
 
 
-def test_shares_of_clusters_hold_whatever_their_sizes() -> None:
+def test_shares_of_clusters_hold_for_any_sizes() -> None:
     rng = np.random.default_rng(0)
     for _ in range(100):
         sizes = rng.integers(1, 9, size=int(rng.integers(1, 12)))
@@ -90,7 +90,7 @@ def test_shares_of_clusters_hold_whatever_their_sizes() -> None:
         assert ((given >= 0) & (given <= sizes)).all()
 
 
-def test_single_and_similar_clusters() -> None:
+def test_clusters_of_one_sample_and_similar_clusters_are_handled() -> None:
     assert density(at(12), 0.1) == 1.0
     assert transferability(at(0, 1, 2), 0.9).tolist() == [0, 0, 0]
     assert transferability(at(0), 0.9).tolist() == [0]
@@ -118,7 +118,7 @@ def test_samples_are_chosen_from_clusters(clusters: int | None) -> None:
     assert decided(selector, ctx, group_of(ctx.pool, 1, 4, 5)).indices.tolist() == [4]
 
 
-def test_clusters_are_by_direction_and_chosen_ones_stand_for_them() -> None:
+def test_clusters_depend_on_direction_and_chosen_samples_represent_them() -> None:
     ctx = embedded(size=60, width=4)
     groups = np.repeat(np.eye(4, dtype=np.float32), 15, axis=0)
     ctx.embeddings()[:] = groups + 0.01 * ctx.embeddings()

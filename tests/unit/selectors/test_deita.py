@@ -32,7 +32,7 @@ def chosen(ctx: Any, count: int, **params: Any) -> list[int]:
     return decided(selector, ctx, group_of(ctx.pool, count)).indices.tolist()
 
 
-def test_golden_filter() -> None:
+def test_the_filter_has_the_golden_numbers() -> None:
     ctx = ctx_of([22, 20, 18, 19.5], directions([0, 20, 90, 10]))
     assert chosen(ctx, 2) == [0, 2]
     scores = scores_of(build(DeitaSelector, quality="q"), ctx, np.arange(4))
@@ -50,7 +50,9 @@ def by_hand(values: np.ndarray, vectors: np.ndarray, threshold: float, count: in
 
 @pytest.mark.parametrize("block, kept", [(512, 8192), (4, 3), (1, 1)])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_the_filter_by_hand(seed: int, block: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_filter_equals_a_computation_by_hand(
+    seed: int, block: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(deita, "_BLOCK", block)
     monkeypatch.setattr(deita, "_KEPT", kept)
     rng = np.random.default_rng(seed)
@@ -64,7 +66,7 @@ def test_the_filter_by_hand(seed: int, block: int, kept: int, monkeypatch: pytes
             assert found == by_hand(values, vectors.astype(np.float32), threshold, count)
 
 
-def test_complexity_times_quality() -> None:
+def test_the_score_is_complexity_times_quality() -> None:
     spread = directions([0, 60, 120, 180])
     ctx = ctx_of([9, 5, 36, 5], spread, complexity=[2.5, 4, 0.5, 3.9])
     found = decided(build(DeitaSelector, quality="q", complexity="c"), ctx, group_of(ctx.pool, 2))
@@ -96,7 +98,7 @@ def test_duplicates_count_once_until_nothing_else_is_left(caplog: pytest.LogCapt
     assert "4 samples are wanted, but the filter accepts only 3" in caplog.text
 
 
-def test_half_precision_maps_are_read() -> None:
+def test_memory_maps_in_half_precision_are_read() -> None:
     rng = np.random.default_rng(5)
     vectors = rng.normal(size=(20, 6))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -41,7 +41,7 @@ def facilities_by_hand(vectors: NDArray[Any], covered: NDArray[Any], count: int)
 
 @pytest.mark.parametrize("batch", [16, 256])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_greedy_choices_look_at_everything(batch: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_equals_a_full_greedy_search(batch: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diversity, "_BATCH", batch)
     monkeypatch.setattr(diversity, "_ROWS", 11)
     rng = np.random.default_rng(seed)
@@ -60,7 +60,7 @@ def test_greedy_choices_look_at_everything(batch: int, seed: int, monkeypatch: p
         assert gains.sum() == pytest.approx(reached, abs=1e-5)
 
 
-def test_what_the_greedy_choices_guarantee() -> None:
+def test_greedy_choices_reach_their_guaranteed_share_of_the_optimum() -> None:
     for seed in range(20):
         vectors = unit(np.random.default_rng(seed).normal(size=(12, 3)))
         near = 1 + vectors @ vectors.T
@@ -84,7 +84,7 @@ def test_near_duplicates_are_not_chosen_twice(criterion: str) -> None:
 
 
 @pytest.mark.parametrize("criterion", ["k_center", "facility_location"])
-def test_groups_samples_without_a_token_and_one_candidate(criterion: str) -> None:
+def test_groups_of_one_candidate_and_samples_without_a_token_are_handled(criterion: str) -> None:
     ctx, selector = embedded(size=60), build(DiversitySelector, criterion=criterion, covered=13)
     ctx.pool.trained[20:25] = False
     chosen = decided(selector, ctx, group_of(ctx.pool, 35, 20, 60))

@@ -40,7 +40,7 @@ def weigh(raw: list[str], targets: dict[str, list[str]], **params: Any) -> np.nd
     return log_weights(pool_of({"raw": raw}), pool_of(targets), given)
 
 
-def test_golden_weights() -> None:
+def test_weights_have_the_golden_numbers() -> None:
     ratios = log_ratios(WANTED, SEEN)
     np.testing.assert_allclose(ratios, [1.098612, 0, -1.609438], atol=1e-6)
     documents = [(2, 1, 0), (0, 1, 2), (4, 2, 0), (1, 1, 1)]
@@ -54,7 +54,7 @@ def test_golden_weights() -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_weights_by_counting(seed: int) -> None:
+def test_weights_equal_a_computation_by_counting(seed: int) -> None:
     rng = np.random.default_rng(seed)
     for _ in range(20):
         raw, target = draw_texts(rng, 12), draw_texts(rng, 5, WORDS[10:])
@@ -95,7 +95,7 @@ def test_the_hash_does_not_depend_on_the_process_and_has_a_seed() -> None:
 KNOWN = [6473, 8230, 684, 6473, 9264, 6704, 6000]
 
 
-def test_pairs_do_not_reach_over_texts() -> None:
+def test_word_pairs_do_not_cross_texts() -> None:
     hasher = Hasher(10_000)
     together = hasher.grams(["a b c", "", "d", "e f"])
     assert together.lengths.tolist() == [3, 0, 1, 2]
@@ -125,7 +125,7 @@ def test_samples_with_the_targets_words_are_drawn() -> None:
     assert selector.choose(ctx, np.arange(100), 40).indices.min() >= 50
 
 
-def test_the_noise_is_that_of_the_run_and_may_be_left_out() -> None:
+def test_the_noise_depends_on_the_seed_and_can_be_switched_off() -> None:
     texts = draw_texts(np.random.default_rng(4), 40)
     chosen = []
     for seed in (1, 1, 2):
@@ -200,7 +200,7 @@ def test_duplicated_samples_have_one_weight() -> None:
     assert found[5:].tolist() == found[:2].tolist() * 3
 
 
-def test_what_shows_before_the_model_is_loaded() -> None:
+def test_bad_parameters_are_refused_before_the_model_is_loaded() -> None:
     selector = build(DsirSelector, min_words=8)
     (problem,) = selector.pool_problems(make_pool({"a": 3}, lengths=[5, 7, 6]))
     assert problem == ("min_words", "no sample has 8 words: the longest has 7 tokens. Lower min_words.")
@@ -217,7 +217,7 @@ def test_what_shows_before_the_model_is_loaded() -> None:
     assert not list(build(DsirSelector, **{**given, "validation": ["a", "b"]}).problems(view))
 
 
-def test_too_few_long_texts() -> None:
+def test_too_few_long_texts_are_an_error() -> None:
     texts = ["a b", "c d", *draw_texts(np.random.default_rng(9), 3, least=5)]
     selector, ctx = selector_and_context(texts, {"t": texts}, min_words=5)
     selector.begin(ctx)

@@ -41,7 +41,7 @@ STATE, MOMENTS = "trainer_state.json", "optimizer.pt"
 
 @pytest.mark.parametrize("method", ["less", "tracin", "cluster_less"])
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin", "model.safetensors"])
-def test_good_checkpoints(tmp_path: Path, method: str, weights: str) -> None:
+def test_good_checkpoints_are_accepted(tmp_path: Path, method: str, weights: str) -> None:
     folder = checkpoint(tmp_path, "one", weights, STATE, MOMENTS)
     for preconditioner in ("none", "adam", "adam_less"):
         select = {**HELD, "checkpoints": [folder], "preconditioner": preconditioner}
@@ -50,7 +50,7 @@ def test_good_checkpoints(tmp_path: Path, method: str, weights: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["less", "tracin", "cluster_less"])
-def test_bad_checkpoints(tmp_path: Path, method: str) -> None:
+def test_bad_checkpoints_are_refused(tmp_path: Path, method: str) -> None:
     good = checkpoint(tmp_path, "good", "adapter_model.safetensors", STATE, MOMENTS)
     empty = checkpoint(tmp_path, "empty", STATE, MOMENTS)
     unweighted = checkpoint(tmp_path, "unweighted", "model.safetensors", MOMENTS)
@@ -81,12 +81,12 @@ def test_bad_checkpoints(tmp_path: Path, method: str) -> None:
     ],
 )
 @pytest.mark.parametrize("method", ["less", "tracin"])
-def test_bad_checkpoint_weights(method: str, weights: list[float], text: str) -> None:
+def test_bad_checkpoint_weights_are_refused(method: str, weights: list[float], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         problems(method, {**HELD, "checkpoints": ["a", "b"], "checkpoint_weights": weights})
 
 
-def test_weights_of_no_checkpoints() -> None:
+def test_weights_without_checkpoints_are_refused() -> None:
     with pytest.raises(ConfigError, match="1 numbers for 0 checkpoints"):
         problems("less", {**HELD, "checkpoint_weights": [1.0]})
     with pytest.raises(ConfigError, match=r"dataflex\.select\.checkpoints"):
@@ -105,7 +105,7 @@ def test_validation_samples_are_needed(method: str) -> None:
 
 
 @pytest.mark.parametrize("validation", [["x", 3], 7, {"x": 1}, ["  "], ","])
-def test_validation_is_a_list_of_names(validation: Any) -> None:
+def test_validation_must_be_a_list_of_names(validation: Any) -> None:
     if validation == ["x", 3]:
         assert problems("less", {"validation": validation}) == {}  # a data set may be called 3
         return
@@ -120,14 +120,14 @@ def test_scoring_without_training_needs_no_warmup() -> None:
 
 @pytest.mark.parametrize("cap", [0, -0.1, "much"])
 @pytest.mark.parametrize("method", ["less", "icons", "el2n", "grand"])
-def test_a_cap_is_positive(method: str, cap: Any) -> None:
+def test_a_cap_must_be_positive(method: str, cap: Any) -> None:
     select = HELD if method in ("less", "icons") else {}
     with pytest.raises(ConfigError, match=r"dataflex\.select\.max_overhead"):
         problems(method, {**select, "max_overhead": cap})
     assert problems(method, {**select, "max_overhead": 0.25}) == {}
 
 
-def test_clusters_are_a_cap_already() -> None:
+def test_cluster_less_takes_no_cap() -> None:
     found = problems("cluster_less", {**HELD, "max_overhead": 0.5})
     assert "representatives" in found["dataflex.select.max_overhead"]
 
@@ -161,7 +161,7 @@ def deepspeed_file(root: Path, stage: int, **more: Any) -> str:
 
 
 @pytest.mark.parametrize("method", ["less", "tracin", "cluster_less"])
-def test_checkpoints_need_a_model_in_one_piece(tmp_path: Path, method: str) -> None:
+def test_checkpoints_are_refused_with_a_sharded_model(tmp_path: Path, method: str) -> None:
     folder = checkpoint(tmp_path, "one", "adapter_model.safetensors", STATE, MOMENTS)
 
     def message(preconditioner: str, **changes: Any) -> str:
@@ -189,7 +189,7 @@ def test_checkpoints_need_a_model_in_one_piece(tmp_path: Path, method: str) -> N
     assert message("adam", offline=True, **stages[2]) == ""
 
 
-def test_deepspeed_without_checkpoints(tmp_path: Path) -> None:
+def test_deepspeed_without_checkpoints_is_accepted(tmp_path: Path) -> None:
     for stage in range(4):
         for preconditioner in ("none", "adam"):
             select = {**HELD, "preconditioner": preconditioner}
@@ -214,7 +214,7 @@ READABLE = [
 ]
 
 
-def test_moments_are_read_of_adams_that_keep_them_readable(tmp_path: Path) -> None:
+def test_optimizers_without_readable_moments_are_refused(tmp_path: Path) -> None:
     from transformers.training_args import OptimizerNames
 
     names = [name.value for name in OptimizerNames]
@@ -233,13 +233,13 @@ def test_moments_are_read_of_adams_that_keep_them_readable(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind, fine", [("AdamW", True), ("Adam", True), ("OneBitAdam", False), ("Lion", False)])
-def test_an_optimizer_of_deepspeeds_own_wins(tmp_path: Path, kind: str, fine: bool) -> None:
+def test_an_optimizer_in_the_deepspeed_file_overrides_optim(tmp_path: Path, kind: str, fine: bool) -> None:
     given = deepspeed_file(tmp_path, 2, optimizer={"type": kind, "params": {"lr": "auto"}})
     found = problems("less", {**HELD, "preconditioner": "adam"}, deepspeed=given, optim="sgd")
     assert set(found) == (set() if fine else {"dataflex.select.preconditioner"})
 
 
-def test_checkpoints_hide_no_other_problem(tmp_path: Path) -> None:
+def test_checkpoint_problems_do_not_hide_other_problems(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "one", "adapter_model.safetensors", STATE, MOMENTS)
     select = {**HELD, "checkpoints": [folder], "preconditioner": "adam"}
     for changes in ({"use_galore": True}, {"use_badam": True}, {"use_muon": True}, {"optim": "galore_adamw"}):
@@ -254,7 +254,7 @@ def test_checkpoints_hide_no_other_problem(tmp_path: Path) -> None:
 NICE = {**HELD, "reward": "exact_match", "generation_backend": "vllm"}
 
 
-def test_vllm_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nice, "find_spec", lambda name: None)
     assert "pip install vllm" in problems("nice", NICE)["dataflex.select.generation_backend"]
     assert problems("nice", {**NICE, "generation_backend": "hf"}) == {}
@@ -262,7 +262,7 @@ def test_vllm_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert problems("nice", NICE) == {}
 
 
-def test_vllm_needs_the_model_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_is_refused_with_a_sharded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nice, "find_spec", lambda name: object())
     for spread in ({"fsdp": "full_shard"}, {"deepspeed": deepspeed_file(tmp_path, 3)}):
         assert "generation_backend: hf" in problems("nice", NICE, **spread)["dataflex.select.generation_backend"]
@@ -272,7 +272,7 @@ def test_vllm_needs_the_model_in_one_piece(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("method", ["less", "icons", "cluster_less", "greats", "nice"])
 @pytest.mark.parametrize("key", ["packing", "neat_packing"])
-def test_validation_samples_are_not_packed(method: str, key: str) -> None:
+def test_packed_validation_samples_are_refused(method: str, key: str) -> None:
     select: dict[str, Any] = {"reward": "exact_match"} if method == "nice" else {}
     found = problems(method, select, val_size=0.2, **{key: True})
     assert set(found) == {key}

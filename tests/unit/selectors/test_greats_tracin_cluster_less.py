@@ -52,7 +52,7 @@ def utility(matrix: np.ndarray, chosen: Any, eta: float) -> float:
     return eta * linear - eta**2 * sum(matrix[one, other] for one, other in combinations(chosen, 2))
 
 
-def test_greedy_by_hand() -> None:
+def test_the_greedy_choice_equals_a_computation_by_hand() -> None:
     matrix = products([(1, 0), (1, 0.1), (0.9, -0.5), (0, 1)], (1, 0))
     # U before each pick: (.1 .1 .09 0), (- .09 .081 0), (- - .0725 -.001), (- - - .004)
     picks, values = greedy(matrix, 4, 0.1)
@@ -60,7 +60,7 @@ def test_greedy_by_hand() -> None:
     np.testing.assert_allclose(values, [0.1, 0.09, 0.0725, 0.004], rtol=1e-6)
 
 
-def test_a_copy_of_what_was_taken_is_worth_less() -> None:
+def test_a_duplicate_of_a_chosen_sample_is_worth_less() -> None:
     matrix = products([(1, 0), (1, 0), (0, 0.9), (0.2, 0)], (1, 1))
     assert greedy(matrix, 2, 0.05)[0].tolist() == [0, 1]
     assert greedy(matrix, 2, 0.5)[0].tolist() == [0, 2]
@@ -70,7 +70,7 @@ def test_a_copy_of_what_was_taken_is_worth_less() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_greedy_finds_the_best_set_where_interactions_are_small(seed: int) -> None:
+def test_greedy_finds_the_best_set_if_interactions_are_small(seed: int) -> None:
     rng = np.random.default_rng(seed)
     matrix = products(rng.normal(size=(8, 5)), rng.normal(size=(3, 5)))
     linear = np.sort(matrix[:, 8:].mean(axis=1))
@@ -148,7 +148,7 @@ def test_greats_filters_the_running_pass_group_by_group(budget: int, sizes: list
     assert np.array_equal(np.concatenate(probe.groups[len(sizes) :]), same_pass.draw(sum(sizes)))
 
 
-def test_greats_draws_the_candidates_its_factor_says_and_no_rounding_error_more() -> None:
+def test_greats_draws_as_many_candidates_as_its_factor_gives() -> None:
     probe = ProductProbe(np.ones((50, 2)), np.ones((5, 2)))
     pool, held = make_pool({"a": 50}), make_pool({"held": 5})
     selector = build(GreatsSelector, group_size=10, candidate_factor=1.1, learning_rate=0.05)
@@ -180,7 +180,7 @@ def test_greats_takes_the_optimizers_learning_rate() -> None:
         assert set(decided(selector, given, group_of(pool, 2)).indices.tolist()) == expected
 
 
-def test_greats_passes_over_what_has_no_label() -> None:
+def test_greats_skips_samples_without_a_label() -> None:
     """A sample without a gradient would be taken before those that harm, U = 0."""
     gradients = -np.ones((40, 2))
     untrained = np.arange(0, 40, 3)
@@ -256,7 +256,7 @@ def test_a_cluster_of_representatives_alone_is_less_on_averages(probe: FakeProbe
         np.testing.assert_allclose(scores[number == CLUSTERS], table[number == CLUSTERS].mean(axis=0).max(), atol=1e-6)
 
 
-def test_only_clusters_of_the_candidates_are_looked_at(probe: FakeProbe) -> None:
+def test_only_clusters_of_the_candidates_are_scored(probe: FakeProbe) -> None:
     candidates = np.arange(24, 41)
     chosen = decided(clustered(), ctx_of(probe), group_of(make_pool({"a": N}), 5, 24, 41))
     assert np.isin(probe.asked[0], candidates).all()
@@ -313,7 +313,7 @@ def labelled(labels: list[list[int]]) -> Pool:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_which_samples_have_a_token_to_train_on(seed: int) -> None:
+def test_samples_with_a_trained_token_are_found(seed: int) -> None:
     rng = np.random.default_rng(seed)
     labels = [rng.choice([IGNORE_INDEX, 0, 5], rng.integers(0, 6), p=[0.7, 0.2, 0.1]).tolist() for _ in range(200)]
     expected = [any(label != IGNORE_INDEX for label in row[1:]) for row in labels]
@@ -329,7 +329,7 @@ def test_of_plain_text_every_token_is_trained_on() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_drawn_members(seed: int) -> None:
+def test_representatives_are_distinct_members_of_their_clusters(seed: int) -> None:
     rng = np.random.default_rng(seed)
     clusters = rng.permutation(np.repeat(rng.permutation(9), rng.integers(1, 12, 9))).astype(np.int32)
     count = int(rng.integers(1, 6))
@@ -356,7 +356,7 @@ class EmbeddingProbe(FakeProbe):
         return self.space[indices]
 
 
-def test_clusters_of_separable_embeddings_are_found_once_and_kept(probe: FakeProbe) -> None:
+def test_clusters_of_separable_embeddings_are_computed_once(probe: FakeProbe) -> None:
     rng = np.random.default_rng(3)
     truth = rng.permutation(np.repeat(np.arange(5), 12))
     embedding = EmbeddingProbe(features=probe.features, targets=probe.targets)
@@ -385,7 +385,7 @@ CHANGES = [{"cluster_size": 20}, {"cluster_iterations": 3}]
 
 
 @pytest.mark.parametrize("changes", CHANGES)
-def test_clusters_of_other_parameters_are_made_again(probe: FakeProbe, changes: Any) -> None:
+def test_clusters_of_other_parameters_are_computed_again(probe: FakeProbe, changes: Any) -> None:
     embedding = EmbeddingProbe(features=probe.features, targets=probe.targets)
     embedding.space = unit(np.random.default_rng(3), N)
     selector = build(ClusterLessSelector, cluster_size=12)
@@ -455,7 +455,7 @@ GIVEN = [3.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("weights", [None, GIVEN])
-def test_tracin_by_hand(course: CheckpointProbe, weights: Any) -> None:
+def test_tracin_equals_a_computation_by_hand(course: CheckpointProbe, weights: Any) -> None:
     selector = build(TracinSelector, checkpoints=list(course.of), checkpoint_weights=weights)
     found = scores_of(selector, ctx_of(course), np.arange(N))
     expected = [max(row) for row in summed(course, [0.75, 0.0, 0.25] if weights else course.rates)]
@@ -464,7 +464,7 @@ def test_tracin_by_hand(course: CheckpointProbe, weights: Any) -> None:
     assert {asked.normalize for asked in course.settings} == {False}
 
 
-def test_tracin_scores_are_made_once(course: CheckpointProbe) -> None:
+def test_tracin_scores_are_computed_once(course: CheckpointProbe) -> None:
     selector = build(TracinSelector, checkpoints=list(course.of))
     parts = [np.arange(0, 20), np.arange(10, 40), np.arange(N)]  # each goes on where the others ended
     found = [scores_of(selector, ctx_of(course), part) for part in parts]
@@ -493,7 +493,7 @@ def test_tracin_scores_are_made_once(course: CheckpointProbe) -> None:
         {"unsupported_parameters": "ignore"},
     ],
 )
-def test_tracin_scores_of_other_parameters_are_made_again(course: CheckpointProbe, changes: Any) -> None:
+def test_tracin_scores_of_other_parameters_are_computed_again(course: CheckpointProbe, changes: Any) -> None:
     given = {"checkpoints": list(course.of), "checkpoint_weights": [0.5, 0.3, 0.2]}
     selector = build(TracinSelector, **given)
     scores_of(selector, ctx_of(course), np.arange(N))
@@ -512,7 +512,7 @@ def test_tracin_scores_of_other_parameters_are_made_again(course: CheckpointProb
         np.testing.assert_array_equal(scores_of(same, ctx_of(None), np.arange(N)), state["scores"])
 
 
-def test_a_state_that_does_not_tell_its_parameters_is_made_again(course: CheckpointProbe) -> None:
+def test_a_state_without_its_parameters_is_computed_again(course: CheckpointProbe) -> None:
     selector = build(TracinSelector, checkpoints=list(course.of))
     assert set(take_back(selector, {"scores": np.zeros(N, dtype=np.float32)}, {})) == TracinSelector.state_depends_on
     assert selector.state_dict() == {}
@@ -523,7 +523,7 @@ def test_a_state_that_does_not_tell_its_parameters_is_made_again(course: Checkpo
 
 
 @pytest.mark.parametrize("aggregation", ["max", "mean"])
-def test_less_over_checkpoints(course: CheckpointProbe, aggregation: Any) -> None:
+def test_less_sums_weighted_similarities_over_checkpoints(course: CheckpointProbe, aggregation: Any) -> None:
     selector = build(LessSelector, checkpoints=list(course.of), aggregation=aggregation, preconditioner="adam")
     found = scores_of(selector, ctx_of(course), np.arange(N))
     table = np.array(summed(course, course.rates))
@@ -534,7 +534,7 @@ def test_less_over_checkpoints(course: CheckpointProbe, aggregation: Any) -> Non
     assert {asked.normalize for asked in course.settings} == {True}
 
 
-def test_less_makes_a_checkpoints_validation_features_once_in_a_round(course: CheckpointProbe) -> None:
+def test_less_computes_validation_features_of_a_checkpoint_once_in_a_round(course: CheckpointProbe) -> None:
     selector, ctx = build(LessSelector, checkpoints=list(course.of)), ctx_of(course)
     selector.begin(ctx)
     selector.score(ctx, np.arange(10))
@@ -542,7 +542,7 @@ def test_less_makes_a_checkpoints_validation_features_once_in_a_round(course: Ch
     assert len(course.settings) == 3 + 2 * 3
 
 
-def test_cluster_less_over_checkpoints(course: CheckpointProbe) -> None:
+def test_cluster_less_sums_weighted_similarities_over_checkpoints(course: CheckpointProbe) -> None:
     for features in course.of.values():
         features[7] = 1.0
     scores = scores_of(clustered(checkpoints=list(course.of), representatives=N), ctx_of(course), np.arange(N))
@@ -614,7 +614,7 @@ def test_a_share_is_of_the_samples_that_have_a_score(tmp_path: Path, fraction: f
     assert np.flatnonzero(table["selected"].astype(bool)).tolist() == list(range(10 - count, 10))
 
 
-def test_more_than_have_a_score(tmp_path: Path) -> None:
+def test_a_count_above_the_scored_samples_is_refused(tmp_path: Path) -> None:
     scores = [1.0, np.nan, 2.0, np.nan, 3.0, np.nan]
     with pytest.raises(ConfigError, match=r"--count: 4 samples are wanted, but only 3 of the pool's 6 have a score"):
         score_pool(*scored_run(scores), tmp_path, Amount(count=4))
@@ -625,7 +625,7 @@ def test_more_than_have_a_score(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_no_sample_has_a_score(tmp_path: Path) -> None:
+def test_an_outcome_without_any_score_is_refused(tmp_path: Path) -> None:
     for amount in (Amount(), Amount(count=1)):
         with pytest.raises(DataFlexError, match=r"'scores' has no score for any of the pool's 6 samples"):
             score_pool(*scored_run([np.nan] * 6), tmp_path, amount)

@@ -68,7 +68,7 @@ def test_less_may_take_the_mean_of_sub_tasks_whatever_their_sizes(probe: FakePro
     np.testing.assert_allclose(found, mean_cosines(probe).mean(axis=1), rtol=1e-5, atol=1e-6)
 
 
-def test_the_only_validation_sample_is_the_best_candidate(probe: FakeProbe) -> None:
+def test_a_candidate_equal_to_the_only_validation_sample_is_the_best(probe: FakeProbe) -> None:
     probe.targets = probe.features[13:14]
     ctx = context(make_pool({"a": N}), probe=probe, validation_pool=make_pool({"held": 1}))
     chosen = decided(build(LessSelector), ctx, group_of(ctx.pool, 1))
@@ -76,7 +76,7 @@ def test_the_only_validation_sample_is_the_best_candidate(probe: FakeProbe) -> N
     assert chosen.scores[0] == pytest.approx(1, abs=1e-5)
 
 
-def test_validation_gradients_are_plain_and_made_once_in_a_round(probe: FakeProbe, targets: Pool) -> None:
+def test_validation_gradients_are_plain_and_computed_once_in_a_round(probe: FakeProbe, targets: Pool) -> None:
     ctx = context(make_pool({"a": 15, "b": 25}), probe=probe, validation_pool=targets)
     selector = build(LessSelector, preconditioner="adam_less", projection="rademacher", proj_dim=64, projection_seed=4)
     selector.begin(ctx)
@@ -118,14 +118,14 @@ def test_samples_without_a_gradient_are_never_chosen(selector: Any, probe: FakeP
 # ICONS
 
 
-def test_votes_by_hand() -> None:
+def test_votes_equal_a_computation_by_hand() -> None:
     influence = np.array([[0.9, 0.1], [0.8, 0.9], [0.1, 0.8], [0.2, 0.2], [0.3, 0.3]], dtype=np.float32)
     # Two votes each: samples 0 and 1, samples 1 and 2. Ranks of 6: (5 4 1 2 3) and (1 5 4 2 3), halved.
     expected = [1 + 3 / 6, 2 + 4.5 / 6, 1 + 2.5 / 6, 2 / 6, 3 / 6]
     np.testing.assert_allclose(consensus(influence, 0.4), expected, rtol=1e-6)
 
 
-def test_equal_votes_are_told_apart_by_percentile_not_by_place() -> None:
+def test_equal_votes_are_ranked_by_percentile_and_not_by_index() -> None:
     influence = np.array([[0.4, 0.0], [0.5, 0.0], [0.3, 0.1], [0.2, 0.9]], dtype=np.float32)
     scores = consensus(influence, 0.75)
     assert np.floor(scores).tolist() == [2, 2, 2, 1]  # all three at the cut of the second sub-task count
@@ -140,14 +140,16 @@ def test_samples_that_are_equal_have_equal_scores() -> None:
 @pytest.mark.parametrize(
     "size, share, votes", [(100, 0.07, 7), (100, 0.29, 29), (50, 0.14, 7), (30, 0.07, 3), (5, 0.01, 1)]
 )
-def test_votes_are_the_share_rounded_up_and_not_its_rounding_error(size: int, share: float, votes: int) -> None:
+def test_the_number_of_votes_is_the_share_rounded_up_without_rounding_error(
+    size: int, share: float, votes: int
+) -> None:
     scores = consensus(np.random.default_rng(1).permutation(size)[:, None].astype(np.float32), share)
     assert np.count_nonzero(scores >= 1) == votes
 
 
 @pytest.mark.parametrize("subtasks", [1, 4])
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.99])
-def test_consensus_equals_counting(share: float, subtasks: int) -> None:
+def test_consensus_equals_a_computation_by_counting(share: float, subtasks: int) -> None:
     influence = np.random.default_rng(1).permutation(60 * subtasks).reshape(60, subtasks).astype(np.float32)
     influence[[3, 50]] = np.nan
     table = {row: influence[row].tolist() for row in range(60) if row not in (3, 50)}
@@ -186,7 +188,7 @@ def test_icons_prefers_what_many_sub_tasks_want() -> None:
 
 
 @pytest.mark.parametrize("selector", [GrandSelector, El2nSelector])
-def test_focus(selector: Any) -> None:
+def test_el2n_and_grand_choose_by_their_focus(selector: Any) -> None:
     lengths = np.random.default_rng(2).permutation(20).astype(np.float32)
     lengths[[4, 11]] = np.nan
     pool = make_pool({"a": 20})
@@ -199,7 +201,7 @@ def test_focus(selector: Any) -> None:
     np.testing.assert_array_equal(low.scores, -lengths[low.indices])
 
 
-def test_grand_asks_for_the_direction_it_was_told() -> None:
+def test_grand_measures_the_configured_direction() -> None:
     pool = make_pool({"a": 4})
     ctx = context(pool, np.arange(4))
     decided(build(GrandSelector, preconditioner="adam", unsupported_parameters="ignore"), ctx, group_of(pool, 2))
@@ -263,7 +265,7 @@ def test_adam_needs_its_moments(changes: dict[str, Any], text: str) -> None:
 
 @pytest.mark.usefixtures("all_packages")
 @pytest.mark.parametrize("key", ["use_unsloth", "fp8"])
-def test_gradients_need_the_layers_as_they_are(key: str) -> None:
+def test_libraries_that_replace_layers_are_refused(key: str) -> None:
     for select in (LESS, {"method": "grand"}, {"method": "greats", "validation": ["x"]}):
         assert key in problems(select, **{key: True})["dataflex.select.method"]
         assert "dataflex.select.method" not in problems(select, **{key: False})
@@ -305,6 +307,6 @@ def test_bad_parameters_are_named(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1])
-def test_a_share_of_votes_is_a_share(share: float) -> None:
+def test_a_share_of_votes_must_be_a_share(share: float) -> None:
     with pytest.raises(ConfigError, match="vote_share"):
         problems({"method": "icons", "validation": "held", "vote_share": share})

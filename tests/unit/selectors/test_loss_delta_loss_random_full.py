@@ -40,7 +40,7 @@ def test_focused_part_gets_its_expected_share(focus: str, low: float, high: floa
     assert abs(inside / draws - share) < 4 * np.sqrt(share * (1 - share) / draws)
 
 
-def test_weights_of_six_samples_by_hand() -> None:
+def test_weights_of_six_samples_equal_a_computation_by_hand() -> None:
     losses = np.array([5, 1, 3, np.nan, 2, 4], dtype=np.float32)
     # sorted 1 2 3 4 5: quantiles .25 and .75 are 2 and 4; low is <= 2, medium is <= 4
     params = LossSelector.Params(focus="medium", quantiles=(0.25, 0.75))
@@ -99,7 +99,7 @@ def test_bad_quantiles_are_refused(quantiles: tuple[float, ...]) -> None:
 
 
 @pytest.mark.parametrize("update, start", [(2, 7.5), (10, 104.4), (16, 434.4), (25, 770.9), (30, 794.6)])
-def test_window_start_golden_numbers(update: int, start: float) -> None:
+def test_the_start_of_the_window_has_the_golden_numbers(update: int, start: float) -> None:
     assert window_start(update, 30, 1000, 0.2) == pytest.approx(start, abs=0.05)
 
 
@@ -187,7 +187,7 @@ def test_second_decision_draws_from_the_window() -> None:
     assert inside == pytest.approx(200 / (200 + 800 * 0.025), abs=0.02)  # .909 for the first draw
 
 
-def test_relative_ranks_by_the_share_that_was_learned() -> None:
+def test_relative_deltas_rank_by_the_share_of_the_loss_that_fell() -> None:
     # absolute falls 1 for all; relative falls from large (small first loss) to small
     first = np.linspace(2, 20, 1000, dtype=np.float32)
     counts = second_decision(build(DeltaLossSelector, relative=True), first, first - 1, budget=20)
@@ -210,14 +210,14 @@ def test_scores_are_the_falls_and_losses_that_vanish_are_counted() -> None:
     assert selection.unscored == 2
 
 
-def test_a_single_decision_divides_by_nothing() -> None:
+def test_a_single_decision_does_not_divide_by_zero() -> None:
     pool = make_pool({"a": 10})
     selection = decided(build(DeltaLossSelector), context(pool, np.ones(10), num_updates=1), group_of(pool, 3))
     assert np.unique(selection.indices).size == 3
     assert np.isfinite(window_weights(np.arange(10.0), 1, 1, DeltaLossSelector.Params())).all()
 
 
-def test_state_goes_on_exactly() -> None:
+def test_a_resumed_selector_decides_exactly_as_before() -> None:
     pool, rng = make_pool({"a": 50}), np.random.default_rng(2)
     first, then = rng.random(50), rng.random(50)
     selector, other = build(DeltaLossSelector), build(DeltaLossSelector)
@@ -264,7 +264,7 @@ def test_random_takes_everything_before_anything_twice() -> None:
     assert sorted(np.bincount(indices).tolist()) == [2, 2, 2, 2, 3, 3, 3]
 
 
-def test_full_goes_on_with_the_pass() -> None:
+def test_full_continues_the_pass() -> None:
     pool = make_pool({"a": 10})
     group = group_of(pool, 6)
     parts = [decided(build(FullSelector), context(pool, round=number), group).indices for number in range(5)]

@@ -101,14 +101,14 @@ def test_lists_that_are_shorter_than_a_round_and_parameters_beside_them_are_refu
         (np.array([[0, 6]]), "indices from 0 to 6"),
     ],
 )
-def test_a_table_that_is_none_is_refused(tmp_path: Path, table: Any, message: str) -> None:
+def test_a_bad_table_is_refused(tmp_path: Path, table: Any, message: str) -> None:
     selector = build(NearSelector, indices_path=write(tmp_path, table))
     found = list(selector.problems(None)) or list(selector.pool_problems(make_pool({"a": 6})))
     assert [key for key, _ in found] == ["indices_path"]
     assert message in found[0][1]
 
 
-def test_a_file_that_is_not_there_or_no_array_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_or_one_without_an_array_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.npy").write_text("hello")
     for name, message in (("absent.npy", "there is no file"), ("text.npy", "cannot be read as a .npy file")):
         [(key, text)] = build(NearSelector, indices_path=str(tmp_path / name)).problems(None)
@@ -117,7 +117,7 @@ def test_a_file_that_is_not_there_or_no_array_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_decisions_go_on_down_the_lists(seed: int) -> None:
+def test_decisions_continue_down_the_lists(seed: int) -> None:
     ctx, selector = embedded(seed=seed), build(NearSelector, max_k=8)
     taken: list[int] = []
     for _ in range(3):
@@ -148,7 +148,7 @@ def test_groups_have_lists_of_their_own_and_scores_are_cosines() -> None:
     assert again.indices.tolist() == by_hand(ctx, 7, np.arange(20))
 
 
-def test_a_resumed_selector_goes_on_as_if_never_stopped() -> None:
+def test_a_resumed_selector_decides_as_an_uninterrupted_one() -> None:
     ctx, whole = embedded(), build(NearSelector, max_k=4, encoder="some")
     resumed = build(NearSelector, max_k=4, encoder="some")
     assert build(NearSelector).state_dict()["taken"] is None
@@ -186,7 +186,7 @@ def test_offline_scores_fall_down_the_lists() -> None:
     assert np.nanmax(scores) == 1
 
 
-def test_one_candidate_and_duplicates() -> None:
+def test_one_candidate_and_duplicates_are_handled() -> None:
     ctx = embedded(size=9)
     ctx.embeddings()[:] = ctx.embeddings()[0]
     assert decided(build(NearSelector), ctx, group_of(ctx.pool, 5)).indices.tolist() == [0, 1, 2, 3, 4]

@@ -121,7 +121,7 @@ def made(cls: type[Selector], **params: Any) -> Any:
     return build(cls, layer=1, half_life=HALF_LIFE, momentum=MOMENTUM, **params)
 
 
-def test_it_imports_nothing_but_the_package_numpy_and_torch() -> None:
+def test_the_plugin_imports_only_dataflex_numpy_and_torch() -> None:
     imported: set[str] = set()
     for node in ast.walk(ast.parse(PLUGIN.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
@@ -135,7 +135,7 @@ def test_it_imports_nothing_but_the_package_numpy_and_torch() -> None:
     }
 
 
-def test_scores_are_those_of_hidden_states_taken_one_by_one(plugin: type[Selector]) -> None:
+def test_scores_equal_those_of_hidden_states_measured_one_by_one(plugin: type[Selector]) -> None:
     models = [model_of(seed) for seed in (1, 2)]
     selector = made(plugin)
     needs: Needs = selector.needs(None)

@@ -120,7 +120,7 @@ def unit(vector: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("prompt", range(3))
-def test_target_is_the_gradient_of_the_expected_reward(prompt: int) -> None:
+def test_the_target_is_the_gradient_of_the_expected_reward(prompt: int) -> None:
     probe = SoftmaxProbe(POLICY, {prompt: drawn_in_proportion(prompt)})
     (target,) = nice(worth, samples=20).target_directions(scene(probe, {"t": [target_row(prompt)]}))
     p = POLICY[prompt]
@@ -145,7 +145,7 @@ def test_leave_one_out_sums_to_the_analytic_value() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_random_draw_against_the_formula_written_out(seed: int) -> None:
+def test_a_random_draw_follows_the_formula(seed: int) -> None:
     rng = np.random.default_rng(seed)
     responses = [rng.integers(0, VOCAB, rng.integers(1, 6)).tolist() for _ in range(7)]
     rewards = rng.normal(size=7)
@@ -164,7 +164,7 @@ def test_a_random_draw_against_the_formula_written_out(seed: int) -> None:
         assert np.allclose(target.reshape(3, VOCAB)[1], unit(expected), atol=1e-5)
 
 
-def test_advantages_by_hand() -> None:
+def test_advantages_equal_a_computation_by_hand() -> None:
     rewards = np.array([[1.0, 0.0, 0.0], [0.1, 0.1, 0.1], [3.0, 1.0, 2.0]])
     expected = [[1, -0.5, -0.5], [0, 0, 0], [1.5, -1.5, 0]]
     assert np.allclose(advantages(rewards, "leave_one_out"), expected)
@@ -238,7 +238,7 @@ def test_the_sample_that_teaches_the_best_token_comes_first() -> None:
     assert (settings.projection, settings.dim, settings.seed) == ("count", 8192, 0)
 
 
-def test_mean_within_and_maximum_over_subtasks() -> None:
+def test_scores_are_means_within_and_maxima_over_subtasks() -> None:
     samples = [(prompt, [token]) for prompt in range(3) for token in range(VOCAB)]
     probe = SoftmaxProbe(POLICY, {prompt: drawn_in_proportion(prompt) for prompt in range(3)}, samples)
     subtasks = {"one": [target_row(0), target_row(1)], "two": [target_row(2)]}
@@ -333,7 +333,7 @@ def test_a_plugged_in_reward_is_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_reward_that_is_no_number_is_an_error(value: float) -> None:
+def test_a_reward_that_is_not_a_number_is_an_error(value: float) -> None:
     probe = SoftmaxProbe(POLICY, {0: drawn_in_proportion(0)})
     with pytest.raises(ComponentError, match="one finite number per response"):
         nice(lambda *_: value, samples=20).target_directions(scene(probe, {"t": [target_row(0)]}))
@@ -359,7 +359,9 @@ def test_a_raising_reward_is_an_error(tmp_path: Path) -> None:
         ([IGNORED, 6, 7, IGNORED], [5], [6, 7]),
     ],
 )
-def test_prompt_and_reference(labels: list[int], prompt: list[int], reference: list[int]) -> None:
+def test_a_validation_sample_is_divided_into_prompt_and_reference(
+    labels: list[int], prompt: list[int], reference: list[int]
+) -> None:
     assert prompt_and_reference({"input_ids": [5, 6, 7, 8], "labels": labels}, 0) == (prompt, reference)
 
 
@@ -374,7 +376,7 @@ def test_unfit_validation_samples_are_named() -> None:
         nice(worth).target_directions(context(make_pool({"a": 1})))
 
 
-def test_response_pool() -> None:
+def test_responses_become_a_pool_with_their_prompts() -> None:
     pool = response_pool([([5, 6], [7]), ([8], [9, 2])])
     assert isinstance(pool.dataset, Dataset)
     assert pool.lengths.tolist() == [3, 3]
@@ -383,7 +385,7 @@ def test_response_pool() -> None:
     ]
 
 
-def test_parameters() -> None:
+def test_bad_parameters_are_refused() -> None:
     with pytest.raises(ValidationError, match="samples must be at least 2"):
         NiceSelector.Params(reward="exact_match", samples=1)
     NiceSelector.Params(reward="exact_match", samples=1, baseline="none")

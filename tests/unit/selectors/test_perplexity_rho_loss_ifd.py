@@ -46,7 +46,7 @@ def chosen(selector: Any, losses: Any, count: int, **changes: Any) -> list[int]:
 GOLDEN = [3, 9, 5, 7, 4, 6, 8, 10, 2, 11]
 
 
-def test_the_middle_half_is_kept() -> None:
+def test_perplexity_chooses_the_middle_of_the_ranks() -> None:
     found = chosen(build(PerplexitySelector), GOLDEN, 5)
     assert sorted(GOLDEN[index] for index in found) == [4, 5, 6, 7, 8]
 
@@ -70,12 +70,12 @@ def test_perplexity_ranks_as_its_logarithm(seed: int) -> None:
         assert chosen(selector, losses, 11) == chosen(selector, np.exp(losses), 11)
 
 
-def test_low_and_high_perplexities() -> None:
+def test_perplexity_can_choose_low_or_high_values() -> None:
     assert sorted(chosen(build(PerplexitySelector, focus="low"), GOLDEN, 3)) == [0, 4, 8]
     assert sorted(chosen(build(PerplexitySelector, focus="high"), GOLDEN, 3)) == [1, 7, 9]
 
 
-def test_samples_without_a_loss_have_no_place_among_the_ranks() -> None:
+def test_samples_without_a_loss_are_not_ranked() -> None:
     losses = [math.nan, 1.0, 2.0, math.nan, 3.0, 4.0, 5.0]
     assert chosen(build(PerplexitySelector), losses, 3) == [2, 4, 5]
     assert np.isnan(nearness_to_middle(np.full(3, np.nan, np.float32))).all()
@@ -83,7 +83,7 @@ def test_samples_without_a_loss_have_no_place_among_the_ranks() -> None:
         chosen(build(PerplexitySelector), losses, 6)
 
 
-def test_perplexity_of_a_reference_does_not_ask_the_model() -> None:
+def test_perplexity_of_a_reference_does_not_run_the_trained_model() -> None:
     selector = build(PerplexitySelector, focus="high", reference_model="m")
     assert selector.needs(None).measurements == ()
     assert selector.needs(None).reference is selector.params
@@ -95,7 +95,7 @@ def test_perplexity_of_a_reference_does_not_ask_the_model() -> None:
 # RHO-LOSS
 
 
-def test_the_reducible_losses_decide() -> None:
+def test_rho_loss_chooses_the_largest_reducible_losses() -> None:
     losses, irreducible = [3, 2.5, 1, 0.4, 2], [2.9, 1, 0.2, 0.6, 0.5]
     selector = build(RhoLossSelector, reference_model="m")
     reference: Any = TableReference(irreducible)
@@ -106,7 +106,7 @@ def test_the_reducible_losses_decide() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_same_model_as_reference_leaves_ties(seed: int) -> None:
+def test_rho_loss_with_the_trained_model_as_reference_gives_equal_scores(seed: int) -> None:
     losses = np.random.default_rng(seed).random(20).astype(np.float32)
     reference: Any = TableReference(losses)
     selector = build(RhoLossSelector, reference_model="m")
@@ -116,7 +116,7 @@ def test_the_same_model_as_reference_leaves_ties(seed: int) -> None:
     assert others == sorted(np.argsort(-losses, kind="stable")[:5].tolist())
 
 
-def test_rho_loss_wants_a_reference() -> None:
+def test_rho_loss_needs_a_reference() -> None:
     with pytest.raises(ValueError, match="needs reference_model"):
         build(RhoLossSelector)
 
@@ -130,7 +130,7 @@ GIVEN, ALONE = np.array([1, 1.8, 0.3, 2.2], np.float32), np.array([2, 2, 1, 2], 
     "variant, ratios",
     [("cherry", [0.5, 0.9, 0.3, 1.1]), ("superfiltering", [0.367879, 0.818731, 0.496585, 1.221403])],
 )
-def test_golden_ratios(variant: str, ratios: list[float]) -> None:
+def test_ifd_ratios_have_the_golden_numbers(variant: str, ratios: list[float]) -> None:
     np.testing.assert_allclose(difficulty(GIVEN, ALONE, variant, None), ratios, atol=1e-6)
     limited = difficulty(GIVEN, ALONE, variant)
     np.testing.assert_allclose(limited[:3], ratios[:3], atol=1e-6)
@@ -148,7 +148,7 @@ def test_a_ratio_of_one_is_within_the_limit_of_one_variant_alone() -> None:
     assert np.isnan(difficulty(same, same, "superfiltering")).all()
 
 
-def test_samples_without_an_answer_or_with_a_certain_one_have_no_ratio() -> None:
+def test_samples_without_an_answer_or_with_zero_loss_have_no_ratio() -> None:
     given, alone = np.array([np.nan, 0.5, 0], np.float32), np.array([np.nan, 0, 0], np.float32)
     assert np.isnan(difficulty(given, alone)).all()
 
@@ -211,7 +211,7 @@ def test_the_largest_ratio_up_to_one_comes_first() -> None:
         ({"train_on_prompt": True}, "train_on_prompt trains on prompts"),
     ],
 )
-def test_what_leaves_no_prompts_is_refused(given: dict[str, Any], said: str) -> None:
+def test_settings_that_leave_no_prompts_are_refused(given: dict[str, Any], said: str) -> None:
     class View:
         llamafactory = given
 
@@ -243,7 +243,7 @@ def test_every_candidate_is_measured_twice() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_ratios_by_hand(seed: int) -> None:
+def test_ratios_equal_a_computation_by_hand(seed: int) -> None:
     rng = np.random.default_rng(seed)
     for _ in range(20):
         given, alone = rng.random((2, 15)).astype(np.float32) * 3
@@ -285,7 +285,7 @@ def few_tokens() -> list[dict[str, Any]]:
     ]
 
 
-def test_too_few_prompts_that_help() -> None:
+def test_too_few_samples_with_helpful_prompts_are_an_error() -> None:
     pool = make_pool({"a": 4}, rows=rows()[:4])
     ctx = dataclasses.replace(context(pool), probe=TwoLosses())
     with pytest.raises(ComponentError, match="only 2 of 4 have a score: the prompts of the others are of no help"):

@@ -22,7 +22,7 @@ def table_of(similarities: NDArray[Any]) -> NDArray[Any]:
     return np.argsort(-similarities, axis=1, kind="stable")
 
 
-def test_golden_numbers_of_one_task() -> None:
+def test_one_task_has_the_golden_numbers() -> None:
     table = table_of(SIMILARITIES)
     assert scanned(table)[0][:4].tolist() == [0, 1, 3, 2]
     assert scanned(table)[0][:3].tolist() == [0, 1, 3]
@@ -30,14 +30,14 @@ def test_golden_numbers_of_one_task() -> None:
     assert best(SIMILARITIES.max(axis=0), 4).tolist() == [0, 3, 1, 2]
 
 
-def test_golden_numbers_of_two_tasks() -> None:
+def test_two_tasks_have_the_golden_numbers() -> None:
     first = np.array([(0.9, 0.2, 0.8, 0.1), (0.95, 0.85, 0.3, 0.2)]).max(axis=0)
     lists = np.stack([best(first, 4), best(np.array([0.1, 0.6, 0.2, 0.7]), 4)])
     assert scanned(lists)[0][:3].tolist() == [0, 3, 1]
     assert scanned(lists)[0][:4].tolist() == [0, 3, 1, 2]
 
 
-def test_golden_numbers_of_the_pooling() -> None:
+def test_the_pooling_has_the_golden_numbers() -> None:
     import torch
 
     hidden = torch.tensor([[(1.0, 0), (0, 1), (1, 1), (9, 9), (9, 9)]])
@@ -70,7 +70,7 @@ def by_hand(similarities: NDArray[Any], count: int, rule: str) -> list[int]:
 
 @pytest.mark.parametrize("rule", ["round_robin", "round_robin_repop", "max"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_rules_read_by_hand(rule: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_equal_a_reading_by_hand(rule: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rds_plus, "_LENGTH", 2)
     for number in range(20):
         ctx = embedded(size=30, queries=4, seed=1000 * seed + number)
@@ -102,7 +102,7 @@ def test_offline_scores_are_cosines_with_the_nearest() -> None:
     np.testing.assert_allclose(scores, expected, atol=1e-6)
 
 
-def test_groups_samples_without_a_token_duplicates_and_one_candidate() -> None:
+def test_groups_duplicates_one_candidate_and_samples_without_a_token_are_handled() -> None:
     ctx = embedded(size=60)
     ctx.pool.trained[20:25] = False
     ctx.embeddings()[30:40] = ctx.embeddings()[30]

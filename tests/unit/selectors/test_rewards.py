@@ -57,17 +57,17 @@ def call(reward: Reward, *texts: tuple[str, str, str]) -> list[float]:
         ("", "", 1),
     ],
 )
-def test_exact_match(response: str, reference: str, expected: float) -> None:
+def test_exact_match_compares_the_final_answers(response: str, reference: str, expected: float) -> None:
     assert call(reward_of("exact_match"), ("q", response, reference)) == [expected]
 
 
-def test_exact_match_with_another_pattern() -> None:
+def test_exact_match_can_use_another_pattern() -> None:
     reward = reward_of({"type": "exact_match", "pattern": r"answer is \(?([A-D])"})
     texts = [("q", "I think the answer is C.", "The answer is (C)"), ("q", "the answer is B", "answer is C")]
     assert call(reward, *texts) == [1, 0]
 
 
-def test_a_name_alone_is_its_type() -> None:
+def test_a_name_alone_is_the_type_of_the_reward() -> None:
     assert CHOICE.validate_python("exact_match") == ExactMatchParams()
     assert CHOICE.validate_python(CHOICE.dump_python(ExactMatchParams(), mode="json")) == ExactMatchParams()
 
@@ -90,7 +90,7 @@ def test_a_name_alone_is_its_type() -> None:
         ({"type": "judge", "model": "m", "base_url": "http://a/v1", "api_key_env": "NOT_SET_X"}, "not set"),
     ],
 )
-def test_bad_parameters_show_at_once(given: Any, message: str) -> None:
+def test_bad_parameters_are_refused_before_loading(given: Any, message: str) -> None:
     with pytest.raises(ValidationError) as caught:
         CHOICE.validate_python(given)
     assert message in str(caught.value)
@@ -117,13 +117,13 @@ def test_a_function_gets_the_three_texts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value, expected", [("True", 1), ("0.5", 0.5), ("np.float32(2)", 2), ("np.bool_(False)", 0)])
-def test_what_counts_as_a_number(tmp_path: Path, value: str, expected: float) -> None:
+def test_numpy_numbers_and_booleans_count_as_rewards(tmp_path: Path, value: str, expected: float) -> None:
     path = write(tmp_path, f"import numpy as np\ndef score(prompt, response, reference):\n    return {value}\n")
     assert call(python(path), ("a", "b", "c")) == [expected]
 
 
 @pytest.mark.parametrize("value", ["None", "'1'", "math.nan", "math.inf", "[1]", "1j"])
-def test_anything_else_is_an_error(tmp_path: Path, value: str) -> None:
+def test_a_reward_that_is_not_a_number_is_an_error(tmp_path: Path, value: str) -> None:
     text = f"import math\ndef score(prompt, response, reference):\n    return 1 if response == 'good' else {value}\n"
     reward = python(write(tmp_path, text))
     with pytest.raises(
@@ -149,7 +149,7 @@ def test_a_file_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
         call(python(path), ("a", "b", "c"))
 
 
-def test_a_missing_function_shows_at_once(tmp_path: Path) -> None:
+def test_a_missing_function_is_refused_before_loading(tmp_path: Path) -> None:
     text = "import sys\nif sys.platform:\n    def branch(): ...\nfrom math import sqrt as root\nalias = branch\n"
     text += "class Thing: ...\n"
     path = write(tmp_path, text)
@@ -161,7 +161,7 @@ def test_a_missing_function_shows_at_once(tmp_path: Path) -> None:
         python(write(tmp_path, "def score(:\n", "broken.py"))
 
 
-def test_paths_are_looked_for_beside_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_found_beside_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, here = tmp_path / "configs", tmp_path / "here"
     base.mkdir()
     here.mkdir()
@@ -214,7 +214,7 @@ def by_hand(folder: Path, text: str, special: bool = True) -> float:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_reward_model_against_its_layers(scorer: Path, batch_size: int) -> None:
+def test_reward_model_equals_its_layers_called_by_hand(scorer: Path, batch_size: int) -> None:
     separate_pad(scorer)
     reward = reward_of({"type": "model", "path": str(scorer), "batch_size": batch_size})
     state = torch.get_rng_state()
@@ -235,7 +235,7 @@ def test_reward_model_uses_its_chat_template(scorer: Path) -> None:
     assert np.allclose(values, expected, atol=1e-5)
 
 
-def test_reward_model_without_padding_token(scorer: Path) -> None:
+def test_reward_model_without_a_padding_token_scores_the_last_token(scorer: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(scorer)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(scorer)
@@ -243,7 +243,7 @@ def test_reward_model_without_padding_token(scorer: Path) -> None:
     assert np.allclose(values, [by_hand(scorer, f"{prompt}\n{response}") for prompt, response, _ in TEXTS], atol=1e-5)
 
 
-def test_last_of_several_logits(scorer: Path) -> None:
+def test_several_logits_give_the_last_one_as_reward(scorer: Path) -> None:
     config = LlamaConfig.from_pretrained(scorer)
     config.num_labels = 2
     LlamaForSequenceClassification(config).save_pretrained(scorer)
@@ -255,7 +255,7 @@ def test_last_of_several_logits(scorer: Path) -> None:
     assert np.allclose(values, [by_hand(scorer, f"{prompt}\n{response}") for prompt, response, _ in TEXTS], atol=1e-5)
 
 
-def test_reward_model_is_whole_under_zero3(scorer: Path) -> None:
+def test_reward_model_is_not_sharded_under_zero3(scorer: Path) -> None:
     config = deepspeed.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
     try:
         assert deepspeed.is_deepspeed_zero3_enabled()
@@ -376,7 +376,7 @@ def test_judge_asks_about_every_response(serve: Any, monkeypatch: pytest.MonkeyP
     assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"}
 
 
-def test_judge_without_key_and_by_default(serve: Any) -> None:
+def test_judge_works_without_a_key_and_with_defaults(serve: Any) -> None:
     server = serve(lambda _number, _body: (200, "**7**"))
     assert call(judge(server.url), ("What?", "That.", "This.")) == [7]
     assert server.headers[0]["Authorization"] is None
@@ -446,5 +446,5 @@ def test_one_failure_stops_the_rest(serve: Any) -> None:
         ("", None),
     ],
 )
-def test_the_number_at_the_end(answer: str, expected: float | None) -> None:
+def test_the_last_number_of_an_answer_is_read(answer: str, expected: float | None) -> None:
     assert base_rewards._final_number(answer) == expected

@@ -46,7 +46,7 @@ def taken_of(sizes: list[int], count: int, seed: int = 0) -> list[int]:
     return np.bincount(clusters[order[:count]], minlength=len(sizes)).tolist()
 
 
-def test_golden_counts() -> None:
+def test_counts_of_clusters_have_the_golden_numbers() -> None:
     sizes = [1, 2, 3, 5, 20]
     assert taken_of(sizes, 12) == [0, 0, 3, 4, 5]
     found = taken_of(sizes, 30)
@@ -55,7 +55,7 @@ def test_golden_counts() -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_the_choice_is_the_official_one_for_every_count(seed: int) -> None:
+def test_the_choice_equals_the_official_code_for_every_count(seed: int) -> None:
     rng = np.random.default_rng(seed)
     for _ in range(20):
         sizes = rng.integers(1, 12, rng.integers(1, 7)).tolist()
@@ -94,7 +94,7 @@ def test_trajectories_hold_the_last_losses() -> None:
     assert found.tolist() == [[7, 5, 4], [8, 3, 2], [6, 6, 6]]
 
 
-def test_what_was_not_trained_is_a_cluster_of_its_own() -> None:
+def test_untrained_samples_form_a_separate_cluster() -> None:
     selector = trained(build(S2lSelector, points=2, clusters=2), np.array([[3.0, 1.0]] * 10 + [[1.0, 1.0]] * 10))
     pool = make_pool({"a": 50})
     ctx = context(pool)
@@ -141,7 +141,7 @@ def test_the_state_survives_a_checkpoint(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_what_a_run_is_told() -> None:
+def test_s2l_says_when_it_cannot_act() -> None:
     def told(warmup: int, steps: int = 5) -> str | None:
         return build(S2lSelector).cannot_act(RunOutline(Schedule(warmup, 5, -1, warmup + steps), 4, 100))
 

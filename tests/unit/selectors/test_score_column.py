@@ -53,7 +53,7 @@ def test_a_draw_prefers_good_values() -> None:
     assert halves[0] > 3 * halves[1] > 0
 
 
-def test_every_round_has_the_best() -> None:
+def test_every_round_chooses_the_best_values() -> None:
     planner = make_planner(scored_pool(), select=build(ScoreColumnSelector, column="quality"), rounds=3)
     for plan in plans(planner, 3):
         best = set(np.argsort(-VALUES)[:8].tolist())
@@ -96,7 +96,7 @@ COMPONENTS = [ScoreColumnSelector, ScoreColumnOrder, ScoreColumnWeighter]
         ([np.nan, np.nan], None, "'quality' has no value in any row"),
     ],
 )
-def test_what_is_no_score(kind: Any, values: Any, row: int | None, said: str | None) -> None:
+def test_values_that_are_no_score_are_refused(kind: Any, values: Any, row: int | None, said: str | None) -> None:
     found = build(kind, column="quality").column_problem("quality", np.asarray(values))
     if said is None:
         assert found is None
@@ -114,7 +114,7 @@ def test_what_is_no_score(kind: Any, values: Any, row: int | None, said: str | N
         ([0.0, 0.0, 0.0], None, "is 0 in every row"),
     ],
 )
-def test_what_is_no_weight(values: list[float], row: int | None, said: str) -> None:
+def test_values_that_are_no_weight_are_refused(values: list[float], row: int | None, said: str) -> None:
     weighter = build(ScoreColumnWeighter, column="quality")
     found = weighter.column_problem("quality", np.array(values))
     assert found is not None
@@ -124,7 +124,7 @@ def test_what_is_no_weight(values: list[float], row: int | None, said: str) -> N
         assert build(ScoreColumnSelector, column="quality").column_problem("quality", np.array(values)) is None
 
 
-def test_the_columns_are_wanted_by_their_components() -> None:
+def test_components_need_their_columns() -> None:
     section = {
         "columns": ["note", "quality"],
         "select": {"method": "score_column", "column": "quality"},
@@ -140,7 +140,7 @@ def test_the_columns_are_wanted_by_their_components() -> None:
     assert [key for key, _ in wanted["quality"].checks] == ["dataflex.select", "dataflex.weight"]
 
 
-def test_text_is_no_number() -> None:
+def test_a_column_of_text_is_refused() -> None:
     pool = make_pool({"a": 2})
     pool.keep_column("note", np.array(["x", "y"], dtype=object))
     with pytest.raises(ConfigError, match="'note' of the raw data holds text"):

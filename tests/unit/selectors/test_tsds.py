@@ -88,18 +88,18 @@ def by_heap(queries: NDArray[Any], base: NDArray[Any], params: TsdsParams) -> ND
         ({"sigma": 0.75, "max_k": 3}, (0.084333, 0.084842, 0.330826, 0.25, 0, 0.25, 0, 0)),
     ],
 )
-def test_golden_numbers(params: dict[str, Any], expected: tuple[float, ...]) -> None:
+def test_probabilities_have_the_golden_numbers(params: dict[str, Any], expected: tuple[float, ...]) -> None:
     np.testing.assert_allclose(probabilities(QUERIES, CANDIDATES, given(**params)), expected, atol=1e-6)
     np.testing.assert_allclose(by_heap(QUERIES, CANDIDATES, given(**params)), expected, atol=1e-6)
 
 
-def test_a_query_that_is_not_reached_gives_all_to_its_nearest() -> None:
+def test_a_query_beyond_the_neighbourhood_gives_its_mass_to_its_nearest_sample() -> None:
     candidates = np.array([(0, 0), (0.4, 0), (0, 0.4), (0.4, 0.4), (10, 0), (14, 0)])
     found = probabilities(np.array([(0.0, 0), (10, 0)]), candidates, given(alpha=0.99))
     np.testing.assert_allclose(found, (0.5, 0, 0, 0, 0.5, 0), atol=1e-6)
 
 
-def test_golden_numbers_of_one_query() -> None:
+def test_one_query_has_the_golden_numbers() -> None:
     line = np.arange(6.0)
     filled, _ = fill(line[None], lambda columns: np.ones((1, columns)), 5.0)
     assert (filled.level, filled.last.tolist()) == (3, [1])
@@ -126,7 +126,7 @@ def instance(seed: int, number: int) -> tuple[NDArray[Any], NDArray[Any], TsdsPa
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_steps_of_the_authors_code(seed: int) -> None:
+def test_probabilities_equal_the_steps_of_the_authors_code(seed: int) -> None:
     for number in range(20):
         queries, base, params = instance(seed, number)
         found = probabilities(queries, base, params)
@@ -172,7 +172,7 @@ def test_no_linear_program_does_better(seed: int) -> None:
         assert reached == pytest.approx(best, abs=1e-6), (seed, number)
 
 
-def test_invariances() -> None:
+def test_probabilities_are_invariant_to_order_and_scale() -> None:
     rng = np.random.default_rng(1)
     base, queries = rng.normal(size=(50, 4)), rng.normal(size=(6, 4))
     params = TsdsParams(alpha=0.6, c=2.0, sigma=1.0)
@@ -211,7 +211,7 @@ def crowded() -> Any:
     return context(make_pool({"a": len(base)}), validation_pool=held, embedding_source=source)
 
 
-def test_near_duplicates_fill_near_and_not_tsds() -> None:
+def test_near_duplicates_fill_the_choice_of_near_but_not_of_tsds() -> None:
     ctx = crowded()
     originals = np.append(np.arange(400), np.repeat(np.arange(20), 100))
     distinct = {}
@@ -242,7 +242,7 @@ def test_samples_are_drawn_by_their_probabilities() -> None:
     np.testing.assert_array_equal(again.indices, chosen.indices)
 
 
-def test_groups_and_samples_without_a_token() -> None:
+def test_groups_and_samples_without_a_token_are_handled() -> None:
     ctx = embedded(size=60)
     ctx.pool.trained[20:25] = False
     selector = build(TsdsSelector, encoder="some", c=100.0)
@@ -268,7 +268,7 @@ def test_offline_scores_are_the_probabilities() -> None:
     assert np.flatnonzero(np.isnan(scores)).tolist() == [5]
 
 
-def test_too_few_with_a_probability_is_told() -> None:
+def test_too_few_samples_with_a_probability_are_an_error() -> None:
     ctx = embedded(size=60)
     with pytest.raises(
         ComponentError, match=r"40 samples are wanted without replacement, and only .* Raise max_k or c"

@@ -61,7 +61,7 @@ def projected(logits: torch.Tensor, settings: LogitProjections) -> np.ndarray:
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_measured_norms_and_projections_are_those_of_each_sample_alone(models: dict[str, Any], left: bool) -> None:
+def test_norms_and_projections_equal_those_of_each_sample_alone(models: dict[str, Any], left: bool) -> None:
     model = models["llama"]
     alone = logits_of(model)
     settings = LogitProjections(rows=3, columns=5, seed=4)
@@ -89,7 +89,7 @@ def test_projections_keep_lengths_on_average() -> None:
     assert np.mean(lengths) == pytest.approx(matrix.square().sum().item() * kept[0] * kept[1], rel=0.05)
 
 
-def test_golden_scores() -> None:
+def test_scores_have_the_golden_numbers() -> None:
     others, points = np.array([[0, 1], [3, 4]]), np.array([[0, 0], [1, 0]])
     distances = np.linalg.norm(points[:, None] - others[None], axis=2).mean(axis=1)
     np.testing.assert_allclose(distances, [3, 2.943175], atol=1e-6)
@@ -135,7 +135,7 @@ def test_samples_far_from_those_trained_last_are_preferred() -> None:
     assert decided(again, ctx, group_of(pool, 4)).indices.tolist() == found
 
 
-def test_without_diversity_nothing_is_remembered() -> None:
+def test_without_diversity_no_state_is_stored() -> None:
     selector = build(UdsSelector, alpha=0)
     assert selector.needs(None).step_losses == "nothing"
     selector.on_step(step([1, 2], [1.0, 1.0]))

@@ -67,7 +67,7 @@ def step(model: LlamaForCausalLM, function: WeightedLoss) -> float:
 
 
 @pytest.mark.parametrize("weighs", [False, True])
-def test_steps_and_decisions_make_no_graphs(model: LlamaForCausalLM, weighs: bool) -> None:
+def test_steps_and_decisions_compile_no_further_graph(model: LlamaForCausalLM, weighs: bool) -> None:
     def function() -> WeightedLoss:
         weights: StepWeights | None = weights_of(build(LossWeighter)) if weighs else None
         return WeightedLoss(2, lambda losses: None, weights)

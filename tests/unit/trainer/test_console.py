@@ -23,7 +23,7 @@ EVALUATION = {
 }  # fmt: skip
 
 
-def test_the_line_of_a_decision() -> None:
+def test_a_decision_is_printed_in_one_line() -> None:
     planned = {"chat": 15, "math": 19, "code": 6}
     assert console.decision(RoundSlot(1, 10, 10, 1), planned, 300, 6.12) == (
         "round 1, steps 11-20: 40 of 300: chat 15, math 19, code 6; 6.1 s"
@@ -44,7 +44,7 @@ def test_of_many_domains_the_largest_are_listed() -> None:
     assert console.largest({f"d{number}": number for number in range(6)}) == "d0 0, d1 1, d2 2, d3 3, d4 4, d5 5"
 
 
-def test_the_log_in_short() -> None:
+def test_a_log_is_printed_in_one_short_line() -> None:
     assert console.log({**LOGS, **OURS}, 20, 300) == "step 20 of 300: loss 2.346, learning rate 9.5e-05, epoch 1.50"
     assert console.log({**LOGS, **OURS}, 20, None) == "step 20: loss 2.346, learning rate 9.5e-05, epoch 1.50"
     assert console.log(EVALUATION, 20, 300) == "step 20 of 300: evaluation loss 2: chat 1.5, math 2.5"
@@ -87,7 +87,7 @@ def test_the_terminal_gets_a_line_and_others_get_everything(kind: type, capsys: 
     assert capsys.readouterr().out == ""
 
 
-def test_another_printing_callback_stays() -> None:
+def test_another_printing_callback_is_kept() -> None:
     class Own(ProgressCallback):
         pass
 
@@ -96,7 +96,7 @@ def test_another_printing_callback_stays() -> None:
     assert [type(callback) for callback in handler.callbacks] == [Own]
 
 
-def test_an_error_begins_at_the_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_begins_on_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
     bar = tqdm(total=10, file=stream, mininterval=0)

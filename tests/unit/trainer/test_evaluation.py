@@ -39,7 +39,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("response", TEXTS)
 @pytest.mark.parametrize("prompt", ["Say: ", "数 "])
-def test_bytes_are_those_of_the_response(tokenizer: PreTrainedTokenizerFast, prompt: str, response: str) -> None:
+def test_bytes_of_the_response_are_counted(tokenizer: PreTrainedTokenizerFast, prompt: str, response: str) -> None:
     decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     first, second = tokenizer(prompt).input_ids, tokenizer(response).input_ids
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -58,7 +58,7 @@ def test_the_first_token_is_never_predicted(tokenizer: PreTrainedTokenizerFast) 
     assert counted_bytes(ids, ids, decode) == 8 - len(decode(ids[:1]))
 
 
-def test_numbers_and_means_of_known_sums() -> None:
+def test_metrics_and_means_equal_those_of_known_sums() -> None:
     first, second = numbers(20.0, 10, 40), numbers(3.0, 2, 4)
     assert first["loss"] == 2.0
     assert first["perplexity"] == pytest.approx(math.e**2)
@@ -72,7 +72,7 @@ def test_numbers_and_means_of_known_sums() -> None:
     )
 
 
-def test_what_has_no_bytes_or_no_tokens() -> None:
+def test_domains_without_bytes_or_tokens_have_no_metric() -> None:
     silent, empty = numbers(6.0, 3, 0), numbers(0.0, 0, 0)
     assert silent["bits_per_byte"] is None
     assert math.isnan(empty["loss"])
@@ -83,7 +83,7 @@ def test_what_has_no_bytes_or_no_tokens() -> None:
     assert numbers(1e6, 1, 1)["perplexity"] == math.inf
 
 
-def test_batches_and_repeats_do_not_matter() -> None:
+def test_batch_sizes_and_repeated_samples_do_not_change_metrics() -> None:
     rng = np.random.default_rng(0)
     pool = make_pool({"a": 3, "b": 2})
     logits = torch.from_numpy(rng.normal(size=(5, 6, 9)))

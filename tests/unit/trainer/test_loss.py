@@ -64,7 +64,7 @@ def own(*weighters: Weighter, samples_per_step: int = 4) -> tuple[WeightedLoss, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("items", [None, 40, torch.tensor(57)])
 @pytest.mark.parametrize("weighter", [None, "inactive", "uniform"])
-def test_unweighted_is_the_loss_of_transformers(
+def test_without_weights_the_loss_equals_that_of_transformers(
     weighter: str | None, items: int | torch.Tensor | None, dtype: torch.dtype
 ) -> None:
     logits, labels = batch(dtype=dtype)
@@ -151,7 +151,7 @@ def test_gradients_of_samples_are_scaled_by_their_weights(normalization: str) ->
 
 
 @pytest.mark.parametrize("normalization", ["token", "sample"])
-def test_samples_without_labels_have_weight_one_and_no_say(normalization: str) -> None:
+def test_samples_without_labels_have_weight_one_and_no_influence(normalization: str) -> None:
     logits, labels = batch()
     labels[1] = IGNORED
     labels[3, 1:] = IGNORED  # a label at the first position is predicted by nothing
@@ -197,7 +197,7 @@ def test_sums_and_counts_are_observed_unweighted() -> None:
     assert function.calls == 2
 
 
-def test_loss_based_weights_by_hand() -> None:
+def test_loss_based_weights_equal_a_computation_by_hand() -> None:
     # two tokens of vocabulary 2 with logits (0, x): losses log(1 + e^x) of label 0
     x = torch.tensor([-3.0, 0.0, 1.0, 4.0])
     logits = torch.stack([torch.zeros(4), x], dim=1)[:, None].repeat(1, 2, 1)
@@ -223,7 +223,7 @@ def test_loss_based_weights_by_hand() -> None:
         ([0.0, 0.0, 0.0, 0.0], "weight 0 for every sample of step 1, "),
     ],
 )
-def test_weights_no_loss_can_be_made_of_name_the_weighter(weights: list[float], text: str) -> None:
+def test_unusable_weights_name_the_weighter(weights: list[float], text: str) -> None:
     function, _ = own(fixed(weights))
     with pytest.raises(ComponentError, match=f"weighter 'fixed' .*{text}"):
         function(*batch(), VOCAB)
@@ -242,7 +242,7 @@ def model() -> torch.nn.Module:
     return LlamaForCausalLM(LlamaConfig(**TINY, num_attention_heads=2, num_key_value_heads=1))
 
 
-def test_the_models_forward_uses_our_loss_and_gets_its_own_back(model: torch.nn.Module) -> None:
+def test_the_forward_uses_the_weighted_loss_and_the_loss_function_is_restored(model: torch.nn.Module) -> None:
     _, labels = batch()
     inputs = {"input_ids": labels.clamp(min=0), "labels": labels}
     plain = model(**inputs).loss
@@ -255,7 +255,7 @@ def test_the_models_forward_uses_our_loss_and_gets_its_own_back(model: torch.nn.
     assert model(**inputs).loss.item() == plain.item()
 
 
-def test_a_model_that_ignores_its_loss_function_is_told(model: torch.nn.Module) -> None:
+def test_a_model_that_ignores_its_loss_function_is_refused(model: torch.nn.Module) -> None:
     function, _ = own(fixed(WEIGHTS))
     before = dict(model.__dict__)
     with (

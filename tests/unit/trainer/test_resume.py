@@ -100,7 +100,7 @@ def test_a_named_checkpoint_is_taken_or_refused(output: Path, tmp_path_factory: 
         resume.find(config(output, resume_from_checkpoint=str(output / "checkpoint-99")))
 
 
-def test_nothing_complete_is_a_new_run_unless_a_resume_is_asked_for(output: Path) -> None:
+def test_without_a_complete_checkpoint_a_new_run_starts_unless_a_resume_is_required(output: Path) -> None:
     checkpoint(output, 12, complete=False)
     taken, left = resume.find(config(output))
     assert taken is None
@@ -129,7 +129,7 @@ def test_a_run_that_saved_the_model_alone_cannot_go_on(output: Path) -> None:
     assert not list(resume.notes(config(output, save_only_model=True, save_strategy="no")))
 
 
-def test_what_cannot_change_is_a_problem_and_what_has_no_effect_keeps_its_value(output: Path) -> None:
+def test_fixed_settings_cannot_change_and_settings_without_effect_keep_their_value(output: Path) -> None:
     checkpoint(output, 8)
     given = config(output, cutoff_len=64, train_on_prompt=True, learning_rate=1e-3, seed=7, save_steps=5)
     taken, _ = resume.find(given)
@@ -159,7 +159,7 @@ def test_a_method_may_change_between_rounds_only(output: Path) -> None:
     assert not list(resume.problems_of(config(output, weighted)))  # a weighter acts on steps, not on rounds
 
 
-def test_rounds_and_llamafactorys_loader_are_not_exchanged(output: Path) -> None:
+def test_a_run_with_rounds_is_not_resumed_without_rounds(output: Path) -> None:
     checkpoint(output, 8)
     (problem,) = resume.problems_of(config(output, {"update_steps": 4, "weight": {"method": "loss"}}))
     assert "draws its samples in rounds" in problem.message
@@ -206,7 +206,7 @@ def test_a_new_run_sets_checkpoints_aside_with_the_record(tmp_path: Path) -> Non
     assert found(config(tmp_path)) is None  # and so after a kill of the new run: it begins again, as itself
 
 
-def test_going_back_to_an_earlier_checkpoint_sets_later_ones_aside(output: Path) -> None:
+def test_resuming_an_earlier_checkpoint_sets_later_ones_aside(output: Path) -> None:
     for step in (4, 8, 12):
         checkpoint(output, step)
     checkpoint(output, 6, run="another")
@@ -221,7 +221,9 @@ def test_going_back_to_an_earlier_checkpoint_sets_later_ones_aside(output: Path)
     assert sorted(path.name for path in aside.iterdir()) == ["checkpoint-12", "checkpoint-6"]
 
 
-def test_a_run_in_a_new_folder_takes_the_rounds_along(output: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_run_in_a_new_folder_copies_the_recorded_rounds(
+    output: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     record(output, 0, 1, 2)
     (output / "dataflex" / "plans").mkdir(exist_ok=True)
     (output / "dataflex" / "plans" / "round-00000.parquet").write_bytes(b"plan")
@@ -238,7 +240,7 @@ def test_a_run_in_a_new_folder_takes_the_rounds_along(output: Path, tmp_path_fac
     assert rounds(output) == [0, 1, 2]
 
 
-def test_a_run_without_the_record_of_the_one_before_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resume_without_the_earlier_record_gives_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = checkpoint(tmp_path / "alone", 8)
     writer = RunWriter(tmp_path / "new")
     writer.open_continued(folder, RUN, 8)
@@ -303,7 +305,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_died(tmp_path: 
     assert (tmp_path / LOCK_FILE).read_text() == ""
 
 
-def test_a_file_system_without_locks_is_told_of(
+def test_a_file_system_without_locks_gives_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def none(*_: Any) -> None:

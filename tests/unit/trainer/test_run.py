@@ -70,7 +70,9 @@ SELECT = {"select": {"method": "loss"}}
         ({"weight": {"method": "loss"}}, {}, -1),  # LLaMA-Factory's own count
     ],
 )
-def test_number_of_steps(section: dict[str, Any], changes: dict[str, Any], expected: int) -> None:
+def test_the_number_of_steps_follows_epochs_and_batch_size(
+    section: dict[str, Any], changes: dict[str, Any], expected: int
+) -> None:
     args, case = arguments(**changes), run_of(**section)
     case.steps(args).set_in(args, case.inputs.plans_data)
     assert args.max_steps == expected
@@ -101,7 +103,7 @@ TWO_DOMAINS = {"a": 100, "b": 60}  # 20 steps of 8
         ({"mix": {"method": "aioli", "validation": "v", "exploit_rounds": 2}}, {}, 2, 30),  # 4 x 2 + 2 rounds a pass
     ],
 )
-def test_rounds_without_update_steps(
+def test_without_update_steps_rounds_have_their_default_length(
     section: dict[str, Any], changes: dict[str, Any], length: int, decisions: int
 ) -> None:
     steps = run_of(TWO_DOMAINS, **section).steps(arguments(**changes))
@@ -109,7 +111,7 @@ def test_rounds_without_update_steps(
     assert steps.plan.run.decisions == decisions
 
 
-def test_a_round_that_takes_the_pool_leaves_a_selector_no_choice() -> None:
+def test_a_round_of_the_whole_pool_leaves_a_selector_no_choice() -> None:
     for steps in (20, 21):
         section = {"update_steps": steps, "updates": 1}
         with pytest.raises(
@@ -122,7 +124,7 @@ def test_a_round_that_takes_the_pool_leaves_a_selector_no_choice() -> None:
     run_of(**SELECT, update_steps=20, train_steps=19).steps(arguments())  # its only round is cut
 
 
-def test_a_step_that_takes_the_pool_leaves_a_selector_no_choice() -> None:
+def test_a_step_of_the_whole_pool_leaves_a_selector_no_choice() -> None:
     with pytest.raises(ConfigError, match=r"per_device_train_batch_size: .*8 samples, and the pool has 8.*'loss'"):
         run_of({"a": 8}, **SELECT).steps(arguments())
     run_of({"a": 9}, **SELECT).steps(arguments())
@@ -132,7 +134,7 @@ def test_a_step_that_takes_the_pool_leaves_a_selector_no_choice() -> None:
     "section",
     [SELECT, {"mix": {"method": "odm"}}, {"order": {"method": "sort"}}, {"weight": {"method": "loss"}}],
 )
-def test_a_run_that_is_all_warm_up_decides_nothing(section: dict[str, Any]) -> None:
+def test_a_run_of_warm_up_alone_is_refused(section: dict[str, Any]) -> None:
     ((key, part),) = section.items()
     for changes in ({"train_steps": 6}, {"train_tokens": 6 * 8 * 7}):
         case = run_of(TWO_DOMAINS, make_pool({"all": 160}), **section, warmup_steps=6, **changes)
@@ -142,7 +144,7 @@ def test_a_run_that_is_all_warm_up_decides_nothing(section: dict[str, Any]) -> N
     run_of(TWO_DOMAINS, **section, warmup_steps=5, train_steps=6).steps(arguments())
 
 
-def test_the_steps_of_a_run_that_only_weights_are_the_trainers() -> None:
+def test_a_run_that_only_weights_has_the_steps_of_the_trainer() -> None:
     whole = make_pool({"all": 161})  # 41 batches of 2 on each of two processes, 21 steps
     with pytest.raises(ConfigError, match="the run has 63 steps"):
         run_of(whole=whole, weight={"method": "loss"}, warmup_steps=63).steps(arguments())
@@ -168,7 +170,7 @@ def plain_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PlannedRounds, "decide", lambda self, slot: self.planner.plan(slot, self.probe))
 
 
-def test_state_goes_on_with_the_plan_and_the_counts() -> None:
+def test_a_restored_state_continues_plan_and_counts() -> None:
     first, second = started(), started()
     for step in range(5):
         first.planned.plan_for(step)
@@ -182,7 +184,7 @@ def test_state_goes_on_with_the_plan_and_the_counts() -> None:
         assert np.array_equal(first.planned.plan_for(step).indices, second.planned.plan_for(step).indices)
 
 
-def test_components_are_told_which_steps_are_of_a_warm_up() -> None:
+def test_components_receive_which_steps_are_warm_up() -> None:
     heard: list[tuple[int, bool]] = []
     dynamic = started()  # a warm-up of 2 steps and 3 rounds of 4
     ((_, selector),) = dynamic.inputs.components.items()
@@ -195,7 +197,7 @@ def test_components_are_told_which_steps_are_of_a_warm_up() -> None:
     assert len(heard) == 14
 
 
-def test_other_training_data_is_not_gone_on_with() -> None:
+def test_a_resume_with_other_training_data_is_refused() -> None:
     first = started()
     first.planned.plan_for(0)
     other = started(sizes={"a": 60, "b": 100})
@@ -204,7 +206,7 @@ def test_other_training_data_is_not_gone_on_with() -> None:
     started().data.check(first.state_dict(1), first.inputs.methods)
 
 
-def test_another_global_batch_size_is_not_gone_on_with() -> None:
+def test_a_resume_with_another_global_batch_size_is_refused() -> None:
     first = started()  # 2 per device x 2 x 2 processes
     state = {**first.state_dict(0), "processes": 2}
     other = {"gradient_accumulation_steps": 4, "world_size": 1}
@@ -216,7 +218,7 @@ def test_another_global_batch_size_is_not_gone_on_with() -> None:
         check_processes(state, arguments(world_size=4))
 
 
-def test_another_method_begins_without_the_state_of_the_one_before() -> None:
+def test_another_method_starts_without_the_state_of_the_earlier_one() -> None:
     first, second = started(select={"method": "delta_loss"}), started()
     for step in range(6):
         first.planned.plan_for(step)
@@ -228,7 +230,7 @@ def test_another_method_begins_without_the_state_of_the_one_before() -> None:
 
 
 @pytest.mark.parametrize("given", [[1, 3], "shares.json"])
-def test_state_made_with_other_parameters_is_made_anew(tmp_path: Path, given: Any, caplog: Any) -> None:
+def test_a_state_of_other_parameters_is_computed_again(tmp_path: Path, given: Any, caplog: Any) -> None:
     """The shares of a file and those of points are part of the state, and must follow a change of the parameter."""
     for name, shares in (("old.json", {"a": 1, "b": 1}), ("shares.json", {"a": 1, "b": 3})):
         (tmp_path / name).write_text(json.dumps(shares))
@@ -259,7 +261,7 @@ def test_state_made_with_other_parameters_is_made_anew(tmp_path: Path, given: An
 
 
 @pytest.mark.parametrize("total, fine", [(30, True), (6, True), (5, False), (3, False)])
-def test_a_total_that_cuts_the_running_round_is_not_gone_on_with(total: int, fine: bool) -> None:
+def test_a_total_that_ends_inside_the_running_round_is_refused(total: int, fine: bool) -> None:
     first = started(train_steps=14)
     for step in range(4):
         first.planned.plan_for(step)  # inside the round of steps 2 to 5
@@ -292,7 +294,7 @@ def test_a_run_that_only_weights_needs_a_section() -> None:
 
 @pytest.mark.parametrize("method", ["loss", "grand", "less"])
 @pytest.mark.parametrize("size, measured", [(160, 8), (5, 5), (2, 2), (1, 1)])
-def test_a_probe_is_first_given_two_samples(method: str, size: int, measured: int) -> None:
+def test_a_probe_first_compares_two_samples(method: str, size: int, measured: int) -> None:
     """What a probe finds out about a model at its first call it finds out by comparing two."""
     case = run_of({"a": size}, select={"method": method, **({"validation": "v"} if method == "less" else {})})
     run = LoadedRun.of(case.inputs, case.data, RunSteps(Schedule(0, 1, -1, 1), 1, 1))
@@ -318,7 +320,7 @@ def test_a_probe_is_first_given_two_samples(method: str, size: int, measured: in
     ],
 )
 @pytest.mark.parametrize("zero", [False, True])
-def test_tokens_of_a_gradient_batch(
+def test_the_tokens_of_a_gradient_batch_depend_on_sharding_and_checkpointing(
     sharded: bool, checkpointing: str, given: int | None, expected: int, zero: bool
 ) -> None:
     """Where the probe cannot recompute what a sharded training does, it has no memory to spare and cannot halve."""
@@ -347,7 +349,7 @@ def test_tokens_of_a_gradient_batch(
     assert probe.sharded == sharded
 
 
-def test_other_evaluation_data_is_said() -> None:
+def test_other_evaluation_data_gives_a_note() -> None:
     """It changes no decision, and makes two halves of a curve that do not belong together."""
     first, same, other = (
         RunData(evaluation=make_pool({"held": 4}, rows=[{"input_ids": [tokens]}] * 4)) for tokens in (1, 1, 2)
@@ -359,7 +361,7 @@ def test_other_evaluation_data_is_said() -> None:
 
 
 @pytest.mark.parametrize("section", [SELECT, {"weight": {"method": "loss"}}])
-def test_a_run_that_ends_in_its_warm_up_says_so(section: dict[str, Any]) -> None:
+def test_a_run_that_ends_in_its_warm_up_gives_a_note(section: dict[str, Any]) -> None:
     """As where a budget, or early stopping, ends it."""
     method = next(f"{key} {part['method']}" for key, part in section.items())
     for step, expected in ((4, True), (5, True), (6, False)):

@@ -58,7 +58,7 @@ def make_step(number: int, losses: list[float], tokens: list[int]) -> StepStatis
     return StepStatistics(number, np.array(losses), np.array(tokens), np.ones(len(tokens), np.int64))
 
 
-def test_mean_losses_of_the_domains_are_parts_of_the_loss() -> None:
+def test_the_loss_is_the_weighted_mean_of_the_domain_losses() -> None:
     rng = np.random.default_rng(0)
     losses, tokens = rng.uniform(1, 9, (5, 3)), rng.integers(1, 50, (5, 3))
     tokens[:, 2] = 0  # never any of it
@@ -88,7 +88,7 @@ def test_a_step_without_a_finite_loss_is_left_out_of_the_mean() -> None:
     np.testing.assert_allclose(found.take(), [(1.0 + 0.75 * 2.0) / 1.75, 6.0])
 
 
-def test_no_token_and_not_finite_are_told_apart() -> None:
+def test_absent_domains_and_losses_that_are_not_finite_are_distinguished() -> None:
     sums = torch.tensor([0.0, 6.0, torch.nan, torch.inf, torch.nan])
     means = sample_means(sums, torch.tensor([0, 3, 2, 2, 0]))
     assert torch.isnan(means).tolist() == [True, False, False, False, True]

@@ -88,7 +88,7 @@ def test_a_weighter_sees_the_samples_that_are_trained_on() -> None:
     assert not batch.trained[:2, 5:].any()
 
 
-def test_what_a_weighter_did_not_ask_for_is_told() -> None:
+def test_reading_losses_that_a_weighter_did_not_need_is_an_error() -> None:
     weighter = scripted(lambda batch: batch.token_losses)
     with pytest.raises(ComponentError, match=r'batch.token_losses .* Needs\(step_losses="tokens"\)'):
         asking(weighter, tokens=False).decide([micro_batch(0)], 0)
@@ -130,7 +130,7 @@ def test_every_entry_has_its_cadence() -> None:
     assert [weights.needs_all(step) for step in range(4)] == [True, False, True, False]
 
 
-def test_a_chain_that_leaves_nothing_is_refused() -> None:
+def test_a_chain_of_zero_weights_is_refused() -> None:
     low = scripted(lambda batch: (batch.losses < batch.losses.mean()).float())
     high = scripted(lambda batch: (batch.losses >= batch.losses.mean()).float())
     with pytest.raises(ComponentError, match="together give weight 0 for every sample of step 5, which would train"):
@@ -171,11 +171,11 @@ def gathered(rank: int, store: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_weigh_as_one_does(tmp_path: Path) -> None:
+def test_one_process_and_two_give_the_same_weights(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(gathered, args=(tmp_path / "store",), nprocs=2)
 
 
-def test_a_plugin_written_from_the_documentation_weighs_tokens_by_their_excess_loss(
+def test_the_plugin_of_the_documentation_weighs_tokens_by_excess_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     registry.load_components([])
@@ -212,7 +212,7 @@ def with_embeddings(batch: MicroBatch, seed: int, *keys: str) -> MicroBatch:
     return dataclasses.replace(batch, pooled={key: vectors + number for number, key in enumerate(keys)})
 
 
-def test_embeddings_come_with_their_samples() -> None:
+def test_embeddings_are_in_the_order_of_the_samples() -> None:
     first, second = (with_embeddings(micro_batch(seed, columns=5 + seed), seed, "weight.0") for seed in (0, 1))
     looking, other = (scripted(lambda batch: torch.ones(len(batch.losses))) for _ in range(2))
     weights = asking(looking, other)
@@ -226,7 +226,7 @@ def test_embeddings_come_with_their_samples() -> None:
         _ = other.seen.step_embeddings
 
 
-def test_weighters_begin_the_steps_they_weigh() -> None:
+def test_begin_step_is_called_in_the_steps_that_a_weighter_weighs() -> None:
     begun: list[tuple[str, int]] = []
 
     class Beginning(Scripted):

@@ -36,7 +36,7 @@ def test_the_last_complete_checkpoint_is_named(tmp_path: Path) -> None:
     assert text(tmp_path, resume_from_checkpoint=True) == "stopped; the same command resumes from step 60."
 
 
-def test_a_command_that_would_not_go_on_is_not_said_to(tmp_path: Path) -> None:
+def test_a_command_that_cannot_resume_is_not_recommended(tmp_path: Path) -> None:
     again = "stopped; the same command starts over, because overwrite_output_dir is true"
     assert text(tmp_path, overwrite_output_dir=True) == f"{again}."
     save(tmp_path, 60)
@@ -65,7 +65,7 @@ def test_a_signal_ends_any_command_without_a_traceback(
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_worker_leaves_the_words_to_its_launcher() -> None:
+def test_a_worker_prints_nothing_because_its_launcher_does() -> None:
     before = signal.getsignal(signal.SIGINT)
     with stopping.taken(is_worker=True):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL

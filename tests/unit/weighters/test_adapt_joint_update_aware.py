@@ -58,7 +58,7 @@ def unit(values: np.ndarray) -> np.ndarray:
     return values / np.linalg.norm(values, axis=-1, keepdims=True)
 
 
-def test_golden_adapt() -> None:
+def test_adapt_has_the_golden_numbers() -> None:
     hidden = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]]])
     phi = Embeddings(pooling="weighted_mean").reduce(hidden, torch.tensor([[True, True, False]]))
     np.testing.assert_allclose(phi[0], [0.447214, 0.894427], atol=1e-6)
@@ -85,7 +85,7 @@ Z, U = [(1.0, 0.0), (0.8, 0.6), (0.0, 1.0)], [(0.6, 0.8)]
         ({"tau": 0.5, "mode": "align_only"}, (0.219961, 0.451895, 0.328143)),
     ],
 )
-def test_golden_joint(params: dict[str, Any], expected: tuple[float, ...]) -> None:
+def test_joint_update_aware_has_the_golden_numbers(params: dict[str, Any], expected: tuple[float, ...]) -> None:
     found = weights_of(JointUpdateAwareWeighter, Z, U, **params)
     np.testing.assert_allclose(found.numpy() / 3, expected, atol=2e-6)
 
@@ -180,7 +180,7 @@ def test_alike_samples_share_their_weight() -> None:
     assert weights[2] > 1.3 * weights[0]
 
 
-def test_a_common_direction_leaves_nothing_to_tell_unless_it_is_taken_off() -> None:
+def test_a_common_direction_gives_equal_weights_unless_it_is_subtracted() -> None:
     rng = np.random.default_rng(0)
     pool = unit(rng.normal(size=(40, 8)) + 4)
     plain = weights_of(AdaptWeighter, pool[:20], pool[:3], pool, defaults="dataflex_1")
@@ -220,7 +220,7 @@ def test_defaults_of_the_earlier_release_by_name() -> None:
     assert (joint.pooling, joint.layer, joint.mode, joint.anchors) == ("last", -1, "full", 1)
 
 
-def test_what_they_cost() -> None:
+def test_the_cost_counts_anchors_and_embeddings() -> None:
     run = RunOutline(Schedule(0, 1, -1, 120), 8, accumulation=2, validation=30)
     weighter = build(AdaptWeighter, anchors=20, center_samples=10)
     assert weighter.measured_samples(weighter.params.embeddings, run) == 3 * 30

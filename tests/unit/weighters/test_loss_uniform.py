@@ -22,13 +22,13 @@ GOLDEN = {  # sum 1, for delta 1 and r = .4
 
 
 @pytest.mark.parametrize("strategy", GOLDEN)
-def test_golden_weights(strategy: str) -> None:
+def test_weights_have_the_golden_numbers(strategy: str) -> None:
     weights = build(LossWeighter, strategy=strategy, temperature=0.4).weigh(StepBatch(LOSSES))
     torch.testing.assert_close(weights / 4, torch.tensor(GOLDEN[strategy]), atol=1e-4, rtol=0)
     assert weights.mean().item() == pytest.approx(1, abs=1e-6)
 
 
-def test_golden_weights_with_a_half_range_of_two() -> None:
+def test_weights_with_a_half_range_of_two_have_the_golden_numbers() -> None:
     # f doubles with delta for linupper, so r = .8 with delta 2 is r = .4 with delta 1
     wide = build(LossWeighter, delta=2.0, temperature=0.8).weigh(StepBatch(LOSSES))
     torch.testing.assert_close(wide / 4, torch.tensor(GOLDEN["linupper"]), atol=1e-4, rtol=0)
@@ -37,7 +37,7 @@ def test_golden_weights_with_a_half_range_of_two() -> None:
     torch.testing.assert_close(quadratic / 4, torch.tensor(GOLDEN["quadratic"]), atol=1e-4, rtol=0)
 
 
-def test_largest_ratio_of_linupper() -> None:
+def test_linupper_has_the_largest_ratio_of_the_paper() -> None:
     for temperature, ratio in [(0.4, 12.2), (1.0, 2.7)]:
         weights = build(LossWeighter, temperature=temperature).weigh(StepBatch(LOSSES))
         assert (weights.max() / weights.min()).item() == pytest.approx(ratio, abs=0.05)
@@ -72,7 +72,7 @@ def ratio(weighter: LossWeighter, step: int) -> float:
     return 1 / math.log(weights.max() / weights.min())
 
 
-def test_temperature_moves_linearly_and_then_stays() -> None:
+def test_the_temperature_moves_linearly_and_then_stays() -> None:
     weighter = build(LossWeighter, temperature=2.0, temperature_end=0.5, temperature_steps=100)
     for step, expected in [(0, 2.0), (50, 1.25), (99, 0.515), (100, 0.5), (5000, 0.5)]:
         assert ratio(weighter, step) == pytest.approx(expected, rel=1e-6)

@@ -181,7 +181,7 @@ def test_three_stages_are_trained_once(lab: Lab, capsys: pytest.CaptureFixture[s
 lab_stages = ("reference", "proxy", "final")
 
 
-def test_what_fails_or_is_cut_off_goes_on(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_or_interrupted_workflow_resumes(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     lab.behave({"proxy": "crash"})
     assert lab.doremi() == 1
     assert "proxy failed: training: RuntimeError: out of luck" in capsys.readouterr().err
@@ -204,7 +204,7 @@ def test_what_fails_or_is_cut_off_goes_on(lab: Lab, capsys: pytest.CaptureFixtur
     assert lab.launches() == ["final+"]
 
 
-def test_a_change_makes_a_stage_and_the_later_ones_anew(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_change_trains_a_stage_and_the_later_ones_again(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     assert lab.doremi() == 0
     lab.launches()
     lab.write(final={"learning_rate": 0.5})
@@ -229,7 +229,7 @@ def test_a_change_makes_a_stage_and_the_later_ones_anew(lab: Lab, capsys: pytest
     assert lab.launches() == ["reference", "proxy", "final"]
 
 
-def test_another_result_of_the_proxy_makes_the_final_training_anew(lab: Lab) -> None:
+def test_another_result_of_the_proxy_trains_the_final_stage_again(lab: Lab) -> None:
     assert lab.doremi() == 0
     lab.launches()
     (lab.output / "proxy" / "dataflex" / "domain_weights.json").write_text('{"proportions": {"alpha": 1, "beta": 2}}')
@@ -245,7 +245,7 @@ def test_a_dry_run_writes_nothing(lab: Lab, capsys: pytest.CaptureFixture[str]) 
     assert not lab.launches()
 
 
-def test_print_writes_nothing_and_says_all_three(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_shows_all_three_stages_and_writes_nothing(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     (lab.folder / "plugin.py").write_text(
         "from dataflex import Order, register\n\n\n@register('order', 'workflow_test')\nclass Mine(Order):\n"
         "    def arrange(self, ctx, selection):\n        return ctx.rng.permutation(selection.indices.size)\n"
@@ -281,7 +281,7 @@ def test_doremi_weighs_the_values_of_a_column(lab: Lab) -> None:
         lab.doremi()
 
 
-def test_what_a_stage_takes_away_must_be_there(lab: Lab) -> None:
+def test_a_key_that_a_stage_removes_must_exist(lab: Lab) -> None:
     lab.base["dataflex"] = {"select": {"method": "random"}}
     lab.write(reference={"dataflex.selct": None}, final={"dataflex.mix.proportion": None, "learning_rate.x": 1})
     assert lab.problems() == {
@@ -307,7 +307,7 @@ def test_the_mixture_of_the_base_is_replaced(lab: Lab, proportions: Any) -> None
     assert all(stage.raw["dataflex"]["seed"] == 5 for stage in stages)
 
 
-def test_problems_of_all_stages_come_together(lab: Lab) -> None:
+def test_problems_of_all_stages_are_reported_together(lab: Lab) -> None:
     lab.base |= {"learning_rat": 1, "dataflex": {"select": {"method": "loss"}, "mix": {"method": "odd"}}}
     lab.write(
         reference={"dataflex.mix": {"method": "random"}},
@@ -343,7 +343,7 @@ def test_problems_of_all_stages_come_together(lab: Lab) -> None:
         ),
     ],
 )
-def test_a_problem_is_told_before_anything_runs(
+def test_a_problem_is_reported_before_any_training(
     lab: Lab, base: dict[str, Any], changes: dict[str, Any], key: str, said: str
 ) -> None:
     lab.base |= base
@@ -351,7 +351,7 @@ def test_a_problem_is_told_before_anything_runs(
     assert said in lab.problems()[key]
 
 
-def test_what_the_command_did_not_make_is_left_alone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_others_are_left_alone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     (lab.output / "reference").mkdir(parents=True)
     (lab.output / "reference" / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"reference holds something that this command did not make"):
@@ -491,7 +491,7 @@ def test_proxies_that_fail_are_left_out(mixing: Lab, capsys: pytest.CaptureFixtu
         ({}, {"regressor": "forest"}, "regressor", "lightgbm"),
     ],
 )
-def test_a_problem_of_regmix_is_told_before_anything_runs(
+def test_a_problem_of_regmix_is_reported_before_any_training(
     mixing: Lab, base: dict[str, Any], changes: dict[str, Any], key: str, said: str
 ) -> None:
     mixing.base |= base
@@ -568,7 +568,7 @@ def test_values_of_a_column_are_mixed(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.launch
-def test_doremi_on_a_tiny_model(
+def test_doremi_trains_its_three_stages_on_a_tiny_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, data = tiny.make_model(tmp_path / "model"), tiny.make_data(tmp_path / "data")
