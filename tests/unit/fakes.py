@@ -133,6 +133,17 @@ def context(pool: Pool, losses: Sequence[float] | NDArray[Any] = (), **changes: 
     return dataclasses.replace(given, **changes)
 
 
+def embedded(size: int = 60, queries: int = 5, seed: int = 0, width: int = 6, **changes: Any) -> RoundContext:
+    """Return a context of random embeddings of length 1."""
+    rng = np.random.default_rng(seed)
+    pool, held = make_pool({"a": size // 3, "b": size - size // 3}), make_pool({"x": 2, "y": queries - 2})
+    vectors = [rng.standard_normal((each.size, width)).astype(np.float32) for each in (pool, held)]
+    for each in vectors:
+        each /= np.linalg.norm(each, axis=1, keepdims=True)
+    source = lambda samples: vectors[0] if samples is None else vectors[1]  # noqa: E731
+    return context(pool, validation_pool=held, embedding_source=source, **changes)
+
+
 def decided(selector: Selector, ctx: RoundContext, group: Group) -> Selection:
     """Return what a selector chooses of a group in a decision about that group alone."""
     ctx = dataclasses.replace(ctx, candidates=group.candidates)

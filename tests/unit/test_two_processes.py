@@ -19,6 +19,7 @@ from dataflex.data.pool import Pool
 from dataflex.errors import CheckpointError, ConfigError
 from dataflex.probe.store import FeatureStore, similarities
 from dataflex.trainer.inputs import RunData
+from unit.ranks import on_two_processes
 
 WORLD, COUNT, ROWS = 2, 190, 40
 
@@ -75,7 +76,6 @@ def checked(data: RunData, fingerprint: str | None) -> None:
 
 
 def work(rank: int, folder: Path, fingerprint: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=rank, world_size=WORLD)
     pool = pool_of(COUNT)
     with pytest.MonkeyPatch.context() as patch:
         read: list[int] = []
@@ -100,7 +100,6 @@ def work(rank: int, folder: Path, fingerprint: str) -> None:
     assert pool.hashed == (rank == 0)
     with pytest.raises(ConfigError, match="different training samples"):
         checked(RunData(pool=pool_of(COUNT, 30 + rank)), None)
-    dist.destroy_process_group()
 
 
 @pytest.mark.launch
@@ -109,7 +108,7 @@ def test_two_processes_share_the_work_and_give_the_results_of_one(
 ) -> None:
     filled(tmp_path)
     pool = pool_of(COUNT)
-    torch.multiprocessing.spawn(work, args=(tmp_path, pool.fingerprint), nprocs=WORLD)
+    on_two_processes(work, tmp_path, tmp_path, pool.fingerprint)
     monkeypatch.setattr(clusters, "_ROWS", ROWS)
     alone = {
         "clusters": clusters.token_clusters(pool, 6, 0),

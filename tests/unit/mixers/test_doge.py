@@ -22,7 +22,7 @@ from dataflex.errors import ComponentError
 from dataflex.mixers.doge import DogeMixer, alignments
 from dataflex.probe.model import ModelProbe
 from unit.fakes import MeasuringProbe, build, context, make_pool
-from unit.probe.test_gradients import a_batch, llama, lora, make, probe_of
+from unit.probe.models import a_batch, llama, lora, make, probe_of
 
 GOLDEN = np.array([[1, 0], [0.6, 0.8], [0, 1]])
 """Gradients of three domains, all of length 1."""

@@ -23,6 +23,7 @@ from dataflex.mixers.doremi import DoReMiMixer
 from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.loss import WeightedLoss, loss_function
 from unit.fakes import FakeProbe, build, context, make_pool
+from unit.ranks import on_two_processes
 
 NAN = math.nan
 
@@ -244,19 +245,13 @@ def check(rank: int, world: int) -> None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-def in_a_group(rank: int, store: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    check(rank, 2)
-    dist.destroy_process_group()
-
-
 def test_the_gradient_equals_that_of_the_papers_objective() -> None:
     check(0, 1)
 
 
 @pytest.mark.timeout(300)
 def test_the_gradient_is_the_same_on_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(in_a_group, args=(tmp_path / "store",), nprocs=2)
+    on_two_processes(check, tmp_path, 2)
 
 
 def test_a_loss_that_is_not_finite_is_named() -> None:

@@ -37,7 +37,7 @@ from dataflex.mixers.moe_balance import MoeBalanceMixer, mean_distances
 from dataflex.probe.expert_loads import ExpertLoads
 from dataflex.probe.model import ModelProbe
 from unit.fakes import MeasuringProbe, build, context, make_planner, make_pool, plans
-from unit.probe.test_gradients import SIZES, VOCAB, llama, lora, make, mixtral, qwen3_moe
+from unit.probe.models import SIZES, VOCAB, llama, lora, make, mixtral, qwen3_moe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
 

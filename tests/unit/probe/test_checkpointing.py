@@ -19,7 +19,7 @@ from dataflex.errors import ComponentError
 from dataflex.probe.checkpointing import recomputed_layers
 from dataflex.probe.gradients import GradientPass
 from dataflex.probe.layers import Contribution, blocks
-from unit.probe.test_gradients import (
+from unit.probe.models import (
     CPU,
     LENGTHS,
     MODELS,

@@ -26,7 +26,7 @@ from dataflex.probe.preconditioners import AdamPreconditioner, NoPreconditioner,
 from dataflex.probe.projections import CountProjection, IdentityProjection
 from dataflex.probe.reducers import ProjectionReducer, Reducer
 from unit.fakes import products_of
-from unit.probe.test_gradients import (
+from unit.probe.models import (
     EXACT,
     LENGTHS,
     MODELS,

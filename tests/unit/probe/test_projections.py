@@ -30,7 +30,7 @@ from dataflex.probe.projections import (
 )
 from tiny import WORDS, sentence
 from unit.fakes import make_pool
-from unit.probe.test_gradients import collate, llama, lora, whole
+from unit.probe.models import collate, llama, lora, whole
 
 CPU = torch.device("cpu")
 KINDS = [CountProjection, RademacherProjection]

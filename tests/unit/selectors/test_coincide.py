@@ -17,8 +17,7 @@ from dataflex.selectors.coincide import (
     standing_for,
     transferability,
 )
-from unit.fakes import build, decided, group_of
-from unit.selectors.test_near import embedded
+from unit.fakes import build, decided, embedded, group_of
 
 
 def at(*degrees: float) -> NDArray[np.float64]:

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from dataflex.selectors import diversity
 from dataflex.selectors.diversity import DiversitySelector, best_facilities, farthest_first
-from unit.fakes import build, decided, group_of
-from unit.selectors.test_near import embedded
+from unit.fakes import build, decided, embedded, group_of
 
 
 def unit(rows: NDArray[Any]) -> NDArray[np.float32]:

@@ -12,20 +12,9 @@ from dataflex import ComponentError, RoundContext
 from dataflex.api.schedule import RunOutline, Schedule
 from dataflex.selectors.base_neighbours import scanned
 from dataflex.selectors.near import NearSelector
-from unit.fakes import build, context, decided, group_of, make_pool, scores_of
+from unit.fakes import build, context, decided, embedded, group_of, make_pool, scores_of
 
 TABLE = np.array([[3, 1, 4], [3, 5, 1]])
-
-
-def embedded(size: int = 60, queries: int = 5, seed: int = 0, width: int = 6, **changes: Any) -> RoundContext:
-    """Return a context of random embeddings of length 1."""
-    rng = np.random.default_rng(seed)
-    pool, held = make_pool({"a": size // 3, "b": size - size // 3}), make_pool({"x": 2, "y": queries - 2})
-    vectors = [rng.standard_normal((each.size, width)).astype(np.float32) for each in (pool, held)]
-    for each in vectors:
-        each /= np.linalg.norm(each, axis=1, keepdims=True)
-    source = lambda samples: vectors[0] if samples is None else vectors[1]  # noqa: E731
-    return context(pool, validation_pool=held, embedding_source=source, **changes)
 
 
 def by_hand(ctx: RoundContext, wanted: int, candidates: Any = None, taken: Any = ()) -> list[int]:

@@ -12,8 +12,7 @@ from dataflex import Embeddings
 from dataflex.selectors import rds_plus
 from dataflex.selectors.base_neighbours import scanned
 from dataflex.selectors.rds_plus import RdsPlusParams, RdsPlusSelector, best, listed, repopped
-from unit.fakes import build, context, decided, group_of, make_pool, scores_of
-from unit.selectors.test_near import embedded
+from unit.fakes import build, context, decided, embedded, group_of, make_pool, scores_of
 
 SIMILARITIES = np.array([(0.9, 0.8, 0.7, 0.1, 0.2, 0.3), (0.95, 0.6, 0.3, 0.85, 0.2, 0.5)])
 

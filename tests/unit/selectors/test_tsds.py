@@ -16,8 +16,7 @@ from dataflex.api.schedule import RunOutline, Schedule
 from dataflex.selectors import tsds
 from dataflex.selectors.near import NearSelector
 from dataflex.selectors.tsds import TsdsParams, TsdsSelector, fill
-from unit.fakes import build, context, decided, group_of, make_pool, scores_of
-from unit.selectors.test_near import embedded
+from unit.fakes import build, context, decided, embedded, group_of, make_pool, scores_of
 
 CANDIDATES = np.array([(0, 0), (0.1, 0), (0, 0.1), (1, 0), (0, 1), (1, 1), (2, 2), (3, 0)])
 QUERIES = np.array([(0.06, 0.02), (0.9, 0.8)])

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from dataflex.api.context import StepStatistics
 from dataflex.data.token_loss import sample_means
 from dataflex.errors import ComponentError, DataFlexError, DivergenceError
 from dataflex.trainer.sample_losses import SampleLosses
 from dataflex.trainer.statistics import BatchLosses, MeanLosses, StepAccumulator, StepTotals, check_step
+from unit.ranks import on_two_processes
 
 
 def test_micro_batches_are_added_up_by_domain() -> None:
@@ -165,15 +165,13 @@ def test_losses_of_samples_and_tokens_come_in_the_order_of_the_plan() -> None:
     check_kept([[8, 3], [0, 11]], [8, 3, 0, 11])
 
 
-def kept_by_two(rank: int, store: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def kept_by_two(rank: int) -> None:
     check_kept([[[8, 3], [1, 2]], [[0, 11], [9, 4]]][rank], [8, 3, 0, 11, 1, 2, 9, 4])  # dealt out in turn
-    dist.destroy_process_group()
 
 
 @pytest.mark.timeout(300)
 def test_two_processes_join_the_losses_of_their_samples(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(kept_by_two, args=(tmp_path / "store",), nprocs=2)
+    on_two_processes(kept_by_two, tmp_path)
 
 
 def test_tokens_that_do_not_lie_in_their_sample_are_refused() -> None:

@@ -18,6 +18,7 @@ from dataflex.api.components import Entry
 from dataflex.errors import ComponentError
 from dataflex.trainer.step_weights import MicroBatch, StepWeights, Weighing
 from unit.fakes import build, make_pool
+from unit.ranks import on_two_processes
 
 IGNORED = -100
 PLUGIN = Path(__file__).parents[2] / "plugins" / "excess_tokens.py"
@@ -157,8 +158,7 @@ def test_every_weighter_is_checked(rule, text: str) -> None:
         asking(one, scripted(rule)).decide([micro_batch(0)], 0)
 
 
-def gathered(rank: int, store: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def gathered(rank: int) -> None:
     everyone = [micro_batch(number, columns=5 + number, first=3 * number) for number in range(4)]
     weighter = scripted(lambda batch: batch.token_losses + batch.losses.cumsum(0)[:, None])
     mine = everyone[rank::2]  # the micro-batches are dealt to the processes in turn
@@ -172,7 +172,7 @@ def gathered(rank: int, store: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_one_process_and_two_give_the_same_weights(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(gathered, args=(tmp_path / "store",), nprocs=2)
+    on_two_processes(gathered, tmp_path)
 
 
 def test_the_plugin_of_the_documentation_weighs_tokens_by_excess_loss(
