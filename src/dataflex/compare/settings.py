@@ -103,7 +103,9 @@ class ExperimentSettings(BaseModel):
         lower: dict[str, str] = {}
         for name in value:
             if (other := lower.setdefault(name.lower(), name)) != name:
-                raise ValueError(f"{other!r} and {name!r} would share a folder on a file system that ignores case")
+                raise ValueError(
+                    f"{other!r} and {name!r} would share a folder on a file system that ignores case; rename one"
+                )
         return value
 
     @field_validator("seeds", mode="before")

@@ -449,10 +449,10 @@ BAD = [
     ({"metrics": ["held_loss", "held_loss"]}, "metrics: must name one or more metrics, each once"),
     (variants(), "variants: needs at least two variants"),
     (variants(**{"a/b": PLAIN}), "variants: 'a/b': a name becomes a folder"),
-    (variants(Plain=PLAIN), "'plain' and 'Plain' are one folder"),
+    (variants(Plain=PLAIN), "'plain' and 'Plain' would share a folder"),
     (variants(same={"dataflex": {"updates": -1}}), "variants.same: is the same run as 'plain'"),
     (variants(none={"learning_rate": 1}), "variants.none.dataflex: a run needs a dataflex: section"),
-    (variants(own={**PLAIN, "seed": 3}), "variants.own.seed: is set by the comparison itself"),
+    (variants(own={**PLAIN, "seed": 3}), "variants.own.seed: is set by the comparison;"),
     (variants(own={"dataflex": {"train_steps": 3}}), "variants.own.dataflex.train_steps: is set by the comparison"),
     (
         variants(a={"dataflex.select.method": "los"}, b=RANDOM),
@@ -464,7 +464,7 @@ BAD = [
         variants(a={**RANDOM, "eval_dataset": "gamma"}),
         "variants.a.eval_dataset: 'gamma' here and 'held,beta' in 'plain'",
     ),
-    (variants(a={**RANDOM, "load_best_model_at_end": True}), "variants.a.load_best_model_at_end: True: not in"),
+    (variants(a={**RANDOM, "load_best_model_at_end": True}), "variants.a.load_best_model_at_end: True is not allowed"),
     (
         variants(a={**RANDOM, "deepspeed": "x.json"}),
         "variants.a.deepspeed: 'x.json' is not allowed in a comparison: each run is one",
