@@ -363,7 +363,7 @@ def test_run_that_is_training_has_the_cost_and_tokens_of_its_last_evaluation(tmp
     write_log(run, range(1, 9))
     runs = measured(run)
     assert (runs[0].record.train_seconds, runs[0].record.trained) == (12.0, (6, 12.0))
-    assert "seconds of training are those of run up to step 6." in chart(charts(runs), "Seconds by run").caption
+    assert "seconds of training are known for run up to step 6." in chart(charts(runs), "Seconds by run").caption
     assert column(run_table(runs), "train s") == ["12.0"]
 
 
@@ -995,7 +995,7 @@ def test_domain_table_has_the_mixture(tmp_path: Path) -> None:
             assert cells["last wanted"] == ("0.950" if i == 0 else "-")
             assert cells["loss weight"] == f"{means[names[i]]:.4f}"
         steps = 777 if finished else 40
-        assert f"run: loss weight is the mean over {steps} steps whose loss was weighted by domain." in table.notes
+        assert f"run: loss weight is the mean over {steps} steps with a loss weighted by domain." in table.notes
 
 
 def test_capped_domains_that_are_not_listed_are_named(tmp_path: Path) -> None:

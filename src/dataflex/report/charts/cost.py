@@ -38,7 +38,7 @@ def cost(runs: Sequence[MeasuredRun]) -> Chart:
         for run in runs
         if run.record.summary is None and run.record.trained
     ]
-    caption += f" Not finished, so seconds of training are incomplete: {', '.join(partly)}." if partly else ""
+    caption += f" Not finished: seconds of training are known for {', '.join(partly)}." if partly else ""
     return Chart("Cost", title, caption, chart)
 
 
