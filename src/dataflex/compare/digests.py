@@ -70,6 +70,7 @@ def _strings(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
+            # LLaMA-Factory takes several adapters as one text with commas. The output_dir is no input of a run.
             if key == "adapter_name_or_path" and isinstance(item, str):
                 yield from (part.strip() for part in item.split(",") if part.strip())
             elif key != "output_dir":

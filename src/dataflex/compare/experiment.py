@@ -309,6 +309,7 @@ def _variant(
         if value_of(raw, key) is not None:
             remove(raw, tuple(key.split(".")))
     seed = settings.seeds[0]
+    # Only for the checks: each run gets a separate output_dir when its key is known.
     raw |= {"do_train": True, "seed": seed, "output_dir": str(expanded(settings.output_dir) / "runs" / variant)}
     raw[SECTION] = {**raw[SECTION], "seed": seed}
     amount = settings.equal

@@ -98,7 +98,7 @@ def gather(experiment: Experiment) -> Outcome:
     fingerprint = _usual_fingerprint(found)
     needed = [metric for metric in claims if any(metric in each.metrics or metric in each.not_finite for each in found)]
     rows = tuple(Row(run, result, _problem(run, result, experiment, fingerprint, needed)) for run, result in results)
-    outcome = Outcome(experiment, rows, claims, (), ())
+    outcome = Outcome(experiment, rows, claims, (), ())  # without differences: they are computed from its values
     baseline = experiment.settings.baseline
     differences = tuple(
         difference(

@@ -210,6 +210,7 @@ class _Crew:
             if trained_problem(run, self._plan) is None:
                 self._after_training(run, place)
                 return
+            # A result on record would be of a training that is about to be replaced.
             (run.folder / COMPLETE_FILE).unlink(missing_ok=True)
             overwrite = ["overwrite_output_dir=true"] if needs_overwriting(run) else []
             self._launch(run, place, (), ["train", str(run.folder / RUN_FILE), *overwrite])
@@ -343,7 +344,7 @@ def _start(run: Run, command: Sequence[str], environment: Mapping[str, str]) -> 
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C reaches the comparison alone, which can end the whole group
             preexec_fn=prepare,
         )
 

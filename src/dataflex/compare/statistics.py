@@ -55,7 +55,7 @@ def bootstrap_interval(differences: Floats, resamples: int = _RESAMPLES) -> tupl
         confidence_level=CONFIDENCE,
         method="percentile",
         vectorized=True,
-        batch=max(1, 20_000_000 // differences.size),
+        batch=max(1, 20_000_000 // differences.size),  # limits the memory to so many values at a time
         rng=np.random.default_rng(0),
     ).confidence_interval
     return np.asarray(found.low), np.asarray(found.high)

@@ -137,6 +137,7 @@ def _adapted(model: str, adapter: Path, dtype: str) -> torch.nn.Module:
     weights = load_peft_weights(str(adapter), device="cpu")
     rows = {value.size(0) for name, value in weights.items() if name.split(".")[-2] in names}
     if len(rows) == 1 and rows != {base.get_input_embeddings().weight.size(0)}:
+        # The adapter's rows replace the values, so their initialisation does not matter.
         base.resize_token_embeddings(rows.pop(), mean_resizing=False)
     return PeftModel.from_pretrained(base, str(adapter)).eval()
 
@@ -217,7 +218,7 @@ def _configured(task: FileTask, subject: str | None) -> ConfigurableTask:
         "fewshot_config": {
             "sampler": "first_n",
             "samples": [_document(question, description) for question in examples],
-            "doc_to_target": "answer",
+            "doc_to_target": "answer",  # an example shows the whole answer; "gold" is only the index or the number
         },
     }
     if task.form == "multiple_choice":

@@ -89,7 +89,7 @@ def smooth(points: Points) -> Points:
     """Return the running mean of the points, or the points themselves if they are few. NaN counts as missing."""
     if not is_smoothed(points):
         return points
-    window = len(points) // SMOOTH_PARTS | 1
+    window = len(points) // SMOOTH_PARTS | 1  # odd, so that the mean is centred on its point
     values = np.array([value for _, value in points])
     known = np.isfinite(values)
     kernel = np.ones(window)

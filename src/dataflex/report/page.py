@@ -190,6 +190,7 @@ def _compressed(key: str, content: str) -> str:
 
     Base64 contains no "<", so the text cannot end the element early.
     """
+    # Without a time stamp (mtime) equal content gives equal bytes.
     packed = base64.b64encode(gzip.compress(content.encode(), compresslevel=6, mtime=0)).decode("ascii")
     return f'<script type="text/plain" id="{key}">{packed}</script>'
 

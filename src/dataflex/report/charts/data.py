@@ -56,6 +56,7 @@ def proportions(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> 
     present = dict.fromkeys(name for each in shares for name, share in each.items() if share > 0)
     names = [name for name in most_trained(run) if name in present]
     steps = [*(each.start_step for each in shown), shown[-1].start_step + shown[-1].steps]
+    # The last shares twice: they hold until the end of the last round.
     values = np.array([[each.get(name, 0.0) for name in names] for each in [*shares, shares[-1]]])
     traces = [_area(steps, values[:, i], name, style(looks[name])) for i, name in enumerate(names)]
     caption = "Share of each domain in each round, from the round's first step on. Plans round it to whole samples."
