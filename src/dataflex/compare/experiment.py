@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from omegaconf.errors import OmegaConfBaseException
@@ -22,9 +22,6 @@ from dataflex.config.masking import masked
 from dataflex.config.yaml_file import read_yaml
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.record.versions import installed_versions
-
-if TYPE_CHECKING:
-    pass
 
 MEASURES = ("loss", "perplexity", "bits_per_byte")
 """Measures of every evaluation data set."""
