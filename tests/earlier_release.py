@@ -1,4 +1,4 @@
-"""The example files of the earlier release: their DataFlex keys, and the components file they share."""
+"""The example files of the earlier release: their DataFlex keys, and the components file that they share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading the record of a run as tests want it."""
+"""Rounds and plans of a run's record, in the form that tests compare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny model, tokenizer and data sets made on the spot, for runs through LLaMA-Factory in seconds."""
+"""Tiny models, tokenizers, data sets and run arguments, for runs through LLaMA-Factory in seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few runs give the numbers on file; ``make golden`` compares those of every method."""
+"""A few runs reproduce the recorded numbers. ``make golden`` compares the runs of every method."""
 
 from __future__ import annotations
 

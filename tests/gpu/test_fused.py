@@ -1,4 +1,4 @@
-"""The fused kernel and the signs on an accelerator: the numbers of the CPU, and the same bits twice."""
+"""The fused kernel and the signs on an accelerator: equal to the CPU, and the same bits in every run."""
 
 from __future__ import annotations
 

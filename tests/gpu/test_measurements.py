@@ -1,4 +1,4 @@
-"""Measurements on an accelerator against float64 on the CPU, the same bits twice, without a trace."""
+"""Measurements on an accelerator: equal to float64 on the CPU, the same bits twice, no trace in the training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hands the shared trainings to the tests."""
+"""Fixture with the trainings that tests share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of the example files of the earlier release: model, data, machine and numbers of steps are replaced."""
+"""Runs of the earlier release's example files, with a tiny model, tiny data and few steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A selector for the tests: prefers samples of large excess loss, and writes what it is told of every step."""
+"""A selector for the tests: prefers samples of large excess loss, and writes each step's statistics to a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For the tests: components that fail on the second process alone, each in a way of its own."""
+"""Components for the tests that fail on the second of two processes, each in another way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For the tests: selectors that draw blindly after looks at the model, or keep what they saw; a weighter that looks."""
+"""Components for the tests: selectors that measure and then draw at random or store gradients, and a weighter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every bad input gives one clear paragraph, exit status 2 and no traceback, and nothing existing is overwritten."""
+"""Every bad input gives one clear paragraph, exit status 2 and no traceback, and no existing file is overwritten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Domains from a column of the raw data, through LLaMA-Factory: each is what a data set of its own would be."""
+"""Domains from a column of the raw data, through LLaMA-Factory: each equals a data set of its rows."""
 
 from __future__ import annotations
 

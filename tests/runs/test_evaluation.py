@@ -1,4 +1,4 @@
-"""Evaluation of each data set in real runs, against direct computations; and runs that end by tokens or seconds."""
+"""Evaluation of each data set in real runs, compared with direct computations; runs that end by tokens or seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fault on one process of two: both end soon, with one and the same error, whatever the other waits for."""
+"""A fault on one of two processes: both end soon with the same error, in whichever call the other one waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stand-ins for what a component is given, so that one part is tested at a time."""
+"""Stand-ins for the objects that a component receives, so that each part is tested alone."""
 
 from __future__ import annotations
 

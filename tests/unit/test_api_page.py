@@ -1,4 +1,4 @@
-"""What is exported is all that a component needs, and is on a page that says what each name is."""
+"""The exports of ``dataflex`` are all that a component needs, and each has a text on the page of the API."""
 
 from __future__ import annotations
 

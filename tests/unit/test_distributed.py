@@ -1,4 +1,4 @@
-"""What two processes say to one another: waiting longer than the training's group does, values, and errors."""
+"""Exchanges between two processes: waiting longer than the group's timeout, values, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The YAML blocks and the commands of the documentation: what a reader copies is accepted."""
+"""The YAML blocks and the commands of the documentation are accepted."""
 
 from __future__ import annotations
 

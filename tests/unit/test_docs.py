@@ -1,4 +1,4 @@
-"""The documentation against the code: every method, parameter, key and default, and examples that load."""
+"""The documentation agrees with the code: every method, parameter, key and default, and examples that load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples in the docstrings run, and everything that a plug-in may import has one."""
+"""The examples in the docstrings run, and every export that a plug-in may import has one."""
 
 from __future__ import annotations
 

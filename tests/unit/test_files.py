@@ -1,4 +1,4 @@
-"""JSON that every reader takes: no NaN or infinity, whatever was measured."""
+"""JSON that every reader accepts: no NaN or infinity, for any measured value."""
 
 from __future__ import annotations
 

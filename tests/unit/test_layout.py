@@ -1,4 +1,4 @@
-"""The package's layout: few modules in its root, imports in one direction, functions of a size that can be read."""
+"""The layout of the package: few modules in its root, imports in one direction, functions of a readable size."""
 
 from __future__ import annotations
 

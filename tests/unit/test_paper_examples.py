@@ -1,4 +1,4 @@
-"""The recipes of the paper: they are what the tables say, and every one is accepted with models and data replaced."""
+"""The recipes of examples/paper: they equal the tables, and ``check`` accepts each with tiny models and data."""
 
 from __future__ import annotations
 

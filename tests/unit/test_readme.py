@@ -1,4 +1,4 @@
-"""The components of the README give the numbers that their text says."""
+"""The components of the README compute what its text says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes: what one does for both, what they share, and that both end up with what one process alone finds."""
+"""Work shared by two processes, and that both have the results of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a component cannot act in a run, for every method: what it says, and that it is so."""
+"""``Component.cannot_act`` of every method: when a method cannot act in a run, and that the reason is true."""
 
 from __future__ import annotations
 

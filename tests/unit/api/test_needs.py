@@ -1,3 +1,5 @@
+"""``Component.needs``: measurements, validation samples and columns that components need, and their cost."""
+
 from __future__ import annotations
 
 import json

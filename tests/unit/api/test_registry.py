@@ -1,4 +1,4 @@
-"""Components of one's own that cannot work: told before anything is loaded, with class, file and line."""
+"""Components of a user that cannot work: refused before anything is loaded, with class, file and line."""
 
 from __future__ import annotations
 

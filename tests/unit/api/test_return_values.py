@@ -1,4 +1,4 @@
-"""What a component returns that no round can be made of is told with its method, file and line."""
+"""Unusable return values of components: the error names the method, its file and its line."""
 
 from __future__ import annotations
 

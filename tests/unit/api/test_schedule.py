@@ -1,4 +1,4 @@
-"""Rounds as functions of the step, against a loop that walks through a run step by step."""
+"""Rounds as functions of the step, compared with a loop over the steps of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's model and data, and what the demo makes of them."""
+"""The model, the tokenizer and the data sets of the demo, and the run configurations that the demo writes."""
 
 from __future__ import annotations
 

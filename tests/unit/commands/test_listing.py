@@ -1,4 +1,4 @@
-"""What ``dataflex-cli list`` says of parameters: words, ranges and defaults as in YAML, nothing of Python."""
+"""Parameters in the output of ``dataflex-cli list``: types, ranges and defaults as in YAML, without Python types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scoring a pool without training: which selectors can."""
+"""Scoring a pool without training: which selectors can score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON schema of a configuration: it takes what the loader takes, and refuses misspelt keys and wrong types."""
+"""The JSON schema of a configuration accepts the files of the loader, and refuses misspelt keys and types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``check`` on broken files made from the tables of keys, and on every working YAML of the documentation."""
+"""``check`` on broken files made from the tables of keys, and on every YAML example of the documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What differs between two configurations at a resume, and what each difference does."""
+"""Differences between two configurations at a resume, and the effect of each."""
 
 from __future__ import annotations
 

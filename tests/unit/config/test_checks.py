@@ -1,4 +1,4 @@
-"""Checks before anything is loaded: LLaMA-Factory's keys, folders, data sets, and what does not go together."""
+"""Checks before anything is loaded: LLaMA-Factory's keys, folders, data sets, and keys that exclude each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flat keys of the earlier release: every one of them, and what they become."""
+"""Flat keys of the earlier release, and the sections they are translated into."""
 
 from __future__ import annotations
 

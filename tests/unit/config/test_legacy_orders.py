@@ -1,4 +1,4 @@
-"""The reorders of the earlier release: what each becomes."""
+"""Reorders of the earlier release, and the orders they are translated into."""
 
 from __future__ import annotations
 

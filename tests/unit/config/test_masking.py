@@ -1,4 +1,4 @@
-"""Secrets: which values are, that no file gets them, and that whoever needs them does."""
+"""Secrets: which values are secret, that no file holds them, and that runs still receive them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole samples from shares: within one of the exact sums after every round, whatever the rounds."""
+"""Whole samples from shares: counts stay within one of the exact sums after every round."""
 
 from __future__ import annotations
 

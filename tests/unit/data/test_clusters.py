@@ -1,4 +1,4 @@
-"""Clusters of samples by their tokens: what separates, what is degenerate, and that nothing depends on chance."""
+"""Clusters of samples by their tokens: separable texts, degenerate pools, and no dependence on chance."""
 
 from __future__ import annotations
 

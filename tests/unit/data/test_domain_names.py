@@ -1,4 +1,4 @@
-"""Names of domains from columns of numbers and of true and false, as YAML and JSON give them."""
+"""Domain names from columns of numbers or booleans, as YAML and JSON write them."""
 
 from __future__ import annotations
 

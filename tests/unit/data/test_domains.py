@@ -1,4 +1,4 @@
-"""Domains from a raw column: its values, their order, and what is refused; a pool of divided data sets."""
+"""Domains from a raw column: values, their order, refused columns, and pools of several divided data sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with raw data files, with file and line, against what the datasets library itself loads or refuses."""
+"""Faults of raw data files with file and line, compared with the files that the datasets library refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sample is by stage: its length, its trained tokens, whether rows are packed."""
+"""Training stages: the length of a sample, its trained tokens, and if rows are packed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Neighbours by faiss: what is made of them, with an index that stands for faiss's, and with faiss if it is there."""
+"""Neighbours by faiss: distances are measured again, with a stand-in index and with faiss if it is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spherical k-means: what holds of its clusters, and groups that are there."""
+"""Spherical k-means: properties of the clusters, and recovery of separate groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoders: vectors against one text at a time and against sentence-transformers, and what cannot be loaded."""
+"""Encoders: equal to one text at a time and to sentence-transformers; models that cannot be loaded are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings on disk: what is made once, kept after a kill, shared by processes, and refused."""
+"""Embeddings on disk: computed once, kept after a kill, shared by processes; bad stores are refused."""
 
 from __future__ import annotations
 

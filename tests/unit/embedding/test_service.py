@@ -1,4 +1,4 @@
-"""What components read as ``ctx.embeddings``: asked for, shared in a decision, refused before a model is loaded."""
+"""``ctx.embeddings``: declared in ``needs``, shared in a decision, refused before a model is loaded."""
 
 from __future__ import annotations
 

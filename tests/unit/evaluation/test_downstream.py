@@ -1,4 +1,4 @@
-"""Downstream tasks: against the harness called by hand, plain transformers, and numpy."""
+"""Downstream tasks, compared with the harness called by hand, plain transformers and numpy."""
 
 from __future__ import annotations
 

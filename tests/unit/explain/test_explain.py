@@ -1,4 +1,4 @@
-"""Explaining a run: every answer against the raw plans, and the texts against the raw data."""
+"""Explaining a run: every answer equals the raw plans, and every text equals the raw data."""
 
 from __future__ import annotations
 

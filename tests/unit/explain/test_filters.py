@@ -1,4 +1,4 @@
-"""A list of selectors on record and explained: every part against a brute force of filter, then choose."""
+"""A chain of selectors in the record and in ``explain``, compared with filtering and choosing by brute force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Raw columns kept with the samples, against what the samples' own tokens say which rows they are made of."""
+"""Raw columns stored with the samples: each value belongs to the row that the sample's tokens come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What we rely on in LLaMA-Factory and the Trainer. A release that moves one of these fails here, with its name."""
+"""Parts of LLaMA-Factory and the Trainer that DataFlex relies on. A release that moves one fails its test."""
 
 from __future__ import annotations
 

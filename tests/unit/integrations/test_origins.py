@@ -1,4 +1,4 @@
-"""Which raw row a sample was made from, against texts that say it, and what is written of chosen samples."""
+"""The raw row of each sample, compared with texts that name their row, and the exported rows of chosen samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's own parsing: its errors name keys, a dry run leaves no trace, and train says the same as check."""
+"""LLaMA-Factory's own parsing: errors name keys, a dry run leaves no trace, ``train`` and ``check`` agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DoGE: domain gradients against autograd, weights against plain sums, sketches against what they stand for."""
+"""DoGE: domain gradients equal autograd, weights equal plain sums, sketches approximate the exact gradients."""
 
 from __future__ import annotations
 

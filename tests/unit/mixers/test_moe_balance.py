@@ -1,4 +1,4 @@
-"""Loads of experts against gates watched one sample at a time, and the shares made of them against plain sums."""
+"""Loads of experts equal those of gates watched one sample at a time; shares equal plain sums."""
 
 from __future__ import annotations
 

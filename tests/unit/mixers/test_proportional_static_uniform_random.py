@@ -1,4 +1,4 @@
-"""The built-in mixers against their formulas, and what the planner accepts from a mixer."""
+"""The proportional, static, uniform and random mixers follow their formulas; bad proportions are refused."""
 
 from __future__ import annotations
 

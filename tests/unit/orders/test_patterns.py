@@ -1,4 +1,4 @@
-"""Curriculum patterns: the official code's permutations, brute force, and what must not change them."""
+"""Curriculum patterns equal the official code's permutations and brute force, and depend on the ranking alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Orders: permutations of a plan, sorted by what they say."""
+"""The orders sort and shuffle: permutations of a plan, sorted by the scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cap on selection's cost: what may be scored, which samples, for how long, and what stands in for the others."""
+"""The policy of the overhead limit: how many candidates are scored, which ones, and estimates for the others."""
 
 from __future__ import annotations
 

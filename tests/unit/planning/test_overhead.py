@@ -1,4 +1,4 @@
-"""Scoring under a cap, with clocks that say what the test wants: what is scored, what is chosen, what is remembered."""
+"""Scoring under an overhead limit with simulated clocks: scored samples, chosen samples, remembered scores."""
 
 from __future__ import annotations
 

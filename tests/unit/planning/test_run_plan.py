@@ -1,4 +1,4 @@
-"""The plan of a run: its numbers against counting by hand, and rows of data files against what datasets reads."""
+"""The plan of a run: steps and costs equal a count by hand, rows of data files equal those that datasets reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Orders of whole passes: the pool is put in order once, and the rounds walk along it."""
+"""Orders of whole passes: the pool is ordered once, and the rounds follow that order."""
 
 from __future__ import annotations
 

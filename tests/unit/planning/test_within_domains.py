@@ -1,4 +1,4 @@
-"""Selectors that compare samples within their domain, one decision after another, in lists, limited and resumed."""
+"""Selectors that compare samples within their domain: shares, chains, the overhead limit, resume."""
 
 from __future__ import annotations
 

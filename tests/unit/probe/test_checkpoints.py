@@ -1,4 +1,4 @@
-"""Stored checkpoints: their weights for a while and one's own bits afterwards, their moments, their learning rates."""
+"""Stored checkpoints: weights for a while and the model's own bits afterwards, moments, learning rates."""
 
 from __future__ import annotations
 

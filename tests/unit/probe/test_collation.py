@@ -1,4 +1,4 @@
-"""Samples from Arrow's buffers are, number for number, what LLaMA-Factory's collators make of their rows."""
+"""Batches from Arrow's buffers equal those of LLaMA-Factory's collators."""
 
 from __future__ import annotations
 

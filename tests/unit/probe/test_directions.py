@@ -1,4 +1,4 @@
-"""What is made of per-sample gradients, against real optimizer steps, real losses and materialised products."""
+"""Update directions, features and lengths of gradients, compared with optimizer steps and whole gradients."""
 
 from __future__ import annotations
 

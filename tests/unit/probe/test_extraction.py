@@ -1,4 +1,4 @@
-"""Features kept on disk: the same numbers as without, nothing made twice after a kill, and a folder for every cause."""
+"""Features on disk: the same as without a store, nothing computed twice after a kill, a folder for every cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused kernel: in Triton's interpreter equal to the plain passes, and compiled for a device without one."""
+"""The fused kernel: equal to the plain passes in Triton's interpreter, and compiled without a device."""
 
 from __future__ import annotations
 

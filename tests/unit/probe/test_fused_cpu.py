@@ -1,4 +1,4 @@
-"""The kernel of a processor: equal to the passes it replaces, and the same on any number of threads."""
+"""The kernel for processors: equal to the plain passes, and the same on any number of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hidden states that are watched in a training forward: the right ones, and nothing else is different for it."""
+"""Hidden states watched in a training forward: the right ones, without any effect on the training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches are halved until they fit into the memory, and what fitted is remembered."""
+"""Batches are halved until they fit into memory, and the size that fitted is remembered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the probe measures and searches, on a pretended accelerator: the CPU's numbers, and nothing it would refuse."""
+"""Measurements and searches on a pretended accelerator: equal to the CPU, without operations a device refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random linear maps: unbiased, of the stated variance, the same however a gradient is cut, and good enough to rank."""
+"""Random linear maps: unbiased, of the stated variance, independent of cuts of a gradient, good enough to rank."""
 
 from __future__ import annotations
 

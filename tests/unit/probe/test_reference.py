@@ -1,4 +1,4 @@
-"""Reference models and tables of their losses: refused before loading where wrong; the model's own losses."""
+"""Reference models and tables of their losses: wrong ones are refused early, right ones give the model's losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The feature store: what was written comes back, finished chunks are kept, and another key is another folder."""
+"""The feature store: features are read back, finished chunks are kept, another key gives another folder."""
 
 from __future__ import annotations
 

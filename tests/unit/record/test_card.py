@@ -1,4 +1,4 @@
-"""The model card: its numbers are those of the record, and a card that somebody wrote by hand stays."""
+"""The model card: its numbers equal the record, and a card written by hand is kept."""
 
 from __future__ import annotations
 

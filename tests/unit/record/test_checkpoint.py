@@ -1,4 +1,4 @@
-"""What DataFlex adds to a checkpoint: the state, and the marker that says the checkpoint is whole."""
+"""DataFlex's files in a checkpoint: the state, and the marker that says the checkpoint is complete."""
 
 from __future__ import annotations
 

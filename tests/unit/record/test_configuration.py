@@ -1,4 +1,4 @@
-"""The configuration on record: it loads again from anywhere, gives the same run, and holds no secret."""
+"""The recorded configuration: it loads from any folder, gives the same run, and holds no secret."""
 
 from __future__ import annotations
 

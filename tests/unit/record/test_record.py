@@ -1,4 +1,4 @@
-"""The run record: what is written, what a resumed run keeps, and that an earlier record is never lost."""
+"""The run record: written files, the parts that a resumed run keeps, and that an earlier record is never lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page as a browser shows it: every chart with the numbers of the record, colours, widths, keys."""
+"""The page in a browser: every chart shows the record; colours, widths and keys work."""
 
 from __future__ import annotations
 

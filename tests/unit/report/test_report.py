@@ -1,4 +1,4 @@
-"""The report: read run folders back, the numbers in the terminal, the page."""
+"""The report: run folders are read, tables are printed, the page is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""COINCIDE: golden numbers, a greedy choice that looks at everything, and what holds of its parts."""
+"""COINCIDE: golden numbers, a full greedy search, and properties of its parts."""
 
 from __future__ import annotations
 

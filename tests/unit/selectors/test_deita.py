@@ -1,4 +1,4 @@
-"""DEITA: complexity times quality, and the filter of samples that are like a better one."""
+"""DEITA: complexity times quality, and the filter of samples that are similar to a better one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diversity: greedy choices against those that look at everything, and what they guarantee."""
+"""Diversity: greedy choices equal a full search and reach their guarantees."""
 
 from __future__ import annotations
 

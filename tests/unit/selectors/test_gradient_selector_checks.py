@@ -1,4 +1,4 @@
-"""What shows before anything is loaded: checkpoints, validation sets, caps and parameters of the influence methods."""
+"""Checks of gradient selectors before loading: checkpoints, validation sets, overhead limits and parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GREATS, cluster-LESS, TracIn, and LESS over checkpoints, against direct computations; the best of a pool."""
+"""GREATS, cluster-LESS, TracIn, and LESS over checkpoints equal direct computations; the best samples of a pool."""
 
 from __future__ import annotations
 

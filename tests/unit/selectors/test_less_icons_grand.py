@@ -1,4 +1,4 @@
-"""The selectors that look at gradients: aggregation over sub-tasks, votes, and what shows before a run."""
+"""LESS, ICONS, GraNd and EL2N: aggregation over sub-tasks, votes, and checks before a run."""
 
 from __future__ import annotations
 

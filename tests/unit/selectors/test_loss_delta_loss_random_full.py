@@ -1,4 +1,4 @@
-"""The selectors that read losses: quantile focus, and the sliding window of delta-loss."""
+"""The selectors loss (quantile focus), delta_loss (sliding window), random and full."""
 
 from __future__ import annotations
 

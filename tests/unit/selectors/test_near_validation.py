@@ -1,4 +1,4 @@
-"""A selector with a measurement of its own, written from the documentation, against hidden states taken one by one."""
+"""The selector of tests/plugins/near_validation.py, compared with hidden states measured one by one."""
 
 from __future__ import annotations
 

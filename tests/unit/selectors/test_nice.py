@@ -1,4 +1,4 @@
-"""NICE: the policy gradient against closed forms and a real model, baselines, sub-tasks, and what cannot be learned."""
+"""NICE: the policy gradient equals closed forms and a real model; baselines, sub-tasks, rewards without a signal."""
 
 from __future__ import annotations
 

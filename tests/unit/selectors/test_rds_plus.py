@@ -1,4 +1,4 @@
-"""RDS+: its three rules and the turns of sub-tasks, against golden numbers and a reading by hand."""
+"""RDS+: its three rules and the turns of sub-tasks, compared with golden numbers and a reading by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards: exact match, functions of a file, a reward model and a judge, and what each says when it cannot."""
+"""Rewards: exact match, functions in a file, a reward model and a judge, and the errors of each."""
 
 from __future__ import annotations
 

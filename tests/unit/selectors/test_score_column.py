@@ -1,4 +1,4 @@
-"""Scores, orders and weights from a column of the raw data."""
+"""Selectors, orders and weighters that read a column of the raw data."""
 
 from __future__ import annotations
 

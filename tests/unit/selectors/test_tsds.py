@@ -1,4 +1,4 @@
-"""TSDS: golden numbers, the steps of the authors' code, a linear program of what it minimises, and its choices."""
+"""TSDS: golden numbers, the steps of the authors' code, the optimum of a linear program, and the chosen samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A compiled model: steps and decisions compile nothing anew, and their numbers are those of the model as written."""
+"""A compiled model: steps and decisions compile no further graph, and losses equal those of the model as written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the terminal shows: decisions, logs, and lines that progress bars do not spoil."""
+"""The terminal: decisions, logs, and lines that progress bars do not spoil."""
 
 from __future__ import annotations
 

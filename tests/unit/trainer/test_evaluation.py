@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: bytes of what is counted, means over domains, samples counted once."""
+"""Metrics of an evaluation: counted bytes, means over domains, and each sample counted once."""
 
 from __future__ import annotations
 

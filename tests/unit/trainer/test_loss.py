@@ -1,4 +1,4 @@
-"""The training loss: equal to the Trainer's own without weights, and to a loop over tokens with them."""
+"""The training loss: equal to the Trainer's own without weights, and to a loop over tokens with weights."""
 
 from __future__ import annotations
 

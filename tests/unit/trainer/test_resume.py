@@ -1,4 +1,4 @@
-"""Which checkpoint a configuration goes on from, and what stands against it."""
+"""The checkpoint that a configuration resumes, and the problems that prevent a resume."""
 
 from __future__ import annotations
 

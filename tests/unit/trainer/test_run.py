@@ -1,4 +1,4 @@
-"""A run apart from any trainer: its number of steps, and which checkpoints it goes on from."""
+"""A run without a trainer: its number of steps, and the checkpoints it can resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step statistics: per-domain losses of the whole batch."""
+"""Step statistics: losses of the whole batch by domain, by sample and by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weights of a step: what weighters are shown, chains of them, their cadence, and what is refused."""
+"""The weights of a step: the batch that weighters see, chains of weighters, their cadence, and refused weights."""
 
 from __future__ import annotations
 

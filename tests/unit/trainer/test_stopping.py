@@ -1,4 +1,4 @@
-"""What is said after Ctrl-C, with which exit status."""
+"""The message and the exit status after Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weighters that compare samples with anchors: golden numbers, an independent solution, and invariances."""
+"""The weighters adapt and joint_update_aware: golden numbers, an independent solution, and invariances."""
 
 from __future__ import annotations
 

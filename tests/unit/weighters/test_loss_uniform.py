@@ -1,4 +1,4 @@
-"""Loss-based reweighting: golden numbers, invariances, and the schedule of its temperature."""
+"""The weighters loss and uniform: golden numbers, invariances, and the schedule of the temperature."""
 
 from __future__ import annotations
 
