@@ -173,11 +173,14 @@ FILES: dict[str, Json] = {
     **{f"weighters/{name}": _weight(name) for name in COMPONENTS["weighters"]},
     **{f"pipelines/{name}": {**_PIPELINE, "component_name": name} for name in STAGES},
 }
-"""Name of an example -> the keys of DataFlex in it, without the path of the components file."""
+"""DataFlex's keys in each example, by the name of the example, without the path of the components file."""
 
 
 def shortened(value: Any) -> Any:
-    """Return keys with numbers of steps that a test has time for: a hundredth, at least 2, and 5 in all."""
+    """Return keys with few steps, so that a test is short: 1 to warm up, 2 between updates, 5 in all.
+
+    ``every`` of a stage becomes a 25th, and at least 2.
+    """
     steps = {"warmup_step": 1, "update_step": 2, "train_step": 5, "max_steps": 5}
     if isinstance(value, dict):
         return {

@@ -54,7 +54,7 @@ def copy(folder: Path, saves: Path) -> Path:
 
 @contextmanager
 def plugins_forgotten() -> Iterator[None]:
-    """Forget the plug-ins that are loaded meanwhile: two files may register one name, but not in one process."""
+    """Unregister the plug-ins loaded inside the block, because two files cannot register one name in one process."""
     registry.load_components([])
     before = [(where, dict(where)) for where in (registry._registered, measurement._registered)]
     loaded = set(sys.modules)

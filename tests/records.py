@@ -12,7 +12,7 @@ from dataflex.record.reader import read_header, read_rounds, read_run
 
 
 def round_lines(run: Path) -> list[dict[str, Any]]:
-    """Return what is on record of each round of a run, with the names of the domains and the methods."""
+    """Return the recorded rounds of a run, with the names of the domains and the methods."""
     folder = run / "dataflex"
     return [asdict(each) for each in read_rounds(folder, read_header(folder))]
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 ETA, TEMPERATURE, SHARE = 0.5, 0.4, 0.6
-"""Of group_dro, of the weighter of samples, and of the weighter of tokens."""
+"""Parameters of group_dro, of the weighter of samples, and of the weighter of tokens."""
 
 
 def section(reference: Path, plugin: Path) -> dict:
@@ -28,7 +28,7 @@ def section(reference: Path, plugin: Path) -> dict:
 
 
 def kept(folder: Path, processes: int) -> list[dict]:
-    """Return what every process kept of the step."""
+    """Return the micro-batches and the gradient that every process stored of the step."""
     return [torch.load(folder / f"kept-{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
@@ -45,11 +45,11 @@ def gradient_by_hand(
     """Return the gradient of (1 / N) sum of coefficients times token losses.
 
     Args:
-        folder: of the run, whose step it is.
-        processes: of the run.
-        model: that was trained.
-        reference: of the weighter of tokens.
-        without: leaves out one factor of the coefficients: samples, tokens, domains or means.
+        folder: Folder of the run.
+        processes: Number of processes of the run.
+        model: Model that was trained.
+        reference: Reference model of the weighter of tokens.
+        without: Factor of the coefficients to leave out: samples, tokens, domains or means. Empty means none.
     """
     found = kept(folder, processes)
     trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """Runs trainings on a pretended accelerator: ``python device_runner.py SPEC.json``, specifications as in ``runner.py``.
 
-What the device did for each is written to ``<output_dir>/counts.json``, a list of its optimizer steps: a step is all
-between the ends of two, decisions and logs included.
+The counts of the device for each optimizer step are written to ``<output_dir>/counts.json``. A step lasts from the end
+of the step before to its own end, decisions and logs included.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pretended_device import Counts, on_device, pretended
 
 
 class Steps(TrainerCallback):
-    """Notes what was counted in each optimizer step."""
+    """Stores the counts of the device for each optimizer step."""
 
     def __init__(self, counts: Counts) -> None:
         self.counts = counts
@@ -47,7 +47,7 @@ class Steps(TrainerCallback):
 
 @contextmanager
 def training_on(place: Any) -> Iterator[None]:
-    """Have the Trainer believe in the device."""
+    """Let the Trainer train on the pretended device."""
     create = Trainer.create_accelerator_and_postprocess
 
     def created(trainer: Trainer) -> None:
@@ -94,7 +94,7 @@ def main() -> None:
             steps = Steps(counts)
             try:
                 train(item, steps)
-            except Exception as problem:  # noqa: BLE001 - told to the test that looks at this run
+            except Exception as problem:  # noqa: BLE001 - written to the trace, which the test reads
                 error = f"{type(problem).__name__}: {problem}"
                 traceback.print_exc()
         print(f"=== {item['name']}: {time.perf_counter() - began:.1f} s, error: {error}", flush=True)

@@ -18,7 +18,7 @@ import tiny
 
 @contextmanager
 def judge() -> Iterator[str]:
-    """Serve a model that rates texts by their length, and give its address."""
+    """Serve a model that rates texts by their length, and yield its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -48,8 +48,8 @@ def add_earlier(workshop: Any, address: str) -> None:
     """Add a run of every example file.
 
     Args:
-        workshop: of the runs.
-        address: of the judge.
+        workshop: Workshop that the runs are added to.
+        address: Address of the judge.
     """
     folder = workshop.root.parent / "earlier"
     folder.mkdir()

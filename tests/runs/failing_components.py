@@ -50,7 +50,7 @@ class FaultParams(ComponentParams):
 
 @register("selector", "test_fault")
 class Faulty(Selector[FaultParams]):
-    """Measures on all processes, after something has gone wrong on the second."""
+    """Measures on all processes, after a fault on the second process."""
 
     def choose(self, ctx, candidates, count):
         fault, is_second = self.params.fault, distributed.rank() == 1
@@ -76,7 +76,7 @@ class Faulty(Selector[FaultParams]):
 
 @register("weighter", "test_stumble")
 class Stumble(Weighter):
-    """Fails in the second step of the second process, while the other goes on to its backward."""
+    """Fails in the second step of the second process, while the other process reaches its backward pass."""
 
     def weigh(self, batch):
         if distributed.rank() == 1 and batch.step == 1:

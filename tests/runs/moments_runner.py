@@ -1,7 +1,7 @@
 """Trains a tiny model under DDP, FSDP2 and ZeRO-1, 2, 3 and reads Adam's moments: ``moments_runner.py MODEL OUTPUT``.
 
-To be started by torchrun on CPU. Every mode trains with and without reading; what was read and the weights at the end
-go to ``OUTPUT/<run>-<rank>.pt``.
+Torchrun starts this script on the CPU. Every mode trains with and without reading. The moments that were read and the
+weights at the end are written to ``OUTPUT/<mode>-<run>-<rank>.pt``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def mode_arguments(mode: str) -> dict[str, Any]:
 
 
 class Reader(TrainerCallback):
-    """Reads the moments after some of the steps, and before the first, when there are none."""
+    """Reads the moments after some of the steps, and tries to before the first step, when there are none."""
 
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
@@ -143,7 +143,7 @@ def main() -> None:
     start_deepspeed(on_the_cpu=True)
     rank = dist.get_rank()
     variables = set(os.environ)
-    gc.freeze()  # what the imports made: every training collects garbage several times
+    gc.freeze()  # objects of the imports: garbage collections of the trainings skip them
     for mode in ("ddp", "fsdp2", "zero1", "zero2", "zero3"):
         for run, lora, reads in (("full", False, True), ("unread", False, False), ("lora", True, True)):
             start = time.perf_counter()

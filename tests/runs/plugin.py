@@ -55,7 +55,7 @@ class BlindParams(ComponentParams):
 
 @register("selector", "test_blind")
 class Blind(Selector):
-    """Draws at random, after probes where asked."""
+    """Draws at random, after the measurements named in ``look``."""
 
     Params = BlindParams
 
@@ -73,7 +73,7 @@ class KeepParams(ComponentParams):
 
 @register("selector", "test_keep")
 class Keep(Selector):
-    """Takes the first samples, and writes what it saw to a file: samples and their whole gradients."""
+    """Chooses the first samples, and writes some samples and their whole gradients to a file."""
 
     Params = KeepParams
 

@@ -1,9 +1,16 @@
 """Runs many short trainings in one process group: ``python runner.py SPEC.json`` or under torchrun.
 
-A specification is a list of ``{"name", "args", "plain", "stop_at", "die_at", "record", "keep"}``. What each run did is
-written to ``<output_dir>/trace-<rank>.json``; with ``keep``, training is in float64, and the micro-batches and the
-gradient of that step are written to ``<output_dir>/kept-<rank>.pt``. Starting Python with LLaMA-Factory costs 20 s, so
-the tests share their starts. DDP, DeepSpeed and FSDP runs may follow each other in one process group.
+A specification is a list of runs. Each has a ``name`` and ``args`` (LLaMA-Factory's arguments), and may have:
+
+- ``plain``: whether LLaMA-Factory trains without DataFlex.
+- ``record``: a recorded configuration to repeat.
+- ``stop_at``: the step (counted from 0) at whose beginning the run is killed.
+- ``die_at``: the number of the moment at which the run is killed (see ``Death``).
+- ``keep``: a step. The run then trains in float64 and writes the micro-batches and the gradient of that step to
+  ``<output_dir>/kept-<rank>.pt``.
+
+The trace of each run is written to ``<output_dir>/trace-<rank>.json``. Starting Python with LLaMA-Factory costs 20 s,
+so the tests share their starts. DDP, DeepSpeed and FSDP runs may follow each other in one process group.
 """
 
 from __future__ import annotations
@@ -52,7 +59,7 @@ class Killed(BaseException):
 
 
 class Watch(TrainerCallback):
-    """Notes what the Trainer does, and stops it where a test wants it killed."""
+    """Counts optimizer steps, stores evaluations and saves, and kills the run at the beginning of step ``stop_at``."""
 
     def __init__(self, stop_at: int | None) -> None:
         self.stop_at = stop_at
@@ -74,7 +81,7 @@ class Watch(TrainerCallback):
 
 
 class Death:
-    """Kills a run at the ``at``-th of the moments it counts, in the middle of what is being written there, if anything.
+    """Kills a run at the ``at``-th of the moments that it counts, in the middle of a write if the moment is one.
 
     The moments are spread over a run: decisions, forwards, steps, every kind of file of a checkpoint and of the record,
     and the deletion of checkpoints.
@@ -102,7 +109,7 @@ class Death:
             self._watch(owner, name, writes)
 
     def _watch(self, owner: Any, name: str, writes: int | None) -> None:
-        """Count the calls of a function; ``writes`` is the place of the file's name among its arguments."""
+        """Count the calls of a function. ``writes`` is the index of the file name among its arguments."""
         original = getattr(owner, name)
         self._originals.append((owner, name, original))
 
@@ -123,7 +130,7 @@ class Death:
 
 
 class Trace:
-    """Records the indices of every micro-batch, when every decision was made, and what the model was wrapped in."""
+    """Records the indices of every micro-batch, the step of every decision, and the classes that wrap the model."""
 
     def __init__(self, watch: Watch) -> None:
         self.micro_batches: list[list[Any]] = []
@@ -161,7 +168,7 @@ def wrapper_of(model: torch.nn.Module) -> list[str]:
 
 @contextmanager
 def fsdp_on_cpu() -> Iterator[None]:
-    """Have accelerate use FSDP on CPU for a while: of its own it trains with DDP there, and says nothing."""
+    """Let accelerate use FSDP on the CPU. Without this it trains with DDP there, without a message."""
     original = tuner.get_train_args
     os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # else the trained model is not saved in one file
 
@@ -176,7 +183,7 @@ def fsdp_on_cpu() -> Iterator[None]:
 
 
 class Kept:
-    """Has a run train in float64, and keeps the micro-batches and the gradient of the step after ``step`` others."""
+    """Lets a run train in float64, and stores the micro-batches and the gradient of one step (counted from 0)."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -243,7 +250,7 @@ def train(item: dict[str, Any]) -> dict[str, Any]:
                 run(split_config(args), [watch])
     except Killed:
         error = "killed"
-    except Exception as problem:  # noqa: BLE001 - told to the test that looks at this run
+    except Exception as problem:  # noqa: BLE001 - written to the trace, which the test reads
         error = f"{type(problem).__name__}: {problem}"
         traceback.print_exc()
     finally:
@@ -297,7 +304,7 @@ def main() -> None:
         forget_training(variables)
         if item is items[0]:
             gc.collect()
-            gc.freeze()  # what the imports made, which is most of what every run's collections would look at
+            gc.freeze()  # most objects come from the imports; garbage collections of the runs skip them
     if dist.is_initialized():
         destroy()
 

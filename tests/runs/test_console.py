@@ -1,6 +1,6 @@
-"""What a person sees of a run: its terminal, a stop and the same command again, the losses in its log.
+"""The terminal of a run, a stop and the same command again, the losses in the log.
 
-All runs happen one after another in one process, by the command line's own function.
+All runs happen one after another in one process, through the function of the command line.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Gradient selection through LLaMA-Factory's own run: DDP, ZeRO-2, ZeRO-3 and FSDP2 on two processes equal one process.
+"""Gradient selection in LLaMA-Factory's run: two processes under DDP, ZeRO and FSDP2 equal one process.
 
-All trainings happen in two starts, one of two processes and one of one (see runner.py).
+All trainings happen in two starts, one of two processes and one of one process (see runner.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Mixers in whole runs: what they log and record, killed and resumed, on one process and on two.
+"""Mixers in whole runs: their logs and records, killed and resumed, on one process and on two.
 
-All trainings happen in two starts, one of two processes and one of one (see runner.py).
+All trainings happen in two starts, one of two processes and one of one process (see runner.py).
 """
 
 from __future__ import annotations

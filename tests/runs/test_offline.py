@@ -1,4 +1,4 @@
-"""``dataflex-cli features``, ``score`` and ``embed``: from a warm-up to a training on what LESS selected.
+"""``dataflex-cli features``, ``score`` and ``embed``: from a warm-up to a training on the samples that LESS selected.
 
 All commands run in one process, one after another.
 """

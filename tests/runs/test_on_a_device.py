@@ -1,4 +1,4 @@
-"""Whole runs on a pretended accelerator: no operator it would refuse, and few waits of the CPU for it in a step.
+"""Whole runs on a pretended accelerator: no operator that a device refuses, and few waits for the device in a step.
 
 All trainings happen in one start (see device_runner.py).
 """

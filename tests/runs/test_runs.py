@@ -1,7 +1,7 @@
-"""Whole runs through LLaMA-Factory on a tiny model: what a run with a ``dataflex:`` section promises.
+"""Whole runs through LLaMA-Factory on a tiny model: the promises of a run with a ``dataflex:`` section.
 
-All trainings happen in two starts, one of two processes and one of one (see runner.py), but for those at the end, which
-are started by the command line as a user meets it.
+Most trainings happen in two starts, one of two processes and one of one process (see runner.py). The tests at the end
+start theirs through the command line, as a user does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trainings that share their starts: what to run, and what each run left."""
+"""Trainings of several tests that are started together: their specifications, their start and their results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ HERE = Path(__file__).parent
 
 @dataclass
 class Workshop:
-    """Collects specifications of runs, starts them together, and reads what they left."""
+    """Collects specifications of runs, starts the runs together, and reads their files.
+
+    Attributes:
+        root: Folder of the output folders.
+        model: Model of the runs.
+        dropout_model: Model of the runs with ``dropout=True``.
+        data: LLaMA-Factory's ``dataset_dir``.
+        environment: Environment variables of the starts.
+        specs: Runs that were added after the last start.
+    """
 
     root: Path
     model: Path
@@ -36,7 +45,17 @@ class Workshop:
         keep: int | None = None,
         **changes: Any,
     ) -> Path:
-        """Add a run; ``into`` names another run's folder to go on in."""
+        """Add a run and return its output folder.
+
+        Args:
+            name: Name of the run and of its output folder.
+            plain: Whether LLaMA-Factory trains without DataFlex.
+            stop_at: Step at whose beginning the run is killed.
+            die_at: Number of the moment at which the run is killed.
+            keep: Step whose micro-batches and gradient are stored.
+            changes: Arguments that differ from ``tiny.arguments``. ``into`` names another run's folder to write to,
+                and ``dropout=True`` takes the model with dropout.
+        """
         output = self.root / changes.pop("into", name)
         model = self.dropout_model if changes.pop("dropout", False) else self.model
         args = tiny.arguments(model, self.data, output, **changes)
@@ -45,13 +64,13 @@ class Workshop:
         return output
 
     def repeat(self, name: str, source: str) -> None:
-        """Add a run of another run's record."""
+        """Add a run that repeats the recorded configuration of another run."""
         record = self.root / source / "dataflex" / "config.yaml"
         args = {"output_dir": str(self.root / name)}
         self.specs.append({"name": name, "args": args, "record": str(record)})
 
     def start(self, processes: int, script: str = "runner.py", *, torchrun: bool = False) -> None:
-        """Run everything added so far in one start of ``processes`` processes, by torchrun if there are several."""
+        """Run the added specifications in one start of ``processes`` processes, by torchrun if there are several."""
         spec = self.root / f"spec-{processes}-{len(list(self.root.iterdir()))}.json"
         spec.write_text(json.dumps(self.specs))
         self.specs = []
@@ -65,13 +84,13 @@ class Workshop:
         )
 
     def trace(self, name: str, rank: int = 0) -> dict[str, Any]:
-        """Return what a finished run left; fails if the run did."""
+        """Return the trace of a finished run. A run that failed fails the test."""
         result = json.loads((self.root / name / f"trace-{rank}.json").read_text())
         assert result["error"] in (None, "killed"), (name, result["error"])
         return result
 
     def rounds(self, name: str) -> list[dict[str, Any]]:
-        """Return what is on record of each round of a run."""
+        """Return the recorded rounds of a run."""
         return round_lines(self.root / name)
 
     def plan_digests(self, name: str) -> list[str]:

@@ -9,6 +9,6 @@ from dataflex.config.checks import packages
 
 @pytest.fixture
 def all_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the checks take every package for installed."""
+    """Let the checks treat every package as installed."""
     monkeypatch.setattr(packages, "_there", lambda module: True)
     monkeypatch.setattr(packages, "_satisfied", lambda requirement: True)

@@ -48,7 +48,7 @@ class FakeDataset:
 
 
 def make_pool(sizes: dict[str, int], lengths: Sequence[int] | None = None, rows: Sequence[Any] = ()) -> Pool:
-    """Return a pool of the given domain sizes; every sample has length 7 where no lengths are given."""
+    """Return a pool of the given domain sizes; every sample has length 7 if no lengths are given."""
     pool = Pool(FakeDataset(rows), tuple(sizes), np.array(list(sizes.values())))  # type: ignore[arg-type]
     values = np.full(pool.size, 7) if lengths is None else np.asarray(lengths)
     assert values.shape == (pool.size,)
@@ -66,12 +66,12 @@ class MeasuringProbe:
 
 
 class FakeProbe(MeasuringProbe):
-    """Returns what it was given, and remembers what it was asked for.
+    """Returns given values, and records the indices and settings of the measurements.
 
     Args:
-        losses: of every sample; also its error norm and the length of its gradient.
-        features: of every sample, (N, k); NaN where none of its tokens is trained on.
-        targets: features of the validation samples.
+        losses: Loss of every sample, which is also its error norm and the length of its gradient.
+        features: Feature of every sample, (N, k). NaN for a sample without a trained token.
+        targets: Features of the validation samples.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ def products_of(probe: Any, groups: list[IndexArray], settings: GradientSettings
 
 
 def context(pool: Pool, losses: Sequence[float] | NDArray[Any] = (), **changes: Any) -> RoundContext:
-    """Return a context of the first decision of one; ``round`` also keys its random numbers."""
+    """Return a context of the only decision of a run. ``round`` also keys its random numbers."""
     number = int(changes.get("round", 0))
     given = RoundContext(
         pool=pool,
@@ -145,7 +145,7 @@ def embedded(size: int = 60, queries: int = 5, seed: int = 0, width: int = 6, **
 
 
 def decided(selector: Selector, ctx: RoundContext, group: Group) -> Selection:
-    """Return what a selector chooses of a group in a decision about that group alone."""
+    """Return the selection of a selector in a decision about one group alone."""
     ctx = dataclasses.replace(ctx, candidates=group.candidates)
     selector.begin(ctx)
     chosen = selector.select(ctx, group)
@@ -170,7 +170,7 @@ def build(cls: type[Component], /, **params: Any) -> Any:
 
 
 def in_chains(given: dict[str, Any]) -> Components:
-    """Return components by family, where one selector or weighter stands for a chain of it."""
+    """Return components by family. A single selector or weighter becomes a chain of one entry."""
     chains = {key: only(key, given[key]) for key in ("select", "weight") if isinstance(given.get(key), Component)}
     return Components(**{**given, **chains})
 
@@ -185,7 +185,7 @@ def make_planner(
 
 
 def raw_plans(run: Path) -> list[pa.Table]:
-    """Return the plan of each round of a record, by round, as a reader of Arrow files sees them."""
+    """Return the plan of each recorded round, read with pyarrow alone."""
     files = sorted((run / "dataflex" / "plans").glob("*.arrows"))
     table = pa.concat_tables([pa.ipc.open_stream(file.read_bytes()).read_all() for file in files])
     numbers = table.column("round").to_numpy()
@@ -193,7 +193,7 @@ def raw_plans(run: Path) -> list[pa.Table]:
 
 
 def as_version_1(run: Path) -> Path:
-    """Rewrite a record as the first version had it: lines with all names, and a Parquet file for each plan."""
+    """Rewrite a record in the format of version 1: lines with all names, and a Parquet file for each plan."""
     folder = run / "dataflex"
     header = json.loads((folder / "record.json").read_text())
     (methods,) = header["methods"]
@@ -243,7 +243,7 @@ def plans(planner: Planner, count: int, probe: Any = None, first: int = 0) -> li
 
 
 class ScoreSelector(Selector):
-    """A selector whose scores are whatever a function of the candidates says."""
+    """Selector whose scores are a given function of the candidates."""
 
     family, name = "selector", "scores"
 
@@ -269,7 +269,7 @@ def make_checkpoint(
     state: dict[str, Any] | None = None,
     **marker: Any,
 ) -> Path:
-    """Write a folder that has the files of a checkpoint, and return it."""
+    """Write a folder with the files of a checkpoint, and return the folder."""
     for name in (*parts, "empty"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"" if name == "empty" else b"x" * 100)

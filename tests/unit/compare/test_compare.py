@@ -1,7 +1,6 @@
-"""Comparisons: the plan, what is run and run again, and what the numbers support.
+"""Comparisons: the plan, the runs that are made or made again, and the conclusions that intervals support.
 
-The runs are made by a small program in the place of a training, which leaves what a training leaves; one test at the
-end compares two real ones.
+A small program that writes the files of a training stands in for the runs. One test at the end compares two real ones.
 """
 
 from __future__ import annotations

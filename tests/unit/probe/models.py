@@ -79,7 +79,7 @@ def gpt2() -> Model:
 
 
 def lora(model: Model | None = None, **changes: Any) -> Model:
-    """Return a model with adapters that do something (PEFT begins with B = 0)."""
+    """Return a model with adapters that change its output (PEFT starts with B = 0)."""
     options = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1, "task_type": "CAUSAL_LM", **changes}
     adapted = get_peft_model(llama() if model is None else model, LoraConfig(**options))
     stir(adapted)
@@ -142,7 +142,7 @@ def gemma2() -> Model:
 
 
 def prepared(model: Model) -> Model:
-    """Return the model in float64, as it is probed."""
+    """Return the model in float64 and evaluation mode."""
     config = model.config
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"  # grouped_mm has no float64
@@ -173,7 +173,7 @@ LENGTHS = [9, 5, 14, 7, 2]
 
 
 def one_by_one(model: Model, inputs: dict[str, Tensor], labels: Tensor, reduction: str = "mean") -> Rows:
-    """Return each sample's gradients from a backward of its own, without its padding."""
+    """Return each sample's gradients from a separate backward pass without padding."""
     names = parameter_names(model)
     parameters = [parameter for parameter in model.parameters() if id(parameter) in names]
     rows: dict[str, list[Tensor]] = {names[id(parameter)]: [] for parameter in parameters}
@@ -203,7 +203,7 @@ def whole(parts: list[Contribution], elements: int = 150) -> Tensor:
 def together(
     model: Model, inputs: dict[str, Tensor], labels: Tensor, chunked: bool = True, **options: Any
 ) -> tuple[Rows, Tensor, GradientPass]:
-    """Return what one pass hands on, its losses, and the pass."""
+    """Return the gradients and losses of one pass over the batch, and the pass."""
     found: Rows = {}
 
     def emit(name: str, parts: list[Contribution]) -> None:

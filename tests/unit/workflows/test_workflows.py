@@ -1,6 +1,6 @@
-"""The workflows of several trainings: what is trained, what is trained again, and what comes of it.
+"""The workflows of several trainings: stages that are trained or trained again, and their results.
 
-The trainings are made by a small program that leaves what a training leaves; one test trains DoReMi's three stages.
+A small program that writes the files of a training stands in for the trainings. One test trains DoReMi's three stages.
 """
 
 from __future__ import annotations
