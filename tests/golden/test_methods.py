@@ -24,7 +24,7 @@ SOME = (
 )
 
 
-def test_numbers_are_those_on_file() -> None:
+def test_runs_reproduce_the_recorded_numbers() -> None:
     command = [sys.executable, str(Path(__file__).with_name("methods.py")), "--check", "--only", ",".join(SOME)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}

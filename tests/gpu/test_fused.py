@@ -23,7 +23,7 @@ def preconditioner(kind: str, total: int, device: torch.device) -> Preconditione
 
 
 @pytest.mark.parametrize("key", [0, 2**127 + 11])
-def test_signs_are_those_of_the_cpu(device: torch.device, key: int) -> None:
+def test_signs_on_the_device_equal_those_on_the_cpu(device: torch.device, key: int) -> None:
     for first, length in ((0, 8192), (2**32 - 5, 1000), (2**40, 1)):
         found = random_signs(key, first, 50, length, device)
         assert torch.equal(found.cpu(), random_signs(key, first, 50, length, CPU))
@@ -37,7 +37,7 @@ def test_signs_are_those_of_the_cpu(device: torch.device, key: int) -> None:
     "dim, total, start, size, batch",
     [(8192, 2_000_000, 0, 2_000_000, 8), (8192, 300_000, 12_345, 200_001, 3), (100, 70_000, 50, 69_000, 1)],
 )
-def test_the_kernel_gives_the_numbers_of_the_cpu(
+def test_the_kernel_equals_the_plain_passes_on_the_cpu(
     cuda: torch.device, kind: str, dtype: torch.dtype, dim: int, total: int, start: int, size: int, batch: int
 ) -> None:
     sketch = fused_sketch(cuda)

@@ -270,7 +270,7 @@ def test_a_gradient_batch_waits_for_the_device_a_bounded_number_of_times(cuda: t
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
-def test_neighbours_are_those_of_the_cpu(metric: Any, device: torch.device) -> None:
+def test_neighbours_on_the_device_equal_those_on_the_cpu(metric: Any, device: torch.device) -> None:
     rng = np.random.default_rng(0)
     base = rng.standard_normal((5000, 96), dtype=np.float32)
     base[4000:] = base[:1000]  # equal distances

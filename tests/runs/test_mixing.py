@@ -311,7 +311,7 @@ def test_every_change_of_proportions_is_logged(runs: Any) -> None:
             assert entry[f"dataflex/proportion/{domain}"] == pytest.approx(share)
 
 
-def test_a_round_is_logged_even_if_no_step_of_it_is(runs: Any) -> None:
+def test_a_round_is_logged_even_if_none_of_its_steps_is(runs: Any) -> None:
     history = [entry for entry in runs.trace("seldom-logged")["history"] if "dataflex/round" in entry]
     assert [entry["step"] for entry in history if "loss" in entry] == [4, 8]
     starts = [line["start_step"] + 1 for line in runs.rounds("seldom-logged")]

@@ -549,7 +549,7 @@ def test_a_run_can_be_repeated_from_its_record(runs: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["diverged-steps", "diverged-scores"])
-def test_all_processes_stop_where_training_diverges(runs: Any, name: str) -> None:
+def test_all_processes_stop_when_training_diverges(runs: Any, name: str) -> None:
     errors = [json.loads((runs.root / name / f"trace-{rank}.json").read_text())["error"] for rank in (0, 1)]
     assert errors[0].startswith("DivergenceError: ")
     assert "has training diverged?" in errors[0]
@@ -624,7 +624,7 @@ def test_normalisation_by_sample_changes_the_loss(runs: Any) -> None:
     )
 
 
-def test_responses_end_where_llamafactorys_own_generation_ends(runs: Any) -> None:
+def test_responses_end_at_the_eos_tokens_of_llamafactorys_generation(runs: Any) -> None:
     """The trainer of LLaMA-Factory's workflow is given the tokens; the probe of a run has the same ones, each once."""
     tokenizer = AutoTokenizer.from_pretrained(runs.model)
     assert runs.trace("further-ends")["eos"] == tokenizer.convert_tokens_to_ids(["</s>", "red", "blue"])
@@ -753,7 +753,7 @@ def test_another_method_decides_from_a_rounds_end_on(runs: Any) -> None:
     assert runs.rounds("changes-whole")[0]["plan_sha256"] == first["plan_sha256"]
 
 
-def test_llamafactorys_own_data_path_keeps_its_rates_too(runs: Any) -> None:
+def test_a_resume_on_llamafactorys_data_path_keeps_the_learning_rates(runs: Any) -> None:
     rates = [entry["learning_rate"] for entry in runs.trace("weight")["history"] if "learning_rate" in entry]
     assert rates == pytest.approx([0.01 * (9 - step) / 9 for step in range(9)])
 

@@ -36,7 +36,7 @@ def test_the_help_has_a_description_and_one_example_that_can_be_parsed(name: str
 
 
 @pytest.mark.parametrize("name", ["train", "check", "features", "score", "embed"])
-def test_overrides_are_not_said_to_be_required(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_lines_show_overrides_as_optional(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([name])
     assert stop.value.code == 2

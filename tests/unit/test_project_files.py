@@ -28,7 +28,7 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert citation["version"] == dataflex.__version__
 
 
-def test_the_image_has_all_that_it_copies() -> None:
+def test_every_file_that_the_image_copies_exists() -> None:
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]

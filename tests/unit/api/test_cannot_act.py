@@ -116,7 +116,7 @@ def test_every_method_can_act_in_a_long_run_of_many_rounds() -> None:
         ("weighter", "loss", {"temperature_end": 0.1, "temperature_steps": 5000}, {}, "ends at 0.28"),
     ],
 )
-def test_a_method_names_what_prevents_its_decisions(
+def test_a_method_names_the_reason_why_it_cannot_act(
     family: str, name: str, params: dict[str, Any], run: dict[str, Any], text: str
 ) -> None:
     registry.load_components([], None)
@@ -164,7 +164,7 @@ def notes(run: RunOutline, **section: Any) -> list[str]:
     return notes_of(config.dataflex, config.build_components(), run, {})
 
 
-def test_notes_name_the_component_and_what_to_set() -> None:
+def test_notes_name_the_component_and_the_key_to_set() -> None:
     (note,) = notes(outline(100), mix={"method": "odm"})
     assert note.startswith("mix odm: the last decision comes after 0 of 100 steps")
     assert "update_steps" in note

@@ -104,7 +104,7 @@ def test_the_type_argument_names_the_parameters(cls, params):
     assert cls.Params is params
 
 
-def test_a_component_asks_for_nothing_unless_it_says_so():
+def test_a_component_needs_nothing_by_default():
     run: RunView = RunConfig({}, None)
     assert Focus(FocusParams()).needs(run) == Needs()
     assert Needs().step_losses == "nothing"
@@ -222,14 +222,14 @@ def cost(component, **changes):
     return expected_forwards(component, component.needs(RunConfig({}, None)), outline(**changes))
 
 
-def test_the_cost_of_a_selector_follows_from_what_it_measures():
+def test_the_cost_of_a_selector_follows_from_its_measurements():
     assert cost(Asking(AskingParams(ask="slow"))) == 4 * (100 + 6) * (7 + 1)  # 4 decisions
     assert cost(Asking(AskingParams())) == 0
     clusters = {"cluster_size": 10, "representatives": 2, "checkpoints": []}
     assert cost(build(ClusterLessSelector, **clusters)) == 4 * (20 + 6) * 3 + 100  # and the pool's embeddings, once
 
 
-def test_the_cost_of_other_families_follows_from_what_they_measure(tmp_path):
+def test_the_cost_of_other_families_follows_from_their_measurements(tmp_path):
     steps = 20 * 8
     assert cost(build(SortOrder, by="loss")) == steps
     assert cost(build(SortOrder, by="length")) == 0

@@ -231,7 +231,7 @@ class Ring:
     )
 
 
-def test_prose_is_told_from_code_and_lists() -> None:
+def test_prose_is_distinguished_from_code_and_lists() -> None:
     wanted = (
         "A paragraph of plain words that is long enough to be taken: it goes on. It says little, and says it at "
         "some length, so that there is something to cut in two and something to continue."

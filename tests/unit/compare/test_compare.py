@@ -226,7 +226,7 @@ def test_bootstrap_interval_of_all_resamples() -> None:
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
-def test_t_intervals_cover_the_truth_as_often_as_they_say(seeds: int) -> None:
+def test_t_intervals_cover_the_truth_at_their_stated_rate(seeds: int) -> None:
     differences = np.random.default_rng(seeds).normal(0.3, 2.0, (2000, seeds))
     low, high = t_interval(differences)
     assert 0.93 <= np.mean((low <= 0.3) & (high >= 0.3)) <= 0.97
@@ -261,7 +261,7 @@ def test_the_bootstrap_covers_the_truth_with_many_seeds_only() -> None:
         (False, [], "no data", "there is no seed for which both have a value"),
     ],
 )
-def test_sentences_say_what_the_interval_supports(
+def test_sentences_state_only_conclusions_that_the_interval_supports(
     higher: bool | None, own: list[float], finding: str, said: str
 ) -> None:
     others = {1: 1.0, 2: 2.0, 3: 3.0, 4: 9.0}

@@ -297,7 +297,7 @@ def test_placeholders_of_the_template_are_named(base: Path, bucket: str, method:
     assert f"{bucket}.{method}.params.{name} is still the template's {value!r}" in found["components_cfg_file"]
 
 
-def test_parameters_of_the_shipped_template_leave_a_note_or_say_what_is_needed(base: Path) -> None:
+def test_parameters_of_the_shipped_template_give_a_note_or_name_the_missing_key(base: Path) -> None:
     shipped = {
         "selectors": {"nice": {"params": {"reward_model_backend": "local_vllm", "reward_backend_params": {"api": {}}}}},
         "mixers": {"odm": {"params": {"alpha": 0.9, "num_eval_samples": 500, "eval_batch_size": 8}}},

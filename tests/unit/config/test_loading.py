@@ -314,7 +314,9 @@ def test_a_plugin_file_is_found_in_the_working_directory(tmp_path: Path, monkeyp
         (PLUGIN.format(name="loss"), "selector 'loss' is already registered by dataflex.selectors.loss.LossSelector"),
     ],
 )
-def test_a_plugin_that_cannot_be_used_says_why(tmp_path: Path, text: str | None, message: str) -> None:
+def test_a_plugin_that_cannot_be_used_is_refused_with_the_reason(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
     if text is not None:
         (tmp_path / "broken_plugin.py").write_text(text)
     for _ in range(2):  # and again: a failed import leaves nothing behind

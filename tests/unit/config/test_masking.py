@@ -144,7 +144,7 @@ def test_runs_of_a_comparison_get_secrets_by_their_environment(
     assert other == key  # a run is the same with another token
 
 
-def test_no_mask_is_used_as_a_token_where_texts_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_mask_is_used_as_a_token_when_texts_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
     def pool_of(config: RunConfig, column: str | None) -> None:

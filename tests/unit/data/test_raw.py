@@ -193,7 +193,7 @@ def test_faults_in_arrow_tables_are_found(tmp_path: Path) -> None:
     assert "row 0 (counted from 0): 'instruction' is a number (1)" in str(faults.fault(read, "sft"))
 
 
-def test_the_head_of_a_long_file_is_enough_for_what_shows_there(tmp_path: Path) -> None:
+def test_faults_in_the_head_of_a_long_file_are_found_without_reading_the_rest(tmp_path: Path) -> None:
     long = {**ALPACA, "output": "x" * 1000}
     count = raw.HEAD // 1000 + 10
     file = tmp_path / "a.jsonl"
@@ -211,7 +211,7 @@ def test_the_head_of_a_long_file_is_enough_for_what_shows_there(tmp_path: Path) 
     assert "'insruction'" in str(faults.fault(read, "pt", whole=False))  # without it nothing could be trained on
 
 
-def test_prompts_alone_are_enough_where_answers_are_generated(tmp_path: Path) -> None:
+def test_rows_of_prompts_alone_are_accepted_if_answers_are_generated(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines({**ALPACA, "output": None}))
     read = raw.read_entry("set", {"file_name": "a.jsonl"}, tmp_path)
     assert read is not None

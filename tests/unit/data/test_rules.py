@@ -196,7 +196,7 @@ def test_rule_top_k_takes_the_best_of_the_candidates() -> None:
     assert selection.unscored == 0
 
 
-def test_rule_sample_prefers_high_scores_as_the_formula_says() -> None:
+def test_rule_sample_prefers_high_scores_by_the_formula() -> None:
     scores = np.array([0.0, 1.0, 2.0, 5.0])
     z = (scores - scores.mean()) / scores.std()
     for temperature in (1.0, 3.0):
@@ -335,7 +335,7 @@ def test_a_selector_may_choose_without_scores() -> None:
     assert more.scores is None
 
 
-def test_a_selector_without_any_method_says_so() -> None:
+def test_a_selector_that_defines_neither_score_nor_choose_is_an_error() -> None:
     class Empty(Selector):
         family, name = "selector", "empty"
 
@@ -374,7 +374,7 @@ def test_ranks_equal_a_full_sort(block: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("rule", ["top_k", "sample"])
-def test_the_base_class_ranks_what_it_chose_among_the_scored(rule: str) -> None:
+def test_the_base_class_ranks_chosen_samples_among_the_scored_ones(rule: str) -> None:
     rng = np.random.default_rng(7)
     scores = rng.integers(0, 9, 60).astype(np.float32)
     scores[rng.random(60) < 0.2] = np.nan

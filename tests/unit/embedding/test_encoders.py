@@ -62,7 +62,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "first", "last"])
-def test_padded_batches_give_what_single_texts_give(model: Path, pooling: str) -> None:
+def test_vectors_of_padded_batches_equal_those_of_single_texts(model: Path, pooling: str) -> None:
     """And both what the definitions say of the model's own hidden states."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -184,7 +184,7 @@ def minilm() -> Path:
 
 
 @pytest.mark.launch
-def test_minilm_gives_what_sentence_transformers_gives(minilm: Path) -> None:
+def test_vectors_of_minilm_equal_those_of_sentence_transformers(minilm: Path) -> None:
     expected = np.load(Path(__file__).with_name("minilm.npy"))
     found = TransformersEncoder(minilm, "cpu").encode(GOLDEN)
     np.testing.assert_allclose(found / np.linalg.norm(found, axis=1, keepdims=True), expected, atol=1e-4)

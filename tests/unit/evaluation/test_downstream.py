@@ -373,7 +373,7 @@ def test_prompts_use_the_chat_template(evaluated: Evaluated, tmp_path: Path, mon
     assert any("accepts no system message" in note for note in result.notes)
 
 
-def test_an_adapter_with_embeddings_of_its_own_fits_its_base(evaluated: Evaluated, tmp_path: Path) -> None:
+def test_an_adapter_with_trained_embeddings_is_loaded_onto_its_base(evaluated: Evaluated, tmp_path: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

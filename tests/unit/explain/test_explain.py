@@ -177,7 +177,7 @@ def test_the_data_set_of_a_domain_is_found(
 
 
 @pytest.mark.parametrize("name, reached", [*((name, None) for name in COMPONENTS), ("all", 9)])
-def test_every_sample_is_explained_as_the_plans_say(
+def test_every_sample_is_explained_according_to_the_plans(
     name: str, reached: int | None, tmp_path: Path, capsys: Any
 ) -> None:
     run = write_run(tmp_path / "run", COMPONENTS[name], reached)
@@ -301,7 +301,7 @@ def test_ranked_samples_come_before_those_of_a_whole_pass(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("name", ["select", "all"])
-def test_the_overview_counts_what_the_plans_say(name: str, tmp_path: Path, capsys: Any) -> None:
+def test_the_overview_equals_counts_of_the_plans(name: str, tmp_path: Path, capsys: Any) -> None:
     run = write_run(tmp_path / "run", COMPONENTS[name], reached=9)
     rows = raw_rows(run)
     counts = Counter(row.index for row in rows)
@@ -509,7 +509,7 @@ def test_a_run_without_its_data_is_explained_without_texts(case: str, texts: Pat
     assert reason in found
 
 
-def test_rounds_of_an_earlier_run_that_are_not_on_record_are_said_to_be_missing(
+def test_unrecorded_rounds_of_an_earlier_run_are_reported_as_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run that goes on from another folder's checkpoint may have trained on a sample before its record begins."""

@@ -112,7 +112,7 @@ CASES: dict[str, tuple[str | None, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_column_has_the_value_of_the_row_a_sample_was_made_from(root: Path, name: str) -> None:
+def test_a_column_has_the_value_of_the_raw_row_of_each_sample(root: Path, name: str) -> None:
     domain_column, changes = CASES[name]
     pool, _, _ = load(root, ("quality", "rank", "good", "note"), domain_column, **{"dataset": "pairs", **changes})
     numbers = numbers_in(pool)

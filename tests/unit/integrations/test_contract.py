@@ -167,7 +167,7 @@ def test_logs_are_printed_by_the_expected_callbacks() -> None:
     assert tqdm._instances is not None
 
 
-def test_the_mean_loss_begins_anew_at_a_log_and_at_a_resume() -> None:
+def test_the_mean_loss_restarts_at_a_log_and_at_a_resume() -> None:
     from transformers import Trainer
 
     assert "self._globalstep_last_logged = self.state.global_step" in inspect.getsource(Trainer._inner_training_loop)

@@ -266,7 +266,7 @@ def test_ado_fits_when_it_is_due_and_resumes_exactly(tmp_path: Path) -> None:
         np.testing.assert_array_equal(start + rest, decisions)
 
 
-def test_ado_counts_fits_that_fail_and_keeps_what_it_has(caplog: pytest.LogCaptureFixture) -> None:
+def test_ado_counts_failed_fits_and_keeps_the_earlier_law(caplog: pytest.LogCaptureFixture) -> None:
     pool = pool_of(3)
     mixer = build(ADOMixer, start_step=10, fit_steps=10, ignore_steps=0, smoothing_steps=0)
     decisions = train_ado(mixer, pool, 1, 31, LAWS, absent=2)
@@ -298,7 +298,7 @@ def test_ado_begins_with_the_given_shares() -> None:
         ({"initial_proportions": {"a": 1, "b": 1, "x": 1}}, "initial_proportions", "unknown domain 'x'"),
     ],
 )
-def test_ado_refuses_what_does_not_fit_the_domains(params: dict, key: str, text: str) -> None:
+def test_ado_refuses_parameters_that_do_not_fit_the_domains(params: dict, key: str, text: str) -> None:
     problem = build(ADOMixer, **params).check_domains(("a", "b", "c"))
     assert problem is not None
     assert problem[0] == key
@@ -442,7 +442,7 @@ def test_a_warm_up_between_rounds_does_not_count_as_learning() -> None:
     assert probe.calls == 4
 
 
-def test_aioli_keeps_equal_shares_where_nothing_is_learned() -> None:
+def test_aioli_keeps_equal_shares_if_no_loss_changes() -> None:
     probe, pool, targets = Losses(np.ones((9, 2))), pool_of(2), targets_of(("a", "b"))
     mixer = build(AioliMixer, lp_rounds=1, exploit_rounds=1)
     for number in range(3):

@@ -344,7 +344,7 @@ def test_shares_begin_at_the_initial_proportions_or_sizes() -> None:
     np.testing.assert_allclose(smoothed.mix(ctx), [0.1, 0.9])
 
 
-def test_samples_are_drawn_anew_for_every_decision() -> None:
+def test_every_decision_measures_another_draw_of_samples() -> None:
     pool = make_pool({"a": 100, "b": 3, "c": 40})
 
     def drawn(number: int, mixer: Any) -> list[list[int]]:

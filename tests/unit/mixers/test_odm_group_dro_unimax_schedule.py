@@ -216,7 +216,7 @@ def test_odm_learns_in_warm_up_but_keeps_the_initial_proportions() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_odm_begins_with_equal_shares_whatever_the_sizes(variant: str) -> None:
+def test_odm_begins_with_equal_shares_for_any_initial_proportions(variant: str) -> None:
     mixer = build(OdmMixer, variant=variant, initial_proportions=[1, 2, 3])
     np.testing.assert_allclose(mixer.mix(context(pool_of(3))), 1 / 3)
     mixer.on_step(heard([NAN, NAN, NAN], [0.2, 0.3, 0.5]))

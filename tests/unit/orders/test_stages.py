@@ -67,7 +67,7 @@ def test_without_shares_every_pass_goes_through_the_stages() -> None:
     assert set(domains(found[200:230])) == {"b"}
 
 
-def test_a_stage_without_a_share_is_one_pass_and_the_last_takes_what_is_left() -> None:
+def test_a_stage_without_a_share_is_one_pass_and_the_last_stage_takes_the_rest() -> None:
     planner = make({"domains": ["c"]}, {"domains": ["a"], "share": 0.5}, {"domains": "b, c"}, steps=5, rounds=10)
     found = trained(planner, 10)
     assert np.array_equal(np.sort(found[:10]), np.arange(90, 100))

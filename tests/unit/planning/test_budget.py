@@ -24,7 +24,7 @@ def allowed(given: Costs, budget: Budget = HALF, **changes: Any) -> int:
     return affordable(given, budget, **(defaults | changes))
 
 
-def test_allowance_is_the_cap_times_training_so_far_and_to_come_less_what_was_spent() -> None:
+def test_the_allowance_is_the_cap_times_all_training_minus_past_decisions() -> None:
     assert allowed(costs()) == 95  # 0.5 x (100 + 100) - 0 - 5
     assert allowed(costs(decision_seconds=60.0)) == 35
     assert allowed(costs(), round_steps=20) == 145
@@ -114,7 +114,7 @@ def test_runs_of_a_selector_that_would_cost_ten_times_training_end_under_the_cap
     assert ends.min() >= 0.15
 
 
-def test_without_noise_a_run_spends_what_was_planned() -> None:
+def test_without_noise_a_run_spends_the_planned_seconds() -> None:
     assert overhead(np.random.default_rng(0), warmup=0, fixed=2.0, noise=0.0) == pytest.approx(0.9 * 0.25, abs=0.001)
 
 
@@ -139,7 +139,7 @@ def test_a_pick_is_distinct_and_in_proportion_to_the_clusters() -> None:
         assert (np.abs(np.bincount(clusters[picked], minlength=9) - exact) < 1).all()
 
 
-def test_every_candidate_is_as_likely_to_be_picked_however_small_its_cluster() -> None:
+def test_candidates_of_small_and_large_clusters_are_equally_likely_to_be_picked() -> None:
     clusters = np.repeat(np.arange(10), [40, 20, 1, 1, 10, 3, 2, 1, 1, 1])
     rng = np.random.default_rng(2)
     times = np.zeros(80)
@@ -243,7 +243,7 @@ def test_the_best_estimates_are_chosen_and_ties_are_random() -> None:
     assert drawn == {0, 1, 2, 3}
 
 
-def test_drawing_prefers_better_estimates_as_far_as_the_temperature_says() -> None:
+def test_the_temperature_controls_how_draws_prefer_better_estimates() -> None:
     book = book_of(np.repeat([0, 1], 500))
     book.record(np.arange(0, 1000, 2), np.repeat(np.float32([1, 2]), 250), 0)
     everyone = np.arange(1000)

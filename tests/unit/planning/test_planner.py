@@ -201,7 +201,7 @@ def test_plans_depend_on_the_seed() -> None:
         assert one.sha256 != two.sha256
 
 
-def test_the_same_selection_is_shuffled_anew_in_every_round() -> None:
+def test_every_round_shuffles_the_same_selection_differently() -> None:
     selector = ScoreSelector(lambda candidates: candidates.astype(float))
     made = [plan.indices.tolist() for plan in plans(make(select=selector), 5)]
     assert {tuple(sorted(indices)) for indices in made} == {tuple(range(92, 100))}
@@ -425,7 +425,7 @@ def changing(*shares, **params):
     return Changing(Changing.Params(**params), shares)
 
 
-def test_no_sample_of_a_domain_repeats_before_it_is_exhausted_whatever_the_proportions() -> None:
+def test_no_sample_repeats_before_its_domain_is_exhausted_for_any_proportions() -> None:
     rng = np.random.default_rng(7)
     planner = make(steps=3, batch=7, mix=changing(*rng.dirichlet(np.ones(3), 40)), rounds=40)
     seen = np.zeros(100, dtype=int)

@@ -201,7 +201,7 @@ def test_the_loss_falls_by_the_influence(adam: bool) -> None:
         assert 2 * errors[2] - errors[1] == pytest.approx(0, abs=1e-5 * abs(influence))
 
 
-def test_a_projected_influence_is_as_close_as_its_variance_says() -> None:
+def test_the_error_of_a_projected_influence_has_the_stated_variance() -> None:
     model = make(smooth)
     sizes = sizes_of(model)
     x, y = directions(model, NoPreconditioner(), *a_batch([9, 6]))

@@ -119,7 +119,7 @@ def test_untrained_samples_are_stored_as_zeros(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(store), features().numpy())
 
 
-def test_load_knows_the_store_from_its_manifest(tmp_path: Path) -> None:
+def test_load_reads_the_store_from_its_manifest(tmp_path: Path) -> None:
     store = opened(tmp_path, dtype="bfloat16")
     fill(store)
     moved = store.folder.rename(tmp_path / "elsewhere")
@@ -283,7 +283,7 @@ def test_load_of_another_folder_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("block_bytes", [1, 3 * 4 * DIM, 1 << 28])
-def test_similarities_are_those_of_the_whole_matrix(
+def test_similarities_equal_those_of_the_whole_matrix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, block_bytes: int
 ) -> None:
     monkeypatch.setattr(store_module, "_BLOCK_BYTES", block_bytes)

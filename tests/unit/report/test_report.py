@@ -685,7 +685,7 @@ def unpacked_script(text: str, key: str) -> str:
     return gzip.decompress(base64.b64decode(found)).decode()
 
 
-def test_page_names_what_is_missing() -> None:
+def test_page_names_missing_parts() -> None:
     found = [Chart("Loss", "Training <loss>", "none of <it>.", None)]
     text = page("a <title>", [], found, "js</script>\u00e9")
     assert "Not drawn - Training &lt;loss&gt;: none of &lt;it&gt;." in text

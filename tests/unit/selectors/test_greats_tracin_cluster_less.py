@@ -156,7 +156,7 @@ def test_greats_draws_as_many_candidates_as_its_factor_gives() -> None:
     assert [candidates.size for candidates in probe.groups] == [11, 6]  # 1.1 x 10, and 5.5 rounded up
 
 
-def test_greats_draws_its_validation_samples_anew_each_round() -> None:
+def test_greats_draws_other_validation_samples_in_each_round() -> None:
     probe = ProductProbe(np.ones((50, 2)), np.ones((30, 2)))
     pool, held = make_pool({"a": 50}), make_pool({"held": 30})
     selector = build(GreatsSelector, validation_size=4)

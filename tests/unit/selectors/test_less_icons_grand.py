@@ -62,7 +62,7 @@ def test_less_takes_the_best_sub_task(probe: FakeProbe, targets: Pool) -> None:
     np.testing.assert_allclose(chosen.scores, cosines.max(axis=1)[chosen.indices], rtol=1e-5)
 
 
-def test_less_may_take_the_mean_of_sub_tasks_whatever_their_sizes(probe: FakeProbe, targets: Pool) -> None:
+def test_less_can_average_over_sub_tasks_of_any_sizes(probe: FakeProbe, targets: Pool) -> None:
     ctx = context(make_pool({"a": N}), probe=probe, validation_pool=targets)
     found = scores_of(build(LessSelector, aggregation="mean"), ctx, np.arange(N))
     np.testing.assert_allclose(found, mean_cosines(probe).mean(axis=1), rtol=1e-5, atol=1e-6)
@@ -173,7 +173,7 @@ def test_a_single_sub_task_ranks_by_influence(probe: FakeProbe) -> None:
     assert (scores > 1).sum() == 8
 
 
-def test_icons_prefers_what_many_sub_tasks_want() -> None:
+def test_icons_prefers_samples_with_votes_of_many_sub_tasks() -> None:
     axes = np.eye(3, dtype=np.float32)
     features = np.vstack([axes, np.full((1, 3), 3**-0.5), -axes]).astype(np.float32)
     probe = FakeProbe(features=features, targets=axes)

@@ -253,7 +253,7 @@ def test_ratios_equal_a_computation_by_hand(seed: int) -> None:
         np.testing.assert_allclose(difficulty(given, alone, "superfiltering", None), expected, rtol=1e-6)
 
 
-def test_losses_without_prompts_are_those_of_the_answers_alone(models: dict[str, Any]) -> None:
+def test_losses_without_prompts_equal_those_of_the_answers_alone(models: dict[str, Any]) -> None:
     model = models["llama"]
     given = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in few_tokens()]
     pool = pool_of(given)

@@ -72,7 +72,7 @@ def test_the_order_is_that_of_the_values(descending: bool) -> None:
     assert arranged[:-2].tolist() == sorted(values[[5, 9, 5, 12, 0, 39, 22]].tolist(), reverse=descending)
 
 
-def test_weights_are_those_of_the_samples() -> None:
+def test_weights_equal_the_column_values_of_the_samples() -> None:
     places = torch.tensor([39, 0, 7, 7])
     batch = StepBatch(torch.rand(4), pool=scored_pool(), places=places)
     plain = build(ScoreColumnWeighter, column="quality").weigh(batch)

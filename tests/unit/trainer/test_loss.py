@@ -172,7 +172,7 @@ def test_samples_without_labels_have_weight_one_and_no_influence(normalization: 
     assert seen[0].counts.tolist() == [len(values) for values in table]
 
 
-def test_a_batch_without_any_label_is_zero_where_the_step_has_others() -> None:
+def test_a_micro_batch_without_labels_has_loss_zero_if_others_of_the_step_have_labels() -> None:
     logits, labels = batch()
     labels[:] = IGNORED
     for weighters in ([], [build(LossWeighter)]):

@@ -118,7 +118,7 @@ def test_checkpoints_without_a_record_are_not_taken_by_their_number(tmp_path: Pa
     assert found(config(tmp_path, overwrite_output_dir=True)) is None
 
 
-def test_a_run_that_saved_the_model_alone_cannot_go_on(output: Path) -> None:
+def test_a_run_that_saved_the_model_alone_cannot_resume(output: Path) -> None:
     kept = tuple(name for name in CHECKPOINT_PARTS if name in ("model.safetensors", "trainer_state.json"))
     only = checkpoint(output, 8, parts=kept)
     for given in (config(output), config(output, resume_from_checkpoint=str(only))):

@@ -365,7 +365,7 @@ def test_files_of_others_are_left_alone(lab: Lab, monkeypatch: pytest.MonkeyPatc
     assert lab.launches() == []
 
 
-def test_a_stage_may_have_a_model_of_its_own(lab: Lab) -> None:
+def test_a_stage_may_have_another_model(lab: Lab) -> None:
     change = {"model_config": {"hidden_size": 16, "num_hidden_layers": 1}}
     lab.write(reference=change, proxy=change)
     assert lab.doremi() == 0
