@@ -45,7 +45,7 @@ UNUSED = {
     "batch_size": "probe_batch_tokens sets the size of a forward pass",
     "max_samples": "every sample is scored",
     "metric_key": "the selector's score is read",
-    "reverse_even_layers": "saw and zigzag reverse every second layer",
+    "reverse_even_layers": "saw and zigzag always reverse every second layer",
     "use_gumbel": "ranks are not jittered by noise; jit shuffles windows",
     "temperature": "ranks are not jittered by noise; jit shuffles windows",
     "cache_dir": "scores are not cached between runs",
