@@ -88,7 +88,7 @@ def _folder(name: str, revision: str | None) -> Path:
     if (folder / CONFIG).is_file():
         return folder
     if folder.is_dir() or name.startswith(("/", "./", "../", "~")):
-        raise ConfigError(f"{name!r} holds no model: there is no {CONFIG} in it.")
+        raise ConfigError(f"no model in {name!r}: there is no {CONFIG}.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 

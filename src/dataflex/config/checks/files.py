@@ -44,7 +44,9 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     if not model:
         yield Problem("model_name_or_path", "needed: a folder with a model, or a name on the model hub.")
     elif isinstance(model, str) and _is_path(model) and not (Path(model).expanduser() / "config.json").is_file():
-        yield Problem("model_name_or_path", f"{model!r} holds no model: there is no config.json in it.")
+        yield Problem(
+            "model_name_or_path", f"no model in {model!r}: there is no config.json. Give a model folder or a hub name."
+        )
 
 
 def _is_path(name: str) -> bool:
