@@ -57,6 +57,7 @@ def download_commands(requirement: str, folder: Path) -> Iterator[list[str]]:
     ]
     if importlib.util.find_spec("pip") is not None:
         yield [sys.executable, *pip]
+    # The Makefile of a checkout installs uv under .tools if the machine has no uv.
     local = [Path.cwd() / ".tools" / "bin" / "uv", Path(sys.prefix).parent / ".tools" / "bin" / "uv"]
     found = [shutil.which("uv"), *(str(path) for path in local if path.is_file())]
     for uv in dict.fromkeys(path for path in found if path):

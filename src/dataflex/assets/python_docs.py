@@ -91,6 +91,7 @@ def build(target: Path) -> None:
     for package in _packages():
         sources = list(_sources(package))
         functions = [item for source in sources for item in _functions(source)]
+        # Each function is used in one direction only. Otherwise one domain would contain the answers of the other.
         pools["docs_to_code"] += [_docs_to_code(item) for item in functions if _key(item.code) % 2]
         pools["code_to_docs"] += [_code_to_docs(item) for item in functions if not _key(item.code) % 2]
         docstrings = (doc for source in sources for doc in _long_docstrings(source))
@@ -241,6 +242,7 @@ def _paragraphs(text: str) -> Iterator[str]:
 def _cut(paragraph: str) -> tuple[str, str]:
     """Divide a paragraph at the end of a sentence near 40 % of its length, or else at the nearest end of a word."""
     wanted = 0.4 * len(paragraph)
+    # The last 60 characters are not searched, so that enough of the paragraph remains as the answer.
     sentences = [match.end() for match in re.finditer(r"[.:;!?] ", paragraph[:-60])]
     words = [match.end() for match in re.finditer(" ", paragraph)]
     near = [place for place in sentences if abs(place - wanted) < 0.2 * len(paragraph)] or words
@@ -260,6 +262,7 @@ def _split(domain: str, pool: list[Row], rng: np.random.Generator) -> tuple[list
             continue
         seen |= texts
         counts[row.package] += 1
+        # Divided by package, so that no text of a held-out package is trained on.
         sides[_key(row.package) % 6 == 0].append(row)
     train, held_out = sides[0][:TRAIN_ROWS], sides[1][:HELD_OUT_ROWS]
     if min(len(train), len(held_out)) < 20:

@@ -48,6 +48,7 @@ def pipeline(flat: dict[str, Any], file: ComponentsFile) -> dict[str, Any] | Non
     lengths = [int(stage.get("every") or flat.get("update_step") or 0) for stage in planned]
     known = [length for length in lengths if length > 0]
     if known:
+        # A round ends at every step at which one of the stages decides.
         section["update_steps"] = math.gcd(*known)
     if flat.get("train_step"):
         section["train_steps"] = flat["train_step"]

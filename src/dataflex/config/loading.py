@@ -316,10 +316,12 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     if section is None or problems:
         return plain, problems
     if not isinstance(section, dict):
+        # The message can name the right form only if the names of the methods are known.
         registry.load_components([], base)
         return plain, [Problem(SECTION, _no_section(section))]
     loaded = _load_plugins(section, base, problems)
     section = with_names_of_now(section, SECTION, notes, problems)
+    # The families are validated by the parameter models of their methods, which give better messages than this model.
     settings = {key: value for key, value in section.items() if value is None or key not in registry.CONFIG_KEYS}
     hint = partial(_belongs, section)
     config = validate(DataFlexConfig, settings, SECTION, problems, hint=hint)

@@ -21,6 +21,7 @@ def planned_processes(certain: bool = False) -> int:
     """
     if is_worker():
         return int(os.environ["WORLD_SIZE"])
+    # The rules below are those by which LLaMA-Factory's launcher decides whether to start torchrun.
     devices = 0 if certain else _visible_devices()
     if devices < 2 and os.environ.get("FORCE_TORCHRUN", "").lower() not in ("1", "true", "y"):
         return 1

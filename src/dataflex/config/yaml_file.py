@@ -37,6 +37,7 @@ def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
         ConfigError: if the file is missing or is not a mapping, or if an override cannot be merged into it.
     """
     loaded = _read(path)
+    # The checks below split keys at dots, so an index has to be written with dots too.
     overrides = [_with_dots(override) for override in overrides]
     for override in overrides:
         _check_override(override, loaded)
@@ -65,6 +66,7 @@ def _read(path: Path) -> dict[Any, Any]:
     if path.suffix not in _SUFFIXES:
         raise ConfigError(f"the configuration must be a .yaml, .yml or .json file, got {str(path)!r}.")
     try:
+        # utf-8-sig, because some editors on Windows write a byte order mark.
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         others = [file.name for file in path.parent.glob("*") if file.suffix in _SUFFIXES]
@@ -96,6 +98,7 @@ def _read(path: Path) -> dict[Any, Any]:
         raise ConfigError(f"{path}: {_first_line(error)}.") from error
     if container is None or container == {}:
         raise ConfigError(f"{path} is empty: it has no keys.")
+    # OmegaConf reads a YAML that is one plain word as the mapping {word: None}, hence the search for a colon.
     if not isinstance(container, dict) or (path.suffix != ".json" and ":" not in text):
         raise ConfigError(f"{path}: the top level must be a mapping of keys to values.")
     return container

@@ -77,7 +77,7 @@ def _table(record: Record, rounds: list[Round], pool: Pool) -> pa.Table:
             known = np.isfinite(score)
             scores[indices[known]] = score[known]
         if rank is not None:
-            np.fmin.at(ranks, indices, rank)
+            np.fmin.at(ranks, indices, rank)  # fmin ignores NaN, which stands for samples without a rank
     chosen = np.flatnonzero(times)
     ids = pool.domain_ids(chosen).astype(np.int32)
     return pa.table(

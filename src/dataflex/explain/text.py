@@ -184,6 +184,7 @@ def _text_lines(parts: list[Part] | None, full: bool) -> list[str]:
     lines = []
     for part in parts or ():
         text = part.text.split("\n") if full else textwrap.wrap(part.text, max(20, _width() - 12))
+        # Control characters in the data could change the terminal, so they are replaced by spaces.
         for number, line in enumerate(text):
             kind = part.kind if number == 0 else ""
             lines.append(f"  {kind:<7} | {''.join(c if c.isprintable() else ' ' for c in line)}".rstrip())

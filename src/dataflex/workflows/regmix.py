@@ -428,6 +428,7 @@ def _find(plan: Plan, experiment: Experiment, tokens: Floats, mixtures: Floats) 
         except ConfigError as error:
             print(f"dataflex: {target}: cannot be cross-validated: {error}", file=sys.stderr)
             rows.append([target, NOTHING, NOTHING])
+    # A stream of random numbers that is independent of the stream that drew the proxies' mixtures.
     rng = np.random.default_rng([seed, 1])
     best = best_mixture(regressions, tokens, rng, plan.sampling.drawing(tokens))
     file = _write_final(plan, best)

@@ -45,7 +45,7 @@ class SmallModel:
             for file in self.files:
                 shutil.copyfile(file, work / file.name)
             (work / CONFIG).write_text(json_text(self.config, indent=2) + "\n", encoding="utf-8")
-            work.chmod(0o755)
+            work.chmod(0o755)  # mkdtemp makes a folder that only its owner can read
             work.rename(folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)

@@ -318,7 +318,7 @@ def test_problems_of_all_stages_come_together(lab: Lab) -> None:
     assert "did you mean 'learning_rate'" in found["reference.learning_rat"]
     assert "did you mean 'reweight_eta'" in found["proxy.dataflex.mix.reweight_etta"]
     assert "trained without 'random'" in found["reference.dataflex.mix"]
-    assert "'loss' decides" in found["reference.dataflex.select"]
+    assert "trained without 'loss'" in found["reference.dataflex.select"]
     assert found["final.dataflex.mix.unit"] == found["final.output_dir"] == "is set by the command itself; remove it."
     assert "must be the same in all trainings" in found["final.dataset"]
 
@@ -333,7 +333,12 @@ def test_problems_of_all_stages_come_together(lab: Lab) -> None:
         ({}, {"proxy": {"dataflex.mix": None}}, "proxy.dataflex.mix", "is set by the command itself"),
         ({}, {"proxy": {"model_config": {"hiden_size": 8}}}, "proxy.model_config.hiden_size", "mean 'hidden_size'"),
         ({}, {"proxy": {"model_config": {"hidden_size": 30}}}, "proxy.model_config", "not a multiple of the number"),
-        ({}, {"proxy": {"model_config": {"vocab_size": 30}}}, "proxy.model_config.vocab_size", "must be at least the 60"),
+        (
+            {},
+            {"proxy": {"model_config": {"vocab_size": 30}}},
+            "proxy.model_config.vocab_size",
+            "must be at least the 60",
+        ),
         ({}, {"proxy": {"model_config": 3}}, "proxy.model_config", "must be a mapping"),
         (
             {"finetuning_type": "lora"},

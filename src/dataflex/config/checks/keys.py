@@ -112,6 +112,7 @@ def _value(key: str, argument: Argument, value: Any) -> str | None:
         return None
     if kind in ("int", "float") and types & {"int", "float"}:
         return _number(key, value, whole="float" not in types)
+    # LLaMA-Factory reads 0 and 1 as false and true.
     if kind == "int" and value in (0, 1) and types <= {"bool", "None"}:
         return None
     if kind not in types:

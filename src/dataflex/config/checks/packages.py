@@ -109,6 +109,7 @@ def _trackers(config: RunConfig) -> Iterator[Problem]:
             yield Problem("report_to", unknown("tracker", name, [*TRACKERS, "all", "none"]))
             continue
         modules = [module for module in TRACKERS[name] if not _there(module)]
+        # transformers accepts either of the two packages.
         if name == "tensorboard" and _there("tensorboardX"):
             modules = []
         if modules:

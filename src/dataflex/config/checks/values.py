@@ -60,4 +60,5 @@ def evaluates(config: RunConfig) -> bool:
 
 def has_evaluation_data(config: RunConfig) -> bool:
     """Return whether the run has evaluation data."""
+    # LLaMA-Factory itself ignores a val_size up to 1e-6.
     return bool(dataset_names(config, "eval_dataset")) or number(config, "val_size", 0.0) > 1e-6
