@@ -267,8 +267,7 @@ def _split(domain: str, pool: list[Row], rng: np.random.Generator) -> tuple[list
     train, held_out = sides[0][:TRAIN_ROWS], sides[1][:HELD_OUT_ROWS]
     if min(len(train), len(held_out)) < 20:
         raise ConfigError(
-            f"the installed packages have too little documentation for the data set {domain!r} of "
-            "asset:python-docs; "
+            f"the installed packages have too little documentation for the data set {domain!r} of asset:python-docs; "
             "install more Python packages, or use your own data (dataset_dir)"
         )
     return train, held_out

@@ -48,8 +48,7 @@ _REASONS: dict[str, str] = {
         preserve_thinking split_special_tokens use_fast_tokenizer image_max_pixels image_min_pixels
         image_do_pan_and_scan crop_to_patches video_max_pixels video_min_pixels video_fps video_maxlen
         use_audio_in_video audio_sampling_rate dataflex.domain_column""",
-    "the passes over the data would start again from "
-    "the beginning": "disable_shuffling train_sampling_strategy length_column_name",
+    "the passes over the data would start again": "disable_shuffling train_sampling_strategy length_column_name",
     "the checkpoint holds the state of another optimizer": """
         optim optim_args optim_target_modules loraplus_lr_ratio use_galore galore_target galore_rank
         galore_update_interval galore_scale galore_proj_type galore_layerwise use_apollo apollo_target apollo_rank

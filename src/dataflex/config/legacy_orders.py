@@ -129,9 +129,8 @@ def _score(
     if params["by"] == "selection" and not selects:
         params["by"] = "loss"
         notes.append(
-            f"{place}: this run has no selector whose scores could be read, and scores of an earlier run "
-            "are not stored. "
-            "Samples are ordered by their loss under the model in training instead."
+            f"{place}: this run has no selector whose scores could be read, and scores of an earlier run are not "
+            "stored. Samples are ordered by their loss under the model in training instead."
         )
 
 

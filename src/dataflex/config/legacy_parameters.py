@@ -214,9 +214,8 @@ class ComponentsFile:
         }
         command = f"vllm serve {model}" + "".join(f" --{name.replace('_', '-')} {flags[name]}" for name in flags)
         self.notes.append(
-            f"{place}.reward_model_backend: local_vllm is translated to a judge at {LOCAL}; start its "
-            "server before the "
-            f"run: {command}"
+            f"{place}.reward_model_backend: local_vllm is translated to a judge at {LOCAL}; start its server before "
+            f"the run: {command}"
         )
         return {"type": "judge", "base_url": LOCAL, "model": model} | _options(asked)
 

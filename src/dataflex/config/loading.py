@@ -82,8 +82,7 @@ class DataFlexConfig(BaseModel):
     select: dict[str, Any] | list[dict[str, Any]] | None = Field(
         None,
         description="The selector, which chooses the samples of a round: {method: name, ...parameters}. In a "
-        "list, every "
-        "selector but the last filters the samples for the next.",
+        "list, every selector but the last filters the samples for the next.",
     )
     mix: dict[str, Any] | None = Field(
         None, description="The mixer, which decides the share of each domain: {method: name, ...parameters}."
@@ -330,9 +329,8 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
         return plain, problems
     if params and rest.get("warmup_steps") and "warmup_steps" not in section:
         notes.append(
-            f"warmup_steps at the top of the file warms up the learning rate. {SECTION}.warmup_steps, the "
-            "number of steps "
-            "before the first decision, is 0."
+            f"warmup_steps at the top of the file warms up the learning rate. {SECTION}.warmup_steps, the number of "
+            "steps before the first decision, is 0."
         )
     given = {key: section[key] for key in registry.CONFIG_KEYS if section.get(key) is not None}
     config = config.model_copy(update=given)

@@ -228,9 +228,8 @@ def _check_override(override: str, loaded: Mapping[Any, Any]) -> None:
             raise ConfigError(f"override {override!r}: {before} is {at!r} in the file, a value without keys below it.")
     if value.strip() == "{}" and at.get(parts[-1]):
         raise ConfigError(
-            f"override {override!r} changes nothing, because mappings are merged; {key}=null removes the "
-            "mapping of the "
-            "file."
+            f"override {override!r} changes nothing, because mappings are merged; {key}=null removes the mapping of "
+            "the file."
         )
 
 

@@ -155,9 +155,8 @@ class Record:
         self.run: RunRecord = read_run(path)
         if not self.run.rounds:
             raise ConfigError(
-                f"{path}: the record has no round, so there is nothing to explain. Only runs with select, "
-                "mix or order plan "
-                "rounds."
+                f"{path}: the record has no round, so there is nothing to explain. Only runs with select, mix or order "
+                "plan rounds."
             )
         if not self.run.has_plans:
             raise ConfigError(
@@ -400,9 +399,8 @@ def overview(record: Record, texts: Texts | None) -> dict[str, Any]:
         if indices.size and indices[-1] >= counts.size:
             if record.pool:
                 raise ConfigError(
-                    f"{record.run.path}: the plan of round {each.round} has sample {indices[-1]}, but the "
-                    "pool on record "
-                    f"has only {counts.size} samples; the record is damaged."
+                    f"{record.run.path}: the plan of round {each.round} has sample {indices[-1]}, but the pool on "
+                    f"record has only {counts.size} samples; the record is damaged."
                 )
             counts = np.concatenate([counts, np.zeros(indices[-1] + 1 - counts.size, dtype=np.int32)])
         counts[indices] += times.astype(np.int32)

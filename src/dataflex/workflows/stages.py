@@ -233,9 +233,8 @@ def state(stage: Stage, run: Run) -> str:
         return "changed" if key.get("key") != run.key else state_of(run, stage.plan)
     if stage.folder.is_dir() and any(stage.folder.iterdir()):
         raise ConfigError(
-            f"output_dir: {stage.folder} holds files that this command did not write (there is no "
-            f"{KEY_FILE} in it); move "
-            "them, or choose another folder."
+            f"output_dir: {stage.folder} holds files that this command did not write (there is no {KEY_FILE} in it); "
+            "move them, or choose another folder."
         )
     return "to run"
 
@@ -274,9 +273,8 @@ def refuse_many_nodes() -> None:
         raise ConfigError("this command launches the trainings itself; start it without torchrun, as a single process.")
     if os.environ.get("NNODES", "1") != "1" or "RDZV_ID" in os.environ:
         raise ConfigError(
-            "environment variable NNODES: this command cannot launch trainings on several machines. Print "
-            "the stages with "
-            "--print, and train them in sequence by launching each on every machine."
+            "environment variable NNODES: this command cannot launch trainings on several machines. Print the stages "
+            "with --print, and train them in sequence by launching each on every machine."
         )
 
 

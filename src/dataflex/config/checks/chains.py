@@ -35,17 +35,15 @@ def problems_of_chains(config: RunConfig) -> Iterator[Problem]:
         if entry.component.may_repeat:
             yield Problem(
                 f"{SECTION}.{entry.key}",
-                f"{entry.component.name} may choose a sample several times, but a filter can only keep or "
-                "drop it; set it "
-                "to draw without replacement, or make it the last selector.",
+                f"{entry.component.name} may choose a sample several times, but a filter can only keep or drop it; set "
+                "it to draw without replacement, or make it the last selector.",
             )
     for entry, following in pairwise(entries):
         if entry.every < following.every:
             yield Problem(
                 f"{SECTION}.{entry.key}.every",
-                f"{entry.every} is less than every of {following.key} ({following.every}). "
-                f"{following.key} would ignore the "
-                f"decisions of {entry.component.name} in between; set every to {following.every} or more.",
+                f"{entry.every} is less than every of {following.key} ({following.every}). {following.key} would "
+                f"ignore the decisions of {entry.component.name} in between; set every to {following.every} or more.",
             )
 
 

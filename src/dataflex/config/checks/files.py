@@ -78,9 +78,8 @@ def _output(config: RunConfig) -> Iterator[Problem]:
     elif _holds_finished_run(config, Path(output)):
         yield Problem(
             "output_dir",
-            f"{output!r} holds a finished run. Choose another folder (output_dir=...), or set "
-            "overwrite_output_dir: true "
-            "(the earlier record is kept under another name). To continue from the last checkpoint, set "
+            f"{output!r} holds a finished run. Choose another folder (output_dir=...), or set overwrite_output_dir: "
+            "true (the earlier record is kept under another name). To continue from the last checkpoint, set "
             "resume_from_checkpoint: true and more steps.",
         )
 

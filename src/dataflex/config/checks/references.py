@@ -27,7 +27,6 @@ def problems_of_references(config: RunConfig) -> Iterator[Problem]:
         if params.reference_losses is not None and truthy(config, "streaming"):
             yield Problem(
                 f"{SECTION}.{key}.reference_losses",
-                "a table stores losses by the index of a sample, and streamed samples have none; set "
-                "streaming: false, or "
-                "name only a reference_model.",
+                "a table stores losses by the index of a sample, and streamed samples have none; set streaming: "
+                "false, or name only a reference_model.",
             )

@@ -177,9 +177,8 @@ def _order(config: RunConfig) -> Iterator[Problem]:
         other = "mix" if components.mix is not None else components.select[-1].key
         yield Problem(
             f"{SECTION}.order",
-            f"{components.order.name!r} itself decides which samples are trained when, so {other} has "
-            "nothing to decide; "
-            "remove one of the two.",
+            f"{components.order.name!r} itself decides which samples are trained when, so {other} has nothing to "
+            "decide; remove one of the two.",
         )
     if components.order.walks and components.select:
         yield Problem(
@@ -192,9 +191,8 @@ def _order(config: RunConfig) -> Iterator[Problem]:
     if not components.select or not components.select[-1].component.scores_samples:
         yield Problem(
             f"{SECTION}.order",
-            f"{components.order.name!r} reads the scores of a selector here; add a selector that gives "
-            "scores, for example "
-            "select: {method: loss}.",
+            f"{components.order.name!r} reads the scores of a selector here; add a selector that gives scores, for "
+            "example select: {method: loss}.",
         )
 
 
@@ -255,18 +253,16 @@ def _without_validation(config: RunConfig, key: str, component: Component) -> It
     if truthy(config, "predict_with_generate"):
         yield Problem(
             "predict_with_generate",
-            f"the samples that val_size splits off then have prompts only, and {component.name!r} needs "
-            "their answers; name "
-            f"validation data sets in {key}.",
+            f"the samples that val_size splits off then have prompts only, and {component.name!r} needs their answers; "
+            f"name validation data sets in {key}.",
         )
         return
     packing = [name for name in ("packing", "neat_packing") if truthy(config, name)]
     if packing and config.llamafactory.get("stage", "sft") == "sft":
         yield Problem(
             packing[0],
-            f"the samples that val_size splits off are then packed too, and {component.name!r} needs "
-            "single samples; name "
-            f"validation data sets in eval_dataset or {key}.",
+            f"the samples that val_size splits off are then packed too, and {component.name!r} needs single samples; "
+            f"name validation data sets in eval_dataset or {key}.",
         )
 
 

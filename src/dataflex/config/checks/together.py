@@ -83,9 +83,8 @@ def _best(config: RunConfig) -> Iterator[Problem]:
     if loads and saves not in (evaluations, "best"):
         yield Problem(
             "load_best_model_at_end",
-            f"needs a checkpoint at every evaluation, but save_strategy is {saves} and eval_strategy is "
-            f"{evaluations}; set "
-            "both to the same value.",
+            f"needs a checkpoint at every evaluation, but save_strategy is {saves} and eval_strategy is {evaluations}; "
+            "set both to the same value.",
         )
     elif loads and saves == evaluations == "steps":
         save, evaluate = number(config, "save_steps", 500), number(config, "eval_steps", 0) or _logging(config)
