@@ -193,11 +193,7 @@ def effect_of(key: str) -> tuple[Effect | None, str]:
     """Return the effect of a change of a setting, and the reason. The effect of a free setting is None."""
     if key.count(".") > 1 and key.startswith(f"{SECTION}."):  # a component's method or parameter
         about_samples = key.endswith((".validation", ".subtask_column"))
-        return (
-            ("fixed", "the component's state was computed from the earlier validation samples")
-            if about_samples
-            else _HERE
-        )
+        return ("fixed", "the component's state depends on the earlier validation samples") if about_samples else _HERE
     parts = key.split(".")
     for name in (".".join(parts[:length]) for length in range(len(parts), 0, -1)):
         if name == "deepspeed" and len(parts) > 1:

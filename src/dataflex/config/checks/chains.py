@@ -83,6 +83,6 @@ def _of_limit(entry: Entry[Selector], entries: tuple[Entry[Selector], ...]) -> I
     elif entry is not entries[-1]:
         yield Problem(
             key,
-            f"limits the time of all decisions, of every selector together. Set it for the last selector "
+            "limits the time of all decisions, of every selector together. Set it for the last selector "
             f"({entries[-1].key}), which then scores as many samples as the remaining time allows.",
         )

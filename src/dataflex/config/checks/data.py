@@ -25,7 +25,7 @@ def problems_of_data(config: RunConfig) -> Iterator[Problem]:
     """Yield the problems of the data sets that a configuration names."""
     if truthy(config, "do_train") and not dataset_names(config):
         yield Problem("dataset", "needed for training: the names of one or more data sets.")
-    # without these families LLaMA-Factory loads it twice
+    # Without these families LLaMA-Factory loads such a data set twice, so naming it twice has a meaning.
     if not config.families.isdisjoint(("select", "mix", "order")):
         for name, times in Counter(named_data_sets(config)).items():
             if times > 1:

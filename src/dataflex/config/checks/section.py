@@ -290,8 +290,8 @@ def _neat_packing(config: RunConfig) -> Iterator[Problem]:
     if measuring:
         yield Problem(
             "neat_packing",
-            f"with flash_attn: fa2 LLaMA-Factory's batches have one sample, but {' and '.join(measuring)} measures "
-            "several samples at once. Set flash_attn: sdpa, or packing: true instead of neat_packing.",
+            "with flash_attn: fa2 LLaMA-Factory's batches have one sample, but several are measured at once by "
+            f"{' and '.join(measuring)}. Set flash_attn: sdpa, or packing: true instead of neat_packing.",
         )
 
 
