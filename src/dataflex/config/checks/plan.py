@@ -67,7 +67,7 @@ def _length(config: RunConfig, settings: DataFlexConfig) -> Iterator[Problem]:
     if not 0 < epochs < float("inf"):
         yield Problem(
             "num_train_epochs",
-            f"with {given} nothing would be trained; set a number above 0, or set the length with max_steps, "
+            f"must be above 0, got {given}. The length of training can also be set with max_steps, "
             f"{SECTION}.train_steps or {SECTION}.train_tokens.",
         )
 
