@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from pathlib import Path
 
 import dataflex
@@ -33,7 +34,8 @@ def page() -> str:
             kinds["Functions"].append(f"### `{name}{_signature(node)}`\n\n{_doc(node)}\n")
         else:
             kinds["Values and types"].append(f"### `{ast.unparse(node)}`\n\n{text}\n")
-    return "\n".join([HEAD, *(f"## {kind}\n\n" + "\n".join(texts) for kind, texts in kinds.items())])
+    text = "\n".join([HEAD, *(f"## {kind}\n\n" + "\n".join(texts) for kind, texts in kinds.items())])
+    return re.sub(r":(?:attr|class|data|func|meth):`~?([^`]+)`", r"`\1`", text)  # Markdown has no roles
 
 
 def _definition(module: str, name: str) -> tuple[Definition, str]:

@@ -1,6 +1,6 @@
 """DataFlex: data-centric dynamic training of LLMs on LLaMA-Factory.
 
-What a component of your own needs is here; everything else is reached through ``dataflex-cli``.
+The package exports everything that a custom component needs. All other features are commands of ``dataflex-cli``.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ EXPORTS = {
     "unusable_score": "dataflex.data.columns",
     "write_atomically": "dataflex.files",
 }
-"""What a component may use, and the module that defines it."""
+"""The name of every export, and the module that defines it."""
 
 __all__ = [
     "IGNORE_INDEX",
@@ -262,7 +262,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Return an exported name that is not imported above: its module imports torch, which `check` does without."""
+    """Return an export whose module imports torch. It is imported on first use because ``check`` runs without torch."""
     if name not in EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(EXPORTS[name]), name)

@@ -1,14 +1,14 @@
-"""The few collectives the package uses. The only module that calls torch.distributed; no-ops in one process.
+"""The few collectives of the package, which do nothing in a single process. Only this module calls torch.distributed.
 
-Two ways lead from process to process. Tensors of a measurement or a step go through the training's own collectives
-(``all_reduce_sum``, ``all_gather``), in which nobody may be late by more than ``ddp_timeout``. All else goes through
-the store in which the processes found one another (:func:`together` and what is made of it): there one may wait for
-days, no further connection is needed, and an error of one process becomes the error of all. So work that can fail on
-one process alone is done inside :func:`together`, and the training's collectives come behind it. A :class:`Watch` ends
-a process that waits in a collective for one that has failed elsewhere.
+The processes communicate in two ways. Tensors of a measurement or a step use the training's own collectives
+(``all_reduce_sum``, ``all_gather``). In these, no process may be late by more than ``ddp_timeout``. Everything else
+uses the store through which the processes found one another (:func:`together` and the functions built on it). Waiting
+in the store may take days and needs no further connection, and an error of one process becomes the error of all. Work
+that can fail on one process alone is therefore done inside :func:`together`, and the training's collectives come after
+it. A :class:`Watch` ends a process that waits in a collective for a process that has failed.
 
-Components import it, and ``check`` imports components: torch, which takes seconds to import, is imported where it is
-used.
+Components import this module, and ``check`` imports components. Importing torch takes seconds, so each function imports
+torch when it needs it.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ T = TypeVar("T")
 
 _PREFIX = "dataflex"
 _PIECE = 4 << 20
-"""Bytes of a value under one key; the store takes 8 MiB."""
+"""Number of bytes of a value under one key. The store accepts at most 8 MiB."""
 _LONGEST_PAUSE = 0.1
-"""Seconds between two looks into the store."""
+"""Longest time in seconds between two queries of the store."""
 _PATIENCE = 5.0
-"""Seconds a process that has failed waits for the others to hear of it."""
+"""Time in seconds that a failed process waits until the others have received its error."""
 _GRACE = 10.0
-"""Seconds a process may take to end by itself when another has failed."""
+"""Time in seconds that a process may take to end normally after another process has failed."""
 _LOOK_EVERY = 1.0
-"""Seconds between a watch's looks for a failure."""
+"""Time in seconds between a watch's checks for a failure."""
 _FAILED = 2
 """Exit status of a process that a watch ends."""
 _LOST = (
@@ -51,13 +51,13 @@ _LOST = (
 )
 
 _boards: WeakKeyDictionary[dist.ProcessGroup, _Board] = WeakKeyDictionary()
-"""By the default group they belong to: that may be destroyed and made anew."""
+"""Boards by their default group, because a group may be destroyed and created again."""
 _calls = itertools.count()
-"""Numbers of the calls, the same on all processes, because all make the same calls in the same order."""
+"""Numbers of the calls: the same on all processes, because all make the same calls in the same order."""
 _run = 0
-"""Number of the run: calls are counted anew in each, since a failure leaves processes at different calls."""
+"""Number of the run. Each run counts its calls from 0, since a failure leaves processes at different calls."""
 _watch: Watch | None = None
-"""Of the run."""
+"""The watch of the current run."""
 
 
 def world_size() -> int:
@@ -68,14 +68,14 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return this process's number, from 0."""
+    """Return the rank of this process, from 0."""
     import torch.distributed as dist
 
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def barrier() -> None:
-    """Wait until every process is here, for days if need be.
+    """Wait until every process has reached this call, for days if necessary.
 
     Raises:
         DataFlexError: on every process, if one has failed in the meantime.
@@ -85,7 +85,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum over processes of a tensor on the training device; changes ``values`` in place."""
+    """Return the sum over processes of a tensor on the training device. ``values`` is changed in place."""
     import torch.distributed as dist
 
     if world_size() > 1:
@@ -94,7 +94,7 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather(values: torch.Tensor) -> torch.Tensor:
-    """Return the values of all processes, concatenated along the first dimension; all of one shape."""
+    """Return the values of all processes, concatenated along the first dimension. All must have the same shape."""
     import torch
     import torch.distributed as dist
 
@@ -107,15 +107,16 @@ def all_gather(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Have all processes leave a block together, or fail together. Collective.
+    """Make all processes leave a block together or fail together. Collective.
 
-    The block may contain further calls of this module except the training's collectives (``all_reduce_sum``,
-    ``all_gather``), unless one of ours comes right before them. A process that fails in the block meets the others in
-    their next call, whichever that is; if they do not come within seconds, it raises alone.
+    The block may contain further calls of this module. The training's collectives (``all_reduce_sum``, ``all_gather``)
+    are allowed in the block only directly after such a call. A process that fails in the block meets the others in
+    their next call, whichever call it is. If they do not arrive within seconds, the process raises its error alone.
 
     Raises:
-        DataFlexError: on every process, if the block raised one on any: that of the lowest rank. In the place of
-            another exception, which is raised where it was, the others get one that names the process and tells it.
+        DataFlexError: on every process, if the block raised a DataFlexError on any process; the one of the lowest rank.
+            For any other exception, the failed process raises the exception itself, and the others raise a
+            DataFlexError that names the process and describes the exception.
     """
     board = _board()
     if board is None:
@@ -132,14 +133,20 @@ def together() -> Iterator[None]:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call ``function`` on rank 0 and return its value, which can be pickled, on every process.
+    """Call ``function`` on rank 0 and return its picklable value on every process.
 
-    It may take longer than ``ddp_timeout``: the others do not wait in a collective of the training's group. A value of
-    many megabytes takes a moment for each process, since all of them fetch it from one store.
+    The call may take longer than ``ddp_timeout``, because the other processes do not wait in a collective of the
+    training's group. A value of many megabytes takes a moment for each process, since all of them fetch it from one
+    store.
 
     Raises:
-        DataFlexError: on every process, if ``function`` raised one. Another exception is raised on rank 0, and on the
-            others a DataFlexError that tells it.
+        DataFlexError: on every process, if ``function`` raised a DataFlexError. Any other exception is raised on rank
+            0, and the other processes raise a DataFlexError that describes it.
+
+    Example:
+        >>> from dataflex import on_main
+        >>> on_main(lambda: sorted({"math", "code"}))
+        ['code', 'math']
     """
     board = _board()
     if board is None:
@@ -148,13 +155,13 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def on_each(function: Callable[[], T]) -> list[T]:
-    """Call ``function`` on every process at once and return the values of all, in order of rank, on every process.
+    """Call ``function`` on every process at once and return all values in the order of the ranks, on every process.
 
-    One may take longer than another by more than ``ddp_timeout``, as in :func:`on_main`.
+    One call may take longer than another by more than ``ddp_timeout``, as in :func:`on_main`.
 
     Raises:
-        DataFlexError: on every process, if ``function`` raised one on any: that of the lowest rank; see
-            :func:`together` for other exceptions.
+        DataFlexError: on every process, if ``function`` raised a DataFlexError on any process; the one of the lowest
+            rank. See :func:`together` for other exceptions.
     """
     board = _board()
     if board is None:
@@ -171,7 +178,7 @@ def require_equal(value: str, what: str) -> None:
     """Check that every process has the same ``value``.
 
     Raises:
-        DataFlexError: on every process, if they differ.
+        DataFlexError: on every process, if the values differ.
     """
     values = on_each(lambda: value)
     if len(set(values)) > 1:
@@ -182,19 +189,19 @@ def require_equal(value: str, what: str) -> None:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Return the picklable value of every process, in order of rank, on every process; it may be large."""
+    """Return the picklable values of all processes in the order of the ranks, on every process. They may be large."""
     import torch.distributed as dist
 
     if world_size() == 1:
         return [value]
-    barrier()  # who has failed is known before anybody waits in the collective
+    barrier()  # a failed process is reported before the others wait in the collective
     values: list[T | None] = [None] * world_size()
     dist.all_gather_object(values, value)
     return cast(list[T], values)
 
 
 def _board() -> _Board | None:
-    """Return what the processes write to one another on; None in one process."""
+    """Return the board of the processes, or None in a single process."""
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
@@ -206,39 +213,39 @@ def _board() -> _Board | None:
 
 
 class _Board:
-    """What processes write to one another, in the store of the default group.
+    """A board for messages between processes, in the store of the default group.
 
-    The store is the one the group was made with, whatever that was (``env://``, a file, torchrun's own), so it is there
-    and reachable. Torch gives it under a private name only; another connection to the same address would have to know
-    how the launcher made it.
+    The store is the one that the group was created with (``env://``, a file, torchrun's own), so it exists and is
+    reachable. Torch provides the store only under a private name. A separate connection to the same address would
+    require knowing how the launcher created the store.
     """
 
     def __init__(self) -> None:
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import _get_default_store
 
-        self._whole = _get_default_store()  # held, because it may be the server
+        self._whole = _get_default_store()  # keeps the store alive, which may be the server
         self.store = dist.PrefixStore(_PREFIX, self._whole)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._agreed: BaseException | None = None
         self._is_own = False
 
     def another(self) -> dist.Store:
-        """Return a connection of its own to the same store, for another thread."""
+        """Return a separate connection to the same store, for another thread."""
         import torch.distributed as dist
 
         return dist.PrefixStore(_PREFIX, self._whole.clone())
 
     def knows(self, error: BaseException) -> bool:
-        """Return whether all processes have heard of an error, or of one that led to it."""
+        """Return whether all processes have received this error or an error that caused it."""
         return self._agreed is not None and any(each is self._agreed for each in _chain(error))
 
     def is_told(self, error: BaseException) -> bool:
-        """Return whether an error is another process's."""
+        """Return whether an error comes from another process."""
         return self.knows(error) and not self._is_own
 
     def call(self, function: Callable[[], Any] | None, ranks: Sequence[int]) -> list[Any]:
-        """Return the values of the processes ``ranks`` from a call of ``function``; None calls nothing here."""
+        """Return the values that the processes ``ranks`` get from ``function``. None calls nothing here."""
         value, data = None, None
         if function is not None:
             try:
@@ -253,15 +260,15 @@ class _Board:
     def exchange(
         self, data: bytes | None = None, ranks: Sequence[int] = (), error: Exception | None = None
     ) -> list[bytes | None]:
-        """Wait for all processes, and return what the other ones of ``ranks`` have posted; None for this one.
+        """Wait for all processes, and return the data that the processes ``ranks`` have posted; None for this process.
 
         Args:
-            data: what this process posts; None: nothing.
-            ranks: the processes that post something.
-            error: why this process has nothing to post.
+            data: the data that this process posts, or None.
+            ranks: the processes that post data.
+            error: the reason why this process has nothing to post.
 
         Raises:
-            DataFlexError: that of the lowest rank, if there is one; see :func:`together`.
+            DataFlexError: the error of the lowest rank, if any process has one; see :func:`together`.
         """
         call = f"{_run}/{next(_calls)}"
         with _connection_told():
@@ -294,14 +301,14 @@ class _Board:
         raise told from error
 
     def wait(self, key: str, patience: float | None = None) -> bool:
-        """Wait for a key, and return whether it is there.
+        """Wait for a key, and return whether it exists.
 
         Args:
-            key: in the store.
-            patience: most seconds; None: for ever.
+            key: the key in the store.
+            patience: maximum time in seconds. None means to wait without a limit.
 
         Raises:
-            DataFlexError: if a process is known to have failed in the meantime.
+            DataFlexError: if another process has failed in the meantime. Only without a limit.
         """
         end = None if patience is None else time.monotonic() + patience
         pause = 0.001
@@ -316,17 +323,17 @@ class _Board:
         return True
 
     def _post(self, key: str, data: bytes) -> None:
-        """Write bytes: the number of pieces and the first one under the key itself, which comes last."""
+        """Write bytes in pieces. The key itself holds the number of pieces and the first piece, and is written last."""
         pieces = [data[begin : begin + _PIECE] for begin in range(0, len(data), _PIECE)]
         for number, piece in enumerate(pieces[1:], start=1):
             self.store.set(f"{key}/{number}", piece)
         self.store.set(key, f"{len(pieces)} ".encode() + pieces[0])
 
     def _fetch(self, keys: Sequence[str]) -> list[bytes]:
-        """Return what was posted under keys, in as few looks as there can be: all processes make them at once."""
+        """Return the data under the keys with as few queries as possible, because all processes query at once."""
         if keys and not self.store.check(list(keys)):
             raise DataFlexError(
-                "the processes wait for different things. A component must make the same calls of ctx on every process."
+                "the processes are in different calls. A component must make the same calls of ctx on every process."
             )
         together = len(keys) > 1 and self.store.has_extended_api()
         heads = self.store.multi_get(list(keys)) if together else [self.store.get(key) for key in keys]
@@ -337,11 +344,11 @@ class _Board:
         return found
 
     def _wipe(self, call: str, posted: Mapping[str, int]) -> None:
-        """Remove what a call has left, when everybody has read it.
+        """Remove the data of a call after all processes have read it.
 
         Args:
-            call: its name.
-            posted: the bytes under each key.
+            call: the name of the call.
+            posted: the number of bytes under each key.
         """
         for key, size in posted.items():
             for number in range(1, -(-size // _PIECE)):
@@ -352,14 +359,14 @@ class _Board:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Return an error and those that led to it."""
+    """Yield an error and the errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _pickled(error: Exception, number: int) -> bytes:
-    """Return what the other processes raise for the error of process ``number``."""
+    """Return the pickled error that the other processes raise for the error of process ``number``."""
     if not isinstance(error, DataFlexError):
         return pickle.dumps(DataFlexError(describe(error, number)))
     try:
@@ -372,14 +379,14 @@ def _pickled(error: Exception, number: int) -> bytes:
 
 
 def describe(error: BaseException, number: int) -> str:
-    """Return what is said of an exception of process ``number`` that is no DataFlexError."""
+    """Return the description of an exception of process ``number`` that is no DataFlexError."""
     text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":. ")
     return f"process {number} has failed ({text}). Its own output has the traceback."
 
 
 @contextmanager
 def _connection_told() -> Iterator[None]:
-    """Tell a lost connection to the store as the end of the process that keeps it."""
+    """Report a lost connection to the store as the end of the process that holds the store."""
     import torch.distributed as dist
 
     try:
@@ -389,19 +396,20 @@ def _connection_told() -> Iterator[None]:
 
 
 class Watch:
-    """Ends this process when another one has failed, and tells the others when this one has.
+    """Ends this process when another process has failed, and informs the others when this process has failed.
 
-    A process that waits in one of the training's collectives cannot hear of anything else, so a thread looks for
-    failures. A process that has not ended by itself some seconds after one has its error printed and is ended.
+    A process that waits in one of the training's collectives cannot receive a message, so a thread checks for failures.
+    If this process has not ended some seconds after the failure of another one, the thread prints the error and ends
+    the process.
 
     Args:
-        report: prints an error's text.
-        say: returns the text of an exception, or None for one of which the traceback is what is needed.
+        report: prints the text of an error.
+        say: returns the text of an exception, or None if its traceback is needed.
     """
 
     def __init__(self, report: Callable[[str], None], say: Callable[[BaseException], str | None]) -> None:
         self.failure: str | None = None
-        """What another process has failed with, once that is known."""
+        """The error of another process, once it is known."""
         self._report, self._say = report, say
         self._board: _Board | None = None
         self._thread: threading.Thread | None = None
@@ -409,7 +417,10 @@ class Watch:
         self._key = ""
 
     def begin(self) -> None:
-        """Begin to look, if there are several processes; all of them do so. Again: nothing."""
+        """Start checking for failures if the run has several processes.
+
+        All processes call this. Repeated calls do nothing.
+        """
         global _watch, _run, _calls
         if self._board is not None:
             return
@@ -423,16 +434,16 @@ class Watch:
         self._thread.start()
 
     def __enter__(self) -> Watch:
-        """Return the watch, which has not begun."""
+        """Return the watch, which has not started yet."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> Literal[False]:
-        """Leave with all other processes, or tell them why not.
+        """Leave together with all other processes, or inform them of the error.
 
         Raises:
-            DataFlexError: in the place of the error of a process that failed because of another one.
+            DataFlexError: instead of the error of a process that failed because of another process.
         """
         global _watch
         if self._board is None:
@@ -446,7 +457,7 @@ class Watch:
         finally:
             self._left.set()
             _watch = None
-            if self._thread is not None:  # Python must not end while it is in torch's code
+            if self._thread is not None:  # Python must not end while the thread is in torch's code
                 self._thread.join(_PATIENCE)
         return False
 
@@ -465,32 +476,32 @@ class Watch:
             return
         self.failure = failure
         if not self._left.wait(_GRACE):
-            threading.Timer(_PATIENCE, os._exit, [_FAILED]).start()  # if somebody holds what printing needs
+            threading.Timer(_PATIENCE, os._exit, [_FAILED]).start()  # in case another thread blocks the printing
             self._report(failure)
             os._exit(_FAILED)
 
     def _leave(self, board: _Board) -> None:
-        """Wait until all processes leave: one that fails now has the others fail too."""
+        """Wait until all processes leave. If a process fails now, the others fail too."""
         import torch.distributed as dist
 
         try:
             if board.store.add(f"{self._key}/left", 1) == board.size:
                 board.store.set(f"{self._key}/end", "")
             board.wait(f"{self._key}/end")
-        except dist.DistError:  # the process that keeps the store has left, which it does when all are here
+        except dist.DistError:  # rank 0 ends the store when all processes have left
             pass
         except DataFlexError:
             if self.failure != _LOST:
                 raise
 
     def _fail(self, board: _Board, error: BaseException) -> None:
-        """Tell the others of an error, and raise the one that was first."""
+        """Inform the others of an error, and raise the first error of the run."""
         import torch.distributed as dist
 
         said = str(error) if isinstance(error, DataFlexError) else self._say(error)
         own = said or describe(error, board.rank)
         try:
-            if board.is_told(error):  # the process it comes from knows more
+            if board.is_told(error):  # the process with the original error reports more details
                 board.wait(f"{self._key}/failed", _PATIENCE)
             first = board.store.compare_set(f"{self._key}/failed", "", own).decode()
             if self.failure is None:

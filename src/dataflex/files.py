@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and JSON that every reader takes."""
+"""Files that are written completely or not at all, and JSON that every reader accepts."""
 
 from __future__ import annotations
 
@@ -13,21 +13,33 @@ import numpy as np
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write ``content`` to a temporary name beside ``path``, then rename it."""
+    """Write ``content`` to a temporary file in the same folder, then rename the file to ``path``.
+
+    A reader sees either the old content or the complete new content. Missing parent folders are created.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from dataflex import write_atomically
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_atomically(folder / "scores.json", b"[0.5]")
+        >>> [file.name for file in folder.iterdir()]
+        ['scores.json']
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("wb") as stream:
         stream.write(content)
         stream.flush()
-        os.fsync(stream.fileno())
+        os.fsync(stream.fileno())  # the content must be on disk before the file has its name
     temporary.replace(path)
 
 
 class RepeatedKeyError(ValueError):
-    """A key stands twice in one mapping of a file.
+    """A mapping in a file has the same key twice.
 
     Args:
-        key: the key.
+        key: the repeated key.
     """
 
     def __init__(self, key: str) -> None:
@@ -36,10 +48,19 @@ class RepeatedKeyError(ValueError):
 
 
 def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a mapping of pairs; the ``object_pairs_hook`` of JSON files that people write.
+    """Return the pairs as a dict. Use this function as ``object_pairs_hook`` for JSON files that people write.
 
     Raises:
-        RepeatedKeyError: if a key is there twice, of which Python's own reader would keep the last.
+        RepeatedKeyError: if a key appears twice. Python's default hook would silently keep the last value.
+
+    Example:
+        >>> import json
+        >>> from dataflex import distinct
+        >>> json.loads('{"code": 0.3, "math": 0.7}', object_pairs_hook=distinct)
+        {'code': 0.3, 'math': 0.7}
+        >>> json.loads('{"code": 0.3, "code": 0.7}', object_pairs_hook=distinct)
+        Traceback (most recent call last):
+        dataflex.files.RepeatedKeyError: 'code' is there twice
     """
     found: dict[str, Any] = {}
     for key, value in pairs:
@@ -50,10 +71,10 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """Return JSON (RFC 8259) of plain data and numpy scalars; a number that is not finite becomes null.
+    """Return JSON (RFC 8259) of plain data and numpy scalars. Values that are not finite become null.
 
     Args:
-        value: what is written; not changed.
+        value: the data to write. It is not changed.
         options: further arguments of ``json.dumps``.
     """
     return json.dumps(_finite(value), allow_nan=False, **options)

@@ -311,9 +311,9 @@ def test_scoring_reads_what_is_there(outcomes: Outcomes) -> None:
 
 
 def embedded(outcomes: Outcomes, name: str) -> list[Path]:
-    """Return the folders a command printed, of samples and of validation samples, which have 32 numbers each."""
+    """Return the folders a command printed, of samples and of validation samples, of length 32."""
     text = outcomes.text(name)
-    found = re.findall(r"dataflex: embeddings of (\d+) .*samples \(32 numbers each, .* s\): (.+)", text)
+    found = re.findall(r"dataflex: embeddings of (\d+) .*samples \(length 32, .* s\): (.+)", text)
     assert [int(count) for count, _ in found] == [80, 12]
     return [Path(folder) for _, folder in found]
 

@@ -1,1 +1,1 @@
-"""All that a component is written against."""
+"""The interfaces that components are written against."""

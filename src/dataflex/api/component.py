@@ -1,8 +1,8 @@
 """The base class of all components.
 
-A component is a small class with a parameter model, one method that decides and, if it has state, ``state_dict``
-and ``load_state_dict``. The framework keeps the promises around it: decisions between optimizer steps, the same on
-any number of processes, exact resume, and a record of every one.
+A component is a small class with a parameter model, one method that decides and, if it has state, ``state_dict`` and
+``load_state_dict``. The framework provides the rest: decisions between optimizer steps, the same decisions on any
+number of processes, exact resume, and a record of every decision.
 """
 
 from __future__ import annotations
@@ -28,24 +28,43 @@ ParamsT = TypeVar("ParamsT", bound=ComponentParams, covariant=True)
 """The parameter model of a component."""
 
 State = dict[str, Any]
-"""A component's state: numbers, text and numpy arrays, nested in dicts, lists and tuples."""
+"""The state of a component: numbers, text and numpy arrays, nested in dicts, lists and tuples."""
 
 
 class Component(Generic[ParamsT]):
-    """Base of all components. ``register`` sets :attr:`family` and :attr:`name`.
+    """Base of all components. :func:`register` sets :attr:`family` and :attr:`name`.
 
-    A component names its parameter model as the type argument of its base class, as in
-    ``class Focus(Selector[FocusParams])``; :attr:`params` is then of that type, and :attr:`Params` is set to it.
+    A component names its parameter model as the type argument of its base class, as in ``class
+    Focus(Selector[FocusParams])``. The framework then sets :attr:`Params` to this model, and :attr:`params` is an
+    instance of the model.
+
+    Example:
+        A selector that keeps a count in its checkpoints:
+
+        >>> from dataflex import Selector, SelectorParams
+        >>> class Counting(Selector[SelectorParams]):
+        ...     decisions = 0
+        ...     def begin(self, ctx):
+        ...         self.decisions += 1
+        ...     def state_dict(self):
+        ...         return {"decisions": self.decisions}
+        ...     def load_state_dict(self, state):
+        ...         self.decisions = state["decisions"]
+        >>> Counting(SelectorParams()).state_dict()
+        {'decisions': 0}
     """
 
     family: ClassVar[str]
+    """``selector``, ``mixer``, ``order`` or ``weighter``."""
     name: ClassVar[str]
+    """The registered name, as ``method:`` in YAML."""
     Params: ClassVar[type[ComponentParams]] = ComponentParams
+    """The parameter model."""
 
     state_depends_on: ClassVar[frozenset[str]] = frozenset()
-    """Parameters that the state is made with. If a run is resumed with other values of them, the state is made anew."""
+    """Names of the parameters that the state depends on. If a run resumes with other values, the state is rebuilt."""
     reference_passes: ClassVar[int] = 1
-    """Forwards of the reference a sample takes, if it asks for one; with a table one less."""
+    """Forward passes of the reference for each sample if the component needs a reference; one fewer with a table."""
 
     def __init__(self, params: ParamsT) -> None:
         self.params = params
@@ -56,87 +75,88 @@ class Component(Generic[ParamsT]):
             cls.Params = _params_named_by(cls) or cls.Params
 
     def needs(self, run: RunView) -> Needs:
-        """Return what it asks of the run. Called before anything is loaded, and more than once."""
+        """Return the needs of the component in this run. Called several times, before anything is loaded."""
         return Needs()
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield a parameter and what is wrong with it in this run. Called before anything is loaded."""
+        """Yield pairs of a parameter and its problem in this run. Called before anything is loaded."""
         yield from ()
 
     def column_problem(self, column: str, values: ColumnArray) -> Wrong | None:
-        """Return what is wrong with a raw column that :meth:`needs` names, before the model is loaded; None: nothing.
+        """Return the problem of a raw column that :meth:`needs` names, or None. Called before the model is loaded.
 
         Args:
-            column: its name.
-            values: those of all rows that are trained on, also if a sample is packed of several: numbers, NaN where
-                there is none, or text, None where there is none.
+            column: the name of the column.
+            values: the values of all training rows, even if a packed sample is made of several rows. They are numbers
+                with NaN for a missing value, or text with None for a missing value.
 
         Returns:
-            The first row that cannot be used, as a position in ``values``, or None if it is the whole column; and what
-            is wrong, a sentence without its full stop that begins with the name of the column.
+            The first unusable row as a position in ``values`` (None if the whole column is unusable), and the problem:
+            a sentence without its full stop that begins with the name of the column.
         """
         return None
 
     def pool_problems(self, pool: Pool) -> Iterator[tuple[str, str]]:
-        """Yield a parameter and what is wrong with it for these samples, before the model is loaded."""
+        """Yield pairs of a parameter and its problem with the pool's samples. Called before the model is loaded."""
         yield from ()
 
     def wanted_rounds(self, domains: int) -> int:
-        """Return into how many rounds a pass and the run are divided at least where ``update_steps`` is not given.
+        """Return the minimum number of rounds per pass and per run. Read only if ``update_steps`` is not given.
 
-        1: a round is one pass over the pool.
+        With 1, a round is one pass over the pool.
         """
         return 1
 
     def cannot_act(self, run: RunOutline) -> str | None:
-        """Return why the component cannot do in this run what it is for, and what to set; None where it can.
+        """Return why the component can have no effect in this run, and which setting to change; None if it can act.
 
-        Asked before the model is loaded; the text goes on from "select less: " and the like, without a full stop.
+        Called before the model is loaded. The text continues a prefix such as "select less: " and has no full stop.
         """
         return None
 
     def unfit(self, run: RunOutline) -> tuple[str, str] | None:
-        """Return a parameter and why it does not fit the run, which is then an error; None: all do.
+        """Return a parameter and why its value does not fit the run, or None if all values fit.
 
-        Asked before the model is loaded.
+        Called before the model is loaded. The framework raises an error with this text.
         """
         return None
 
     def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
-        """Return how many samples it measures in the whole run, each as often as it does so.
+        """Return how many samples the component measures in the whole run. A sample measured twice counts twice.
 
-        Asked for each measurement that :meth:`needs` names, for the estimate of what the run costs. The default is the
-        validation samples at every decision.
+        Called for each measurement that :meth:`needs` names, to estimate the cost of the run. By default, the component
+        measures the validation samples at every decision.
         """
         return float(run.validation * run.decisions)
 
     @property
     def decides_within_step(self) -> bool:
-        """Whether it decides coefficients of a step's loss from the losses of that step itself.
+        """Whether the component decides the loss coefficients of a step from the losses of the same step.
 
-        With several micro-batches in a step that takes a forward of all of them before the first backward.
+        If a step has several micro-batches, this takes an extra forward pass over all of them before the first backward
+        pass.
         """
         return False
 
     def on_step(self, statistics: StepStatistics) -> None:
-        """Hear what the optimizer step just made showed; called after every step on every rank."""
+        """Receive the losses and token counts of the last optimizer step. Called after every step on every rank."""
 
     def state_dict(self) -> State:
-        """Return what the component needs to go on exactly.
+        """Return the state that the component needs to resume exactly.
 
-        None, True and False, numbers, text, numpy arrays and scalars, in dicts, lists and tuples; all come back of the
-        same types, and anything else is refused before training begins.
+        The state consists of None, booleans, numbers, text, numpy arrays and numpy scalars, in dicts, lists and tuples.
+        All of them are restored with the same types. Any other type is refused before training begins.
         """
         return {}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
 
 
 def _params_named_by(cls: type[Component[ComponentParams]]) -> Any:
-    """Return the type argument of a component among a class's bases, whatever it is: ``register`` checks it.
+    """Return the type argument of a component among the bases of a class, unchecked: :func:`register` checks it.
 
-    Of a type variable it is the bound, if that is no wider than the model the class has inherited.
+    For a type variable, return its bound if the bound is a subclass of the model that the class inherits.
     """
     for base in vars(cls).get("__orig_bases__", ()):
         origin = get_origin(base)
@@ -152,17 +172,19 @@ def _params_named_by(cls: type[Component[ComponentParams]]) -> Any:
 
 
 def made_with(component: Component) -> State:
-    """Return the values of the parameters that a component's state depends on, as plain data."""
+    """Return the values of the parameters that the component's state depends on, as plain data."""
     return component.params.model_dump(mode="json", include=set(component.state_depends_on))
 
 
 def take_back(component: Component, state: State, then: State) -> list[str]:
-    """Give a component its state back, unless it was made with other parameters, and return which ones those are.
+    """Restore a component's state if it was made with the same parameters, and return the names of changed parameters.
+
+    If a parameter has changed, the state is not restored.
 
     Args:
-        component: one that has just been made.
-        state: what :func:`state_of` returned.
-        then: what :func:`made_with` returned at that time.
+        component: a component that was just constructed.
+        state: the return value of :func:`state_of` at the checkpoint.
+        then: the return value of :func:`made_with` at the checkpoint.
     """
     now = made_with(component)
     changed = [name for name in sorted(now) if name not in then or then[name] != now[name]]
@@ -172,15 +194,15 @@ def take_back(component: Component, state: State, then: State) -> list[str]:
 
 
 def state_of(component: Component) -> State:
-    """Return a component's state.
+    """Return the state of a component.
 
     Raises:
-        ComponentError: if it holds something that a checkpoint cannot, naming where.
+        ComponentError: if a checkpoint cannot hold a value of the state. The message names the position of the value.
     """
     state = component.state_dict()
     label = label_of(component, ("state_dict",))
     if not isinstance(state, dict):
-        raise ComponentError(f"{label} returned a {type(state).__name__} as its state; needed is a dict.")
+        raise ComponentError(f"{label} returned a {type(state).__name__} as its state; a dict is needed.")
     for path, value in _parts(state):
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             continue
@@ -193,7 +215,7 @@ def state_of(component: Component) -> State:
 
 
 def _parts(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value in nested dicts and lists with its path; a key that is no text as a value."""
+    """Yield every value in nested dicts and lists with its path. A key that is not text is yielded as a value."""
     if isinstance(state, dict):
         for key, value in state.items():
             if isinstance(key, str):

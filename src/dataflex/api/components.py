@@ -23,14 +23,14 @@ ComponentT = TypeVar("ComponentT", bound=Component)
 
 @dataclass(frozen=True)
 class Entry(Generic[ComponentT]):
-    """One component of a chain and its place in it.
+    """One component of a chain, and its settings in the chain.
 
     Attributes:
         component: the component.
-        key: its configuration key: ``select`` if it is the only one, else ``select.0``, ``select.1`` and so on.
-        every: it decides once in so many decisions (a weighter: optimizer steps).
-        keep: what a selector leaves for the next one: a share of its candidates in (0, 1), or a number of samples.
-            None of the last selector, which chooses what the round needs, and of weighters.
+        key: its configuration key: ``select`` for the only entry, otherwise ``select.0``, ``select.1`` and so on.
+        every: the component acts at every ``every``-th decision (for a weighter, optimizer step).
+        keep: the samples that a selector leaves for the next selector: a share of its candidates in (0, 1), or a number
+            of samples. None for the last selector, which chooses the samples of the round, and for weighters.
     """
 
     component: ComponentT
@@ -55,24 +55,24 @@ class Components:
     weight: tuple[Entry[Weighter], ...] = ()
 
     def items(self) -> list[tuple[str, Component]]:
-        """Return the present components with their configuration keys, in the order they act."""
+        """Return the components of the run with their configuration keys, in the order in which they act."""
         pairs: list[tuple[str, Component]] = [(entry.key, entry.component) for entry in self.select]
         pairs += [("mix", self.mix)] if self.mix is not None else []
         pairs += [("order", self.order)] if self.order is not None else []
         return pairs + [(entry.key, entry.component) for entry in self.weight]
 
     def names(self) -> dict[str, str]:
-        """Return the methods of each present family: ``{"select": "dsir, less", "mix": "uniform"}``."""
+        """Return the methods of each configured family, such as ``{"select": "dsir, less", "mix": "uniform"}``."""
         found: dict[str, list[str]] = {}
         for key, component in self.items():
             found.setdefault(family_key(key), []).append(component.name)
         return {key: ", ".join(names) for key, names in found.items()}
 
     def needs(self, run: RunView) -> dict[str, Needs]:
-        """Return what each component asks of the run, by configuration key.
+        """Return the needs of each component, by configuration key.
 
         Raises:
-            ConfigError: if one asks for something that nothing can provide.
+            ConfigError: if a component needs something that cannot be provided.
         """
         found, problems = {}, []
         for key, component in self.items():
@@ -86,17 +86,17 @@ class Components:
 
     @property
     def plans_data(self) -> bool:
-        """Whether the data path is ours: anything but ``weight`` alone."""
+        """Whether DataFlex loads the data: true unless ``weight`` is the only family."""
         return bool(self.select) or self.mix is not None or self.order is not None
 
 
 def _unfit(needs: Needs) -> str | None:
-    """Return what is wrong with the needs that the code of a component returned, or None."""
+    """Return the error in the needs that the code of a component returned, or None."""
     if not isinstance(needs, Needs):
-        return f"returned a {type(needs).__name__} from needs(); needed is a dataflex.Needs."
+        return f"returned a {type(needs).__name__} from needs(); a dataflex.Needs is needed."
     measured = needs.measurements
     if not isinstance(measured, tuple) or not all(isinstance(each, Measurement) for each in measured):
-        return f"asks for measurements {measured!r}; needed is a tuple of measurements, as (Losses(),)."
+        return f"asks for measurements {measured!r}; a tuple of measurements is needed, such as (Losses(),)."
     for each in measured:
         if not is_registered(each):
             return f"asks for {type(each).__name__}, {UNREGISTERED}."
@@ -120,5 +120,5 @@ def family_key(key: str) -> str:
 
 
 def only(key: str, component: ComponentT | None) -> tuple[Entry[ComponentT], ...]:
-    """Return the chain of one component, or the empty one."""
+    """Return a chain of one component, or an empty chain for None."""
     return () if component is None else (Entry(component, key),)

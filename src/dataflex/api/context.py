@@ -1,4 +1,4 @@
-"""The state of a run that a decision, or the loss weights of a step, may depend on."""
+"""The state of a run that a decision or the loss weights of a step may depend on."""
 
 from __future__ import annotations
 
@@ -27,70 +27,99 @@ EmbeddingArray = NDArray[np.floating[Any]]
 SourceT = TypeVar("SourceT")
 
 EmbeddingSource = Callable[["Pool | None"], EmbeddingArray]
-"""Gives the embeddings of all samples of a pool; None: of the run's."""
+"""Function that returns the embeddings of all samples of a pool. None selects the pool of the run."""
 
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """What the optimizer step just made showed, over the whole global batch (all micro-batches, all ranks)."""
+    """Losses and counts of the last optimizer step, over the whole global batch (all micro-batches, all ranks).
+
+    Example:
+        >>> import numpy as np
+        >>> from dataflex import StepStatistics
+        >>> statistics = StepStatistics(
+        ...     step=1, losses=np.array([2.0, 1.0]), tokens=np.array([30, 10]), samples=np.array([3, 1])
+        ... )
+        >>> float(np.average(statistics.losses, weights=statistics.tokens))
+        1.75
+    """
 
     step: int
-    """Optimizer steps done, this one included."""
+    """Number of completed optimizer steps, including this step."""
     losses: NDArray[np.float64]
-    """Token-mean training loss of each domain, unweighted, shape (K,); NaN where the batch had none of it."""
+    """Unweighted token-mean training loss of each domain, shape (K,). NaN for a domain without samples in the batch."""
     tokens: NDArray[np.int64]
-    """Tokens that count in the loss, of each domain, shape (K,)."""
+    """Number of tokens of each domain that count in the loss, shape (K,)."""
     samples: NDArray[np.int64]
-    """Samples of each domain, shape (K,)."""
+    """Number of samples of each domain, shape (K,)."""
     proportions: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    """The domain shares of the plan the step was trained on, shape (K,); empty where nothing is planned."""
+    """Domain shares of the plan that the step was trained on, shape (K,). Empty if nothing is planned."""
     warmup: bool = False
-    """Whether the step was trained in a warm-up round."""
+    """Whether the step belongs to a warm-up round."""
     excess: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    """Token mean of max(loss - reference loss, 0) of each domain, shape (K,), NaN as for losses; 0 where nothing was
+    """Token mean of max(loss - reference loss, 0) of each domain, shape (K,). NaN as for ``losses``; 0 if no loss was
     compared with a reference."""
     indices: IndexArray = field(default_factory=lambda: np.empty(0, np.int64))
-    """The samples of the step in the order of the plan, shape (n,); empty if no component asks for ``step_losses`` of
-    samples or tokens."""
+    """Pool indices of the samples of the step in the order of the plan, shape (n,). Empty if no component needs
+    ``step_losses`` of samples or tokens."""
     sample_losses: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
-    """Their token-mean losses, shape (n,); NaN without a trained token."""
+    """Token-mean loss of each sample, shape (n,). NaN for a sample without a trained token."""
     lengths: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-    """Their tokens, shape (n,)."""
+    """Number of tokens of each sample, shape (n,)."""
     token_losses: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    """The losses of their tokens, shape (n, T): column t is that of predicting token t + 1; NaN where none is trained
-    on. (n, 0) if no component asks for ``step_losses`` of tokens."""
+    """Losses of the tokens of each sample, shape (n, T). Column t is the loss of predicting token t + 1, and NaN at
+    positions that are not trained on. Shape (n, 0) if no component needs ``step_losses`` of tokens."""
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What the loss weights of one optimizer step may depend on; the same on every rank."""
+    """The data that the loss weights of one optimizer step may depend on. It is the same on every rank.
+
+    Example:
+        A mixer that weighs each of two domains in proportion to its loss:
+
+        >>> import numpy as np
+        >>> from dataflex import Mixer, Needs, StepContext
+        >>> class ByLoss(Mixer):
+        ...     weighs_loss = True
+        ...     loss_weights = np.ones(2)
+        ...     def needs(self, run):
+        ...         return Needs(step_losses="domains")
+        ...     def mix(self, ctx):
+        ...         return self.initial(ctx)
+        ...     def update_weights(self, ctx: StepContext):
+        ...         self.loss_weights = np.nan_to_num(ctx.losses, nan=1.0)
+    """
 
     pool: Pool
+    """The training samples."""
     probe: Probe
+    """Measures on the model in training."""
     step: int
-    """Optimizer steps done before this one."""
+    """Number of completed optimizer steps before this step."""
     total_steps: int
-    """Optimizer steps the run is expected to take."""
+    """Expected number of optimizer steps of the run."""
     learning_rate: float
+    """The learning rate of the optimizer in this step."""
     indices: IndexArray
-    """Samples of the step's global batch (all micro-batches, all ranks), shape (B,)."""
+    """Pool indices of the samples in the global batch of the step (all micro-batches, all ranks), shape (B,)."""
     tokens: NDArray[np.int64]
-    """Tokens of the step that count in the loss, of each domain, shape (K,)."""
+    """Number of tokens of each domain in the step that count in the loss, shape (K,)."""
     losses: NDArray[np.float64]
-    """Token-mean loss of each domain over them, unweighted, shape (K,); NaN where the step has none of it. Empty for
-    mixers that weigh by ``probe``."""
+    """Unweighted token-mean loss of each domain over these tokens, shape (K,). NaN for a domain without samples in the
+    step. Empty for a mixer that needs no ``step_losses``."""
     excess: NDArray[np.float64]
-    """Token mean of max(loss - reference loss, 0) of each domain, shape (K,); NaN as for losses. Empty for mixers that
-    do not weigh by ``excess``."""
+    """Token mean of max(loss - reference loss, 0) of each domain, shape (K,). NaN as for ``losses``. Empty for a mixer
+    that needs no reference."""
     validation_pool: Pool | None = None
-    """The validation samples, if the mixer asked for them; read them as :attr:`validation`."""
+    """The validation samples, if the mixer needs them. Read them as :attr:`validation`."""
 
     @property
     def validation(self) -> Pool:
         """The validation samples, one domain for each sub-task.
 
         Raises:
-            ComponentError: if the mixer did not ask for any.
+            ComponentError: if the needs of the mixer name no validation samples.
         """
         return _asked_for(self.validation_pool)
 
@@ -98,7 +127,7 @@ class StepContext:
 def _asked_for(validation: Pool | None) -> Pool:
     if validation is None:
         raise ComponentError(
-            "ctx.validation is read by a component that asked for no validation samples; return "
+            "ctx.validation is read by a component whose needs() name no validation samples; return "
             "Needs(validation=self.params) from its needs()."
         )
     return validation
@@ -107,7 +136,7 @@ def _asked_for(validation: Pool | None) -> Pool:
 def _embeddings_asked_for(source: SourceT | None) -> SourceT:
     if source is None:
         raise ComponentError(
-            "embeddings are read by a component that asked for none; return Needs(embeddings=self.params) from its "
+            "embeddings are read by a component whose needs() name none; return Needs(embeddings=self.params) from its "
             "needs(), whose parameters extend dataflex.EmbeddingParams."
         )
     return source
@@ -115,13 +144,20 @@ def _embeddings_asked_for(source: SourceT | None) -> SourceT:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """The losses of the tokens of ``n`` samples; column t is the loss of predicting token t + 1.
+    """The token losses of ``n`` samples. Column t is the loss of predicting token t + 1.
 
     Attributes:
-        losses: shape (n, T), detached; 0 where no token is trained on.
-        trained: which of them count in the loss, shape (n, T), bool.
-        reference: losses of the reference at the same places, shape (n, T), 0 where no token is trained on; None for a
-            weighter that asks for no reference.
+        losses: shape (n, T), detached; 0 for a token that is not trained on.
+        trained: whether each token counts in the loss, shape (n, T), bool.
+        reference: losses of the reference at the same positions, shape (n, T); 0 for a token that is not trained on.
+            None for a weighter that needs no reference.
+
+    Example:
+        >>> import torch
+        >>> from dataflex import TokenLosses
+        >>> tokens = TokenLosses(torch.tensor([[1.0, 3.0, 0.0]]), torch.tensor([[True, True, False]]))
+        >>> tokens.losses.sum(1) / tokens.trained.sum(1)
+        tensor([2.])
     """
 
     losses: Tensor
@@ -131,15 +167,30 @@ class TokenLosses:
 
 @dataclass(frozen=True)
 class StepStart:
-    """What a weighter may measure before the forwards of an optimizer step; the same on every rank.
+    """The data that a weighter may measure before the forward passes of a step. It is the same on every rank.
 
     Attributes:
-        step: optimizer steps done so far.
-        total_steps: optimizer steps the run is expected to take.
-        rng: keyed by (seed, component, step): the same numbers on every rank and after a resume.
+        step: number of completed optimizer steps.
+        total_steps: expected number of optimizer steps of the run.
+        rng: generator keyed by (seed, component, step): the same random values on every rank and after a resume.
         pool: the training samples; None in a stream.
         probe: measures on the model in training; None in a stream.
-        validation_pool: the validation samples, if the weighter asked for them; read them as :attr:`validation`.
+        validation_pool: the validation samples, if the weighter needs them. Read them as :attr:`validation`.
+
+    Example:
+        A weighter that measures the mean validation loss every 100 steps:
+
+        >>> import numpy as np
+        >>> from dataflex import Losses, Needs, StepStart, ValidationParams, Weighter, WeighterParams
+        >>> class TargetParams(WeighterParams, ValidationParams):
+        ...     pass
+        >>> class Targeted(Weighter[TargetParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(Losses(),), validation=self.params)
+        ...     def begin_step(self, start: StepStart):
+        ...         if start.step % 100 == 0:
+        ...             samples = start.validation
+        ...             self.target = start.probe.measure(Losses(), np.arange(samples.size), samples).mean()
     """
 
     step: int
@@ -154,7 +205,7 @@ class StepStart:
         """The validation samples, one domain for each sub-task.
 
         Raises:
-            ComponentError: if the weighter did not ask for any.
+            ComponentError: if the needs of the weighter name no validation samples.
         """
         return _asked_for(self.validation_pool)
 
@@ -163,22 +214,29 @@ class StepStart:
 class StepBatch:
     """The samples of one optimizer step whose loss a weighter scales.
 
-    They are those of the whole global batch (all micro-batches, all ranks), the same on every rank, in the order of the
-    plan; of an elementwise weighter any part of it. Samples without a token that is trained on are left out: there is
-    nothing to scale.
+    The batch holds the samples of the whole global batch (all micro-batches, all ranks) in the order of the plan, and
+    is the same on every rank. An elementwise weighter may receive any part of the global batch. Samples without a
+    trained token are left out because they have no loss to scale.
 
     Attributes:
         losses: token-mean loss of each sample, shape (n,), float32, detached, finite.
-        step: optimizer steps done so far.
-        total_steps: optimizer steps the run is expected to take.
+        step: number of completed optimizer steps.
+        total_steps: expected number of optimizer steps of the run.
         pool: the training samples; None in a stream.
-        probe: measures on the model in training; None in a stream. Every rank must make the same calls, so not for
-            elementwise weighters.
-        places: where the samples are in the pool, shape (n,), on the device of ``losses``; None in a stream.
-        tokens: the losses of their tokens; None if the weighter asks for none.
-        validation_pool: the validation samples, if the weighter asked for them; read them as :attr:`validation`.
-        embedding_source: gives embeddings, if the weighter asked for them; call :meth:`embeddings`.
-        pooled: their hidden states, reduced to one vector each; None if the weighter asks for none.
+        probe: measures on the model in training; None in a stream. Elementwise weighters must not use the probe,
+            because every rank must make the same calls.
+        places: pool indices of the samples, shape (n,), on the device of ``losses``; None in a stream.
+        tokens: the token losses of the samples; None if the weighter does not need them.
+        validation_pool: the validation samples, if the weighter needs them. Read them as :attr:`validation`.
+        embedding_source: function that returns embeddings, if the weighter needs them. Call :meth:`embeddings`.
+        pooled: hidden states of the samples, reduced to one vector each; None if the weighter does not need them.
+
+    Example:
+        >>> import torch
+        >>> from dataflex import StepBatch
+        >>> batch = StepBatch(torch.tensor([2.0, 4.0, 3.0]), step=10, total_steps=40)
+        >>> 1 + batch.progress * (batch.losses > batch.losses.median())
+        tensor([1.0000, 1.2500, 1.0000])
     """
 
     losses: Tensor
@@ -197,36 +255,38 @@ class StepBatch:
         """The validation samples, one domain for each sub-task.
 
         Raises:
-            ComponentError: if the weighter did not ask for any.
+            ComponentError: if the needs of the weighter name no validation samples.
         """
         return _asked_for(self.validation_pool)
 
     def embeddings(self, samples: Pool | None = None) -> EmbeddingArray:
-        """Return unit-length embeddings, one row for each sample; zeros for a sample without text.
+        """Return unit-length embeddings, one row for each sample. A sample without text has a row of zeros.
 
-        Those of the model in training are measured as it is before the step, once for all weighters that ask for the
-        same. A weighter that needs those of validation samples only now and then keeps them itself.
+        Embeddings of the model in training are computed with the weights before the step, once for all weighters that
+        need the same embeddings. A weighter that needs embeddings of validation samples in few steps only has to cache
+        them.
 
         Args:
-            samples: all samples of :attr:`validation`, in their order; None: those of the step, (n, H).
+            samples: :attr:`validation`, to get the embeddings of all validation samples in their order. None means the
+                samples of the step, (n, H).
 
         Raises:
-            ComponentError: if the weighter did not ask for any.
+            ComponentError: if the needs of the weighter name no embeddings.
         """
         source = _embeddings_asked_for(self.embedding_source)
         return source(self.indices if samples is None else np.arange(samples.size), samples)
 
     @property
     def progress(self) -> float:
-        """How much of the run is done, in [0, 1)."""
+        """The completed part of the run, in [0, 1)."""
         return self.step / self.total_steps
 
     @cached_property
     def indices(self) -> IndexArray:
-        """The samples' indices in the pool, shape (n,). Copied from the device when first read.
+        """Pool indices of the samples, shape (n,). They are copied from the device on first access.
 
         Raises:
-            ComponentError: in a stream, whose samples have none.
+            ComponentError: in a stream, because the samples of a stream have no index.
         """
         if self.places is None:
             raise ComponentError("batch.indices: the samples of a stream have no index; set streaming: false.")
@@ -235,40 +295,40 @@ class StepBatch:
 
     @property
     def domains(self) -> NDArray[np.int64]:
-        """The samples' domains, shape (n,); all 0 if nothing is selected, mixed or ordered."""
+        """Domain of each sample, shape (n,). All are 0 if no component selects, mixes or orders."""
         return self._pool.domain_ids(self.indices)
 
     @property
     def lengths(self) -> NDArray[np.int32]:
-        """The samples' tokens, shape (n,)."""
+        """Number of tokens of each sample, shape (n,)."""
         return self._pool.lengths[self.indices]
 
     @property
     def token_losses(self) -> Tensor:
-        """The losses of the tokens, shape (n, T); 0 where none is trained on."""
+        """Token losses of the samples, shape (n, T); 0 for a token that is not trained on."""
         return self._asked("token_losses").losses
 
     @property
     def trained(self) -> Tensor:
-        """Which tokens count in the loss, shape (n, T), bool."""
+        """Whether each token counts in the loss, shape (n, T), bool."""
         return self._asked("trained").trained
 
     @property
     def reference_losses(self) -> Tensor:
-        """The losses of the reference at the same tokens, shape (n, T); 0 where none is trained on."""
+        """Losses of the reference at the same tokens, shape (n, T); 0 for a token that is not trained on."""
         if self.tokens is None or self.tokens.reference is None:
             raise ComponentError(
-                "batch.reference_losses is read by a weighter that asked for no reference; return "
+                "batch.reference_losses is read by a weighter whose needs() name no reference; return "
                 "Needs(reference=self.params) from its needs()."
             )
         return self.tokens.reference
 
     @property
     def step_embeddings(self) -> Tensor:
-        """What is made of the samples' hidden states in the step's own forward, shape (n, H), float32, detached."""
+        """Hidden states of the step's forward pass, reduced to a vector per sample, shape (n, H), float32, detached."""
         if self.pooled is None:
             raise ComponentError(
-                "batch.step_embeddings is read by a weighter that asked for none; return "
+                "batch.step_embeddings is read by a weighter whose needs() name none; return "
                 "Needs(step_embeddings=Embeddings()) from its needs()."
             )
         return self.pooled
@@ -276,13 +336,13 @@ class StepBatch:
     @property
     def _pool(self) -> Pool:
         if self.pool is None:
-            raise ComponentError("batch.pool: a stream has none; set streaming: false.")
+            raise ComponentError("batch.pool: a stream has no pool; set streaming: false.")
         return self.pool
 
     def _asked(self, name: str) -> TokenLosses:
         if self.tokens is None:
             raise ComponentError(
-                f"batch.{name} is read by a weighter that asked for no losses of tokens; return "
+                f"batch.{name} is read by a weighter whose needs() name no token losses; return "
                 'Needs(step_losses="tokens") from its needs().'
             )
         return self.tokens
@@ -290,87 +350,103 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class RoundContext:
-    """What a decision may depend on."""
+    """The data that a decision may depend on.
+
+    Example:
+        A selector that draws random scores in its first decision, and then prefers samples with a high loss:
+
+        >>> from dataflex import Losses, Needs, RoundContext, Selector, SelectorParams
+        >>> class Hard(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(Losses(),))
+        ...     def score(self, ctx: RoundContext, candidates):
+        ...         if ctx.update == 0:
+        ...             return ctx.rng.random(candidates.size)
+        ...         return ctx.probe.measure(Losses(), candidates)
+    """
 
     pool: Pool
+    """The training samples."""
     probe: Probe
+    """Measures on the model in training."""
     rng: np.random.Generator
-    """Keyed by (seed, component, round): the same numbers on every rank and after a resume."""
+    """Generator keyed by (seed, component, round): the same random values on every rank and after a resume."""
     round: int
-    """Number of the round being planned, from 0."""
+    """Number of the planned round, from 0."""
     update: int
-    """Number of the decision, from 0; warm-up rounds have none (0 there)."""
+    """Number of the decision, from 0. It is 0 in warm-up rounds, which have no decision."""
     num_updates: int
-    """Decisions in the whole run."""
+    """Number of decisions in the whole run."""
     start_step: int
-    """Optimizer steps done so far."""
+    """Number of completed optimizer steps."""
     steps: int
-    """Optimizer steps the plan is for."""
+    """Number of optimizer steps in the plan."""
     size: int
-    """Samples the plan is for: ``steps`` times the global batch size."""
+    """Number of samples in the plan: ``steps`` times the global batch size."""
     total_steps: int
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps of the whole run."""
     validation_pool: Pool | None = None
-    """The validation samples, if the component asked for them; read them as :attr:`validation`."""
+    """The validation samples, if the component needs them. Read them as :attr:`validation`."""
     candidates: IndexArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """All samples a selector may choose from in this decision, of all groups, ascending; of other families none."""
+    """All samples that a selector may choose from in this decision, over all groups, ascending. Empty for other
+    families."""
     reference_losses: Reference | None = None
-    """The reference, if the component asked for one; read it as :attr:`reference`."""
+    """The reference, if the component needs it. Read it as :attr:`reference`."""
     learning_rate: float = 0.0
-    """The optimizer's, at the first step of the round."""
+    """The learning rate of the optimizer at the first step of the round."""
     embedding_source: EmbeddingSource | None = None
-    """Gives embeddings, if the component asked for them; call :meth:`embeddings`."""
+    """Function that returns embeddings, if the component needs them. Call :meth:`embeddings`."""
     undecided: list[str] = field(default_factory=list)
-    """Why nothing was decided, as :meth:`not_decided` was told."""
+    """The reasons that were passed to :meth:`not_decided`."""
     notes: list[str] = field(default_factory=list)
-    """What the user should know of the decision, as :meth:`note` was told."""
+    """The messages that were passed to :meth:`note`."""
 
     @property
     def validation(self) -> Pool:
         """The validation samples, one domain for each sub-task.
 
         Raises:
-            ComponentError: if the component did not ask for any.
+            ComponentError: if the needs of the component name no validation samples.
         """
         return _asked_for(self.validation_pool)
 
     @property
     def reference(self) -> Reference:
-        """The frozen reference: its losses of samples and of their tokens.
+        """The frozen reference, which gives losses of samples and of their tokens.
 
         Raises:
-            ComponentError: if the component did not ask for one.
+            ComponentError: if the needs of the component name no reference.
         """
         if self.reference_losses is None:
             raise ComponentError(
-                "ctx.reference is read by a component that asked for no reference; return "
+                "ctx.reference is read by a component whose needs() name no reference; return "
                 "Needs(reference=self.params) from its needs()."
             )
         return self.reference_losses
 
     def embeddings(self, samples: Pool | None = None) -> EmbeddingArray:
-        """Return unit-length embeddings of all samples, one row for each, shape (N, H); zeros for one without text.
+        """Return unit-length embeddings of all samples, shape (N, H). A sample without text has a row of zeros.
 
-        The same on every process. Those of the model in training are float32 and measured once in a decision for all
-        components that ask for the same. Those of an encoder are a read-only memory map of float16, made once and kept
-        on disk.
+        The embeddings are the same on every process. Embeddings of the model in training are float32. They are measured
+        once per decision for all components that need the same embeddings. Embeddings of an encoder are a read-only
+        memory map of float16. They are computed once and stored on disk.
 
         Args:
-            samples: :attr:`validation`; None: the run's pool.
+            samples: :attr:`validation`. None means the pool of the run.
 
         Raises:
-            ComponentError: if the component did not ask for any.
+            ComponentError: if the needs of the component name no embeddings.
         """
         return _embeddings_asked_for(self.embedding_source)(samples)
 
     def not_decided(self, why: str) -> None:
-        """Put on record that this decision does not follow from what the component is for, and why.
+        """Record that this decision does not follow the method of the component, and why.
 
-        As in a first decision that has nothing to go by yet. The round's line then does not name it as having acted. A
-        selector can also say so of each group, in :attr:`Selection.undecided`.
+        An example is a first decision that has no measurements to use. The line of the round then does not list the
+        component as active. A selector can also report this for each group, in :attr:`Selection.undecided`.
         """
         self.undecided.append(why)
 
     def note(self, text: str) -> None:
-        """Tell the user something about this decision: it is warned of now, and is in the run's summary."""
+        """Report a message about this decision to the user: as a warning, and in the summary of the run."""
         self.notes.append(text)

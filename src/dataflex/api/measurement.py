@@ -1,9 +1,9 @@
-"""What is measured of samples on the model in training: the base of all measurements, and their registry.
+"""Measurements of samples on the model in training: the base class of all measurements, and their registry.
 
-A measurement is a frozen dataclass of settings with a registered name. It says what to compute on one batch; the probe
-cuts batches of similar length under a token budget, shares them over the processes, halves one that does not fit into
-the memory, and returns the values in the order of the samples. A component asks for one by
-``ctx.probe.measure(Losses(), candidates)``.
+A measurement is a frozen dataclass of settings with a registered name. Its method ``measure`` computes the values of
+one batch. The probe cuts batches of similar length under a token budget and distributes the batches over the processes.
+It halves a batch that does not fit into memory, and returns the values in the order of the samples. A component
+measures with ``ctx.probe.measure(Losses(), candidates)``.
 """
 
 from __future__ import annotations
@@ -26,53 +26,67 @@ if TYPE_CHECKING:
     from dataflex.api.needs import RunView
 
 ResultT = TypeVar("ResultT", default=ScoreArray)
-"""What a measurement returns of a list of samples."""
+"""The return type of a measurement for a list of samples."""
 
 
 class MeasuredBatch(Protocol):
-    """One batch of samples on the device. B is its number of samples, T the length of the longest with padding."""
+    """One batch of B samples on the device. T is the padded length of the longest sample.
+
+    Example:
+        A measurement of the mean probability of the trained tokens of each sample:
+
+        >>> import dataclasses
+        >>> import torch
+        >>> from dataflex import MeasuredBatch, Measurement, register_measurement
+        >>> @register_measurement("mean_probability")
+        ... @dataclasses.dataclass(frozen=True)
+        ... class MeanProbability(Measurement):
+        ...     def measure(self, batch: MeasuredBatch):
+        ...         return batch.token_means(lambda logits, labels: logits.softmax(1).gather(1, labels[:, None])[:, 0])
+    """
 
     @property
     def model(self) -> torch.nn.Module:
-        """The model, in evaluation mode, without gradients and under the precision of training."""
+        """The model in evaluation mode, without gradients, under the precision of training."""
         ...
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What the model's forward takes, without labels."""
+        """The arguments of the model's forward pass, without labels."""
         ...
 
     @property
     def labels(self) -> Tensor:
-        """The token to be predicted at each position, (B, T): already shifted; -100 where none is trained on."""
+        """The token to predict at each position, (B, T), already shifted; -100 at positions that are not trained on."""
         ...
 
     @property
     def mask(self) -> Tensor:
-        """Which positions are tokens and not padding, (B, T), bool."""
+        """Whether each position is a token and not padding, (B, T), bool."""
         ...
 
     @property
     def indices(self) -> IndexArray:
-        """Numbers of the samples, (B,)."""
+        """Indices of the samples, (B,)."""
         ...
 
     def token_means(self, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Return each sample's mean of a function of its trained tokens, (B,); NaN for a sample without one.
+        """Return the mean of a function over the trained tokens of each sample, (B,).
 
-        The model's head is applied to a thousand positions at a time, so that all logits never exist at once.
+        The mean is NaN for a sample without trained tokens. The head of the model is applied to a thousand positions at
+        a time, so that the logits of the whole batch never exist at once.
 
         Args:
-            value: from logits (n, V), float32, and labels (n,) to one number for each position, (n,).
+            value: maps logits (n, V), float32, and labels (n,) to one value for each position, (n,).
         """
         ...
 
     def hidden_states(self, layer: int = -1) -> Tensor:
-        """Return the hidden states of one layer, (B, T, H); no other layer's are kept.
+        """Return the hidden states of one layer, (B, T, H). Hidden states of other layers are not stored.
 
         Args:
-            layer: 0 are the embeddings, 1 the first layer's output and so on; -1 is the last layer behind the final
-                normalisation. The numbers are those of Transformers' ``output_hidden_states``.
+            layer: 0 selects the embeddings, 1 the output of the first layer and so on; -1 selects the last layer after
+                the final normalisation. The values are the same as those of Transformers' ``output_hidden_states``.
 
         Raises:
             ComponentError: if the model has no such layer.
@@ -81,7 +95,20 @@ class MeasuredBatch(Protocol):
 
 
 class MeasurementRun(Protocol):
-    """One measurement of a list of samples, as :meth:`Measurement.run` sees it."""
+    """One measurement of a list of samples, passed to :meth:`Measurement.run`.
+
+    Example:
+        A measurement that standardises its values over all samples of the call:
+
+        >>> import dataclasses
+        >>> from dataflex import Measurement, MeasurementRun, register_measurement
+        >>> @register_measurement("standard_lengths")
+        ... @dataclasses.dataclass(frozen=True)
+        ... class StandardLengths(Measurement):
+        ...     def run(self, run: MeasurementRun):
+        ...         lengths = run.each(lambda batch: batch.mask.sum(1))
+        ...         return (lengths - lengths.mean()) / lengths.std()
+    """
 
     @property
     def model(self) -> torch.nn.Module:
@@ -90,22 +117,27 @@ class MeasurementRun(Protocol):
 
     @property
     def indices(self) -> IndexArray:
-        """Numbers of the samples to measure, (n,)."""
+        """Indices of the samples to measure, (n,)."""
         ...
 
     def each(self, measure: Callable[[MeasuredBatch], Tensor]) -> ScoreArray:
-        """Return what a function makes of every batch, in the order of :attr:`indices`, (n, ...); on every process."""
+        """Return the results of ``measure`` for all batches, (n, ...), in the order of :attr:`indices`.
+
+        Every process receives all results.
+        """
         ...
 
 
 class Measurement(ABC, Generic[ResultT]):
-    """Base of all measurements. Extend it by a frozen dataclass of settings, register that, and define ``measure``.
+    """Base of all measurements: a registered frozen dataclass of settings that defines ``measure``.
 
-    All processes measure together; a measurement must give the same value of a sample whatever batch it is in. It may
-    neither change the model nor draw random numbers that are not keyed by its own settings.
+    All processes measure together. The value of a sample must not depend on the batch that the sample is in. A
+    measurement must not change the model. It may draw random values only from generators that are keyed by its own
+    settings.
 
     Example:
         >>> import dataclasses
+        >>> from dataflex import Measurement, register_measurement
         >>> @register_measurement("prompt_share")
         ... @dataclasses.dataclass(frozen=True)
         ... class PromptShare(Measurement):
@@ -116,27 +148,27 @@ class Measurement(ABC, Generic[ResultT]):
     """
 
     name: ClassVar[str]
-    """Set by :func:`register_measurement`."""
+    """The registered name. :func:`register_measurement` sets it."""
     quantity: ClassVar[str] = ""
-    """What is measured, for messages ("the loss of sample 3 is not finite"); empty: the name."""
+    """The measured quantity for messages ("the loss of sample 3 is not finite"). If empty, messages use the name."""
     forwards: ClassVar[float] = 1.0
-    """What one sample costs, in forward passes; a forward and backward is three."""
+    """Cost of one sample in forward passes. A forward and backward pass together cost 3."""
     untrained: ClassVar[float | None] = None
-    """The value of a sample without a trained token (NaN, or 0); None: it is measured as any other."""
+    """Value of a sample without a trained token (NaN or 0). If None, such a sample is measured like any other."""
 
     def measure(self, batch: MeasuredBatch) -> Tensor:
-        """Return the values of a batch, shape (B, ...), the same trailing shape for every batch.
+        """Return the values of a batch, shape (B, ...), with the same trailing shape for every batch.
 
-        Floating-point values are returned as float32, whole numbers as int64. A value that is not finite ends the run.
+        Floating-point values are returned as float32, integers as int64. A value that is not finite ends the run.
         """
         raise NotImplementedError
 
     def run(self, run: MeasurementRun) -> ResultT:
-        """Return the values of all samples. The default has :meth:`measure` run on every batch."""
+        """Return the values of all samples. The default runs :meth:`measure` on every batch."""
         return cast(ResultT, run.each(self.measure))
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield why it cannot be taken in a run: a parameter, and the reason. Called before anything is loaded."""
+        """Yield pairs of a parameter and why the measurement cannot run. Called before anything is loaded."""
         yield from ()
 
 
@@ -145,10 +177,22 @@ _registered: dict[str, type[Measurement[Any]]] = {}
 
 
 def register_measurement(name: str) -> Callable[[MeasurementType], MeasurementType]:
-    """Class decorator: give a measurement its name.
+    """Return a class decorator that registers a measurement under a name.
 
     Raises:
-        ConfigError: if the class is no measurement or does not say what it measures, or the name is taken.
+        ConfigError: if the class does not extend :class:`Measurement` or defines neither ``measure`` nor ``run``, or if
+            the name is taken.
+
+    Example:
+        >>> import dataclasses
+        >>> from dataflex import Measurement, register_measurement
+        >>> @register_measurement("length")
+        ... @dataclasses.dataclass(frozen=True)
+        ... class Length(Measurement):
+        ...     def measure(self, batch):
+        ...         return batch.mask.sum(1)
+        >>> Length().name
+        'length'
     """
     if not isinstance(name, str) or not name:
         raise ConfigError(f"the name of a measurement must be text, got {name!r}.")
@@ -156,9 +200,9 @@ def register_measurement(name: str) -> Callable[[MeasurementType], MeasurementTy
     def add(cls: MeasurementType) -> MeasurementType:
         if not isinstance(cls, type) or not issubclass(cls, Measurement):
             raise ConfigError(f"{cls!r} is registered as measurement {name!r} but does not extend Measurement.")
-        # Code of a component may stand here: the class is checked and not trusted.
+        # The class may come from a plug-in that is not type-checked, so its methods are checked here.
         if cls.measure is Measurement.measure and cls.run is Measurement.run:
-            raise ConfigError(f"{cls.__name__} does not define measure(), by which a measurement is taken.")
+            raise ConfigError(f"{cls.__name__} does not define measure(), which computes the values of a batch.")
         holder = _registered.get(name)
         if holder is not None and (holder.__module__, holder.__qualname__) != (cls.__module__, cls.__qualname__):
             where = place_of(holder) or holder.__module__
@@ -173,11 +217,11 @@ def register_measurement(name: str) -> Callable[[MeasurementType], MeasurementTy
 
 
 UNREGISTERED = "which is no measurement with a name; put @dataflex.register_measurement(NAME) before the class"
-"""What a message says of an unregistered measurement, behind the name of its class."""
+"""The end of a message about an unregistered measurement. It follows the name of the class."""
 
 
 def is_registered(measurement: Measurement[Any]) -> bool:
-    """Return whether the class of a measurement has a name of its own."""
+    """Return whether the class of a measurement is registered itself. An inherited name does not count."""
     return "name" in vars(type(measurement))
 
 
@@ -187,11 +231,11 @@ def available_measurements() -> dict[str, type[Measurement[Any]]]:
 
 
 def forget_measurements(names: Iterable[str]) -> None:
-    """Undo the registration of measurements, those of a plug-in that failed after it made them."""
+    """Undo the registration of measurements that a failed plug-in made."""
     for name in names:
         del _registered[name]
 
 
 def quantity_of(measurement: Measurement[Any]) -> str:
-    """Return what a measurement measures, for messages."""
+    """Return the measured quantity for messages."""
     return measurement.quantity or measurement.name.replace("_", " ")

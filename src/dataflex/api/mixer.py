@@ -1,4 +1,4 @@
-"""Mixers choose the shares of the domains, and may weigh the domains in the loss."""
+"""Mixers choose the proportions of the domains. They may also weigh the domains in the loss."""
 
 from __future__ import annotations
 
@@ -15,28 +15,46 @@ from dataflex.api.schedule import RunOutline
 
 
 class DomainParams(ComponentParams):
-    """Parameters all mixers have."""
+    """Parameters of all mixers.
+
+    Example:
+        >>> from dataflex import DomainParams
+        >>> DomainParams(max_epochs_per_domain=4.0).given_initial is None
+        True
+    """
 
     max_epochs_per_domain: float | None = Field(
-        None, gt=0, description="No domain is gone through more often; its further share goes to the others."
+        None, gt=0, description="Most passes over each domain; the rest of its share goes to the other domains."
     )
 
     @property
     def given_initial(self) -> Shares | None:
-        """The shares of warm-up rounds that were given, None if none can be or were."""
+        """The shares in warm-up rounds that the user has set, or None.
+
+        None also means that the mixer has no such parameter.
+        """
         return None
 
 
 class MixerParams(DomainParams):
-    """Parameters of mixers that decide: what is trained on before the first decision."""
+    """Parameters of mixers that decide. They add the proportions that hold before the first decision.
+
+    Example:
+        >>> from pydantic import Field
+        >>> from dataflex import MixerParams
+        >>> class TemperatureParams(MixerParams):
+        ...     temperature: float = Field(2.0, gt=0, description="Larger values give more equal proportions.")
+        >>> TemperatureParams(initial_proportions={"code": 0.3, "math": 0.7}).temperature
+        2.0
+    """
 
     initial_proportions: Shares | None = Field(
-        None, description="Shares of the domains in warm-up rounds: list, mapping or JSON file; none: by size."
+        None, description="Shares of the domains in warm-up rounds: list, mapping or JSON file. If null, by size."
     )
 
     @property
     def given_initial(self) -> Shares | None:
-        """The shares of warm-up rounds that were given."""
+        """The shares in warm-up rounds that the user has set."""
         return self.initial_proportions
 
 
@@ -44,28 +62,41 @@ MixerParamsT = TypeVar("MixerParamsT", bound=DomainParams, covariant=True)
 
 
 class Mixer(Component[MixerParamsT]):
-    """Chooses the domain proportions of the next plan; may also weigh the domains in the loss of every step.
+    """Base of all mixers: chooses the domain proportions of the next plan, and may weigh the domains in the loss.
 
-    A mixer that weighs the loss sets :attr:`weighs_loss`, and has :attr:`loss_weights` and :meth:`update_weights`; it
-    asks in :meth:`needs` for the step's losses by domain, for a reference too, or for what it measures itself. The loss
-    of a step is then sum_i loss_weights_i * (token-mean loss of domain i in the step's global batch), without a term
-    for a domain the step has nothing of. In warm-up rounds the loss is the plain one.
+    A mixer that weighs the loss sets :attr:`weighs_loss` and defines :attr:`loss_weights` and :meth:`update_weights`.
+    Its :meth:`needs` name the step losses by domain, a reference in addition, or its own measurements. The loss of a
+    step is then sum_i loss_weights_i * (token-mean loss of domain i in the step's global batch). A domain without
+    samples in the step has no term. Warm-up rounds use the plain loss.
+
+    Example:
+        Proportions by the square root of the domain sizes:
+
+        >>> from types import SimpleNamespace
+        >>> import numpy as np
+        >>> from dataflex import Mixer, MixerParams
+        >>> class SquareRoot(Mixer[MixerParams]):
+        ...     def mix(self, ctx):
+        ...         return np.sqrt(ctx.pool.domain_sizes)
+        >>> ctx = SimpleNamespace(pool=SimpleNamespace(domain_sizes=np.array([900, 100])))
+        >>> SquareRoot(MixerParams()).mix(ctx)
+        array([30., 10.])
     """
 
     Params: ClassVar[type[ComponentParams]] = MixerParams
     weighs_loss: ClassVar[bool] = False
-    """Whether it weighs the domains in the loss of every step."""
+    """Whether the mixer weighs the domains in the loss of every step."""
     constant_shares: ClassVar[bool] = False
     """Whether :meth:`mix` returns the same shares in every round."""
     begins_with_initial: ClassVar[bool] = False
-    """Whether :meth:`mix` starts from the initial proportions, also without a warm-up."""
+    """Whether :meth:`mix` starts from the initial proportions even without a warm-up."""
 
     def wanted_rounds(self, domains: int) -> int:
-        """Return 10, so that shares that change can do so several times, or 1 where they do not."""
+        """Return 10, so that the shares can change several times, or 1 if the shares are constant."""
         return 1 if self.constant_shares else 10
 
     def cannot_act(self, run: RunOutline) -> str | None:
-        """Return that one domain leaves nothing to mix, what :meth:`cannot_learn` says, or what has no effect."""
+        """Return that the run has one domain, the answer of :meth:`cannot_learn`, or a parameter without effect."""
         if run.domains == 1:
             return (
                 "there is one domain, whose share is always 1; name several data sets in dataset, or divide one with "
@@ -74,32 +105,32 @@ class Mixer(Component[MixerParamsT]):
         return self.cannot_learn(run) or self._unused(run)
 
     def _unused(self, run: RunOutline) -> str | None:
-        """Return that the proportions of warm-up rounds are given where there are none."""
+        """Return that the user has set the proportions of warm-up rounds although the run has no warm-up round."""
         if self.params.given_initial is None or self.begins_with_initial or run.schedule.warmup_steps:
             return None
-        return "initial_proportions are those of warm-up rounds, and there are none; set dataflex.warmup_steps"
+        return "initial_proportions apply to warm-up rounds only, and the run has none; set dataflex.warmup_steps"
 
     def cannot_learn(self, run: RunOutline) -> str | None:
-        """Return why the shares (or loss weights) cannot become what the mixer is for in this run; None where they can.
+        """Return why the mixer cannot learn its shares or loss weights in this run, or None if it can.
 
-        As :meth:`cannot_act`, for a run of several domains.
+        Same as :meth:`cannot_act`, but called only for a run of several domains.
         """
         return None
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return the proportions of warm-up rounds, shape (K,): the given ones, or the share of samples in the pool."""
+        """Return the proportions of warm-up rounds, shape (K,): the user's, or the domain sizes of the pool."""
         given = self.params.given_initial
         if given is not None:
             return shares_of(given, ctx.pool.domains, "initial_proportions")
         return ctx.pool.domain_sizes.astype(np.float64)
 
     def check_domains(self, names: tuple[str, ...]) -> tuple[str, str] | None:
-        """Return a parameter and what is wrong with it for these domains, or None. Called before a model is loaded."""
+        """Return a parameter and its problem with these domains, or None. Called before a model is loaded."""
         problem = shares_problem(self.params.given_initial, names)
         return None if problem is None else ("initial_proportions", problem)
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return non-negative proportions with a positive sum, shape (K,); the framework normalises them."""
+        """Return non-negative proportions with a positive sum, shape (K,). The framework normalises them."""
         raise NotImplementedError(f"mixer {self.name!r} does not define mix()")
 
     @property
@@ -108,12 +139,12 @@ class Mixer(Component[MixerParamsT]):
         raise NotImplementedError(f"mixer {self.name!r} does not define loss_weights")
 
     def update_weights(self, ctx: StepContext) -> None:
-        """Decide :attr:`loss_weights` anew from one optimizer step, before it is made; called on every rank."""
+        """Update :attr:`loss_weights` from the data of an optimizer step, before the step. Called on every rank."""
         raise NotImplementedError(f"mixer {self.name!r} does not define update_weights()")
 
     def result(self, names: tuple[str, ...]) -> dict[str, Any] | None:
-        """Return what a finished run found, for ``domain_weights.json`` in its record, or None.
+        """Return the result of a finished run for ``domain_weights.json`` in its record, or None.
 
-        Its ``proportions``, by name, are what other runs read where the file is given as their proportions.
+        If the result has ``proportions`` by name, another run can read the file as its proportions.
         """
         return None

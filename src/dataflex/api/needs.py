@@ -1,4 +1,4 @@
-"""What a component asks of its run, and what it may read of it before anything is loaded."""
+"""The needs of a component, and the settings of the run that it may read before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,55 +14,77 @@ if TYPE_CHECKING:
 
 
 class RunView(Protocol):
-    """What a component may read of its run before anything is loaded."""
+    """The settings of a run that a component may read before anything is loaded.
+
+    Example:
+        A selector that does not support sharded weights:
+
+        >>> from dataflex import RunView, Selector, SelectorParams
+        >>> class Local(Selector[SelectorParams]):
+        ...     def problems(self, run: RunView):
+        ...         if run.sharded_by is not None:
+        ...             yield "method", f"local needs the whole model on each process; do not use {run.sharded_by}."
+    """
 
     @property
     def llamafactory(self) -> Mapping[str, Any]:
-        """LLaMA-Factory's own keys, as they are given."""
+        """LLaMA-Factory's own keys with the values that the user has set."""
         ...
 
     @property
     def deepspeed(self) -> Mapping[str, Any] | None:
-        """DeepSpeed's configuration; None without DeepSpeed, empty if it cannot be read."""
+        """DeepSpeed's configuration. None without DeepSpeed; empty if the configuration cannot be read."""
         ...
 
     @property
     def zero_stage(self) -> int:
-        """Stage of ZeRO in DeepSpeed's configuration, 0 to 3; 0 without one."""
+        """ZeRO stage in DeepSpeed's configuration, 0 to 3; 0 without DeepSpeed."""
         ...
 
     @property
     def sharded_by(self) -> Literal["fsdp", "ZeRO-3"] | None:
-        """Which of the two spreads the weights of the model over the processes, if any."""
+        """The method that shards the weights of the model over the processes, or None."""
         ...
 
     @property
     def warmup_steps(self) -> int:
-        """Optimizer steps before the first decision."""
+        """Number of optimizer steps before the first decision."""
         ...
 
     @property
     def offline(self) -> bool:
-        """Whether the pool is only scored, not trained on."""
+        """Whether the pool is only scored and not trained on."""
         ...
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a component asks of the run. The framework provides it, counts its cost, and checks that it can be had.
+    """The needs of a component in a run.
+
+    The framework provides the needs, counts their cost and checks that they are available.
 
     Attributes:
-        measurements: what it measures with ``ctx.probe``, of training and of validation samples alike.
-        validation: which samples are in ``ctx.validation``, one domain for each sub-task; None: it wants none.
-        reference: the frozen model, or the table of its token losses, it compares with; None: it wants none.
-        columns: columns of the raw data it reads with ``ctx.pool.column(name)``.
-        step_losses: what ``on_step`` is told of the losses of every training step, without a further forward: nothing,
-            the means of the domains, those of the samples too, or the losses of the tokens too. A weighter is
-            always shown the losses of the samples, and with ``tokens`` those of the tokens, too.
-        embeddings: which embeddings it reads with ``ctx.embeddings()`` (a weighter: ``batch.embeddings()``), of
-            training and of validation samples; None: it wants none.
-        step_embeddings: what a weighter is shown of the hidden states of the step's own forward, reduced to a vector
-            for each sample, as ``batch.step_embeddings``; None: nothing.
+        measurements: the measurements that the component makes with ``ctx.probe``, of training and validation samples.
+        validation: selects the samples of ``ctx.validation``, one domain for each sub-task. None means that the
+            component needs no validation samples.
+        reference: the frozen model, or the table of its token losses, for comparison. None means that the component
+            needs no reference.
+        columns: the columns of the raw data that the component reads with ``ctx.pool.column(name)``.
+        step_losses: the losses of every training step that ``on_step`` receives, without an extra forward pass:
+            nothing, the means of the domains, also the means of the samples, or also the losses of the tokens. A
+            weighter always receives the losses of the samples, and with ``tokens`` the losses of the tokens too.
+        embeddings: the embeddings that the component reads with ``ctx.embeddings()`` (in a weighter,
+            ``batch.embeddings()``), of training and validation samples. None means that the component needs no
+            embeddings.
+        step_embeddings: how the hidden states of the step's own forward pass are reduced to one vector per sample. A
+            weighter reads the vectors as ``batch.step_embeddings``. None means that the weighter needs no vectors.
+
+    Example:
+        >>> from dataflex import Losses, Needs, ValidationParams
+        >>> validation = ValidationParams(validation=["gsm8k"])
+        >>> needs = Needs(measurements=(Losses(),), validation=validation, columns=("quality",))
+        >>> needs.step_losses
+        'nothing'
     """
 
     measurements: tuple[Measurement[Any], ...] = ()

@@ -1,4 +1,4 @@
-"""Parameters of components: their base class, and the types of fields that several share."""
+"""Parameters of components: their base class, and the field types that several components share."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from dataflex.files import distinct
 
 @dataclass(frozen=True)
 class PathMark:
-    """Marks text of a parameter as the path of a file or folder; the run record then holds it absolute."""
+    """Marks a text parameter as the path of a file or folder. The run record stores the path as an absolute path."""
 
     is_written: bool
-    """Whether the run may write it; else text that names nothing on this machine, as a hub's model, stays as it is."""
+    """Whether the run may write the path. If not, text that is no existing path (such as a hub name) stays as it is."""
 
 
 InputPath = Annotated[str, PathMark(is_written=False)]
-"""Field type of a file or folder that is read, from the working directory; also of a name on a hub."""
+"""Field type of a file or folder that is read. Relative paths start at the working directory. Also for hub names."""
 
 
 OutputPath = Annotated[str, PathMark(is_written=True)]
-"""Field type of a folder that may be written, from the working directory."""
+"""Field type of a folder that may be written. Relative paths start at the working directory."""
 
 
 def path_fields(params: type[BaseModel]) -> dict[str, PathMark]:
-    """Return which fields of a parameter model hold paths, also in lists or beside other types."""
+    """Return the fields of a parameter model that hold paths, including fields with lists or unions of paths."""
     found = {}
     for name, info in params.model_fields.items():
         marks = [mark for mark in info.metadata if isinstance(mark, PathMark)] or list(_path_marks(info.annotation))
@@ -52,16 +52,33 @@ def _path_marks(annotation: Any) -> Iterator[PathMark]:
 
 
 class ComponentParams(BaseModel):
-    """Base of every component's parameters: typed, with defaults, unknown keys refused."""
+    """Base of the parameters of every component: typed fields with defaults. Unknown keys are refused.
+
+    Example:
+        >>> from pydantic import Field
+        >>> from dataflex import ComponentParams
+        >>> class WindowParams(ComponentParams):
+        ...     window: int = Field(100, ge=1, description="Number of steps to average over.")
+        >>> WindowParams(window=20)
+        WindowParams(window=20)
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ValidationParams(ComponentParams):
-    """Which samples stand for what the model is to become good at."""
+    """Parameters that choose the validation samples: samples of the tasks that the model should become good at.
+
+    Example:
+        >>> from dataflex import ValidationParams
+        >>> ValidationParams(validation="gsm8k, mbpp").validation
+        ['gsm8k', 'mbpp']
+    """
 
     validation: list[str] | None = Field(
-        None, description="Data sets of the validation samples, each a sub-task; none: eval_dataset (or val_size)."
+        None,
+        description="Data sets of the validation samples, each a sub-task. If null, the data sets of eval_dataset, or "
+        "the samples that val_size splits off.",
     )
     subtask_column: str | None = Field(
         None, description="Column of the raw data whose values divide the validation samples into sub-tasks."
@@ -77,27 +94,34 @@ class ValidationParams(ComponentParams):
 
 
 class EmbeddingParams(ComponentParams):
-    """Which vectors stand for samples, and of what they are made; a component reads them with ``ctx.embeddings``."""
+    """Parameters of the embeddings that a component reads with ``ctx.embeddings``.
+
+    Example:
+        >>> from dataflex import EmbeddingParams, Needs
+        >>> params = EmbeddingParams(layer=6, pooling="mean")
+        >>> Needs(embeddings=params).embeddings.layer
+        6
+    """
 
     encoder: InputPath | None = Field(
         None,
-        description="What makes the embeddings: the folder or hub name of an encoder, asset:all-minilm-l6-v2, or the "
-        "http(s) URL of an OpenAI-compatible service; none: the model in training.",
+        description="Source of the embeddings: the folder or hub name of an encoder, asset:all-minilm-l6-v2, or the "
+        "http(s) URL of an OpenAI-compatible service. If null, the model in training.",
     )
     encoder_backend: Literal["auto", "transformers", "sentence_transformers", "vllm", "openai"] = Field(
-        "auto", description="What runs the encoder; auto: by the form of its name and its files."
+        "auto", description="Library that runs the encoder; auto: chosen by the form of its name and its files."
     )
     layer: int = Field(
-        -1, description="Layer of the model in training, or of an encoder run by transformers: 0 are its embeddings."
+        -1, description="Layer of the model in training, or of an encoder run by transformers; 0: the embedding layer."
     )
     pooling: Literal["auto", "mean", "weighted_mean", "first", "last"] = Field(
-        "auto", description="How token states become one vector; auto: the encoder's own, mean without one."
+        "auto", description="How token states become one vector; auto: the encoder's own pooling, otherwise mean."
     )
     embedding_text: Literal["all", "prompt", "response"] = Field(
-        "all", description="Which part of a sample is embedded; the response are the tokens that are trained on."
+        "all", description="Part of a sample that is embedded; response: the tokens that are trained on."
     )
     embedding_folder: OutputPath | None = Field(
-        None, description="Folder in which embeddings of an encoder are kept; none: embeddings in the output_dir."
+        None, description="Folder that stores the embeddings of an encoder. If null, embeddings in the output_dir."
     )
 
 
@@ -112,14 +136,24 @@ def _form_of_shares(value: Any) -> Any:
 
 
 Shares = Annotated[list[float] | dict[str, float] | InputPath, BeforeValidator(_form_of_shares)]
-"""Domain shares as a user gives them: numbers in domain order, a mapping by name, or a JSON file that holds one."""
+"""Domain shares as a user writes them: a list in domain order, a mapping by name, or a JSON file with a mapping."""
 
 
 def shares_of(given: Shares, names: tuple[str, ...], key: str = "proportions") -> NDArray[np.float64]:
-    """Return given shares in the order of ``names``, shape (K,), as they are; ``key`` is the parameter they are of.
+    """Return the shares in the order of ``names``, shape (K,), without normalising them.
+
+    Args:
+        given: the shares as the user wrote them.
+        names: the K domains.
+        key: the name of the parameter, for the error message.
 
     Raises:
-        ConfigError: if they do not fit the names, are negative or not finite, or are all zero.
+        ConfigError: if the shares do not match the names, are negative or not finite, or are all zero.
+
+    Example:
+        >>> from dataflex import shares_of
+        >>> shares_of({"math": 3, "code": 1}, ("code", "math"))
+        array([1., 3.])
     """
     shares = _read_shares(given) if isinstance(given, str) else given
     problem = shares_problem(shares, names)
@@ -132,7 +166,13 @@ def shares_of(given: Shares, names: tuple[str, ...], key: str = "proportions") -
 
 
 def shares_problem(given: Shares | None, names: tuple[str, ...]) -> str | None:
-    """Return what is wrong with given shares of the domains ``names``, or None."""
+    """Return the problem of the shares for the domains ``names``, or None if the shares are valid.
+
+    Example:
+        >>> from dataflex import shares_problem
+        >>> shares_problem([0.5, 0.5], ("code", "math", "web"))
+        'has 2 numbers for 3 domains (code, math, web).'
+    """
     if given is None:
         return None
     if isinstance(given, str):
@@ -147,7 +187,7 @@ def shares_problem(given: Shares | None, names: tuple[str, ...]) -> str | None:
             return strange[0]
         missing = [name for name in names if name not in given]
         if missing:
-            return f"has no share of {', '.join(missing)}; every domain needs one, 0 leaves it out."
+            return f"has no share of {', '.join(missing)}; every domain needs a share, and 0 excludes it."
     elif len(given) != len(names):
         return f"has {len(given)} numbers for {len(names)} domains ({', '.join(names)})."
     values = list(given.values()) if isinstance(given, dict) else given
@@ -159,10 +199,10 @@ def shares_problem(given: Shares | None, names: tuple[str, ...]) -> str | None:
 
 
 def _read_shares(path: str) -> dict[str, float]:
-    """Return the shares by name in a JSON file: its ``proportions``, or the file itself.
+    """Return the shares by name in a JSON file: its ``proportions``, or the whole file.
 
     Raises:
-        ConfigError: if there is no such file, or it holds no mapping of names to numbers.
+        ConfigError: if the file does not exist or holds no mapping of names to numbers.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=distinct)

@@ -1,4 +1,4 @@
-"""Measurements a component may ask for on the model in training."""
+"""The probe, with which components measure samples on the model in training."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GradientSettings:
-    """What is made of the gradient of a sample's loss.
+    """Settings of gradient features: the preconditioner, projection and scale of the gradient of a sample's loss.
 
     Attributes:
         preconditioner: ``none`` (SGD), ``adam`` (the running optimizer's own update direction, bias-corrected) or
-            ``adam_less`` (LESS's code: epsilon 1e-8 inside the root, no correction).
-        projection: the random linear map to ``dim`` numbers; ``identity`` keeps all of them.
+            ``adam_less`` (the formula in LESS's code: epsilon 1e-8 inside the root, no correction).
+        projection: the random linear map to ``dim`` elements. ``identity`` keeps all elements of the gradient.
         dim: length of a feature, k.
-        seed: of the map; features are comparable only under one seed.
-        reduction: gradient of the token-mean or of the token-summed loss.
-        normalize: scale every feature to length 1.
-        unsupported: what to do with trainable parameters whose kind has no per-sample rule.
-        store: folder to keep features in; none: they are used and dropped.
+        seed: seed of the projection. Features can be compared only under the same seed.
+        reduction: use the gradient of the token-mean or of the token-summed loss.
+        normalize: whether to scale every feature to length 1.
+        unsupported: how to treat trainable parameters of a layer type without a per-sample rule.
+        store: folder that stores the features. None means that features are discarded after use.
+
+    Example:
+        >>> from dataflex import GradientFeatures, GradientSettings
+        >>> settings = GradientSettings(preconditioner="adam", projection="rademacher", dim=1024)
+        >>> GradientFeatures(settings).settings.dim
+        1024
     """
 
     preconditioner: Literal["none", "adam", "adam_less"] = "none"
@@ -41,7 +47,19 @@ class GradientSettings:
 
 
 class Probe(Protocol):
-    """The model in training, for components: all processes make the same calls in the same order."""
+    """The model in training, as components use it. All processes must make the same calls in the same order.
+
+    Example:
+        A selector that prefers samples with a high loss:
+
+        >>> from dataflex import Losses, Needs, Probe, Selector, SelectorParams
+        >>> class Hard(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(Losses(),))
+        ...     def score(self, ctx, candidates):
+        ...         probe: Probe = ctx.probe
+        ...         return probe.measure(Losses(), candidates)
+    """
 
     def measure(
         self,
@@ -49,37 +67,47 @@ class Probe(Protocol):
         indices: IndexArray,
         samples: Samples | Sequence[Mapping[str, Any]] | None = None,
     ) -> ResultT:
-        """Return what a measurement gives for samples, in the order of ``indices``; the same on every process.
+        """Return the values of a measurement in the order of ``indices``. They are the same on every process.
 
         Args:
-            measurement: what is measured, such as ``Losses()`` or ``Embeddings(layer=-1, pooling="last")``.
-            indices: numbers of the samples, (n,).
-            samples: what they are numbers of: a pool (as ``ctx.validation``), or a list of rows as the training
-                collator takes them (generated samples, say); None: the run's pool.
+            measurement: the measurement, such as ``Losses()`` or ``Embeddings(layer=-1, pooling="last")``.
+            indices: indices into ``samples``, (n,).
+            samples: a pool (such as ``ctx.validation``), or a list of rows as the training collator takes them
+                (generated samples, for example). None means the pool of the run.
         """
         ...
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of token ids, special tokens left out."""
+        """Return the text of token ids without special tokens."""
         ...
 
     def checkpoint(self, folder: str) -> AbstractContextManager[None]:
-        """Measure with the weights (and moments) of a stored checkpoint for a while."""
+        """Return a context in which the probe uses the weights (and moments) of a stored checkpoint."""
         ...
 
     def learning_rates(self, folders: list[str]) -> list[float]:
-        """Return the mean learning rate of each stored checkpoint's stretch of its run, scaled to sum 1."""
+        """Return the mean learning rate of each stored checkpoint's part of its run, scaled to sum 1."""
         ...
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How responses are sampled from the model in training."""
+    """Settings for sampling responses from the model in training.
+
+    Example:
+        >>> from dataflex import GenerationSettings, Generations
+        >>> Generations(GenerationSettings(samples=8, temperature=0.7)).settings.samples
+        8
+    """
 
     samples: int = 4
+    """Number of responses to each prompt."""
     max_new_tokens: int = 256
+    """Maximum number of tokens of a response."""
     temperature: float = 1.0
+    """Temperature of the softmax over the next token."""
     top_p: float = 1.0
+    """Smallest total probability of the tokens to sample from. 1.0 means no limit."""
     top_k: int = 0
-    """0: no limit."""
+    """Number of most probable tokens to sample from. 0 means no limit."""
     backend: Literal["hf", "vllm"] = "hf"

@@ -1,4 +1,4 @@
-"""What methods share that compare the model's losses with those of a frozen reference model."""
+"""Shared parts of methods that compare the model's losses with the losses of a frozen reference model."""
 
 from __future__ import annotations
 
@@ -21,25 +21,34 @@ if TYPE_CHECKING:
     from dataflex.data.samples import Samples
 
 TABLE_FILE = "reference.json"
-"""Lists what is in a table of reference losses."""
+"""File with the contents of a table of reference losses."""
 TABLE_FORMAT = 1
 
 _OWN_TOKENS = ("add_tokens", "add_special_tokens", "new_special_tokens_config", "init_special_tokens")
-"""LLaMA-Factory keys that change the tokenizer of the folder."""
+"""LLaMA-Factory keys that change the tokenizer of the model folder."""
 
 
 class ReferenceParams(ComponentParams):
-    """Where the reference's losses come from."""
+    """Parameters for the source of the reference losses: a model, a table or both.
+
+    Example:
+        >>> from pydantic import Field
+        >>> from dataflex import ReferenceParams
+        >>> class ExcessParams(ReferenceParams):
+        ...     clip: float = Field(10.0, gt=0, description="Largest excess loss that counts.")
+        >>> ExcessParams(reference_model="models/base").names_reference
+        True
+    """
 
     reference_is_optional: ClassVar[bool] = False
-    """Whether a component may do without one."""
+    """Whether a component can work without a reference."""
 
     reference_model: InputPath | None = Field(
         None, description="The frozen reference: folder (of a model or an adapter) or hub name; same tokenizer."
     )
     reference_losses: OutputPath | None = Field(
         None,
-        description="Folder of a table of its loss at every token; what is not there yet is made from reference_model.",
+        description="Folder of a table of the reference's token losses; reference_model computes missing ones.",
     )
 
     @field_validator("reference_model", "reference_losses")
@@ -55,40 +64,41 @@ class ReferenceParams(ComponentParams):
 
     @property
     def names_reference(self) -> bool:
-        """Whether a model or a table is named."""
+        """Whether the parameters name a model or a table."""
         return self.reference_model is not None or self.reference_losses is not None
 
     def reference_problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield what is wrong with the reference, as far as it shows without loading it."""
+        """Yield the problems of the reference that can be found without loading it."""
         table = None if self.reference_losses is None else read_table(Path(self.reference_losses))
         if self.reference_model is None and table is None:
             yield (
                 "reference_losses",
-                f"{self.reference_losses!r} holds no table of reference losses (there is no {TABLE_FILE}); name the "
-                "reference_model it is to be made from.",
+                f"{self.reference_losses!r} holds no table of reference losses (it has no {TABLE_FILE}); set "
+                "reference_model to compute the table.",
             )
         if self.reference_model is None:
             return
         if self.reference_model.startswith(PREFIX):
             yield (
                 "reference_model",
-                f"{self.reference_model!r} is not read here; name the folder that "
+                f"{self.reference_model!r} is not supported here; set the folder that "
                 f"`dataflex-cli assets {self.reference_model.removeprefix(PREFIX)}` prints.",
             )
             return
         folder = Path(self.reference_model)
-        beside = folder.parent != Path() and folder.parent.is_dir()  # a folder that is not there, and no hub name
+        # If the parent exists, a missing folder is a wrong path and not a hub name.
+        beside = folder.parent != Path() and folder.parent.is_dir()
         if not self.reference_model.startswith(("/", "./", "../")) and not folder.is_dir() and not beside:
             return
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-            yield "reference_model", f"no model in {self.reference_model!r} (there is no config.json)."
+            yield "reference_model", f"no model in {self.reference_model!r} (it has no config.json)."
             return
         problem = tokenizer_problem(folder, run.llamafactory)
         if problem is not None:
             yield "reference_model", problem
 
     def table_problem(self, names: tuple[str, ...]) -> tuple[str, str] | None:
-        """Return a parameter and what is wrong where the table lacks a domain and no model is given to make it."""
+        """Return a parameter and its problem if the table lacks a domain and no model can compute the losses."""
         if self.reference_losses is None or self.reference_model is not None:
             return None
         table = read_table(Path(self.reference_losses))
@@ -99,33 +109,45 @@ class ReferenceParams(ComponentParams):
         return (
             "reference_losses",
             f"{self.reference_losses!r} has no losses of {', '.join(missing)} (it has {', '.join(table['domains'])}); "
-            "name the reference_model they are to be made from.",
+            "set reference_model to compute them.",
         )
 
 
 class Reference(Protocol):
-    """The reference of a component at its decisions, ``ctx.reference``; all ranks make the same calls.
+    """The reference of a component in its decisions, ``ctx.reference``. All ranks must make the same calls.
 
-    Its losses never change, so that of a sample is computed once in a run, or read from the table.
+    The reference losses never change, so the loss of a sample is computed once per run, or read from the table.
+
+    Example:
+        A selector that scores samples by the excess loss over the reference:
+
+        >>> from dataflex import Losses, Needs, ReferenceParams, Selector, SelectorParams
+        >>> class ExcessParams(SelectorParams, ReferenceParams):
+        ...     pass
+        >>> class Excess(Selector[ExcessParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(Losses(),), reference=self.params)
+        ...     def score(self, ctx, candidates):
+        ...         return ctx.probe.measure(Losses(), candidates) - ctx.reference.losses(candidates)
     """
 
     def losses(self, indices: IndexArray, samples: Samples | None = None) -> ScoreArray:
-        """Return the reference's token-mean loss of each sample, shape (n,), float32; NaN without a trained token.
+        """Return the reference's token-mean loss of each sample, shape (n,), float32. NaN without a trained token.
 
         Args:
-            indices: numbers of the samples, (n,).
-            samples: what they are numbers of, such as ``ctx.validation``; None: the run's pool. Losses of samples other
-                than the run's own need the model, not a table alone.
+            indices: indices into ``samples``, (n,).
+            samples: the samples, such as ``ctx.validation``. None means the pool of the run. Losses of samples outside
+                this pool need the model; a table alone is not enough.
         """
         ...
 
     def token_losses(self, indices: IndexArray, samples: Samples | None = None) -> list[NDArray[np.float32]]:
-        """Return the reference's losses of the trained tokens of each sample, from left to right."""
+        """Return the reference's losses of the trained tokens of each sample, in the order of the tokens."""
         ...
 
 
 def read_table(folder: Path) -> dict[str, Any] | None:
-    """Return the list of what is in a table of reference losses; None where there is none."""
+    """Return the description of a table of reference losses, or None if the folder has no table."""
     try:
         found = json.loads((folder / TABLE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -134,7 +156,7 @@ def read_table(folder: Path) -> dict[str, Any] | None:
 
 
 def tokenizer_problem(reference: Path, llamafactory: Mapping[str, Any]) -> str | None:
-    """Return how the reference's vocabulary differs from the model's, as far as their files say; None: not at all."""
+    """Return how the tokenizer files of the reference differ from the model's, or None if no difference is found."""
     own = Path(str(llamafactory.get("model_name_or_path") or "")).expanduser()
     if any(llamafactory.get(key) for key in _OWN_TOKENS):
         return None
@@ -148,18 +170,18 @@ def tokenizer_problem(reference: Path, llamafactory: Mapping[str, Any]) -> str |
 
 
 def vocabulary_problem(mine: dict[str, int], theirs: dict[str, int], reference: str) -> str | None:
-    """Return what keeps a reference from reading this run's token ids, or None where it knows every one of them.
+    """Return why a reference cannot read this run's token ids, or None if the ids are the same.
 
     Args:
-        mine: token -> id of the run's tokenizer.
-        theirs: the same of the reference's.
-        reference: its name, for the message.
+        mine: token -> id in the run's tokenizer.
+        theirs: token -> id in the reference's tokenizer.
+        reference: the name of the reference, for the message.
     """
     other = next((token for token, number in mine.items() if theirs.get(token) != number), None)
     if other is None:
         return None
-    found = f"id {theirs[other]}" if other in theirs else "not in it"
+    found = f"id {theirs[other]}" if other in theirs else "missing"
     return (
-        f"{reference!r} has another tokenizer: token {other!r} is id {mine[other]} in this run and {found} there "
-        f"({len(mine)} and {len(theirs)} tokens). Token losses can only be compared under one tokenizer."
+        f"{reference!r} has another tokenizer: token {other!r} is id {mine[other]} in this run and {found} in the "
+        f"reference ({len(mine)} and {len(theirs)} tokens). Token losses can only be compared under one tokenizer."
     )

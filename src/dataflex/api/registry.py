@@ -1,4 +1,4 @@
-"""Names to components: built-in ones, entry points of installed packages, and files named in the configuration."""
+"""The registry of components: built-in, from entry points of installed packages, and from plug-in files."""
 
 from __future__ import annotations
 
@@ -47,15 +47,24 @@ ComponentType = TypeVar("ComponentType", bound=type[Component])
 
 
 def register(family: str, name: str) -> Callable[[ComponentType], ComponentType]:
-    """Class decorator: make a component known as ``method: name`` of its family.
+    """Return a class decorator that registers a component as ``method: name`` of its family.
 
     Args:
         family: ``selector``, ``mixer``, ``order`` or ``weighter``.
-        name: the word used in YAML, docs and reports.
+        name: the method name in YAML, docs and reports.
 
     Raises:
-        ConfigError: if the family is unknown, the class does not fit it or cannot decide, its parameters have a default
-            that is none of their values, or the name is taken by another class.
+        ConfigError: if the family is unknown, the class does not fit it or cannot decide, a parameter has an invalid
+            default, or another class has the name.
+
+    Example:
+        >>> from dataflex import Selector, SelectorParams, register
+        >>> @register("selector", "longest")
+        ... class Longest(Selector[SelectorParams]):
+        ...     def score(self, ctx, candidates):
+        ...         return ctx.pool.lengths[candidates]
+        >>> Longest.family, Longest.name
+        ('selector', 'longest')
     """
     if family not in FAMILIES:
         raise ConfigError(unknown("family", family, FAMILIES))
@@ -87,7 +96,7 @@ DECIDING: dict[str, tuple[str, ...]] = {
     "order": ("arrange", "draw"),
     "weighter": ("weigh",),
 }
-"""Family -> the methods by which it decides, one of which a component defines."""
+"""Family -> the deciding methods. A component defines at least one of them."""
 
 
 def _unfit(cls: type, family: str) -> str | None:
@@ -107,7 +116,7 @@ def _unfit(cls: type, family: str) -> str | None:
         near = [found for name in missing for found in difflib.get_close_matches(name, own, n=1, cutoff=0.6)]
         hint = f"; it has {near[0]}()." if near else "."
         how = " or ".join(f"{name}()" for name in missing)
-        return f"{cls.__name__} does not define {how}, by which a component of this family decides{hint}"
+        return f"{cls.__name__} does not define {how}, which a component of this family needs in order to decide{hint}"
     return (
         _replaced(cls)
         or _half_drawing(cls)
@@ -121,33 +130,33 @@ def _unfit(cls: type, family: str) -> str | None:
 
 _REPLACED = {
     "needs_validation": "return Needs(validation=self.params) from needs(); the parameters extend ValidationParams",
-    "probes": "name what is measured in needs(), as Needs(measurements=(Losses(),))",
-    "measures_samples": "name what is measured in needs(), as Needs(measurements=(Losses(),))",
+    "probes": "name the measurements in needs(), as Needs(measurements=(Losses(),))",
+    "measures_samples": "name the measurements in needs(), as Needs(measurements=(Losses(),))",
     "weighs_loss_by": 'set weighs_loss = True, and return Needs(step_losses="domains") (or reference, or measurements) '
     "from needs()",
     "learns_from_losses": 'return Needs(step_losses="domains") from needs()',
-    "expected_forwards": "name what is measured in needs(), and define measured_samples() if the default is not right",
+    "expected_forwards": "name the measurements in needs(), and define measured_samples() if the default is not right",
 }
-"""Attributes of components of earlier releases -> what is written in their place."""
+"""Attributes of components in earlier releases -> the current replacement."""
 
 
 def _replaced(cls: type) -> str | None:
-    """Return which attribute of an earlier release a class still has, which nothing would read, or None."""
+    """Return an error for an attribute of an earlier release that a class still has, or None."""
     for name, instead in _REPLACED.items():
         if hasattr(cls, name):
-            return f"{cls.__name__}.{name} is not read any more; {instead}."
+            return f"{cls.__name__}.{name} belongs to an earlier release and is not read; {instead}."
     return None
 
 
 def _half_drawing(cls: type) -> str | None:
-    """Return that an order says it draws and has no :meth:`Order.draw`, or the reverse; or None."""
+    """Return that an order sets ``draws`` but lacks :meth:`Order.draw`, or the reverse; otherwise None."""
     if not issubclass(cls, Order) or cls.draws != _is_inherited(cls, Order, "draw"):
         return None
     return f"{cls.__name__}.draws must be True in an order that defines draw(), and in no other."
 
 
 def _unknown_in_state(cls: type[Component]) -> str | None:
-    """Return which name that the state is said to depend on is no parameter, or None."""
+    """Return an error if ``state_depends_on`` names an unknown parameter, or None."""
     for name in cls.state_depends_on:
         if name not in cls.Params.model_fields:
             return f"{cls.__name__}.state_depends_on: {unknown('parameter', name, cls.Params.model_fields)}"
@@ -155,7 +164,7 @@ def _unknown_in_state(cls: type[Component]) -> str | None:
 
 
 def _lacking(cls: type[Component], base: type[Component]) -> str | None:
-    """Return which parameters the base class reads and the component's model does not have, or None."""
+    """Return an error if the component's model lacks parameters that the base class reads, or None."""
 
     def own(*methods: str) -> list[bool]:
         return [not _is_inherited(cls, base, method) for method in methods]
@@ -177,12 +186,12 @@ def _lacking(cls: type[Component], base: type[Component]) -> str | None:
 
 
 def _is_inherited(cls: type, base: type, name: str) -> bool:
-    """Return whether a method is the one of the family's base class, which does nothing."""
+    """Return whether the class inherits the method of the family's base class unchanged."""
     return next(each for each in cls.__mro__ if name in vars(each)) is base
 
 
 def _wrong_word(cls: type, base: type) -> str | None:
-    """Return which class attribute has a value that the framework does not know, or None."""
+    """Return an error if a class attribute has a value that the framework does not know, or None."""
     for name, kind in {**get_type_hints(Component), **get_type_hints(base)}.items():
         (declared,) = get_args(kind) if get_origin(kind) is ClassVar else (None,)
         known = (True, False) if declared is bool else get_args(declared) if get_origin(declared) is Literal else ()
@@ -195,11 +204,11 @@ def _wrong_word(cls: type, base: type) -> str | None:
 _MADE_OTHERWISE: dict[str, str] = {
     "weigh": "Write def weigh(self, batch), a StepBatch with batch.losses, batch.step and more.",
 }
-"""Method -> how one of an earlier release is written now."""
+"""Method -> how to rewrite a method that follows an earlier release."""
 
 
 def _misfit(cls: type, base: type) -> str | None:
-    """Return which method cannot be called as the framework calls it, or None."""
+    """Return an error if a method has a signature that the framework cannot call, or None."""
     for name, original in {**vars(Component), **vars(base)}.items():
         holder = next(each for each in cls.__mro__ if name in vars(each))
         own = vars(holder)[name]
@@ -221,7 +230,7 @@ def _signature(function: Any) -> str:
 
 
 def _bad_default(cls: type[Component]) -> str | None:
-    """Return which parameter has a default that it would refuse in a configuration, or None."""
+    """Return an error if a parameter has a default that its own validation refuses, or None."""
     for name, field in cls.Params.model_fields.items():
         if field.is_required():
             continue
@@ -231,16 +240,16 @@ def _bad_default(cls: type[Component]) -> str | None:
             TypeAdapter(constrained).validate_python(default)
         except ValidationError as error:
             return f"{cls.Params.__name__}.{name}: its default {default!r} is not valid: {error.errors()[0]['msg']}."
-        except PydanticUserError:  # a type of its own, which only the model's settings allow
+        except PydanticUserError:  # The type needs settings of the whole model.
             continue
     return None
 
 
 def instantiate(cls: type[Component], params: ComponentParams) -> Component:
-    """Return a component of these parameters.
+    """Return a component with the given parameters.
 
     Raises:
-        ConfigError: if its ``__init__`` fails, naming the class, its file and the line.
+        ConfigError: if ``__init__`` fails. The message names the class, its file and the line.
     """
     file = file_of(cls)
     try:
@@ -248,25 +257,25 @@ def instantiate(cls: type[Component], params: ComponentParams) -> Component:
     except DataFlexError:
         raise
     except Exception as error:
-        if file is None:  # a built-in one: the traceback is what is needed
+        if file is None:  # A failing built-in class is a bug of the package, so the traceback is needed.
             raise
         said = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{cls.__name__} ({_line_in(error, file)}) cannot be made: {said}") from error
+        raise ConfigError(f"{cls.__name__} ({_line_in(error, file)}) cannot be constructed: {said}") from error
     if vars(component).get("params") is not params:
         raise ConfigError(f"{cls.__name__} ({place_of(cls)}): its __init__ must call super().__init__(params).")
     return component
 
 
 def _line_in(error: BaseException, file: str) -> str:
-    """Return ``FILE, line N`` of the last frame of an error that is in a file; the file alone where none is."""
+    """Return ``FILE, line N`` of the last frame of an error in a file, or the file alone if no frame is in it."""
     lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
     return f"{file}, line {lines[-1]}" if lines else file
 
 
 def failure_of_component(error: BaseException) -> str | None:
-    """Return what an error says that was raised under the code of a component that is not built in, or None.
+    """Return the message of an error that was raised under the code of a component that is not built in, or None.
 
-    None is the answer for errors of the framework's own: of those the traceback is what is needed.
+    None means that the error comes from the framework, so that the traceback is needed.
     """
     files = {file for cls in _registered.values() if (file := file_of(cls)) is not None}
     cause: BaseException | None = error
@@ -275,7 +284,7 @@ def failure_of_component(error: BaseException) -> str | None:
         own = [(frame, line) for frame, line in frames if frame.f_code.co_filename in files]
         if own:
             break
-        cause = cause.__cause__  # a StopIteration, for one, leaves a generator as the cause of another error
+        cause = cause.__cause__  # For example, a StopIteration leaves a generator as the cause of another error.
     else:
         return None
     frame, line = own[-1]
@@ -291,14 +300,14 @@ def failure_of_component(error: BaseException) -> str | None:
 
 
 def load_components(plugins: list[str], base: Path | None = None) -> None:
-    """Import the built-in methods, those of installed packages, and the files in ``plugins``.
+    """Import the built-in methods, the methods of installed packages, and the files in ``plugins``.
 
     Args:
-        plugins: paths of Python files, relative to the working directory or to ``base`` (the YAML's folder).
-        base: second place where a relative path is looked for.
+        plugins: paths of Python files, relative to the working directory or to ``base``.
+        base: second folder to look for a relative path in (the folder of the YAML file).
 
     Raises:
-        ConfigError: with every plug-in that does not exist, cannot be imported or registers nothing.
+        ConfigError: if plug-ins do not exist, cannot be imported or register nothing. The error lists all of them.
     """
     for package in _BUILTIN_PACKAGES:
         module = importlib.import_module(f"dataflex.{package}")
@@ -312,7 +321,7 @@ def load_components(plugins: list[str], base: Path | None = None) -> None:
             package = "a package" if point.dist is None else f"the package {point.dist.name}"
             said = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             message = f"{package} names components by the entry point {point.name} = {point.value}, which cannot be "
-            problems.append(Problem("", f"{message}loaded: {said} Mend or uninstall it."))
+            problems.append(Problem("", f"{message}loaded: {said} Repair or uninstall it."))
     for plugin in plugins:
         try:
             _load_plugin(find_plugin(plugin, base))
@@ -323,10 +332,10 @@ def load_components(plugins: list[str], base: Path | None = None) -> None:
 
 
 def find_plugin(plugin: str, base: Path | None) -> Path:
-    """Return the absolute path of a plug-in file, from the working directory or from ``base``.
+    """Return the absolute path of a plug-in file, looked up in the working directory and in ``base``.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if the file does not exist.
     """
     folders = list(dict.fromkeys(folder for folder in (Path.cwd(), base) if folder is not None))
     for folder in folders:
@@ -338,7 +347,7 @@ def find_plugin(plugin: str, base: Path | None) -> Path:
 
 
 def _load_plugin(path: Path) -> None:
-    # Named by its contents: the copy in a run's record is the same plug-in.
+    # The module name is a digest of the file, so that a copy in a run's record counts as the same plug-in.
     name = f"dataflex_plugin_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     if name in sys.modules:
         return
@@ -364,7 +373,8 @@ def _load_plugin(path: Path) -> None:
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the code of somebody's file raises
         problem, cause = f"importing it failed with {type(error).__name__}: {error}.", error
         if isinstance(error, ModuleNotFoundError) and error.name and (path.parent / f"{error.name}.py").is_file():
-            problem += " Modules beside a plug-in are found only where PYTHONPATH names their folder."
+            problem += " Modules beside a plug-in are found only if PYTHONPATH names their folder."
+    # A failed plug-in must leave nothing behind, neither its module nor a part of its components.
     del sys.modules[name]
     for key in _registered.keys() - before:
         del _registered[key]
@@ -386,7 +396,7 @@ def get(family: str, name: str) -> type[Component]:
     """Return a registered component.
 
     Raises:
-        ConfigError: if there is none of that name; names the nearest and all known ones.
+        ConfigError: if the name is not registered. The message lists the most similar name and all known names.
     """
     if (family, name) not in _registered:
         raise ConfigError(unknown(family, name, available(family)))

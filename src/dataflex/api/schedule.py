@@ -1,7 +1,7 @@
-"""When decisions are made: rounds as pure functions of the optimizer step.
+"""The schedule of decisions: rounds as pure functions of the optimizer step.
 
-A cycle is one warm-up round of ``warmup_steps`` and ``updates`` rounds of ``update_steps``; cycles repeat until
-``total_steps``. With ``updates = -1`` the update rounds go on until training ends.
+A cycle is one warm-up round of ``warmup_steps`` and ``updates`` rounds of ``update_steps``. Cycles repeat until
+``total_steps``. With ``updates = -1`` the update rounds continue until training ends.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RoundSlot:
-    """One round's place in the run."""
+    """One round of a run, with its position and length."""
 
     number: int
     """Position among all rounds, from 0."""
     start_step: int
-    """Optimizer steps done before the round begins."""
+    """Number of completed optimizer steps before the round begins."""
     steps: int
-    """Optimizer steps in the round; the last one of a run may be cut short."""
+    """Number of optimizer steps in the round. The last round of a run may be shorter than the others."""
     update: int | None
-    """Which decision this round is trained on, counted from 0 over the whole run; None in a warm-up round."""
+    """The decision that this round is trained on, counted from 0 over the whole run. None in a warm-up round."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,12 @@ class Schedule:
         update_steps: length of an update round, >= 1.
         updates: update rounds in a cycle, >= 1, or -1 for "until training ends".
         total_steps: optimizer steps of the run, >= 1.
+
+    Example:
+        >>> from dataflex.api.schedule import Schedule
+        >>> schedule = Schedule(warmup_steps=10, update_steps=20, updates=-1, total_steps=100)
+        >>> schedule.num_updates, schedule.slot_at(35)
+        (5, RoundSlot(number=2, start_step=30, steps=20, update=1))
     """
 
     warmup_steps: int
@@ -43,19 +49,19 @@ class Schedule:
 
     @property
     def cycle_steps(self) -> int:
-        """Steps after which the warm-up begins again (the whole run where ``updates`` is -1)."""
+        """Number of steps after which the warm-up begins again (the whole run if ``updates`` is -1)."""
         if self.updates < 0:
             return max(self.total_steps, 1)
         return self.warmup_steps + self.update_steps * self.updates
 
     @property
     def rounds_per_cycle(self) -> int:
-        """Rounds in one full cycle."""
+        """Number of rounds in one full cycle."""
         return self._rounds_within(self.cycle_steps)
 
     @property
     def num_updates(self) -> int:
-        """Decisions made in the whole run."""
+        """Number of decisions in the whole run."""
         full, rest = divmod(self.total_steps, self.cycle_steps)
         return full * self._updates_within(self.cycle_steps) + self._updates_within(rest)
 
@@ -67,22 +73,22 @@ class Schedule:
 
     @property
     def num_rounds(self) -> int:
-        """Rounds of the whole run, warm-up rounds included."""
+        """Number of rounds in the whole run, including warm-up rounds."""
         full, rest = divmod(self.total_steps, self.cycle_steps)
         return full * self._rounds_within(self.cycle_steps) + self._rounds_within(rest)
 
     @property
     def last_decision(self) -> int | None:
-        """Optimizer steps done before the last decision of the run; None where there is none."""
+        """Number of completed optimizer steps before the last decision of the run. None if the run has no decision."""
         slot = self.slot_at(self.total_steps - 1)
-        if slot.update is None:  # a run may end in the warm-up of a further cycle
+        if slot.update is None:  # A run may end in the warm-up of a further cycle.
             if slot.start_step == 0:
                 return None
             slot = self.slot_at(slot.start_step - 1)
         return slot.start_step
 
     def slot_at(self, step: int) -> RoundSlot:
-        """Return the round in which the optimizer step number ``step`` (from 0) is trained.
+        """Return the round that contains the optimizer step number ``step`` (from 0).
 
         Raises:
             ValueError: if ``step`` is outside ``[0, total_steps)``.
@@ -102,22 +108,22 @@ class Schedule:
 
 
 def steps_per_pass(num_samples: int, global_batch_size: int) -> int:
-    """Optimizer steps in which every sample of the pool is trained once (the last one may begin a second pass)."""
+    """Return the optimizer steps that train every sample of the pool once. The last may begin a second pass."""
     return math.ceil(num_samples / global_batch_size)
 
 
 def default_update_steps(*, rounds: int, num_samples: int, global_batch_size: int, run_steps: int | None) -> int:
-    """Return the length of a round where none is given.
+    """Return the default length of a round in optimizer steps.
 
-    With ``rounds`` = 1 a round is one pass over the pool. Otherwise it is the ``rounds``-th part of one pass or of the
-    run, whichever is shorter: a round that takes the whole pool leaves a selector nothing to choose, and a run of one
-    round gives a mixer that learns no second decision to use what it learned.
+    With ``rounds`` = 1 a round is one pass over the pool. Otherwise a round is the ``rounds``-th part of one pass or of
+    the run, whichever is shorter. A round of the whole pool would leave a selector nothing to choose. A run of one
+    round would give a mixer that learns no second decision to use its result.
 
     Args:
-        rounds: how many parts the components want, at least 1.
+        rounds: the number of parts that the components want, at least 1.
         num_samples: samples in the pool.
         global_batch_size: samples of an optimizer step.
-        run_steps: optimizer steps of the run after its warm-up; None where they follow from the length of a round.
+        run_steps: optimizer steps of the run after its warm-up. None if they follow from the length of a round.
     """
     if rounds == 1:
         return steps_per_pass(num_samples, global_batch_size)
@@ -127,17 +133,25 @@ def default_update_steps(*, rounds: int, num_samples: int, global_batch_size: in
 
 @dataclass(frozen=True)
 class RunOutline:
-    """What is known of a run before its model is loaded; what a component may judge by whether it can act.
+    """The outline of a run before its model is loaded. A component reads it to find out whether it can have an effect.
 
     Attributes:
-        schedule: the rounds; its total is that expected where a budget of tokens or seconds ends the run.
+        schedule: the rounds. If a budget of tokens or seconds ends the run, the total is the expected one.
         global_batch_size: samples of an optimizer step.
-        pool_size: samples in the pool; None where nothing is planned.
+        pool_size: samples in the pool; None if nothing is planned.
         domains: number of domains.
         accumulation: micro-batches of an optimizer step on one process.
-        validation: validation samples of the component that is asked, 0 where it has none.
-        every: it decides once in so many decisions.
-        sizes: samples of each domain; None: not known.
+        validation: number of validation samples of the component that receives the outline, or 0.
+        every: the component acts at every ``every``-th decision.
+        sizes: samples of each domain; None if unknown.
+
+    Example:
+        >>> from dataflex import RunOutline
+        >>> from dataflex.api.schedule import Schedule
+        >>> schedule = Schedule(warmup_steps=10, update_steps=20, updates=-1, total_steps=100)
+        >>> run = RunOutline(schedule, global_batch_size=8, pool_size=1000)
+        >>> run.decisions, run.decided_steps, run.round_samples
+        (5, 90, 160)
     """
 
     schedule: Schedule
@@ -151,22 +165,22 @@ class RunOutline:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Number of optimizer steps of the run."""
         return self.schedule.total_steps
 
     @property
     def decisions(self) -> int:
-        """Decisions of the run, or of the component that is asked."""
+        """Number of decisions of the component that receives the outline."""
         return math.ceil(self.schedule.num_updates / self.every)
 
     @property
     def decided_steps(self) -> int:
-        """Optimizer steps outside warm-up rounds."""
+        """Number of optimizer steps outside warm-up rounds."""
         full, rest = divmod(self.total_steps, self.schedule.cycle_steps)
         warmup = self.schedule.warmup_steps
         return self.total_steps - full * min(warmup, self.schedule.cycle_steps) - min(warmup, rest)
 
     @property
     def round_samples(self) -> int:
-        """Samples of a round of full length."""
+        """Number of samples in a round of full length."""
         return min(self.schedule.update_steps, self.decided_steps) * self.global_batch_size

@@ -1,4 +1,4 @@
-"""Groups of samples to choose from, and the samples that were chosen."""
+"""Groups of samples to choose from, and the samples that a selector chose."""
 
 from __future__ import annotations
 
@@ -14,14 +14,28 @@ from dataflex.errors import ComponentError
 
 @dataclass
 class Group:
-    """A contiguous range of the pool out of which ``budget`` samples are wanted: the whole pool, or one domain."""
+    """A contiguous range of the pool, from which ``budget`` samples are chosen: the whole pool or one domain.
+
+    Example:
+        >>> from dataflex import Group
+        >>> from dataflex.data.sampling import PassSampler
+        >>> group = Group("math", start=100, stop=104, budget=2, sampler=PassSampler(4, seed=1, name="math"))
+        >>> group.candidates
+        array([100, 101, 102, 103])
+        >>> sorted(int(index) for index in [*group.draw(2), *group.draw(2)])
+        [100, 101, 102, 103]
+    """
 
     name: str
+    """The name of the domain, or of the pool."""
     start: int
+    """Pool index of the first sample."""
     stop: int
+    """Pool index after the last sample."""
     budget: int
+    """Number of samples to choose."""
     sampler: PassSampler
-    """Where this group's passes stand; shared by all rounds of the run."""
+    """The state of the passes over this group. All rounds of the run share it."""
 
     @property
     def size(self) -> int:
@@ -34,13 +48,13 @@ class Group:
         return np.arange(self.start, self.stop, dtype=np.int64)
 
     def draw(self, count: int, walk: Walk | None = None) -> IndexArray:
-        """Return the next ``count`` pool indices of the group's running pass, which ``walk`` may put in order."""
+        """Return the next ``count`` pool indices of the group's running pass. A ``walk`` may determine their order."""
         drawn = self.sampler.draw(count, walk)
         drawn += self.start
         return drawn
 
     def draw_passes(self, walk: Walk | None = None) -> Selection:
-        """Return the next ``budget`` samples of the group's running pass, in random order already or in a walk's."""
+        """Return the next ``budget`` samples of the group's running pass, in random order or in the order of a walk."""
         begin = self.sampler.drawn
         numbers = np.arange(begin, begin + self.budget, dtype=np.int64) // self.size
         return Selection(self.draw(self.budget, walk), shuffled=True, passes=numbers)
@@ -48,19 +62,27 @@ class Group:
 
 @dataclass(frozen=True)
 class Selection:
-    """The samples a selector chose.
+    """The samples that a selector chose.
 
     Attributes:
         indices: pool indices, shape (budget,).
-        scores: their scores in the same order, or None where the selector has none.
-        unscored: candidates left out because they have no score (no token to train on).
-        shuffled: whether the indices are in random order already.
-        ranks: the rank of each among the candidates of its group, in the same order, int64: 1 is the best, ties broken
-            as the rule that chose breaks them; 0 for a sample taken without a choice. None where nothing is ranked.
-        ranked: candidates the ranks are among.
-        passes: which pass over its group each is of, in the same order, int64; a sample of a later pass is not trained
-            before those of an earlier one, unless an order moves it. None where there are no passes.
-        undecided: why these samples do not follow from what the selector is for; None where they do.
+        scores: the scores of the samples in the same order, or None if the selector has no scores.
+        unscored: number of candidates that were left out because they have no score (no trained token).
+        shuffled: whether the indices are already in random order.
+        ranks: rank of each sample among the candidates of its group, in the same order, int64. Rank 1 is the best. The
+            rule that chose the samples also breaks ties. Rank 0 marks a sample that was included without a choice. None
+            if nothing is ranked.
+        ranked: number of candidates that were ranked.
+        passes: for each sample, the number of the pass over its group, in the same order, int64. A sample of a later
+            pass is trained after those of an earlier pass, unless an order moves it. None without passes.
+        undecided: why these samples do not follow the method of the selector; None if they do.
+
+    Example:
+        >>> import numpy as np
+        >>> from dataflex import Selection
+        >>> chosen = Selection(np.array([3, 8]), scores=np.array([0.9, 0.4], dtype=np.float32))
+        >>> chosen.indices.size, chosen.shuffled
+        (2, False)
     """
 
     indices: IndexArray
@@ -74,23 +96,23 @@ class Selection:
 
 
 def check_form(label: str, selection: Selection) -> None:
-    """Check that somebody's selection is one, of arrays.
+    """Check that a return value is a selection of numpy arrays.
 
     Raises:
-        ComponentError: naming what chose and what it returned.
+        ComponentError: if not. The message names the component and the type that it returned.
     """
     if not isinstance(selection, Selection):
-        raise ComponentError(f"{label} returned a {type(selection).__name__}; needed is a dataflex.Selection.")
+        raise ComponentError(f"{label} returned a {type(selection).__name__}; a dataflex.Selection is needed.")
     parts = {"indices": selection.indices, "scores": selection.scores, "ranks": selection.ranks}
     for name, part in parts.items():
         if not isinstance(part, np.ndarray) and (part is not None or name == "indices"):
             raise ComponentError(
-                f"{label} returned a Selection whose {name} are a {type(part).__name__}; needed is a numpy array."
+                f"{label} returned a Selection whose {name} are a {type(part).__name__}; a numpy array is needed."
             )
 
 
 def with_whole_passes(candidates: IndexArray, budget: int, choose: Callable[[IndexArray, int], Selection]) -> Selection:
-    """Return ``budget`` of the candidates: all of them while the budget exceeds their number, then a choice."""
+    """Return ``budget`` samples: all candidates once per whole pass in the budget, and a choice for the rest."""
     passes, rest = divmod(budget, candidates.size)
     whole = Selection(np.tile(candidates, passes), passes=np.repeat(np.arange(passes), candidates.size))
     if not rest:
@@ -102,7 +124,7 @@ def with_whole_passes(candidates: IndexArray, budget: int, choose: Callable[[Ind
 
 
 def join(parts: list[Selection]) -> Selection:
-    """Return selections one after another; of a part without scores, ranks or passes a sample has NaN or 0 there."""
+    """Return several selections as one. For a part without scores the samples have NaN; without ranks or passes, 0."""
     if len(parts) == 1:
         return parts[0]
     scores = ranks = passes = None

@@ -1,4 +1,4 @@
-"""Where a component that is not built in is defined, for messages: its author needs the file and the line."""
+"""The file and line of a component that is not built in, for messages to its author."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def file_of(cls: type) -> str | None:
-    """Return the file a class is defined in; None of what is built in, or was made without a file."""
+    """Return the file that defines a class. None for a built-in class or a class that was defined without a file."""
     module = sys.modules.get(cls.__module__)
     file = None if module is None else module.__file__
     return None if file is None or file.startswith(_PACKAGE) else file
 
 
 def place_of(cls: type) -> str | None:
-    """Return ``FILE, line N`` of a class; None where :func:`file_of` is."""
+    """Return ``FILE, line N`` of a class, or None if :func:`file_of` returns None."""
     file = file_of(cls)
     if file is None:
         return None
     try:
         return f"{file}, line {_first_line(cls)}"
-    except (OSError, TypeError):  # the file changed meanwhile, or the class was made by a call
+    except (OSError, TypeError):  # The file has changed since the import, or a call created the class.
         return file
 
 
-@cache  # reading a source file takes milliseconds, and labels are made at every step
+@cache  # Cached because reading a source file takes milliseconds and labels are needed at every step.
 def _first_line(cls: type) -> int:
     return inspect.getsourcelines(cls)[1]
 
 
 def label_of(component: Component, methods: Sequence[str] = ()) -> str:
-    """Return the family and name of a component and, where it is not built in, its class and where that is defined.
+    """Return the family and name of a component. If it is not built in, add its class, file and line.
 
     Args:
         component: the component.
-        methods: what it may define, the first one found is named with its line.
+        methods: methods that the component may define. The label names the first one found, with its line.
     """
     cls = type(component)
     name = f"{component.family} {component.name!r}"

@@ -1,4 +1,4 @@
-"""Weighters scale the loss of each sample, or of each token, inside a step."""
+"""Weighters scale the loss of each sample, or of each token, within a step."""
 
 from __future__ import annotations
 
@@ -17,11 +17,20 @@ if TYPE_CHECKING:
 
 
 class WeighterParams(ComponentParams):
-    """Parameters all weighters have."""
+    """Parameters of all weighters.
+
+    Example:
+        >>> from pydantic import Field
+        >>> from dataflex import WeighterParams
+        >>> class RampParams(WeighterParams):
+        ...     strength: float = Field(1.0, ge=0, description="Extra weight of hard samples at the end of the run.")
+        >>> RampParams(normalization="sample").strength
+        1.0
+    """
 
     normalization: Literal["token", "sample"] = Field(
         "token",
-        description="token: the Trainer's own token mean, weighted; sample: weighted mean of per-sample means, if any "
+        description="token: the Trainer's own token mean, weighted; sample: weighted mean of per-sample means if any "
         "weighter of the run asks for it.",
     )
 
@@ -30,17 +39,21 @@ WeighterParamsT = TypeVar("WeighterParamsT", bound=WeighterParams, covariant=Tru
 
 
 class Weighter(Component[WeighterParamsT]):
-    """Scales the loss of each sample, or of each token, inside a step.
+    """Base of all weighters: scales the loss of each sample, or of each token, within a step.
 
     Example:
+        >>> import torch
+        >>> from dataflex import StepBatch, Weighter, WeighterParams
         >>> class Ramp(Weighter[WeighterParams]):
         ...     def weigh(self, batch):
         ...         return 1 + batch.progress * (batch.losses > batch.losses.median())
+        >>> Ramp(WeighterParams()).weigh(StepBatch(torch.tensor([2.0, 4.0, 3.0]), step=10, total_steps=40))
+        tensor([1.0000, 1.2500, 1.0000])
     """
 
     Params: ClassVar[type[ComponentParams]] = WeighterParams
     elementwise: ClassVar[bool] = False
-    """Whether the weights of a sample depend on nothing but that sample; then no batch has to be gathered first."""
+    """Whether the weight of a sample depends on this sample alone. The framework then need not gather the batch."""
 
     @property
     def decides_within_step(self) -> bool:
@@ -48,24 +61,25 @@ class Weighter(Component[WeighterParamsT]):
         return not self.elementwise
 
     def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
-        """Return the samples of all steps that are weighted."""
+        """Return the number of samples in all steps that are weighted."""
         return float(run.decided_steps * run.global_batch_size)
 
     def begin_step(self, start: StepStart) -> None:
-        """Measure what the weights of a step need beside its samples, as the embeddings of validation samples.
+        """Measure the data that the weights of a step need in addition to its samples, such as validation embeddings.
 
-        Called on all processes together before the forwards of every step that it weighs. Under ZeRO-3 and FSDP the
-        model can be run here, and not in :meth:`weigh`.
+        Called on all processes together before the forward passes of every step that the weighter weighs. Under ZeRO-3
+        and FSDP the model can run here but not in :meth:`weigh`.
         """
 
     def weigh(self, batch: StepBatch) -> Tensor:
-        """Return what the losses are multiplied by: 1 everywhere is plain training.
+        """Return the factors of the losses. A factor of 1 everywhere is plain training.
 
-        Shape (n,), one weight per sample, or (n, T), one per token; finite and not negative, of the tokens that are
-        trained on. The weights of several weighters are multiplied with each other.
+        The shape is (n,), one weight per sample, or (n, T), one per token. The weights of trained tokens must be finite
+        and not negative. The framework multiplies the weights of several weighters.
 
         Args:
-            batch: the samples of the step, with their losses; the losses of their tokens if :meth:`needs` asks for
-                ``step_losses="tokens"`` or for a reference, their embeddings if it asks for ``step_embeddings``.
+            batch: the samples of the step with their losses. The batch also holds their token losses if :meth:`needs`
+                name ``step_losses="tokens"`` or a reference, and their embeddings if :meth:`needs` name
+                ``step_embeddings``.
         """
         raise NotImplementedError(f"weighter {self.name!r} does not define weigh()")

@@ -1,22 +1,22 @@
-"""Whole samples from shares, with what rounding leaves over carried from round to round.
+"""Integer sample counts from domain shares, with rounding errors carried from round to round.
 
-Let S_k be the sum over the rounds so far of (share of domain k) x (samples of the round), and C_k the samples planned
-of it. Each round gives every domain the whole samples it is owed, floor(S_k - C_k), and one more to as many domains as
-samples are left. While the shares stay as they are, S_k - C_k is less than one for every domain after every round,
-however short the rounds.
+Let S_k be the sum over all rounds so far of (share of domain k) x (samples of the round). Let C_k be the number of
+samples of domain k that are planned so far. Each round gives every domain its owed whole samples, floor(S_k - C_k). The
+remaining samples of the round go to different domains, one each. While the shares stay the same, S_k - C_k is less than
+one for every domain after every round, however short the rounds are.
 
-Which domains get the one more: those that are owed the largest fraction, as long as every domain can still get its
-whole samples in time. Domain k has to have its next one before S_k reaches the next integer, so a set of unit jobs with
-deadlines is to be done, of which each round does a given number. Giving every domain its exact share would do them all
-in time; such problems have an integral solution wherever they have a fractional one, and a choice keeps the rest
-solvable if, for every number of later rounds, the jobs due by then fit into them (Hall's condition; the choice by
-deadlines alone is the quota method of Balinski and Young 1975, and Tijdeman's for the chairman assignment problem,
-1980). That condition is checked for the next rounds (``later``); domains whose deadline lies beyond them come last, by
-their deadlines, which is always safe.
+The remaining samples go to the domains with the largest owed fractions, as long as every domain can still receive its
+whole samples in time. Domain k must receive its next sample before S_k reaches the next integer. The problem is
+therefore a set of unit jobs with deadlines, of which each round executes a given number. Exact fractional shares would
+finish all jobs in time, and such problems have an integral solution if they have a fractional one. A choice keeps the
+rest solvable if, for every number of later rounds, the jobs due by then fit into these rounds (Hall's condition). The
+choice by deadlines alone is the quota method of Balinski and Young 1975, and Tijdeman's for the chairman assignment
+problem, 1980. Hall's condition is checked for the next rounds (``later``). Domains with a later deadline come last, in
+the order of their deadlines, which is always safe.
 
-Where the shares change from round to round nobody knows the deadlines. Then the largest fraction comes first, which
-keeps the largest difference small; that no difference ever reaches one cannot be promised by any rule that does not
-know the shares to come (by an adversary that always gives its shares to the domains not served yet).
+If the shares change from round to round, the deadlines are unknown. The largest fraction then comes first, which keeps
+the largest difference small. No rule that does not know the future shares can keep every difference below one: an
+adversary can always give its shares to the domains that have not been served yet.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 LATER_ROUNDS = 64
-"""Rounds that are looked ahead."""
+"""Number of rounds to look ahead."""
 
 _EXACT = 1e-9
-"""A number of samples this near to an integer is that integer."""
+"""A number of samples within this distance of an integer counts as the integer."""
 _RELATIVE = 2.0**-50
 
 
 @dataclass(frozen=True)
 class Apportioned:
-    """How many samples of each domain a round has, all arrays of shape (K,)."""
+    """The number of samples of each domain in a round. All arrays have shape (K,)."""
 
     counts: IntArray
-    """They add up to the round's samples."""
+    """Samples of each domain. The sum is the number of samples of the round."""
     shares: FloatArray
-    """The shares in force, which sum to 1: the wanted ones, but for domains at their limits."""
+    """The shares in force, with sum 1. They equal the wanted shares except for domains at their limits."""
     owed: FloatArray
-    """Shares times samples minus counts, summed over the rounds so far, this one included."""
+    """Shares times samples minus counts, summed over all rounds up to and including this one."""
     cut: NDArray[np.bool_]
-    """Domains that would have had more without their limit."""
+    """Domains whose count is reduced by their limit."""
 
 
 def apportion(
@@ -60,26 +60,27 @@ def apportion(
 ) -> Apportioned:
     """Return the counts of a round.
 
-    A domain that would exceed its limit gets the limit, and what it cannot take goes to the others in proportion to
-    their shares, until nothing exceeds (water-filling). A share of 0 gets nothing. Time and memory are K x (1 + later).
+    A domain that would exceed its limit gets the limit. Its remaining samples go to the other domains in proportion to
+    their shares, until no domain exceeds its limit (water-filling). A share of 0 gets no samples. Time and memory are K
+    x (1 + later).
 
     Args:
-        owed: what earlier rounds left over, shape (K,); zeros at the beginning of a run.
+        owed: rounding errors of earlier rounds, shape (K,); zeros at the beginning of a run.
         wanted: non-negative shares with a positive sum, any scale, shape (K,).
-        total: what the counts add up to, >= 0.
-        later: samples up to the end of each of the next rounds, counted from the end of this one, ascending, as far as
-            the shares are expected to stay the same; empty: nothing is known of them.
-        limits: the most each domain may get, >= 0, shape (K,); none: as many as its share gives.
+        total: the sum of the counts, >= 0.
+        later: number of samples from the end of this round to the end of each of the next rounds, ascending, for the
+            rounds in which the shares are expected to stay the same. Empty means that no later round is known.
+        limits: maximum count of each domain, >= 0, shape (K,). None means no limit.
 
     Raises:
-        ValueError: if the domains of a positive share cannot take the total.
+        ValueError: if the limits of the domains with a positive share add up to less than ``total``.
     """
     given = np.asarray(wanted, dtype=np.float64) / np.sum(wanted)
     counts, in_force = np.zeros(given.size, dtype=np.int64), given.copy()
     open_, cut, rest = given > 0, None, total
     limits = np.full(given.size, total) if limits is None else limits
     if int(limits[open_].sum()) < total:
-        raise ValueError(f"{total} do not fit into {int(limits[open_].sum())}")
+        raise ValueError(f"{total} samples do not fit into the limits of {int(limits[open_].sum())}")
     while open_.any():
         in_force[open_] = given[open_] / given[open_].sum() * (rest / total if total else 1.0)
         counts[open_] = _rounded(owed[open_] + in_force[open_] * total, in_force[open_], rest, later)
@@ -96,20 +97,20 @@ def apportion(
 
 
 def _rounded(targets: FloatArray, rates: FloatArray, total: int, later: IntArray) -> IntArray:
-    """Return non-negative counts that add up to ``total``, each the floor or the ceiling of its target if possible.
+    """Return non-negative counts with sum ``total``, each the floor or the ceiling of its target if possible.
 
     Args:
         targets: samples owed at the end of the round, at least -1, shape (K,).
         rates: samples of each domain for each further sample of the run, positive, shape (K,).
-        total: what the counts add up to.
+        total: the sum of the counts.
         later: as for :func:`apportion`.
     """
     nearest = np.rint(targets)
     targets = np.where(np.abs(targets - nearest) < _EXACT + total * _RELATIVE, nearest, targets)
     counts = np.maximum(np.floor(targets), 0.0)
-    left = targets - counts  # below 0 for domains that are ahead
+    left = targets - counts  # below 0 for domains that have received too many samples
     extra = total - int(counts.sum())
-    while extra < 0:  # more is due than the round has: some have to wait, those first that are owed least
+    while extra < 0:  # more is due than the round has, so the domains with the least owed wait
         due = np.flatnonzero(counts > 0)
         waiting = due[np.argsort(left[due], kind="stable")[:-extra]]
         counts[waiting] -= 1
@@ -118,14 +119,14 @@ def _rounded(targets: FloatArray, rates: FloatArray, total: int, later: IntArray
     chosen = _chosen(left, rates, extra, later)
     counts[chosen] += 1
     left[chosen] -= 1
-    while (extra := total - int(counts.sum())) > 0:  # fewer are owed anything than the round has room for
+    while (extra := total - int(counts.sum())) > 0:  # fewer samples are owed than the round has
         counts[np.argsort(-left, kind="stable")[:extra]] += 1
         left = targets - counts
     return counts.astype(np.int64)
 
 
 def _chosen(left: FloatArray, rates: FloatArray, extra: int, later: IntArray) -> NDArray[np.intp]:
-    """Return which ``extra`` of the domains with something left over get one sample more; fewer where there are not."""
+    """Return the ``extra`` domains that get one sample more; fewer if fewer domains have an owed fraction."""
     eligible = np.flatnonzero(left > 0)
     if eligible.size <= extra:
         return eligible
@@ -133,7 +134,7 @@ def _chosen(left: FloatArray, rates: FloatArray, extra: int, later: IntArray) ->
     if not later.size:
         return eligible[np.argsort(-fractions, kind="stable")[:extra]]
     slack = _EXACT + later * _RELATIVE
-    deadlines = (1 - fractions) / rates[eligible]  # further samples of the run
+    deadlines = (1 - fractions) / rates[eligible]  # in further samples of the run
     due = np.maximum(np.floor(left + np.multiply.outer(later, rates) + slack[:, None]), 0).sum(axis=1)
     needed = np.maximum(due - later, 0).astype(np.int64)
     largest_first = np.argsort(-fractions, kind="stable")

@@ -1,8 +1,8 @@
-"""Clusters of the pool's samples by the tokens they contain, without a model.
+"""Clusters of the pool's samples by their tokens, without a model.
 
-TF-IDF of hashed token ids, reduced by a truncated SVD (latent semantic analysis, Deerwester et al. 1990), scaled to
-length 1 and clustered by mini-batch k-means (Sculley 2010). All of it is fitted on a seeded draw of at most 20 000
-samples; then the pool is read once, a few thousand samples at a time, so memory does not grow with its tokens.
+TF-IDF of hashed token ids is reduced by a truncated SVD (latent semantic analysis, Deerwester et al. 1990), scaled to
+length 1 and clustered by mini-batch k-means (Sculley 2010). All steps are fitted on a seeded draw of at most 20 000
+samples. The pool is then read once, a few thousand samples at a time, so memory does not grow with its tokens.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ if TYPE_CHECKING:
     from dataflex.data.pool import Pool
 
 _FITTED = 20_000
-"""Samples everything is fitted on."""
+"""Maximum number of samples for fitting."""
 _ROWS = 2_000
-"""Samples read at a time."""
+"""Number of samples per read."""
 _BITS = 16
 """Token ids are hashed to 2**16 columns."""
 _DIM = 64
-"""Dimensions that are clustered."""
+"""Number of dimensions after the SVD."""
 _MAX_SHARE = 0.5
 """Tokens in a larger share of the samples (special tokens, the template, punctuation) are ignored."""
 _MIN_SAMPLES = 2
-"""Tokens in fewer of the fitted samples are ignored: they make no two samples alike."""
+"""Tokens in fewer of the fitted samples are ignored, because they make no two samples similar."""
 
 
 def token_clusters(pool: Pool, num_clusters: int, seed: int) -> NDArray[np.int32]:
     """Return the cluster of every sample, shape (N,), int32, numbered from 0 without gaps.
 
-    There can be fewer clusters than asked for where samples repeat or share no informative token. With ``N`` at most
-    ``num_clusters`` every sample is a cluster of its own. The same pool, seed and number of threads give the same
-    clusters. Collective: the main process fits, all of them find the clusters of a share of the samples, and all get
-    the same ones.
+    The result has fewer clusters than ``num_clusters`` if samples repeat or share no informative token. If ``N`` is at
+    most ``num_clusters``, every sample is a separate cluster. The same pool, seed and number of threads give the same
+    clusters. Collective: the main process fits, every process predicts the clusters of a share of the samples, and
+    every process receives all clusters.
 
     Args:
         pool: the samples, read by their ``input_ids``.
-        num_clusters: clusters wanted, >= 1.
-        seed: of the draw, the SVD and k-means.
+        num_clusters: number of clusters, >= 1.
+        seed: seed of the draw, the SVD and k-means.
 
     Raises:
         ValueError: if ``num_clusters`` is below 1.
@@ -65,7 +65,7 @@ def token_clusters(pool: Pool, num_clusters: int, seed: int) -> NDArray[np.int32
 
 
 def _fitted(pool: Pool, num_clusters: int, seed: int) -> tuple[NDArray[np.int64], Any] | None:
-    """Return the columns of the token counts that tell samples apart, and the pipeline; None without two columns."""
+    """Return the informative columns of the token counts and the fitted pipeline, or None if fewer than two remain."""
     counts = _fitted_counts(pool, max(_FITTED, 10 * num_clusters), seed)
     found_in = counts.getnnz(axis=0)
     columns = np.flatnonzero((found_in >= _MIN_SAMPLES) & (found_in <= _MAX_SHARE * counts.shape[0]))
@@ -73,7 +73,10 @@ def _fitted(pool: Pool, num_clusters: int, seed: int) -> tuple[NDArray[np.int64]
 
 
 def _predicted(pool: Pool, columns: NDArray[np.int64], model: Any) -> NDArray[np.int32]:
-    """Return the clusters of this process's share of the samples; any number of processes reads the same tables."""
+    """Return the clusters of this process's share of the samples.
+
+    The samples are read in the same tables for any number of processes.
+    """
     tables = -(-pool.size // _ROWS)
     first, last = (tables * rank // distributed.world_size() for rank in (distributed.rank(), distributed.rank() + 1))
     share = pool.dataset.select(range(first * _ROWS, min(last * _ROWS, pool.size))).with_format("arrow")
@@ -113,7 +116,7 @@ def _token_counts(table: pa.Table) -> csr_matrix:
 
 
 def _fitted_model(counts: csr_matrix, num_clusters: int, seed: int) -> Any:
-    """Return the pipeline from token counts to clusters, fitted."""
+    """Return the fitted pipeline from token counts to clusters."""
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfTransformer

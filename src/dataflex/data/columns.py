@@ -1,4 +1,4 @@
-"""Columns of the raw data: their values, one for each sample, also where a sample is packed of several rows."""
+"""Columns of the raw data: one value for each sample, even if a packed sample is made of several rows."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from dataflex.data.sampling import IndexArray
 from dataflex.errors import ConfigError, did_you_mean
 
 ColumnArray = NDArray[np.float64] | NDArray[np.object_]
-"""Numbers, NaN where there is none; or text, None where there is none."""
+"""Values of a column: numbers with NaN for a missing value, or text with None for a missing value."""
 
 
 Wrong = tuple[int | None, str]
-"""A row and what is wrong with its value; no row: with the whole column."""
+"""A row and the problem of its value. The row None means that the whole column is unusable."""
 
 
 @dataclass(frozen=True)
 class WantedColumn:
-    """A raw column that is to be kept with the samples.
+    """A raw column to store with the samples.
 
     Attributes:
-        key: the setting that asks for it.
-        checks: the settings of the components that read it, and what tells whether they can use the values of all rows.
+        key: the setting that requests the column.
+        checks: pairs of the setting of a component that reads the column, and a function that checks the values of all
+            rows.
     """
 
     key: str
@@ -36,12 +37,12 @@ class WantedColumn:
 
 @dataclass(frozen=True)
 class Packs:
-    """Which rows packed samples are made of.
+    """The rows of packed samples.
 
     Attributes:
-        sizes: rows in each sample, >= 1, shape (n,).
-        rows: the rows of one sample after another, shape (m,).
-        tokens: tokens of each of them that are in the sample, >= 1, shape (m,).
+        sizes: number of rows in each sample, >= 1, shape (n,).
+        rows: the rows of all samples, concatenated, shape (m,).
+        tokens: number of tokens of each of these rows in its sample, >= 1, shape (m,).
     """
 
     sizes: IndexArray
@@ -49,18 +50,19 @@ class Packs:
     tokens: IndexArray
 
     def mean(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the mean over the tokens of each sample, shape (n,); rows without a value do not count.
+        """Return the mean over the tokens of each sample, shape (n,). Rows without a value do not count.
 
         Args:
-            values: of every row, NaN where it has none.
+            values: one value for each row, NaN for a missing value.
         """
         samples = np.repeat(np.arange(self.sizes.size), self.sizes)
         there = values[self.rows]
         known = ~np.isnan(there)
         tokens = np.where(known, self.tokens, 0)
         first = np.full(self.sizes.size, np.nan)
+        # In reverse, so that the first of several values of a sample is written last.
         first[samples[known][::-1]] = there[known][::-1]
-        # From the first value on, so that the mean of equal values is exactly that value.
+        # Sums start at the first value, so that the mean of equal values is exactly this value.
         excess = np.where(known & (there != first[samples]), there - first[samples], 0.0)
         sums = np.bincount(samples, excess * tokens, self.sizes.size)
         counts = np.bincount(samples, tokens, self.sizes.size)
@@ -73,16 +75,16 @@ def column_of(dataset: Any, name: str) -> Any:
 
 
 def check_column(dataset: Any, column: str, key: str, name: str) -> None:
-    """Refuse a column that a data set lacks, or whose values are no numbers and no text.
+    """Check that a data set has a column and that its values are numbers or text.
 
     Args:
         dataset: the raw rows.
-        column: its column.
-        key: the setting that asks for it, for messages.
-        name: of the data set, for messages.
+        column: the name of the column.
+        key: the setting that requests the column, for messages.
+        name: the name of the data set, for messages.
 
     Raises:
-        ConfigError: naming the data set and its columns.
+        ConfigError: if not. The message names the data set and its columns.
     """
     if column not in dataset.column_names:
         raise ConfigError(f"{key}: {lacking(column, name, dataset.column_names)}")
@@ -98,19 +100,19 @@ def check_column(dataset: Any, column: str, key: str, name: str) -> None:
         is_of.is_large_string,
     )
     if not any(test(kind) for test in tests):
-        raise ConfigError(f"{key}: {column!r} of {name!r} holds {kind}; needed are numbers, text or true and false.")
+        raise ConfigError(f"{key}: {column!r} of {name!r} holds {kind}; numbers, text or booleans are needed.")
 
 
 def lacking(column: str, name: str, columns: Sequence[str]) -> str:
-    """Return what says that a data set has no such column."""
+    """Return the message that a data set lacks a column."""
     return (
         f"the data set {name!r} has no column {column!r}{did_you_mean(column, columns) or '.'} It has "
-        f"{', '.join(map(repr, columns)) or 'none'}. Every data set that is trained on needs a column that is kept."
+        f"{', '.join(map(repr, columns)) or 'none'}. Every training data set needs this column."
     )
 
 
 def text_is_packed(column: str) -> str:
-    """Return why a column of text is refused if samples are packed."""
+    """Return why a text column is refused if samples are packed."""
     return (
         f"{column!r} holds text, and with packing a sample is made of several rows: numbers have a mean, text has "
         "none. Set packing: false (and neat_packing: false), or leave the column out."
@@ -118,7 +120,7 @@ def text_is_packed(column: str) -> str:
 
 
 def read_column(dataset: Any, column: str) -> ColumnArray:
-    """Return the values of every row: numbers as float64, NaN for null, truth values as 0 and 1; text as it is."""
+    """Return the values of every row: numbers as float64, null as NaN, booleans as 0 and 1; text unchanged."""
     import pyarrow as pa
 
     found = column_of(dataset, column)
@@ -133,13 +135,13 @@ def refuse_values(wanted: WantedColumn, column: str, values: ColumnArray, place:
     """Refuse values that a component cannot use.
 
     Args:
-        wanted: who reads the column.
-        column: its name.
-        values: those of all rows.
-        place: says where a row is, by its position in ``values``.
+        wanted: the checks of the components that read the column.
+        column: the name of the column.
+        values: the values of all rows.
+        place: returns the file and line of a row from its position in ``values``.
 
     Raises:
-        ConfigError: naming the setting, the row and what is wrong.
+        ConfigError: if a check fails. The message names the setting, the row and the problem.
     """
     for key, check in wanted.checks:
         wrong = check(column, values)
@@ -149,7 +151,14 @@ def refuse_values(wanted: WantedColumn, column: str, values: ColumnArray, place:
 
 
 def unusable_score(column: str, values: ColumnArray) -> Wrong | None:
-    """Return what keeps a column from being the scores of samples: text, an infinite number, no number at all."""
+    """Return why a column cannot be the scores of samples (text, an infinite value, no value at all), or None.
+
+    Example:
+        >>> import numpy as np
+        >>> from dataflex import unusable_score
+        >>> unusable_score("quality", np.array([0.5, np.inf, np.nan]))
+        (1, "'quality' is inf; a score must be finite")
+    """
     if values.dtype == object:
         return None, f"{column!r} holds text, and scores are numbers"
     infinite = np.flatnonzero(np.isinf(values.astype(np.float64)))
@@ -159,27 +168,28 @@ def unusable_score(column: str, values: ColumnArray) -> Wrong | None:
 
 
 def join_columns(parts: Sequence[tuple[str, ColumnArray]], column: str, key: str) -> ColumnArray:
-    """Return the values of several data sets one after another.
+    """Return the concatenated values of several data sets.
 
     Args:
-        parts: name of each data set and its values.
-        column: the column's name, for messages.
-        key: the setting that asks for it, for messages.
+        parts: the name and the values of each data set.
+        column: the name of the column, for messages.
+        key: the setting that requests the column, for messages.
 
     Raises:
-        ConfigError: if one holds text and another numbers.
+        ConfigError: if the column is text in one data set and numbers in another.
     """
     first, values = parts[0]
     for name, other in parts:
         if (other.dtype == object) != (values.dtype == object):
             text, numbers = (name, first) if other.dtype == object else (first, name)
-            raise ConfigError(f"{key}: {column!r} is text in {text!r} and numbers in {numbers!r}; make it one of both.")
+            raise ConfigError(f"{key}: {column!r} is text in {text!r} and numbers in {numbers!r}; use one type.")
     return np.concatenate([other for _, other in parts])
 
 
 def column_digest(values: ColumnArray) -> str:
-    """Return a digest of the values; every NaN counts as the same."""
+    """Return a digest of the values. All NaN values are equal in the digest."""
     if values.dtype == object:
+        # The space before a text keeps an empty text apart from a missing one.
         return hashlib.sha256("\0".join("" if text is None else f" {text}" for text in values).encode()).hexdigest()
     plain = np.where(np.isnan(values.astype(np.float64)), np.nan, values)
     return hashlib.sha256(np.ascontiguousarray(plain).data).hexdigest()

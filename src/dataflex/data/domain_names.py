@@ -1,8 +1,9 @@
-"""Names of domains as users write them, where the names come from a column of numbers or of true and false.
+"""Domain names as users write them, if the names come from a column of numbers or booleans.
 
-A domain is named by the text of its value: ``1``, ``0.5``, ``True``. What a YAML file says without quotes may be read
-as a number or as true or false (``1``, ``true``, ``no``), and a JSON file has text only. A key that is the text of no
-domain means the one domain of the same value: numbers are compared as numbers, true and false in any spelling of YAML.
+A domain is named by the text of its value: ``1``, ``0.5``, ``True``. A YAML parser may read an unquoted name as a
+number or a boolean (``1``, ``true``, ``no``), and the keys of a JSON file are always text. If a key is not the text of
+a domain, it refers to the one domain with the same value: numbers are compared as numbers, and booleans in any YAML
+spelling.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def with_text_keys(given: Mapping[Any, T]) -> dict[str, T]:
     """Return a mapping with its keys as text.
 
     Raises:
-        ValueError: if two keys are the same text.
+        ValueError: if two keys have the same text.
     """
     found: dict[str, T] = {}
     for key, value in given.items():
@@ -32,7 +33,13 @@ def with_text_keys(given: Mapping[Any, T]) -> dict[str, T]:
 
 
 def by_domain(given: Mapping[str, T], names: tuple[str, ...]) -> dict[str, T]:
-    """Return a mapping whose keys are the names of the domains they mean; a key that means none stays as it is."""
+    """Return a mapping whose keys are replaced by the domain names that they refer to. Unknown keys stay unchanged.
+
+    Example:
+        >>> from dataflex import by_domain
+        >>> by_domain({"1.0": 0.3, "yes": 0.7}, ("1", "True"))
+        {'1': 0.3, 'True': 0.7}
+    """
     free: dict[Any, list[str]] = {}
     for name in names:
         if name not in given:
@@ -46,7 +53,7 @@ def by_domain(given: Mapping[str, T], names: tuple[str, ...]) -> dict[str, T]:
 
 
 def _value(name: str) -> Any:
-    """Return what a name means: a number or true or false with its kind, or the name itself."""
+    """Return the value of a name: a number or boolean together with its kind, or the name itself."""
     if name.lower() in _WORDS:
         return "word", _WORDS[name.lower()]
     return ("number", float(name)) if _NUMBER.fullmatch(name) else name

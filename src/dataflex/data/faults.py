@@ -1,7 +1,7 @@
-"""What keeps raw data from being trained on: the first row that cannot be used, with its file and line.
+"""Faults of raw data: the first row that cannot be used for training, with its file and line.
 
-LLaMA-Factory and the datasets library say what is wrong with data in the words of a parser, without a file or a line.
-Here the same files are read row by row until the first one that cannot be used. Nothing here imports torch, datasets or
+LLaMA-Factory and the datasets library report faults in data in the terms of a parser, without a file or a line. This
+module reads the same files row by row until the first unusable row. It imports neither torch nor datasets nor
 LLaMA-Factory.
 """
 
@@ -18,14 +18,15 @@ _MEDIA = ("images", "videos", "audios")
 
 
 def fault(entry: Entry, stage: str, whole: bool = True, count: int | None = None, answers: bool = True) -> str | None:
-    """Return the first thing that keeps a data set from being trained on, with file and line; None where nothing does.
+    """Return the first fault that makes a data set unusable for training, with file and line, or None.
 
     Args:
         entry: the data set.
-        stage: LLaMA-Factory's.
-        whole: whether all rows are looked at; else the first ones of each file.
-        count: rows that are to be trained on; none: all. All are read in any case, but more need not be of use.
-        answers: whether rows need an answer; those that are evaluated by generation do not.
+        stage: LLaMA-Factory's name of the training stage.
+        whole: whether all rows are checked. If not, only the first rows of each file are checked.
+        count: number of rows to train on. None means all rows. All rows must be readable in any case, but rows after
+            the first ``count`` need not be usable.
+        answers: whether rows need an answer. Rows for evaluation by generation do not.
     """
     pairs = "rm" if stage in ("rm", "dpo") else ""
     if entry.ranking and not pairs:
@@ -41,7 +42,7 @@ def fault(entry: Entry, stage: str, whole: bool = True, count: int | None = None
         for file in entry.files:
             for place, row in _typed(file, whole):
                 if not isinstance(row, dict):
-                    return f"{place}: {show(row)} is no row; needed is a mapping of columns to values."
+                    return f"{place}: {show(row)} is no row; a mapping of columns to values is needed."
                 found = _mixed(row, "", place, seen)
                 if found is not None:
                     return found
@@ -72,12 +73,12 @@ def fault(entry: Entry, stage: str, whole: bool = True, count: int | None = None
 
 
 def _is_short(file: Path) -> bool:
-    """Return whether reading the head of a file was reading all of it."""
+    """Return whether the head of a file is the whole file."""
     return FILE_TYPES[file.suffix[1:]] not in ("parquet", "arrow") and file.stat().st_size <= HEAD
 
 
 def _typed(file: Path, whole: bool) -> Iterator[tuple[Place, Any]]:
-    """Yield rows; the columns of a CSV file that hold numbers only are numbers, as its reader makes them."""
+    """Yield rows. As in the datasets library, columns of a CSV file that hold only numbers become numbers."""
     if FILE_TYPES[file.suffix[1:]] != "csv" or not (whole or _is_short(file)):
         yield from rows(file, whole)
         return
@@ -99,7 +100,7 @@ def _is_number(value: str | None) -> bool:
 
 
 def _kind(value: Any) -> str | None:
-    """Return what a value is, for comparison with the same column's other values; None for no value."""
+    """Return the kind of a value, for comparison with other values of the same column; None for null."""
     if value is None:
         return None
     for kind, name in ((bool, "true or false"), (str, "text"), (int | float, "a number"), (list, "a list")):
@@ -109,7 +110,7 @@ def _kind(value: Any) -> str | None:
 
 
 def _mixed(value: dict[str, Any], path: str, place: Place, seen: dict[str, tuple[str, Place]]) -> str | None:
-    """Return what says that a column holds values of two kinds, which no table can; notes what each column holds."""
+    """Return that a column holds values of two kinds, which a table cannot store. Record the kind of each column."""
     for key, item in value.items():
         name = f"{path}{key}"
         found = _mixed_value(item, name, place, seen)
@@ -140,7 +141,7 @@ def _mixed_value(item: Any, name: str, place: Place, seen: dict[str, tuple[str, 
 
 
 def _columns_read(entry: Entry) -> list[str]:
-    """Return which columns LLaMA-Factory reads of every row, those without which nothing can be trained on first."""
+    """Return the columns that LLaMA-Factory reads in every row, with the indispensable ones first."""
     if entry.formatting == "alpaca":
         answers = ["chosen", "rejected"] if entry.ranking else ["response"]
         return ["prompt", *answers, "query", "history", "kto_tag", "system", "tools", *_MEDIA]
@@ -149,7 +150,7 @@ def _columns_read(entry: Entry) -> list[str]:
 
 
 def _missing_column(entry: Entry, seen: list[str], complete: bool) -> str | None:
-    """Return what says that a column is in no row; of the lesser ones only where all rows were read."""
+    """Return that a column is missing in all rows. Optional columns are reported only if all rows were read."""
     there = [name for name in seen if not any(mark in name for mark in (".", "[]"))]
     essential = ("prompt", "messages", "response", "chosen", "rejected")
     for role in _columns_read(entry):
@@ -177,11 +178,11 @@ def _text_or_nothing(row: Mapping[str, Any], column: str | None) -> str | None:
     value = row.get(column) if column is not None else None
     if not value or isinstance(value, str):
         return None
-    return f"{column!r} is {_kind(value)} ({show(value)}); needed is text."
+    return f"{column!r} is {_kind(value)} ({show(value)}); text is needed."
 
 
 def _unusable(entry: Entry, row: Mapping[str, Any], stage: str) -> str | None:
-    """Return what in a row LLaMA-Factory cannot handle, or None."""
+    """Return why LLaMA-Factory cannot handle a row, or None."""
     if entry.formatting == "alpaca":
         for role in ("prompt", "query", "system"):
             found = _text_or_nothing(row, entry.columns[role])
@@ -198,18 +199,18 @@ def _unusable(entry: Entry, row: Mapping[str, Any], stage: str) -> str | None:
         return None
     messages = row.get(column)
     if column in row and not isinstance(messages, list):
-        return f"{column!r} is {_kind(messages) or 'empty'} ({show(messages)}); needed is a list of messages."
+        return f"{column!r} is {_kind(messages) or 'empty'} ({show(messages)}); a list of messages is needed."
     role_tag, content_tag = str(entry.tags["role_tag"]), str(entry.tags["content_tag"])
     speakers = [tag for key, tag in entry.tags.items() if key not in ("role_tag", "content_tag")]
     for message in messages or ():
         if not isinstance(message, dict):
-            return f"{column!r} holds {show(message)}; needed are mappings with {role_tag!r} and {content_tag!r}."
+            return f"{column!r} holds {show(message)}; mappings with {role_tag!r} and {content_tag!r} are needed."
         if entry.formatting == "openai" and role_tag in message and message[role_tag] not in speakers:
             known = ", ".join(repr(tag) for tag in speakers if tag is not None)
-            return f"a message is of {show(message[role_tag])}; known are {known} (tags)."
+            return f"the speaker of a message is {show(message[role_tag])}; known speakers are {known} (tags)."
     turns = None if column not in row else _turns(entry, messages or [])
     if turns is not None:
-        return turns if stage == "pt" else None  # else the row is left out
+        return turns if stage == "pt" else None  # otherwise the row is left out
     for message in messages or ():
         content = message.get(content_tag)
         if (
@@ -217,7 +218,7 @@ def _unusable(entry: Entry, row: Mapping[str, Any], stage: str) -> str | None:
             and not isinstance(content, str)
             and not (content is None and "tool_calls" in message)
         ):
-            return f"{content_tag!r} of a message is {_kind(content) or 'empty'} ({show(content)}); needed is text."
+            return f"{content_tag!r} of a message is {_kind(content) or 'empty'} ({show(content)}); text is needed."
     return _text_or_nothing(row, entry.columns["system"])
 
 
@@ -238,12 +239,12 @@ def _dropped(entry: Entry, row: Mapping[str, Any], stage: str, answers: bool) ->
 
 
 def _turns(entry: Entry, messages: list[dict[str, Any]]) -> str | None:
-    """Return what is wrong with who speaks when, or None."""
+    """Return the error in the order of the speakers, or None."""
     tags, role_tag = entry.tags, str(entry.tags["role_tag"])
     speakers = [message.get(role_tag) for message in messages]
     if speakers and speakers[0] is not None and speakers[0] == tags["system_tag"]:
         speakers = speakers[1:]
-    if entry.formatting == "openai":  # what tools return one after another counts as one message
+    if entry.formatting == "openai":  # consecutive results of tools count as one message
         after = zip(speakers, [None, *speakers], strict=False)
         speakers = [each for each, before in after if not each == before == tags["observation_tag"]]
     asking = (tags["user_tag"], tags["observation_tag"])
@@ -252,10 +253,10 @@ def _turns(entry: Entry, messages: list[dict[str, Any]]) -> str | None:
         expected = [tag for tag in (asking, answering)[turn % 2] if tag is not None]
         if speaker not in expected:
             needed = " or ".join(map(repr, expected))
-            return f"message {turn + 1} is of {show(speaker)}, and one of {needed} is needed there."
+            return f"the speaker of message {turn + 1} is {show(speaker)}; {needed} is needed there."
     if len(speakers) % 2 != (1 if entry.ranking else 0):
         parity = "odd" if entry.ranking else "even"
-        return f"it has {len(speakers)} messages, the system's not counted; needed is an {parity} number."
+        return f"it has {len(speakers)} messages, the system's not counted; an {parity} number is needed."
     if not speakers:
         return "it has no messages."
     return None

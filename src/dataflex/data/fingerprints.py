@@ -1,4 +1,4 @@
-"""Digests of files: of models, which count by their texts and the ends of their weights, and of data."""
+"""Digests of files: of models (by their text files and the ends of their weight files) and of data."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from functools import cache
 from pathlib import Path
 
 MODEL_FILES = ("config.json", "adapter_config.json")
-"""Files by which a folder is known for a model."""
+"""A folder with one of these files is a model folder."""
 
 TEXTS = (".json", ".txt", ".jinja", ".model", ".py")
-"""Files of a model folder that count with all they hold: configuration, tokenizer, code."""
+"""Files of a model folder that are hashed completely: configuration, tokenizer, code."""
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")
-"""Files of a model folder that count by their size and their ends."""
+"""Files of a model folder that are hashed by their size and their ends."""
 
 _END = 2**20
-"""Bytes at each end of a file of weights."""
+"""Number of hashed bytes at each end of a weight file."""
 
 _OF_A_TRAINING = ("training_args.bin", "key.json", "complete.json", "failed.json", "log.txt")
-"""Files that a training leaves beside its model; so are ``trainer_*`` and ``*results.json``."""
+"""Files that a training writes beside its model, in addition to ``trainer_*`` and ``*results.json``."""
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal; a file is read once while it stays the same."""
+    """Return the SHA-256 of a file in hexadecimal. A file is read only once while it stays unchanged."""
     resolved = path.resolve()
     found = resolved.stat()
     return _digest_of(resolved, found.st_size, found.st_mtime_ns)
@@ -38,7 +38,7 @@ def _digest_of(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def digest_of_ends(path: Path) -> str:
-    """Return a digest of a file's size, its first and its last MiB."""
+    """Return a digest of a file's size, its first MiB and its last MiB."""
     with path.open("rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
@@ -48,7 +48,7 @@ def digest_of_ends(path: Path) -> str:
 
 
 def model_digests(folder: Path) -> dict[str, str]:
-    """Return file -> digest of those files directly in a folder that make the model."""
+    """Return file -> digest of the files directly in a folder that belong to the model."""
     texts = {path.name: file_digest(path) for path in model_texts(folder)}
     weights = [path for path in _of_no_training(folder) if path.suffix in WEIGHTS]
     return texts | {path.name: digest_of_ends(path) for path in weights}
@@ -60,7 +60,7 @@ def model_texts(folder: Path) -> list[Path]:
 
 
 def _of_no_training(folder: Path) -> Iterator[Path]:
-    """Yield the files directly in a folder but those that a training leaves beside its model."""
+    """Yield the files directly in a folder, except the files that a training writes beside its model."""
     for path in sorted(folder.iterdir()):
         of_a_training = path.name in _OF_A_TRAINING or path.name.startswith("trainer_")
         if path.is_file() and not of_a_training and not path.name.endswith("results.json"):
@@ -68,7 +68,7 @@ def _of_no_training(folder: Path) -> Iterator[Path]:
 
 
 def is_file(path: Path) -> bool:
-    """Return whether there is such a file; unlike ``Path.is_file``, of a text that can be no path too."""
+    """Return whether the file exists. Unlike ``Path.is_file``, this accepts text that cannot be a path."""
     return os.path.isfile(path)  # noqa: PTH113
 
 

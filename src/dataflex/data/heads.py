@@ -1,4 +1,4 @@
-"""The columns at the head of a data set's files, read without the datasets library."""
+"""The columns in the first rows of a data set's files, read without the datasets library."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataflex.data.raw import FILE_TYPES, HEAD, Entry, rows
 
 @dataclass(frozen=True)
 class Head:
-    """What the beginning of a data set's files shows of its columns.
+    """The columns in the first rows of a data set's files.
 
     Attributes:
-        columns: those that are seen, in their order -> whether their values are text; None if the file's type has
-            nothing but text, or some values are text and others are not.
-        is_all: whether a column that is not seen cannot come later: all of a file was read, or it has a header.
+        columns: column -> whether its values are text, in the order of the file. None if the file type only has text,
+            or if some values are text and others are not.
+        is_all: whether no further column can follow: the whole file was read, or the file has a header.
     """
 
     columns: dict[str, bool | None] = field(default_factory=dict)
@@ -22,12 +22,12 @@ class Head:
 
 
 def head_of(entry: Entry) -> Head:
-    """Return the columns of a data set, as far as the first rows of its files show them.
+    """Return the columns of a data set that the first rows of its files show.
 
     Raises:
         RawDataError: if a file cannot be read.
     """
-    kinds: dict[str, set[bool]] = {}  # of each column, whether its values are text
+    kinds: dict[str, set[bool]] = {}  # column -> whether its values are text, over all rows
     is_all = True
     for file in entry.files:
         kind = FILE_TYPES[file.suffix[1:]]

@@ -1,4 +1,4 @@
-"""The pool: the run's preprocessed training samples, domain after domain, with their lengths and a fingerprint."""
+"""The pool: the preprocessed training samples of the run, domain after domain, with their lengths and a fingerprint."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ IGNORE_INDEX = -100
 """The label of a token that is not trained on."""
 
 _NAMED = 10
+"""Maximum number of names in a message."""
 _FINGERPRINT_ROWS = 512
+"""Number of samples whose content is part of a fingerprint."""
 _SCAN_ROWS = 10_000
+"""Number of samples per read in a scan of the pool."""
 _COUNTED = 1 << 16
+"""Number of indices per block for counting, so that memory does not grow with the number of indices."""
 
 
 class DomainSamples(NamedTuple):
@@ -34,7 +38,7 @@ class DomainSamples(NamedTuple):
 
     Attributes:
         dataset: the samples, one domain after another.
-        sizes: samples of each domain, in their order.
+        sizes: number of samples in each domain, in the order of the domains.
     """
 
     dataset: Dataset
@@ -48,14 +52,14 @@ def of_one(domain: str, dataset: Dataset) -> DomainSamples:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which row of a data set each sample of a domain was made from.
+    """The rows of a data set that the samples of a domain were made from.
 
     Attributes:
-        dataset: the data set's name.
-        raw: its rows as they were read, of which the samples were made.
-        positions: where in ``raw`` the row of each sample is; None: sample i is row i.
-        numbers: the number of each row of ``raw`` in the data set as it is; None: row i is number i. They differ where
-            LLaMA-Factory's ``num_samples`` drew some.
+        dataset: the name of the data set.
+        raw: the raw rows that the samples were made from.
+        positions: position in ``raw`` of the row of each sample. None means that sample i is row i.
+        numbers: number of each row of ``raw`` in the original data set. None means that row i has number i. The numbers
+            differ if LLaMA-Factory's ``num_samples`` has drawn a part of the rows.
     """
 
     dataset: str
@@ -64,28 +68,40 @@ class Rows:
     numbers: IndexArray | None = None
 
     def positions_of(self, samples: IndexArray) -> IndexArray:
-        """Return where in ``raw`` the rows of some samples are, counted within the domain."""
+        """Return the positions in ``raw`` of the rows of samples, which are counted within the domain."""
         return samples if self.positions is None else self.positions[samples]
 
     def numbers_of(self, samples: IndexArray) -> IndexArray:
-        """Return the row numbers of some samples in the data set."""
+        """Return the row numbers of samples in the data set."""
         positions = self.positions_of(samples)
         return positions if self.numbers is None else self.numbers[positions]
 
 
 class Pool:
-    """``N`` map-style samples in ``K`` domains; the samples of a domain are a contiguous range.
+    """``N`` map-style samples in ``K`` domains. The samples of a domain are a contiguous range.
 
     Args:
         dataset: the concatenated samples.
         domains: names of the domains, in order.
-        domain_sizes: samples in each, >= 1; they add up to ``len(dataset)``.
-        fields: of a sample, by its stage.
+        domain_sizes: number of samples in each domain, >= 1, with sum ``len(dataset)``.
+        fields: the fields of a sample in the training stage.
 
     Attributes:
         domains: names of the domains, in order.
-        domain_sizes: samples in each, shape (K,).
-        offsets: index of the first sample of each domain, and N last, shape (K + 1,).
+        domain_sizes: number of samples in each domain, shape (K,).
+        offsets: index of the first sample of each domain, followed by N, shape (K + 1,).
+
+    Example:
+        >>> import numpy as np
+        >>> from datasets import Dataset
+        >>> from dataflex import Pool
+        >>> code = Dataset.from_dict({"input_ids": [[1, 5, 2], [1, 6]], "labels": [[-100, 5, 2], [-100, 6]]})
+        >>> math = Dataset.from_dict({"input_ids": [[1, 7, 8, 2]], "labels": [[-100, -100, 8, 2]]})
+        >>> pool = Pool.concatenate({"code": code, "math": math})
+        >>> pool.size, pool.lengths.tolist(), pool.trained_tokens.tolist()
+        (3, [3, 2, 4], [2, 1, 2])
+        >>> pool.domain_ids(np.array([0, 2]))
+        array([0, 1])
     """
 
     def __init__(
@@ -99,12 +115,12 @@ class Pool:
         self.domains = domains
         self.domain_sizes = np.asarray(domain_sizes, dtype=np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.domain_sizes)]).astype(np.int64)
-        """First index of each domain, and ``N`` last, shape (K + 1,)."""
+        """First index of each domain, followed by ``N``, shape (K + 1,)."""
         self.rows_of: dict[str, Rows] = {}
-        """Domain -> the rows its samples were made from, as far as that is known: not of packed samples."""
+        """Domain -> the rows of its samples, if known. They are unknown for packed samples."""
         self._columns: dict[str, ColumnArray] = {}
         self.decode: Callable[[list[int]], str] | None = None
-        """Gives the text of tokens; None without a tokenizer."""
+        """Function that returns the text of tokens; None without a tokenizer."""
 
     @classmethod
     def concatenate(
@@ -113,7 +129,7 @@ class Pool:
         key: str = "dataset",
         fields: SampleFields = SampleFields(),  # noqa: B008
     ) -> Pool:
-        """Return the pool of one preprocessed data set per domain; ``key`` is the setting named in errors.
+        """Return the pool of one preprocessed data set per domain. Errors name the setting ``key``.
 
         Raises:
             ConfigError: if a domain has no sample.
@@ -127,10 +143,10 @@ class Pool:
         key: str = "dataset",
         fields: SampleFields = SampleFields(),  # noqa: B008
     ) -> Pool:
-        """Return the pool of samples of one or more domains each; ``key`` is named in errors.
+        """Return the pool of several parts of one or more domains each. Errors name the setting ``key``.
 
         Raises:
-            ConfigError: if a domain has no sample, or two have one name.
+            ConfigError: if a domain has no sample, or if two domains have the same name.
         """
         from datasets import concatenate_datasets
 
@@ -151,7 +167,7 @@ class Pool:
         return int(self.offsets[-1])
 
     def domain_ids(self, indices: IndexArray) -> NDArray[np.int64]:
-        """Return the domain number of each sample, same shape as ``indices``."""
+        """Return the domain number of each sample, in the shape of ``indices``."""
         return np.searchsorted(self.offsets, indices, side="right") - 1
 
     def domain_counts(self, indices: IndexArray) -> NDArray[np.int64]:
@@ -164,7 +180,7 @@ class Pool:
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
-        """Tokens of every sample, shape (N,)."""
+        """Number of tokens of every sample, shape (N,)."""
         import pyarrow.compute as pc
 
         parts = [
@@ -175,21 +191,21 @@ class Pool:
 
     @cached_property
     def domain_tokens(self) -> NDArray[np.int64]:
-        """Tokens of each domain, shape (K,)."""
+        """Number of tokens of each domain, shape (K,)."""
         return np.add.reduceat(self.lengths.astype(np.int64), self.offsets[:-1])
 
     @property
     def outline(self) -> str:
-        """A digest of domains and of every sample's length."""
+        """A digest of the domains and of the length of every sample."""
         digest = hashlib.sha256(repr((self.domains, self.domain_sizes.tolist())).encode())
         digest.update(np.ascontiguousarray(self.lengths).data)
         return digest.hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of domains, of every sample's length and trained tokens, and of evenly spaced samples' content.
+        """A digest of the domains, of the lengths and trained tokens, and of the content of evenly spaced samples.
 
-        Two pools of equal fingerprint are taken for the same data when a run is resumed.
+        If a run resumes, two pools with the same fingerprint count as the same data.
         """
         digest = hashlib.sha256(repr((self.domains, self.domain_sizes.tolist())).encode())
         digest.update(np.ascontiguousarray(self.lengths).data)
@@ -204,7 +220,7 @@ class Pool:
 
     @cached_property
     def content_digest(self) -> str:
-        """A digest of the domains and of all columns of every sample; images and the like count by their path."""
+        """A digest of the domains and of all columns of every sample. Media are hashed by their path."""
         digest = hashlib.sha256(repr((self.domains, self.domain_sizes.tolist())).encode())
         for table in self.dataset.with_format("arrow").iter(batch_size=_SCAN_ROWS):
             for name in sorted(table.column_names):
@@ -214,14 +230,14 @@ class Pool:
 
     @cached_property
     def trained(self) -> NDArray[np.bool_]:
-        """Whether each sample has a token that is trained on, shape (N,)."""
+        """Whether each sample has a trained token, shape (N,)."""
         return self.trained_tokens > 0
 
     @cached_property
     def trained_tokens(self) -> NDArray[np.int32]:
-        """Tokens of every sample that are trained on, shape (N,): labels that count, after the first."""
+        """Number of trained tokens of every sample, shape (N,): labels that count, after the first position."""
         labels = [name for name in self.fields.labels if name in self.dataset.column_names]
-        if not labels:  # plain text: every token is a label
+        if not labels:  # text without labels trains on every token
             return np.maximum(self.lengths - 1, 0)
         parts = [
             sum(_trained(table.column(name).combine_chunks()) for name in labels)
@@ -230,7 +246,10 @@ class Pool:
         return np.concatenate(parts).astype(np.int32)
 
     def row_numbers(self, indices: IndexArray) -> IndexArray | None:
-        """Return the row of each sample in its data set, from 0, -1 if it is not known; None if none of any is."""
+        """Return the row number of each sample in its data set, from 0, or -1 if unknown.
+
+        Returns None if no row number is known.
+        """
         if not self.rows_of:
             return None
         found = np.full(indices.size, -1, dtype=np.int64)
@@ -243,7 +262,7 @@ class Pool:
         return found
 
     def keep_column(self, name: str, values: ColumnArray) -> None:
-        """Keep a raw column, one value for each sample; it cannot be written to."""
+        """Store a raw column, one value for each sample, as a read-only array."""
         assert values.shape == (self.size,)
         values.flags.writeable = False
         self._columns[name] = values
@@ -251,15 +270,16 @@ class Pool:
     def column(self, name: str) -> ColumnArray:
         """Return the values of a raw column, one for each sample, shape (N,).
 
-        Numbers are float64, NaN for null, truth values 0 and 1; text is as it is, None for null. A packed sample, made
-        of several rows, has the mean over its tokens of the rows that have a value, and NaN if none has.
+        Numbers are float64, null is NaN, booleans are 0 and 1. Text is unchanged, with None for null. A packed sample
+        is made of several rows. Its value is the mean over the tokens of its rows with a value, or NaN if no row has a
+        value.
 
         Raises:
-            ConfigError: if the column was not kept.
+            ConfigError: if the column is not stored with the pool.
         """
         if name not in self._columns:
             raise ConfigError(
-                f"{unknown('column', name, self._columns)} Columns of the raw data are kept with the samples if "
+                f"{unknown('column', name, self._columns)} Columns of the raw data are stored with the samples if "
                 f"dataflex.columns names them (columns: [{name}]), or needs() of a component does "
                 f"(Needs(columns=({name!r},)))."
             )
@@ -269,20 +289,20 @@ class Pool:
         """Return the values of a raw column of numbers, one for each sample, shape (N,).
 
         Raises:
-            ConfigError: if the column was not kept, or holds text.
+            ConfigError: if the column is not stored with the pool or holds text.
         """
         values = self.column(name)
         if values.dtype == object:
-            raise ConfigError(f"the column {name!r} of the raw data holds text; needed are numbers.")
+            raise ConfigError(f"the column {name!r} of the raw data holds text; numbers are needed.")
         return values.astype(np.float64, copy=False)
 
     @cached_property
     def column_fingerprints(self) -> dict[str, str]:
-        """A digest of the values of each raw column that is kept."""
+        """A digest of the values of each stored raw column."""
         return {name: column_digest(values) for name, values in self._columns.items()}
 
     def text(self, index: int) -> str:
-        """Return the text of a sample: its tokens decoded, special tokens left out.
+        """Return the text of a sample: its decoded tokens without special tokens.
 
         Raises:
             ValueError: if the pool has no tokenizer.
@@ -297,22 +317,22 @@ class Pool:
         """
         decode = self.decode
         if decode is None:
-            raise ValueError("this pool has no tokenizer to decode with")
+            raise ValueError("this pool has no tokenizer to decode with; set pool.decode")
         return ["\n".join(decode(row[name]) for name in self.fields.tokens) for row in self.rows(indices)]
 
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
-        """Return samples as the collator takes them."""
+        """Return samples in the format of the collator."""
         return self.dataset.__getitems__([int(index) for index in indices])
 
 
 def some(names: Sequence[str]) -> str:
-    """Return names for a message, the first ones where there are many."""
+    """Return names for a message, only the first ones if the list is long."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
 
 
 def _trained(labels: Any) -> NDArray[np.int64]:
-    """Return how many labels count in each list of an arrow array, after its first."""
+    """Return the number of labels that count in each list of an arrow array, without its first position."""
     import pyarrow.compute as pc
 
     lengths = pc.list_value_length(labels).to_numpy()
@@ -322,7 +342,7 @@ def _trained(labels: Any) -> NDArray[np.int64]:
 
 
 def _add(digest: Any, values: Any) -> None:
-    """Add an arrow array: which values are null, and the others, whatever the width of numbers."""
+    """Add an arrow array to a digest: its null mask and its values, independent of the width of numbers."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

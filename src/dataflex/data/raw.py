@@ -1,6 +1,6 @@
-"""Raw data files as LLaMA-Factory reads them: an entry of ``dataset_info.json``, and its rows with their lines.
+"""Raw data files as LLaMA-Factory reads them: entries of ``dataset_info.json``, and rows with their lines.
 
-Nothing here imports torch, datasets or LLaMA-Factory.
+This module imports neither torch nor datasets nor LLaMA-Factory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataflex.files import RepeatedKeyError, distinct
 
 INFO_FILE = "dataset_info.json"
 FILE_TYPES = {"arrow": "arrow", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "txt": "text"}
-"""Ending of a file -> its type."""
+"""File extension -> file type."""
 REMOTE_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 """Keys of an entry whose data is not a file below ``dataset_dir``."""
 FORMATTINGS = ("alpaca", "sharegpt", "openai")
@@ -28,7 +28,7 @@ COLUMNS = {
     "response": "output",
     "messages": "conversations",
 } | dict.fromkeys(("history", "system", "tools", "images", "videos", "audios", "chosen", "rejected", "kto_tag"))
-"""What a column can be of -> the column where an entry names none at all."""
+"""Role of a column -> default column name, used if an entry has no ``columns``."""
 TAGS = {
     "role_tag": "from",
     "content_tag": "value",
@@ -38,29 +38,29 @@ TAGS = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-"""Tag of a message -> its value where an entry names none at all."""
+"""Tag of a message -> default value, used if an entry has no ``tags``."""
 ENTRY_KEYS = (
     "file_name", *REMOTE_KEYS, "formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags",
 )  # fmt: skip
 HEAD = 1 << 21
-"""Characters of a file that are read where not all of it is."""
+"""Number of characters that are read if only the head of a file is read."""
 _CHUNK = 1 << 20
 _FIRST_ROWS = 64
-"""Rows of a parquet file that are read where not all of it is: they may hold pictures."""
+"""Number of rows of a parquet file that are read if only the head is read. Few, because rows may hold images."""
 _SHOWN = 60
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row is."""
+    """The position of a row in a file."""
 
     file: Path
     row: int
-    """From 0."""
+    """Number of the row, from 0."""
     line: int | None = None
-    """From 1, of a text file."""
+    """Line number in a text file, from 1."""
     among: bool = False
-    """Whether the line may hold other rows too."""
+    """Whether the line may hold further rows."""
 
     def __str__(self) -> str:
         line = "" if self.line is None else f", line {self.line}"
@@ -69,7 +69,7 @@ class Place:
 
 
 class RawDataError(ValueError):
-    """A file, or a row of one, cannot be read; the message names it."""
+    """A file or a row of a file cannot be read. The message names the position."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Entry:
     """A data set in local files, as ``dataset_info.json`` describes it.
 
     Attributes:
-        name: of the data set.
+        name: the name of the data set.
         files: its files, in order.
         formatting: one of :data:`FORMATTINGS`.
         ranking: whether its rows are pairs of answers.
-        columns: what a column is of -> its name in the files, or None.
-        tags: those of messages.
+        columns: role of a column -> its name in the files, or None.
+        tags: tag of a message -> its value in the files, or None.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Entry:
 
 
 def entry_problems(entry: Any) -> Iterator[str]:
-    """Yield what is wrong with the form of an entry of ``dataset_info.json``."""
+    """Yield the errors in the form of an entry of ``dataset_info.json``."""
     if not isinstance(entry, dict):
         yield f"must be a mapping with file_name, got {show(entry)}."
         return
@@ -127,15 +127,15 @@ def entry_problems(entry: Any) -> Iterator[str]:
 
 
 def read_entry(name: str, entry: Mapping[str, Any], folder: Path) -> Entry | None:
-    """Return a well-formed entry of ``dataset_info.json``, or None where its data is in no local files.
+    """Return a well-formed entry of ``dataset_info.json``, or None if its data is not in local files.
 
     Args:
-        name: of the data set.
-        entry: without :func:`entry_problems`.
+        name: the name of the data set.
+        entry: an entry without :func:`entry_problems`.
         folder: ``dataset_dir``.
 
     Raises:
-        RawDataError: if a file is missing or of no known type.
+        RawDataError: if a file is missing or has an unknown type.
     """
     if any(key in entry for key in REMOTE_KEYS):
         return None
@@ -150,9 +150,9 @@ def read_entry(name: str, entry: Mapping[str, Any], folder: Path) -> Entry | Non
         raise RawDataError(f"{path} is an empty folder")
     for file in files:
         if not file.is_file():
-            raise RawDataError(f"{file} is no file")
+            raise RawDataError(f"{file} is not a file")
         if file.suffix[1:] not in FILE_TYPES:
-            raise RawDataError(f"{file}: the ending must be one of {', '.join(FILE_TYPES)}")
+            raise RawDataError(f"{file}: the file extension must be one of {', '.join(FILE_TYPES)}")
         if FILE_TYPES[file.suffix[1:]] != FILE_TYPES[files[0].suffix[1:]]:
             raise RawDataError(f"{path} holds files of different types: {files[0].name} and {file.name}")
     columns = dict.fromkeys(COLUMNS) | entry["columns"] if "columns" in entry else COLUMNS
@@ -162,14 +162,17 @@ def read_entry(name: str, entry: Mapping[str, Any], folder: Path) -> Entry | Non
 
 
 def rows(file: Path, whole: bool = True) -> Iterator[tuple[Place, Any]]:
-    """Yield the rows of a file with their places; what is no mapping of columns to values is yielded as it is.
+    """Yield the rows of a file with their positions.
+
+    A row that is no mapping of columns to values is yielded unchanged.
 
     Args:
-        file: of a type in :data:`FILE_TYPES`.
-        whole: else only its first :data:`HEAD` characters (of parquet and arrow files the first rows).
+        file: a file of a type in :data:`FILE_TYPES`.
+        whole: whether to read the whole file. If not, read only its first :data:`HEAD` characters (of parquet and arrow
+            files, the first rows).
 
     Raises:
-        RawDataError: at the first place that cannot be read.
+        RawDataError: at the first position that cannot be read.
     """
     kind = FILE_TYPES[file.suffix[1:]]
     try:
@@ -198,7 +201,7 @@ def _undecodable(file: Path) -> str:
 
 
 class _JsonStream:
-    """JSON values of a stream one after another, read in pieces, with the line of each."""
+    """A stream of consecutive JSON values, read in pieces, with the line number of each value."""
 
     def __init__(self, file: Path, stream: IO[str]) -> None:
         self.file, self.stream = file, stream
@@ -206,14 +209,16 @@ class _JsonStream:
         self.read = 0
 
     def more(self) -> bool:
-        """Read another piece; return whether there was one."""
-        piece = self.stream.read(max(_CHUNK, len(self.text) - self.at))  # growing, so that a huge value stays linear
+        """Read another piece. Return whether the stream had one."""
+        piece = self.stream.read(
+            max(_CHUNK, len(self.text) - self.at)
+        )  # pieces grow, so that a huge value stays linear
         self.text, self.at = self.text[self.at :] + piece, 0
         self.read += len(piece)
         return bool(piece)
 
     def peek(self) -> str:
-        """Return the next character that is no space, or nothing at the end."""
+        """Return the next character that is not white space, or an empty string at the end."""
         while True:
             while self.at < len(self.text):
                 character = self.text[self.at]
@@ -228,7 +233,7 @@ class _JsonStream:
         """Return the next value.
 
         Raises:
-            RawDataError: naming the line at which it stops being JSON.
+            RawDataError: if the text is not valid JSON. The message names the line of the error.
         """
         while True:
             try:
@@ -259,7 +264,7 @@ def _json_rows(file: Path, whole: bool) -> Iterator[tuple[Place, Any]]:
         marked = source.peek() == "\ufeff"
         source.at += marked
         array = source.peek() == "["
-        if marked and array:  # before lines it is read over
+        if marked and array:  # a byte order mark is skipped in a file of JSON lines
             raise RawDataError(f"{file}, line 1: begins with a byte order mark; save it as UTF-8 without one")
         decoder = json.JSONDecoder(strict=False) if array else json.JSONDecoder(object_pairs_hook=distinct)
         if array:
@@ -351,6 +356,6 @@ def _ipc(file: Path) -> Iterator[Any]:
 
 
 def show(value: Any) -> str:
-    """Return a value for a message, cut where it is long."""
+    """Return a value as text for a message, shortened if it is long."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

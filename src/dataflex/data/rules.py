@@ -1,4 +1,4 @@
-"""From scores to a selection: the rules that selectors share. Pure functions on numpy arrays."""
+"""Rules that turn scores into a selection and that selectors share. Pure functions on numpy arrays."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from dataflex.data.sampling import IndexArray
 ScoreArray = NDArray[np.float32]
 
 _BLOCK = 1 << 20
-"""Scores looked at together where ranks are counted."""
+"""Number of scores in a block for counting ranks."""
 _CACHED = 1 << 15
-"""Scores worked on together, so that what is between two operations stays in the processor's cache."""
+"""Number of scores per operation, so that intermediate results stay in the processor's cache."""
 _LOOKED_AT = 1 << 16
-"""Scores among which the place of an order statistic is guessed."""
+"""Number of scores to estimate the position of an order statistic from."""
 _SPREAD = 5.0
-"""Standard deviations of the guess within which the order statistic is looked for."""
+"""The search range of the order statistic, in standard deviations of the estimate."""
 
 
 def order_statistics(values: NDArray[Any], first: int, count: int = 1) -> NDArray[Any]:
-    """Return the values at places ``first`` to ``first + count - 1`` of the sorted array, shape (count,). O(N).
+    """Return the values at positions ``first`` to ``first + count - 1`` of the sorted array, shape (count,). O(N).
 
-    Evenly spaced values tell between which two the wanted ones are most likely, and only those between are sorted: two
-    comparisons of each value, where a partition moves it several times. If the guess is wrong, there is the partition.
+    A sample of evenly spaced values gives two bounds that very likely enclose the result, and only the values between
+    the bounds are sorted. This takes two comparisons of each value, while a partition moves each value several times.
+    If the bounds are wrong, the whole array is partitioned.
 
     Args:
         values: not NaN, shape (N,).
@@ -52,7 +53,14 @@ def order_statistics(values: NDArray[Any], first: int, count: int = 1) -> NDArra
 
 
 def quantiles(values: NDArray[np.floating], shares: Sequence[float]) -> NDArray[np.float64]:
-    """Return the quantiles of values that are not NaN, interpolated linearly as ``numpy.quantile`` does, bit by bit."""
+    """Return the quantiles of values that are not NaN, bitwise equal to ``numpy.quantile`` with linear interpolation.
+
+    Example:
+        >>> import numpy as np
+        >>> from dataflex import quantiles
+        >>> quantiles(np.array([1.0, 2.0, 3.0, 4.0]), [0.25, 0.5])
+        array([1.75, 2.5 ])
+    """
     found = np.empty(len(shares))
     for number, share in enumerate(shares):
         place = (values.size - 1) * np.float64(share)
@@ -64,7 +72,7 @@ def quantiles(values: NDArray[np.floating], shares: Sequence[float]) -> NDArray[
 
 
 def top_k(scores: NDArray[np.floating | np.integer], count: int) -> IndexArray:
-    """Return the positions of the ``count`` largest scores, ascending; ties go to the lower position. O(N)."""
+    """Return the positions of the ``count`` largest scores, ascending. Ties go to the lower position. O(N)."""
     if count >= scores.size:
         return np.arange(scores.size, dtype=np.int64)
     if count == 0:
@@ -76,9 +84,10 @@ def top_k(scores: NDArray[np.floating | np.integer], count: int) -> IndexArray:
 
 
 def ranks_of_best(scores: NDArray[np.floating]) -> IndexArray:
-    """Return the rank of each of the scores :func:`top_k` took, shape (k,): 1 is the best, ties to the lower position.
+    """Return the rank of each score that :func:`top_k` chose, shape (k,). Rank 1 is the best.
 
-    They are the best of all, so their ranks among the candidates are those among themselves.
+    Ties go to the lower position. These scores are the best of all, so their ranks among the candidates equal the ranks
+    among themselves.
     """
     ranks = np.empty(scores.size, dtype=np.int64)
     ranks[np.argsort(-scores, kind="stable")] = np.arange(1, scores.size + 1)
@@ -86,19 +95,26 @@ def ranks_of_best(scores: NDArray[np.floating]) -> IndexArray:
 
 
 def ranks_among(scores: NDArray[np.floating], chosen: IndexArray) -> IndexArray:
-    """Return the rank of each chosen position among all scores, shape (k,): 1 is the best, ties to the lower position.
+    """Return the rank of each chosen position among all scores, shape (k,).
 
-    O(N log k), in blocks: the scores that were not chosen are counted, not sorted.
+    Rank 1 is the best. Ties go to the lower position. O(N log k), in blocks: scores that were not chosen are counted
+    and not sorted.
 
     Args:
-        scores: of all candidates, not NaN, shape (N,).
+        scores: scores of all candidates, not NaN, shape (N,).
         chosen: distinct positions, ascending, shape (k,).
+
+    Example:
+        >>> import numpy as np
+        >>> from dataflex import ranks_among
+        >>> ranks_among(np.array([0.1, 0.9, 0.5, 0.7]), np.array([1, 2]))
+        array([1, 3])
     """
     values, number = np.unique(scores[chosen], return_inverse=True)
     between = np.zeros(values.size + 1, dtype=np.int64)
-    """Scores above ``values[i - 1]`` and up to ``values[i]``."""
+    """Number of scores above ``values[i - 1]`` and up to ``values[i]``."""
     equal = np.zeros(values.size, dtype=np.int64)
-    """Scores equal to each value, in the blocks so far."""
+    """Number of scores equal to each value, in the blocks so far."""
     ranks = np.ones(chosen.size, dtype=np.int64)
     for begin in range(0, scores.size, _BLOCK):
         block = scores[begin : begin + _BLOCK]
@@ -118,14 +134,14 @@ def ranks_among(scores: NDArray[np.floating], chosen: IndexArray) -> IndexArray:
 
 
 def ranks_of(scores: NDArray[np.floating], picked: IndexArray, keep_order: bool = True) -> IndexArray:
-    """Return the rank of each picked position among the scores that are not NaN, in the order given: 1 is the best.
+    """Return the rank of each picked position among the scores that are not NaN, in the order of ``picked``.
 
-    Ties go to the lower position.
+    Rank 1 is the best. Ties go to the lower position.
 
     Args:
-        scores: of all candidates, NaN where one has none, shape (N,).
+        scores: scores of all candidates, NaN for a candidate without a score, shape (N,).
         picked: distinct positions of candidates with a score, at least one, shape (k,).
-        keep_order: if the picked scores are the best ones, equal ones rank in the order given.
+        keep_order: if the picked scores are the best scores, rank equal scores in the order of ``picked``.
     """
     values = scores[picked]
     lowest = values.min()
@@ -141,8 +157,14 @@ def ranks_among_scored(scores: NDArray[np.floating], chosen: IndexArray) -> Inde
     """Return the rank of each chosen position among the scores that are not NaN, as :func:`ranks_among`.
 
     Args:
-        scores: of all candidates, NaN where one has none, shape (N,).
+        scores: scores of all candidates, NaN for a candidate without a score, shape (N,).
         chosen: distinct positions of candidates with a score, ascending, shape (k,).
+
+    Example:
+        >>> import numpy as np
+        >>> from dataflex import ranks_among_scored
+        >>> ranks_among_scored(np.array([0.1, np.nan, 0.5, 0.7]), np.array([0, 2]))
+        array([3, 2])
     """
     scored = np.flatnonzero(~np.isnan(scores))
     return ranks_among(scores[scored], np.searchsorted(scored, chosen))
@@ -151,19 +173,25 @@ def ranks_among_scored(scores: NDArray[np.floating], chosen: IndexArray) -> Inde
 def sample_without_replacement(
     weights: NDArray[np.floating], count: int, rng: np.random.Generator, temperature: float = 1.0
 ) -> IndexArray:
-    """Draw ``count`` positions one by one, in proportion to ``weights ** (1 / temperature)`` of those left. O(N).
+    """Draw ``count`` positions one by one, in proportion to ``weights ** (1 / temperature)`` of the remaining. O(N).
 
     Args:
-        weights: non-negative, shape (N,), any scale; positions of weight zero are never drawn.
+        weights: non-negative, shape (N,), any scale. Positions of weight zero are never drawn.
         count: at most the number of positive weights.
-        rng: the source of the draw.
-        temperature: larger is flatter, > 0.
+        rng: the random generator of the draw.
+        temperature: > 0. Larger values make the draw more uniform.
 
     Returns:
         Distinct positions, ascending, shape (count,).
 
     Raises:
         ValueError: if fewer than ``count`` weights are positive.
+
+    Example:
+        >>> import numpy as np
+        >>> from dataflex import sample_without_replacement
+        >>> sample_without_replacement(np.array([0.0, 2.0, 5.0, 0.0]), 2, np.random.default_rng(0))
+        array([1, 2])
     """
     positive = sum(int(np.count_nonzero(part > 0)) for part in _parts(weights))
     if count == 0:
@@ -175,13 +203,19 @@ def sample_without_replacement(
 
 
 def sample_softmax(logits: NDArray[np.floating], count: int, rng: np.random.Generator) -> IndexArray:
-    """Draw ``count`` positions one after another in proportion to ``exp(logits)`` of those that are left. O(N).
+    """Draw ``count`` positions one by one, in proportion to ``exp(logits)`` of the remaining ones. O(N).
 
     Gumbel top-k: the positions of the ``count`` largest ``logit - log E`` with exponential E (Vieira 2014; Kool et al.
     2019).
 
     Returns:
         Distinct positions, ascending, shape (count,).
+
+    Example:
+        >>> import numpy as np
+        >>> from dataflex import sample_softmax
+        >>> sample_softmax(np.array([0.0, 100.0, 100.0]), 2, np.random.default_rng(0))
+        array([1, 2])
     """
     return _drawn(logits, lambda part: part, count, rng)
 
@@ -192,17 +226,17 @@ def _drawn(
     count: int,
     rng: np.random.Generator,
 ) -> IndexArray:
-    """Return :func:`sample_softmax` of what ``logits_of`` makes of the values, part by part.
+    """Return :func:`sample_softmax` of the logits that ``logits_of`` computes from the values, part by part.
 
-    No array of the logits is made: memory that was not in use before costs more than the arithmetic.
+    The array of all logits is never allocated, because touching fresh memory costs more than the arithmetic.
     """
     largest = max(logits_of(part).max() for part in _parts(values))
     keys = np.empty(values.size, dtype=np.float32)
     for part, key in zip(_parts(values), _parts(keys), strict=True):
         key[:] = rng.standard_exponential(key.size, dtype=np.float32)
-        np.maximum(key, np.finfo(np.float32).tiny, out=key)
+        np.maximum(key, np.finfo(np.float32).tiny, out=key)  # a draw can be 0, and log(0) is infinite
         np.log(key, out=key)
-        # Relative to the largest, so that single precision is enough for the noise.
+        # Subtract the largest logit so that single precision is enough for the noise.
         np.subtract(logits_of(part) - largest, key, out=key, casting="same_kind")
     return top_k(keys, count)
 

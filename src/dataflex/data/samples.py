@@ -1,4 +1,4 @@
-"""Samples that are no pool: a list of rows."""
+"""Samples outside a pool: a list of rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataflex.errors import ComponentError
 
 
 class Samples(Protocol):
-    """What a measurement needs of samples; a :class:`~dataflex.data.pool.Pool` has it."""
+    """The samples of a measurement. A :class:`~dataflex.data.pool.Pool` implements this protocol."""
 
     @property
     def size(self) -> int:
@@ -23,16 +23,16 @@ class Samples(Protocol):
 
     @property
     def lengths(self) -> NDArray[np.int32]:
-        """Tokens of every sample, shape (N,)."""
+        """Number of tokens of every sample, shape (N,)."""
         ...
 
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
-        """Return samples as the collator takes them."""
+        """Return samples in the format of the collator."""
         ...
 
 
 class RowList:
-    """A list of rows as the training collator takes them; a row without ``attention_mask`` gets one of ones.
+    """A list of rows in the format of the training collator. A row without ``attention_mask`` gets a mask of ones.
 
     Args:
         rows: each with ``input_ids`` (at least one) and, in stage sft, ``labels`` of the same length.
@@ -54,9 +54,9 @@ class RowList:
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
-        """Tokens of every sample, shape (N,)."""
+        """Number of tokens of every sample, shape (N,)."""
         return np.array([len(row["input_ids"]) for row in self._rows], dtype=np.int32)
 
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
-        """Return samples as the collator takes them."""
+        """Return samples in the format of the collator."""
         return [dict(self._rows[int(index)]) for index in indices]

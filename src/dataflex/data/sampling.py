@@ -1,6 +1,6 @@
 """Index arithmetic of plans: keyed permutations, and passes without repeats.
 
-Everything here is linear in the number of indices asked for, never in the size of the pool.
+The cost of every function is linear in the number of requested indices and does not depend on the size of the pool.
 """
 
 from __future__ import annotations
@@ -19,25 +19,42 @@ IndexArray = NDArray[np.int64]
 
 _ROUNDS = 4
 _CHUNK = 1 << 16
-"""Positions permuted at a time, so that the work arrays stay in the processor's cache."""
+"""Number of positions per block of a permutation, so that the work arrays stay in the processor's cache."""
 
 
 def exactly(number: float) -> Fraction:
-    """Return the number as it is written in decimals: of ``0.07 * 100`` the product is then 7, not a little more."""
+    """Return a number as the exact fraction of its decimal form, so that products do not suffer from binary rounding.
+
+    Example:
+        >>> from dataflex import exactly
+        >>> 0.07 * 100, exactly(0.07) * 100
+        (7.000000000000001, Fraction(7, 1))
+    """
     return Fraction(repr(float(number)))
 
 
 class KeyedPermutation:
-    """A pseudo-random permutation of ``range(size)``, evaluated at any position without storing it.
+    """A pseudo-random permutation of ``range(size)``, evaluated at any position without storing the permutation.
 
-    Large sizes: a generalised Feistel network over the mixed-radix digits ``(x // b, x % b)`` with ``a * b >= size``,
-    followed by cycle walking for the few values that fall outside (Black and Rogaway, "Ciphers with arbitrary finite
-    domains", 2002). Four rounds of a 32-bit finalizer hash. Sizes up to 2**62; the memory is that of one chunk.
-    Small sizes (one chunk): a stored Fisher-Yates shuffle, which reaches every permutation.
+    Large sizes use a generalised Feistel network over the mixed-radix digits ``(x // b, x % b)`` with ``a * b >=
+    size``, followed by cycle walking for the few values outside the range (Black and Rogaway, "Ciphers with arbitrary
+    finite domains", 2002). The network has four rounds of a 32-bit finalizer hash. Sizes up to 2**62 are possible, and
+    the memory is limited to one chunk. Small sizes (one chunk) use a stored Fisher-Yates shuffle, which reaches every
+    permutation.
 
     Args:
         size: number of elements, >= 0.
-        key: the permutation's key; equal keys and sizes give equal permutations.
+        key: the key of the permutation. Equal keys and sizes give equal permutations.
+
+    Example:
+        >>> import numpy as np
+        >>> from dataflex import KeyedPermutation, key_of
+        >>> permutation = KeyedPermutation(5, key_of(42, "my_order"))
+        >>> order = permutation(np.arange(5))
+        >>> sorted(order.tolist())
+        [0, 1, 2, 3, 4]
+        >>> bool(permutation(np.array([3]))[0] == order[3])
+        True
     """
 
     def __init__(self, size: int, key: int) -> None:
@@ -64,7 +81,7 @@ class KeyedPermutation:
         return out.reshape(np.shape(positions))
 
     def _encrypt(self, values: IndexArray) -> IndexArray:
-        # Both digits are below 2**31, so a digit fits 32 bits and a sum of two of them does too.
+        # Both digits are below 2**31, so each digit and the sum of two digits fit into 32 bits.
         left, right = np.empty(values.size, dtype=np.uint32), np.empty(values.size, dtype=np.uint32)
         quotient = values // self._b
         left[:] = quotient
@@ -86,7 +103,7 @@ def _add_modulo(
     hashed: NDArray[np.uint32],
     scaled: NDArray[np.uint64],
 ) -> None:
-    """Set ``target`` to ``(target + hash(source, key)) mod modulus``; the last two arguments are work space."""
+    """Set ``target`` to ``(target + hash(source, key)) mod modulus``. The last two arguments are work arrays."""
     np.bitwise_xor(source, key, out=hashed)
     hashed *= np.uint32(0x85EBCA6B)
     hashed ^= hashed >> np.uint32(15)
@@ -95,20 +112,20 @@ def _add_modulo(
     np.multiply(hashed, np.uint64(modulus), out=scaled)
     scaled >>= np.uint64(32)
     target += scaled.astype(np.uint32)
-    # Below the modulus the difference wraps around to something larger than the sum.
+    # If the sum is below the modulus, the unsigned difference wraps around to a value larger than the sum.
     np.subtract(target, np.uint32(modulus), out=hashed)
     np.minimum(target, hashed, out=target)
 
 
 @dataclass(frozen=True)
 class Walk:
-    """How passes are put in order by something else than chance.
+    """A rule that orders the passes instead of a random permutation.
 
     Attributes:
-        maker: tells one way of doing so from another.
-        arrange: returns the positions of some elements, given with the number of their pass, in the order in which
-            they are to be drawn.
-        repeats: whether the order of one pass is that of the next ones too.
+        maker: identifies the rule.
+        arrange: takes the number of a pass and some elements, and returns the positions of these elements in the order
+            in which they are drawn.
+        repeats: whether the order of one pass also holds for the next passes.
     """
 
     maker: str
@@ -121,10 +138,10 @@ class PassOrder:
     """The order of one pass that a walk has decided.
 
     Attributes:
-        number: the pass.
+        number: the number of the pass.
         elements: all elements in the order in which they are drawn, shape (size,).
-        begin: how many of them had been drawn before it was decided; the others are in the walk's order.
-        maker: of the walk.
+        begin: how many elements were drawn before the decision. The other elements are in the order of the walk.
+        maker: the ``maker`` of the walk.
     """
 
     number: int
@@ -134,14 +151,14 @@ class PassOrder:
 
 
 class PassSampler:
-    """Draws ``range(size)`` in passes: every element once, in a fresh order, before any element comes again.
+    """Draws ``range(size)`` in passes: every element once, in a new order for each pass, before any element repeats.
 
-    Its whole state is :attr:`drawn`, the number of elements drawn so far, and :attr:`decided`.
+    The whole state is :attr:`drawn` and :attr:`decided`.
 
     Args:
         size: number of elements, >= 1.
-        seed: the run's seed.
-        name: what is sampled, part of the key of every pass's order.
+        seed: the seed of the run.
+        name: the name of the sampled set. It is part of the key of every pass's order.
         shuffle: False keeps the natural order in every pass.
     """
 
@@ -152,12 +169,12 @@ class PassSampler:
         """The order of the running pass, if a walk has decided it."""
 
     def draw(self, count: int, walk: Walk | None = None) -> IndexArray:
-        """Return the next ``count`` elements (int64) and move on.
+        """Return the next ``count`` elements (int64) and advance.
 
         Args:
-            count: of the elements.
-            walk: puts the elements of each pass in order that are still to be drawn; None: a pass that was put in order
-                goes on in it, others have an order by chance.
+            count: number of elements.
+            walk: orders the remaining elements of each pass. If None, a pass that a walk has ordered keeps its order,
+                and other passes have a random order.
         """
         parts = []
         while count > 0:
@@ -173,7 +190,7 @@ class PassSampler:
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
     def _decide(self, number: int, offset: int, walk: Walk) -> None:
-        """Put a pass in order, but for its first ``offset`` elements, unless this walk has done so."""
+        """Order a pass except for its first ``offset`` elements, unless this walk has already ordered the pass."""
         decided = self.decided
         if decided is not None and decided.maker == walk.maker:
             if decided.number == number:

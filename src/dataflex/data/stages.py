@@ -1,6 +1,6 @@
-"""What a sample is in each stage of training that has rounds.
+"""The fields of a sample in each training stage that has rounds.
 
-What needs LLaMA-Factory or a model is in the stage's adapter, ``integrations/llamafactory/stages.py``.
+Code that needs LLaMA-Factory or a model is in the stage's adapter, ``integrations/llamafactory/stages.py``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ class SampleFields:
     """The fields of a preprocessed sample.
 
     Attributes:
-        tokens: those that hold tokens; all of them together are the sample's length.
-        labels: those that hold the labels of tokens. If a data set has none of them, every token is a label.
+        tokens: the fields that hold tokens. The length of a sample is the sum over these fields.
+        labels: the fields that hold the labels of tokens. If a data set has none of these fields, every token is a
+            label.
     """
 
     tokens: tuple[str, ...] = ("input_ids",)
@@ -23,12 +24,12 @@ class SampleFields:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of training that has rounds.
+    """A training stage that has rounds.
 
     Attributes:
-        name: LLaMA-Factory's.
-        packs: whether it packs rows into samples if ``packing`` is not given.
-        fields: those of a sample.
+        name: LLaMA-Factory's name of the stage.
+        packs: whether the stage packs rows into samples if ``packing`` is not set.
+        fields: the fields of a sample.
     """
 
     name: str
@@ -41,5 +42,5 @@ STAGES = {stage.name: stage for stage in (Stage("sft"), Stage("pt", packs=True))
 
 
 def packs_by_default(stage: str) -> bool:
-    """Return whether a stage packs if ``packing`` is not given."""
+    """Return whether a stage packs if ``packing`` is not set."""
     return stage in STAGES and STAGES[stage].packs

@@ -1,7 +1,7 @@
-"""Sums on a device: the type they are in, and an order that is the same in every run.
+"""Sums on a device: their dtype, and an order of additions that is the same in every run.
 
-A device adds scattered numbers (``index_add_``) in the order in which its threads come, so two equal runs would differ
-in the last bit, and a decision that hangs on it would go another way.
+A device adds scattered values (``index_add_``) in the order in which its threads arrive. Two equal runs would then
+differ in the last bit, and a decision that depends on this bit could change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _WITHOUT_FLOAT64 = ("mps", "npu")
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """Return the type in which many numbers are added on a device: float64, or float32 if the device has no float64."""
+    """Return the dtype for sums of many values on a device: float64, or float32 if the device has no float64."""
     return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
@@ -24,9 +24,9 @@ def row_sums(values: Tensor, rows: Tensor, columns: Tensor, shape: Sequence[int]
 
     Args:
         values: (n,).
-        rows: of the values, (n,).
-        columns: of the values, (n,); no two values have both in common.
-        shape: rows and columns, (B, T).
+        rows: the row of each value, (n,).
+        columns: the column of each value, (n,). No two values have the same row and column.
+        shape: number of rows and columns, (B, T).
     """
     placed = values.new_zeros(tuple(shape))
     placed[rows, columns] = values

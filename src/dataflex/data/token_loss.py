@@ -10,12 +10,12 @@ from dataflex.data.pool import IGNORE_INDEX as IGNORE_INDEX
 
 
 def shifted(labels: Tensor) -> Tensor:
-    """Return, for each position, the label the model predicts there: (B, T) -> (B, T), last column ignored."""
+    """Return the label that the model predicts at each position: (B, T) -> (B, T). The last column is ignored."""
     return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross entropy of every position, (B, T), float32 (float64 of float64); 0 where it is ignored.
+    """Return the cross entropy of every position, (B, T), float32 (float64 for float64 logits); 0 at ignored positions.
 
     Args:
         logits: (B, T, V).
@@ -29,9 +29,10 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def sample_means(sums: Tensor, counts: Tensor) -> Tensor:
-    """Return ``sums / counts``; all (B,).
+    """Return ``sums / counts``, all of shape (B,).
 
-    NaN where nothing was counted, and infinity where something was and the mean is not finite: the two are never mixed.
+    The result is NaN if nothing was counted, and infinity if something was counted and the mean is not finite. The two
+    cases are never mixed.
     """
     means = sums / counts.clamp(min=1)
     return torch.where(counts > 0, torch.where(torch.isfinite(means), means, torch.inf), torch.nan)

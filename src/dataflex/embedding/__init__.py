@@ -1,1 +1,1 @@
-"""Embeddings of samples for components: of the model in training, or of an encoder."""
+"""Embeddings of samples for components: from the model in training or from an encoder."""

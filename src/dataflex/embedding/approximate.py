@@ -1,4 +1,4 @@
-"""Nearest neighbours by faiss, for pools that an exact search takes too long for; how many are found is measured."""
+"""Nearest neighbours with faiss, for pools that are too large for an exact search. The recall is measured."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dataflex.errors import DataFlexError
 Search = Literal["auto", "exact", "faiss"]
 
 _LARGE = 2_000_000
-"""Base rows from which on ``auto`` takes faiss, where it is installed."""
+"""Number of base rows above which ``auto`` uses faiss, if it is installed."""
 _PROBES = 32
-"""Lists of the index that are looked through for a query."""
+"""Number of index lists that are searched for a query."""
 _TRAINED = 64
-"""Vectors for each list that the index is trained on."""
+"""Number of training vectors for each list of the index."""
 _ROWS = 65_536
-"""Vectors added together."""
+"""Number of vectors that are added at once."""
 _SAMPLE = 100
-"""Queries whose neighbours are compared with the exact ones."""
+"""Number of queries whose neighbours are compared with the exact neighbours."""
 
 
 class Neighbours(NamedTuple):
@@ -32,7 +32,7 @@ class Neighbours(NamedTuple):
     Attributes:
         indices: nearest first, shape (M, k).
         distances: float32, shape (M, k).
-        recall: share of the exact neighbours that was found, of some queries; None: the search was exact.
+        recall: share of the exact neighbours that was found, measured on some queries. None for an exact search.
     """
 
     indices: NDArray[np.int64]
@@ -49,19 +49,27 @@ def find_neighbours(
     search: Search = "auto",
     measured: int | None = None,
 ) -> Neighbours:
-    """Return the ``k`` nearest base rows of every query, nearest first; all processes make this call together.
+    """Return the ``k`` nearest base rows of every query, nearest first. All processes make this call together.
 
     Args:
         queries: shape (M, H).
         base: shape (N, H).
-        k: neighbours wanted.
+        k: number of neighbours.
         metric: as in :func:`~dataflex.embedding.neighbours.nearest`.
-        search: ``exact``; ``faiss``, an approximate index; ``auto``: exact up to two million base rows, or if faiss is
-            not installed.
-        measured: as in :func:`~dataflex.embedding.neighbours.nearest`, of an exact search.
+        search: ``exact``; ``faiss``, an approximate index; or ``auto``, which is exact for up to two million base rows
+            or if faiss is not installed.
+        measured: as in :func:`~dataflex.embedding.neighbours.nearest`, for an exact search.
 
     Raises:
-        DataFlexError: if faiss is asked for and not installed.
+        DataFlexError: if ``search`` is ``faiss`` and faiss is not installed.
+
+    Example:
+        >>> import numpy as np
+        >>> from dataflex import find_neighbours
+        >>> base = np.eye(4, dtype=np.float32)
+        >>> found = find_neighbours(np.array([[0.9, 0.1, 0.0, 0.0]], dtype=np.float32), base, k=2, search="exact")
+        >>> found.indices, found.recall
+        (array([[0, 1]]), None)
     """
     is_there = find_spec("faiss") is not None
     if search == "faiss" and not is_there:
@@ -74,11 +82,11 @@ def find_neighbours(
 def _by_faiss(queries: Vectors, base: Vectors, k: int, metric: Metric) -> Neighbours:
     index = _index(base, metric)
     found = index.search(_prepared(queries, metric), k)[1].astype(np.int64)
-    short = np.flatnonzero((found < 0).any(axis=1))  # fewer than k in the lists looked through
+    short = np.flatnonzero((found < 0).any(axis=1))  # the searched lists hold fewer than k vectors
     if short.size:
         found[short] = nearest(queries[short], base, k, metric=metric)[0]
     rows = np.repeat(np.arange(len(queries)), k)
-    found = np.sort(found, axis=1)
+    found = np.sort(found, axis=1)  # with the stable sort by distance below, ties go to the lower index
     distances = pair_distances(queries, base, rows, found.ravel(), metric).reshape(found.shape)
     order = np.argsort(distances, axis=1, kind="stable")
     indices = np.take_along_axis(found, order, axis=1)
@@ -91,11 +99,11 @@ def _by_faiss(queries: Vectors, base: Vectors, k: int, metric: Metric) -> Neighb
 
 
 def _index(base: Vectors, metric: Metric) -> Any:
-    """Return an index of the base rows, as half precision numbers in lists around the centres of clusters."""
+    """Return an index of the base rows as half-precision values, in lists around cluster centres."""
     import faiss
 
     size, width = base.shape
-    lists = max(1, min(int(4 * np.sqrt(size)), size // 39))  # faiss wants 39 vectors to train a list on
+    lists = max(1, min(int(4 * np.sqrt(size)), size // 39))  # faiss needs 39 vectors to train a list
     kind = faiss.ScalarQuantizer.QT_fp16
     index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatL2(width), width, lists, kind, faiss.METRIC_L2)
     drawn = np.unique(np.linspace(0, size - 1, min(size, _TRAINED * lists)).astype(np.int64))
@@ -107,7 +115,7 @@ def _index(base: Vectors, metric: Metric) -> Any:
 
 
 def _prepared(vectors: Vectors, metric: Metric) -> NDArray[np.float32]:
-    """Return vectors as the index takes them: the cosine orders as the distance of vectors of length 1 does."""
+    """Return vectors in the format of the index. Vectors of length 1 have the same order by cosine and by distance."""
     rows = np.array(vectors, dtype=np.float32, order="C")
     if metric == "cosine":
         lengths = np.linalg.norm(rows, axis=1, keepdims=True)

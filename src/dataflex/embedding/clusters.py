@@ -8,26 +8,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROWS = 8192
-"""Vectors looked at together."""
+"""Number of vectors in a block."""
 
 
 def spherical_kmeans(
     vectors: NDArray[np.floating[Any]], count: int, iterations: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the cluster of every vector, and the centres, of length 1.
+    """Return the cluster of every vector, and the cluster centres of length 1.
 
-    A vector is of the cluster whose centre it has the largest cosine with, the first of several; a centre has the
-    direction of the sum of its vectors. A cluster that becomes empty begins again at the vector that is farthest from
-    its centre. It ends when no vector changes its cluster.
+    A vector belongs to the cluster whose centre has the largest cosine with it (the first of several). A centre has the
+    direction of the sum of its vectors. An empty cluster restarts at the vector that is farthest from its centre. The
+    iterations end when no vector changes its cluster.
 
     Args:
-        vectors: of length 1 or 0, shape (N, H).
-        count: clusters, at most N.
-        iterations: at most so many.
-        rng: draws the vectors that are the first centres.
+        vectors: vectors of length 1 or 0, shape (N, H).
+        count: number of clusters, at most N.
+        iterations: maximum number of iterations.
+        rng: generator that draws the vectors of the first centres.
 
     Returns:
-        Shape (N,), and (K, H) with K at most ``count``: the clusters that have vectors, numbered from 0 without gaps.
+        Clusters of shape (N,), and centres of shape (K, H) with K at most ``count``. Only clusters with vectors are
+        returned, numbered from 0 without gaps.
+
+    Example:
+        >>> import numpy as np
+        >>> from dataflex import spherical_kmeans
+        >>> vectors = np.array([[1, 0], [0.8, 0.6], [0, -1], [-0.6, -0.8]])
+        >>> clusters, centres = spherical_kmeans(vectors, 2, 10, np.random.default_rng(0))
+        >>> bool(clusters[0] == clusters[1] != clusters[2] == clusters[3]), centres.shape
+        (True, (2, 2))
     """
     rows = np.sort(rng.choice(vectors.shape[0], count, replace=False))
     centres = _unit(np.asarray(vectors[rows], dtype=np.float64))

@@ -1,8 +1,9 @@
-"""Kernel densities of vectors: how many others lie near each of them.
+"""Kernel densities of vectors: how many other vectors lie near each vector.
 
-A few are compared with all vectors. Where that takes too long, vectors are divided into cells around the centres of
-clusters, and each is compared with those of the cells nearest to it: what lies within the width of the kernel is nearly
-always there. Whether it is so is seen from vectors that are compared with all; if one of them is missed, all are.
+A few vectors are compared with all vectors. If this takes too long, the vectors are divided into cells around cluster
+centres, and each vector is compared with the vectors of the nearest cells. These cells nearly always contain all
+vectors within the width of the kernel. To verify this, some vectors are also compared with all vectors. If a neighbour
+of any of them is missed, every vector is compared with all.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _EXACT = 1 << 40
-"""Multiplications up to which every vector is compared with all."""
+"""Number of multiplications up to which every vector is compared with all vectors."""
 _PROBES = 10
-"""Cells that a vector is compared with."""
+"""Number of cells that a vector is compared with."""
 _TRAINED = 64
-"""Vectors for each cell that the centres are made of."""
+"""Number of vectors for each cell to compute the centres from."""
 _ITERATIONS = 5
 _SAMPLE = 500
-"""Vectors that are compared with all to see whether cells are enough."""
+"""Number of vectors that are compared with all vectors to verify the cells."""
 
 
 def kernel_densities(
@@ -44,20 +45,27 @@ def kernel_densities(
     device: str | torch.device | None = None,
     share: bool = False,
 ) -> NDArray[np.float64]:
-    """Return the density of vectors at some of them: the sum of max(0, 1 - D^2 / bandwidth^2) over the ``k`` nearest.
+    """Return the sum of max(0, 1 - D^2 / bandwidth^2) over the ``k`` nearest vectors, for some of the vectors.
 
-    D is the Euclidean distance. A vector is its own nearest and adds exactly 1.
+    D is the Euclidean distance. A vector is its own nearest neighbour and adds exactly 1.
 
     Args:
         vectors: shape (N, H).
-        rows: which of them, shape (n,).
+        rows: indices of the vectors whose density is returned, shape (n,).
         bandwidth: > 0.
-        k: vectors that count at most, the one itself included, >= 1.
+        k: maximum number of vectors in the sum, including the vector itself, >= 1.
         device: as in :func:`~dataflex.embedding.neighbours.nearest`.
-        share: the processes divide the rows; all make this call with the same arguments.
+        share: whether the processes divide the rows. All processes then make this call with the same arguments.
 
     Returns:
-        Shape (n,), the same on every process.
+        Densities of shape (n,), the same on every process.
+
+    Example:
+        >>> import numpy as np
+        >>> from dataflex import kernel_densities
+        >>> vectors = np.array([[0.0, 0.0], [0.5, 0.0], [9.0, 0.0]])
+        >>> kernel_densities(vectors, np.array([0, 2]), bandwidth=1.0, k=3)
+        array([1.75, 1.  ])
     """
     kernels = _Kernels(vectors, bandwidth, k - 1, device, share)
     if k == 1 or not rows.size:
@@ -69,12 +77,12 @@ def kernel_densities(
     missed = int(np.count_nonzero(np.abs(found[sample] - exact) > 1e-5 * (1 + exact)))
     if not missed:
         return 1 + found
-    logger.info("densities: cells miss neighbours of %d of %d vectors; all are compared.", missed, sample.size)
+    logger.info("densities: the cells miss neighbours of %d of %d vectors; comparing all vectors.", missed, sample.size)
     return 1 + kernels.of_all(rows)
 
 
 class _Kernels:
-    """Sums of kernels of some vectors with others than themselves."""
+    """Kernel sums of some vectors with all other vectors."""
 
     def __init__(
         self, vectors: Vectors, bandwidth: float, k: int, device: str | torch.device | None, share: bool
@@ -83,10 +91,10 @@ class _Kernels:
         self.world, self.rank = (distributed.world_size(), distributed.rank()) if share else (1, 0)
 
     def of_all(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the sum over the ``k`` nearest of all vectors, (n,)."""
+        """Return the kernel sum over the ``k`` nearest of all vectors, (n,)."""
         found = np.zeros(rows.size)
         for number, begin in enumerate(range(0, rows.size, neighbours.QUERIES)):
-            # In blocks of one size, so that the products are the same on any number of processes.
+            # Blocks have one size, so that the products are the same on any number of processes.
             if number % self.world != self.rank:
                 continue
             part = slice(begin, begin + neighbours.QUERIES)
@@ -101,12 +109,12 @@ class _Kernels:
         return self._joined(found)
 
     def of_cells(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the same over the vectors of the nearest cells, (n,)."""
+        """Return the kernel sum over the vectors of the nearest cells, (n,)."""
         cell_of, probed = self._cells(rows)
         width = probed.shape[1]
         members = np.argsort(cell_of, kind="stable")
         ends = np.cumsum(np.bincount(cell_of, minlength=int(probed.max()) + 1))
-        asking = np.argsort(probed.ravel(), kind="stable")  # places in the table of rows and cells, by cell
+        asking = np.argsort(probed.ravel(), kind="stable")  # positions in the table of rows and cells, sorted by cell
         asking_ends = np.cumsum(np.bincount(probed.ravel(), minlength=ends.size))
         sums, counts = np.zeros(probed.size), np.zeros(probed.size)
         for cell in range(self.rank, ends.size, self.world):
@@ -128,7 +136,7 @@ class _Kernels:
         return found
 
     def _cells(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the cell of every vector, (N,), and the cells that some are compared with, (n, cells)."""
+        """Return the cell of every vector, (N,), and the cells that the given rows are compared with, (n, cells)."""
         size = len(self.vectors)
         number = max(1, int(np.sqrt(size)))
         drawn = np.unique(np.linspace(0, size - 1, min(size, _TRAINED * number)).astype(np.int64))
@@ -137,7 +145,7 @@ class _Kernels:
         return _nearest_cells(self.vectors, centres, 1)[:, 0], _nearest_cells(self.vectors[rows], centres, _PROBES)
 
     def _sums(self, queries: Queries) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return the sum of the kernel over the base rows of each query, and how many are inside of it, (m,)."""
+        """Return the kernel sum over the base rows of each query, and how many rows it covers, (m,)."""
         squares = np.einsum("ij,ij->i", queries.matrix, queries.matrix)
         cut = ((squares - self.bandwidth**2) / 2).astype(queries.dtype)
         sums, counts = np.zeros(len(queries)), np.zeros(len(queries), dtype=np.int64)
@@ -149,7 +157,7 @@ class _Kernels:
         return sums, counts
 
     def _joined(self, found: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return what all processes found, each its part, the others 0."""
+        """Return the results of all processes. Each process has computed a part and has 0 elsewhere."""
         return found if self.world == 1 else np.maximum.reduce(distributed.gather_objects(found))
 
 

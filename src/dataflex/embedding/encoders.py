@@ -1,4 +1,4 @@
-"""Encoders of text: what all kinds have in common, and how the one that parameters name is found."""
+"""Text encoders: the interface of all backends, and how the parameters select an encoder."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 Backend = Literal["transformers", "sentence_transformers", "vllm", "openai"]
 
 _PACKAGES = {"sentence_transformers": "'dataflex[embeddings]'", "vllm": "vllm"}
-"""Backend -> what is installed for it."""
+"""Backend -> the package to install."""
 _SKIPPED_ON_HUB = ["onnx/*", "openvino/*", "coreml/*", "*.h5", "*.msgpack", "*.ot", "*.gguf", "*.onnx"]
 
 
 class Encoder(Protocol):
-    """Makes vectors of texts."""
+    """Computes vectors of texts."""
 
     @property
     def dim(self) -> int:
@@ -37,27 +37,27 @@ class Encoder(Protocol):
 
     @property
     def says(self) -> str:
-        """What it is, for messages."""
+        """Description of the encoder for messages."""
         ...
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return a vector for each text, none of which is empty, (n, H), of any length."""
+        """Return a vector of any length for each text, (n, H). No text is empty."""
         ...
 
     def close(self) -> None:
-        """Give back the memory it takes."""
+        """Release the memory of the encoder."""
         ...
 
 
 @dataclass(frozen=True)
 class EncoderChoice:
-    """An encoder that is found and not loaded yet.
+    """An encoder that has been found but not loaded.
 
     Attributes:
-        backend: what runs it.
-        place: its folder, or the URL of the service.
-        layer: whose states are pooled.
-        pooling: how; ``auto``: as its files say.
+        backend: the library or service that runs the encoder.
+        place: the folder of the encoder, or the URL of the service.
+        layer: the layer whose hidden states are pooled.
+        pooling: the pooling of the hidden states. ``auto`` means the pooling that the encoder's files name.
     """
 
     backend: Backend
@@ -66,7 +66,7 @@ class EncoderChoice:
     pooling: str = "auto"
 
     def key(self) -> dict[str, Any]:
-        """Return what its vectors depend on, as JSON values: settings and a digest of its files."""
+        """Return everything that the vectors depend on as JSON values: the settings and a digest of the files."""
         found: dict[str, Any] = {"backend": self.backend}
         if self.backend == "openai":
             return {**found, "service": self.place}
@@ -75,10 +75,10 @@ class EncoderChoice:
         return {**found, "files": files_digest(Path(self.place))}
 
     def load(self, device: torch.device | str) -> Encoder:
-        """Return the encoder, ready to run.
+        """Return the loaded encoder.
 
         Raises:
-            DataFlexError: if it cannot be loaded, or its service does not answer.
+            DataFlexError: if the encoder cannot be loaded or its service does not answer.
         """
         if self.backend == "openai":
             from dataflex.embedding.openai_encoder import OpenAIEncoder
@@ -98,19 +98,19 @@ class EncoderChoice:
 
 
 def problems_of_encoder(params: EmbeddingParams) -> Iterator[tuple[str, str]]:
-    """Yield a parameter and what is wrong with it, as far as it shows before anything is fetched or loaded."""
+    """Yield pairs of a parameter and its problem that can be found before anything is downloaded or loaded."""
     name, backend = params.encoder, params.encoder_backend
     if name is None:
         if backend != "auto":
             yield (
                 "encoder_backend",
-                f"{backend!r} runs an encoder, and none is named; name one as encoder, or use auto.",
+                f"{backend!r} runs an encoder, and encoder is not set; set it, or use auto.",
             )
         if params.embedding_folder is not None:
             yield (
                 "embedding_folder",
-                "embeddings of the model in training change with it and are not kept on disk; name an encoder, or "
-                "remove it.",
+                "embeddings of the model in training change during training and are not stored; set encoder, or "
+                "remove this parameter.",
             )
         return
     if is_url(name) and backend not in ("auto", "openai"):
@@ -120,9 +120,9 @@ def problems_of_encoder(params: EmbeddingParams) -> Iterator[tuple[str, str]]:
     if backend in ("sentence_transformers", "vllm", "openai") or is_url(name):
         who = "openai" if is_url(name) else backend
         if params.layer != -1:
-            yield "layer", f"{who} gives finished vectors; only transformers takes a layer."
+            yield "layer", f"{who} returns pooled vectors; only transformers supports layer."
         if params.pooling != "auto":
-            yield "pooling", f"{who} pools as the encoder does; only transformers takes a pooling. Use auto."
+            yield "pooling", f"{who} uses the encoder's own pooling; only transformers supports pooling. Use auto."
     if name.startswith(assets.PREFIX):
         short = name.removeprefix(assets.PREFIX)
         encoders = [asset.name for asset in assets.ASSETS.values() if asset.kind != "data"]
@@ -131,17 +131,17 @@ def problems_of_encoder(params: EmbeddingParams) -> Iterator[tuple[str, str]]:
     elif not is_url(name) and backend != "openai" and _is_path(name):
         folder = Path(name).expanduser()
         if not any((folder / file).is_file() for file in ("config.json", MODULES_FILE)):
-            yield "encoder", f"no encoder in {name!r} (there is no config.json)."
+            yield "encoder", f"no encoder in {name!r} (it has no config.json)."
         problem = layer_problem(folder, params.layer)
         if problem is not None:
             yield "layer", problem
 
 
 def choose(params: EmbeddingParams) -> EncoderChoice:
-    """Return the encoder that parameters name, fetched if it is not on this machine.
+    """Return the encoder that the parameters name. It is downloaded if it is not on this machine.
 
     Raises:
-        ConfigError: if it is not there.
+        ConfigError: if the encoder does not exist.
     """
     assert params.encoder is not None
     name, backend = params.encoder, params.encoder_backend
@@ -161,10 +161,10 @@ def _is_path(name: str) -> bool:
 
 
 def _folder_of(name: str) -> Path:
-    """Return the folder of an encoder: an asset's, the one named, or the copy of one on a hub.
+    """Return the folder of an encoder: an asset, a local folder, or the local copy of a hub repository.
 
     Raises:
-        ConfigError: if there is none, and it cannot be fetched.
+        ConfigError: if the folder does not exist and the encoder cannot be downloaded.
     """
     if name.startswith(assets.PREFIX):
         return assets.fetch(name.removeprefix(assets.PREFIX))
@@ -176,4 +176,4 @@ def _folder_of(name: str) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=_SKIPPED_ON_HUB))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ConfigError(f"encoder: {name!r} is no folder here, and the hub does not give it: {error}") from error
+        raise ConfigError(f"encoder: {name!r} is no folder here, and the hub does not provide it: {error}") from error

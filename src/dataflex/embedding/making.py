@@ -1,4 +1,4 @@
-"""Making the embeddings of texts by an encoder: what is on disk is read, what is missing is made by all processes."""
+"""Computes the embeddings of texts with an encoder. All processes share the chunks that are missing on disk."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class EncoderRun:
-    """An encoder that is loaded when something is to be made, and the folder its embeddings are kept in.
+    """An encoder that is loaded only if embeddings are missing, and the folder that stores its embeddings.
 
     Attributes:
         choice: the encoder.
-        root: folder of the stores; each list of texts has one of its own in it.
-        device: where the encoder runs on this process.
+        root: folder of the stores. Each list of texts has a separate store.
+        device: the device of the encoder on this process.
         progress: whether to show a progress bar.
-        chunk_rows: texts of a chunk.
+        chunk_rows: number of texts in a chunk.
     """
 
     choice: EncoderChoice
@@ -49,22 +49,23 @@ class EncoderRun:
     _key: dict[str, Any] | None = field(default=None, init=False)
 
     def open(self) -> Encoder:
-        """Return the encoder, loaded once.
+        """Return the encoder. It is loaded only once.
 
         Raises:
-            DataFlexError: if it cannot be loaded, or its service does not answer.
+            DataFlexError: if the encoder cannot be loaded or its service does not answer.
         """
         from dataflex.probe.mode import preserved_rng
         from dataflex.probe.reference import whole_models
 
         if self._encoder is None:
-            # Whole on each process, and without a trace in the random streams that the model in training begins with.
+            # The encoder is loaded unsharded on each process, and the random state that the training starts with is
+            # unchanged.
             with quietly(), whole_models(), preserved_rng():
                 self._encoder = self.choice.load(self.device)
         return self._encoder
 
     def close(self) -> None:
-        """Give back the encoder's memory."""
+        """Release the encoder's memory."""
         if self._encoder is not None:
             self._encoder.close()
             self._encoder = None
@@ -73,11 +74,12 @@ class EncoderRun:
         """Return the finished store of the embeddings of texts. All processes make this call together.
 
         Args:
-            texts: a text without anything but white space has a row of zeros.
-            what: they are, for messages.
+            texts: the texts. A text of only white space has a row of zeros.
+            what: a name of the texts for messages.
 
         Raises:
-            DataFlexError: on every process, if the encoder or the disk fails on one; finished chunks stay.
+            DataFlexError: on every process, if the encoder or the disk fails on one process. Finished chunks stay on
+                disk.
         """
         key, folder, is_complete = distributed.on_main(partial(self._found, texts))
         if not is_complete:
@@ -90,13 +92,13 @@ class EncoderRun:
             assert store is not None
             if self._encoder is not None and self._encoder.dim != store.dim:
                 raise DataFlexError(
-                    f"{folder} holds embeddings of {store.dim} numbers, and {self._encoder.says} gives "
-                    f"{self._encoder.dim}: it is another one now. Delete {folder} to make the embeddings again."
+                    f"{folder} holds embeddings of length {store.dim}, and {self._encoder.says} gives length "
+                    f"{self._encoder.dim}: the encoder has changed. Delete {folder} to compute the embeddings again."
                 )
             return store
 
     def _found(self, texts: Texts) -> tuple[dict[str, Any], Path, bool]:
-        """Return what the embeddings depend on, the folder of their store, and whether all of them are there."""
+        """Return the key of the embeddings, the folder of their store, and whether the store is complete."""
         if self._key is None:
             self._key = self.choice.key()
         key = {**self._key, "texts": texts.digest, "rows": texts.size}
@@ -106,7 +108,10 @@ class EncoderRun:
 
     @contextmanager
     def _alone(self, folder: Path) -> Iterator[None]:
-        """Have other runs that want the same embeddings wait, as the runs of a comparison that share a folder do."""
+        """Hold a lock, so that other runs that need the same embeddings wait.
+
+        The runs of a comparison, for example, may share the folder.
+        """
         lock = FileLock(folder / ".lock")
 
         def take() -> None:
@@ -124,7 +129,7 @@ class EncoderRun:
                 lock.release()
 
     def _begun(self, key: dict[str, Any], folder: Path, rows: int, what: str) -> list[int]:
-        """Return the chunks that are missing in a store, begun if there is none."""
+        """Return the missing chunks of a store. The store is created if it does not exist."""
         store = EmbeddingStore.load(folder)
         if store is None:
             encoder = self.open()
@@ -133,13 +138,13 @@ class EncoderRun:
         return store.missing()
 
     def _make(self, folder: Path, texts: Texts, missing: list[int], what: str) -> None:
-        """Make this process's share of the missing chunks."""
+        """Compute this process's share of the missing chunks."""
         from dataflex.probe.mode import preserved_rng
 
         store, encoder = EmbeddingStore.load(folder), self.open()
         assert store is not None
         mine = missing[distributed.rank() :: distributed.world_size()]
-        with preserved_rng(), ThreadPoolExecutor(1) as reader:  # the next texts are decoded while the device works
+        with preserved_rng(), ThreadPoolExecutor(1) as reader:  # a thread decodes the next texts while the device works
             ahead = [reader.submit(texts.read, *store.range_of(chunk)) for chunk in mine[:1]]
             for number, chunk in enumerate(self._bar(mine, what)):
                 read = ahead.pop().result()
@@ -151,10 +156,10 @@ class EncoderRun:
 
 
 def unit_vectors(encoder: Encoder, texts: list[str], first: int = 0) -> NDArray[np.float32]:
-    """Return a vector of length 1 for each text, (n, H); zeros for one of white space alone.
+    """Return a vector of length 1 for each text, (n, H). A text of only white space has a row of zeros.
 
     Raises:
-        DataFlexError: if the encoder gives numbers that are not finite; ``first`` is the number of the first text.
+        DataFlexError: if the encoder returns values that are not finite. ``first`` is the number of the first text.
     """
     found = np.zeros((len(texts), encoder.dim), dtype=np.float32)
     there = np.array([number for number, text in enumerate(texts) if text.strip()], dtype=np.int64)
@@ -166,14 +171,14 @@ def unit_vectors(encoder: Encoder, texts: list[str], first: int = 0) -> NDArray[
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
     if not np.isfinite(lengths).all():
         bad = int(there[~np.isfinite(lengths)][0]) + first
-        raise DataFlexError(f"{encoder.says} gives numbers that are not finite for text {bad}.")
+        raise DataFlexError(f"{encoder.says} returned values that are not finite for text {bad}.")
     found[there] = vectors / np.where(lengths > 0, lengths, 1.0)[:, None]
     return found
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep Transformers from printing the configuration of the encoder as if it were the model's."""
+    """Prevent Transformers from printing the encoder's configuration, which would look like the model's."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -185,11 +190,11 @@ def quietly() -> Iterator[None]:
 
 
 def told(make: Callable[[], EmbeddingStore], what: str) -> EmbeddingStore:
-    """Make embeddings, and print on the main process where they are, of what shape, and how long it took."""
+    """Compute embeddings, and print their folder, shape and time on the main process."""
     begin = time.monotonic()
     store = make()
     if distributed.rank() == 0:
         seconds = time.monotonic() - begin
-        print(f"dataflex: embeddings of {store.rows:,} {what} ({store.dim} numbers each, {seconds:.1f} s): ", end="")
+        print(f"dataflex: embeddings of {store.rows:,} {what} (length {store.dim}, {seconds:.1f} s): ", end="")
         print(store.folder, flush=True)
     return store

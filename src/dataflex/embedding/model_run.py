@@ -1,4 +1,4 @@
-"""Embeddings of the model in training as it is, kept on disk: for ``dataflex-cli embed``; a run measures its own."""
+"""Embeddings of the model in training, stored on disk for ``dataflex-cli embed``. A run measures its own embeddings."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelRun:
-    """Embeds samples by the model in training, on all processes together.
+    """Computes embeddings with the model in training, on all processes together.
 
     Attributes:
-        probe: of the model.
-        measurement: what is measured.
-        root: folder of the stores; each list of samples and each state of the model has one of its own in it.
-        chunk_rows: samples of a chunk.
+        probe: the probe of the model.
+        measurement: the embedding measurement.
+        root: folder of the stores. Each pair of a sample list and a model state has a separate store.
+        chunk_rows: number of samples in a chunk.
     """
 
     probe: ModelProbe
@@ -39,10 +39,10 @@ class ModelRun:
     chunk_rows: int = CHUNK_ROWS
 
     def embed(self, samples: Pool) -> EmbeddingStore:
-        """Return the finished store of the samples' embeddings, after measuring the chunks that are missing.
+        """Return the finished store of the samples' embeddings. Missing chunks are measured first.
 
         Raises:
-            DataFlexError: if the disk fails; finished chunks stay.
+            DataFlexError: if the disk fails. Finished chunks stay on disk.
         """
         model = self.probe.model()
         key = {

@@ -1,4 +1,4 @@
-"""How encoders are named, and what their files hold."""
+"""Names of encoders, and the contents of their files."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from dataflex.errors import ConfigError
 
 MODULES_FILE = "modules.json"
-"""By which a folder has the layout of sentence-transformers."""
+"""A folder with this file has the layout of sentence-transformers."""
 _UNREAD_FOLDERS = {"onnx", "openvino", "coreml"}
 _READ_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".py", ".jinja")
 
 
 def is_url(name: str) -> bool:
-    """Return whether an encoder is named by the address of a service."""
+    """Return whether the name of an encoder is the URL of a service."""
     return name.startswith(("http://", "https://"))
 
 
 def files_digest(folder: Path) -> str:
-    """Return a digest of the files an encoder is made of: names and contents."""
+    """Return a digest of the files of an encoder: their names and contents."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder)
@@ -35,10 +35,10 @@ def files_digest(folder: Path) -> str:
 
 
 def read_json(file: Path) -> Any:
-    """Return what a JSON file of an encoder holds; None if there is no such file.
+    """Return the contents of an encoder's JSON file, or None if the file does not exist.
 
     Raises:
-        ConfigError: if it is no JSON.
+        ConfigError: if the file is not valid JSON.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))

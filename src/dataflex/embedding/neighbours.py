@@ -2,11 +2,11 @@
 
 The base is read once, in blocks, and scored by matrix products.
 
-Products in single precision only sort out what cannot be among the nearest. What is left is measured again, pair by
-pair in double precision, so that a distance depends on nothing but its two rows: neither on how rows lie in blocks, nor
-on threads, processes or the device. Equal distances go to the lower index.
+Products in single precision only exclude rows that cannot be among the nearest. The distances of the remaining pairs
+are computed again in double precision. A distance then depends only on its two rows, and not on the blocks, threads,
+processes or the device. Equal distances go to the lower index.
 
-Time: one product of all queries with the base, and a pass over its values. Memory: a block of the base, and about
+Time: one product of all queries with the base, and one pass over the scores. Memory: a block of the base, and about
 ``1.2 k`` candidates for each query.
 """
 
@@ -33,17 +33,17 @@ Metric = Literal["cosine", "l2"]
 Vectors = NDArray[np.floating[Any]]
 
 QUERIES = 2048
-"""Queries scored together with one reading of the base."""
+"""Number of queries that are scored in one pass over the base."""
 _CELLS = 1 << 23
-"""Numbers in a block of the base, and in its scores: both stay in the processor's cache."""
+"""Number of values in a block of the base and in its scores. Both fit into the processor's cache."""
 _DEVICE_CELLS = 1 << 27
-"""The same on an accelerator."""
+"""Number of values in a block of the base and in its scores on an accelerator."""
 _MUCH = 1 << 32
-"""Products of numbers from which on an accelerator is worth the way there."""
+"""Number of multiplications above which an accelerator is worth the transfer."""
 _PAIR_CELLS = 1 << 17
-"""Numbers in the rows of pairs that are measured together in double precision: they stay in a core's own cache."""
+"""Number of values in a block of pairs for double precision. The block fits into the cache of one core."""
 _CROWDED = 64
-"""Queries looked at together if more candidates are equally near than are kept."""
+"""Number of queries per batch if more candidates than can be stored have nearly the same distance."""
 
 
 def nearest(
@@ -61,21 +61,29 @@ def nearest(
 
     Args:
         queries: shape (M, H), finite.
-        base: shape (N, H), finite; a memory map is read block by block.
-        k: neighbours wanted; at most N are there, or N - 1 with ``exclude_self``.
+        base: shape (N, H), finite. A memory map is read block by block.
+        k: number of neighbours. At most N exist, or N - 1 with ``exclude_self``.
         metric: ``cosine`` (1 - cosine; 1 for a row of zeros) or ``l2`` (the Euclidean distance).
-        device: what computes the products; None: the accelerator of this process if it has one and there is much to
-            compute, else the processor.
-        exclude_self: query i is base row i, and no neighbour of itself.
-        share: the processes divide the queries; all make this call with the same arguments.
-        measured: neighbours of each query that are measured in double precision, to save time where only the first of
-            many matter; the others have the order and distances of the products. None: all.
+        device: the device of the products. None means the accelerator of this process if it exists and the search is
+            large, otherwise the CPU.
+        exclude_self: whether query i is base row i and excluded from its own neighbours.
+        share: whether the processes divide the queries. All processes then make this call with the same arguments.
+        measured: number of neighbours of each query whose distance is computed in double precision. A smaller number
+            saves time. The other neighbours have the order and distances of the products. None means all.
 
     Returns:
-        Indices, int64, and distances, float32, both of shape (M, min(k, N)); the same on every process.
+        Indices, int64, and distances, float32, both of shape (M, min(k, N)). They are the same on every process.
 
     Raises:
-        ValueError: if the shapes do not fit, or ``k`` is below 1.
+        ValueError: if the shapes do not match, or ``k`` is below 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from dataflex import nearest
+        >>> base = np.array([[0.0, 0.0], [3.0, 4.0], [1.0, 0.0]], dtype=np.float32)
+        >>> indices, distances = nearest(base[:1], base, k=2, metric="l2", exclude_self=True)
+        >>> indices, distances
+        (array([[2, 1]]), array([[1., 5.]], dtype=float32))
     """
     if queries.ndim != 2 or base.ndim != 2 or queries.shape[1] != base.shape[1]:
         raise ValueError(f"queries {queries.shape} and base {base.shape} must be matrices of the same width")
@@ -103,32 +111,33 @@ def nearest(
 def pair_distances(
     queries: Vectors, base: Vectors, rows: NDArray[np.int64], ids: NDArray[np.int64], metric: Metric
 ) -> NDArray[np.float64]:
-    """Return the distances of pairs of a query and a base row as :func:`nearest` has them, shape (n,)."""
+    """Return the distances of pairs of a query and a base row with the precision of :func:`nearest`, shape (n,)."""
     return _HostQueries(queries, base, metric, None).measured(rows, ids)
 
 
 class _Scores(Protocol):
-    """The scores of a block: larger is nearer."""
+    """The scores of a block. A larger score means a smaller distance."""
 
     def above(self, cut: Vectors) -> tuple[NDArray[np.int64], NDArray[np.int64], Vectors]:
         """Return rows, columns (by row, then column) and values of the scores above each row's ``cut``."""
         ...
 
     def best(self, count: int) -> tuple[NDArray[np.int64], Vectors]:
-        """Return columns and values of each row's ``count`` largest scores, in any order; all if there are fewer."""
+        """Return columns and values of each row's ``count`` largest scores, in any order; all if fewer exist."""
         ...
 
 
 class Queries:
-    """Some queries and the base, and how they are compared.
+    """Some queries, the base, and the comparison between them.
 
-    A score is q.b for unit rows, or q.b - |b|^2 / 2, which orders the base rows as their distances do.
+    The score is q.b for unit rows with the metric ``cosine``. With ``l2`` the score is q.b - |b|^2 / 2, which orders
+    the base rows by distance.
 
     Args:
         queries: shape (m, H).
         base: shape (N, H).
         metric: as in :func:`nearest`.
-        own: the base row that each query is and must not find; None: it may find any.
+        own: the base row that each query is and must not find. None means that a query may find any row.
     """
 
     device_cells = _CELLS
@@ -156,7 +165,7 @@ class Queries:
 
     @cached_property
     def lengths(self) -> NDArray[np.float64]:
-        """Their lengths, (m,)."""
+        """The lengths of the queries, (m,)."""
         return np.sqrt(np.einsum("ij,ij->i", self.exact, self.exact))
 
     @property
@@ -168,7 +177,7 @@ class Queries:
         return unit * (self.lengths * self.longest + self.longest**2)
 
     def blocks(self) -> Iterator[tuple[int, int, _Scores]]:
-        """Yield the scores of all base rows in blocks, with the number of the first row and how many there are."""
+        """Yield blocks of scores that cover all base rows, each with its first row and its number of rows."""
         width = max(len(self), self.base.shape[1])
         rows = max(256, min(self.device_cells // width, self.base.shape[0]))
         for begin in range(0, self.base.shape[0], rows):
@@ -176,7 +185,7 @@ class Queries:
             yield begin, len(block), self.scores(begin, block)
 
     def scores(self, begin: int, block: Vectors) -> _Scores:
-        """Return the scores of base rows from ``begin`` on, (m, n)."""
+        """Return the scores of the block of base rows that begins at ``begin``, (m, n)."""
         raise NotImplementedError
 
     def own_places(self, begin: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -185,7 +194,7 @@ class Queries:
         return rows, self.own[rows] - begin
 
     def distances(self, rows: NDArray[np.int64], scores: Vectors) -> NDArray[np.float64]:
-        """Return the distances that scores of some queries stand for, up to rounding, of the shape of the scores."""
+        """Return the distances of some queries that match the scores up to rounding, in the shape of the scores."""
         if self.metric == "cosine":
             return 1 - scores.astype(np.float64)
         squares: NDArray[np.float64] = self.lengths[rows, None] ** 2 - 2 * scores.astype(np.float64)
@@ -193,7 +202,7 @@ class Queries:
 
     def measured(self, rows: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the distances of pairs of a query and a base row, in double precision, shape (n,)."""
-        exact, known = self.exact, self.lengths  # made before the threads begin
+        exact, known = self.exact, self.lengths  # computed before the threads start
         together = max(1, _PAIR_CELLS // max(1, self.base.shape[1]))
         found = np.empty(rows.size)
 
@@ -214,9 +223,9 @@ class Queries:
 
 
 def _by_threads(size: int, work: Callable[[slice], T]) -> list[T]:
-    """Return what ``work`` makes of equal parts of ``range(size)``, in order; each thread has one.
+    """Return the results of ``work`` for equal parts of ``range(size)``, in order, with one thread for each part.
 
-    NumPy runs on one thread but for its products, and lets other threads run meanwhile.
+    NumPy uses one thread except for matrix products, and releases the interpreter lock for other threads.
     """
     import torch
 
@@ -253,7 +262,7 @@ class _HostScores:
 
 
 class _HostQueries(Queries):
-    """Products on the processor."""
+    """Products on the CPU."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -277,7 +286,7 @@ class _HostQueries(Queries):
 
 
 def _multiply(left: Vectors, right: Vectors, out: Vectors) -> None:
-    """Write the products of the rows of two matrices, ``left @ right.T``."""
+    """Write the products of the rows of two matrices, ``left @ right.T``, to ``out``."""
     import torch
 
     if not _is_intel():
@@ -293,10 +302,10 @@ def _multiply(left: Vectors, right: Vectors, out: Vectors) -> None:
 
 @cache
 def _is_intel() -> bool:
-    """Return whether the processor is Intel's.
+    """Return whether the CPU is from Intel.
 
-    There the library of torch (MKL) takes four fifths of the time of NumPy's (OpenBLAS) for blocks of this size; on an
-    AMD processor it takes 1.1 to 1.4 times as long.
+    On Intel CPUs torch's library (MKL) takes four fifths of the time of NumPy's (OpenBLAS) for blocks of this size. On
+    an AMD CPU it takes 1.1 to 1.4 times as long.
     """
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -360,7 +369,7 @@ class _DeviceQueries(Queries):
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Multiply without shortened numbers, TF32 on NVIDIA devices and bfloat16 on some processors."""
+    """Disable reduced precision in products: TF32 on NVIDIA devices and bfloat16 on some CPUs."""
     import torch
 
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
@@ -381,7 +390,7 @@ def engine_of(
     device: str | torch.device | None,
     own: NDArray[np.int64] | None,
 ) -> Queries:
-    """Return what compares queries with a base on a device; the arguments are those of :class:`Queries`."""
+    """Return the comparison of queries with a base on a device. The arguments are the same as for :class:`Queries`."""
     is_double = np.result_type(queries.dtype, base.dtype) == np.float64
     if device is None and not is_double and queries.shape[0] * base.size > _MUCH:
         device = _accelerator()
@@ -414,16 +423,16 @@ class _Best:
         self.last = np.full(queries, -np.inf, dtype=dtype)
         """The ``count``-th best score of each query."""
         self.dropped = np.full(queries, -np.inf, dtype=dtype)
-        """No score that was left out for want of room is above this."""
+        """Upper bound of the scores of each query that were dropped for lack of space."""
         self._waiting: list[tuple[NDArray[np.int64], NDArray[np.int64], Vectors]] = []
         self._counts = np.zeros(queries, dtype=np.int64)
 
     def begin(self, scores: _Scores, size: int) -> None:
-        """Take the best of the first block, of ``size`` base rows from 0 on."""
+        """Store the best candidates of the first block, of ``size`` base rows from 0 on."""
         columns, values = scores.best(self.width)
         place = columns.shape[1]
         self.ids[:, :place], self.values[:, :place] = columns, values
-        self.ids[np.isneginf(self.values)] = -1  # a query itself
+        self.ids[np.isneginf(self.values)] = -1  # the query itself
         if size > self.width:
             self.dropped = self.values.min(axis=1)
         self._rank()
@@ -433,15 +442,16 @@ class _Best:
         self.last = np.partition(self.values, place, axis=1)[:, place]
 
     def add(self, rows: NDArray[np.int64], ids: NDArray[np.int64], values: Vectors) -> None:
-        """Take note of candidates, in the order of ``rows``."""
+        """Add candidates, in the order of ``rows``."""
         self._waiting.append((rows, ids, values))
         self._counts += np.bincount(rows, minlength=self._counts.size)
         if self._counts.sum() > self.values.size or self._counts.max() > 4 * self.width:
             self.settle()
 
     def settle(self) -> None:
-        """Leave the best ones."""
+        """Reduce the added candidates to the best ones."""
         rows = np.concatenate([part[0] for part in self._waiting])
+        # Row numbers are below QUERIES, and numpy sorts 16-bit integers by radix, which is faster.
         order = np.argsort(rows.astype(np.uint16), kind="stable")
         rows = rows[order]
         places = np.arange(rows.size) - np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
@@ -459,7 +469,7 @@ class _Best:
         self._waiting, self._counts = [], np.zeros_like(self._counts)
 
     def finish(self) -> None:
-        """Leave the best ones of all that was added."""
+        """Reduce all candidates to the best ones, including those that are still waiting."""
         if self._waiting:
             self.settle()
 
@@ -493,11 +503,13 @@ def _sorted(
     """Return the nearest base rows of some queries by distance and index, and their distances.
 
     Args:
-        queries: all of them.
-        best: their candidates.
-        chosen: which queries, shape (m,).
-        measured: how many of each are measured, and the rest ordered by scores; None: all.
+        queries: all queries.
+        best: the candidates of the queries.
+        chosen: indices of the queries to sort, shape (m,).
+        measured: number of candidates of each query to measure in double precision; scores order the others. None means
+            all.
     """
+    # By index first: the stable sort by distance below then gives ties to the lower index.
     order = np.argsort(best.ids[chosen], axis=1)
     ids = np.take_along_axis(best.ids[chosen], order, axis=1)
     scores = np.take_along_axis(best.values[chosen], order, axis=1)
@@ -513,14 +525,15 @@ def _sorted(
 
 
 def _cut(last: Vectors, queries: Queries) -> Vectors:
-    """Return the scores below which nothing can be nearer than the candidates whose scores are ``last``."""
+    """Return the scores below which no row can be nearer than the candidates whose scores are ``last``."""
+    # Twice the error, because both compared scores are rounded.
     return (last - 2 * queries.error).astype(queries.dtype)
 
 
 def _crowded(
     queries: Queries, chosen: NDArray[np.int64], cut: Vectors, count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the nearest base rows of queries with too many candidates at about the same distance."""
+    """Return the nearest base rows of queries with too many candidates at nearly the same distance."""
     limits = np.full(len(queries), np.inf, dtype=queries.dtype)
     limits[chosen] = cut[chosen]
     kept_rows, kept_ids = [], []
@@ -536,7 +549,7 @@ def _crowded(
 def _ordered(
     queries: Queries, rows: NDArray[np.int64], ids: NDArray[np.int64], count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the first ``count`` of each query's candidates by distance and index; ``rows`` ascend."""
+    """Return the first ``count`` of each query's candidates by distance and index. ``rows`` are ascending."""
     distances = queries.measured(rows, ids)
     order = np.lexsort((ids, distances, rows))
     starts = np.flatnonzero(np.diff(rows, prepend=-1))

@@ -1,4 +1,4 @@
-"""Embeddings of the model in training, as far as they are known before it is loaded: a measurement like any other."""
+"""Embeddings of the model in training as a measurement, for use before the model is loaded."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataflex.probe.embeddings import Embeddings
 
 
 def model_embeddings(params: EmbeddingParams) -> Embeddings:
-    """Return the measurement by which the model in training gives the embeddings that parameters describe."""
+    """Return the measurement for the embeddings of the model in training that the parameters describe."""
     pooling = "mean" if params.pooling == "auto" else params.pooling
     return Embeddings(params.layer, pooling, text=params.embedding_text)
 
 
 def measurements_of(needs: Needs) -> tuple[Measurement[Any], ...]:
-    """Return all that a component measures on the model in training, its embeddings among it."""
+    """Return all measurements of a component on the model in training, including its embeddings."""
     params = needs.embeddings
     if params is None or params.encoder is not None:
         return needs.measurements

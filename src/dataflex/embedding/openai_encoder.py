@@ -22,25 +22,26 @@ KEY = "OPENAI_API_KEY"
 BASE = "OPENAI_BASE_URL"
 _DEFAULT_BASE = "https://api.openai.com/v1"
 _BATCH = 64
-"""Texts of one request."""
+"""Number of texts in a request."""
 _AT_ONCE = 4
-"""Requests on their way together."""
+"""Number of concurrent requests."""
 _TRIES = 5
 _TIMEOUT = 120.0
 _SHOWN = 300
-"""Characters of an answer that an error message shows."""
+"""Maximum number of characters of a response in an error message."""
 
 
 class OpenAIEncoder:
-    """A model of a service.
+    """A model of an embedding service.
 
     Args:
-        place: the base URL, ``http://host:8000/v1``, with the model after a ``#`` if the service has several; or a
-            model's name alone, of the service that ``OPENAI_BASE_URL`` names.
-        pause: seconds before the first repetition of a failed request; each further one waits twice as long.
+        place: the base URL, such as ``http://host:8000/v1``. If the service has several models, the model follows a
+            ``#``. Alternatively the name of a model alone, for the service in the environment variable
+            ``OPENAI_BASE_URL``.
+        pause: time in seconds before the first retry of a failed request. Each further retry waits twice as long.
 
     Raises:
-        DataFlexError: if the service does not answer, or which model is meant is not clear.
+        DataFlexError: if the service does not answer, or if the model is not unique.
     """
 
     def __init__(self, place: str, pause: float = 1.0) -> None:
@@ -62,10 +63,10 @@ class OpenAIEncoder:
         return np.concatenate(found)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing, because the encoder holds no memory."""
 
     def _known_model(self, named: str) -> str:
-        """Return the model that is asked for: the one named, or the only one there is."""
+        """Return the model to use: the named one, or the only one of the service."""
         if named:
             return named
         answer = self._ask("models", None)
@@ -81,7 +82,7 @@ class OpenAIEncoder:
         return names[0]
 
     def _request(self, texts: list[str]) -> NDArray[np.float32]:
-        """Return the vectors of some texts by one request."""
+        """Return the vectors of some texts from one request."""
         answer = self._ask("embeddings", {"model": self._model, "input": texts, "encoding_format": "float"})
         try:
             rows = sorted(answer["data"], key=lambda each: int(each["index"]))
@@ -89,14 +90,16 @@ class OpenAIEncoder:
         except (KeyError, TypeError, ValueError) as error:
             raise DataFlexError(f"encoder: {self._base}/embeddings gave no embeddings: {_cut(answer)}") from error
         if found.ndim != 2 or len(found) != len(texts):
-            raise DataFlexError(f"encoder: {self._base}/embeddings gave {found.shape} numbers for {len(texts)} texts.")
+            raise DataFlexError(
+                f"encoder: {self._base}/embeddings returned vectors of shape {found.shape} for {len(texts)} texts."
+            )
         return found
 
     def _ask(self, what: str, content: dict[str, Any] | None) -> Any:
-        """Return the JSON answer of the service; what may pass is tried again.
+        """Return the JSON response of the service. Temporary failures are retried.
 
         Raises:
-            DataFlexError: if it refuses, or does not answer after several tries.
+            DataFlexError: if the service refuses, or does not answer after several retries.
         """
         url, pause, said = f"{self._base}/{what}", self._pause, ""
         for attempt in range(_TRIES):
@@ -116,7 +119,7 @@ class OpenAIEncoder:
                 said = str(getattr(error, "reason", error))
         raise DataFlexError(
             f"encoder: {url} does not answer after {_TRIES} tries ({said}). Start the service or check the "
-            "URL; what is already made is kept."
+            "URL; finished embeddings stay on disk."
         )
 
     def _answer(self, url: str, content: dict[str, Any] | None) -> Any:
@@ -132,12 +135,12 @@ class OpenAIEncoder:
         if code in (401, 403):
             return f"The key is read from the environment variable {KEY}."
         if code == 404:
-            return f"The model asked for is {self._model!r}." if "_model" in vars(self) else "Is the URL right?"
+            return f"The requested model is {self._model!r}." if "_model" in vars(self) else "Is the URL right?"
         return "If a text is too long for it, embed the prompt alone (embedding_text) or shorten cutoff_len."
 
 
 def _seconds(text: str | None) -> float:
-    """Return the seconds a header asks to wait, at most a minute; 0 if it is a date or nothing."""
+    """Return the number of seconds to wait that a header names, at most a minute; 0 for a date or an empty header."""
     return min(float(text), 60.0) if text is not None and text.isdecimal() else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Encoders run by the package sentence-transformers."""
+"""Encoders that the package sentence-transformers runs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     import torch
 
 _BATCH = 64
-"""Texts of one forward, of similar length."""
+"""Number of texts of similar length in a forward pass."""
 
 
 class SentenceEncoder:
     """A model as sentence-transformers loads it, with all of its layers and its default prompt.
 
     Args:
-        folder: of the model.
-        device: where it runs.
+        folder: the folder of the model.
+        device: the device of the model.
 
     Raises:
         ConfigError: if the package is not installed, or cannot load the folder.
@@ -66,6 +66,6 @@ class SentenceEncoder:
         return found
 
     def close(self) -> None:
-        """Give back the memory of the model."""
+        """Release the memory of the model."""
         del self._model
         release_memory()

@@ -1,4 +1,4 @@
-"""What components read as ``ctx.embeddings``: one service of the run, shared by all that ask."""
+"""The embeddings that components read as ``ctx.embeddings``: one service per run, shared by all components."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _Kept = tuple[IndexArray, EmbeddingArray]
 
 
 class EmbeddingService:
-    """Gives the embeddings that components ask for.
+    """Provides the embeddings that components need.
 
-    Those of the model in training are measured when they are read, on all processes together, and kept until
-    :meth:`forget`: components that ask for the same share them.
+    Embeddings of the model in training are measured on first access, on all processes together, and cached until
+    :meth:`forget`. Components that need the same embeddings share them.
 
     Args:
-        wanted: what components ask for, by configuration key.
+        wanted: the embedding parameters of the components, by configuration key.
         pool: the samples of the run.
-        probe: measures them on the model in training.
-        stored: the embeddings that encoders made, by configuration key.
+        probe: measures embeddings on the model in training.
+        stored: the embeddings of encoders, by configuration key.
     """
 
     def __init__(
@@ -43,21 +43,21 @@ class EmbeddingService:
         self._kept: dict[tuple[Embeddings, str], list[_Kept]] = {}
 
     def of_all(self, key: str) -> EmbeddingSource | None:
-        """Return what gives a component the embeddings of all samples of a pool; None if it did not ask for any."""
+        """Return a function for the embeddings of all samples of a pool, or None if the component needs none."""
         if key in self._stored:
             return self._stored[key].of
         params = self._wanted.get(key)
         return None if params is None else partial(self._all, params)
 
     def of_some(self, key: str) -> Callable[[IndexArray, Pool | None], EmbeddingArray] | None:
-        """Return what gives a component the embeddings of some samples of a pool; None if it did not ask for any."""
+        """Return a function for the embeddings of some samples of a pool, or None if the component needs none."""
         if key in self._stored:
             return partial(self._rows, self._stored[key])
         params = self._wanted.get(key)
         return None if params is None else partial(self._some, params)
 
     def forget(self) -> None:
-        """Drop what was measured, because the model changes or nobody reads it any more."""
+        """Clear the cache, because the model changes or no component reads the embeddings again."""
         self._kept.clear()
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""Embeddings on disk: one file in the order of the samples, made chunk by chunk and picked up again after a kill.
+"""Embeddings on disk: one file in the order of the samples, computed in chunks and continued after an interruption.
 
-A store is a folder named after a digest of the texts and of what embeds them. ``embeddings.npy`` (float16, N x H) is
-there from the beginning; a chunk of rows is written into it and then marked as done by a file in ``done/``, so that
-processes may write chunks of one store together. ``manifest.json`` is written last when a store is made.
+A store is a folder named after a digest of the texts and of the encoder. ``embeddings.npy`` (float16, N x H) is created
+at the beginning. A chunk of rows is written into this file and then marked as done by a file in ``done/``, so that
+several processes can write chunks of one store. ``manifest.json`` is written last when a store is created.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class EmbeddingStore:
     """Embeddings of a list of N texts.
 
     Attributes:
-        folder: where the files are.
+        folder: the folder of the files.
         rows: number of texts, N.
         dim: length of an embedding, H.
-        chunk_rows: rows of a chunk; the last one may have fewer.
-        offset: bytes before the first row.
+        chunk_rows: number of rows in a chunk. The last chunk may have fewer rows.
+        offset: number of bytes before the first row.
     """
 
     folder: Path
@@ -49,10 +49,10 @@ class EmbeddingStore:
 
     @classmethod
     def load(cls, folder: Path) -> EmbeddingStore | None:
-        """Return the store in a folder, finished or not; None if there is none.
+        """Return the store in a folder, complete or not, or None if the folder holds no store.
 
         Raises:
-            DataFlexError: if it is damaged, or another release wrote it.
+            DataFlexError: if the store is damaged, or another release wrote it.
         """
         try:
             manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
@@ -66,21 +66,21 @@ class EmbeddingStore:
         file = folder / EMBEDDINGS_FILE
         offset = _offset(file)
         if offset is None or file.stat().st_size != offset + rows * dim * _TYPE.itemsize:
-            raise DataFlexError(f"{file} is damaged: it does not hold {rows} x {dim} numbers. {_remedy(folder)}")
+            raise DataFlexError(f"{file} is damaged: it does not hold {rows} x {dim} values. {_remedy(folder)}")
         return cls(folder, rows, dim, chunk_rows, offset)
 
     @classmethod
     def make(
         cls, folder: Path, rows: int, dim: int, about: dict[str, Any], chunk_rows: int = CHUNK_ROWS
     ) -> EmbeddingStore:
-        """Make an empty store; ``about`` is kept with it for people.
+        """Create an empty store. ``about`` is stored in the manifest for human readers.
 
         Raises:
-            DataFlexError: if the folder cannot be written, or its disk is too small.
+            DataFlexError: if the folder cannot be written, or the disk has too little free space.
         """
         try:
             (folder / DONE).mkdir(parents=True, exist_ok=True)
-            for mark in (folder / DONE).iterdir():  # of a store whose manifest is gone
+            for mark in (folder / DONE).iterdir():  # marks of a store whose manifest is missing
                 mark.unlink()
             needed, free = rows * dim * _TYPE.itemsize, shutil.disk_usage(folder).free
             if needed > free:
@@ -101,7 +101,7 @@ class EmbeddingStore:
 
     @property
     def chunks(self) -> int:
-        """How many chunks there are."""
+        """Number of chunks."""
         return -(-self.rows // self.chunk_rows)
 
     def missing(self) -> list[int]:
@@ -110,20 +110,20 @@ class EmbeddingStore:
         return [chunk for chunk in range(self.chunks) if str(chunk) not in done]
 
     def range_of(self, chunk: int) -> tuple[int, int]:
-        """Return the first row of a chunk and the one behind its last."""
+        """Return the first row of a chunk and the row after its last row."""
         return chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, self.rows)
 
     def write(self, chunk: int, values: NDArray[np.floating[Any]]) -> None:
-        """Write a chunk and mark it as done. Several processes may do so at a time, each with chunks of its own.
+        """Write a chunk and mark it as done. Several processes may write different chunks at the same time.
 
         Raises:
-            DataFlexError: if the embeddings have another length than those of the store, or the disk fails.
+            DataFlexError: if the length of the embeddings differs from that of the store, or if the disk fails.
         """
         start, stop = self.range_of(chunk)
         if values.shape != (stop - start, self.dim):
             raise DataFlexError(
-                f"{self.folder} holds embeddings of {self.dim} numbers, and those of rows {start} to {stop - 1} have "
-                f"shape {values.shape}: the encoder is another one now. {_remedy(self.folder)}"
+                f"{self.folder} holds embeddings of length {self.dim}, and those of rows {start} to {stop - 1} have "
+                f"shape {values.shape}: the encoder has changed. {_remedy(self.folder)}"
             )
         content = np.ascontiguousarray(values, dtype=_TYPE)
         try:
@@ -145,7 +145,7 @@ class EmbeddingStore:
 
 
 def _offset(file: Path) -> int | None:
-    """Return the bytes of the header of a file of numpy's; None if it has none."""
+    """Return the length in bytes of the header of a numpy file, or None if the header is invalid."""
     with contextlib.suppress(OSError, ValueError), file.open("rb") as stream:
         if np.lib.format.read_magic(stream) == (1, 0):
             np.lib.format.read_array_header_1_0(stream)
@@ -154,4 +154,4 @@ def _offset(file: Path) -> int | None:
 
 
 def _remedy(folder: Path) -> str:
-    return f"Delete {folder} to make the embeddings again."
+    return f"Delete {folder} to compute the embeddings again."

@@ -1,4 +1,4 @@
-"""The embeddings of a run that encoders make: before the model is loaded, once, for all components that ask."""
+"""Encoder embeddings of a run: computed once before the model is loaded, for all components that need them."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FOLDER = "embeddings"
-"""In the output folder, where no other is named."""
+"""Default folder for embeddings, inside the output folder."""
 
 
 @dataclass(frozen=True, eq=False)
 class StoredEmbeddings:
-    """What one component reads of an encoder's embeddings.
+    """The encoder embeddings of one component.
 
     Attributes:
         pool: the samples of the run.
-        of_pool: their embeddings, on disk.
-        validation: the component's validation samples; None: it asks for none.
-        of_validation: their embeddings.
+        of_pool: embeddings of the pool, on disk.
+        validation: the component's validation samples, or None.
+        of_validation: embeddings of the validation samples, or None.
     """
 
     pool: Pool
@@ -46,32 +46,32 @@ class StoredEmbeddings:
     of_validation: EmbeddingStore | None = None
 
     def of(self, samples: Pool | None) -> NDArray[np.floating[Any]]:
-        """Return the embeddings of all samples of a pool, a memory map; None: of the run's.
+        """Return the embeddings of all samples of a pool, as a memory map. None means the pool of the run.
 
         Raises:
-            ComponentError: if they are other samples than those of the run and of the component's validation set.
+            ComponentError: if ``samples`` is neither the run's pool nor the component's validation samples.
         """
         if samples is None or samples is self.pool:
             return self.of_pool.array()
         if self.of_validation is None or samples is not self.validation:
             raise ComponentError(
-                "an encoder's embeddings are those of the run's pool and of the component's validation samples; ask "
-                "for ctx.embeddings() or ctx.embeddings(ctx.validation)."
+                "an encoder gives embeddings of the run's pool and of the component's validation samples only; call "
+                "ctx.embeddings() or ctx.embeddings(ctx.validation)."
             )
         return self.of_validation.array()
 
 
 class RunEncoders:
-    """The encoders that the components of a run ask for; each is loaded at most once.
+    """The encoders that the components of a run need. Each encoder is loaded at most once.
 
     Args:
-        wanted: which embeddings components ask for, by configuration key.
-        output_dir: of the run.
-        device: where encoders run on this process.
+        wanted: the embedding parameters of the components, by configuration key.
+        output_dir: the output folder of the run.
+        device: the device of the encoders on this process.
         progress: whether to show progress bars.
 
     Raises:
-        DataFlexError: if an encoder is not there, or a service does not answer.
+        DataFlexError: if an encoder does not exist, or a service does not answer.
     """
 
     def __init__(
@@ -85,18 +85,20 @@ class RunEncoders:
             root = Path(params.embedding_folder).expanduser() if params.embedding_folder else output_dir / FOLDER
             run = self._runs.setdefault((choice, root), EncoderRun(choice, root, device, progress))
             self._run_of[key] = run
-            if choice.backend == "openai":  # whether it answers shows now
+            if choice.backend == "openai":  # an unreachable service is reported before any other work
                 _named(key, run.open)
 
     def make(self, pool: Pool, validation: Mapping[str, Pool]) -> dict[str, StoredEmbeddings]:
-        """Return what each component reads, by configuration key, after making what is missing. Collective.
+        """Return the embeddings of each component, by configuration key. Collective.
+
+        Missing embeddings are computed first.
 
         Args:
             pool: the samples of the run.
-            validation: the validation samples of the components that asked for some.
+            validation: the validation samples of the components that need them, by configuration key.
 
         Raises:
-            ConfigError: if none of the samples, or of the validation samples, has text.
+            ConfigError: if none of the samples, or none of the validation samples, has text.
             DataFlexError: if an encoder or the disk fails.
         """
         made: dict[tuple[int, int, str], EmbeddingStore] = {}
@@ -128,10 +130,10 @@ class RunEncoders:
 
 
 def _named(key: str, function: Callable[[], T]) -> T:
-    """Return a function's value on this process, after all have called it; errors name the component's key.
+    """Return a function's value on this process, after all processes have called it. Errors name the component's key.
 
     Raises:
-        ConfigError: in the place of the function's errors, which begin with a parameter.
+        ConfigError: instead of an error of the function. The text of such an error begins with a parameter.
     """
     found: list[T] = []
     try:
@@ -144,16 +146,33 @@ def _named(key: str, function: Callable[[], T]) -> T:
 def embed_texts(
     texts: Sequence[str], params: EmbeddingParams, folder: Path, device: torch.device | str = "cpu"
 ) -> NDArray[np.floating[Any]]:
-    """Return an encoder's embeddings of texts, a memory map, (n, H); made once and kept in a folder. Collective.
+    """Return an encoder's embeddings of texts as a memory map, (n, H). Collective.
+
+    The embeddings are computed once and stored in a folder.
 
     Args:
-        texts: one without anything but white space has a row of zeros.
-        params: name the encoder; the part of a sample and the folder in them are not read.
-        folder: where the stores are.
-        device: where the encoder runs on this process.
+        texts: the texts. A text of only white space has a row of zeros.
+        params: the parameters that name the encoder. Their text part and folder are not used.
+        folder: the folder of the stores.
+        device: the device of the encoder on this process.
 
     Raises:
-        DataFlexError: if the encoder or the disk fails; finished chunks stay.
+        DataFlexError: if the encoder or the disk fails. Finished chunks stay on disk.
+
+    Example:
+        A selector that prefers samples whose text is similar to a topic:
+
+        >>> from pathlib import Path
+        >>> from dataflex import EmbeddingParams, Needs, Selector, SelectorParams, embed_texts
+        >>> class TopicParams(SelectorParams, EmbeddingParams):
+        ...     topic: str = "proofs in number theory"
+        >>> class Topic(Selector[TopicParams]):
+        ...     def needs(self, run):
+        ...         return Needs(embeddings=self.params)
+        ...     def begin(self, ctx):
+        ...         self.direction = embed_texts([self.params.topic], self.params, Path("topics"))[0]
+        ...     def score(self, ctx, candidates):
+        ...         return ctx.embeddings()[candidates] @ self.direction
     """
     run = EncoderRun(choose(params), Path(folder), device)
     try:

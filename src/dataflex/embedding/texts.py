@@ -1,4 +1,4 @@
-"""The texts that are embedded: those of samples, or parts of them, or a list."""
+"""The texts to embed: the texts or parts of samples, or a list of texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataflex.data.pool import IGNORE_INDEX, Pool
 from dataflex.probe.embeddings import TextPart
 
 _COMPARED = 256
-"""Samples whose text is part of a digest, beside the tokens of all."""
+"""Number of samples whose text is part of a digest, in addition to the tokens of all samples."""
 
 
 class Texts(Protocol):
@@ -21,47 +21,47 @@ class Texts(Protocol):
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of texts."""
         ...
 
     @property
     def digest(self) -> str:
-        """A digest of all of them."""
+        """A digest of all texts."""
         ...
 
     def read(self, start: int, stop: int) -> list[str]:
-        """Return the texts from ``start`` to before ``stop``."""
+        """Return the texts from ``start`` up to but excluding ``stop``."""
         ...
 
 
 @dataclass(frozen=True)
 class TextList:
-    """Texts as they are given."""
+    """A list of texts."""
 
     texts: Sequence[str]
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of texts."""
         return len(self.texts)
 
     @property
     def digest(self) -> str:
-        """A digest of all of them."""
+        """A digest of all texts."""
         return _digest_of(self.texts)
 
     def read(self, start: int, stop: int) -> list[str]:
-        """Return the texts from ``start`` to before ``stop``."""
+        """Return the texts from ``start`` up to but excluding ``stop``."""
         return list(self.texts[start:stop])
 
 
 @dataclass(frozen=True, eq=False)
 class SampleTexts:
-    """The texts of a pool's samples: their tokens decoded, special tokens left out.
+    """The texts of a pool's samples: their decoded tokens without special tokens.
 
     Attributes:
-        pool: the samples; it needs a tokenizer to decode with.
-        part: all of a sample; its ``response``, the tokens that are trained on; or its ``prompt``, the others.
+        pool: the samples. The pool needs a tokenizer for decoding.
+        part: ``all`` of a sample; its ``response``, which is the trained tokens; or its ``prompt``, the other tokens.
     """
 
     pool: Pool
@@ -69,18 +69,18 @@ class SampleTexts:
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of texts."""
         return self.pool.size
 
     @property
     def digest(self) -> str:
-        """A digest of every sample's tokens and labels, and of some texts, which tells one tokenizer from another."""
+        """A digest of every sample's tokens and labels, and of some texts, so that it differs between tokenizers."""
         some = np.unique(np.linspace(0, self.size - 1, min(self.size, _COMPARED)).astype(np.int64))
         texts = [text for index in some for text in self.read(int(index), int(index) + 1)]
         return hashlib.sha256(f"{self.pool.content_digest} {self.part} {_digest_of(texts)}".encode()).hexdigest()
 
     def read(self, start: int, stop: int) -> list[str]:
-        """Return the texts from ``start`` to before ``stop``."""
+        """Return the texts from ``start`` up to but excluding ``stop``."""
         decode = self.pool.decode
         if decode is None:
             raise ValueError("this pool has no tokenizer to decode with")

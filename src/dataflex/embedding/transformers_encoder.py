@@ -1,4 +1,4 @@
-"""Encoders run by Transformers: hidden states of a layer, pooled, in batches by length under a token budget."""
+"""Encoders that Transformers runs: pooled hidden states of a layer, in batches by length under a token budget."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dataflex.probe.embeddings import Pooling, pooled
 from dataflex.probe.memory import BatchLimit, release_memory
 
 BATCH_TOKENS = 16384
-"""Tokens, padding counted, of one forward."""
+"""Number of tokens in a forward pass, including padding."""
 _MOST_TOKENS = 8192
-"""Of a text, if the encoder's files name no limit."""
+"""Maximum number of tokens of a text, if the encoder's files name no limit."""
 _POOLINGS: dict[str, Pooling] = {
     "cls_token": "first",
     "cls": "first",
@@ -30,21 +30,22 @@ _POOLINGS: dict[str, Pooling] = {
     "weightedmean_tokens": "weighted_mean",
     "weightedmean": "weighted_mean",
 }
-"""What sentence-transformers calls a pooling -> ours."""
+"""Name of a pooling in sentence-transformers -> name of the pooling here."""
 
 
 class TransformersEncoder:
-    """An encoder, or a language model taken for one.
+    """An encoder, or a language model used as an encoder.
 
     Args:
-        folder: of the model.
-        device: where it runs; in float32 on a CPU, else in the type of its files.
-        layer: 0 are the embeddings, -1 is the last layer behind the final normalisation.
-        pooling: of token states; ``auto``: what the folder's files say, mean without any.
-        batch_tokens: tokens, padding counted, of one forward.
+        folder: the folder of the model.
+        device: the device of the model. On a CPU the model runs in float32, otherwise in the dtype of its files.
+        layer: 0 selects the embeddings, -1 the last layer after the final normalisation.
+        pooling: the pooling of token states. ``auto`` means the pooling that the folder's files name, or the mean.
+        batch_tokens: number of tokens in a forward pass, including padding.
 
     Raises:
-        ConfigError: if there is nothing to load, it has no such layer, or its files ask for more than pooling.
+        ConfigError: if the folder has no model, the model has no such layer, or the files name layers after the
+            pooling.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class TransformersEncoder:
         self.most_tokens = longest_text(folder, self._tokenizer, config)
         self._lower = bool((read_json(folder / "sentence_bert_config.json") or {}).get("do_lower_case"))
         self._prefix = _prefix(folder)
-        # Right, whatever its files say: absolute positions would move under padding on the left.
+        # Padding is on the right whatever the files say, because padding on the left would shift absolute positions.
         self._tokenizer.padding_side = "right"
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -96,7 +97,7 @@ class TransformersEncoder:
         return found
 
     def close(self) -> None:
-        """Give back the memory of the model."""
+        """Release the memory of the model."""
         del self._model
         release_memory()
 
@@ -114,7 +115,7 @@ class TransformersEncoder:
 
 
 def _checked_layer(layer: int, count: int) -> int | None:
-    """Return the number of a layer's hidden states; None for the last one."""
+    """Return the index of a layer's hidden states, or None for the last layer."""
     number = layer if layer >= 0 else count + 1 + layer
     if not 0 <= number <= count:
         raise ConfigError(
@@ -125,7 +126,7 @@ def _checked_layer(layer: int, count: int) -> int | None:
 
 
 def longest_text(folder: Path, tokenizer: Any, config: Any) -> int:
-    """Return how many tokens of a text are read: what its files say for sentences, else what the model takes."""
+    """Return the maximum number of tokens of a text: the files' limit for sentences, otherwise the model's limit."""
     said = (read_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
     if said:
         return int(said)
@@ -134,17 +135,17 @@ def longest_text(folder: Path, tokenizer: Any, config: Any) -> int:
 
 
 def _prefix(folder: Path) -> str:
-    """Return what sentence-transformers puts before a text by default."""
+    """Return the prefix that sentence-transformers puts before a text by default."""
     config = read_json(folder / "config_sentence_transformers.json") or {}
     name = config.get("default_prompt_name")
     return "" if name is None else str(config["prompts"][name])
 
 
 def pooling_of(folder: Path) -> Pooling:
-    """Return the pooling that an encoder's files name; the mean if they name none.
+    """Return the pooling that an encoder's files name, or the mean if they name none.
 
     Raises:
-        ConfigError: if they name one that is not ours, or further layers.
+        ConfigError: if the files name an unsupported pooling or further layers.
     """
     modules = read_json(folder / MODULES_FILE)
     if modules is None:

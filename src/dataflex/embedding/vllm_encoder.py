@@ -1,4 +1,4 @@
-"""Encoders run by vLLM's embedding mode in this process. This has not been run with vLLM: tests have a stand-in."""
+"""Encoders that vLLM's embedding mode runs in this process. Tests use a stand-in; this has not been run with vLLM."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dataflex.errors import ConfigError, DataFlexError
 
 
 class VllmEncoder:
-    """A model as vLLM pools it.
+    """A model with vLLM's own pooling.
 
     Args:
-        folder: of the model.
+        folder: the folder of the model.
 
     Raises:
-        ConfigError: if vLLM is not installed, or several processes would each start an engine.
+        ConfigError: if vLLM is not installed, or if several processes would each start an engine.
         DataFlexError: if the engine does not start.
     """
 
@@ -33,7 +33,7 @@ class VllmEncoder:
                 "one, or start a server (vllm serve) and name its URL as encoder."
             )
         try:
-            from vllm import LLM  # first: without it nothing is read
+            from vllm import LLM  # imported first, because nothing else is needed if the import fails
         except ImportError as error:
             raise ConfigError(
                 f"encoder_backend: vllm cannot be imported ({error}); pip install vllm, or use transformers."
@@ -55,12 +55,12 @@ class VllmEncoder:
         return np.asarray(self._vectors(texts), dtype=np.float32)
 
     def close(self) -> None:
-        """End the engine."""
+        """Shut the engine down."""
         del self._engine
         gc.collect()
 
     def _vectors(self, texts: Sequence[str]) -> list[list[float]]:
-        # Cut here: how vLLM is asked to do so changes from release to release.
+        # Texts are cut here because vLLM's own option for this differs between releases.
         rows = self._tokenizer(list(texts), truncation=True, max_length=self._most)["input_ids"]
         found = self._engine.embed([{"prompt_token_ids": row} for row in rows], use_tqdm=False)
         return [each.outputs.embedding for each in found]

@@ -1,4 +1,4 @@
-"""Batches of samples for a probe: the same ones on any number of processes."""
+"""Batches of samples for a probe; the batches do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from dataflex.data.token_loss import IGNORE_INDEX, shifted
 
 
 class Batches(Sequence[IndexArray]):
-    """Batches of positions, cut when they are asked for: there may be as many as samples.
+    """Sequence of batches of sample positions, each cut when it is read.
+
+    The number of batches may be as large as the number of samples, so only the stretches of equal batch size are
+    stored.
 
     Args:
-        order: the positions, batch after batch, (n,).
-        begins: where in ``order`` each stretch of batches of one size begins, ascending.
-        sizes: of the batches of each stretch; the last batch of all may have fewer positions.
-        ends: how many batches there are up to the end of each stretch.
-        numbers: the batches meant; one from the last of ``ends`` on is the first batch again.
+        order: positions of the samples, batch after batch, (n,).
+        begins: index in ``order`` at which each stretch begins, ascending. A stretch is a run of batches of one size.
+        sizes: samples per batch of each stretch. The last batch of all may have fewer.
+        ends: number of batches up to the end of each stretch.
+        numbers: numbers of the batches in this sequence. A number of ``ends[-1]`` or more stands for the first batch.
     """
 
     def __init__(
@@ -57,10 +60,11 @@ class Batches(Sequence[IndexArray]):
         return self.order[begin : begin + size]
 
     def share(self, rank: int, world_size: int) -> tuple[Batches, int]:
-        """Return the batches of one process and how many of them count; all processes get the same number.
+        """Return the batches of one process and how many of them count; all processes get the same number of batches.
 
-        Batches of neighbouring lengths are dealt out in turn, which balances tokens. Behind those that count, the first
-        batch is repeated. Taken of all batches, not of a part of them.
+        Batches of neighbouring lengths are dealt out in turn, which balances the tokens of the processes. If the
+        batches do not divide evenly, the first batch is repeated at the end. The repeated batches do not count. Call
+        this method on the whole sequence, not on a slice of it.
         """
         count = len(self)
         most = -(-count // world_size)
@@ -70,19 +74,21 @@ class Batches(Sequence[IndexArray]):
 
 
 def length_batches(lengths: np.ndarray, batch_tokens: int) -> Batches:
-    """Return positions in batches of similar length, longest first, each at most ``batch_tokens`` with padding.
+    """Return positions in batches of samples of similar length, longest first.
 
-    A sample longer than the budget is a batch of its own. The batches depend on nothing but the arguments.
+    A batch has at most ``batch_tokens`` tokens, padding included. A sample that is longer forms a batch alone. The
+    batches depend on nothing but the arguments.
     """
     keys = lengths.max(initial=0) - lengths
     if keys.max(initial=0) < 1 << 16:
-        keys = keys.astype(np.uint16)  # which numpy sorts in time linear in their number
+        keys = keys.astype(np.uint16)  # numpy sorts 16-bit integers by radix sort, in linear time
     order = np.argsort(keys, kind="stable")
     descending = lengths[order]
-    ends = np.append(np.flatnonzero(descending[1:] != descending[:-1]) + 1, order.size)  # of the samples of one length
+    # For each length, the index after its last sample.
+    ends = np.append(np.flatnonzero(descending[1:] != descending[:-1]) + 1, order.size)
     begins, sizes, counts, begin = [], [], [], 0
     for end in ends.tolist():
-        if begin < end:  # else the last batch of a greater length has all of this one
+        if begin < end:  # otherwise the last batch of a greater length holds all samples of this length
             size = max(1, batch_tokens // max(1, int(descending[begin])))
             count = -(-(end - begin) // size)
             begins.append(begin)
@@ -94,9 +100,9 @@ def length_batches(lengths: np.ndarray, batch_tokens: int) -> Batches:
 
 
 def inputs_of(batch: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Any], Tensor]:
-    """Return the model inputs of a collated batch on the device, and its shifted labels (B, T).
+    """Return the model inputs of a collated batch on the device, and the shifted labels, (B, T).
 
-    Without labels all of them are ignored.
+    If the batch has no labels, all labels are the ignored index.
     """
     inputs = {key: on_device(value, device) for key, value in batch.items()}
     labels = inputs.pop("labels", None)
@@ -106,10 +112,10 @@ def inputs_of(batch: Mapping[str, Any], device: torch.device) -> tuple[dict[str,
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """Return a value on the device if it is a tensor.
+    """Return a tensor on the device, and any other value unchanged.
 
-    A copy to a GPU is made from pinned memory, behind what the GPU has to do: from any other memory the process would
-    wait until the GPU is idle.
+    A copy to a GPU starts from pinned memory and is queued behind the GPU's work. From pageable memory the process
+    would wait until the GPU is idle.
     """
     if not isinstance(value, Tensor):
         return value

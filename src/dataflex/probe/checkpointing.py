@@ -1,13 +1,15 @@
-"""Recomputing layers in a gradient batch, so that it keeps no more activations than a training step does.
+"""Recompute layers in a gradient batch, so that it stores no more activations than a training step.
 
-Transformers recomputes layers in training mode alone, which a probe is not in, and the reentrant way, LLaMA-Factory's
-default, refuses to be asked for the gradients of layer outputs. So the layers that the training recomputes are run here
-by a function of our own: its forward makes no graph and keeps the layer's input; its backward runs the layer again with
-a graph, and differentiates that at once. Hooks inside a layer see both runs and act in the second one, the only one
-with gradients: what they keep exists for one layer at a time.
+Transformers recomputes layers in training mode only, but a probe runs the model in evaluation mode. Reentrant
+checkpointing, LLaMA-Factory's default, does not support ``torch.autograd.grad`` for layer outputs. So this module
+replaces the forward of every layer that the training recomputes. The forward pass runs the layer without a graph and
+stores the layer's inputs. The backward pass runs the layer again with a graph, and differentiates that graph at once.
+Hooks inside a layer see both runs. They act in the second run, the only one with gradients, so the tensors that they
+store exist for one layer at a time.
 
-Only the forward of a layer is replaced, not its call: the hooks by which FSDP and ZeRO-3 fetch a layer's parameters
-stay outside, and those of the modules inside run in both runs, as under any other recomputation.
+Only the ``forward`` of a layer is replaced, not its ``__call__``. The hooks by which FSDP and ZeRO-3 gather a layer's
+parameters therefore stay outside. The hooks of modules inside the layer run in both runs, as under any other activation
+checkpointing.
 """
 
 from __future__ import annotations
@@ -25,18 +27,19 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 Run = Callable[[], list[Tensor]]
-"""Runs a layer with a graph and returns its outputs that have one."""
+"""Runs a layer with a graph and returns the outputs that have a gradient."""
 
 Differentiate = Callable[[nn.Module, Run, list[Tensor], list[Tensor]], list[Tensor | None]]
-"""Given a layer, its run, its inputs and the gradients of the outputs, returns the gradients of the inputs."""
+"""Returns the gradients of a layer's inputs, given the layer, its run, its inputs and the gradients of its outputs."""
 
 
 def recomputed_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model that its training recomputes, the outermost ones.
+    """Return the outermost layers of a model that its training recomputes.
 
-    There are none where the training keeps all activations, or where the model recomputes by code of its own. A layer
-    with FSDP's modules inside is none either: their gathering ends with the backward they are used in, and that of a
-    recomputation is one inside another.
+    The list is empty if the training stores all activations, or if the model recomputes by other code than that of
+    Transformers' ``GradientCheckpointingLayer`` or PyTorch's ``CheckpointWrapper``. A layer that contains FSDP modules
+    is left out: FSDP frees gathered parameters at the end of the backward pass that uses them, and a recomputation is a
+    backward pass inside another one.
     """
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
@@ -56,15 +59,16 @@ def recomputed_layers(model: nn.Module) -> list[nn.Module]:
 def recomputing(
     model: nn.Module, layers: list[nn.Module], begin: Callable[[nn.Module], None], differentiate: Differentiate
 ) -> Iterator[None]:
-    """Have layers recomputed in the backward for a while.
+    """Recompute layers in the backward pass while the context is open.
 
     Args:
-        model: that holds them.
-        layers: from :func:`recomputed_layers`.
-        begin: called before each first run of a layer.
-        differentiate: called in each backward of a layer.
+        model: the model that holds the layers.
+        layers: the layers, from :func:`recomputed_layers`.
+        begin: called before the first run of a layer.
+        differentiate: called in the backward pass of a layer.
     """
-    # FSDP's own checkpointing is active in evaluation mode, too; it would run a layer a third time.
+    # CheckpointWrapper, which FSDP uses, recomputes in evaluation mode, too, and would run each layer a third time. So
+    # its forward calls the wrapped layer directly.
     replaced: dict[nn.Module, Callable[..., Any]] = {
         module: module._checkpoint_wrapped_module.__call__
         for module in model.modules()
@@ -88,20 +92,22 @@ def recomputing(
 def _recomputed_forward(
     layer: nn.Module, begin: Callable[[nn.Module], None], differentiate: Differentiate
 ) -> Callable[..., Any]:
+    """Return a forward for the layer that stores the inputs alone and runs the layer again in the backward pass."""
     original = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         values, names = [*args, *kwargs.values()], list(kwargs)
         places = [place for place, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
-        # Without an input that has a gradient, outputs would have none; a dictionary or list may take states, and their
-        # gradients, past the outputs to other layers (Gemma 3n's shared keys and values).
+        # Without an input that requires a gradient, the outputs of the autograd function would require none. A
+        # dictionary or list may carry states and their gradients to other layers past the outputs (Gemma 3n's shared
+        # keys and values). Such layers run as they are.
         shares = any(isinstance(value, (dict, list)) or _has_gradients(value) for value in values)
         if not torch.is_grad_enabled() or not places or shares:
             return original(*args, **kwargs)
         begin(layer)
         inputs = [values[place] for place in places]
         for place in places:
-            values[place] = None
+            values[place] = None  # save_for_backward stores these inputs; the call must not hold them, too
         autocast = _autocast_like_now(inputs[0].device.type)
         call = _Call(layer, original, values, names, places, differentiate, autocast)
         outputs = _Recomputed.apply(call, *inputs)
@@ -112,14 +118,14 @@ def _recomputed_forward(
 
 
 def _has_gradients(value: Any) -> bool:
-    """Return whether a nested argument holds tensors that have gradients."""
+    """Return whether a tuple holds, at any depth, tensors that require a gradient."""
     return isinstance(value, tuple) and any(
         isinstance(each, Tensor) and each.requires_grad for each in tree_flatten(value)[0]
     )
 
 
 def _autocast_like_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
-    """Return what brings back the precision in force now: a backward on a device has a thread of its own."""
+    """Return a function that restores the current autocast state: a device runs backward passes in another thread."""
     dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     cached = torch.is_autocast_cache_enabled()
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached)
@@ -127,17 +133,17 @@ def _autocast_like_now(device: str) -> Callable[[], AbstractContextManager[Any]]
 
 @dataclass
 class _Call:
-    """A call of a layer.
+    """One call of a layer.
 
     Attributes:
         layer: the layer.
-        forward: its own.
-        values: all arguments, None in place of those that have a gradient.
-        names: of the last ones, which are given by name.
-        places: of those that have a gradient.
-        differentiate: what the backward calls.
-        autocast: the precision of the call.
-        shape: how the outputs of its last run were nested.
+        forward: the layer's original forward.
+        values: all arguments, with None instead of the tensors that require a gradient.
+        names: names of the keyword arguments, which are the last of ``values``.
+        places: indices in ``values`` of the tensors that require a gradient.
+        differentiate: function that the backward pass calls.
+        autocast: restores the precision of the call.
+        shape: nesting of the outputs of the last run.
     """
 
     layer: nn.Module
@@ -150,7 +156,7 @@ class _Call:
     shape: TreeSpec | None = None
 
     def run(self, inputs: Sequence[Tensor]) -> list[Any]:
-        """Return the outputs of the layer, not nested."""
+        """Return the outputs of the layer as a flat list."""
         values = list(self.values)
         for place, value in zip(self.places, inputs, strict=True):
             values[place] = value
@@ -161,13 +167,13 @@ class _Call:
 
 
 class _Recomputed(torch.autograd.Function):
-    """A layer that is run again in the backward."""
+    """Layer that runs again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *inputs: Tensor) -> tuple[Any, ...]:
         ctx.call = call
         ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # an output without a gradient gives None, and is left out of the backward
         return tuple(call.run(inputs))
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Stored checkpoints of the model in training: their weights for a while, their moments, their learning rates."""
+"""Stored checkpoints of the model in training: their weights for temporary use, their moments and learning rates."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _ADAPTER_KEYS = (
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
     "oft_block_size", "coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms",
 )  # fmt: skip
-"""What changes an adapter's outputs while its weights stay the same: of LoRA, and of OFT."""
+"""Settings of LoRA and OFT that change an adapter's outputs while its weights stay the same."""
 _FULL = ("model.safetensors", "model.safetensors.index.json")
 
 
 @contextmanager
 def weights_of(model: torch.nn.Module, folder: Path) -> Iterator[None]:
-    """Give the model a checkpoint's weights for a while; afterwards every parameter has its own bits back.
+    """Give the model the weights of a checkpoint while the context is open, then restore every parameter bit by bit.
 
     Args:
-        model: the raw model, its parameters whole on this process.
-        folder: a checkpoint of the same model or adapter, as the Trainer writes it.
+        model: the raw model, with whole parameters on this process.
+        folder: a checkpoint of the same model or adapter, in the format of the Trainer.
 
     Raises:
         ComponentError: if the checkpoint does not hold the trainable parameters.
@@ -48,7 +48,10 @@ def weights_of(model: torch.nn.Module, folder: Path) -> Iterator[None]:
 
 
 def adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
-    """Return what the active adapter's configuration adds to its weights, as JSON values; empty without one."""
+    """Return the settings of the active adapter that change its outputs, as JSON values.
+
+    The dictionary is empty if the model has no adapter.
+    """
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
@@ -65,7 +68,7 @@ def _load(model: torch.nn.Module, folder: Path) -> None:
     load = _load_adapter if isinstance(model, PeftModel) else _load_full
     try:
         strange = load(model, folder)
-    except RuntimeError as error:  # torch's, of parameters of another shape, one to a line
+    except RuntimeError as error:  # torch lists each parameter of another shape on a line of the message
         detail = str(error).splitlines()[-1].strip()
         raise ComponentError(f"checkpoints: {folder} is not of this model: {detail}") from error
     except (OSError, ValueError, SafetensorError) as error:
@@ -76,7 +79,7 @@ def _load(model: torch.nn.Module, folder: Path) -> None:
 
 
 def _load_adapter(model: Any, folder: Path) -> list[str]:
-    """Load an adapter's weights; return the names that only one side has."""
+    """Load an adapter's weights; return the names that only the model or only the checkpoint has."""
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     if not any((folder / name).is_file() for name in _ADAPTER):
@@ -88,13 +91,13 @@ def _load_adapter(model: Any, folder: Path) -> list[str]:
 
 
 def _check_adapter(model: torch.nn.Module, folder: Path) -> None:
-    """Raise unless the stored weights mean under the present configuration what they meant under their own."""
+    """Raise an error if the adapter was stored with settings under which the same weights act differently."""
     path = folder / _ADAPTER_CONFIG
     if not path.is_file():
         raise ComponentError(f"checkpoints: {folder} holds no {_ADAPTER_CONFIG} beside its adapter.")
     stored = json.loads(path.read_text(encoding="utf-8"))
     for key, mine in adapter_settings(model).items():
-        theirs = stored.get(key, type(mine)())  # what an older peft did not write was off
+        theirs = stored.get(key, type(mine)())  # an older peft did not write this setting and did not use it
         if theirs != mine:
             raise ComponentError(
                 f"checkpoints: the adapter in {folder} was trained with {key} = {theirs!r}, this run has {mine!r}. "
@@ -103,10 +106,11 @@ def _check_adapter(model: torch.nn.Module, folder: Path) -> None:
 
 
 def _load_full(model: Any, folder: Path) -> list[str]:
-    """Load a whole model's trainable weights; return the names that only one side has.
+    """Load a whole model's trainable weights; return the names that only the model or only the checkpoint has.
 
-    transformers reads the folder into a second model in main memory: it writes some models under other names and in
-    other shapes than they have in memory (each expert by itself), and only its own reading turns that back.
+    Transformers loads the folder as a second model in main memory. It stores the weights of some models under other
+    names and shapes than those in memory, each expert separately for example. Only Transformers' own loading code
+    reverts that.
     """
     if (folder / _ADAPTER_CONFIG).is_file() or not any((folder / name).is_file() for name in _FULL):
         raise ComponentError(f"checkpoints: {folder} holds no model weights ({_FULL[0]} is missing).")
@@ -115,8 +119,9 @@ def _load_full(model: Any, folder: Path) -> list[str]:
         stored, found = type(model).from_pretrained(
             folder,
             config=model.config,
+            # A type that holds the values of all trainable parameters, so that loading rounds none of them.
             dtype=reduce(torch.promote_types, [value.dtype for value in trainable.values()]),
-            ignore_mismatched_sizes=True,  # told below
+            ignore_mismatched_sizes=True,  # raised below, with the name of the parameter
             output_loading_info=True,
             use_safetensors=True,
         )
@@ -140,15 +145,15 @@ def _trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def saved_moments(folder: Path, optimizer: Any, model: torch.nn.Module) -> dict[str, Moments]:
-    """Return the moments a checkpoint's ``optimizer.pt`` holds, by parameter name.
+    """Return the Adam moments in a checkpoint's ``optimizer.pt``, by parameter name.
 
     Args:
         folder: the checkpoint.
-        optimizer: an optimizer of the same parameters in the same groups; only its order is used.
+        optimizer: an optimizer of the same parameters in the same groups. Only the order of its parameters is used.
         model: the raw model.
 
     Raises:
-        ComponentError: if there is no such file, or it holds no Adam moments of these parameters.
+        ComponentError: if the folder has no ``optimizer.pt``, or the file holds no Adam moments of these parameters.
     """
     path = folder / "optimizer.pt"
     hint = "Use a checkpoint folder saved by the Trainer without DeepSpeed or FSDP, or preconditioner: none."
@@ -166,7 +171,7 @@ def saved_moments(folder: Path, optimizer: Any, model: torch.nn.Module) -> dict[
     found = {}
     for value, number, group in zip(ordered, numbers, groups, strict=True):
         state = stored["state"].get(number)
-        if state is None and stored["state"]:  # it never had a gradient while others have
+        if state is None and stored["state"]:  # this parameter never had a gradient, but others had one
             zeros = torch.zeros_like(value)
             state = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": 0}
         if not state or "exp_avg" not in state or state["exp_avg"].shape != value.shape:
@@ -184,10 +189,11 @@ def saved_moments(folder: Path, optimizer: Any, model: torch.nn.Module) -> dict[
 def learning_rates(folders: list[Path]) -> list[float]:
     """Return the mean learning rate of the steps between each checkpoint and the one before it, scaled to sum 1.
 
-    Read from the log in every folder's ``trainer_state.json``, which the Trainer fills every ``logging_steps``.
+    The rates are read from the log in each folder's ``trainer_state.json``. The Trainer adds to it every
+    ``logging_steps``.
 
     Raises:
-        ConfigError: if a folder has no such log.
+        ConfigError: if a folder has no such log, or the learning rates are all 0.
     """
     rates, before = [], 0
     for folder in folders:

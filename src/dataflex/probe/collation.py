@@ -1,9 +1,9 @@
-"""What the training collator makes of samples, from Arrow's buffers if that gives the same tensors.
+"""The training collator's tensors, made directly from Arrow's buffers if that gives the same result.
 
-A collator takes rows of Python lists, and making, padding and reading these costs about ten times what the tokens
-themselves need. Rows that hold nothing but tokens are padded by one assignment instead. That is done only for the
-collator classes named in :class:`Collation`, only for samples without any other column, and only if a few samples of
-the run give equal tensors either way; the collator is asked in every other case.
+A collator takes rows of Python lists. Making, padding and reading the lists costs about ten times as much as the tokens
+need. For rows that hold nothing but tokens, one assignment does the padding instead. This shortcut has three
+conditions: the class of the collator is named in :class:`Collation`, the samples have no other column, and a few
+samples of the run give equal tensors both ways. In every other case the collator is called.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 _TOKENS, _MASK, _LABELS = "input_ids", "attention_mask", "labels"
 _COMPARED = 8
-"""Samples of which both ways must give the same, beside the shortest and the longest."""
+"""Number of samples compared in both ways, in addition to the shortest and the longest sample."""
 
 
 class Collation:
-    """From samples to what the training collator makes of them.
+    """Turns samples into the training collator's batches.
 
     Args:
         collate: the training collator.
-        plain: classes of collators, beside those of transformers, of which it is known that they make nothing but
-            padded tensors of rows that hold nothing but tokens, masks and labels. Subclasses of them are not meant.
+        plain: classes of collators, in addition to those of Transformers, that only pad if rows hold nothing but
+            tokens, masks and labels. Subclasses of these classes are not included.
     """
 
     def __init__(self, collate: Collate, plain: tuple[type, ...] = ()) -> None:
@@ -50,8 +50,9 @@ class Collation:
         self._readers: WeakKeyDictionary[Pool, tuple[_Padding, _Reader | None]] = WeakKeyDictionary()
 
     def of(self, samples: Samples, indices: IndexArray) -> Mapping[str, Any]:
-        """Return what the collator makes of samples, by their numbers, shape (B,)."""
-        padding = _padding_of(self.collate, self._plain)  # anew: the tokenizer's side may change, as for generation
+        """Return the collated batch of samples, given their indices, (B,)."""
+        # At every call, because the tokenizer's padding side may change, for example for generation.
+        padding = _padding_of(self.collate, self._plain)
         if padding is not None and isinstance(samples, Pool):
             of, reader = self._readers.get(samples, (None, None))
             if of != padding:
@@ -63,7 +64,7 @@ class Collation:
         return self.collate(samples.rows(indices))
 
     def _reader(self, pool: Pool, padding: _Padding) -> _Reader | None:
-        """Return what reads a pool's columns; None if the collator is to be asked."""
+        """Return a reader of a pool's columns; None if the collator must be called."""
         columns = _plain_columns(pool.dataset, padding)
         if columns is None:
             return None
@@ -72,21 +73,21 @@ class Collation:
         spaced = np.linspace(0, pool.size - 1, min(pool.size, _COMPARED)).astype(np.int64)
         for indices in (np.array([shortest]), np.unique([shortest, longest, *spaced])):
             if not _same(reader.read(indices), self.collate(pool.rows(indices))):
-                logger.info("The collator does more than padding: it is asked for every batch.")
+                logger.info("The collator does more than padding, so it is called for every batch.")
                 return None
         return reader
 
 
 @dataclass(frozen=True)
 class _Padding:
-    """How a collator pads.
+    """Padding rule of a collator.
 
     Attributes:
-        token: fills ``input_ids``.
-        label: fills ``labels``.
-        left: whether rows end, and do not begin, together.
-        multiple: of which the width is one.
-        makes_labels: whether labels are the tokens, ignored where they are the one that fills.
+        token: padding value of ``input_ids``.
+        label: padding value of ``labels``.
+        left: whether padding is on the left.
+        multiple: the width of a batch is a multiple of this number.
+        makes_labels: whether labels are a copy of the tokens in which the padding token is ignored.
     """
 
     token: int
@@ -128,14 +129,14 @@ class _Reader:
 
 
 def _places(lengths: NDArray[np.int64], padding: _Padding) -> NDArray[np.bool_]:
-    """Return which places of a batch are filled from rows of these lengths, shape (B, T)."""
+    """Return the mask of the tokens of a batch, (B, T), from the lengths of its rows; padding is False."""
     width = -(-int(lengths.max()) // padding.multiple) * padding.multiple
     columns = np.arange(width)
     return columns >= width - lengths[:, None] if padding.left else columns < lengths[:, None]
 
 
 def _padding_of(collate: Collate, plain: tuple[type, ...]) -> _Padding | None:
-    """Return how a collator pads; None if its class is not known, or its settings are not those of padding alone."""
+    """Return a collator's padding rule; None if its class is unknown or its settings ask for more than padding."""
     from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
     if type(collate) not in (DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, *plain):
@@ -158,7 +159,7 @@ def _padding_of(collate: Collate, plain: tuple[type, ...]) -> _Padding | None:
 
 
 def _plain_columns(dataset: Dataset, padding: _Padding) -> list[str] | None:
-    """Return the columns a collator makes tensors of; None if there is another one, which it may make something of."""
+    """Return the columns that a collator pads; None if another column exists that the collator may use."""
     import pyarrow as pa
 
     schema = dataset.features.arrow_schema
@@ -175,7 +176,7 @@ def _plain_columns(dataset: Dataset, padding: _Padding) -> list[str] | None:
 
 
 def _same(found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> bool:
-    """Return whether two batches have the same tensors and nothing else."""
+    """Return whether two batches have the same keys and equal tensors."""
     if found is None or found.keys() != wanted.keys():
         return False
     return all(

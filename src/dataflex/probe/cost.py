@@ -1,4 +1,4 @@
-"""What decisions cost."""
+"""Cost of decisions."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ class Cost:
     samples: int = 0
     """Samples run through a model."""
     tokens: int = 0
-    """Their tokens, padding not counted."""
+    """Tokens of these samples, without padding."""

@@ -1,4 +1,4 @@
-"""Hidden states of a layer, and the embedding of each sample that is made of them."""
+"""Hidden states of a layer, and embeddings of samples pooled from them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,33 @@ if TYPE_CHECKING:
 
 
 Pooling = Literal["mean", "weighted_mean", "first", "last"]
-"""How the states of a sample's tokens become one vector."""
+"""Ways to pool the hidden states of a sample's tokens into one vector."""
 
 TextPart = Literal["all", "prompt", "response"]
-"""Which tokens of a sample are meant."""
+"""Parts of a sample whose tokens are pooled."""
 
 
 @dataclass(frozen=True)
 class HiddenStates(Measurement):
-    """Base of measurements that are made of one layer's hidden states at every token: define :meth:`reduce`.
+    """Base of measurements computed from one layer's hidden states at every token. Subclasses define :meth:`reduce`.
 
     Attributes:
-        layer: 0 are the embeddings, 1 the first layer's output and so on; -1 is the last layer behind the final
+        layer: 0 is the token embeddings, 1 the first layer's output and so on. -1 is the last layer after the final
             normalisation. The numbers are those of Transformers' ``output_hidden_states``.
+
+    Example:
+        The length of the sum of each sample's hidden states:
+
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from dataflex import HiddenStates, register_measurement
+        >>> @register_measurement("sum_lengths")
+        ... @dataclass(frozen=True)
+        ... class SumLengths(HiddenStates):
+        ...     def reduce(self, hidden, mask):
+        ...         return hidden.masked_fill(~mask[..., None], 0).sum(1).norm(dim=1)
+        >>> SumLengths(layer=6).reduce(torch.tensor([[[3.0, 4.0]]]), torch.tensor([[True]]))
+        tensor([5.])
     """
 
     layer: int = -1
@@ -42,26 +56,26 @@ class HiddenStates(Measurement):
         """Return the values of a batch, (B, ...).
 
         Args:
-            hidden: (B, T, H), float32; anything at padding.
-            mask: which positions are meant, (B, T), bool. Padding may be on either side.
+            hidden: hidden states, (B, T, H), float32. Padding positions hold arbitrary values.
+            mask: positions to use, (B, T), bool. Padding may be on either side.
         """
         raise NotImplementedError
 
     def tokens(self, mask: Tensor, labels: Tensor) -> Tensor:
-        """Return which positions are meant, (B, T), bool: all tokens.
+        """Return the mask of the positions to use, (B, T), bool. The default is all tokens.
 
         Args:
-            mask: which positions are tokens and not padding, (B, T), bool.
-            labels: the token to be predicted at each position, (B, T); -100 where none is trained on.
+            mask: False at padding, (B, T), bool.
+            labels: the token to be predicted at each position, (B, T); -100 if the position is not trained on.
         """
         return mask
 
     def measure(self, batch: MeasuredBatch) -> Tensor:
-        """Return what :meth:`reduce` makes of the layer's hidden states."""
+        """Return :meth:`reduce` of the layer's hidden states."""
         return self.reduce(batch.hidden_states(self.layer).float(), self.tokens(batch.mask, batch.labels))
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield that the model has no such layer, if its folder says so."""
+        """Yield an error if the model's folder says that the model has no such layer."""
         problem = layer_problem(Path(str(run.llamafactory.get("model_name_or_path", ""))), self.layer)
         if problem is not None:
             yield "layer", problem
@@ -74,11 +88,19 @@ class Embeddings(HiddenStates):
 
     Attributes:
         layer: as in :class:`HiddenStates`.
-        pooling: ``mean`` of all tokens; ``weighted_mean``, token t of a sample (from 1) with weight t (SGPT,
-            Muennighoff 2022); the ``first`` or the ``last`` token. The tokens of a packed row are those of one sample.
+        pooling: ``mean`` of all tokens; ``weighted_mean``, which gives token t of a sample (from 1) weight t (SGPT,
+            Muennighoff 2022); the ``first`` or the ``last`` token. The tokens of a packed row count as one sample.
         normalize: scale every vector to length 1.
-        text: which tokens are pooled: ``all``, the ``response`` (those that are trained on) or the ``prompt`` (the
-            others). The forward is that of the whole sample. A sample without such a token has a vector of zeros.
+        text: tokens to pool: ``all``, the ``response`` (the tokens that are trained on) or the ``prompt`` (the
+            others). The forward pass is always over the whole sample. A sample without such a token gives zeros.
+
+    Example:
+        >>> import torch
+        >>> from dataflex import Embeddings
+        >>> hidden = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [9.0, 9.0]]])
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> Embeddings(layer=6, pooling="last").reduce(hidden, mask)
+        tensor([[0.6000, 0.8000]])
     """
 
     pooling: Pooling = "mean"
@@ -86,10 +108,12 @@ class Embeddings(HiddenStates):
     text: TextPart = "all"
 
     def tokens(self, mask: Tensor, labels: Tensor) -> Tensor:
-        """Return the positions of the wanted part of every sample."""
+        """Return the mask of the wanted part of every sample, (B, T)."""
         if self.text == "all":
             return mask
-        trained = (labels != IGNORE_INDEX).roll(1, 1)  # the last label is that of no token
+        # labels[:, t] is token t + 1, so the mask moves by one. The last label is always ignored, so that token 0 is
+        # not trained on.
+        trained = (labels != IGNORE_INDEX).roll(1, 1)
         return mask & (trained if self.text == "response" else ~trained)
 
     def reduce(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -100,7 +124,7 @@ class Embeddings(HiddenStates):
         return torch.nn.functional.normalize(found, dim=-1) if self.normalize else found
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield that the model has no such layer, and why the parts of a sample cannot be told apart."""
+        """Yield an error if the model has no such layer, or if prompt and response cannot be told apart."""
         yield from super().problems(run)
         if self.text == "all":
             return
@@ -115,18 +139,18 @@ class Embeddings(HiddenStates):
 
 
 def layer_problem(folder: Path, layer: int) -> str | None:
-    """Return that the model in a folder has no such layer; None if it has, or the folder does not say."""
+    """Return an error if the model in a folder has no such layer; None if it has, or if the folder does not say."""
     try:
         config = json.loads((folder.expanduser() / "config.json").read_text(encoding="utf-8"))
         config = config.get("text_config", config)
         count = next(int(config[name]) for name in _LAYER_COUNTS if name in config)
     except (OSError, ValueError, TypeError, AttributeError, StopIteration):
-        return None  # what is wrong with a model's folder is told elsewhere
+        return None  # loading the model reports errors of its folder
     return None if -count - 1 <= layer <= count else _no_layer(count, layer)
 
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""What kinds of models call the number of their layers in config.json."""
+"""Names of the number of layers in the config.json of different kinds of models."""
 
 
 def _no_layer(count: int, layer: int) -> str:
@@ -137,18 +161,18 @@ def _no_layer(count: int, layer: int) -> str:
 
 
 def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """Return one vector for each row of hidden states, (B, H), zeros where no token counts.
+    """Return one vector for each row of hidden states, (B, H); zeros for a row without a token to pool.
 
     Args:
-        hidden: (B, T, H); anything where the mask is false.
-        mask: which tokens count, (B, T), bool.
+        hidden: hidden states, (B, T, H). Positions outside the mask hold arbitrary values.
+        mask: tokens to pool, (B, T), bool.
         pooling: as in :class:`Embeddings`.
     """
     import torch
 
     if pooling in ("mean", "weighted_mean"):
         weights = mask if pooling == "mean" else mask * mask.cumsum(1)
-        hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
+        hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0)  # a NaN at padding times weight 0 would stay NaN
         return (hidden * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
     numbers = mask.cumsum(1)
     wanted = numbers == (1 if pooling == "first" else numbers[:, -1:])

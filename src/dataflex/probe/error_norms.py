@@ -1,4 +1,4 @@
-"""How far the model's prediction of each token is from the token."""
+"""Distance between the model's predicted distribution and the token, for each token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 @register_measurement("error_norms")
 @dataclass(frozen=True)
 class ErrorNorms(TokenMeans):
-    """Each sample's token mean of ||softmax - one-hot||_2, shape (n,); NaN for a sample without a trained token."""
+    """Each sample's token mean of ||softmax - one-hot||_2, shape (n,); NaN for a sample without a trained token.
+
+    Example:
+        Two equally likely tokens, of which the first is the label:
+
+        >>> import torch
+        >>> from dataflex import ErrorNorms
+        >>> ErrorNorms().token_values(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor([0.7071])
+    """
 
     quantity: ClassVar[str] = "error norm"
 

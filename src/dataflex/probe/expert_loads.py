@@ -1,4 +1,4 @@
-"""How each sample's tokens are routed in a mixture of experts."""
+"""Routing of each sample's tokens in a mixture of experts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,20 @@ if TYPE_CHECKING:
 @register_measurement("expert_loads")
 @dataclass(frozen=True)
 class ExpertLoads(Measurement):
-    """The share of each sample's routed places that went to each expert, shape (n, layers * experts).
+    """The share of each sample's routing slots that each expert gets, shape (n, layers * experts).
 
-    A place is one token at one of the experts it is sent to. The shares of a layer are not negative and sum to 1.
+    A slot is one token at one of its chosen experts. The shares of a layer are not negative and sum to 1.
     Layers without a choice of experts are left out.
+
+    Example:
+        A selector that prefers samples whose tokens use the experts evenly:
+
+        >>> from dataflex import ExpertLoads, Needs, Selector, SelectorParams
+        >>> class Even(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(ExpertLoads(),))
+        ...     def score(self, ctx, candidates):
+        ...         return -ctx.probe.measure(ExpertLoads(), candidates).max(axis=1)
     """
 
     quantity: ClassVar[str] = "last hidden state"
@@ -30,7 +40,7 @@ class ExpertLoads(Measurement):
         """Return the shares.
 
         Raises:
-            ComponentError: if the model has no experts, or none whose routing can be read.
+            ComponentError: if the model has no experts, or no experts whose routing can be read.
         """
         from dataflex.probe.routing import class_name, expert_shares, stacked_experts
 
@@ -43,6 +53,7 @@ class ExpertLoads(Measurement):
 
             values = run.each(shares)
             ends = np.cumsum(list(experts.values()))
+            # A module of stacked matrices that is never called with chosen experts has only zeros: it does not route.
             layers = [part for part in np.split(values, ends[:-1], axis=1) if part.any() or not len(part)]
         if not layers:
             raise ComponentError(

@@ -1,4 +1,4 @@
-"""Features kept on disk: made chunk by chunk, so that what a killed process finished is not made again."""
+"""Features stored on disk chunk by chunk, so that a restarted process computes only the missing chunks."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ if TYPE_CHECKING:
     from dataflex.probe.runner import Runner
 
 _CHUNK_ROWS = 256
-"""Samples after which a chunk of whole batches is closed."""
+"""Number of samples after which a chunk of whole batches is closed."""
 
 
 def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureStore:
-    """Return the store of the samples' features, after making the chunks that are missing.
+    """Return the store of the samples' features, after computing the missing chunks.
 
-    Collective. Every process makes its share of the chunks; under a sharded model all run the same number of batches.
+    Collective. Every process computes its share of the chunks. If the model is sharded, all processes run the same
+    number of batches.
 
     Args:
-        runner: the model and the samples; row positions in the store are positions in its ``indices``.
-        settings: what is made of the gradients; features have length 1.
-        root: folder of the stores; each state of model, data and settings has one of its own in it.
+        runner: the model and the samples. Row positions in the store are positions in ``runner.indices``.
+        settings: settings of the features; features have length 1.
+        root: folder of all stores. Each state of model, data and settings has a separate store in it.
 
     Raises:
         ComponentError: if the samples are a list of rows, whose content has no digest.
@@ -57,7 +58,7 @@ def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureSt
         "adapter": adapter_settings(runner.model),
         "precision": precision_of(probe),
         "moments": None if settings.preconditioner == "none" else moments_digest(probe.optimizer_moments()),
-        "data": distributed.on_main(lambda: samples.content_digest),
+        "data": distributed.on_main(lambda: samples.content_digest),  # the digest reads all data, so once is enough
         "samples": hashlib.sha256(np.ascontiguousarray(runner.indices, dtype="<i8").data).hexdigest(),
         "settings": asdict(settings),
         "map": MAP_VERSION,
@@ -66,7 +67,7 @@ def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureSt
     with reduced_gradients(runner, settings, projection_of(probe, settings)) as gradient_features:
 
         def with_lengths(batch: MeasuredBatch) -> Tensor:
-            """Return features of length 1, and their lengths before in a last column, (B, k + 1)."""
+            """Return features scaled to length 1, with their original lengths in a last column, (B, k + 1)."""
             features = gradient_features(batch)
             return torch.cat([normalize(features, dim=1), features.norm(dim=1, keepdim=True)], dim=1)
 
@@ -85,7 +86,7 @@ def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureSt
 
 
 def precision_of(probe: ModelProbe) -> str:
-    """Return the number type in which a forward computes."""
+    """Return the number type of a forward pass: the autocast type, or "as stored" without autocast."""
     device = probe.device.type
     with probe.autocast():
         return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "as stored"
@@ -99,7 +100,7 @@ def _make(
     with_lengths: Callable[[MeasuredBatch], Tensor],
     noted: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """Write this process's share of the missing chunks; a chunk with a batch whose error is noted is not written."""
+    """Write this process's share of the missing chunks; skip a chunk if one of its batches had an error."""
     rank, world_size = distributed.rank(), distributed.world_size()
     mine = missing[rank::world_size]
     longest = max(len(chunks[number]) for number in missing)
@@ -112,7 +113,9 @@ def _make(
                 with noted():
                     found.append(runner.attempt(with_lengths, runner.indices[batch]))
                 bar.update()
-            if runner.probe.sharded:  # a forward is collective, and the others may have more batches
+            # A forward pass is collective and the other processes may have more batches, so this process runs a batch
+            # again, whose values are discarded, until all have run the same number.
+            if runner.probe.sharded:
                 for _ in range(longest - len(batches)):
                     with noted():
                         runner.attempt(with_lengths, runner.indices[chunks[missing[0]][0]])
@@ -122,7 +125,7 @@ def _make(
 
 
 def _chunks(batches: Batches) -> list[Batches]:
-    """Return batches in chunks of a few hundred samples."""
+    """Return the batches in chunks of a few hundred samples."""
     begins, rows = [0], 0
     for number, batch in enumerate(batches):
         if rows >= _CHUNK_ROWS:
@@ -133,7 +136,10 @@ def _chunks(batches: Batches) -> list[Batches]:
 
 
 def model_digest(model: nn.Module, sharded: bool) -> str:
-    """Return a digest of every parameter and buffer: name, shape, whether it is trained, and every number."""
+    """Return a digest of every parameter and buffer: its name, shape, type, values, and whether it is trained.
+
+    Under a sharded model each process hashes its own shards, and the digests of all processes are joined.
+    """
     digest = hashlib.sha256()
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {value.requires_grad}".encode())
@@ -153,7 +159,7 @@ def moments_digest(moments: dict[str, Moments]) -> str:
 
 
 def _add(digest: Any, value: Tensor) -> None:
-    """Add the bytes this process holds of a tensor: its shard under ZeRO-3 and FSDP2."""
+    """Add this process's part of a tensor to a digest: the shard under ZeRO-3 and FSDP2, else the whole tensor."""
     local: Any = value.detach()
     local = getattr(value, "ds_tensor", local)
     local = local.to_local() if isinstance(local, torch.distributed.tensor.DTensor) else local

@@ -1,9 +1,9 @@
-"""One kernel from gradients to a sketch: direction, signs, rotations and the sum over blocks. Needs Triton.
+"""One GPU kernel from gradients to a sketch: direction, signs, rotations and the sum over blocks. Needs Triton.
 
-Every number of a sketch belongs to one program, which goes over its blocks in order, so there are no atomic additions
-and the same call gives the same bits. Blocks are shared out over a few programs, whose sums are added up afterwards.
-A program has the same places of several samples: signs and moments are made or read once for all of them, and of the
-gradients every number is read once.
+Every element of a partial sketch belongs to one program, which adds up its blocks in order. So the kernel needs no
+atomic additions, and the same call gives the same bits. The blocks are divided among a few programs, and the partial
+sketches are summed afterwards. A program handles the same positions of several samples: signs and moments are computed
+or read once for all of these samples, and every gradient element is read once.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from dataflex.probe.preconditioners import AdamTerms
 from dataflex.probe.signs import FACTORS, ROTATION_PLACE, SHIFTS, key_words
 
 _PROGRAMS = 1024
-"""Programs to share the work among: a few for each multiprocessor."""
+"""Number of programs that share the work: a few for each multiprocessor."""
 _TILE = 2048
-"""Numbers of a program's tile, of all its samples together."""
+"""Elements in the tile of a program, over all samples of the program."""
 _SAMPLES = 8
+"""Most samples in the tile of a program."""
 
 _F0, _F1, _F2 = (tl.constexpr(factor) for factor in FACTORS)
 _S0, _S1, _S2, _S3 = (tl.constexpr(shift) for shift in SHIFTS)
@@ -29,12 +30,14 @@ _ROTATION_PLACE = tl.constexpr(ROTATION_PLACE)
 
 @triton.jit
 def _stepped(values: tl.tensor) -> tl.tensor:
+    """Return the first step of the hash ``triple32``; see ``signs``."""
     values = values ^ (values >> _S0)
     return values * tl.full((), _F0, tl.uint32)
 
 
 @triton.jit
 def _finished(values: tl.tensor) -> tl.tensor:
+    """Return the other steps of the hash ``triple32``."""
     values = values ^ (values >> _S1)
     values = values * tl.full((), _F1, tl.uint32)
     values = values ^ (values >> _S2)
@@ -44,15 +47,17 @@ def _finished(values: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _row_key(low: tl.tensor, high: tl.tensor, one: tl.tensor, two: tl.tensor) -> tl.tensor:
+    """Return one of a row's two 32-bit keys from the row number's halves and two words of the key."""
     return _finished(_stepped(_finished(_stepped(low ^ one)) ^ high ^ two))
 
 
 @triton.jit
 def _word(places: tl.tensor, left: tl.tensor, right: tl.tensor) -> tl.tensor:
+    """Return the words of a row at some positions, 32 signs each, from the row's two keys."""
     return _finished(_stepped(places + left) ^ right)
 
 
-# Specialised in its numbers, it would be compiled anew for nearly every parameter.
+# Triton compiles a kernel again for special values of integers, which here would be nearly every parameter.
 @triton.jit(do_not_specialize=["size", "start", "dim", "first", "batch", "key_a", "key_b", "key_c", "key_d"])
 def _sketch(
     values: tl.tensor,
@@ -79,6 +84,7 @@ def _sketch(
     PLACES: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
+    """Add the signed and rotated blocks of one tile and one share of the blocks, and store the sums."""
     one, two = key_a.to(tl.uint32, bitcast=True), key_b.to(tl.uint32, bitcast=True)
     three, four = key_c.to(tl.uint32, bitcast=True), key_d.to(tl.uint32, bitcast=True)
     places = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
@@ -93,8 +99,9 @@ def _sketch(
         rotation = (_word(tl.full((), _ROTATION_PLACE, tl.uint32), left, right).to(tl.int64) * dim) >> 32
         source = places - rotation.to(tl.int32)
         source = tl.where(source < 0, source + dim, source)
-        # True but for one place. Without it the compiler puts threads side by side in the samples, which are far apart
-        # in memory. No load becomes a vector by it, because no beginning is known to be aligned.
+        # Elements are contiguous except at one position, where the rotation wraps around. Without this hint the
+        # compiler puts threads side by side along the samples, which are far apart in memory. The hint makes no load a
+        # vector load, because no start is known to be aligned.
         source = tl.max_contiguous(source, PLACES)
         element = row * dim + source
         inside_piece = (places < dim) & (element >= start) & (element < start + size)
@@ -119,12 +126,12 @@ def sketch(
     """Return the count sketch of a piece of one parameter's gradients, or of their directions: float32, (B, dim).
 
     Args:
-        values: the gradients, float32, float16 or bfloat16, (B, n), of contiguous rows.
-        start: number of the piece's first element in the parameter.
-        key: of the parameter's signs and rotations.
+        values: the gradients, float32, float16 or bfloat16, (B, n).
+        start: index of the piece's first element in the flattened parameter.
+        key: key of the parameter's signs and rotations.
         dim: length of a sketch, below 2^30.
-        terms: of Adam's direction; none: the gradients themselves.
-        programs: programs to share the work among; their number decides over the rounding.
+        terms: terms of Adam's direction. None means the gradients themselves.
+        programs: number of programs that share the work. It changes the order of sums and so the rounding.
     """
     values = values.contiguous()
     batch, size = values.shape
@@ -134,12 +141,12 @@ def sketch(
     places = min(_power_of_two(dim), _TILE // samples)
     tiles = (-(-dim // places), -(-batch // samples))
     splits = max(1, min(blocks, programs // (tiles[0] * tiles[1])))
-    each = _power_of_two(-(-blocks // splits))  # few different numbers, as each is compiled anew
+    each = _power_of_two(-(-blocks // splits))  # few distinct values, because each one compiles the kernel again
     splits = -(-blocks // each)
     out = torch.empty(splits, batch, dim, dtype=torch.float32, device=values.device)
     moments = (values, values) if terms is None else (terms.average, terms.square)
     scales = (0.0,) * 6 if terms is None else terms.scales
-    # As numbers with a sign, so that every key is of one type for the compiler.
+    # Signed, so that every word has the type int32: Triton would pass words of 2^31 and more as int64.
     keys = [word - (1 << 32) if word >> 31 else word for word in key_words(key)]
     with torch.cuda.device_of(values):  # Triton starts its kernels on the current device
         _sketch[(*tiles, splits)](
@@ -162,5 +169,5 @@ def sketch(
 
 
 def _power_of_two(number: int) -> int:
-    """Return the smallest power of two that is not below ``number``, >= 1."""
+    """Return the smallest power of two that is at least ``number``, which is at least 1."""
     return 1 << (number - 1).bit_length()

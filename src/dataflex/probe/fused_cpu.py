@@ -1,8 +1,9 @@
 """Count sketches of gradients in one pass on a CPU: direction, signs, rotations and the sum over blocks. Needs Numba.
 
 The operations of :mod:`dataflex.probe.projections` read and write every element several times. This kernel reads every
-gradient once and writes only to the sketch, which stays in the processor's cache. Threads share out the elements of the
-sketch, and every element adds up its blocks in order, so the result does not depend on the number of threads.
+gradient element once and writes only to the sketch, which stays in the CPU's cache. Threads divide the elements of the
+sketch among them, and every element adds up its blocks in order. So the result does not depend on the number of
+threads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class BlockSums:
     """Adds the count sketches of gradients, or of Adam's directions, on several threads.
 
     Args:
-        threads: at least 1.
+        threads: number of threads, at least 1.
     """
 
     def __init__(self, threads: int) -> None:
@@ -35,14 +36,15 @@ class BlockSums:
         """Add the count sketch of a piece of one parameter's gradients, or of their directions.
 
         Args:
-            out: the sketches, float32, (B, at least dim), contiguous; their first dim columns are changed in place.
+            out: the sketches, float32, (B, at least dim), contiguous. The first dim columns are changed in place.
             values: the gradients, float32, (B, n).
-            start: number of the piece's first element in the parameter.
-            signs: of the J blocks of ``dim`` elements that the piece touches, int8, (J, dim).
-            rotations: of these blocks, int64, (J,).
-            terms: of Adam's direction, with float32 moments; None adds the gradients themselves.
+            start: index of the piece's first element in the flattened parameter.
+            signs: signs of the J blocks of ``dim`` elements that the piece touches, int8, (J, dim).
+            rotations: rotations of these blocks, int64, (J,).
+            terms: terms of Adam's direction, with float32 moments. None adds the gradients themselves.
         """
         values = values.contiguous()
+        # Without terms the kernel reads no moments, but its argument needs arrays of the same type.
         used = (values[0], values[0]) if terms is None else (terms.average, terms.square)
         moments = tuple(tensor.numpy() for tensor in used)
         scales = np.array([] if terms is None else terms.scales, dtype=np.float32)
@@ -52,16 +54,16 @@ class BlockSums:
         if self._pool is None:
             _add(*work[0])
         else:
-            list(self._pool.map(lambda each: _add(*each), work))  # raises the errors of the threads
+            list(self._pool.map(lambda each: _add(*each), work))  # reading the results raises the threads' errors
 
     @staticmethod
     def serves(values: Tensor, terms: AdamTerms | None) -> bool:
-        """Return whether the kernel takes gradients and moments of these types."""
+        """Return whether the kernel supports the types of the gradients and moments; all must be float32."""
         used = [values] if terms is None else [values, terms.average, terms.square]
         return all(tensor.dtype == torch.float32 for tensor in used)
 
 
-# Contraction alone of the "fast" rules: products and sums may be one operation, but a NaN stays a NaN.
+# Of the fast-math rules only contraction is on, which may fuse a product and a sum. Other rules would not preserve NaN.
 @njit(nogil=True, error_model="numpy", fastmath={"contract"})
 def _add(
     out: np.ndarray,
@@ -73,7 +75,10 @@ def _add(
     scales: np.ndarray,
     span: tuple[int, int],
 ) -> None:
-    """Add the signed elements that fall on a span of the sketches. Empty ``scales`` add the gradients themselves."""
+    """Add the signed elements that fall on the columns ``span`` of the sketches.
+
+    Empty ``scales`` add the gradients themselves, without Adam.
+    """
     begin, end = span
     average, square = moments
     adam = scales.size > 0
@@ -83,8 +88,9 @@ def _add(
     above, below = np.empty(end - begin, np.float32), np.empty(end - begin, np.float32)
     for block in range(blocks):
         for wrapped in range(2):
-            # Element e of a block goes to (e + rotation) % dim: those that stay inside, then those that wrap around.
-            shift = (first + block) * dim - rotations[block] + wrapped * dim  # from places in a sketch to elements
+            # Element e of a block goes to column (e + rotation) % dim: first the elements that stay inside the block,
+            # then the elements that wrap around.
+            shift = (first + block) * dim - rotations[block] + wrapped * dim  # from a column to an element
             low = begin if wrapped else max(begin, rotations[block])
             high = min(end, rotations[block]) if wrapped else end
             low, high = max(low, start - shift), min(high, start + size - shift)
@@ -95,7 +101,7 @@ def _add(
             sign = signs[block, element - (first + block) * dim : element - (first + block) * dim + count]
             if adam:
                 mean, spread = average[element : element + count], square[element : element + count]
-                for place in range(count):  # shared by all samples
+                for place in range(count):  # all samples share these terms
                     above[place] = scales[0] * mean[place]
                     below[place] = scales[2] * spread[place] + scales[4]
             for sample in range(batch):

@@ -1,9 +1,9 @@
 """Responses sampled from the model in training, by Hugging Face's generate or by vLLM.
 
-Prompts are batched by length under a token budget, the same batches on any number of processes, and every batch draws
-from random streams seeded by its own number. So the responses depend on the model, the prompts and the seed alone, and
-the training's random streams are as before. Only a batch that does not fit into the memory is halved, and the second
-half then draws from streams of its own.
+Prompts are batched by length under a token budget. The batches do not depend on the number of processes, and the number
+of a batch seeds the random stream of that batch. So the responses depend only on the model, the prompts and the seed,
+and the training's random streams are restored afterwards. A batch is halved only if it does not fit into memory. The
+second half then uses a separate random stream.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ from dataflex.probe.memory import BatchLimit, release_memory
 from dataflex.probe.mode import probe_mode
 
 _VLLM_MEMORY = 0.9
-"""Share of the device memory that is free when vLLM starts which it may take."""
+"""Share of the free device memory that vLLM may use."""
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A model that generates.
+    """A model with everything that generation needs.
 
     Attributes:
-        model: a causal language model of transformers, or PEFT's wrapper of one.
-        pad_token_id: fills up the left of shorter prompts.
+        model: a causal language model of Transformers, or PEFT's wrapper of one.
+        pad_token_id: token that fills up shorter prompts on the left.
         eos_token_ids: tokens that end a response.
-        batch_tokens: tokens of one batch at most, prompts and responses, padding counted; one prompt is always taken.
-        device: where the model lives.
-        limit: of batches, counted in the same way, found where memory runs out.
-        synced: whether a forward is collective (ZeRO-3, FSDP), so that all ranks have to go on until the last is done.
+        batch_tokens: maximal tokens of a batch, counting prompts, responses and padding. A batch has at least one
+            prompt.
+        device: device of the model.
+        limit: limit of tokens in a batch, counted in the same way and lowered when memory runs out.
+        synced: whether a forward is collective (ZeRO-3, FSDP), so that all ranks must continue until the last is done.
     """
 
     model: torch.nn.Module
@@ -67,20 +68,20 @@ def generate_responses(
 ) -> list[list[list[int]]]:
     """Return ``settings.samples`` responses to each prompt, the same on every rank. Call it on all ranks.
 
-    Run it under the training precision (autocast). A response is the new tokens up to and including the first
-    end-of-sequence token, or ``settings.max_new_tokens`` of them.
+    Call it under the training precision (autocast). A response is the list of generated tokens up to and including the
+    first end-of-sequence token, or ``settings.max_new_tokens`` tokens.
 
     Args:
         generator: the model.
-        prompts: token ids of each prompt, at least one each.
-        settings: how to sample.
-        seed: of the samples.
+        prompts: token ids of each prompt, at least one token each.
+        settings: sampling settings.
+        seed: seed of the samples.
 
     Returns:
-        Token ids: one list per prompt, of one list per response.
+        Token ids: for each prompt, a list with one list per response.
 
     Raises:
-        ComponentError: if a prompt is empty, or does not fit into the memory, or vLLM is asked for and cannot run.
+        ComponentError: if a prompt is empty or does not fit into memory, or if vLLM is selected and cannot run.
     """
     model, eos_token_ids = generator.model, generator.eos_token_ids
     empty = [number for number, prompt in enumerate(prompts) if not prompt]
@@ -101,7 +102,7 @@ def generate_responses(
 def _own_responses(
     generator: Generator, decoder: Any, prompts: list[list[int]], settings: GenerationSettings, seed: int
 ) -> dict[int, list[list[int]]]:
-    """Return the responses to the prompts that this process has its share of, by the number of the prompt."""
+    """Return the responses to this process's share of the prompts, by index of the prompt."""
     rows = settings.samples * np.array([len(prompt) + settings.max_new_tokens for prompt in prompts], dtype=np.int64)
     rank, world_size = distributed.rank(), distributed.world_size()
     mine, useful = length_batches(rows, generator.batch_tokens).share(rank, world_size)
@@ -113,7 +114,7 @@ def _own_responses(
         _generate_of(generator.model, decoder) as generate,
     ):
         for number, batch in enumerate(mine if generator.synced else mine[:useful]):
-            whole = rank + number * world_size
+            whole = rank + number * world_size  # number of the batch among the batches of all processes
 
             def responses(part: IndexArray, whole: int = whole, first: int = int(batch[0])) -> list[list[int]]:
                 stream = (whole,) if part[0] == first else (whole, int(part[0]))
@@ -137,7 +138,7 @@ def _own_responses(
 
 
 def _decoder(model: torch.nn.Module) -> Any:
-    """Return the transformers model, with the adapter's layers in place, whose ``generate`` is used."""
+    """Return the Transformers model whose ``generate`` is used; adapter layers stay in place."""
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -145,7 +146,11 @@ def _decoder(model: torch.nn.Module) -> Any:
 
 @contextmanager
 def _generate_of(model: torch.nn.Module, decoder: Any) -> Iterator[Callable[..., Tensor]]:
-    """Give ``decoder.generate``; under FSDP2 with an adapter in the root's own hooks, whose forward it goes round."""
+    """Give the function ``decoder.generate``.
+
+    Under FSDP2 with an adapter, ``decoder.generate`` bypasses the forward of the FSDP root. The function is then
+    registered on the root, so that the root's hooks run.
+    """
     if decoder is model or not isinstance(model, FSDPModule):
         yield decoder.generate
         return
@@ -158,10 +163,10 @@ def _generate_of(model: torch.nn.Module, decoder: Any) -> Iterator[Callable[...,
 
 
 def _refuse_broken(input_ids: Tensor, scores: Tensor) -> Tensor:
-    """Return the scores of the next token as they are.
+    """Return the scores of the next token unchanged.
 
     Raises:
-        DivergenceError: if no token can be drawn by them.
+        DivergenceError: if a score is NaN or plus infinity, so that no token can be sampled.
     """
     if torch.isnan(scores).any() or torch.isposinf(scores).any():
         raise DivergenceError("the scores of a response's next token are not finite")
@@ -186,7 +191,7 @@ def _generation_config(settings: GenerationSettings, pad_token_id: int, eos_toke
 
 @contextmanager
 def _without_own_settings(decoder: Any) -> Iterator[None]:
-    """Leave out the generation settings that came with the model (a repetition penalty, ...) for the time being."""
+    """Ignore the generation settings stored with the model, such as a repetition penalty, while the context is open."""
     from transformers import GenerationConfig
 
     own = decoder.generation_config
@@ -198,7 +203,7 @@ def _without_own_settings(decoder: Any) -> Iterator[None]:
 
 
 def _left_padded(prompts: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Return ``input_ids`` and ``attention_mask``, both (B, T) on the device."""
+    """Return ``input_ids`` and ``attention_mask``, both (B, T), on the device."""
     width = max(len(prompt) for prompt in prompts)
     tokens = [[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -209,7 +214,7 @@ def _left_padded(prompts: list[list[int]], pad_token_id: int, device: torch.devi
 
 
 def _ended(response: list[int], eos_token_ids: list[int]) -> list[int]:
-    """Return the tokens up to and including the first that ends a response."""
+    """Return the tokens up to and including the first end-of-sequence token."""
     for position, token in enumerate(response):
         if token in eos_token_ids:
             return response[: position + 1]
@@ -219,13 +224,14 @@ def _ended(response: list[int], eos_token_ids: list[int]) -> list[int]:
 def _vllm_responses(
     model: torch.nn.Module, eos_token_ids: list[int], prompts: list[list[int]], settings: GenerationSettings, seed: int
 ) -> list[list[list[int]]]:
-    """Return what :func:`generate_responses` does, by vLLM in a process of its own on this process's GPU.
+    """Return the responses of :func:`generate_responses`, computed by vLLM in a separate process on this process's GPU.
 
-    The adapter, or the whole model without one, is saved to a temporary folder; the engine is started for this call
-    and its memory is free afterwards. **This has not been run with vLLM itself**: its tests have a stand-in for it.
+    The adapter, or the whole model if there is no adapter, is saved to a temporary folder. The engine is started for
+    this call, and its memory is free afterwards. **This code has not been run with vLLM itself**: the tests use a
+    stand-in.
 
     Raises:
-        ComponentError: if vLLM is not installed, there is no GPU, or the engine fails.
+        ComponentError: if vLLM is not installed, the process has no GPU, or the engine fails.
     """
     if find_spec("vllm") is None:
         raise ComponentError("generation: backend vllm needs the package vllm (pip install vllm); or use backend hf.")
@@ -247,7 +253,7 @@ def _vllm_responses(
         if isinstance(model, PeftModel):
             adapter = str(folder / "model")
             config = model.active_peft_config
-            rank = max(8, 1 << (config.r - 1).bit_length())  # vLLM takes powers of two
+            rank = max(8, 1 << (config.r - 1).bit_length())  # vLLM accepts powers of two only
             engine |= {"model": config.base_model_name_or_path, "enable_lora": True, "max_lora_rank": rank}
         else:
             engine["model"] = str(folder / "model")
@@ -286,18 +292,18 @@ _LAUNCHER_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-"""Would make the engine's process think it belongs to the training's group."""
+"""Variables hidden from the engine's process, which would otherwise join the training's process group."""
 
 
 def _visible_device() -> str:
-    """Return this process's GPU as ``CUDA_VISIBLE_DEVICES`` names it."""
+    """Return this process's GPU by the name that ``CUDA_VISIBLE_DEVICES`` uses."""
     number = torch.cuda.current_device()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[number] if visible else str(number)
 
 
 def _run_vllm(folder: Path) -> None:
-    """Answer ``request.json`` of a folder with ``responses.json``."""
+    """Read ``request.json`` from a folder, generate with vLLM, and write ``responses.json``."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

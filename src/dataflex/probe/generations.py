@@ -1,4 +1,4 @@
-"""Responses that the model in training gives to prompts."""
+"""Responses of the model in training to prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataflex.api.measurement import Measurement, MeasurementRun, register_measu
 from dataflex.api.probe import GenerationSettings
 
 Responses = list[list[list[int]]]
-"""Token ids: one list for each prompt, of one list for each response."""
+"""Token ids: for each prompt, a list with one list per response."""
 
 
 @register_measurement("generations")
@@ -17,25 +17,37 @@ Responses = list[list[list[int]]]
 class Generations(Measurement[Responses]):
     """Sampled responses to prompts, token ids without the prompt: ``settings.samples`` for each sample measured.
 
-    A sample's prompt is all of its ``input_ids``; rows of nothing but prompts are given as
-    ``[{"input_ids": prompt}, ...]``. Responses depend on the model, the prompts and the seed alone.
+    The prompt of a sample is the whole of its ``input_ids``. To give prompts alone, pass the samples as
+    ``[{"input_ids": prompt}, ...]``. Responses depend only on the model, the prompts and the seed.
 
     Attributes:
         settings: how responses are sampled.
-        seed: of the samples.
+        seed: seed of the sampled responses.
+
+    Example:
+        A selector that prefers prompts with different responses:
+
+        >>> import numpy as np
+        >>> from dataflex import GenerationSettings, Generations, Needs, Selector, SelectorParams
+        >>> class Uncertain(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(Generations(GenerationSettings(samples=8)),))
+        ...     def score(self, ctx, candidates):
+        ...         found = ctx.probe.measure(Generations(GenerationSettings(samples=8)), candidates)
+        ...         return np.array([len({tuple(response) for response in responses}) for responses in found])
     """
 
     settings: GenerationSettings = field(default_factory=GenerationSettings)
     seed: int = 0
 
     forwards: ClassVar[float] = 1.0
-    """Of a prompt; each token of a response is a forward of one token on top."""
+    """Cost of the prompt's forward pass; each token of a response adds a forward pass of one token."""
 
     def run(self, run: MeasurementRun) -> Responses:
         """Return the responses.
 
         Raises:
-            ComponentError: if a prompt is empty, or vLLM is asked for and cannot run.
+            ComponentError: if a prompt is empty, or if vLLM is selected and cannot run.
         """
         from dataflex.probe.generation import Generator, generate_responses
         from dataflex.probe.gradient_runs import runner_of

@@ -1,4 +1,4 @@
-"""Projected gradients of samples, kept, compared with others, or stored."""
+"""Measurements of projected gradients: features, their inner products with given features, and stored features."""
 
 from __future__ import annotations
 
@@ -22,9 +22,17 @@ if TYPE_CHECKING:
 @register_measurement("gradient_features")
 @dataclass(frozen=True)
 class GradientFeatures(GradientMeasurement[ScoreArray]):
-    """The feature of each of a few samples, shape (n, k); 0 for a sample without a trained token.
+    """The feature of each sample, shape (n, k); 0 for a sample without a trained token.
 
-    ``settings.store`` plays no part; features of many samples are kept by :class:`StoredFeatures`.
+    All features are in memory, so measure few samples. ``settings.store`` is ignored; to store the features of many
+    samples, use :class:`StoredFeatures`.
+
+    Example:
+        >>> import torch
+        >>> from dataflex import GradientFeatures, GradientSettings
+        >>> measurement = GradientFeatures(GradientSettings(preconditioner="adam", dim=1024))
+        >>> measurement.feature(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.6000, 0.8000]])
     """
 
     untrained: ClassVar[float | None] = 0.0
@@ -48,11 +56,27 @@ class GradientFeatures(GradientMeasurement[ScoreArray]):
 class GradientSimilarities(GradientMeasurement[ScoreArray]):
     """Inner products of each sample's feature with given ones, shape (n, S); NaN for a sample without a trained token.
 
-    Features are made, used and dropped batch by batch, so their number does not matter. With ``settings.store`` they
-    are kept there and found again.
+    Features are computed, used and discarded batch by batch, so memory does not grow with their number. If
+    ``settings.store`` is set, the features are stored in that folder and read from there later.
 
     Attributes:
         others: the features to compare with, shape (S, k).
+
+    Example:
+        A selector that prefers samples whose gradients are similar to those of validation samples:
+
+        >>> import numpy as np
+        >>> from dataflex import GradientFeatures, GradientSimilarities, Needs
+        >>> from dataflex import Selector, SelectorParams, ValidationParams
+        >>> class TargetParams(SelectorParams, ValidationParams):
+        ...     pass
+        >>> class Target(Selector[TargetParams]):
+        ...     def needs(self, run):
+        ...         return Needs((GradientFeatures(), GradientSimilarities()), validation=self.params)
+        ...     def score(self, ctx, candidates):
+        ...         samples = ctx.validation
+        ...         features = ctx.probe.measure(GradientFeatures(), np.arange(samples.size), samples)
+        ...         return ctx.probe.measure(GradientSimilarities(others=features), candidates).mean(axis=1)
     """
 
     others: ScoreArray | None = None
@@ -61,7 +85,7 @@ class GradientSimilarities(GradientMeasurement[ScoreArray]):
         """Return the inner products.
 
         Raises:
-            ComponentError: if there are no other features, or they have another length.
+            ComponentError: if ``others`` is missing, or its features have another length.
         """
         import torch
 
@@ -75,11 +99,12 @@ class GradientSimilarities(GradientMeasurement[ScoreArray]):
             got = "none" if others is None else f"an array of shape {others.shape}"
             raise ComponentError(f"gradient similarities need the features to compare with, (S, {size}); got {got}.")
         matrix = torch.from_numpy(np.ascontiguousarray(others.T)).to(probe.device)
-        full_precision = torch.autocast(probe.device.type, enabled=False)
+        full_precision = torch.autocast(probe.device.type, enabled=False)  # autocast would round the inner products
         if self.settings.store is not None:
             store = StoredFeatures(self.settings).run(run)
             with full_precision:
                 found = similarities(store, matrix.T, probe.device)
+            # Stored features have length 1.
             return found if self.settings.normalize else found * store.norms()[:, None]
         made = GradientFeatures(self.settings)
 
@@ -94,7 +119,21 @@ class GradientSimilarities(GradientMeasurement[ScoreArray]):
 @register_measurement("stored_features")
 @dataclass(frozen=True)
 class StoredFeatures(GradientMeasurement["FeatureStore"]):
-    """The features of samples, of length 1, kept in ``settings.store``; those that are not there yet are made."""
+    """The features of samples, scaled to length 1 and stored in the folder ``settings.store``.
+
+    Features that the folder already holds are read, and the missing features are computed.
+
+    Example:
+        A selector that stores the features and prefers samples with a large gradient:
+
+        >>> from dataflex import GradientSettings, Needs, Selector, SelectorParams, StoredFeatures
+        >>> class Stored(Selector[SelectorParams]):
+        ...     features = StoredFeatures(GradientSettings(store="features"))
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(self.features,))
+        ...     def score(self, ctx, candidates):
+        ...         return ctx.probe.measure(self.features, candidates).norms()
+    """
 
     def run(self, run: MeasurementRun) -> FeatureStore:
         """Return the store.

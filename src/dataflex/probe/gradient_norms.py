@@ -1,4 +1,4 @@
-"""The length of each sample's update direction; the base of all measurements of gradients."""
+"""Length of each sample's update direction, and the base of all measurements of gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class GradientMeasurement(Measurement[ResultT]):
     """Base of measurements of per-sample gradients.
 
     Attributes:
-        settings: what is made of a gradient.
+        settings: how gradients are preconditioned, projected and stored.
     """
 
     settings: GradientSettings = field(default_factory=GradientSettings)
@@ -31,7 +31,7 @@ class GradientMeasurement(Measurement[ResultT]):
     untrained: ClassVar[float | None] = math.nan
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield why gradients cannot be taken, or the optimizer's moments not be had if they are wanted."""
+        """Yield why a run cannot give per-sample gradients, or the optimizer's moments if the settings need them."""
         yield from layer_problems(run)
         yield from moment_problems(self.settings, run)
 
@@ -41,7 +41,17 @@ class GradientMeasurement(Measurement[ResultT]):
 class GradientNorms(GradientMeasurement[ScoreArray]):
     """The exact length of each sample's update direction, shape (n,); NaN for a sample without a trained token.
 
-    Nothing is projected: ``projection``, ``dim``, ``seed``, ``normalize`` and ``store`` play no part.
+    Directions are not projected, so ``projection``, ``dim``, ``seed``, ``normalize`` and ``store`` have no effect.
+
+    Example:
+        A selector that prefers samples with a large update under Adam:
+
+        >>> from dataflex import GradientNorms, GradientSettings, Needs, Selector, SelectorParams
+        >>> class Large(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(GradientNorms(GradientSettings("adam")),))
+        ...     def score(self, ctx, candidates):
+        ...         return ctx.probe.measure(GradientNorms(GradientSettings("adam")), candidates)
     """
 
     def run(self, run: MeasurementRun) -> ScoreArray:

@@ -27,14 +27,25 @@ if TYPE_CHECKING:
 class GradientProducts(GradientMeasurement[list[ScoreArray]]):
     """Inner products of update directions within groups of samples and with validation samples, without a projection.
 
-    Measured samples are taken as groups, one after another. Each group is one forward and backward of its samples and
-    the validation samples. The result has an array (b, b + m) for each group of b: of its samples with its samples,
-    then with the m validation samples; NaN for a sample without a trained token.
+    The measured samples form groups, in their order. Each group is one forward and backward pass over its samples and
+    the validation samples. The result is an array (b, b + m) for each group of b samples. Its columns are the b samples
+    of the group, then the m validation samples. The products of a sample without a trained token are NaN.
 
     Attributes:
-        sizes: samples of each group; they add up to the samples measured.
-        validation: what ``others`` are numbers of.
-        others: the validation samples, (m,).
+        sizes: number of samples in each group; the numbers add up to that of the measured samples.
+        validation: the validation samples; None means no validation samples.
+        others: indices of the validation samples to use, (m,); None means no validation samples.
+
+    Example:
+        A selector that measures the products of all candidates as one group:
+
+        >>> from dataflex import GradientProducts, Needs, Selector, SelectorParams
+        >>> class Agreeing(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(GradientProducts(),))
+        ...     def score(self, ctx, candidates):
+        ...         (products,) = ctx.probe.measure(GradientProducts(sizes=(candidates.size,)), candidates)
+        ...         return products.mean(axis=1)
     """
 
     sizes: tuple[int, ...] = ()
@@ -45,7 +56,7 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
         """Return the inner products of every group.
 
         Raises:
-            ComponentError: if the samples of a batch do not keep apart in the model, or it does not fit into memory.
+            ComponentError: if a layer of the model mixes the samples of a batch, or a batch does not fit into memory.
         """
         import torch
 
@@ -64,7 +75,7 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
         others = [] if self.validation is None or self.others is None else self.validation.rows(self.others)
         results = [np.zeros((group.size, group.size + len(others))) for group in groups]
         reducer = ProductReducer(preconditioner_of(probe, self.settings), probe.device)
-        each_alone = length_batches(np.ones(len(groups), dtype=np.int64), 1)
+        each_alone = length_batches(np.ones(len(groups), dtype=np.int64), 1)  # batches of one group each
         mine, useful = each_alone.share(distributed.rank(), distributed.world_size())
         gradient_pass = new_pass(runner, self.settings, reducer)
         with distributed.together(), runner.unfit_noted() as noted:
@@ -86,7 +97,7 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
 def _products(
     runner: Runner, gradient_pass: GradientPass, reducer: ProductReducer, rows: list[dict[str, Any]]
 ) -> Tensor:
-    """Return the inner products of all pairs of one batch, NaN for samples without a trained token."""
+    """Return the inner products of all pairs of one batch, (B, B); NaN for a sample without a trained token."""
     import torch
 
     from dataflex.data.token_loss import IGNORE_INDEX
@@ -100,16 +111,17 @@ def _products(
         losses = gradient_pass.run(inputs, labels)
     except RoutedRows as error:
         raise ComponentError(
-            f"inner products of whole batches cannot be taken: {error} mixes the rows of its samples."
+            f"inner products of whole batches cannot be computed: {error} mixes the rows of its samples."
         ) from error
     except torch.OutOfMemoryError as error:
         raise ComponentError(
-            f"the device has not the memory for the inner products of {len(rows)} samples of {labels.shape[1]} "
-            "tokens, which are one batch. Set a smaller group_size, candidate_factor or validation_size, or "
-            "shorten cutoff_len."
+            f"the device does not have enough memory for the inner products of {len(rows)} samples of "
+            f"{labels.shape[1]} tokens, which are one batch. Set a smaller group_size, candidate_factor or "
+            "validation_size, or shorten cutoff_len."
         ) from error
     runner.probe.after_backward()
     empty = (labels == IGNORE_INDEX).all(1)
+    # Zeros first, because a sample without a trained token must not fail the check; NaN below marks it.
     products = reducer.result.masked_fill(empty.unsqueeze(0) | empty.unsqueeze(1), 0.0)
     if not torch.isfinite(products).all():
         raise DivergenceError(

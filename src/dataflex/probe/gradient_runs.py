@@ -1,7 +1,8 @@
-"""Gradients of samples under the batch runner: one forward and backward of a batch, and a reducer behind it.
+"""Per-sample gradients under the batch runner: a forward and backward pass over a batch feeds a reducer.
 
-Whether the samples of a batch keep apart in a model's layers is found out once, on two short samples: routed rows do
-not, and then gradients are taken one sample at a time.
+Whether a model treats the samples of a batch independently is checked once, on two short samples. If a layer mixes the
+rows of samples, or the gradients of the two change when they share a batch, gradients are computed one sample at a
+time.
 """
 
 from __future__ import annotations
@@ -35,21 +36,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _AGREEMENT = 1e-2
+"""Largest relative difference of gradients at which two samples count as independent."""
 _AGREEMENT_LOW_PRECISION = 0.2
+"""The same in 16 bits."""
 
 
 def runner_of(run: MeasurementRun) -> Runner:
-    """Return the runner behind what measurements see of it; there is no other."""
+    """Return the runner behind a run of a measurement; every run is a :class:`~dataflex.probe.runner.Runner`."""
     return cast("Runner", run)
 
 
 def preconditioner_of(probe: ModelProbe, settings: GradientSettings) -> Preconditioner:
-    """Return what turns gradients into update directions, with the optimizer's moments if it needs them."""
+    """Return the preconditioner of the settings, with the optimizer's moments if it needs them."""
     return make_preconditioner(settings, None if settings.preconditioner == "none" else probe.optimizer_moments())
 
 
 def projection_of(probe: ModelProbe, settings: GradientSettings) -> ProjectionReducer:
-    """Return the reducer to features, (B, k)."""
+    """Return the reducer from gradients to features, (B, k)."""
     projection = make_projection(settings, probe.parameter_sizes(), probe.device, probe.signs)
     return ProjectionReducer(preconditioner_of(probe, settings), projection, probe.device)
 
@@ -62,16 +65,19 @@ def feature_size(probe: ModelProbe, settings: GradientSettings) -> int:
 def each_gradient(
     run: MeasurementRun, settings: GradientSettings, reducer: Reducer, finish: Callable[[Tensor], Tensor]
 ) -> ScoreArray:
-    """Return ``finish`` of what a reducer makes of every sample's gradient, (n, ...), on every process."""
+    """Return ``finish`` of the reduced gradient of every sample, (n, ...), on every process."""
     runner = runner_of(run)
     with reduced_gradients(runner, settings, reducer) as measure:
         return runner.each(lambda batch: finish(measure(batch)), gradient_batches(runner))
 
 
 def gradient_batches(runner: Runner) -> Batches:
-    """Return the batches gradients are taken in, as positions in the runner's samples; the same on any processes."""
+    """Return the batches of gradient passes, as positions in the runner's samples.
+
+    The batches do not depend on the number of processes.
+    """
     probe, lengths = runner.probe, runner.samples.lengths[runner.indices]
-    if not probe.samples_apart:  # they do not keep apart, or no two samples were there to tell
+    if not probe.samples_apart:  # samples affect each other, or fewer than two samples were there to compare
         return length_batches(lengths, 1)
     return length_batches(lengths, probe.gradient_batch_tokens or probe.batch_tokens)
 
@@ -79,7 +85,7 @@ def gradient_batches(runner: Runner) -> Batches:
 def new_pass(runner: Runner, settings: GradientSettings, reducer: Reducer) -> GradientPass:
     """Return a pass over the model whose gradients go to a reducer."""
     head = runner.chunked_head
-    reshard(runner.model)
+    reshard(runner.model)  # the pass knows parameters by id, and FSDP2's gathered parameters are other objects
     device = runner.probe.device
     return GradientPass(runner.model, reducer.add, settings.reduction, head, settings.unsupported, device)
 
@@ -88,7 +94,7 @@ def new_pass(runner: Runner, settings: GradientSettings, reducer: Reducer) -> Gr
 def reduced_gradients(
     runner: Runner, settings: GradientSettings, reducer: Reducer
 ) -> Iterator[Callable[[MeasuredBatch], Tensor]]:
-    """Give a function from a batch to what the reducer makes of its samples' gradients, (B, ...)."""
+    """Give a function from a batch to the reduced gradients of its samples, (B, ...)."""
     gradient_pass = new_pass(runner, settings, reducer)
 
     def reduced(batch: MeasuredBatch) -> tuple[Tensor, Tensor]:
@@ -100,6 +106,7 @@ def reduced_gradients(
     def measure(batch: MeasuredBatch) -> Tensor:
         values, losses = reduced(batch)
         broken = ~torch.isfinite(values.flatten(1) if values.dim() > 1 else values[:, None]).all(1)
+        # A loss of NaN is that of a sample without a trained token, which is not an error.
         broken = (broken & ~torch.isnan(losses)) | torch.isinf(losses)
         if broken.any():
             first = batch.indices[broken.cpu().numpy()][0]
@@ -110,21 +117,21 @@ def reduced_gradients(
     _look_at_samples(runner, reduced)
     yield measure
     if gradient_pass.left_out:
-        logger.warning("Left out of the gradient features: %s.", ", ".join(sorted(gradient_pass.left_out)))
+        logger.warning("Parameters left out of the gradients: %s.", ", ".join(sorted(gradient_pass.left_out)))
 
 
 def _look_at_samples(runner: Runner, reduced: Callable[[MeasuredBatch], tuple[Tensor, Tensor]]) -> None:
-    """Find out whether two samples have the same gradients together as each alone, if there are two."""
+    """Find out whether two samples have the same gradients in one batch as alone; leave it open if that is unknown."""
     probe = runner.probe
     if probe.samples_apart is not None or not runner.indices.size:
         return
     found = distributed.on_each(partial(_keep_apart, runner, reduced))
     if None not in found:
-        probe.samples_apart = all(found)
+        probe.samples_apart = all(found)  # all processes must agree, because the answer decides the batches
 
 
 def _keep_apart(runner: Runner, reduced: Callable[[MeasuredBatch], tuple[Tensor, Tensor]]) -> bool | None:
-    """Return whether two samples have the same gradients together as each alone; None if there are no two."""
+    """Return whether two samples have the same gradients in one batch as alone; None if two cannot be compared."""
     probe = runner.probe
     rows = short_samples(runner.samples, runner.indices)
     losses: list[Tensor] = []
@@ -136,13 +143,13 @@ def _keep_apart(runner: Runner, reduced: Callable[[MeasuredBatch], tuple[Tensor,
 
     found = [runner.attempt(values_of, row[None]) for row in rows]
     alone = [values for values, loss in zip(found, losses, strict=True) if not torch.isnan(loss).any()]
-    if len(alone) < COMPARED_SAMPLES:  # nothing to compare: the question stays open
+    if len(alone) < COMPARED_SAMPLES:  # too few samples with a trained token: a later call compares
         return None
     apart = True
     try:
         both = runner.attempt(values_of, rows)
     except RoutedRows as error:
-        logger.info("%s mixes the rows of its samples: gradients are taken one sample at a time.", error)
+        logger.info("%s mixes the rows of its samples, so gradients are computed one sample at a time.", error)
         apart = False
     else:
         single = torch.cat(alone)
@@ -150,11 +157,11 @@ def _keep_apart(runner: Runner, reduced: Callable[[MeasuredBatch], tuple[Tensor,
         tolerance = _AGREEMENT_LOW_PRECISION if low else _AGREEMENT
         apart = bool((both - single).norm() <= tolerance * single.norm() + 1e-12)
         if not apart:
-            logger.info("Samples change each other's gradients in a batch: they are taken one at a time.")
+            logger.info("Samples of a batch change each other's gradients, so they are computed one sample at a time.")
     probe.after_backward()
     return apart
 
 
 def wide_dtype(model: torch.nn.Module) -> torch.dtype:
-    """Return the type sums of gradients are in."""
+    """Return the number type for sums of gradients: float64 for a float64 model, otherwise float32."""
     return torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32

@@ -1,14 +1,14 @@
-"""Per-sample gradients of a batch from one forward and one backward.
+"""Per-sample gradients of a batch from one forward pass and one backward pass.
 
-Hooks on the layers that own trainable parameters catch what goes in and the gradient of what comes out; the product of
-the two is each sample's gradient (``layers``). Autograd is asked for the gradient of layer outputs only, never of a
-parameter, so no ``.grad`` is written and no reducer of DDP, DeepSpeed or FSDP fires (they hang on the parameters'
-accumulation nodes). A parameter's gradients are handed on as soon as its last use has been seen, and dropped.
+Hooks on the layers that own trainable parameters catch the layer's input and the gradient of the layer's output. The
+product of the two is each sample's gradient (``layers``). Autograd computes the gradients of layer outputs only, never
+of parameters. So no ``.grad`` is written, and DDP, DeepSpeed and FSDP reduce nothing: their reductions hang on the
+parameters' accumulation nodes. The gradients of a parameter are passed on after the parameter's last use, and freed.
 
-Layers that the training recomputes are recomputed here, too (``checkpointing``): their hooks act in the second run.
+Layers that the training recomputes are recomputed here, too (``checkpointing``). Their hooks act in the second run.
 
-The raw module must be run, not the wrapper. Under ZeRO-3 the hooks go before DeepSpeed's own, so that the order in
-which it fetches parameters stays the one it recorded.
+Run the raw module, not the wrapper. Under ZeRO-3 the hooks are placed before DeepSpeed's own hooks, so that DeepSpeed
+fetches parameters in the order that it has recorded.
 """
 
 from __future__ import annotations
@@ -49,36 +49,41 @@ from dataflex.probe.layers import (
 )
 
 Emit = Callable[[str, list[Contribution]], None]
-"""Takes one parameter's name and all its uses in a batch; none where it had none."""
+"""Receives a parameter's name and all uses of it in a batch; the list is empty if the batch does not use it."""
 
 _FLOAT16_SCALE = 2.0**14
+"""Factor of the loss in a float16 computation, in which small gradients would underflow."""
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+"""Parts that DDP, FSDP, checkpointing and compilation add to names of parameters."""
 
 
 class RoutedRows(Exception):
-    """A layer saw rows that cannot be told apart by sample; run the samples one at a time."""
+    """Raised if the rows of a layer cannot be assigned to samples; run the samples one at a time then."""
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
-    """Return a name for every trainable parameter by ``id``, the same under every wrapper; tied ones have one name."""
+    """Return the name of every trainable parameter by ``id``, the same under every wrapper.
+
+    Tied parameters have one name.
+    """
     return {id(value): canonical(name) for name, value in model.named_parameters() if value.requires_grad}
 
 
 def canonical(name: str) -> str:
-    """Return a parameter's name without what DDP, FSDP, checkpointing and compilation put in front of it."""
+    """Return a parameter's name without the parts that DDP, FSDP, checkpointing and compilation add."""
     return _WRAPPERS.sub("", name)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of a module that is watched from inside.
+    """One call of a module whose operations are watched from inside.
 
     Attributes:
         module: the module.
-        own: its own trainable parameters: attribute -> name.
-        seen: names of those whose use was caught in this call.
-        args: of its forward.
-        kwargs: of its forward.
+        own: trainable parameters of the module itself: attribute -> name.
+        seen: names of the parameters whose use was caught in this call.
+        args: positional arguments of the forward.
+        kwargs: keyword arguments of the forward.
     """
 
     module: nn.Module
@@ -89,15 +94,15 @@ class _Call:
 
 
 class GradientPass:
-    """Runs batches and hands on the per-sample gradients of every trainable parameter.
+    """Runs batches and passes on the per-sample gradients of every trainable parameter.
 
     Args:
         model: the raw module, in evaluation mode.
-        emit: called once a batch for every trainable parameter.
-        reduction: gradient of each sample's token mean or token sum.
-        chunked_head: apply the head chunk by chunk on the positions that count, inside the model's own forward.
-        unsupported: whether trainable parameters of a kind without a rule end the run or are left out.
-        device: where the batches are; parameters may be elsewhere (FSDP offloads them to the CPU).
+        emit: called once per batch for every trainable parameter.
+        reduction: whether to differentiate each sample's token mean or token sum.
+        chunked_head: whether to apply the head in chunks, on the positions that count, inside the model's own forward.
+        unsupported: whether a trainable parameter of a kind without a rule raises an error or is left out.
+        device: device of the batches. Parameters may be elsewhere (FSDP can offload them to the CPU).
     """
 
     def __init__(
@@ -114,40 +119,51 @@ class GradientPass:
         self.names = parameter_names(model)
         self.left_out: set[str] = set()
         if not self.names:
-            raise ComponentError("the model has no trainable parameter a gradient could be taken of.")
+            raise ComponentError("the model has no trainable parameter, so there are no gradients to compute.")
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
         self._device = device.type
         half |= torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
         self._scale = _FLOAT16_SCALE if half else 1.0
         self._batch = 0
         self._head_names: dict[str, str] = {}
+        """Trainable parameters of a chunked head itself: attribute -> name."""
         self._inside_head: set[str] = set()
+        """Names of the trainable parameters of modules inside a chunked head, such as those of an adapter."""
         self._rows: Tensor | None = None
+        """Sample of each row while a chunk goes through the head; None outside of a chunked head."""
         self._mixed: str | None = None
+        """Path of a layer that mixed the rows of samples in this batch; None if no layer did."""
         self._complete = False
+        """Whether a batch has shown that all trainable parameters have a rule."""
         self._dora = DoraCalls()
         self._spread = any(isinstance(module, FSDPModule) for module in model.modules())
+        """Whether FSDP2 shards the model."""
         self._roots: list[Tensor] = []
+        """Tensors whose gradients autograd computes, so that its backward pass reaches every hook."""
         self._uses: dict[str, int] = {}
+        """Uses of each parameter whose gradients have not arrived yet."""
         self._layers = recomputed_layers(model)
         self._layer_names: dict[nn.Module, set[str]] = {}
         self._awaited: dict[str, int] = {}
-        """Calls of layers that hold a parameter and have not been run again yet, by its name."""
+        """Number of calls of layers that hold a parameter and have not run again yet, by the parameter's name."""
         self._parts: dict[str, list[Contribution]] = {}
+        """Contributions that have arrived, by the parameter's name."""
         self._done: set[str] = set()
+        """Names of the parameters that have been passed on in this batch."""
         self._norms: dict[str, NormRecipe] = {}
         self._shared: tuple[Tensor, int, Tensor] | None = None
+        """The last input that was cast, its version at that time, and the cast copy."""
 
     def run(self, inputs: dict[str, Any], targets: Tensor) -> Tensor:
-        """Run a batch and return its token-mean losses, (B,), NaN where no token counts.
+        """Run a batch and return the token-mean losses, (B,); NaN for a sample in which no token counts.
 
         Args:
-            inputs: what the model's forward takes, without labels.
+            inputs: arguments of the model's forward, without labels.
             targets: shifted labels, (B, T).
 
         Raises:
             RoutedRows: if the batch has several samples and a layer mixes their rows.
-            ComponentError: naming trainable parameters of a kind without a rule.
+            ComponentError: if trainable parameters are of a kind without a rule; the message names them.
         """
         self._batch = targets.shape[0]
         counts = (targets != IGNORE_INDEX).sum(1)
@@ -156,10 +172,11 @@ class GradientPass:
                 objective, sums = self._forward(inputs, targets, counts)
                 if objective.requires_grad:
                     self._check_all_seen([objective])
+                    # The returned gradients are not needed: the hooks receive them during the backward pass.
                     torch.autograd.grad(objective, self._roots, allow_unused=True)
                     self._check_spread()
                     self._complete = True
-            if self._mixed is not None:  # not in the backward: FSDP2 must see its end
+            if self._mixed is not None:  # raised after the backward pass, because FSDP2 must run that to its end
                 raise RoutedRows(self._mixed)
             for name in self.names.values():
                 if name not in self._done and name not in self.left_out:
@@ -169,20 +186,22 @@ class GradientPass:
         return sample_means(sums, counts)
 
     def _clear(self) -> None:
+        """Free everything that belongs to one batch."""
         self._roots, self._uses, self._parts, self._done, self._awaited = [], {}, {}, set(), {}
         self._rows = self._mixed = self._shared = None
         self._dora.leave()
 
     def _forward(self, inputs: dict[str, Any], targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is differentiated, and each sample's summed loss (B,)."""
+        """Return the objective to differentiate, and each sample's summed loss, (B,)."""
         rows, columns = torch.nonzero(targets != IGNORE_INDEX, as_tuple=True)
         labels = targets[rows, columns]
         wide = sum_dtype(targets.device)
         per_token = torch.ones_like(counts) if self.reduction == "sum" else 1.0 / counts.clamp(min=1).to(wide)
         weights = (per_token * self._scale)[rows]
         if not self.chunked_head:
-            # A chunk's gradient would have to go through the rest of the model's forward, which runs once. The hook on
-            # a head that is trained needs its samples in order.
+            # The gradients pass through the rest of the model's forward, which runs once, so the head runs once, too. A
+            # trained head gets all positions, because its hook needs the samples in order. Otherwise the head gets only
+            # the positions that count.
             if any(map(self._own, self.model.get_output_embeddings().modules())):
                 logits = self.model(**inputs, use_cache=False).logits[rows, columns]
             else:
@@ -194,15 +213,17 @@ class GradientPass:
         found: list[Tensor] = []
 
         def run_head(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-            """Return, in place of the logits, numbers whose sum has the loss's gradient in ``hidden``."""
+            """Return, instead of the logits, values whose sum has the loss's gradient with respect to ``hidden``."""
             gradient = torch.zeros_like(hidden)
             gradient[rows, columns], losses = self._head(apply, hidden[rows, columns], labels, rows, weights)
             found.append(losses)
-            # Zero, because what the model does with its logits is done to this, too: a cap's slope there is 1.
+            # The model scales and caps these values as it would the logits. The values are 0, and the derivative of
+            # scale and cap at 0 is ``slope``, which the division cancels.
             value = (hidden * gradient).sum(-1, keepdim=True)
             return (value - value.detach()) / slope
 
-        # Through the model's output, because ZeRO-3 and FSDP fetch what a backward needs when it comes from there.
+        # The backward pass starts at the model's output, because ZeRO-3 and FSDP gather parameters for a backward pass
+        # only if it comes from there.
         with replaced_forward(head, run_head):
             objective = self.model(**inputs, use_cache=False).logits.sum()
         return objective, row_sums(found[0], rows, columns, targets.shape)
@@ -215,9 +236,9 @@ class GradientPass:
         rows: Tensor,
         weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss's gradient in ``hidden``, and every position's loss.
+        """Return the loss's gradient with respect to ``hidden``, and the loss of every position.
 
-        Each chunk of logits is differentiated and dropped before the next is made.
+        Each chunk of logits is differentiated and freed before the next chunk is computed.
         """
         trained = self._head_names
         starts = range(0, hidden.shape[0], HEAD_CHUNK)
@@ -251,6 +272,7 @@ class GradientPass:
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
+        """Keep the hooks and replaced forwards in place while the context is open."""
         head = self.model.get_output_embeddings() if self.chunked_head else None
         self._head_names = self._own(head) if head is not None else {}
         below = [] if head is None else [module for module in head.modules() if module is not head]
@@ -260,12 +282,14 @@ class GradientPass:
         embedding = self.model.get_input_embeddings()
         handles, restore = [], []
         try:
+            # All hooks are prepended, so that they run before DeepSpeed's; see the docstring of the module.
             handles.append(embedding.register_forward_hook(self._root, prepend=True))
             for name, module in self.model.named_modules():
                 own = self._own(module)
                 if not own or module is head:
                     continue
-                # A subclass with a forward of its own may do more than its base: its products are watched instead.
+                # A subclass with its own forward may do more than its base class. Then the functions that its forward
+                # calls are watched instead.
                 if type(module).forward in (nn.Linear.forward, nn.Embedding.forward) or is_dora(module):
                     hook = partial(self._after_layer, own=own, path=name)
                     handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
@@ -278,23 +302,26 @@ class GradientPass:
         finally:
             for handle in handles:
                 handle.remove()
-            for undo in reversed(restore):  # several may have changed the same configuration
+            for undo in reversed(restore):  # in reverse, because several modules may have changed one configuration
                 undo()
 
     def _own(self, module: nn.Module) -> dict[str, str]:
-        """Return the trainable parameters a module owns itself, by key; under FSDP2 not to be asked in a forward."""
+        """Return the trainable parameters that a module owns itself, by key.
+
+        Under FSDP2 do not call this during a forward pass, because gathered parameters have other ids.
+        """
         return {key: self.names[id(value)] for key, value in module._parameters.items() if id(value) in self.names}
 
     def _begin_layer(self, layer: nn.Module) -> None:
-        """Keep the parameters of a layer from being handed on before it has been run again."""
+        """Hold the gradients of a layer's parameters back until the layer has run again."""
         for name in self._layer_names[layer]:
             self._awaited[name] = self._awaited.get(name, 0) + 1
 
     def _differentiate_layer(
         self, layer: nn.Module, run: Run, inputs: list[Tensor], gradients: list[Tensor]
     ) -> list[Tensor | None]:
-        """Run a layer again, with the hooks acting, and return the gradients of its inputs."""
-        outer, self._roots = self._roots, []
+        """Run a layer again with active hooks, and return the gradients of its inputs."""
+        outer, self._roots = self._roots, []  # roots that the hooks add in this run belong to this layer's graph
         pairs = [(out, grad) for out, grad in zip(run(), gradients, strict=True) if out.requires_grad]
         self._check_all_seen([out for out, _ in pairs])
         for name in self._layer_names[layer]:
@@ -307,7 +334,7 @@ class GradientPass:
         return list(found[: len(inputs)])
 
     def _root(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        """Make everything after the token embedding differentiable, and ask for the gradient there."""
+        """Make the token embedding's output require a gradient, so that everything after it is differentiable."""
         if not output.requires_grad:
             output.requires_grad_()
         self._roots.append(output)
@@ -315,13 +342,14 @@ class GradientPass:
     def _after_layer(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, own: Any, path: str
     ) -> Tensor | None:
-        """Catch a layer's input now and its output's gradient later."""
+        """Catch a layer's input now and the gradient of its output later."""
         if is_dora(module):
             self._dora.leave()
         if not output.requires_grad:
             return None
         if self._dora.is_norm(args[0].detach(), args[0].requires_grad):
-            return output.detach()
+            return output.detach()  # the norm is a constant to autograd, so no gradient of this use would arrive
+        # Autograd visits only the paths to its roots. An input without a gradient leads to none, so the output is one.
         if not args[0].requires_grad:
             self._roots.append(output)
         for name in own.values():
@@ -343,10 +371,10 @@ class GradientPass:
         return None
 
     def _as_used(self, inputs: Tensor, output: Tensor) -> Tensor:
-        """Return a product's input in the type it was multiplied in: under autocast a lower one than it came in.
+        """Return a product's input in the type of the product: under autocast a lower precision than that of the input.
 
-        It takes half the memory then, and a device multiplies two factors of one low type much faster. Layers that
-        share their input one after another share what is kept of it.
+        The stored tensor then takes half the memory, and a device multiplies two factors of one low-precision type much
+        faster. Consecutive layers with the same input share one stored copy.
         """
         if not inputs.is_floating_point() or inputs.dtype == output.dtype:
             return inputs.detach()
@@ -361,6 +389,7 @@ class GradientPass:
     def _rule(
         self, module: nn.Module, key: str, inputs: Tensor, gradient: Tensor, samples: Tensor | None
     ) -> Contribution:
+        """Return the contribution of one use of the parameter ``key`` of a module."""
         if isinstance(module, nn.Embedding):
             ids = inputs.reshape(self._batch, -1)
             return Lookup(ids, flat_rows(gradient, self._batch), module.num_embeddings, module.padding_idx)
@@ -371,26 +400,30 @@ class GradientPass:
     def _outer(
         self, inputs: Tensor, gradient: Tensor, samples: Tensor | None, first: int = 0, rows: int | None = None
     ) -> Outer:
-        """Return a matrix product's contribution; ``samples``: that of each row, where they are mixed."""
+        """Return a matrix product's contribution; ``samples`` is the sample of each row if rows are not in order."""
         if samples is None:
             return Outer(flat_rows(inputs, self._batch), flat_rows(gradient, self._batch), first, rows)
         return Outer(inputs, gradient, first, rows, Rows.of(samples, self._batch))
 
     def _whole(self, values: Tensor, samples: Tensor | None) -> Whole:
-        """Return a vector's contribution: ``values`` summed over each sample's tokens."""
+        """Return the contribution of a vector: ``values`` summed over each sample's tokens."""
         if samples is None:
             return Whole(summed_over_tokens(values, self._batch))
         return Whole(Rows.of(samples, self._batch).apart(at_least_float32(values)).sum(1))
 
     def _watch(self, module: nn.Module, own: dict[str, str]) -> Callable[[], None]:
-        """Catch the matrix products and normalisations inside a module of an unknown kind; returns how to undo it."""
+        """Catch the matrix products and normalisations inside a module of an unknown kind.
+
+        Returns:
+            A function that restores the module.
+        """
         original = module.forward
         had = "forward" in module.__dict__
         config = module.__dict__.get("config") if is_experts(module) else None
         implementation = getattr(config, "_experts_implementation", None)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():  # the first of two runs, or nothing that is differentiated
+            if not torch.is_grad_enabled():  # the first run of a recomputed layer, or a part without gradients
                 return original(*args, **kwargs)
             seen: set[str] = set()
             after_linear = partial(self._after_product, _Call(module, own, seen, args, kwargs))
@@ -401,7 +434,7 @@ class GradientPass:
 
         module.forward = forward
         if config is not None:
-            config._experts_implementation = "eager"
+            config._experts_implementation = "eager"  # one F.linear per expert; other implementations use no F.linear
 
         def undo() -> None:
             if had:
@@ -421,7 +454,7 @@ class GradientPass:
         weight: Tensor,
         bias: Tensor | None = None,
     ) -> None:
-        """Catch a product inside a module, with the parameter, or the expert's part of one, that it was made with."""
+        """Catch a product inside a module with one of its parameters, or with one expert's part of such a parameter."""
         seen = call.seen
         for key, name in call.own.items():
             parameter = call.module._parameters[key]
@@ -441,7 +474,7 @@ class GradientPass:
             samples = self._rows
             if is_experts(call.module):
                 samples = self._routed(call.args, call.kwargs, place // max(1, weight.shape[0]))
-                seen.update(call.own.values())
+                seen.update(call.own.values())  # a stack of experts counts as seen, whichever experts have rows
             if not inputs.requires_grad:
                 self._roots.append(output)
             kept, rows = self._as_used(inputs, output), parameter.numel() // parameter.shape[-1]
@@ -475,7 +508,7 @@ class GradientPass:
             output.register_hook(arrived)
 
     def _routed(self, args: tuple[Any, ...], kwargs: dict[str, Any], expert: int) -> Tensor:
-        """Return the sample of every row expert ``expert`` works on, in the order of stock Transformers."""
+        """Return the sample of every row that expert ``expert`` processes, in the row order of Transformers' code."""
         index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
         _, tokens = torch.where((index == expert).T)
         return tokens // (index.shape[0] // self._batch)
@@ -493,7 +526,7 @@ class GradientPass:
     def _after_norm(
         self, module: nn.Module, own: dict[str, str], seen: set[str], args: tuple[Any, ...], output: Any
     ) -> None:
-        """Catch a normalisation layer; what then has no rule is an error or left out."""
+        """Catch a normalisation layer; parameters that then have no rule raise an error or are left out."""
         rest = {key: name for key, name in own.items() if name not in seen}
         if not rest:
             return
@@ -502,6 +535,7 @@ class GradientPass:
             found = None
             if isinstance(output, Tensor) and args and set(rest) <= {"weight", "bias"}:
                 found = norm_recipe(module, args[0].detach(), output.detach())
+            # NaN and infinity agree with no recipe, but the cause is the training, not the kind of the layer.
             if found is None and isinstance(output, Tensor) and not torch.isfinite(output).all():
                 raise DivergenceError(f"the output of the layer of {path} is not finite")
             if found is None:
@@ -525,6 +559,7 @@ class GradientPass:
         output.register_hook(arrived)
 
     def _refuse(self, what: str, rest: Collection[str]) -> None:
+        """Raise an error for parameters without a rule, or leave them out, as ``unsupported`` says."""
         if self.unsupported == "error":
             raise ComponentError(
                 f"there is no per-sample gradient rule for {', '.join(sorted(rest))} ({what}). Supported "
@@ -534,7 +569,10 @@ class GradientPass:
         self.left_out.update(rest)
 
     def _check_all_seen(self, outputs: list[Tensor]) -> None:
-        """Refuse trainable parameters that were used where no hook saw it, once: theirs would count as no gradient."""
+        """Refuse trainable parameters whose use no hook has seen: their gradients would silently count as zero.
+
+        The check stops after the first complete batch.
+        """
         if self._complete or self._spread:
             return
         used = set().union(*map(used_leaves, outputs))
@@ -549,7 +587,10 @@ class GradientPass:
                 self._refuse(f"a parameter of {type(module).__name__}", missed)
 
     def _check_spread(self) -> None:
-        """Do the same under FSDP2, where autograd's leaves are not the parameters: unused ones count as missed, too."""
+        """Do the check of :meth:`_check_all_seen` under FSDP2, where autograd's leaves are not the parameters.
+
+        A parameter that the batch does not use counts as missed, too.
+        """
         if self._complete or not self._spread:
             return
         missed = set(self.names.values()) - self._uses.keys() - self.left_out
@@ -557,9 +598,13 @@ class GradientPass:
             self._refuse("not seen in the forward of these samples", missed)
 
     def _in_order(self, gradient: Tensor, samples: Tensor | None, path: str) -> bool:
-        """Return whether the rows of a gradient belong to the samples in order, or to those that ``samples`` names."""
+        """Return whether the sample of each row of a gradient is known: by the order of the rows, or by ``samples``.
+
+        Otherwise note the path of the layer, so that :meth:`run` raises :class:`RoutedRows`.
+        """
         if samples is not None or self._batch == 1 or (gradient.dim() > 2 and gradient.shape[0] == self._batch):
             return True
+        # Rows (B * T, d) may be tokens in order. Rows of experts may have that number, too, but are in routing order.
         flattened = gradient.dim() == 2 and gradient.shape[0] % self._batch == 0
         if flattened and ".experts." not in path:
             return True
@@ -567,19 +612,23 @@ class GradientPass:
         return False
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
+        """Return a gradient without the factor of float16 losses."""
         return gradient if self._scale == 1.0 else gradient.float() / self._scale
 
     def _expect(self, name: str, uses: int) -> None:
+        """Note uses of a parameter whose gradients will arrive."""
         self._uses[name] = self._uses.get(name, 0) + uses
 
     def _arrived(self, name: str, part: Contribution) -> None:
+        """Store the contribution of one use, and pass the parameter on after its last use."""
         self._parts.setdefault(name, []).append(part)
         self._uses[name] -= 1
-        # What the head holds is complete behind its last chunk.
+        # A parameter of a chunked head is complete only after the last chunk; `_head` passes it on.
         if not self._uses[name] and not self._awaited.get(name) and self._rows is None:
             self._hand_on(name)
 
     def _hand_on(self, name: str) -> None:
+        """Pass all contributions of a parameter on, without autocast, which would lower the precision of sums."""
         self._done.add(name)
         with torch.autocast(self._device, enabled=False):
             self.emit(name, self._parts.pop(name, []))
@@ -587,7 +636,7 @@ class GradientPass:
 
 @contextmanager
 def watched(name: str, after: Callable[..., None]) -> Iterator[None]:
-    """Call ``after(output, *args, **kwargs)`` behind every ``torch.nn.functional.<name>`` for a while."""
+    """Call ``after(output, *args, **kwargs)`` after each ``torch.nn.functional.<name>`` while the context is open."""
     original = getattr(F, name)
 
     def function(*args: Any, **kwargs: Any) -> Any:
@@ -603,7 +652,7 @@ def watched(name: str, after: Callable[..., None]) -> Iterator[None]:
 
 
 def used_leaves(output: Tensor) -> set[int]:
-    """Return the ``id`` of every leaf of autograd's graph of ``output``."""
+    """Return the ``id`` of every leaf in the autograd graph of ``output``."""
     leaves, seen, todo = set(), set(), [output.grad_fn]
     while todo:
         node = todo.pop()
@@ -617,7 +666,11 @@ def used_leaves(output: Tensor) -> set[int]:
 
 
 def _place_in(parameter: Tensor, weight: Tensor) -> int | None:
-    """Return the first row of ``parameter`` that ``weight`` is, or a part of; None if it is none of it."""
+    """Return the index of the first row of ``parameter`` that ``weight`` covers; None if ``weight`` is no part of it.
+
+    A stack of expert matrices counts as one matrix of all their rows. A single expert is a view into the stack's
+    memory.
+    """
     if weight is parameter:
         return 0
     if parameter.dim() != 3 or weight.shape != parameter.shape[1:] or weight.dtype != parameter.dtype:

@@ -1,9 +1,10 @@
-"""Per-sample means of a function of each token's logits, at about the price of the bare forward.
+"""Per-sample means of a function of each token's logits, at about the cost of a forward pass without the head.
 
-The language-model head runs inside the model's own forward on the positions that count, in chunks, so that the
-(tokens x vocabulary) logits never exist at once. What a model does with its logits behind the head is repeated for each
-chunk if its configuration says what it is, and whether that is all is found out on two samples (``particulars``). If it
-is not, the logits have to go through the rest of the model's forward, which runs once: those that count, together.
+The language-model head runs inside the model's own forward, in chunks and only on the positions that count (the
+positions with a label). So the (tokens x vocabulary) logits never exist at once. If the configuration describes the
+model's operations after the head, the chunks go through the same operations. Two samples show whether the result is
+right (``particulars``). If it is not, the logits that count go through the rest of the model's forward together,
+because that runs once.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from dataflex.data.sums import row_sums
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means
 
 HEAD_CHUNK = 1024
-"""Positions the head is applied to at a time."""
+"""Positions in a chunk of the head."""
 
 Statistic = Callable[[Tensor, Tensor], Tensor]
-"""From logits (n, V), float32, and labels (n,) to one number per position, (n,)."""
+"""Function of logits (n, V), float32, and labels (n,) that returns one value per position, (n,)."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -36,13 +37,13 @@ def error_norm(logits: Tensor, labels: Tensor) -> Tensor:
     scale = torch.logsumexp(logits, -1)
     squares = torch.exp(torch.logsumexp(2 * logits, -1) - 2 * scale)
     picked = torch.exp(logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - scale)
-    return (squares - 2 * picked + 1).clamp(min=0).sqrt()
+    return (squares - 2 * picked + 1).clamp(min=0).sqrt()  # |p - e|^2 = |p|^2 - 2 p_label + 1; rounding may go below 0
 
 
 def full_forward(
     model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, statistic: Statistic = cross_entropy
 ) -> Tensor:
-    """Return per-sample token means (B,) from the model's own logits; NaN where no token counts."""
+    """Return per-sample token means (B,) from the model's own logits; NaN for a sample in which no token counts."""
     rows, columns, values = full_values(model, inputs, labels, statistic)
     return _means(values, rows, columns, labels)
 
@@ -50,7 +51,7 @@ def full_forward(
 def chunked_forward(
     model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, statistic: Statistic = cross_entropy
 ) -> Tensor:
-    """Return per-sample token means (B,), applying the head only where a token counts, in chunks."""
+    """Return per-sample token means (B,), with the head applied in chunks and only to positions that count."""
     rows, columns, values = chunked_values(model, inputs, labels, statistic)
     return _means(values, rows, columns, labels)
 
@@ -58,7 +59,7 @@ def chunked_forward(
 def full_values(
     model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, statistic: Statistic = cross_entropy
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows, columns and values of the positions that count, each (n,), from the model's own logits."""
+    """Return the rows, columns and values of the positions that count, each (n,), from the model's own logits."""
     rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
     logits = counted_logits(model, inputs, rows, columns).float()
     return rows, columns, statistic(logits, labels[rows, columns])
@@ -67,7 +68,7 @@ def full_values(
 def chunked_values(
     model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, statistic: Statistic = cross_entropy
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what :func:`full_values` does, applying the head in chunks."""
+    """Return the same as :func:`full_values`, with the head applied in chunks."""
     rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
     counted = labels[rows, columns]
     values = torch.zeros(rows.numel(), dtype=torch.float32, device=labels.device)
@@ -77,7 +78,7 @@ def chunked_values(
         for begin in range(0, rows.numel(), HEAD_CHUNK):
             part = slice(begin, begin + HEAD_CHUNK)
             values[part] = statistic(finish(apply(hidden[rows[part], columns[part]])).float(), counted[part])
-        return hidden[..., :1]
+        return hidden[..., :1]  # stands for the logits in the rest of the forward; the result is discarded
 
     with replaced_forward(model.get_output_embeddings(), run):
         model(**inputs, use_cache=False)
@@ -85,19 +86,19 @@ def chunked_values(
 
 
 def counted_logits(model: torch.nn.Module, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
-    """Return a model's own logits at some positions alone, (n, V); all of what it does behind the head is done.
+    """Return the model's own logits at some positions only, (n, V), including all operations after the head.
 
     Args:
-        model: run once.
-        inputs: of the model, B samples of T tokens.
-        rows: of the positions, (n,), below B.
-        columns: of the positions, (n,), below T.
+        model: the model; its forward runs once.
+        inputs: inputs of the model, B samples of T tokens.
+        rows: row of each position, (n,), below B.
+        columns: column of each position, (n,), below T.
     """
     picked = False
 
     def run(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         nonlocal picked
-        picked = hidden.dim() == 3
+        picked = hidden.dim() == 3  # otherwise the head gets all positions, and the logits are selected at the end
         return apply(hidden[rows, columns].unsqueeze(0) if picked else hidden)
 
     with replaced_forward(model.get_output_embeddings(), run):
@@ -106,10 +107,10 @@ def counted_logits(model: torch.nn.Module, inputs: dict[str, Any], rows: Tensor,
 
 
 def behind_head(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return what a model does with its logits behind the head, as far as its configuration says.
+    """Return the function that a model applies to its logits after the head, as far as the configuration describes it.
 
-    They are capped (Gemma 2: ``final_logit_softcapping``), multiplied (Cohere: ``logit_scale``) or divided (Granite:
-    ``logits_scaling``).
+    Logits may be capped (Gemma 2: ``final_logit_softcapping``), multiplied (Cohere: ``logit_scale``) or divided
+    (Granite: ``logits_scaling``).
     """
     config = model.config.get_text_config()
     names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
@@ -137,13 +138,13 @@ def _number(value: Any) -> float | None:
 
 
 def first_counted(labels: Tensor, most: int) -> Tensor:
-    """Return labels (B, T) of which only the first ``most`` of each sample count."""
+    """Return labels (B, T) in which only the first ``most`` counted positions of each sample still count."""
     counted = labels != IGNORE_INDEX
     return labels.masked_fill(counted.cumsum(1) > most, IGNORE_INDEX)
 
 
 def _means(values: Tensor, rows: Tensor, columns: Tensor, labels: Tensor) -> Tensor:
-    """Return means over each sample's positions, (B,)."""
+    """Return the means over each sample's positions, (B,)."""
     counts = (labels != IGNORE_INDEX).sum(1)
     return sample_means(row_sums(values, rows, columns, labels.shape), counts)
 
@@ -152,7 +153,10 @@ def _means(values: Tensor, rows: Tensor, columns: Tensor, labels: Tensor) -> Ten
 def replaced_forward(
     module: torch.nn.Module, replacement: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 ) -> Iterator[None]:
-    """Call ``replacement(original_forward, x)`` in place of ``module.forward(x)``; the module's hooks still run."""
+    """Call ``replacement(original_forward, x)`` instead of ``module.forward(x)`` while the context is open.
+
+    The module's hooks still run, so that ZeRO-3 and FSDP gather the module's parameters.
+    """
     original = module.forward
     own = "forward" in module.__dict__
     module.forward = lambda x: replacement(original, x)

@@ -1,4 +1,4 @@
-"""The hidden states of one layer, caught on their way through the model's own forward."""
+"""Hidden states of one layer, caught during the model's own forward pass."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from dataflex.probe.head import replaced_forward
 
 
 def hidden_states(model: nn.Module, inputs: dict[str, Any], layer: int) -> Tensor:
-    """Return the hidden states of one layer, (B, T, H), as ``output_hidden_states`` numbers them.
+    """Return the hidden states of one layer, (B, T, H), numbered as in ``output_hidden_states``.
 
-    The head is applied to one number of each position instead of all, and no other layer's states are kept.
+    The head is skipped, and the states of other layers are not stored.
 
     Args:
-        model: run once.
-        inputs: of the model.
-        layer: from 0, the embeddings, or from the end: -1 is the last layer behind the final normalisation.
+        model: the model; its forward runs once.
+        inputs: inputs of the model.
+        layer: 0 for the token embeddings, 1 for the first layer's output and so on. -1 is the last layer after the
+            final normalisation.
 
     Raises:
         ComponentError: if the model has no such layer.
@@ -33,13 +34,13 @@ def hidden_states(model: nn.Module, inputs: dict[str, Any], layer: int) -> Tenso
     def behind_the_last(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         if number == count:
             found.append(hidden)
-        return hidden[..., :1]
+        return hidden[..., :1]  # instead of logits, which nobody reads
 
     def before_the_next(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(args[0] if args else kwargs["hidden_states"])
 
     with replaced_forward(model.get_output_embeddings(), behind_the_last):
-        if layers is None and number < count:  # of an unknown build: the model itself gives all of its layers
+        if layers is None and number < count:  # no single list of layers was found: use the model's own output
             return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[number]
         if layers is None:
             model(**inputs, use_cache=False)
@@ -53,7 +54,7 @@ def hidden_states(model: nn.Module, inputs: dict[str, Any], layer: int) -> Tenso
 
 
 def _number_of(model: nn.Module, layer: int) -> tuple[int, int]:
-    """Return the number of a layer from 0, and how many layers a model has.
+    """Return the index of a layer, counted from 0, and the number of layers of the model.
 
     Raises:
         ComponentError: if the model has no such layer.
@@ -69,10 +70,10 @@ def _number_of(model: nn.Module, layer: int) -> tuple[int, int]:
 
 
 def consumer_of(model: nn.Module, layer: int) -> nn.Module:
-    """Return the module of a model that is given the hidden states of one layer.
+    """Return the module of a model whose input is the hidden states of one layer.
 
     Raises:
-        ComponentError: if the model has no such layer, or is of a build whose layers are not found.
+        ComponentError: if the model has no such layer, or its list of layers is not found.
     """
     number, count = _number_of(model, layer)
     if number == count:
@@ -89,7 +90,7 @@ def consumer_of(model: nn.Module, layer: int) -> nn.Module:
 
 @contextmanager
 def watched(consumers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Show the hidden states that go into modules while a model runs, detached; the run itself is not touched.
+    """Pass the hidden states that enter modules to a function, detached; the model's run itself does not change.
 
     Args:
         consumers: name -> module, from :func:`consumer_of`.
@@ -111,7 +112,7 @@ def watched(consumers: Mapping[str, nn.Module], see: Callable[[str, Tensor], Non
 
 
 def layers_of(model: nn.Module, count: int) -> nn.ModuleList | None:
-    """Return the list of a model's ``count`` layers; None if there is none, or more than one."""
+    """Return the list of a model's ``count`` layers; None if no list or more than one list has that length."""
     named = dict(model.get_decoder().named_modules())
     lists = [name for name, module in named.items() if isinstance(module, nn.ModuleList) and len(module) == count]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]

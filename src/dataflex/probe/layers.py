@@ -1,11 +1,11 @@
-"""Per-sample gradients of a layer's parameters, from what went into the layer and the gradient of what came out.
+"""Per-sample gradients of a layer's parameters, from the layer's input and the gradient of the layer's output.
 
-The samples of a batch do not meet in a forward pass, so row b of an output's gradient belongs to sample b alone, and a
-sample's parameter gradient is a small product of that row and the layer's input. A :class:`Contribution` holds these
-two factors and multiplies them out for a block of the parameter's rows at a time, so that the gradients of a whole
-batch never exist at once.
+The samples of a batch do not meet in a forward pass. So row b of an output's gradient belongs to sample b alone, and a
+sample's parameter gradient is a small product of that row and the layer's input. A :class:`Contribution` stores these
+two factors. It multiplies them for one block of the parameter's rows at a time, so that the gradients of a whole batch
+never exist at once.
 
-Every parameter is seen as a matrix of rows: a vector has one row, a stack of expert matrices is one matrix of all
+Every parameter is treated as a matrix of rows. A vector has one row. A stack of expert matrices is one matrix of all
 their rows.
 """
 
@@ -23,24 +23,26 @@ from torch import Tensor, nn
 
 _LOW = (torch.float16, torch.bfloat16)
 _NARROW = 16
-"""Columns below which a CPU's product is made the other way round: rows shorter than a vector register, as those of a
-LoRA matrix of rank 8, take it two to five times as long."""
+"""Number of columns below which a CPU computes the transposed product.
+
+Rows shorter than a vector register, such as those of a LoRA matrix of rank 8, take two to five times as long.
+"""
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Return ``values`` in float32, or as they are where they are float64."""
+    """Return ``values`` in float32; float64 values stay float64."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 class Contribution(ABC):
-    """What one use of a parameter adds to its per-sample gradients.
+    """The part of a parameter's per-sample gradients that comes from one use of the parameter.
 
     Attributes:
-        batch: samples, B.
-        rows: rows of the whole parameter.
-        columns: its columns.
-        first: the first row this use touches.
-        count: how many rows it touches.
+        batch: number of samples, B.
+        rows: number of rows of the whole parameter.
+        columns: number of columns of the parameter.
+        first: index of the first row that this use touches.
+        count: number of rows that this use touches.
     """
 
     batch: int
@@ -51,18 +53,21 @@ class Contribution(ABC):
 
     @abstractmethod
     def block(self, begin: int, end: int) -> Tensor:
-        """Return rows ``begin`` to ``end`` (absolute, inside its own) of the gradients, (B, end - begin, columns)."""
+        """Return rows ``begin`` to ``end`` of the gradients, (B, end - begin, columns).
+
+        The indices are those of the whole parameter and must lie inside the rows that this use touches.
+        """
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where rows of several samples, in any order, go when the samples are told apart.
+    """Assignment of rows in any order to the samples of a batch.
 
     Attributes:
-        samples: the sample of each row, (R,).
-        slots: its place among the rows of the sample, (R,).
+        samples: sample of each row, (R,).
+        slots: index of each row among the rows of its sample, (R,).
         batch: number of samples, B.
-        most: rows of the sample that has most, at least 1.
+        most: largest number of rows of a sample, at least 1.
     """
 
     samples: Tensor
@@ -72,7 +77,7 @@ class Rows:
 
     @staticmethod
     def of(samples: Tensor, batch: int) -> Rows:
-        """Return the places of rows whose samples are given, (R,)."""
+        """Return the assignment of rows, given the sample of each row, (R,)."""
         counts = (samples.unsqueeze(1) == torch.arange(batch, device=samples.device)).sum(0)
         order = torch.argsort(samples, stable=True)
         slots = torch.empty_like(samples)
@@ -81,22 +86,22 @@ class Rows:
         return Rows(samples, slots, batch, max(1, int(counts.max())))
 
     def apart(self, values: Tensor) -> Tensor:
-        """Return (R, d) as (B, most, d), padded with zeros."""
+        """Return values (R, d) as (B, most, d), padded with zeros."""
         out = values.new_zeros(self.batch, self.most, values.shape[-1])
         out[self.samples, self.slots] = values
         return out
 
 
 class Outer(Contribution):
-    """A matrix product: sum over tokens of (output gradient) x (input).
+    """A matrix product: the sum over tokens of (output gradient) x (input).
 
     Args:
         inputs: (B, T, in), or (R, in) with ``where``.
         gradients: (B, T, out), or (R, out) with ``where``.
-        first: first row of the parameter this product touches; with ``rows``, for one expert of several.
-        rows: rows of the whole parameter; none: out.
-        where: the samples of the tokens, where they are not in order; a head's wide gradients are told apart block by
-            block, since padding all of them would take several times their memory.
+        first: first row of the parameter that this product touches. For one expert of several, set ``rows``, too.
+        rows: number of rows of the whole parameter; None means ``out``.
+        where: samples of the tokens if the tokens are not in order. The wide gradients of a head are assigned to
+            samples block by block, because padding all of them at once would take several times their memory.
     """
 
     def __init__(
@@ -108,7 +113,7 @@ class Outer(Contribution):
         self.rows = self.count if rows is None else rows
 
     def apart(self, values: Tensor) -> Tensor:
-        """Return one number or more of every token, sample by sample: (B, T, d)."""
+        """Return values of tokens, sample by sample: (B, T, d)."""
         return values if self.where is None else self.where.apart(values)
 
     @cached_property
@@ -122,10 +127,10 @@ class Outer(Contribution):
         return tokens * (self.columns + self.count) < self.columns * self.count
 
     def gram(self) -> Tensor:
-        """Return the inner products of all pairs of samples, (B, B), without making the gradients.
+        """Return the inner products of all pairs of samples, (B, B), without computing the gradients.
 
-        <sum_t g_t x_t', sum_s h_s y_s'> = sum_ts (g_t . h_s)(x_t . y_s): the "ghost" inner product (GREATS, Wang et
-        al. 2024).
+        <sum_t g_t x_t', sum_s h_s y_s'> = sum_ts (g_t . h_s)(x_t . y_s): the "ghost" inner product (GREATS, Wang et al.
+        2024).
         """
         batch, tokens = self._inputs_apart.shape[:2]
         parts = (self._inputs_apart, self.apart(self.gradients))
@@ -140,13 +145,13 @@ class Outer(Contribution):
 
 
 class Lookup(Contribution):
-    """An embedding: the output gradient of every token, added to its row.
+    """An embedding: the output gradient of every token is added to the token's row.
 
     Args:
-        ids: (B, T), the rows looked up.
-        gradients: (B, T, H).
-        rows: rows of the table.
-        padding_idx: a row that gets no gradient.
+        ids: indices of the rows, (B, T).
+        gradients: output gradients, (B, T, H).
+        rows: number of rows of the table.
+        padding_idx: a row that gets no gradient; None means no such row.
     """
 
     def __init__(self, ids: Tensor, gradients: Tensor, rows: int, padding_idx: int | None) -> None:
@@ -158,9 +163,9 @@ class Lookup(Contribution):
 
     @cached_property
     def _together(self) -> tuple[Tensor, Tensor]:
-        """The first token of each row in each sample, (B, T), bool, and there the sum over its like, (B, T, H).
+        """First token of each id in each sample, (B, T), bool, and at these tokens the sums over equal ids, (B, T, H).
 
-        A product, so that tokens are added in the same order in every run.
+        The sums are a matrix product, so that tokens are added in the same order in every run.
         """
         same = self.ids.unsqueeze(2) == self.ids.unsqueeze(1)
         values = at_least_float32(self.gradients)
@@ -189,7 +194,7 @@ class Whole(Contribution):
 
 
 class Zeros(Contribution):
-    """Nothing, where a rule needs every element of a parameter to be visited."""
+    """Zero gradients, for a rule that must visit every element of a parameter."""
 
     def __init__(self, batch: int, rows: int, columns: int, device: torch.device) -> None:
         self.batch, self.rows, self.columns, self.device = batch, rows, columns, device
@@ -201,24 +206,24 @@ class Zeros(Contribution):
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the batched matrix product with single-precision accumulation and result, (B, m, T) x (B, T, n)."""
+    """Return the batched matrix product (B, m, T) x (B, T, n), summed and returned in at least single precision."""
     if left.is_cuda and left.dtype in _LOW and left.dtype == right.dtype:
         return torch.bmm(left, right, out_dtype=torch.float32)
     wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
     left, right = left.to(wide), right.to(wide)
-    if left.device.type == "cpu" and right.shape[2] < _NARROW <= left.shape[1]:
+    if left.device.type == "cpu" and right.shape[2] < _NARROW <= left.shape[1]:  # see _NARROW
         return torch.bmm(right.transpose(1, 2), left.transpose(1, 2)).transpose(1, 2)
     return torch.bmm(left, right)
 
 
 def blocks(parts: list[Contribution], elements: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield a parameter's per-sample gradients in blocks of whole rows: (first element, (B, n)).
+    """Yield a parameter's per-sample gradients in blocks of whole rows: (index of the first element, (B, n)).
 
-    Rows no part touches are skipped.
+    Rows that no use touches are skipped.
 
     Args:
-        parts: every use of the parameter; what they add is summed.
-        elements: numbers in a block, of all samples together; at least one row is yielded at a time.
+        parts: all uses of the parameter; their contributions are summed.
+        elements: most elements of a block, over all samples. A block has at least one row.
     """
     batch, rows, columns = parts[0].batch, parts[0].rows, parts[0].columns
     step = max(1, elements // (batch * columns))
@@ -236,15 +241,15 @@ def blocks(parts: list[Contribution], elements: int) -> Iterator[tuple[int, Tens
 
 @dataclass(frozen=True)
 class NormRecipe:
-    """How a normalisation layer scales its input before it multiplies it with its weight."""
+    """Formula for the scaled input of a normalisation layer, which the layer then multiplies by its weight."""
 
     epsilon: float
     centred: bool
-    """Whether the mean is taken off first (LayerNorm) or not (RMSNorm)."""
+    """Whether the mean is subtracted first (LayerNorm) or not (RMSNorm)."""
 
 
 def normalized(inputs: Tensor, recipe: NormRecipe) -> Tensor:
-    """Return what a normalisation layer multiplies its weight with, same shape as ``inputs``."""
+    """Return the scaled input that a normalisation layer multiplies by its weight, in the shape of ``inputs``."""
     values = at_least_float32(inputs)
     if recipe.centred:
         values = values - values.mean(-1, keepdim=True)
@@ -252,11 +257,14 @@ def normalized(inputs: Tensor, recipe: NormRecipe) -> Tensor:
 
 
 def norm_recipe(module: nn.Module, inputs: Tensor, output: Tensor) -> NormRecipe | None:
-    """Return the recipe that gives the layer's own output, with its weight or 1 plus it (Gemma); None if none does."""
+    """Return the recipe that reproduces the layer's output with its weight, or with 1 + weight (Gemma).
+
+    None means that no recipe does.
+    """
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None or weight.dim() != 1 or weight.shape[0] != inputs.shape[-1]:
         return None
-    tolerance = 2e-2 if output.dtype in _LOW or inputs.dtype in _LOW else 1e-4
+    tolerance = 2e-2 if output.dtype in _LOW or inputs.dtype in _LOW else 1e-4  # 16-bit values are rounded
     shift = 0.0 if bias is None else at_least_float32(bias.detach())
     for recipe in (NormRecipe(epsilon, centred) for epsilon in _epsilons(module) for centred in (False, True)):
         scaled = normalized(inputs, recipe)
@@ -268,40 +276,40 @@ def norm_recipe(module: nn.Module, inputs: Tensor, output: Tensor) -> NormRecipe
 
 
 def _epsilons(module: nn.Module) -> list[float]:
-    """Return the numbers a normalisation layer may add under its root."""
+    """Return the values that a normalisation layer may add under its root."""
     found = [value for name in ("variance_epsilon", "eps", "epsilon") if (value := module.__dict__.get(name))]
     return [float(value) for value in found] or [1e-6, 1e-5]
 
 
 def summed_over_tokens(values: Tensor, batch: int) -> Tensor:
-    """Return (B * T or B, ..., n) summed to (B, n)."""
+    """Return values (B, ..., n) or (B * T, n) summed over tokens, (B, n)."""
     return at_least_float32(values).reshape(batch, -1, values.shape[-1]).sum(1)
 
 
 def flat_rows(values: Tensor, batch: int) -> Tensor:
-    """Return (B, ..., n) or (B * T, n) as (B, T, n)."""
+    """Return values (B, ..., n) or (B * T, n) as (B, T, n)."""
     return values.reshape(batch, -1, values.shape[-1])
 
 
 def dora_sum(output: Tensor, base_result: Tensor, magnitude: Tensor) -> Tensor:
-    """Return what PEFT's DoRA layer multiplies each magnitude's gradient with, same shape as ``output``.
+    """Return the factor of each magnitude's gradient in PEFT's DoRA layer, in the shape of ``output``.
 
-    With s = magnitude / norm (the norm is a constant to autograd) the layer returns (s - 1) base + s lora, whose
-    derivative in the magnitude is (base + lora) / norm = (output + base) / magnitude.
+    With s = magnitude / norm (the norm is a constant to autograd), the layer returns (s - 1) base + s lora. The
+    derivative with respect to the magnitude is (base + lora) / norm = (output + base) / magnitude.
     """
     return (at_least_float32(output) + at_least_float32(base_result)) / at_least_float32(magnitude)
 
 
 def is_dora(module: nn.Module) -> bool:
-    """Return whether the module holds PEFT's DoRA magnitudes of a linear layer."""
+    """Return whether the module holds the DoRA magnitudes of a linear layer of PEFT."""
     return type(module).__name__ == "DoraLinearLayer"
 
 
 class DoraCalls:
-    """Tells apart the two calls of its matrices by which PEFT's DoRA layer takes the norm of their product.
+    """Recognises the two calls by which PEFT's DoRA layer computes the norm of the product of its two matrices.
 
-    It calls both on the identity first, and the norm has no gradient: uses whose gradients never arrive would keep all
-    others of these matrices until the end of the batch.
+    PEFT first applies both matrices to the identity. The norm has no gradient, so the gradients of these two uses never
+    arrive. Waiting for them would store all other contributions of the matrices until the end of the batch.
     """
 
     _place: Literal["outside", "before the norm", "in the norm", "behind the norm"] = "outside"
@@ -311,11 +319,11 @@ class DoraCalls:
         self._place = "before the norm"
 
     def leave(self) -> None:
-        """Note that it ends."""
+        """Note that a DoRA layer ends."""
         self._place = "outside"
 
     def is_norm(self, inputs: Tensor, differentiable: bool) -> bool:
-        """Return whether the call of a layer, given its inputs, is one of the two."""
+        """Return whether the call of a layer, given its input, is one of the two calls of the norm."""
         if self._place == "in the norm":
             self._place = "behind the norm"
             return True
@@ -327,5 +335,5 @@ class DoraCalls:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Return whether the module holds stacked expert matrices, routed by (hidden, index, weights)."""
+    """Return whether the module holds stacked expert matrices and is called with (hidden, index, weights)."""
     return any(parameter is not None and parameter.dim() == 3 for parameter in module._parameters.values())

@@ -1,9 +1,9 @@
-"""How rich the predictions over a sample are: the nuclear norm of its logits, and their distance to others'.
+"""Richness of the predictions over a sample: the nuclear norm of the logits, and their distance to other logits.
 
-The logits of a sample are a matrix of T tokens by V words of the vocabulary. Its nuclear norm is the sum of its
-singular values: the roots of the eigenvalues of its Gram matrix, of which the smaller one (T x T, if T < V) is made in
-double precision (single on a device without it), a part of the vocabulary at a time. That costs T^2 V operations, where
-the singular values themselves take several times as many.
+The logits of a sample are a matrix of T tokens by V words of the vocabulary. The nuclear norm is the sum of the
+matrix's singular values. These are the roots of the eigenvalues of a Gram matrix, so the smaller Gram matrix (T x T, if
+T < V) is computed from one part of the vocabulary after another. It is in double precision, or in single precision on a
+device without float64. That costs T^2 V operations; a singular value decomposition takes several times as many.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PART = 8192
-"""Columns of the larger side that are multiplied at a time."""
+"""Number of columns of the longer side that are multiplied at a time."""
 
 
 @register_measurement("logit_projections")
@@ -31,14 +31,25 @@ _PART = 8192
 class LogitProjections(Measurement):
     """A random projection of each sample's logits (tokens x vocabulary), shape (n, rows * columns).
 
-    A subsampled Fourier transform of both sides: random signs, the real part of the transform, and of that ``columns``
-    frequencies of the vocabulary and ``rows`` of the tokens, drawn with replacement. Samples of different lengths are
-    projected by the same signs and the same relative frequencies of the tokens.
+    Both sides go through a subsampled Fourier transform: random signs, then the real part of the discrete transform at
+    ``columns`` frequencies of the vocabulary and ``rows`` frequencies of the tokens, drawn with replacement. Samples of
+    different lengths are projected by the same signs and the same relative frequencies of the tokens.
 
     Attributes:
-        rows: frequencies of the tokens.
-        columns: frequencies of the vocabulary.
-        seed: of the signs and frequencies; projections are comparable only under one seed.
+        rows: number of frequencies of the tokens.
+        columns: number of frequencies of the vocabulary.
+        seed: seed of the signs and frequencies; projections are comparable only under one seed.
+
+    Example:
+        A selector that measures the distance of each candidate's logits from their mean:
+
+        >>> from dataflex import LogitProjections, Needs, Selector, SelectorParams
+        >>> class Unusual(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(LogitProjections(),))
+        ...     def score(self, ctx, candidates):
+        ...         found = ctx.probe.measure(LogitProjections(), candidates)
+        ...         return ((found - found.mean(axis=0)) ** 2).sum(axis=1)
     """
 
     rows: int = 8
@@ -58,11 +69,21 @@ class LogitProjections(Measurement):
 class LogitNorms(Measurement):
     """The nuclear norm of each sample's logits, and the mean distance of their projection to others, shape (n, 2).
 
-    The logits are those of all tokens, the prompt's too. NaN for a sample without a trained token.
+    The logits of all tokens count, including those of the prompt. A sample without a trained token gives NaN.
 
     Attributes:
-        projection: how logits are projected.
-        others: projections to compare with, shape (M, rows * columns); None: the distance is 0.
+        projection: settings of the projection.
+        others: projections to compare with, shape (M, rows * columns). If None, the distance is 0.
+
+    Example:
+        A selector that prefers samples with a large nuclear norm of their logits:
+
+        >>> from dataflex import LogitNorms, Needs, Selector, SelectorParams
+        >>> class Varied(Selector[SelectorParams]):
+        ...     def needs(self, run):
+        ...         return Needs(measurements=(LogitNorms(),))
+        ...     def score(self, ctx, candidates):
+        ...         return ctx.probe.measure(LogitNorms(), candidates)[:, 0]
     """
 
     projection: LogitProjections = field(default_factory=LogitProjections)
@@ -78,17 +99,19 @@ class LogitNorms(Measurement):
 
 
 def _chunked(run: MeasurementRun) -> bool:
+    """Return whether the head may be applied in chunks; False if no sample is measured."""
     from dataflex.probe.gradient_runs import runner_of
 
     return bool(run.indices.size) and runner_of(run).chunked_head
 
 
 def _of_each_sample(use: Callable[[Tensor], Tensor], chunked: bool, batch: MeasuredBatch) -> Tensor:
-    """Return what a function makes of the logits of each sample, (T, V), float32, without padding; stacked.
+    """Return a function's value for each sample's logits, (T, V), float32, without padding; the values are stacked.
 
     Args:
         use: the function.
-        chunked: whether the head may be applied to one sample after another, so that only its logits exist at a time.
+        chunked: whether the head may be applied to one sample after another, so that the logits of one sample exist at
+            a time.
         batch: the samples.
     """
     import torch
@@ -103,7 +126,7 @@ def _of_each_sample(use: Callable[[Tensor], Tensor], chunked: bool, batch: Measu
 
     def run(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         found.extend(use(finish(apply(row[mask])).float()) for row, mask in zip(hidden, batch.mask, strict=True))
-        return hidden[..., :1]
+        return hidden[..., :1]  # instead of logits, which nobody reads
 
     with replaced_forward(batch.model.get_output_embeddings(), run):
         batch.model(**batch.inputs, use_cache=False)
@@ -111,7 +134,7 @@ def _of_each_sample(use: Callable[[Tensor], Tensor], chunked: bool, batch: Measu
 
 
 def _norm(projector: _Projector, others: ScoreArray | None, logits: Tensor) -> Tensor:
-    """Return the nuclear norm of a sample's logits and the mean distance of their projection to others', (2,)."""
+    """Return the nuclear norm of a sample's logits and the mean distance of their projection to the others, (2,)."""
     import torch
 
     distance = logits.new_zeros(())
@@ -122,7 +145,7 @@ def _norm(projector: _Projector, others: ScoreArray | None, logits: Tensor) -> T
 
 
 def nuclear_norm(matrix: Tensor) -> Tensor:
-    """Return the sum of a matrix' singular values, a float32 scalar."""
+    """Return the sum of a matrix's singular values, a float32 scalar."""
     import torch
 
     from dataflex.data.sums import sum_dtype
@@ -133,13 +156,13 @@ def nuclear_norm(matrix: Tensor) -> Tensor:
     for part in matrix.split(_PART, dim=1):
         wide = part.to(gram.dtype)
         gram.addmm_(wide, wide.T)
-    if gram.dtype != torch.float64:  # a device without it has no eigenvalues either
+    if gram.dtype != torch.float64:  # a device without float64 has no function for eigenvalues either
         gram = gram.cpu()
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum().float().to(matrix.device)
 
 
 class _Projector:
-    """Projects logits; the transform of the vocabulary is made when their width is known."""
+    """Projects logits; the transform of the vocabulary is computed at the first use, when its size is known."""
 
     def __init__(self, settings: LogitProjections) -> None:
         self.settings = settings
@@ -165,7 +188,7 @@ class _Projector:
         return _cosines(width, chosen, device) * self._signs(width, "words", device)[:, None]
 
     def _signs(self, count: int, of: str, device: torch.device) -> Tensor:
-        """Return random signs; the first ones are the same whatever the count."""
+        """Return random signs, (count,); the first signs are the same for every ``count``."""
         import torch
 
         drawn = derive_rng(self.settings.seed, "logit_projections", of).random(count)

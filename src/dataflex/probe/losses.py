@@ -1,4 +1,4 @@
-"""The loss of each sample."""
+"""Token-mean losses of samples."""
 
 from __future__ import annotations
 
@@ -13,12 +13,27 @@ if TYPE_CHECKING:
 
 
 class TokenMeans(Measurement):
-    """Base of measurements that are the mean over a sample's trained tokens of a function of the token's logits."""
+    """Base of measurements that average a function of each trained token's logits over the tokens of a sample.
+
+    Example:
+        The mean entropy of the model's predictions:
+
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from dataflex import TokenMeans, register_measurement
+        >>> @register_measurement("entropies")
+        ... @dataclass(frozen=True)
+        ... class Entropies(TokenMeans):
+        ...     def token_values(self, logits, labels):
+        ...         return torch.distributions.Categorical(logits=logits).entropy()
+        >>> Entropies().token_values(torch.zeros(1, 4), torch.tensor([0]))
+        tensor([1.3863])
+    """
 
     untrained: ClassVar[float | None] = math.nan
 
     def token_values(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return one number for each position, (n,), from logits (n, V), float32, and labels (n,)."""
+        """Return one value per position, (n,), from logits (n, V), float32, and labels (n,)."""
         raise NotImplementedError
 
     def measure(self, batch: MeasuredBatch) -> Tensor:
@@ -29,7 +44,14 @@ class TokenMeans(Measurement):
 @register_measurement("losses")
 @dataclass(frozen=True)
 class Losses(TokenMeans):
-    """The token-mean loss of each sample, shape (n,); NaN for a sample without a trained token."""
+    """The token-mean loss of each sample, shape (n,); NaN for a sample without a trained token.
+
+    Example:
+        >>> import torch
+        >>> from dataflex import Losses
+        >>> Losses().token_values(torch.zeros(1, 4), torch.tensor([0]))
+        tensor([1.3863])
+    """
 
     quantity: ClassVar[str] = "loss"
 

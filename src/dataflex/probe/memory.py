@@ -1,4 +1,4 @@
-"""Batches that are halved while a device has not the memory for them: the one way for all that measures."""
+"""Batches that are halved when a device runs out of memory, in the same way for all measurements."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ logger = logging.getLogger(__name__)
 
 
 def release_memory() -> None:
-    """Give back to the device what torch keeps of its memory for later."""
+    """Give the memory that torch has cached back to the device."""
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
 
 
 @dataclass
 class BatchLimit:
-    """The most tokens of a batch, padding counted, that a device was found to have the memory for.
+    """Limit of a batch's tokens, padding counted, that is lowered when the device runs out of memory.
 
     Attributes:
-        what: is done to a batch: ``to <what> of 4 samples of 20 tokens``.
-        single: what to set where a sample alone does not fit.
-        items: what a batch is made of.
-        unit: of their lengths.
-        collective: a forward is one of all processes together, so that none may halve its batch while the others wait.
-        tokens: the limit; None: not met yet.
+        what: the operation, for messages: ``to <what> of 4 samples of 20 tokens``.
+        single: advice for messages, if a single sample does not fit.
+        items: plural name of the items of a batch.
+        unit: unit of their lengths.
+        collective: whether all processes run a forward pass together, so that no process may halve a batch while the
+            others wait.
+        tokens: the limit. None means that memory has not run out so far.
     """
 
     what: str
@@ -47,15 +48,15 @@ class BatchLimit:
     def parts(
         self, compute: Callable[[IndexArray], T], rows: IndexArray, lengths: NDArray[Any]
     ) -> list[tuple[IndexArray, T]]:
-        """Return what a function makes of a batch, in as few parts as fit into the memory: (their rows, the value).
+        """Apply a function to a batch, in as few parts as fit into memory; return pairs of a part's rows and its value.
 
         Args:
             compute: the function.
-            rows: the batch, at least one.
-            lengths: of every row there is, indexed by ``rows``.
+            rows: the batch, at least one row.
+            lengths: lengths of all rows that exist, indexed by ``rows``.
 
         Raises:
-            ComponentError: if a row alone does not fit, or a batch does not and the forward is collective.
+            ComponentError: if a single row does not fit, or if a batch does not fit and the forward is collective.
         """
         if self.tokens is None:
             return self._halved(compute, rows, lengths)
@@ -66,6 +67,7 @@ class BatchLimit:
     def _halved(
         self, compute: Callable[[IndexArray], T], rows: IndexArray, lengths: NDArray[Any]
     ) -> list[tuple[IndexArray, T]]:
+        """Apply the function to a batch, or to the halves of the batch if memory runs out."""
         tokens = rows.size * _width(rows, lengths)
         try:
             return [(rows, compute(rows))]
@@ -74,18 +76,19 @@ class BatchLimit:
                 remedy = self.single if rows.size == 1 else f"Set dataflex.probe_batch_tokens to less than {tokens}."
                 items = self.items if rows.size > 1 else self.items.removesuffix("s")
                 raise ComponentError(
-                    f"the device has not the memory to {self.what} of {rows.size} {items} of {tokens // rows.size} "
-                    f"{self.unit}. {remedy}"
+                    f"the device does not have enough memory to {self.what} of {rows.size} {items} of "
+                    f"{tokens // rows.size} {self.unit}. {remedy}"
                 ) from error
-        # Behind the handler: the error's traceback holds what filled the memory.
+        # After the except block, because the error's traceback holds the tensors that filled the memory.
         release_memory()
         self.tokens = tokens // 2
         logger.warning(
-            "Out of memory to %s of %d %s: batches have at most %d %s from now on.",
+            "Out of memory to %s of %d %s: later batches have at most %d %s.",
             *(self.what, rows.size, self.items, self.tokens, self.unit),
         )
         return [part for half in np.array_split(rows, 2) for part in self._halved(compute, half, lengths)]
 
 
 def _width(rows: IndexArray, lengths: NDArray[Any]) -> int:
+    """Return the length of the longest row, at least 1."""
     return max(1, int(lengths[rows].max()))

@@ -1,4 +1,4 @@
-"""Measuring without leaving a trace: evaluation mode, no gradients, and every random stream put back."""
+"""Measuring without a trace: evaluation mode, no gradients, and restored random streams."""
 
 from __future__ import annotations
 
@@ -13,8 +13,18 @@ from torch.distributed.fsdp import FSDPModule
 
 @contextlib.contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Put Python's, numpy's, torch's and the devices' random states back at the end."""
+    """Restore the random states of Python, numpy, torch and the devices at the end of the context.
+
+    Example:
+        >>> import torch
+        >>> from dataflex import preserved_rng
+        >>> with preserved_rng():
+        ...     noise = torch.rand(3)
+        >>> bool((torch.rand(3) == noise).all())
+        True
+    """
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - saved, not used
+    # Before CUDA is initialised, devices have no random states to restore.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         try:
             yield
@@ -25,10 +35,10 @@ def preserved_rng() -> Iterator[None]:
 
 @contextlib.contextmanager
 def probe_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module's mode and every random stream is as before.
+    """Run in evaluation mode without gradients; at the end, restore every module's mode and every random stream.
 
-    A compiled model is run as it is written: graphs do not see hooks that come and go, and each shape and mode would be
-    compiled anew.
+    A compiled model runs eagerly. Compiled graphs do not see temporary hooks, and each new shape and mode would start
+    another compilation.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -37,11 +47,11 @@ def probe_mode(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         for module in training:
-            module.training = True
+            module.training = True  # not train(), which would change the mode of all modules inside
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Have FSDP2's modules hold their own parameters again, which a forward alone may leave gathered."""
+    """Let FSDP2's modules hold their shards again; after a forward pass alone, parameters may stay gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,7 +1,7 @@
-"""The probe: what a decision may measure on the model in training, on all processes together, without a trace.
+"""The probe measures the model in training for a decision, on all processes together, and leaves no trace.
 
-The raw module is run in evaluation mode under the training precision; modes and random streams are put back. What a
-measurement computes is its own matter, and how batches are cut, shared and gathered the runner's.
+The probe runs the raw module in evaluation mode under the training precision, and restores modes and random streams. A
+measurement defines the computation. The runner cuts batches, divides them among processes and gathers the values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dataflex.probe.signs import SignTables
 
 @dataclass(frozen=True)
 class Tokens:
-    """What generation needs of the tokenizer."""
+    """The parts of a tokenizer that generation needs."""
 
     pad: int
     eos: tuple[int, ...]
@@ -45,20 +45,22 @@ class ModelProbe:
     """Measurements on the model in training.
 
     Attributes:
-        pool: the samples.
-        model: returns the module to run (the raw one; the wrapper's own forward belongs to training).
-        collate: the training collator, on rows of the pool.
-        plain_collators: classes of it that do nothing but pad; see :class:`~dataflex.probe.collation.Collation`.
-        autocast: the training precision.
-        device: where the model lives.
-        batch_tokens: tokens, padding counted, of one forward.
-        gradient_batch_tokens: the same, of one forward and backward; none: ``batch_tokens``.
+        pool: the training samples.
+        model: returns the module to run. This is the raw module, because the wrapper's own forward belongs to training.
+        collate: the training collator, for rows of the pool.
+        plain_collators: classes of collators that only pad; see :class:`~dataflex.probe.collation.Collation`.
+        autocast: context of the training precision.
+        device: device of the model.
+        batch_tokens: most tokens of one forward pass, padding counted.
+        gradient_batch_tokens: the same for a forward and backward pass; None means ``batch_tokens``.
         moments: returns the optimizer's moments by parameter name.
-        tokens: the tokenizer's part in generation.
+        tokens: the parts of the tokenizer that generation needs.
         sharded: whether a forward is collective (ZeRO-3, FSDP).
-        after_backward: called after every backward; under ZeRO-3 it releases what DeepSpeed still holds.
-        saved_moments: returns the moments a checkpoint folder holds.
+        after_backward: called after every backward pass; under ZeRO-3 it frees the parameters that DeepSpeed still
+            holds.
+        saved_moments: returns the moments of a checkpoint folder.
         progress: whether to show a progress bar.
+        cost: cost of the measurements so far.
     """
 
     pool: Pool
@@ -77,13 +79,13 @@ class ModelProbe:
     plain_collators: tuple[type, ...] = ()
     cost: Cost = field(default_factory=Cost)
     chunked_head: bool | None = None
-    """Whether the head may be applied chunk by chunk; None: not known yet."""
+    """Whether the head may be applied in chunks; None means unknown so far."""
     samples_apart: bool | None = None
-    """Whether the samples of a batch keep apart in the model's layers; None: not known yet."""
+    """Whether samples in one batch have the same gradients as alone; None means unknown so far."""
     signs: SignTables = field(default_factory=SignTables)
-    """Random signs, kept from one measurement to the next on a CPU."""
+    """Random signs, cached on a CPU from one measurement to the next."""
     limits: dict[str, BatchLimit] = field(default_factory=dict)
-    """What the device was found to have the memory for, by the names of measurements."""
+    """Limits of batches by the name of the measurement, found when the device ran out of memory."""
     _collation: Collation | None = field(default=None, init=False, repr=False)
 
     def measure(
@@ -92,43 +94,43 @@ class ModelProbe:
         indices: IndexArray,
         samples: Samples | Sequence[Mapping[str, Any]] | None = None,
     ) -> ResultT:
-        """Return what a measurement gives for samples, in their order; see :class:`~dataflex.api.probe.Probe`."""
+        """Return the values of a measurement for samples, in their order; see :class:`~dataflex.api.probe.Probe`."""
         runner = Runner(self, measurement, indices, samples)
         with probe_mode(runner.model), self.autocast():
             return measurement.run(runner)
 
     def limit(self, name: str, what: str, single: str) -> BatchLimit:
-        """Return the limit of the batches of a measurement.
+        """Return the batch limit of a measurement.
 
         Args:
-            name: of the measurement.
-            what: is done to a batch, for messages.
-            single: what to set where a sample alone does not fit.
+            name: name of the measurement.
+            what: the operation on a batch, for messages.
+            single: advice for messages, if a single sample does not fit.
         """
         return self.limits.setdefault(name, BatchLimit(what, single, collective=self.sharded))
 
     def collated(self, samples: Samples, indices: IndexArray) -> Mapping[str, Any]:
-        """Return what the training collator makes of samples."""
+        """Return a batch of samples from the training collator."""
         if self._collation is None or self._collation.collate is not self.collate:
             self._collation = Collation(self.collate, self.plain_collators)
         return self._collation.of(samples, indices)
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of token ids, special tokens left out."""
+        """Return the text of token ids, without special tokens."""
         assert self.tokens is not None
         return self.tokens.decode(tokens)
 
     @contextmanager
     def checkpoint(self, folder: str) -> Iterator[None]:
-        """Measure with the weights (and moments) of a stored checkpoint for a while.
+        """Measure with the weights (and moments) of a stored checkpoint while the context is open.
 
         Raises:
-            ComponentError: if the parameters are spread over processes, or the checkpoint is of another model.
+            ComponentError: if the parameters are sharded over processes, or the checkpoint belongs to another model.
         """
         if self.sharded:
             raise ComponentError(
-                "checkpoints: stored weights cannot be looked at while ZeRO-3 or FSDP spreads the model out. "
-                "Use ZeRO-2 or DDP, or score the pool before with dataflex-cli score."
+                "checkpoints: stored weights cannot be loaded while ZeRO-3 or FSDP shards the model. "
+                "Use ZeRO-2 or DDP, or score the pool before the training with dataflex-cli score."
             )
         moments = self.moments
         with weights_of(self.model(), Path(folder)):
@@ -140,11 +142,11 @@ class ModelProbe:
                 self.moments = moments
 
     def learning_rates(self, folders: list[str]) -> list[float]:
-        """Return the mean learning rate of each stored checkpoint's stretch of its run, scaled to sum 1."""
+        """Return the mean learning rate of the steps between each checkpoint and the one before, scaled to sum 1."""
         return learning_rates([Path(folder) for folder in folders])
 
     def parameter_sizes(self) -> dict[str, int]:
-        """Return the number of elements of every trainable parameter, by name, sharded or not."""
+        """Return the number of elements of every trainable parameter, by name; a sharded parameter counts whole."""
         model = self.model()
         names = parameter_names(model)
         return {
@@ -154,11 +156,11 @@ class ModelProbe:
         }
 
     def optimizer_moments(self) -> dict[str, Moments]:
-        """Return the optimizer's moments of every trainable parameter, under the names features know it by."""
+        """Return the optimizer's moments of every trainable parameter, by the parameter names that features use."""
         assert self.moments is not None
         return {canonical(name): value for name, value in self.moments().items()}
 
     def count(self, samples: Samples, indices: IndexArray) -> None:
-        """Add samples to what was run through the model."""
+        """Add samples to the cost as run through the model."""
         self.cost.samples += indices.size
         self.cost.tokens += int(samples.lengths[indices].sum())

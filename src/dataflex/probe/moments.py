@@ -1,6 +1,6 @@
 """Adam's running moments of the model in training, in full shape and under the parameters' own names.
 
-Reading changes nothing. Under ZeRO and FSDP the moments are spread over the processes and gathered here, which is
+Reading changes nothing. Under ZeRO and FSDP the moments are sharded over the processes and gathered here. Gathering is
 collective: every process must call at the same point. Gathered moments take 8 bytes per trainable parameter on every
 process.
 """
@@ -36,23 +36,23 @@ _ADAMS = {
         for bits in ("", "8bit", "32bit")
     },
 }
-"""The optimizers that keep the moments as Adam was published, by package."""
+"""Optimizers that store the moments of the published Adam, by package."""
 _BITSANDBYTES_BLOCK = 256
-"""Elements of an 8-bit state that share one scale."""
+"""Number of elements of an 8-bit state that share one scale."""
 _FSDP1_WRAPPER = "_fsdp_wrapped_module."
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's running moments of one parameter. To be read only: the tensors may be the optimizer's own.
+    """Adam's running moments of one parameter. Do not change the tensors, which may be the optimizer's own.
 
     Attributes:
-        exp_avg: running mean of the gradient, of the parameter's full shape; float32 where it was gathered from several
-            processes or dequantised, and the optimizer's own tensor otherwise.
-        exp_avg_sq: running mean of the squared gradient, likewise.
-        step: the number of optimizer steps this parameter has had.
+        exp_avg: running mean of the gradient, in the parameter's full shape. It is float32 if it was gathered from
+            several processes or dequantised; otherwise it is the optimizer's own tensor.
+        exp_avg_sq: running mean of the squared gradient, in the same form.
+        step: number of optimizer steps that this parameter has had.
         betas: decay rates of the two means.
-        eps: the term added to the denominator.
+        eps: term added to the denominator.
     """
 
     exp_avg: Tensor
@@ -65,23 +65,25 @@ class Moments:
 def read_moments(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, Moments]:
     """Return the moments of every trainable parameter.
 
-    A parameter that has never had a gradient while others have gets zeros and step 0, which is where Adam itself starts
-    on it later. ZeRO steps such a parameter with zero gradients, so there it has the step of the others.
+    If a parameter has never had a gradient but others have, its moments are zeros and its step is 0. Adam itself starts
+    on such a parameter with these values. ZeRO steps such a parameter with zero gradients, so under ZeRO it has the
+    step of the others.
 
     Args:
-        optimizer: the Trainer's after preparation, that is, wrapped by accelerate and under ZeRO by DeepSpeed.
-        model: the module inside DDP's or DeepSpeed's wrapper; under FSDP the wrapped root.
+        optimizer: the Trainer's optimizer after preparation, that is, wrapped by accelerate, and under ZeRO by
+            DeepSpeed.
+        model: the module inside the wrapper of DDP or DeepSpeed; under FSDP the wrapped root.
 
     Returns:
-        The moments by name in ``model.named_parameters()``; those of tied parameters under the first name.
+        The moments by name in ``model.named_parameters()``. Tied parameters have one entry, under the first name.
 
     Raises:
-        ComponentError: the optimizer is no Adam, has not made a step yet, or lacks one of the parameters.
+        ComponentError: if the optimizer is no Adam, has not made a step yet, or lacks one of the parameters.
     """
     inner: Any = optimizer
     while isinstance(inner, AcceleratedOptimizer):
         inner = inner.optimizer
-    reshard(model)
+    reshard(model)  # the optimizer's state belongs to FSDP2's shards, not to gathered parameters
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not isinstance(inner, torch.optim.Optimizer):
         return _from_deepspeed(inner, parameters)
@@ -114,9 +116,9 @@ def _from_states(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tens
 def _from_fsdp1(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, parameters: Mapping[str, Tensor]
 ) -> dict[str, Moments]:
-    """Read an optimizer over FSDP1's flattened shards by way of FSDP's full optimizer state."""
+    """Read an optimizer over FSDP1's flattened shards, through FSDP's full optimizer state."""
     if any(parameter.device.type == "cpu" for parameter in parameters.values()):
-        # torch 2.11 gives exp_avg_sq in the place of exp_avg there, without an error.
+        # In this case torch 2.11 returns exp_avg_sq instead of exp_avg, without an error.
         raise ComponentError(
             "Adam's moments cannot be read under FSDP version 1 on CPU; use FSDP version 2, or set preconditioner: none"
         )
@@ -141,7 +143,7 @@ def _from_fsdp1(
 
 
 def _from_deepspeed(zero: Any, parameters: Mapping[str, Tensor]) -> dict[str, Moments]:
-    """Read DeepSpeed's ZeRO-1, 2 or 3 optimizer; the real one inside it holds flattened partitions."""
+    """Read DeepSpeed's optimizer of ZeRO-1, 2 or 3; the real optimizer inside it holds flattened partitions."""
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -158,11 +160,12 @@ def _from_deepspeed(zero: Any, parameters: Mapping[str, Tensor]) -> dict[str, Mo
     group = inner.param_groups[0]
     if any((other["betas"], other["eps"]) != (group["betas"], group["eps"]) for other in inner.param_groups):
         raise ComponentError(
-            "Adam's moments can be read under DeepSpeed only where all parameter groups have the same betas and eps; "
-            "give them the same ones, or set preconditioner: none"
+            "Adam's moments can be read under DeepSpeed only if all parameter groups have the same betas and eps; "
+            "use the same values in all groups, or set preconditioner: none"
         )
     if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
-        # ZeRO-1 and 2 link the states once, inside the first group's first step, when the other groups have none yet.
+        # ZeRO-1 and 2 link states to parameters once, in the first step of the first group, when the other groups have
+        # no states yet. So the links are made again.
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
     last = max(states, key=lambda state: int(state["step"]))
@@ -176,34 +179,37 @@ def _from_deepspeed(zero: Any, parameters: Mapping[str, Tensor]) -> dict[str, Mo
 
 
 def _read(exp_avg: Tensor, exp_avg_sq: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Moments:
-    step = state["step"] if "step" in state else group["step"]  # apex counts by group
+    """Return the moments and settings of one parameter."""
+    step = state["step"] if "step" in state else group["step"]  # apex counts steps by group
     return Moments(exp_avg, exp_avg_sq, int(step), (float(group["betas"][0]), float(group["betas"][1])), group["eps"])
 
 
 def _first(state: Mapping[str, Any], device: torch.device) -> Tensor:
+    """Return the whole running mean of the gradient."""
     return _whole(state["exp_avg"]) if "exp_avg" in state else _dequantised(state, 1, device)
 
 
 def _second(state: Mapping[str, Any], device: torch.device) -> Tensor:
+    """Return the whole running mean of the squared gradient."""
     return _whole(state["exp_avg_sq"]) if "exp_avg_sq" in state else _dequantised(state, 2, device)
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """Return a tensor in full: itself, or gathered where FSDP2 spread it."""
+    """Return a tensor in full: the tensor itself, or gathered if FSDP2 shards it."""
     if not isinstance(tensor, DTensor):
         return tensor
-    # Offloaded shards lie on the CPU, the processes talk over the mesh's device.
+    # Offloaded shards are on the CPU, but collectives need tensors on the mesh's device.
     return tensor.to(tensor.device_mesh.device_type).full_tensor().float()
 
 
 def _dequantised(state: Mapping[str, Any], number: int, device: torch.device) -> Tensor:
-    """Return state 1 or 2 of bitsandbytes, which keeps large ones in 8 bits and small ones as they are.
+    """Return state 1 or 2 of bitsandbytes, which stores large states in 8 bits and small states unquantised.
 
-    Paged states lie in memory that CPU and GPU share, as tensors of the CPU.
+    Paged states are CPU tensors in memory that CPU and GPU share.
     """
     values = state[f"state{number}"]
     if values.device != device:
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)  # the GPU may still write to the shared memory of a paged state
         values = values.to(device)
     if values.dtype != torch.uint8:
         return values
@@ -214,6 +220,7 @@ def _dequantised(state: Mapping[str, Any], number: int, device: torch.device) ->
 
 
 def _check_is_adam(optimizer: Any) -> None:
+    """Raise an error unless the optimizer is a known Adam without amsgrad."""
     kind = type(optimizer)
     if kind.__name__ not in _ADAMS.get(kind.__module__.partition(".")[0], ()):
         raise _unreadable(optimizer)
@@ -227,8 +234,8 @@ def _check_is_adam(optimizer: Any) -> None:
 def _unreadable(optimizer: Any) -> ComponentError:
     kind = type(optimizer)
     return ComponentError(
-        f"the optimizer {kind.__module__}.{kind.__qualname__} keeps no moments of Adam that can be read here; train "
-        "with an Adam (for example optim: adamw_torch), or set preconditioner: none"
+        f"the optimizer {kind.__module__}.{kind.__qualname__} keeps no Adam moments that can be read; train with an "
+        "Adam (for example optim: adamw_torch), or set preconditioner: none"
     )
 
 

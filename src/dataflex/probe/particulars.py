@@ -1,7 +1,7 @@
-"""What is particular to a model, found out on two short samples.
+"""Checks of a model's behaviour on two short samples.
 
-At every measurement: whether the head may be applied chunk by chunk (a model that changes its logits behind the head
-in a way that its configuration does not tell is probed through its own logits from then on).
+Each measurement that uses the head checks whether the head may be applied in chunks. If a model changes its logits
+after the head in a way that its configuration does not describe, later measurements use the model's own logits.
 """
 
 from __future__ import annotations
@@ -28,19 +28,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COMPARED_SAMPLES = 2
-"""Samples whose losses and gradients are compared with the model's own."""
+"""Number of samples whose losses and gradients are compared with the model's own."""
 _COMPARED_TOKENS = 256
-"""Tokens of each whose logits are; all logits of a long sample may not fit into the memory."""
+"""Number of tokens of each sample whose logits are compared; all logits of a long sample may not fit into memory."""
 _LOOKED_AT = 64
-"""Samples among which those are looked for."""
+"""Number of shortest samples among which the compared samples are searched."""
 _AGREEMENT = 2e-3
+"""Largest relative and absolute difference of losses that counts as equal."""
 _AGREEMENT_LOW_PRECISION = 2e-2
+"""The same in 16 bits."""
 
 
 def look_at_head(probe: ModelProbe, samples: Samples, indices: IndexArray) -> None:
-    """Find out whether the chunked head gives the model's own losses; stays open if no sample has one.
+    """Find out whether the chunked head gives the model's own losses; leave it open if no sample has a loss.
 
-    Asked at every measurement while it does: a cap on the logits may matter only later in training.
+    Every measurement checks again while the answer is yes, because a cap on the logits may matter only later in
+    training.
     """
     if probe.chunked_head is False or not indices.size:
         return
@@ -49,11 +52,11 @@ def look_at_head(probe: ModelProbe, samples: Samples, indices: IndexArray) -> No
         return
     probe.chunked_head = all(found)
     if not probe.chunked_head:
-        logger.info("The model changes its logits after the head: losses are taken from its full logits.")
+        logger.info("The model changes its logits after the head, so losses are computed from its own logits.")
 
 
 def _heads_agree(probe: ModelProbe, samples: Samples, indices: IndexArray) -> bool | None:
-    """Return whether the chunked head gives the model's own losses; None if no sample has one."""
+    """Return whether the chunked head gives the model's own losses; None if no sample has a loss."""
     model = probe.model()
     inputs, labels = inputs_of(probe.collated(samples, short_samples(samples, indices)), probe.device)
     return head_agrees(model, inputs, labels, probe.device)
@@ -63,10 +66,10 @@ def head_agrees(model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, 
     """Return whether the chunked head gives a model's own losses; None if no token of the samples is trained on.
 
     Args:
-        model: run twice.
-        inputs: of the model.
-        labels: shifted, (B, T).
-        device: the model runs on.
+        model: the model; its forward runs twice.
+        inputs: inputs of the model.
+        labels: shifted labels, (B, T).
+        device: device of the model.
     """
     labels = first_counted(labels, _COMPARED_TOKENS)
     chunked, plain = chunked_forward(model, inputs, labels), full_forward(model, inputs, labels)
@@ -78,7 +81,7 @@ def head_agrees(model: torch.nn.Module, inputs: dict[str, Any], labels: Tensor, 
 
 
 def short_samples(samples: Samples, indices: IndexArray) -> IndexArray:
-    """Return a few short samples with a token to train on, or just short ones where there are none near."""
+    """Return a few short samples, first those with a token to train on."""
     lengths = samples.lengths[indices]
     places = top_k(-lengths, _LOOKED_AT)
     shortest = indices[places[np.argsort(lengths[places], kind="stable")]]
@@ -93,5 +96,5 @@ def is_low_precision(model: torch.nn.Module, device: torch.device) -> bool:
 
 
 def _labels(row: dict[str, Any]) -> list[int]:
-    """Return the labels of a sample; a collator of plain text makes them from its tokens."""
+    """Return the labels of a sample; if it has none, the tokens, from which a collator makes the labels."""
     return row["labels"] if "labels" in row else row["input_ids"]

@@ -1,4 +1,4 @@
-"""From the gradient of a sample to the direction the optimizer would take on it."""
+"""Preconditioners: from the gradient of a sample to the direction of the optimizer's update on that sample."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LESS_EPSILON = 1e-8
 
 
 class Preconditioner(ABC):
-    """Turns a block of a parameter's gradients into the optimizer's direction."""
+    """Turns a block of a parameter's gradients into the optimizer's directions."""
 
     @abstractmethod
     def __call__(self, name: str, start: int, gradients: Tensor) -> Tensor:
@@ -26,21 +26,21 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def signed(self, name: str, start: int, gradients: Tensor, signs: Tensor) -> Callable[[Tensor, slice], None]:
-        """Return a function that adds a stretch of a block's directions, times signs, to numbers of its shape.
+        """Return a function that adds a slice of a block's directions, times signs, to values of the same shape.
 
         Args:
             name: the parameter.
-            start: number of the block's first element.
+            start: index of the block's first element in the flattened parameter.
             gradients: the block, (B, n); may be overwritten.
-            signs: (n,), of the type of ``gradients``.
+            signs: signs, (n,), in the type of ``gradients``.
         """
 
     def terms(self, name: str) -> AdamTerms | None:
-        """Return the terms of a parameter's directions; none: the gradients themselves."""
+        """Return the terms of a parameter's directions; None means that the directions are the gradients themselves."""
         return None
 
     def everywhere(self, name: str, parts: list[Contribution], batch: int, device: torch.device) -> list[Contribution]:
-        """Return ``parts``, with zeros added where the direction of a zero gradient is not zero."""
+        """Return ``parts``, with zeros added if the direction of a zero gradient is not zero."""
         return parts
 
 
@@ -52,23 +52,23 @@ class NoPreconditioner(Preconditioner):
         return gradients
 
     def signed(self, name: str, start: int, gradients: Tensor, signs: Tensor) -> Callable[[Tensor, slice], None]:
-        """Return a function that adds a stretch of the gradients, times signs."""
+        """Return a function that adds a slice of the gradients, times signs."""
         return lambda out, part: out.addcmul_(gradients[:, part], signs[part])
 
 
 @dataclass(frozen=True)
 class AdamTerms:
-    """What a gradient g becomes: (a m + b g) / (sqrt(c v + d g^2 + inside) + outside).
+    """Terms of Adam's direction for a gradient g: (a m + b g) / (sqrt(c v + d g^2 + inside) + outside).
 
     Attributes:
-        average: m, of every element of a parameter, (n,).
-        square: v, the same.
+        average: m, for every element of a parameter, (n,).
+        square: v, for every element of a parameter, (n,).
         average_scale: a.
         gradient_scale: b.
         square_scale: c.
         squared_gradient_scale: d.
-        inside: added under the root.
-        outside: added to the root.
+        inside: term added under the root.
+        outside: term added to the root.
     """
 
     average: Tensor
@@ -82,7 +82,7 @@ class AdamTerms:
 
     @property
     def scales(self) -> tuple[float, float, float, float, float, float]:
-        """The numbers, in the order they are listed in."""
+        """The scalar terms, in the order of the attributes."""
         return (
             self.average_scale,
             self.gradient_scale,
@@ -94,15 +94,15 @@ class AdamTerms:
 
 
 class AdamPreconditioner(Preconditioner):
-    """The direction Adam's next step would take for the sample alone, the learning rate and weight decay left out.
+    """The direction of Adam's next step on the sample alone, without learning rate and weight decay.
 
-    With m' = b1 m + (1 - b1) g, v' = b2 v + (1 - b2) g^2 and t steps after this one,
+    With m' = b1 m + (1 - b1) g, v' = b2 v + (1 - b2) g^2 and t the number of steps including this one, the direction is
 
         (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps).
 
     Args:
-        moments: of every trainable parameter, by name.
-        less: the variant of LESS's code: m' / sqrt(v' + 1e-8), b = (0.9, 0.999), no bias correction.
+        moments: moments of every trainable parameter, by name.
+        less: use the variant of LESS's code: m' / sqrt(v' + 1e-8), b = (0.9, 0.999), no bias correction.
     """
 
     def __init__(self, moments: dict[str, Moments], less: bool) -> None:
@@ -110,17 +110,17 @@ class AdamPreconditioner(Preconditioner):
         self._terms = {name: _terms(item, less) for name, item in moments.items()}
 
     def __call__(self, name: str, start: int, gradients: Tensor) -> Tensor:
-        """Return the directions, in place of ``gradients``."""
+        """Return the directions, which overwrite ``gradients``."""
         terms = self._terms[name]
         below = self._below(terms, start, gradients)
         average = _part(terms.average, start, gradients) * terms.average_scale
         return torch.add(average, gradients, alpha=terms.gradient_scale, out=gradients).div_(below)
 
     def signed(self, name: str, start: int, gradients: Tensor, signs: Tensor) -> Callable[[Tensor, slice], None]:
-        """Return a function that adds a stretch of the directions, times signs.
+        """Return a function that adds a slice of the directions, times signs.
 
-        The signs are given to the moment and to a factor, which all samples share, and the division adds up: each
-        sample's numbers are gone over five times.
+        The signs multiply the first moment, which all samples share, and are a factor of the multiply-add of the
+        gradients. The division adds to the output. That takes five passes over the elements of each sample.
         """
         terms = self._terms[name]
         below = self._below(terms, start, gradients)
@@ -133,7 +133,7 @@ class AdamPreconditioner(Preconditioner):
         return self._terms[name]
 
     def _below(self, terms: AdamTerms, start: int, gradients: Tensor) -> Tensor:
-        """Return what a block's directions are divided by, (B, n)."""
+        """Return the denominators of a block's directions, (B, n)."""
         square = _part(terms.square, start, gradients) * terms.square_scale
         if terms.inside:
             square.add_(terms.inside)
@@ -141,7 +141,7 @@ class AdamPreconditioner(Preconditioner):
         return below.add_(terms.outside) if terms.outside else below
 
     def everywhere(self, name: str, parts: list[Contribution], batch: int, device: torch.device) -> list[Contribution]:
-        """Return ``parts``, with zeros where they leave out rows: the moments move those too."""
+        """Return ``parts``, with zeros for the rows that they leave out: the moments move these rows, too."""
         if parts and all(part.count == part.rows for part in parts):
             return parts
         if parts:
@@ -154,8 +154,10 @@ class AdamPreconditioner(Preconditioner):
 
 
 def _terms(item: Moments, less: bool) -> AdamTerms:
-    """Return the terms of a parameter; the corrections of its bias are folded into the denominator."""
+    """Return the terms of a parameter; the bias corrections are folded into the denominator."""
     first, second = _LESS_BETAS if less else item.betas
+    # With left = 1 - b1^t and right = 1 - b2^t, numerator and denominator of the direction are multiplied by left:
+    # (m' / left) / (sqrt(v' / right) + eps) = m' / (sqrt(v' left^2 / right) + eps left).
     left = 1.0 if less else 1 - first ** (item.step + 1)
     right = 1.0 if less else 1 - second ** (item.step + 1)
     scale = left * left / right
@@ -165,12 +167,12 @@ def _terms(item: Moments, less: bool) -> AdamTerms:
 
 
 def _part(values: Tensor, start: int, gradients: Tensor) -> Tensor:
-    """Return the stretch of a parameter's numbers that a block of gradients is for, in its type."""
+    """Return the slice of a parameter's values that belongs to a block of gradients, in the block's type."""
     return values[start : start + gradients.shape[1]].to(gradients.dtype)
 
 
 def make_preconditioner(settings: GradientSettings, moments: dict[str, Moments] | None) -> Preconditioner:
-    """Return the preconditioner of ``settings``; ``moments`` are needed for Adam's."""
+    """Return the preconditioner of ``settings``; those of Adam need ``moments``."""
     if settings.preconditioner == "none":
         return NoPreconditioner()
     assert moments is not None

@@ -1,19 +1,20 @@
-"""Random linear maps from a gradient of P numbers to k: inner products are kept in expectation.
+"""Random linear maps from a gradient of P elements to k elements; they preserve inner products in expectation.
 
-``count`` is a count sketch in blocks: a parameter's gradient is cut into blocks of k, every number gets a random sign,
-every block a random rotation, and the blocks are added up. Each number is touched once. The variance of an inner
-product over seeds is
+``count`` is a count sketch in blocks. A parameter's gradient is cut into blocks of k elements. Every element gets a
+random sign and every block a random rotation, and the blocks are summed. Each element is read once. The variance of an
+inner product over seeds is at most
 
     (|x|^2 |y|^2 + <x, y>^2 - 2 sum_i x_i^2 y_i^2) / k,
 
-that of a dense Rademacher projection, or less (two numbers of one block never meet).
-``rademacher`` is that dense projection, entries of sign / sqrt(k), made block by block: P x k operations, for
-comparison with published numbers. ``kronecker`` makes count sketches of a layer's inputs and output gradients before it
-multiplies them (LoGra, Choe et al. 2024, with count sketches instead of dense matrices). The result is linear in the
-gradient, so it serves only without a preconditioner. ``identity`` keeps every element.
+which is the variance of a dense Rademacher projection. It can be lower, because two elements of one block never meet.
+``rademacher`` is that dense projection, with entries sign / sqrt(k), computed block by block. It takes P x k operations
+and serves for comparison with published values. ``kronecker`` makes count sketches of a layer's inputs and output
+gradients before it multiplies them (LoGra, Choe et al. 2024, with count sketches instead of dense matrices). It
+sketches the two factors of the gradient and so needs the gradient itself, without a preconditioner. ``identity`` keeps
+every element.
 
-All randomness is a hash of (seed, parameter name, place in the parameter): independent of batches, processes, sharding
-and device. Sums are in float32 (float64 where the gradients are).
+All randomness is a hash of (seed, parameter name, index in the parameter), independent of batches, processes, sharding
+and device. Sums are in float32, or in float64 if the gradients are.
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ if TYPE_CHECKING:  # needs Numba, which not every environment has
 logger = logging.getLogger(__name__)
 
 _DENSE_ROWS = 4096
+"""Number of rows of a dense projection that exist at a time."""
 
 MAP_VERSION = 3
-"""Of the maps that settings stand for; features of two versions are not compared."""
+"""Version of the maps that settings stand for; features of different versions are not comparable."""
 
 
 Sketch = Callable[[Tensor, int, int, int, AdamTerms | None], Tensor]
-"""Makes a count sketch of gradients, given their start, a key, its length and terms; see ``fused.sketch``."""
+"""Makes a count sketch of gradients, given their start, a key, the sketch's length and terms; see ``fused.sketch``."""
 
 
 class Projection(ABC):
@@ -59,17 +61,17 @@ class Projection(ABC):
 
     Args:
         dim: length of a feature, k.
-        seed: of the map.
-        device: where the features are.
+        seed: seed of the map.
+        device: device of the features.
     """
 
     def __init__(self, dim: int, seed: int, device: torch.device) -> None:
         self.dim, self.seed, self.device = dim, seed, device
         self.width = dim
-        """Columns of what :meth:`add` adds to."""
+        """Number of columns of the sums that :meth:`add` changes."""
 
     def folded(self, sums: Tensor) -> Tensor:
-        """Return the features, (B, k), when everything has been added to ``sums``."""
+        """Return the features, (B, k), after everything has been added to ``sums``."""
         return sums
 
     @abstractmethod
@@ -77,11 +79,11 @@ class Projection(ABC):
         """Add the map of a piece of one parameter's gradients to ``out``.
 
         Args:
-            out: (B, width), changed in place.
+            out: sums, (B, width), changed in place.
             name: the parameter.
-            start: number of the piece's first element in the parameter, flattened.
+            start: index of the piece's first element in the flattened parameter.
             values: the piece, (B, n); may be overwritten.
-            total: elements of the parameter.
+            total: number of elements of the parameter.
         """
 
     def add_directions(
@@ -90,29 +92,29 @@ class Projection(ABC):
         """Add the map of a piece of one parameter's directions to ``out``; see :meth:`add`.
 
         Args:
-            out: (B, width), changed in place.
+            out: sums, (B, width), changed in place.
             name: the parameter.
-            start: number of the piece's first element in the parameter, flattened.
-            gradients: the piece before it is preconditioned, (B, n); may be overwritten.
-            total: elements of the parameter.
-            preconditioner: makes directions of gradients.
+            start: index of the piece's first element in the flattened parameter.
+            gradients: the piece before preconditioning, (B, n); may be overwritten.
+            total: number of elements of the parameter.
+            preconditioner: turns gradients into directions.
         """
         self.add(out, name, start, preconditioner(name, start, gradients), total)
 
 
 class CountProjection(Projection):
-    """Signs and rotations of blocks of k; see the module's text.
+    """Count sketch: signs and rotations of blocks of k elements; see the docstring of the module.
 
     Args:
         dim: length of a feature, k.
-        seed: of the map.
-        device: where the features are.
-        tables: where signs are kept on the CPU.
+        seed: seed of the map.
+        device: device of the features.
+        tables: cache of signs on the CPU; None makes a separate cache.
     """
 
     def __init__(self, dim: int, seed: int, device: torch.device, tables: SignTables | None = None) -> None:
         super().__init__(dim, seed, device)
-        self.width = 2 * dim  # a rotated block is added in one piece, and what runs over the end is folded back
+        self.width = 2 * dim  # a rotated block is added in one piece; `folded` adds the columns from k on
         self._tables = SignTables() if tables is None else tables
         self._rotations: dict[str, Tensor] = {}
         self._fused = block_sums() if device.type == "cpu" else None
@@ -124,7 +126,7 @@ class CountProjection(Projection):
     def add_directions(
         self, out: Tensor, name: str, start: int, gradients: Tensor, total: int, preconditioner: Preconditioner
     ) -> None:
-        """Add a piece's directions: block by block in the processor's cache, all blocks together on an accelerator."""
+        """Add a piece's directions: on a CPU block by block in its cache, on an accelerator all blocks together."""
         if self.device.type == "cpu":
             self._add_blocks(out, name, start, gradients, total, preconditioner)
             return
@@ -139,6 +141,7 @@ class CountProjection(Projection):
     def _add_blocks(
         self, out: Tensor, name: str, start: int, gradients: Tensor, total: int, preconditioner: Preconditioner
     ) -> None:
+        """Add a piece's directions on a CPU, with the one-pass kernel if it applies."""
         stop = start + gradients.shape[1]
         first, last, blocks = start // self.dim, -(-stop // self.dim), -(-total // self.dim)
         key = self._key(name)
@@ -147,7 +150,7 @@ class CountProjection(Projection):
         rotations = self._rotations[name][first:last]
         rows = self._tables.rows(key, first, last - first, self.dim, blocks)
         terms = preconditioner.terms(name)
-        # The kernel goes along the rows of a sketch, so it is slow for many short rows.
+        # The kernel loops along the rows of a sketch, so it is slow for many short rows.
         if self._fused is not None and self._fused.serves(gradients, terms) and gradients.shape[0] < self.dim:
             self._fused.add(out, gradients, start, rows, rotations, terms)
             return
@@ -163,26 +166,26 @@ class CountProjection(Projection):
         return sums[:, : self.dim] + sums[:, self.dim :]
 
     def of(self, name: str, start: int, vectors: Tensor, total: int) -> Tensor:
-        """Return the sketches of parts of vectors: (..., k).
+        """Return the sketches of parts of vectors, (..., k).
 
         Args:
-            name: of the map.
-            start: number of the parts' first element in their vectors.
+            name: name of the map.
+            start: index of the parts' first element in their vectors.
             vectors: float32 or float64, (..., n).
             total: length of a whole vector.
         """
         flat = vectors.reshape(-1, vectors.shape[-1])
         sums = flat.new_zeros(flat.shape[0], self.width)
-        # Adding may overwrite its argument, and a model's own tensors are behind the vectors.
+        # `add` may overwrite its argument on a device, and the vectors may be views of the model's own tensors.
         self.add(sums, name, start, flat if self.device.type == "cpu" else flat.clone(), total)
         return self.folded(sums).view(*vectors.shape[:-1], self.dim)
 
     def of_units(self, name: str, places: Tensor, total: int) -> Tensor:
-        """Return the sketches of the unit vectors with 1 at the given places: float32, (..., k).
+        """Return the sketches of unit vectors, each with a 1 at the given index: float32, (..., k).
 
         Args:
-            name: of the map.
-            places: int64, (...).
+            name: name of the map.
+            places: indices of the ones, int64, (...).
             total: length of a vector.
         """
         key, blocks = self._key(name), -(-total // self.dim)
@@ -197,12 +200,12 @@ class CountProjection(Projection):
 
 
 def plain_sketch(values: Tensor, start: int, key: int, dim: int) -> Tensor:
-    """Return the count sketch of a piece of directions in a few operations, whatever the number of blocks: (B, dim).
+    """Return the count sketch of a piece of directions, (B, dim), in a number of operations independent of the blocks.
 
     Args:
         values: the piece, (B, n); overwritten.
-        start: number of its first element in the parameter.
-        key: of the parameter's signs and rotations.
+        start: index of the piece's first element in the flattened parameter.
+        key: key of the parameter's signs and rotations.
         dim: length of a sketch.
     """
     stop, first = start + values.shape[1], start // dim
@@ -213,12 +216,12 @@ def plain_sketch(values: Tensor, start: int, key: int, dim: int) -> Tensor:
 
 
 def rotated_sum(values: Tensor, lead: int, rotations: Tensor, dim: int) -> Tensor:
-    """Return the sum of blocks after rotating each, (B, dim), in a few operations whatever their number.
+    """Return the sum of rotated blocks, (B, dim), in a number of operations independent of the number of blocks.
 
     Args:
-        values: (B, n), already signed.
-        lead: place of the first value in the first block.
-        rotations: of the blocks the values lie in, (J,).
+        values: signed values, (B, n).
+        lead: index of the first value in the first block.
+        rotations: rotations of the blocks that hold the values, (J,).
         dim: length of a block.
     """
     number = rotations.shape[0]
@@ -230,7 +233,7 @@ def rotated_sum(values: Tensor, lead: int, rotations: Tensor, dim: int) -> Tenso
 
 
 class RademacherProjection(Projection):
-    """A dense projection; its rows are made again at every use, as P x k signs cannot be kept."""
+    """A dense projection, whose rows are computed again at every use, because P x k signs would not fit into memory."""
 
     def add(self, out: Tensor, name: str, start: int, values: Tensor, total: int) -> None:
         """Add a piece, ``4096`` rows of the projection at a time."""
@@ -242,11 +245,11 @@ class RademacherProjection(Projection):
 
 
 class IdentityProjection(Projection):
-    """The whole gradient, parameter after parameter.
+    """The whole gradient, one parameter after another.
 
     Args:
-        sizes: elements of every parameter, by name, in order.
-        device: where the features are.
+        sizes: number of elements of every parameter, by name, in order.
+        device: device of the features.
     """
 
     def __init__(self, sizes: dict[str, int], device: torch.device) -> None:
@@ -255,21 +258,22 @@ class IdentityProjection(Projection):
         self._begin = {name: end - size for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
     def add(self, out: Tensor, name: str, start: int, values: Tensor, total: int) -> None:
-        """Copy a piece to its place."""
+        """Add a piece to its columns."""
         begin = self._begin[name] + start
         out[:, begin : begin + values.shape[1]] += values
 
 
 class KroneckerProjection:
-    """Sketches a layer's inputs to a elements and its output gradients to b, with a b = k; see the module's text.
+    """Sketches a layer's inputs to a elements and its output gradients to b elements, with a b = k.
 
-    Both sketches are count sketches. The variance of an inner product of sketches of a elements is at most that of a
-    dense projection to a elements, and a count sketch goes over its argument once instead of a times.
+    Both sketches are count sketches; see the docstring of the module. The variance of an inner product of count
+    sketches of a elements is at most that of a dense projection to a elements. A count sketch reads its argument once,
+    a dense projection a times.
 
     Args:
         dim: length of a feature, k.
-        seed: of the map.
-        device: where the features are.
+        seed: seed of the map.
+        device: device of the features.
     """
 
     def __init__(self, dim: int, seed: int, device: torch.device) -> None:
@@ -294,7 +298,7 @@ class KroneckerProjection:
         rows, columns = f"{name}/rows", f"{name}/columns"
         gradients = at_least_float32(part.gradients)
         if isinstance(part, Outer):
-            # One expert of several has a part of the rows, which starts at the row ``first``.
+            # One expert of a stack covers a part of the parameter's rows, from row ``first`` on.
             left = part.apart(self._rows.of(rows, part.first, gradients, part.rows))
             right = part.apart(self._columns.of(columns, 0, at_least_float32(part.inputs), part.columns))
         else:
@@ -304,7 +308,7 @@ class KroneckerProjection:
 
 
 def block_sums() -> BlockSums | None:
-    """Return the kernel that adds sketches in one pass on a processor, or None without Numba."""
+    """Return the kernel that adds sketches in one pass on a CPU; None without Numba."""
     if importlib.util.find_spec("numba") is None:
         return None
     from dataflex.probe.fused_cpu import BlockSums
@@ -312,9 +316,9 @@ def block_sums() -> BlockSums | None:
     return BlockSums(torch.get_num_threads())
 
 
-@cache
+@cache  # the compilation and the comparison run once per device
 def fused_sketch(device: torch.device) -> Sketch | None:
-    """Return the kernel that makes a sketch in one pass on a device, or None if it does not work there."""
+    """Return the kernel that makes a sketch in one pass on a device; None if it does not work there."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     from dataflex.probe.fused import sketch
@@ -323,7 +327,7 @@ def fused_sketch(device: torch.device) -> Sketch | None:
 
 
 def works(sketch: Sketch, device: torch.device) -> bool:
-    """Say whether a kernel can be compiled on a device and gives the numbers of :func:`plain_sketch`; log why not."""
+    """Return whether a kernel compiles on a device and gives the values of :func:`plain_sketch`; log why not."""
     from triton.errors import TritonError
 
     values = torch.linspace(-1, 1, 300, device=device).view(3, 100)
@@ -331,14 +335,15 @@ def works(sketch: Sketch, device: torch.device) -> bool:
     adam = AdamPreconditioner({"": moments}, less=False)
     try:
         found = sketch(values[:, 7:], 7, 1, 32, adam.terms(""))
-    except (TritonError, OSError, RuntimeError, subprocess.SubprocessError) as error:  # no compiler for its launcher
+    # Triton compiles its launcher with a C compiler, which may be missing.
+    except (TritonError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = str(error)
     else:
         expected = plain_sketch(adam("", 7, values[:, 7:].clone()), 7, 1, 32)
         if torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
             return True
-        reason = "its numbers are wrong"
-    logger.warning("Gradient features are made without the fused kernel, which is slower: %s", reason)
+        reason = "its results are wrong"
+    logger.warning("Gradient features are computed without the fused kernel, which takes longer: %s", reason)
     return False
 
 
@@ -348,22 +353,22 @@ def make_projection(
     """Return the projection of ``settings`` for parameters of the given sizes.
 
     Args:
-        settings: of the gradients.
-        sizes: elements of every parameter, by name.
-        device: where the features are.
-        tables: where ``count`` keeps signs on the CPU; none: for this projection alone.
+        settings: settings of the gradients.
+        sizes: number of elements of every parameter, by name.
+        device: device of the features.
+        tables: cache of the signs of ``count`` on the CPU; None makes a cache for this projection alone.
 
     Raises:
-        ComponentError: if the feature would be longer than the gradient, or the projection does not go with the
-            preconditioner.
+        ComponentError: if the feature would be longer than the gradient, or if the projection cannot be combined with
+            the preconditioner.
     """
     total = sum(sizes.values())
     if settings.projection == "identity":
         return IdentityProjection(sizes, device)
     if settings.dim > total:
         raise ComponentError(
-            f"proj_dim: a feature of {settings.dim} numbers is longer than the gradient it stands for ({total} "
-            "trainable parameters). Use a smaller proj_dim, or projection: identity."
+            f"proj_dim: a feature of {settings.dim} elements is longer than the gradient, which has {total} (one per "
+            "trainable parameter). Use a smaller proj_dim, or projection: identity."
         )
     if settings.projection == "kronecker":
         if settings.preconditioner != "none":

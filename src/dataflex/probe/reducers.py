@@ -1,7 +1,7 @@
-"""What is kept of per-sample gradients: a projection of the update direction, its length, or inner products.
+"""Reducers of per-sample gradients: to a projection of the update direction, its length, or inner products.
 
-A reducer gets the gradients of a batch parameter by parameter, in blocks, which on a CPU stay in its cache, and keeps
-only what it is for.
+A reducer receives the gradients of a batch parameter by parameter, in blocks, which on a CPU stay in the cache. Only
+the reduced values are stored.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dataflex.probe.projections import KroneckerProjection, Projection
 
 _CPU_BLOCK = 1 << 21
 _DEVICE_BLOCK = 1 << 26
-"""Numbers in a block of gradients, of all samples of a batch together.
+"""Number of elements in a block of gradients, over all samples of a batch.
 
-On a CPU a block stays in the outer cache. Smaller ones, for the inner caches, lose more than they gain: each block's
-product goes over all of its layer's inputs again.
+On a CPU a block stays in the outer cache. Smaller blocks, for the inner caches, lose more than they gain: the product
+of each block reads all inputs of its layer again.
 """
 
 
 class Reducer(ABC):
-    """Adds up what is kept of the gradients of a batch: :meth:`begin`, :meth:`add` per parameter, :attr:`result`."""
+    """Reduces the gradients of a batch: call :meth:`begin`, :meth:`add` per parameter, then read :attr:`result`."""
 
     def __init__(self, preconditioner: Preconditioner, device: torch.device) -> None:
         self.preconditioner, self.device = preconditioner, device
@@ -36,18 +36,18 @@ class Reducer(ABC):
     @property
     @abstractmethod
     def result(self) -> Tensor:
-        """What was made of the batch, (B, ...)."""
+        """The result of the batch, (B, ...)."""
 
     @abstractmethod
     def begin(self, batch: int, dtype: torch.dtype) -> None:
-        """Start a batch of so many samples; ``dtype`` is float32 or float64."""
+        """Start a batch of ``batch`` samples, with sums in ``dtype``: float32 or float64."""
 
     @abstractmethod
     def add(self, name: str, parts: list[Contribution]) -> None:
         """Add all uses of one parameter."""
 
     def gradients(self, name: str, parts: list[Contribution]) -> Iterator[tuple[int, Tensor, int]]:
-        """Yield a parameter's gradients block by block: (first element, (B, n), elements of the parameter)."""
+        """Yield a parameter's gradients in blocks: (index of the first element, (B, n), elements of the parameter)."""
         parts = self.preconditioner.everywhere(name, parts, self.batch, self.device)
         if not parts:
             return
@@ -56,13 +56,13 @@ class Reducer(ABC):
             yield start, gradients, total
 
     def update_directions(self, name: str, parts: list[Contribution]) -> Iterator[Tensor]:
-        """Yield a parameter's directions block by block, (B, n)."""
+        """Yield a parameter's directions in blocks, (B, n)."""
         for start, gradients, _ in self.gradients(name, parts):
             yield self.preconditioner(name, start, gradients)
 
 
 class ProjectionReducer(Reducer):
-    """Projected directions: result (B, k)."""
+    """Projected directions; the result is (B, k)."""
 
     def __init__(
         self, preconditioner: Preconditioner, projection: Projection | KroneckerProjection, device: torch.device
@@ -81,7 +81,7 @@ class ProjectionReducer(Reducer):
         return self.projection.folded(self._sums)
 
     def add(self, name: str, parts: list[Contribution]) -> None:
-        """Add a parameter to the features."""
+        """Add a parameter's directions to the features."""
         if isinstance(self.projection, KroneckerProjection):
             for part in parts:
                 self.projection.add_part(self._sums, name, part)
@@ -91,10 +91,10 @@ class ProjectionReducer(Reducer):
 
 
 class NormReducer(Reducer):
-    """Exact squared lengths of the directions: result (B,)."""
+    """Exact squared lengths of the directions; the result is (B,)."""
 
     def begin(self, batch: int, dtype: torch.dtype) -> None:
-        """Start with zero."""
+        """Start with zero sums."""
         self.batch = batch
         self._squares = torch.zeros(batch, dtype=dtype, device=self.device)
 
@@ -110,13 +110,13 @@ class NormReducer(Reducer):
 
 
 class ProductReducer(Reducer):
-    """Exact inner products of the directions of all pairs of a batch: result (B, B).
+    """Exact inner products of the directions of all pairs of samples in a batch; the result is (B, B).
 
-    Without a preconditioner, a matrix product's share is taken over tokens where that is cheaper.
+    Without a preconditioner, the products of a matrix product's gradients are computed over tokens if that costs less.
     """
 
     def begin(self, batch: int, dtype: torch.dtype) -> None:
-        """Start with zero."""
+        """Start with zero sums."""
         self.batch = batch
         self._products = torch.zeros(batch, batch, dtype=dtype, device=self.device)
 

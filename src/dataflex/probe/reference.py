@@ -1,8 +1,8 @@
 """The losses of a frozen reference model at every token: computed with each batch, or read from a table.
 
-A table is a folder. ``reference.json`` lists its domains; of each there is a flat file of float32 losses, sample
-after sample, and one of the number of losses of every sample. A domain is known by a digest of its samples, the
-reference by a digest of its files, so that a table is never taken for another's.
+A table is a folder. ``reference.json`` lists the table's domains. Each domain has two flat files: one of float32
+losses, sample after sample, and one with the number of losses of every sample. The list holds a digest of each domain's
+samples and a digest of the reference's files, so that a table of other data or of another reference is detected.
 """
 
 from __future__ import annotations
@@ -39,36 +39,36 @@ from dataflex.probe.mode import preserved_rng
 from dataflex.probe.particulars import head_agrees
 
 _BLOCK = 4096
-"""Samples of a table that are computed together and written at a time."""
+"""Number of samples of a table that are computed together and written at a time."""
 _SINGLE = "Shorten cutoff_len, or name a smaller reference_model."
 _OPEN_DOMAINS = 128
-"""Domains of a table that are kept open: a process may have a thousand files."""
+"""Number of a table's domains that stay open; a process can often open only about a thousand files."""
 _OF_A_MODEL = ("config.json", "adapter_config.json", "model", "pytorch_model", "adapter_model")
-"""How the names of the files begin that make a model what it is."""
+"""Beginnings of the names of the files that define a model."""
 
 
 class Reference(Protocol):
-    """Where the reference's losses of a batch come from."""
+    """Source of the reference's losses of a batch."""
 
     def losses(self, inputs: dict[str, Any], labels: Tensor, indices: IndexArray | None) -> Tensor:
         """Return the loss at each position that counts, (n,), float32: row after row, left to right.
 
         Args:
-            inputs: what the model is given, without labels.
-            labels: shifted, (B, T).
-            indices: the samples' places in the pool, (B,); None in a stream.
+            inputs: arguments of the model's forward, without labels.
+            labels: shifted labels, (B, T).
+            indices: indices of the samples in the pool, (B,); None in a stream.
         """
         ...
 
 
 @dataclass
 class ReferenceModel:
-    """A frozen model, run on every batch; its head is applied chunk by chunk if that gives the same."""
+    """A frozen model that runs on every batch; the head is applied in chunks if that gives the same losses."""
 
     model: torch.nn.Module
     autocast: Callable[[], AbstractContextManager[Any]]
     limit: BatchLimit = field(default_factory=lambda: BatchLimit("compute a reference's losses", _SINGLE))
-    """Of batches of samples that are not those of a training step."""
+    """Limit of batches of samples outside of training steps."""
     _chunked: bool | None = None
 
     @torch.no_grad()
@@ -82,12 +82,12 @@ class ReferenceModel:
 
 
 class ReferenceTable:
-    """A table of reference losses, read as it is needed.
+    """A table of reference losses that is read on demand.
 
     Args:
-        folder: of the table.
-        pool: the run's samples; every domain of it is in the table.
-        key: configuration key of the component that names it, for messages.
+        folder: folder of the table.
+        pool: the run's samples; the table holds every domain of the pool.
+        key: configuration key of the component that names the table, for messages.
     """
 
     def __init__(self, folder: Path, pool: Pool, key: str) -> None:
@@ -102,10 +102,10 @@ class ReferenceTable:
         self._opened = lru_cache(maxsize=_OPEN_DOMAINS)(self._open)
 
     def _open(self, domain: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the losses of a domain and where those of each sample end.
+        """Return the losses of a domain, and for each sample the index after its last loss.
 
         Raises:
-            ConfigError: if one cannot be read, or the two do not belong together.
+            ConfigError: if a file cannot be read, or the two files do not belong together.
         """
         path = self._paths[domain]
         losses = path.with_name(f"{path.name}.f32")
@@ -125,7 +125,7 @@ class ReferenceTable:
         return (np.memmap(losses, dtype="<f4", mode="r") if size else np.empty(0, np.float32)), ends
 
     def rows(self, indices: IndexArray) -> list[NDArray[np.float32]]:
-        """Return the losses of the trained tokens of each sample."""
+        """Return the losses of each sample's trained tokens."""
         found, domains = [], self.pool.domain_ids(indices)
         rows = indices - self.pool.offsets[domains]
         for domain, row in zip(domains.tolist(), rows.tolist(), strict=True):
@@ -135,13 +135,13 @@ class ReferenceTable:
 
     def losses(self, inputs: dict[str, Any], labels: Tensor, indices: IndexArray | None) -> Tensor:
         """Return the loss at each position that counts, (n,), float32."""
-        assert indices is not None  # a table is not taken for a stream
+        assert indices is not None  # a stream cannot use a table
         values = torch.from_numpy(np.concatenate(self.rows(indices)))
         counted = int((labels != IGNORE_INDEX).sum())
         if values.numel() != counted:
             raise ComponentError(
-                f"reference_losses: the table has {values.numel()} losses for a batch with {counted} trained tokens; "
-                "it was made under another collator or padding. Name another folder to have it made anew."
+                f"reference_losses: the table has {values.numel()} losses for a batch with {counted} trained tokens, "
+                "so it was made with another collator or padding. Name another folder, and a new table is made there."
             )
         return values.to(labels.device)
 
@@ -155,19 +155,19 @@ def load_reference(
     options: dict[str, Any],
     key: str,
 ) -> torch.nn.Module:
-    """Return a frozen model for token losses, whole on this process, under DeepSpeed and FSDP too.
+    """Return a frozen model for token losses, whole on this process, also under DeepSpeed and FSDP.
 
     Args:
         name: folder of a model or of an adapter, or a hub name.
-        tokenizer: of the run.
-        device: where it is to be.
-        dtype: of its weights.
-        like: the model in training, whose kind of attention it takes.
-        options: of LLaMA-Factory: cache_dir, trust_remote_code and the like.
-        key: configuration key of the component that names it, for messages.
+        tokenizer: tokenizer of the run.
+        device: device of the model.
+        dtype: number type of the weights.
+        like: the model in training, whose attention implementation is used.
+        options: options of LLaMA-Factory: cache_dir, trust_remote_code and the like.
+        key: configuration key of the component that names the reference, for messages.
 
     Raises:
-        ConfigError: if it cannot be loaded, or reads other token ids.
+        ConfigError: if the model cannot be loaded, or uses other token ids.
     """
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -191,7 +191,10 @@ def load_reference(
 
 @contextmanager
 def whole_models() -> Iterator[None]:
-    """Have models loaded whole on every process, though the run spreads its own over them."""
+    """Load models whole on every process while the context is open, even if the run shards its own model.
+
+    DeepSpeed's and FSDP's settings are hidden from Transformers and restored at the end.
+    """
     from transformers.integrations import deepspeed
 
     kept = deepspeed._hf_deepspeed_config_weak_ref
@@ -207,15 +210,15 @@ def whole_models() -> Iterator[None]:
 
 @dataclass
 class TableMaker:
-    """What making a table takes.
+    """Computes a table of reference losses.
 
     Attributes:
-        folder: of the table.
+        folder: folder of the table.
         pool: the run's samples.
-        collation: of the training collator.
-        device: where the reference runs.
-        batch_tokens: tokens, padding counted, of one forward.
-        key: configuration key of the component that names it, for messages.
+        collation: the training collator's batches.
+        device: device of the reference.
+        batch_tokens: most tokens of one forward pass, padding counted.
+        key: configuration key of the component that names the table, for messages.
         progress: whether to show a progress bar.
     """
 
@@ -231,7 +234,7 @@ class TableMaker:
         """Return the domains whose losses are not in the table yet.
 
         Raises:
-            ConfigError: if the table is of another reference, or one of its domains has other samples by now.
+            ConfigError: if the table belongs to another reference, or was made for other samples of a domain.
         """
         table = read_table(self.folder)
         if table is None:
@@ -239,7 +242,7 @@ class TableMaker:
         if params.reference_model is not None and table["model"] != model_files_digest(params.reference_model):
             raise ConfigError(
                 f"dataflex.{self.key}.reference_losses: the table in {self.folder} was made with another reference "
-                f"than {params.reference_model!r} (it was {table['name']!r}). Name another folder, or leave out "
+                f"({table['name']!r}) than {params.reference_model!r}. Name another folder, or leave out "
                 "reference_model to use the table as it is."
             )
         for number, name in enumerate(self.pool.domains):
@@ -252,10 +255,10 @@ class TableMaker:
         return [name for name in self.pool.domains if name not in table["domains"]]
 
     def make(self, missing: list[str], reference: ReferenceModel, name: str) -> None:
-        """Add domains to the table; on all processes together. A domain that is complete is kept.
+        """Add domains to the table, on all processes together. Domains that are complete stay as they are.
 
         Raises:
-            ConfigError: if another run is adding to it.
+            ConfigError: if another run is adding to the table.
         """
         lock = FileLock(self.folder / ".lock", timeout=0)
         distributed.on_main(partial(self._lock, lock))
@@ -268,12 +271,14 @@ class TableMaker:
             lock.release()
 
     def _lock(self, lock: FileLock) -> None:
+        """Make the folder and lock it against other runs."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout as error:
             raise ConfigError(
-                f"dataflex.{self.key}.reference_losses: another run is making the table in {self.folder}; wait for it."
+                f"dataflex.{self.key}.reference_losses: another run is making the table in {self.folder}; wait until "
+                "it has finished."
             ) from error
         except OSError as error:
             raise ConfigError(
@@ -281,7 +286,7 @@ class TableMaker:
             ) from error
 
     def _list(self, domain: str, name: str) -> None:
-        """Add a domain whose files are complete to the table's list."""
+        """Add a domain, whose files are complete, to the table's list."""
         number = self.pool.domains.index(domain)
         table = read_table(self.folder) or {
             "format": TABLE_FORMAT,
@@ -297,6 +302,7 @@ class TableMaker:
         write_atomically(self.folder / TABLE_FILE, (json_text(table, indent=1) + "\n").encode())
 
     def _make_domain(self, number: int, reference: ReferenceModel) -> None:
+        """Compute the losses of a domain and write its two files; the main process writes."""
         begin, end = int(self.pool.offsets[number]), int(self.pool.offsets[number + 1])
         name, main = self.pool.domains[number], distributed.rank() == 0
         path = self.folder / f"{_file_of(name)}.f32"
@@ -328,15 +334,15 @@ def losses_of(
     device: torch.device,
     batch_tokens: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return how many losses each sample has, (n,), and the losses sample after sample; the same on every process.
+    """Return the number of losses of each sample, (n,), and the losses, sample after sample; the same on every process.
 
     Args:
         pool: the samples.
-        indices: those that are wanted, (n,).
-        reference: is run on them, shared over the processes.
-        collation: of the training collator.
-        device: where the reference runs.
-        batch_tokens: tokens, padding counted, of one forward.
+        indices: indices of the wanted samples, (n,).
+        reference: the reference; each process runs it on its share of the batches.
+        collation: the training collator's batches.
+        device: device of the reference.
+        batch_tokens: most tokens of one forward pass, padding counted.
     """
     lengths = pool.lengths[indices]
     batches = length_batches(lengths, batch_tokens)
@@ -352,6 +358,7 @@ def losses_of(
     with distributed.together():
         for batch in mine[:useful]:
             found += reference.limit.parts(losses_of_batch, batch, lengths)
+    # Each process has filled in its own samples and left zeros elsewhere, so sums join the values of all processes.
     known: NDArray[np.int64] = distributed.all_reduce_sum(counts).cpu().numpy()
     ends = np.cumsum(known)
     values = torch.zeros(int(ends[-1]), dtype=torch.float32, device=device)
@@ -362,12 +369,12 @@ def losses_of(
 
 
 def _counts_of(path: Path) -> Path:
-    """Return where the numbers of losses of a domain's samples are."""
+    """Return the path of the numbers of losses of a domain's samples."""
     return path.with_name(f"{path.name}-counts.npy")
 
 
 def _file_of(domain: str) -> str:
-    """Return the name of a domain's files: no domain's name need be fit for one."""
+    """Return the name of a domain's files: a digest, because a domain's name may not be a valid file name."""
     return hashlib.sha256(domain.encode()).hexdigest()[:16]
 
 
@@ -379,7 +386,7 @@ def domain_digest(pool: Pool, number: int) -> str:
 
 
 def model_files_digest(name: str) -> str:
-    """Return a digest of a model folder's configuration and weights; of a hub model, its name."""
+    """Return a digest of a model folder's configuration and weights; for a hub model, its name."""
     folder = Path(name)
     if not folder.is_dir():
         return f"hub:{name}"

@@ -1,4 +1,4 @@
-"""What a component sees of its reference at a decision: losses of samples and of their tokens."""
+"""Access of a component to its reference at a decision: losses of samples and of their tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dataflex.probe.mode import preserved_rng
 from dataflex.probe.reference import ReferenceModel, ReferenceTable
 
 _BLOCK = 4096
-"""Samples whose token losses are held at a time, where their means are wanted."""
+"""Number of samples whose token losses are in memory at a time while their means are computed."""
 
 Compute = Callable[[Samples, IndexArray, ReferenceModel], tuple[NDArray[np.int64], NDArray[np.float32]]]
 """Returns the number of losses of each sample, and the losses sample after sample."""
@@ -25,14 +25,14 @@ Compute = Callable[[Samples, IndexArray, ReferenceModel], tuple[NDArray[np.int64
 
 @dataclass
 class ReferenceLosses:
-    """A :class:`~dataflex.api.reference.Reference`.
+    """The reference of a component; implements :class:`~dataflex.api.reference.Reference`.
 
     Attributes:
         key: configuration key of the component, for messages.
         pool: the run's samples.
-        table: their losses, if the component names one.
-        model: returns the frozen model, loading it if need be; None if the component names a table alone.
-        compute: runs it.
+        table: table of the pool's losses, if the component names one.
+        model: returns the frozen model, which it loads at the first use; None if the component names only a table.
+        compute: runs the model on samples.
     """
 
     key: str
@@ -41,7 +41,7 @@ class ReferenceLosses:
     model: Callable[[], ReferenceModel] | None
     compute: Compute
     _means: dict[int, tuple[Samples, ScoreArray, NDArray[np.bool_]]] = field(default_factory=dict)
-    """Of the samples of each pool so far, and of which they are known: the model is frozen, so they stay."""
+    """The pool, its mean losses and whether each is known, by ``id`` of the pool; a frozen model's means stay valid."""
 
     def losses(self, indices: IndexArray, samples: Samples | None = None) -> ScoreArray:
         """Return the reference's token-mean loss of each sample, (n,), float32; NaN without a trained token."""
@@ -62,15 +62,16 @@ class ReferenceLosses:
         """Return the reference's losses of the trained tokens of each sample, from left to right.
 
         Raises:
-            ComponentError: if there is a table alone and the samples are not those of the run, or a loss is not finite.
+            ComponentError: if the component has only a table and the samples are not in the pool, or if a loss is not
+                finite.
         """
         pool = samples or self.pool
         if self.table is not None and pool is self.pool:
             found = self.table.rows(indices)
         elif self.model is None:
             raise ComponentError(
-                f"dataflex.{self.key}.reference_losses holds the losses of the training samples alone, and those of "
-                f"others are asked for; name the reference_model, too."
+                f"dataflex.{self.key}.reference_losses holds the losses of the training samples only, but the "
+                f"component needs the losses of other samples; set reference_model, too."
             )
         else:
             with preserved_rng():

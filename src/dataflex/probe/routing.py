@@ -1,8 +1,8 @@
-"""Which experts the tokens of each sample went to, read where a mixture of experts hands them out.
+"""The experts that the tokens of each sample are routed to, read at the input of the experts' modules.
 
-Transformers keeps the experts of a layer in one module of stacked matrices, called with the hidden states of all
-positions and the numbers of the experts chosen for each. Those numbers are counted: they are the routing itself,
-whatever the router makes it from (softmax, sigmoid, a bias per expert, limited groups).
+Transformers stores the experts of a layer in one module of stacked matrices. The module is called with the hidden
+states of all positions and the indices of the experts chosen for each. These indices are counted. They are the routing
+itself, however the router computes it (softmax, sigmoid, a bias per expert, limited groups).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from dataflex.probe.head import replaced_forward
 
 
 def stacked_experts(model: nn.Module) -> dict[nn.Module, int]:
-    """Return the modules that hold stacked matrices, in order of layers, and how many each; sharded or not."""
+    """Return the modules of stacked matrices, in order of layers, with their numbers of experts; sharded or not."""
     found = {}
     for module in model.modules():
         shapes = [
-            getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 the whole one
+            getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 `shape` is that of an empty tensor
             for parameter in module._parameters.values()
             if parameter is not None
         ]
@@ -34,9 +34,10 @@ def stacked_experts(model: nn.Module) -> dict[nn.Module, int]:
 
 
 def real_tokens(inputs: dict[str, Any], labels: Tensor) -> Tensor:
-    """Return which positions of a batch are not padding, in the shape of its labels, (B, T).
+    """Return the mask of the positions of a batch that are not padding, in the shape of the labels, (B, T).
 
-    Attention masks are (B, T), or (B, 1, T, T) with 0 where a position sees another: real tokens see themselves.
+    Attention masks are (B, T), or (B, 1, T, T) with 0 if a position sees another position. Tokens see themselves;
+    padding does not.
     """
     mask = inputs.get("attention_mask")
     if mask is None:
@@ -47,19 +48,21 @@ def real_tokens(inputs: dict[str, Any], labels: Tensor) -> Tensor:
 
 
 def expert_shares(model: nn.Module, experts: dict[nn.Module, int], inputs: dict[str, Any], real: Tensor) -> Tensor:
-    """Return the share of each sample's routed places that each expert got, (B, E), float32.
+    """Return the share of each sample's routing slots that each expert got, (B, E), float32.
 
-    The shares sum to 1 over the experts of a module that routes; they are 0 for one that was not asked to, and NaN for
-    a sample whose last hidden states are not finite: its routing says nothing.
+    A slot is one token at one of its chosen experts. The shares sum to 1 over the experts of a module that routes. They
+    are 0 for a module that was not called with chosen experts. They are NaN for a sample whose last hidden states are
+    not finite, because its routing means nothing.
 
     Args:
-        model: run once, without its head.
-        experts: from :func:`stacked_experts`; E is the sum of their numbers.
-        inputs: of the model.
-        real: which positions count, (B, T).
+        model: the model; its forward runs once, without the head.
+        experts: from :func:`stacked_experts`; E is the sum of their numbers of experts.
+        inputs: inputs of the model.
+        real: mask of the positions that count, (B, T).
 
     Raises:
-        ComponentError: if a module is given other positions than the batch's, or numbers of experts it does not have.
+        ComponentError: if a module is called with other positions than those of the batch, or with an expert that it
+            does not have.
     """
     counts = {module: real.new_zeros(real.shape[0], number, dtype=torch.float32) for module, number in experts.items()}
     handles = [
@@ -83,7 +86,7 @@ def expert_shares(model: nn.Module, experts: dict[nn.Module, int], inputs: dict[
 
 
 def _count(counts: Tensor, real: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Add the places each expert got, where a module is called with chosen experts, (B * T, k)."""
+    """Add the slots that each expert got, if a module is called with chosen experts, (B * T, k)."""
     chosen = args[1] if len(args) > 1 else kwargs.get("top_k_index")
     if not isinstance(chosen, Tensor) or chosen.is_floating_point() or chosen.dim() != 2:
         return
@@ -91,12 +94,14 @@ def _count(counts: Tensor, real: Tensor, module: nn.Module, args: tuple[Any, ...
     name = type(module).__name__
     if len(chosen) != real.numel():
         raise ComponentError(
-            f"the routing of {name} cannot be counted: it has {len(chosen)} positions in a batch of {real.numel()}."
+            f"the routing of {name} cannot be counted: it covers {len(chosen)} positions, but the batch has "
+            f"{real.numel()}."
         )
     chosen = chosen.reshape(samples, -1, chosen.shape[-1])[real]
     if chosen.numel() and int(chosen.max()) >= number:
         raise ComponentError(
-            f"the routing of {name} cannot be counted: it is told to use expert {int(chosen.max())} and has {number}."
+            f"the routing of {name} cannot be counted: expert {int(chosen.max())} is chosen, but the module has "
+            f"{number} experts (from 0)."
         )
     owner = real.nonzero()[:, :1].expand_as(chosen)
     places = torch.bincount((owner * number + chosen).flatten(), minlength=counts.numel())
@@ -104,7 +109,7 @@ def _count(counts: Tensor, real: Tensor, module: nn.Module, args: tuple[Any, ...
 
 
 def class_name(model: nn.Module) -> str:
-    """Return the name of a model's class, of the one inside where adapters are around it."""
+    """Return the name of a model's class; if the model has adapters, that of the model inside."""
     from peft import PeftModel
 
     return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__

@@ -1,12 +1,12 @@
-"""The batch runner under all measurements.
+"""The batch runner of all measurements.
 
-Batches are sorted by length and cut under a token budget, the same ones on any number of processes. Each process runs
-its share, and all run the same number (a repeated batch is thrown away), because under ZeRO-3 and FSDP a forward is
-collective. A batch that does not fit into the memory is halved (``memory``); not where a forward is collective, since
-the other processes wait in the middle of theirs.
+Batches are sorted by length and cut under a token budget, independently of the number of processes. Each process runs
+its share of the batches. All processes run the same number of batches (the values of a repeated batch are discarded),
+because under ZeRO-3 and FSDP a forward is collective. A batch that does not fit into memory is halved (``memory``),
+except if a forward is collective, because the other processes wait inside theirs.
 
-An error of one process is raised by all, before the values are gathered. Under ZeRO-3 and FSDP a process that has found
-numbers it cannot use goes on with its batches first; one that fails within a forward cannot be waited for.
+An error of one process is raised by all processes before the values are gathered. Under ZeRO-3 and FSDP a process that
+has found unusable values first runs its remaining batches. A process that fails inside a forward cannot do so.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ if TYPE_CHECKING:
     from dataflex.probe.model import ModelProbe
 
 _SUMMED_ROWS = 65536
-"""Rows of values summed over the processes at a time."""
+"""Number of rows of values that are summed over the processes at a time."""
 _DEVICE_VALUES = 1 << 24
-"""Values of all samples that are kept on the device until the end; more are kept in the CPU's memory."""
+"""Most values of all samples that stay on the device until the end; more values are stored in the CPU's memory."""
 
 
 class UnfitValues(ComponentError):
-    """A measurement returned values of the wrong kind or shape; the forwards they are of are done."""
+    """Raised if a measurement returns values of the wrong kind or shape, after the batch's forward passes."""
 
 
 class Batch:
@@ -64,11 +64,11 @@ class Batch:
 
     @cached_property
     def mask(self) -> Tensor:
-        """Which positions are tokens and not padding, (B, T), bool."""
+        """Mask of the positions that are tokens and not padding, (B, T), bool."""
         return real_tokens(self.inputs, self.labels)
 
     def token_means(self, value: Statistic) -> Tensor:
-        """Return each sample's mean of a function of its trained tokens, (B,); NaN for a sample without one."""
+        """Return each sample's mean of a function of its trained tokens, (B,); NaN without a trained token."""
         forward = chunked_forward if self._runner.chunked_head else full_forward
         return forward(self.model, self.inputs, self.labels, value)
 
@@ -81,10 +81,10 @@ class Runner:
     """Runs one measurement over a list of samples.
 
     Args:
-        probe: the model and how it is run.
-        measurement: what is measured.
-        indices: the samples, (n,).
-        samples: they are of; None: the pool.
+        probe: the probe, with the model.
+        measurement: the measurement.
+        indices: indices of the samples, (n,).
+        samples: the samples that ``indices`` refers to; None means the pool.
     """
 
     def __init__(
@@ -107,20 +107,21 @@ class Runner:
 
     @cached_property
     def chunked_head(self) -> bool:
-        """Whether the head may be applied chunk by chunk; all processes ask together, in their first batch."""
+        """Whether the head may be applied in chunks; the check is collective, in the first batch of all processes."""
         look_at_head(self.probe, self.samples, self.indices)
         return bool(self.probe.chunked_head)
 
     def each(self, measure: Callable[[MeasuredBatch], Tensor], batches: Batches | None = None) -> ScoreArray:
-        """Return what a function makes of every batch, in the order of the samples, (n, ...), on every process.
+        """Apply a function to every batch; return the values in the order of the samples, (n, ...), on every process.
 
         Args:
             measure: returns the values of a batch, (B, ...).
-            batches: positions in :attr:`indices`; None: cut under the token budget of a forward.
+            batches: positions in :attr:`indices`; None cuts batches under the token budget of a forward pass.
 
         Raises:
-            DivergenceError: on every process, naming the first sample with a value that is not finite.
-            ComponentError: if the memory is too small for one sample, or ``measure`` returns another shape.
+            DivergenceError: on every process, if a value is not finite; the message names the first such sample.
+            ComponentError: if memory is too small for one sample, ``measure`` returns another shape, or a plug-in's
+                measurement gives a value that is not finite.
         """
         if not self.indices.size:
             return self._nothing(measure)
@@ -141,7 +142,7 @@ class Runner:
         return whole
 
     def _nothing(self, measure: Callable[[MeasuredBatch], Tensor]) -> ScoreArray:
-        """Return the values of no samples; their shape is that of the first sample's."""
+        """Return the values of no samples; one sample is measured to find their shape."""
         if not self.samples.size:
             return np.zeros(0, dtype=np.float32)
         values = _Values(0, self.probe.device)
@@ -151,10 +152,13 @@ class Runner:
 
     @contextmanager
     def unfit_noted(self) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-        """Give what to run each batch in: where a forward is collective, an error behind it waits for the last batch.
+        """Give a context in which to run each batch, so that an error of a batch does not stop collective forwards.
+
+        If a forward is collective, an error found after a forward is noted and raised after the last batch. Otherwise
+        it is raised at once.
 
         Raises:
-            DataFlexError: the first one noted, at the end.
+            DataFlexError: the first error noted, at the end.
         """
         first: list[DataFlexError] = []
 
@@ -172,14 +176,14 @@ class Runner:
             raise first[0]
 
     def bar(self, batches: Batches) -> tqdm[IndexArray]:
-        """Return batches with a progress bar."""
+        """Return the batches with a progress bar."""
         return tqdm(batches, desc="Scoring", unit="batch", disable=not self.probe.progress, leave=False)
 
     def attempt(self, measure: Callable[[MeasuredBatch], Tensor], rows: IndexArray) -> Tensor:
-        """Return the values of samples, (B, ...), checked; halves the batch while memory runs out.
+        """Return the checked values of samples, (B, ...); halve the batch if memory runs out.
 
-        A value of a sample without a trained token is the measurement's ``untrained`` if it has one; any other that is
-        not a number is infinite, so that the two are never mixed.
+        The value of a sample without a trained token is the measurement's ``untrained``, if it is set. Every other NaN
+        becomes infinity, so that NaN always means a sample without a trained token.
         """
         what = f"measure {quantity_of(self.measurement)}"
         limit = self.probe.limit(self.measurement.name, what, "Shorten cutoff_len.")
@@ -187,17 +191,19 @@ class Runner:
         return parts[0][1] if len(parts) == 1 else torch.cat([values for _, values in parts])
 
     def _values(self, measure: Callable[[MeasuredBatch], Tensor], rows: IndexArray) -> Tensor:
+        """Return the checked values of one batch."""
         batch = Batch(self, rows)
         return self._checked(measure(batch), batch)
 
     def _checked(self, values: Tensor, batch: Batch) -> Tensor:
+        """Return values as float32 or int64, after a check of their shape, with ``untrained`` filled in."""
         name, count = self.measurement.name, batch.indices.size
         if not isinstance(values, Tensor) or not values.dim() or values.shape[0] != count:
             got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             place = place_of(type(self.measurement))
             raise UnfitValues(
                 f"measurement {name!r}{f' ({place})' if place else ''} returned {got} for a batch of {count} samples; "
-                f"needed is a torch tensor whose first dimension is {count}."
+                f"it must return a torch tensor whose first dimension is {count}."
             )
         if not values.is_floating_point():
             return values.long()
@@ -209,6 +215,7 @@ class Runner:
         return values.masked_fill(untrained.view(-1, *[1] * (values.dim() - 1)), other)
 
     def _check_finite(self, values: NDArray[Any]) -> None:
+        """Raise an error that names the first sample with an infinite value."""
         broken = np.isinf(values).reshape(len(values), -1).any(axis=1)
         if broken.any():
             more = f" (and {int(broken.sum()) - 1} more of {broken.size})" if broken.sum() > 1 else ""
@@ -217,26 +224,26 @@ class Runner:
             if place is not None:
                 raise ComponentError(
                     f"measurement {self.measurement.name!r} ({type(self.measurement).__name__}, {place}) gives NaN or "
-                    f"infinity for {found}. Return finite numbers; `untrained` says what stands for a sample without a "
-                    "trained token. If the code is right, the model's numbers are not finite: training has diverged."
+                    f"infinity for {found}. Return finite values; `untrained` is the value of a sample without a "
+                    "trained token. If the code is right, the model's values are not finite: training has diverged."
                 )
             raise DivergenceError(f"the {quantity_of(self.measurement)} of {found} is not finite")
 
     def called(self, index: int) -> str:
-        """Return how messages call a sample."""
+        """Return the name of a sample in messages."""
         of = "pool index" if self.samples is self.probe.pool else "validation sample"
         return f"{of} {index}"
 
 
 class _Values:
-    """Values of samples, on this process's device if they are few, else in the CPU's memory."""
+    """Values of samples, on this process's device if they are few, otherwise in the CPU's memory."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self._count, self._device = count, device
         self._values: Tensor | None = None
 
     def like(self, found: Tensor, name: str) -> None:
-        """Make the room, at the first batch; all others must have values of the same shape."""
+        """Allocate the values at the first batch; all other batches must have values of the same shape and type."""
         if self._values is None:
             shape = (self._count, *found.shape[1:])
             device = self._device if math.prod(shape) <= _DEVICE_VALUES else torch.device("cpu")
@@ -248,7 +255,7 @@ class _Values:
             )
 
     def put(self, batch: IndexArray, found: Tensor) -> None:
-        """Keep the values of a batch, whose positions are given."""
+        """Store the values of a batch, given the positions of its samples."""
         assert self._values is not None
         places = on_device(torch.from_numpy(batch), self._values.device)
         self._values[places] = found.to(self._values.device)
@@ -256,16 +263,18 @@ class _Values:
     def gathered(self) -> NDArray[Any]:
         """Return the values of all processes."""
         assert self._values is not None
+        # Each process has filled in its own samples and left zeros elsewhere, so a sum joins the values.
         for part in self._values.split(_SUMMED_ROWS):
             part.copy_(distributed.all_reduce_sum(part.to(self._device)))
         return self._values.cpu().numpy()
 
 
 def _checked_indices(indices: Any, size: int, name: str) -> IndexArray:
+    """Return indices as int64, after a check of their type and range."""
     numbers = np.asarray(indices)
     if numbers.ndim != 1 or not (np.issubdtype(numbers.dtype, np.integer) or not numbers.size):
         raise ComponentError(
-            f"measurement {name!r} takes the numbers of samples as a one-dimensional array of whole numbers, got "
+            f"measurement {name!r} takes the indices of samples as a one-dimensional array of whole numbers, got "
             f"{numbers.dtype} of shape {numbers.shape}."
         )
     outside = numbers[(numbers < 0) | (numbers >= size)]

@@ -1,9 +1,10 @@
-"""Features of many samples on disk: computed chunk by chunk, picked up again after a kill, scored block by block.
+"""Features of many samples on disk: computed chunk by chunk, resumed after a kill, and scored block by block.
 
-A store is a folder named after a digest of everything its features depend on, so that a changed adapter, data set or
-parameter is another folder. ``manifest.json`` says what that was, ``order.npy`` which sample each row is, and chunk c
-is ``norms-c.bin`` (float32) and ``features-c.bin``, row after row. The features file is written last and marks the
-chunk as done. Every file is renamed into place when it is whole, so processes may write chunks of one store together.
+A store is a folder named after a digest of everything that its features depend on, so that a changed adapter, data set
+or parameter gives another folder. ``manifest.json`` describes these dependencies, and ``order.npy`` the sample of each
+row. Chunk c is ``norms-c.bin`` (float32) and ``features-c.bin``, row after row. The features file is written last and
+marks the chunk as complete. Every file is renamed to its final name when it is complete, so several processes may write
+chunks of one store at the same time.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ from dataflex.files import json_text, write_atomically
 FeatureType = Literal["float16", "bfloat16", "float32"]
 
 FORMAT = 2
-"""1: features made with other random signs."""
+"""Version of the format. Version 1 has features made with other random signs."""
 MANIFEST_FILE = "manifest.json"
 ORDER_FILE = "order.npy"
 _TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _BLOCK_BYTES = 1 << 28
-"""Most a block of features takes on the device, as float32."""
+"""Most bytes of a block of features on the device, as float32."""
 _LEFTOVER_AGE = 3600.0
-"""Seconds after which a temporary file belongs to a process that was killed."""
+"""Age in seconds from which a temporary file counts as left behind by a killed process."""
 _SUMMED_ROWS = 65536
-"""Rows of products summed over the processes at a time."""
+"""Number of rows of products that are summed over the processes at a time."""
 _SHOWN = 80
-"""Characters of a value that an error message shows."""
+"""Most characters of a value in an error message."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +53,26 @@ class FeatureStore:
     """Features of a list of ``N`` samples; use :meth:`open` to fill one and :meth:`load` to read a finished one.
 
     Attributes:
-        folder: where the files are.
-        key: what the features depend on, as JSON values.
+        folder: folder of the files.
+        key: the values that the features depend on, as JSON values.
         order: row r is the sample at position ``order[r]`` of the caller's list, shape (N,), read-only.
         dim: length of a feature, k.
-        dtype: how features are stored; they are read as float32.
-        chunks: rows of each chunk.
+        dtype: number type of the stored features; features are read as float32.
+        chunks: number of rows of each chunk.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> import torch
+        >>> from dataflex import FeatureStore
+        >>> root = Path(tempfile.mkdtemp())
+        >>> store = FeatureStore.open(root, {"data": "v1"}, np.arange(3), dim=2, dtype="float32", chunks=[2, 1])
+        >>> for chunk in store.missing():
+        ...     rows = store.positions(chunk).size
+        ...     store.write(chunk, torch.tensor([[0.6, 0.8]]).repeat(rows, 1), torch.full((rows,), 5.0))
+        >>> FeatureStore.load(store.folder).norms()
+        array([5., 5., 5.], dtype=float32)
     """
 
     folder: Path
@@ -71,22 +86,22 @@ class FeatureStore:
     def open(
         cls, root: Path, key: dict[str, Any], order: IndexArray, dim: int, dtype: FeatureType, chunks: Sequence[int]
     ) -> FeatureStore:
-        """Return the store of exactly these features below ``root``, made if there is none.
+        """Return the store of exactly these features below ``root``; make the store if it does not exist.
 
-        With several processes all of them make this call.
+        With several processes, all of them must call this method.
 
         Args:
             root: folder of all stores, on a file system that all processes share.
-            key: what the features depend on (digests of model and data, settings, versions), as JSON values.
+            key: values that the features depend on (digests of model and data, settings, versions), as JSON values.
             order: a permutation of ``range(N)``, shape (N,).
             dim: length of a feature, k >= 1.
-            dtype: how features are stored.
+            dtype: number type of the stored features.
             chunks: rows of each chunk, >= 1; they add up to N.
 
         Raises:
-            DataFlexError: if the folder is there and is not what its name says, cannot be written, or its disk has
-                less free space than the missing chunks need.
-            TypeError: if ``key`` holds something else than JSON values.
+            DataFlexError: if the folder exists but does not match its name, the folder cannot be written, or its disk
+                has less free space than the missing chunks need.
+            TypeError: if ``key`` holds other values than JSON values.
             ValueError: if ``key`` holds NaN or infinity, or another argument is not as described.
         """
         order = np.array(order, dtype=np.int64)
@@ -107,10 +122,10 @@ class FeatureStore:
 
     @classmethod
     def load(cls, path: Path) -> FeatureStore:
-        """Return the finished store in folder ``path``, known from its manifest alone.
+        """Return the finished store in folder ``path``. The path is enough, because the manifest describes the store.
 
         Raises:
-            DataFlexError: if there is none, it is incomplete or damaged, or another release wrote it.
+            DataFlexError: if the folder holds no store, or the store is incomplete, damaged, or from another release.
         """
         folder = Path(path)
         manifest = _read_manifest(folder)
@@ -130,16 +145,16 @@ class FeatureStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the finished store takes on disk, the manifest left out."""
+        """Bytes of the finished store on disk, without the manifest."""
         return self._bytes(self.size) + self.order.nbytes
 
     @property
     def complete(self) -> bool:
-        """Whether every chunk is done."""
+        """Whether every chunk is complete."""
         return not self.missing()
 
     def missing(self) -> list[int]:
-        """Return the chunks to write: those of which a file is absent or not of the right size."""
+        """Return the indices of the chunks to write: a file of each is absent or has another size than it should."""
         return [
             chunk
             for chunk, rows in enumerate(self.chunks)
@@ -153,17 +168,17 @@ class FeatureStore:
         return self.order[start : start + self.chunks[chunk]].copy()
 
     def write(self, chunk: int, features: Tensor, norms: Tensor) -> None:
-        """Store a chunk. Several processes may do so at a time, each with chunks of its own.
+        """Store a chunk. Several processes may call this at the same time, each for other chunks.
 
-        Reading waits for all of them: a barrier belongs between the last chunk and :meth:`blocks`.
+        Reading needs all chunks, so place a barrier between the last call of this method and :meth:`blocks`.
 
         Args:
-            chunk: its number.
-            features: shape (rows, dim), any floating type and device; zeros are stored where the norm is NaN.
-            norms: shape (rows,), NaN for a sample of which no token is trained on.
+            chunk: index of the chunk.
+            features: shape (rows, dim), any floating type and device. Rows whose norm is NaN are stored as zeros.
+            norms: shape (rows,); NaN for a sample without a trained token.
 
         Raises:
-            DataFlexError: if a feature is not finite once it is stored, or the disk does not take the files.
+            DataFlexError: if a feature is not finite in the stored type, or the files cannot be written.
             ValueError: if the shapes are not those of the chunk.
         """
         rows = self.chunks[chunk]
@@ -180,6 +195,7 @@ class FeatureStore:
                 "or store float32; if that does not help, the model's gradients are not finite."
             )
         try:
+            # The features come last, because their file marks the chunk as complete.
             write_atomically(self._norms_file(chunk), bytes_of(norms.detach().float()))
             write_atomically(self._features_file(chunk), bytes_of(stored))
         except OSError as error:
@@ -188,12 +204,12 @@ class FeatureStore:
     def blocks(
         self, device: torch.device | str, rows: int = 4096, chunks: Iterable[int] | None = None
     ) -> Iterator[tuple[IndexArray, Tensor]]:
-        """Return an iterator over features, read from memory maps in the order of the rows.
+        """Return an iterator over blocks of features, read from memory maps in the order of the rows.
 
         Args:
-            device: where the blocks go.
-            rows: most rows of a block; fewer where they would take more than 256 MiB, and at the end of a chunk.
-            chunks: numbers of those to read, ascending; None: all.
+            device: device of the blocks.
+            rows: most rows of a block. A block has fewer rows at the end of a chunk, or if it would exceed 256 MiB.
+            chunks: indices of the chunks to read, ascending; None means all.
 
         Returns:
             Pairs of positions in the caller's list, shape (b,), and their features, shape (b, dim), float32.
@@ -225,7 +241,7 @@ class FeatureStore:
 
     @cached_property
     def _starts(self) -> IndexArray:
-        """First row of each chunk."""
+        """Index of the first row of each chunk."""
         return np.cumsum([0, *self.chunks], dtype=np.int64)[:-1]
 
     @property
@@ -242,7 +258,7 @@ class FeatureStore:
         return self.folder / f"norms-{chunk:06d}.bin"
 
     def _prepare(self, manifest: dict[str, Any]) -> None:
-        """Check the folder against ``manifest``, or make it; see that the missing chunks fit on the disk."""
+        """Check the folder against ``manifest``, or make the folder; check that the missing chunks fit on the disk."""
         path = self.folder / MANIFEST_FILE
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -252,7 +268,8 @@ class FeatureStore:
                 self._drop_leftovers()
             self._require_space()
             if not path.exists():
-                # Processes that get here together write the same bytes, and the manifest comes last.
+                # Runs that get here at the same time write the same bytes. The manifest is last and marks the store as
+                # made.
                 order = io.BytesIO()
                 np.save(order, self.order)
                 write_atomically(self.folder / ORDER_FILE, order.getvalue())
@@ -261,31 +278,34 @@ class FeatureStore:
             raise DataFlexError(f"{self.folder} cannot be written ({error}).") from error
 
     def _drop_leftovers(self) -> None:
-        """Delete what killed processes left half written; never what another process is writing now."""
+        """Delete incomplete files of killed processes, but no file that another process is writing."""
         for path in self.folder.glob(".*.tmp"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _LEFTOVER_AGE:
                     path.unlink()
 
     def _require_space(self) -> None:
+        """Raise an error if the missing chunks do not fit on the disk."""
         needed = sum(self._bytes(self.chunks[chunk]) for chunk in self.missing())
         free = shutil.disk_usage(self.folder.parent).free
         if needed > free:
             raise DataFlexError(
-                f"{self.folder} needs {needed:,} bytes for its features, and {free:,} are free on that disk. Free "
-                "some, choose another folder, a smaller dim or a smaller dtype."
+                f"{self.folder} needs {needed:,} bytes for its features, but only {free:,} are free on that disk. Free "
+                "some space, or choose another folder, a smaller dim or a smaller dtype."
             )
 
     def _require_complete(self) -> None:
+        """Raise an error if a chunk is missing."""
         if missing := self.missing():
             raise DataFlexError(
                 f"{self.folder} is not complete: {len(missing)} of {len(self.chunks)} chunks are missing. Start the "
-                "computation of its features again; it goes on where it was cut."
+                "computation of its features again; it computes only the missing chunks."
             )
 
     def _blocks(
         self, device: torch.device | str, rows: int, chunks: Iterable[int]
     ) -> Iterator[tuple[IndexArray, Tensor]]:
+        """Yield the blocks of some chunks."""
         for chunk in chunks:
             first, count = int(self._starts[chunk]), self.chunks[chunk]
             shape = (count, self._row_bytes)
@@ -293,29 +313,30 @@ class FeatureStore:
             stored = np.memmap(self._features_file(chunk), dtype=np.uint8, mode="r", shape=shape)
             for start in range(0, count, rows):
                 stop = min(start + rows, count)
+                # A copy, because a tensor must not share the read-only memory of the map.
                 block = torch.from_numpy(np.array(stored[start:stop])).view(_TYPES[self.dtype])
                 yield self.order[first + start : first + stop].copy(), block.to(device).float()
 
 
 def similarities(store: FeatureStore, targets: Tensor, device: torch.device | str) -> ScoreArray:
-    """Return the inner products of every feature with each target, block by block.
+    """Return the inner products of every feature with each target, computed block by block.
 
-    Collective: each process reads its share of the chunks, and all of them get all products.
+    Collective: each process reads its share of the chunks, and every process returns all products.
 
     Args:
         store: a complete store.
         targets: features to compare with, shape (S, k).
-        device: where the products are computed.
+        device: device of the products.
 
     Returns:
-        Products by position in the caller's list, shape (N, S), float32; NaN rows where the norm is NaN.
+        Products by position in the caller's list, shape (N, S), float32. Rows are NaN if the norm is NaN.
 
     Raises:
-        DataFlexError: if the store is not complete, or the targets have another length than its features.
+        DataFlexError: if the store is not complete, or the targets have another length than the features.
     """
     if targets.ndim != 2 or targets.shape[1] != store.dim:
         raise DataFlexError(
-            f"{store.folder} holds features of length {store.dim}, the targets are of shape {tuple(targets.shape)}."
+            f"{store.folder} holds features of length {store.dim}, but the targets have shape {tuple(targets.shape)}."
         )
     columns = targets.detach().to(device, torch.float32).T
     scores = np.zeros((store.size, targets.shape[0]), dtype=np.float32)
@@ -329,6 +350,7 @@ def similarities(store: FeatureStore, targets: Tensor, device: torch.device | st
 
     distributed.on_each(fill_in)
     if distributed.world_size() > 1:
+        # A process has zeros in the rows of other processes, so a sum joins them.
         for begin in range(0, store.size, _SUMMED_ROWS):
             part = torch.from_numpy(scores[begin : begin + _SUMMED_ROWS])
             part.copy_(distributed.all_reduce_sum(part.to(device, copy=True)))
@@ -336,6 +358,7 @@ def similarities(store: FeatureStore, targets: Tensor, device: torch.device | st
 
 
 def _manifest(key: dict[str, Any], order: IndexArray, dim: int, dtype: str, chunks: list[int]) -> dict[str, Any]:
+    """Return the description of a store, with its digest."""
     manifest = {
         "format": FORMAT,
         "rows": order.size,
@@ -353,7 +376,10 @@ def _canonical(value: Any) -> str:
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    """Return the digest of what names the folder: the format is not in it, so another one is noticed, not ignored."""
+    """Return the digest that names the folder.
+
+    The format is no part of it: a store of another format then has the same name, and is noticed instead of ignored.
+    """
     named = {name: value for name, value in manifest.items() if name not in ("format", "digest")}
     return hashlib.sha256(_canonical(named).encode()).hexdigest()
 
@@ -392,6 +418,7 @@ def _read_order(folder: Path, digest: str) -> IndexArray:
 
 
 def _require_same(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise an error that lists the differences between the stored and the expected manifest."""
     there, wanted = _flat(stored), _flat(asked)
     differences = [
         f"{name} is {_shown(there.get(name))} there and {_shown(wanted.get(name))} here"
@@ -405,7 +432,7 @@ def _require_same(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:
-    """Return the leaves of nested dicts by dotted name, as JSON text."""
+    """Return the leaves of nested dictionaries by dotted name, as JSON text."""
     if not isinstance(value, dict) or not value:
         return {name: _canonical(value)}
     leaves: dict[str, str] = {}
@@ -415,16 +442,19 @@ def _flat(value: Any, name: str = "") -> dict[str, str]:
 
 
 def _shown(text: str | None) -> str:
+    """Return a value's text for a message, shortened if it is long."""
     if text is None:
         return "absent"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _remedy(folder: Path) -> str:
+    """Return the advice for a damaged folder."""
     return f"Delete {folder} to make the features again."
 
 
 def _file_size(path: Path) -> int:
+    """Return the size of a file in bytes; -1 if the file does not exist."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -433,6 +463,6 @@ def _file_size(path: Path) -> int:
 
 def bytes_of(values: Tensor) -> memoryview:
     """Return the bytes of a tensor's values, row after row."""
-    # contiguous() leaves a slice of one value as it is, with a stride that view refuses: only a copy has stride 1.
+    # contiguous() returns a slice of one value unchanged, with a stride that view refuses. Only a copy has stride 1.
     copied = values.cpu().clone(memory_format=torch.contiguous_format)
     return copied.flatten().view(torch.uint8).numpy().data

@@ -216,8 +216,7 @@ class RunRecord:
         """Domain -> number of passes over it up to and including each of :attr:`rounds`, shape (rounds,).
 
         The number is the recorded one, or samples planned over samples in the pool. It is NaN if the round has neither.
-        A
-        domain without any number is left out.
+        A domain without any number is left out.
         """
         names = dict.fromkeys(name for each in self.rounds for name in each.domains)
         found = {name: np.full(len(self.rounds), np.nan) for name in names}

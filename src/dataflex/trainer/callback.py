@@ -62,8 +62,7 @@ class DynamicCallback(TrainerCallback):
         """Gather the step's statistics and count its tokens; end the run if its budget is spent.
 
         The Trainer fires this event before it updates the learning rate. A schedule that follows a budget therefore
-        sees the
-        tokens of this step.
+        sees the tokens of this step.
         """
         run, step = self.trainer.dataflex, state.global_step + 1
         clock = run.clock

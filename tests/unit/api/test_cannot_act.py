@@ -108,7 +108,7 @@ def test_every_method_can_act_in_a_long_run_of_many_rounds() -> None:
         ("mixer", "group_dro", {"weights": "previous"}, {"total": 5, "warmup": 4}, "no second one"),
         ("mixer", "doremi", {"weights": "previous"}, {"total": 1, "length": 1}, "no second one"),
         ("mixer", "unimax", {}, {"total": 2500}, r"10000 samples and max_epochs \(1\) allows 10000"),
-        ("mixer", "random", {"initial_proportions": [1, 1, 1]}, {}, "initial_proportions .* there are none"),
+        ("mixer", "random", {"initial_proportions": [1, 1, 1]}, {}, "initial_proportions .* the run has none"),
         ("order", "sort", {}, {"length": 1}, "inside a step changes nothing"),
         ("order", "shuffle", {}, {"total": 11, "warmup": 10}, "inside a step changes nothing"),
         ("selector", "less", {"max_overhead": 0.5}, {"total": 100}, "the only decision scores the 32 samples"),

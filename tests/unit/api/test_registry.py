@@ -106,12 +106,12 @@ BROKEN: dict[str, tuple[str, int | None, list[str]]] = {
     "a flag of an earlier release": (
         selector(f"    needs_validation = True\n{SCORE}"),
         4,
-        ["Mine.needs_validation is not read any more", "Needs(validation=self.params)"],
+        ["Mine.needs_validation belongs to an earlier release and is not read", "Needs(validation=self.params)"],
     ),
     "an estimate of an earlier release": (
         selector(f"    def expected_forwards(self, run):\n        return 1.0\n{SCORE}"),
         4,
-        ["Mine.expected_forwards is not read any more", "measured_samples()"],
+        ["Mine.expected_forwards belongs to an earlier release and is not read", "measured_samples()"],
     ),
     "a mixer without the parameters of mixers": (
         f'{HEAD}{params("x: int = 1", "ComponentParams")}@register("mixer", "mine")\nclass Mine(Mixer):\n'
@@ -147,7 +147,7 @@ UNMADE: dict[str, tuple[str, int, list[str]]] = {
     "an error": (
         selector(f"    def __init__(self, params):\n        super().__init__(params)\n        {{}}['x']\n{SCORE}"),
         8,
-        ["Mine", "cannot be made", "KeyError: 'x'"],
+        ["Mine", "cannot be constructed", "KeyError: 'x'"],
     ),
 }
 

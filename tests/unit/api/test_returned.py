@@ -59,8 +59,8 @@ def test_proportions(method: str, given: Any) -> None:
 @pytest.mark.parametrize(
     ("chosen", "words"),
     [
-        ([1, 2], "a list; needed is a dataflex.Selection"),
-        (None, "a NoneType; needed"),
+        ([1, 2], "a list; a dataflex.Selection is needed"),
+        (None, "a NoneType; a dataflex.Selection"),
         (Selection([1, 2]), "a Selection whose indices are a list"),  # type: ignore[arg-type]
         (Selection(np.arange(2), [1.0, 2.0]), "a Selection whose scores are a list"),  # type: ignore[arg-type]
     ],

@@ -110,7 +110,7 @@ def test_a_batch_that_does_not_fit_is_halved(model: Path, monkeypatch: pytest.Mo
         raise MemoryError
 
     monkeypatch.setattr(encoder, "_forward", no_memory)
-    with pytest.raises(DataFlexError, match="has not the memory to make embeddings of 1 text of"):
+    with pytest.raises(DataFlexError, match="does not have enough memory to make embeddings of 1 text of"):
         encoder.encode(TEXTS)
 
 
@@ -227,14 +227,14 @@ def test_auto_goes_by_the_name_and_the_files(model: Path, tmp_path: Path, monkey
 
 def test_what_is_wrong_shows_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "find_spec", lambda name: None)
-    assert "there is no config.json" in told(encoder=str(tmp_path))["encoder"]
+    assert "it has no config.json" in told(encoder=str(tmp_path))["encoder"]
     assert "did you mean 'all-minilm-l6-v2'" in told(encoder="asset:all-minilm-l6-v3")["encoder"]
     assert "dataflex[embeddings]" in told(encoder="a/b", encoder_backend="sentence_transformers")["encoder_backend"]
     assert "pip install vllm" in told(encoder="a/b", encoder_backend="vllm")["encoder_backend"]
     assert "is the address of a service" in told(encoder="http://x/v1", encoder_backend="vllm")["encoder_backend"]
     assert set(told(encoder="http://x/v1", layer=3, pooling="last")) == {"layer", "pooling"}
-    assert "none is named" in told(encoder_backend="vllm")["encoder_backend"]
-    assert "not kept on disk" in told(embedding_folder="x")["embedding_folder"]
+    assert "encoder is not set" in told(encoder_backend="vllm")["encoder_backend"]
+    assert "are not stored" in told(embedding_folder="x")["embedding_folder"]
     assert told() == told(encoder="a/b") == told(encoder="http://x/v1") == told(layer=2, pooling="last") == {}
 
 
@@ -243,7 +243,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(ConfigError, match=r"'a/b' is no folder here, and the hub does not give it: no route"):
+    with pytest.raises(ConfigError, match=r"'a/b' is no folder here, and the hub does not provide it: no route"):
         choose(EmbeddingParams(encoder="a/b"))
 
 
@@ -334,7 +334,7 @@ def test_what_passes_is_tried_again_and_what_does_not_is_told(service: str) -> N
     with pytest.raises(DataFlexError, match="OPENAI_API_KEY"):
         encoder.encode(["ab"])
     Service.failures[:] = [500] * 5
-    with pytest.raises(DataFlexError, match=r"does not answer after 5 tries \(500 .*what is already made is kept"):
+    with pytest.raises(DataFlexError, match=r"does not answer after 5 tries \(500 .*finished embeddings stay on disk"):
         encoder.encode(["ab"])
 
 

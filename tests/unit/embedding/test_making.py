@@ -171,14 +171,16 @@ def test_a_service_whose_model_is_another_one_now(tmp_path: Path) -> None:
     run_of(tmp_path).embed(TextList(TEXTS))
     run = run_of(tmp_path, Letters(dim=5))
     run.open()  # as a service is, to see that it answers
-    with pytest.raises(DataFlexError, match=r"holds embeddings of 8 numbers, and letters gives 5: it is another one"):
+    with pytest.raises(
+        DataFlexError, match=r"holds embeddings of length 8, and letters gives length 5: the encoder has changed"
+    ):
         run.embed(TextList(TEXTS))
 
 
 def test_bad_stores_and_encoders_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = run_of(tmp_path).embed(TextList(TEXTS))
     (store.folder / "done" / "1").unlink()
-    with pytest.raises(DataFlexError, match=r"holds embeddings of 8 numbers.*another one now. Delete"):
+    with pytest.raises(DataFlexError, match=r"holds embeddings of length 8.*has changed. Delete"):
         run_of(tmp_path, Letters(dim=5)).embed(TextList(TEXTS))
 
     class Broken(Letters):

@@ -232,7 +232,7 @@ def test_an_expert_without_weights_is_refused() -> None:
     model = make(lambda: mixtral(**SPREAD))
     gate = model.model.layers[0].mlp.gate
     gate.register_forward_hook(lambda gate, args, output: (*output[:2], output[2] + 3))
-    with pytest.raises(ComponentError, match="use expert 6 and has 4"):
+    with pytest.raises(ComponentError, match="expert 6 is chosen, but the module has 4"):
         probe_of(model, a_pool()).measure(ExpertLoads(), np.arange(30))
 
 

@@ -342,7 +342,7 @@ def test_what_is_not_finite_names_the_sample(models: dict[str, Any]) -> None:
         ),
         (
             lambda batch: [1.0] * len(batch.labels),
-            r"returned list for a batch of \d samples; needed is a torch tensor whose first dimension is \d",
+            r"returned list for a batch of \d samples; it must return a torch tensor whose first dimension is \d",
         ),
         (lambda batch: batch.mask, r"measurement 'odd' returned values of shape \(\d+,\) of torch.int64 after"),
     ],

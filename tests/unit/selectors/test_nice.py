@@ -370,7 +370,7 @@ def test_unfit_validation_samples_are_named() -> None:
         prompt_and_reference({"input_ids": [5, 6], "labels": [5, 6]}, 4)
     with pytest.raises(ComponentError, match="stage sft"):
         prompt_and_reference({"input_ids": [5, 6]}, 5)
-    with pytest.raises(ComponentError, match="asked for no validation samples"):
+    with pytest.raises(ComponentError, match="name no validation samples"):
         nice(worth).target_directions(context(make_pool({"a": 1})))
 
 

@@ -94,7 +94,7 @@ def test_what_a_weighter_did_not_ask_for_is_told() -> None:
         asking(weighter, tokens=False).decide([micro_batch(0)], 0)
     weighter.rule = lambda batch: batch.reference_losses
     with pytest.raises(
-        ComponentError, match=r"batch.reference_losses .* asked for no reference.* Needs\(reference=self.params\)"
+        ComponentError, match=r"batch.reference_losses .* needs\(\) name no reference.* Needs\(reference=self.params\)"
     ):
         asking(weighter).decide([micro_batch(0)], 0)
     with pytest.raises(ComponentError, match="stream"):

@@ -315,8 +315,7 @@ def _load_domains(
     """Return the training data and the validation data that ``val_size`` splits off.
 
     The training data is one part per data set. The validation data is a list of the same form. It is a single data set
-    if
-    there is only one data set and no column, and None if nothing is split off.
+    if there is only one data set and no column, and None if nothing is split off.
 
     Args:
         load: loads data with LLaMA-Factory.

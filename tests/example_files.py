@@ -1,0 +1,69 @@
+"""Copies of the examples with a tiny model and tiny data instead of the assets, so that tests check and train them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import tiny
+from dataflex.api import measurement, registry
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+DATA_SETS = ("docs_to_code", "code_to_docs", "docs_to_code_val", "code_to_docs_val")
+FILES = sorted(path for path in EXAMPLES.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+
+
+def of_ours(suffix: str) -> list[str]:
+    """Return the examples with this suffix, relative to their folder, without those of the paper."""
+    return [path.relative_to(EXAMPLES).as_posix() for path in FILES if path.suffix == suffix and not of_paper(path)]
+
+
+def of_paper(path: Path) -> bool:
+    """Return whether a file belongs to ``examples/paper``, which has tests of its own."""
+    return path.is_relative_to(EXAMPLES / "paper")
+
+
+def copy(folder: Path, saves: Path) -> Path:
+    """Copy the examples to a folder and return their new folder.
+
+    Args:
+        folder: The copies and their inputs are written here.
+        saves: Folder that the runs of the copies write to, instead of ``saves/examples``.
+    """
+    model = tiny.make_model(folder / "model")
+    data = tiny.make_data(folder / "data", dict.fromkeys(DATA_SETS, 32))
+    copied = folder / "examples"
+    for path in FILES:
+        if of_paper(path):
+            continue
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".yaml":
+            text = re.sub(r"\basset:(smollm2-135m-instruct|all-minilm-l6-v2)", str(model), text)
+            text = text.replace("asset:python-docs", str(data)).replace("template: smollm2", "template: default")
+            text = re.sub(r"(?<= )examples/", f"{copied}/", text)
+            text = re.sub(r"(?<= )saves/examples/", f"{saves}/", text)
+        target = copied / path.relative_to(EXAMPLES)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    tiny.make_experts(saves / "mix" / "experts")
+    return copied
+
+
+@contextmanager
+def plugins_forgotten() -> Iterator[None]:
+    """Forget the plug-ins that are loaded meanwhile: two files may register one name, but not in one process."""
+    registry.load_components([])
+    before = [(where, dict(where)) for where in (registry._registered, measurement._registered)]
+    loaded = set(sys.modules)
+    try:
+        yield
+    finally:
+        for where, entries in before:
+            where.clear()
+            where.update(entries)
+        for name in set(sys.modules) - loaded:
+            if name.startswith("dataflex_plugin_"):
+                del sys.modules[name]
