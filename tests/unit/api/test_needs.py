@@ -211,7 +211,7 @@ def test_problems_of_a_measurement_are_reported_for_the_component_that_needs_it(
     config.llamafactory["optim"] = "lomo"
     found = {each.key: each.message for each in problems_of(config)}
     assert found["dataflex.select.ask"] == "does not go with lomo."
-    assert "looks at validation samples" in found["dataflex.select.validation"]
+    assert "needs validation samples" in found["dataflex.select.validation"]
 
 
 def outline(**changes):

@@ -68,7 +68,7 @@ def test_a_word_that_yaml_reads_as_true_or_false_is_named(keys: dict[str, Any]) 
 
 def test_a_data_set_named_twice_is_refused(keys: dict[str, Any]) -> None:
     assert found(keys, SELECT, dataset="a,b,a") == {
-        "dataset": "'a' is named 2 times; name it once, and give its share with mix."
+        "dataset": "'a' is named 2 times; name it once, and set its share with dataflex.mix."
     }
     assert found(keys, WEIGHT, dataset="a,b,a") == {}  # the data path is LLaMA-Factory's own
 
@@ -423,4 +423,4 @@ def test_a_weighter_that_measures_is_refused_with_streaming(keys: dict[str, Any]
     assert "dataflex.weight measures samples" in message
     assert "streaming" not in found(keys, weight, dataset="a", max_steps=3)
     missing = found(keys, {"weight": {"method": "joint_update_aware"}}, dataset="a")
-    assert "looks at validation samples" in missing["dataflex.weight.validation"]
+    assert "needs validation samples" in missing["dataflex.weight.validation"]

@@ -146,7 +146,7 @@ def test_stages_are_refused_with_a_mixer_or_a_selector() -> None:
     for other, method in (("mix", "uniform"), ("select", "loss")):
         raw = {"stage": "sft", "dataset": "x,y", "dataflex": {"order": order, other: {"method": method}}}
         (problem,) = [each for each in problems_of_section(split_config(raw)) if each.key == "dataflex.order"]
-        assert f"nothing to decide for {other}" in problem.message
+        assert f"so {other} has nothing to decide" in problem.message
     raw = {"stage": "sft", "dataset": "x,z", "dataflex": {"order": order}}
     (problem,) = problems_of_section(split_config(raw))
     assert problem.key == "dataflex.order.stages.1.domains"
