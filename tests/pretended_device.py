@@ -1,11 +1,11 @@
-"""An accelerator that is only pretended: numbers of the CPU under tensors that say they are on ``cuda:0``.
+"""A pretended accelerator: tensors that report the device ``cuda:0`` and compute on the CPU.
 
 Every operator runs on the CPU, so that code which depends on values (masks, ``.item()``) runs as it does on a device.
-An operator that a device refuses is refused: tensors of two devices together, ``.numpy()``, float64 on ``mps``. Counted
-are the waits of the CPU for the device, the additions of floats that a device does in no fixed order, and the operators
-on float64, each with the line of code that asks for it.
+An operator that a device refuses is refused here: tensors of two devices together, ``.numpy()``, float64 on ``mps``.
+Three things are counted, each with the line of code that causes it: waits of the CPU for the device, additions of
+floats that a device does in no fixed order, and operators on float64.
 
-Not seen are anything asynchronous, the precision of a device's own products, autocast of the device and its memory.
+A pretended device does not show asynchronous errors, the precision of a device's products, its autocast and its memory.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ COPIES = {"_to_copy", "copy_"}
 
 @dataclass
 class Counts:
-    """What was asked of the device, by the line that asked: ``probe/head.py:43 nonzero``.
+    """Counts of the device's work, by the line of code that causes it: ``probe/head.py:43 nonzero``.
 
     Lines of DataFlex are paths in its package. Inside a model, the Trainer or an optimizer it is their line.
     """
@@ -81,7 +81,7 @@ _counts = Counts()
 
 
 def _line() -> str:
-    """Return the innermost line of DataFlex, or of what trains and runs models, that is being run."""
+    """Return the innermost running line of DataFlex, or of the libraries in ``THEIRS``."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
@@ -163,7 +163,7 @@ class DeviceTensor(Tensor):
 
 
 def _of_device(value: Any) -> bool:
-    """Return whether an argument is a device that is pretended, by whatever it is named."""
+    """Return whether an argument names a pretended device, in any form."""
     if isinstance(value, str):
         return value.split(":")[0] in ("cuda", "mps")
     return isinstance(value, torch.device) and value.type in ("cuda", "mps")
@@ -211,7 +211,7 @@ def _run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _computed(operator: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Return what an operator makes on the CPU."""
+    """Return the result of an operator on the CPU."""
     if operator is torch.ops.aten.bmm.dtype:  # a product with a type of its own, which the CPU has not
         return torch.bmm(args[0].to(args[2]), args[1].to(args[2]))
     if operator is torch.ops.aten.histc.default and not args[0].is_floating_point():  # devices alone count integers
@@ -235,14 +235,14 @@ def _count(name: str, operator: Any, there: list[DeviceTensor], args: Sequence[A
 
 
 class _Made(TorchDispatchMode):
-    """Catches operators that make tensors on the device from none that is there."""
+    """Catches operators that create tensors on the device without an input on the device."""
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(operator, args, kwargs or {})
 
 
 class _Called(TorchFunctionMode):
-    """Catches functions of torch that would ask a driver, or that C++ would run on the CPU it believes in."""
+    """Catches functions of torch that would call a driver, or that C++ would run on the CPU."""
 
     def __init__(self, place: torch.device) -> None:
         super().__init__()

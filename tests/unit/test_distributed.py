@@ -99,7 +99,7 @@ def agrees_on_errors(rank: int) -> None:
     other = (KeyError, "weight") if rank == 1 else (DataFlexError, r"process 1 has failed \(KeyError: 'weight'\)")
     with pytest.raises(other[0], match=other[1]):
         on_second(KeyError("weight"), rank)
-    # A value that cannot be told is an error, too.
+    # A value that cannot be pickled is an error, too.
     with pytest.raises(Exception, match="pickle"):
         distributed.on_main(lambda: lambda: None)
 
@@ -118,7 +118,7 @@ def meets_the_others_in_their_next_call(rank: int) -> None:
         with pytest.raises(ComponentError, match="no judge"), distributed.together(), distributed.together():
             failing() if rank == 1 else call()
         assert distributed.on_each(lambda: rank) == [0, 1]
-    # A process that finds nobody raises by itself, and the others when they come.
+    # A process that waits for the others in vain raises an error, and so do the others when they arrive.
     distributed._PATIENCE = 0.2
     if rank == 0:
         while not Path("alone").exists():
@@ -270,7 +270,7 @@ ENDED = "ended: process 0 has failed (KeyError: 'weight'). Its own output has th
 def test_an_ended_process_ends_the_other(
     what: Callable[[int], None], status: list[int], said: str | None, tmp_path: Path
 ) -> None:
-    """Whatever the other waits for; nobody told it, it would for half an hour."""
+    """The other process ends in whichever call it waits. Without a message it would wait for half an hour."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -137,7 +137,7 @@ def test_no_mixer_can_act_on_one_domain() -> None:
 @pytest.mark.parametrize("domains", [2, 3, 5])
 @pytest.mark.parametrize("variant", ["paper", "official"])
 def test_odm_is_right_about_when_its_shares_can_differ(domains: int, variant: str) -> None:
-    """Against the mixer itself, heard with losses as different as they come."""
+    """Compared with the mixer itself, which receives losses that differ as much as possible."""
     mixer = build(OdmMixer, variant=variant, alpha=0.0)
     pool = make_pool({str(number): 4 for number in range(domains)})
     losses = np.linspace(0.1, 9.0, domains)

@@ -761,7 +761,7 @@ def test_a_failing_variant_is_named_and_the_others_finish(lab: Lab, capsys: pyte
 
 
 def ended(process: psutil.Process) -> bool:
-    """Return whether a process has ended, also where nobody has asked for its status."""
+    """Return whether a process has ended, also if no parent has read its status."""
     try:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

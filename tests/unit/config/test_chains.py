@@ -161,7 +161,7 @@ class Passing(Selector[SelectorParams]):
 
 
 def refused(tmp_path: Path, select: Any) -> dict[str, str]:
-    """Return what selectors are told and cannot do."""
+    """Return the problems of a section with these selectors, by key."""
     (tmp_path / "pairs.py").write_text(PLUGIN)
     config = loaded(tmp_path, select=select, plugins=["pairs.py"])
     return {each.key.removeprefix("dataflex.select."): each.message for each in problems_of_chains(config)}

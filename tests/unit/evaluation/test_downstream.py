@@ -342,7 +342,7 @@ def test_tasks_of_the_harness_are_run_by_name(
 
 
 def test_prompts_use_the_chat_template(evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Examples become turns; a template without a place for the description is told."""
+    """Examples become turns. A template without a system prompt gives a note about the description."""
     from dataflex.evaluation import harness
     from dataflex.evaluation.downstream import Asking, evaluate_tasks
 

@@ -240,7 +240,7 @@ def test_an_expert_without_weights_is_refused() -> None:
 
 
 class Loads(MeasuringProbe):
-    """A probe that knows the loads of every sample, and remembers what it was asked for."""
+    """A probe that returns given loads of every sample, and records the measured samples."""
 
     def __init__(self, loads: NDArray[np.float64]) -> None:
         self.loads = loads

@@ -31,7 +31,7 @@ COSTS = ("seconds_per_sample", "fixed_seconds", "step_seconds")
 
 
 class Costly(Selector):
-    """Scores what it is told, each sample and each round at a price."""
+    """Selector with given scores, whose clock advances by a price for each sample and each decision."""
 
     family, name = "selector", "costly"
 
