@@ -35,6 +35,11 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     temporary.replace(path)
 
 
+def is_path(name: str) -> bool:
+    """Return whether the name of a model or data set is a path, and not the name of a hub's repository (OWNER/NAME)."""
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
 class RepeatedKeyError(ValueError):
     """A mapping in a file has the same key twice.
 

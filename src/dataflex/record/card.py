@@ -111,11 +111,11 @@ def trained_by_domain(record: RunRecord) -> dict[str, int]:
 
 def _reached(record: RunRecord, each: Round) -> dict[str, int]:
     """Return the samples of each domain in a round, up to the step at which training ended."""
-    steps = min(max(record.steps - each.start_step, 0), each.steps)
-    if steps == each.steps:
+    rows = record.trained_rows(each)
+    if rows == each.size:
         return each.domains
     ids, names = record.plans.labels(each)
-    counts = np.bincount(ids[: each.size * steps // each.steps], minlength=len(names))
+    counts = np.bincount(ids[:rows], minlength=len(names))
     return dict(zip(names, counts.tolist(), strict=True))
 
 

@@ -277,6 +277,11 @@ class RunRecord:
             raise ConfigError(f"{self.path}: round {number} is not on record.")
         return self._by_number[number]
 
+    def trained_rows(self, each: Round) -> int:
+        """Return how many positions of a round's plan training reached."""
+        done = min(max(self.steps - each.start_step, 0), each.steps)
+        return each.size * done // each.steps if each.steps else 0
+
     def plan(self, number: int) -> pyarrow.Table:
         """Return the plan of round ``number``: round, position, index, domain, row, score and rank of each sample."""
         return self.plans.table(self.round(number))
