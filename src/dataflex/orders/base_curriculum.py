@@ -77,8 +77,7 @@ class ScoreParams(DistanceParams):
         if self.scope == "round" and self.passes != "same":
             raise ValueError(
                 f"passes: {self.passes} needs scope: run, and scope is round, which arranges every round; set scope: "
-                "run "
-                "or remove passes"
+                "run or remove passes"
             )
         return self
 
@@ -210,8 +209,8 @@ class ScoredOrder(Order[ScoreParamsT]):
             return None
         return "jit", (
             f"a window of {self.params.jit} samples is too large: {samples} samples are arranged at a time, so the "
-            "window "
-            "would hold them all, and shuffling it would leave nothing of the order. Lower jit, or use method: shuffle."
+            "window would hold them all, and shuffling it would leave nothing of the order. Lower jit, or use method: "
+            "shuffle."
         )
 
     def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:

@@ -118,8 +118,7 @@ class StagesOrder(Order[StagesParams]):
         if missing:
             return "stages", (
                 f"in no stage: {', '.join(missing)}. Add each to a stage, or to left_out if none of its samples is to "
-                "be "
-                "trained on."
+                "be trained on."
             )
         return None
 

@@ -295,15 +295,13 @@ class LimitedScoring:
             return (
                 f"because the limit is {allowed:.3g} s in this run and the first decision, which has to measure the "
                 f"cost of scoring, took {self._first_seconds:.3g} s ({sample}; the rest is the fixed cost of a "
-                "decision, "
-                "such as clusters, validation samples and selectors before this one)"
+                "decision, such as clusters, validation samples and selectors before this one)"
             )
         others = spent.decision_seconds - self._scoring_seconds
         if others > self._scoring_seconds:
             return (
                 f"because {others:.3g} of {spent.decision_seconds:.3g} s of decisions were not scoring (clusters, "
-                "mixing, "
-                "ordering)"
+                "mixing, ordering)"
             )
         return (
             f"because decisions took longer, or training steps less time, than those before them ({allowed:.3g} s "

@@ -85,8 +85,7 @@ def recorded(config: RunConfig) -> Recorded:
     """Return the recorded form of a configuration.
 
     The keys about the output folder are left out: ``overwrite_output_dir``, and ``resume_from_checkpoint`` if it names
-    a
-    checkpoint in the output folder. A repeated run starts from the beginning, and in a separate folder.
+    a checkpoint in the output folder. A repeated run starts from the beginning, and in a separate folder.
     """
     found = config.resolved()
     found |= {key: name for key, name in config.assets.items() if key in found}

@@ -57,8 +57,7 @@ def write_selected(pool: Pool, chosen: IndexArray, folder: Path, given: dict[str
     """Write selected samples of a pool to a folder.
 
     The ``dataset_info.json`` beside the rows holds the entries of the original one. A data set with selected samples
-    points
-    to the written file. Any other data set, such as one for evaluation or validation, points to the old file.
+    points to the written file. Any other data set, such as one for evaluation or validation, points to the old file.
 
     Args:
         pool: the pool, with the raw rows of its samples if they are known.

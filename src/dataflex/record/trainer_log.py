@@ -27,9 +27,8 @@ def read_log(path: Path, *, finished: bool, steps: int | None = None) -> tuple[l
     """Return the log entries of a run folder, and the number of optimizer steps done.
 
     A finished run has ``trainer_state.json``. Before the end, the newest checkpoint's ``trainer_state.json`` holds the
-    log
-    up to its step, and LLaMA-Factory's ``trainer_log.jsonl`` the losses since. A ``trainer_state.json`` of another step
-    belongs to an earlier run. So does a checkpoint beyond the last line of ``trainer_log.jsonl``.
+    log up to its step, and LLaMA-Factory's ``trainer_log.jsonl`` the losses since. A ``trainer_state.json`` of another
+    step belongs to an earlier run. So does a checkpoint beyond the last line of ``trainer_log.jsonl``.
 
     Args:
         path: the run folder.
@@ -54,8 +53,7 @@ def _read_lines(file: Path) -> list[Entry]:
     """Return the entries of ``trainer_log.jsonl``, ascending by step. Every start of the run appends to this file.
 
     If a step is smaller than the step before it, the run was resumed from an earlier step. The entries from that step
-    on
-    that were logged before are left out.
+    on that were logged before are left out.
     """
     kept: list[Entry] = []
     for where, value in json_lines(file):

@@ -204,8 +204,7 @@ class RunWriter:
         """Continue the record of a run, and return its identity.
 
         Checkpoints of another run, and checkpoints of this run after ``step``, are moved to a separate folder. The user
-        may
-        have put the first ones here. The second ones may differ from the checkpoints that this run will write.
+        may have put the first ones here. The second ones may differ from the checkpoints that this run will write.
         """
         identity = read_identity(self.folder)
         assert identity is not None

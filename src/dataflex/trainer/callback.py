@@ -62,8 +62,7 @@ class DynamicCallback(TrainerCallback):
         """Gather the step's statistics and count its tokens; end the run if its budget is spent.
 
         The Trainer fires this event before it updates the learning rate. A schedule that follows a budget therefore
-        sees the
-        tokens of this step.
+        sees the tokens of this step.
         """
         run, step = self.trainer.dataflex, state.global_step + 1
         clock = run.clock
@@ -85,8 +84,7 @@ class DynamicCallback(TrainerCallback):
         """Pass the step's statistics to the components, and trigger the actions that are due at the end of an epoch.
 
         An epoch is one pass over the pool. The Trainer sees a single epoch, so `state.epoch` and the flags of the
-        strategy
-        `epoch` are set here.
+        strategy `epoch` are set here.
         """
         run = self.trainer.started
         run.clock.end_step()

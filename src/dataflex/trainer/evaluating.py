@@ -49,8 +49,7 @@ class EvaluatingTrainer(RunTrainer):
         """Return the Trainer's loader. The batches of an evaluation set also hold the index of each sample.
 
         Training batches hold the indices, too, if LLaMA-Factory draws the samples and the run has a weighter, which may
-        read
-        them.
+        read them.
         """
         first = self._first_index(dataset) if description == "Evaluation" else None
         if (

@@ -121,8 +121,7 @@ class WeightedLoss:
         """Return the loss of the weighted token-loss sums of samples, (B,).
 
         The Trainer's N cancels in the mean over samples and in domain weights, so it is left out there. If both are in
-        use,
-        one factor N remains.
+        use, one factor N remains.
         """
         by_sample = self.weights is not None and self.weights.by_sample
         if by_sample:

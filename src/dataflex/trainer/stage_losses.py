@@ -18,8 +18,7 @@ def causal_losses(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tenso
     """Return the shifted labels of a batch and the cross entropy of each predicted token, both (B, T).
 
     The logits of the whole batch exist at once. The training forward pass of the same batch, which follows, holds them
-    and
-    their gradients, so computing in chunks would not lower the peak memory of a step.
+    and their gradients, so computing in chunks would not lower the peak memory of a step.
     """
     labels = shifted(inputs["labels"])
     given = {name: value for name, value in inputs.items() if name != "labels"}

@@ -157,12 +157,9 @@ class MeanLosses:
     """Mean loss of each domain over several steps, weighted so that it is part of the mean loss of the steps.
 
     The Trainer's ``loss`` is the mean, over the steps since the last log, of each step's token-mean loss. So a token of
-    a
-    step with n tokens counts 1/n. With the same weights, the mean of domain d is sum_s q_sd l_sd / sum_s q_sd. Here
-    l_sd is
-    the domain's token-mean loss in step s, and q_sd its share of the step's tokens. With one domain this equals
-    ``loss``.
-    With several, ``loss`` is the mean of the domains' means, weighted with their mean shares.
+    a step with n tokens counts 1/n. With the same weights, the mean of domain d is sum_s q_sd l_sd / sum_s q_sd. Here
+    l_sd is the domain's token-mean loss in step s, and q_sd its share of the step's tokens. With one domain this equals
+    ``loss``. With several, ``loss`` is the mean of the domains' means, weighted with their mean shares.
     """
 
     def __init__(self) -> None:

@@ -77,8 +77,8 @@ class StepLoss:
         """Begin a step, and decide all coefficients that the training forward pass cannot decide on the way.
 
         With a single micro-batch, the coefficients are decided from the losses of its training forward pass. With
-        several, a
-        coefficient that depends on all of them needs their losses in advance, from forward passes without gradients.
+        several, a coefficient that depends on all of them needs their losses in advance, from forward passes without
+        gradients.
 
         Args:
             samples: the step's micro-batches on this process.

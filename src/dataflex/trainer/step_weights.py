@@ -273,8 +273,7 @@ def _of_all_processes(samples: _Samples, sizes: Sequence[int]) -> tuple[_Samples
     """Return the samples of all processes in the order of the plan, and their positions among the gathered samples.
 
     The plan is dealt to the processes one micro-batch after another. If the micro-batches differ in size, as at the end
-    of
-    a pass without a plan, the samples stay in the order of the processes.
+    of a pass without a plan, the samples stay in the order of the processes.
     """
     if samples.per_token is not None:
         columns = samples.per_token.shape[1]

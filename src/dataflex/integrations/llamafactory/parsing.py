@@ -121,8 +121,7 @@ def dry_run(config: RunConfig) -> list[str]:
     """Parse a configuration as training would, without setting anything up, and return notes about this machine.
 
     The dry run creates no folder, no process group and no context on a device. Loggers, the environment and random
-    states
-    stay unchanged. A problem that depends on the device alone is a note, because another machine may train.
+    states stay unchanged. A problem that depends on the device alone is a note, because another machine may train.
 
     Raises:
         ConfigError: for arguments that no machine accepts.

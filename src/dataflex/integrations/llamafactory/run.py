@@ -154,8 +154,7 @@ def _decided_args(original: Callable[..., Any], session: Session, watch: distrib
     """Return LLaMA-Factory's parsed arguments, after deciding which checkpoint the run resumes from.
 
     The main process decides, before the model is loaded. If a setting differs that a resume cannot change, the
-    arguments
-    are parsed again with the earlier value.
+    arguments are parsed again with the earlier value.
     """
     source = session.inputs.config.source
     parsed = _watched_args(original, watch, source, args)
