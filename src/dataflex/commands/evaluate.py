@@ -76,6 +76,7 @@ def resolve_target(named: str, adapter: Path | None = None) -> Target:
 
 
 def _check_finished(run: Path) -> None:
+    """Check that a run has ended and has weights that can be evaluated, or raise an error."""
     if not (run / "dataflex" / "summary.json").is_file():
         raise ConfigError(
             f"{run}: the training has not ended (dataflex/summary.json does not exist), so there are no weights to "

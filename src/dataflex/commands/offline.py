@@ -249,6 +249,7 @@ def best_first(scores: ScoreArray, rng: np.random.Generator) -> IndexArray:
 
 
 def _context(run: LoadedRun, model: LoadedModel, selector: Selector) -> RoundContext:
+    """Return the context of a single decision over the whole pool."""
     pool = model.probe.pool
     return RoundContext(
         pool=pool,
@@ -271,6 +272,7 @@ def _context(run: LoadedRun, model: LoadedModel, selector: Selector) -> RoundCon
 def _write(
     config: RunConfig, pool: Pool, output: Path, scores: ScoreArray, ranks: IndexArray, is_chosen: NDArray[np.bool_]
 ) -> Scored:
+    """Write the table of scores and the selected samples, and return their numbers."""
     output.mkdir(parents=True, exist_ok=True)
     everyone = np.arange(pool.size)
     ids, chosen = pool.domain_ids(everyone), np.flatnonzero(is_chosen)

@@ -69,6 +69,7 @@ class ScoreParams(DistanceParams):
 
     @model_validator(mode="after")
     def _scope_fits(self) -> Self:
+        """Refuse combinations of ``scope``, ``by`` and ``passes`` that cannot be carried out."""
         if self.scope == "run" and self.by == "selection":
             raise ValueError(
                 "scope: run arranges the pool before anything is selected, so by: selection has no scores; use "
@@ -94,6 +95,7 @@ class ScoreParams(DistanceParams):
 
     @model_validator(mode="after")
     def _embeddings_are_used(self) -> Self:
+        """Refuse parameters of embeddings that another parameter makes unused."""
         fields = DistanceParams.model_fields
         unused = [name for name, field in fields.items() if getattr(self, name) != field.default]
         if self.by != "embedding" and unused:
@@ -225,6 +227,7 @@ class ScoredOrder(Order[ScoreParamsT]):
         return np.concatenate([ranked[:scored][ranks], ranked[scored:]])
 
     def _scores(self, ctx: RoundContext, selection: Selection) -> NDArray[np.floating]:
+        """Return the score of each sample of the selection, shape (n,), by the parameter ``by``."""
         indices = selection.indices
         if self.params.by == "column":
             assert self.params.column is not None

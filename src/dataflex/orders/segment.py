@@ -38,6 +38,7 @@ class SegmentParams(ScoreParams):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        """Refuse parts that are empty or, unless they may be rescaled, exceed the whole."""
         total = self.front + self.back
         if total == 0:
             raise ValueError("front and back are both 0, which is a shuffle; set one of them, or use method: shuffle")

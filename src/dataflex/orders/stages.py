@@ -65,6 +65,7 @@ class StagesParams(ComponentParams):
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Self:
+        """Check that the given shares leave the right rest for the stages without a share."""
         shares = [stage.share for stage in self.stages]
         total = float(sum(exactly(share) for share in shares if share is not None))
         if None not in shares:

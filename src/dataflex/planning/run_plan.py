@@ -364,6 +364,7 @@ class RunPlan:
         return f"{text} in {len(self.data.domains)} domains: {', '.join(shown)}{more}"
 
     def _steps(self) -> str:
+        """Return the line on the number of steps: its size, passes over the data, and what ends the training."""
         keys, settings = self.keys, self.settings
         batch = (
             f"{_count(keys.global_batch_size, 'sample')} ({keys.per_device} per device x {keys.accumulation} "
@@ -411,6 +412,7 @@ class RunPlan:
         return _in_cycles(self.settings, self.components) and not given
 
     def _rounds(self) -> Iterator[tuple[str, str]]:
+        """Yield the lines on the warm-up, the rounds and the decisions."""
         if not self.components.items():
             return
         run, settings = self.run, self.settings
@@ -470,6 +472,7 @@ class RunPlan:
             yield "embeddings", f"{key}: of {samples} by {name}, made once before the model is loaded, kept in {folder}"
 
     def _events(self) -> Iterator[tuple[str, str]]:
+        """Yield the lines on evaluations and checkpoints."""
         keys = self.keys
         during = self._times(keys.eval_strategy, keys.eval_steps)
         at_end = ", and one at the end" if keys.evaluates_at_end else ""

@@ -389,6 +389,11 @@ def _order_digest(order: IndexArray) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder of features.
+
+    Raises:
+        DataFlexError: if there is none, or it cannot be read.
+    """
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise DataFlexError(f"{folder} has no {MANIFEST_FILE}, so it is not a folder of features.")
@@ -406,6 +411,11 @@ def _refuse(constant: str) -> None:
 
 
 def _read_order(folder: Path, digest: str) -> IndexArray:
+    """Return the sample index of each stored row, after comparing its digest with the manifest's.
+
+    Raises:
+        DataFlexError: if the file cannot be read or has changed.
+    """
     path = folder / ORDER_FILE
     try:
         order = np.load(path, allow_pickle=False)

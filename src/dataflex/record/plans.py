@@ -158,6 +158,7 @@ class PlanReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._heads: dict[str, bytes] = {}
+        """Bytes of each plan file before its first round, by name of the file. They are read once."""
 
     def __bool__(self) -> bool:
         return any(self.folder.glob(f"*{_SUFFIX}")) or any(self.folder.glob("round-*.parquet"))

@@ -110,6 +110,7 @@ class CheckpointParams(ComponentParams):
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> Self:
+        """Check that the weights are one for each checkpoint, non-negative and not all 0."""
         weights = self.checkpoint_weights
         if weights is None:
             return self

@@ -103,6 +103,7 @@ class PythonParams(RewardParams):
 
     @model_validator(mode="after")
     def _defines_the_function(self) -> Self:
+        """Check that the file can be parsed and defines the function at its top level."""
         try:
             names = _top_level_names(ast.parse(Path(self.path).read_bytes(), self.path))
         except (SyntaxError, ValueError) as error:
@@ -275,6 +276,7 @@ class PythonFunction:
         self._path = path
         self._name = function
         self._function: Callable[[str, str, str], Any] | None = None
+        """The function, imported at the first call."""
 
     def __call__(self, prompts: list[str], responses: list[str], references: list[str]) -> RewardArray:
         """Return the function's values, shape (n,).
@@ -339,6 +341,7 @@ class RewardModel:
         self._path = path
         self._batch_size = batch_size
         self._loaded: tuple[Any, Any] | None = None
+        """The model and its tokenizer, loaded at the first call."""
 
     def __call__(self, prompts: list[str], responses: list[str], references: list[str]) -> RewardArray:
         """Return the last logit of each response, shape (n,). Most reward models have a single logit.
