@@ -299,8 +299,8 @@ class _Board:
         if error is not None and self._is_own:
             self._agreed = error
             raise error
-        self._agreed = told = cast(DataFlexError, pickle.loads(self._fetch([f"{call}/error/{lowest}"])[0]))
-        raise told from error
+        self._agreed = received = cast(DataFlexError, pickle.loads(self._fetch([f"{call}/error/{lowest}"])[0]))
+        raise received from error
 
     def wait(self, key: str, patience: float | None = None) -> bool:
         """Wait for a key, and return whether it exists.

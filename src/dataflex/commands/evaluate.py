@@ -135,7 +135,7 @@ class Request:
         tasks: files or names of tasks, as :func:`dataflex.evaluation.tasks.read_settings` reads them.
         adapter: folder of an adapter to load on the model. None means no further adapter.
         output: folder of the results. None means ``dataflex/tasks`` of the run.
-        changes: settings that replace those of every task.
+        changes: settings that replace the same settings of every task.
     """
 
     named: str

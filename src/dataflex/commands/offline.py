@@ -71,7 +71,7 @@ class Amount:
 
 
 def prepared(config: RunConfig, output: Path, feature_dir: Path | None) -> RunConfig:
-    """Return the configuration for scoring only, made from that of a training.
+    """Return the configuration for scoring only, made from the configuration of a training.
 
     Args:
         config: the configuration of the training.
@@ -102,7 +102,7 @@ def prepared(config: RunConfig, output: Path, feature_dir: Path | None) -> RunCo
 
 
 def alone(config: RunConfig, output: Path, doing: str) -> RunConfig:
-    """Return a configuration that loads everything and does not train, made from that of a training.
+    """Return a configuration that loads everything and does not train, made from the configuration of a training.
 
     Args:
         config: the configuration of the training.

@@ -66,7 +66,7 @@ def nearest(
         metric: ``cosine`` (1 - cosine; 1 for a row of zeros) or ``l2`` (the Euclidean distance).
         device: the device of the products. None means the accelerator of this process if it exists and the search is
             large, otherwise the CPU.
-        exclude_self: whether query i is base row i and excluded from its own neighbours.
+        exclude_self: whether query i is base row i, which then is no neighbour of query i.
         share: whether the processes divide the queries. All processes then make this call with the same arguments.
         measured: number of neighbours of each query whose distance is computed in double precision. A smaller number
             saves time. The other neighbours have the order and distances of the products. None means all.

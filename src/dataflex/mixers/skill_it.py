@@ -102,7 +102,7 @@ class SkillItMixer(Mixer[SkillItParams]):
         )
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return the configured initial proportions, or those of the first decision."""
+        """Return the configured initial proportions, or the proportions of the first decision."""
         return self._first(ctx) if self.params.initial_proportions is None else super().initial(ctx)
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 Of n samples the first int(n x / 100) are from the low or the high end, and so are the last int(n y / 100). The rest is
 between them. If both parts are from the same end, its samples are divided between them at random.
 Source: SEG of arXiv 2605.30334 (Dai et al., ACL 2026); microsoft/data-efficacy, ``data_ordering/segment.py``.
-Cost: that of the score. ``by: loss`` costs one forward pass over the arranged samples.
+Cost: the cost of the score. ``by: loss`` costs one forward pass over the arranged samples.
 """
 
 from __future__ import annotations

@@ -395,7 +395,7 @@ class RunPlan:
     def _passes(self, steps: int) -> float:
         """Return the passes over the data in a number of steps.
 
-        Without a plan the passes are those of the Trainer, in which the last step of a pass may have fewer samples.
+        Without a plan, the Trainer draws the passes, in which the last step of a pass may have fewer samples.
         """
         assert self.data.samples
         if self.components.plans_data:
@@ -563,7 +563,7 @@ def plan_of(
     needs: Mapping[str, Needs],
     data: DataOutline,
 ) -> RunPlan:
-    """Return the plan of a run. The arguments are those of :class:`RunPlan`."""
+    """Return the plan of a run. The arguments are described at :class:`RunPlan`."""
     count = _UNKNOWN_DOMAINS if data.domains is None else len(data.domains)
     schedule = schedule_of(
         settings, components, keys, num_samples=data.samples, domains=count, mean_length=data.mean_length

@@ -132,7 +132,7 @@ class GradientPass:
         self._head_names: dict[str, str] = {}
         """Trainable parameters of a chunked head itself: attribute -> name."""
         self._inside_head: set[str] = set()
-        """Names of the trainable parameters of modules inside a chunked head, such as those of an adapter."""
+        """Names of the trainable parameters of modules inside a chunked head, such as an adapter's."""
         self._rows: Tensor | None = None
         """Sample of each row while a chunk goes through the head. None means that no chunk does."""
         self._mixed: str | None = None

@@ -179,7 +179,7 @@ class FeatureStore:
 
         Raises:
             DataFlexError: if a feature is not finite in the stored type, or the files cannot be written.
-            ValueError: if the shapes are not those of the chunk.
+            ValueError: if the number of rows or the length of the features differs from the chunk's.
         """
         rows = self.chunks[chunk]
         if features.shape != (rows, self.dim) or norms.shape != (rows,):
@@ -378,7 +378,7 @@ def _canonical(value: Any) -> str:
 def _digest(manifest: dict[str, Any]) -> str:
     """Return the digest that names the folder.
 
-    The format is no part of it: a store of another format then has the same name, and is noticed instead of ignored.
+    The format is not part of the name. So a store of another format has the same name and is noticed, not ignored.
     """
     named = {name: value for name, value in manifest.items() if name not in ("format", "digest")}
     return hashlib.sha256(_canonical(named).encode()).hexdigest()

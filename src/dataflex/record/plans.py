@@ -173,7 +173,7 @@ class PlanReader:
         """Return columns of the plan of a round. Columns that a file of version 1 lacks are left out.
 
         Raises:
-            ConfigError: if the plan does not exist, or its file has another form.
+            ConfigError: if the plan does not exist, or its file is malformed.
         """
         if each.plan is None:
             return self._table_of_version_1(each, names)

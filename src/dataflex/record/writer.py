@@ -9,7 +9,7 @@
     filters/from-round-N.arrows  the samples that the filters of a list of selectors decided on, passed samples first
     plans/from-round-N.arrows    the samples of round N and the next ones: position, index, domain, row, score, rank
     loss_weights.csv             the domain weights in the loss of every step, if a mixer weights the loss
-    domain_weights.json          the result of such a mixer, written at the end of the run
+    domain_weights.json          the result of this mixer, written at the end of the run
     summary.json                 time, tokens and notes of the run, written at its end
     run.json                     the run's identity, and the run it resumed if that run has another identity
     changes.jsonl                the settings that were changed at a resume, and the step from which each change holds

@@ -59,7 +59,7 @@ class GradientParams(ComponentParams):
         """Return the settings of the gradient measurement.
 
         Args:
-            changes: settings that replace those of the parameters.
+            changes: settings that replace the values of these parameters.
         """
         chosen = {"preconditioner": self.preconditioner, "unsupported": self.unsupported_parameters}
         return GradientSettings(**{**chosen, **changes})
@@ -83,7 +83,7 @@ class FeatureParams(GradientParams):
         """Return the settings of the gradient measurement.
 
         Args:
-            changes: settings that replace those of the parameters.
+            changes: settings that replace the values of these parameters.
         """
         chosen = {
             "projection": self.projection,

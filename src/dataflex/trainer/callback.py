@@ -109,9 +109,9 @@ class DynamicCallback(TrainerCallback):
         """Write the summary and print the cost of the decisions."""
         run = self.trainer.started
         self.trainer.check_weights()
-        told = len(run.recorder.notes)
+        known = len(run.recorder.notes)  # the notes so far have been shown already
         summary = run.finish(state.global_step)
-        for note in run.recorder.notes[told:]:
+        for note in run.recorder.notes[known:]:
             warn(note)
         if run.clock.budget.is_set and run.clock.progress < 1:
             warn(f"training ended after only {100 * run.clock.progress:.1f} % of its budget of tokens or seconds.")
