@@ -49,7 +49,7 @@ class MixerParams(DomainParams):
     """
 
     initial_proportions: Shares | None = Field(
-        None, description="Shares of the domains in warm-up rounds: list, mapping or JSON file; none: by size."
+        None, description="Shares of the domains in warm-up rounds: list, mapping or JSON file. If null, by size."
     )
 
     @property

@@ -76,7 +76,9 @@ class ValidationParams(ComponentParams):
     """
 
     validation: list[str] | None = Field(
-        None, description="Data sets of the validation samples, each a sub-task; none: eval_dataset (or val_size)."
+        None,
+        description="Data sets of the validation samples, each a sub-task. If null, the data sets of eval_dataset, or "
+        "the samples that val_size splits off.",
     )
     subtask_column: str | None = Field(
         None, description="Column of the raw data whose values divide the validation samples into sub-tasks."
@@ -104,7 +106,7 @@ class EmbeddingParams(ComponentParams):
     encoder: InputPath | None = Field(
         None,
         description="Source of the embeddings: the folder or hub name of an encoder, asset:all-minilm-l6-v2, or the "
-        "http(s) URL of an OpenAI-compatible service; none: the model in training.",
+        "http(s) URL of an OpenAI-compatible service. If null, the model in training.",
     )
     encoder_backend: Literal["auto", "transformers", "sentence_transformers", "vllm", "openai"] = Field(
         "auto", description="Library that runs the encoder; auto: chosen by the form of its name and its files."
@@ -119,7 +121,7 @@ class EmbeddingParams(ComponentParams):
         "all", description="Part of a sample that is embedded; response: the tokens that are trained on."
     )
     embedding_folder: OutputPath | None = Field(
-        None, description="Folder that stores the embeddings of an encoder; none: embeddings in the output_dir."
+        None, description="Folder that stores the embeddings of an encoder. If null, embeddings in the output_dir."
     )
 
 

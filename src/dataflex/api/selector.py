@@ -42,7 +42,9 @@ class SelectorParams(ComponentParams):
         1.0, gt=0, description="For rule 'sample': temperature of the standardised scores z; larger is flatter."
     )
     max_overhead: float | None = Field(
-        None, gt=0, description="Limit of decision time over training time; none: every candidate is scored every time."
+        None,
+        gt=0,
+        description="Largest ratio of decision time to training time. If null, every decision scores every candidate.",
     )
     within: Literal["pool", "domain"] = Field(
         "pool",

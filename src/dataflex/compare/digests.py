@@ -1,4 +1,4 @@
-"""Digests of what a configuration names: two runs are the same run only if the files behind the names are too."""
+"""Digests of the files that a configuration names: two runs are the same run only if these files are equal too."""
 
 from __future__ import annotations
 
@@ -22,24 +22,30 @@ def digest(value: Any) -> str:
 
 
 def expanded(name: str) -> Path:
-    """Return a path with ``~`` filled in; unlike ``Path.expanduser``, of an unknown user it stays as it is."""
+    """Return a path with ``~`` expanded.
+
+    Unlike ``Path.expanduser``, leave ``~user`` as it is if that user is unknown.
+    """
     return Path(os.path.expanduser(name))  # noqa: PTH111
 
 
 def digests_of_named(config: RunConfig, base: Path) -> dict[str, str]:
-    """Return a digest of everything a configuration names that lies on this machine.
+    """Return a digest of everything on this machine that a configuration names.
 
-    These are the local files of its data sets (with their entries of ``dataset_info.json``), every value that is the
-    path of a file or of a model folder, from the working directory or from ``base``, and the table of reference losses
-    that is used without its model. What lies elsewhere (a hub) is known by its name only. A file that stays the same is
-    read once.
+    These are:
+
+    - the local files of its data sets, and their entries of ``dataset_info.json``;
+    - every value that is the path of a file or of a model folder, relative to the working directory or to ``base``;
+    - the file that lists a table of reference losses, if the table is used without its model.
+
+    Anything elsewhere (on a hub) counts by its name alone. A file that does not change is read only once.
 
     Args:
         config: with its assets resolved.
-        base: folder of the file the configuration came from.
+        base: folder of the file that the configuration came from.
 
     Returns:
-        File, or data set, as the configuration names it -> digest.
+        Name of a file or data set in the configuration -> digest.
 
     Raises:
         ConfigError: if a file cannot be read.
@@ -64,6 +70,7 @@ def _strings(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
+            # LLaMA-Factory takes several adapters as one text with commas. The output_dir is no input of a run.
             if key == "adapter_name_or_path" and isinstance(item, str):
                 yield from (part.strip() for part in item.split(",") if part.strip())
             elif key != "output_dir":
@@ -74,7 +81,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _local(name: str, base: Path) -> Path | None:
-    """Return the file or model folder of that name, if there is one."""
+    """Return the file or model folder of that name, or None if there is none."""
     for folder in (Path(), base):
         path = folder / expanded(name)
         if is_file(path) or is_model_folder(path):
@@ -83,7 +90,7 @@ def _local(name: str, base: Path) -> Path | None:
 
 
 def _of_data(config: RunConfig) -> dict[str, str]:
-    """Return digests of the entries of dataset_info.json and of the files, of the local data sets that are used."""
+    """Return digests of the files of the local data sets, and of their entries of dataset_info.json."""
     info_file = Path(str(config.llamafactory.get("dataset_dir", "data"))) / "dataset_info.json"
     found: dict[str, str] = {}
     for name, entry, files in local_datasets(config):
@@ -93,7 +100,7 @@ def _of_data(config: RunConfig) -> dict[str, str]:
 
 
 def _of_reference_losses(config: RunConfig) -> dict[str, str]:
-    """Return the digest of what lists a table of reference losses, where no model is named that it is made from."""
+    """Return the digest of the file that lists a table of reference losses, if no model is named for the table."""
     found: dict[str, str] = {}
     for needs in config.build_components().needs(config).values():
         asked = needs.reference

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from omegaconf.errors import OmegaConfBaseException
@@ -23,14 +23,11 @@ from dataflex.config.yaml_file import read_yaml
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.record.versions import installed_versions
 
-if TYPE_CHECKING:
-    pass
-
 MEASURES = ("loss", "perplexity", "bits_per_byte")
-"""What is measured of every evaluation data set."""
+"""Measures of every evaluation data set."""
 
 AVERAGES = ("token_weighted", "unweighted")
-"""The two ways of joining the evaluation data sets."""
+"""The two averages over the evaluation data sets."""
 
 MANAGED = (
     "output_dir",
@@ -46,22 +43,22 @@ MANAGED = (
     f"{SECTION}.train_tokens",
     f"{SECTION}.train_seconds",
 )
-"""Keys that the comparison sets or leaves out itself: in the base they are replaced, in a variant refused."""
+"""Keys that the comparison sets or removes. Values in the base are replaced, values in a variant are refused."""
 
 _ONE_DEVICE = "each run is one process on one device; raise gradient_accumulation_steps to keep the global batch"
 
 REFUSED = {
     "load_best_model_at_end": "the checkpoint would be picked by the evaluation that the variants are compared on",
     "early_stopping_steps": "the runs would not end at the equal budget",
-    "tokenized_path": "all runs would share one preprocessed copy, whatever their own data keys say",
+    "tokenized_path": "all runs would share one preprocessed copy, even if their data keys differ",
     "data_seed": "the samples would come in the same order with every seed, and the spread would look too small",
-    "val_size": "what is split off changes with the seed and the data path; name a data set in eval_dataset",
+    "val_size": "the split depends on the seed and on how the data is loaded; name a data set in eval_dataset",
     "predict_with_generate": "an evaluation that generates has no loss to compare",
     "deepspeed": _ONE_DEVICE,
     "fsdp": _ONE_DEVICE,
     "fsdp_config": _ONE_DEVICE,
 }
-"""Keys that no run of a comparison may have -> why."""
+"""Keys that no run of a comparison may have -> the reason."""
 
 EVALUATION_KEYS = (
     "eval_dataset",
@@ -92,10 +89,10 @@ EVALUATION_KEYS = (
     "add_special_tokens",
     "new_special_tokens_config",
 )
-"""Keys that decide what the evaluation data is, after preprocessing: equal in all variants."""
+"""Keys that change the preprocessed evaluation data. They must be equal in all variants."""
 
 STEP_KEYS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-"""Keys whose product is the samples of a step -> LLaMA-Factory's default."""
+"""Keys whose product is the number of samples in a step -> LLaMA-Factory's default."""
 
 RUN_FILE, KEY_FILE, LOG_FILE, COMPLETE_FILE, FAILED_FILE, TASKS_FILE = (
     "run.yaml",
@@ -105,7 +102,7 @@ RUN_FILE, KEY_FILE, LOG_FILE, COMPLETE_FILE, FAILED_FILE, TASKS_FILE = (
     "failed.json",
     "tasks.yaml",
 )
-"""What the comparison writes into the folder of a run."""
+"""Files that the comparison writes into the folder of a run."""
 
 FORMAT = 1
 """Version of :data:`KEY_FILE` and :data:`COMPLETE_FILE`."""
@@ -113,15 +110,15 @@ FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One training of the comparison.
+    """One training run of the comparison.
 
     Attributes:
-        variant: its name.
-        seed: of everything random in it.
-        configuration: the YAML it is trained with, every default of the section filled in.
-        contents: digests of the files the configuration names.
+        variant: name of the variant.
+        seed: seed of everything random in the run.
+        configuration: the YAML of the training, with every default of the section filled in.
+        contents: digests of the files that the configuration names.
         key: SHA-256 of the configuration, the contents and the installed versions.
-        folder: its output_dir, named by the three.
+        folder: output_dir of the run. Its path has the variant, the seed and the start of the key.
     """
 
     variant: str
@@ -139,11 +136,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is needed to make runs and to know when they are complete.
+    """Everything needed to make runs and to tell whether they are complete.
 
     Attributes:
         configs: variant -> its configuration with the first seed, assets resolved.
-        folder: of the file the base is in.
+        folder: folder of the file that the base is in.
         tasks: the downstream tasks.
         evaluates: whether the runs have evaluation data.
     """
@@ -156,15 +153,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Experiment(Plan):
-    """A comparison that has no problems.
+    """A comparison without problems.
 
     Attributes:
         path: the experiment file.
-        settings: what it says.
-        output: the folder of everything the comparison writes.
-        runs: variant by variant, each with every seed.
-        claims: the metrics whose differences are claimed or not; None for the default.
-        notes: what the user should be told.
+        settings: the contents of the experiment file.
+        output: the folder of everything that the comparison writes.
+        runs: all runs, variant by variant, each with every seed.
+        claims: the metrics whose differences get a finding. None means the default ones.
+        notes: messages for the user.
     """
 
     path: Path
@@ -191,7 +188,11 @@ def load(path: Path) -> Experiment:
 
 
 def planned(settings: ExperimentSettings, path: Path) -> Experiment:
-    """Do what :func:`load` does with settings that were read from ``path`` or made for what it says."""
+    """Return the experiment of settings that were read from ``path``, or made by a caller, as :func:`load` does.
+
+    Raises:
+        ConfigError: with every problem of every variant together.
+    """
     problems: list[Problem] = []
     notes: list[str] = []
     base, folder = read_base(settings.base, path, problems, notes)
@@ -206,7 +207,7 @@ def planned(settings: ExperimentSettings, path: Path) -> Experiment:
     problems += joined({f"variants.{variant}": each for variant, each in found.items()})
     if len(configs) == len(settings.variants):
         problems += _together(settings, configs)
-        problems += [] if problems else _equal_steps(settings, configs)
+        problems += [] if problems else _equal_steps(settings, configs)  # needs valid numbers in the keys
         problems += _claims(settings, configs[settings.baseline], task_metrics)
     if problems:
         raise ConfigError(problems=problems, source=str(path))
@@ -221,7 +222,7 @@ def planned(settings: ExperimentSettings, path: Path) -> Experiment:
 
 
 def _notes_of_plans(configs: Mapping[str, RunConfig]) -> Iterator[str]:
-    """Yield what was asked for in a variant and will not happen in its runs; once, where it is the same of all."""
+    """Yield settings of each variant that have no effect in its runs. A note that all variants share comes once."""
     found = {variant: run_plan(config).notes() for variant, config in configs.items()}
     shared = [note for note in next(iter(found.values())) if all(note in notes for notes in found.values())]
     yield from shared
@@ -230,17 +231,17 @@ def _notes_of_plans(configs: Mapping[str, RunConfig]) -> Iterator[str]:
 
 
 def changed_file(run: Run, plan: Plan) -> str | None:
-    """Return what says that a file of a run is another than when its plan was made; None where none is."""
+    """Return an error text if a file of a run has changed since the run was planned, else None."""
     try:
         now = digests_of_named(plan.configs[run.variant], plan.folder)
     except ConfigError as error:
-        return f"{error} It could be when the command began; give it again."
+        return f"{error} It could be read when the command started. Run the command again."
     names = (name for name in {**run.contents, **now} if now.get(name) != run.contents.get(name))
     return _changed(next(names, None))
 
 
 def changed_task(tasks: Iterable[Task]) -> str | None:
-    """Return what says that a file of a task is another than when the experiment was read; None where none is.
+    """Return an error text if a file of a task has changed since the experiment was read, else None.
 
     Raises:
         OSError: if a file cannot be read.
@@ -251,19 +252,19 @@ def changed_task(tasks: Iterable[Task]) -> str | None:
 
 
 def _changed(name: str | None) -> str | None:
-    return None if name is None else f"{name} changed while the command was at work; give it again."
+    return None if name is None else f"{name} changed while the command was running. Run the command again."
 
 
 def read_base(
     base: str | dict[str, Any], path: Path, problems: list[Problem], notes: list[str]
 ) -> tuple[dict[str, Any], Path]:
-    """Return the configuration all variants start from, in native keys, and the folder its relative files are in.
+    """Return the configuration that all variants start from, in native keys, and the folder of its relative paths.
 
     Args:
-        base: a file, from the folder of ``path``, or its keys.
-        path: of the file that names the base.
-        problems: gets those of the translation.
-        notes: gets what the user should be told.
+        base: a file, relative to the folder of ``path``, or the keys themselves.
+        path: the file that names the base.
+        problems: the problems of translating legacy keys are appended.
+        notes: messages for the user are appended.
 
     Raises:
         ConfigError: if there is no such file, or it cannot be read.
@@ -284,7 +285,7 @@ def read_base(
 def _variant(
     settings: ExperimentSettings, variant: str, base: dict[str, Any], change: dict[str, Any], folder: Path
 ) -> tuple[RunConfig | None, list[Problem]]:
-    """Return a variant's configuration with the first seed, and its problems."""
+    """Return a variant's configuration with the first seed, and the problems of the variant."""
     try:
         idle = list(idle_changes(base, change))
         leaves = keys_of(change)
@@ -293,18 +294,19 @@ def _variant(
         return None, [Problem("", f"cannot be merged into the base: {str(error).splitlines()[0]}")]
     own = [key for key in MANAGED if key in leaves]
     if own:
-        return None, [Problem(key, "is set by the comparison itself; a variant may not set it.") for key in own]
+        return None, [Problem(key, "is set by the comparison; a variant may not set it. Remove it.") for key in own]
     if idle:
         return None, idle
     if not isinstance(raw.get(SECTION, {}), dict):
         return None, [Problem(SECTION, f"must be a mapping, got {raw[SECTION]!r}.")]
     if SECTION not in raw:
-        message = "a run needs a dataflex: section to be on record; {} trains as LLaMA-Factory does."
+        message = "a run needs a dataflex: section to write its record; an empty one, {}, trains as LLaMA-Factory does."
         return None, [Problem(SECTION, message)]
     for key in MANAGED:
         if value_of(raw, key) is not None:
             remove(raw, tuple(key.split(".")))
     seed = settings.seeds[0]
+    # Only for the checks: each run gets a separate output_dir when its key is known.
     raw |= {"do_train": True, "seed": seed, "output_dir": str(expanded(settings.output_dir) / "runs" / variant)}
     raw[SECTION] = {**raw[SECTION], "seed": seed}
     amount = settings.equal
@@ -330,11 +332,11 @@ def _refused(config: RunConfig) -> Iterator[Problem]:
     for key, reason in REFUSED.items():
         value = config.llamafactory.get(key)
         if value and str(value).lower() not in ("false", "0", "0.0"):
-            yield Problem(key, f"{value!r}: not in a comparison: {reason}. Remove it.")
+            yield Problem(key, f"{value!r} is not allowed in a comparison: {reason}. Remove it.")
 
 
 def joined(found: Mapping[str, list[Problem]]) -> Iterator[Problem]:
-    """Yield every problem under the key it was found for; one that all of them have is the base's."""
+    """Yield every problem under the key it was found for. A problem of all keys is yielded once, under ``base``."""
     shared = [problem for problem in next(iter(found.values())) if all(problem in each for each in found.values())]
     for problem in shared:
         yield replace(problem, key=dotted("base", problem.key))
@@ -345,11 +347,11 @@ def joined(found: Mapping[str, list[Problem]]) -> Iterator[Problem]:
 
 
 def _together(settings: ExperimentSettings, configs: Mapping[str, RunConfig]) -> Iterator[Problem]:
-    """Yield what is wrong with the variants side by side."""
+    """Yield the problems that show only if the variants are compared with each other."""
     baseline = configs[settings.baseline]
     if not any(_evaluates(config) for config in configs.values()):
         if settings.evaluate is None:
-            yield Problem("base.eval_dataset", "nothing is measured: name a data set here, or tasks under evaluate.")
+            yield Problem("base.eval_dataset", "nothing is measured; name a data set here, or tasks under evaluate.")
         return
     for variant, config in configs.items():
         for key in EVALUATION_KEYS:
@@ -357,13 +359,13 @@ def _together(settings: ExperimentSettings, configs: Mapping[str, RunConfig]) ->
             if own != other:
                 yield Problem(
                     f"variants.{variant}.{key}",
-                    f"{own!r} here and {other!r} in {settings.baseline!r}: it changes the evaluation data, and the "
-                    "numbers could not be compared. Put it in the base.",
+                    f"{own!r} here and {other!r} in {settings.baseline!r}: the key changes the evaluation data, so the "
+                    "results could not be compared. Set it in the base.",
                 )
 
 
 def _equal_steps(settings: ExperimentSettings, configs: Mapping[str, RunConfig]) -> Iterator[Problem]:
-    """Yield the variants of which a step is not what a step of the baseline is, where steps are what is equal."""
+    """Yield the variants whose steps hold other samples than the baseline's, if the budget is a number of steps."""
     if settings.equal.steps is None:
         return
     baseline = configs[settings.baseline].llamafactory
@@ -374,19 +376,19 @@ def _equal_steps(settings: ExperimentSettings, configs: Mapping[str, RunConfig])
                 f"variants.{variant}",
                 f"trains on {own:,.0f} samples in a step ({' x '.join(STEP_KEYS)}) and {settings.baseline!r} on "
                 f"{other:,.0f}: the same number of steps would not be an equal budget. Use equal: {{tokens: N}}, or "
-                "put the keys in the base.",
+                "set the keys in the base.",
             )
         if bool(config.llamafactory.get("packing")) != bool(baseline.get("packing")):
             yield Problem(
                 f"variants.{variant}.packing",
                 f"{config.llamafactory.get('packing')!r} here and {baseline.get('packing')!r} in "
                 f"{settings.baseline!r}: the same number of steps would not be an equal budget. Use equal: "
-                "{tokens: N}, or put it in the base.",
+                "{tokens: N}, or set it in the base.",
             )
 
 
 def samples_per_step(llamafactory: Mapping[str, Any]) -> float:
-    """Return how many samples an optimizer step of one process trains on."""
+    """Return the number of samples that an optimizer step of one process trains on."""
     given = {key: default if llamafactory.get(key) is None else llamafactory[key] for key, default in STEP_KEYS.items()}
     return prod(float(value) for value in given.values())
 
@@ -394,7 +396,7 @@ def samples_per_step(llamafactory: Mapping[str, Any]) -> float:
 def _claims(
     settings: ExperimentSettings, baseline: RunConfig, task_metrics: Mapping[str, tuple[str, ...]]
 ) -> Iterator[Problem]:
-    """Yield what is wrong with the metrics asked for; those of a task of the harness are known when it has run."""
+    """Yield the problems of ``metrics``. Metrics of a task of the harness are unknown until the task has run."""
     known: list[str] = []
     if _evaluates(baseline):
         groups = (*AVERAGES, *checks.dataset_names(baseline, "eval_dataset"))
@@ -431,23 +433,24 @@ def _runs(
 
 
 def keyed(config: RunConfig, base: Path, depends_on: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the key of a run, and what it is trained with but for its ``output_dir``.
+    """Return the key of a run, and the configuration of its training without ``output_dir``.
 
     Args:
-        config: with a section; its ``output_dir`` does not count.
-        base: folder of the file the configuration came from.
-        depends_on: what else the key is a digest of.
+        config: with a section. Its ``output_dir`` does not count.
+        base: folder of the file that the configuration came from.
+        depends_on: further values that the key depends on.
     """
     assert config.dataflex is not None
     configuration = config.resolved()
     del configuration["output_dir"]
+    # Masked, so that another token does not make another run.
     key = digest({"configuration": masked(configuration), **depends_on})
     plugins = [absolute_plugin(name, base) for name in config.dataflex.plugins]
     return key, {**configuration, SECTION: {**configuration[SECTION], "plugins": plugins}}
 
 
 def absolute_plugin(plugin: str, base: Path) -> str:
-    """Return a plugin's path so that it is found from any folder."""
+    """Return a plugin's absolute path, which is valid from any folder."""
     return next(str((folder / plugin).resolve()) for folder in (Path.cwd(), base) if (folder / plugin).is_file())
 
 
@@ -457,15 +460,15 @@ def _refuse_identical(runs: tuple[Run, ...], path: Path) -> None:
     for run in runs:
         other = seen.setdefault(run.key, run.variant)
         if other != run.variant and not any(problem.key == f"variants.{run.variant}" for problem in problems):
-            message = f"is the same run as {other!r}, with every default filled in; change it, or remove it."
+            message = f"is the same run as {other!r} after every default is filled in; change it, or remove it."
             problems.append(Problem(f"variants.{run.variant}", message))
     if problems:
         raise ConfigError(problems=problems, source=str(path))
 
 
 def run_yaml(run: Run) -> bytes:
-    """Return the text of the YAML a run is trained with, also by hand: ``dataflex-cli train FOLDER/run.yaml``.
+    """Return the YAML that a run is trained with. ``dataflex-cli train FOLDER/run.yaml`` trains it by hand.
 
-    Secrets are masked in it; the run gets them in its environment.
+    Secrets are masked in the text. The run gets them through its environment.
     """
     return yaml.safe_dump(masked(run.configuration), sort_keys=False, allow_unicode=True).encode()

@@ -24,7 +24,7 @@ def tables(outcome: Outcome) -> list[Table]:
 
 
 def difference_table(outcome: Outcome) -> Table:
-    """One row per variant and claim, the baseline's means first."""
+    """Return one row per variant and claim, the baseline's means first."""
     settings = outcome.experiment.settings
     header = ["variant", "metric", "finding", "seeds", "mean", "difference", "95 % t interval", "95 % bootstrap"]
     rows: list[list[str]] = []
@@ -54,7 +54,7 @@ def difference_table(outcome: Outcome) -> Table:
 
 
 def cost_table(outcome: Outcome) -> Table:
-    """One row per variant: means over its complete runs."""
+    """Return one row per variant with means over its complete runs."""
     header = ["variant", "runs", "train s", "decide s", "evaluate s", "tasks s", "tokens", "steps"]
     rows = []
     for variant in outcome.experiment.settings.variants:
@@ -70,7 +70,7 @@ def cost_table(outcome: Outcome) -> Table:
 
 
 def run_table(outcome: Outcome) -> Table:
-    """One row per run: what became of it."""
+    """Return one row per run with its status, and the reason if it is not compared."""
     rows = []
     for row in outcome.rows:
         folder = row.run.folder.relative_to(outcome.experiment.output)
@@ -99,7 +99,7 @@ def _cell(text: str) -> str:
 
 
 def csv_text(outcome: Outcome) -> str:
-    """Return one line per run with every number it has."""
+    """Return a CSV with one line per run and all its costs and metrics."""
     names = sorted({name for row in outcome.rows if row.result is not None for name in row.result.metrics})
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -153,7 +153,7 @@ def _run_object(row: Row) -> dict[str, Any]:
 
 
 def write(outcome: Outcome) -> None:
-    """Write the result in Markdown, CSV and JSON into the folder of the comparison.
+    """Write the result as Markdown, CSV and JSON into the folder of the comparison.
 
     Raises:
         ConfigError: if a file cannot be written.

@@ -1,4 +1,4 @@
-"""A change merged into a base configuration: nested mappings, dotted keys, and keys that are taken away."""
+"""Merging a change into a base configuration: nested mappings, dotted keys, and keys that are removed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 
     Args:
         base: not changed.
-        change: nested mappings and dotted keys; mappings are merged, other values replace, None takes a key away.
-            Where a family gets another method, the base's parameters of that family go: they are the other method's.
+        change: nested mappings and dotted keys. Mappings are merged, other values replace, and None removes a key.
+            If a family gets another method, the base's parameters of that family are dropped, since they belong to the
+            other method.
 
     Raises:
-        OmegaConfBaseException: if they cannot be merged.
+        OmegaConfBaseException: if the two cannot be merged.
     """
     resolved = OmegaConf.to_container(OmegaConf.create(_merge(base, _expanded(change))), resolve=True)
     assert isinstance(resolved, dict)
@@ -31,7 +32,7 @@ def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _merge(base: Mapping[Any, Any], change: Mapping[Any, Any], path: tuple[Any, ...] = ()) -> dict[Any, Any]:
-    """Return a mapping at ``path`` of a configuration with a change merged into it."""
+    """Return the mapping at ``path`` of a configuration with a change merged into it."""
     found = dict(base)
     for key, value in change.items():
         old = found.get(key)
@@ -48,7 +49,7 @@ def _merge(base: Mapping[Any, Any], change: Mapping[Any, Any], path: tuple[Any, 
 
 
 def _expanded(change: Mapping[str, Any]) -> dict[Any, Any]:
-    """Return a change with its dotted keys as nested mappings; interpolations stay as they are written."""
+    """Return a change with its dotted keys as nested mappings. Interpolations are not resolved."""
     nested = OmegaConf.create({})
     for key, value in change.items():
         OmegaConf.update(nested, str(key), value, merge=True, force_add=True)
@@ -66,19 +67,19 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 
 
 def keys_of(change: Mapping[str, Any]) -> list[str]:
-    """Return the dotted keys that a change gives a value, or takes away.
+    """Return the dotted keys that a change sets or removes.
 
     Raises:
-        OmegaConfBaseException: if it contradicts itself.
+        OmegaConfBaseException: if the change contradicts itself.
     """
     return [".".join(path) for path, _ in _leaves(_expanded(change))]
 
 
 def idle_changes(base: Mapping[str, Any], change: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield what a change says that does not happen as written when it is merged into the base.
+    """Yield the parts of a change that would not take effect as written.
 
-    That is a key taken away that is not there, a dotted key that leads through something other than a mapping, and a
-    key that is given twice. Keys that are set and that nobody knows show when the merged configuration is checked.
+    These are a removed key that the base does not have, a dotted key that leads through a value that is not a mapping,
+    and a key that is given twice. Unknown keys that are set are found later, when the merged configuration is checked.
 
     Raises:
         OmegaConfBaseException: if the change contradicts itself.
@@ -90,19 +91,20 @@ def idle_changes(base: Mapping[str, Any], change: Mapping[str, Any]) -> Iterator
             there, found = _found(base, tuple(holders[:depth]))
             if there and found is not None and not isinstance(found, Mapping):
                 holder = ".".join(holders[:depth])
-                yield Problem(str(key), f"leads through {holder!r}, which is {found!r} in the base, and no mapping.")
+                message = f"leads through {holder!r}, which is {found!r} in the base and not a mapping."
+                yield Problem(str(key), message)
                 break
         for path, leaf in _leaves(_expanded({key: value})):
             name = ".".join(path)
             if name in given:
-                yield Problem(name, f"is given twice, by {given[name]!r} and by {str(key)!r}; keep one.")
+                yield Problem(name, f"is given twice, by {given[name]!r} and by {str(key)!r}; keep one of them.")
             given[name] = str(key)
             if leaf is None and not _found(base, path)[0]:
-                yield Problem(name, f"takes away a key that the base does not have{_nearest(name, base)}")
+                yield Problem(name, f"removes a key that the base does not have{_nearest(name, base)}")
 
 
 def _found(config: Any, path: tuple[str, ...]) -> tuple[bool, Any]:
-    """Return whether there is a nested key, and its value."""
+    """Return whether a nested key exists, and its value."""
     for key in path:
         if not isinstance(config, Mapping) or key not in config:
             return False, None
@@ -111,7 +113,7 @@ def _found(config: Any, path: tuple[str, ...]) -> tuple[bool, Any]:
 
 
 def _nearest(name: str, base: Mapping[str, Any]) -> str:
-    """Return the end of a sentence about a key that is not in the base: the nearest one, beside it or elsewhere."""
+    """Return the end of a sentence about a missing key: the most similar key, in the same mapping or elsewhere."""
     holder, _, last = name.rpartition(".")
     known = list(_names(base))
     beside = [key for key in known if key.rpartition(".")[0] == holder]
@@ -131,24 +133,24 @@ def _names(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def value_of(config: Mapping[str, Any], key: str) -> Any:
-    """Return the value of a dotted key of at most two parts; None where there is none."""
+    """Return the value of a dotted key of at most two parts, or None if the key is missing."""
     section, _, name = key.rpartition(".")
     holder = config.get(section) if section else config
     return holder.get(name) if isinstance(holder, Mapping) else None
 
 
 def replaced_keys(base: Mapping[str, Any], managed: Sequence[str], who: str) -> Iterator[str]:
-    """Yield a line about the keys of the base that are set, or left out, by ``who``."""
+    """Yield a line about the keys of the base that ``who`` overrides."""
     said = {key: value_of(base, key) for key in managed}
     named = [f"{key}: {value}" for key, value in said.items() if value is not None]
-    expected = {"do_train: True", "do_eval: True"}
+    expected = {"do_train: True", "do_eval: True"}  # the values that are set anyway need no note
     if set(named) - expected:
         left = ", ".join(each for each in named if each not in expected)
-        yield f"keys of the base that the {who} itself sets or leaves out: {left}."
+        yield f"the {who} sets or removes these keys itself and ignores their values in the base: {left}."
 
 
 def remove(config: dict[str, Any], path: tuple[str, ...]) -> None:
-    """Take a nested key away, if it is there."""
+    """Remove a nested key if it exists. The mappings around it must exist."""
     *holders, last = path
     for key in holders:
         config = config[key]
@@ -156,5 +158,5 @@ def remove(config: dict[str, Any], path: tuple[str, ...]) -> None:
 
 
 def dotted(*parts: str) -> str:
-    """Return the key made of parts, empty ones left out."""
+    """Join the parts that are not empty into a dotted key."""
     return ".".join(part for part in parts if part)

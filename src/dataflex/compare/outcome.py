@@ -1,4 +1,4 @@
-"""What the complete runs of a comparison say together: which can be compared, means, differences, costs."""
+"""The joint result of the runs of a comparison: the runs that can be compared, means, differences and costs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataflex.compare.statistics import Difference, chance_line, difference, sen
 _DEFAULT_CLAIMS = ("token_weighted_loss", "unweighted_loss", "token_weighted_bits_per_byte")
 _TASK_CLAIMS = ("acc", "exact_match")
 _TOO_LONG = 1.05
-"""What is spent over the budget, as a factor, from which it is said."""
+"""Spent over budget, as a factor. Runs above it are named in a note."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Row:
     """One run in the result.
 
     Attributes:
-        run: which.
-        result: its numbers; None where it is not complete.
-        problem: why it is not compared; None where it is.
+        run: the run.
+        result: its metrics and costs. None if the run is not complete.
+        problem: the reason why the run is not compared. None if it is compared.
     """
 
     run: Run
@@ -32,7 +32,7 @@ class Row:
 
     @property
     def status(self) -> str:
-        """One word: compared, left out, failed or missing."""
+        """One of ``compared``, ``left out``, ``failed`` and ``missing``."""
         if self.problem is None:
             return "compared"
         return "left out" if self.result is not None else "failed" if failure_of(self.run) else "missing"
@@ -43,11 +43,11 @@ class Outcome:
     """The result of a comparison.
 
     Attributes:
-        experiment: what was compared.
+        experiment: the comparison.
         rows: every run.
-        claims: the metrics whose differences are claimed or not.
-        differences: of every variant but the baseline, for every claim.
-        notes: what else a reader must know.
+        claims: the metrics whose differences get a finding.
+        differences: the difference of every variant but the baseline, for every claim.
+        notes: further facts that a reader needs.
     """
 
     experiment: Experiment
@@ -57,7 +57,7 @@ class Outcome:
     notes: tuple[str, ...]
 
     def compared(self, variant: str) -> dict[int, Result]:
-        """Return seed -> result of a variant's runs that are compared."""
+        """Return seed -> result for the runs of a variant that are compared."""
         return {
             row.run.seed: row.result
             for row in self.rows
@@ -65,23 +65,23 @@ class Outcome:
         }
 
     def values(self, variant: str, metric: str) -> dict[int, float]:
-        """Return seed -> number of a variant's runs that are compared and have it."""
+        """Return seed -> value of a metric for the compared runs of a variant that have it."""
         found = self.compared(variant)
         return {seed: result.metrics[metric] for seed, result in found.items() if metric in result.metrics}
 
     def higher_is_better(self, metric: str) -> bool | None:
-        """Return the direction of a metric; None where no run knows it, or they do not agree."""
+        """Return the direction of a metric, or None if no run knows it or the runs disagree."""
         known = {row.result.higher_is_better.get(metric) for row in self.rows if row.result is not None} - {None}
         return known.pop() if len(known) == 1 else None
 
     def costs(self, variant: str) -> dict[str, float]:
-        """Return the means of a variant's costs over its complete runs."""
+        """Return each cost of a variant as the mean over its complete runs. Empty without a complete run."""
         found = [row.result.costs for row in self.rows if row.run.variant == variant and row.result is not None]
         return {name: sum(each.get(name, 0.0) for each in found) / len(found) for name in COSTS} if found else {}
 
     @property
     def sentences(self) -> list[str]:
-        """What each difference supports, and how many were looked at."""
+        """One sentence per difference about the conclusion it supports, then one about the number of comparisons."""
         settings = self.experiment.settings
         said = [sentence(each, str(settings.equal), len(settings.seeds)) for each in self.differences]
         made = sum(each.interval is not None for each in self.differences)
@@ -91,14 +91,14 @@ class Outcome:
 
 
 def gather(experiment: Experiment) -> Outcome:
-    """Read every complete run and compare them."""
+    """Read every complete run and compare the runs."""
     results = [(run, read_result(run, experiment)) for run in experiment.runs]
     found = [result for _, result in results if result is not None]
     claims = experiment.claims or _default_claims(found)
     fingerprint = _usual_fingerprint(found)
     needed = [metric for metric in claims if any(metric in each.metrics or metric in each.not_finite for each in found)]
     rows = tuple(Row(run, result, _problem(run, result, experiment, fingerprint, needed)) for run, result in results)
-    outcome = Outcome(experiment, rows, claims, (), ())
+    outcome = Outcome(experiment, rows, claims, (), ())  # without differences: they are computed from its values
     baseline = experiment.settings.baseline
     differences = tuple(
         difference(
@@ -117,7 +117,7 @@ def gather(experiment: Experiment) -> Outcome:
 
 
 def _usual_fingerprint(results: Sequence[Result]) -> str | None:
-    """Return the fingerprint that most runs have, the first of equally frequent ones."""
+    """Return the most frequent fingerprint of the runs. Of equally frequent ones the first counts."""
     counted = Counter(result.fingerprint for result in results)
     return counted.most_common(1)[0][0] if counted else None
 
@@ -125,50 +125,50 @@ def _usual_fingerprint(results: Sequence[Result]) -> str | None:
 def _problem(
     run: Run, result: Result | None, experiment: Experiment, fingerprint: str | None, needed: Sequence[str]
 ) -> str | None:
-    """Return why a run is not compared."""
+    """Return the reason why a run is not compared, or None if it is."""
     if result is None:
-        return failure_of(run) or "not run to its end yet"
+        return failure_of(run) or "the run is not complete yet"
     if result.fingerprint != fingerprint:
-        return f"its evaluation data is another: fingerprint {result.fingerprint}, the other runs have {fingerprint}"
+        return f"its evaluation data differs: fingerprint {result.fingerprint}, and {fingerprint} in the other runs"
     for metric in needed:
         if metric in result.not_finite:
             of_task = metric.partition("/")[0] in result.tasks
             return f"{metric} is not finite{'' if of_task else ': training diverged'}"
         if metric not in result.metrics:
-            return f"it has no {metric}, which other runs have"
+            return f"the run has no {metric}, which other runs have"
     return budget_problem(run, result, experiment)
 
 
 def budget_problem(run: Run, result: Result, experiment: Experiment) -> str | None:
-    """Return how a run missed the equal budget; None where it met it.
+    """Return how a run missed the equal budget, or None if it met the budget.
 
-    A run of N tokens must reach N with its last step: no earlier step that was logged may have reached it, and no more
-    may be over than one step can hold (its samples times ``cutoff_len``).
+    A run with a budget of N tokens must reach N with its last step. So no earlier logged step may have reached N, and
+    the excess must be below the most tokens that one step can hold (its samples times ``cutoff_len``).
     """
     equal, costs = experiment.settings.equal, result.costs
     if equal.steps is not None:
         return None if costs["steps"] == equal.steps else f"{costs['steps']:,.0f} steps, not {equal.steps:,}"
     if equal.wall_clock is not None:
         seconds = costs["train_seconds"] + costs["decision_seconds"]
-        short = seconds < equal.wall_clock - 0.01  # what is on record is rounded
+        short = seconds < equal.wall_clock - 0.01  # the seconds on record are rounded
         return f"{seconds:,.1f} seconds of training and decisions, not {equal.wall_clock:,.1f}" if short else None
     assert equal.tokens is not None
     said = f"{costs['tokens']:,.0f} tokens trained on"
     if costs["tokens"] < equal.tokens:
-        return f"{said}, fewer than the {equal.tokens:,} asked for"
+        return f"{said}, fewer than the {equal.tokens:,} of the budget"
     before = result.spent_before
     if before is not None and before >= equal.tokens:
-        return f"{said}, more than one step over the {equal.tokens:,} asked for: {before:,.0f} before the last step"
+        return f"{said}, more than one step over the budget of {equal.tokens:,}: {before:,.0f} before the last step"
     step = samples_per_step(run.configuration) * float(run.configuration.get("cutoff_len") or 2048)
     if costs["tokens"] - equal.tokens >= step:
-        return f"{said}, more than one step over the {equal.tokens:,} asked for: a step holds {step:,.0f} at most"
+        return f"{said}, more than one step over the budget of {equal.tokens:,}: a step holds {step:,.0f} at most"
     return None
 
 
 def _default_claims(results: Sequence[Result]) -> tuple[str, ...]:
-    """Return the losses and bits over the evaluation data, and the first metric of every task."""
+    """Return the losses and bits per byte over the evaluation data, and the first metric of every task."""
     known = list(dict.fromkeys(name for result in results for name in (*result.metrics, *result.not_finite)))
-    single = all(len(result.domains) < 2 for result in results)  # both means are then the same number
+    single = all(len(result.domains) < 2 for result in results)  # then both averages are equal
     claims = [name for name in _DEFAULT_CLAIMS if name in known and not (single and name == "unweighted_loss")]
     for task in dict.fromkeys(task for result in results for task in result.tasks):
         own = [name.partition("/")[2] for name in known if name.startswith(f"{task}/") and name.count("/") == 1]
@@ -181,7 +181,7 @@ def _notes(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     seeds = len(experiment.settings.seeds)
     left_out = [row for row in rows if row.problem is not None]
     if left_out:
-        notes.append(f"{len(left_out)} of {len(rows)} runs are not compared; the table of runs says why.")
+        notes.append(f"{len(left_out)} of {len(rows)} runs are not compared; the table of runs has the reasons.")
     limit = experiment.settings.equal.wall_clock
     if limit is not None:
         over = [
@@ -192,17 +192,18 @@ def _notes(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
         ]
         if over:
             notes.append(
-                f"More than 5 % over the {limit:,.0f} seconds, by a long last step or decision: {', '.join(over)}."
+                f"More than 5 % over the {limit:,.0f} seconds, because of a long last step or decision: "
+                f"{', '.join(over)}."
             )
     tokens = experiment.settings.equal.tokens
     if tokens is not None:
         most = max((row.result.costs["tokens"] for row in rows if row.result is not None), default=0)
         if most > _TOO_LONG * tokens:
-            notes.append(f"A run ends with a whole step: up to {most:,.0f} tokens were trained on, not {tokens:,}.")
+            notes.append(f"A run ends with a whole step, so up to {most:,.0f} tokens were trained on, not {tokens:,}.")
     if 1 < seeds < 30:
         notes.append(
-            "Findings are those of the t interval of the differences by seed. The bootstrap interval is too narrow for "
-            "so few seeds; nothing is concluded from it."
+            "Findings rest on the t interval of the differences by seed. The bootstrap interval is too narrow for "
+            f"{seeds} seeds, so nothing is concluded from it."
         )
     for task in dict.fromkeys(name for row in rows if row.result is not None for name in row.result.chance):
         chance = next(row.result.chance[task] for row in rows if row.result and task in row.result.chance)

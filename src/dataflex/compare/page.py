@@ -1,4 +1,4 @@
-"""The page of a comparison: its own tables and charts, then the report's charts of one run of each variant."""
+"""The page of a comparison: its tables and charts, then the report's charts of one run of each variant."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write(outcome: Outcome) -> None:
     """Write the page into the folder of the comparison.
 
     Raises:
-        ConfigError: if Plotly is not installed, the file there is not ours, or a run cannot be read.
+        ConfigError: if Plotly is not installed, a file there is not a DataFlex page, or a run cannot be read.
     """
     baseline = outcome.experiment.settings.baseline
     own = [*forest_charts(outcome), cost_chart(outcome)]
@@ -49,7 +49,7 @@ def write(outcome: Outcome) -> None:
 
 
 def forest_charts(outcome: Outcome) -> list[Chart]:
-    """Return a chart of the differences for every kind of metric, one row per variant and metric."""
+    """Return a chart of the differences for every kind of metric, with one row per variant and metric."""
     if not outcome.differences:
         return [Chart(_SECTION, "Differences", "no metric is compared.", None)]
     return [
@@ -69,9 +69,7 @@ def _forest(name: str, differences: Sequence[Difference], outcome: Outcome) -> C
     settings = outcome.experiment.settings
     drawn = [each for each in differences if each.mean is not None]
     if not drawn:
-        return Chart(
-            _SECTION, name, "there is no seed in which a variant and the baseline both have the numbers.", None
-        )
+        return Chart(_SECTION, name, "there is no seed for which a variant and the baseline both have values.", None)
     rows = {(each.metric, each.variant): number for number, each in enumerate(drawn)}
     traces: list[Trace] = []
     for number, variant in enumerate(settings.variants):
@@ -98,8 +96,8 @@ def _forest(name: str, differences: Sequence[Difference], outcome: Outcome) -> C
     sides = {"higher" if each.higher_is_better else "lower" for each in drawn if each.higher_is_better is not None}
     better = f"{' or '.join(sorted(sides)).capitalize()} is better. " if sides else ""
     caption = (
-        f"Mean over the seeds of variant minus {settings.baseline}, with the 95 % t interval; open: no interval. "
-        f"{better}An interval that holds 0 supports no claim."
+        f"Variant minus {settings.baseline}, mean over the seeds, with the 95 % t interval. An open symbol has no "
+        f"interval. {better}An interval that contains 0 supports no claim."
     )
     return Chart(_SECTION, name, caption, chart)
 
@@ -141,7 +139,7 @@ def _estimate(found: Difference) -> str:
 
 
 def cost_chart(outcome: Outcome) -> Chart:
-    """Return the mean seconds of each variant, by what they were spent on."""
+    """Return the mean seconds of each variant, split into training, decisions, evaluation and tasks."""
     name = "Mean seconds of a run"
     costs = {variant: outcome.costs(variant) for variant in outcome.experiment.settings.variants}
     known = [variant for variant, found in costs.items() if found]
@@ -166,13 +164,13 @@ def cost_chart(outcome: Outcome) -> Chart:
     chart["layout"]["yaxis"] |= {"tickvals": rows, "ticktext": labels, "autorange": "reversed"}
     chart["layout"] |= {"barmode": "stack", "height": 174 + _ROW_HEIGHT * len(known)}
     missing = [variant for variant, found in costs.items() if not found]
-    caption = "Means over the complete runs; the start of the processes is not counted."
+    caption = "Means over the complete runs, without the start of the processes."
     caption += f" Without a complete run: {', '.join(missing)}." if missing else ""
     return Chart(_SECTION, name, caption, chart)
 
 
 def run_charts(outcome: Outcome) -> list[Chart]:
-    """Return the report's charts of one complete run of every variant: the first seed that most of them share."""
+    """Return the report's charts of one complete run per variant, for the first seed that most variants share."""
     seeds = outcome.experiment.settings.seeds
     complete = {
         variant: {

@@ -1,4 +1,4 @@
-"""The table of a comparison's runs: how far each is, and what the rest is expected to cost."""
+"""The table of a comparison's runs: the state of each, and the expected cost of the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SECONDS = ("train_seconds", "decision_seconds", "evaluate_seconds", "task_secon
 
 
 def plan_table(experiment: Experiment, states: dict[Run, State]) -> Table:
-    """Return what each run still needs, and what that is expected to cost."""
+    """Return the state of each run and the seconds it is expected to take."""
     known = {run: _seconds(run, experiment) for run in states}
     expected_of = {run: _expected(run, state, known) for run, state in states.items()}
     rows = []
@@ -37,7 +37,11 @@ def _seconds(run: Run, experiment: Experiment) -> dict[str, float] | None:
 
 
 def _expected(run: Run, state: State, known: dict[Run, dict[str, float] | None]) -> float | None:
-    """Return the seconds of a complete run; of another the mean of the same variant's complete runs, else of all."""
+    """Return the seconds of a complete run. Of another run return an estimate, or None if no run is complete.
+
+    The estimate is the mean over the complete runs of the same variant. If the variant has none, the estimate is the
+    mean over all complete runs.
+    """
     if state == "to record":
         return 0.0
     of_variant = [run] if known[run] else [other for other in known if other.variant == run.variant]
@@ -56,11 +60,11 @@ def _cost(experiment: Experiment, states: dict[Run, State], expected_of: dict[Ru
     measured = [seconds for run in missing if (seconds := expected_of[run]) is not None]
     if len(measured) == len(missing):
         return (
-            f"{runs}: about {sum(measured):,.0f} seconds one after another, judged by the complete runs (of other "
-            "variants where one has none: its decisions may cost more); the start of each process is not counted, and "
-            "what checkpoints save is not taken off."
+            f"{runs}: about {sum(measured):,.0f} seconds one after another, estimated from the complete runs. A "
+            "variant without a complete run is estimated from the other variants, and its decisions may cost more. "
+            "The start of each process is not included. Steps that a checkpoint saves are not subtracted."
         )
     total = equal.amount * sum(state in ("to run", "to resume") for state in states.values())
     if equal.wall_clock is not None:
         return f"{runs}: {total:,.0f} seconds of training and decisions; loading and evaluation are not known yet."
-    return f"{runs}: {total:,.0f} {equal.name} in all; the seconds are not known before a run is complete."
+    return f"{runs}: {total:,.0f} {equal.name} in all; the seconds are unknown until a run is complete."

@@ -1,4 +1,4 @@
-"""How long the rest of a comparison takes, judged by its runs that have come to their end."""
+"""Estimate of the time that the rest of a comparison takes, from the runs that are complete."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ def time_left(
     waiting: Sequence[str],
     jobs: int,
 ) -> tuple[float, float] | None:
-    """Return the fewest and the most seconds that the rest is expected to take; None if no run tells.
+    """Return the shortest and the longest time in seconds that the rest is expected to take.
 
-    A run is expected to take as long as those of its variant did; if there is none, as long as any run did.
+    A run is expected to take as long as the measured runs of its variant, or, if there are none, as any measured run.
 
     Args:
-        known: variant -> seconds of its runs that were made from beginning to end.
-        at_work: variant of each run at work, and for how many seconds it has been.
-        waiting: variant of each run that has not begun, in their order.
-        jobs: runs at a time, >= 1.
+        known: variant -> seconds of its runs that this command made from beginning to end.
+        at_work: variant of each running run, and the seconds since its start.
+        waiting: variant of each run that has not started, in order.
+        jobs: number of runs at a time, >= 1.
+
+    Returns:
+        Seconds (low, high), or None if no run is measured.
     """
     everything = [seconds for found in known.values() for seconds in found]
     if not everything:
@@ -39,7 +42,7 @@ def time_left(
 
 
 def _last_end(at_work: Sequence[float], waiting: Sequence[float], jobs: int) -> float:
-    """Return when the last run ends, if each waiting one begins at the first place that is free."""
+    """Return the seconds until the last run ends, if each waiting run starts at the first free slot."""
     ends = [*at_work, *[0.0] * (jobs - len(at_work))]
     heapq.heapify(ends)
     for seconds in waiting:
@@ -48,7 +51,7 @@ def _last_end(at_work: Sequence[float], waiting: Sequence[float], jobs: int) -> 
 
 
 def as_text(left: tuple[float, float] | None) -> str:
-    """Return ``", about 3.0 min left"``, or a range; nothing if it is not known or nothing is left."""
+    """Return ``", about 3.0 min left"`` or a range. Empty if the time is unknown or nothing is left."""
     if left is None or left[1] <= 0:
         return ""
     low, high = left

@@ -1,4 +1,4 @@
-"""What a run came to: read from its folder once, kept in ``complete.json``."""
+"""The result of a run: read from its folder once, then stored in ``complete.json``."""
 
 from __future__ import annotations
 
@@ -18,26 +18,30 @@ from dataflex.record.files import read_object
 from dataflex.trainer.resume import last_of
 
 State = Literal["complete", "to record", "to evaluate", "to resume", "to run"]
-"""``to record``: only its numbers have to be read; ``to evaluate``: tasks are missing, and nothing is trained."""
+"""State of a run.
+
+``to record``: the run is trained and evaluated, and only its results must be read. ``to evaluate``: the run is trained,
+and tasks are missing.
+"""
 
 COSTS = ("train_seconds", "decision_seconds", "evaluate_seconds", "task_seconds", "tokens", "steps")
-"""Costs of a run; ``task_seconds`` where tasks were evaluated."""
+"""Costs of a run. ``task_seconds`` exists if tasks were evaluated."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """The numbers of a complete run.
+    """Metrics and costs of a complete run.
 
     Attributes:
-        metrics: name -> number, finite: ``token_weighted_loss``, ``<data set>_loss``, ``<task>/acc`` and so on.
-        not_finite: names of those that were measured and are not finite.
-        higher_is_better: name -> direction, of those whose direction is known.
-        costs: name of :data:`COSTS` -> number.
-        fingerprint: of the evaluation data; None without any.
-        domains: evaluation data sets.
-        tasks: the tasks of the comparison.
-        spent_before: tokens that were trained on at the last log before the last step; None where nothing was logged.
-        chance: task -> accuracy of guessing, where there is such a thing.
+        metrics: name -> finite value: ``token_weighted_loss``, ``<data set>_loss``, ``<task>/acc`` and so on.
+        not_finite: names of the metrics that were measured and are not finite.
+        higher_is_better: name -> direction, for the metrics whose direction is known.
+        costs: name of :data:`COSTS` -> value.
+        fingerprint: fingerprint of the evaluation data. None without evaluation data.
+        domains: names of the evaluation data sets.
+        tasks: names of the tasks of the comparison.
+        spent_before: tokens trained on at the last log before the last step. None if there is no such log.
+        chance: task -> accuracy of guessing, for tasks that have one.
     """
 
     metrics: dict[str, float]
@@ -52,7 +56,7 @@ class Result:
 
 
 def state_of(run: Run, plan: Plan) -> State:
-    """Return how far a run is.
+    """Return the state of a run.
 
     Raises:
         ConfigError: if its folder belongs to another run or release.
@@ -71,31 +75,34 @@ def state_of(run: Run, plan: Plan) -> State:
 
 
 def needs_overwriting(run: Run) -> bool:
-    """Return whether the folder of a run that is not trained holds a model or checkpoints, but none to go on from."""
+    """Return whether the folder of an untrained run has a model or checkpoints, but none that can be resumed."""
     left = bool(checkpoints(run.folder)) or any((run.folder / name).is_file() for name in MODEL_FILES)
     return left and last_of(run.folder) is None
 
 
 def failure_of(run: Run) -> str | None:
-    """Return why the last attempt at a run failed, if it did."""
+    """Return the error of the last attempt at a run, or None if it did not fail."""
     failed = _object(run.folder / FAILED_FILE)
     return None if failed is None else str(failed.get("error"))
 
 
 def tasks_to_evaluate(run: Run, plan: Plan) -> list[Task]:
-    """Return the tasks that a run lacks: not on record, or with other settings, files or another harness."""
+    """Return the tasks of a run that have no valid result.
+
+    A result is valid if the settings and the files of the task and the version of the harness have not changed since.
+    """
     known = _recorded(run).get("tasks", {})
     return [task for task in plan.tasks if known.get(task.name, {}).get("key") != task.key]
 
 
 def _recorded(run: Run) -> dict[str, Any]:
-    """Return what :func:`complete` wrote about this run; empty where it did not."""
+    """Return the object that :func:`complete` stored for this run, or an empty one."""
     stored = _object(run.folder / COMPLETE_FILE) or {}
     return stored if (stored.get("format"), stored.get("key")) == (FORMAT, run.key) else {}
 
 
 def read_result(run: Run, plan: Plan) -> Result | None:
-    """Return the numbers of a complete run; None where it is not complete, or not with these tasks."""
+    """Return the result of a complete run. None if the run, or one of the plan's tasks, is not complete."""
     stored = _recorded(run)
     if not stored or tasks_to_evaluate(run, plan):
         return None
@@ -123,18 +130,18 @@ def read_result(run: Run, plan: Plan) -> Result | None:
 
 
 def trained_problem(run: Run, plan: Plan) -> str | None:
-    """Return why a run's training is not whole, or None where it is.
+    """Return the reason why the training of a run is not complete, or None if it is.
 
-    Whole is a record whose summary speaks of its last step, with the evaluation made there, and says that the model was
-    saved.
+    Training is complete if the summary on record says that the model was saved. If the plan evaluates, the summary must
+    also have an evaluation of the last step.
     """
     summary_file = run.folder / "dataflex" / "summary.json"
     summary = _object(summary_file)
     if summary is None:
-        return f"{summary_file} is missing or not readable: training has not ended"
+        return f"{summary_file} is missing or cannot be read: training has not ended"
     missing = [name for name in COSTS if name != "task_seconds" and not _is_number(summary.get(name))]
     if missing:
-        return f"{summary_file} has no number {', '.join(missing)}"
+        return f"{summary_file} has no finite number for {', '.join(missing)}"
     evaluation = summary.get("evaluation")
     if plan.evaluates:
         if not isinstance(evaluation, dict) or evaluation.get("step") != summary["steps"]:
@@ -148,15 +155,15 @@ def trained_problem(run: Run, plan: Plan) -> str | None:
 
 
 def complete(run: Run, plan: Plan, evaluated: Sequence[Task]) -> None:
-    """Read what a run came to, and keep it beside the tasks that are on record already.
+    """Read the result of a run and store it beside the results of tasks that are on record already.
 
     Args:
-        run: trained.
-        plan: what it belongs to.
-        evaluated: the tasks that were evaluated just now.
+        run: a trained run.
+        plan: the plan that the run belongs to.
+        evaluated: the tasks that were just evaluated.
 
     Raises:
-        ConfigError: if something is missing; the text says what.
+        ConfigError: if something is missing. The text names it.
     """
     problem = trained_problem(run, plan)
     if problem is not None:
@@ -183,11 +190,11 @@ def complete(run: Run, plan: Plan, evaluated: Sequence[Task]) -> None:
 
 
 _ALWAYS_MEASURED = ("loss", "perplexity")
-"""Null only where they are not finite; bits per byte are null of a text without bytes too."""
+"""Measures that are null only if they are not finite. Bits per byte are also null for a text without bytes."""
 
 
 def _evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metrics, names of those that are not finite, and directions of what an evaluation measured."""
+    """Return the finite metrics, the names of the others, and the directions, of an evaluation."""
     measured = {name: group for name, group in (evaluation.get("domains") or {}).items() if group.get("tokens") != 0}
     groups = {**measured, **{name: evaluation[name] for name in AVERAGES if name in evaluation}}
     values = {
@@ -200,10 +207,10 @@ def _evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _task_record(run: Run, task: Task) -> dict[str, Any]:
-    """Return what ``dataflex-cli eval`` wrote about a task, as it is kept.
+    """Return the result that ``dataflex-cli eval`` wrote for a task, in the form that is stored.
 
     Raises:
-        ConfigError: if it wrote nothing.
+        ConfigError: if there is no result.
     """
     file = run.folder / "dataflex" / "tasks" / f"{task.name}.json"
     found = read_object(file)
@@ -228,7 +235,7 @@ def _task_record(run: Run, task: Task) -> dict[str, Any]:
 
 
 def _sorted_out(values: Mapping[str, Any], directions: Mapping[str, bool | None]) -> dict[str, Any]:
-    """Return the finite numbers, the names of the others, and the directions that are known."""
+    """Return the finite values, the names of the others, and the known directions."""
     return {
         "metrics": {name: float(value) for name, value in values.items() if _is_number(value)},
         "not_finite": [name for name, value in values.items() if not _is_number(value)],
@@ -247,7 +254,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _object(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file; None where there is none, or half of one."""
+    """Return the JSON object in a file, or None if the file is missing or cannot be parsed."""
     try:
         return read_object(path)
     except ConfigError:

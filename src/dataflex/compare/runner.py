@@ -1,4 +1,4 @@
-"""Running what is missing of a comparison: each run a process of its own, several at a time."""
+"""Execution of the missing runs of a comparison: a separate process for each run, several at a time."""
 
 from __future__ import annotations
 
@@ -45,21 +45,22 @@ from dataflex.trainer.stopping import Stopped
 PROGRAM = (sys.executable, "-m", "dataflex")
 """The command line that trains and evaluates."""
 
+# A run is one process: with these variables of a launcher it would start others, or wait for them.
 _NOT_HANDED_ON = ("FORCE_TORCHRUN", "LOCAL_RANK", "RANK", "WORLD_SIZE", "DATAFLEX_ERROR_FOLDER")
 _TAIL = 16_384
 _PATIENCE = 20.0
-"""Seconds a process may take to end after it was asked to."""
+"""Seconds that a process may take to end after it was interrupted."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """How many runs go on at once, and where.
+    """The number of runs at a time, and their devices.
 
     Attributes:
         jobs: runs at a time, >= 1.
-        devices: names for CUDA_VISIBLE_DEVICES; empty without CUDA.
-        whole_machine: whether each run is launched as by hand, in several processes on all devices where the
-            environment says so; with one job.
+        devices: names for CUDA_VISIBLE_DEVICES. Empty without CUDA.
+        whole_machine: whether a run is launched as by hand: if the environment says so, it has several processes on all
+            devices. Needs one job.
     """
 
     jobs: int
@@ -67,11 +68,11 @@ class Workers:
     whole_machine: bool = False
 
     def environment(self, place: int) -> dict[str, str]:
-        """Return the environment of the run in place number ``place``, from 0."""
+        """Return the environment of the run in slot ``place``, counted from 0."""
         if self.whole_machine:
             return {"TQDM_MININTERVAL": "5", **os.environ}
         environment = {key: value for key, value in os.environ.items() if key not in _NOT_HANDED_ON}
-        environment.setdefault("TQDM_MININTERVAL", "5")  # of the bars in the log
+        environment.setdefault("TQDM_MININTERVAL", "5")  # seconds; keeps progress bars from filling the log
         if self.devices:
             environment["CUDA_VISIBLE_DEVICES"] = self.devices[place % len(self.devices)]
         else:
@@ -80,7 +81,7 @@ class Workers:
 
 
 def workers(jobs: int | None = None) -> Workers:
-    """Return one job for each visible CUDA device, one without any; ``jobs`` sets their number."""
+    """Return one job for each visible CUDA device, or one without CUDA. ``jobs`` sets another number."""
     import torch
 
     count = torch.cuda.device_count()
@@ -95,7 +96,7 @@ def _cores() -> int:
 
 @dataclass
 class _Job:
-    """A run at work: in training, or evaluating these tasks."""
+    """A run whose process is running: in training, or, if there are ``tasks``, evaluating these."""
 
     run: Run
     place: int
@@ -108,14 +109,14 @@ class _Job:
 
 
 class Progress:
-    """Tells how far the runs are: one bar in a terminal, else a line for every run begun or ended."""
+    """Display of the progress: one bar in a terminal, else a line whenever a run starts or ends."""
 
     def __init__(self, total: int) -> None:
         from tqdm import tqdm
 
         self._plain = not sys.stderr.isatty()
         self._shown = 0.0
-        # Without tqdm's own time left, which knows neither variants nor how many runs are at work.
+        # tqdm's estimate of the time left is omitted: it knows neither variants nor the number of running runs.
         form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         self._bar = tqdm(total=total, unit="run", disable=self._plain, bar_format=form)
 
@@ -125,14 +126,14 @@ class Progress:
         sys.stderr.flush()
 
     def show(self, jobs: Sequence[_Job], done: int) -> None:
-        """Show the runs at work, a few times a second at most."""
+        """Show the running runs, about three times a second at most."""
         if not self._plain and time.monotonic() - self._shown > 0.3:
             self._shown = time.monotonic()
             self._bar.n = done
             self._bar.set_postfix_str(", ".join(f"{job.run.name} {_step(job)}" for job in jobs))
 
     def close(self) -> None:
-        """Leave the line as it is."""
+        """Stop the bar and leave its last state on the screen."""
         self._bar.close()
 
 
@@ -142,17 +143,17 @@ def execute(
     """Train and evaluate runs until each is complete or has failed.
 
     Args:
-        plan: what they belong to.
-        runs: those that are not complete.
-        at_once: how many at a time, and where.
-        program: the command line, to which ``train FILE`` or ``eval FOLDER --tasks FILE`` is added.
-        total: number of all runs, with those that are complete already, by which they are counted; None: no others.
+        plan: the plan that the runs belong to.
+        runs: the runs that are not complete.
+        at_once: the number of runs at a time, and their devices.
+        program: the command line, to which ``train FILE`` or ``eval FOLDER --tasks FILE`` is appended.
+        total: number of all runs with the complete ones, for messages such as "run 3 of 12". None means ``len(runs)``.
 
     Returns:
-        Name of each run that failed -> why.
+        Name of each failed run -> its error.
 
     Raises:
-        KeyboardInterrupt: if the user stops it; the processes have ended then.
+        KeyboardInterrupt: if the user stops the command. All processes have ended by then.
     """
     crew = _Crew(plan, runs, at_once, program, total or len(runs))
     with _interruptible():
@@ -164,7 +165,7 @@ def execute(
 
 
 class _Crew:
-    """The runs that wait, those at work, and what became of the others."""
+    """The runs that wait, the runs at work, and the errors of the others."""
 
     def __init__(self, plan: Plan, runs: Sequence[Run], at_once: Workers, program: Sequence[str], total: int) -> None:
         self.failed: dict[str, str] = {}
@@ -173,13 +174,13 @@ class _Crew:
         self._began: dict[str, float] = {}
         self._before, self._total = total - len(runs), total
         self._whole: set[str] = set()
-        """Runs that began without anything of an earlier attempt."""
+        """Names of runs that started without files of an earlier attempt."""
         self._known: dict[str, list[float]] = {}
-        """Variant -> seconds of such runs, from beginning to end."""
+        """Variant -> seconds of such runs, from start to end."""
         self._progress = Progress(len(runs))
 
     def work(self) -> None:
-        """Go on until nothing waits and nobody works."""
+        """Start runs and handle their ends until no run waits and none is running."""
         while self._waiting or self._at_work:
             free = sorted(set(range(self._at_once.jobs)) - {job.place for job in self._at_work})
             while self._waiting and free:
@@ -191,12 +192,12 @@ class _Crew:
             self._progress.show(self._at_work, self._done)
 
     def dismiss(self) -> None:
-        """End whoever is still at work; their checkpoints stay."""
+        """End the processes that are still running. Their checkpoints stay."""
         _end([job.process for job in self._at_work])
         self._progress.close()
 
     def _begin(self, run: Run, place: int) -> None:
-        """Start what a run lacks first."""
+        """Start the first step that a run lacks: its training, or else its tasks."""
         self._began[run.name] = time.monotonic()
         if not run.folder.exists():
             self._whole.add(run.name)
@@ -209,6 +210,7 @@ class _Crew:
             if trained_problem(run, self._plan) is None:
                 self._after_training(run, place)
                 return
+            # A result on record would be of a training that is about to be replaced.
             (run.folder / COMPLETE_FILE).unlink(missing_ok=True)
             overwrite = ["overwrite_output_dir=true"] if needs_overwriting(run) else []
             self._launch(run, place, (), ["train", str(run.folder / RUN_FILE), *overwrite])
@@ -216,13 +218,14 @@ class _Crew:
             self._fail(run, str(error))
 
     def _go_on(self, job: _Job) -> None:
-        """Start what comes after a process that has ended."""
+        """Start the step that follows a process that has ended."""
         run = job.run
         try:
             problem = changed_file(run, self._plan)
             if problem is not None and not job.tasks:
+                # The folder's name has the key of the files before the change, which the model may not match.
                 aside = set_aside(run.folder)
-                self._fail(run, f"{problem} What was trained meanwhile is in {aside}", aside)
+                self._fail(run, f"{problem} The model trained in the meantime is in {aside}", aside)
             elif problem is not None or (problem := changed_task(job.tasks)) is not None:
                 self._fail(run, problem)
             elif job.process.returncode:
@@ -264,10 +267,10 @@ class _Crew:
         self._progress.say(f"{self._counted(run)}: complete after {duration(round(seconds))}{self._rest()}")
 
     def _fail(self, run: Run, error: str, folder: Path | None = None) -> None:
-        """Keep why a run failed; ``folder``: where its log is, if it is not in its own folder."""
+        """Store the error of a run. ``folder`` is the folder of its log if that has moved."""
         self.failed[run.name] = error
         note = {"error": error, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with suppress(OSError):  # a full disk may be why it failed
+        with suppress(OSError):  # a full disk may be the reason of the failure
             write_atomically(run.folder / FAILED_FILE, json_text(note, indent=2).encode())
         self._done += 1
         log = (folder or run.folder) / LOG_FILE
@@ -275,14 +278,14 @@ class _Crew:
         self._progress.say(f"{self._counted(run)}: failed after {seconds}: {error}; see {log}")
 
     def _counted(self, run: Run) -> str:
-        """Return a run's name, with its number among several."""
+        """Return a run's name, with its number if there are several runs."""
         if self._total == 1:
             return run.name
         number = self._before + list(self._began).index(run.name) + 1
         return f"run {number} of {self._total}: {run.name}"
 
     def _rest(self) -> str:
-        """Return how many runs are to go, and how long they are expected to take."""
+        """Return the number of runs to go and the time they are expected to take."""
         to_go = len(self._waiting) + len(self._at_work)
         if not to_go:
             return ""
@@ -297,7 +300,7 @@ class _Crew:
 
 
 def _prepare(run: Run) -> None:
-    """Write what says which run a folder holds."""
+    """Write the files that identify the run in a folder."""
     key: dict[str, Any] = {
         "format": FORMAT,
         "key": run.key,
@@ -312,7 +315,10 @@ def _prepare(run: Run) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what no longer is what its place says, such as a run's folder under another key; return the new name."""
+    """Rename a path whose content no longer matches its name, and return the new path.
+
+    An example is a run's folder whose name has the key of other files.
+    """
     number = 1
     while (aside := path.with_name(f"{path.stem}-changed-{number}{path.suffix}")).exists():
         number += 1
@@ -320,11 +326,11 @@ def set_aside(path: Path) -> Path:
 
 
 def _start(run: Run, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a process in a group of its own, its output behind what the log already has."""
+    """Start a process in a separate process group, with its output appended to the log."""
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
     def prepare() -> None:
-        """Take SIGINT, which a shell's background jobs ignore; end when the comparison is killed, lest it go unseen."""
+        """Restore SIGINT, which a shell's background jobs ignore, and let the process end with the comparison."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if prctl is not None:
             prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -338,13 +344,13 @@ def _start(run: Run, command: Sequence[str], environment: Mapping[str, str]) -> 
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C reaches the comparison alone, which can end the whole group
             preexec_fn=prepare,
         )
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Interrupt processes, and kill what is left of their groups after a while, or when interrupted again."""
+    """Interrupt processes, then kill their groups after `_PATIENCE` seconds, or at once if interrupted again."""
     try:
         for process in processes:
             process.send_signal(signal.SIGINT)
@@ -354,7 +360,8 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
                 process.wait(max(0.0, last - time.monotonic()))
     finally:
         for process in processes:
-            with suppress(ProcessLookupError, PermissionError):  # the second where only the dead are left (macOS)
+            # PermissionError: macOS raises it if only ended processes are left in the group.
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
         for process in processes:
             process.wait()
@@ -362,7 +369,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Take Ctrl-C, also where a shell had it ignored in the background, and SIGTERM like it, for a while."""
+    """Handle SIGINT, even if a shell made a background job ignore it, and SIGTERM, inside the ``with`` block."""
 
     def interrupt(number: int, _: object) -> None:
         raise Stopped(number)
@@ -376,15 +383,15 @@ def _interruptible() -> Iterator[None]:
 
 
 def _last_error(run: Run) -> str:
-    """Return the line of a run's log that says best what went wrong."""
+    """Return the line of a run's log that most likely states the error."""
     lines = [line for line in re.split(r"[\r\n]+", _tail(run.folder / LOG_FILE)) if line.strip()]
     said = [line for line in lines if re.match(r"dataflex: |(\w+\.)*\w*(Error|Exception|Interrupt)\b", line)]
-    text = (said or lines or ["it said nothing"])[-1].strip()
+    text = (said or lines or ["the log is empty"])[-1].strip()
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _tail(path: Path) -> str:
-    """Return the last lines of a file since its last heading."""
+    """Return the last lines of a log, after its last heading."""
     with path.open("rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - _TAIL))
@@ -392,7 +399,7 @@ def _tail(path: Path) -> str:
 
 
 def _step(job: _Job) -> str:
-    """Return how far a run is, from the last line of LLaMA-Factory's log."""
+    """Return the progress of a run, from the last line of LLaMA-Factory's log."""
     if job.tasks:
         return "tasks"
     try:

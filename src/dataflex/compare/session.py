@@ -1,4 +1,4 @@
-"""One command that trains several models: its plan, the lock on its folder, and what it says when it is stopped."""
+"""A command that trains several models: its plan, the lock on its folder, and its message after a stop."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Work:
     """The work of a command, after its file was read.
 
     Attributes:
-        output: the folder that is written to.
-        plan: returns the tables of what would be done.
-        run: does it, and returns the exit status.
-        notes: what the user should be told first.
+        output: the folder that the command writes to.
+        plan: returns the tables of the planned runs.
+        run: does the work and returns the exit status.
+        notes: messages that are printed first.
     """
 
     output: Path
@@ -33,18 +33,18 @@ class Work:
 
 
 def carry_out(load: Callable[[], Work], *, dry_run: bool, on_stop: str) -> int:
-    """Do a command's work while its folder is locked, or only print the plan, and return the exit status.
+    """Do the work of a command while its folder is locked, or only print the plan, and return the exit status.
 
     Args:
         load: reads the command's file.
         dry_run: only print the plan.
-        on_stop: what is said after Ctrl-C or SIGTERM.
+        on_stop: message after Ctrl-C or SIGTERM.
 
     Returns:
         The status of the work; 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
-        ConfigError: for what is wrong with the file, or if another command works in the folder.
+        ConfigError: if the file has problems, or another command works in the folder.
     """
     try:
         work = load()
@@ -59,24 +59,24 @@ def carry_out(load: Callable[[], Work], *, dry_run: bool, on_stop: str) -> int:
 
 
 def say(notes: Sequence[str]) -> None:
-    """Print notes."""
+    """Print notes to stderr."""
     for note in notes:
         print(f"dataflex: note: {note}", file=sys.stderr)
 
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold the lock on a folder, which is made if it does not exist.
+    """Hold the lock on a folder, which is created if it does not exist.
 
     Raises:
-        ConfigError: if another command holds it, or it cannot be written to.
+        ConfigError: if another command holds the lock, or the folder cannot be written to.
     """
     lock = FileLock(output / ".lock", timeout=0)
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise ConfigError(f"output_dir: another command is at work in {output}; wait for it.") from error
+        raise ConfigError(f"output_dir: another command is at work in {output}; wait until it ends.") from error
     except OSError as error:
         raise ConfigError(f"output_dir: {output} cannot be written to ({error.strerror or error}).") from error
     try:

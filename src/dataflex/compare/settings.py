@@ -1,4 +1,4 @@
-"""The experiment file: what is compared, over which seeds, at which equal budget."""
+"""The settings of an experiment file: the variants, the seeds and the equal budget."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def _form_of_base(value: Any) -> Any:
 
 
 Base = Annotated[str | dict[str, Any], BeforeValidator(_form_of_base)]
-"""A configuration that others are made of: a file, or its keys."""
+"""The configuration that the variants change: a file, or its keys."""
 
 
 class Equal(BaseModel):
-    """What every run may spend. Exactly one is given."""
+    """The budget of every run. Exactly one of the keys is given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tokens: int | None = Field(None, ge=1, description="Tokens trained on, padding not counted.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps.")
-    wall_clock: float | None = Field(None, gt=0, description="Seconds of training and of decisions together.")
+    wall_clock: float | None = Field(None, gt=0, description="Seconds of training and decisions together.")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Equal:
@@ -43,12 +43,12 @@ class Equal(BaseModel):
 
     @property
     def name(self) -> str:
-        """Which of the three is given."""
+        """The key that is given."""
         return next(name for name in ("tokens", "steps", "wall_clock") if getattr(self, name) is not None)
 
     @property
     def amount(self) -> float:
-        """Its value: tokens, steps or seconds."""
+        """The value of that key: tokens, steps or seconds."""
         return float(getattr(self, self.name))
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Equal(BaseModel):
 
 
 class Evaluate(BaseModel):
-    """What is measured of every trained model beside its evaluation data."""
+    """Measurements of every trained model, besides those on its evaluation data."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,12 +72,12 @@ class ExperimentSettings(BaseModel):
 
     base: Base = Field(description="A LLaMA-Factory YAML (path from the experiment file), or its keys.")
     output_dir: str = Field(min_length=1, description="Folder of everything the comparison writes.")
-    baseline: str = Field(description="The variant the others are compared with.")
+    baseline: str = Field(description="The variant that the others are compared with.")
     variants: dict[str, dict[str, Any]] = Field(description="Name of a variant: the keys it changes in the base.")
     seeds: list[int] = Field(description="Every variant is trained with each of these seeds.")
-    equal: Equal = Field(description="What every run may spend.")
+    equal: Equal = Field(description="The budget of every run: tokens, steps or wall_clock.")
     evaluate: Evaluate | None = Field(None, description="Downstream tasks of every trained model.")
-    metrics: list[str] | None = Field(None, description="The numbers whose differences are claimed or not.")
+    metrics: list[str] | None = Field(None, description="The metrics whose differences get a finding.")
 
     @field_validator("variants", mode="before")
     @classmethod
@@ -97,13 +97,15 @@ class ExperimentSettings(BaseModel):
         bad = [name for name in value if not _NAME.fullmatch(name)]
         if bad:
             raise ValueError(
-                f"{', '.join(map(repr, bad))}: a name becomes a folder; letters, digits, '.', '_' and '-' are allowed, "
-                "beginning with a letter or digit, 60 at most"
+                f"{', '.join(map(repr, bad))}: a name becomes a folder; use at most 60 letters, digits, '.', '_' and "
+                "'-', with a letter or digit first"
             )
         lower: dict[str, str] = {}
         for name in value:
             if (other := lower.setdefault(name.lower(), name)) != name:
-                raise ValueError(f"{other!r} and {name!r} are one folder where case does not count")
+                raise ValueError(
+                    f"{other!r} and {name!r} would share a folder on a file system that ignores case; rename one"
+                )
         return value
 
     @field_validator("seeds", mode="before")
@@ -117,10 +119,10 @@ class ExperimentSettings(BaseModel):
     @classmethod
     def _seeds_distinct(cls, value: list[int]) -> list[int]:
         if not value:
-            raise ValueError("needs at least one seed; three or more, for a claim")
+            raise ValueError("needs at least one seed, and three or more to support a claim")
         twice = sorted({seed for seed in value if value.count(seed) > 1})
         if twice:
-            raise ValueError(f"{', '.join(map(str, twice))} is given more than once: the same run twice proves nothing")
+            raise ValueError(f"{', '.join(map(str, twice))} is given more than once; use each seed once")
         outside = [seed for seed in value if not 0 <= seed <= _LARGEST_SEED]
         if outside:
             raise ValueError(f"{outside[0]} is not between 0 and {_LARGEST_SEED}")
@@ -148,12 +150,12 @@ def read_settings(path: Path) -> ExperimentSettings:
 
 
 def problem_of(item: Any, prefix: tuple[str, ...], models: Mapping[tuple[str, ...], type[BaseModel]]) -> Problem:
-    """Return a problem that pydantic found in our words.
+    """Return a pydantic error as a problem in the words of this project.
 
     Args:
-        item: of ``ValidationError.errors()``.
+        item: an item of ``ValidationError.errors()``.
         prefix: key of the value that was validated.
-        models: key inside that value -> the model validated there.
+        models: key inside that value -> the model that validates it.
     """
     where = tuple(str(part) for part in item["loc"])
     key = ".".join((*prefix, *where))

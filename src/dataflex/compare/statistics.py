@@ -1,9 +1,9 @@
-"""What a few seeds support: intervals of paired differences, and sentences about them.
+"""Intervals of paired differences over a few seeds, and sentences about the conclusions they support.
 
-The difference of a variant is its number minus the baseline's with the same seed. The interval is Student's t interval
-of the mean of those differences (scipy.stats.ttest_1samp), which holds its 95 % where they are about normal, also for
-three seeds. The percentile bootstrap (scipy.stats.bootstrap) assumes no shape, but is too narrow below some thirty
-seeds; it is shown, and nothing is concluded from it.
+The difference of a variant is its value minus the baseline's with the same seed. The interval is Student's t interval
+of the mean of the differences (scipy.stats.ttest_1samp). If the differences are about normal, its coverage is 95 %,
+even for three seeds. The percentile bootstrap (scipy.stats.bootstrap) assumes no shape, but is too narrow below some
+thirty seeds. It is shown, and nothing is concluded from it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 CONFIDENCE = 0.95
 
 BOOTSTRAP_SEEDS = 30
-"""Seeds below which the bootstrap is too narrow."""
+"""Number of seeds below which the bootstrap is too narrow."""
 
 _RESAMPLES = 2000
 
@@ -43,7 +43,7 @@ def bootstrap_interval(differences: Floats, resamples: int = _RESAMPLES) -> tupl
 
     Args:
         differences: (..., n), n >= 2.
-        resamples: how often n differences are drawn with replacement, always the same way.
+        resamples: number of times that n differences are drawn with replacement. The draws are always the same.
     """
     from scipy.stats import bootstrap
 
@@ -55,7 +55,7 @@ def bootstrap_interval(differences: Floats, resamples: int = _RESAMPLES) -> tupl
         confidence_level=CONFIDENCE,
         method="percentile",
         vectorized=True,
-        batch=max(1, 20_000_000 // differences.size),
+        batch=max(1, 20_000_000 // differences.size),  # limits the memory to so many values at a time
         rng=np.random.default_rng(0),
     ).confidence_interval
     return np.asarray(found.low), np.asarray(found.high)
@@ -63,19 +63,19 @@ def bootstrap_interval(differences: Floats, resamples: int = _RESAMPLES) -> tupl
 
 @dataclass(frozen=True)
 class Difference:
-    """A variant against the baseline in one metric.
+    """The difference between a variant and the baseline in one metric.
 
     Attributes:
-        variant: its name.
-        baseline: the baseline's.
+        variant: name of the variant.
+        baseline: name of the baseline.
         metric: name of the metric.
-        seeds: those in which both have the number.
-        values: variant minus baseline for each of them.
-        mean: of the values; None without any.
-        interval: 95 % t interval; None below two values, or where all are equal.
-        bootstrap: 95 % bootstrap interval; None as above.
-        higher_is_better: direction of the metric; None where it is not known.
-        finding: what the t interval supports.
+        seeds: the seeds for which both have a value.
+        values: variant minus baseline, for each of these seeds.
+        mean: mean of the values. None without values.
+        interval: 95 % t interval. None for fewer than two values, or if all are equal.
+        bootstrap: 95 % bootstrap interval. None in the same cases.
+        higher_is_better: direction of the metric. None if unknown.
+        finding: the conclusion that the t interval supports.
     """
 
     variant: str
@@ -101,12 +101,12 @@ def difference(
     """Compare a variant with the baseline.
 
     Args:
-        variant: its name.
-        baseline: the baseline's.
+        variant: name of the variant.
+        baseline: name of the baseline.
         metric: name of the metric.
-        own: seed -> the variant's number.
-        others: seed -> the baseline's.
-        higher_is_better: direction of the metric; None where it is not known.
+        own: seed -> value of the variant.
+        others: seed -> value of the baseline.
+        higher_is_better: direction of the metric. None if unknown.
     """
     better = higher_is_better
     seeds = tuple(seed for seed in own if seed in others)
@@ -115,7 +115,8 @@ def difference(
         return Difference(variant, baseline, metric, (), (), None, None, None, better, "no data")
     mean = float(values.mean())
     numbers = tuple(values.tolist())
-    if np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())):  # one seed, or nothing to tell the spread from
+    # One seed, or equal differences: without a spread there is no interval.
+    if np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())):
         return Difference(variant, baseline, metric, seeds, numbers, mean, None, None, better, "no claim")
     low, high = (float(end) for end in t_interval(values))
     least, most = (float(end) for end in bootstrap_interval(values))
@@ -126,7 +127,7 @@ def difference(
 
 
 def title(metric: str) -> str:
-    """Return a metric's name as a person would say it."""
+    """Return a metric's name in words."""
     if "/" in metric:
         task, _, name = metric.partition("/")
         return f"{task} {name}"
@@ -136,7 +137,7 @@ def title(metric: str) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with four digits behind the point, or two significant ones where that would be little."""
+    """Return a number with four decimals, or with two significant digits if it is below 0.001."""
     return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2g}"
 
 
@@ -146,43 +147,43 @@ def signed(value: float) -> str:
 
 
 def sentence(found: Difference, budget: str, asked: int) -> str:
-    """Return what a difference supports, in one sentence.
+    """Return the conclusion that a difference supports, in one sentence.
 
     Args:
         found: the difference.
-        budget: what all runs were given alike ("200,000 tokens").
-        asked: seeds of the comparison; where fewer were compared, the sentence says so.
+        budget: the budget of every run, such as "200,000 tokens".
+        asked: number of seeds of the comparison. The sentence says so if fewer were compared.
     """
     few = f" ({len(found.seeds)} of {asked} seeds)" if 0 < len(found.seeds) < asked else ""
     what = f"{found.variant}{few}: {title(found.metric)}"
     seeds = f"{len(found.seeds)} seeds"
     if found.mean is None:
-        return f"{what} cannot be compared with {found.baseline}: there is no seed in which both have the number."
+        return f"{what} cannot be compared with {found.baseline}: there is no seed for which both have a value."
     side = "lower" if found.mean < 0 else "higher"
     size = f"{number(abs(found.mean))} {side} than {found.baseline}" if found.mean else f"equal to {found.baseline}"
     if len(found.seeds) == 1:
-        return f"{what} {size} with the one seed compared: no claim is possible from one seed."
+        return f"{what} {size} for the only seed compared: no claim is possible from one seed."
     if found.interval is None:
-        return f"{what} {size} in each of {seeds} alike: without a spread there is no interval, and no claim."
+        return f"{what} {size} for each of {seeds}: without a spread there is no interval, and so no claim."
     low, high = found.interval
     if found.finding == "unclear":
         most = number(max(abs(low), abs(high)))
         return (
-            f"{what}: no difference from {found.baseline} can be told from {seeds} (mean {signed(found.mean)}, 95 % "
+            f"{what}: {seeds} show no clear difference from {found.baseline} (mean {signed(found.mean)}, 95 % "
             f"interval [{signed(low)}, {signed(high)}]); differences as large as {most} cannot be ruled out."
         )
     said = f"{what} {size} at {budget}, {seeds}, 95 % interval [{signed(low)}, {signed(high)}]"
     if found.higher_is_better is None:
-        return f"{said}: whether higher or lower is better is not known, so no claim."
+        return f"{said}: no claim, because it is unknown whether higher or lower is better."
     return f"{said}: {found.finding}."
 
 
 def chance_line(comparisons: int) -> str:
-    """Return how many of so many comparisons would stand out though nothing differs."""
+    """Return a sentence on how many of the comparisons would stand out by chance."""
     expected = (1 - CONFIDENCE) * comparisons
     return (
-        f"{comparisons} comparison{'s were' if comparisons != 1 else ' was'} made at 95 %: if no variant differed at "
-        f"all, about {expected:.2g} of them would stand out by chance."
+        f"{comparisons} comparison{'s were' if comparisons != 1 else ' was'} made at 95 %: if no variant really "
+        f"differed, about {expected:.2g} of them would stand out by chance."
     )
 
 

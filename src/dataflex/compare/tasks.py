@@ -1,4 +1,4 @@
-"""The downstream tasks of a comparison: their settings, their files, and the metrics known of each."""
+"""The downstream tasks of a comparison: their settings, their files, and the known metrics of each."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from dataflex.evaluation.tasks import TaskSettings
 
 HARNESS = "lm_eval"
-"""Package that evaluates the tasks."""
+"""The package that evaluates the tasks."""
 
 TASK_METRICS = {
     "multiple_choice": ("acc", "acc_norm"),
     "generation": ("exact_match", "exact_match_flexible"),
 }
-"""Form of a task -> its metrics, the one that is claimed by default first."""
+"""Form of a task -> its metrics. The first one gets a finding by default."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Task:
     """A downstream task of every run.
 
     Attributes:
-        name: of the task, and of its results.
-        settings: what ``dataflex-cli eval`` is given, paths absolute.
+        name: name of the task and of its results.
+        settings: the settings for ``dataflex-cli eval``, with absolute paths.
         key: digest of the settings, of the files they name and of the harness's version.
     """
 
@@ -48,7 +48,7 @@ class Task:
 def tasks_of(
     settings: ExperimentSettings, here: Path, problems: list[Problem]
 ) -> tuple[tuple[Task, ...], dict[str, tuple[str, ...]]]:
-    """Return the tasks, and the metrics known of each."""
+    """Return the tasks, and the known metrics of each. Problems are appended to ``problems``."""
     if settings.evaluate is None:
         return (), {}
     from dataflex.evaluation.tasks import TaskSettings, load_task, task_problems
@@ -65,7 +65,7 @@ def tasks_of(
             bad = task_problems(task)
             problems += [replace(problem, key=dotted(key, problem.key)) for problem in bad]
             if task.name in found:
-                problems.append(Problem(key, f"there is another task {task.name!r}; results are kept by name."))
+                problems.append(Problem(key, f"there is another task {task.name!r}; give each task its own name."))
             if bad:
                 continue
             if task.task is not None:
@@ -85,7 +85,10 @@ def task_key(settings: Mapping[str, Any]) -> str:
 
 
 def _unknown_tasks(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:
-    """Yield the names that the harness does not know; only where there are names, because it takes seconds to load."""
+    """Yield a problem for each name that the harness does not know.
+
+    Without names the harness is not loaded, because loading takes seconds.
+    """
     if named:
         from dataflex.evaluation.harness import unknown_tasks
 

@@ -1,1 +1,1 @@
-"""How good a model is: loss of each domain while it trains, and downstream tasks afterwards."""
+"""Evaluation of a trained model on downstream tasks."""

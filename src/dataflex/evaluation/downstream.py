@@ -1,4 +1,4 @@
-"""Downstream evaluation: a model, tasks, and one JSON file of results for each task."""
+"""Downstream evaluation of a model on tasks, with one JSON file of results for each task."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Asking:
     """How questions are put to a model.
 
     Attributes:
-        batch_size: prompts at once, at least 1.
-        device: where to run; none: the accelerator if there is one.
-        dtype: one of `DTYPES`; ``auto`` is the type the weights are stored in.
-        apply_chat_template: show the questions as the model's chat template has them.
-        seed: of the draw under a task's ``limit``, and of what a task of the harness draws.
+        batch_size: prompts in a batch, at least 1.
+        device: the device to run on. None means the accelerator if there is one.
+        dtype: one of `DTYPES`; ``auto`` is the type that the weights are stored in.
+        apply_chat_template: format the questions with the model's chat template.
+        seed: seed of the draw under a task's ``limit``, and of anything that a task of the harness draws.
     """
 
     batch_size: int = BATCH_SIZE
@@ -53,9 +53,9 @@ def evaluate_tasks(
 
     Args:
         model: a folder with weights, or a name on the hub.
-        adapter: folder of a PEFT adapter on it.
-        tasks: what to run; each name once.
-        output: folder to write to; made if it does not exist. An earlier result of the same name is replaced.
+        adapter: folder of a PEFT adapter of that model.
+        tasks: the tasks to run, with distinct names.
+        output: folder to write to, created if it does not exist. An earlier result of the same name is replaced.
         asking: how the questions are put to the model.
 
     Raises:
@@ -68,7 +68,7 @@ def evaluate_tasks(
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output: {output} cannot be made ({error.strerror or error}).") from error
+        raise ConfigError(f"--output: {output} cannot be created ({error.strerror or error}).") from error
     from dataflex.evaluation import harness
 
     own = harness.harness_tasks([settings.task for settings in tasks if settings.task is not None])
@@ -92,7 +92,7 @@ def evaluate_tasks(
             )
         if outcome.cut:
             notes.append(
-                f"{outcome.cut} prompts were longer than the model's context of {lm.max_length} tokens; their "
+                f"{outcome.cut} prompts were longer than the model's context of {lm.max_length} tokens, so their "
                 "beginnings were cut off."
             )
         asked = {**asdict(asking), "device": str(lm.device)}
@@ -108,11 +108,11 @@ def _result(
     """Return the result of a task, for its file.
 
     Args:
-        settings: of the task.
-        outcome: what the model answered.
-        notes: what to know of it.
+        settings: settings of the task.
+        outcome: the outcome of the harness.
+        notes: facts that a reader of the result should know.
         about: the model, its adapter, versions and seconds.
-        asked: how the questions were put to it.
+        asked: how the questions were put to the model.
     """
     return TaskResult(
         task=settings.name,
@@ -131,7 +131,7 @@ def _result(
 
 
 def _loaded(tasks: Sequence[TaskSettings], seed: int) -> dict[str, FileTask]:
-    """Return the questions of each task that has a file, by its name.
+    """Return the questions of each task that has a file, by the name of the task.
 
     Raises:
         ConfigError: with every problem of all tasks.
@@ -152,7 +152,7 @@ def _loaded(tasks: Sequence[TaskSettings], seed: int) -> dict[str, FileTask]:
 
 
 def _chance_notes(metrics: Mapping[str, Metric], chances: Sequence[float]) -> list[str]:
-    """Return a warning for each accuracy that guessing may give; once, where both are one number."""
+    """Return a warning for each accuracy that guessing may reach, or one warning if both accuracies are equal."""
     found = {name: metrics[name] for name in CHOICE_METRICS if name in metrics} if chances else {}
     if found.get("acc") == found.get("acc_norm"):
         found.pop("acc_norm", None)

@@ -1,6 +1,6 @@
-"""The evaluation harness: the model in it, our tasks as its tasks, and what it answers.
+"""Adapter to lm-evaluation-harness: the model, the tasks of this project as tasks of the harness, and its results.
 
-Everything here needs torch and lm-eval; import it inside functions.
+Everything here needs torch and lm-eval, so import this module inside functions.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from dataflex.evaluation.tasks import MAX_NEW_TOKENS, STOP, FileTask, Question, 
 
 STRICT = r"#### (\-?[0-9\.\,]+)"
 FLEXIBLE = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
-"""How the harness's gsm8k finds the number in an answer: behind ``####``, or the last one of all."""
+"""Patterns with which the harness's gsm8k finds the number of an answer: behind ``####``, or the last number of all."""
 
 IGNORED = [",", r"\$", r"\.[0.]*$"]
-"""What two numbers may differ in, removed one after another."""
+"""Patterns that are removed from numbers, one after another, before numbers are compared."""
 
 _HIGHER = True
-"""Direction of the metrics of a task from a file, which are shares of right answers."""
+"""Direction of the metrics of a task from a file, all of which are shares of right answers."""
 
 _SUFFIX = {"none": "", "strict-match": "", "flexible-extract": "_flexible"}
 
 
 class Model(HFLM):
-    """The harness's model, which counts the prompts that are cut because they are longer than its context."""
+    """The harness's model, with a count of the prompts that are cut because they are longer than its context."""
 
     cut = 0
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Score continuations, with one progress bar: that of :meth:`_loglikelihood_tokens`."""
+        """Score continuations, with a single progress bar: the one of :meth:`_loglikelihood_tokens`."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        room = self.max_length + 1
+        room = self.max_length + 1  # the last token is only predicted, never read
         self.cut += len({tuple(context) for _, context, target in requests if len(context) + len(target) > room})
         return super()._loglikelihood_tokens(requests, override_bs=override_bs)
 
@@ -75,16 +75,16 @@ class Model(HFLM):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the harness found.
+    """Outcome of a task in the harness.
 
     Attributes:
-        form: kind of the task.
-        samples: questions asked.
-        num_fewshot: examples before each.
-        metrics: over all questions; of a group of the harness, what that group says.
-        subjects: results of each part, where there are parts.
-        chances: probability of guessing each question right; empty where nothing is chosen.
-        cut: prompts that were longer than the model's context.
+        form: form of the task.
+        samples: number of questions.
+        num_fewshot: examples before each question.
+        metrics: metrics over all questions. Of a group of the harness, the metrics that the group defines.
+        subjects: results of each part, if the task has parts.
+        chances: probability of guessing each question right. Empty if there are no choices.
+        cut: number of prompts that were longer than the model's context.
     """
 
     form: str
@@ -97,10 +97,10 @@ class Outcome:
 
 
 def load_model(model: str, adapter: Path | None, batch_size: int, device: str | None, dtype: str) -> Model:
-    """Load a model, with an adapter on it, in evaluation mode.
+    """Load a model, with an adapter if one is given, in evaluation mode.
 
     Raises:
-        ConfigError: if it cannot be loaded, or there is no such device.
+        ConfigError: if the model cannot be loaded, or the device does not exist.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -124,10 +124,10 @@ def load_model(model: str, adapter: Path | None, batch_size: int, device: str | 
 
 
 def _adapted(model: str, adapter: Path, dtype: str) -> torch.nn.Module:
-    """Return a model with an adapter on it.
+    """Return a model with an adapter.
 
-    The harness would give the base as many embeddings as the tokenizer has tokens; an adapter that was trained with
-    embeddings of its own has the number the base had in training, and fits that one only.
+    The harness would resize the base's embeddings to the number of tokens of the tokenizer. An adapter that was trained
+    with embedding layers has as many rows as the base had in training, and fits only a base of that size.
     """
     from peft import PeftModel
     from peft.utils import load_peft_weights
@@ -137,12 +137,13 @@ def _adapted(model: str, adapter: Path, dtype: str) -> torch.nn.Module:
     weights = load_peft_weights(str(adapter), device="cpu")
     rows = {value.size(0) for name, value in weights.items() if name.split(".")[-2] in names}
     if len(rows) == 1 and rows != {base.get_input_embeddings().weight.size(0)}:
+        # The adapter's rows replace the values, so their initialisation does not matter.
         base.resize_token_embeddings(rows.pop(), mean_resizing=False)
     return PeftModel.from_pretrained(base, str(adapter)).eval()
 
 
 def check_chat_template(model: Model, task: FileTask | None) -> str | None:
-    """Return a warning where the model's chat template leaves out what comes before the questions, else None.
+    """Return a warning if the model's chat template drops the description before the questions, else None.
 
     Raises:
         ConfigError: if the model has no chat template.
@@ -155,15 +156,18 @@ def check_chat_template(model: Model, task: FileTask | None) -> str | None:
     try:
         model.tokenizer.apply_chat_template(messages, tokenize=False)
     except jinja2.TemplateError:
-        return "the chat template takes no system message, so the description before the questions was left out."
+        return "the chat template accepts no system message, so the description before the questions was dropped."
     return None
 
 
 def harness_tasks(names: Sequence[str]) -> dict[str, Any]:
-    """Return what the harness has under each name; its data may come from the network.
+    """Load the tasks that the harness has under these names. Their data may come from the network.
+
+    Returns:
+        Name -> the task or group as the harness loads it.
 
     Raises:
-        ConfigError: for names it does not know, or whose data cannot be had.
+        ConfigError: if the harness does not know a name, or the data of a task cannot be loaded.
     """
     if not names:
         return {}
@@ -183,7 +187,7 @@ def harness_tasks(names: Sequence[str]) -> dict[str, Any]:
 
 
 def unknown_tasks(names: Sequence[str]) -> dict[str, str]:
-    """Return the names that the harness does not know, each with the name in quotes and the nearest one it has."""
+    """Return the names that the harness does not know -> the name in quotes, with the most similar known name."""
     return _unknown(names, TaskManager())
 
 
@@ -193,7 +197,7 @@ def _unknown(names: Sequence[str], manager: TaskManager) -> dict[str, str]:
 
 
 def configured(task: FileTask) -> dict[str, ConfigurableTask]:
-    """Return the task in the harness's terms: one task of its own for each subject, which has its own examples."""
+    """Return a task as tasks of the harness, one for each subject, since each subject has separate examples."""
     return {"no subject" if subject is None else subject: _configured(task, subject) for subject in task.subjects}
 
 
@@ -214,7 +218,7 @@ def _configured(task: FileTask, subject: str | None) -> ConfigurableTask:
         "fewshot_config": {
             "sampler": "first_n",
             "samples": [_document(question, description) for question in examples],
-            "doc_to_target": "answer",
+            "doc_to_target": "answer",  # an example shows the whole answer; "gold" is only the index or the number
         },
     }
     if task.form == "multiple_choice":
@@ -248,7 +252,7 @@ def _regex(name: str, **options: Any) -> dict[str, Any]:
 
 
 def run_file_task(model: Model, task: FileTask, apply_chat_template: bool, seed: int) -> Outcome:
-    """Ask a task's questions."""
+    """Ask the questions of a task that was read from a file."""
     with _quiet():
         tasks = configured(task)
     answered, cut = _answered(model, {"tasks": tasks, "groups": {}}, apply_chat_template, seed, None)
@@ -275,7 +279,7 @@ def run_file_task(model: Model, task: FileTask, apply_chat_template: bool, seed:
 def run_harness_task(
     model: Model, name: str, loaded: dict[str, Any], settings: TaskSettings, apply_chat_template: bool, seed: int
 ) -> Outcome:
-    """Run a task of the harness; its parts are the subjects."""
+    """Run a task of the harness. Its parts become the subjects."""
     for task in loaded["tasks"].values():
         if settings.num_fewshot is not None:
             task.set_config(key="num_fewshot", value=settings.num_fewshot)
@@ -303,7 +307,7 @@ def run_harness_task(
 def _answered(
     model: Model, tasks: dict[str, Any], apply_chat_template: bool, seed: int, limit: int | None
 ) -> tuple[dict[str, Any], int]:
-    """Return what the harness found, and how many prompts were cut."""
+    """Return the results of the harness, and the number of prompts that were cut."""
     transformers.set_seed(seed)
     model.cut = 0
     try:
@@ -317,13 +321,13 @@ def _answered(
             )
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"--batch-size: memory ran out with {model.batch_size} prompts at once; give a smaller number."
+            f"--batch-size: memory ran out with {model.batch_size} prompts at once; set a smaller batch size."
         ) from error
     return answered, model.cut
 
 
 def _values(samples: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Return metric -> one number for each question."""
+    """Return metric -> one value for each question."""
     found: dict[str, list[float]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
@@ -332,7 +336,7 @@ def _values(samples: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def _harness_result(answered: dict[str, Any], name: str) -> SubjectResult:
-    """Return the harness's own numbers of a task or a group."""
+    """Return the harness's own metrics of a task or a group."""
     numbers = answered["results"][name]
     directions = answered["higher_is_better"].get(name, {})
     metrics = {}
@@ -355,14 +359,14 @@ def _suffix(way: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the harness and transformers but for errors and the progress bars of the model."""
+    """Silence the harness and transformers, except for errors and the progress bars of the model."""
     library = transformers.utils.logging
     logger, level, verbosity = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level, library.get_verbosity()
     with_bars, bar = library.is_progress_bar_enabled(), lm_eval.api.task.tqdm
     logger.setLevel(logging.ERROR)
     library.set_verbosity_error()
     library.disable_progress_bar()
-    lm_eval.api.task.tqdm = lambda rows, total: rows  # one bar for each subject, of milliseconds
+    lm_eval.api.task.tqdm = lambda rows, total: rows  # else each subject shows a bar for some milliseconds
     try:
         yield
     finally:

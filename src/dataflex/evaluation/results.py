@@ -1,4 +1,4 @@
-"""Results of downstream tasks: numbers with standard errors, as JSON and as tables."""
+"""Results of downstream tasks: metrics with standard errors, as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pydantic import BaseModel, Field
 from dataflex.report.tables import NOTHING, Table
 
 CHOICE_METRICS = ("acc", "acc_norm")
-"""Shares of questions whose right choice was found, which guessing finds too."""
+"""Shares of questions answered by the right choice. Guessing has a known expected value for these."""
 
 
 class Metric(BaseModel):
-    """A number, its standard error and its direction.
+    """The value of a metric, its standard error and its direction.
 
     Attributes:
-        value: the number.
-        stderr: its standard error; None where it cannot be known (one sample).
-        higher_is_better: what the task says; None where it does not.
+        value: the value.
+        stderr: standard error of the value. None if unknown, as for a single question.
+        higher_is_better: direction of the metric. None if the task does not define it.
     """
 
     value: float | None
@@ -40,19 +40,19 @@ class TaskResult(BaseModel):
 
     Attributes:
         task: name of the task.
-        form: ``multiple_choice``, ``generation``, or what the harness calls the kind of its own task.
-        file: the questions; None for a task of the harness.
-        samples: questions asked.
-        num_fewshot: examples before each.
-        metrics: over all questions.
-        chance: mean over the questions of 1 / number of choices; None where nothing is chosen.
-        subjects: results of each subject, where there are several.
-        subject_mean: mean of the subjects' values, each subject counting the same.
-        notes: what a reader of the numbers should know.
-        model: the model as it was loaded.
-        adapter: the adapter on it.
+        form: ``multiple_choice``, ``generation``, or the harness's name for the kind of its own task.
+        file: file of the questions. None for a task of the harness.
+        samples: number of questions.
+        num_fewshot: examples before each question.
+        metrics: metrics over all questions.
+        chance: mean over the questions of 1 / number of choices. None if there are no choices.
+        subjects: results of each subject, if there are several.
+        subject_mean: mean over the subjects, with equal weights.
+        notes: facts that a reader of the result should know.
+        model: folder or name that the model was loaded from.
+        adapter: folder of the adapter, if there is one.
         settings: settings of the task and of the evaluation.
-        versions: packages.
+        versions: versions of the packages.
         seconds: wall time of this task, without loading the model.
     """
 
@@ -74,11 +74,11 @@ class TaskResult(BaseModel):
 
 
 def mean_metric(values: Sequence[float], higher_is_better: bool | None = None) -> Metric:
-    """Return the mean and its standard error, the sample deviation over the root of the number.
+    """Return the mean and its standard error: the sample deviation over the square root of the number of values.
 
     Args:
-        values: one number for each question, at least one.
-        higher_is_better: direction of the metric, where it is known.
+        values: one value for each question, at least one.
+        higher_is_better: direction of the metric. None if unknown.
     """
     found = np.asarray(values, dtype=np.float64)
     error = float(found.std(ddof=1) / math.sqrt(len(found))) if len(found) > 1 else None
@@ -86,7 +86,7 @@ def mean_metric(values: Sequence[float], higher_is_better: bool | None = None) -
 
 
 def mean_of_subjects(subjects: Mapping[str, SubjectResult]) -> dict[str, Metric]:
-    """Return the mean over the subjects of each metric; its error takes the subjects as independent."""
+    """Return the mean over the subjects of each metric. Its standard error treats the subjects as independent."""
     means = {}
     for name in dict.fromkeys(name for subject in subjects.values() for name in subject.metrics):
         found = [subject.metrics[name] for subject in subjects.values() if name in subject.metrics]
@@ -102,10 +102,10 @@ def mean_of_subjects(subjects: Mapping[str, SubjectResult]) -> dict[str, Metric]
 
 
 def chance_note(name: str, metric: Metric, chances: Sequence[float]) -> str | None:
-    """Return a warning where a value is within two standard errors of guessing, else None.
+    """Return a warning if a value is within two standard errors of guessing, else None.
 
-    The standard error is the larger of the measured one and that of guessing, which differ where few questions are
-    all right or all wrong.
+    The standard error is the larger of the measured one and that of guessing. The two differ if the questions are few
+    and all answers are right, or all are wrong.
 
     Args:
         name: name of the metric.
@@ -119,13 +119,13 @@ def chance_note(name: str, metric: Metric, chances: Sequence[float]) -> str | No
     if abs(metric.value - chance) > 2 * error:
         return None
     return (
-        f"{name} {metric.value:.4f} cannot be told from chance ({chance:.4f}): it is within two standard errors "
-        f"({error:.4f} each) of it."
+        f"{name} {metric.value:.4f} does not differ clearly from chance ({chance:.4f}): the distance is at most two "
+        f"standard errors of {error:.4f}."
     )
 
 
 def result_tables(results: Sequence[TaskResult]) -> list[Table]:
-    """Return a table of all tasks, and one of the subjects of each task that has several."""
+    """Return a table of all tasks, and a table of subjects for each task that has several."""
     rows = []
     for result in results:
         rows += [_row(result, name, metric, "") for name, metric in result.metrics.items()]

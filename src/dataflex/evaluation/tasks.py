@@ -1,7 +1,7 @@
 """Downstream tasks: their settings, and the questions in their files.
 
-Everything that can be wrong with a task and shows without a model is found here; neither torch nor the evaluation
-harness is imported.
+This module finds every problem of a task that shows without a model. It imports neither torch nor the evaluation
+harness.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Form = Literal["multiple_choice", "generation"]
 
 LETTERS = string.ascii_uppercase
 STOP = ("Question:", "</s>", "<|im_end|>")
-"""Where an answer ends, unless a task says otherwise: those of the harness's gsm8k."""
+"""Default texts that end an answer: those of the harness's gsm8k."""
 MAX_NEW_TOKENS = 256
 
 _NEEDED = {
@@ -35,31 +35,36 @@ _NEEDED = {
 _FINAL = re.compile(r"####\s*(-?[$0-9.,]+)")
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)")
 _SHOWN = 3
-"""Bad rows of a file that are named; the others are counted."""
+"""Number of bad rows of a file that are listed. The others are counted."""
 
 
 class TaskSettings(BaseModel):
-    """One downstream task: a file of questions, or a task the harness itself knows."""
+    """One downstream task: a file of questions, or a task of the harness."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[^/\\.][^/\\]*$", description="Name of the result; by default that of the file.")
-    file: Path | None = Field(None, description="Questions, one JSON object a line.")
-    task: str | None = Field(None, description="A task of lm-evaluation-harness, in place of a file.")
-    form: Form | None = Field(None, description="What the rows are; none: what the first row looks like.")
-    fewshot_file: Path | None = Field(None, description="Rows of the same form to take examples from.")
+    name: str = Field(pattern=r"^[^/\\.][^/\\]*$", description="Name of the result. Default: the name of the file.")
+    file: Path | None = Field(None, description="File of questions, one JSON object per line.")
+    task: str | None = Field(None, description="A task of lm-evaluation-harness, instead of a file.")
+    form: Form | None = Field(None, description="Form of the rows. Default: the form of the first row.")
+    fewshot_file: Path | None = Field(None, description="File of rows of the same form that serve as examples.")
     num_fewshot: int | None = Field(
-        None, ge=0, description="Examples before each question; none: 0, or what a task of the harness says."
+        None, ge=0, description="Examples before each question. Default: 0, or the number of the harness's task."
     )
     choices: Literal["letters", "text"] | None = Field(
-        None, description="multiple_choice: score the letter (default), or the text of each choice."
+        None, description="multiple_choice: score the letter (default) or the text of each choice."
     )
     limit: int | None = Field(
-        None, ge=1, description="Questions to ask at most, drawn by the seed; none: all. Of each task of the harness."
+        None,
+        ge=1,
+        description="Maximum number of questions, drawn with the seed. Default: all. Of a group of the harness, the "
+        "maximum of each task.",
     )
-    description: str | None = Field(None, description="Text before everything; may hold {subject}.")
-    prompt: str | None = Field(None, description="Text of a question; may hold {question}, {options}, {subject}.")
-    max_new_tokens: int | None = Field(None, ge=1, description=f"generation: length of an answer ({MAX_NEW_TOKENS}).")
+    description: str | None = Field(None, description="Text at the start of a prompt; may contain {subject}.")
+    prompt: str | None = Field(None, description="Text of a question; may contain {question}, {options}, {subject}.")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description=f"generation: maximum tokens of an answer. Default: {MAX_NEW_TOKENS}."
+    )
     stop: tuple[str, ...] | None = Field(None, description="generation: texts that end an answer.")
 
     @field_validator("file", "fewshot_file")
@@ -86,9 +91,9 @@ def _checked_template(text: str | None, allowed: Sequence[str], needed: str | No
     for name in found:
         if name not in allowed:
             places = ", ".join(f"{{{each}}}" for each in allowed)
-            raise ValueError(f"may hold {places}, not {{{name}}} (write {{{{ and }}}} for braces)")
+            raise ValueError(f"may contain {places}, not {{{name}}} (write {{{{ and }}}} for braces)")
     if needed and needed not in found:
-        raise ValueError(f"must hold {{{needed}}}")
+        raise ValueError(f"must contain {{{needed}}}")
     return text
 
 
@@ -97,11 +102,11 @@ class Question:
     """One row, ready to be asked.
 
     Attributes:
-        prompt: the text of the question, without examples before it.
-        subject: what the row names as its subject, or None.
-        choices: what is scored, for a multiple choice; empty for a generation.
+        prompt: text of the question, without examples before it.
+        subject: subject that the row names, or None.
+        choices: the texts that are scored, for a multiple choice. Empty for a generation.
         gold: index of the right choice, or the right number as text.
-        answer: how an example shows the answer.
+        answer: the answer as an example shows it.
     """
 
     prompt: str
@@ -113,12 +118,12 @@ class Question:
 
 @dataclass(frozen=True)
 class FileTask:
-    """A task with its questions read.
+    """A task whose questions have been read.
 
     Attributes:
         settings: the settings, with ``form`` filled in.
-        questions: what is asked, in the order of the file.
-        pool: rows of ``fewshot_file``, in its order.
+        questions: the questions, in the order of the file.
+        pool: rows of ``fewshot_file``, in the order of the file.
     """
 
     settings: TaskSettings
@@ -127,13 +132,13 @@ class FileTask:
 
     @property
     def form(self) -> Form:
-        """What the questions are."""
+        """Form of the questions."""
         assert self.settings.form is not None
         return self.settings.form
 
     @property
     def subjects(self) -> list[str | None]:
-        """Subjects of the questions, in the order in which they first come."""
+        """Subjects of the questions, in order of first appearance."""
         return list(dict.fromkeys(question.subject for question in self.questions))
 
     def examples(self, subject: str | None) -> list[Question]:
@@ -146,7 +151,7 @@ class FileTask:
         return [row for row in self.pool if row.subject == subject]
 
     def description(self, subject: str | None) -> str:
-        """Return the text before everything."""
+        """Return the text at the start of every prompt."""
         named = (subject or "").replace("_", " ")
         if self.settings.description is not None:
             return self.settings.description.format(subject=named)
@@ -156,19 +161,19 @@ class FileTask:
         return f"The following are multiple choice questions (with answers){about}.\n\n"
 
     def lacking(self) -> list[Problem]:
-        """Return a problem for each subject with fewer examples than asked for."""
+        """Return a problem for each subject that has fewer examples than ``num_fewshot``."""
         wanted = self.settings.num_fewshot or 0
         problems = []
         for subject in self.subjects:
             found = len(self._matching(subject))
             if found < wanted:
                 of = f" of subject {subject!r}" if self.form == "multiple_choice" and subject is not None else ""
-                text = f"{wanted} examples asked for, and {self.settings.fewshot_file} has {found} rows{of}."
+                text = f"is {wanted}, but {self.settings.fewshot_file} has only {found} rows{of}."
                 problems.append(Problem(f"{self.settings.name}.num_fewshot", text))
         return _shortened(problems)
 
     def limited(self, seed: int) -> FileTask:
-        """Return the task with at most ``limit`` questions, drawn by ``seed`` and kept in their order."""
+        """Return the task with at most ``limit`` questions, drawn with ``seed`` and left in their order."""
         limit = self.settings.limit
         if limit is None or limit >= len(self.questions):
             return self
@@ -177,11 +182,11 @@ class FileTask:
 
 
 def read_settings(tasks: Sequence[str], changes: Mapping[str, Any] | None = None) -> list[TaskSettings]:
-    """Turn what stands after ``--tasks`` into settings.
+    """Parse the values of ``--tasks`` into settings.
 
     Args:
         tasks: each a ``.jsonl`` file, a ``.yaml`` or ``.yml`` file of settings (one mapping, or a list of them, with
-            paths from the file's folder), or the name of a task of the harness.
+            paths relative to the file's folder), or the name of a task of the harness.
         changes: settings that replace those of every task.
 
     Raises:
@@ -198,7 +203,7 @@ def read_settings(tasks: Sequence[str], changes: Mapping[str, Any] | None = None
                 found.append(settings)
     names = [settings.name for settings in found]
     for name in sorted({name for name in names if names.count(name) > 1}):
-        problems.append(Problem(name, "two tasks have this name; results are kept by name, so give one another."))
+        problems.append(Problem(name, "two tasks have this name; give each task its own name."))
     if problems:
         raise ConfigError(problems=problems, source="--tasks")
     return found
@@ -229,7 +234,7 @@ def _raw_settings(text: str, problems: list[Problem]) -> Iterable[tuple[dict[str
 
 
 def _named(entry: dict[Any, Any]) -> dict[str, Any]:
-    """Return the settings with the name that the file or the task gives, where they have none."""
+    """Return the settings with a name. The default is the name of the file or of the task."""
     named = {str(key): value for key, value in entry.items()}
     if "name" not in named and (named.get("file") or named.get("task")):
         named["name"] = Path(str(named["file"])).stem if named.get("file") else named["task"]
@@ -242,10 +247,10 @@ def _no_file(path: Path) -> str:
 
 
 def task_problems(settings: TaskSettings) -> list[Problem]:
-    """Return all that is wrong with a task and shows without a model and without the harness.
+    """Return all problems of a task that show without a model and without the harness.
 
-    A missing file, rows of no known form or of mixed ones, answers that are none, settings that do not go together,
-    and fewer examples than asked for. Whether the harness knows a task's name is not looked at.
+    These are a missing file, rows of an unknown or of mixed forms, invalid answers, settings that do not go together,
+    and too few examples. The names of the harness's tasks are not checked here.
     """
     return _of_harness(settings) if settings.task is not None else load_task(settings)[1]
 
@@ -273,7 +278,7 @@ def load_task(settings: TaskSettings) -> tuple[FileTask | None, list[Problem]]:
         return None, problems
     form = settings.form or _form_of(rows[0][1])
     if form is None:
-        text = f"{file}: the first row is of no known form; it has the keys {_keys(rows[0][1])}. "
+        text = f"{file}: the form of the first row is unknown; the row has the keys {_keys(rows[0][1])}. "
         needed = "; ".join(f"{name} needs {keys}" for name, keys in _NEEDED.items())
         return None, [Problem(f"{key}.file", f"{text}{needed}.")]
     settings = settings.model_copy(update={"form": form})
@@ -285,7 +290,7 @@ def load_task(settings: TaskSettings) -> tuple[FileTask | None, list[Problem]]:
         problems += bad
         pool = _questions(f"{key}.fewshot_file", settings, examples, problems)
         if settings.fewshot_file.resolve() == file.resolve():
-            text = "is the file of the questions; a question would be its own example."
+            text = "is the file of the questions, so a question could be its own example; use another file."
             problems.append(Problem(f"{key}.fewshot_file", text))
         if not settings.num_fewshot:
             problems.append(Problem(f"{key}.num_fewshot", "needed with a fewshot_file: how many examples to show."))
@@ -300,11 +305,11 @@ def load_task(settings: TaskSettings) -> tuple[FileTask | None, list[Problem]]:
 def _unsuitable(settings: TaskSettings, form: Form) -> list[Problem]:
     others = ("max_new_tokens", "stop") if form == "multiple_choice" else ("choices",)
     found = [key for key in others if getattr(settings, key) is not None]
-    return [Problem(f"{settings.name}.{key}", f"has no meaning for the form {form}.") for key in found]
+    return [Problem(f"{settings.name}.{key}", f"has no effect for the form {form}; remove it.") for key in found]
 
 
 def _rows(key: str, path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Problem]]:
-    """Return the rows of a file with their line numbers."""
+    """Return the rows of a file with their line numbers, and the problems of the file."""
     if not path.is_file():
         return [], [Problem(key, _no_file(path))]
     rows: list[tuple[int, dict[str, Any]]] = []
@@ -341,7 +346,7 @@ def _form_of(row: Mapping[str, Any]) -> Form | None:
 def _questions(
     key: str, settings: TaskSettings, rows: Sequence[tuple[int, dict[str, Any]]], problems: list[Problem]
 ) -> list[Question]:
-    """Return the questions of the rows, after adding a problem for each row that is none."""
+    """Return the questions of the rows, and append a problem for each invalid row."""
     build = _choice if settings.form == "multiple_choice" else _generation
     questions = []
     bad = []
@@ -356,7 +361,7 @@ def _questions(
 
 
 class _BadRow(ValueError):
-    """A row is not a question of the form; the text says why."""
+    """A row is not a question of the form. The text says why."""
 
 
 def _missing(form: Form, row: Mapping[str, Any]) -> _BadRow:
@@ -368,10 +373,10 @@ def _choice(settings: TaskSettings, row: Mapping[str, Any]) -> Question:
         raise _missing("multiple_choice", row)
     choices = row["choices"]
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise _BadRow(f"choices must be a list of two or more texts, got {choices!r}.")
+        raise _BadRow(f"choices must be a list of two or more non-empty strings, got {choices!r}.")
     by_text = settings.choices == "text"
     if len(choices) > len(LETTERS):
-        raise _BadRow(f"has {len(choices)} choices; there are letters for {len(LETTERS)}.")
+        raise _BadRow(f"has {len(choices)} choices; at most {len(LETTERS)} are allowed, one for each letter.")
     letters = list(LETTERS[: len(choices)])
     answer = row["answer"]
     gold = letters.index(answer) if answer in letters else answer
@@ -400,7 +405,7 @@ def _generation(settings: TaskSettings, row: Mapping[str, Any]) -> Question:
     marked = _FINAL.findall(answer)
     final = row.get("final")
     if final is None and not marked:
-        raise _BadRow(f"{answered} has no '#### n', and there is no final.")
+        raise _BadRow(f"{answered} has no '#### n', and the row has no final; add one of the two.")
     gold = normal_number(str(final if final is not None else marked[-1]))
     if not _NUMBER.fullmatch(gold):
         raise _BadRow(f"the answer must be a number, got {final if final is not None else marked[-1]!r}.")
@@ -417,14 +422,14 @@ def _generation(settings: TaskSettings, row: Mapping[str, Any]) -> Question:
 
 
 def normal_number(text: str) -> str:
-    """Return a number as text without commas, ``$``, a period at its end and zeros behind its point."""
+    """Return a number as text without commas, ``$``, a period at the end and zeros after the decimal point."""
     return re.sub(r"\.[0.]*$", "", re.sub(r"[,$\s]", "", text))
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise _BadRow(f"{key} must be a text, got {value!r}.")
+        raise _BadRow(f"{key} must be a non-empty string, got {value!r}.")
     return value.strip()
 
 
@@ -442,7 +447,7 @@ def _keys(row: Mapping[str, Any]) -> str:
 
 
 def _shortened(problems: list[Problem]) -> list[Problem]:
-    """Return the first problems; the last says how many there are more."""
+    """Return the first problems. The last of them says how many more there are."""
     if len(problems) <= _SHOWN:
         return problems
     last = problems[_SHOWN - 1]

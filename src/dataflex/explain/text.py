@@ -124,7 +124,7 @@ def _filter_lines(sample: Sample) -> list[str]:
 def _top_lines(found: dict[str, Any], full: bool) -> list[str]:
     told = {
         "rank": "best first by rank",
-        "score": "highest score first: no ranks are on record",
+        "score": "highest score first; this need not be the order of preference, since no ranks are on record",
         "position": "in training order: the round has no scores",
     }
     lines = [f"Round {found['round']}: {len(found['samples'])} of {found['size']:,} samples, {told[found['by']]}"]

@@ -288,9 +288,9 @@ class LimitedScoring:
         Args:
             spent: seconds of the whole run.
         """
-        cap, share = self.budget.max_overhead, spent.decision_seconds / max(spent.train_seconds, 1e-9)
+        limit, share = self.budget.max_overhead, spent.decision_seconds / max(spent.train_seconds, 1e-9)
         found = {
-            "max_overhead": cap,
+            "max_overhead": limit,
             "decisions": self._decisions,
             "decisions_that_scored": self._scoring,
             "scores": self._scored,
@@ -300,9 +300,9 @@ class LimitedScoring:
             f"it was decided {self._decisions} {times}, on {self._scored} scores, made at {self._scoring} of the "
             "decisions"
         )
-        if share <= cap:
-            return {**found, "kept": True, "text": f"within max_overhead ({cap:g}); {rests}"}
-        return {**found, "kept": False, "text": f"above max_overhead ({cap:g}), {self._missed(spent)}; {rests}"}
+        if share <= limit:
+            return {**found, "kept": True, "text": f"within max_overhead ({limit:g}); {rests}"}
+        return {**found, "kept": False, "text": f"above max_overhead ({limit:g}), {self._missed(spent)}; {rests}"}
 
     def _missed(self, spent: Spent) -> str:
         """Return why decisions took more time than the limit allows."""

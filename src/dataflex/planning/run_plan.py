@@ -517,15 +517,15 @@ class RunPlan:
             if not forwards:
                 continue
             ratio = forwards / training
-            cap = overhead_limit(component) if isinstance(component, Selector) else None
+            limit = overhead_limit(component) if isinstance(component, Selector) else None
             text = f"{key} {component.name}: {_number(ratio)} times the work of training"
-            text += "" if cap is None else " if all candidates were scored"
+            text += "" if limit is None else " if all candidates were scored"
             yield "cost", f"{text} ({forwards:,.0f} forward passes of a sample; a training step has 3 for each)"
-            if cap is not None:
-                text = f"max_overhead: decisions may take {cap:g} times the time of training"
-                if before > cap:
+            if limit is not None:
+                text = f"max_overhead: decisions may take {limit:g} times the time of training"
+                if before > limit:
                     text += f", and the selectors before {key}, which have no limit, take about {_number(before)}"
-                yield "cap", text
+                yield "limit", text
             before += ratio if entry is not None else 0.0
 
 

@@ -1,1 +1,1 @@
-"""A run record as an HTML page."""
+"""The report: run records as tables and as an HTML page."""

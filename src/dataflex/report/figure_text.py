@@ -1,4 +1,4 @@
-"""What a chart shows without its picture: a legend in HTML, the data as a table, one sentence."""
+"""A chart without its picture: the legend in HTML, the data as a table, one sentence."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dataflex.report.figures import Figure, Trace, unpacked
 from dataflex.report.measure import evenly
 
 DATA_ROWS = 50
-"""Rows of the data below a chart, at most; one more for each curve beyond so many."""
+"""Most rows of the data below a chart. If a chart has more curves, it has a row for each."""
 
 _SPOKEN = 3
-"""Curves that the sentence gives numbers of, at most."""
+"""Most curves whose values the sentence gives."""
 
 _DASHES = {"dash": "7 3", "dot": "2 3", "dashdot": "7 3 2 3", "longdash": "12 4"}
 # Paths of the symbols in :mod:`dataflex.report.figures` and of a chance level, around (17, 6).
@@ -49,7 +49,7 @@ _PATTERNS = {
 
 @dataclass(frozen=True)
 class LegendItem:
-    """What one entry of a legend says, how it looks (SVG), and which traces it shows and hides."""
+    """An entry of a legend: its text, its symbol (SVG), and the indices of the traces that it shows and hides."""
 
     name: str
     swatch: str
@@ -58,23 +58,23 @@ class LegendItem:
 
 @dataclass(frozen=True)
 class Data:
-    """The numbers of a chart as a table."""
+    """The data of a chart as a table."""
 
     header: list[str]
     rows: list[list[str]]
     note: str
-    """What was left out; empty where nothing was."""
+    """The number of points that are not listed. Empty if all are."""
 
 
 @dataclass(frozen=True)
 class _Series:
-    """One trace: pairs of a label and a value, and the name of both."""
+    """One trace: its name, positions and values."""
 
     name: str
     places: list[Any]
     values: list[Any]
     bars: list[str]
-    """Each value's error bar in words; empty without."""
+    """Text of each value's error bar. Empty without error bars."""
 
 
 def legend(figure: Figure) -> list[LegendItem]:
@@ -91,10 +91,10 @@ def legend(figure: Figure) -> list[LegendItem]:
 
 
 def data(figure: Figure, limit: int = DATA_ROWS) -> Data:
-    """Return what the figure shows in at most ``limit`` rows, evenly picked with the first and the last.
+    """Return the data of a figure in at most ``limit`` rows, picked evenly with the first and the last.
 
-    One row for each place where all curves have the same places, else one for each point of a curve. Every curve has
-    a row, its last point, also where they are more than ``limit``.
+    If all curves have the same positions, there is a row for each position, else a row for each point of a curve. Every
+    curve has at least a row with its last point, even if there are more than ``limit`` curves.
     """
     series = _series(figure)
     x, y = _axis_names(figure)
@@ -117,7 +117,7 @@ def data(figure: Figure, limit: int = DATA_ROWS) -> Data:
 
 
 def sentence(title: str, figure: Figure) -> str:
-    """Return the chart in one sentence: what is drawn, over what, and where the first curves begin and end."""
+    """Return one sentence with the title, the range of the x axis, and the first and last value of the first curves."""
     series = _series(figure)
     x, _ = _axis_names(figure)
     places = [place for each in series for place in each.places]
@@ -135,7 +135,7 @@ def _told(series: _Series) -> str:
 
 
 def _series(figure: Figure) -> list[_Series]:
-    """Return the traces that carry data; of horizontal ones the labels of the rows are the places."""
+    """Return the traces that carry data. In a horizontal figure the labels of the rows are the positions."""
     found = []
     for trace in figure["data"]:
         if trace.get("hoverinfo") == "skip":
@@ -160,7 +160,7 @@ def _bars(values: list[Any], error: dict[str, Any]) -> list[str]:
 
 
 def _is_horizontal(figure: Figure) -> bool:
-    """Whether the y axis names rows: horizontal bars, and points beside a name."""
+    """Return whether the y axis names rows, as for horizontal bars and for points beside a name."""
     axis = figure["layout"].get("yaxis", {})
     first = figure["data"][0] if figure["data"] else {}
     words = any(isinstance(value, str) for value in unpacked(first.get("y")))
@@ -168,7 +168,7 @@ def _is_horizontal(figure: Figure) -> bool:
 
 
 def _axis_names(figure: Figure) -> tuple[str, str]:
-    """Return the names of the places and of the values."""
+    """Return the names of the positions and of the values."""
     names = [figure["layout"].get(f"{name}axis", {}).get("title", {}).get("text", "") for name in "xy"]
     place, value = reversed(names) if _is_horizontal(figure) else names
     return _plain(place), _plain(value)

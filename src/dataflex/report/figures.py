@@ -1,4 +1,4 @@
-"""Pieces of a Plotly figure: thinned curves, colours, axes. Figures are plain dicts, as Plotly's JSON has them."""
+"""Parts of a Plotly figure: thinned curves, colours, axes. Figures are plain dicts in the form of Plotly's JSON."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Points = Sequence[tuple[float, float]]
-"""Place on the x axis (step, round, tokens, seconds) and value, ascending."""
+"""Position on the x axis (step, round, tokens, seconds) and value, in ascending order of the position."""
 
 Trace = dict[str, Any]
 Figure = dict[str, Any]
 
 CURVE_POINTS = 2000
-"""Points drawn of one curve, at most."""
+"""Most points drawn of one curve."""
 
 CHART_POINTS = 10_000
-"""Points drawn in all charts of one kind together: what keeps the page small when runs or domains are many."""
+"""Most points drawn in all charts of one kind together. Limits the size of a page with many runs or domains."""
 
 SMOOTH_PARTS = 50
-"""A running mean is over one ``SMOOTH_PARTS``-th of a curve, where that is two points or more."""
+"""A running mean covers one ``SMOOTH_PARTS``-th of a curve, if that is two points or more."""
 
 MARKERS = 20
-"""Points marked of a line, at most: enough to tell it from others without its colour."""
+"""Most points marked of a line. They suffice to recognise the line without its colour."""
 
-# After Okabe and Ito, without black, yellow and light blue: each stands out on white and on black.
+# After Okabe and Ito, without black, yellow and light blue, so that each is visible on white and on black.
 _COLOURS = ("#1B84C6", "#D55E00", "#009E73", "#CC79A7", "#C98A00", "#8E6CC4", "#8A8A8A")
 CHANCE = "#8A8A8A"
-"""Colour of a level that nothing was trained for."""
+"""Colour of a level that no run produced."""
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
@@ -41,7 +41,7 @@ _PATTERNS = ("", "/", ".", "\\", "x", "-", "|", "+")
 
 @dataclass(frozen=True)
 class Style:
-    """How one run or one domain looks in every chart: told apart without its colour too."""
+    """The look of a run or a domain in every chart. It is recognisable without the colour."""
 
     colour: str
     dash: str
@@ -50,7 +50,7 @@ class Style:
 
 
 REST = Style(CHANCE, "solid", "circle", "")
-"""How the domains look that are added up."""
+"""Look of the domains that are added up."""
 
 
 def style(i: int) -> Style:
@@ -64,12 +64,12 @@ def style(i: int) -> Style:
 
 
 def points_per_curve(num_curves: int) -> int:
-    """Return how many points each of ``num_curves`` curves of one kind of chart may have."""
+    """Return the most points of each curve, if one kind of chart has ``num_curves`` curves."""
     return min(CURVE_POINTS, max(20, CHART_POINTS // max(num_curves, 1)))
 
 
 def thin(points: Points, limit: int) -> Points:
-    """Return at most ``limit`` (>= 4) points: the first, the last, the lowest and highest of each stretch between."""
+    """Return at most ``limit`` (>= 4) points: first, last, and the lowest and highest of each part in between."""
     if len(points) <= limit:
         return points
     values = np.array([value for _, value in points])
@@ -81,15 +81,15 @@ def thin(points: Points, limit: int) -> Points:
 
 
 def is_smoothed(points: Points) -> bool:
-    """Whether :func:`smooth` changes the points."""
+    """Return whether :func:`smooth` changes the points."""
     return len(points) >= 2 * SMOOTH_PARTS
 
 
 def smooth(points: Points) -> Points:
-    """Return the running mean of many points, and few as they are; NaN counts as absent."""
+    """Return the running mean of the points, or the points themselves if they are few. NaN counts as missing."""
     if not is_smoothed(points):
         return points
-    window = len(points) // SMOOTH_PARTS | 1
+    window = len(points) // SMOOTH_PARTS | 1  # odd, so that the mean is centred on its point
     values = np.array([value for _, value in points])
     known = np.isfinite(values)
     kernel = np.ones(window)
@@ -100,7 +100,7 @@ def smooth(points: Points) -> Points:
 
 
 def line(points: Points, name: str, look: Style, limit: int) -> Trace:
-    """Return a line through the thinned points, some of them marked."""
+    """Return a line through the thinned points, with markers on some of them."""
     shown = thin(points, limit)
     return {
         "type": "scatter",
@@ -116,7 +116,7 @@ def line(points: Points, name: str, look: Style, limit: int) -> Trace:
 
 
 def faint_line(points: Points, name: str, look: Style, limit: int) -> Trace:
-    """Return the background of a running mean: the values it is the mean of. Not in the data below a chart."""
+    """Return a faint line of the values behind their running mean. It is not in the data below a chart."""
     changes = {"opacity": 0.3, "showlegend": False, "hoverinfo": "skip"}
     thin_line = {"color": look.colour, "width": 1, "dash": "solid"}
     return {**line(points, name, look, limit), **changes, "mode": "lines", "line": thin_line}
@@ -125,7 +125,7 @@ def faint_line(points: Points, name: str, look: Style, limit: int) -> Trace:
 def band(
     x: Sequence[int], low: ArrayLike, high: ArrayLike, name: str, colour: str, opacity: float = 0.25
 ) -> list[Trace]:
-    """Return the filled range between two curves; ``meta`` names each where numbers are listed."""
+    """Return the filled range between two curves. ``meta`` has the name of each curve for the data below a chart."""
     common: Trace = {
         "type": "scatter",
         "mode": "lines",
@@ -143,7 +143,7 @@ def band(
 
 
 def figure(traces: list[Trace], x_title: str, y_title: str) -> Figure:
-    """Return a figure in the common layout; the page adds the colours of its theme and a legend."""
+    """Return a figure in the common layout. The page adds the colours of its theme and a legend."""
     layout: dict[str, Any] = {
         "height": 320,
         "margin": {"l": 56, "r": 12, "t": 12, "b": 44},
@@ -167,25 +167,28 @@ def hatching(look: Style) -> dict[str, Any]:
 
 
 def packed(values: ArrayLike, dtype: str) -> dict[str, str]:
-    """Return numbers in Plotly's binary form: a third of the size of text."""
+    """Return numbers in Plotly's binary form, which takes a third of the size of text."""
     array: NDArray[Any] = np.asarray(values).astype(dtype)
     return {"dtype": dtype[1:], "bdata": base64.b64encode(array.tobytes()).decode("ascii")}
 
 
 def unpacked(values: Any) -> list[Any]:
-    """Return the numbers or words of one axis of a trace, packed or not."""
+    """Return the numbers or texts of one axis of a trace, packed or not."""
     if isinstance(values, dict):
         return np.frombuffer(base64.b64decode(values["bdata"]), dtype=f"<{values['dtype']}").tolist()
     return [] if values is None else list(values)
 
 
 def text(name: str) -> str:
-    """Return a name as Plotly shows it literally: it reads a few HTML tags in text, and formulas between dollars."""
+    """Return a name in a form that Plotly shows literally.
+
+    Plotly interprets a few HTML tags in text, and formulas between dollar signs.
+    """
     return html.escape(name, quote=False).replace("$", "&#36;")
 
 
 def row_labels(names: Sequence[str], limit: int) -> list[str]:
-    """Return the names as :func:`text`, long ones with their middle left out where all can still be told apart."""
+    """Return the names as :func:`text`. The middle of long names is omitted if they stay distinct."""
     shown = [_shortened(name, limit) for name in names]
     return [text(name) for name in (shown if len(set(shown)) == len(set(names)) else names)]
 
@@ -198,7 +201,7 @@ def _shortened(name: str, limit: int) -> str:
 
 
 def _places(values: Sequence[float]) -> dict[str, str]:
-    """Pack places on an axis: steps and rounds as whole numbers, tokens and seconds exactly."""
+    """Pack positions on an axis: steps and rounds as int32, tokens and seconds as float64."""
     small = all(isinstance(value, int) and abs(value) < 1 << 31 for value in values)
     return packed(values, "<i4" if small else "<f8")
 

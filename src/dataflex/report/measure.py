@@ -1,4 +1,4 @@
-"""What a report shows of a run beyond its small files: statistics over the plans, read once."""
+"""Statistics of the plans of a run, which are read once. The small files of the record are read elsewhere."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Quantiles of the scores of a round."""
 
 SCORE_ROUNDS = 200
-"""Rounds whose scores are read, at most; evenly spread, with the first and the last."""
+"""Most rounds whose scores are read. They are spread evenly, with the first and the last."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ScoreQuantiles:
-    """The distribution of the scores in some of a run's plans."""
+    """Distribution of the scores in some of a run's plans."""
 
     rounds: list[int]
     values: NDArray[np.float64]
-    """Shape (rounds, LEVELS)."""
+    """Quantiles, shape (rounds, len(LEVELS))."""
 
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A run, the name it goes by in a report, and the statistics of its plans."""
+    """A run, its name in a report, and the statistics of its plans."""
 
     label: str
     record: RunRecord
@@ -42,13 +42,13 @@ class MeasuredRun:
 
     @cached_property
     def domains(self) -> list[str]:
-        """Domains of the plans and of the logged losses, in the order of their first mention."""
+        """Domains of the plans and of the logged losses, in order of first appearance."""
         named = [name for each in self.record.rounds for name in each.domains]
         return list(dict.fromkeys([*named, *self.record.domain_loss]))
 
     @cached_property
     def domain_samples(self) -> dict[str, int]:
-        """Samples of each domain in all plans together."""
+        """Domain -> number of its samples in all plans together."""
         counts = dict.fromkeys(self.domains, 0)
         for each in self.record.rounds:
             for name, count in each.domains.items():
@@ -57,7 +57,7 @@ class MeasuredRun:
 
 
 def measure(records: Sequence[RunRecord]) -> list[MeasuredRun]:
-    """Read the plans of the runs and name the runs apart."""
+    """Read the plans of the runs and give the runs distinct names."""
     labels = _labels([record.path for record in records])
     return [
         MeasuredRun(label, record, record.coverage(), _score_quantiles(record))
@@ -66,7 +66,10 @@ def measure(records: Sequence[RunRecord]) -> list[MeasuredRun]:
 
 
 def evenly(items: Sequence[T], limit: int) -> list[T]:
-    """Return at most ``limit`` of the items, evenly spread, with the first and the last; the last where it is 1."""
+    """Return at most ``limit`` of the items, evenly spaced, with the first and the last.
+
+    A limit of 1 gives the last item.
+    """
     if len(items) <= limit:
         return list(items)
     if limit == 1:
@@ -75,7 +78,7 @@ def evenly(items: Sequence[T], limit: int) -> list[T]:
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """Name each run by as many of its path's last parts as tell all of them apart."""
+    """Return a name for each run: the shortest end of its path that makes all names distinct."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(len(each) for each in parts) + 1):
         labels = [str(Path(*each[-depth:])) for each in parts]

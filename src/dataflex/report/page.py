@@ -14,12 +14,12 @@ from dataflex.report.figure_text import DATA_ROWS, Data, LegendItem, data, legen
 from dataflex.report.tables import Table
 
 GENERATOR = '<meta name="generator" content="dataflex">'
-"""Marks a file as ours, near its beginning."""
+"""Text near the beginning of a file that marks it as a page of DataFlex."""
 
 _ALL_DATA_ROWS = 2000
-"""Rows of data below all charts together: what keeps a page of many charts small."""
+"""Most rows of data below all charts together. Limits the size of a page with many charts."""
 
-# Nothing may be fetched: the browser itself refuses it.
+# With this policy the browser refuses to fetch anything.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 _STYLE = """
@@ -58,7 +58,7 @@ pre { white-space: pre-wrap; max-height: 40rem; overflow: auto; }
 .plain .plot, .plain .legend { display: none; }
 """
 
-# The body is "plain" (tables only) until every chart is drawn.
+# The body has the class "plain" (tables only) until Plotly is loaded, and again if drawing fails.
 _SCRIPT = """
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const narrow = matchMedia("(max-width: 600px)");
@@ -148,15 +148,15 @@ def page(
     setup: Table | None = None,
     texts: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """Return the whole HTML text.
+    """Return the HTML text of a page.
 
     Args:
         title: heading of the page, plain text.
         tables: the first is shown above the charts, the others below.
-        charts: shown by section; one without a figure becomes a line that says what is missing.
-        plotly_js: source of plotly.js, put in once, compressed.
-        setup: shown below the first table.
-        texts: title and text of what can be opened at the end.
+        charts: shown by section. For a chart without a figure, a line gives the reason.
+        plotly_js: source of plotly.js. The page contains it once, compressed.
+        setup: table shown below the first table.
+        texts: title and text of the sections that can be opened at the end.
     """
     numbered = [(f"chart-{i}", chart) for i, chart in enumerate(charts)]
     figures = {key: chart.figure for key, chart in numbered if chart.figure is not None}
@@ -186,7 +186,11 @@ def page(
 
 
 def _compressed(key: str, content: str) -> str:
-    """Return text as the script can unpack it; base64 cannot end the element it stands in."""
+    """Return a script element with compressed text, which the page's script unpacks.
+
+    Base64 contains no "<", so the text cannot end the element early.
+    """
+    # Without a time stamp (mtime) equal content gives equal bytes.
     packed = base64.b64encode(gzip.compress(content.encode(), compresslevel=6, mtime=0)).decode("ascii")
     return f'<script type="text/plain" id="{key}">{packed}</script>'
 
@@ -198,7 +202,7 @@ def _table(table: Table) -> str:
 
 
 def _scrolled(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], kinds: Sequence[str]) -> str:
-    """Return a table in a region of its own, which the keyboard can reach and scroll."""
+    """Return a table in a separate region, which the keyboard can reach and scroll."""
     body = "\n".join(_row("td", row, kinds) for row in rows)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}"><table>\n'
@@ -214,7 +218,7 @@ def _row(tag: str, cells: Sequence[str], kinds: Sequence[str]) -> str:
 
 
 def _section(name: str, charts: Sequence[tuple[str, Chart]], rows: int) -> str:
-    """Return the charts of a section, and below them a line for each that has nothing to show."""
+    """Return the charts of a section, and below them a line for each chart without data."""
     drawn = [_figure(key, chart, rows) for key, chart in charts if chart.figure is not None]
     missing = [
         f'<p class="dim">Not drawn - {escape(chart.title)}: {escape(chart.caption)}</p>'

@@ -1,4 +1,4 @@
-"""The report: the numbers of some runs in the terminal, their curves in one HTML file."""
+"""The report: the tables of some runs in the terminal, their charts in one HTML file."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from dataflex.report.setup import setup_table, setup_texts
 from dataflex.report.tables import Table, tables, to_text
 
 _MARK_WITHIN = 1000
-"""Bytes at the beginning of a page in which :data:`GENERATOR` stands."""
+"""Number of bytes at the beginning of a page that contain :data:`GENERATOR`."""
 
 
 def report(runs: Sequence[Path], output: Path | None = None) -> Path:
-    """Print the numbers of the runs and write the page with their curves.
+    """Print the tables of the runs and write the page with their charts.
 
     Args:
-        runs: run folders; one given twice counts once.
-        output: the file to write; by default ``dataflex/report.html`` in the folder of a single run, and
-            ``dataflex-report.html`` in the working directory for several.
+        runs: run folders. A folder given twice counts once.
+        output: the file to write. None means ``dataflex/report.html`` in the folder of a single run, and
+            ``dataflex-report.html`` in the working directory for several runs.
 
     Returns:
-        The file written.
+        The file that was written.
 
     Raises:
-        ConfigError: if a run cannot be read, the file may not be replaced, or Plotly is not installed (the
-            numbers are printed then all the same).
+        ConfigError: if a run cannot be read, the file may not be replaced, or Plotly is not installed. In the last
+            case the tables are printed all the same.
     """
     folders = list({path.resolve(): path for path in runs}.values())
     if not folders:
@@ -50,7 +50,7 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Path:
     try:
         setup, texts = setup_table(measured), setup_texts(measured)
         write_page(output, f"{title} - DataFlex report", found, charts(measured), setup, texts)
-    finally:  # without Plotly there is no page, and behind a pipe that is closed no numbers
+    finally:  # printed even if Plotly is missing, and after the page, since printing fails into a closed pipe
         print("\n".join(to_text(table, width) for table in found))
     return output
 
@@ -63,15 +63,15 @@ def write_page(
     setup: Table | None = None,
     texts: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Write one HTML page of tables and charts that needs nothing else, under a temporary name first.
+    """Write a self-contained HTML page of tables and charts, under a temporary name first.
 
     Args:
-        output: the file; an earlier page of ours is replaced.
+        output: the file to write. An earlier page of DataFlex is replaced.
         title: heading of the page, plain text.
         tables: the first is shown above the charts, the others below.
-        charts: shown by section, in this order; charts of one section are next to each other in it.
-        setup: shown below the first table.
-        texts: title and text of what can be opened at the end of the page.
+        charts: shown by section, in this order. Charts of one section must follow each other.
+        setup: table shown below the first table.
+        texts: title and text of the sections that can be opened at the end of the page.
 
     Raises:
         ConfigError: if the file may not be replaced or cannot be written, or Plotly is not installed.
@@ -85,7 +85,7 @@ def write_page(
 
 
 def _plotly_js() -> str:
-    """Return the source of plotly.js, which the Python package carries."""
+    """Return the source of plotly.js, which the Python package contains."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
@@ -94,7 +94,7 @@ def _plotly_js() -> str:
 
 
 def check_output(path: Path) -> None:
-    """Refuse to replace anything but an earlier page of ours.
+    """Check that the file can be written and, if it exists, is a page of DataFlex.
 
     Raises:
         ConfigError: if ``path`` is something else, or its folder does not exist.

@@ -1,4 +1,4 @@
-"""What the runs of a report are: model, data sets, settings, versions and dates, and their whole configuration."""
+"""The setup of the runs of a report: model, data sets, settings, versions and dates, and the whole configuration."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dataflex.report.tables import NOTHING, Table
 
 _SHOWN_VERSIONS = ("dataflex", "llamafactory", "torch", "transformers", "python")
 _DATASETS = 8
-"""Data sets that are named with their samples, at most."""
+"""Most data sets that are listed with their number of samples."""
 _MISSING = 20
-"""Rounds of an earlier run that are named, at most."""
+"""Most missing rounds that are listed."""
 
 
 def setup_table(runs: Sequence[MeasuredRun]) -> Table:
-    """Return one column for each run and a row for each fact that is on record of any."""
+    """Return a table with a column for each run, and a row for each fact that is on record for at least one run."""
     facts: dict[str, Callable[[RunRecord], str]] = {
         "model": _model,
         "training": _training,
@@ -49,7 +49,7 @@ def setup_table(runs: Sequence[MeasuredRun]) -> Table:
 
 
 def setup_texts(runs: Sequence[MeasuredRun]) -> list[tuple[str, str]]:
-    """Return title and text of what a reader may open: each run's configuration, and what it ran with."""
+    """Return the titles and texts of the sections that can be opened: each run's configuration and environment."""
     texts = []
     for run in runs:
         whole = yaml.safe_dump(dict(run.record.config), sort_keys=False, allow_unicode=True)
@@ -122,7 +122,7 @@ def _starts(record: RunRecord) -> str:
 
 
 def _changes(record: RunRecord) -> str:
-    """Return the settings that hold from a later step on."""
+    """Return the settings that a resume changed, each with the step from which the change holds."""
     return "; ".join(
         f"from step {change.step + 1} {change.key} {json.dumps(change.now, ensure_ascii=False)}"
         for change in record.changes

@@ -1,4 +1,4 @@
-"""The numbers of a report as tables of text, for the terminal and the page alike."""
+"""The numbers of a report as tables of text, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from dataflex.record.trainer_log import Curve
 from dataflex.report.measure import LEVELS, MeasuredRun
 
 NOTHING = "-"
-"""Shown where a run has no such number."""
+"""Text of an empty cell."""
 
 DOMAIN_ROWS = 40
-"""Rows of the tables of domains, at most; shared by the runs, with at least three for each."""
+"""Most rows of the tables of domains. The runs share them, with at least three for each."""
 
 NAMED = 10
-"""Domains named in a note, at most."""
+"""Most domains listed in a note."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells ready to print; the first ``text_columns`` are words, the others numbers."""
+    """A table whose cells are ready to print. The first ``text_columns`` columns are texts, the others numbers."""
 
     title: str
     header: list[str]
@@ -33,13 +33,13 @@ class Table:
 
 
 def tables(runs: Sequence[MeasuredRun]) -> list[Table]:
-    """Return the tables that have something to show: runs, evaluation, tasks, domains, scores."""
+    """Return the tables that have rows, out of runs, evaluation, tasks, domains and scores."""
     found = (run_table(runs), evaluation_table(runs), task_table(runs), domain_table(runs), score_table(runs))
     return [table for table in found if table.rows]
 
 
 def run_table(runs: Sequence[MeasuredRun]) -> Table:
-    """One row per run; columns in which no run has a number are left out."""
+    """Return one row per run. Columns without a value in any run are omitted."""
     eval_names = list(
         dict.fromkeys(name for run in runs if not run.record.evaluations for name in run.record.eval_loss)
     )
@@ -55,7 +55,7 @@ def run_table(runs: Sequence[MeasuredRun]) -> Table:
 
 
 def _told(run: MeasuredRun) -> list[str]:
-    """Return what is to be said about a run below the table."""
+    """Return the notes about a run below the table."""
     summary = run.record.summary
     if summary is None:
         return [_unfinished(run)]
@@ -65,8 +65,8 @@ def _told(run: MeasuredRun) -> list[str]:
 
 def _unfinished(run: MeasuredRun) -> str:
     trained = run.record.trained
-    partly = f"; the seconds of training are those up to step {trained[0]:,}" if trained else ""
-    return f"{run.label}: not finished (no summary.json), its numbers are those so far{partly}."
+    partly = f"; the seconds of training are known up to step {trained[0]:,}" if trained else ""
+    return f"{run.label}: not finished (no summary.json), so its numbers cover the run so far{partly}."
 
 
 def _run_row(run: MeasuredRun, eval_names: Sequence[str]) -> list[str]:
@@ -99,7 +99,7 @@ def _run_row(run: MeasuredRun, eval_names: Sequence[str]) -> list[str]:
 
 
 def evaluation_table(runs: Sequence[MeasuredRun]) -> Table:
-    """One row per run and evaluation set: its first, last and lowest loss, and what the last evaluation measured."""
+    """Return one row per run and evaluation set: the first, last and lowest loss, and the last measures."""
     header = ["run", "set", "samples", "tokens", "first loss", "last loss", "lowest", "perplexity", "bits/byte"]
     rows: list[list[str]] = []
     limit = max(3, DOMAIN_ROWS // len(runs))
@@ -114,12 +114,12 @@ def evaluation_table(runs: Sequence[MeasuredRun]) -> Table:
             row = [run.label, name, _count(measures.samples), _count(measures.tokens), _loss(curve[0][1])]
             row += [_last(curve), _lowest(curve), _loss(measures.perplexity), _loss(measures.bits_per_byte)]
             rows.append(row)
-    notes = (f"Only the first {limit} evaluation sets are listed of each run.",) if cut else ()
+    notes = (f"Only the first {limit} evaluation sets of each run are listed.",) if cut else ()
     return Table("Evaluation", header, rows, 2, notes)
 
 
 def task_table(runs: Sequence[MeasuredRun]) -> Table:
-    """One row per run, downstream task and metric; below, what the evaluation noted."""
+    """Return one row per run, downstream task and metric, with the notes of the evaluations below."""
     header = ["run", "task", "metric", "form", "samples", "shots", "value", "std. error", "chance"]
     rows: list[list[str]] = []
     notes: list[str] = []
@@ -134,9 +134,9 @@ def task_table(runs: Sequence[MeasuredRun]) -> Table:
 
 
 def domain_table(runs: Sequence[MeasuredRun]) -> Table:
-    """One row per run and domain: its samples and shares, passes, weight in the loss, first and last training loss.
+    """Return one row per run and domain: samples and shares, passes, loss weight, first and last training loss.
 
-    Columns in which no run has a number are left out.
+    Columns without a value in any run are omitted.
     """
     header = ["run", "domain", "samples", "share", "first round", "last round", "last proportion"]
     header += ["last wanted", "rounds capped", "passes", "loss weight", "first loss", "last loss"]
@@ -144,7 +144,7 @@ def domain_table(runs: Sequence[MeasuredRun]) -> Table:
     notes: list[str] = []
     limit = max(3, DOMAIN_ROWS // len(runs))
     if any(len(run.domains) > limit for run in runs):
-        notes.append(f"Only the {limit} domains with the most samples are listed of each run.")
+        notes.append(f"Only the {limit} domains with the most samples of each run are listed.")
     for run in runs:
         counts = run.domain_samples
         capped = Counter(name for each in run.record.rounds for name in each.clipped_shares)
@@ -179,12 +179,12 @@ def _domain_row(run: MeasuredRun, name: str, counts: Mapping[str, int], capped: 
 
 
 def _domain_notes(run: MeasuredRun, capped: Sequence[str]) -> list[str]:
-    """Say over what the weights are means, and which domains that are not listed were cut."""
+    """Return the number of steps behind the mean weights, and the names of the cut domains that are not listed."""
     notes = []
     weighted, result = run.record.loss_weights, run.record.domain_weights
     steps = result.steps if result else weighted.total if weighted else None
     if steps is not None:
-        notes.append(f"{run.label}: loss weight is the mean over {steps:,} steps whose loss was weighted by domain.")
+        notes.append(f"{run.label}: loss weight is the mean over {steps:,} steps with a loss weighted by domain.")
     if capped:
         named = ", ".join(capped[:NAMED])
         more = f" and {len(capped) - NAMED:,} more" if len(capped) > NAMED else ""
@@ -193,7 +193,7 @@ def _domain_notes(run: MeasuredRun, capped: Sequence[str]) -> list[str]:
 
 
 def score_table(runs: Sequence[MeasuredRun]) -> Table:
-    """Two rows per run that scores samples: the distribution in its first and its last scored plan."""
+    """Return two rows per run that scores samples: the distribution of the scores in its first and last scored plan."""
     names = {0.0: "min", 0.5: "median", 1.0: "max"}
     header = ["run", "round", *(names.get(level, f"{level:.0%}") for level in LEVELS)]
     rows: list[list[str]] = []
@@ -206,7 +206,7 @@ def score_table(runs: Sequence[MeasuredRun]) -> Table:
 
 
 def to_text(table: Table, width: int) -> str:
-    """Return the table in aligned columns, in blocks one below the other where ``width`` is too small."""
+    """Return the table in aligned columns. If ``width`` is too small, the columns are split into blocks."""
     header = [_printable(cell) for cell in table.header]
     rows = [[_printable(cell) for cell in row] for row in table.rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -221,7 +221,7 @@ def to_text(table: Table, width: int) -> str:
 
 
 def _blocks(widths: Sequence[int], width: int) -> list[list[int]]:
-    """Split the columns into groups that fit; each begins with the first column."""
+    """Split the columns into groups that fit. Each group begins with the first column."""
     blocks = [[0]]
     used = widths[0]
     for i in range(1, len(widths)):

@@ -88,7 +88,7 @@ def decision(
     if loss_weights is not None:
         parts.append(f"loss weights at its start {largest(loss_weights, '{:.3g}')}")
     if scored is not None:
-        parts.append(f"{scored} scored under the cap")
+        parts.append(f"{scored} scored within max_overhead")
     parts += [f"not decided by {who}: {why}" for who, why in (undecided or {}).items()]
     parts.append(f"{seconds:.1f} s")
     warmup = " (warm-up)" if slot.update is None else ""

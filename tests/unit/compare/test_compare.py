@@ -250,16 +250,16 @@ def test_the_bootstrap_covers_the_truth_with_many_seeds_only() -> None:
         (False, [1.1, 2.12, 3.08], "worse", "0.1000 higher than b"),
         (True, [1.1, 2.12, 3.08], "better", "0.1000 higher than b"),
         (True, [0.9, 1.88, 2.92], "worse", "0.1000 lower than b"),
-        (None, [1.1, 2.12, 3.08], "no claim", "whether higher or lower is better is not known, so no claim"),
-        (False, [1.1, 1.9, 3.0], "unclear", "no difference from b can be told from 3 seeds (mean +0"),
-        (False, [1.5], "no claim", "a (1 of 3 seeds): token-weighted loss 0.5000 higher than b with the one seed comp"),
+        (None, [1.1, 2.12, 3.08], "no claim", "no claim, because it is unknown whether higher or lower is better"),
+        (False, [1.1, 1.9, 3.0], "unclear", "3 seeds show no clear difference from b (mean +0"),
+        (False, [1.5], "no claim", "a (1 of 3 seeds): token-weighted loss 0.5000 higher than b for the only seed comp"),
         (
             False,
             [1.5, 2.5],
             "no claim",
-            "a (2 of 3 seeds): token-weighted loss 0.5000 higher than b in each of 2 seeds",
+            "a (2 of 3 seeds): token-weighted loss 0.5000 higher than b for each of 2 seeds",
         ),
-        (False, [], "no data", "there is no seed in which both have the number"),
+        (False, [], "no data", "there is no seed for which both have a value"),
     ],
 )
 def test_sentences_say_what_the_interval_supports(
@@ -449,25 +449,25 @@ BAD = [
     ({"metrics": ["held_loss", "held_loss"]}, "metrics: must name one or more metrics, each once"),
     (variants(), "variants: needs at least two variants"),
     (variants(**{"a/b": PLAIN}), "variants: 'a/b': a name becomes a folder"),
-    (variants(Plain=PLAIN), "'plain' and 'Plain' are one folder"),
+    (variants(Plain=PLAIN), "'plain' and 'Plain' would share a folder"),
     (variants(same={"dataflex": {"updates": -1}}), "variants.same: is the same run as 'plain'"),
     (variants(none={"learning_rate": 1}), "variants.none.dataflex: a run needs a dataflex: section"),
-    (variants(own={**PLAIN, "seed": 3}), "variants.own.seed: is set by the comparison itself"),
+    (variants(own={**PLAIN, "seed": 3}), "variants.own.seed: is set by the comparison;"),
     (variants(own={"dataflex": {"train_steps": 3}}), "variants.own.dataflex.train_steps: is set by the comparison"),
     (
         variants(a={"dataflex.select.method": "los"}, b=RANDOM),
         "variants.a.dataflex.select.method: unknown selector 'los'",
     ),
     (variants(a=RANDOM, b={**PLAIN, "learnig_rate": 1}), "variants.b.learnig_rate: not a LLaMA-Factory argument; did"),
-    (variants(a={**RANDOM, "cutoff_len": 32}), "variants.a.cutoff_len: 32 here and 64 in 'plain': it changes the eval"),
+    (variants(a={**RANDOM, "cutoff_len": 32}), "variants.a.cutoff_len: 32 here and 64 in 'plain': the key changes the"),
     (
         variants(a={**RANDOM, "eval_dataset": "gamma"}),
         "variants.a.eval_dataset: 'gamma' here and 'held,beta' in 'plain'",
     ),
-    (variants(a={**RANDOM, "load_best_model_at_end": True}), "variants.a.load_best_model_at_end: True: not in"),
+    (variants(a={**RANDOM, "load_best_model_at_end": True}), "variants.a.load_best_model_at_end: True is not allowed"),
     (
         variants(a={**RANDOM, "deepspeed": "x.json"}),
-        "variants.a.deepspeed: 'x.json': not in a comparison: each run is one",
+        "variants.a.deepspeed: 'x.json' is not allowed in a comparison: each run is one",
     ),
     (
         variants(a={**RANDOM, "gradient_accumulation_steps": 2}),
@@ -475,12 +475,12 @@ BAD = [
     ),
     (
         variants(a={"selct": None, **PLAIN}),
-        "variants.a.selct: takes away a key that the base does not have; remove",
+        "variants.a.selct: removes a key that the base does not have; remove",
     ),
-    (variants(a={**PLAIN, "lerning_rate": None}), "variants.a.lerning_rate: takes away a key that the base does not"),
+    (variants(a={**PLAIN, "lerning_rate": None}), "variants.a.lerning_rate: removes a key that the base does not"),
     (variants(a={**PLAIN, "lerning_rate": None}), "; did you mean 'learning_rate'?"),
-    (variants(a={**PLAIN, "dataflex.mix": None}), "variants.a.dataflex.mix: takes away a key that the base does not"),
-    (variants(a={"dataflex": {"select": {"fokus": None}}}), "variants.a.dataflex.select.fokus: takes away a key"),
+    (variants(a={**PLAIN, "dataflex.mix": None}), "variants.a.dataflex.mix: removes a key that the base does not"),
+    (variants(a={"dataflex": {"select": {"fokus": None}}}), "variants.a.dataflex.select.fokus: removes a key"),
     (variants(a={**RANDOM, "dataflex.select.fokus": "high"}), "variants.a.dataflex.select.fokus: unknown key 'fokus'"),
     (variants(a={**PLAIN, "learning_rate.x": 3}), "leads through 'learning_rate', which is 0.01 in the base"),
     (variants(a={**PLAIN, "dataset.0": "alpha"}), "leads through 'dataset', which is 'alpha' in the base"),
@@ -525,7 +525,7 @@ def test_bad_input_is_named_before_anything_runs(lab: Lab) -> None:
     with pytest.raises(ConfigError) as error:
         load(lab.file)
     assert str(error.value).count("base.model_name_or_path: no model in './nowhere'") == 1  # once, not for each variant
-    assert "base.val_size: 0.1: not in a comparison" in str(error.value)
+    assert "base.val_size: 0.1 is not allowed in a comparison" in str(error.value)
     del lab.base["eval_dataset"], lab.base["val_size"]
     lab.base["model_name_or_path"] = str(lab.folder / "model")
     lab.write()
@@ -545,7 +545,7 @@ def test_the_nearest_key_of_what_a_variant_takes_away(lab: Lab) -> None:
     with pytest.raises(ConfigError) as error:
         load(lab.file)
     for at, (key, nearest) in enumerate(taken.items()):  # all variants together
-        expected = f"variants.v{at}.{key}: takes away a key that the base does not have; did you mean {nearest!r}?"
+        expected = f"variants.v{at}.{key}: removes a key that the base does not have; did you mean {nearest!r}?"
         assert expected in str(error.value)
     assert not lab.output.exists()
 
@@ -602,7 +602,7 @@ def test_everything_is_run_once_and_read_right(
     lab, out = whole
     monkeypatch.setattr(page, "write", lambda outcome: None)
     assert out.count("to run") == 10  # nine in the plan, and their number when they are begun
-    assert "9 runs to go: 4,500 tokens in all; the seconds are not known before a run is complete." in out
+    assert "9 runs to go: 4,500 tokens in all; the seconds are unknown until a run is complete." in out
     assert sorted(lab.launches()) == sorted(all_runs("plain", "better", "worse"))
     assert {threads for _, threads in lab.arguments} <= {
         os.environ.get("OMP_NUM_THREADS"),
@@ -629,7 +629,7 @@ def test_everything_is_run_once_and_read_right(
     text = (lab.output / "comparison.md").read_text()
     for line in (out, text):
         assert "better: token-weighted loss 0." in line
-        assert "6 comparisons were made at 95 %: if no variant differed at all, about 0.3 of them" in line
+        assert "6 comparisons were made at 95 %: if no variant really differed, about 0.3 of them" in line
     assert lab.compare() == 0
     assert "nothing to do: all 9 runs are complete." in capsys.readouterr().out
     assert lab.launches() == []
@@ -713,7 +713,7 @@ def test_what_changed_meanwhile_is_not_compared(lab: Lab, capsys: pytest.Capture
     assert lab.compare(jobs=1) == 1
     assert lab.launches() == [("train", "plain", 1), ("train", "better", 1)]  # the third is not begun
     said = capsys.readouterr().err
-    changed = re.escape(str(lab.data / "alpha.json")) + " changed while the command was at work; give it again"
+    changed = re.escape(str(lab.data / "alpha.json")) + " changed while the command was running. Run the command again"
     assert len(re.findall(rf"(better|worse)/seed 1: failed after \d+ s: {changed}", said)) == 2
     assert "complete.json" not in " ".join(path.name for path in lab.output.glob("runs/better/*/*"))
     assert len(list(lab.output.glob("runs/better/*-changed-1/adapter_model.safetensors"))) == 1
@@ -895,11 +895,11 @@ def test_runs_that_cannot_be_compared_are_named_and_left_out(lab: Lab, capsys: p
     stored.write_text(json.dumps(found))
     outcome = gather(load(lab.file))
     assert {row.run.name: row.problem for row in outcome.rows if row.problem} == {
-        "better/seed 1": "its evaluation data is another: fingerprint other, the other runs have same",
-        "better/seed 2": "499 tokens trained on, fewer than the 500 asked for",
-        "worse/seed 1": "it has no unweighted_loss, which other runs have",
+        "better/seed 1": "its evaluation data differs: fingerprint other, and same in the other runs",
+        "better/seed 2": "499 tokens trained on, fewer than the 500 of the budget",
+        "worse/seed 1": "the run has no unweighted_loss, which other runs have",
         "worse/seed 2": "token_weighted_loss is not finite: training diverged",
-        "worse/seed 3": "900 tokens trained on, more than one step over the 500 asked for: 675 before the last step",
+        "worse/seed 3": "900 tokens trained on, more than one step over the budget of 500: 675 before the last step",
     }
     assert {row.status for row in outcome.rows if row.problem} == {"left out"}
     assert {found.variant: found.seeds for found in outcome.differences} == {"better": (3,), "worse": ()}

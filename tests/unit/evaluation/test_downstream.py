@@ -368,7 +368,7 @@ def test_the_chat_template(evaluated: Evaluated, tmp_path: Path, monkeypatch: py
         turns = plain.replace("Answer: ", "Answer:<assistant>").replace("\n\n", "<user>")
         expected += [(f"<user>{turns}<assistant>", "ABCDE"[i]) for i in range(len(row["choices"]))]
     assert sorted(asked) == sorted(expected)
-    assert any("takes no system message" in note for note in result.notes)
+    assert any("accepts no system message" in note for note in result.notes)
 
 
 def test_an_adapter_with_embeddings_of_its_own_fits_its_base(evaluated: Evaluated, tmp_path: Path) -> None:
@@ -511,17 +511,20 @@ NUMBER = {"instruction": "q", "output": "#### 4"}
     [
         ([], "has no rows"),
         (["x"], "line 1: not a JSON object"),
-        ([{"text": "q"}], "no known form; it has the keys text. multiple_choice needs question, choices, answer"),
+        (
+            [{"text": "q"}],
+            "the form of the first row is unknown; the row has the keys text. multiple_choice needs question",
+        ),
         ([GOOD, NUMBER], "line 2: a row of the form multiple_choice needs question, choices, answer; this one has"),
         ([NUMBER, GOOD], "line 2: a row of the form generation needs"),
-        ([{**GOOD, "choices": ["a"]}], "choices must be a list of two or more texts"),
-        ([{**GOOD, "choices": ["a", " "]}], "choices must be a list of two or more texts"),
+        ([{**GOOD, "choices": ["a"]}], "choices must be a list of two or more non-empty strings"),
+        ([{**GOOD, "choices": ["a", " "]}], "choices must be a list of two or more non-empty strings"),
         ([{**GOOD, "choices": ["a"] * 27}], "has 27 choices"),
         ([{**GOOD, "answer": "C"}], "a letter from A to B or an index below 2, got 'C'"),
         ([{**GOOD, "answer": 2}], "got 2"),
         ([{**GOOD, "answer": True}], "got True"),
-        ([{**GOOD, "question": " "}], "question must be a text"),
-        ([{**NUMBER, "output": "4"}], "output has no '#### n', and there is no final"),
+        ([{**GOOD, "question": " "}], "question must be a non-empty string"),
+        ([{**NUMBER, "output": "4"}], "output has no '#### n', and the row has no final"),
         ([{**NUMBER, "final": "four"}], "the answer must be a number, got 'four'"),
         ([{**GOOD, "answer": "Z"}] * 9, "And 6 more like these"),
     ],
@@ -540,11 +543,11 @@ def test_bad_rows(tmp_path: Path, rows: list[Any], text: str) -> None:
         ({"fewshot_file": "none.jsonl", "num_fewshot": 1}, "t.fewshot_file: no such file"),
         ({"num_fewshot": 1}, "t.fewshot_file: needed for num_fewshot: 1"),
         ({"fewshot_file": "dev.jsonl"}, "t.num_fewshot: needed with a fewshot_file"),
-        ({"fewshot_file": "dev.jsonl", "num_fewshot": 3}, "has 2 rows of subject 'two'"),
+        ({"fewshot_file": "dev.jsonl", "num_fewshot": 3}, "has only 2 rows of subject 'two'"),
         ({"fewshot_file": "choice.jsonl", "num_fewshot": 1}, "its own example"),
         ({"fewshot_file": "numbers.jsonl", "num_fewshot": 1}, "numbers.jsonl, line 1: a row of the form"),
-        ({"max_new_tokens": 5}, "t.max_new_tokens: has no meaning for the form multiple_choice"),
-        ({"file": "numbers.jsonl", "choices": "text"}, "t.choices: has no meaning for the form generation"),
+        ({"max_new_tokens": 5}, "t.max_new_tokens: has no effect for the form multiple_choice"),
+        ({"file": "numbers.jsonl", "choices": "text"}, "t.choices: has no effect for the form generation"),
         ({"file": None, "task": "gsm8k", "form": "generation"}, "t.form: cannot be set for the harness's task"),
     ],
 )
@@ -566,9 +569,9 @@ def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any
         ("{file: a.jsonl, choices: leters}", "did you mean 'letters'?"),
         ("{file: a.jsonl, limit: 0}", "a.limit"),
         ("{file: a.jsonl, name: ../a}", "../a.name"),
-        ("{file: a.jsonl, prompt: 'Q: {query}'}", "may hold {question}, {options}, {subject}, not {query}"),
-        ("{file: a.jsonl, prompt: 'Q'}", "must hold {question}"),
-        ("{file: a.jsonl, description: '{question}'}", "may hold {subject}, not {question}"),
+        ("{file: a.jsonl, prompt: 'Q: {query}'}", "may contain {question}, {options}, {subject}, not {query}"),
+        ("{file: a.jsonl, prompt: 'Q'}", "must contain {question}"),
+        ("{file: a.jsonl, description: '{question}'}", "may contain {subject}, not {question}"),
         ("[{file: a.jsonl}, {file: b/a.jsonl}]", "a: two tasks have this name"),
     ],
 )

@@ -157,7 +157,7 @@ def test_the_plan_tells_weights_from_decisions_and_the_cost_of_filters_from_the_
     assert found["weights"] == "in every step after warm-up, 20: weight loss"
     # 2 decisions on 25 samples and on 12, against 25 steps of one sample at 3; the last line of each name is looked at
     assert found["cost"].startswith("select.1 el2n: 0.32 times the work of training if all candidates were scored")
-    assert found["cap"] == (
+    assert found["limit"] == (
         "max_overhead: decisions may take 0.25 times the time of training, and the selectors before select.1, which "
         "have no limit, take about 0.67"
     )

@@ -358,12 +358,12 @@ def test_run_that_is_training_has_the_cost_and_tokens_of_its_last_evaluation(tmp
     record = read_run(run)
     assert (record.train_seconds, record.evaluate_seconds, record.tokens) == (8.0, 1.0, 28)
     assert record.trained == (4, 8.0)
-    assert "those up to step 4." in run_table(measured(run)).notes[0]
+    assert "known up to step 4." in run_table(measured(run)).notes[0]
     write_state(run / "checkpoint-6", [{"step": step, "loss": 1.0, **costs(step, 7 * step)} for step in (3, 6)], 6)
     write_log(run, range(1, 9))
     runs = measured(run)
     assert (runs[0].record.train_seconds, runs[0].record.trained) == (12.0, (6, 12.0))
-    assert "seconds of training are those of run up to step 6." in chart(charts(runs), "Seconds by run").caption
+    assert "seconds of training are known for run up to step 6." in chart(charts(runs), "Seconds by run").caption
     assert column(run_table(runs), "train s") == ["12.0"]
 
 
@@ -995,7 +995,7 @@ def test_domain_table_has_the_mixture(tmp_path: Path) -> None:
             assert cells["last wanted"] == ("0.950" if i == 0 else "-")
             assert cells["loss weight"] == f"{means[names[i]]:.4f}"
         steps = 777 if finished else 40
-        assert f"run: loss weight is the mean over {steps} steps whose loss was weighted by domain." in table.notes
+        assert f"run: loss weight is the mean over {steps} steps with a loss weighted by domain." in table.notes
 
 
 def test_capped_domains_that_are_not_listed_are_named(tmp_path: Path) -> None:
@@ -1090,7 +1090,7 @@ def test_older_record_is_drawn_against_steps_with_the_trainers_losses(tmp_path: 
     assert chart(found, "Evaluation loss by domain").figure is None
     share = chart(found, "Share of each domain ever seen: run")
     assert share.figure is not None
-    assert "does not say" in share.caption
+    assert "are not on record" in share.caption
     assert [unpacked(trace["y"]).tolist() for trace in share.figure["data"]] == [[5, 5, 5], [1, 3, 3]]
 
 

@@ -34,7 +34,7 @@ def test_the_line_of_a_decision() -> None:
     weights = {"chat": 0.25, "math": 0.5, "code": 0.25}
     assert console.decision(RoundSlot(7, 2, 1, 7), planned, 300, 1, scored=120, loss_weights=weights) == (
         "round 7, step 3: 40 of 300: chat 15, math 19, code 6; "
-        "loss weights at its start chat 0.25, math 0.5, code 0.25; 120 scored under the cap; 1.0 s"
+        "loss weights at its start chat 0.25, math 0.5, code 0.25; 120 scored within max_overhead; 1.0 s"
     )
 
 

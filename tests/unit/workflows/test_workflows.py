@@ -285,10 +285,10 @@ def test_what_a_stage_takes_away_must_be_there(lab: Lab) -> None:
     lab.base["dataflex"] = {"select": {"method": "random"}}
     lab.write(reference={"dataflex.selct": None}, final={"dataflex.mix.proportion": None, "learning_rate.x": 1})
     assert lab.problems() == {
-        "reference.dataflex.selct": "takes away a key that the base does not have; did you mean 'dataflex.select'?",
-        "final.dataflex.mix.proportion": "takes away a key that the base does not have; did you mean "
+        "reference.dataflex.selct": "removes a key that the base does not have; did you mean 'dataflex.select'?",
+        "final.dataflex.mix.proportion": "removes a key that the base does not have; did you mean "
         "'dataflex.mix.proportions'?",
-        "final.learning_rate.x": "leads through 'learning_rate', which is 0.01 in the base, and no mapping.",
+        "final.learning_rate.x": "leads through 'learning_rate', which is 0.01 in the base and not a mapping.",
     }
 
 
@@ -298,7 +298,7 @@ def test_the_mixture_of_the_base_is_replaced(lab: Lab, proportions: Any) -> None
     lab.base["dataflex"] = {"mix": mix, "seed": 5}
     lab.write()
     stages, (note,) = load(lab.file)
-    assert "keys of the base that the command itself sets or leaves out: " in note
+    assert "the command sets or removes these keys itself and ignores their values in the base: " in note
     assert "dataflex.mix" in note
     mixes = [stage.raw["dataflex"]["mix"] for stage in stages]
     assert mixes[0] == {"method": "proportional"}
@@ -484,7 +484,7 @@ def test_proxies_that_fail_are_left_out(mixing: Lab, capsys: pytest.CaptureFixtu
         ({}, {"proxies": {"count": 4, "strengths": 0}}, "proxies.strengths", "greater than or equal to 1"),
         ({}, {"proxies": {"count": 4, "dataflex.mix.unit": "samples"}}, "proxies.dataflex.mix.unit", "command itself"),
         ({}, {"proxies": {"count": 4, "temprature": 1}}, "proxies.temprature", "did you mean 'temperature'"),
-        ({}, {"proxies": {"count": 4, "data_seed": 1}}, "proxies.data_seed", "not in a comparison"),
+        ({}, {"proxies": {"count": 4, "data_seed": 1}}, "proxies.data_seed", "not allowed in a comparison"),
         ({}, {"final": {"dataset": "alpha"}}, "final.dataset", "has to be the same"),
         ({"dataset": "alpha"}, {}, "base.dataset", "two or more"),
         ({"dataset": None}, {}, "base.dataset", "two or more"),
@@ -550,7 +550,7 @@ def test_values_of_a_column_are_mixed(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(ConfigError, match=r"proxies.dataflex.domain_column: has to be the same"):
         lab.regmix()
     lab.write(proxies={"count": 4, "dataflex.selct": None})
-    with pytest.raises(ConfigError, match=r"proxies.dataflex.selct: takes away a key that the base does not have"):
+    with pytest.raises(ConfigError, match=r"proxies.dataflex.selct: removes a key that the base does not have"):
         lab.regmix()
     for row in whole:
         row["kind"] = "index"

@@ -1,1 +1,1 @@
-"""The charts of a report: a file for each section of the page."""
+"""The charts of a report, with a file for each section of the page."""

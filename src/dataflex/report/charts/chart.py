@@ -1,4 +1,4 @@
-"""A chart of a report, and how those with a line for each run are made."""
+"""The chart class, and functions that make charts with a line for each run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from dataflex.report.figures import Figure, Points, figure, line, points_per_cur
 from dataflex.report.measure import MeasuredRun
 
 DOMAINS = 12
-"""Domains drawn of a run, at most: the largest of what a chart shows; the others of a plan are added up."""
+"""Most domains drawn of a run: the largest ones by the chart's own measure. Charts of shares add up the others."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, or what is missing for it."""
+    """A chart, or the reason why it is missing.
+
+    The reason is the caption of a chart without a figure.
+    """
 
     section: str
     title: str
@@ -26,14 +29,18 @@ class Chart:
 
 @dataclass(frozen=True)
 class Axis:
-    """What losses are drawn against: a name, and where each logged step of a run is on it."""
+    """An x axis for losses.
+
+    Attributes:
+        name: name of the axis.
+        place: returns step -> position on the axis, for a run. None means that the position is the step.
+    """
 
     name: str
     place: Callable[[RunRecord], Mapping[int, float]] | None
-    """None: the step itself."""
 
     def points(self, record: RunRecord, curve: Curve) -> Points:
-        """Return the curve against this axis, without steps whose place is not known."""
+        """Return the curve against this axis, without the steps whose position is unknown."""
         if self.place is None:
             return curve
         known = self.place(record)
@@ -50,7 +57,7 @@ CLOCK = " Seconds of training, decisions and evaluation together."
 def line_per_run(
     runs: Sequence[MeasuredRun], chart: Chart, curves: Sequence[Points], axes: tuple[str, str], num_charts: int
 ) -> Chart:
-    """Return ``chart`` with one line per run, and the runs that have none named in its caption."""
+    """Return ``chart`` with one line per run. Its caption names the runs without a line."""
     limit = points_per_curve(len(runs) * num_charts)
     traces = [
         line(curve, run.label, style(i), limit)
@@ -72,7 +79,7 @@ def by_round(
     y_axis: dict[str, object],
     reason: str,
 ) -> Chart:
-    """Return a chart with a line per run against the round; ``reason`` is said where no run has one."""
+    """Return a chart with a line per run against the round. ``reason`` is its caption if no run has a line."""
     drawn = line_per_run(runs, chart, curves, ("round", y_title), 1)
     if drawn.figure is None:
         return Chart(chart.section, chart.title, reason, None)

@@ -1,4 +1,4 @@
-"""Charts of the seconds a run took."""
+"""Charts of the seconds that a run took."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataflex.report.measure import MeasuredRun
 
 
 def cost(runs: Sequence[MeasuredRun]) -> Chart:
-    """Seconds of training, decisions and evaluation, one bar per run."""
+    """Return a chart of the seconds of training, decisions and evaluation, with one bar per run."""
     title = "Seconds by run"
     parts: list[tuple[str, list[float | None]]] = [
         ("training", [run.record.train_seconds for run in runs]),
@@ -29,7 +29,7 @@ def cost(runs: Sequence[MeasuredRun]) -> Chart:
     names = row_labels([run.label for run in runs], 24)
     chart["layout"]["yaxis"] |= {"tickvals": rows, "ticktext": names, "autorange": "reversed"}
     chart["layout"] |= {"barmode": "stack", "height": 110 + 34 * len(runs)}
-    caption = "Training, the decisions made for it, and evaluation."
+    caption = "Seconds of training, of decisions and of evaluation."
     for name, seconds in (parts[0], parts[2]):
         unknown = [run.label for run, value in zip(runs, seconds, strict=True) if value is None]
         caption += f" Seconds of {name} are not on record: {', '.join(unknown)}." if unknown else ""
@@ -38,7 +38,7 @@ def cost(runs: Sequence[MeasuredRun]) -> Chart:
         for run in runs
         if run.record.summary is None and run.record.trained
     ]
-    caption += f" Not finished, seconds of training are those of {', '.join(partly)}." if partly else ""
+    caption += f" Not finished: seconds of training are known for {', '.join(partly)}." if partly else ""
     return Chart("Cost", title, caption, chart)
 
 
@@ -56,8 +56,8 @@ def _cost_bar(name: str, rows: list[int], seconds: list[float], number: int) -> 
 
 
 def decision_seconds(runs: Sequence[MeasuredRun]) -> Chart:
-    """Seconds that each round's decision took, all runs."""
+    """Return a chart of the seconds that each round's decision took, for all runs."""
     title = "Seconds of each decision"
-    chart = Chart("Cost", title, "Seconds between two rounds spent on the plan of the next.", None)
+    chart = Chart("Cost", title, "Seconds between two rounds that the plan of the next round took.", None)
     curves = [[(each.round, each.cost.seconds) for each in run.record.rounds] for run in runs]
     return by_round(runs, chart, curves, "seconds", {"rangemode": "tozero"}, "no run records a round.")

@@ -28,19 +28,22 @@ from dataflex.report.figures import (
 from dataflex.report.measure import LEVELS, MeasuredRun, evenly
 
 PROPORTION_ROUNDS = 400
-"""Rounds whose proportions are drawn, at most."""
+"""Most rounds whose proportions are drawn."""
 
 
 CUT_MARKS = 20
-"""Rounds marked of a curve in which a domain was cut, at most."""
+"""Most marks on a curve for rounds in which the domain was cut."""
 
 
 EXACT_TIMES = 12
-"""Times a sample was planned up to which each number has a bar of its own."""
+"""Largest number of times planned that has a separate bar. Larger numbers share bars."""
 
 
 def proportions(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> Chart:
-    """Share of each domain in the rounds of one run, over its optimizer steps; ``looks`` numbers the domains."""
+    """Return a chart of the share of each domain in the rounds of one run, over optimizer steps.
+
+    ``looks`` numbers the domains.
+    """
     title = f"Proportions: {run.label}"
     rounds = [each for each in run.record.rounds if each.shares]
     if not rounds:
@@ -53,17 +56,16 @@ def proportions(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> 
     present = dict.fromkeys(name for each in shares for name, share in each.items() if share > 0)
     names = [name for name in most_trained(run) if name in present]
     steps = [*(each.start_step for each in shown), shown[-1].start_step + shown[-1].steps]
+    # The last shares twice: they hold until the end of the last round.
     values = np.array([[each.get(name, 0.0) for name in names] for each in [*shares, shares[-1]]])
     traces = [_area(steps, values[:, i], name, style(looks[name])) for i, name in enumerate(names)]
-    caption = "Share of each domain in each round, from its first step on; plans have it to whole samples."
+    caption = "Share of each domain in each round, from the round's first step on. Plans round it to whole samples."
     others = len(present) - len(names)
     if others:
         rest = np.maximum(1.0 - values.sum(axis=1), 0.0)
         label = f"others ({others:,} domain{'s' if others > 1 else ''})"
         traces.append(_area(steps, rest, label, REST))
-        caption += (
-            f" The {len(names)} domains with the most samples have bands of their own, the {others:,} others one."
-        )
+        caption += f" The {len(names)} domains with the most samples have a band each, the {others:,} others share one."
     chart = figure(traces, "step", "share of the samples")
     chart["layout"]["yaxis"] |= {"range": [0, 1]}
     whole_numbers(chart, steps[-1])
@@ -72,7 +74,7 @@ def proportions(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> 
 
 
 def _area(steps: Sequence[int], values: NDArray[np.float64], name: str, look: Style) -> Trace:
-    """One domain's shares, each held from the first step of its round to that of the next."""
+    """Return the area of one domain's shares, each constant from the first step of its round to the next round."""
     return {
         "type": "scatter",
         "mode": "none",
@@ -88,7 +90,7 @@ def _area(steps: Sequence[int], values: NDArray[np.float64], name: str, look: St
 
 
 def cut_shares(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> list[Chart]:
-    """Share of each domain of one run that was wanted and not planned; nothing where none was cut.
+    """Return a chart of the share of each domain that was wanted and not planned. Empty if no domain was cut.
 
     ``looks`` numbers the domains.
     """
@@ -107,15 +109,15 @@ def cut_shares(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> l
     chart = figure(traces, "round", "share wanted, not planned")
     chart["layout"]["yaxis"] |= {"rangemode": "tozero"}
     whole_numbers(chart, rounds[-1].round)
-    caption = "What max_epochs_per_domain took from the wanted share of a domain and gave to the others."
+    caption = "Share of a domain that was wanted, and that max_epochs_per_domain gave to the other domains."
     caption += f" {len(picked):,} of {len(rounds):,} rounds are drawn." if len(picked) < len(rounds) else ""
     left_out = len(total_cut(run)) - len(names)
-    caption += f" {left_out:,} domains that were cut by less are not drawn." if left_out else ""
+    caption += f" {left_out:,} domains with smaller cuts are not drawn." if left_out else ""
     return [Chart("Data", f"Shares that were cut: {run.label}", caption, chart)]
 
 
 def loss_weights(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> list[Chart]:
-    """Weight of each domain in the loss over the steps of one run; nothing where the loss is not weighted so.
+    """Return a chart of each domain's weight in the loss of one run. Empty if the loss has no domain weights.
 
     ``looks`` numbers the domains.
     """
@@ -134,7 +136,7 @@ def loss_weights(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) ->
         traces.append({**drawn, "hovertemplate": f"step %{{x}}: %{{y:.4~g}}{mean}"})
     chart = figure(traces, "step", "weight in the loss")
     chart["layout"]["yaxis"] |= {"rangemode": "tozero"}
-    caption = "What a domain counts in the loss of a step."
+    caption = "Weight of each domain in the loss of a step."
     if len(picked) < known.total:
         caption += f" {len(picked):,} of {known.total:,} steps are drawn, evenly picked."
     left_out = [name for name in known.names if name not in names]
@@ -146,7 +148,7 @@ def loss_weights(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) ->
 
 
 def passes(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> list[Chart]:
-    """Passes over each domain of one run up to each round; nothing for one domain, or without rounds.
+    """Return a chart of the passes over each domain up to each round. Empty for a single domain, or without rounds.
 
     ``looks`` numbers the domains.
     """
@@ -163,7 +165,7 @@ def passes(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> list[
     traces = [
         line(curve_of(numbers, known[name][picked].tolist()), name, style(looks[name]), len(picked)) for name in names
     ]
-    caption = "Samples planned up to each round over samples of the domain: 1 is once through all of them."
+    caption = "Samples planned up to each round, divided by the samples of the domain: 1 is one full pass."
     cut: list[tuple[float, float]] = []
     for name in names:
         within = evenly([i for i in picked if name in rounds[i].clipped_shares], CUT_MARKS)
@@ -171,7 +173,7 @@ def passes(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> list[
     if cut:
         traces.append(_marks(cut, "cut by max_epochs_per_domain"))
         caption += (
-            f" Upright marks, at most {CUT_MARKS} on a curve: rounds in which max_epochs_per_domain cut the share."
+            f" Upright marks (at most {CUT_MARKS} on a curve): rounds in which max_epochs_per_domain cut the share."
         )
     chart = figure(traces, "round", "passes")
     chart["layout"]["yaxis"] |= {"rangemode": "tozero"}
@@ -183,7 +185,7 @@ def passes(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> list[
 
 
 def _marks(points: Points, name: str) -> Trace:
-    """Upright marks on curves. The lines have their numbers, so they are not in the data below a chart."""
+    """Return upright marks on curves. They are not in the data below a chart, since the curves have their values."""
     return {
         "type": "scatter",
         "mode": "markers",
@@ -196,7 +198,7 @@ def _marks(points: Points, name: str) -> Trace:
 
 
 def scores(run: MeasuredRun, runs: Sequence[MeasuredRun]) -> Chart:
-    """Distribution of the scores in each plan of one run."""
+    """Return a chart of the distribution of the scores in each plan of one run."""
     title = f"Scores of the selected samples: {run.label}"
     if run.scores is None:
         reason = "its plans hold no scores." if run.record.has_plans else "the run has no plans in its folder."
@@ -223,8 +225,8 @@ def scores(run: MeasuredRun, runs: Sequence[MeasuredRun]) -> Chart:
 
 
 def overlap(runs: Sequence[MeasuredRun]) -> Chart:
-    """Jaccard similarity of consecutive plans, all runs."""
-    caption = "Samples in both plans over samples in either; 1: the same set."
+    """Return a chart of the Jaccard similarity of consecutive plans, for all runs."""
+    caption = "Samples in both plans, divided by samples in either. 1 means the same samples."
     chart = Chart("Data", "Overlap of consecutive rounds", caption, None)
     curves = [run.coverage.overlap if run.coverage else [] for run in runs]
     reason = "no run has two rounds whose plans are in its folder."
@@ -232,9 +234,9 @@ def overlap(runs: Sequence[MeasuredRun]) -> Chart:
 
 
 def seen(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> Chart:
-    """Distinct samples of each domain in the plans so far, as a share of the domain where its size is on record.
+    """Return a chart of the distinct samples of each domain in the plans so far.
 
-    ``looks`` numbers the domains.
+    They are shares of the domain if its size is on record, else numbers. ``looks`` numbers the domains.
     """
     title = f"Share of each domain ever seen: {run.label}"
     if run.coverage is None:
@@ -254,18 +256,18 @@ def seen(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> Chart:
     whole_numbers(chart, run.record.rounds[-1].round)
     caption = "Distinct samples in the plans up to each round, divided by those of the domain in the pool."
     if not pool:
-        caption = "Distinct samples in the plans up to each round; the record does not say how many the pool has."
+        caption = "Distinct samples in the plans up to each round. The sizes of the domains are not on record."
     left_out = len(run.coverage.seen) - len(names)
     caption += f" {left_out} domains with fewer samples are not drawn." if left_out else ""
     return Chart("Data", title, caption, chart)
 
 
-_NO_PLANS = "the run has no plans in its folder (one that only weights its samples makes none)."
+_NO_PLANS = "the run has no plans in its folder (a run that only weights its samples makes none)."
 
 
 def repeats(runs: Sequence[MeasuredRun]) -> Chart:
-    """Share of each plan's samples that were planned before, all runs."""
-    caption = "Samples planned before, in an earlier round or earlier in the same, over all."
+    """Return a chart of the share of each plan's samples that were planned before, for all runs."""
+    caption = "Share of the samples that were planned before, in an earlier round or earlier in the same round."
     chart = Chart("Data", "Repeated samples in each round", caption, None)
     curves = [run.coverage.repeats if run.coverage else [] for run in runs]
     reason = "no run has plans in its folder."
@@ -273,7 +275,7 @@ def repeats(runs: Sequence[MeasuredRun]) -> Chart:
 
 
 def times(runs: Sequence[MeasuredRun]) -> Chart:
-    """How many samples were planned once, twice and so on, all runs."""
+    """Return a chart of the number of samples that were planned once, twice and so on, for all runs."""
     title = "How often samples were planned"
     counted = [(i, run, run.coverage) for i, run in enumerate(runs) if run.coverage and run.coverage.samples]
     if not counted:
@@ -303,15 +305,15 @@ def times(runs: Sequence[MeasuredRun]) -> Chart:
     chart = figure(traces, "times planned", "samples")
     chart["layout"]["xaxis"] |= {"type": "category"}
     chart["layout"] |= {"barmode": "group"}
-    caption = "Different samples by how often they are in the plans of the whole run."
-    caption += "" if sized else " How many never are is not on record."
+    caption = "Number of distinct samples, by how often they are in the plans of the whole run."
+    caption += "" if sized else " The number of samples that were never planned is not on record."
     without = [run.label for run in runs if run.coverage is None]
     caption += f" Without plans: {', '.join(without)}." if without else ""
     return Chart("Data", title, caption, chart)
 
 
 def weights(runs: Sequence[MeasuredRun], axis: Axis) -> list[Chart]:
-    """Smallest and largest sample weight, for the runs that have a weighter."""
+    """Return a chart of the smallest and largest sample weight, for runs with a weighter."""
     title = "Sample weights"
     weighted = [(i, run) for i, run in enumerate(runs) if run.record.weights]
     if not weighted:

@@ -1,4 +1,4 @@
-"""Which domains are drawn of a run, and their numbers: a domain looks the same in every chart."""
+"""The domains that are drawn of a run, and their numbers, so that a domain has the same look in every chart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataflex.report.measure import MeasuredRun
 
 
 def most_trained(run: MeasuredRun) -> list[str]:
-    """Return the domains with the most samples, in the order of their first mention."""
+    """Return the domains with the most samples, in order of first appearance."""
     return _largest(run.domain_samples)
 
 
@@ -21,17 +21,17 @@ def most_weighted(run: MeasuredRun) -> list[str]:
 
 
 def most_passed(run: MeasuredRun) -> list[str]:
-    """Return the domains that were gone through most often."""
+    """Return the domains with the most passes."""
     return _largest({name: float(np.nanmax(values)) for name, values in run.record.passes.items()})
 
 
 def most_cut(run: MeasuredRun) -> list[str]:
-    """Return the domains that ``max_epochs_per_domain`` took most from."""
+    """Return the domains that ``max_epochs_per_domain`` cut most."""
     return _largest(total_cut(run))
 
 
 def total_cut(run: MeasuredRun) -> dict[str, float]:
-    """Return how much was cut of each domain that was, shares added up over the rounds."""
+    """Return domain -> share that was cut, summed over the rounds, for the domains that were cut."""
     lost: dict[str, float] = {}
     for each in run.record.rounds:
         for name, share in each.clipped_shares.items():
@@ -45,7 +45,7 @@ def _largest(sizes: Mapping[str, float]) -> list[str]:
 
 
 def domain_numbers(runs: Sequence[MeasuredRun]) -> dict[str, int]:
-    """Number the domains that are drawn of any run, so that one looks the same in every chart."""
+    """Number the domains that are drawn of any run, so that each has the same look in every chart."""
     choices = (most_trained, most_weighted, most_passed, most_cut)
     names = dict.fromkeys(name for chosen in choices for run in runs for name in chosen(run))
     return {name: i for i, name in enumerate(names)}

@@ -11,7 +11,10 @@ from dataflex.report.measure import MeasuredRun
 
 
 def eval_means(runs: Sequence[MeasuredRun]) -> list[Chart]:
-    """Loss over all tokens and mean over the evaluation sets, each against tokens and time, all runs."""
+    """Return charts of the loss over all tokens and of the mean over the sets, for all runs.
+
+    Each of the two is drawn against tokens and against time.
+    """
     kinds: list[tuple[str, str, Callable[[Evaluation], Measures]]] = [
         ("token-weighted", "Over the tokens of all evaluation sets together.", lambda each: each.token_weighted),
         ("mean of the sets", "Mean over the evaluation sets, each counted once.", lambda each: each.unweighted),
@@ -42,13 +45,16 @@ def eval_means(runs: Sequence[MeasuredRun]) -> list[Chart]:
 
 
 def _changed_data(runs: Sequence[MeasuredRun]) -> str:
-    """Warn where losses were measured on different data."""
+    """Return a warning if losses were measured on different data, else an empty text."""
     digests = {each.fingerprint for run in runs for each in run.record.evaluations}
-    return " The evaluation data are not the same everywhere: losses cannot be compared." if len(digests) > 1 else ""
+    return " The evaluation data differ, so the losses cannot be compared." if len(digests) > 1 else ""
 
 
 def eval_domains(runs: Sequence[MeasuredRun]) -> list[Chart]:
-    """Loss and bits per byte of each evaluation set: one chart for a single run, else one for each set."""
+    """Return charts of the loss and bits per byte of each evaluation set.
+
+    A single run has one chart of each measure, several runs have one for each set.
+    """
     measures: list[tuple[str, str, Callable[[DomainMeasures], float | None]]] = [
         ("Evaluation loss", "loss", lambda each: each.loss),
         ("Bits per byte", "bits per byte", lambda each: each.bits_per_byte),
@@ -80,7 +86,7 @@ def eval_domains(runs: Sequence[MeasuredRun]) -> list[Chart]:
             traces = [
                 line(points, name, style(i), limit) for i, (name, points) in enumerate(by_run[0].items()) if points
             ]
-            caption = f"Of each evaluation set.{left_out}"
+            caption = f"One curve for each evaluation set.{left_out}"
             found.append(Chart("Evaluation", f"{title} by domain", caption, figure(traces, "tokens", unit)))
         else:
             for name in shown:
@@ -92,7 +98,7 @@ def eval_domains(runs: Sequence[MeasuredRun]) -> list[Chart]:
 
 
 def eval_loss(runs: Sequence[MeasuredRun]) -> list[Chart]:
-    """What the Trainer logged, one chart per evaluation set, where a run has nothing better on record."""
+    """Return charts of the Trainer's logged loss, one per evaluation set, if a run has no evaluations on record."""
     if all(run.record.evaluations or not run.record.eval_loss for run in runs):
         return []
     names = list(dict.fromkeys(name for run in runs for name in run.record.eval_loss))

@@ -10,18 +10,18 @@ from dataflex.report.figures import faint_line, figure, is_smoothed, line, point
 from dataflex.report.measure import MeasuredRun
 
 RAW_RUNS = 3
-"""Runs up to which the logged training loss is drawn behind its running mean."""
+"""Most runs for which the logged training loss is drawn behind its running mean."""
 
 
 LOG_RATIO = 30
-"""Largest over smallest place from which an axis of tokens is logarithmic."""
+"""Ratio of the largest to the smallest position above which an axis of tokens is logarithmic."""
 
 
 _AGAINST = {"step": "steps", "tokens": "tokens", "seconds": "time"}
 
 
 def train_loss(runs: Sequence[MeasuredRun], axis: Axis) -> Chart:
-    """Training loss against tokens (steps in older records) or time, all runs."""
+    """Return a chart of the training loss against tokens (steps in older records) or time, for all runs."""
     title = f"Training loss against {_AGAINST[axis.name]}"
     limit = points_per_curve(2 * len(runs))
     curves = [(axis.points(run.record, run.record.train_loss), run, style(i)) for i, run in enumerate(runs)]
@@ -31,11 +31,11 @@ def train_loss(runs: Sequence[MeasuredRun], axis: Axis) -> Chart:
         if any(run.record.train_loss for run in runs):
             reason = "the logs have no seconds (dataflex/train_seconds); records of earlier versions lack them."
         return Chart("Loss", title, reason, None)
-    caption = "As logged; long curves as a running mean over a fiftieth of the run"
+    caption = "As logged. Long curves are a running mean over a fiftieth of the run"
     noisy = [(points, run, look) for points, run, look in curves if is_smoothed(points)]
     if noisy and len(runs) <= RAW_RUNS:
         lines = [faint_line(points, run.label, look, limit) for points, run, look in noisy] + lines
-        caption += ", the logged values faint"
+        caption += ", with the logged values as a faint line"
     caption += f".{CLOCK}" if axis is SECONDS else "."
     partly = [run.label for points, run, _ in curves if len(points) < len(run.record.train_loss)]
     caption += f" Not known at every step: {', '.join(partly)}." if partly else ""
@@ -43,7 +43,7 @@ def train_loss(runs: Sequence[MeasuredRun], axis: Axis) -> Chart:
 
 
 def domain_loss(run: MeasuredRun, num_charts: int, axis: Axis, looks: Mapping[str, int]) -> Chart:
-    """Training loss of each domain of one run; ``looks`` numbers the domains."""
+    """Return a chart of the training loss of each domain of one run. ``looks`` numbers the domains."""
     title = f"Training loss by domain: {run.label}"
     known = run.record.domain_loss
     if not known:
@@ -52,13 +52,13 @@ def domain_loss(run: MeasuredRun, num_charts: int, axis: Axis, looks: Mapping[st
     limit = points_per_curve(num_charts * DOMAINS)
     traces = [line(smooth(axis.points(run.record, known[name])), name, style(looks[name]), limit) for name in names]
     left_out = len(known) - len(names)
-    caption = "Unweighted loss of the trained samples, mean since the last log; long curves as a running mean."
+    caption = "Unweighted loss of the trained samples, mean since the last log. Long curves are a running mean."
     caption += f" {left_out} domains with fewer samples are not drawn." if left_out else ""
     return Chart("Loss", title, caption, figure(traces, axis.name, "loss"))
 
 
 def own_tokens(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> list[Chart]:
-    """Training loss of each domain of one run against the tokens of that domain alone; nothing for one domain.
+    """Return a chart of each domain's training loss against the tokens of that domain. Empty for a single domain.
 
     ``looks`` numbers the domains.
     """
@@ -84,7 +84,7 @@ def own_tokens(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> l
         "loss",
     )
     places = [place for points in curves.values() for place, _ in points]
-    caption = "Unweighted loss of a domain when so many of its tokens that count in the loss were trained on."
+    caption = "Unweighted loss of a domain against the domain's tokens that were trained on and count in the loss."
     if max(places) > LOG_RATIO * min(places):
         chart["layout"]["xaxis"] |= {"type": "log"}
         caption += " Tokens on a logarithmic scale."

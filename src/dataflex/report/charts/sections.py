@@ -1,4 +1,4 @@
-"""All charts of a report in the order of the page. A chart that has nothing to show says why instead."""
+"""All charts of a report in the order of the page. A chart without data gives the reason instead."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dataflex.report.charts.tasks import tasks
 from dataflex.report.measure import MeasuredRun
 
 RUNS_ONE_BY_ONE = 12
-"""Runs that get charts of their own, at most."""
+"""Most runs that have separate charts."""
 
 
 def charts(runs: Sequence[MeasuredRun]) -> list[Chart]:
@@ -61,10 +61,10 @@ def charts(runs: Sequence[MeasuredRun]) -> list[Chart]:
 
 def _more_runs(runs: Sequence[MeasuredRun]) -> list[Chart]:
     more = len(runs) - RUNS_ONE_BY_ONE
-    reason = f"only the first {RUNS_ONE_BY_ONE} runs have charts of their own; the tables have all."
+    reason = f"only the first {RUNS_ONE_BY_ONE} runs have separate charts; the tables list all runs."
     return [Chart("Data", f"Domains and scores of {more} more runs", reason, None)] if more > 0 else []
 
 
 def _is_known(record: RunRecord) -> bool:
-    """Whether the tokens are known at every step with a training loss."""
+    """Return whether the tokens are known at every step with a training loss."""
     return all(step in record.tokens_at for step, _ in record.train_loss)

@@ -11,7 +11,7 @@ from dataflex.report.measure import MeasuredRun
 
 
 def tasks(runs: Sequence[MeasuredRun]) -> list[Chart]:
-    """Results of downstream tasks with their standard errors; nothing where no run has any."""
+    """Return a chart of the results of downstream tasks with their standard errors, or the reason why there is none."""
     rows = list(dict.fromkeys(key for run in runs for key in _metrics(run.record)))
     if not rows:
         reason = "no task was evaluated (dataflex-cli eval RUN --tasks ...)."
@@ -24,7 +24,7 @@ def tasks(runs: Sequence[MeasuredRun]) -> list[Chart]:
         if not found:
             continue
         look = style(i)
-        shift = 0.6 * ((i + 0.5) / len(runs) - 0.5)  # the runs of a row, one below the other
+        shift = 0.6 * ((i + 0.5) / len(runs) - 0.5)  # puts the runs of a row below each other
         traces.append(
             {
                 "type": "scatter",
@@ -60,13 +60,13 @@ def tasks(runs: Sequence[MeasuredRun]) -> list[Chart]:
     }
     chart["layout"] |= {"height": 110 + 44 * len(rows)}
     without = [run.label for run in runs if not run.record.tasks]
-    caption = "Bars: one standard error to each side; the upright marks: what guessing gives."
+    caption = "Bars show one standard error to each side, upright marks the result of guessing."
     caption += f" Without tasks: {', '.join(without)}." if without else ""
     return [Chart("Tasks", "Downstream tasks", caption, chart)]
 
 
 def _metrics(record: RunRecord) -> dict[tuple[str, str], tuple[float, float, float | None]]:
-    """Return each task and metric that has a value with it, its standard error (or 0) and what chance gives."""
+    """Return task and metric -> value, standard error (or 0) and chance level, for the metrics that have a value."""
     return {
         (task.task, name): (metric.value, metric.stderr or 0.0, task.chance)
         for task in record.tasks
