@@ -291,7 +291,7 @@ class PythonFunction:
         for index, texts in enumerate(zip(prompts, responses, references, strict=True)):
             try:
                 value = self._function(*texts)
-            except Exception as error:
+            except Exception as error:  # the user's function may raise anything
                 cause = f"raised {type(error).__name__}: {error}"
                 raise ComponentError(f"{label} {cause} {_of(index, texts[0], texts[1])}.") from error
             if not isinstance(value, numbers.Real | np.bool_) or not math.isfinite(value):
@@ -322,8 +322,8 @@ def _imported(label: str, path: Path, name: str) -> Callable[[str, str, str], An
         sys.modules[module_name] = module  # before the file runs: dataclasses, for one, look their module up there
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[module_name]
+        except Exception as error:  # the user's file may raise anything
+            del sys.modules[module_name]  # so that a later call imports the file again
             raise ComponentError(f"{label}: importing it failed with {type(error).__name__}: {error}") from error
     function = vars(module).get(name)
     if not callable(function):
