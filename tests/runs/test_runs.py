@@ -523,8 +523,9 @@ def test_a_chain_is_explained(runs: Any, capsys: Any) -> None:
         assert (second["round"], second["until"]) == (3, 4)
         assert is_kept or not {place["round"] for place in sample["placements"]} & {1, 2}
     assert main(["explain", str(runs.root / name), "--no-text", "--top", "3", "--round", "2"]) == 0
-    assert "select.0 el2n left 40 of 80 samples in round 1, which stands\nselect.1 grand chose 8 of 40 samples\n" in (
-        capsys.readouterr().out
+    assert (
+        "select.0 el2n left 40 of 80 samples in round 1, and this result holds\nselect.1 grand chose 8 of 40 samples\n"
+        in (capsys.readouterr().out)
     )
 
 

@@ -1,7 +1,7 @@
-"""The model and the data of the demo, and an encoder: made on the user's machine, once, from a package index.
+"""Assets: the model and the data of the demo, and a sentence encoder. Each is built once on the user's machine.
 
-A configuration names one as ``asset:NAME`` where a path is expected (``model_name_or_path``, ``dataset_dir``,
-``encoder``). Nothing here needs a model hub.
+A configuration may give ``asset:NAME`` instead of a path for ``model_name_or_path``, ``dataset_dir`` and ``encoder``.
+The model and the encoder come from a Python package index, so no model hub is needed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ PREFIX = "asset:"
 
 @dataclass(frozen=True)
 class Asset:
-    """Something that can be fetched by name.
+    """A model, an encoder or a set of data that can be fetched by name.
 
     Attributes:
-        name: What the user writes after ``asset:``.
-        kind: A model folder, an encoder's, or a LLaMA-Factory ``dataset_dir``.
+        name: Name after ``asset:``.
+        kind: ``model``: a model folder; ``encoder``: an encoder's folder; ``data``: a LLaMA-Factory ``dataset_dir``.
         help: One line for listings.
-        build: Fills the (empty, existing) folder it is given.
+        build: Function that writes the asset into an existing empty folder.
     """
 
     name: str
@@ -65,7 +65,7 @@ ASSETS: dict[str, Asset] = {
 
 
 def cache_dir() -> Path:
-    """Return the folder that holds the fetched assets: ``$DATAFLEX_CACHE``, else the user's cache folder."""
+    """Return the folder of all built assets: ``$DATAFLEX_CACHE``, or ``dataflex`` in the user's cache folder."""
     if own := os.environ.get("DATAFLEX_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -73,21 +73,21 @@ def cache_dir() -> Path:
 
 
 def is_cached(name: str) -> bool:
-    """Tell whether ``fetch(name)`` returns at once."""
+    """Return whether an asset is built already, so that ``fetch(name)`` returns at once."""
     return (cache_dir() / name).is_dir()
 
 
 def fetch(name: str) -> Path:
-    """Return the folder of an asset, building it first if this machine does not have it yet.
+    """Return the folder of an asset, and build the asset first if the cache does not have it.
 
-    The folder appears whole or not at all: it is built beside its final place and renamed. Processes that
-    ask at the same time wait for the one that builds.
+    The asset is built in a temporary folder that is then renamed, so the cache never holds an incomplete asset. If
+    several processes fetch an asset at the same time, one builds it and the others wait.
 
     Args:
         name: A key of `ASSETS`.
 
     Raises:
-        ConfigError: If there is no asset of that name, or it cannot be built (the message says why).
+        ConfigError: If there is no asset of that name, or if it cannot be built.
     """
     if name not in ASSETS:
         raise ConfigError(unknown("asset", name, ASSETS))
@@ -102,19 +102,19 @@ def fetch(name: str) -> Path:
 
 
 def resolve(value: str) -> str:
-    """Turn ``asset:NAME`` into the path of that asset; any other value comes back unchanged."""
+    """Return the path of the asset if ``value`` is ``asset:NAME``, and ``value`` unchanged otherwise."""
     return str(fetch(value.removeprefix(PREFIX))) if value.startswith(PREFIX) else value
 
 
 def _build_into(asset: Asset, target: Path) -> None:
-    """Build ``asset`` in a temporary sibling of ``target`` and rename it there."""
+    """Build ``asset`` in a temporary folder beside ``target``, and rename the folder to ``target``."""
     work = Path(tempfile.mkdtemp(prefix=f".{asset.name}.", dir=target.parent))
     try:
         asset.build(work)
-        work.chmod(0o755)
+        work.chmod(0o755)  # mkdtemp makes a folder that other users of a shared cache cannot read
         work.rename(target)
     except OSError:
-        # Where the file system has no locks, somebody else may have been first: theirs is as good as ours.
+        # On a file system without locks another process may have built the asset meanwhile. Its folder is as good.
         if not target.is_dir():
             raise
     finally:

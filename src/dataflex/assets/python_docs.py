@@ -1,14 +1,14 @@
-"""Instruction data from the Python packages installed on this machine: real text that needs no download.
+"""Build of instruction data from the Python packages installed on this machine: real text that needs no download.
 
-Three domains, each a LLaMA-Factory data set in alpaca format with a held-out set of its own:
+There are three domains. Each is a LLaMA-Factory data set in alpaca format with a separate held-out set:
 
-- ``docs_to_code``: a function's signature and docstring; the answer is its source.
-- ``code_to_docs``: a function's source; the answer is its docstring.
-- ``prose``: the beginning of a paragraph of a README or of a module's or class's docstring; the answer is the rest.
+- ``docs_to_code``: a function's signature and docstring. The answer is the function's source.
+- ``code_to_docs``: a function's source. The answer is the function's docstring.
+- ``prose``: the beginning of a paragraph of a README or of a module's or class's docstring. The answer is the rest.
 
-The held-out sets come from other packages than the training sets. Half of the rows of the training sets are made
-useless: one half of those have the answer of another row, the other half the words of their own in random order. The
-column ``useless`` says which (LLaMA-Factory does not read it), and ``useless.json`` lists the row numbers.
+The held-out sets come from other packages than the training sets. Half of the training rows are useless on purpose:
+half of these have the answer of another row, and the other half have their own answer with its words in random order.
+The column ``useless`` marks these rows (LLaMA-Factory does not read it), and ``useless.json`` lists their row numbers.
 
 The same installed packages give the same files.
 """
@@ -39,7 +39,7 @@ BLOCK = 20
 
 FILES_PER_PACKAGE = 32
 ROWS_PER_PACKAGE = 32
-"""Of one domain; keeps the large packages from being all there is."""
+"""Most rows of a package in a domain, so that a few large packages do not supply all rows."""
 
 FILE_BYTES = (400, 60_000)
 DOC_CHARS = (60, 180)
@@ -61,7 +61,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Row:
-    """One sample in alpaca format, with where it is from and what makes it useless, if anything."""
+    """Sample in alpaca format, with the package it comes from and the way in which it is made useless, if it is."""
 
     instruction: str
     input: str
@@ -72,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Documented:
-    """A function found in a package: its source without the docstring, its signature and its docstring."""
+    """Documented function of a package: its signature, its source without the docstring, and its docstring."""
 
     package: str
     module: str
@@ -91,6 +91,7 @@ def build(target: Path) -> None:
     for package in _packages():
         sources = list(_sources(package))
         functions = [item for source in sources for item in _functions(source)]
+        # Each function is used in one direction only. Otherwise one domain would contain the answers of the other.
         pools["docs_to_code"] += [_docs_to_code(item) for item in functions if _key(item.code) % 2]
         pools["code_to_docs"] += [_code_to_docs(item) for item in functions if not _key(item.code) % 2]
         docstrings = (doc for source in sources for doc in _long_docstrings(source))
@@ -111,7 +112,7 @@ def build(target: Path) -> None:
 
 
 def _packages() -> list[importlib.metadata.Distribution]:
-    """Return the installed distributions, one per name, by name."""
+    """Return the installed distributions, one for each name, sorted by name."""
     found: dict[str, importlib.metadata.Distribution] = {}
     for package in importlib.metadata.distributions():
         found.setdefault(_name(package), package)
@@ -124,13 +125,13 @@ def _name(package: importlib.metadata.Distribution) -> str:
 
 
 def _key(text: str) -> int:
-    """Return a number that depends on ``text`` alone."""
+    """Return an integer that depends only on ``text``; Python's own hash differs between processes."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source file: the package and module it is, its text, its syntax tree."""
+    """Source file with its package, module name, text and syntax tree."""
 
     package: str
     module: str
@@ -139,7 +140,7 @@ class Source:
 
 
 def _sources(package: importlib.metadata.Distribution) -> Iterator[Source]:
-    """Yield some of the package's source files, the same ones each time."""
+    """Yield a part of the package's source files. The choice depends only on their paths."""
     paths = [
         path
         for path in package.files or []
@@ -153,7 +154,7 @@ def _sources(package: importlib.metadata.Distribution) -> Iterator[Source]:
 
 
 def _read(path: Path) -> tuple[str, ast.Module] | None:
-    """Return text and syntax tree of a source file, if it has an ordinary size and this Python can read it."""
+    """Return text and syntax tree of a source file; None if it is too short, too long or cannot be parsed."""
     try:
         if not FILE_BYTES[0] <= path.stat().st_size <= FILE_BYTES[1]:
             return None
@@ -164,7 +165,7 @@ def _read(path: Path) -> tuple[str, ast.Module] | None:
 
 
 def _functions(source: Source) -> Iterator[Documented]:
-    """Yield the short documented functions and methods of a source file."""
+    """Yield the short functions and methods of a source file that have a docstring."""
     lines = source.text.splitlines()
     for node in ast.walk(source.tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (found := _documented(node, lines, source)):
@@ -179,7 +180,7 @@ def _long_docstrings(source: Source) -> Iterator[str]:
 
 
 def _documented(node: Function, lines: list[str], source: Source) -> Documented | None:
-    """Return the parts of a function if it has a docstring and a body, both of ordinary length."""
+    """Return the parts of a function; None if its docstring or its source is missing, too short or too long."""
     doc = (ast.get_docstring(node) or "").strip()
     if len(doc) > DOC_CHARS[1]:
         doc = doc.split("\n\n")[0].strip()
@@ -197,23 +198,23 @@ def _documented(node: Function, lines: list[str], source: Source) -> Documented 
 
 
 def _fits(text: str, limits: tuple[int, int]) -> bool:
-    """Tell whether the length of ``text`` is within ``limits`` and it is ordinary (mostly ASCII) text."""
+    """Return whether the length of ``text`` is within ``limits`` and nearly all characters are ASCII."""
     return limits[0] <= len(text) <= limits[1] and sum(char > "\x7f" for char in text) < len(text) // 20
 
 
 def _docs_to_code(item: Documented) -> Row:
-    """Return the sample that asks for the source of a function."""
+    """Return a sample with the docstring as the prompt and the source as the answer."""
     prompt = f"# {item.module}\n{item.signature}\n" + textwrap.indent(f'"""{item.doc}"""', "    ")
     return Row("Write this Python function.", prompt, item.code, item.package)
 
 
 def _code_to_docs(item: Documented) -> Row:
-    """Return the sample that asks for the docstring of a function."""
+    """Return a sample with the source as the prompt and the docstring as the answer."""
     return Row("Write the docstring of this Python function.", f"# {item.module}\n{item.code}", item.doc, item.package)
 
 
 def _prose(package: importlib.metadata.Distribution, texts: Iterable[str]) -> Iterator[Row]:
-    """Yield the prose paragraphs in ``texts``, each cut in two at the end of a sentence or a word."""
+    """Yield a sample for each prose paragraph in ``texts``, divided at the end of a sentence or of a word."""
     name = package.metadata["Name"]
     for paragraph in (paragraph for text in texts for paragraph in _paragraphs(text)):
         beginning, rest = _cut(paragraph)
@@ -223,12 +224,12 @@ def _prose(package: importlib.metadata.Distribution, texts: Iterable[str]) -> It
 
 
 def _description(package: importlib.metadata.Distribution) -> str:
-    """Return the README that a distribution carries in its metadata."""
+    """Return the README in the metadata of a distribution; empty if there is none."""
     return package.metadata["Description"] or "" if "Description" in package.metadata else ""
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Yield the paragraphs of ``text`` that are prose: no code, tables, lists, badges or links."""
+    """Yield the paragraphs of ``text`` that are prose, without code, tables, lists, badges and links."""
     for block in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", text.replace("\r\n", "\n"), flags=re.DOTALL)):
         if block.startswith((" ", "\t", "#", "|", "..", "<", "*", "-", "+", ">", "[", "!")) or "http" in block:
             continue
@@ -239,8 +240,9 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _cut(paragraph: str) -> tuple[str, str]:
-    """Cut a paragraph at the sentence end nearest to 40 % of it, else at the word nearest to that."""
+    """Divide a paragraph at the end of a sentence near 40 % of its length, or else at the nearest end of a word."""
     wanted = 0.4 * len(paragraph)
+    # The last 60 characters are not searched, so that enough of the paragraph remains as the answer.
     sentences = [match.end() for match in re.finditer(r"[.:;!?] ", paragraph[:-60])]
     words = [match.end() for match in re.finditer(" ", paragraph)]
     near = [place for place in sentences if abs(place - wanted) < 0.2 * len(paragraph)] or words
@@ -249,7 +251,7 @@ def _cut(paragraph: str) -> tuple[str, str]:
 
 
 def _split(domain: str, pool: list[Row], rng: np.random.Generator) -> tuple[list[Row], list[Row]]:
-    """Return shuffled training and held-out rows from different packages, without repeated inputs or answers."""
+    """Return shuffled training rows and held-out rows from different packages, without repeated inputs or answers."""
     sides: tuple[list[Row], list[Row]] = ([], [])
     seen: set[str] = set()
     counts: Counter[str] = Counter()
@@ -260,22 +262,27 @@ def _split(domain: str, pool: list[Row], rng: np.random.Generator) -> tuple[list
             continue
         seen |= texts
         counts[row.package] += 1
+        # Divided by package, so that no text of a held-out package is trained on.
         sides[_key(row.package) % 6 == 0].append(row)
     train, held_out = sides[0][:TRAIN_ROWS], sides[1][:HELD_OUT_ROWS]
     if min(len(train), len(held_out)) < 20:
-        raise ConfigError(f"the installed packages have too little documentation for the data set {domain!r}")
+        raise ConfigError(
+            f"the installed packages have too little documentation for the data set {domain!r} of asset:python-docs; "
+            "install more Python packages, or use your own data (dataset_dir)"
+        )
     return train, held_out
 
 
 def _normal(text: str) -> str:
-    """Return ``text`` without what makes copies of the same text look different."""
+    """Return ``text`` in lower case without punctuation and extra spaces, so that near copies compare equal."""
     return re.sub(r"\W+", " ", text).lower()
 
 
 def _spoil(rows: list[Row], rng: np.random.Generator) -> list[Row]:
-    """Make a share of the rows useless: give half of them each other's answers, scramble the words of the others.
+    """Return the rows with a share of them made useless.
 
-    They are spread evenly, so that the first N rows hold the same share of them as all.
+    Half of the useless rows get the answer of another one of them. The others get the words of their answer in random
+    order. The useless rows are spread evenly, so that the first N rows contain the same share of them as all rows.
     """
     blocks = [np.arange(start, min(start + BLOCK, len(rows))) for start in range(0, len(rows), BLOCK)]
     chosen = [rng.permutation(block)[: round(USELESS_SHARE * len(block))] for block in blocks]

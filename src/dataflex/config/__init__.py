@@ -1,1 +1,1 @@
-"""From YAML to a validated configuration, and what is wrong with it."""
+"""The package that turns a YAML file into a validated configuration and reports its problems."""

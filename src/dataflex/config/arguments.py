@@ -1,6 +1,6 @@
-"""LLaMA-Factory's arguments, read from the installed packages' source files: names, types, choices.
+"""Names, types and choices of LLaMA-Factory's arguments, read from the installed packages' source files.
 
-Importing LLaMA-Factory takes ten seconds and more; parsing these files takes a tenth of one.
+Importing LLaMA-Factory takes ten seconds or more. Parsing its source files takes a tenth of a second.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FILES = (
     *(("transformers", name) for name in _TRANSFORMERS),
     *(("llamafactory", f"hparams/{name}") for name in _HPARAMS),
 )
-"""Files of the arguments of a training; what a later one says holds."""
+"""Source files that define the training arguments. A definition in a later file replaces an earlier one."""
 _V1 = ("model_args.py", "data_args.py", "training_args.py", "sample_args.py")
 _ENUMS = (
     ("transformers", "trainer_utils.py"),
@@ -29,7 +29,7 @@ _ENUMS = (
     ("llamafactory", "extras/constants.py"),
 )
 _ALSO = {"resume_from_checkpoint": "bool", "fsdp": "bool"}
-"""Keys that take values of another type than they are annotated with."""
+"""Keys that accept another type besides those of their annotation."""
 _CHOICES = {
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
     "fp8_backend": ("auto", "torchao", "te", "msamp"),
@@ -38,7 +38,7 @@ _CHOICES = {
     "include_num_input_tokens_seen": ("all", "non_padding", "no"),
     "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "xccl", "hccl", "cncl", "mccl"),
 }
-"""Values of keys that are annotated as any text."""
+"""Allowed values of keys whose annotation allows any text."""
 _READ_AS = {False: ("no", "off"), True: ("yes", "on")}
 """Words that YAML reads as false and as true."""
 _SCALARS = ("str", "int", "float", "bool")
@@ -46,11 +46,11 @@ _SCALARS = ("str", "int", "float", "bool")
 
 @dataclass(frozen=True)
 class Argument:
-    """What an argument may be.
+    """The values that an argument may have.
 
     Attributes:
         types: names among ``str``, ``int``, ``float``, ``bool``, ``list``, ``dict``, ``None``; ``any`` for all of them.
-        choices: the words it may be, where there are only some.
+        choices: the allowed words; empty if the argument is not limited to a set of words.
     """
 
     types: frozenset[str]
@@ -68,7 +68,7 @@ _COMPUTED_DEFAULTS = {
     "video_max_pixels": 256 * 256,
     "video_min_pixels": 16 * 16,
 }
-"""Defaults that the source files compute, as a YAML file would give them."""
+"""Defaults that the source files compute at run time, written as a YAML file would give them."""
 
 
 @cache
@@ -91,9 +91,9 @@ def llamafactory_keys() -> frozenset[str]:
 
 
 def with_words(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return LLaMA-Factory's keys with the words that YAML reads as true or false where a key takes only words.
+    """Return LLaMA-Factory's keys with truth values turned back into words for keys that accept words alone.
 
-    ``eval_strategy: no`` is false for YAML, in a file and on the command line.
+    YAML reads ``eval_strategy: no`` as false, in a file and on the command line.
     """
     found = dict(given)
     for key, value in given.items():
@@ -114,7 +114,7 @@ def llamafactory_defaults() -> dict[str, Any]:
                 value: ast.expr = node.value
                 if isinstance(value, ast.Call):
                     value = next((word.value for word in value.keywords if word.arg == "default"), value)
-                with contextlib.suppress(ValueError):  # no literal
+                with contextlib.suppress(ValueError):  # the default is an expression; _COMPUTED_DEFAULTS has its value
                     found[node.target.id] = ast.literal_eval(value)
     found |= _COMPUTED_DEFAULTS
     return {key: value for key, value in found.items() if key in llamafactory_arguments()}
@@ -122,7 +122,7 @@ def llamafactory_defaults() -> dict[str, Any]:
 
 @cache
 def v1_keys() -> frozenset[str]:
-    """Return the names that only LLaMA-Factory's v1 form has."""
+    """Return the names of the arguments that exist only in LLaMA-Factory's v1 form."""
     names: set[str] = set()
     for name in _V1:
         tree = _tree("llamafactory", f"v1/config/{name}")
@@ -146,7 +146,7 @@ def templates() -> frozenset[str]:
 
 @cache
 def required_packages() -> tuple[tuple[str, str], ...]:
-    """Return (key, requirement) of the packages that LLaMA-Factory needs where a key is set."""
+    """Return (key, requirement) for each package that LLaMA-Factory requires if the key is set."""
     tree = _tree("llamafactory", "hparams/parser.py")
     found = []
     for node in ast.walk(tree) if tree is not None else ():
@@ -164,7 +164,7 @@ def required_packages() -> tuple[tuple[str, str], ...]:
 
 
 def _requirement(call: ast.expr) -> str | None:
-    """Return the requirement of a ``check_version(requirement, mandatory=True)``."""
+    """Return the requirement of a call ``check_version(requirement, mandatory=True)``; None for any other call."""
     if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "check_version":
         mandatory = [word for word in call.keywords if word.arg == "mandatory"]
         if mandatory and call.args and isinstance(call.args[0], ast.Constant):
@@ -174,6 +174,7 @@ def _requirement(call: ast.expr) -> str | None:
 
 @cache
 def _tree(package: str, file: str) -> ast.Module | None:
+    """Return the syntax tree of a file of an installed package; None if the package or the file is missing."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         return None
@@ -182,7 +183,7 @@ def _tree(package: str, file: str) -> ast.Module | None:
 
 
 def _annotated_fields(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
-    """Yield the fields of the classes in a file that can be given."""
+    """Yield (name, annotation) of the class fields in a file that a user can set."""
     for node in tree.body:
         if not isinstance(node, ast.ClassDef):
             continue
@@ -192,13 +193,13 @@ def _annotated_fields(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _is_derived(value: ast.expr | None) -> bool:
-    """Return whether a field is set by the class itself: ``field(init=False)``."""
+    """Return whether the class itself sets a field: ``field(init=False)``."""
     keywords = value.keywords if isinstance(value, ast.Call) else []
     return any(word.arg == "init" and ast.unparse(word.value) == "False" for word in keywords)
 
 
 def _split_fields(tree: ast.Module) -> Iterator[str]:
-    """Yield the fields that may also be a list, because they go through ``split_arg``."""
+    """Yield the fields that may also be a list, because LLaMA-Factory passes them through ``split_arg``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "split_arg":
             yield from (each.attr for each in node.args if isinstance(each, ast.Attribute))
@@ -245,7 +246,7 @@ def _read(annotation: ast.expr) -> tuple[set[str], tuple[str, ...]]:
 
 @cache
 def _enums() -> dict[str, tuple[str, ...]]:
-    """Return the values of the enumerations that annotations name."""
+    """Return the values of the enumerations that annotations refer to, by class name."""
     found = {}
     for package, file in _ENUMS:
         tree = _tree(package, file)

@@ -1,10 +1,15 @@
-"""The differences between the configuration of a checkpoint and the one a run is resumed with, and what each does.
+"""The differences between a checkpoint's configuration and the configuration of a resume, and the effect of each.
 
-A setting either cannot change while a run goes on (an error), has an effect from the checkpoint on (recorded with the
-step), or has none, because the checkpoint's own state is loaded over it (a warning, and the earlier value stays in
-force and on record). Paths, names, workers and the like are free.
+A changed setting has one of three effects:
 
-Nothing here imports torch or LLaMA-Factory.
+- It cannot change at a resume. The change is an error.
+- It takes effect from the checkpoint on. The change is recorded with the step.
+- It has no effect, because the checkpoint's state overwrites it. The user gets a warning, and the earlier value stays
+  in force and on record.
+
+Settings without influence on the result, such as paths, names and workers, are free: a change is not reported.
+
+This module imports neither torch nor LLaMA-Factory.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from dataflex.data.stages import packs_by_default
 Effect = Literal["fixed", "from here", "kept"]
 
 _REASONS: dict[str, str] = {
-    "the checkpoint holds the weights of the model as it was": """
+    "the checkpoint holds the weights of the earlier model": """
         model_name_or_path model_revision adapter_name_or_path adapter_folder create_new_adapter train_from_scratch
         resize_vocab add_tokens add_special_tokens new_special_tokens_config init_special_tokens rope_scaling
         mixture_of_depths shift_attn quantization_method quantization_bit quantization_type double_quantization
@@ -37,33 +42,33 @@ _REASONS: dict[str, str] = {
         use_rslora use_dora pissa_init pissa_iter pissa_convert use_llama_pro freeze_vision_tower
         freeze_multi_modal_projector freeze_language_model ref_model ref_model_adapters ref_model_quantization_bit
         reward_model reward_model_adapters reward_model_quantization_bit reward_model_type""",
-    "it would make other samples or labels of the data": """
+    "another value would turn the data into other samples or labels": """
         dataset template cutoff_len train_on_prompt mask_history streaming buffer_size mix_strategy interleave_probs
         max_samples ignore_pad_token_for_loss val_size packing neat_packing tool_format default_system enable_thinking
         preserve_thinking split_special_tokens use_fast_tokenizer image_max_pixels image_min_pixels
         image_do_pan_and_scan crop_to_patches video_max_pixels video_min_pixels video_fps video_maxlen
         use_audio_in_video audio_sampling_rate dataflex.domain_column""",
-    "the passes over the data would begin anew": "disable_shuffling train_sampling_strategy length_column_name",
-    "the optimizer's state in the checkpoint is another's": """
+    "the passes over the data would start again": "disable_shuffling train_sampling_strategy length_column_name",
+    "the checkpoint holds the state of another optimizer": """
         optim optim_args optim_target_modules loraplus_lr_ratio use_galore galore_target galore_rank
         galore_update_interval galore_scale galore_proj_type galore_layerwise use_apollo apollo_target apollo_rank
         apollo_update_interval apollo_scale apollo_proj apollo_proj_type apollo_scale_type apollo_layerwise
         apollo_scale_front use_badam badam_mode badam_start_block badam_switch_mode badam_switch_interval
         badam_update_ratio badam_mask_mode use_adam_mini use_muon""",
-    "weights and optimizer are in the checkpoint in another precision": """
+    "the checkpoint holds weights and optimizer state in another precision": """
         pure_bf16 bf16 fp16 fp8 fp8_backend fp8_enable_fsdp_float8_all_gather upcast_layernorm upcast_lmhead_output
         infer_dtype deepspeed.bf16 deepspeed.fp16""",
-    "the files of the checkpoint are those of another kind of distributed training": """
+    "the checkpoint's files belong to another kind of distributed training": """
         deepspeed deepspeed.zero_optimization.stage deepspeed.optimizer deepspeed.scheduler fsdp fsdp_config
         accelerator_config parallelism_config use_hyper_parallel hyper_parallel_args use_mca""",
-    "rounds and passes are counted from the run's first step with it": """
+    "rounds and passes have been counted with the earlier value since the first step of the run": """
         dataflex.seed dataflex.warmup_steps dataflex.update_steps dataflex.updates""",
 }
 _FIXED = {key: reason for reason, keys in _REASONS.items() for key in keys.split()}
-"""Setting -> why it cannot change."""
+"""Setting -> the reason why it cannot change."""
 
-_OPTIMIZER = "the optimizer and the schedule of the checkpoint have it in their state"
-_RANDOM = "the random streams of the checkpoint go on"
+_OPTIMIZER = "the state of the optimizer and the schedule in the checkpoint contains the earlier value"
+_RANDOM = "the random number generators continue from their state in the checkpoint"
 _KEPT = {
     "learning_rate": _OPTIMIZER,
     "weight_decay": _OPTIMIZER,
@@ -74,7 +79,7 @@ _KEPT = {
     "seed": _RANDOM,
     "data_seed": _RANDOM,
 }
-"""Setting -> why another value has no effect."""
+"""Setting -> the reason why another value has no effect."""
 
 _OTHERS = {
     "from here": """
@@ -122,26 +127,27 @@ _OTHERS = {
 _FROM_HERE, _FREE = (frozenset(_OTHERS[name].split()) for name in ("from here", "free"))
 
 _HERE: tuple[Effect, str] = ("from here", "")
-_UNKNOWN = "this release does not know what it does, so it cannot tell whether the run would still be the same"
+_UNKNOWN = "this release does not know the setting, so it cannot tell whether the run would stay the same"
 _NOT_OF_STEPS = ("reduce_lr_on_plateau", "greedy")
-"""Schedules that are no function of the step, and whose whole state is in the checkpoint."""
+"""Schedules that are not a function of the step; their whole state is in the checkpoint."""
 _LISTS = ("dataset", "eval_dataset", "report_to", "lora_target", "additional_target")
 _MODELS = ("model_name_or_path", "adapter_name_or_path")
 _PLUGINS = f"{SECTION}.plugins"
 _BY_CONTENT = (*_MODELS, _PLUGINS)
-"""Settings that count by the files they name."""
+"""Settings that are compared by the content of the files they name."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that differs from the checkpoint's.
+    """A setting whose value for the resume differs from the checkpoint's.
 
     Attributes:
-        key: its dotted name.
-        before: the value in force up to the checkpoint.
-        now: the value given for the resume.
-        effect: ``fixed``: it cannot change; ``from here``: it holds from the checkpoint on; ``kept``: it has no effect.
-        reason: why it cannot change, or has no effect.
+        key: dotted name of the setting.
+        before: value in force up to the checkpoint.
+        now: value given for the resume.
+        effect: ``fixed``: the setting cannot change; ``from here``: the new value holds from the checkpoint on;
+            ``kept``: the new value has no effect.
+        reason: why the setting cannot change, or why the new value has no effect; empty for ``from here``.
     """
 
     key: str
@@ -152,22 +158,22 @@ class Change:
 
     @property
     def family(self) -> str | None:
-        """The kind of decision it is about, as its key in the configuration."""
+        """Configuration key of the family of components that the setting belongs to; None if it belongs to none."""
         return None if self.entry is None else family_key(self.entry)
 
     @property
     def entry(self) -> str | None:
-        """The configuration key of the component it is about: ``select``, or ``select.0`` in a chain."""
+        """Configuration key of the component that the setting belongs to: ``select``, or ``select.0`` in a chain."""
         return _entry_of(self.key)
 
     @property
     def is_method(self) -> bool:
-        """Whether another method decides from here on."""
+        """Whether the setting is a component's ``method``, so that another method decides from the checkpoint on."""
         return self.entry is not None and self.key == f"{SECTION}.{self.entry}.method"
 
     @property
     def values(self) -> str:
-        """Both values, for a message."""
+        """Text with both values, for a message."""
         if self.key in _BY_CONTENT:
             names = [", ".join(each["name"] for each in value or []) for value in (self.before, self.now)]
             files = " with other content" if names[0] == names[1] else ""
@@ -184,10 +190,10 @@ def _entry_of(key: str) -> str | None:
 
 
 def effect_of(key: str) -> tuple[Effect | None, str]:
-    """Return what a change of a setting does, and why; None for one that is free."""
+    """Return the effect of a change of a setting, and the reason. The effect of a free setting is None."""
     if key.count(".") > 1 and key.startswith(f"{SECTION}."):  # a component's method or parameter
         about_samples = key.endswith((".validation", ".subtask_column"))
-        return ("fixed", "the component's state is about the earlier validation samples") if about_samples else _HERE
+        return ("fixed", "the component's state depends on the earlier validation samples") if about_samples else _HERE
     parts = key.split(".")
     for name in (".".join(parts[:length]) for length in range(len(parts), 0, -1)):
         if name == "deepspeed" and len(parts) > 1:
@@ -206,8 +212,8 @@ def effect_of(key: str) -> tuple[Effect | None, str]:
 def snapshot(config: RunConfig) -> dict[str, Any]:
     """Return the settings that matter for a resume, by dotted key, as JSON values.
 
-    Free ones are left out, among them every token. A DeepSpeed file stands with its content, a model folder with what
-    tells it from others.
+    Free settings are left out, and with them every access token. A DeepSpeed file is represented by its content. A
+    model folder is represented by its name and a digest of its files.
     """
     flat: dict[str, Any] = {}
     for key, value in {**config.llamafactory, **config.assets}.items():
@@ -236,7 +242,7 @@ def _plugin(name: str, base: Path | None) -> dict[str, str]:
 
 
 def _model(name: str) -> dict[str, str]:
-    """Return the name of a model or adapter and, if it is a folder here, a digest of its files."""
+    """Return the name of a model or adapter and, if the name is a local model folder, a digest of its files."""
     if not is_model_folder(Path(name)):
         return {"name": name}
     files = json.dumps(model_digests(Path(name)), sort_keys=True)
@@ -244,13 +250,13 @@ def _model(name: str) -> dict[str, str]:
 
 
 def _content(value: Any) -> Any:
-    """Return DeepSpeed's configuration, read if it is a file."""
+    """Return DeepSpeed's configuration, read from its file if the value is a path or a JSON text."""
     if isinstance(value, str) and value:
         try:
             inline = value.lstrip().startswith("{")
             return json.loads(value if inline else Path(value).expanduser().read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return value  # LLaMA-Factory's to refuse
+            return value  # LLaMA-Factory reports a file that cannot be read
     return value
 
 
@@ -264,7 +270,10 @@ def _flat(prefix: str, value: Any) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Return how two snapshots differ, in the order of the second one's keys; a default that is written out is none."""
+    """Return the differences of two snapshots, in the order of the keys of ``now``.
+
+    A key that is missing in one snapshot counts as LLaMA-Factory's default. So writing out a default is no difference.
+    """
     before, now = _in_one_spelling(before), _in_one_spelling(now)
     old, new = _filled(before), _filled(now)
     entries = {entry for key in (*old, *new) if (entry := _entry_of(key)) is not None}
@@ -274,15 +283,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chang
     found = []
     for key in dict.fromkeys([*new, *old]):
         if key not in before and key not in now:
-            continue  # follows from another key
+            continue  # a default that LLaMA-Factory derives from another key, which is compared itself
         first, second = old.get(key), new.get(key)
         if _plain(key, first) == _plain(key, second) or (key == f"{SECTION}.update_steps" and second is None):
-            continue  # the length of a round that is not given stays that of the checkpoint
+            continue  # without update_steps, a resumed run keeps the round length of its checkpoint
         change = _change(key, first, second, old, new)
         if change is None or (change.entry in changed_methods and not change.is_method):
             continue
         if change.family is not None and key not in (old if key in new else new) and not change.is_method:
-            continue  # a parameter that one of two releases does not have
+            continue  # the checkpoint may come from another release, which lacks this parameter
         found.append(change)
     return found
 
@@ -293,21 +302,21 @@ def _change(key: str, before: Any, now: Any, old: Mapping[str, Any], new: Mappin
         return None
     schedules = {str(each.get("lr_scheduler_type")) for each in (old, new)} & set(_NOT_OF_STEPS)
     if schedules and key == "lr_scheduler_type":
-        effect, reason = "fixed", "the schedule's state in the checkpoint is another's"
+        effect, reason = "fixed", "the checkpoint holds the state of another schedule"
     elif schedules and key == "lr_scheduler_kwargs":
         effect, reason = "kept", _OPTIMIZER
     return Change(key, before, now, effect, reason)
 
 
 def _in_one_spelling(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a snapshot with ``warmup_ratio`` as what it stands for, a ``warmup_steps`` below 1."""
+    """Return a snapshot with ``warmup_ratio`` written as ``warmup_steps`` below 1, which has the same meaning."""
     found = dict(given)
     ratio = found.pop("warmup_ratio", None)
     return found if _is_off(ratio) else {**found, "warmup_steps": ratio}
 
 
 def _filled(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a snapshot with the defaults of LLaMA-Factory, and with what it makes of other keys."""
+    """Return a snapshot with LLaMA-Factory's defaults and the values that LLaMA-Factory derives from other keys."""
     found = {key: value for key, value in llamafactory_defaults().items() if effect_of(key)[0] is not None}
     found |= {key: value for key, value in given.items() if value is not None or key not in found}
     if found.get("lora_alpha") is None:
@@ -324,12 +333,12 @@ def _filled(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_off(value: Any) -> bool:
-    """Return whether a value says no, in one of the ways a YAML file has for it."""
+    """Return whether a value means "off" or "not set", in any of the spellings that YAML files use."""
     return value in (None, False, 0, "") or value in ([], {}) or str(value).lower() in ("no", "none", "null", "false")
 
 
 def _plain(key: str, value: Any) -> Any:
-    """Return a value so that what means the same is the same: ``1e-4`` and 0.0001, ``a,b`` and [a, b]."""
+    """Return a value in a form in which equal meanings compare equal: ``1e-4`` and 0.0001, ``a,b`` and [a, b]."""
     if _is_off(value):
         return None
     if key in _BY_CONTENT and isinstance(value, list):
@@ -354,5 +363,5 @@ def _shown(value: Any) -> str:
 
 
 def kept_values(changes: Iterable[Change]) -> dict[str, Any]:
-    """Return LLaMA-Factory's keys whose earlier value stays in force."""
+    """Return the keys of LLaMA-Factory whose earlier value stays in force, with that value."""
     return {change.key: change.before for change in changes if change.effect == "kept"}

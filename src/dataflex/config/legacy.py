@@ -1,8 +1,8 @@
-"""The flat keys of the earlier DataFlex release, translated into the ``dataflex:`` section.
+"""Translation of the earlier DataFlex release's flat keys into the ``dataflex:`` section.
 
-``train_type`` names the family, ``component_name`` the method, ``components_cfg_file`` an optional YAML with the
-methods' parameters in buckets (``selectors:``, ``mixers:``, ``weighters:``, ``reorders:``, each
-``name: {params: {...}}``).
+``train_type`` names the family and ``component_name`` the method. ``components_cfg_file`` is an optional YAML with the
+methods' parameters in buckets (``selectors:``, ``mixers:``, ``weighters:``, ``reorders:``). Each entry of a bucket has
+the form ``name: {params: {...}}``.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ FLAT_KEYS = (
 )
 
 TEMPLATE = "custom"
-"""The component that the earlier release shipped to be filled in."""
+"""Name of the earlier release's template component, which users filled in with their own code."""
 
 
 def translate(raw: dict[str, Any], base: Path | None, problems: list[Problem]) -> tuple[dict[str, Any], Any, list[str]]:
     """Split ``raw`` into LLaMA-Factory's keys and a ``dataflex:`` section.
 
     Returns:
-        LLaMA-Factory's keys; the section, or None for a plain run; notes for the user. Problems found on the way are
-        appended to ``problems``.
+        LLaMA-Factory's keys; the section, or None for a plain run; notes for the user. Problems are appended to
+        ``problems``.
     """
     rest = {key: value for key, value in raw.items() if key not in FLAT_KEYS and key != "dataflex"}
     flat = {key: raw[key] for key in FLAT_KEYS if key in raw}
@@ -57,7 +57,13 @@ def translate(raw: dict[str, Any], base: Path | None, problems: list[Problem]) -
     if not flat:
         return rest, section, []
     if section is not None:
-        problems.append(Problem(next(iter(flat)), "flat keys cannot be combined with a dataflex: section; use one."))
+        problems.append(
+            Problem(
+                next(iter(flat)),
+                "flat keys of the earlier release cannot be combined with a dataflex: section; use one of "
+                "the two forms.",
+            )
+        )
         return rest, None, []
     section, notes = _translate_flat(flat, base, problems)
     if section is not None and section.get("train_steps") and _is_set(rest.get("max_steps")):
@@ -94,7 +100,7 @@ def _translate_flat(
     if flat.get("static_mix") and key == "mix":
         method = "static"
     if not isinstance(method, str):
-        problems.append(Problem("component_name", f"needed with train_type: {train_type}, the method's name."))
+        problems.append(Problem("component_name", f"needed with train_type: {train_type}; set the name of the method."))
         return None, notes
     if method == TEMPLATE and not _is_there(key, base):
         problems.append(Problem("component_name", _template(key, flat)))
@@ -108,7 +114,7 @@ def _translate_flat(
 
 
 def _note_unused(flat: dict[str, Any], section: dict[str, Any], problems: list[Problem], notes: list[str]) -> None:
-    """Fold the mixture keys into the mixer, and note the keys that have no effect."""
+    """Move the mixture keys into the mixer's parameters, and add a note for each key that has no effect."""
     if "mix" in section:
         _mixture(flat, section["mix"], problems, notes)
     else:
@@ -117,29 +123,32 @@ def _note_unused(flat: dict[str, Any], section: dict[str, Any], problems: list[P
                 notes.append(f"{name} has no effect with train_type: {flat['train_type']}.")
     for name in ("freeze_gate", "early_stopping_min_delta"):
         if flat.get(name):
-            notes.append(f"{name} is accepted and has no effect: nothing here needs it.")
+            notes.append(f"{name} is accepted and has no effect: this release does not need it.")
 
 
 def _is_there(key: str, base: Path | None) -> bool:
-    """Return whether an installed package registers a method of the template's name."""
-    with contextlib.suppress(ConfigError):  # a package that cannot be loaded is reported where methods are looked for
+    """Return whether an installed package registers a method under the template's name."""
+    with contextlib.suppress(
+        ConfigError
+    ):  # a package that cannot be loaded is reported later, when methods are looked up
         registry.load_components([], base)
     return TEMPLATE in registry.available(registry.CONFIG_KEYS[key])
 
 
 def _template(key: str, flat: dict[str, Any]) -> str:
-    """Return what says how a method of one's own is named."""
+    """Return the message that says how to name a component of the user's own instead of the template."""
     kind = registry.CONFIG_KEYS[key]
     schedule = "".join(f", {name}: {value}" for name, value in _schedule(flat, []).items())
     return (
-        f"{TEMPLATE!r} is the template that the earlier release shipped to be filled in, not a method. Put your {kind} "
-        f'into a file, say my_{kind}.py, registered there as @register("{kind}", "my_{kind}"), and write in the place '
-        f"of the flat keys: dataflex: {{plugins: [my_{kind}.py], {key}: {{method: my_{kind}}}{schedule}}}. "
-        "docs/methods/README.md says what a component has."
+        f"{TEMPLATE!r} is the empty template of the earlier release, not a method. Put your {kind} "
+        f'into a file (my_{kind}.py, say), register it there with @register("{kind}", "my_{kind}"), and replace the '
+        f"flat keys by: dataflex: {{plugins: [my_{kind}.py], {key}: {{method: my_{kind}}}{schedule}}}. "
+        "docs/methods/README.md shows how to write a component."
     )
 
 
 def _schedule(flat: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """Return the keys of the section that set warm-up, rounds and total steps."""
     section: dict[str, Any] = {
         "warmup_steps": flat.get("warmup_step", 0),
         "updates": flat.get("update_times", 1),
@@ -147,21 +156,28 @@ def _schedule(flat: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
     if flat.get("update_step"):
         section["update_steps"] = flat["update_step"]
     elif "update_step" in flat:
-        problems.append(Problem("update_step", f"must be at least 1, got {flat['update_step']!r}."))
+        problems.append(
+            Problem("update_step", f"must be a number of optimizer steps, at least 1, got {flat['update_step']!r}.")
+        )
     if flat.get("train_step"):
         section["train_steps"] = flat["train_step"]
     return section
 
 
 def _mixture(flat: dict[str, Any], component: dict[str, Any], problems: list[Problem], notes: list[str]) -> None:
-    """Fold the three mixture keys into the mixer's parameters."""
+    """Move the three mixture keys into the mixer's parameters."""
     rule = flat.get("mixture_sample_rule")
     proportions = flat.get("init_mixture_proportions")
     if isinstance(proportions, str):
         try:
             proportions = [float(part) for part in proportions.replace("[", "").replace("]", "").split(",")]
         except ValueError:
-            problems.append(Problem("init_mixture_proportions", f"must be a list of numbers, got {proportions!r}."))
+            problems.append(
+                Problem(
+                    "init_mixture_proportions",
+                    f"must be a list of numbers, or numbers separated by commas, got {proportions!r}.",
+                )
+            )
             return
     if rule not in (None, "mixture", "stratified", "uniform"):
         known = ["mixture", "stratified", "uniform"]
@@ -173,7 +189,9 @@ def _mixture(flat: dict[str, Any], component: dict[str, Any], problems: list[Pro
         component.clear()
         component["method"] = "proportional" if rule == "stratified" else "uniform"
     elif rule in ("stratified", "uniform"):
-        notes.append(f"mixture_sample_rule: {rule} is not used: the mixer {component['method']!r} decides.")
+        notes.append(
+            f"mixture_sample_rule: {rule} has no effect: the mixer {component['method']!r} decides the shares."
+        )
     elif proportions is not None:
         key = "proportions" if component["method"] in ("static", "doremi") else "initial_proportions"
         component[key] = proportions
@@ -181,4 +199,4 @@ def _mixture(flat: dict[str, Any], component: dict[str, Any], problems: list[Pro
         component["method"] = "uniform"
         notes.append("static_mix without init_mixture_proportions: every domain gets the same share.")
     if flat.get("mixer_eval_dataset") is not None:
-        notes.append(f"mixer_eval_dataset has no effect: the mixer {component['method']!r} evaluates nothing.")
+        notes.append(f"mixer_eval_dataset has no effect: the mixer {component['method']!r} needs no evaluation data.")

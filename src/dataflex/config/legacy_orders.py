@@ -1,4 +1,4 @@
-"""The reorders of the earlier release, translated into orders: their names, scores, times and shapes."""
+"""Translation of the earlier release's reorders into orders: names, scores, times and directions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 from dataflex.errors import Problem, unknown
 
 METHODS = {"sorting": "sort", "folding": "fold", "reuse_selector_scores": "sort"}
-"""Reorders whose name changed. ``dynamic_`` before a name says when it acts."""
+"""Reorders whose name changed. The prefix ``dynamic_`` is not part of these names."""
 
 DYNAMIC = "dynamic_"
+"""Prefix of reorders that act at every update, instead of once before training."""
 
 NAMES = {
     "layers": ("L", "num_layers", "folding_layer", "zigzag_layer", "folding_layers", "zigzag_layers"),
@@ -19,7 +20,7 @@ NAMES = {
     "back": ("y", "y_pct"),
     "jit": ("window", "window_size"),
 }
-"""Parameter -> names it had, those of the official code among them."""
+"""Parameter -> its earlier names, including the names in the official code."""
 
 SCORES = {
     "model_loss": "loss",
@@ -38,22 +39,22 @@ TIMES = {
 """``apply_at`` -> ``scope``."""
 
 LATER = ("higher_later", "higher_is_better")
-"""Words of ``polarity`` that put the largest score last."""
+"""Values of ``polarity`` that put the largest score last."""
 
 UNUSED = {
-    "batch_size": "forwards have probe_batch_tokens tokens",
+    "batch_size": "probe_batch_tokens sets the size of a forward pass",
     "max_samples": "every sample is scored",
     "metric_key": "the selector's score is read",
-    "reverse_even_layers": "saw and zigzag always turn",
+    "reverse_even_layers": "saw and zigzag always reverse every second layer",
     "use_gumbel": "ranks are not jittered by noise; jit shuffles windows",
     "temperature": "ranks are not jittered by noise; jit shuffles windows",
-    "cache_dir": "nothing is kept between runs",
+    "cache_dir": "scores are not cached between runs",
 }
-"""Parameters that nothing here needs -> why."""
+"""Parameters without effect in this release -> the reason, for a note."""
 
 
 def method_of(reorder: str) -> str:
-    """Return the order that a reorder is."""
+    """Return the name of the order that replaces a reorder."""
     plain = reorder.removeprefix(DYNAMIC)
     return METHODS.get(plain, plain)
 
@@ -61,22 +62,24 @@ def method_of(reorder: str) -> str:
 def parameters_of(
     reorder: str, given: dict[str, Any], place: str, notes: list[str], problems: list[Problem], *, selects: bool = False
 ) -> dict[str, Any]:
-    """Return the parameters of the order that a reorder is.
+    """Return the parameters of the order that replaces a reorder.
 
     Args:
-        reorder: its name in the earlier release.
-        given: its parameters there.
-        place: where they stand, for messages.
-        notes: what the user is told is added to.
-        problems: what is wrong is added to.
-        selects: whether a selector acts before it, whose scores it can read.
+        reorder: name of the reorder in the earlier release.
+        given: parameters of the reorder in the earlier release.
+        place: dotted key of these parameters, for messages.
+        notes: list to which notes for the user are appended.
+        problems: list to which problems are appended.
+        selects: whether a selector acts before the order, so that the order can read the selector's scores.
     """
     params, method = dict(given), method_of(reorder)
     for name, why in UNUSED.items():
         if params.pop(name, None) not in (None, False):
             notes.append(f"{place}.{name} is accepted and has no effect: {why}.")
     if params.pop("reorder_every", None) not in (None, 1):
-        notes.append(f"{place}.reorder_every is accepted and has no effect: every decision puts its round in order.")
+        notes.append(
+            f"{place}.reorder_every is accepted and has no effect: every decision orders the samples of its round."
+        )
     for name, earlier in NAMES.items():
         for old in earlier:
             if old in params:
@@ -95,17 +98,17 @@ def parameters_of(
 
 
 def _of_a_shuffle(params: dict[str, Any], place: str, notes: list[str]) -> dict[str, Any]:
-    """Return the parameters of a shuffle: none."""
+    """Return the parameters of a shuffle, which has none, and add a note if some were given."""
     unused = [name for name in ("score_field", "score_source", "polarity", "apply_at", "jit") if params.pop(name, None)]
     if unused:
-        notes.append(f"{place}.{', '.join(unused)}: accepted and without effect, as a shuffle has no score.")
+        notes.append(f"{place}.{', '.join(unused)}: accepted and without effect, because a shuffle uses no scores.")
     return params
 
 
 def _score(
     reorder: str, params: dict[str, Any], place: str, notes: list[str], problems: list[Problem], selects: bool
 ) -> None:
-    """Set ``by`` and ``column``."""
+    """Set ``by``, ``column`` and ``ties`` from ``score_source`` and ``score_field``."""
     field = params.pop("score_field", None)
     default = "cached_selection" if reorder == "reuse_selector_scores" else "field" if field else "model_loss"
     if reorder.startswith(DYNAMIC):
@@ -120,24 +123,29 @@ def _score(
         if method_of(reorder) == "sort":
             params["ties"] = "input"
     elif field is not None:
-        notes.append(f"{place}.score_field is accepted and has no effect: the score is {source}.")
+        notes.append(
+            f"{place}.score_field is accepted and has no effect: score_source is {source}, which reads no column."
+        )
     if params["by"] == "selection" and not selects:
         params["by"] = "loss"
         notes.append(
-            f"{place}: no selector acts in this run, whose scores could be read, and scores of an earlier run are not "
-            "kept; samples are put in order by their loss under the model in training."
+            f"{place}: this run has no selector whose scores could be read, and scores of an earlier run are not "
+            "stored. Samples are ordered by their loss under the model in training instead."
         )
 
 
 def _time(reorder: str, params: dict[str, Any], place: str, problems: list[Problem]) -> None:
-    """Set ``scope`` and ``passes``: data sets were put in order once, and dynamic reorders did so at every update."""
+    """Set ``scope`` and ``passes``.
+
+    The earlier release ordered a data set once before training. Its dynamic reorders ordered it at every update.
+    """
     when = params.pop("apply_at", None)
     consumes = params.pop("consume_once", True)
     if when is not None and str(when) not in TIMES:
         problems.append(Problem("components_cfg_file", f"{place}.{unknown('apply_at', str(when), TIMES)}"))
         return
     if params.get("by") == "selection":
-        return  # what a selector chose is put in order round by round
+        return  # a selector chooses anew in every round, so its samples can only be ordered round by round
     if when is not None:
         scope = TIMES[str(when)]
     else:
@@ -149,13 +157,14 @@ def _time(reorder: str, params: dict[str, Any], place: str, problems: list[Probl
 
 
 def _direction(reorder: str, params: dict[str, Any], place: str, notes: list[str]) -> None:
-    """Set ``descending``, or the ends of a segment."""
+    """Set ``descending``, or ``front_from`` and ``back_from`` of a segment."""
     polarity, ascending = params.pop("polarity", None), params.pop("ascending", None)
     later = polarity in LATER if polarity is not None else ascending is not False
     if reorder.startswith(DYNAMIC) and polarity is None and ascending is None:
         later = False
         notes.append(
-            f"{place}: without polarity the earlier release begins with the largest loss, and so does this run."
+            f"{place}: polarity is not set. The earlier release then begins with the largest loss, and so "
+            "does this run."
         )
     if method_of(reorder) != "segment":
         if polarity is not None or ascending is not None or not later:

@@ -1,7 +1,7 @@
-"""The configuration: one LLaMA-Factory YAML with a ``dataflex:`` section, and ``key=value`` overrides.
+"""The configuration of a run: a LLaMA-Factory YAML with a ``dataflex:`` section, and ``key=value`` overrides.
 
-Loading splits the file: LLaMA-Factory's keys stay as they are, ours become a validated :class:`DataFlexConfig`. Nothing
-here imports torch or LLaMA-Factory.
+Loading splits the file. LLaMA-Factory's keys stay unchanged, and the section becomes a validated
+:class:`DataFlexConfig`. This module imports neither torch nor LLaMA-Factory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dataflex.data.columns import WantedColumn
 from dataflex.errors import ConfigError, DataFlexError, Problem, did_you_mean, unknown
 
 ASSET_KEYS = ("model_name_or_path", "dataset_dir")
-"""LLaMA-Factory keys whose value may be ``asset:NAME``."""
+"""Keys of LLaMA-Factory whose value may be ``asset:NAME``."""
 
 
 class DataFlexConfig(BaseModel):
@@ -39,25 +39,33 @@ class DataFlexConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    warmup_steps: int = Field(0, ge=0, description="Optimizer steps on a uniform draw before the first decision.")
+    warmup_steps: int = Field(
+        0, ge=0, description="Optimizer steps on a uniform draw before the first decision of a cycle."
+    )
     update_steps: int | None = Field(
-        None, ge=1, description="Length of a round in optimizer steps; none: a part of a pass, by what decides."
+        None,
+        ge=1,
+        description="Length of a round in optimizer steps. If null, the length follows from the methods that decide.",
     )
     updates: int = Field(
         -1,
-        description="Decisions in a cycle; -1: until training ends.",
+        description="Number of decisions in a cycle. With -1, decisions are made until training ends.",
         json_schema_extra={"anyOf": [{"const": -1}, {"minimum": 1}]},
     )
-    train_steps: int | None = Field(None, ge=1, description="Total optimizer steps; wins over num_train_epochs.")
+    train_steps: int | None = Field(
+        None, ge=1, description="Total optimizer steps of the run. Overrides num_train_epochs."
+    )
     train_tokens: int | None = Field(
-        None, ge=1, description="Training ends when so many tokens are trained on, in the place of a number of steps."
+        None, ge=1, description="Number of trained tokens at which training ends, instead of a number of steps."
     )
     train_seconds: float | None = Field(
-        None, gt=0, description="Training ends after so many seconds of training and decisions together."
+        None, gt=0, description="Seconds of training and decisions together after which training ends."
     )
-    seed: int = Field(42, ge=0, description="Seed of every decision.")
+    seed: int = Field(42, ge=0, description="Seed of every decision. LLaMA-Factory's seed is for the rest of the run.")
     domain_column: str | None = Field(
-        None, min_length=1, description="Column of the raw data whose values are the domains; none: the data sets are."
+        None,
+        min_length=1,
+        description="Column of the raw data whose values are the domains. If null, each data set is a domain.",
     )
     columns: list[str] = Field(
         default_factory=list, description="Columns of the raw data that are kept with the samples."
@@ -65,25 +73,34 @@ class DataFlexConfig(BaseModel):
     probe_batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="Tokens in one forward of a probe; none: four training micro-batches of the longest sample.",
+        description="Tokens in one forward pass of a measurement, padding included. If null: as many as four training "
+        "micro-batches of the pool's longest sample, or as one micro-batch if gradients are computed.",
     )
     plugins: list[str] = Field(
         default_factory=list, description="Python files that register components or measurements."
     )
     select: dict[str, Any] | list[dict[str, Any]] | None = Field(
-        None, description="The selector: {method: name, ...parameters}; or a list of them, filters first."
+        None,
+        description="The selector, which chooses the samples of a round: {method: name, ...parameters}. In a "
+        "list, every selector but the last filters the samples for the next.",
     )
-    mix: dict[str, Any] | None = Field(None, description="The mixer: {method: name, ...parameters}.")
-    order: dict[str, Any] | None = Field(None, description="The order: {method: name, ...parameters}.")
+    mix: dict[str, Any] | None = Field(
+        None, description="The mixer, which decides the share of each domain: {method: name, ...parameters}."
+    )
+    order: dict[str, Any] | None = Field(
+        None, description="The order of a round's samples: {method: name, ...parameters}."
+    )
     weight: dict[str, Any] | list[dict[str, Any]] | None = Field(
-        None, description="The weighter: {method: name, ...parameters}; or a list of them, whose weights multiply."
+        None,
+        description="The weighter, which weighs each sample or token in the loss: {method: name, ...parameters}. The "
+        "weights of a list of weighters multiply.",
     )
 
     @field_validator("updates")
     @classmethod
     def _updates_positive_or_open(cls, value: int) -> int:
         if value == 0 or value < -1:
-            raise ValueError("must be at least 1, or -1 for 'until training ends'")
+            raise ValueError("must be at least 1, or -1 to make decisions until training ends")
         return value
 
 
@@ -91,12 +108,15 @@ _Keep = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)]
 
 
 class EntryOptions(BaseModel):
-    """What stands beside the parameters of a selector or a weighter, and is not its own."""
+    """Keys that every selector and weighter accepts beside its own parameters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    every: int = Field(1, ge=1, description="It decides once in so many decisions (a weighter: steps).")
-    keep: int | float | None = Field(None, description="What a selector leaves for the next one: a share or a number.")
+    every: int = Field(1, ge=1, description="A selector decides at every n-th decision, a weighter at every n-th step.")
+    keep: int | float | None = Field(
+        None,
+        description="Samples that a selector leaves for the next one: a share between 0 and 1, or a number of samples.",
+    )
 
     @field_validator("keep", mode="before", json_schema_input_type=_Keep | None)
     @classmethod
@@ -104,11 +124,11 @@ class EntryOptions(BaseModel):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is None or (number and (0 < value < 1 or (isinstance(value, int) and value >= 1))):
             return value
-        raise ValueError("must be a share above 0 and below 1, or a whole number of samples from 1 on")
+        raise ValueError("must be a share above 0 and below 1, or a whole number of samples, at least 1")
 
 
 CHAINS = ("select", "weight")
-"""The configuration keys that take a list of methods."""
+"""Configuration keys that accept a list of methods."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +136,15 @@ class RunConfig:
     """A loaded configuration.
 
     Attributes:
-        llamafactory: LLaMA-Factory's own keys, untouched.
-        dataflex: our section, or None where nothing of LLaMA-Factory is to be replaced.
+        llamafactory: LLaMA-Factory's own keys, unchanged.
+        dataflex: the ``dataflex:`` section. None means that the run is LLaMA-Factory's own.
         params: class and parameters of each component, by configuration key (``select``, or ``select.0`` in a chain).
-        options: cadence and share of the selectors and weighters, by the same keys.
-        source: the file it came from, for messages.
-        base: folder of that file, the second place where relative paths are looked for.
-        assets: LLaMA-Factory keys whose value was ``asset:NAME``, and that name.
-        notes: what the user should be told before the run starts.
-        offline: whether the pool is only to be scored, not trained on.
+        options: ``every`` and ``keep`` of the selectors and weighters, by the same keys.
+        source: name of the file, for messages.
+        base: folder of the file. A relative path is searched in the working directory, then in this folder.
+        assets: keys of LLaMA-Factory whose value was ``asset:NAME`` -> that value.
+        notes: texts that the user sees before the run starts.
+        offline: whether the pool is only scored, not trained on.
     """
 
     llamafactory: dict[str, Any]
@@ -139,12 +159,16 @@ class RunConfig:
 
     @property
     def warmup_steps(self) -> int:
-        """Optimizer steps before the first decision; 0 without a section."""
+        """Number of optimizer steps before the first decision; 0 without a section."""
         return 0 if self.dataflex is None else self.dataflex.warmup_steps
 
     @property
     def deepspeed(self) -> dict[str, Any] | None:
-        """DeepSpeed's configuration; None without DeepSpeed, empty if it cannot be read, which is reported as such."""
+        """DeepSpeed's configuration.
+
+        None means that the run has no DeepSpeed. The mapping is empty if the file cannot be read, which a check
+        reports.
+        """
         given = self.llamafactory.get("deepspeed")
         if not given:
             return None
@@ -158,23 +182,23 @@ class RunConfig:
 
     @property
     def zero_stage(self) -> int:
-        """Stage of ZeRO in DeepSpeed's configuration, 0 to 3; 0 without one."""
+        """ZeRO stage in DeepSpeed's configuration, 0 to 3; 0 if none is set."""
         block = (self.deepspeed or {}).get("zero_optimization")
         stage = block.get("stage", 0) if isinstance(block, dict) else 0
         return stage if isinstance(stage, int) else 0
 
     @property
     def sharded_by(self) -> Literal["fsdp", "ZeRO-3"] | None:
-        """Which of the two spreads the weights of the model over the processes, if any."""
+        """The method that shards the model's weights over the processes; None if each process holds all weights."""
         if self.llamafactory.get("fsdp"):
             return "fsdp"
         return "ZeRO-3" if self.zero_stage == 3 else None
 
     def with_assets(self) -> RunConfig:
-        """Return the configuration with ``asset:NAME`` values replaced by paths, fetching what is not there yet.
+        """Return the configuration with ``asset:NAME`` replaced by paths; builds each asset that is not cached.
 
         Raises:
-            ConfigError: if an asset is unknown or cannot be fetched.
+            ConfigError: if an asset is unknown or cannot be built.
         """
         from dataflex import assets
 
@@ -187,7 +211,7 @@ class RunConfig:
         """Return fresh components of this configuration.
 
         Raises:
-            ConfigError: with a problem for each component that cannot be made.
+            ConfigError: with a problem for each component that cannot be built.
         """
         found: dict[str, Any] = {family: () for family in CHAINS}
         problems = []
@@ -207,7 +231,7 @@ class RunConfig:
         return Components(**found)
 
     def wanted_columns(self) -> dict[str, WantedColumn]:
-        """Return the raw columns that are to be kept with the samples, by name."""
+        """Return the raw columns that are kept with the samples, by name."""
         found = {
             name: WantedColumn(f"{SECTION}.columns")
             for name in (() if self.dataflex is None else self.dataflex.columns)
@@ -220,7 +244,7 @@ class RunConfig:
 
     @property
     def families(self) -> set[str]:
-        """The configuration keys of the families that decide."""
+        """Configuration keys of the families that have a component in this run."""
         return {family_key(key) for key in self.params}
 
     def resolved(self) -> dict[str, Any]:
@@ -263,9 +287,20 @@ def split_config(raw: dict[str, Any], source: str = "", base: Path | None = None
 
 
 def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None) -> tuple[RunConfig, list[Problem]]:
-    """Do what :func:`split_config` does, but return the problems; with any, the section is left out."""
+    """Split and validate like :func:`split_config`, but return the problems instead of raising them.
+
+    Args:
+        raw: the whole mapping; not changed.
+        source: file name for messages.
+        base: folder for relative plugin and component files.
+
+    Returns:
+        The configuration and the problems. If there are problems, the configuration has no section.
+    """
     problems = [
-        Problem(key, f"was not recorded, as it is a secret; give it ({key}=...), or leave it out ({key}=null).")
+        Problem(
+            key, f"the value is a secret, so it was not recorded; set it ({key}=...), or run without it ({key}=null)."
+        )
         for key in masks(raw)
     ]
     rest, section, notes = legacy.translate(raw, base, problems)
@@ -273,16 +308,19 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     plain = RunConfig(rest, None, source=source, base=base, notes=tuple(notes))
     if section is None and SECTION in raw:
         notes.append(
-            f"{SECTION}: has no value, so the run is LLaMA-Factory's own, without a record; {{}} would keep one."
+            f"{SECTION}: has no value, so the run is LLaMA-Factory's own and writes no record; {SECTION}: "
+            f"{{}} writes one."
         )
         plain = replace(plain, notes=tuple(notes))
     if section is None or problems:
         return plain, problems
     if not isinstance(section, dict):
+        # The message can name the right form only if the names of the methods are known.
         registry.load_components([], base)
         return plain, [Problem(SECTION, _no_section(section))]
     loaded = _load_plugins(section, base, problems)
     section = with_names_of_now(section, SECTION, notes, problems)
+    # The families are validated by the parameter models of their methods, which give better messages than this model.
     settings = {key: value for key, value in section.items() if value is None or key not in registry.CONFIG_KEYS}
     hint = partial(_belongs, section)
     config = validate(DataFlexConfig, settings, SECTION, problems, hint=hint)
@@ -291,19 +329,22 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
         return plain, problems
     if params and rest.get("warmup_steps") and "warmup_steps" not in section:
         notes.append(
-            f"warmup_steps at the top of the file is the learning rate's; {SECTION}.warmup_steps, the steps before the "
-            "first decision, is 0."
+            f"warmup_steps at the top of the file warms up the learning rate. {SECTION}.warmup_steps, the number of "
+            "steps before the first decision, is 0."
         )
     given = {key: section[key] for key in registry.CONFIG_KEYS if section.get(key) is not None}
     config = config.model_copy(update=given)
     if not params:
-        note = f"{SECTION}: has none of select, mix, order, weight; the run trains as LLaMA-Factory does, on record."
+        note = (
+            f"{SECTION}: has none of select, mix, order and weight; the run trains like LLaMA-Factory and "
+            "writes a record."
+        )
         notes.append(note)
     return RunConfig(rest, config, params, options, source, base, notes=tuple(notes)), []
 
 
 def _no_section(section: Any) -> str:
-    """Return what says that the section must be a mapping, with the one that may be meant."""
+    """Return the message that the section must be a mapping, with the right form if the value names a method."""
     for family, kind in registry.CONFIG_KEYS.items():
         if isinstance(section, str) and section in registry.available(kind):
             return f"must be a mapping, got {section!r}; write {nested(f'{SECTION}.{family}.method', section)}."
@@ -311,11 +352,16 @@ def _no_section(section: Any) -> str:
 
 
 def _belongs(section: Mapping[str, Any], place: str, key: str) -> str | None:
+    """Return a sentence that says where a key belongs; None if no part of the file has such a key."""
     return belongs(key, place, DataFlexConfig.model_fields, section)
 
 
 def _load_plugins(section: Mapping[str, Any], base: Path | None, problems: list[Problem]) -> bool:
-    """Register the methods that can be named; return whether that succeeded."""
+    """Load the plug-ins and the installed methods; return whether their names can be checked now.
+
+    After a plug-in that fails, a method it would have registered would be reported as unknown. So methods are then not
+    checked.
+    """
     plugins = section.get("plugins") or []
     named = isinstance(plugins, list) and all(isinstance(plugin, str) for plugin in plugins)
     try:
@@ -329,7 +375,7 @@ def _load_plugins(section: Mapping[str, Any], base: Path | None, problems: list[
 def _validate_components(
     section: dict[str, Any], base: Path | None, problems: list[Problem]
 ) -> tuple[dict[str, tuple[type[Component], ComponentParams]], dict[str, EntryOptions]]:
-    """Return the class and parameters of each component, and what stands beside them, by configuration key."""
+    """Return class and parameters of each component, and its :class:`EntryOptions`, by configuration key."""
     found: dict[str, tuple[type[Component], ComponentParams]] = {}
     options: dict[str, EntryOptions] = {}
     for family in registry.CONFIG_KEYS:
@@ -352,36 +398,41 @@ def _validate_components(
 
 
 def _is_chain(given: list[Any]) -> bool:
-    """Return whether a list is one of mappings, at least one."""
+    """Return whether a list has one or more entries, all of them mappings."""
     return bool(given) and all(isinstance(entry, dict) for entry in given)
 
 
 def _problems_of_keep(key: str, options: EntryOptions, selects: bool, is_last: bool) -> list[Problem]:
-    """Return that a selector before the last one has no ``keep``, or that something else has one."""
+    """Return a problem if a selector before the last one lacks ``keep``, or if another component has ``keep``."""
     if selects and not is_last and options.keep is None:
         needed = (
-            "needed: what this selector leaves for the next one, a share above 0 and below 1 or a number of samples."
+            "needed: the samples that this selector leaves for the next one, as a share above 0 and below "
+            "1 or as a number."
         )
         return [Problem(f"{SECTION}.{key}.keep", needed)]
     if options.keep is not None and not selects:
-        return [Problem(f"{SECTION}.{key}.keep", "is for selectors: a weighter leaves nothing out; remove it.")]
+        return [
+            Problem(
+                f"{SECTION}.{key}.keep", "is only for selectors, because a weighter leaves no sample out; remove it."
+            )
+        ]
     if options.keep is not None and is_last:
-        taken = "the last selector takes as many samples as the round needs, and only those before it keep a share"
-        return [Problem(f"{SECTION}.{key}.keep", f"{taken}; remove it.")]
+        taken = "the last selector chooses as many samples as the round needs; only the selectors before it have keep"
+        return [Problem(f"{SECTION}.{key}.keep", f"{taken}. Remove it.")]
     return []
 
 
 def _validate_component(
     key: str, given: Any, section: dict[str, Any], base: Path | None, problems: list[Problem]
 ) -> tuple[type[Component], ComponentParams] | None:
-    """Return the class and parameters of one component, or None after adding what is wrong.
+    """Return the class and parameters of one component, or None after adding problems.
 
     Args:
-        key: its configuration key.
-        given: what is written there.
-        section: the whole section, with ``given`` as its family, for hints where a key belongs.
+        key: configuration key of the component.
+        given: value of that key.
+        section: the whole section, with ``given`` as the value of its family. Hints say where in it a key belongs.
         base: folder of the configuration.
-        problems: what is added to.
+        problems: list to which problems are appended.
     """
     family = family_key(key)
     kind, prefix = registry.CONFIG_KEYS[family], f"{SECTION}.{key}"
@@ -400,7 +451,7 @@ def _validate_component(
 
 
 def _without_method(prefix: str, family: str, given: Any) -> tuple[str, str]:
-    """Return the key and what says how a family is written."""
+    """Return key and message for a family whose value names no method."""
     known = registry.available(family)
     names = ", ".join(known)
     words = given if isinstance(given, list) else [given]
@@ -417,8 +468,8 @@ def _without_method(prefix: str, family: str, given: Any) -> tuple[str, str]:
         if did_you_mean(str(key), ["method"]):
             return f"{prefix}.{key}", "unknown key; did you mean 'method'?"
     having = [name for name, cls in known.items() if given and set(given) <= set(cls.Params.model_fields)]
-    only = f" {', '.join(given)}: parameters of {', '.join(having)}." if having else ""
-    return f"{prefix}.method", f"needed, the name of a {family}.{only} Known: {names}."
+    only = f" {', '.join(having)} has {', '.join(given)}." if having else ""
+    return f"{prefix}.method", f"needed: the name of a {family}.{only} Known: {names}."
 
 
 def validate(
@@ -429,17 +480,18 @@ def validate(
     base: Path | None = None,
     hint: Callable[[str, str], str | None] = lambda place, key: None,
 ) -> Any:
-    """Return ``model`` built from ``data``, or None after adding one problem per bad key.
+    """Return ``model`` built from ``data``, or None after adding one problem for each wrong key.
 
     Args:
-        model: the class.
-        data: its values.
-        prefix: of the keys, in messages.
-        problems: what is added to.
-        base: folder of the configuration, for the validators.
-        hint: says where a key belongs that the model does not know, given the prefix and the key.
+        model: the pydantic class.
+        data: values of its fields.
+        prefix: dotted key of ``data``, for messages.
+        problems: list to which problems are appended.
+        base: folder of the configuration; the validators receive it as context.
+        hint: function of the prefix and an unknown key; returns a sentence that says where the key belongs, or None.
     """
     found: dict[str, list[str]] = {}
+    # Pydantic accepts true and false as the numbers 1 and 0, so truth values are refused before it sees them.
     for name, value in data.items():
         info = model.model_fields.get(name)
         if isinstance(value, bool) and info is not None and _is_number(info.annotation):
@@ -472,27 +524,27 @@ _PLAIN = {
     **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
     "string_type": "must be text",
 }
-"""Kind of a validation error -> what it says."""
+"""Type of a pydantic error -> message."""
 
 
 def _is_number(annotation: Any) -> bool:
-    """Return whether a field holds a number, or a number or nothing."""
+    """Return whether a field accepts numbers but no truth values; None may be allowed besides."""
     kinds = {annotation, *get_args(annotation)} - {type(None)}
     return bool(kinds & {int, float}) and bool not in kinds
 
 
 def _is_key(part: int | str | None = None) -> bool:
-    """Return whether part of an error's location is a key of a mapping, not the name of a type in a union."""
+    """Return whether a part of an error's location is a key of a mapping, and not the name of a type in a union."""
     return isinstance(part, str) and part.isidentifier() and part not in ("str", "int", "float", "bool")
 
 
 def _explained(
     model: type[BaseModel], item: Any, prefix: str, hint: Callable[[str, str], str | None]
 ) -> tuple[str, str]:
-    """Return the key of a validation error, below the prefix, and what is wrong with it.
+    """Return the key of a validation error, without the prefix, and the message.
 
-    Items of a list and the alternatives of a union belong to the key that holds them, but the keys of an item that is
-    a mapping are named with its place: ``points.0.step``.
+    An error in an item of a list, or in an alternative of a union, is reported at the key that holds the list or union.
+    If the item is a mapping, its key is reported with the item's index: ``points.0.step``.
     """
     location = item["loc"]
     names = [str(part) for part in location]

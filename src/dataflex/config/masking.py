@@ -1,4 +1,4 @@
-"""Keeping tokens, keys and passwords out of the files that are written."""
+"""Masking of access tokens, keys and passwords, so that they do not get into the files of a run."""
 
 from __future__ import annotations
 
@@ -12,27 +12,32 @@ _SECRET = re.compile(
         |[a-z0-9]*apikey|(?:api|access|auth|private|signing|encryption)_key)(?:_|$)""",
     re.VERBOSE,
 )
-"""Words of a key that name a secret; ``tokenizer`` and ``tokenized_path`` have none of them."""
+"""Words in the name of a key that mark its value as a secret. ``tokenizer`` and ``tokenized_path`` do not match."""
 
 _NAMES_ONE = re.compile(r"_(?:env|file|path|column|type|id|config)$")
-"""Ends of keys whose value only says where something is, as ``api_key_env``."""
+"""Ends of keys whose value only names the source of a secret, such as ``api_key_env``."""
 
 _OF_TEXTS = re.compile(
     r"(?:^|_)(?:bos|eos|eot|pad|unk|cls|sep|mask|image|video|audio|begin|end|stop|bad|extra|special|add|num|max|min|new"
     r"|input|output|train|prompt|average|effective)_tokens?(?:_|$)"
 )
-"""Keys about the tokens of a text."""
+"""Keys whose ``token`` is a token of text, not an access token."""
 
 _SWITCHES = frozenset({"true", "false", "none", "null", "all", "non_padding", "no", "yes"})
+"""Values that are no secrets: truth values, and the words of keys such as ``include_num_input_tokens_seen``."""
 _IN_A_URL = re.compile(r"(?<=://)[^/@\s]+@")
+"""User name and password in a URL."""
 _MASK = re.compile(r"<not recorded: [^>]+>|(?<=://)<not recorded>@")
 
 HANDED_ON = "DATAFLEX_SECRETS"
-"""Environment variable with the secrets of a configuration whose file has masks, for the process that reads it."""
+"""Environment variable that passes secrets to a child process.
+
+The child reads a configuration file in which the secrets are masked, and fills them in from this variable.
+"""
 
 
 def is_secret(key: str, value: Any) -> bool:
-    """Return whether a value is a secret, by the name of its key: text that is no number and no switch."""
+    """Return whether the name of a key marks its value as a secret. Numbers, truth values and masks are no secrets."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[-.\s]+", "_", key).lower()
     if not isinstance(value, str) or not value or not _SECRET.search(words):
         return False
@@ -42,12 +47,12 @@ def is_secret(key: str, value: Any) -> bool:
 
 
 def is_mask(value: Any) -> bool:
-    """Return whether a value stands in the place of a secret, or has a part that does."""
+    """Return whether a value is the mask of a secret, or contains one."""
     return isinstance(value, str) and _MASK.search(value) is not None
 
 
 def masked(value: Any) -> Any:
-    """Return plain data with every secret in it replaced by a text that says which key it was of."""
+    """Return plain data with every secret replaced by a mask. The mask names the key of the secret."""
     return _replaced(value, _mask)
 
 
@@ -57,29 +62,29 @@ def secrets(value: Any) -> dict[str, str]:
 
 
 def masks(value: Any) -> list[str]:
-    """Return the dotted keys in plain data whose value stands in the place of a secret."""
+    """Return the dotted keys in plain data whose value is the mask of a secret."""
     return [key for key, text in _texts(value, "") if is_mask(text)]
 
 
 def handed_on(value: Any) -> dict[str, str]:
-    """Return the environment variable that hands the secrets of a configuration to a process; none without secrets."""
+    """Return the environment variable that passes a configuration's secrets to a process; empty without secrets."""
     found = secrets(value)
     return {HANDED_ON: json.dumps(found)} if found else {}
 
 
 def filled(value: Any, variable: str | None) -> Any:
-    """Return plain data with the secrets in the place of their masks, as far as they were handed on.
+    """Return plain data in which masks are replaced by the secrets, as far as ``variable`` has them.
 
     Args:
         value: plain data; not changed.
-        variable: the content of :data:`HANDED_ON`, if it is set.
+        variable: content of the environment variable :data:`HANDED_ON`; None if it is not set.
     """
     known: dict[str, str] = json.loads(variable) if variable else {}
     return _replaced(value, lambda key, text: known.get(key, text) if is_mask(text) else text)
 
 
 def masked_argument(argument: str) -> str:
-    """Return an argument of a command line, its value masked where it is ``key=value`` of a secret."""
+    """Return a command-line argument with its value masked if it is ``key=value`` of a secret."""
     key, sign, value = argument.partition("=")
     return f"{key}={_mask(key.lstrip('-'), value)}" if sign else _mask("", argument)
 
@@ -102,7 +107,7 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _replaced(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
-    """Return plain data with every text changed, given its dotted key."""
+    """Return plain data with every text replaced by ``change(dotted key, text)``."""
     if isinstance(value, str):
         return change(key, value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Where a key belongs that stands in a place that does not know it."""
+"""Messages for unknown and misplaced keys: each says where the key belongs, or names the nearest known key."""
 
 from __future__ import annotations
 
@@ -18,29 +18,35 @@ _NEAR = 0.6
 
 
 def belongs(key: str, place: str, own: Collection[str], section: Mapping[str, Any] | None) -> str | None:
-    """Return a sentence that says where a key belongs, or None if no place knows it.
+    """Return a sentence that says where a misplaced key belongs; None if no part of a file has such a key.
 
     Args:
-        key: as it is written.
-        place: where it stands: nothing for the top, else ``dataflex`` or ``dataflex.select`` and so on.
+        key: the key as written.
+        place: dotted key of the mapping that holds the key: empty for the top of the file, ``dataflex``,
+            ``dataflex.select`` and so on.
         own: the keys of the section.
-        section: as far as it is given; its methods are looked at first.
+        section: the section, if the file has one. Its methods are named before others.
     """
     inside = place.removeprefix(SECTION).removeprefix(".")
     if "." in key and key.split(".")[0] in (SECTION, *own):
-        return f"dots reach nested keys on the command line only; write {nested(key, '...')} in the file."
+        return f"dotted keys work only on the command line; write {nested(key, '...')} in the file."
     if key in own and place != SECTION:
-        return f"belongs under {SECTION}:, that is {nested(f'{SECTION}.{key}', '...')}."
+        return f"belongs in the {SECTION}: section; write {nested(f'{SECTION}.{key}', '...')}."
     if key in llamafactory_keys() and place:
-        return f"is an argument of LLaMA-Factory; it belongs at the top of the file, beside {SECTION}:."
+        return f"is an argument of LLaMA-Factory; move it to the top of the file, beside {SECTION}:."
     if key in FLAT_KEYS and place and not difflib.get_close_matches(key, own, n=1, cutoff=0.9):
-        return "is a flat key of the earlier release, which stands at the top of a file without a section."
+        return (
+            f"is a flat key of the earlier release; flat keys are only allowed at the top of a file without {SECTION}:."
+        )
     if key == "method" and not inside:
-        return f"belongs under a family: {nested(f'{SECTION}.select.method', '...')}, or under mix, order, weight."
+        return (
+            f"belongs under a family: {nested(f'{SECTION}.select.method', '...')}, or mix, order or weight "
+            "instead of select."
+        )
     if key in ("every", "keep") and inside in ("mix", "order"):
-        return "is for select and weight, whose entries may have a cadence and form a chain."
+        return "is only for select and weight; remove it."
     if key == "params" and inside:
-        return f"the parameters of a method stand beside method, under {place}."
+        return f"is not needed: write the parameters of a method beside method, directly under {place}."
     methods = list(_methods_with(key, section or {}))
     if methods:
         return _of_methods(inside.partition(".")[0], methods, section or {})
@@ -54,12 +60,12 @@ def belongs(key: str, place: str, own: Collection[str], section: Mapping[str, An
 
 
 def _of_methods(here: str, methods: list[tuple[str, str]], section: Mapping[str, Any]) -> str:
-    """Return a sentence that names the methods a key is a parameter of.
+    """Return a sentence that names the methods that have a parameter of a key's name.
 
     Args:
-        here: the family under which the key stands, or nothing.
-        methods: family and name of each, the section's own first.
-        section: as far as it is given.
+        here: configuration key of the family that holds the key; empty if none does.
+        methods: (family, method) of each method, the section's own methods first.
+        section: the section, if the file has one.
     """
     family, method = methods[0]
     names = ", ".join(name for each, name in methods if each == family)
@@ -67,17 +73,17 @@ def _of_methods(here: str, methods: list[tuple[str, str]], section: Mapping[str,
     known = ""
     if isinstance(own, Mapping) and own.get("method") in registry.available(registry.CONFIG_KEYS[here]):
         fields = registry.get(registry.CONFIG_KEYS[here], own["method"]).Params.model_fields
-        known = f" Those of {own['method']}: {', '.join(fields) or 'none'}."
+        known = f" Parameters of {own['method']}: {', '.join(fields) or 'none'}."
     if here == family:
         return f"is a parameter of another method ({names}).{known}"
     given = section.get(family)
     if isinstance(given, Mapping) and given.get("method") == method:
-        return f"is a parameter of {family}: {{method: {method}}}; it belongs under {SECTION}.{family}.{known}"
+        return f"is a parameter of {family}: {{method: {method}}}; move it under {SECTION}.{family}.{known}"
     return f"is a parameter of a {registry.CONFIG_KEYS[family]} ({names}); it belongs under {SECTION}.{family}.{known}"
 
 
 def _methods_with(key: str, section: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield (family, method) of the methods with a parameter of that name, those of the section first."""
+    """Yield (family, method) of the methods with a parameter of that name, the section's methods first."""
     given = {family: section.get(family) for family in registry.CONFIG_KEYS}
     named = {family: value.get("method") for family, value in given.items() if isinstance(value, Mapping)}
     known = [
@@ -92,9 +98,9 @@ def _methods_with(key: str, section: Mapping[str, Any]) -> Iterable[tuple[str, s
 
 
 def unknown_at_top(key: str, own: Collection[str]) -> str:
-    """Return what says that a key at the top is nobody's, with the nearest of LLaMA-Factory's and of ours."""
+    """Return the message for an unknown key at the top of a file, with the nearest known key."""
     if ":" in key:
-        return "no such key; after the colon of a key comes a space."
+        return "unknown key; write a space after the colon that ends a key."
     near = difflib.get_close_matches(key, [*llamafactory_keys(), SECTION, *own], n=1, cutoff=_NEAR)
     if near and near[0] in own and near[0] not in llamafactory_keys():
         return f"not a LLaMA-Factory argument; did you mean {near[0]!r}, which belongs under {SECTION}:?"
@@ -102,7 +108,7 @@ def unknown_at_top(key: str, own: Collection[str]) -> str:
 
 
 def unknown_in(place: str, key: str, known: Collection[str]) -> str:
-    """Return what says that a key is nobody's in a place of ours, with the nearest one there or at the top."""
+    """Return the message for an unknown key inside the section, with the nearest key of that mapping or of the top."""
     text = unknown("key", key, known)
     if "did you mean" in text:
         return text

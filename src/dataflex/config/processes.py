@@ -1,4 +1,4 @@
-"""The number of processes that will train, read from the environment and without torch."""
+"""The number of processes that will train, determined from the environment without torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ def is_worker() -> bool:
 
 
 def planned_processes(certain: bool = False) -> int:
-    """Return how many processes will train, as far as that shows without torch.
+    """Return the number of processes that will train, as far as it can be known without torch.
 
     Args:
-        certain: do not count accelerators, which torch may see fewer of; there are at least so many then.
+        certain: do not count accelerators, because torch may see fewer of them than the machine has. The returned
+            number is then a lower bound.
     """
     if is_worker():
         return int(os.environ["WORLD_SIZE"])
+    # The rules below are those by which LLaMA-Factory's launcher decides whether to start torchrun.
     devices = 0 if certain else _visible_devices()
     if devices < 2 and os.environ.get("FORCE_TORCHRUN", "").lower() not in ("1", "true", "y"):
         return 1

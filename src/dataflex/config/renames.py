@@ -1,4 +1,4 @@
-"""Parameters of components that had another name: the old one is read, with a note."""
+"""Renamed parameters of components: the earlier name is still accepted, with a note."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataflex.api.params import ComponentParams
 from dataflex.errors import Problem
 
 _RENAMED = {"sketch": "projection"}
-"""Name of an earlier version -> name now."""
+"""Earlier name of a parameter -> present name."""
 
 
 def with_names_of_now(section: dict[str, Any], place: str, notes: list[str], problems: list[Problem]) -> dict[str, Any]:
-    """Return the section with its components' parameters under the names they have now.
+    """Return the section with its components' parameters under their present names.
 
-    A component that has a parameter of the old name keeps it.
+    A parameter is not renamed if its component has a parameter of the earlier name.
 
     Args:
-        section: as given.
-        place: its key, for messages.
-        notes: what the user is told is added to.
-        problems: what is wrong is added to.
+        section: the section as given; not changed.
+        place: dotted key of the section, for messages.
+        notes: list to which notes for the user are appended.
+        problems: list to which problems are appended.
     """
     found = dict(section)
     for key, family in registry.CONFIG_KEYS.items():
@@ -46,8 +46,10 @@ def _renamed(given: Any, family: str, place: str, notes: list[str], problems: li
         if old not in entry or old in fields or new not in fields:
             continue
         if new in entry:
-            problems.append(Problem(f"{place}.{old}", f"is {new} now, which is there too; remove {old}."))
+            problems.append(
+                Problem(f"{place}.{old}", f"is the earlier name of {new}, and both are given; remove {old}.")
+            )
             continue
-        notes.append(f"{place}.{old} is called {new} now; the old name is still read.")
+        notes.append(f"{place}.{old} is the earlier name of {new} and is still accepted; write {new}.")
         entry = {new if name == old else name: value for name, value in entry.items()}
     return entry

@@ -1,1 +1,1 @@
-"""Why a sample was, or was not, trained on."""
+"""The package that explains why a run did or did not train on a sample."""

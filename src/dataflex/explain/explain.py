@@ -1,4 +1,4 @@
-"""Explain a run from its record: which samples it trained on, when, and what chose them."""
+"""Explanation of a run from its record: which samples it trained on, when, and which component chose them."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from dataflex.record.reader import RunRecord, read_run
 from dataflex.record.schema import Round
 
 _EXPLAINED = 3
-"""Samples found by their text that are explained."""
+"""Number of samples found by their text that are explained."""
 _OFTEN = 10
-"""Samples listed as planned most often."""
+"""Number of samples that are listed as planned most often."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a run; with nothing set, which samples it chose in all.
+    """A question about a run. Without indices, text and top it asks for an overview of all chosen samples.
 
     Attributes:
-        indices: pool indices of samples.
-        text: what samples contain.
+        indices: pool indices of the samples to explain.
+        text: phrase that the samples to explain contain.
         top: number of best samples of a round.
-        round: for ``top``; None: the last one with scores, or the last.
-        with_text: whether to load the data for the samples' texts.
-        full: whether to show texts whole, with special tokens.
+        round: number of the round for ``top``. None means the last round with scores, or the last round if none has.
+        with_text: whether to load the data, so that the texts of samples are shown.
+        full: whether to show texts completely, with special tokens.
     """
 
     indices: tuple[int, ...] = ()
@@ -47,69 +47,79 @@ class Question:
     full: bool = False
 
     def problem(self) -> str | None:
-        """Return what is wrong with the question itself, or None."""
+        """Return the problem of a question that contradicts itself; None if there is none."""
         if self.round is not None and self.top is None:
-            return "--round: it goes with --top N, the samples of one round; leave it out or add --top."
+            return (
+                "--round: only has an effect with --top N, which lists the samples of one round; add --top, "
+                "or leave out --round."
+            )
         if self.text is not None and not self.text.strip():
-            return "--text: needed is a phrase to look for, got only white space."
+            return f"--text: must be a phrase to search for, got {self.text!r}."
         if not self.with_text and (self.text is not None or self.full):
-            return f"--no-text: {'--full' if self.text is None else '--text'} needs the texts; leave one of them out."
+            return (
+                f"--no-text: {'--full' if self.text is None else '--text'} needs the texts; leave out one of the two."
+            )
         return None
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A sample in the plan of a round."""
+    """One position in the plan of a round, and the sample at this position."""
 
     index: int
     round: int
     steps: tuple[int, int]
-    """First and last optimizer step of the round, from 1."""
+    """First and last optimizer step of the round, counted from 1."""
     position: int
-    """In the plan, from 0."""
+    """Position in the plan, counted from 0."""
     step: int
-    """Optimizer step the position is trained in, from 1."""
+    """Optimizer step in which the position is trained, counted from 1."""
     trained: bool
     """Whether training reached that step, as far as the logs show."""
     chosen_by: str
     domain: str
     row: int | None
-    """In the data set, from 0; None where the record does not say."""
+    """Row in the data set, counted from 0; None if the record does not have it."""
     score: float | None
     rank: int | None
-    """Among the candidates, 1 the best; None where nothing was ranked."""
+    """Rank among the candidates, 1 is the best; None if the selector ranked none."""
     candidates: int | None
-    """How many were ranked."""
+    """Number of candidates that were ranked."""
     proportion: float | None
-    """The domain's share of the round as decided; None in records that do not say."""
+    """Share of the domain in the round that was decided; None in older records, which do not have it."""
     share: float
-    """The domain's share of the plan, counted."""
+    """Share of the domain among the samples of the plan, counted."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What became of a sample in a run."""
+    """A sample and every decision of the run about it."""
 
     index: int
     domain: str | None
-    """None where it was never planned and the record does not say which domains the pool has."""
+    """None if the sample was never planned and the record does not list the domains of the pool."""
     dataset: str | None
     """The data set of the domain."""
     row: int | None
-    """In the data set, from 0; None if it is not known, as of packed samples."""
+    """Row in the data set, counted from 0; None if it is not known, as for packed samples."""
     planned: int
     trained: int
     placements: list[Placement]
     filtered: list[Filtered]
-    """What the filters said of it, in the order they decided; empty without a list of selectors."""
+    """Decisions of the filters about the sample, in their order; empty if the run has no list of selectors."""
     not_in: list[int]
-    """Rounds whose plan does not have it."""
+    """Numbers of the rounds whose plan does not have the sample."""
     text: list[Part] | None
 
 
 @dataclass(frozen=True)
 class DomainUse:
-    """How far a run went through a domain; None where the record does not say how large the pool is."""
+    """Use of a domain by a run.
+
+    ``pool`` is the number of samples in the domain, ``distinct`` the number that were planned at least once and
+    ``never`` the number that were not. These three are None if the record does not have the size of the pool.
+    ``planned`` counts repeated samples each time, and ``share`` is its fraction of all planned samples.
+    """
 
     domain: str
     pool: int | None
@@ -121,7 +131,7 @@ class DomainUse:
 
 @dataclass(frozen=True)
 class Often:
-    """A sample that is in many plans."""
+    """A sample that was planned often."""
 
     index: int
     domain: str | None
@@ -132,30 +142,33 @@ class Often:
 
 
 class Record:
-    """A run's record as questions are asked of it.
+    """The record of a run, in the form in which questions are answered.
+
+    Args:
+        path: ``output_dir`` of the run.
 
     Raises:
-        ConfigError: if the folder is not that of a run with plans, or cannot be read.
+        ConfigError: if the folder has no run with plans, or if the record cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.run: RunRecord = read_run(path)
         if not self.run.rounds:
             raise ConfigError(
-                f"{path}: no round is on record, so there is nothing to explain; only runs that select, mix or order "
-                "their data plan rounds."
+                f"{path}: the record has no round, so there is nothing to explain. Only runs with select, mix or order "
+                "plan rounds."
             )
         if not self.run.has_plans:
             raise ConfigError(
-                f"{path / 'dataflex' / 'plans'} has no plan; expected one for each round of rounds.jsonl."
+                f"{path / 'dataflex' / 'plans'} has no plan; it must have one for each round of rounds.jsonl."
             )
         self.rounds = {each.round: each for each in self.run.rounds}
         self.pool = self.run.pool
         self.offsets = np.cumsum([0, *self.pool.values()])
-        """First index of each domain and the end; (0,) where the record does not say."""
+        """First index of each domain, then the size of the pool; (0,) if the record does not have the sizes."""
 
     def facts(self) -> dict[str, Any]:
-        """Return what is said about the run in every answer."""
+        """Return the facts about the run that are part of every answer."""
         last = self.run.rounds[-1]
         return {
             "path": str(self.run.path),
@@ -171,37 +184,44 @@ class Record:
         }
 
     def check_index(self, index: int) -> None:
-        """Raise a ConfigError where the pool has no such sample."""
+        """Raise a ConfigError if the pool has no sample of this index."""
         last = self.offsets[-1] - 1 if self.pool else np.iinfo(np.int64).max
         if index > last:
-            raise ConfigError(f"--index: {index} is not in the pool, whose samples are 0 to {last}.")
+            raise ConfigError(f"--index: {index} is not in the pool; give an index from 0 to {last}.")
 
     def domain_of(self, index: int) -> str | None:
-        """Return the domain of a sample, or None where the record does not say."""
+        """Return the domain of a sample; None if the record does not have the sizes of the domains."""
         if not self.pool:
             return None
         return list(self.pool)[int(np.searchsorted(self.offsets, index, side="right")) - 1]
 
     def dataset_of(self, domain: str | None) -> str | None:
-        """Return the data set that a domain is a part of, or is."""
+        """Return the name of the data set that contains a domain; None if it is not known."""
         names = dataset_names(RunConfig(dict(self.run.config), None))
         if domain is None or domain in names or len(names) == 1:
             return names[0] if len(names) == 1 else domain
         return next((name for name in names if domain.startswith(f"{name}/")), None)  # a value of domain_column
 
     def trained_rows(self, each: Round) -> int:
-        """Return how many positions of a round's plan training reached."""
+        """Return the number of positions in a round's plan that training reached."""
         done = min(max(self.run.steps - each.start_step, 0), each.steps)
         return each.size * done // each.steps if each.steps else 0
 
     def placements(self, each: Round, positions: Sequence[int] | NDArray[np.int64]) -> list[Placement]:
-        """Return what the plan of a round says at some positions."""
+        """Return the placements at some positions of a round's plan.
+
+        Raises:
+            ConfigError: if the plan does not have the size that ``rounds.jsonl`` says.
+        """
         plans = self.run.plans
         indices = plans.indices(each)
         scores, ranks, rows = (plans.numbers(each, name) for name in ("score", "rank", "row"))
         ids, names = plans.labels(each)
         if not indices.size == each.size == ids.size:
-            raise ConfigError(f"{plans.where(each)} has {indices.size} samples, rounds.jsonl says {each.size}.")
+            raise ConfigError(
+                f"{plans.where(each)} has {indices.size} samples, but rounds.jsonl says {each.size}; the "
+                "record is damaged."
+            )
         found, reached = [], self.trained_rows(each)
         for position in map(int, positions):
             domain = names[ids[position]]
@@ -226,6 +246,7 @@ class Record:
         return found
 
     def _chosen_by(self, each: Round, domain: str, ranked: bool) -> str:
+        """Return a text that names the component or the rule that chose the samples of a domain in a round."""
         if each.warmup:
             mixer = self.run.components.get("mix")
             return "uniform draw (warm-up)" if mixer is None else f"draw, initial shares of {mixer} (warm-up)"
@@ -247,12 +268,12 @@ def explain(path: Path, question: Question, as_json: bool = False) -> None:
     """Print the answer to a question about a run.
 
     Args:
-        path: the run's ``output_dir``.
-        question: what is asked.
-        as_json: print it as JSON.
+        path: ``output_dir`` of the run.
+        question: the question.
+        as_json: whether to print the answer as JSON.
 
     Raises:
-        ConfigError: if the question cannot be asked of this run, or its record cannot be read.
+        ConfigError: if the question does not fit the run, or if the record cannot be read.
     """
     problem = question.problem()
     if problem is not None:
@@ -277,7 +298,7 @@ def explain(path: Path, question: Question, as_json: bool = False) -> None:
 
 
 def answer(record: Record, question: Question, texts: Texts | None) -> dict[str, Any]:
-    """Return the answer to a question; ``run`` is about the run, the other keys depend on what is asked."""
+    """Return the answer to a question. ``run`` has the facts about the run; the other keys depend on the question."""
     facts = {"run": record.facts()}
     if question.top is not None:
         return {**facts, **top_of_round(record, round_number(record, question.round), question.top, texts)}
@@ -291,7 +312,10 @@ def answer(record: Record, question: Question, texts: Texts | None) -> dict[str,
 
 
 def samples(record: Record, indices: Sequence[int], texts: Texts | None) -> list[Sample]:
-    """Return what became of some samples, each once, reading one plan at a time."""
+    """Return the decisions about some samples, one entry for each sample.
+
+    Plans are read one at a time, so memory holds a single plan.
+    """
     wanted = np.unique(np.asarray(indices, dtype=np.int64))
     placed: dict[int, list[Placement]] = {int(index): [] for index in wanted}
     for each in record.run.rounds if wanted.size else ():
@@ -323,21 +347,24 @@ def samples(record: Record, indices: Sequence[int], texts: Texts | None) -> list
 
 
 def round_number(record: Record, number: int | None) -> int:
-    """Return the number of a round; without one the last round with scores, or the last.
+    """Return ``number`` if it is on record. If None, return the last round with scores, or the last round.
 
     Raises:
-        ConfigError: if it is not on record.
+        ConfigError: if the round is not on record.
     """
     if number is None:
         scored = [each for each in record.run.rounds if each.components.get("select") and not each.warmup]
         return (scored or record.run.rounds)[-1].round
     if number not in record.rounds:
-        raise ConfigError(f"--round: {number} is not on record; known are {ranges(list(record.rounds))}.")
+        raise ConfigError(f"--round: {number} is not on record; the record has {ranges(list(record.rounds))}.")
     return number
 
 
 def top_of_round(record: Record, number: int, count: int, texts: Texts | None) -> dict[str, Any]:
-    """Return the best samples of a round's plan: by rank, else by score, else the first in training order."""
+    """Return the best samples of a round's plan.
+
+    They are the best by rank, or by score without ranks, or the first in training order without scores.
+    """
     each = record.rounds[number]
     plans = record.run.plans
     size = plans.indices(each).size
@@ -365,7 +392,7 @@ def top_of_round(record: Record, number: int, count: int, texts: Texts | None) -
 
 
 def overview(record: Record, texts: Texts | None) -> dict[str, Any]:
-    """Return how often samples were planned, domain by domain, reading one plan at a time."""
+    """Return counts of the planned samples by domain, and the samples planned most often. Reads one plan at a time."""
     counts = np.zeros(int(record.offsets[-1]), dtype=np.int32)
     for each in record.run.rounds:
         indices, times = np.unique(record.run.plans.indices(each), return_counts=True)
@@ -373,7 +400,7 @@ def overview(record: Record, texts: Texts | None) -> dict[str, Any]:
             if record.pool:
                 raise ConfigError(
                     f"{record.run.path}: the plan of round {each.round} has sample {indices[-1]}, but the pool on "
-                    f"record has {counts.size}."
+                    f"record has only {counts.size} samples; the record is damaged."
                 )
             counts = np.concatenate([counts, np.zeros(indices[-1] + 1 - counts.size, dtype=np.int32)])
         counts[indices] += times.astype(np.int32)
@@ -410,7 +437,7 @@ def overview(record: Record, texts: Texts | None) -> dict[str, Any]:
 
 
 def _rows_on_record(record: Record, indices: NDArray[np.int64]) -> dict[int, int]:
-    """Return the rows of some samples, as far as a plan that has them says it, reading no more plans than need be."""
+    """Return the rows of some samples by index, as far as the plans have them. Stops reading when all are found."""
     found: dict[int, int] = {}
     for each in record.run.rounds:
         planned, rows = record.run.plans.indices(each), record.run.plans.numbers(each, "row")
@@ -422,6 +449,7 @@ def _rows_on_record(record: Record, indices: NDArray[np.int64]) -> dict[int, int
 
 
 def _number(column: NDArray[Any] | None, position: int) -> float | None:
+    """Return a value of a column; None if the column is missing or the value is not finite."""
     return None if column is None or not np.isfinite(column[position]) else float(column[position])
 
 
@@ -431,7 +459,7 @@ def _whole(column: NDArray[Any] | None, position: int) -> int | None:
 
 
 def _row(texts: Texts | None, index: int) -> int | None:
-    """Return a sample's row as the data loaded once more says it."""
+    """Return a sample's row according to the data loaded again; None if it is not known."""
     rows = None if texts is None or index >= texts.pool.size else texts.pool.row_numbers(np.array([index]))
     return None if rows is None or rows[0] < 0 else int(rows[0])
 

@@ -1,4 +1,4 @@
-"""Export what a run chose as a data set: the raw rows, and a table with how often, where and with which score."""
+"""Export of the samples that a run chose as a data set: raw rows, and a table with counts, rounds and scores."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def export(path: Path, output: Path, number: int | None = None, everything: bool
     """Write the samples that a run planned as a data set, each once, and print how to train on them.
 
     Args:
-        path: the run's ``output_dir``.
-        output: a folder that is empty or not there.
-        number: the round whose samples are written; None: every round but the warm-up.
-        everything: with the warm-up.
+        path: ``output_dir`` of the run.
+        output: folder to write to. It must be empty or not exist.
+        number: number of the round whose samples are written. None means all rounds except the warm-up.
+        everything: whether to include the rounds of the warm-up if ``number`` is None.
 
     Raises:
-        ConfigError: if the record cannot be read, the data is not that of the run any more, or the folder is in use.
+        ConfigError: if the record cannot be read, if the data has changed since the run, or if ``output`` is not empty.
     """
     record = Record(path)
     rounds = _rounds(record, number, everything)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output: {output} is there and not an empty folder; name another one.")
+        raise ConfigError(f"--output: {output} exists and is not an empty folder; name another folder.")
     loaded = load_texts(record.run, full=False)
     if isinstance(loaded, str):
         raise ConfigError(f"{path}: {loaded}")
@@ -48,16 +48,19 @@ def export(path: Path, output: Path, number: int | None = None, everything: bool
 
 
 def _rounds(record: Record, number: int | None, everything: bool) -> list[Round]:
+    """Return the rounds whose samples are exported."""
     if number is not None:
         return [record.rounds[round_number(record, number)]]
     found = [each for each in record.run.rounds if everything or not each.warmup]
     if not found:
-        raise ConfigError(f"{record.run.path}: all its rounds are warm-up, in which nothing is chosen; --all has them.")
+        raise ConfigError(
+            f"{record.run.path}: all rounds are warm-up, in which no samples are chosen; add --all to export them."
+        )
     return found
 
 
 def _table(record: Record, rounds: list[Round], pool: Pool) -> pa.Table:
-    """Return one row for each sample planned: index, domain, row, how often, in which rounds, best rank, last score."""
+    """Return a table with a row for each planned sample: origin, counts, rounds, last score and best rank."""
     times, trained = np.zeros((2, pool.size), dtype=np.int64)
     first, last = np.full((2, pool.size), -1, dtype=np.int64)
     scores: NDArray[np.float64] = np.full(pool.size, np.nan)
@@ -74,7 +77,7 @@ def _table(record: Record, rounds: list[Round], pool: Pool) -> pa.Table:
             known = np.isfinite(score)
             scores[indices[known]] = score[known]
         if rank is not None:
-            np.fmin.at(ranks, indices, rank)
+            np.fmin.at(ranks, indices, rank)  # fmin ignores NaN, which stands for samples without a rank
     chosen = np.flatnonzero(times)
     ids = pool.domain_ids(chosen).astype(np.int32)
     return pa.table(

@@ -1,4 +1,4 @@
-"""What each selector of a list did, from a run's record: when it decided, and what the filters said of samples."""
+"""Decisions of a list of selectors, from a run's record: the rounds of each, and the filters' results for samples."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from dataflex.record.schema import Filtering, Round
 
 @dataclass(frozen=True)
 class Filtered:
-    """What a filter said of a sample when it decided."""
+    """A filter's decision about a sample."""
 
     round: int
-    """In which it decided."""
+    """Number of the round in which the filter decided."""
     until: int
-    """The last round on record in which that stands."""
+    """Number of the last round on record in which the decision holds."""
     key: str
     method: str
     score: float | None
     rank: int | None
-    """Among the candidates of its group, 1 the best."""
+    """Rank among the candidates of the sample's group, 1 is the best."""
     candidates: int
     kept: bool
-    """Whether it left the sample for the next selector."""
+    """Whether the filter left the sample for the next selector."""
 
 
 @dataclass(frozen=True)
 class SelectorPart:
-    """The part that a selector of a list has in a round."""
+    """A selector of a list in one round."""
 
     key: str
     method: str
     decided: bool
-    """Whether it decided in this round; if not, an earlier result stands."""
+    """Whether the selector decided in this round. If not, an earlier result holds."""
     decided_in: int | None
-    """The round whose result stands; None if that is not on record."""
+    """Number of the round whose result holds; None if that round is not on record."""
     candidates: int | None
-    """Samples that came to it; None if it was not asked, since the result of a later selector stands."""
+    """Number of samples that the selector received; None if a later selector's result holds and it was not called."""
     left: int | None
-    """Samples that a filter left; of the last selector, samples in the plan."""
+    """Number of samples that a filter left; for the last selector the number of samples in the plan."""
 
 
 @dataclass(frozen=True)
 class TimesDecided:
-    """In how many of the rounds that have a selector it decided."""
+    """Number of rounds in which a selector decided, and number of rounds that have the selector."""
 
     key: str
     method: str
@@ -56,15 +56,15 @@ class TimesDecided:
 
 
 def filtered_samples(run: RunRecord, wanted: NDArray[np.int64]) -> dict[int, list[Filtered]]:
-    """Return what the filters said of some samples, by index, in the order they decided; one table is read at a time.
+    """Return the filters' decisions about some samples by index, in their order. Reads one table at a time.
 
     Args:
         run: the record.
-        wanted: pool indices.
+        wanted: pool indices of the samples.
     """
     found: dict[int, list[Filtered]] = {int(index): [] for index in wanted}
     standing: dict[tuple[str, str], dict[int, int]] = {}
-    """By key of a filter and group: index of a sample to the place in its list of what stands."""
+    """(key of a filter, group) -> index of a sample -> position in ``found[index]`` of the decision that holds."""
     for each in run.rounds if wanted.size else ():
         if each.warmup:
             continue
@@ -84,7 +84,12 @@ def filtered_samples(run: RunRecord, wanted: NDArray[np.int64]) -> dict[int, lis
 def _said(
     run: RunRecord, each: Round, one: Filtering, table: Round, wanted: NDArray[np.int64]
 ) -> dict[str, dict[int, Filtered]]:
-    """Return what a filter said of some samples in a round in which it decided, by group; all it decided about."""
+    """Return a filter's decisions about some samples in a round in which it decided.
+
+    Returns:
+        Group -> index of a sample -> decision. All groups about which the filter decided are in the result, also those
+        without any of the samples.
+    """
     indices = run.filters.indices(table)
     ids, names = run.filters.labels(table)
     found: dict[str, dict[int, Filtered]] = {each.group_of(names[i], one.candidates): {} for i in np.unique(ids)}
@@ -108,7 +113,7 @@ def _said(
 
 
 def parts_of_round(run: RunRecord, each: Round) -> list[SelectorPart]:
-    """Return the part of each selector in a round; empty if there is one selector that decides every time."""
+    """Return the part of each selector in a round; empty if the run has one selector that decides in every round."""
     parts: list[SelectorPart] = []
     if not times_decided(run):
         return parts
@@ -130,7 +135,7 @@ def parts_of_round(run: RunRecord, each: Round) -> list[SelectorPart]:
 
 
 def times_decided(run: RunRecord) -> list[TimesDecided]:
-    """Return how often each selector decided; empty if there is one selector that decides every time."""
+    """Return how often each selector decided; empty if the run has one selector that decides in every round."""
     found: dict[tuple[str, str], list[bool]] = {}
     for each in run.rounds:
         for key, method in _selectors(each):
@@ -141,7 +146,7 @@ def times_decided(run: RunRecord) -> list[TimesDecided]:
 
 
 def _selectors(each: Round) -> list[tuple[str, str]]:
-    """Return key and method of the selectors of a round."""
+    """Return (key, method) of each selector of a round."""
     methods = each.components.get("select")
     if methods is None:
         return []
@@ -152,7 +157,7 @@ def _selectors(each: Round) -> list[tuple[str, str]]:
 
 
 def _decided_in(run: RunRecord, each: Round, key: str, method: str) -> int | None:
-    """Return the number of the last round up to one in which a selector decided; None if none is on record."""
+    """Return the last round, ``each`` or earlier, in which a selector decided; None if none is on record."""
     for earlier in reversed(run.rounds):
         if earlier.round <= each.round and (key, method) in _selectors(earlier) and key not in earlier.standing:
             return earlier.round

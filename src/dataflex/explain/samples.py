@@ -1,4 +1,4 @@
-"""The samples of a run as text: its pool loaded once more with the configuration on record, and decoded."""
+"""Texts of a run's samples: the pool is loaded again with the recorded configuration, and tokens are decoded."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ if TYPE_CHECKING:
 
 _HEAD, _TAIL = 220, 75
 _SEARCHED = 1000
-"""Samples decoded at a time in a search."""
+"""Number of samples that a search decodes at once."""
 _LOADING_ERRORS = (
     ConfigError, OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError,
 )  # fmt: skip
-"""What we, LLaMA-Factory or its libraries raise where data or a tokenizer on record cannot be loaded any more."""
+"""Errors of DataFlex, LLaMA-Factory and its libraries if recorded data or a tokenizer cannot be loaded any more.
+
+LLaMA-Factory and the libraries have no common error class, so the list is long.
+"""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a sample: ``trained`` on, or ``prompt``, which is only read."""
+    """A span of a sample's tokens, as text: ``trained`` tokens, or ``prompt`` tokens, which have no loss."""
 
     kind: Literal["prompt", "trained"]
     text: str
@@ -40,15 +43,15 @@ class Texts:
 
     Args:
         pool: the samples.
-        tokenizer: made them from text.
-        full: give the text as the model sees it, with special tokens; otherwise shortened, without them.
+        tokenizer: the tokenizer that produced the samples.
+        full: whether to return texts completely and with special tokens. Otherwise they are shortened and without.
     """
 
     def __init__(self, pool: Pool, tokenizer: Any, full: bool) -> None:
         self.pool, self.tokenizer, self.full = pool, tokenizer, full
 
     def parts(self, index: int) -> list[Part]:
-        """Return the stretches of a sample in order; of plain text (stage pt) every token is trained on."""
+        """Return the spans of a sample in order. In stage pt every token is trained on."""
         from dataflex.data.token_loss import IGNORE_INDEX
 
         row = self.pool.dataset[index]
@@ -63,9 +66,9 @@ class Texts:
         return parts
 
     def containing(self, phrase: str) -> list[int]:
-        """Return the samples whose text, special tokens left out, contains a phrase.
+        """Return the indices of the samples whose text contains a phrase.
 
-        Upper and lower case are the same, and so is any white space.
+        Special tokens are left out. The comparison ignores case, and any white space equals a single space.
         """
         wanted = _comparable(phrase)
         found = []
@@ -77,7 +80,7 @@ class Texts:
 
 
 def shortened(text: str) -> str:
-    """Return a text on one line, its middle left out where it is long."""
+    """Return a text on one line. The middle of a long text is replaced by dots."""
     line = " ".join(text.split())
     return line if len(line) <= _HEAD + _TAIL + 5 else f"{line[:_HEAD]} ... {line[-_TAIL:]}"
 
@@ -87,14 +90,14 @@ def _comparable(text: str) -> str:
 
 
 def load_texts(record: RunRecord, full: bool) -> Texts | str:
-    """Return the texts of a run's samples, or why there are none.
+    """Return the texts of a run's samples, or the reason why they cannot be shown.
 
-    The data sets are taken for those of the run if each gives as many samples as on record, and the fingerprint of all
-    is the same (older records say only their names).
+    The loaded data counts as the run's data if each data set has as many samples as on record and if the fingerprint of
+    the whole pool is the same. Older records have only the names of the data sets.
     """
     from dataflex.integrations.llamafactory.pool_only import pool_of
 
-    # Without what is not on record, such as the token of a hub: what is there shows whether it is needed.
+    # Secrets, such as a hub's token, are not on record. Loading is tried without them, because local data needs none.
     given = {key: value for key, value in record.config.items() if key != SECTION and not masks(value)}
     column = record.config[SECTION].get("domain_column")
     try:
@@ -102,18 +105,18 @@ def load_texts(record: RunRecord, full: bool) -> Texts | str:
         pool, tokenizer = pool_of(config, column)
     except _LOADING_ERRORS as error:
         directory = str(given.get("dataset_dir", "data"))
-        hint = "" if Path(directory).is_absolute() else f" (dataset_dir {directory!r} is looked for in {Path.cwd()})"
-        return f"the data on record cannot be loaded: {one_line(error)}{hint}"
+        hint = "" if Path(directory).is_absolute() else f" (dataset_dir {directory!r} is relative to {Path.cwd()})"
+        return f"the recorded data cannot be loaded: {one_line(error)}{hint}"
     now = {name: int(size) for name, size in zip(pool.domains, pool.domain_sizes, strict=True)}
     then = record.pool or dict.fromkeys(record.rounds[0].domains)
     if list(now) != list(then):
-        return f"the data is not that of the run any more: it has the data sets {', '.join(now)}."
+        return f"the data has changed since the run: the data sets are {', '.join(now)}, on record {', '.join(then)}."
     other = [
         f"{name} has {now[name]} samples, {size} on record" for name, size in record.pool.items() if now[name] != size
     ]
     if other:
-        return f"the data is not that of the run any more: {', '.join(other)}."
+        return f"the data has changed since the run: {', '.join(other)}."
     known = [start.fingerprints["dataset"] for start in record.starts if "dataset" in start.fingerprints]
     if known and known[-1] != pool.fingerprint:
-        return "the data is not that of the run any more: it has as many samples, but others."
+        return "the data has changed since the run: the number of samples is the same, but their content is not."
     return Texts(pool, tokenizer, full)

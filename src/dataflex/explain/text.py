@@ -1,4 +1,4 @@
-"""What :mod:`dataflex.explain.explain` found, as lines to print."""
+"""Formatting of the answers of :mod:`dataflex.explain.explain` as lines to print."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dataflex.explain.filters import SelectorPart
 
 _LISTED = 50
-"""Samples found by their text whose indices are printed."""
+"""Number of samples found by their text whose indices are printed."""
 
 
 def lines_of(found: dict[str, Any], full: bool) -> list[str]:
@@ -26,16 +26,16 @@ def lines_of(found: dict[str, Any], full: bool) -> list[str]:
     lines = [f"{run['path']}: {run['acting']}, {_count(run['rounds'], 'round')}, step {run['steps']:,}, {state}"]
     if run["steps"] < run["planned_steps"]:
         lines.append(
-            f"The plans reach to step {run['planned_steps']:,}; training reached step {run['steps']:,}"
+            f"The plans end at step {run['planned_steps']:,}; training reached step {run['steps']:,}"
             + ("." if run["finished"] else " as far as the logs show.")
         )
     missing = run["rounds_missing"]
     if missing:
-        told = f"Not on record here: {ranges(missing)}, of the run that this one goes on from."
+        told = f"Not on record here: {ranges(missing)}. This run continues an earlier run, whose record has them."
         lines += textwrap.wrap(told, _width())
     for change in run["changes"]:
         if change.holds:
-            told = f"From step {change.step + 1} on: {change.key} is {_value(change.now)}, was "
+            told = f"From step {change.step + 1} on: {change.key} is {_value(change.now)}, before "
             lines += textwrap.wrap(f"{told}{_value(change.before)}.", _width())
     if found["no_text"] not in (None, "not asked for"):
         lines.append(f"Without texts: {found['no_text']}")
@@ -95,7 +95,7 @@ def _sample_lines(sample: Sample, full: bool, rounds_missing: bool) -> list[str]
     lines += table.rstrip("\n").split("\n")[1:]
     lines += [
         "",
-        f"decided, counted: the share of {sample.domain} in the round; rank: among the candidates, 1 the best",
+        f"decided, counted: share of {sample.domain} in the round; rank: among the candidates, 1 is the best",
     ]
     if sample.not_in:
         lines += textwrap.wrap(f"Not in {ranges(sample.not_in)}.", _width())
@@ -103,10 +103,10 @@ def _sample_lines(sample: Sample, full: bool, rounds_missing: bool) -> list[str]
 
 
 def _filter_lines(sample: Sample) -> list[str]:
-    """Return what filters of a list of selectors said of a sample."""
+    """Return a table of the filters' decisions about a sample, as lines; empty if there are none."""
     if not sample.filtered:
         return []
-    header = ["filter", "round", "stands until", "score", "rank", "for the next"]
+    header = ["filter", "round", "holds until", "score", "rank", "result"]
     rows = [
         [
             f"{said.key} {said.method}",
@@ -139,17 +139,17 @@ def _top_lines(found: dict[str, Any], full: bool) -> list[str]:
 
 
 def _part_line(part: SelectorPart, is_last: bool) -> str:
-    """Return what a selector of a list did in a round."""
+    """Return a sentence about a selector of a list in a round."""
     name = f"{part.key} {part.method}"
     of = "" if part.candidates is None or part.left is None else f"{part.left:,} of {_count(part.candidates, 'sample')}"
     earlier = "an earlier round" if part.decided_in is None else f"round {part.decided_in}"
     if part.decided:
         return f"{name} {'chose' if is_last else 'left'} {of or _count(part.left or 0, 'sample')}"
     if is_last:
-        return f"{name} chose {of or _count(part.left or 0, 'sample')} by what it scored up to {earlier}"
+        return f"{name} chose {of or _count(part.left or 0, 'sample')} by its scores up to {earlier}"
     if not of:
-        return f"{name} was not asked, since the result of a later selector stands; it decided last in {earlier}"
-    return f"{name} left {of} in {earlier}, which stands"
+        return f"{name} was not called, because the result of a later selector holds; it decided last in {earlier}"
+    return f"{name} left {of} in {earlier}, and this result holds"
 
 
 def _overview_lines(found: dict[str, Any], full: bool) -> list[str]:
@@ -180,10 +180,11 @@ def _overview_lines(found: dict[str, Any], full: bool) -> list[str]:
 
 
 def _text_lines(parts: list[Part] | None, full: bool) -> list[str]:
-    """Return a sample's text, each stretch beside its kind; whole texts keep their lines, others fill the width."""
+    """Return a sample's text as lines, each span beside its kind. Full texts keep their lines; others are wrapped."""
     lines = []
     for part in parts or ():
         text = part.text.split("\n") if full else textwrap.wrap(part.text, max(20, _width() - 12))
+        # Control characters in the data could change the terminal, so they are replaced by spaces.
         for number, line in enumerate(text):
             kind = part.kind if number == 0 else ""
             lines.append(f"  {kind:<7} | {''.join(c if c.isprintable() else ' ' for c in line)}".rstrip())
@@ -191,7 +192,7 @@ def _text_lines(parts: list[Part] | None, full: bool) -> list[str]:
 
 
 def _where(domain: str | None, dataset: str | None, row: int | None) -> str:
-    """Return where a sample comes from: its domain, and its row in the data set, named if the domain is another."""
+    """Return the origin of a sample: its domain, and its row with the data set if that has another name."""
     if domain is None:
         return ""
     named = domain if dataset in (None, domain) or row is None else f"{domain}: {dataset}"
@@ -217,7 +218,7 @@ def _times(number: int) -> str:
 
 
 def ranges(numbers: list[int]) -> str:
-    """Return ascending round numbers in words, neighbours as a range."""
+    """Return ascending round numbers as text, with ranges: ``rounds 1-3, 5``."""
     runs = [
         [number for _, number in group] for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     ]

@@ -1,1 +1,1 @@
-"""Several trainings one after another, of which a later one uses what an earlier one found."""
+"""Commands that run several trainings in sequence, each of which uses the results of the trainings before it."""

@@ -1,7 +1,8 @@
-"""``dataflex-cli doremi``: the three trainings of DoReMi (Xie et al. 2023, arXiv 2305.10429) one after another.
+"""``dataflex-cli doremi``: the three trainings of DoReMi (Xie et al. 2023, arXiv 2305.10429) in sequence.
 
-A reference is trained on the data as it is, a proxy under ``mix: {method: doremi}`` finds the weights of the data sets,
-and the final training draws by the average of these weights.
+The first stage trains a reference model on the data in its own proportions. The second stage trains a proxy model with
+``mix: {method: doremi}``, which finds weights of the domains. The final training draws samples in proportion to the
+average of these weights.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ from dataflex.workflows.stages import (
 
 STAGES = ("reference", "proxy", "final")
 FIXED_MIXERS = ("proportional", "uniform", "static")
-"""Mixers the reference may have."""
+"""Mixers that the reference may use. Their shares do not change during training."""
 WEIGHTS_FILE = Path("dataflex") / "domain_weights.json"
-"""What the proxy found, in its folder."""
+"""File with the domain weights that the proxy found, in the proxy's output folder."""
 
 
 class DoremiSettings(BaseModel):
@@ -57,11 +58,13 @@ class DoremiSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: Base = Field(description="A LLaMA-Factory YAML (path from this file), or its keys.")
-    output_dir: str = Field(min_length=1, description="Folder of everything the three trainings write.")
-    reference: dict[str, Any] = Field(default_factory=dict, description="What the reference changes in the base.")
-    proxy: dict[str, Any] = Field(default_factory=dict, description="What the proxy changes in the base.")
-    final: dict[str, Any] = Field(default_factory=dict, description="What the final training changes in the base.")
+    base: Base = Field(description="A LLaMA-Factory YAML, as a path relative to this file, or its keys.")
+    output_dir: str = Field(min_length=1, description="Folder to which the three trainings write.")
+    reference: dict[str, Any] = Field(
+        default_factory=dict, description="Keys that the reference training changes in the base."
+    )
+    proxy: dict[str, Any] = Field(default_factory=dict, description="Keys that the proxy training changes in the base.")
+    final: dict[str, Any] = Field(default_factory=dict, description="Keys that the final training changes in the base.")
 
     @field_validator(*STAGES, mode="before")
     @classmethod
@@ -70,19 +73,19 @@ class DoremiSettings(BaseModel):
 
 
 def doremi(path: Path, print_only: bool = False, dry_run: bool = False, program: Sequence[str] = PROGRAM) -> int:
-    """Train what is missing of the three stages, and print what they found.
+    """Train the stages that are not complete, and print the shares, the weights and the final losses.
 
     Args:
-        path: the file.
-        print_only: only print the YAMLs of the stages; model folders of their own are made.
+        path: the file with the settings.
+        print_only: only print the YAMLs of the stages. Model folders of stages with ``model_config`` are written.
         dry_run: only print the state of each stage.
-        program: the command line that trains.
+        program: command line that trains.
 
     Returns:
-        0, 1 where a stage failed, 130 after Ctrl-C, 143 after SIGTERM.
+        The exit status: 0, 1 if a stage failed, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
-        ConfigError: for what is wrong with any of the stages, before anything runs.
+        ConfigError: with the problems of all stages, before a training starts.
     """
     if print_only:
         stages, notes = load(path)
@@ -94,15 +97,15 @@ def doremi(path: Path, print_only: bool = False, dry_run: bool = False, program:
         stages, notes = load(path)
         return Work(stages[0].folder.parent, lambda: [state_table(stages)], lambda: _run(stages, program), notes)
 
-    kept = "What is complete is kept, and the stage that was at work goes on from its checkpoint where it has one"
-    return carry_out(work, dry_run=dry_run, on_stop=f"stopped. {kept}: dataflex-cli doremi {path}")
+    kept = "Complete stages are kept, and a stage with a checkpoint is resumed"
+    return carry_out(work, dry_run=dry_run, on_stop=f"stopped. {kept}. To continue: dataflex-cli doremi {path}")
 
 
 def load(path: Path) -> tuple[tuple[Stage, ...], list[str]]:
-    """Return the three stages, and what the user should be told.
+    """Return the three stages, and notes for the user.
 
     Raises:
-        ConfigError: with every problem of every stage together.
+        ConfigError: with the problems of all stages together.
     """
     settings = read_settings(path, DoremiSettings)
     problems: list[Problem] = []
@@ -147,7 +150,7 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
     divided = config.dataflex is not None and config.dataflex.domain_column is not None
     if not divided and len(checks.dataset_names(config)) < 2:
         yield Problem(
-            "dataset", f"DoReMi finds the weights of domains; name two or more data sets, or {DOMAIN_COLUMN}."
+            "dataset", f"DoReMi weighs domains against each other; name two or more data sets, or set {DOMAIN_COLUMN}."
         )
 
 
@@ -155,8 +158,8 @@ def _reference_problems(config: RunConfig) -> Iterator[Problem]:
     yield from _data_problems(config)
     for key, (cls, _) in config.params.items():
         if family_key(key) in ("select", "weight") or (key == "mix" and cls.name not in FIXED_MIXERS):
-            allowed = f"use one of {', '.join(FIXED_MIXERS)}" if key == "mix" else "take it away with null"
-            yield Problem(f"{SECTION}.{key}", f"{cls.name!r} decides, and the reference must not; {allowed}.")
+            allowed = f"use one of {', '.join(FIXED_MIXERS)}" if key == "mix" else "remove it with null"
+            yield Problem(f"{SECTION}.{key}", f"the reference must be trained without {cls.name!r}; {allowed}.")
 
 
 def _print_yamls(stages: Sequence[Stage]) -> None:
@@ -170,7 +173,10 @@ def _print_yamls(stages: Sequence[Stage]) -> None:
 
 
 def state_table(stages: Sequence[Stage]) -> Table:
-    """Return what each stage still needs. What one needs after another that is not complete is not known yet."""
+    """Return a table with the state of each stage.
+
+    A stage depends on the result of the stage before it. So its state is not known until that stage is complete.
+    """
     rows: list[list[str]] = []
     before: StageRun | None = None
     waiting: str | None = None
@@ -181,7 +187,7 @@ def state_table(stages: Sequence[Stage]) -> Table:
             found = state(stage, before)
             waiting = None if found == "complete" else stage.name
             if found == "changed":
-                found = "changed: is set aside, and trained anew"
+                found = "changed: will be set aside and trained again"
         else:
             waiting = stage.name
         rows.append([stage.name, found, str(stage.folder)])
@@ -195,7 +201,10 @@ def _run(stages: Sequence[Stage], program: Sequence[str]) -> int:
         before = run_of(stage, before)
         error = bring_to_end(stage, before, program, f"stage {number} of {len(stages)}")
         if error is None and stage.name == "proxy" and _proportions(stage.folder) is None:
-            error = f"{stage.folder / WEIGHTS_FILE} is missing or has no proportions"
+            error = (
+                f"{stage.folder / WEIGHTS_FILE} is missing or has no proportions; remove {stage.folder} to "
+                "train the proxy again"
+            )
         if error is not None:
             print(f"dataflex: {stage.name} failed: {error}", file=sys.stderr)
             return 1
@@ -209,7 +218,7 @@ def _proportions(folder: Path) -> dict[str, float] | None:
 
 
 def result_table(stages: Sequence[Stage]) -> Table:
-    """Return, for each data set, its share in the reference, its weight and what the final training came to."""
+    """Return a table with the share in the reference, the weight and the final loss of each domain."""
     reference, proxy, final = (stage.folder for stage in stages)
     weights, shares, found = _proportions(proxy) or {}, _token_shares(reference), dict(losses(final))
     header = ["data set", "reference share", "proxy average weight"] + (["final loss"] if found else [])
@@ -218,12 +227,12 @@ def result_table(stages: Sequence[Stage]) -> Table:
         [name, *(NOTHING if (value := column.get(name)) is None else f"{value:.4f}" for column in columns)]
         for name in dict.fromkeys([*weights, *found])
     ]
-    note = f"Shares are of the tokens trained on. The final model is in {final}."
+    note = f"Shares are shares of the trained tokens. The final model is in {final}."
     return Table("DoReMi", header, rows, 1, (note,))
 
 
 def _token_shares(folder: Path) -> dict[str, float | None]:
-    """Return each domain's share of the tokens that a run trained on."""
+    """Return the share of each domain in the tokens that a run trained on; empty if the run logged none."""
     prefix = "dataflex/domain_tokens/"
     history = (read_object(folder / "trainer_state.json") or {}).get("log_history") or []
     tokens: dict[str, float] = {}

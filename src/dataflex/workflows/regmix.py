@@ -1,7 +1,7 @@
-"""``dataflex-cli regmix``: small trainings on many mixtures, and the mixture their losses say is best.
+"""``dataflex-cli regmix``: trains small models (proxies) on many mixtures, and predicts the best mixture.
 
-RegMix (Liu et al., ICLR 2025, arXiv 2407.01492). The small trainings are runs of a comparison; the regression and the
-search are :mod:`dataflex.mixers.base_regression`. Mixtures are shares of tokens throughout.
+Source: RegMix (Liu et al., ICLR 2025, arXiv 2407.01492). The small trainings are runs of a comparison. The regression
+and the search are in :mod:`dataflex.mixers.base_regression`. All mixtures are shares of tokens.
 """
 
 from __future__ import annotations
@@ -63,32 +63,47 @@ LENGTHS = {
     f"{SECTION}.train_tokens": "tokens",
     f"{SECTION}.train_seconds": "wall_clock",
 }
-"""Keys that say how long a proxy is trained -> the same for a comparison."""
+"""Key that sets the length of a proxy's training -> the corresponding key of a comparison's ``equal``."""
 
 MIXTURES_FILE, LOSSES_FILE, FINAL_FILE = "mixtures.csv", "losses.csv", "final.yaml"
 FOLDS = 5
-"""Parts of the cross-validation."""
+"""Number of parts in the cross-validation."""
 
 
 class Sampling(BaseModel):
-    """The keys under ``proxies`` that are no keys of a training."""
+    """The keys under ``proxies`` that control how mixtures are drawn. All other keys there change the base."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    count: int = Field(64, ge=2, description="Mixtures, each trained on once.")
-    seed: int = Field(1, ge=0, lt=2**32, description="Of the mixtures, the trainings and the search.")
-    temperature: float = Field(0.5, ge=0, description="Exponent of the prior: 1: shares of tokens, 0: uniform.")
-    min_strength: float = Field(0.1, gt=0, description="Smallest concentration: mixtures of nearly one domain.")
-    max_strength: float = Field(5.0, gt=0, description="Largest concentration: mixtures near the prior.")
-    strengths: int = Field(15, ge=1, description="Number of concentrations between the two.")
-    min_weight: float = Field(2e-4, ge=0, description="Smaller weights become 0.")
-    max_epochs: float | None = Field(15.0, gt=0, description="Passes over a domain, at most; none: no bound.")
+    count: int = Field(64, ge=2, description="Number of mixtures. One proxy is trained on each.")
+    seed: int = Field(1, ge=0, lt=2**32, description="Seed of the mixtures, of the trainings and of the search.")
+    temperature: float = Field(
+        0.5, ge=0, description="Exponent of the prior mixture. 1 gives shares by tokens, 0 gives equal shares."
+    )
+    min_strength: float = Field(
+        0.1, gt=0, description="Smallest concentration of the draws. It gives mixtures of nearly one domain."
+    )
+    max_strength: float = Field(
+        5.0, gt=0, description="Largest concentration of the draws. It gives mixtures near the prior."
+    )
+    strengths: int = Field(15, ge=1, description="Number of concentrations from min_strength to max_strength.")
+    min_weight: float = Field(2e-4, ge=0, description="Shares below this value become 0.")
+    max_epochs: float | None = Field(
+        15.0, gt=0, description="Most passes over a domain that a mixture may cause. If null, there is no limit."
+    )
     budget: float | None = Field(
-        None, gt=0, description="Tokens of the final training, for max_epochs; none: those of all domains together."
+        None,
+        gt=0,
+        description="Tokens of the final training, from which max_epochs is computed. If null, the tokens of "
+        "all domains.",
     )
 
     def drawing(self, tokens: Floats) -> Drawing:
-        """Return the distribution of the mixtures of domains of these tokens, shape (K,)."""
+        """Return the distribution from which mixtures are drawn.
+
+        Args:
+            tokens: number of tokens of each domain, shape (K,).
+        """
         return Drawing(**self.model_dump(exclude={"count", "seed"}), sizes=tokens)
 
 
@@ -97,16 +112,19 @@ class RegmixSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: Base = Field(description="A LLaMA-Factory YAML (path from this file), or its keys.")
-    output_dir: str = Field(min_length=1, description="Folder of everything the command writes.")
+    base: Base = Field(description="A LLaMA-Factory YAML, as a path relative to this file, or its keys.")
+    output_dir: str = Field(min_length=1, description="Folder to which the command writes.")
     proxies: dict[str, Any] = Field(
-        description="What the small trainings change in the base, and how mixtures are drawn."
+        description="Keys that the small trainings change in the base, and the keys that control how "
+        "mixtures are drawn."
     )
     target: list[str] | None = Field(
-        None, min_length=1, description="Evaluation data sets whose mean loss is minimised; none: all."
+        None, min_length=1, description="Evaluation data sets whose mean loss is minimised. If null, all of them."
     )
-    regressor: Literal["lightgbm", "linear"] = Field("lightgbm", description="What predicts a loss from a mixture.")
-    final: dict[str, Any] = Field(default_factory=dict, description="What the final training changes in the base.")
+    regressor: Literal["lightgbm", "linear"] = Field(
+        "lightgbm", description="Regression that predicts a loss from a mixture."
+    )
+    final: dict[str, Any] = Field(default_factory=dict, description="Keys that the final training changes in the base.")
 
     @field_validator("target", mode="before")
     @classmethod
@@ -121,19 +139,19 @@ class RegmixSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked for, without problems; no data is loaded yet.
+    """The checked settings of a regmix command, before the data is loaded.
 
     Attributes:
-        path: the file.
-        settings: what it says.
-        sampling: how mixtures are drawn.
-        output: folder of everything.
-        proxy: what all proxies share, as a stage.
-        final: the final training, with equal shares in the place of those to be found.
-        equal: what each proxy is trained for.
-        domains: names of the data sets; the values of ``domain_column`` take their place when the data is loaded.
-        targets: names of the evaluation data sets that count.
-        notes: what the user should be told.
+        path: the file with the settings.
+        settings: content of the file.
+        sampling: settings of the draw of mixtures.
+        output: folder to which the command writes.
+        proxy: the settings that all proxies share, as a stage.
+        final: the final training, with equal shares as a stand-in for the shares to be found.
+        equal: length of each proxy's training.
+        domains: names of the data sets. With ``domain_column`` its values replace them when the data is loaded.
+        targets: names of the evaluation data sets whose mean loss is minimised.
+        notes: notes for the user.
     """
 
     path: Path
@@ -155,26 +173,26 @@ def regmix(
     program: Sequence[str] = PROGRAM,
     at_once: Workers | None = None,
 ) -> int:
-    """Train what is missing of the proxies, and write the mixture they point to.
+    """Train the proxies that are not complete, and write a YAML with the mixture that is predicted to be best.
 
     Args:
-        path: the file.
-        jobs: proxies at a time; None: one for each CUDA device, one without any.
-        dry_run: only print what would be trained.
-        program: the command line that trains.
-        at_once: instead of ``jobs``: how many proxies go on at once, and where.
+        path: the file with the settings.
+        jobs: number of proxies trained at the same time. None means one for each CUDA device, or one without CUDA.
+        dry_run: only print the state of each proxy.
+        program: command line that trains.
+        at_once: number of proxies trained at the same time and their devices; replaces ``jobs``.
 
     Returns:
-        0, 130 after Ctrl-C, 143 after SIGTERM.
+        The exit status: 0, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
-        ConfigError: for what is wrong with the file or its data, before anything runs, and where too few proxies
-            remain to fit.
+        ConfigError: with the problems of the file or its data, before a training starts, or if too few proxies have
+            usable losses for the regression.
     """
 
     def work() -> Work:
         plan = load(path)
-        say(plan.notes)  # loading the data takes a while
+        say(plan.notes)  # printed before the data is loaded, which may take minutes
         plan, tokens = _with_domains(plan)
         rng = np.random.default_rng(plan.sampling.seed)
         mixtures = sample_mixtures(tokens, plan.sampling.count, rng, plan.sampling.drawing(tokens), distinct=True)
@@ -192,15 +210,15 @@ def regmix(
 
         return Work(plan.output, table, run)
 
-    kept = "Proxies that are complete are kept, and others go on from their checkpoints where they have any"
-    return carry_out(work, dry_run=dry_run, on_stop=f"stopped. {kept}: dataflex-cli regmix {path}")
+    kept = "Complete proxies are kept, and proxies with a checkpoint are resumed"
+    return carry_out(work, dry_run=dry_run, on_stop=f"stopped. {kept}. To continue: dataflex-cli regmix {path}")
 
 
 def load(path: Path) -> Plan:
     """Read the file, and check the proxies and the final training.
 
     Raises:
-        ConfigError: with every problem of both together.
+        ConfigError: with the problems of proxies and final training together.
     """
     settings = read_settings(path, RegmixSettings)
     problems: list[Problem] = []
@@ -218,49 +236,52 @@ def load(path: Path) -> Plan:
     final, of_final = make_stage(Recipe("final", uniform, managed), base, settings.final, folder, output)
     problems += joined({"proxies": of_proxy, "final": of_final})
     if value_of(base, DOMAIN_COLUMN) is None:
-        problems += _domain_problems(domains, settings, sampling, f"name them, or {DOMAIN_COLUMN}.")
+        problems += _domain_problems(domains, settings, sampling, f"name them, or set {DOMAIN_COLUMN}.")
     targets: tuple[str, ...] = ()
     if proxy is not None:
         problems += _target_problems(settings, proxy.config)
         targets = tuple(settings.target or checks.dataset_names(proxy.config, "eval_dataset"))
     if settings.regressor == "lightgbm" and find_spec("lightgbm") is None:
         problems.append(
-            Problem("regressor", 'lightgbm is not installed: pip install "dataflex[regmix]", or use linear.')
+            Problem(
+                "regressor", 'lightgbm is not installed; run pip install "dataflex[regmix]", or set regressor: linear.'
+            )
         )
     if problems or proxy is None or final is None or equal is None:
         raise ConfigError(problems=problems, source=str(path))
     plan = Plan(path, settings, sampling, output, proxy, final, equal, domains, targets, tuple(notes))
     stand_ins = replace(plan, domains=("one", "another")) if len(domains) < 2 else plan
     ramp = np.arange(1.0, len(stand_ins.domains) + 1) / sum(range(1, len(stand_ins.domains) + 1))
-    _experiment(stand_ins, np.stack([ramp, ramp[::-1]]))  # what a comparison refuses shows before the data is loaded
+    # Two arbitrary mixtures, so that the problems that a comparison finds show before the data is loaded.
+    _experiment(stand_ins, np.stack([ramp, ramp[::-1]]))
     return plan
 
 
 def _domain_problems(
     domains: Sequence[str], settings: RegmixSettings, sampling: Sampling, mend: str
 ) -> Iterator[Problem]:
-    """Yield what keeps mixtures of these domains from being found.
+    """Yield the reasons why no mixture of these domains can be found.
 
     Args:
-        domains: their names.
-        settings: what the file says.
-        sampling: how mixtures are drawn.
-        mend: what to do where there are too few domains.
+        domains: names of the domains.
+        settings: content of the file.
+        sampling: settings of the draw of mixtures.
+        mend: advice for too few domains, as the end of a message.
     """
     if len(domains) < 2:
-        yield Problem("base.dataset", f"a mixture is of two or more domains, here {len(domains)}; {mend}")
+        yield Problem("base.dataset", f"a mixture needs two or more domains, got {len(domains)}; {mend}")
     if INDEX in domains:
-        yield Problem(
-            "base.dataset", f"{INDEX!r} is the name of the row numbers in {MIXTURES_FILE}; rename the domain."
-        )
+        yield Problem("base.dataset", f"{INDEX!r} is the column of row numbers in {MIXTURES_FILE}; rename the domain.")
     needed = _needed(settings.regressor, domains)
     if sampling.count < needed:
-        message = f"{sampling.count}: {settings.regressor} needs {needed} or more with {len(domains)} domains."
+        message = (
+            f"must be at least {needed} for {settings.regressor} with {len(domains)} domains, got {sampling.count}."
+        )
         yield Problem("proxies.count", message)
 
 
 def _sampling(given: Mapping[str, Any], problems: list[Problem]) -> tuple[Sampling, dict[str, Any]]:
-    """Return how mixtures are drawn, and the other keys."""
+    """Return the settings of the draw of mixtures, and the other keys under ``proxies``."""
     own = {key: value for key, value in given.items() if key in Sampling.model_fields}
     changes = {key: value for key, value in given.items() if key not in own}
     try:
@@ -271,16 +292,18 @@ def _sampling(given: Mapping[str, Any], problems: list[Problem]) -> tuple[Sampli
 
 
 def _equal(base: Mapping[str, Any], changes: Mapping[str, Any], problems: list[Problem]) -> Equal | None:
-    """Return what each proxy is trained for."""
+    """Return the length of each proxy's training; None if it is missing, wrong or given twice."""
     try:
         whole = merged(base, {key: value for key, value in changes.items() if key != MODEL_CHANGES})
     except (OmegaConfBaseException, ValueError):
-        return None  # told with the stage
+        return None  # make_stage reports it
     said = [key for key in LENGTHS if value_of(whole, key) not in (None, -1)]
     if not said:
-        problems.append(Problem("proxies", f"needed is one of {', '.join(LENGTHS)}: how long each proxy is trained."))
+        problems.append(
+            Problem("proxies", f"the length of a proxy's training is missing; set one of {', '.join(LENGTHS)}.")
+        )
     if len(said) != 1:
-        return None  # more than one is told with the stage
+        return None  # make_stage reports more than one
     value = value_of(whole, said[0])
     try:
         return Equal.model_validate({LENGTHS[said[0]]: value})
@@ -290,14 +313,20 @@ def _equal(base: Mapping[str, Any], changes: Mapping[str, Any], problems: list[P
 
 
 def _needed(regressor: str, domains: Sequence[str]) -> int:
-    """Return how many proxies a regression needs; a linear one can then be fitted without any one of them."""
+    """Return the number of proxies that a regression needs.
+
+    A linear regression gets one more than it has coefficients, so that it can also be fitted without one of the
+    proxies.
+    """
     return MIN_LIGHTGBM if regressor == "lightgbm" else len(domains) + 1
 
 
 def _target_problems(settings: RegmixSettings, config: RunConfig) -> Iterator[Problem]:
     names = checks.dataset_names(config, "eval_dataset")
     if not names:
-        yield Problem("base.eval_dataset", "the proxies' losses have to be measured on something; name data sets.")
+        yield Problem(
+            "base.eval_dataset", "needed: the names of data sets on which the losses of the proxies are measured."
+        )
         return
     for name in settings.target or ():
         if name not in names:
@@ -305,12 +334,13 @@ def _target_problems(settings: RegmixSettings, config: RunConfig) -> Iterator[Pr
 
 
 def _experiment(plan: Plan, mixtures: Floats) -> Experiment:
-    """Return the proxies as a comparison of one seed.
+    """Return the proxies as a comparison with one seed.
 
-    Until their model folder is made, the model it is made from stands for it.
+    If the proxies' model folder is not written yet, the model from which it is derived is used instead, so that the
+    comparison can be checked.
 
     Raises:
-        ConfigError: with what a comparison refuses.
+        ConfigError: with the problems that the comparison finds.
     """
     raw = plan.proxy.yaml()
     if not Path(str(raw["model_name_or_path"])).is_dir():
@@ -336,7 +366,7 @@ def _experiment(plan: Plan, mixtures: Floats) -> Experiment:
 
 
 def _sizes(plan: Plan) -> tuple[tuple[str, ...], Floats]:
-    """Return the names of the domains, and the tokens of each, shape (K,); loads and tokenizes the data."""
+    """Load and tokenize the data, and return the names of the domains and their tokens, shape (K,)."""
     from dataflex.integrations.llamafactory.pool_only import pool_of
 
     config = plan.proxy.source
@@ -346,7 +376,7 @@ def _sizes(plan: Plan) -> tuple[tuple[str, ...], Floats]:
 
 
 def _with_domains(plan: Plan) -> tuple[Plan, Floats]:
-    """Return the plan for the domains that the data has, and the tokens of each, shape (K,).
+    """Return the plan with the domains of the loaded data, and the tokens of each domain, shape (K,).
 
     Raises:
         ConfigError: if the data cannot be loaded, or mixtures of its domains cannot be found.
@@ -368,7 +398,7 @@ def _train(experiment: Experiment, jobs: int | None, program: Sequence[str], at_
 
 
 def _find(plan: Plan, experiment: Experiment, tokens: Floats, mixtures: Floats) -> None:
-    """Fit what the complete proxies measured, and write and print the mixture that is predicted to be best."""
+    """Fit the regressions on the complete proxies, and write and print the mixture that is predicted to be best."""
     names = checks.dataset_names(plan.proxy.config, "eval_dataset")
     found = [_losses(run, experiment, names) for run in experiment.runs]
     left_out = [
@@ -381,8 +411,8 @@ def _find(plan: Plan, experiment: Experiment, tokens: Floats, mixtures: Floats) 
     needed = _needed(regressor, plan.domains)
     if len(kept) < needed:
         raise ConfigError(
-            f"{len(kept)} of {len(found)} proxies can be used, and {regressor} needs {needed}: mend what failed and "
-            "give the command again, or raise proxies.count; proxies that are complete are kept."
+            f"{len(kept)} of {len(found)} proxies have usable losses, but {regressor} needs {needed}. Fix the failed "
+            "proxies and run the command again, or raise proxies.count. Complete proxies are kept."
         )
     mixtures, losses = mixtures[kept], np.array([found[number] for number in kept])
     write_table(plan.output / MIXTURES_FILE, plan.domains, mixtures)
@@ -396,20 +426,21 @@ def _find(plan: Plan, experiment: Experiment, tokens: Floats, mixtures: Floats) 
             accuracy = cross_validated(mixtures, values, regressor, seed, min(FOLDS, len(kept)))
             rows.append([target, f"{accuracy.spearman:.3f}", f"{math.sqrt(accuracy.mse):.4f}"])
         except ConfigError as error:
-            print(f"dataflex: {target}: not cross-validated: {error}", file=sys.stderr)
+            print(f"dataflex: {target}: cannot be cross-validated: {error}", file=sys.stderr)
             rows.append([target, NOTHING, NOTHING])
+    # A stream of random numbers that is independent of the stream that drew the proxies' mixtures.
     rng = np.random.default_rng([seed, 1])
     best = best_mixture(regressions, tokens, rng, plan.sampling.drawing(tokens))
     file = _write_final(plan, best)
     predicted = np.mean([each.predict(np.stack([best, tokens / tokens.sum()])) for each in regressions], axis=0)
-    held_out = f"Of {len(kept)} proxies, each predicted by a {regressor} regression fitted without it."
+    held_out = f"From {len(kept)} proxies. Each is predicted by a {regressor} regression that was fitted without it."
     shares = [
         [name, f"{own:.4f}", f"{new:.4f}"]
         for name, own, new in zip(plan.domains, tokens / tokens.sum(), best, strict=True)
     ]
     note = (
         f"Shares of tokens. Predicted mean loss of a proxy: {predicted[0]:.4f} with the best mixture, "
-        f"{predicted[1]:.4f} by size."
+        f"{predicted[1]:.4f} with shares by size."
     )
     print_tables(
         [
@@ -423,20 +454,20 @@ def _find(plan: Plan, experiment: Experiment, tokens: Floats, mixtures: Floats) 
 
 
 def _losses(run: Run, experiment: Experiment, names: Sequence[str]) -> list[float] | str:
-    """Return a proxy's loss on each evaluation data set, or why it cannot be used."""
+    """Return a proxy's loss on each evaluation data set, or the reason why the proxy cannot be used."""
     result = read_result(run, experiment)
     if result is None:
-        return failure_of(run) or "not run to its end"
+        return failure_of(run) or "did not finish"
     for name in names:
         if f"{name}_loss" in result.not_finite:
-            return f"its loss on {name} is not finite: training diverged"
+            return f"the loss on {name} is not finite, so training diverged"
         if f"{name}_loss" not in result.metrics:
-            return f"it has no loss on {name}"
+            return f"there is no loss on {name} in the record"
     return [result.metrics[f"{name}_loss"] for name in names]
 
 
 def _write_final(plan: Plan, best: Floats) -> Path:
-    """Write the YAML of the final training; one that is there and says something else is kept under another name."""
+    """Write the YAML of the final training. An existing file with other content is kept under another name."""
     plan.final.write_model()
     raw = plan.final.yaml()
     mix = {**raw[SECTION]["mix"], "proportions": dict(zip(plan.domains, best.tolist(), strict=True))}
@@ -444,6 +475,6 @@ def _write_final(plan: Plan, best: Floats) -> Path:
     text = yaml.safe_dump(masked(raw), sort_keys=False, allow_unicode=True).encode()
     file = plan.output / FINAL_FILE
     if file.is_file() and file.read_bytes() != text:
-        print(f"dataflex: the {FINAL_FILE} of before is now {set_aside(file)}", file=sys.stderr)
+        print(f"dataflex: the earlier {FINAL_FILE} is kept as {set_aside(file)}", file=sys.stderr)
     write_atomically(file, text)
     return file

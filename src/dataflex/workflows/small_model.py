@@ -1,4 +1,4 @@
-"""A model folder like another one but for some keys of its configuration, without weights: to train from scratch."""
+"""Model folders without weights, to train from scratch: another model's configuration with some keys changed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _TEXTS = ("*.json", "*.txt", "*.jinja", "*.model", "*.py")
 
 @dataclass(frozen=True)
 class SmallModel:
-    """A model folder to be made.
+    """A model folder that can be written.
 
     Attributes:
-        config: the whole of its ``config.json``.
-        files: what else is copied into it: tokenizer, generation settings, code.
+        config: complete content of ``config.json``.
+        files: further files that are copied into the folder: tokenizer, generation settings, code.
         key: digest of both, in hexadecimal.
     """
 
@@ -36,7 +36,7 @@ class SmallModel:
     key: str
 
     def write(self, folder: Path) -> None:
-        """Make the folder, whole or not at all; one that is there already is left as it is."""
+        """Write the folder, completely or not at all. An existing folder stays unchanged."""
         if folder.is_dir():
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -45,23 +45,24 @@ class SmallModel:
             for file in self.files:
                 shutil.copyfile(file, work / file.name)
             (work / CONFIG).write_text(json_text(self.config, indent=2) + "\n", encoding="utf-8")
-            work.chmod(0o755)
+            work.chmod(0o755)  # mkdtemp makes a folder that only its owner can read
             work.rename(folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
 
 def small_model(name: str, revision: str | None, changes: Any) -> SmallModel:
-    """Return the model ``name`` with other values in its configuration.
+    """Return the model ``name`` with some values of its configuration changed.
 
     Args:
-        name: a model folder, ``asset:NAME`` or a hub name; of the hub the small files are fetched, not the weights.
-        revision: of a hub name.
+        name: a model folder, ``asset:NAME`` or a hub name. From a hub only the small files are downloaded, not the
+            weights.
+        revision: revision of a hub name.
         changes: key of ``config.json`` -> value; a mapping changes the keys of a nested configuration.
 
     Raises:
-        ConfigError: if there is no such model, a key is unknown, or the values do not go together. The keys of its
-            problems are those inside ``changes``.
+        ConfigError: if there is no such model, if a key is unknown, or if the values contradict each other. The keys of
+            its problems are relative to ``changes``.
     """
     if not isinstance(changes, dict) or not changes:
         raise ConfigError(f"must be a mapping of keys of {CONFIG} to values, got {changes!r}.")
@@ -71,7 +72,7 @@ def small_model(name: str, revision: str | None, changes: Any) -> SmallModel:
     result = _changed(config, _defaults(config), changes, (), problems)
     vocabulary = config.get("vocab_size"), result.get("vocab_size")
     if all(isinstance(size, int) for size in vocabulary) and vocabulary[1] < vocabulary[0]:
-        message = f"{vocabulary[1]} is less than the {vocabulary[0]} of {name!r}, whose tokenizer stays."
+        message = f"must be at least the {vocabulary[0]} of {name!r}, whose tokenizer is used, got {vocabulary[1]}."
         problems.append(Problem("vocab_size", message))
     problems = problems or _refused(result)
     if problems:
@@ -82,12 +83,12 @@ def small_model(name: str, revision: str | None, changes: Any) -> SmallModel:
 
 
 def _folder(name: str, revision: str | None) -> Path:
-    """Return the folder a model's small files are in."""
+    """Return the folder of a model's small files, downloaded from the hub if ``name`` is not a local folder."""
     folder = expanded(assets.resolve(name))
     if (folder / CONFIG).is_file():
         return folder
     if folder.is_dir() or name.startswith(("/", "./", "../", "~")):
-        raise ConfigError(f"no model in {name!r} (there is no {CONFIG}).")
+        raise ConfigError(f"no model in {name!r}: there is no {CONFIG}.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -95,14 +96,16 @@ def _folder(name: str, revision: str | None) -> Path:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=list(_TEXTS), ignore_patterns=["*/*"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         said = str(error).splitlines()[0]
-        raise ConfigError(f"{name!r} is no model folder, and cannot be fetched from the hub: {said}") from error
+        raise ConfigError(
+            f"{name!r} is neither a model folder nor can it be downloaded from the hub: {said}"
+        ) from error
     if not (found / CONFIG).is_file():
-        raise ConfigError(f"{name!r} has no {CONFIG}.")
+        raise ConfigError(f"the model {name!r} of the hub has no {CONFIG}.")
     return found
 
 
 def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration that a model of this type has by default; empty where its code is its own."""
+    """Return the default configuration of a model type; empty if the type's code is not in transformers."""
     from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
@@ -116,6 +119,7 @@ def _changed(
     where: tuple[str, ...],
     problems: list[Problem],
 ) -> dict[str, Any]:
+    """Return a configuration with changes, and add a problem for each unknown key."""
     result = dict(config)
     for key, value in changes.items():
         at, old, default = (*where, str(key)), config.get(key), defaults.get(key)
@@ -130,7 +134,7 @@ def _changed(
 
 
 def _refused(config: dict[str, Any]) -> list[Problem]:
-    """Return why the model's own configuration class does not take these values, if it does not."""
+    """Return a problem if the model's configuration class in transformers refuses the values."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
@@ -139,5 +143,9 @@ def _refused(config: dict[str, Any]) -> list[Problem]:
     try:
         CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     except (ValueError, TypeError, StrictDataclassError) as error:
-        return [Problem("", f"the values do not go together: {error.__cause__ or error}".replace("\n", " "))]
+        return [
+            Problem(
+                "", f"the model's configuration class refuses the values: {error.__cause__ or error}".replace("\n", " ")
+            )
+        ]
     return []

@@ -1,4 +1,4 @@
-"""A stage of a workflow: one training, made of the base and what the stage changes in it, in a folder of its own."""
+"""A stage of a workflow: one training with the base's keys, the stage's changes and a separate output folder."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from dataflex.record.versions import installed_versions
 from dataflex.workflows.small_model import SmallModel, small_model
 
 MANAGED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "do_train")
-"""Keys that every workflow sets or leaves out itself: in the base they are replaced, in a stage refused."""
+"""Keys that every workflow sets or leaves out itself. They are replaced in the base and refused in a stage."""
 
-SET_ITSELF = "is set by the command itself."
-SAME_DATA = "has to be the same in all trainings; put it in the base."
+SET_ITSELF = "is set by the command itself; remove it."
+SAME_DATA = "must be the same in all trainings; set it in the base."
 DOMAIN_COLUMN = f"{SECTION}.domain_column"
 
 MODEL_CHANGES = "model_config"
-"""The key of a stage that is no key of a training: the model is made from the base's, and trained from scratch."""
+"""Key of a stage with changes of the base model's configuration. Such a stage trains from scratch."""
 
 ALONE = Workers(1, whole_machine=True)
-"""One stage at a time, launched as by hand."""
+"""Run one stage at a time, on the whole machine, launched as a user would launch it."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a workflow says about one of its stages.
+    """Definition of a stage by its workflow.
 
     Attributes:
-        name: of the stage, and of its folder.
-        sets: what it changes in the base, before the user does.
-        managed: key that the user may not change -> why.
-        stand_ins: key -> a value to check in the place of a path that an earlier stage makes.
-        check: what is right for any training, and not for this stage.
+        name: name of the stage and of its folder.
+        sets: keys that the workflow changes in the base, before the user's changes.
+        managed: key that the user may not change -> the reason.
+        stand_ins: key -> value that is checked instead of a path that an earlier stage writes.
+        check: yields problems of settings that are right for a training in general, but not for this stage.
     """
 
     name: str
@@ -61,16 +61,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage that has no problems.
+    """A stage without problems.
 
     Attributes:
-        name: of the stage.
-        raw: the YAML it is trained with.
-        config: the same, parsed.
-        source: the same with the model that ``model`` is made from, assets resolved: its files are those the stage
-            depends on.
-        model: the model folder to be made before; None where the base's is trained.
-        base: folder of the file the base is in.
+        name: name of the stage.
+        raw: content of the YAML with which the stage is trained.
+        config: ``raw``, parsed.
+        source: the same configuration, but with the model from which ``model`` is derived and with assets resolved. The
+            stage depends on the files that it names.
+        model: model folder to write before the training; None if the base's model is trained.
+        base: folder of the file with the base.
     """
 
     name: str
@@ -82,24 +82,24 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """Its output_dir."""
+        """The stage's ``output_dir``."""
         return Path(str(self.config.llamafactory["output_dir"]))
 
     @property
     def plan(self) -> Plan:
-        """What the runner needs to know."""
+        """The stage as the runner of comparisons needs it."""
         given = self.config.llamafactory
         asked = bool(given.get("do_eval")) or str(given.get("eval_strategy") or "no") != "no"
         measured = bool(checks.dataset_names(self.config, "eval_dataset")) and not given.get("predict_with_generate")
         return Plan({self.name: self.source}, self.base, (), asked and measured)
 
     def write_model(self) -> None:
-        """Make the model folder, where the stage has one of its own."""
+        """Write the model folder if the stage trains a changed model."""
         if self.model is not None:
             self.model.write(Path(str(self.config.llamafactory["model_name_or_path"])))
 
     def yaml(self) -> dict[str, Any]:
-        """Return what is trained, such that it can be written into any folder."""
+        """Return the content of the stage's YAML with absolute plug-in paths, so that it is valid in any folder."""
         section = self.raw[SECTION]
         if not section.get("plugins"):
             return self.raw
@@ -109,11 +109,11 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class StageRun(Run):
-    """The run of a stage, of which there is one for all seeds."""
+    """The run of a stage. A stage has one run, while a variant of a comparison has one for each seed."""
 
     @property
     def name(self) -> str:
-        """That of the stage."""
+        """Name of the stage."""
         return self.variant
 
 
@@ -121,7 +121,7 @@ def read_settings(path: Path, kind: type[BaseModel]) -> Any:
     """Read and validate the file of a workflow.
 
     Raises:
-        ConfigError: with every problem found in its keys.
+        ConfigError: with all problems of its keys together.
     """
     try:
         return kind.model_validate(read_yaml(path, []))
@@ -131,21 +131,21 @@ def read_settings(path: Path, kind: type[BaseModel]) -> Any:
 
 
 def without_managed(base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the base without what the workflow says itself."""
+    """Return the base without the keys that the workflow sets itself."""
     return {key: value for key, value in base.items() if key not in MANAGED}
 
 
 def make_stage(
     recipe: Recipe, base: Mapping[str, Any], change: Mapping[str, Any], base_folder: Path, output: Path
 ) -> tuple[Stage | None, list[Problem]]:
-    """Return a stage, checked as ``dataflex-cli check`` does, or its problems.
+    """Return a stage and an empty list, or None and the problems that ``dataflex-cli check`` would find.
 
     Args:
-        recipe: what the workflow says about it.
-        base: the configuration all stages start from, in native keys.
-        change: what the user changes in it for this stage.
-        base_folder: of the file the base is in.
-        output: folder of the workflow.
+        recipe: definition of the stage by its workflow.
+        base: configuration that all stages share, without flat keys of the earlier release.
+        change: keys that the user changes in the base for this stage.
+        base_folder: folder of the file with the base.
+        output: output folder of the workflow.
     """
     changes = {key: value for key, value in change.items() if key != MODEL_CHANGES}
     try:
@@ -168,6 +168,7 @@ def make_stage(
     if model is not None:
         folder = output / "models" / f"{recipe.name}-{model.key[:8]}"
         raw = {**source, "model_name_or_path": str(folder)}
+    # Paths that earlier stages or write_model() will write do not exist yet, so existing ones are checked instead.
     now = merged({**source, "output_dir": str(output)}, recipe.stand_ins)
     checked, found = parse_config(now, base=base_folder)
     problems += found or [*checks.problems_of(checked), *(recipe.check(checked) if recipe.check else ())]
@@ -180,7 +181,7 @@ def make_stage(
 
 
 def _touches(key: str, fixed: str) -> bool:
-    """Return whether giving ``key`` a value changes ``fixed``, or a part of it."""
+    """Return whether a value for ``key`` changes ``fixed``, a part of it or the mapping that contains it."""
     return f"{key}.".startswith(f"{fixed}.") or f"{fixed}.".startswith(f"{key}.")
 
 
@@ -188,10 +189,15 @@ def _model(raw: Mapping[str, Any], change: Mapping[str, Any]) -> tuple[SmallMode
     problems = []
     method = str(raw.get("finetuning_type", "lora"))
     if method != "full":
-        message = f"{method!r} trains a part of a model that is there; with {MODEL_CHANGES} it must be full."
+        message = f"must be full with {MODEL_CHANGES}, got {method!r}, which trains only a part of an existing model."
         problems.append(Problem("finetuning_type", message))
     if raw.get("train_from_scratch", True) is not True:
-        problems.append(Problem("train_from_scratch", f"with {MODEL_CHANGES} there are no weights to begin with."))
+        problems.append(
+            Problem(
+                "train_from_scratch",
+                f"must be true with {MODEL_CHANGES}, because a changed model has no weights; remove it.",
+            )
+        )
     try:
         revision = raw.get("model_revision")
         return small_model(str(raw.get("model_name_or_path") or ""), revision, change[MODEL_CHANGES]), problems
@@ -200,11 +206,11 @@ def _model(raw: Mapping[str, Any], change: Mapping[str, Any]) -> tuple[SmallMode
 
 
 def run_of(stage: Stage, after: Run | None = None) -> StageRun:
-    """Return the run of a stage, named by all it depends on.
+    """Return the run of a stage, with a key computed from everything that the stage depends on.
 
     Args:
-        stage: with everything there that it names.
-        after: the run before it, on which it depends.
+        stage: the stage. All files that it names must exist.
+        after: run of the stage before, on which this stage depends; None for the first stage.
 
     Raises:
         ConfigError: if a file cannot be read.
@@ -217,38 +223,38 @@ def run_of(stage: Stage, after: Run | None = None) -> StageRun:
 
 
 def state(stage: Stage, run: Run) -> str:
-    """Return how far the run of a stage is: a state of a comparison's run, or ``changed``.
+    """Return the state of a stage's run: a state of a comparison's run, or ``changed`` if a dependency changed.
 
     Raises:
-        ConfigError: if something else is in its folder.
+        ConfigError: if the stage's folder holds other files.
     """
     key = read_object(stage.folder / KEY_FILE)
     if key is not None:
         return "changed" if key.get("key") != run.key else state_of(run, stage.plan)
     if stage.folder.is_dir() and any(stage.folder.iterdir()):
         raise ConfigError(
-            f"output_dir: {stage.folder} holds something that this command did not make (it has no {KEY_FILE}); move "
-            "it away, or choose another folder."
+            f"output_dir: {stage.folder} holds files that this command did not write (there is no {KEY_FILE} in it); "
+            "move them, or choose another folder."
         )
     return "to run"
 
 
 def bring_to_end(stage: Stage, run: Run, program: Sequence[str], place: str) -> str | None:
-    """Train a stage as far as it is not trained, and return why it failed, if it did.
+    """Train a stage until it is complete. Return the reason if it failed, otherwise None.
 
     Args:
         stage: the stage.
-        run: its run.
-        program: the command line that trains.
-        place: its number among the stages, for the terminal.
+        run: run of the stage.
+        program: command line that trains.
+        place: number of the stage, as text for the terminal.
 
     Raises:
-        ConfigError: if something else is in its folder.
-        KeyboardInterrupt: if the user stops it; the process has ended then.
+        ConfigError: if the stage's folder holds other files.
+        KeyboardInterrupt: if the user stops the command. The training process has ended by then.
     """
     found = state(stage, run)
     if found == "changed":
-        print(f"{stage.name}: what it depends on changed; the run of before is now in {set_aside(stage.folder)}")
+        print(f"{stage.name}: its settings or files changed; the earlier run is kept in {set_aside(stage.folder)}")
     if found == "complete":
         print(f"{place}: {stage.name}: complete ({stage.folder})", flush=True)
         return None
@@ -258,22 +264,22 @@ def bring_to_end(stage: Stage, run: Run, program: Sequence[str], place: str) -> 
 
 
 def refuse_many_nodes() -> None:
-    """Refuse an environment in which a workflow could not launch its stages.
+    """Refuse an environment in which a workflow cannot launch its stages.
 
     Raises:
-        ConfigError: inside torchrun, and for a training on several machines.
+        ConfigError: if the process was started by torchrun, or if several machines are set.
     """
     if is_worker():
-        raise ConfigError("this command launches trainings itself; start it as one process, not with torchrun.")
+        raise ConfigError("this command launches the trainings itself; start it without torchrun, as a single process.")
     if os.environ.get("NNODES", "1") != "1" or "RDZV_ID" in os.environ:
         raise ConfigError(
-            "environment variable NNODES: a training on several machines has to be launched on each of them; print the "
-            "stages with --print, and train them one after another."
+            "environment variable NNODES: this command cannot launch trainings on several machines. Print the stages "
+            "with --print, and train them in sequence by launching each on every machine."
         )
 
 
 def losses(folder: Path) -> Iterator[tuple[str, float | None]]:
-    """Yield evaluation data set, or mean, and loss at the end of a run; nothing where it did not evaluate."""
+    """Yield (evaluation data set or mean, loss) of a run's last evaluation; nothing if the run did not evaluate."""
     evaluation = (read_object(folder / "dataflex" / "summary.json") or {}).get("evaluation") or {}
     for name, numbers in (evaluation.get("domains") or {}).items():
         yield name, numbers.get("loss")

@@ -209,7 +209,7 @@ def test_problems_of_a_measurement_are_those_of_who_asks_for_it(asking):
     config.llamafactory["optim"] = "lomo"
     found = {each.key: each.message for each in problems_of(config)}
     assert found["dataflex.select.ask"] == "does not go with lomo."
-    assert "looks at validation samples" in found["dataflex.select.validation"]
+    assert "needs validation samples" in found["dataflex.select.validation"]
 
 
 def outline(**changes):

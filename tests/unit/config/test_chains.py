@@ -62,12 +62,12 @@ def test_a_share_that_is_none(tmp_path: Path, keep: Any) -> None:
 def test_keep_is_for_filters_and_needed_there(tmp_path: Path) -> None:
     assert "dataflex.select.0.keep: needed" in problem(tmp_path, select=[{"method": "el2n"}, {"method": "loss"}])
     last = [{"method": "el2n", "keep": 0.5}, {"method": "loss", "keep": 0.5}]
-    assert "dataflex.select.1.keep: the last selector takes" in problem(tmp_path, select=last)
-    assert "dataflex.select.keep: the last selector takes" in problem(tmp_path, select={"method": "loss", "keep": 3})
+    assert "dataflex.select.1.keep: the last selector chooses" in problem(tmp_path, select=last)
+    assert "dataflex.select.keep: the last selector chooses" in problem(tmp_path, select={"method": "loss", "keep": 3})
     weight = [{"method": "loss", "keep": 0.5}, {"method": "loss"}]
-    assert "dataflex.weight.0.keep: is for selectors" in problem(tmp_path, weight=weight)
-    assert "dataflex.mix.keep: is for select" in problem(tmp_path, mix={"method": "uniform", "keep": 0.5})
-    assert "dataflex.order.every: is for select" in problem(tmp_path, order={"method": "shuffle", "every": 2})
+    assert "dataflex.weight.0.keep: is only for selectors" in problem(tmp_path, weight=weight)
+    assert "dataflex.mix.keep: is only for select" in problem(tmp_path, mix={"method": "uniform", "keep": 0.5})
+    assert "dataflex.order.every: is only for select" in problem(tmp_path, order={"method": "shuffle", "every": 2})
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "often"])
@@ -101,8 +101,8 @@ def test_another_method_in_one_entry_drops_the_parameters_but_not_the_place(tmp_
 
 def test_overrides_that_do_not_fit_a_chain(tmp_path: Path) -> None:
     said = problem(tmp_path, "dataflex.select.method=loss", select=CHAIN)
-    assert "dataflex.select is a list in the file; name one of its entries, 0 (el2n), 1 (loss)" in said
-    assert "name one of its entries" in problem(tmp_path, "dataflex.select.2.keep=0.5", select=CHAIN)
+    assert "dataflex.select is a list in the file. Name one of its entries by number" in said
+    assert "Entries: 0 (el2n), 1 (loss)" in problem(tmp_path, "dataflex.select.2.keep=0.5", select=CHAIN)
     whole = loaded(tmp_path, "dataflex.select={method: grand}", select=CHAIN)
     assert whole.build_components().names() == {"select": "grand"}
     other = loaded(tmp_path, "dataflex.select=[{method: grand, keep: 9}, {method: loss}]", select={"method": "less"})
@@ -171,26 +171,26 @@ def test_what_chooses_samples_together_takes_no_rule_and_no_limit(tmp_path: Path
     assert refused(tmp_path, {"method": "pairs", "rule": "top_k", "temperature": 1.0}) == {}  # as a record says
     found = refused(tmp_path, {"method": "pairs", "rule": "sample", "temperature": 2.0, "max_overhead": 0.01})
     assert set(found) == {"rule", "temperature", "max_overhead"}
-    assert all("pairs chooses samples together, in its own choose()" in message for message in found.values())
-    assert "decides for every round" in refused(tmp_path, {"method": "pairs", "every": 2})["every"]
+    assert all("pairs chooses a set of samples with its own choose()" in message for message in found.values())
+    assert "has to decide in every round" in refused(tmp_path, {"method": "pairs", "every": 2})["every"]
 
 
 def test_what_draws_from_passes_compares_nothing_within_domains(tmp_path: Path) -> None:
-    assert "its samples are not compared" in refused(tmp_path, {"method": "passing", "within": "domain"})["within"]
+    assert "does not compare them" in refused(tmp_path, {"method": "passing", "within": "domain"})["within"]
     for method in ("pairs", "el2n"):
         assert refused(tmp_path, {"method": method, "within": "domain"}) == {}
 
 
 def test_a_limit_is_that_of_the_last_selector(tmp_path: Path) -> None:
     chain = [{"method": "el2n", "keep": 0.5, "max_overhead": 0.1}, {"method": "grand"}]
-    assert "set it for the last one (select.1)" in refused(tmp_path, chain)["0.max_overhead"]
+    assert "Set it for the last selector (select.1)" in refused(tmp_path, chain)["0.max_overhead"]
     assert refused(tmp_path, [{"method": "el2n", "keep": 0.5}, {"method": "grand", "max_overhead": 0.1}]) == {}
 
 
 @pytest.mark.parametrize("method", ["full", "greats"])
 def test_what_draws_from_passes_stands_alone(tmp_path: Path, method: str) -> None:
     chain = [{"method": "el2n", "keep": 0.5}, {"method": method}]
-    assert "draws from passes" in refused(tmp_path, chain)["1.method"]
+    assert "draws its samples in passes" in refused(tmp_path, chain)["1.method"]
     assert refused(tmp_path, {"method": method}) == {}
 
 
@@ -198,5 +198,5 @@ def test_a_filter_is_not_asked_more_often_than_what_follows_it(tmp_path: Path) -
     def chain(first: int, second: int) -> list[dict[str, Any]]:
         return [{"method": "el2n", "keep": 0.5, "every": first}, {"method": "grand", "every": second}]
 
-    assert "is below that of select.1 (4)" in refused(tmp_path, chain(2, 4))["0.every"]
+    assert "is less than every of select.1 (4)" in refused(tmp_path, chain(2, 4))["0.every"]
     assert refused(tmp_path, chain(4, 4)) == refused(tmp_path, chain(6, 4)) == {}

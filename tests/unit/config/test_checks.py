@@ -68,7 +68,7 @@ def test_text_that_yaml_reads_as_true_or_false_is_told_so(keys: dict[str, Any]) 
 
 def test_a_data_set_is_named_once(keys: dict[str, Any]) -> None:
     assert found(keys, SELECT, dataset="a,b,a") == {
-        "dataset": "'a' is named 2 times; name it once, and give its share with mix."
+        "dataset": "'a' is named 2 times; name it once, and set its share with dataflex.mix."
     }
     assert found(keys, WEIGHT, dataset="a,b,a") == {}  # the data path is LLaMA-Factory's own
 
@@ -415,4 +415,4 @@ def test_a_stream_has_no_samples_for_a_weighter_to_measure(keys: dict[str, Any])
     assert "dataflex.weight measures samples" in message
     assert "streaming" not in found(keys, weight, dataset="a", max_steps=3)
     missing = found(keys, {"weight": {"method": "joint_update_aware"}}, dataset="a")
-    assert "looks at validation samples" in missing["dataflex.weight.validation"]
+    assert "needs validation samples" in missing["dataflex.weight.validation"]

@@ -119,14 +119,14 @@ def test_a_section_without_components_decides_nothing_and_says_so(tmp_path: Path
     config = load(tmp_path, {"warmup_steps": 3})
     assert config.dataflex is not None
     assert config.params == {}
-    assert "select, mix, order, weight" in config.notes[0]
+    assert "select, mix, order and weight" in config.notes[0]
 
 
 def test_a_section_without_a_value_is_noted() -> None:
     config = split_config({"stage": "sft", "dataflex": None})
     assert config.dataflex is None
     assert config.notes == (
-        "dataflex: has no value, so the run is LLaMA-Factory's own, without a record; {} would keep one.",
+        "dataflex: has no value, so the run is LLaMA-Factory's own and writes no record; dataflex: {} writes one.",
     )
     assert split_config({"stage": "sft"}).notes == ()
 
@@ -432,10 +432,12 @@ def test_a_parameter_of_an_earlier_name_is_read_with_a_note() -> None:
         assert [
             note
             for note in config.notes
-            if note.endswith("sketch is called projection now; the old name is still read.")
+            if note.endswith("sketch is the earlier name of projection and is still accepted; write projection.")
         ]
     assert not split_config({"dataflex": {"select": {"method": "less", "projection": "count"}}}).notes
-    with pytest.raises(ConfigError, match=r"dataflex.select.sketch: is projection now, which is there too"):
+    with pytest.raises(
+        ConfigError, match=r"dataflex.select.sketch: is the earlier name of projection, and both are given"
+    ):
         split_config({"dataflex": {"select": {"method": "less", "sketch": "count", "projection": "count"}}})
     with pytest.raises(ConfigError, match="sketch"):  # loss never had it
         split_config({"dataflex": {"select": {"method": "loss", "sketch": "count"}}})

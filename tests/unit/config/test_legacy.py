@@ -259,7 +259,7 @@ def test_mixture_keys_of_another_family_leave_a_note(base: Path) -> None:
     [
         ({"train_type": "dynamic_selct"}, "train_type", "did you mean 'dynamic_select'"),
         ({"train_type": "dynamic_legos"}, "train_type", "did you mean 'dynamic_lego'"),
-        ({"train_type": "dynamic_lego"}, "component_name", "needed is the name of a pipeline"),
+        ({"train_type": "dynamic_lego"}, "component_name", "must be the name of a pipeline"),
         ({"train_type": "dynamic_select"}, "component_name", "needed"),
         ({"train_type": "dynamic_select", "component_name": "Loss"}, "dataflex.select.method", "did you mean 'loss'"),
         ({"train_type": "dynamic_select", "component_name": "custom"}, "component_name",
@@ -294,7 +294,9 @@ def test_placeholders_of_the_template_are_named(base: Path, bucket: str, method:
     kind = "dynamic_mix" if bucket == "mixers" else "dynamic_select"
     found = problems(base, train_type=kind, component_name=method, components_cfg_file="own.yaml")
     assert set(found) == {"components_cfg_file"}
-    assert f"{bucket}.{method}.params.{name} is still the template's {value!r}" in found["components_cfg_file"]
+    assert (
+        f"{bucket}.{method}.params.{name} is still the template's placeholder {value!r}" in found["components_cfg_file"]
+    )
 
 
 def test_parameters_of_the_shipped_template_leave_a_note_or_say_what_is_needed(base: Path) -> None:
@@ -471,14 +473,14 @@ def test_a_pipeline_is_a_section_of_several_families(shipped: Path) -> None:
 @pytest.mark.parametrize(
     ("stages", "text"),
     [
-        ([], "needed is the name of a pipeline"),
+        ([], "must be the name of a pipeline"),
         ([{"family": "selectr", "component": "loss"}], "did you mean 'selector'"),
-        ([{"family": "selector"}], "needed is the name of a method"),
+        ([{"family": "selector"}], "must be the name of a method"),
         ([{"family": "selector", "component": "loss", "evry": 3}], "did you mean 'every'"),
-        ([{"family": "mixer", "component": "odm"}] * 2, "two stages of mix"),
+        ([{"family": "mixer", "component": "odm"}] * 2, "several stages of family mix"),
         ([{"family": "mixer", "component": "odm", "enabled": False}], "no stage is enabled"),
         ([{"family": "selector", "component": "loss", "mode": "drew"}], "unknown mode 'drew'"),
-        ([{"family": "selector", "component": name} for name in ("loss", "random")], "must come last"),
+        ([{"family": "selector", "component": name} for name in ("loss", "random")], "must be the last selector"),
         (["loss"], "must be a mapping"),
     ],
 )
@@ -501,5 +503,5 @@ def test_stages_may_begin_and_act_at_times_of_their_own(shipped: Path) -> None:
     found = config.resolved()["dataflex"]
     assert (found["warmup_steps"], found["update_steps"], found["seed"]) == (8, 2, 5)
     assert (found["select"]["every"], found["weight"]["every"]) == (3, 3)
-    assert any("all begin after 8" in note for note in config.notes)
-    assert any("mix decides at every decision, once in 2 steps" in note for note in config.notes)
+    assert any("all stages begin after 8" in note for note in config.notes)
+    assert any("mix decides in every round, every 2 steps" in note for note in config.notes)

@@ -57,7 +57,7 @@ def test_the_shipped_reorders(tmp_path: Path, name: str) -> None:
     notes = " ".join(config.notes)
     assert ("max_samples is accepted and has no effect: every sample is scored" in notes) == (name == "dynamic_saw")
     assert ("begins with the largest loss" in notes) == (name == "dynamic_saw")
-    assert ("no selector acts in this run" in notes) == (name == "reuse_selector_scores")
+    assert ("this run has no selector" in notes) == (name == "reuse_selector_scores")
     assert "reorder_every" not in notes
 
 
@@ -79,7 +79,7 @@ def test_times_scores_and_directions() -> None:
     assert (both["front_from"], both["back_from"]) == ("high", "high")
     assert "q is" not in translated("folding", score_field="q", score_source="model_loss")[0]
     assert translated("folding", score_field="q", score_source="model_loss")[1] == [
-        "here.score_field is accepted and has no effect: the score is model_loss."
+        "here.score_field is accepted and has no effect: score_source is model_loss, which reads no column."
     ]
     assert "polarity: accepted and without effect" in translated("shuffle", polarity="higher_later")[1][0]
     assert "reorder_every is accepted" in translated("dynamic_saw", reorder_every=3)[1][0]

@@ -253,7 +253,7 @@ def test_a_sample_in_words(tmp_path: Path, capsys: Any) -> None:
     own = [row for row in raw_rows(run) if row.index == index]
     printed = told(capsys, run, "--index", str(index))
     assert f"Sample {index} ({own[0].domain}): planned {times} times" in printed.replace("twice", "2 times")
-    assert "The plans reach to step 12; training reached step 9 as far as the logs show." in printed
+    assert "The plans end at step 12; training reached step 9 as far as the logs show." in printed
     for row in own:
         line = next(line for line in printed.splitlines() if line.startswith(f"{row.round} "))
         assert str(row.position) in line.split()
@@ -376,22 +376,22 @@ def broken(run: Path, how: str) -> None:
         ("cut", ["--top", "3", "--round", "2"], r"round-00002\.parquet is not readable"),
         ("missing", [], r"round-00002\.parquet is missing"),
         ("no plans", [], r"plans has no plan"),
-        ("no rounds", [], r"no round is on record"),
+        ("no rounds", [], r"the record has no round"),
         ("no index", ["--index", "3"], r"has no column 'index'"),
         ("other index", [], r"'index' must hold numbers"),
-        ("outside", [], r"has sample 777, but the pool on record has 50"),
-        ("short", ["--index", *map(str, range(50))], r"00002\.parquet has 4 samples, rounds\.jsonl says 30"),
+        ("outside", [], r"has sample 777, but the pool on record has only 50"),
+        ("short", ["--index", *map(str, range(50))], r"00002\.parquet has 4 samples, but rounds\.jsonl says 30"),
         ("candidates", ["--top", "1"], r"rounds\.jsonl, line 2: 'candidates'"),
         ("config", [], r"config\.yaml: expected a run's configuration"),
-        ("whole", ["--index", "50"], r"--index: 50 is not in the pool, whose samples are 0 to 49"),
+        ("whole", ["--index", "50"], r"--index: 50 is not in the pool; give an index from 0 to 49"),
         ("whole", ["--index", "-1"], r"--index: must be a whole number of at least 0, got '-1'"),
         ("whole", ["--index", "many"], r"--index: must be a whole number of at least 0, got 'many'"),
-        ("whole", ["--top", "3", "--round", "4"], r"--round: 4 is not on record; known are rounds 0-3"),
+        ("whole", ["--top", "3", "--round", "4"], r"--round: 4 is not on record; the record has rounds 0-3"),
         ("whole", ["--top", "0"], r"--top: must be a whole number of at least 1"),
-        ("whole", ["--round", "1"], r"--round: it goes with --top"),
-        ("whole", ["--index", "3", "--round", "1"], r"--round: it goes with --top"),
+        ("whole", ["--round", "1"], r"--round: only has an effect with --top"),
+        ("whole", ["--index", "3", "--round", "1"], r"--round: only has an effect with --top"),
         ("whole", ["--index", "3", "--top", "1"], r"not allowed with"),
-        ("whole", ["--text", " "], r"--text: needed is a phrase"),
+        ("whole", ["--text", " "], r"--text: must be a phrase"),
         ("whole", ["--text", "x", "--no-text"], r"--no-text: --text needs the texts"),
         ("whole", ["--full"], r"--no-text: --full needs the texts"),
     ],
@@ -491,7 +491,7 @@ def test_without_the_data_of_the_run_it_is_explained_without_texts(
     file.write_text(yaml.safe_dump(config))
     reason = {
         "sizes": "beta has 19 samples, 20 on record",
-        "sets": "it has the data sets beta",
+        "sets": "the data sets are beta",
         "data": "'alpha' cannot be used",
         "tokenizer": "cannot be loaded",
     }[case]
@@ -499,7 +499,7 @@ def test_without_the_data_of_the_run_it_is_explained_without_texts(
     assert reason in answer["no_text"]
     assert answer["samples"][0]["text"] is None
     assert main(["explain", str(run)]) == 0
-    assert "Without texts: the data" in capsys.readouterr().out
+    assert "Without texts: the " in capsys.readouterr().out
     found = refused(capsys, run, "--text", "sun")
     assert "--text: " in found
     assert reason in found
@@ -524,8 +524,8 @@ def test_rounds_of_an_earlier_run_that_are_not_on_record_are_said_to_be_missing(
     text = told(capsys, run, "--index", str(sample))
     assert "not planned in the rounds on record" in text
     assert "never planned" not in text
-    assert "Not on record here: rounds 0-1, of the run that this one goes on from." in text
-    assert 'From step 8 on: dataflex.select.focus is "high", was "low".' in text
+    assert "Not on record here: rounds 0-1. This run continues an earlier run, whose record has them." in text
+    assert 'From step 8 on: dataflex.select.focus is "high", before "low".' in text
     assert "learning_rate" not in text
     facts = ask(capsys, run, "--index", str(sample))["run"]
     assert facts["rounds_missing"] == [0, 1]

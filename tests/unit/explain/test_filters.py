@@ -182,12 +182,12 @@ def test_which_selectors_decided_in_a_round(tmp_path: Path, capsys: Any) -> None
 def test_the_parts_in_words(tmp_path: Path, capsys: Any) -> None:
     often = write_run(tmp_path / "often", False)
     assert (
-        "select.0 coarse left 24 of 50 samples in round 1, which stands\nselect.1 fine chose 8 of 24 samples\n"
+        "select.0 coarse left 24 of 50 samples in round 1, and this result holds\nselect.1 fine chose 8 of 24 samples\n"
     ) in told(capsys, often, "--top", "1", "--round", "2")
     run = write_run(tmp_path / "run", False, last_every=2)
     assert (
-        "select.0 coarse was not asked, since the result of a later selector stands; it decided last in round 1\n"
-        "select.1 fine chose 8 samples by what it scored up to round 3\n"
+        "select.0 coarse was not called, because the result of a later selector holds; it decided last in round 1\n"
+        "select.1 fine chose 8 samples by its scores up to round 3\n"
     ) in told(capsys, run, "--top", "1", "--round", "4")
     assert "select.0 coarse left 24 of 50 samples\nselect.1 fine chose 8 of 24 samples\n" in told(
         capsys, run, "--top", "1", "--round", "5"

@@ -146,7 +146,7 @@ def test_neither_a_mixer_nor_a_selector_goes_with_it() -> None:
     for other, method in (("mix", "uniform"), ("select", "loss")):
         raw = {"stage": "sft", "dataset": "x,y", "dataflex": {"order": order, other: {"method": method}}}
         (problem,) = [each for each in problems_of_section(split_config(raw)) if each.key == "dataflex.order"]
-        assert f"nothing to decide for {other}" in problem.message
+        assert f"so {other} has nothing to decide" in problem.message
     raw = {"stage": "sft", "dataset": "x,z", "dataflex": {"order": order}}
     (problem,) = problems_of_section(split_config(raw))
     assert problem.key == "dataflex.order.stages.1.domains"

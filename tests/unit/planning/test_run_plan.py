@@ -230,8 +230,8 @@ LESS = {"select": {"method": "loss"}}
         (LESS, {"do_train": None, "tokenized_path": "t"}, ["do_train", "would never decide"]),
         (None, {"do_train": None}, ["do_train", "nothing would be done"]),
         ({}, {"do_train": None}, ["do_train", "nothing would be done"]),
-        (LESS, {"num_train_epochs": 0}, ["num_train_epochs: 0 trains nothing"]),
-        (LESS, {"num_train_epochs": -1.0}, ["num_train_epochs: -1.0 trains nothing"]),
+        (LESS, {"num_train_epochs": 0}, ["num_train_epochs: must be above 0, got 0"]),
+        (LESS, {"num_train_epochs": -1.0}, ["num_train_epochs: must be above 0, got -1.0"]),
         ({}, {"num_train_epochs": 0}, ["num_train_epochs"]),
     ],
 )

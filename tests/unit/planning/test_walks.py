@@ -246,7 +246,7 @@ def test_a_selector_beside_a_walk_is_refused() -> None:
     order = {"method": "fold", "by": "length", "scope": "run"}
     raw = {"stage": "sft", "dataset": "a", "dataflex": {"select": {"method": "full"}, "order": order}}
     (problem,) = [each for each in problems_of_section(split_config(raw)) if each.key == "dataflex.order"]
-    assert "'fold' puts the whole pool in order here, and select chooses the samples of every round" in str(problem)
+    assert "'fold' orders the whole pool, but select chooses the samples of every round" in str(problem)
     raw["dataflex"]["order"] = {"method": "fold", "by": "length"}
     assert not [each for each in problems_of_section(split_config(raw)) if each.key == "dataflex.order"]
 

@@ -215,7 +215,7 @@ def test_a_change_makes_a_stage_and_the_later_ones_anew(lab: Lab, capsys: pytest
     capsys.readouterr()
     assert lab.doremi(dry_run=True) == 0
     said = capsys.readouterr().out
-    assert "reference  changed: is set aside, and trained anew" in said
+    assert "reference  changed: will be set aside and trained again" in said
     assert "after reference" in said
     assert "after proxy" in said
     assert lab.launches() == []
@@ -277,7 +277,7 @@ def test_doremi_weighs_the_values_of_a_column(lab: Lab) -> None:
     trained = [yaml.safe_load((lab.output / name / "run.yaml").read_text()) for name in lab_stages]
     assert [each["dataflex"]["domain_column"] for each in trained] == ["instruction"] * 3
     lab.write(final={"dataflex.domain_column": "output"}, output_dir=str(lab.folder / "other"))
-    with pytest.raises(ConfigError, match=r"final.dataflex.domain_column: has to be the same in all trainings"):
+    with pytest.raises(ConfigError, match=r"final.dataflex.domain_column: must be the same in all trainings"):
         lab.doremi()
 
 
@@ -317,10 +317,10 @@ def test_problems_of_all_stages_come_together(lab: Lab) -> None:
     found = lab.problems()
     assert "did you mean 'learning_rate'" in found["reference.learning_rat"]
     assert "did you mean 'reweight_eta'" in found["proxy.dataflex.mix.reweight_etta"]
-    assert "'random' decides" in found["reference.dataflex.mix"]
-    assert "'loss' decides" in found["reference.dataflex.select"]
-    assert found["final.dataflex.mix.unit"] == found["final.output_dir"] == "is set by the command itself."
-    assert "has to be the same in all trainings" in found["final.dataset"]
+    assert "trained without 'random'" in found["reference.dataflex.mix"]
+    assert "trained without 'loss'" in found["reference.dataflex.select"]
+    assert found["final.dataflex.mix.unit"] == found["final.output_dir"] == "is set by the command itself; remove it."
+    assert "must be the same in all trainings" in found["final.dataset"]
 
 
 @pytest.mark.parametrize(
@@ -333,13 +333,18 @@ def test_problems_of_all_stages_come_together(lab: Lab) -> None:
         ({}, {"proxy": {"dataflex.mix": None}}, "proxy.dataflex.mix", "is set by the command itself"),
         ({}, {"proxy": {"model_config": {"hiden_size": 8}}}, "proxy.model_config.hiden_size", "mean 'hidden_size'"),
         ({}, {"proxy": {"model_config": {"hidden_size": 30}}}, "proxy.model_config", "not a multiple of the number"),
-        ({}, {"proxy": {"model_config": {"vocab_size": 30}}}, "proxy.model_config.vocab_size", "less than the 60"),
+        (
+            {},
+            {"proxy": {"model_config": {"vocab_size": 30}}},
+            "proxy.model_config.vocab_size",
+            "must be at least the 60",
+        ),
         ({}, {"proxy": {"model_config": 3}}, "proxy.model_config", "must be a mapping"),
         (
             {"finetuning_type": "lora"},
             {"final": {"model_config": {"hidden_size": 8}}},
             "final.finetuning_type",
-            "'lora' trains a part",
+            "must be full with model_config, got 'lora'",
         ),
     ],
 )
@@ -354,7 +359,7 @@ def test_a_problem_is_told_before_anything_runs(
 def test_what_the_command_did_not_make_is_left_alone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     (lab.output / "reference").mkdir(parents=True)
     (lab.output / "reference" / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"reference holds something that this command did not make"):
+    with pytest.raises(ConfigError, match=r"reference holds files that this command did not write"):
         lab.doremi()
     assert (lab.output / "reference" / "thesis.txt").read_text() == "mine"
     with FileLock(lab.output / ".lock"), pytest.raises(ConfigError, match="another command is at work"):
@@ -458,12 +463,12 @@ def test_the_mixture_of_the_lowest_loss_is_found(mixing: Lab, capsys: pytest.Cap
 
 def test_proxies_that_fail_are_left_out(mixing: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     mixing.behave({"mix-0001": "crash", "mix-0003": "diverges", "mix-0005": "crash"})
-    with pytest.raises(ConfigError, match=r"2 of 5 proxies can be used, and linear needs 3"):
+    with pytest.raises(ConfigError, match=r"2 of 5 proxies have usable losses, but linear needs 3"):
         mixing.regmix()
     assert not (mixing.output / "final.yaml").exists()
     said = capsys.readouterr().err
     assert "left out: mix-0001: training: RuntimeError: out of luck" in said
-    assert "left out: mix-0003: its loss on held is not finite: training diverged" in said
+    assert "left out: mix-0003: the loss on held is not finite, so training diverged" in said
     mixing.launches()
     mixing.behave({"mix-0003": "diverges", "mix-0005": "crash"})
     assert mixing.regmix() == 0
@@ -477,15 +482,15 @@ def test_proxies_that_fail_are_left_out(mixing: Lab, capsys: pytest.CaptureFixtu
     "base, changes, key, said",
     [
         ({}, {"target": "hold"}, "target", "did you mean 'held'"),
-        ({"eval_dataset": None}, {"target": None}, "base.eval_dataset", "nothing to evaluate on"),
-        ({}, {"regressor": "lightgbm"}, "proxies.count", "lightgbm needs 64 or more"),
-        ({}, {"proxies": {"count": 2, "max_steps": 4}}, "proxies.count", "linear needs 3 or more"),
-        ({}, {"proxies": {"count": 4, "max_steps": None}}, "proxies", "how long each proxy is trained"),
+        ({"eval_dataset": None}, {"target": None}, "base.eval_dataset", "needs evaluation data"),
+        ({}, {"regressor": "lightgbm"}, "proxies.count", "must be at least 64 for lightgbm"),
+        ({}, {"proxies": {"count": 2, "max_steps": 4}}, "proxies.count", "must be at least 3 for linear"),
+        ({}, {"proxies": {"count": 4, "max_steps": None}}, "proxies", "the length of a proxy's training is missing"),
         ({}, {"proxies": {"count": 4, "strengths": 0}}, "proxies.strengths", "greater than or equal to 1"),
         ({}, {"proxies": {"count": 4, "dataflex.mix.unit": "samples"}}, "proxies.dataflex.mix.unit", "command itself"),
         ({}, {"proxies": {"count": 4, "temprature": 1}}, "proxies.temprature", "did you mean 'temperature'"),
         ({}, {"proxies": {"count": 4, "data_seed": 1}}, "proxies.data_seed", "not allowed in a comparison"),
-        ({}, {"final": {"dataset": "alpha"}}, "final.dataset", "has to be the same"),
+        ({}, {"final": {"dataset": "alpha"}}, "final.dataset", "must be the same"),
         ({"dataset": "alpha"}, {}, "base.dataset", "two or more"),
         ({"dataset": None}, {}, "base.dataset", "two or more"),
         ({}, {"regressor": "forest"}, "regressor", "lightgbm"),
@@ -547,7 +552,7 @@ def test_values_of_a_column_are_mixed(tmp_path: Path, capsys: pytest.CaptureFixt
     assert final.dataflex.mix["proportions"]["alpha"] > 0.99  # the loss on held falls to the end
 
     lab.write(proxies={"count": 4, "dataflex.domain_column": "output"}, output_dir=str(tmp_path / "other"))
-    with pytest.raises(ConfigError, match=r"proxies.dataflex.domain_column: has to be the same"):
+    with pytest.raises(ConfigError, match=r"proxies.dataflex.domain_column: must be the same"):
         lab.regmix()
     lab.write(proxies={"count": 4, "dataflex.selct": None})
     with pytest.raises(ConfigError, match=r"proxies.dataflex.selct: removes a key that the base does not have"):
@@ -558,12 +563,12 @@ def test_values_of_a_column_are_mixed(tmp_path: Path, capsys: pytest.CaptureFixt
     lab.write(proxies={"count": 4})
     with pytest.raises(ConfigError) as error:
         lab.regmix()
-    assert "two or more domains, here 1; dataflex.domain_column needs more values" in str(error.value)
-    assert "'index' is the name of the row numbers in mixtures.csv" in str(error.value)
+    assert "two or more domains, got 1; dataflex.domain_column needs more values" in str(error.value)
+    assert "'index' is the column of row numbers in mixtures.csv" in str(error.value)
     for number, row in enumerate(whole):
         row["kind"] = number % 4
     (lab.data / "whole.json").write_text(json.dumps(whole))
-    with pytest.raises(ConfigError, match=r"proxies.count: 4: linear needs 5 or more with 4 domains"):
+    with pytest.raises(ConfigError, match=r"proxies.count: must be at least 5 for linear with 4 domains, got 4"):
         lab.regmix()
     assert not (tmp_path / "other").exists()
 

@@ -1,6 +1,7 @@
-"""What can be said about a run before anything is loaded: keys, packages, files, data sets, and what goes together.
+"""Checks of a configuration before anything is loaded: keys, packages, files, data sets, and keys that exclude others.
 
-Nothing here imports torch or LLaMA-Factory; the names of LLaMA-Factory's arguments are read from its source files.
+This package imports neither torch nor LLaMA-Factory. It reads the names of LLaMA-Factory's arguments from the installed
+source files.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ __all__ = ["MODEL_FILES", "SPECIAL_LOSSES", "STAGES", "dataset_names", "problems
 
 
 def problems_of(config: RunConfig) -> list[Problem]:
-    """Return every problem that shows without loading anything."""
+    """Return every problem of a configuration that can be found without loading anything.
+
+    For a file of another launcher only that problem is returned, because most of its other keys are unknown too.
+    """
     foreign = other_form(config)
     if foreign is not None:
         return [foreign]
@@ -31,7 +35,7 @@ def problems_of(config: RunConfig) -> list[Problem]:
     except ConfigError as error:
         return [*problems_of_keys(config), *error.problems]
     found = list(problems_of_keys(config))
-    wrong = {problem.key for problem in found}  # of a value that cannot be, nothing else need be said
+    wrong = {problem.key for problem in found}  # a wrong value is reported once, not by every check that reads the key
     for check in (
         problems_of_files,
         problems_of_data,
@@ -42,5 +46,5 @@ def problems_of(config: RunConfig) -> list[Problem]:
         found += (problem for problem in check(config) if problem.key not in wrong)
     if config.dataflex is not None:
         found += (problem for problem in problems_of_section(config) if problem.key not in wrong)
-    # The plan's numbers come from keys and files, so what is wrong with those is told alone.
+    # The plan is computed from keys and files. While these have problems, it would only add consequences of them.
     return list(dict.fromkeys(found)) or problems_of_plan(config)

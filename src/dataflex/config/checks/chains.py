@@ -1,4 +1,4 @@
-"""Selectors against what stands beside them: parameters that their way of deciding leaves no use for, and chains."""
+"""Checks of selectors: parameters without effect on the way a selector chooses, and chains of several selectors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataflex.errors import Problem
 
 
 def problems_of_chains(config: RunConfig) -> Iterator[Problem]:
-    """Return what selectors are told and cannot do."""
+    """Yield the problems of selectors: settings that they cannot follow, and chains that cannot work."""
     entries = config.build_components().select
     for entry in entries:
         yield from _of_rule(entry)
@@ -21,34 +21,34 @@ def problems_of_chains(config: RunConfig) -> Iterator[Problem]:
     if last is not None and last.every > 1 and chooses_sets(type(last.component)):
         yield Problem(
             f"{SECTION}.{last.key}.every",
-            f"{last.component.name} gives no scores from which the rounds between could be chosen; it decides for "
-            "every round. Remove it.",
+            f"{last.component.name} gives no scores, so it has to decide in every round; remove "
+            f"{SECTION}.{last.key}.every.",
         )
     for entry in entries if len(entries) > 1 else ():
         if overrides(type(entry.component), "select"):
             yield Problem(
                 f"{SECTION}.{entry.key}.method",
-                f"{entry.component.name} draws from passes over the data itself and cannot stand in a list of "
-                "selectors; name it alone, or take another one.",
+                f"{entry.component.name} draws its samples in passes over the data and cannot be in a list of "
+                "selectors; use it alone, or use another method here.",
             )
     for entry in entries[:-1]:
         if entry.component.may_repeat:
             yield Problem(
                 f"{SECTION}.{entry.key}",
-                f"{entry.component.name} may take a sample several times, and a filter keeps or drops it; let it draw "
-                "without replacement, or put it last.",
+                f"{entry.component.name} may choose a sample several times, but a filter can only keep or drop it; set "
+                "it to draw without replacement, or make it the last selector.",
             )
     for entry, following in pairwise(entries):
         if entry.every < following.every:
             yield Problem(
                 f"{SECTION}.{entry.key}.every",
-                f"{entry.every} is below that of {following.key} ({following.every}), between whose decisions what "
-                f"{entry.component.name} leaves is not looked at. Set it to {following.every} or more.",
+                f"{entry.every} is less than every of {following.key} ({following.every}). {following.key} would "
+                f"ignore the decisions of {entry.component.name} in between; set every to {following.every} or more.",
             )
 
 
 def _of_rule(entry: Entry[Selector]) -> Iterator[Problem]:
-    """Parameters of the rule, of a selector that does not go by it."""
+    """Yield the parameters of the selection rule that are set for a selector that does not use the rule."""
     selector = entry.component
     params = selector.rule_params
     if params is None or not chooses_sets(type(selector)):
@@ -56,18 +56,18 @@ def _of_rule(entry: Entry[Selector]) -> Iterator[Problem]:
     if params.within == "domain" and overrides(type(selector), "select"):
         yield Problem(
             f"{SECTION}.{entry.key}.within",
-            f"{selector.name} draws from passes over the data itself; its samples are not compared. Remove it.",
+            f"{selector.name} draws its samples in passes over the data and does not compare them; remove within.",
         )
     for name in ("rule", "temperature"):
         if getattr(params, name) != SelectorParams.model_fields[name].default:
             yield Problem(
                 f"{SECTION}.{entry.key}.{name}",
-                f"{selector.name} chooses samples together, in its own choose(), and not by a rule; remove it.",
+                f"{selector.name} chooses a set of samples with its own choose() and uses no rule; remove {name}.",
             )
 
 
 def _of_limit(entry: Entry[Selector], entries: tuple[Entry[Selector], ...]) -> Iterator[Problem]:
-    """``max_overhead`` of a selector that cannot score a part of the candidates, or of one that others follow."""
+    """Yield a problem if ``max_overhead`` is set for a selector that cannot follow it or is not the last one."""
     selector = entry.component
     if overhead_limit(selector) is None:
         return
@@ -75,14 +75,14 @@ def _of_limit(entry: Entry[Selector], entries: tuple[Entry[Selector], ...]) -> I
     if chooses_sets(type(selector)):
         yield Problem(
             key,
-            f"{selector.name} chooses samples together, in its own choose(); there are no scores of single samples of "
-            "which fewer could be made. Remove it.",
+            f"{selector.name} chooses a set of samples with its own choose(), so it cannot score fewer of them; remove "
+            "max_overhead.",
         )
     elif selector.partial_scores is not None:
         yield Problem(key, f"{selector.partial_scores}.")
     elif entry is not entries[-1]:
         yield Problem(
             key,
-            f"it limits the time of all decisions, those of every selector included; set it for the last one "
-            f"({entries[-1].key}), which then scores as many samples as the others leave time for.",
+            "limits the time of all decisions, of every selector together. Set it for the last selector "
+            f"({entries[-1].key}), which then scores as many samples as the remaining time allows.",
         )

@@ -1,4 +1,4 @@
-"""The data sets of a run: their entries in ``dataset_info.json``, and the first rows of their files."""
+"""Checks of a run's data sets: their entries in ``dataset_info.json``, and the first rows of their files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from dataflex.errors import Problem, unknown
 
 
 def problems_of_data(config: RunConfig) -> Iterator[Problem]:
-    """Return what is wrong with the data sets that are named."""
+    """Yield the problems of the data sets that a configuration names."""
     if truthy(config, "do_train") and not dataset_names(config):
         yield Problem("dataset", "needed for training: the names of one or more data sets.")
-    if not config.families.isdisjoint(("select", "mix", "order")):  # else LLaMA-Factory loads it twice
+    # Without these families LLaMA-Factory loads such a data set twice, so naming it twice has a meaning.
+    if not config.families.isdisjoint(("select", "mix", "order")):
         for name, times in Counter(named_data_sets(config)).items():
             if times > 1:
-                yield Problem("dataset", f"{name!r} is named {times} times; name it once, and give its share with mix.")
+                yield Problem(
+                    "dataset", f"{name!r} is named {times} times; name it once, and set its share with {SECTION}.mix."
+                )
     folder = _folder(config)
     if folder is None or not (named := {key: names for key, names in _named(config).items() if names}):
         return
@@ -36,7 +39,7 @@ def problems_of_data(config: RunConfig) -> Iterator[Problem]:
     try:
         info = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        yield Problem("dataset_dir", f"{str(folder)!r} has no {INFO_FILE}.")
+        yield Problem("dataset_dir", f"there is no {INFO_FILE} in {str(folder)!r}; name the folder that has it.")
         return
     except json.JSONDecodeError as error:
         yield Problem(
@@ -47,10 +50,12 @@ def problems_of_data(config: RunConfig) -> Iterator[Problem]:
         yield Problem("dataset_dir", f"{path} cannot be read: {error}.")
         return
     if not isinstance(info, dict):
-        yield Problem("dataset_dir", f"{path} must be a mapping of data sets, not a {type(info).__name__}.")
+        yield Problem(
+            "dataset_dir", f"{path} must be a JSON object with an entry for each data set, got a {type(info).__name__}."
+        )
         return
     stage = word(config, "stage", "sft")
-    fits = config.dataflex is None or stage in STAGES  # else it is the stage that is refused
+    fits = config.dataflex is None or stage in STAGES  # otherwise the stage itself is refused
     yield from _columns(config, info, folder)
     for key, names in named.items():
         answers = not (key == "eval_dataset" and truthy(config, "predict_with_generate"))
@@ -60,7 +65,7 @@ def problems_of_data(config: RunConfig) -> Iterator[Problem]:
 
 
 def _folder(config: RunConfig) -> Path | None:
-    """Return the folder of local data sets; None where data sets come from elsewhere, or are tokenized already."""
+    """Return the folder of local data sets; None if the data sets are not local, or are tokenized already."""
     folder = config.llamafactory.get("dataset_dir", "data")
     if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
         return None
@@ -75,7 +80,7 @@ def _folder(config: RunConfig) -> Path | None:
 
 
 def _named(config: RunConfig) -> dict[str, tuple[str, ...]]:
-    """Return the names of data sets by the key that names them."""
+    """Return the names of data sets, by the configuration key that names them."""
     named = {key: dataset_names(config, key) for key in ("dataset", "eval_dataset")}
     for key, component in config.build_components().items():
         asked = component.needs(config).validation
@@ -85,6 +90,15 @@ def _named(config: RunConfig) -> dict[str, tuple[str, ...]]:
 
 
 def _dataset(name: str, info: dict[str, Any], folder: Path, stage: str | None, answers: bool) -> Iterator[str]:
+    """Yield messages about one data set.
+
+    Args:
+        name: name of the data set.
+        info: content of ``dataset_info.json``.
+        folder: folder of ``dataset_info.json``.
+        stage: stage whose fields the rows need; None skips the check of the rows.
+        answers: whether the rows need answers.
+    """
     if name not in info:
         yield f"{unknown('data set', name, info)} (from {folder / INFO_FILE})"
         return
@@ -103,7 +117,7 @@ def _dataset(name: str, info: dict[str, Any], folder: Path, stage: str | None, a
 
 
 def _columns(config: RunConfig, info: dict[str, Any], folder: Path) -> Iterator[Problem]:
-    """What keeps raw columns from being kept with the samples, as far as the heads of the files show it."""
+    """Yield why raw columns cannot be kept with the samples, as far as the heads of the files show it."""
     wanted = config.wanted_columns()
     packs = is_packed(config)
     for name in dataset_names(config) if wanted else ():
@@ -126,7 +140,7 @@ def _columns(config: RunConfig, info: dict[str, Any], folder: Path) -> Iterator[
 
 
 def _of_text(column: str, wanted: WantedColumn) -> Iterator[Problem]:
-    """What the components that read a column say if it is one of text, whatever the texts are."""
+    """Yield the problems that components report for a column of text, whatever the texts are."""
     for key, check in wanted.checks:
         wrong = check(column, np.array([""], dtype=object))
         if wrong is not None and wrong[0] is None:

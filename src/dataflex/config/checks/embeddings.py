@@ -1,4 +1,4 @@
-"""What components ask for as embeddings, before a model is loaded."""
+"""Checks of the embeddings that components need, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataflex.errors import Problem
 
 
 def problems_of_embeddings(config: RunConfig) -> Iterator[Problem]:
-    """Return what is wrong with the embeddings that components ask for."""
+    """Yield the problems of the embeddings that components need."""
     for key, component in config.build_components().items():
         params = component.needs(config).embeddings
         if params is None:
@@ -20,10 +20,14 @@ def problems_of_embeddings(config: RunConfig) -> Iterator[Problem]:
         for parameter, message in problems_of_encoder(params):
             yield Problem(f"{SECTION}.{key}.{parameter}", message)
         if truthy(config, "streaming"):
-            yield Problem("streaming", f"{SECTION}.{key} embeds samples, and a stream has none yet; set it to false.")
+            yield Problem(
+                "streaming",
+                f"{SECTION}.{key} embeds the samples before training, and streamed data has none yet; set "
+                "streaming: false.",
+            )
         if params.encoder is None and isinstance(component, Weighter) and component.elementwise:
             yield Problem(
                 f"{SECTION}.{key}.encoder",
-                f"{component.name!r} weighs the samples of every process on its own, and the model in training embeds "
-                "those of all processes together; name an encoder.",
+                f"{component.name!r} weighs the samples of each process separately, but the model in training embeds "
+                "the samples of all processes together; name an encoder.",
             )

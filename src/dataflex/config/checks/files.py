@@ -1,4 +1,4 @@
-"""Files and folders that a run reads and writes, apart from its data."""
+"""Checks of the files and folders that a run reads and writes, apart from its data."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MODEL_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
 )
-"""Files by which a folder holds a trained model."""
+"""Files that show that a folder holds a trained model."""
 
 
 def problems_of_files(config: RunConfig) -> Iterator[Problem]:
-    """Return what is wrong with the model's folder, the one the run writes to, and files that keys name."""
+    """Yield the problems of the model's folder, of the output folder, and of files that keys name."""
     yield from _assets(config)
     yield from _model(config)
     yield from _output(config)
@@ -42,13 +42,15 @@ def _assets(config: RunConfig) -> Iterator[Problem]:
 def _model(config: RunConfig) -> Iterator[Problem]:
     model = config.llamafactory.get("model_name_or_path")
     if not model:
-        yield Problem("model_name_or_path", "needed: a model folder or hub name.")
+        yield Problem("model_name_or_path", "needed: a folder with a model, or a name on the model hub.")
     elif isinstance(model, str) and _is_path(model) and not (Path(model).expanduser() / "config.json").is_file():
-        yield Problem("model_name_or_path", f"no model in {model!r} (there is no config.json).")
+        yield Problem(
+            "model_name_or_path", f"no model in {model!r}: there is no config.json. Give a model folder or a hub name."
+        )
 
 
 def _is_path(name: str) -> bool:
-    """Return whether a name is one of a folder, not of a hub."""
+    """Return whether a name is the path of a folder, not a name on a hub."""
     if name.startswith(assets.PREFIX):
         return False
     return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or Path(name).exists()
@@ -57,28 +59,33 @@ def _is_path(name: str) -> bool:
 def _output(config: RunConfig) -> Iterator[Problem]:
     output = config.llamafactory.get("output_dir")
     if output is None or output == "":
-        yield Problem("output_dir", "needed: the folder the run writes to.")
+        yield Problem("output_dir", "needed: the folder to which the run writes.")
         return
     if not isinstance(output, str):
-        return  # of a type that is reported
+        return  # the check of values reports the wrong type
     existing = Path(output).absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        yield Problem("output_dir", f"{output!r} cannot be made: {existing} is a file.")
+        yield Problem(
+            "output_dir",
+            f"the folder {output!r} cannot be created, because {existing} is a file; choose another folder.",
+        )
     elif not os.access(existing, os.W_OK):
-        yield Problem("output_dir", f"{output!r} cannot be written to: {existing} is read-only.")
+        yield Problem(
+            "output_dir", f"{output!r} cannot be written to, because {existing} is read-only; choose another folder."
+        )
     elif _holds_finished_run(config, Path(output)):
         yield Problem(
             "output_dir",
-            f"{output!r} holds a finished run; choose another folder (output_dir=...), or set "
-            "overwrite_output_dir: true (its record is kept under another name) or, to train on from its last "
-            "checkpoint, resume_from_checkpoint: true and more steps.",
+            f"{output!r} holds a finished run. Choose another folder (output_dir=...), or set overwrite_output_dir: "
+            "true (the earlier record is kept under another name). To continue from the last checkpoint, set "
+            "resume_from_checkpoint: true and more steps.",
         )
 
 
 def _settings(config: RunConfig) -> Iterator[Problem]:
-    """JSON files of settings."""
+    """Yield the problems of JSON files with settings."""
     for key in ("deepspeed", "fsdp_config", "accelerator_config"):
         given = config.llamafactory.get(key)
         if not isinstance(given, str):
@@ -97,11 +104,11 @@ def _settings(config: RunConfig) -> Iterator[Problem]:
             yield Problem(key, f"{name} is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}.")
         else:
             if not isinstance(found, dict):
-                yield Problem(key, f"{given!r} holds no mapping of settings, but {type(found).__name__}.")
+                yield Problem(key, f"{given!r} must hold a JSON object of settings, got {type(found).__name__}.")
 
 
 def _adapters(config: RunConfig) -> Iterator[Problem]:
-    """Folders that models, adapters and checkpoints are read from."""
+    """Yield the problems of folders from which adapters and further models are loaded."""
     for key, file in (
         ("adapter_name_or_path", "adapter_config.json"),
         ("ref_model", "config.json"),
@@ -112,14 +119,14 @@ def _adapters(config: RunConfig) -> Iterator[Problem]:
         for name in given.split(",") if isinstance(given, str) else ():
             folder = Path(name.strip()).expanduser()
             if name.strip() and _is_path(name.strip()) and not (folder / file).is_file():
-                yield Problem(key, f"nothing to load in {name.strip()!r} (there is no {file}).")
+                yield Problem(key, f"{name.strip()!r} holds nothing to load: there is no {file} in it.")
     tokens = config.llamafactory.get("new_special_tokens_config")
     if isinstance(tokens, str) and not Path(tokens).is_file():
         yield Problem("new_special_tokens_config", f"there is no file {tokens!r}.")
 
 
 def _holds_finished_run(config: RunConfig, output: Path) -> bool:
-    """Return whether LLaMA-Factory would refuse to train into the folder, or only repeat the end of a finished run."""
+    """Return whether LLaMA-Factory would refuse to train into a folder, or only repeat the end of a finished run."""
     free = truthy(config, "overwrite_output_dir") or truthy(config, "resume_from_checkpoint")
     if free or config.offline or not truthy(config, "do_train") or not output.is_dir():
         return False
@@ -129,7 +136,7 @@ def _holds_finished_run(config: RunConfig, output: Path) -> bool:
 
 
 def is_finished(config: RunConfig, output: Path) -> bool:
-    """Return whether a run came to its end in the folder, its last evaluation included, as its record says."""
+    """Return whether the record of a folder says that its run is finished, including evaluation and prediction."""
     needed = {"model"}
     if truthy(config, "do_eval") or truthy(config, "eval_strategy"):
         needed.add("eval")

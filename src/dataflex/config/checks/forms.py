@@ -1,4 +1,4 @@
-"""Files of other launchers and trainers of LLaMA-Factory, which this package does not start."""
+"""Detection of files for LLaMA-Factory's other launchers and trainers, which DataFlex does not support."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _V1_NAMES = {
     "save_epochs": "save_strategy: epoch",
     "batching_strategy": "packing",
 }
-"""Key of the v1 form -> what is written in its place."""
+"""Key of the v1 form -> the keys to write instead."""
 
 _RAY = ("use_ray", "ray_run_name", "ray_storage_path", "ray_num_workers", "ray_init_kwargs", "resources_per_worker",
         "placement_strategy")  # fmt: skip
@@ -40,7 +40,7 @@ _EXPORT = ("export_dir", "export_quantization_bit")
 
 
 def other_form(config: RunConfig) -> Problem | None:
-    """Return what says that the file is one of another launcher; then its other keys need no word."""
+    """Return the problem of a file that is meant for another launcher or trainer; None for any other file."""
     keys = config.llamafactory
     found = _of_v1(config) or _of_environment(config)
     if found is not None:
@@ -49,8 +49,8 @@ def other_form(config: RunConfig) -> Problem | None:
     if ray:
         return Problem(
             ray[0],
-            "this is a file for LLaMA-Factory's Ray launch, which is not supported: dataflex-cli starts torchrun, "
-            f"with NPROC_PER_NODE and NNODES. Remove {', '.join(ray)}.",
+            "this is a file for LLaMA-Factory's Ray launch, which is not supported. dataflex-cli starts torchrun, "
+            f"controlled by NPROC_PER_NODE and NNODES. Remove {', '.join(ray)}.",
         )
     megatron = [key for key in keys if key in _MEGATRON and (key != "use_mca" or truthy(config, key))]
     if megatron:
@@ -76,19 +76,21 @@ def _of_v1(config: RunConfig) -> Problem | None:
     keys = config.llamafactory
     given = [key for key in keys if key in v1_keys()]
     if enabled("USE_V1"):
-        return Problem("environment variable USE_V1", "LLaMA-Factory's v1 trainer is not supported; unset it.")
+        return Problem(
+            "environment variable USE_V1", "LLaMA-Factory's v1 trainer is not supported; unset the variable."
+        )
     if not given or "model_name_or_path" in keys:
         return None
     instead = "; ".join(f"{key} -> {_V1_NAMES[key]}" for key in given if key in _V1_NAMES)
     return Problem(
         given[0],
-        f"this is LLaMA-Factory's v1 form ({', '.join(given)}), which is not supported. Write the file in its usual "
-        f"form{f': {instead}' if instead else ''}.",
+        f"this is a file in LLaMA-Factory's v1 form ({', '.join(given)}), which is not supported. Use the keys of the "
+        f"standard form{f': {instead}' if instead else ''}.",
     )
 
 
 def v1_name(key: str) -> str | None:
-    """Return what says how a single key of the v1 form is written in a file of the usual one."""
+    """Return a message for a single key of the v1 form in a standard file; None for any other key."""
     if key not in v1_keys() or key in llamafactory_keys():
         return None
     instead = f"; write {_V1_NAMES[key]}." if key in _V1_NAMES else "."
@@ -98,12 +100,17 @@ def v1_name(key: str) -> str | None:
 def _of_environment(config: RunConfig) -> Problem | None:
     for name, what in (("USE_RAY", "Ray launch"), ("USE_MCA", "Megatron trainer")):
         if enabled(name):
-            return Problem(f"environment variable {name}", f"LLaMA-Factory's {what} is not supported; unset it.")
+            return Problem(
+                f"environment variable {name}", f"LLaMA-Factory's {what} is not supported; unset the variable."
+            )
     return None
 
 
 def _of_ktransformers(config: RunConfig) -> Problem | None:
-    """Under ``dataflex:`` KTransformers is not supported; without, it is LLaMA-Factory's in one process."""
+    """Return the problem of a file for KTransformers training; None if there is none.
+
+    With a section KTransformers is not supported. Without a section LLaMA-Factory itself trains, in one process.
+    """
     named = [key for key in config.llamafactory if key in _KTRANSFORMERS or key.startswith("kt_")]
     if not named and not enabled("USE_KT"):
         return None

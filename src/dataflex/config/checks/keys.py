@@ -1,4 +1,4 @@
-"""Single keys: which nobody knows or stand in the wrong place, and values their arguments cannot have."""
+"""Checks of single keys: unknown and misplaced keys, and values that an argument does not accept."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ RANGES: dict[str, tuple[float, bool, float, bool]] = {
     "save_total_limit": (-1, True, math.inf, False),
     "seed": (0, True, 2**32, False),
 }
-"""Numeric key -> lowest value, whether it is allowed, highest value, whether it is allowed."""
+"""Numeric key -> (lower bound, whether it is allowed, upper bound, whether it is allowed)."""
 
 _FILES_OR_MAPPINGS = ("deepspeed", "fsdp_config", "accelerator_config")
 
@@ -60,7 +60,7 @@ _NAMES = {
 
 
 def problems_of_keys(config: RunConfig) -> Iterator[Problem]:
-    """Return what is wrong with single keys and their values."""
+    """Yield the problems of single keys and of their values."""
     yield from _unknown_keys(config)
     yield from _values(config)
 
@@ -70,7 +70,7 @@ def _unknown_keys(config: RunConfig) -> Iterator[Problem]:
     strangers = [key for key in config.llamafactory if key not in known]
     if not known or not strangers or enabled("ALLOW_EXTRA_ARGS"):
         return
-    with contextlib.suppress(ConfigError):  # an installed package's; it is reported where its methods are looked for
+    with contextlib.suppress(ConfigError):  # of an installed package; reported when methods are looked up
         registry.load_components([])
     own = list(DataFlexConfig.model_fields)
     section = None if config.dataflex is None else config.dataflex.model_dump()
@@ -82,7 +82,7 @@ def _unknown_keys(config: RunConfig) -> Iterator[Problem]:
 
 
 def _values(config: RunConfig) -> Iterator[Problem]:
-    """Values that LLaMA-Factory's annotations and ranges rule out, and unknown templates."""
+    """Yield the values that LLaMA-Factory's annotations or our ranges do not allow, and unknown templates."""
     for key, argument in llamafactory_arguments().items():
         if key in config.llamafactory:
             message = _value(key, argument, config.llamafactory[key])
@@ -94,12 +94,12 @@ def _values(config: RunConfig) -> Iterator[Problem]:
 
 
 def _value(key: str, argument: Argument, value: Any) -> str | None:
-    """Return what is wrong with the value of a key, or None."""
+    """Return the problem of a key's value; None if the value is allowed."""
     types = argument.types
     if "any" in types or (value is None and ("None" in types or types == {"bool"})):
         return None
     if value is None:
-        return "has no value; give it one, or remove the key."
+        return "has no value; set one, or remove the key."
     other = _kind(value) in types and not isinstance(value, str)
     if argument.choices and not other and not isinstance(value, dict | list):
         words = str(value).split() if key in ("debug", "fsdp") else [str(value)]
@@ -112,6 +112,7 @@ def _value(key: str, argument: Argument, value: Any) -> str | None:
         return None
     if kind in ("int", "float") and types & {"int", "float"}:
         return _number(key, value, whole="float" not in types)
+    # LLaMA-Factory reads 0 and 1 as false and true.
     if kind == "int" and value in (0, 1) and types <= {"bool", "None"}:
         return None
     if kind not in types:
@@ -120,7 +121,7 @@ def _value(key: str, argument: Argument, value: Any) -> str | None:
         return f"must be a mapping, got {value!r}."
     if kind == "list":
         others = [item for item in value if not isinstance(item, str)]
-        return f"must be a list of words, got {others[0]!r} in it." if others else None
+        return f"must be a list of texts, but one item is {others[0]!r}." if others else None
     return None
 
 
@@ -136,14 +137,14 @@ def _wrong_type(types: frozenset[str], value: Any) -> str:
     hint = "."
     if "str" in types and isinstance(value, bool):
         words = "yes and on as true" if value else "no and off as false"
-        hint = f"; YAML reads {words}, so write the text in quotes if there is one."
+        hint = f"; YAML reads {words}. If you mean the word, write it in quotes."
     elif "str" in types and _kind(value) in ("int", "float"):
-        hint = f'; write "{value}" in quotes if that is the text.'
+        hint = f'; if you mean the text, write it in quotes: "{value}".'
     elif isinstance(value, str) and types & {"int", "float"}:
         hint = "; write it without quotes." if _is_number(value) else "."
         asked = ["a number"]
     elif isinstance(value, str) and "bool" in types and value.lower() in ("true", "false"):
-        hint = "; write it without quotes (LLaMA-Factory takes any text for true)."
+        hint = "; write it without quotes, because LLaMA-Factory reads any text as true."
     return f"must be {' or '.join(asked)}, got {value!r}{hint}"
 
 
@@ -153,7 +154,7 @@ def _number(key: str, value: float, whole: bool) -> str | None:
     if whole and not isinstance(value, int):
         return f"must be a whole number, got {value}{f'; write {int(value)}.' if value == int(value) else '.'}"
     if key == "max_steps" and value != -1 and value < 1:
-        return f"must be at least 1, or -1 for 'as num_train_epochs says', got {value}."
+        return f"must be at least 1, or -1 to train for num_train_epochs, got {value}."
     low, at_low, high, at_high = RANGES.get(key, (-math.inf, False, math.inf, False))
     if (value < low or (value == low and not at_low)) or (value > high or (value == high and not at_high)):
         lower = f"{'at least' if at_low else 'above'} {low:g}"
@@ -163,7 +164,7 @@ def _number(key: str, value: float, whole: bool) -> str | None:
 
 
 def _is_mapping(value: str) -> bool:
-    """Return whether a text is a JSON object, as command lines give mappings."""
+    """Return whether a text is a JSON object, the form in which a command line gives a mapping."""
     try:
         return isinstance(json.loads(value), dict)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Packages that keys ask for: looked up, never imported."""
+"""Checks of the packages that keys need. Packages are looked up, never imported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRACKERS: dict[str, tuple[str, ...]] = {
     "trackio": ("trackio",),
     "wandb": ("wandb",),
 }
-"""Word of ``report_to`` -> the modules its callback imports."""
+"""Value of ``report_to`` -> modules that the tracker's callback imports."""
 
 _BITSANDBYTES = (
     "adamw_bnb_8bit", "adamw_8bit", "ademamix", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit",
@@ -55,23 +55,23 @@ OPTIMIZERS: dict[str, str] = {
     "grokadamw": "grokadamw",
     "stable_adamw": "optimi",
 }
-"""Word of ``optim`` -> the module it is in; those that are not here are PyTorch's or transformers' own."""
+"""Value of ``optim`` -> module of the optimizer. All other optimizers are part of PyTorch or transformers."""
 
 VALUES: dict[str, dict[str, str]] = {
     "optim": OPTIMIZERS,
     "flash_attn": {"fa2": "flash_attn", "fa3": "flash_attn_interface"},
     "fp8_backend": {"torchao": "torchao", "te": "transformer_engine", "msamp": "msamp"},
 }
-"""Key -> its words -> the module each needs."""
+"""Key -> value -> module that the value needs."""
 
 QUANTIZATION = {"bnb": "bitsandbytes", "hqq": "hqq", "eetq": "eetq"}
-"""Word of ``quantization_method`` -> the module that quantizes while a model is loaded."""
+"""Value of ``quantization_method`` -> module that quantizes a model while it is loaded."""
 
 FLAGS = {
     "use_liger_kernel": "liger_kernel",
     "use_hyper_parallel": "hyper_parallel",
 }
-"""Key -> the module it needs where it is true, beside those that LLaMA-Factory's own parser asks for."""
+"""Key -> module that it needs if it is true. LLaMA-Factory's own parser checks further packages."""
 
 _INSTALL = {
     "flash_attn_interface": "flash-attn", "optimi": "torch-optimi", "azureml": "azureml-core",
@@ -79,11 +79,11 @@ _INSTALL = {
     "liger_kernel": "liger-kernel", "transformer_engine": "transformer-engine",
     "lomo_optim": "lomo-optim",
 }  # fmt: skip
-"""Module -> the package it comes in, where that has another name."""
+"""Module -> name of its package, if the two names differ."""
 
 
 def problems_of_packages(config: RunConfig) -> Iterator[Problem]:
-    """Return the packages that are asked for and not installed, a problem for each key."""
+    """Yield a problem for each key that needs packages which are not installed."""
     yield from _trackers(config)
     for key, values in VALUES.items():
         value = word(config, key, "")
@@ -109,17 +109,18 @@ def _trackers(config: RunConfig) -> Iterator[Problem]:
             yield Problem("report_to", unknown("tracker", name, [*TRACKERS, "all", "none"]))
             continue
         modules = [module for module in TRACKERS[name] if not _there(module)]
+        # transformers accepts either of the two packages.
         if name == "tensorboard" and _there("tensorboardX"):
             modules = []
         if modules:
             names = " and ".join(map(_name, modules))
             yield Problem("report_to", f"{name} needs the package {names}{_missing(*modules)} Or set report_to: none.")
     if isinstance(given, str) and "," in given:
-        yield Problem("report_to", f"several trackers are a list: [{given}].")
+        yield Problem("report_to", f"several trackers must be a list, got {given!r}; write [{given}].")
 
 
 def _required(config: RunConfig) -> Iterator[Problem]:
-    """What LLaMA-Factory's own parser would ask for; all packages of a key together."""
+    """Yield the missing packages that LLaMA-Factory's own parser requires, all packages of a key together."""
     missing: dict[str, list[str]] = {}
     for key, text in required_packages():
         if truthy(config, key) and not _satisfied(text):
@@ -127,7 +128,7 @@ def _required(config: RunConfig) -> Iterator[Problem]:
     for key, texts in missing.items():
         packages = f"{'package' if len(texts) == 1 else 'packages'} {' and '.join(texts)}"
         command = f"pip install {' '.join(map(_quoted, texts))}"
-        yield Problem(key, f"needs the {packages}, not installed here: {command}.")
+        yield Problem(key, f"needs the {packages}, not installed here; run {command}.")
 
 
 @cache
@@ -148,7 +149,7 @@ def _name(module: str) -> str:
 
 
 def _missing(*modules: str) -> str:
-    return f", which is not installed: pip install {' '.join(map(_name, modules))}."
+    return f", which is not installed; run pip install {' '.join(map(_name, modules))}."
 
 
 def _quoted(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The plan of a run as far as it shows before anything is loaded, and whether it would decide anything."""
+"""The plan of a run as far as it is known before anything is loaded, and checks that the run decides something."""
 
 from __future__ import annotations
 
@@ -15,27 +15,35 @@ _WORK = ("do_train", "do_eval", "do_predict")
 
 
 def problems_of_work(config: RunConfig) -> Iterator[Problem]:
-    """Return that nothing would be done, or trained, where that is so."""
+    """Yield a problem if the run would do nothing, or would train nothing although components are set."""
     if config.offline:
         return
     if not any(truthy(config, key) for key in _WORK) and str(config.llamafactory.get("eval_strategy") or "no") == "no":
         if config.params:
-            yield Problem("do_train", f"not set, so nothing would be trained and {_who(config)} would never decide.")
+            yield Problem(
+                "do_train",
+                f"not set, so nothing would be trained and {_who(config)} would never decide; set do_train: true.",
+            )
         elif not config.llamafactory.get("tokenized_path"):
-            yield Problem("do_train", f"none of {', '.join(_WORK)} is true, so nothing would be done; set do_train.")
+            yield Problem(
+                "do_train", f"none of {', '.join(_WORK)} is true, so nothing would be done; set do_train: true."
+            )
     elif not truthy(config, "do_train"):
         if config.params:
             yield Problem(
                 "do_train",
-                f"not true, so nothing would be trained and {_who(config)} would never decide. Set it, or remove the "
-                f"{SECTION}: section from a file that only evaluates or predicts.",
+                f"not true, so nothing would be trained and {_who(config)} would never decide. Set do_train: true, or "
+                f"remove the {SECTION}: section from a file that only evaluates or predicts.",
             )
     elif config.dataflex is not None:
         yield from _length(config, config.dataflex)
 
 
 def problems_of_plan(config: RunConfig) -> list[Problem]:
-    """Return why nothing would be decided, as far as the rows of the data tell; for a file without other problems."""
+    """Return the reasons why a run would decide nothing, as far as the number of rows shows.
+
+    Only for a configuration without other problems, because the plan is computed from all of its keys.
+    """
     settings = config.dataflex
     if config.offline or settings is None or not truthy(config, "do_train"):
         return []
@@ -50,7 +58,7 @@ def _who(config: RunConfig) -> str:
 
 
 def _length(config: RunConfig, settings: DataFlexConfig) -> Iterator[Problem]:
-    """No passes over the data, where nothing else says how long training lasts."""
+    """Yield a problem if ``num_train_epochs`` is 0 and no other key sets the length of training."""
     given = config.llamafactory.get("num_train_epochs")
     steps = settings.train_steps is not None or number(config, "max_steps", -1) > 0
     if given is None or steps or settings.train_tokens is not None:
@@ -59,13 +67,18 @@ def _length(config: RunConfig, settings: DataFlexConfig) -> Iterator[Problem]:
     if not 0 < epochs < float("inf"):
         yield Problem(
             "num_train_epochs",
-            f"{given} trains nothing; give a number above 0, or the length with max_steps, {SECTION}.train_steps or "
-            f"{SECTION}.train_tokens.",
+            f"must be above 0, got {given}. The length of training can also be set with max_steps, "
+            f"{SECTION}.train_steps or {SECTION}.train_tokens.",
         )
 
 
 def trainer_keys(config: RunConfig, certain: bool = False) -> TrainerKeys:
-    """Return LLaMA-Factory's keys, defaults filled in; ``certain``: with no more processes than there will be."""
+    """Return the keys of LLaMA-Factory that the plan depends on, with defaults filled in.
+
+    Args:
+        config: configuration of the run.
+        certain: use a lower bound of the number of processes.
+    """
     given = config.llamafactory
     logging_steps = number(config, "logging_steps", 500)
     return TrainerKeys(
@@ -86,9 +99,9 @@ def planned(config: RunConfig, certain: bool = False) -> RunPlan:
     """Return the plan of a run that trains.
 
     Args:
-        config: of the run.
-        certain: take no more processes than there will be, so that the run is not shorter than it says, nor a round
-            smaller.
+        config: configuration of the run.
+        certain: use a lower bound of the number of processes, so that the plan has at least as many steps as the run,
+            and rounds that are no larger.
     """
     samples, reason = training_samples(config)
     settings = config.dataflex or DataFlexConfig()

@@ -1,4 +1,4 @@
-"""What is wrong with the references that components ask for, as far as it shows without loading them."""
+"""Checks of the references that components need, without loading them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataflex.errors import Problem
 
 
 def problems_of_references(config: RunConfig) -> Iterator[Problem]:
-    """Return the problems, by the key of the component that asks."""
+    """Yield the problems of references, under the key of the component that needs the reference."""
     components = config.build_components()
     names = dataset_names(config)
-    # Otherwise the domains of the table are not the data sets: one for all, or the values of a column.
+    # Otherwise the domains of the table are not the data sets but one domain for all, or the values of a column.
     are_domains = components.plans_data and config.dataflex is not None and config.dataflex.domain_column is None
     for key, component in components.items():
         params = component.needs(config).reference
@@ -27,6 +27,6 @@ def problems_of_references(config: RunConfig) -> Iterator[Problem]:
         if params.reference_losses is not None and truthy(config, "streaming"):
             yield Problem(
                 f"{SECTION}.{key}.reference_losses",
-                "a table holds the losses of samples that have a number, and those of a stream have none; set "
-                "streaming: false, or name a reference_model alone.",
+                "a table stores losses by the index of a sample, and streamed samples have none; set streaming: "
+                "false, or name only a reference_model.",
             )

@@ -1,4 +1,4 @@
-"""How many rows the data files of a run have, counted without a tokenizer, as far as that is quick."""
+"""Counts of the rows in a run's data files, without a tokenizer, if counting is quick."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from dataflex.config.checks.values import dataset_names, is_packed, number, trut
 from dataflex.config.loading import RunConfig
 
 _LARGEST_ARRAY = 1 << 28
-"""Bytes of the largest JSON array that is parsed to be counted; a second or two."""
+"""Bytes of the largest JSON array that is parsed for counting. Parsing it takes one or two seconds."""
 _BLOCK = 1 << 22
 _REMOTE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 
 
 def training_samples(config: RunConfig) -> tuple[dict[str, int], str]:
-    """Return the samples each training data set will give at most, or why that is not known.
+    """Return an upper bound of the samples in each training data set, or the reason why the number is not known.
 
-    Rows that preprocessing drops are counted, so there may be fewer, never more.
+    Rows that preprocessing drops are counted, so the real number may be smaller, but never larger.
 
     Returns:
-        Samples by data set, and an empty text; or nothing, and the reason.
+        The samples by data set and an empty text. If they are not known, an empty mapping and the reason.
     """
     stage = config.llamafactory.get("stage", "sft")
     if truthy(config, "streaming"):
         return {}, "streamed data has no length"
     if config.llamafactory.get("tokenized_path"):
-        return {}, "tokenized data is not looked into"
+        return {}, "the rows of tokenized data are not counted"
     if is_packed(config):
-        return {}, "rows are packed into another number of samples"
+        return {}, "packing changes the number of samples"
     if stage not in ("sft", "pt", "rm", "dpo"):
-        return {}, f"stage {stage} makes samples of its own"
+        return {}, f"stage {stage} makes another number of samples from the rows"
     if str(config.llamafactory.get("mix_strategy", "concat")) != "concat":
         return {}, "data sets are interleaved"
     found: dict[str, int] = {}
@@ -46,12 +46,12 @@ def training_samples(config: RunConfig) -> tuple[dict[str, int], str]:
         held_out = number(config, "val_size", 0.0)
         found[name] = max(0, rows - int(held_out)) if held_out >= 1 else rows - math.ceil(held_out * rows)
     if not all(found.values()):
-        return {}, "there is a data set without a row"
+        return {}, "a data set has no rows"
     return found, ""
 
 
 def rows_of(config: RunConfig, name: str) -> int | None:
-    """Return the rows of a data set after ``num_samples`` and ``max_samples``; None where they are not counted."""
+    """Return the rows of a data set after ``num_samples`` and ``max_samples``; None if they cannot be counted."""
     folder = str(config.llamafactory.get("dataset_dir", "data"))
     if folder.startswith(assets.PREFIX):
         asset = folder.removeprefix(assets.PREFIX)
@@ -78,13 +78,19 @@ def _entry(path: Path, name: str) -> dict[str, Any]:
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))[name]
     except (OSError, ValueError, LookupError, TypeError):
-        return {}  # another check tells
+        return {}  # the check of data sets reports a wrong entry
     return entry if isinstance(entry, dict) else {}
 
 
 @cache
 def _count(path: Path, changed: int) -> int | None:
-    """Return the rows of a file; ``changed`` is when it was written, so that a new file is counted anew."""
+    """Return the number of rows of a file; None if it cannot be counted.
+
+    Args:
+        path: the file.
+        changed: time of the last change, in nanoseconds. As a part of the cache key it makes a changed file be counted
+            again.
+    """
     try:
         kind = path.suffix.lower()
         if kind == ".parquet":
@@ -102,7 +108,7 @@ def _count(path: Path, changed: int) -> int | None:
         if kind == ".arrow":
             return _arrow_rows(path)
     except (OSError, ValueError, csv.Error):
-        pass  # loading tells what is wrong with it
+        pass  # the check of data sets and the loading report the cause
     return None
 
 

@@ -1,4 +1,4 @@
-"""What the ``dataflex:`` section asks for, against LLaMA-Factory's keys."""
+"""Checks of the ``dataflex:`` section against LLaMA-Factory's keys."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ SPECIAL_LOSSES = {
     "use_dft_loss": "its token weights already change the loss",
     "use_eaft_loss": "its token weights already change the loss",
     "use_asft_loss": "it computes the loss against a reference model",
-    "label_smoothing_factor": "the Trainer's smoothed loss is a mean per micro-batch, not the token mean weights scale",
+    "label_smoothing_factor": "the Trainer's smoothed loss is a mean per micro-batch, but weights scale a mean "
+    "over tokens",
     "enable_liger_kernel": "its fused head and loss give no loss per sample",
     "use_liger_kernel": "its fused head and loss give no loss per sample",
     "use_unsloth": "its fused loss gives no loss per sample",
 }
-"""LLaMA-Factory keys that give the loss a path of its own -> why weights cannot join it."""
+"""Key of LLaMA-Factory with its own computation of the loss -> the reason why loss weights cannot be applied to it."""
 
 _LAYERWISE = ("galore_layerwise", "apollo_layerwise")
 
 
 def problems_of_section(config: RunConfig) -> Iterator[Problem]:
-    """Return what does not go together with the section."""
+    """Yield the problems of the section together with LLaMA-Factory's keys."""
     for check in (
         _stage,
         _data_path,
@@ -54,12 +55,19 @@ def _stage(config: RunConfig) -> Iterator[Problem]:
         yield Problem("stage", f"{stage!r} is not supported with {SECTION}:; use one of {', '.join(STAGES)}.")
     for key in ("use_hyper_parallel", "auto_find_batch_size"):
         if truthy(config, key):
-            yield Problem(key, f"is not supported with {SECTION}: (rounds need LLaMA-Factory's standard trainer).")
+            yield Problem(
+                key,
+                f"is not supported with {SECTION}:, because rounds need LLaMA-Factory's standard trainer; remove it.",
+            )
     yield from _length(config)
 
 
 def _length(config: RunConfig) -> Iterator[Problem]:
-    """What says how long training lasts: at most one key, and for a budget what can follow it."""
+    """Yield the problems of the keys that set the length of training.
+
+    At most one key may set the length. With a budget of tokens or seconds the number of steps is not known in advance,
+    so every schedule has to be one whose length can be adjusted.
+    """
     settings = config.dataflex
     if settings is None:
         return
@@ -68,48 +76,75 @@ def _length(config: RunConfig) -> Iterator[Problem]:
     if number(config, "max_steps", -1) > 0:
         given.append("max_steps")
     if len(given) > 1:
-        yield Problem(given[0], f"and {' and '.join(given[1:])} both say how long training lasts; keep one.")
+        yield Problem(
+            given[0], f"cannot be combined with {' and '.join(given[1:])}: each sets the length of training; keep one."
+        )
     if settings.train_tokens is None and settings.train_seconds is None:
         return
     budget = f"{SECTION}.train_tokens" if settings.train_tokens is not None else f"{SECTION}.train_seconds"
     schedule = str(config.llamafactory.get("lr_scheduler_type", "linear"))
     if schedule in ("reduce_lr_on_plateau", "greedy"):
-        yield Problem("lr_scheduler_type", f"{schedule!r} has no length that could follow {budget}; use cosine, say.")
+        yield Problem(
+            "lr_scheduler_type",
+            f"{schedule!r} has no length that could be adjusted to {budget}; use another schedule (cosine, say).",
+        )
     for key in _LAYERWISE:
         if truthy(config, key):
-            yield Problem(key, f"has schedules of its own, which do not follow {budget}; use train_steps.")
+            yield Problem(
+                key, f"has its own schedules, which cannot be adjusted to {budget}; use {SECTION}.train_steps."
+            )
     for block in ("optimizer", "scheduler"):
         if block in (config.deepspeed or {}):
-            yield Problem("deepspeed", f"its {block!r} block has a schedule that cannot follow {budget}; remove it.")
+            yield Problem(
+                "deepspeed",
+                f"the {block!r} block has a schedule that cannot be adjusted to {budget}; remove the block.",
+            )
     if truthy(config, "streaming"):
-        yield Problem("streaming", f"{budget} needs the lengths of all samples; set it to false, or use max_steps.")
+        yield Problem(
+            "streaming", f"{budget} needs the lengths of all samples; set streaming: false, or use max_steps."
+        )
 
 
 def _data_path(config: RunConfig) -> Iterator[Problem]:
-    """Keys that say where samples come from, against decisions about samples."""
+    """Yield the keys that choose or order samples and so contradict select, mix and order."""
     plans = [key for key in ("select", "mix", "order") if key in config.families]
     if not plans:
         return
     who = f"{SECTION}.{plans[0]}"
     if truthy(config, "streaming"):
-        yield Problem("streaming", f"{who} needs to see the whole pool, and a stream has no length; set it to false.")
+        yield Problem(
+            "streaming", f"{who} needs the whole pool, and streamed data has no length; set streaming: false."
+        )
     if str(config.llamafactory.get("mix_strategy", "concat")) != "concat":
-        yield Problem("mix_strategy", f"interleaving fixes the mixture before training; use {SECTION}.mix instead.")
+        yield Problem(
+            "mix_strategy",
+            f"interleaving fixes the mixture before training; remove mix_strategy, and set shares with {SECTION}.mix.",
+        )
     sequential = truthy(config, "disable_shuffling")
     strategy = config.llamafactory.get("train_sampling_strategy", "random")
     if "mix" in config.families and (sequential or strategy == "sequential"):
         key = "disable_shuffling" if sequential else "train_sampling_strategy"
-        yield Problem(key, "a mixture has no natural order, samples of the domains are shuffled; remove it.")
+        yield Problem(
+            key,
+            f"{SECTION}.mix shuffles the samples of the domains, so the order of the files cannot be kept; "
+            f"remove {key}.",
+        )
     if "order" in config.families and (sequential or strategy != "random"):
         key = "disable_shuffling" if sequential else "train_sampling_strategy"
-        yield Problem(key, f"{SECTION}.order decides the order of samples; keep one of the two.")
+        yield Problem(key, f"{SECTION}.order decides the order of samples; remove {key} or {SECTION}.order.")
     accelerator = config.llamafactory.get("accelerator_config")
     if isinstance(accelerator, dict) and (accelerator.get("split_batches") or accelerator.get("dispatch_batches")):
-        yield Problem("accelerator_config", "split_batches and dispatch_batches change who trains what; remove.")
+        yield Problem(
+            "accelerator_config",
+            "split_batches and dispatch_batches change which process trains which sample; remove them.",
+        )
     column = None if config.dataflex is None else config.dataflex.domain_column
     if number(config, "val_size", 0.0) > 1 and (column is not None or len(dataset_names(config)) > 1):
         parts = "data sets" if column is None else f"the values of {SECTION}.domain_column"
-        yield Problem("val_size", f"a number of samples cannot be split over {parts}; give a fraction or eval_dataset.")
+        yield Problem(
+            "val_size",
+            f"a number of samples cannot be divided between {parts}; set a fraction below 1, or eval_dataset.",
+        )
 
 
 def _domains(config: RunConfig) -> Iterator[Problem]:
@@ -117,14 +152,16 @@ def _domains(config: RunConfig) -> Iterator[Problem]:
     if column is not None:
         if not components.plans_data:
             yield Problem(
-                f"{SECTION}.domain_column", "divides the data of select, mix and order; name one, or remove it."
+                f"{SECTION}.domain_column",
+                "only has an effect with select, mix or order; add one of them, or remove it.",
             )
         if config.llamafactory.get("tokenized_path"):
             yield Problem(
                 "tokenized_path",
-                f"{SECTION}.domain_column is read from raw data, which tokenized data has no more; remove.",
+                f"{SECTION}.domain_column is read from the raw data, and tokenized data has none; remove "
+                "one of the two keys.",
             )
-        return  # they are asked when the names of the domains are known
+        return  # check_domains follows when the data is loaded and the names of the domains are known
     for key, component in (("mix", components.mix), ("order", components.order)):
         if component is not None and dataset_names(config):
             problem = component.check_domains(dataset_names(config))
@@ -140,37 +177,43 @@ def _order(config: RunConfig) -> Iterator[Problem]:
         other = "mix" if components.mix is not None else components.select[-1].key
         yield Problem(
             f"{SECTION}.order",
-            f"{components.order.name!r} says itself which samples come when, so there is nothing to decide for "
-            f"{other}; remove one of the two.",
+            f"{components.order.name!r} itself decides which samples are trained when, so {other} has nothing to "
+            "decide; remove one of the two.",
         )
     if components.order.walks and components.select:
         yield Problem(
             f"{SECTION}.order",
-            f"{components.order.name!r} puts the whole pool in order here, and {components.select[-1].key} chooses the "
-            "samples of every round; put rounds in order (scope: round), or remove the selector.",
+            f"{components.order.name!r} orders the whole pool, but {components.select[-1].key} chooses the samples of "
+            "every round. Order each round alone (scope: round), or remove the selector.",
         )
     if not components.order.reads_scores:
         return
     if not components.select or not components.select[-1].component.scores_samples:
         yield Problem(
             f"{SECTION}.order",
-            f"{components.order.name!r} reads the scores of a selector here, and needs one that scores, e.g. select: "
-            "{method: loss}.",
+            f"{components.order.name!r} reads the scores of a selector here; add a selector that gives scores, for "
+            "example select: {method: loss}.",
         )
 
 
 def _columns(config: RunConfig) -> Iterator[Problem]:
-    """Keys that leave no way from a raw row to its sample."""
+    """Yield the keys that make it impossible to assign a raw row to its sample."""
     wanted = config.wanted_columns()
     if not wanted:
         return
     column, key = next((name, each.key) for name, each in wanted.items())
     if config.families & {"select", "mix", "order"}:
-        return  # then neither can be
+        return  # _data_path already refuses the same keys
     if truthy(config, "streaming"):
-        yield Problem("streaming", f"{key} keeps {column!r} of every sample, and a stream has no samples yet; remove.")
+        yield Problem(
+            "streaming",
+            f"{key} keeps {column!r} of every sample, and streamed data has no samples yet; set streaming: false.",
+        )
     if str(config.llamafactory.get("mix_strategy", "concat")) != "concat":
-        yield Problem("mix_strategy", f"{key} keeps {column!r}, and nobody says which row is interleaved; use concat.")
+        yield Problem(
+            "mix_strategy",
+            f"{key} keeps {column!r}, but interleaving does not tell which row a sample is from; use concat.",
+        )
 
 
 def _components(config: RunConfig) -> Iterator[Problem]:
@@ -190,47 +233,51 @@ def _validation(config: RunConfig) -> Iterator[Problem]:
         if asked is not None and component.family == "weighter" and truthy(config, "streaming"):
             yield Problem(
                 "streaming",
-                f"{SECTION}.{key} measures samples on the model, and those of a stream are not known; set it to false.",
+                f"{SECTION}.{key} measures samples with the model, and streamed samples are not known; "
+                "set streaming: false.",
             )
         if asked is not None and asked.validation is None:
             yield from _without_validation(config, f"{SECTION}.{key}.validation", component)
 
 
 def _without_validation(config: RunConfig, key: str, component: Component) -> Iterator[Problem]:
-    """What a component that needs validation samples can take for them where it names none."""
+    """Yield a problem if a component names no validation samples and cannot use the evaluation data instead."""
     if dataset_names(config, "eval_dataset"):
         return
     if not number(config, "val_size", 0.0):
         yield Problem(
             key,
-            f"{component.name!r} looks at validation samples: name data sets here, or set eval_dataset (or val_size).",
+            f"{component.name!r} needs validation samples; name data sets here, or set eval_dataset or val_size.",
         )
         return
     if truthy(config, "predict_with_generate"):
         yield Problem(
             "predict_with_generate",
-            f"samples split off by val_size are then prompts only, and {component.name!r} needs their answers; name "
-            f"validation data sets in {key}.",
+            f"the samples that val_size splits off then have prompts only, and {component.name!r} needs their answers; "
+            f"name validation data sets in {key}.",
         )
         return
     packing = [name for name in ("packing", "neat_packing") if truthy(config, name)]
     if packing and config.llamafactory.get("stage", "sft") == "sft":
         yield Problem(
             packing[0],
-            f"samples split off by val_size are then packed too, and {component.name!r} needs them one by one; name "
-            f"the validation samples with eval_dataset or {key}.",
+            f"the samples that val_size splits off are then packed too, and {component.name!r} needs single samples; "
+            f"name validation data sets in eval_dataset or {key}.",
         )
 
 
 def _best_model(config: RunConfig) -> Iterator[Problem]:
-    """The Trainer takes every metric whose name does not end in ``loss`` for one where more is better."""
+    """Yield a problem if the Trainer would choose the worst checkpoint as the best one.
+
+    The Trainer assumes that more is better for every metric whose name does not end in ``loss``.
+    """
     metric = str(config.llamafactory.get("metric_for_best_model") or "")
     if metric.endswith(("_perplexity", "_bits_per_byte")) and config.llamafactory.get("greater_is_better") is None:
         yield Problem("greater_is_better", f"needed with metric_for_best_model: {metric}; set it to false.")
 
 
 def _neat_packing(config: RunConfig) -> Iterator[Problem]:
-    """What measures several samples together, against a collator that takes one at a time."""
+    """Yield a problem if components measure several samples at once and the collator accepts only one."""
     if not truthy(config, "neat_packing") or config.llamafactory.get("flash_attn") != "fa2":
         return
     components = config.build_components()
@@ -243,8 +290,8 @@ def _neat_packing(config: RunConfig) -> Iterator[Problem]:
     if measuring:
         yield Problem(
             "neat_packing",
-            f"with flash_attn: fa2 LLaMA-Factory's batches are of one sample, and {' and '.join(measuring)} measures "
-            "several samples together. Set flash_attn: sdpa, or packing: true in the place of neat_packing.",
+            "with flash_attn: fa2 LLaMA-Factory's batches have one sample, but several are measured at once by "
+            f"{' and '.join(measuring)}. Set flash_attn: sdpa, or packing: true instead of neat_packing.",
         )
 
 

@@ -1,6 +1,7 @@
-"""Keys of LLaMA-Factory that contradict each other, in the cases that would otherwise show after the model is loaded.
+"""Checks for keys of LLaMA-Factory that contradict each other.
 
-What LLaMA-Factory's own parser refuses is left to it, but for cases in which its message names no key.
+Only contradictions that would otherwise fail after the model is loaded are checked. The others are left to
+LLaMA-Factory's own parser, except those for which its message names no key.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataflex.config.loading import RunConfig
 from dataflex.errors import Problem, unknown
 
 _BITS = {"bnb": (4, 8), "hqq": (1, 2, 3, 4, 5, 6, 8), "eetq": (8,)}
-"""Word of ``quantization_method`` -> bits it can quantize to."""
+"""Value of ``quantization_method`` -> bits to which the method can quantize."""
 _NO_ZERO_3 = {
     "predict_with_generate": "it generates with the whole model",
     "pissa_init": "run scripts/pissa_init.py of LLaMA-Factory before",
@@ -27,11 +28,11 @@ _NO_ZERO_3 = {
     "use_unsloth": "unsloth trains on one GPU",
     "use_kt": "KTransformers trains in one process",
 }
-"""Key -> why ZeRO-3 does not go with it."""
+"""Key -> the reason why it cannot be combined with ZeRO-3, or what to do instead."""
 
 
 def problems_of_combinations(config: RunConfig) -> Iterator[Problem]:
-    """Return which keys contradict each other."""
+    """Yield a problem for each contradiction between keys."""
     yield from _evaluation(config)
     yield from _best(config)
     yield from _precision(config)
@@ -42,28 +43,26 @@ def problems_of_combinations(config: RunConfig) -> Iterator[Problem]:
 
 
 def _evaluation(config: RunConfig) -> Iterator[Problem]:
-    """What evaluates, or stops by an evaluation, without data or without evaluations."""
+    """Yield the keys that need evaluation data or evaluations, if the run has none."""
     strategy = word(config, "eval_strategy", "no")
     if dataset_names(config, "eval_dataset") and number(config, "val_size", 0.0) > 1e-6:
-        yield Problem("val_size", "cannot be given with eval_dataset; keep one of the two.")
+        yield Problem("val_size", "cannot be combined with eval_dataset; keep one of the two.")
     elif not has_evaluation_data(config):
         asking = [f"eval_strategy: {strategy}"] if evaluates(config) else []
         asking += [key for key in ("do_eval", "do_predict", "predict_with_generate") if truthy(config, key)]
         if asking:
-            yield Problem(
-                "eval_dataset", f"{asking[0]} has nothing to evaluate on: name data sets here, or set val_size."
-            )
+            yield Problem("eval_dataset", f"{asking[0]} needs evaluation data; name data sets here, or set val_size.")
     if truthy(config, "do_predict") and not truthy(config, "predict_with_generate") and _stage(config) == "sft":
-        yield Problem("do_predict", "needs predict_with_generate: true; without it no prediction would be saved.")
+        yield Problem("do_predict", "needs predict_with_generate: true; otherwise no predictions are saved.")
     if evaluates(config) or not truthy(config, "do_train"):
         return
     scheduler = word(config, "lr_scheduler_type", "linear")
     if scheduler in ("reduce_lr_on_plateau", "greedy"):
-        yield Problem("lr_scheduler_type", f"{scheduler} follows evaluations: set eval_strategy to steps or epoch.")
+        yield Problem("lr_scheduler_type", f"{scheduler} depends on evaluations; set eval_strategy to steps or epoch.")
 
 
 def _best(config: RunConfig) -> Iterator[Problem]:
-    """``load_best_model_at_end``, ``early_stopping_steps``, ``save_strategy: best``: what they need."""
+    """Yield the settings that ``load_best_model_at_end``, ``early_stopping_steps`` and ``save_strategy: best`` lack."""
     loads = truthy(config, "load_best_model_at_end")
     saves, evaluations = word(config, "save_strategy", "steps"), word(config, "eval_strategy", "no")
     stops = truthy(config, "early_stopping_steps")
@@ -74,7 +73,7 @@ def _best(config: RunConfig) -> Iterator[Problem]:
             ("save_strategy", saves == "best"),
         ):
             if given:
-                yield Problem(key, "goes by evaluations, and there are none: set eval_strategy to steps or epoch.")
+                yield Problem(key, "depends on evaluations, and the run has none; set eval_strategy to steps or epoch.")
         return
     if stops and not loads and config.llamafactory.get("metric_for_best_model") is None:
         yield Problem("early_stopping_steps", "needs metric_for_best_model (eval_loss, say) or load_best_model_at_end.")
@@ -84,8 +83,8 @@ def _best(config: RunConfig) -> Iterator[Problem]:
     if loads and saves not in (evaluations, "best"):
         yield Problem(
             "load_best_model_at_end",
-            f"needs a checkpoint at every evaluation: save_strategy is {saves} and eval_strategy {evaluations}; make "
-            "them the same.",
+            f"needs a checkpoint at every evaluation, but save_strategy is {saves} and eval_strategy is {evaluations}; "
+            "set both to the same value.",
         )
     elif loads and saves == evaluations == "steps":
         save, evaluate = number(config, "save_steps", 500), number(config, "eval_steps", 0) or _logging(config)
@@ -93,12 +92,12 @@ def _best(config: RunConfig) -> Iterator[Problem]:
         if (save < 1) != (evaluate < 1) or abs(ratio - round(ratio)) > 1e-9:
             yield Problem(
                 "load_best_model_at_end",
-                f"needs save_steps to be a multiple of eval_steps, and they are {save:g} and {evaluate:g}.",
+                f"needs save_steps to be a multiple of eval_steps, got {save:g} and {evaluate:g}.",
             )
 
 
 def _metric(config: RunConfig) -> Iterator[Problem]:
-    """A metric that no evaluation of the run gives; the Trainer looks for it at the first one."""
+    """Yield a problem if no evaluation gives the metric. The Trainer would fail at the first evaluation."""
     metric = config.llamafactory.get("metric_for_best_model")
     divided = config.dataflex is not None and config.dataflex.domain_column is not None
     if not isinstance(metric, str) or _stage(config) not in ("sft", "pt") or divided:
@@ -114,7 +113,9 @@ def _metric(config: RunConfig) -> Iterator[Problem]:
     if config.dataflex is not None or truthy(config, "eval_on_each_dataset"):
         known += [f"{name}_{each}" for name in names for each in of_each_set]
     if metric.removeprefix("eval_") not in known:
-        yield Problem("metric_for_best_model", f"no evaluation gives it: {unknown('metric', metric, known)}")
+        yield Problem(
+            "metric_for_best_model", f"no evaluation of this run gives {metric!r}: {unknown('metric', metric, known)}"
+        )
 
 
 def _logging(config: RunConfig) -> float:
@@ -124,9 +125,9 @@ def _logging(config: RunConfig) -> float:
 def _precision(config: RunConfig) -> Iterator[Problem]:
     for first, second in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
         if truthy(config, first) and truthy(config, second):
-            yield Problem(first, f"and {second} are two precisions; keep one of them.")
+            yield Problem(first, f"cannot be combined with {second}, which is another precision; keep one of the two.")
     if truthy(config, "pure_bf16") and truthy(config, "fp16"):
-        yield Problem("pure_bf16", "and fp16 are two precisions; keep one of them.")
+        yield Problem("pure_bf16", "cannot be combined with fp16, which is another precision; keep one of the two.")
 
 
 def _quantization(config: RunConfig) -> Iterator[Problem]:
@@ -135,29 +136,30 @@ def _quantization(config: RunConfig) -> Iterator[Problem]:
         return
     kind = word(config, "finetuning_type", "lora")
     if kind not in ("lora", "oft"):
-        yield Problem("quantization_bit", f"goes with finetuning_type lora or oft, and it is {kind}.")
+        yield Problem("quantization_bit", f"needs finetuning_type: lora or oft, got {kind}.")
     method = word(config, "quantization_method", "bnb")
     if method not in _BITS:
         yield Problem(
-            "quantization_method", f"{method} does not quantize a model while it is loaded; use {', '.join(_BITS)}."
+            "quantization_method",
+            f"{method} cannot quantize a model while it is loaded; use one of {', '.join(_BITS)}.",
         )
     elif isinstance(bits, int) and not isinstance(bits, bool) and bits not in _BITS[method]:
         known = ", ".join(map(str, _BITS[method]))
-        yield Problem("quantization_bit", f"{method} quantizes to {known} bits, got {bits}.")
+        yield Problem("quantization_bit", f"{method} can quantize to {known} bits, got {bits}.")
 
 
 def _sharded(config: RunConfig) -> Iterator[Problem]:
     if config.llamafactory.get("deepspeed") is None:
         return
     if truthy(config, "fsdp"):
-        yield Problem("fsdp", "and deepspeed both divide the model; keep one of them.")
+        yield Problem("fsdp", "cannot be combined with deepspeed, because both shard the model; keep one of the two.")
     for key in ("use_galore", "use_apollo"):
         if truthy(config, key):
-            yield Problem(key, "is not possible with deepspeed; remove one of the two.")
+            yield Problem(key, "cannot be combined with deepspeed; remove one of the two.")
     if config.zero_stage == 3:
         for key, why in _NO_ZERO_3.items():
             if truthy(config, key):
-                yield Problem(key, f"does not go with DeepSpeed's ZeRO-3: {why}.")
+                yield Problem(key, f"cannot be combined with DeepSpeed's ZeRO-3: {why}.")
 
 
 def _data(config: RunConfig) -> Iterator[Problem]:
@@ -174,7 +176,9 @@ def _data(config: RunConfig) -> Iterator[Problem]:
 def _layerwise(config: RunConfig) -> Iterator[Problem]:
     for key in ("galore_layerwise", "apollo_layerwise"):
         if truthy(config, key) and number(config, "gradient_accumulation_steps", 1) > 1:
-            yield Problem(key, "does not go with gradient_accumulation_steps above 1.")
+            yield Problem(
+                key, "cannot be combined with gradient_accumulation_steps above 1; set it to 1, or remove this key."
+            )
 
 
 def _stage(config: RunConfig) -> str:

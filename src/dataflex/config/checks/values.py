@@ -1,4 +1,4 @@
-"""The values a configuration gives LLaMA-Factory's arguments."""
+"""Readers for the values that a configuration gives to LLaMA-Factory's arguments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataflex.data.stages import packs_by_default
 
 
 def number(config: RunConfig, key: str, default: float) -> float:
-    """Return a numeric argument; one that is no number is reported as such."""
+    """Return a numeric argument, or ``default`` if it is not set or not a number, which another check reports."""
     value = config.llamafactory.get(key)
     try:
         return default if value is None else float(value)
@@ -18,7 +18,7 @@ def number(config: RunConfig, key: str, default: float) -> float:
 
 
 def truthy(config: RunConfig, key: str) -> bool:
-    """Return whether an argument is given and not false, 0 or none, also where it is written as text."""
+    """Return whether an argument is set and is not false, 0 or none, written as a value or as text."""
     value = config.llamafactory.get(key)
     return bool(value) and str(value).lower() not in ("false", "0", "0.0", "none", "no")
 
@@ -31,33 +31,34 @@ def is_packed(config: RunConfig) -> bool:
 
 
 def word(config: RunConfig, key: str, default: str) -> str:
-    """Return an argument that is one of some words, or its default."""
+    """Return an argument whose value is a word, or ``default`` if it is not set."""
     value = config.llamafactory.get(key)
     return default if value is None else str(value)
 
 
 def enabled(name: str) -> bool:
-    """Return whether an environment variable is set, as LLaMA-Factory reads it."""
+    """Return whether an environment variable is switched on, as LLaMA-Factory reads it."""
     return os.environ.get(name, "0").lower() in ("1", "true", "y")
 
 
 def dataset_names(config: RunConfig, key: str = "dataset") -> tuple[str, ...]:
-    """Return the data sets named under ``key``, in order, each once."""
+    """Return the names of the data sets under ``key``, in order, without repetitions."""
     return tuple(dict.fromkeys(named_data_sets(config, key)))
 
 
 def named_data_sets(config: RunConfig, key: str = "dataset") -> list[str]:
-    """Return the data sets named under ``key`` as they stand there; none where neither text nor a list is given."""
+    """Return the names of the data sets under ``key`` as written; empty if the value is neither text nor a list."""
     value = config.llamafactory.get(key)
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
     return [str(part).strip() for part in parts if str(part).strip()]
 
 
 def evaluates(config: RunConfig) -> bool:
-    """Return whether the run is to evaluate while it trains."""
+    """Return whether the run evaluates during training."""
     return word(config, "eval_strategy", "no") != "no"
 
 
 def has_evaluation_data(config: RunConfig) -> bool:
-    """Return whether there is something to evaluate on."""
+    """Return whether the run has evaluation data."""
+    # LLaMA-Factory itself ignores a val_size up to 1e-6.
     return bool(dataset_names(config, "eval_dataset")) or number(config, "val_size", 0.0) > 1e-6
