@@ -86,6 +86,7 @@ def json_text(value: Any, **options: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
+    """Return a value with Python numbers for NumPy numbers, and None for numbers that are not finite."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
