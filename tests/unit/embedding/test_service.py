@@ -178,7 +178,7 @@ def test_what_cannot_be_had_is_refused_before_a_model_is_loaded() -> None:
     config = asking("test_tilt", "weight", encoder="asset:all-minilm-l6-v2")
     assert not said(config, "dataflex.weight.encoder")
     config.llamafactory["streaming"] = True
-    assert "embeds samples" in said(config, "streaming")
+    assert "embeds the samples before training" in said(config, "streaming")
 
 
 def test_a_layer_that_is_not_there_shows_before_the_model_is_loaded(tmp_path: Path) -> None:
