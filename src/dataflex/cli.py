@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except DataFlexError as error:
         return _fail(str(error), error)
-    except Exception as error:
+    except Exception as error:  # an error from a plug-in's code becomes one message; any other keeps its traceback
         from dataflex.api.registry import failure_of_component
 
         said = failure_of_component(error)

@@ -228,7 +228,9 @@ class _Board:
         self.store = dist.PrefixStore(_PREFIX, self._whole)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._agreed: BaseException | None = None
+        """The last error that this board raised, which all processes have received. None before an error."""
         self._is_own = False
+        """Whether the agreed error was first raised on this process."""
 
     def another(self) -> dist.Store:
         """Return a separate connection to the same store, for another thread."""
@@ -297,8 +299,8 @@ class _Board:
         if error is not None and self._is_own:
             self._agreed = error
             raise error
-        self._agreed = told = cast(DataFlexError, pickle.loads(self._fetch([f"{call}/error/{lowest}"])[0]))
-        raise told from error
+        self._agreed = received = cast(DataFlexError, pickle.loads(self._fetch([f"{call}/error/{lowest}"])[0]))
+        raise received from error
 
     def wait(self, key: str, patience: float | None = None) -> bool:
         """Wait for a key, and return whether it exists.
@@ -412,9 +414,12 @@ class Watch:
         """The error of another process, once it is known."""
         self._report, self._say = report, say
         self._board: _Board | None = None
+        """Connection of this process's main thread. None outside a run of several processes."""
         self._thread: threading.Thread | None = None
         self._left = threading.Event()
+        """Set when this process leaves the run, so that the thread stops."""
         self._key = ""
+        """Prefix of the keys of this run's watch in the store."""
 
     def begin(self) -> None:
         """Start checking for failures if the run has several processes.
@@ -462,6 +467,7 @@ class Watch:
         return False
 
     def _look(self, store: dist.Store) -> None:
+        """Check the store for a failure until this process leaves; if one appears, print it and end the process."""
         import torch.distributed as dist
 
         failure: str | None = None

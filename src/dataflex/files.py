@@ -35,6 +35,11 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     temporary.replace(path)
 
 
+def is_path(name: str) -> bool:
+    """Return whether the name of a model or data set is a path, and not the name of a hub's repository (OWNER/NAME)."""
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
 class RepeatedKeyError(ValueError):
     """A mapping in a file has the same key twice.
 
@@ -81,6 +86,7 @@ def json_text(value: Any, **options: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
+    """Return a value with Python numbers for NumPy numbers, and None for numbers that are not finite."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):

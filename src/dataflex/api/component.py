@@ -1,8 +1,8 @@
 """The base class of all components.
 
-A component is a small class with a parameter model, one method that decides and, if it has state, ``state_dict`` and
-``load_state_dict``. The framework provides the rest: decisions between optimizer steps, the same decisions on any
-number of processes, exact resume, and a record of every decision.
+A component is a small class with a parameter model and one method that decides, such as ``score`` or ``mix``. If it has
+state, it also defines ``state_dict`` and ``load_state_dict``. The framework provides the rest: decisions between
+optimizer steps, the same decisions on any number of processes, exact resume, and a record of every decision.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Component(Generic[ParamsT]):
     state_depends_on: ClassVar[frozenset[str]] = frozenset()
     """Names of the parameters that the state depends on. If a run resumes with other values, the state is rebuilt."""
     reference_passes: ClassVar[int] = 1
-    """Forward passes of the reference for each sample if the component needs a reference; one fewer with a table."""
+    """Forward passes of the reference per sample, if the component needs one. A table of its losses saves one pass."""
 
     def __init__(self, params: ParamsT) -> None:
         self.params = params
@@ -75,12 +75,15 @@ class Component(Generic[ParamsT]):
             cls.Params = _params_named_by(cls) or cls.Params
 
     def needs(self, run: RunView) -> Needs:
-        """Return the needs of the component in this run. Called several times, before anything is loaded."""
+        """Return the needs of the component in this run: measurements, validation samples, a reference and so on.
+
+        Called several times, before anything is loaded.
+        """
         return Needs()
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield pairs of a parameter and its problem in this run. Called before anything is loaded."""
-        yield from ()
+        yield from ()  # makes the method a generator
 
     def column_problem(self, column: str, values: ColumnArray) -> Wrong | None:
         """Return the problem of a raw column that :meth:`needs` names, or None. Called before the model is loaded.
@@ -91,8 +94,8 @@ class Component(Generic[ParamsT]):
                 with NaN for a missing value, or text with None for a missing value.
 
         Returns:
-            The first unusable row as a position in ``values`` (None if the whole column is unusable), and the problem:
-            a sentence without its full stop that begins with the name of the column.
+            The first unusable row, as a position in ``values``, and the problem. The row is None if the whole column is
+            unusable. The problem is a sentence without a full stop that begins with the name of the column.
         """
         return None
 
@@ -101,31 +104,34 @@ class Component(Generic[ParamsT]):
         yield from ()
 
     def wanted_rounds(self, domains: int) -> int:
-        """Return the minimum number of rounds per pass and per run. Read only if ``update_steps`` is not given.
+        """Return the number of rounds that one pass over the pool, and the whole run, should have at least.
 
-        With 1, a round is one pass over the pool.
+        The framework chooses the length of a round by this number if ``update_steps`` is not given. With 1, a round is
+        one pass over the pool.
         """
         return 1
 
     def cannot_act(self, run: RunOutline) -> str | None:
-        """Return why the component can have no effect in this run, and which setting to change; None if it can act.
+        """Return why the component can have no effect in this run, and which setting to change. None if it can act.
 
         Called before the model is loaded. The text continues a prefix such as "select less: " and has no full stop.
         """
         return None
 
     def unfit(self, run: RunOutline) -> tuple[str, str] | None:
-        """Return a parameter and why its value does not fit the run, or None if all values fit.
+        """Return a parameter and why its value does not fit the size of the run, or None if all values fit.
 
-        Called before the model is loaded. The framework raises an error with this text.
+        Called before the model is loaded, when the steps and the number of samples are known. :meth:`problems` is
+        called earlier, with the configuration alone. The framework raises an error with this text.
         """
         return None
 
     def measured_samples(self, measurement: Measurement[Any], run: RunOutline) -> float:
-        """Return how many samples the component measures in the whole run. A sample measured twice counts twice.
+        """Return the number of samples that the component measures in the whole run.
 
-        Called for each measurement that :meth:`needs` names, to estimate the cost of the run. By default, the component
-        measures the validation samples at every decision.
+        A sample that is measured twice counts twice. The framework calls this for each measurement that :meth:`needs`
+        names, to estimate the cost of the run. By default, the component measures the validation samples at every
+        decision.
         """
         return float(run.validation * run.decisions)
 
@@ -154,9 +160,10 @@ class Component(Generic[ParamsT]):
 
 
 def _params_named_by(cls: type[Component[ComponentParams]]) -> Any:
-    """Return the type argument of a component among the bases of a class, unchecked: :func:`register` checks it.
+    """Return the parameter model that a class names as the type argument of its base class, or None.
 
-    For a type variable, return its bound if the bound is a subclass of the model that the class inherits.
+    For a type variable, return its bound if the bound is a subclass of the model that the class inherits. The result is
+    not checked here, because :func:`register` checks it.
     """
     for base in vars(cls).get("__orig_bases__", ()):
         origin = get_origin(base)
@@ -172,19 +179,20 @@ def _params_named_by(cls: type[Component[ComponentParams]]) -> Any:
 
 
 def made_with(component: Component) -> State:
-    """Return the values of the parameters that the component's state depends on, as plain data."""
+    """Return the values of the parameters that the component's state depends on, as JSON values."""
     return component.params.model_dump(mode="json", include=set(component.state_depends_on))
 
 
 def take_back(component: Component, state: State, then: State) -> list[str]:
-    """Restore a component's state if it was made with the same parameters, and return the names of changed parameters.
-
-    If a parameter has changed, the state is not restored.
+    """Restore a component's state, unless a parameter has changed that the state depends on.
 
     Args:
         component: a component that was just constructed.
         state: the return value of :func:`state_of` at the checkpoint.
         then: the return value of :func:`made_with` at the checkpoint.
+
+    Returns:
+        The names of the changed parameters. If empty, the state was restored.
     """
     now = made_with(component)
     changed = [name for name in sorted(now) if name not in then or then[name] != now[name]]
@@ -209,19 +217,19 @@ def state_of(component: Component) -> State:
         if value is not None and not isinstance(value, str | bool | int | float | np.generic):
             kind = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
             raise ComponentError(
-                f"{label} returned {kind} as {path!r} of its state; use JSON values and numeric numpy arrays."
+                f"{label} returned {kind} as {path!r} of its state. Use JSON values and numeric numpy arrays."
             )
     return state
 
 
 def _parts(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value in nested dicts and lists with its path. A key that is not text is yielded as a value."""
+    """Yield the path and the value of every leaf in nested dicts and lists."""
     if isinstance(state, dict):
         for key, value in state.items():
             if isinstance(key, str):
                 yield from _parts(value, f"{path}.{key}".lstrip("."))
             else:
-                yield f"{path}.{key}".lstrip("."), (key,)
+                yield f"{path}.{key}".lstrip("."), (key,)  # a key that is not text is refused: no leaf may be a tuple
     elif isinstance(state, list | tuple):
         for number, value in enumerate(state):
             yield from _parts(value, f"{path}[{number}]")

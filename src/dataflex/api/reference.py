@@ -15,6 +15,7 @@ from dataflex.api.params import ComponentParams, InputPath, OutputPath
 from dataflex.assets import PREFIX
 from dataflex.data.rules import ScoreArray
 from dataflex.data.sampling import IndexArray
+from dataflex.files import is_path
 
 if TYPE_CHECKING:
     from dataflex.api.needs import RunView
@@ -88,7 +89,7 @@ class ReferenceParams(ComponentParams):
         folder = Path(self.reference_model)
         # If the parent exists, a missing folder is a wrong path and not a hub name.
         beside = folder.parent != Path() and folder.parent.is_dir()
-        if not self.reference_model.startswith(("/", "./", "../")) and not folder.is_dir() and not beside:
+        if not is_path(self.reference_model) and not beside:
             return
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             yield "reference_model", f"no model in {self.reference_model!r} (it has no config.json)."

@@ -347,6 +347,11 @@ def find_plugin(plugin: str, base: Path | None) -> Path:
 
 
 def _load_plugin(path: Path) -> None:
+    """Import a plug-in file, and check that it registers a component or a measurement.
+
+    Raises:
+        ConfigError: if the file cannot be imported or registers nothing. Its registrations are then removed.
+    """
     # The module name is a digest of the file, so that a copy in a run's record counts as the same plug-in.
     name = f"dataflex_plugin_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     if name in sys.modules:

@@ -99,7 +99,7 @@ def check_form(label: str, selection: Selection) -> None:
     """Check that a return value is a selection of numpy arrays.
 
     Raises:
-        ComponentError: if not. The message names the component and the type that it returned.
+        ComponentError: if the value has another type. The message names the component and that type.
     """
     if not isinstance(selection, Selection):
         raise ComponentError(f"{label} returned a {type(selection).__name__}; a dataflex.Selection is needed.")

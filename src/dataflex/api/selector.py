@@ -314,7 +314,7 @@ def check_scores(component: Component[Any], scores: ScoreArray, candidates: Inde
     """Return ``scores`` as float32 after checking that there is one value per candidate, finite or NaN.
 
     Raises:
-        ComponentError: if not. The message names the component and the first wrong samples.
+        ComponentError: if the scores are not valid. The message names the component and the first wrong samples.
 
     Example:
         >>> import numpy as np

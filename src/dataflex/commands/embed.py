@@ -59,7 +59,7 @@ def embed(asked: Asked) -> int:
 
 
 def prepared(config: RunConfig, output: Path | None) -> tuple[RunConfig, bool]:
-    """Return the configuration for embedding only, made from that of a training.
+    """Return the configuration for embedding only, made from the configuration of a training.
 
     Args:
         config: the configuration of the training.

@@ -76,6 +76,7 @@ def resolve_target(named: str, adapter: Path | None = None) -> Target:
 
 
 def _check_finished(run: Path) -> None:
+    """Check that a run has ended and has weights that can be evaluated, or raise an error."""
     if not (run / "dataflex" / "summary.json").is_file():
         raise ConfigError(
             f"{run}: the training has not ended (dataflex/summary.json does not exist), so there are no weights to "
@@ -134,7 +135,7 @@ class Request:
         tasks: files or names of tasks, as :func:`dataflex.evaluation.tasks.read_settings` reads them.
         adapter: folder of an adapter to load on the model. None means no further adapter.
         output: folder of the results. None means ``dataflex/tasks`` of the run.
-        changes: settings that replace those of every task.
+        changes: settings that replace the same settings of every task.
     """
 
     named: str

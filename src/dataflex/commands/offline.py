@@ -71,7 +71,7 @@ class Amount:
 
 
 def prepared(config: RunConfig, output: Path, feature_dir: Path | None) -> RunConfig:
-    """Return the configuration for scoring only, made from that of a training.
+    """Return the configuration for scoring only, made from the configuration of a training.
 
     Args:
         config: the configuration of the training.
@@ -102,7 +102,7 @@ def prepared(config: RunConfig, output: Path, feature_dir: Path | None) -> RunCo
 
 
 def alone(config: RunConfig, output: Path, doing: str) -> RunConfig:
-    """Return a configuration that loads everything and does not train, made from that of a training.
+    """Return a configuration that loads everything and does not train, made from the configuration of a training.
 
     Args:
         config: the configuration of the training.
@@ -249,6 +249,7 @@ def best_first(scores: ScoreArray, rng: np.random.Generator) -> IndexArray:
 
 
 def _context(run: LoadedRun, model: LoadedModel, selector: Selector) -> RoundContext:
+    """Return the context of a single decision over the whole pool."""
     pool = model.probe.pool
     return RoundContext(
         pool=pool,
@@ -271,6 +272,7 @@ def _context(run: LoadedRun, model: LoadedModel, selector: Selector) -> RoundCon
 def _write(
     config: RunConfig, pool: Pool, output: Path, scores: ScoreArray, ranks: IndexArray, is_chosen: NDArray[np.bool_]
 ) -> Scored:
+    """Write the table of scores and the selected samples, and return their numbers."""
     output.mkdir(parents=True, exist_ok=True)
     everyone = np.arange(pool.size)
     ids, chosen = pool.domain_ids(everyone), np.flatnonzero(is_chosen)

@@ -356,6 +356,12 @@ def _belongs(section: Mapping[str, Any], place: str, key: str) -> str | None:
     return belongs(key, place, DataFlexConfig.model_fields, section)
 
 
+def _belongs_to_component(section: Mapping[str, Any], place: str, key: str) -> str | None:
+    """Return a sentence as :func:`_belongs` does, also for a key that is nearly ``method``."""
+    near = did_you_mean(key, ["method"])
+    return f"unknown key {key!r}{near}" if near else _belongs(section, place, key)
+
+
 def _load_plugins(section: Mapping[str, Any], base: Path | None, problems: list[Problem]) -> bool:
     """Load the plug-ins and the installed methods; return whether their names can be checked now.
 
@@ -446,7 +452,7 @@ def _validate_component(
         return None
     beside = ("method", *BESIDE_METHOD) if family in CHAINS else ("method",)
     data = {name: value for name, value in given.items() if name not in beside}
-    params = validate(cls.Params, data, prefix, problems, base, partial(_belongs, section))
+    params = validate(cls.Params, data, prefix, problems, base, partial(_belongs_to_component, section))
     return None if params is None else (cls, params)
 
 

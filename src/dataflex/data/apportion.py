@@ -46,7 +46,7 @@ class Apportioned:
     shares: FloatArray
     """The shares in force, with sum 1. They equal the wanted shares except for domains at their limits."""
     owed: FloatArray
-    """Shares times samples minus counts, summed over all rounds up to and including this one."""
+    """Shares times samples minus counts, summed over all rounds up to and including this round."""
     cut: NDArray[np.bool_]
     """Domains whose count is reduced by their limit."""
 

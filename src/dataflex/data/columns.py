@@ -84,7 +84,7 @@ def check_column(dataset: Any, column: str, key: str, name: str) -> None:
         name: the name of the data set, for messages.
 
     Raises:
-        ConfigError: if not. The message names the data set and its columns.
+        ConfigError: if the column does not exist. The message names the data set and its columns.
     """
     if column not in dataset.column_names:
         raise ConfigError(f"{key}: {lacking(column, name, dataset.column_names)}")

@@ -120,6 +120,7 @@ def _mixed(value: dict[str, Any], path: str, place: Place, seen: dict[str, tuple
 
 
 def _mixed_value(item: Any, name: str, place: Place, seen: dict[str, tuple[str, Place]]) -> str | None:
+    """Return the problem if a value differs in kind from earlier values of its column, or does not fit 64 bits."""
     kind = _kind(item)
     if place.among and isinstance(item, int) and not -(2**63) <= item < 2**64:
         return f"{place}: {name!r} is {item}, which does not fit 64 bits."

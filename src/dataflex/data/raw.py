@@ -259,6 +259,7 @@ def _lower(text: str) -> str:
 
 
 def _json_rows(file: Path, whole: bool) -> Iterator[tuple[Place, Any]]:
+    """Yield the place and the value of each row of a JSON file: the items of a list, or JSON lines."""
     with file.open(encoding="utf-8") as stream:
         source = _JsonStream(file, stream)
         marked = source.peek() == "\ufeff"
@@ -293,6 +294,7 @@ def _json_rows(file: Path, whole: bool) -> Iterator[tuple[Place, Any]]:
 
 
 def _csv_rows(file: Path, whole: bool) -> Iterator[tuple[Place, Any]]:
+    """Yield the place and the values of each row of a CSV file. An empty field is None."""
     csv.field_size_limit(sys.maxsize)
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream)
@@ -317,6 +319,7 @@ def _csv_rows(file: Path, whole: bool) -> Iterator[tuple[Place, Any]]:
 
 
 def _text_rows(file: Path, whole: bool) -> Iterator[tuple[Place, Any]]:
+    """Yield the place and the text of each line of a text file."""
     size = 0
     with file.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream):
@@ -327,6 +330,7 @@ def _text_rows(file: Path, whole: bool) -> Iterator[tuple[Place, Any]]:
 
 
 def _arrow_rows(file: Path, kind: str, whole: bool) -> Iterator[tuple[Place, Any]]:
+    """Yield the place and the values of each row of a Parquet or Arrow file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -344,6 +348,7 @@ def _arrow_rows(file: Path, kind: str, whole: bool) -> Iterator[tuple[Place, Any
 
 
 def _ipc(file: Path) -> Iterator[Any]:
+    """Yield the batches of an Arrow file, in the stream format or the file format."""
     import pyarrow as pa
 
     with pa.memory_map(str(file)) as source:

@@ -81,6 +81,7 @@ class KeyedPermutation:
         return out.reshape(np.shape(positions))
 
     def _encrypt(self, values: IndexArray) -> IndexArray:
+        """Return the outputs of the Feistel network, in ``[0, a * b)``, so possibly outside ``[0, size)``."""
         # Both digits are below 2**31, so each digit and the sum of two digits fit into 32 bits.
         left, right = np.empty(values.size, dtype=np.uint32), np.empty(values.size, dtype=np.uint32)
         quotient = values // self._b

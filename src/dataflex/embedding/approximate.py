@@ -80,6 +80,7 @@ def find_neighbours(
 
 
 def _by_faiss(queries: Vectors, base: Vectors, k: int, metric: Metric) -> Neighbours:
+    """Return neighbours found by faiss, with exact distances, and their recall on a sample of the queries."""
     index = _index(base, metric)
     found = index.search(_prepared(queries, metric), k)[1].astype(np.int64)
     short = np.flatnonzero((found < 0).any(axis=1))  # the searched lists hold fewer than k vectors

@@ -47,7 +47,7 @@ def kernel_densities(
 ) -> NDArray[np.float64]:
     """Return the sum of max(0, 1 - D^2 / bandwidth^2) over the ``k`` nearest vectors, for some of the vectors.
 
-    D is the Euclidean distance. A vector is its own nearest neighbour and adds exactly 1.
+    D is the Euclidean distance. Each vector counts as its nearest neighbour itself, which adds exactly 1.
 
     Args:
         vectors: shape (N, H).

@@ -15,6 +15,7 @@ from dataflex import assets
 from dataflex.api.params import EmbeddingParams
 from dataflex.embedding.names import MODULES_FILE, files_digest, is_url
 from dataflex.errors import ConfigError, unknown
+from dataflex.files import is_path
 from dataflex.probe.embeddings import layer_problem
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def problems_of_encoder(params: EmbeddingParams) -> Iterator[tuple[str, str]]:
         encoders = [asset.name for asset in assets.ASSETS.values() if asset.kind != "data"]
         if short not in encoders:
             yield "encoder", unknown("encoder asset", short, encoders)
-    elif not is_url(name) and backend != "openai" and _is_path(name):
+    elif not is_url(name) and backend != "openai" and is_path(name):
         folder = Path(name).expanduser()
         if not any((folder / file).is_file() for file in ("config.json", MODULES_FILE)):
             yield "encoder", f"no encoder in {name!r} (it has no config.json)."
@@ -156,10 +157,6 @@ def choose(params: EmbeddingParams) -> EncoderChoice:
     return EncoderChoice(backend, str(folder), params.layer, params.pooling)
 
 
-def _is_path(name: str) -> bool:
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or Path(name).exists()
-
-
 def _folder_of(name: str) -> Path:
     """Return the folder of an encoder: an asset, a local folder, or the local copy of a hub repository.
 
@@ -168,7 +165,7 @@ def _folder_of(name: str) -> Path:
     """
     if name.startswith(assets.PREFIX):
         return assets.fetch(name.removeprefix(assets.PREFIX))
-    if _is_path(name):
+    if is_path(name):
         return Path(name).expanduser()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -66,7 +66,7 @@ def nearest(
         metric: ``cosine`` (1 - cosine; 1 for a row of zeros) or ``l2`` (the Euclidean distance).
         device: the device of the products. None means the accelerator of this process if it exists and the search is
             large, otherwise the CPU.
-        exclude_self: whether query i is base row i and excluded from its own neighbours.
+        exclude_self: whether query i is base row i, which then is no neighbour of query i.
         share: whether the processes divide the queries. All processes then make this call with the same arguments.
         measured: number of neighbours of each query whose distance is computed in double precision. A smaller number
             saves time. The other neighbours have the order and distances of the products. None means all.
@@ -267,6 +267,7 @@ class _HostQueries(Queries):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self._room: Vectors = np.empty(0, dtype=self.dtype)
+        """Buffer for the products of a block, reused by later blocks."""
 
     def scores(self, begin: int, block: Vectors) -> _HostScores:
         block = _widened(block) if block.dtype == np.float16 else block.astype(self.dtype, copy=False)
@@ -425,7 +426,9 @@ class _Best:
         self.dropped = np.full(queries, -np.inf, dtype=dtype)
         """Upper bound of the scores of each query that were dropped for lack of space."""
         self._waiting: list[tuple[NDArray[np.int64], NDArray[np.int64], Vectors]] = []
+        """Added candidates that are not reduced yet: (query, base row, score) of each addition."""
         self._counts = np.zeros(queries, dtype=np.int64)
+        """Number of waiting candidates of each query."""
 
     def begin(self, scores: _Scores, size: int) -> None:
         """Store the best candidates of the first block, of ``size`` base rows from 0 on."""

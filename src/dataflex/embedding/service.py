@@ -41,6 +41,7 @@ class EmbeddingService:
     ) -> None:
         self._wanted, self._pool, self._probe, self._stored = dict(wanted), pool, probe, dict(stored or {})
         self._kept: dict[tuple[Embeddings, str], list[_Kept]] = {}
+        """Measured embeddings, by measurement and pool ("" is the run's pool), each with the indices of the samples."""
 
     def of_all(self, key: str) -> EmbeddingSource | None:
         """Return a function for the embeddings of all samples of a pool, or None if the component needs none."""
@@ -68,6 +69,7 @@ class EmbeddingService:
         return self._some(params, np.arange((self._pool if samples is None else samples).size), samples)
 
     def _some(self, params: EmbeddingParams, indices: IndexArray, samples: Pool | None = None) -> EmbeddingArray:
+        """Return the embeddings of some samples, measured at the first request since the last :meth:`forget`."""
         measurement = model_embeddings(params)
         of = "" if samples is None or samples is self._pool else samples.content_digest
         kept = self._kept.setdefault((measurement, of), [])

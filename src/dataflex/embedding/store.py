@@ -117,7 +117,7 @@ class EmbeddingStore:
         """Write a chunk and mark it as done. Several processes may write different chunks at the same time.
 
         Raises:
-            DataFlexError: if the length of the embeddings differs from that of the store, or if the disk fails.
+            DataFlexError: if the length of the embeddings differs from the length in the store, or if the disk fails.
         """
         start, stop = self.range_of(chunk)
         if values.shape != (stop - start, self.dim):

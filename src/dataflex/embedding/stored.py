@@ -79,7 +79,9 @@ class RunEncoders:
     ) -> None:
         self._wanted = {key: params for key, params in wanted.items() if params.encoder is not None}
         self._runs: dict[tuple[EncoderChoice, Path], EncoderRun] = {}
+        """One run per encoder and folder, which components share."""
         self._run_of: dict[str, EncoderRun] = {}
+        """The run of each component, by configuration key."""
         for key, params in self._wanted.items():
             choice = _named(key, partial(choose, params))
             root = Path(params.embedding_folder).expanduser() if params.embedding_folder else output_dir / FOLDER

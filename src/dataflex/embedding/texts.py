@@ -87,6 +87,7 @@ class SampleTexts:
         return [self._text(row, decode) for row in self.pool.rows(np.arange(start, stop))]
 
     def _text(self, row: dict[str, Any], decode: Callable[[list[int]], str]) -> str:
+        """Return the wanted part of a sample as text: all tokens, the trained ones, or the others."""
         fields = self.pool.fields
         if self.part == "all":
             return "\n".join(decode(row[name]) for name in fields.tokens)

@@ -103,6 +103,7 @@ class TransformersEncoder:
 
     @torch.no_grad()
     def _forward(self, rows: dict[str, list[list[int]]]) -> NDArray[np.float32]:
+        """Return the pooled embeddings of tokenized texts, (B, H)."""
         inputs = self._tokenizer.pad(rows, return_tensors="pt").to(self._device)
         if self._layer is None:
             states = self._model(**inputs).last_hidden_state
@@ -164,6 +165,7 @@ def pooling_of(folder: Path) -> Pooling:
 
 
 def _pooling_named(file: Path) -> Pooling:
+    """Return the pooling that a configuration file of sentence-transformers names."""
     config = read_json(file) or {}
     named = config.get("pooling_mode")
     modes = named if isinstance(named, list) else [named] if named else []

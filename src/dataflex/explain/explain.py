@@ -202,11 +202,6 @@ class Record:
             return names[0] if len(names) == 1 else domain
         return next((name for name in names if domain.startswith(f"{name}/")), None)  # a value of domain_column
 
-    def trained_rows(self, each: Round) -> int:
-        """Return the number of positions in a round's plan that training reached."""
-        done = min(max(self.run.steps - each.start_step, 0), each.steps)
-        return each.size * done // each.steps if each.steps else 0
-
     def placements(self, each: Round, positions: Sequence[int] | NDArray[np.int64]) -> list[Placement]:
         """Return the placements at some positions of a round's plan.
 
@@ -222,7 +217,7 @@ class Record:
                 f"{plans.where(each)} has {indices.size} samples, but rounds.jsonl says {each.size}; the "
                 "record is damaged."
             )
-        found, reached = [], self.trained_rows(each)
+        found, reached = [], self.run.trained_rows(each)
         for position in map(int, positions):
             domain = names[ids[position]]
             score, rank = _number(scores, position), _number(ranks, position)
@@ -427,7 +422,7 @@ def overview(record: Record, texts: Texts | None) -> dict[str, Any]:
         most_often.append(Often(index, named, record.dataset_of(named), rows.get(index), int(counts[index]), text))
     return {
         "planned": int(total),
-        "trained": sum(record.trained_rows(each) for each in record.run.rounds),
+        "trained": sum(record.run.trained_rows(each) for each in record.run.rounds),
         "distinct": int(np.count_nonzero(counts)),
         "domains": uses,
         "selectors": times_decided(record.run),

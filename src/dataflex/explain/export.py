@@ -69,7 +69,7 @@ def _table(record: Record, rounds: list[Round], pool: Pool) -> pa.Table:
         plans = record.run.plans
         indices = plans.indices(each)
         np.add.at(times, indices, 1)
-        np.add.at(trained, indices[: record.trained_rows(each)], 1)
+        np.add.at(trained, indices[: record.run.trained_rows(each)], 1)
         first[indices] = np.where(first[indices] < 0, each.round, first[indices])
         last[indices] = each.round
         score, rank = plans.numbers(each, "score"), plans.numbers(each, "rank")

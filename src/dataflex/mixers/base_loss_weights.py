@@ -1,7 +1,7 @@
 """Shared parts of the mixers that weigh the domains in the loss: fixed sampling shares, updates and averages.
 
-The result of such a mixer is the average of its weights over all steps, not the last weights. DoReMi (Xie et al. 2023,
-arXiv 2305.10429, Algorithm 1) and DoGE (Fan et al. 2023, arXiv 2310.15393, Algorithm 1) do the same.
+The result of a mixer of this kind is the average of its weights over all steps, not the last weights. DoReMi (Xie
+et al. 2023, arXiv 2305.10429, Algorithm 1) and DoGE (Fan et al. 2023, arXiv 2310.15393, Algorithm 1) do the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LossWeightParams(DomainParams):
 class StepWeightParams(LossWeightParams):
     """Parameters of mixers that decide the loss weights from the losses of a step.
 
-    The losses of the step before can be used instead of those of the step itself.
+    The losses of the previous step can be used instead of the losses of the step itself.
     """
 
     weights: Literal["current", "previous"] = Field(
@@ -67,7 +67,9 @@ class LossWeightMixer(Mixer[LossWeightT]):
     def __init__(self, params: LossWeightT) -> None:
         super().__init__(params)
         self._weights: NDArray[np.float64] = np.empty(0)
+        """Present weights of the domains in the loss, shape (K,), sum 1."""
         self._sum: NDArray[np.float64] = np.empty(0)
+        """Sum of the weights over all decisions, shape (K,). Their mean is the result of the run."""
         self._shares: NDArray[np.float64] = np.empty(0)
         """The shares read from a file, stored because the file may change during the run."""
         self.steps = 0

@@ -333,6 +333,7 @@ def _names_problem(names: tuple[str, ...]) -> str | None:
 
 
 def _fit_linear(mixtures: Floats, losses: Floats) -> LinearRegression:
+    """Return the linear regression of the losses on the mixtures, by least squares without an intercept."""
     coefficients, _, rank, _ = np.linalg.lstsq(mixtures, losses, rcond=None)
     domains = mixtures.shape[1]
     if rank < domains:
@@ -347,6 +348,7 @@ def _fit_linear(mixtures: Floats, losses: Floats) -> LinearRegression:
 
 
 def _fit_trees(mixtures: Floats, losses: Floats, seed: int) -> TreeRegression:
+    """Return gradient-boosted trees; cross-validation with early stopping decides the number of trees."""
     try:
         import lightgbm
     except (ImportError, OSError) as error:  # OSError: LightGBM's OpenMP library (libgomp) is missing

@@ -153,7 +153,7 @@ class DogeMixer(LossWeightMixer[DogeParams]):
         rng = derive_rng(self.params.validation_seed, "doge", ctx.step)
         drawn = []
         held = ctx.validation
-        for name, low, high in zip(held.domains, held.offsets, held.offsets[1:], strict=False):
+        for name, low, high in zip(held.domains, held.offsets, held.offsets[1:], strict=False):  # M + 1 offsets
             usable = low + np.flatnonzero(held.trained[low:high])
             if not usable.size:
                 raise ComponentError(

@@ -47,6 +47,7 @@ class DoReMiMixer(StepWeightMixer[DoReMiParams]):
     def __init__(self, params: DoReMiParams) -> None:
         super().__init__(params)
         self._excess: NDArray[np.float64] = np.empty(0)
+        """Last excess loss of each domain, shape (K,). A domain that is absent from a step keeps it."""
 
     def needs(self, run: RunView) -> Needs:
         """Ask for the losses of each step by domain, and for the reference."""

@@ -1,28 +1,31 @@
 """Online data mixing (ODM): a bandit over the domains whose reward is the training loss.
 
-The method needs no measurement. After t optimizer steps with a loss (warm-up rounds included), for K domains,
+The method needs no measurement. Let K be the number of domains, and t the number of optimizer steps so far in which a
+domain had a loss, warm-up rounds included. The exploration rate is
 
     eps_0 = 1 / K,    eps_t = min(1 / K, sqrt(ln K / (K t))).
 
-``variant: paper`` is Exp3 with a moving average. Every domain i with a loss L_i in step t, drawn by the shares
-pi_{t-1}, updates R_i <- alpha R_i + (1 - alpha) L_i / pi_{t-1}(i). The other domains keep R_i (0 at first). Then
+``variant: paper`` is Exp3 with a moving average. The samples of step t are drawn by the shares pi_{t-1}. If domain i
+has a loss L_i in this step, then R_i <- alpha R_i + (1 - alpha) L_i / pi_{t-1}(i). Otherwise R_i, which is 0 at first,
+stays the same. The shares after step t are
 
     pi_t(i) = (1 - K eps_t) exp(eps_{t-1} R_i) / sum_j exp(eps_{t-1} R_j) + eps_t.
 
 ``variant: official`` follows the authors' code: R_i <- alpha R_i + (1 - alpha) exp(L_i), without the division by the
-share. Warm-up rounds do not change R, but their steps count in t. Then
+share. Warm-up rounds do not change R, but their steps count in t. The shares after step t are
 
     pi_t(i) = (1 - K eps_t) R_i / sum_j R_j + eps_t.
 
 Source: Albalak et al. 2023, arXiv 2312.02406; code alon-albalak/online-data-mixing.
-Differences from both:
+Differences from both paper and code:
 
-- Plans follow the shares as closely as whole samples allow, and carry the rounding error to the next round.
+- Samples are not drawn at random by the shares. The counts of a plan are the shares times the samples of the round,
+  rounded, and the rounding error is carried to the next round.
 - Every domain of a step is rewarded with its token-mean loss over the whole step. The paper draws one domain for each
   batch, and the code draws one for each micro-batch of a process.
-- Shares change between rounds. That is every step only with ``update_steps: 1``.
+- Shares change between rounds. They change after every step only with ``update_steps: 1``.
 
-Cost: none.
+Cost: no forward or backward pass.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ class OdmMixer(Mixer[OdmParams]):
     def __init__(self, params: OdmParams) -> None:
         super().__init__(params)
         self.steps = 0
-        """t, the number of optimizer steps with a loss so far."""
+        """t, the number of optimizer steps so far in which a domain had a loss."""
         self._rewards: NDArray[np.float64] = np.empty(0)
         """R of the paper, shape (K,)."""
         self._log_perplexities: NDArray[np.float64] = np.empty(0)
@@ -65,14 +68,14 @@ class OdmMixer(Mixer[OdmParams]):
         return Needs(step_losses="domains")
 
     def cannot_learn(self, run: RunOutline) -> str | None:
-        """Return that exploration keeps the shares equal at every decision of the run, or that nothing is learned."""
+        """Return the reason if no decision can use a loss, or if exploration keeps the shares equal in all of them."""
         if self.params.variant == "official" and run.decisions == 1 and run.schedule.warmup_steps:
             return (
                 "the only decision comes after the warm-up, from which variant: official learns nothing; lower "
                 "dataflex.update_steps"
             )
         last = run.schedule.last_decision or 0
-        needed = 1
+        needed = 1  # the smallest t at which eps_t is below 1 / K, so that shares can differ
         while exploration(needed, run.domains) >= 1.0 / run.domains:
             needed += 1
         if last >= needed:
@@ -93,25 +96,25 @@ class OdmMixer(Mixer[OdmParams]):
             return
         if not self.steps:
             self._rewards, self._log_perplexities = np.zeros(losses.size), np.full(losses.size, -np.inf)
-        # Copies, because state_dict hands out the arrays themselves.
+        # Change copies, because `state_dict` returns the arrays themselves.
         rewards, logs = self._rewards.copy(), self._log_perplexities.copy()
         rewards[present] *= alpha
         rewards[present] += (1.0 - alpha) * losses[present] / statistics.proportions[present]
-        kept = math.log(alpha) if alpha else -math.inf
+        log_alpha = math.log(alpha) if alpha else -math.inf
         if not statistics.warmup:
-            logs[present] = np.logaddexp(kept + logs[present], math.log1p(-alpha) + losses[present])
+            logs[present] = np.logaddexp(log_alpha + logs[present], math.log1p(-alpha) + losses[present])
         self._rewards, self._log_perplexities = rewards, logs
         self.steps += 1
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return pi_t, shape (K,), sum 1, each share at least eps_t.
+        """Return pi_t, shape (K,), with sum 1. Each share is at least eps_t.
 
-        The shares are equal before the first step with a loss. With ``variant: official`` they are the initial shares
-        as long as only warm-up steps were trained, because this variant learns nothing from the warm-up.
+        Before the first step with a loss, the shares are equal. ``variant: official`` learns nothing from the warm-up,
+        so it returns the initial shares until a later step has a loss.
         """
         count = len(ctx.pool.domains)
         floor = exploration(self.steps, count)
-        if floor >= 1.0 / count:
+        if floor >= 1.0 / count:  # the formula below then gives equal shares
             ctx.not_decided(
                 f"exploration keeps the shares equal until there are losses of more steps ({self.steps} so far)"
             )

@@ -1,7 +1,7 @@
 """Shares that follow a given timetable: mixtures at given optimizer steps, interpolated between these steps.
 
-Before the first point the shares of the first point hold, and after the last point those of the last. A round has the
-shares of its first step, so ``update_steps`` decides how closely the rounds follow a line.
+The shares of the first point hold before it, and the shares of the last point after it. A round has the shares of the
+round's first step, so ``update_steps`` decides how closely the rounds follow a line.
 
 Source: common practice, such as two-stage pre-training and annealing on better data.
 Cost: none.

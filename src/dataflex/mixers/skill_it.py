@@ -74,6 +74,7 @@ class SkillItMixer(Mixer[SkillItParams]):
     def __init__(self, params: SkillItParams) -> None:
         super().__init__(params)
         self._losses: NDArray[np.float64] = np.empty((0, 0))
+        """Validation losses of the latest decisions, shape (decisions in the window, M)."""
         self._graph: NDArray[np.float64] = np.empty((0, 0))
         """A, shape (K, M). Stored because a file may change during the run."""
 
@@ -101,7 +102,7 @@ class SkillItMixer(Mixer[SkillItParams]):
         )
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:
-        """Return the configured initial proportions, or those of the first decision."""
+        """Return the configured initial proportions, or the proportions of the first decision."""
         return self._first(ctx) if self.params.initial_proportions is None else super().initial(ctx)
 
     def mix(self, ctx: RoundContext) -> NDArray[np.float64]:
@@ -218,6 +219,7 @@ def _read_file(path: Path) -> dict[str, dict[str, float]]:
 
 
 def _is_table(rows: Any) -> bool:
+    """Return whether rows are a mapping from domains to mappings from validation domains to numbers."""
     return (
         isinstance(rows, dict)
         and len(rows) > 0

@@ -5,7 +5,7 @@ rest of B, or N times its size if that is less. The shares are proportional to t
 parts are equal in tokens: a domain with mean length m_k gets part / m_k samples. B stays a number of samples.
 
 Source: Chung et al. 2023, arXiv 2304.09151, Algorithm 1. If the caps of all domains add up to less than the
-budget, every domain is at its cap, and the shares are those of the sizes, as in the algorithm.
+budget, every domain is at its cap, and the shares are proportional to the sizes, as in the algorithm.
 Differs from the algorithm: sizes are counted in samples or tokens instead of characters, and the budget is that of the
 run.
 Cost: none. ``unit: tokens`` reads the lengths of all samples once.
@@ -42,7 +42,7 @@ class UnimaxMixer(Mixer[UnimaxParams]):
             return None
         return (
             f"the run trains on {samples} samples and max_epochs ({self.params.max_epochs:g}) allows {most:g}, so "
-            "every domain is at its cap, and the shares are those of the sizes. Raise max_epochs, or train less"
+            "every domain is at its cap, and the shares are proportional to the sizes. Raise max_epochs, or train less"
         )
 
     def initial(self, ctx: RoundContext) -> NDArray[np.float64]:

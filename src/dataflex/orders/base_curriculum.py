@@ -69,6 +69,7 @@ class ScoreParams(DistanceParams):
 
     @model_validator(mode="after")
     def _scope_fits(self) -> Self:
+        """Refuse combinations of ``scope``, ``by`` and ``passes`` that cannot be carried out."""
         if self.scope == "run" and self.by == "selection":
             raise ValueError(
                 "scope: run arranges the pool before anything is selected, so by: selection has no scores; use "
@@ -77,8 +78,7 @@ class ScoreParams(DistanceParams):
         if self.scope == "round" and self.passes != "same":
             raise ValueError(
                 f"passes: {self.passes} needs scope: run, and scope is round, which arranges every round; set scope: "
-                "run "
-                "or remove passes"
+                "run or remove passes"
             )
         return self
 
@@ -95,6 +95,7 @@ class ScoreParams(DistanceParams):
 
     @model_validator(mode="after")
     def _embeddings_are_used(self) -> Self:
+        """Refuse parameters of embeddings that another parameter makes unused."""
         fields = DistanceParams.model_fields
         unused = [name for name, field in fields.items() if getattr(self, name) != field.default]
         if self.by != "embedding" and unused:
@@ -210,8 +211,8 @@ class ScoredOrder(Order[ScoreParamsT]):
             return None
         return "jit", (
             f"a window of {self.params.jit} samples is too large: {samples} samples are arranged at a time, so the "
-            "window "
-            "would hold them all, and shuffling it would leave nothing of the order. Lower jit, or use method: shuffle."
+            "window would hold them all, and shuffling it would leave nothing of the order. Lower jit, or use method: "
+            "shuffle."
         )
 
     def arrange(self, ctx: RoundContext, selection: Selection) -> IndexArray:
@@ -226,6 +227,7 @@ class ScoredOrder(Order[ScoreParamsT]):
         return np.concatenate([ranked[:scored][ranks], ranked[scored:]])
 
     def _scores(self, ctx: RoundContext, selection: Selection) -> NDArray[np.floating]:
+        """Return the score of each sample of the selection, shape (n,), by the parameter ``by``."""
         indices = selection.indices
         if self.params.by == "column":
             assert self.params.column is not None

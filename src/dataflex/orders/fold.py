@@ -4,7 +4,7 @@ With L layers, sweep l has the ranks l, l + L, l + 2 L and so on. Each sweep goe
 samples come back after hard ones. L = 1 is sorting.
 Source: FO of arXiv 2605.30334 (Dai et al., ACL 2026), folding of arXiv 2506.21545; microsoft/data-efficacy,
 ``data_ordering/common.py:folding_order``.
-Cost: that of the score. ``by: loss`` costs one forward pass over the arranged samples.
+Cost: the cost of the score. ``by: loss`` costs one forward pass over the arranged samples.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Saw: sorted samples in sections, with upward and downward sweeps through the samples around each border.
 
-The windows are those of ``stair``. Inside a window every second of the L sweeps goes down.
+The windows are the same as in ``stair``. Inside a window every second of the L sweeps goes down.
 Source: SAW of arXiv 2605.30334 (Dai et al., ACL 2026); microsoft/data-efficacy,
 ``data_ordering/common.py:cross_guidance_order``.
-Cost: that of the score. ``by: loss`` costs one forward pass over the arranged samples.
+Cost: the cost of the score. ``by: loss`` costs one forward pass over the arranged samples.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Of n samples the first int(n x / 100) are from the low or the high end, and so are the last int(n y / 100). The rest is
 between them. If both parts are from the same end, its samples are divided between them at random.
 Source: SEG of arXiv 2605.30334 (Dai et al., ACL 2026); microsoft/data-efficacy, ``data_ordering/segment.py``.
-Cost: that of the score. ``by: loss`` costs one forward pass over the arranged samples.
+Cost: the cost of the score. ``by: loss`` costs one forward pass over the arranged samples.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class SegmentParams(ScoreParams):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        """Refuse parts that are empty or, unless they may be rescaled, exceed the whole."""
         total = self.front + self.back
         if total == 0:
             raise ValueError("front and back are both 0, which is a shuffle; set one of them, or use method: shuffle")

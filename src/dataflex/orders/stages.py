@@ -65,6 +65,7 @@ class StagesParams(ComponentParams):
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Self:
+        """Check that the given shares leave the right rest for the stages without a share."""
         shares = [stage.share for stage in self.stages]
         total = float(sum(exactly(share) for share in shares if share is not None))
         if None not in shares:
@@ -118,8 +119,7 @@ class StagesOrder(Order[StagesParams]):
         if missing:
             return "stages", (
                 f"in no stage: {', '.join(missing)}. Add each to a stage, or to left_out if none of its samples is to "
-                "be "
-                "trained on."
+                "be trained on."
             )
         return None
 

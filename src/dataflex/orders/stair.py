@@ -4,7 +4,7 @@ Of n samples in Z sections, the window around border z holds the ranks from roun
 1. R is round(rho n), with halves rounded to even. Inside a window there are L sweeps in the same direction.
 Source: STR of arXiv 2605.30334 (Dai et al., ACL 2026); microsoft/data-efficacy,
 ``data_ordering/common.py:cross_guidance_order``.
-Cost: that of the score. ``by: loss`` costs one forward pass over the arranged samples.
+Cost: the cost of the score. ``by: loss`` costs one forward pass over the arranged samples.
 """
 
 from __future__ import annotations

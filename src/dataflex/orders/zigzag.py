@@ -4,7 +4,7 @@ With L layers, sweep l has the ranks l, l + L, l + 2 L and so on, in reverse if 
 L = 1 is sorting.
 Source: ZIG of arXiv 2605.30334 (Dai et al., ACL 2026); microsoft/data-efficacy,
 ``data_ordering/common.py:zigzag_order``.
-Cost: that of the score. ``by: loss`` costs one forward pass over the arranged samples.
+Cost: the cost of the score. ``by: loss`` costs one forward pass over the arranged samples.
 """
 
 from __future__ import annotations

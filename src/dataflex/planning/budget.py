@@ -69,7 +69,7 @@ class LimitedDecision:
     allowed: int
     """Number of samples that the limit allowed to score."""
     max_age: int
-    """Number of latest decisions, including this one, whose scores are valid."""
+    """Number of latest decisions, including this decision, whose scores are valid."""
     chosen_by_own_score: float
     """Share of the chosen samples with a valid score instead of an estimate, in [0, 1]."""
     seconds_per_sample: float | None = None

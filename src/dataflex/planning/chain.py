@@ -95,6 +95,7 @@ class _Held:
     """Number of candidates of a filter."""
 
     def state(self) -> State:
+        """Return the stored result as plain data for a checkpoint."""
         # One bit for each sample of the group: smaller in a checkpoint than indices.
         inside = np.zeros(self.stop - self.start, dtype=bool)
         inside[self.samples - self.start] = True
@@ -205,6 +206,7 @@ class SelectorChain:
         return None if held is None or update - held.update >= entry.every else held
 
     def _hold(self, entry: Entry[Selector], group: Group, update: int, **found: Any) -> None:
+        """Store an entry's result for a group, if the entry does not decide in every decision."""
         if entry.every > 1:
             held = _Held(update, group.start, group.stop, **found)
             self._held.setdefault(entry.key, {})[group.name] = held

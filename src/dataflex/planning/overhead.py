@@ -64,10 +64,13 @@ class _Decision:
     allowed: int | None = None
     """How many samples the decision may score. None if not computed yet."""
     has_begun: bool = False
+    """Whether the selector's ``begin`` was called in this decision."""
     has_paid: bool = False
     """Whether the fixed cost of the decision is measured."""
     by_own_score: int = 0
+    """Number of chosen samples that were chosen by a score, not by an estimate."""
     chosen: int = 0
+    """Number of chosen samples."""
 
 
 class LimitedScoring:
@@ -87,10 +90,13 @@ class LimitedScoring:
         self.pool, self.budget, self.seed, self.schedule = pool, Budget(max_overhead), seed, schedule
         self._spent = spent
         self._book: ScoreBook | None = None
+        """Clusters, scores and estimates of the pool's samples. None before the first decision."""
         self._made_with: dict[str, Any] = {}
         """Parameters of the selector that the stored scores depend on."""
         self._seconds, self._samples = 0.0, 0
+        """Seconds of scoring without the fixed cost of decisions, and number of samples scored in them."""
         self._fixed_seconds, self._fixed_count = 0.0, 0
+        """Sum of the fixed costs of decisions in seconds, and number of decisions in the sum."""
         self.done: LimitedDecision | None = None
         """Record of the present decision. None before it chose."""
         self._now = _Decision(True)
@@ -147,6 +153,7 @@ class LimitedScoring:
         return Selection(chosen, estimates, unscored, ranks=ranks, ranked=ranked, undecided=why)
 
     def _book_now(self) -> ScoreBook:
+        """Return the book of clusters and scores. The first call computes the clusters."""
         if self._book is None:
             number = int(np.clip(self.pool.size // _CLUSTER_SIZE, *_CLUSTERS))
             clusters = token_clusters(self.pool, number, self.seed)
@@ -161,6 +168,13 @@ class LimitedScoring:
         return self._affordable(ctx, book.has_scores(everyone), 0.0)
 
     def _affordable(self, ctx: RoundContext, has_scores: bool, paid_fixed: float) -> int:
+        """Return the number of samples that the limit allows to score in this decision, from the costs measured so far.
+
+        Args:
+            ctx: the round.
+            has_scores: whether some sample has a score already.
+            paid_fixed: seconds of the fixed cost that this decision has already spent.
+        """
         spent = distributed.on_main(self._spent)
         fixed = self._fixed_seconds / max(1, self._fixed_count)
         costs = Costs(
@@ -205,6 +219,8 @@ class LimitedScoring:
         picked = book.pick(candidates, max(round(now.allowed * share), 2 if unknown else 1), ctx.rng)
         if picked.size < (2 if unknown else 1):
             return
+        # The first scoring of a decision also pays its fixed cost, such as `begin`. So a small part is timed first, and
+        # the cost per sample comes from the rest.
         lead, rest = picked[:0], picked
         if not now.has_paid:
             order = ctx.rng.permutation(picked.size)
@@ -254,6 +270,7 @@ class LimitedScoring:
             )
 
     def _timed(self, selector: Selector, ctx: RoundContext, indices: IndexArray) -> tuple[ScoreArray, float]:
+        """Return the scores of samples and the seconds that scoring took on rank 0, with ``begin`` if it is due."""
         if not indices.size:
             return np.empty(0, dtype=np.float32), 0.0
         began = time.perf_counter()
@@ -295,15 +312,13 @@ class LimitedScoring:
             return (
                 f"because the limit is {allowed:.3g} s in this run and the first decision, which has to measure the "
                 f"cost of scoring, took {self._first_seconds:.3g} s ({sample}; the rest is the fixed cost of a "
-                "decision, "
-                "such as clusters, validation samples and selectors before this one)"
+                "decision, such as clusters, validation samples and selectors before this one)"
             )
         others = spent.decision_seconds - self._scoring_seconds
         if others > self._scoring_seconds:
             return (
                 f"because {others:.3g} of {spent.decision_seconds:.3g} s of decisions were not scoring (clusters, "
-                "mixing, "
-                "ordering)"
+                "mixing, ordering)"
             )
         return (
             f"because decisions took longer, or training steps less time, than those before them ({allowed:.3g} s "

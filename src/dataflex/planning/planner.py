@@ -1,8 +1,8 @@
 """Planning of rounds: the planner calls the components of each round in the order select, mix, order.
 
 A plan has exactly ``steps x global batch size`` indices. The number of samples of each domain follows the mixer's
-proportions, and the rounding error is carried to the next round. Without a selector, samples are drawn in passes: every
-sample of the pool (or of a domain, with a mixer) once in a new order, before any sample repeats.
+proportions, and the rounding error is carried to the next round. Without a selector, samples are drawn in passes. A
+pass contains every sample of the pool (with a mixer: of a domain) once, and every pass has a new random order.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Plan:
     scores: ScoreArray | None = None
     """The selector's score of each sample, in the same order. NaN for a sample without a score."""
     proportions: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    """The domain shares in force (with a mixer) or the shares of the domains in the plan, shape (K,)."""
+    """Share of each domain, shape (K,): the shares in force with a mixer, else the shares counted in the plan."""
     unscored: int = 0
     """Number of candidates left out because they have no score."""
     budget: LimitedDecision | None = None
@@ -66,19 +66,19 @@ class Plan:
     ranks: IndexArray | None = None
     """Rank of each sample among the candidates of its group, in the same order. 1 is the best, 0 means no rank."""
     candidates: dict[str, int] = field(default_factory=dict)
-    """Number of ranked candidates in each group: ``pool``, or the domains if there is a mixer."""
+    """Number of ranked candidates by group. The group is ``pool`` without a mixer, else the name of a domain."""
     epochs: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    """Samples of each domain planned up to the end of this round, over its size, shape (K,). Empty if unknown."""
+    """Planned samples of each domain up to the end of this round / size of the domain, shape (K,). Empty if unknown."""
     clipped_shares: dict[str, float] = field(default_factory=dict)
-    """The mixer's share of each domain whose share ``max_epochs_per_domain`` reduced."""
+    """The domains whose share ``max_epochs_per_domain`` reduced, with the share that the mixer wanted."""
     undecided: dict[str, str] = field(default_factory=dict)
     """Why a component decided nothing in this round, by configuration key."""
     not_chosen: dict[str, str] = field(default_factory=dict)
-    """Why the selector chose nothing from a group: ``pool``, or a domain if there is a mixer."""
+    """Why the selector chose nothing from a group, by name of the group (see :attr:`candidates`)."""
     stages: tuple[StageOutcome, ...] = ()
     """Result of each filter of a chain of selectors, in the order of the chain."""
     standing: tuple[str, ...] = ()
-    """Keys of the selectors that did not decide in this round because of ``every``."""
+    """Keys of the selectors that reused an earlier result in this round because of ``every``."""
 
     @property
     def sha256(self) -> str:
@@ -88,13 +88,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Readings:
-    """Inputs of the components' contexts, besides the pool and the progress of the rounds.
+    """Inputs of the components' contexts that are neither the pool nor the progress of the rounds.
 
     Attributes:
         validation: validation samples of the components that need some, by configuration key.
         references: references of the components that need one, by configuration key.
         learning_rate: returns the optimizer's present learning rate.
-        total_steps: expected steps of the run. None means those of the schedule.
+        total_steps: expected steps of the run. None means the steps of the schedule.
         embeddings: source of embeddings for the components that need some. None if no component does.
     """
 
@@ -115,7 +115,7 @@ class Planner:
         seed: the run's seed.
         global_batch_size: samples of one optimizer step.
         arrangement: training order of a plan without an ``order`` component.
-        limit: scores in the last selector's place if its cost is limited.
+        limit: calls the last selector's ``score`` under ``max_overhead``. None means no limit.
         readings: inputs of the components' contexts. None means no inputs.
     """
 
@@ -135,12 +135,12 @@ class Planner:
         self.readings = readings or Readings()
         self.chain = SelectorChain(components.select, pool, limit) if components.select else None
         total = self.readings.total_steps
-        # A budget of tokens or seconds may end the run earlier than the schedule.
+        # Under a budget of tokens or seconds, the total of `schedule` is only an upper bound of the expected total.
         self.expected = schedule if total is None else replace(schedule, total_steps=total)
-        self._mixing: list[str] = []
-        """Reasons why the mixer decided nothing in the present round."""
+        self._mixer_idle: list[str] = []
+        """Reasons why the mixer decided nothing in the present round. The mixer's context appends to this list."""
         self.notes: list[str] = []
-        """Messages of components to the user. The reader of this list clears it."""
+        """Messages of components to the user. The caller of :meth:`plan` reads and clears this list."""
         self.seed, self.global_batch_size, self.arrangement = seed, global_batch_size, arrangement
         shuffle = arrangement != "sequential"
         self._pool_sampler = PassSampler(pool.size, seed=seed, name="pool", shuffle=shuffle)
@@ -151,11 +151,13 @@ class Planner:
         self.planned = np.zeros(len(pool.domains), dtype=np.int64)
         """Samples of each domain planned so far, shape (K,)."""
         self.owed = np.zeros(len(pool.domains))
-        """Rounding error: shares times samples of the rounds so far minus planned samples, with a mixer, shape (K,)."""
+        """Rounding error with a mixer, shape (K,): share x samples, summed over the rounds, minus planned samples."""
         self._shares = np.empty(0)
         """Latest shares that the mixer returned, shape (K,). Empty before the first round."""
         self._limits = epoch_limits(components.mix, pool)
+        """Most samples of each domain in the whole run, shape (K,). None means no limit."""
         self._warned: set[str] = set()
+        """Domains for which the user was warned that ``max_epochs_per_domain`` is reached."""
 
     def plan(self, slot: RoundSlot, probe: Probe) -> Plan:
         """Return the plan of a round.
@@ -165,16 +167,17 @@ class Planner:
         Raises:
             ComponentError: if a component returns an invalid result.
         """
-        self._mixing = []
-        groups, decided, clipped = self._groups(slot, probe)
-        chain = self.chain if slot.update is not None else None
+        self._mixer_idle = []
+        groups, shares, clipped = self._groups(slot, probe)
+        chain = self.chain if slot.update is not None else None  # warm-up rounds (no update) select nothing
         groups, parts = self._select(slot, probe, groups, chain)
         selection = join(parts)
         arranged = self._arrange(slot, probe, selection)
-        ranks_in_group = self._ranks_in_group(slot, selection)
-        if arranged is not None and ranks_in_group is not None:
+        sequence = self._sequence_in_groups(slot, selection)
+        if arranged is not None and sequence is not None:
+            # Put the samples of each group into ascending sequence. Each group keeps its positions in the permutation.
             sizes = [part.indices.size for part in parts]
-            arranged = in_passes(arranged, np.repeat(np.arange(len(parts)), sizes), ranks_in_group)
+            arranged = in_passes(arranged, np.repeat(np.arange(len(parts)), sizes), sequence)
         indices, scores, ranks = selection.indices, selection.scores, selection.ranks
         if arranged is not None:
             indices = indices[arranged]
@@ -182,9 +185,9 @@ class Planner:
             ranks = ranks[arranged] if ranks is not None else None
         if ranks is not None:
             ranks = ranks.astype(np.int64, copy=False)
-        if decided is None:
+        if shares is None:  # without a mixer, the domains are counted afterwards
             counts = self.pool.domain_counts(indices)
-            decided = counts / counts.sum()
+            shares = counts / counts.sum()
             self.planned += counts
         else:
             self.planned += self._counts(groups)
@@ -200,7 +203,7 @@ class Planner:
             slot,
             indices,
             scores,
-            decided,
+            shares,
             int(selection.unscored),
             budget,
             ranks,
@@ -219,22 +222,22 @@ class Planner:
         Args:
             slot: the round.
             not_chosen: why the selector chose nothing from a group, by group.
-            groups: number of groups.
+            groups: number of groups that samples were chosen from.
         """
         found, mixer = dict[str, str](), self.components.mix
         if slot.update is None:
             return found
-        if not_chosen and len(not_chosen) == groups:
+        if not_chosen and len(not_chosen) == groups:  # a selector that chose from one group did decide
             found["select"] = "; ".join(dict.fromkeys(not_chosen.values()))
         if mixer is not None and len(self.pool.domains) == 1:
             found["mix"] = "there is one domain"
-        elif self._mixing:
-            found["mix"] = self._mixing[-1]
+        elif self._mixer_idle:
+            found["mix"] = self._mixer_idle[-1]
         return found
 
     @property
     def epochs(self) -> NDArray[np.float64]:
-        """Samples of each domain planned so far, divided by its size, shape (K,)."""
+        """Planned samples of each domain so far / size of the domain, shape (K,)."""
         return self.planned / self.pool.domain_sizes
 
     def state_dict(self) -> State:
@@ -263,7 +266,7 @@ class Planner:
         self._warned = set(state["warned"])
         if self.chain is not None and state["chain"] is not None:
             self.chain.load_state_dict(state["chain"])
-        for name, order in state.get("orders", {}).items():
+        for name, order in state.get("orders", {}).items():  # older checkpoints have no orders
             self._samplers[name].decided = PassOrder(**order)
 
     @property
@@ -272,18 +275,18 @@ class Planner:
         return {sampler.name: sampler for sampler in (self._pool_sampler, *self._domain_samplers)}
 
     def context(self, component: Component, slot: RoundSlot, probe: Probe, group: str = "pool") -> RoundContext:
-        """Return the context of a component for its part of a round. Every group has separate random numbers."""
+        """Return the context of a component in a round, for one group. Every group has separate random numbers."""
         key = next(key for key, own in self.components.items() if own is component)
         embeddings = self.readings.embeddings
-        place = (
-            () if key == family_key(key) else (key,)
-        )  # a chain may use a method twice, and each use needs other random numbers
+        # A chain may use a method twice, and each use needs other random numbers. A single component needs no key.
+        use = () if key == family_key(key) else (key,)
         return RoundContext(
             pool=self.pool,
             probe=probe,
-            rng=derive_rng(self.seed, component.family, component.name, *place, slot.number, group),
+            rng=derive_rng(self.seed, component.family, component.name, *use, slot.number, group),
             round=slot.number,
             update=slot.update or 0,
+            # A budget may last longer than expected. The totals then grow with the run, to include this round.
             num_updates=max(self.expected.num_updates, (slot.update or 0) + 1),
             start_step=slot.start_step,
             steps=slot.steps,
@@ -312,12 +315,12 @@ class Planner:
         if mixer is None:
             return [Group("pool", 0, self.pool.size, size, self._pool_sampler)], None, {}
         ctx = self.context(mixer, slot, probe)
-        self._mixing = ctx.undecided
+        self._mixer_idle = ctx.undecided
         given = mixer.initial(ctx) if slot.update is None else mixer.mix(ctx)
         wanted = check_proportions(mixer, given, self.pool, "initial" if slot.update is None else "mix")
         found = self._apportioned(slot, wanted, size)
         clipped = {self.pool.domains[number]: float(wanted[number]) for number in np.flatnonzero(found.cut)}
-        self._tell(slot, clipped)
+        self._warn_of_limits(slot, clipped)
         bounds = zip(self.pool.domains, self.pool.offsets[:-1], self.pool.offsets[1:], found.counts, strict=True)
         groups = [
             Group(name, int(start), int(stop), int(count), sampler)
@@ -327,7 +330,7 @@ class Planner:
         return groups, found.shares, clipped
 
     def _counts(self, groups: list[Group]) -> NDArray[np.int64]:
-        """Return the number of samples wanted from each domain, shape (K,). Every group must be a domain."""
+        """Return the number of samples wanted from each domain, shape (K,), if every group is a domain."""
         counts = np.zeros(len(self.pool.domains), dtype=np.int64)
         counts[self.pool.domain_ids(np.array([group.start for group in groups]))] = [group.budget for group in groups]
         return counts
@@ -338,19 +341,20 @@ class Planner:
         Raises:
             ConfigError: if ``max_epochs_per_domain`` leaves too few samples.
         """
-        stays = not self._shares.size or np.array_equal(wanted, self._shares)
-        later = self._samples_of_later_rounds(slot) if stays else np.empty(0, dtype=np.int64)
+        # Rounding looks ahead only while the shares stay the same, because later shares are unknown otherwise.
+        is_same = not self._shares.size or np.array_equal(wanted, self._shares)
+        later = self._samples_of_later_rounds(slot) if is_same else np.empty(0, dtype=np.int64)
         left = None if self._limits is None else np.maximum(self._limits - self.planned, 0)
         try:
             found = apportion(self.owed, wanted, size, later, left)
         except ValueError as error:
-            assert left is not None
-            raise ConfigError(self._used_up(slot, wanted, left)) from error
+            assert left is not None  # only limits raise this error
+            raise ConfigError(self._too_few_left(slot, wanted, left)) from error
         self.owed, self._shares = found.owed, wanted
         return found
 
     def _samples_of_later_rounds(self, slot: RoundSlot) -> NDArray[np.int64]:
-        """Return the samples from the end of ``slot`` to the end of each of the next rounds."""
+        """Return the number of samples from the end of ``slot`` to the end of each of the next rounds, ascending."""
         begin = end = slot.start_step + slot.steps
         ends: list[int] = []
         while end < self.schedule.total_steps and len(ends) < LATER_ROUNDS:
@@ -359,8 +363,8 @@ class Planner:
             ends.append((end - begin) * self.global_batch_size)
         return np.array(ends, dtype=np.int64)
 
-    def _tell(self, slot: RoundSlot, clipped: dict[str, float]) -> None:
-        """Log once for each domain that ``max_epochs_per_domain`` gives it a smaller share than the mixer."""
+    def _warn_of_limits(self, slot: RoundSlot, clipped: dict[str, float]) -> None:
+        """Warn of the domains whose share ``max_epochs_per_domain`` reduced, once for each domain."""
         newly = [name for name in clipped if name not in self._warned]
         if newly and distributed.rank() == 0:
             logger.warning(
@@ -372,16 +376,17 @@ class Planner:
             )
         self._warned.update(newly)
 
-    def _used_up(self, slot: RoundSlot, wanted: NDArray[np.float64], left: NDArray[np.int64]) -> str:
+    def _too_few_left(self, slot: RoundSlot, wanted: NDArray[np.float64], left: NDArray[np.int64]) -> str:
+        """Return the error for a round that needs more samples than ``max_epochs_per_domain`` leaves."""
         assert self._limits is not None
         names = [name for name, share in zip(self.pool.domains, wanted, strict=True) if share > 0]
         rest, size = int(left[wanted > 0].sum()), slot.steps * self.global_batch_size
         return (
             f"dataflex.mix.max_epochs_per_domain: round {slot.number} needs {size} samples, but only {rest} are left "
-            f"of {some(names)}, which the mixer gives a share: enough for {rest // self.global_batch_size} of its "
-            f"{slot.steps} steps, until step {slot.start_step + rest // self.global_batch_size} of the run. Raise "
-            "max_epochs_per_domain, give other domains a share, or train less (train_steps, max_steps, "
-            "num_train_epochs)."
+            f"in the domains to which the mixer gives a share ({some(names)}). They are enough for "
+            f"{rest // self.global_batch_size} of the round's {slot.steps} steps, until step "
+            f"{slot.start_step + rest // self.global_batch_size} of the run. Raise max_epochs_per_domain, give other "
+            "domains a share, or train less (train_steps, max_steps, num_train_epochs)."
         )
 
     def _select(
@@ -389,7 +394,7 @@ class Planner:
     ) -> tuple[list[Group], list[Selection]]:
         """Return the groups that samples are chosen from, and the selection of each."""
         order = self.components.order
-        if order is not None and order.draws:
+        if order is not None and order.draws:  # such a run has no mixer, so its only group is the pool
             return groups, [self._drawn(order, slot, probe, *groups)]
         if chain is None or slot.update is None:
             return groups, [group.draw_passes(self._walk(slot, probe, group)) for group in groups]
@@ -404,6 +409,16 @@ class Planner:
         return groups, found
 
     def _check_selection(self, label: str, selection: Selection, group: Group) -> None:
+        """Check a component's selection from a group.
+
+        Args:
+            label: name of the component's method, for the error.
+            selection: the selection.
+            group: the group.
+
+        Raises:
+            ComponentError: if an index, a score or a rank is invalid, or if their number is wrong.
+        """
         check_form(label, selection)
         indices = selection.indices
         if indices.shape != (group.budget,) or not np.issubdtype(indices.dtype, np.integer):
@@ -425,18 +440,19 @@ class Planner:
         if ranks.shape != indices.shape or not np.issubdtype(ranks.dtype, np.integer):
             raise ComponentError(
                 f"{label} returned {ranks.dtype} ranks of shape {ranks.shape} for indices of shape {indices.shape}; "
-                "needed "
-                "are integers of the same shape."
+                "needed are integers of the same shape."
             )
         if ranks.min() < 0 or ranks.max() > selection.ranked:
             raise ComponentError(
                 f"{label} returned ranks outside the range from 0 (no rank) to {selection.ranked}, the number of "
-                "ranked "
-                "candidates."
+                "ranked candidates."
             )
 
     def _arrange(self, slot: RoundSlot, probe: Probe, selection: Selection) -> IndexArray | None:
-        """Return the permutation that puts a selection into training order. None if it is in training order already."""
+        """Return the permutation that puts a selection into training order. None means that it is in that order.
+
+        In a warm-up round, and for an order that draws or walks, the run's ``arrangement`` decides here.
+        """
         size = selection.indices.size
         order = self.components.order
         if order is not None and slot.update is not None and not (order.walks or order.draws):
@@ -447,10 +463,11 @@ class Planner:
             return self._group_by_length(slot, selection.indices)
         return KeyedPermutation(size, key_of(self.seed, "shuffle", slot.number))(np.arange(size, dtype=np.int64))
 
-    def _ranks_in_group(self, slot: RoundSlot, selection: Selection) -> IndexArray | None:
-        """Return numbers in whose ascending order the samples of each group must be trained, shape (n,).
+    def _sequence_in_groups(self, slot: RoundSlot, selection: Selection) -> IndexArray | None:
+        """Return a number for each sample, shape (n,): a group's samples must be trained in ascending order of it.
 
-        None means that any order is allowed.
+        The number is the sample's pass, so that a pass ends before the next one begins. For an order that walks it is
+        the position in the walk. None means that any order is allowed.
         """
         order = self.components.order
         if order is None or slot.update is None:
@@ -461,7 +478,7 @@ class Planner:
 
     def _drawn(self, order: Order, slot: RoundSlot, probe: Probe, group: Group) -> Selection:
         """Return the samples that an order draws, in training order."""
-        rng = derive_rng(self.seed, order.family, order.name, "run")
+        rng = derive_rng(self.seed, order.family, order.name, "run")  # the same in every round, as `draw` promises
         context = replace(self.context(order, slot, probe), rng=rng)
         found = Selection(order.draw(context), shuffled=True)
         self._check_selection(label_of(order, ("draw",)), found, group)
@@ -480,12 +497,13 @@ class Planner:
             context = replace(self.context(order, slot, probe), rng=rng)
             return arranged(order, context, Selection(group.start + samples))
 
-        # With the round in the key, the sampler takes the walk for another one and arranges the rest of the pass.
+        # The sampler keeps the order of a pass while `maker` stays the same. With the round in `maker`, it arranges the
+        # rest of the pass again in every round.
         maker = f"{maker_of(order)} {slot.number}" if order.renews else maker_of(order)
         return Walk(maker, arrange, order.repeats)
 
     def _group_by_length(self, slot: RoundSlot, indices: IndexArray) -> IndexArray:
-        """Return the Trainer's own length grouping of a plan, in global batches."""
+        """Return the permutation by which the Trainer's own function groups a plan by length, in global batches."""
         import torch
         from transformers.trainer_pt_utils import get_length_grouped_indices
 

@@ -364,6 +364,7 @@ class RunPlan:
         return f"{text} in {len(self.data.domains)} domains: {', '.join(shown)}{more}"
 
     def _steps(self) -> str:
+        """Return the line on the number of steps: its size, passes over the data, and what ends the training."""
         keys, settings = self.keys, self.settings
         batch = (
             f"{_count(keys.global_batch_size, 'sample')} ({keys.per_device} per device x {keys.accumulation} "
@@ -394,7 +395,7 @@ class RunPlan:
     def _passes(self, steps: int) -> float:
         """Return the passes over the data in a number of steps.
 
-        Without a plan the passes are those of the Trainer, in which the last step of a pass may have fewer samples.
+        Without a plan, the Trainer draws the passes, in which the last step of a pass may have fewer samples.
         """
         assert self.data.samples
         if self.components.plans_data:
@@ -411,6 +412,7 @@ class RunPlan:
         return _in_cycles(self.settings, self.components) and not given
 
     def _rounds(self) -> Iterator[tuple[str, str]]:
+        """Yield the lines on the warm-up, the rounds and the decisions."""
         if not self.components.items():
             return
         run, settings = self.run, self.settings
@@ -470,6 +472,7 @@ class RunPlan:
             yield "embeddings", f"{key}: of {samples} by {name}, made once before the model is loaded, kept in {folder}"
 
     def _events(self) -> Iterator[tuple[str, str]]:
+        """Yield the lines on evaluations and checkpoints."""
         keys = self.keys
         during = self._times(keys.eval_strategy, keys.eval_steps)
         at_end = ", and one at the end" if keys.evaluates_at_end else ""
@@ -560,7 +563,7 @@ def plan_of(
     needs: Mapping[str, Needs],
     data: DataOutline,
 ) -> RunPlan:
-    """Return the plan of a run. The arguments are those of :class:`RunPlan`."""
+    """Return the plan of a run. The arguments are described at :class:`RunPlan`."""
     count = _UNKNOWN_DOMAINS if data.domains is None else len(data.domains)
     schedule = schedule_of(
         settings, components, keys, num_samples=data.samples, domains=count, mean_length=data.mean_length

@@ -62,6 +62,11 @@ def adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _load(model: torch.nn.Module, folder: Path) -> None:
+    """Load a checkpoint's weights into the model.
+
+    Raises:
+        ComponentError: if the folder cannot be read or is of another model.
+    """
     from peft import PeftModel
     from safetensors import SafetensorError
 

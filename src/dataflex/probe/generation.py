@@ -117,6 +117,7 @@ def _own_responses(
             whole = rank + number * world_size  # number of the batch among the batches of all processes
 
             def responses(part: IndexArray, whole: int = whole, first: int = int(batch[0])) -> list[list[int]]:
+                """Return the new tokens of each response to a part of the batch's prompts."""
                 stream = (whole,) if part[0] == first else (whole, int(part[0]))
                 torch.manual_seed(key_of(seed, "generate", *stream) % 2**63)
                 inputs = _left_padded([prompts[index] for index in part], generator.pad_token_id, generator.device)
@@ -174,6 +175,7 @@ def _refuse_broken(input_ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def _generation_config(settings: GenerationSettings, pad_token_id: int, eos_token_ids: list[int]) -> Any:
+    """Return Transformers' generation configuration for the settings of a measurement."""
     from transformers import GenerationConfig
 
     return GenerationConfig(

@@ -32,7 +32,7 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
     of the group, then the m validation samples. The products of a sample without a trained token are NaN.
 
     Attributes:
-        sizes: number of samples in each group; the numbers add up to that of the measured samples.
+        sizes: number of samples in each group; the sum is the number of measured samples.
         validation: the validation samples; None means no validation samples.
         others: indices of the validation samples to use, (m,); None means no validation samples.
 

@@ -104,9 +104,10 @@ def reduced_gradients(
         return reducer.result, losses
 
     def measure(batch: MeasuredBatch) -> Tensor:
+        """Return the reduced gradients of a batch, after a check that they are finite."""
         values, losses = reduced(batch)
         broken = ~torch.isfinite(values.flatten(1) if values.dim() > 1 else values[:, None]).all(1)
-        # A loss of NaN is that of a sample without a trained token, which is not an error.
+        # A sample without a trained token has the loss NaN, which is not an error.
         broken = (broken & ~torch.isnan(losses)) | torch.isinf(losses)
         if broken.any():
             first = batch.indices[broken.cpu().numpy()][0]

@@ -1,14 +1,16 @@
 """Per-sample gradients of a batch from one forward pass and one backward pass.
 
 Hooks on the layers that own trainable parameters catch the layer's input and the gradient of the layer's output. The
-product of the two is each sample's gradient (``layers``). Autograd computes the gradients of layer outputs only, never
-of parameters. So no ``.grad`` is written, and DDP, DeepSpeed and FSDP reduce nothing: their reductions hang on the
-parameters' accumulation nodes. The gradients of a parameter are passed on after the parameter's last use, and freed.
+product of the two is each sample's gradient (see ``layers.py``). Autograd computes the gradients of layer outputs only,
+never of parameters. So no ``.grad`` is written. DDP, DeepSpeed and FSDP reduce nothing, because their reductions start
+in the nodes of the autograd graph that accumulate parameter gradients. After the last use of a parameter in the batch,
+its gradients are passed to ``emit`` and freed.
 
-Layers that the training recomputes are recomputed here, too (``checkpointing``). Their hooks act in the second run.
+Layers that the training recomputes are recomputed here, too (see ``checkpointing.py``). Their hooks act in the second
+run, the one with gradients.
 
-Run the raw module, not the wrapper. Under ZeRO-3 the hooks are placed before DeepSpeed's own hooks, so that DeepSpeed
-fetches parameters in the order that it has recorded.
+The model must be the raw module, not its wrapper. The hooks are placed before DeepSpeed's own hooks, because ZeRO-3
+fetches parameters in the order of their use that it has recorded.
 """
 
 from __future__ import annotations
@@ -49,16 +51,16 @@ from dataflex.probe.layers import (
 )
 
 Emit = Callable[[str, list[Contribution]], None]
-"""Receives a parameter's name and all uses of it in a batch; the list is empty if the batch does not use it."""
+"""Receives a parameter's name and its contributions in a batch. The list is empty if the batch does not use it."""
 
 _FLOAT16_SCALE = 2.0**14
-"""Factor of the loss in a float16 computation, in which small gradients would underflow."""
+"""Factor of the loss if the computation is in float16, so that small gradients do not underflow."""
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 """Parts that DDP, FSDP, checkpointing and compilation add to names of parameters."""
 
 
 class RoutedRows(Exception):
-    """Raised if the rows of a layer cannot be assigned to samples; run the samples one at a time then."""
+    """Raised if the rows of a layer cannot be assigned to samples. The caller then runs the samples one at a time."""
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
@@ -80,7 +82,7 @@ class _Call:
 
     Attributes:
         module: the module.
-        own: trainable parameters of the module itself: attribute -> name.
+        own: trainable parameters of the module itself, without submodules: attribute -> name.
         seen: names of the parameters whose use was caught in this call.
         args: positional arguments of the forward.
         kwargs: keyword arguments of the forward.
@@ -94,14 +96,14 @@ class _Call:
 
 
 class GradientPass:
-    """Runs batches and passes on the per-sample gradients of every trainable parameter.
+    """Runs batches and gives the per-sample gradients of every trainable parameter to a function.
 
     Args:
         model: the raw module, in evaluation mode.
-        emit: called once per batch for every trainable parameter.
+        emit: called once per batch for every trainable parameter that is not left out.
         reduction: whether to differentiate each sample's token mean or token sum.
         chunked_head: whether to apply the head in chunks, on the positions that count, inside the model's own forward.
-        unsupported: whether a trainable parameter of a kind without a rule raises an error or is left out.
+        unsupported: whether a trainable parameter of a kind without a gradient rule raises an error or is left out.
         device: device of the batches. Parameters may be elsewhere (FSDP can offload them to the CPU).
     """
 
@@ -118,6 +120,7 @@ class GradientPass:
         self.reduction, self.chunked_head, self.unsupported = reduction, chunked_head, unsupported
         self.names = parameter_names(model)
         self.left_out: set[str] = set()
+        """Names of the trainable parameters without a gradient rule, if they are to be left out."""
         if not self.names:
             raise ComponentError("the model has no trainable parameter, so there are no gradients to compute.")
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
@@ -125,32 +128,35 @@ class GradientPass:
         half |= torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
         self._scale = _FLOAT16_SCALE if half else 1.0
         self._batch = 0
+        """Number of samples in the running batch, B."""
         self._head_names: dict[str, str] = {}
         """Trainable parameters of a chunked head itself: attribute -> name."""
         self._inside_head: set[str] = set()
-        """Names of the trainable parameters of modules inside a chunked head, such as those of an adapter."""
+        """Names of the trainable parameters of modules inside a chunked head, such as an adapter's."""
         self._rows: Tensor | None = None
-        """Sample of each row while a chunk goes through the head; None outside of a chunked head."""
+        """Sample of each row while a chunk goes through the head. None means that no chunk does."""
         self._mixed: str | None = None
         """Path of a layer that mixed the rows of samples in this batch; None if no layer did."""
         self._complete = False
-        """Whether a batch has shown that all trainable parameters have a rule."""
+        """Whether an earlier batch has passed the check that hooks see all uses of trainable parameters."""
         self._dora = DoraCalls()
-        self._spread = any(isinstance(module, FSDPModule) for module in model.modules())
+        self._is_fsdp2 = any(isinstance(module, FSDPModule) for module in model.modules())
         """Whether FSDP2 shards the model."""
         self._roots: list[Tensor] = []
-        """Tensors whose gradients autograd computes, so that its backward pass reaches every hook."""
+        """Tensors for which autograd is to compute gradients. A hook gets a gradient only on a path to one of them."""
         self._uses: dict[str, int] = {}
-        """Uses of each parameter whose gradients have not arrived yet."""
+        """Number of uses whose gradients have not arrived yet, by the parameter's name."""
         self._layers = recomputed_layers(model)
         self._layer_names: dict[nn.Module, set[str]] = {}
+        """Names of the trainable parameters inside each recomputed layer."""
         self._awaited: dict[str, int] = {}
-        """Number of calls of layers that hold a parameter and have not run again yet, by the parameter's name."""
+        """Number of calls of recomputed layers that must still run again, by the name of each parameter inside them."""
         self._parts: dict[str, list[Contribution]] = {}
         """Contributions that have arrived, by the parameter's name."""
         self._done: set[str] = set()
         """Names of the parameters that have been passed on in this batch."""
         self._norms: dict[str, NormRecipe] = {}
+        """Formula of each normalisation layer, by the name of its first parameter."""
         self._shared: tuple[Tensor, int, Tensor] | None = None
         """The last input that was cast, its version at that time, and the cast copy."""
 
@@ -174,11 +180,11 @@ class GradientPass:
                     self._check_all_seen([objective])
                     # The returned gradients are not needed: the hooks receive them during the backward pass.
                     torch.autograd.grad(objective, self._roots, allow_unused=True)
-                    self._check_spread()
+                    self._check_all_seen_fsdp2()
                     self._complete = True
-            if self._mixed is not None:  # raised after the backward pass, because FSDP2 must run that to its end
+            if self._mixed is not None:  # raised only now, because FSDP2 must run a backward pass to its end
                 raise RoutedRows(self._mixed)
-            for name in self.names.values():
+            for name in self.names.values():  # parameters that the batch does not use have no contributions
                 if name not in self._done and name not in self.left_out:
                     self._hand_on(name)
         finally:
@@ -199,9 +205,9 @@ class GradientPass:
         per_token = torch.ones_like(counts) if self.reduction == "sum" else 1.0 / counts.clamp(min=1).to(wide)
         weights = (per_token * self._scale)[rows]
         if not self.chunked_head:
-            # The gradients pass through the rest of the model's forward, which runs once, so the head runs once, too. A
-            # trained head gets all positions, because its hook needs the samples in order. Otherwise the head gets only
-            # the positions that count.
+            # The model changes its logits in ways that are not known here, so all logits go through the rest of its
+            # forward pass at once. A trained head gets all positions, because its hook needs the rows in the order of
+            # the samples. A frozen head gets only the positions that count.
             if any(map(self._own, self.model.get_output_embeddings().modules())):
                 logits = self.model(**inputs, use_cache=False).logits[rows, columns]
             else:
@@ -217,8 +223,8 @@ class GradientPass:
             gradient = torch.zeros_like(hidden)
             gradient[rows, columns], losses = self._head(apply, hidden[rows, columns], labels, rows, weights)
             found.append(losses)
-            # The model scales and caps these values as it would the logits. The values are 0, and the derivative of
-            # scale and cap at 0 is ``slope``, which the division cancels.
+            # The values are 0, only their gradient matters. The model then scales and caps them as if they were logits.
+            # The derivative of scale and cap at 0 is ``slope``, so the division cancels it.
             value = (hidden * gradient).sum(-1, keepdim=True)
             return (value - value.detach()) / slope
 
@@ -253,7 +259,7 @@ class GradientPass:
             loss = F.cross_entropy(at_least_float32(finish(logits)), labels[part], reduction="none")
             losses.append(loss.detach())
             self._check_all_seen([loss])
-            wanted = [chunk, logits] if trained else [chunk]
+            wanted = [chunk, logits] if trained else [chunk]  # a trained head needs its output gradient, too
             gradients = torch.autograd.grad((loss * weights[part].to(loss.dtype)).sum(), wanted)
             gradient[part] = gradients[0]
             for key, name in trained.items():
@@ -265,6 +271,7 @@ class GradientPass:
                 )
                 self._arrived(name, made)
         self._rows = None
+        # `_arrived` passes no parameter on while chunks run, because it cannot know which chunk is the last.
         for name in self._uses.keys() & {*trained.values(), *self._inside_head}:
             if not self._uses[name]:
                 self._hand_on(name)
@@ -282,11 +289,11 @@ class GradientPass:
         embedding = self.model.get_input_embeddings()
         handles, restore = [], []
         try:
-            # All hooks are prepended, so that they run before DeepSpeed's; see the docstring of the module.
-            handles.append(embedding.register_forward_hook(self._root, prepend=True))
+            # All hooks are prepended, so that they run before DeepSpeed's hooks (see the docstring of this file).
+            handles.append(embedding.register_forward_hook(self._start_graph, prepend=True))
             for name, module in self.model.named_modules():
                 own = self._own(module)
-                if not own or module is head:
+                if not own or module is head:  # `_head` computes the gradients of a chunked head
                     continue
                 # A subclass with its own forward may do more than its base class. Then the functions that its forward
                 # calls are watched instead.
@@ -306,7 +313,7 @@ class GradientPass:
                 undo()
 
     def _own(self, module: nn.Module) -> dict[str, str]:
-        """Return the trainable parameters that a module owns itself, by key.
+        """Return the trainable parameters that a module itself owns, without submodules: attribute -> name.
 
         Under FSDP2 do not call this during a forward pass, because gathered parameters have other ids.
         """
@@ -321,7 +328,7 @@ class GradientPass:
         self, layer: nn.Module, run: Run, inputs: list[Tensor], gradients: list[Tensor]
     ) -> list[Tensor | None]:
         """Run a layer again with active hooks, and return the gradients of its inputs."""
-        outer, self._roots = self._roots, []  # roots that the hooks add in this run belong to this layer's graph
+        outer, self._roots = self._roots, []  # collects the roots of this layer's graph, which is separate
         pairs = [(out, grad) for out, grad in zip(run(), gradients, strict=True) if out.requires_grad]
         self._check_all_seen([out for out, _ in pairs])
         for name in self._layer_names[layer]:
@@ -333,7 +340,7 @@ class GradientPass:
         found = torch.autograd.grad(outputs, roots, given, allow_unused=True)
         return list(found[: len(inputs)])
 
-    def _root(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _start_graph(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """Make the token embedding's output require a gradient, so that everything after it is differentiable."""
         if not output.requires_grad:
             output.requires_grad_()
@@ -349,7 +356,8 @@ class GradientPass:
             return None
         if self._dora.is_norm(args[0].detach(), args[0].requires_grad):
             return output.detach()  # the norm is a constant to autograd, so no gradient of this use would arrive
-        # Autograd visits only the paths to its roots. An input without a gradient leads to none, so the output is one.
+        # Autograd visits only the paths to its roots. If the input needs no gradient, no path leads from here to an
+        # earlier root. The output then becomes a root itself.
         if not args[0].requires_grad:
             self._roots.append(output)
         for name in own.values():
@@ -371,10 +379,11 @@ class GradientPass:
         return None
 
     def _as_used(self, inputs: Tensor, output: Tensor) -> Tensor:
-        """Return a product's input in the type of the product: under autocast a lower precision than that of the input.
+        """Return the input of a product in the product's own type, in which autocast has computed it.
 
-        The stored tensor then takes half the memory, and a device multiplies two factors of one low-precision type much
-        faster. Consecutive layers with the same input share one stored copy.
+        Under autocast this type has a lower precision than the input. The stored tensor then takes half the memory, and
+        a device multiplies two factors of one low-precision type much faster. Consecutive layers with the same input
+        share one stored copy.
         """
         if not inputs.is_floating_point() or inputs.dtype == output.dtype:
             return inputs.detach()
@@ -389,7 +398,15 @@ class GradientPass:
     def _rule(
         self, module: nn.Module, key: str, inputs: Tensor, gradient: Tensor, samples: Tensor | None
     ) -> Contribution:
-        """Return the contribution of one use of the parameter ``key`` of a module."""
+        """Return the contribution of one use of a module's parameter.
+
+        Args:
+            module: a linear layer, an embedding or PEFT's DoRA layer.
+            key: attribute of the parameter in the module.
+            inputs: input of the layer; for DoRA the factor that :func:`dora_sum` returns.
+            gradient: gradient of the layer's output.
+            samples: sample of each row. None means that the rows are in the order of the samples.
+        """
         if isinstance(module, nn.Embedding):
             ids = inputs.reshape(self._batch, -1)
             return Lookup(ids, flat_rows(gradient, self._batch), module.num_embeddings, module.padding_idx)
@@ -400,13 +417,13 @@ class GradientPass:
     def _outer(
         self, inputs: Tensor, gradient: Tensor, samples: Tensor | None, first: int = 0, rows: int | None = None
     ) -> Outer:
-        """Return a matrix product's contribution; ``samples`` is the sample of each row if rows are not in order."""
+        """Return the contribution of a matrix product. Arguments as in :meth:`_rule` and :class:`Outer`."""
         if samples is None:
             return Outer(flat_rows(inputs, self._batch), flat_rows(gradient, self._batch), first, rows)
         return Outer(inputs, gradient, first, rows, Rows.of(samples, self._batch))
 
     def _whole(self, values: Tensor, samples: Tensor | None) -> Whole:
-        """Return the contribution of a vector: ``values`` summed over each sample's tokens."""
+        """Return the contribution of a vector parameter: ``values`` summed over the tokens of each sample."""
         if samples is None:
             return Whole(summed_over_tokens(values, self._batch))
         return Whole(Rows.of(samples, self._batch).apart(at_least_float32(values)).sum(1))
@@ -454,7 +471,7 @@ class GradientPass:
         weight: Tensor,
         bias: Tensor | None = None,
     ) -> None:
-        """Catch a product inside a module with one of its parameters, or with one expert's part of such a parameter."""
+        """Catch a product with a parameter of the module, or with one expert's matrix in a stack of experts."""
         seen = call.seen
         for key, name in call.own.items():
             parameter = call.module._parameters[key]
@@ -466,19 +483,19 @@ class GradientPass:
                 if not inputs.requires_grad:
                     self._roots.append(output)
                 continue
-            place = _place_in(parameter, weight)
-            if place is None:
+            first = _first_row(parameter, weight)
+            if first is None:
                 continue
             seen.add(name)
             self._expect(name, 1)
             samples = self._rows
             if is_experts(call.module):
-                samples = self._routed(call.args, call.kwargs, place // max(1, weight.shape[0]))
+                samples = self._routed(call.args, call.kwargs, first // max(1, weight.shape[0]))
                 seen.update(call.own.values())  # a stack of experts counts as seen, whichever experts have rows
             if not inputs.requires_grad:
                 self._roots.append(output)
             kept, rows = self._as_used(inputs, output), parameter.numel() // parameter.shape[-1]
-            output.register_hook(partial(self._product_arrived, name, kept, place, rows, samples))
+            output.register_hook(partial(self._product_arrived, name, kept, first, rows, samples))
 
     def _after_lookup(
         self,
@@ -509,6 +526,7 @@ class GradientPass:
 
     def _routed(self, args: tuple[Any, ...], kwargs: dict[str, Any], expert: int) -> Tensor:
         """Return the sample of every row that expert ``expert`` processes, in the row order of Transformers' code."""
+        # Transformers passes the experts of each token as `top_k_index`, (tokens, k), by name or as second argument.
         index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
         _, tokens = torch.where((index == expert).T)
         return tokens // (index.shape[0] // self._batch)
@@ -526,7 +544,7 @@ class GradientPass:
     def _after_norm(
         self, module: nn.Module, own: dict[str, str], seen: set[str], args: tuple[Any, ...], output: Any
     ) -> None:
-        """Catch a normalisation layer; parameters that then have no rule raise an error or are left out."""
+        """Catch a normalisation layer. Parameters that no rule covers then raise an error or are left out."""
         rest = {key: name for key, name in own.items() if name not in seen}
         if not rest:
             return
@@ -559,7 +577,7 @@ class GradientPass:
         output.register_hook(arrived)
 
     def _refuse(self, what: str, rest: Collection[str]) -> None:
-        """Raise an error for parameters without a rule, or leave them out, as ``unsupported`` says."""
+        """Raise an error for parameters without a gradient rule, or leave them out, depending on ``unsupported``."""
         if self.unsupported == "error":
             raise ComponentError(
                 f"there is no per-sample gradient rule for {', '.join(sorted(rest))} ({what}). Supported "
@@ -571,9 +589,9 @@ class GradientPass:
     def _check_all_seen(self, outputs: list[Tensor]) -> None:
         """Refuse trainable parameters whose use no hook has seen: their gradients would silently count as zero.
 
-        The check stops after the first complete batch.
+        Only batches up to the first one that passes are checked.
         """
-        if self._complete or self._spread:
+        if self._complete or self._is_fsdp2:
             return
         used = set().union(*map(used_leaves, outputs))
         for module in self.model.modules():
@@ -586,16 +604,16 @@ class GradientPass:
             if missed:
                 self._refuse(f"a parameter of {type(module).__name__}", missed)
 
-    def _check_spread(self) -> None:
-        """Do the check of :meth:`_check_all_seen` under FSDP2, where autograd's leaves are not the parameters.
+    def _check_all_seen_fsdp2(self) -> None:
+        """Do the check of :meth:`_check_all_seen` under FSDP2, where the leaves of the graph are not the parameters.
 
-        A parameter that the batch does not use counts as missed, too.
+        The graph then does not show which parameters the batch uses. So an unused parameter is refused, too.
         """
-        if self._complete or not self._spread:
+        if self._complete or not self._is_fsdp2:
             return
         missed = set(self.names.values()) - self._uses.keys() - self.left_out
         if missed:
-            self._refuse("not seen in the forward of these samples", missed)
+            self._refuse("no hook saw them in the forward pass of these samples", missed)
 
     def _in_order(self, gradient: Tensor, samples: Tensor | None, path: str) -> bool:
         """Return whether the sample of each row of a gradient is known: by the order of the rows, or by ``samples``.
@@ -612,11 +630,11 @@ class GradientPass:
         return False
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
-        """Return a gradient without the factor of float16 losses."""
+        """Return a gradient divided by the factor of the loss."""
         return gradient if self._scale == 1.0 else gradient.float() / self._scale
 
     def _expect(self, name: str, uses: int) -> None:
-        """Note uses of a parameter whose gradients will arrive."""
+        """Count uses of a parameter, whose gradients will arrive in the backward pass."""
         self._uses[name] = self._uses.get(name, 0) + uses
 
     def _arrived(self, name: str, part: Contribution) -> None:
@@ -628,7 +646,7 @@ class GradientPass:
             self._hand_on(name)
 
     def _hand_on(self, name: str) -> None:
-        """Pass all contributions of a parameter on, without autocast, which would lower the precision of sums."""
+        """Give all contributions of a parameter to ``emit``. Autocast is off, because it would round the sums."""
         self._done.add(name)
         with torch.autocast(self._device, enabled=False):
             self.emit(name, self._parts.pop(name, []))
@@ -665,7 +683,7 @@ def used_leaves(output: Tensor) -> set[int]:
     return leaves
 
 
-def _place_in(parameter: Tensor, weight: Tensor) -> int | None:
+def _first_row(parameter: Tensor, weight: Tensor) -> int | None:
     """Return the index of the first row of ``parameter`` that ``weight`` covers; None if ``weight`` is no part of it.
 
     A stack of expert matrices counts as one matrix of all their rows. A single expert is a view into the stack's

@@ -3,7 +3,7 @@
 The language-model head runs inside the model's own forward, in chunks and only on the positions that count (the
 positions with a label). So the (tokens x vocabulary) logits never exist at once. If the configuration describes the
 model's operations after the head, the chunks go through the same operations. Two samples show whether the result is
-right (``particulars``). If it is not, the logits that count go through the rest of the model's forward together,
+right (see ``particulars.py``). If it is not, the logits that count go through the rest of the model's forward together,
 because that runs once.
 """
 

@@ -25,7 +25,7 @@ _LOW = (torch.float16, torch.bfloat16)
 _NARROW = 16
 """Number of columns below which a CPU computes the transposed product.
 
-Rows shorter than a vector register, such as those of a LoRA matrix of rank 8, take two to five times as long.
+Rows shorter than a vector register, such as the rows of a LoRA matrix of rank 8, take two to five times as long.
 """
 
 
@@ -55,7 +55,7 @@ class Contribution(ABC):
     def block(self, begin: int, end: int) -> Tensor:
         """Return rows ``begin`` to ``end`` of the gradients, (B, end - begin, columns).
 
-        The indices are those of the whole parameter and must lie inside the rows that this use touches.
+        The indices count the rows of the whole parameter, and must lie inside the rows that this use touches.
         """
 
 

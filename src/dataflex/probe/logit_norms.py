@@ -167,6 +167,7 @@ class _Projector:
     def __init__(self, settings: LogitProjections) -> None:
         self.settings = settings
         self._columns: Tensor | None = None
+        """The transform of the vocabulary, (V, columns). None before the first use."""
         rng = derive_rng(settings.seed, "logit_projections", "rows")
         self._frequencies = rng.random(settings.rows)
 

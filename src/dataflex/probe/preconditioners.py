@@ -172,7 +172,7 @@ def _part(values: Tensor, start: int, gradients: Tensor) -> Tensor:
 
 
 def make_preconditioner(settings: GradientSettings, moments: dict[str, Moments] | None) -> Preconditioner:
-    """Return the preconditioner of ``settings``; those of Adam need ``moments``."""
+    """Return the preconditioner of ``settings``; Adam's preconditioners need ``moments``."""
     if settings.preconditioner == "none":
         return NoPreconditioner()
     assert moments is not None

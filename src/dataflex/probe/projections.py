@@ -117,6 +117,7 @@ class CountProjection(Projection):
         self.width = 2 * dim  # a rotated block is added in one piece; `folded` adds the columns from k on
         self._tables = SignTables() if tables is None else tables
         self._rotations: dict[str, Tensor] = {}
+        """Rotation of each block of a parameter, by the parameter's name. A cache for the CPU."""
         self._fused = block_sums() if device.type == "cpu" else None
 
     def add(self, out: Tensor, name: str, start: int, values: Tensor, total: int) -> None:

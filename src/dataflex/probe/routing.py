@@ -23,7 +23,7 @@ def stacked_experts(model: nn.Module) -> dict[nn.Module, int]:
     found = {}
     for module in model.modules():
         shapes = [
-            getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 `shape` is that of an empty tensor
+            getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 `shape` is the shape of an empty tensor
             for parameter in module._parameters.values()
             if parameter is not None
         ]
@@ -109,7 +109,7 @@ def _count(counts: Tensor, real: Tensor, module: nn.Module, args: tuple[Any, ...
 
 
 def class_name(model: nn.Module) -> str:
-    """Return the name of a model's class; if the model has adapters, that of the model inside."""
+    """Return the name of a model's class; if the model has adapters, the name of the inner model's class."""
     from peft import PeftModel
 
     return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__

@@ -2,8 +2,8 @@
 
 Batches are sorted by length and cut under a token budget, independently of the number of processes. Each process runs
 its share of the batches. All processes run the same number of batches (the values of a repeated batch are discarded),
-because under ZeRO-3 and FSDP a forward is collective. A batch that does not fit into memory is halved (``memory``),
-except if a forward is collective, because the other processes wait inside theirs.
+because under ZeRO-3 and FSDP a forward is collective. A batch that does not fit into memory is halved (see
+``memory.py``), except if a forward is collective, because the other processes wait inside their forward.
 
 An error of one process is raised by all processes before the values are gathered. Under ZeRO-3 and FSDP a process that
 has found unusable values first runs its remaining batches. A process that fails inside a forward cannot do so.
@@ -241,6 +241,7 @@ class _Values:
     def __init__(self, count: int, device: torch.device) -> None:
         self._count, self._device = count, device
         self._values: Tensor | None = None
+        """Values of all samples, (count, ...); 0 for samples of other processes. None before the first batch."""
 
     def like(self, found: Tensor, name: str) -> None:
         """Allocate the values at the first batch; all other batches must have values of the same shape and type."""

@@ -75,6 +75,7 @@ class SignTables:
     def __init__(self, limit: int = 1 << 30) -> None:
         self.limit = limit
         self._tables: dict[tuple[int, int, int], Tensor] = {}
+        """The cached signs, by key, row length and number of rows."""
         self.bytes = 0
         """Bytes of the cached signs."""
 

@@ -179,7 +179,7 @@ class FeatureStore:
 
         Raises:
             DataFlexError: if a feature is not finite in the stored type, or the files cannot be written.
-            ValueError: if the shapes are not those of the chunk.
+            ValueError: if the number of rows or the length of the features differs from the chunk's.
         """
         rows = self.chunks[chunk]
         if features.shape != (rows, self.dim) or norms.shape != (rows,):
@@ -378,7 +378,7 @@ def _canonical(value: Any) -> str:
 def _digest(manifest: dict[str, Any]) -> str:
     """Return the digest that names the folder.
 
-    The format is no part of it: a store of another format then has the same name, and is noticed instead of ignored.
+    The format is not part of the name. So a store of another format has the same name and is noticed, not ignored.
     """
     named = {name: value for name, value in manifest.items() if name not in ("format", "digest")}
     return hashlib.sha256(_canonical(named).encode()).hexdigest()
@@ -389,6 +389,11 @@ def _order_digest(order: IndexArray) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder of features.
+
+    Raises:
+        DataFlexError: if there is none, or it cannot be read.
+    """
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise DataFlexError(f"{folder} has no {MANIFEST_FILE}, so it is not a folder of features.")
@@ -406,6 +411,11 @@ def _refuse(constant: str) -> None:
 
 
 def _read_order(folder: Path, digest: str) -> IndexArray:
+    """Return the sample index of each stored row, after comparing its digest with the manifest's.
+
+    Raises:
+        DataFlexError: if the file cannot be read or has changed.
+    """
     path = folder / ORDER_FILE
     try:
         order = np.load(path, allow_pickle=False)

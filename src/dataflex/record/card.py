@@ -67,6 +67,7 @@ def section_of(record: RunRecord) -> str:
 
 
 def _methods(record: RunRecord) -> Iterator[str]:
+    """Yield the paragraphs on the methods and their parameters."""
     version = record.starts[-1].versions.get("dataflex") if record.starts else None
     by = f"DataFlex {version}" if version else "DataFlex"
     if record.components:
@@ -79,6 +80,7 @@ def _methods(record: RunRecord) -> Iterator[str]:
 
 
 def _data(record: RunRecord) -> Iterator[str]:
+    """Yield the table of the domains: pool, samples trained on, proportion and epochs."""
     if not record.rounds:
         yield f"### Data\n\nData sets: {_cell(record.config.get('dataset'))}. No rounds were planned."
         return
@@ -111,15 +113,16 @@ def trained_by_domain(record: RunRecord) -> dict[str, int]:
 
 def _reached(record: RunRecord, each: Round) -> dict[str, int]:
     """Return the samples of each domain in a round, up to the step at which training ended."""
-    steps = min(max(record.steps - each.start_step, 0), each.steps)
-    if steps == each.steps:
+    rows = record.trained_rows(each)
+    if rows == each.size:
         return each.domains
     ids, names = record.plans.labels(each)
-    counts = np.bincount(ids[: each.size * steps // each.steps], minlength=len(names))
+    counts = np.bincount(ids[:rows], minlength=len(names))
     return dict(zip(names, counts.tolist(), strict=True))
 
 
 def _run(record: RunRecord) -> Iterator[str]:
+    """Yield the table of the run, the settings changed at a resume, the notes, and the command that repeats the run."""
     summary, start = record.summary, record.starts[-1] if record.starts else None
     rows: list[list[str]] = [["base model", _cell(record.config.get("model_name_or_path"))]]
     if start is not None and start.model.get("commit"):

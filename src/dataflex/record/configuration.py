@@ -184,7 +184,7 @@ def read_configuration(run: Path) -> dict[str, Any]:
         run: the run's ``output_dir``.
 
     Raises:
-        ConfigError: if the folder is not an output folder of a run, or the file has another form.
+        ConfigError: if the folder is not an output folder of a run, or the file is malformed.
     """
     file = run / SECTION / FILE
     if not run.is_dir():

@@ -213,7 +213,7 @@ def read_environment(record: Path) -> Environment:
     """Return the starts of a run from the folder of its record. Records of the first release have none.
 
     Raises:
-        ConfigError: if the file has another form.
+        ConfigError: if the file is malformed.
     """
     return from_json(Environment, read_object(record / ENVIRONMENT) or {}, record / ENVIRONMENT)
 

@@ -48,7 +48,7 @@ def read_loss_weights(path: Path) -> LossWeights | None:
         None if there is no file, or if it holds no step yet.
 
     Raises:
-        ConfigError: if the file has another form.
+        ConfigError: if the file is malformed.
     """
     if not path.is_file():
         return None

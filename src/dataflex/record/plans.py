@@ -158,6 +158,7 @@ class PlanReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._heads: dict[str, bytes] = {}
+        """Bytes of each plan file before its first round, by name of the file. They are read once."""
 
     def __bool__(self) -> bool:
         return any(self.folder.glob(f"*{_SUFFIX}")) or any(self.folder.glob("round-*.parquet"))
@@ -172,7 +173,7 @@ class PlanReader:
         """Return columns of the plan of a round. Columns that a file of version 1 lacks are left out.
 
         Raises:
-            ConfigError: if the plan does not exist, or its file has another form.
+            ConfigError: if the plan does not exist, or its file is malformed.
         """
         if each.plan is None:
             return self._table_of_version_1(each, names)

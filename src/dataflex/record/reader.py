@@ -77,7 +77,7 @@ class Coverage:
     overlap: Curve
     """(round, Jaccard similarity of its set of samples with the set of the round before)."""
     repeats: Curve
-    """(round, share of its samples that were planned before, in an earlier round or earlier in the same one)."""
+    """(round, share of its samples that were planned before, in an earlier round or earlier in the same round)."""
     seen: dict[str, Curve]
     """Domain -> (round, number of distinct samples of the domain in the plans up to and including this round)."""
     times: NDArray[np.int64]
@@ -96,7 +96,7 @@ class RunRecord:
     path: Path
     name: str
     config: Mapping[str, Any]
-    """LLaMA-Factory's keys, and ``dataflex``."""
+    """LLaMA-Factory's keys, and the ``dataflex`` section under that key."""
     starts: list[Start]
     """Entries of ``environment.json``, first start first; empty in older records."""
     rounds: list[Round]
@@ -135,6 +135,7 @@ class RunRecord:
     @property
     def components(self) -> dict[str, str]:
         """Method of each kind of decision of the run, in the order of :data:`FAMILIES`."""
+        # For a list of selectors or weighters, the section names no single method. Then the rounds name the methods.
         found: dict[str, str] = {}
         for each in self.rounds:
             found |= {family: name for family, name in each.components.items() if name}
@@ -146,9 +147,9 @@ class RunRecord:
 
     @property
     def rounds_missing(self) -> list[int]:
-        """Numbers of the rounds before the last one that are not on record.
+        """Numbers of the rounds before the last recorded round that are not on record.
 
-        Another run, which this one resumed, made them.
+        They belong to another run, from whose checkpoint this run resumed.
         """
         there = {each.round for each in self.rounds}
         return [number for number in range(max(there, default=0)) if number not in there]
@@ -157,7 +158,7 @@ class RunRecord:
     def acting(self) -> str:
         """The methods as text.
 
-        A method that did not act in all rounds after warm-up is followed by the number of its rounds.
+        A method that did not act in all rounds after warm-up is followed by the number of rounds in which it acted.
         """
         decided = [each for each in self.rounds if not each.warmup]
         texts = []
@@ -215,8 +216,8 @@ class RunRecord:
     def passes(self) -> dict[str, NDArray[np.float64]]:
         """Domain -> number of passes over it up to and including each of :attr:`rounds`, shape (rounds,).
 
-        The number is the recorded one, or samples planned over samples in the pool. It is NaN if the round has neither.
-        A domain without any number is left out.
+        The number is the recorded one, or else planned samples / samples in the pool. It is NaN if neither is known. A
+        domain without any number is left out.
         """
         names = dict.fromkeys(name for each in self.rounds for name in each.domains)
         found = {name: np.full(len(self.rounds), np.nan) for name in names}
@@ -260,7 +261,10 @@ class RunRecord:
         return PlanReader(self.path / FOLDER / FILTERS)
 
     def filtered(self, each: Round) -> list[tuple[Filtering, Round]]:
-        """Return the filters that decided in a round, each with the round to pass to :attr:`filters`."""
+        """Return the filters that decided in a round, each with the round to pass to :attr:`filters`.
+
+        That round names the table of the filter instead of the plan, because both are stored in the same format.
+        """
         return [(one, replace(each, plan=one.table, size=one.size)) for one in each.filters if one.table is not None]
 
     @cached_property
@@ -276,6 +280,11 @@ class RunRecord:
         if number not in self._by_number:
             raise ConfigError(f"{self.path}: round {number} is not on record.")
         return self._by_number[number]
+
+    def trained_rows(self, each: Round) -> int:
+        """Return how many positions of a round's plan training reached."""
+        done = min(max(self.steps - each.start_step, 0), each.steps)
+        return each.size * done // each.steps if each.steps else 0
 
     def plan(self, number: int) -> pyarrow.Table:
         """Return the plan of round ``number``: round, position, index, domain, row, score and rank of each sample."""
@@ -312,7 +321,7 @@ class RunRecord:
             indices = self.plans.indices(each)
             domains, names = self.plans.labels(each)
             current, first, counts = np.unique(indices, return_index=True, return_counts=True)
-            planned = _reaching(planned, current)
+            planned = _extended(planned, current)
             new = planned[current] == 0
             planned[current] += counts.astype(np.int32)
             for name, found in zip(names, np.bincount(domains[first[new]], minlength=len(names)), strict=True):
@@ -339,18 +348,18 @@ def read_run(path: Path) -> RunRecord:
         path: LLaMA-Factory's ``output_dir`` of a DataFlex run, finished or not.
 
     Raises:
-        ConfigError: if ``path`` is not such a folder, or a file in it has another form.
+        ConfigError: if ``path`` is no output folder of a DataFlex run, or if a file in it is malformed.
     """
     config = read_configuration(path)
     folder = path / FOLDER
     header = read_header(folder)
     summary = _read(Summary, folder / SUMMARY)
-    told = summary.steps if summary else None
-    log, reached = read_log(path, finished=summary is not None, steps=told)
-    steps = reached if told is None else told
+    total = summary.steps if summary else None
+    log, reached = read_log(path, finished=summary is not None, steps=total)
+    steps = reached if total is None else total
     weights = read_loss_weights(folder / LOSS_WEIGHTS)
     results = path / "all_results.json"
-    # An earlier run's results were moved away when this run began, so those of a finished run are its own.
+    # Earlier results are removed when a run begins or resumes. So in a finished run, the file is from this run.
     final = read_object(results) if summary else None
     return RunRecord(
         path=path,
@@ -377,7 +386,7 @@ def read_run(path: Path) -> RunRecord:
 
 
 def read_header(folder: Path) -> Header | None:
-    """Return the header of a record, which holds for all its rounds; None for a record of version 1.
+    """Return the header of a record: the fields that all rounds share. None for a record of version 1.
 
     Args:
         folder: folder of the record.
@@ -425,7 +434,7 @@ def read_rounds(folder: Path, header: Header | None) -> list[Round]:
         header: header of the record; None for version 1, whose lines hold all fields themselves.
 
     Raises:
-        ConfigError: if a line has another form.
+        ConfigError: if a line is malformed.
     """
     rounds: dict[int, Round] = {}
     pool: dict[str, int] = {}
@@ -455,10 +464,11 @@ def _read_evaluations(path: Path) -> list[Evaluation]:
     return [found[step] for step in sorted(found)]
 
 
-def _reaching(planned: NDArray[np.int32], indices: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Return the counts, extended with zeros if the last of ``indices`` (ascending) is beyond them."""
+def _extended(planned: NDArray[np.int32], indices: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return the counts, extended with zeros so that they include the last of ``indices`` (ascending)."""
     if not indices.size or indices[-1] < planned.size:
         return planned
+    # A quarter more than before, so that many small extensions do not copy the counts each time.
     longer = np.zeros(max(int(indices[-1]) + 1, planned.size * 5 // 4), dtype=np.int32)
     longer[: planned.size] = planned
     return longer

@@ -9,7 +9,7 @@
     filters/from-round-N.arrows  the samples that the filters of a list of selectors decided on, passed samples first
     plans/from-round-N.arrows    the samples of round N and the next ones: position, index, domain, row, score, rank
     loss_weights.csv             the domain weights in the loss of every step, if a mixer weights the loss
-    domain_weights.json          the result of such a mixer, written at the end of the run
+    domain_weights.json          the result of this mixer, written at the end of the run
     summary.json                 time, tokens and notes of the run, written at its end
     run.json                     the run's identity, and the run it resumed if that run has another identity
     changes.jsonl                the settings that were changed at a resume, and the step from which each change holds
@@ -98,10 +98,14 @@ class RunWriter:
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / FOLDER
         self._starts: list[Start] = []
+        """Environment of each start of the run, first start first."""
         self._header = Header(VERSION)
         self._plans: PlanWriter | None = None
+        """Writer of the plans. None before :meth:`begin`."""
         self._filters: PlanWriter | None = None
+        """Writer of the filters' decisions. None before :meth:`begin`."""
         self._rounds: set[int] = set()
+        """Numbers of the rounds that are on record from before this start."""
         try:
             (self.folder / PLANS).mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / ".writable", b"")

@@ -1,4 +1,7 @@
-"""Shared base of the influence methods: parameters of gradient features, the validation samples and their features."""
+"""Shared base of selectors that measure per-sample gradients, and of influence methods among them.
+
+An influence method compares the gradient of a training sample with the gradients of validation samples.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +35,10 @@ from dataflex import (
 if TYPE_CHECKING:
     from dataflex import FeatureStore
 
-_OTHER_ORDER = ("galore_", "apollo_", "lomo", "adalomo")
-"""Prefixes of ``optim`` values whose optimizers store the parameters in another order than the other optimizers."""
-_OTHER_ORDER_KEYS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
-"""LLaMA-Factory keys that choose such an optimizer."""
+_UNUSUAL_ORDER = ("galore_", "apollo_", "lomo", "adalomo")
+"""Prefixes of the ``optim`` values whose optimizers do not store the parameters in the usual order."""
+_UNUSUAL_ORDER_KEYS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+"""LLaMA-Factory keys that choose an optimizer of this kind."""
 
 
 class GradientParams(ComponentParams):
@@ -56,7 +59,7 @@ class GradientParams(ComponentParams):
         """Return the settings of the gradient measurement.
 
         Args:
-            changes: settings that replace those of the parameters.
+            changes: settings that replace the values of these parameters.
         """
         chosen = {"preconditioner": self.preconditioner, "unsupported": self.unsupported_parameters}
         return GradientSettings(**{**chosen, **changes})
@@ -80,7 +83,7 @@ class FeatureParams(GradientParams):
         """Return the settings of the gradient measurement.
 
         Args:
-            changes: settings that replace those of the parameters.
+            changes: settings that replace the values of these parameters.
         """
         chosen = {
             "projection": self.projection,
@@ -92,7 +95,7 @@ class FeatureParams(GradientParams):
 
 
 class CheckpointParams(ComponentParams):
-    """Parameters that name stored checkpoints, which stand for the course of a run."""
+    """Parameters that name stored checkpoints, for methods that sum gradients over the course of an earlier run."""
 
     checkpoints: list[InputPath] = Field(
         default_factory=list,
@@ -107,22 +110,24 @@ class CheckpointParams(ComponentParams):
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> Self:
+        """Check that the weights are one for each checkpoint, non-negative and not all 0."""
         weights = self.checkpoint_weights
         if weights is None:
             return self
         if len(weights) != len(self.checkpoints):
             raise ValueError(
-                f"checkpoint_weights has {len(weights)} numbers for {len(self.checkpoints)} checkpoints; give one each"
+                f"checkpoint_weights has {len(weights)} numbers for {len(self.checkpoints)} checkpoints. Give one "
+                "number for each checkpoint."
             )
         if min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(f"checkpoint_weights must be 0 or more and not all 0, got {weights}")
         return self
 
     def checkpoint_problems(self, moments: bool) -> Iterator[tuple[str, str]]:
-        """Yield a problem of each checkpoint folder that cannot be used.
+        """Yield one problem for each checkpoint folder that cannot be used, as (parameter, problem).
 
         Args:
-            moments: whether the optimizer's moments are read, too.
+            moments: whether the optimizer's moments are read from the folder, too.
         """
         for folder in self.checkpoints:
             if not Path(folder).is_dir():
@@ -150,7 +155,7 @@ class CheckpointedParams(InfluenceParams, CheckpointParams):
 
 
 class LessParams(CheckpointedParams):
-    """Parameters of LESS, and of other selectors that score samples like LESS."""
+    """Parameters of LESS and of the selectors that score samples in the same way."""
 
     preconditioner: Literal["none", "adam", "adam_less"] = Field(
         "adam",
@@ -177,11 +182,11 @@ class GradientSelector(Selector[GradientT]):
         return []
 
     def expected_passes(self, decisions: int) -> int:
-        """Return how often the pool is measured in a run, for the estimate of the run's cost."""
+        """Return the number of times that the whole pool is measured in a run, to estimate the cost of the run."""
         return decisions * max(1, len(self.stored_checkpoints))
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield problems that show before a model is loaded: missing or unusable moments of stored checkpoints."""
+        """Yield also the problems of Adam's moments in stored checkpoints, before a model is loaded."""
         yield from super().problems(run)
         if self.params.preconditioner != "none" and self.stored_checkpoints:
             yield from self._moment_problems(run)
@@ -189,14 +194,17 @@ class GradientSelector(Selector[GradientT]):
     def _moment_problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield why the moments of stored checkpoints cannot be used.
 
-        The measurement itself checks the moments of the run's own optimizer.
+        Only stored checkpoints are checked here. The measurement itself checks the moments of the run's own optimizer.
         """
         settings, given = self.params.settings(), run.llamafactory
         if settings.projection == "kronecker":
-            yield "projection", "kronecker works on the gradient itself; it needs preconditioner: none."
+            yield (
+                "projection",
+                "kronecker projects only raw gradients. Set preconditioner: none, or another projection.",
+            )
         optimizer = str(given.get("optim") or "adamw_torch")
-        chosen = [key for key in _OTHER_ORDER_KEYS if str(given.get(key, False)).lower() in ("1", "true", "yes")]
-        if optimizer.startswith(_OTHER_ORDER):
+        chosen = [key for key in _UNUSUAL_ORDER_KEYS if str(given.get(key, False)).lower() in ("1", "true", "yes")]
+        if optimizer.startswith(_UNUSUAL_ORDER):
             chosen.append(f"optim: {optimizer}")
         for key in chosen:
             yield (
@@ -221,22 +229,23 @@ class InfluenceSelector(GradientSelector[InfluenceT]):
     def __init__(self, params: InfluenceT) -> None:
         super().__init__(params)
         self._validation_features: dict[str, ScoreArray] = {}
-        """Mean feature of each sub-task in this decision, (S, k), by checkpoint folder; "" is the model in training."""
+        """Mean feature of each sub-task in this decision, (S, k), by checkpoint folder. "" is the model in training."""
 
     def begin(self, ctx: RoundContext) -> None:
-        """Measure the features of the validation samples.
+        """Measure the features of the validation samples under the model in training.
 
-        With stored checkpoints they are measured later, when each checkpoint is loaded.
+        With stored checkpoints, :meth:`over_checkpoints` measures the features while each checkpoint is loaded.
         """
         self._validation_features = {}
         if not self.stored_checkpoints:
             self.validation_features(ctx, self.params.settings())
 
     def validation_features(self, ctx: RoundContext, settings: GradientSettings, checkpoint: str = "") -> ScoreArray:
-        """Return the mean feature of each sub-task, shape (S, k), float32, computed once per decision and checkpoint.
+        """Return the mean feature of each sub-task, shape (S, k), float32. Computed once per decision and checkpoint.
 
-        Validation samples keep their raw gradient whatever the preconditioner. If features have length 1, the inner
-        product of a training feature with such a mean is the mean of its cosines with the sub-task's samples.
+        Validation samples keep their raw gradient, whatever the preconditioner. If features have length 1, the inner
+        product of a training feature and a sub-task's mean equals the mean cosine of the training feature with the
+        features of the sub-task's samples.
 
         Args:
             ctx: the round.
@@ -311,16 +320,13 @@ class CheckpointSelector(InfluenceSelector[CheckpointedT]):
     def measured(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
         """Return the influence of each candidate on every sub-task, shape (n, S).
 
-        It is measured under the stored checkpoints, or under the model in training if there are none.
+        The influence is measured under the stored checkpoints if any are named, else under the model in training.
         """
         measure = self.over_checkpoints if self.stored_checkpoints else self.influence
         return measure(ctx, candidates, settings)
 
     def over_checkpoints(self, ctx: RoundContext, candidates: IndexArray, settings: GradientSettings) -> ScoreArray:
-        """Return the weighted sum of :meth:`influence` over the stored checkpoints, shape (n, S).
-
-        The weights are scaled to sum 1.
-        """
+        """Return the weighted mean of the influence over the stored checkpoints, shape (n, S)."""
         total = np.zeros((candidates.size, len(ctx.validation.domains)), dtype=np.float32)
         weights = self.params.checkpoint_weights or ctx.probe.learning_rates(self.params.checkpoints)
         scale = sum(weights)
@@ -334,7 +340,7 @@ class CheckpointSelector(InfluenceSelector[CheckpointedT]):
 
 
 def subtask_means(features: ScoreArray, ctx: RoundContext) -> ScoreArray:
-    """Return the mean feature of each sub-task, shape (S, k), float32; samples whose feature is zero are left out.
+    """Return the mean feature of each sub-task, shape (S, k), float32. Samples whose feature is zero are left out.
 
     Args:
         features: features of all validation samples, shape (n, k).
@@ -344,7 +350,7 @@ def subtask_means(features: ScoreArray, ctx: RoundContext) -> ScoreArray:
         ComponentError: if every sample of a sub-task is left out.
     """
     means, held = [], ctx.validation
-    for name, low, high in zip(held.domains, held.offsets, held.offsets[1:], strict=False):
+    for name, low, high in zip(held.domains, held.offsets, held.offsets[1:], strict=False):  # S + 1 offsets
         part = features[low:high]
         part = part[(part != 0).any(axis=1)]
         if not part.size:

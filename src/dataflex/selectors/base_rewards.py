@@ -103,6 +103,7 @@ class PythonParams(RewardParams):
 
     @model_validator(mode="after")
     def _defines_the_function(self) -> Self:
+        """Check that the file can be parsed and defines the function at its top level."""
         try:
             names = _top_level_names(ast.parse(Path(self.path).read_bytes(), self.path))
         except (SyntaxError, ValueError) as error:
@@ -275,6 +276,7 @@ class PythonFunction:
         self._path = path
         self._name = function
         self._function: Callable[[str, str, str], Any] | None = None
+        """The function, imported at the first call."""
 
     def __call__(self, prompts: list[str], responses: list[str], references: list[str]) -> RewardArray:
         """Return the function's values, shape (n,).
@@ -289,7 +291,7 @@ class PythonFunction:
         for index, texts in enumerate(zip(prompts, responses, references, strict=True)):
             try:
                 value = self._function(*texts)
-            except Exception as error:
+            except Exception as error:  # the user's function may raise anything
                 cause = f"raised {type(error).__name__}: {error}"
                 raise ComponentError(f"{label} {cause} {_of(index, texts[0], texts[1])}.") from error
             if not isinstance(value, numbers.Real | np.bool_) or not math.isfinite(value):
@@ -320,8 +322,8 @@ def _imported(label: str, path: Path, name: str) -> Callable[[str, str, str], An
         sys.modules[module_name] = module  # before the file runs: dataclasses, for one, look their module up there
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[module_name]
+        except Exception as error:  # the user's file may raise anything
+            del sys.modules[module_name]  # so that a later call imports the file again
             raise ComponentError(f"{label}: importing it failed with {type(error).__name__}: {error}") from error
     function = vars(module).get(name)
     if not callable(function):
@@ -339,6 +341,7 @@ class RewardModel:
         self._path = path
         self._batch_size = batch_size
         self._loaded: tuple[Any, Any] | None = None
+        """The model and its tokenizer, loaded at the first call."""
 
     def __call__(self, prompts: list[str], responses: list[str], references: list[str]) -> RewardArray:
         """Return the last logit of each response, shape (n,). Most reward models have a single logit.

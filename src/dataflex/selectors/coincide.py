@@ -113,6 +113,7 @@ class CoincideSelector(Selector[CoincideParams]):
         return Selection(trained[places], None, candidates.size - trained.size)
 
     def _clusters(self, ctx: RoundContext, candidates: IndexArray, vectors: EmbeddingArray) -> Clusters:
+        """Return the cluster of each candidate and the centres, stored if the embeddings are fixed."""
         key = hashlib.sha256(np.ascontiguousarray(candidates).tobytes()).hexdigest()
         if key not in self._kept:
             number = self.params.clusters or min(_MOST_CLUSTERS, -(-candidates.size // _CLUSTER_SIZE))
@@ -126,6 +127,7 @@ class CoincideSelector(Selector[CoincideParams]):
     def _chosen(
         self, vectors: EmbeddingArray, labels: IndexArray, centres: NDArray[np.float32], count: int
     ) -> IndexArray:
+        """Return the positions of the chosen vectors: from each cluster, those that best stand for it."""
         members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
         densities = np.array([density(_rows(vectors, each), self.params.gamma) for each in members])
         shares = cluster_shares(transferability(centres, self.params.similar), densities, self.params.tau)

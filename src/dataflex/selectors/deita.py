@@ -100,7 +100,7 @@ class DeitaSelector(Selector[DeitaParams]):
             )
         kept, rejected = self._filtered(ctx, candidates, values, count)
         if kept.size < count:
-            _tell(count, kept.size, self.params.threshold)
+            _warn_of_rejected(count, kept.size, self.params.threshold)
         chosen = np.sort(np.concatenate([kept, rejected])[:count])
         ranks = ranks_among_scored(values, chosen)
         return Selection(candidates[chosen], values[chosen], candidates.size - scored, ranks=ranks, ranked=scored)
@@ -123,7 +123,8 @@ class DeitaSelector(Selector[DeitaParams]):
         return falling[kept], np.delete(falling, kept)
 
 
-def _tell(count: int, kept: int, threshold: float) -> None:
+def _warn_of_rejected(count: int, kept: int, threshold: float) -> None:
+    """Warn that the filter accepts fewer samples than wanted, so that rejected samples are chosen, too."""
     logger.warning(
         "select deita: %d samples are wanted, but the filter accepts only %d (cosine of at most %g with every better "
         "accepted sample). The others are the best rejected samples.",

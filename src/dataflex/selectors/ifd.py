@@ -109,6 +109,7 @@ class IfdSelector(Selector[IfdParams]):
     def __init__(self, params: IfdParams) -> None:
         super().__init__(params)
         self._answers: Answers | None = None
+        """The answers without their prompts. None before they are needed."""
 
     def needs(self, run: RunView) -> Needs:
         """Return the reference if one is named, else the losses of the candidates."""

@@ -48,7 +48,7 @@ class S2lParams(SelectorParams):
     """Parameters of S2L."""
 
     points: int = Field(
-        8, ge=1, description="Number of losses in a trajectory: those of the last times the sample was trained on."
+        8, ge=1, description="Number of losses in a trajectory: the losses of the last times the sample was trained on."
     )
     clusters: int = Field(100, ge=1, description="Number of clusters of trajectories.")
     iterations: int = Field(20, ge=1, description="Largest number of k-means iterations.")

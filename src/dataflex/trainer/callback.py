@@ -84,8 +84,7 @@ class DynamicCallback(TrainerCallback):
         """Pass the step's statistics to the components, and trigger the actions that are due at the end of an epoch.
 
         An epoch is one pass over the pool. The Trainer sees a single epoch, so `state.epoch` and the flags of the
-        strategy
-        `epoch` are set here.
+        strategy `epoch` are set here.
         """
         run = self.trainer.started
         run.clock.end_step()
@@ -110,9 +109,9 @@ class DynamicCallback(TrainerCallback):
         """Write the summary and print the cost of the decisions."""
         run = self.trainer.started
         self.trainer.check_weights()
-        told = len(run.recorder.notes)
+        known = len(run.recorder.notes)  # the notes so far have been shown already
         summary = run.finish(state.global_step)
-        for note in run.recorder.notes[told:]:
+        for note in run.recorder.notes[known:]:
             warn(note)
         if run.clock.budget.is_set and run.clock.progress < 1:
             warn(f"training ended after only {100 * run.clock.progress:.1f} % of its budget of tokens or seconds.")

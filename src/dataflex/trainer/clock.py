@@ -65,7 +65,9 @@ class Clock:
         """Share of the budget that is spent; 0 without a budget."""
         self._step_began = 0.0
         self._decision_began: float | None = None
+        """Start of the running decision. None if no decision is running."""
         self._evaluation_began: float | None = None
+        """Start of the running evaluation. None if no evaluation is running."""
 
     @contextmanager
     def deciding(self, *, inside_step: bool = False) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """The trainer: a mixin over LLaMA-Factory's trainer of the stage.
 
-The training loop is the Hugging Face Trainer's. Overridden are the data loaders, the loss of a training step, the
-learning rate schedule if a budget ends the run, the log, the evaluation, the checkpoint and the start of training. A
-callback handles all other events.
+The training loop is the Hugging Face Trainer's. The mixin overrides the data loaders, the loss of a training step, the
+learning rate schedule if a budget ends the run, the log, the evaluation, the checkpoint and the start of training.
+``DynamicCallback`` handles all other events.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ from dataflex.trainer.step_loss import StepLoss
 from dataflex.trainer.steps import RunSteps, decide_steps
 
 WhenLoaded = Callable[[LoadedRun, LoadedModel], None]
+"""Called with the loaded run and its model, in a command that loads everything and does not train."""
 
 
 class NothingTrained(Exception):
-    """Leaves the Trainer after everything was loaded and used, in a command that does not train."""
+    """Raised to leave LLaMA-Factory's workflow without training, after a command has used the loaded data or model."""
 
 
 class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
@@ -55,7 +56,7 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
     """
 
     batch_losses: BatchLosses = staticmethod(causal_losses)
-    """Computes the token losses of a batch of the stage."""
+    """Function that computes the token losses of a batch, for this stage."""
     plain_collators: tuple[type, ...] = ()
     """Collator classes of the stage that only pad rows of tokens."""
 
@@ -70,7 +71,7 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
     ) -> None:
         trains = args.do_train and when_loaded is None
         steps = decide_steps(inputs, data, args) if trains else RunSteps.none(inputs.settings)
-        if trains:
+        if trains:  # before the Trainer makes its schedules from `args`
             steps.set_in(args, inputs.plans_data)
         self.dataflex = LoadedRun.of(inputs, data, steps)
         self._when_loaded = when_loaded
@@ -78,6 +79,7 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         self._evaluated, self._has_logits = {}, True
         self._is_spent = False
         """Whether the checkpoint to resume from has spent the whole budget."""
+        # The last step that was evaluated, the last step that was saved and the last round that was logged. -1 is none.
         self._evaluated_at = self._saved_at = self._logged_round = -1
         self.stop_tokens: list[int] | None = (kwargs.get("gen_kwargs") or {}).get("eos_token_id")
         """Tokens that end a response in LLaMA-Factory's own generation; None in a stage without generation."""
@@ -103,7 +105,8 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
 
     def get_train_dataloader(self) -> Any:
         """Return the stream of rounds, or LLaMA-Factory's own loader if the run decides weights alone."""
-        # If the budget is spent, nothing is left to train: a stream of rounds then yields no batch.
+        # If the checkpoint has spent the budget, `train` sets `max_steps` to the checkpoint's step. A stream of rounds
+        # yields no batch from that step on, also in a run whose samples LLaMA-Factory draws.
         planned = self.dataflex.inputs.plans_data or self._is_spent
         return RoundStream(self) if planned else super().get_train_dataloader()
 
@@ -113,6 +116,7 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
             self._stop_before_training(self._when_loaded)
         inputs, samples = self.dataflex.inputs, self.dataflex.data.samples
         with distributed.together():
+            # Weighters, and components that plan, may measure samples. Streamed data has no pool to measure.
             if samples is not None and (inputs.plans_data or inputs.components.weight):
                 self.probe = make_probe(self, samples)
                 self.embeddings = EmbeddingService(
@@ -123,7 +127,8 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         resume = inputs.resume
         if resume is None:
             return super().train(**kwargs)
-        if inputs.budget.is_spent(resume.state):  # `max_steps` is the only way to make the Trainer train nothing
+        if inputs.budget.is_spent(resume.state):
+            # No step is left. Only a `max_steps` that is already reached makes the Trainer end without a step.
             self.args.max_steps = resume.marker.step
             self._is_spent = True
         return super().train(resume_from_checkpoint=str(resume.folder), **kwargs)
@@ -141,8 +146,10 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
 
     def _stop_before_training(self, when_loaded: WhenLoaded) -> NoReturn:
         """Call ``when_loaded`` with the model and the optimizer moments saved beside it, and leave the Trainer."""
-        self.create_optimizer()  # saved moments are stored in the order of the optimizer's parameters
-        given, samples = self.finetuning_saved_folder(), self.dataflex.data.samples
+        # Saved moments have no names. They are stored in the order of the optimizer's parameters, so the optimizer is
+        # needed to assign them.
+        self.create_optimizer()
+        folder, samples = self.finetuning_saved_folder(), self.dataflex.data.samples
         if samples is None:
             raise ConfigError(
                 "streaming: this command needs all samples before training, and with streaming: true they are not "
@@ -150,7 +157,8 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
             )
         with distributed.together():
             probe = make_probe(self, samples)
-            probe.moments = lambda: saved_moments(given, self.optimizer, self.raw_model())
+            # The optimizer has made no step, so it has no moments itself.
+            probe.moments = lambda: saved_moments(folder, self.optimizer, self.raw_model())
             wanted, stored = self.dataflex.inputs.wanted_embeddings, self.dataflex.data.embeddings
             self.probe, self.embeddings = probe, EmbeddingService(wanted, samples, probe, stored)
             self.step_loss.references.make()
@@ -158,14 +166,14 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         raise NothingTrained
 
     def finetuning_saved_folder(self) -> Path:
-        """Return the folder that the trained weights were loaded from: the last adapter's, or the model's."""
+        """Return the folder that the trained weights were loaded from: the last adapter if any, else the model."""
         given = self.dataflex.inputs.config.llamafactory
         adapters = given.get("adapter_name_or_path")
         last = adapters.split(",")[-1].strip() if isinstance(adapters, str) else (adapters or [None])[-1]
         return Path(str(last or given["model_name_or_path"]))
 
     def _check_features(self, probe: ModelProbe) -> None:
-        """Make every projection once, so that one that does not fit the model raises its error before training."""
+        """Build every projection once, so that a projection that does not fit the model is an error before training."""
         for needs in self.dataflex.inputs.needs.values():
             for measurement in needs.measurements:
                 if isinstance(measurement, GradientFeatures):
@@ -214,14 +222,15 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as the Trainer requests, but evaluate and save at most once per step.
 
-        A run is one epoch for the Trainer, so the end of its last pass is announced twice: by the step, and by the end
-        of the epoch.
+        A run is one epoch for the Trainer. So the Trainer calls this method twice at the end of the run: for the last
+        step, and for the end of the epoch.
         """
         control, step = self.control, self.state.global_step
         control.should_evaluate &= step != self._evaluated_at
         control.should_save &= step != self._saved_at
         if control.should_evaluate:
             self._evaluated_at = step
+        # Here and not when the round begins: a log inside an event would reset the flags that the event has set.
         self.log_round()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -235,9 +244,10 @@ def follow(scheduler: Any, position: Callable[[], float]) -> None:
     if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         raise ConfigError(
             f"lr_scheduler_type: {type(scheduler).__name__} cannot follow a budget of tokens or seconds, because its "
-            "learning rate is no function of the step; use cosine, linear or another schedule that is."
+            "learning rate is not a function of the step. Use a schedule of that kind, such as cosine or linear."
         )
 
+    # A separate function binds each `rate`. A lambda in the list below would use the last `rate` for all groups.
     def at_position(rate: Callable[[float], float]) -> Callable[[int], float]:
         return lambda _: rate(position())
 

@@ -41,7 +41,9 @@ class References:
         self.wanted: dict[str, ReferenceParams] = {key: params for key, params in wanted.items() if params is not None}
         """Parameters of the reference that each component names, by configuration key."""
         self._sources: dict[str, Reference] = {}
+        """The reference of each component, by configuration key: a table or a model."""
         self._models: dict[str, ReferenceModel] = {}
+        """Loaded models by name, which components share."""
         self._collation = Collation(trainer.data_collator, trainer.plain_collators)
 
     def make(self) -> None:

@@ -112,6 +112,7 @@ class AnchoredWeighter(Weighter[AnchorParamsT]):
     def __init__(self, params: AnchorParamsT) -> None:
         super().__init__(params)
         self._anchors: Anchors | None = None
+        """The anchors as they were embedded last. None before the first step."""
 
     def needs(self, run: RunView) -> Needs:
         """Return the validation samples, their embeddings, and the embeddings of the step's samples."""
@@ -129,6 +130,7 @@ class AnchoredWeighter(Weighter[AnchorParamsT]):
             self._anchors = self._embedded(start)
 
     def _embedded(self, start: StepStart) -> Anchors:
+        """Return the anchors, embedded with the present model, and the centre that is subtracted."""
         assert start.probe is not None  # streaming data is refused before the run
         assert start.pool is not None
         wanted, params = self.params.embeddings, self.params

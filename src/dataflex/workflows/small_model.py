@@ -14,7 +14,7 @@ from dataflex import assets
 from dataflex.compare.digests import digest, expanded
 from dataflex.data.fingerprints import file_digest, model_texts
 from dataflex.errors import ConfigError, Problem, unknown
-from dataflex.files import json_text
+from dataflex.files import is_path, json_text
 
 CONFIG = "config.json"
 _NOT_COPIED = (CONFIG, "adapter_config.json")
@@ -87,7 +87,7 @@ def _folder(name: str, revision: str | None) -> Path:
     folder = expanded(assets.resolve(name))
     if (folder / CONFIG).is_file():
         return folder
-    if folder.is_dir() or name.startswith(("/", "./", "../", "~")):
+    if is_path(name):
         raise ConfigError(f"no model in {name!r}: there is no {CONFIG}.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError

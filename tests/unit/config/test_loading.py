@@ -179,7 +179,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
             "select": {"method": "los"},
             "mix": {"method": "static"},
             "order": {"by": "length"},
-            "weight": {"method": "loss", "temperatures": 1, "delta": 0},
+            "weight": {"method": "loss", "methd": "uniform", "temperatures": 1, "delta": 0},
         },
     )
     assert set(found) == {
@@ -190,12 +190,14 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         "dataflex.select.method",
         "dataflex.mix.proportions",
         "dataflex.order.method",
+        "dataflex.weight.methd",
         "dataflex.weight.temperatures",
         "dataflex.weight.delta",
     }
     assert "did you mean 'update_steps'?" in found["dataflex.update_step"]
     assert "did you mean 'loss'?" in found["dataflex.select.method"]
     assert "delta_loss" in found["dataflex.select.method"]  # all known names
+    assert "did you mean 'method'?" in found["dataflex.weight.methd"]
     assert "did you mean 'temperature'?" in found["dataflex.weight.temperatures"]
     assert "at least 1, or -1" in found["dataflex.updates"]
     assert "0" in found["dataflex.weight.delta"]

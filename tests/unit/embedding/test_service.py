@@ -178,7 +178,7 @@ def test_embeddings_that_cannot_be_computed_are_refused_before_a_model_is_loaded
     config = asking("test_tilt", "weight", encoder="asset:all-minilm-l6-v2")
     assert not said(config, "dataflex.weight.encoder")
     config.llamafactory["streaming"] = True
-    assert "embeds samples" in said(config, "streaming")
+    assert "embeds the samples before training" in said(config, "streaming")
 
 
 def test_a_missing_layer_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -220,6 +220,18 @@ def test_settings_that_leave_no_prompts_are_refused(given: dict[str, Any], said:
     assert said in problem[1]
 
 
+@pytest.mark.parametrize(
+    "name, problems", [("absent/of/three", 1), ("./absent", 1), ("~/absent", 1), ("owner/name", 0), ("name", 0)]
+)
+def test_a_reference_that_is_a_path_must_have_a_model(name: str, problems: int) -> None:
+    class View:
+        llamafactory: dict[str, Any] = {}
+
+    view: Any = View()
+    found = [key for key, _ in build(RhoLossSelector, reference_model=name).problems(view)]
+    assert found == ["reference_model"] * problems
+
+
 def test_a_table_alone_has_no_losses_without_prompts() -> None:
     class View:
         llamafactory: dict[str, Any] = {}

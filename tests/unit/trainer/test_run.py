@@ -138,7 +138,7 @@ def test_a_run_of_warm_up_alone_is_refused(section: dict[str, Any]) -> None:
     ((key, part),) = section.items()
     for changes in ({"train_steps": 6}, {"train_tokens": 6 * 8 * 7}):
         case = run_of(TWO_DOMAINS, make_pool({"all": 160}), **section, warmup_steps=6, **changes)
-        text = rf"dataflex.warmup_steps: the run has 6 steps, all of them warm-up \(6\): {key} {part['method']} "
+        text = rf"dataflex.warmup_steps: the run has 6 steps, all of them warm-up \(6\), so {key} {part['method']} "
         with pytest.raises(ConfigError, match=text):
             case.steps(arguments())
     run_of(TWO_DOMAINS, **section, warmup_steps=5, train_steps=6).steps(arguments())

@@ -11,6 +11,7 @@ from dataflex import assets
 from dataflex.config.checks.values import truthy
 from dataflex.config.loading import ASSET_KEYS, RunConfig
 from dataflex.errors import Problem, did_you_mean, unknown
+from dataflex.files import is_path
 
 MODEL_FILES = (
     "adapter_model.bin",
@@ -43,17 +44,10 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     model = config.llamafactory.get("model_name_or_path")
     if not model:
         yield Problem("model_name_or_path", "needed: a folder with a model, or a name on the model hub.")
-    elif isinstance(model, str) and _is_path(model) and not (Path(model).expanduser() / "config.json").is_file():
+    elif isinstance(model, str) and is_path(model) and not (Path(model).expanduser() / "config.json").is_file():
         yield Problem(
             "model_name_or_path", f"no model in {model!r}: there is no config.json. Give a model folder or a hub name."
         )
-
-
-def _is_path(name: str) -> bool:
-    """Return whether a name is the path of a folder, not a name on a hub."""
-    if name.startswith(assets.PREFIX):
-        return False
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
 def _output(config: RunConfig) -> Iterator[Problem]:
@@ -118,7 +112,7 @@ def _adapters(config: RunConfig) -> Iterator[Problem]:
         given = config.llamafactory.get(key)
         for name in given.split(",") if isinstance(given, str) else ():
             folder = Path(name.strip()).expanduser()
-            if name.strip() and _is_path(name.strip()) and not (folder / file).is_file():
+            if name.strip() and is_path(name.strip()) and not (folder / file).is_file():
                 yield Problem(key, f"{name.strip()!r} holds nothing to load: there is no {file} in it.")
     tokens = config.llamafactory.get("new_special_tokens_config")
     if isinstance(tokens, str) and not Path(tokens).is_file():

@@ -1,4 +1,4 @@
-"""Data loading with LLaMA-Factory's own ``get_dataset``, called once per data set, and the pool of the results."""
+"""Data loading: LLaMA-Factory's own ``get_dataset`` is called once per data set, and the results form the pool."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Module = dict[str, Any]
 """LLaMA-Factory's dataset module: a dictionary with ``train_dataset`` and ``eval_dataset``."""
 
 LoadData = Callable[..., Module]
-"""Loads the data sets that ``data_args`` name: a :class:`Loader`, or a wrapper of one."""
+"""Loads the data sets that the data arguments name: a :class:`Loader`, or a function that calls one."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Loader:
 
     @property
     def fields(self) -> SampleFields:
-        """The fields of a sample."""
+        """The fields that a sample has in this stage."""
         return STAGES[self.stage].fields
 
     def decode(self, tokens: list[int]) -> str:
@@ -67,13 +67,13 @@ class Loader:
         return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def __call__(self, data_args: Any, key: str = "") -> Module:
-        """Return the dataset module. ``key`` is the setting that names the data sets, for messages.
+        """Return the dataset module. ``key`` is the setting that names the data sets, for error messages.
 
         Raises:
             ConfigError: if a data set cannot be loaded, or has no sample.
         """
         load = Load(data_args, self.stage, key, self.training_args.predict_with_generate)
-        with told(load):
+        with told(load):  # converts the errors of LLaMA-Factory to a ConfigError
             module = self.get_dataset(
                 self.template, self.model_args, data_args, self.training_args, self.stage, **self.tokenizer_module
             )
@@ -104,7 +104,7 @@ def load_pool(
     stage: str,
     **tokenizer_module: Any,
 ) -> Module:
-    """Return LLaMA-Factory's dataset module. If DataFlex draws the samples, its training set is the run's pool.
+    """Return LLaMA-Factory's dataset module. If DataFlex draws the samples, the training set in it is the run's pool.
 
     The workflow calls this before it loads the model.
 
@@ -114,22 +114,27 @@ def load_pool(
     load = Loader(get_dataset, template, model_args, training_args, stage, tokenizer_module)
     if data_args.streaming:
         if training_args.do_train and session.trains:
-            _open(decide_steps(session.inputs, session.data, training_args), training_args)
+            _print_plan(decide_steps(session.inputs, session.data, training_args), training_args)
         return load(data_args)
     encoders = _encoders(session, training_args)
-    whole = not (session.inputs.plans_data and training_args.do_train)  # LLaMA-Factory loads all data sets as one
+    # A run whose samples DataFlex does not plan needs no domains, so LLaMA-Factory loads all data sets as one.
+    whole = not (session.inputs.plans_data and training_args.do_train)
+    # Several data sets of a planned run are stored tokenized in subfolders, so `tokenized_path` may then hold folders.
     if (whole or len(set(data_args.dataset)) == 1) and data_args.dataset:
         refuse_foreign_folder(data_args)
     module = _load_whole(load, session, data_args) if whole else _load_planned(load, session, data_args)
     if encoders is not None and session.data.samples is not None:
         session.add_embeddings(encoders.make(session.data.samples, session.data.validation))
     if session.data_only:
-        raise NothingTrained
+        raise NothingTrained  # leaves LLaMA-Factory's workflow before it loads the model
     return module
 
 
 def _encoders(session: Session, training_args: Any) -> RunEncoders | None:
-    """Return the encoders of a run, found before its data is loaded; None if it has none or does not train."""
+    """Return the encoders of a run, or None if it has none or does not train.
+
+    This raises the errors of a wrong encoder before any data is loaded.
+    """
     wanted = session.inputs.wanted_embeddings
     if not training_args.do_train or all(params.encoder is None for params in wanted.values()):
         return None
@@ -138,8 +143,9 @@ def _encoders(session: Session, training_args: Any) -> RunEncoders | None:
 
 
 def _load_whole(load: Loader, session: Session, data_args: Any) -> Module:
-    """Return the dataset module of a run whose samples LLaMA-Factory draws, or which does not train."""
+    """Return the dataset module of a run that does not train, or whose samples LLaMA-Factory draws."""
     training_args = load.training_args
+    # Whether DataFlex needs the samples itself: a weighter of a training run may read them, and an encoder their text.
     reads = training_args.do_train and (session.trains or bool(session.inputs.wanted_embeddings))
     module: Module = {}
     kept: dict[str, ColumnArray] = {}
@@ -156,7 +162,7 @@ def _load_whole(load: Loader, session: Session, data_args: Any) -> Module:
         _add_validation(load, session, data_args, module["eval_dataset"])
         _check_data(session, training_args)
     if training_args.do_train and session.trains:  # raises the errors of the rounds before the model is loaded
-        _open(decide_steps(session.inputs, session.data, training_args), training_args)
+        _print_plan(decide_steps(session.inputs, session.data, training_args), training_args)
     return {key: value for key, value in module.items() if value is not None}
 
 
@@ -170,6 +176,7 @@ def _load_planned(load: Loader, session: Session, data_args: Any) -> Module:
     session.add_pool(pool)
     evaluation = load_evaluation(load, data_args, session, held_out)
     mixer = inputs.components.mix
+    # Without a column the domains are the data sets, which are checked before anything is loaded.
     problem = None if mixer is None or column is None else mixer.check_domains(pool.domains)
     if problem is not None:
         raise ConfigError(f"dataflex.mix.{problem[0]}: {problem[1]}")
@@ -184,16 +191,16 @@ def _load_planned(load: Loader, session: Session, data_args: Any) -> Module:
     _add_validation(load, session, data_args, evaluation)
     _check_data(session, training_args)
     if session.trains:
-        _open(decide_steps(session.inputs, session.data, training_args), training_args)
+        _print_plan(decide_steps(session.inputs, session.data, training_args), training_args)
     module = {"train_dataset": pool.dataset}
     return module if evaluation is None else {**module, "eval_dataset": evaluation}
 
 
 def _check_pool(session: Session, pool: Pool) -> None:
-    """Ask the components whether they can be used with the samples.
+    """Check with every component that it can be used with the samples of the pool.
 
     Raises:
-        ConfigError: with all problems that they report.
+        ConfigError: if a component reports a problem. The error lists the problems of all components.
     """
     found = [
         Problem(f"dataflex.{key}.{parameter}", message)
@@ -223,7 +230,7 @@ def _check_data(session: Session, training_args: Any) -> None:
     if distributed.world_size() > 1 and len(set(distributed.on_each(data.outline))) > 1:
         raise ConfigError(
             "dataset: the processes have different training samples. They must read the same files with the same "
-            "settings; let one process tokenize the data beforehand (tokenized_path), and start the run again."
+            "settings. Let one process tokenize the data beforehand (tokenized_path), and start the run again."
         )
     if inputs.resume is None:
         return
@@ -238,15 +245,18 @@ def _check_data(session: Session, training_args: Any) -> None:
         logger.warning(line)
 
 
-def _open(steps: RunSteps, training_args: Any) -> None:
-    """Print the plan of the run, before the model is loaded."""
+def _print_plan(steps: RunSteps, training_args: Any) -> None:
+    """Print the plan of the run on the main process."""
     if training_args.process_index == 0:
         print("\n".join(f"dataflex: {line}" for line in steps.lines()), flush=True)
 
 
 def _train_only(data_args: Any) -> Any:
-    """Return the arguments that load only the training data, with the validation data that ``val_size`` splits off."""
-    if is_stored(data_args):
+    """Return data arguments without evaluation sets, because :func:`load_evaluation` loads each of these separately.
+
+    Validation data that ``val_size`` splits off is still loaded.
+    """
+    if is_stored(data_args):  # the folder is loaded as a whole
         return data_args
     only = copy.copy(data_args)
     only.eval_dataset = None
@@ -256,7 +266,9 @@ def _train_only(data_args: Any) -> Any:
 def load_noting_rows(
     load: Loader, data_args: Any, names: tuple[str, ...], domain_column: str | None, columns: Mapping[str, WantedColumn]
 ) -> tuple[Pool, Any]:
-    """Return the pool, with the raw rows of its samples if they are known, and the data that was split off.
+    """Return the pool and the validation data that ``val_size`` splits off (see :func:`_load_domains`).
+
+    The pool notes the raw row of each sample, if it is known, and stores the wanted raw columns.
 
     Args:
         load: loads data with LLaMA-Factory.
@@ -288,9 +300,13 @@ def load_noting_rows(
 def load_with_columns(
     load: Loader, data_args: Any, columns: Mapping[str, WantedColumn], key: str = ""
 ) -> tuple[Module, Origin, dict[str, ColumnArray]]:
-    """Return a dataset module, the origin of its training samples, and the values of the wanted raw columns."""
+    """Return a dataset module, the raw rows of its training samples, and the values of the wanted raw columns.
+
+    A ``tokenized_path`` holds samples without their rows. The columns are therefore stored in the same folder.
+    """
     from llamafactory.data import loader
 
+    # Raw rows exist only inside LLaMA-Factory's load, so three of its functions are wrapped while it runs.
     origin = Origin(data_args.dataset or (), columns, partial(place_of_row, data_args.dataset_dir))
     with (
         replaced(loader, "align_dataset", partial(origin.align, loader.align_dataset)),
@@ -314,8 +330,8 @@ def _load_domains(
 ) -> tuple[list[DomainSamples], Any]:
     """Return the training data and the validation data that ``val_size`` splits off.
 
-    The training data is one part per data set. The validation data is a list of the same form. It is a single data set
-    if there is only one data set and no column, and None if nothing is split off.
+    The training data is a list with one entry per data set. So is the validation data, with two exceptions. It is the
+    bare data set if there is a single data set and no column. It is None if nothing is split off.
 
     Args:
         load: loads data with LLaMA-Factory.
@@ -330,13 +346,13 @@ def _load_domains(
     if is_stored(data_args):
         raise ConfigError(
             f"tokenized_path: {root} holds one merged data set, so the domains of its samples are not known. Name an "
-            "empty folder: each data set is then saved in a separate subfolder."
+            "empty folder. Each data set is then saved in a separate subfolder."
         )
     parts: list[DomainSamples] = []
     held_out: list[DomainSamples] = []
     for name in names:
         only = copy.copy(data_args)
-        only.dataset, only.interleave_probs = [name], None
+        only.dataset, only.interleave_probs = [name], None  # a single data set has no interleaving probabilities
         if column is None:
             only.tokenized_path = None if root is None else str(Path(root) / name)
             module = {key: of_one(name, part) for key, part in load(only).items()}
@@ -353,7 +369,7 @@ def _load_validation(load: Loader, data_args: Any, section: str, request: Valida
     """Return the validation samples, one domain for each sub-task, preprocessed like training samples but not packed.
 
     Raises:
-        ConfigError: if there are none.
+        ConfigError: if no validation data is named or split off, or if it cannot be loaded.
     """
     key = f"{section}.validation"
     names = request.validation or data_args.eval_dataset
@@ -372,6 +388,7 @@ def _load_validation(load: Loader, data_args: Any, section: str, request: Valida
     for name in dict.fromkeys(names):
         only = copy.copy(data_args)
         only.dataset, only.eval_dataset, only.interleave_probs = [name], None, None
+        # The whole data set is validation data, and each row is one sample. `tokenized_path` belongs to training data.
         only.val_size, only.packing, only.neat_packing, only.tokenized_path = 0.0, False, False, None
         column = request.subtask_column
         if column is None:

@@ -8,8 +8,7 @@ Between the file and the pool several things happen to a row.
 - Packing puts several rows into one sample.
 
 Each of these steps is recorded, or repeated from its inputs. Nothing is read or tokenized twice. The samples of a
-stored
-``tokenized_path`` have lost their rows.
+stored ``tokenized_path`` have lost their rows.
 """
 
 from __future__ import annotations

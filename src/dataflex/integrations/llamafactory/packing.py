@@ -80,6 +80,7 @@ class _Counting:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.lengths: list[int] = []
+        """Number of tokens of each text of the last call."""
 
     def __call__(self, texts: list[str], **given: Any) -> Any:
         found = self.tokenizer(texts, **given)

@@ -47,7 +47,7 @@ def parse(get_train_args: Callable[..., Any], args: dict[str, Any], source: str 
         return get_train_args(args)
     except DataFlexError:
         raise
-    except Exception as error:
+    except Exception as error:  # LLaMA-Factory and Transformers raise many types for arguments that they refuse
         raise ConfigError(problems=[_explained(error, args)], source=source) from error
 
 
@@ -180,7 +180,7 @@ def _try_schedule(args: Any, source: str) -> None:
     kind, options = str(args.lr_scheduler_type.value), args.lr_scheduler_kwargs
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 100, scheduler_specific_kwargs=options)
-    except Exception as error:
+    except Exception as error:  # each schedule raises its own types for options that it does not take
         raise ConfigError(
             problems=[
                 Problem("lr_scheduler_kwargs", f"{options or 'none'} does not fit lr_scheduler_type: {kind}: {error}")
@@ -202,9 +202,9 @@ def _try_optimizer(args: Any, source: str) -> None:
     given = f"{args.optim_args!r} (name=value, name=value) with optim: {args.optim.value}"
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
-        if not {"params", "model", "optimizer_dict"} & set(options):  # such optimizers need layers of the model
+        if not {"params", "model", "optimizer_dict"} & set(options):  # these optimizers need layers of the model
             kind([torch.nn.Parameter(torch.zeros(1))], **options)
-    except Exception as error:
+    except Exception as error:  # each optimizer raises its own types for options that it does not take
         raise ConfigError(problems=[Problem("optim_args", f"{given}: {error}.")], source=source) from error
 
 

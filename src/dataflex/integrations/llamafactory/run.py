@@ -204,7 +204,7 @@ def _component_errors_told(output: Path) -> Iterator[None]:
         raise ComponentError(said) from error
     except DataFlexError:
         raise
-    except Exception as error:
+    except Exception as error:  # any other error keeps its traceback
         said = failure_of_component(error)
         if said is None:
             raise
