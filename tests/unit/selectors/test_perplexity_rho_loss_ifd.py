@@ -228,7 +228,7 @@ def test_a_reference_that_is_a_path_must_have_a_model(name: str, problems: int) 
         llamafactory: dict[str, Any] = {}
 
     view: Any = View()
-    found = [key for key, _ in build(RhoLossSelector, reference_model=name).problems(view)]
+    found = [key for key, _ in build(RhoLossSelector, reference_model=name).params.reference_problems(view)]
     assert found == ["reference_model"] * problems
 
 
