@@ -233,7 +233,7 @@ WHILE_RUNNING: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a feature longer than the gradient": (
         influence(proj_dim=1_000_000),
-        ["proj_dim", "1000000", "trainable parameters"],
+        ["proj_dim", "1000000", "trainable parameter"],
     ),
     "kronecker with adam": (influence(projection="kronecker"), ["projection: kronecker", "preconditioner: none"]),
     "lists of another pool": (
