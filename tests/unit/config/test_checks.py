@@ -297,6 +297,19 @@ def test_a_finished_run_is_not_trained_into(keys: dict[str, Any], tmp_path: Path
     assert found(keys, SELECT, **evaluating, do_predict=True, predict_with_generate=True) == {}
 
 
+def test_a_model_that_another_program_trained_is_not_overwritten(keys: dict[str, Any], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / "checkpoint-4").mkdir(parents=True)
+    assert found(keys, SELECT) == {}  # nothing but a checkpoint, which the run moves to another folder
+    (output / "adapter_model.safetensors").write_bytes(b"")
+    assert "finished" in found(keys, SELECT)["output_dir"]
+    assert found(keys, SELECT, overwrite_output_dir=True) == {}
+    assert found(keys, None) == {}  # LLaMA-Factory's own run resumes from the checkpoint
+    (output / "dataflex").mkdir()
+    (output / "dataflex" / "run.json").write_text("{}")
+    assert found(keys, SELECT) == {}  # DataFlex was interrupted while it saved the model
+
+
 def test_keys_that_do_not_go_with_a_domain_column_are_refused(keys: dict[str, Any]) -> None:
     column = {"domain_column": "topic"}
     for section in (SELECT, MIX, ORDER):

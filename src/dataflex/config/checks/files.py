@@ -124,9 +124,12 @@ def _holds_finished_run(config: RunConfig, output: Path) -> bool:
     free = truthy(config, "overwrite_output_dir") or truthy(config, "resume_from_checkpoint")
     if free or config.offline or not truthy(config, "do_train") or not output.is_dir():
         return False
-    if any(output.glob("checkpoint-*")):
-        return is_finished(config, output)
-    return any((output / name).is_file() for name in MODEL_FILES)
+    has_model = any((output / name).is_file() for name in MODEL_FILES)
+    if not any(output.glob("checkpoint-*")):
+        return has_model
+    # Without a record, a run with a section cannot resume from the checkpoints. It would overwrite the model.
+    is_foreign = config.dataflex is not None and not (output / "dataflex" / "run.json").is_file()
+    return (is_foreign and has_model) or is_finished(config, output)
 
 
 def is_finished(config: RunConfig, output: Path) -> bool:
