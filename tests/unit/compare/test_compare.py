@@ -541,8 +541,8 @@ def test_a_missing_key_is_named_with_the_values_that_it_takes(tmp_path: Path) ->
     assert {problem.key: problem.message for problem in error.value.problems} == {
         "output_dir": "needed: folder of everything the comparison writes.",
         "baseline": "needed: name of the variant that the others are compared with.",
-        "variants": "needed: a mapping of variant names to the keys that each variant changes in the base. For example: "
-        "{random: {dataflex.select.method: random}, loss: {dataflex.select.method: loss}}.",
+        "variants": "needed: a mapping of variant names to the keys that each variant changes in the base. For "
+        "example: {random: {dataflex.select.method: random}, loss: {dataflex.select.method: loss}}.",
         "seeds": "needed: list of seeds. Every variant is trained with each of them. For example: [1, 2, 3].",
         "equal": "needed: the budget of every run: tokens, steps or wall_clock. For example: {steps: 200}.",
     }
