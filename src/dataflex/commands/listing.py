@@ -39,7 +39,9 @@ def render(name: str | None, plugins: list[str]) -> str:
             blocks.append("\n".join([head, *(_method(method, cls) for method, cls in shown.items())]))
     if not blocks:
         known = [*keys, *keys.values(), *(method for family in keys for method in registry.available(family))]
-        raise ConfigError(unknown("family or method", str(name), sorted(set(known))))
+        text = unknown("family or method", str(name), sorted(set(known)))
+        own = "" if plugins else " A method of your own needs --plugins FILE."
+        raise ConfigError(text + own)
     return "\n\n".join(blocks)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dataflex.config import checks
 from dataflex.config.checks.plan import planned
@@ -15,6 +17,13 @@ from dataflex.config.processes import is_worker
 from dataflex.config.yaml_file import read_yaml
 from dataflex.errors import ConfigError
 from dataflex.trainer import resume, stopping
+
+_KEYS_BESIDE_BASE = {
+    "compare": {"variants", "baseline", "seeds", "equal"},
+    "regmix": {"proxies", "target", "regressor"},
+    "doremi": {"reference", "proxy", "final"},
+}
+"""Command -> keys beside ``base`` in its files. A regmix file can also have ``final``, so regmix precedes doremi."""
 
 
 def checked_config(path: Path, overrides: list[str], *, offline: bool = False) -> RunConfig:
@@ -29,6 +38,7 @@ def checked_config(path: Path, overrides: list[str], *, offline: bool = False) -
         ConfigError: if there are problems. The error lists all of them.
     """
     raw = read_yaml(path, overrides)
+    _refuse_file_of_another_command(path, raw)
     config, problems = parse_config(raw, str(path), path.resolve().parent)
     config = replace(config, offline=offline)
     problems += checks.problems_of(config)
@@ -37,6 +47,21 @@ def checked_config(path: Path, overrides: list[str], *, offline: bool = False) -
     if problems:
         raise ConfigError(problems=problems, source=str(path))
     return config
+
+
+def _refuse_file_of_another_command(path: Path, raw: Mapping[str, Any]) -> None:
+    """Raise a ConfigError if the file is one for compare, doremi or regmix.
+
+    The keys of such a file are no arguments of LLaMA-Factory, so the other problems of the file would mislead.
+    """
+    if "base" not in raw:
+        return
+    for command, keys in _KEYS_BESIDE_BASE.items():
+        if not keys.isdisjoint(raw):
+            file = shlex.quote(str(path))
+            raise ConfigError(
+                f"{path} is a file for `dataflex-cli {command}`: run `dataflex-cli {command} {file} --dry-run`."
+            )
 
 
 def print_notes(config: RunConfig) -> None:

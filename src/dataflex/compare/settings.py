@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dataflex.config.loading import needed
 from dataflex.config.yaml_file import read_yaml
 from dataflex.errors import ConfigError, Problem, unknown
 
@@ -72,10 +73,15 @@ class ExperimentSettings(BaseModel):
 
     base: Base = Field(description="A LLaMA-Factory YAML (path from the experiment file), or its keys.")
     output_dir: str = Field(min_length=1, description="Folder of everything the comparison writes.")
-    baseline: str = Field(description="The variant that the others are compared with.")
-    variants: dict[str, dict[str, Any]] = Field(description="Name of a variant: the keys it changes in the base.")
-    seeds: list[int] = Field(description="Every variant is trained with each of these seeds.")
-    equal: Equal = Field(description="The budget of every run: tokens, steps or wall_clock.")
+    baseline: str = Field(description="Name of the variant that the others are compared with.")
+    variants: dict[str, dict[str, Any]] = Field(
+        description="A mapping of variant names to the keys that each variant changes in the base.",
+        examples=[{"random": {"dataflex.select.method": "random"}, "loss": {"dataflex.select.method": "loss"}}],
+    )
+    seeds: list[int] = Field(
+        description="List of seeds. Every variant is trained with each of them.", examples=[[1, 2, 3]]
+    )
+    equal: Equal = Field(description="The budget of every run: tokens, steps or wall_clock.", examples=[{"steps": 200}])
     evaluate: Evaluate | None = Field(None, description="Downstream tasks of every trained model.")
     metrics: list[str] | None = Field(None, description="The metrics whose differences get a finding.")
 
@@ -163,7 +169,6 @@ def problem_of(item: Any, prefix: tuple[str, ...], models: Mapping[tuple[str, ..
     if item["type"] == "extra_forbidden":
         return Problem(key, unknown("key", where[-1], fields))
     if item["type"] == "missing":
-        description = fields[where[-1]].description if where[-1] in fields else None
-        return Problem(key, f"needed: {description or 'a value.'}")
+        return Problem(key, needed(fields.get(where[-1])))
     message = str(item["msg"]).removeprefix("Value error, ")
     return Problem(key, f"{message}." if item["type"] == "value_error" else f"{message}, got {item['input']!r}.")

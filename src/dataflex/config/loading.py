@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from dataflex.api import registry
 from dataflex.api.component import Component
@@ -544,6 +546,40 @@ def _is_key(part: int | str | None = None) -> bool:
     return isinstance(part, str) and part.isidentifier() and part not in ("str", "int", "float", "bool")
 
 
+def needed(field: FieldInfo | None) -> str:
+    """Return the message for a missing required key: the key's description, and an example if the field has one."""
+    if field is None or not field.description:
+        return "needed."
+    words = field.description
+    if words[1:2].islower() or words[1:2] == " ":  # An abbreviation such as CSV stays as it is.
+        words = words[:1].lower() + words[1:]
+    if field.examples:
+        example = yaml.safe_dump(field.examples[0], default_flow_style=True, sort_keys=False, width=1000)
+        words += f" For example: {example.strip()}."
+    return f"needed: {words}"
+
+
+def _field(model: type[BaseModel], names: Sequence[str]) -> FieldInfo | None:
+    """Return the field of a dotted key such as ``points.0.proportions``; None if the model does not have it.
+
+    The parts of the key that are no field, such as the index of a list, are skipped.
+    """
+    models, field = [model], None
+    for name in names:
+        field = next((each.model_fields[name] for each in models if name in each.model_fields), None)
+        if field is not None:
+            models = list(_models_in(field.annotation))
+    return field
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the pydantic classes in a type, also those in lists and unions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
+
+
 def _explained(
     model: type[BaseModel], item: Any, prefix: str, hint: Callable[[str, str], str | None]
 ) -> tuple[str, str]:
@@ -563,7 +599,7 @@ def _explained(
         names, position = names[: position + 2], None
     key = ".".join(names if position is None else names[:position])
     if item["type"] == "missing":
-        return key, "needed" if position is None else f"item {location[position] + 1} is missing"
+        return key, needed(_field(model, names)) if position is None else f"item {location[position] + 1} is missing"
     message = re.sub("^Input should be ", "must be ", item["msg"].removeprefix("Value error, "))
     message = _PLAIN.get(item["type"], message)
     if item["type"] == "union_tag_invalid":

@@ -49,7 +49,7 @@ def belongs(key: str, place: str, own: Collection[str], section: Mapping[str, An
         return f"is not needed: write the parameters of a method beside method, directly under {place}."
     methods = list(_methods_with(key, section or {}))
     if methods:
-        return _of_methods(inside.partition(".")[0], methods, section or {})
+        return _of_methods(key, inside.partition(".")[0], methods, section or {})
     for family, kind in registry.CONFIG_KEYS.items():
         if key in registry.available(kind) and not inside:
             return f"is a {kind}; write {SECTION}: {{{family}: {{method: {key}}}}}."
@@ -59,10 +59,11 @@ def belongs(key: str, place: str, own: Collection[str], section: Mapping[str, An
     return None
 
 
-def _of_methods(here: str, methods: list[tuple[str, str]], section: Mapping[str, Any]) -> str:
+def _of_methods(key: str, here: str, methods: list[tuple[str, str]], section: Mapping[str, Any]) -> str:
     """Return a sentence that names the methods that have a parameter of a key's name.
 
     Args:
+        key: the key as written.
         here: configuration key of the family that holds the key; empty if none does.
         methods: (family, method) of each method, the section's own methods first.
         section: the section, if the file has one.
@@ -70,12 +71,12 @@ def _of_methods(here: str, methods: list[tuple[str, str]], section: Mapping[str,
     family, method = methods[0]
     names = ", ".join(name for each, name in methods if each == family)
     own = section.get(here)
-    known = ""
-    if isinstance(own, Mapping) and own.get("method") in registry.available(registry.CONFIG_KEYS[here]):
-        fields = registry.get(registry.CONFIG_KEYS[here], own["method"]).Params.model_fields
-        known = f" Parameters of {own['method']}: {', '.join(fields) or 'none'}."
+    known, method_here = "", own.get("method") if isinstance(own, Mapping) else None
+    if method_here is not None and method_here in registry.available(registry.CONFIG_KEYS[here]):
+        fields = registry.get(registry.CONFIG_KEYS[here], method_here).Params.model_fields
+        known = f" Parameters of {method_here}: {', '.join(fields) or 'none'}."
     if here == family:
-        return f"is a parameter of another method ({names}).{known}"
+        return f"{method_here} has no {key}; these have: {names}.{known}" if known else f"is a parameter of {names}."
     given = section.get(family)
     if isinstance(given, Mapping) and given.get("method") == method:
         return f"is a parameter of {family}: {{method: {method}}}; move it under {SECTION}.{family}.{known}"

@@ -229,11 +229,16 @@ class _JsonStream:
             if not self.more():
                 return ""
 
-    def value(self, decoder: json.JSONDecoder) -> Any:
+    def value(self, decoder: json.JSONDecoder, is_item: bool) -> Any:
         """Return the next value.
 
+        Args:
+            decoder: the parser of the value.
+            is_item: whether the value is an item of a list, and not a record of JSON lines.
+
         Raises:
-            RawDataError: if the text is not valid JSON. The message names the line of the error.
+            RawDataError: if the text is not valid JSON. The message names the line of the error. For JSON lines, it
+                names the line in which the record begins.
         """
         while True:
             try:
@@ -244,8 +249,12 @@ class _JsonStream:
                 cut = error.pos >= len(self.text) - 10 or error.msg.startswith(("Unterminated string", "Invalid \\"))
                 if cut and self.more():
                     continue
-                line = self.line + self.text.count("\n", self.at, error.pos)
-                why = "it is cut off" if cut and error.pos >= len(self.text.rstrip()) else _lower(error.msg)
+                end = len(self.text.rstrip())
+                why = "it is cut off" if cut and error.pos >= end else _lower(error.msg)
+                line = self.line + self.text.count("\n", self.at, min(error.pos, end))
+                if not is_item and line > self.line:
+                    # The parser reads on into the next record if a line is cut off, so its own line misleads.
+                    line, why = self.line, f"{why} (the error is noticed in line {line})"
                 raise RawDataError(f"{self.file}, line {line}: not valid JSON: {why}") from error
             except RecursionError as error:
                 raise RawDataError(f"{self.file}, line {self.line}: nested too deeply") from error
@@ -275,7 +284,7 @@ def _json_rows(file: Path, whole: bool) -> Iterator[tuple[Place, Any]]:
             if not whole and source.read > HEAD:
                 return
             line = source.line
-            found = source.value(decoder)
+            found = source.value(decoder, is_item=array)
             yield Place(file, number, line, array), {"text": found} if array and isinstance(found, str) else found
             number += 1
             if array:

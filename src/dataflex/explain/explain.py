@@ -271,13 +271,15 @@ def explain(path: Path, question: Question, as_json: bool = False) -> None:
         ConfigError: if the question does not fit the run, or if the record cannot be read.
     """
     problem = question.problem()
-    if problem is not None:
+    if problem is not None and question.round is None:
         raise ConfigError(problem)
     record = Record(path)
+    if question.round is not None:  # A round that is not on record is named before a missing --top.
+        round_number(record, question.round)
+    if problem is not None:
+        raise ConfigError(problem)
     for index in question.indices:
         record.check_index(index)
-    if question.top is not None:
-        round_number(record, question.round)
     loaded: Texts | str = "not asked for"
     if question.with_text:
         loaded = load_texts(record.run, question.full)

@@ -25,7 +25,10 @@ class SchedulePoint(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     step: int = Field(ge=0, description="Number of optimizer steps after which the shares hold.")
-    proportions: Shares = Field(description="Share of each domain, any scale: list, mapping or JSON file.")
+    proportions: Shares = Field(
+        description="Share of each domain, any scale: list, mapping or JSON file.",
+        examples=[{"code": 0.7, "docs": 0.3}],
+    )
 
 
 class ScheduleParams(DomainParams):

@@ -15,7 +15,8 @@ class StaticParams(DomainParams):
     """Parameters of the static mixer."""
 
     proportions: Shares = Field(
-        description="Share of each domain, any scale: list in domain order, mapping by name, or JSON file."
+        description="Share of each domain, any scale: list in domain order, mapping by name, or JSON file.",
+        examples=[{"code": 0.7, "docs": 0.3}],
     )
     unit: Literal["samples", "tokens"] = Field(
         "samples",

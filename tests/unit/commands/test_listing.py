@@ -95,3 +95,12 @@ def test_the_command_names_plugins_that_cannot_be_loaded(tmp_path: Any, capsys: 
     (tmp_path / "empty.py").write_text("x = 1\n")
     assert cli.main(["list", "--plugins", str(tmp_path / "empty.py")]) == 2
     assert f"plugins: {tmp_path / 'empty.py'}: it registers no component" in capsys.readouterr().err
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_name_and_the_option_for_own_methods(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["list", "lesss"]) == 2
+    found = capsys.readouterr().err
+    assert "unknown family or method 'lesss'; did you mean 'less'? Known: " in found
+    assert found.endswith(" A method of your own needs --plugins FILE.\n")

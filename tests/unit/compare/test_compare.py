@@ -533,6 +533,21 @@ def test_bad_input_is_named_before_anything_runs(lab: Lab) -> None:
     assert not lab.output.exists()
 
 
+def test_a_missing_key_is_named_with_the_values_that_it_takes(tmp_path: Path) -> None:
+    file = tmp_path / "experiment.yaml"
+    file.write_text("base: base.yaml\n")
+    with pytest.raises(ConfigError) as error:
+        load(file)
+    assert {problem.key: problem.message for problem in error.value.problems} == {
+        "output_dir": "needed: folder of everything the comparison writes.",
+        "baseline": "needed: name of the variant that the others are compared with.",
+        "variants": "needed: a mapping of variant names to the keys that each variant changes in the base. For "
+        "example: {random: {dataflex.select.method: random}, loss: {dataflex.select.method: loss}}.",
+        "seeds": "needed: list of seeds. Every variant is trained with each of them. For example: [1, 2, 3].",
+        "equal": "needed: the budget of every run: tokens, steps or wall_clock. For example: {steps: 200}.",
+    }
+
+
 def test_a_misspelt_key_that_a_variant_removes_is_named_with_the_nearest_key(lab: Lab) -> None:
     lab.base["dataflex"] = {"update_steps": 2, "select": {"method": "loss", "focus": "low"}}
     section = "dataflex.select"

@@ -446,3 +446,53 @@ def test_a_parameter_of_an_earlier_name_is_read_with_a_note() -> None:
         split_config({"dataflex": {"select": {"method": "less", "sketch": "count", "projection": "count"}}})
     with pytest.raises(ConfigError, match="sketch"):  # loss never had it
         split_config({"dataflex": {"select": {"method": "loss", "sketch": "count"}}})
+
+
+@pytest.mark.parametrize(
+    "section, key, message",
+    [
+        (
+            {"mix": {"method": "static"}},
+            "dataflex.mix.proportions",
+            "needed: share of each domain, any scale: list in domain order, mapping by name, or JSON file. "
+            "For example: {code: 0.7, docs: 0.3}.",
+        ),
+        (
+            {"mix": {"method": "schedule", "points": [{"step": 0}]}},
+            "dataflex.mix.points.0.proportions",
+            "needed: share of each domain, any scale: list, mapping or JSON file. For example: {code: 0.7, docs: 0.3}.",
+        ),
+        (
+            {"mix": {"method": "regmix", "losses": __file__}},
+            "dataflex.mix.mixtures",
+            "needed: CSV file: one row of weights for each small model, one column for each domain.",
+        ),
+    ],
+)
+def test_a_missing_required_parameter_is_named_with_its_description(
+    section: dict[str, Any], key: str, message: str, tmp_path: Path
+) -> None:
+    assert problems(tmp_path, section) == {key: message}
+
+
+def test_every_required_parameter_says_which_value_is_needed(tmp_path: Path) -> None:
+    registry.load_components([])
+    required = 0
+    for family, kind in registry.CONFIG_KEYS.items():
+        for method, cls in registry.available(kind).items():
+            names = [name for name, field in cls.Params.model_fields.items() if field.is_required()]
+            if not names:
+                continue
+            found = problems(tmp_path, {family: {"method": method}})
+            for name in names:
+                required += 1
+                assert len(found[f"dataflex.{family}.{name}"]) > len("needed: ") + 10, (method, name)
+    assert required > 5
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_parameter_of_other_methods_is_named_with_those_methods(listed: bool, tmp_path: Path) -> None:
+    entry = {"method": "loss", "max_overhead": 0.1}
+    found = problems(tmp_path, {"select": [entry] if listed else entry})["dataflex.select.max_overhead"]
+    assert found.startswith("loss has no max_overhead; these have: el2n, grand, ")
+    assert found.endswith(" Parameters of loss: focus, focus_weight, quantiles, temperature.")

@@ -48,6 +48,11 @@ CALL = {"function": {"name": "f", "arguments": "{}"}}
 SHAREGPT = {"formatting": "sharegpt"}
 FAULTS: dict[str, tuple[str, str | bytes, dict[str, Any], list[str]]] = {
     "a cut line": ("a.jsonl", lines(ALPACA, ALPACA) + '{"instruction": "x', {}, ["line 3", "cut off"]),
+    "a cut line that ends": ("a.jsonl", lines(ALPACA) + '{"instruction": "x",\n', {}, ["line 2: ", "cut off"]),
+    "a cut line without an end": ("a.jsonl", lines(ALPACA) + '{"instruction": "x",', {}, ["line 2: ", "cut off"]),
+    "a cut text that ends": ("a.jsonl", lines(ALPACA) + '{"instruction": "x\n', {}, ["line 2: ", "cut off"]),
+    "a cut line in between": ("a.jsonl", '{"input": "x",\n' + lines(ALPACA), {}, ["line 1: ", "noticed in line 2"]),
+    "a cut array that ends": ("a.json", f"[{json.dumps(ALPACA)},\n" + '{"a": 1,\n\n', {}, ["line 2: ", "cut off"]),
     "a bad line in between": ("a.jsonl", lines(ALPACA) + '{"a" "x"}\n' + lines(ALPACA), {}, ["line 2", "':'"]),
     "a cut array": ("a.json", json.dumps([ALPACA] * 3, indent=1)[:-30], {}, ["line 14", "cut off"]),
     "no comma": ("a.json", f"[{json.dumps(ALPACA)}\n{json.dumps(ALPACA)}]", {}, ["line 2", "','"]),

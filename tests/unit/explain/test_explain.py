@@ -393,6 +393,7 @@ def broken(run: Path, how: str) -> None:
         ("whole", ["--top", "3", "--round", "4"], r"--round: 4 is not on record; the record has rounds 0-3"),
         ("whole", ["--top", "0"], r"--top: must be a whole number of at least 1"),
         ("whole", ["--round", "1"], r"--round: only has an effect with --top"),
+        ("whole", ["--round", "9"], r"--round: 9 is not on record; the record has rounds 0-3"),
         ("whole", ["--index", "3", "--round", "1"], r"--round: only has an effect with --top"),
         ("whole", ["--index", "3", "--top", "1"], r"not allowed with"),
         ("whole", ["--text", " "], r"--text: must be a phrase"),

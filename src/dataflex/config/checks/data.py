@@ -39,6 +39,9 @@ def problems_of_data(config: RunConfig) -> Iterator[Problem]:
     try:
         info = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
+        if not folder.is_dir():
+            yield Problem("dataset_dir", _no_folder(folder))
+            return
         yield Problem("dataset_dir", f"there is no {INFO_FILE} in {str(folder)!r}; name the folder that has it.")
         return
     except json.JSONDecodeError as error:
@@ -62,6 +65,12 @@ def problems_of_data(config: RunConfig) -> Iterator[Problem]:
         for name in names:
             found = _dataset(name, info, folder, stage if fits else None, answers)
             yield from (Problem(key, message) for message in found)
+
+
+def _no_folder(folder: Path) -> str:
+    """Return the message for a folder that does not exist. A relative path is shown with the folder it starts from."""
+    start = "" if folder.is_absolute() else f" in {str(Path.cwd())!r}"
+    return f"the folder {str(folder)!r} does not exist{start}; name the folder that has {INFO_FILE}."
 
 
 def _folder(config: RunConfig) -> Path | None:
