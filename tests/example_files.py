@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import tiny
 from dataflex.api import measurement, registry
@@ -57,13 +58,20 @@ def plugins_forgotten() -> Iterator[None]:
     """Unregister the plug-ins loaded inside the block, because two files cannot register one name in one process."""
     registry.load_components([])
     before = [(where, dict(where)) for where in (registry._registered, measurement._registered)]
-    loaded = set(sys.modules)
+    for where, entries in before:  # other tests in this process may have loaded plug-ins
+        where.clear()
+        where.update({key: cls for key, cls in entries.items() if cls.__module__.startswith("dataflex.")})
+    modules = _taken_plugins()
     try:
         yield
     finally:
         for where, entries in before:
             where.clear()
             where.update(entries)
-        for name in set(sys.modules) - loaded:
-            if name.startswith("dataflex_plugin_"):
-                del sys.modules[name]
+        _taken_plugins()
+        sys.modules.update(modules)
+
+
+def _taken_plugins() -> dict[str, ModuleType]:
+    """Remove the modules of plug-ins from the imported modules, and return them."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("dataflex_plugin_")}

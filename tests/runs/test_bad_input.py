@@ -132,7 +132,7 @@ BEFORE_LOADING: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["do_train", "never decide"],
     ),
     "nothing is done": ({"do_train": None}, ["do_train", "nothing would be done"]),
-    "no epoch": ({"num_train_epochs": 0, "dataflex": SELECT}, ["num_train_epochs", "0", "nothing"]),
+    "no epoch": ({"num_train_epochs": 0, "dataflex": SELECT}, ["num_train_epochs", "0", "above 0"]),
     "nothing but warm-up": (
         {"dataflex": {"warmup_steps": 1000, "weight": {"method": "loss"}}},
         ["dataflex.warmup_steps", "8 steps", "1000", "weight loss"],

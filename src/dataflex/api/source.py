@@ -18,7 +18,7 @@ _PACKAGE = str(Path(__file__).parents[1])
 def file_of(cls: type) -> str | None:
     """Return the file that defines a class. None for a built-in class or a class that was defined without a file."""
     module = sys.modules.get(cls.__module__)
-    file = None if module is None else module.__file__
+    file = vars(module).get("__file__") if module is not None else None  # an interactive session has none
     return None if file is None or file.startswith(_PACKAGE) else file
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,11 @@ import pytest
 from dataflex import ComponentParams, Mixer, Order, Selection, Selector
 from dataflex.api.selection import check_form
 from dataflex.api.selector import check_scores
+from dataflex.api.source import file_of
 from dataflex.errors import ComponentError
 from dataflex.planning.arrangement import as_permutation
 from dataflex.planning.planner import check_proportions
-from unit.fakes import make_pool
+from unit.fakes import build, make_pool
 
 HERE = Path(__file__).name
 POOL = make_pool({"a": 3, "b": 2})
@@ -86,3 +89,11 @@ def test_a_built_in_component_has_no_file_in_its_errors() -> None:
     from dataflex.orders import shuffle  # noqa: F401
 
     assert label_of(Built(ComponentParams()), ("arrange",)) == "order 'built'"
+
+
+def test_a_class_of_an_interactive_session_has_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    typed = type("Typed", (Scoring,), {"__module__": "__main__"})
+    assert file_of(typed) is None
+    with pytest.raises(ComponentError, match=r"returned None"):
+        check_scores(build(typed), None, np.arange(2))
