@@ -8,12 +8,9 @@ threads.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
-
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, prange
 from torch import Tensor
 
 from dataflex.probe.preconditioners import AdamTerms
@@ -28,7 +25,6 @@ class BlockSums:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def add(
         self, out: Tensor, values: Tensor, start: int, signs: Tensor, rotations: Tensor, terms: AdamTerms | None
@@ -49,12 +45,12 @@ class BlockSums:
         moments = tuple(tensor.numpy() for tensor in used)
         scales = np.array([] if terms is None else terms.scales, dtype=np.float32)
         arrays = [tensor.numpy() for tensor in (out, values, signs, rotations)]
-        edges = [signs.shape[1] * number // self._threads for number in range(self._threads + 1)]
-        work = [(*arrays, start, moments, scales, span) for span in pairwise(edges)]
-        if self._pool is None:
-            _add(*work[0])
+        dim = signs.shape[1]
+        if self._threads == 1:
+            _add(*arrays, start, moments, scales, (0, dim))
         else:
-            list(self._pool.map(lambda each: _add(*each), work))  # reading the results raises the threads' errors
+            edges = np.array([dim * number // self._threads for number in range(self._threads + 1)])
+            _add_spans(*arrays, start, moments, scales, edges)
 
     @staticmethod
     def serves(values: Tensor, terms: AdamTerms | None) -> bool:
@@ -115,3 +111,21 @@ def _add(
                 else:
                     for place in range(count):
                         sums[place] += gradient[place] * np.float32(sign[place])
+
+
+# PyTorch's OpenMP threads keep a core busy for a while after every product. OpenMP threads start beside them at once; a
+# pool of Python threads takes twice as long.
+@njit(nogil=True, parallel=True)
+def _add_spans(
+    out: np.ndarray,
+    values: np.ndarray,
+    signs: np.ndarray,
+    rotations: np.ndarray,
+    start: int,
+    moments: tuple[np.ndarray, np.ndarray],
+    scales: np.ndarray,
+    edges: np.ndarray,
+) -> None:
+    """Call :func:`_add` for the spans between ``edges`` on several threads."""
+    for number in prange(edges.size - 1):
+        _add(out, values, signs, rotations, start, moments, scales, (edges[number], edges[number + 1]))
