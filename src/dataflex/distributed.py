@@ -229,11 +229,7 @@ class _Board:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._agreed: BaseException | None = None
         """The last error that this board raised, which all processes have received. None before an error."""
-        """The last error that this board raised, which all processes have received. None before an error."""
-        """The last error that this board raised, which all processes have received. None before an error."""
         self._is_own = False
-        """Whether the agreed error was first raised on this process."""
-        """Whether the agreed error was first raised on this process."""
         """Whether the agreed error was first raised on this process."""
 
     def another(self) -> dist.Store:
@@ -419,16 +415,10 @@ class Watch:
         self._report, self._say = report, say
         self._board: _Board | None = None
         """Connection of this process's main thread. None outside a run of several processes."""
-        """Connection of this process's main thread. None outside a run of several processes."""
-        """Connection of this process's main thread. None outside a run of several processes."""
         self._thread: threading.Thread | None = None
         self._left = threading.Event()
         """Set when this process leaves the run, so that the thread stops."""
-        """Set when this process leaves the run, so that the thread stops."""
-        """Set when this process leaves the run, so that the thread stops."""
         self._key = ""
-        """Prefix of the keys of this run's watch in the store."""
-        """Prefix of the keys of this run's watch in the store."""
         """Prefix of the keys of this run's watch in the store."""
 
     def begin(self) -> None:

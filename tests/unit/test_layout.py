@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,26 @@ def test_functions_are_short_and_take_few_arguments() -> None:
     assert len(found) > 1000  # all of the package was read
     beyond = {name: sizes for name, sizes in found.items() if sizes[0] > LINES or sizes[1] > PARAMETERS}
     assert not beyond, beyond
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def test_nothing_is_described_twice() -> None:
+    bodies = [
+        (path, node.body)
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Module | ast.ClassDef | Function)
+    ]
+    twice = [
+        f"{path}:{second.lineno}"
+        for path, body in bodies
+        for first, second in pairwise(body)
+        if is_text(first) and is_text(second)
+    ]
+    assert not twice, twice
 
 
 def test_imports_go_in_one_direction() -> None:

@@ -120,8 +120,6 @@ class Pool:
         """Domain -> the rows of its samples, if known. They are unknown for packed samples."""
         self._columns: dict[str, ColumnArray] = {}
         """Values of the stored raw columns, one per sample, by name of the column."""
-        """Values of the stored raw columns, one per sample, by name of the column."""
-        """Values of the stored raw columns, one per sample, by name of the column."""
         self.decode: Callable[[list[int]], str] | None = None
         """Function that returns the text of tokens; None without a tokenizer."""
 

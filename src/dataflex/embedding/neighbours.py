@@ -268,8 +268,6 @@ class _HostQueries(Queries):
         super().__init__(*given)
         self._room: Vectors = np.empty(0, dtype=self.dtype)
         """Buffer for the products of a block, reused by later blocks."""
-        """Buffer for the products of a block, reused by later blocks."""
-        """Buffer for the products of a block, reused by later blocks."""
 
     def scores(self, begin: int, block: Vectors) -> _HostScores:
         block = _widened(block) if block.dtype == np.float16 else block.astype(self.dtype, copy=False)
@@ -429,11 +427,7 @@ class _Best:
         """Upper bound of the scores of each query that were dropped for lack of space."""
         self._waiting: list[tuple[NDArray[np.int64], NDArray[np.int64], Vectors]] = []
         """Added candidates that are not reduced yet: (query, base row, score) of each addition."""
-        """Added candidates that are not reduced yet: (query, base row, score) of each addition."""
-        """Added candidates that are not reduced yet: (query, base row, score) of each addition."""
         self._counts = np.zeros(queries, dtype=np.int64)
-        """Number of waiting candidates of each query."""
-        """Number of waiting candidates of each query."""
         """Number of waiting candidates of each query."""
 
     def begin(self, scores: _Scores, size: int) -> None:

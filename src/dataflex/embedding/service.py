@@ -42,8 +42,6 @@ class EmbeddingService:
         self._wanted, self._pool, self._probe, self._stored = dict(wanted), pool, probe, dict(stored or {})
         self._kept: dict[tuple[Embeddings, str], list[_Kept]] = {}
         """Measured embeddings, by measurement and pool ("" is the run's pool), each with the indices of the samples."""
-        """Measured embeddings, by measurement and pool ("" is the run's pool), each with the indices of the samples."""
-        """Measured embeddings, by measurement and pool ("" is the run's pool), each with the indices of the samples."""
 
     def of_all(self, key: str) -> EmbeddingSource | None:
         """Return a function for the embeddings of all samples of a pool, or None if the component needs none."""

@@ -80,11 +80,7 @@ class RunEncoders:
         self._wanted = {key: params for key, params in wanted.items() if params.encoder is not None}
         self._runs: dict[tuple[EncoderChoice, Path], EncoderRun] = {}
         """One run per encoder and folder, which components share."""
-        """One run per encoder and folder, which components share."""
-        """One run per encoder and folder, which components share."""
         self._run_of: dict[str, EncoderRun] = {}
-        """The run of each component, by configuration key."""
-        """The run of each component, by configuration key."""
         """The run of each component, by configuration key."""
         for key, params in self._wanted.items():
             choice = _named(key, partial(choose, params))

@@ -100,32 +100,18 @@ class ADOMixer(Mixer[ADOParams]):
         super().__init__(params)
         self._prior: NDArray[np.float64] = np.empty(0)
         """mu, shape (K,), sum 1."""
-        """mu, shape (K,), sum 1."""
-        """mu, shape (K,), sum 1."""
         self._realised: NDArray[np.float64] = np.empty(0)
-        """h, moving average of the domains' shares in the trained samples, shape (K,)."""
-        """h, moving average of the domains' shares in the trained samples, shape (K,)."""
         """h, moving average of the domains' shares in the trained samples, shape (K,)."""
         self._mean: NDArray[np.float64] = np.empty(0)
         """Mean of rho over the steps so far, shape (K,)."""
-        """Mean of rho over the steps so far, shape (K,)."""
-        """Mean of rho over the steps so far, shape (K,)."""
         self._preferred: NDArray[np.float64] = np.empty(0)
-        """rho, shape (K,). Empty until every domain has a law."""
-        """rho, shape (K,). Empty until every domain has a law."""
         """rho, shape (K,). Empty until every domain has a law."""
         self._samples: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         """Trained samples of each domain so far, shape (K,)."""
-        """Trained samples of each domain so far, shape (K,)."""
-        """Trained samples of each domain so far, shape (K,)."""
         self._losses: NDArray[np.float64] = np.empty(0)
-        """Last training loss of each domain, shape (K,). NaN before the first one."""
-        """Last training loss of each domain, shape (K,). NaN before the first one."""
         """Last training loss of each domain, shape (K,). NaN before the first one."""
         self._history = LossHistory(params.history_points)
         self._fitted_at: int | None = None
-        """Step of the last fit. None before the first one."""
-        """Step of the last fit. None before the first one."""
         """Step of the last fit. None before the first one."""
         self.laws: NDArray[np.float64] = np.empty((0, 3))
         """a, e and alpha of every domain, shape (K, 3). NaN if no law was fitted yet."""

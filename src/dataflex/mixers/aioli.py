@@ -78,31 +78,17 @@ class AioliMixer(Mixer[AioliParams]):
         """p, shape (K,), sum 1. Equal shares before the first LearnParams ends."""
         self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         """Random order of the domains in the current sweep, shape (K,)."""
-        """Random order of the domains in the current sweep, shape (K,)."""
-        """Random order of the domains in the current sweep, shape (K,)."""
         self._tried = 0
-        """Number of rounds of the current LearnParams so far."""
-        """Number of rounds of the current LearnParams so far."""
         """Number of rounds of the current LearnParams so far."""
         self._exploited: int | None = None
         """Number of rounds with the present p so far. None before the first LearnParams."""
-        """Number of rounds with the present p so far. None before the first LearnParams."""
-        """Number of rounds with the present p so far. None until the first LearnParams has ended."""
         self._trained_on: int | None = None
-        """Domain whose LearnParams round is planned and not measured yet. None if no round is."""
-        """Domain whose LearnParams round is planned and not measured yet. None if no round is."""
         """Domain whose LearnParams round is planned and not measured yet. None if no round is."""
         self._before: NDArray[np.float64] = np.empty(0)
         """Validation losses before the next LearnParams round, shape (M,). Empty if not measured."""
-        """Validation losses before the next LearnParams round, shape (M,). Empty if not measured."""
-        """Validation losses before the next LearnParams round, shape (M,). Empty if not measured."""
         self._drops: NDArray[np.float64] = np.empty((0, 0))
         """Delta, summed over the sweeps so far, shape (M, K). Empty outside LearnParams."""
-        """Delta, summed over the sweeps so far, shape (M, K). Empty outside LearnParams."""
-        """Delta, summed over the sweeps so far, shape (M, K). Empty outside LearnParams."""
         self._average: NDArray[np.float64] = np.empty((0, 0))
-        """A_ema, shape (M, K). Empty before the first update, and without ``ema``."""
-        """A_ema, shape (M, K). Empty before the first update, and without ``ema``."""
         """A_ema, shape (M, K). Empty before the first update, and without ``ema``."""
 
     def needs(self, run: RunView) -> Needs:

@@ -68,11 +68,7 @@ class LossWeightMixer(Mixer[LossWeightT]):
         super().__init__(params)
         self._weights: NDArray[np.float64] = np.empty(0)
         """Present weights of the domains in the loss, shape (K,), sum 1."""
-        """Present weights of the domains in the loss, shape (K,), sum 1."""
-        """Present weights of the domains in the loss, shape (K,), sum 1."""
         self._sum: NDArray[np.float64] = np.empty(0)
-        """Sum of the weights over all decisions, shape (K,). Their mean is the result of the run."""
-        """Sum of the weights over all decisions, shape (K,). Their mean is the result of the run."""
         """Sum of the weights over all decisions, shape (K,). Their mean is the result of the run."""
         self._shares: NDArray[np.float64] = np.empty(0)
         """The shares read from a file, stored because the file may change during the run."""

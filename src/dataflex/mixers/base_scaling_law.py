@@ -193,15 +193,9 @@ class LossHistory:
         """Number of stored points."""
         self._points: FloatArray = np.empty((0, 2, 0))
         """Stored points, shape (points, 2, K): samples and losses. Only the first :attr:`size` points are in use."""
-        """Stored points, shape (points, 2, K): samples and losses. Only the first :attr:`size` points are in use."""
-        """Stored points, shape (points, 2, K): samples and losses. Only the first :attr:`size` points are in use."""
         self._waiting: FloatArray = np.empty((2, 0))
         """Sum of the steps that do not fill a point yet, shape (2, K)."""
-        """Sum of the steps that do not fill a point yet, shape (2, K)."""
-        """Sum of the steps that do not fill a point yet, shape (2, K)."""
         self._waited = 0
-        """Number of steps in this sum."""
-        """Number of steps in this sum."""
         """Number of steps in this sum."""
 
     def add(self, samples: NDArray[np.int64], losses: FloatArray) -> None:

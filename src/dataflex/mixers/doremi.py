@@ -48,8 +48,6 @@ class DoReMiMixer(StepWeightMixer[DoReMiParams]):
         super().__init__(params)
         self._excess: NDArray[np.float64] = np.empty(0)
         """Last excess loss of each domain, shape (K,). A domain that is absent from a step keeps it."""
-        """Last excess loss of each domain, shape (K,). A domain that is absent from a step keeps it."""
-        """Last excess loss of each domain, shape (K,). A domain that is absent from a step keeps it."""
 
     def needs(self, run: RunView) -> Needs:
         """Ask for the losses of each step by domain, and for the reference."""

@@ -62,8 +62,6 @@ class MoeBalanceMixer(Mixer[MoeBalanceParams]):
         super().__init__(params)
         self._weights: NDArray[np.float64] = np.empty(0)
         """Shares after the last update, shape (K,). Empty before the first update."""
-        """Shares after the last update, shape (K,). Empty before the first update."""
-        """Shares after the last update, shape (K,). Empty before the first update."""
 
     def needs(self, run: RunView) -> Needs:
         """Ask for the expert loads of samples."""

@@ -75,8 +75,6 @@ class SkillItMixer(Mixer[SkillItParams]):
         super().__init__(params)
         self._losses: NDArray[np.float64] = np.empty((0, 0))
         """Validation losses of the latest decisions, shape (decisions in the window, M)."""
-        """Validation losses of the latest decisions, shape (decisions in the window, M)."""
-        """Validation losses of the latest decisions, shape (decisions in the window, M)."""
         self._graph: NDArray[np.float64] = np.empty((0, 0))
         """A, shape (K, M). Stored because a file may change during the run."""
 

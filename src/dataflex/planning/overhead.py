@@ -65,17 +65,11 @@ class _Decision:
     """How many samples the decision may score. None if not computed yet."""
     has_begun: bool = False
     """Whether the selector's ``begin`` was called in this decision."""
-    """Whether the selector's ``begin`` was called in this decision."""
-    """Whether the selector's ``begin`` was called in this decision."""
     has_paid: bool = False
     """Whether the fixed cost of the decision is measured."""
     by_own_score: int = 0
     """Number of chosen samples that were chosen by a score, not by an estimate."""
-    """Number of chosen samples that were chosen by a score, not by an estimate."""
-    """Number of chosen samples that were chosen by a score, not by an estimate."""
     chosen: int = 0
-    """Number of chosen samples."""
-    """Number of chosen samples."""
     """Number of chosen samples."""
 
 
@@ -97,17 +91,11 @@ class LimitedScoring:
         self._spent = spent
         self._book: ScoreBook | None = None
         """Clusters, scores and estimates of the pool's samples. None before the first decision."""
-        """Clusters, scores and estimates of the pool's samples. None before the first decision."""
-        """Clusters, scores and estimates of the pool's samples. None before the first decision."""
         self._made_with: dict[str, Any] = {}
         """Parameters of the selector that the stored scores depend on."""
         self._seconds, self._samples = 0.0, 0
         """Seconds of scoring without the fixed cost of decisions, and number of samples scored in them."""
-        """Seconds of scoring without the fixed cost of decisions, and number of samples scored in them."""
-        """Seconds of scoring without the fixed cost of decisions, and number of samples scored in them."""
         self._fixed_seconds, self._fixed_count = 0.0, 0
-        """Sum of the fixed costs of decisions in seconds, and number of decisions in the sum."""
-        """Sum of the fixed costs of decisions in seconds, and number of decisions in the sum."""
         """Sum of the fixed costs of decisions in seconds, and number of decisions in the sum."""
         self.done: LimitedDecision | None = None
         """Record of the present decision. None before it chose."""

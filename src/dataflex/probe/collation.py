@@ -49,8 +49,6 @@ class Collation:
         self.collate, self._plain = collate, plain
         self._readers: WeakKeyDictionary[Pool, tuple[_Padding, _Reader | None]] = WeakKeyDictionary()
         """Padding and reader of each pool. The reader is None if the pool's rows need the collator."""
-        """Padding and reader of each pool. The reader is None if the pool's rows need the collator."""
-        """Padding and reader of each pool. The reader is None if the pool's rows need the collator."""
 
     def of(self, samples: Samples, indices: IndexArray) -> Mapping[str, Any]:
         """Return the collated batch of samples, given their indices, (B,)."""

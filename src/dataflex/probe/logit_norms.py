@@ -168,8 +168,6 @@ class _Projector:
         self.settings = settings
         self._columns: Tensor | None = None
         """The transform of the vocabulary, (V, columns). None before the first use."""
-        """The transform of the vocabulary, (V, columns). None before the first use."""
-        """The transform of the vocabulary, (V, columns). None before the first use."""
         rng = derive_rng(settings.seed, "logit_projections", "rows")
         self._frequencies = rng.random(settings.rows)
 

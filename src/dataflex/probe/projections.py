@@ -118,8 +118,6 @@ class CountProjection(Projection):
         self._tables = SignTables() if tables is None else tables
         self._rotations: dict[str, Tensor] = {}
         """Rotation of each block of a parameter, by the parameter's name. A cache for the CPU."""
-        """Rotation of each block of a parameter, by the parameter's name. A cache for the CPU."""
-        """Rotation of each block of a parameter, by the parameter's name. A cache for the CPU."""
         self._fused = block_sums() if device.type == "cpu" else None
 
     def add(self, out: Tensor, name: str, start: int, values: Tensor, total: int) -> None:

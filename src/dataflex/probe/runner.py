@@ -242,8 +242,6 @@ class _Values:
         self._count, self._device = count, device
         self._values: Tensor | None = None
         """Values of all samples, (count, ...); 0 for samples of other processes. None before the first batch."""
-        """Values of all samples, (count, ...); 0 for samples of other processes. None before the first batch."""
-        """Values of all samples, (count, ...); 0 for samples of other processes. None before the first batch."""
 
     def like(self, found: Tensor, name: str) -> None:
         """Allocate the values at the first batch; all other batches must have values of the same shape and type."""

@@ -76,8 +76,6 @@ class SignTables:
         self.limit = limit
         self._tables: dict[tuple[int, int, int], Tensor] = {}
         """The cached signs, by key, row length and number of rows."""
-        """The cached signs, by key, row length and number of rows."""
-        """The cached signs, by key, row length and number of rows."""
         self.bytes = 0
         """Bytes of the cached signs."""
 

@@ -99,20 +99,12 @@ class RunWriter:
         self.folder = output_dir / FOLDER
         self._starts: list[Start] = []
         """Environment of each start of the run, first start first."""
-        """Environment of each start of the run, first start first."""
-        """Environment of each start of the run, first start first."""
         self._header = Header(VERSION)
         self._plans: PlanWriter | None = None
         """Writer of the plans. None before :meth:`begin`."""
-        """Writer of the plans. None before :meth:`begin`."""
-        """Writer of the plans. None before :meth:`begin`."""
         self._filters: PlanWriter | None = None
         """Writer of the filters' decisions. None before :meth:`begin`."""
-        """Writer of the filters' decisions. None before :meth:`begin`."""
-        """Writer of the filters' decisions. None before :meth:`begin`."""
         self._rounds: set[int] = set()
-        """Numbers of the rounds that are on record from before this start."""
-        """Numbers of the rounds that are on record from before this start."""
         """Numbers of the rounds that are on record from before this start."""
         try:
             (self.folder / PLANS).mkdir(parents=True, exist_ok=True)

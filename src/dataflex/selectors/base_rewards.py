@@ -277,8 +277,6 @@ class PythonFunction:
         self._name = function
         self._function: Callable[[str, str, str], Any] | None = None
         """The function, imported at the first call."""
-        """The function, imported at the first call."""
-        """The function, imported at the first call."""
 
     def __call__(self, prompts: list[str], responses: list[str], references: list[str]) -> RewardArray:
         """Return the function's values, shape (n,).
@@ -343,8 +341,6 @@ class RewardModel:
         self._path = path
         self._batch_size = batch_size
         self._loaded: tuple[Any, Any] | None = None
-        """The model and its tokenizer, loaded at the first call."""
-        """The model and its tokenizer, loaded at the first call."""
         """The model and its tokenizer, loaded at the first call."""
 
     def __call__(self, prompts: list[str], responses: list[str], references: list[str]) -> RewardArray:

@@ -110,8 +110,6 @@ class IfdSelector(Selector[IfdParams]):
         super().__init__(params)
         self._answers: Answers | None = None
         """The answers without their prompts. None before they are needed."""
-        """The answers without their prompts. None before they are needed."""
-        """The answers without their prompts. None before they are needed."""
 
     def needs(self, run: RunView) -> Needs:
         """Return the reference if one is named, else the losses of the candidates."""

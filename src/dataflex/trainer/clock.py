@@ -66,11 +66,7 @@ class Clock:
         self._step_began = 0.0
         self._decision_began: float | None = None
         """Start of the running decision. None if no decision is running."""
-        """Start of the running decision. None if no decision is running."""
-        """Start of the running decision. None if no decision is running."""
         self._evaluation_began: float | None = None
-        """Start of the running evaluation. None if no evaluation is running."""
-        """Start of the running evaluation. None if no evaluation is running."""
         """Start of the running evaluation. None if no evaluation is running."""
 
     @contextmanager

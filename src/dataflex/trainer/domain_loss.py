@@ -48,11 +48,7 @@ class DomainLoss:
         self.dtype = sum_dtype(device)
         self._tokens = torch.zeros(len(domains), dtype=self.dtype, device=device)
         """Number of tokens of each domain in the current step that count in the loss, (K,)."""
-        """Number of tokens of each domain in the current step that count in the loss, (K,)."""
-        """Number of tokens of each domain in the current step that count in the loss, (K,)."""
         self._weights: Tensor | None = None
-        """Weights of the current step on the device, (K,). None before they are decided."""
-        """Weights of the current step on the device, (K,). None before they are decided."""
         """Weights of the current step on the device, (K,). None before they are decided."""
         self.used: Floats = np.empty(0)
         """The weights that the last step used, (K,)."""

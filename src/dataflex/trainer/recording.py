@@ -57,16 +57,10 @@ class Recorder:
         self.identity = ""
         """Identity of the run; empty before :meth:`start`."""
         self._writer: RunWriter | None = None
-        """Writer of the record. None on other processes than the main one, and before :meth:`start`."""
-        """Writer of the record. None on other processes than the main one, and before :meth:`start`."""
         """Writer of the record. None before :meth:`start`, and on all processes but the main one."""
         self._last_evaluation: Evaluation | None = None
         """The last evaluation. None before the first one."""
-        """The last evaluation. None before the first one."""
-        """The last evaluation. None before the first one."""
         self._finished: Summary | None = None
-        """Summary of the run. None before training ends."""
-        """Summary of the run. None before training ends."""
         """Summary of the run. None before training ends."""
         self._saved: list[str] = []
         """Names of the results that LLaMA-Factory has written since training ended, in order."""

@@ -42,11 +42,7 @@ class References:
         """Parameters of the reference that each component names, by configuration key."""
         self._sources: dict[str, Reference] = {}
         """The reference of each component, by configuration key: a table or a model."""
-        """The reference of each component, by configuration key: a table or a model."""
-        """The reference of each component, by configuration key: a table or a model."""
         self._models: dict[str, ReferenceModel] = {}
-        """Loaded models by name, which components share."""
-        """Loaded models by name, which components share."""
         """Loaded models by name, which components share."""
         self._collation = Collation(trainer.data_collator, trainer.plain_collators)
 

@@ -27,15 +27,9 @@ class SampleLosses:
         self.kept = kept
         self._sums: list[Tensor] = []
         """Summed token losses of each micro-batch, (B,) each."""
-        """Summed token losses of each micro-batch, (B,) each."""
-        """Summed token losses of each micro-batch, (B,) each."""
         self._counts: list[Tensor] = []
         """Number of counted tokens of each sample of each micro-batch, (B,) each."""
-        """Number of counted tokens of each sample of each micro-batch, (B,) each."""
-        """Number of counted tokens of each sample of each micro-batch, (B,) each."""
         self._tokens: list[Tensor] = []
-        """Token losses of each micro-batch, (B, T) each, NaN at positions that do not count."""
-        """Token losses of each micro-batch, (B, T) each, NaN at positions that do not count."""
         """Token losses of each micro-batch, (B, T) each, NaN at positions that do not count."""
 
     def add(self, sums: Tensor, counts: Tensor, per_token: Tensor, labels: Tensor) -> None:

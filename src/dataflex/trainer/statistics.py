@@ -165,11 +165,7 @@ class MeanLosses:
     def __init__(self) -> None:
         self._losses: NDArray[np.float64] = np.zeros(0)
         """sum_s q_sd l_sd of each domain since the last log, (K,). Empty before the first step."""
-        """sum_s q_sd l_sd of each domain since the last log, (K,). Empty before the first step."""
-        """sum_s q_sd l_sd of each domain since the last log, (K,). Empty before the first step."""
         self._shares: NDArray[np.float64] = np.zeros(0)
-        """sum_s q_sd of each domain since the last log, (K,)."""
-        """sum_s q_sd of each domain since the last log, (K,)."""
         """sum_s q_sd of each domain since the last log, (K,)."""
 
     def add(self, step: StepStatistics) -> None:

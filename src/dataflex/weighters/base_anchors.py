@@ -113,8 +113,6 @@ class AnchoredWeighter(Weighter[AnchorParamsT]):
         super().__init__(params)
         self._anchors: Anchors | None = None
         """The anchors as they were embedded last. None before the first step."""
-        """The anchors as they were embedded last. None before the first step."""
-        """The anchors as they were embedded last. None before the first step."""
 
     def needs(self, run: RunView) -> Needs:
         """Return the validation samples, their embeddings, and the embeddings of the step's samples."""

@@ -81,8 +81,6 @@ class _Counting:
         self.tokenizer = tokenizer
         self.lengths: list[int] = []
         """Number of tokens of each text of the last call."""
-        """Number of tokens of each text of the last call."""
-        """Number of tokens of each text of the last call."""
 
     def __call__(self, texts: list[str], **given: Any) -> Any:
         found = self.tokenizer(texts, **given)
