@@ -200,7 +200,7 @@ class Tutorials:
         done = subprocess.run(
             [sys.executable, str(script), str(spec), str(result)],
             cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "COLUMNS": "120"},
             capture_output=True,
             text=True,
             check=False,
