@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --only 8b-lora-512 --seconds 10
     python benchmarks/gpu.py --only tiny --device cpu    # tries the script itself
 
-Models have random weights that are made on the device; nothing is downloaded. Each part runs in a process of its own
+Models have random weights that are made on the device; nothing is downloaded. Each part runs in a separate process
 under a time limit, and its results are written when it ends, so that a part that fails costs only itself. Variants of a
 part run on the same batches, in turn, and are timed to the end of the device's work. Speeds are medians of the turns.
 
@@ -125,7 +125,7 @@ def main() -> int:
 
 
 def apart(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one part in a process of its own, under its limit."""
+    """Run one part in a separate process, under its time limit."""
     here = Path(__file__)
     command = [sys.executable, str(here), "--one", name, "--seconds", str(options.seconds), "--device", options.device]
     if name == "steps":

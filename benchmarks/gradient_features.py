@@ -15,7 +15,7 @@ Samples per second of
     peer        bergson's gradients of the body's linear layers, in the environment of its interpreter (``--peer``);
                 see peers/bergson_features.py
 
-Every variant runs in a process of its own, which also gives its peak memory, and the processes take turns.
+Every variant runs in a separate process, which also measures the peak memory. The processes take turns.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def apart(options: argparse.Namespace, tuning: str, name: str) -> dict[str, float]:
-    """Run one variant in a process of its own."""
+    """Run one variant in a separate process."""
     if name == "peer":
         return peer(options)
     command = [sys.executable, __file__, "--one", name, "--tuning", tuning, "--model", options.model]

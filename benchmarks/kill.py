@@ -80,7 +80,7 @@ class Begun(TrainerCallback):
 
 
 def start(args: dict[str, Any], log: Path) -> tuple[int, int]:
-    """Start the run in a process of its own, and return its id and the end of a pipe that tells of its steps."""
+    """Start the run in a separate process, and return its id and the end of a pipe that tells of its steps."""
     reading, writing = os.pipe()
     child = os.fork()
     if child:

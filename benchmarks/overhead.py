@@ -229,7 +229,7 @@ PLAN_CASES: dict[str, tuple[dict[str, Any], int, int]] = {
 
 
 def plans() -> dict[str, Any]:
-    """Time every case in a process of its own, whose peak memory is the case's."""
+    """Time every case in a separate process, so that its peak memory is that of the case."""
     results = {}
     for name in PLAN_CASES:
         command = [sys.executable, __file__, "one-plan", "--case", name]

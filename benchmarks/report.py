@@ -87,7 +87,7 @@ def evaluation(step: int, names: list[str], rng: np.random.Generator) -> dict[st
 
 
 def measure(arguments: list[str], log: Path) -> dict[str, float]:
-    """Run a command in a process of its own and return its seconds and its peak memory in GB."""
+    """Run a command in a separate process and return its seconds and its peak memory in GB."""
     begin = time.perf_counter()
     process = os.fork()
     if process == 0:
