@@ -1,0 +1,340 @@
+"""The board: ``board.yaml`` as objects, and the experiments of ``dataflex-cli compare`` that it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Keys = dict[str, Any]
+
+RANDOM = "random"
+"""Method that a shuffled order of the best method is compared beside, and the first baseline."""
+
+
+class _Part(BaseModel):
+    """A part of the board. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(_Part):
+    """A model and how it is trained."""
+
+    about: str
+    settings: Keys
+    make: Literal["second_family"] | None = Field(None, description="Module of this folder that writes the model.")
+
+
+class Pool(_Part):
+    """A file of training samples."""
+
+    about: str
+    file: str
+    spoilt: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Target(_Part):
+    """The task that a model is trained for.
+
+    ``answer`` is the pattern of the answer in a response, and ``task`` has settings of ``dataflex-cli eval``.
+    """
+
+    about: str
+    validation: str
+    held_out: str
+    sources: list[str]
+    answer: str
+    task: Keys
+
+    @property
+    def has_choices(self) -> bool:
+        """Whether the questions have choices."""
+        return "choices" in self.task
+
+    @property
+    def files(self) -> list[str]:
+        """The files that the target reads."""
+        return [self.validation, self.held_out, *([self.task["fewshot_file"]] if "fewshot_file" in self.task else [])]
+
+    @property
+    def metric(self) -> str:
+        """The metric of the task."""
+        return "acc" if self.has_choices else "exact_match"
+
+
+class TableSettings(_Part):
+    """The model, the pool and the targets of some tables."""
+
+    model: str
+    pool: str
+    targets: list[str] = Field(min_length=1)
+
+
+class Selection(_Part):
+    """Track A of a tier: instruction tuning towards a target."""
+
+    methods: list[str] = Field(min_length=1)
+    tables: list[TableSettings] = Field(min_length=1)
+    baselines: list[str] = Field(min_length=1)
+    seeds: list[int]
+    tokens: int
+    rounds: Keys
+    rows: int | None
+    sample_tokens: tuple[int, int]
+    validation_rows: int
+    held_out_rows: int
+    other_rows: int
+    training: Keys
+    reference_rows: int = 0
+    task_questions: int = 0
+    orders: bool = False
+    chance_questions: int = Field(0, description="Questions of the check that the model as it is beats guessing.")
+
+
+class Mixtures(_Part):
+    """Track B of a tier: pre-training on a mixture of domains."""
+
+    size: Literal["small", "large"]
+    seeds: list[int]
+
+
+class Tier(_Part):
+    """The work of one command."""
+
+    about: str
+    selection: Selection | None = None
+    mixtures: Mixtures | None = None
+    costs: bool = False
+
+
+class Claim(_Part):
+    """A claim that tables test: all tables of a track, or those with a baseline."""
+
+    text: str
+    track: Literal["A", "B", "C"]
+    baseline: str | None = None
+    variants: list[str] | None = None
+
+
+class Board(_Part):
+    """The whole file."""
+
+    models: dict[str, Model]
+    pools: dict[str, Pool]
+    targets: dict[str, Target]
+    methods: dict[str, dict[str, Keys]]
+    orders: dict[str, Keys]
+    tiers: dict[str, Tier]
+    claims: list[Claim]
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Board:
+        known = {"model": self.models, "pool": self.pools, "target": self.targets, "group of methods": self.methods}
+        for name, tier in self.tiers.items():
+            if tier.selection is None:
+                continue
+            asked = [("group of methods", group) for group in tier.selection.methods]
+            for table in tier.selection.tables:
+                asked += [("model", table.model), ("pool", table.pool)]
+                asked += [("target", target) for target in table.targets]
+            for kind, each in asked:
+                if each not in known[kind]:
+                    raise ValueError(f"tier {name}: there is no {kind} {each!r}; it must be one of {list(known[kind])}")
+            lacking = [each for each in tier.selection.baselines if each not in self.methods_of(tier.selection)]
+            if lacking:
+                raise ValueError(f"tier {name}: the baseline {lacking[0]!r} is not among the methods of the tier")
+        return self
+
+    def methods_of(self, selection: Selection) -> dict[str, Keys]:
+        """Return name -> section of every method of a tier."""
+        return {name: keys for group in selection.methods for name, keys in self.methods[group].items()}
+
+
+def read(path: Path) -> Board:
+    """Read a board.
+
+    Raises:
+        SystemExit: with every problem of the file.
+    """
+    with path.open(encoding="utf-8") as stream:
+        content = yaml.safe_load(stream)
+    try:
+        return Board.model_validate(content)
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise SystemExit("\n".join(lines)) from error
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the results: one experiment of ``dataflex-cli compare``.
+
+    Attributes:
+        name: name of the table and of its folder.
+        track: A or B.
+        title: heading.
+        setting: sentences about model, data and budget.
+        experiment: the experiment file.
+        group: tables of the same group have runs in common.
+        best_of: name of the table whose best method this one arranges in several orders. None for other tables.
+    """
+
+    name: str
+    track: str
+    title: str
+    setting: tuple[str, ...]
+    experiment: Keys
+    group: str
+    best_of: str | None = None
+
+    @property
+    def metric(self) -> str:
+        """The metric that decides."""
+        return str(self.experiment["metrics"][0])
+
+
+@dataclass(frozen=True)
+class Places:
+    """Paths that the methods of a table name, all relative to the working directory."""
+
+    data: Path
+    embeddings: Path
+    reference: Path
+    output: Path
+
+
+def filled(value: Any, words: Mapping[str, Any]) -> Any:
+    """Return a value in which every text ``{word}`` is replaced by the value of the word."""
+    if isinstance(value, Mapping):
+        return {key: filled(item, words) for key, item in value.items()}
+    if isinstance(value, list):
+        return [filled(item, words) for item in value]
+    if isinstance(value, str) and value.startswith("{") and value[1:-1] in words:
+        return words[value[1:-1]]
+    return value
+
+
+def names(value: Any, word: str) -> bool:
+    """Return whether a section has the text ``{word}`` anywhere."""
+    if isinstance(value, Mapping):
+        return any(names(item, word) for item in value.values())
+    if isinstance(value, list):
+        return any(names(item, word) for item in value)
+    return bool(value == f"{{{word}}}")
+
+
+def selection_base(
+    model: Model, domains: Sequence[str], evaluated: Sequence[str], settings: Selection, places: Places
+) -> Keys:
+    """Return the configuration that all variants of the tables of one model and pool change."""
+    given = {key: value for key, value in model.settings.items() if value is not None}
+    return {
+        "stage": "sft",
+        "do_train": True,
+        "do_eval": True,
+        "dataset": ",".join(domains),
+        "eval_dataset": ",".join(evaluated),
+        "dataset_dir": str(places.data),
+        "cutoff_len": settings.sample_tokens[1],
+        "save_strategy": "no",
+        "report_to": "none",
+        **given,
+        **settings.training,
+    }
+
+
+def selection_tables(
+    board: Board, tier: Tier, table: TableSettings, base: Keys, places: Places, tasks: list[Keys]
+) -> Iterator[Table]:
+    """Yield the tables of one model and pool: one for each target and baseline, and those of the orders."""
+    assert tier.selection is not None
+    settings = tier.selection
+    group = f"{table.model}-{table.pool}"
+    for target in table.targets:
+        words = {
+            "validation": [f"{target}_validation"],
+            "embeddings": str(places.embeddings),
+            "reference": str(places.reference),
+            "answer": board.targets[target].answer,
+        }
+        variants = {
+            name: {"dataflex": filled(_with_rounds(keys, settings), words)}
+            for name, keys in board.methods_of(settings).items()
+        }
+        metrics = [f"{target}_held_out_loss"]
+        if tasks:
+            metrics.append(f"{target}/{board.targets[target].metric}")
+        for baseline in settings.baselines:
+            name = f"{group}-{target}-vs-{baseline}"
+            experiment = {
+                "base": base,
+                "output_dir": str(places.output / name),
+                "baseline": baseline,
+                "variants": variants,
+                "seeds": settings.seeds,
+                "equal": {"tokens": settings.tokens},
+                "metrics": metrics,
+                **({"evaluate": {"tasks": tasks}} if tasks else {}),
+            }
+            title = f"{board.targets[target].about}: against `{baseline}`"
+            yield Table(name, "A", title, tuple(_sentences(board, table, target, settings)), experiment, group)
+        if settings.orders:
+            name = f"{group}-{target}-orders"
+            title = f"{board.targets[target].about}: orders of the best method's samples"
+            experiment = {**experiment, "output_dir": str(places.output / name)}
+            first = f"{group}-{target}-vs-{settings.baselines[0]}"
+            setting = tuple(_sentences(board, table, target, settings))
+            yield Table(name, "A", title, setting, experiment, group, best_of=first)
+
+
+def of_orders(table: Table, best: str, orders: Mapping[str, Keys]) -> Table:
+    """Return a table of orders with its variants, which are known when the best method is known."""
+    section = table.experiment["variants"][best]["dataflex"]
+    variants = {best: {"dataflex": section}}
+    variants |= {f"{best}-{name}": {"dataflex": {**section, "order": keys}} for name, keys in orders.items()}
+    experiment = {**table.experiment, "baseline": best, "variants": variants}
+    return Table(table.name, table.track, table.title, table.setting, experiment, table.group, table.best_of)
+
+
+def best_method(comparison: Mapping[str, Any], metric: str, section_of: Mapping[str, Any]) -> str | None:
+    """Return the selector with the lowest mean of a metric, or None if no selector has a value."""
+    means = {
+        name: found["means"][metric]
+        for name, found in comparison["variants"].items()
+        if found["means"].get(metric) is not None and "select" in section_of[name]["dataflex"] and name != RANDOM
+    }
+    return min(means, key=lambda name: means[name]) if means else None
+
+
+def _with_rounds(section: Keys, settings: Selection) -> Keys:
+    """Return a method's section with the rounds of the tier. Weights alone have no rounds, only a warm-up."""
+    rounds = {key: value for key, value in settings.rounds.items() if key == "warmup_steps" or "select" in section}
+    return {**rounds, **section} if section else {}
+
+
+def _sentences(board: Board, table: TableSettings, target: str, settings: Selection) -> Iterator[str]:
+    rows = "all fitting samples" if settings.rows is None else f"{settings.rows:,} samples"
+    yield f"Model: {board.models[table.model].about}."
+    yield (
+        f"Pool: {rows} of {settings.sample_tokens[0]} to {settings.sample_tokens[1]} tokens, "
+        f"{board.pools[table.pool].about}."
+    )
+    yield (
+        f"Target: {board.targets[target].about}; {settings.validation_rows} validation samples for the methods that "
+        f"read them, {settings.held_out_rows} other samples for the held-out loss."
+    )
+    yield f"`{OTHER_LOSS}` is the loss on {settings.other_rows} held-out samples of the other sources of the pool."
+    yield (
+        f"Budget: {settings.tokens:,} trained tokens in each run, seeds {', '.join(map(str, settings.seeds))}. "
+        f"{settings.rounds['warmup_steps']} steps on a random draw come before the first decision, and a decision "
+        f"holds for {settings.rounds['update_steps']} steps."
+    )
+
+
+OTHER_LOSS = "others_held_out_loss"
+"""Metric of the held-out samples of the other sources."""

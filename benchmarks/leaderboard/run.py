@@ -1,0 +1,388 @@
+"""The leaderboard: which method helps, on real models, with intervals over seeds. One command for a whole tier.
+
+    python benchmarks/leaderboard/run.py --data FOLDER [--tier small] [--time-limit 90m] [--only A B C]
+
+The command prepares the data of ``board.yaml``, makes the missing runs by ``dataflex-cli compare``, measures the costs
+of track C, and writes the result file and the pages. If it is stopped, the same command continues: nothing is done
+twice. With ``--kept FOLDER`` the results of complete runs are read from a folder and written to it, so that another
+machine can continue. Everything else is written below ``--work``. Relative paths give the runs the same keys on every
+machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import boards
+import cost
+import instruct
+import pretraining
+import yaml
+from boards import Board, Places, Table, TableSettings, Tier
+
+from dataflex import assets
+from dataflex.files import json_text, write_atomically
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+LIMIT_REACHED = 124
+"""Exit status of ``dataflex-cli compare`` at its time limit, and of this command."""
+
+KEPT_FILES = ("key.json", "run.yaml", "complete.json")
+"""Files of a complete run that another machine needs. The last one makes the run complete."""
+
+TRACKS = ("A", "B", "C")
+
+
+class Stopped(Exception):
+    """A part of the work ended before it was complete. ``status`` is the exit status of the command."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"exit status {status}")
+        self.status = status
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the files that the board lists")
+    parser.add_argument("--board", type=Path, default=HERE / "board.yaml")
+    parser.add_argument("--tier", default="small", help="one of the tiers of the board")
+    parser.add_argument("--only", nargs="+", choices=TRACKS, default=list(TRACKS), help="tracks")
+    parser.add_argument("--work", type=Path, default=Path("leaderboard"), help="folder of the data and the runs")
+    parser.add_argument("--jobs", type=int, help="runs at once (default: as dataflex-cli compare)")
+    parser.add_argument("--time-limit", type=seconds_of, help="stop cleanly after this time, as 90m")
+    parser.add_argument("--kept", type=Path, help="folder of the results of complete runs, read first and written last")
+    parser.add_argument("--peer", type=Path, help="Python of an environment with bergson, for track C")
+    parser.add_argument("--results", type=Path, help="result file; then no pages are written")
+    options = parser.parse_args()
+    board = boards.read(options.board)
+    if options.tier not in board.tiers:
+        sys.exit(f"--tier: there is no tier {options.tier!r}; it must be one of {', '.join(board.tiers)}.")
+    sys.exit(Work(board, board.tiers[options.tier], options).run())
+
+
+def seconds_of(text: str) -> float:
+    """Return the seconds of a text such as ``90m``, ``2h``, ``45s`` or ``45``."""
+    factor = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    try:
+        return float(text[:-1]) * factor if factor else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 45s, 90m or 2h") from None
+
+
+class Work:
+    """The work of one tier, and the notes of it that a later command goes on with."""
+
+    def __init__(self, board: Board, tier: Tier, options: argparse.Namespace) -> None:
+        self.board, self.tier, self.options = board, tier, options
+        self.folder: Path = options.work / options.tier
+        self.began = time.monotonic()
+        self.notes_file = self.folder / "notes.json"
+        notes = json.loads(self.notes_file.read_text()) if self.notes_file.is_file() else {}
+        self.seconds: dict[str, float] = notes.get("seconds", {})
+        """Name of a part -> seconds of all commands that worked on it."""
+        self.failed = False
+
+    def run(self) -> int:
+        """Do the missing work, write the results, and return the exit status."""
+        missing = self._missing_files()
+        if missing:
+            print(
+                f"--data: {self.options.data} lacks {len(missing)} files of the board, the first is {missing[0]}. The "
+                "board's files are not part of the repository; benchmarks/leaderboard/README.md says what they are.",
+                file=sys.stderr,
+            )
+            return 2
+        status = 0
+        try:
+            if "A" in self.options.only:
+                self._chance()
+            for track, work in (("A", self._instruct), ("B", self._mixtures), ("C", self._costs)):
+                if track in self.options.only:
+                    work()
+        except Stopped as stop:
+            status = stop.status
+        self._write_results()
+        return status or int(self.failed)
+
+    def _missing_files(self) -> list[Path]:
+        """Return the files of the board that the data folder lacks, for the asked tracks."""
+        asked: list[Path] = []
+        if self.tier.selection is not None and "A" in self.options.only:
+            asked += instruct.files_of(self.board.pools.values(), self.board.targets.values())
+        if self.tier.mixtures is not None and "B" in self.options.only:
+            asked += pretraining.files()
+        if self.tier.costs and "C" in self.options.only:
+            asked += cost.files()
+        return sorted(file for name in set(asked) if not (file := self.options.data / name).is_file())
+
+    # Track A
+
+    def _chance(self) -> None:
+        """Measure, before any training, whether the models answer the questions with choices better than guessing."""
+        settings = self.tier.selection
+        if settings is None or not settings.chance_questions:
+            return
+        for model in dict.fromkeys(str(self._model(table)["model_name_or_path"]) for table in settings.tables):
+            output = self._chance_folder(model)
+            tasks = [
+                {**self._task(name), "file": str((self.options.data / target.held_out).resolve())}
+                | {"limit": settings.chance_questions}
+                for name, target in self.board.targets.items()
+                if target.has_choices
+            ]
+            if all((output / f"{task['name']}.json").is_file() for task in tasks):
+                continue
+            file = self.folder / f"{output.name}.yaml"
+            write_atomically(file, yaml.safe_dump(tasks, sort_keys=False).encode())
+            command = [sys.executable, "-m", "dataflex", "eval", model, "--tasks", str(file), "--output", str(output)]
+            self._call(output.name, command)
+
+    def _chance_folder(self, model: str) -> Path:
+        return self.folder / f"chance-{re.sub('[^A-Za-z0-9.-]+', '-', model)}"
+
+    def _model(self, table: TableSettings) -> dict[str, Any]:
+        return self.board.models[table.model].settings
+
+    def _task(self, name: str) -> dict[str, Any]:
+        """Return the settings of a target's task, with the absolute path of its examples."""
+        given = dict(self.board.targets[name].task)
+        if "fewshot_file" in given:
+            given["fewshot_file"] = str((self.options.data / given["fewshot_file"]).resolve())
+        return {"name": name, **given}
+
+    def _instruct(self) -> None:
+        settings = self.tier.selection
+        if settings is None:
+            return
+        for table in settings.tables:
+            self._tables_of(table)
+
+    def _tables_of(self, asked: TableSettings) -> None:
+        settings = self.tier.selection
+        assert settings is not None
+        tables = list(self._planned(asked))
+        self._shared_work(asked, tables)
+        for table in tables:
+            if table.best_of is not None:
+                first = json.loads((self.folder / table.best_of / "comparison.json").read_text())
+                best = boards.best_method(first, table.metric, table.experiment["variants"])
+                if best is None:
+                    continue
+                table = boards.of_orders(table, best, self.board.orders)
+            self._compare(table)
+
+    def _planned(self, asked: TableSettings) -> Iterator[Table]:
+        """Write the data of a model and a pool, and yield their tables."""
+        settings = self.tier.selection
+        assert settings is not None
+        model = self.board.models[asked.model]
+        targets = {name: self.board.targets[name] for name in asked.targets}
+        places = Places(
+            data=self.folder / f"data-{asked.pool}",
+            embeddings=self.folder / "embeddings",
+            reference=self.folder / f"reference-{asked.model}-{asked.pool}",
+            output=self.folder,
+        )
+        tokenizer = assets.resolve(str(model.settings["model_name_or_path"]))
+        pool = self.board.pools[asked.pool]
+        domains = instruct.write_data(self.options.data, places.data, pool, targets, settings, tokenizer)
+        evaluated = [*(instruct.held_out(name) for name in targets), instruct.OTHERS]
+        base = boards.selection_base(model, domains, evaluated, settings, places)
+        tasks = [
+            {"file": str((places.data / f"{name}_questions.jsonl").resolve()), **self._task(name)}
+            for name in targets
+            if settings.task_questions
+        ]
+        yield from boards.selection_tables(self.board, self.tier, asked, base, places, tasks)
+
+    def _shared_work(self, asked: TableSettings, tables: Sequence[Table]) -> None:
+        """Make what several methods read: the embeddings of an encoder and the reference model."""
+        settings = self.tier.selection
+        assert settings is not None
+        group = tables[0].group
+        base = tables[0].experiment["base"]
+        methods = self.board.methods_of(settings)
+        readers = [name for name, keys in methods.items() if boards.names(keys, "embeddings")]
+        for target in asked.targets:
+            table = next(each for each in tables if f"-{target}-" in each.name)
+            for name in readers:
+                section = table.experiment["variants"][name]["dataflex"]
+                config = {**base, "output_dir": str(self.folder / "embed"), "dataflex": section}
+                self._once(f"embeddings-{group}-{target}-{name}", ["embed"], config)
+        if any(boards.names(keys, "reference") for keys in methods.values()):
+            config = {**base, "dataset": instruct.REFERENCE, "num_train_epochs": 1.0}
+            config |= {"output_dir": str(self.folder / f"reference-{group}"), "overwrite_output_dir": True}
+            config = {key: value for key, value in config.items() if key not in ("eval_dataset", "do_eval")}
+            self._once(f"reference-{group}", ["train"], config)
+
+    # Track B
+
+    def _mixtures(self) -> None:
+        settings = self.tier.mixtures
+        if settings is None:
+            return
+        folder = self.folder / "mixtures"
+        pretraining.prepare(self.options.data, folder, settings.size)
+        doremi = pretraining.doremi_settings(folder, settings.size)
+        self._once("doremi", ["doremi"], doremi)
+        self._compare(pretraining.table(folder, self.folder, settings.size, settings.seeds))
+
+    # Track C
+
+    def _costs(self) -> None:
+        output = self.folder / "costs.json"
+        if not self.tier.costs or output.is_file():
+            return
+        command = [sys.executable, str(HERE / "cost.py"), "--data", str(self.options.data), "--output", str(output)]
+        command += ["--peer", str(self.options.peer)] if self.options.peer else []
+        self._call("costs", command)
+
+    # Steps
+
+    def _once(self, name: str, verb: Sequence[str], config: dict[str, Any]) -> None:
+        """Run ``dataflex-cli VERB FILE`` with a configuration, unless it is on record that this has ended well."""
+        file = self.folder / f"{name}.yaml"
+        done = self.folder / f"{name}.done"
+        text = yaml.safe_dump(config, sort_keys=False)
+        if done.is_file() and done.read_text() == text:
+            return
+        write_atomically(file, text.encode())
+        self._call(name, [sys.executable, "-m", "dataflex", *verb, str(file)])
+        write_atomically(done, text.encode())
+
+    def _compare(self, table: Table) -> None:
+        """Make the missing runs of a table. Equal runs are taken over from other tables and from the kept results."""
+        file = self.folder / f"{table.name}.yaml"
+        write_atomically(file, yaml.safe_dump(table.experiment, sort_keys=False).encode())
+        command = [sys.executable, "-m", "dataflex", "compare", str(file)]
+        command += ["--jobs", str(self.options.jobs)] if self.options.jobs else []
+        others = [other for other in self.folder.glob(f"{table.group}-*") if other.name != table.name]
+        if self.options.kept:
+            others += sorted(self.options.kept.glob(f"{table.group}-*"))
+        for other in sorted(others):
+            if any((other / "runs").glob("*/*/complete.json")):
+                command += ["--merge", str(other)]
+        try:
+            self._call(table.name, command, ends_well=(0, 1))
+        finally:
+            self._keep(table)
+        write_atomically(self.folder / table.name / "table.json", json_text(_described(table), indent=2).encode())
+
+    def _keep(self, table: Table) -> None:
+        """Copy the small files of the complete runs of a table to the folder of kept results."""
+        if self.options.kept is None:
+            return
+        for complete in (self.folder / table.name / "runs").glob("*/*/complete.json"):
+            target = self.options.kept / complete.parent.relative_to(self.folder)
+            target.mkdir(parents=True, exist_ok=True)
+            for name in KEPT_FILES:
+                shutil.copyfile(complete.parent / name, target / name)
+
+    def _call(self, name: str, command: list[str], ends_well: Sequence[int] = (0,)) -> None:
+        """Run a command with its output in a log, count its seconds, and stop at the time limit.
+
+        Raises:
+            Stopped: at the time limit, or if the command does not end well.
+        """
+        left = self._time_left()
+        if left is not None and left < 5:
+            raise Stopped(LIMIT_REACHED)
+        if left is not None and "compare" in command:
+            command = [*command, "--time-limit", f"{left:.0f}s"]
+        log = self.folder / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{shlex.join(command)} >> {log}", flush=True)
+        began = time.monotonic()
+        with log.open("a") as stream:
+            status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+        seconds = time.monotonic() - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        write_atomically(self.notes_file, json_text({"seconds": self.seconds}, indent=2).encode())
+        print(f"{name}: status {status} after {seconds:.0f} s", flush=True)
+        if status not in ends_well:
+            if status != LIMIT_REACHED:
+                print("\n".join(log.read_text(errors="replace").splitlines()[-20:]), file=sys.stderr)
+            raise Stopped(status)
+        self.failed |= status != 0
+
+    def _time_left(self) -> float | None:
+        limit: float | None = self.options.time_limit
+        return None if limit is None else limit - (time.monotonic() - self.began)
+
+    # Results
+
+    def _write_results(self) -> None:
+        """Write the result file of everything that is complete so far, and the pages."""
+        tables = []
+        for file in sorted(self.folder.glob("*/table.json")):
+            described = json.loads(file.read_text())
+            described["comparison"] = json.loads((file.parent / "comparison.json").read_text())
+            described["seconds"] = round(self.seconds.get(file.parent.name, 0.0))
+            tables.append(described)
+        costs = self.folder / "costs.json"
+        result = {
+            "tier": self.options.tier,
+            "about": self.tier.about,
+            "command": self._command(),
+            "date": str(datetime.datetime.now(datetime.UTC).date()),
+            "seconds": round(sum(self.seconds.values())),
+            "machine": machine(),
+            "tables": tables,
+            "above_chance": list(self._accuracies()),
+            "shared_costs": list(self._shared_costs()),
+            "claims": [claim.model_dump() for claim in self.board.claims],
+            "costs": json.loads(costs.read_text()) if costs.is_file() else None,
+        }
+        file = self.options.results or ROOT / "benchmarks" / "results" / "leaderboard" / f"{self.options.tier}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, (json_text(result, indent=1) + "\n").encode())
+        print(f"results: {file}")
+        if self.options.results is None:
+            for page in pages.write_pages(sorted(file.parent.glob("*.json")), ROOT / "docs"):
+                print(f"page: {page}")
+
+    def _command(self) -> str:
+        return " ".join(["python", *sys.argv])
+
+    def _accuracies(self) -> Iterator[dict[str, Any]]:
+        """Yield the accuracies of the untrained models, with their standard errors."""
+        for folder in sorted(self.folder.glob("chance-*")):
+            for file in sorted(folder.glob("*.json")):
+                found = json.loads(file.read_text())
+                yield {"model": folder.name.removeprefix("chance-"), **found}
+
+    def _shared_costs(self) -> Iterator[dict[str, Any]]:
+        """Yield the seconds of the work that several runs read, and the methods that read it."""
+        for name, seconds in self.seconds.items():
+            if name.startswith("embeddings-"):
+                method = name.rpartition("-")[2]
+                what, used_by = "embeddings of the pool and the validation samples", [method]
+            elif name.startswith("reference-"):
+                what, used_by = "reference model, trained on samples outside the pool", ["rho_loss"]
+            elif name == "doremi":
+                what, used_by = "DoReMi's reference and proxy", ["doremi"]
+            else:
+                continue
+            yield {"what": what, "part": name, "seconds": round(seconds, 1), "used_by": used_by}
+
+
+def _described(table: Table) -> dict[str, Any]:
+    """Return a table's part of the result file, without its results."""
+    return {"name": table.name, "track": table.track, "title": table.title, "setting": list(table.setting)}
+
+
+if __name__ == "__main__":
+    main()
