@@ -7,7 +7,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 # Where Python may not keep what it compiled, every start with LLaMA-Factory costs three times as much.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo docs test golden test-gpu bench-gpu install lint lock clean
+.PHONY: demo docs test golden leaderboard leaderboard-gpu test-gpu bench-gpu install lint lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dataflex-cli demo
@@ -25,6 +25,23 @@ test: $(VENV)/.installed
 
 golden: $(VENV)/.installed
 	$(BIN)/python tests/golden/methods.py --check
+
+# The files that benchmarks/leaderboard/README.md lists. LEADERBOARD holds further options of run.py.
+DATA ?= ../shared/data
+
+leaderboard: $(VENV)/.installed leaderboard/peer/.installed
+	$(BIN)/python benchmarks/leaderboard/run.py --data $(DATA) --jobs 2 --time-limit 85m \
+	  --peer leaderboard/peer/bin/python $(LEADERBOARD)
+
+# bergson in its own environment: its versions are not those of this project.
+leaderboard/peer/.installed: | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) leaderboard/peer
+	VIRTUAL_ENV=$(abspath leaderboard/peer) $(UV) pip install --quiet "bergson==2.5.1" "torch==2.11.*"
+	@touch $@
+
+leaderboard-gpu:
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON_GPU) benchmarks/leaderboard/run.py --tier large --data $(DATA) --time-limit 8m \
+	  --jobs 4 --kept benchmarks/results/leaderboard/large-runs $(LEADERBOARD)
 
 # Both need an accelerator with 80 GB. PYTHON_GPU is an interpreter that has torch for it, and what DataFlex needs.
 PYTHON_GPU ?= $(BIN)/python
