@@ -168,11 +168,10 @@ def _tier_parts(name: str, result: TierResult) -> list[Part]:
         title = f"{name}: {table.title}"
         charts = page_charts.forests(title, comparison)
         every.append(Part(title, 3, lines, page_tables.tables_of(table, result), charts))
-    if result.costs:
+    if result.costs is not None:
         title = f"{name}: cost beside other implementations"
-        every.append(
-            Part(title, 3, [], page_tables.cost_part_tables(result.costs), page_charts.ratios(title, result.costs))
-        )
+        tables, charts = page_tables.cost_part_tables(result.costs.parts), page_charts.ratios(title, result.costs.parts)
+        every.append(Part(title, 3, page_tables.cost_lines(result.costs), tables, charts))
     return every
 
 

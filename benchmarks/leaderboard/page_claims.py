@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from page_form import Claim, Comparison, CostPart, CostRatio, Difference, TierResult
+from page_form import Claim, Comparison, CostPart, CostRatio, Difference, TableResult, TierResult
 
 from dataflex.compare.statistics import number, title
 
@@ -21,9 +21,9 @@ RULES = (
     "A finding is better or worse if the p value of the paired t test over the seeds, corrected by Holm's method, is "
     "below 0.05. Each interval holds for one comparison alone, so it can exclude 0 although the finding is unclear.",
     "A claim about costs is judged by ratios: seconds of the other implementation divided by those of DataFlex. "
-    "Supported: the whole measured spread of every ratio is above 1. Mixed: some spreads are above and some below 1. "
-    "Refuted: at least one spread is below 1, none is above. Open: anything else. A ratio of a single pair of "
-    "measurements has no spread and does not count.",
+    "Supported: the whole measured spread of every ratio is above 1, and every part is measured. Mixed: some spreads "
+    "are above and some below 1. Refuted: at least one spread is below 1, none is above. Open: anything else. A ratio "
+    "of a single pair of measurements has no spread and does not count.",
 )
 
 
@@ -51,9 +51,9 @@ class Judged:
 def judged(result: TierResult) -> list[Judged]:
     """Return every claim of a result file with its verdict."""
     return [
-        _of_costs(claim, claim.costs, result.costs or {})
+        _of_costs(claim, claim.costs, result.costs.parts if result.costs else {})
         if claim.costs is not None
-        else _of_findings(claim, result.table(str(claim.table)).comparison)
+        else _of_findings(claim, result.table(str(claim.table)))
         for claim in result.claims
     ]
 
@@ -77,8 +77,8 @@ def joined(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _of_findings(claim: Claim, comparison: Comparison) -> Judged:
-    wanted = claim.variants or []
+def _of_findings(claim: Claim, table: TableResult) -> Judged:
+    wanted, comparison = claim.variants or [], table.comparison
     found = {each.variant: each for each in comparison.differences if each.metric == claim.metric}
     named: dict[str, list[str]] = {}
     for variant in wanted:
@@ -92,8 +92,10 @@ def _of_findings(claim: Claim, comparison: Comparison) -> Judged:
         for finding, said in _SAID.items()
         if finding in named
     ]
-    about = f"{_counted(len(wanted), 'comparison')} with {comparison.baseline} in {title(str(claim.metric))}"
-    sentence = f"{about}: {', '.join(parts)}; {_not_ruled_out([found[name] for name in wanted if name in found])}."
+    about = (
+        f"{table.title}: {_counted(len(wanted), 'comparison')} with {comparison.baseline} in {title(str(claim.metric))}"
+    )
+    sentence = f"{about}, {joined(parts)}; {_not_ruled_out(wanted, found)}."
     counts = (len(wanted), better, worse, len(wanted) - better - worse)
     return Judged(claim, verdict(better, worse), counts, sentence)
 
@@ -105,12 +107,12 @@ def _with_seeds(variant: str, found: Difference | None, comparison: Comparison) 
     return f"{variant} with {seeds} of {len(comparison.seeds)} seeds" if few else variant
 
 
-def _not_ruled_out(differences: Sequence[Difference]) -> str:
-    """Return the largest differences, to either side, that the intervals contain."""
+def _not_ruled_out(wanted: Sequence[str], differences: Mapping[str, Difference]) -> str:
+    """Return the largest differences, to either side, that the intervals contain, and the variants without one."""
     ends: dict[str, tuple[float, str]] = {}
-    for each in differences:
-        if each.t_interval_95 is None:
-            continue
+    known = {name: each for name, each in differences.items() if name in wanted and each.t_interval_95 is not None}
+    for each in known.values():
+        assert each.t_interval_95 is not None
         low, high = each.t_interval_95
         sides = {"higher": high, "lower": -low}
         if each.higher_is_better is not None:
@@ -119,30 +121,37 @@ def _not_ruled_out(differences: Sequence[Difference]) -> str:
         for name, size in sides.items():
             if size > 0:
                 ends[name] = max(ends.get(name, (0.0, "")), (size, each.variant), key=lambda end: end[0])
-    if not ends:
-        return "there is no interval, so no difference can be ruled out"
-    said = [f"{number(size)} {name} ({variant})" for name, (size, variant) in ends.items()]
-    return f"differences of up to {' and '.join(said)} cannot be ruled out"
+    unknown = [variant for variant in wanted if variant not in known]
+    said = []
+    if ends:
+        sizes = [f"{number(size)} {name} ({variant})" for name, (size, variant) in ends.items()]
+        said.append(f"differences of up to {joined(sizes)} cannot be ruled out")
+    if unknown:
+        said.append(f"without an interval, no difference can be ruled out for {joined(unknown)}")
+    return "; ".join(said)
 
 
 def _of_costs(claim: Claim, names: Sequence[str], costs: dict[str, CostPart]) -> Judged:
-    ratios = [(name, pair, ratio) for name in names for pair, ratio in costs[name].ratios.items()]
+    missing = [name for name in names if name not in costs]
+    ratios = [(name, pair, ratio) for name in names if name in costs for pair, ratio in costs[name].ratios.items()]
     sides = [side(ratio) for *_, ratio in ratios]
     above, below, around = (sides.count(each) for each in ("above 1", "below 1", "around 1"))
     counts = (len(ratios), above, below, len(ratios) - above - below)
-    if not ratios:
-        return Judged(claim, "open", counts, "There is no ratio, so nothing can be ruled out.")
     said = [
         f"{name}, {pair}, {short(ratio.median)} ({_spread(ratio)}{', reckoned' if ratio.reckoned else ''})"
         for name, pair, ratio in ratios
     ]
-    low, high = min(ratio.low for *_, ratio in ratios), max(ratio.high for *_, ratio in ratios)
+    said += [f"{joined(missing)} not measured"] if missing else []
+    reach = ""
+    if ratios:
+        low, high = min(ratio.low for *_, ratio in ratios), max(ratio.high for *_, ratio in ratios)
+        reach = f"; the measured ratios reach from {short(low)} to {short(high)}"
     sentence = (
         f"{_counted(len(ratios), 'ratio')} of seconds, {above} above 1, {below} below 1 and {counts[3]} neither: "
-        f"{'; '.join(said)}; the measured ratios reach from {short(low)} to {short(high)}."
+        f"{'; '.join(said)}{reach}."
     )
     # One implementation that is not shown to be slower leaves a claim about all of them open.
-    found = "open" if above and around and not below else verdict(above, below)
+    found = "open" if above and not below and (around or missing) else verdict(above, below)
     return Judged(claim, found, counts, sentence)
 
 

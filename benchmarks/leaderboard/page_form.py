@@ -54,12 +54,13 @@ class Variant(Form):
 
 
 class Run(Form):
-    """One training. ``problem`` is the reason why it is not compared."""
+    """One training. ``problem`` is the reason why it is not compared, ``runs_at_once`` the trainings at a time."""
 
     variant: str
     seed: int
     status: str
     problem: str | None
+    runs_at_once: int | None
     metrics: dict[str, float]
 
 
@@ -74,7 +75,6 @@ class Comparison(Form):
     notes: list[str]
     variants: dict[str, Variant]
     runs: list[Run]
-    runs_at_once: int
 
 
 class TableResult(Form):
@@ -100,11 +100,12 @@ class AboveChance(Form):
 
 
 class SharedCost(Form):
-    """Work that was done once for all runs of some variants."""
+    """Work that was done once for all runs of some variants in some tables. None stands for all tables."""
 
     what: str
     seconds: float
     used_by: list[str]
+    tables: list[str] | None = None
 
 
 class Claim(Form):
@@ -145,6 +146,22 @@ class CostPart(Form):
     agreement: dict[str, Any]
 
 
+class CostRun(Form):
+    """A command that measured parts of the costs."""
+
+    command: str
+    machine: dict[str, Any]
+    seconds: float
+
+
+class Costs(Form):
+    """The file of ``cost.py``: the measured parts, the commands, and the reasons why parts were skipped."""
+
+    parts: dict[str, CostPart]
+    measured: dict[str, CostRun]
+    skipped: dict[str, str]
+
+
 class TierResult(Form):
     """A result file."""
 
@@ -159,7 +176,7 @@ class TierResult(Form):
     above_chance: list[AboveChance]
     shared_costs: list[SharedCost]
     claims: list[Claim]
-    costs: dict[str, CostPart] | None
+    costs: Costs | None
     """None if the costs have not been measured."""
 
     def table(self, name: str) -> TableResult:
@@ -211,21 +228,21 @@ def _unknown_names(found: TierResult) -> Iterator[str]:
     known = {variant for table in tables.values() for variant in table.variants}
     for cost in found.shared_costs:
         yield from _unknown(f"shared_costs ({cost.what}), used_by", cost.used_by, known)
+        yield from _unknown(f"shared_costs ({cost.what}), tables", cost.tables or [], tables)
     yield from _unknown("chosen", found.chosen, tables)
     for name in found.chosen.keys() & tables.keys():
         yield from _unknown(f"chosen.{name}", found.chosen[name], tables[name].variants)
     for i, claim in enumerate(found.claims):
-        yield from _problems_of_claim(f"claims[{i}]", claim, tables, found.costs or {})
+        yield from _problems_of_claim(f"claims[{i}]", claim, tables, found.costs)
 
 
-def _problems_of_claim(
-    place: str, claim: Claim, tables: dict[str, Comparison], costs: dict[str, CostPart]
-) -> Iterator[str]:
+def _problems_of_claim(place: str, claim: Claim, tables: dict[str, Comparison], costs: Costs | None) -> Iterator[str]:
     given = [key for key in ("table", "metric", "variants", "costs") if getattr(claim, key) is not None]
     if given not in (["table", "metric", "variants"], ["costs"]):
         yield f"{place} has {', '.join(given) or 'nothing'}; expected table, metric and variants, or costs"
     elif claim.costs is not None:
-        yield from _unknown(f"{place}.costs", claim.costs, costs)
+        # Before the costs are measured, a claim may name parts that are to come.
+        yield from _unknown(f"{place}.costs", claim.costs, [*costs.parts, *costs.skipped]) if costs else []
         yield from [] if claim.costs else [f"{place}.costs is empty"]
     elif claim.table not in tables:
         yield from _unknown(f"{place}.table", [str(claim.table)], tables)

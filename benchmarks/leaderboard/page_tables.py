@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from page_claims import RULES, Judged, joined, short
-from page_form import AboveChance, Comparison, CostPart, SharedCost, TableResult, TierResult
+from page_form import AboveChance, Comparison, CostPart, Costs, SharedCost, TableResult, TierResult
 
 from dataflex.compare.statistics import number, signed, title
 from dataflex.report.tables import NOTHING, Table
@@ -17,13 +17,20 @@ AVERAGES = ("token_weighted", "unweighted")
 
 def claim_table(claims: Mapping[str, Sequence[Judged]]) -> Table:
     """Return one row per tier and claim."""
-    header = ["tier", "claim", "source", "verdict", "comparisons", "for", "against", "neither"]
+    header = ["tier", "claim", "source", "metric", "verdict", "comparisons", "for", "against", "neither"]
     rows = [
-        [tier, each.claim.text, each.claim.source or NOTHING, each.verdict, *map(str, each.counts)]
+        [
+            tier,
+            each.claim.text,
+            each.claim.source or NOTHING,
+            title(each.claim.metric) if each.claim.metric else "seconds",
+            each.verdict,
+            *map(str, each.counts),
+        ]
         for tier, found in claims.items()
         for each in found
     ]
-    return Table("Claims", header, rows, 4, RULES)
+    return Table("Claims", header, rows, 5, RULES)
 
 
 def tier_table(results: Mapping[str, TierResult], tiers: Sequence[str]) -> Table:
@@ -34,9 +41,13 @@ def tier_table(results: Mapping[str, TierResult], tiers: Sequence[str]) -> Table
         if found is None:
             rows.append([tier, "not run", *[NOTHING] * 4])
         else:
-            machine = _listed({key: value for key, value in found.machine.items() if key != "versions"})
+            machine = _machine(found.machine)
             rows.append([tier, found.command, found.date, machine, _listed(found.versions), duration(found.seconds)])
     return Table("Tiers", ["tier", "command", "date", "machine", "versions", "wall time"], rows, 5)
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    return _listed({key: value for key, value in machine.items() if key != "versions"})
 
 
 def _listed(values: Mapping[str, Any]) -> str:
@@ -53,7 +64,8 @@ def duration(seconds: float) -> str:
 def tables_of(table: TableResult, result: TierResult) -> list[Table]:
     """Return the tables of one comparison."""
     comparison = table.comparison
-    found = [finding_table(comparison), cost_table(comparison, result.shared_costs)]
+    shared = [each for each in result.shared_costs if each.tables is None or table.name in each.tables]
+    found = [finding_table(comparison), cost_table(comparison, shared)]
     if table.track == "A":
         found.append(seed_table("Losses on the other data sets", comparison, other_losses(comparison), "_loss"))
     else:
@@ -130,27 +142,26 @@ def _probability(value: float | None) -> str:
 
 def cost_table(comparison: Comparison, shared: Sequence[SharedCost]) -> Table:
     """Return one row per variant with the means of its complete runs, and the seconds of work shared by its runs."""
-    header = ["method", "runs", "train s", "decide s", "decide / train", "tokens", "once s"]
+    header = ["method", "runs", "at once", "train s", "decide s", "decide / train", "tokens", "once s"]
     rows = []
     for variant, found in comparison.variants.items():
         costs = found.costs
-        complete = sum(bool(run.metrics) for run in comparison.runs if run.variant == variant)
+        own = [run for run in comparison.runs if run.variant == variant and run.metrics]
         once = [each.seconds for each in shared if variant in each.used_by]
         measured = [NOTHING] * 4
         if costs:
             train, decide = costs["train_seconds"], costs["decision_seconds"]
             ratio = f"{decide / train:.3f}" if train else NOTHING
             measured = [f"{train:,.1f}", f"{decide:,.1f}", ratio, f"{costs['tokens']:,.0f}"]
-        rows.append([variant, str(complete), *measured, f"{sum(once):,.1f}" if once else NOTHING])
-    notes = [
+        at_once = sorted({run.runs_at_once for run in own if run.runs_at_once is not None})
+        counts = " to ".join(str(each) for each in dict.fromkeys((at_once[0], at_once[-1]))) if at_once else NOTHING
+        rows.append([variant, str(len(own)), counts, *measured, f"{sum(once):,.1f}" if once else NOTHING])
+    notes = ["At once: runs at a time. If there are several, the seconds include waiting for each other."]
+    notes += [
         f"Once: {each.what}, {each.seconds:,.1f} s, done once for all runs of {', '.join(users)}."
         for each in shared
         if (users := [variant for variant in each.used_by if variant in comparison.variants])
     ]
-    if comparison.runs_at_once > 1:
-        notes.append(
-            f"{comparison.runs_at_once} runs at a time shared the machine, so a run alone takes fewer seconds."
-        )
     return Table("Cost, mean of the complete runs", header, rows, 1, tuple(notes))
 
 
@@ -210,6 +221,15 @@ def chance_table(found: Sequence[AboveChance]) -> Table:
         rows[-1] += [number(each.accuracy), number(each.stderr), number(each.chance)]
     note = "Above chance: accuracy minus 1.96 standard errors is above chance. Otherwise the task measures little."
     return Table("Accuracy before the training", header, rows, 3, (note,))
+
+
+def cost_lines(costs: Costs) -> list[str]:
+    """Return the commands that measured the costs, with their machines, and the parts that were skipped."""
+    lines = [
+        f"{name}: {run.command} ({_machine(run.machine)}, {duration(run.seconds)})"
+        for name, run in costs.measured.items()
+    ]
+    return [*lines, *(f"Not measured: {name} ({reason})" for name, reason in costs.skipped.items())]
 
 
 def cost_part_tables(costs: Mapping[str, CostPart]) -> list[Table]:

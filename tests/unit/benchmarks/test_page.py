@@ -51,7 +51,7 @@ def run(variant: str, seed: int, loss: float) -> dict[str, Any]:
     metrics |= {f"{name}_perplexity": value * 4 for name, value in domains.items()}
     metrics |= {"token_weighted_loss": loss + 0.5, "token_weighted_bits_per_byte": loss + 0.25, "quiz/acc": 0.5}
     costs = {"train_seconds": 10.0, "decision_seconds": 5.0, "tokens": 4000, "steps": 9}
-    found = {"variant": variant, "seed": seed, "status": "compared", "problem": None, "key": "k", "folder": "f"}
+    found = {"variant": variant, "seed": seed, "status": "compared", "problem": None, "key": "k", "runs_at_once": 1}
     return {**found, "fingerprint": "a", "costs": costs, "metrics": metrics}
 
 
@@ -61,6 +61,7 @@ def comparison() -> dict[str, Any]:
     runs = [run(variant, seed, loss + 0.25 * seed) for variant, loss in variants.items() for seed in (1, 2, 3)]
     failed = next(each for each in runs if (each["variant"], each["seed"]) == ("near", 3))
     failed |= {"status": "failed", "problem": "out of memory | at\n step 3", "metrics": {}, "costs": {}}
+    next(each for each in runs if each["variant"] == "loss")["runs_at_once"] = 3
     costs = {"train_seconds": 10.0, "decision_seconds": 5.0, "evaluate_seconds": 1.0, "task_seconds": 0.0}
     return {
         "baseline": "full",
@@ -79,7 +80,6 @@ def comparison() -> dict[str, Any]:
             for name, loss in variants.items()
         },
         "runs": runs,
-        "runs_at_once": 1,
     }
 
 
@@ -130,7 +130,11 @@ def result() -> dict[str, Any]:
             claim("Neighbours help", "near"),
             {"text": "It is fast", "costs": ["fast"]},
         ],
-        "costs": {"fast": part({"authors / dataflex": ratio(4.0, 5.0, 6.0, reckoned=True)})},
+        "costs": {
+            "parts": {"fast": part({"authors / dataflex": ratio(4.0, 5.0, 6.0, reckoned=True)})},
+            "measured": {"fast": {"command": "python cost.py", "machine": MACHINE, "seconds": 30.0}},
+            "skipped": {"slow": "no peer"},
+        },
     }
 
 
@@ -163,20 +167,21 @@ def rows(text: str, name: str, section: str = "# Results") -> dict[str, list[str
 
 def test_every_claim_has_one_sentence_with_its_verdict_and_the_differences_that_are_not_ruled_out(write: Write) -> None:
     text = text_of(write(result()))
+    maths = "Towards maths: {} with full in maths loss, "
+    one, two = maths.format("1 comparison"), maths.format("2 comparisons")
     assert re.findall(r"^- (.* tier\): .*)$", text, flags=re.MULTILINE) == [
-        "Supported (small tier): Selection helps (a paper). 2 comparisons with full in maths loss: 1 better (less), "
-        "1 unclear (near with 2 of 3 seeds); differences of up to 0.7500 better (less) and 0.5625 worse (near) cannot "
-        "be ruled out.",
-        "Refuted (small tier): High losses help (a paper). 1 comparison with full in maths loss: 1 worse (loss); "
-        "differences of up to 0.8750 worse (loss) cannot be ruled out.",
-        "Mixed (small tier): Everything helps (a paper). 2 comparisons with full in maths loss: 1 better (less), 1 "
-        "worse (loss); differences of up to 0.7500 better (less) and 0.8750 worse (loss) cannot be ruled out.",
-        "Open (small tier): Neighbours help (a paper). 1 comparison with full in maths loss: 1 unclear (near with 2 of "
-        "3 seeds); differences of up to 0.0625 better (near) and 0.5625 worse (near) cannot be ruled out.",
+        f"Supported (small tier): Selection helps (a paper). {two}1 better (less) and 1 unclear (near with 2 of 3 "
+        "seeds); differences of up to 0.7500 better (less) and 0.5625 worse (near) cannot be ruled out.",
+        f"Refuted (small tier): High losses help (a paper). {one}1 worse (loss); differences of up to 0.8750 worse "
+        "(loss) cannot be ruled out.",
+        f"Mixed (small tier): Everything helps (a paper). {two}1 better (less) and 1 worse (loss); differences of up "
+        "to 0.7500 better (less) and 0.8750 worse (loss) cannot be ruled out.",
+        f"Open (small tier): Neighbours help (a paper). {one}1 unclear (near with 2 of 3 seeds); differences of up to "
+        "0.0625 better (near) and 0.5625 worse (near) cannot be ruled out.",
         "Supported (small tier): It is fast. 1 ratio of seconds, 1 above 1, 0 below 1 and 0 neither: fast, authors / "
         "dataflex, 5 (4 to 6, reckoned); the measured ratios reach from 4 to 6.",
     ]
-    assert "| small | Everything helps | a paper | mixed | 2 | 1 | 1 | 0 |" in text
+    assert "| small | Everything helps | a paper | maths loss | mixed | 2 | 1 | 1 | 0 |" in text
 
 
 def test_the_sides_of_a_metric_whose_higher_values_are_better_are_exchanged(write: Write) -> None:
@@ -195,8 +200,12 @@ def test_a_claim_without_findings_is_open(write: Write) -> None:
     found = judged(page_form.read(write(content)))
     assert [each.verdict for each in found[:4]] == ["open", "refuted", "refuted", "open"]
     assert found[0].sentence == (
-        "2 comparisons with full in maths loss: 2 without a finding (less and near with 0 of 3 seeds); there is no "
-        "interval, so no difference can be ruled out."
+        "Towards maths: 2 comparisons with full in maths loss, 2 without a finding (less and near with 0 of 3 seeds); "
+        "without an interval, no difference can be ruled out for less and near."
+    )
+    assert found[2].sentence.endswith(
+        "1 worse (loss) and 1 without a finding (less); differences of up to 0.8750 worse (loss) cannot be ruled out; "
+        "without an interval, no difference can be ruled out for less."
     )
 
 
@@ -224,8 +233,22 @@ def test_a_claim_about_costs_needs_the_whole_spread(
 ) -> None:
     content = result()
     found = {f"r{i}": ratio(low, (low + high) / 2, high) for i, (low, high) in enumerate(spreads)}
-    content["costs"]["fast"] = part(found)
+    content["costs"]["parts"]["fast"] = part(found)
     assert judged(page_form.read(write(content)))[-1].verdict == expected
+
+
+def test_a_claim_about_costs_that_are_not_measured_is_open(write: Write) -> None:
+    content = result()
+    content["claims"] = [{"text": "It is fast", "costs": ["fast", "slow"]}]
+    (found,) = judged(page_form.read(write(content)))
+    assert found.verdict == "open"
+    assert found.sentence == (
+        "1 ratio of seconds, 1 above 1, 0 below 1 and 0 neither: fast, authors / dataflex, 5 (4 to 6, reckoned); slow "
+        "not measured; the measured ratios reach from 4 to 6."
+    )
+    (found,) = judged(page_form.read(write({**content, "costs": None})))
+    assert found.verdict == "open"
+    assert found.sentence == "0 ratios of seconds, 0 above 1, 0 below 1 and 0 neither: fast and slow not measured."
 
 
 def test_the_tables_have_the_figures_of_the_file(write: Write) -> None:
@@ -241,8 +264,8 @@ def test_the_tables_have_the_figures_of_the_file(write: Write) -> None:
     assert found["near"] == [named, "unclear", "2", "2.0000", "0.1250", "+0.2500", "[-0.0625, +0.5625]", "0.7500"]
     assert "Not compared: near, seed 3 (failed): out of memory \\| at step 3\n" in text
     costs = rows(text, "Cost, mean of the complete runs", section)
-    assert costs["near"] == ["2", "10.0", "5.0", "0.500", "4,000", "12.5"]
-    assert costs["loss"] == ["3", "10.0", "5.0", "0.500", "4,000", "-"]
+    assert costs["near"] == ["2", "1", "10.0", "5.0", "0.500", "4,000", "12.5"]
+    assert costs["loss"] == ["3", "1 to 3", "10.0", "5.0", "0.500", "4,000", "-"]
     others = rows(text, "Losses on the other data sets", section)
     assert others["method"] == ["code"]
     assert others["full"] == ["3.5000 ± 0.2500"]  # of 3.25, 3.5 and 3.75
@@ -267,6 +290,17 @@ def test_runs_that_are_left_out_for_one_reason_share_a_line(write: Write) -> Non
     assert "Not compared: less, seeds 2 and 3 (missing): the run is not complete yet\n" in text
 
 
+def test_shared_work_counts_only_in_its_tables(write: Write) -> None:
+    content = result()
+    content["shared_costs"].append({"what": "more", "seconds": 1.0, "used_by": ["near"], "tables": ["b"]})
+    text = text_of(write(content))
+    found = [
+        rows(text, "Cost, mean of the complete runs", f"### Small tier: {name}") for name in ("Towards", "Mixtures")
+    ]
+    assert [each["near"][-1] for each in found] == ["12.5", "13.5"]
+    assert text.count("Once: more, 1.0 s, done once for all runs of near.") == 1
+
+
 def test_mixtures_have_bits_per_byte_and_perplexity_by_domain(write: Write) -> None:
     text = text_of(write(result()))
     section = "### Small tier: Mixtures"
@@ -286,7 +320,8 @@ def test_costs_beside_others_say_which_figures_are_reckoned(write: Write) -> Non
     assert "| fast | authors | reckoned | 48 | 900 | 900 to 900 | 1 | - |" in text.split(section)[1]
     assert rows(text, "Ratios of seconds", section)["fast"] == ["authors / dataflex", "reckoned", "5", "4 to 6"]
     assert "| fast | cosine, lowest | 0.875 |\n| fast | ranks | 1, 2 |" in text
-    assert section not in text_of(write({**result(), "costs": None, "claims": []}))
+    assert "- fast: python cost.py (processor Abacus &lt;2>, cores 2, 30.0 s)\n- Not measured: slow (no peer)\n" in text
+    assert section not in text_of(write({**result(), "costs": None}))
 
 
 def test_charts_have_the_differences_and_their_intervals() -> None:
@@ -366,8 +401,11 @@ def test_the_html_page_draws_its_charts_without_a_request(write: Write, tmp_path
             ("tables", 0, "comparison", "differences", 1, "p_holm"),
             "tables[0].comparison.differences[1] has no key 'p_h",
         ),
-        (("tables", 1, "comparison", "runs_at_once"), "tables[1].comparison has no key 'runs_at_once'"),
-        (("costs", "fast", "variants", "dataflex", "seconds"), "costs.fast.variants.dataflex has no key 'seconds'"),
+        (("tables", 1, "comparison", "notes"), "tables[1].comparison has no key 'notes'"),
+        (
+            ("costs", "parts", "fast", "variants", "dataflex", "seconds"),
+            "costs.parts.fast.variants.dataflex has no key 'seconds'",
+        ),
     ],
 )
 def test_a_missing_key_is_an_error_that_names_file_and_key(path: tuple[Any, ...], said: str, write: Write) -> None:
@@ -390,7 +428,10 @@ def test_a_missing_key_is_an_error_that_names_file_and_key(path: tuple[Any, ...]
         ({"claims": [claim("x")]}, "claims[0].variants is empty"),
         ({"claims": [{**claim("x", "less"), "table": "c"}]}, "claims[0].table: 'c' is unknown; expected one of a, b"),
         ({"claims": [{**claim("x", "less"), "metric": "loss"}]}, "claims[0].metric: 'loss' is unknown"),
-        ({"claims": [{"text": "x", "costs": ["slow"]}]}, "claims[0].costs: 'slow' is unknown; expected one of fast"),
+        (
+            {"claims": [{"text": "x", "costs": ["last"]}]},
+            "claims[0].costs: 'last' is unknown; expected one of fast, slow",
+        ),
         (
             {"claims": [{"text": "x", "table": "a"}]},
             "claims[0] has table; expected table, metric and variants, or costs",
