@@ -24,8 +24,9 @@ PUBLISHED = (
     "LICENSE",
     "docs/**/*.md",
     "docs/**/*.png",
+    "docs/results.html",
     "benchmarks/README.md",
-    "benchmarks/results/*.json",
+    "benchmarks/results/**/*.json",
     "examples/**/*.*",
 )
 """The files of the repository that are on the site. Files that are no pages are there because pages link to them."""
