@@ -157,14 +157,25 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def train(
-    folder: Path, run: str, mixer: dict[str, Any] | None, batch: int, steps: int, with_reference: bool = False
+    folder: Path, name: str, mixer: dict[str, Any] | None, batch: int, steps: int, with_reference: bool = False
 ) -> tuple[Clock, Path]:
     """Train a fresh model for a few steps."""
     from dataflex.config.loading import split_config
     from dataflex.integrations.llamafactory.run import run
 
-    output = folder / "runs" / run.replace(", ", "-").replace(" ", "-")
-    args: dict[str, Any] = {
+    output = folder / "runs" / name.replace(", ", "-").replace(" ", "-")
+    args = arguments(folder, output, batch, steps)
+    if mixer is not None:
+        args["dataflex"] = {"update_steps": UPDATE_STEPS, "mix": mixer}
+    clock = Clock()
+    reference = [ReferenceForward(folder / "reference", batch)] if with_reference else []
+    run(split_config(args), [clock, *reference])
+    return clock, output
+
+
+def arguments(folder: Path, output: Path, batch: int, steps: int) -> dict[str, Any]:
+    """Return the arguments of a run that trains a fresh model for a few steps."""
+    return {
         "model_name_or_path": str(folder / "model"),
         "train_from_scratch": True,
         "stage": "pt",
@@ -183,12 +194,6 @@ def train(
         "disable_tqdm": True,
         "output_dir": str(output),
     }
-    if mixer is not None:
-        args["dataflex"] = {"update_steps": UPDATE_STEPS, "mix": mixer}
-    clock = Clock()
-    reference = [ReferenceForward(folder / "reference", batch)] if with_reference else []
-    run(split_config(args), [clock, *reference])
-    return clock, output
 
 
 def write_inputs(folder: Path) -> None:
