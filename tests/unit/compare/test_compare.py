@@ -42,6 +42,7 @@ from dataflex.compare.page import cost_chart, forest_charts
 from dataflex.compare.remaining import as_text, time_left
 from dataflex.compare.result import state_of
 from dataflex.compare.runner import Workers
+from dataflex.compare.statistics import number
 from dataflex.errors import ConfigError
 
 PROGRAM = """
@@ -611,6 +612,8 @@ def test_the_page_shows_the_differences(whole: tuple[Lab, str]) -> None:
             unpacked(part) for part in (trace["x"], trace["error_x"]["array"], trace["error_x"]["arrayminus"])
         )
         np.testing.assert_allclose(means, [each.mean for each in own])
+        for each, said in zip(own, trace["text"], strict=True):
+            assert f"p (Holm) {number(each.p_holm or 0)}" in said
         np.testing.assert_allclose(means + above, [each.interval[1] for each in own if each.interval])
         np.testing.assert_allclose(means - below, [each.interval[0] for each in own if each.interval])
     cost = cost_chart(outcome).figure
@@ -889,6 +892,7 @@ def test_tasks_are_evaluated_and_alone_again_when_they_change(lab: Lab) -> None:
     assert {row["task_seconds"] for row in lab.rows()} == {"4.0"}
     found = {each["metric"]: each["higher_is_better"] for each in lab.result()["differences"]}
     assert found == {"glossary/acc": True, "errors/acc": True, "errors/acc_norm": None}
+    assert {(each["p_value"], each["p_holm"]) for each in lab.result()["differences"]} == {(None, None)}  # one seed
     assert "errors acc_norm (direction not known)" in (lab.output / "comparison.md").read_text()
     assert lab.result()["variants"]["plain"]["stderr"] == {"glossary/acc": 0.01, "errors/acc": 0.01}
     lab.write(metrics=None, **tasks(errors))
