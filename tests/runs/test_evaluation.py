@@ -149,8 +149,15 @@ def expected_sft(runs: Any, run: str, name: str) -> dict[str, float]:
 def metrics(sums: list[tuple[float, int, int]]) -> dict[str, float]:
     total, tokens, size = (sum(column) for column in zip(*sums, strict=True))
     loss = total / tokens
-    bits = total / math.log(2) / size
-    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits, "tokens": tokens, "bytes": size}
+    squares = sum((own - loss * count) ** 2 for own, count, _ in sums)
+    return {
+        "loss": loss,
+        "loss_stderr": math.sqrt(len(sums) / (len(sums) - 1) * squares) / tokens,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": total / math.log(2) / size,
+        "tokens": tokens,
+        "bytes": size,
+    }
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -162,10 +169,16 @@ def test_the_losses_of_each_evaluation_set_equal_a_float64_computation(runs: Any
     for data, samples in (("held", 12), ("beta", 32)):
         wanted = expected_sft(runs, run, data)
         sums[data] = wanted
-        assert last["domains"][data] == pytest.approx({**wanted, "samples": samples}, rel=2e-6)
+        found = last["domains"][data]
+        # The losses are float32 and the error is made of small differences between them.
+        assert found.pop("loss_stderr") == pytest.approx(wanted["loss_stderr"], rel=1e-4)
+        rest = {name: value for name, value in wanted.items() if name != "loss_stderr"}
+        assert found == pytest.approx({**rest, "samples": samples}, rel=2e-6)
     tokens = sum(each["tokens"] for each in sums.values())
     weighted = sum(each["loss"] * each["tokens"] for each in sums.values()) / tokens
     bits = sum(each["loss"] * each["tokens"] for each in sums.values()) / math.log(2)
+    error = math.hypot(*(each["loss_stderr"] * each["tokens"] for each in sums.values())) / tokens
+    assert last["token_weighted"].pop("loss_stderr") == pytest.approx(error, rel=1e-4)
     assert last["token_weighted"] == pytest.approx(
         {
             "loss": weighted,

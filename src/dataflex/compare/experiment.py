@@ -29,6 +29,9 @@ MEASURES = ("loss", "perplexity", "bits_per_byte")
 AVERAGES = ("token_weighted", "unweighted")
 """The two averages over the evaluation data sets."""
 
+STDERR = "_stderr"
+"""End of the name of a metric's standard error over the samples. No finding is made of a standard error."""
+
 MANAGED = (
     "output_dir",
     "overwrite_output_dir",
@@ -404,7 +407,8 @@ def _claims(
     known += [f"{task}/{metric}" for task, metrics in task_metrics.items() for metric in metrics]
     of_harness = [task for task, metrics in task_metrics.items() if not metrics]
     for metric in settings.metrics or ():
-        if metric not in known and metric.partition("/")[0] not in of_harness:
+        of_task = metric.partition("/")[0] in of_harness and not metric.endswith(STDERR)
+        if metric not in known and not of_task:
             yield Problem("metrics", unknown("metric", metric, known))
     if settings.metrics is not None and len(set(settings.metrics)) < max(1, len(settings.metrics)):
         yield Problem("metrics", f"must name one or more metrics, each once; got {settings.metrics!r}.")

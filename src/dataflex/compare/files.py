@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from dataflex.compare.experiment import STDERR
 from dataflex.compare.outcome import Outcome, Row
 from dataflex.compare.result import COSTS
 from dataflex.compare.statistics import BOOTSTRAP_SEEDS, as_json, number, signed, title
@@ -26,14 +27,15 @@ def tables(outcome: Outcome) -> list[Table]:
 def difference_table(outcome: Outcome) -> Table:
     """Return one row per variant and claim, the baseline's means first."""
     settings = outcome.experiment.settings
-    header = ["variant", "metric", "finding", "seeds", "mean", "difference", "95 % t interval", "95 % bootstrap"]
+    header = ["variant", "metric", "finding", "seeds", "mean", "difference"]
+    header += ["95 % t interval", "p (Holm)", "95 % bootstrap"]
     rows: list[list[str]] = []
     for metric in outcome.claims:
         higher = outcome.higher_is_better(metric)
         side = "direction not known" if higher is None else f"{'higher' if higher else 'lower'} is better"
         named = f"{title(metric)} ({side})"
         baseline = list(outcome.values(settings.baseline, metric).values())
-        rows.append([settings.baseline, named, "baseline", str(len(baseline)), _mean(baseline), *[NOTHING] * 3])
+        rows.append([settings.baseline, named, "baseline", str(len(baseline)), _mean(baseline), *[NOTHING] * 4])
         for each in outcome.differences:
             if each.metric == metric:
                 own = outcome.values(each.variant, metric)
@@ -46,6 +48,7 @@ def difference_table(outcome: Outcome) -> Table:
                         _mean([own[seed] for seed in each.seeds]),
                         NOTHING if each.mean is None else signed(each.mean),
                         _interval(each.interval),
+                        NOTHING if each.p_holm is None else number(each.p_holm),
                         _interval(each.bootstrap),
                     ]
                 )
@@ -129,6 +132,7 @@ def as_object(outcome: Outcome) -> dict[str, Any]:
         "variants": {
             variant: {
                 "means": {metric: _plain_mean(outcome.values(variant, metric).values()) for metric in outcome.claims},
+                "stderr": _standard_errors(outcome, variant),
                 "costs": outcome.costs(variant),
             }
             for variant in settings.variants
@@ -136,6 +140,12 @@ def as_object(outcome: Outcome) -> dict[str, Any]:
         "runs": [_run_object(row) for row in outcome.rows],
         "bootstrap": f"percentile; too narrow below {BOOTSTRAP_SEEDS} seeds",
     }
+
+
+def _standard_errors(outcome: Outcome, variant: str) -> dict[str, float]:
+    """Return the standard error of each claim over the evaluated samples, as a mean over the seeds that have it."""
+    found = {metric: _plain_mean(outcome.values(variant, metric + STDERR).values()) for metric in outcome.claims}
+    return {metric: error for metric, error in found.items() if error is not None}
 
 
 def _run_object(row: Row) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dataflex.compare.experiment import Experiment, Run, samples_per_step
+from dataflex.compare.experiment import STDERR, Experiment, Run, samples_per_step
 from dataflex.compare.result import COSTS, Result, failure_of, read_result
-from dataflex.compare.statistics import Difference, chance_line, difference, sentence
+from dataflex.compare.statistics import Difference, corrected, correction_line, difference, sentence
 
 _DEFAULT_CLAIMS = ("token_weighted_loss", "unweighted_loss", "token_weighted_bits_per_byte")
 _TASK_CLAIMS = ("acc", "exact_match")
@@ -81,12 +81,12 @@ class Outcome:
 
     @property
     def sentences(self) -> list[str]:
-        """One sentence per difference about the conclusion it supports, then one about the number of comparisons."""
+        """One sentence per difference about the conclusion it supports, then one about their correction."""
         settings = self.experiment.settings
-        said = [sentence(each, str(settings.equal), len(settings.seeds)) for each in self.differences]
-        made = sum(each.interval is not None for each in self.differences)
+        made = sum(each.p_value is not None for each in self.differences)
+        said = [sentence(each, str(settings.equal), len(settings.seeds), made) for each in self.differences]
         if made:
-            said.append(chance_line(made))
+            said.append(correction_line(made))
         return said
 
 
@@ -100,7 +100,7 @@ def gather(experiment: Experiment) -> Outcome:
     rows = tuple(Row(run, result, _problem(run, result, experiment, fingerprint, needed)) for run, result in results)
     outcome = Outcome(experiment, rows, claims, (), ())  # without differences: they are computed from its values
     baseline = experiment.settings.baseline
-    differences = tuple(
+    differences = [
         difference(
             variant,
             baseline,
@@ -112,8 +112,8 @@ def gather(experiment: Experiment) -> Outcome:
         for variant in experiment.settings.variants
         if variant != baseline
         for metric in claims
-    )
-    return Outcome(experiment, rows, claims, differences, tuple(_notes(experiment, rows)))
+    ]
+    return Outcome(experiment, rows, claims, corrected(differences), tuple(_notes(experiment, rows)))
 
 
 def _usual_fingerprint(results: Sequence[Result]) -> str | None:
@@ -171,7 +171,8 @@ def _default_claims(results: Sequence[Result]) -> tuple[str, ...]:
     single = all(len(result.domains) < 2 for result in results)  # then both averages are equal
     claims = [name for name in _DEFAULT_CLAIMS if name in known and not (single and name == "unweighted_loss")]
     for task in dict.fromkeys(task for result in results for task in result.tasks):
-        own = [name.partition("/")[2] for name in known if name.startswith(f"{task}/") and name.count("/") == 1]
+        names = [name.partition("/")[2] for name in known if name.startswith(f"{task}/") and name.count("/") == 1]
+        own = [name for name in names if not name.endswith(STDERR)]
         claims += [f"{task}/{name}" for name in [name for name in _TASK_CLAIMS if name in own][:1] or own[:1]]
     return tuple(claims)
 
@@ -202,7 +203,7 @@ def _notes(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
             notes.append(f"A run ends with a whole step, so up to {most:,.0f} tokens were trained on, not {tokens:,}.")
     if 1 < seeds < 30:
         notes.append(
-            "Findings rest on the t interval of the differences by seed. The bootstrap interval is too narrow for "
+            "Findings rest on the t test of the differences by seed. The bootstrap interval is too narrow for "
             f"{seeds} seeds, so nothing is concluded from it."
         )
     for task in dict.fromkeys(name for row in rows if row.result is not None for name in row.result.chance):

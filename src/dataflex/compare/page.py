@@ -8,7 +8,7 @@ from typing import Any
 
 from dataflex.compare.files import HTML, tables
 from dataflex.compare.outcome import Outcome
-from dataflex.compare.statistics import Difference, signed, title
+from dataflex.compare.statistics import Difference, number, signed, title
 from dataflex.record.reader import read_run
 from dataflex.report.charts.chart import Chart
 from dataflex.report.charts.sections import charts
@@ -70,12 +70,12 @@ def _forest(name: str, differences: Sequence[Difference], outcome: Outcome) -> C
     drawn = [each for each in differences if each.mean is not None]
     if not drawn:
         return Chart(_SECTION, name, "there is no seed for which a variant and the baseline both have values.", None)
-    rows = {(each.metric, each.variant): number for number, each in enumerate(drawn)}
+    rows = {(each.metric, each.variant): place for place, each in enumerate(drawn)}
     traces: list[Trace] = []
-    for number, variant in enumerate(settings.variants):
+    for place, variant in enumerate(settings.variants):
         own = [each for each in drawn if each.variant == variant]
         if own:
-            traces.append(_estimates(variant, own, [rows[each.metric, each.variant] for each in own], number))
+            traces.append(_estimates(variant, own, [rows[each.metric, each.variant] for each in own], place))
     chart = figure(traces, f"difference from {text(settings.baseline)}", "")
     labels = row_labels([f"{each.variant}: {title(each.metric)}" for each in drawn], 44)
     chart["layout"]["yaxis"] |= {
@@ -97,14 +97,15 @@ def _forest(name: str, differences: Sequence[Difference], outcome: Outcome) -> C
     better = f"{' or '.join(sorted(sides)).capitalize()} is better. " if sides else ""
     caption = (
         f"Variant minus {settings.baseline}, mean over the seeds, with the 95 % t interval. An open symbol has no "
-        f"interval. {better}An interval that contains 0 supports no claim."
+        f"interval. {better}An interval that contains 0 supports no claim. Any other supports a claim only if its p "
+        "value, corrected for the number of comparisons, is below 0.05: p (Holm) in the table."
     )
     return Chart(_SECTION, name, caption, chart)
 
 
-def _estimates(variant: str, differences: Sequence[Difference], rows: list[int], number: int) -> Trace:
+def _estimates(variant: str, differences: Sequence[Difference], rows: list[int], place: int) -> Trace:
     """Return the points of one variant with their intervals."""
-    look = style(number)
+    look = style(place)
     means = [each.mean or 0.0 for each in differences]
     ends = [each.interval or (mean, mean) for each, mean in zip(differences, means, strict=True)]
     said = [f"{title(each.metric)}: {_estimate(each)}" for each in differences]
@@ -135,7 +136,9 @@ def _estimates(variant: str, differences: Sequence[Difference], rows: list[int],
 
 def _estimate(found: Difference) -> str:
     mean = signed(found.mean or 0.0)
-    return mean if found.interval is None else f"{mean} [{signed(found.interval[0])}, {signed(found.interval[1])}]"
+    if found.interval is None or found.p_holm is None:
+        return mean
+    return f"{mean} [{signed(found.interval[0])}, {signed(found.interval[1])}], p (Holm) {number(found.p_holm)}"
 
 
 def cost_chart(outcome: Outcome) -> Chart:
@@ -154,10 +157,10 @@ def cost_chart(outcome: Outcome) -> Chart:
             "name": _COSTS[cost],
             "x": packed([costs[variant][cost] for variant in known], "<f4"),
             "y": packed(rows, "<i4"),
-            "marker": {"color": style(number).colour, "pattern": hatching(style(number))},
+            "marker": {"color": style(place).colour, "pattern": hatching(style(place))},
             "hovertemplate": "%{x:.4~g} s",
         }
-        for number, cost in enumerate(spent)
+        for place, cost in enumerate(spent)
     ]
     chart: Figure = figure(traces, "seconds", "")
     labels = row_labels(known, 24)

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dataflex.compare.experiment import AVERAGES, COMPLETE_FILE, FAILED_FILE, FORMAT, KEY_FILE, MEASURES, Plan, Run
+from dataflex.compare.experiment import (
+    AVERAGES,
+    COMPLETE_FILE,
+    FAILED_FILE,
+    FORMAT,
+    KEY_FILE,
+    MEASURES,
+    STDERR,
+    Plan,
+    Run,
+)
 from dataflex.compare.tasks import Task
 from dataflex.config.checks import MODEL_FILES
 from dataflex.errors import ConfigError
@@ -33,7 +43,8 @@ class Result:
     """Metrics and costs of a complete run.
 
     Attributes:
-        metrics: name -> finite value: ``token_weighted_loss``, ``<data set>_loss``, ``<task>/acc`` and so on.
+        metrics: name -> finite value: ``token_weighted_loss``, ``<data set>_loss``, ``<task>/acc`` and so on. The
+            standard error of a metric has its name with :data:`STDERR`.
         not_finite: names of the metrics that were measured and are not finite.
         higher_is_better: name -> direction, for the metrics whose direction is known.
         costs: name of :data:`COSTS` -> value.
@@ -203,7 +214,11 @@ def _evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         for measure in MEASURES
         if numbers.get(measure) is not None or (measure in numbers and measure in _ALWAYS_MEASURED)
     }
-    return _sorted_out(values, dict.fromkeys(values, False))
+    directions: dict[str, bool | None] = dict.fromkeys(values, False)
+    for group, numbers in groups.items():
+        if _is_number(numbers.get("loss_stderr")):
+            values[f"{group}_loss{STDERR}"] = numbers["loss_stderr"]
+    return _sorted_out(values, directions)
 
 
 def _task_record(run: Run, task: Task) -> dict[str, Any]:
@@ -224,7 +239,7 @@ def _task_record(run: Run, task: Task) -> dict[str, Any]:
             name = f"{task.name}/{subject}{metric}"
             values[name], directions[name] = numbers.get("value"), numbers.get("higher_is_better")
             if not subject and _is_number(numbers.get("stderr")):
-                values[f"{name}/stderr"] = numbers["stderr"]
+                values[f"{name}{STDERR}"] = numbers["stderr"]
     chance = found.get("chance")
     return {
         "key": task.key,

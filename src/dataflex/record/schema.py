@@ -211,6 +211,8 @@ class Measures:
     perplexity: Measured
     bits_per_byte: float | None
     """None if the text has no bytes."""
+    loss_stderr: NonNegativeFloat | None = field(default=None, kw_only=True)
+    """Standard error of the loss over the samples. None for a set of one sample, and in older records."""
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,8 @@ class DomainEvaluation:
 
         Returns:
             None if no sample was seen. Otherwise a dictionary from evaluation set to loss (mean over its tokens, in
-            nats), perplexity, bits_per_byte (None without bytes), tokens, bytes and samples. The loss of a set without
-            a counted token is NaN.
+            nats), loss_stderr (:func:`loss_stderr`), perplexity, bits_per_byte (None without bytes), tokens, bytes and
+            samples. The loss of a set without a counted token is NaN.
         """
         seen = torch.from_numpy(self._seen).to(self._device, sum_dtype(self._device))
         # The maximum over processes picks the values of a sample from any process that saw it: the others hold -1.
@@ -87,7 +87,8 @@ class DomainEvaluation:
             part = part[part[:, 1] >= 0]
             if part.size:
                 total, tokens, size = part.sum(0)
-                found[name] = {**numbers(total, tokens, size), "samples": len(part)}
+                error = loss_stderr(part[:, 0], part[:, 1])
+                found[name] = {**numbers(total, tokens, size), "loss_stderr": error, "samples": len(part)}
         return found or None
 
 
@@ -120,6 +121,29 @@ def numbers(total: float, tokens: float, size: float) -> Numbers:
     }
 
 
+def loss_stderr(totals: NDArray[np.float64], tokens: NDArray[np.float64]) -> float | None:
+    """Return the standard error of the mean loss of a token, over samples drawn at random from a large population.
+
+    The mean loss is a ratio of two sums over samples, sum_i l_i / sum_i n_i = L. Its standard error by linearisation is
+    sqrt(s / (s - 1) * sum_i (l_i - L n_i)^2) / sum_i n_i for s samples (W. G. Cochran, Sampling Techniques, 3rd ed.,
+    1977, section 6.3). Samples without a counted token are left out.
+
+    Args:
+        totals: loss sum l_i of each sample in nats, (s,).
+        tokens: counted tokens n_i of each sample, (s,).
+
+    Returns:
+        The standard error in nats. None for fewer than two samples with counted tokens, or if a loss is not finite.
+    """
+    counted = tokens > 0
+    totals, tokens = totals[counted], tokens[counted]
+    samples = len(tokens)
+    if samples < 2 or not np.isfinite(totals).all():
+        return None
+    rest = totals - totals.sum() / tokens.sum() * tokens
+    return math.sqrt(samples / (samples - 1) * float(rest @ rest)) / float(tokens.sum())
+
+
 def perplexity(loss: float) -> float:
     """Return ``exp(loss)``; infinity if the result is too large for a float."""
     try:
@@ -131,6 +155,8 @@ def perplexity(loss: float) -> float:
 def means(domains: dict[str, Numbers]) -> dict[str, Numbers]:
     """Return the metrics over all tokens together, and the means of the metrics over the domains.
 
+    The standard errors of the losses take the domains as independent, and the domains' shares of the tokens as fixed.
+
     Args:
         domains: metrics, as :meth:`DomainEvaluation.finish` returns them. Domains without a counted token are left out.
     """
@@ -138,17 +164,26 @@ def means(domains: dict[str, Numbers]) -> dict[str, Numbers]:
     tokens = np.array([each["tokens"] for each in known], dtype=np.float64)
     sizes = np.array([each["bytes"] for each in known], dtype=np.float64)
     losses = np.array([each["loss"] for each in known], dtype=np.float64)
+    errors = [each["loss_stderr"] for each in known]
     together = numbers(float(losses @ tokens), float(tokens.sum()), float(sizes.sum()))
     loss = float(losses.mean()) if known else math.nan
     bits = [each["bits_per_byte"] for each in known]
     return {
-        TOKEN_WEIGHTED: {name: together[name] for name in METRICS},
+        TOKEN_WEIGHTED: {**{name: together[name] for name in METRICS}, "loss_stderr": _joint_stderr(errors, tokens)},
         UNWEIGHTED: {
             "loss": loss,
+            "loss_stderr": _joint_stderr(errors, np.ones(len(known))),
             "perplexity": perplexity(loss),
             "bits_per_byte": None if None in bits or not bits else float(np.mean(np.array(bits, dtype=np.float64))),
         },
     }
+
+
+def _joint_stderr(errors: list[float | None], weights: NDArray[np.float64]) -> float | None:
+    """Return the standard error of a weighted mean of independent values. None if the error of a value is unknown."""
+    if None in errors or not errors:
+        return None
+    return float(np.linalg.norm(np.array(errors, dtype=np.float64) * weights) / weights.sum())
 
 
 def as_logs(groups: dict[str, Numbers], prefix: str) -> dict[str, float]:

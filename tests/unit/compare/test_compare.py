@@ -42,7 +42,7 @@ from dataflex.compare.page import cost_chart, forest_charts
 from dataflex.compare.remaining import as_text, time_left
 from dataflex.compare.result import state_of
 from dataflex.compare.runner import Workers
-from dataflex.compare.statistics import bootstrap_interval, difference, sentence, t_interval
+from dataflex.compare.statistics import number
 from dataflex.errors import ConfigError
 
 PROGRAM = """
@@ -106,15 +106,16 @@ loss = float("nan") if behaviour == "diverges" else loss
 numbers = {"loss": loss, "perplexity": 2.718281828 ** loss, "bits_per_byte": loss / 3}
 numbers = dict.fromkeys(numbers) if behaviour == "diverges" else numbers  # the record has null for NaN
 domain = {**numbers, "tokens": 10, "bytes": 30, "samples": 2}
+means = {**numbers, "loss_stderr": 0.02}
 costs = {"train_seconds": 8.0, "decision_seconds": 1.0, "evaluate_seconds": 0.5}
 evaluation = {
     "step": 4,
     "tokens": tokens,
     **costs,
     "fingerprint": "other" if behaviour == "fingerprint" else "same",
-    "domains": {"held": domain, "beta": {**domain, "bits_per_byte": None}},
-    "token_weighted": numbers,
-    "unweighted": numbers,
+    "domains": {"held": {**domain, "loss_stderr": 0.03}, "beta": {**domain, "bits_per_byte": None}},
+    "token_weighted": means,
+    "unweighted": means,
 }
 write(folder / "adapter_model.safetensors", 1)
 history = [{"step": step, "loss": 2.0, "dataflex/tokens": tokens * step // 4} for step in (1, 2, 3, 4)]
@@ -206,80 +207,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, str]:
 
 def all_runs(*variants: str) -> list[tuple[str, str, int]]:
     return [("train", variant, seed) for variant in variants for seed in (1, 2, 3)]
-
-
-# Statistics.
-
-
-def test_t_interval_of_known_numbers() -> None:
-    # Mean 2, standard deviation 1, and 4.302653 is the 97.5 % quantile of Student's t with 2 degrees of freedom.
-    low, high = t_interval(np.array([1.0, 2.0, 3.0]))
-    assert low == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-5)
-    assert high == pytest.approx(2 + 4.302653 / math.sqrt(3), abs=1e-5)
-
-
-def test_bootstrap_interval_of_all_resamples() -> None:
-    values = np.array([0.0, 1.0, 3.0, 4.5, 9.0])
-    means = [np.mean(drawn) for drawn in itertools.product(values, repeat=5)]
-    low, high = bootstrap_interval(values, 50_000)
-    assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.11)
-
-
-@pytest.mark.parametrize("seeds", [3, 5, 10])
-def test_t_intervals_cover_the_truth_at_their_stated_rate(seeds: int) -> None:
-    differences = np.random.default_rng(seeds).normal(0.3, 2.0, (2000, seeds))
-    low, high = t_interval(differences)
-    assert 0.93 <= np.mean((low <= 0.3) & (high >= 0.3)) <= 0.97
-
-
-def test_the_bootstrap_covers_the_truth_with_many_seeds_only() -> None:
-    rng = np.random.default_rng(1)
-    covered = {}
-    for seeds in (3, 40):
-        low, high = bootstrap_interval(rng.normal(0.3, 2.0, (1000, seeds)), 499)
-        covered[seeds] = np.mean((low <= 0.3) & (high >= 0.3))
-    assert 0.93 <= covered[40] <= 0.97
-    assert covered[3] < 0.85  # why nothing is concluded from it
-
-
-@pytest.mark.parametrize(
-    "higher, own, finding, said",
-    [
-        (False, [0.9, 1.88, 2.92], "better", "a: token-weighted loss 0.1000 lower than b at 9 steps, 3"),
-        (False, [1.1, 2.12, 3.08], "worse", "0.1000 higher than b"),
-        (True, [1.1, 2.12, 3.08], "better", "0.1000 higher than b"),
-        (True, [0.9, 1.88, 2.92], "worse", "0.1000 lower than b"),
-        (None, [1.1, 2.12, 3.08], "no claim", "no claim, because it is unknown whether higher or lower is better"),
-        (False, [1.1, 1.9, 3.0], "unclear", "3 seeds show no clear difference from b (mean +0"),
-        (False, [1.5], "no claim", "a (1 of 3 seeds): token-weighted loss 0.5000 higher than b for the only seed comp"),
-        (
-            False,
-            [1.5, 2.5],
-            "no claim",
-            "a (2 of 3 seeds): token-weighted loss 0.5000 higher than b for each of 2 seeds",
-        ),
-        (False, [], "no data", "there is no seed for which both have a value"),
-    ],
-)
-def test_sentences_state_only_conclusions_that_the_interval_supports(
-    higher: bool | None, own: list[float], finding: str, said: str
-) -> None:
-    others = {1: 1.0, 2: 2.0, 3: 3.0, 4: 9.0}
-    found = difference("a", "b", "token_weighted_loss", dict(zip((1, 2, 3), own, strict=False)), others, higher)
-    assert found.finding == finding
-    text = sentence(found, "9 steps", 3)
-    assert said in text
-    if found.interval is not None:
-        expected = stats.ttest_rel(own, [1.0, 2.0, 3.0]).confidence_interval(0.95)
-        assert found.interval == pytest.approx((expected.low, expected.high))
-        assert ("cannot be ruled out" in text) == (expected.low <= 0 <= expected.high)
-        if finding == "unclear":
-            assert f"as large as {max(-expected.low, expected.high):.4f}" in text
-
-
-def test_only_seeds_of_both_are_paired() -> None:
-    found = difference("a", "b", "x_loss", {1: 1.0, 2: 5.0, 4: 7.0}, {2: 4.0, 3: 0.0, 4: 5.5}, False)
-    assert (found.seeds, found.values, found.mean) == ((2, 4), (1.0, 1.5), 1.25)
 
 
 # The plan.
@@ -446,6 +373,7 @@ BAD = [
     ({"base": "bse.yaml"}, "base: no such file"),
     ({"metrics": ["token_weighted_los"]}, "unknown metric 'token_weighted_los'; did you mean 'token_weighted_loss'?"),
     ({"metrics": ["held_loss", "held_loss"]}, "metrics: must name one or more metrics, each once"),
+    ({"metrics": ["held_loss_stderr"]}, "unknown metric 'held_loss_stderr'; did you mean 'held_loss'?"),
     (variants(), "variants: needs at least two variants"),
     (variants(**{"a/b": PLAIN}), "variants: 'a/b': a name becomes a folder"),
     (variants(Plain=PLAIN), "'plain' and 'Plain' would share a folder"),
@@ -501,6 +429,10 @@ BAD = [
         "evaluate.tasks.0.limits: unknown key 'limits'; did you mean 'limit'?",
     ),
     (tasks({"file": "mmlu.jsonl"}) | {"metrics": ["mmlu/ac"]}, "unknown metric 'mmlu/ac'; did you mean 'mmlu/acc'?"),
+    (
+        tasks({"file": "mmlu.jsonl"}) | {"metrics": ["mmlu/acc_stderr"]},
+        "unknown metric 'mmlu/acc_stderr'; did you mean",
+    ),
     ({"evaluate": {"task": []}}, "evaluate.task: unknown key 'task'; did you mean 'tasks'?"),
 ]
 
@@ -639,11 +571,22 @@ def test_every_run_is_made_once_and_its_results_are_read(
             expected = stats.ttest_rel(own, others).confidence_interval(0.95)
             assert found["t_interval_95"] == pytest.approx([expected.low, expected.high])
             assert found["mean"] == pytest.approx(np.mean(own) - np.mean(others))
+            assert found["p_value"] == pytest.approx(stats.ttest_rel(own, others).pvalue)
         assert found["finding"] == found["variant"]
+    plain = [found["p_value"] for found in result["differences"]]
+    smallest = int(np.argmin(plain))
+    assert result["differences"][smallest]["p_holm"] == pytest.approx(6 * plain[smallest])
+    errors = dict.fromkeys(["token_weighted_loss", "unweighted_loss"], pytest.approx(0.02))
+    assert {name: each["stderr"] for name, each in result["variants"].items()} == {
+        "plain": errors, "better": errors, "worse": errors,
+    }  # fmt: skip
+    assert {row["held_loss_stderr"] for row in lab.rows()} == {"0.03"}
+    assert "beta_loss_stderr" not in lab.rows()[0]  # it has none
     text = (lab.output / "comparison.md").read_text()
     for line in (out, text):
         assert "better: token-weighted loss 0." in line
-        assert "6 comparisons were made at 95 %: if no variant really differed, about 0.3 of them" in line
+        assert "p (Holm)" in line
+        assert "6 comparisons were made, and findings hold after Holm's correction for this number: if no" in line
     assert lab.compare() == 0
     assert "nothing to do: all 9 runs are complete." in capsys.readouterr().out
     assert lab.launches() == []
@@ -669,6 +612,8 @@ def test_the_page_shows_the_differences(whole: tuple[Lab, str]) -> None:
             unpacked(part) for part in (trace["x"], trace["error_x"]["array"], trace["error_x"]["arrayminus"])
         )
         np.testing.assert_allclose(means, [each.mean for each in own])
+        for each, said in zip(own, trace["text"], strict=True):
+            assert f"p (Holm) {number(each.p_holm or 0)}" in said
         np.testing.assert_allclose(means + above, [each.interval[1] for each in own if each.interval])
         np.testing.assert_allclose(means - below, [each.interval[0] for each in own if each.interval])
     cost = cost_chart(outcome).figure
@@ -931,7 +876,7 @@ def test_tasks_are_evaluated_and_alone_again_when_they_change(lab: Lab) -> None:
     assert lab.result()["claims"][-1] == "glossary/acc"
     for row in lab.rows():
         assert float(row["glossary/acc"]) == pytest.approx(0.51)
-        assert (row["glossary/acc/stderr"], row["glossary/law/acc"], row["task_seconds"]) == ("0.01", "1.0", "2.0")
+        assert (row["glossary/acc_stderr"], row["glossary/law/acc"], row["task_seconds"]) == ("0.01", "1.0", "2.0")
 
     def evaluated() -> list[tuple[str, str, int]]:
         assert lab.compare() == 0
@@ -947,7 +892,9 @@ def test_tasks_are_evaluated_and_alone_again_when_they_change(lab: Lab) -> None:
     assert {row["task_seconds"] for row in lab.rows()} == {"4.0"}
     found = {each["metric"]: each["higher_is_better"] for each in lab.result()["differences"]}
     assert found == {"glossary/acc": True, "errors/acc": True, "errors/acc_norm": None}
+    assert {(each["p_value"], each["p_holm"]) for each in lab.result()["differences"]} == {(None, None)}  # one seed
     assert "errors acc_norm (direction not known)" in (lab.output / "comparison.md").read_text()
+    assert lab.result()["variants"]["plain"]["stderr"] == {"glossary/acc": 0.01, "errors/acc": 0.01}
     lab.write(metrics=None, **tasks(errors))
     assert evaluated() == []
     assert "glossary/acc" not in lab.rows()[0]
@@ -976,6 +923,11 @@ def test_names_of_the_harness_are_checked_before_anything_runs(lab: Lab, monkeyp
     assert f"evaluate.tasks.1: {said}: 'helaswag'; did you mean 'hellaswag'?" in str(error.value)
     assert f"evaluate.tasks.2: {said}: 'arc_esy'; did you mean 'arc_easy'?" in str(error.value)
     assert "evaluate.tasks.0" not in str(error.value)
+    lab.write(**tasks("hellaswag"), metrics=["hellaswag/acc"])  # its metrics are known when it has run
+    load(lab.file)
+    lab.write(metrics=["hellaswag/acc_stderr"])
+    with pytest.raises(ConfigError, match=r"metrics: unknown metric 'hellaswag/acc_stderr'"):
+        load(lab.file)
 
 
 def tmp_tasks(lab: Lab, *names: str) -> Path:
@@ -1031,6 +983,7 @@ def test_a_comparison_of_two_real_runs_resumes_after_a_kill(tmp_path: Path) -> N
         assert state["global_step"] == run["costs"]["steps"] > 100
         lines = [json.loads(line) for line in (folder / "dataflex" / "evaluations.jsonl").read_text().splitlines()]
         assert run["metrics"]["held_loss"] == lines[-1]["domains"]["held"]["loss"]
+        assert run["metrics"]["held_loss_stderr"] == lines[-1]["domains"]["held"]["loss_stderr"] > 0
         assert run["fingerprint"] == lines[-1]["fingerprint"]
     cut = checkpoints[0].parents[1]
     lines = [json.loads(line) for line in (cut / "trainer_log.jsonl").read_text().splitlines()]

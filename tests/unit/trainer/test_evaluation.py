@@ -8,10 +8,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from scipy.stats import bootstrap
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dataflex.trainer.evaluation import DomainEvaluation, as_logs, counted_bytes, means, numbers
+from dataflex.trainer.evaluation import DomainEvaluation, as_logs, counted_bytes, loss_stderr, means, numbers
 from unit.fakes import make_pool
 
 TEXTS = [
@@ -63,21 +64,37 @@ def test_metrics_and_means_equal_those_of_known_sums() -> None:
     assert first["loss"] == 2.0
     assert first["perplexity"] == pytest.approx(math.e**2)
     assert first["bits_per_byte"] == pytest.approx(0.5 / math.log(2))
-    found = means({"a": first, "b": second})
+    found = means({"a": {**first, "loss_stderr": 0.3}, "b": {**second, "loss_stderr": 0.4}})
     assert found["token_weighted"] == pytest.approx(
-        {"loss": 23 / 12, "perplexity": math.exp(23 / 12), "bits_per_byte": 23 / 44 / math.log(2)}
+        {
+            "loss": 23 / 12,
+            "loss_stderr": math.sqrt((10 * 0.3) ** 2 + (2 * 0.4) ** 2) / 12,
+            "perplexity": math.exp(23 / 12),
+            "bits_per_byte": 23 / 44 / math.log(2),
+        }
     )
     assert found["unweighted"] == pytest.approx(
-        {"loss": 1.75, "perplexity": math.exp(1.75), "bits_per_byte": (0.5 + 0.75) / 2 / math.log(2)}
+        {
+            "loss": 1.75,
+            "loss_stderr": 0.25,
+            "perplexity": math.exp(1.75),
+            "bits_per_byte": (0.5 + 0.75) / 2 / math.log(2),
+        }
     )
 
 
 def test_domains_without_bytes_or_tokens_have_no_metric() -> None:
-    silent, empty = numbers(6.0, 3, 0), numbers(0.0, 0, 0)
+    silent, empty = ({**each, "loss_stderr": None} for each in (numbers(6.0, 3, 0), numbers(0.0, 0, 0)))
     assert silent["bits_per_byte"] is None
     assert math.isnan(empty["loss"])
     found = means({"silent": silent, "empty": empty})
-    assert found["token_weighted"] == {"loss": 2.0, "perplexity": pytest.approx(math.exp(2)), "bits_per_byte": None}
+    assert found["token_weighted"] == {
+        "loss": 2.0,
+        "loss_stderr": None,
+        "perplexity": pytest.approx(math.exp(2)),
+        "bits_per_byte": None,
+    }
+    assert found["unweighted"]["loss_stderr"] is None
     assert found["unweighted"]["loss"] == 2.0
     assert as_logs({"silent": silent}, "eval").keys() == {"eval_silent_loss", "eval_silent_perplexity"}
     assert numbers(1e6, 1, 1)["perplexity"] == math.inf
@@ -109,4 +126,37 @@ def test_batch_sizes_and_repeated_samples_do_not_change_metrics() -> None:
         for result in found:
             assert result[name]["loss"] == pytest.approx(np.mean(each), rel=1e-6)
             assert result[name]["tokens"] == result[name]["bytes"] == len(each)
+    errors = [result["a"]["loss_stderr"] for result in found]
+    assert errors[0] == errors[1]
+    sums = [-sum(probabilities[row, at - 1, labels[row, at]].item() for at in range(2, 6)) for row in range(3)]
+    # Equally long samples: the standard error of the mean of their means.
+    assert errors[0] == pytest.approx(np.std(np.array(sums) / 4, ddof=1) / math.sqrt(3), rel=1e-5)
+    assert found[0]["b"]["loss_stderr"] is None  # only one of its samples has tokens
     assert [result["b"]["samples"] for result in found] == [2, 2]
+
+
+def test_the_standard_error_of_a_loss_equals_its_formula() -> None:
+    totals, tokens = [9.0, 2.0, 0.0, 7.0], [3, 2, 0, 1]  # the third sample has no counted token
+    loss = 18 / 6
+    squares = sum((total - loss * count) ** 2 for total, count in zip(totals, tokens, strict=True) if count)
+    found = loss_stderr(np.array(totals), np.array(tokens, dtype=np.float64))
+    assert found == pytest.approx(math.sqrt(3 / 2 * squares) / 6)
+    assert loss_stderr(np.array([5.0, 0.0]), np.array([2.0, 0.0])) is None
+    assert loss_stderr(np.array([5.0, math.inf]), np.array([2.0, 3.0])) is None
+    # Equal mean losses have no spread, also of samples of very different lengths.
+    counts = np.array([1.0, 10.0, 1e6])
+    assert loss_stderr(0.7 * counts, counts) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_standard_error_of_a_loss_equals_that_of_a_bootstrap_over_samples() -> None:
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(1, 80, 400).astype(np.float64)
+    totals = tokens * rng.gamma(4.0, 0.5, 400) * (1 + tokens / 100)  # long samples have higher losses
+
+    def loss(totals: np.ndarray, tokens: np.ndarray, axis: int) -> np.ndarray:
+        return totals.sum(axis) / tokens.sum(axis)
+
+    drawn = bootstrap((totals, tokens), loss, paired=True, n_resamples=4000, method="percentile", rng=rng)
+    assert loss_stderr(totals, tokens) == pytest.approx(drawn.standard_error, rel=0.04)
+    # The error of the mean of the samples' own means, or of equally long samples, would be another one.
+    assert np.std(totals / tokens, ddof=1) / 20 != pytest.approx(drawn.standard_error, rel=0.1)
