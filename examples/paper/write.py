@@ -8,6 +8,7 @@ There is a small twin of each form, ``..._small.yaml``, with a model and data th
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +199,8 @@ SMALL_PRETRAINED: Keys = {
 }
 """What is other in a small pre-training, besides :data:`SMALL`."""
 
-LENGTHS = {"6b": (6_000_000_000, 8), "30b": (30_000_000_000, 32)}
-"""Name -> tokens of each training, and the devices that the paper has for it."""
+LENGTHS = {"6b": (6_000_000_000, 8, "data"), "30b": (30_000_000_000, 32, "data_30b")}
+"""Name -> tokens of each training, the devices that the paper has for it, and the folder of its data."""
 
 SMALL_TOKENS = 2_000
 
@@ -232,15 +233,23 @@ DEEPSPEED: Keys = {
     },
 }
 
+HELD_OUT = tuple(f"{name}_val" for name in DOMAINS)
+
+
+def texts_in(place: str, names: Iterable[str]) -> Keys:
+    """Return the entries of data sets of texts, whose files are in a folder with a ``/`` at its end."""
+    return {name: {"file_name": f"{place}{name}.jsonl", "columns": {"prompt": "text"}} for name in names}
+
+
 DATA: Keys = {
     "openhermes": {"hf_hub_url": "OpenDCAI/DataFlex-selector-openhermes-10w"},
     "mmlu_valid": {"file_name": "mmlu_valid.json"},
-    **{
-        name: {"file_name": f"{name}.jsonl", "columns": {"prompt": "text"}}
-        for domain in DOMAINS
-        for name in (domain, f"{domain}_val")
-    },
+    **texts_in("", DOMAINS),
+    **texts_in("", HELD_OUT),
 }
+
+DATA_30B: Keys = {**texts_in("", DOMAINS), **texts_in("../data/", HELD_OUT)}
+"""The same names, so that the shares found on 6B tokens fit, and the same held-out files."""
 
 BASELINE = "With another baseline (baseline: NAME) the command compares the same runs again, and trains none of them."
 
@@ -351,9 +360,9 @@ def _fine_tuning(found: dict[str, tuple[tuple[str, ...], Keys]]) -> None:
 
 def _pretraining(found: dict[str, tuple[tuple[str, ...], Keys]]) -> None:
     first = "First run: dataflex-cli doremi examples/paper/slimpajama_doremi"
-    for length, (tokens, devices) in LENGTHS.items():
+    for length, (tokens, devices, data) in LENGTHS.items():
         name = f"slimpajama_{length}"
-        base = {**PRETRAINED, "gradient_accumulation_steps": devices // DEVICES}
+        base = {**PRETRAINED, "dataset_dir": f"{PLACE}/{data}", "gradient_accumulation_steps": devices // DEVICES}
         said = (f"Qwen2.5-1.5B from scratch on {length.upper()} tokens: mixers against the shares of SlimPajama.",)
         said += (f"{first}.yaml, which finds the shares of the variant doremi.", BASELINE)
         found[name] = (said, pretraining(name, base, tokens, small=False))
@@ -396,6 +405,7 @@ def files() -> dict[str, str]:
     }
     texts["ds_z3_config.json"] = json.dumps(DEEPSPEED, indent=2) + "\n"
     texts["data/dataset_info.json"] = json.dumps(DATA, indent=2) + "\n"
+    texts["data_30b/dataset_info.json"] = json.dumps(DATA_30B, indent=2) + "\n"
     return texts
 
 
