@@ -2,12 +2,13 @@
 
     python examples/paper/write.py
 
-Each has a small twin, ``..._small.yaml``, of the same form on a model and data that ``dataflex-cli`` makes itself.
+There is a small twin of each form, ``..._small.yaml``, with a model and data that ``dataflex-cli`` makes itself.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 
 FOLDER = Path(__file__).parent
 PLACE = "examples/paper"
+SAVES = "saves/paper"
 
 Keys = dict[str, Any]
 
@@ -25,6 +27,8 @@ MODELS = {
 """The models that are fine-tuned."""
 
 ENCODER = {"encoder": "Qwen/Qwen3-Embedding-0.6B"}
+"""What ``near``, ``tsds``, ``coincide`` and ``diversity`` embed samples with."""
+
 ANSWER = {"type": "exact_match", "pattern": r"answer is \(?([A-J])"}
 """What rewards a response to a question of MMLU."""
 
@@ -84,10 +88,14 @@ SMALL_SELECTORS: dict[str, Keys] = {
 }
 """What is set of a selector in a small run, where that is something else."""
 
+SEEDS = [42, 43, 44]
+"""The paper has one seed, 42. Three are the fewest that can support a claim."""
+
+DEVICES = 8
+"""Processes of each training, one on each device."""
+
 TRAINED: Keys = {
     "stage": "sft",
-    "do_train": True,
-    "do_eval": True,
     "finetuning_type": "lora",
     "lora_target": "all",
     "dataset": "openhermes",
@@ -100,14 +108,13 @@ TRAINED: Keys = {
     "learning_rate": 5.0e-7,
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
-    "num_train_epochs": 1.0,
     "lr_scheduler_type": "cosine",
     "bf16": True,
     "flash_attn": "fa2",
     "deepspeed": f"{PLACE}/ds_z3_config.json",
     "logging_steps": 10,
     "save_steps": 400,
-    "seed": 42,
+    "save_total_limit": 1,
     "report_to": "none",
 }
 """Fine-tuning on OpenHermes; on 8 devices a step has 8 samples."""
@@ -130,15 +137,18 @@ SMALL: Keys = {
     "deepspeed": None,
     "logging_steps": 2,
     "save_steps": None,
+    "save_total_limit": None,
     "save_strategy": "no",
 }
 """What is other in a small run; None: it is not set."""
 
-DEVICES = 8
-"""Samples of a step, one on each device."""
-
 ROUNDS = {"warmup_steps": 100, "update_steps": 50, "updates": 30}
 SMALL_ROUNDS = {"warmup_steps": 2, "update_steps": 3, "updates": 2}
+
+MMLU: Keys = {"task": "mmlu", "num_fewshot": 5}
+"""The task of lm-evaluation-harness: the questions of MMLU's test part."""
+
+SMALL_TASK = "../compare/tasks.yaml"
 
 DOMAINS = {
     "slimpajama_commoncrawl": 0.541,
@@ -149,24 +159,23 @@ DOMAINS = {
     "slimpajama_wikipedia": 0.031,
     "slimpajama_stackexchange": 0.028,
 }
-"""Domains of SlimPajama-6B and their shares in it."""
+"""Domains of SlimPajama and their shares in it."""
+
+SMALL_DOMAINS = {"docs_to_code": 0.6, "code_to_docs": 0.3, "prose": 0.1}
 
 PRETRAINED: Keys = {
     "model_name_or_path": "Qwen/Qwen2.5-1.5B",
     "stage": "pt",
-    "do_train": True,
-    "do_eval": True,
     "train_from_scratch": True,
     "finetuning_type": "full",
     "dataset": ",".join(DOMAINS),
     "dataset_dir": f"{PLACE}/data",
-    "val_size": 0.001,
+    "eval_dataset": ",".join(f"{name}_val" for name in DOMAINS),
     "cutoff_len": 2048,
     "preprocessing_num_workers": 64,
     "learning_rate": 5.0e-5,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
-    "num_train_epochs": 1.0,
     "lr_scheduler_type": "linear",
     "warmup_ratio": 0.05,
     "bf16": True,
@@ -174,10 +183,26 @@ PRETRAINED: Keys = {
     "deepspeed": f"{PLACE}/ds_z3_config.json",
     "logging_steps": 10,
     "save_steps": 5000,
-    "seed": 42,
+    "save_total_limit": 1,
     "report_to": "none",
 }
-"""Pretraining on SlimPajama."""
+"""Pre-training on SlimPajama; on 8 devices a step has 64 blocks of 2,048 tokens."""
+
+SMALL_PRETRAINED: Keys = {
+    "template": None,
+    "dataset": ",".join(SMALL_DOMAINS),
+    "eval_dataset": ",".join(f"{name}_val" for name in SMALL_DOMAINS),
+    "max_samples": 200,
+    "lora_rank": None,
+    "lora_alpha": None,
+    "per_device_train_batch_size": 1,
+}
+"""What is other in a small pre-training, besides :data:`SMALL`."""
+
+LENGTHS = {"6b": (6_000_000_000, 8, "data"), "30b": (30_000_000_000, 32, "data_30b")}
+"""Name -> tokens of each training, the devices that the paper has for it, and the folder of its data."""
+
+SMALL_TOKENS = 2_000
 
 TINY_MODEL = {
     "num_hidden_layers": 2,
@@ -208,11 +233,25 @@ DEEPSPEED: Keys = {
     },
 }
 
+HELD_OUT = tuple(f"{name}_val" for name in DOMAINS)
+
+
+def texts_in(place: str, names: Iterable[str]) -> Keys:
+    """Return the entries of data sets of texts, whose files are in a folder with a ``/`` at its end."""
+    return {name: {"file_name": f"{place}{name}.jsonl", "columns": {"prompt": "text"}} for name in names}
+
+
 DATA: Keys = {
     "openhermes": {"hf_hub_url": "OpenDCAI/DataFlex-selector-openhermes-10w"},
     "mmlu_valid": {"file_name": "mmlu_valid.json"},
-    **{name: {"file_name": f"{name}.jsonl", "columns": {"prompt": "text"}} for name in DOMAINS},
+    **texts_in("", DOMAINS),
+    **texts_in("", HELD_OUT),
 }
+
+DATA_30B: Keys = {**texts_in("", DOMAINS), **texts_in("../data/", HELD_OUT)}
+"""The same names, so that the shares found on 6B tokens fit, and the same held-out files."""
+
+BASELINE = "With another baseline (baseline: NAME) the command compares the same runs again, and trains none of them."
 
 
 def smaller(keys: Keys, **more: Any) -> Keys:
@@ -220,30 +259,83 @@ def smaller(keys: Keys, **more: Any) -> Keys:
     return {key: value for key, value in {**keys, **SMALL, **more}.items() if value is not None}
 
 
-def _methods(name: str, base: Keys, *, small: bool) -> Keys:
-    """Return the comparison of all selectors and weighters.
+def fine_tuning(name: str, base: Keys, *, small: bool) -> Keys:
+    """Return the comparison of all selectors and weighters with training on all data.
 
     Args:
         name: of the file.
-        base: the run that is changed.
+        base: the run that is changed, without a section.
         small: whether it is a small twin.
     """
-    without = {"dataflex.select": None}
-    alone = {**without, "dataflex.update_steps": None, "dataflex.updates": None}
-    found: Keys = {"static": alone}
+    rounds = SMALL_ROUNDS if small else ROUNDS
+    warmup = {"warmup_steps": rounds["warmup_steps"]}
+    found: Keys = {"static": {"dataflex": {}}}
     for method, given in SELECTORS.items():
         params = SMALL_SELECTORS.get(method, given) if small else given
-        found[method] = {"dataflex.select": {"method": method, **params}} if method != "random" else {}
+        found[method] = {"dataflex": {**rounds, "select": {"method": method, **params}}}
     for method, params in WEIGHTERS.items():
-        found[f"weight_{method}"] = {**alone, "dataflex.weight": {"method": method, **params}}
-    steps = sum_of(SMALL_ROUNDS if small else ROUNDS)
+        found[f"weight_{method}"] = {"dataflex": {**warmup, "weight": {"method": method, **params}}}
     return {
         "base": base,
-        "output_dir": f"saves/paper/{name}",
-        "baseline": "random",
+        "output_dir": f"{SAVES}/{name}",
+        "processes": 1 if small else DEVICES,
+        "baseline": "static",
         "variants": found,
-        "seeds": [42],
-        "equal": {"steps": steps},
+        "seeds": SEEDS[:1] if small else SEEDS,
+        "equal": {"steps": sum_of(rounds)},
+        "evaluate": {"tasks": [SMALL_TASK if small else MMLU]},
+        "metrics": ["python_facts/acc" if small else "mmlu/acc", "token_weighted_loss"],
+    }
+
+
+def pretraining(name: str, base: Keys, tokens: int, *, small: bool) -> Keys:
+    """Return the comparison of the mixers with the shares of the corpus, on an equal number of tokens.
+
+    Args:
+        name: of the file.
+        base: the run that is changed, without a section.
+        tokens: of each training.
+        small: whether it is a small twin.
+    """
+    shares = SMALL_DOMAINS if small else DOMAINS
+    weights = f"{SAVES}/slimpajama_doremi{'_small' if small else ''}/proxy/dataflex/domain_weights.json"
+    rounds = {"update_steps": 5 if small else 500}
+    odm = {"warmup_steps": 2, "update_steps": 2} if small else {"warmup_steps": 500, "update_steps": 50}
+    fixed = {"method": "static", "unit": "tokens"}
+    names = (*(f"{domain}_val" for domain in shares), "token_weighted", "unweighted")
+    return {
+        "base": base,
+        "output_dir": f"{SAVES}/{name}",
+        "processes": 2 if small else DEVICES,
+        "baseline": "static",
+        "variants": {
+            "static": {"dataflex": {**rounds, "mix": {**fixed, "proportions": dict(shares)}}},
+            "doremi": {"dataflex": {**rounds, "mix": {**fixed, "proportions": weights}}},
+            "odm": {"dataflex": {**odm, "mix": {"method": "odm"}}},
+        },
+        "seeds": SEEDS[:1] if small else SEEDS,
+        "equal": {"tokens": tokens},
+        "metrics": [f"{each}_{measure}" for measure in ("bits_per_byte", "perplexity") for each in names],
+    }
+
+
+def doremi(name: str, base: Keys, changes: Keys, tokens: int, update_steps: int) -> Keys:
+    """Return the three trainings of DoReMi.
+
+    Args:
+        name: of the file.
+        base: the final training, without a section.
+        changes: of the model in the reference and in the proxy.
+        tokens: of each training.
+        update_steps: steps of a round.
+    """
+    section = {"update_steps": update_steps, "train_tokens": tokens}
+    return {
+        "base": {**base, "do_eval": True, "seed": SEEDS[0], "dataflex": section},
+        "output_dir": f"{SAVES}/{name}",
+        "reference": dict(changes),
+        "proxy": dict(changes),
+        "final": {},
     }
 
 
@@ -252,79 +344,68 @@ def sum_of(rounds: Keys) -> int:
     return int(rounds["warmup_steps"] + rounds["update_steps"] * rounds["updates"])
 
 
-def _fine_tuning(found: dict[str, tuple[str, Keys]]) -> None:
-    select = {"select": {"method": "random"}}
+def _fine_tuning(found: dict[str, tuple[tuple[str, ...], Keys]]) -> None:
     for model, keys in MODELS.items():
         name = f"openhermes_{model}"
-        run = {**keys, **TRAINED, "dataflex": {**ROUNDS, **select}}
-        text = "Fine-tuning on 100,000 samples of OpenHermes, 12,800 of them in 1,600 steps; the base of all methods"
-        found[name] = (text, {**run, "output_dir": f"saves/paper/{name}"})
-        small = smaller(run, dataflex={**SMALL_ROUNDS, **select}, output_dir=f"saves/paper/{name}_small")
-        found[f"{name}_small"] = (f"Small twin of {name}.yaml", small)
-        methods = f"{name}_methods"
-        one = {key: value for key, value in run.items() if key != "deepspeed"}  # each run has one device
-        one["gradient_accumulation_steps"] = DEVICES
-        found[methods] = ("Every selector and weighter, at equal steps", _methods(methods, one, small=False))
-        twin = _methods(f"{methods}_small", {key: small[key] for key in small if key != "output_dir"}, small=True)
-        found[f"{methods}_small"] = (f"Small twin of {methods}.yaml", twin)
+        said = (
+            "Every selector and weighter against training on all data, at equal steps of 8 samples of OpenHermes.",
+            f"Takes {DEVICES} devices for each run. On one device for each run: processes: 1 and "
+            f"gradient_accumulation_steps: {DEVICES}.",
+            BASELINE,
+        )
+        found[name] = (said, fine_tuning(name, {**keys, **TRAINED}, small=False))
+    twin = fine_tuning("openhermes_small", smaller(TRAINED), small=True)
+    found["openhermes_small"] = (("Small twin of openhermes_mistral_7b.yaml and openhermes_llama_3_2_3b.yaml.",), twin)
 
 
-def _pretraining(found: dict[str, tuple[str, Keys]]) -> None:
-    static = {"mix": {"method": "static", "proportions": DOMAINS}}
-    small = {
-        "template": None,
-        "dataset": "docs_to_code,code_to_docs,prose",
-        "eval_dataset": None,
-        "val_size": 0.1,
-        "max_samples": 200,
-        "lora_rank": None,
-        "lora_alpha": None,
-        "per_device_train_batch_size": 2,
-    }
-    sections = {
-        "static": {"warmup_steps": 0, "update_steps": 500, **static},
-        "odm": {"warmup_steps": 500, "update_steps": 50, "mix": {"method": "odm"}},
-    }
-    twins = {
-        "static": {"update_steps": 5, "train_steps": 10, "mix": {"method": "static", "proportions": [0.6, 0.3, 0.1]}},
-        "odm": {"warmup_steps": 2, "update_steps": 2, "train_steps": 10, "mix": {"method": "odm"}},
-    }
-    for name, section in sections.items():
-        file = f"slimpajama_{name}"
-        run = {**PRETRAINED, "output_dir": f"saves/paper/{file}", "dataflex": section}
-        found[file] = (f"Pretraining Qwen2.5-1.5B from scratch on SlimPajama, shares by {name}", run)
-        twin = smaller(run, **small, dataflex=twins[name], output_dir=f"saves/paper/{file}_small")
-        found[f"{file}_small"] = (f"Small twin of {file}.yaml", twin)
-    half = {"model_name_or_path": "Qwen/Qwen2.5-0.5B"}
-    doremi = {
-        "base": {**PRETRAINED, "dataflex": {"update_steps": 500}},
-        "output_dir": "saves/paper/slimpajama_doremi",
-        "reference": half,
-        "proxy": half,
-        "final": {},
-    }
-    found["slimpajama_doremi"] = (
-        "DoReMi: reference and proxy of 0.5B, the final model of 1.5B",
-        doremi,
+def _pretraining(found: dict[str, tuple[tuple[str, ...], Keys]]) -> None:
+    first = "First run: dataflex-cli doremi examples/paper/slimpajama_doremi"
+    for length, (tokens, devices, data) in LENGTHS.items():
+        name = f"slimpajama_{length}"
+        base = {**PRETRAINED, "dataset_dir": f"{PLACE}/{data}", "gradient_accumulation_steps": devices // DEVICES}
+        said = (f"Qwen2.5-1.5B from scratch on {length.upper()} tokens: mixers against the shares of SlimPajama.",)
+        said += (f"{first}.yaml, which finds the shares of the variant doremi.", BASELINE)
+        found[name] = (said, pretraining(name, base, tokens, small=False))
+    base = smaller(PRETRAINED, **SMALL_PRETRAINED)
+    twin = pretraining("slimpajama_small", base, SMALL_TOKENS, small=True)
+    found["slimpajama_small"] = (
+        ("Small twin of slimpajama_6b.yaml and slimpajama_30b.yaml.", f"{first}_small.yaml."),
+        twin,
     )
-    base = smaller(PRETRAINED, **small, max_steps=10, num_train_epochs=None, dataflex={"update_steps": 5})
-    tiny = {"model_config": TINY_MODEL}
-    twin = {"base": base, "output_dir": "saves/paper/slimpajama_doremi_small", "reference": tiny, "proxy": tiny}
-    found["slimpajama_doremi_small"] = ("Small twin of slimpajama_doremi.yaml", {**twin, "final": {}})
+    said = ("DoReMi: reference and proxy of 0.5B find the shares, and a model of 1.5B trains on them.",)
+    half = {"model_name_or_path": "Qwen/Qwen2.5-0.5B"}
+    name = "slimpajama_doremi"
+    found[name] = (said, doremi(name, PRETRAINED, half, LENGTHS["6b"][0], 500))
+    twin = doremi(f"{name}_small", base, {"model_config": TINY_MODEL}, SMALL_TOKENS, 5)
+    found[f"{name}_small"] = ((f"Small twin of {name}.yaml.",), twin)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes short values in one line, and equal values in full instead of references to the first one."""
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        return super().represent_mapping(tag, mapping, len(str(mapping)) <= 100)
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+        return super().represent_sequence(tag, sequence, len(str(sequence)) <= 100)
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def files() -> dict[str, str]:
     """Return the text of every file by its name in this folder."""
-    found: dict[str, tuple[str, Keys]] = {}
+    found: dict[str, tuple[tuple[str, ...], Keys]] = {}
     _fine_tuning(found)
     _pretraining(found)
     texts = {
-        f"{name}.yaml": f"# {head}. Written by write.py; see docs/paper.md.\n"
-        + yaml.safe_dump(content, sort_keys=False, width=120)
-        for name, (head, content) in found.items()
+        f"{name}.yaml": "".join(f"# {line}\n" for line in (*said, "Written by write.py; see docs/paper.md."))
+        + yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
+        for name, (said, content) in found.items()
     }
     texts["ds_z3_config.json"] = json.dumps(DEEPSPEED, indent=2) + "\n"
     texts["data/dataset_info.json"] = json.dumps(DATA, indent=2) + "\n"
+    texts["data_30b/dataset_info.json"] = json.dumps(DATA_30B, indent=2) + "\n"
     return texts
 
 

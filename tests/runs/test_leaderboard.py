@@ -21,14 +21,14 @@ BOARD = ROOT / "benchmarks" / "leaderboard"
 
 LONGEST = '''
 import numpy as np
-from dataflex import ComponentParams, Selector, register
+from dataflex import Selector, SelectorParams, register
 
 
-class Params(ComponentParams):
+class Params(SelectorParams):
     """No parameters."""
 
 
-@register("select", "longest")
+@register("selector", "longest")
 class Longest(Selector[Params]):
     """Prefers the longest samples."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -61,8 +62,9 @@ def _run(experiment: Experiment, jobs: int | None, program: Sequence[str], at_on
     missing.sort(key=lambda run: experiment.settings.seeds.index(run.seed))
     failed: dict[str, str] = {}
     if missing:
-        at_once = at_once or workers(jobs)
+        at_once = at_once or workers(jobs, experiment.settings.processes)
         _refuse_sharing(experiment, at_once)
+        _refuse_many_machines(missing)
         print(_counted(states), flush=True)
         failed = execute(experiment, missing, at_once, program, len(states))
     else:
@@ -84,10 +86,21 @@ def _run(experiment: Experiment, jobs: int | None, program: Sequence[str], at_on
 
 def _refuse_sharing(experiment: Experiment, at_once: Workers) -> None:
     most = max(1, len(at_once.devices))
+    count = max(1, sum(len(names.split(",")) for names in at_once.devices))
     if experiment.settings.equal.wall_clock is not None and at_once.jobs > most:
         raise ConfigError(
-            f"--jobs: {at_once.jobs} runs at the same time on {most} device{'s' if most != 1 else ''} slow each other "
-            f"down, and equal: wall_clock compares runs by their time. Use --jobs {most}, or equal: {{tokens: N}}."
+            f"--jobs: {at_once.jobs} runs at the same time on {count} device{'s' if count != 1 else ''} slow each "
+            f"other down, and equal: wall_clock compares runs by their time. Use --jobs {most}, or equal: "
+            "{tokens: N}."
+        )
+
+
+def _refuse_many_machines(missing: Sequence[Run]) -> None:
+    several = os.environ.get("NNODES", "1") != "1" or "RDZV_ID" in os.environ
+    if several and any(run.torchrun for run in missing):
+        raise ConfigError(
+            "environment variable NNODES or RDZV_ID: a comparison launches all processes of a run on this machine. "
+            "Unset it. On several machines, train the run.yaml of each run by hand."
         )
 
 

@@ -48,8 +48,6 @@ MANAGED = (
 )
 """Keys that the comparison sets or removes. Values in the base are replaced, values in a variant are refused."""
 
-_ONE_DEVICE = "each run is one process on one device; raise gradient_accumulation_steps to keep the global batch"
-
 REFUSED = {
     "load_best_model_at_end": "the checkpoint would be picked by the evaluation that the variants are compared on",
     "early_stopping_steps": "the runs would not end at the equal budget",
@@ -57,9 +55,6 @@ REFUSED = {
     "data_seed": "the samples would come in the same order with every seed, and the spread would look too small",
     "val_size": "the split depends on the seed and on how the data is loaded; name a data set in eval_dataset",
     "predict_with_generate": "an evaluation that generates has no loss to compare",
-    "deepspeed": _ONE_DEVICE,
-    "fsdp": _ONE_DEVICE,
-    "fsdp_config": _ONE_DEVICE,
 }
 """Keys that no run of a comparison may have -> the reason."""
 
@@ -120,8 +115,9 @@ class Run:
         seed: seed of everything random in the run.
         configuration: the YAML of the training, with every default of the section filled in.
         contents: digests of the files that the configuration names.
-        key: SHA-256 of the configuration, the contents and the installed versions.
+        key: SHA-256 of the configuration, the contents, the installed versions and the number of processes.
         folder: output_dir of the run. Its path has the variant, the seed and the start of the key.
+        processes: processes of its training.
     """
 
     variant: str
@@ -130,11 +126,17 @@ class Run:
     contents: dict[str, str]
     key: str
     folder: Path
+    processes: int = 1
 
     @property
     def name(self) -> str:
         """Variant and seed."""
         return f"{self.variant}/seed {self.seed}"
+
+    @property
+    def torchrun(self) -> bool:
+        """Whether torchrun starts the training. DeepSpeed needs it even for a single process."""
+        return self.processes > 1 or bool(self.configuration.get("deepspeed"))
 
 
 @dataclass(frozen=True)
@@ -322,6 +324,7 @@ def _variant(
     config, problems = parse_config(raw, base=folder)
     if problems:
         return None, problems
+    config = replace(config, processes=settings.processes)
     if _evaluates(config):
         config = replace(config, llamafactory={**config.llamafactory, "do_eval": True})
     return config, [*checks.problems_of(config), *_refused(config)]
@@ -336,6 +339,12 @@ def _refused(config: RunConfig) -> Iterator[Problem]:
         value = config.llamafactory.get(key)
         if value and str(value).lower() not in ("false", "0", "0.0"):
             yield Problem(key, f"{value!r} is not allowed in a comparison: {reason}. Remove it.")
+    if config.llamafactory.get("fsdp") and config.processes == 1:
+        yield Problem(
+            "fsdp",
+            "shards the model over processes, and each run has one process. Set processes of the comparison to 2 or "
+            "more, or remove it.",
+        )
 
 
 def joined(found: Mapping[str, list[Problem]]) -> Iterator[Problem]:
@@ -372,13 +381,14 @@ def _equal_steps(settings: ExperimentSettings, configs: Mapping[str, RunConfig])
     if settings.equal.steps is None:
         return
     baseline = configs[settings.baseline].llamafactory
+    factors = " x ".join((*STEP_KEYS, "processes") if settings.processes > 1 else STEP_KEYS)
     for variant, config in configs.items():
-        own, other = samples_per_step(config.llamafactory), samples_per_step(baseline)
+        own, other = (samples_per_step(keys, settings.processes) for keys in (config.llamafactory, baseline))
         if own != other:
             yield Problem(
                 f"variants.{variant}",
-                f"trains on {own:,.0f} samples in a step ({' x '.join(STEP_KEYS)}) and {settings.baseline!r} on "
-                f"{other:,.0f}: the same number of steps would not be an equal budget. Use equal: {{tokens: N}}, or "
+                f"trains on {own:,.0f} samples in a step ({factors}) and {settings.baseline!r} on {other:,.0f}: the "
+                "same number of steps would not be an equal budget. Use equal: {tokens: N}, or "
                 "set the keys in the base.",
             )
         if bool(config.llamafactory.get("packing")) != bool(baseline.get("packing")):
@@ -390,10 +400,10 @@ def _equal_steps(settings: ExperimentSettings, configs: Mapping[str, RunConfig])
             )
 
 
-def samples_per_step(llamafactory: Mapping[str, Any]) -> float:
-    """Return the number of samples that an optimizer step of one process trains on."""
+def samples_per_step(llamafactory: Mapping[str, Any], processes: int) -> float:
+    """Return the number of samples that an optimizer step of all processes trains on."""
     given = {key: default if llamafactory.get(key) is None else llamafactory[key] for key, default in STEP_KEYS.items()}
-    return prod(float(value) for value in given.values())
+    return processes * prod(float(value) for value in given.values())
 
 
 def _claims(
@@ -422,6 +432,8 @@ def _runs(
     output: Path,
 ) -> Iterator[Run]:
     versions = installed_versions()
+    # A run of one process keeps the key that it has without `processes`.
+    many = {"processes": settings.processes} if settings.processes > 1 else {}
     for variant, config in configs.items():
         found = digests_of_named(local[variant], base)
         for seed in settings.seeds:
@@ -431,9 +443,10 @@ def _runs(
                 llamafactory={**config.llamafactory, "seed": seed},
                 dataflex=config.dataflex.model_copy(update={"seed": seed}),
             )
-            key, configuration = keyed(seeded, base, {"contents": found, "versions": versions})
+            key, configuration = keyed(seeded, base, {"contents": found, "versions": versions, **many})
             folder = output / "runs" / variant / f"seed-{seed}-{key[:8]}"
-            yield Run(variant, seed, {**configuration, "output_dir": str(folder)}, found, key, folder)
+            own = {**configuration, "output_dir": str(folder)}
+            yield Run(variant, seed, own, found, key, folder, settings.processes)
 
 
 def keyed(config: RunConfig, base: Path, depends_on: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

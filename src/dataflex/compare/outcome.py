@@ -159,7 +159,7 @@ def budget_problem(run: Run, result: Result, experiment: Experiment) -> str | No
     before = result.spent_before
     if before is not None and before >= equal.tokens:
         return f"{said}, more than one step over the budget of {equal.tokens:,}: {before:,.0f} before the last step"
-    step = samples_per_step(run.configuration) * float(run.configuration.get("cutoff_len") or 2048)
+    step = samples_per_step(run.configuration, run.processes) * float(run.configuration.get("cutoff_len") or 2048)
     if costs["tokens"] - equal.tokens >= step:
         return f"{said}, more than one step over the budget of {equal.tokens:,}: a step holds {step:,.0f} at most"
     return None

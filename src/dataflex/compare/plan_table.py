@@ -56,7 +56,9 @@ def _cost(experiment: Experiment, states: dict[Run, State], expected_of: dict[Ru
     if not missing:
         return "Nothing to do."
     equal = experiment.settings.equal
+    processes = experiment.settings.processes
     runs = f"{len(missing)} run{'s' if len(missing) != 1 else ''} to go"
+    runs += f", each on {processes} processes" if processes > 1 else ""
     measured = [seconds for run in missing if (seconds := expected_of[run]) is not None]
     if len(measured) == len(missing):
         return (

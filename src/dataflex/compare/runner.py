@@ -45,8 +45,12 @@ from dataflex.trainer.stopping import Stopped
 PROGRAM = (sys.executable, "-m", "dataflex")
 """The command line that trains and evaluates."""
 
-# A run is one process: with these variables of a launcher it would start others, or wait for them.
-_NOT_HANDED_ON = ("FORCE_TORCHRUN", "LOCAL_RANK", "RANK", "WORLD_SIZE", "DATAFLEX_ERROR_FOLDER")
+# The comparison sets the processes of a run: with these variables of a launcher a run would start others, wait for
+# them, or meet the processes of another run at the same port.
+_NOT_HANDED_ON = (
+    *("FORCE_TORCHRUN", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"),
+    *("LOCAL_RANK", "RANK", "WORLD_SIZE", "DATAFLEX_ERROR_FOLDER"),
+)
 _TAIL = 16_384
 _PATIENCE = 20.0
 """Seconds that a process may take to end after it was interrupted."""
@@ -58,7 +62,7 @@ class Workers:
 
     Attributes:
         jobs: runs at a time, >= 1.
-        devices: names for CUDA_VISIBLE_DEVICES. Empty without CUDA.
+        devices: values of CUDA_VISIBLE_DEVICES, each with the devices of one run. Empty without CUDA.
         whole_machine: whether a run is launched as by hand: if the environment says so, it has several processes on all
             devices. Needs one job.
     """
@@ -67,27 +71,47 @@ class Workers:
     devices: tuple[str, ...] = ()
     whole_machine: bool = False
 
-    def environment(self, place: int) -> dict[str, str]:
-        """Return the environment of the run in slot ``place``, counted from 0."""
+    def environment(self, place: int, processes: int | None = None) -> dict[str, str]:
+        """Return the environment of the run in slot ``place``, counted from 0.
+
+        Args:
+            place: the slot.
+            processes: number of processes that torchrun starts. None means a single process without torchrun, which
+                gets the first of the slot's devices.
+        """
         if self.whole_machine:
             return {"TQDM_MININTERVAL": "5", **os.environ}
         environment = {key: value for key, value in os.environ.items() if key not in _NOT_HANDED_ON}
         environment.setdefault("TQDM_MININTERVAL", "5")  # seconds; keeps progress bars from filling the log
         if self.devices:
-            environment["CUDA_VISIBLE_DEVICES"] = self.devices[place % len(self.devices)]
+            names = self.devices[place % len(self.devices)]
+            environment["CUDA_VISIBLE_DEVICES"] = names.partition(",")[0] if processes is None else names
         else:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // self.jobs)))
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // (self.jobs * (processes or 1)))))
+        if processes is not None:
+            environment |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(processes)}
         return environment
 
 
-def workers(jobs: int | None = None) -> Workers:
-    """Return one job for each visible CUDA device, or one without CUDA. ``jobs`` sets another number."""
+def workers(jobs: int | None = None, processes: int = 1) -> Workers:
+    """Return one job for every ``processes`` visible CUDA devices, or one without CUDA. ``jobs`` sets another number.
+
+    Raises:
+        ConfigError: if there are CUDA devices, but fewer than ``processes``.
+    """
     import torch
 
     count = torch.cuda.device_count()
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     devices = tuple(named[:count] if named else [str(number) for number in range(count)])
-    return Workers(jobs or max(1, count), devices)
+    if 0 < count < processes:
+        raise ConfigError(
+            f"processes: {processes} needs as many devices, and {count} {'is' if count == 1 else 'are'} visible. Set "
+            f"it to {count} or less, and raise gradient_accumulation_steps to keep the samples of a step."
+        )
+    firsts = range(0, count - count % processes, processes)
+    groups = tuple(",".join(devices[first : first + processes]) for first in firsts)
+    return Workers(jobs or max(1, len(groups)), groups)
 
 
 def _cores() -> int:
@@ -251,7 +275,8 @@ class _Crew:
             self._launch(run, place, tasks, ["eval", str(run.folder), "--tasks", str(run.folder / TASKS_FILE)])
 
     def _launch(self, run: Run, place: int, tasks: tuple[Task, ...], arguments: list[str]) -> None:
-        environment = {**self._at_once.environment(place), **handed_on(run.configuration)}
+        processes = run.processes if run.torchrun and not tasks else None
+        environment = {**self._at_once.environment(place, processes), **handed_on(run.configuration)}
         process = _start(run, [*self._program, *arguments], environment)
         job = _Job(run, place, tasks, process)
         self._at_work.append(job)
@@ -309,6 +334,7 @@ def _prepare(run: Run) -> None:
         "working_directory": str(Path.cwd()),
         "versions": installed_versions(),
         "contents": run.contents,
+        "processes": run.processes,
     }
     write_atomically(run.folder / KEY_FILE, (json_text(key, indent=2) + "\n").encode())
     write_atomically(run.folder / RUN_FILE, run_yaml(run))

@@ -84,6 +84,7 @@ class ExperimentSettings(BaseModel):
     equal: Equal = Field(description="The budget of every run: tokens, steps or wall_clock.", examples=[{"steps": 200}])
     evaluate: Evaluate | None = Field(None, description="Downstream tasks of every trained model.")
     metrics: list[str] | None = Field(None, description="The metrics whose differences get a finding.")
+    processes: int = Field(1, ge=1, description="Processes of each training, one for each device.")
 
     @field_validator("variants", mode="before")
     @classmethod

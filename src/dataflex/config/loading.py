@@ -147,6 +147,7 @@ class RunConfig:
         assets: keys of LLaMA-Factory whose value was ``asset:NAME`` -> that value.
         notes: texts that the user sees before the run starts.
         offline: whether the pool is only scored, not trained on.
+        processes: number of processes that train, if the caller launches them. None: the environment decides.
     """
 
     llamafactory: dict[str, Any]
@@ -158,6 +159,7 @@ class RunConfig:
     assets: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     offline: bool = False
+    processes: int | None = None
 
     @property
     def warmup_steps(self) -> int:

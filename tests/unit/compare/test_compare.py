@@ -37,12 +37,13 @@ from dataflex.compare import page
 from dataflex.compare import tasks as compare_tasks
 from dataflex.compare.experiment import load
 from dataflex.compare.merging import merged
-from dataflex.compare.outcome import gather
+from dataflex.compare.outcome import budget_problem, gather
 from dataflex.compare.page import cost_chart, forest_charts
 from dataflex.compare.remaining import as_text, time_left
-from dataflex.compare.result import state_of
-from dataflex.compare.runner import Workers
+from dataflex.compare.result import Result, state_of
+from dataflex.compare.runner import Workers, workers
 from dataflex.compare.statistics import number
+from dataflex.config.checks.plan import trainer_keys
 from dataflex.errors import ConfigError
 
 PROGRAM = """
@@ -57,6 +58,8 @@ folder = Path(target) if command == "eval" else Path(target).parent
 config = yaml.safe_load((folder / "run.yaml").read_text())
 data = Path(config["dataset_dir"])
 variant, seed = folder.parts[-2], config["seed"]
+names = ("FORCE_TORCHRUN", "NPROC_PER_NODE", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+(data / f"environment-{command}-{variant}.json").write_text(json.dumps({n: os.environ.get(n) for n in names}))
 with (data / "launches.txt").open("a") as stream:
     stream.write(json.dumps([command, variant, seed, sys.argv[3:], os.environ.get("OMP_NUM_THREADS")]) + "\\n")
 behaviour = json.loads((data / "behaviour.json").read_text()).get(f"{variant}/{seed}", "")
@@ -393,12 +396,17 @@ BAD = [
     ),
     (variants(a={**RANDOM, "load_best_model_at_end": True}), "variants.a.load_best_model_at_end: True is not allowed"),
     (
-        variants(a={**RANDOM, "deepspeed": "x.json"}),
-        "variants.a.deepspeed: 'x.json' is not allowed in a comparison: each run is one",
+        variants(a={**RANDOM, "fsdp": "full_shard"}),
+        "variants.a.fsdp: shards the model over processes, and each run has one process. Set processes",
     ),
     (
         variants(a={**RANDOM, "gradient_accumulation_steps": 2}),
         "variants.a: trains on 4 samples in a step (per_device_train_batch_size x gradient_accumulation_steps) and 'p",
+    ),
+    ({"processes": 0}, "processes: Input should be greater than or equal to 1, got 0"),
+    (
+        variants(a={**RANDOM, "gradient_accumulation_steps": 2}) | {"processes": 3},
+        "variants.a: trains on 12 samples in a step (per_device_train_batch_size x gradient_accumulation_steps x pro",
     ),
     (
         variants(a={"selct": None, **PLAIN}),
@@ -526,6 +534,93 @@ def test_settings_of_budget_and_machine_are_checked(lab: Lab, monkeypatch: pytes
     monkeypatch.setattr(compare_tasks, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'evaluate: needs lm-evaluation-harness: pip install "dataflex\[eval\]"'):
         load(lab.file)
+
+
+def test_a_run_of_several_processes_is_launched_on_as_many_devices(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("NPROC_PER_NODE", "7")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,GPU-a,2,3")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
+    assert workers(None, 2) == Workers(2, ("4,7", "GPU-a,2"))
+    assert workers(1, 5) == Workers(1, ("4,7,GPU-a,2,3",))
+    assert workers() == Workers(5, ("4", "7", "GPU-a", "2", "3"))
+    (lab.folder / "ds.json").write_text(json.dumps(tiny.deepspeed_config(3)))
+    sharded = {"dataflex": {}, "deepspeed": str(lab.folder / "ds.json")}
+    (lab.folder / "mmlu.jsonl").write_text(question("who ?"))
+
+    def environments(**changes: Any) -> list[dict[str, str | None]]:
+        lab.write(seeds=[1], variants={"plain": PLAIN, "sharded": sharded}, **changes)
+        assert compare(lab.file, program=lab.program) == 0
+        names = ("train-plain", "train-sharded", "eval-plain")
+        return [json.loads((lab.data / f"environment-{name}.json").read_text()) for name in names]
+
+    alone = {"FORCE_TORCHRUN": None, "NPROC_PER_NODE": None, "MASTER_PORT": None}
+    one, forced, _ = environments(**tasks("mmlu.jsonl"))
+    assert one.items() >= (alone | {"CUDA_VISIBLE_DEVICES": "4"}).items()
+    assert (forced["FORCE_TORCHRUN"], forced["NPROC_PER_NODE"], forced["CUDA_VISIBLE_DEVICES"]) == ("1", "1", "7")
+    plain, _, evaluated = environments(processes=2)
+    assert plain == {**alone, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "4,7"} | {
+        "OMP_NUM_THREADS": None
+    }
+    assert evaluated == {**alone, "CUDA_VISIBLE_DEVICES": "4", "OMP_NUM_THREADS": None}
+    assert json.loads((lab.folder_of("plain", 1) / "key.json").read_text())["processes"] == 2
+    lab.write(processes=6)
+    with pytest.raises(ConfigError, match="processes: 6 needs as many devices, and 5 are visible"):
+        compare(lab.file, program=lab.program)
+    assert not lab.folder_of("plain", 1).exists()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("dataflex.compare.runner._cores", lambda: 13)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert workers(None, 6) == Workers(1)
+    assert [found["OMP_NUM_THREADS"] for found in environments(processes=6)] == ["2", "2", "13"]
+    lab.write(processes=3)
+    monkeypatch.setenv("NNODES", "2")
+    with pytest.raises(ConfigError, match="NNODES or RDZV_ID: a comparison launches all processes of a run on this"):
+        compare(lab.file, program=lab.program)
+
+
+def test_the_number_of_processes_and_the_deepspeed_file_make_another_run(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = lab.folder / "ds.json"
+    file.write_text(json.dumps(tiny.deepspeed_config(2)))
+    lab.base["deepspeed"] = str(file)
+
+    def keys(processes: int) -> set[str]:
+        lab.write(processes=processes)
+        return {run.key for run in load(lab.file).runs}
+
+    seen = [keys(1), keys(2), keys(3)]
+    file.write_text(json.dumps(tiny.deepspeed_config(3)))
+    seen += [keys(1), keys(2)]
+    assert len(set().union(*seen)) == 9 * len(seen)
+    lab.compare(dry_run=True)
+    assert "9 runs to go, each on 2 processes: 36 steps in all" in capsys.readouterr().out
+
+
+def test_the_plan_of_a_run_has_its_processes_whatever_the_environment_says(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    monkeypatch.setenv("NPROC_PER_NODE", "5")
+    for processes in (1, 4):
+        lab.write(processes=processes)
+        assert trainer_keys(load(lab.file).configs["plain"]).processes == processes
+
+
+@pytest.mark.parametrize(("processes", "excess", "said"), [(1, 129, "a step holds 128 at most"), (2, 129, None)])
+def test_a_step_of_several_processes_holds_the_tokens_of_all(
+    lab: Lab, processes: int, excess: int, said: str | None
+) -> None:
+    lab.write(equal={"tokens": 500}, processes=processes, seeds=[1])
+    experiment = load(lab.file)
+    costs = {"tokens": 500.0 + excess, "steps": 4.0}
+    result = Result({}, (), {}, costs, None, (), (), 400.0, {})
+    found = budget_problem(experiment.runs[0], result, experiment)
+    assert (found is None) if said is None else (found is not None and said in found)
+    full = Result({}, (), {}, {**costs, "tokens": 500.0 + 128 * processes}, None, (), (), 400.0, {})
+    assert budget_problem(experiment.runs[0], full, experiment) is not None
 
 
 def test_ctrl_c_while_the_experiment_is_read_ends_the_command(
@@ -988,3 +1083,32 @@ def test_a_comparison_of_two_real_runs_resumes_after_a_kill(tmp_path: Path) -> N
     cut = checkpoints[0].parents[1]
     lines = [json.loads(line) for line in (cut / "trainer_log.jsonl").read_text().splitlines()]
     assert [line["current_steps"] for line in lines if "loss" in line].count(10) == 1  # it did not begin anew
+
+
+@pytest.mark.launch
+def test_two_processes_have_the_budget_and_the_result_of_one_with_the_same_global_batch(tmp_path: Path) -> None:
+    model, data = tiny.make_model(tmp_path / "model"), tiny.make_data(tmp_path / "data")
+    base = tiny.arguments(model, data, tmp_path, dataset="alpha,beta", eval_dataset="held,gamma")
+    variants = {"plain": {"dataflex": {}}, "random": {"dataflex": {"update_steps": 10, "select": {"method": "random"}}}}
+    settings = {"base": base, "baseline": "plain", "variants": variants, "seeds": [1], "equal": {"tokens": 2_000}}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = {}
+    for processes in (2, 1):
+        base["gradient_accumulation_steps"] = 2 // processes
+        file = tmp_path / f"experiment-{processes}.yaml"
+        file.write_text(yaml.safe_dump({**settings, "output_dir": f"out-{processes}", "processes": processes}))
+        command = [sys.executable, "-m", "dataflex", "compare", file.name]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        running[processes] = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    found = []
+    for processes, process in running.items():
+        said, _ = process.communicate()
+        assert process.returncode == 0, said
+        found.append(json.loads((tmp_path / f"out-{processes}" / "comparison.json").read_text())["runs"])
+        for run in found[-1]:
+            assert (run["status"], 2_000 <= run["costs"]["tokens"] < 2_000 + 4 * 64) == ("compared", True)
+            record = json.loads((tmp_path / run["folder"] / "dataflex" / "environment.json").read_text())
+            assert f'"processes": {processes},' in json.dumps(record)
+    for many, one in zip(*found, strict=True):
+        assert [many["costs"][key] for key in ("tokens", "steps")] == [one["costs"][key] for key in ("tokens", "steps")]
+        assert many["metrics"] == pytest.approx(one["metrics"], rel=1e-3)

@@ -77,7 +77,7 @@ def trainer_keys(config: RunConfig, certain: bool = False) -> TrainerKeys:
 
     Args:
         config: configuration of the run.
-        certain: use a lower bound of the number of processes.
+        certain: use a lower bound of the number of processes if the environment decides it.
     """
     given = config.llamafactory
     logging_steps = number(config, "logging_steps", 500)
@@ -86,7 +86,7 @@ def trainer_keys(config: RunConfig, certain: bool = False) -> TrainerKeys:
         epochs=number(config, "num_train_epochs", 3.0),
         per_device=max(1, int(number(config, "per_device_train_batch_size", 8))),
         accumulation=max(1, int(number(config, "gradient_accumulation_steps", 1))),
-        processes=planned_processes(certain),
+        processes=config.processes or planned_processes(certain),
         eval_strategy=str(given.get("eval_strategy") or "no"),
         eval_steps=number(config, "eval_steps", logging_steps),
         evaluates_at_end=truthy(config, "do_eval") or str(given.get("eval_strategy") or "no") != "no",
@@ -100,8 +100,8 @@ def planned(config: RunConfig, certain: bool = False) -> RunPlan:
 
     Args:
         config: configuration of the run.
-        certain: use a lower bound of the number of processes, so that the plan has at least as many steps as the run,
-            and rounds that are no larger.
+        certain: use a lower bound of the number of processes if the environment decides it, so that the plan has at
+            least as many steps as the run, and rounds that are no larger.
     """
     samples, reason = training_samples(config)
     settings = config.dataflex or DataFlexConfig()
