@@ -60,6 +60,8 @@ def search(experiment: Experiment, folders: Sequence[Path]) -> Found:
     Raises:
         ConfigError: if a folder has no run of the experiment. The text says how its runs differ.
     """
+    if not folders:
+        return Found({}, ())
     missing = [run for run in experiment.runs if state_of(run, experiment) in ("to run", "to resume")]
     others = {folder: list(_runs_in(folder, experiment)) for folder in dict.fromkeys(folders)}
     runs: dict[Run, Path] = {}
@@ -165,7 +167,7 @@ def take_over(run: Run, there: Path) -> None:
 
     Args:
         run: a run that is not trained here.
-        there: folder of the complete run.
+        there: folder of the complete run, OUTPUT_DIR/runs/VARIANT/SEED.
 
     Raises:
         ConfigError: if a file cannot be copied.
@@ -173,7 +175,7 @@ def take_over(run: Run, there: Path) -> None:
     try:
         stored = read_object(there / COMPLETE_FILE)
         assert stored is not None
-        origin = {"variant": run.variant, "taken_over_from": stored.get("taken_over_from", str(there))}
+        origin = {"variant": run.variant, "taken_over_from": stored.get("taken_over_from", str(there.parents[2]))}
         for name in (KEY_FILE, SUMMARY_FILE):
             if (there / name).is_file():
                 write_atomically(run.folder / name, (there / name).read_bytes())

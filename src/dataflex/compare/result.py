@@ -48,7 +48,7 @@ class Result:
         runs_at_once: number of runs at a time when it was trained. None for a run whose folder does not say it.
         seconds: seconds from the start of its first process to the end of its last one, with loading. None unless the
             run was made on this machine in one attempt.
-        taken_over_from: folder of another comparison that made the run. None for a run of this comparison.
+        taken_over_from: output_dir of another comparison that made the run. None for a run of this comparison.
     """
 
     metrics: dict[str, float]

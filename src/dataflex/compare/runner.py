@@ -51,7 +51,7 @@ PROGRAM = (sys.executable, "-m", "dataflex")
 # A run is one process: with these variables of a launcher it would start others, or wait for them.
 _NOT_HANDED_ON = ("FORCE_TORCHRUN", "LOCAL_RANK", "RANK", "WORLD_SIZE", "DATAFLEX_ERROR_FOLDER")
 _TAIL = 16_384
-_OUT_OF_MEMORY = re.compile(r"CUDA out of memory|OutOfMemoryError")
+_OUT_OF_MEMORY = re.compile(r"CUDA (error: )?out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")
 """Text in the log of a run for which the memory of its device was too small."""
 _PATIENCE = 20.0
 """Seconds that a process may take to end after it was interrupted."""
@@ -256,7 +256,7 @@ class _Crew:
             if place is None or self._is_over():
                 return
             self._waiting.remove(run)
-            seconds = max(self._known.get(run.variant, [0.0]))
+            seconds = max(self._known.get(run.variant, ()), default=0.0)
             is_too_long = seconds > self._until - time.monotonic()
             if is_too_long and not _has_checkpoints(run) and trained_problem(run, self._plan) is not None:
                 self.too_long[run.name] = seconds

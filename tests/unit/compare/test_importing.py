@@ -173,9 +173,7 @@ def test_a_run_is_taken_from_the_first_folder_that_has_it(lab: Lab, elsewhere: P
     (next((elsewhere / "runs" / "plain").glob("seed-2-*")) / "complete.json").unlink()
     assert lab.compare(merge=[elsewhere, second]) == 0
     assert lab.launches() == []
-    origins = {
-        (run["variant"], run["seed"]): Path(run["taken_over_from"]).parents[2].name for run in lab.result()["runs"]
-    }
+    origins = {(run["variant"], run["seed"]): Path(run["taken_over_from"]).name for run in lab.result()["runs"]}
     assert origins.pop(("plain", 2)) == "second"
     assert set(origins.values()) == {"out"}
 

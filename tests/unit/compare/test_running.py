@@ -252,6 +252,21 @@ def test_a_run_out_of_memory_beside_others_is_made_again_alone(
     assert any("several at a time include waiting for each other" in note for note in lab.result()["notes"])
 
 
+@pytest.mark.parametrize(
+    "text, is_one",
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has", True),
+        ("torch.cuda.OutOfMemoryError: Allocation on device", True),
+        ("torch.AcceleratorError: CUDA error: out of memory", True),
+        ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("RuntimeError: CUDA error: device-side assert triggered", False),
+        ("MemoryError: Unable to allocate 7.45 GiB for an array", False),  # the memory of the machine
+    ],
+)
+def test_errors_of_a_device_that_is_full_are_recognised(text: str, is_one: bool) -> None:
+    assert bool(runner._OUT_OF_MEMORY.search(text)) == is_one
+
+
 def test_a_run_out_of_memory_alone_has_failed(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     lab.write(seeds=[1], **variants(better=RANDOM))
     plan(lab, {"plain/1": {"seconds": 1.0}, "better/1": {"out_of_memory": 9}})
