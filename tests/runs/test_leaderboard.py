@@ -62,7 +62,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     written(folder / "files", "target.jsonl", rows("target", 20))
     (folder / "longest.py").write_text(LONGEST)
     board = {
-        "models": {"tiny": {"about": "a tiny model", "settings": {"model_name_or_path": "model", "template": "default"}}},
+        "models": {
+            "tiny": {"about": "a tiny model", "settings": {"model_name_or_path": "model", "template": "default"}}
+        },
         "pools": {"clean": {"about": "birds and trees", "file": "pool.jsonl", "spoilt": 0.25}},
         "targets": {
             "birdsong": {

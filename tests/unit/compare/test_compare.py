@@ -752,8 +752,8 @@ def test_only_missing_runs_are_made(lab: Lab, capsys: pytest.CaptureFixture[str]
 
     # Folders of others.
     key = json.loads((folder / "key.json").read_text())
-    (folder / "key.json").write_text(json.dumps({**key, "format": 2}))
-    with pytest.raises(ConfigError, match=r"key.json: expected format 1 .* found format 2"):
+    (folder / "key.json").write_text(json.dumps({**key, "format": 3}))
+    with pytest.raises(ConfigError, match=r"key.json: expected format 2 .* found format 3"):
         lab.compare()
     (folder / "key.json").write_text(json.dumps(key)[:20])
     with pytest.raises(ConfigError, match=r"key.json is not readable JSON"):
