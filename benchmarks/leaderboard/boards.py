@@ -103,19 +103,27 @@ class Mixtures(_Part):
     seeds: list[int]
 
 
+class Costs(_Part):
+    """Track C of a tier. ``samples`` is the size of the pool that LESS selects from; the other parts scale with it."""
+
+    device: Literal["cpu", "cuda"]
+    samples: int
+
+
 class Tier(_Part):
     """The work of one command."""
 
     about: str
     selection: Selection | None = None
     mixtures: Mixtures | None = None
-    costs: bool = False
+    costs: Costs | None = None
 
 
 class Claim(_Part):
     """A claim that tables test: all tables of a track, or those with a baseline."""
 
     text: str
+    source: str | None = None
     track: Literal["A", "B", "C"]
     baseline: str | None = None
     variants: list[str] | None = None

@@ -319,6 +319,26 @@ def experiment_settings(folder: Path, output: Path, size: str, seeds: Sequence[i
     }
 
 
+def sentences(size: str, seeds: Sequence[int]) -> Iterator[str]:
+    """Yield plain sentences about the model, the data and the budget."""
+    settings = SIZES[size]
+    yield (
+        f"Model: a Llama of {settings.layers} layers of width {settings.width} from random weights, with a byte-level "
+        f"BPE of {settings.vocabulary:,} tokens that is trained on the training texts."
+    )
+    yield f"Data: {', '.join(DOMAINS)}, in packed blocks of {settings.block} tokens."
+    if settings.validation is not None:
+        yield (
+            f"Validation: {settings.validation[1]:,} characters of at most {settings.validation[0]} documents of each "
+            "domain. arxiv has 2 documents and commoncrawl has 3, so these two values say little about their domains."
+        )
+    yield (
+        f"Budget: {settings.tokens:,} trained tokens in each run, {settings.batch} blocks in a step, seeds "
+        f"{', '.join(map(str, seeds))}. Perplexity is for each token of this vocabulary: compare models of different "
+        "vocabularies by bits per byte."
+    )
+
+
 def _static(run: Path) -> Keys:
     """Return the mixer of the average weights that a proxy run found."""
     weights = _relative(run / "dataflex" / "domain_weights.json")

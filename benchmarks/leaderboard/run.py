@@ -27,6 +27,7 @@ from typing import Any
 import boards
 import cost
 import instruct
+import page
 import pretraining
 import yaml
 from boards import Board, Places, Table, TableSettings, Tier
@@ -55,6 +56,7 @@ class Stopped(Exception):
 
 
 def main() -> None:
+    sys.path.append(str(HERE.parent))  # the other benchmarks
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the files that the board lists")
     parser.add_argument("--board", type=Path, default=HERE / "board.yaml")
@@ -125,7 +127,7 @@ class Work:
         if self.tier.mixtures is not None and "B" in self.options.only:
             asked += pretraining.files()
         if self.tier.costs and "C" in self.options.only:
-            asked += cost.files()
+            asked += cost.FILES
         return sorted(file for name in set(asked) if not (file := self.options.data / name).is_file())
 
     # Track A
@@ -221,12 +223,12 @@ class Work:
             for name in readers:
                 section = table.experiment["variants"][name]["dataflex"]
                 config = {**base, "output_dir": str(self.folder / "embed"), "dataflex": section}
-                self._once(f"embeddings-{group}-{target}-{name}", ["embed"], config)
+                self._once(f"embeddings/{group}/{target}/{name}", ["embed"], config)
         if any(boards.names(keys, "reference") for keys in methods.values()):
             config = {**base, "dataset": instruct.REFERENCE, "num_train_epochs": 1.0}
             config |= {"output_dir": str(self.folder / f"reference-{group}"), "overwrite_output_dir": True}
             config = {key: value for key, value in config.items() if key not in ("eval_dataset", "do_eval")}
-            self._once(f"reference-{group}", ["train"], config)
+            self._once(f"reference/{group}", ["train"], config)
 
     # Track B
 
@@ -234,28 +236,42 @@ class Work:
         settings = self.tier.mixtures
         if settings is None:
             return
-        folder = self.folder / "mixtures"
-        pretraining.prepare(self.options.data, folder, settings.size)
-        doremi = pretraining.doremi_settings(folder, settings.size)
-        self._once("doremi", ["doremi"], doremi)
-        self._compare(pretraining.table(folder, self.folder, settings.size, settings.seeds))
+        folder, size = self.folder / "mixtures", settings.size
+        pretraining.prepare(self.options.data, folder, size)
+        self._once("doremi", ["doremi"], pretraining.doremi_settings(folder, size))
+        if size == "large":
+            self._once("doge", ["train"], pretraining.doge_settings(folder, size))
+            self._once("regmix", ["regmix"], pretraining.regmix_settings(folder, size))
+        name = f"mixtures-vs-{pretraining.BASELINE}"
+        experiment = pretraining.experiment_settings(folder, self.folder / name, size, settings.seeds)
+        title = f"Mixtures of seven domains: against `{pretraining.BASELINE}`"
+        self._compare(
+            Table(name, "B", title, tuple(pretraining.sentences(size, settings.seeds)), experiment, "mixtures")
+        )
 
     # Track C
 
     def _costs(self) -> None:
-        output = self.folder / "costs.json"
-        if not self.tier.costs or output.is_file():
+        """Measure the parts of track C that are not measured yet, each alone on the machine."""
+        settings = self.tier.costs
+        if settings is None:
             return
-        command = [sys.executable, str(HERE / "cost.py"), "--data", str(self.options.data), "--output", str(output)]
-        command += ["--peer", str(self.options.peer)] if self.options.peer else []
-        self._call("costs", command)
+        output = self.folder / "costs.json"
+        known = json.loads(output.read_text()) if output.is_file() else {"measured": {}, "skipped": {}}
+        for part in cost.PARTS:
+            if part in known["measured"] and (part not in known["skipped"] or self.options.peer is None):
+                continue
+            command = [sys.executable, str(HERE / "cost.py"), "--data", str(self.options.data), "--only", part]
+            command += ["--output", str(output), "--device", settings.device, "--samples", str(settings.samples)]
+            command += ["--peer", str(self.options.peer)] if self.options.peer else []
+            self._call(f"costs-{part}", command)
 
     # Steps
 
     def _once(self, name: str, verb: Sequence[str], config: dict[str, Any]) -> None:
         """Run ``dataflex-cli VERB FILE`` with a configuration, unless it is on record that this has ended well."""
-        file = self.folder / f"{name}.yaml"
-        done = self.folder / f"{name}.done"
+        place = self.folder / name.replace("/", "-")
+        file, done = place.with_suffix(".yaml"), place.with_suffix(".done")
         text = yaml.safe_dump(config, sort_keys=False)
         if done.is_file() and done.read_text() == text:
             return
@@ -302,7 +318,7 @@ class Work:
             raise Stopped(LIMIT_REACHED)
         if left is not None and "compare" in command:
             command = [*command, "--time-limit", f"{left:.0f}s"]
-        log = self.folder / f"{name}.log"
+        log = self.folder / f"{name.replace('/', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         print(f"{shlex.join(command)} >> {log}", flush=True)
         began = time.monotonic()
@@ -326,57 +342,94 @@ class Work:
 
     def _write_results(self) -> None:
         """Write the result file of everything that is complete so far, and the pages."""
-        tables = []
-        for file in sorted(self.folder.glob("*/table.json")):
-            described = json.loads(file.read_text())
-            described["comparison"] = json.loads((file.parent / "comparison.json").read_text())
-            described["seconds"] = round(self.seconds.get(file.parent.name, 0.0))
-            tables.append(described)
+        from overhead import machine
+
+        here = machine()
+        tables = list(self._tables())
         costs = self.folder / "costs.json"
+        known_costs = json.loads(costs.read_text()) if costs.is_file() else None
         result = {
             "tier": self.options.tier,
             "about": self.tier.about,
-            "command": self._command(),
+            "command": " ".join(["python", *sys.argv]),
             "date": str(datetime.datetime.now(datetime.UTC).date()),
             "seconds": round(sum(self.seconds.values())),
-            "machine": machine(),
+            "machine": here,
+            "versions": here["versions"],
             "tables": tables,
+            "chosen": {table["name"]: _chosen(table["comparison"]) for table in tables},
             "above_chance": list(self._accuracies()),
             "shared_costs": list(self._shared_costs()),
-            "claims": [claim.model_dump() for claim in self.board.claims],
-            "costs": json.loads(costs.read_text()) if costs.is_file() else None,
+            "claims": list(self._claims(tables, known_costs)),
+            "costs": known_costs,
         }
         file = self.options.results or ROOT / "benchmarks" / "results" / "leaderboard" / f"{self.options.tier}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, (json_text(result, indent=1) + "\n").encode())
         print(f"results: {file}")
         if self.options.results is None:
-            for page in pages.write_pages(sorted(file.parent.glob("*.json")), ROOT / "docs"):
-                print(f"page: {page}")
+            for written in page.write_pages(sorted(file.parent.glob("*.json")), ROOT / "docs"):
+                print(f"page: {written}")
 
-    def _command(self) -> str:
-        return " ".join(["python", *sys.argv])
+    def _tables(self) -> Iterator[dict[str, Any]]:
+        """Yield every table whose command has ended, with its results."""
+        for file in sorted(self.folder.glob("*/table.json")):
+            comparison = json.loads((file.parent / "comparison.json").read_text())
+            seconds = round(self.seconds.get(file.parent.name, 0.0))
+            yield {**json.loads(file.read_text()), "seconds": seconds, "comparison": comparison}
 
     def _accuracies(self) -> Iterator[dict[str, Any]]:
         """Yield the accuracies of the untrained models, with their standard errors."""
         for folder in sorted(self.folder.glob("chance-*")):
             for file in sorted(folder.glob("*.json")):
                 found = json.loads(file.read_text())
-                yield {"model": folder.name.removeprefix("chance-"), **found}
+                yield {
+                    "task": file.stem,
+                    "model": folder.name.removeprefix("chance-"),
+                    "accuracy": found["metrics"]["acc"]["value"],
+                    "stderr": found["metrics"]["acc"]["stderr"],
+                    "chance": found["chance"],
+                    "questions": found["samples"],
+                }
 
     def _shared_costs(self) -> Iterator[dict[str, Any]]:
-        """Yield the seconds of the work that several runs read, and the methods that read it."""
-        for name, seconds in self.seconds.items():
-            if name.startswith("embeddings-"):
-                method = name.rpartition("-")[2]
-                what, used_by = "embeddings of the pool and the validation samples", [method]
-            elif name.startswith("reference-"):
-                what, used_by = "reference model, trained on samples outside the pool", ["rho_loss"]
-            elif name == "doremi":
-                what, used_by = "DoReMi's reference and proxy", ["doremi"]
-            else:
+        """Yield the seconds of the work that several runs read, the methods that read it, and their tables."""
+        whats = {
+            "embeddings": "embeddings of the pool and the validation samples",
+            "reference": "reference model, trained on samples outside the pool",
+            "doremi": "DoReMi's reference and proxy",
+            "doge": "DoGE's proxy",
+            "regmix": "RegMix's small models",
+        }
+        names = [file.parent.name for file in sorted(self.folder.glob("*/table.json"))]
+        for part, seconds in self.seconds.items():
+            kind, *rest = part.split("/")
+            if kind not in whats:
                 continue
-            yield {"what": what, "part": name, "seconds": round(seconds, 1), "used_by": used_by}
+            group = rest[0] if rest else "mixtures"
+            used_by = [rest[2]] if kind == "embeddings" else ["rho_loss"] if kind == "reference" else [kind]
+            target = f"-{rest[1]}-" if kind == "embeddings" else ""
+            tables = [name for name in names if name.startswith(f"{group}-") and target in name]
+            yield {"what": whats[kind], "seconds": round(seconds, 1), "used_by": used_by, "tables": tables}
+
+    def _claims(self, tables: Sequence[dict[str, Any]], costs: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+        """Yield each claim of the board for each table that tests it."""
+        for claim in self.board.claims:
+            said = {"text": claim.text, "source": claim.source}
+            if claim.track == "C" and costs is not None and costs["parts"]:
+                yield {**said, "costs": list(costs["parts"])}
+            for table in tables:
+                comparison = table["comparison"]
+                if (table["track"], comparison["baseline"]) != (claim.track, claim.baseline):
+                    continue
+                methods = [name for name in comparison["variants"] if name not in (claim.baseline, boards.RANDOM)]
+                variants = [name for name in claim.variants or methods if name in methods]
+                yield {**said, "table": table["name"], "metric": comparison["claims"][0], "variants": variants}
+
+
+def _chosen(comparison: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return variant -> share of each data set among the samples of its decisions, for the variants that decide."""
+    return {name: found["chosen"] for name, found in comparison["variants"].items() if found["chosen"]}
 
 
 def _described(table: Table) -> dict[str, Any]:

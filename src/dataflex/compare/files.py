@@ -134,6 +134,7 @@ def as_object(outcome: Outcome) -> dict[str, Any]:
                 "means": {metric: _plain_mean(outcome.values(variant, metric).values()) for metric in outcome.claims},
                 "stderr": _standard_errors(outcome, variant),
                 "costs": outcome.costs(variant),
+                "chosen": outcome.chosen(variant),
             }
             for variant in settings.variants
         },

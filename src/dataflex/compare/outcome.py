@@ -79,6 +79,17 @@ class Outcome:
         found = [row.result.costs for row in self.rows if row.run.variant == variant and row.result is not None]
         return {name: sum(each.get(name, 0.0) for each in found) / len(found) for name in COSTS} if found else {}
 
+    def chosen(self, variant: str) -> dict[str, float]:
+        """Return the share of each data set among the samples that a variant's runs chose, as the mean over the runs.
+
+        Empty if no complete run of the variant decided anything.
+        """
+        found = [row.result.chosen for row in self.rows if row.run.variant == variant and row.result is not None]
+        deciding = [counts for counts in found if sum(counts.values())]
+        names = dict.fromkeys(name for counts in deciding for name in counts)
+        shares = {name: [counts.get(name, 0) / sum(counts.values()) for counts in deciding] for name in names}
+        return {name: sum(each) / len(each) for name, each in shares.items()}
+
     @property
     def sentences(self) -> list[str]:
         """One sentence per difference about the conclusion it supports, then one about their correction."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically
 from dataflex.record.checkpoint import checkpoints
 from dataflex.record.files import read_object
+from dataflex.record.reader import read_run
 from dataflex.trainer.resume import last_of
 
 SUMMARY_FILE = Path("dataflex", "summary.json")
@@ -60,6 +62,7 @@ class Result:
         seconds: seconds from the start of its first process to the end of its last one, with loading. None unless the
             run was made on this machine in one attempt.
         taken_over_from: output_dir of another comparison that made the run. None for a run of this comparison.
+        chosen: name of a data set -> samples of it in the rounds after the warm-up. Empty for a run without decisions.
     """
 
     metrics: dict[str, float]
@@ -74,6 +77,7 @@ class Result:
     runs_at_once: int | None
     seconds: float | None
     taken_over_from: str | None
+    chosen: dict[str, int]
 
 
 def state_of(run: Run, plan: Plan) -> State:
@@ -148,6 +152,7 @@ def read_result(run: Run, plan: Plan) -> Result | None:
             runs_at_once=stored["runs_at_once"],
             seconds=None if "taken_over_from" in stored else stored["seconds"],
             taken_over_from=stored.get("taken_over_from"),
+            chosen={str(name): int(count) for name, count in stored["chosen"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
@@ -231,8 +236,18 @@ def complete(run: Run, plan: Plan, evaluated: Sequence[Task], seconds: float | N
         "tasks": tasks,
         "runs_at_once": (read_object(run.folder / KEY_FILE) or {}).get("runs_at_once"),
         "seconds": None if seconds is None else round(seconds, 3),
+        "chosen": _chosen(run.folder),
     }
     write_atomically(run.folder / COMPLETE_FILE, (json_text(stored, indent=2) + "\n").encode())
+
+
+def _chosen(folder: Path) -> dict[str, int]:
+    """Return the samples of each data set in the plans after the warm-up, as their decisions are on record."""
+    chosen: Counter[str] = Counter()
+    for each in read_run(folder).rounds:
+        if not each.warmup:
+            chosen.update(each.domains)
+    return dict(chosen)
 
 
 _ALWAYS_MEASURED = ("loss", "perplexity")

@@ -616,7 +616,7 @@ def test_a_step_of_several_processes_holds_the_tokens_of_all(
     lab.write(equal={"tokens": 500}, processes=processes, seeds=[1])
     experiment = load(lab.file)
     costs = {"tokens": 500.0 + excess, "steps": 4.0}
-    result = Result({}, (), {}, costs, None, (), (), 400.0, {})
+    result = Result({}, (), {}, costs, None, (), (), 400.0, {}, 1, None, None, {})
     found = budget_problem(experiment.runs[0], result, experiment)
     assert (found is None) if said is None else (found is not None and said in found)
     full = Result({}, (), {}, {**costs, "tokens": 500.0 + 128 * processes}, None, (), (), 400.0, {})
