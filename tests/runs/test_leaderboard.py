@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,11 +157,13 @@ def test_a_board_with_a_plug_in_stops_continues_and_is_taken_elsewhere(place: Pa
     assert again.returncode == 0, again.stderr
     assert {log: log.stat().st_mtime_ns for log in logs} == logs  # no run was made again
 
-    # Elsewhere, with the small files alone, nothing is left to do.
-    elsewhere = called(place, "--work", "elsewhere", "--kept", "kept")
+    # In another folder, with the small files alone, nothing is left to do.
+    other_place = place.parent / "elsewhere"
+    shutil.copytree(place, other_place, ignore=shutil.ignore_patterns("leaderboard", "result.json"))
+    elsewhere = called(other_place, "--kept", "kept")
     assert elsewhere.returncode == 0, elsewhere.stderr
-    assert not list(place.glob("elsewhere/tiny/*/runs/*/*/log.txt"))
-    for own, other in zip(comparison["runs"], table(place)["comparison"]["runs"], strict=True):
+    assert not list(other_place.glob("leaderboard/tiny/*/runs/*/*/log.txt"))
+    for own, other in zip(comparison["runs"], table(other_place)["comparison"]["runs"], strict=True):
         assert (own["key"], own["metrics"]) == (other["key"], other["metrics"])
 
 
