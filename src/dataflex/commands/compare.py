@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataflex.compare import files, page
-from dataflex.compare.experiment import Experiment, Run, load
+from dataflex.compare.experiment import Experiment, Run, joined, load
 from dataflex.compare.importing import search, take_over
 from dataflex.compare.outcome import Outcome, gather
 from dataflex.compare.plan_table import plan_table
@@ -21,7 +21,7 @@ from dataflex.compare.remaining import as_text, known_seconds, time_left
 from dataflex.compare.result import State, read_result, state_of
 from dataflex.compare.runner import PROGRAM, Ended, Workers, execute, workers
 from dataflex.compare.session import Work, carry_out, say
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, Problem
 from dataflex.report.tables import Table, print_tables
 from dataflex.trainer.console import duration
 
@@ -105,6 +105,7 @@ def _run(
         at_once = at_once or workers(jobs, experiment.settings.processes)
         _refuse_sharing(experiment, at_once)
         _refuse_many_machines(missing)
+        _refuse_arguments(experiment)
         known = known_seconds(((run.variant, read_result(run, experiment)) for run in states), at_once.jobs)
         left = time_left(known, [], [run.variant for run in missing], at_once.jobs)
         print(f"{_counted(states)}{as_text(left)}", flush=True)
@@ -148,6 +149,28 @@ def _left_text(outcome: Outcome, ended: Ended, limit: _Limit, again: str) -> str
         runs = ", ".join(f"{name} (about {duration(seconds)})" for name, seconds in ended.too_long.items())
         text += f"\nnot started, because a run could neither end before the limit nor resume (no save_steps): {runs}"
     return text
+
+
+def _refuse_arguments(experiment: Experiment) -> None:
+    """Raise an error for arguments that LLaMA-Factory, or this machine, does not accept, before any run starts.
+
+    ``dry_run`` accepts an argument that another machine could train with. The runs of a comparison train here.
+    """
+    from dataflex.integrations.llamafactory import parsing
+
+    found: dict[str, list[Problem]] = {}
+    for variant, config in experiment.configs.items():
+        problems = found[f"variants.{variant}"] = []
+        try:
+            parsing.dry_run(config)
+        except ConfigError as error:
+            problems += error.problems
+        else:
+            missing = parsing.unsupported_here(config)
+            problems += [Problem(key, "this machine has no device that supports it. Remove it.") for key in missing]
+    problems = list(joined(found))
+    if problems:
+        raise ConfigError(problems=problems, source=str(experiment.path))
 
 
 def _refuse_sharing(experiment: Experiment, at_once: Workers) -> None:

@@ -26,10 +26,11 @@ from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically
 from dataflex.record.checkpoint import checkpoints
 from dataflex.record.files import read_object
-from dataflex.record.reader import read_run
+from dataflex.record.identity import FOLDER
+from dataflex.record.reader import read_header, read_rounds
 from dataflex.trainer.resume import last_of
 
-SUMMARY_FILE = Path("dataflex", "summary.json")
+SUMMARY_FILE = Path(FOLDER, "summary.json")
 """Summary of a training, in the folder of its run."""
 
 State = Literal["complete", "to record", "to evaluate", "to resume", "to run"]
@@ -244,7 +245,8 @@ def complete(run: Run, plan: Plan, evaluated: Sequence[Task], seconds: float | N
 def _chosen(folder: Path) -> dict[str, int]:
     """Return the samples of each data set in the plans after the warm-up, as their decisions are on record."""
     chosen: Counter[str] = Counter()
-    for each in read_run(folder).rounds:
+    record = folder / FOLDER
+    for each in read_rounds(record, read_header(record)):
         if not each.warmup:
             chosen.update(each.domains)
     return dict(chosen)

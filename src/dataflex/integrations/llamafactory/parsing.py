@@ -208,9 +208,9 @@ def _try_optimizer(args: Any, source: str) -> None:
         raise ConfigError(problems=[Problem("optim_args", f"{given}: {error}.")], source=source) from error
 
 
-def _notes(config: RunConfig) -> Iterator[str]:
-    """Yield notes on arguments that need devices which this machine does not have."""
-    from llamafactory.extras.misc import get_device_count, is_env_enabled
+def unsupported_here(config: RunConfig) -> list[str]:
+    """Return the keys that are set and need a device which this machine does not have."""
+    from llamafactory.extras.misc import get_device_count
     from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
     asked = [key for key in _OF_THE_DEVICE if truthy(config, key)]
@@ -220,9 +220,17 @@ def _notes(config: RunConfig) -> Iterator[str]:
         "pure_bf16": is_torch_bf16_gpu_available(),
         "tf32": is_torch_tf32_available(),
     }
-    missing = [key for key in asked if not here.get(key, devices > 0)]
+    return [key for key in asked if not here.get(key, devices > 0)]
+
+
+def _notes(config: RunConfig) -> Iterator[str]:
+    """Yield notes on arguments that need devices which this machine does not have."""
+    from llamafactory.extras.misc import get_device_count, is_env_enabled
+
+    missing = unsupported_here(config)
     if missing:
         yield f"{', '.join(missing)}: this machine has no device that supports it; train on a machine that has one."
+    devices = get_device_count()
     for key in ("deepspeed", "fsdp"):
         if config.llamafactory.get(key) and devices < 2 and not is_env_enabled("FORCE_TORCHRUN"):
             yield f"{key}: with fewer than two accelerators, training starts only if FORCE_TORCHRUN=1 is set."
