@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -54,7 +55,7 @@ class Settings:
         samples: samples of LESS's pool; the other parts scale with it.
         repeats: timed requests of each variant. LESS has one for each checkpoint instead.
         peer: interpreter of an environment with bergson.
-        device: ``cpu`` hides accelerators.
+        device: ``cpu`` or ``cuda``.
     """
 
     data: Path
@@ -83,6 +84,10 @@ def main() -> None:
         parser.error(f"--samples: {options.samples} is not a multiple of 4")
     if options.peer is not None and not options.peer.is_file():
         parser.error(f"--peer: there is no file {options.peer}. Name a Python interpreter")
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for all processes
+    elif not has_cuda():
+        parser.error("--device: cuda, but PyTorch finds no CUDA device")
     sys.path.append(str(Path(__file__).parents[1]))  # the other benchmarks, also for the processes of the variants
     settings = Settings(
         options.data.resolve(), options.model, options.samples, options.repeats, options.peer, options.device
@@ -93,6 +98,12 @@ def main() -> None:
             parts = PARTS[name](settings, Path(folder))
         add(options.output, name, parts, time.perf_counter() - began)
     print(table(json.loads(options.output.read_text())["parts"]))
+
+
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def add(file: Path, name: str, parts: dict[str, Any], seconds: float) -> None:
@@ -126,8 +137,8 @@ def table(parts: dict[str, Any]) -> str:
         for variant, found in part["variants"].items():
             mark = "~" if found["reckoned"] else " "
             middle = sorted(found["seconds"])[len(found["seconds"]) // 2]
-            peak = found["peak_bytes"] / 1e9
-            lines.append(f"{name:<12} {variant:<28} {mark}{middle:>8.2f} {peak:>8.2f} {found['samples']:>8}")
+            peak = f"{found['peak_bytes'] / 1e9:.2f}" if found["peak_bytes"] is not None else "-"
+            lines.append(f"{name:<12} {variant:<28} {mark}{middle:>8.2f} {peak:>8} {found['samples']:>8}")
     lines += ["", "~ a part of these seconds was reckoned from a smaller measurement; agreement:"]
     for name, part in parts.items():
         lines += [f"  {name}, {what}: {json.dumps(found)}" for what, found in part["agreement"].items()]

@@ -228,7 +228,7 @@ def measure(settings: Any, folder: Path, tuning: str) -> dict[str, Any]:
     inputs = Inputs(folder, str(assets.resolve(settings.model)), tuning)
     write_inputs(settings.data, inputs, settings.samples)
     print(f"less_{tuning}: warm-up (not timed)", flush=True)
-    with in_turn({"warm": warm_up}, inputs, folder / "logs", settings.device):
+    with in_turn({"warm": warm_up}, inputs, folder / "logs"):
         pass
     return {f"less_{tuning}": of_inputs(inputs, settings.device)}
 
@@ -239,7 +239,7 @@ def of_inputs(inputs: Inputs, device: str) -> dict[str, Any]:
 
     print(f"less_{inputs.tuning}", flush=True)
     logs = inputs.folder / "logs"
-    with in_turn({"authors": theirs, "dataflex": ours}, inputs, logs, device) as turns:
+    with in_turn({"authors": theirs, "dataflex": ours}, inputs, logs) as turns:
         found = turns.measure(range(CHECKPOINTS))
         checks = exact_checks(turns, inputs) if inputs.tuning == "lora_8" else {}
     samples = inputs.samples
@@ -255,11 +255,15 @@ def of_inputs(inputs: Inputs, device: str) -> dict[str, Any]:
     weights = np.array(learning_rates(inputs.checkpoints))
     exact = np.tensordot(weights, np.stack([each.exact for each in answers]), 1).max(1)
     scores = np.tensordot(weights, np.stack(found["dataflex"].values), 1).max(1)
-    commands, peak, written = run_commands(inputs, logs, device)
+    commands, peak, written = run_commands(inputs, logs)
     whole = {"seconds": [variants["authors"]["start_seconds"] + sum(seconds)], "reckoned": answers[0].reckoned}
     variants["dataflex commands"] = {
-        "seconds": [sum(commands.values())], "of": commands, "peak_bytes": peak, "samples": everyone, "reckoned": False,
-    }  # fmt: skip
+        "seconds": [sum(commands.values())],
+        "of": commands,
+        "peak_bytes": peak if device == "cpu" else None,
+        "samples": everyone,
+        "reckoned": False,
+    }
     return {
         "about": "seconds of one checkpoint; of the commands: all checkpoints, with the starts of both processes",
         "settings": {"pool": size, "validation": everyone - size, "checkpoints": CHECKPOINTS, "cutoff": CUTOFF,
@@ -306,7 +310,7 @@ def largest(first: Floats, second: Floats) -> float:
     return float(np.abs(np.asarray(first, dtype=np.float64) - second).max())
 
 
-def run_commands(inputs: Inputs, logs: Path, device: str) -> tuple[dict[str, float], int, Floats]:
+def run_commands(inputs: Inputs, logs: Path) -> tuple[dict[str, float], int, Floats]:
     """Run ``features`` and ``score`` as a user does; return the seconds of each, the peak memory and the scores."""
     import pyarrow.parquet as pq
 
@@ -314,7 +318,7 @@ def run_commands(inputs: Inputs, logs: Path, device: str) -> tuple[dict[str, flo
     seconds, peaks = {}, []
     for command in ("features", "score"):
         arguments = [sys.executable, "-m", "dataflex", command, str(file), "--output", str(output)]
-        seconds[command], peak = run_command(arguments, logs / f"{command}.txt", device)
+        seconds[command], peak = run_command(arguments, logs / f"{command}.txt")
         print(f"  dataflex-cli {command}: {seconds[command]:.2f} s", flush=True)
         peaks.append(peak)
     return seconds, max(peaks), np.array(pq.read_table(output / "scores.parquet")["score"].to_pylist())

@@ -87,14 +87,13 @@ class Turns:
 
 
 @contextmanager
-def in_turn(variants: Mapping[str, Variant], settings: Any, logs: Path, device: str) -> Iterator[Turns]:
+def in_turn(variants: Mapping[str, Variant], settings: Any, logs: Path) -> Iterator[Turns]:
     """Start a process for every variant, one after another, and end them with the block.
 
     Args:
         variants: the variants by name; functions of a module.
         settings: what the variants are given; must be picklable.
         logs: folder of what the processes print.
-        device: ``cpu`` hides accelerators from the processes.
     """
     logs.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
@@ -104,7 +103,7 @@ def in_turn(variants: Mapping[str, Variant], settings: Any, logs: Path, device: 
             mine, theirs = spawn.Pipe()
             log = logs / f"{name.replace(', ', '-').replace(' ', '-')}.txt"
             began = time.perf_counter()
-            process = spawn.Process(target=_child, args=(theirs, variant, settings, log, device))
+            process = spawn.Process(target=_child, args=(theirs, variant, settings, log))
             process.start()
             theirs.close()  # so that the end of the child is the end of the pipe
             stack.callback(_end, process, mine)
@@ -135,10 +134,8 @@ def _end(process: multiprocessing.process.BaseProcess, connection: Connection) -
         process.terminate()
 
 
-def _child(connection: Connection, variant: Variant, settings: Any, log: Path, device: str) -> None:
+def _child(connection: Connection, variant: Variant, settings: Any, log: Path) -> None:
     """Run a variant with its output in the log."""
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with log.open("w") as file:
         sys.stdout.flush()
         os.dup2(file.fileno(), 1)
@@ -178,7 +175,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def run_command(arguments: list[str], log: Path, device: str) -> tuple[float, int]:
+def run_command(arguments: list[str], log: Path) -> tuple[float, int]:
     """Run a command as a user does; return its seconds and the peak of its main memory in bytes.
 
     Raises:
@@ -186,8 +183,6 @@ def run_command(arguments: list[str], log: Path, device: str) -> tuple[float, in
     """
     # Python may keep what it compiled, as on a user's machine: without that a start takes three times as long.
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
     began = time.perf_counter()
     with log.open("a") as file:
         process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)

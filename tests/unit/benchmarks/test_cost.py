@@ -167,7 +167,7 @@ def test_losses_of_the_probe_are_those_of_the_earlier_release(batch: int) -> Non
 def test_variants_take_turns_in_processes_that_stay_alive(tmp_path: Path) -> None:
     from turns import in_turn, ratio, row
 
-    with in_turn({"a": counting, "b": counting}, 1, tmp_path, "cpu") as turns:
+    with in_turn({"a": counting, "b": counting}, 1, tmp_path) as turns:
         found = turns.measure([10, 20])
         assert {name: timed.values for name, timed in found.items()} == {"a": [111, 131], "b": [111, 131]}
         assert turns.ask("a", 0) == 131
