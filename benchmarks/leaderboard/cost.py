@@ -1,13 +1,13 @@
 """Track C: what methods cost, side by side with the steps of other implementations, in one run on one machine.
 
-    python benchmarks/leaderboard/cost.py --data FOLDER --output costs.json [--only less losses] [--peer PYTHON]
+    python benchmarks/leaderboard/cost.py --data FOLDER --output costs.json [--only doremi losses] [--peer PYTHON]
 
-    less       LESS as its authors' pipeline does it, against ``dataflex-cli features`` and ``score``: LoRA of rank 8
-               and 128, and full training
-    doremi     DoReMi's step with a live reference as its authors do it, against the mixer with a reference or a table
-    features   gradient features of linear layers, against bergson in the environment of ``--peer``; see
-               ``peers/bergson_features.py``
-    losses     losses of samples as the earlier DataFlex release measures them, against the loss probe
+    less_lora_8, less_lora_128, less_full
+                LESS as its authors' pipeline does it, against ``dataflex-cli features`` and ``score``
+    doremi      DoReMi's step with a live reference as its authors do it, against the mixer with a reference or a table
+    features    gradient features of linear layers, against bergson in the environment of ``--peer``; see
+                ``peers/bergson_features.py``
+    losses      losses of samples as the earlier DataFlex release measures them, against the loss probe
 
 The steps of others are written in our own words; each module names its facts. FOLDER has
 ``instruct/pool_permissive.jsonl`` and ``eval/mmlu_val_alpaca.jsonl``. Every variant runs in a separate process after a
@@ -21,11 +21,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ import cost_less
 import cost_losses
 
 PARTS: dict[str, Callable[[Any, Path], dict[str, Any]]] = {
-    "less": cost_less.measure,
+    **{f"less_{tuning}": partial(cost_less.measure, tuning=tuning) for tuning in cost_less.TUNINGS},
     "doremi": cost_doremi.measure,
     "features": cost_features.measure,
     "losses": cost_losses.measure,
@@ -50,10 +52,10 @@ class Settings:
     Attributes:
         data: folder of the data files.
         model: name or asset of the model of all parts but ``doremi``.
-        samples: samples of the pool of ``less``; the other parts scale with it.
-        repeats: timed requests of each variant. ``less`` has one for each of its checkpoints instead.
+        samples: samples of LESS's pool; the other parts scale with it.
+        repeats: timed requests of each variant. LESS has one for each checkpoint instead.
         peer: interpreter of an environment with bergson.
-        device: ``cpu`` hides accelerators.
+        device: ``cpu`` or ``cuda``.
     """
 
     data: Path
@@ -71,7 +73,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="only these parts")
     parser.add_argument("--peer", type=Path, help="interpreter of an environment with bergson")
     parser.add_argument("--model", default="asset:smollm2-135m-instruct")
-    parser.add_argument("--samples", type=int, default=8, help="samples of the pool of less; a multiple of 4")
+    parser.add_argument("--samples", type=int, default=8, help="samples of LESS's pool, a multiple of 4; others scale")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
@@ -82,6 +84,10 @@ def main() -> None:
         parser.error(f"--samples: {options.samples} is not a multiple of 4")
     if options.peer is not None and not options.peer.is_file():
         parser.error(f"--peer: there is no file {options.peer}. Name a Python interpreter")
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for all processes
+    elif not has_cuda():
+        parser.error("--device: cuda, but PyTorch finds no CUDA device")
     sys.path.append(str(Path(__file__).parents[1]))  # the other benchmarks, also for the processes of the variants
     settings = Settings(
         options.data.resolve(), options.model, options.samples, options.repeats, options.peer, options.device
@@ -92,6 +98,12 @@ def main() -> None:
             parts = PARTS[name](settings, Path(folder))
         add(options.output, name, parts, time.perf_counter() - began)
     print(table(json.loads(options.output.read_text())["parts"]))
+
+
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def add(file: Path, name: str, parts: dict[str, Any], seconds: float) -> None:
@@ -125,8 +137,8 @@ def table(parts: dict[str, Any]) -> str:
         for variant, found in part["variants"].items():
             mark = "~" if found["reckoned"] else " "
             middle = sorted(found["seconds"])[len(found["seconds"]) // 2]
-            peak = found["peak_bytes"] / 1e9
-            lines.append(f"{name:<12} {variant:<28} {mark}{middle:>8.2f} {peak:>8.2f} {found['samples']:>8}")
+            peak = f"{found['peak_bytes'] / 1e9:.2f}" if found["peak_bytes"] is not None else "-"
+            lines.append(f"{name:<12} {variant:<28} {mark}{middle:>8.2f} {peak:>8} {found['samples']:>8}")
     lines += ["", "~ a part of these seconds was reckoned from a smaller measurement; agreement:"]
     for name, part in parts.items():
         lines += [f"  {name}, {what}: {json.dumps(found)}" for what, found in part["agreement"].items()]

@@ -209,12 +209,12 @@ def measure(settings: Any, folder: Path) -> dict[str, Any]:
     inputs = Inputs(folder)
     logs = folder / "logs"
     print("doremi: inputs (not timed)", flush=True)
-    with in_turn({"write": write}, inputs, logs, settings.device):
+    with in_turn({"write": write}, inputs, logs):
         pass
     live, table = "dataflex, live reference", "dataflex, table"
     variants = {"authors": theirs, live: partial(ours, table=False), table: partial(ours, table=True)}
     print("doremi", flush=True)
-    with in_turn(variants, inputs, logs, settings.device) as turns:
+    with in_turn(variants, inputs, logs) as turns:
         order = turns.ask(live, (-1, [])).order  # the plan depends on the seed alone
         turns.ask(table, (-1, []))
         found = turns.measure([(number, order) for number in range(settings.repeats)])

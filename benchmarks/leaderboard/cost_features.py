@@ -21,10 +21,12 @@ VARIANTS = {
 
 def measure(settings: Any, folder: Path) -> dict[str, Any]:
     """Return the part; see ``cost.Settings``. Without a peer the part has one key, ``skipped``, with the reason."""
-    if settings.peer is None:
-        note = "features: skipped, because no --peer names the interpreter of an environment with bergson"
-        print(note, flush=True)
-        return {"skipped": note}
+    if settings.peer is None or settings.device != "cpu":
+        why = "no --peer names the interpreter of an environment with bergson"
+        if settings.peer is not None:
+            why = "peers/bergson_features.py runs on a CPU"
+        print(f"features: skipped, because {why}", flush=True)
+        return {"skipped": why}
     import gradient_features
 
     print("features", flush=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Inputs:
     """What both pipelines read.
 
     Attributes:
-        folder: has ``warm/TUNING/checkpoint-N``, ``TUNING.yaml`` and ``samples.json``.
+        folder: has ``warm/checkpoint-N``, ``select.yaml`` and ``samples.json``.
         model: the model's folder.
         tuning: a key of ``TUNINGS``.
         dim: length of a projected gradient.
@@ -51,7 +51,12 @@ class Inputs:
     @property
     def checkpoints(self) -> list[Path]:
         """The folders of the warm-up's checkpoints, in order."""
-        return [self.folder / "warm" / self.tuning / f"checkpoint-{step}" for step in range(1, CHECKPOINTS + 1)]
+        return [self.folder / "warm" / f"checkpoint-{step}" for step in range(1, CHECKPOINTS + 1)]
+
+    @property
+    def file(self) -> Path:
+        """The file of the commands."""
+        return self.folder / "select.yaml"
 
     @property
     def samples(self) -> dict[str, list[Sample]]:
@@ -62,13 +67,12 @@ class Inputs:
 # Inputs
 
 
-def write_inputs(data: Path, folder: Path, model: str, size: int) -> None:
-    """Write the pool, the validation samples of two sub-tasks, the warm-up's samples and the YAML files.
+def write_inputs(data: Path, inputs: Inputs, size: int) -> None:
+    """Write the pool, the validation samples of two sub-tasks, the warm-up's samples and the YAML file.
 
     Args:
         data: has ``instruct/pool_permissive.jsonl`` and ``eval/mmlu_val_alpaca.jsonl``.
-        folder: folder of the files.
-        model: the model's folder.
+        inputs: where to write.
         size: samples of the pool; half as many validation samples.
     """
     import yaml
@@ -80,12 +84,10 @@ def write_inputs(data: Path, folder: Path, model: str, size: int) -> None:
     held = [row for name in subjects for row in [row for row in held if row["subject"] == name][:each]]
     info = {}
     for name, part in (("pool", rows[:size]), ("warm", rows[size:]), ("held", held)):
-        (folder / f"{name}.json").write_text(json.dumps(part))
+        (inputs.folder / f"{name}.json").write_text(json.dumps(part))
         info[name] = {"file_name": f"{name}.json"}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    for tuning in TUNINGS:
-        inputs = Inputs(folder, model, tuning)
-        (folder / f"{tuning}.yaml").write_text(yaml.safe_dump(selecting(inputs), sort_keys=False))
+    (inputs.folder / "dataset_info.json").write_text(json.dumps(info))
+    inputs.file.write_text(yaml.safe_dump(selecting(inputs), sort_keys=False))
 
 
 def lines(file: Path, count: int) -> list[dict[str, Any]]:
@@ -117,7 +119,7 @@ def warming(inputs: Inputs) -> dict[str, Any]:
     return {
         **arguments(inputs),
         "dataset": "warm",
-        "output_dir": str(inputs.folder / "warm" / inputs.tuning),
+        "output_dir": str(inputs.folder / "warm"),
         "per_device_train_batch_size": 2,
         "learning_rate": 1.0e-4 if inputs.tuning == "full" else 1.0e-3,
         "max_steps": CHECKPOINTS,
@@ -137,29 +139,25 @@ def selecting(inputs: Inputs) -> dict[str, Any]:
         "checkpoints": [str(each) for each in inputs.checkpoints],
     }
     common = {**arguments(inputs), "dataset": "pool", "per_device_train_batch_size": BATCH}
-    return {**common, "output_dir": str(inputs.folder / "select" / inputs.tuning), "dataflex": {"select": select}}
+    return {**common, "output_dir": str(inputs.folder / "select"), "dataflex": {"select": select}}
 
 
 def warm_up(inputs: Inputs, serve: Serve) -> None:
-    """Train the warm-up of each requested tuning; the request ``samples`` writes the tokenized samples."""
+    """Train the warm-up, and write the tokenized samples."""
     from dataflex.config.loading import split_config
     from dataflex.integrations.llamafactory.pool_only import pool_of
     from dataflex.integrations.llamafactory.run import run
 
-    def work(tuning: str) -> None:
-        if tuning != "samples":
-            run(split_config(warming(replace(inputs, tuning=tuning))))
-            return
-        found: dict[str, list[Sample]] = {}
-        for name, column in (("pool", None), ("held", "subject")):
-            config = split_config({**arguments(inputs), "dataset": name, "output_dir": str(inputs.folder)})
-            pool, _ = pool_of(config, column)
-            for domain, low, high in zip(pool.domains, pool.offsets, pool.offsets[1:], strict=False):
-                kept = [dict(each) for each in pool.rows(np.arange(low, high))]
-                found[domain] = [{key: list(each[key]) for key in ("input_ids", "labels")} for each in kept]
-        (inputs.folder / "samples.json").write_text(json.dumps(found))
-
-    serve(work)
+    run(split_config(warming(inputs)))
+    found: dict[str, list[Sample]] = {}
+    for name, column in (("pool", None), ("held", "subject")):
+        config = split_config({**arguments(inputs), "dataset": name, "output_dir": str(inputs.folder)})
+        pool, _ = pool_of(config, column)
+        for domain, low, high in zip(pool.domains, pool.offsets, pool.offsets[1:], strict=False):
+            rows = [dict(each) for each in pool.rows(np.arange(low, high))]
+            found[domain] = [{key: list(map(int, each[key])) for key in ("input_ids", "labels")} for each in rows]
+    (inputs.folder / "samples.json").write_text(json.dumps(found))
+    serve(lambda _: None)
 
 
 # Both pipelines
@@ -194,8 +192,8 @@ def ours(inputs: Inputs, serve: Serve) -> None:
     from dataflex.integrations.llamafactory.run import load_only
     from dataflex.selectors.less import LessSelector
 
-    config = load_config(inputs.folder / f"{inputs.tuning}.yaml")
-    output = inputs.folder / "in-process" / inputs.tuning
+    config = load_config(inputs.file)
+    output = inputs.folder / "in-process"
 
     def when_loaded(run: Any, model: Any) -> None:
         selector = run.inputs.components.select[0].component
@@ -223,27 +221,25 @@ def ours(inputs: Inputs, serve: Serve) -> None:
 # The part
 
 
-def measure(settings: Any, folder: Path) -> dict[str, Any]:
-    """Return the part of each tuning; see ``cost.Settings``."""
+def measure(settings: Any, folder: Path, tuning: str) -> dict[str, Any]:
+    """Return the part of one tuning; see ``cost.Settings``."""
     from dataflex import assets
 
-    model = str(assets.resolve(settings.model))
-    write_inputs(settings.data, folder, model, settings.samples)
-    first = Inputs(folder, model, next(iter(TUNINGS)))
-    print("less: warm-up (not timed)", flush=True)
-    with in_turn({"warm": warm_up}, first, folder / "logs", settings.device) as turns:
-        for asked in ("samples", *TUNINGS):
-            turns.ask("warm", asked)
-    return {f"less_{tuning}": of_tuning(replace(first, tuning=tuning), settings) for tuning in TUNINGS}
+    inputs = Inputs(folder, str(assets.resolve(settings.model)), tuning)
+    write_inputs(settings.data, inputs, settings.samples)
+    print(f"less_{tuning}: warm-up (not timed)", flush=True)
+    with in_turn({"warm": warm_up}, inputs, folder / "logs"):
+        pass
+    return {f"less_{tuning}": of_inputs(inputs, settings.device)}
 
 
-def of_tuning(inputs: Inputs, settings: Any) -> dict[str, Any]:
-    """Measure both pipelines with one tuning."""
+def of_inputs(inputs: Inputs, device: str) -> dict[str, Any]:
+    """Measure both pipelines."""
     from dataflex.probe.checkpoints import learning_rates
 
-    print(f"less, {inputs.tuning}", flush=True)
-    logs = inputs.folder / "logs" / inputs.tuning
-    with in_turn({"authors": theirs, "dataflex": ours}, inputs, logs, settings.device) as turns:
+    print(f"less_{inputs.tuning}", flush=True)
+    logs = inputs.folder / "logs"
+    with in_turn({"authors": theirs, "dataflex": ours}, inputs, logs) as turns:
         found = turns.measure(range(CHECKPOINTS))
         checks = exact_checks(turns, inputs) if inputs.tuning == "lora_8" else {}
     samples = inputs.samples
@@ -259,11 +255,15 @@ def of_tuning(inputs: Inputs, settings: Any) -> dict[str, Any]:
     weights = np.array(learning_rates(inputs.checkpoints))
     exact = np.tensordot(weights, np.stack([each.exact for each in answers]), 1).max(1)
     scores = np.tensordot(weights, np.stack(found["dataflex"].values), 1).max(1)
-    commands, peak, written = run_commands(inputs, logs, settings.device)
+    commands, peak, written = run_commands(inputs, logs)
     whole = {"seconds": [variants["authors"]["start_seconds"] + sum(seconds)], "reckoned": answers[0].reckoned}
     variants["dataflex commands"] = {
-        "seconds": [sum(commands.values())], "of": commands, "peak_bytes": peak, "samples": everyone, "reckoned": False,
-    }  # fmt: skip
+        "seconds": [sum(commands.values())],
+        "of": commands,
+        "peak_bytes": peak if device == "cpu" else None,
+        "samples": everyone,
+        "reckoned": False,
+    }
     return {
         "about": "seconds of one checkpoint; of the commands: all checkpoints, with the starts of both processes",
         "settings": {"pool": size, "validation": everyone - size, "checkpoints": CHECKPOINTS, "cutoff": CUTOFF,
@@ -310,15 +310,15 @@ def largest(first: Floats, second: Floats) -> float:
     return float(np.abs(np.asarray(first, dtype=np.float64) - second).max())
 
 
-def run_commands(inputs: Inputs, logs: Path, device: str) -> tuple[dict[str, float], int, Floats]:
+def run_commands(inputs: Inputs, logs: Path) -> tuple[dict[str, float], int, Floats]:
     """Run ``features`` and ``score`` as a user does; return the seconds of each, the peak memory and the scores."""
     import pyarrow.parquet as pq
 
-    file, output = inputs.folder / f"{inputs.tuning}.yaml", inputs.folder / "commands" / inputs.tuning
+    file, output = inputs.file, inputs.folder / "commands"
     seconds, peaks = {}, []
     for command in ("features", "score"):
         arguments = [sys.executable, "-m", "dataflex", command, str(file), "--output", str(output)]
-        seconds[command], peak = run_command(arguments, logs / f"{command}.txt", device)
+        seconds[command], peak = run_command(arguments, logs / f"{command}.txt")
         print(f"  dataflex-cli {command}: {seconds[command]:.2f} s", flush=True)
         peaks.append(peak)
     return seconds, max(peaks), np.array(pq.read_table(output / "scores.parquet")["score"].to_pylist())

@@ -26,7 +26,7 @@ Sample = dict[str, list[int]]
 PairOfMoments = tuple[Tensor, Tensor]
 
 PROJECTED_TOGETHER = 16
-PROJECTED_ELEMENTS = 400_000
+PROJECTED_ELEMENTS = 65_536
 """Elements that are projected and timed if the projection's seconds are reckoned."""
 SLICE = 1 << 22
 """Elements of stored gradients that are in float32 at a time."""
@@ -61,7 +61,8 @@ class Steps:
         dim: length of a projected gradient, k.
         dtype: type of stored gradients.
         whole: project all elements. Otherwise the projection is timed on the first ``PROJECTED_ELEMENTS`` elements and
-            reckoned for all, to which it is linear; a block counts by its share of 16 gradients.
+            reckoned for all: it is linear in the elements. A block counts by its share of 16 gradients in both cases,
+            as if all blocks were full.
     """
 
     def __init__(
@@ -79,22 +80,24 @@ class Steps:
         load_weights(self.model, folder)
         moments = stored_moments(self.model, folder)
         self.gradient_seconds += self._since(began)
-        means, features = {}, {}
-        for name, part in subtasks.items():
-            total = torch.zeros(self.size, device=self.device)
-            projected = []
-            for block in self._blocks(part, None):
-                projected.append(self._projected(block))
-                for vector, length in zip(block, lengths(block).tolist(), strict=True):
-                    total.add_(vector, alpha=1 / length)
-            means[name], features[name] = total / len(part), torch.cat(projected).mean(0)
+        owners = torch.tensor([task for task, part in enumerate(subtasks.values()) for _ in part], device=self.device)
+        means = torch.zeros(len(subtasks), self.size, device=self.device)
+        projected = []
+        validation = [sample for part in subtasks.values() for sample in part]
+        for number, block in enumerate(self._blocks(validation, None)):
+            projected.append(self._projected(block))
+            for row, (vector, length) in enumerate(zip(block, lengths(block).tolist(), strict=True)):
+                means[owners[number * PROJECTED_TOGETHER + row]].add_(vector, alpha=1 / length)
+        members = (owners == torch.arange(len(subtasks), device=self.device)[:, None]).float()
+        members /= members.sum(1, keepdim=True)
+        features = members @ torch.cat(projected)
         exact, projected = [], []
         for block in self._blocks(pool, moments):
-            projected.append(self._projected(block) @ torch.stack(list(features.values())).T)
-            products = [inner(block, mean) / lengths(block) for mean in means.values()]
-            exact.append(torch.stack(products, 1))
+            projected.append(self._projected(block) @ features.T)
+            exact.append(torch.stack([inner(block, mean) / lengths(block) for mean in means], 1))
+        exact = torch.cat(exact) * members.amax(1)  # by the number of samples of the sub-task, as its members have it
         return Found(
-            torch.cat(exact).cpu().numpy(),
+            exact.cpu().numpy(),
             torch.cat(projected).cpu().numpy() if self.whole else None,
             self.gradient_seconds,
             self.projection_seconds,
@@ -103,11 +106,15 @@ class Steps:
         )
 
     def _blocks(self, samples: Sequence[Sample], moments: Mapping[str, PairOfMoments] | None) -> Iterator[Tensor]:
-        """Yield the gradients of 16 samples at a time, (b, P), or Adam's directions if there are moments."""
+        """Yield the gradients of 16 samples at a time, (b, P), or Adam's directions if there are moments.
+
+        All blocks are in the same memory.
+        """
+        held = torch.empty(min(PROJECTED_TOGETHER, len(samples)), self.size, dtype=self.dtype, device=self.device)
         for begin in range(0, len(samples), PROJECTED_TOGETHER):
             began = time.perf_counter()
             part = samples[begin : begin + PROJECTED_TOGETHER]
-            block = torch.empty(len(part), self.size, dtype=self.dtype, device=self.device)
+            block = held[: len(part)]
             for row, sample in zip(block, part, strict=True):
                 self.vector(sample, moments, row)
             self.gradient_seconds += self._since(began)
@@ -138,7 +145,7 @@ class Steps:
         out = torch.zeros(len(block), self.dim, device=self.device)
         RademacherProjection(self.dim, 0, self.device).add(out, "all", 0, block[:, :elements].float(), elements)
         out /= out.norm(dim=1, keepdim=True)
-        share = 1.0 if self.whole else len(block) / PROJECTED_TOGETHER
+        share = len(block) / PROJECTED_TOGETHER
         self.projection_seconds += self._since(began) * share * self.size / elements
         return out
 

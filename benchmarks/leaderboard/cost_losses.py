@@ -150,14 +150,14 @@ def measure(settings: Any, folder: Path) -> dict[str, Any]:
     inputs = Inputs(str(assets.resolve(settings.model)), folder / "samples.json")
     size = 3 * settings.samples
     print("losses", flush=True)
-    with in_turn({"write": partial(write_samples, data=settings.data, size=size)}, inputs, folder, settings.device):
+    with in_turn({"write": partial(write_samples, data=settings.data, size=size)}, inputs, folder):
         pass
     variants = {
         "one at a time": partial(earlier, batch=1),
         "fixed batches": partial(earlier, batch=FIXED_BATCH),
         "dataflex": ours,
     }
-    with in_turn(variants, inputs, folder, settings.device) as turns:
+    with in_turn(variants, inputs, folder) as turns:
         found = turns.measure(range(settings.repeats))
     rows = {name: row(timed, size) for name, timed in found.items()}
     mine = found["dataflex"].values[0]

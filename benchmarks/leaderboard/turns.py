@@ -8,6 +8,7 @@ memory.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -81,19 +82,18 @@ class Turns:
         return self._ask(name, request)[1]
 
     def _ask(self, name: str, request: Any) -> tuple[float, Any, int]:
-        self._connections[name].send((request,))
+        self._connections[name].send(request)
         return received(self._connections[name], self._logs[name])
 
 
 @contextmanager
-def in_turn(variants: Mapping[str, Variant], settings: Any, logs: Path, device: str) -> Iterator[Turns]:
+def in_turn(variants: Mapping[str, Variant], settings: Any, logs: Path) -> Iterator[Turns]:
     """Start a process for every variant, one after another, and end them with the block.
 
     Args:
         variants: the variants by name; functions of a module.
         settings: what the variants are given; must be picklable.
         logs: folder of what the processes print.
-        device: ``cpu`` hides accelerators from the processes.
     """
     logs.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
@@ -103,7 +103,7 @@ def in_turn(variants: Mapping[str, Variant], settings: Any, logs: Path, device: 
             mine, theirs = spawn.Pipe()
             log = logs / f"{name.replace(', ', '-').replace(' ', '-')}.txt"
             began = time.perf_counter()
-            process = spawn.Process(target=_child, args=(theirs, variant, settings, log, device))
+            process = spawn.Process(target=_child, args=(theirs, variant, settings, log))
             process.start()
             theirs.close()  # so that the end of the child is the end of the pipe
             stack.callback(_end, process, mine)
@@ -128,18 +128,14 @@ def received(connection: Connection, log: Path) -> Any:
 
 def _end(process: multiprocessing.process.BaseProcess, connection: Connection) -> None:
     """Let a process end, and wait for it."""
-    if process.is_alive():
-        connection.send(None)
     connection.close()
     process.join(60)
     if process.is_alive():
         process.terminate()
 
 
-def _child(connection: Connection, variant: Variant, settings: Any, log: Path, device: str) -> None:
+def _child(connection: Connection, variant: Variant, settings: Any, log: Path) -> None:
     """Run a variant with its output in the log."""
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with log.open("w") as file:
         sys.stdout.flush()
         os.dup2(file.fileno(), 1)
@@ -148,18 +144,20 @@ def _child(connection: Connection, variant: Variant, settings: Any, log: Path, d
 
 
 def _serve(connection: Connection, work: Callable[[Any], Any], warm: Callable[[], Any] | None = None) -> None:
-    """Answer requests until None comes."""
+    """Answer requests until the other end of the pipe is closed."""
     finished()
     connection.send("ready")
     if warm is not None:
         warm()
         finished()
     connection.send("warm")
-    while (asked := connection.recv()) is not None:
-        began = time.perf_counter()
-        value = work(asked[0])
-        finished()
-        connection.send((time.perf_counter() - began, value, peak_bytes()))
+    with contextlib.suppress(EOFError):
+        while True:
+            request = connection.recv()
+            began = time.perf_counter()
+            value = work(request)
+            finished()
+            connection.send((time.perf_counter() - began, value, peak_bytes()))
 
 
 def finished() -> None:
@@ -177,13 +175,14 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def run_command(arguments: list[str], log: Path, device: str) -> tuple[float, int]:
+def run_command(arguments: list[str], log: Path) -> tuple[float, int]:
     """Run a command as a user does; return its seconds and the peak of its main memory in bytes.
 
     Raises:
         RuntimeError: if it fails, with the end of its output.
     """
-    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
+    # Python may keep what it compiled, as on a user's machine: without that a start takes three times as long.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
     began = time.perf_counter()
     with log.open("a") as file:
         process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)
