@@ -20,10 +20,10 @@ from pretraining import DOMAINS, SIZES
 TEXTS = ["the lowest cat, the newest cat\n", "  def f(x):\n    return x  # é 漢", "a b c " * 30, "cats and cats"]
 
 
-def write_source(folder: Path) -> Path:
+def write_source(folder: Path, repeats: int = 1) -> Path:
     (folder / "pretrain").mkdir(parents=True)
     for number, file in enumerate(pretraining.files()):
-        rows = [{"text": f"{number} {text}", "domain": "any"} for text in TEXTS]
+        rows = [{"text": f"{number} {text}" * repeats, "domain": "any"} for text in TEXTS]
         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -106,8 +106,13 @@ def test_the_commands_accept_the_settings(size: str, prepared: Path, capsys: pyt
     assert main(["doremi", "doremi.yaml", "--dry-run"]) == 0
 
 
-def test_the_commands_of_the_large_size_accept_their_settings(prepared: Path) -> None:
+def test_the_commands_of_the_large_size_accept_their_settings(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path("work")
-    pretraining.prepare(Path("source"), folder, "large")
-    Path("doge.yaml").write_text(yaml.safe_dump(pretraining.doge_settings(folder, "large") | {"bf16": False}))
+    monkeypatch.setitem(SIZES, "large", dataclasses.replace(SIZES["large"], tokens=1_000_000))  # there are few texts
+    pretraining.prepare(write_source(prepared / "long", repeats=300), folder, "large")
+    on_a_processor = {"bf16": False, "use_cpu": True}
+    Path("doge.yaml").write_text(yaml.safe_dump(pretraining.doge_settings(folder, "large") | on_a_processor))
     assert main(["check", "doge.yaml"]) == 0
+    regmix = pretraining.regmix_settings(folder, "large")
+    Path("regmix.yaml").write_text(yaml.safe_dump({**regmix, "base": regmix["base"] | on_a_processor}))
+    assert main(["regmix", "regmix.yaml", "--dry-run"]) == 0
