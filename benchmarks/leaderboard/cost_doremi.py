@@ -31,7 +31,7 @@ Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 BATCH = 8
-STEPS = 8
+STEPS = 6
 ETA, SMOOTHING = 1.0, 1e-3
 LEARNING_RATE = 1.0e-3
 

@@ -179,8 +179,9 @@ def theirs(inputs: Inputs, serve: Serve) -> None:
         return Steps(model, inputs.dim).run(inputs.checkpoints[int(asked)], pool, subtasks)
 
     def warm() -> None:
-        steps = Steps(model, inputs.dim)
-        steps.vector(pool[0], None, torch.empty(steps.size, device=steps.device))
+        Steps(model, inputs.dim).run(
+            inputs.checkpoints[0], pool[:1], {name: part[:1] for name, part in subtasks.items()}
+        )
 
     serve(work, warm)
 

@@ -82,7 +82,8 @@ class Turns:
         return self._ask(name, request)[1]
 
     def _ask(self, name: str, request: Any) -> tuple[float, Any, int]:
-        self._connections[name].send(request)
+        with contextlib.suppress(BrokenPipeError):  # the process has ended: that is told with its log
+            self._connections[name].send(request)
         return received(self._connections[name], self._logs[name])
 
 
@@ -122,7 +123,7 @@ def received(connection: Connection, log: Path) -> Any:
     """
     try:
         return connection.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         raise RuntimeError(f"the process ended; the end of {log}:\n{log.read_text(errors='replace')[-4000:]}") from None
 
 
