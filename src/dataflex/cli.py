@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -392,6 +393,21 @@ def _add_experiments(commands: _Commands) -> None:
     compare.add_argument("experiment", type=Path, help="YAML file with the base, the variants, seeds and the budget")
     _add_jobs(compare, "runs")
     compare.add_argument("--dry-run", action="store_true", help="print the runs that are missing and their cost")
+    compare.add_argument(
+        "--time-limit",
+        type=_time,
+        metavar="TIME",
+        help="time after which the runs are interrupted and the result of the complete ones is written: 45s, 90m, 2h, "
+        "or a number of seconds",
+    )
+    compare.add_argument(
+        "--merge",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="output_dir of the same experiment made elsewhere, whose complete runs are taken over",
+    )
     doremi = _command(
         commands,
         "doremi",
@@ -470,6 +486,19 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _time(text: str) -> float:
+    """Return the seconds of a time such as 45s, 90m, 2h or 3600."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
+    if not re.fullmatch(r"\d+(\.\d+)?", number) or float(number) <= 0:
+        raise argparse.ArgumentTypeError(
+            f"must be a time above 0 such as 45s, 90m, 2h, or 3600 (seconds), got {text!r}"
+        )
+    return float(number) * _UNITS[unit]
 
 
 def _not_negative(text: str) -> int:
@@ -598,7 +627,9 @@ def _eval(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from dataflex.commands.compare import compare
 
-    return compare(options.experiment, options.jobs, options.dry_run)
+    return compare(
+        options.experiment, options.jobs, options.dry_run, time_limit=options.time_limit, merge=options.merge
+    )
 
 
 def _doremi(options: argparse.Namespace) -> int:

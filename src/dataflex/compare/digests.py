@@ -29,6 +29,37 @@ def expanded(name: str) -> Path:
     return Path(os.path.expanduser(name))  # noqa: PTH111
 
 
+BESIDE = "base:"
+"""Stands in a key for the folder of the file that the base is in."""
+
+
+def without_places(value: Any, base: Path, assets: Mapping[str, str]) -> Any:
+    """Return plain data in which no path depends on where this machine keeps the clone, the cache or the home folder.
+
+    A path in the folder of an asset begins with ``asset:NAME``, a path in the working directory is relative, a path
+    below ``base`` begins with :data:`BESIDE`, and one in the home folder with ``~``. Other texts stay as they are.
+
+    Args:
+        value: texts, numbers, lists and mappings. The values of a mapping are changed, not its keys.
+        base: folder of the file that the configuration came from.
+        assets: folder of an asset -> ``asset:NAME``.
+    """
+    folders = [(folder, f"{name}/") for folder, name in assets.items()]
+    folders += [(str(Path.cwd()), ""), (str(base), BESIDE), (str(expanded("~")), "~/")]
+
+    def replaced(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {key: replaced(item) for key, item in part.items()}
+        if isinstance(part, list | tuple):
+            return [replaced(item) for item in part]
+        if isinstance(part, str) and part.startswith("/"):
+            path = Path(part)
+            return next((f"{name}{path.relative_to(of)}" for of, name in folders if path.is_relative_to(of)), part)
+        return part
+
+    return replaced(value)
+
+
 def digests_of_named(config: RunConfig, base: Path) -> dict[str, str]:
     """Return a digest of everything on this machine that a configuration names.
 
@@ -45,7 +76,7 @@ def digests_of_named(config: RunConfig, base: Path) -> dict[str, str]:
         base: folder of the file that the configuration came from.
 
     Returns:
-        Name of a file or data set in the configuration -> digest.
+        Name of a file or data set in the configuration, :func:`without_places` -> digest.
 
     Raises:
         ConfigError: if a file cannot be read.
@@ -62,7 +93,9 @@ def digests_of_named(config: RunConfig, base: Path) -> dict[str, str]:
         found |= _of_reference_losses(config)
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be read ({error.strerror or error}).") from error
-    return found
+    assets = {str(config.llamafactory[key]): name for key, name in config.assets.items()}
+    names: list[str] = without_places(list(found), base, assets)
+    return dict(zip(names, found.values(), strict=True))
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -94,7 +127,7 @@ def _of_data(config: RunConfig) -> dict[str, str]:
     info_file = Path(str(config.llamafactory.get("dataset_dir", "data"))) / "dataset_info.json"
     found: dict[str, str] = {}
     for name, entry, files in local_datasets(config):
-        found[f"the entry {name} of {info_file}"] = digest(entry)
+        found[f"{info_file}, entry {name}"] = digest(entry)
         found |= {str(file): file_digest(file) for file in files}
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
-from dataflex.compare.digests import digest, digests_of_named, expanded
+from dataflex.compare.digests import BESIDE, digest, digests_of_named, expanded, without_places
 from dataflex.compare.merging import dotted, idle_changes, keys_of, merged, remove, replaced_keys, value_of
 from dataflex.compare.settings import ExperimentSettings, read_settings
 from dataflex.compare.tasks import Task, task_key, tasks_of
@@ -99,7 +99,7 @@ RUN_FILE, KEY_FILE, LOG_FILE, COMPLETE_FILE, FAILED_FILE, TASKS_FILE = (
 )
 """Files that the comparison writes into the folder of a run."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of :data:`KEY_FILE` and :data:`COMPLETE_FILE`."""
 
 
@@ -239,7 +239,10 @@ def changed_file(run: Run, plan: Plan) -> str | None:
     except ConfigError as error:
         return f"{error} It could be read when the command started. Run the command again."
     names = (name for name in {**run.contents, **now} if now.get(name) != run.contents.get(name))
-    return _changed(next(names, None))
+    name = next(names, None)
+    if name is not None and name.startswith(BESIDE):
+        name = str(plan.folder / name.removeprefix(BESIDE))
+    return _changed(name)
 
 
 def changed_task(tasks: Iterable[Task]) -> str | None:
@@ -455,11 +458,32 @@ def keyed(config: RunConfig, base: Path, depends_on: Mapping[str, Any]) -> tuple
     """
     assert config.dataflex is not None
     configuration = config.resolved()
-    del configuration["output_dir"]
-    # Masked, so that another token does not make another run.
-    key = digest({"configuration": masked(configuration), **depends_on})
     plugins = [absolute_plugin(name, base) for name in config.dataflex.plugins]
-    return key, {**configuration, SECTION: {**configuration[SECTION], "plugins": plugins}}
+    configuration = {**configuration, SECTION: {**configuration[SECTION], "plugins": plugins}}
+    key = digest({"configuration": _of_key(configuration, base), **depends_on})
+    del configuration["output_dir"]
+    return key, configuration
+
+
+def _of_key(configuration: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """Return the part of a configuration that makes the key of a run, so without ``output_dir``.
+
+    Secrets are masked, so that another token does not make another run.
+    """
+    found: dict[str, Any] = without_places(masked(configuration), base, {})
+    return {key: value for key, value in found.items() if key != "output_dir"}
+
+
+def inputs_of(run: Run, plan: Plan) -> dict[str, Any]:
+    """Return everything that the key of a run was made of, for its :data:`KEY_FILE`."""
+    configuration = _of_key(run.configuration, plan.folder)
+    versions = installed_versions()
+    return {
+        "versions": versions,
+        "processes": run.processes,
+        "contents": run.contents,
+        "configuration": configuration,
+    }
 
 
 def absolute_plugin(plugin: str, base: Path) -> str:

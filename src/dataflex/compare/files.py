@@ -148,6 +148,8 @@ def _run_object(row: Row) -> dict[str, Any]:
         "folder": str(row.run.folder),
         "fingerprint": row.result.fingerprint if row.result else None,
         "costs": row.result.costs if row.result else {},
+        "runs_at_once": row.result.runs_at_once if row.result else None,
+        "taken_over_from": row.result.taken_over_from if row.result else None,
         "metrics": row.result.metrics if row.result else {},
     }
 

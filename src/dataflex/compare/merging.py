@@ -58,10 +58,11 @@ def _expanded(change: Mapping[str, Any]) -> dict[Any, Any]:
     return found
 
 
-def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the path and the value of everything in nested mappings that is no mapping."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(item, (*path, str(key)))
+            yield from leaves(item, (*path, str(key)))
     else:
         yield path, value
 
@@ -72,7 +73,7 @@ def keys_of(change: Mapping[str, Any]) -> list[str]:
     Raises:
         OmegaConfBaseException: if the change contradicts itself.
     """
-    return [".".join(path) for path, _ in _leaves(_expanded(change))]
+    return [".".join(path) for path, _ in leaves(_expanded(change))]
 
 
 def idle_changes(base: Mapping[str, Any], change: Mapping[str, Any]) -> Iterator[Problem]:
@@ -94,7 +95,7 @@ def idle_changes(base: Mapping[str, Any], change: Mapping[str, Any]) -> Iterator
                 message = f"leads through {holder!r}, which is {found!r} in the base and not a mapping."
                 yield Problem(str(key), message)
                 break
-        for path, leaf in _leaves(_expanded({key: value})):
+        for path, leaf in leaves(_expanded({key: value})):
             name = ".".join(path)
             if name in given:
                 yield Problem(name, f"is given twice, by {given[name]!r} and by {str(key)!r}; keep one of them.")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dataflex.compare.experiment import Experiment, Run, samples_per_step
-from dataflex.compare.result import COSTS, Result, failure_of, read_result
+from dataflex.compare.result import COSTS, Result, cost_notes, failure_of, read_result
 from dataflex.compare.statistics import Difference, chance_line, difference, sentence
 
 _DEFAULT_CLAIMS = ("token_weighted_loss", "unweighted_loss", "token_weighted_bits_per_byte")
@@ -200,6 +200,7 @@ def _notes(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
         most = max((row.result.costs["tokens"] for row in rows if row.result is not None), default=0)
         if most > _TOO_LONG * tokens:
             notes.append(f"A run ends with a whole step, so up to {most:,.0f} tokens were trained on, not {tokens:,}.")
+    notes += cost_notes([row.result for row in rows if row.result is not None])
     if 1 < seeds < 30:
         notes.append(
             "Findings rest on the t interval of the differences by seed. The bootstrap interval is too narrow for "

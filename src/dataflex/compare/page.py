@@ -174,7 +174,10 @@ def run_charts(outcome: Outcome) -> list[Chart]:
     seeds = outcome.experiment.settings.seeds
     complete = {
         variant: {
-            row.run.seed: row.run for row in outcome.rows if row.run.variant == variant and row.result is not None
+            row.run.seed: row.run
+            for row in outcome.rows
+            # The record of a run that was taken over is not here.
+            if row.run.variant == variant and row.result is not None and row.result.taken_over_from is None
         }
         for variant in outcome.experiment.settings.variants
     }

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from dataflex.compare.result import Result
 from dataflex.trainer.console import duration
+
+
+def known_seconds(results: Iterable[tuple[str, Result | None]], jobs: int) -> dict[str, list[float]]:
+    """Return the seconds of the complete runs of each variant that were made on this machine, ``jobs`` at a time.
+
+    Args:
+        results: variant and result of each run. The result is None if the run is not complete.
+        jobs: number of runs at a time.
+    """
+    found: dict[str, list[float]] = {}
+    for variant, result in results:
+        if result is not None and result.seconds is not None and result.runs_at_once == jobs:
+            found.setdefault(variant, []).append(result.seconds)
+    return found
 
 
 def time_left(
@@ -19,7 +34,7 @@ def time_left(
     A run is expected to take as long as the measured runs of its variant, or, if there are none, as any measured run.
 
     Args:
-        known: variant -> seconds of its runs that this command made from beginning to end.
+        known: variant -> seconds of its runs that were made from beginning to end, as many at a time.
         at_work: variant of each running run, and the seconds since its start.
         waiting: variant of each run that has not started, in order.
         jobs: number of runs at a time, >= 1.

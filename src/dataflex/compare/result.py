@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,9 @@ from dataflex.files import json_text, write_atomically
 from dataflex.record.checkpoint import checkpoints
 from dataflex.record.files import read_object
 from dataflex.trainer.resume import last_of
+
+SUMMARY_FILE = Path("dataflex", "summary.json")
+"""Summary of a training, in the folder of its run."""
 
 State = Literal["complete", "to record", "to evaluate", "to resume", "to run"]
 """State of a run.
@@ -42,6 +45,10 @@ class Result:
         tasks: names of the tasks of the comparison.
         spent_before: tokens trained on at the last log before the last step. None if there is no such log.
         chance: task -> accuracy of guessing, for tasks that have one.
+        runs_at_once: number of runs at a time when it was trained. None for a run whose folder does not say it.
+        seconds: seconds from the start of its first process to the end of its last one, with loading. None unless the
+            run was made on this machine in one attempt.
+        taken_over_from: output_dir of another comparison that made the run. None for a run of this comparison.
     """
 
     metrics: dict[str, float]
@@ -53,6 +60,9 @@ class Result:
     tasks: tuple[str, ...]
     spent_before: float | None
     chance: dict[str, float]
+    runs_at_once: int | None
+    seconds: float | None
+    taken_over_from: str | None
 
 
 def state_of(run: Run, plan: Plan) -> State:
@@ -124,18 +134,40 @@ def read_result(run: Run, plan: Plan) -> Result | None:
             tasks=tuple(chances),
             spent_before=stored["spent_before"],
             chance={name: float(value) for name, value in chances.items() if value is not None},
+            runs_at_once=stored["runs_at_once"],
+            seconds=None if "taken_over_from" in stored else stored["seconds"],
+            taken_over_from=stored.get("taken_over_from"),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 
 
+def cost_notes(results: Sequence[Result]) -> Iterator[str]:
+    """Yield the reasons why the seconds of complete runs are not those of runs alone on one machine."""
+    counts = sorted({result.runs_at_once for result in results if result.runs_at_once is not None})
+    if len(counts) > 1:
+        listed = ", ".join(map(str, counts))
+        yield f"Runs with different numbers of runs at a time ({listed}) cannot be compared by their seconds."
+    if counts and counts[-1] > 1:
+        yield "Seconds of runs that were made several at a time include waiting for each other."
+    origins = [result.taken_over_from for result in results if result.taken_over_from is not None]
+    if origins:
+        yield (
+            f"{len(origins)} of {len(results)} complete runs were taken over from {', '.join(dict.fromkeys(origins))}. "
+            "Seconds of runs on different machines cannot be compared."
+        )
+
+
 def trained_problem(run: Run, plan: Plan) -> str | None:
     """Return the reason why the training of a run is not complete, or None if it is.
 
-    Training is complete if the summary on record says that the model was saved. If the plan evaluates, the summary must
-    also have an evaluation of the last step.
+    A run that was taken over has results, but no model. Otherwise training is complete if the summary on record says
+    that the model was saved. If the plan evaluates, the summary must also have an evaluation of the last step.
     """
-    summary_file = run.folder / "dataflex" / "summary.json"
+    elsewhere = _recorded(run).get("taken_over_from")
+    if elsewhere is not None:
+        return f"the run was taken over from {elsewhere}, and its model is not in {run.folder}"
+    summary_file = run.folder / SUMMARY_FILE
     summary = _object(summary_file)
     if summary is None:
         return f"{summary_file} is missing or cannot be read: training has not ended"
@@ -154,13 +186,14 @@ def trained_problem(run: Run, plan: Plan) -> str | None:
     return None
 
 
-def complete(run: Run, plan: Plan, evaluated: Sequence[Task]) -> None:
+def complete(run: Run, plan: Plan, evaluated: Sequence[Task], seconds: float | None) -> None:
     """Read the result of a run and store it beside the results of tasks that are on record already.
 
     Args:
         run: a trained run.
         plan: the plan that the run belongs to.
         evaluated: the tasks that were just evaluated.
+        seconds: seconds of the whole run, if it was made in one attempt.
 
     Raises:
         ConfigError: if something is missing. The text names it.
@@ -168,7 +201,7 @@ def complete(run: Run, plan: Plan, evaluated: Sequence[Task]) -> None:
     problem = trained_problem(run, plan)
     if problem is not None:
         raise ConfigError(problem)
-    summary = read_object(run.folder / "dataflex" / "summary.json")
+    summary = read_object(run.folder / SUMMARY_FILE)
     assert summary is not None
     evaluation = summary.get("evaluation") if plan.evaluates else None
     costs = {name: summary[name] for name in COSTS if name in summary}
@@ -185,6 +218,8 @@ def complete(run: Run, plan: Plan, evaluated: Sequence[Task]) -> None:
         "domains": [] if evaluation is None else list(evaluation["domains"]),
         "spent_before": _spent_before(run.folder / "trainer_state.json", int(summary["steps"])),
         "tasks": tasks,
+        "runs_at_once": (read_object(run.folder / KEY_FILE) or {}).get("runs_at_once"),
+        "seconds": None if seconds is None else round(seconds, 3),
     }
     write_atomically(run.folder / COMPLETE_FILE, (json_text(stored, indent=2) + "\n").encode())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ from dataflex.compare.experiment import (
     Run,
     changed_file,
     changed_task,
+    inputs_of,
     run_yaml,
 )
 from dataflex.compare.remaining import as_text, time_left
@@ -38,8 +40,9 @@ from dataflex.compare.tasks import Task
 from dataflex.config.masking import handed_on
 from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically
-from dataflex.record.versions import installed_versions
+from dataflex.record.files import read_object
 from dataflex.trainer.console import duration
+from dataflex.trainer.resume import last_of
 from dataflex.trainer.stopping import Stopped
 
 PROGRAM = (sys.executable, "-m", "dataflex")
@@ -52,6 +55,8 @@ _NOT_HANDED_ON = (
     *("LOCAL_RANK", "RANK", "WORLD_SIZE", "DATAFLEX_ERROR_FOLDER"),
 )
 _TAIL = 16_384
+_OUT_OF_MEMORY = re.compile(r"CUDA (error: )?out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")
+"""Text in the log of a run for which the memory of its device was too small."""
 _PATIENCE = 20.0
 """Seconds that a process may take to end after it was interrupted."""
 
@@ -86,11 +91,15 @@ class Workers:
         if self.devices:
             names = self.devices[place % len(self.devices)]
             environment["CUDA_VISIBLE_DEVICES"] = names.partition(",")[0] if processes is None else names
-        else:
+        if self.jobs > len(self.devices):
             environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // (self.jobs * (processes or 1)))))
         if processes is not None:
             environment |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(processes)}
         return environment
+
+    def device(self, place: int) -> str:
+        """Return the name of the device of slot ``place``. Without CUDA all slots have the same device."""
+        return self.devices[place % len(self.devices)] if self.devices else "the CPU"
 
 
 def workers(jobs: int | None = None, processes: int = 1) -> Workers:
@@ -126,6 +135,8 @@ class _Job:
     place: int
     tasks: tuple[Task, ...]
     process: subprocess.Popen[bytes]
+    shares: bool
+    """Whether another run was on its device at some time."""
 
     @property
     def stage(self) -> str:
@@ -161,10 +172,35 @@ class Progress:
         self._bar.close()
 
 
+@dataclass(frozen=True)
+class Ended:
+    """The runs that are not complete after :func:`execute`.
+
+    Attributes:
+        failed: name of each failed run -> its error.
+        left: the runs that were interrupted or not started because of the time limit.
+        too_long: of these, names of the runs that were not started because they could not end in time -> seconds that a
+            complete run of the variant took.
+    """
+
+    failed: dict[str, str]
+    left: tuple[Run, ...]
+    too_long: dict[str, float]
+
+
 def execute(
-    plan: Plan, runs: Sequence[Run], at_once: Workers, program: Sequence[str] = PROGRAM, total: int | None = None
-) -> dict[str, str]:
-    """Train and evaluate runs until each is complete or has failed.
+    plan: Plan,
+    runs: Sequence[Run],
+    at_once: Workers,
+    program: Sequence[str] = PROGRAM,
+    total: int | None = None,
+    until: float = math.inf,
+    known: Mapping[str, Sequence[float]] | None = None,
+) -> Ended:
+    """Train and evaluate runs until each is complete or has failed, or until a time limit.
+
+    After the limit no process is started, and those at work are interrupted. Their checkpoints stay. A run that writes
+    no checkpoints is not started if a complete run of its variant took longer than the time that is left.
 
     Args:
         plan: the plan that the runs belong to.
@@ -172,43 +208,52 @@ def execute(
         at_once: the number of runs at a time, and their devices.
         program: the command line, to which ``train FILE`` or ``eval FOLDER --tasks FILE`` is appended.
         total: number of all runs with the complete ones, for messages such as "run 3 of 12". None means ``len(runs)``.
-
-    Returns:
-        Name of each failed run -> its error.
+        until: the time limit, as a value of ``time.monotonic()``.
+        known: variant -> seconds of its runs that were made earlier, each in one attempt and as many at a time.
 
     Raises:
         KeyboardInterrupt: if the user stops the command. All processes have ended by then.
     """
-    crew = _Crew(plan, runs, at_once, program, total or len(runs))
+    crew = _Crew(plan, runs, at_once, program, total or len(runs), until, known or {})
     with _interruptible():
         try:
             crew.work()
         finally:
             crew.dismiss()
-    return crew.failed
+    return Ended(crew.failed, crew.left(runs), crew.too_long)
 
 
 class _Crew:
     """The runs that wait, the runs at work, and the errors of the others."""
 
-    def __init__(self, plan: Plan, runs: Sequence[Run], at_once: Workers, program: Sequence[str], total: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        runs: Sequence[Run],
+        at_once: Workers,
+        program: Sequence[str],
+        total: int,
+        until: float,
+        known: Mapping[str, Sequence[float]],
+    ) -> None:
         self.failed: dict[str, str] = {}
+        self.too_long: dict[str, float] = {}
         self._plan, self._at_once, self._program = plan, at_once, tuple(program)
         self._waiting, self._at_work, self._done = list(runs), list[_Job](), 0
         self._began: dict[str, float] = {}
-        self._before, self._total = total - len(runs), total
+        self._before, self._total, self._until = total - len(runs), total, until
+        self._alone: set[str] = set()
+        """Names of runs for which the memory did not suffice beside other runs. They wait behind all others."""
         self._whole: set[str] = set()
         """Names of runs that started without files of an earlier attempt."""
-        self._known: dict[str, list[float]] = {}
+        self._known = {variant: list(seconds) for variant, seconds in known.items()}
         """Variant -> seconds of such runs, from start to end."""
         self._progress = Progress(len(runs))
 
     def work(self) -> None:
-        """Start runs and handle their ends until no run waits and none is running."""
-        while self._waiting or self._at_work:
-            free = sorted(set(range(self._at_once.jobs)) - {job.place for job in self._at_work})
-            while self._waiting and free:
-                self._begin(self._waiting.pop(0), free.pop(0))
+        """Start runs and handle their ends until no run waits and none is running, or until the time limit."""
+        while (self._waiting or self._at_work) and not self._is_over():
+            self._begin_waiting()
             time.sleep(0.05)
             for job in [job for job in self._at_work if job.process.poll() is not None]:
                 self._at_work.remove(job)
@@ -220,6 +265,41 @@ class _Crew:
         _end([job.process for job in self._at_work])
         self._progress.close()
 
+    def left(self, runs: Sequence[Run]) -> tuple[Run, ...]:
+        """Return the runs that wait, were too long to start, or were at work at the time limit."""
+        names = {*self.too_long, *(run.name for run in self._waiting), *(job.run.name for job in self._at_work)}
+        return tuple(run for run in runs if run.name in names)
+
+    def _is_over(self) -> bool:
+        return time.monotonic() >= self._until
+
+    def _begin_waiting(self) -> None:
+        """Begin the waiting runs in order, as long as there are free slots."""
+        for run in tuple(self._waiting):
+            place = self._place_for(run)
+            if place is None or self._is_over():
+                return
+            self._waiting.remove(run)
+            seconds = max(self._known.get(run.variant, ()), default=0.0)
+            is_too_long = seconds > self._until - time.monotonic()
+            if is_too_long and not _has_checkpoints(run) and trained_problem(run, self._plan) is not None:
+                self.too_long[run.name] = seconds
+            else:
+                self._begin(run, place)
+
+    def _place_for(self, run: Run) -> int | None:
+        """Return a free slot, or None. A run that must be alone gets a slot of a device without other runs."""
+        taken = {job.place for job in self._at_work}
+        free = [place for place in range(self._at_once.jobs) if place not in taken]
+        if run.name in self._alone:
+            free = [place for place in free if not self._beside(place)]
+        return free[0] if free else None
+
+    def _beside(self, place: int) -> list[_Job]:
+        """Return the running runs on the device of a slot."""
+        device = self._at_once.device(place)
+        return [job for job in self._at_work if self._at_once.device(job.place) == device]
+
     def _begin(self, run: Run, place: int) -> None:
         """Start the first step that a run lacks: its training, or else its tasks."""
         self._began[run.name] = time.monotonic()
@@ -230,8 +310,9 @@ class _Crew:
             if problem is not None:
                 self._fail(run, problem)
                 return
-            _prepare(run)
-            if trained_problem(run, self._plan) is None:
+            is_trained = trained_problem(run, self._plan) is None
+            _prepare(run, self._plan, self._at_once.jobs, is_trained)
+            if is_trained:
                 self._after_training(run, place)
                 return
             # A result on record would be of a training that is about to be replaced.
@@ -252,6 +333,8 @@ class _Crew:
                 self._fail(run, f"{problem} The model trained in the meantime is in {aside}", aside)
             elif problem is not None or (problem := changed_task(job.tasks)) is not None:
                 self._fail(run, problem)
+            elif job.process.returncode and job.shares and _OUT_OF_MEMORY.search(_tail(run.folder / LOG_FILE)):
+                self._put_back(job)
             elif job.process.returncode:
                 self._fail(run, f"{job.stage}: {_last_error(run)} (status {job.process.returncode})")
             elif job.tasks:
@@ -262,6 +345,16 @@ class _Crew:
                 self._after_training(run, job.place)
         except (OSError, ConfigError) as error:
             self._fail(run, str(error))
+
+    def _put_back(self, job: _Job) -> None:
+        """Let a run wait for a device without other runs, after the memory did not suffice beside them."""
+        self._alone.add(job.run.name)
+        self._whole.discard(job.run.name)
+        self._waiting.append(job.run)
+        self._progress.say(
+            f"{self._counted(job.run)}: {job.stage}: out of memory while other runs were on the same device "
+            f"({self._at_once.device(job.place)}). It is made again when no other run is on its device."
+        )
 
     def _after_training(self, run: Run, place: int) -> None:
         tasks = tuple(tasks_to_evaluate(run, self._plan))
@@ -275,19 +368,25 @@ class _Crew:
             self._launch(run, place, tasks, ["eval", str(run.folder), "--tasks", str(run.folder / TASKS_FILE)])
 
     def _launch(self, run: Run, place: int, tasks: tuple[Task, ...], arguments: list[str]) -> None:
+        if self._is_over():
+            self._waiting.insert(0, run)
+            return
         processes = run.processes if run.torchrun and not tasks else None
         environment = {**self._at_once.environment(place, processes), **handed_on(run.configuration)}
         process = _start(run, [*self._program, *arguments], environment)
-        job = _Job(run, place, tasks, process)
+        others = self._beside(place)
+        for other in others:
+            other.shares = True
+        job = _Job(run, place, tasks, process, bool(others))
         self._at_work.append(job)
         self._progress.say(f"{self._counted(run)}: {job.stage} ({run.folder})")
 
     def _finish(self, run: Run, evaluated: Sequence[Task]) -> None:
-        complete(run, self._plan, evaluated)
+        seconds, is_whole = time.monotonic() - self._began[run.name], run.name in self._whole
+        complete(run, self._plan, evaluated, seconds if is_whole else None)
         (run.folder / FAILED_FILE).unlink(missing_ok=True)
         self._done += 1
-        seconds = time.monotonic() - self._began[run.name]
-        if run.name in self._whole:
+        if is_whole:
             self._known.setdefault(run.variant, []).append(seconds)
         self._progress.say(f"{self._counted(run)}: complete after {duration(round(seconds))}{self._rest()}")
 
@@ -324,17 +423,34 @@ class _Crew:
         return f"; {to_go} to go{as_text(left)}"
 
 
-def _prepare(run: Run) -> None:
-    """Write the files that identify the run in a folder."""
+def _has_checkpoints(run: Run) -> bool:
+    """Return whether the training of a run writes checkpoints before its end, so that it can resume from one."""
+    given = run.configuration
+    save_steps, steps = float(given.get("save_steps") or 0), float(given.get("max_steps") or math.inf)
+    strategy = str(given.get("save_strategy") or ("steps" if save_steps else "no"))
+    return strategy == "epoch" or (strategy == "steps" and (save_steps or 500) < steps)
+
+
+def _prepare(run: Run, plan: Plan, jobs: int, is_trained: bool) -> None:
+    """Write the files that identify the run in a folder.
+
+    Args:
+        run: the run.
+        plan: the plan that the run belongs to.
+        jobs: number of runs at a time.
+        is_trained: whether its training is complete. Else it is about to begin, or to resume.
+    """
+    runs_at_once = (read_object(run.folder / KEY_FILE) or {}).get("runs_at_once")
+    if not is_trained:
+        runs_at_once = max(runs_at_once or 1, jobs) if last_of(run.folder) is not None else jobs
     key: dict[str, Any] = {
         "format": FORMAT,
         "key": run.key,
         "variant": run.variant,
         "seed": run.seed,
         "working_directory": str(Path.cwd()),
-        "versions": installed_versions(),
-        "contents": run.contents,
-        "processes": run.processes,
+        "runs_at_once": runs_at_once,
+        **inputs_of(run, plan),
     }
     write_atomically(run.folder / KEY_FILE, (json_text(key, indent=2) + "\n").encode())
     write_atomically(run.folder / RUN_FILE, run_yaml(run))

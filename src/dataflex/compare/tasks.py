@@ -80,8 +80,8 @@ def tasks_of(
 
 def task_key(settings: Mapping[str, Any]) -> str:
     """Return a digest of a task's settings, of the files they name and of the harness's version."""
-    files = [file_digest(Path(settings[key])) for key in ("file", "fewshot_file") if key in settings]
-    return digest([settings, files, version(HARNESS)])
+    files = {key: file_digest(Path(settings[key])) for key in ("file", "fewshot_file") if key in settings}
+    return digest([{**settings, **files}, version(HARNESS)])  # a file counts by its content, wherever it is
 
 
 def _unknown_tasks(named: Sequence[tuple[str, str]]) -> Iterator[Problem]:

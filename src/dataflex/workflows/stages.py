@@ -260,7 +260,7 @@ def bring_to_end(stage: Stage, run: Run, program: Sequence[str], place: str) -> 
         return None
     print(f"{place}: {stage.name}", flush=True)
     stage.write_model()
-    return execute(stage.plan, [run], ALONE, program).get(run.name)
+    return execute(stage.plan, [run], ALONE, program).failed.get(run.name)
 
 
 def refuse_many_nodes() -> None:
