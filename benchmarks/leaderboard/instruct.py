@@ -79,6 +79,8 @@ def write_data(
         sets |= {validation(name): chosen, held_out(name): evaluated}
         if questions:
             _write(folder / f"{name}_questions.jsonl", "".join(json.dumps(row) + "\n" for row in questions))
+    for name in (OTHERS, *map(held_out, targets)):
+        sets[name].sort(key=_length)  # batches of similar lengths are evaluated faster
     for name, samples in sets.items():
         _write(folder / f"{name}.json", json.dumps(samples, ensure_ascii=False, indent=1))
     info = {name: {"file_name": f"{name}.json"} for name in sets}
@@ -121,6 +123,10 @@ def _take(
 def _instruction(row: dict[str, Any]) -> Row:
     """Return the keys of LLaMA-Factory's alpaca form."""
     return {key: row.get(key) or "" for key in ("instruction", "input", "output")}
+
+
+def _length(row: Row) -> int:
+    return sum(map(len, row.values()))
 
 
 def _question(row: dict[str, Any]) -> Row:
