@@ -56,6 +56,7 @@ class Settings:
         repeats: timed requests of each variant. LESS has one for each checkpoint instead.
         peer: interpreter of an environment with bergson.
         device: ``cpu`` or ``cuda``.
+        commands: tunings of LESS of which the commands are measured, too, with the starts of their processes.
     """
 
     data: Path
@@ -64,6 +65,7 @@ class Settings:
     repeats: int
     peer: Path | None
     device: str
+    commands: tuple[str, ...]
 
 
 def main() -> None:
@@ -73,7 +75,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="only these parts")
     parser.add_argument("--peer", type=Path, help="interpreter of an environment with bergson")
     parser.add_argument("--model", default="asset:smollm2-135m-instruct")
-    parser.add_argument("--samples", type=int, default=8, help="samples of LESS's pool, a multiple of 4; others scale")
+    parser.add_argument(
+        "--commands",
+        nargs="*",
+        choices=cost_less.TUNINGS,
+        default=["lora_8"],
+        help="tunings of LESS of which the commands are measured as a user runs them, too (default: lora_8)",
+    )
+    parser.add_argument("--samples", type=int, default=4, help="samples of LESS's pool, a multiple of 4; others scale")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
@@ -90,7 +99,13 @@ def main() -> None:
         parser.error("--device: cuda, but PyTorch finds no CUDA device")
     sys.path.append(str(Path(__file__).parents[1]))  # the other benchmarks, also for the processes of the variants
     settings = Settings(
-        options.data.resolve(), options.model, options.samples, options.repeats, options.peer, options.device
+        options.data.resolve(),
+        options.model,
+        options.samples,
+        options.repeats,
+        options.peer,
+        options.device,
+        tuple(options.commands),
     )
     for name in options.only:
         began = time.perf_counter()

@@ -226,16 +226,16 @@ def measure(settings: Any, folder: Path, tuning: str) -> dict[str, Any]:
     """Return the part of one tuning; see ``cost.Settings``."""
     from dataflex import assets
 
-    inputs = Inputs(folder, str(assets.resolve(settings.model)), tuning)
+    inputs, commands = Inputs(folder, str(assets.resolve(settings.model)), tuning), tuning in settings.commands
     write_inputs(settings.data, inputs, settings.samples)
     print(f"less_{tuning}: warm-up (not timed)", flush=True)
     with in_turn({"warm": warm_up}, inputs, folder / "logs"):
         pass
-    return {f"less_{tuning}": of_inputs(inputs, settings.device)}
+    return {f"less_{tuning}": of_inputs(inputs, settings.device, commands=commands)}
 
 
-def of_inputs(inputs: Inputs, device: str) -> dict[str, Any]:
-    """Measure both pipelines."""
+def of_inputs(inputs: Inputs, device: str, *, commands: bool) -> dict[str, Any]:
+    """Measure both pipelines, and the commands as a user runs them if asked."""
     from dataflex.probe.checkpoints import learning_rates
 
     print(f"less_{inputs.tuning}", flush=True)
@@ -247,39 +247,34 @@ def of_inputs(inputs: Inputs, device: str) -> dict[str, Any]:
     size, everyone = len(samples["pool"]), sum(map(len, samples.values()))
     answers = found["authors"].values
     seconds = [each.gradient_seconds + each.projection_seconds for each in answers]
-    variants = {
-        "authors": row(found["authors"], everyone, seconds, reckoned=answers[0].reckoned),
-        "dataflex": row(found["dataflex"], everyone),
-    }
-    variants["authors"]["gradient_seconds"] = [each.gradient_seconds for each in answers]
-    variants["authors"]["projection_seconds"] = [each.projection_seconds for each in answers]
+    authors = row(found["authors"], everyone, seconds, reckoned=answers[0].reckoned)
+    authors["gradient_seconds"] = [each.gradient_seconds for each in answers]
+    authors["projection_seconds"] = [each.projection_seconds for each in answers]
+    mine = row(found["dataflex"], everyone)
     weights = np.array(learning_rates(inputs.checkpoints))
     exact = np.tensordot(weights, np.stack([each.exact for each in answers]), 1).max(1)
     scores = np.tensordot(weights, np.stack(found["dataflex"].values), 1).max(1)
-    commands, peak, written = run_commands(inputs, logs)
-    whole = {"seconds": [variants["authors"]["start_seconds"] + sum(seconds)], "reckoned": answers[0].reckoned}
-    variants["dataflex commands"] = {
-        "seconds": [sum(commands.values())],
-        "of": commands,
-        "peak_bytes": peak if device == "cpu" else None,
-        "samples": everyone,
-        "reckoned": False,
-    }
-    return {
+    named = {"checkpoints": CHECKPOINTS, "cutoff": CUTOFF, "elements": answers[0].elements, "dim": inputs.dim}
+    part: dict[str, Any] = {
         "about": "seconds of one checkpoint; of the commands: all checkpoints, with the starts of both processes",
-        "settings": {"pool": size, "validation": everyone - size, "checkpoints": CHECKPOINTS, "cutoff": CUTOFF,
-                     "elements": answers[0].elements, "dim": inputs.dim},
-        "variants": variants,
-        "ratios": {
-            "authors / dataflex": ratio(variants["authors"], variants["dataflex"]),
-            "authors with one start / dataflex commands": ratio(whole, variants["dataflex commands"]),
-        },
+        "settings": {"pool": size, "validation": everyone - size, **named},
+        "variants": {"authors": authors, "dataflex": mine},
+        "ratios": {"authors / dataflex": ratio(authors, mine)},
         "agreement": {
             "projected scores against the authors' unprojected scores": compared(scores, exact, inputs.dim),
-            "scores of the commands against those in the process": {"largest_difference": largest(written, scores)},
             **checks,
         },
-    }  # fmt: skip
+    }
+    if commands:
+        each, peak, written = run_commands(inputs, logs)
+        whole = {"seconds": [authors["start_seconds"] + sum(seconds)], "reckoned": authors["reckoned"]}
+        both = {"seconds": [sum(each.values())], "of": each, "samples": everyone, "reckoned": False}
+        part["variants"]["dataflex commands"] = both | {"peak_bytes": peak if device == "cpu" else None}
+        part["ratios"]["authors with one start / dataflex commands"] = ratio(whole, both)
+        part["agreement"]["scores of the commands against those in the process"] = {
+            "largest_difference": largest(written, scores)
+        }
+    return part
 
 
 def exact_checks(turns: Turns, inputs: Inputs) -> dict[str, Any]:
