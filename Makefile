@@ -39,9 +39,11 @@ leaderboard/peer/.installed: | $(UV)
 	VIRTUAL_ENV=$(abspath leaderboard/peer) $(UV) pip install --quiet "bergson==2.5.1" "torch==2.11.*"
 	@touch $@
 
+TIER ?= large
+
 leaderboard-gpu:
-	PYTHONPATH=src:$$PYTHONPATH $(PYTHON_GPU) benchmarks/leaderboard/run.py --tier large --data $(DATA) --time-limit 8m \
-	  --jobs 4 --kept benchmarks/results/leaderboard/large-runs $(LEADERBOARD)
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON_GPU) benchmarks/leaderboard/run.py --tier $(TIER) --data $(DATA) --jobs 4 \
+	  --time-limit 8m --kept benchmarks/results/leaderboard/$(TIER)-runs $(LEADERBOARD)
 
 # Both need an accelerator with 80 GB. PYTHON_GPU is an interpreter that has torch for it, and what DataFlex needs.
 PYTHON_GPU ?= $(BIN)/python

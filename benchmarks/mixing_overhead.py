@@ -29,13 +29,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mixing import BLOCK, VOCABULARY, write_model
 from overhead import WARMUP_STEPS, machine
 from transformers import TrainerCallback
 
 from dataflex.record.reader import read_run
 
+sys.path.append(str(Path(__file__).parent / "leaderboard"))
+from pretraining import Size, write_model
+
 DOMAINS = tuple(f"part{number}" for number in range(7))
+BLOCK, VOCABULARY = 256, 4096
+MODEL = Size(
+    vocabulary=VOCABULARY,
+    width=192,
+    inner=512,
+    layers=4,
+    heads=6,
+    block=BLOCK,
+    batch=8,
+    learning_rate=3.0e-3,
+    tokens=0,
+    validation=None,
+    device={},
+)
+"""The trained model. The options of the command set its batch and its length."""
 UPDATE_STEPS = 5
 GOALS = {
     "odm": 1.03,
@@ -210,7 +227,7 @@ def write_inputs(folder: Path) -> None:
         (data / f"{name}.json").write_text(json.dumps(rows))
         info[name] = {"file_name": f"{name}.json", "columns": {"prompt": "text"}}
     (data / "dataset_info.json").write_text(json.dumps(info))
-    write_model(iter(texts), folder / "model")
+    write_model(iter(texts), folder / "model", MODEL)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "model"), dtype=torch.float32)
     model.save_pretrained(folder / "reference")

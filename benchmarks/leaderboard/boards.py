@@ -27,7 +27,6 @@ class Model(_Part):
 
     about: str
     settings: Keys
-    make: Literal["second_family"] | None = Field(None, description="Module of this folder that writes the model.")
 
 
 class Pool(_Part):

@@ -29,7 +29,11 @@ from dataflex.report.tables import Table
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "leaderboard"
 DOCS = ROOT / "docs"
-COMMANDS = {"small": "make leaderboard", "large": "make leaderboard-gpu"}
+COMMANDS = {
+    "small": "make leaderboard",
+    "large": "make leaderboard-gpu",
+    "second_family": "make leaderboard-gpu TIER=second_family",
+}
 """Tier -> the command that runs it."""
 
 MARKDOWN, HTML = "results.md", "results.html"
@@ -138,20 +142,24 @@ def parts(found: Mapping[str, TierResult]) -> list[Part]:
     claims = {tier: judged(result) for tier, result in found.items()}
     said = [_said(tier, each) for tier, every in claims.items() for each in every]
     missing = [
-        f"The {tier} tier has not been run. To run it: {command}"
+        f"The {_words(tier).lower()} tier has not been run. To run it: {command}"
         for tier, command in COMMANDS.items()
         if tier not in found
     ]
     every = [Part("Claims", 2, said, [page_tables.claim_table(claims)])] if found else []
     every.append(Part("Tiers", 2, missing, [page_tables.tier_table(found, list(COMMANDS))]))
     for tier, result in found.items():
-        every += _tier_parts(f"{tier.capitalize()} tier", result)
+        every += _tier_parts(f"{_words(tier)} tier", result)
     return every
+
+
+def _words(tier: str) -> str:
+    return tier.replace("_", " ").capitalize()
 
 
 def _said(tier: str, found: Judged) -> str:
     source = f" ({found.claim.source})" if found.claim.source else ""
-    return f"{found.verdict.capitalize()} ({tier} tier): {found.claim.text}{source}. {found.sentence}"
+    return f"{found.verdict.capitalize()} ({_words(tier).lower()} tier): {found.claim.text}{source}. {found.sentence}"
 
 
 def _tier_parts(name: str, result: TierResult) -> list[Part]:

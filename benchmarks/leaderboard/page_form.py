@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dataflex.errors import ConfigError
 from dataflex.files import RepeatedKeyError, distinct
 
-Tier = Literal["small", "large"]
+Tier = Literal["small", "large", "second_family"]
 Finding = Literal["better", "worse", "unclear", "no claim", "no data"]
 Interval = tuple[float, float]
 
