@@ -17,6 +17,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -322,8 +323,7 @@ class Work:
         log.parent.mkdir(parents=True, exist_ok=True)
         print(f"{shlex.join(command)} >> {log}", flush=True)
         began = time.monotonic()
-        with log.open("a") as stream:
-            status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+        status = _waited(command, log)
         seconds = time.monotonic() - began
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         write_atomically(self.notes_file, json_text({"seconds": self.seconds}, indent=2).encode())
@@ -430,6 +430,22 @@ class Work:
 def _chosen(comparison: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return variant -> share of each data set among the samples of its decisions, for the variants that decide."""
     return {name: found["chosen"] for name, found in comparison["variants"].items() if found["chosen"]}
+
+
+def _waited(command: list[str], log: Path) -> int:
+    """Run a command with its output in a log and return its exit status.
+
+    Ctrl-C reaches the command directly, and SIGTERM is handed on. In both cases the command ends its own processes, and
+    this function waits for that.
+    """
+    with log.open("a") as stream, subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            return process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _described(table: Table) -> dict[str, Any]:
