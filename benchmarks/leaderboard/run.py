@@ -410,7 +410,8 @@ class Work:
             used_by = [rest[2]] if kind == "embeddings" else ["rho_loss"] if kind == "reference" else [kind]
             target = f"-{rest[1]}-" if kind == "embeddings" else ""
             tables = [name for name in names if name.startswith(f"{group}-") and target in name]
-            yield {"what": whats[kind], "seconds": round(seconds, 1), "used_by": used_by, "tables": tables}
+            if tables:
+                yield {"what": whats[kind], "seconds": round(seconds, 1), "used_by": used_by, "tables": tables}
 
     def _claims(self, tables: Sequence[dict[str, Any]], costs: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         """Yield each claim of the board for each table that tests it."""

@@ -15,10 +15,13 @@ import yaml
 
 import tiny
 
-pytestmark = pytest.mark.launch
-
 ROOT = Path(__file__).parents[2]
 BOARD = ROOT / "benchmarks" / "leaderboard"
+sys.path.insert(0, str(BOARD))
+
+import page  # noqa: E402
+
+pytestmark = pytest.mark.launch
 
 LONGEST = '''
 import numpy as np
@@ -85,7 +88,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "orders": {},
         "tiers": {
-            "tiny": {
+            "small": {
                 "about": "two steps",
                 "selection": {
                     "methods": ["every_tier"],
@@ -116,7 +119,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def called(place: Path, *more: str, data: str = "files") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BOARD / "run.py"), "--board", "board.yaml", "--tier", "tiny", "--data", data]
+    command = [sys.executable, str(BOARD / "run.py"), "--board", "board.yaml", "--tier", "small", "--data", data]
     return subprocess.run(
         [*command, "--only", "A", "--results", "result.json", *more],
         cwd=place,
@@ -125,6 +128,14 @@ def called(place: Path, *more: str, data: str = "files") -> subprocess.Completed
         timeout=500,
         check=False,
     )
+
+
+def pages(place: Path) -> str:
+    """Write the pages of the result and return the Markdown."""
+    (place / "docs").mkdir(exist_ok=True)
+    written = page.write_pages([place / "result.json"], place / "docs")
+    assert [file.name for file in written] == ["results.md", "results.html"]
+    return (place / "docs" / "results.md").read_text()
 
 
 def table(place: Path) -> dict[str, Any]:
@@ -137,6 +148,7 @@ def test_a_board_with_a_plug_in_stops_continues_and_is_taken_elsewhere(place: Pa
     stopped = called(place, "--time-limit", "1s")
     assert stopped.returncode == 124, stopped.stderr
     assert json.loads((place / "result.json").read_text())["tables"] == []
+    assert "not been run" in pages(place)
 
     done = called(place, "--jobs", "2", "--kept", "kept")
     assert done.returncode == 0, done.stderr + done.stdout
@@ -147,11 +159,15 @@ def test_a_board_with_a_plug_in_stops_continues_and_is_taken_elsewhere(place: Pa
     (difference,) = comparison["differences"]
     assert (difference["variant"], difference["metric"]) == ("longest", "birdsong_held_out_loss")
     assert len(difference["differences"]) == 2
-    assert set(json.loads((place / "leaderboard/tiny/data-clean/dataset_info.json").read_text())) == {
+    assert set(json.loads((place / "leaderboard/small/data-clean/dataset_info.json").read_text())) == {
         "birds", "birds_spoilt", "trees", "trees_spoilt", "others_held_out", "birdsong_validation", "birdsong_held_out"
     }  # fmt: skip
 
-    logs = {log: log.stat().st_mtime_ns for log in place.glob("leaderboard/tiny/*/runs/*/*/log.txt")}
+    text = pages(place)
+    assert "Long samples are better" in text
+    assert "longest" in text
+
+    logs = {log: log.stat().st_mtime_ns for log in place.glob("leaderboard/small/*/runs/*/*/log.txt")}
     assert len(logs) == 4
     again = called(place)
     assert again.returncode == 0, again.stderr
@@ -162,7 +178,7 @@ def test_a_board_with_a_plug_in_stops_continues_and_is_taken_elsewhere(place: Pa
     shutil.copytree(place, other_place, ignore=shutil.ignore_patterns("leaderboard", "result.json"))
     elsewhere = called(other_place, "--kept", "kept")
     assert elsewhere.returncode == 0, elsewhere.stderr
-    assert not list(other_place.glob("leaderboard/tiny/*/runs/*/*/log.txt"))
+    assert not list(other_place.glob("leaderboard/small/*/runs/*/*/log.txt"))
     for own, other in zip(comparison["runs"], table(other_place)["comparison"]["runs"], strict=True):
         assert (own["key"], own["metrics"]) == (other["key"], other["metrics"])
 

@@ -43,7 +43,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for pool in BOARD.pools.values():
         rng = random.Random(pool.file)
         sources = ["gsm8k", *string.ascii_lowercase[:4]]
-        write(folder / "files" / pool.file, [{**instruction(rng), "source": name} for name in sources for _ in range(24)])
+        write(
+            folder / "files" / pool.file, [{**instruction(rng), "source": name} for name in sources for _ in range(24)]
+        )
     for target in BOARD.targets.values():
         for name in target.files:
             rng = random.Random(name)
