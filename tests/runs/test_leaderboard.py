@@ -94,7 +94,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "methods": ["every_tier"],
                     "tables": [{"model": "tiny", "pool": "clean", "targets": ["birdsong"]}],
                     "baselines": ["random"],
-                    "seeds": [1, 2],
+                    "seeds": [1],
                     "tokens": 120,
                     "rounds": {"warmup_steps": 1, "update_steps": 4},
                     "rows": 48,
@@ -155,10 +155,10 @@ def test_a_board_with_a_plug_in_stops_continues_and_is_taken_elsewhere(place: Pa
     found = table(place)
     comparison = found["comparison"]
     assert found["name"] == "tiny-clean-birdsong-vs-random"
-    assert [run["status"] for run in comparison["runs"]] == ["compared"] * 4
+    assert [run["status"] for run in comparison["runs"]] == ["compared"] * 2
     (difference,) = comparison["differences"]
     assert (difference["variant"], difference["metric"]) == ("longest", "birdsong_held_out_loss")
-    assert len(difference["differences"]) == 2
+    assert len(difference["differences"]) == 1
     assert set(json.loads((place / "leaderboard/small/data-clean/dataset_info.json").read_text())) == {
         "birds", "birds_spoilt", "trees", "trees_spoilt", "others_held_out", "birdsong_validation", "birdsong_held_out"
     }  # fmt: skip
@@ -168,7 +168,7 @@ def test_a_board_with_a_plug_in_stops_continues_and_is_taken_elsewhere(place: Pa
     assert "longest" in text
 
     logs = {log: log.stat().st_mtime_ns for log in place.glob("leaderboard/small/*/runs/*/*/log.txt")}
-    assert len(logs) == 4
+    assert len(logs) == 2
     again = called(place)
     assert again.returncode == 0, again.stderr
     assert {log: log.stat().st_mtime_ns for log in logs} == logs  # no run was made again
