@@ -60,11 +60,6 @@ class Target(_Part):
         """The files that the target reads."""
         return [self.validation, self.held_out, *([self.task["fewshot_file"]] if "fewshot_file" in self.task else [])]
 
-    @property
-    def metric(self) -> str:
-        """The metric of the task."""
-        return "acc" if self.has_choices else "exact_match"
-
 
 class TableSettings(_Part):
     """The model, the pool and the targets of some tables."""
@@ -152,6 +147,11 @@ class Board(_Part):
             for kind, each in asked:
                 if each not in known[kind]:
                     raise ValueError(f"tier {name}: there is no {kind} {each!r}; it must be one of {list(known[kind])}")
+            loaded = {self.models[table.model].settings["model_name_or_path"] for table in tier.selection.tables}
+            if len(loaded) > 1:
+                raise ValueError(
+                    f"tier {name}: its tables share data, so they need one tokenizer, not {sorted(loaded)}"
+                )
             lacking = [each for each in tier.selection.baselines if each not in self.methods_of(tier.selection)]
             if lacking:
                 raise ValueError(f"tier {name}: the baseline {lacking[0]!r} is not among the methods of the tier")
@@ -273,9 +273,8 @@ def selection_tables(
             name: {"dataflex": filled(_with_rounds(keys, settings), words)}
             for name, keys in board.methods_of(settings).items()
         }
+        # Accuracies are shown without findings: a further metric would cost power, because p values are corrected.
         metrics = [f"{target}_held_out_loss"]
-        if tasks:
-            metrics.append(f"{target}/{board.targets[target].metric}")
         for baseline in settings.baselines:
             name = f"{group}-{target}-vs-{baseline}"
             experiment = {
@@ -295,7 +294,11 @@ def selection_tables(
             title = f"{board.targets[target].about}: orders of the best method's samples"
             experiment = {**experiment, "output_dir": str(places.output / name)}
             first = f"{group}-{target}-vs-{settings.baselines[0]}"
-            setting = tuple(_sentences(board, table, target, settings))
+            setting = (
+                *_sentences(board, table, target, settings),
+                "The method was chosen by its mean on these held-out samples and seeds. So its mean, the baseline, is "
+                "lower than that of new seeds would be.",
+            )
             yield Table(name, "A", title, setting, experiment, group, best_of=first)
 
 
@@ -335,11 +338,16 @@ def _sentences(board: Board, table: TableSettings, target: str, settings: Select
         f"Target: {board.targets[target].about}; {settings.validation_rows} validation samples for the methods that "
         f"read them, {settings.held_out_rows} other samples for the held-out loss."
     )
+    if settings.reference_rows:
+        yield (
+            f"`rho_loss` has a reference model that was trained once on {settings.reference_rows:,} further samples, "
+            "which no other method has."
+        )
     yield f"`{OTHER_LOSS}` is the loss on {settings.other_rows} held-out samples of the other sources of the pool."
     yield (
         f"Budget: {settings.tokens:,} trained tokens in each run, seeds {', '.join(map(str, settings.seeds))}. "
         f"{settings.rounds['warmup_steps']} steps on a random draw come before the first decision, and a decision "
-        f"holds for {settings.rounds['update_steps']} steps."
+        f"holds for {settings.rounds['update_steps']} steps. Methods that choose short samples take more steps."
     )
 
 

@@ -147,6 +147,11 @@ def parts(found: Mapping[str, TierResult]) -> list[Part]:
         if tier not in found
     ]
     every = [Part("Claims", 2, said, [page_tables.claim_table(claims)])] if found else []
+    missing += [
+        f"The {_words(tier).lower()} tier is not complete. Missing: {', '.join(result.missing)}"
+        for tier, result in found.items()
+        if result.missing
+    ]
     every.append(Part("Tiers", 2, missing, [page_tables.tier_table(found, list(COMMANDS))]))
     for tier, result in found.items():
         every += _tier_parts(f"{_words(tier)} tier", result)
@@ -171,7 +176,7 @@ def _tier_parts(name: str, result: TierResult) -> list[Part]:
         lines = [
             *table.setting,
             f"Equal budget of every run: {budget}. Seeds: {', '.join(map(str, comparison.seeds))}. "
-            f"Wall time of the comparison: {page_tables.duration(table.seconds)}.",
+            f"Wall time, without runs that other tables have in common: {page_tables.duration(table.seconds)}.",
         ]
         title = f"{name}: {table.title}"
         charts = page_charts.forests(title, comparison)

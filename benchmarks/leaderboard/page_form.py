@@ -172,6 +172,8 @@ class TierResult(Form):
     machine: dict[str, Any]
     versions: dict[str, str]
     tables: list[TableResult]
+    missing: list[str]
+    """Names of the tables and of the parts of the costs that are not complete yet."""
     chosen: dict[str, dict[str, dict[str, float]]]
     above_chance: list[AboveChance]
     shared_costs: list[SharedCost]
@@ -233,16 +235,19 @@ def _unknown_names(found: TierResult) -> Iterator[str]:
     for name in found.chosen.keys() & tables.keys():
         yield from _unknown(f"chosen.{name}", found.chosen[name], tables[name].variants)
     for i, claim in enumerate(found.claims):
-        yield from _problems_of_claim(f"claims[{i}]", claim, tables, found.costs)
+        yield from _problems_of_claim(f"claims[{i}]", claim, tables, found.costs, found.missing)
 
 
-def _problems_of_claim(place: str, claim: Claim, tables: dict[str, Comparison], costs: Costs | None) -> Iterator[str]:
+def _problems_of_claim(
+    place: str, claim: Claim, tables: dict[str, Comparison], costs: Costs | None, missing: list[str]
+) -> Iterator[str]:
     given = [key for key in ("table", "metric", "variants", "costs") if getattr(claim, key) is not None]
     if given not in (["table", "metric", "variants"], ["costs"]):
         yield f"{place} has {', '.join(given) or 'nothing'}; expected table, metric and variants, or costs"
     elif claim.costs is not None:
-        # Before the costs are measured, a claim may name parts that are to come.
-        yield from _unknown(f"{place}.costs", claim.costs, [*costs.parts, *costs.skipped]) if costs else []
+        # A claim may name parts that are to be measured later.
+        known = [*costs.parts, *costs.skipped, *missing] if costs else claim.costs
+        yield from _unknown(f"{place}.costs", claim.costs, known)
         yield from [] if claim.costs else [f"{place}.costs is empty"]
     elif claim.table not in tables:
         yield from _unknown(f"{place}.table", [str(claim.table)], tables)

@@ -68,6 +68,7 @@ def tables_of(table: TableResult, result: TierResult) -> list[Table]:
     found = [finding_table(comparison), cost_table(comparison, shared)]
     if table.track == "A":
         found.append(seed_table("Losses on the other data sets", comparison, other_losses(comparison), "_loss"))
+        found.append(seed_table("Accuracy in tasks", comparison, accuracies(comparison), ""))
     else:
         for ending, name in (("_bits_per_byte", "Bits per byte by domain"), ("_perplexity", "Perplexity by domain")):
             found.append(seed_table(name, comparison, _measured(comparison, ending), ending))
@@ -78,7 +79,17 @@ def tables_of(table: TableResult, result: TierResult) -> list[Table]:
 
 def finding_table(comparison: Comparison) -> Table:
     """Return one row per variant and claimed metric, the baseline first."""
-    header = ["method", "metric", "finding", "seeds", "mean", "std. error", "difference", "95 % interval", "p (Holm)"]
+    header = [
+        "method",
+        "metric",
+        "finding",
+        "seeds",
+        "mean",
+        "eval std. error",
+        "difference",
+        "95 % interval",
+        "p (Holm)",
+    ]
     rows = []
     for metric in comparison.claims:
         differences = [each for each in comparison.differences if each.metric == metric]
@@ -103,8 +114,9 @@ def finding_table(comparison: Comparison) -> Table:
                 ]
             )
     notes = [
-        f"Difference: method minus {comparison.baseline}, mean over the seeds. Std. error: of the mean over the "
-        "samples of the evaluation set."
+        f"Difference: method minus {comparison.baseline}, mean over the seeds. Eval std. error: of one model's "
+        "mean over the samples of the evaluation set. It is not the error of the difference, whose seeds share these "
+        "samples."
     ]
     return Table("Findings", header, rows, 3, (*notes, *_not_compared(comparison), *comparison.notes))
 
@@ -142,17 +154,17 @@ def _probability(value: float | None) -> str:
 
 def cost_table(comparison: Comparison, shared: Sequence[SharedCost]) -> Table:
     """Return one row per variant with the means of its complete runs, and the seconds of work shared by its runs."""
-    header = ["method", "runs", "at once", "train s", "decide s", "decide / train", "tokens", "once s"]
+    header = ["method", "runs", "at once", "train s", "decide s", "decide / train", "tokens", "steps", "once s"]
     rows = []
     for variant, found in comparison.variants.items():
         costs = found.costs
         own = [run for run in comparison.runs if run.variant == variant and run.metrics]
         once = [each.seconds for each in shared if variant in each.used_by]
-        measured = [NOTHING] * 4
+        measured = [NOTHING] * 5
         if costs:
             train, decide = costs["train_seconds"], costs["decision_seconds"]
             ratio = f"{decide / train:.3f}" if train else NOTHING
-            measured = [f"{train:,.1f}", f"{decide:,.1f}", ratio, f"{costs['tokens']:,.0f}"]
+            measured = [f"{train:,.1f}", f"{decide:,.1f}", ratio, f"{costs['tokens']:,.0f}", f"{costs['steps']:,.1f}"]
         at_once = sorted({run.runs_at_once for run in own if run.runs_at_once is not None})
         counts = " to ".join(str(each) for each in dict.fromkeys((at_once[0], at_once[-1]))) if at_once else NOTHING
         rows.append([variant, str(len(own)), counts, *measured, f"{sum(once):,.1f}" if once else NOTHING])
@@ -169,6 +181,12 @@ def other_losses(comparison: Comparison) -> list[str]:
     """Return the losses of single data sets that have no findings."""
     averages = [f"{average}_loss" for average in AVERAGES]
     return [each for each in _measured(comparison, "_loss") if each not in [*comparison.claims, *averages]]
+
+
+def accuracies(comparison: Comparison) -> list[str]:
+    """Return the accuracies of tasks that have no findings."""
+    found = dict.fromkeys(metric for run in comparison.runs if run.problem is None for metric in run.metrics)
+    return [each for each in found if each.endswith(("/acc", "/exact_match")) and each not in comparison.claims]
 
 
 def _measured(comparison: Comparison, ending: str) -> list[str]:
@@ -229,6 +247,10 @@ def cost_lines(costs: Costs) -> list[str]:
         f"{name}: {run.command} ({_machine(run.machine)}, {duration(run.seconds)})"
         for name, run in costs.measured.items()
     ]
+    lines.append(
+        "The steps of other implementations (authors, earlier release) were written for this benchmark from their "
+        "published descriptions. bergson is the package itself."
+    )
     return [*lines, *(f"Not measured: {name} ({reason})" for name, reason in costs.skipped.items())]
 
 

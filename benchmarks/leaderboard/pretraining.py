@@ -340,6 +340,12 @@ def sentences(size: str, seeds: Sequence[int]) -> Iterator[str]:
         f"{', '.join(map(str, seeds))}. Perplexity is for each token of this vocabulary: compare models of different "
         "vocabularies by bits per byte."
     )
+    yield (
+        "The metric weights domains by their validation tokens"
+        + (", of which all have about equally many here. " if settings.validation is not None else ". ")
+        + "Shares that a proxy finds, as DoReMi's, are found once and used with every seed: the intervals leave out "
+        "how much they would vary, and the equal budget leaves out their cost, which the table of costs has."
+    )
 
 
 def _static(run: Path) -> Keys:

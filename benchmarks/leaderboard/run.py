@@ -16,7 +16,6 @@ import datetime
 import json
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +33,7 @@ import yaml
 from boards import Board, Places, Table, TableSettings, Tier
 
 from dataflex import assets
+from dataflex.compare.experiment import load
 from dataflex.files import json_text, write_atomically
 
 HERE = Path(__file__).parent
@@ -44,6 +44,19 @@ LIMIT_REACHED = 124
 
 KEPT_FILES = ("key.json", "run.yaml", "complete.json")
 """Files of a complete run that another machine needs. The last one makes the run complete."""
+
+SHARED_FILES = (
+    "doremi.done",
+    "doge.done",
+    "regmix.done",
+    "costs.json",
+    "notes.json",
+    "chance-*/*.json",
+    "mixtures/*/dataflex/domain_weights.json",
+    "mixtures/doremi/proxy/dataflex/domain_weights.json",
+    "mixtures/regmix/*.csv",
+)
+"""Further files that another machine needs: else it would find other weights, and its runs would have other keys."""
 
 TRACKS = ("A", "B", "C")
 
@@ -109,6 +122,7 @@ class Work:
             )
             return 2
         status = 0
+        self._restore()
         try:
             if "A" in self.options.only:
                 self._chance()
@@ -117,8 +131,27 @@ class Work:
                     work()
         except Stopped as stop:
             status = stop.status
+        if self.options.kept is not None:
+            self._share(self.folder, self.options.kept)
         self._write_results()
+        if status == LIMIT_REACHED:
+            print("the time limit is reached. Give the same command again to continue.")
         return status or int(self.failed)
+
+    def _restore(self) -> None:
+        """Take over the small results of other work than runs from the folder of kept results."""
+        if self.options.kept is not None:
+            self._share(self.options.kept, self.folder)
+            notes = json.loads(self.notes_file.read_text()) if self.notes_file.is_file() else {}
+            self.seconds = notes.get("seconds", {})
+
+    def _share(self, source: Path, target: Path) -> None:
+        """Copy the small files that the key of a run, or the result file, is made of, if the target lacks them."""
+        for pattern in SHARED_FILES:
+            for file in source.glob(pattern):
+                place = target / file.relative_to(source)
+                if not place.exists() or target == self.options.kept:
+                    copied(file, place)
 
     def _missing_files(self) -> list[Path]:
         """Return the files of the board that the data folder lacks, for the asked tracks."""
@@ -259,13 +292,23 @@ class Work:
             return
         output = self.folder / "costs.json"
         known = json.loads(output.read_text()) if output.is_file() else {"measured": {}, "skipped": {}}
-        for part in cost.PARTS:
+        for part in self._parts():
             if part in known["measured"] and (part not in known["skipped"] or self.options.peer is None):
                 continue
             command = [sys.executable, str(HERE / "cost.py"), "--data", str(self.options.data), "--only", part]
             command += ["--output", str(output), "--device", settings.device, "--samples", str(settings.samples)]
             command += ["--peer", str(self.options.peer)] if self.options.peer else []
             self._call(f"costs-{part}", command)
+
+    def _parts(self) -> list[str]:
+        """Return the parts of track C that the tier measures.
+
+        On a CUDA device LESS is left out: its authors project with a kernel for this device, which is not used here.
+        """
+        settings = self.tier.costs
+        if settings is None:
+            return []
+        return [part for part in cost.PARTS if settings.device == "cpu" or not part.startswith("less")]
 
     # Steps
 
@@ -286,11 +329,13 @@ class Work:
         write_atomically(file, yaml.safe_dump(table.experiment, sort_keys=False).encode())
         command = [sys.executable, "-m", "dataflex", "compare", str(file)]
         command += ["--jobs", str(self.options.jobs)] if self.options.jobs else []
-        others = [other for other in self.folder.glob(f"{table.group}-*") if other.name != table.name]
+        keys = {run.key for run in load(file).runs}
+        others = [other for other in sorted(self.folder.glob(f"{table.group}-*")) if other.name != table.name]
         if self.options.kept:
             others += sorted(self.options.kept.glob(f"{table.group}-*"))
-        for other in sorted(others):
-            if any((other / "runs").glob("*/*/complete.json")):
+        for other in others:
+            complete = other.glob("runs/*/*/complete.json")
+            if any(json.loads(each.read_text()).get("key") in keys for each in complete):
                 command += ["--merge", str(other)]
         try:
             self._call(table.name, command, ends_well=(0, 1))
@@ -302,11 +347,9 @@ class Work:
         """Copy the small files of the complete runs of a table to the folder of kept results."""
         if self.options.kept is None:
             return
-        for complete in (self.folder / table.name / "runs").glob("*/*/complete.json"):
-            target = self.options.kept / complete.parent.relative_to(self.folder)
-            target.mkdir(parents=True, exist_ok=True)
+        for complete in (self.folder / table.name).glob("runs/*/*/complete.json"):
             for name in KEPT_FILES:
-                shutil.copyfile(complete.parent / name, target / name)
+                copied(complete.parent / name, self.options.kept / complete.parent.relative_to(self.folder) / name)
 
     def _call(self, name: str, command: list[str], ends_well: Sequence[int] = (0,)) -> None:
         """Run a command with its output in a log, count its seconds, and stop at the time limit.
@@ -318,12 +361,12 @@ class Work:
         if left is not None and left < 5:
             raise Stopped(LIMIT_REACHED)
         if left is not None and "compare" in command:
-            command = [*command, "--time-limit", f"{left:.0f}s"]
+            command, left = [*command, "--time-limit", f"{left:.0f}s"], None
         log = self.folder / f"{name.replace('/', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         print(f"{shlex.join(command)} >> {log}", flush=True)
         began = time.monotonic()
-        status = _waited(command, log)
+        status = _waited(command, log, left)
         seconds = time.monotonic() - began
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         write_atomically(self.notes_file, json_text({"seconds": self.seconds}, indent=2).encode())
@@ -357,6 +400,7 @@ class Work:
             "machine": here,
             "versions": here["versions"],
             "tables": tables,
+            "missing": list(self._missing_parts(tables, known_costs)),
             "chosen": {table["name"]: _chosen(table["comparison"]) for table in tables},
             "above_chance": list(self._accuracies()),
             "shared_costs": list(self._shared_costs()),
@@ -377,6 +421,17 @@ class Work:
             comparison = json.loads((file.parent / "comparison.json").read_text())
             seconds = round(self.seconds.get(file.parent.name, 0.0))
             yield {**json.loads(file.read_text()), "seconds": seconds, "comparison": comparison}
+
+    def _missing_parts(self, tables: Sequence[dict[str, Any]], costs: dict[str, Any] | None) -> Iterator[str]:
+        """Yield the names of the tables and of the parts of track C that are not complete."""
+        settings, known = self.tier.selection, {table["name"] for table in tables}
+        planned = [f"mixtures-vs-{pretraining.BASELINE}"] if self.tier.mixtures is not None else []
+        if settings is not None:
+            ends = [f"vs-{name}" for name in settings.baselines] + (["orders"] if settings.orders else [])
+            for asked in settings.tables:
+                planned += [f"{asked.model}-{asked.pool}-{target}-{end}" for target in asked.targets for end in ends]
+        yield from (name for name in planned if name not in known)
+        yield from (part for part in self._parts() if costs is None or part not in _parts_in(costs))
 
     def _accuracies(self) -> Iterator[dict[str, Any]]:
         """Yield the accuracies of the untrained models, with their standard errors."""
@@ -402,23 +457,26 @@ class Work:
             "regmix": "RegMix's small models",
         }
         names = [file.parent.name for file in sorted(self.folder.glob("*/table.json"))]
+        found: dict[tuple[str, str, str], dict[str, float]] = {}
         for part, seconds in self.seconds.items():
             kind, *rest = part.split("/")
-            if kind not in whats:
-                continue
-            group = rest[0] if rest else "mixtures"
-            used_by = [rest[2]] if kind == "embeddings" else ["rho_loss"] if kind == "reference" else [kind]
-            target = f"-{rest[1]}-" if kind == "embeddings" else ""
-            tables = [name for name in names if name.startswith(f"{group}-") and target in name]
+            if kind in whats:
+                group, target, method = [*rest, *["mixtures", "", kind][len(rest) :]]
+                method = "rho_loss" if kind == "reference" else method
+                found.setdefault((kind, group, target), {})[method] = seconds
+        # All methods that read an encoder's embeddings share the pool's, which the first of them computes.
+        for (kind, group, target), by_method in found.items():
+            tables = [name for name in names if name.startswith(f"{group}-") and (not target or f"-{target}-" in name)]
+            total = round(sum(by_method.values()), 1)
             if tables:
-                yield {"what": whats[kind], "seconds": round(seconds, 1), "used_by": used_by, "tables": tables}
+                yield {"what": whats[kind], "seconds": total, "used_by": list(by_method), "tables": tables}
 
     def _claims(self, tables: Sequence[dict[str, Any]], costs: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         """Yield each claim of the board for each table that tests it."""
         for claim in self.board.claims:
             said = {"text": claim.text, "source": claim.source}
             if claim.track == "C" and costs is not None and costs["parts"]:
-                yield {**said, "costs": list(costs["parts"])}
+                yield {**said, "costs": self._parts()}
             for table in tables:
                 comparison = table["comparison"]
                 if (table["track"], comparison["baseline"]) != (claim.track, claim.baseline):
@@ -433,20 +491,35 @@ def _chosen(comparison: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {name: found["chosen"] for name, found in comparison["variants"].items() if found["chosen"]}
 
 
-def _waited(command: list[str], log: Path) -> int:
+def copied(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all, into a folder that is made if it does not exist."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, source.read_bytes())
+
+
+def _waited(command: list[str], log: Path, seconds: float | None) -> int:
     """Run a command with its output in a log and return its exit status.
 
     Ctrl-C reaches the command directly, and SIGTERM is handed on. In both cases the command ends its own processes, and
-    this function waits for that.
+    this function waits for that. It also does so after the given seconds, and returns ``LIMIT_REACHED``.
     """
     with log.open("a") as stream, subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT) as process:
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
-            return process.wait()
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+            return LIMIT_REACHED
         except KeyboardInterrupt:
             return process.wait()
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _parts_in(costs: dict[str, Any]) -> set[str]:
+    """Return the parts of track C that are measured, or skipped for a reason."""
+    return {*costs["parts"], *costs["skipped"]}
 
 
 def _described(table: Table) -> dict[str, Any]:

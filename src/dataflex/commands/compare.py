@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,7 @@ def compare(
     """
     limit = None if time_limit is None else _Limit(time_limit, time.monotonic() + time_limit)
     again = f"dataflex-cli compare {shlex.quote(str(path))}" + ("" if jobs is None else f" --jobs {jobs}")
+    again += "".join(f" --merge {shlex.quote(str(folder))}" for folder in merge)
 
     def work() -> Work:
         experiment = load(path)
@@ -78,7 +79,8 @@ def compare(
 
         def run() -> int:
             for each, there in found.runs.items():
-                take_over(each, there)
+                if state_of(each, experiment) in ("to run", "to resume"):  # it may have been made in the meantime
+                    take_over(each, there)
             say(found.notes)
             return _run(experiment, jobs, program, at_once, limit, again)
 
@@ -105,8 +107,8 @@ def _run(
         at_once = at_once or workers(jobs, experiment.settings.processes)
         _refuse_sharing(experiment, at_once)
         _refuse_many_machines(missing)
-        _refuse_arguments(experiment)
-        known = known_seconds(((run.variant, read_result(run, experiment)) for run in states), at_once.jobs)
+        _refuse_arguments(experiment, {run.variant for run in missing if states[run] in ("to run", "to resume")})
+        known = known_seconds(((run.variant, read_result(run, experiment)) for run in states), at_once.at_once)
         left = time_left(known, [], [run.variant for run in missing], at_once.jobs)
         print(f"{_counted(states)}{as_text(left)}", flush=True)
         until = math.inf if limit is None else limit.until
@@ -151,16 +153,17 @@ def _left_text(outcome: Outcome, ended: Ended, limit: _Limit, again: str) -> str
     return text
 
 
-def _refuse_arguments(experiment: Experiment) -> None:
+def _refuse_arguments(experiment: Experiment, to_train: Collection[str]) -> None:
     """Raise an error for arguments that LLaMA-Factory, or this machine, does not accept, before any run starts.
 
-    ``dry_run`` accepts an argument that another machine could train with. The runs of a comparison train here.
+    ``dry_run`` accepts an argument that another machine could train with. The runs of a comparison train here. Only the
+    variants ``to_train`` are checked: complete runs may be of a machine with other devices.
     """
     from dataflex.integrations.llamafactory import parsing
 
     found: dict[str, list[Problem]] = {}
-    for variant, config in experiment.configs.items():
-        problems = found[f"variants.{variant}"] = []
+    for variant in (name for name in experiment.configs if name in to_train):
+        config, problems = experiment.configs[variant], found.setdefault(f"variants.{variant}", [])
         try:
             parsing.dry_run(config)
         except ConfigError as error:
@@ -168,9 +171,9 @@ def _refuse_arguments(experiment: Experiment) -> None:
         else:
             missing = parsing.unsupported_here(config)
             problems += [Problem(key, "this machine has no device that supports it. Remove it.") for key in missing]
-    problems = list(joined(found))
-    if problems:
-        raise ConfigError(problems=problems, source=str(experiment.path))
+    every = list(joined(found)) if found else []
+    if every:
+        raise ConfigError(problems=every, source=str(experiment.path))
 
 
 def _refuse_sharing(experiment: Experiment, at_once: Workers) -> None:

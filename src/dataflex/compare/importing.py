@@ -68,10 +68,14 @@ def search(experiment: Experiment, folders: Sequence[Path]) -> Found:
     for folder, found in others.items():
         if not {run.key for run in experiment.runs} & {other.key.get("key") for other in found}:
             raise ConfigError(_no_run(folder, experiment, found))
-        by_key = {other.key.get("key"): other.folder for other in found}
-        for run in missing:
-            if run not in runs and run.key in by_key and _is_complete(run, by_key[run.key], experiment):
-                runs[run] = by_key[run.key]
+        by_key: dict[Any, list[Path]] = {}  # a folder that was set aside has the key of the run that was made again
+        for other in found:
+            by_key.setdefault(other.key.get("key"), []).append(other.folder)
+        for run in (run for run in missing if run not in runs):
+            complete = (there for there in by_key.get(run.key, ()) if _is_complete(run, there, experiment))
+            there = next(complete, None)
+            if there is not None:
+                runs[run] = there
     rest = [run for run in missing if run not in runs]
     return Found(runs, tuple(_notes(experiment, runs, rest, others)))
 
@@ -106,7 +110,7 @@ def _notes(
 ) -> Iterator[str]:
     for folder, found in others.items():
         count = sum(there in {other.folder for other in found} for there in runs.values())
-        yield f"{count} run{'s' if count != 1 else ''} taken over from {folder}"
+        yield f"{count} run{'s' if count != 1 else ''} to take over from {folder}"
         yield from (f"{folder}: {reason}" for reason in _reasons(rest, experiment, found))
 
 
@@ -175,7 +179,10 @@ def take_over(run: Run, there: Path) -> None:
     try:
         stored = read_object(there / COMPLETE_FILE)
         assert stored is not None
-        origin = {"variant": run.variant, "taken_over_from": stored.get("taken_over_from", str(there.parents[2]))}
+        origin = {
+            "variant": run.variant,
+            "taken_over_from": stored.get("taken_over_from", str(there.parents[2].resolve())),
+        }
         for name in (KEY_FILE, SUMMARY_FILE):
             if (there / name).is_file():
                 write_atomically(run.folder / name, (there / name).read_bytes())

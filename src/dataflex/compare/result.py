@@ -59,7 +59,8 @@ class Result:
         tasks: names of the tasks of the comparison.
         spent_before: tokens trained on at the last log before the last step. None if there is no such log.
         chance: task -> accuracy of guessing, for tasks that have one.
-        runs_at_once: number of runs at a time when it was trained. None for a run whose folder does not say it.
+        runs_at_once: number of runs that shared a device when it was trained. None for a run whose folder does not say
+            it.
         seconds: seconds from the start of its first process to the end of its last one, with loading. None unless the
             run was made on this machine in one attempt.
         taken_over_from: output_dir of another comparison that made the run. None for a run of this comparison.
@@ -153,7 +154,7 @@ def read_result(run: Run, plan: Plan) -> Result | None:
             runs_at_once=stored["runs_at_once"],
             seconds=None if "taken_over_from" in stored else stored["seconds"],
             taken_over_from=stored.get("taken_over_from"),
-            chosen={str(name): int(count) for name, count in stored["chosen"].items()},
+            chosen={str(name): int(count) for name, count in stored.get("chosen", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return None

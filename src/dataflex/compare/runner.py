@@ -51,11 +51,14 @@ PROGRAM = (sys.executable, "-m", "dataflex")
 # The comparison sets the processes of a run: with these variables of a launcher a run would start others, wait for
 # them, or meet the processes of another run at the same port.
 _NOT_HANDED_ON = (
-    *("FORCE_TORCHRUN", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"),
+    *("FORCE_TORCHRUN", "NPROC_PER_NODE", "NNODES", "RDZV_ID", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"),
     *("LOCAL_RANK", "RANK", "WORLD_SIZE", "DATAFLEX_ERROR_FOLDER"),
 )
 _TAIL = 16_384
-_OUT_OF_MEMORY = re.compile(r"CUDA (error: )?out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = re.compile(
+    r"CUDA (error: )?out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED"  # of torch
+    r"|does not have enough memory to|does not have enough memory for|memory ran out with"  # of this package
+)
 """Text in the log of a run for which the memory of its device was too small."""
 _PATIENCE = 20.0
 """Seconds that a process may take to end after it was interrupted."""
@@ -96,6 +99,11 @@ class Workers:
         if processes is not None:
             environment |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(processes)}
         return environment
+
+    @property
+    def at_once(self) -> int:
+        """Number of runs at a time on one device; without CUDA, on the machine."""
+        return math.ceil(self.jobs / max(1, len(self.devices)))
 
     def device(self, place: int) -> str:
         """Return the name of the device of slot ``place``. Without CUDA all slots have the same device."""
@@ -293,7 +301,7 @@ class _Crew:
         free = [place for place in range(self._at_once.jobs) if place not in taken]
         if run.name in self._alone:
             free = [place for place in free if not self._beside(place)]
-        return free[0] if free else None
+        return min(free, key=lambda place: (len(self._beside(place)), place), default=None)
 
     def _beside(self, place: int) -> list[_Job]:
         """Return the running runs on the device of a slot."""
@@ -311,7 +319,7 @@ class _Crew:
                 self._fail(run, problem)
                 return
             is_trained = trained_problem(run, self._plan) is None
-            _prepare(run, self._plan, self._at_once.jobs, is_trained)
+            _prepare(run, self._plan, self._at_once.at_once, is_trained)
             if is_trained:
                 self._after_training(run, place)
                 return
@@ -426,9 +434,11 @@ class _Crew:
 def _has_checkpoints(run: Run) -> bool:
     """Return whether the training of a run writes checkpoints before its end, so that it can resume from one."""
     given = run.configuration
-    save_steps, steps = float(given.get("save_steps") or 0), float(given.get("max_steps") or math.inf)
-    strategy = str(given.get("save_strategy") or ("steps" if save_steps else "no"))
-    return strategy == "epoch" or (strategy == "steps" and (save_steps or 500) < steps)
+    if given.get("save_only_model"):
+        return False  # such a checkpoint cannot be resumed from
+    save_steps, steps = float(given.get("save_steps") or 500), float(given.get("max_steps") or math.inf)
+    strategy = str(given.get("save_strategy") or "steps")
+    return strategy == "epoch" or (strategy == "steps" and save_steps < steps)
 
 
 def _prepare(run: Run, plan: Plan, jobs: int, is_trained: bool) -> None:

@@ -62,7 +62,7 @@ def comparison() -> dict[str, Any]:
     failed = next(each for each in runs if (each["variant"], each["seed"]) == ("near", 3))
     failed |= {"status": "failed", "problem": "out of memory | at\n step 3", "metrics": {}, "costs": {}}
     next(each for each in runs if each["variant"] == "loss")["runs_at_once"] = 3
-    costs = {"train_seconds": 10.0, "decision_seconds": 5.0, "evaluate_seconds": 1.0, "task_seconds": 0.0}
+    costs = {"train_seconds": 10.0, "decision_seconds": 5.0, "evaluate_seconds": 1.0, "task_seconds": 0.0, "steps": 9.0}
     return {
         "baseline": "full",
         "equal": {"tokens": 4000.0},
@@ -117,6 +117,7 @@ def result() -> dict[str, Any]:
             {"name": "a", **table, "comparison": comparison()},
             {"name": "b", **table, "track": "B", "title": "Mixtures", "comparison": comparison()},
         ],
+        "missing": [],
         "chosen": {"a": {"less": {"dolly": 0.25, "gsm8k": 0.75}, "near": {"gsm8k": 1.0}}},
         "above_chance": [
             {"task": "quiz", "model": "tiny", "accuracy": 0.5, "stderr": 0.125, "chance": 0.25, "questions": 500},
@@ -264,8 +265,8 @@ def test_the_tables_have_the_figures_of_the_file(write: Write) -> None:
     assert found["near"] == [named, "unclear", "2", "2.0000", "0.1250", "+0.2500", "[-0.0625, +0.5625]", "0.7500"]
     assert "Not compared: near, seed 3 (failed): out of memory \\| at step 3\n" in text
     costs = rows(text, "Cost, mean of the complete runs", section)
-    assert costs["near"] == ["2", "1", "10.0", "5.0", "0.500", "4,000", "12.5"]
-    assert costs["loss"] == ["3", "1 to 3", "10.0", "5.0", "0.500", "4,000", "-"]
+    assert costs["near"] == ["2", "1", "10.0", "5.0", "0.500", "4,000", "9.0", "12.5"]
+    assert costs["loss"] == ["3", "1 to 3", "10.0", "5.0", "0.500", "4,000", "9.0", "-"]
     others = rows(text, "Losses on the other data sets", section)
     assert others["method"] == ["code"]
     assert others["full"] == ["3.5000 ± 0.2500"]  # of 3.25, 3.5 and 3.75
@@ -320,7 +321,9 @@ def test_costs_beside_others_say_which_figures_are_reckoned(write: Write) -> Non
     assert "| fast | authors | reckoned | 48 | 900 | 900 to 900 | 1 | - |" in text.split(section)[1]
     assert rows(text, "Ratios of seconds", section)["fast"] == ["authors / dataflex", "reckoned", "5", "4 to 6"]
     assert "| fast | cosine, lowest | 0.875 |\n| fast | ranks | 1, 2 |" in text
-    assert "- fast: python cost.py (processor Abacus &lt;2>, cores 2, 30.0 s)\n- Not measured: slow (no peer)\n" in text
+    assert "- fast: python cost.py (processor Abacus &lt;2>, cores 2, 30.0 s)\n" in text
+    assert "\n- Not measured: slow (no peer)\n" in text
+    assert "were written for this benchmark" in text.split(section)[1]
     assert section not in text_of(write({**result(), "costs": None}))
 
 

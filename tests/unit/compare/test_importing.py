@@ -54,7 +54,7 @@ def test_complete_runs_of_another_folder_are_taken_over(
     )
     assert lab.compare(dry_run=True, merge=[elsewhere]) == 0
     said = capsys.readouterr()
-    assert f"4 runs taken over from {elsewhere}" in said.err
+    assert f"4 runs to take over from {elsewhere}" in said.err
     assert len(re.findall(r"\d +complete ", said.out)) == 4
     assert len(re.findall(r"\d +to run ", said.out)) == 2
     assert not lab.output.exists()
@@ -81,7 +81,7 @@ def test_complete_runs_of_another_folder_are_taken_over(
     capsys.readouterr()
     assert lab.compare(merge=[elsewhere]) == 0  # they are here already
     assert lab.launches() == []
-    assert f"0 runs taken over from {elsewhere}" in capsys.readouterr().err
+    assert f"0 runs to take over from {elsewhere}" in capsys.readouterr().err
 
 
 def test_a_run_that_was_taken_over_is_trained_for_a_task_that_is_added(lab: Lab, elsewhere: Path) -> None:

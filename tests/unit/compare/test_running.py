@@ -9,6 +9,7 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from dataflex.compare import page, runner
 from dataflex.compare.experiment import load
 from dataflex.compare.result import read_result, state_of
 from dataflex.compare.runner import Workers
+from dataflex.errors import ConfigError
+from dataflex.integrations.llamafactory import parsing
 from unit.compare.test_compare import PROGRAM, RANDOM, Lab, variants
 
 BEFORE = """
@@ -246,7 +249,7 @@ def test_a_run_out_of_memory_beside_others_is_made_again_alone(
     assert (
         len(re.findall(r"better/seed \d: training: out of memory while other runs were on the same device", said)) == 2
     )
-    assert {run["runs_at_once"] for run in lab.result()["runs"]} == {jobs}
+    assert {run["runs_at_once"] for run in lab.result()["runs"]} == {jobs // len(devices)}
     assert seconds_of(lab, "better", 1) is None
     assert seconds_of(lab, "plain", 1) is not None
     assert any("several at a time include waiting for each other" in note for note in lab.result()["notes"])
@@ -259,12 +262,53 @@ def test_a_run_out_of_memory_beside_others_is_made_again_alone(
         ("torch.cuda.OutOfMemoryError: Allocation on device", True),
         ("torch.AcceleratorError: CUDA error: out of memory", True),
         ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("dataflex: --batch-size: memory ran out with 8 prompts at once; set a smaller batch size.", True),
+        ("dataflex: the device does not have enough memory to measure losses of 1 sample of 900 tokens", True),
         ("RuntimeError: CUDA error: device-side assert triggered", False),
         ("MemoryError: Unable to allocate 7.45 GiB for an array", False),  # the memory of the machine
     ],
 )
 def test_errors_of_a_device_that_is_full_are_recognised(text: str, is_one: bool) -> None:
     assert bool(runner._OUT_OF_MEMORY.search(text)) == is_one
+
+
+def test_arguments_that_the_machine_does_not_accept_stop_before_the_first_run(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parsing, "unsupported_here", lambda config: ["bf16"] if config.llamafactory.get("bf16") else [])
+    two = variants(better={**RANDOM, "bf16": True}, plain={"dataflex": {}, "bf16": True})
+    lab.write(seeds=[1], **two)
+    with pytest.raises(ConfigError, match=r"base\.bf16: this machine has no device that supports it"):
+        compare(lab.file, program=lab.program)
+    lab.write(seeds=[1], **variants(better={**RANDOM, "bf16": True}))
+    with pytest.raises(ConfigError, match=r"variants\.better\.bf16: this machine has no device that supports it"):
+        compare(lab.file, program=lab.program)
+    assert begun(lab) == []
+
+
+def test_complete_runs_may_be_of_a_machine_with_other_devices(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16 = variants(better={**RANDOM, "bf16": True})
+    monkeypatch.setattr(parsing, "unsupported_here", lambda config: [])
+    lab.write(seeds=[1], **bf16)
+    assert compare(lab.file, program=lab.program) == 0
+    monkeypatch.setattr(parsing, "unsupported_here", lambda config: ["bf16"] if config.llamafactory.get("bf16") else [])
+    bf16["variants"]["other"] = {**RANDOM, "dataflex.warmup_steps": 1}
+    lab.write(seeds=[1], **bf16)
+    plan(lab, {})
+    assert compare(lab.file, program=lab.program) == 0
+    assert begun(lab) == ["other/1"]
+
+
+def test_a_run_goes_to_the_device_with_the_fewest_runs(lab: Lab) -> None:
+    lab.write(seeds=[1])
+    experiment = load(lab.file)
+    first, second = experiment.runs[:2]
+    crew = runner._Crew(experiment, experiment.runs, Workers(3, ("0", "1")), (), 2, 0.0, {})
+    assert crew._place_for(first) == 0
+    crew._at_work = [SimpleNamespace(run=first, place=2)]  # on device 0, as slot 0 is
+    assert crew._place_for(second) == 1
+    crew._at_work = []
+    crew.dismiss()
 
 
 def test_a_run_out_of_memory_alone_has_failed(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
