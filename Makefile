@@ -36,7 +36,7 @@ leaderboard: $(VENV)/.installed leaderboard/peer/.installed
 # bergson in its own environment: its versions are not those of this project.
 leaderboard/peer/.installed: | $(UV)
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) leaderboard/peer
-	VIRTUAL_ENV=$(abspath leaderboard/peer) $(UV) pip install --quiet "bergson==2.5.1" "torch==2.11.*"
+	VIRTUAL_ENV=$(abspath leaderboard/peer) $(UV) pip install --quiet "bergson==2.5.1" "torch==2.11.0" "torchaudio==2.11.0"
 	@touch $@
 
 TIER ?= large
