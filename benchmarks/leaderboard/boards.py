@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Keys = dict[str, Any]
 
 RANDOM = "random"
-"""Method that a shuffled order of the best method is compared beside, and the first baseline."""
+"""Method that chooses at random. It is never the best method, whose samples are put in several orders."""
 
 
 class _Part(BaseModel):

@@ -10,18 +10,17 @@ from page_form import Comparison, CostPart
 
 from dataflex.compare.statistics import signed, title
 from dataflex.report.charts.chart import Chart
-from dataflex.report.figures import CHANCE, Figure, Style, Trace, figure, packed, row_labels, style, text
+from dataflex.report.figures import CHANCE, REST, Estimate, Figure, Style, estimates, forest, style, text
 
 _ROW_HEIGHT = 34
-_OTHER = Style(CHANCE, "solid", "circle", "")
 _LOOKS = {
     "better": style(2),
     "worse": style(1),
-    "unclear": _OTHER,
+    "unclear": REST,
     "no claim": Style(CHANCE, "solid", "x", ""),
     "above 1": style(2),
     "below 1": style(1),
-    "around 1": _OTHER,
+    "around 1": REST,
     "no spread": Style(CHANCE, "solid", "x", ""),
 }
 """Finding, or side of a ratio -> its look."""
@@ -89,47 +88,18 @@ def ratios(section: str, costs: Mapping[str, CostPart]) -> list[Chart]:
 
 def _drawn(points: Sequence[_Point], axis: str, level: float) -> Figure:
     """Return a figure with a row for each point and a line at ``level``."""
-    groups = dict.fromkeys(point.group for point in points)
-    drawn = figure([_trace(group, points) for group in groups], text(axis), "")
-    rows = list(range(len(points)))
-    drawn["layout"]["yaxis"] |= {
-        "tickvals": rows,
-        "ticktext": row_labels([point.label for point in points], 44),
-        "range": [len(points) - 0.5, -0.5],
-    }
-    line = {"type": "line", "x0": level, "x1": level, "yref": "paper", "y0": 0, "y1": 1}
-    drawn["layout"] |= {
-        "shapes": [{**line, "line": {"color": CHANCE, "width": 1}}],
-        "height": 110 + _ROW_HEIGHT * len(points),
-    }
+    traces = [
+        estimates(
+            group,
+            _LOOKS[group],
+            [
+                Estimate(row, point.value, point.ends, point.said)
+                for row, point in enumerate(points)
+                if point.group == group
+            ],
+        )
+        for group in dict.fromkeys(point.group for point in points)
+    ]
+    drawn = forest(traces, [point.label for point in points], text(axis), level)
+    drawn["layout"]["height"] = 110 + _ROW_HEIGHT * len(points)
     return drawn
-
-
-def _trace(group: str, points: Sequence[_Point]) -> Trace:
-    look = _LOOKS[group]
-    own = [(row, point) for row, point in enumerate(points) if point.group == group]
-    values = [point.value for _, point in own]
-    ends = [point.ends or (point.value, point.value) for _, point in own]
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": text(group),
-        "x": packed(values, "<f8"),
-        "y": packed([row for row, _ in own], "<i4"),
-        "error_x": {
-            "type": "data",
-            "symmetric": False,
-            "array": packed([high - value for (_, high), value in zip(ends, values, strict=True)], "<f8"),
-            "arrayminus": packed([value - low for (low, _), value in zip(ends, values, strict=True)], "<f8"),
-            "color": look.colour,
-            "thickness": 2,
-            "width": 6,
-        },
-        "marker": {
-            "color": look.colour,
-            "size": 10,
-            "symbol": [look.symbol if point.ends else f"{look.symbol}-open" for _, point in own],
-        },
-        "text": [text(point.said) for _, point in own],
-        "hovertemplate": "%{text}",
-    }

@@ -33,6 +33,7 @@ import yaml
 from boards import Board, Places, Table, TableSettings, Tier
 
 from dataflex import assets
+from dataflex.cli import seconds_of
 from dataflex.compare.experiment import load
 from dataflex.files import json_text, write_atomically
 
@@ -89,25 +90,15 @@ def main() -> None:
     sys.exit(Work(board, board.tiers[options.tier], options).run())
 
 
-def seconds_of(text: str) -> float:
-    """Return the seconds of a text such as ``90m``, ``2h``, ``45s`` or ``45``."""
-    factor = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
-    try:
-        return float(text[:-1]) * factor if factor else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 45s, 90m or 2h") from None
-
-
 class Work:
-    """The work of one tier, and the notes of it that a later command goes on with."""
+    """The work of one tier. Its notes are kept, so that a later command continues."""
 
     def __init__(self, board: Board, tier: Tier, options: argparse.Namespace) -> None:
         self.board, self.tier, self.options = board, tier, options
         self.folder: Path = options.work / options.tier
         self.began = time.monotonic()
         self.notes_file = self.folder / "notes.json"
-        notes = json.loads(self.notes_file.read_text()) if self.notes_file.is_file() else {}
-        self.seconds: dict[str, float] = notes.get("seconds", {})
+        self.seconds: dict[str, float] = {}
         """Name of a part -> seconds of all commands that worked on it."""
         self.failed = False
 
@@ -132,25 +123,25 @@ class Work:
         except Stopped as stop:
             status = stop.status
         if self.options.kept is not None:
-            self._share(self.folder, self.options.kept)
+            self._share(self.folder, self.options.kept, replace=True)
         self._write_results()
         if status == LIMIT_REACHED:
             print("the time limit is reached. Give the same command again to continue.")
         return status or int(self.failed)
 
     def _restore(self) -> None:
-        """Take over the small results of other work than runs from the folder of kept results."""
+        """Read the notes of earlier commands. Files that are missing here are taken from the kept results first."""
         if self.options.kept is not None:
-            self._share(self.options.kept, self.folder)
-            notes = json.loads(self.notes_file.read_text()) if self.notes_file.is_file() else {}
-            self.seconds = notes.get("seconds", {})
+            self._share(self.options.kept, self.folder, replace=False)
+        if self.notes_file.is_file():
+            self.seconds = json.loads(self.notes_file.read_text())["seconds"]
 
-    def _share(self, source: Path, target: Path) -> None:
-        """Copy the small files that the key of a run, or the result file, is made of, if the target lacks them."""
+    def _share(self, source: Path, target: Path, replace: bool) -> None:
+        """Copy the small files that the key of a run, or the result file, is made of."""
         for pattern in SHARED_FILES:
             for file in source.glob(pattern):
                 place = target / file.relative_to(source)
-                if not place.exists() or target == self.options.kept:
+                if replace or not place.exists():
                     copied(file, place)
 
     def _missing_files(self) -> list[Path]:
@@ -449,7 +440,7 @@ class Work:
 
     def _shared_costs(self) -> Iterator[dict[str, Any]]:
         """Yield the seconds of the work that several runs read, the methods that read it, and their tables."""
-        whats = {
+        kinds = {
             "embeddings": "embeddings of the pool and the validation samples",
             "reference": "reference model, trained on samples outside the pool",
             "doremi": "DoReMi's reference and proxy",
@@ -460,7 +451,7 @@ class Work:
         found: dict[tuple[str, str, str], dict[str, float]] = {}
         for part, seconds in self.seconds.items():
             kind, *rest = part.split("/")
-            if kind in whats:
+            if kind in kinds:
                 group, target, method = [*rest, *["mixtures", "", kind][len(rest) :]]
                 method = "rho_loss" if kind == "reference" else method
                 found.setdefault((kind, group, target), {})[method] = seconds
@@ -469,7 +460,7 @@ class Work:
             tables = [name for name in names if name.startswith(f"{group}-") and (not target or f"-{target}-" in name)]
             total = round(sum(by_method.values()), 1)
             if tables:
-                yield {"what": whats[kind], "seconds": total, "used_by": list(by_method), "tables": tables}
+                yield {"what": kinds[kind], "seconds": total, "used_by": list(by_method), "tables": tables}
 
     def _claims(self, tables: Sequence[dict[str, Any]], costs: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         """Yield each claim of the board for each table that tests it."""

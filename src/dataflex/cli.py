@@ -395,7 +395,7 @@ def _add_experiments(commands: _Commands) -> None:
     compare.add_argument("--dry-run", action="store_true", help="print the runs that are missing and their cost")
     compare.add_argument(
         "--time-limit",
-        type=_time,
+        type=seconds_of,
         metavar="TIME",
         help="time after which the runs are interrupted and the result of the complete ones is written: 45s, 90m, 2h, "
         "or a number of seconds",
@@ -491,7 +491,7 @@ def _positive(text: str) -> int:
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def _time(text: str) -> float:
+def seconds_of(text: str) -> float:
     """Return the seconds of a time such as 45s, 90m, 2h or 3600."""
     number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
     if not re.fullmatch(r"\d+(\.\d+)?", number) or float(number) <= 0:

@@ -12,7 +12,19 @@ from dataflex.compare.statistics import Difference, number, signed, title
 from dataflex.record.reader import read_run
 from dataflex.report.charts.chart import Chart
 from dataflex.report.charts.sections import charts
-from dataflex.report.figures import Figure, Trace, figure, hatching, packed, row_labels, style, text
+from dataflex.report.figures import (
+    Estimate,
+    Figure,
+    Trace,
+    estimates,
+    figure,
+    forest,
+    hatching,
+    packed,
+    row_labels,
+    style,
+    text,
+)
 from dataflex.report.measure import measure
 from dataflex.report.report import write_page
 
@@ -75,24 +87,19 @@ def _forest(name: str, differences: Sequence[Difference], outcome: Outcome) -> C
     for place, variant in enumerate(settings.variants):
         own = [each for each in drawn if each.variant == variant]
         if own:
-            traces.append(_estimates(variant, own, [rows[each.metric, each.variant] for each in own], place))
-    chart = figure(traces, f"difference from {text(settings.baseline)}", "")
-    labels = row_labels([f"{each.variant}: {title(each.metric)}" for each in drawn], 44)
-    chart["layout"]["yaxis"] |= {
-        "tickvals": list(range(len(drawn))),
-        "ticktext": labels,
-        "range": [len(drawn) - 0.5, -0.5],
-    }
-    zero = {
-        "type": "line",
-        "x0": 0,
-        "x1": 0,
-        "yref": "paper",
-        "y0": 0,
-        "y1": 1,
-        "line": {"color": "#8A8A8A", "width": 1},
-    }
-    chart["layout"] |= {"shapes": [zero], "height": 174 + _ROW_HEIGHT * len(drawn)}
+            points = [
+                Estimate(
+                    rows[each.metric, each.variant],
+                    each.mean or 0.0,
+                    each.interval,
+                    f"{title(each.metric)}: {_estimate(each)}",
+                )
+                for each in own
+            ]
+            traces.append(estimates(variant, style(place), points))
+    labels = [f"{each.variant}: {title(each.metric)}" for each in drawn]
+    chart = forest(traces, labels, f"difference from {text(settings.baseline)}", 0.0)
+    chart["layout"]["height"] = 174 + _ROW_HEIGHT * len(drawn)
     sides = {"higher" if each.higher_is_better else "lower" for each in drawn if each.higher_is_better is not None}
     better = f"{' or '.join(sorted(sides)).capitalize()} is better. " if sides else ""
     caption = (
@@ -101,37 +108,6 @@ def _forest(name: str, differences: Sequence[Difference], outcome: Outcome) -> C
         "value, corrected for the number of comparisons, is below 0.05: p (Holm) in the table."
     )
     return Chart(_SECTION, name, caption, chart)
-
-
-def _estimates(variant: str, differences: Sequence[Difference], rows: list[int], place: int) -> Trace:
-    """Return the points of one variant with their intervals."""
-    look = style(place)
-    means = [each.mean or 0.0 for each in differences]
-    ends = [each.interval or (mean, mean) for each, mean in zip(differences, means, strict=True)]
-    said = [f"{title(each.metric)}: {_estimate(each)}" for each in differences]
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": text(variant),
-        "x": packed(means, "<f8"),
-        "y": packed(rows, "<i4"),
-        "error_x": {
-            "type": "data",
-            "symmetric": False,
-            "array": packed([high - mean for (_, high), mean in zip(ends, means, strict=True)], "<f8"),
-            "arrayminus": packed([mean - low for (low, _), mean in zip(ends, means, strict=True)], "<f8"),
-            "color": look.colour,
-            "thickness": 2,
-            "width": 6,
-        },
-        "marker": {
-            "color": look.colour,
-            "size": 10,
-            "symbol": [look.symbol if each.interval else f"{look.symbol}-open" for each in differences],
-        },
-        "text": [text(line) for line in said],
-        "hovertemplate": "%{text}",
-    }
 
 
 def _estimate(found: Difference) -> str:

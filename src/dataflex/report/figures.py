@@ -155,6 +155,64 @@ def figure(traces: list[Trace], x_title: str, y_title: str) -> Figure:
     return {"data": traces, "layout": layout}
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A point with an interval in a row of a figure.
+
+    Attributes:
+        row: its row, from 0 at the top.
+        value: the value.
+        ends: ends of its interval. None means that it has none: its symbol is open.
+        said: text at the pointer.
+    """
+
+    row: int
+    value: float
+    ends: tuple[float, float] | None
+    said: str
+
+
+def estimates(name: str, look: Style, points: Sequence[Estimate]) -> Trace:
+    """Return points with their intervals, under one name in the legend."""
+    ends = [point.ends or (point.value, point.value) for point in points]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": text(name),
+        "x": packed([point.value for point in points], "<f8"),
+        "y": packed([point.row for point in points], "<i4"),
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": packed([high - point.value for (_, high), point in zip(ends, points, strict=True)], "<f8"),
+            "arrayminus": packed([point.value - low for (low, _), point in zip(ends, points, strict=True)], "<f8"),
+            "color": look.colour,
+            "thickness": 2,
+            "width": 6,
+        },
+        "marker": {
+            "color": look.colour,
+            "size": 10,
+            "symbol": [look.symbol if point.ends else f"{look.symbol}-open" for point in points],
+        },
+        "text": [text(point.said) for point in points],
+        "hovertemplate": "%{text}",
+    }
+
+
+def forest(traces: list[Trace], labels: Sequence[str], x_title: str, level: float) -> Figure:
+    """Return a figure of :func:`estimates` with a label for each row, and a line at ``level``."""
+    drawn = figure(traces, x_title, "")
+    drawn["layout"]["yaxis"] |= {
+        "tickvals": list(range(len(labels))),
+        "ticktext": row_labels(labels, 44),
+        "range": [len(labels) - 0.5, -0.5],
+    }
+    line = {"type": "line", "x0": level, "x1": level, "yref": "paper", "y0": 0, "y1": 1}
+    drawn["layout"]["shapes"] = [{**line, "line": {"color": CHANCE, "width": 1}}]
+    return drawn
+
+
 def whole_numbers(chart: Figure, last: int) -> None:
     """Put the ticks of the x axis on whole numbers."""
     chart["layout"]["xaxis"] |= {"tickformat": "d"} | ({"dtick": 1} if last <= 10 else {})

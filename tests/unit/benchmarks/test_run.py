@@ -68,7 +68,7 @@ def test_kept_results_are_what_another_machine_needs(tmp_path: Path) -> None:
     for name, text in {**files, "embeddings-g-t-near.done": "not kept", "g-vs-random.log": "not kept"}.items():
         run.write_atomically(_made(here / "large" / name), text.encode())
     first = work(here, kept=kept)
-    first._share(first.folder, kept)
+    first._share(first.folder, kept, replace=True)
     assert {str(file.relative_to(kept)): file.read_text() for file in kept.rglob("*") if file.is_file()} == files
     second = work(there, kept=kept)
     second._restore()
@@ -76,7 +76,7 @@ def test_kept_results_are_what_another_machine_needs(tmp_path: Path) -> None:
     assert second.seconds == {"doremi": 12.5}
     (second.folder / "costs.json").write_text('{"more": 1}')
     second._restore()  # own results stay, and are kept at the end
-    second._share(second.folder, kept)
+    second._share(second.folder, kept, replace=True)
     assert (kept / "costs.json").read_text() == '{"more": 1}'
 
 
@@ -113,5 +113,5 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "seconds"), [("90m", 5400), ("45s", 45), ("2h", 7200), ("12.5", 12.5)])
 def test_times(text: str, seconds: float) -> None:
     assert run.seconds_of(text) == seconds
-    with pytest.raises(argparse.ArgumentTypeError, match="is no time"):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a time above 0"):
         run.seconds_of(f"{text}x")
