@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -106,31 +107,47 @@ def counted_logits(model: torch.nn.Module, inputs: dict[str, Any], rows: Tensor,
     return logits[0] if picked else logits[rows, columns]
 
 
-def behind_head(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the function that a model applies to its logits after the head, as far as the configuration describes it.
+@dataclass(frozen=True)
+class AfterHead:
+    """The operations of a model on its logits after the head, as far as the configuration describes them.
 
-    Logits may be capped (Gemma 2: ``final_logit_softcapping``), multiplied (Cohere: ``logit_scale``) or divided
-    (Granite: ``logits_scaling``).
+    Attributes:
+        factor: number that the logits are multiplied with (Cohere: ``logit_scale``).
+        divisor: number that the logits are divided by (Granite: ``logits_scaling``).
+        cap: bound of the logits, reached through tanh (Gemma 2: ``final_logit_softcapping``).
     """
+
+    factor: float | None = None
+    divisor: float | None = None
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the logits after these operations."""
+        if self.factor is not None:
+            logits = logits * self.factor
+        if self.divisor is not None:
+            logits = logits / self.divisor
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def slopes(self, values: Tensor) -> Tensor | float:
+        """Return the derivative by the head's output from ``values``, the logits after these operations.
+
+        It is a number if it is the same for every logit.
+        """
+        slope = (1.0 if self.factor is None else self.factor) / (1.0 if self.divisor is None else self.divisor)
+        return slope if self.cap is None else (1 - (values / self.cap) ** 2) * slope
+
+
+def behind_head(model: torch.nn.Module) -> AfterHead:
+    """Return the operations of a model on its logits after the head, as far as the configuration describes them."""
     config = model.config.get_text_config()
     names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-    factor, divisor, cap = (_number(getattr(config, name, None)) for name in names)
-
-    def finish(logits: Tensor) -> Tensor:
-        if factor is not None:
-            logits = logits * factor
-        if divisor is not None:
-            logits = logits / divisor
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    return finish
+    return AfterHead(*(_number(getattr(config, name, None)) for name in names))
 
 
 def slope_behind_head(model: torch.nn.Module) -> float:
     """Return the derivative of :func:`behind_head` at 0."""
-    with torch.enable_grad():
-        zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        return float(torch.autograd.grad(behind_head(model)(zero), zero)[0])
+    return float(behind_head(model).slopes(torch.zeros(())))
 
 
 def _number(value: Any) -> float | None:
