@@ -138,7 +138,7 @@ class _HeadGradients:
 
 
 class _LaterCoefficients(torch.autograd.Function):
-    """Losses of tokens, (n,), whose coefficients are decided afterwards. The backward pass computes the logits again."""
+    """Losses of tokens, (n,), whose coefficients are decided afterwards."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, how: Chunks) -> Tensor:
@@ -153,7 +153,7 @@ class _LaterCoefficients(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, sums = ctx.saved_tensors
         how: Chunks = ctx.how
         cast, shift = weight.to(how.dtype), None if bias is None else bias.to(how.dtype)
@@ -195,7 +195,7 @@ class _KnownCoefficients(torch.autograd.Function):
         return (losses * coefficients.to(losses)).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.is_spent:
             raise RuntimeError("the gradient of a fused loss can be computed only once")
         ctx.is_spent, held = True, iter(ctx.saved_tensors)
