@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dataflex.probe.model import ModelProbe
     from dataflex.trainer.evaluation import DomainEvaluation
     from dataflex.trainer.run import LoadedRun, StartedRun
+    from dataflex.trainer.special_losses import SpecialLoss
     from dataflex.trainer.step_loss import StepLoss
 
 
@@ -31,6 +32,8 @@ class RunTrainer(Trainer):
     embeddings: EmbeddingService | None
     """Gives embeddings to the components that request them. None whenever :attr:`probe` is None."""
     step_loss: StepLoss
+    special_loss: SpecialLoss | None
+    """Token weights of a loss of LLaMA-Factory that multiply with those of DataFlex."""
     domain_evaluation: DomainEvaluation | None
     _started: StartedRun | None
 
@@ -47,7 +50,7 @@ class RunTrainer(Trainer):
 
     @property
     def own_loss(self) -> bool:
-        """Whether training steps use DataFlex's loss function. LLaMA-Factory's special losses bypass it."""
+        """Whether training steps use DataFlex's loss function. Label smoothing and ``use_asft_loss`` bypass it."""
         return self.compute_loss_func is None and self.label_smoother is None
 
     def raw_model(self) -> torch.nn.Module:

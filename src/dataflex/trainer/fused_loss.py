@@ -29,6 +29,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dataflex.probe.head import AfterHead
 
+Statistic = Callable[[Tensor], Tensor]
+"""Function of logits (c, V), float32 or float64, that returns one value per token, (c,), without a gradient."""
+
 CHUNK_BYTES = 1 << 28
 """Size of a chunk's logits."""
 _MOST_TOKENS = 4096
@@ -141,19 +144,30 @@ class _LaterCoefficients(torch.autograd.Function):
     """Losses of tokens, (n,), whose coefficients are decided afterwards."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, how: Chunks) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        how: Chunks,
+        statistic: Statistic | None,
+    ) -> tuple[Tensor, Tensor | None]:
         cast, shift = weight.to(how.dtype), None if bias is None else bias.to(how.dtype)
         kind = torch.float64 if how.dtype == torch.float64 else torch.float32
-        losses, sums = torch.empty(2, labels.numel(), dtype=kind, device=hidden.device)
+        losses, sums, values = torch.empty(3, labels.numel(), dtype=kind, device=hidden.device)
         for part in how.parts(labels.numel()):
             logits = how.logits(hidden[part].to(how.dtype), cast, shift)
             losses[part], sums[part] = _of_labels(logits, labels[part])
+            if statistic is not None:
+                values[part] = statistic(logits)
         ctx.save_for_backward(hidden, weight, bias, labels, sums)
         ctx.how = how
-        return losses
+        ctx.mark_non_differentiable(values)
+        return losses, values
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, sums = ctx.saved_tensors
         how: Chunks = ctx.how
         cast, shift = weight.to(how.dtype), None if bias is None else bias.to(how.dtype)
@@ -162,7 +176,7 @@ class _LaterCoefficients(torch.autograd.Function):
             chunk = hidden[part].to(how.dtype)
             logits = how.logits(chunk, cast, shift)
             found.add(part, chunk, _to_gradient(logits, sums[part], labels[part], gradient[part], how.after))
-        return *found.results(weight, bias), None, None
+        return *found.results(weight, bias), None, None, None
 
 
 class _KnownCoefficients(torch.autograd.Function):
@@ -211,20 +225,26 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def linear_losses(
-    head: torch.nn.Linear, hidden: Tensor, labels: Tensor, after: AfterHead, size: int | None = None
-) -> Tensor:
-    """Return the loss of each token, (n,), differentiable by the hidden states and the head.
+    head: torch.nn.Linear,
+    hidden: Tensor,
+    labels: Tensor,
+    after: AfterHead,
+    statistic: Statistic | None = None,
+    size: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of each token, (n,), differentiable by the hidden states and the head, and the statistic, (n,).
 
     Args:
         head: the language-model head.
         hidden: hidden states of the tokens, (n, H).
         labels: labels of the tokens, (n,), all of them counted.
         after: operations after the head.
+        statistic: further statistic of the logits, without a gradient. None means that none is computed.
         size: number of tokens of a chunk.
     """
     how = Chunks(after, product_dtype(hidden), size or chunk_of(head.weight.shape[0]))
-    found: Tensor = _LaterCoefficients.apply(hidden, head.weight, head.bias, labels, how)
-    return found
+    losses, values = _LaterCoefficients.apply(hidden, head.weight, head.bias, labels, how, statistic)
+    return losses, None if statistic is None else values
 
 
 def weighted_linear_loss(
@@ -251,9 +271,14 @@ def weighted_linear_loss(
 
 
 def checkpointed_losses(
-    apply: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, after: AfterHead, size: int
-) -> Tensor:
-    """Return the loss of each token, (n,), of any head that works on each token alone.
+    apply: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    labels: Tensor,
+    after: AfterHead,
+    size: int,
+    statistic: Statistic | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of each token, (n,), of any head that works on each token alone, and the statistic, (n,).
 
     Args:
         apply: forward of the head, (c, H) -> (c, V).
@@ -261,11 +286,16 @@ def checkpointed_losses(
         labels: labels of the tokens, (n,), all of them counted.
         after: operations after the head.
         size: number of tokens of a chunk.
+        statistic: further statistic of the logits, without a gradient. None means that none is computed.
     """
 
-    def losses(part: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(after(wide(apply(part))), targets, reduction="none")
+    def of_chunk(part: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = after(wide(apply(part)))
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        return losses, losses.detach() if statistic is None else statistic(logits.detach())
 
+    # Without tokens there is one empty chunk, so that the result is in the graph.
     parts = zip(hidden.split(size), labels.split(size), strict=True)
-    found = [checkpoint(losses, part, targets, use_reentrant=False) for part, targets in parts]
-    return torch.cat(found) if found else wide(hidden.sum(1))
+    found = [checkpoint(of_chunk, part, targets, use_reentrant=False) for part, targets in parts]
+    losses, values = (torch.cat(each) for each in zip(*found, strict=True))
+    return losses, None if statistic is None else values

@@ -92,7 +92,7 @@ def test_coefficients_of_the_same_losses_give_the_gradients_of_all_logits(
         return losses.softmax(0) * (losses > losses.median())
 
     losses, expected = wanted(head, hidden, labels, after, decide)
-    mine = linear_losses(head, hidden, labels, after, size)
+    mine, _ = linear_losses(head, hidden, labels, after, size=size)
     torch.testing.assert_close(mine.detach(), losses, rtol=1e-12, atol=1e-12)
     equal(gradients((decide(mine.detach()) * mine).sum(), head, hidden), expected)
 
@@ -109,7 +109,7 @@ def test_a_head_with_an_adapter_gives_the_gradients_of_all_logits(after: AfterHe
     given = torch.rand(TOKENS, dtype=torch.float64)
     losses = F.cross_entropy(apply_after(after, apply(hidden)), labels, reduction="none")
     expected = torch.autograd.grad((given * losses).sum(), [hidden, down, up])
-    mine = checkpointed_losses(apply, hidden, labels, after, 8)
+    mine, _ = checkpointed_losses(apply, hidden, labels, after, 8)
     torch.testing.assert_close(mine, losses, rtol=1e-12, atol=1e-12)
     equal(list(torch.autograd.grad((given * mine).sum(), [hidden, down, up])), list(expected))
 
@@ -132,7 +132,7 @@ def test_autocast_makes_the_products_in_its_number_type() -> None:
     head, hidden = head.float(), hidden.detach().float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         losses = F.cross_entropy(head(hidden).float(), labels, reduction="none")
-        mine = linear_losses(head, hidden, labels, AfterHead(), 8)
+        mine, _ = linear_losses(head, hidden, labels, AfterHead(), size=8)
     torch.testing.assert_close(mine, losses, rtol=1e-6, atol=1e-6)
     expected, found = gradients(losses.sum(), head, hidden), gradients(mine.sum(), head, hidden)
     for each, theirs in zip(found, expected, strict=True):
@@ -147,10 +147,10 @@ def test_no_token_counts() -> None:
     assert losses.shape == (0,)
     assert total == 0
     assert not head.weight.grad.any()
-    later = linear_losses(head, hidden[:0], labels[:0], AfterHead()).sum()
+    later = linear_losses(head, hidden[:0], labels[:0], AfterHead())[0].sum()
     later.backward()
     assert later == 0
-    assert checkpointed_losses(head, hidden[:0], labels[:0], AfterHead(), 8).shape == (0,)
+    assert checkpointed_losses(head, hidden[:0], labels[:0], AfterHead(), 8)[0].shape == (0,)
 
 
 def test_the_logits_of_a_chunk_have_a_bounded_size() -> None:
