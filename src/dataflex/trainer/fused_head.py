@@ -38,7 +38,8 @@ class FusedLosses:
     """Losses of a micro-batch.
 
     Attributes:
-        per_token: loss of every position, (B, T); 0 at positions that do not count. Differentiable if ``total`` is None.
+        per_token: loss of every position, (B, T); 0 at positions that do not count. It has a gradient if ``total`` is
+            None.
         total: sum of the losses times the coefficients, differentiable, if the coefficients were known before.
         statistic: value of the asked statistic at every position, (B, T), if one is asked for.
     """

@@ -85,7 +85,7 @@ def _of_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _to_gradient(logits: Tensor, sums: Tensor, labels: Tensor, scale: Tensor, after: AfterHead) -> Tensor:
     """Return the gradient by the head's output of the losses times ``scale``, (c, V). It may overwrite ``logits``."""
-    slopes = after.slopes(logits)
+    slopes, scale = after.slopes(logits), scale.to(logits)
     gradient = logits.sub_(sums[:, None]).exp_()
     column = labels[:, None]
     gradient.scatter_(1, column, gradient.gather(1, column) - 1)
@@ -93,7 +93,7 @@ def _to_gradient(logits: Tensor, sums: Tensor, labels: Tensor, scale: Tensor, af
         gradient.mul_(slopes)
     elif slopes != 1:
         scale = scale * slopes
-    return gradient.mul_(scale[:, None].to(gradient))
+    return gradient.mul_(scale[:, None])
 
 
 class _HeadGradients:
