@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dataflex.probe.head import AfterHead
+from dataflex.probe.head import AfterHead, wide
 
 Statistic = Callable[[Tensor], Tensor]
 """Function of logits (c, V), float32 or float64, that returns one value per token, (c,), without a gradient."""
@@ -70,11 +70,6 @@ class Chunks:
             bias: bias of the head, (V,).
         """
         return self.after(wide(F.linear(hidden, weight, bias)))
-
-
-def wide(values: Tensor) -> Tensor:
-    """Return float64 values unchanged and all others as float32."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def _of_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

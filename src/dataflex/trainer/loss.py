@@ -26,9 +26,9 @@ from torch import Tensor
 
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means, shifted, token_losses
 from dataflex.errors import ComponentError
+from dataflex.probe.head import wide
 from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.fused_head import FusedHead, FusedLosses
-from dataflex.trainer.fused_loss import wide
 from dataflex.trainer.special_losses import SpecialLoss
 from dataflex.trainer.statistics import BatchLosses
 from dataflex.trainer.step_weights import MicroBatch, StepWeights, times
