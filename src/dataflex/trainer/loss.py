@@ -105,6 +105,7 @@ class WeightedLoss:
         if self.weights is not None:
             counted = _weighted((labels != ignore_index).to(sums), counts.to(sums), weights)
             seen.coefficients = self._of_domains(counted).sum().detach()
+            seen.weights, seen.places = weights, self.places
         self.observe(seen)
         return self._total(weighted, counts, num_items_in_batch)
 
