@@ -150,6 +150,8 @@ class RunRecord:
             section = self.config["dataflex"].get(family)
             if isinstance(section, dict) and isinstance(section.get("method"), str):
                 found[family] = section["method"]
+            elif isinstance(section, list) and family not in found:  # a run of weighters has no rounds
+                found[family] = ", ".join(str(each["method"]) for each in section)
         return {family: found[family] for family in FAMILIES if family in found}
 
     @property
