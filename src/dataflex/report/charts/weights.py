@@ -130,7 +130,7 @@ def bin_name(number: int) -> str:
     if number == 0:
         return "weight 0"
     if number == len(WEIGHT_EDGES):
-        return f"above {WEIGHT_EDGES[-1]:.3g}"
+        return f"above {WEIGHT_EDGES[-1]:.2g}"
     return f"{WEIGHT_EDGES[number - 1]:.2g} to {WEIGHT_EDGES[number]:.2g}"
 
 
