@@ -29,8 +29,8 @@ BARS = 40
 """Most bars of the distribution of the weights. Each adds up several intervals between two logs if there are more."""
 
 _ALL = "all domains"
-_LOW, _HIGH = (0x1B, 0x84, 0xC6), (0xD5, 0x5E, 0x00)
-"""Colours (red, green, blue) of the smallest and the largest weights. The colours of the others are mixed of them."""
+_COLOURS = ((0x1B, 0x5E, 0xA8), (0xF0, 0xC8, 0x60), (0xA8, 0x2A, 0x10))
+"""Colours (red, green, blue) of the smallest weights, of 1, and of the largest. Those between are mixed."""
 
 Measure = Callable[[TokenWeights, str | None], float]
 """Returns a number for the tokens of a domain in an interval, or of all domains (None)."""
@@ -135,9 +135,11 @@ def bin_name(number: int) -> str:
 
 
 def _look(number: int) -> Style:
-    """Return the look of a bin: gray for the weight 0, and for the others a colour between two."""
+    """Return the look of a bin: gray for the weight 0. Every second bin is hatched, so neighbours always differ."""
     if number == 0:
-        return Style(CHANCE, "solid", "circle", "x")
-    share = (number - 1) / (len(WEIGHT_EDGES) - 1)
-    mixed = (round(low + share * (high - low)) for low, high in zip(_LOW, _HIGH, strict=True))
-    return Style("#" + "".join(f"{part:02X}" for part in mixed), "solid", "circle", style(number - 1).pattern)
+        return Style(CHANCE, "solid", "circle", "")
+    place = 2 * (number - 1) / (len(WEIGHT_EDGES) - 1)  # 0 for the smallest weights, 1 for 1, 2 for the largest
+    low, high = _COLOURS[:2] if place <= 1 else _COLOURS[1:]
+    share = place if place <= 1 else place - 1
+    mixed = (round(first + share * (last - first)) for first, last in zip(low, high, strict=True))
+    return Style("#" + "".join(f"{part:02X}" for part in mixed), "solid", "circle", "/" if number % 2 else "")
