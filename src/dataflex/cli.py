@@ -312,6 +312,14 @@ def _add_explain(commands: _Commands) -> None:
         metavar="R",
         help="the round of --top (default: the last round in which a selector chose)",
     )
+    explain.add_argument(
+        "--tokens",
+        action="store_true",
+        help="show the losses and weights of the tokens of the samples of --index, or list the samples on record",
+    )
+    explain.add_argument(
+        "--step", type=_positive, metavar="N", help="the recorded step of --tokens (default: the last of each sample)"
+    )
     explain.add_argument("--no-text", action="store_true", help="leave out the texts, so that no data is loaded")
     explain.add_argument("--full", action="store_true", help="print whole texts, with special tokens")
     explain.add_argument("--json", action="store_true", help="print JSON")
@@ -589,6 +597,8 @@ def _explain(options: argparse.Namespace) -> int:
         round=options.round,
         with_text=not options.no_text,
         full=options.full,
+        tokens=options.tokens,
+        step=options.step,
     )
     explain(options.run, question, options.json)
     return 0
