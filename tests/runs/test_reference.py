@@ -153,9 +153,8 @@ def test_the_command_says_what_the_table_holds(outcomes: Outcomes) -> None:
     assert "error of a loss l: at most sqrt(l m) / 253 + m / 256000, m: the largest of 128 losses in a row" in out
     (rms,) = re.findall(r"measured against float32: mean .*, rms ([\d.]+), largest [\d.]+", out)
     assert 0.001 < float(rms) < 0.02
-    last = (
-        f"dataflex: to use the table, add this line to a component of dataflex: reference_losses: {outcomes.root}/table"
-    )
+    folder = outcomes.root / "table"
+    last = f"dataflex: to use the table, add this line to a component of dataflex: reference_losses: {folder}"
     assert out.splitlines()[-1] == last
     size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".u8", ".npy"))
     assert f"({size / tokens:.3f} bytes a token)" in out

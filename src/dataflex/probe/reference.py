@@ -205,15 +205,21 @@ def _summed(values: NDArray[Any], device: torch.device) -> NDArray[Any]:
     return distributed.all_reduce_sum(torch.from_numpy(values).to(device)).cpu().numpy()
 
 
-def model_files_digest(name: str) -> str:
-    """Return a digest of a model folder's configuration and weights; for a hub model, its name."""
+def model_files(name: str) -> list[Path]:
+    """Return the files of a model folder that define the model, by name; none for a hub model."""
     folder = Path(name)
     if not folder.is_dir():
+        return []
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.startswith(_OF_A_MODEL)]
+
+
+def model_files_digest(name: str) -> str:
+    """Return a digest of a model folder's configuration and weights; for a hub model, its name."""
+    if not Path(name).is_dir():
         return f"hub:{name}"
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name.startswith(_OF_A_MODEL):
-            digest.update(path.name.encode())
-            with path.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for path in model_files(name):
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

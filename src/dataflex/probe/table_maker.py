@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically
 from dataflex.probe.loss_code import Encoder, Errors
 from dataflex.probe.mode import preserved_rng
-from dataflex.probe.reference import Advance, model_files_digest
+from dataflex.probe.reference import Advance, model_files, model_files_digest
 from dataflex.probe.reference_table import parts_of
 
 _PART_TOKENS = 1 << 20
@@ -106,10 +107,11 @@ class TableMaker:
         Raises:
             ConfigError: if another run is adding to the table, or if a loss has no code.
         """
-        with self._alone(), distributed.together(), preserved_rng():
-            about = {"name": model, "model": distributed.on_main(partial(model_files_digest, model))}
+        # Reading all weights for their digest takes seconds, so a thread does it while the first losses are computed.
+        with self._alone(), ThreadPoolExecutor(1) as thread, distributed.together(), preserved_rng():
+            digest = thread.submit(model_files_digest, model) if distributed.rank() == 0 else None
             for domain in missing:
-                self._make_domain(domain, compute, about)
+                self._make_domain(domain, compute, model, digest)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -131,13 +133,20 @@ class TableMaker:
                 f"{self.setting}: {self.folder} cannot be written to ({error.strerror or error})."
             ) from error
 
-    def _make_domain(self, domain: str, compute: Compute, about: dict[str, str]) -> None:
-        """Compute the losses of a domain, and add the domain to the table."""
+    def _make_domain(self, domain: str, compute: Compute, model: str, model_digest: Future[str] | None) -> None:
+        """Compute the losses of a domain, and add the domain to the table.
+
+        Args:
+            domain: name of the domain.
+            compute: computes the losses of samples.
+            model: the reference.
+            model_digest: digest of its files, on the main process.
+        """
         number, main = self.pool.domains.index(domain), distributed.rank() == 0
         begin, end = int(self.pool.offsets[number]), int(self.pool.offsets[number + 1])
         lengths, parts = self.pool.lengths[begin:end], _Parts(self.folder, _file_of(domain))
         digest: str = distributed.on_main(partial(samples_digest, self.pool, domain, begin, end))
-        done: list[int] = distributed.on_main(partial(parts.begin, digest + about["model"]))
+        done: list[int] = distributed.on_main(lambda: parts.begin(f"{digest} {_versions_of(model)}"))
         ends = np.cumsum(lengths, dtype=np.int64)
         processes = distributed.world_size()
         with self._bar(domain, int(ends[-1])) as bar:
@@ -152,7 +161,12 @@ class TableMaker:
                         self._check(domain, first, *found)
                         parts.write(first, *found)
                 bar.update(int(ends[last - 1]) - bar.n)
-        distributed.on_main(partial(self._finish, domain, parts, digest, about))
+
+        def finish() -> None:
+            assert model_digest is not None
+            self._finish(domain, parts, digest, {"name": model, "model": model_digest.result()})
+
+        distributed.on_main(finish)
 
     def _bar(self, domain: str, tokens: int) -> tqdm[Any]:
         about = f"Reference losses of {domain}"
@@ -295,6 +309,12 @@ def _save(path: Path, values: NDArray[Any]) -> None:
     temporary = path.with_suffix(".tmp.npy")
     np.save(temporary, values)
     temporary.replace(path)
+
+
+def _versions_of(model: str) -> str:
+    """Return a text that changes when the files of a model are written again; reading them would take longer."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in model_files(model)]
+    return repr((model, files))
 
 
 def _file_of(domain: str) -> str:
