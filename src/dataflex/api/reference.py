@@ -102,22 +102,28 @@ class ReferenceParams(ComponentParams):
         if problem is not None:
             yield "reference_model", problem
 
-    def table_problem(self, names: tuple[str, ...]) -> tuple[str, str] | None:
-        """Return a parameter and its problem if a table that is used without its model lacks a domain or its files."""
+    def table_problem(self, names: tuple[str, ...] | None) -> tuple[str, str] | None:
+        """Return a parameter and its problem if the table lacks a domain or a file, and no model can compute losses.
+
+        Args:
+            names: the domains of the run. None if they are not known.
+        """
         if self.reference_losses is None or self.reference_model is not None:
             return None
         table = read_table(Path(self.reference_losses))
         if table is None:
             return None
-        missing = [name for name in names if name not in table["domains"]]
-        if not missing:
-            damage = next(filter(None, (damage_of(Path(self.reference_losses), table, name) for name in names)), None)
-            return None if damage is None else ("reference_losses", damage)
-        return (
-            "reference_losses",
-            f"{self.reference_losses!r} has no losses of {', '.join(missing)} (it has {', '.join(table['domains'])}); "
-            "set reference_model to compute them.",
-        )
+        there = table["domains"]
+        missing = [name for name in names or () if name not in there]
+        if missing:
+            return (
+                "reference_losses",
+                f"{self.reference_losses!r} has no losses of {', '.join(missing)} (it has {', '.join(there)}); set "
+                "reference_model to compute them.",
+            )
+        damages = (damage_of(Path(self.reference_losses), table, name) for name in (there if names is None else names))
+        damage = next(filter(None, damages), None)
+        return None if damage is None else ("reference_losses", damage)
 
 
 class Reference(Protocol):

@@ -32,8 +32,9 @@ from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.probe.loss_code import BLOCK, decode
 
-_OPEN_DOMAINS = 128
-"""Number of a table's domains that stay open; a process can often open only about a thousand files."""
+_OPEN_DOMAINS = {"float32": 128, "byte": 64}
+"""Number of a table's domains that stay open; a process can often open only about a thousand files, and a domain of
+bytes has four."""
 _SMALL = 4096
 """Files of fewer bytes are read as a whole. An array without elements cannot be mapped."""
 
@@ -112,7 +113,7 @@ class ReferenceTable:
         self._table = table
         self._parts = parts_of(table, pool)
         self._starts = np.array([start for start, _ in self._parts])
-        self._opened = lru_cache(maxsize=_OPEN_DOMAINS)(self._open)
+        self._opened = lru_cache(maxsize=_OPEN_DOMAINS[table["type"]])(self._open)
 
     def _open(self, part: int) -> _Domain:
         """Return the stored losses of a part of the pool.

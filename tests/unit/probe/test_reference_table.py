@@ -192,7 +192,8 @@ def test_a_damaged_table_is_refused(model: Path, tmp_path: Path, kind: NumberTyp
         with pytest.raises(ConfigError, match=r"weight\.1\.reference_losses: .*(damaged|lacks a file|cannot be read)"):
             ReferenceTable(tmp_path, samples, "weight.1").losses({}, torch.zeros(1, 2), np.arange(11))
         if harm == "lost" or file.suffix != ".npy":  # found before anything is loaded
-            assert re_found(alone.table_problem(samples.domains), file)
+            for names in (samples.domains, None):
+                assert re_found(alone.table_problem(names), file)
             with pytest.raises(ConfigError, match=r"mix\.reference_losses: .*(damaged|lacks a file)"):
                 table_of(tmp_path, samples).missing(None)
         file.write_bytes(content)
