@@ -196,6 +196,8 @@ def damage_of(folder: Path, table: Mapping[str, Any], domain: str) -> str | None
     No file is read, so that this costs nothing.
     """
     entry, kind = table["domains"][domain], table["type"]
+    if not isinstance(entry, dict) or not {"file", "samples", "samples_sha256"} <= entry.keys():
+        return f"{folder / TABLE_FILE} does not describe the losses of {domain!r}: it is damaged."
     files = files_of_domain(folder, kind, entry["file"])
     absent = next((path for path in files.values() if not path.is_file()), None)
     if absent is not None:

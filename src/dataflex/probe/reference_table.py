@@ -183,7 +183,7 @@ def parts_of(table: Mapping[str, Any], pool: Pool) -> list[tuple[int, str]]:
     """
     domains = table["domains"]
     if len(pool.domains) == 1 and pool.domains[0] not in domains:
-        sizes = [entry["samples"] for entry in domains.values()]
+        sizes = [entry.get("samples", 0) for entry in domains.values()]
         if sum(sizes) == pool.size:
             return list(zip(np.cumsum([0, *sizes[:-1]]).tolist(), domains, strict=True))
     return list(zip(pool.offsets[:-1].tolist(), pool.domains, strict=True))

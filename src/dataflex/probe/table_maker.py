@@ -87,13 +87,13 @@ class TableMaker:
         for (begin, name), end in zip(parts, ends, strict=True):
             if name not in found:
                 lacking.append(name)
+            elif (damage := damage_of(self.folder, table, name)) is not None:
+                raise ConfigError(f"{self.setting}: {damage}")
             elif found[name]["samples_sha256"] != samples_digest(self.pool, name, begin, end):
                 raise ConfigError(
                     f"{self.setting}: the table in {self.folder} was made for other samples of {name!r} (its data, "
                     "template, cutoff_len or packing has changed). Name another folder."
                 )
-            elif (damage := damage_of(self.folder, table, name)) is not None:
-                raise ConfigError(f"{self.setting}: {damage}")
         return lacking
 
     def make(self, missing: list[str], compute: Compute, model: str) -> None:

@@ -200,6 +200,19 @@ def test_a_damaged_table_is_refused(model: Path, tmp_path: Path, kind: NumberTyp
     assert table_of(tmp_path, samples).missing(None) == []
 
 
+def test_a_list_without_the_files_of_a_domain_is_refused(model: Path, tmp_path: Path) -> None:
+    samples, file = pool(), tmp_path / TABLE_FILE
+    make(table_of(tmp_path, samples), model)
+    written = json.loads(file.read_text())
+    del written["domains"]["alpha"]["file"]
+    file.write_text(json.dumps(written))
+    key, message = DoReMiParams(reference_losses=str(tmp_path)).table_problem(samples.domains) or ("", "")
+    assert key == "reference_losses"
+    assert "does not describe the losses of 'alpha'" in message
+    with pytest.raises(ConfigError, match=r"mix\.reference_losses: .* does not describe the losses of 'alpha'"):
+        table_of(tmp_path, samples).missing(None)
+
+
 def re_found(problem: tuple[str, str] | None, file: Path) -> bool:
     return problem is not None and problem[0] == "reference_losses" and str(file) in problem[1]
 
