@@ -261,7 +261,7 @@ class _KnownCoefficients(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         head = _Head(weight, bias, labels.numel(), how)
         losses = torch.empty(labels.numel(), dtype=wide(how.dtype), device=hidden.device)
-        needed = tuple(is_needed and how.is_recorded for is_needed in ctx.needs_input_grad[:3])
+        needed = ctx.needs_input_grad[:3] if how.is_recorded else (False, False, False)
         found = _HeadGradients(hidden, head, needed)
         count = (coefficients != 0) & any(needed)
         for is_counted in (True, False):
