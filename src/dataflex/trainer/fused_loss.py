@@ -17,14 +17,20 @@ The products with the head take most of the time, each of them 2 n V H operation
 
 Tokens whose coefficient is 0 take no part in the products of a gradient whose coefficients are known.
 
+On a CUDA device, the kernels of :mod:`~dataflex.trainer.fused_kernel` make the losses and the gradient of a chunk.
+
 Heads other than a plain linear layer, such as one with an adapter, run under activation checkpointing, chunk by chunk.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +39,28 @@ from torch.utils.checkpoint import checkpoint
 
 from dataflex.probe.head import AfterHead
 
+logger = logging.getLogger(__name__)
+
 Statistic = Callable[[Tensor], Tensor]
 """Function of logits (c, V), float32 or float64, that returns one value per token, (c,), without a gradient."""
+
+
+class Softmax(Protocol):
+    """Softmax of the logits of a chunk.
+
+    Attributes:
+        losses: loss of each token, (c,), unless the log sums were given.
+        sums: log sums of exponentials, (c,).
+    """
+
+    losses: Tensor
+    sums: Tensor
+
+    def gradient(self, scale: Tensor) -> Tensor:
+        """Return the gradient by the head's output of the losses times ``scale``, (c, V)."""
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor | None, AfterHead], Softmax]
 
 CHUNK_BYTES = {"cpu": 1 << 27}
 """Size of a chunk's logits by the type of the device. A processor gains nothing from a larger one."""
@@ -57,12 +83,15 @@ class Chunks:
         dtype: number type of the product with the head; the logits are then converted to float32, or stay float64.
         size: number of tokens of a chunk.
         is_recorded: whether a gradient may be asked for.
+        kernel: makes the softmax of a chunk from products, labels, log sums and the operations after the head. None
+            means that PyTorch's operations do.
     """
 
     after: AfterHead
     dtype: torch.dtype
     size: int
     is_recorded: bool
+    kernel: Kernel | None = None
 
     def parts(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Return chunks of the numbers of some tokens."""
@@ -86,24 +115,37 @@ class _Head:
         self._bias = None if bias is None else bias.to(how.dtype)
         shape = (min(how.size, tokens), weight.shape[0])
         self._products = torch.empty(shape, dtype=how.dtype, device=weight.device)
-        is_wide = wide(how.dtype) == how.dtype
-        self._logits = self._products if is_wide else torch.empty_like(self._products, dtype=torch.float32)
+        self._logits: Tensor | None = None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of some tokens, (c, V), float32 or float64, which the next call overwrites.
+    def products(self, hidden: Tensor) -> Tensor:
+        """Return the head's output for some tokens, (c, V), which the next call overwrites.
 
         Args:
             hidden: hidden states in the number type of the product, (c, H).
         """
-        products, logits = (each[: hidden.shape[0]] for each in (self._products, self._logits))
+        products = self._products[: hidden.shape[0]]
         if self._bias is None:
-            torch.mm(hidden, self.weight.T, out=products)
-        else:
-            torch.addmm(self._bias, hidden, self.weight.T, out=products)
-        return self._how.after(logits if self._logits is self._products else logits.copy_(products))
+            return torch.mm(hidden, self.weight.T, out=products)
+        return torch.addmm(self._bias, hidden, self.weight.T, out=products)
+
+    def logits(self, products: Tensor) -> Tensor:
+        """Return the logits, (c, V), float32 or float64, from the head's output."""
+        if products.dtype == wide(products.dtype):
+            return self._how.after(products)
+        if self._logits is None:
+            self._logits = torch.empty_like(self._products, dtype=torch.float32)
+        return self._how.after(self._logits[: products.shape[0]].copy_(products))
+
+    def softmax(self, products: Tensor, labels: Tensor, sums: Tensor | None, with_gradient: bool) -> Softmax:
+        """Return the softmax of the logits; it overwrites the head's output."""
+        after = self._how.after
+        if self._how.kernel is not None:
+            return self._how.kernel(products, labels, sums, after)
+        logits = self.logits(products)
+        return _Exponentials(logits, labels, sums, after.slopes(logits) if with_gradient else 1.0)
 
     def in_products(self, gradient: Tensor) -> Tensor:
-        """Return a gradient by the logits, (c, V), in the number type of the product."""
+        """Return a gradient by the head's output, (c, V), in the number type of the product."""
         if gradient.dtype == self._products.dtype:
             return gradient
         return self._products[: gradient.shape[0]].copy_(gradient)
@@ -176,7 +218,7 @@ class _HeadGradients:
             gradient: gradient by the head's output, (c, V).
         """
         if self.bias is not None:
-            self.bias += gradient.sum(0)
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
         gradient = self._head.in_products(gradient)
         if self.hidden is not None:
             self.hidden[part] = (gradient @ self._head.weight).to(self.hidden.dtype)
@@ -213,11 +255,10 @@ class _LaterCoefficients(torch.autograd.Function):
         found = _HeadGradients(hidden, head, (ctx.is_frozen and how.is_recorded, False, False))
         for part in how.parts(torch.arange(labels.numel(), device=hidden.device)):
             chunk = hidden[part].to(how.dtype)
-            logits = head.logits(chunk)
+            products = head.products(chunk)
             if statistic is not None:
-                values[part] = statistic(logits)
-            slopes = how.after.slopes(logits) if found.hidden is not None else 1.0
-            done = _Exponentials(logits, labels[part], None, slopes)
+                values[part] = statistic(head.logits(products))
+            done = head.softmax(products, labels[part], None, found.hidden is not None)
             losses[part], sums[part] = done.losses, done.sums
             if found.hidden is not None:
                 found.add(part, chunk, done.gradient(torch.ones_like(done.losses)))
@@ -240,8 +281,7 @@ class _LaterCoefficients(torch.autograd.Function):
         found = _HeadGradients(hidden, head, ctx.needs_input_grad[:3])
         for part in how.parts(gradient.nonzero()[:, 0]):
             chunk = hidden[part].to(how.dtype)
-            logits = head.logits(chunk)
-            done = _Exponentials(logits, labels[part], sums[part], how.after.slopes(logits))
+            done = head.softmax(head.products(chunk), labels[part], sums[part], True)
             found.add(part, chunk, done.gradient(gradient[part]))
         return *found.results(weight, bias), None, None, None
 
@@ -267,8 +307,7 @@ class _KnownCoefficients(torch.autograd.Function):
         for is_counted in (True, False):
             for part in how.parts((count == is_counted).nonzero()[:, 0]):
                 chunk = hidden[part].to(how.dtype)
-                logits = head.logits(chunk)
-                done = _Exponentials(logits, labels[part], None, how.after.slopes(logits) if is_counted else 1.0)
+                done = head.softmax(head.products(chunk), labels[part], None, is_counted)
                 losses[part] = done.losses
                 if is_counted:
                     found.add(part, chunk, done.gradient(coefficients[part]))
@@ -294,10 +333,48 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
+@functools.cache
+def softmax_kernel(device: torch.device) -> Kernel | None:
+    """Return the kernel that makes the softmax of a chunk on a device; None if it does not work there."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from dataflex.trainer.fused_kernel import RowSoftmax
+
+    return RowSoftmax if works(RowSoftmax, device) else None
+
+
+def works(kernel: Kernel, device: torch.device) -> bool:
+    """Return whether a kernel compiles on a device and gives the values of PyTorch's operations; log why not."""
+    from triton.errors import TritonError
+
+    products = torch.linspace(-5, 5, 3 * 5000, device=device).view(5000, 3).T.contiguous().bfloat16()
+    labels, scale = torch.tensor([0, 17, 4999], device=device), torch.tensor([1.0, 0.0, -2.0], device=device)
+    after = AfterHead(factor=0.5, cap=2.0)
+    logits = after(products.float())
+    expected = _Exponentials(logits, labels, None, after.slopes(logits))
+    losses, gradient = expected.losses, expected.gradient(scale)
+    try:
+        found = kernel(products, labels, None, after)
+        is_equal = torch.allclose(found.losses, losses, rtol=1e-4, atol=1e-4)
+        is_equal &= torch.allclose(found.gradient(scale).float(), gradient, rtol=1e-2, atol=1e-6)
+    # Triton compiles its launcher with a C compiler, which may be missing.
+    except (TritonError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = str(error)
+    else:
+        if is_equal:
+            return True
+        reason = "its results are wrong"
+    logger.warning("The fused loss is computed without its kernel, which takes longer: %s", reason)
+    return False
+
+
 def _chunks(head: torch.nn.Linear, hidden: Tensor, after: AfterHead, size: int | None) -> Chunks:
     """Return how the logits of a head are computed."""
-    size = size or chunk_of(head.weight.shape[0], hidden.device.type)
-    return Chunks(after, product_dtype(hidden), size, torch.is_grad_enabled())
+    dtype = product_dtype(hidden)
+    kernel = None if dtype == torch.float64 else softmax_kernel(hidden.device)
+    itemsize = (wide(dtype) if kernel is None else dtype).itemsize
+    size = size or chunk_of(head.weight.shape[0], hidden.device.type, itemsize)
+    return Chunks(after, dtype, size, torch.is_grad_enabled(), kernel)
 
 
 def linear_losses(
