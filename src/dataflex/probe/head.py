@@ -25,7 +25,12 @@ HEAD_CHUNK = 1024
 """Positions in a chunk of the head."""
 
 Statistic = Callable[[Tensor, Tensor], Tensor]
-"""Function of logits (n, V), float32, and labels (n,) that returns one value per position, (n,)."""
+"""Function of logits (n, V), float32 (float64 for a float64 model), and labels (n,) -> one value per position, (n,)."""
+
+
+def wide(values: Tensor) -> Tensor:
+    """Return float64 values unchanged and all others as float32."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -62,7 +67,7 @@ def full_values(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rows, columns and values of the positions that count, each (n,), from the model's own logits."""
     rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
-    logits = counted_logits(model, inputs, rows, columns).float()
+    logits = wide(counted_logits(model, inputs, rows, columns))
     return rows, columns, statistic(logits, labels[rows, columns])
 
 
@@ -72,18 +77,17 @@ def chunked_values(
     """Return the same as :func:`full_values`, with the head applied in chunks."""
     rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
     counted = labels[rows, columns]
-    values = torch.zeros(rows.numel(), dtype=torch.float32, device=labels.device)
-    finish = behind_head(model)
+    finish, values = behind_head(model), [torch.zeros(0, device=labels.device)]
 
     def run(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         for begin in range(0, rows.numel(), HEAD_CHUNK):
             part = slice(begin, begin + HEAD_CHUNK)
-            values[part] = statistic(finish(apply(hidden[rows[part], columns[part]])).float(), counted[part])
+            values.append(statistic(wide(finish(apply(hidden[rows[part], columns[part]]))), counted[part]))
         return hidden[..., :1]  # stands for the logits in the rest of the forward; the result is discarded
 
     with replaced_forward(model.get_output_embeddings(), run):
         model(**inputs, use_cache=False)
-    return rows, columns, values
+    return rows, columns, torch.cat(values)
 
 
 def counted_logits(model: torch.nn.Module, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,8 @@ class RunTrainer(Trainer):
 
     finetuning_args: FinetuningArguments
     data_collator: Any
+    compute_loss_func: Callable[..., Any] | None
+    """LLaMA-Factory's special loss, which bypasses the model's loss function."""
     dataflex: LoadedRun
     """The loaded run."""
     probe: ModelProbe | None

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dataflex.probe.head import AfterHead
+from dataflex.probe.head import AfterHead, wide
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class _Head:
 
     def logits(self, products: Tensor) -> Tensor:
         """Return the logits, (c, V), float32 or float64, from the head's output."""
-        if products.dtype == wide(products.dtype):
+        if products.dtype == logits_dtype(products.dtype):
             return self._how.after(products)
         if self._logits is None:
             self._logits = torch.empty_like(self._products, dtype=torch.float32)
@@ -151,7 +151,7 @@ class _Head:
         return self._products[: gradient.shape[0]].copy_(gradient)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def logits_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the number type of logits for a number type of products: float64 unchanged, and float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -205,7 +205,7 @@ class _HeadGradients:
         self._head, weight = head, head.weight
         self.hidden = torch.zeros_like(hidden) if needed[0] else None
         # The sum over chunks is kept in float32 also if the products are in 16 bits.
-        sums = wide(hidden.dtype)
+        sums = logits_dtype(hidden.dtype)
         self.weight = torch.zeros(weight.shape, dtype=sums, device=weight.device) if needed[1] else None
         self.bias = torch.zeros(weight.shape[0], dtype=sums, device=weight.device) if needed[2] else None
 
@@ -250,7 +250,7 @@ class _LaterCoefficients(torch.autograd.Function):
         statistic: Statistic | None,
     ) -> tuple[Tensor, Tensor | None]:
         head = _Head(weight, bias, labels.numel(), how)
-        losses, sums, values = torch.empty(3, labels.numel(), dtype=wide(how.dtype), device=hidden.device)
+        losses, sums, values = torch.empty(3, labels.numel(), dtype=logits_dtype(how.dtype), device=hidden.device)
         ctx.is_frozen = not any(ctx.needs_input_grad[1:3])
         found = _HeadGradients(hidden, head, (ctx.is_frozen and how.is_recorded, False, False))
         for part in how.parts(torch.arange(labels.numel(), device=hidden.device)):
@@ -300,7 +300,7 @@ class _KnownCoefficients(torch.autograd.Function):
         how: Chunks,
     ) -> tuple[Tensor, Tensor]:
         head = _Head(weight, bias, labels.numel(), how)
-        losses = torch.empty(labels.numel(), dtype=wide(how.dtype), device=hidden.device)
+        losses = torch.empty(labels.numel(), dtype=logits_dtype(how.dtype), device=hidden.device)
         needed = ctx.needs_input_grad[:3] if how.is_recorded else (False, False, False)
         found = _HeadGradients(hidden, head, needed)
         count = (coefficients != 0) & any(needed)
@@ -372,7 +372,7 @@ def _chunks(head: torch.nn.Linear, hidden: Tensor, after: AfterHead, size: int |
     """Return how the logits of a head are computed."""
     dtype = product_dtype(hidden)
     kernel = None if dtype == torch.float64 else softmax_kernel(hidden.device)
-    itemsize = (wide(dtype) if kernel is None else dtype).itemsize
+    itemsize = (logits_dtype(dtype) if kernel is None else dtype).itemsize
     size = size or chunk_of(head.weight.shape[0], hidden.device.type, itemsize)
     return Chunks(after, dtype, size, torch.is_grad_enabled(), kernel)
 
@@ -443,8 +443,7 @@ def checkpointed_losses(
     """
 
     def of_chunk(part: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        product = apply(part)
-        logits = after(product.to(wide(product.dtype)))
+        logits = after(wide(apply(part)))
         losses = F.cross_entropy(logits, targets, reduction="none")
         return losses, losses.detach() if statistic is None else statistic(logits.detach())
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means, shifted, token_losses
 from dataflex.errors import ComponentError
+from dataflex.probe.head import wide
 from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.fused_head import FusedHead, FusedLosses
 from dataflex.trainer.special_losses import SpecialLoss
@@ -123,7 +124,7 @@ class WeightedLoss:
             return self.fused.take()
         statistic = None
         if self.special is not None and self.special.statistic is not None:
-            statistic = self.special.statistic(logits.detach().float().flatten(0, 1)).view(labels.shape)
+            statistic = self.special.statistic(wide(logits.detach()).flatten(0, 1)).view(labels.shape)
         return FusedLosses(token_losses(logits, labels), statistic=statistic)
 
     @property

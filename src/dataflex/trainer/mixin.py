@@ -90,11 +90,9 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         if inputs.config.fused_loss and args.use_liger_kernel:
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), **OTHER_KERNELS}
         super().__init__(args=args, **kwargs)
-        self.special_loss = None
-        if self.compute_loss_func is not None:
-            self.special_loss = special_loss(self.finetuning_args)
-            if self.special_loss is not None:
-                self.compute_loss_func = None  # its token weights become factors of the loss coefficients
+        self.special_loss = None if self.compute_loss_func is None else special_loss(self.finetuning_args)
+        if self.special_loss is not None:
+            self.compute_loss_func = None  # its token weights become factors of the loss coefficients
         self.domain_evaluation = self._make_evaluation()
         self.step_loss = StepLoss(self)
         terminal.shorten(self.callback_handler, knows_end=not inputs.budget.is_set)

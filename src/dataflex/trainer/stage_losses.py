@@ -32,6 +32,6 @@ def chunked_losses(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tens
     labels = shifted(inputs["labels"])
     given = {name: value for name, value in inputs.items() if name != "labels"}
     rows, columns, values = chunked_values(model, given, labels)
-    per_token = torch.zeros(labels.shape, device=labels.device)
+    per_token = values.new_zeros(labels.shape)
     per_token[rows, columns] = values
     return labels, per_token

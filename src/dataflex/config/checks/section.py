@@ -303,7 +303,7 @@ def _loss(config: RunConfig) -> Iterator[Problem]:
         if component.needs(config).step_losses != "nothing":
             weighs.append(f"{SECTION}.{key}.method: {component.name}")
     if config.fused_loss:
-        weighs.append(f"{SECTION}.fused_loss" if config.dataflex.fused_loss else next(_liger(config)))
+        weighs.append(next(_liger(config), f"{SECTION}.fused_loss"))
     for key, reason in SPECIAL_LOSSES.items():
         if weighs and truthy(config, key):
             yield Problem(key, f"cannot be combined with {weighs[0]}: {reason}.")

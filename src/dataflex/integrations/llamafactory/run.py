@@ -6,7 +6,7 @@ restored afterwards:
     llamafactory.train.{sft,pt}.workflow.CustomSeq2SeqTrainer / CustomTrainer   DataFlex's mixin over the same class
     llamafactory.train.{sft,pt}.workflow.get_dataset                            the same, once per data set
     llamafactory.train.tuner.get_train_args                                     its errors as configuration errors
-    llamafactory.model.loader.apply_liger_kernel                                without Liger's loss, if the loss is fused
+    llamafactory.model.loader.apply_liger_kernel                                without Liger's loss, if ours is fused
 
 Without a ``dataflex:`` section, ``get_dataset`` in the workflow of every stage and ``get_train_args`` are replaced, to
 convert their errors only.
