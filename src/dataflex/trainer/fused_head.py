@@ -75,7 +75,7 @@ class FusedHead:
             head = head.modules_to_save[head.active_adapter]
         self.head: torch.nn.Module = head
         self.after, self.statistic = behind_head(model), statistic
-        self._chunk = chunk_of(int(named.config.get_text_config().vocab_size))
+        self._vocabulary = int(named.config.get_text_config().vocab_size)
         self._forward = self._losses_of
         """The replaced forward, one object for all steps: torch.compile would trace the model again for another one."""
         self._labels: Tensor | None = None
@@ -142,7 +142,12 @@ class FusedHead:
         coefficients, total, values = self._coefficients(labels), None, None
         if type(self.head) is not torch.nn.Linear:
             losses, values = checkpointed_losses(
-                self._original, states, targets, self.after, self._chunk, self.statistic
+                self._original,
+                states,
+                targets,
+                self.after,
+                chunk_of(self._vocabulary, hidden.device.type),
+                self.statistic,
             )
         elif coefficients is None or self.statistic is not None:
             losses, values = linear_losses(self.head, states, targets, self.after, self.statistic)

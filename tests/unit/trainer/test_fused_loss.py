@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataflex.probe.head import AfterHead
 from dataflex.trainer.fused_loss import (
-    CHUNK_BYTES,
     checkpointed_losses,
     chunk_of,
     linear_losses,
@@ -156,8 +157,102 @@ def test_no_token_counts() -> None:
 def test_the_logits_of_a_chunk_have_a_bounded_size() -> None:
     assert chunk_of(32_000) == 2097
     assert chunk_of(131_072) == 512
-    assert chunk_of(200) * 200 * 4 < CHUNK_BYTES
+    assert chunk_of(131_072, "cpu") == 256
+    assert chunk_of(200) == chunk_of(200, "cpu") == 4096
     assert chunk_of(10**9) == 1
+
+
+class Products(TorchDispatchMode):
+    """Counts multiplications in matrix products, in multiples of n V H."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            left, right = args[-2:]
+            self.count += left.shape[0] * left.shape[1] * right.shape[1] / (TOKENS * VOCABULARY * WIDTH)
+        return func(*args, **(kwargs or {}))
+
+
+def step(head: torch.nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, given: torch.Tensor, later: bool) -> None:
+    if later:
+        (linear_losses(head, hidden, labels, AfterHead(), size=8)[0] * given).sum().backward()
+    else:
+        weighted_linear_loss(head, hidden, labels, given, AfterHead(), 8)[0].backward()
+
+
+@pytest.mark.parametrize(
+    ("trained", "later", "products"), [(True, False, 3), (False, False, 2), (True, True, 4), (False, True, 2)]
+)
+def test_the_number_of_products_with_the_head(trained: bool, later: bool, products: int) -> None:
+    head, hidden, labels = problem(bias=False, trained=trained)
+    with Products() as made:
+        step(head, hidden, labels, torch.ones(TOKENS, dtype=torch.float64), later)
+    assert made.count == pytest.approx(products)
+
+
+@pytest.mark.parametrize(
+    ("trained", "later", "of_gradient"), [(True, False, 2), (False, False, 1), (True, True, 3), (False, True, 1)]
+)
+def test_tokens_that_do_not_count_need_no_gradient(trained: bool, later: bool, of_gradient: int) -> None:
+    head, hidden, labels = problem(bias=False, trained=trained)
+    given = torch.ones(TOKENS, dtype=torch.float64)
+    given[::2] = 0
+    share = 1.0 if later and not trained else float(given.mean())
+    with Products() as made:
+        step(head, hidden, labels, given, later)
+    assert made.count == pytest.approx(1 + share * of_gradient)
+    assert not hidden.grad[::2].any()
+    assert hidden.grad[1::2].all()
+
+
+@pytest.mark.parametrize("later", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_nothing_is_prepared_for_a_gradient_that_is_not_recorded(trained: bool, later: bool) -> None:
+    head, hidden, labels = problem(bias=False, trained=trained)
+    expected = F.cross_entropy(head(hidden), labels, reduction="none")
+    with torch.no_grad(), Products() as made:
+        if later:
+            losses, _ = linear_losses(head, hidden, labels, AfterHead(), size=8)
+        else:
+            _, losses = weighted_linear_loss(head, hidden, labels, torch.ones(TOKENS), AfterHead(), 8)
+    torch.testing.assert_close(losses, expected.detach())
+    assert made.count == pytest.approx(1)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("after", AFTER.values(), ids=list(AFTER))
+def test_a_statistic_sees_the_logits_before_they_are_overwritten(after: AfterHead, trained: bool) -> None:
+    head, hidden, labels = problem(bias=True, trained=trained)
+    losses, means = linear_losses(head, hidden, labels, after, lambda logits: logits.mean(1), size=8)
+    logits = apply_after(after, head(hidden))
+    torch.testing.assert_close(means, logits.detach().mean(1))
+    torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none"))
+
+
+def test_extreme_logits_give_finite_losses_and_gradients() -> None:
+    head = torch.nn.Linear(1, 3, bias=False)
+    head.weight.data = torch.tensor([[3e4], [-3e4], [0.0]])
+    hidden = torch.ones(3, 1, requires_grad=True)
+    labels = torch.tensor([0, 1, 2])
+    losses, _ = linear_losses(head, hidden, labels, AfterHead())
+    torch.testing.assert_close(losses, torch.tensor([0.0, 6e4, 3e4]))
+    losses.sum().backward()
+    torch.testing.assert_close(hidden.grad, torch.tensor([[0.0], [6e4], [3e4]]))
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_a_frozen_head_in_sixteen_bits(later: bool) -> None:
+    head, hidden, labels = problem(bias=False, trained=False)
+    head, hidden = head.to(torch.bfloat16), hidden.detach().bfloat16().requires_grad_()
+    given = torch.rand(TOKENS) / 1000
+    expected = gradients((given * F.cross_entropy(head(hidden).float(), labels, reduction="none")).sum(), head, hidden)
+    step(head, hidden, labels, given, later)
+    assert hidden.grad.dtype == torch.bfloat16
+    error = torch.linalg.vector_norm((hidden.grad - expected[0]).float())
+    assert error < 0.01 * torch.linalg.vector_norm(expected[0].float())
 
 
 def test_the_gradient_of_known_coefficients_cannot_be_computed_twice() -> None:
