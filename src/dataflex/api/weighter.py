@@ -52,8 +52,12 @@ class Weighter(Component[WeighterParamsT]):
     """
 
     Params: ClassVar[type[ComponentParams]] = WeighterParams
-    elementwise: ClassVar[bool] = False
-    """Whether the weight of a sample depends on this sample alone. The framework then need not gather the batch."""
+    elementwise: bool = False
+    """Whether the weight of a sample depends on this sample alone. The framework then need not gather the batch. Set it
+    in the class, or in the constructor if it depends on the parameters."""
+    step_reference: ClassVar[bool] = True
+    """Whether :meth:`weigh` reads the reference losses of the step's samples, if :meth:`needs` name a reference. False
+    for a weighter that reads the reference in :meth:`begin_step` alone."""
 
     @property
     def decides_within_step(self) -> bool:
