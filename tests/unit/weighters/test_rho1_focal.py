@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,14 @@ from torch import Tensor
 
 from dataflex.api.components import Entry
 from dataflex.api.context import StepBatch, TokenLosses
+from dataflex.api.mixer import Mixer
+from dataflex.api.needs import Needs
 from dataflex.errors import ComponentError
+from dataflex.trainer.domain_loss import DomainLoss
+from dataflex.trainer.loss import WeightedLoss
 from dataflex.trainer.step_weights import MicroBatch, StepWeights, Weighing
 from dataflex.weighters.focal import FocalWeighter, focal_weights
+from dataflex.weighters.loss import LossWeighter
 from dataflex.weighters.rho1 import Rho1Weighter
 from unit.fakes import build
 from unit.ranks import on_two_processes
@@ -214,3 +220,87 @@ def test_focal_reads_tokens_only_if_it_weighs_them() -> None:
     assert build(FocalWeighter).needs(None).step_losses == "tokens"
     assert build(FocalWeighter, of="sample").needs(None).step_losses == "nothing"
     assert not build(FocalWeighter).decides_within_step
+
+
+# Products
+
+
+class ByLoss(Mixer):
+    """Weighs each of two domains by its loss in the step."""
+
+    family, name, weighs_loss = "mixer", "by_loss", True
+    decides_within_step = True
+    loss_weights = np.ones(2)
+
+    def update_weights(self, ctx: Any) -> None:
+        self.loss_weights = ctx.losses / ctx.losses.sum()
+
+
+VOCAB, GAMMA, SHARE, TEMPERATURE = 13, 2.0, 0.6, 0.4
+
+
+def coefficients_by_hand(losses: Tensor, reference: Tensor, trained: Tensor, domains: list[int]) -> Tensor:
+    """Return the products of the weights of samples, domains and tokens, in float64 with a loop over tokens."""
+    rows = range(len(losses))
+    means = [float(losses[row][trained[row]].mean()) for row in rows]
+    low, high = min(means), max(means)
+    emphasis = [min((2 * mean - high - low) / (high - low) + 1, 1.0) for mean in means]
+    exponents = [np.exp(value / TEMPERATURE) for value in emphasis]
+    samples = [len(means) * value / sum(exponents) for value in exponents]
+    sums, counts = [0.0, 0.0], [0, 0]
+    for row in rows:
+        sums[domains[row]] += float(losses[row][trained[row]].sum())
+        counts[domains[row]] += int(trained[row].sum())
+    of_domains = [total / count for total, count in zip(sums, counts, strict=True)]
+    shares = [value / sum(of_domains) for value in of_domains]
+    excess = (losses - reference)[trained].numpy()
+    kept = torch.zeros_like(losses)
+    kept[trained] = torch.from_numpy(expected_of(excess, str(SHARE)))
+    found = torch.zeros_like(losses)
+    for row in rows:
+        for column in range(losses.shape[1]):
+            loss = float(losses[row, column])
+            p = np.exp(-loss)
+            focal = (1 - p) ** GAMMA + GAMMA * loss * p * (1 - p) ** (GAMMA - 1)
+            domain = shares[domains[row]] * sum(counts) / counts[domains[row]]
+            found[row, column] = samples[row] * domain * focal * float(kept[row, column])
+    return found * trained
+
+
+def test_weights_of_samples_domains_and_tokens_multiply() -> None:
+    generator = torch.Generator().manual_seed(7)
+    logits = (torch.randn(5, 9, VOCAB, dtype=torch.float64, generator=generator) * 2).requires_grad_()
+    labels = torch.randint(0, VOCAB, (5, 9), generator=generator)
+    labels[torch.rand(5, 9, generator=generator) < 0.3] = IGNORED
+    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    trained, domains = targets != IGNORED, [0, 1, 1, 0, 1]
+    reference = torch.rand(5, 9, generator=generator, dtype=torch.float64) * 4
+    chain = [build(LossWeighter, temperature=TEMPERATURE), rho1(share=SHARE), build(FocalWeighter, gamma=GAMMA)]
+    weighings = [
+        Weighing(Entry(weighter, f"weight.{number}", 1), tokens=number > 0, reference=number == 1)
+        for number, weighter in enumerate(chain)
+    ]
+    weights = StepWeights(weighings, lambda losses, places, tokens: StepBatch(losses, tokens=tokens))
+    mixer = build(ByLoss)
+    domain_loss = DomainLoss(
+        mixer,
+        Needs(step_losses="domains"),
+        ("a", "b"),
+        torch.device("cpu"),
+        lambda tokens, losses, excess: SimpleNamespace(step=0, losses=losses),  # type: ignore[arg-type,return-value]
+    )
+    function = WeightedLoss(5, lambda _: None, weights=weights, domain_loss=domain_loss, global_batch_size=5)
+    function.domains, function.places = torch.tensor(domains), torch.arange(5)
+    function.references = {"weight.1": reference[trained].float()}
+    counts = trained.sum(1)
+    domain_loss.begin(torch.zeros(2, dtype=torch.float64).index_add_(0, function.domains, counts.double()))
+    loss = function(logits, labels, VOCAB, num_items_in_batch=counts.sum())
+    (found,) = torch.autograd.grad(loss, logits)
+
+    exact = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    products = coefficients_by_hand(exact.detach(), reference, trained, domains)
+    assert 0 < int((products > 0).sum()) < int(trained.sum())
+    expected = (products * exact).sum() / counts.sum()
+    (gradient,) = torch.autograd.grad(expected, logits)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-7)
