@@ -17,7 +17,9 @@ from dataflex.api.context import StepBatch, StepStart, TokenLosses
 from dataflex.api.schedule import RunOutline, Schedule
 from dataflex.data.pool import Pool
 from dataflex.errors import ComponentError
+from dataflex.planning.run_plan import expected_forwards
 from dataflex.weighters import token_cleaning
+from dataflex.weighters.rho1 import Rho1Weighter
 from dataflex.weighters.token_cleaning import TokenCleaningWeighter, top_tokens
 from unit.fakes import MeasuringProbe, build, make_pool
 
@@ -262,4 +264,19 @@ def test_runs_whose_parts_do_not_follow_each_other_are_refused() -> None:
 
 def test_the_cost_counts_the_forward_passes_over_the_pool() -> None:
     assert evolving(parts=5).measured_samples(None, outline()) == 2 * 16
-    assert build(TokenCleaningWeighter, reference_model="x").measured_samples(None, outline()) == 20
+    given = build(TokenCleaningWeighter, reference_model="x")
+    assert given.measured_samples(None, outline()) == 20
+    # The reference does not run in the steps, but once over the 20 samples of the pool.
+    assert expected_forwards(given, given.needs(None), outline()) == 20 + 20
+    table = build(TokenCleaningWeighter, reference_model="x", reference_losses="y")
+    assert expected_forwards(table, table.needs(None), outline()) == 20
+    each = build(Rho1Weighter, reference_model="x")
+    assert expected_forwards(each, each.needs(None), outline()) == 50 * 2
+
+
+def test_what_a_weighter_did_not_ask_for_is_not_known_before_a_step() -> None:
+    start = StepStart(step=0, total_steps=1, rng=np.random.default_rng(0))
+    with pytest.raises(ComponentError, match=r"start.reference is read .* Needs\(reference=self.params\)"):
+        _ = start.reference
+    with pytest.raises(ComponentError, match=r"start.indices: the samples of a stream have no index"):
+        _ = start.indices
