@@ -75,7 +75,12 @@ LEFT_OUT = {
         "rho_loss": "needs a model trained on held-out data",
         "tracin": "needs the checkpoints of an earlier run",
     },
-    "weight": {"score_column": "needs a column of weights"},
+    "weight": {
+        "score_column": "needs a column of weights",
+        "focal": "weighs tokens, and the weighters of the paper weigh samples",
+        "rho1": "needs a model trained on clean data",
+        "token_cleaning": "needs a model trained on a part of such data, or data in a fixed order",
+    },
 }
 """Methods without a variant, and why."""
 

@@ -68,7 +68,7 @@ from dataflex.probe.gradient_features import GradientFeatures, GradientSimilarit
 from dataflex.probe.gradient_norms import GradientNorms
 from dataflex.probe.gradient_products import GradientProducts
 from dataflex.probe.logit_norms import LogitNorms, LogitProjections
-from dataflex.probe.losses import Losses, TokenMeans
+from dataflex.probe.losses import Losses, LossesByToken, TokenMeans
 
 if TYPE_CHECKING:
     from dataflex.probe.mode import preserved_rng
@@ -107,6 +107,7 @@ EXPORTS = {
     "LogitNorms": "dataflex.probe.logit_norms",
     "LogitProjections": "dataflex.probe.logit_norms",
     "Losses": "dataflex.probe.losses",
+    "LossesByToken": "dataflex.probe.losses",
     "MeasuredBatch": "dataflex.api.measurement",
     "Measurement": "dataflex.api.measurement",
     "MeasurementRun": "dataflex.api.measurement",
@@ -199,6 +200,7 @@ __all__ = [
     "LogitNorms",
     "LogitProjections",
     "Losses",
+    "LossesByToken",
     "MeasuredBatch",
     "Measurement",
     "MeasurementRun",

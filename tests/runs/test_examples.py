@@ -18,9 +18,9 @@ QUICK = (
     "order/sort",
     "order/stages",
     "plug-ins/by_loss",
-    "plug-ins/focal",
     "plug-ins/near_loss",
     "plug-ins/prompt_share",
+    "plug-ins/weak_samples",
     "select/chain",
     "select/deita",
     "select/dsir",
@@ -32,6 +32,8 @@ QUICK = (
     "select/uds",
     "weight/adapt",
     "weight/chain",
+    "weight/rho1",
+    "weight/token_cleaning",
 )
 """The examples that are trained, those that make files before those that read them."""
 

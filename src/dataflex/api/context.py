@@ -133,6 +133,15 @@ def _asked_for(validation: Pool | None) -> Pool:
     return validation
 
 
+def _reference_asked_for(reference: Reference | None, name: str) -> Reference:
+    if reference is None:
+        raise ComponentError(
+            f"{name}.reference is read by a component whose needs() name no reference; return "
+            "Needs(reference=self.params) from its needs()."
+        )
+    return reference
+
+
 def _embeddings_asked_for(source: SourceT | None) -> SourceT:
     if source is None:
         raise ComponentError(
@@ -176,6 +185,8 @@ class StepStart:
         pool: the training samples; None in a stream.
         probe: measures on the model in training; None in a stream.
         validation_pool: the validation samples, if the weighter needs them. Read them as :attr:`validation`.
+        reference_losses: the reference, if the weighter needs one. Read it as :attr:`reference`.
+        index_source: function that returns the pool indices of the step's samples. Read them as :attr:`indices`.
 
     Example:
         A weighter that measures the mean validation loss every 100 steps:
@@ -199,6 +210,8 @@ class StepStart:
     pool: Pool | None = None
     probe: Probe | None = None
     validation_pool: Pool | None = None
+    reference_losses: Reference | None = None
+    index_source: Callable[[], IndexArray] | None = None
 
     @property
     def validation(self) -> Pool:
@@ -208,6 +221,28 @@ class StepStart:
             ComponentError: if the needs of the weighter name no validation samples.
         """
         return _asked_for(self.validation_pool)
+
+    @property
+    def reference(self) -> Reference:
+        """The frozen reference, which gives losses of samples and of their tokens.
+
+        Raises:
+            ComponentError: if the needs of the weighter name no reference.
+        """
+        return _reference_asked_for(self.reference_losses, "start")
+
+    @cached_property
+    def indices(self) -> IndexArray:
+        """Pool indices of the samples of the step (all micro-batches, all ranks) in the order of the plan, shape (n,).
+
+        They are gathered from the processes on first access. So every process must read them, or none.
+
+        Raises:
+            ComponentError: in a stream, because the samples of a stream have no index.
+        """
+        if self.index_source is None:
+            raise ComponentError("start.indices: the samples of a stream have no index; set streaming: false.")
+        return self.index_source()
 
 
 @dataclass(frozen=True)
@@ -417,12 +452,7 @@ class RoundContext:
         Raises:
             ComponentError: if the needs of the component name no reference.
         """
-        if self.reference_losses is None:
-            raise ComponentError(
-                "ctx.reference is read by a component whose needs() name no reference; return "
-                "Needs(reference=self.params) from its needs()."
-            )
-        return self.reference_losses
+        return _reference_asked_for(self.reference_losses, "ctx")
 
     def embeddings(self, samples: Pool | None = None) -> EmbeddingArray:
         """Return unit-length embeddings of all samples, shape (N, H). A sample without text has a row of zeros.

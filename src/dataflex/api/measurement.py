@@ -81,6 +81,16 @@ class MeasuredBatch(Protocol):
         """
         ...
 
+    def token_values(self, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return a function of each trained token, (B, T), float32; 0 at positions that are not trained on.
+
+        The head of the model is applied as in :meth:`token_means`.
+
+        Args:
+            value: maps logits (n, V), float32, and labels (n,) to one value for each position, (n,).
+        """
+        ...
+
     def hidden_states(self, layer: int = -1) -> Tensor:
         """Return the hidden states of one layer, (B, T, H). Hidden states of other layers are not stored.
 

@@ -52,11 +52,15 @@ class Weighter(Component[WeighterParamsT]):
     """
 
     Params: ClassVar[type[ComponentParams]] = WeighterParams
-    elementwise: ClassVar[bool] = False
-    """Whether the weight of a sample depends on this sample alone. The framework then need not gather the batch."""
+    elementwise: bool = False
+    """Whether the weight of a sample depends on this sample alone. The framework then need not gather the batch. Set it
+    in the class, or in the constructor if it depends on the parameters."""
+    step_reference: ClassVar[bool] = True
+    """Whether :meth:`weigh` reads the reference losses of the step's samples, if :meth:`needs` name a reference. False
+    for a weighter that reads the reference in :meth:`begin_step` alone."""
     reads_losses: ClassVar[bool] = True
-    """Whether the weights depend on the losses of the step. If not, ``batch.losses`` is NaN, and a fused loss computes
-    no logits twice."""
+    """Whether the weights depend on the losses of the step. If not, ``batch.losses`` and ``batch.token_losses`` are NaN,
+    and a fused loss computes no logits twice."""
 
     @property
     def decides_within_step(self) -> bool:

@@ -16,6 +16,7 @@ from dataflex.api.components import Components, Entry, family_key
 from dataflex.api.needs import Needs
 from dataflex.api.schedule import RunOutline, Schedule, default_update_steps
 from dataflex.api.selector import Selector, compares_in_domains, overhead_limit
+from dataflex.api.weighter import Weighter
 from dataflex.data.sampling import exactly
 from dataflex.embedding.of_model import measurements_of
 from dataflex.errors import Problem
@@ -543,11 +544,11 @@ def expected_forwards(component: Component, needs: Needs, run: RunOutline) -> fl
     forwards = sum(each.forwards * component.measured_samples(each, run) for each in measurements_of(needs))
     if needs.reference is not None:
         passes = component.reference_passes - (needs.reference.reference_losses is not None)
-        of_samples = component.family in (
-            "selector",
-            "order",
-        )  # these need the reference losses of a sample only once in a run
-        forwards += passes * (float(run.pool_size or 0) if of_samples else steps)
+        # These need the reference losses of a sample only once in a run.
+        once = component.family in ("selector", "order")
+        once |= isinstance(component, Weighter) and not component.step_reference
+        pool = run.pool_size or sum((run.sizes or {}).values())
+        forwards += passes * (float(pool) if once else steps)
     if component.decides_within_step and run.accumulation > 1:
         forwards += steps
     return forwards

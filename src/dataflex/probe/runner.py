@@ -32,7 +32,7 @@ from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError, DataFlexError, DivergenceError
 from dataflex.probe.batches import Batches, inputs_of, length_batches, on_device
-from dataflex.probe.head import Statistic, chunked_forward, full_forward
+from dataflex.probe.head import Statistic, chunked_forward, chunked_values, full_forward, full_values
 from dataflex.probe.hidden_states import hidden_states
 from dataflex.probe.particulars import look_at_head
 from dataflex.probe.routing import real_tokens
@@ -71,6 +71,14 @@ class Batch:
         """Return each sample's mean of a function of its trained tokens, (B,); NaN without a trained token."""
         forward = chunked_forward if self._runner.chunked_head else full_forward
         return forward(self.model, self.inputs, self.labels, value)
+
+    def token_values(self, value: Statistic) -> Tensor:
+        """Return a function of each trained token, (B, T); 0 elsewhere."""
+        forward = chunked_values if self._runner.chunked_head else full_values
+        rows, columns, values = forward(self.model, self.inputs, self.labels, value)
+        found = torch.zeros(self.labels.shape, dtype=torch.float32, device=values.device)
+        found[rows, columns] = values.float()
+        return found
 
     def hidden_states(self, layer: int = -1) -> Tensor:
         """Return the hidden states of one layer, (B, T, H)."""

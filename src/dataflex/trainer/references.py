@@ -77,7 +77,7 @@ class References:
 
         Their models are shared.
         """
-        pool, found = self._run.data.pool, {}
+        pool, found = self._run.data.samples, {}
         for key, params in self.wanted.items():
             if pool is None:
                 break

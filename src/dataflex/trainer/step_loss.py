@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,10 +31,11 @@ from dataflex.trainer.rounds import INDEX_KEY
 from dataflex.trainer.sample_losses import SampleLosses
 from dataflex.trainer.stage_losses import chunked_losses
 from dataflex.trainer.statistics import StepAccumulator, domain_sums
-from dataflex.trainer.step_weights import MicroBatch, StepWeights, Weighing
+from dataflex.trainer.step_weights import MicroBatch, StepWeights, Weighing, plan_order
 
 if TYPE_CHECKING:
     from dataflex.api.needs import Needs
+    from dataflex.api.reference import Reference
     from dataflex.api.weighter import Weighter
     from dataflex.trainer.mixin import DynamicTrainerMixin
 
@@ -63,7 +64,7 @@ class StepLoss:
         """Modules that receive the hidden states that weighters read, by configuration key of the weighter."""
         for entry in run.inputs.components.weight:
             needs = run.inputs.needs[entry.key]
-            reference = needs.reference is not None
+            reference = needs.reference is not None and entry.component.step_reference
             validation, embeddings = run.data.validation.get(entry.key), None
             if needs.embeddings is not None:
                 embeddings = partial(self._embeddings, entry.key)
@@ -108,7 +109,7 @@ class StepLoss:
             return
         with self._run.clock.deciding():
             if loss.weights is not None:
-                loss.weights.begin(loss.step, self._step_start)
+                loss.weights.begin(loss.step, partial(self._step_start, samples))
             if domain_loss is not None:
                 self._count_tokens(domain_loss, samples)
             of_domains = domain_loss is not None and not domain_loss.decided
@@ -237,7 +238,7 @@ class StepLoss:
         """Return the mixer's context of the step that is about to begin or has just ended."""
         return self._trainer.started.step_context(self.loss.step, tokens, losses, excess)
 
-    def _step_start(self, entry: Entry[Weighter]) -> StepStart:
+    def _step_start(self, samples: list[dict[str, Any]], entry: Entry[Weighter]) -> StepStart:
         """Return a weighter's context before the forward passes of the step that is about to begin."""
         run, step = self._trainer.started, self.loss.step
         # Several weighters of one method must not share random numbers. A single one is keyed by its method alone.
@@ -249,7 +250,23 @@ class StepLoss:
             pool=run.data.samples,
             probe=self._trainer.probe,
             validation_pool=run.data.validation.get(entry.key),
+            reference_losses=self._reference_losses.get(entry.key),
+            index_source=None if run.data.samples is None else partial(self._indices_of, samples),
         )
+
+    @cached_property
+    def _reference_losses(self) -> Mapping[str, Reference]:
+        """The reference of each component in its measurements before a step, by configuration key."""
+        return self.references.of_samples()
+
+    def _indices_of(self, samples: list[dict[str, Any]]) -> IndexArray:
+        """Return the pool indices of a step's samples on all processes, in the order of the plan."""
+        places = [batch[INDEX_KEY] for batch in samples]
+        device = self._trainer.args.device
+        found = distributed.all_gather(torch.cat(places).to(device))
+        order = plan_order([part.numel() for part in places], found.numel(), device)
+        indices: IndexArray = found[order].cpu().numpy()
+        return indices
 
     def _step_batch(self, losses: Tensor, places: Tensor | None, tokens: TokenLosses | None) -> StepBatch:
         """Return a weighter's view of the step that is about to begin."""

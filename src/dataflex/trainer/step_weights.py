@@ -213,7 +213,8 @@ class StepWeights:
             assert shown.per_token is not None
             assert shown.trained is not None
             reference = shown.references[each.entry.key] if each.reference else None
-            tokens = TokenLosses(shown.per_token, shown.trained, reference)
+            per_token = shown.per_token if weighter.reads_losses else torch.full_like(shown.per_token, torch.nan)
+            tokens = TokenLosses(per_token, shown.trained, reference)
         losses = shown.means if weighter.reads_losses else torch.full_like(shown.means, torch.nan)
         batch = self.make_batch(losses, shown.places, tokens)
         pooled = shown.pooled[each.entry.key] if each.pooled else None
@@ -286,10 +287,22 @@ def _of_all_processes(samples: _Samples, sizes: Sequence[int]) -> tuple[_Samples
         columns = int(widths.max())
         samples = samples.changed_tokens(lambda values: _widened(values, columns))
     samples = samples.changed(distributed.all_gather)
-    order = torch.arange(samples.means.numel(), device=samples.means.device)
+    order = plan_order(sizes, samples.means.numel(), samples.means.device)
+    return samples.changed(lambda values: values[order]), order
+
+
+def plan_order(sizes: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """Return the positions that bring a step's samples, gathered process after process, into the order of the plan.
+
+    Args:
+        sizes: number of samples in each micro-batch of this process.
+        count: number of samples on all processes.
+        device: device of the positions, (count,).
+    """
+    order = torch.arange(count, device=device)
     if len(set(sizes)) == 1:
         order = order.view(distributed.world_size(), len(sizes), sizes[0]).transpose(0, 1).reshape(-1)
-    return samples.changed(lambda values: values[order]), order
+    return order
 
 
 def _no_weights(weighter: Weighter, weights: Tensor, trained: Tensor | None) -> str:

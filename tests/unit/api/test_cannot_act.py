@@ -36,6 +36,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "doremi": {"reference_model": "r"},
     "score_column": {"column": "quality"},
     "rho_loss": {"reference_model": "r"},
+    "rho1": {"reference_model": "r"},
+    "token_cleaning": {"reference_model": "r"},
     "dsir": {"validation": "v"},
     "deita": {"quality": "quality"},
     "stages": {"stages": [{"domains": ["a"]}, {"domains": ["b", "c"]}]},
@@ -114,6 +116,8 @@ def test_every_method_can_act_in_a_long_run_of_many_rounds() -> None:
         ("selector", "less", {"max_overhead": 0.5}, {"total": 100}, "the only decision scores the 32 samples"),
         ("weighter", "loss", {}, {"batch": 1}, "one sample"),
         ("weighter", "loss", {"temperature_end": 0.1, "temperature_steps": 5000}, {}, "ends at 0.28"),
+        ("weighter", "rho1", {"share": 1}, {}, "every token has weight 1"),
+        ("weighter", "focal", {"gamma": 0}, {}, "all weights are 1"),
     ],
 )
 def test_a_method_names_the_reason_why_it_cannot_act(

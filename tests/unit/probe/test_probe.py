@@ -34,7 +34,7 @@ from dataflex.probe.batches import length_batches
 from dataflex.probe.embeddings import Embeddings
 from dataflex.probe.error_norms import ErrorNorms
 from dataflex.probe.head import chunked_forward, full_forward, replaced_forward
-from dataflex.probe.losses import Losses
+from dataflex.probe.losses import Losses, LossesByToken
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.model import ModelProbe
 from dataflex.probe.particulars import short_samples
@@ -243,6 +243,45 @@ def test_losses_of_a_low_precision_head_are_computed_in_full_precision(model: Ll
         counted = targets[row] != IGNORED
         exact = torch.nn.functional.cross_entropy(logits[row, counted], targets[row, counted])
         assert value == pytest.approx(exact.item(), abs=2e-3, nan_ok=True)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+@pytest.mark.parametrize("left", [False, True])
+def test_losses_of_tokens_equal_one_forward_per_sample(model: LlamaForCausalLM, budget: int, left: bool) -> None:
+    def padded_left(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        found = collate(rows)
+        for line, row in enumerate(rows):
+            free = found["input_ids"].shape[1] - len(row["input_ids"])
+            for values in found.values():
+                values[line] = values[line].roll(free)
+        return found
+
+    # Behind padding on the left a first label would be predicted by the padding.
+    samples = [{**row, "labels": [IGNORED, *row["labels"][1:]]} for row in ROWS]
+    probe = probe_of(model, samples, budget=budget)
+    probe.collate = padded_left if left else collate
+    indices = np.random.default_rng(1).permutation(40)[:25]
+    values = probe.measure(LossesByToken(), indices)
+    trained = [sum(label != IGNORED for label in samples[index]["labels"][1:]) for index in indices]
+    assert [each.size for each in values] == trained
+    assert 0 in trained
+    with probe_mode(model):
+        for index, found in zip(indices.tolist(), values, strict=True):
+            labels = torch.tensor(samples[index]["labels"][1:])
+            logits = model(input_ids=torch.tensor([samples[index]["input_ids"]])).logits[0, :-1].double()
+            exact = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found, exact[labels != IGNORED].numpy(), rtol=1e-4)
+    assert probe.chunked_head
+    assert probe.cost.samples == 25
+    assert probe.measure(LossesByToken(), np.empty(0, np.int64)) == []
+
+
+def test_losses_of_tokens_of_a_model_that_changes_its_logits_are_its_own(scaled: ScaledLlama) -> None:
+    probe = probe_of(scaled)
+    means = [each.mean() if each.size else np.nan for each in probe.measure(LossesByToken(), np.arange(12))]
+    np.testing.assert_allclose(means, by_hand(scaled, ROWS[:12]), rtol=1e-4)
+    assert not probe.chunked_head
 
 
 @pytest.mark.parametrize("budget", [1, 40, 10_000])

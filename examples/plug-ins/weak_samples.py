@@ -1,4 +1,4 @@
-"""A weighter of samples with the weights of the focal loss (Lin et al. 2017), per sample instead of per token."""
+"""A weighter of samples: small weights for samples that the model predicts well, with mean 1."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pydantic import Field
 from dataflex import StepBatch, Weighter, WeighterParams, register
 
 
-class FocalParams(WeighterParams):
-    """Parameters of `focal`."""
+class WeakSamplesParams(WeighterParams):
+    """Parameters of `weak_samples`."""
 
     gamma: float = Field(2.0, ge=0, description="Exponent; 0 gives every sample the weight 1.")
 
 
-@register("weighter", "focal")
-class FocalWeighter(Weighter[FocalParams]):
+@register("weighter", "weak_samples")
+class WeakSamplesWeighter(Weighter[WeakSamplesParams]):
     """Gives sample i the weight (1 - exp(-loss_i)) ** gamma, scaled so that the mean over the step is 1."""
 
     def weigh(self, batch: StepBatch) -> torch.Tensor:
