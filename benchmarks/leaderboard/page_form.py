@@ -246,7 +246,7 @@ def lost(new: TierResult, old: TierResult) -> list[str]:
     for table in old.tables:
         if table.name in tables:
             gone = _compared(table) - _compared(tables[table.name])
-            found += [f"{len(gone)} runs of {table.name}"] if gone else []
+            found += [f"{len(gone)} run{'s' if len(gone) > 1 else ''} of {table.name}"] if gone else []
     parts = set(new.costs.parts) if new.costs else set()
     found += [f"the costs of {part}" for part in (old.costs.parts if old.costs else {}) if part not in parts]
     known = {(each.task, each.model) for each in new.above_chance}
