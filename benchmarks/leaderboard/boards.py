@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dataflex.errors import did_you_mean
+
 Keys = dict[str, Any]
 
 RANDOM = "random"
 """Method that chooses at random. It is never the best method, whose samples are put in several orders."""
+
+
+METHOD_WORDS = ("validation", "embeddings", "reference", "answer")
+"""Words in braces that a method may have."""
+
+MIXER_WORDS = ("doremi", "doge", "regmix_mixtures", "regmix_losses")
+"""Words in braces that a mixer may have. Each is a file that is made before the models are trained."""
 
 
 class _Part(BaseModel):
@@ -91,9 +101,11 @@ class Selection(_Part):
 
 
 class Mixtures(_Part):
-    """Track B of a tier: pre-training on a mixture of domains."""
+    """Track B of a tier: pre-training on a mixture of domains. ``mixers`` are groups of mixers."""
 
     size: Literal["small", "large"]
+    mixers: list[str] = Field(min_length=1)
+    baseline: str
     seeds: list[int]
 
 
@@ -114,7 +126,7 @@ class Tier(_Part):
 
 
 class Claim(_Part):
-    """A claim that tables test: all tables of a track, or those with a baseline."""
+    """A claim that tables test: all tables of a track with a baseline. ``variants`` are its methods (None: all)."""
 
     text: str
     source: str | None = None
@@ -130,32 +142,62 @@ class Board(_Part):
     pools: dict[str, Pool]
     targets: dict[str, Target]
     methods: dict[str, dict[str, Keys]]
+    mixers: dict[str, dict[str, Keys]] = {}
     orders: dict[str, Keys]
     tiers: dict[str, Tier]
     claims: list[Claim]
 
     @model_validator(mode="after")
     def _names_exist(self) -> Board:
-        known = {"model": self.models, "pool": self.pools, "target": self.targets, "group of methods": self.methods}
         for name, tier in self.tiers.items():
-            if tier.selection is None:
-                continue
-            asked = [("group of methods", group) for group in tier.selection.methods]
-            for table in tier.selection.tables:
-                asked += [("model", table.model), ("pool", table.pool)]
-                asked += [("target", target) for target in table.targets]
-            for kind, each in asked:
-                if each not in known[kind]:
-                    raise ValueError(f"tier {name}: there is no {kind} {each!r}; it must be one of {list(known[kind])}")
-            loaded = {self.models[table.model].settings["model_name_or_path"] for table in tier.selection.tables}
-            if len(loaded) > 1:
-                raise ValueError(
-                    f"tier {name}: its tables share data, so they need one tokenizer, not {sorted(loaded)}"
-                )
-            lacking = [each for each in tier.selection.baselines if each not in self.methods_of(tier.selection)]
-            if lacking:
-                raise ValueError(f"tier {name}: the baseline {lacking[0]!r} is not among the methods of the tier")
+            if tier.selection is not None:
+                self._check_selection(f"tier {name}", tier.selection)
+            if tier.mixtures is not None:
+                for group in tier.mixtures.mixers:
+                    _known(f"tier {name}", "group of mixers", group, self.mixers)
+                _known(f"tier {name}", "mixer", tier.mixtures.baseline, self.mixers_of(tier.mixtures))
+        for i, claim in enumerate(self.claims):
+            groups = self.methods if claim.track == "A" else self.mixers
+            known = {name: None for group in groups.values() for name in group}
+            for name in [*(claim.variants or []), *([claim.baseline] if claim.baseline else [])]:
+                _known(f"claims.{i}", f"method of track {claim.track}", name, known)
         return self
+
+    @model_validator(mode="after")
+    def _words_exist(self) -> Board:
+        for kind, groups, words in (("methods", self.methods, METHOD_WORDS), ("mixers", self.mixers, MIXER_WORDS)):
+            for group, sections in groups.items():
+                for name, section in sections.items():
+                    for word in words_in(section):
+                        _known(f"{kind}.{group}.{name}", "word in braces", word, words)
+        return self
+
+    def _check_selection(self, place: str, selection: Selection) -> None:
+        for group in selection.methods:
+            _known(place, "group of methods", group, self.methods)
+        for table in selection.tables:
+            _known(place, "model", table.model, self.models)
+            _known(place, "pool", table.pool, self.pools)
+            for target in table.targets:
+                _known(place, "target", target, self.targets)
+        loaded = {self.models[table.model].settings["model_name_or_path"] for table in selection.tables}
+        if len(loaded) > 1:
+            raise ValueError(f"{place}: its tables share data, so they need one tokenizer, not {sorted(loaded)}")
+        for baseline in selection.baselines:
+            _known(place, "method", baseline, self.methods_of(selection))
+
+    def place_of(self, variant: str) -> str | None:
+        """Return the place in the board of a variant of a table, or None if no method or mixer has the name."""
+        for kind, groups in (("methods", self.methods), ("mixers", self.mixers)):
+            for group, sections in groups.items():
+                if variant in sections:
+                    return f"{kind}.{group}.{variant}"
+        order = next((name for name in self.orders if variant.endswith(f"-{name}")), None)
+        return None if order is None else f"orders.{order}"
+
+    def mixers_of(self, mixtures: Mixtures) -> dict[str, Keys]:
+        """Return name -> section of every mixer of a tier."""
+        return {name: keys for group in mixtures.mixers for name, keys in self.mixers[group].items()}
 
     def methods_of(self, selection: Selection) -> dict[str, Keys]:
         """Return name -> section of every method of a tier."""
@@ -168,13 +210,16 @@ def read(path: Path) -> Board:
     Raises:
         SystemExit: with every problem of the file.
     """
-    with path.open(encoding="utf-8") as stream:
-        content = yaml.safe_load(stream)
     try:
-        return Board.model_validate(content)
+        return Board.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise SystemExit(f"--board: {path} cannot be read ({error.strerror}).") from error
+    except yaml.YAMLError as error:
+        raise SystemExit(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise SystemExit("\n".join(lines)) from error
+        # A problem of the whole board names its place in its message.
+        said = [(".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")) for item in error.errors()]
+        raise SystemExit("\n".join(f"{path}: {place}{': ' if place else ''}{text}" for place, text in said)) from error
 
 
 @dataclass(frozen=True)
@@ -189,6 +234,8 @@ class Table:
         experiment: the experiment file.
         group: tables of the same group have runs in common.
         best_of: name of the table whose best method this one arranges in several orders. None for other tables.
+        pool_samples: samples of the pool. None for packed texts.
+        step_samples: samples of an optimizer step. None for packed texts.
     """
 
     name: str
@@ -198,6 +245,8 @@ class Table:
     experiment: Keys
     group: str
     best_of: str | None = None
+    pool_samples: int | None = None
+    step_samples: int | None = None
 
     @property
     def metric(self) -> str:
@@ -226,13 +275,22 @@ def filled(value: Any, words: Mapping[str, Any]) -> Any:
     return value
 
 
-def names(value: Any, word: str) -> bool:
-    """Return whether a section has the text ``{word}`` anywhere."""
+def words_in(value: Any) -> set[str]:
+    """Return the words in braces that a section has anywhere."""
     if isinstance(value, Mapping):
-        return any(names(item, word) for item in value.values())
+        return {word for item in value.values() for word in words_in(item)}
     if isinstance(value, list):
-        return any(names(item, word) for item in value)
-    return bool(value == f"{{{word}}}")
+        return {word for item in value for word in words_in(item)}
+    found = re.fullmatch(r"\{(\w+)\}", value) if isinstance(value, str) else None
+    return {found[1]} if found else set()
+
+
+def _known(place: str, kind: str, name: str, known: Iterable[str]) -> None:
+    """Refuse a name that stands for nothing."""
+    if name not in known:
+        raise ValueError(
+            f"{place}: there is no {kind} {name!r}; it must be one of {', '.join(known)}{did_you_mean(name, known)}"
+        )
 
 
 def selection_base(
@@ -256,12 +314,14 @@ def selection_base(
 
 
 def selection_tables(
-    board: Board, tier: Tier, table: TableSettings, base: Keys, places: Places, tasks: list[Keys]
+    board: Board, tier: Tier, table: TableSettings, base: Keys, places: Places, tasks: list[Keys], pool_samples: int
 ) -> Iterator[Table]:
     """Yield the tables of one model and pool: one for each target and baseline, and those of the orders."""
     assert tier.selection is not None
     settings = tier.selection
     group = f"{table.model}-{table.pool}"
+    step_samples = int(base["per_device_train_batch_size"]) * int(base.get("gradient_accumulation_steps", 1))
+    samples = {"pool_samples": pool_samples, "step_samples": step_samples}
     for target in table.targets:
         words = {
             "validation": [f"{target}_validation"],
@@ -288,18 +348,26 @@ def selection_tables(
                 **({"evaluate": {"tasks": tasks}} if tasks else {}),
             }
             title = f"{board.targets[target].about}: against `{baseline}`"
-            yield Table(name, "A", title, tuple(_sentences(board, table, target, settings)), experiment, group)
+            yield Table(
+                name,
+                "A",
+                title,
+                tuple(_sentences(board, table, target, settings, pool_samples)),
+                experiment,
+                group,
+                **samples,
+            )
         if settings.orders:
             name = f"{group}-{target}-orders"
             title = f"{board.targets[target].about}: orders of the best method's samples"
             experiment = {**experiment, "output_dir": str(places.output / name)}
             first = f"{group}-{target}-vs-{settings.baselines[0]}"
             setting = (
-                *_sentences(board, table, target, settings),
+                *_sentences(board, table, target, settings, pool_samples),
                 "The method was chosen by its mean on these held-out samples and seeds. So its mean, the baseline, is "
                 "lower than that of new seeds would be.",
             )
-            yield Table(name, "A", title, setting, experiment, group, best_of=first)
+            yield Table(name, "A", title, setting, experiment, group, best_of=first, **samples)
 
 
 def of_orders(table: Table, best: str, orders: Mapping[str, Keys]) -> Table:
@@ -308,7 +376,7 @@ def of_orders(table: Table, best: str, orders: Mapping[str, Keys]) -> Table:
     variants = {best: {"dataflex": section}}
     variants |= {f"{best}-{name}": {"dataflex": {**section, "order": keys}} for name, keys in orders.items()}
     experiment = {**table.experiment, "baseline": best, "variants": variants}
-    return Table(table.name, table.track, table.title, table.setting, experiment, table.group, table.best_of)
+    return replace(table, experiment=experiment)
 
 
 def best_method(comparison: Mapping[str, Any], metric: str, section_of: Mapping[str, Any]) -> str | None:
@@ -327,11 +395,12 @@ def _with_rounds(section: Keys, settings: Selection) -> Keys:
     return {**rounds, **section} if section else {}
 
 
-def _sentences(board: Board, table: TableSettings, target: str, settings: Selection) -> Iterator[str]:
-    rows = "all fitting samples" if settings.rows is None else f"{settings.rows:,} samples"
+def _sentences(
+    board: Board, table: TableSettings, target: str, settings: Selection, pool_samples: int
+) -> Iterator[str]:
     yield f"Model: {board.models[table.model].about}."
     yield (
-        f"Pool: {rows} of {settings.sample_tokens[0]} to {settings.sample_tokens[1]} tokens, "
+        f"Pool: {pool_samples:,} samples of {settings.sample_tokens[0]} to {settings.sample_tokens[1]} tokens, "
         f"{board.pools[table.pool].about}."
     )
     yield (

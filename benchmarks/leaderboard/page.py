@@ -24,7 +24,7 @@ from dataflex.errors import ConfigError
 from dataflex.files import write_atomically
 from dataflex.report.charts.chart import Chart
 from dataflex.report.report import write_page
-from dataflex.report.tables import Table
+from dataflex.report.tables import NOTHING, Table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "leaderboard"
@@ -37,6 +37,7 @@ COMMANDS = {
 """Tier -> the command that runs it."""
 
 MARKDOWN, HTML = "results.md", "results.html"
+TIERS = "Tiers"
 _TITLE = "Results of the methods"
 _INTRODUCTION = (
     "The leaderboard trains models with the methods of DataFlex at equal budgets, with several seeds, and compares "
@@ -55,6 +56,7 @@ class Part:
         lines: sentences below the heading.
         tables: its tables.
         charts: its charts, which only the HTML page has.
+        links: whether the last column of its tables has paths of pages, which the Markdown page links to.
     """
 
     title: str
@@ -62,6 +64,7 @@ class Part:
     lines: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
+    links: bool = False
 
 
 def write_pages(results: Sequence[Path], docs: Path) -> list[Path]:
@@ -115,8 +118,16 @@ def markdown(found: Mapping[str, TierResult], results: Sequence[Path], docs: Pat
         for table in part.tables:
             # A table with the name of its section needs no second heading.
             blocks += [] if table.title == part.title else [f"**{table.title}**"]
-            blocks += [_markdown_table(table), *(_cell(note) for note in table.notes)]
+            linked = replace(table, rows=[[*row[:-1], _linked(row[-1], docs)] for row in table.rows])
+            blocks += [_markdown_table(linked if part.links else table), *(_cell(note) for note in table.notes)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _linked(pages: str, docs: Path) -> str:
+    """Return pages, paths from the folder of the docs, as links from the folder of the page."""
+    if pages == NOTHING:
+        return pages
+    return " ".join(f"[{each}]({Path(os.path.relpath(DOCS / each, docs)).as_posix()})" for each in pages.split())
 
 
 def write_html(found: Mapping[str, TierResult], output: Path) -> None:
@@ -132,13 +143,14 @@ def write_html(found: Mapping[str, TierResult], output: Path) -> None:
         for part in every
         for number, table in enumerate(part.tables)
     ]
-    claims, tiers, *others = tables
-    claims = replace(claims, notes=(_INTRODUCTION, *claims.notes))
-    write_page(output, f"{_TITLE} - DataFlex", [claims, *others], [c for part in every for c in part.charts], tiers)
+    tiers = next(table for table in tables if table.title == TIERS)
+    first, *others = [table for table in tables if table is not tiers]
+    first = replace(first, notes=(_INTRODUCTION, *first.notes))
+    write_page(output, f"{_TITLE} - DataFlex", [first, *others], [c for part in every for c in part.charts], tiers)
 
 
 def parts(found: Mapping[str, TierResult]) -> list[Part]:
-    """Return the sections of the page: claims, tiers, then the tables of each tier."""
+    """Return the sections of the page: summary, claims, methods, tiers, then the tables of each tier."""
     claims = {tier: judged(result) for tier, result in found.items()}
     said = [_said(tier, each) for tier, every in claims.items() for each in every]
     missing = [
@@ -146,13 +158,19 @@ def parts(found: Mapping[str, TierResult]) -> list[Part]:
         for tier, command in COMMANDS.items()
         if tier not in found
     ]
-    every = [Part("Claims", 2, said, [page_tables.claim_table(claims)])] if found else []
+    every = []
+    if found:
+        summary = page_tables.summary_tables(found)
+        every += [Part("Summary", 2, [], summary)] if summary else []
+        every.append(Part("Claims", 2, said, [page_tables.claim_table(claims)]))
+        pages = [file.relative_to(DOCS).as_posix() for file in sorted((DOCS / "methods").glob("*.md"))]
+        every.append(Part("Methods", 2, [], [page_tables.method_table(found, pages)], links=True))
     missing += [
         f"The {_words(tier).lower()} tier is not complete. Missing: {', '.join(result.missing)}"
         for tier, result in found.items()
         if result.missing
     ]
-    every.append(Part("Tiers", 2, missing, [page_tables.tier_table(found, list(COMMANDS))]))
+    every.append(Part(TIERS, 2, missing, [page_tables.tier_table(found, COMMANDS)]))
     for tier, result in found.items():
         every += _tier_parts(f"{_words(tier)} tier", result)
     return every
@@ -168,16 +186,18 @@ def _said(tier: str, found: Judged) -> str:
 
 
 def _tier_parts(name: str, result: TierResult) -> list[Part]:
-    chance = [page_tables.chance_table(result.above_chance)] if result.above_chance else []
+    chance = [page_tables.chance_table(result)] if result.above_chance else []
     every = [Part(name, 2, [], chance)]
     for table in result.tables:
         comparison = table.comparison
         budget = ", ".join(f"{amount:,.0f} {what.replace('_', ' ')}" for what, amount in comparison.equal.items())
         lines = [
             *table.setting,
-            f"Equal budget of every run: {budget}. Seeds: {', '.join(map(str, comparison.seeds))}. "
-            f"Wall time, without runs that other tables have in common: {page_tables.duration(table.seconds)}.",
+            f"Equal budget of every run: {budget}. Seeds: {', '.join(map(str, comparison.seeds))}.",
         ]
+        made = len(page_tables.own_runs(table))
+        if made:
+            lines.append(f"Wall time of the {made} runs made for this table: {page_tables.duration(table.seconds)}.")
         title = f"{name}: {table.title}"
         charts = page_charts.forests(title, comparison)
         every.append(Part(title, 3, lines, page_tables.tables_of(table, result), charts))

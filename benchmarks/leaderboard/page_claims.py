@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,11 +20,17 @@ RULES = (
     "better, and open does not mean that there is no difference.",
     "A finding is better or worse if the p value of the paired t test over the seeds, corrected by Holm's method, is "
     "below 0.05. Each interval holds for one comparison alone, so it can exclude 0 although the finding is unclear.",
-    "A claim about costs is judged by ratios: seconds of the other implementation divided by those of DataFlex. "
-    "Supported: the whole measured spread of every ratio is above 1, and every part is measured. Mixed: some spreads "
-    "are above and some below 1. Refuted: at least one spread is below 1, none is above. Open: anything else. A ratio "
-    "of a single pair of measurements has no spread and does not count.",
+    "A claim about costs is judged by measured ratios: seconds of the other implementation divided by those of "
+    "DataFlex. Supported: the whole spread of every measured ratio is above 1, and every part has one. Mixed: some "
+    "spreads are above and some below 1. Refuted: at least one spread is below 1, none is above. Open: anything else. "
+    "A ratio of a single pair of measurements has no spread and does not count, nor does a reckoned one.",
 )
+
+LONG_DECISIONS = 0.5
+"""Seconds of decisions over seconds of training from which on a sentence about a better method names them."""
+
+OTHER_STEPS = 0.1
+"""Difference of the steps, as a share of the baseline's, from which on a sentence about a better method names them."""
 
 
 _SAID = {"better": "better", "worse": "worse", "unclear": "unclear", "none": "without a finding"}
@@ -53,7 +59,7 @@ def judged(result: TierResult) -> list[Judged]:
     return [
         _of_costs(claim, claim.costs, result.costs.parts if result.costs else {})
         if claim.costs is not None
-        else _of_findings(claim, result.table(str(claim.table)))
+        else _of_findings(claim, result.table(str(claim.table)), result)
         for claim in result.claims
     ]
 
@@ -77,15 +83,18 @@ def joined(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _of_findings(claim: Claim, table: TableResult) -> Judged:
+def _of_findings(claim: Claim, table: TableResult, result: TierResult) -> Judged:
     wanted, comparison = claim.variants or [], table.comparison
     found = {each.variant: each for each in comparison.differences if each.metric == claim.metric}
     named: dict[str, list[str]] = {}
+    clear: list[str] = []
     for variant in wanted:
         finding = found[variant].finding if variant in found else "no data"
-        named.setdefault("none" if finding in ("no claim", "no data") else finding, []).append(
-            _with_seeds(variant, found.get(variant), comparison)
-        )
+        said = _with_seeds(variant, found.get(variant), comparison)
+        if finding in ("better", "worse"):
+            clear.append(variant)
+            said += _by(found[variant])
+        named.setdefault("none" if finding in ("no claim", "no data") else finding, []).append(said)
     better, worse = len(named.get("better", [])), len(named.get("worse", []))
     parts = [
         f"{len(named[finding])} {said} ({joined(named[finding])})"
@@ -95,9 +104,38 @@ def _of_findings(claim: Claim, table: TableResult) -> Judged:
     about = (
         f"{table.title}: {_counted(len(wanted), 'comparison')} with {comparison.baseline} in {title(str(claim.metric))}"
     )
-    sentence = f"{about}, {joined(parts)}; {_not_ruled_out(wanted, found)}."
+    said = [joined(parts), *_not_ruled_out([name for name in wanted if name not in clear], found)]
+    helped = [name for name in clear if found[name].finding == "better"]
+    sentence = " ".join([f"{about}, {'; '.join(said)}.", *cautions(table, helped, result)])
     counts = (len(wanted), better, worse, len(wanted) - better - worse)
     return Judged(claim, verdict(better, worse), counts, sentence)
+
+
+def _by(found: Difference) -> str:
+    """Return the interval of a difference that is better or worse, as its size."""
+    if found.t_interval_95 is None:
+        return ""
+    low, high = sorted(map(abs, found.t_interval_95))
+    return f" by {number(low)} to {number(high)}"
+
+
+def cautions(table: TableResult, better: Sequence[str], result: TierResult) -> Iterator[str]:
+    """Yield sentences on other differences between the runs of better methods and of the baseline."""
+    baseline, costs = table.comparison.baseline, {name: table.comparison.variants[name].costs for name in better}
+    before = table.steps(baseline)
+    for name, own in costs.items():
+        if own and before and abs(own["steps"] / before - 1) > OTHER_STEPS:
+            yield f"{name} took {own['steps']:.1f} steps with the same tokens, {baseline} {before:.1f}."
+        if own and own["decision_seconds"] > LONG_DECISIONS * own["train_seconds"]:
+            yield f"{name} decides {own['decision_seconds'] / own['train_seconds']:.1f} times as long as it trains."
+    yield from partial_pass(table, baseline, result)
+
+
+def partial_pass(table: TableResult, name: str, result: TierResult) -> Iterator[str]:
+    """Yield a sentence if a plain training ends before it has seen the whole pool."""
+    seen = table.samples(name) if result.methods.get(name) == {} else None
+    if seen is not None and table.pool_samples is not None and seen < table.pool_samples:
+        yield f"At this budget {name} trains on about {seen:,.0f} of the {table.pool_samples:,} samples of the pool."
 
 
 def _with_seeds(variant: str, found: Difference | None, comparison: Comparison) -> str:
@@ -107,8 +145,8 @@ def _with_seeds(variant: str, found: Difference | None, comparison: Comparison) 
     return f"{variant} with {seeds} of {len(comparison.seeds)} seeds" if few else variant
 
 
-def _not_ruled_out(wanted: Sequence[str], differences: Mapping[str, Difference]) -> str:
-    """Return the largest differences, to either side, that the intervals contain, and the variants without one."""
+def _not_ruled_out(wanted: Sequence[str], differences: Mapping[str, Difference]) -> Iterator[str]:
+    """Yield the largest differences, to either side, that the intervals contain, and the variants without one."""
     ends: dict[str, tuple[float, str]] = {}
     known = {name: each for name, each in differences.items() if name in wanted and each.t_interval_95 is not None}
     for each in known.values():
@@ -122,37 +160,55 @@ def _not_ruled_out(wanted: Sequence[str], differences: Mapping[str, Difference])
             if size > 0:
                 ends[name] = max(ends.get(name, (0.0, "")), (size, each.variant), key=lambda end: end[0])
     unknown = [variant for variant in wanted if variant not in known]
-    said = []
     if ends:
         sizes = [f"{number(size)} {name} ({variant})" for name, (size, variant) in ends.items()]
-        said.append(f"differences of up to {joined(sizes)} cannot be ruled out")
+        yield f"differences of up to {joined(sizes)} cannot be ruled out"
     if unknown:
-        said.append(f"without an interval, no difference can be ruled out for {joined(unknown)}")
-    return "; ".join(said)
+        yield f"without an interval, no difference can be ruled out for {joined(unknown)}"
 
 
 def _of_costs(claim: Claim, names: Sequence[str], costs: dict[str, CostPart]) -> Judged:
-    missing = [name for name in names if name not in costs]
-    ratios = [(name, pair, ratio) for name in names if name in costs for pair, ratio in costs[name].ratios.items()]
-    sides = [side(ratio) for *_, ratio in ratios]
+    every = [(name, pair, ratio) for name in names if name in costs for pair, ratio in costs[name].ratios.items()]
+    measured = [each for each in every if not each[2].reckoned]
+    reckoned = [each for each in every if each[2].reckoned]
+    sides = [side(ratio) for *_, ratio in measured]
     above, below, around = (sides.count(each) for each in ("above 1", "below 1", "around 1"))
-    counts = (len(ratios), above, below, len(ratios) - above - below)
-    said = [
-        f"{name}, {pair}, {short(ratio.median)} ({_spread(ratio)}{', reckoned' if ratio.reckoned else ''})"
-        for name, pair, ratio in ratios
-    ]
-    said += [f"{joined(missing)} not measured"] if missing else []
-    reach = ""
-    if ratios:
-        low, high = min(ratio.low for *_, ratio in ratios), max(ratio.high for *_, ratio in ratios)
-        reach = f"; the measured ratios reach from {short(low)} to {short(high)}"
-    sentence = (
-        f"{_counted(len(ratios), 'ratio')} of seconds, {above} above 1, {below} below 1 and {counts[3]} neither: "
-        f"{'; '.join(said)}{reach}."
+    counts = (len(measured), above, below, len(measured) - above - below)
+    said = (
+        f"{_counted(len(measured), 'measured ratio')} of seconds, {above} above 1, {below} below 1 and {counts[3]} "
+        f"neither{_listed(measured)}."
     )
+    if reckoned:
+        said += f" {_counted(len(reckoned), 'reckoned ratio')}, not counted{_listed(reckoned)}."
+        said += "".join(f" {each}" for each in checks_of_reckoning(costs))
+    missing = [name for name in names if name not in costs]
+    said += f" Not measured: {joined(missing)}." if missing else ""
     # One implementation that is not shown to be slower leaves a claim about all of them open.
-    found = "open" if above and not below and (around or missing) else verdict(above, below)
-    return Judged(claim, found, counts, sentence)
+    whole = {name for name, *_ in measured} == set(names)
+    found = "open" if above and not below and (around or not whole) else verdict(above, below)
+    return Judged(claim, found, counts, said)
+
+
+def _listed(ratios: Sequence[tuple[str, str, CostRatio]]) -> str:
+    """Return ratios and the ends of all their spreads, as the rest of a sentence."""
+    if not ratios:
+        return ""
+    each = "; ".join(f"{name}, {pair}, {short(ratio.median)} ({_spread(ratio)})" for name, pair, ratio in ratios)
+    low, high = min(ratio.low for *_, ratio in ratios), max(ratio.high for *_, ratio in ratios)
+    return f", from {short(low)} to {short(high)}: {each}"
+
+
+def checks_of_reckoning(costs: Mapping[str, CostPart]) -> Iterator[str]:
+    """Yield a sentence for each work whose seconds were both measured as a whole and reckoned."""
+    for name, part in costs.items():
+        for what, found in part.agreement.items():
+            if isinstance(found, dict) and found.keys() >= {"whole", "reckoned"}:
+                whole, reckoned = float(found["whole"]), float(found["reckoned"])
+                share = 100 * (reckoned / whole - 1)
+                yield (
+                    f"A check of the reckoning ({name}, {what}): {short(whole)} s measured as a whole, "
+                    f"{short(reckoned)} s reckoned, {abs(share):.0f} % {'more' if share > 0 else 'less'}."
+                )
 
 
 def _spread(ratio: CostRatio) -> str:

@@ -54,13 +54,22 @@ class Variant(Form):
 
 
 class Run(Form):
-    """One training. ``problem`` is the reason why it is not compared, ``runs_at_once`` the trainings at a time."""
+    """One training.
+
+    Attributes:
+        problem: the reason why it is not compared.
+        folder: its folder, TABLE/runs/VARIANT/NAME.
+        runs_at_once: the trainings at a time.
+        taken_over_from: folder of the table that made it. None if this table did.
+    """
 
     variant: str
     seed: int
     status: str
     problem: str | None
+    folder: str
     runs_at_once: int | None
+    taken_over_from: str | None
     metrics: dict[str, float]
 
 
@@ -78,14 +87,36 @@ class Comparison(Form):
 
 
 class TableResult(Form):
-    """One comparison of the leaderboard. ``setting`` has plain sentences."""
+    """One comparison of the leaderboard.
+
+    Attributes:
+        setting: plain sentences.
+        pool_samples: samples of the pool. None for packed texts.
+        step_samples: samples of an optimizer step. None for packed texts.
+    """
 
     name: str
     track: Literal["A", "B"]
     title: str
     setting: list[str]
     seconds: float
+    pool_samples: int | None
+    step_samples: int | None
     comparison: Comparison
+
+    @property
+    def subject(self) -> str:
+        """The name without the baseline. Tables of one subject have the same data, methods and runs."""
+        return self.name.partition("-vs-")[0]
+
+    def steps(self, variant: str) -> float | None:
+        """Return the mean number of steps of a variant's runs, or None without a complete run."""
+        return self.comparison.variants[variant].costs.get("steps")
+
+    def samples(self, variant: str) -> float | None:
+        """Return the mean number of samples in the steps of a variant's runs, if it is known."""
+        steps = self.steps(variant)
+        return None if steps is None or self.step_samples is None else steps * self.step_samples
 
 
 class AboveChance(Form):
@@ -171,6 +202,8 @@ class TierResult(Form):
     seconds: float
     machine: dict[str, Any]
     versions: dict[str, str]
+    methods: dict[str, dict[str, Any]]
+    """Method -> its section in the board."""
     tables: list[TableResult]
     missing: list[str]
     """Names of the tables and of the parts of the costs that are not complete yet."""
@@ -204,6 +237,25 @@ def read(path: Path) -> TierResult:
     if problems:
         raise ConfigError(f"{path}: {'; '.join(problems[:_ERRORS])}.")
     return found
+
+
+def lost(new: TierResult, old: TierResult) -> list[str]:
+    """Return the parts of an old result that a new one lacks, in words: tables, compared runs, costs, accuracies."""
+    tables = {table.name: table for table in new.tables}
+    found = [f"the table {table.name}" for table in old.tables if table.name not in tables]
+    for table in old.tables:
+        if table.name in tables:
+            gone = _compared(table) - _compared(tables[table.name])
+            found += [f"{len(gone)} run{'s' if len(gone) > 1 else ''} of {table.name}"] if gone else []
+    parts = set(new.costs.parts) if new.costs else set()
+    found += [f"the costs of {part}" for part in (old.costs.parts if old.costs else {}) if part not in parts]
+    known = {(each.task, each.model) for each in new.above_chance}
+    found += [f"the accuracy in {each.task}" for each in old.above_chance if (each.task, each.model) not in known]
+    return found
+
+
+def _compared(table: TableResult) -> set[tuple[str, int]]:
+    return {(run.variant, run.seed) for run in table.comparison.runs if run.problem is None}
 
 
 def _said(error: Any) -> str:

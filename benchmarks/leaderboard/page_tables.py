@@ -4,15 +4,121 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
-from page_claims import RULES, Judged, joined, short
-from page_form import AboveChance, Comparison, CostPart, Costs, SharedCost, TableResult, TierResult
+import yaml
+from page_claims import RULES, Judged, checks_of_reckoning, joined, partial_pass, short
+from page_form import Comparison, CostPart, Costs, Run, SharedCost, TableResult, TierResult
 
 from dataflex.compare.statistics import number, signed, title
 from dataflex.report.tables import NOTHING, Table
 
 AVERAGES = ("token_weighted", "unweighted")
+
+FAMILIES = ("select", "mix", "order", "weight")
+
+TRACKS = {"A": "instruction tuning towards a target", "B": "pre-training on a mixture of domains"}
+
+_CONTROLS: list[tuple[dict[str, Any], str]] = [
+    ({"select": {"method": "random"}}, "a control: the samples of each round are drawn at random from the pool"),
+    ({}, "a control: plain training on the pool in a random order, each sample once, until the budget is used up"),
+    ({"mix": {"method": "proportional", "size": "tokens"}}, "a control: the shares of the domains are their tokens"),
+]
+"""Section -> what it stands for."""
+
+_WORDS = {
+    "validation": "the validation samples of the target",
+    "embeddings": "a folder that all runs share",
+    "reference": "a model that is trained on samples outside the pool",
+    "answer": "the pattern of the target's answers",
+    "doremi": "the average weights that DoReMi's proxy found",
+    "doge": "the average weights that DoGE's proxy found",
+    "regmix_mixtures": "the mixtures of RegMix's small models",
+    "regmix_losses": "the losses of RegMix's small models",
+}
+"""Word in braces -> what a setting has instead."""
+
+_NOT_SHOWN = ("The bootstrap interval is too narrow", "complete runs were taken over from")
+"""Parts of the comparison's notes that the page leaves out: it has no bootstrap intervals, and it says itself which
+runs tables have in common."""
+
+_QUANTITIES = {
+    "largest_difference": "the largest absolute difference.",
+    "rms_difference": "the root of the mean squared difference.",
+    "bound_of_the_standard_deviation": "1 / sqrt(k) for k projected dimensions, the largest standard deviation of a "
+    "projected cosine. The rms_difference should not be far above it.",
+    "spearman": "the rank correlation of the scores. Of a handful of samples it says little.",
+    "largest_difference_of_the_mean": "of the weights of the domains, averaged over the steps.",
+    "largest_difference_of_the_last": "of the weights of the domains after the last step.",
+    "largest_distance_from_equal_weights": "how far the last weights are from equal ones. Near 0 an agreement would "
+    "say nothing.",
+}
+"""Name of a figure in the table of agreement -> its meaning."""
+
+
+def summary_tables(results: Mapping[str, TierResult]) -> list[Table]:
+    """Return one table per tier and track, with one row per task and method: its findings and its costs."""
+    found = []
+    for tier, result in results.items():
+        for track, name in TRACKS.items():
+            tables = [table for table in result.tables if table.track == track and not table.name.endswith("-orders")]
+            if tables:
+                found.append(_summary_table(f"{tier.replace('_', ' ').capitalize()} tier: {name}", tables, result))
+    return found
+
+
+def _summary_table(name: str, tables: Sequence[TableResult], result: TierResult) -> Table:
+    baselines = list(dict.fromkeys(table.comparison.baseline for table in tables))
+    subjects: dict[str, dict[str, TableResult]] = {}
+    for table in tables:
+        subjects.setdefault(table.subject, {})[table.comparison.baseline] = table
+    header = ["task", "method", *(f"against {each}" for each in baselines)]
+    rows = []
+    for own in subjects.values():
+        first = next(iter(own.values()))
+        task = first.title.partition(": against")[0]
+        for variant in first.comparison.variants:
+            cells = [_summary_cell(own.get(baseline), variant) for baseline in baselines]
+            train, decide, ratio, _, steps = _cost_cells(first.comparison.variants[variant].costs)
+            rows.append([task, variant, *cells, train, decide, ratio, _once(variant, _shared(first, result)), steps])
+    metrics = dict.fromkeys(title(table.comparison.claims[0]) for table in tables)
+    notes = (
+        f"Findings, and the mean difference from the baseline, in {joined(list(metrics))}. The seconds are means of "
+        "the complete runs. Once s: seconds of work that all runs of a method share. The sections of the tables have "
+        "the intervals.",
+    )
+    columns = ["train s", "decide s", "decide / train", "once s", "steps"]
+    return Table(name, [*header, *columns], rows, len(header), notes)
+
+
+def _summary_cell(table: TableResult | None, variant: str) -> str:
+    if table is None:
+        return NOTHING
+    comparison = table.comparison
+    if variant == comparison.baseline:
+        return "baseline"
+    metric = comparison.claims[0]
+    found = [each for each in comparison.differences if (each.variant, each.metric) == (variant, metric)]
+    return NOTHING if not found or found[0].mean is None else f"{found[0].finding} ({signed(found[0].mean)})"
+
+
+def method_table(results: Mapping[str, TierResult], pages: Sequence[str]) -> Table:
+    """Return one row per method: its section in the board, and its pages, paths from the folder of the docs.
+
+    Args:
+        results: tier -> its result.
+        pages: the pages that exist.
+    """
+    sections = {name: section for result in results.values() for name, section in result.methods.items()}
+    rows = []
+    for name, section in sections.items():
+        wanted = [f"methods/{family}-{section[family]['method']}.md" for family in FAMILIES if family in section]
+        setting = yaml.safe_dump(section, default_flow_style=True, sort_keys=False, width=1000).strip()[1:-1]
+        rows.append([name, setting or NOTHING, " ".join(each for each in wanted if each in pages) or NOTHING])
+    controls = [f"{name}: {said}." for name, own in sections.items() for section, said in _CONTROLS if own == section]
+    words = [f"{{{word}}}: {said}." for word, said in _WORDS.items() if any(f"{{{word}}}" in row[1] for row in rows)]
+    return Table("Methods", ["method", "setting", "page"], rows, 3, (*controls, *words))
 
 
 def claim_table(claims: Mapping[str, Sequence[Judged]]) -> Table:
@@ -33,17 +139,25 @@ def claim_table(claims: Mapping[str, Sequence[Judged]]) -> Table:
     return Table("Claims", header, rows, 5, RULES)
 
 
-def tier_table(results: Mapping[str, TierResult], tiers: Sequence[str]) -> Table:
-    """Return one row per tier: how, when and where it was run."""
+def tier_table(results: Mapping[str, TierResult], tiers: Mapping[str, str]) -> Table:
+    """Return one row per tier: how, when and where it was run.
+
+    Args:
+        results: tier -> its result.
+        tiers: tier -> the command that runs it.
+    """
     rows = []
     for tier in tiers:
         found = results.get(tier)
         if found is None:
-            rows.append([tier, "not run", *[NOTHING] * 4])
+            rows.append([tier, tiers[tier], "not run", *[NOTHING] * 4])
         else:
             machine = _machine(found.machine)
-            rows.append([tier, found.command, found.date, machine, _listed(found.versions), duration(found.seconds)])
-    return Table("Tiers", ["tier", "command", "date", "machine", "versions", "wall time"], rows, 5)
+            made = [tiers[tier], found.command, found.date, machine, _listed(found.versions)]
+            rows.append([tier, *made, duration(found.seconds)])
+    notes = ("The last command as recorded is that of run.py, which the command starts.",)
+    header = ["tier", "command", "last command as recorded", "date", "machine", "versions", "wall time"]
+    return Table("Tiers", header, rows, 6, notes)
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
@@ -64,8 +178,7 @@ def duration(seconds: float) -> str:
 def tables_of(table: TableResult, result: TierResult) -> list[Table]:
     """Return the tables of one comparison."""
     comparison = table.comparison
-    shared = [each for each in result.shared_costs if each.tables is None or table.name in each.tables]
-    found = [finding_table(comparison), cost_table(comparison, shared)]
+    found = [finding_table(table, result), cost_table(table, _shared(table, result))]
     if table.track == "A":
         found.append(seed_table("Losses on the other data sets", comparison, other_losses(comparison), "_loss"))
         found.append(seed_table("Accuracy in tasks", comparison, accuracies(comparison), ""))
@@ -77,8 +190,13 @@ def tables_of(table: TableResult, result: TierResult) -> list[Table]:
     return [each for each in found if each.rows]
 
 
-def finding_table(comparison: Comparison) -> Table:
+def _shared(table: TableResult, result: TierResult) -> list[SharedCost]:
+    return [each for each in result.shared_costs if each.tables is None or table.name in each.tables]
+
+
+def finding_table(table: TableResult, result: TierResult) -> Table:
     """Return one row per variant and claimed metric, the baseline first."""
+    comparison = table.comparison
     header = [
         "method",
         "metric",
@@ -118,7 +236,36 @@ def finding_table(comparison: Comparison) -> Table:
         "mean over the samples of the evaluation set. It is not the error of the difference, whose seeds share these "
         "samples."
     ]
-    return Table("Findings", header, rows, 3, (*notes, *_not_compared(comparison), *comparison.notes))
+    notes += [each for name in comparison.variants for each in partial_pass(table, name, result)]
+    notes += _not_compared(comparison)
+    notes += [note for note in comparison.notes if not any(part in note for part in _NOT_SHOWN)]
+    return Table("Findings", header, rows, 3, (*notes, *_origins(table, result)))
+
+
+def own_runs(table: TableResult) -> list[Run]:
+    """Return the complete runs that were made for a table, and not for another one."""
+    return [run for run in table.comparison.runs if run.metrics and run.taken_over_from is None]
+
+
+def _origins(table: TableResult, result: TierResult) -> Iterator[str]:
+    """Yield sentences on the runs that were made for other tables, or elsewhere."""
+    titles = {each.name: each.title for each in result.tables}
+    complete = [run for run in table.comparison.runs if run.metrics]
+    siblings: list[str] = []
+    others: list[str] = []
+    for run in complete:
+        if run.taken_over_from is not None:
+            origin, own = PurePath(run.taken_over_from), PurePath(run.folder).parents[2]
+            known = origin.parent == own.parent and origin.name in titles
+            (siblings if known else others).append(titles[origin.name] if known else run.taken_over_from)
+    if siblings:
+        named = joined([f'"{each}"' for each in dict.fromkeys(siblings)])
+        yield f"{len(siblings)} of {len(complete)} runs are those of {named}: a run that tables share is made once."
+    if others:
+        yield (
+            f"{len(others)} of {len(complete)} runs were taken over from {joined(list(dict.fromkeys(others)))}. "
+            "Seconds of different machines cannot be compared."
+        )
 
 
 def _not_compared(comparison: Comparison) -> Iterator[str]:
@@ -152,29 +299,39 @@ def _probability(value: float | None) -> str:
     return f"{value:.4f}" if value >= 0.0001 else "<0.0001"
 
 
-def cost_table(comparison: Comparison, shared: Sequence[SharedCost]) -> Table:
+def cost_table(table: TableResult, shared: Sequence[SharedCost]) -> Table:
     """Return one row per variant with the means of its complete runs, and the seconds of work shared by its runs."""
+    comparison = table.comparison
     header = ["method", "runs", "at once", "train s", "decide s", "decide / train", "tokens", "steps", "once s"]
     rows = []
     for variant, found in comparison.variants.items():
-        costs = found.costs
         own = [run for run in comparison.runs if run.variant == variant and run.metrics]
-        once = [each.seconds for each in shared if variant in each.used_by]
-        measured = [NOTHING] * 5
-        if costs:
-            train, decide = costs["train_seconds"], costs["decision_seconds"]
-            ratio = f"{decide / train:.3f}" if train else NOTHING
-            measured = [f"{train:,.1f}", f"{decide:,.1f}", ratio, f"{costs['tokens']:,.0f}", f"{costs['steps']:,.1f}"]
         at_once = sorted({run.runs_at_once for run in own if run.runs_at_once is not None})
         counts = " to ".join(str(each) for each in dict.fromkeys((at_once[0], at_once[-1]))) if at_once else NOTHING
-        rows.append([variant, str(len(own)), counts, *measured, f"{sum(once):,.1f}" if once else NOTHING])
+        rows.append([variant, str(len(own)), counts, *_cost_cells(found.costs), _once(variant, shared)])
     notes = ["At once: runs at a time. If there are several, the seconds include waiting for each other."]
+    if table.step_samples is not None:
+        notes.append(f"A step has {table.step_samples} samples.")
     notes += [
         f"Once: {each.what}, {each.seconds:,.1f} s, done once for all runs of {', '.join(users)}."
         for each in shared
         if (users := [variant for variant in each.used_by if variant in comparison.variants])
     ]
     return Table("Cost, mean of the complete runs", header, rows, 1, tuple(notes))
+
+
+def _cost_cells(costs: Mapping[str, float]) -> list[str]:
+    """Return seconds of training and decisions, their ratio, tokens and steps."""
+    if not costs:
+        return [NOTHING] * 5
+    train, decide = costs["train_seconds"], costs["decision_seconds"]
+    ratio = f"{decide / train:.3f}" if train else NOTHING
+    return [f"{train:,.1f}", f"{decide:,.1f}", ratio, f"{costs['tokens']:,.0f}", f"{costs['steps']:,.1f}"]
+
+
+def _once(variant: str, shared: Sequence[SharedCost]) -> str:
+    seconds = [each.seconds for each in shared if variant in each.used_by]
+    return f"{sum(seconds):,.1f}" if seconds else NOTHING
 
 
 def other_losses(comparison: Comparison) -> list[str]:
@@ -229,16 +386,25 @@ def chosen_table(chosen: Mapping[str, Mapping[str, float]]) -> Table:
     return Table("Shares of the sources among the chosen samples", ["method", *sources], rows, 1)
 
 
-def chance_table(found: Sequence[AboveChance]) -> Table:
+def chance_table(result: TierResult) -> Table:
     """Return one row per task and model: whether the model is above the accuracy of guessing before any training."""
     header = ["task", "model", "above chance", "questions", "accuracy", "std. error", "chance"]
     rows = []
-    for each in found:
-        above = "yes" if each.accuracy - 1.96 * each.stderr > each.chance else "not shown"
-        rows.append([each.task, each.model, above, f"{each.questions:,}"])
+    for each in result.above_chance:
+        half = 1.96 * each.stderr
+        above = "yes" if each.accuracy - half > each.chance else "no"
+        said = f"{above} ({each.accuracy:.2f} ± {half:.2f})"
+        rows.append([each.task, each.model, said, f"{each.questions:,}"])
         rows[-1] += [number(each.accuracy), number(each.stderr), number(each.chance)]
-    note = "Above chance: accuracy minus 1.96 standard errors is above chance. Otherwise the task measures little."
-    return Table("Accuracy before the training", header, rows, 3, (note,))
+    tasks = dict.fromkeys(each.task for each in result.above_chance)
+    unused = [task for task in tasks if not any(f"-{task}-" in table.name for table in result.tables)]
+    notes = ["Above chance: accuracy minus 1.96 standard errors is above chance. If not, the task measures little."]
+    if unused:
+        notes.append(
+            "All targets of the board that have choices are checked. No table of this tier has the target "
+            f"{joined(unused)}."
+        )
+    return Table("Accuracy before the training", header, rows, 3, tuple(notes))
 
 
 def cost_lines(costs: Costs) -> list[str]:
@@ -282,6 +448,11 @@ def cost_part_tables(costs: Mapping[str, CostPart]) -> list[Table]:
         for name, each in found.ratios.items()
     ]
     agreement = [[part, *each] for part, found in costs.items() for each in _leaves(found.agreement)]
+    meanings = [
+        f"{name}: {said}"
+        for name, said in _QUANTITIES.items()
+        if any(row[1].endswith(f", {name}") for row in agreement)
+    ]
     header = ["part", "implementation", "figures", "samples", "median s", "spread s", "repeats", "peak GB"]
     reckoned = "Reckoned: a part of the seconds is computed from a smaller measurement."
     tables = [
@@ -299,7 +470,13 @@ def cost_part_tables(costs: Mapping[str, CostPart]) -> list[Table]:
             3,
             ("Above 1, DataFlex is faster.", reckoned),
         ),
-        Table("Agreement of the results", ["part", "quantity", "value"], agreement, 2),
+        Table(
+            "Agreement of the results",
+            ["part", "quantity", "value"],
+            agreement,
+            2,
+            (*meanings, *checks_of_reckoning(costs)),
+        ),
     ]
     return [table for table in tables if table.rows]
 

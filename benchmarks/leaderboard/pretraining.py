@@ -8,10 +8,12 @@ Models are compared by bits per byte: perplexity is for each token, so that a sm
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from boards import filled
 
 from dataflex.files import write_atomically
 
@@ -19,7 +21,6 @@ Keys = dict[str, Any]
 
 DOMAINS = ("arxiv", "book", "c4", "commoncrawl", "github", "stackexchange", "wikipedia")
 SPECIALS = ("<s>", "</s>", "<pad>")
-BASELINE = "by_size"
 BY_SIZE = {"method": "proportional", "size": "tokens"}
 METRIC = "token_weighted_bits_per_byte"
 """The metric that decides. Further ones would cost power, because p values are corrected for their number."""
@@ -278,31 +279,20 @@ def regmix_settings(folder: Path, size: str) -> Keys:
     }
 
 
-def variants(folder: Path, size: str) -> dict[str, Keys]:
-    """Return name -> ``mix`` section of each variant.
-
-    ADO's numbers are for 60,000 steps: laws from step 500 or 1,000 on, anew every 1,000. In a thousand steps the first
-    100 are not fitted to (in 60 of them the learning rate still rises), laws come with step 200, and anew every 100.
-
-    Group DRO multiplies its weights by exp(eta x loss) in every step. With its eta of 0.01 losses that stay 1 nat apart
-    would make weights e^12 apart after 1,200 steps; with 0.001 they differ by a factor of 3.3.
-    """
-    mixers: dict[str, Keys] = {
-        BASELINE: BY_SIZE,
-        "uniform": {"method": "uniform"},
-        "odm": {"method": "odm"},
-        "doremi": _static(folder / "doremi" / "proxy"),
-        "ado": {"method": "ado", "ignore_steps": 100, "start_step": 200, "fit_steps": 100},
+def words(folder: Path) -> dict[str, str]:
+    """Return the files that stand for the words of the board's mixers: weights and tables that proxies find."""
+    found = {
+        "doremi": folder / "doremi" / "proxy" / "dataflex" / "domain_weights.json",
+        "doge": folder / "doge" / "dataflex" / "domain_weights.json",
+        "regmix_mixtures": folder / "regmix" / "mixtures.csv",
+        "regmix_losses": folder / "regmix" / "losses.csv",
     }
-    if size == "large":
-        tables = {name: str(_relative(folder / "regmix" / f"{name}.csv")) for name in ("mixtures", "losses")}
-        mixers["doge"] = _static(folder / "doge")
-        mixers["group_dro"] = {"method": "group_dro", "eta": 0.001}
-        mixers["regmix"] = {"method": "regmix", **tables}
-    return mixers
+    return {word: str(_relative(file)) for word, file in found.items()}
 
 
-def experiment_settings(folder: Path, output: Path, size: str, seeds: Sequence[int]) -> Keys:
+def experiment_settings(
+    folder: Path, output: Path, size: str, seeds: Sequence[int], mixers: Mapping[str, Keys], baseline: str
+) -> Keys:
     """Return the file of ``dataflex-cli compare``.
 
     Args:
@@ -310,15 +300,17 @@ def experiment_settings(folder: Path, output: Path, size: str, seeds: Sequence[i
         output: folder of the comparison.
         size: one of ``SIZES``.
         seeds: seeds of each variant.
+        mixers: name -> ``mix`` section of each variant, as the board has it.
+        baseline: one of the variants.
     """
     return {
         "base": base_settings(folder, size),
         "output_dir": str(_relative(output)),
-        "baseline": BASELINE,
+        "baseline": baseline,
         "seeds": list(seeds),
         "equal": {"tokens": SIZES[size].tokens},
         "metrics": [METRIC],
-        "variants": {name: {"dataflex.mix": mixer} for name, mixer in variants(folder, size).items()},
+        "variants": {name: {"dataflex.mix": filled(mixer, words(folder))} for name, mixer in mixers.items()},
     }
 
 
@@ -346,12 +338,6 @@ def sentences(size: str, seeds: Sequence[int]) -> Iterator[str]:
         + "Shares that a proxy finds, as DoReMi's, are found once and used with every seed: the intervals leave out "
         "how much they would vary, and the equal budget leaves out their cost, which the table of costs has."
     )
-
-
-def _static(run: Path) -> Keys:
-    """Return the mixer of the average weights that a proxy run found."""
-    weights = _relative(run / "dataflex" / "domain_weights.json")
-    return {"method": "static", "proportions": str(weights), "unit": "tokens"}
 
 
 def _relative(path: Path) -> Path:

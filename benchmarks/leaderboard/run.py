@@ -1,12 +1,13 @@
 """The leaderboard: which method helps, on real models, with intervals over seeds. One command for a whole tier.
 
-    python benchmarks/leaderboard/run.py --data FOLDER [--tier small] [--time-limit 90m] [--only A B C]
+    python benchmarks/leaderboard/run.py --data FOLDER [--tier small] [--time-limit 90m] [--only A B C] [--check]
 
-The command prepares the data of ``board.yaml``, makes the missing runs by ``dataflex-cli compare``, measures the costs
-of track C, and writes the result file and the pages. If it is stopped, the same command continues: nothing is done
-twice. With ``--kept FOLDER`` the results of complete runs are read from a folder and written to it, so that another
-machine can continue. Everything else is written below ``--work``. Relative paths give the runs the same keys on every
-machine.
+The command prepares the data of ``board.yaml``, checks all methods, makes the missing runs by ``dataflex-cli compare``,
+measures the costs of track C, and writes the result file and the pages. If it is stopped, the same command continues:
+nothing is done twice. The committed result and its pages are replaced only by a result that lacks nothing of them; else
+the result is written below ``--work`` alone. With ``--kept FOLDER`` the results of complete runs are read from a folder
+and written to it, so that another machine can continue. Everything else is written below ``--work``. Relative paths
+give the runs the same keys on every machine.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ import boards
 import cost
 import instruct
 import page
+import page_form
 import pretraining
 import yaml
-from boards import Board, Places, Table, TableSettings, Tier
+from boards import Board, Mixtures, Places, Table, TableSettings, Tier
 
 from dataflex import assets
 from dataflex.cli import seconds_of
 from dataflex.compare.experiment import load
+from dataflex.errors import ConfigError
 from dataflex.files import json_text, write_atomically
 
 HERE = Path(__file__).parent
@@ -83,6 +86,7 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, help="folder of the results of complete runs, read first and written last")
     parser.add_argument("--peer", type=Path, help="Python of an environment with bergson, for track C")
     parser.add_argument("--results", type=Path, help="result file; then no pages are written")
+    parser.add_argument("--check", action="store_true", help="check the data files and the methods, and run nothing")
     options = parser.parse_args()
     board = boards.read(options.board)
     if options.tier not in board.tiers:
@@ -101,17 +105,22 @@ class Work:
         self.seconds: dict[str, float] = {}
         """Name of a part -> seconds of all commands that worked on it."""
         self.failed = False
+        self.written: dict[str, list[str]] = {}
+        """Model and pool, or mixtures -> the training data sets that this command has written."""
 
     def run(self) -> int:
         """Do the missing work, write the results, and return the exit status."""
         missing = self._missing_files()
         if missing:
-            print(
-                f"--data: {self.options.data} lacks {len(missing)} files of the board, the first is {missing[0]}. The "
-                "board's files are not part of the repository; benchmarks/leaderboard/README.md says what they are.",
-                file=sys.stderr,
-            )
+            print(self._said_of(missing), file=sys.stderr)
             return 2
+        problems = self._problems()
+        if problems:
+            print("\n".join(problems), file=sys.stderr)
+            return 1
+        if self.options.check:
+            print("the data files are there, and all methods are accepted.")
+            return 0
         status = 0
         self._restore()
         try:
@@ -122,6 +131,9 @@ class Work:
                     work()
         except Stopped as stop:
             status = stop.status
+        except ConfigError as error:
+            print("\n".join(self._said(error)), file=sys.stderr)
+            status = 1
         if self.options.kept is not None:
             self._share(self.folder, self.options.kept, replace=True)
         self._write_results()
@@ -154,6 +166,71 @@ class Work:
         if self.tier.costs and "C" in self.options.only:
             asked += cost.FILES
         return sorted(file for name in set(asked) if not (file := self.options.data / name).is_file())
+
+    def _said_of(self, missing: Sequence[Path]) -> str:
+        """Return the message on missing files."""
+        where = "benchmarks/leaderboard/README.md says what they are and where their content comes from."
+        if not self.options.data.is_dir():
+            head = f"--data: there is no folder {self.options.data}. It needs"
+        else:
+            head = f"--data: {self.options.data} lacks"
+        names = "".join(f"\n  {file}" for file in missing)
+        return f"{head} these files of the board, which are not part of the repository:{names}\n{where}"
+
+    # Checks
+
+    def _problems(self) -> list[str]:
+        """Write the data, and return a line for each problem of the methods of the asked tracks, before any run.
+
+        Files that are made by runs do not exist yet. So mixers that read them are left out, and the model itself
+        stands for the reference model.
+        """
+        found: list[str] = []
+        for file in self._experiments():
+            try:
+                load(file)
+            except ConfigError as error:
+                found += self._said(error)
+        return list(dict.fromkeys(found))  # a method has the same problem for every target
+
+    def _experiments(self) -> Iterator[Path]:
+        """Write the experiments that have every method and order of the asked tracks, and yield their files."""
+        selection, mixtures = self.tier.selection, self.tier.mixtures
+        if selection is not None and "A" in self.options.only:
+            for asked in selection.tables:
+                for table in self._planned(asked, check=True):
+                    if table.best_of is not None:
+                        sections = self.board.methods_of(selection)
+                        best = next((name for name in sections if "select" in sections[name]), None)
+                        if best is None:
+                            continue
+                        table = boards.of_orders(table, best, self.board.orders)
+                    elif not table.name.endswith(f"-vs-{selection.baselines[0]}"):
+                        continue  # the same variants
+                    yield self._written(f"check-{table.name}", table.experiment)
+        if mixtures is not None and "B" in self.options.only:
+            table = self._mixture_table(mixtures)
+            made = {word for word, file in pretraining.words(self.folder / "mixtures").items() if Path(file).is_file()}
+            mixers = self.board.mixers_of(mixtures)
+            ready = [name for name in mixers if boards.words_in(mixers[name]) <= made]
+            variants = {name: keys for name, keys in table.experiment["variants"].items() if name in ready}
+            yield self._written(f"check-{table.name}", {**table.experiment, "variants": variants})
+
+    def _written(self, name: str, experiment: dict[str, Any]) -> Path:
+        file = self.folder / f"{name}.yaml"
+        write_atomically(file, yaml.safe_dump(experiment, sort_keys=False).encode())
+        return file
+
+    def _said(self, error: ConfigError) -> Iterator[str]:
+        """Yield each problem of an experiment as a line that names the method as the board has it."""
+        for problem in error.problems:
+            start, _, rest = problem.key.partition(".")
+            name, _, key = rest.partition(".")
+            if start == "variants" and (place := self.board.place_of(name)):
+                said = f"{self.options.board}: {place}: {key.removeprefix('dataflex.')}: {problem.message}"
+            else:
+                said = f"{error.source}: {problem}"
+            yield " ".join(said.split())
 
     # Track A
 
@@ -211,21 +288,27 @@ class Work:
                 table = boards.of_orders(table, best, self.board.orders)
             self._compare(table)
 
-    def _planned(self, asked: TableSettings) -> Iterator[Table]:
-        """Write the data of a model and a pool, and yield their tables."""
+    def _planned(self, asked: TableSettings, check: bool = False) -> Iterator[Table]:
+        """Write the data of a model and a pool, and yield their tables. For a check nothing else needs to exist."""
         settings = self.tier.selection
         assert settings is not None
         model = self.board.models[asked.model]
         targets = {name: self.board.targets[name] for name in asked.targets}
+        tokenizer = assets.resolve(str(model.settings["model_name_or_path"]))
         places = Places(
             data=self.folder / f"data-{asked.pool}",
             embeddings=self.folder / "embeddings",
-            reference=self.folder / f"reference-{asked.model}-{asked.pool}",
+            reference=Path(tokenizer) if check else self.folder / f"reference-{asked.model}-{asked.pool}",
             output=self.folder,
         )
-        tokenizer = assets.resolve(str(model.settings["model_name_or_path"]))
         pool = self.board.pools[asked.pool]
-        domains = instruct.write_data(self.options.data, places.data, pool, targets, settings, tokenizer)
+        group = f"{asked.model}-{asked.pool}"
+        if group not in self.written:
+            self.written[group] = instruct.write_data(
+                self.options.data, places.data, pool, targets, settings, tokenizer
+            )
+        domains = self.written[group]
+        samples = sum(len(json.loads((places.data / f"{name}.json").read_text())) for name in domains)
         evaluated = [*(instruct.held_out(name) for name in targets), instruct.OTHERS]
         base = boards.selection_base(model, domains, evaluated, settings, places)
         tasks = [
@@ -233,7 +316,7 @@ class Work:
             for name in targets
             if settings.task_questions
         ]
-        yield from boards.selection_tables(self.board, self.tier, asked, base, places, tasks)
+        yield from boards.selection_tables(self.board, self.tier, asked, base, places, tasks, samples)
 
     def _shared_work(self, asked: TableSettings, tables: Sequence[Table]) -> None:
         """Make what several methods read: the embeddings of an encoder and the reference model."""
@@ -242,14 +325,14 @@ class Work:
         group = tables[0].group
         base = tables[0].experiment["base"]
         methods = self.board.methods_of(settings)
-        readers = [name for name, keys in methods.items() if boards.names(keys, "embeddings")]
+        readers = [name for name, keys in methods.items() if "embeddings" in boards.words_in(keys)]
         for target in asked.targets:
             table = next(each for each in tables if f"-{target}-" in each.name)
             for name in readers:
                 section = table.experiment["variants"][name]["dataflex"]
                 config = {**base, "output_dir": str(self.folder / "embed"), "dataflex": section}
                 self._once(f"embeddings/{group}/{target}/{name}", ["embed"], config)
-        if any(boards.names(keys, "reference") for keys in methods.values()):
+        if "reference" in boards.words_in(methods):
             config = {**base, "dataset": instruct.REFERENCE, "num_train_epochs": 1.0}
             config |= {"output_dir": str(self.folder / f"reference-{group}"), "overwrite_output_dir": True}
             config = {key: value for key, value in config.items() if key not in ("eval_dataset", "do_eval")}
@@ -262,17 +345,29 @@ class Work:
         if settings is None:
             return
         folder, size = self.folder / "mixtures", settings.size
-        pretraining.prepare(self.options.data, folder, size)
-        self._once("doremi", ["doremi"], pretraining.doremi_settings(folder, size))
-        if size == "large":
+        table = self._mixture_table(settings)
+        words = boards.words_in(self.board.mixers_of(settings))
+        if "doremi" in words:
+            self._once("doremi", ["doremi"], pretraining.doremi_settings(folder, size))
+        if "doge" in words:
             self._once("doge", ["train"], pretraining.doge_settings(folder, size))
+        if {"regmix_mixtures", "regmix_losses"} & words:
             self._once("regmix", ["regmix"], pretraining.regmix_settings(folder, size))
-        name = f"mixtures-vs-{pretraining.BASELINE}"
-        experiment = pretraining.experiment_settings(folder, self.folder / name, size, settings.seeds)
-        title = f"Mixtures of seven domains: against `{pretraining.BASELINE}`"
-        self._compare(
-            Table(name, "B", title, tuple(pretraining.sentences(size, settings.seeds)), experiment, "mixtures")
-        )
+        self._compare(table)
+
+    def _mixture_table(self, settings: Mixtures) -> Table:
+        """Write the data of track B and return its table."""
+        folder, size, baseline = self.folder / "mixtures", settings.size, settings.baseline
+        if "mixtures" not in self.written:
+            pretraining.prepare(self.options.data, folder, size)
+            self.written["mixtures"] = list(pretraining.DOMAINS)
+        name = f"mixtures-vs-{baseline}"
+        mixers = self.board.mixers_of(settings)
+        output = self.folder / name
+        experiment = pretraining.experiment_settings(folder, output, size, settings.seeds, mixers, baseline)
+        title = f"Mixtures of seven domains: against `{baseline}`"
+        sentences = tuple(pretraining.sentences(size, settings.seeds))
+        return Table(name, "B", title, sentences, experiment, "mixtures")
 
     # Track C
 
@@ -316,8 +411,7 @@ class Work:
 
     def _compare(self, table: Table) -> None:
         """Make the missing runs of a table. Equal runs are taken over from other tables and from the kept results."""
-        file = self.folder / f"{table.name}.yaml"
-        write_atomically(file, yaml.safe_dump(table.experiment, sort_keys=False).encode())
+        file = self._written(table.name, table.experiment)
         command = [sys.executable, "-m", "dataflex", "compare", str(file)]
         command += ["--jobs", str(self.options.jobs)] if self.options.jobs else []
         keys = {run.key for run in load(file).runs}
@@ -375,7 +469,10 @@ class Work:
     # Results
 
     def _write_results(self) -> None:
-        """Write the result file of everything that is complete so far, and the pages."""
+        """Write the result file of everything that is complete so far, and the pages.
+
+        The committed ones are left as they are if they have more.
+        """
         from overhead import machine
 
         here = machine()
@@ -390,6 +487,7 @@ class Work:
             "seconds": round(sum(self.seconds.values())),
             "machine": here,
             "versions": here["versions"],
+            "methods": self._methods(tables),
             "tables": tables,
             "missing": list(self._missing_parts(tables, known_costs)),
             "chosen": {table["name"]: _chosen(table["comparison"]) for table in tables},
@@ -398,13 +496,40 @@ class Work:
             "claims": list(self._claims(tables, known_costs)),
             "costs": known_costs,
         }
-        file = self.options.results or ROOT / "benchmarks" / "results" / "leaderboard" / f"{self.options.tier}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, (json_text(result, indent=1) + "\n").encode())
-        print(f"results: {file}")
-        if self.options.results is None:
-            for written in page.write_pages(sorted(file.parent.glob("*.json")), ROOT / "docs"):
-                print(f"page: {written}")
+        content = (json_text(result, indent=1) + "\n").encode()
+        if self.options.results is not None:
+            self.options.results.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.options.results, content)
+            print(f"results: {self.options.results}")
+            return
+        own = self.folder / "result.json"
+        committed = ROOT / "benchmarks" / "results" / "leaderboard" / f"{self.options.tier}.json"
+        write_atomically(own, content)
+        lacking = _lacking(own, committed)
+        if lacking:
+            written = page.write_pages([own], self.folder)
+            print(
+                f"results: {', '.join(map(str, [own, *written]))}. {committed} and its pages stay as they are, because "
+                f"the new result lacks {lacking}. Delete {committed.name} first to replace it all the same."
+            )
+            return
+        copied(own, committed)
+        print(f"results: {committed}")
+        for file in page.write_pages(sorted(committed.parent.glob("*.json")), ROOT / "docs"):
+            print(f"page: {file}")
+
+    def _methods(self, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return method -> its section in the board, for the methods of the tables."""
+        sections: dict[str, Any] = {}
+        if self.tier.selection is not None:
+            own = self.board.methods_of(self.tier.selection)
+            sections |= own
+            for name, section in own.items():
+                sections |= {f"{name}-{order}": {**section, "order": keys} for order, keys in self.board.orders.items()}
+        if self.tier.mixtures is not None:
+            sections |= {name: {"mix": keys} for name, keys in self.board.mixers_of(self.tier.mixtures).items()}
+        used = {name for table in tables for name in table["comparison"]["variants"]}
+        return {name: section for name, section in sections.items() if name in used}
 
     def _tables(self) -> Iterator[dict[str, Any]]:
         """Yield every table whose command has ended, with its results."""
@@ -416,7 +541,7 @@ class Work:
     def _missing_parts(self, tables: Sequence[dict[str, Any]], costs: dict[str, Any] | None) -> Iterator[str]:
         """Yield the names of the tables and of the parts of track C that are not complete."""
         settings, known = self.tier.selection, {table["name"] for table in tables}
-        planned = [f"mixtures-vs-{pretraining.BASELINE}"] if self.tier.mixtures is not None else []
+        planned = [f"mixtures-vs-{self.tier.mixtures.baseline}"] if self.tier.mixtures is not None else []
         if settings is not None:
             ends = [f"vs-{name}" for name in settings.baselines] + (["orders"] if settings.orders else [])
             for asked in settings.tables:
@@ -474,6 +599,8 @@ class Work:
                     continue
                 methods = [name for name in comparison["variants"] if name not in (claim.baseline, boards.RANDOM)]
                 variants = [name for name in claim.variants or methods if name in methods]
+                if not variants:
+                    continue
                 yield {**said, "table": table["name"], "metric": comparison["claims"][0], "variants": variants}
 
 
@@ -515,7 +642,19 @@ def _parts_in(costs: dict[str, Any]) -> set[str]:
 
 def _described(table: Table) -> dict[str, Any]:
     """Return a table's part of the result file, without its results."""
-    return {"name": table.name, "track": table.track, "title": table.title, "setting": list(table.setting)}
+    said = {"name": table.name, "track": table.track, "title": table.title, "setting": list(table.setting)}
+    return {**said, "pool_samples": table.pool_samples, "step_samples": table.step_samples}
+
+
+def _lacking(new: Path, old: Path) -> str:
+    """Return what a result file lacks of an earlier one, in words. Empty: nothing."""
+    if not old.is_file():
+        return ""
+    try:
+        before = page_form.read(old)
+    except ConfigError as error:
+        return f"a comparison with it: {error}"
+    return "; ".join(page_form.lost(page_form.read(new), before))
 
 
 if __name__ == "__main__":

@@ -184,7 +184,22 @@ def test_a_board_with_a_plug_in_stops_continues_and_is_taken_elsewhere(place: Pa
 
 
 def test_a_missing_file_is_named_before_anything_runs(place: Path) -> None:
-    found = called(place, "--work", "none", data="nowhere")
+    found = called(place, "--work", "unmade", data="nowhere")
     assert found.returncode == 2
     assert "nowhere/pool.jsonl" in found.stderr
-    assert not (place / "none").exists()
+    assert not (place / "unmade").exists()
+
+
+def test_a_misspelt_method_is_named_before_anything_runs(place: Path) -> None:
+    board = yaml.safe_load((place / "board.yaml").read_text())
+    board["methods"]["every_tier"]["longest"]["select"]["method"] = "longst"
+    (place / "misspelt.yaml").write_text(yaml.safe_dump(board))
+    found = called(place, "--board", "misspelt.yaml", "--work", "none")
+    assert found.returncode == 1
+    (line,) = [line for line in found.stderr.splitlines() if "misspelt.yaml" in line]
+    assert line.startswith("misspelt.yaml: methods.every_tier.longest: select.method: unknown selector 'longst'")
+    assert "Traceback" not in found.stderr
+    assert not list((place / "none" / "small").glob("*/runs"))
+    accepted = called(place, "--check", "--work", "none")
+    assert accepted.returncode == 0, accepted.stderr
+    assert not list((place / "none" / "small").glob("*/runs"))

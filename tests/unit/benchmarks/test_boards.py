@@ -83,7 +83,8 @@ def test_the_experiments_of_a_tier_are_accepted(place: Path, tier_name: str, num
     domains = instruct.write_data(place / "files", places.data, pool, targets, settings, str(place / "model"))
     evaluated = [*(instruct.held_out(name) for name in targets), instruct.OTHERS]
     base = boards.selection_base(model, domains, evaluated, settings, places) | {"use_cpu": True}
-    tables = list(boards.selection_tables(BOARD, tier, asked, base, places, []))
+    tables = list(boards.selection_tables(BOARD, tier, asked, base, places, [], SMALLER["rows"]))
+    assert {(table.pool_samples, table.step_samples) for table in tables} == {(64, base["per_device_train_batch_size"])}
     assert len(tables) == len(targets) * (len(settings.baselines) + settings.orders)
     first = tables[0]
     checked = [first]
@@ -152,3 +153,38 @@ def test_an_unknown_name_is_an_error(tmp_path: Path, change: dict[str, Any], sai
     (tmp_path / "board.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(SystemExit, match=said):
         boards.read(tmp_path / "board.yaml")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (
+            "{method: less, validation: '{validation}'}",
+            "{method: less, validation: '{validaton}'}",
+            r"methods\.every_tier\.less: there is no word in braces 'validaton'.*did you mean 'validation'",
+        ),
+        ("variants: [doremi, odm]", "variants: [doremi, omd]", r"claims\.2: there is no method of track B 'omd'"),
+        ("baseline: by_size, seeds", "baseline: by_sise, seeds", "there is no mixer 'by_sise'"),
+        ("models:", "models: [", "is not YAML"),
+    ],
+)
+def test_a_misspelt_board_is_one_line(tmp_path: Path, before: str, after: str, said: str) -> None:
+    text = FILE.read_text()
+    assert before in text
+    (tmp_path / "board.yaml").write_text(text.replace(before, after, 1))
+    with pytest.raises(SystemExit, match=said) as error:
+        boards.read(tmp_path / "board.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_board_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--board: .*nope\.yaml cannot be read"):
+        boards.read(tmp_path / "nope.yaml")
+
+
+def test_claims_on_dynamic_and_static_methods_have_all_methods_but_the_controls() -> None:
+    selecting = [claim for claim in BOARD.claims if claim.track == "A"]
+    judged = [name for claim in selecting for name in claim.variants or []]
+    assert len(judged) == len(set(judged))
+    known = {name for group in BOARD.methods.values() for name in group}
+    assert set(judged) == known - {"random", "full"}

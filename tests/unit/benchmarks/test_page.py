@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import os
 import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dataflex.compare import outcome
+from dataflex.compare.result import cost_notes
 from dataflex.errors import ConfigError
 from dataflex.report.figures import unpacked
 
@@ -22,6 +27,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "leaderboard"))
 import page  # noqa: E402
 import page_charts  # noqa: E402
 import page_form  # noqa: E402
+import page_tables  # noqa: E402
 from page_claims import judged, verdict  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -52,6 +58,7 @@ def run(variant: str, seed: int, loss: float) -> dict[str, Any]:
     metrics |= {"token_weighted_loss": loss + 0.5, "token_weighted_bits_per_byte": loss + 0.25, "quiz/acc": 0.5}
     costs = {"train_seconds": 10.0, "decision_seconds": 5.0, "tokens": 4000, "steps": 9}
     found = {"variant": variant, "seed": seed, "status": "compared", "problem": None, "key": "k", "runs_at_once": 1}
+    found |= {"folder": f"work/a/runs/{variant}/seed-{seed}", "taken_over_from": None}
     return {**found, "fingerprint": "a", "costs": costs, "metrics": metrics}
 
 
@@ -74,7 +81,7 @@ def comparison() -> dict[str, Any]:
             {**difference("near", 0.25, -0.0625, 0.5625, 0.75, "unclear"), "seeds": [1, 2]},
         ],
         "sentences": ["not shown"],
-        "notes": ["A run ends with a whole step."],
+        "notes": ["A run ends with a whole step.", "The bootstrap interval is too narrow for 3 seeds, so nothing"],
         "variants": {
             name: {"means": {"maths_loss": loss}, "stderr": {"maths_loss": 0.125}, "costs": {**costs, "tokens": 4000.0}}
             for name, loss in variants.items()
@@ -106,6 +113,7 @@ def part(ratios: dict[str, Any]) -> dict[str, Any]:
 def result() -> dict[str, Any]:
     """Return a result file with claims of every verdict."""
     table = {"track": "A", "title": "Towards maths", "setting": ["A tiny model."], "seconds": 600}
+    table |= {"pool_samples": 100, "step_samples": 4}
     return {
         "tier": "small",
         "command": "make leaderboard",
@@ -113,6 +121,12 @@ def result() -> dict[str, Any]:
         "seconds": 4890,
         "machine": MACHINE,
         "versions": {"torch": "1.0"},
+        "methods": {
+            "full": {},
+            "less": {"select": {"method": "less", "validation": "{validation}"}},
+            "loss": {"weight": {"method": "loss"}},
+            "near": {"select": {"method": "one_of_a_plug_in"}},
+        },
         "tables": [
             {"name": "a", **table, "comparison": comparison()},
             {"name": "b", **table, "track": "B", "title": "Mixtures", "comparison": comparison()},
@@ -170,19 +184,109 @@ def test_every_claim_has_one_sentence_with_its_verdict_and_the_differences_that_
     text = text_of(write(result()))
     maths = "Towards maths: {} with full in maths loss, "
     one, two = maths.format("1 comparison"), maths.format("2 comparisons")
+    part_of_pool = " At this budget full trains on about 36 of the 100 samples of the pool."
     assert re.findall(r"^- (.* tier\): .*)$", text, flags=re.MULTILINE) == [
-        f"Supported (small tier): Selection helps (a paper). {two}1 better (less) and 1 unclear (near with 2 of 3 "
-        "seeds); differences of up to 0.7500 better (less) and 0.5625 worse (near) cannot be ruled out.",
-        f"Refuted (small tier): High losses help (a paper). {one}1 worse (loss); differences of up to 0.8750 worse "
-        "(loss) cannot be ruled out.",
-        f"Mixed (small tier): Everything helps (a paper). {two}1 better (less) and 1 worse (loss); differences of up "
-        "to 0.7500 better (less) and 0.8750 worse (loss) cannot be ruled out.",
+        f"Supported (small tier): Selection helps (a paper). {two}1 better (less by 0.2500 to 0.7500) and 1 unclear "
+        "(near with 2 of 3 seeds); differences of up to 0.0625 better (near) and 0.5625 worse (near) cannot be ruled "
+        f"out.{part_of_pool}",
+        f"Refuted (small tier): High losses help (a paper). {one}1 worse (loss by 0.1250 to 0.8750).{part_of_pool}",
+        f"Mixed (small tier): Everything helps (a paper). {two}1 better (less by 0.2500 to 0.7500) and 1 worse (loss "
+        f"by 0.1250 to 0.8750).{part_of_pool}",
         f"Open (small tier): Neighbours help (a paper). {one}1 unclear (near with 2 of 3 seeds); differences of up to "
-        "0.0625 better (near) and 0.5625 worse (near) cannot be ruled out.",
-        "Supported (small tier): It is fast. 1 ratio of seconds, 1 above 1, 0 below 1 and 0 neither: fast, authors / "
-        "dataflex, 5 (4 to 6, reckoned); the measured ratios reach from 4 to 6.",
+        f"0.0625 better (near) and 0.5625 worse (near) cannot be ruled out.{part_of_pool}",
+        "Open (small tier): It is fast. 0 measured ratios of seconds, 0 above 1, 0 below 1 and 0 neither. 1 reckoned "
+        "ratio, not counted, from 4 to 6: fast, authors / dataflex, 5 (4 to 6).",
     ]
     assert "| small | Everything helps | a paper | maths loss | mixed | 2 | 1 | 1 | 0 |" in text
+
+
+def test_a_better_method_is_named_with_other_steps_and_long_decisions(write: Write) -> None:
+    content = result()
+    own = content["tables"][0]["comparison"]["variants"]["less"]["costs"]
+    own |= {"steps": 12.6, "decision_seconds": 36.0}
+    sentence = judged(page_form.read(write(content)))[0].sentence
+    assert (
+        "less took 12.6 steps with the same tokens, full 9.0. less decides 3.6 times as long as it trains." in sentence
+    )
+    content["tables"][0]["pool_samples"] = 36  # then full trains on the whole pool
+    assert judged(page_form.read(write(content)))[0].sentence.endswith("as long as it trains.")
+
+
+def test_a_check_of_the_reckoning_is_beside_the_reckoned_ratios(write: Write) -> None:
+    content = result()
+    content["costs"]["parts"]["fast"]["agreement"]["seconds of a step"] = {"whole": 5.0, "reckoned": 6.0}
+    said = "A check of the reckoning (fast, seconds of a step): 5 s measured as a whole, 6 s reckoned, 20 % more."
+    text = text_of(write(content))
+    assert judged(page_form.read(write(content)))[-1].sentence.endswith(f"5 (4 to 6). {said}")
+    assert text.count(said) == 2  # in the claim and below the agreement
+
+
+def test_the_summary_has_the_findings_against_every_baseline_and_the_costs(write: Write) -> None:
+    content = result()
+    other = copy.deepcopy(content["tables"][0])
+    for each, name, baseline in ((content["tables"][0], "s-vs-full", "full"), (other, "s-vs-loss", "loss")):
+        each |= {"name": name, "title": f"Towards maths: against `{baseline}`"}
+        each["comparison"]["baseline"] = baseline
+    other["comparison"]["differences"] = [difference("full", -0.5, -0.875, -0.125, 0.0125, "better")]
+    content |= {"tables": [content["tables"][0], other], "claims": [], "chosen": {}}
+    text = text_of(write(content))
+    summary = text.split("**Small tier: instruction tuning towards a target**\n\n")[1].split("\n\n")[0]
+    assert summary.splitlines()[2:] == [
+        "| Towards maths | full | baseline | better (-0.5000) | 10.0 | 5.0 | 0.500 | - | 9.0 |",
+        "| Towards maths | less | better (-0.5000) | - | 10.0 | 5.0 | 0.500 | 12.5 | 9.0 |",
+        "| Towards maths | loss | worse (+0.5000) | baseline | 10.0 | 5.0 | 0.500 | - | 9.0 |",
+        "| Towards maths | near | unclear (+0.2500) | - | 10.0 | 5.0 | 0.500 | 12.5 | 9.0 |",
+    ]
+
+
+def test_methods_have_their_setting_and_their_page(write: Write) -> None:
+    text = text_of(write(result()))
+    table = text.split("## Methods\n\n")[1].split("\n\n## ")[0]
+    link = Path(os.path.relpath(page.DOCS, write(result()).parents[1] / "docs"), "methods", "select-less.md").as_posix()
+    setting = "select: {method: less, validation: '{validation}'}"
+    assert f"| less | {setting} | [methods/select-less.md]({link}) |" in table
+    assert "| full | - | - |" in table
+    assert "| near | select: {method: one_of_a_plug_in} | - |" in table
+    assert "full: a control: plain training" in table
+    assert "{validation}: the validation samples of the target." in table
+
+
+def test_runs_of_a_sibling_table_are_said_to_be_made_once(write: Write) -> None:
+    content = result()
+    for each in content["tables"][0]["comparison"]["runs"]:
+        if each["variant"] == "loss":
+            each["taken_over_from"] = "work/b"
+        if each["variant"] == "less":
+            each["taken_over_from"] = "elsewhere/b"
+    text = text_of(write(content))
+    assert '3 of 11 runs are those of "Mixtures": a run that tables share is made once.\n' in text
+    assert "3 of 11 runs were taken over from elsewhere/b. Seconds of different machines cannot be compared.\n" in text
+    assert "- Wall time of the 5 runs made for this table: 10.0 min.\n" in text
+    for each in content["tables"][0]["comparison"]["runs"]:
+        each["taken_over_from"] = "work/b"
+    assert text_of(write(content)).count("Wall time of the") == 1  # of the other table
+
+
+def test_the_notes_that_the_page_replaces_are_those_of_the_comparison() -> None:
+    taken = SimpleNamespace(runs_at_once=1, taken_over_from="work/b")
+    (note,) = cost_notes([taken])  # type: ignore[list-item]
+    source = inspect.getsource(outcome)
+    first, second = page_tables._NOT_SHOWN
+    assert second in note
+    assert first in source
+
+
+def test_a_result_that_lacks_nothing_may_replace_another(write: Write) -> None:
+    old = page_form.read(write(result()))
+    assert page_form.lost(old, old) == []
+    content = result()
+    content["tables"][0]["comparison"]["runs"][4] |= {"problem": "missing", "metrics": {}}
+    del content["tables"][1], content["costs"]["parts"]["fast"], content["above_chance"][0]
+    content["claims"] = []
+    new = page_form.read(write(content))
+    expected = ["the table b", "1 run of a", "the costs of fast", "the accuracy in quiz"]
+    assert page_form.lost(new, old) == expected
+    assert page_form.lost(old, new) == []
 
 
 def test_the_sides_of_a_metric_whose_higher_values_are_better_are_exchanged(write: Write) -> None:
@@ -190,7 +294,7 @@ def test_the_sides_of_a_metric_whose_higher_values_are_better_are_exchanged(writ
     for table in content["tables"]:
         for each in table["comparison"]["differences"]:
             each["higher_is_better"] = True
-    assert "up to 0.5625 better (near) and 0.0625 worse (near)" in text_of(write(content))
+    assert "up to 0.5625 better (near) and 0.0625 worse (near) cannot" in text_of(write(content))
 
 
 def test_a_claim_without_findings_is_open(write: Write) -> None:
@@ -202,12 +306,13 @@ def test_a_claim_without_findings_is_open(write: Write) -> None:
     assert [each.verdict for each in found[:4]] == ["open", "refuted", "refuted", "open"]
     assert found[0].sentence == (
         "Towards maths: 2 comparisons with full in maths loss, 2 without a finding (less and near with 0 of 3 seeds); "
-        "without an interval, no difference can be ruled out for less and near."
+        "without an interval, no difference can be ruled out for less and near. At this budget full trains on "
+        "about 36 of the 100 samples of the pool."
     )
-    assert found[2].sentence.endswith(
-        "1 worse (loss) and 1 without a finding (less); differences of up to 0.8750 worse (loss) cannot be ruled out; "
-        "without an interval, no difference can be ruled out for less."
-    )
+    assert (
+        "1 worse (loss by 0.1250 to 0.8750) and 1 without a finding (less); without an interval, no difference can be "
+        "ruled out for less."
+    ) in found[2].sentence
 
 
 def test_verdicts_follow_the_findings() -> None:
@@ -236,25 +341,32 @@ def test_a_claim_about_costs_needs_the_whole_spread(
     found = {f"r{i}": ratio(low, (low + high) / 2, high) for i, (low, high) in enumerate(spreads)}
     content["costs"]["parts"]["fast"] = part(found)
     assert judged(page_form.read(write(content)))[-1].verdict == expected
+    found["reckoned"] = ratio(0.1, 0.2, 0.3, reckoned=True)  # does not count
+    content["costs"]["parts"]["fast"] = part(found)
+    assert judged(page_form.read(write(content)))[-1].verdict == expected
 
 
 def test_a_claim_about_costs_that_are_not_measured_is_open(write: Write) -> None:
     content = result()
     content["claims"] = [{"text": "It is fast", "costs": ["fast", "slow"]}]
+    content["costs"]["parts"]["fast"] = part({"authors / dataflex": ratio(4.0, 5.0, 6.0)})
     (found,) = judged(page_form.read(write(content)))
     assert found.verdict == "open"
     assert found.sentence == (
-        "1 ratio of seconds, 1 above 1, 0 below 1 and 0 neither: fast, authors / dataflex, 5 (4 to 6, reckoned); slow "
-        "not measured; the measured ratios reach from 4 to 6."
+        "1 measured ratio of seconds, 1 above 1, 0 below 1 and 0 neither, from 4 to 6: fast, authors / dataflex, 5 (4 "
+        "to 6). Not measured: slow."
     )
     (found,) = judged(page_form.read(write({**content, "costs": None})))
     assert found.verdict == "open"
-    assert found.sentence == "0 ratios of seconds, 0 above 1, 0 below 1 and 0 neither: fast and slow not measured."
+    assert found.sentence == (
+        "0 measured ratios of seconds, 0 above 1, 0 below 1 and 0 neither. Not measured: fast and slow."
+    )
 
 
 def test_the_tables_have_the_figures_of_the_file(write: Write) -> None:
     text = text_of(write(result()))
-    assert "| small | make leaderboard | 2026-01-02 | processor Abacus &lt;2>, cores 2 | torch 1.0 | 81.5 min |" in text
+    tier = "| small | make leaderboard | make leaderboard | 2026-01-02 | processor Abacus &lt;2>, cores 2 | torch 1.0 |"
+    assert f"{tier} 81.5 min |" in text
     assert "The large tier has not been run. To run it: make leaderboard-gpu" in text
     section = "### Small tier: Towards maths"
     named = "maths loss (lower is better)"
@@ -279,7 +391,9 @@ def test_the_tables_have_the_figures_of_the_file(write: Write) -> None:
         "near": ["-", "1.000"],
     }
     chance = rows(text, "Accuracy before the training")
-    assert [chance["quiz"][1], chance["hard"][1]] == ["yes", "not shown"]
+    assert [chance["quiz"][1], chance["hard"][1]] == ["yes (0.50 ± 0.24)", "no (0.50 ± 0.37)"]
+    assert "No table of this tier has the target quiz and hard." in text
+    assert "bootstrap" not in text
 
 
 def test_runs_that_are_left_out_for_one_reason_share_a_line(write: Write) -> None:

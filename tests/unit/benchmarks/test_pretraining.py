@@ -14,8 +14,14 @@ from dataflex.cli import main
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks" / "leaderboard"))
 
+import boards
 import pretraining
 from pretraining import DOMAINS, SIZES
+
+BOARD = boards.read(Path(__file__).parents[3] / "benchmarks" / "leaderboard" / "board.yaml")
+MIXERS = {
+    tier.mixtures.size: BOARD.mixers_of(tier.mixtures) for tier in BOARD.tiers.values() if tier.mixtures is not None
+}
 
 TEXTS = ["the lowest cat, the newest cat\n", "  def f(x):\n    return x  # é 漢", "a b c " * 30, "cats and cats"]
 
@@ -94,12 +100,12 @@ def test_the_commands_accept_the_settings(size: str, prepared: Path, capsys: pyt
         lines = [[f"{name}{ending}" for name in DOMAINS], *rows]
         text = "".join(",".join(map(str, line)) + "\n" for line in lines)
         (folder / "regmix" / f"{table}.csv").write_text(text)
-    experiment = pretraining.experiment_settings(folder, Path("compare"), size, [1, 2])
+    experiment = pretraining.experiment_settings(folder, Path("compare"), size, [1, 2], MIXERS[size], "by_size")
     assert not any(str(prepared) in text for text in (str(experiment), str(pretraining.doremi_settings(folder, size))))
     Path("compare.yaml").write_text(yaml.safe_dump(experiment))
     assert main(["compare", "compare.yaml", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    for name in pretraining.variants(folder, size):
+    for name in MIXERS[size]:
         assert said.count(f"runs/{name}/seed-") == 2
     (folder / "doremi").rename("found")  # the command refuses a folder that it did not make
     Path("doremi.yaml").write_text(yaml.safe_dump(pretraining.doremi_settings(folder, size)))

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from dataflex.errors import ConfigError, Problem
+
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks" / "leaderboard"))
 
@@ -115,3 +117,55 @@ def test_times(text: str, seconds: float) -> None:
     assert run.seconds_of(text) == seconds
     with pytest.raises(argparse.ArgumentTypeError, match="must be a time above 0"):
         run.seconds_of(f"{text}x")
+
+
+def test_a_problem_of_a_variant_is_named_as_the_board_has_it(tmp_path: Path) -> None:
+    here = work(tmp_path, board=Path("board.yaml"))
+    problems = [
+        Problem("variants.loss_high.dataflex.select.focus", "must be high."),
+        Problem("variants.near-sort.dataflex.order.by", "is\n unknown."),
+        Problem("variants.odm.dataflex.mix.method", "is unknown."),
+        Problem("base.template", "is unknown."),
+    ]
+    assert list(here._said(ConfigError(problems=problems, source="g.yaml"))) == [
+        "board.yaml: methods.large_tier.loss_high: select.focus: must be high.",
+        "board.yaml: orders.sort: order.by: is unknown.",
+        "board.yaml: mixers.every_tier.odm: mix.method: is unknown.",
+        "g.yaml: base.template: is unknown.",
+    ]
+
+
+def test_a_lesser_result_does_not_replace_the_committed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    committed = tmp_path / "benchmarks" / "results" / "leaderboard" / "small.json"
+    (tmp_path / "docs").mkdir()
+    here = work(tmp_path / "work", "small", results=None)
+    here.folder.mkdir(parents=True)
+    here._write_results()  # nothing is committed yet
+    assert json.loads(committed.read_text())["tables"] == []
+    assert (tmp_path / "docs" / "results.md").is_file()
+    fuller = (ROOT / "benchmarks" / "results" / "leaderboard" / "small.json").read_bytes()
+    committed.write_bytes(fuller)
+    (tmp_path / "docs" / "results.md").unlink()
+    capsys.readouterr()
+    here._write_results()
+    said = capsys.readouterr().out
+    assert committed.read_bytes() == fuller
+    assert not (tmp_path / "docs" / "results.md").exists()
+    assert said.count("\n") == 1
+    assert "the new result lacks the table mixtures-vs-by_size; " in said
+    assert "the costs of losses" in said
+    assert {file.name for file in here.folder.iterdir()} == {"result.json", "results.md", "results.html"}
+    assert json.loads((here.folder / "result.json").read_text())["tables"] == []
+
+
+def test_all_missing_files_are_named(tmp_path: Path) -> None:
+    here = work(tmp_path, "small", data=tmp_path / "data", only=["A", "B", "C"])
+    missing = here._missing_files()
+    assert len(missing) == 21
+    said = here._said_of(missing)
+    assert said.startswith(f"--data: there is no folder {tmp_path / 'data'}.")
+    assert all(f"\n  {file}\n" in said for file in missing)
