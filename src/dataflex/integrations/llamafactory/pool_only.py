@@ -6,15 +6,16 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from dataflex.api.given_weights import GivenWeightParams
 from dataflex.config.loading import RunConfig
 from dataflex.data.columns import WantedColumn
 from dataflex.data.pool import Pool
-from dataflex.integrations.llamafactory.loading import Loader, load_noting_rows
+from dataflex.integrations.llamafactory.loading import Loader, Wanted, load_noting_rows
 from dataflex.integrations.llamafactory.parsing import parse
 
 _TOKENIZER_KEYS = (
@@ -24,7 +25,12 @@ _TOKENIZER_KEYS = (
 )  # fmt: skip
 
 
-def pool_of(config: RunConfig, domain_column: str | None = None, columns: Sequence[str] = ()) -> tuple[Pool, Any]:
+def pool_of(
+    config: RunConfig,
+    domain_column: str | None = None,
+    columns: Sequence[str] = (),
+    weights: Mapping[str, GivenWeightParams] | None = None,
+) -> tuple[Pool, Any]:
     """Load the pool of a run and its tokenizer, without the model. Nothing is printed or logged.
 
     Only the keys that preprocessing depends on are used. Keys about training and devices (precision, quantization,
@@ -35,6 +41,7 @@ def pool_of(config: RunConfig, domain_column: str | None = None, columns: Sequen
         config: configuration of a run that plans its data. Its ``dataflex:`` section is not read.
         domain_column: the section's ``domain_column``.
         columns: raw columns to store with the samples.
+        weights: parameters of token weights to store with the samples, by configuration key of a component.
 
     Returns:
         The pool, and the tokenizer as LLaMA-Factory sets it up for the template.
@@ -43,7 +50,7 @@ def pool_of(config: RunConfig, domain_column: str | None = None, columns: Sequen
         ConfigError: if LLaMA-Factory does not accept the arguments, or if a data set cannot be loaded or is empty.
         OSError: if the tokenizer is not found.
     """
-    wanted = dict.fromkeys(columns, WantedColumn("dataflex.columns"))
+    wanted = Wanted(dict.fromkeys(columns, WantedColumn("dataflex.columns")), weights or {})
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
