@@ -63,7 +63,7 @@ class MicroBatch:
                 f"the data gives weights to {[row.size for row in rows]} tokens of the samples of a batch, which has "
                 f"{counts} trained tokens: the collator has changed the labels. Use LLaMA-Factory's collator."
             )
-        values = torch.ones_like(self.per_token)
+        values = torch.ones(counted.shape, device=counted.device)
         values[counted] = torch.from_numpy(np.concatenate(rows)).to(values)
         return values
 

@@ -191,6 +191,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         {},
         "blue 1 house 1 </s> 1 red 0.5 sun 0.5 < 0.25 moon 0.25 > 0.25 river 2 </s> 0.5",
     ),
+    "alpaca, ends on the next prompt": (
+        "pair",
+        ALL,
+        {"template": "bailing"},
+        "blue 1 house 1 </s> 1 red 0.5 sun 0.5 < 0.25 moon 0.25 > 0.25 river 2 </s> 0.5",
+    ),
+    "alpaca, a response cut off to nothing": (
+        "pair",
+        {"message_key": "weight"},
+        {"template": "bailing", "mask_history": True, "cutoff_len": 4},
+        "</s> 0.5",
+    ),
     "alpaca by role alone": (
         "pair",
         {"roles": {"assistant": 0.75}},

@@ -31,6 +31,8 @@ _KEPT = "dataflex_token_weights.parquet"
 """Name of the file beside tokenized data that holds the weights, with one list per training sample."""
 _SAMPLES = b"dataflex_samples"
 """Key in the file's metadata for the fingerprint of the samples that the weights belong to."""
+_FORMAT = 1
+"""Part of the name of cached results. Raised if the meaning of a weight changes, so that none is taken from before."""
 _BLOCK = 1000
 """Number of samples whose tokens are compared at a time."""
 
@@ -59,6 +61,7 @@ class _RowEncoder:
     processor: Any
     reader: RowReader
     raw: Any
+    format: int = _FORMAT
 
     def __call__(self, rows: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         """Encode rows of LLaMA-Factory's format, given the numbers of their raw rows."""
@@ -87,12 +90,14 @@ class WeightRun:
         key: setting of the component, for messages.
         processor: LLaMA-Factory's supervised processor.
         data_args: LLaMA-Factory's data arguments.
+        uses_cache: whether an earlier result in the cache of the datasets library is used.
     """
 
     params: GivenWeightParams
     key: str
     processor: Any
     data_args: Any
+    uses_cache: bool
 
     def of(self, origin: Origin, samples: Any) -> PartWeights:
         """Return the weights of samples, given the rows that they were made of.
@@ -139,7 +144,7 @@ class WeightRun:
             remove_columns=aligned.column_names,
             features=features,
             num_proc=self.data_args.preprocessing_num_workers,
-            load_from_cache_file=not self.data_args.overwrite_cache,
+            load_from_cache_file=self.uses_cache,
             desc="Token weights of the data",
         )
 

@@ -96,10 +96,11 @@ class Loader:
             processor=self.tokenizer_module.get("processor"),
             data_args=data_args,
         )
-        # The main process of a node goes first, so that the others find its result in the cache of the data sets.
-        local = not data_args.data_shared_file_system
-        with self.training_args.main_process_first(desc="token weights", local=local):
-            return WeightRun(params, key, processor, data_args).of(origin, samples)
+        # As in LLaMA-Factory, the main process of a node goes first, and the others find its result in the cache.
+        args, local = self.training_args, not data_args.data_shared_file_system
+        uses_cache = not data_args.overwrite_cache or args.local_process_index != 0
+        with args.main_process_first(desc="token weights", local=local):
+            return WeightRun(params, key, processor, data_args, uses_cache).of(origin, samples)
 
     def __call__(self, data_args: Any, key: str = "") -> Module:
         """Return the dataset module. ``key`` is the setting that names the data sets, for error messages.
