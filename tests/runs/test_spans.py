@@ -83,6 +83,7 @@ def gradient_by_hand(folder: Path, processes: int, model: Path, weighted: bool =
 GRADIENTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one batch": (1, {"per_device_train_batch_size": 16}),
     "accumulated": (1, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}),
+    "fused": (1, {"per_device_train_batch_size": 16, "dataflex": {"fused_loss": True, "weight": SPAN}}),
     "packed": (1, {"per_device_train_batch_size": 4, "packing": True, "cutoff_len": 96}),
     "planned": (1, {"per_device_train_batch_size": 16, "dataflex": {"order": {"method": "shuffle"}, "weight": SPAN}}),
     "two processes": (2, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),

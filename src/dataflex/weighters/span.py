@@ -27,6 +27,7 @@ class SpanWeighter(Weighter[SpanWeighterParams]):
     """Weighs tokens by their role, their message, marks in the text and spans that the data lists."""
 
     elementwise = True
+    reads_losses = False
 
     def needs(self, run: RunView) -> Needs:
         """Return the weights that the data gives."""
