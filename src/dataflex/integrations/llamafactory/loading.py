@@ -316,9 +316,8 @@ class Wanted:
     @classmethod
     def of(cls, session: Session) -> Wanted:
         """Return what the components of a run need."""
-        needs = session.inputs.needs
-        weights = {key: each.given_weights for key, each in needs.items() if each.given_weights is not None}
-        return cls(session.inputs.config.wanted_columns(), weights)
+        config = session.inputs.config
+        return cls(config.wanted_columns(), config.wanted_weights())
 
 
 @dataclass(frozen=True)

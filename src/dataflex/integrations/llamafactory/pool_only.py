@@ -30,6 +30,8 @@ def pool_of(
     domain_column: str | None = None,
     columns: Sequence[str] = (),
     weights: Mapping[str, GivenWeightParams] | None = None,
+    *,
+    whole: bool = False,
 ) -> tuple[Pool, Any]:
     """Load the pool of a run and its tokenizer, without the model. Nothing is printed or logged.
 
@@ -38,10 +40,11 @@ def pool_of(
     except to the cache of the datasets library.
 
     Args:
-        config: configuration of a run that plans its data. Its ``dataflex:`` section is not read.
+        config: configuration of the run. Its ``dataflex:`` section is not read.
         domain_column: the section's ``domain_column``.
         columns: raw columns to store with the samples.
         weights: parameters of token weights to store with the samples, by configuration key of a component.
+        whole: whether LLaMA-Factory draws the samples of the run, so that all data sets are loaded as one domain.
 
     Returns:
         The pool, and the tokenizer as LLaMA-Factory sets it up for the template.
@@ -77,10 +80,14 @@ def pool_of(
             names = tuple(dict.fromkeys(data_args.dataset))
             data_args.eval_dataset = None
             if (root := data_args.tokenized_path) is not None:
-                kept = [root] if len(names) == 1 else [str(Path(root) / name) for name in names]
+                kept = [root] if whole or len(names) == 1 else [str(Path(root) / name) for name in names]
                 if not all(map(has_tokenized_data, kept)):  # LLaMA-Factory would write the tokenized data there
                     data_args.tokenized_path = None
-            pool, _ = load_noting_rows(load, data_args, names, domain_column, wanted)
+            if whole:
+                samples = load(data_args)["train_dataset"]
+                pool = Pool.concatenate({"dataset": samples}, fields=load.fields)
+            else:
+                pool, _ = load_noting_rows(load, data_args, names, domain_column, wanted)
     finally:
         logging.disable(disabled)
     return pool, module["tokenizer"]
