@@ -58,7 +58,6 @@ def pool_of(
     logging.disable(logging.CRITICAL)
     try:
         from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
-        from llamafactory.extras.misc import has_tokenized_data
         from llamafactory.hparams import DataArguments, get_train_args
         from llamafactory.hparams.model_args import ProcessorArguments
         from llamafactory.model import load_tokenizer
@@ -77,17 +76,24 @@ def pool_of(
             module = load_tokenizer(model_args)
             template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
             load = Loader(get_dataset, template, model_args, training_args, finetuning_args.stage, module)
-            names = tuple(dict.fromkeys(data_args.dataset))
-            data_args.eval_dataset = None
-            if (root := data_args.tokenized_path) is not None:
-                kept = [root] if whole or len(names) == 1 else [str(Path(root) / name) for name in names]
-                if not all(map(has_tokenized_data, kept)):  # LLaMA-Factory would write the tokenized data there
-                    data_args.tokenized_path = None
+            _only_read(data_args, whole)
             if whole:
-                samples = load(data_args)["train_dataset"]
-                pool = Pool.concatenate({"dataset": samples}, fields=load.fields)
+                pool = Pool.concatenate({"dataset": load(data_args)["train_dataset"]}, fields=load.fields)
             else:
-                pool, _ = load_noting_rows(load, data_args, names, domain_column, wanted)
+                names = tuple(dict.fromkeys(data_args.dataset))
+                pool = load_noting_rows(load, data_args, names, domain_column, wanted)[0]
     finally:
         logging.disable(disabled)
     return pool, module["tokenizer"]
+
+
+def _only_read(data_args: Any, whole: bool) -> None:
+    """Leave evaluation data out, and ``tokenized_path`` too if LLaMA-Factory would write tokenized data there."""
+    from llamafactory.extras.misc import has_tokenized_data
+
+    data_args.eval_dataset = None
+    root, names = data_args.tokenized_path, tuple(dict.fromkeys(data_args.dataset))
+    if root is not None:
+        kept = [root] if whole or len(names) == 1 else [str(Path(root) / name) for name in names]
+        if not all(map(has_tokenized_data, kept)):
+            data_args.tokenized_path = None
