@@ -18,6 +18,7 @@ from dataflex.api.context import (
     StepStatistics,
     TokenLosses,
 )
+from dataflex.api.given_weights import GivenWeightParams
 from dataflex.api.measurement import MeasuredBatch, Measurement, MeasurementRun, register_measurement
 from dataflex.api.mixer import DomainParams, Mixer, MixerParams
 from dataflex.api.needs import Needs, RunView
@@ -93,6 +94,7 @@ EXPORTS = {
     "FeatureStore": "dataflex.probe.store",
     "GenerationSettings": "dataflex.api.probe",
     "Generations": "dataflex.probe.generations",
+    "GivenWeightParams": "dataflex.api.given_weights",
     "GradientFeatures": "dataflex.probe.gradient_features",
     "GradientNorms": "dataflex.probe.gradient_norms",
     "GradientProducts": "dataflex.probe.gradient_products",
@@ -187,6 +189,7 @@ __all__ = [
     "FeatureStore",
     "GenerationSettings",
     "Generations",
+    "GivenWeightParams",
     "GradientFeatures",
     "GradientNorms",
     "GradientProducts",

@@ -157,3 +157,10 @@ def test_the_data_file_has_the_columns_that_the_examples_name() -> None:
         frozenset({"instruction", "input", "output", "topic", "quality", "complexity", "difficulty", "weight"})
     }
     assert {row["topic"] for row in rows} == {"arithmetic", "python"}
+
+
+def test_the_spans_of_the_data_file_are_the_answers() -> None:
+    rows = json.loads((EXAMPLES / "data" / "reasoned.json").read_text())
+    spans = [(row["messages"], span) for row in rows for span in row["spans"]]
+    texts = [messages[span["message"]]["content"][span["begin"] : span["end"]] for messages, span in spans]
+    assert texts == ["108", "0.9"]

@@ -265,6 +265,7 @@ class StepBatch:
         validation_pool: the validation samples, if the weighter needs them. Read them as :attr:`validation`.
         embedding_source: function that returns embeddings, if the weighter needs them. Call :meth:`embeddings`.
         pooled: hidden states of the samples, reduced to one vector each; None if the weighter does not need them.
+        given: weights of tokens that the data gives, (n, T); None if the weighter does not need them.
 
     Example:
         >>> import torch
@@ -284,6 +285,7 @@ class StepBatch:
     validation_pool: Pool | None = None
     embedding_source: Callable[[IndexArray, Pool | None], EmbeddingArray] | None = None
     pooled: Tensor | None = None
+    given: Tensor | None = None
 
     @property
     def validation(self) -> Pool:
@@ -367,6 +369,16 @@ class StepBatch:
                 "Needs(step_embeddings=Embeddings()) from its needs()."
             )
         return self.pooled
+
+    @property
+    def given_weights(self) -> Tensor:
+        """Weights of the tokens that the data gives, shape (n, T); 1 for a token that is not trained on."""
+        if self.given is None:
+            raise ComponentError(
+                "batch.given_weights is read by a weighter whose needs() name none; return "
+                "Needs(given_weights=self.params) from its needs(), whose parameters extend dataflex.GivenWeightParams."
+            )
+        return self.given
 
     @property
     def _pool(self) -> Pool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from dataflex.api.given_weights import GivenWeightParams
     from dataflex.api.measurement import Measurement
     from dataflex.api.params import EmbeddingParams, ValidationParams
     from dataflex.api.reference import ReferenceParams
@@ -78,6 +79,8 @@ class Needs:
             embeddings.
         step_embeddings: how the hidden states of the step's own forward pass are reduced to one vector per sample. A
             weighter reads the vectors as ``batch.step_embeddings``. None means that the weighter needs no vectors.
+        given_weights: the weights of tokens that the data gives. A weighter reads them as ``batch.given_weights``. None
+            means that the weighter needs no such weights.
 
     Example:
         >>> from dataflex import Losses, Needs, ValidationParams
@@ -94,3 +97,4 @@ class Needs:
     step_losses: Literal["nothing", "domains", "samples", "tokens"] = "nothing"
     embeddings: EmbeddingParams | None = None
     step_embeddings: HiddenStates | None = None
+    given_weights: GivenWeightParams | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataflex.api import registry
+from dataflex.api.given_weights import GivenWeightParams
 from dataflex.api.reference import NumberType, ReferenceParams, files_of_domain, read_table
 from dataflex.commands.train import checked_config, print_notes
 from dataflex.config.checks.values import truthy
@@ -56,11 +57,13 @@ class _Prepared:
         config: the configuration.
         planned: whether DataFlex draws the samples of the training.
         columns: raw columns that the training stores with its samples.
+        weights: parameters of token weights that the training stores with its samples, by configuration key.
     """
 
     config: RunConfig
     planned: bool
     columns: dict[str, WantedColumn]
+    weights: dict[str, GivenWeightParams]
 
 
 def reference(asked: Asked) -> int:
@@ -119,7 +122,7 @@ def prepared(config: RunConfig, output: Path) -> _Prepared:
         params={key: (cls, cls.Params())},
         options={},
     )
-    return _Prepared(alone, planned, config.wanted_columns())
+    return _Prepared(alone, planned, config.wanted_columns(), config.wanted_weights())
 
 
 def _problems(config: RunConfig) -> Iterator[Problem]:
@@ -164,7 +167,7 @@ def run(made: _Prepared, model: str, output: Path, kind: NumberType) -> None:
     from dataflex.integrations.llamafactory.reference_run import ReferenceRun
     from dataflex.integrations.llamafactory.run import run_until_left
 
-    making = ReferenceRun(made.config, model, output, kind, made.planned, made.columns)
+    making = ReferenceRun(made.config, model, output, kind, made.planned, made.columns, made.weights)
     run_until_left(made.config, making.installed())
     if making.is_main:
         assert making.pool is not None

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from dataflex.api import registry
 from dataflex.api.component import Component
 from dataflex.api.components import Components, Entry, family_key
+from dataflex.api.given_weights import GivenWeightParams
 from dataflex.api.params import ComponentParams
 from dataflex.config import legacy
 from dataflex.config.arguments import is_on, with_words
@@ -261,6 +262,11 @@ class RunConfig:
                 before = found.get(name, WantedColumn(f"{SECTION}.{key}"))
                 found[name] = replace(before, checks=(*before.checks, (f"{SECTION}.{key}", component.column_problem)))
         return found
+
+    def wanted_weights(self) -> dict[str, GivenWeightParams]:
+        """Return the parameters of token weights that are kept with the samples, by configuration key."""
+        needs = self.build_components().needs(self)
+        return {key: each.given_weights for key, each in needs.items() if each.given_weights is not None}
 
     @property
     def families(self) -> set[str]:

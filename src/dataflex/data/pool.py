@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.data.columns import ColumnArray, column_digest
+from dataflex.data.given_weights import GivenWeights
 from dataflex.data.sampling import IndexArray
 from dataflex.data.stages import SampleFields
 from dataflex.errors import ConfigError, unknown
@@ -120,6 +121,8 @@ class Pool:
         """Domain -> the rows of its samples, if known. They are unknown for packed samples."""
         self._columns: dict[str, ColumnArray] = {}
         """Values of the stored raw columns, one per sample, by name of the column."""
+        self.given_weights: dict[str, GivenWeights] = {}
+        """Weights of the trained tokens that the data gives, by configuration key of the component that reads them."""
         self.decode: Callable[[list[int]], str] | None = None
         """Function that returns the text of tokens; None without a tokenizer."""
 
@@ -299,8 +302,11 @@ class Pool:
 
     @cached_property
     def column_fingerprints(self) -> dict[str, str]:
-        """A digest of the values of each stored raw column."""
-        return {name: column_digest(values) for name, values in self._columns.items()}
+        """A digest of the values of each stored raw column, and of the token weights that the data gives."""
+        return {
+            **{name: column_digest(values) for name, values in self._columns.items()},
+            **{f"token weights {weights.source}": weights.digest for weights in self.given_weights.values()},
+        }
 
     def text(self, index: int) -> str:
         """Return the text of a sample: its decoded tokens without special tokens.

@@ -69,7 +69,8 @@ class StepLoss:
             if needs.embeddings is not None:
                 embeddings = partial(self._embeddings, entry.key)
             tokens, pooled = reference or needs.step_losses == "tokens", needs.step_embeddings
-            weighings.append(Weighing(entry, tokens, reference, validation, embeddings, pooled is not None))
+            given = None if run.data.samples is None else run.data.samples.given_weights.get(entry.key)
+            weighings.append(Weighing(entry, tokens, reference, validation, embeddings, pooled is not None, given))
             if pooled is not None:
                 self._consumers[entry.key] = consumer_of(model, pooled.layer)
         size = run.steps.global_batch_size

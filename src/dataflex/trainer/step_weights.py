@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from dataflex.api.components import Entry
 from dataflex.api.context import EmbeddingArray, StepBatch, StepStart, TokenLosses
 from dataflex.api.source import label_of
 from dataflex.api.weighter import Weighter
+from dataflex.data.given_weights import GivenWeights
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX
@@ -46,6 +48,25 @@ class MicroBatch:
         values[self.labels != IGNORE_INDEX] = self.references[key].to(values)
         return values
 
+    def given(self, weights: GivenWeights) -> Tensor:
+        """Return the weight of every position that the data gives, (B, T); 1 at positions that do not count.
+
+        Raises:
+            ComponentError: if the labels have another number of trained tokens than the samples of the pool.
+        """
+        assert self.places is not None  # streaming data is refused before the run
+        rows = weights.rows(self.places.cpu().numpy())
+        counted = self.labels != IGNORE_INDEX
+        counts = counted.sum(1).tolist()
+        if counts != [row.size for row in rows]:
+            raise ComponentError(
+                f"the data gives weights to {[row.size for row in rows]} tokens of the samples of a batch, which has "
+                f"{counts} trained tokens: the collator has changed the labels. Use LLaMA-Factory's collator."
+            )
+        values = torch.ones(counted.shape, device=counted.device)
+        values[counted] = torch.from_numpy(np.concatenate(rows)).to(values)
+        return values
+
 
 @dataclass(frozen=True)
 class Weighing:
@@ -58,6 +79,7 @@ class Weighing:
         validation: its validation samples, if it needs some.
         embeddings: returns embeddings, if it needs some.
         pooled: whether it reads hidden states of the step's forward pass.
+        given: the weights of tokens that the data gives, if it needs some.
     """
 
     entry: Entry[Weighter]
@@ -66,6 +88,7 @@ class Weighing:
     validation: Pool | None = None
     embeddings: Callable[[IndexArray, Pool | None], EmbeddingArray] | None = None
     pooled: bool = False
+    given: GivenWeights | None = None
 
     def acts_in(self, step: int) -> bool:
         """Return whether the weighter acts in step number ``step`` (from 0)."""
@@ -82,6 +105,7 @@ class _Samples:
     trained: Tensor | None = None
     references: Mapping[str, Tensor] = field(default_factory=dict)
     pooled: Mapping[str, Tensor] = field(default_factory=dict)
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> _Samples:
         """Return a copy with ``change`` applied to every tensor."""
@@ -92,8 +116,9 @@ class _Samples:
     def changed_tokens(self, change: Callable[[Tensor], Tensor]) -> _Samples:
         """Return a copy with ``change`` applied to the tensors that have a column for each token."""
         references = {key: change(values) for key, values in self.references.items()}
+        given = {key: change(values) for key, values in self.given.items()}
         per_token, trained = (None if each is None else change(each) for each in (self.per_token, self.trained))
-        return replace(self, per_token=per_token, trained=trained, references=references)
+        return replace(self, per_token=per_token, trained=trained, references=references, given=given)
 
 
 MakeBatch = Callable[[Tensor, Tensor | None, TokenLosses | None], StepBatch]
@@ -218,9 +243,13 @@ class StepWeights:
         losses = shown.means if weighter.reads_losses else torch.full_like(shown.means, torch.nan)
         batch = self.make_batch(losses, shown.places, tokens)
         pooled = shown.pooled[each.entry.key] if each.pooled else None
-        batch = replace(batch, validation_pool=each.validation, embedding_source=each.embeddings, pooled=pooled)
+        of_data = None if each.given is None else shown.given[each.entry.key]
+        batch = replace(
+            batch, validation_pool=each.validation, embedding_source=each.embeddings, pooled=pooled, given=of_data
+        )
         given = weighter.weigh(batch)
-        check_shape(weighter, given, shown.means.numel(), None if tokens is None else tokens.trained)
+        reads_tokens = each.tokens or each.given is not None
+        check_shape(weighter, given, shown.means.numel(), shown.trained if reads_tokens else None)
         weights = given.to(shown.means)
         if weights.dim() == 1:
             return weights
@@ -252,7 +281,7 @@ def _side_by_side(batches: Sequence[MicroBatch], acting: Sequence[Weighing]) -> 
     places = torch.cat(known) if known else None
     looking = [each.entry.key for each in acting if each.pooled]
     pooled = {key: torch.cat([batch.pooled[key] for batch in batches]) for key in looking}
-    if not any(each.tokens for each in acting):
+    if not any(each.tokens or each.given is not None for each in acting):
         return _Samples(means, places, pooled=pooled)
     columns = max(batch.labels.shape[1] for batch in batches)
 
@@ -260,6 +289,11 @@ def _side_by_side(batches: Sequence[MicroBatch], acting: Sequence[Weighing]) -> 
         return torch.cat([_widened(values(batch), columns) for batch in batches])
 
     keys = [each.entry.key for each in acting if each.reference]
+    given = {
+        each.entry.key: joined(lambda batch, weights=each.given: batch.given(weights))  # type: ignore[misc]
+        for each in acting
+        if each.given is not None
+    }
     return _Samples(
         means,
         places,
@@ -267,6 +301,7 @@ def _side_by_side(batches: Sequence[MicroBatch], acting: Sequence[Weighing]) -> 
         joined(lambda batch: batch.labels != IGNORE_INDEX),
         {key: joined(lambda batch, key=key: batch.reference(key)) for key in keys},  # type: ignore[misc]
         pooled,
+        given,
     )
 
 

@@ -35,6 +35,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "schedule": {"points": [{"step": 0, "proportions": [1, 1, 1]}]},
     "doremi": {"reference_model": "r"},
     "score_column": {"column": "quality"},
+    "span": {"roles": {"assistant": 0.5}},
     "rho_loss": {"reference_model": "r"},
     "rho1": {"reference_model": "r"},
     "token_cleaning": {"reference_model": "r"},

@@ -15,7 +15,7 @@ from dataflex.config.loading import RunConfig
 from dataflex.data.columns import Packs, WantedColumn, column_digest, join_columns
 from dataflex.data.pool import Pool
 from dataflex.errors import ConfigError
-from dataflex.integrations.llamafactory.loading import Loader, load_noting_rows
+from dataflex.integrations.llamafactory.loading import Loader, Wanted, load_noting_rows
 from dataflex.integrations.llamafactory.parsing import parse
 from dataflex.integrations.llamafactory.pool_only import pool_of
 
@@ -243,7 +243,7 @@ def as_trained(
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
     load = Loader(get_dataset, template, model_args, training_args, finetuning_args.stage, module)
-    return load_noting_rows(load, data_args, tuple(data_args.dataset), None, wanted)[0]
+    return load_noting_rows(load, data_args, tuple(data_args.dataset), None, Wanted(wanted))[0]
 
 
 def tokenized(root: Path, folder: Path, columns: tuple[str, ...], **changes: Any) -> Pool:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dataflex import distributed
+from dataflex.api.given_weights import GivenWeightParams
+from dataflex.config.loading import SECTION
 from dataflex.data.columns import ColumnArray, WantedColumn, join_columns
 from dataflex.data.pool import DomainSamples, Pool, of_one
 from dataflex.data.stages import STAGES, SampleFields
@@ -19,6 +21,13 @@ from dataflex.errors import ConfigError, Problem
 from dataflex.integrations.llamafactory.data_errors import Load, place_of_row, refuse_empty, told
 from dataflex.integrations.llamafactory.division import load_divided
 from dataflex.integrations.llamafactory.evaluation_sets import load_evaluation
+from dataflex.integrations.llamafactory.given_weights import (
+    PartWeights,
+    WeightRun,
+    finished,
+    keep_weights,
+    kept_weights,
+)
 from dataflex.integrations.llamafactory.origins import Origin
 from dataflex.integrations.llamafactory.parsing import replaced
 from dataflex.integrations.llamafactory.session import Session
@@ -65,6 +74,33 @@ class Loader:
         """Return the text of tokens, without special tokens."""
         tokenizer = self.tokenizer_module["tokenizer"]
         return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def weights(self, origin: Origin, samples: Any, params: GivenWeightParams, key: str, data_args: Any) -> PartWeights:
+        """Return the weights of the tokens of samples.
+
+        Args:
+            origin: the raw rows of the samples.
+            samples: the samples.
+            params: the parameters of the weights.
+            key: setting of the component, for messages.
+            data_args: LLaMA-Factory's data arguments.
+
+        Raises:
+            ConfigError: if a row gives weights that cannot be used.
+        """
+        from llamafactory.data.processor import SupervisedDatasetProcessor
+
+        processor = SupervisedDatasetProcessor(
+            template=self.template,
+            tokenizer=self.tokenizer_module["tokenizer"],
+            processor=self.tokenizer_module.get("processor"),
+            data_args=data_args,
+        )
+        # As in LLaMA-Factory, the main process of a node goes first, and the others find its result in the cache.
+        args, local = self.training_args, not data_args.data_shared_file_system
+        uses_cache = not data_args.overwrite_cache or args.local_process_index != 0
+        with args.main_process_first(desc="token weights", local=local):
+            return WeightRun(params, key, processor, data_args, uses_cache).of(origin, samples)
 
     def __call__(self, data_args: Any, key: str = "") -> Module:
         """Return the dataset module. ``key`` is the setting that names the data sets, for error messages.
@@ -148,16 +184,18 @@ def _load_whole(load: Loader, session: Session, data_args: Any) -> Module:
     # Whether DataFlex needs the samples itself: a weighter of a training run may read them, and an encoder their text.
     reads = training_args.do_train and (session.trains or bool(session.inputs.wanted_embeddings))
     module: Module = {}
-    kept: dict[str, ColumnArray] = {}
+    kept = Kept({}, {})
+    wanted = Wanted.of(session) if reads else Wanted()
     if data_args.dataset or is_stored(data_args):
-        wanted = session.inputs.config.wanted_columns() if reads else dict[str, WantedColumn]()
-        module, _, kept = load_with_columns(load, _train_only(data_args), wanted)
+        module, _, kept = load_keeping(load, _train_only(data_args), wanted)
     module["eval_dataset"] = load_evaluation(load, data_args, session, module.pop("eval_dataset", None))
     if reads:
         samples = Pool.concatenate({"dataset": module["train_dataset"]}, fields=load.fields)
         samples.decode = load.decode
-        for column, values in kept.items():
+        for column, values in kept.columns.items():
             samples.keep_column(column, values)
+        for key, params in wanted.weights.items():
+            samples.given_weights[key] = finished([kept.weights[key]], params, f"{SECTION}.{key}")
         session.add_whole(samples)
         _add_validation(load, session, data_args, module["eval_dataset"])
         _check_data(session, training_args)
@@ -172,7 +210,7 @@ def _load_planned(load: Loader, session: Session, data_args: Any) -> Module:
     names = tuple(dict.fromkeys(data_args.dataset))
     inputs = session.inputs
     column = inputs.settings.domain_column
-    pool, held_out = load_noting_rows(load, _train_only(data_args), names, column, inputs.config.wanted_columns())
+    pool, held_out = load_noting_rows(load, _train_only(data_args), names, column, Wanted.of(session))
     session.add_pool(pool)
     evaluation = load_evaluation(load, data_args, session, held_out)
     mixer = inputs.components.mix
@@ -263,27 +301,59 @@ def _train_only(data_args: Any) -> Any:
     return only
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is read from the raw rows and stored with the samples.
+
+    Attributes:
+        columns: raw columns, by name.
+        weights: parameters of token weights, by configuration key of the component.
+    """
+
+    columns: Mapping[str, WantedColumn] = field(default_factory=dict)
+    weights: Mapping[str, GivenWeightParams] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, session: Session) -> Wanted:
+        """Return what the components of a run need."""
+        config = session.inputs.config
+        return cls(config.wanted_columns(), config.wanted_weights())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was read from the raw rows of one load, for its samples.
+
+    Attributes:
+        columns: values of the raw columns, by name.
+        weights: token weights, by configuration key of the component.
+    """
+
+    columns: dict[str, ColumnArray]
+    weights: dict[str, PartWeights]
+
+
 def load_noting_rows(
-    load: Loader, data_args: Any, names: tuple[str, ...], domain_column: str | None, columns: Mapping[str, WantedColumn]
+    load: Loader, data_args: Any, names: tuple[str, ...], domain_column: str | None, wanted: Wanted
 ) -> tuple[Pool, Any]:
     """Return the pool and the validation data that ``val_size`` splits off (see :func:`_load_domains`).
 
-    The pool notes the raw row of each sample, if it is known, and stores the wanted raw columns.
+    The pool notes the raw row of each sample, if it is known, and stores what is wanted of the raw rows.
 
     Args:
         load: loads data with LLaMA-Factory.
         data_args: LLaMA-Factory's data arguments.
         names: names of the data sets.
         domain_column: raw column whose values are the domains. None means that each data set is a domain.
-        columns: raw columns to store with the samples, by name.
+        wanted: what to store with the samples.
     """
     origins: list[Origin] = []
-    kept: list[dict[str, ColumnArray]] = []
+    kept: list[Kept] = []
 
     def noting(data_args: Any, key: str = "") -> Module:
-        module, origin, values = load_with_columns(load, data_args, columns, key)
+        module, origin, found = load_keeping(load, data_args, wanted, key)
         origins.append(origin)
-        kept.append(values)
+        kept.append(found)
         return module
 
     parts, held_out = _load_domains(noting, data_args, names, domain_column)
@@ -291,23 +361,25 @@ def load_noting_rows(
     pool.decode = load.decode
     for origin, (_, sizes) in zip(origins, parts, strict=True):
         pool.rows_of |= origin.rows(sizes)
-    for column, wanted in columns.items():
-        values = [(name, each[column]) for name, each in zip(names, kept, strict=True)]
-        pool.keep_column(column, join_columns(values, column, wanted.key))
+    for column, each in wanted.columns.items():
+        values = [(name, found.columns[column]) for name, found in zip(names, kept, strict=True)]
+        pool.keep_column(column, join_columns(values, column, each.key))
+    for key, params in wanted.weights.items():
+        pool.given_weights[key] = finished([found.weights[key] for found in kept], params, f"{SECTION}.{key}")
     return pool, held_out
 
 
-def load_with_columns(
-    load: Loader, data_args: Any, columns: Mapping[str, WantedColumn], key: str = ""
-) -> tuple[Module, Origin, dict[str, ColumnArray]]:
-    """Return a dataset module, the raw rows of its training samples, and the values of the wanted raw columns.
+def load_keeping(load: Loader, data_args: Any, wanted: Wanted, key: str = "") -> tuple[Module, Origin, Kept]:
+    """Return a dataset module, the raw rows of its training samples, and what is wanted of the raw rows.
 
-    A ``tokenized_path`` holds samples without their rows. The columns are therefore stored in the same folder.
+    A ``tokenized_path`` holds samples without their rows. What is wanted is therefore stored in the same folder.
     """
     from llamafactory.data import loader
 
+    columns, weights = wanted.columns, {f"{SECTION}.{each}": params for each, params in wanted.weights.items()}
     # Raw rows exist only inside LLaMA-Factory's load, so three of its functions are wrapped while it runs.
-    origin = Origin(data_args.dataset or (), columns, partial(place_of_row, data_args.dataset_dir))
+    place = partial(place_of_row, data_args.dataset_dir)
+    origin = Origin(data_args.dataset or (), columns, place, notes_packs=bool(weights))
     with (
         replaced(loader, "align_dataset", partial(origin.align, loader.align_dataset)),
         replaced(loader, "split_dataset", partial(origin.split, loader.split_dataset)),
@@ -317,12 +389,22 @@ def load_with_columns(
     samples = module["train_dataset"]
     origin.settle(len(samples), data_args.packing)
     folder = None if data_args.tokenized_path is None else Path(data_args.tokenized_path)
-    if columns and folder is not None and origin.is_stored:
-        return module, origin, kept_columns(folder, samples, columns)
+    if folder is not None and origin.is_stored:
+        stored = kept_columns(folder, samples, columns) if columns else {}
+        return module, origin, _kept(stored, kept_weights(folder, samples, weights) if weights else {})
     kept = {column: origin.column(column) for column in columns}
-    if kept and folder is not None and load.training_args.should_save:
-        keep_columns(folder, samples, kept)
-    return module, origin, kept
+    found = {each: load.weights(origin, samples, params, each, data_args) for each, params in weights.items()}
+    if folder is not None and load.training_args.should_save:
+        if kept:
+            keep_columns(folder, samples, kept)
+        if found:
+            keep_weights(folder, samples, found, weights)
+    return module, origin, _kept(kept, found)
+
+
+def _kept(columns: dict[str, ColumnArray], weights: dict[str, PartWeights]) -> Kept:
+    """Return what was read, with the weights by configuration key instead of by setting."""
+    return Kept(columns, {key.removeprefix(f"{SECTION}."): part for key, part in weights.items()})
 
 
 def _load_domains(

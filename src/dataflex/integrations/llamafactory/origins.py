@@ -14,7 +14,8 @@ stored ``tokenized_path`` have lost their rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,34 @@ SPLIT_OFF = 1e-6
 """LLaMA-Factory splits validation data off if ``val_size`` is above this value."""
 
 
+@dataclass(frozen=True)
+class RawPart:
+    """Rows of one data set.
+
+    Attributes:
+        raw: the raw rows.
+        aligned: the same rows in LLaMA-Factory's format.
+        attributes: LLaMA-Factory's description of the data set.
+    """
+
+    raw: Any
+    aligned: Any
+    attributes: Any
+
+
+@dataclass(frozen=True)
+class RowsOfAll:
+    """The rows of all samples of a load.
+
+    Attributes:
+        rows: the rows of the samples, sample after sample, counted over all data sets, (r,).
+        sizes: number of rows of each sample, with sum r; None without packing, if each sample has one row.
+    """
+
+    rows: IndexArray
+    sizes: IndexArray | None
+
+
 class Origin:
     """The raw rows of one load of training data. Three methods wrap LLaMA-Factory's functions.
 
@@ -45,12 +74,20 @@ class Origin:
         names: names of the data sets, in the order of loading.
         columns: the wanted raw columns, by name.
         place: returns the file and line of a row, from the name of its data set and its number.
+        notes_packs: whether the rows of packed samples are recorded, even if no column is wanted.
     """
 
     def __init__(
-        self, names: Sequence[str], columns: Mapping[str, WantedColumn], place: Callable[[str, int], str]
+        self,
+        names: Sequence[str],
+        columns: Mapping[str, WantedColumn],
+        place: Callable[[str, int], str],
+        notes_packs: bool = False,
     ) -> None:
         self.names, self.columns, self._place = names, columns, place
+        self._notes_packs = notes_packs or bool(columns)
+        self._attributes: list[Any] = []
+        """LLaMA-Factory's description of each data set."""
         self._raws: list[Any] = []
         """The raw rows of each data set."""
         self._aligned: Any = None
@@ -79,6 +116,7 @@ class Origin:
         for column, wanted in self.columns.items() if len(dataset) else ():
             check_column(dataset, column, wanted.key, name)
         self._raws.append(dataset)
+        self._attributes.append(attributes)
         self._drawn.append(attributes.num_samples is not None)
         return align(dataset, attributes, *args)
 
@@ -98,11 +136,11 @@ class Origin:
     ) -> Any:
         """Preprocess rows.
 
-        With packing, record the rows of each sample if columns are wanted or the data set is divided.
+        With packing, record the rows of each sample if they are wanted or the data set is divided.
         """
         if is_eval or rows is None or not data_args.packing:
             return preprocess(rows, data_args, *args, is_eval=is_eval)
-        if isinstance(rows, tuple) or not self.columns:
+        if isinstance(rows, tuple) or not self._notes_packs:
             samples = preprocess(rows, data_args, *args, is_eval=is_eval)
         else:
             sizes = shards(len(rows), data_args.preprocessing_num_workers)
@@ -155,16 +193,12 @@ class Origin:
         """
         wanted = self.columns[column]
         key = wanted.key
-        if not self._is_known:
-            raise ConfigError(
-                f"{key}: the column {column!r} cannot be stored with the samples, because it is not known from which "
-                f"rows LLaMA-Factory made the samples of {', '.join(map(repr, self.names))}. Leave the column out."
-            )
+        self._refuse_unknown(key, f"the column {column!r} cannot be stored with the samples", "Leave the column out.")
         parts = [(name, read_column(raw, column)) for name, raw in zip(self.names, self._raws, strict=True)]
         values = join_columns(parts, column, key)
         positions = np.arange(values.size) if self._positions is None else self._positions
         used = positions if self._packs is None else positions[np.unique(self._packs.rows)]
-        refuse_values(wanted, column, values[used], lambda row: self._place_of(int(used[row])))
+        refuse_values(wanted, column, values[used], lambda row: self.place_of(int(used[row])))
         values = values[positions]
         if self._packs is None:
             return values
@@ -172,7 +206,36 @@ class Origin:
             raise ConfigError(f"{key}: {text_is_packed(column)}")
         return self._packs.mean(values.astype(np.float64))
 
-    def _place_of(self, position: int) -> str:
+    @property
+    def parts(self) -> list[RawPart]:
+        """The rows of each data set, in the order of loading."""
+        ends = list(accumulate(map(len, self._raws)))
+        return [
+            RawPart(raw, self._aligned.select(range(end - len(raw), end)), attributes)
+            for raw, end, attributes in zip(self._raws, ends, self._attributes, strict=True)
+        ]
+
+    def rows_of_samples(self, key: str) -> RowsOfAll:
+        """Return the rows of all samples.
+
+        Raises:
+            ConfigError: if they are not known. The message names the setting ``key``.
+        """
+        self._refuse_unknown(key, "weights of tokens cannot be read from the data", "Remove it.")
+        positions = np.arange(len(self._aligned)) if self._positions is None else self._positions
+        if self._packs is None:
+            return RowsOfAll(positions, None)
+        return RowsOfAll(positions[self._packs.rows], self._packs.sizes)
+
+    def _refuse_unknown(self, key: str, what: str, remedy: str) -> None:
+        """Raise an error if the rows of the samples are not known."""
+        if not self._is_known:
+            raise ConfigError(
+                f"{key}: {what}, because it is not known from which rows LLaMA-Factory made the samples of "
+                f"{', '.join(map(repr, self.names))}. {remedy}"
+            )
+
+    def place_of(self, position: int) -> str:
         """Return the file and line of a raw row, from its position among the rows of all data sets."""
         for name, raw, is_drawn in zip(self.names, self._raws, self._drawn, strict=True):
             if position < len(raw):

@@ -6,15 +6,16 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from dataflex.api.given_weights import GivenWeightParams
 from dataflex.config.loading import RunConfig
 from dataflex.data.columns import WantedColumn
 from dataflex.data.pool import Pool
-from dataflex.integrations.llamafactory.loading import Loader, load_noting_rows
+from dataflex.integrations.llamafactory.loading import Loader, Wanted, load_noting_rows
 from dataflex.integrations.llamafactory.parsing import parse
 
 _TOKENIZER_KEYS = (
@@ -25,7 +26,12 @@ _TOKENIZER_KEYS = (
 
 
 def pool_of(
-    config: RunConfig, domain_column: str | None = None, columns: Sequence[str] = (), *, whole: bool = False
+    config: RunConfig,
+    domain_column: str | None = None,
+    columns: Sequence[str] = (),
+    weights: Mapping[str, GivenWeightParams] | None = None,
+    *,
+    whole: bool = False,
 ) -> tuple[Pool, Any]:
     """Load the pool of a run and its tokenizer, without the model. Nothing is printed or logged.
 
@@ -37,6 +43,7 @@ def pool_of(
         config: configuration of the run. Its ``dataflex:`` section is not read.
         domain_column: the section's ``domain_column``.
         columns: raw columns to store with the samples.
+        weights: parameters of token weights to store with the samples, by configuration key of a component.
         whole: whether LLaMA-Factory draws the samples of the run, so that all data sets are loaded as one domain.
 
     Returns:
@@ -46,12 +53,11 @@ def pool_of(
         ConfigError: if LLaMA-Factory does not accept the arguments, or if a data set cannot be loaded or is empty.
         OSError: if the tokenizer is not found.
     """
-    wanted = dict.fromkeys(columns, WantedColumn("dataflex.columns"))
+    wanted = Wanted(dict.fromkeys(columns, WantedColumn("dataflex.columns")), weights or {})
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
-        from llamafactory.extras.misc import has_tokenized_data
         from llamafactory.hparams import DataArguments, get_train_args
         from llamafactory.hparams.model_args import ProcessorArguments
         from llamafactory.model import load_tokenizer
@@ -70,17 +76,24 @@ def pool_of(
             module = load_tokenizer(model_args)
             template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
             load = Loader(get_dataset, template, model_args, training_args, finetuning_args.stage, module)
-            names = tuple(dict.fromkeys(data_args.dataset))
-            data_args.eval_dataset = None
-            if (root := data_args.tokenized_path) is not None:
-                kept = [root] if whole or len(names) == 1 else [str(Path(root) / name) for name in names]
-                if not all(map(has_tokenized_data, kept)):  # LLaMA-Factory would write the tokenized data there
-                    data_args.tokenized_path = None
+            _only_read(data_args, whole)
             if whole:
-                samples = load(data_args)["train_dataset"]
-                pool = Pool.concatenate({"dataset": samples}, fields=load.fields)
+                pool = Pool.concatenate({"dataset": load(data_args)["train_dataset"]}, fields=load.fields)
             else:
-                pool, _ = load_noting_rows(load, data_args, names, domain_column, wanted)
+                names = tuple(dict.fromkeys(data_args.dataset))
+                pool = load_noting_rows(load, data_args, names, domain_column, wanted)[0]
     finally:
         logging.disable(disabled)
     return pool, module["tokenizer"]
+
+
+def _only_read(data_args: Any, whole: bool) -> None:
+    """Leave evaluation data out, and ``tokenized_path`` too if LLaMA-Factory would write tokenized data there."""
+    from llamafactory.extras.misc import has_tokenized_data
+
+    data_args.eval_dataset = None
+    root, names = data_args.tokenized_path, tuple(dict.fromkeys(data_args.dataset))
+    if root is not None:
+        kept = [root] if whole or len(names) == 1 else [str(Path(root) / name) for name in names]
+        if not all(map(has_tokenized_data, kept)):
+            data_args.tokenized_path = None

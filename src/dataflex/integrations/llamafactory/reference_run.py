@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex import distributed
+from dataflex.api.given_weights import GivenWeightParams
 from dataflex.api.reference import NumberType
 from dataflex.config.checks.values import word
 from dataflex.config.loading import RunConfig
@@ -29,7 +30,7 @@ from dataflex.data.columns import WantedColumn
 from dataflex.data.pool import Pool
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ConfigError
-from dataflex.integrations.llamafactory.loading import Loader, load_noting_rows, load_with_columns
+from dataflex.integrations.llamafactory.loading import Loader, Wanted, load_keeping, load_noting_rows
 from dataflex.integrations.llamafactory.parsing import replaced
 from dataflex.integrations.llamafactory.stages import STAGES, workflow_of
 from dataflex.integrations.llamafactory.tokenized import refuse_foreign_folder
@@ -57,6 +58,7 @@ class ReferenceRun:
         kind: number type of the losses.
         planned: whether DataFlex draws the samples of a training. Otherwise all data sets are one domain.
         columns: raw columns that a training stores with the samples.
+        weights: parameters of token weights that a training stores with the samples, by configuration key.
     """
 
     config: RunConfig
@@ -65,6 +67,7 @@ class ReferenceRun:
     kind: NumberType
     planned: bool
     columns: dict[str, WantedColumn] = field(default_factory=dict)
+    weights: dict[str, GivenWeightParams] = field(default_factory=dict)
     pool: Pool | None = None
     """The samples, when they are loaded."""
     _missing: list[str] = field(default_factory=list)
@@ -104,12 +107,14 @@ class ReferenceRun:
         data_args.eval_dataset = None
         if not self.planned or len(set(data_args.dataset)) == 1:
             refuse_foreign_folder(data_args)
+        # Token weights are needed only by a training that finds them beside the tokenized data.
+        wanted = Wanted(self.columns, self.weights if data_args.tokenized_path is not None else {})
         if self.planned:
             names, settings = tuple(dict.fromkeys(data_args.dataset)), self.config.dataflex
             column = None if settings is None else settings.domain_column
-            pool, _ = load_noting_rows(load, data_args, names, column, self.columns)
+            pool, _ = load_noting_rows(load, data_args, names, column, wanted)
         else:
-            module, _, _ = load_with_columns(load, data_args, self.columns)
+            module, _, _ = load_keeping(load, data_args, wanted)
             pool = Pool.concatenate({"dataset": module["train_dataset"]}, fields=load.fields)
         if distributed.world_size() > 1 and len(set(distributed.on_each(lambda: pool.outline))) > 1:
             raise ConfigError(
