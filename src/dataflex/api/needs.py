@@ -78,6 +78,8 @@ class Needs:
             embeddings.
         step_embeddings: how the hidden states of the step's own forward pass are reduced to one vector per sample. A
             weighter reads the vectors as ``batch.step_embeddings``. None means that the weighter needs no vectors.
+        prompt_attention: whether a weighter reads ``batch.prompt_attention``, the attention of each token to its prompt
+            in the last layer, from the step's own forward pass. It then also receives the losses of the tokens.
 
     Example:
         >>> from dataflex import Losses, Needs, ValidationParams
@@ -94,3 +96,4 @@ class Needs:
     step_losses: Literal["nothing", "domains", "samples", "tokens"] = "nothing"
     embeddings: EmbeddingParams | None = None
     step_embeddings: HiddenStates | None = None
+    prompt_attention: bool = False

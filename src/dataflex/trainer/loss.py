@@ -28,7 +28,7 @@ from dataflex.data.token_loss import IGNORE_INDEX, sample_means, shifted, token_
 from dataflex.errors import ComponentError
 from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.statistics import BatchLosses
-from dataflex.trainer.step_weights import MicroBatch, StepWeights
+from dataflex.trainer.step_weights import MicroBatch, StepWeights, Watched
 
 MIX = "mix"
 """Configuration key of the mixer. Its reference losses are stored under this key."""
@@ -59,8 +59,8 @@ class WeightedLoss:
     """Domain of each sample of the micro-batch, (B,), if the run has domain weights."""
     references: Mapping[str, Tensor] = field(default_factory=dict)
     """Configuration key -> the reference losses of the micro-batch at each position that counts, (c,)."""
-    pooled: dict[str, Tensor] = field(default_factory=dict)
-    """Configuration key -> one pooled hidden-state vector per sample, (B, H). The forward pass fills it in."""
+    watched: Watched = field(default_factory=Watched)
+    """Values of the micro-batch that weighters read in its forward pass, which fills them in."""
     step: int = 0
     """Number of optimizer steps done so far."""
     active: bool = True
@@ -99,7 +99,10 @@ class WeightedLoss:
             assert self.domains is not None
             weighs.decide(self.domains, sums.detach(), excess)
         means = sample_means(sums.detach(), counts)
-        shown = MicroBatch(labels, per_token.detach(), means, self.places, self.references, self.pooled)
+        watched = self.watched
+        shown = MicroBatch(
+            labels, per_token.detach(), means, self.places, self.references, watched.pooled, watched.attention
+        )
         weights = self._weights(shown)
         weighted = _weighted(per_token, sums, weights)
         if self.weights is not None:

@@ -216,7 +216,7 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         """Return the loss of a training micro-batch, computed with DataFlex's loss function."""
         self.step_loss.prepare(inputs, indices)
         loss = self.step_loss.loss
-        with self.step_loss.watching(inputs, loss.pooled), loss_function(self.causal_model(), loss):
+        with self.step_loss.watching(inputs, loss.watched), loss_function(self.causal_model(), loss):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

@@ -31,6 +31,8 @@ class MicroBatch:
         places: pool index of each sample, (B,); None if the data is streamed.
         references: configuration key -> reference loss of each position that counts, (c,), row after row.
         pooled: configuration key -> one pooled hidden-state vector per sample, (B, H).
+        attention: attention of each token to its prompt, (B, T), if a weighter reads it; 0 at positions that do not
+            count in the loss.
     """
 
     labels: Tensor
@@ -39,12 +41,30 @@ class MicroBatch:
     places: Tensor | None = None
     references: Mapping[str, Tensor] = field(default_factory=dict)
     pooled: Mapping[str, Tensor] = field(default_factory=dict)
+    attention: Tensor | None = None
 
     def reference(self, key: str) -> Tensor:
         """Return the reference loss of every position, (B, T); 0 at positions that do not count in the loss."""
         values = torch.zeros_like(self.per_token)
         values[self.labels != IGNORE_INDEX] = self.references[key].to(values)
         return values
+
+
+@dataclass
+class Watched:
+    """Values that weighters read in a forward pass. The pass fills them in.
+
+    Attributes:
+        pooled: as in :class:`MicroBatch`.
+        attention: as in :class:`MicroBatch`.
+    """
+
+    pooled: dict[str, Tensor] = field(default_factory=dict)
+    attention: Tensor | None = None
+
+    def clear(self) -> None:
+        """Forget the values of the last forward pass."""
+        self.pooled, self.attention = {}, None
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,7 @@ class Weighing:
         validation: its validation samples, if it needs some.
         embeddings: returns embeddings, if it needs some.
         pooled: whether it reads hidden states of the step's forward pass.
+        attention: whether it reads the attention of tokens to their prompts.
     """
 
     entry: Entry[Weighter]
@@ -66,6 +87,7 @@ class Weighing:
     validation: Pool | None = None
     embeddings: Callable[[IndexArray, Pool | None], EmbeddingArray] | None = None
     pooled: bool = False
+    attention: bool = False
 
     def acts_in(self, step: int) -> bool:
         """Return whether the weighter acts in step number ``step`` (from 0)."""
@@ -82,6 +104,7 @@ class _Samples:
     trained: Tensor | None = None
     references: Mapping[str, Tensor] = field(default_factory=dict)
     pooled: Mapping[str, Tensor] = field(default_factory=dict)
+    attention: Tensor | None = None
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> _Samples:
         """Return a copy with ``change`` applied to every tensor."""
@@ -92,8 +115,9 @@ class _Samples:
     def changed_tokens(self, change: Callable[[Tensor], Tensor]) -> _Samples:
         """Return a copy with ``change`` applied to the tensors that have a column for each token."""
         references = {key: change(values) for key, values in self.references.items()}
-        per_token, trained = (None if each is None else change(each) for each in (self.per_token, self.trained))
-        return replace(self, per_token=per_token, trained=trained, references=references)
+        own = (self.per_token, self.trained, self.attention)
+        per_token, trained, attention = (None if each is None else change(each) for each in own)
+        return replace(self, per_token=per_token, trained=trained, references=references, attention=attention)
 
 
 MakeBatch = Callable[[Tensor, Tensor | None, TokenLosses | None], StepBatch]
@@ -134,6 +158,10 @@ class StepWeights:
     def pooled_keys(self, step: int) -> list[str]:
         """Return the configuration keys of the weighters that read hidden states in step number ``step`` (from 0)."""
         return [each.entry.key for each in self.weighings if each.pooled and each.acts_in(step)]
+
+    def reads_attention(self, step: int) -> bool:
+        """Return whether a weighter reads the attention to prompts in step number ``step`` (from 0)."""
+        return any(each.attention and each.acts_in(step) for each in self.weighings)
 
     def begin(self, step: int, start: Callable[[Entry[Weighter]], StepStart]) -> None:
         """Let the weighters that act in step number ``step`` (from 0) measure; called on all processes.
@@ -209,7 +237,7 @@ class StepWeights:
             assert shown.per_token is not None
             assert shown.trained is not None
             reference = shown.references[each.entry.key] if each.reference else None
-            tokens = TokenLosses(shown.per_token, shown.trained, reference)
+            tokens = TokenLosses(shown.per_token, shown.trained, reference, shown.attention if each.attention else None)
         batch = self.make_batch(shown.means, shown.places, tokens)
         pooled = shown.pooled[each.entry.key] if each.pooled else None
         batch = replace(batch, validation_pool=each.validation, embedding_source=each.embeddings, pooled=pooled)
@@ -254,6 +282,7 @@ def _side_by_side(batches: Sequence[MicroBatch], acting: Sequence[Weighing]) -> 
         return torch.cat([_widened(values(batch), columns) for batch in batches])
 
     keys = [each.entry.key for each in acting if each.reference]
+    attention = joined(_attention_of) if any(each.attention for each in acting) else None
     return _Samples(
         means,
         places,
@@ -261,7 +290,13 @@ def _side_by_side(batches: Sequence[MicroBatch], acting: Sequence[Weighing]) -> 
         joined(lambda batch: batch.labels != IGNORE_INDEX),
         {key: joined(lambda batch, key=key: batch.reference(key)) for key in keys},  # type: ignore[misc]
         pooled,
+        attention,
     )
+
+
+def _attention_of(batch: MicroBatch) -> Tensor:
+    assert batch.attention is not None
+    return batch.attention
 
 
 def _widened(values: Tensor, columns: int) -> Tensor:
