@@ -75,7 +75,10 @@ LEFT_OUT = {
         "rho_loss": "needs a model trained on held-out data",
         "tracin": "needs the checkpoints of an earlier run",
     },
-    "weight": {"score_column": "needs a column of weights"},
+    "weight": {
+        "score_column": "needs a column of weights",
+        "ss_token": "weighs tokens, and the weighters of the paper weigh samples",
+    },
 }
 """Methods without a variant, and why."""
 

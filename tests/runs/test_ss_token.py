@@ -23,12 +23,11 @@ pytestmark = pytest.mark.launch
 
 SHARE, GAMMA, TEMPERATURE = 0.45, 0.4, 0.4
 UNIFORM = {"warmup_steps": 1, "weight": {"method": "uniform"}}
-SPREAD = {"ddp": {}, "fsdp2": FSDP2, "zero3": {}}
+SPREAD = ("fsdp2", "zero3")
 AHEAD = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
 KINDS: dict[str, dict[str, Any]] = {
     "sdpa": {"flash_attn": "sdpa"},
-    "eager": {"flash_attn": "disabled"},
-    "not checkpointed": {"disable_gradient_checkpointing": True},
+    "eager": {"flash_attn": "disabled", "disable_gradient_checkpointing": True},
     "ahead": AHEAD,
 }
 """Settings of the runs. With two micro-batches, weights of a chain are decided in forward passes before the step."""
@@ -92,9 +91,8 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     bloom = make_bloom(inputs / "bloom", workshop.model)
     workshop.add("ss_token-bloom", **run_of(bloom, workshop.model, ""))
     workshop.start(1)
-    for kind, changes in SPREAD.items():
-        spread = tiny.zero(inputs, 3) if kind == "zero3" else changes
-        run = run_of(model, history, "", per_device_train_batch_size=4, **longer, **spread)
+    for kind, changes in zip(SPREAD, (FSDP2, tiny.zero(inputs, 3)), strict=True):
+        run = run_of(model, history, "", per_device_train_batch_size=4, **longer, **changes)
         workshop.add(f"ss_token-{kind}", **run)
     workshop.start(2)
     return workshop
@@ -151,7 +149,7 @@ def test_the_gradient_is_that_of_the_kept_tokens(runs: Any, kind: str) -> None:
     model, history = map(Path, json.loads((runs.root / "attentive.txt").read_text()))
     (kept,) = composed_loss.kept(folder, 1)
     expected = gradient_by_hand(folder, model, history, kind)
-    assert composed_loss.distance(kept["gradients"], expected) < 1e-6
+    assert composed_loss.distance(kept["gradients"], expected) < 1e-5  # the matrix is a softmax in float32
     predictors = gradient_by_hand(folder, model, history, kind, own_row=False)
     assert composed_loss.distance(predictors, expected) > 1e-2
 

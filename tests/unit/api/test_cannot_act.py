@@ -36,6 +36,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "doremi": {"reference_model": "r"},
     "score_column": {"column": "quality"},
     "rho_loss": {"reference_model": "r"},
+    "ss_token": {"reference_model": "r"},
     "dsir": {"validation": "v"},
     "deita": {"quality": "quality"},
     "stages": {"stages": [{"domains": ["a"]}, {"domains": ["b", "c"]}]},
