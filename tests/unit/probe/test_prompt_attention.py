@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch._dynamo.utils import counters
+from transformers.masking_utils import flash_attention_mask
 
 from dataflex.data.token_loss import IGNORE_INDEX, shifted
 from dataflex.errors import ComponentError
@@ -87,6 +88,37 @@ def test_a_fused_attention_function_gives_the_same(name: str, side: str) -> None
     found = read(model, inputs, labels)
     expected = of_the_output(made(name, "eager", **uncapped), inputs, labels)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def flash_like(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention under the conventions of flash attention: it gets the mask of padding, (B, T), or none."""
+    width, heads = query.shape[2], query.shape[1] // key.shape[1]
+    distance = torch.arange(width)[:, None] - torch.arange(width)
+    allowed = (distance >= 0) & (distance < (sliding_window or width))
+    if attention_mask is not None:
+        assert attention_mask.dim() == 2
+        allowed = allowed & attention_mask[:, None, None].bool()
+    products = query @ key.repeat_interleave(heads, 1).mT * options["scaling"]
+    matrix = products.masked_fill(~allowed, -1e30).softmax(-1)
+    return (matrix @ value.repeat_interleave(heads, 1)).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["llama", "mistral, a sliding window"])
+def test_a_function_that_gets_the_mask_of_padding_alone_gives_the_same(name: str, side: str) -> None:
+    transformers.AttentionInterface.register("padding_only", flash_like)
+    transformers.AttentionMaskInterface.register("padding_only", flash_attention_mask)
+    inputs, labels = a_batch(LENGTHS, side)
+    found = read(made(name, "padding_only"), inputs, labels)
+    torch.testing.assert_close(found, of_the_output(made(name, "eager"), inputs, labels), rtol=1e-5, atol=1e-6)
 
 
 def test_double_precision_agrees_further() -> None:
