@@ -93,8 +93,7 @@ def apart(options: argparse.Namespace, tuning: str, name: str) -> dict[str, floa
     command += ["--samples", str(options.samples), "--batch-tokens", str(options.batch_tokens)]
     command += ["--dim", str(options.dim), "--rank", str(options.rank)]
     command += [*(["--bf16"] if options.bf16 else []), *(["--texts"] if options.texts else [])]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return _answer(command)
 
 
 def peer(options: argparse.Namespace) -> dict[str, float]:
@@ -110,7 +109,12 @@ def peer(options: argparse.Namespace) -> dict[str, float]:
         file.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
         command = [str(options.peer), str(PEER), "--model", str(path), "--samples", str(file)]
         command += ["--batch-tokens", str(options.batch_tokens)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return _answer(command)
+
+
+def _answer(command: list[str]) -> dict[str, float]:
+    """Run a command and return its last line, a JSON object. The errors of the command are shown."""
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

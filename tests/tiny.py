@@ -146,6 +146,17 @@ def zero(folder: Path, stage: int) -> dict[str, Any]:
     return {"deepspeed": str(path)}
 
 
+FSDP2 = {
+    "fsdp": "full_shard auto_wrap",
+    "fsdp_config": {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "cpu_ram_efficient_loading": False,
+    },
+}
+"""Arguments of a run that FSDP2 shards."""
+
+
 def make_experts(folder: Path) -> Path:
     """Write a random one-layer Mixtral of four experts, two for each token, with the tokenizer of ``make_model``."""
     import torch

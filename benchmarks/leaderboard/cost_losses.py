@@ -148,7 +148,8 @@ def measure(settings: Any, folder: Path) -> dict[str, Any]:
     from dataflex import assets
 
     inputs = Inputs(str(assets.resolve(settings.model)), folder / "samples.json")
-    size = 2 * settings.samples
+    # Several batches of the probe: it also runs two samples twice more, to check the head.
+    size = 8 * settings.samples
     print("losses", flush=True)
     with in_turn({"write": partial(write_samples, data=settings.data, size=size)}, inputs, folder):
         pass

@@ -91,7 +91,10 @@ BEFORE_LOADING: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["disable_shuffling", "dataflex.order"],
     ),
     "two totals": ({"max_steps": 5, "dataflex": {**SELECT, "train_steps": 5}}, ["train_steps", "max_steps"]),
-    "weights and dft": ({"use_dft_loss": True, "dataflex": {"weight": {"method": "loss"}}}, ["use_dft_loss", "weight"]),
+    "weights and asft": (
+        {"use_asft_loss": True, "dataflex": {"weight": {"method": "loss"}}},
+        ["use_asft_loss", "weight"],
+    ),
     "weights and smoothing": (
         {"label_smoothing_factor": 0.1, "dataflex": {"weight": {"method": "loss"}}},
         ["label_smoothing_factor", "weight"],

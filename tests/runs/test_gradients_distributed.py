@@ -32,14 +32,6 @@ WRAPPERS = {
     "fsdp2": "FSDPModule",
 }
 MODES = list(WRAPPERS)
-FSDP2 = {
-    "fsdp": "full_shard auto_wrap",
-    "fsdp_config": {
-        "version": 2,
-        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-        "cpu_ram_efficient_loading": False,
-    },
-}
 
 
 def less(**params: Any) -> dict[str, Any]:
@@ -73,11 +65,11 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     ),
 }
 # A forward alone leaves FSDP2's parameters gathered there.
-GATHERED = {**FSDP2, "fsdp_config": {**FSDP2["fsdp_config"], "reshard_after_forward": False}}
+GATHERED = {**tiny.FSDP2, "fsdp_config": {**tiny.FSDP2["fsdp_config"], "reshard_after_forward": False}}
 # FSDP's own checkpointing, which is active in evaluation mode, too.
 WRAPPED = {
-    **FSDP2,
-    "fsdp_config": {**FSDP2["fsdp_config"], "activation_checkpointing": True},
+    **tiny.FSDP2,
+    "fsdp_config": {**tiny.FSDP2["fsdp_config"], "activation_checkpointing": True},
     "disable_gradient_checkpointing": True,
 }
 METHOD_CASES = [(method, mode) for method, (_, _, modes) in METHODS.items() for mode in modes]
@@ -223,7 +215,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("deepspeed")
     add_tagged_data(workshop.data)
     add_partly_trained_data(workshop.data)
-    modes = {"ddp": {}, "zero2": tiny.zero(folder, 2), "zero3": tiny.zero(folder, 3), "fsdp2": FSDP2}
+    modes = {"ddp": {}, "zero2": tiny.zero(folder, 2), "zero3": tiny.zero(folder, 3), "fsdp2": tiny.FSDP2}
     # An adapter of each kind of layer: ZeRO-3 takes its time for every module.
     base = {"dataset": "alpha,beta", "max_steps": 7, "lora_target": "q_proj,down_proj"}
     two = {mode: {**base, **changes} for mode, changes in modes.items()}

@@ -24,8 +24,22 @@ PT = {"stage": "pt", "finetuning_type": "full", "dataset": "texts,pages", "cutof
 
 
 EXCESS_TOKENS = Path(__file__).parent.parent / "plugins" / "excess_tokens.py"
-COMPOSED = (("sft", 1), ("sft", 4), ("pt", 1), ("pt", 4))
-"""Stage and micro-batches of a step of the runs whose loss several components weigh."""
+COMPOSED = (
+    ("sft", 1, False),
+    ("sft", 4, False),
+    ("pt", 1, False),
+    ("pt", 4, False),
+    ("sft", 1, True),
+    ("sft", 4, True),
+    ("pt", 4, True),
+)
+"""Stage, micro-batches of a step, and whether the loss is fused, of the runs whose loss several components weigh."""
+HEADS = {
+    "full": {"finetuning_type": "full"},
+    "adapter": {"lora_target": "q_proj,v_proj,lm_head"},
+    "packed": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **PT},
+}
+"""What the runs train whose loss is plain and fused in turn."""
 
 
 def methods(reference: Path, table: Path) -> dict[str, dict[str, Any]]:
@@ -100,6 +114,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     for name in SPREAD:
         workshop.add(f"{name}-zero3", **mixed(found[name], per_device_train_batch_size=4, **tiny.zero(inputs, 3)))
     add_composed_runs(workshop, reference, 2)
+    add_fused_runs(workshop, {"ddp": {}, "zero3": tiny.zero(inputs, 3), "fsdp2": tiny.FSDP2})
     add_excess_runs(workshop, reference, 2)
     workshop.add("pt-two", **mixed({**found["doremi"], "weights": "current"}, **PT, per_device_train_batch_size=2))
     workshop.start(2)
@@ -120,6 +135,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     workshop.add("alone-plain", **mixed({"method": "uniform"}, **alone))
     add_noise_runs(workshop, make_noise(inputs / "noise"))
     add_composed_runs(workshop, reference, 1)
+    add_fused_runs(workshop, {"one": {}})
     add_excess_runs(workshop, reference, 1)
     workshop.start(1)
     return workshop
@@ -128,7 +144,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def add_composed_runs(workshop: Any, reference: Path, processes: int) -> None:
     """Add runs of two steps, of which the gradient of the second is kept: the first one after the warm-up."""
     section = composed_loss.section(reference, EXCESS_TOKENS)
-    for name, accumulation in COMPOSED:
+    for name, accumulation, fused in COMPOSED:
         kind = PT if name == "pt" else {"finetuning_type": "full"}
         run = mixed(
             {},
@@ -139,7 +155,21 @@ def add_composed_runs(workshop: Any, reference: Path, processes: int) -> None:
             max_grad_norm=0.0,
             learning_rate=0.0,
         )
-        workshop.add(f"composed-{name}-{accumulation}-{processes}", keep=1, **{**run, **kind, "dataflex": section})
+        workshop.add(
+            f"composed-{name}-{accumulation}-{fused}-{processes}",
+            keep=1,
+            **{**run, **kind, "dataflex": {**section, "fused_loss": fused}},
+        )
+
+
+def add_fused_runs(workshop: Any, modes: dict[str, dict[str, Any]]) -> None:
+    """Add runs without weights, whose loss is plain and fused in turn."""
+    for mode, settings in modes.items():
+        for head, kind in HEADS.items():
+            run = mixed({}, **{"per_device_train_batch_size": 4, "max_steps": 3, "save_strategy": "no", **kind})
+            for fused in (True, False):
+                section = {"update_steps": 2, "mix": {"method": "uniform"}, "fused_loss": fused}
+                workshop.add(f"{head}-{fused}-{mode}", **{**run, **settings, "dataflex": section})
 
 
 def add_excess_runs(workshop: Any, reference: Path, processes: int) -> None:
@@ -334,20 +364,32 @@ def test_logged_epochs_count_the_samples_that_were_trained(runs: Any) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("name", "accumulation"), COMPOSED)
+@pytest.mark.parametrize(("name", "accumulation", "fused"), COMPOSED)
 def test_loss_coefficients_are_the_product_of_all_that_weigh(
-    runs: Any, name: str, accumulation: int, processes: int
+    runs: Any, name: str, accumulation: int, fused: bool, processes: int
 ) -> None:
-    run = f"composed-{name}-{accumulation}-{processes}"
+    run = f"composed-{name}-{accumulation}-{fused}-{processes}"
     runs.trace(run)
     reference = Path(runs.root.joinpath("reference.txt").read_text())
     expected = composed_loss.gradient_by_hand(runs.root / run, processes, runs.model, reference)
     for part in composed_loss.kept(runs.root / run, processes):
         assert composed_loss.distance(part["gradients"], expected) < 1e-6
-    if (accumulation, processes) == (4, 1):
+    if (accumulation, fused, processes) == (4, False, 1):
         for factor in ("samples", "tokens", "domains", "means"):
             other = composed_loss.gradient_by_hand(runs.root / run, processes, runs.model, reference, without=factor)
             assert composed_loss.distance(other, expected) > 1e-2, factor
+
+
+@pytest.mark.parametrize("mode", ["one", "ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_fused_loss_without_weights_is_plain_training(runs: Any, head: str, mode: str) -> None:
+    plain, fused = (
+        [entry for entry in runs.trace(f"{head}-{each}-{mode}")["history"] if "loss" in entry] for each in (False, True)
+    )
+    assert len(plain) == 3
+    for mine, theirs in zip(fused, plain, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
 
 
 def test_a_selector_compares_with_a_reference_and_sees_the_losses_of_every_step(runs: Any) -> None:

@@ -28,6 +28,7 @@ AHEAD = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
 KINDS: dict[str, dict[str, Any]] = {
     "sdpa": {"flash_attn": "sdpa"},
     "eager": {"flash_attn": "disabled", "disable_gradient_checkpointing": True},
+    "fused": {},
     "ahead": AHEAD,
 }
 """Settings of the runs. With two micro-batches, weights of a chain are decided in forward passes before the step."""
@@ -68,7 +69,7 @@ def run_of(model: Path, history: Path, kind: str, **changes: Any) -> dict[str, A
         "model_name_or_path": str(model),
         "dataset": "alpha,beta",
         "finetuning_type": "full",
-        "dataflex": {"warmup_steps": 1, "weight": weight},
+        "dataflex": {"warmup_steps": 1, "weight": weight, "fused_loss": kind == "fused"},
         "per_device_train_batch_size": 8,
         "max_steps": 2,
         **KINDS.get(kind, {}),

@@ -54,6 +54,9 @@ class Weighter(Component[WeighterParamsT]):
     Params: ClassVar[type[ComponentParams]] = WeighterParams
     elementwise: ClassVar[bool] = False
     """Whether the weight of a sample depends on this sample alone. The framework then need not gather the batch."""
+    reads_losses: ClassVar[bool] = True
+    """Whether the weights depend on the losses of the step. If not, ``batch.losses`` is NaN, and a fused loss computes
+    no logits twice."""
 
     @property
     def decides_within_step(self) -> bool:

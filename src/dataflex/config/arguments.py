@@ -260,3 +260,8 @@ def _enums() -> dict[str, tuple[str, ...]]:
 def _is_word(item: ast.stmt) -> bool:
     value = item.value if isinstance(item, ast.Assign) else None
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def is_on(value: Any) -> bool:
+    """Return whether a value of an argument is not empty, false, 0 or none, written as a value or as text."""
+    return bool(value) and str(value).lower() not in ("false", "0", "0.0", "none", "no")

@@ -102,7 +102,7 @@ _OTHERS = {
         pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight kto_rejected_weight
         simpo_gamma ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards ld_alpha
         dataflex.train_steps dataflex.train_tokens dataflex.train_seconds dataflex.probe_batch_tokens
-        dataflex.plugins dataflex.columns""",
+        dataflex.fused_loss dataflex.plugins dataflex.columns""",
     "free": """
         output_dir overwrite_output_dir resume_from_checkpoint do_train dataset_dir media_dir cache_dir logging_dir
         offload_folder tokenized_path overwrite_cache preprocessing_batch_size preprocessing_num_workers

@@ -23,7 +23,7 @@ from dataflex.api.component import Component
 from dataflex.api.components import Components, Entry, family_key
 from dataflex.api.params import ComponentParams
 from dataflex.config import legacy
-from dataflex.config.arguments import with_words
+from dataflex.config.arguments import is_on, with_words
 from dataflex.config.masking import masks
 from dataflex.config.misplaced import SECTION as SECTION
 from dataflex.config.misplaced import belongs, nested, unknown_in
@@ -34,6 +34,9 @@ from dataflex.errors import ConfigError, DataFlexError, Problem, did_you_mean, u
 
 ASSET_KEYS = ("model_name_or_path", "dataset_dir")
 """Keys of LLaMA-Factory whose value may be ``asset:NAME``."""
+
+LIGER = ("enable_liger_kernel", "use_liger_kernel")
+"""Keys that switch on the kernels of Liger: LLaMA-Factory's own, and the Trainer's."""
 
 
 class DataFlexConfig(BaseModel):
@@ -77,6 +80,11 @@ class DataFlexConfig(BaseModel):
         ge=1,
         description="Tokens in one forward pass of a measurement, padding included. If null: as many as four training "
         "micro-batches of the pool's longest sample, or as one micro-batch if gradients are computed.",
+    )
+    fused_loss: bool | None = Field(
+        None,
+        description="Compute the training loss from hidden states in chunks of tokens, without the logits of the whole "
+        "micro-batch. If null: as enable_liger_kernel or use_liger_kernel.",
     )
     plugins: list[str] = Field(
         default_factory=list, description="Python files that register components or measurements."
@@ -197,6 +205,14 @@ class RunConfig:
         if self.llamafactory.get("fsdp"):
             return "fsdp"
         return "ZeRO-3" if self.zero_stage == 3 else None
+
+    @property
+    def fused_loss(self) -> bool:
+        """Whether DataFlex computes the training loss in chunks; false without a section."""
+        if self.dataflex is None:
+            return False
+        given = self.dataflex.fused_loss
+        return given if given is not None else any(is_on(self.llamafactory.get(key)) for key in LIGER)
 
     def with_assets(self) -> RunConfig:
         """Return the configuration with ``asset:NAME`` replaced by paths; builds each asset that is not cached.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,12 @@ HEAD_CHUNK = 1024
 """Positions in a chunk of the head."""
 
 Statistic = Callable[[Tensor, Tensor], Tensor]
-"""Function of logits (n, V), float32, and labels (n,) that returns one value per position, (n,)."""
+"""Function of logits (n, V), float32 (float64 for a float64 model), and labels (n,) -> one value per position, (n,)."""
+
+
+def wide(values: Tensor) -> Tensor:
+    """Return float64 values unchanged and all others as float32."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -61,7 +67,7 @@ def full_values(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rows, columns and values of the positions that count, each (n,), from the model's own logits."""
     rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
-    logits = counted_logits(model, inputs, rows, columns).float()
+    logits = wide(counted_logits(model, inputs, rows, columns))
     return rows, columns, statistic(logits, labels[rows, columns])
 
 
@@ -71,18 +77,17 @@ def chunked_values(
     """Return the same as :func:`full_values`, with the head applied in chunks."""
     rows, columns = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
     counted = labels[rows, columns]
-    values = torch.zeros(rows.numel(), dtype=torch.float32, device=labels.device)
-    finish = behind_head(model)
+    finish, values = behind_head(model), [torch.zeros(0, device=labels.device)]
 
     def run(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         for begin in range(0, rows.numel(), HEAD_CHUNK):
             part = slice(begin, begin + HEAD_CHUNK)
-            values[part] = statistic(finish(apply(hidden[rows[part], columns[part]])).float(), counted[part])
+            values.append(statistic(wide(finish(apply(hidden[rows[part], columns[part]]))), counted[part]))
         return hidden[..., :1]  # stands for the logits in the rest of the forward; the result is discarded
 
     with replaced_forward(model.get_output_embeddings(), run):
         model(**inputs, use_cache=False)
-    return rows, columns, values
+    return rows, columns, torch.cat(values)
 
 
 def counted_logits(model: torch.nn.Module, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
@@ -106,31 +111,47 @@ def counted_logits(model: torch.nn.Module, inputs: dict[str, Any], rows: Tensor,
     return logits[0] if picked else logits[rows, columns]
 
 
-def behind_head(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the function that a model applies to its logits after the head, as far as the configuration describes it.
+@dataclass(frozen=True)
+class AfterHead:
+    """The operations of a model on its logits after the head, as far as the configuration describes them.
 
-    Logits may be capped (Gemma 2: ``final_logit_softcapping``), multiplied (Cohere: ``logit_scale``) or divided
-    (Granite: ``logits_scaling``).
+    Attributes:
+        factor: number that the logits are multiplied with (Cohere: ``logit_scale``).
+        divisor: number that the logits are divided by (Granite: ``logits_scaling``).
+        cap: bound of the logits, reached through tanh (Gemma 2: ``final_logit_softcapping``).
     """
+
+    factor: float | None = None
+    divisor: float | None = None
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the logits after these operations."""
+        if self.factor is not None:
+            logits = logits * self.factor
+        if self.divisor is not None:
+            logits = logits / self.divisor
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def slopes(self, values: Tensor) -> Tensor | float:
+        """Return the derivative by the head's output from ``values``, the logits after these operations.
+
+        It is a number if it is the same for every logit.
+        """
+        slope = (1.0 if self.factor is None else self.factor) / (1.0 if self.divisor is None else self.divisor)
+        return slope if self.cap is None else (1 - (values / self.cap) ** 2) * slope
+
+
+def behind_head(model: torch.nn.Module) -> AfterHead:
+    """Return the operations of a model on its logits after the head, as far as the configuration describes them."""
     config = model.config.get_text_config()
     names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-    factor, divisor, cap = (_number(getattr(config, name, None)) for name in names)
-
-    def finish(logits: Tensor) -> Tensor:
-        if factor is not None:
-            logits = logits * factor
-        if divisor is not None:
-            logits = logits / divisor
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    return finish
+    return AfterHead(*(_number(getattr(config, name, None)) for name in names))
 
 
 def slope_behind_head(model: torch.nn.Module) -> float:
     """Return the derivative of :func:`behind_head` at 0."""
-    with torch.enable_grad():
-        zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        return float(torch.autograd.grad(behind_head(model)(zero), zero)[0])
+    return float(behind_head(model).slopes(torch.zeros(())))
 
 
 def _number(value: Any) -> float | None:

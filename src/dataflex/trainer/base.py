@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from dataflex.probe.model import ModelProbe
     from dataflex.trainer.evaluation import DomainEvaluation
     from dataflex.trainer.run import LoadedRun, StartedRun
+    from dataflex.trainer.special_losses import SpecialLoss
     from dataflex.trainer.step_loss import StepLoss
 
 
@@ -24,6 +26,8 @@ class RunTrainer(Trainer):
 
     finetuning_args: FinetuningArguments
     data_collator: Any
+    compute_loss_func: Callable[..., Any] | None
+    """LLaMA-Factory's special loss, which bypasses the model's loss function."""
     dataflex: LoadedRun
     """The loaded run."""
     probe: ModelProbe | None
@@ -31,6 +35,8 @@ class RunTrainer(Trainer):
     embeddings: EmbeddingService | None
     """Gives embeddings to the components that request them. None whenever :attr:`probe` is None."""
     step_loss: StepLoss
+    special_loss: SpecialLoss | None
+    """Token weights of a loss of LLaMA-Factory that multiply with those of DataFlex."""
     domain_evaluation: DomainEvaluation | None
     _started: StartedRun | None
 
@@ -47,7 +53,7 @@ class RunTrainer(Trainer):
 
     @property
     def own_loss(self) -> bool:
-        """Whether training steps use DataFlex's loss function. LLaMA-Factory's special losses bypass it."""
+        """Whether training steps use DataFlex's loss function. Label smoothing and ``use_asft_loss`` bypass it."""
         return self.compute_loss_func is None and self.label_smoother is None
 
     def raw_model(self) -> torch.nn.Module:

@@ -26,9 +26,12 @@ from torch import Tensor
 
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means, shifted, token_losses
 from dataflex.errors import ComponentError
+from dataflex.probe.head import wide
 from dataflex.trainer.domain_loss import DomainLoss
+from dataflex.trainer.fused_head import FusedHead, FusedLosses
+from dataflex.trainer.special_losses import SpecialLoss
 from dataflex.trainer.statistics import BatchLosses
-from dataflex.trainer.step_weights import MicroBatch, StepWeights, Watched
+from dataflex.trainer.step_weights import MicroBatch, StepWeights, Watched, times
 
 MIX = "mix"
 """Configuration key of the mixer. Its reference losses are stored under this key."""
@@ -69,6 +72,12 @@ class WeightedLoss:
     """Weights of the step's micro-batches on this process, if they were decided before the forward passes."""
     calls: int = 0
     """Number of calls so far. Shows whether a model's forward pass has used this function."""
+    fused: FusedHead | None = None
+    """The head of the model, if it computes token losses in place of logits."""
+    special: SpecialLoss | None = None
+    """LLaMA-Factory's own token weights, which multiply those of the weighters."""
+    _taken: tuple[Tensor | None] | None = None
+    """Weights of the micro-batch whose forward pass runs, if they were decided before its losses were known."""
 
     # Excluded from torch_compile: this part reads values that differ in every step, and each value would compile
     # another graph.
@@ -86,66 +95,132 @@ class WeightedLoss:
         """Return the micro-batch's loss: ``transformers.loss.loss_utils.ForCausalLMLoss`` with loss coefficients."""
         self.calls += 1
         labels = (shifted(labels) if shift_labels is None else shift_labels).to(logits.device)
-        per_token = token_losses(logits, labels)
-        counts = (labels != ignore_index).sum(1)
+        found = self._losses(logits, labels)
+        per_token, counts = found.per_token, (labels != ignore_index).sum(1)
         sums = per_token.sum(1)
-        weighs = self.domain_loss if self.active else None
+        weighs = self._weighs
         excess = None if weighs is None else weighs.excess_sums(per_token, labels, self.references.get(MIX))
         seen = BatchLosses(sums.detach(), counts, excess, per_token=per_token.detach(), labels=labels)
-        if not self.active or (self.weights is None and weighs is None):
-            self.observe(seen)
-            return _divide(per_token.sum(), counts.sum(), num_items_in_batch)
         if weighs is not None and not weighs.decided:
             assert self.domains is not None
             weighs.decide(self.domains, sums.detach(), excess)
-        means = sample_means(sums.detach(), counts)
-        watched = self.watched
-        shown = MicroBatch(
-            labels, per_token.detach(), means, self.places, self.references, watched.pooled, watched.attention
-        )
-        weights = self._weights(shown)
-        weighted = _weighted(per_token, sums, weights)
-        if self.weights is not None:
+        weights = self._weights(labels, per_token.detach(), counts)
+        if self.weights is not None and self.active:
             counted = _weighted((labels != ignore_index).to(sums), counts.to(sums), weights)
             seen.coefficients = self._of_domains(counted).sum().detach()
         self.observe(seen)
-        return self._total(weighted, counts, num_items_in_batch)
+        if found.total is not None:
+            # The zeros carry the graph of the head's output, see `FusedHead`.
+            return self._scaled(found.total, counts, num_items_in_batch) + logits.sum() * 0
+        if self.special is not None:
+            factors = self.special.factors(per_token.detach(), found.statistic)
+            weights = factors if weights is None else times(factors, weights)
+        loss = self._scaled(self._sum(per_token, sums, counts, weights), counts, num_items_in_batch)
+        return loss if self.fused is None else loss + logits.sum() * 0
 
-    def _weights(self, batch: MicroBatch) -> Tensor | None:
-        """Return the weighters' weights of the micro-batch, (B,) or (B, T); None means 1 everywhere."""
-        if self.weights is None:
+    def _losses(self, logits: Tensor, labels: Tensor) -> FusedLosses:
+        """Return the losses of the micro-batch: those that its head has computed, or those of its logits."""
+        if self.fused is not None:
+            return self.fused.take()
+        statistic = None
+        if self.special is not None and self.special.statistic is not None:
+            statistic = self.special.statistic(wide(logits.detach()).flatten(0, 1)).view(labels.shape)
+        return FusedLosses(token_losses(logits, labels), statistic=statistic)
+
+    @property
+    def _weighs(self) -> DomainLoss | None:
+        """The domain weights if they act in the step."""
+        return self.domain_loss if self.active else None
+
+    @torch.no_grad()
+    def coefficients_before(self, labels: Tensor) -> Tensor | None:
+        """Return the coefficients of the micro-batch's tokens, (B, T), up to a factor that all tokens share.
+
+        None if they depend on the losses of the forward pass that runs.
+
+        Args:
+            labels: shifted labels, (B, T).
+        """
+        self._taken, weighs = None, self._weighs
+        if self.special is not None or (weighs is not None and not weighs.decided):
+            return None
+        if self.active and self.weights is not None and not (self.decided or self.weights.known_before(self.step)):
+            return None
+        counts = (labels != IGNORE_INDEX).sum(1)
+        unknown = torch.zeros(labels.shape, device=labels.device)
+        self._taken = (self._weights(labels, unknown, counts),)
+        # The sum is linear in the losses, so its gradient is the coefficients whatever the losses are.
+        losses = torch.zeros(labels.shape, device=labels.device, requires_grad=True)
+        with torch.enable_grad():
+            total = self._sum(losses, losses.sum(1), counts, self._taken[0])
+            return torch.autograd.grad(total, losses)[0]
+
+    def _weights(self, labels: Tensor, per_token: Tensor, counts: Tensor) -> Tensor | None:
+        """Return the weighters' weights of the micro-batch, (B,) or (B, T); None means 1 everywhere.
+
+        Args:
+            labels: shifted labels, (B, T).
+            per_token: token losses, (B, T), detached; 0 while they are not known.
+            counts: number of counted tokens of each sample, (B,).
+        """
+        if self._taken is not None:
+            (weights,), self._taken = self._taken, None
+            return weights
+        if self.weights is None or not self.active:
             return None
         if self.decided:
             return self.decided.popleft()
+        means = sample_means(per_token.sum(1), counts)
+        pooled, attention = self.watched.pooled, self.watched.attention
+        batch = MicroBatch(labels, per_token, means, self.places, self.references, pooled, attention)
         found = self.weights.decide([batch], self.step)
         return None if found is None else found[0]
 
-    def _total(self, weighted: Tensor, counts: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Return the loss of the weighted token-loss sums of samples, (B,).
+    @property
+    def _by_sample(self) -> bool:
+        """Whether the loss of the step is the mean over samples of their token means."""
+        return self.active and self.weights is not None and self.weights.by_sample
+
+    def _sum(self, per_token: Tensor, sums: Tensor, counts: Tensor, weights: Tensor | None) -> Tensor:
+        """Return the sum of the token losses times their coefficients, before the factor that all tokens share.
+
+        Args:
+            per_token: token losses, (B, T).
+            sums: sums of the rows of ``per_token``, (B,).
+            counts: number of counted tokens of each sample, (B,).
+            weights: weights of shape (B,) or (B, T). None means 1 everywhere.
+        """
+        if weights is None and self._weighs is None and not self._by_sample:
+            # As Transformers adds them, so that the loss of a run without weights has the same bits.
+            return per_token.sum() if not self.active or self.weights is None else sums.sum()
+        weighted = _weighted(per_token, sums, weights)
+        if self._by_sample:
+            weighted = weighted / counts.clamp(min=1)
+        return (weighted if self._weighs is None else self._of_domains(weighted)).sum()
+
+    def _scaled(self, total: Tensor, counts: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Return a sum of losses times the factor that all tokens share.
 
         The Trainer's N cancels in the mean over samples and in domain weights, so it is left out there. If both are in
         use, one factor N remains.
         """
-        by_sample = self.weights is not None and self.weights.by_sample
-        if by_sample:
-            weighted = weighted / counts.clamp(min=1)
-        if self.domain_loss is None and not by_sample:
-            return _divide(weighted.sum(), counts.sum(), num_items_in_batch)
+        weighs = self._weighs
+        if weighs is None and not self._by_sample:
+            return _divide(total, counts.sum(), num_items_in_batch)
         # After the Trainer's scaling, a sum over the step that is divided by this number is a mean over its samples.
         samples = counts.numel() if num_items_in_batch is None else self.samples_per_step
-        if self.domain_loss is None:
-            return weighted.sum() / samples
-        total = self._of_domains(weighted).sum()
-        if by_sample:
-            return total * (self.domain_loss.num_tokens.to(total) / samples)
+        if weighs is None:
+            return total / samples
+        if self._by_sample:
+            return total * (weighs.num_tokens.to(total) / samples)
         return total * (self.global_batch_size / samples)
 
     def _of_domains(self, values: Tensor) -> Tensor:
         """Return values of samples, (B,), times the coefficients of their domains, if the run has domain weights."""
-        if self.domain_loss is None:
+        if self._weighs is None:
             return values
         assert self.domains is not None
-        return self.domain_loss.coefficients(self.domains).to(values) * values
+        return self._weighs.coefficients(self.domains).to(values) * values
 
 
 def _weighted(per_token: Tensor, sums: Tensor, weights: Tensor | None) -> Tensor:

@@ -32,9 +32,13 @@ from dataflex.trainer.probing import make_probe
 from dataflex.trainer.rounds import INDEX_KEY, RoundStream
 from dataflex.trainer.run import LoadedModel, LoadedRun
 from dataflex.trainer.saving import SavingTrainer
+from dataflex.trainer.special_losses import special_loss
 from dataflex.trainer.stage_losses import BatchLosses, causal_losses
 from dataflex.trainer.step_loss import StepLoss
 from dataflex.trainer.steps import RunSteps, decide_steps
+
+OTHER_KERNELS = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+"""Settings of Liger that leave out its own loss, which takes no coefficients of tokens."""
 
 WhenLoaded = Callable[[LoadedRun, LoadedModel], None]
 """Called with the loaded run and its model, in a command that loads everything and does not train."""
@@ -83,7 +87,12 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         self._evaluated_at = self._saved_at = self._logged_round = -1
         self.stop_tokens: list[int] | None = (kwargs.get("gen_kwargs") or {}).get("eos_token_id")
         """Tokens that end a response in LLaMA-Factory's own generation; None in a stage without generation."""
+        if inputs.config.fused_loss and args.use_liger_kernel:
+            args.liger_kernel_config = {**(args.liger_kernel_config or {}), **OTHER_KERNELS}
         super().__init__(args=args, **kwargs)
+        self.special_loss = None if self.compute_loss_func is None else special_loss(self.finetuning_args)
+        if self.special_loss is not None:
+            self.compute_loss_func = None  # its token weights become factors of the loss coefficients
         self.domain_evaluation = self._make_evaluation()
         self.step_loss = StepLoss(self)
         terminal.shorten(self.callback_handler, knows_end=not inputs.budget.is_set)
@@ -216,7 +225,8 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         """Return the loss of a training micro-batch, computed with DataFlex's loss function."""
         self.step_loss.prepare(inputs, indices)
         loss = self.step_loss.loss
-        with self.step_loss.watching(inputs, loss.watched), loss_function(self.causal_model(), loss):
+        watching, fusing = self.step_loss.watching(inputs, loss.watched), self.step_loss.fusing(inputs)
+        with watching, fusing, loss_function(self.causal_model(), loss):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

@@ -11,21 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataflex import distributed
 from dataflex.api.components import Entry, family_key
 from dataflex.api.context import EmbeddingArray, StepBatch, StepContext, StepStart, TokenLosses
 from dataflex.data.pool import Pool
 from dataflex.data.rng import derive_rng
 from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means, shifted
+from dataflex.errors import ConfigError
 from dataflex.probe.hidden_states import consumer_of, watched
 from dataflex.probe.mode import probe_mode
+from dataflex.probe.particulars import head_agrees
 from dataflex.probe.prompt_attention import PromptAttention
 from dataflex.probe.routing import real_tokens
 from dataflex.trainer.domain_loss import DomainLoss
+from dataflex.trainer.fused_head import FusedHead
 from dataflex.trainer.loss import MIX, WeightedLoss
 from dataflex.trainer.references import References
 from dataflex.trainer.rounds import INDEX_KEY
 from dataflex.trainer.sample_losses import SampleLosses
+from dataflex.trainer.stage_losses import chunked_losses
 from dataflex.trainer.statistics import StepAccumulator, domain_sums
 from dataflex.trainer.step_weights import MicroBatch, StepWeights, Watched, Weighing
 
@@ -74,7 +79,13 @@ class StepLoss:
             weights=StepWeights(weighings, self._step_batch) if weighings else None,
             domain_loss=self.domain_loss,
             global_batch_size=size,
+            special=trainer.special_loss,
         )
+        if run.inputs.config.fused_loss:
+            statistic = None if trainer.special_loss is None else trainer.special_loss.statistic
+            self.loss.fused = FusedHead(model, statistic)
+        self._head_agrees = False
+        """Whether a comparison has shown that the losses of chunks are the model's own."""
 
     def begin(self, samples: list[dict[str, Any]]) -> None:
         """Begin a step, and decide all coefficients that the training forward pass cannot decide on the way.
@@ -87,6 +98,8 @@ class StepLoss:
             samples: the step's micro-batches on this process.
         """
         loss, schedule, domain_loss = self.loss, self._trainer.started.steps.schedule, self.domain_loss
+        if loss.fused is not None and not self._head_agrees:
+            self._check_head(samples[0])
         loss.step = self._trainer.state.global_step
         loss.active = schedule.slot_at(min(loss.step, schedule.total_steps - 1)).update is not None
         loss.decided.clear()
@@ -131,6 +144,36 @@ class StepLoss:
         if keys:
             with self._run.clock.deciding(inside_step=True):
                 loss.references = self.references.look_up(keys, inputs, places)
+
+    def _check_head(self, batch: dict[str, Any]) -> None:
+        """Compare losses in chunks with those of the model's own logits, on a micro-batch without gradients.
+
+        Raises:
+            ConfigError: if they differ.
+        """
+        trainer = self._trainer
+        model = trainer.raw_model()
+        inputs = dict(trainer._prepare_inputs(batch))
+        inputs.pop(INDEX_KEY, None)
+        labels = shifted(inputs.pop("labels"))
+        with probe_mode(model), trainer.accelerator.autocast():
+            found = distributed.on_each(partial(head_agrees, model, inputs, labels, labels.device))
+        if False in found:
+            raise ConfigError(
+                f"dataflex.fused_loss: {type(trainer.causal_model()).__name__} changes its logits after the head in a "
+                "way that its configuration does not describe, so the loss cannot be computed in chunks. Set "
+                "dataflex.fused_loss: false."
+            )
+        self._head_agrees = True in found
+
+    @contextmanager
+    def fusing(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Compute token losses in place of logits during a training forward pass, if the loss of the run is fused."""
+        if self.loss.fused is None:
+            yield
+            return
+        with self.loss.fused.active(shifted(inputs["labels"]), self.loss.coefficients_before):
+            yield
 
     @contextmanager
     def watching(self, inputs: dict[str, Any], found: Watched) -> Iterator[None]:
@@ -189,7 +232,8 @@ class StepLoss:
                 references = self.references.look_up(keys, inputs, places)
                 seen = Watched()
                 with self.watching(inputs, seen):
-                    labels, per_token = trainer.batch_losses(model, inputs)
+                    losses_of = trainer.batch_losses if loss.fused is None else chunked_losses
+                    labels, per_token = losses_of(model, inputs)
                 means = _means(per_token, labels)
                 found.append(MicroBatch(labels, per_token, means, places, references, seen.pooled, seen.attention))
         return found

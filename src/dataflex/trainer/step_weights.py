@@ -151,6 +151,10 @@ class StepWeights:
         """Return whether the weights of step number ``step`` (from 0) depend on all samples of the step together."""
         return any(each.acts_in(step) and not each.entry.component.elementwise for each in self.weighings)
 
+    def known_before(self, step: int) -> bool:
+        """Return whether no weight of step number ``step`` (from 0) depends on a loss."""
+        return not any(each.acts_in(step) and each.entry.component.reads_losses for each in self.weighings)
+
     def reference_keys(self, step: int) -> list[str]:
         """Return the configuration keys of the weighters that read a reference in step number ``step`` (from 0)."""
         return [each.entry.key for each in self.weighings if each.reference and each.acts_in(step)]
@@ -211,7 +215,7 @@ class StepWeights:
             return torch.ones_like(samples.means)
         shown = samples.changed(lambda values: values[scored])
         factors = [self._given(each, shown) for each in acting]
-        product = reduce(_times, factors)
+        product = reduce(times, factors)
         trained = None if product.dim() == 1 else shown.trained
         counted = product > 0 if trained is None else (product > 0) & trained
         # All checks are read from the device at once, because each read makes the CPU wait for the device.
@@ -237,8 +241,10 @@ class StepWeights:
             assert shown.per_token is not None
             assert shown.trained is not None
             reference = shown.references[each.entry.key] if each.reference else None
-            tokens = TokenLosses(shown.per_token, shown.trained, reference, shown.attention if each.attention else None)
-        batch = self.make_batch(shown.means, shown.places, tokens)
+            attention = shown.attention if each.attention else None
+            tokens = TokenLosses(shown.per_token, shown.trained, reference, attention)
+        losses = shown.means if weighter.reads_losses else torch.full_like(shown.means, torch.nan)
+        batch = self.make_batch(losses, shown.places, tokens)
         pooled = shown.pooled[each.entry.key] if each.pooled else None
         batch = replace(batch, validation_pool=each.validation, embedding_source=each.embeddings, pooled=pooled)
         given = weighter.weigh(batch)
@@ -250,7 +256,7 @@ class StepWeights:
         return torch.where(shown.trained, weights, 1.0)
 
 
-def _times(first: Tensor, second: Tensor) -> Tensor:
+def times(first: Tensor, second: Tensor) -> Tensor:
     """Return the product of two weights, each of samples (n,) or of tokens (n, T)."""
     if first.dim() == second.dim():
         return first * second

@@ -45,6 +45,7 @@ class AdaptWeighter(AnchoredWeighter[AdaptParams]):
     """Weights samples by their cosine with validation samples."""
 
     elementwise = True
+    reads_losses = False
 
     def weigh(self, batch: StepBatch) -> Tensor:
         """Return the weights of the samples, in (0, 1), shape (n,)."""

@@ -74,6 +74,8 @@ class JointUpdateAwareParams(AnchorParams):
 class JointUpdateAwareWeighter(AnchoredWeighter[JointUpdateAwareParams]):
     """Weights the samples of a step jointly, by what they add to each other."""
 
+    reads_losses = False
+
     def cannot_act(self, run: RunOutline) -> str | None:
         """Return a reason if a step has a single sample."""
         if run.global_batch_size == 1:

@@ -34,6 +34,7 @@ class ScoreColumnWeighter(Weighter[ScoreColumnWeighterParams]):
     """Weights samples by a column of the raw data."""
 
     elementwise = True
+    reads_losses = False
 
     def __init__(self, params: ScoreColumnWeighterParams) -> None:
         super().__init__(params)

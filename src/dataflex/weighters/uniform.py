@@ -15,6 +15,7 @@ class UniformWeighter(Weighter[WeighterParams]):
     """Gives every sample the weight 1."""
 
     elementwise = True
+    reads_losses = False
 
     def weigh(self, batch: StepBatch) -> Tensor:
         """Return ones, shape (n,)."""

@@ -158,6 +158,9 @@ PLANNING = [SELECT, MIX, ORDER]
         *[({key: True}, [WEIGHT]) for key in checks.SPECIAL_LOSSES if key != "label_smoothing_factor"],
         ({"label_smoothing_factor": 0.1}, [WEIGHT]),
         ({"label_smoothing_factor": 0.0}, []),
+        ({"use_dft_loss": True}, []),
+        ({"use_eaft_loss": True}, []),
+        ({"enable_liger_kernel": True}, []),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(
@@ -411,10 +414,25 @@ def test_mixers_that_need_the_loss_of_a_step_are_refused_with_special_losses(
 ) -> None:
     assert found(keys, {"mix": mix}) == {}
     assert found(keys, {"mix": mix, "weight": {"method": "loss"}}) == {}
-    for key in ("use_dft_loss", "enable_liger_kernel"):
+    for key in ("use_asft_loss", "use_unsloth"):
         assert mix["method"] in found(keys, {"mix": mix}, **{key: True})[key]
         assert "odm" in found(keys, {"mix": {"method": "odm"}}, **{key: True})[key]
         assert found(keys, {"mix": {"method": "uniform"}}, **{key: True}) == {}
+
+
+def test_a_fused_loss_is_refused_with_losses_of_other_definitions(keys: dict[str, Any]) -> None:
+    plain = {"order": {"method": "shuffle"}}
+    for key, value in (("use_asft_loss", True), ("label_smoothing_factor", 0.1), ("use_unsloth", True)):
+        assert "dataflex.fused_loss" in found(keys, {**plain, "fused_loss": True}, **{key: value})[key]
+        assert "enable_liger_kernel" in found(keys, plain, **{key: value}, enable_liger_kernel=True)[key]
+        assert found(keys, plain, **{key: value}) == {}
+    for liger in ("enable_liger_kernel", "use_liger_kernel"):
+        refused = found(keys, {**plain, **WEIGHT, "fused_loss": False}, **{liger: True})
+        assert "Leave out dataflex.fused_loss" in refused[liger]
+        assert found(keys, {**plain, "fused_loss": False}, **{liger: True}) == {}
+        assert found(keys, {**plain, **WEIGHT}, **{liger: True}) == {}
+    assert set(found(keys, plain, stage="pt", use_dft_loss=True)) == {"use_dft_loss"}
+    assert found(keys, plain, stage="pt") == {}
 
 
 def test_the_checks_need_no_torch(keys: dict[str, Any], tmp_path: Path) -> None:

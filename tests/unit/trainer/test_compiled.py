@@ -13,10 +13,12 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataflex.api.probe import GradientSettings
+from dataflex.data.token_loss import shifted
 from dataflex.probe.embeddings import Embeddings
 from dataflex.probe.gradient_features import GradientFeatures
 from dataflex.probe.losses import Losses
 from dataflex.probe.model import ModelProbe
+from dataflex.trainer.fused_head import FusedHead
 from dataflex.trainer.loss import WeightedLoss, loss_function
 from dataflex.trainer.step_weights import StepWeights
 from dataflex.weighters.loss import LossWeighter
@@ -59,18 +61,23 @@ def measured(model: LlamaForCausalLM) -> list[np.ndarray]:
 
 def step(model: LlamaForCausalLM, function: WeightedLoss) -> float:
     ids = torch.randint(1, 29, (2, 10), generator=torch.Generator().manual_seed(function.step))
-    with loss_function(model, function):
+    fused = function.fused
+    fusing = contextlib.nullcontext() if fused is None else fused.active(shifted(ids), function.coefficients_before)
+    with fusing, loss_function(model, function):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     function.step += 1
     return float(loss.detach())
 
 
+@pytest.mark.parametrize("fuses", [False, True])
 @pytest.mark.parametrize("weighs", [False, True])
-def test_steps_and_decisions_compile_no_further_graph(model: LlamaForCausalLM, weighs: bool) -> None:
+def test_steps_and_decisions_compile_no_further_graph(model: LlamaForCausalLM, weighs: bool, fuses: bool) -> None:
+    head = FusedHead(model) if fuses else None
+
     def function() -> WeightedLoss:
         weights: StepWeights | None = weights_of(build(LossWeighter)) if weighs else None
-        return WeightedLoss(2, lambda losses: None, weights)
+        return WeightedLoss(2, lambda losses: None, weights, fused=head)
 
     written = [step(model, plain) for plain in [function()] for _ in range(6)]
     values = measured(model)

@@ -9,22 +9,21 @@ from dataflex.config.checks.chains import problems_of_chains
 from dataflex.config.checks.embeddings import problems_of_embeddings
 from dataflex.config.checks.references import problems_of_references
 from dataflex.config.checks.values import dataset_names, number, truthy
-from dataflex.config.loading import SECTION, RunConfig
+from dataflex.config.loading import LIGER, SECTION, RunConfig
 from dataflex.data.stages import STAGES
 from dataflex.embedding.of_model import measurements_of
 from dataflex.errors import Problem
 
 SPECIAL_LOSSES = {
-    "use_dft_loss": "its token weights already change the loss",
-    "use_eaft_loss": "its token weights already change the loss",
-    "use_asft_loss": "it computes the loss against a reference model",
+    "use_asft_loss": "it needs the logits of a second model, and averages within a micro-batch",
     "label_smoothing_factor": "the Trainer's smoothed loss is a mean per micro-batch, but weights scale a mean "
     "over tokens",
-    "enable_liger_kernel": "its fused head and loss give no loss per sample",
-    "use_liger_kernel": "its fused head and loss give no loss per sample",
     "use_unsloth": "its fused loss gives no loss per sample",
 }
 """Key of LLaMA-Factory with its own computation of the loss -> the reason why loss weights cannot be applied to it."""
+
+_SUPERVISED_LOSSES = ("use_dft_loss", "use_eaft_loss")
+"""Keys of losses of the supervised stage whose token weights multiply with those of DataFlex."""
 
 _LAYERWISE = ("galore_layerwise", "apollo_layerwise")
 
@@ -303,6 +302,22 @@ def _loss(config: RunConfig) -> Iterator[Problem]:
     for key, component in components.items():
         if component.needs(config).step_losses != "nothing":
             weighs.append(f"{SECTION}.{key}.method: {component.name}")
+    if config.fused_loss:
+        weighs.append(next(_liger(config), f"{SECTION}.fused_loss"))
     for key, reason in SPECIAL_LOSSES.items():
         if weighs and truthy(config, key):
             yield Problem(key, f"cannot be combined with {weighs[0]}: {reason}.")
+    for key in () if config.fused_loss or not weighs else _liger(config):
+        yield Problem(
+            key,
+            f"with {SECTION}.fused_loss: false, LLaMA-Factory's fused loss gives no loss per token, which {weighs[0]} "
+            f"needs. Leave out {SECTION}.fused_loss.",
+        )
+    for key in _SUPERVISED_LOSSES if config.llamafactory.get("stage", "sft") == "pt" else ():
+        if truthy(config, key):
+            yield Problem(key, "has no effect in stage pt; remove it.")
+
+
+def _liger(config: RunConfig) -> Iterator[str]:
+    """Yield the keys that switch on the kernels of Liger."""
+    return (key for key in LIGER if truthy(config, key))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from dataflex.config.arguments import is_on
 from dataflex.config.loading import RunConfig
 from dataflex.data.stages import packs_by_default
 
@@ -19,8 +20,7 @@ def number(config: RunConfig, key: str, default: float) -> float:
 
 def truthy(config: RunConfig, key: str) -> bool:
     """Return whether an argument is set and is not false, 0 or none, written as a value or as text."""
-    value = config.llamafactory.get(key)
-    return bool(value) and str(value).lower() not in ("false", "0", "0.0", "none", "no")
+    return is_on(config.llamafactory.get(key))
 
 
 def is_packed(config: RunConfig) -> bool:

@@ -1,11 +1,12 @@
 """A run by LLaMA-Factory's own ``run_exp``, with DataFlex's trainer and data loading installed.
 
-Callbacks, evaluation, prediction, plotting and saving are LLaMA-Factory's. During the run three names are replaced, and
+Callbacks, evaluation, prediction, plotting and saving are LLaMA-Factory's. During the run these names are replaced, and
 restored afterwards:
 
     llamafactory.train.{sft,pt}.workflow.CustomSeq2SeqTrainer / CustomTrainer   DataFlex's mixin over the same class
     llamafactory.train.{sft,pt}.workflow.get_dataset                            the same, once per data set
     llamafactory.train.tuner.get_train_args                                     its errors as configuration errors
+    llamafactory.model.loader.apply_liger_kernel                                without Liger's loss, if ours is fused
 
 Without a ``dataflex:`` section, ``get_dataset`` in the workflow of every stage and ``get_train_args`` are replaced, to
 convert their errors only.
@@ -30,6 +31,7 @@ from dataflex.config.loading import RunConfig
 from dataflex.errors import ComponentError, ConfigError, DataFlexError
 from dataflex.files import write_atomically
 from dataflex.integrations.llamafactory import loading
+from dataflex.integrations.llamafactory.kernels import without_loss
 from dataflex.integrations.llamafactory.launch import report_error
 from dataflex.integrations.llamafactory.parsing import parse_to_train, replaced
 from dataflex.integrations.llamafactory.session import Session
@@ -126,6 +128,8 @@ def _watched_args(original: Callable[..., Any], watch: distributed.Watch, source
 @contextmanager
 def installed(session: Session) -> Iterator[None]:
     """Install a run's trainer and data loading in LLaMA-Factory's workflows during the block."""
+    from llamafactory.model import loader
+
     with contextlib.ExitStack() as stack:
         for stage in STAGES.values():
             workflow = workflow_of(stage.name)
@@ -138,6 +142,9 @@ def installed(session: Session) -> Iterator[None]:
             get_dataset = partial(loading.load_pool, workflow.get_dataset, session)
             stack.enter_context(replaced(workflow, stage.trainer, partial(session.trainer, trainer)))
             stack.enter_context(replaced(workflow, "get_dataset", get_dataset))
+        if session.inputs.config.fused_loss:
+            apply_kernels = partial(without_loss, loader.apply_liger_kernel)
+            stack.enter_context(replaced(loader, "apply_liger_kernel", apply_kernels))
         yield
 
 
