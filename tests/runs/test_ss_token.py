@@ -14,7 +14,6 @@ import composed_loss
 import numpy as np
 import pytest
 import torch
-from test_gradients_distributed import FSDP2
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 import tiny
@@ -92,7 +91,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     bloom = make_bloom(inputs / "bloom", workshop.model)
     workshop.add("ss_token-bloom", **run_of(bloom, workshop.model, ""))
     workshop.start(1)
-    for kind, changes in zip(SPREAD, (FSDP2, tiny.zero(inputs, 3)), strict=True):
+    for kind, changes in zip(SPREAD, (tiny.FSDP2, tiny.zero(inputs, 3)), strict=True):
         run = run_of(model, history, "", per_device_train_batch_size=4, **longer, **changes)
         workshop.add(f"ss_token-{kind}", **run)
     workshop.start(2)
