@@ -255,6 +255,34 @@ def _add_offline(commands: _Commands) -> None:
         metavar="DIR",
         help="folder of the embeddings (default: the folder in which a run of the file looks for them)",
     )
+    _add_reference(commands)
+
+
+def _add_reference(commands: _Commands) -> None:
+    reference = _command(
+        commands,
+        "reference",
+        "compute a table of a frozen model's token losses, without training",
+        "Compute the loss of every trained token of the training data under a frozen model, and store the losses as a "
+        "table. Runs of the same data read the table with reference_losses. Nothing is trained. An interrupted command "
+        "resumes with the losses computed so far.",
+        "dataflex-cli reference run.yaml --model saves/reference --output saves/table",
+    )
+    reference.add_argument("config", type=Path, help="LLaMA-Factory YAML file, with or without a dataflex: section")
+    _add_overrides(reference, "cutoff_len=2048")
+    reference.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the table")
+    reference.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="the frozen model: folder of a model or of an adapter, asset:NAME or the name of a hub model (default: "
+        "model_name_or_path of the file)",
+    )
+    reference.add_argument(
+        "--type",
+        choices=["byte", "float32"],
+        default="byte",
+        help="how a loss is stored: byte has a small error, float32 has none and four times the size (default: byte)",
+    )
 
 
 def _add_record(commands: _Commands) -> None:
@@ -311,6 +339,14 @@ def _add_explain(commands: _Commands) -> None:
         type=_not_negative,
         metavar="R",
         help="the round of --top (default: the last round in which a selector chose)",
+    )
+    explain.add_argument(
+        "--tokens",
+        action="store_true",
+        help="show the losses and weights of the tokens of the samples of --index, or list the samples on record",
+    )
+    explain.add_argument(
+        "--step", type=_positive, metavar="N", help="the recorded step of --tokens (default: the last of each sample)"
     )
     explain.add_argument("--no-text", action="store_true", help="leave out the texts, so that no data is loaded")
     explain.add_argument("--full", action="store_true", help="print whole texts, with special tokens")
@@ -550,6 +586,13 @@ def _embed(options: argparse.Namespace) -> int:
     return embed(Asked(options.config, options.overrides, options.arguments, options.output))
 
 
+def _reference(options: argparse.Namespace) -> int:
+    from dataflex.commands.reference import Asked, reference
+
+    given = options.config, options.overrides, options.arguments
+    return reference(Asked(*given, output=options.output, model=options.model, kind=options.type))
+
+
 def _list(options: argparse.Namespace) -> int:
     from dataflex.commands.listing import render
 
@@ -589,6 +632,8 @@ def _explain(options: argparse.Namespace) -> int:
         round=options.round,
         with_text=not options.no_text,
         full=options.full,
+        tokens=options.tokens,
+        step=options.step,
     )
     explain(options.run, question, options.json)
     return 0
@@ -673,6 +718,7 @@ _STOPPED = {
     "features": "stopped. Repeat the command to resume with the stored features.",
     "score": "stopped before samples were selected. Repeat the command to score again, with the stored features.",
     "embed": "stopped. Repeat the command to resume with the stored embeddings.",
+    "reference": "stopped. Repeat the command to resume with the losses computed so far.",
     "eval": "stopped. Repeat the command to start again.",
 }
 """Message when Ctrl-C or SIGTERM stops a command that prints no message of its own."""
@@ -682,6 +728,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "features": _features,
     "score": _score,
     "embed": _embed,
+    "reference": _reference,
     "check": _check,
     "list": _list,
     "schema": _schema,

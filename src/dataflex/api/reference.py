@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from dataflex.api.needs import RunView
     from dataflex.data.samples import Samples
 
+NumberType = Literal["float32", "byte"]
+"""How a table stores a loss: as float32, or in one byte with an error (see ``probe/loss_code.py``)."""
+
 TABLE_FILE = "reference.json"
 """File with the contents of a table of reference losses."""
-TABLE_FORMAT = 1
+TABLE_FORMATS: dict[NumberType, int] = {"float32": 1, "byte": 2}
+"""Number type of a table's losses -> format of the table."""
 
 _OWN_TOKENS = ("add_tokens", "add_special_tokens", "new_special_tokens_config", "init_special_tokens")
 """LLaMA-Factory keys that change the tokenizer of the model folder."""
@@ -98,20 +102,28 @@ class ReferenceParams(ComponentParams):
         if problem is not None:
             yield "reference_model", problem
 
-    def table_problem(self, names: tuple[str, ...]) -> tuple[str, str] | None:
-        """Return a parameter and its problem if the table lacks a domain and no model can compute the losses."""
+    def table_problem(self, names: tuple[str, ...] | None) -> tuple[str, str] | None:
+        """Return a parameter and its problem if the table lacks a domain or a file, and no model can compute losses.
+
+        Args:
+            names: the domains of the run. None if they are not known.
+        """
         if self.reference_losses is None or self.reference_model is not None:
             return None
         table = read_table(Path(self.reference_losses))
-        missing = [] if table is None else [name for name in names if name not in table["domains"]]
-        if not missing:
+        if table is None:
             return None
-        assert table is not None
-        return (
-            "reference_losses",
-            f"{self.reference_losses!r} has no losses of {', '.join(missing)} (it has {', '.join(table['domains'])}); "
-            "set reference_model to compute them.",
-        )
+        there = table["domains"]
+        missing = [name for name in names or () if name not in there]
+        if missing:
+            return (
+                "reference_losses",
+                f"{self.reference_losses!r} has no losses of {', '.join(missing)} (it has {', '.join(there)}); set "
+                "reference_model to compute them.",
+            )
+        damages = (damage_of(Path(self.reference_losses), table, name) for name in (there if names is None else names))
+        damage = next(filter(None, damages), None)
+        return None if damage is None else ("reference_losses", damage)
 
 
 class Reference(Protocol):
@@ -148,12 +160,53 @@ class Reference(Protocol):
 
 
 def read_table(folder: Path) -> dict[str, Any] | None:
-    """Return the description of a table of reference losses, or None if the folder has no table."""
+    """Return the description of a table of reference losses, or None if the folder has no table.
+
+    Its ``type`` is the number type of the losses.
+    """
     try:
         found = json.loads((folder / TABLE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("format") == TABLE_FORMAT else None
+    kind = next((kind for kind, number in TABLE_FORMATS.items() if _format_of(found) == number), None)
+    return None if kind is None else {**found, "type": kind}
+
+
+def _format_of(found: Any) -> Any:
+    return found.get("format") if isinstance(found, dict) else None
+
+
+def files_of_domain(folder: Path, kind: NumberType, file: str) -> dict[str, Path]:
+    """Return the files of a domain of a table by their content.
+
+    Args:
+        folder: folder of the table.
+        kind: number type of the losses.
+        file: the name that the table gives to the domain's files.
+    """
+    if kind == "float32":
+        return {"losses": folder / f"{file}.f32", "counts": folder / f"{file}-counts.npy"}
+    found = {name: folder / f"{file}-{name}.npy" for name in ("steps", "ends", "means")}
+    return {"losses": folder / f"{file}.u8", **found}
+
+
+def damage_of(folder: Path, table: Mapping[str, Any], domain: str) -> str | None:
+    """Return which file of a domain is missing or has the wrong size, or None if no damage is found.
+
+    No file is read, so that this costs nothing.
+    """
+    entry, kind = table["domains"][domain], table["type"]
+    if not isinstance(entry, dict) or not {"file", "samples", "samples_sha256"} <= entry.keys():
+        return f"{folder / TABLE_FILE} does not describe the losses of {domain!r}: it is damaged."
+    files = files_of_domain(folder, kind, entry["file"])
+    absent = next((path for path in files.values() if not path.is_file()), None)
+    if absent is not None:
+        return f"the table lacks a file of {domain!r} ({absent}). Make it again in another folder."
+    tokens, size = entry.get("tokens"), files["losses"].stat().st_size
+    width = {"float32": 4, "byte": 1}[kind]
+    if tokens is None or size == width * tokens:
+        return None
+    return f"{files['losses']} holds {size // width} losses of {domain!r} and not {tokens}: it is damaged."
 
 
 def tokenizer_problem(reference: Path, llamafactory: Mapping[str, Any]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,20 @@ _KEYS_BESIDE_BASE = {
 """Command -> keys beside ``base`` in its files. A regmix file can also have ``final``, so regmix precedes doremi."""
 
 
-def checked_config(path: Path, overrides: list[str], *, offline: bool = False) -> RunConfig:
+def checked_config(
+    path: Path,
+    overrides: list[str],
+    *,
+    offline: bool = False,
+    change: Callable[[RunConfig], RunConfig] = lambda config: config,
+) -> RunConfig:
     """Return the configuration of a file with its overrides.
 
     Args:
         path: the YAML or JSON file.
         overrides: ``key=value`` texts.
-        offline: whether the configuration is used without training, to score or to embed samples.
+        offline: whether the configuration is used without training, for example to score or to embed samples.
+        change: changes a configuration that could be read, before it is checked.
 
     Raises:
         ConfigError: if there are problems. The error lists all of them.
@@ -41,6 +48,8 @@ def checked_config(path: Path, overrides: list[str], *, offline: bool = False) -
     _refuse_file_of_another_command(path, raw)
     config, problems = parse_config(raw, str(path), path.resolve().parent)
     config = replace(config, offline=offline)
+    if not problems:
+        config = change(config)
     problems += checks.problems_of(config)
     if not problems:
         problems += resume.problems_of(config)

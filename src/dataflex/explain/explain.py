@@ -17,6 +17,7 @@ from dataflex.errors import ConfigError
 from dataflex.explain.filters import Filtered, filtered_samples, parts_of_round, times_decided
 from dataflex.explain.samples import Part, Texts, load_texts
 from dataflex.explain.text import lines_of, ranges
+from dataflex.explain.tokens import tokens_of
 from dataflex.record.reader import RunRecord, read_run
 from dataflex.record.schema import Round
 
@@ -37,6 +38,8 @@ class Question:
         round: number of the round for ``top``. None means the last round with scores, or the last round if none has.
         with_text: whether to load the data, so that the texts of samples are shown.
         full: whether to show texts completely, with special tokens.
+        tokens: whether to show the losses and weights of tokens, of the samples ``indices`` or of all on record.
+        step: the recorded step for ``tokens``. None means the last one.
     """
 
     indices: tuple[int, ...] = ()
@@ -45,6 +48,8 @@ class Question:
     round: int | None = None
     with_text: bool = True
     full: bool = False
+    tokens: bool = False
+    step: int | None = None
 
     def problem(self) -> str | None:
         """Return the problem of a question that contradicts itself; None if there is none."""
@@ -53,6 +58,11 @@ class Question:
                 "--round: only has an effect with --top N, which lists the samples of one round; add --top, "
                 "or leave out --round."
             )
+        if self.tokens and (self.text is not None or self.top is not None):
+            other = "--text" if self.text is not None else "--top"
+            return f"--tokens: shows the samples that --index names, or lists those on record; leave out {other}."
+        if self.step is not None and not (self.tokens and self.indices):
+            return "--step: only has an effect with --tokens --index I, which shows the tokens of one recorded step."
         if self.text is not None and not self.text.strip():
             return f"--text: must be a phrase to search for, got {self.text!r}."
         if not self.with_text and (self.text is not None or self.full):
@@ -109,6 +119,8 @@ class Sample:
     """Decisions of the filters about the sample, in their order; empty if the run has no list of selectors."""
     not_in: list[int]
     """Numbers of the rounds whose plan does not have the sample."""
+    tokens_at: list[int]
+    """Steps in which the losses and weights of its tokens are on record."""
     text: list[Part] | None
 
 
@@ -146,19 +158,21 @@ class Record:
 
     Args:
         path: ``output_dir`` of the run.
+        needs_rounds: whether a run without rounds, whose samples LLaMA-Factory draws, is an error.
 
     Raises:
         ConfigError: if the folder has no run with plans, or if the record cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, needs_rounds: bool = True) -> None:
         self.run: RunRecord = read_run(path)
-        if not self.run.rounds:
+        if not self.run.rounds and needs_rounds:
+            hint = " --tokens shows the tokens that the run has on record." if self.run.token_samples else ""
             raise ConfigError(
                 f"{path}: the record has no round, so there is nothing to explain. Only runs with select, mix or order "
-                "plan rounds."
+                f"plan rounds.{hint}"
             )
-        if not self.run.has_plans:
+        if self.run.rounds and not self.run.has_plans:
             raise ConfigError(
                 f"{path / 'dataflex' / 'plans'} has no plan; it must have one for each round of rounds.jsonl."
             )
@@ -169,14 +183,13 @@ class Record:
 
     def facts(self) -> dict[str, Any]:
         """Return the facts about the run that are part of every answer."""
-        last = self.run.rounds[-1]
         return {
             "path": str(self.run.path),
             "components": self.run.components,
             "acting": self.run.acting,
             "rounds": len(self.rounds),
             "steps": self.run.steps,
-            "planned_steps": last.start_step + last.steps,
+            "planned_steps": self.run.rounds[-1].start_step + self.run.rounds[-1].steps if self.rounds else None,
             "finished": self.run.summary is not None,
             "rounds_missing": self.run.rounds_missing,
             "changes": self.run.changes,
@@ -273,7 +286,7 @@ def explain(path: Path, question: Question, as_json: bool = False) -> None:
     problem = question.problem()
     if problem is not None and question.round is None:
         raise ConfigError(problem)
-    record = Record(path)
+    record = Record(path, needs_rounds=not question.tokens)
     if question.round is not None:  # A round that is not on record is named before a missing --top.
         round_number(record, question.round)
     if problem is not None:
@@ -281,7 +294,7 @@ def explain(path: Path, question: Question, as_json: bool = False) -> None:
     for index in question.indices:
         record.check_index(index)
     loaded: Texts | str = "not asked for"
-    if question.with_text:
+    if question.with_text and (question.indices or not question.tokens):
         loaded = load_texts(record.run, question.full)
         if isinstance(loaded, str) and question.text is not None:
             raise ConfigError(f"--text: {loaded}")
@@ -291,12 +304,15 @@ def explain(path: Path, question: Question, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(found, default=asdict, indent=2, ensure_ascii=False, allow_nan=False))
     else:
-        print("\n".join(lines_of(found, question.full)))
+        print("\n".join(lines_of(found, question.full, None if texts is None else texts.decode)))
 
 
 def answer(record: Record, question: Question, texts: Texts | None) -> dict[str, Any]:
     """Return the answer to a question. ``run`` has the facts about the run; the other keys depend on the question."""
     facts = {"run": record.facts()}
+    if question.tokens:
+        rows = _rows_on_record(record, np.unique(question.indices).astype(np.int64)) if question.indices else {}
+        return {**facts, **tokens_of(record, question.indices, question.step, rows, texts)}
     if question.top is not None:
         return {**facts, **top_of_round(record, round_number(record, question.round), question.top, texts)}
     if question.text is not None:
@@ -321,6 +337,10 @@ def samples(record: Record, indices: Sequence[int], texts: Texts | None) -> list
             for place in record.placements(each, positions):
                 placed[place.index].append(place)
     filtered = filtered_samples(record.run, wanted)
+    tokens_at: dict[int, list[int]] = {}
+    for line in record.run.token_samples:
+        for index in {sample.index for sample in line.samples}:
+            tokens_at.setdefault(index, []).append(line.step)
     found = []
     for index in dict.fromkeys(map(int, indices)):
         places = placed[index]
@@ -337,6 +357,7 @@ def samples(record: Record, indices: Sequence[int], texts: Texts | None) -> list
                 placements=places,
                 filtered=filtered[index],
                 not_in=[number for number in record.rounds if number not in within],
+                tokens_at=tokens_at.get(index, []),
                 text=_text(texts, index),
             )
         )

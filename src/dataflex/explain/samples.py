@@ -65,6 +65,20 @@ class Texts:
                 parts.append(Part("trained" if trained[start] else "prompt", text if self.full else shortened(text)))
         return parts
 
+    def trained_tokens(self, index: int) -> list[int]:
+        """Return the tokens of a sample that have a loss: those with a label, without the first token of the sample."""
+        from dataflex.data.token_loss import IGNORE_INDEX
+
+        row = self.pool.dataset[index]
+        tokens, labels = row["input_ids"], row.get("labels")
+        if labels is None:  # the collator of stage pt gives padding no label, and often the padding token ends a text
+            return [token for token in tokens[1:] if token != self.tokenizer.pad_token_id]
+        return [token for token, label in zip(tokens[1:], labels[1:], strict=True) if label != IGNORE_INDEX]
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens, with special tokens."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def containing(self, phrase: str) -> list[int]:
         """Return the indices of the samples whose text contains a phrase.
 
@@ -102,13 +116,13 @@ def load_texts(record: RunRecord, full: bool) -> Texts | str:
     column = record.config[SECTION].get("domain_column")
     try:
         config = RunConfig(given, None, source=str(record.path)).with_assets()
-        pool, tokenizer = pool_of(config, column)
+        pool, tokenizer = pool_of(config, column, whole=not record.rounds)
     except _LOADING_ERRORS as error:
         directory = str(given.get("dataset_dir", "data"))
         hint = "" if Path(directory).is_absolute() else f" (dataset_dir {directory!r} is relative to {Path.cwd()})"
         return f"the recorded data cannot be loaded: {one_line(error)}{hint}"
     now = {name: int(size) for name, size in zip(pool.domains, pool.domain_sizes, strict=True)}
-    then = record.pool or dict.fromkeys(record.rounds[0].domains)
+    then = record.pool or dict.fromkeys(record.rounds[0].domains if record.rounds else now)
     if list(now) != list(then):
         return f"the data has changed since the run: the data sets are {', '.join(now)}, on record {', '.join(then)}."
     other = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
+from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +15,28 @@ from dataflex.report.tables import NOTHING, Table, to_text
 if TYPE_CHECKING:
     from dataflex.explain.explain import Sample
     from dataflex.explain.filters import SelectorPart
+    from dataflex.explain.tokens import Listed, SampleTokens, StepTokens
+
+Decode = Callable[[list[int]], str]
+"""Returns the text of tokens."""
 
 _LISTED = 50
 """Number of samples found by their text whose indices are printed."""
 
 
-def lines_of(found: dict[str, Any], full: bool) -> list[str]:
-    """Return an answer as lines to print."""
+def lines_of(found: dict[str, Any], full: bool, decode: Decode | None = None) -> list[str]:
+    """Return an answer as lines to print.
+
+    Args:
+        found: the answer.
+        full: whether to show texts completely, and every token on its own line.
+        decode: returns the text of tokens. None without texts.
+    """
     run = found["run"]
     state = "finished" if run["finished"] else "not finished"
-    lines = [f"{run['path']}: {run['acting']}, {_count(run['rounds'], 'round')}, step {run['steps']:,}, {state}"]
-    if run["steps"] < run["planned_steps"]:
+    rounds = f", {_count(run['rounds'], 'round')}" if run["rounds"] else ""
+    lines = [f"{run['path']}: {run['acting']}{rounds}, step {run['steps']:,}, {state}"]
+    if run["planned_steps"] is not None and run["steps"] < run["planned_steps"]:
         lines.append(
             f"The plans end at step {run['planned_steps']:,}; training reached step {run['steps']:,}"
             + ("." if run["finished"] else " as far as the logs show.")
@@ -41,7 +53,11 @@ def lines_of(found: dict[str, Any], full: bool) -> list[str]:
         lines.append(f"Without texts: {found['no_text']}")
     if "matches" in found:
         lines += _match_lines(found["matches"], len(found["samples"]))
-    if "by" in found:
+    if "recorded" in found:
+        lines += _recorded_lines(found["recorded"])
+    elif "tokens" in found:
+        lines += _token_lines(found, full, decode)
+    elif "by" in found:
         lines += _top_lines(found, full)
     elif "samples" in found:
         for sample in found["samples"]:
@@ -72,6 +88,9 @@ def _sample_lines(sample: Sample, full: bool, rounds_missing: bool) -> list[str]
         trained = f"{trained}, in the rounds on record"
     told = f"planned {_times(sample.planned)}, {trained}" if sample.planned else never
     lines = [f"Sample {sample.index}{where}: {told}", *_text_lines(sample.text, full)]
+    if sample.tokens_at:
+        steps = ", ".join(map(str, sample.tokens_at))
+        lines += textwrap.wrap(f"Its tokens are on record (--tokens), of step {steps}.", _width())
     lines += _filter_lines(sample)
     if not sample.placements:
         return lines
@@ -100,6 +119,79 @@ def _sample_lines(sample: Sample, full: bool, rounds_missing: bool) -> list[str]
     if sample.not_in:
         lines += textwrap.wrap(f"Not in {ranges(sample.not_in)}.", _width())
     return lines
+
+
+def _recorded_lines(samples: list[Listed]) -> list[str]:
+    """Return the samples whose tokens are on record as lines, those of the last step first."""
+    shown = sorted(samples, key=lambda sample: (-sample.last.step, sample.index))[:_LISTED]
+    header = ["sample", "domain", "steps", "tokens", "count", "effective", "mean weight", "loss"]
+    rows = [
+        [
+            str(sample.index),
+            sample.domain or NOTHING,
+            ", ".join(map(str, sample.steps)),
+            f"{sample.trained:,}",
+            f"{sample.last.counting:,}",
+            f"{sample.last.effective:.1f}",
+            f"{sum(sample.last.weights) / len(sample.last.weights):.4g}",
+            f"{sample.last.mean_loss:.4g}",
+        ]
+        for sample in shown
+    ]
+    more = f"; the {len(shown)} recorded last are listed" if len(shown) < len(samples) else ""
+    return [
+        f"Tokens of {_count(len(samples), 'sample')} are on record{more}:",
+        *to_text(Table("", header, rows, 3), _width()).rstrip("\n").split("\n")[1:],
+        "",
+        "count, effective, mean weight, loss: of the tokens on record of the last of the steps",
+    ]
+
+
+def _token_lines(found: dict[str, Any], full: bool, decode: Decode | None) -> list[str]:
+    """Return the tokens of samples as lines, each sample in its last step."""
+    lines = []
+    for sample in found["tokens"]:
+        where, steps = _where(sample.domain, sample.dataset, sample.row), ", ".join(map(str, sample.all_steps))
+        told = f"Sample {sample.index}{where}: {_count(sample.trained, 'trained token')}, on record of step {steps}"
+        lines += ["", *textwrap.wrap(told, _width()), *_text_lines(sample.text, full)]
+        lines += _step_lines(sample, sample.steps[-1], full, decode)
+    if found["not_on_record"]:
+        known, missing = found["on_record"], ", ".join(map(str, found["not_on_record"]))
+        told = f"The tokens of {missing} are not on record. On record are {_count(len(known), 'sample')}: "
+        told += ", ".join(map(str, known[:_LISTED])) + (", ... (--tokens alone lists them)" if known[_LISTED:] else "")
+        lines += ["", *textwrap.wrap(told, _width())]
+    return lines
+
+
+def _step_lines(sample: SampleTokens, step: StepTokens, full: bool, decode: Decode | None) -> list[str]:
+    """Return the tokens of a sample in a step: a line for neighbours of equal weight, or with ``full`` for each."""
+    number, weighted = len(step.losses), step.weighted_loss
+    told = f"Step {step.step}: {step.counting:,} of {_count(number, 'token')} count ({step.counting / number:.3f}), "
+    told += f"{step.effective:.1f} effective, mean loss {step.mean_loss:.4g}"
+    told += "" if weighted is None else f", weighted {weighted:.4g}"
+    lines = ["", *textwrap.wrap(told, _width())]
+    if number < sample.trained:
+        lines.append(f"Only the first {number:,} of {sample.trained:,} trained tokens are on record.")
+    header = f"{'weight':>8}  {'loss':>8}  {'tokens':>6}"
+    lines += ["", header if sample.ids is None else f"{header}  text"]
+    begin = 0
+    for _, group in groupby(range(number), key=lambda i: i if full else step.weights[i]):
+        end = begin + len(list(group))
+        loss = sum(step.losses[begin:end]) / (end - begin)
+        start = f"{step.weights[begin]:>8.4g}  {loss:>8.4g}  {end - begin:>6,}"
+        # Neighbours are decoded together, because a character may consist of several tokens.
+        text = "" if sample.ids is None or decode is None else _quoted(decode(sample.ids[begin:end]))
+        width = max(20, _width() - len(start) - 2)
+        parts = [text[i : i + width] for i in range(0, len(text), width)] or [""]
+        lines += [f"{start}  {parts[0]}".rstrip(), *(f"{'':{len(start)}}  {part}" for part in parts[1:])]
+        begin = end
+    return lines
+
+
+def _quoted(text: str) -> str:
+    """Return a text in quotes, with spaces at its ends and line breaks visible."""
+    shown = json.dumps(text, ensure_ascii=False)
+    return "".join(char if char.isprintable() else "?" for char in shown)
 
 
 def _filter_lines(sample: Sample) -> list[str]:

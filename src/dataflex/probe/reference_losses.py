@@ -14,7 +14,8 @@ from dataflex.data.samples import Samples
 from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError
 from dataflex.probe.mode import preserved_rng
-from dataflex.probe.reference import ReferenceModel, ReferenceTable
+from dataflex.probe.reference import ReferenceModel
+from dataflex.probe.reference_table import ReferenceTable
 
 _BLOCK = 4096
 """Number of samples whose token losses are in memory at a time while their means are computed."""
@@ -52,9 +53,13 @@ class ReferenceLosses:
         missing = np.unique(indices[~known[indices]])
         for begin in range(0, missing.size, _BLOCK):
             block = missing[begin : begin + _BLOCK]
-            for index, losses in zip(block.tolist(), self.token_losses(block, samples), strict=True):
-                if losses.size:
-                    means[index] = losses.mean(dtype=np.float64)
+            stored = self.table.means(block) if self.table is not None and pool is self.pool else None
+            if stored is not None:
+                means[block] = stored
+            else:
+                for index, losses in zip(block.tolist(), self.token_losses(block, samples), strict=True):
+                    if losses.size:
+                        means[index] = losses.mean(dtype=np.float64)
             known[block] = True
         return means[indices]
 

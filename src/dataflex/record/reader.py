@@ -34,6 +34,8 @@ from dataflex.record.schema import (
     ROUNDS,
     SUMMARY,
     TASKS,
+    TOKEN_SAMPLES,
+    TOKEN_WEIGHTS,
     VERSION,
     Change,
     DomainWeights,
@@ -44,6 +46,8 @@ from dataflex.record.schema import (
     Start,
     Summary,
     Task,
+    TokensOfStep,
+    TokenWeights,
     from_json,
 )
 from dataflex.record.trainer_log import (
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 T = TypeVar("T")
+L = TypeVar("L", Evaluation, TokenWeights, TokensOfStep)
 
 FAMILIES = ("select", "mix", "order", "weight")
 """The kinds of decision, in the order in which a round makes them."""
@@ -122,6 +127,8 @@ class RunRecord:
     """Final weights of a run whose loss is weighted by domain; None while the run is unfinished."""
     weights: dict[str, Curve]
     """``min`` and ``max`` of the sample weights, if a weighter logged them."""
+    token_weights: list[TokenWeights]
+    """Lines of ``token_weights.jsonl``, ascending by step; empty without a weighter, and in older records."""
     tokens_at: dict[int, int]
     """Logged step -> number of tokens trained on up to this step; empty in older records."""
     seconds_at: dict[int, float]
@@ -143,6 +150,8 @@ class RunRecord:
             section = self.config["dataflex"].get(family)
             if isinstance(section, dict) and isinstance(section.get("method"), str):
                 found[family] = section["method"]
+            elif isinstance(section, list) and family not in found:  # a run of weighters has no rounds
+                found[family] = ", ".join(str(each["method"]) for each in section)
         return {family: found[family] for family in FAMILIES if family in found}
 
     @property
@@ -260,6 +269,11 @@ class RunRecord:
         """
         return PlanReader(self.path / FOLDER / FILTERS)
 
+    @cached_property
+    def token_samples(self) -> list[TokensOfStep]:
+        """Lines of ``token_samples.jsonl``, ascending by step; empty without a weighter, and in older records."""
+        return _by_step(TokensOfStep, self.path / FOLDER / TOKEN_SAMPLES)
+
     def filtered(self, each: Round) -> list[tuple[Filtering, Round]]:
         """Return the filters that decided in a round, each with the round to pass to :attr:`filters`.
 
@@ -372,13 +386,14 @@ def read_run(path: Path) -> RunRecord:
         steps=steps,
         train_loss=train_curve(log),
         eval_loss=eval_curves(log, final or {}, steps),
-        evaluations=_read_evaluations(folder / EVALUATIONS),
+        evaluations=_by_step(Evaluation, folder / EVALUATIONS),
         tasks=[_read_task(file) for file in sorted((folder / TASKS).glob("*.json"))],
         domain_loss=curves(log, r"dataflex/loss/(.+)"),
         domain_tokens=curves(log, r"dataflex/domain_tokens/(.+)"),
         loss_weights=weights,
         domain_weights=_read_domain_weights(folder / DOMAIN_WEIGHTS, weights),
         weights=curves(log, r"dataflex/weight_(min|max)"),
+        token_weights=_by_step(TokenWeights, folder / TOKEN_WEIGHTS, header),
         tokens_at=tokens_at(log),
         seconds_at=seconds_at(log),
         logged_train_seconds=train_seconds_at(log),
@@ -455,11 +470,11 @@ def _acting(each: Round, header: Header) -> dict[str, str | None]:
     return {key: name for key, name in methods.items() if key not in each.undecided}
 
 
-def _read_evaluations(path: Path) -> list[Evaluation]:
-    """Return the evaluations by step. Of several at one step, for example after a resume, the last counts."""
-    found = {}
+def _by_step(kind: type[L], path: Path, header: Header | None = None) -> list[L]:
+    """Return the lines of a file by step. Of several at one step, for example after a resume, the last counts."""
+    found: dict[int, L] = {}
     for where, value in json_lines(path):
-        each = from_json(Evaluation, value, where)
+        each = from_json(kind, value, where, header)
         found[each.step] = each
     return [found[step] for step in sorted(found)]
 

@@ -41,6 +41,15 @@ RUN = "run.json"
 LOSS_WEIGHTS = "loss_weights.csv"
 DOMAIN_WEIGHTS = "domain_weights.json"
 TASKS = "tasks"
+TOKEN_WEIGHTS = "token_weights.jsonl"
+TOKEN_SAMPLES = "token_samples.jsonl"
+
+WEIGHT_EDGES = (0.0, *(2.0 ** (power - 0.5) for power in range(-5, 7)))
+"""Upper ends of all bins of token weights but the last, which is open.
+
+The first bin has the weight 0 alone. The others are centred on the powers of 2 from 1/64 to 64 on a logarithmic scale,
+so that the weight 1 is in the middle of a bin.
+"""
 
 T = TypeVar("T")
 
@@ -296,6 +305,74 @@ class DomainWeights:
     proportions: dict[str, NonNegativeFloat]
     """Mean weights over these steps."""
     last: dict[str, NonNegativeFloat]
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """One line of :data:`TOKEN_WEIGHTS`: weights of the trained tokens in the loss, in the steps since the line before.
+
+    Only steps in which a weighter acts are counted. A weight is the product of the weighters' weights, of the sample
+    and of the token. Factors of domains and of the mean over samples are not part of it.
+    """
+
+    step: NonNegativeInt
+    """Number of optimizer steps done, up to which the line counts."""
+    steps: NonNegativeInt
+    """Number of steps that are counted."""
+    effective_tokens: Measured
+    """Sum over these steps of (sum of weights)^2 / (sum of squared weights) over all tokens of the step."""
+    tokens: Annotated[dict[str, NonNegativeInt], BY_DOMAIN]
+    """Number of trained tokens."""
+    counting: Annotated[dict[str, NonNegativeInt], BY_DOMAIN]
+    """Number of trained tokens with a weight above 0."""
+    sums: Annotated[dict[str, Measured], BY_DOMAIN]
+    """Sum of the weights."""
+    squares: Annotated[dict[str, Measured], BY_DOMAIN]
+    """Sum of the squared weights."""
+    effective: Annotated[dict[str, Measured], BY_DOMAIN]
+    """The same as :attr:`effective_tokens`, over the tokens of a domain."""
+    bins: Annotated[dict[str, list[NonNegativeInt]], BY_DOMAIN]
+    """Number of trained tokens in each bin of :data:`WEIGHT_EDGES`."""
+
+    @property
+    def counting_share(self) -> float:
+        """Share of the trained tokens with a weight above 0; NaN without a token."""
+        tokens = sum(self.tokens.values())
+        return sum(self.counting.values()) / tokens if tokens else math.nan
+
+    @property
+    def mean(self) -> float:
+        """Mean weight of the trained tokens; NaN without a token."""
+        tokens = sum(self.tokens.values())
+        return sum(self.sums.values()) / tokens if tokens else math.nan
+
+
+@dataclass(frozen=True)
+class TokensOfSample:
+    """Losses and weights of the trained tokens of a sample, in the order of its tokens."""
+
+    index: NonNegativeInt
+    """Pool index of the sample."""
+    tokens: NonNegativeInt
+    """Number of trained tokens. Those behind the end of :attr:`losses` are not on record."""
+    losses: list[float]
+    """Token losses, four significant digits."""
+    weights: list[float]
+    """Weights, four significant digits. A single number is the weight of every token."""
+
+    @property
+    def token_weights(self) -> list[float]:
+        """Weight of each token of :attr:`losses`."""
+        return self.weights * len(self.losses) if len(self.weights) == 1 else self.weights
+
+
+@dataclass(frozen=True)
+class TokensOfStep:
+    """One line of :data:`TOKEN_SAMPLES`: token losses and weights of some samples of a step."""
+
+    step: NonNegativeInt
+    """Number of optimizer steps done, including this one."""
+    samples: list[TokensOfSample]
 
 
 @dataclass(frozen=True)

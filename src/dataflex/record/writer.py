@@ -10,6 +10,8 @@
     plans/from-round-N.arrows    the samples of round N and the next ones: position, index, domain, row, score, rank
     loss_weights.csv             the domain weights in the loss of every step, if a mixer weights the loss
     domain_weights.json          the result of this mixer, written at the end of the run
+    token_weights.jsonl          statistics of the token weights between two logs, if the run has a weighter
+    token_samples.jsonl          losses and weights of the tokens of some samples of logged steps, if it has one
     summary.json                 time, tokens and notes of the run, written at its end
     run.json                     the run's identity, and the run it resumed if that run has another identity
     changes.jsonl                the settings that were changed at a resume, and the step from which each change holds
@@ -60,6 +62,8 @@ from dataflex.record.schema import (
     ROUNDS,
     SUMMARY,
     TASKS,
+    TOKEN_SAMPLES,
+    TOKEN_WEIGHTS,
     VERSION,
     Change,
     Cost,
@@ -72,6 +76,8 @@ from dataflex.record.schema import (
     Round,
     Start,
     Summary,
+    TokensOfStep,
+    TokenWeights,
     from_json,
     to_json,
 )
@@ -82,7 +88,9 @@ RESULTS = ("trainer_state.json", "all_results.json", "train_results.json", "eval
 T = TypeVar("T")
 
 _UNTIL = "config-until-step-"
-_TAKEN_ALONG = (HEADER, ROUNDS, EVALUATIONS, LOSS_WEIGHTS, CONFIGURATION, ENVIRONMENT, CHANGES)
+_TAKEN_ALONG = (
+    HEADER, ROUNDS, EVALUATIONS, LOSS_WEIGHTS, TOKEN_WEIGHTS, TOKEN_SAMPLES, CONFIGURATION, ENVIRONMENT, CHANGES,
+)  # fmt: skip
 
 
 class RunWriter:
@@ -106,6 +114,8 @@ class RunWriter:
         """Writer of the filters' decisions. None before :meth:`begin`."""
         self._rounds: set[int] = set()
         """Numbers of the rounds that are on record from before this start."""
+        self.last_tokens: int | None = None
+        """The last step with a line in ``token_samples.jsonl``. None before the first line."""
         try:
             (self.folder / PLANS).mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / ".writable", b"")
@@ -143,6 +153,9 @@ class RunWriter:
             rounds = self._keep(ROUNDS, Round, lambda each: each.round < kept_rounds)
             evaluations = self._keep(EVALUATIONS, Evaluation, lambda each: each.step <= step)
             self._keep_loss_weights(step)
+            self._keep(TOKEN_WEIGHTS, TokenWeights, lambda each: each.step <= step)
+            kept_tokens = self._keep(TOKEN_SAMPLES, TokensOfStep, lambda each: each.step <= step)
+            self.last_tokens = kept_tokens[-1].step if kept_tokens else None
         methods_so_far = self._header.with_methods(kept_rounds or 0, dict(methods or {}))
         self._header = replace(self._header, domains=dict(domains or {}), methods=methods_so_far)
         self._write(HEADER, self._header)
@@ -300,6 +313,15 @@ class RunWriter:
             if is_new:
                 rows.writerow(["step", *names])
             rows.writerow([step, *weights.tolist()])
+
+    def token_weights(self, line: TokenWeights) -> None:
+        """Record statistics of the token weights."""
+        self._append(TOKEN_WEIGHTS, line)
+
+    def token_samples(self, line: TokensOfStep) -> None:
+        """Record the token losses and weights of some samples."""
+        self._append(TOKEN_SAMPLES, line)
+        self.last_tokens = line.step
 
     def has_round(self, number: int) -> bool:
         """Return whether a round was on record when this writer began."""

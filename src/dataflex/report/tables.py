@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dataflex.record.schema import TokenWeights
 from dataflex.record.trainer_log import Curve
 from dataflex.report.measure import LEVELS, MeasuredRun
 
@@ -134,12 +135,13 @@ def task_table(runs: Sequence[MeasuredRun]) -> Table:
 
 
 def domain_table(runs: Sequence[MeasuredRun]) -> Table:
-    """Return one row per run and domain: samples and shares, passes, loss weight, first and last training loss.
+    """Return one row per run and domain: samples and shares, passes, weights, first and last training loss.
 
     Columns without a value in any run are omitted.
     """
     header = ["run", "domain", "samples", "share", "first round", "last round", "last proportion"]
-    header += ["last wanted", "rounds capped", "passes", "loss weight", "first loss", "last loss"]
+    header += ["last wanted", "rounds capped", "passes", "loss weight", "tokens that count", "effective"]
+    header += ["first loss", "last loss"]
     rows: list[list[str]] = []
     notes: list[str] = []
     limit = max(3, DOMAIN_ROWS // len(runs))
@@ -173,9 +175,19 @@ def _domain_row(run: MeasuredRun, name: str, counts: Mapping[str, int], capped: 
         _count(capped.get(name, 0)) if capped else NOTHING,
         _share(float(passes[-1])) if passes is not None else NOTHING,
         _loss(record.mean_loss_weights.get(name)),
+        *map(_share, _token_shares(record.token_weights, name)),
         _loss(loss[0][1]) if loss else NOTHING,
         _last(loss),
     ]
+
+
+def _token_shares(lines: Sequence[TokenWeights], domain: str) -> tuple[float | None, float | None]:
+    """Return the tokens of a domain that count, and its effective tokens, as shares of its trained tokens."""
+    tokens = sum(each.tokens.get(domain, 0) for each in lines)
+    if not tokens:
+        return None, None
+    counting = sum(each.counting.get(domain, 0) for each in lines)
+    return counting / tokens, sum(each.effective.get(domain, 0.0) for each in lines) / tokens
 
 
 def _domain_notes(run: MeasuredRun, capped: Sequence[str]) -> list[str]:

@@ -73,6 +73,9 @@ class DynamicCallback(TrainerCallback):
             trained = rounds.samples_of(state.global_step)
             self._statistics, totals = accumulator.finish(step, trained, rounds.pool.lengths[trained])
         check_step(run.data.domains, self._statistics, totals)
+        weights = self.trainer.started.token_weights
+        if weights is not None and totals.weights is not None:
+            weights.add(totals.weights)
         clock.count_tokens(totals.tokens)
         if clock.budget.is_set:
             # `max_steps` is an estimate of the run's length, so the progress bar shows it. The Trainer stops at the

@@ -79,6 +79,8 @@ class FusedHead:
         self._forward = self._losses_of
         """The replaced forward, one object for all steps: torch.compile would trace the model again for another one."""
         self._labels: Tensor | None = None
+        self._counted: Tensor | None = None
+        """Numbers of the tokens that count among those of the micro-batch, (c,)."""
         self._coefficients: Coefficients | None = None
         self._found: FusedLosses | None = None
 
@@ -92,6 +94,8 @@ class FusedHead:
         """
         own = self.head.__dict__.get("forward")
         self._original: Callable[[Tensor], Tensor] = self.head.forward
+        # Before the forward pass, because the number of counted tokens is read from the device.
+        self._counted = (labels != IGNORE_INDEX).flatten().nonzero()[:, 0]
         self._labels, self._coefficients, self._found = labels, coefficients, None
         self.head.forward = self._forward
         try:
@@ -101,7 +105,7 @@ class FusedHead:
                 del self.head.forward
             else:
                 self.head.forward = own
-            self._labels = self._coefficients = self._found = None
+            self._labels = self._counted = self._coefficients = self._found = None
 
     def take(self) -> FusedLosses:
         """Return the losses of the forward pass that is running.
@@ -126,14 +130,14 @@ class FusedHead:
         output, so they must depend on the losses and get a gradient, which is 0.
         """
         assert self._labels is not None
+        assert self._counted is not None
         assert self._coefficients is not None
-        labels = self._labels.to(hidden.device)
+        labels, counted = self._labels.to(hidden.device), self._counted.to(hidden.device)
         if hidden.shape[:2] != labels.shape:
             raise ComponentError(
                 f"fused_loss: the head received hidden states of shape {tuple(hidden.shape)} for labels of shape "
                 f"{tuple(labels.shape)}. Set dataflex.fused_loss: false."
             )
-        counted = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
         states, targets = hidden.flatten(0, 1)[counted], labels.flatten()[counted]
         coefficients, total, values = self._coefficients(labels), None, None
         if type(self.head) is not torch.nn.Linear:

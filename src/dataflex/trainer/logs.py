@@ -59,7 +59,23 @@ class LoggingTrainer(RunTrainer):
         weights = None if loss.weights is None else loss.weights.last
         if weights is not None:
             logs["dataflex/weight_min"], logs["dataflex/weight_max"] = torch.stack(weights.aminmax()).tolist()
+        logs.update(self._weight_logs())
         return logs
+
+    def _weight_logs(self) -> dict[str, float]:
+        """Record the token weights since the last log and those of some samples, and return their statistics."""
+        run, step, batch = self.started, self.state.global_step, self.step_loss.accumulator.first_batch
+        line = None if run.token_weights is None else run.token_weights.take(step)
+        if line is None:
+            return {}
+        run.recorder.token_weights(line)
+        if batch is not None:
+            run.recorder.token_samples(step, batch, run.steps.expected)
+        return {
+            "dataflex/weight_mean": line.mean,
+            "dataflex/counting_share": line.counting_share,
+            "dataflex/effective_tokens": line.effective_tokens / line.steps,
+        }
 
     def _round_logs(self) -> dict[str, float]:
         """Return the number and the proportions of the running round; nothing if the run has no rounds."""

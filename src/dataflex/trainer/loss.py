@@ -108,6 +108,7 @@ class WeightedLoss:
         if self.weights is not None and self.active:
             counted = _weighted((labels != ignore_index).to(sums), counts.to(sums), weights)
             seen.coefficients = self._of_domains(counted).sum().detach()
+            seen.weights, seen.places = weights, self.places
         self.observe(seen)
         if found.total is not None:
             # The zeros carry the graph of the head's output, see `FusedHead`.

@@ -25,12 +25,14 @@ from dataflex.record.schema import (
     Measures,
     OverheadLimit,
     Summary,
+    TokenWeights,
 )
 from dataflex.record.writer import RunWriter
 from dataflex.trainer.clock import Clock
 from dataflex.trainer.evaluation import TOKEN_WEIGHTED, UNWEIGHTED
 from dataflex.trainer.inputs import RunData, RunInputs
 from dataflex.trainer.resume import Resume
+from dataflex.trainer.token_samples import FirstBatch, is_due
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,6 +132,24 @@ class Recorder:
         """
         if self._writer is not None:
             self._writer.loss_weights(step, self._data.domains, weights)
+
+    def token_weights(self, line: TokenWeights | None) -> None:
+        """Write statistics of the token weights, if there are any."""
+        if self._writer is not None and line is not None:
+            self._writer.token_weights(line)
+
+    def token_samples(self, step: int, batch: FirstBatch, expected: int) -> None:
+        """Write the token losses and weights of some samples of a logged step, unless others were written just before.
+
+        Args:
+            step: number of optimizer steps done.
+            batch: first micro-batch of the step.
+            expected: expected number of steps of the run.
+        """
+        if self._writer is not None and is_due(step, self._writer.last_tokens, expected):
+            line = batch.recorded(step)
+            if line is not None:
+                self._writer.token_samples(line)
 
     def evaluation(self, step: int, domains: dict[str, Numbers], groups: dict[str, Numbers]) -> None:
         """Write the metrics of an evaluation."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,8 +18,18 @@ from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import shifted
 from dataflex.errors import ConfigError
 from dataflex.probe.collation import Collation
-from dataflex.probe.reference import Reference, ReferenceModel, ReferenceTable, TableMaker, load_reference, losses_of
+from dataflex.probe.reference import (
+    Advance,
+    Reference,
+    ReferenceModel,
+    load_reference,
+    loading_options,
+    losses_of,
+    weights_dtype,
+)
 from dataflex.probe.reference_losses import ReferenceLosses
+from dataflex.probe.reference_table import ReferenceTable
+from dataflex.probe.table_maker import TableMaker
 
 if TYPE_CHECKING:
     from dataflex.trainer.mixin import DynamicTrainerMixin
@@ -132,12 +141,17 @@ class References:
             assert params.reference_model is not None
             with run.clock.deciding():
                 model = self._load(key, params.reference_model)
-                self._maker(key, folder).make(missing, model, params.reference_model)
+                args, tokens = self._trainer.args, self._batch_tokens(pool)
+
+                def compute(indices: IndexArray, advance: Advance) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+                    return losses_of(pool, indices, model, self._collation, args.device, tokens, advance)
+
+                self._maker(key, folder).make(missing, compute, params.reference_model)
         return ReferenceTable(folder, pool, key)
 
     def _check_table(self, key: str, params: ReferenceParams, folder: Path) -> list[str]:
         """Return the domains that a table lacks, after checking that it belongs to these samples and this reference."""
-        missing: list[str] = distributed.on_main(partial(self._maker(key, folder).missing, params))
+        missing: list[str] = distributed.on_main(partial(self._maker(key, folder).missing, params.reference_model))
         if missing and params.reference_model is None:
             raise ConfigError(
                 f"dataflex.{key}.reference_losses: {folder} has no losses of {', '.join(missing)}. Add reference_model "
@@ -149,25 +163,16 @@ class References:
         """Return the object that reads and completes the table in a folder."""
         args, pool = self._trainer.args, self._run.data.samples
         assert pool is not None
-        return TableMaker(
-            folder,
-            pool,
-            self._collation,
-            args.device,
-            self._batch_tokens(pool),
-            key,
-            progress=args.process_index == 0 and not args.disable_tqdm,
-        )
+        progress = args.process_index == 0 and not args.disable_tqdm
+        return TableMaker(folder, pool, f"dataflex.{key}.reference_losses", progress=progress)
 
     def _load(self, key: str, name: str) -> ReferenceModel:
         """Load a frozen model in the precision of the training."""
-        trainer, given = self._trainer, self._run.inputs.config.llamafactory
-        names = {"cache_dir": "cache_dir", "trust_remote_code": "trust_remote_code", "hf_hub_token": "token"}
-        options = {theirs: given[ours] for ours, theirs in names.items() if given.get(ours) is not None}
-        args = trainer.args
-        bf16 = args.bf16 or trainer.finetuning_args.pure_bf16
-        dtype = torch.bfloat16 if bf16 else torch.float16 if args.fp16 else torch.float32
+        trainer, args = self._trainer, self._trainer.args
+        dtype = weights_dtype(args, trainer.finetuning_args)
+        options = loading_options(self._run.inputs.config.llamafactory)
         tokenizer: Any = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        like = trainer.causal_model()
-        model = load_reference(name, tokenizer, args.device, dtype, like, options, key)
+        attention = cast(Any, trainer.causal_model().config)._attn_implementation
+        setting = f"dataflex.{key}.reference_model"
+        model = load_reference(name, tokenizer, args.device, dtype, attention, options, setting)
         return ReferenceModel(model, trainer.accelerator.autocast)

@@ -28,6 +28,7 @@ from dataflex.trainer.planned import PlannedRounds
 from dataflex.trainer.recording import Recorder
 from dataflex.trainer.statistics import MeanLosses
 from dataflex.trainer.steps import RunSteps
+from dataflex.trainer.weight_statistics import WeightTotals
 
 if TYPE_CHECKING:
     from dataflex.api.component import State
@@ -154,6 +155,8 @@ class StartedRun:
         self.rounds, self.recorder, self._learning_rate = rounds, recorder, learning_rate
         self.mean_losses = MeanLosses()
         """Mean losses of the steps since the last log. A resume resets them, as it does the Trainer's own mean."""
+        self.token_weights = WeightTotals(self.data.domains) if self.inputs.components.weight else None
+        """Statistics of the token weights since the last log, if the run has a weighter."""
         self._tokens = np.zeros(len(self.data.domains), np.int64)
         self._samples = np.zeros(len(self.data.domains), np.int64)
 
@@ -221,6 +224,8 @@ class StartedRun:
         Args:
             step: number of optimizer steps done.
         """
+        if self.token_weights is not None:
+            self.recorder.token_weights(self.token_weights.take(step))
         rounds = self.rounds
         chain = None if rounds is None else rounds.planner.chain
         scoring = None if chain is None else chain.limit
@@ -244,6 +249,7 @@ class StartedRun:
             **self.clock.state_dict(),
             "domain_tokens": self._tokens,
             "domain_samples": self._samples,
+            **({} if self.token_weights is None else {"token_weights": self.token_weights.state_dict()}),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -263,5 +269,7 @@ class StartedRun:
                 )
         self.clock.load_state_dict(state)
         self._tokens, self._samples = state["domain_tokens"], state["domain_samples"]
+        if self.token_weights is not None and "token_weights" in state:
+            self.token_weights.load_state_dict(state["token_weights"])
         if self.rounds is not None:
             self.rounds.load_state_dict(state)

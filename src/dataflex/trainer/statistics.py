@@ -16,7 +16,10 @@ from dataflex.data.sampling import IndexArray
 from dataflex.data.sums import sum_dtype
 from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import ComponentError, DataFlexError, DivergenceError
+from dataflex.record.schema import WEIGHT_EDGES
 from dataflex.trainer.sample_losses import SampleLosses
+from dataflex.trainer.token_samples import FirstBatch
+from dataflex.trainer.weight_statistics import COLUMNS, weight_columns
 
 
 @dataclass
@@ -33,6 +36,10 @@ class BatchLosses:
     """Loss of every position, (B, T); 0 at positions that do not count in the loss."""
     labels: Tensor | None = None
     """Shifted labels, (B, T)."""
+    weights: Tensor | None = None
+    """Weights of the weighters, (B,) or (B, T), if one acts in the step."""
+    places: Tensor | None = None
+    """Pool index of each sample, (B,); None if the data is streamed."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class StepTotals:
     """Sum of the losses of the micro-batches; not finite if any of these losses is not."""
     coefficients: float | None = None
     """Sum of the loss coefficients of all tokens; None if no weighter acted in the step."""
+    weights: NDArray[np.float64] | None = None
+    """Values of ``weight_statistics.weight_columns`` by domain, (K, COLUMNS); None if no weighter acted in the step."""
 
 
 def domain_sums(domains: Tensor, values: Tensor, num_domains: int) -> Tensor:
@@ -69,16 +78,28 @@ class StepAccumulator:
             if LLaMA-Factory draws the samples and they carry no index.
         device: device of the training.
         sample_losses: stores losses of samples or tokens, if a component needs them.
+        weighs: whether the run has a weighter.
     """
 
-    def __init__(self, offsets: np.ndarray, device: torch.device, sample_losses: SampleLosses | None = None) -> None:
+    def __init__(
+        self,
+        offsets: np.ndarray,
+        device: torch.device,
+        sample_losses: SampleLosses | None = None,
+        weighs: bool = False,
+    ) -> None:
         self.sample_losses = sample_losses
+        self.first_batch = FirstBatch() if weighs else None
+        """Tokens of the first micro-batch of the step, if the run has a weighter."""
         self.num_domains = len(offsets) - 1
         self._ends = torch.as_tensor(offsets[1:], device=device)
         dtype = sum_dtype(device)
         self._sums = torch.zeros(self.num_domains, 4, dtype=dtype, device=device)
         self._totals = torch.zeros(4, dtype=dtype, device=device)
         self._weighed = False
+        self._weights = torch.zeros(self.num_domains, COLUMNS if weighs else 0, dtype=dtype, device=device)
+        self._edges = torch.tensor(WEIGHT_EDGES, dtype=dtype, device=device)
+        self._has_weights = False
         self.indices: Tensor | None = None
         """Pool indices of the micro-batch whose forward pass runs, (B,), or None."""
 
@@ -95,6 +116,13 @@ class StepAccumulator:
         if batch.coefficients is not None:
             self._totals[3] += batch.coefficients.to(self._totals)
             self._weighed = True
+        if batch.weights is not None:
+            assert batch.labels is not None
+            of_samples = weight_columns(batch.weights, batch.labels, self._edges)
+            self._weights += domain_sums(domains, of_samples, self.num_domains)
+            self._has_weights = True
+            if self.first_batch is not None:
+                self.first_batch.add(batch)
         if self.sample_losses is not None:
             assert batch.per_token is not None
             assert batch.labels is not None
@@ -130,15 +158,18 @@ class StepAccumulator:
                 stored.
             lengths: number of tokens of each sample, (n,).
         """
-        parts = [self._sums.flatten(), self._totals]
+        parts = [self._sums.flatten(), self._totals, self._weights.flatten()]
         if self.sample_losses is not None:
             assert lengths is not None
             parts.append(self.sample_losses.packed(int(lengths.max()), self._totals))
         reduced = distributed.all_reduce_sum(torch.cat(parts)).cpu().numpy().astype(np.float64)
-        values, kept = np.split(reduced, [self._sums.numel() + self._totals.numel()])
-        self._sums.zero_()
-        self._totals.zero_()
-        sums, counts, samples, excess_sums = values[:-4].reshape(-1, 4).T
+        ends = np.cumsum([part.numel() for part in parts[:3]])
+        by_domain, of_step, weights, kept = np.split(reduced, ends)
+        for each in (self._sums, self._totals, self._weights):
+            each.zero_()
+        if self.first_batch is not None:
+            self.first_batch.finish()
+        sums, counts, samples, excess_sums = by_domain.reshape(-1, 4).T
         losses, excess = np.full((2, self.num_domains), np.nan)
         np.divide(sums, counts, out=losses, where=counts > 0)
         np.divide(excess_sums, counts, out=excess, where=counts > 0)
@@ -148,9 +179,16 @@ class StepAccumulator:
             statistics = replace(
                 statistics, indices=indices, lengths=lengths, sample_losses=means, token_losses=of_tokens
             )
-        tokens, labels, loss, coefficients = values[-4:].tolist()
+        tokens, labels, loss, coefficients = of_step.tolist()
         weighed, self._weighed = self._weighed, False
-        return statistics, StepTotals(int(tokens), int(labels), loss, coefficients if weighed else None)
+        has_weights, self._has_weights = self._has_weights, False
+        return statistics, StepTotals(
+            int(tokens),
+            int(labels),
+            loss,
+            coefficients if weighed else None,
+            weights.reshape(self.num_domains, -1) if has_weights else None,
+        )
 
 
 class MeanLosses:

@@ -50,7 +50,9 @@ class StepLoss:
     def __init__(self, trainer: DynamicTrainerMixin) -> None:
         self._trainer, self._run = trainer, trainer.dataflex
         run, args = self._run, trainer.args
-        self.accumulator = StepAccumulator(run.data.offsets, args.device, _kept(run.inputs.needs))
+        self.accumulator = StepAccumulator(
+            run.data.offsets, args.device, _kept(run.inputs.needs), bool(run.inputs.components.weight)
+        )
         self.references = References(trainer)
         mixer = run.inputs.components.mix
         self.domain_loss: DomainLoss | None = None

@@ -337,7 +337,11 @@ def test_the_key_of_a_run_changes_with_the_validation_data_of_a_mixer(lab: Lab, 
 def test_the_key_of_a_run_changes_with_a_table_of_reference_losses(lab: Lab) -> None:
     table = lab.folder / "losses" / "reference.json"
     table.parent.mkdir()
-    content = {"format": 1, "domains": {"alpha": {}, "beta": {}}}
+    domains = {name: {"file": name, "samples": 1, "samples_sha256": ""} for name in ("alpha", "beta")}
+    for name in domains:
+        for file in (f"{name}.f32", f"{name}-counts.npy"):
+            (table.parent / file).touch()
+    content = {"format": 1, "domains": domains}
     table.write_text(json.dumps(content))
     lab.base |= {"dataset": "alpha,beta"}
     mix = {"method": "doremi", "reference_losses": str(table.parent)}

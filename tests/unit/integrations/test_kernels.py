@@ -1,4 +1,4 @@
-"""Liger's kernels in a run whose loss DataFlex computes: with the plain forward, and without a patched cross entropy."""
+"""Kernels of Liger in a run whose loss DataFlex computes: the plain forward, and an unchanged cross entropy."""
 
 from __future__ import annotations
 

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import tiny
-from dataflex.api.reference import TABLE_FILE, vocabulary_problem
+from dataflex.api.reference import vocabulary_problem
 from dataflex.config.loading import RunConfig
 from dataflex.data.pool import Pool
 from dataflex.data.token_loss import shifted
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.mixers.doremi import DoReMiParams
 from dataflex.probe.collation import Collation
-from dataflex.probe.reference import ReferenceModel, ReferenceTable, TableMaker, load_reference, losses_of
+from dataflex.probe.reference import ReferenceModel, load_reference, losses_of
 from dataflex.probe.reference_losses import ReferenceLosses
-
-CPU = torch.device("cpu")
+from dataflex.probe.reference_table import ReferenceTable
+from unit.probe.references import CPU, collate, loaded, make, pool, table_of
 
 
 @pytest.fixture(scope="module")
@@ -35,38 +33,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def problems(model: Path, **params: Any) -> dict[str, str]:
     run = RunConfig({"model_name_or_path": str(model)}, None)
     return dict(DoReMiParams(**params).reference_problems(run))
-
-
-def pool(seed: int = 0) -> Pool:
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(11):
-        tokens = rng.integers(5, 90, rng.integers(2, 9)).tolist()
-        labels = [-100 if rng.random() < 0.4 else token for token in tokens]
-        rows.append({"input_ids": tokens, "labels": labels})
-    rows[3]["labels"] = [-100] * len(rows[3]["labels"])  # nothing of it is trained on
-    return Pool(Dataset.from_list(rows), ("alpha", "b/eta, quoted"), np.array([4, 7]))
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(key: str, fill: int) -> torch.Tensor:
-        return torch.tensor([list(row[key]) + [fill] * (width - len(row[key])) for row in rows])
-
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
-    return {"input_ids": padded("input_ids", 2), "labels": padded("labels", -100), "attention_mask": mask}
-
-
-def maker(folder: Path, samples: Pool) -> TableMaker:
-    return TableMaker(folder, samples, Collation(collate), CPU, batch_tokens=20, key="mix")
-
-
-def loaded(model: Path) -> ReferenceModel:
-    raw = AutoModelForCausalLM.from_pretrained(model)
-    found = load_reference(str(model), AutoTokenizer.from_pretrained(model), CPU, torch.float32, raw, {}, "mix")
-    assert not any(parameter.requires_grad for parameter in found.parameters())
-    return ReferenceModel(found, torch.no_grad)
 
 
 def test_a_reference_model_or_a_table_is_needed() -> None:
@@ -94,10 +60,8 @@ def test_another_tokenizer_is_found_before_loading(model: Path, tmp_path: Path) 
     message = problems(model, reference_model=str(other))["reference_model"]
     assert "another tokenizer" in message
     assert "'cat'" in message or "'dog'" in message
-    with pytest.raises(ConfigError, match="another tokenizer"):
-        load_reference(
-            str(other), AutoTokenizer.from_pretrained(model), CPU, torch.float32, torch.nn.Linear(1, 1), {}, "select"
-        )
+    with pytest.raises(ConfigError, match=r"--model: .* another tokenizer"):
+        load_reference(str(other), AutoTokenizer.from_pretrained(model), CPU, torch.float32, None, {}, "--model")
 
 
 def test_a_larger_vocabulary_with_the_same_ids_is_fine() -> None:
@@ -105,56 +69,8 @@ def test_a_larger_vocabulary_with_the_same_ids_is_fine() -> None:
     assert "missing in the reference" in str(vocabulary_problem({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 1}, "ref"))
 
 
-def test_a_table_holds_the_losses_of_the_model(model: Path, tmp_path: Path) -> None:
-    samples, reference = pool(), loaded(model)
-    params = DoReMiParams(reference_model=str(model), reference_losses=str(tmp_path / "table"))
-    table = maker(tmp_path / "table", samples)
-    assert table.missing(params) == ["alpha", "b/eta, quoted"]
-    table.make(table.missing(params), reference, str(model))
-    assert table.missing(params) == []
-    raw = AutoModelForCausalLM.from_pretrained(model).eval()
-    for indices in (np.arange(11), np.array([9, 3, 0, 7]), np.array([4])):
-        batch = collate(samples.rows(indices))
-        targets = shifted(batch.pop("labels"))
-        expected = []
-        for index in indices.tolist():
-            row = samples.dataset[index]
-            with torch.no_grad():
-                logits = raw(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
-            for position, label in enumerate(row["labels"][1:]):
-                if label != -100:
-                    expected.append(math.log(float(logits[position].exp().sum())) - float(logits[position, label]))
-        for source in (ReferenceTable(tmp_path / "table", samples, "mix"), reference):
-            np.testing.assert_allclose(source.losses(batch, targets, indices).numpy(), expected, rtol=1e-5)
-
-
-def test_a_table_of_other_data_is_refused(model: Path, tmp_path: Path) -> None:
-    samples, folder = pool(), tmp_path / "table"
-    alone = DoReMiParams(reference_losses=str(folder))
-    assert "holds no table" in problems(model, reference_losses=str(folder))["reference_losses"]
-    table = maker(folder, samples)
-    table.make(["alpha"], loaded(model), str(model))
-    key, message = alone.table_problem(samples.domains) or ("", "")
-    assert key == "reference_losses"
-    assert "no losses of b/eta, quoted (it has alpha)" in message
-    assert alone.table_problem(("alpha",)) is None
-    assert table.missing(alone) == ["b/eta, quoted"]
-    with pytest.raises(ConfigError, match="other samples of 'alpha'"):
-        maker(folder, pool(seed=1)).missing(alone)
-    other = tiny.make_model(tmp_path / "other", seed=1)
-    with pytest.raises(ConfigError, match="another reference"):
-        table.missing(DoReMiParams(reference_model=str(other), reference_losses=str(folder)))
-
-
-def test_a_batch_of_other_tokens_is_an_error(model: Path, tmp_path: Path) -> None:
-    samples = pool()
-    table = maker(tmp_path, samples)
-    table.make(list(samples.domains), loaded(model), str(model))
-    batch = collate(samples.rows(np.array([0, 5])))
-    targets = shifted(batch.pop("labels"))
-    targets[0, 0] = -100 if targets[0, 0] != -100 else 7
-    with pytest.raises(ComponentError, match="losses for a batch with"):
-        ReferenceTable(tmp_path, samples, "weight.1").losses(batch, targets, np.array([0, 5]))
+def test_a_folder_without_a_table_is_named(model: Path, tmp_path: Path) -> None:
+    assert "holds no table" in problems(model, reference_losses=str(tmp_path))["reference_losses"]
 
 
 def test_a_reference_computes_logits_in_chunks_and_halves_batches(model: Path) -> None:
@@ -209,34 +125,6 @@ def test_the_losses_of_a_reference_that_caps_its_logits_are_right(model: Path) -
         assert reference._chunked is configured
 
 
-def test_a_truncated_domain_is_computed_again(model: Path, tmp_path: Path) -> None:
-    samples, reference = pool(), loaded(model)
-    table = maker(tmp_path, samples)
-    table.make(["alpha"], reference, str(model))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != TABLE_FILE}
-    (tmp_path / "half.tmp").write_bytes(b"1234")
-    params = DoReMiParams(reference_losses=str(tmp_path))
-    table.make(table.missing(params), reference, str(model))
-    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
-    assert table.missing(params) == []
-
-
-def test_a_damaged_table_is_refused(model: Path, tmp_path: Path) -> None:
-    samples = pool()
-    maker(tmp_path, samples).make(list(samples.domains), loaded(model), str(model))
-    for file in tmp_path.glob("*.f32"):
-        file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(ConfigError, match="it is damaged"):
-        ReferenceTable(tmp_path, samples, "weight.1").losses({}, torch.zeros(1, 2), np.array([0]))
-
-
-def test_one_run_at_a_time_computes_a_table(model: Path, tmp_path: Path) -> None:
-    from filelock import FileLock
-
-    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another run is making the table"):
-        maker(tmp_path, pool()).make(["alpha"], loaded(model), str(model))
-
-
 def test_a_component_reads_sample_and_token_losses_of_its_reference(model: Path, tmp_path: Path) -> None:
     samples, others = pool(), pool()
     reference, runs = loaded(model), []
@@ -257,8 +145,7 @@ def test_a_component_reads_sample_and_token_losses_of_its_reference(model: Path,
     np.testing.assert_array_equal(found.losses(everyone[:2], others), means[:2])
     assert [of for of, _ in runs] == [others]
 
-    making = maker(tmp_path / "table", samples)
-    making.make(making.missing(DoReMiParams(reference_model=str(model))), reference, str(model))
+    make(table_of(tmp_path / "table", samples), model)
     table = ReferenceLosses("select.1", samples, ReferenceTable(tmp_path / "table", samples, "select.1"), None, compute)
     np.testing.assert_allclose(table.losses(everyone), means, rtol=1e-5)
     with pytest.raises(ComponentError, match=r"dataflex.select.1.reference_losses holds the losses of the training"):

@@ -23,7 +23,17 @@ from dataflex.planning.budget import LimitedDecision
 from dataflex.planning.planner import Plan
 from dataflex.record import plans
 from dataflex.record.reader import read_run
-from dataflex.record.schema import Cost, DomainMeasures, Evaluation, Measures, Start, Summary
+from dataflex.record.schema import (
+    Cost,
+    DomainMeasures,
+    Evaluation,
+    Measures,
+    Start,
+    Summary,
+    TokensOfSample,
+    TokensOfStep,
+    TokenWeights,
+)
 from dataflex.record.writer import RunWriter
 from dataflex.trainer.mixin import DynamicTrainerMixin
 from unit.fakes import as_version_1, begin_record, make_pool, raw_plans
@@ -280,6 +290,62 @@ def test_loss_weights_continue_after_a_checkpoint(tmp_path: Path) -> None:
     writer.loss_weights(5, names, np.full(4, 0.5))
     with path.open(newline="") as stream:
         assert next(csv.reader(stream)) == ["step", *names]
+
+
+def weights_until(step: int, names: tuple[str, ...]) -> TokenWeights:
+    count = dict.fromkeys(names, step)
+    value = dict.fromkeys(names, step / 7)
+    bins = {key: [step, *([0] * 13)] for key in names}
+    return TokenWeights(step, 2, step / 3, count, count, value, value, value, bins)
+
+
+def tokens_of(step: int) -> TokensOfStep:
+    return TokensOfStep(step, [TokensOfSample(step, 2, [1.25, 0.5], [0.0, 2.0]), TokensOfSample(0, 3, [1.0], [0.5])])
+
+
+@pytest.mark.parametrize("names", [tuple(SIZES), ("all",)])
+def test_token_weights_and_tokens_continue_after_a_checkpoint(names: tuple[str, ...], tmp_path: Path) -> None:
+    """By the domains of the pool, or as one group if the run plans no rounds."""
+    sizes, kept = (SIZES, 1) if names == tuple(SIZES) else (None, 0)
+    writer = RunWriter(tmp_path)
+    writer.open_new()
+    writer.begin({"dataflex": {}}, None, domains=sizes)
+    assert writer.last_tokens is None
+    for step in (2, 4, 6):
+        writer.token_weights(weights_until(step, names))
+        writer.token_samples(tokens_of(step))
+    assert writer.last_tokens == 6
+    for name in ("token_weights.jsonl", "token_samples.jsonl"):
+        with (writer.folder / name).open("a") as stream:
+            stream.write('{"step": 8, "st')  # cut off
+    record = read_run(tmp_path)
+    assert record.token_weights == [weights_until(step, names) for step in (2, 4, 6)]
+    assert record.token_samples == [tokens_of(step) for step in (2, 4, 6)]
+    assert record.token_samples[0].samples[1].token_weights == [0.5]
+    again = RunWriter(tmp_path)
+    again.begin({"dataflex": {}}, kept, 5, domains=sizes)
+    assert again.last_tokens == 4
+    again.token_weights(weights_until(7, names))
+    again.token_samples(tokens_of(7))
+    record = read_run(tmp_path)
+    assert [each.step for each in record.token_weights] == [each.step for each in record.token_samples] == [2, 4, 7]
+
+
+def test_a_run_in_a_new_folder_takes_the_token_weights_along(tmp_path: Path) -> None:
+    names = tuple(SIZES)
+    writer = RunWriter(tmp_path / "one")
+    identity = writer.open_new()
+    writer.begin({"dataflex": {}}, None, domains=SIZES)
+    for step in (2, 4):
+        writer.token_weights(weights_until(step, names))
+        writer.token_samples(tokens_of(step))
+    (checkpoint := tmp_path / "one" / "checkpoint-2").mkdir()
+    other = RunWriter(tmp_path / "two")
+    other.open_continued(checkpoint, identity, 2)
+    other.begin({"dataflex": {}}, 1, 2, domains=SIZES)
+    record = read_run(tmp_path / "two")
+    assert record.token_weights == [weights_until(2, names)]
+    assert record.token_samples == [tokens_of(2)]
 
 
 def test_a_round_names_only_methods_that_decided(tmp_path: Path) -> None:

@@ -706,6 +706,96 @@ def test_figures_are_valid_plotly(tmp_path: Path) -> None:
     assert "$" not in json.dumps(figures).replace("&#36;", "")
 
 
+def token_line(step: int, **tokens: dict[float, int]) -> dict[str, Any]:
+    """Return a line about one step: for each domain the number of tokens of each weight (0, or a power of 2)."""
+
+    def of(values: list[tuple[float, int]]) -> tuple[float, float, float]:
+        total, squares = (sum(number * weight**power for weight, number in values) for power in (1, 2))
+        return total, squares, total**2 / squares if squares else 0.0
+
+    found: dict[str, Any] = {"step": step, "steps": 2, "effective_tokens": 0.0}
+    found |= {key: {} for key in ("tokens", "counting", "sums", "squares", "effective", "bins")}
+    for name, counts in tokens.items():
+        found["tokens"][name] = sum(counts.values())
+        found["counting"][name] = sum(number for weight, number in counts.items() if weight)
+        found["sums"][name], found["squares"][name], found["effective"][name] = of(list(counts.items()))
+        found["bins"][name] = [0] * 14
+        for weight, number in counts.items():
+            found["bins"][name][0 if weight == 0 else int(np.log2(weight)) + 7] += number
+    found["effective_tokens"] = of([pair for counts in tokens.values() for pair in counts.items()])[2]
+    return found
+
+
+TOKEN_LINES = (
+    token_line(3, math={0: 6, 1: 4}, code={2: 10}),
+    token_line(6, math={0: 1, 0.5: 9}, code={0: 5, 64: 5}),
+    token_line(9, math={}, code={0: 8}),  # no token of one domain
+)
+
+
+def token_run(run: Path, lines: Sequence[dict[str, Any]] = TOKEN_LINES) -> Path:
+    weight_run(run)
+    (run / "dataflex" / "token_weights.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def numbers(chart: Chart) -> tuple[list[str], list[list[str]]]:
+    assert chart.figure is not None
+    found = data(chart.figure)
+    return found.header, found.rows
+
+
+def test_token_weights_are_drawn_by_domain_and_over_time(tmp_path: Path) -> None:
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    found = charts(measured(token_run(tmp_path / "run")))
+    header, rows = numbers(chart(found, "Tokens that count: run"))
+    assert header == ["step", "all domains", "math", "code"]
+    assert rows == [["3", "0.7", "0.4", "1"], ["6", "0.7", "0.9", "0.5"], ["9", "0", "-", "0"]]
+    header, rows = numbers(chart(found, "Effective tokens of a step: run"))
+    mixed = [(4 + 20) ** 2 / (4 + 40), (4.5 + 320) ** 2 / (2.25 + 20480), 0]
+    assert header == ["step", "all domains", "math", "code"]
+    assert [[float(value) for value in row[2:]] for row in rows] == [[2, 5], [4.5, 2.5], [0, 0]]
+    assert [float(row[1]) for row in rows] == pytest.approx([value / 2 for value in mixed], rel=1e-4)
+    header, rows = numbers(chart(found, "Token weights: run"))
+    assert header == ["step", "weight 0", "0.35 to 0.71", "0.71 to 1.4", "1.4 to 2.8", "above 45"]
+    assert [[float(value) for value in row] for row in rows] == [
+        [3, 0.3, 0, 0.2, 0.5, 0], [6, 0.3, 0.45, 0, 0, 0.25], [9, 1, 0, 0, 0, 0],
+    ]  # fmt: skip
+    for each in found:
+        if each.figure is not None:
+            graph_objects.Figure(each.figure)
+
+
+def test_long_runs_have_bars_of_many_intervals(tmp_path: Path) -> None:
+    lines = [token_line(step, all={0: step % 2, 1: 1}) for step in range(1, 1001)]
+    found = charts(measured(token_run(tmp_path / "run", lines)))
+    header, rows = numbers(chart(found, "Token weights: run"))
+    assert len(rows) == 40
+    assert rows[-1][0] == "1,000"
+    shares = np.array([[float(value) for value in row[1:]] for row in rows])
+    np.testing.assert_allclose(shares.sum(1), 1, atol=1e-4)
+    np.testing.assert_allclose(shares[:, 0], 1 / 3, atol=0.01)  # every second step has one of two
+    header, _ = numbers(chart(found, "Tokens that count: run"))
+    assert header == ["step", "run"]  # one domain
+
+
+def test_the_domain_table_has_the_tokens_that_count(tmp_path: Path) -> None:
+    log = {"dataflex/loss/math": 1.0, "dataflex/loss/code": 2.0}
+    run = token_run(tmp_path / "run")
+    write_state(run, history(9, **log), 9)
+    table = domain_table(measured(run))
+    assert column(table, "tokens that count") == ["0.650", "0.536"]
+    assert column(table, "effective") == [f"{13 / 20:.3f}", f"{15 / 28:.3f}"]
+
+
+def test_a_run_without_token_weights_on_record_has_no_charts_of_them(tmp_path: Path) -> None:
+    runs = measured(finished_run(tmp_path / "old"), weight_run(tmp_path / "weight"))
+    assert not [each.title for each in charts(runs) if "Token" in each.title or "Effective" in each.title]
+    assert "tokens that count" not in domain_table(runs).header
+    assert report([tmp_path / "weight"], tmp_path / "page.html").exists()
+    assert report([token_run(tmp_path / "new")], tmp_path / "page.html").exists()
+
+
 def many_domains(run: Path) -> Path:
     """A run of more domains than are drawn one by one."""
     write_config(run, mix="odm")

@@ -21,7 +21,7 @@ def problems_of_references(config: RunConfig) -> Iterator[Problem]:
             continue
         for parameter, message in params.reference_problems(config):
             yield Problem(f"{SECTION}.{key}.{parameter}", message)
-        problem = params.table_problem(names) if are_domains and names else None
+        problem = params.table_problem(names if are_domains and names else None)
         if problem is not None:
             yield Problem(f"{SECTION}.{key}.{problem[0]}", problem[1])
         if params.reference_losses is not None and truthy(config, "streaming"):

@@ -24,7 +24,9 @@ _TOKENIZER_KEYS = (
 )  # fmt: skip
 
 
-def pool_of(config: RunConfig, domain_column: str | None = None, columns: Sequence[str] = ()) -> tuple[Pool, Any]:
+def pool_of(
+    config: RunConfig, domain_column: str | None = None, columns: Sequence[str] = (), *, whole: bool = False
+) -> tuple[Pool, Any]:
     """Load the pool of a run and its tokenizer, without the model. Nothing is printed or logged.
 
     Only the keys that preprocessing depends on are used. Keys about training and devices (precision, quantization,
@@ -32,9 +34,10 @@ def pool_of(config: RunConfig, domain_column: str | None = None, columns: Sequen
     except to the cache of the datasets library.
 
     Args:
-        config: configuration of a run that plans its data. Its ``dataflex:`` section is not read.
+        config: configuration of the run. Its ``dataflex:`` section is not read.
         domain_column: the section's ``domain_column``.
         columns: raw columns to store with the samples.
+        whole: whether LLaMA-Factory draws the samples of the run, so that all data sets are loaded as one domain.
 
     Returns:
         The pool, and the tokenizer as LLaMA-Factory sets it up for the template.
@@ -70,10 +73,14 @@ def pool_of(config: RunConfig, domain_column: str | None = None, columns: Sequen
             names = tuple(dict.fromkeys(data_args.dataset))
             data_args.eval_dataset = None
             if (root := data_args.tokenized_path) is not None:
-                kept = [root] if len(names) == 1 else [str(Path(root) / name) for name in names]
+                kept = [root] if whole or len(names) == 1 else [str(Path(root) / name) for name in names]
                 if not all(map(has_tokenized_data, kept)):  # LLaMA-Factory would write the tokenized data there
                     data_args.tokenized_path = None
-            pool, _ = load_noting_rows(load, data_args, names, domain_column, wanted)
+            if whole:
+                samples = load(data_args)["train_dataset"]
+                pool = Pool.concatenate({"dataset": samples}, fields=load.fields)
+            else:
+                pool, _ = load_noting_rows(load, data_args, names, domain_column, wanted)
     finally:
         logging.disable(disabled)
     return pool, module["tokenizer"]

@@ -19,7 +19,7 @@ import logging
 import os
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,15 +97,33 @@ def load_only(config: RunConfig, when_loaded: WhenLoaded | None) -> None:
     Raises:
         DataFlexError: for errors that a user can fix.
     """
+    session = Session(RunInputs.of(config), when_loaded, data_only=when_loaded is None)
+    run_until_left(config, _installed_alone(session, Path(str(config.llamafactory["output_dir"]))))
+
+
+@contextmanager
+def _installed_alone(session: Session, output: Path) -> Iterator[None]:
+    with _only_run(output), installed(session):
+        yield
+
+
+def run_until_left(config: RunConfig, parts: AbstractContextManager[None]) -> None:
+    """Run LLaMA-Factory's workflow until a part of it raises ``NothingTrained``.
+
+    Args:
+        config: the configuration.
+        parts: replaces parts of the workflow while it is open.
+
+    Raises:
+        DataFlexError: for errors that a user can fix.
+    """
     import torch.distributed as dist
     from llamafactory.train import tuner
 
-    session = Session(RunInputs.of(config), when_loaded, data_only=when_loaded is None)
     with (
         _watched() as watch,
-        _only_run(Path(str(config.llamafactory["output_dir"]))),
         replaced(tuner, "get_train_args", partial(_watched_args, tuner.get_train_args, watch, config.source)),
-        installed(session),
+        parts,
         contextlib.suppress(NothingTrained),
     ):
         tuner.run_exp(dict(config.llamafactory))

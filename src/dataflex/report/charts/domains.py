@@ -20,6 +20,15 @@ def most_weighted(run: MeasuredRun) -> list[str]:
     return _largest(run.record.mean_loss_weights)
 
 
+def most_counted(run: MeasuredRun) -> list[str]:
+    """Return the domains with the most trained tokens in the statistics of the token weights."""
+    sizes: dict[str, float] = {}
+    for each in run.record.token_weights:
+        for name, tokens in each.tokens.items():
+            sizes[name] = sizes.get(name, 0) + tokens
+    return _largest(sizes)
+
+
 def most_passed(run: MeasuredRun) -> list[str]:
     """Return the domains with the most passes."""
     return _largest({name: float(np.nanmax(values)) for name, values in run.record.passes.items()})
@@ -46,6 +55,6 @@ def _largest(sizes: Mapping[str, float]) -> list[str]:
 
 def domain_numbers(runs: Sequence[MeasuredRun]) -> dict[str, int]:
     """Number the domains that are drawn of any run, so that each has the same look in every chart."""
-    choices = (most_trained, most_weighted, most_passed, most_cut)
+    choices = (most_trained, most_weighted, most_passed, most_cut, most_counted)
     names = dict.fromkeys(name for chosen in choices for run in runs for name in chosen(run))
     return {name: i for i, name in enumerate(names)}

@@ -23,6 +23,7 @@ from dataflex.report.charts.domains import domain_numbers
 from dataflex.report.charts.evaluation import eval_domains, eval_loss, eval_means
 from dataflex.report.charts.loss import domain_loss, own_tokens, train_loss
 from dataflex.report.charts.tasks import tasks
+from dataflex.report.charts.weights import token_weights
 from dataflex.report.measure import MeasuredRun
 
 RUNS_ONE_BY_ONE = 12
@@ -52,6 +53,7 @@ def charts(runs: Sequence[MeasuredRun]) -> list[Chart]:
         repeats(runs),
         times(runs),
         *weights(runs, axis),
+        *(chart for run in alone for chart in token_weights(run, len(alone), looks)),
         *_more_runs(runs),
         cost(runs),
         decision_seconds(runs),
