@@ -80,6 +80,7 @@ LEFT_OUT = {
         "focal": "weighs tokens, and the weighters of the paper weigh samples",
         "rho1": "needs a model trained on clean data",
         "token_cleaning": "needs a model trained on a part of such data, or data in a fixed order",
+        "ss_token": "weighs tokens, and the weighters of the paper weigh samples",
     },
 }
 """Methods without a variant, and why."""

@@ -23,6 +23,7 @@ MADE_BY = {
     "select/rho_loss.yaml": "select/rho_loss_reference.yaml",
     "select/tracin.yaml": "select/tracin_checkpoints.yaml",
     "mix/doremi.yaml": "mix/doremi_reference.yaml",
+    "weight/ss_token.yaml": "select/rho_loss_reference.yaml",
     "mix/moe_balance.yaml": "mix/make_experts.py",
     "offline/less_score.yaml": "offline/less_warmup.yaml",
     "offline/less_train.yaml": "offline/less_score.yaml",
@@ -52,7 +53,7 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     examples = example_files.copy(folder, saves)
     for name in ("select/rho_loss_reference", "mix/doremi_reference"):
         (saves / name).mkdir(parents=True)
-        (saves / name / "config.json").write_text((folder / "model" / "config.json").read_text())
+        (saves / name / "adapter_config.json").write_text("{}")
     for run in ("select/tracin_checkpoints", "offline/less_warmup"):
         for step in (4, 8):
             _write_checkpoint(saves / run / f"checkpoint-{step}", step)

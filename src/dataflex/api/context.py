@@ -160,6 +160,8 @@ class TokenLosses:
         trained: whether each token counts in the loss, shape (n, T), bool.
         reference: losses of the reference at the same positions, shape (n, T); 0 for a token that is not trained on.
             None for a weighter that needs no reference.
+        prompt_attention: attention of the tokens to their prompts, shape (n, T). None for a weighter that does not need
+            it.
 
     Example:
         >>> import torch
@@ -172,6 +174,7 @@ class TokenLosses:
     losses: Tensor
     trained: Tensor
     reference: Tensor | None = None
+    prompt_attention: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -359,6 +362,21 @@ class StepBatch:
                 "Needs(reference=self.params) from its needs()."
             )
         return self.tokens.reference
+
+    @property
+    def prompt_attention(self) -> Tensor:
+        """Attention of the tokens to their prompts in the last layer, shape (n, T), float32, detached, in [0, 1].
+
+        The prompt of a token consists of all earlier tokens of the sample that are not trained on. The probabilities
+        are those of the token's own row, as mean over the heads, and summed over the prompt. As in
+        :attr:`token_losses`, column t belongs to token t + 1. It is 0 for a token that is not trained on.
+        """
+        if self.tokens is None or self.tokens.prompt_attention is None:
+            raise ComponentError(
+                "batch.prompt_attention is read by a weighter whose needs() do not name it; return "
+                "Needs(prompt_attention=True) from its needs()."
+            )
+        return self.tokens.prompt_attention
 
     @property
     def step_embeddings(self) -> Tensor:

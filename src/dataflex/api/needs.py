@@ -81,6 +81,8 @@ class Needs:
             weighter reads the vectors as ``batch.step_embeddings``. None means that the weighter needs no vectors.
         given_weights: the weights of tokens that the data gives. A weighter reads them as ``batch.given_weights``. None
             means that the weighter needs no such weights.
+        prompt_attention: whether a weighter reads ``batch.prompt_attention``, the attention of each token to its prompt
+            in the last layer, from the step's own forward pass. It then also receives the losses of the tokens.
 
     Example:
         >>> from dataflex import Losses, Needs, ValidationParams
@@ -98,3 +100,4 @@ class Needs:
     embeddings: EmbeddingParams | None = None
     step_embeddings: HiddenStates | None = None
     given_weights: GivenWeightParams | None = None
+    prompt_attention: bool = False

@@ -59,8 +59,8 @@ class Weighter(Component[WeighterParamsT]):
     """Whether :meth:`weigh` reads the reference losses of the step's samples, if :meth:`needs` name a reference. False
     for a weighter that reads the reference in :meth:`begin_step` alone."""
     reads_losses: ClassVar[bool] = True
-    """Whether the weights depend on the losses of the step. If not, ``batch.losses`` and ``batch.token_losses`` are NaN,
-    and a fused loss computes no logits twice."""
+    """Whether the weights depend on the losses of the step. If not, ``batch.losses`` and ``batch.token_losses`` are
+    NaN, and a fused loss computes no logits twice."""
 
     @property
     def decides_within_step(self) -> bool:

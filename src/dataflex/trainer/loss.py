@@ -31,7 +31,7 @@ from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.fused_head import FusedHead, FusedLosses
 from dataflex.trainer.special_losses import SpecialLoss
 from dataflex.trainer.statistics import BatchLosses
-from dataflex.trainer.step_weights import MicroBatch, StepWeights, times
+from dataflex.trainer.step_weights import MicroBatch, StepWeights, Watched, times
 
 MIX = "mix"
 """Configuration key of the mixer. Its reference losses are stored under this key."""
@@ -62,8 +62,8 @@ class WeightedLoss:
     """Domain of each sample of the micro-batch, (B,), if the run has domain weights."""
     references: Mapping[str, Tensor] = field(default_factory=dict)
     """Configuration key -> the reference losses of the micro-batch at each position that counts, (c,)."""
-    pooled: dict[str, Tensor] = field(default_factory=dict)
-    """Configuration key -> one pooled hidden-state vector per sample, (B, H). The forward pass fills it in."""
+    watched: Watched = field(default_factory=Watched)
+    """Values of the micro-batch that weighters read in its forward pass, which fills them in."""
     step: int = 0
     """Number of optimizer steps done so far."""
     active: bool = True
@@ -172,7 +172,8 @@ class WeightedLoss:
         if self.decided:
             return self.decided.popleft()
         means = sample_means(per_token.sum(1), counts)
-        batch = MicroBatch(labels, per_token, means, self.places, self.references, self.pooled)
+        pooled, attention = self.watched.pooled, self.watched.attention
+        batch = MicroBatch(labels, per_token, means, self.places, self.references, pooled, attention)
         found = self.weights.decide([batch], self.step)
         return None if found is None else found[0]
 

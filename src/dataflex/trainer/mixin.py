@@ -225,7 +225,7 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         """Return the loss of a training micro-batch, computed with DataFlex's loss function."""
         self.step_loss.prepare(inputs, indices)
         loss = self.step_loss.loss
-        watching, fusing = self.step_loss.watching(inputs, loss.pooled), self.step_loss.fusing(inputs)
+        watching, fusing = self.step_loss.watching(inputs, loss.watched), self.step_loss.fusing(inputs)
         with watching, fusing, loss_function(self.causal_model(), loss):
             return super().compute_loss(model, inputs, *args, **kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from dataflex.errors import ConfigError
 from dataflex.probe.hidden_states import consumer_of, watched
 from dataflex.probe.mode import probe_mode
 from dataflex.probe.particulars import head_agrees
+from dataflex.probe.prompt_attention import PromptAttention
 from dataflex.probe.routing import real_tokens
 from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.fused_head import FusedHead
@@ -31,7 +32,7 @@ from dataflex.trainer.rounds import INDEX_KEY
 from dataflex.trainer.sample_losses import SampleLosses
 from dataflex.trainer.stage_losses import chunked_losses
 from dataflex.trainer.statistics import StepAccumulator, domain_sums
-from dataflex.trainer.step_weights import MicroBatch, StepWeights, Weighing, plan_order
+from dataflex.trainer.step_weights import MicroBatch, StepWeights, Watched, Weighing, plan_order
 
 if TYPE_CHECKING:
     from dataflex.api.needs import Needs
@@ -68,11 +69,24 @@ class StepLoss:
             validation, embeddings = run.data.validation.get(entry.key), None
             if needs.embeddings is not None:
                 embeddings = partial(self._embeddings, entry.key)
-            tokens, pooled = reference or needs.step_losses == "tokens", needs.step_embeddings
+            pooled, attention = needs.step_embeddings, needs.prompt_attention
+            tokens = reference or attention or needs.step_losses == "tokens"
             given = None if run.data.samples is None else run.data.samples.given_weights.get(entry.key)
-            weighings.append(Weighing(entry, tokens, reference, validation, embeddings, pooled is not None, given))
+            weighings.append(
+                Weighing(
+                    entry,
+                    tokens,
+                    reference,
+                    validation,
+                    embeddings,
+                    pooled=pooled is not None,
+                    given=given,
+                    attention=attention,
+                )
+            )
             if pooled is not None:
                 self._consumers[entry.key] = consumer_of(model, pooled.layer)
+        self._attention = PromptAttention(model) if any(each.attention for each in weighings) else None
         size = run.steps.global_batch_size
         self.loss = WeightedLoss(
             samples_per_step=size if args.average_tokens_across_devices else size // args.world_size,
@@ -177,18 +191,31 @@ class StepLoss:
             yield
 
     @contextmanager
-    def watching(self, inputs: dict[str, Any], found: dict[str, Tensor]) -> Iterator[None]:
-        """Fill in one pooled hidden-state vector per sample, by configuration key, during a micro-batch's forward pass.
+    def watching(self, inputs: dict[str, Any], found: Watched) -> Iterator[None]:
+        """Fill in the values that weighters read in a micro-batch's forward pass.
 
         Args:
             inputs: inputs of the model, with labels.
-            found: dictionary that is filled in.
+            found: the values of the last forward pass; they are replaced.
         """
         found.clear()
         loss = self.loss
-        if loss.weights is None or not loss.active or loss.decided:
+        weights = None if not loss.active or loss.decided else loss.weights
+        with ExitStack() as stack:
+            if weights is not None:
+                stack.enter_context(self._watching_states(inputs, weights.pooled_keys(loss.step), found.pooled))
+            # The first forward pass of the run is read even if no weighter acts in it: a model whose attention cannot
+            # be read is an error in the first step, and not after the warm-up.
+            attention = self._attention
+            if attention is not None and (
+                not attention.was_read or (weights is not None and weights.reads_attention(loss.step))
+            ):
+                stack.enter_context(attention.read(inputs["labels"], partial(setattr, found, "attention")))
             yield
-            return
+
+    @contextmanager
+    def _watching_states(self, inputs: dict[str, Any], keys: list[str], found: dict[str, Tensor]) -> Iterator[None]:
+        """Fill in one pooled hidden-state vector per sample, by configuration key, during a forward pass."""
         mask, labels = real_tokens(inputs, inputs["labels"]), shifted(inputs["labels"])
 
         def see(key: str, hidden: Tensor) -> None:
@@ -196,7 +223,7 @@ class StepLoss:
             assert wanted is not None
             found[key] = wanted.reduce(hidden.float(), wanted.tokens(mask, labels))
 
-        with watched({key: self._consumers[key] for key in loss.weights.pooled_keys(loss.step)}, see):
+        with watched({key: self._consumers[key] for key in keys}, see):
             yield
 
     def _count_tokens(self, domain_loss: DomainLoss, samples: list[dict[str, Any]]) -> None:
@@ -218,11 +245,12 @@ class StepLoss:
                 inputs = dict(trainer._prepare_inputs(batch))
                 places = inputs.pop(INDEX_KEY, None)
                 references = self.references.look_up(keys, inputs, places)
-                pooled: dict[str, Tensor] = {}
-                with self.watching(inputs, pooled):
+                seen = Watched()
+                with self.watching(inputs, seen):
                     losses_of = trainer.batch_losses if loss.fused is None else chunked_losses
                     labels, per_token = losses_of(model, inputs)
-                found.append(MicroBatch(labels, per_token, _means(per_token, labels), places, references, pooled))
+                means = _means(per_token, labels)
+                found.append(MicroBatch(labels, per_token, means, places, references, seen.pooled, seen.attention))
         return found
 
     def _decide_domains(self, domain_loss: DomainLoss, batches: list[MicroBatch]) -> None:

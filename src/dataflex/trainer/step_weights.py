@@ -33,6 +33,8 @@ class MicroBatch:
         places: pool index of each sample, (B,); None if the data is streamed.
         references: configuration key -> reference loss of each position that counts, (c,), row after row.
         pooled: configuration key -> one pooled hidden-state vector per sample, (B, H).
+        attention: attention of each token to its prompt, (B, T), if a weighter reads it; 0 at positions that do not
+            count in the loss.
     """
 
     labels: Tensor
@@ -41,6 +43,7 @@ class MicroBatch:
     places: Tensor | None = None
     references: Mapping[str, Tensor] = field(default_factory=dict)
     pooled: Mapping[str, Tensor] = field(default_factory=dict)
+    attention: Tensor | None = None
 
     def reference(self, key: str) -> Tensor:
         """Return the reference loss of every position, (B, T); 0 at positions that do not count in the loss."""
@@ -68,6 +71,23 @@ class MicroBatch:
         return values
 
 
+@dataclass
+class Watched:
+    """Values that weighters read in a forward pass. The pass fills them in.
+
+    Attributes:
+        pooled: as in :class:`MicroBatch`.
+        attention: as in :class:`MicroBatch`.
+    """
+
+    pooled: dict[str, Tensor] = field(default_factory=dict)
+    attention: Tensor | None = None
+
+    def clear(self) -> None:
+        """Forget the values of the last forward pass."""
+        self.pooled, self.attention = {}, None
+
+
 @dataclass(frozen=True)
 class Weighing:
     """A weighter of the run and its inputs.
@@ -80,6 +100,7 @@ class Weighing:
         embeddings: returns embeddings, if it needs some.
         pooled: whether it reads hidden states of the step's forward pass.
         given: the weights of tokens that the data gives, if it needs some.
+        attention: whether it reads the attention of tokens to their prompts.
     """
 
     entry: Entry[Weighter]
@@ -89,6 +110,7 @@ class Weighing:
     embeddings: Callable[[IndexArray, Pool | None], EmbeddingArray] | None = None
     pooled: bool = False
     given: GivenWeights | None = None
+    attention: bool = False
 
     def acts_in(self, step: int) -> bool:
         """Return whether the weighter acts in step number ``step`` (from 0)."""
@@ -106,6 +128,7 @@ class _Samples:
     references: Mapping[str, Tensor] = field(default_factory=dict)
     pooled: Mapping[str, Tensor] = field(default_factory=dict)
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    attention: Tensor | None = None
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> _Samples:
         """Return a copy with ``change`` applied to every tensor."""
@@ -117,8 +140,11 @@ class _Samples:
         """Return a copy with ``change`` applied to the tensors that have a column for each token."""
         references = {key: change(values) for key, values in self.references.items()}
         given = {key: change(values) for key, values in self.given.items()}
-        per_token, trained = (None if each is None else change(each) for each in (self.per_token, self.trained))
-        return replace(self, per_token=per_token, trained=trained, references=references, given=given)
+        own = (self.per_token, self.trained, self.attention)
+        per_token, trained, attention = (None if each is None else change(each) for each in own)
+        return replace(
+            self, per_token=per_token, trained=trained, references=references, given=given, attention=attention
+        )
 
 
 MakeBatch = Callable[[Tensor, Tensor | None, TokenLosses | None], StepBatch]
@@ -163,6 +189,10 @@ class StepWeights:
     def pooled_keys(self, step: int) -> list[str]:
         """Return the configuration keys of the weighters that read hidden states in step number ``step`` (from 0)."""
         return [each.entry.key for each in self.weighings if each.pooled and each.acts_in(step)]
+
+    def reads_attention(self, step: int) -> bool:
+        """Return whether a weighter reads the attention to prompts in step number ``step`` (from 0)."""
+        return any(each.attention and each.acts_in(step) for each in self.weighings)
 
     def begin(self, step: int, start: Callable[[Entry[Weighter]], StepStart]) -> None:
         """Let the weighters that act in step number ``step`` (from 0) measure; called on all processes.
@@ -238,8 +268,9 @@ class StepWeights:
             assert shown.per_token is not None
             assert shown.trained is not None
             reference = shown.references[each.entry.key] if each.reference else None
+            attention = shown.attention if each.attention else None
             per_token = shown.per_token if weighter.reads_losses else torch.full_like(shown.per_token, torch.nan)
-            tokens = TokenLosses(per_token, shown.trained, reference)
+            tokens = TokenLosses(per_token, shown.trained, reference, attention)
         losses = shown.means if weighter.reads_losses else torch.full_like(shown.means, torch.nan)
         batch = self.make_batch(losses, shown.places, tokens)
         pooled = shown.pooled[each.entry.key] if each.pooled else None
@@ -294,6 +325,7 @@ def _side_by_side(batches: Sequence[MicroBatch], acting: Sequence[Weighing]) -> 
         for each in acting
         if each.given is not None
     }
+    attention = joined(_attention_of) if any(each.attention for each in acting) else None
     return _Samples(
         means,
         places,
@@ -302,7 +334,13 @@ def _side_by_side(batches: Sequence[MicroBatch], acting: Sequence[Weighing]) -> 
         {key: joined(lambda batch, key=key: batch.reference(key)) for key in keys},  # type: ignore[misc]
         pooled,
         given,
+        attention,
     )
+
+
+def _attention_of(batch: MicroBatch) -> Tensor:
+    assert batch.attention is not None
+    return batch.attention
 
 
 def _widened(values: Tensor, columns: int) -> Tensor:

@@ -39,6 +39,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "rho_loss": {"reference_model": "r"},
     "rho1": {"reference_model": "r"},
     "token_cleaning": {"reference_model": "r"},
+    "ss_token": {"reference_model": "r"},
     "dsir": {"validation": "v"},
     "deita": {"quality": "quality"},
     "stages": {"stages": [{"domains": ["a"]}, {"domains": ["b", "c"]}]},

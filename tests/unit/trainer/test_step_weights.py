@@ -226,6 +226,20 @@ def test_embeddings_are_in_the_order_of_the_samples() -> None:
         _ = other.seen.step_embeddings
 
 
+def test_the_attention_to_prompts_is_aligned_with_the_losses() -> None:
+    first, second = (micro_batch(seed, columns=5 + seed, first=3 * seed) for seed in (0, 1))
+    batches = [dataclasses.replace(each, attention=each.per_token / 2) for each in (first, second)]
+    looking, other = (scripted(lambda batch: torch.ones(len(batch.losses))) for _ in range(2))
+    weights = asking(looking, other, every=(2, 1))
+    weights.weighings = (dataclasses.replace(weights.weighings[0], attention=True), weights.weighings[1])
+    weights.decide(batches, 0)
+    assert looking.seen.prompt_attention.shape == (4, 6)
+    assert torch.equal(looking.seen.prompt_attention, looking.seen.token_losses / 2)
+    assert [weights.reads_attention(step) for step in range(3)] == [True, False, True]
+    with pytest.raises(ComponentError, match=r"Needs\(prompt_attention=True\)"):
+        _ = other.seen.prompt_attention
+
+
 def test_begin_step_is_called_in_the_steps_that_a_weighter_weighs() -> None:
     begun: list[tuple[str, int]] = []
 
