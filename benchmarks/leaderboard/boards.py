@@ -409,8 +409,8 @@ def _sentences(
     )
     if settings.reference_rows:
         yield (
-            f"`rho_loss` has a reference model that was trained once on {settings.reference_rows:,} further samples, "
-            "which no other method has."
+            "Methods with a reference model, such as `rho_loss`, share one that was trained once on "
+            f"{settings.reference_rows:,} further samples, which no other method has."
         )
     yield f"`{OTHER_LOSS}` is the loss on {settings.other_rows} held-out samples of the other sources of the pool."
     yield (

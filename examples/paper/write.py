@@ -77,6 +77,7 @@ LEFT_OUT = {
     },
     "weight": {
         "score_column": "needs a column of weights",
+        "span": "needs marks or weights in the data",
         "focal": "weighs tokens, and the weighters of the paper weigh samples",
         "rho1": "needs a model trained on clean data",
         "token_cleaning": "needs a model trained on a part of such data, or data in a fixed order",

@@ -244,6 +244,23 @@ class Cases:
                 anchored = {"method": name, "anchor_every": 3, "anchors": 8, "center_samples": 16, **HELD}
                 self._add(f"weight-{name}-{accumulated}", {"weight": anchored}, steps)
         self._add("weight-adapt-layer", {"weight": {"method": "adapt", "layer": 1, "pooling": "last", **HELD}}, batch)
+        self._token_weighters(batch)
+
+    def _token_weighters(self, batch: dict[str, Any]) -> None:
+        """Add the weighters of tokens, with a plain and with a fused loss."""
+        reference = {"reference_model": str(self.inputs / "reference")}
+        methods = {
+            "rho1": {"method": "rho1", **reference},
+            "rho1-sample": {"method": "rho1", "scope": "sample", **reference},
+            "focal": {"method": "focal"},
+            "token_cleaning": {"method": "token_cleaning", **reference},
+            "ss_token": {"method": "ss_token", **reference},
+            "span": {"method": "span", "roles": {"assistant": 0.5}},
+        }
+        for name, weight in methods.items():
+            for fused in (False, True):
+                section = {"warmup_steps": 0, "weight": weight, "fused_loss": fused}
+                self._add(f"weight-{name}{'-fused' * fused}", section, batch)
 
     def _columns_and_lists(self) -> None:
         scored = {"dataset": "scored", "per_device_train_batch_size": 4}

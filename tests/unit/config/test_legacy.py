@@ -49,7 +49,11 @@ def section(config: RunConfig, *without: str) -> dict[str, Any]:
     assert config.llamafactory == {"stage": "sft", "dataset": "a,b"}  # no flat key reaches LLaMA-Factory
     resolved = config.resolved()["dataflex"]
     assert resolved is not None
-    return {key: value for key, value in resolved.items() if key not in {"plugins", "probe_batch_tokens", *without}}
+    return {
+        key: value
+        for key, value in resolved.items()
+        if key not in {"plugins", "probe_batch_tokens", "fused_loss", *without}
+    }
 
 
 def problems(base: Path, **keys: Any) -> dict[str, str]:

@@ -147,12 +147,12 @@ def test_runs_of_a_comparison_get_secrets_by_their_environment(
 def test_no_mask_is_used_as_a_token_when_texts_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def pool_of(config: RunConfig, column: str | None) -> None:
+    def pool_of(config: RunConfig, column: str | None, whole: bool) -> None:
         seen.update(config.llamafactory)
         raise ConfigError("enough")
 
     monkeypatch.setattr("dataflex.integrations.llamafactory.pool_only.pool_of", pool_of)
     config = masked({"dataset": "chat", "hf_hub_token": SECRET, "dataflex": {}})
-    record = SimpleNamespace(config=config, path=Path("run"))
+    record = SimpleNamespace(config=config, path=Path("run"), rounds=())
     assert "enough" in str(load_texts(record, full=False))  # type: ignore[arg-type]
     assert seen == {"dataset": "chat"}

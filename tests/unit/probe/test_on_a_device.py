@@ -32,7 +32,7 @@ from dataflex.probe.gradient_features import GradientFeatures, GradientSimilarit
 from dataflex.probe.gradient_norms import GradientNorms
 from dataflex.probe.gradient_products import GradientProducts
 from dataflex.probe.logit_norms import LogitNorms, LogitProjections
-from dataflex.probe.losses import Losses
+from dataflex.probe.losses import Losses, LossesByToken
 from dataflex.probe.model import ModelProbe, Tokens
 from dataflex.probe.moments import Moments
 from dataflex.probe.reference import ReferenceModel, losses_of
@@ -132,6 +132,10 @@ def generated(probe: ModelProbe, folder: Path) -> Any:
     return [np.concatenate(each) for each in probe.measure(asked, INDICES[:3])]
 
 
+def by_token(probe: ModelProbe, folder: Path) -> Any:
+    return [np.concatenate(probe.measure(LossesByToken(), INDICES))]
+
+
 def plainly(*measurements: Any) -> Callable[[ModelProbe, Path], Any]:
     return lambda probe, folder: [probe.measure(each, INDICES) for each in measurements]
 
@@ -140,6 +144,7 @@ OTHERS = np.random.default_rng(2).standard_normal((3, 64)).astype(np.float32)
 
 MEASURED: dict[str, Callable[[ModelProbe, Path], Any]] = {
     "losses": plainly(Losses()),
+    "losses_by_token": by_token,
     "error_norms": plainly(ErrorNorms()),
     "embeddings": plainly(
         Embeddings(),
