@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dataflex import assets
 from dataflex.errors import did_you_mean
 
 Keys = dict[str, Any]
@@ -19,7 +20,7 @@ RANDOM = "random"
 """Method that chooses at random. It is never the best method, whose samples are put in several orders."""
 
 
-METHOD_WORDS = ("validation", "embeddings", "reference", "answer")
+METHOD_WORDS = ("validation", "embeddings", "reference", "model", "answer")
 """Words in braces that a method may have."""
 
 MIXER_WORDS = ("doremi", "doge", "regmix_mixtures", "regmix_losses")
@@ -322,17 +323,20 @@ def selection_tables(
     group = f"{table.model}-{table.pool}"
     step_samples = int(base["per_device_train_batch_size"]) * int(base.get("gradient_accumulation_steps", 1))
     samples = {"pool_samples": pool_samples, "step_samples": step_samples}
+    methods = board.methods_of(settings)
+    start = str(base["model_name_or_path"])
+    # An asset is made if it is missing, so its folder is asked for only if a method names it.
+    if any("model" in words_in(keys) for keys in methods.values()):
+        start = assets.resolve(start)
     for target in table.targets:
         words = {
             "validation": [f"{target}_validation"],
             "embeddings": str(places.embeddings),
             "reference": str(places.reference),
+            "model": start,
             "answer": board.targets[target].answer,
         }
-        variants = {
-            name: {"dataflex": filled(_with_rounds(keys, settings), words)}
-            for name, keys in board.methods_of(settings).items()
-        }
+        variants = {name: {"dataflex": filled(_with_rounds(keys, settings), words)} for name, keys in methods.items()}
         # Accuracies are shown without findings: a further metric would cost power, because p values are corrected.
         metrics = [f"{target}_held_out_loss"]
         for baseline in settings.baselines:

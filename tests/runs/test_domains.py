@@ -70,6 +70,7 @@ for name, args in job["runs"].items():
         return weights
 
     loading.load_pool, ScoreColumnWeighter.weigh = noting, noting_weights
+    ScoreColumnWeighter.reads_losses = True  # so that it is shown the losses
     try:
         run(split_config({**args, "disable_tqdm": True}))
         found["error"] = None

@@ -1,15 +1,13 @@
-"""Runs with token weights from the data: their gradients, computed by hand from the text, and their resume."""
+"""Runs with token weights from the data, and their gradients by hand from the text."""
 
 from __future__ import annotations
 
-import json
 import random
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import composed_loss
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workshop import Workshop
@@ -94,37 +92,21 @@ def run_of(**changes: Any) -> dict[str, Any]:
     return {"dataset": "talks", "dataflex": {"weight": SPAN}, "template": "llama2", "cutoff_len": 128, **changes}
 
 
-@pytest.fixture(scope="module")
-def runs(workshop: Workshop) -> Workshop:
+def add_data(folder: Path) -> None:
+    """Add the conversations to a folder of data."""
     rng = random.Random(5)
     rows = [conversation(rng) for _ in range(64)]
-    tiny.add_data(workshop.data, "talks", rows, formatting="openai", columns={"messages": "messages"}, tags=TAGS)
-    for processes in (1, 2):
-        for name, (needed, changes) in GRADIENTS.items():
-            if needed == processes:
-                still = {"finetuning_type": "full", "learning_rate": 0.0, "max_grad_norm": 0.0, "max_steps": 1}
-                workshop.add(name, keep=0, **run_of(**still, **changes))
-        if processes == 1:
-            saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "gradient_accumulation_steps": 2}
-            workshop.add("whole", **run_of(**saved))
-            workshop.add("cut", stop_at=5, **run_of(**saved))
-            workshop.add("resumed", into="cut", **run_of(**saved))
-        workshop.start(processes, torchrun=processes > 1)
-    return workshop
+    tiny.add_data(folder, "talks", rows, formatting="openai", columns={"messages": "messages"}, tags=TAGS)
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
-def test_the_gradient_is_that_of_the_weighted_tokens(name: str, runs: Workshop) -> None:
-    processes, _ = GRADIENTS[name]
-    runs.trace(name)
-    expected = gradient_by_hand(runs.root / name, processes, runs.model)
-    for part in composed_loss.kept(runs.root / name, processes):
-        assert composed_loss.distance(part["gradients"], expected) < 1e-6
-    plain = gradient_by_hand(runs.root / name, processes, runs.model, weighted=False)
-    assert composed_loss.distance(plain, expected) > 1e-2
-
-
-def test_a_resumed_run_continues_with_the_same_weights(runs: Workshop) -> None:
-    assert runs.trace("cut")["weights"] == runs.trace("whole")["weights"]
-    record = json.loads((runs.root / "whole" / "dataflex" / "environment.json").read_text())
-    assert "column token weights" in json.dumps(record)
+def add_runs(workshop: Workshop, processes: int) -> None:
+    """Add the runs of a number of processes."""
+    for name, (needed, changes) in GRADIENTS.items():
+        if needed == processes:
+            still = {"finetuning_type": "full", "learning_rate": 0.0, "max_grad_norm": 0.0, "max_steps": 1}
+            workshop.add(name, keep=0, **run_of(**still, **changes))
+    if processes == 1:
+        saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "gradient_accumulation_steps": 2}
+        workshop.add("span-whole", **run_of(**saved))
+        workshop.add("span-cut", stop_at=5, **run_of(**saved))
+        workshop.add("span-resumed", into="span-cut", **run_of(**saved))

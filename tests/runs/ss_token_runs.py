@@ -1,24 +1,17 @@
-"""Runs weighted by ss_token: the gradient of a step by hand, several processes, and a model that cannot be read.
-
-All trainings happen in two starts, one of one process and one of two processes (see runner.py).
-"""
+"""Runs weighted by ss_token, and the gradient of a step by hand."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import composed_loss
 import numpy as np
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 import tiny
-
-pytestmark = pytest.mark.launch
 
 SHARE, GAMMA, TEMPERATURE = 0.45, 0.4, 0.4
 UNIFORM = {"warmup_steps": 1, "weight": {"method": "uniform"}}
@@ -76,26 +69,27 @@ def run_of(model: Path, history: Path, kind: str, **changes: Any) -> dict[str, A
     }
 
 
-@pytest.fixture(scope="module")
-def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    inputs = tmp_path_factory.mktemp("ss_token")
-    model = make_attentive(inputs / "model", workshop.model)
-    history = tiny.make_model(inputs / "history", seed=1)
-    (workshop.root / "attentive.txt").write_text(json.dumps([str(model), str(history)]))
+def make_models(folder: Path, source: Path) -> None:
+    """Write the model, the history model and a model that cannot be read."""
+    make_attentive(folder / "model", source)
+    tiny.make_model(folder / "history", seed=1)
+    make_bloom(folder / "bloom", source)
+
+
+def add_runs(workshop: Any, folder: Path, processes: int) -> None:
+    """Add the runs of a number of processes, with the models of a folder."""
+    model, history, longer = folder / "model", folder / "history", {"max_steps": 4, "learning_rate": 0.003}
+    if processes == 2:
+        for kind, changes in zip(SPREAD, (tiny.FSDP2, tiny.zero(folder, 3)), strict=True):
+            run = run_of(model, history, "", per_device_train_batch_size=4, **longer, **changes)
+            workshop.add(f"ss_token-{kind}", **run)
+        return
     for kind in KINDS:
         run = run_of(model, history, kind, max_grad_norm=0.0, learning_rate=0.0)
         workshop.add(f"ss_token-{kind}", keep=1, **run)
-    longer = {"max_steps": 4, "learning_rate": 0.003}
     workshop.add("ss_token-one", **run_of(model, history, "", **longer))
     workshop.add("ss_token-uniform", **{**run_of(model, history, "", **longer), "dataflex": UNIFORM})
-    bloom = make_bloom(inputs / "bloom", workshop.model)
-    workshop.add("ss_token-bloom", **run_of(bloom, workshop.model, ""))
-    workshop.start(1)
-    for kind, changes in zip(SPREAD, (tiny.FSDP2, tiny.zero(inputs, 3)), strict=True):
-        run = run_of(model, history, "", per_device_train_batch_size=4, **longer, **changes)
-        workshop.add(f"ss_token-{kind}", **run)
-    workshop.start(2)
-    return workshop
+    workshop.add("ss_token-bloom", **run_of(folder / "bloom", workshop.model, ""))
 
 
 def scores(
@@ -140,30 +134,3 @@ def gradient_by_hand(
     parts = zip(losses, factors, of_samples, strict=True)
     torch.stack([(factor * scale * loss).sum() / tokens for loss, factor, scale in parts]).sum().backward()
     return {name: each.grad for name, each in trained.named_parameters()}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_is_that_of_the_kept_tokens(runs: Any, kind: str) -> None:
-    folder = runs.root / f"ss_token-{kind}"
-    runs.trace(folder.name)
-    model, history = map(Path, json.loads((runs.root / "attentive.txt").read_text()))
-    (kept,) = composed_loss.kept(folder, 1)
-    expected = gradient_by_hand(folder, model, history, kind)
-    assert composed_loss.distance(kept["gradients"], expected) < 1e-5  # the matrix is a softmax in float32
-    predictors = gradient_by_hand(folder, model, history, kind, own_row=False)
-    assert composed_loss.distance(predictors, expected) > 1e-2
-
-
-@pytest.mark.parametrize("mode", SPREAD)
-def test_weights_of_tokens_do_not_depend_on_processes(runs: Any, mode: str) -> None:
-    one, other, plain = (runs.trace(f"ss_token-{name}")["losses"] for name in ("one", mode, "uniform"))
-    assert len(one) == 4
-    np.testing.assert_allclose(other, one, rtol=1e-4)
-    np.testing.assert_allclose(one[0], plain[0], rtol=1e-4)  # the warm-up
-    assert abs(one[1] - plain[1]) > 0.01
-
-
-def test_a_model_that_cannot_be_read_ends_the_run_in_its_first_step(runs: Any) -> None:
-    found = json.loads((runs.root / "ss_token-bloom" / "trace-0.json").read_text())
-    assert "cannot be read in BloomBlock" in found["error"]
-    assert [step for step, _ in found["micro_batches"]] == [0]  # a step of the warm-up
