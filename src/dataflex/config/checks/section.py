@@ -17,9 +17,8 @@ from dataflex.errors import Problem
 
 SPECIAL_LOSSES = {
     "use_asft_loss": "it needs the logits of a second model, and averages within a micro-batch",
-    "label_smoothing_factor": "the Trainer's smoothed loss is a mean per micro-batch, but weights scale a mean "
-    "over tokens",
-    "use_unsloth": "its fused loss gives no loss per sample",
+    "label_smoothing_factor": "the Trainer's smoothed loss is a mean per micro-batch, not over the tokens of the step",
+    "use_unsloth": "Unsloth's own loss gives no loss per token",
 }
 """Key of LLaMA-Factory with its own computation of the loss -> the reason why loss weights cannot be applied to it."""
 
