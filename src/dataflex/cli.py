@@ -346,7 +346,10 @@ def _add_explain(commands: _Commands) -> None:
         help="show the losses and weights of the tokens of the samples of --index, or list the samples on record",
     )
     explain.add_argument(
-        "--step", type=_positive, metavar="N", help="with --tokens --index, the recorded step (default: the last of each sample)"
+        "--step",
+        type=_positive,
+        metavar="N",
+        help="with --tokens --index: the recorded step (default: the last)",
     )
     explain.add_argument("--no-text", action="store_true", help="leave out the texts, so that no data is loaded")
     explain.add_argument("--full", action="store_true", help="print whole texts, with special tokens")
