@@ -406,7 +406,7 @@ def test_the_examples_of_the_documentation_pass_check(
     monkeypatch.chdir(examples)
     data = examples / f"data-{page}-{number}"
     data.mkdir()
-    scores = {"quality": 0.5, "complexity": 0.5, "difficulty": 2, "weight": 1}
+    scores = {"quality": 0.5, "complexity": 0.5, "difficulty": 2, "weight": 1, "spans": []}
     for name in named(example):
         tiny.add_data(data, name, [{"instruction": "a", "input": "", "output": "b", "topic": "c", **scores}] * 2000)
     keys = tiny.arguments(examples / "model", data, examples / "out", **example)

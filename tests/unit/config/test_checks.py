@@ -358,6 +358,18 @@ def test_columns_are_looked_for_at_the_head_of_the_files(keys: dict[str, Any]) -
     assert found(keys, wanted) == {}
 
 
+def test_a_column_of_spans_must_be_in_one_of_the_data_sets(keys: dict[str, Any]) -> None:
+    weight = {"weight": {"method": "span", "spans_column": "spans"}}
+    row = {"instruction": "sum", "input": "", "output": "5"}
+    folder = Path(keys["dataset_dir"])
+    for name in ("a", "b"):
+        (folder / f"{name}.json").write_text(json.dumps([row] * 400))
+    problem = found(keys, weight)["dataflex.weight.spans_column"]
+    assert "no training data has a column 'spans'. There are 'instruction', 'input', 'output'." in problem
+    (folder / "b.json").write_text(json.dumps([row | {"spans": [{"begin": 0, "end": 1, "weight": 2.0}]}] * 400))
+    assert found(keys, weight) == {}
+
+
 def test_columns_are_refused_if_samples_cannot_be_traced_to_rows(keys: dict[str, Any]) -> None:
     wanted = {**WEIGHT, "columns": ["output"]}
     assert found(keys, wanted) == {}

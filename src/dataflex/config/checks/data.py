@@ -18,7 +18,7 @@ from dataflex.data.faults import fault
 from dataflex.data.heads import head_of
 from dataflex.data.raw import INFO_FILE, RawDataError, entry_problems, read_entry
 from dataflex.data.stages import STAGES
-from dataflex.errors import Problem, unknown
+from dataflex.errors import Problem, did_you_mean, unknown
 
 
 def problems_of_data(config: RunConfig) -> Iterator[Problem]:
@@ -60,6 +60,7 @@ def problems_of_data(config: RunConfig) -> Iterator[Problem]:
     stage = word(config, "stage", "sft")
     fits = config.dataflex is None or stage in STAGES  # otherwise the stage itself is refused
     yield from _columns(config, info, folder)
+    yield from _spans(config, info, folder)
     for key, names in named.items():
         answers = not (key == "eval_dataset" and truthy(config, "predict_with_generate"))
         for name in names:
@@ -146,6 +147,29 @@ def _columns(config: RunConfig, info: dict[str, Any], folder: Path) -> Iterator[
                 yield Problem(each.key, text_is_packed(column))
             elif head.columns.get(column):
                 yield from _of_text(column, each)
+
+
+def _spans(config: RunConfig, info: dict[str, Any], folder: Path) -> Iterator[Problem]:
+    """Yield the columns of spans that no data set has, as far as the heads of the files show it."""
+    wanted = {key: params.spans_column for key, params in config.wanted_weights().items() if params.spans_column}
+    known: list[str] = []
+    for name in dataset_names(config) if wanted else ():
+        try:
+            usable = name in info and not any(entry_problems(info[name]))
+            entry = read_entry(name, info[name], folder) if usable else None
+            head = None if entry is None else head_of(entry)
+        except RawDataError:
+            return  # said elsewhere
+        if head is None or not head.columns or not head.is_all:
+            return  # one more column may be there
+        known += head.columns
+    for key, column in wanted.items():
+        if known and column not in known:
+            yield Problem(
+                f"{SECTION}.{key}.spans_column",
+                f"no training data has a column {column!r}{did_you_mean(column, known) or '.'} There are "
+                f"{', '.join(map(repr, dict.fromkeys(known)))}.",
+            )
 
 
 def _of_text(column: str, wanted: WantedColumn) -> Iterator[Problem]:
