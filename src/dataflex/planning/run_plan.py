@@ -33,7 +33,7 @@ _FORWARDS_OF_TRAINING = 3
 
 @dataclass(frozen=True)
 class TrainerKeys:
-    """LLaMA-Factory's keys that the plan depends on, with defaults filled in."""
+    """LLaMA-Factory's keys that the plan depends on, with defaults filled in, and whether the loss is fused."""
 
     max_steps: int = -1
     epochs: float = 3.0
@@ -45,6 +45,7 @@ class TrainerKeys:
     evaluates_at_end: bool = False
     save_strategy: str = "steps"
     save_steps: float = 500
+    fused_loss: bool = False
 
     @property
     def global_batch_size(self) -> int:
@@ -349,6 +350,10 @@ class RunPlan:
     def lines(self) -> list[str]:
         """Return the plan as text lines, one or more for each subject."""
         rows = [("data", self._data()), ("steps", self._steps()), *self._rounds(), *self._embeddings(), *self._events()]
+        if self.keys.fused_loss:
+            rows.append(
+                ("loss", "computed in chunks of tokens, without all logits of a micro-batch")
+            )
         if self.run is not None:
             rows += self._cost(self.run)
         width = max(len(name) for name, _ in rows)

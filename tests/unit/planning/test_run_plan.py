@@ -116,6 +116,14 @@ def test_a_part_of_an_epoch_is_its_share_of_the_steps_and_not_its_rounding_error
     assert lines(data, cycles, **keys, num_train_epochs=1.1)["steps"].startswith("110,")
 
 
+def test_the_plan_says_that_the_loss_is_fused(data: Path) -> None:
+    section = {"select": {"method": "random"}, "update_steps": 5}
+    assert "in chunks of tokens" in lines(data, {**section, "fused_loss": True})["loss"]
+    assert "in chunks of tokens" in lines(data, section, enable_liger_kernel=True)["loss"]
+    assert "loss" not in lines(data, section)
+    assert "loss" not in lines(data, {**section, "fused_loss": False}, enable_liger_kernel=True)
+
+
 def test_the_plan_of_a_composed_run_has_its_rounds_and_costs(data: Path) -> None:
     """75 samples in steps of 4: 25 + 2 x 10 steps in a cycle, three times."""
     found = lines(

@@ -92,6 +92,7 @@ def trainer_keys(config: RunConfig, certain: bool = False) -> TrainerKeys:
         evaluates_at_end=truthy(config, "do_eval") or str(given.get("eval_strategy") or "no") != "no",
         save_strategy=str(given.get("save_strategy") or "steps"),
         save_steps=number(config, "save_steps", 500),
+        fused_loss=config.fused_loss,
     )
 
 
