@@ -351,9 +351,7 @@ class RunPlan:
         """Return the plan as text lines, one or more for each subject."""
         rows = [("data", self._data()), ("steps", self._steps()), *self._rounds(), *self._embeddings(), *self._events()]
         if self.keys.fused_loss:
-            rows.append(
-                ("loss", "computed in chunks of tokens, without all logits of a micro-batch")
-            )
+            rows.append(("loss", "computed in chunks of tokens, without all logits of a micro-batch"))
         if self.run is not None:
             rows += self._cost(self.run)
         width = max(len(name) for name, _ in rows)
