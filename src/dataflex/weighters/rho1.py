@@ -26,9 +26,9 @@ from dataflex import (
     StepBatch,
     Weighter,
     WeighterParams,
-    exactly,
     register,
 )
+from dataflex.weighters.base_top_tokens import top_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,25 +74,3 @@ class Rho1Weighter(Weighter[Rho1Params]):
             return top_weights(excess, trained, self.params.share)
         weights = top_weights(excess.reshape(1, -1), trained.reshape(1, -1), self.params.share)
         return weights.reshape(trained.shape)
-
-
-def top_weights(scores: Tensor, trained: Tensor, share: float) -> Tensor:
-    """Return N / K for the K tokens of the largest scores in each row, and 0 for the others.
-
-    Of equal scores the first are kept.
-
-    Args:
-        scores: scores of the tokens, finite, (m, T).
-        trained: mask of the trained tokens, (m, T). N counts them in each row.
-        share: share of the trained tokens that are kept.
-    """
-    import torch
-
-    counts = trained.sum(1, keepdim=True)
-    # A denominator of at most 1e9 keeps the products below 2^63. A share of up to nine decimals stays exact.
-    part = exactly(share).limit_denominator(10**9)
-    kept = (counts * part.numerator).div(part.denominator, rounding_mode="floor").clamp(min=1)
-    order = scores.masked_fill(~trained, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(scores.shape[1], device=scores.device)
-    first = (places < kept.minimum(counts)).to(scores.dtype)
-    return torch.zeros_like(scores).scatter_(1, order, first) * (counts.to(scores.dtype) / kept)

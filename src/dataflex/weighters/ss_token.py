@@ -20,7 +20,6 @@ last layer's attention function.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, model_validator
@@ -36,6 +35,7 @@ from dataflex import (
     WeighterParams,
     register,
 )
+from dataflex.weighters.base_top_tokens import top_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +116,7 @@ class SSTokenWeighter(Weighter[SSTokenParams]):
             scores = gamma * scaled(improved, trained)
         if gamma < 1:
             scores = scores + (1 - gamma) * batch.prompt_attention
-        return kept(scores, trained, self.params.share)
+        return top_weights(scores, trained, self.params.share, rounded_up=True)
 
 
 def scaled(values: Tensor, trained: Tensor) -> Tensor:
@@ -126,22 +126,3 @@ def scaled(values: Tensor, trained: Tensor) -> Tensor:
     low = values.masked_fill(~trained, torch.inf).amin(1, keepdim=True)
     high = values.masked_fill(~trained, -torch.inf).amax(1, keepdim=True)
     return (values - low) / (high - low + _SPREAD_FLOOR)
-
-
-def kept(scores: Tensor, trained: Tensor, share: float) -> Tensor:
-    """Return N / K for the K tokens of the largest scores in each row, and 0 for the others, (n, T).
-
-    Args:
-        scores: scores of the tokens, finite, (n, T).
-        trained: mask of the trained tokens, (n, T). N counts them in each row.
-        share: share of the trained tokens that are kept, rounded up to whole tokens.
-    """
-    import torch
-
-    # Whole numbers, because products of floating-point numbers are rounded: 0.07 * 100 is above 7.
-    part = Fraction(share).limit_denominator(10**9)
-    counts = trained.sum(1, keepdim=True)
-    most = (counts * part.numerator + part.denominator - 1) // part.denominator
-    order = scores.masked_fill(~trained, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    first = (torch.arange(scores.shape[1], device=scores.device) < most).to(scores.dtype)
-    return torch.zeros_like(scores).scatter_(1, order, first) * (counts.to(scores.dtype) / most)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dataflex.api.context import StepBatch, TokenLosses
 from dataflex.errors import ComponentError
-from dataflex.weighters.ss_token import SSTokenParams, SSTokenWeighter, kept, scaled
+from dataflex.weighters.base_top_tokens import top_weights
+from dataflex.weighters.ss_token import SSTokenParams, SSTokenWeighter, scaled
 from unit.fakes import build
 
 HISTORY, NOW, ATTENTION = [[2.0, 1.5, 0.8, 3.0]], [[1.2, 1.6, 0.3, 2.9]], [[0.2, 0.6, 0.5, 0.1]]
@@ -84,14 +85,15 @@ def test_random_samples_agree_with_plain_python(share: float, gamma: float) -> N
     [(0.07, 100, 7), (0.29, 100, 29), (0.6, 5, 3), (0.6, 6, 4), (0.6, 1, 1), (0.001, 7, 1), (1.0, 9, 9), (0.1, 30, 3)],
 )
 def test_the_share_is_rounded_up_without_an_error_of_the_product(share: float, tokens: int, expected: int) -> None:
-    weights = kept(torch.arange(tokens).flip(0).float()[None], torch.ones(1, tokens, dtype=torch.bool), share)
+    scores, trained = torch.arange(tokens).flip(0).float()[None], torch.ones(1, tokens, dtype=torch.bool)
+    weights = top_weights(scores, trained, share, rounded_up=True)
     assert int((weights > 0).sum()) == expected
     assert weights[0, 0] == pytest.approx(tokens / expected)
 
 
 def test_of_equal_scores_the_first_are_kept() -> None:
     trained = torch.tensor([[False, True, True, False, True, True]])
-    assert kept(torch.zeros(1, 6), trained, 0.5).tolist() == [[0, 2, 2, 0, 0, 0]]
+    assert top_weights(torch.zeros(1, 6), trained, 0.5, rounded_up=True).tolist() == [[0, 2, 2, 0, 0, 0]]
     equal = weights_of([[1.0] * 4], [[0.5] * 4], [[0.0] * 4], share=0.5)  # no spread of the improvements
     assert equal.tolist() == [[2, 2, 0, 0]]
 
