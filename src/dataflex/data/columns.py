@@ -111,6 +111,14 @@ def lacking(column: str, name: str, columns: Sequence[str]) -> str:
     )
 
 
+def nowhere(what: str, name: str, known: Sequence[str]) -> str:
+    """Return the message that no data set has a column, or a key of messages; ``known`` are those that are there."""
+    return (
+        f"no training data has a {what} {name!r}{did_you_mean(name, known) or '.'} There are "
+        f"{', '.join(map(repr, dict.fromkeys(known))) or 'none'}."
+    )
+
+
 def text_is_packed(column: str) -> str:
     """Return why a text column is refused if samples are packed."""
     return (

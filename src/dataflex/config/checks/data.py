@@ -13,12 +13,12 @@ import numpy as np
 from dataflex import assets
 from dataflex.config.checks.values import dataset_names, is_packed, named_data_sets, truthy, word
 from dataflex.config.loading import SECTION, RunConfig
-from dataflex.data.columns import WantedColumn, lacking, text_is_packed
+from dataflex.data.columns import WantedColumn, lacking, nowhere, text_is_packed
 from dataflex.data.faults import fault
 from dataflex.data.heads import head_of
 from dataflex.data.raw import INFO_FILE, RawDataError, entry_problems, read_entry
 from dataflex.data.stages import STAGES
-from dataflex.errors import Problem, did_you_mean, unknown
+from dataflex.errors import Problem, unknown
 
 
 def problems_of_data(config: RunConfig) -> Iterator[Problem]:
@@ -165,11 +165,7 @@ def _spans(config: RunConfig, info: dict[str, Any], folder: Path) -> Iterator[Pr
         known += head.columns
     for key, column in wanted.items():
         if known and column not in known:
-            yield Problem(
-                f"{SECTION}.{key}.spans_column",
-                f"no training data has a column {column!r}{did_you_mean(column, known) or '.'} There are "
-                f"{', '.join(map(repr, dict.fromkeys(known)))}.",
-            )
+            yield Problem(f"{SECTION}.{key}.spans_column", nowhere("column", column, known))
 
 
 def _of_text(column: str, wanted: WantedColumn) -> Iterator[Problem]:

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.api.given_weights import GivenWeightParams
-from dataflex.data.columns import column_of
+from dataflex.data.columns import column_of, nowhere
 from dataflex.data.given_weights import GivenWeights, joined
 from dataflex.data.pool import IGNORE_INDEX, Pool
 from dataflex.data.sampling import IndexArray
-from dataflex.errors import ConfigError, did_you_mean
+from dataflex.errors import ConfigError
 from dataflex.files import write_atomically
 from dataflex.integrations.llamafactory.origins import Origin, RawPart
 from dataflex.integrations.llamafactory.row_weights import SPAN_KEYS, RowReader
@@ -166,7 +166,7 @@ class WeightRun:
         params, attributes, known = self.params, part.attributes, part.raw.column_names
         spans, key = params.spans_column, params.message_key
         if spans is not None and spans not in known:
-            yield "spans_column", _lacking(f"{self.key}.spans_column", "column", spans, known)
+            yield "spans_column", f"{self.key}.spans_column: {nowhere('column', spans, known)}"
         elif spans is not None:
             kind = part.raw.data.schema.field(spans).type
             if not (_is_list(kind) or str(kind) == "null"):
@@ -181,7 +181,7 @@ class WeightRun:
             known = [field.name for field in part.raw.data.schema.field(attributes.messages).type.value_type]
         if key not in known:
             what = "column" if of_rows else "key of messages"
-            yield "message_key", _lacking(f"{self.key}.message_key", what, key, known)
+            yield "message_key", f"{self.key}.message_key: {nowhere(what, key, known)}"
 
 
 def _is_list(kind: Any) -> bool:
@@ -189,13 +189,6 @@ def _is_list(kind: Any) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
-def _lacking(key: str, what: str, name: str, known: Sequence[str]) -> str:
-    return (
-        f"{key}: no training data has a {what} {name!r}{did_you_mean(name, known) or '.'} There are "
-        f"{', '.join(map(repr, known)) or 'none'}."
-    )
 
 
 def weights_of_samples(
