@@ -12,7 +12,7 @@ from scipy.stats import bootstrap
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dataflex.trainer.evaluation import DomainEvaluation, as_logs, counted_bytes, loss_stderr, means, numbers
+from dataflex.trainer.evaluation import TokenEvaluation, as_logs, counted_bytes, loss_stderr, means, numbers
 from unit.fakes import make_pool
 
 TEXTS = [
@@ -114,7 +114,7 @@ def test_batch_sizes_and_repeated_samples_do_not_change_metrics() -> None:
 
     found = []
     for batches in ([[0, 1, 2, 3, 4]], [[4, 0], [3], [1, 2], [0, 4]]):
-        measured = DomainEvaluation(pool, decode, torch.device("cpu"))
+        measured = TokenEvaluation(pool, decode, torch.device("cpu"))
         for batch in batches:
             measured.add(np.array(batch), logits[batch], ids[batch], labels[batch])
         found.append(measured.finish())
