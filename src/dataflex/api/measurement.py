@@ -72,10 +72,10 @@ class MeasuredBatch(Protocol):
         ...
 
     def stage_losses(self) -> StageLosses | None:
-        """Return the losses and reward margins of the samples, in a stage in which a sample has one loss (dpo, rm, kto).
+        """Return the losses and reward margins of the samples, in stages dpo, rm and kto.
 
-        The result is None in stages pt and sft, whose tokens have losses. In stages dpo and rm, all other attributes
-        are those of the prompts with the chosen responses.
+        The result is None in stages pt and sft, in which each token has a loss. In stages dpo and rm, all other
+        attributes are those of the prompts with the chosen responses.
         """
         ...
 

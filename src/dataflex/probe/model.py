@@ -109,6 +109,11 @@ class ModelProbe:
                 self.references.make(self, runner.samples)
             return measurement.run(runner)
 
+    def keep_references(self) -> None:
+        """Read or compute the values of the stage's reference for the whole pool. Collective."""
+        with probe_mode(self.model()), self.autocast():
+            self.references.make(self, self.pool)
+
     def limit(self, name: str, what: str, single: str) -> BatchLimit:
         """Return the batch limit of a measurement.
 
