@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
+from dataflex.probe.head import language_model
 from dataflex.trainer import console
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ class RunTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model_wrapped)
 
     def causal_model(self) -> torch.nn.Module:
-        """Return the Hugging Face model, without wrappers and without an adapter."""
-        model = self.accelerator.unwrap_model(self.model)
+        """Return the Hugging Face model, without wrappers, without a value head and without an adapter."""
+        model = language_model(self.accelerator.unwrap_model(self.model))
         return model.get_base_model() if _is_peft(model) else model
 
     def zero_stage(self) -> int:
