@@ -86,7 +86,14 @@ PREFERENCE: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 2,
         "dataflex": {"warmup_steps": 1, "update_steps": 2, "weight": {"method": "loss"}},
     },
-    "rm": {**HELD_PAIRS, **pairs.RM, "eval_on_each_dataset": True, "dataflex": {}},
+    # LLaMA-Factory cannot train all weights of a reward model on several processes with checkpointed gradients.
+    "rm": {
+        **HELD_PAIRS,
+        **pairs.RM,
+        "disable_gradient_checkpointing": True,
+        "eval_on_each_dataset": True,
+        "dataflex": {},
+    },
     "kto": {
         **SFT,
         **pairs.KTO,
