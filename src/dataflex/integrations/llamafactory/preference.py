@@ -37,6 +37,15 @@ class DpoTrainer(RunTrainer):
         self._noted = StageLosses(losses, (chosen - rejected).detach())
         return losses, chosen, rejected
 
+    def compute_reference_log_probs(
+        self, model: torch.nn.Module, batch: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the log probabilities of the reference, (B,) each, or those kept for the micro-batch."""
+        kept = self.kept_reference()
+        if kept is None:
+            return super().compute_reference_log_probs(model, batch)
+        return kept[:, 0], kept[:, 1]
+
     def get_batch_loss_metrics(
         self, model: torch.nn.Module, batch: dict[str, Any], train_eval: str = "train"
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -89,6 +98,19 @@ class KtoTrainer(RunTrainer):
 
     _noted: Tensor
     """Losses of the last batch, first of the chosen and then of the rejected responses, (B,)."""
+
+    def compute_reference_log_probs(
+        self, model: torch.nn.Module, batch: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the log probabilities of the reference for chosen, rejected and the other samples' responses.
+
+        They are those kept for the micro-batch, if there are any.
+        """
+        kept = self.kept_reference()
+        if kept is None:
+            return super().compute_reference_log_probs(model, batch)
+        (own, other), tags = kept.unbind(1), batch["kto_tags"]
+        return own[tags], own[~tags], other
 
     def kto_loss(self, *logps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return TRL's losses and rewards of a batch, and note the losses."""
