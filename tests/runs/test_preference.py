@@ -22,7 +22,6 @@ import tiny
 
 pytestmark = pytest.mark.launch
 
-ONES = Path(__file__).parent.parent / "plugins" / "ones.py"
 PLAIN = {
     **pairs.STAGES,
     "orpo": {**pairs.DPO, "pref_loss": "orpo", "pref_ftx": 0.2},
@@ -36,7 +35,7 @@ COMPOSED = [
 
 
 def ones() -> dict[str, Any]:
-    return {"plugins": [str(ONES)], "weight": {"method": "ones"}}
+    return {"weight": {"method": "uniform"}}
 
 
 def composed(stage: str, model: Path, reference: Path) -> dict[str, Any]:
@@ -102,7 +101,7 @@ def sections() -> dict[str, dict[str, Any]]:
                 "warmup_steps": 1,
                 "update_steps": 2,
                 "select": {"method": "loss"},
-                "order": {"method": "sorted"},
+                "order": {"method": "sort"},
             },
         },
         "kto": {
