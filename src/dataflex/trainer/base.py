@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +88,9 @@ class RunTrainer(Trainer):
         assert self.probe is not None
         kept = self.probe.references.kept_reference(self.batch_places)
         return None if kept is None else kept.to(self.args.device)
+
+    def convert_checkpoint(self, folder: Path) -> None:
+        """Change the files of a checkpoint as the stage needs it, before the checkpoint is marked as complete."""
 
     def trainer_state(self) -> State:
         """Return the state of the stage's own trainer that the Trainer's checkpoints leave out."""
