@@ -14,6 +14,7 @@ from dataflex.trainer import console
 if TYPE_CHECKING:
     from llamafactory.hparams import FinetuningArguments
 
+    from dataflex.api.component import State
     from dataflex.embedding.service import EmbeddingService
     from dataflex.probe.model import ModelProbe
     from dataflex.probe.stage_loss import StageLoss, StageLosses
@@ -73,6 +74,13 @@ class RunTrainer(Trainer):
             found: losses of the samples.
         """
         return self.step_loss.loss.of_samples(mean, found) if model.training else mean
+
+    def trainer_state(self) -> State:
+        """Return the state of the stage's own trainer that the Trainer's checkpoints leave out."""
+        return {}
+
+    def load_trainer_state(self, state: State) -> None:
+        """Restore the state that :meth:`trainer_state` returned."""
 
     def raw_model(self) -> torch.nn.Module:
         """Return the module whose forward may run between steps without changing the state of its wrapper.
