@@ -270,6 +270,12 @@ def test_llamafactory_refuses_neat_packed_batches_of_several_rows() -> None:
         ({"streaming": True}, {"train_tokens": 9}, "streaming", "lengths"),
         ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, {"train_tokens": 9}, "deepspeed", "scheduler"),
         ({"metric_for_best_model": "code_perplexity"}, SELECT, "greater_is_better", "false"),
+        (
+            {"metric_for_best_model": "a_accuracy", "greater_is_better": "false"},
+            SELECT,
+            "greater_is_better",
+            "must not be false",
+        ),
     ],
 )
 def test_settings_that_give_a_run_two_ends_are_refused(
