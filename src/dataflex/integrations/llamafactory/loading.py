@@ -188,7 +188,7 @@ def _load_whole(load: Loader, session: Session, data_args: Any) -> Module:
     wanted = Wanted.of(session) if reads else Wanted()
     if data_args.dataset or is_stored(data_args):
         module, _, kept = load_keeping(load, _train_only(data_args), wanted)
-    module["eval_dataset"] = load_evaluation(load, data_args, session, module.pop("eval_dataset", None))
+    module["eval_dataset"] = load_evaluation(load, load.fields, data_args, session, module.pop("eval_dataset", None))
     if reads:
         samples = Pool.concatenate({"dataset": module["train_dataset"]}, fields=load.fields)
         samples.decode = load.decode
@@ -212,7 +212,7 @@ def _load_planned(load: Loader, session: Session, data_args: Any) -> Module:
     column = inputs.settings.domain_column
     pool, held_out = load_noting_rows(load, _train_only(data_args), names, column, Wanted.of(session))
     session.add_pool(pool)
-    evaluation = load_evaluation(load, data_args, session, held_out)
+    evaluation = load_evaluation(load, load.fields, data_args, session, held_out)
     mixer = inputs.components.mix
     # Without a column the domains are the data sets, which are checked before anything is loaded.
     problem = None if mixer is None or column is None else mixer.check_domains(pool.domains)
@@ -387,16 +387,16 @@ def load_keeping(load: Loader, data_args: Any, wanted: Wanted, key: str = "") ->
     ):
         module = load(data_args, key)
     samples = module["train_dataset"]
-    origin.settle(len(samples), data_args.packing)
+    origin.settle(len(samples), data_args.packing, STAGES[load.stage].loss_per_sample)
     folder = None if data_args.tokenized_path is None else Path(data_args.tokenized_path)
     if folder is not None and origin.is_stored:
-        stored = kept_columns(folder, samples, columns) if columns else {}
+        stored = kept_columns(folder, samples, load.fields, columns) if columns else {}
         return module, origin, _kept(stored, kept_weights(folder, samples, weights) if weights else {})
     kept = {column: origin.column(column) for column in columns}
     found = {each: load.weights(origin, samples, params, each, data_args) for each, params in weights.items()}
     if folder is not None and load.training_args.should_save:
         if kept:
-            keep_columns(folder, samples, kept)
+            keep_columns(folder, samples, load.fields, kept)
         if found:
             keep_weights(folder, samples, found, weights)
     return module, origin, _kept(kept, found)

@@ -148,8 +148,14 @@ class Origin:
         samples, self._packs = take_packs(samples)
         return samples
 
-    def settle(self, samples: int, is_packed: bool) -> None:
-        """Remove the positions of rows that gave no sample, and decide whether the rows of the samples are known."""
+    def settle(self, samples: int, is_packed: bool, compares: bool = False) -> None:
+        """Remove the positions of rows that gave no sample, and decide whether the rows of the samples are known.
+
+        Args:
+            samples: number of samples.
+            is_packed: whether rows are packed into samples.
+            compares: whether a sample compares two responses, as in stages rm, dpo and kto.
+        """
         if self.is_stored:
             return
         if is_packed:
@@ -157,7 +163,7 @@ class Origin:
             return
         handed = len(self._aligned) if self._positions is None else self._positions.size
         if handed != samples:
-            made = _gives_a_sample(self._aligned)
+            made = _gives_a_sample(self._aligned, compares)
             self._positions = (
                 np.flatnonzero(made) if self._positions is None else self._positions[made[self._positions]]
             )
@@ -263,10 +269,14 @@ def _split_again(split: Callable[..., Any], size: int, args: Any, seed: int) -> 
     return training.with_format("arrow")[:].column("row").to_numpy()
 
 
-def _gives_a_sample(aligned: Any) -> Any:
-    """Return a mask of the rows that LLaMA-Factory's supervised processor does not drop as invalid, (n,)."""
+def _gives_a_sample(aligned: Any, compares: bool) -> Any:
+    """Return a mask of the rows that LLaMA-Factory's processor does not drop as invalid, (n,).
+
+    The supervised processor needs one response, and those of pairs and of feedback need two. The second response of
+    feedback is empty.
+    """
     import pyarrow.compute as pc
 
     table = aligned.select_columns(["_prompt", "_response"]).with_format("arrow")[:]
     turns, answers = (pc.list_value_length(table.column(name)).to_numpy() for name in ("_prompt", "_response"))
-    return (turns % 2 == 1) & (answers == 1)
+    return (turns % 2 == 1) & ((answers >= 2) if compares else (answers == 1))
