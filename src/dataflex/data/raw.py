@@ -369,6 +369,16 @@ def _ipc(file: Path) -> Iterator[Any]:
                 yield opened.get_batch(number)
 
 
+def kind_of(value: Any) -> str | None:
+    """Return the kind of a value, for comparison with other values of the same column; None for null."""
+    if value is None:
+        return None
+    for kind, name in ((bool, "true or false"), (str, "text"), (int | float, "a number"), (list, "a list")):
+        if isinstance(value, kind):
+            return name
+    return "a mapping" if isinstance(value, dict) else type(value).__name__
+
+
 def show(value: Any) -> str:
     """Return a value as text for a message, shortened if it is long."""
     text = json.dumps(value, ensure_ascii=False, default=str)

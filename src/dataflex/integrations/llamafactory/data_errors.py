@@ -185,7 +185,8 @@ def _fault(load: Load, key: str, names: list[str]) -> str | None:
         if entry is None:
             continue
         answers = not (load.generates and key == "eval_dataset")
-        found = fault(entry, load.stage, count=load.data_args.max_samples, answers=answers)
+        media = None if load.data_args.media_dir is None else Path(str(load.data_args.media_dir))
+        found = fault(entry, load.stage, count=load.data_args.max_samples, answers=answers, media=media)
         if found is not None:
             return found
     return None
