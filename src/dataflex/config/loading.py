@@ -31,6 +31,7 @@ from dataflex.config.misplaced import belongs, nested, unknown_in
 from dataflex.config.renames import with_names_of_now
 from dataflex.config.yaml_file import BESIDE_METHOD, read_yaml
 from dataflex.data.columns import WantedColumn
+from dataflex.data.stages import loss_per_sample
 from dataflex.errors import ConfigError, DataFlexError, Problem, did_you_mean, unknown
 
 ASSET_KEYS = ("model_name_or_path", "dataset_dir")
@@ -209,8 +210,11 @@ class RunConfig:
 
     @property
     def fused_loss(self) -> bool:
-        """Whether DataFlex computes the training loss in chunks; false without a section."""
-        if self.dataflex is None:
+        """Whether DataFlex computes the training loss in chunks.
+
+        This is false without a section, and in stages in which a sample has one loss.
+        """
+        if self.dataflex is None or loss_per_sample(str(self.llamafactory.get("stage"))):
             return False
         given = self.dataflex.fused_loss
         return given if given is not None else any(is_on(self.llamafactory.get(key)) for key in LIGER)

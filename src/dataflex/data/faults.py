@@ -12,14 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.data.media import MEDIA, unusable_media
-from dataflex.data.raw import COLUMNS, FILE_TYPES, HEAD, INFO_FILE, Entry, Place, RawDataError, kind_of, rows, show
+from dataflex.data.raw import (
+    BOOLEANS,
+    COLUMNS,
+    FILE_TYPES,
+    HEAD,
+    INFO_FILE,
+    Entry,
+    Place,
+    RawDataError,
+    kind_of,
+    rows,
+    show,
+)
 from dataflex.data.responses import entry_fault, missing_response, unusable_response
 from dataflex.errors import did_you_mean
 
 _OPENED = 64
 """Number of rows of a data set whose images are opened."""
-_BOOLEANS = {**dict.fromkeys(("True", "TRUE", "true"), True), **dict.fromkeys(("False", "FALSE", "false"), False)}
-"""Text in a CSV file -> the boolean that the datasets library reads."""
 
 
 def fault(
@@ -101,8 +111,8 @@ def _typed(file: Path, whole: bool) -> Iterator[tuple[Place, Any]]:
     for key in columns:
         if all(_is_number(row[key]) for _, row in found):
             readers[key] = float
-        elif all(row[key] is None or row[key] in _BOOLEANS for _, row in found):
-            readers[key] = _BOOLEANS.__getitem__
+        elif all(row[key] is None or row[key] in BOOLEANS for _, row in found):
+            readers[key] = BOOLEANS.__getitem__
     for place, row in found:
         yield (
             place,

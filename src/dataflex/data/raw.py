@@ -42,6 +42,8 @@ TAGS = {
 ENTRY_KEYS = (
     "file_name", *REMOTE_KEYS, "formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags",
 )  # fmt: skip
+BOOLEANS = {**dict.fromkeys(("True", "TRUE", "true"), True), **dict.fromkeys(("False", "FALSE", "false"), False)}
+"""Text in a CSV file -> the boolean as which the datasets library reads it, in a column of such texts."""
 HEAD = 1 << 21
 """Number of characters that are read if only the head of a file is read."""
 _CHUNK = 1 << 20

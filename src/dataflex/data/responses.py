@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dataflex.data.raw import INFO_FILE, Entry, kind_of, show
+from dataflex.data.raw import BOOLEANS, INFO_FILE, Entry, kind_of, show
 from dataflex.data.stages import STAGES
 
 _SIDES = ("chosen", "rejected")
@@ -87,7 +87,7 @@ def _unusable_feedback(entry: Entry, row: Mapping[str, Any]) -> str | None:
         return None
     if not isinstance(tag, bool):
         # In the head of a long CSV file, booleans are still text.
-        is_unread = entry.files[0].suffix == ".csv" and isinstance(tag, str)
+        is_unread = entry.files[0].suffix == ".csv" and tag in BOOLEANS
         return None if is_unread else f"{column!r} (kto_tag) is {kind_of(tag)} ({show(tag)}); true or false is needed."
     role = entry.columns["response"]
     answer = None if role is None else row.get(role)
