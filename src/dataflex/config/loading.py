@@ -217,7 +217,9 @@ class RunConfig:
         if self.dataflex is None or loss_per_sample(str(self.llamafactory.get("stage"))):
             return False
         given = self.dataflex.fused_loss
-        return given if given is not None else any(is_on(self.llamafactory.get(key)) for key in LIGER)
+        if given is not None or loss_per_sample(str(self.llamafactory.get("stage", "sft"))):
+            return bool(given)
+        return any(is_on(self.llamafactory.get(key)) for key in LIGER)
 
     def with_assets(self) -> RunConfig:
         """Return the configuration with ``asset:NAME`` replaced by paths; builds each asset that is not cached.
