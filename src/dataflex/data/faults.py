@@ -70,11 +70,11 @@ def fault(
                 if count is not None and total >= count:
                     continue
                 found = _unusable(entry, row, stage) or unusable_response(entry, row, stage)
-                if found is None and stage != "pt":  # which trains on text alone
+                dropped = why_left_out(entry, row, stage, answers) if found is None else None
+                if found is None and dropped is None and stage != "pt":  # which trains on text alone
                     found = unusable_media(entry, row, media, opens=total < _OPENED)
                 if found is not None:
                     return f"{place}: {found}"
-                dropped = why_left_out(entry, row, stage, answers)
                 if dropped is not None:
                     left_out.append(f"{place}: {dropped}")
                 if without is None and messages is not None and messages not in row:

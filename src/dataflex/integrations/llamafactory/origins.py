@@ -184,11 +184,11 @@ class Origin:
             return
         named = ", ".join(map(repr, self.names))
         if self._left_out.size:
-            first = int(self._left_out.min())
-            reason = self._of_row(first, why)
+            first, count = int(self._left_out.min()), self._left_out.size
+            reason, one = self._of_row(first, why), count == 1
             yield (
-                f"{self._left_out.size:,} of {self._all.size + self._left_out.size:,} rows of {named} give no sample; "
-                f"the first, {self.place_of(first)}{'.' if reason is None else f': {reason}'}"
+                f"{count:,} of {self._all.size + count:,} rows of {named} {'gives' if one else 'give'} no sample"
+                f"{'' if one else '; the first'}, {self.place_of(first)}{'.' if reason is None else f': {reason}'}"
             )
         empty = (
             np.intersect1d(_without_text(self._aligned, stage), self._all) if stage.loss_per_sample else self._all[:0]
