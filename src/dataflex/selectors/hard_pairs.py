@@ -3,8 +3,8 @@
     score(x) = -difficulty(x)
 
 The difficulty of a pair is its loss under models that were not trained on it, as mean over several of them. It is read
-from tables that ``dataflex-cli hard-pairs`` or ``dataflex-cli score`` has written, or from a column of the data. Without
-both it is the loss under the model in training, measured at every decision.
+from tables that ``dataflex-cli hard-pairs`` or ``dataflex-cli score`` has written, or from a column of the data.
+Without both it is the loss under the model in training, measured at every decision.
 
 Source: Gao et al., Principled Data Selection for Alignment: The Hidden Risks of Difficult Examples (ICML 2025, arXiv
 2502.09650), Selective DPO: models are trained on one half of the data and measured on the other half, five times in

@@ -6,9 +6,9 @@ With A_i the gap of pair i, its reward margin, for the n pairs of an optimizer s
     v_i = exp(-((A_i - M) / s)^2 / 2)
     w_i = n / k   for k = floor(n (1 - ratio)) pairs, drawn without replacement in proportion to v; else 0
 
-M and s are updated before they are used. The draw is by log v_i with Gumbel noise, so that it does not fail if every v
-is 0 in floating point, as in early steps, when s is too small. Gaps may have any scale: rewards, which are beta times the
-log ratios, give the same v as the log ratios themselves.
+M and s are updated before they are used. The draw is by log v_i with Gumbel noise. So it does not fail if every v is 0
+in floating point, as in early steps, when s is too small. The scale of the gaps has no effect: rewards, which are beta
+times the log ratios, give the same v as the log ratios themselves.
 
 Source: Wu et al., beta-DPO: Direct Preference Optimization with Dynamic beta (NeurIPS 2024), and its code
 ``trainers.py``. The adaptive beta of the paper is a part of the loss and is not made here.
