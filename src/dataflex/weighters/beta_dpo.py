@@ -39,13 +39,14 @@ from dataflex import (
     register,
     sample_softmax,
 )
+from dataflex.data.stages import STAGES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Doubles = NDArray[np.float64]
 
-_STAGES = ("dpo", "rm")
+_STAGES = tuple(name for name, stage in STAGES.items() if stage.takes_pairs)
 """LLaMA-Factory's stages in which a sample is a pair of responses."""
 
 
