@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add_evaluation(commands)
     _add_experiments(commands)
+    _add_workflows(commands)
     _add_others(commands)
     return parser
 
@@ -447,6 +448,9 @@ def _add_experiments(commands: _Commands) -> None:
         metavar="FOLDER",
         help="output_dir of the same experiment made elsewhere, whose complete runs are taken over",
     )
+
+
+def _add_workflows(commands: _Commands) -> None:
     doremi = _command(
         commands,
         "doremi",
