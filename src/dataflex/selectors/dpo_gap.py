@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from dataflex import IndexArray, Margins, Needs, RoundContext, RunView, ScoreArray, Selector, SelectorParams, register
-from dataflex.selectors.base_margins import Preference, preferred, reference_problem, stage_problem
+from dataflex.selectors.base_margins import Preference, preferred, reference_problem
 
 
 class DpoGapParams(SelectorParams):
@@ -42,8 +42,7 @@ class DpoGapSelector(Selector[DpoGapParams]):
         return Needs(measurements=(Margins(),))
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield problems of a stage without pairs, and of a first decision in which every gap is 0."""
-        yield from stage_problem(run, self.name, "the rewards of a pair's two responses")
+        """Yield the problem of a first decision in which every gap is 0. A stage without pairs has no margins."""
         yield from reference_problem(run, "method", self.name)
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:

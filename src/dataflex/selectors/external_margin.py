@@ -113,9 +113,10 @@ class ExternalMarginSelector(Selector[ExternalMarginParams]):
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield problems of a stage without pairs, and of an implicit margin that is 0 for every pair."""
-        yield from stage_problem(run, self.name, "the rewards of a pair's two responses")
-        if self.params.implicit:
+        if self.params.implicit:  # the measurement of margins refuses the stage
             yield from reference_problem(run, "implicit", self.name)
+        else:
+            yield from stage_problem(run, self.name, "the rewards of a pair's two responses")
 
     def column_problem(self, column: str, values: ColumnArray) -> Wrong | None:
         """Return the first row whose value is no finite number, and the problem; else None."""

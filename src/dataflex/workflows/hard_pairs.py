@@ -7,6 +7,7 @@ The final training passes once over the easiest share of the pairs, from easy to
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -288,15 +289,14 @@ def _values(table: pa.Table) -> NDArray[np.float64]:
 
 def _results(plan: Plan, seeds: Sequence[pa.Table]) -> Iterator[Table]:
     """Yield the table of the seeds, and the losses of the final model if it was evaluated."""
-    mean = _values(pq.read_table(plan.table))
-    rows = []
-    for seed, each in zip(plan.halves, map(_values, seeds), strict=True):
-        found = accuracy(each, mean).spearman
-        rows.append(
-            [str(seed), f"{each.mean():.4f}", f"{each.std():.4f}", NOTHING if found is None else f"{found:.4f}"]
-        )
-    header = ["seed", "mean loss", "deviation", "rank correlation with the mean"]
-    notes = (f"The difficulties of {mean.size} pairs are in {plan.table}. The final model is in {plan.final.folder}.",)
+    values = [_values(each) for each in seeds]
+    total, rows = np.sum(values, axis=0), []
+    for seed, each in zip(plan.halves, values, strict=True):
+        found = accuracy(each, total - each).spearman if len(values) > 1 else math.nan
+        said = NOTHING if math.isnan(found) else f"{found:.4f}"
+        rows.append([str(seed), f"{each.mean():.4f}", f"{each.std():.4f}", said])
+    header = ["seed", "mean loss", "deviation", "rank correlation with the others"]
+    notes = (f"The difficulties of {total.size} pairs are in {plan.table}. The final model is in {plan.final.folder}.",)
     yield Table("Held-out losses", header, rows, 1, notes)
     last: Mapping[str, float | None] = dict(losses(plan.final.folder))
     if last:
