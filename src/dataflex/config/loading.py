@@ -215,8 +215,11 @@ class RunConfig:
 
     @property
     def fused_loss(self) -> bool:
-        """Whether DataFlex computes the training loss in chunks; false without a section."""
-        if self.dataflex is None:
+        """Whether DataFlex computes the training loss in chunks.
+
+        This is false without a section, and in stages in which a sample has one loss.
+        """
+        if self.dataflex is None or loss_per_sample(str(self.llamafactory.get("stage"))):
             return False
         given = self.dataflex.fused_loss
         if given is not None or loss_per_sample(str(self.llamafactory.get("stage", "sft"))):
