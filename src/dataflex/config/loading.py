@@ -312,6 +312,16 @@ def split_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     return config
 
 
+def problems_of_masks(raw: Mapping[str, Any]) -> list[Problem]:
+    """Return a problem for each value that is the mask of a secret, as the record of a run has it."""
+    return [
+        Problem(
+            key, f"the value is a secret, so it was not recorded; set it ({key}=...), or run without it ({key}=null)."
+        )
+        for key in masks(raw)
+    ]
+
+
 def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None) -> tuple[RunConfig, list[Problem]]:
     """Split and validate like :func:`split_config`, but return the problems instead of raising them.
 
@@ -323,12 +333,7 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     Returns:
         The configuration and the problems. If there are problems, the configuration has no section.
     """
-    problems = [
-        Problem(
-            key, f"the value is a secret, so it was not recorded; set it ({key}=...), or run without it ({key}=null)."
-        )
-        for key in masks(raw)
-    ]
+    problems = problems_of_masks(raw)
     rest, section, notes = legacy.translate(raw, base, problems)
     rest = with_words(rest)
     plain = RunConfig(rest, None, source=source, base=base, notes=tuple(notes))
