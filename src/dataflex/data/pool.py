@@ -217,7 +217,7 @@ class Pool:
         rows = np.unique(np.linspace(0, self.size - 1, min(self.size, _FINGERPRINT_ROWS)).astype(np.int64))
         for row in rows:
             sample = self.dataset[int(row)]
-            for name in (*self.fields.tokens, *self.fields.labels):
+            for name in (*self.fields.tokens, *self.fields.labels, *self.fields.others):
                 if name in sample:
                     digest.update(np.asarray(sample[name], dtype=np.int64).data)
         return digest.hexdigest()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from dataflex.embedding.service import EmbeddingService
     from dataflex.probe.model import ModelProbe
+    from dataflex.probe.stage_loss import StageLoss, StageLosses
     from dataflex.trainer.evaluation import DomainEvaluation
     from dataflex.trainer.run import LoadedRun, StartedRun
     from dataflex.trainer.special_losses import SpecialLoss
@@ -38,6 +39,8 @@ class RunTrainer(Trainer):
     special_loss: SpecialLoss | None
     """Token weights of a loss of LLaMA-Factory that multiply with those of DataFlex."""
     domain_evaluation: DomainEvaluation | None
+    stage_loss: StageLoss | None = None
+    """The loss of a sample, in a stage in which a sample has one loss. None if its tokens have losses."""
     _started: StartedRun | None
 
     @property
@@ -55,6 +58,20 @@ class RunTrainer(Trainer):
     def own_loss(self) -> bool:
         """Whether training steps use DataFlex's loss function. Label smoothing and ``use_asft_loss`` bypass it."""
         return self.compute_loss_func is None and self.label_smoother is None
+
+    def losses_of_step(self, model: torch.nn.Module, batch: dict[str, Any]) -> StageLosses:
+        """Return the losses that a training step computes for a micro-batch, in a stage with :attr:`stage_loss`."""
+        raise NotImplementedError
+
+    def mean_of_samples(self, model: torch.nn.Module, mean: torch.Tensor, found: StageLosses) -> torch.Tensor:
+        """Return the loss of a micro-batch whose samples have one loss each; with loss coefficients in training.
+
+        Args:
+            model: the model that computed the losses.
+            mean: mean loss of the samples, as the stage's trainer computes it.
+            found: losses of the samples.
+        """
+        return self.step_loss.loss.of_samples(mean, found) if model.training else mean
 
     def raw_model(self) -> torch.nn.Module:
         """Return the module whose forward may run between steps without changing the state of its wrapper.

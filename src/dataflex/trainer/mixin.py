@@ -22,6 +22,7 @@ from dataflex.probe.checkpoints import saved_moments
 from dataflex.probe.gradient_features import GradientFeatures
 from dataflex.probe.model import ModelProbe
 from dataflex.probe.projections import make_projection
+from dataflex.probe.stage_loss import StageLoss
 from dataflex.trainer import terminal
 from dataflex.trainer.callback import DynamicCallback
 from dataflex.trainer.evaluating import EvaluatingTrainer
@@ -33,7 +34,6 @@ from dataflex.trainer.rounds import INDEX_KEY, RoundStream
 from dataflex.trainer.run import LoadedModel, LoadedRun
 from dataflex.trainer.saving import SavingTrainer
 from dataflex.trainer.special_losses import special_loss
-from dataflex.trainer.stage_losses import BatchLosses, causal_losses
 from dataflex.trainer.step_loss import StepLoss
 from dataflex.trainer.steps import RunSteps, decide_steps
 
@@ -59,8 +59,8 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         kwargs: further arguments of LLaMA-Factory's trainer.
     """
 
-    batch_losses: BatchLosses = staticmethod(causal_losses)
-    """Function that computes the token losses of a batch, for this stage."""
+    make_stage_loss: Callable[[Any], StageLoss] | None = None
+    """Makes the loss of a sample from the trainer, in a stage in which a sample has one loss."""
     plain_collators: tuple[type, ...] = ()
     """Collator classes of the stage that only pad rows of tokens."""
 
@@ -90,6 +90,8 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         if inputs.config.fused_loss and args.use_liger_kernel:
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), **OTHER_KERNELS}
         super().__init__(args=args, **kwargs)
+        if self.make_stage_loss is not None:
+            self.stage_loss = self.make_stage_loss(self)
         self.special_loss = None if self.compute_loss_func is None else special_loss(self.finetuning_args)
         if self.special_loss is not None:
             self.compute_loss_func = None  # its token weights become factors of the loss coefficients
@@ -224,6 +226,8 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
     ) -> Any:
         """Return the loss of a training micro-batch, computed with DataFlex's loss function."""
         self.step_loss.prepare(inputs, indices)
+        if self.stage_loss is not None:  # the stage's own code calls `mean_of_samples`
+            return super().compute_loss(model, inputs, *args, **kwargs)
         loss = self.step_loss.loss
         watching, fusing = self.step_loss.watching(inputs, loss.watched), self.step_loss.fusing(inputs)
         with watching, fusing, loss_function(self.causal_model(), loss):

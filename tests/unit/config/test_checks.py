@@ -140,8 +140,7 @@ PLANNING = [SELECT, MIX, ORDER]
 @pytest.mark.parametrize(
     "changes, refused",
     [
-        ({"stage": "rm"}, EVERY),
-        ({"stage": "dpo"}, EVERY),
+        ({"stage": "ppo"}, EVERY),
         ({"stage": "pt"}, []),
         ({"use_hyper_parallel": True}, EVERY),
         ({"auto_find_batch_size": True}, EVERY),
