@@ -59,7 +59,8 @@ def pass_on(arguments: list[str]) -> None:
     if command == "eval":
         raise ConfigError(
             f"eval {rest[0]}: LLaMA-Factory's eval command cannot evaluate; it only raises an error. "
-            "`dataflex-cli eval MODEL_OR_RUN --tasks NAME` runs tasks, and `dataflex-cli train` with do_eval: true computes losses."
+            "`dataflex-cli eval MODEL_OR_RUN --tasks NAME` runs tasks, and `dataflex-cli train` with do_eval: true "
+            "computes losses."
         )
     before = sys.argv
     reads = command in _READ_A_FILE and _names_file(rest)
