@@ -28,6 +28,7 @@ from dataflex.config.arguments import is_on, with_words
 from dataflex.config.masking import masks
 from dataflex.config.misplaced import SECTION as SECTION
 from dataflex.config.misplaced import belongs, nested, unknown_in
+from dataflex.config.ptx import PtxSettings
 from dataflex.config.renames import with_names_of_now
 from dataflex.config.yaml_file import BESIDE_METHOD, read_yaml
 from dataflex.data.columns import WantedColumn
@@ -87,6 +88,11 @@ class DataFlexConfig(BaseModel):
         None,
         description="Compute the training loss from hidden states in chunks of tokens, without the logits of the whole "
         "micro-batch. If null: as enable_liger_kernel or use_liger_kernel.",
+    )
+    ptx: PtxSettings | None = Field(
+        None,
+        description="Plain text or instructions on which a preference run also trains: {dataset: [names], coefficient: "
+        "0.1}.",
     )
     plugins: list[str] = Field(
         default_factory=list, description="Python files that register components or measurements."
@@ -368,7 +374,7 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
         )
     given = {key: section[key] for key in registry.CONFIG_KEYS if section.get(key) is not None}
     config = config.model_copy(update=given)
-    if not params:
+    if not params and config.ptx is None:
         note = (
             f"{SECTION}: has none of select, mix, order and weight; the run trains like LLaMA-Factory and "
             "writes a record."
