@@ -22,7 +22,7 @@ PT = {"dataset": "texts,pages", "coefficient": COEFFICIENT}
 SFT = {"dataset": "gamma", "coefficient": COEFFICIENT, "stage": "sft", "batch_size": 3}
 TEXTS = {"dpo": PT, "kto": SFT, "rm": PT}
 STEPS = {"select": {"method": "random"}, "update_steps": 2}
-FORMS = {"one": (1, 4), "accumulated": (1, 1), "two": (2, 2), "zero2": (2, 2), "zero3": (2, 2)}
+FORMS = {"one": (1, 4), "accumulated": (1, 1), "two": (2, 2), "zero2": (2, 2), "zero3": (2, 1)}
 """Name -> processes and samples of a micro-batch, for runs with a global batch of 4."""
 
 COMPARED = ("dpo-one", "dpo-accumulated", "dpo-two", "kto-one", "kto-two", "rm-one", "rm-two")

@@ -70,6 +70,8 @@ class Ptx:
             step: number of the step, from 0.
             micro_batches: micro-batches of the step on this process.
         """
+        if not micro_batches:  # the Trainer asks once more at the end of an epoch
+            return
         args, samples = self._trainer.args, self._data.samples
         width = self._size * args.world_size
         first = step * args.gradient_accumulation_steps * width + args.process_index * self._size
