@@ -407,6 +407,7 @@ def test_the_examples_of_the_documentation_pass_check(
     data = examples / f"data-{page}-{number}"
     data.mkdir()
     scores = {"quality": 0.5, "complexity": 0.5, "difficulty": 2, "weight": 1, "spans": []}
+    scores |= {"reward_chosen": 1.0, "reward_rejected": 0.0}
     answers = {"output": "b"} if example.get("stage") != "dpo" else {"chosen": "b", "rejected": "c"}
     pairs = {"columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}, "ranking": True}
     for name in named(example):
