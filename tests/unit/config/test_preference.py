@@ -170,3 +170,16 @@ def test_a_wrong_column_of_margins_is_named_with_those_of_the_pairs(keys: dict[s
     section = {"select": {"method": "score_column", "column": "qualty"}}
     (message,) = found(keys, section).values()
     assert "the data set 'pairs' has no column 'qualty'; did you mean 'quality'" in message
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "named"),
+    [("rm", {}, "stage rm"), ("sft", {}, "stage sft"), ("dpo", {"pref_loss": "simpo"}, "pref_loss: simpo")],
+)
+def test_values_of_a_reference_need_a_stage_with_a_reference(
+    keys: dict[str, Any], stage: str, more: dict[str, Any], named: str
+) -> None:
+    section, key = {**WEIGHT, "precompute_ref_log_probs": True}, "dataflex.precompute_ref_log_probs"
+    assert f"{named} has no reference model" in found(keys, section, stage=stage, **more)[key]
+    for works in ("dpo", "kto"):
+        assert found(keys, section, stage=works) == {}

@@ -18,6 +18,9 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 """Keys that LLaMA-Factory reads in other stages alone, and ignores without a word in these."""
 
+_WITH_REFERENCE, _WITHOUT_REFERENCE = ("dpo", "kto"), ("orpo", "simpo")
+"""Stages whose loss compares with a reference, and the values of ``pref_loss`` that do not."""
+
 _OTHER_LOSSES = ("hinge", "ipo", "kto_pair")
 """Values of ``pref_loss`` that are computed by TRL."""
 
@@ -26,6 +29,7 @@ def problems_of_preference(config: RunConfig) -> Iterator[Problem]:
     """Yield the settings that a preference stage cannot follow, and the methods that only another stage supports."""
     stage = word(config, "stage", "sft")
     yield from _methods(config, stage)
+    yield from _reference(config, stage)
     if not loss_per_sample(stage):
         return
     for key in _WITHOUT_EFFECT:
@@ -49,6 +53,20 @@ def problems_of_preference(config: RunConfig) -> Iterator[Problem]:
             "pref_ftx",
             f"adds a mean over the desired responses of a micro-batch, which {weighs} cannot weigh by sample; remove "
             "one of the two.",
+        )
+
+
+def _reference(config: RunConfig, stage: str) -> Iterator[Problem]:
+    """Yield a problem if values of a reference are to be computed and the stage has no reference."""
+    if config.dataflex is None or not config.dataflex.precompute_ref_log_probs:
+        return
+    loss = word(config, "pref_loss", "sigmoid")
+    without = f"stage {stage}" if stage not in _WITH_REFERENCE else f"pref_loss: {loss}"
+    if stage not in _WITH_REFERENCE or (stage == "dpo" and loss in _WITHOUT_REFERENCE):
+        yield Problem(
+            f"{SECTION}.precompute_ref_log_probs",
+            f"{without} has no reference model; remove it. Stages with one are dpo (but for pref_loss "
+            f"{' and '.join(_WITHOUT_REFERENCE)}) and kto.",
         )
 
 
