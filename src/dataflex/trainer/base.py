@@ -77,7 +77,7 @@ class RunTrainer(Trainer):
         Args:
             model: the model that computed the losses.
             mean: mean loss of the samples, as the stage's trainer computes it.
-            found: losses of the samples.
+            found: losses of the samples. In evaluation they do not depend on the other samples of the batch.
         """
         return self.step_loss.loss.of_samples(mean, found) if model.training else mean
 

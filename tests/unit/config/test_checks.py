@@ -266,6 +266,32 @@ def test_batches_of_one_sample_cannot_be_measured(keys: dict[str, Any], section:
     assert found(keys, None, neat_packing=True, flash_attn="fa2") == {}
 
 
+@pytest.mark.parametrize(
+    ("stage", "metric", "known"),
+    [
+        ("sft", "a_perplexity", True),
+        ("sft", "a_accuracy", False),
+        ("dpo", "eval_a_accuracy", True),
+        ("dpo", "token_weighted_margin", True),
+        ("dpo", "eval_rewards/accuracies", True),
+        ("dpo", "a_perplexity", False),
+        ("rm", "accuracy", True),
+        ("rm", "unweighted_accuracy", True),
+        ("rm", "rewards/accuracies", False),
+        ("kto", "a_loss", True),
+        ("kto", "eval_rewards/margins", True),
+        ("kto", "a_accuracy", False),
+    ],
+)
+def test_each_stage_has_its_metrics_of_the_best_model(
+    keys: dict[str, Any], stage: str, metric: str, known: bool
+) -> None:
+    evaluating = {"eval_dataset": "a", "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best"}
+    given = {**evaluating, "metric_for_best_model": metric, "greater_is_better": not metric.endswith("perplexity")}
+    problems = found(keys, SELECT, stage=stage, **given)
+    assert ("metric_for_best_model" not in problems) == known
+
+
 def test_llamafactory_refuses_neat_packed_batches_of_several_rows() -> None:
     collator = Path(find_spec("llamafactory").origin).parent / "data" / "collator.py"
     source = collator.read_text().split("class SFTDataCollatorWith4DAttentionMask")[1].split("\nclass ")[0]
@@ -285,6 +311,12 @@ def test_llamafactory_refuses_neat_packed_batches_of_several_rows() -> None:
         ({"streaming": True}, {"train_tokens": 9}, "streaming", "lengths"),
         ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, {"train_tokens": 9}, "deepspeed", "scheduler"),
         ({"metric_for_best_model": "code_perplexity"}, SELECT, "greater_is_better", "false"),
+        (
+            {"metric_for_best_model": "a_accuracy", "greater_is_better": False},
+            SELECT,
+            "greater_is_better",
+            "must not be false",
+        ),
     ],
 )
 def test_settings_that_give_a_run_two_ends_are_refused(

@@ -276,7 +276,10 @@ def _best_model(config: RunConfig) -> Iterator[Problem]:
     The Trainer assumes that more is better for every metric whose name does not end in ``loss``.
     """
     metric = str(config.llamafactory.get("metric_for_best_model") or "")
-    if metric.endswith(("_perplexity", "_bits_per_byte")) and config.llamafactory.get("greater_is_better") is None:
+    is_set = config.llamafactory.get("greater_is_better") is not None
+    if metric.endswith(("_accuracy", "_margin")) and is_set and not truthy(config, "greater_is_better"):
+        yield Problem("greater_is_better", f"must not be false with metric_for_best_model: {metric}; remove it.")
+    if metric.endswith(("_perplexity", "_bits_per_byte")) and not is_set:
         yield Problem("greater_is_better", f"needed with metric_for_best_model: {metric}; set it to false.")
 
 
