@@ -86,11 +86,10 @@ PREFERENCE: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 2,
         "dataflex": {"warmup_steps": 1, "update_steps": 2, "weight": {"method": "loss"}},
     },
-    # LLaMA-Factory cannot train all weights of a reward model on several processes with checkpointed gradients.
     "rm": {
         **HELD_PAIRS,
         **pairs.RM,
-        "disable_gradient_checkpointing": True,
+        "use_reentrant_gc": False,  # DDP cannot train a whole reward model otherwise
         "eval_on_each_dataset": True,
         "dataflex": {},
     },
@@ -123,6 +122,7 @@ def runs(workshop: Any) -> Any:
             )
             workshop.add("evaluation-dpo-plain", plain=True, **IN_ONE_BATCH)
             workshop.add("evaluation-dpo-empty", **IN_ONE_BATCH, dataflex={})
+            workshop.add("evaluation-dpo-untrained", **IN_ONE_BATCH, do_train=False, dataflex={})
             tokens = RUNS["tokens"]
             workshop.add("evaluation-cut", stop_at=6, **tokens)
             workshop.add("evaluation-resumed", into="evaluation-cut", **tokens)
@@ -398,3 +398,9 @@ def test_an_evaluation_of_pairs_keeps_the_trainers_metrics(runs: Any) -> None:
     # One batch holds every pair, so the means of the trainer are those over all pairs.
     for ours, theirs in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
         assert empty[f"eval_token_weighted_{ours}"] == pytest.approx(empty[f"eval_{theirs}"], rel=1e-5)
+
+
+def test_a_model_that_is_its_own_reference_has_no_accuracy(runs: Any) -> None:
+    found = results(runs, "dpo-untrained")
+    assert found["eval_token_weighted_loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert not any(name.endswith(("_accuracy", "_margin")) for name in found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -179,6 +180,21 @@ def test_other_trainers_are_refused(keys: dict[str, Any], monkeypatch: pytest.Mo
         assert set(found(keys, section)) == {f"environment variable {name}"}
     monkeypatch.setenv(name, "0")
     assert found(keys, SELECT) == {}
+
+
+def test_a_ray_launch_is_refused_with_the_reason_and_the_launch_to_use(
+    keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLaMA-Factory's Ray workers would train without the section, because it acts in the process that starts them."""
+    texts = [found(keys, SELECT, ray_num_workers=2)["ray_num_workers"]]
+    monkeypatch.setenv("USE_RAY", "true")
+    texts += found(keys, SELECT).values()
+    assert len(texts) == 2
+    for text in texts:
+        assert "it trains in processes of Ray" in text
+        assert {"NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(
+            re.findall(r"[A-Z_]{6,}", text)
+        )
 
 
 def test_steps_set_in_two_places_are_refused(keys: dict[str, Any]) -> None:

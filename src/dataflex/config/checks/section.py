@@ -9,6 +9,7 @@ from dataflex.config.checks.chains import problems_of_chains
 from dataflex.config.checks.embeddings import problems_of_embeddings
 from dataflex.config.checks.given_weights import problems_of_given_weights
 from dataflex.config.checks.preference import problems_of_preference
+from dataflex.config.checks.ptx import problems_of_ptx
 from dataflex.config.checks.references import problems_of_references
 from dataflex.config.checks.values import dataset_names, number, truthy
 from dataflex.config.loading import LIGER, SECTION, RunConfig
@@ -44,6 +45,7 @@ def problems_of_section(config: RunConfig) -> Iterator[Problem]:
         problems_of_embeddings,
         problems_of_given_weights,
         problems_of_preference,
+        problems_of_ptx,
         _validation,
         _neat_packing,
         _best_model,
