@@ -192,17 +192,27 @@ def make_data(folder: Path, sizes: dict[str, tuple[int, tuple[str, ...]]] | None
     return folder
 
 
-def arguments(model: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """Return LLaMA-Factory arguments of a short sft run on the tiny vision-language model."""
-    given = {
+def changes(data: Path, template: str = "llava", **more: Any) -> dict[str, Any]:
+    """Return the arguments of a short sft run on images that differ from those of ``tiny.arguments``.
+
+    Args:
+        data: folder that ``make_data`` wrote.
+        template: LLaMA-Factory's template of the model, ``llava`` or ``qwen2_vl``.
+        more: further arguments.
+    """
+    return {
         "finetuning_type": "full",
-        "dataset": "shapes",
-        "template": "llava",
+        "dataset": "mixed",
+        "template": template,
         "media_dir": str(data),
         "freeze_multi_modal_projector": False,
-        **changes,
+        **more,
     }
-    return tiny.arguments(model, data, output, **given)
+
+
+def arguments(model: Path, data: Path, output: Path, **more: Any) -> dict[str, Any]:
+    """Return LLaMA-Factory arguments of a short sft run on the tiny vision-language model."""
+    return tiny.arguments(model, data, output, **changes(data, **more))
 
 
 def make_qwen2_vl(folder: Path, *, hidden: int = 32, seed: int = 0) -> Path:

@@ -545,13 +545,10 @@ class GradientPass:
         inputs: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
+        *options: Any,
     ) -> None:
         """Catch a convolution that cuts an image into patches: a matrix product over the patches."""
-        if not is_patching(weight, stride, padding, dilation, groups):
+        if not is_patching(weight, *options):
             return
         rows = output.flatten(2).transpose(1, 2)  # of the same shape as the rows' gradient
         for key, name in call.own.items():

@@ -99,7 +99,7 @@ def patches(images: Tensor, size: tuple[int, ...]) -> Tensor:
     return images.permute(order).flatten(1 + count).flatten(1, count)
 
 
-def is_patching(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
+def is_patching(weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> bool:
     """Return whether a convolution is a matrix product over patches that do not overlap. Numbers may be tuples."""
     size = tuple(weight.shape[2:])
 
