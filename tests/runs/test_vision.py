@@ -104,15 +104,16 @@ def test_two_processes_decide_as_one(runs: Workshop, name: str, mode: str) -> No
 
 def test_steps_with_images_on_one_process_alone_do_not_hang(runs: Workshop) -> None:
     rows = tiny.rows_of(runs.data, "mixed")
-    mine, theirs = ([indices for _, indices in runs.trace("less-zero3", rank)["micro_batches"]] for rank in (0, 1))
-    seen = {
-        tuple(any(rows[index]["images"] for index in each) for each in pair) for pair in zip(mine, theirs, strict=True)
-    }
+    seen = set()
+    for name in (*SELECTORS, "tower"):
+        batches = [runs.trace(f"{name}-zero3", rank)["micro_batches"] for rank in (0, 1)]
+        for pair in zip(*batches, strict=True):
+            seen.add(tuple(any(rows[index]["images"] for index in indices) for _, indices in pair))
     assert {(True, False), (False, True)} <= seen
 
 
 def test_a_resumed_run_equals_the_whole_one(runs: Workshop) -> None:
-    whole, resumed = (runs.trace(name) for name in ("composed", "composed-resumed"))
+    whole, resumed = (runs.trace(name) for name in ("composed", "composed-cut"))
     assert resumed["weights"] == whole["weights"]
     assert runs.plan_digests("composed-cut") == runs.plan_digests("composed")
 
@@ -120,7 +121,7 @@ def test_a_resumed_run_equals_the_whole_one(runs: Workshop) -> None:
 def test_weight_1_is_plain_training(runs: Workshop) -> None:
     plain, uniform = runs.trace("plain"), runs.trace("uniform")
     assert uniform["weights"] == plain["weights"]
-    assert uniform["losses"] == plain["losses"]
+    assert uniform["losses"] == pytest.approx(plain["losses"], rel=1e-6)
 
 
 def test_the_fused_loss_equals_the_plain_one(runs: Workshop) -> None:
@@ -138,7 +139,7 @@ def test_explain_and_export_keep_the_images(runs: Workshop, tmp_path: Path, caps
     assert main(["export", str(folder), "--output", str(tmp_path / "chosen")]) == 0
     said = capsys.readouterr().out
     assert f"media_dir={runs.data}" in said
-    chosen = json.loads((tmp_path / "chosen" / "mixed.json").read_text())
+    chosen = [json.loads(line) for line in (tmp_path / "chosen" / "mixed.jsonl").read_text().splitlines()]
     given = tiny.rows_of(runs.data, "mixed")
     assert chosen
     assert all(row in given for row in chosen)

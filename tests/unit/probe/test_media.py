@@ -67,7 +67,7 @@ class Bench:
     def row(self, sizes: list[tuple[int, int]], words: int, seed: int) -> Row:
         """Return a sample with an image of each size, as LLaMA-Factory's preprocessing makes it."""
         rng = random.Random(seed)
-        images = [vision.draw("red", rng.choice(vision.SHAPES), rng).resize(size) for size in sizes]
+        images = [vision.inputs.draw("red", rng.choice(vision.inputs.SHAPES), rng).resize(size) for size in sizes]
         content = "<image>" * len(images) + " ".join(rng.choices(WORDS, k=words))
         asked = self.template.mm_plugin.process_messages(
             [{"role": "user", "content": content}], images, [], [], self.processor
@@ -231,6 +231,22 @@ def test_measurements_of_a_pool_equal_those_of_each_sample(kind: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.linalg.norm(expected, axis=1).max())
     (products,) = probe.measure(GradientProducts(GradientSettings(), sizes=(len(rows),)), everything)
     np.testing.assert_allclose(products, expected @ expected.T, rtol=1e-4, atol=1e-6 * np.abs(products).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_and_text_are_pooled_apart(kind: str) -> None:
+    which = bench(kind)
+    rows = rows_of(which, MIXES["one, none, two, none"])
+    found = which.probe(which.whole, rows).measure(Embeddings(layer=1, text="image_and_text"), np.arange(4))
+    token = which.whole.config.image_token_id
+    for vector, row in zip(found, rows, strict=True):
+        inputs, _ = which.batch([row])
+        hidden = which.whole(**inputs, output_hidden_states=True).hidden_states[1][0].detach().numpy()
+        ids, count = inputs["input_ids"][0].numpy(), len(row["input_ids"])
+        halves = [hidden[:count][is_wanted[:count]] for is_wanted in (ids == token, ids != token)]
+        vectors = [half.mean(0) / np.linalg.norm(half.mean(0)) if len(half) else np.zeros(32) for half in halves]
+        expected = np.concatenate(vectors) / np.sqrt(2 if len(halves[0]) else 1)
+        np.testing.assert_allclose(vector, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_loss_equals_the_models_own() -> None:
