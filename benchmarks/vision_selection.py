@@ -156,12 +156,12 @@ def train(work: Path, name: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "dataflex": {"warmup_steps": WARMUP_STEPS, "update_steps": UPDATE_STEPS, "select": SELECTORS[name]},
     }
-    file = output.with_suffix(".json")
+    file = output.with_name(f"{output.name}.yaml")  # JSON is YAML, too
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(args))
     log = output.with_suffix(".log")
     with log.open("w") as stream:
-        command = [sys.executable, "-m", "dataflex.cli", "train", str(file)]
+        command = [sys.executable, "-m", "dataflex", "train", str(file)]
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         raise SystemExit(f"{name}: the run failed, see {log}")

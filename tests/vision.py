@@ -5,26 +5,14 @@ The images, the questions and the LLaVA are those of the example ``examples/visi
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from pathlib import Path
 from typing import Any
 
+import example_files
 import tiny
 
-_FILE = Path(__file__).parents[1] / "examples" / "vision" / "make_inputs.py"
-
-
-def _example() -> Any:
-    spec = importlib.util.spec_from_file_location("vision_inputs", _FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-inputs = _example()
+inputs = example_files.vision_inputs()
 """The example's module."""
 KINDS = list(inputs.QUESTIONS)
 TEXTS = [*(text.format("") for text in inputs.QUESTIONS.values()), *inputs.COLOURS, *inputs.SHAPES, "yes no"]

@@ -18,6 +18,18 @@ MEDIA_COLUMNS = ("images", "videos", "audios")
 """Columns of preprocessed samples with the files of each sample: a list of paths, or null."""
 
 
+def media_paths(row: Mapping[str, Any]) -> list[str]:
+    """Return the paths of a sample's images, videos and audio files."""
+    files = [file for name in MEDIA_COLUMNS for file in row.get(name) or ()]
+    return [path for path in map(_path_of, files) if path is not None]
+
+
+def _path_of(file: Any) -> str | None:
+    """Return the path of a file that is given by its path, or as datasets' dictionary; else None."""
+    path = file.get("path") if isinstance(file, Mapping) else file
+    return path if isinstance(path, str) else None
+
+
 def media_in(pool: Pool) -> list[str]:
     """Return the columns of a pool in which a sample has files."""
     import pyarrow as pa
@@ -60,8 +72,8 @@ def image_problem(image: Any) -> str | None:
     """Return why an image cannot be read, with its path; None if it can be read, or if it is not a path."""
     from PIL import Image
 
-    path = image.get("path") if isinstance(image, Mapping) else image
-    if not isinstance(path, str):
+    path = _path_of(image)
+    if path is None:
         return None
     try:
         with Image.open(path) as opened:
