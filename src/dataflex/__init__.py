@@ -70,6 +70,7 @@ from dataflex.probe.gradient_norms import GradientNorms
 from dataflex.probe.gradient_products import GradientProducts
 from dataflex.probe.logit_norms import LogitNorms, LogitProjections
 from dataflex.probe.losses import Losses, LossesByToken, TokenMeans
+from dataflex.probe.margins import Margins
 
 if TYPE_CHECKING:
     from dataflex.probe.mode import preserved_rng
@@ -110,6 +111,7 @@ EXPORTS = {
     "LogitProjections": "dataflex.probe.logit_norms",
     "Losses": "dataflex.probe.losses",
     "LossesByToken": "dataflex.probe.losses",
+    "Margins": "dataflex.probe.margins",
     "MeasuredBatch": "dataflex.api.measurement",
     "Measurement": "dataflex.api.measurement",
     "MeasurementRun": "dataflex.api.measurement",
@@ -204,6 +206,7 @@ __all__ = [
     "LogitProjections",
     "Losses",
     "LossesByToken",
+    "Margins",
     "MeasuredBatch",
     "Measurement",
     "MeasurementRun",

@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add_evaluation(commands)
     _add_experiments(commands)
+    _add_workflows(commands)
     _add_others(commands)
     return parser
 
@@ -447,6 +448,9 @@ def _add_experiments(commands: _Commands) -> None:
         metavar="FOLDER",
         help="output_dir of the same experiment made elsewhere, whose complete runs are taken over",
     )
+
+
+def _add_workflows(commands: _Commands) -> None:
     doremi = _command(
         commands,
         "doremi",
@@ -459,6 +463,17 @@ def _add_experiments(commands: _Commands) -> None:
     only = doremi.add_mutually_exclusive_group()
     only.add_argument("--print", action="store_true", help="print the three YAML files, to train them by hand")
     only.add_argument("--dry-run", action="store_true", help="print the state of each of the three trainings")
+    pairs = _command(
+        commands,
+        "hard-pairs",
+        "run Selective DPO: measure how hard each preference pair is, and train on the easiest ones",
+        "Run the trainings of Selective DPO one after another: for each seed one on each half of the pairs, which "
+        "measures the losses of the other half, and the final one on the easiest pairs. Trainings that are complete "
+        "are not repeated.",
+        "dataflex-cli hard-pairs hard_pairs.yaml --dry-run",
+    )
+    pairs.add_argument("file", type=Path, help="YAML file with base, output_dir, seeds, measurements, keep and more")
+    pairs.add_argument("--dry-run", action="store_true", help="print the state of each training")
     regmix = _command(
         commands,
         "regmix",
@@ -686,6 +701,12 @@ def _doremi(options: argparse.Namespace) -> int:
     return doremi(options.file, options.print, options.dry_run)
 
 
+def _hard_pairs(options: argparse.Namespace) -> int:
+    from dataflex.workflows.hard_pairs import hard_pairs
+
+    return hard_pairs(options.file, options.dry_run)
+
+
 def _regmix(options: argparse.Namespace) -> int:
     from dataflex.workflows.regmix import regmix
 
@@ -742,6 +763,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "export": _export,
     "compare": _compare,
     "doremi": _doremi,
+    "hard-pairs": _hard_pairs,
     "regmix": _regmix,
     "assets": _assets,
     "demo": _demo,

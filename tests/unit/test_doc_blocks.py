@@ -22,6 +22,7 @@ from dataflex.config.loading import split_config
 from dataflex.errors import ConfigError
 from dataflex.evaluation.tasks import TaskSettings
 from dataflex.workflows.doremi import DoremiSettings
+from dataflex.workflows.hard_pairs import HardPairsSettings
 from dataflex.workflows.regmix import RegmixSettings
 from example_files import plugins_forgotten
 
@@ -76,6 +77,8 @@ def read(content: Any, folder: Path) -> None:
             split_config(merged({}, change), base=folder)
     elif "proxies" in keys:
         RegmixSettings.model_validate(content)
+    elif "halves" in keys:
+        HardPairsSettings.model_validate(content)
     elif "proxy" in keys:
         DoremiSettings.model_validate(content)
     else:

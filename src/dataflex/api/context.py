@@ -269,6 +269,8 @@ class StepBatch:
         embedding_source: function that returns embeddings, if the weighter needs them. Call :meth:`embeddings`.
         pooled: hidden states of the samples, reduced to one vector each; None if the weighter does not need them.
         given: weights of tokens that the data gives, (n, T); None if the weighter does not need them.
+        margins: reward of the chosen minus reward of the rejected response of each pair, (n,), as the trainer of the
+            stage computes it; None if the weighter does not need them.
 
     Example:
         >>> import torch
@@ -289,6 +291,7 @@ class StepBatch:
     embedding_source: Callable[[IndexArray, Pool | None], EmbeddingArray] | None = None
     pooled: Tensor | None = None
     given: Tensor | None = None
+    margins: Tensor | None = None
 
     @property
     def validation(self) -> Pool:

@@ -31,6 +31,7 @@ from dataflex.config.misplaced import belongs, nested, unknown_in
 from dataflex.config.renames import with_names_of_now
 from dataflex.config.yaml_file import BESIDE_METHOD, read_yaml
 from dataflex.data.columns import WantedColumn
+from dataflex.data.stages import loss_per_sample
 from dataflex.errors import ConfigError, DataFlexError, Problem, did_you_mean, unknown
 
 ASSET_KEYS = ("model_name_or_path", "dataset_dir")
@@ -86,6 +87,11 @@ class DataFlexConfig(BaseModel):
         None,
         description="Compute the training loss from hidden states in chunks of tokens, without the logits of the whole "
         "micro-batch. If null: as enable_liger_kernel or use_liger_kernel.",
+    )
+    precompute_ref_log_probs: bool = Field(
+        False,
+        description="In stages dpo and kto: compute the log probabilities of the reference model once for all training "
+        "samples, before the first step, instead of in every step.",
     )
     plugins: list[str] = Field(
         default_factory=list, description="Python files that register components or measurements."
@@ -209,11 +215,16 @@ class RunConfig:
 
     @property
     def fused_loss(self) -> bool:
-        """Whether DataFlex computes the training loss in chunks; false without a section."""
-        if self.dataflex is None:
+        """Whether DataFlex computes the training loss in chunks.
+
+        This is false without a section, and in stages in which a sample has one loss.
+        """
+        if self.dataflex is None or loss_per_sample(str(self.llamafactory.get("stage"))):
             return False
         given = self.dataflex.fused_loss
-        return given if given is not None else any(is_on(self.llamafactory.get(key)) for key in LIGER)
+        if given is not None or loss_per_sample(str(self.llamafactory.get("stage", "sft"))):
+            return bool(given)
+        return any(is_on(self.llamafactory.get(key)) for key in LIGER)
 
     def with_assets(self) -> RunConfig:
         """Return the configuration with ``asset:NAME`` replaced by paths; builds each asset that is not cached.

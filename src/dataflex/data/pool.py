@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dataflex.data.columns import ColumnArray, column_digest
 from dataflex.data.given_weights import GivenWeights
-from dataflex.data.media import media_paths
+from dataflex.data.sample_media import media_paths
 from dataflex.data.sampling import IndexArray
 from dataflex.data.stages import SampleFields
 from dataflex.errors import ConfigError, unknown
@@ -218,7 +218,7 @@ class Pool:
         rows = np.unique(np.linspace(0, self.size - 1, min(self.size, _FINGERPRINT_ROWS)).astype(np.int64))
         for row in rows:
             sample = self.dataset[int(row)]
-            for name in (*self.fields.tokens, *self.fields.labels):
+            for name in (*self.fields.tokens, *self.fields.labels, *self.fields.others):
                 if name in sample:
                     digest.update(np.asarray(sample[name], dtype=np.int64).data)
             digest.update("".join(f"{path}\n" for path in media_paths(sample)).encode())
@@ -313,6 +313,8 @@ class Pool:
     def text(self, index: int) -> str:
         """Return the text of a sample: its decoded tokens without special tokens.
 
+        The text of a pair of responses is the prompt with the chosen response.
+
         Raises:
             ValueError: if the pool has no tokenizer.
         """
@@ -327,7 +329,7 @@ class Pool:
         decode = self.decode
         if decode is None:
             raise ValueError("this pool has no tokenizer to decode with; set pool.decode")
-        return ["\n".join(decode(row[name]) for name in self.fields.tokens) for row in self.rows(indices)]
+        return [decode(row[self.fields.tokens[0]]) for row in self.rows(indices)]
 
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
         """Return samples in the format of the collator."""

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from dataflex import distributed
 from dataflex.api.params import EmbeddingParams
-from dataflex.data.media import media_in
 from dataflex.data.pool import Pool
+from dataflex.data.sample_media import media_in
 from dataflex.embedding.encoders import EncoderChoice, choose
 from dataflex.embedding.making import EncoderRun, told
 from dataflex.embedding.store import EmbeddingStore

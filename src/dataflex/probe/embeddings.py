@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dataflex.api.measurement import MeasuredBatch, Measurement, register_measurement
 from dataflex.data.pool import IGNORE_INDEX
-from dataflex.data.stages import STAGES
 from dataflex.errors import ComponentError
 
 if TYPE_CHECKING:
@@ -159,8 +158,8 @@ class Embeddings(HiddenStates):
             return
         stage = str(run.llamafactory.get("stage", "sft"))
         trains_on_all = str(run.llamafactory.get("train_on_prompt", False)).lower() in ("1", "true", "yes")
-        if (stage in STAGES and stage != "sft") or trains_on_all:
-            why = "train_on_prompt is set" if trains_on_all else f"the stage is {stage}"
+        if stage == "pt" or (stage == "sft" and trains_on_all):
+            why = "the stage is pt" if stage == "pt" else "train_on_prompt is set"
             yield (
                 "embedding_text",
                 f"{self.text!r} goes by which tokens are trained on, and {why}: all are. Use all.",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dataflex.data.samples import Samples
 from dataflex.data.sampling import IndexArray
+from dataflex.probe.head import language_model
 
 _UNDERSTOOD = frozenset(
     (
@@ -38,7 +39,7 @@ def media_modules(model: nn.Module) -> set[nn.Module]:
 
     If the language model inside the model is not found, these are all modules.
     """
-    inner = getattr(model, "pretrained_model", model)  # TRL's value head keeps the model there
+    inner = language_model(model)
     config = inner.config
     if not any(hasattr(config, name) for name in ("vision_config", "audio_config", "image_token_id")):
         return set()
@@ -51,7 +52,7 @@ def media_modules(model: nn.Module) -> set[nn.Module]:
 
 def image_token(model: nn.Module) -> int | None:
     """Return the id of the token that stands for a part of an image; None if the configuration names none."""
-    found = getattr(model.config, "image_token_id", None)
+    found = getattr(language_model(model).config, "image_token_id", None)
     return found if isinstance(found, int) else None
 
 
@@ -119,6 +120,11 @@ def unlike_samples(samples: Samples, indices: IndexArray, token: int) -> IndexAr
     """
     order = np.argsort(samples.lengths[indices], kind="stable")
     places = order[np.linspace(0, order.size - 1, min(order.size, _SEEN)).astype(np.int64)]
-    counts = np.array([np.count_nonzero(np.array(row["input_ids"]) == token) for row in samples.rows(indices[places])])
+    counts = np.array(
+        [
+            np.count_nonzero(np.array(row["input_ids" if "input_ids" in row else "chosen_input_ids"]) == token)
+            for row in samples.rows(indices[places])
+        ]
+    )
     chosen = np.unique([counts.argmin(), counts.argmax()])
     return indices[places[chosen]] if chosen.size > 1 else indices[places[:2]]

@@ -30,16 +30,22 @@ class StageLoss(Protocol):
     A batch is the output of the training collator on the device of the model, with labels. Each sample may have several
     rows of model inputs: in a batch of B samples, row r belongs to sample r mod B. The loss of a sample does not depend
     on the other samples of the batch.
-
-    Attributes:
-        rows: rows of model inputs of a sample.
-        reference_size: number of values of a sample that a frozen reference model gives; 0 without such a model.
-        has_margins: whether samples have reward margins.
     """
 
-    rows: int
-    reference_size: int
-    has_margins: bool
+    @property
+    def rows(self) -> int:
+        """Rows of model inputs of a sample."""
+        ...
+
+    @property
+    def reference_size(self) -> int:
+        """Number of values of a sample that a frozen reference model gives; 0 without such a model."""
+        ...
+
+    @property
+    def has_margins(self) -> bool:
+        """Whether samples have reward margins."""
+        ...
 
     def __call__(
         self, model: torch.nn.Module, batch: Mapping[str, Any], reference: Tensor | None = None

@@ -24,7 +24,7 @@ class EvaluatingTrainer(RunTrainer):
     def _make_evaluation(self) -> DomainEvaluation | None:
         """Return the measurement of the evaluation sets; None without sets, or if evaluation generates responses."""
         sets = self.dataflex.data.evaluation
-        if sets is None or getattr(self.args, "predict_with_generate", False):
+        if sets is None or self.stage_loss is not None or getattr(self.args, "predict_with_generate", False):
             return None
         tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)

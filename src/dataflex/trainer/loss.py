@@ -27,6 +27,7 @@ from torch import Tensor
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means, shifted, token_losses
 from dataflex.errors import ComponentError
 from dataflex.probe.head import wide
+from dataflex.probe.stage_loss import StageLosses
 from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.fused_head import FusedHead, FusedLosses
 from dataflex.trainer.special_losses import SpecialLoss
@@ -98,18 +99,7 @@ class WeightedLoss:
         found = self._losses(logits, labels)
         per_token, counts = found.per_token, (labels != ignore_index).sum(1)
         sums = per_token.sum(1)
-        weighs = self._weighs
-        excess = None if weighs is None else weighs.excess_sums(per_token, labels, self.references.get(MIX))
-        seen = BatchLosses(sums.detach(), counts, excess, per_token=per_token.detach(), labels=labels)
-        if weighs is not None and not weighs.decided:
-            assert self.domains is not None
-            weighs.decide(self.domains, sums.detach(), excess)
-        weights = self._weights(labels, per_token.detach(), counts)
-        if self.weights is not None and self.active:
-            counted = _weighted((labels != ignore_index).to(sums), counts.to(sums), weights)
-            seen.coefficients = self._of_domains(counted).sum().detach()
-            seen.weights, seen.places = weights, self.places
-        self.observe(seen)
+        weights = self._observed(labels, per_token, sums, counts)
         if found.total is not None:
             # The zeros carry the graph of the head's output, see `FusedHead`.
             return self._scaled(found.total, counts, num_items_in_batch) + logits.sum() * 0
@@ -118,6 +108,50 @@ class WeightedLoss:
             weights = factors if weights is None else times(factors, weights)
         loss = self._scaled(self._sum(per_token, sums, counts, weights), counts, num_items_in_batch)
         return loss if self.fused is None else loss + logits.sum() * 0
+
+    def of_samples(self, mean: Tensor, found: StageLosses) -> Tensor:
+        """Return the loss of a micro-batch whose samples have one loss each. A sample counts as one token.
+
+        The Trainer averages the micro-batches of a step. They all have the same number of samples, so the loss of the
+        step is the mean over its samples.
+
+        Args:
+            mean: mean loss of the samples, which is returned if nothing weighs it.
+            found: losses of the samples.
+        """
+        self.watched.clear()
+        self.watched.margins = found.margins
+        labels, per_token = as_tokens(found.losses)
+        sums, counts = found.losses, labels.new_ones(labels.shape[0])
+        weights = self._observed(labels, per_token, sums, counts)
+        if self._weighs is None and (self.weights is None or not self.active):
+            return mean
+        return self._scaled(self._sum(per_token, sums, counts, weights), counts, None)
+
+    def _observed(self, labels: Tensor, per_token: Tensor, sums: Tensor, counts: Tensor) -> Tensor | None:
+        """Return the weighters' weights of the micro-batch, and pass its losses to the statistics of the step.
+
+        Domain weights that depend on these losses are decided.
+
+        Args:
+            labels: shifted labels, (B, T).
+            per_token: token losses, (B, T).
+            sums: sums of the rows of ``per_token``, (B,).
+            counts: number of counted tokens of each sample, (B,).
+        """
+        weighs = self._weighs
+        excess = None if weighs is None else weighs.excess_sums(per_token, labels, self.references.get(MIX))
+        seen = BatchLosses(sums.detach(), counts, excess, per_token=per_token.detach(), labels=labels)
+        if weighs is not None and not weighs.decided:
+            assert self.domains is not None
+            weighs.decide(self.domains, sums.detach(), excess)
+        weights = self._weights(labels, per_token.detach(), counts)
+        if self.weights is not None and self.active:
+            counted = _weighted((labels != IGNORE_INDEX).to(sums), counts.to(sums), weights)
+            seen.coefficients = self._of_domains(counted).sum().detach()
+            seen.weights, seen.places = weights, self.places
+        self.observe(seen)
+        return weights
 
     def _losses(self, logits: Tensor, labels: Tensor) -> FusedLosses:
         """Return the losses of the micro-batch: those that its head has computed, or those of its logits."""
@@ -172,8 +206,8 @@ class WeightedLoss:
         if self.decided:
             return self.decided.popleft()
         means = sample_means(per_token.sum(1), counts)
-        pooled, attention = self.watched.pooled, self.watched.attention
-        batch = MicroBatch(labels, per_token, means, self.places, self.references, pooled, attention)
+        pooled, attention, margins = self.watched.pooled, self.watched.attention, self.watched.margins
+        batch = MicroBatch(labels, per_token, means, self.places, self.references, pooled, attention, margins)
         found = self.weights.decide([batch], self.step)
         return None if found is None else found[0]
 
@@ -222,6 +256,11 @@ class WeightedLoss:
             return values
         assert self.domains is not None
         return self._weighs.coefficients(self.domains).to(values) * values
+
+
+def as_tokens(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the labels and the losses, (B, 1) both, of samples whose only token has the sample's loss, (B,)."""
+    return torch.zeros(losses.shape[0], 1, dtype=torch.int64, device=losses.device), losses.unsqueeze(1)
 
 
 def _weighted(per_token: Tensor, sums: Tensor, weights: Tensor | None) -> Tensor:

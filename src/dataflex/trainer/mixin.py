@@ -7,7 +7,8 @@ learning rate schedule if a budget ends the run, the log, the evaluation, the ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from dataflex.probe.checkpoints import saved_moments
 from dataflex.probe.gradient_features import GradientFeatures
 from dataflex.probe.model import ModelProbe
 from dataflex.probe.projections import make_projection
+from dataflex.probe.stage_loss import StageLoss
 from dataflex.trainer import terminal
 from dataflex.trainer.callback import DynamicCallback
 from dataflex.trainer.evaluating import EvaluatingTrainer
@@ -33,7 +35,6 @@ from dataflex.trainer.rounds import INDEX_KEY, RoundStream
 from dataflex.trainer.run import LoadedModel, LoadedRun
 from dataflex.trainer.saving import SavingTrainer
 from dataflex.trainer.special_losses import special_loss
-from dataflex.trainer.stage_losses import BatchLosses, causal_losses
 from dataflex.trainer.step_loss import StepLoss
 from dataflex.trainer.steps import RunSteps, decide_steps
 
@@ -59,8 +60,8 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         kwargs: further arguments of LLaMA-Factory's trainer.
     """
 
-    batch_losses: BatchLosses = staticmethod(causal_losses)
-    """Function that computes the token losses of a batch, for this stage."""
+    make_stage_loss: Callable[[Any], StageLoss] | None = None
+    """Makes the loss of a sample from the trainer, in a stage in which a sample has one loss."""
     plain_collators: tuple[type, ...] = ()
     """Collator classes of the stage that only pad rows of tokens."""
 
@@ -90,6 +91,8 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         if inputs.config.fused_loss and args.use_liger_kernel:
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), **OTHER_KERNELS}
         super().__init__(args=args, **kwargs)
+        if self.make_stage_loss is not None:
+            self.stage_loss = self.make_stage_loss(self)
         self.special_loss = None if self.compute_loss_func is None else special_loss(self.finetuning_args)
         if self.special_loss is not None:
             self.compute_loss_func = None  # its token weights become factors of the loss coefficients
@@ -152,6 +155,11 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
             self._started = self.dataflex.start(
                 output_dir, num_steps, self.arrangement(), model, lambda: float(self.lr_scheduler.get_last_lr()[0])
             )
+            if self.probe is not None and self.dataflex.inputs.settings.precompute_ref_log_probs:
+                self.probe.keep_references()
+        resume = self.dataflex.inputs.resume
+        if resume is not None:
+            self.load_trainer_state(resume.state.get("trainer", {}))
 
     def _stop_before_training(self, when_loaded: WhenLoaded) -> NoReturn:
         """Call ``when_loaded`` with the model and the optimizer moments saved beside it, and leave the Trainer."""
@@ -224,10 +232,22 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
     ) -> Any:
         """Return the loss of a training micro-batch, computed with DataFlex's loss function."""
         self.step_loss.prepare(inputs, indices)
+        if self.stage_loss is not None:  # the stage's own code calls `mean_of_samples`
+            with self.of_step(indices):
+                return super().compute_loss(model, inputs, *args, **kwargs)
         loss = self.step_loss.loss
         watching, fusing = self.step_loss.watching(inputs, loss.watched), self.step_loss.fusing(inputs)
         with watching, fusing, loss_function(self.causal_model(), loss):
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    @contextmanager
+    def of_step(self, places: torch.Tensor | None) -> Iterator[None]:
+        """Name the samples of the micro-batch whose losses are computed during the block."""
+        self.batch_places = places
+        try:
+            yield
+        finally:
+            self.batch_places = None
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as the Trainer requests, but evaluate and save at most once per step.

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.trainer_utils import seed_worker
 
-from dataflex.data.media import collated
 from dataflex.data.rng import key_of
+from dataflex.data.sample_media import collated
 from dataflex.data.sampling import IndexArray
 from dataflex.planning.planner import Plan
 

@@ -90,9 +90,11 @@ class SavingTrainer(RunTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        if self.args.should_save:
+            self.convert_checkpoint(folder)
         step = self.state.global_step
         with distributed.together():  # at its end every process has written its part of the checkpoint
-            state = self.started.state_dict(step)
+            state = {**self.started.state_dict(step), "trainer": self.trainer_state()}
         distributed.on_main(partial(self._complete, run_dir, folder, state, limit))
         self._saved_at = step
 

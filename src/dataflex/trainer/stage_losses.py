@@ -1,8 +1,7 @@
-"""Token losses of a batch, which each training stage computes in its own way."""
+"""Token losses of a batch, computed by a forward pass of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +9,6 @@ from torch import Tensor
 
 from dataflex.data.token_loss import shifted, token_losses
 from dataflex.probe.head import chunked_values
-
-BatchLosses = Callable[[torch.nn.Module, dict[str, Any]], tuple[Tensor, Tensor]]
-"""Computes the labels and the token losses, both (B, T), from the model and its inputs."""
 
 
 def causal_losses(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

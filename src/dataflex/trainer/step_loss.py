@@ -26,11 +26,11 @@ from dataflex.probe.prompt_attention import PromptAttention
 from dataflex.probe.routing import real_tokens
 from dataflex.trainer.domain_loss import DomainLoss
 from dataflex.trainer.fused_head import FusedHead
-from dataflex.trainer.loss import MIX, WeightedLoss
+from dataflex.trainer.loss import MIX, WeightedLoss, as_tokens
 from dataflex.trainer.references import References
 from dataflex.trainer.rounds import INDEX_KEY
 from dataflex.trainer.sample_losses import SampleLosses
-from dataflex.trainer.stage_losses import chunked_losses
+from dataflex.trainer.stage_losses import causal_losses, chunked_losses
 from dataflex.trainer.statistics import StepAccumulator, domain_sums
 from dataflex.trainer.step_weights import MicroBatch, StepWeights, Watched, Weighing, plan_order
 
@@ -82,6 +82,7 @@ class StepLoss:
                     pooled=pooled is not None,
                     given=given,
                     attention=attention,
+                    margins=needs.step_margins,
                 )
             )
             if pooled is not None:
@@ -228,7 +229,10 @@ class StepLoss:
 
     def _count_tokens(self, domain_loss: DomainLoss, samples: list[dict[str, Any]]) -> None:
         """Begin a step of the domain weights with its number of tokens in each domain."""
-        counts = torch.cat([(shifted(batch["labels"]) != IGNORE_INDEX).sum(1) for batch in samples])
+        if self._trainer.stage_loss is None:
+            counts = torch.cat([(shifted(batch["labels"]) != IGNORE_INDEX).sum(1) for batch in samples])
+        else:  # a sample counts as one token
+            counts = torch.cat([torch.ones_like(batch[INDEX_KEY]) for batch in samples])
         domains = self.accumulator.domains_of(torch.cat([batch[INDEX_KEY] for batch in samples]))
         column = counts.to(domains.device, domain_loss.dtype).unsqueeze(1)
         domain_loss.begin(domain_sums(domains, column, len(domain_loss.domains))[:, 0])
@@ -245,9 +249,16 @@ class StepLoss:
                 inputs = dict(trainer._prepare_inputs(batch))
                 places = inputs.pop(INDEX_KEY, None)
                 references = self.references.look_up(keys, inputs, places)
+                if trainer.stage_loss is not None:
+                    with trainer.of_step(places):
+                        of_samples = trainer.losses_of_step(model, inputs)
+                    labels, per_token = as_tokens(of_samples.losses)
+                    means, margins = of_samples.losses, of_samples.margins
+                    found.append(MicroBatch(labels, per_token, means, places, margins=margins))
+                    continue
                 seen = Watched()
                 with self.watching(inputs, seen):
-                    losses_of = trainer.batch_losses if loss.fused is None else chunked_losses
+                    losses_of = causal_losses if loss.fused is None else chunked_losses
                     labels, per_token = losses_of(model, inputs)
                 means = _means(per_token, labels)
                 found.append(MicroBatch(labels, per_token, means, places, references, seen.pooled, seen.attention))

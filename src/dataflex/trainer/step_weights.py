@@ -35,6 +35,7 @@ class MicroBatch:
         pooled: configuration key -> one pooled hidden-state vector per sample, (B, H).
         attention: attention of each token to its prompt, (B, T), if a weighter reads it; 0 at positions that do not
             count in the loss.
+        margins: reward margin of each pair, (B,), in a stage that has margins.
     """
 
     labels: Tensor
@@ -44,6 +45,7 @@ class MicroBatch:
     references: Mapping[str, Tensor] = field(default_factory=dict)
     pooled: Mapping[str, Tensor] = field(default_factory=dict)
     attention: Tensor | None = None
+    margins: Tensor | None = None
 
     def reference(self, key: str) -> Tensor:
         """Return the reference loss of every position, (B, T); 0 at positions that do not count in the loss."""
@@ -78,14 +80,16 @@ class Watched:
     Attributes:
         pooled: as in :class:`MicroBatch`.
         attention: as in :class:`MicroBatch`.
+        margins: as in :class:`MicroBatch`.
     """
 
     pooled: dict[str, Tensor] = field(default_factory=dict)
     attention: Tensor | None = None
+    margins: Tensor | None = None
 
     def clear(self) -> None:
         """Forget the values of the last forward pass."""
-        self.pooled, self.attention = {}, None
+        self.pooled, self.attention, self.margins = {}, None, None
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class Weighing:
         pooled: whether it reads hidden states of the step's forward pass.
         given: the weights of tokens that the data gives, if it needs some.
         attention: whether it reads the attention of tokens to their prompts.
+        margins: whether it reads the reward margins of pairs.
     """
 
     entry: Entry[Weighter]
@@ -111,6 +116,7 @@ class Weighing:
     pooled: bool = False
     given: GivenWeights | None = None
     attention: bool = False
+    margins: bool = False
 
     def acts_in(self, step: int) -> bool:
         """Return whether the weighter acts in step number ``step`` (from 0)."""
@@ -129,12 +135,15 @@ class _Samples:
     pooled: Mapping[str, Tensor] = field(default_factory=dict)
     given: Mapping[str, Tensor] = field(default_factory=dict)
     attention: Tensor | None = None
+    margins: Tensor | None = None
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> _Samples:
         """Return a copy with ``change`` applied to every tensor."""
         pooled = {key: change(values) for key, values in self.pooled.items()}
-        places = None if self.places is None else change(self.places)
-        return replace(self.changed_tokens(change), means=change(self.means), places=places, pooled=pooled)
+        places, margins = (None if each is None else change(each) for each in (self.places, self.margins))
+        return replace(
+            self.changed_tokens(change), means=change(self.means), places=places, pooled=pooled, margins=margins
+        )
 
     def changed_tokens(self, change: Callable[[Tensor], Tensor]) -> _Samples:
         """Return a copy with ``change`` applied to the tensors that have a column for each token."""
@@ -276,7 +285,12 @@ class StepWeights:
         pooled = shown.pooled[each.entry.key] if each.pooled else None
         of_data = None if each.given is None else shown.given[each.entry.key]
         batch = replace(
-            batch, validation_pool=each.validation, embedding_source=each.embeddings, pooled=pooled, given=of_data
+            batch,
+            validation_pool=each.validation,
+            embedding_source=each.embeddings,
+            pooled=pooled,
+            given=of_data,
+            margins=shown.margins if each.margins else None,
         )
         given = weighter.weigh(batch)
         reads_tokens = each.tokens or each.given is not None
@@ -312,8 +326,11 @@ def _side_by_side(batches: Sequence[MicroBatch], acting: Sequence[Weighing]) -> 
     places = torch.cat(known) if known else None
     looking = [each.entry.key for each in acting if each.pooled]
     pooled = {key: torch.cat([batch.pooled[key] for batch in batches]) for key in looking}
+    margins = None
+    if any(each.margins for each in acting):
+        margins = torch.cat([batch.margins for batch in batches if batch.margins is not None])
     if not any(each.tokens or each.given is not None for each in acting):
-        return _Samples(means, places, pooled=pooled)
+        return _Samples(means, places, pooled=pooled, margins=margins)
     columns = max(batch.labels.shape[1] for batch in batches)
 
     def joined(values: Callable[[MicroBatch], Tensor]) -> Tensor:
@@ -335,6 +352,7 @@ def _side_by_side(batches: Sequence[MicroBatch], acting: Sequence[Weighing]) -> 
         pooled,
         given,
         attention,
+        margins,
     )
 
 

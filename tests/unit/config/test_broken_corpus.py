@@ -136,7 +136,7 @@ def contradictory() -> Iterator[Case]:
     yield {"quantization_bit": 4, "quantization_method": "gptq"}, "quantization_method"
     yield {"dataset": "pairs"}, "dataset"
     yield {"stage": "dpo"}, "dataset"
-    yield {"stage": "dpo", "dataset": "pairs", "dataflex": SELECT}, "stage"
+    yield {"stage": "ppo", "reward_model": "m", "dataflex": SELECT}, "stage"
     yield {"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type"
     yield {"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs"
     yield {"optim_args": "momentum"}, "optim_args"

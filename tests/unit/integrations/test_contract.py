@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from dataflex.integrations.llamafactory.stages import STAGES, WORKFLOWS, workflow_of
+from dataflex.integrations.llamafactory.stages import STAGES, WORKFLOWS, trainer_module_of, workflow_of
 
 pytestmark = pytest.mark.launch
 
@@ -27,10 +27,38 @@ def test_workflows_look_their_trainer_and_data_up_by_name(stages: dict, stage: s
     assert f"{trainer}(" in source
     assert f"data_collator = {STAGES[stage].collator}(" in source
     assert inspect.isclass(getattr(module, STAGES[stage].collator))
-    assert f'get_dataset(template, model_args, data_args, training_args, stage="{stage}", **tokenizer_module)' in source
+    loads = STAGES[stage].stage.loads_as
+    assert f'get_dataset(template, model_args, data_args, training_args, stage="{loads}", **tokenizer_module)' in source
     assert source.index("get_dataset(") < source.index("load_model(")
     assert "trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)" in source
-    assert inspect.isclass(getattr(module, trainer))
+    found = trainer_module_of(stage)
+    assert inspect.isclass(getattr(found, trainer))
+    assert (found is module) == (f"from .trainer import {trainer}" not in source)
+
+
+def test_trainers_of_pairs_compute_their_losses_as_expected() -> None:
+    """The losses of samples are noted where the trainers compute them, and the trainers then only average them."""
+    dpo = trainer_module_of("dpo").CustomDPOTrainer
+    source = inspect.getsource(dpo.get_batch_loss_metrics)
+    assert "losses, chosen_rewards, rejected_rewards = self.compute_preference_loss(" in source
+    assert "losses += self.ftx_gamma * sft_loss" in source  # in place, so that the noted losses have it, too
+    assert "self.ftx_gamma > 1e-6" in source
+    assert "sft_loss = -policy_chosen_logps_avg" in source
+    assert "return losses.mean(), metrics" in source
+    assert "self.running" in inspect.getsource(dpo.bco_loss)
+    kto = trainer_module_of("kto").CustomKTOTrainer
+    source = inspect.getsource(kto.get_batch_loss_metrics)
+    assert "losses, chosen_rewards, rejected_rewards, kl = self.kto_loss(" in source
+    assert "losses = losses.nanmean()" in source
+    assert "self.desirable_weight * chosen_losses, self.undesirable_weight * rejected_losses" in inspect.getsource(
+        kto.kto_loss
+    )
+    source = inspect.getsource(trainer_module_of("rm").PairwiseTrainer.compute_loss)
+    assert "-torch.nn.functional.logsigmoid(chosen_scores.float() - rejected_scores.float()).mean()" in source
+    assert "return loss, (loss, chosen_scores, rejected_scores)" in source
+    for trainer in (dpo, kto, trainer_module_of("rm").PairwiseTrainer):
+        # The Trainer then divides the mean of a micro-batch by the number of micro-batches.
+        assert "self.model_accepts_loss_kwargs = False" in inspect.getsource(trainer.__init__)
 
 
 def test_get_dataset_has_the_expected_parameters(stages: dict) -> None:

@@ -15,6 +15,7 @@ from dataflex.api.given_weights import GivenWeightParams
 from dataflex.config.loading import RunConfig
 from dataflex.data.columns import WantedColumn
 from dataflex.data.pool import Pool
+from dataflex.data.stages import STAGES
 from dataflex.integrations.llamafactory.loading import Loader, Wanted, load_noting_rows
 from dataflex.integrations.llamafactory.parsing import parse
 
@@ -75,7 +76,8 @@ def pool_of(
             model_args, data_args, training_args, finetuning_args, _ = parse(get_train_args, given | fixed)
             module = load_tokenizer(model_args)
             template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
-            load = Loader(get_dataset, template, model_args, training_args, finetuning_args.stage, module)
+            stage = STAGES[finetuning_args.stage].loads_as
+            load = Loader(get_dataset, template, model_args, training_args, stage, module)
             _only_read(data_args, whole)
             if whole:
                 pool = Pool.concatenate({"dataset": load(data_args)["train_dataset"]}, fields=load.fields)

@@ -3,10 +3,10 @@
 Callbacks, evaluation, prediction, plotting and saving are LLaMA-Factory's. During the run these names are replaced, and
 restored afterwards:
 
-    llamafactory.train.{sft,pt}.workflow.CustomSeq2SeqTrainer / CustomTrainer   DataFlex's mixin over the same class
-    llamafactory.train.{sft,pt}.workflow.get_dataset                            the same, once per data set
-    llamafactory.train.tuner.get_train_args                                     its errors as configuration errors
-    llamafactory.model.loader.apply_liger_kernel                                without Liger's loss, if ours is fused
+    the trainer class of the stage                   DataFlex's mixin over the same class
+    llamafactory.train.STAGE.workflow.get_dataset    the same, once per data set
+    llamafactory.train.tuner.get_train_args          its errors as configuration errors
+    llamafactory.model.loader.apply_liger_kernel     without Liger's loss, if ours is fused
 
 Without a ``dataflex:`` section, ``get_dataset`` in the workflow of every stage and ``get_train_args`` are replaced, to
 convert their errors only.
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataflex import distributed
 from dataflex.api.registry import failure_of_component
-from dataflex.config.checks.values import truthy
+from dataflex.config.checks.values import truthy, word
 from dataflex.config.loading import RunConfig
 from dataflex.errors import ComponentError, ConfigError, DataFlexError
 from dataflex.files import write_atomically
@@ -35,7 +35,7 @@ from dataflex.integrations.llamafactory.kernels import without_loss
 from dataflex.integrations.llamafactory.launch import report_error
 from dataflex.integrations.llamafactory.parsing import parse_to_train, replaced
 from dataflex.integrations.llamafactory.session import Session
-from dataflex.integrations.llamafactory.stages import STAGES, WORKFLOWS, workflow_of
+from dataflex.integrations.llamafactory.stages import STAGES, WORKFLOWS, trainer_module_of, workflow_of
 from dataflex.record.card import write_card
 from dataflex.record.identity import only_run_in
 from dataflex.trainer.inputs import RunInputs, check_processes
@@ -148,18 +148,18 @@ def installed(session: Session) -> Iterator[None]:
     """Install a run's trainer and data loading in LLaMA-Factory's workflows during the block."""
     from llamafactory.model import loader
 
+    stage = STAGES[word(session.inputs.config, "stage", "sft")]
+    workflow, module = workflow_of(stage.name), trainer_module_of(stage.name)
+    notes_losses = () if stage.notes_losses is None else (stage.notes_losses,)
+    bases = (DynamicTrainerMixin, *notes_losses, getattr(module, stage.trainer))
+    of_stage: dict[str, Any] = {"plain_collators": (getattr(workflow, stage.collator),)}
+    if stage.stage_loss is not None:
+        of_stage["make_stage_loss"] = staticmethod(stage.stage_loss)
+    trainer = type(f"Dynamic{stage.trainer}", bases, of_stage)
     with contextlib.ExitStack() as stack:
-        for stage in STAGES.values():
-            workflow = workflow_of(stage.name)
-            bases = (DynamicTrainerMixin, getattr(workflow, stage.trainer))
-            of_stage = {
-                "batch_losses": staticmethod(stage.batch_losses),
-                "plain_collators": (getattr(workflow, stage.collator),),
-            }
-            trainer = type(f"Dynamic{stage.trainer}", bases, of_stage)
-            get_dataset = partial(loading.load_pool, workflow.get_dataset, session)
-            stack.enter_context(replaced(workflow, stage.trainer, partial(session.trainer, trainer)))
-            stack.enter_context(replaced(workflow, "get_dataset", get_dataset))
+        get_dataset = partial(loading.load_pool, workflow.get_dataset, session)
+        stack.enter_context(replaced(module, stage.trainer, partial(session.trainer, trainer)))
+        stack.enter_context(replaced(workflow, "get_dataset", get_dataset))
         if session.inputs.config.fused_loss:
             apply_kernels = partial(without_loss, loader.apply_liger_kernel)
             stack.enter_context(replaced(loader, "apply_liger_kernel", apply_kernels))
