@@ -18,9 +18,9 @@ KINDS = list(inputs.QUESTIONS)
 TEXTS = [*(text.format("") for text in inputs.QUESTIONS.values()), *inputs.COLOURS, *inputs.SHAPES, "yes no"]
 
 
-def make_llava(folder: Path) -> Path:
+def make_llava(folder: Path, *, hidden: int = 32) -> Path:
     """Write a random LLaVA with its processor: a CLIP tower of two layers, a projector, and a Llama of two layers."""
-    return inputs.make_model(folder, [*TEXTS, *tiny.WORDS], hidden=32)
+    return inputs.make_model(folder, [*TEXTS, *tiny.WORDS], hidden=hidden)
 
 
 def add_images(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
@@ -32,10 +32,12 @@ def make_data(folder: Path) -> Path:
     """Write data sets for a ``dataset_dir`` that is also the ``media_dir``.
 
     The samples of ``shapes`` have one image each, with questions of all kinds; those of ``held`` have questions for the
-    colour. The samples of ``mixed`` have one image, two images and none, in turn.
+    colour. A set with the name of a kind has questions of this kind. The samples of ``mixed`` have one image, two
+    images and none, in turn.
     """
     tiny.make_data(folder, {"alpha": 16})
-    for name, size, kinds in (("shapes", 24, KINDS), ("held", 6, ["color"])):
+    of_one = [(kind, 100, [kind]) for kind in KINDS]
+    for name, size, kinds in (("shapes", 24, KINDS), ("held", 6, ["color"]), *of_one):
         add_images(folder, name, inputs.image_rows(folder, name, size, kinds))
     drawn = inputs.image_rows(folder, "mixed", 24, KINDS)
     rng = random.Random("words")

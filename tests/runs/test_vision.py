@@ -32,6 +32,8 @@ SELECTORS: dict[str, dict[str, Any]] = {
 }
 """Selectors by losses, gradients and embeddings. All of them run on two processes, under DDP and ZeRO-3."""
 MODES = ("ddp", "zero3")
+TARGETED = ("random", "less", "icons", "coincide")
+"""Selectors that choose among questions of three kinds. The validation samples of two of them are of one kind."""
 
 
 def section(**parts: Any) -> dict[str, Any]:
@@ -42,12 +44,13 @@ def section(**parts: Any) -> dict[str, Any]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     folder = tmp_path_factory.mktemp("vision")
     llava, qwen = vision.make_llava(folder / "llava"), vision.make_qwen2_vl(folder / "qwen")
+    larger, mixtral = vision.make_llava(folder / "larger", hidden=64), tiny.make_experts(folder / "experts")
     data = vision.make_data(folder / "data")
     shop = Workshop(root=tmp_path_factory.mktemp("vision_runs"), model=llava, dropout_model=llava, data=data)
     of_qwen = {"model_name_or_path": str(qwen), "freeze_vision_tower": False}
 
     def add(name: str, template: str = "llava", **more: Any) -> None:
-        shop.add(name, **vision.changes(data, template, max_steps=10, **more))
+        shop.add(name, **vision.changes(data, template, **{"max_steps": 10, **more}))
 
     composed = {
         "dataset": "mixed,shapes",
@@ -87,6 +90,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     shop.add("fused", **vision.changes(data, max_steps=6, **fused))
     reference = {"method": "rho_loss", "reference_model": str(llava)}
     add("reference", **section(select=reference))
+    for name, stop in (("experts", None), ("experts-cut", 5), ("experts-resumed", None)):
+        into = "experts-cut" if stop is None and name != "experts" else name
+        stored = {"save_strategy": "steps", "save_steps": 3, **section(select={"method": "loss"})}
+        experts = {"model_name_or_path": str(mixtral), "finetuning_type": "full", "dataset": "alpha"}
+        shop.add(name, into=into, stop_at=stop, **experts, **stored)
+    for name in TARGETED:
+        select = SELECTORS.get(name, {"method": name})
+        select = {**select, "validation": "held"} if "validation" in select else select
+        more = {"max_steps": 50, "per_device_train_batch_size": 8, "model_name_or_path": str(larger)}
+        rounds = {"warmup_steps": 30, "update_steps": 10, "select": select}
+        add(f"target-{name}", **{"dataset": ",".join(vision.KINDS), "learning_rate": 0.002, **more}, dataflex=rounds)
     shop.start(1)
     return shop
 
@@ -116,6 +130,23 @@ def test_a_resumed_run_equals_the_whole_one(runs: Workshop) -> None:
     whole, resumed = (runs.trace(name) for name in ("composed", "composed-cut"))
     assert resumed["weights"] == whole["weights"]
     assert runs.plan_digests("composed-cut") == runs.plan_digests("composed")
+
+
+def test_a_resumed_model_with_stacked_experts_equals_the_whole_run(runs: Workshop) -> None:
+    """Such models, too, are stored under other names than those of their parameters."""
+    assert runs.trace("experts-cut")["weights"] == runs.trace("experts")["weights"]
+
+
+def test_selection_by_gradients_finds_the_questions_of_the_target(runs: Workshop) -> None:
+    shares = {}
+    for name in TARGETED:
+        chosen = [line["domains"] for line in runs.rounds(f"target-{name}") if not line["warmup"]]
+        counts = {kind: sum(each.get(kind, 0) for each in chosen) for kind in vision.KINDS}
+        shares[name] = counts["color"] / sum(counts.values())
+    assert shares["random"] < 0.45
+    assert shares["less"] > 1.5 * shares["random"], shares
+    assert shares["icons"] > 1.5 * shares["random"], shares
+    assert 0 < shares["coincide"] < 0.7, shares  # it has no target
 
 
 def test_weight_1_is_plain_training(runs: Workshop) -> None:
