@@ -1,4 +1,4 @@
-"""Do selectors find the questions of one kind in a pool of images with questions? Shares chosen, against random.
+"""Do selectors find the questions of one kind in a pool of images with questions? Against random.
 
     python benchmarks/vision_selection.py                   # images and questions of easy-vqa
     python benchmarks/vision_selection.py --drawn           # images drawn here, if the package is not installed
@@ -130,7 +130,7 @@ def kind_of(asked: str, answer: str) -> str:
 
 
 def train(work: Path, name: str, seed: int) -> dict[str, Any]:
-    """Train with a selector; return the share of the wanted kind in the chosen samples."""
+    """Train with a selector; return the share of the wanted kind among the chosen samples, and held-out losses."""
     output = work / "runs" / f"{name}-{seed}"
     args = {
         "model_name_or_path": str(work / "model"),
@@ -168,7 +168,9 @@ def train(work: Path, name: str, seed: int) -> dict[str, Any]:
     run = read_run(output)
     decided = [each for each in run.rounds if not each.warmup]
     chosen = np.sum([[each.domains[kind] for kind in KINDS] for each in decided], axis=0)
-    return {f"share_of_{WANTED}": round(float(chosen[KINDS.index(WANTED)] / chosen.sum()), 3)}
+    measured = json.loads((output / "all_results.json").read_text())
+    losses = {f"loss_{kind}": round(measured[f"eval_{kind}_held_out_loss"], 3) for kind in KINDS}
+    return {f"share_of_{WANTED}": round(float(chosen[KINDS.index(WANTED)] / chosen.sum()), 3), **losses}
 
 
 if __name__ == "__main__":
