@@ -174,4 +174,4 @@ def test_explain_and_export_keep_the_images(runs: Workshop, tmp_path: Path, caps
     given = tiny.rows_of(runs.data, "mixed")
     assert chosen
     assert all(row in given for row in chosen)
-    assert "what shape is in the image" in shown
+    assert "ASSISTANT" in shown
