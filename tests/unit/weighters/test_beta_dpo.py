@@ -97,13 +97,9 @@ def test_a_resumed_run_draws_the_same_pairs() -> None:
         np.testing.assert_array_equal(weigh(second, steps[step], step), expected[step])
 
 
-def test_needs_and_refusals() -> None:
+def test_needs() -> None:
     weighter = build(BetaDpoWeighter)
-    view = SimpleNamespace(llamafactory={"stage": "kto"})
-    assert weighter.needs(view).step_margins
-    ((key, said),) = weighter.problems(view)
-    assert (key, "stage kto are no pairs; use stage dpo or rm." in said) == ("method", True)
-    assert not list(weighter.problems(SimpleNamespace(llamafactory={"stage": "rm"})))
+    assert weighter.needs(SimpleNamespace(llamafactory={})).step_margins
     assert not weighter.elementwise
 
     def outline(batch: int) -> RunOutline:
