@@ -30,6 +30,7 @@ QUICK = (
     "select/tracin_checkpoints",
     "select/tracin",
     "select/uds",
+    "vision/less",
     "weight/adapt",
     "weight/chain",
     "weight/rho1",

@@ -25,6 +25,7 @@ MADE_BY = {
     "mix/doremi.yaml": "mix/doremi_reference.yaml",
     "weight/ss_token.yaml": "select/rho_loss_reference.yaml",
     "mix/moe_balance.yaml": "mix/make_experts.py",
+    "vision/less.yaml": "vision/make_inputs.py",
     "offline/less_score.yaml": "offline/less_warmup.yaml",
     "offline/less_train.yaml": "offline/less_score.yaml",
 }
