@@ -66,7 +66,9 @@ def stage_problem(run: RunView, name: str, compares: str) -> Iterator[tuple[str,
 
 
 def reference_problem(run: RunView, key: str, name: str) -> Iterator[tuple[str, str]]:
-    """Yield a problem if the first decision comes when the model is its own reference, so that every margin is 0.
+    """Yield a problem if the first decision comes when the model is its own reference, so that all pairs are alike.
+
+    Every margin is then 0, and every pair has the same loss.
 
     Args:
         run: the settings of the run.
@@ -82,13 +84,13 @@ def reference_problem(run: RunView, key: str, name: str) -> Iterator[tuple[str, 
         yield (
             key,
             f"{name} compares the model with its reference, and without ref_model and adapter_name_or_path both are "
-            "the same model, so every margin is 0. Name the trained model as adapter_name_or_path, or the model before "
-            "its training as ref_model.",
+            "the same model: all pairs have margin 0 and the same loss. Name the trained model as adapter_name_or_path, "
+            "or the model before its training as ref_model.",
         )
     elif not run.warmup_steps:
         yield (
             key,
-            f"{name} compares the model with its reference, and before the first step both are the same model, so the "
-            "first decision would find every margin 0. Set dataflex.warmup_steps, or start from a trained model with "
-            "ref_model or adapter_name_or_path.",
+            f"{name} compares the model with its reference, and before the first step both are the same model: all pairs "
+            "have margin 0 and the same loss. Set dataflex.warmup_steps, or start from a trained model with ref_model "
+            "or adapter_name_or_path.",
         )

@@ -132,14 +132,16 @@ def test_half_takes_any_stage() -> None:
 )
 def test_a_decision_in_which_the_model_is_its_own_reference_is_refused(given: dict[str, Any], text: str | None) -> None:
     implicit = build(ExternalMarginSelector, margin="m", implicit=True, bounds=[(-1, 1), (-1, 1)])
-    for selector, key in ((build(DpoGapSelector), "method"), (implicit, "implicit")):
+    measured = build(HardPairsSelector)
+    for selector, key in ((build(DpoGapSelector), "method"), (implicit, "implicit"), (measured, "method")):
         found = list(selector.problems(run_view(**given)))
         if text is None:
             assert not found
         else:
             assert [where for where, _ in found] == [key]
             assert text in found[0][1]
-    assert not list(build(ExternalMarginSelector, margin="m").problems(run_view(**given)))
+    for given_margins in (build(ExternalMarginSelector, margin="m"), build(HardPairsSelector, column="m")):
+        assert not list(given_margins.problems(run_view(**given)))
 
 
 # External margins.
