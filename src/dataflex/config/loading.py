@@ -88,6 +88,11 @@ class DataFlexConfig(BaseModel):
         description="Compute the training loss from hidden states in chunks of tokens, without the logits of the whole "
         "micro-batch. If null: as enable_liger_kernel or use_liger_kernel.",
     )
+    precompute_ref_log_probs: bool = Field(
+        False,
+        description="In stages dpo and kto: compute the log probabilities of the reference model once for all training "
+        "samples, before the first step, instead of in every step.",
+    )
     plugins: list[str] = Field(
         default_factory=list, description="Python files that register components or measurements."
     )
@@ -210,8 +215,11 @@ class RunConfig:
 
     @property
     def fused_loss(self) -> bool:
-        """Whether DataFlex computes the training loss in chunks; false without a section."""
-        if self.dataflex is None:
+        """Whether DataFlex computes the training loss in chunks.
+
+        This is false without a section, and in stages in which a sample has one loss.
+        """
+        if self.dataflex is None or loss_per_sample(str(self.llamafactory.get("stage"))):
             return False
         given = self.dataflex.fused_loss
         if given is not None or loss_per_sample(str(self.llamafactory.get("stage", "sft"))):

@@ -8,10 +8,11 @@ from dataflex.api.component import Component
 from dataflex.config.checks.chains import problems_of_chains
 from dataflex.config.checks.embeddings import problems_of_embeddings
 from dataflex.config.checks.given_weights import problems_of_given_weights
+from dataflex.config.checks.preference import problems_of_preference
 from dataflex.config.checks.references import problems_of_references
 from dataflex.config.checks.values import dataset_names, number, truthy
 from dataflex.config.loading import LIGER, SECTION, RunConfig
-from dataflex.data.stages import STAGES
+from dataflex.data.stages import STAGES, loss_per_sample
 from dataflex.embedding.of_model import measurements_of
 from dataflex.errors import Problem
 
@@ -42,6 +43,7 @@ def problems_of_section(config: RunConfig) -> Iterator[Problem]:
         problems_of_references,
         problems_of_embeddings,
         problems_of_given_weights,
+        problems_of_preference,
         _validation,
         _neat_packing,
         _best_model,
@@ -303,6 +305,11 @@ def _loss(config: RunConfig) -> Iterator[Problem]:
     for key, component in components.items():
         if component.needs(config).step_losses != "nothing":
             weighs.append(f"{SECTION}.{key}.method: {component.name}")
+    if loss_per_sample(str(config.llamafactory.get("stage"))):
+        # The other keys have no effect, because the stage computes the losses of samples from logits.
+        if weighs and truthy(config, "use_unsloth"):
+            yield Problem("use_unsloth", f"cannot be combined with {weighs[0]}: {SPECIAL_LOSSES['use_unsloth']}.")
+        return
     if config.fused_loss:
         weighs.append(next(_liger(config), f"{SECTION}.fused_loss"))
     for key, reason in SPECIAL_LOSSES.items():
