@@ -80,17 +80,18 @@ def reference_problem(run: RunView, key: str, name: str) -> Iterator[tuple[str, 
         return
     if given.get("ref_model") or given.get("adapter_name_or_path"):
         return
+    alike = "so all pairs have margin 0 and the same loss"
     if run.offline:
         yield (
             key,
             f"{name} compares the model with its reference, and without ref_model and adapter_name_or_path both are "
-            "the same model: all pairs have margin 0 and the same loss. Name the trained model as adapter_name_or_path, "
-            "or the model before its training as ref_model.",
+            f"the same model, {alike}. Name the trained model as adapter_name_or_path, or the model before its "
+            "training as ref_model.",
         )
     elif not run.warmup_steps:
         yield (
             key,
-            f"{name} compares the model with its reference, and before the first step both are the same model: all pairs "
-            "have margin 0 and the same loss. Set dataflex.warmup_steps, or start from a trained model with ref_model "
-            "or adapter_name_or_path.",
+            f"{name} compares the model with its reference, and before the first step both are the same model, "
+            f"{alike}. Set dataflex.warmup_steps, or start from a trained model with ref_model or "
+            "adapter_name_or_path.",
         )
