@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex import ColumnArray, RunView, ScoreArray, Wrong, unusable_score
-from dataflex.data.stages import STAGES
 from dataflex.selectors.perplexity import nearness_to_middle
 
 Preference = Literal["small", "small_absolute", "middle", "large"]
 
-PAIR_STAGES = tuple(name for name, stage in STAGES.items() if stage.takes_pairs)
+PAIR_STAGES = ("dpo", "rm")
 """LLaMA-Factory's stages in which a sample is a pair of responses."""
 _WITHOUT_REFERENCE = ("orpo", "simpo")
 """Values of ``pref_loss`` that compare the model with no reference."""

@@ -39,14 +39,13 @@ from dataflex import (
     register,
     sample_softmax,
 )
-from dataflex.data.stages import STAGES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Doubles = NDArray[np.float64]
 
-_STAGES = tuple(name for name, stage in STAGES.items() if stage.takes_pairs)
+PAIR_STAGES = ("dpo", "rm")
 """LLaMA-Factory's stages in which a sample is a pair of responses."""
 
 
@@ -77,11 +76,11 @@ class BetaDpoWeighter(Weighter[BetaDpoParams]):
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield a problem if the samples of the stage are no pairs."""
         stage = str(run.llamafactory.get("stage", "sft"))
-        if stage not in _STAGES:
+        if stage not in PAIR_STAGES:
             yield (
                 "method",
                 f"beta_dpo filters by the reward gap of a pair's two responses, and the samples of stage {stage} are "
-                f"no pairs; use stage {' or '.join(_STAGES)}.",
+                f"no pairs; use stage {' or '.join(PAIR_STAGES)}.",
             )
 
     def cannot_act(self, run: RunOutline) -> str | None:

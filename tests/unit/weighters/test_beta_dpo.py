@@ -11,7 +11,9 @@ import torch
 from dataflex.api.context import StepBatch, StepStart
 from dataflex.api.schedule import RunOutline, Schedule
 from dataflex.data.rng import derive_rng
-from dataflex.weighters.beta_dpo import BetaDpoWeighter, kept_of
+from dataflex.data.stages import STAGES
+from dataflex.selectors import base_margins
+from dataflex.weighters.beta_dpo import PAIR_STAGES, BetaDpoWeighter, kept_of
 from unit.fakes import build
 
 GAPS = np.array([1.0, -2.0, 1.5, 7.0])
@@ -113,3 +115,8 @@ def test_needs_and_refusals() -> None:
     assert weighter.cannot_act(outline(2)) is None
     assert "none is left out" in (weighter.cannot_act(outline(1)) or "")
     assert "none is left out" in (build(BetaDpoWeighter, ratio=0.0).cannot_act(outline(8)) or "")
+
+
+def test_the_stages_of_pairs_are_those_that_the_framework_trains() -> None:
+    stages = tuple(name for name, stage in STAGES.items() if stage.takes_pairs)
+    assert stages == PAIR_STAGES == base_margins.PAIR_STAGES
