@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex import ColumnArray, RunView, ScoreArray, Wrong, unusable_score
-from dataflex.selectors.perplexity import nearness_to_middle
+from dataflex.selectors.base_middle import nearness_to_middle
 
 Preference = Literal["small", "small_absolute", "middle", "large"]
 
