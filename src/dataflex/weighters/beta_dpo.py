@@ -18,7 +18,6 @@ depend on the gaps of the last one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,9 +44,6 @@ if TYPE_CHECKING:
 
 Doubles = NDArray[np.float64]
 
-PAIR_STAGES = ("dpo", "rm")
-"""LLaMA-Factory's stages in which a sample is a pair of responses."""
-
 
 class BetaDpoParams(WeighterParams):
     """Parameters of the batch filter of beta-DPO."""
@@ -72,16 +68,6 @@ class BetaDpoWeighter(Weighter[BetaDpoParams]):
     def needs(self, run: RunView) -> Needs:
         """Return the margins of the step's pairs."""
         return Needs(step_margins=True)
-
-    def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield a problem if the samples of the stage are no pairs."""
-        stage = str(run.llamafactory.get("stage", "sft"))
-        if stage not in PAIR_STAGES:
-            yield (
-                "method",
-                f"beta_dpo filters by the reward gap of a pair's two responses, and the samples of stage {stage} are "
-                f"no pairs; use stage {' or '.join(PAIR_STAGES)}.",
-            )
 
     def cannot_act(self, run: RunOutline) -> str | None:
         """Return a reason if no pair is ever left out."""

@@ -20,9 +20,10 @@ from dataflex.api.schedule import RunOutline, Schedule
 from dataflex.config.checks import problems_of
 from dataflex.config.loading import split_config
 from dataflex.data.pool import Pool, Rows
+from dataflex.data.stages import STAGES
 from dataflex.errors import ConfigError
 from dataflex.selectors.base_difficulties import difficulties_of, read_difficulties, write_difficulties
-from dataflex.selectors.base_margins import preferred
+from dataflex.selectors.base_margins import PAIR_STAGES, preferred
 from dataflex.selectors.dpo_gap import DpoGapSelector
 from dataflex.selectors.external_margin import ExternalMarginSelector, combined, probability
 from dataflex.selectors.half import TABLE, HalfSelector, halves
@@ -112,6 +113,10 @@ def test_a_stage_without_pairs_is_refused_once(stage: str, select: dict[str, Any
     config = split_config({"stage": stage, "dataflex": {"warmup_steps": 1, "select": select}})
     (problem,) = [each for each in problems_of(config) if each.key == "dataflex.select.method"]
     assert re.search(rf"stage (is )?{stage}\b.* dpo or (stage: )?rm", problem.message)
+
+
+def test_the_stages_of_pairs_are_those_that_the_framework_trains() -> None:
+    assert tuple(name for name, stage in STAGES.items() if stage.takes_pairs) == PAIR_STAGES
 
 
 def test_half_takes_any_stage() -> None:

@@ -10,10 +10,10 @@ import torch
 
 from dataflex.api.context import StepBatch, StepStart
 from dataflex.api.schedule import RunOutline, Schedule
+from dataflex.config.checks import problems_of
+from dataflex.config.loading import split_config
 from dataflex.data.rng import derive_rng
-from dataflex.data.stages import STAGES
-from dataflex.selectors import base_margins
-from dataflex.weighters.beta_dpo import PAIR_STAGES, BetaDpoWeighter, kept_of
+from dataflex.weighters.beta_dpo import BetaDpoWeighter, kept_of
 from unit.fakes import build
 
 GAPS = np.array([1.0, -2.0, 1.5, 7.0])
@@ -101,11 +101,7 @@ def test_a_resumed_run_draws_the_same_pairs() -> None:
 
 def test_needs_and_refusals() -> None:
     weighter = build(BetaDpoWeighter)
-    view = SimpleNamespace(llamafactory={"stage": "kto"})
-    assert weighter.needs(view).step_margins
-    ((key, said),) = weighter.problems(view)
-    assert (key, "stage kto are no pairs; use stage dpo or rm." in said) == ("method", True)
-    assert not list(weighter.problems(SimpleNamespace(llamafactory={"stage": "rm"})))
+    assert weighter.needs(SimpleNamespace(llamafactory={})).step_margins
     assert not weighter.elementwise
 
     def outline(batch: int) -> RunOutline:
@@ -117,6 +113,8 @@ def test_needs_and_refusals() -> None:
     assert "none is left out" in (build(BetaDpoWeighter, ratio=0.0).cannot_act(outline(8)) or "")
 
 
-def test_the_stages_of_pairs_are_those_that_the_framework_trains() -> None:
-    stages = tuple(name for name, stage in STAGES.items() if stage.takes_pairs)
-    assert stages == PAIR_STAGES == base_margins.PAIR_STAGES
+@pytest.mark.parametrize("stage", ["sft", "pt", "kto"])
+def test_a_stage_without_pairs_is_refused_once(stage: str) -> None:
+    config = split_config({"stage": stage, "dataflex": {"weight": {"method": "beta_dpo"}}})
+    (problem,) = [each for each in problems_of(config) if each.key == "dataflex.weight.method"]
+    assert f"stage {stage} has no pairs; use stage dpo or rm" in problem.message
