@@ -51,8 +51,7 @@ def fault(
         answers: whether rows need an answer. Rows for evaluation by generation do not.
         media: folder of images, videos and audio. None means that their files are not looked for.
     """
-    found = entry_fault(entry, stage)
-    if found is not None:
+    if (found := entry_fault(entry, stage)) is not None:
         return found
     seen: dict[str, tuple[str, Place]] = {}
     left_out: list[str] = []
@@ -70,13 +69,13 @@ def fault(
                 if count is not None and total >= count:
                     continue
                 found = _unusable(entry, row, stage) or unusable_response(entry, row, stage)
-                dropped = why_left_out(entry, row, stage, answers) if found is None else None
-                if found is None and dropped is None and stage != "pt":  # which trains on text alone
-                    found = unusable_media(entry, row, media, opens=total < _OPENED)
-                if found is not None:
-                    return f"{place}: {found}"
+                dropped = None if found is not None else why_left_out(entry, row, stage, answers)
                 if dropped is not None:
                     left_out.append(f"{place}: {dropped}")
+                elif stage != "pt":  # which trains on text alone
+                    found = found or unusable_media(entry, row, media, opens=total < _OPENED)
+                if found is not None:
+                    return f"{place}: {found}"
                 if without is None and messages is not None and messages not in row:
                     without = place
                 total += 1
@@ -85,8 +84,7 @@ def fault(
         return f"{error}."
     if not total:
         return f"{', '.join(map(str, entry.files))} holds no row." if complete else None
-    missing = _missing_column(entry, list(seen), complete)
-    if missing is not None:
+    if (missing := _missing_column(entry, list(seen), complete)) is not None:
         return missing
     if without is not None:
         return f"{without}: has no {entry.columns['messages']!r}; every row needs a list of messages."

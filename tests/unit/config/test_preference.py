@@ -138,6 +138,16 @@ def test_methods_that_read_tokens_are_refused(
     assert "Use stage sft or pt" in message
 
 
+def test_a_weighter_of_margins_needs_pairs(keys: dict[str, Any]) -> None:
+    section = {"weight": {"method": "beta_dpo"}}
+    for stage in ("dpo", "rm"):
+        assert found(keys, section, stage=stage) == {}
+    ((key, message),) = found(keys, section, stage="kto").items()
+    assert key == "dataflex.weight.method"
+    assert message == "'beta_dpo' reads the margins of pairs, and stage kto has no pairs; use stage dpo or rm."
+    assert "stage sft has no pairs" in found(keys, section, stage="sft")["dataflex.weight.method"]
+
+
 def test_ifd_needs_stage_sft(keys: dict[str, Any]) -> None:
     assert "use stage sft" in found(keys, {"select": {"method": "ifd"}})["dataflex.select.method"]
 

@@ -99,7 +99,7 @@ def test_a_resumed_run_draws_the_same_pairs() -> None:
         np.testing.assert_array_equal(weigh(second, steps[step], step), expected[step])
 
 
-def test_needs_and_refusals() -> None:
+def test_needs() -> None:
     weighter = build(BetaDpoWeighter)
     assert weighter.needs(SimpleNamespace(llamafactory={})).step_margins
     assert not weighter.elementwise

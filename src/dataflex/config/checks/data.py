@@ -20,6 +20,8 @@ from dataflex.data.raw import INFO_FILE, RawDataError, entry_problems, read_entr
 from dataflex.data.stages import STAGES
 from dataflex.errors import Problem, unknown
 
+_PTX = f"{SECTION}.ptx.dataset"
+
 
 def problems_of_data(config: RunConfig) -> Iterator[Problem]:
     """Yield the problems of the data sets that a configuration names."""
@@ -64,8 +66,10 @@ def problems_of_data(config: RunConfig) -> Iterator[Problem]:
     media = Path(str(config.llamafactory.get("media_dir") or folder))
     for key, names in named.items():
         answers = not (key == "eval_dataset" and truthy(config, "predict_with_generate"))
+        ptx = config.dataflex.ptx if config.dataflex is not None and key == _PTX else None
+        of_key = stage if ptx is None else ptx.stage
         for name in names:
-            found = _dataset(name, info, folder, stage if fits else None, answers, media)
+            found = _dataset(name, info, folder, of_key if fits else None, answers, media)
             yield from (Problem(key, message) for message in found)
 
 
@@ -97,6 +101,8 @@ def _named(config: RunConfig) -> dict[str, tuple[str, ...]]:
         asked = component.needs(config).validation
         if asked is not None:
             named[f"{SECTION}.{key}.validation"] = tuple(asked.validation or ())
+    if config.dataflex is not None and config.dataflex.ptx is not None:
+        named[_PTX] = tuple(config.dataflex.ptx.dataset)
     return named
 
 

@@ -38,6 +38,7 @@ from dataflex.integrations.llamafactory.given_weights import (
 )
 from dataflex.integrations.llamafactory.origins import Origin
 from dataflex.integrations.llamafactory.parsing import replaced
+from dataflex.integrations.llamafactory.ptx_data import load_ptx
 from dataflex.integrations.llamafactory.session import Session
 from dataflex.integrations.llamafactory.tokenized import is_stored, keep_columns, kept_columns, refuse_foreign_folder
 from dataflex.selectors.base_gradients import ValidationParams
@@ -158,6 +159,9 @@ def load_pool(
         ConfigError: if a data set cannot be loaded, is empty, or does not fit the rounds.
     """
     load = Loader(get_dataset, template, model_args, training_args, stage, tokenizer_module)
+    text = session.inputs.settings.ptx
+    if text is not None and training_args.do_train and session.trains:
+        session.add_ptx(load_ptx(load, data_args, text))
     if data_args.streaming:
         if training_args.do_train and session.trains:
             _print_plan(decide_steps(session.inputs, session.data, training_args), training_args)
