@@ -6,6 +6,7 @@ All trainings happen in two starts, one of one process and one of two (see runne
 from __future__ import annotations
 
 import json
+import random
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,27 @@ def add_data(folder: Path) -> None:
         tiny.add_data(folder, name, [{**row, **each} for row, each in zip(rows, more, strict=True)], **entry)
 
 
+def add_flipped(folder: Path) -> None:
+    """Write pairs of which two in five have swapped responses."""
+    rng = random.Random("flipped")
+    rows = []
+    for number in range(60):
+        good, bad = (f"{tiny.sentence(rng, 2, 6)} {word}" for word in ("cat", "dog"))
+        flipped = number % 5 < 2
+        row = {"instruction": tiny.sentence(rng), "chosen": bad if flipped else good}
+        rows.append({**row, "rejected": good if flipped else bad})
+    entry = {"columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}, "ranking": True}
+    tiny.add_data(folder, "flipped", rows, **entry)
+
+
+FLIPPED = {
+    "small": {"method": "dpo_gap", "prefer": "small"},
+    "large": {"method": "dpo_gap", "prefer": "large"},
+    "easy": {"method": "hard_pairs"},
+}
+"""Name of a run on pairs of which some are flipped -> its selector."""
+
+
 def add_both(workshop: Any, reference: Path, processes: int) -> None:
     """Add the runs that are made on one process and on two."""
     batch = {"per_device_train_batch_size": 4 // processes // 2, "gradient_accumulation_steps": 2}
@@ -67,6 +89,7 @@ def reference(workshop: Any) -> Path:
 @pytest.fixture(scope="module")
 def runs(workshop: Any, reference: Path) -> Any:
     add_data(workshop.data)
+    add_flipped(workshop.data)
     add_both(workshop, reference, 2)
     workshop.start(2)
     add_both(workshop, reference, 1)
@@ -96,6 +119,11 @@ def runs(workshop: Any, reference: Path) -> Any:
         **{**pairs.RM, **run, "stage": "rm"},
         dataflex={"update_steps": 2, "select": {"method": "dpo_gap"}, "weight": {"method": "beta_dpo"}},
     )
+    run = {**pairs.DPO, "dataset": "flipped", "per_device_train_batch_size": 8, "max_steps": 18}
+    run |= {"learning_rate": 0.002, "lr_scheduler_type": "constant"}
+    for name, select in FLIPPED.items():
+        section = {"warmup_steps": 15, "update_steps": 3, "select": select}
+        workshop.add(f"flipped-{name}", **run, dataflex=section)
     workshop.start(1)
     return workshop
 
@@ -242,3 +270,13 @@ def test_two_processes_equal_one(runs: Any) -> None:
         for number in (1, 2)
     )
     np.testing.assert_allclose(two, one, rtol=1e-4)
+
+
+def test_pairs_with_swapped_responses_have_small_gaps_and_high_losses(runs: Any) -> None:
+    chosen = {}
+    for name in FLIPPED:
+        runs.trace(f"flipped-{name}")
+        chosen[name] = set(plan_table(runs.root / f"flipped-{name}", 1).column("index").to_pylist())
+    shares = {name: float(np.mean([place % 5 < 2 for place in places])) for name, places in chosen.items()}
+    assert shares["large"] < 0.3 < 0.4 < 0.55 < shares["small"], shares  # 0.4 of all pairs are flipped
+    assert chosen["easy"] == chosen["large"]  # the sigmoid loss of a pair falls with its gap
