@@ -63,7 +63,9 @@ def trainer_keys(args: TrainingArguments) -> TrainerKeys:
         processes=args.world_size,
         eval_strategy=str(args.eval_strategy.value),
         eval_steps=args.eval_steps or args.logging_steps,
-        evaluates_at_end=bool(args.do_eval),
+        evaluates_at_end=bool(
+            args.do_train and args.do_eval
+        ),  # a Trainer that a script runs does not evaluate by itself
         save_strategy=str(args.save_strategy.value),
         save_steps=args.save_steps,
     )
