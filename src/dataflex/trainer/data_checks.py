@@ -50,9 +50,3 @@ def check_data(inputs: RunInputs, data: RunData) -> None:
     line = distributed.on_main(compared)
     if line is not None and distributed.rank() == 0:
         logger.warning(line)
-
-
-def print_lines(lines: list[str]) -> None:
-    """Print lines of DataFlex on the main process."""
-    if distributed.rank() == 0:
-        print("\n".join(f"dataflex: {line}" for line in lines), flush=True)
