@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,14 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from between_runs import forget_training, start_deepspeed
-from llamafactory.train import tuner
-from llamafactory.train.pt import workflow as pt
-from llamafactory.train.sft import workflow as sft
+from llamafactory.train import trainer_utils, tuner
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
 
 from dataflex.config.loading import load_config, split_config
 from dataflex.integrations.llamafactory.parsing import replaced
 from dataflex.integrations.llamafactory.run import run
+from dataflex.integrations.llamafactory.stages import STAGES, workflow_of
 from dataflex.record import checkpoint
 from dataflex.record.writer import RunWriter
 from dataflex.trainer.mixin import DynamicTrainerMixin
@@ -203,18 +202,18 @@ class Kept:
         def kept_norm(trainer, model, *args, **kwargs):
             if trainer.state.global_step == self.step:
                 self.offsets = torch.as_tensor(trainer.dataflex.data.offsets)
-                self.gradients = {name: each.grad.clone() for name, each in trainer.model.named_parameters()}
+                named = trainer.model.named_parameters()
+                self.gradients = {name: each.grad.clone() for name, each in named if each.grad is not None}
             return clip(trainer, model, *args, **kwargs)
 
         def double(load):
             return lambda *args, **kwargs: load(*args, **kwargs).double()
 
-        with (
-            replaced(DynamicTrainerMixin, "compute_loss", kept_loss),
-            replaced(DynamicTrainerMixin, "_get_grad_norm", kept_norm),
-            replaced(sft, "load_model", double(sft.load_model)),
-            replaced(pt, "load_model", double(pt.load_model)),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(replaced(DynamicTrainerMixin, "compute_loss", kept_loss))
+            stack.enter_context(replaced(DynamicTrainerMixin, "_get_grad_norm", kept_norm))
+            for module in (trainer_utils, *map(workflow_of, STAGES)):
+                stack.enter_context(replaced(module, "load_model", double(module.load_model)))
             yield
 
     def save(self, folder: Path, rank: int) -> None:

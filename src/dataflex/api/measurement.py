@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dataflex.api.needs import RunView
+    from dataflex.probe.stage_loss import StageLosses
 
 ResultT = TypeVar("ResultT", default=ScoreArray)
 """The return type of a measurement for a list of samples."""
@@ -68,6 +69,14 @@ class MeasuredBatch(Protocol):
     @property
     def indices(self) -> IndexArray:
         """Indices of the samples, (B,)."""
+        ...
+
+    def stage_losses(self) -> StageLosses | None:
+        """Return the losses and reward margins of the samples, in stages dpo, rm and kto.
+
+        The result is None in stages pt and sft, in which each token has a loss. In stages dpo and rm, all other
+        attributes are those of the prompts with the chosen responses.
+        """
         ...
 
     def token_means(self, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -165,6 +174,9 @@ class Measurement(ABC, Generic[ResultT]):
     """Cost of one sample in forward passes. A forward and backward pass together cost 3."""
     untrained: ClassVar[float | None] = None
     """Value of a sample without a trained token (NaN or 0). If None, such a sample is measured like any other."""
+    of_sample_loss: ClassVar[bool] = False
+    """Whether the value is made from the loss of the sample itself, which is the loss of a pair in stages dpo and rm.
+    In stages in which a sample has one loss, every sample has such a value, and ``untrained`` has no effect."""
 
     def measure(self, batch: MeasuredBatch) -> Tensor:
         """Return the values of a batch, shape (B, ...), with the same trailing shape for every batch.

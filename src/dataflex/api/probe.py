@@ -24,7 +24,8 @@ class GradientSettings:
         projection: the random linear map to ``dim`` elements. ``identity`` keeps all elements of the gradient.
         dim: length of a feature, k.
         seed: seed of the projection. Features can be compared only under the same seed.
-        reduction: use the gradient of the token-mean or of the token-summed loss.
+        reduction: use the gradient of the token-mean or of the token-summed loss. It has no effect in stages dpo, rm
+            and kto, in which a sample has one loss.
         normalize: whether to scale every feature to length 1.
         unsupported: how to treat trainable parameters of a layer type without a per-sample rule.
         store: folder that stores the features. None means that features are discarded after use.

@@ -31,6 +31,7 @@ from dataflex.config.misplaced import belongs, nested, unknown_in
 from dataflex.config.renames import with_names_of_now
 from dataflex.config.yaml_file import BESIDE_METHOD, read_yaml
 from dataflex.data.columns import WantedColumn
+from dataflex.data.stages import loss_per_sample
 from dataflex.errors import ConfigError, DataFlexError, Problem, did_you_mean, unknown
 
 ASSET_KEYS = ("model_name_or_path", "dataset_dir")
@@ -216,7 +217,9 @@ class RunConfig:
         if self.dataflex is None:
             return False
         given = self.dataflex.fused_loss
-        return given if given is not None else any(is_on(self.llamafactory.get(key)) for key in LIGER)
+        if given is not None or loss_per_sample(str(self.llamafactory.get("stage", "sft"))):
+            return bool(given)
+        return any(is_on(self.llamafactory.get(key)) for key in LIGER)
 
     def with_assets(self) -> RunConfig:
         """Return the configuration with ``asset:NAME`` replaced by paths; builds each asset that is not cached.

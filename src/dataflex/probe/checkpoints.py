@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dataflex.errors import ComponentError, ConfigError
+from dataflex.probe.head import language_model
 from dataflex.probe.mode import preserved_rng
 from dataflex.probe.moments import Moments
 
@@ -23,6 +24,8 @@ _ADAPTER_KEYS = (
 )  # fmt: skip
 """Settings of LoRA and OFT that change an adapter's outputs while its weights stay the same."""
 _FULL = ("model.safetensors", "model.safetensors.index.json")
+_VALUE_HEAD = "value_head.safetensors"
+"""File in which LLaMA-Factory stores the value head of a reward model, beside the weights or the adapter."""
 
 
 @contextmanager
@@ -54,6 +57,7 @@ def adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
     """
     from peft import PeftModel
 
+    model = language_model(model)
     if not isinstance(model, PeftModel):
         return {}
     given = model.peft_config[model.active_adapter].to_dict()
@@ -70,9 +74,12 @@ def _load(model: torch.nn.Module, folder: Path) -> None:
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    load = _load_adapter if isinstance(model, PeftModel) else _load_full
+    inner = language_model(model)
+    load = _load_adapter if isinstance(inner, PeftModel) else _load_full
     try:
-        strange = load(model, folder)
+        strange = load(inner, folder)
+        if inner is not model:
+            strange += _load_value_head(model, folder)
     except RuntimeError as error:  # torch lists each parameter of another shape on a line of the message
         detail = str(error).splitlines()[-1].strip()
         raise ComponentError(f"checkpoints: {folder} is not of this model: {detail}") from error
@@ -143,6 +150,21 @@ def _load_full(model: Any, folder: Path) -> list[str]:
             for name, value in trainable.items():
                 value.copy_(weights[name])
     return sorted(unexpected) + sorted(missing)
+
+
+def _load_value_head(model: torch.nn.Module, folder: Path) -> list[str]:
+    """Load the weights of a value head; return the names that only the model or only the checkpoint has."""
+    from safetensors.torch import load_file
+
+    if not (folder / _VALUE_HEAD).is_file():
+        raise ComponentError(f"checkpoints: {folder} holds no {_VALUE_HEAD}, but the model in training has one.")
+    stored, inside = load_file(folder / _VALUE_HEAD), "pretrained_model."
+    own = {name: value for name, value in model.named_parameters() if not name.startswith(inside)}
+    if stored.keys() == own.keys():
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(stored[name])
+    return sorted(stored.keys() ^ own.keys())
 
 
 def _trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -64,6 +64,10 @@ def extract(runner: Runner, settings: GradientSettings, root: Path) -> FeatureSt
         "map": MAP_VERSION,
         "batch_tokens": probe.gradient_batch_tokens or probe.batch_tokens,
     }
+    if probe.stage_loss is not None:
+        reference = probe.references.of_batch([(samples, runner.indices)])
+        values = b"" if reference is None else bytes_of(reference)
+        key["stage"] = {**probe.stage_settings, "reference": hashlib.sha256(values).hexdigest()}
     with reduced_gradients(runner, settings, projection_of(probe, settings)) as gradient_features:
 
         def with_lengths(batch: MeasuredBatch) -> Tensor:

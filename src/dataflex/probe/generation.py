@@ -32,6 +32,7 @@ from dataflex.data.sampling import IndexArray
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.files import json_text
 from dataflex.probe.batches import length_batches
+from dataflex.probe.head import language_model
 from dataflex.probe.memory import BatchLimit, release_memory
 from dataflex.probe.mode import probe_mode
 
@@ -142,6 +143,7 @@ def _decoder(model: torch.nn.Module) -> Any:
     """Return the Transformers model whose ``generate`` is used; adapter layers stay in place."""
     from peft import PeftModel
 
+    model = language_model(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -241,6 +243,7 @@ def _vllm_responses(
         raise ComponentError("generation: backend vllm needs a CUDA GPU; use backend hf.")
     from peft import PeftModel
 
+    model = language_model(model)
     release_memory()
     free, total = torch.cuda.mem_get_info()
     engine: dict[str, Any] = {

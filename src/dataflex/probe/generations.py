@@ -60,5 +60,8 @@ class Generations(Measurement[Responses]):
         generator = Generator(
             runner.model, tokens.pad, list(tokens.eos), probe.batch_tokens, probe.device, limit, probe.sharded
         )
-        prompts = [list(row["input_ids"]) for row in runner.samples.rows(runner.indices)]
+        prompts = [
+            list(row["input_ids" if "input_ids" in row else "chosen_input_ids"])
+            for row in runner.samples.rows(runner.indices)
+        ]
         return generate_responses(generator, prompts, self.settings, self.seed)

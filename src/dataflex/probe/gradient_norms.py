@@ -27,6 +27,7 @@ class GradientMeasurement(Measurement[ResultT]):
     settings: GradientSettings = field(default_factory=GradientSettings)
 
     quantity: ClassVar[str] = "gradient"
+    of_sample_loss: ClassVar[bool] = True
     forwards: ClassVar[float] = 3.0
     untrained: ClassVar[float | None] = math.nan
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dataflex.data.sampling import IndexArray
     from dataflex.probe.gradients import GradientPass
     from dataflex.probe.reducers import ProductReducer
-    from dataflex.probe.runner import Runner
+    from dataflex.probe.runner import Part, Runner
 
 
 @register_measurement("gradient_products")
@@ -72,8 +72,10 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
         runner = runner_of(run)
         probe = runner.probe
         groups = np.split(runner.indices, np.cumsum(self.sizes)[:-1]) if self.sizes else []
-        others = [] if self.validation is None or self.others is None else self.validation.rows(self.others)
-        results = [np.zeros((group.size, group.size + len(others))) for group in groups]
+        others: list[Part] = [] if self.validation is None or self.others is None else [(self.validation, self.others)]
+        probe.references.make(probe, self.validation)
+        columns = sum(indices.size for _, indices in others)
+        results = [np.zeros((group.size, group.size + columns)) for group in groups]
         reducer = ProductReducer(preconditioner_of(probe, self.settings), probe.device)
         each_alone = length_batches(np.ones(len(groups), dtype=np.int64), 1)  # batches of one group each
         mine, useful = each_alone.share(distributed.rank(), distributed.world_size())
@@ -82,7 +84,7 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
             for turn, (number,) in enumerate(mine):
                 group = groups[number]
                 with noted():
-                    products = _products(runner, gradient_pass, reducer, runner.samples.rows(group) + others)
+                    products = _products(runner, gradient_pass, reducer, [(runner.samples, group), *others])
                     if turn < useful:
                         results[number] = products[: group.size].cpu().double().numpy()
         probe.count(runner.samples, runner.indices)
@@ -94,10 +96,8 @@ class GradientProducts(GradientMeasurement[list[ScoreArray]]):
         return [part.reshape(each.shape) for part, each in zip(np.split(whole, ends[:-1]), results, strict=True)]
 
 
-def _products(
-    runner: Runner, gradient_pass: GradientPass, reducer: ProductReducer, rows: list[dict[str, Any]]
-) -> Tensor:
-    """Return the inner products of all pairs of one batch, (B, B); NaN for a sample without a trained token."""
+def _products(runner: Runner, gradient_pass: GradientPass, reducer: ProductReducer, parts: list[Part]) -> Tensor:
+    """Return the inner products of all pairs of samples of one batch, (B, B); NaN for a sample without a loss."""
     import torch
 
     from dataflex.data.token_loss import IGNORE_INDEX
@@ -105,22 +105,29 @@ def _products(
     from dataflex.probe.gradient_runs import wide_dtype
     from dataflex.probe.gradients import RoutedRows
 
-    inputs, labels = inputs_of(runner.probe.collate(rows), runner.probe.device)
+    rows = [row for samples, indices in parts for row in samples.rows(indices)]
+    collated = runner.probe.collate(rows)
+    empty = torch.zeros(len(rows), dtype=torch.bool, device=runner.probe.device)
     reducer.begin(len(rows), wide_dtype(runner.model))
     try:
-        losses = gradient_pass.run(inputs, labels)
+        if runner.probe.stage_loss is None:
+            inputs, labels = inputs_of(collated, runner.probe.device)
+            empty = (labels == IGNORE_INDEX).all(1)
+            losses = gradient_pass.run(inputs, labels)
+        else:
+            losses = runner.differentiated(gradient_pass, runner.on_device(collated), parts)
     except RoutedRows as error:
         raise ComponentError(
             f"inner products of whole batches cannot be computed: {error} mixes the rows of its samples."
         ) from error
     except torch.OutOfMemoryError as error:
+        longest = max(int(samples.lengths[indices].max()) for samples, indices in parts if indices.size)
         raise ComponentError(
             f"the device does not have enough memory for the inner products of {len(rows)} samples of "
-            f"{labels.shape[1]} tokens, which are one batch. Set a smaller group_size, candidate_factor or "
+            f"{longest} tokens, which are one batch. Set a smaller group_size, candidate_factor or "
             "validation_size, or shorten cutoff_len."
         ) from error
     runner.probe.after_backward()
-    empty = (labels == IGNORE_INDEX).all(1)
     # Zeros first, because a sample without a trained token must not fail the check; NaN below marks it.
     products = reducer.result.masked_fill(empty.unsqueeze(0) | empty.unsqueeze(1), 0.0)
     if not torch.isfinite(products).all():

@@ -31,7 +31,7 @@ from dataflex.probe.reducers import ProjectionReducer, Reducer
 
 if TYPE_CHECKING:
     from dataflex.probe.model import ModelProbe
-    from dataflex.probe.runner import Runner
+    from dataflex.probe.runner import Batch, Runner
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,8 @@ def gradient_batches(runner: Runner) -> Batches:
 
 def new_pass(runner: Runner, settings: GradientSettings, reducer: Reducer) -> GradientPass:
     """Return a pass over the model whose gradients go to a reducer."""
-    head = runner.chunked_head
+    # The loss of a stage reads all logits, so the head is a layer like any other.
+    head = runner.chunked_head if runner.probe.stage_loss is None else False
     reshard(runner.model)  # the pass knows parameters by id, and FSDP2's gathered parameters are other objects
     device = runner.probe.device
     return GradientPass(runner.model, reducer.add, settings.reduction, head, settings.unsupported, device)
@@ -98,8 +99,8 @@ def reduced_gradients(
     gradient_pass = new_pass(runner, settings, reducer)
 
     def reduced(batch: MeasuredBatch) -> tuple[Tensor, Tensor]:
-        reducer.begin(len(batch.labels), wide_dtype(runner.model))
-        losses = gradient_pass.run(batch.inputs, batch.labels)
+        reducer.begin(batch.indices.size, wide_dtype(runner.model))
+        losses = cast("Batch", batch).losses_of(gradient_pass)
         runner.probe.after_backward()
         return reducer.result, losses
 

@@ -129,6 +129,8 @@ class GradientPass:
         self._scale = _FLOAT16_SCALE if half else 1.0
         self._batch = 0
         """Number of samples in the running batch, B."""
+        self._of_sample = 1
+        """Rows of model inputs of a sample. In the running batch, row r belongs to sample r mod B."""
         self._head_names: dict[str, str] = {}
         """Trainable parameters of a chunked head itself: attribute -> name."""
         self._inside_head: set[str] = set()
@@ -171,11 +173,45 @@ class GradientPass:
             RoutedRows: if the batch has several samples and a layer mixes their rows.
             ComponentError: if trainable parameters are of a kind without a rule; the message names them.
         """
-        self._batch = targets.shape[0]
         counts = (targets != IGNORE_INDEX).sum(1)
+        sums = self._differentiated(targets.shape[0], 1, lambda: self._forward(inputs, targets, counts))
+        return sample_means(sums, counts)
+
+    def run_losses(self, batch: int, rows: int, losses: Callable[[], Tensor]) -> Tensor:
+        """Run a batch whose samples have one loss each; return the losses, (B,), infinity in place of NaN.
+
+        The loss may run the model several times, but only once with gradients. ``reduction`` has no effect, and the
+        head must not be chunked.
+
+        Args:
+            batch: number of samples, B.
+            rows: rows of model inputs of a sample. Row r of the batch belongs to sample r mod B.
+            losses: computes the loss of each sample, (B,), with gradients.
+
+        Raises:
+            RoutedRows: if the batch has several samples and a layer mixes their rows.
+            ComponentError: if trainable parameters are of a kind without a rule; the message names them.
+        """
+
+        def forward() -> tuple[Tensor, Tensor]:
+            found = losses()
+            return (found * self._scale).sum(), found.detach()
+
+        found = self._differentiated(batch, rows, forward)
+        return found.masked_fill(found.isnan(), torch.inf)
+
+    def _differentiated(self, batch: int, rows: int, forward: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+        """Run a batch and give the gradients of its samples to ``emit``.
+
+        Args:
+            batch: number of samples, B.
+            rows: rows of model inputs of a sample.
+            forward: returns the objective to differentiate, and values to return, (B,).
+        """
+        self._batch, self._of_sample = batch, rows
         try:
             with torch.enable_grad(), self._hooks():
-                objective, sums = self._forward(inputs, targets, counts)
+                objective, values = forward()
                 if objective.requires_grad:
                     self._check_all_seen([objective])
                     # The returned gradients are not needed: the hooks receive them during the backward pass.
@@ -189,7 +225,7 @@ class GradientPass:
                     self._hand_on(name)
         finally:
             self._clear()
-        return sample_means(sums, counts)
+        return values
 
     def _clear(self) -> None:
         """Free everything that belongs to one batch."""
@@ -341,7 +377,12 @@ class GradientPass:
         return list(found[: len(inputs)])
 
     def _start_graph(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        """Make the token embedding's output require a gradient, so that everything after it is differentiable."""
+        """Make the token embedding's output require a gradient, so that everything after it is differentiable.
+
+        A pass without gradients, such as that of a reference model, stays without gradients.
+        """
+        if not torch.is_grad_enabled():
+            return
         if not output.requires_grad:
             output.requires_grad_()
         self._roots.append(output)
@@ -408,8 +449,7 @@ class GradientPass:
             samples: sample of each row. None means that the rows are in the order of the samples.
         """
         if isinstance(module, nn.Embedding):
-            ids = inputs.reshape(self._batch, -1)
-            return Lookup(ids, flat_rows(gradient, self._batch), module.num_embeddings, module.padding_idx)
+            return Lookup(self._ids(inputs), self._flat(gradient), module.num_embeddings, module.padding_idx)
         if is_dora(module):
             return self._whole(gradient * inputs, samples)
         return self._outer(inputs, gradient, samples) if key == "weight" else self._whole(gradient, samples)
@@ -419,14 +459,22 @@ class GradientPass:
     ) -> Outer:
         """Return the contribution of a matrix product. Arguments as in :meth:`_rule` and :class:`Outer`."""
         if samples is None:
-            return Outer(flat_rows(inputs, self._batch), flat_rows(gradient, self._batch), first, rows)
+            return Outer(self._flat(inputs), self._flat(gradient), first, rows)
         return Outer(inputs, gradient, first, rows, Rows.of(samples, self._batch))
 
     def _whole(self, values: Tensor, samples: Tensor | None) -> Whole:
         """Return the contribution of a vector parameter: ``values`` summed over the tokens of each sample."""
         if samples is None:
-            return Whole(summed_over_tokens(values, self._batch))
+            return Whole(summed_over_tokens(values, self._batch, self._of_sample))
         return Whole(Rows.of(samples, self._batch).apart(at_least_float32(values)).sum(1))
+
+    def _flat(self, values: Tensor) -> Tensor:
+        """Return values of the rows of model inputs, sample by sample, (B, T, n)."""
+        return flat_rows(values, self._batch, self._of_sample)
+
+    def _ids(self, ids: Tensor) -> Tensor:
+        """Return token ids of the rows of model inputs, sample by sample, (B, T)."""
+        return self._flat(ids.unsqueeze(-1)).squeeze(-1)
 
     def _watch(self, module: nn.Module, own: dict[str, str]) -> Callable[[], None]:
         """Catch the matrix products and normalisations inside a module of an unknown kind.
@@ -519,8 +567,8 @@ class GradientPass:
 
             def arrived(gradient: Tensor, name: str = name, padding_idx: int | None = padding_idx) -> None:
                 if self._in_order(gradient, None, name):
-                    flat = flat_rows(self._unscaled(gradient), self._batch)
-                    self._arrived(name, Lookup(ids.reshape(self._batch, -1), flat, weight.shape[0], padding_idx))
+                    flat = self._flat(self._unscaled(gradient))
+                    self._arrived(name, Lookup(self._ids(ids), flat, weight.shape[0], padding_idx))
 
             output.register_hook(arrived)
 
@@ -529,7 +577,7 @@ class GradientPass:
         # Transformers passes the experts of each token as `top_k_index`, (tokens, k), by name or as second argument.
         index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
         _, tokens = torch.where((index == expert).T)
-        return tokens // (index.shape[0] // self._batch)
+        return tokens // (index.shape[0] // (self._of_sample * self._batch)) % self._batch
 
     def _product_arrived(
         self, name: str, inputs: Tensor, first: int, rows: int, samples: Tensor | None, gradient: Tensor
@@ -620,10 +668,11 @@ class GradientPass:
 
         Otherwise note the path of the layer, so that :meth:`run` raises :class:`RoutedRows`.
         """
-        if samples is not None or self._batch == 1 or (gradient.dim() > 2 and gradient.shape[0] == self._batch):
+        rows = self._of_sample * self._batch
+        if samples is not None or self._batch == 1 or (gradient.dim() > 2 and gradient.shape[0] == rows):
             return True
         # Rows (B * T, d) may be tokens in order. Rows of experts may have that number, too, but are in routing order.
-        flattened = gradient.dim() == 2 and gradient.shape[0] % self._batch == 0
+        flattened = gradient.dim() == 2 and gradient.shape[0] % rows == 0
         if flattened and ".experts." not in path:
             return True
         self._mixed = path

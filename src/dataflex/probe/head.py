@@ -28,6 +28,19 @@ Statistic = Callable[[Tensor, Tensor], Tensor]
 """Function of logits (n, V), float32 (float64 for a float64 model), and labels (n,) -> one value per position, (n,)."""
 
 
+def language_model(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model that computes logits. In a model with a value head (TRL), it is one of the two parts."""
+    inner = getattr(model, "pretrained_model", None)
+    return inner if isinstance(inner, torch.nn.Module) else model
+
+
+def logits_of(model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """Return the logits of a model's own forward pass, (B, T, V). A model with a value head returns a tuple."""
+    output = model(**inputs, use_cache=False)
+    logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
+    return logits
+
+
 def wide(values: Tensor) -> Tensor:
     """Return float64 values unchanged and all others as float32."""
     return values if values.dtype == torch.float64 else values.float()
@@ -107,7 +120,7 @@ def counted_logits(model: torch.nn.Module, inputs: dict[str, Any], rows: Tensor,
         return apply(hidden[rows, columns].unsqueeze(0) if picked else hidden)
 
     with replaced_forward(model.get_output_embeddings(), run):
-        logits: Tensor = model(**inputs, use_cache=False).logits
+        logits = logits_of(model, inputs)
     return logits[0] if picked else logits[rows, columns]
 
 

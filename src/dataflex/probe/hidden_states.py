@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dataflex.errors import ComponentError
-from dataflex.probe.head import replaced_forward
+from dataflex.probe.head import language_model, replaced_forward
 
 
 def hidden_states(model: nn.Module, inputs: dict[str, Any], layer: int) -> Tensor:
@@ -41,6 +41,7 @@ def hidden_states(model: nn.Module, inputs: dict[str, Any], layer: int) -> Tenso
 
     with replaced_forward(model.get_output_embeddings(), behind_the_last):
         if layers is None and number < count:  # no single list of layers was found: use the model's own output
+            model = language_model(model)  # a value head returns no hidden states
             return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[number]
         if layers is None:
             model(**inputs, use_cache=False)
@@ -113,7 +114,7 @@ def watched(consumers: Mapping[str, nn.Module], see: Callable[[str, Tensor], Non
 
 def layers_of(model: nn.Module, count: int) -> nn.ModuleList | None:
     """Return the list of a model's ``count`` layers; None if no list or more than one list has that length."""
-    named = dict(model.get_decoder().named_modules())
+    named = dict(language_model(model).get_decoder().named_modules())
     lists = [name for name, module in named.items() if isinstance(module, nn.ModuleList) and len(module) == count]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     return named[outer[0]] if len(outer) == 1 else None

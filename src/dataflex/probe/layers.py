@@ -281,14 +281,23 @@ def _epsilons(module: nn.Module) -> list[float]:
     return [float(value) for value in found] or [1e-6, 1e-5]
 
 
-def summed_over_tokens(values: Tensor, batch: int) -> Tensor:
-    """Return values (B, ..., n) or (B * T, n) summed over tokens, (B, n)."""
-    return at_least_float32(values).reshape(batch, -1, values.shape[-1]).sum(1)
+def summed_over_tokens(values: Tensor, batch: int, rows: int) -> Tensor:
+    """Return values (R * B, ..., n) or (R * B * T, n) summed over the tokens of each sample, (B, n)."""
+    return flat_rows(at_least_float32(values), batch, rows).sum(1)
 
 
-def flat_rows(values: Tensor, batch: int) -> Tensor:
-    """Return values (B, ..., n) or (B * T, n) as (B, T, n)."""
-    return values.reshape(batch, -1, values.shape[-1])
+def flat_rows(values: Tensor, batch: int, rows: int) -> Tensor:
+    """Return values (R * B, ..., n) or (R * B * T, n) as (B, R * T, n).
+
+    Args:
+        values: values of the rows of model inputs.
+        batch: number of samples, B.
+        rows: rows of a sample, R. Row r belongs to sample r mod B.
+    """
+    width = values.shape[-1]
+    if rows > 1 and batch > 1:
+        values = values.reshape(rows, batch, -1, width).transpose(0, 1)
+    return values.reshape(batch, -1, width)
 
 
 def dora_sum(output: Tensor, base_result: Tensor, magnitude: Tensor) -> Tensor:

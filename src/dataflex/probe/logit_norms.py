@@ -116,11 +116,11 @@ def _of_each_sample(use: Callable[[Tensor], Tensor], chunked: bool, batch: Measu
     """
     import torch
 
-    from dataflex.probe.head import behind_head, replaced_forward
+    from dataflex.probe.head import behind_head, logits_of, replaced_forward
 
     found: list[Tensor] = []
     if not chunked:
-        logits = batch.model(**batch.inputs, use_cache=False).logits
+        logits = logits_of(batch.model, batch.inputs)
         return torch.stack([use(row[mask].float()) for row, mask in zip(logits, batch.mask, strict=True)])
     finish = behind_head(batch.model)
 

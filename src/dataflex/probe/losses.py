@@ -48,7 +48,11 @@ class TokenMeans(Measurement):
 @register_measurement("losses")
 @dataclass(frozen=True)
 class Losses(TokenMeans):
-    """The token-mean loss of each sample, shape (n,); NaN for a sample without a trained token.
+    """The loss of each sample, shape (n,).
+
+    In stages pt and sft it is the mean over the tokens; NaN for a sample without a trained token. In stages dpo and rm
+    it is the loss of the pair. In stage kto it is the loss of the response, with an estimate of the KL divergence from
+    this sample alone.
 
     Example:
         >>> import torch
@@ -58,12 +62,18 @@ class Losses(TokenMeans):
     """
 
     quantity: ClassVar[str] = "loss"
+    of_sample_loss: ClassVar[bool] = True
 
     def token_values(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the cross entropy of every position."""
         from dataflex.probe.head import cross_entropy
 
         return cross_entropy(logits, labels)
+
+    def measure(self, batch: MeasuredBatch) -> Tensor:
+        """Return the losses, (B,)."""
+        found = batch.stage_losses()
+        return super().measure(batch) if found is None else found.losses
 
 
 @register_measurement("losses_by_token")

@@ -29,6 +29,8 @@ from dataflex.probe.mode import probe_mode
 from dataflex.probe.moments import Moments
 from dataflex.probe.runner import Runner
 from dataflex.probe.signs import SignTables
+from dataflex.probe.stage_loss import StageLoss
+from dataflex.probe.stage_references import StageReferences
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class ModelProbe:
             holds.
         saved_moments: returns the moments of a checkpoint folder.
         progress: whether to show a progress bar.
+        stage_loss: the loss of a sample, in a stage in which a sample has one loss; None if its tokens have losses.
+        stage_settings: settings of the run that shape the loss of the stage, for the key of stored features.
+        references: values of the stage's reference model, if the loss needs some.
         cost: cost of the measurements so far.
     """
 
@@ -77,6 +82,9 @@ class ModelProbe:
     saved_moments: Callable[[Path], dict[str, Moments]] | None = None
     progress: bool = False
     plain_collators: tuple[type, ...] = ()
+    stage_loss: StageLoss | None = None
+    stage_settings: Mapping[str, Any] = field(default_factory=dict)
+    references: StageReferences = field(default_factory=StageReferences)
     cost: Cost = field(default_factory=Cost)
     chunked_head: bool | None = None
     """Whether the head may be applied in chunks; None means unknown so far."""
@@ -97,7 +105,14 @@ class ModelProbe:
         """Return the values of a measurement for samples, in their order; see :class:`~dataflex.api.probe.Probe`."""
         runner = Runner(self, measurement, indices, samples)
         with probe_mode(runner.model), self.autocast():
+            if measurement.of_sample_loss:
+                self.references.make(self, runner.samples)
             return measurement.run(runner)
+
+    def keep_references(self) -> None:
+        """Read or compute the values of the stage's reference for the whole pool. Collective."""
+        with probe_mode(self.model()), self.autocast():
+            self.references.make(self, self.pool)
 
     def limit(self, name: str, what: str, single: str) -> BatchLimit:
         """Return the batch limit of a measurement.
@@ -111,9 +126,17 @@ class ModelProbe:
 
     def collated(self, samples: Samples, indices: IndexArray) -> Mapping[str, Any]:
         """Return a batch of samples from the training collator."""
+        if self.stage_loss is not None:  # such a collator does more than padding
+            return self.collate(samples.rows(indices))
         if self._collation is None or self._collation.collate is not self.collate:
             self._collation = Collation(self.collate, self.plain_collators)
         return self._collation.of(samples, indices)
+
+    def token_batch(self, samples: Samples, indices: IndexArray) -> Mapping[str, Any]:
+        """Return a batch with one row of tokens for each sample; of a pair, the prompt with the chosen response."""
+        if self.stage_loss is None:
+            return self.collated(samples, indices)
+        return self.stage_loss.token_batch(samples.rows(indices))
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of token ids, without special tokens."""

@@ -58,7 +58,7 @@ def look_at_head(probe: ModelProbe, samples: Samples, indices: IndexArray) -> No
 def _heads_agree(probe: ModelProbe, samples: Samples, indices: IndexArray) -> bool | None:
     """Return whether the chunked head gives the model's own losses; None if no sample has a loss."""
     model = probe.model()
-    inputs, labels = inputs_of(probe.collated(samples, short_samples(samples, indices)), probe.device)
+    inputs, labels = inputs_of(probe.token_batch(samples, short_samples(samples, indices)), probe.device)
     return head_agrees(model, inputs, labels, probe.device)
 
 
@@ -96,5 +96,9 @@ def is_low_precision(model: torch.nn.Module, device: torch.device) -> bool:
 
 
 def _labels(row: dict[str, Any]) -> list[int]:
-    """Return the labels of a sample; if it has none, the tokens, from which a collator makes the labels."""
-    return row["labels"] if "labels" in row else row["input_ids"]
+    """Return the labels of a sample, or of the chosen response of a pair.
+
+    A sample without labels gives its tokens, from which a collator makes the labels.
+    """
+    found: list[int] = next(row[name] for name in ("labels", "chosen_labels", "input_ids") if name in row)
+    return found

@@ -38,7 +38,9 @@ from dataflex.probe.particulars import look_at_head
 from dataflex.probe.routing import real_tokens
 
 if TYPE_CHECKING:
+    from dataflex.probe.gradients import GradientPass
     from dataflex.probe.model import ModelProbe
+    from dataflex.probe.stage_loss import StageLosses
 
 _SUMMED_ROWS = 65536
 """Number of rows of values that are summed over the processes at a time."""
@@ -46,16 +48,37 @@ _DEVICE_VALUES = 1 << 24
 """Most values of all samples that stay on the device until the end; more values are stored in the CPU's memory."""
 
 
+Part = tuple[Samples, IndexArray]
+"""Some samples of a batch: a pool or list of rows, and indices in it."""
+
+
 class UnfitValues(ComponentError):
     """Raised if a measurement returns values of the wrong kind or shape, after the batch's forward passes."""
 
 
 class Batch:
-    """One batch on the device; see :class:`~dataflex.api.measurement.MeasuredBatch`."""
+    """One batch on the device; see :class:`~dataflex.api.measurement.MeasuredBatch`.
+
+    Tokens and the batch of the stage's loss are collated when they are read, because a measurement reads one of them.
+    """
 
     def __init__(self, runner: Runner, indices: IndexArray) -> None:
         self._runner, self.indices = runner, indices
-        self.inputs, self.labels = inputs_of(runner.probe.collated(runner.samples, indices), runner.probe.device)
+
+    @cached_property
+    def _tokens(self) -> tuple[dict[str, Any], Tensor]:
+        probe = self._runner.probe
+        return inputs_of(probe.token_batch(self._runner.samples, self.indices), probe.device)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of the model's forward pass, without labels."""
+        return self._tokens[0]
+
+    @property
+    def labels(self) -> Tensor:
+        """The token to predict at each position, (B, T)."""
+        return self._tokens[1]
 
     @property
     def model(self) -> torch.nn.Module:
@@ -66,6 +89,31 @@ class Batch:
     def mask(self) -> Tensor:
         """Mask of the positions that are tokens and not padding, (B, T), bool."""
         return real_tokens(self.inputs, self.labels)
+
+    def stage_losses(self) -> StageLosses | None:
+        """Return the losses and margins of the samples; None if their tokens have losses."""
+        runner = self._runner
+        if runner.probe.stage_loss is None:
+            return None
+        return runner.stage_losses(self._collated(), [(runner.samples, self.indices)])
+
+    def reference_values(self) -> Tensor:
+        """Return the values of the frozen reference of the stage's loss, (B, k)."""
+        stage_loss = self._runner.probe.stage_loss
+        assert stage_loss is not None
+        return stage_loss.reference(self.model, self._collated())
+
+    def losses_of(self, gradient_pass: GradientPass) -> Tensor:
+        """Return the losses of the samples, (B,), from a pass that gives their gradients to a reducer."""
+        runner = self._runner
+        if runner.probe.stage_loss is None:
+            return gradient_pass.run(self.inputs, self.labels)
+        return runner.differentiated(gradient_pass, self._collated(), [(runner.samples, self.indices)])
+
+    def _collated(self) -> dict[str, Any]:
+        """Return the training collator's batch on the device, with labels."""
+        runner = self._runner
+        return runner.on_device(runner.probe.collated(runner.samples, self.indices))
 
     def token_means(self, value: Statistic) -> Tensor:
         """Return each sample's mean of a function of its trained tokens, (B,); NaN without a trained token."""
@@ -118,6 +166,28 @@ class Runner:
         """Whether the head may be applied in chunks; the check is collective, in the first batch of all processes."""
         look_at_head(self.probe, self.samples, self.indices)
         return bool(self.probe.chunked_head)
+
+    def on_device(self, collated: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch of the training collator on the device."""
+        return {key: on_device(value, self.probe.device) for key, value in collated.items()}
+
+    def stage_losses(self, batch: dict[str, Any], parts: Sequence[Part]) -> StageLosses:
+        """Return the losses of the samples of a batch, in a stage in which a sample has one loss.
+
+        Args:
+            batch: batch of the training collator on the device, with labels.
+            parts: the samples of the batch.
+        """
+        stage_loss, kept = self.probe.stage_loss, self.probe.references.of_batch(parts)
+        assert stage_loss is not None
+        return stage_loss(self.model, batch, None if kept is None else on_device(kept, self.probe.device))
+
+    def differentiated(self, gradient_pass: GradientPass, batch: dict[str, Any], parts: Sequence[Part]) -> Tensor:
+        """Return the losses of :meth:`stage_losses`, (B,), from a pass that gives their gradients to a reducer."""
+        assert self.probe.stage_loss is not None
+        count = sum(indices.size for _, indices in parts)
+        rows = self.probe.stage_loss.rows
+        return gradient_pass.run_losses(count, rows, lambda: self.stage_losses(batch, parts).losses)
 
     def each(self, measure: Callable[[MeasuredBatch], Tensor], batches: Batches | None = None) -> ScoreArray:
         """Apply a function to every batch; return the values in the order of the samples, (n, ...), on every process.
@@ -217,8 +287,8 @@ class Runner:
             return values.long()
         values = values.float().masked_fill(values.isnan(), math.inf)
         other = self.measurement.untrained
-        if other is None:
-            return values
+        if other is None or (self.measurement.of_sample_loss and self.probe.stage_loss is not None):
+            return values  # in a stage in which a sample has one loss, every sample has one
         untrained = (batch.labels == IGNORE_INDEX).all(1)
         return values.masked_fill(untrained.view(-1, *[1] * (values.dim() - 1)), other)
 

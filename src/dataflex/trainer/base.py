@@ -10,11 +10,13 @@ import torch
 from transformers import Trainer
 
 from dataflex import distributed
+from dataflex.probe.head import language_model
 from dataflex.trainer import console
 
 if TYPE_CHECKING:
     from llamafactory.hparams import FinetuningArguments
 
+    from dataflex.api.component import State
     from dataflex.embedding.service import EmbeddingService
     from dataflex.probe.model import ModelProbe
     from dataflex.probe.stage_loss import StageLoss, StageLosses
@@ -77,6 +79,13 @@ class RunTrainer(Trainer):
         """
         return self.step_loss.loss.of_samples(mean, found) if model.training else mean
 
+    def trainer_state(self) -> State:
+        """Return the state of the stage's own trainer that the Trainer's checkpoints leave out."""
+        return {}
+
+    def load_trainer_state(self, state: State) -> None:
+        """Restore the state that :meth:`trainer_state` returned."""
+
     def raw_model(self) -> torch.nn.Module:
         """Return the module whose forward may run between steps without changing the state of its wrapper.
 
@@ -87,8 +96,8 @@ class RunTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model_wrapped)
 
     def causal_model(self) -> torch.nn.Module:
-        """Return the Hugging Face model, without wrappers and without an adapter."""
-        model = self.accelerator.unwrap_model(self.model)
+        """Return the Hugging Face model, without wrappers, without a value head and without an adapter."""
+        model = language_model(self.accelerator.unwrap_model(self.model))
         return model.get_base_model() if _is_peft(model) else model
 
     def zero_stage(self) -> int:

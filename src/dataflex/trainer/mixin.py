@@ -173,6 +173,9 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
             self._started = self.dataflex.start(
                 output_dir, num_steps, self.arrangement(), model, lambda: float(self.lr_scheduler.get_last_lr()[0])
             )
+        resume = self.dataflex.inputs.resume
+        if resume is not None:
+            self.load_trainer_state(resume.state.get("trainer", {}))
 
     def _stop_before_training(self, when_loaded: WhenLoaded) -> NoReturn:
         """Call ``when_loaded`` with the model and the optimizer moments saved beside it, and leave the Trainer."""

@@ -92,7 +92,7 @@ class SavingTrainer(RunTrainer):
             self.args.save_total_limit = limit
         step = self.state.global_step
         with distributed.together():  # at its end every process has written its part of the checkpoint
-            state = self.started.state_dict(step)
+            state = {**self.started.state_dict(step), "trainer": self.trainer_state()}
         distributed.on_main(partial(self._complete, run_dir, folder, state, limit))
         self._saved_at = step
 

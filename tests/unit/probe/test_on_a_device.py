@@ -7,6 +7,7 @@ import copy
 import importlib
 import pkgutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import dataflex
@@ -33,11 +34,15 @@ from dataflex.probe.gradient_norms import GradientNorms
 from dataflex.probe.gradient_products import GradientProducts
 from dataflex.probe.logit_norms import LogitNorms, LogitProjections
 from dataflex.probe.losses import Losses, LossesByToken
+from dataflex.probe.margins import Margins
 from dataflex.probe.model import ModelProbe, Tokens
 from dataflex.probe.moments import Moments
 from dataflex.probe.reference import ReferenceModel, losses_of
+from dataflex.probe.stage_references import StageReferences
 from dataflex.probe.store import similarities
 from pretended_device import Counts, on_device, pretended
+from unit.fakes import make_pool
+from unit.probe.pairs import Dpo, Simpo, collate_pairs, pairs
 
 VOCABULARY, COUNT, IGNORED = 48, 8, -100
 SIZES = {
@@ -136,6 +141,20 @@ def by_token(probe: ModelProbe, folder: Path) -> Any:
     return [np.concatenate(probe.measure(LossesByToken(), INDICES))]
 
 
+def of_pairs(*measurements: Any) -> Callable[[ModelProbe, Path], Any]:
+    """Return a function that measures pairs instead of samples of tokens."""
+
+    def measured(probe: ModelProbe, folder: Path) -> Any:
+        rows = pairs(COUNT, vocabulary=VOCABULARY)
+        pool = make_pool({"all": COUNT}, lengths=[len(row["chosen_input_ids"]) * 2 for row in rows], rows=rows)
+        model = probe.model()
+        loss = Dpo() if isinstance(model, PeftModel) else Simpo()
+        made = replace(probe, pool=pool, collate=collate_pairs, stage_loss=loss, references=StageReferences())
+        return [made.measure(each, INDICES) for each in measurements]
+
+    return measured
+
+
 def plainly(*measurements: Any) -> Callable[[ModelProbe, Path], Any]:
     return lambda probe, folder: [probe.measure(each, INDICES) for each in measurements]
 
@@ -145,6 +164,7 @@ OTHERS = np.random.default_rng(2).standard_normal((3, 64)).astype(np.float32)
 MEASURED: dict[str, Callable[[ModelProbe, Path], Any]] = {
     "losses": plainly(Losses()),
     "losses_by_token": by_token,
+    "margins": of_pairs(Margins(), Losses()),
     "error_norms": plainly(ErrorNorms()),
     "embeddings": plainly(
         Embeddings(),
@@ -201,6 +221,7 @@ VARIANTS: dict[str, Callable[[ModelProbe, Path], Any]] = {
     "rademacher": plainly(GradientFeatures(settings(projection="rademacher"))),
     "identity": plainly(GradientFeatures(settings(projection="identity", preconditioner="adam_less"))),
     "kronecker": plainly(GradientFeatures(settings(projection="kronecker", preconditioner="none"))),
+    "of pairs": of_pairs(GradientFeatures(settings())),
     "summed": plainly(GradientFeatures(settings(preconditioner="none", reduction="sum"))),
 }
 """Other ways to take gradients, for one model."""

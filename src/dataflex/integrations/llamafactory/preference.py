@@ -17,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dataflex.api.component import State
 from dataflex.probe.stage_loss import StageLosses
 from dataflex.trainer.base import RunTrainer
 
 _MEDIA = ("images", "videos", "audios")
+_MOMENTS = ("mean", "std", "var", "count")
+"""Numbers in the state of TRL's running mean."""
 
 
 class DpoTrainer(RunTrainer):
@@ -47,6 +50,21 @@ class DpoTrainer(RunTrainer):
         with still(self):
             self.get_batch_loss_metrics(model, batch)
         return self._noted
+
+    def trainer_state(self) -> State:
+        """Return the running mean of rewards that ``pref_bco_weight`` uses."""
+        running = self._running
+        return {} if running is None else {name: float(getattr(running, name)) for name in _MOMENTS}
+
+    def load_trainer_state(self, state: State) -> None:
+        """Restore the running mean of rewards."""
+        for name, value in state.items():
+            setattr(self._running, name, value)
+
+    @property
+    def _running(self) -> Any:
+        """TRL's running mean of rewards; None without ``pref_bco_weight``."""
+        return getattr(self, "running", None)
 
 
 class RewardTrainer(RunTrainer):

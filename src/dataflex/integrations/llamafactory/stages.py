@@ -90,8 +90,8 @@ STAGES = {
 
 def trainer_module_of(stage: str) -> Any:
     """Return the module in which the workflow of a stage looks up its trainer class."""
-    # The workflows of dpo and kto import their trainer, and with it TRL, only when they run.
-    return import_module(f"llamafactory.train.{stage}.{'trainer' if stage in ('dpo', 'kto') else 'workflow'}")
+    # The workflow of dpo imports its trainer, and with it TRL, only when it runs.
+    return import_module(f"llamafactory.train.{stage}.{'trainer' if stage == 'dpo' else 'workflow'}")
 
 
 def workflow_of(stage: str) -> Any:
