@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Trainer
 
 from dataflex.errors import ConfigError
+from dataflex.integrations.transformers.preference import DpoScriptTrainer
 from dataflex.integrations.transformers.sft import SftScriptTrainer
 from dataflex.integrations.transformers.trainer import ScriptTrainer
 from dataflex.trainer.base import RunTrainer
@@ -16,6 +17,7 @@ _KINDS: dict[tuple[str, str], type[ScriptTrainer]] = {
     ("transformers.trainer", "Trainer"): ScriptTrainer,
     ("transformers.trainer_seq2seq", "Seq2SeqTrainer"): ScriptTrainer,
     ("trl.trainer.sft_trainer", "SFTTrainer"): SftScriptTrainer,
+    ("trl.trainer.dpo_trainer", "DPOTrainer"): DpoScriptTrainer,
 }
 """Module and name of a Trainer class -> the mixin for it and its subclasses."""
 
@@ -28,7 +30,8 @@ def dynamic(cls: type[Trainer]) -> Any:
     """Return a Trainer class that extends ``cls`` by the arguments ``dataflex`` and ``validation``.
 
     Args:
-        cls: ``transformers.Trainer``, ``transformers.Seq2SeqTrainer``, ``trl.SFTTrainer`` or a subclass.
+        cls: ``transformers.Trainer``, ``transformers.Seq2SeqTrainer``, ``trl.SFTTrainer``, ``trl.DPOTrainer`` or a
+            subclass.
 
     Returns:
         The class. Its constructor takes the arguments of ``cls``, and these:

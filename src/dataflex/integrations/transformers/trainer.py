@@ -255,7 +255,8 @@ class ScriptTrainer(DynamicTrainerMixin):
         Raises:
             ConfigError: if the samples do not fit the section.
         """
-        fields = self.fields if self._is_causal else SampleFields(labels=())
+        # The labels of another model are not those of tokens, so every token of a sample counts.
+        fields = self.fields if self._is_causal else SampleFields(labels=("token_labels",))
         check_samples(self._domains, "train_dataset", fields)
         pool = Pool.concatenate(
             {name: self._remove_unused_columns(each) for name, each in self._domains.items()}, "train_dataset", fields
